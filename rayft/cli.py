@@ -1,0 +1,129 @@
+"""`rayft`: the commands, which parse and call `rayft.flow`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rayft.errors import RayftError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Search fine-tuning methods and ranks, squeeze the winners, serve many of them at once.",
+)
+console = Console()
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Set a leaf of the configuration: --set sweep.trials=4")
+]
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    stay: Annotated[bool, typer.Option(help="Keep serving until Ctrl-C.")] = False,
+) -> None:
+    """Run the whole path on this machine: sweep, squeeze, register, report, serve, ask."""
+    from rayft.flow import commands
+
+    commands.demo(overrides or [], console, stay=stay)
+
+
+@app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a packaged one: demo, tiny.")] = "demo",
+    overrides: Overrides = None,
+) -> None:
+    """Search, squeeze the winner, score, register and report; an interrupted sweep goes on."""
+    from rayft.flow import commands
+
+    commands.sweep(config, overrides or [], console)
+
+
+@app.command()
+def squeeze(
+    adapter: Annotated[Path, typer.Argument(help="A LoRA adapter folder, made by anyone.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results: OUT/r8, OUT/e0.95.")],
+    rank: Annotated[list[int] | None, typer.Option(help="A rank to squeeze to; may be repeated.")] = None,
+    energy: Annotated[
+        list[float] | None, typer.Option(help="A share of energy to retain; may be repeated.")
+    ] = None,
+) -> None:
+    """Bring an adapter to lower ranks, exactly."""
+    from rayft.flow import commands
+
+    commands.squeeze(adapter, out, rank or [], energy or [], console)
+
+
+@app.command()
+def report(
+    sweep_folder: Annotated[Path, typer.Argument(help="A sweep's output folder.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The HTML file; in the folder by default.")
+    ] = None,
+) -> None:
+    """Make a sweep's report again, and send what waits for the tracking server."""
+    from rayft.flow import commands
+
+    commands.report(sweep_folder, output, console)
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="A registered model, by default a sweep's name.")],
+    version: Annotated[int, typer.Argument(help="The version to promote.")],
+    alias: Annotated[str, typer.Option(help="The alias to move.")] = "champion",
+    sweep_folder: Annotated[
+        Path | None, typer.Option("--sweep", help="Folder of the sweep whose tracking database is meant.")
+    ] = None,
+    uri: Annotated[str | None, typer.Option(help="MLflow's URI; MLFLOW_TRACKING_URI otherwise.")] = None,
+    tolerance: Annotated[float, typer.Option(help="How far below the champion's score it may be.")] = 0.0,
+    force: Annotated[bool, typer.Option(help="Promote whatever the gate says.")] = False,
+) -> None:
+    """Point an alias to a version, if its validation score passes the gate."""
+    from rayft.flow import commands
+
+    commands.promote(name, version, alias, sweep_folder, uri, tolerance, force, console)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="A serving configuration, such as a sweep's serve.yaml.")],
+    overrides: Overrides = None,
+) -> None:
+    """Serve a base and its adapters behind an OpenAI-compatible API until Ctrl-C."""
+    from rayft.flow import commands
+
+    commands.serve(config, overrides or [], console)
+
+
+@app.command()
+def doctor(
+    output: Annotated[Path, typer.Option(help="Folder that sweeps would write to.")] = Path("runs"),
+) -> None:
+    """Check versions, GPUs, Ray, DeepSpeed, MLflow, memory and disk, and say what to do."""
+    from rayft.flow import commands
+
+    raise typer.Exit(commands.doctor(output, console))
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends in one message, not in a traceback."""
+    try:
+        app()
+    except RayftError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
+        Console(stderr=True).print(str(error), markup=False, highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

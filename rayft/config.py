@@ -1,0 +1,232 @@
+"""Strict YAML → frozen pydantic models. Machinery only: each layer owns its own section.
+
+A section is a `Section` subclass; `load` reads YAML, applies `--set a.b=c` overrides, validates in
+strict mode (no coercion of "8" to 8) and turns each problem into one `ConfigError` that names the
+dotted path and, for unknown keys, the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rayft.errors import ConfigError
+
+__all__ = ["Section", "content_hash", "leaves", "load", "nearest", "parse", "read_yaml"]
+
+SectionT = TypeVar("SectionT", bound="Section")
+
+
+class Section(BaseModel):
+    """A frozen part of a configuration; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-3` as a float and refuses duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a mapping, refusing a key that stands twice."""
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(key_node.value)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise ConfigError(f"line {line}: the key '{key}' stands twice; keep one of them")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def read_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
+    """Parse YAML text into a mapping.
+
+    Raises:
+        ConfigError: if the text is no YAML, no mapping, or repeats a key.
+    """
+    try:
+        # _Loader derives from SafeLoader, so nothing but plain data is built.
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{source}, {error}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} must be a mapping of sections, not {type(data).__name__}")
+    return data
+
+
+def load(
+    cls: type[SectionT], path: str | Path, overrides: Sequence[str] = (), *, base: str | None = None
+) -> SectionT:
+    """Read a YAML file into `cls` and apply `overrides` (`a.b=c`, the value in YAML).
+
+    Raises:
+        ConfigError: if the file is missing, or anything in it or in an override is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        hint = f"; the packaged ones are in {base}" if base else ""
+        raise ConfigError(f"no configuration file at {path}{hint}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read as UTF-8 text: {error}") from error
+    return parse(cls, read_yaml(text, str(path)), overrides)
+
+
+def parse(cls: type[SectionT], data: Mapping[str, Any], overrides: Sequence[str] = ()) -> SectionT:
+    """Validate a mapping as `cls` after applying `overrides`.
+
+    Raises:
+        ConfigError: with one line for each problem.
+    """
+    merged = _plain(data)
+    for override in overrides:
+        _apply(merged, override)
+    try:
+        # Validated as JSON: strict about scalars, yet a list may fill a tuple and a string a path.
+        return cls.model_validate_json(json.dumps(merged), strict=True)
+    except ValidationError as error:
+        problems = [_describe(cls, merged, problem) for problem in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(problems))) from error
+
+
+def _plain(value: Any) -> Any:
+    """Copy YAML's values as JSON has them: names as text, dates as they were written."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name.strip():
+        raise ConfigError(f"'{override}' is no override; write section.key=value")
+    keys = name.strip().split(".")
+    node = data
+    for key in keys[:-1]:
+        if node.get(key) is None:
+            node[key] = {}
+        child = node[key]
+        if not isinstance(child, dict):
+            raise ConfigError(f"{name}: '{key}' holds a value, not a section, so nothing can be set below it")
+        node = child
+    try:
+        node[keys[-1]] = _plain(yaml.load(text, Loader=_Loader))  # noqa: S506  (a SafeLoader, see read_yaml)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: the value '{text}' is not valid YAML") from error
+
+
+def _describe(cls: type[Section], data: Mapping[str, Any], problem: Mapping[str, Any]) -> str:
+    location = _location(data, problem)
+    where = ".".join(location) or "configuration"
+    if problem["type"] == "extra_forbidden":
+        # A key of another member of a union is known, but not here.
+        valid = _keys_at(cls, location[:-1]) - {location[-1]}
+        return f"unknown key '{where}'" + nearest(location[-1], valid)
+    if problem["type"] == "missing":
+        return f"'{where}' is missing and has no default"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    value = problem.get("input")
+    shown = "" if isinstance(value, Mapping | list) or value is None else f" (got {value!r})"
+    return f"{where}: {message}{shown}"
+
+
+def _location(data: Any, problem: Mapping[str, Any]) -> list[str]:
+    """Give the path as the user wrote it: pydantic adds the members of unions that it tried."""
+    found: list[str] = []
+    for part in problem["loc"]:
+        if (isinstance(data, Mapping) and part in data) or (isinstance(data, list) and isinstance(part, int)):
+            data = data[part]
+            found.append(str(part))
+    return [*found, str(problem["loc"][-1])] if problem["type"] == "missing" else found
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Say which valid name is nearest to a wrong one, or list them all: the end of a message."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; valid are {', '.join(names)}" if names else ""
+
+
+def _keys_at(cls: type[Section], location: Sequence[str]) -> set[str]:
+    """Collect the keys that the section(s) at a location accept."""
+    candidates: list[Any] = [cls]
+    for part in location:
+        candidates = [inner for candidate in candidates for inner in _inner(candidate, part)]
+    return {
+        name for candidate in candidates for section in _sections(candidate) for name in section.model_fields
+    }
+
+
+def _inner(annotation: Any, part: str) -> list[Any]:
+    found: list[Any] = []
+    for section in _sections(annotation):
+        if part in section.model_fields:
+            found.append(section.model_fields[part].annotation)
+    for option in _options(annotation):
+        if typing.get_origin(option) in (dict, Mapping):
+            found.append(typing.get_args(option)[1])
+        elif typing.get_origin(option) in (list, tuple):
+            found.append(typing.get_args(option)[0])
+    return found
+
+
+def _options(annotation: Any) -> list[Any]:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _options(typing.get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [option for inner in typing.get_args(annotation) for option in _options(inner)]
+    return [annotation]
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    return [o for o in _options(annotation) if isinstance(o, type) and issubclass(o, Section)]
+
+
+def content_hash(section: Section) -> str:
+    """Hash what a section says (12 hex digits): the same content, the same hash."""
+    text = json.dumps(section.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def leaves(section: Section) -> dict[str, str]:
+    """Flatten a section to dotted leaf → text, as tracking params want it."""
+    found: dict[str, str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            found[prefix] = value if isinstance(value, str) else json.dumps(value)
+
+    walk("", section.model_dump(mode="json"))
+    return found

@@ -1,0 +1,166 @@
+"""Rows of a file or a hub set, as they are written.
+
+JSON lines and CSV are read with the standard library. `datasets` guesses types: of both it made
+"2024-01-01" a timestamp or 007 a 7.0, and of "NA" a missing value; and an error of its own names no line.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rayft.errors import DataError
+
+__all__ = ["Table", "read_file", "read_hub"]
+
+FileSource = Literal["jsonl", "csv", "parquet"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows by column name, and how a message calls the place of each."""
+
+    name: str
+    columns: tuple[str, ...]
+    rows: Sequence[dict[str, Any]]
+    lines: tuple[int, ...] = ()
+    """Line in the file of each row, where lines and rows differ."""
+
+    def place(self, index: int) -> str:
+        """Say where row `index` (from 0) is."""
+        line = f"line {self.lines[index]}" if self.lines else f"row {index + 1}"
+        return f"{self.name}, {line}"
+
+
+def read_file(source: FileSource, name: str) -> Table:
+    """Read a whole file.
+
+    Raises:
+        DataError: if it is missing, has another suffix, can't be parsed or is empty.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give a file as name, or one for each part as files")
+    if not path.is_file():
+        raise DataError(f"no file at {path.absolute()}; check data.name or data.files")
+    suffixes, reader = READERS[source]
+    if path.suffix.lower() not in suffixes:
+        raise DataError(
+            f"{path} is not called {' or '.join(suffixes)}, which source: {source} reads; "
+            f"set data.source to what the file is ({', '.join(READERS)})"
+        )
+    try:
+        table = reader(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); convert it") from error
+    if not table.rows:
+        raise DataError(f"{path} is empty: no row after reading it as {source}")
+    return table
+
+
+def read_hub(name: str, split: str) -> Table:
+    """Download one split of a hub set: `org/set`, or `org/set:config`.
+
+    Raises:
+        DataError: if the hub can't be reached, or has no such set, configuration or split.
+    """
+    import datasets
+
+    path, _, config = name.partition(":")
+    try:
+        rows = datasets.load_dataset(path, config or None, split=split)
+    except (ConnectionError, OSError) as error:
+        if isinstance(error, FileNotFoundError) and "Couldn't reach" not in str(error):
+            raise DataError(f"the hub has no data set '{path}' that can be read: {error}") from error
+        raise DataError(
+            f"the hub can't be reached to load '{path}' (offline, or HF_HUB_OFFLINE is set): download it "
+            "where there is a network, and read the file with source: jsonl, csv or parquet"
+        ) from error
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"can't load split '{split}' of '{name}' from the hub: {error}") from error
+    named = _class_names(rows)
+    return Table(f"{name} [{split}]", tuple(rows.column_names), named)
+
+
+def _class_names(rows: Any) -> list[dict[str, Any]]:
+    """Replace class numbers by their names, which only the hub's features know."""
+    classes = {name: feature.names for name, feature in rows.features.items() if hasattr(feature, "int2str")}
+    found: list[dict[str, Any]] = rows.to_list()
+    for row in found:
+        for name, names in classes.items():
+            if row[name] is not None and row[name] >= 0:
+                row[name] = names[row[name]]
+    return found
+
+
+def _read_jsonl(path: Path) -> Table:
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    columns: dict[str, None] = {}
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number} is not JSON ({error.msg}); write one object a line"
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number} is no object; write one {{…}} a line")
+            rows.append(row)
+            lines.append(number)
+            columns.update(dict.fromkeys(row))
+    return Table(str(path), tuple(columns), rows, tuple(lines))
+
+
+def _read_csv(path: Path) -> Table:
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        try:
+            header = next(reader, [])
+            for values in reader:
+                if not values:
+                    continue
+                if len(values) != len(header):
+                    raise DataError(
+                        f"{path}, line {reader.line_num} has {len(values)} fields and the header "
+                        f'{len(header)}; put quotes (") around fields that hold commas'
+                    )
+                rows.append(dict(zip(header, values, strict=True)))
+                lines.append(reader.line_num)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num} is not CSV: {error}") from error
+    return Table(str(path), tuple(header), rows, tuple(lines))
+
+
+def _read_parquet(path: Path) -> Table:
+    import datasets
+
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        # A cache that outlives the call would keep a copy of every file that was ever read.
+        with tempfile.TemporaryDirectory() as folder:
+            rows = datasets.Dataset.from_parquet(str(path), cache_dir=folder, keep_in_memory=True)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {error.__cause__ or error}") from error
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+    return Table(str(path), tuple(rows.column_names), rows.to_list())
+
+
+READERS: dict[str, tuple[tuple[str, ...], Callable[[Path], Table]]] = {
+    "jsonl": ((".jsonl", ".ndjson", ".json"), _read_jsonl),
+    "csv": ((".csv",), _read_csv),
+    "parquet": ((".parquet",), _read_parquet),
+}

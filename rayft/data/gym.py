@@ -1,0 +1,132 @@
+"""reasoning-gym's tasks as three parts that share no question.
+
+Item i of a data set with seed s is drawn from s + i, so two seeds give overlapping items. Each
+part therefore takes its own range of indices of one seed, and a question that was seen is passed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from rayft.config import nearest
+from rayft.data.example import Example, Message
+from rayft.errors import DataError, ResourceError
+
+__all__ = ["build_task", "draw_parts"]
+
+Params = Mapping[str, int | float | str | bool]
+
+DRAWS = 4
+"""Items drawn at most for each one wanted: enough for 98% of a space of equally likely questions."""
+
+
+def draw_parts(
+    name: str, params: Params, sizes: Mapping[str, int], seed: int, separator: str
+) -> tuple[dict[str, list[Example]], int]:
+    """Draw `sizes[part]` questions for each part, and count the repeated ones that were passed over.
+
+    Parts are drawn in the order of `sizes`, each from the index where the one before it stopped.
+
+    Raises:
+        DataError: if the task is unknown, its params are wrong, or it has too few questions.
+        ResourceError: if reasoning-gym is not installed.
+    """
+    wanted = sum(sizes.values())
+    limit = DRAWS * wanted + 100
+    task = build_task(name, params, seed, limit)
+    seen: set[str] = set()
+    parts: dict[str, list[Example]] = {}
+    index = 0
+    with _global_random(seed):
+        for part, size in sizes.items():
+            parts[part] = []
+            while len(parts[part]) < size:
+                if index == limit:
+                    raise _too_small(name, sizes, len(seen), limit)
+                example = _item(task, name, index, separator)
+                index += 1
+                if example.key not in seen:
+                    seen.add(example.key)
+                    parts[part].append(example)
+    return parts, index - wanted
+
+
+def build_task(name: str, params: Params, seed: int, size: int) -> Any:
+    """Make reasoning-gym's data set of a task.
+
+    Raises:
+        DataError: if there is no such task or option, or an option has a wrong value.
+        ResourceError: if reasoning-gym is not installed.
+    """
+    try:
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise ResourceError(
+            "source: reasoning_gym needs the package reasoning-gym: run `pip install 'rayft[demo]'`"
+        ) from error
+    if name not in DATASETS:
+        raise DataError(f"reasoning-gym has no task '{name}'{nearest(name, DATASETS)}")
+    make, config = DATASETS[name]
+    options = _options(name, config, params)
+    try:
+        # The tasks check their options with assert and raise anything for what they did not expect.
+        return make(config=config(**options, seed=seed, size=size))
+    except Exception as error:
+        raise DataError(f"the task '{name}' refuses data.params {dict(params)}: {error}") from error
+
+
+def _options(name: str, config: type, params: Params) -> dict[str, Any]:
+    hints = typing.get_type_hints(config)
+    valid = {field.name for field in dataclasses.fields(config)} - {"seed", "size"}
+    options = {}
+    for key, value in params.items():
+        if key not in valid:
+            raise DataError(f"the task '{name}' has no option '{key}'{nearest(key, valid)} (data.params)")
+        try:
+            options[key] = TypeAdapter(hints[key]).validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise DataError(f"data.params.{key} of the task '{name}': {problem} (got {value!r})") from error
+    return options
+
+
+def _item(task: Any, name: str, index: int, separator: str) -> Example:
+    entry = task[index]
+    answer = entry["answer"]
+    if not isinstance(answer, str) or not answer.strip():
+        raise DataError(
+            f"item {index} of the task '{name}' has no reference answer, only a scorer, so there is nothing "
+            "to learn from; choose another task"
+        )
+    turns = Message("user", entry["question"]), Message("assistant", answer)
+    return Example(messages=turns, separator=separator, entry=entry)
+
+
+def _too_small(name: str, sizes: Mapping[str, int], found: int, drawn: int) -> DataError:
+    wanted = " + ".join(f"{size} {part}" for part, size in sizes.items())
+    return DataError(
+        f"the task '{name}' can't fill its parts ({wanted} = {sum(sizes.values())}): {drawn} items hold only "
+        f"{found} different questions; ask for less, or widen the task with data.params"
+    )
+
+
+@contextmanager
+def _global_random(seed: int) -> Iterator[None]:
+    """Some tasks draw from the global generators: seed them, and leave them as they were."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -1,0 +1,88 @@
+"""Which rows each worker sees at each step: a function of the seed and the step, of nothing else.
+
+So a run that goes on from a checkpoint sees what it would have seen, and a run on more workers
+takes the same optimizer steps.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from rayft.data.pack import PackedRow, pack
+from rayft.data.template import Encoded
+from rayft.errors import DataError
+from rayft.numerics import derive_seed
+
+__all__ = ["Schedule"]
+
+
+class Schedule:
+    """An endless stream of rows: every epoch is shuffled and packed anew, and they follow each other.
+
+    Args:
+        encoded: the examples of train.
+        length: tokens of a row.
+        rows_per_step: rows of an optimizer step, over all workers and micro-batches.
+        seed: decides the order of each epoch.
+        packing: whether examples share rows; labelled ones never do.
+
+    Raises:
+        DataError: if there are no examples, or one is longer than a row.
+    """
+
+    def __init__(
+        self, encoded: Sequence[Encoded], length: int, rows_per_step: int, seed: int, *, packing: bool = True
+    ) -> None:
+        if not encoded:
+            raise DataError("there are no examples to train on; check data.train")
+        self.encoded, self.length, self.seed = encoded, length, seed
+        self.rows_per_step = rows_per_step
+        self.packing = packing and all(example.label is None for example in encoded)
+        self._starts = [0]
+        self._epochs: dict[int, list[PackedRow]] = {}
+
+    def rows(self, step: int) -> list[PackedRow]:
+        """Give the `rows_per_step` rows of optimizer step `step` (from 0)."""
+        first = step * self.rows_per_step
+        found: list[PackedRow] = []
+        epoch = self._epoch_of(first)
+        while len(found) < self.rows_per_step:
+            rows = self._epoch(epoch)
+            skip = max(0, first - self._starts[epoch])
+            found += rows[skip : skip + self.rows_per_step - len(found)]
+            epoch += 1
+        return found
+
+    def share(self, step: int, rank: int, world: int, accumulation: int) -> list[list[PackedRow]]:
+        """Give worker `rank`'s part of a step: `accumulation` micro-batches of equally many rows.
+
+        Raises:
+            DataError: if `rows_per_step` can't be divided by `world` · `accumulation`.
+        """
+        micro, rest = divmod(self.rows_per_step, world * accumulation)
+        if rest or not micro:
+            raise DataError(
+                f"{self.rows_per_step} rows a step can't be shared by {world} workers x {accumulation} "
+                f"accumulation steps: take a multiple of {world * accumulation}"
+            )
+        mine = self.rows(step)[rank::world]
+        return [mine[start : start + micro] for start in range(0, len(mine), micro)]
+
+    def _epoch_of(self, row: int) -> int:
+        """Find the epoch that holds a row of the stream; epochs differ in their number of rows."""
+        while self._starts[-1] <= row:
+            self._epoch(len(self._starts) - 1)
+        return next(epoch for epoch, end in enumerate(self._starts[1:]) if row < end)
+
+    def _epoch(self, epoch: int) -> list[PackedRow]:
+        if epoch not in self._epochs:
+            order = list(self.encoded)
+            random.Random(derive_seed(self.seed, epoch)).shuffle(order)
+            rows = pack(order, self.length) if self.packing else [PackedRow((example,)) for example in order]
+            if epoch == len(self._starts) - 1:
+                self._starts.append(self._starts[-1] + len(rows))
+            # A step can reach over the end of an epoch, so the one before is kept too.
+            self._epochs = {number: kept for number, kept in self._epochs.items() if number == epoch - 1}
+            self._epochs[epoch] = rows
+        return self._epochs[epoch]

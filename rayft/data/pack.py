@@ -1,0 +1,163 @@
+"""Several examples in one row, none of which sees another.
+
+    input_ids      a a a b b b b 0        attention   a · · b · · ·      token i sees token j where
+    position_ids   0 1 2 0 1 2 3 0                    a a · b b · ·      segment_i = segment_j and
+    segments       0 0 0 1 1 1 1 -                    a a a b b b ·      j ≤ i; padding sees itself
+
+so the loss of a row is the sum of the losses of its examples. Shapes: B rows, T tokens, N learnt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from rayft.data.template import IGNORED, Encoded
+from rayft.errors import DataError
+
+__all__ = ["Batch", "ClassBatch", "PackedRow", "collate", "collate_classification", "pack"]
+
+MULTIPLE = 8
+"""Several rows are padded to a multiple of this: tensor cores want it."""
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Examples that share a row, in order."""
+
+    examples: tuple[Encoded, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.examples))
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Tokens of all examples."""
+        return [token for example in self.examples for token in example.input_ids]
+
+    @property
+    def labels(self) -> list[int]:
+        """Labels of all examples; see `Encoded`."""
+        return [label for example in self.examples for label in example.labels]
+
+    @property
+    def position_ids(self) -> list[int]:
+        """Positions, from 0 in each example."""
+        return [position for example in self.examples for position in range(len(example))]
+
+    @property
+    def segments(self) -> list[int]:
+        """Which example each token is of."""
+        return [number for number, example in enumerate(self.examples) for _ in example.input_ids]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tensors for a causal language model."""
+
+    input_ids: torch.Tensor
+    """(B, T) int64."""
+    position_ids: torch.Tensor
+    """(B, T) int64, from 0 in each example."""
+    attention_mask: torch.Tensor
+    """(B, 1, T, T) bool, true where a token (third axis) sees another (fourth)."""
+    completion_index: torch.Tensor
+    """(N,) int64: positions in B·T whose next token is learnt."""
+    targets: torch.Tensor
+    """(N,) int64: those next tokens."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move to a device."""
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class ClassBatch:
+    """Rows as tensors for a sequence classifier."""
+
+    input_ids: torch.Tensor
+    """(B, T) int64, padded on the right."""
+    attention_mask: torch.Tensor
+    """(B, T) int64, 0 on padding."""
+    labels: torch.Tensor
+    """(B,) int64."""
+
+    def to(self, device: torch.device | str) -> ClassBatch:
+        """Move to a device."""
+        return ClassBatch(
+            *(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
+        )
+
+
+def pack(encoded: Sequence[Encoded], length: int) -> list[PackedRow]:
+    """Put each example into the first row that has room for it, in the given order.
+
+    Raises:
+        DataError: if an example is longer than a row.
+    """
+    rows: list[list[Encoded]] = []
+    # One vectorised look at all rows an example: 10 000 examples take 0.1 s, not minutes.
+    room = np.zeros(len(encoded), dtype=np.int64)
+    for number, example in enumerate(encoded, start=1):
+        if len(example) > length:
+            raise DataError(
+                f"example {number} has {len(example)} tokens, a row {length}: raise data.max_length"
+            )
+        fits = room[: len(rows)] >= len(example)
+        index = int(fits.argmax()) if fits.any() else len(rows)
+        if index == len(rows):
+            rows.append([])
+            room[index] = length
+        rows[index].append(example)
+        room[index] -= len(example)
+    return [PackedRow(tuple(row)) for row in rows]
+
+
+def collate(rows: Sequence[PackedRow], pad_id: int) -> Batch:
+    """Make a batch of rows, padded on the right to the longest (several: to a multiple of 8)."""
+    width = _width(rows)
+    ids = _pad([row.input_ids for row in rows], width, pad_id)
+    labels = _pad([row.labels for row in rows], width, IGNORED)
+    positions = _pad([row.position_ids for row in rows], width, 0)
+    segments = _pad([row.segments for row in rows], width, -1)
+    same = segments.unsqueeze(2) == segments.unsqueeze(1)
+    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    # A row of the mask without any true would make its softmax NaN: padding sees itself, and only itself.
+    real = (segments >= 0).unsqueeze(2) | torch.eye(width, dtype=torch.bool)
+    mask = same & causal & real
+    learnt = torch.zeros_like(segments, dtype=torch.bool)
+    learnt[:, :-1] = (labels[:, 1:] != IGNORED) & (segments[:, 1:] == segments[:, :-1])
+    index = learnt.flatten().nonzero().squeeze(1)
+    return Batch(ids, positions, mask.unsqueeze(1), index, labels.flatten()[index + 1])
+
+
+def collate_classification(rows: Sequence[PackedRow], pad_id: int) -> ClassBatch:
+    """Make a batch of rows that hold one labelled example each.
+
+    Raises:
+        DataError: if an example has no class.
+    """
+    width = _width(rows)
+    labels = []
+    for row in rows:
+        (example,) = row.examples
+        if example.label is None:
+            raise DataError(
+                "an example without a class can't train a classifier; set data.format: classification"
+            )
+        labels.append(example.label)
+    ids = _pad([row.input_ids for row in rows], width, pad_id)
+    mask = _pad([[1] * len(row) for row in rows], width, 0)
+    return ClassBatch(ids, mask, torch.tensor(labels))
+
+
+def _width(rows: Sequence[PackedRow]) -> int:
+    longest = max(map(len, rows))
+    return longest if len(rows) == 1 else -(-longest // MULTIPLE) * MULTIPLE
+
+
+def _pad(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])

@@ -1,0 +1,145 @@
+"""Every error that a user can cause, in one tree; each message says what to do instead.
+
+RayftError
+ x ConfigError          a file, key, value or `--set` that is wrong
+ x DataError            data that can't be read, is too small, too long or of the wrong shape
+ x ModelError           a base model that can't be found or loaded
+    + TargetError       target modules that match nothing, or a rank that a layer can't hold
+ x MethodError          a method that can't do what is asked of it
+ x TrainError           a run that can't start or has failed
+ x TrackingError        an MLflow server that is away or refuses
+ x ArtifactError        an adapter folder that is missing, truncated, or holds NaN or Inf
+    + BaseMismatchError an adapter made for another base model
+ x SqueezeError         a rank, energy or budget that can't be met
+ x RegistryError        a model, version or alias that isn't in the registry
+    + PromotionRefusedError  a candidate that does not pass the gate
+ x ReportError          a sweep that can't be reported
+ x ResourceError        no disk, memory or port; a package or device that is missing
+ x RequestError         an HTTP request that can't be served (has an HTTP status)
+    + UnknownModelError 404
+    + BadRequestError   400
+
+`assert` is for invariants of the code; these are for mistakes and circumstances.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArtifactError",
+    "BadRequestError",
+    "BaseMismatchError",
+    "ConfigError",
+    "DataError",
+    "MethodError",
+    "ModelError",
+    "PromotionRefusedError",
+    "RayftError",
+    "RegistryError",
+    "ReportError",
+    "RequestError",
+    "ResourceError",
+    "SqueezeError",
+    "TargetError",
+    "TrackingError",
+    "TrainError",
+    "UnknownModelError",
+]
+
+
+class RayftError(Exception):
+    """Base of all errors that rayft raises for its users."""
+
+
+class ConfigError(RayftError):
+    """A configuration file, key, value or override that is wrong."""
+
+
+class DataError(RayftError):
+    """Data that can't be read, is too small, too long or of the wrong shape."""
+
+
+class ModelError(RayftError):
+    """A base model that can't be found or loaded."""
+
+
+class TargetError(ModelError):
+    """Target modules that match nothing, or a rank that a layer can't hold."""
+
+
+class MethodError(RayftError):
+    """A fine-tuning method that can't do what is asked of it."""
+
+
+class TrainError(RayftError):
+    """A run that can't start or has failed."""
+
+
+class TrackingError(RayftError):
+    """A tracking server that is away or refuses."""
+
+
+class ArtifactError(RayftError):
+    """An adapter folder that is missing, truncated, or holds NaN or Inf."""
+
+
+class BaseMismatchError(ArtifactError):
+    """An adapter that was made for another base model."""
+
+
+class SqueezeError(RayftError):
+    """A rank, energy or budget that can't be met."""
+
+
+class RegistryError(RayftError):
+    """A model, version or alias that isn't in the registry."""
+
+
+class PromotionRefusedError(RegistryError):
+    """A candidate that does not pass the promotion gate."""
+
+
+class ReportError(RayftError):
+    """A sweep that can't be reported."""
+
+
+class ResourceError(RayftError):
+    """No disk, memory or port, or a package or device that is missing."""
+
+
+class RequestError(RayftError):
+    """An HTTP request that can't be served.
+
+    Attributes:
+        status: the HTTP status code of the answer.
+        code: OpenAI's machine-readable error code.
+        param: the request field at fault, if there is one.
+    """
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keep `param` when the error crosses a process boundary."""
+        return (_rebuild, (type(self), str(self), self.param))
+
+
+def _rebuild(cls: type[RequestError], message: str, param: str | None) -> RequestError:
+    return cls(message, param=param)
+
+
+class UnknownModelError(RequestError):
+    """The `model` of a request is not served here."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class BadRequestError(RequestError):
+    """A request that is malformed or asks for what can't be done."""
+
+    status = 400
+    code = "invalid_request_error"

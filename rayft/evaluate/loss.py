@@ -1,0 +1,69 @@
+"""Loss on the completion, with logits only where there is something to predict.
+
+The output layer of a language model is its widest product (SmolLM2: 49,152 × 576); a prompt's
+positions need none of it. A hook hands the output layer just the chosen positions, so whatever a
+model does to its logits afterwards (soft-capping, scaling) still applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rayft.data.pack import Batch, ClassBatch
+
+__all__ = ["batch_loss", "mean_loss"]
+
+
+def batch_loss(
+    model: nn.Module, batch: Batch | ClassBatch, forward: Callable[..., Any] | None = None
+) -> tuple[torch.Tensor, int]:
+    """Sum the negative log-likelihood (nats) of a batch's targets; give it with their number.
+
+    Args:
+        model: a causal language model, or a sequence classifier for a `ClassBatch`.
+        batch: on the model's device.
+        forward: what to call instead of the model (an engine that wraps it).
+    """
+    call = forward or model
+    if isinstance(batch, ClassBatch):
+        logits = call(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return functional.cross_entropy(logits.float(), batch.labels, reduction="sum"), len(batch.labels)
+    logits = _completion_logits(model, batch, call)
+    return functional.cross_entropy(logits.float(), batch.targets, reduction="sum"), len(batch.targets)
+
+
+@torch.inference_mode()
+def mean_loss(model: nn.Module, batches: Iterable[Batch | ClassBatch]) -> tuple[float, int]:
+    """Sum loss and targets over batches without gradients: (sum in nats, number of targets)."""
+    total, count = 0.0, 0
+    for batch in batches:
+        loss, targets = batch_loss(model, batch)
+        total += float(loss)
+        count += targets
+    return total, count
+
+
+def _completion_logits(model: nn.Module, batch: Batch, call: Callable[..., Any]) -> torch.Tensor:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+
+    def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden_BTD = args[0]
+        chosen = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[batch.completion_index]
+        return (chosen.unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        output = call(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+    finally:
+        handle.remove()
+    return output.logits[0]  # type: ignore[no-any-return]

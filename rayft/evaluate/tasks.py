@@ -1,0 +1,198 @@
+"""Let a model answer, and score its answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rayft.data.example import Example
+from rayft.data.pack import PackedRow, collate_classification
+from rayft.data.scorer import Scorer
+from rayft.data.template import Style, encode_all, prompt_ids
+from rayft.errors import DataError
+from rayft.evaluate.compare import interval
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Scores", "generate", "score"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of answers, in the order of the examples."""
+
+    values: tuple[float, ...]
+    mean: float
+    n: int
+    ci_low: float
+    ci_high: float
+    """95% interval of the mean; see `compare.interval`."""
+    seconds: float
+    failures: int
+    """Answers that made the scorer raise; each counts as 0."""
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    scorer: Scorer,
+    *,
+    style: Style = "as_is",
+    shots: Sequence[Example] = (),
+    max_new_tokens: int = 16,
+    batch_size: int = 32,
+) -> Scores:
+    """Score a model's answers, or a classifier's classes.
+
+    Args:
+        model: a causal language model, or a sequence classifier if the examples have labels.
+        tokenizer: the model's.
+        examples: of one part, usually val or test.
+        scorer: `Parts.scorer`.
+        style: how the question is asked; see `data.template.prompt_text`.
+        shots: solved examples for few_shot.
+        max_new_tokens: where an answer is cut off.
+        batch_size: sequences that run together.
+
+    Raises:
+        DataError: if there are no examples, they ask nothing, or a prompt does not fit the model.
+    """
+    if not examples:
+        raise DataError("there are no examples to score")
+    start, failures = time.perf_counter(), scorer.failures
+    if examples[0].label is not None:
+        classes = _classify(model, tokenizer, examples, batch_size)
+        values = [float(found == example.label) for found, example in zip(classes, examples, strict=True)]
+    else:
+        prompts = [prompt_ids(example, tokenizer, style, shots) for example in examples]
+        answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
+        values = [scorer.score(example, text) for example, text in zip(examples, answers, strict=True)]
+    low, high = interval(values)
+    return Scores(
+        values=tuple(values),
+        mean=sum(values) / len(values),
+        n=len(values),
+        ci_low=low,
+        ci_high=high,
+        seconds=time.perf_counter() - start,
+        failures=scorer.failures - failures,
+    )
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int = 32,
+) -> list[str]:
+    """Continue prompts greedily, each up to its end of sequence or `max_new_tokens`.
+
+    Prompts of like length run together, padded on the left; a row leaves its batch when it is done.
+
+    Raises:
+        DataError: if a prompt and its answer don't fit the model's context.
+    """
+    _check_room(model, prompts, max_new_tokens)
+    ends = _end_ids(model, tokenizer)
+    answers: list[list[int]] = [[] for _ in prompts]
+    training = model.training
+    model.eval()
+    try:
+        for batch in _by_length(prompts, batch_size):
+            found = _continue_batch(model, [prompts[index] for index in batch], max_new_tokens, ends)
+            for index, tokens in zip(batch, found, strict=True):
+                answers[index] = tokens
+    finally:
+        model.train(training)
+    return [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in answers]
+
+
+def _by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Give batches of indices, longest first: what does not fit in memory fails at once."""
+    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _continue_batch(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: frozenset[int]
+) -> list[list[int]]:
+    from transformers import DynamicCache
+
+    width = max(map(len, prompts))
+    device = model.device
+    # Any token will do for padding: the mask hides it.
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache: Any = DynamicCache(config=model.config)
+    found: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        chosen = logits[:, -1].argmax(-1)
+        going = [place for place, token in enumerate(chosen.tolist()) if token not in ends]
+        for place in going:
+            found[rows[place]].append(int(chosen[place]))
+        if not going:
+            break
+        if len(going) < len(rows):
+            keep = torch.tensor(going, device=device)
+            cache.batch_select_indices(keep)
+            rows = [rows[place] for place in going]
+            chosen, mask, positions = chosen[keep], mask[keep], positions[keep]
+        ids = chosen.unsqueeze(1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return found
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Collect the tokens that end an answer: the tokenizer's, and those the model was tuned to end with."""
+    config = getattr(model, "generation_config", None)
+    tuned = getattr(config, "eos_token_id", None)
+    ids = tuned if isinstance(tuned, list) else [tuned]
+    return frozenset(token for token in [*ids, tokenizer.eos_token_id] if isinstance(token, int))
+
+
+def _check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    lengths = list(map(len, prompts))
+    if not lengths or min(lengths) == 0:
+        raise DataError("there is no prompt, or an empty one; write something to answer")
+    if context is not None and max(lengths) + max_new_tokens > context:
+        raise DataError(
+            f"prompt {lengths.index(max(lengths)) + 1} has {max(lengths)} tokens; with {max_new_tokens} more "
+            f"it exceeds the model's context of {context}: shorten it, or ask for fewer shots or new tokens"
+        )
+
+
+@torch.inference_mode()
+def _classify(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int
+) -> list[int]:
+    context = int(getattr(model.config, "max_position_embeddings", None) or 1_000_000)
+    encoded = encode_all(examples, tokenizer, context, context=context, part="scored")
+    classes = [0] * len(encoded)
+    for batch in _by_length([item.input_ids for item in encoded], batch_size):
+        rows = [PackedRow((encoded[index],)) for index in batch]
+        tensors = collate_classification(rows, model.config.pad_token_id or 0).to(model.device)
+        logits = model(input_ids=tensors.input_ids, attention_mask=tensors.attention_mask).logits
+        for index, found in zip(batch, logits.argmax(-1).tolist(), strict=True):
+            classes[index] = found
+    return classes

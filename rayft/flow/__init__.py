@@ -1,0 +1,1 @@
+"""The stages and their order: sweep → squeeze → re-score → promote → report → serve."""

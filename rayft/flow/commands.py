@@ -1,0 +1,183 @@
+"""What the commands do, for `rayft` and the scripts in `pipelines/` alike."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rayft.artifacts import AdapterArtifact, folder_bytes
+from rayft.config import load
+from rayft.errors import RegistryError, SqueezeError
+from rayft.flow.config import load_config
+from rayft.flow.display import Display
+from rayft.flow.doctor import checks
+from rayft.registry.promote import Gate
+from rayft.registry.promote import promote as move_alias
+from rayft.registry.store import MlflowRegistry
+from rayft.report.frame import SweepRecord
+from rayft.report.render import render
+from rayft.report.terminal import terminal_table
+from rayft.squeeze.rank import retained_energy
+from rayft.squeeze.rank import squeeze as squeeze_artifact
+from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
+from rayft.tracking.mlflow import flush_spool, prepare
+
+__all__ = ["demo", "doctor", "promote", "report", "serve", "squeeze", "sweep"]
+
+
+def demo(overrides: Sequence[str], console: Console, *, stay: bool = False, config: str = "demo") -> SweepRecord:
+    """Run the packaged demo from nothing: an earlier demo's folder is replaced."""
+    from rayft.flow.demo import run_demo
+
+    settings = load_config(config, overrides)
+    output = Path(settings.output)
+    if (output / "config.yaml").is_file():
+        shutil.rmtree(output)
+    wait = (lambda: _wait(settings.serve.port, console)) if stay else None
+    started = time.monotonic()
+    record = run_demo(settings, Display(console), wait)
+    _show(record, console)
+    if record.served:
+        _show_answers(record, console)
+    _show_next(record, output, console)
+    console.print(f"finished in {time.monotonic() - started:.0f} s", style="bold", highlight=False)
+    return record
+
+
+def sweep(config: str, overrides: Sequence[str], console: Console) -> SweepRecord:
+    """Run a sweep up to its report."""
+    from rayft.flow.sweep import run_sweep
+
+    settings = load_config(config, overrides)
+    record = run_sweep(settings, Display(console))
+    _show(record, console)
+    _show_next(record, Path(settings.output), console)
+    return record
+
+
+def squeeze(
+    adapter: Path, out: Path, ranks: Sequence[int], energies: Sequence[float], console: Console
+) -> None:
+    """Squeeze an adapter folder to each rank and energy, checked before the first is written.
+
+    Raises:
+        SqueezeError, ArtifactError: naming what is wrong; the source stays as it is.
+    """
+    if not ranks and not energies:
+        raise SqueezeError("say how far: --rank 8 (may be repeated) or --energy 0.95")
+    source = AdapterArtifact.load(adapter)
+    made = {f"r{rank}": squeeze_artifact(source, rank=rank) for rank in ranks}
+    made |= {f"e{energy:g}": squeeze_artifact(source, energy=energy) for energy in energies}
+    table = Table("adapter", "rank", "parameters", "bytes", "retained energy (mean, least)")
+    table.add_row(str(adapter), str(source.rank), f"{source.parameters:,}", f"{folder_bytes(adapter):,}", "")
+    for name, artifact in made.items():
+        folder = artifact.save(out / name)
+        kept = list(retained_energy(artifact).values())
+        energy = f"{sum(kept) / len(kept):.4f}, {min(kept):.4f}"
+        table.add_row(str(folder), str(artifact.rank), f"{artifact.parameters:,}", f"{folder_bytes(folder):,}", energy)
+    console.print(table)
+
+
+def report(folder: Path, output: Path | None, console: Console) -> None:
+    """Render a sweep's record again and deliver what is left in its spool."""
+    record = SweepRecord.load(folder)
+    path = render(record, output or folder / "report.html")
+    spec = _tracking(folder)
+    if spec.spool.is_dir():
+        drained = flush_spool(prepare(spec))
+        if drained.sent or drained.pending:
+            console.print(f"tracking: {drained.sent} records sent, {drained.pending} still wait", highlight=False)
+    _show(record, console)
+    console.print(f"wrote {path}", highlight=False)
+
+
+def promote(
+    name: str,
+    version: int,
+    alias: str,
+    sweep_folder: Path | None,
+    uri: str | None,
+    tolerance: float,
+    force: bool,
+    console: Console,
+) -> None:
+    """Move an alias through the gate.
+
+    Raises:
+        PromotionRefusedError: with both scores; the alias stays where it is.
+    """
+    if sweep_folder is not None and not sweep_folder.is_dir():
+        raise RegistryError(f"no sweep folder {sweep_folder}; give the one that `rayft sweep` wrote")
+    if sweep_folder is not None:
+        where = _tracking(sweep_folder).uri
+    else:
+        where = tracker_spec(TrackingConfig(uri=uri), Path.cwd()).uri
+    done = move_alias(MlflowRegistry(where), name, version, alias, Gate(tolerance=tolerance), force=force)
+    before = f" (was version {done.previous})" if done.previous else ""
+    forced = ", forced past the gate" if done.forced else ""
+    console.print(f"models:/{name}@{alias} is version {version}{before}{forced}", highlight=False)
+
+
+def serve(config: Path, overrides: Sequence[str], console: Console) -> None:
+    """Serve until Ctrl-C."""
+    from rayft.flow.cluster import cluster
+    from rayft.serving.build import run
+    from rayft.serving.config import ServeConfig
+
+    settings = load(ServeConfig, config, overrides)
+    names = ", ".join(["base", *settings.adapters])
+    console.print(f"starting {names} on http://{settings.host}:{settings.port}/v1", highlight=False)
+    with cluster(settings.replicas * settings.cpus, device="cpu"):
+        run(settings)
+
+
+def doctor(output: Path, console: Console) -> int:
+    """Show all checks; 1 if one fails, else 0."""
+    found = checks(output)
+    table = Table("", "check", "found", "what to do")
+    for check in found:
+        mark = {True: "[green]ok[/green]", False: "[red]no[/red]", None: "[yellow]-[/yellow]"}[check.ok]
+        table.add_row(mark, check.name, check.found, "" if check.ok else check.remedy)
+    console.print(table)
+    return int(any(check.ok is False for check in found))
+
+
+def _tracking(folder: Path) -> TrackerSpec:
+    """Find where a sweep tracked: its configuration is kept beside its results."""
+    stamp = folder / "config.yaml"
+    config = load_config(stamp).tracking if stamp.is_file() else TrackingConfig()
+    return tracker_spec(config, folder)
+
+
+def _show(record: SweepRecord, console: Console) -> None:
+    console.print(terminal_table(record))
+
+
+def _show_answers(record: SweepRecord, console: Console) -> None:
+    assert record.served
+    for exchange in record.served.exchanges:
+        table = Table("model", "answer over HTTP", title=exchange.question.strip(), title_style="", min_width=60)
+        for name, answer in exchange.answers.items():
+            table.add_row(name, answer)
+        console.print(table)
+        console.print(f"right answer: {exchange.expected}", highlight=False)
+
+
+def _show_next(record: SweepRecord, output: Path, console: Console) -> None:
+    console.print(f"report: {output / 'report.html'}", highlight=False)
+    for command in record.commands:
+        console.print(f"{command.what}: [cyan]{command.command}[/cyan]", highlight=False, soft_wrap=True)
+
+
+def _wait(port: int, console: Console) -> None:
+    console.print(f"serving on http://127.0.0.1:{port}/v1 until Ctrl-C", highlight=False)
+    try:
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        console.print("stopping", highlight=False)

@@ -1,0 +1,98 @@
+"""`PipelineConfig`: one file from question to served adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from pydantic import Field, JsonValue, field_validator
+
+from rayft.config import Section, load
+from rayft.data.section import DataConfig
+from rayft.models.load import ModelConfig
+from rayft.registry.promote import Gate
+from rayft.squeeze.rank import SqueezeConfig
+from rayft.sweep.space import SweepConfig
+from rayft.tracking.base import TrackingConfig
+from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
+
+__all__ = ["PipelineConfig", "ServeSection", "load_config", "packaged"]
+
+
+class ServeSection(Section):
+    """How the result is served; the model and the adapters follow from the sweep."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+
+    port: int = Field(default=8000, ge=1, le=65535)
+    """Port to listen on."""
+
+    cpus: int = Field(default=1, ge=1)
+    """CPU cores of the replica."""
+
+
+class PipelineConfig(Section):
+    """A sweep and what becomes of its winner."""
+
+    name: str = "sweep"
+    """Name of the sweep, and of the registered model."""
+
+    question: str = ""
+    """What the sweep is to find out; heads the report."""
+
+    output: str = "runs/sweep"
+    """Folder for everything; in a cluster, one that all nodes see keeps checkpoints across nodes."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of what is drawn from ranges; trials have `sweep.seeds`."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    scale: ScaleConfig = ScaleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    deepspeed: dict[str, JsonValue] = {}
+    """Merged over the derived DeepSpeed configuration."""
+    sweep: SweepConfig
+    squeeze: SqueezeConfig = SqueezeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    promote: Gate = Gate()
+    serve: ServeSection = ServeSection()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not value or not all(c.isalnum() or c in "-_." for c in value):
+            raise ValueError("use letters, digits, '-', '_' and '.'")
+        return value
+
+    def run(self) -> RunConfig:
+        """Give what all trials share, with every `auto` decided."""
+        return RunConfig(
+            model=self.model,
+            data=self.data,
+            optim=self.optim,
+            scale=self.scale.settled(),
+            evaluate=self.evaluate,
+            deepspeed=self.deepspeed,
+            seed=self.seed,
+        )
+
+
+def packaged() -> dict[str, Path]:
+    """List the packaged configurations: name → file."""
+    folder = Path(str(resources.files("rayft.configs")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_config(name: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Load a file, or a packaged configuration by its name.
+
+    Raises:
+        ConfigError: if there is no such file, or anything in it is wrong.
+    """
+    known = packaged()
+    path = known.get(str(name), Path(name))
+    return load(PipelineConfig, path, overrides, base=f"rayft: {', '.join(known)}")

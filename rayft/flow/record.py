@@ -1,0 +1,189 @@
+"""From what the stages found to the record that is reported."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rayft.artifacts import AdapterArtifact
+from rayft.config import leaves
+from rayft.evaluate.compare import paired
+from rayft.flow.preflight import Plan
+from rayft.flow.stages import Measured, SqueezedAdapter, smallest_good
+from rayft.report.frame import (
+    Baseline,
+    Command,
+    Comparison,
+    Score,
+    Squeezed,
+    SweepRecord,
+    Trial,
+    Winner,
+)
+from rayft.sweep.tuner import Trial as EndedTrial
+from rayft.tracking.provenance import provenance
+
+__all__ = ["build_record"]
+
+
+def build_record(
+    plan: Plan,
+    baselines: Mapping[str, Measured],
+    trials: Sequence[EndedTrial],
+    scores: Mapping[str, Measured],
+    winner: EndedTrial | None,
+    full: AdapterArtifact | None,
+    squeezed: Sequence[SqueezedAdapter],
+    timings: Mapping[str, float],
+) -> SweepRecord:
+    """Put a sweep's findings together."""
+    config, origin = plan.config, provenance()
+    versions = {
+        name.removeprefix("version."): value for name, value in origin.items() if name.startswith("version.")
+    }
+    dirty = "-dirty" if origin.get("git.dirty") == "true" else ""
+    ship = _ship(plan, winner, squeezed, scores)
+    return SweepRecord(
+        name=config.name,
+        question=config.question or f"Which adapter of {config.model.name} is best at {config.data.name}?",
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        model=config.model.name,
+        task=f"{config.data.name} ({config.data.source})",
+        metric="exact match" if config.data.score == "strict" else "native score",
+        data_digest=plan.parts.digest,
+        data_sizes={part: len(getattr(plan.parts, part)) for part in ("train", "val", "test")},
+        seed=config.seed,
+        device=f"{origin['device']}, {plan.run.scale.dtype}",
+        versions={"python": origin["python"], **versions},
+        git_commit=origin["git.commit"] + dirty if "git.commit" in origin else "",
+        baselines=tuple(_baseline(name, measured) for name, measured in baselines.items()),
+        trials=tuple(_trial(trial, scores.get(trial.point.name, Measured())) for trial in trials),
+        winner=ship,
+        no_winner="" if ship else "no trial finished; look at why in the table",
+        squeezed=tuple(_squeezed(item, winner, scores) for item in squeezed),
+        comparisons=_comparisons(winner, baselines, scores, squeezed),
+        singular_values=full.meta.singular_values if full else {},
+        timings=dict(timings),
+        commands=_commands(plan),
+    )
+
+
+def _ship(
+    plan: Plan,
+    winner: EndedTrial | None,
+    squeezed: Sequence[SqueezedAdapter],
+    scores: Mapping[str, Measured],
+) -> Winner | None:
+    if winner is None:
+        return None
+    name, rule = winner.point.name, plan.config.sweep.select_by.replace("_", " ")
+    why = f"best {rule} among the trials that finished"
+    reached, keep = scores[name].mean("val"), plan.config.squeeze.keep_score
+    small = smallest_good(squeezed, scores, reached, keep) if reached else None
+    if small is None:
+        return Winner(trial=name, ship=name, why=why)
+    why += f"; {small.name} is its smallest version that keeps {keep:.0%} of its validation score"
+    return Winner(trial=name, ship=small.name, why=why)
+
+
+def _baseline(name: str, measured: Measured) -> Baseline:
+    test = measured.score("test")
+    assert test is not None
+    return Baseline(name=name, test=test, val_score=measured.mean("val"))
+
+
+def _trial(trial: EndedTrial, measured: Measured) -> Trial:
+    method, result = trial.point.run.method, trial.result
+    common = {
+        "id": trial.point.name,
+        "method": method.name,
+        "rank": method.rank,
+        "alpha": method.alpha or 2.0 * method.rank,
+        "lr": trial.point.run.optim.lr,
+        "seed": trial.point.run.seed,
+        "settings": leaves(trial.point.run),
+        "status": trial.status,
+    }
+    if result is None:
+        return Trial(**common, reason=trial.error)  # type: ignore[arg-type]
+    reason = "" if result["finished"] else f"behind others at step {result['steps']}"
+    seconds = result["seconds"]
+    return Trial(
+        **common,  # type: ignore[arg-type]
+        reason=reason,
+        steps=result["steps"],
+        val_loss=tuple((int(s), float(v)) for s, v in result["val_curve"]),
+        train_loss=tuple((int(s), float(v)) for s, v in result["train_curve"]),
+        val_score=measured.mean("val"),
+        test=measured.score("test"),
+        trainable=result["trainable"],
+        bytes=result["bytes"],
+        seconds=seconds["train"] + seconds["evaluate"],
+        overhead_seconds=seconds["overhead"],
+        peak_memory_bytes=result["peak_memory"],
+        folder=result["folder"],
+        run_id=trial.run_id,
+    )
+
+
+def _squeezed(
+    item: SqueezedAdapter, winner: EndedTrial | None, scores: Mapping[str, Measured]
+) -> Squeezed:
+    assert winner is not None
+    energies = list(item.energy.values())
+    return Squeezed(
+        name=item.name,
+        trial=winner.point.name,
+        rank=item.rank,
+        energy_mean=sum(energies) / len(energies),
+        energy_min=min(energies),
+        val_score=scores[item.name].mean("val"),
+        test=scores[item.name].score("test"),
+        parameters=item.parameters,
+        bytes=item.bytes,
+        seconds=item.seconds,
+        folder=str(item.folder),
+    )
+
+
+def _comparisons(
+    winner: EndedTrial | None,
+    baselines: Mapping[str, Measured],
+    scores: Mapping[str, Measured],
+    squeezed: Sequence[SqueezedAdapter],
+) -> tuple[Comparison, ...]:
+    """Compare the winner with the best baseline, and each squeezed version with the winner."""
+    if winner is None:
+        return ()
+    name = winner.point.name
+    best = max(baselines, key=lambda key: baselines[key].mean("val") or 0.0)
+    pairs = [(name, scores[name], best, baselines[best])]
+    pairs += [(item.name, scores[item.name], name, scores[name]) for item in squeezed]
+    return tuple(_compare(*pair) for pair in pairs)
+
+
+def _compare(name: str, one: Measured, against: str, other: Measured) -> Comparison:
+    found = paired(one.parts["test"], other.parts["test"])
+    n = len(one.parts["test"])
+    difference = Score(value=found.difference, low=found.ci_low, high=found.ci_high, n=n)
+    return Comparison(name=name, against=against, difference=difference)
+
+
+def _commands(plan: Plan) -> tuple[Command, ...]:
+    output = _short(plan.output)
+    return (
+        Command(what="Run the sweep again", command=f"rayft sweep {output}/config.yaml"),
+        Command(what="Compare the runs", command=f"mlflow ui --backend-store-uri {_short_uri(plan)}"),
+        Command(what="Serve the result", command=f"rayft serve {output}/serve.yaml"),
+        Command(what="Move the champion by hand", command=f"rayft promote {plan.config.name} 1 --sweep {output}"),
+        Command(what="Make this report again", command=f"rayft report {output}"),
+    )
+
+
+def _short_uri(plan: Plan) -> str:
+    return plan.tracker.uri.replace(str(Path.cwd()) + "/", "")
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

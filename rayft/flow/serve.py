@@ -1,0 +1,69 @@
+"""Serve a sweep's result and ask it something."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import httpx
+
+from rayft.errors import ResourceError
+from rayft.flow.sweep import served_adapters
+from rayft.report.frame import Exchange, Served, SweepRecord
+
+__all__ = ["ask", "served_names", "wait_ready"]
+
+
+def served_names(output: Path, record: SweepRecord, ranks: int = 2) -> list[str]:
+    """Give the values of `model` to try: the base, the winner, its smaller ranks, other methods."""
+    adapters = list(served_adapters(output, record))
+    if not adapters:
+        return ["base"]
+    smaller = [f"{adapters[0]}@r{item.rank}" for item in record.squeezed[:ranks]]
+    return ["base", adapters[0], *smaller, *adapters[1:]]
+
+
+def wait_ready(url: str, timeout: float = 120.0) -> None:
+    """Wait until a server answers.
+
+    Raises:
+        ResourceError: if it doesn't in time.
+    """
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/healthz", timeout=5).is_success:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.25)
+    raise ResourceError(f"{url} did not answer within {timeout:.0f} s; look at Ray Serve's logs")
+
+
+def ask(url: str, names: Sequence[str], question: str, expected: str, max_tokens: int = 16) -> Served:
+    """Send one question to each of `names` at once over HTTP and collect the answers.
+
+    Raises:
+        ResourceError: if one of them does not answer with 200.
+    """
+    import concurrent.futures
+
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        texts = list(pool.map(lambda name: _one(url, name, question, max_tokens), names))
+    answers: Mapping[str, str] = dict(zip(names, texts, strict=True))
+    exchange = Exchange(question=question, expected=expected, answers=dict(answers))
+    return Served(url=url, names=tuple(names), exchanges=(exchange,))
+
+
+def _one(url: str, name: str, question: str, max_tokens: int) -> str:
+    body = {
+        "model": name,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+    }
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+    if answer.status_code != 200:
+        raise ResourceError(f"{name} answered {answer.status_code}: {answer.text[:300]}")
+    return str(answer.json()["choices"][0]["message"]["content"]).strip()

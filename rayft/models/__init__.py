@@ -1,0 +1,1 @@
+"""Base models: loading them, choosing their linear layers, putting adapters in."""

@@ -1,0 +1,27 @@
+"""What a sweep found, as a record, a table for the terminal and one HTML file."""
+
+from rayft.report.frame import (
+    Baseline,
+    Command,
+    Comparison,
+    Exchange,
+    Score,
+    Served,
+    Squeezed,
+    SweepRecord,
+    Trial,
+    Winner,
+)
+
+__all__ = [
+    "Baseline",
+    "Command",
+    "Comparison",
+    "Exchange",
+    "Score",
+    "Served",
+    "Squeezed",
+    "SweepRecord",
+    "Trial",
+    "Winner",
+]

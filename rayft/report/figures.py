@@ -1,0 +1,323 @@
+"""The report's figures. Methods differ by colour and by marker; every figure is told in words too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+from rayft.report.canvas import INK, PAPER, SERIES, SOFT, STYLE, canvas, legend, short, styles, svg
+from rayft.report.frame import SweepRecord, Trial
+from rayft.report.labels import place
+from rayft.report.rows import Row, human_bytes, pareto, rows
+
+__all__ = ["Drawing", "draw_all"]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure for the page."""
+
+    key: str
+    """Unique on the page; prefix of the SVG's ids."""
+    title: str
+    """Heading."""
+    caption: str
+    """What is drawn, and how to read it."""
+    alt: str
+    """The figure in words, for those who can't see it."""
+    svg: str
+    """An `<svg>` element."""
+
+
+def draw_all(record: SweepRecord) -> list[Drawing]:
+    """Draw every figure that the record has data for."""
+    with mpl.rc_context(STYLE):
+        drawn = [_scores(record), _learning(record), _energy(record), _squeeze(record)]
+    return [drawing for drawing in drawn if drawing is not None]
+
+
+def _scores(record: SweepRecord) -> Drawing | None:
+    points = [row for row in rows(record) if row.kind != "baseline" and row.test and row.bytes]
+    if not points:
+        return None
+    figure, axes = canvas(height=4.8)
+    style = _methods(record, {row.method for row in points})
+    _scatter(axes, points, style)
+    front = pareto(points)
+    values = [row.test.value for row in front if row.test]
+    axes.plot(
+        [row.bytes or 0 for row in front], values, color=SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=1
+    )
+    axes.set_xscale("log")
+    _byte_ticks(axes, [row.bytes or 1 for row in points])
+    _score_axis(axes, record, [row.test.high for row in points if row.test])
+    axes.set_xlabel("adapter size (log scale)")
+    _baselines(axes, record)
+    extra = [Line2D([], [], color=INK, marker="o", linestyle="none", markerfacecolor=PAPER, label="squeezed")]
+    extra += [Line2D([], [], color=SOFT, linewidth=1, linestyle=(0, (4, 3)), label="Pareto front")]
+    legend(figure, style, extra if record.squeezed else extra[1:])
+    figure.canvas.draw()
+    # What matters most is named first, while there is room.
+    order = sorted(points, key=lambda row: (not row.ship, not row.winner, row not in front))
+    place(axes, [(row.bytes or 1, row.test.value, _tag(record, row)) for row in order if row.test])
+    told = [f"{row.name} {row.test.value:.2f} at {human_bytes(row.bytes)}" for row in points if row.test]
+    source = f" A name that begins with @ is {record.winner.trial}, squeezed." if record.winner else ""
+    return Drawing(
+        key="scores",
+        title="Score against size",
+        caption=(
+            "Test score with its 95 % interval against the bytes of the adapter; up and to the left is "
+            "better. Nothing beats the points on the dashed front in both. The large point is what to ship."
+            + source
+        ),
+        alt=f"Test score by adapter size: {'; '.join(told)}. Pareto front: {', '.join(row.name for row in front)}.",
+        svg=svg(figure, "scores"),
+    )
+
+
+def _tag(record: SweepRecord, row: Row) -> str:
+    """Shorten `t3@r4` to `@r4`, if t3 is the winner."""
+    winner = record.winner.trial if record.winner else ""
+    return row.name.removeprefix(winner) if row.name.startswith(f"{winner}@") else row.name
+
+
+def _methods(record: SweepRecord, shown: set[str]) -> dict[str, tuple[str, str]]:
+    """Give the methods that are shown the colour and marker that they have in every figure."""
+    every = styles([trial.method for trial in record.trials])
+    return {name: look for name, look in every.items() if name in shown}
+
+
+def _scatter(axes: Axes, points: Sequence[Row], style: Mapping[str, tuple[str, str]]) -> None:
+    for row in points:
+        if row.test is None or row.bytes is None:
+            continue
+        colour, marker = style[row.method]
+        below, above = max(row.test.value - row.test.low, 0), max(row.test.high - row.test.value, 0)
+        axes.errorbar(
+            row.bytes, row.test.value, [[below], [above]], color=colour, linewidth=1, alpha=0.55, zorder=2
+        )
+        axes.plot(
+            row.bytes,
+            row.test.value,
+            marker,
+            color=colour,
+            markersize=10 if row.ship else 6.5,
+            markerfacecolor=colour if row.kind == "trial" else PAPER,
+            markeredgewidth=1.6,
+            zorder=3,
+        )
+
+
+def _learning(record: SweepRecord) -> Drawing | None:
+    trials = [trial for trial in record.trials if trial.val_loss]
+    finite = [value for trial in trials for _, value in trial.val_loss if math.isfinite(value)]
+    if not finite:
+        return None
+    figure, axes = canvas(height=4.2)
+    style = _methods(record, {trial.method for trial in trials})
+    winner = record.winner.trial if record.winner else ""
+    # A diverged trial must not press all others flat.
+    low, high = min(finite), float(np.quantile(finite, 0.95))
+    room = max(high - low, 1e-3) * 0.06
+    axes.set_ylim(low - room, max(high + room, _final_losses(trials) + room))
+    for trial in trials:
+        _curve(axes, trial, *style[trial.method], own=trial.id == winner)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("validation loss")
+    extra = [Line2D([], [], color=INK, marker="x", markeredgewidth=2, linestyle="none", label="ended early")]
+    early = any(trial.status != "finished" for trial in trials)
+    if winner:
+        extra.append(Line2D([], [], color=INK, linewidth=3, label="winner"))
+    legend(figure, style, extra if early else extra[1:], lines=True)
+    told = "; ".join(_curve_text(trial) for trial in trials)
+    return Drawing(
+        key="learning",
+        title="Learning curves",
+        caption=(
+            "Validation loss of every trial. A cross marks where a trial was stopped by the scheduler, "
+            "or failed."
+        ),
+        alt=f"Validation loss over steps: {told}.",
+        svg=svg(figure, "learning"),
+    )
+
+
+def _curve(axes: Axes, trial: Trial, colour: str, marker: str, *, own: bool) -> None:
+    steps, losses = zip(*trial.val_loss, strict=True)
+    width, front = (3.0, 4) if own else (1.3, 2)
+    axes.plot(steps, losses, color=colour, marker=marker, markersize=3.5, linewidth=width, zorder=front)
+    if trial.status != "finished":
+        step, loss = _last_finite(trial)
+        seen = min(loss, axes.get_ylim()[1])
+        axes.plot(step, seen, "x", color=colour, markersize=9, markeredgewidth=2.2, zorder=5, clip_on=False)
+
+
+def _energy(record: SweepRecord) -> Drawing | None:
+    spectra = {name: values for name, values in record.singular_values.items() if _usable(values)}
+    if not spectra or record.winner is None:
+        return None
+    rank = max(len(values) for values in spectra.values())
+    curves = np.ones((len(spectra), rank + 1))
+    for row, values in enumerate(spectra.values()):
+        energy = np.cumsum(np.square(np.asarray(values, dtype=float)))
+        curves[row, : len(values) + 1] = np.concatenate([[0.0], energy / energy[-1]])
+    low, middle, high = np.quantile(curves, [0.1, 0.5, 0.9], axis=0)
+    figure, axes = canvas(height=3.9)
+    ranks = np.arange(rank + 1)
+    colour = SERIES[0]
+    axes.fill_between(ranks, curves.min(0), curves.max(0), color=colour, alpha=0.13, linewidth=0)
+    axes.fill_between(ranks, low, high, color=colour, alpha=0.28, linewidth=0)
+    axes.plot(ranks, middle, color=colour, linewidth=2.4)
+    marks = sorted({min(item.rank, rank) for item in record.squeezed})
+    for mark in marks:
+        axes.axvline(mark, color=SERIES[1], linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot(mark, middle[mark], "s", color=SERIES[1], markersize=6)
+    axes.set_ylim(0, 1.04)
+    axes.set_xlim(0, rank + 0.3)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    axes.set_xlabel("rank kept")
+    axes.set_ylabel("energy kept")
+    handles = [Line2D([], [], color=colour, linewidth=2.4, label="median module")]
+    handles.append(Line2D([], [], color=colour, linewidth=8, alpha=0.4, label="10–90 % (pale: all)"))
+    if marks:
+        handles.append(
+            Line2D(
+                [], [], color=SERIES[1], marker="s", linestyle=(0, (4, 3)), linewidth=1, label="squeezed to"
+            )
+        )
+    legend(figure, {}, handles)
+    told = ", ".join(f"{100 * middle[mark]:.1f} % at rank {mark}" for mark in (marks or [rank // 2]))
+    return Drawing(
+        key="energy",
+        title=f"Singular values of {record.winner.trial}",
+        caption=(
+            f"Share of the squared singular values that the largest of them hold, over {len(spectra)} "
+            "modules: the steeper, the more can be squeezed away."
+        ),
+        alt=f"Energy kept by rank, median over {len(spectra)} modules: {told}.",
+        svg=svg(figure, "energy"),
+    )
+
+
+def _usable(values: Sequence[float]) -> bool:
+    return any(values) and all(math.isfinite(value) for value in values)
+
+
+def _squeeze(record: SweepRecord) -> Drawing | None:
+    scored = sorted((item for item in record.squeezed if item.test), key=lambda item: item.rank)
+    if not scored:
+        return None
+    figure, axes = canvas(height=3.9)
+    hows = list(dict.fromkeys(item.how for item in scored))
+    style = styles(hows)
+    for how in hows:
+        mine = [(item.rank, item.test) for item in scored if item.how == how and item.test]
+        _with_intervals(axes, mine, *style[how])
+    source = next((trial for trial in record.trials if trial.id == scored[0].trial and trial.test), None)
+    extra = []
+    if source and source.test:
+        _with_intervals(axes, [(source.rank, source.test)], INK, "D")
+        extra = [
+            Line2D([], [], color=INK, marker="D", linestyle="none", label=f"{short(source.id)} as trained")
+        ]
+    ranks = sorted({item.rank for item in scored} | ({source.rank} if source else set()))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ranks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+    _score_axis(axes, record, [item.test.high for item in scored if item.test])
+    axes.set_xlabel("rank (log scale)")
+    _baselines(axes, record)
+    legend(figure, style, extra, lines=True)
+    told = "; ".join(f"rank {item.rank} ({item.how}) {item.test.value:.2f}" for item in scored if item.test)
+    return Drawing(
+        key="squeeze",
+        title="Squeezing",
+        caption=(
+            "Test score with its 95 % interval after squeezing to a lower rank. post: no further training; "
+            "cont: some steps after; in: squeezed during training."
+        ),
+        alt=f"Test score by rank: {told}.",
+        svg=svg(figure, "squeeze"),
+    )
+
+
+def _with_intervals(axes: Axes, points: Sequence[tuple[int, Any]], colour: str, marker: str) -> None:
+    ranks = [rank for rank, _ in points]
+    values = [score.value for _, score in points]
+    below = [max(score.value - score.low, 0) for _, score in points]
+    above = [max(score.high - score.value, 0) for _, score in points]
+    axes.errorbar(
+        ranks, values, [below, above], color=colour, marker=marker, markersize=6.5, capsize=3, elinewidth=1
+    )
+
+
+def _score_axis(axes: Axes, record: SweepRecord, tops: Sequence[float]) -> None:
+    top = max([*tops, *(base.test.value for base in record.baselines)])
+    axes.set_ylim(0, min(1.0, top * 1.12) * 1.01 if top > 0 else 1.0)
+    axes.set_ylabel(f"test score ({record.metric})")
+
+
+def _baselines(axes: Axes, record: SweepRecord) -> None:
+    """Draw the best prompt and the majority answer as lines, named at the right end."""
+    majority = [base for base in record.baselines if "majority" in base.name]
+    prompted = [base for base in record.baselines if "majority" not in base.name]
+    best = [max(prompted, key=lambda base: base.test.value)] if prompted else []
+    lines = sorted([*best, *majority], key=lambda base: base.test.value)
+    gap = 0.055 * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    floor = -math.inf
+    for base in lines:
+        axes.axhline(base.test.value, color=SOFT, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
+        height = max(base.test.value, floor)
+        floor = height + gap
+        text = f"{short(base.name)} {base.test.value:.2f}"
+        axes.text(
+            1.0,
+            height,
+            text,
+            transform=axes.get_yaxis_transform(),
+            ha="right",
+            va="bottom",
+            fontsize=11,
+            color=SOFT,
+        )
+
+
+def _byte_ticks(axes: Axes, sizes: Sequence[int]) -> None:
+    low, high = min(sizes) / 1.5, max(sizes) * 1.9
+    axes.set_xlim(low, high)
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [
+        factor * 10**power for power in exponents for factor in (1, 2, 5) if low <= factor * 10**power <= high
+    ]
+    while len(ticks) > 6:
+        ticks = ticks[::2]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
+    axes.minorticks_off()
+
+
+def _last_finite(trial: Trial) -> tuple[int, float]:
+    points = [point for point in trial.val_loss if math.isfinite(point[1])]
+    return points[-1] if points else (trial.val_loss[-1][0], math.nan)
+
+
+def _final_losses(trials: Sequence[Trial]) -> float:
+    """Give the highest loss that a finished trial ended with."""
+    ends = [_last_finite(trial)[1] for trial in trials if trial.status == "finished"]
+    return max((end for end in ends if math.isfinite(end)), default=-math.inf)
+
+
+def _curve_text(trial: Trial) -> str:
+    step, loss = _last_finite(trial)
+    how = "" if trial.status == "finished" else f" ({trial.status})"
+    return f"{trial.id} {loss:.2f} at step {step}{how}"

@@ -1,0 +1,300 @@
+"""The record of a sweep: plain data, independent of Ray and MLflow, kept as sweep.json.
+
+Everything that is reported is read from here, so a report can be made again anywhere. A score is
+the mean over test questions, higher is better; intervals are 95 %.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from rayft.config import Section
+from rayft.errors import ReportError
+
+__all__ = [
+    "Baseline",
+    "Command",
+    "Comparison",
+    "Exchange",
+    "Score",
+    "Served",
+    "Squeezed",
+    "SweepRecord",
+    "Trial",
+    "Winner",
+]
+
+Curve = tuple[tuple[int, float], ...]
+"""(optimizer step, value), in order."""
+
+
+class _Part(Section):
+    # A loss may be NaN or infinite, which plain JSON can't say.
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+
+class Score(_Part):
+    """A mean with its 95 % interval."""
+
+    value: float
+    """The mean."""
+    low: float
+    """Lower end of the interval."""
+    high: float
+    """Upper end of the interval."""
+    n: int = Field(ge=0)
+    """Questions that it is the mean over."""
+
+    def overlaps(self, other: Score) -> bool:
+        """Tell whether the two intervals have a point in common."""
+        return self.low <= other.high and other.low <= self.high
+
+
+class Baseline(_Part):
+    """What is reached without training."""
+
+    name: str
+    """`base`, `answer only`, `few shot`, `majority answer`."""
+    test: Score
+    """Score on the test part."""
+    val_score: float | None = None
+    """Score on the validation part; the gate compares with the best of them."""
+
+
+class Trial(_Part):
+    """One training run."""
+
+    id: str
+    """Unique in the sweep; the name in tables and figures."""
+    method: str
+    """A key of `rayft.methods.METHODS`, or `peft:<Class>`."""
+    rank: int
+    """Rank of each module's update."""
+    alpha: float
+    """Scale numerator α."""
+    lr: float
+    """Peak learning rate."""
+    seed: int
+    """Seed of weights and data order."""
+    settings: dict[str, str] = {}
+    """Every other leaf of its configuration, as text."""
+    status: Literal["finished", "stopped", "failed"]
+    """`stopped` is by the scheduler, before the last step."""
+    reason: str = ""
+    """Why it was stopped or has failed."""
+    steps: int = 0
+    """Optimizer steps that were taken."""
+    val_loss: Curve = ()
+    """Loss on the validation part."""
+    train_loss: Curve = ()
+    """Loss on the training batches."""
+    val_score: float | None = None
+    """Score on the validation part; None where it was not generated."""
+    test: Score | None = None
+    """Score on the test part; None where it was not read."""
+    trainable: int = 0
+    """Numbers that train."""
+    bytes: int = 0
+    """Size of the adapter's weights on disk."""
+    seconds: float = 0.0
+    """Training time, validation included."""
+    overhead_seconds: float = 0.0
+    """Time to start, load and save."""
+    peak_memory_bytes: int | None = None
+    """Most memory held by one worker's device (its process on a CPU); None where it was not measured."""
+    folder: str = ""
+    """Adapter folder; empty if none was written."""
+    run_id: str = ""
+    """Its run in the tracker."""
+
+    @property
+    def last_val_loss(self) -> float | None:
+        """The validation loss at the end."""
+        return self.val_loss[-1][1] if self.val_loss else None
+
+
+class Squeezed(_Part):
+    """An adapter of lower rank, made from a trial's."""
+
+    name: str
+    """Name in tables and figures, such as `t3@r4`."""
+    trial: str
+    """Id of the trial that it was made from."""
+    how: Literal["post", "cont", "in"] = "post"
+    """`post`: no further training; `cont`: some steps after; `in`: squeezed during training."""
+    rank: int
+    """Largest rank of its modules."""
+    energy_mean: float
+    """Share of the squared singular values that is kept, mean over modules."""
+    energy_min: float
+    """The same of the module that keeps least."""
+    val_score: float | None = None
+    """Score on the validation part."""
+    test: Score | None = None
+    """Score on the test part; None where it was not read."""
+    val_loss: float | None = None
+    """Loss on the validation part."""
+    parameters: int = 0
+    """Numbers that it holds."""
+    bytes: int = 0
+    """Size of its weights on disk."""
+    seconds: float = 0.0
+    """Time to make it, further training included, scoring not."""
+    folder: str = ""
+    """Adapter folder; empty if it is served as a prefix of the trial's."""
+
+
+class Comparison(_Part):
+    """A paired difference on the same test questions."""
+
+    name: str
+    """What is compared."""
+    against: str
+    """What it is compared with."""
+    difference: Score
+    """`name` minus `against`; an interval without 0 tells them apart."""
+
+
+class Winner(_Part):
+    """What the sweep chose, on the validation part."""
+
+    trial: str
+    """Id of the best trial."""
+    ship: str
+    """What to serve: that trial, or the name of a squeezed version."""
+    why: str
+    """The rule that chose it, in words."""
+
+
+class Exchange(_Part):
+    """One question to the served models."""
+
+    question: str
+    """The prompt."""
+    expected: str = ""
+    """The right answer, if there is one."""
+    answers: dict[str, str]
+    """Served name → its answer."""
+
+
+class Served(_Part):
+    """What was put behind HTTP."""
+
+    url: str
+    """Base URL of the server."""
+    names: tuple[str, ...]
+    """Values of the `model` field that it answers to."""
+    exchanges: tuple[Exchange, ...] = ()
+    """Questions and answers, to look at."""
+
+
+class Command(_Part):
+    """A shell command and what it does."""
+
+    what: str
+    """One line in words."""
+    command: str
+    """What to type."""
+
+
+class SweepRecord(_Part):
+    """Everything that a sweep found; what has not happened is empty."""
+
+    format: Literal[1] = 1
+    """Version of this format."""
+    name: str
+    """Name of the sweep."""
+    question: str
+    """What it was to find out, in a sentence."""
+    date: str
+    """When it began, ISO 8601."""
+    model: str
+    """The base model."""
+    task: str
+    """The task or data source."""
+    metric: str = "exact match"
+    """What a score is the mean of."""
+    data_digest: str
+    """Digest of all three parts."""
+    data_sizes: dict[str, int] = {}
+    """Examples in `train`, `val` and `test`."""
+    seed: int
+    """Seed of the sweep."""
+    device: str
+    """Where it ran."""
+    versions: dict[str, str] = {}
+    """Package → version."""
+    git_commit: str = ""
+    """Commit of the code; ends in `-dirty` if it was changed, empty if unknown."""
+    baselines: tuple[Baseline, ...] = ()
+    """The base without training, and the majority answer."""
+    trials: tuple[Trial, ...] = ()
+    """In the order that they were started."""
+    winner: Winner | None = None
+    """None if no trial is worth shipping."""
+    no_winner: str = ""
+    """Why there is none."""
+    squeezed: tuple[Squeezed, ...] = ()
+    """Lower ranks of the winner."""
+    comparisons: tuple[Comparison, ...] = ()
+    """Paired differences on the test part."""
+    singular_values: dict[str, tuple[float, ...]] = {}
+    """Of the winner's update: module → values, largest first."""
+    served: Served | None = None
+    """What was served, if anything."""
+    timings: dict[str, float] = {}
+    """Stage → seconds."""
+    commands: tuple[Command, ...] = ()
+    """How to reproduce the sweep and serve its result."""
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Self:
+        trials = [trial.id for trial in self.trials]
+        names = [*(base.name for base in self.baselines), *trials, *(item.name for item in self.squeezed)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two entries are named {', '.join(twice)}")
+        if self.winner and self.winner.trial not in trials:
+            raise ValueError(f"the winner {self.winner.trial} is no trial")
+        if self.winner and self.winner.ship not in names:
+            raise ValueError(f"{self.winner.ship} is to be shipped but is neither a trial nor squeezed")
+        return self
+
+    def save(self, path: str | Path) -> Path:
+        """Write the record as JSON, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f".{path.name}.{os.getpid()}")
+        staging.write_text(self.model_dump_json(indent=1) + "\n")
+        staging.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file, or the folder that has it as sweep.json.
+
+        Raises:
+            ReportError: if it is missing or damaged.
+        """
+        path = Path(path)
+        path = path / "sweep.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ReportError(
+                f"no record of a sweep at {path}; run `rayft sweep` first, or give its output folder"
+            )
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "file"
+            raise ReportError(
+                f"{path} is damaged or of another version ({where}: {problem['msg']}); "
+                "write it again with `rayft sweep`, which resumes what is finished"
+            ) from error

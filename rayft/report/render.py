@@ -1,0 +1,99 @@
+"""The report: one HTML file that needs nothing else, no network, no script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rayft.report.figures import draw_all
+from rayft.report.frame import SweepRecord, Trial
+from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, rows
+from rayft.report.verdict import difference_text, score_text, verdict
+
+__all__ = ["html", "render"]
+
+
+def html(record: SweepRecord) -> str:
+    """Make the page."""
+    environment = Environment(
+        loader=PackageLoader("rayft.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "size": human_bytes,
+        "count": human_count,
+        "duration": human_seconds,
+        "score": score_text,
+        "difference": difference_text,
+        "loss": loss_text,
+    }
+    figures = [(drawing, Markup(drawing.svg)) for drawing in draw_all(record)]  # noqa: S704  (drawn, not given)
+    page = environment.get_template("template.html").render(
+        record=record,
+        sentences=verdict(record),
+        groups=_groups(record),
+        figures=figures,
+        settings=_settings,
+        facts=_facts(record),
+        epilogue=_epilogue(record),
+    )
+    return page.rstrip() + "\n"
+
+
+def render(record: SweepRecord, path: str | Path) -> Path:
+    """Write the page to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(html(record), encoding="utf-8")
+    return path
+
+
+def _groups(record: SweepRecord) -> list[tuple[str, list[Row]]]:
+    """Gather the rows of each kind under its heading, leaving out kinds that there are none of."""
+    source = record.winner.trial if record.winner else "a trial"
+    headings = {"baseline": "without training", "trial": "trials", "squeezed": f"squeezed from {source}"}
+    found = rows(record)
+    groups = [(heading, [row for row in found if row.kind == kind]) for kind, heading in headings.items()]
+    return [(heading, members) for heading, members in groups if members]
+
+
+def _settings(trial: Trial) -> Mapping[str, str]:
+    """List what a trial was, in full."""
+    known = {
+        "method": trial.method,
+        "rank": str(trial.rank),
+        "alpha": f"{trial.alpha:g}",
+        "learning rate": f"{trial.lr:g}",
+        "seed": str(trial.seed),
+        "steps": str(trial.steps),
+        "validation score": "–" if trial.val_score is None else f"{trial.val_score:.3f}",
+        "training time": human_seconds(trial.seconds),
+        "overhead": human_seconds(trial.overhead_seconds),
+        "adapter folder": trial.folder,
+        "tracked as run": trial.run_id,
+    }
+    return {name: text for name, text in known.items() if text} | dict(trial.settings)
+
+
+def _facts(record: SweepRecord) -> Mapping[str, str]:
+    sizes = ", ".join(f"{count} {part}" for part, count in record.data_sizes.items())
+    known = {"model": record.model, "task": record.task, "data": sizes, "device": record.device}
+    known["date"] = record.date.replace("T", " ")[:16]
+    return {name: text for name, text in known.items() if text}
+
+
+def _epilogue(record: SweepRecord) -> Mapping[str, str]:
+    versions = ", ".join(f"{package} {version}" for package, version in record.versions.items())
+    known = {
+        "data digest": record.data_digest,
+        "seed": str(record.seed),
+        "commit": record.git_commit,
+        "versions": versions,
+    }
+    return {name: text for name, text in known.items() if text}

@@ -1,0 +1,117 @@
+"""The report's first paragraph: what to ship, why, and how sure that is."""
+
+from __future__ import annotations
+
+from rayft.report.frame import Comparison, Score, SweepRecord
+from rayft.report.rows import Row, human_bytes, rows
+
+__all__ = ["difference_text", "score_text", "verdict"]
+
+
+def score_text(score: Score | None, digits: int = 2) -> str:
+    """Write a score with its interval: 0.61 [0.55, 0.67]; `–` for None."""
+    if score is None:
+        return "–"
+    return f"{score.value:.{digits}f} [{score.low:.{digits}f}, {score.high:.{digits}f}]"
+
+
+def difference_text(difference: Score) -> str:
+    """Write a difference with its interval and signs: +0.39 [+0.32, +0.46]."""
+    return f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]".replace("-", "−")
+
+
+def verdict(record: SweepRecord) -> list[str]:
+    """Say in sentences what to ship and how sure that is; the first one is the answer."""
+    if record.winner is None:
+        why = record.no_winner or "no trial has finished"
+        return [f"Ship no adapter: {why}."]
+    found = {row.name: row for row in rows(record)}
+    ship, winner = found[record.winner.ship], found[record.winner.trial]
+    sentences = _answer(record, ship)
+    sentences += _against_baselines(record, ship)
+    if ship is not winner:
+        sentences += _squeezing(record, ship, winner)
+    sentences += _against_rivals(record, winner)
+    failed = sum(trial.status == "failed" for trial in record.trials)
+    if failed:
+        sentences.append(f"{failed} of {len(record.trials)} trials failed; their reasons are below.")
+    return sentences
+
+
+def _answer(record: SweepRecord, ship: Row) -> list[str]:
+    assert record.winner is not None
+    answer = f"Ship {ship.name} ({human_bytes(ship.bytes)}): {record.winner.why}."
+    if ship.test is None:
+        return [answer, "It was not scored on the test part."]
+    return [
+        answer,
+        f"On {ship.test.n} test questions it scores {score_text(ship.test)} ({record.metric}, 95 % "
+        "interval).",
+    ]
+
+
+def _against_baselines(record: SweepRecord, ship: Row) -> list[str]:
+    if not record.baselines or ship.test is None:
+        return ["There is no baseline to compare with."] if not record.baselines else []
+    best = max(record.baselines, key=lambda base: base.test.value)
+    sentence = f"Without training the best is {best.name} at {score_text(best.test)}"
+    return [f"{sentence}: {_told_apart(record, ship.name, ship.test, best.name, best.test)}"]
+
+
+def _squeezing(record: SweepRecord, ship: Row, winner: Row) -> list[str]:
+    item = next(item for item in record.squeezed if item.name == ship.name)
+    smaller = f"{winner.bytes / ship.bytes:.1f} times smaller" if winner.bytes and ship.bytes else "smaller"
+    sentence = (
+        f"It is {winner.name} squeezed from rank {winner.rank} to {ship.rank}: {smaller}, with "
+        f"{100 * item.energy_mean:.1f} % of the update's energy"
+    )
+    if ship.test is None or winner.test is None:
+        return [sentence + "."]
+    apart = _told_apart(record, ship.name, ship.test, winner.name, winner.test)
+    return [f"{sentence}. Unsqueezed it scores {score_text(winner.test)}: {apart}"]
+
+
+def _against_rivals(record: SweepRecord, winner: Row) -> list[str]:
+    rivals = [row for row in rows(record) if row.kind == "trial" and row.test and row.name != winner.name]
+    if winner.test is None or not rivals:
+        return []
+    tied = [row for row in rivals if row.test and not _apart(record, winner, row)]
+    if not tied:
+        return [f"The other {len(rivals)} scored trials are told apart from {winner.name} by the test part."]
+    names = ", ".join(row.name for row in tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
+    sentence = f"The choice among trials is not settled: {names} can't be told apart from {winner.name}"
+    sentence += " on so many questions"
+    best = max(tied, key=lambda row: row.test.value if row.test else 0.0)
+    if best.test and best.test.value > winner.test.value:
+        sentence += f"; {best.name} even scores higher on the test part, which did not choose"
+    return [sentence + "."]
+
+
+def _paired(record: SweepRecord, name: str, against: str) -> Comparison | None:
+    for found in record.comparisons:
+        if {found.name, found.against} == {name, against}:
+            return found
+    return None
+
+
+def _apart(record: SweepRecord, row: Row, other: Row) -> bool:
+    paired = _paired(record, row.name, other.name)
+    if paired is not None:
+        return paired.difference.low > 0 or paired.difference.high < 0
+    assert row.test is not None
+    assert other.test is not None
+    return not row.test.overlaps(other.test)
+
+
+def _told_apart(record: SweepRecord, name: str, score: Score, against: str, other: Score) -> str:
+    """Say whether two scores differ, by the paired difference if it was taken, else by their intervals."""
+    paired = _paired(record, name, against)
+    if paired is not None:
+        found = paired.difference
+        if paired.name != name:
+            found = Score(value=-found.value, low=-found.high, high=-found.low, n=found.n)
+        clear = "clear of zero" if found.low > 0 or found.high < 0 else "which does not exclude zero"
+        return f"question by question the difference is {difference_text(found)}, {clear}."
+    if score.overlaps(other):
+        return "the intervals overlap, so the difference may be chance."
+    return "the intervals do not overlap."

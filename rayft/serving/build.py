@@ -1,0 +1,137 @@
+"""From a configuration to a running application."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from typing import Any
+
+import ray
+import ray.serve as ray_serve
+import torch
+
+from rayft.errors import ResourceError
+from rayft.models.load import load_model, resolve
+from rayft.models.targets import linear_shapes
+from rayft.serving.catalog import BaseModel, check_adapter
+from rayft.serving.config import ServeConfig
+from rayft.serving.ingress import IngressDeployment
+from rayft.serving.replica import ReplicaDeployment
+
+__all__ = ["APPLICATION", "build_app", "preflight", "run"]
+
+APPLICATION = "rayft"
+"""The application's name in Ray Serve."""
+
+WAITING_PER_RUNNING = 4
+"""Requests that wait in a replica for each that runs, so that a place is filled at the next step."""
+
+
+def build_app(config: ServeConfig) -> ray_serve.Application:
+    """Bind ingress and replicas.
+
+    Adapters are passed as `user_config`: where only they change, Ray Serve hands the new ones to
+    every running replica and restarts none.
+    """
+    device = _device(config)
+    replica = ReplicaDeployment.options(
+        num_replicas=config.replicas,
+        max_ongoing_requests=config.max_running * (1 + WAITING_PER_RUNNING),
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": 1 if device == "cuda" else 0},
+        user_config={"adapters": dict(config.adapters)},
+        graceful_shutdown_timeout_s=5,
+    ).bind(config.model_copy(update={"adapters": {}}), device)
+    ingress = IngressDeployment.options(
+        max_ongoing_requests=config.replicas * config.max_running * (1 + WAITING_PER_RUNNING),
+        # It only passes text on; a whole core would be missed by the replicas.
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=5,
+    )
+    return ingress.bind(replica)
+
+
+def preflight(config: ServeConfig) -> None:
+    """Check, before anything starts, that the port is free and that each adapter fits the base.
+
+    Raises:
+        ResourceError: if the port is in use.
+        ModelError: if the base can't be loaded.
+        ArtifactError: if an adapter can't be served.
+    """
+    _check_port(config.host, config.port)
+    resolve(config.model)
+    if not config.adapters:
+        return
+    loaded = load_model(config.model, torch.bfloat16)
+    base = BaseModel(config.model.name, loaded.fingerprint, linear_shapes(loaded.model))
+    for name, folder in config.adapters.items():
+        check_adapter(name, folder, base)
+
+
+def run(config: ServeConfig, *, blocking: bool = True) -> None:
+    """Check, start Ray if it isn't running, and serve; returns at once if not `blocking`.
+
+    Raises:
+        ResourceError: if the port is in use, or the application does not start.
+        RayftError: as `preflight`.
+    """
+    preflight(config)
+    if not ray.is_initialized():
+        ray.init(namespace=APPLICATION)
+    http: dict[str, Any] = {"host": config.host, "port": config.port}
+    ray_serve.start(http_options=http)
+    try:
+        ray_serve.run(build_app(config), name=APPLICATION, route_prefix="/", blocking=False)
+    except RuntimeError as error:
+        raise ResourceError(f"the application did not start: {error}") from error
+    if not _listens(config.host, config.port):
+        raise ResourceError(
+            f"nothing listens on {config.host}:{config.port}: Ray Serve runs in this cluster already, "
+            "with another address; use that one, or end it with `serve shutdown`"
+        )
+    if blocking:
+        _wait_for_interrupt()
+
+
+def _wait_for_interrupt() -> None:
+    try:
+        while True:
+            time.sleep(1)
+    except KeyboardInterrupt:
+        ray_serve.shutdown()
+
+
+def _device(config: ServeConfig) -> str:
+    if config.device != "auto":
+        return config.device
+    if ray.is_initialized():
+        return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ResourceError(f"{host} is no address of this machine ({error}); set host to one") from error
+    with socket.socket(address[0], socket.SOCK_STREAM) as probe:
+        # As servers do: an address whose last connection has just ended is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address[4])
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ResourceError(
+                    f"port {port} on {host} is in use; stop what listens there (`serve shutdown` for an "
+                    f"earlier deployment) or choose another: --set port={port + 1}"
+                ) from error
+            raise ResourceError(f"can't listen on {host}:{port} ({error}); set another one") from error
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            return True
+    except OSError:
+        return False

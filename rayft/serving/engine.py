@@ -1,0 +1,82 @@
+"""What serving needs of an engine: one base model, adapters by name, requests that share batches."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from rayft.methods.base import LoraFactors
+
+__all__ = ["Engine", "EngineStats", "GenerationRequest", "Progress"]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """Tokens to continue, the adapter to do it with, and how."""
+
+    prompt: tuple[int, ...]
+    """Token ids, at least one."""
+    max_tokens: int
+    """Most tokens to generate."""
+    adapter: str | None = None
+    """Name of a loaded adapter; None for the base."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that hold this share of the probability."""
+    seed: int = 0
+    """Decides every draw: the same request and seed give the same tokens."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a request has come."""
+
+    tokens: tuple[int, ...]
+    """All tokens so far, without the one that ended it."""
+    generated: int
+    """How many tokens were generated, the end token included."""
+    finish: Literal["stop", "length"] | None = None
+    """Why it ended: an end token or the limit; None while it runs."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine has done since it started."""
+
+    alive: bool
+    """Whether it answers requests."""
+    forwards: int
+    """Forwards of the model."""
+    tokens: int
+    """Tokens that went through them, prompts included."""
+    running: int
+    """Requests that have not ended."""
+    max_requests_in_forward: int
+    """Most requests that shared one forward."""
+    max_slots_in_forward: int
+    """Most different adapters, the base counted as one, that shared one forward."""
+
+
+class Engine(Protocol):
+    """Generates for many requests at once; an instance is ready when its constructor returns."""
+
+    def submit(self, request: GenerationRequest) -> AsyncGenerator[Progress, None]:
+        """Generate, giving progress as it comes; closing the iterator ends the request.
+
+        Raises:
+            RequestError: while iterating, if the engine fails.
+        """
+
+    def load(self, name: str, factors: Mapping[str, LoraFactors]) -> None:
+        """Make an adapter usable under a name that is not in use."""
+
+    def unload(self, name: str) -> None:
+        """Free an adapter that no running request uses."""
+
+    def stats(self) -> EngineStats:
+        """Report health and work done."""
+
+    def stop(self) -> None:
+        """Fail what still runs and free the model."""

@@ -1,0 +1,180 @@
+"""OpenAI's request types, as far as they can be answered; the rest is refused, not ignored.
+
+Fields that nothing depends on (`user`, `metadata`, …) are let through, since clients send many.
+Those that would change the answer and aren't supported are refused with a 400 that names them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rayft.errors import BadRequestError
+
+__all__ = ["ChatRequest", "CompletionRequest", "Message", "StreamOptions", "TextRequest", "parse_request"]
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+"""Fields of OpenAI's that are not supported → the values that ask for nothing (null always does)."""
+
+
+class StreamOptions(BaseModel):
+    """What a stream holds beside the text."""
+
+    include_usage: bool = False
+    """End with a chunk that counts tokens."""
+
+
+class TextRequest(BaseModel):
+    """What chat and plain completions have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+    default_max_tokens: ClassVar[int | None] = None
+
+    model: str
+    """A served name."""
+    stream: bool = False
+    """Answer by server-sent events."""
+    stream_options: StreamOptions | None = None
+    """Only with `stream`."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Most tokens to generate."""
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    """0 takes the likeliest token; 1 where it is not given."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw from the likeliest tokens that hold this share of the probability."""
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    """Decides every draw; drawn itself where it is not given."""
+    stop: str | list[str] | None = None
+    """Strings that end the text (and are not part of it); at most four, as OpenAI allows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for field, neutral in NEUTRAL.items():
+                value = data.get(field)
+                if value is not None and not any(_same(value, allowed) for allowed in neutral):
+                    raise BadRequestError(
+                        f"'{field}' is not supported here; leave it out or send {json.dumps(neutral[0])}",
+                        param=field,
+                    )
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TextRequest:
+        if self.stream_options is not None and not self.stream:
+            raise BadRequestError("'stream_options' needs 'stream': true", param="stream_options")
+        if len(self.stops) > 4 or "" in self.stops:
+            raise BadRequestError("'stop' takes up to 4 strings, none of them empty", param="stop")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to generate; None for as many as fit."""
+        return self.max_tokens or self.default_max_tokens
+
+
+RequestT = TypeVar("RequestT", bound=TextRequest)
+
+
+class Part(BaseModel):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    def plain(self) -> dict[str, str]:
+        """Give the turn as chat templates want it."""
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return {"role": role, "content": self.content}
+        return {"role": role, "content": "".join(part.text for part in self.content)}
+
+
+class ChatRequest(TextRequest):
+    """The body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    """The conversation so far."""
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """OpenAI's newer name of `max_tokens`."""
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to generate; None for as many as fit."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(TextRequest):
+    """The body of `/v1/completions`."""
+
+    default_max_tokens: ClassVar[int | None] = 16
+
+    prompt: str | list[int] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    """Text or token ids; a list holds one text."""
+
+    @property
+    def single(self) -> str | list[int]:
+        """The prompt without a list around a text."""
+        first = self.prompt[0] if self.prompt else self.prompt
+        return first if isinstance(self.prompt, list) and isinstance(first, str) else self.prompt  # type: ignore[return-value]
+
+
+def _same(value: object, allowed: object) -> bool:
+    # In Python 0 is False, but "logprobs": 0 asks for something and "logprobs": false does not.
+    return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
+
+
+def parse_request(cls: type[RequestT], body: bytes) -> RequestT:
+    """Read a request's body.
+
+    Raises:
+        BadRequestError: if it is no JSON, or a field is missing, wrong or not supported.
+    """
+    try:
+        data = json.loads(body)
+    except ValueError as error:
+        raise BadRequestError(f"the body is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise BadRequestError(f"the body must be a JSON object, not {type(data).__name__}")
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = [str(part) for part in problem["loc"]]
+        param = where[0] if where else None
+        if problem["type"] == "missing":
+            raise BadRequestError(f"'{'.'.join(where)}' is missing", param=param) from error
+        raise BadRequestError(f"'{'.'.join(where)}': {problem['msg']}", param=param) from error

@@ -1,0 +1,1 @@
+"""LoRA-Squeeze: bring trained adapters to lower ranks. Maths on tensors and artifacts, no training."""

@@ -1,0 +1,1 @@
+"""Searching over methods, ranks, learning rates and seeds."""

@@ -1,0 +1,273 @@
+"""A lane: a Ray Train worker group that keeps a base in memory and takes one job after the other.
+
+Between two trials only the adapters and the DeepSpeed engine are made anew, in the same process
+group; starting a worker group instead costs 15 to 40 s. An isolated trial is a lane of its own that
+takes one job. What Ray pickles (`lane_worker`) lives here, in an importable module.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch.distributed as dist
+
+from rayft.config import content_hash, leaves
+from rayft.errors import RayftError
+from rayft.sweep.broker import CLOSE, Job
+from rayft.sweep.score import ScoreRequest, run_score
+from rayft.tracking.base import TrackerSpec
+from rayft.tracking.mlflow import MlflowTracker
+from rayft.train.context import Session, Worker, trial_folder
+from rayft.train.loop import TrainResult, current_worker, fit
+from rayft.train.run import RunConfig
+
+__all__ = ["LaneSettings", "TrainRequest", "lane_worker", "read_result"]
+
+RESULT_FILE = "result.json"
+SMALL = 256 * 2**20
+"""Bytes up to which an adapter travels with its result, for lanes on other machines."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LaneSettings:
+    """What a lane's workers are told when they start."""
+
+    name: str
+    broker: Any
+    """Handle of the broker actor."""
+    once: bool = False
+    """End after one job (an isolated trial)."""
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """A trial, as a lane gets it."""
+
+    key: str
+    name: str
+    run: str
+    """The `RunConfig` as JSON."""
+    output: str
+    evaluate_at: tuple[int, ...]
+    tracker: TrackerSpec | None = None
+    parent: str | None = None
+    """Tracking run that the trial's run is a child of."""
+
+
+class _LaneReporter:
+    """Tells the broker and the tracker; waits for the broker's decision."""
+
+    def __init__(self, broker: Any, key: str, steps: int, tracker: MlflowTracker | None, run_id: str) -> None:
+        self._broker, self._key, self._steps = broker, key, steps
+        self._tracker, self._run_id = tracker, run_id
+        self.waited = 0.0
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Pass a step's numbers on without waiting."""
+        progress = {"step": step, "steps": self._steps, "train_loss": metrics["train_loss"]}
+        self._broker.log.remote(self._key, progress)
+        if self._tracker:
+            self._tracker.metrics(self._run_id, metrics, step)
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Pass an evaluation on and wait for the search's decision."""
+        if self._tracker:
+            self._tracker.metrics(self._run_id, metrics, step)
+        if step >= self._steps:
+            # Nothing is left to decide; the result that follows carries the number.
+            return True
+        started = time.perf_counter()
+        go_on = bool(ray.get(self._broker.report.remote(self._key, step, dict(metrics))))
+        self.waited += time.perf_counter() - started
+        return go_on
+
+
+def lane_worker(settings: LaneSettings) -> None:
+    """Pull jobs until the broker closes; every worker of the group runs this."""
+    quiet_libraries()
+    lane = _Lane(settings)
+    while True:
+        job = lane.next_job()
+        if job == CLOSE:
+            return
+        if job is None:
+            continue
+        assert isinstance(job, Job)
+        lane.run(job)
+        if settings.once:
+            return
+
+
+class _Lane:
+    """One worker's side of a lane: its session, and the tracker of rank 0."""
+
+    def __init__(self, settings: LaneSettings) -> None:
+        self._broker = settings.broker
+        self._name = settings.name
+        self._worker = Worker.current("cpu")
+        self._session: Session | None = None
+        self._opened = ""
+        self._trackers: dict[TrackerSpec, MlflowTracker] = {}
+
+    def next_job(self) -> Job | str | None:
+        """Pull on rank 0 and hand the job to all."""
+        box: list[Any] = [None]
+        if self._worker.rank == 0:
+            box[0] = ray.get(self._broker.pull.remote(self._name))
+        if self._worker.world > 1:
+            # Ray Train gives GPU groups NCCL alone, which moves objects through the device.
+            dist.broadcast_object_list(box, 0)
+        return box[0]  # type: ignore[no-any-return]
+
+    def run(self, job: Job) -> None:
+        """Do a job; what a user can mend ends the job, not the lane."""
+        started = time.perf_counter()
+        try:
+            step, values = self._train(job, started) if job.kind == "train" else self._score(job)
+        except RayftError as error:
+            self._fail(job, str(error))
+        except Exception as error:
+            # Workers may have failed at different places: only a new group puts them in step again.
+            if self._worker.world > 1:
+                raise
+            logger.exception("job %s failed", job.id)
+            self._fail(job, f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-4)}")
+        else:
+            if self._worker.rank == 0:
+                ray.get(self._broker.finish.remote(job.id, step, values))
+
+    def session(self, run: RunConfig) -> Session:
+        """Keep the base and the data in memory as long as they are the ones that are asked for."""
+        wanted = {"model", "data", "scale", "evaluate"}
+        key = json.dumps(run.model_dump(mode="json", include=wanted), sort_keys=True)
+        if self._session is None or self._opened != key:
+            self._session = None
+            if self._worker.rank == 0:
+                logger.info("loading %s", run.model.name)
+            self._session = Session.open(run, current_worker(run))
+            self._opened = key
+        return self._session
+
+    def _train(self, job: Job, started: float) -> tuple[int, dict[str, Any]]:
+        request = job.payload["request"]
+        run = RunConfig.model_validate_json(request.run)
+        fresh = self._session is None
+        session = self.session(run)
+        loaded = time.perf_counter()
+        folder = trial_folder(request.output, request.key)
+        tracker, run_id = self._track(request, run)
+        reporter = _LaneReporter(self._broker, job.id, run.optim.steps, tracker, run_id)
+        try:
+            result = fit(run, session, reporter, folder, request.evaluate_at)
+        except RayftError:
+            if tracker:
+                tracker.finish(run_id, "failed")
+            raise
+        if self._worker.rank > 0:
+            return result.steps, {}
+        values: dict[str, Any] = {"result": asdict(result), "run_id": run_id, "run": content_hash(run)}
+        self._finish_tracking(tracker, run_id, result)
+        _write_result(folder, values)
+        spent = result.seconds["train"] + result.seconds["evaluate"]
+        # All that the lane spent on the trial beyond its own steps and evaluations; loading the
+        # base is the lane's own start, paid once.
+        overhead = time.perf_counter() - (loaded if fresh else started) - spent
+        values["result"]["seconds"] |= {"overhead": overhead, "waiting": reporter.waited}
+        _write_result(folder, values)
+        return result.steps, values | {"files": _files(Path(result.folder))}
+
+    def _score(self, job: Job) -> tuple[int, dict[str, Any]]:
+        request: ScoreRequest = job.payload["request"]
+        run = RunConfig.model_validate_json(request.run)
+        scores = run_score(request, self.session(run), run)
+        return 0, {"scores": scores}
+
+    def _track(self, request: TrainRequest, run: RunConfig) -> tuple[MlflowTracker | None, str]:
+        if request.tracker is None or self._worker.rank > 0:
+            return None, ""
+        if request.tracker not in self._trackers:
+            self._trackers[request.tracker] = MlflowTracker(request.tracker)
+        tracker = self._trackers[request.tracker]
+        tags = {
+            "rayft.kind": "trial",
+            "rayft.method": run.method.name,
+            "rayft.rank": str(run.method.rank),
+            "rayft.lane": self._name,
+        }
+        run_id = tracker.run(request.name, request.key, parent=request.parent, tags=tags)
+        tracker.params(run_id, leaves(run))
+        return tracker, run_id
+
+    def _finish_tracking(self, tracker: MlflowTracker | None, run_id: str, result: TrainResult) -> None:
+        if tracker is None:
+            return
+        summary = {
+            "best_val_loss": min((value for _, value in result.val_curve), default=float("nan")),
+            "trainable_parameters": result.trainable,
+            "adapter_bytes": result.bytes,
+            "peak_memory_gib": result.peak_memory / 2**30,
+            "train_tokens_per_second": result.tokens_per_second,
+            "train_seconds": result.seconds["train"],
+            "overhead_seconds": result.seconds["overhead"],
+        }
+        tracker.metrics(run_id, summary, result.steps)
+        if result.content_hash:
+            tracker.artifact(run_id, result.folder, "adapter")
+        tracker.finish(run_id, "finished" if result.finished else "stopped")
+
+    def _fail(self, job: Job, message: str) -> None:
+        if self._worker.rank == 0:
+            ray.get(self._broker.fail.remote(job.id, message))
+
+
+def quiet_libraries() -> None:
+    """Keep advice meant for developers of the libraries out of a user's terminal."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("DeepSpeed", "mlflow", "alembic", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def read_result(output: str, key: str) -> dict[str, Any] | None:
+    """Read what a finished trial left behind, or None."""
+    path = trial_folder(output, key) / RESULT_FILE
+    return dict(json.loads(path.read_text())) if path.is_file() else None
+
+
+def unpack(values: Mapping[str, Any], folder: Path) -> None:
+    """Write a result that came from another machine where it would have been written here."""
+    if (folder / RESULT_FILE).is_file():
+        return
+    target = folder / Path(values["result"]["folder"]).name
+    target.mkdir(parents=True, exist_ok=True)
+    for name, content in values.get("files", {}).items():
+        (target / name).write_bytes(content)
+    kept = {name: value for name, value in values.items() if name != "files"}
+    kept["result"] = {**kept["result"], "folder": str(target)}
+    _write_result(folder, kept)
+
+
+def _write_result(folder: Path, values: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / f"{RESULT_FILE}.tmp"
+    staging.write_text(json.dumps(values, indent=2))
+    staging.rename(folder / RESULT_FILE)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if sum(path.stat().st_size for path in files) > SMALL:
+        return {}
+    return {path.name: path.read_bytes() for path in files}

@@ -1,0 +1,191 @@
+"""The search space: methods × ranks × learning rates × seeds, each point a whole `RunConfig`.
+
+A learning rate belongs to a method: the best ones differ by more than the methods do. Lists make a
+grid; a `{low, high}` range is drawn from log-uniformly. Every point is built, and so checked, before
+anything starts.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from rayft.config import Section, content_hash, nearest
+from rayft.errors import ConfigError
+from rayft.methods import METHODS, method
+from rayft.methods.base import MethodConfig
+from rayft.numerics import derive_seed
+from rayft.train.run import RunConfig
+
+__all__ = ["LogUniform", "MethodSpace", "Point", "SweepConfig", "check_executor", "points"]
+
+
+class LogUniform(Section):
+    """A range drawn from log-uniformly."""
+
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LogUniform:
+        if self.low >= self.high:
+            raise ValueError("low must be below high")
+        return self
+
+
+class MethodSpace(Section):
+    """What is tried of one method."""
+
+    ranks: tuple[int, ...] = (16,)
+    """Ranks to train at. Lower ones are cheaper by squeezing than by training again."""
+
+    lr: tuple[float, ...] | LogUniform = (2e-3,)
+    """Learning rates: a list, or a range to draw from."""
+
+    alpha: float | None = Field(default=None, gt=0)
+    """Scale numerator α; 2·rank where not given."""
+
+    rslora: bool = False
+    """Scale by α/√rank."""
+
+    targets: str | tuple[str, ...] = "all-linear"
+    """As in `method.targets`."""
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks_positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or min(value) < 1:
+            raise ValueError("needs at least one rank, and ranks start at 1")
+        return value
+
+    @field_validator("lr")
+    @classmethod
+    def _lr_positive(cls, value: tuple[float, ...] | LogUniform) -> tuple[float, ...] | LogUniform:
+        if isinstance(value, tuple) and (not value or min(value) <= 0):
+            raise ValueError("needs at least one learning rate, all above 0")
+        return value
+
+
+class SweepConfig(Section):
+    """What to try and when to give up on it."""
+
+    methods: dict[str, MethodSpace]
+    """Method name → what is tried of it."""
+
+    seeds: tuple[int, ...] = (0,)
+    """Each point is run once a seed."""
+
+    trials: int | None = Field(default=None, ge=1)
+    """At most so many trials; with ranges, how many are drawn."""
+
+    grace: int = Field(default=10, ge=1)
+    """Steps before a trial can be stopped: ASHA's first rung."""
+
+    reduction: int = Field(default=2, ge=2)
+    """ASHA keeps about one in so many at each rung; rungs are this factor apart."""
+
+    select_by: Literal["val_loss", "val_score"] = "val_loss"
+    """What makes the winner, on the validation part."""
+
+    executor: Literal["auto", "lane", "isolated"] = "auto"
+    """`lane`: trials share a base in memory; `isolated`: a worker group each; `auto`: lane where it can."""
+
+    lanes: int = Field(default=1, ge=1)
+    """Trials at once, each in a lane (or worker group) of `scale.workers` workers."""
+
+    restarts: int = Field(default=3, ge=0)
+    """How often a lane that died is started again."""
+
+    @field_validator("methods")
+    @classmethod
+    def _methods_known(cls, value: dict[str, MethodSpace]) -> dict[str, MethodSpace]:
+        if not value:
+            raise ValueError("name at least one method")
+        for name in value:
+            if name not in METHODS:
+                raise ValueError(f"unknown method '{name}'{nearest(name, METHODS)}")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_there(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or len(set(value)) < len(value) or min(value) < 0:
+            raise ValueError("needs at least one seed, none negative, none twice")
+        return value
+
+
+@dataclass(frozen=True)
+class Point:
+    """One trial to be: its key (the same whenever the sweep is started again) and its run."""
+
+    key: str
+    name: str
+    run: RunConfig
+
+
+def points(sweep: SweepConfig, run: RunConfig) -> list[Point]:
+    """List the trials of a sweep, methods taking turns, so that a cap treats them alike.
+
+    Args:
+        sweep: the space.
+        run: what all trials share, settled.
+
+    Raises:
+        ConfigError: if a cap is too small to give each method one trial.
+    """
+    families = [list(_family(name, space, sweep, run)) for name, space in sweep.methods.items()]
+    turns = [family[i] for i in range(max(map(len, families))) for family in families if i < len(family)]
+    limit = sweep.trials if sweep.trials is not None else len(turns)
+    if limit < len(families):
+        raise ConfigError(
+            f"sweep.trials is {limit}, but there are {len(families)} methods; allow at least one trial each"
+        )
+    return turns[:limit]
+
+
+def check_executor(sweep: SweepConfig, run: RunConfig) -> Literal["lane", "isolated"]:
+    """Decide the executor.
+
+    Raises:
+        ConfigError: if a lane is asked for and something in the sweep would change its base.
+    """
+    changing = [name for name in sweep.methods if not method(name).shares_base]
+    reason = f"{', '.join(changing)} trains the base itself" if changing else ""
+    if run.scale.zero == 3:
+        reason = "ZeRO-3 partitions the base"
+    if sweep.executor == "lane" and reason:
+        raise ConfigError(f"sweep.executor is lane, but {reason}; use auto or isolated")
+    if sweep.executor == "auto":
+        return "isolated" if reason else "lane"
+    return sweep.executor
+
+
+def _family(name: str, space: MethodSpace, sweep: SweepConfig, run: RunConfig) -> list[Point]:
+    if isinstance(space.lr, tuple):
+        pairs = [(rank, lr) for lr in space.lr for rank in space.ranks]
+    else:
+        share = math.ceil((sweep.trials or 8) / len(sweep.methods) / len(sweep.seeds))
+        draw = random.Random(derive_seed(run.seed, name))  # noqa: S311
+        low, high = math.log(space.lr.low), math.log(space.lr.high)
+        pairs = [
+            (space.ranks[i % len(space.ranks)], float(f"{math.exp(draw.uniform(low, high)):.3g}"))
+            for i in range(share)
+        ]
+    shared = {"alpha": space.alpha, "rslora": space.rslora, "targets": space.targets}
+    return [
+        _point(MethodConfig(name=name, rank=rank, **shared), lr, seed, run)  # type: ignore[arg-type]
+        for seed in sweep.seeds
+        for rank, lr in pairs
+    ]
+
+
+def _point(config: MethodConfig, lr: float, seed: int, run: RunConfig) -> Point:
+    optim = run.optim.model_copy(update={"lr": lr})
+    whole = run.model_copy(update={"method": config, "optim": optim, "seed": seed})
+    size = "" if config.name == "full" else f"-r{config.rank}"
+    name = f"{config.name}{size}-lr{lr:g}-s{seed}"
+    return Point(key=f"{name}-{content_hash(whole)[:6]}", name=name, run=whole)

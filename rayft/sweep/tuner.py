@@ -1,0 +1,174 @@
+"""The search: Ray Tune decides which trials start and which stop; an executor runs them.
+
+A Tune trial does no work itself. Its `step` waits for the trial's next evaluation from the broker;
+Tune looks at the number and either calls `step` again or `cleanup`, which is how the lane hears
+"go on" or "stop". A trial that ended in an earlier, interrupted sweep is replayed from its result,
+so ASHA knows its numbers and nothing is trained twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from rayft.errors import TrainError
+from rayft.sweep.broker import Event, Job
+from rayft.sweep.executor import Executor
+from rayft.sweep.lane import TrainRequest, read_result, unpack
+from rayft.sweep.schedule import asha, rungs
+from rayft.sweep.space import Point, SweepConfig
+from rayft.tracking.base import TrackerSpec
+from rayft.train.context import trial_folder
+
+__all__ = ["Trial", "search"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that has ended."""
+
+    point: Point
+    result: dict[str, Any] | None = None
+    """`TrainResult` as a mapping; None if it failed."""
+    run_id: str = ""
+    error: str = ""
+    waiting: float = field(default=0.0)
+
+    @property
+    def status(self) -> str:
+        """`finished`, `stopped` (by the search) or `failed`."""
+        if self.result is None:
+            return "failed"
+        return "finished" if self.result["finished"] else "stopped"
+
+
+class TrialActor(tune.Trainable):  # type: ignore[misc]
+    """A Tune trial: waits for a lane's reports."""
+
+    def setup(self, config: dict[str, Any], *, executor: Executor | None = None) -> None:
+        """Queue the trial, or get ready to replay it."""
+        assert executor is not None
+        self._executor = executor
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next trial in the same process: it starts in milliseconds."""
+        # Tune reuses an actor without calling `cleanup` first.
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next evaluation."""
+        event = self._replay.pop(0) if self._replay else ray.get(self._broker.next_event.remote(self._key))
+        if event.kind == "failed":
+            raise TrainError(str(event.values["error"]))
+        result = dict(event.values.get("result", {}))
+        loss = event.values.get("val_loss", result.get("val_loss"))
+        return {"step": event.step, "val_loss": loss, "done": event.kind == "final"}
+
+    def cleanup(self) -> None:
+        """Tell the lane to stop, if it still runs the trial."""
+        ray.get(self._broker.cancel.remote(self._key))
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Keep nothing: the lane keeps the trial's checkpoint."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Load nothing: the lane resumes the trial."""
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        request: TrainRequest = config["request"]
+        self._broker, self._key = self._executor.broker, request.key
+        self._replay = _replay(request)
+        if not self._replay:
+            ray.get(self._executor.submit(Job(request.key, "train", {"request": request})))
+
+
+def search(
+    sweep: SweepConfig,
+    trials: Sequence[Point],
+    executor: Executor,
+    output: Path,
+    *,
+    tracker: TrackerSpec | None = None,
+    parent: str | None = None,
+) -> list[Trial]:
+    """Run the trials under ASHA and give what became of each, in the order of `trials`.
+
+    Args:
+        sweep: the search's settings.
+        trials: the points of the space.
+        executor: started.
+        output: the sweep's folder.
+        tracker: where the lanes track; not at all where not given.
+        parent: tracking run of the sweep.
+    """
+    steps = trials[0].run.optim.steps
+    requests = [
+        TrainRequest(
+            key=point.key,
+            name=point.name,
+            run=point.run.model_dump_json(),
+            output=str(output),
+            evaluate_at=tuple(rungs(sweep, steps)),
+            tracker=tracker,
+            parent=parent,
+        )
+        for point in trials
+    ]
+    _quiet_tune()
+    trainable = tune.with_resources(tune.with_parameters(TrialActor, executor=executor), {"cpu": 0.01})
+    tuner = tune.Tuner(
+        trainable,
+        param_space={"request": tune.grid_search(requests)},
+        tune_config=tune.TuneConfig(
+            scheduler=asha(sweep, steps), max_concurrent_trials=executor.lanes, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=executor.storage,
+            verbose=0,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
+    tuner.fit()
+    return [_collect(point, executor, output) for point in trials]
+
+
+def _collect(point: Point, executor: Executor, output: Path) -> Trial:
+    """Wait until a trial's lane has let go of it, and read its result."""
+    values = read_result(str(output), point.key)
+    if values is None:
+        event: Event | None = ray.get(executor.broker.result.remote(point.key))
+        if event is None or event.kind == "failed":
+            error = str(event.values["error"]) if event else "it was never started"
+            return Trial(point, error=error)
+        unpack(event.values, trial_folder(output, point.key))
+        values = dict(event.values)
+    return Trial(point, result=values["result"], run_id=values["run_id"])
+
+
+def _replay(request: TrainRequest) -> list[Event]:
+    values = read_result(request.output, request.key)
+    if values is None:
+        return []
+    result = values["result"]
+    curve = [(step, value) for step, value in result["val_curve"] if step < result["steps"]]
+    events = [Event("report", step, {"val_loss": value}) for step, value in curve]
+    return [*events, Event("final", result["steps"], {"result": result})]
+
+
+def _quiet_tune() -> None:
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    for name in ("ray.tune", "ray.train", "ray.train.v2"):
+        logging.getLogger(name).setLevel(logging.ERROR)

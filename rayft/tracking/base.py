@@ -1,0 +1,126 @@
+"""The contract of a tracker, and the picklable spec that workers build theirs from.
+
+A sweep is a parent run, a trial a child run. Runs are found again by a key of the caller's, so a
+resumed sweep makes no second run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from rayft.config import Section
+from rayft.errors import TrackingError
+
+__all__ = ["RunStatus", "Tracker", "TrackerSpec", "TrackingConfig", "redacted", "tracker_spec"]
+
+RunStatus = Literal["finished", "stopped", "failed"]
+"""How a run ended; `stopped` is by the scheduler, before its last step."""
+
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_SERVERS = ("http", "https", "databricks")
+
+
+class TrackingConfig(Section):
+    """Where runs are tracked."""
+
+    uri: str | None = None
+    """An MLflow URI; else MLFLOW_TRACKING_URI, else a sqlite file in the output folder."""
+
+    experiment: str = "rayft"
+    """Name of the MLflow experiment."""
+
+
+@dataclass(frozen=True)
+class TrackerSpec:
+    """What a worker needs to build a tracker; picklable."""
+
+    uri: str
+    """MLflow tracking URI, absolute where it is a sqlite file."""
+    experiment: str
+    """Name of the experiment."""
+    spool: Path
+    """Folder of the write-ahead files, one for a sweep."""
+    experiment_id: str = ""
+    """Filled by `rayft.tracking.mlflow.prepare`."""
+
+
+class Tracker(Protocol):
+    """Writes runs. Calls return at once, also while the server is away; none of them loses data."""
+
+    def run(
+        self, name: str, key: str, parent: str | None = None, tags: Mapping[str, str] | None = None
+    ) -> str:
+        """Create the run of this key, or find it again and set it running; give its id.
+
+        Args:
+            name: what people see.
+            key: identity, unique in the experiment.
+            parent: id of the run that this one is a child of.
+            tags: set on the run, whether it is new or found again.
+        """
+        ...
+
+    def params(self, run_id: str, values: Mapping[str, str]) -> None:
+        """Record settings; values too long for the server are cut and say so."""
+        ...
+
+    def metrics(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
+        """Record numbers at a step (NaN and infinities allowed)."""
+        ...
+
+    def artifact(self, run_id: str, path: str | Path, folder: str = "") -> None:
+        """Store a file, or what a folder holds, below `folder` of the run.
+
+        The path must stay as it is until the run's data is sent.
+
+        Raises:
+            TrackingError: if nothing is there.
+        """
+        ...
+
+    def finish(self, run_id: str, status: RunStatus = "finished") -> None:
+        """Say how the run ended."""
+        ...
+
+
+def tracker_spec(config: TrackingConfig, folder: str | Path) -> TrackerSpec:
+    """Decide where to track: the config's URI, MLFLOW_TRACKING_URI, or `folder`/mlflow.db.
+
+    Args:
+        config: the tracking section.
+        folder: output folder of the sweep; the spool lies in it, and the database by default.
+
+    Raises:
+        TrackingError: if the URI is a plain folder or of an unknown kind.
+    """
+    folder = Path(folder).absolute()
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+    return TrackerSpec(uri=_checked(uri), experiment=config.experiment, spool=folder / "spool")
+
+
+def _checked(uri: str) -> str:
+    scheme = uri.split(":", 1)[0].split("+", maxsplit=1)[0] if ":" in uri else ""
+    if scheme in ("", "file"):
+        raise TrackingError(
+            f"the tracking URI '{uri}' is a folder, which MLflow no longer writes to; use "
+            f"sqlite:///{uri.removeprefix('file:').rstrip('/') or '.'}/mlflow.db, or move old runs with "
+            "`mlflow migrate-filestore`"
+        )
+    if scheme not in (*_DATABASES, *_SERVERS):
+        known = ", ".join((*_DATABASES, *_SERVERS))
+        raise TrackingError(f"the tracking URI '{redacted(uri)}' is of no known kind; use one of {known}")
+    if scheme == "sqlite":
+        # Workers have other working directories, so a relative file would be another one there.
+        prefix, _, path = uri.partition(":///")
+        return f"{prefix}:///{Path(path).absolute()}"
+    return uri
+
+
+def redacted(uri: str) -> str:
+    """Hide the password of a URI, for messages."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)

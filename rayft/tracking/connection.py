@@ -1,0 +1,173 @@
+"""Opening MLflow: fast to fail, created and migrated by one process, found again by key."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import sqlite3
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from rayft.errors import TrackingError
+from rayft.tracking.base import TrackerSpec, redacted
+from rayft.tracking.spool import locked
+
+__all__ = ["KEY_TAG", "away", "connect", "experiment_id", "find_run", "prepare"]
+
+KEY_TAG = "rayft.key"
+"""Tag that a run is found again by."""
+
+_SECONDS_TO_ANSWER = 8
+
+_log = logging.getLogger(__name__)
+
+
+def prepare(spec: TrackerSpec) -> TrackerSpec:
+    """Create or migrate the database and the experiment; called once, before anybody else writes.
+
+    Two processes that create one database at the same time can leave it broken.
+
+    Raises:
+        TrackingError: within about ten seconds, if the server is away or refuses.
+    """
+    _log.debug("preparing %s", redacted(spec.uri))
+    spec.spool.mkdir(parents=True, exist_ok=True)
+    with _impatient(), locked(spec.spool / "prepare.lock"):
+        location = None
+        if spec.uri.startswith("sqlite"):
+            file = Path(spec.uri.partition(":///")[2])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            location = (file.parent / "artifacts").as_uri()
+        try:
+            if location:
+                _migrate(file)
+            client = connect(spec.uri)
+            identity = experiment_id(client, spec.experiment, location)
+        except (MlflowException, OSError, ImportError) as error:
+            raise away(spec.uri, error) from error
+    return replace(spec, experiment_id=identity)
+
+
+def connect(uri: str) -> MlflowClient:
+    """Open a client that answers, or fails, in seconds: whoever calls retries by itself.
+
+    Raises:
+        TrackingError: if a database server does not answer, or the URI is not MLflow's.
+    """
+    # MLflow's defaults (7 retries, 120 s each) would hold a trial for minutes. A user's values win.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    # Progress bars and links of every trial would drown what a sweep prints.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    try:
+        _probe(uri)
+        with warnings.catch_warnings():
+            # MLflow 3.17 imports its models with a loader option that SQLAlchemy 2.1 deprecates.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    except (MlflowException, OSError, ImportError) as error:
+        raise away(uri, error) from error
+
+
+def find_run(client: MlflowClient, experiment_id: str, key: str) -> str | None:
+    """Find the id of the run with this key, the oldest one if there are several."""
+    # MLflow's filters know no escape, but two kinds of quotes.
+    quoted = f'"{key}"' if "'" in key else f"'{key}'"
+    found = client.search_runs(
+        [experiment_id],
+        f"tags.`{KEY_TAG}` = {quoted}",
+        max_results=1,
+        order_by=["attributes.start_time ASC"],
+    )
+    return str(found[0].info.run_id) if found else None
+
+
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_SECONDS_TO_ANSWER)}
+    before = {name: os.environ.get(name) for name in limits}
+    os.environ.update(limits)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _migrate(file: Path) -> None:
+    """Bring a database that an older MLflow made up to date, keeping a copy of it."""
+    from mlflow.store.db.utils import _get_latest_schema_revision, _upgrade_db, create_sqlalchemy_engine
+
+    if not file.is_file():
+        return
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        try:
+            made_by = database.execute("SELECT version_num FROM alembic_version").fetchone()
+        except sqlite3.DatabaseError:
+            made_by = None
+    if made_by is None or made_by[0] == _get_latest_schema_revision():
+        return
+    # SQLite migrations are not transactional: one that fails half-way leaves no usable file.
+    shutil.copyfile(file, file.with_name(f"{file.name}.before-migration"))
+    engine = create_sqlalchemy_engine(f"sqlite:///{file}")
+    try:
+        _upgrade_db(engine)
+    finally:
+        engine.dispose()
+
+
+def experiment_id(client: MlflowClient, name: str, location: str | None = None) -> str:
+    """Find or create an experiment; a new one keeps its files at `location`.
+
+    Raises:
+        TrackingError: if it was deleted.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)
+            assert found is not None
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"the MLflow experiment '{name}' was deleted; choose another tracking.experiment, or run "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+        )
+    return str(found.experiment_id)
+
+
+def _probe(uri: str) -> None:
+    """Fail fast where MLflow would retry a database for minutes."""
+    parts = urlsplit(uri)
+    if parts.scheme.split("+")[0] in ("postgresql", "mysql", "mssql") and parts.hostname:
+        ports = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+        port = parts.port or ports[parts.scheme.split("+")[0]]
+        socket.create_connection((parts.hostname, port), timeout=_SECONDS_TO_ANSWER).close()
+
+
+def away(uri: str, error: Exception) -> TrackingError:
+    """Make the error of an MLflow that is away or refuses, with the remedy."""
+    reason = " ".join(str(error).split())[:300]
+    if isinstance(error, ImportError):
+        remedy = "install the driver of that database"
+    else:
+        remedy = (
+            "start it, correct tracking.uri or MLFLOW_TRACKING_URI, or set neither to track in a sqlite file"
+        )
+    return TrackingError(f"MLflow at {redacted(uri)} can't be used: {remedy} ({reason})")

@@ -1,0 +1,68 @@
+"""A tracker that keeps everything in this process: for tests, and for runs that nobody tracks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rayft.errors import TrackingError
+from rayft.tracking.base import RunStatus
+
+__all__ = ["MemoryRun", "MemoryTracker"]
+
+
+@dataclass
+class MemoryRun:
+    """What was written to one run."""
+
+    name: str
+    parent: str | None
+    tags: dict[str, str] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """Name → (step, value), in order."""
+    artifacts: dict[str, Path] = field(default_factory=dict)
+    """Path in the run → path on disk."""
+    status: RunStatus | None = None
+    """None while it runs."""
+
+
+class MemoryTracker:
+    """A `Tracker` whose `runs` (key → run) are there to be read; a run's id is its key."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, MemoryRun] = {}
+
+    def run(
+        self, name: str, key: str, parent: str | None = None, tags: Mapping[str, str] | None = None
+    ) -> str:
+        """Create the run of this key, or find it again and set it running."""
+        run = self.runs.setdefault(key, MemoryRun(name, parent))
+        run.tags.update(tags or {})
+        run.status = None
+        return key
+
+    def params(self, run_id: str, values: Mapping[str, str]) -> None:
+        """Record settings; the first value of a name stays, as in MLflow."""
+        for name, value in values.items():
+            self.runs[run_id].params.setdefault(name, str(value))
+
+    def metrics(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
+        """Record numbers at a step."""
+        for name, value in values.items():
+            self.runs[run_id].metrics.setdefault(name, []).append((step, float(value)))
+
+    def artifact(self, run_id: str, path: str | Path, folder: str = "") -> None:
+        """Note where a file, or what a folder holds, lies."""
+        path = Path(path)
+        if not path.exists():
+            raise TrackingError(f"there is no file or folder at {path} to track; write it first")
+        files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
+        root = path.parent if path.is_file() else path
+        for file in files:
+            self.runs[run_id].artifacts[str(Path(folder) / file.relative_to(root))] = file
+
+    def finish(self, run_id: str, status: RunStatus = "finished") -> None:
+        """Say how the run ended."""
+        self.runs[run_id].status = status

@@ -1,0 +1,343 @@
+"""Tracking in MLflow: many processes write to explicit run ids, and a server may be away.
+
+Every write goes to the spool first and is sent by a thread; what can't be sent stays there and is
+sent later, by the thread, by `close`, or by `flush_spool`. Repeats do no harm: MLflow ignores a
+metric that it has with the same timestamp and step, and a param that it has with the same value.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
+
+from rayft.errors import TrackingError
+from rayft.tracking.base import RunStatus, TrackerSpec
+from rayft.tracking.connection import KEY_TAG, connect, experiment_id, find_run, prepare
+from rayft.tracking.spool import Drained, Record, Spool, UndeliveredError, locked
+
+__all__ = ["MlflowTracker", "flush_spool", "prepare"]
+
+_PENDING = "key:"
+"""Prefix of the id of a run that could not be created yet."""
+
+_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+# What MLflow will refuse tomorrow too. All else (no answer, 5xx, no rights) may be mended: it is sent again.
+_FINAL = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
+
+_log = logging.getLogger(__name__)
+
+
+def flush_spool(spec: TrackerSpec, timeout: float = 60.0) -> Drained:
+    """Send what any process, living or killed, left in the spool; delete what is delivered.
+
+    Args:
+        spec: as `prepare` gave it.
+        timeout: seconds after which no further batch is begun.
+
+    Returns:
+        What was sent, what is still pending (the server is away), what MLflow refused for good.
+    """
+    spool, sender = Spool(spec.spool), _Sender(spec)
+    deadline, done, moved = time.monotonic() + timeout, Drained(), True
+    files = spool.files()
+    # A file may wait for a run that another file creates, so go round while anything moves.
+    while files and moved and time.monotonic() < deadline:
+        left, moved = [], False
+        for path in files:
+            result = spool.drain(path, sender.deliver, wait=5.0, remove=True)
+            done += replace(result, pending=0)
+            moved = moved or bool(result.sent or result.rejected)
+            if result.pending:
+                left.append(path)
+        files = left
+    return done + Drained(pending=sum(spool.pending(path) for path in files))
+
+
+class MlflowTracker:
+    """A `Tracker` on MLflow. Build one in each process that writes, and close it.
+
+    Args:
+        spec: as `prepare` gave it.
+        interval: seconds between two sends; metrics of that time travel together.
+    """
+
+    def __init__(self, spec: TrackerSpec, interval: float = 1.0) -> None:
+        self._spec = spec
+        self._interval = interval
+        self._spool = Spool(spec.spool)
+        self._sender = _Sender(spec)
+        self._files: set[Path] = set()
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def run(
+        self, name: str, key: str, parent: str | None = None, tags: Mapping[str, str] | None = None
+    ) -> str:
+        """Create the run of this key, or find it again and set it running.
+
+        While MLflow is away the id is `key:<key>`, good for every method here; the run is created later.
+        """
+        record: dict[str, Any] = {"op": "run", "name": name, "key": key, "parent": parent}
+        record |= {"tags": dict(tags or {}), "time": _now()}
+        try:
+            return self._sender.ensure(record, restart=True)
+        except UndeliveredError:
+            self._write(_PENDING + key, record)
+            return _PENDING + key
+
+    def params(self, run_id: str, values: Mapping[str, str]) -> None:
+        """Record settings; a value above MLflow's limit is cut and ends in `[cut: N characters]`."""
+        self._write(
+            run_id, {"op": "params", "values": {name: _cut(str(text)) for name, text in values.items()}}
+        )
+
+    def metrics(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
+        """Record numbers at a step; returns once they are on disk here."""
+        numbers = {name: float(value) for name, value in values.items()}
+        self._write(run_id, {"op": "metrics", "values": numbers, "step": step, "time": _now()})
+
+    def artifact(self, run_id: str, path: str | Path, folder: str = "") -> None:
+        """Store a file, or what a folder holds, below `folder` of the run.
+
+        Raises:
+            TrackingError: if nothing is there.
+        """
+        path = Path(path).absolute()
+        if not path.exists():
+            raise TrackingError(f"there is no file or folder at {path} to track; write it first")
+        self._write(run_id, {"op": "artifact", "path": str(path), "folder": folder})
+
+    def finish(self, run_id: str, status: RunStatus = "finished") -> None:
+        """Say how the run ended, and send at once."""
+        self._write(run_id, {"op": "finish", "status": status, "time": _now()})
+        self._wake.set()
+
+    def close(self, timeout: float = 15.0) -> Drained:
+        """Try once more to send what is left, for up to `timeout` seconds; the rest stays in the spool.
+
+        Returns:
+            With `pending`, the number of records that `flush_spool` has still to send.
+        """
+        atexit.unregister(self.close)
+        self._closing.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return Drained(pending=sum(self._spool.pending(path) for path in self._files))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, run_id: str, record: Record) -> None:
+        with self._lock:
+            self._spool.append(run_id, {"run": run_id, **record})
+            self._files.add(self._spool.path(run_id))
+            if self._thread is None or not self._thread.is_alive():
+                self._closing.clear()
+                self._thread = threading.Thread(target=self._send, name="rayft-tracking", daemon=True)
+                self._thread.start()
+                atexit.register(self.close)
+
+    def _send(self) -> None:
+        pause, away = self._interval, False
+        while True:
+            self._wake.wait(pause)
+            self._wake.clear()
+            closing = self._closing.is_set()
+            left = self._drain(last=closing)
+            if left.pending and not away:
+                _log.warning(
+                    "MLflow is away; what is tracked waits in %s (%s)", self._spool.folder, left.reason
+                )
+            elif away and not left.pending:
+                _log.info("MLflow is back; what had waited was sent")
+            away = bool(left.pending)
+            pause = min(pause * 2, 30.0) if away else self._interval
+            if closing:
+                return
+
+    def _drain(self, *, last: bool) -> Drained:
+        with self._lock:
+            files = sorted(self._files)
+        done = Drained()
+        for path in files:
+            done += self._spool.drain(path, self._sender.deliver, wait=5.0 if last else 0.0, remove=last)
+        return done
+
+
+class _Sender:
+    """Delivers records to MLflow, connecting when it has to."""
+
+    def __init__(self, spec: TrackerSpec) -> None:
+        self._spec = spec
+        self._connected: MlflowClient | None = None
+        self._ids: dict[str, str] = {}
+
+    def deliver(self, records: Sequence[Record]) -> list[tuple[Record, str]]:
+        """Send records in order; neighbouring metrics of one run travel together."""
+        refused: list[tuple[Record, str]] = []
+        batch: list[Record] = []
+        for record in records:
+            if batch and (record["op"], record["run"]) != ("metrics", batch[0]["run"]):
+                refused += self._metrics(batch)
+                batch = []
+            if record["op"] == "metrics":
+                batch.append(record)
+            else:
+                refused += self._one(record)
+        return refused + (self._metrics(batch) if batch else [])
+
+    def ensure(self, record: Record, *, restart: bool = False) -> str:
+        """Find or create the run of a `run` record and give its id; `restart` sets a found one running."""
+        with _undelivered():
+            client, experiment = self._client(), self._experiment_id()
+            tags = {**record["tags"], KEY_TAG: record["key"]}
+            if record["parent"]:
+                tags["mlflow.parentRunId"] = self._resolve(record["parent"])
+            # Searching and creating is one step for all processes of this host.
+            with locked(self._spec.spool / "create.lock"):
+                run_id = find_run(client, experiment, record["key"])
+                if run_id is None:
+                    run = client.create_run(experiment, record["time"], tags, record["name"])
+                    run_id = str(run.info.run_id)
+                else:
+                    for name, value in tags.items():
+                        client.set_tag(run_id, name, value)
+                    if restart:
+                        client.update_run(run_id, status="RUNNING")
+        self._ids[_PENDING + record["key"]] = run_id
+        return run_id
+
+    def _one(self, record: Record) -> list[tuple[Record, str]]:
+        try:
+            with _undelivered():
+                self._apply(record)
+        except MlflowException as error:
+            return self._refused([record], error, self._one)
+        return []
+
+    def _refused(
+        self,
+        records: Sequence[Record],
+        error: MlflowException,
+        send: Callable[[Record], list[tuple[Record, str]]],
+    ) -> list[tuple[Record, str]]:
+        """Send the parts of what was refused on their own, so that one bad value costs no other."""
+        values = records[0].get("values", {})
+        if len(records) > 1:
+            parts = list(records)
+        elif len(values) > 1:
+            parts = [{**records[0], "values": {name: value}} for name, value in values.items()]
+        else:
+            _log.warning("MLflow refused %s: %s", dict(records[0]), error)
+            return [(records[0], str(error))]
+        return [refused for part in parts for refused in send(part)]
+
+    def _apply(self, record: Record) -> None:
+        if record["op"] == "run":
+            self.ensure(record)
+            return
+        client, run_id = self._client(), self._resolve(record["run"])
+        if record["op"] == "params":
+            params = [Param(name, value) for name, value in record["values"].items()]
+            for part in _parts(params, MAX_PARAMS_TAGS_PER_BATCH):
+                client.log_batch(run_id, params=part, synchronous=True)
+        elif record["op"] == "artifact":
+            self._artifact(client, run_id, Path(record["path"]), record["folder"] or None)
+        elif record["op"] == "finish":
+            client.set_tag(run_id, "rayft.status", record["status"])
+            client.set_terminated(run_id, _STATUS[record["status"]], record["time"])
+
+    def _artifact(self, client: MlflowClient, run_id: str, path: Path, folder: str | None) -> None:
+        if path.is_dir():
+            client.log_artifacts(run_id, str(path), folder)
+        elif path.exists():
+            client.log_artifact(run_id, str(path), folder)
+        else:
+            raise MlflowException.invalid_parameter_value(f"{path} was deleted before it could be sent")
+
+    def _metrics(self, records: Sequence[Record]) -> list[tuple[Record, str]]:
+        numbers = [
+            Metric(name, value, record["time"], record["step"])
+            for record in records
+            for name, value in record["values"].items()
+        ]
+        try:
+            with _undelivered():
+                client, run_id = self._client(), self._resolve(records[0]["run"])
+                for part in _parts(numbers, MAX_METRICS_PER_BATCH):
+                    client.log_batch(run_id, metrics=part, synchronous=True)
+        except MlflowException as error:
+            return self._refused(records, error, lambda record: self._metrics([record]))
+        return []
+
+    def _resolve(self, run: str) -> str:
+        if not run.startswith(_PENDING):
+            return run
+        if run not in self._ids:
+            found = find_run(self._client(), self._experiment_id(), run.removeprefix(_PENDING))
+            if found is None:
+                raise UndeliveredError(f"the run {run} is not created yet")
+            self._ids[run] = found
+        return self._ids[run]
+
+    def _client(self) -> MlflowClient:
+        if self._connected is None:
+            self._connected = connect(self._spec.uri)
+        return self._connected
+
+    def _experiment_id(self) -> str:
+        if not self._spec.experiment_id:
+            self._spec = replace(
+                self._spec, experiment_id=experiment_id(self._client(), self._spec.experiment)
+            )
+        return self._spec.experiment_id
+
+
+@contextmanager
+def _undelivered() -> Iterator[None]:
+    """Turn what time may mend into `UndeliveredError`; let final refusals through."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code in _FINAL:
+            raise
+        raise UndeliveredError(str(error)) from error
+    except UndeliveredError:
+        raise
+    # MLflow lets through whatever its drivers and stores raise, and none of it may end a training.
+    except Exception as error:
+        raise
+
+
+def _parts(values: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def _cut(text: str) -> str:
+    if len(text) <= MAX_PARAM_VAL_LENGTH:
+        return text
+    note = f"... [cut: {len(text)} characters]"
+    return text[: MAX_PARAM_VAL_LENGTH - len(note)] + note
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000

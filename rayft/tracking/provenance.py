@@ -1,0 +1,71 @@
+"""What made a result: commit, versions, host and devices."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import socket
+import subprocess
+from pathlib import Path
+
+__all__ = ["provenance"]
+
+_PACKAGES = ("torch", "ray", "deepspeed", "transformers", "peft", "mlflow", "rayft")
+
+
+def provenance() -> dict[str, str]:
+    """Describe the code and machine that run: `git.*`, `version.*`, `host`, `device`, `python`.
+
+    What can't be told (no git, a package that is not installed) is left out.
+    """
+    found = {"host": socket.gethostname(), "python": platform.python_version(), "device": _devices()}
+    found |= _git(Path(__file__).parent) or _git(Path.cwd())
+    for package in _PACKAGES:
+        version = _version(package)
+        if version:
+            found[f"version.{package}"] = version
+    return found
+
+
+def _version(package: str) -> str:
+    if package == "rayft":
+        from rayft import __version__
+
+        return __version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _git(folder: Path) -> dict[str, str]:
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        commit = ask("rev-parse", "HEAD")
+        dirty = bool(ask("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"git.commit": commit, "git.dirty": str(dirty).lower()}
+
+
+def _devices() -> str:
+    """Name the accelerators, or the processor and its core count."""
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

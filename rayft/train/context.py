@@ -1,0 +1,155 @@
+"""What a training loop runs in: its place among the workers, its reporter, the base and the data.
+
+The loop knows nothing of Ray: whoever runs it hands it a `Worker`, a `Reporter` and a `Session`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from rayft.data.loader import Schedule
+from rayft.data.source import Parts, read
+from rayft.data.template import Encoded, encode_all
+from rayft.errors import ConfigError
+from rayft.models.inject import wrap
+from rayft.models.load import LoadedModel, load_model
+from rayft.train.run import RunConfig
+
+__all__ = ["Reporter", "Session", "SilentReporter", "Worker", "check_task", "trial_folder"]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One process among those of a run."""
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+
+    @classmethod
+    def current(cls, device: str) -> Worker:
+        """Read the place from torch.distributed (alone where that is not initialised)."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(device=device)
+
+    def total(self, *values: float) -> list[float]:
+        """Sum numbers over all workers."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(value) for value in tensor.tolist()]
+
+    def share(self, value: bool) -> bool:
+        """Let rank 0 decide for all."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor([int(value)], device=self.device)
+        dist.broadcast(tensor, 0)
+        return bool(tensor.item())
+
+
+class Reporter(Protocol):
+    """Where a run's numbers go; rank 0 alone calls it."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take the numbers of a training step, without waiting."""
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Take the numbers of an evaluation and say whether to go on."""
+
+
+class SilentReporter:
+    """Keeps what it is told; never stops a run."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.reported: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep a step's numbers."""
+        self.logged.append((step, dict(metrics)))
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Keep an evaluation's numbers."""
+        self.reported.append((step, dict(metrics)))
+        return True
+
+
+@dataclass
+class Session:
+    """A base model and encoded data in memory; several runs may use it one after the other."""
+
+    loaded: LoadedModel
+    parts: Parts
+    train: list[Encoded]
+    val: list[Encoded]
+    worker: Worker
+    schedules: dict[tuple[int, int], Schedule] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, run: RunConfig, worker: Worker) -> Session:
+        """Read and encode the data, load the base and wrap its linear layers.
+
+        Raises:
+            DataError, ModelError: as `read`, `encode_all` and `load_model`.
+        """
+        parts = read(run.data)
+        check_task(run, parts)
+        loaded = load_model(run.model, run.scale.torch_dtype, worker.device)
+        wrap(loaded.model)
+        train, val = (
+            encode_all(part, loaded.tokenizer, run.data.max_length, context=loaded.context, part=name)
+            for name, part in (("train", parts.train), ("val", parts.val[: run.evaluate.val_examples]))
+        )
+        return cls(loaded, parts, train, val, worker)
+
+    def schedule(self, run: RunConfig) -> Schedule:
+        """Give the order of packed rows for a run's seed (kept, since trials share it)."""
+        key = (run.seed, run.optim.rows_per_step)
+        if key not in self.schedules:
+            self.schedules[key] = Schedule(
+                self.train,
+                run.data.max_length,
+                run.optim.rows_per_step,
+                run.seed,
+                packing=run.data.packing,
+            )
+        return self.schedules[key]
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows up."""
+        return int(self.loaded.tokenizer.pad_token_id or 0)
+
+
+def check_task(run: RunConfig, parts: Parts) -> None:
+    """Refuse data that doesn't fit what the model does.
+
+    Raises:
+        ConfigError: naming the setting to change.
+    """
+    labelled = bool(parts.labels)
+    if labelled and run.model.task != "sequence_classification":
+        raise ConfigError("the data has classes, so set model.task: sequence_classification")
+    if not labelled and run.model.task == "sequence_classification":
+        raise ConfigError(
+            "model.task is sequence_classification, but the data has no classes; set data.format"
+        )
+    if labelled and len(parts.labels) != run.model.num_labels:
+        raise ConfigError(
+            f"the data has {len(parts.labels)} classes ({', '.join(parts.labels[:8])}), model.num_labels is "
+            f"{run.model.num_labels}; set it to {len(parts.labels)}"
+        )
+
+
+def trial_folder(output: str | Path, key: str) -> Path:
+    """Where a run keeps its checkpoint and adapter."""
+    return Path(output) / "trials" / key

@@ -1,0 +1,173 @@
+"""`RunConfig`: everything that one training run needs, and nothing it can compute."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+from pydantic import Field, JsonValue, field_validator, model_validator
+
+from rayft.config import Section
+from rayft.data.source import DataConfig
+from rayft.methods.base import MethodConfig
+from rayft.models.load import ModelConfig
+from rayft.numerics import fastest_cpu_dtype
+
+__all__ = ["EvaluateConfig", "OptimConfig", "RunConfig", "ScaleConfig"]
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(default=2e-3, gt=0)
+    """Peak learning rate."""
+
+    steps: int = Field(default=40, ge=1)
+    """Optimizer steps."""
+
+    rows_per_step: int = Field(default=1, ge=1)
+    """Packed rows (of `data.max_length` tokens) in one optimizer step, over all workers."""
+
+    warmup: int = Field(default=2, ge=0)
+    """Steps of linear warm-up."""
+
+    schedule: Literal["constant", "linear"] = "constant"
+    """After the warm-up: stay, or fall linearly to zero at the last step."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of its moments."""
+
+    clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+
+    def lr_at(self, step: int) -> float:
+        """Give the learning rate of a step (counted from 0)."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        if self.schedule == "linear":
+            return self.lr * max(0.0, (self.steps - step) / max(1, self.steps - self.warmup))
+        return self.lr
+
+
+class ScaleConfig(Section):
+    """Workers, devices, precision, sharding."""
+
+    workers: int = Field(default=1, ge=1)
+    """Processes of one run, one a GPU."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA where there is a GPU."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 on a GPU, on a CPU the faster one of the two (measured once)."""
+
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of a worker; the machine's cores shared out where it is not given."""
+
+    zero: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed's ZeRO stage; where not given, 2 in bfloat16 (its fp32 master weights) and else 0."""
+
+    offload: bool = False
+    """Keep optimizer states in host memory (ZeRO 1 to 3)."""
+
+    accumulation: int = Field(default=1, ge=1)
+    """Micro-batches in one optimizer step of a worker."""
+
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+
+    @model_validator(mode="after")
+    def _zero_fits(self) -> ScaleConfig:
+        if self.offload and not self.zero:
+            raise ValueError("offload needs zero: 1, 2 or 3")
+        if self.dtype == "bfloat16" and self.zero == 0:
+            raise ValueError(
+                "zero: 0 keeps no fp32 master weights in bfloat16; use 1, 2 or 3, or dtype: float32"
+            )
+        return self
+
+    def settled(self) -> ScaleConfig:
+        """Decide every `auto`, so that all trials of a sweep run alike."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = self.dtype
+        if dtype == "auto":
+            fast = torch.bfloat16 if device == "cuda" else fastest_cpu_dtype()
+            dtype = "bfloat16" if fast == torch.bfloat16 else "float32"
+        threads = self.threads or max(1, len(os.sched_getaffinity(0)) // self.workers)
+        zero = self.zero
+        if zero is None:
+            zero = 2 if dtype == "bfloat16" else 0
+        elif zero == 0 and dtype == "bfloat16":
+            # `auto` found bfloat16, but stage 0 was asked for by name: it wins.
+            dtype = "float32"
+        return self.model_copy(update={"device": device, "dtype": dtype, "threads": threads, "zero": zero})
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The compute dtype (of settled sections)."""
+        assert self.dtype != "auto", "settle the section first"
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+
+
+class EvaluateConfig(Section):
+    """When and how a run is measured."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Steps between validation losses (beside those that the search needs); none where not given."""
+
+    val_examples: int | None = Field(default=None, ge=1)
+    """Validation examples that the loss is taken over; all where not given."""
+
+    max_new_tokens: int = Field(default=16, ge=1)
+    """Longest answer when a task is scored."""
+
+    batch_size: int = Field(default=50, ge=1)
+    """Questions answered at once when a task is scored."""
+
+    shots: int = Field(default=2, ge=1)
+    """Solved examples in the few-shot prompt of the base."""
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    method: MethodConfig = MethodConfig()
+    optim: OptimConfig = OptimConfig()
+    scale: ScaleConfig = ScaleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    deepspeed: dict[str, JsonValue] = {}
+    """Merged over the DeepSpeed configuration that the rest implies."""
+    seed: int = Field(default=0, ge=0)
+    """Decides initial adapters, data order and dropout."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _not_ours(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        derived = {
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "optimizer",
+        }
+        clash = sorted(derived & set(value))
+        if clash:
+            raise ValueError(f"{', '.join(clash)} follow from optim and scale; set them there")
+        return value
+
+    @model_validator(mode="after")
+    def _rows_divide(self) -> RunConfig:
+        parts = self.scale.workers * self.scale.accumulation
+        if self.optim.rows_per_step % parts:
+            raise ValueError(
+                f"optim.rows_per_step ({self.optim.rows_per_step}) must be a multiple of scale.workers x "
+                f"scale.accumulation ({self.scale.workers} x {self.scale.accumulation})"
+            )
+        return self

@@ -1,0 +1,218 @@
+"""A real Ray Serve application, asked by the real `openai` client."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from openai import OpenAI
+
+from rayft.artifacts import AdapterArtifact
+from rayft.errors import ResourceError
+from rayft.models.load import ModelConfig, load_model
+from rayft.models.targets import linear_shapes
+from rayft.serving.build import preflight, run
+from rayft.serving.config import ServeConfig
+from tests.unit.serving.adapters import random_adapter, save_adapters
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+MESSAGES: Any = [{"role": "user", "content": "Where is Paris?"}]
+
+
+@dataclass(frozen=True)
+class Server:
+    config: ServeConfig
+    client: OpenAI
+    url: str
+
+    def ask(self, model: str, **extra: Any) -> str:
+        options = {"temperature": 0, "max_tokens": 24, **extra}
+        made = self.client.chat.completions.create(model=model, messages=MESSAGES, **options)
+        return str(made.choices[0].message.content)
+
+    def engine(self) -> dict[str, int]:
+        found: dict[str, int] = httpx.get(f"{self.url}/healthz").json()["engine"]
+        return found
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/{path}", **body)
+
+
+@pytest.fixture(scope="module")
+def server(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    import ray.serve as ray_serve
+
+    base = load_model(ModelConfig(name=str(tiny_folder)), torch.float32)
+    shapes, folder = linear_shapes(base.model), tmp_path_factory.mktemp("adapters")
+    adapters = save_adapters(folder, shapes, base.fingerprint)
+    plain = random_adapter("squeezed", shapes, base.fingerprint, rank=6)
+    values = {path: (1.0,) * 6 for path in shapes}
+    meta = plain.meta.model_copy(update={"singular_values": values})
+    adapters["squeezed"] = str(AdapterArtifact(plain.modules, meta=meta).save(folder / "squeezed"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    config = ServeConfig(
+        model=ModelConfig(name=str(tiny_folder)),
+        adapters=adapters,
+        port=port,
+        dtype="float32",
+        cache_tokens=4096,
+    )
+    run(config, blocking=False)
+    url = f"http://127.0.0.1:{port}"
+    yield Server(config, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0), url)
+    ray_serve.shutdown()
+
+
+def test_models_are_listed_with_what_they_are(server: Server, tiny_folder: Path) -> None:
+    listed = {model.id: model for model in server.client.models.list().data}
+    assert list(listed) == ["base", *server.config.adapters]
+    large: Any = server.client.models.retrieve("large")
+    assert large == listed["large"]
+    assert (large.rank, large.method, large.base, large.squeezed) == (8, "lora", str(tiny_folder), False)
+    assert large.bytes == (Path(large.root) / "adapter_model.safetensors").stat().st_size
+    with pytest.raises(openai.NotFoundError):
+        server.client.models.retrieve("nobody")
+
+
+def test_each_model_answers_alike_alone_and_in_a_mixed_batch(server: Server) -> None:
+    models = ["base", *server.config.adapters, "squeezed@r2"]
+    alone = [server.ask(model) for model in models]
+    assert len(set(alone)) == len(models)
+    with ThreadPoolExecutor(3 * len(models)) as pool:
+        together = list(pool.map(server.ask, models * 3))
+    assert together == alone * 3
+    assert server.engine()["max_slots_in_forward"] >= 4
+
+
+def test_the_bases_own_name_is_the_base(server: Server, tiny_folder: Path) -> None:
+    assert server.ask(str(tiny_folder)) == server.ask("base")
+
+
+def test_a_chat_stream_adds_up_to_the_answer(server: Server) -> None:
+    chunks = list(
+        server.client.chat.completions.create(
+            model="small",
+            messages=MESSAGES,
+            temperature=0,
+            max_tokens=24,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == server.ask("small")
+    assert len(chunks) > 5
+    assert chunks[-2].choices[0].finish_reason in ("stop", "length")
+    usage = chunks[-1].usage
+    assert usage is not None
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_completions_answer_whole_and_streamed(server: Server) -> None:
+    options: Any = {"model": "picks", "prompt": "hello", "temperature": 0, "max_tokens": 24}
+    whole = server.client.completions.create(**options)
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 24
+    assert whole.choices[0].finish_reason == "length"
+    stream = server.client.completions.create(**options, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == whole.choices[0].text
+
+
+def test_a_stream_is_made_of_server_sent_events(server: Server) -> None:
+    body = {"model": "base", "messages": MESSAGES, "max_tokens": 3, "stream": True}
+    answer = server.post("chat/completions", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = answer.text.split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert all(event.startswith("data: {") for event in events[:-2])
+
+
+def test_seed_and_stop_act(server: Server) -> None:
+    assert server.ask("base", temperature=1.2, seed=7) == server.ask("base", temperature=1.2, seed=7)
+    assert server.ask("base", temperature=1.2, seed=7) != server.ask("base", temperature=1.2, seed=8)
+    whole = server.ask("base")
+    stop = whole[-3:]
+    assert server.ask("base", stop=[stop]) == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unknown_model_is_a_404(server: Server, stream: bool) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        server.client.chat.completions.create(model="nobody", messages=MESSAGES, stream=stream)
+    assert caught.value.code == "model_not_found"
+    assert caught.value.param == "model"
+    assert "served are base, small" in caught.value.message
+    with pytest.raises(openai.NotFoundError, match="never squeezed"):
+        server.ask("small@r2")
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "word"),
+    [
+        ({"content": b'{"model": '}, None, "not valid JSON"),
+        ({"content": b"[]"}, None, "JSON object"),
+        ({"json": {"messages": MESSAGES}}, "model", "'model' is missing"),
+        ({"json": {"model": "base"}}, "messages", "'messages' is missing"),
+        ({"json": {"model": "base", "messages": MESSAGES, "n": 2}}, "n", "not supported"),
+        (
+            {
+                "json": {
+                    "model": "base",
+                    "messages": [{"role": "user", "content": "x" * 2000}],
+                    "stream": True,
+                }
+            },
+            "messages",
+            "context length is 1024",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_a_400(
+    server: Server, body: Any, param: str | None, word: str
+) -> None:
+    answer = server.post("chat/completions", **body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert word in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_other_paths_and_verbs_are_refused_in_the_same_form(server: Server) -> None:
+    for answer, status in (
+        (httpx.get(f"{server.url}/v2"), 404),
+        (httpx.get(f"{server.url}/v1/completions"), 405),
+    ):
+        assert answer.status_code == status
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
+    body = {"model": "base", "prompt": "hello", "max_tokens": 1000, "stream": True, "temperature": 0}
+    before = server.engine()["forwards"]
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    until = time.monotonic() + 20
+    while server.engine()["running"] and time.monotonic() < until:
+        time.sleep(0.05)
+    assert server.engine()["running"] == 0
+    assert server.engine()["forwards"] - before < 900
+
+
+def test_the_served_port_is_in_use(server: Server) -> None:
+    with pytest.raises(ResourceError, match=f"port {server.config.port} .*in use"):
+        preflight(server.config)

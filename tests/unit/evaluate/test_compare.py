@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from rayft.errors import DataError
+from rayft.evaluate.compare import interval, paired
+from rayft.numerics import assert_close
+
+
+def close(actual: float, expected: float, terms: int) -> None:
+    assert_close(torch.tensor([actual]).double(), torch.tensor([expected]).double(), torch.float32, terms)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (1, 7), (50, 100), (84, 100), (3, 1000)])
+def test_wilson_is_scipys(right, n):
+    expected = binomtest(right, n).proportion_ci(method="wilson")
+    low, high = interval([1.0] * right + [0.0] * (n - right))
+    close(low, expected.low, n)
+    close(high, expected.high, n)
+    assert 0 <= low <= right / n <= high <= 1
+
+
+def test_the_bootstrap_covers_a_mean_about_as_often_as_it_says():
+    rng = np.random.default_rng(3)
+    hits = 0
+    for _ in range(60):
+        low, high = interval(rng.beta(2, 3, size=40).tolist())
+        hits += low <= 0.4 <= high
+    # 95% of 60 is 57; fewer than 50 has a probability of 1e-4.
+    assert hits >= 50
+    assert interval([0.2, 0.5, 0.9]) == interval([0.2, 0.5, 0.9])
+
+
+def test_the_bootstrap_interval_is_that_of_the_normal_where_n_is_large():
+    values = np.random.default_rng(0).uniform(size=4000)
+    low, high = interval(values.tolist())
+    width = 2 * 1.96 * values.std() / np.sqrt(len(values))
+    assert 0.9 * width < high - low < 1.1 * width
+
+
+def test_mcnemar_by_hand():
+    # 5 items only the first gets right, 1 only the second: p = 2·(C(6,0) + C(6,1))/2⁶ = 14/64.
+    first = [1, 1, 1, 1, 1, 0, 1, 0]
+    second = [0, 0, 0, 0, 0, 1, 1, 0]
+    found = paired(first, second)
+    close(found.p_value, 14 / 64, 8)
+    close(found.difference, 4 / 8, 8)
+    assert found.ci_low <= found.difference <= found.ci_high
+    turned = paired(second, first)
+    close(turned.difference, -4 / 8, 8)
+    close(turned.p_value, 14 / 64, 8)
+
+
+def test_equal_models_do_not_differ():
+    found = paired([1, 0, 1], [1, 0, 1])
+    assert (found.difference, found.ci_low, found.ci_high, found.p_value) == (0, 0, 0, 1)
+    assert paired([0.5, 0.2], [0.5, 0.2]).p_value == 1
+
+
+def test_sign_flips_by_hand():
+    # Differences .1, .2, .3: of 8 sign patterns only +++ and --- reach a sum of .6.
+    close(paired([0.5, 0.5, 0.5], [0.4, 0.3, 0.2]).p_value, 2 / 8, 8)
+    # .1, .2, -.3 sum to 0, which every pattern reaches.
+    close(paired([0.5, 0.5, 0.2], [0.4, 0.3, 0.5]).p_value, 1.0, 8)
+
+
+def test_many_sign_flips_agree_with_the_normal_approximation():
+    rng = np.random.default_rng(1)
+    difference = rng.normal(0.02, 0.1, size=200)
+    base = rng.uniform(0.3, 0.6, size=200)
+    found = paired((base + difference).tolist(), base.tolist())
+    from scipy.stats import norm
+
+    expected = 2 * norm.sf(abs(difference.sum()) / np.sqrt((difference**2).sum()))
+    # Standard error of a share of 10 000 draws, four times.
+    assert abs(found.p_value - expected) < 4 * np.sqrt(expected / 10_000) + 1 / 10_000
+
+
+def test_pairing_narrows_the_interval():
+    rng = np.random.default_rng(2)
+    items = rng.uniform(size=300)
+    better = np.clip(items + 0.03, 0, 1)
+    found = paired(better.tolist(), items.tolist())
+    low, high = interval(items.tolist())
+    assert found.ci_high - found.ci_low < 0.2 * (high - low)
+    assert found.p_value < 0.01
+
+
+def test_scores_that_do_not_pair_are_refused():
+    with pytest.raises(DataError, match="2 and 3 scores can't be paired"):
+        paired([1, 0], [1, 0, 1])
+    with pytest.raises(DataError, match="no scores"):
+        interval([])

@@ -1,0 +1,191 @@
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rayft.artifacts import AdapterArtifact
+from rayft.errors import ArtifactError, PromotionRefusedError, RegistryError, TrackingError
+from rayft.registry import AdapterRef
+from rayft.registry.store import MlflowRegistry
+from rayft.tracking import TrackingConfig, tracker_spec
+from rayft.tracking.connection import connect
+from rayft.tracking.mlflow import MlflowTracker, prepare
+from tests.unit.tracking.mlflow_server import MlflowServer
+
+Adapter = Callable[[int], Path]
+
+
+def test_register_resolve_fetch(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter, tmp_path: Path
+) -> None:
+    assert registry.register("sums", run_id, adapter(1), {"val_score": "0.5"}) == 1
+    assert registry.register("sums", run_id, adapter(2), {"val_score": "0.6"}) == 2
+    registry.alias("sums", "champion", 1)
+    content = AdapterArtifact.load(adapter(1)).content_hash
+    for text in ("models:/sums@champion", "models:/sums/1"):
+        ref = registry.resolve(text)
+        assert (ref.version, ref.content_hash) == (1, content)
+        assert str(ref) == text
+    assert registry.resolve("models:/sums").version == 2
+    fetched = registry.fetch("models:/sums@champion", tmp_path / "cache")
+    assert fetched == tmp_path / "cache" / content
+    assert AdapterArtifact.load(fetched).content_hash == content
+    assert list((tmp_path / "cache").iterdir()) == [fetched]
+    assert registry.fetch("models:/sums/1", tmp_path / "cache") == fetched
+
+
+def test_versions_say_what_they_are(registry: MlflowRegistry, run_id: str, adapter: Adapter) -> None:
+    registry.register("sums", run_id, adapter(1), {"val_score": "0.5", "note": "first"})
+    registry.register("sums", run_id, adapter(2), {})
+    registry.alias("sums", "champion", 1)
+    newest, first = registry.versions("sums")
+    assert (newest.number, newest.aliases, newest.score()) == (2, (), None)
+    assert (first.number, first.aliases, first.score()) == (1, ("champion",), 0.5)
+    assert first.run_id == run_id
+    expected = {
+        "method": "lora",
+        "rank": "2",
+        "parameters": "22",
+        "base_fingerprint": "f00d",
+        "note": "first",
+    }
+    assert {key: first.tags[key] for key in expected} == expected
+
+
+def test_the_same_content_is_one_version(registry: MlflowRegistry, run_id: str, adapter: Adapter) -> None:
+    first = registry.register("sums", run_id, adapter(1), {"val_score": "0.5"})
+    registry.register("sums", run_id, adapter(2), {})
+    assert registry.register("sums", run_id, adapter(1), {"val_score": "0.7"}) == first
+    assert [version.number for version in registry.versions("sums")] == [2, 1]
+    assert registry.versions("sums")[1].score() == 0.7
+    assert registry.register("others", run_id, adapter(1), {}) == 1
+
+
+def test_an_alias_moves(registry: MlflowRegistry, run_id: str, adapter: Adapter) -> None:
+    for seed in (1, 2):
+        registry.register("sums", run_id, adapter(seed), {})
+        registry.alias("sums", "champion", seed)
+    assert registry.resolve("models:/sums@champion").version == 2
+    assert registry.versions("sums")[1].aliases == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models:/sumz@champion", "no model 'sumz' is registered; did you mean 'sums'"),
+        ("models:/sums@champoin", "no alias 'champoin'; did you mean 'champion'"),
+        ("models:/sums/7", "no version 7; valid are 1"),
+        ("sums", "models:/name@alias"),
+        ("models:/sums@", "models:/name@alias"),
+        ("models:/sums/latest", "models:/name@alias"),
+    ],
+)
+def test_what_is_not_there_is_answered_with_the_nearest(
+    text: str, message: str, registry: MlflowRegistry, run_id: str, adapter: Adapter
+) -> None:
+    registry.register("sums", run_id, adapter(1), {})
+    registry.alias("sums", "champion", 1)
+    with pytest.raises(RegistryError) as caught:
+        registry.resolve(text)
+    assert message in str(caught.value)
+
+
+def test_an_empty_registry_says_so(registry: MlflowRegistry) -> None:
+    with pytest.raises(RegistryError, match="none is registered, register one first"):
+        registry.versions("sums")
+
+
+def test_only_folders_that_load_are_registered(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter, tmp_path: Path
+) -> None:
+    damaged = adapter(1)
+    (damaged / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ArtifactError, match="truncated or damaged"):
+        registry.register("sums", run_id, damaged, {})
+    with pytest.raises(ArtifactError, match="adapter_config"):
+        registry.register("sums", run_id, tmp_path / "none", {})
+    with pytest.raises(RegistryError):
+        registry.versions("sums")
+
+
+def test_a_whole_model_is_refused(registry: MlflowRegistry, run_id: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(PromotionRefusedError, match="saved as a model folder; extract to LoRA first"):
+        registry.register("sums", run_id, tmp_path, {})
+
+
+def test_a_run_that_is_not_created_yet_is_refused(registry: MlflowRegistry, adapter: Adapter) -> None:
+    with pytest.raises(RegistryError, match="flush the spool"):
+        registry.register("sums", "key:t0", adapter(1), {})
+    with pytest.raises(RegistryError, match="refuses"):
+        registry.register("sums", "0" * 32, adapter(1), {})
+
+
+@pytest.mark.parametrize("name", ["a/b", "a:b", ""])
+def test_a_name_that_mlflow_refuses(
+    name: str, registry: MlflowRegistry, run_id: str, adapter: Adapter
+) -> None:
+    with pytest.raises(RegistryError, match="refuses"):
+        registry.register(name, run_id, adapter(1), {})
+
+
+def test_an_alias_that_mlflow_refuses(registry: MlflowRegistry, run_id: str, adapter: Adapter) -> None:
+    registry.register("sums", run_id, adapter(1), {})
+    with pytest.raises(RegistryError, match="refuses"):
+        registry.alias("sums", "v1", 1)
+    with pytest.raises(RegistryError, match="no version 2"):
+        registry.alias("sums", "champion", 2)
+
+
+def test_files_that_were_changed_or_deleted_are_not_given_out(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter, tmp_path: Path
+) -> None:
+    registry.register("sums", run_id, adapter(1), {})
+    stored = Path(registry.resolve("models:/sums").uri.removeprefix("file://"))
+    shutil.copytree(adapter(2), stored, dirs_exist_ok=True)
+    with pytest.raises(RegistryError, match="not what was registered"):
+        registry.fetch("models:/sums", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    shutil.rmtree(stored)
+    with pytest.raises(RegistryError, match="register it again"):
+        registry.fetch("models:/sums", tmp_path / "cache")
+
+
+def test_a_version_from_elsewhere_is_not_trusted(
+    registry: MlflowRegistry, adapter: Adapter, tmp_path: Path
+) -> None:
+    client = connect(registry.uri)
+    client.create_registered_model("foreign")
+    client.create_model_version("foreign", adapter(1).as_uri())
+    with pytest.raises(RegistryError, match="not registered by rayft"):
+        registry.fetch("models:/foreign", tmp_path / "cache")
+
+
+def test_a_registry_that_is_away_names_its_address() -> None:
+    with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9"):
+        MlflowRegistry("http://127.0.0.1:9").versions("sums")
+
+
+def test_it_travels_to_workers_and_connects_there(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter
+) -> None:
+    registry.register("sums", run_id, adapter(1), {})
+    there = pickle.loads(pickle.dumps(registry))  # noqa: S301  (our own bytes)
+    assert there.resolve("models:/sums") == registry.resolve(AdapterRef("sums"))
+
+
+@pytest.mark.slow
+def test_through_a_server(server: MlflowServer, adapter: Adapter, tmp_path: Path) -> None:
+    spec = prepare(tracker_spec(TrackingConfig(uri=server.uri), tmp_path / "out"))
+    registry = MlflowRegistry(server.uri)
+    with MlflowTracker(spec) as tracker:
+        run_id = tracker.run("trial", "t0")
+        assert registry.register("sums", run_id, adapter(1), {}) == 1
+    registry.alias("sums", "champion", 1)
+    assert registry.versions("sums")[0].aliases == ("champion",)
+    fetched = registry.fetch("models:/sums@champion", tmp_path / "cache")
+    assert sorted(file.name for file in fetched.iterdir()) == sorted(
+        file.name for file in adapter(1).iterdir()
+    )

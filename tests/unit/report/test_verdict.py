@@ -1,0 +1,77 @@
+from typing import Any
+
+from rayft.report import Comparison, Score, SweepRecord, Winner
+from rayft.report.verdict import difference_text, score_text, verdict
+from tests.unit.report.example import example, score
+
+
+def changed(**parts: Any) -> SweepRecord:
+    return SweepRecord.model_validate({**example().model_dump(), **parts})
+
+
+def test_the_first_sentence_says_what_to_ship_and_why() -> None:
+    first = verdict(example())[0]
+    assert first == (
+        "Ship lora-r32@r8 (2.48 MB): the smallest whose validation score is within 0.02 of the best trial's."
+    )
+
+
+def test_a_paired_difference_goes_before_overlapping_intervals() -> None:
+    assert "+0.39 [+0.32, +0.46], clear of zero" in " ".join(verdict(example()))
+    turned = Comparison(
+        name="few shot", against="lora-r32@r8", difference=Score(value=0.1, low=-0.2, high=0.4, n=9)
+    )
+    text = " ".join(verdict(changed(comparisons=[turned])))
+    assert "−0.10 [−0.40, +0.20], which does not exclude zero" in text
+
+
+def test_overlapping_intervals_are_said_to_be_perhaps_chance() -> None:
+    text = " ".join(verdict(changed(comparisons=[])))
+    assert "few shot at 0.21 [0.16, 0.26]: the intervals do not overlap" in text
+    assert (
+        "Unsqueezed it scores 0.61 [0.55, 0.67]: the intervals overlap, so the difference may be chance"
+        in text
+    )
+
+
+def test_trials_that_are_not_told_apart_are_named() -> None:
+    text = " ".join(verdict(example()))
+    assert (
+        "not settled: lora_plus-r16, cla-r32, DoRA-r16 and 2 more can't be told apart from lora-r32" in text
+    )
+    alone = [trial.model_dump() for trial in example().trials if trial.id in ("lora-r32", "asym-r16")]
+    text = " ".join(
+        verdict(changed(trials=alone, squeezed=[], winner=Winner(trial="lora-r32", ship="lora-r32", why="w")))
+    )
+    assert "The other 1 scored trials are told apart" in text
+
+
+def test_a_rival_that_scores_higher_on_test_is_not_hidden() -> None:
+    text = " ".join(verdict(changed(winner=Winner(trial="cla-r32", ship="cla-r32", why="w"))))
+    assert "lora-r32 even scores higher on the test part" in text
+
+
+def test_failures_are_counted() -> None:
+    assert verdict(example())[-1] == "1 of 10 trials failed; their reasons are below."
+
+
+def test_no_winner_ships_nothing_and_says_why() -> None:
+    assert verdict(changed(winner=None, no_winner="none is better than few shot")) == [
+        "Ship no adapter: none is better than few shot."
+    ]
+    assert verdict(changed(winner=None)) == ["Ship no adapter: no trial has finished."]
+
+
+def test_without_baselines_or_test_scores() -> None:
+    assert "There is no baseline to compare with." in verdict(changed(baselines=[]))
+    trials = [{**trial.model_dump(), "test": None} for trial in example().trials]
+    text = " ".join(
+        verdict(changed(trials=trials, winner=Winner(trial="lora-r32", ship="lora-r32", why="w")))
+    )
+    assert "It was not scored on the test part." in text
+
+
+def test_texts() -> None:
+    assert score_text(None) == "–"
+    assert score_text(score(0.5, 100)) == "0.50 [0.40, 0.60]"
+    assert difference_text(Score(value=-0.1, low=-0.2, high=0.0, n=3)) == "−0.10 [−0.20, +0.00]"

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayft.models.load import LoadedModel, ModelConfig, load_model
+from rayft.models.targets import linear_shapes
+from rayft.serving.transformers_engine import EngineLimits, TransformersEngine
+from tests.unit.serving.adapters import save_adapters
+
+MakeEngine = Callable[..., TransformersEngine]
+
+
+@pytest.fixture
+def loaded(tiny_folder: Path) -> LoadedModel:
+    return load_model(ModelConfig(name=str(tiny_folder)), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def adapter_folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    base = load_model(ModelConfig(name=str(tiny_folder)), torch.float32)
+    return save_adapters(tmp_path_factory.mktemp("adapters"), linear_shapes(base.model), base.fingerprint)
+
+
+@pytest.fixture
+def make_engine(loaded: LoadedModel) -> Iterator[MakeEngine]:
+    made: list[TransformersEngine] = []
+
+    def make(
+        max_running: int = 8, max_batch_tokens: int = 64, cache_tokens: int = 2048
+    ) -> TransformersEngine:
+        made.append(TransformersEngine(loaded, EngineLimits(max_running, max_batch_tokens, cache_tokens)))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.stop()

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayft.config import parse
+from rayft.errors import ArtifactError, BaseMismatchError, ConfigError, ModelError, ResourceError
+from rayft.models.load import ModelConfig
+from rayft.models.tiny import save_tiny_llama
+from rayft.serving.build import preflight, run
+from rayft.serving.config import ServeConfig
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def config(folder: Path, port: int, **adapters: str) -> ServeConfig:
+    return ServeConfig(model=ModelConfig(name=str(folder)), port=port, adapters=adapters)
+
+
+def test_adapters_that_fit_pass(tiny_folder: Path, adapter_folders: dict[str, str], free_port: int) -> None:
+    preflight(config(tiny_folder, free_port, **adapter_folders))
+
+
+@pytest.mark.parametrize("check", [preflight, run])
+def test_a_port_in_use_is_named_with_a_remedy(check: Any, tiny_folder: Path, taken_port: int) -> None:
+    with pytest.raises(ResourceError, match=rf"port {taken_port} .*in use.*--set port={taken_port + 1}"):
+        check(config(tiny_folder, taken_port))
+
+
+def test_an_unknown_base_is_refused_before_anything_starts(free_port: int) -> None:
+    with pytest.raises(ModelError, match="no model 'nothing'"):
+        run(config(Path("nothing"), free_port))
+
+
+def test_an_address_of_another_machine_is_refused(tiny_folder: Path, free_port: int) -> None:
+    with pytest.raises(ResourceError, match="can't listen"):
+        preflight(config(tiny_folder, free_port).model_copy(update={"host": "203.0.113.7"}))
+
+
+def test_a_bad_adapter_is_refused_before_anything_starts(
+    tiny_folder: Path, adapter_folders: dict[str, str], free_port: int, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(adapter_folders["small"], broken)
+    weights = broken / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ArtifactError, match=r"adapter 'bad' is not served.*truncated"):
+        run(config(tiny_folder, free_port, bad=str(broken)))
+
+
+def test_an_adapter_for_another_base_is_refused(
+    adapter_folders: dict[str, str], free_port: int, tmp_path: Path
+) -> None:
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    with pytest.raises(BaseMismatchError, match="adapter 'small' is not served"):
+        preflight(config(other, free_port, **adapter_folders))
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        ({"adapters": {"base": "x"}}, "the base itself"),
+        ({"adapters": {"a@r2": "x"}}, "letters, digits"),
+        ({"adapters": {"a/b": "x"}}, "letters, digits"),
+        ({"port": 0}, "port"),
+        ({"prot": 8000}, "did you mean 'port'"),
+        ({"dtype": "float16"}, "dtype"),
+    ],
+)
+def test_wrong_options_are_named(data: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        parse(ServeConfig, data)
+
+
+def test_the_packaged_application_is_valid() -> None:
+    import yaml
+
+    args = yaml.safe_load(Path("serve/config.yaml").read_text())["applications"][0]["args"]
+    assert parse(ServeConfig, args).model.name == "smollm2-135m-instruct"

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayft.errors import ArtifactError, BadRequestError, ResourceError, UnknownModelError
+from rayft.models.load import ModelConfig
+from rayft.serving.config import ServeConfig
+from rayft.serving.messages import Delta
+from rayft.serving.replica import Replica
+from rayft.serving.schemas import ChatRequest, CompletionRequest, Message
+
+
+@pytest.fixture(scope="module")
+def make_replica(tiny_folder: Path) -> Iterator[Callable[..., Replica]]:
+    made: list[Replica] = []
+
+    def make(**options: Any) -> Replica:
+        config = ServeConfig(model=ModelConfig(name=str(tiny_folder)), dtype="float32", **options)
+        made.append(Replica(config, "cpu"))
+        return made[-1]
+
+    yield make
+    for replica in made:
+        replica._engine.stop()
+
+
+@pytest.fixture(scope="module")
+def replica(make_replica: Callable[..., Replica], adapter_folders: dict[str, str]) -> Replica:
+    made = make_replica(max_new_tokens=100, cache_tokens=512)
+    asyncio.run(made.reconfigure({"adapters": adapter_folders}))
+    return made
+
+
+def answer(replica: Replica, request: ChatRequest | CompletionRequest) -> list[Delta]:
+    async def collect() -> list[Delta]:
+        return [delta async for delta in replica.generate(request)]
+
+    return asyncio.run(collect())
+
+
+def text(prompt: Any = "hello", model: str = "base", **extra: Any) -> CompletionRequest:
+    return CompletionRequest(model=model, prompt=prompt, **{"temperature": 0.0, "max_tokens": 20, **extra})
+
+
+def test_an_answer_opens_empty_and_ends_with_a_reason(replica: Replica, tiny_tokenizer: Any) -> None:
+    deltas = answer(replica, text())
+    length = len(tiny_tokenizer("hello")["input_ids"])
+    assert deltas[0] == Delta("", length, 0)
+    assert (deltas[-1].finish, deltas[-1].completion_tokens) == ("length", 20)
+    assert [delta.finish for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+
+
+def test_chat_goes_through_the_template(replica: Replica, tiny_tokenizer: Any) -> None:
+    request = ChatRequest(
+        model="small", messages=[Message(role="user", content="hi")], temperature=0, max_tokens=9
+    )
+    prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    as_text = answer(replica, text(prompt, "small", max_tokens=9))
+    assert "".join(d.text for d in answer(replica, request)) == "".join(d.text for d in as_text)
+
+
+def test_a_stop_string_ends_the_request(replica: Replica) -> None:
+    whole = "".join(delta.text for delta in answer(replica, text()))
+    stop = whole[4:6]
+    deltas = answer(replica, text(stop=stop))
+    assert "".join(delta.text for delta in deltas) == whole[: whole.index(stop)]
+    assert deltas[-1].finish == "stop"
+    assert deltas[-1].completion_tokens < 20
+    assert asyncio.run(replica.stats())["engine"]["running"] == 0
+
+
+def test_the_seed_decides_what_is_drawn(replica: Replica) -> None:
+    drawn = ["".join(d.text for d in answer(replica, text(temperature=1.5, seed=s))) for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    free = {"".join(d.text for d in answer(replica, text(temperature=1.5))) for _ in range(3)}
+    assert len(free) == 3
+
+
+def test_without_a_limit_chat_takes_what_fits(replica: Replica) -> None:
+    request = ChatRequest(model="base", messages=[Message(role="user", content="x" * 400)], temperature=0)
+    last = answer(replica, request)[-1]
+    # The room is the cache here (512), which the prompt leaves less of than the cap of 100.
+    assert last.finish == "stop" or last.prompt_tokens + last.completion_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "param", "word"),
+    [
+        (text(model="nobody"), UnknownModelError, "model", "served are base"),
+        (text("x" * 600), BadRequestError, "prompt", "context length is 512"),
+        (text("x" * 500, max_tokens=13), BadRequestError, "prompt", "context length is 512"),
+        (text(max_tokens=101), BadRequestError, "max_tokens", "at most 100"),
+        (text(""), BadRequestError, "prompt", "empty"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(
+    replica: Replica, request_: Any, error: type[BadRequestError], param: str, word: str
+) -> None:
+    with pytest.raises(error, match=word) as caught:
+        answer(replica, request_)
+    assert caught.value.param == param
+
+
+def test_the_longest_request_that_fits_is_answered(replica: Replica) -> None:
+    last = answer(replica, text("x" * 500, max_tokens=12))[-1]
+    assert last.finish is not None
+
+
+def test_a_bad_adapter_stops_a_start_but_not_what_is_served(
+    make_replica: Callable[..., Replica], adapter_folders: dict[str, str]
+) -> None:
+    made = make_replica()
+    with pytest.raises(ArtifactError, match="'lost' is not served"):
+        asyncio.run(made.reconfigure({"adapters": {"lost": "/nowhere"}}))
+    good = {"small": adapter_folders["small"]}
+    asyncio.run(made.reconfigure({"adapters": good}))
+    assert asyncio.run(made.stats())["refused"] is None
+    asyncio.run(made.reconfigure({"adapters": {**good, "lost": "/nowhere"}}))
+    assert "'lost' is not served" in asyncio.run(made.stats())["refused"]
+    assert answer(made, text(model="small"))[-1].finish
+    with pytest.raises(UnknownModelError, match=r"last change was refused.*/nowhere"):
+        answer(made, text(model="lost"))
+
+
+def test_a_dead_engine_is_unhealthy(make_replica: Callable[..., Replica]) -> None:
+    replica = make_replica()
+    replica.check_health()
+    replica._engine.stop()
+    with pytest.raises(ResourceError, match="stopped"):
+        replica.check_health()

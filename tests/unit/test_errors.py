@@ -1,0 +1,64 @@
+"""The tree in the module's docstring is the tree of the classes; errors cross process boundaries."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import re
+
+import pytest
+
+from rayft import errors
+from rayft.errors import BadRequestError, RayftError, RequestError, UnknownModelError
+
+CLASSES = {
+    name: cls
+    for name, cls in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(cls, Exception) and cls.__module__ == errors.__name__
+}
+
+
+def drawn() -> dict[str, str]:
+    """Read child → parent off the docstring: `x` hangs below the root, `+` below the last `x`."""
+    parents: dict[str, str] = {}
+    above = ""
+    for line in (errors.__doc__ or "").splitlines():
+        found = re.match(r"^( x |    \+ )(\w+Error)\b", line)
+        if found:
+            below = found[1] == "    + "
+            parents[found[2]] = above if below else "RayftError"
+            above = above if below else found[2]
+    return parents
+
+
+def test_the_drawn_tree_is_the_class_tree() -> None:
+    actual = {name: cls.__bases__[0].__name__ for name, cls in CLASSES.items() if cls is not RayftError}
+    assert drawn() == actual
+
+
+def test_all_are_exported_documented_and_ours() -> None:
+    assert sorted(CLASSES) == sorted(errors.__all__)
+    for name, cls in CLASSES.items():
+        assert issubclass(cls, RayftError)
+        assert cls.__doc__, f"{name} says nothing"
+
+
+@pytest.mark.parametrize("cls", [c for c in CLASSES.values() if not issubclass(c, RequestError)])
+def test_errors_survive_pickle(cls: type[RayftError]) -> None:
+    again = pickle.loads(pickle.dumps(cls("why; what to do")))  # noqa: S301
+    assert type(again) is cls
+    assert str(again) == "why; what to do"
+
+
+@pytest.mark.parametrize("cls", [RequestError, UnknownModelError, BadRequestError])
+@pytest.mark.parametrize("param", [None, "model"])
+def test_request_errors_keep_their_param_and_status(cls: type[RequestError], param: str | None) -> None:
+    again = pickle.loads(pickle.dumps(cls("no such model", param=param)))  # noqa: S301
+    assert type(again) is cls
+    assert (str(again), again.param, again.status) == ("no such model", param, cls.status)
+
+
+def test_statuses() -> None:
+    assert (RequestError.status, UnknownModelError.status, BadRequestError.status) == (500, 404, 400)
+    assert UnknownModelError.code == "model_not_found"
+    assert BadRequestError.code == "invalid_request_error"
