@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -120,3 +121,14 @@ class DataConfig(Section):
         missing = [part for part in ("train", "val", "test") if getattr(self, part) is None]
         if missing:
             raise ValueError(f"a reasoning-gym task has no size of its own: give {', '.join(missing)}")
+
+    def located(self) -> DataConfig:
+        """Make the paths of files absolute."""
+        if self.source in ("reasoning_gym", "hub"):
+            return self
+        name = str(Path(self.name).expanduser().absolute()) if self.name else ""
+        files = self.files
+        if files is not None:
+            named = {part: path for part, path in files if path is not None}
+            files = PartFiles(**{part: str(Path(path).expanduser().absolute()) for part, path in named.items()})
+        return self.model_copy(update={"name": name, "files": files})

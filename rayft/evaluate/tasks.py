@@ -105,14 +105,22 @@ def generate(
     answers: list[list[int]] = [[] for _ in prompts]
     training = model.training
     model.eval()
+    handle = model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     try:
         for batch in _by_length(prompts, batch_size):
             found = _continue_batch(model, [prompts[index] for index in batch], max_new_tokens, ends)
             for index, tokens in zip(batch, found, strict=True):
                 answers[index] = tokens
     finally:
+        handle.remove()
         model.train(training)
     return [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in answers]
+
+
+def _contiguous(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    # The last position of each row is a strided view, for which the CPU's product copies the whole
+    # output matrix once a row: 3.4 of 5.1 s of reading 50 questions with SmolLM2 on two cores.
+    return (args[0].contiguous(), *args[1:])
 
 
 def _by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:

@@ -30,7 +30,9 @@ from rayft.tracking.mlflow import flush_spool, prepare
 __all__ = ["demo", "doctor", "promote", "report", "serve", "squeeze", "sweep"]
 
 
-def demo(overrides: Sequence[str], console: Console, *, stay: bool = False, config: str = "demo") -> SweepRecord:
+def demo(
+    overrides: Sequence[str], console: Console, *, stay: bool = False, config: str = "demo"
+) -> SweepRecord:
     """Run the packaged demo from nothing: an earlier demo's folder is replaced."""
     from rayft.flow.demo import run_demo
 
@@ -79,7 +81,9 @@ def squeeze(
         folder = artifact.save(out / name)
         kept = list(retained_energy(artifact).values())
         energy = f"{sum(kept) / len(kept):.4f}, {min(kept):.4f}"
-        table.add_row(str(folder), str(artifact.rank), f"{artifact.parameters:,}", f"{folder_bytes(folder):,}", energy)
+        table.add_row(
+            str(folder), str(artifact.rank), f"{artifact.parameters:,}", f"{folder_bytes(folder):,}", energy
+        )
     console.print(table)
 
 
@@ -91,7 +95,9 @@ def report(folder: Path, output: Path | None, console: Console) -> None:
     if spec.spool.is_dir():
         drained = flush_spool(prepare(spec))
         if drained.sent or drained.pending:
-            console.print(f"tracking: {drained.sent} records sent, {drained.pending} still wait", highlight=False)
+            console.print(
+                f"tracking: {drained.sent} records sent, {drained.pending} still wait", highlight=False
+            )
     _show(record, console)
     console.print(f"wrote {path}", highlight=False)
 
@@ -161,7 +167,9 @@ def _show(record: SweepRecord, console: Console) -> None:
 def _show_answers(record: SweepRecord, console: Console) -> None:
     assert record.served
     for exchange in record.served.exchanges:
-        table = Table("model", "answer over HTTP", title=exchange.question.strip(), title_style="", min_width=60)
+        table = Table(
+            "model", "answer over HTTP", title=exchange.question.strip(), title_style="", min_width=60
+        )
         for name, answer in exchange.answers.items():
             table.add_row(name, answer)
         console.print(table)

@@ -69,10 +69,10 @@ class PipelineConfig(Section):
         return value
 
     def run(self) -> RunConfig:
-        """Give what all trials share, with every `auto` decided."""
+        """Give what all trials share: every `auto` decided, every path absolute, since workers run elsewhere."""
         return RunConfig(
-            model=self.model,
-            data=self.data,
+            model=self.model.located(),
+            data=self.data.located(),
             optim=self.optim,
             scale=self.scale.settled(),
             evaluate=self.evaluate,

@@ -69,5 +69,3 @@ def _serve_and_ask(
 def _check_port(config: PipelineConfig) -> None:
     """Refuse a port in use before the sweep, not after it."""
     preflight(ServeConfig(model=config.model, host=config.serve.host, port=config.serve.port))
-
-

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.exceptions
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
@@ -72,7 +73,12 @@ class Display:
 
     def _follow(self, broker: Any, names: Callable[[str], str], done: threading.Event) -> None:
         while not done.wait(0.5):
-            for job in ray.get(broker.snapshot.remote()):
+            try:
+                jobs = ray.get(broker.snapshot.remote())
+            except ray.exceptions.RayError:
+                # The cluster is going down; whoever waits for a result says why.
+                return
+            for job in jobs:
                 self._update(names(job["id"]), job)
 
     def _update(self, name: str, job: dict[str, Any]) -> None:

@@ -132,7 +132,9 @@ def _check_output(config: PipelineConfig, output: Path) -> None:
         output.mkdir(parents=True, exist_ok=True)
         stamp.write_text(mark + config.model_dump_json(indent=2) + "\n")
     except OSError as error:
-        raise ResourceError(f"can't write to {output} ({error}); choose another with --set output=…") from error
+        raise ResourceError(
+            f"can't write to {output} ({error}); choose another with --set output=…"
+        ) from error
 
 
 def sweep_hash(config: PipelineConfig) -> str:

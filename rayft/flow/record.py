@@ -127,9 +127,7 @@ def _trial(trial: EndedTrial, measured: Measured) -> Trial:
     )
 
 
-def _squeezed(
-    item: SqueezedAdapter, winner: EndedTrial | None, scores: Mapping[str, Measured]
-) -> Squeezed:
+def _squeezed(item: SqueezedAdapter, winner: EndedTrial | None, scores: Mapping[str, Measured]) -> Squeezed:
     assert winner is not None
     energies = list(item.energy.values())
     return Squeezed(
@@ -176,7 +174,9 @@ def _commands(plan: Plan) -> tuple[Command, ...]:
         Command(what="Run the sweep again", command=f"rayft sweep {output}/config.yaml"),
         Command(what="Compare the runs", command=f"mlflow ui --backend-store-uri {_short_uri(plan)}"),
         Command(what="Serve the result", command=f"rayft serve {output}/serve.yaml"),
-        Command(what="Move the champion by hand", command=f"rayft promote {plan.config.name} 1 --sweep {output}"),
+        Command(
+            what="Move the champion by hand", command=f"rayft promote {plan.config.name} 1 --sweep {output}"
+        ),
         Command(what="Make this report again", command=f"rayft report {output}"),
     )
 

@@ -66,7 +66,9 @@ def score_all(executor: Executor, requests: Mapping[str, ScoreRequest]) -> dict[
     Raises:
         TrainError: if one can't be scored.
     """
-    ray.get([executor.submit(Job(name, "score", {"request": r})) for name, r in requests.items()])
+    if not requests:
+        return {}
+    executor.submit([Job(name, "score", {"request": request}) for name, request in requests.items()])
     found = {}
     for name in requests:
         event: Event = ray.get(executor.broker.next_event.remote(name))
@@ -103,7 +105,10 @@ def score_trials(plan: Plan, executor: Executor, trials: Sequence[Trial]) -> dic
         run, folder = trial.point.run, str(trial.result["folder"])
         adapter: str | None = folder
         if not method(run.method.name).exports_lora:
-            run, adapter = run.model_copy(update={"model": run.model.model_copy(update={"name": folder})}), None
+            run, adapter = (
+                run.model_copy(update={"model": run.model.model_copy(update={"name": folder})}),
+                None,
+            )
         requests[trial.point.name] = ScoreRequest(
             run=run.model_dump_json(),
             parts=("val", "test") if trial.status == "finished" else ("test",),
@@ -144,9 +149,7 @@ def squeeze_winner(plan: Plan, winner: Trial) -> tuple[AdapterArtifact, list[Squ
     return full, made
 
 
-def score_squeezed(
-    plan: Plan, executor: Executor, made: Sequence[SqueezedAdapter]
-) -> dict[str, Measured]:
+def score_squeezed(plan: Plan, executor: Executor, made: Sequence[SqueezedAdapter]) -> dict[str, Measured]:
     """Score the squeezed adapters as they lie on disk."""
     requests = {
         item.name: ScoreRequest(
@@ -180,5 +183,3 @@ def smallest_good(
     """Find the smallest squeezed adapter that keeps a share of the winner's validation score."""
     good = [item for item in made if (scores[item.name].mean("val") or 0.0) >= keep * winner_score]
     return min(good, key=lambda item: item.parameters, default=None)
-
-

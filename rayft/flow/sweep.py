@@ -146,9 +146,7 @@ def _track(plan: Plan, record: SweepRecord, tracker: MlflowTracker, parent: str)
             tracker.params(trial.run_id, digest)
             tracker.metrics(trial.run_id, _scores(trial.test, trial.val_score), trial.steps)
     for base in record.baselines:
-        run = tracker.run(
-            base.name, f"{parent}-{base.name}", parent=parent, tags={"rayft.kind": "baseline"}
-        )
+        run = tracker.run(base.name, f"{parent}-{base.name}", parent=parent, tags={"rayft.kind": "baseline"})
         tracker.params(run, {"method.name": base.name, **digest})
         tracker.metrics(run, _scores(base.test, base.val_score))
         tracker.finish(run, "finished")
@@ -181,7 +179,9 @@ def _register(plan: Plan, record: SweepRecord, winner: Trial, display: Display) 
         registry = MlflowRegistry(plan.tracker.uri)
         version = registry.register(plan.config.name, winner.run_id, plan.output / "winner", tags)
     except TrackingError as error:
-        display.say(f"not registered: {error}. Everything else is in {plan.output}; run the sweep again to register")
+        display.say(
+            f"not registered: {error}. Everything else is in {plan.output}; run the sweep again to register"
+        )
         return
     try:
         done = promote(registry, plan.config.name, version, gate=plan.config.promote)

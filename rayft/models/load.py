@@ -51,6 +51,13 @@ class ModelConfig(Section):
         return self
 
 
+    def located(self) -> ModelConfig:
+        """Make the path of a local model absolute."""
+        path = Path(self.name).expanduser()
+        local = self.name not in REGISTERED and (path.is_dir() or path.suffix == ".gguf")
+        return self.model_copy(update={"name": str(path.absolute())}) if local else self
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A base model in memory."""

@@ -78,7 +78,10 @@ def _scores(record: SweepRecord) -> Drawing | None:
             "better. Nothing beats the points on the dashed front in both. The large point is what to ship."
             + source
         ),
-        alt=f"Test score by adapter size: {'; '.join(told)}. Pareto front: {', '.join(row.name for row in front)}.",
+        alt=(
+            f"Test score by adapter size: {'; '.join(told)}. "
+            f"Pareto front: {', '.join(row.name for row in front)}."
+        ),
         svg=svg(figure, "scores"),
     )
 

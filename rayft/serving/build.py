@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -31,15 +33,17 @@ WAITING_PER_RUNNING = 4
 def build_app(config: ServeConfig) -> ray_serve.Application:
     """Bind ingress and replicas.
 
-    Adapters are passed as `user_config`: where only they change, Ray Serve hands the new ones to
-    every running replica and restarts none.
+    Adapters are passed as `user_config`, which `serve/config.yaml` can override: a deploy that changes
+    nothing else there is handed to every running replica and restarts none.
     """
     device = _device(config)
+    # A replica may run in another folder than the one that relative paths were written for.
+    adapters = {name: str(Path(folder).expanduser().absolute()) for name, folder in config.adapters.items()}
     replica = ReplicaDeployment.options(
         num_replicas=config.replicas,
         max_ongoing_requests=config.max_running * (1 + WAITING_PER_RUNNING),
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": 1 if device == "cuda" else 0},
-        user_config={"adapters": dict(config.adapters)},
+        user_config={"adapters": adapters},
         graceful_shutdown_timeout_s=5,
     ).bind(config.model_copy(update={"adapters": {}}), device)
     ingress = IngressDeployment.options(
@@ -84,7 +88,9 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
     try:
         ray_serve.run(build_app(config), name=APPLICATION, route_prefix="/", blocking=False)
     except RuntimeError as error:
-        raise ResourceError(f"the application did not start: {error}") from error
+        cause = _startup_error() or str(error)
+        ray_serve.delete(APPLICATION)
+        raise ResourceError(f"the application did not start: {cause}") from error
     if not _listens(config.host, config.port):
         raise ResourceError(
             f"nothing listens on {config.host}:{config.port}: Ray Serve runs in this cluster already, "
@@ -92,6 +98,14 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
         )
     if blocking:
         _wait_for_interrupt()
+
+
+def _startup_error() -> str | None:
+    """Find the line that says why a replica did not start: Ray Serve has its traceback as text."""
+    application = ray_serve.status().applications.get(APPLICATION)
+    messages = [deployment.message for deployment in application.deployments.values()] if application else []
+    found = [line for text in messages for line in text.splitlines() if re.match(r"\s*[\w.]+Error: ", line)]
+    return found[-1].strip() if found else None
 
 
 def _wait_for_interrupt() -> None:

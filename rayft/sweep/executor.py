@@ -7,11 +7,12 @@ worker group lives.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 
-from rayft.sweep.broker import Broker, Event, Job
+from rayft.sweep.broker import Broker, Job
 from rayft.sweep.lane import LaneSettings, lane_worker
 from rayft.train.run import ScaleConfig
 
@@ -85,16 +86,8 @@ class Executor(ABC):
         """Start what lives as long as the executor."""
 
     @abstractmethod
-    def submit(self, job: Job) -> Any:
-        """Queue a job (a reference to wait on)."""
-
-    def run_job(self, job: Job) -> Event:
-        """Run a job to its end and give its last event."""
-        ray.get(self.submit(job))
-        while True:
-            event: Event = ray.get(self.broker.next_event.remote(job.id))
-            if event.kind != "report":
-                return event
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs; their events come from the broker."""
 
     def close(self, timeout: float = 30.0) -> None:
         """End all worker groups, and wait until their devices and memory are free."""
@@ -114,24 +107,23 @@ class LaneExecutor(Executor):
         for number in range(self.lanes):
             self._host(f"{self.name}-lane{number}", once=False)
 
-    def submit(self, job: Job) -> Any:
-        """Queue a job for whichever lane is free."""
-        return self.broker.submit.remote(job)
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue the jobs for whichever lane is free."""
+        ray.get([self.broker.submit.remote(job) for job in jobs])
 
 
 class IsolatedExecutor(Executor):
-    """A worker group for each job, for what changes the base."""
+    """A worker group for each trial, for what changes the base; one for what is scored together."""
 
     def start(self) -> None:
         """Nothing lives longer than a job."""
 
-    def submit(self, job: Job) -> Any:
-        """Start a worker group for the job and queue it for that one."""
-        lane = f"{self.name}-{job.id}"
-        own = Job(job.id, job.kind, job.payload, lane=lane)
-        reference = self.broker.submit.remote(own)
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue the jobs for a worker group that is started for them and ends after the last."""
+        lane = f"{self.name}-{jobs[0].id}"
+        own = [Job(job.id, job.kind, job.payload, lane=lane) for job in jobs]
+        ray.get([self.broker.submit.remote(job) for job in own])
         self._host(lane, once=True)
-        return reference
 
 
 EXECUTORS: dict[str, type[Executor]] = {"lane": LaneExecutor, "isolated": IsolatedExecutor}

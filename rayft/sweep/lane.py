@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 import torch.distributed as dist
+from ray.train.torch import get_device
 
 from rayft.config import content_hash, leaves
 from rayft.errors import RayftError
@@ -46,7 +48,7 @@ class LaneSettings:
     broker: Any
     """Handle of the broker actor."""
     once: bool = False
-    """End after one job (an isolated trial)."""
+    """End when no job is left for it, instead of waiting for more (isolated trials)."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class _LaneReporter:
             self._tracker.metrics(self._run_id, metrics, step)
         if step >= self._steps:
             # Nothing is left to decide; the result that follows carries the number.
+            self._broker.log.remote(self._key, {"step": step, **metrics})
             return True
         started = time.perf_counter()
         go_on = bool(ray.get(self._broker.report.remote(self._key, step, dict(metrics))))
@@ -100,11 +103,9 @@ def lane_worker(settings: LaneSettings) -> None:
         job = lane.next_job()
         if job == CLOSE:
             return
-        if job is None:
-            continue
-        assert isinstance(job, Job)
-        lane.run(job)
-        if settings.once:
+        if isinstance(job, Job):
+            lane.run(job)
+        elif settings.once:
             return
 
 
@@ -114,7 +115,12 @@ class _Lane:
     def __init__(self, settings: LaneSettings) -> None:
         self._broker = settings.broker
         self._name = settings.name
-        self._worker = Worker.current("cpu")
+        self._wait = 0.0 if settings.once else 20.0
+        device = get_device()
+        if device.type == "cuda":
+            # Objects travel over NCCL through the current device, which must be this worker's own.
+            torch.cuda.set_device(device)
+        self._worker = Worker.current(str(device))
         self._session: Session | None = None
         self._opened = ""
         self._trackers: dict[TrackerSpec, MlflowTracker] = {}
@@ -123,7 +129,7 @@ class _Lane:
         """Pull on rank 0 and hand the job to all."""
         box: list[Any] = [None]
         if self._worker.rank == 0:
-            box[0] = ray.get(self._broker.pull.remote(self._name))
+            box[0] = ray.get(self._broker.pull.remote(self._name, self._wait))
         if self._worker.world > 1:
             # Ray Train gives GPU groups NCCL alone, which moves objects through the device.
             dist.broadcast_object_list(box, 0)

@@ -89,7 +89,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         self._broker, self._key = self._executor.broker, request.key
         self._replay = _replay(request)
         if not self._replay:
-            ray.get(self._executor.submit(Job(request.key, "train", {"request": request})))
+            self._executor.submit([Job(request.key, "train", {"request": request})])
 
 
 def search(

@@ -324,7 +324,7 @@ def _undelivered() -> Iterator[None]:
         raise
     # MLflow lets through whatever its drivers and stores raise, and none of it may end a training.
     except Exception as error:
-        raise
+        raise UndeliveredError(f"{type(error).__name__}: {error}") from error
 
 
 def _parts(values: list[Any], size: int) -> Iterator[list[Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -79,7 +80,7 @@ def restore(folder: Path, engine: Engine, state: Mapping[str, Any]) -> None:
     """
     try:
         path, _ = engine.load_checkpoint(str(folder), tag=state["tag"], load_module_strict=False)
-    except (OSError, RuntimeError, KeyError, EOFError) as error:
+    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise TrainError(
             f"the checkpoint {folder}/{state['tag']} is damaged ({error}); delete {folder}"
         ) from error

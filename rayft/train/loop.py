@@ -64,9 +64,11 @@ class _Progress:
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     tokens: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
+    """When this process last saved or began; not kept."""
 
     def state(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        return {name: value for name, value in self.__dict__.items() if name != "saved_at"}
 
 
 def fit(
@@ -207,13 +209,19 @@ def _evaluate(
     value = validation_loss(session)
     progress.val_curve.append((progress.step, value))
     progress.evaluate_seconds += time.perf_counter() - started
-    # Before the report: whoever is told of a step may rely on its checkpoint.
-    if progress.step < run.optim.steps:
+    # Before the report: while the search decides, the run is safe.
+    if progress.step < run.optim.steps and _due(run, progress, worker):
         checkpoint.save(folder / "checkpoint", engine, run, worker, progress.state())
+        progress.saved_at = time.monotonic()
     go_on = True
     if worker.rank == 0:
         go_on = reporter.report(progress.step, {"val_loss": value})
     return worker.share(go_on)
+
+
+def _due(run: RunConfig, progress: _Progress, worker: Worker) -> bool:
+    """Decide, for all workers alike, whether the last checkpoint is old enough for another."""
+    return worker.share(time.monotonic() - progress.saved_at >= run.evaluate.checkpoint_seconds)
 
 
 def _evaluation_steps(run: RunConfig, evaluate_at: Sequence[int]) -> set[int]:

@@ -1,0 +1,52 @@
+"""The factored SVD against a dense one, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rayft.methods.base import LoraFactors
+from rayft.numerics import assert_close, generator
+from rayft.squeeze.factored_svd import factored_svd, sorted_factors
+
+
+def random_factors(outputs: int, inputs: int, rank: int, scale: float, dtype: torch.dtype) -> LoraFactors:
+    draw = generator("factors", outputs, inputs, rank)
+    a = torch.randn(rank, inputs, generator=draw, dtype=torch.float64)
+    b = torch.randn(outputs, rank, generator=draw, dtype=torch.float64)
+    return LoraFactors(a.to(dtype), b.to(dtype), scale)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "rank"), [(33, 17, 5), (8, 40, 8), (40, 8, 12), (7, 7, 1)])
+@pytest.mark.parametrize("scale", [2.0, 0.25])
+def test_equals_the_dense_svd(outputs: int, inputs: int, rank: int, scale: float) -> None:
+    factors = random_factors(outputs, inputs, rank, scale, torch.float32)
+    dense = factors.scale * (factors.b.double() @ factors.a.double())
+    svd = factored_svd(factors)
+    expected = torch.linalg.svdvals(dense)[: len(svd.s)]
+    assert_close(svd.s, expected, torch.float64, rank)
+    assert_close((svd.u * svd.s) @ svd.v.t(), dense, torch.float64, rank)
+
+
+def test_condition_number_of_a_million_costs_nothing() -> None:
+    draw = generator("condition")
+    u, _ = torch.linalg.qr(torch.randn(30, 6, generator=draw, dtype=torch.float64))
+    v, _ = torch.linalg.qr(torch.randn(20, 6, generator=draw, dtype=torch.float64))
+    s = torch.logspace(0, -6, 6, dtype=torch.float64)
+    found = factored_svd(LoraFactors((s[:, None] * v.t()), u, 1.0)).s
+    # Each value by itself: a norm over all of them would hide the smallest.
+    for value, expected in zip(found, s, strict=True):
+        assert abs(value - expected) / expected < 1e-9
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_every_prefix_is_the_best_of_its_rank(rank: int) -> None:
+    factors = random_factors(31, 19, 5, 0.5, torch.float64)
+    dense = factors.delta()
+    found = sorted_factors(factored_svd(factors), factors.scale, torch.float64)
+    prefix = LoraFactors(found.a[:rank], found.b[:, :rank], found.scale)
+    u, s, vt = torch.linalg.svd(dense)
+    best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    assert_close(prefix.delta(), best, torch.float64, 31)
+    assert prefix.scale == factors.scale
+    assert_close(found.b.norm(), found.a.norm(), torch.float64, 31)

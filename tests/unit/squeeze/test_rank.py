@@ -1,0 +1,81 @@
+"""Squeezing artifacts by rank and energy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rayft.artifacts import AdapterArtifact, ArtifactMeta
+from rayft.errors import SqueezeError
+from rayft.methods.base import LoraFactors
+from rayft.numerics import assert_close, generator
+from rayft.squeeze.rank import SqueezeConfig, rank_for_energy, retained_energy, squeeze
+
+
+@pytest.fixture
+def artifact() -> AdapterArtifact:
+    draw = generator("artifact")
+
+    def factors(outputs: int, inputs: int, rank: int, scale: float) -> LoraFactors:
+        a, b = torch.randn(rank, inputs, generator=draw), torch.randn(outputs, rank, generator=draw)
+        return LoraFactors(a, b, scale)
+
+    modules = {"q": factors(24, 16, 8, 2.0), "v": factors(12, 16, 4, 16 / 4**0.5)}
+    return AdapterArtifact(modules, meta=ArtifactMeta(method="lora"))
+
+
+def test_without_a_rank_the_update_stays_the_same(artifact: AdapterArtifact) -> None:
+    full = squeeze(artifact)
+    for name, factors in artifact.modules.items():
+        assert_close(full.modules[name].delta(), factors.delta(), torch.float32, 24)
+        assert full.modules[name].scale == factors.scale
+    assert full.meta.parent == artifact.content_hash
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 8])
+def test_a_rank_is_a_view_of_the_full_squeeze(artifact: AdapterArtifact, rank: int) -> None:
+    direct, view = squeeze(artifact, rank=rank), squeeze(artifact).at_rank(rank)
+    assert direct.content_hash == view.content_hash
+    assert direct.modules["v"].rank == min(rank, 4)
+    u, s, vt = torch.linalg.svd(artifact.modules["q"].delta().double())
+    best = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    assert_close(direct.modules["q"].delta(), best, torch.float32, 24)
+
+
+def test_energy_gives_each_module_its_own_rank(artifact: AdapterArtifact) -> None:
+    squeezed = squeeze(artifact, energy=0.7)
+    for name, kept in retained_energy(squeezed).items():
+        rank, values = squeezed.modules[name].rank, squeezed.meta.singular_values[name]
+        assert kept >= 0.7
+        without = sum(v * v for v in values[: rank - 1]) / sum(v * v for v in values)
+        assert without < 0.7
+    assert squeeze(artifact, energy=1.0).modules["q"].rank == 8
+
+
+def test_a_zero_update_has_rank_one() -> None:
+    assert rank_for_energy((0.0, 0.0), 0.9) == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "match"),
+    [
+        ({"rank": 0}, "not between 1 and"),
+        ({"rank": 9}, "not between 1 and the adapter's own rank, 8"),
+        ({"energy": 1.5}, r"not in \(0, 1\]"),
+        ({"rank": 2, "energy": 0.5}, "not both"),
+    ],
+)
+def test_impossible_requests(artifact: AdapterArtifact, request_: dict[str, float], match: str) -> None:
+    with pytest.raises(SqueezeError, match=match):
+        squeeze(artifact, **request_)  # type: ignore[arg-type]
+
+
+def test_retained_energy_needs_a_spectrum(artifact: AdapterArtifact) -> None:
+    with pytest.raises(SqueezeError, match="squeeze it first"):
+        retained_energy(artifact)
+
+
+def test_ranks_of_a_config_are_sorted_and_positive() -> None:
+    assert SqueezeConfig(ranks=(2, 8, 8, 4)).ranks == (8, 4, 2)
+    with pytest.raises(ValueError, match="0 is no rank"):
+        SqueezeConfig(ranks=(0,))

@@ -1,0 +1,91 @@
+"""The search space: every point a whole, checked run."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayft.config import parse
+from rayft.data.source import DataConfig
+from rayft.errors import ConfigError
+from rayft.sweep.schedule import rungs
+from rayft.sweep.space import LogUniform, MethodSpace, SweepConfig, check_executor, points
+from rayft.train.run import RunConfig, ScaleConfig
+
+
+@pytest.fixture
+def run() -> RunConfig:
+    data = DataConfig(name="needle_haystack", train=8, val=2, test=2)
+    return RunConfig(data=data, scale=ScaleConfig(device="cpu", dtype="float32", zero=0))
+
+
+def test_a_grid_with_a_learning_rate_for_each_method(run: RunConfig) -> None:
+    sweep = SweepConfig(
+        methods={
+            "lora": MethodSpace(ranks=(4, 8), lr=(1e-3, 2e-3)),
+            "cla": MethodSpace(ranks=(16,), lr=(1e-2,), alpha=16.0),
+        },
+        seeds=(0, 1),
+    )
+    found = points(sweep, run)
+    assert len(found) == (2 * 2 + 1) * 2
+    assert len({point.key for point in found}) == len(found)
+    assert {(p.run.method.name, p.run.optim.lr) for p in found} == {("lora", 1e-3), ("lora", 2e-3), ("cla", 1e-2)}
+    assert {p.run.seed for p in found} == {0, 1}
+    cla = next(p for p in found if p.run.method.name == "cla")
+    assert cla.run.method.scale == 1.0
+    assert cla.name == "cla-r16-lr0.01-s0"
+
+
+def test_a_cap_treats_methods_alike_and_keys_stay(run: RunConfig) -> None:
+    spaces = {"lora": MethodSpace(lr=(1e-3, 2e-3, 4e-3)), "cla": MethodSpace(lr=(1e-3, 2e-3, 4e-3))}
+    every = points(SweepConfig(methods=spaces), run)
+    some = points(SweepConfig(methods=spaces, trials=4), run)
+    assert [p.run.method.name for p in some] == ["lora", "cla", "lora", "cla"]
+    assert {p.key for p in some} < {p.key for p in every}
+    with pytest.raises(ConfigError, match="there are 2 methods; allow at least one trial each"):
+        points(SweepConfig(methods=spaces, trials=1), run)
+
+
+def test_a_range_is_drawn_from_log_uniformly_and_again_the_same(run: RunConfig) -> None:
+    space = MethodSpace(lr=LogUniform(low=1e-4, high=1e-2))
+    sweep = SweepConfig(methods={"lora": space}, trials=40)
+    rates = [p.run.optim.lr for p in points(sweep, run)]
+    assert rates == [p.run.optim.lr for p in points(sweep, run)]
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+    assert 10 <= sum(rate < 1e-3 for rate in rates) <= 30
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"methods": {"lorra": {}}}, "unknown method 'lorra'; did you mean 'lora'"),
+        ({"methods": {}}, "name at least one method"),
+        ({"methods": {"lora": {"rank": 8}}}, "unknown key 'methods.lora.rank'; did you mean 'ranks'"),
+        ({"methods": {"lora": {"ranks": [0]}}}, "ranks start at 1"),
+        ({"methods": {"lora": {"lr": [-1.0]}}}, "all above 0"),
+        ({"methods": {"lora": {"lr": {"low": 1e-2, "high": 1e-3}}}}, "low must be below high"),
+        ({"methods": {"lora": {}}, "seeds": [1, 1]}, "none twice"),
+    ],
+)
+def test_spaces_that_make_no_sense(change: dict[str, object], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        parse(SweepConfig, change)
+
+
+def test_who_can_use_a_lane(run: RunConfig) -> None:
+    lora = {"lora": MethodSpace()}
+    assert check_executor(SweepConfig(methods=lora), run) == "lane"
+    full = {**lora, "full": MethodSpace()}
+    assert check_executor(SweepConfig(methods=full), run) == "isolated"
+    with pytest.raises(ConfigError, match="full trains the base itself"):
+        check_executor(SweepConfig(methods=full, executor="lane"), run)
+    sharded = run.model_copy(update={"scale": ScaleConfig(zero=3)})
+    with pytest.raises(ConfigError, match="ZeRO-3 partitions the base"):
+        check_executor(SweepConfig(methods=lora, executor="lane"), sharded)
+
+
+def test_rungs_end_before_the_last_step() -> None:
+    sweep = SweepConfig(methods={"lora": MethodSpace()}, grace=10, reduction=2)
+    assert rungs(sweep, 40) == [10, 20]
+    assert rungs(sweep, 41) == [10, 20, 40]
+    assert rungs(sweep, 10) == []

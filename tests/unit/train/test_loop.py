@@ -1,0 +1,188 @@
+"""`fit`: learning, stopping, resuming, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayft.artifacts import AdapterArtifact
+from rayft.errors import ConfigError, TrainError
+from rayft.methods.base import MethodConfig
+from rayft.models.inject import attach
+from rayft.train.context import Session, SilentReporter, Worker
+from rayft.train.loop import fit, validation_loss
+from rayft.train.run import RunConfig
+
+
+def changed(run: RunConfig, **sections: Mapping[str, object]) -> RunConfig:
+    update = {
+        name: getattr(run, name).model_copy(update=dict(values)) if isinstance(values, Mapping) else values
+        for name, values in sections.items()
+    }
+    return run.model_copy(update=update)
+
+
+class StopAt(SilentReporter):
+    """Stops a run at its n-th evaluation."""
+
+    def __init__(self, evaluation: int) -> None:
+        super().__init__()
+        self._evaluation = evaluation
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> bool:
+        super().report(step, metrics)
+        return len(self.reported) < self._evaluation
+
+
+class DieAt(SilentReporter):
+    """Dies after an evaluation, as a killed process would: nothing after it is done."""
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> bool:
+        super().report(step, metrics)
+        if step == 4:
+            raise KeyboardInterrupt
+        return True
+
+
+@pytest.mark.parametrize("method", ["lora", "cla"])
+def test_it_learns_and_saves_what_it_learnt(
+    run: RunConfig, session: Session, tmp_path: Path, method: str
+) -> None:
+    run = changed(run, method=MethodConfig(name=method, rank=4))
+    reporter = SilentReporter()
+    result = fit(run, session, reporter, tmp_path)
+    assert result.finished
+    assert result.steps == 6
+    losses = [loss for _, loss in result.train_curve]
+    assert losses[-1] < losses[0]
+    assert [step for step, _ in result.val_curve] == [2, 4, 6] == [step for step, _ in reporter.reported]
+    assert result.val_curve[-1][1] < result.val_curve[0][1]
+    artifact = AdapterArtifact.load(result.folder)
+    assert artifact.content_hash == result.content_hash
+    assert artifact.meta.method == method
+    assert artifact.meta.base_fingerprint == session.loaded.fingerprint
+    attach(session.loaded.model, artifact)
+    assert validation_loss(session) == pytest.approx(result.val_loss)
+
+
+def test_full_saves_a_model_folder(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    result = fit(changed(run, method=MethodConfig(name="full"), optim={"lr": 1e-3}), session, SilentReporter(), tmp_path)
+    assert (Path(result.folder) / "model.safetensors").is_file()
+    assert (Path(result.folder) / "tokenizer.json").is_file()
+    assert result.trainable == sum(p.numel() for p in session.loaded.model.parameters())
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(
+    run: RunConfig, session: Session, tmp_path: Path
+) -> None:
+    first = fit(run, session, SilentReporter(), tmp_path / "a")
+    other = fit(changed(run, seed=1), session, SilentReporter(), tmp_path / "b")
+    again = fit(run, session, SilentReporter(), tmp_path / "c")
+    assert first.train_curve == again.train_curve
+    assert first.content_hash == again.content_hash
+    assert first.train_curve != other.train_curve
+
+
+def test_a_reporter_can_stop_a_run(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    result = fit(run, session, StopAt(1), tmp_path)
+    assert not result.finished
+    assert result.steps == 2
+    assert AdapterArtifact.load(result.folder).rank == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    run: RunConfig, session: Session, tmp_path: Path, dtype: str
+) -> None:
+    if dtype == "bfloat16":
+        run = changed(run, scale={"dtype": dtype, "zero": 2})
+        session = Session.open(run, Worker())
+    whole = fit(run, session, SilentReporter(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, session, DieAt(), tmp_path / "cut")
+    reporter = SilentReporter()
+    resumed = fit(run, session, reporter, tmp_path / "cut")
+    assert [step for step, _ in reporter.logged] == [5, 6]
+    assert resumed.train_curve == whole.train_curve
+    assert resumed.val_curve == whole.val_curve
+    assert resumed.content_hash == whole.content_hash
+
+
+def test_checkpoints_hold_the_trained_parameters_alone(
+    run: RunConfig, session: Session, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, session, DieAt(), tmp_path)
+    (folder,) = (tmp_path / "checkpoint").glob("step-*")
+    state = torch.load(next(folder.glob("*model_states.pt")), weights_only=False)["module"]
+    assert all("lora_" in name for name in state)
+    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["step"] == 4
+
+
+def test_a_checkpoint_of_another_run_is_refused(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, session, DieAt(), tmp_path)
+    with pytest.raises(TrainError, match="checkpoint of another configuration"):
+        fit(changed(run, seed=1), session, SilentReporter(), tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, session, DieAt(), tmp_path)
+    (folder,) = (tmp_path / "checkpoint").glob("step-*")
+    for file in folder.iterdir():
+        file.write_bytes(b"damaged")
+    with pytest.raises(TrainError, match="damaged"):
+        fit(run, session, SilentReporter(), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    # Float32 overflows in the second step.
+    with pytest.raises(TrainError, match="use a lower learning rate"):
+        fit(changed(run, optim={"lr": 1e30, "clip": 1e9}), session, SilentReporter(), tmp_path)
+
+
+def test_accumulation_gives_the_same_run(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    at_once = fit(run, session, SilentReporter(), tmp_path / "a")
+    in_two = fit(changed(run, scale={"accumulation": 2}), session, SilentReporter(), tmp_path / "b")
+    for (_, one), (_, other) in zip(at_once.train_curve, in_two.train_curve, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_activation_checkpointing_gives_the_same_run(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    kept = fit(run, session, SilentReporter(), tmp_path / "a")
+    again = changed(run, scale={"activation_checkpointing": True})
+    recomputed = fit(again, session, SilentReporter(), tmp_path / "b")
+    assert kept.train_curve == recomputed.train_curve
+
+
+def test_labels_and_task_must_agree(run: RunConfig, tiny_folder: Path) -> None:
+    wrong = changed(run, model={"task": "sequence_classification"})
+    with pytest.raises(ConfigError, match="the data has no classes"):
+        Session.open(wrong, Worker())
+
+
+def test_a_classifier_trains_with_its_head(run: RunConfig, tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"text": f"{word} {number}", "label": word})
+        for word in ("red", "green", "blue")
+        for number in range(20)
+    ]
+    file = tmp_path / "colours.jsonl"
+    file.write_text("\n".join(lines))
+    data = type(run.data)(source="jsonl", name=str(file), val=9, test=9, max_length=64, format="classification")
+    model = run.model.model_copy(update={"task": "sequence_classification", "num_labels": 3})
+    run = run.model_copy(update={"data": data, "model": model})
+    run = changed(run, optim={"rows_per_step": 8, "steps": 30, "lr": 5e-3})
+    session = Session.open(run, Worker())
+    result = fit(run, session, SilentReporter(), tmp_path / "run")
+    assert result.val_curve[-1][1] < 0.5 * result.val_curve[0][1]
+    artifact = AdapterArtifact.load(result.folder)
+    assert artifact.meta.task == "sequence_classification"
+    assert artifact.heads["score.weight"].shape[0] == 3
+    with pytest.raises(ConfigError, match="num_labels is 2; set it to 3"):
+        Session.open(changed(run, model={"num_labels": 2}), Worker())

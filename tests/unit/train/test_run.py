@@ -1,0 +1,71 @@
+"""Settings of a run, and the DeepSpeed configuration that follows from them."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayft.config import parse
+from rayft.errors import ConfigError, TrainError
+from rayft.train.context import Session
+from rayft.train.deepspeed import build_engine, engine_config
+from rayft.train.run import OptimConfig, RunConfig, ScaleConfig
+
+DATA = {"name": "needle_haystack", "train": 8, "val": 2, "test": 2}
+
+
+def test_the_schedule_of_the_learning_rate() -> None:
+    constant = OptimConfig(lr=1.0, warmup=4, steps=8)
+    assert [constant.lr_at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    linear = OptimConfig(lr=1.0, warmup=0, steps=4, schedule="linear")
+    assert [linear.lr_at(step) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_the_engine_configuration_follows(run: RunConfig) -> None:
+    scale = ScaleConfig(workers=2, accumulation=2, zero=2, dtype="bfloat16", device="cpu", offload=True)
+    optim = OptimConfig(rows_per_step=8, clip=0.5)
+    config = engine_config(
+        run.model_copy(
+            update={"scale": scale, "optim": optim, "deepspeed": {"zero_optimization": {"reduce_bucket_size": 7}}}
+        )
+    )
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 2
+    assert config["gradient_clipping"] == 0.5
+    assert config["bf16"] == {"enabled": True}
+    assert config["zero_optimization"] == {
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+        "reduce_bucket_size": 7,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"scale": {"workers": 2}}, "multiple of scale.workers"),
+        ({"scale": {"offload": True}}, "offload needs zero"),
+        ({"scale": {"zero": 0, "dtype": "bfloat16"}}, "no fp32 master weights"),
+        ({"deepspeed": {"train_batch_size": 4}}, "follow from optim and scale"),
+        ({"optim": {"lr": 0}}, "greater than 0"),
+        ({"optim": {"steps": 2.5}}, "optim.steps"),
+    ],
+)
+def test_settings_that_contradict(change: dict[str, object], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        parse(RunConfig, {"data": DATA, **change})
+
+
+def test_settling_decides_every_auto() -> None:
+    settled = ScaleConfig().settled()
+    assert settled.device == "cpu"
+    assert settled.dtype in ("float32", "bfloat16")
+    assert settled.threads
+    assert settled.zero == (2 if settled.dtype == "bfloat16" else 0)
+    assert ScaleConfig(zero=0).settled().dtype == "float32"
+
+
+def test_what_deepspeed_refuses_is_a_train_error(run: RunConfig, session: Session) -> None:
+    session.loaded.model.requires_grad_(True)
+    wrong = run.model_copy(update={"deepspeed": {"zero_optimization": {"stage": 9}}})
+    with pytest.raises(TrainError, match="DeepSpeed refused"):
+        build_engine(wrong, session.loaded.model)
