@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-
-from rayft.errors import RayftError
 
 __all__ = ["app", "main"]
 
@@ -116,13 +113,10 @@ def doctor(
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's ends in one message, not in a traceback."""
-    try:
-        app()
-    except RayftError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
-        Console(stderr=True).print(str(error), markup=False, highlight=False)
-        sys.exit(1)
+    """Run the command line."""
+    from rayft.flow import commands
+
+    commands.guarded(app)
 
 
 if __name__ == "__main__":

@@ -130,5 +130,7 @@ class DataConfig(Section):
         files = self.files
         if files is not None:
             named = {part: path for part, path in files if path is not None}
-            files = PartFiles(**{part: str(Path(path).expanduser().absolute()) for part, path in named.items()})
+            files = PartFiles(
+                **{part: str(Path(path).expanduser().absolute()) for part, path in named.items()}
+            )
         return self.model_copy(update={"name": name, "files": files})

@@ -12,7 +12,7 @@ import ray
 from rayft.errors import ResourceError, TrackingError
 from rayft.tracking.base import TrackerSpec
 
-__all__ = ["cluster"]
+__all__ = ["check_tracking", "cluster"]
 
 SLOTS = 2
 """CPU slots beside the workers': drivers of trials and of the serving application."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.config import load
-from rayft.errors import RegistryError, SqueezeError
+from rayft.errors import RayftError, RegistryError, SqueezeError
 from rayft.flow.config import load_config
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
@@ -27,7 +28,7 @@ from rayft.squeeze.rank import squeeze as squeeze_artifact
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import flush_spool, prepare
 
-__all__ = ["demo", "doctor", "promote", "report", "serve", "squeeze", "sweep"]
+__all__ = ["demo", "doctor", "guarded", "promote", "report", "serve", "squeeze", "sweep"]
 
 
 def demo(
@@ -153,6 +154,17 @@ def doctor(output: Path, console: Console) -> int:
     return int(any(check.ok is False for check in found))
 
 
+def guarded(command: Callable[[], object]) -> None:
+    """Run a command; a mistake of the user's ends in one message and exit code 1, not in a traceback."""
+    try:
+        command()
+    except RayftError as error:
+        console = Console(stderr=True)
+        console.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
 def _tracking(folder: Path) -> TrackerSpec:
     """Find where a sweep tracked: its configuration is kept beside its results."""
     stamp = folder / "config.yaml"
@@ -161,7 +173,7 @@ def _tracking(folder: Path) -> TrackerSpec:
 
 
 def _show(record: SweepRecord, console: Console) -> None:
-    console.print(terminal_table(record))
+    console.print(terminal_table(record, console.width))
 
 
 def _show_answers(record: SweepRecord, console: Console) -> None:

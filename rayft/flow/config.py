@@ -69,7 +69,7 @@ class PipelineConfig(Section):
         return value
 
     def run(self) -> RunConfig:
-        """Give what all trials share: every `auto` decided, every path absolute, since workers run elsewhere."""
+        """Give what all trials share: every `auto` decided, every path absolute (workers run elsewhere)."""
         return RunConfig(
             model=self.model.located(),
             data=self.data.located(),

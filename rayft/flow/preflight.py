@@ -26,7 +26,7 @@ from rayft.tracking.mlflow import prepare
 from rayft.train.context import check_task
 from rayft.train.run import RunConfig
 
-__all__ = ["Plan", "preflight"]
+__all__ = ["Plan", "preflight", "sweep_hash"]
 
 STAMP_FILE = "config.yaml"
 MARGIN = 2**30
@@ -56,7 +56,7 @@ def preflight(config: PipelineConfig) -> Plan:
     trials = points(config.sweep, run)
     executor = check_executor(config.sweep, run)
     _check_devices(run)
-    shapes, tokenizer, context = skeleton(run.model)
+    shapes, tokenizer, context = _skeleton(run.model)
     update = _check_ranks(trials, shapes)
     parts = read(config.data)
     check_task(run, parts)
@@ -69,7 +69,7 @@ def preflight(config: PipelineConfig) -> Plan:
     return Plan(config, run, trials, executor, tracker, parts, output)
 
 
-def skeleton(config: ModelConfig) -> tuple[dict[str, tuple[int, int]], Any, int]:
+def _skeleton(config: ModelConfig) -> tuple[dict[str, tuple[int, int]], Any, int]:
     """Give a model's linear layers, tokenizer and context without loading its weights.
 
     Raises:
@@ -113,10 +113,10 @@ def _check_ranks(trials: list[Point], shapes: dict[str, tuple[int, int]]) -> int
 
 
 def _check_devices(run: RunConfig) -> None:
-    if run.scale.device == "cuda" and not torch.cuda.is_available():
-        # The driver may be a head node without a GPU: Ray then places the workers.
-        if not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
-            raise ResourceError("scale.device is cuda, but no GPU is here; set scale.device: cpu or auto")
+    # With a cluster the driver may be a head node without a GPU: Ray then places the workers.
+    alone = not ray.is_initialized() and "RAY_ADDRESS" not in os.environ
+    if run.scale.device == "cuda" and alone and not torch.cuda.is_available():
+        raise ResourceError("scale.device is cuda, but no GPU is here; set scale.device: cpu or auto")
 
 
 def _check_output(config: PipelineConfig, output: Path) -> None:
@@ -148,6 +148,6 @@ def _check_disk(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output).free
     if free < needed + MARGIN:
         raise ResourceError(
-            f"the sweep may write {needed / 2**30:.1f} GiB below {output}, but only {free / 2**30:.1f} GiB are "
-            "free (1 GiB must stay); free some, or choose another folder with --set output=…"
+            f"the sweep may write {needed / 2**30:.1f} GiB below {output}, but only {free / 2**30:.1f} GiB "
+            "are free (1 GiB must stay); free some, or choose another folder with --set output=…"
         )

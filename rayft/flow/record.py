@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def build_record(
     return SweepRecord(
         name=config.name,
         question=config.question or f"Which adapter of {config.model.name} is best at {config.data.name}?",
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         model=config.model.name,
         task=f"{config.data.name} ({config.data.source})",
         metric="exact match" if config.data.score == "strict" else "native score",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -47,12 +48,10 @@ def ask(url: str, names: Sequence[str], question: str, expected: str, max_tokens
     Raises:
         ResourceError: if one of them does not answer with 200.
     """
-    import concurrent.futures
-
-    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+    with ThreadPoolExecutor(len(names)) as pool:
         texts = list(pool.map(lambda name: _one(url, name, question, max_tokens), names))
-    answers: Mapping[str, str] = dict(zip(names, texts, strict=True))
-    exchange = Exchange(question=question, expected=expected, answers=dict(answers))
+    answers = dict(zip(names, texts, strict=True))
+    exchange = Exchange(question=question, expected=expected, answers=answers)
     return Served(url=url, names=tuple(names), exchanges=(exchange,))
 
 

@@ -22,7 +22,17 @@ from rayft.sweep.executor import Executor
 from rayft.sweep.score import ScoreRequest
 from rayft.sweep.tuner import Trial
 
-__all__ = ["Measured", "SqueezedAdapter", "choose", "score_all", "score_baselines", "squeeze_winner"]
+__all__ = [
+    "Measured",
+    "SqueezedAdapter",
+    "choose",
+    "score_all",
+    "score_baselines",
+    "score_squeezed",
+    "score_trials",
+    "smallest_good",
+    "squeeze_winner",
+]
 
 STYLES = {"base": "as_is", "answer only": "answer_only", "few shot": "few_shot"}
 
@@ -96,7 +106,7 @@ def score_baselines(plan: Plan, executor: Executor) -> dict[str, Measured]:
     return {**found, "majority answer": Measured(guessed)}
 
 
-def score_trials(plan: Plan, executor: Executor, trials: Sequence[Trial]) -> dict[str, Measured]:
+def score_trials(executor: Executor, trials: Sequence[Trial]) -> dict[str, Measured]:
     """Score what each trial saved: finished ones on val and test, stopped ones on test alone."""
     requests = {}
     for trial in trials:

@@ -29,7 +29,7 @@ from rayft.sweep.tuner import Trial, search
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
 from rayft.tracking.provenance import provenance
 
-__all__ = ["run_sweep"]
+__all__ = ["run_sweep", "served_adapters"]
 
 
 @dataclass
@@ -100,7 +100,7 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
     for trial in found.trials:
         display.say(_line(trial))
     with display.stage("score the trials"), display.watch(executor.broker):
-        found.scores = stages.score_trials(plan, executor, found.trials)
+        found.scores = stages.score_trials(executor, found.trials)
         found.winner = stages.choose(plan, found.trials, found.scores)
     if found.winner and method(found.winner.point.run.method.name).exports_lora:
         with display.stage("squeeze the winner"), display.watch(executor.broker):
@@ -119,10 +119,10 @@ def _report(
             display.timings,
         )  # fmt: skip
         record.save(plan.output / "sweep.json")
-        _track(plan, record, tracker, parent)
+        _track(record, tracker, parent)
         if found.winner and found.full:
             _register(plan, record, found.winner, display)
-        write_serve_config(plan, record)
+        _write_serve_config(plan, record)
         render(record, plan.output / "report.html")
         tracker.artifact(parent, plan.output / "report.html")
         tracker.artifact(parent, plan.output / "sweep.json")
@@ -138,7 +138,7 @@ def _start_tracking(plan: Plan, tracker: MlflowTracker) -> str:
     return parent
 
 
-def _track(plan: Plan, record: SweepRecord, tracker: MlflowTracker, parent: str) -> None:
+def _track(record: SweepRecord, tracker: MlflowTracker, parent: str) -> None:
     """Add scores to the trials' runs; baselines and squeezed adapters get runs of their own."""
     digest = {"data_digest": record.data_digest}
     for trial in record.trials:
@@ -153,7 +153,7 @@ def _track(plan: Plan, record: SweepRecord, tracker: MlflowTracker, parent: str)
     for item in record.squeezed:
         run = tracker.run(item.name, f"{parent}-{item.name}", parent=parent, tags={"rayft.kind": "squeezed"})
         tracker.params(run, {"method.name": "squeeze", "method.rank": str(item.rank), **digest})
-        numbers = {"trainable_parameters": item.parameters, "adapter_bytes": item.bytes}
+        numbers: dict[str, float] = {"trainable_parameters": item.parameters, "adapter_bytes": item.bytes}
         numbers |= {"retained_energy_mean": item.energy_mean, "retained_energy_min": item.energy_min}
         tracker.metrics(run, {**(_scores(item.test, item.val_score) if item.test else {}), **numbers})
         tracker.artifact(run, item.folder, "adapter")
@@ -191,7 +191,7 @@ def _register(plan: Plan, record: SweepRecord, winner: Trial, display: Display) 
         display.say(f"registered as models:/{plan.config.name}@{done.alias} (version {done.version})")
 
 
-def write_serve_config(plan: Plan, record: SweepRecord) -> None:
+def _write_serve_config(plan: Plan, record: SweepRecord) -> None:
     """Write what `rayft serve` needs: the winner at every rank, and the best of each other method."""
     adapters = served_adapters(plan.output, record)
     if not adapters:

@@ -6,8 +6,6 @@ them, so a base in memory serves one trial after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +19,7 @@ from rayft.methods.lora import LoraAdapter
 from rayft.models.targets import check, linear_shapes, linears
 from rayft.numerics import generator
 
-__all__ = ["Injected", "attach", "clear", "disabled", "export", "heads", "inject", "reset_heads", "wrap"]
+__all__ = ["Injected", "attach", "clear", "export", "heads", "inject", "reset_heads", "wrap"]
 
 HEAD_NAMES = ("score", "classifier")
 
@@ -91,20 +89,6 @@ def clear(model: nn.Module) -> None:
         if isinstance(module, AdapterLinear):
             module.adapter = None
     model.requires_grad_(False)
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Run the base alone for a while."""
-    layers = [module for module in model.modules() if isinstance(module, AdapterLinear)]
-    adapters = [layer.adapter for layer in layers]
-    for layer in layers:
-        layer.adapter = None
-    try:
-        yield
-    finally:
-        for layer, adapter in zip(layers, adapters, strict=True):
-            layer.adapter = adapter
 
 
 def export(model: nn.Module, meta: ArtifactMeta) -> AdapterArtifact:

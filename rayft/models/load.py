@@ -24,7 +24,15 @@ from rayft.models.tiny import save_tiny_llama
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["REGISTERED", "LoadedModel", "ModelConfig", "fingerprint", "load_model", "resolve"]
+__all__ = [
+    "REGISTERED",
+    "LoadedModel",
+    "ModelConfig",
+    "cache_folder",
+    "fingerprint",
+    "load_model",
+    "resolve",
+]
 
 HEADS = ("lm_head.", "score.", "classifier.")
 
@@ -49,7 +57,6 @@ class ModelConfig(Section):
         if not self.name.strip():
             raise ValueError("name is empty; write a registered name, a folder, a .gguf file or a hub id")
         return self
-
 
     def located(self) -> ModelConfig:
         """Make the path of a local model absolute."""

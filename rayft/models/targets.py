@@ -8,9 +8,10 @@ from torch import nn
 
 from rayft.config import nearest
 from rayft.errors import TargetError
-from rayft.methods.base import AdapterLinear, MethodConfig
+from rayft.methods import method
+from rayft.methods.base import AdapterLinear, LayerShape, MethodConfig
 
-__all__ = ["linear_shapes", "linears", "select"]
+__all__ = ["check", "linear_shapes", "linears", "select"]
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear | AdapterLinear]:
@@ -61,9 +62,6 @@ def check(model: nn.Module, config: MethodConfig) -> list[str]:
     Raises:
         TargetError: as `select`, and for a rank above a layer's limit.
     """
-    from rayft.methods import method
-    from rayft.methods.base import LayerShape
-
     shapes = linear_shapes(model)
     if not shapes:
         raise TargetError(f"{type(model).__name__} has no linear layers that can be adapted")
@@ -79,9 +77,11 @@ def _ends_with(name: str, target: str) -> bool:
 
 def _heads(model: nn.Module) -> list[nn.Module]:
     heads = [getattr(model, name, None) for name in ("lm_head", "score", "classifier")]
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output_layer = getattr(model, "get_output_embeddings", None)
+    if output_layer is not None:
+        heads.append(output_layer())
     found: list[nn.Module] = []
-    for head in [*heads, output]:
+    for head in heads:
         if isinstance(head, nn.Module):
             found.extend(head.modules())
     return found

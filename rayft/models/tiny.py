@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["save_tiny_llama"]
 
@@ -45,7 +49,7 @@ def save_tiny_llama(folder: Path, *, hidden: int = 32, layers: int = 2, seed: in
     return folder
 
 
-def _byte_tokenizer():  # type: ignore[no-untyped-def]
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

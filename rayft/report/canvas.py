@@ -103,9 +103,12 @@ def legend(
     )
 
 
-def short(name: str) -> str:
-    """Cut a name to what fits beside a point."""
-    return name if len(name) <= 18 else name[:17] + "…"
+def short(name: str, most: int = 22) -> str:
+    """Cut a long name in its middle: what tells names apart is often at their end."""
+    if len(name) <= most:
+        return name
+    tail = (most - 1) // 2
+    return f"{name[: most - 1 - tail]}…{name[-tail:]}"
 
 
 def svg(figure: Figure, key: str) -> str:

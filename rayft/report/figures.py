@@ -21,6 +21,9 @@ from rayft.report.rows import Row, human_bytes, pareto, rows
 __all__ = ["Drawing", "draw_all"]
 
 
+_HOWS = {"post": "no further training", "cont": "some steps after", "in": "squeezed during training"}
+
+
 @dataclass(frozen=True)
 class Drawing:
     """One figure for the page."""
@@ -52,10 +55,8 @@ def _scores(record: SweepRecord) -> Drawing | None:
     style = _methods(record, {row.method for row in points})
     _scatter(axes, points, style)
     front = pareto(points)
-    values = [row.test.value for row in front if row.test]
-    axes.plot(
-        [row.bytes or 0 for row in front], values, color=SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=1
-    )
+    line = [(float(row.bytes or 1), row.test.value) for row in front if row.test]
+    axes.plot(*zip(*line, strict=True), color=SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     axes.set_xscale("log")
     _byte_ticks(axes, [row.bytes or 1 for row in points])
     _score_axis(axes, record, [row.test.high for row in points if row.test])
@@ -67,7 +68,9 @@ def _scores(record: SweepRecord) -> Drawing | None:
     figure.canvas.draw()
     # What matters most is named first, while there is room.
     order = sorted(points, key=lambda row: (not row.ship, not row.winner, row not in front))
-    place(axes, [(row.bytes or 1, row.test.value, _tag(record, row)) for row in order if row.test])
+    bars = [[(row.bytes or 1, row.test.low), (row.bytes or 1, row.test.high)] for row in points if row.test]
+    named = [(row.bytes or 1, row.test.value, _tag(record, row)) for row in order if row.test]
+    place(axes, named, [line, *bars])
     told = [f"{row.name} {row.test.value:.2f} at {human_bytes(row.bytes)}" for row in points if row.test]
     source = f" A name that begins with @ is {record.winner.trial}, squeezed." if record.winner else ""
     return Drawing(
@@ -127,10 +130,7 @@ def _learning(record: SweepRecord) -> Drawing | None:
     figure, axes = canvas(height=4.2)
     style = _methods(record, {trial.method for trial in trials})
     winner = record.winner.trial if record.winner else ""
-    # A diverged trial must not press all others flat.
-    low, high = min(finite), float(np.quantile(finite, 0.95))
-    room = max(high - low, 1e-3) * 0.06
-    axes.set_ylim(low - room, max(high + room, _final_losses(trials) + room))
+    clipped = _loss_axis(axes, finite, _final_losses(trials))
     for trial in trials:
         _curve(axes, trial, *style[trial.method], own=trial.id == winner)
     axes.set_xlabel("optimizer step")
@@ -140,17 +140,43 @@ def _learning(record: SweepRecord) -> Drawing | None:
     if winner:
         extra.append(Line2D([], [], color=INK, linewidth=3, label="winner"))
     legend(figure, style, extra if early else extra[1:], lines=True)
+    figure.canvas.draw()
+    _name_curves(axes, trials, winner)
     told = "; ".join(_curve_text(trial) for trial in trials)
+    above = " What lies above the upper edge is drawn on it or beyond." if clipped else ""
     return Drawing(
         key="learning",
         title="Learning curves",
         caption=(
             "Validation loss of every trial. A cross marks where a trial was stopped by the scheduler, "
-            "or failed."
+            "or failed." + above
         ),
         alt=f"Validation loss over steps: {told}.",
         svg=svg(figure, "learning"),
     )
+
+
+def _loss_axis(axes: Axes, losses: Sequence[float], ends: float) -> bool:
+    """Set the range so that a diverged trial doesn't press all others flat; True if it leaves any out."""
+    low, high = min(losses), float(np.quantile(losses, 0.95))
+    if max(losses) - low <= 2.5 * (high - low):
+        high = max(losses)
+    room = max(high - low, 1e-3) * 0.06
+    top = max(high, ends) + room
+    axes.set_ylim(low - room, top)
+    return max(losses) > top
+
+
+def _name_curves(axes: Axes, trials: Sequence[Trial], winner: str) -> None:
+    """Write names at the curves' ends, where there is room; the winner's first."""
+    curves = [[(float(s), v) for s, v in trial.val_loss if math.isfinite(v)] for trial in trials]
+    top = axes.get_ylim()[1]
+    ends = [
+        (curve[-1][0], min(curve[-1][1], top), trial.id)
+        for trial, curve in zip(trials, curves, strict=True)
+        if curve
+    ]
+    place(axes, sorted(ends, key=lambda end: end[2] != winner), curves, must=False)
 
 
 def _curve(axes: Axes, trial: Trial, colour: str, marker: str, *, own: bool) -> None:
@@ -246,8 +272,9 @@ def _squeeze(record: SweepRecord) -> Drawing | None:
         key="squeeze",
         title="Squeezing",
         caption=(
-            "Test score with its 95 % interval after squeezing to a lower rank. post: no further training; "
-            "cont: some steps after; in: squeezed during training."
+            "Test score with its 95 % interval after squeezing to a lower rank. "
+            + "; ".join(f"{how}: {_HOWS.get(how, how)}" for how in hows)
+            + "."
         ),
         alt=f"Test score by rank: {told}.",
         svg=svg(figure, "squeeze"),

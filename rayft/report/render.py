@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from rayft.report.figures import draw_all
 from rayft.report.frame import SweepRecord, Trial
-from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, rows
+from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, row_names, rows
 from rayft.report.verdict import difference_text, score_text, verdict
 
 __all__ = ["html", "render"]
@@ -38,6 +38,7 @@ def html(record: SweepRecord) -> str:
         record=record,
         sentences=verdict(record),
         groups=_groups(record),
+        names=row_names(record),
         figures=figures,
         settings=_settings,
         facts=_facts(record),

@@ -9,7 +9,7 @@ from typing import Literal
 
 from rayft.report.frame import Score, SweepRecord, Trial
 
-__all__ = ["Row", "human_bytes", "human_count", "human_seconds", "loss_text", "pareto", "rows"]
+__all__ = ["Row", "human_bytes", "human_count", "human_seconds", "loss_text", "pareto", "row_names", "rows"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,14 @@ def rows(record: SweepRecord) -> list[Row]:
     return found
 
 
+def row_names(record: SweepRecord) -> dict[str, str]:
+    """Say how each row is called in a table; `t3@r4` is `@r4` if nothing but the winner can be meant."""
+    names = {row.name: row.name for row in rows(record)}
+    if record.winner and {item.trial for item in record.squeezed} == {record.winner.trial}:
+        names |= {item.name: item.name.removeprefix(item.trial) or item.name for item in record.squeezed}
+    return names
+
+
 def _by_score(trial: Trial) -> tuple[bool, float, float]:
     loss = trial.last_val_loss
     return (
@@ -103,9 +111,11 @@ def _scaled(value: float | None, units: Sequence[str], gap: str) -> str:
 
 
 def human_seconds(seconds: float | None) -> str:
-    """Write a duration: 4.2 s, 3m 05s, 2h 10m; `–` for None."""
+    """Write a duration: 53 ms, 4.2 s, 3m 05s, 2h 10m; `–` for None."""
     if seconds is None:
         return "–"
+    if 0 < seconds < 0.9995:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

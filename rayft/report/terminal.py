@@ -1,4 +1,4 @@
-"""The sweep as a table for the terminal, at most 100 columns wide."""
+"""The sweep as a table for the terminal, as wide as that is."""
 
 from __future__ import annotations
 
@@ -6,48 +6,101 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from rayft.report.canvas import short
 from rayft.report.frame import SweepRecord
-from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, rows
+from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, row_names, rows
 from rayft.report.verdict import score_text
 
 __all__ = ["terminal_table"]
 
 _COLOURS = {"finished": "green", "stopped": "yellow", "failed": "red"}
+_WIDTHS = {"test [95 %]": 17, "val loss": 8, "params": 6, "size": 7, "time": 6, "memory": 7, "status": 8}
+# What goes first where there is no room, and how much of a name must stay.
+_SPARE = ("status", "memory", "time", "params")
+_NAME = 16
 
 
-def terminal_table(record: SweepRecord) -> Table:
+def terminal_table(record: SweepRecord, width: int = 100) -> Table:
     """Make the table: baselines first, then trials by test score, squeezed adapters last.
 
-    `►` marks what to ship, `*` the winning trial where that is another one.
+    What the marks before a name mean is said below the table. A squeezed adapter is named by what comes
+    after its trial's name, where all come from one trial.
+
+    Args:
+        record: what to show.
+        width: columns of the terminal. Where they are few the status becomes a mark.
     """
-    title = Text(f"{record.name}: {record.task} on {record.model}", style="bold")
+    found, names = rows(record), row_names(record)
+    longest = max([len(name) for name in names.values()], default=0) + 2
+    headers = _fitting(width, longest)
+    status = "status" in headers
+    wide = _needed(headers, longest, 2) <= width
     table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        title=Text(f"{record.name}: {record.task} on {record.model}", style="bold"),
+        title_justify="left",
+        caption=_legend(record, found, status=status),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1 if wide else 0, 0, 0),
+        pad_edge=False,
+        show_edge=False,
     )
-    table.add_column("  name", no_wrap=True, overflow="ellipsis", max_width=25)
     # Only names may be shortened: half a number would be read as a number.
-    table.add_column(Text("test [95 %]"), no_wrap=True, min_width=17)
-    widths = {"val loss": 8, "params": 6, "size": 7, "time": 6, "memory": 7}
-    for header, width in widths.items():
-        table.add_column(header, justify="right", no_wrap=True, min_width=width)
-    table.add_column("status", no_wrap=True, min_width=8)
-    found = rows(record)
+    room = min(longest, width - _needed(headers, 0, 2 if wide else 1))
+    table.add_column("  name", no_wrap=True, min_width=room)
+    for header in headers:
+        left = header in ("test [95 %]", "status")
+        justify = "left" if left else "right"
+        table.add_column(Text(header), justify=justify, no_wrap=True, min_width=_WIDTHS[header])
     for row, following in zip(found, [*found[1:], None][: len(found)], strict=True):
-        last = following is None or following.kind != row.kind
-        table.add_row(*_cells(row), end_section=last, style="bold" if row.ship else None)
+        last = following is not None and following.kind != row.kind
+        name = _mark(row, status=status) + short(names[row.name], max(room - 2, 3))
+        cells = _cells(row)
+        # Text, so that a name with brackets is not taken for markup.
+        shown = [Text(name), *(cells[header] for header in headers)]
+        table.add_row(*shown, end_section=last, style="bold" if row.ship else None)
     return table
 
 
-def _cells(row: Row) -> list[Text | str]:
-    mark = "► " if row.ship else "* " if row.winner else "  "
-    return [
-        # Text, so that a name with brackets is not taken for markup.
-        Text(mark + row.name),
-        Text(score_text(row.test)),
-        loss_text(row.val_loss),
-        human_count(row.parameters),
-        human_bytes(row.bytes),
-        human_seconds(row.seconds),
-        human_bytes(row.memory),
-        Text(row.status, style=_COLOURS.get(row.status, "")),
-    ]
+def _needed(headers: list[str], name: int, gap: int) -> int:
+    return name + sum(_WIDTHS[header] + gap for header in headers)
+
+
+def _fitting(width: int, longest: int) -> list[str]:
+    """Choose columns: all of them if names stay whole, else without the status, and so on if need be."""
+    headers = list(_WIDTHS)
+    if _needed(headers, longest, 1) > width:
+        headers.remove("status")
+    for spare in _SPARE[1:]:
+        if _needed(headers, min(longest, _NAME), 1) > width:
+            headers.remove(spare)
+    return headers
+
+
+def _mark(row: Row, *, status: bool) -> str:
+    if row.ship or row.winner:
+        return "► " if row.ship else "* "
+    if status:
+        return "  "
+    return {"stopped": "- ", "failed": "x "}.get(row.status, "  ")
+
+
+def _legend(record: SweepRecord, found: list[Row], *, status: bool) -> Text:
+    marks = {_mark(row, status=status).strip() for row in found}
+    words = {"►": "what to ship", "*": "the winning trial", "-": "stopped early", "x": "failed"}
+    parts = [f"{mark} {meaning}" for mark, meaning in words.items() if mark in marks]
+    if record.winner and any(name.startswith("@") for name in row_names(record).values()):
+        parts.append(f"@ {record.winner.trial}, squeezed")
+    return Text("; ".join(parts))
+
+
+def _cells(row: Row) -> dict[str, Text | str]:
+    return {
+        "test [95 %]": Text(score_text(row.test)),
+        "val loss": loss_text(row.val_loss),
+        "params": human_count(row.parameters),
+        "size": human_bytes(row.bytes),
+        "time": human_seconds(row.seconds),
+        "memory": human_bytes(row.memory),
+        "status": Text(row.status, style=_COLOURS.get(row.status, "")),
+    }

@@ -77,14 +77,20 @@ def _against_rivals(record: SweepRecord, winner: Row) -> list[str]:
         return []
     tied = [row for row in rivals if row.test and not _apart(record, winner, row)]
     if not tied:
-        return [f"The other {len(rivals)} scored trials are told apart from {winner.name} by the test part."]
+        return [f"The test part tells {_others(len(rivals))} apart from {winner.name}."]
     names = ", ".join(row.name for row in tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
-    sentence = f"The choice among trials is not settled: {names} can't be told apart from {winner.name}"
-    sentence += " on so many questions"
+    sentence = f"The choice among trials is not settled: on {winner.test.n} questions {names} can't be told "
+    # Intervals that overlap may still belong to scores that differ.
+    paired = all(_paired(record, winner.name, row.name) for row in tied)
+    sentence += f"apart from {winner.name}" + (" question by question" if paired else " by their intervals")
     best = max(tied, key=lambda row: row.test.value if row.test else 0.0)
     if best.test and best.test.value > winner.test.value:
         sentence += f"; {best.name} even scores higher on the test part, which did not choose"
     return [sentence + "."]
+
+
+def _others(count: int) -> str:
+    return f"the other {count} scored trials" if count > 1 else "the other scored trial"
 
 
 def _paired(record: SweepRecord, name: str, against: str) -> Comparison | None:

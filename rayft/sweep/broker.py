@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Broker", "Event", "Job"]
+__all__ = ["CLOSE", "Broker", "Event", "Job"]
 
 CLOSE = "close"
 """What `pull` answers when a lane should end."""

@@ -29,7 +29,8 @@ class LaneHost:
 
         cuda = scale.device == "cuda"
         trainer = TorchTrainer(
-            lane_worker,
+            # Ray hands any one object on; its annotations say a dict.
+            lane_worker,  # type: ignore[arg-type]
             train_loop_config=settings,  # type: ignore[arg-type]
             scaling_config=ScalingConfig(
                 num_workers=scale.workers, use_gpu=cuda, resources_per_worker=worker_resources(scale)
@@ -56,7 +57,7 @@ class Launcher:
     def start(self, settings: LaneSettings) -> None:
         """Start a lane's host; hosts that have ended are let go."""
         self._reap(timeout=0)
-        host = ray.remote(LaneHost).options(num_cpus=0).remote()
+        host: Any = ray.remote(LaneHost).options(num_cpus=0).remote()
         self._hosts[host.run.remote(settings, self._scale, self._storage, self._restarts)] = host
 
     def close(self, timeout: float) -> None:

@@ -31,7 +31,7 @@ from rayft.train.context import Session, Worker, trial_folder
 from rayft.train.loop import TrainResult, current_worker, fit
 from rayft.train.run import RunConfig
 
-__all__ = ["LaneSettings", "TrainRequest", "lane_worker", "read_result"]
+__all__ = ["LaneSettings", "TrainRequest", "lane_worker", "read_result", "unpack"]
 
 RESULT_FILE = "result.json"
 SMALL = 256 * 2**20
@@ -97,7 +97,7 @@ class _LaneReporter:
 
 def lane_worker(settings: LaneSettings) -> None:
     """Pull jobs until the broker closes; every worker of the group runs this."""
-    quiet_libraries()
+    _quiet_libraries()
     lane = _Lane(settings)
     while True:
         job = lane.next_job()
@@ -236,7 +236,7 @@ class _Lane:
             ray.get(self._broker.fail.remote(job.id, message))
 
 
-def quiet_libraries() -> None:
+def _quiet_libraries() -> None:
     """Keep advice meant for developers of the libraries out of a user's terminal."""
     import transformers
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -28,11 +27,7 @@ class ScoreRequest:
     parts: tuple[Literal["val", "test"], ...]
     adapter: str | None = None
     """Adapter folder; the base alone where not given."""
-    rank: int | None = None
-    """Use the first so many columns of a squeezed adapter."""
     style: Literal["as_is", "answer_only", "few_shot"] = "as_is"
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    """The adapter's files, for lanes that can't see the folder."""
 
 
 def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[str, list[float]]:
@@ -41,8 +36,7 @@ def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[s
     if request.adapter is None:
         clear(model)
     else:
-        artifact = _artifact(request)
-        attach(model, artifact if request.rank is None else artifact.at_rank(request.rank))
+        attach(model, AdapterArtifact.load(request.adapter))
     model.eval()
     found: dict[str, list[float]] = {}
     try:
@@ -54,15 +48,6 @@ def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[s
     finally:
         clear(model)
     return found
-
-
-def _artifact(request: ScoreRequest) -> AdapterArtifact:
-    folder = Path(str(request.adapter))
-    if not folder.is_dir() and request.files:
-        folder.mkdir(parents=True)
-        for name, content in request.files.items():
-            (folder / name).write_bytes(content)
-    return AdapterArtifact.load(folder)
 
 
 def _score(

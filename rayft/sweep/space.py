@@ -169,7 +169,7 @@ def _family(name: str, space: MethodSpace, sweep: SweepConfig, run: RunConfig) -
         pairs = [(rank, lr) for lr in space.lr for rank in space.ranks]
     else:
         share = math.ceil((sweep.trials or 8) / len(sweep.methods) / len(sweep.seeds))
-        draw = random.Random(derive_seed(run.seed, name))  # noqa: S311
+        draw = random.Random(derive_seed(run.seed, name))
         low, high = math.log(space.lr.low), math.log(space.lr.high)
         pairs = [
             (space.ranks[i % len(space.ranks)], float(f"{math.exp(draw.uniform(low, high)):.3g}"))

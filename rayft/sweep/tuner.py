@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ class Trial:
     """`TrainResult` as a mapping; None if it failed."""
     run_id: str = ""
     error: str = ""
-    waiting: float = field(default=0.0)
 
     @property
     def status(self) -> str:
@@ -49,7 +48,7 @@ class Trial:
         return "finished" if self.result["finished"] else "stopped"
 
 
-class TrialActor(tune.Trainable):  # type: ignore[misc]
+class TrialActor(tune.Trainable):
     """A Tune trial: waits for a lane's reports."""
 
     def setup(self, config: dict[str, Any], *, executor: Executor | None = None) -> None:
@@ -152,7 +151,8 @@ def _collect(point: Point, executor: Executor, output: Path) -> Trial:
             error = str(event.values["error"]) if event else "it was never started"
             return Trial(point, error=error)
         unpack(event.values, trial_folder(output, point.key))
-        values = dict(event.values)
+        values = read_result(str(output), point.key)
+        assert values is not None
     return Trial(point, result=values["result"], run_id=values["run_id"])
 
 

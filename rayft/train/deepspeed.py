@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from rayft.errors import TrainError
@@ -62,7 +63,6 @@ def build_engine(run: RunConfig, model: nn.Module) -> Engine:
         TrainError: if DeepSpeed refuses the configuration.
     """
     import deepspeed
-    import torch.distributed as dist
 
     if not dist.is_initialized():
         raise TrainError("torch.distributed is not initialised; run this in a Ray Train worker")

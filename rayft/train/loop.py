@@ -24,7 +24,7 @@ from rayft.train.context import Reporter, Session, Worker
 from rayft.train.deepspeed import Engine, build_engine, destroy, gathered, set_lr
 from rayft.train.memory import PeakMemory
 from rayft.train.run import RunConfig
-from rayft.train.step import optimizer_step
+from rayft.train.step import StepResult, optimizer_step
 
 __all__ = ["TrainResult", "current_worker", "fit", "validation_loss"]
 
@@ -71,6 +71,16 @@ class _Progress:
         return {name: value for name, value in self.__dict__.items() if name != "saved_at"}
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """What a run left on disk."""
+
+    folder: Path
+    parameters: int
+    bytes: int = 0
+    content_hash: str = ""
+
+
 def fit(
     run: RunConfig,
     session: Session,
@@ -100,28 +110,38 @@ def fit(
     try:
         progress = _resume(run, engine, folder / "checkpoint")
         finished = _train(run, session, engine, reporter, folder, progress, evaluate_at)
-        result = _save(run, session, injected, folder)
+        saved = _save(run, session, injected, folder)
     finally:
         destroy(engine)
         if method(run.method.name).shares_base:
             clear(model)
-    total = time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    return _result(progress, saved, injected.trainable, finished, seconds, memory.stop())
+
+
+def _result(
+    progress: _Progress, saved: _Saved, trainable: int, finished: bool, seconds: float, peak_memory: int
+) -> TrainResult:
     spent = progress.train_seconds + progress.evaluate_seconds
-    return replace(
-        result,
+    return TrainResult(
         finished=finished,
         steps=progress.step,
         val_loss=progress.val_curve[-1][1] if progress.val_curve else math.nan,
         val_curve=progress.val_curve,
         train_curve=progress.train_curve,
+        trainable=trainable,
+        parameters=saved.parameters,
+        bytes=saved.bytes,
         seconds={
             "train": progress.train_seconds,
             "evaluate": progress.evaluate_seconds,
-            "overhead": max(0.0, total - spent),
-            "total": total,
+            "overhead": max(0.0, seconds - spent),
+            "total": seconds,
         },
-        peak_memory=memory.stop(),
+        peak_memory=peak_memory,
         tokens_per_second=progress.tokens / max(progress.train_seconds, 1e-9),
+        folder=str(saved.folder),
+        content_hash=saved.content_hash,
     )
 
 
@@ -130,8 +150,8 @@ def validation_loss(session: Session, rows_at_once: int = 4) -> float:
     worker, model = session.worker, session.loaded.model
     model.eval()
     mine = session.val[worker.rank :: worker.world]
-    loss, count = mean_loss(model, (b.to(worker.device) for b in _eval_batches(session, mine, rows_at_once)))
-    loss, count = worker.total(loss, count)
+    batches = _eval_batches(session, mine, rows_at_once)
+    loss, count = worker.total(*mean_loss(model, (batch.to(worker.device) for batch in batches)))
     return loss / max(count, 1)
 
 
@@ -186,7 +206,7 @@ def _train(
     return True
 
 
-def _step_metrics(run: RunConfig, step: int, result: Any, seconds: float) -> dict[str, float]:
+def _step_metrics(run: RunConfig, step: int, result: StepResult, seconds: float) -> dict[str, float]:
     return {
         "train_loss": result.loss,
         "lr": run.optim.lr_at(step),
@@ -246,27 +266,28 @@ def _collate(session: Session, rows: Sequence[PackedRow]) -> Batch | ClassBatch:
     return (collate_classification if labelled else collate)(rows, session.pad_id)
 
 
-def _save(run: RunConfig, session: Session, injected: Injected, folder: Path) -> TrainResult:
+def _save(run: RunConfig, session: Session, injected: Injected, folder: Path) -> _Saved:
     """Save what was trained: an adapter folder, or a model folder for a full fine-tune."""
     model, worker = session.loaded.model, session.worker
-    parameters, size, identity, target = injected.trainable, 0, "", folder / "adapter"
     lora = method(run.method.name).exports_lora
+    saved = _Saved(folder / ("adapter" if lora else "model"), injected.trainable)
     trained = [p for p in model.parameters() if p.requires_grad or not lora]
     with gathered(run, trained):
-        if worker.rank == 0 and lora:
+        if worker.rank > 0:
+            return saved
+        if lora:
             artifact = export(model, _meta(run, session))
-            artifact.save(target)
-            parameters, identity, size = artifact.parameters, artifact.content_hash, folder_bytes(target)
-        elif worker.rank == 0:
-            target = folder / "model"
-            model.save_pretrained(target)
-            session.loaded.tokenizer.save_pretrained(target)
-            size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    return TrainResult(
-        finished=False, steps=0, val_loss=math.nan, val_curve=[], train_curve=[], seconds={},
-        peak_memory=0, tokens_per_second=0.0, trainable=injected.trainable, parameters=parameters,
-        bytes=size, folder=str(target), content_hash=identity,
-    )  # fmt: skip
+            artifact.save(saved.folder)
+            return replace(
+                saved,
+                parameters=artifact.parameters,
+                bytes=folder_bytes(saved.folder),
+                content_hash=artifact.content_hash,
+            )
+        model.save_pretrained(saved.folder)
+        session.loaded.tokenizer.save_pretrained(saved.folder)
+        size = sum(file.stat().st_size for file in saved.folder.glob("*.safetensors"))
+        return replace(saved, bytes=size)
 
 
 def _meta(run: RunConfig, session: Session) -> ArtifactMeta:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from rayft.data.pack import Batch, ClassBatch
 from rayft.evaluate.loss import batch_loss
@@ -24,12 +22,7 @@ class StepResult:
     tokens: int
 
 
-def optimizer_step(
-    engine: Engine,
-    batches: Sequence[Batch | ClassBatch],
-    worker: Worker,
-    loss_of: Callable[..., tuple[torch.Tensor, int]] = batch_loss,
-) -> StepResult:
+def optimizer_step(engine: Engine, batches: Sequence[Batch | ClassBatch], worker: Worker) -> StepResult:
     """Run forward, backward and update over this worker's micro-batches.
 
     The gradient is that of (sum of losses) / (number of targets) over all micro-batches of all
@@ -40,7 +33,7 @@ def optimizer_step(
     targets, tokens = (int(v) for v in worker.total(targets, tokens))
     total = 0.0
     for batch in batches:
-        loss, _ = loss_of(engine.module, batch, engine)
+        loss, _ = batch_loss(engine.module, batch, engine)
         total += float(loss.detach())
         engine.backward(loss * (worker.world * len(batches) / targets))
         norm = grad_norm(engine) if engine.zero_optimization_stage() == 0 else None

@@ -26,7 +26,7 @@ def documented() -> list[str]:
 def layers() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     contract = project["tool"]["importlinter"]["contracts"][0]
-    return [layer.strip("()") for layer in contract["layers"]]
+    return list(contract["layers"])
 
 
 @pytest.mark.parametrize("path", documented())
@@ -49,9 +49,10 @@ def test_the_layers_are_those_that_are_checked() -> None:
     assert [name.strip() for name in drawn.split("›")] == layers()
 
 
-def test_every_layer_is_in_the_tree() -> None:
+def test_every_layer_is_in_the_tree_but_those_to_come() -> None:
     stems = {Path(path).stem for path in documented() if path.startswith("rayft/")}
-    assert set(layers()) <= stems
+    to_come = {layer.strip("()") for layer in layers() if layer.startswith("(")}
+    assert {layer.strip("()") for layer in layers()} - stems == to_come
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

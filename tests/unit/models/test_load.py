@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayft.errors import ModelError
-from rayft.models.inject import inject
 from rayft.methods.base import MethodConfig
+from rayft.models.inject import inject
 from rayft.models.load import ModelConfig, fingerprint, load_model, resolve
 
 

@@ -57,8 +57,9 @@ def test_sizes(number: float | None, text: str) -> None:
 
 def test_counts_durations_losses() -> None:
     assert [human_count(n) for n in (12, 999_600, 4_884_480)] == ["12", "1M", "4.88M"]
-    assert [human_seconds(s) for s in (None, 3.21, 59.97, 185, 7800)] == [
+    assert [human_seconds(s) for s in (None, 0.0532, 3.21, 59.97, 185, 7800)] == [
         "–",
+        "53 ms",
         "3.2 s",
         "1m 00s",
         "3m 05s",

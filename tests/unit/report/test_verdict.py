@@ -37,13 +37,20 @@ def test_overlapping_intervals_are_said_to_be_perhaps_chance() -> None:
 def test_trials_that_are_not_told_apart_are_named() -> None:
     text = " ".join(verdict(example()))
     assert (
-        "not settled: lora_plus-r16, cla-r32, DoRA-r16 and 2 more can't be told apart from lora-r32" in text
+        "not settled: on 240 questions lora_plus-r16, cla-r32, DoRA-r16 and 2 more can't be told apart from "
+        "lora-r32 by their intervals." in text
     )
+    with_each = [
+        Comparison(name="lora-r32", against=trial.id, difference=Score(value=0.1, low=0.0, high=0.2, n=240))
+        for trial in example().trials
+    ]
+    text = " ".join(verdict(changed(comparisons=with_each)))
+    assert "told apart from lora-r32 question by question." in text
     alone = [trial.model_dump() for trial in example().trials if trial.id in ("lora-r32", "asym-r16")]
     text = " ".join(
         verdict(changed(trials=alone, squeezed=[], winner=Winner(trial="lora-r32", ship="lora-r32", why="w")))
     )
-    assert "The other 1 scored trials are told apart" in text
+    assert "The test part tells the other scored trial apart from lora-r32." in text
 
 
 def test_a_rival_that_scores_higher_on_test_is_not_hidden() -> None:

@@ -74,7 +74,9 @@ def test_a_lane_that_comes_back_gets_its_job_and_reports_once() -> None:
         again = await broker.pull("lane")
         assert isinstance(again, Job)
         assert again.id == "a"
-        assert await broker.report("a", 10, {"val_loss": 1.0}) is True, "a report that was taken is taken again"
+        assert await broker.report("a", 10, {"val_loss": 1.0}) is True, (
+            "a report that was taken is taken again"
+        )
         replayed = asyncio.create_task(broker.report("a", 20, {"val_loss": 0.5}))
         assert (await broker.next_event("a")).step == 20
         replayed.cancel()

@@ -29,7 +29,11 @@ def test_a_grid_with_a_learning_rate_for_each_method(run: RunConfig) -> None:
     found = points(sweep, run)
     assert len(found) == (2 * 2 + 1) * 2
     assert len({point.key for point in found}) == len(found)
-    assert {(p.run.method.name, p.run.optim.lr) for p in found} == {("lora", 1e-3), ("lora", 2e-3), ("cla", 1e-2)}
+    assert {(p.run.method.name, p.run.optim.lr) for p in found} == {
+        ("lora", 1e-3),
+        ("lora", 2e-3),
+        ("cla", 1e-2),
+    }
     assert {p.run.seed for p in found} == {0, 1}
     cla = next(p for p in found if p.run.method.name == "cla")
     assert cla.run.method.scale == 1.0

@@ -25,7 +25,11 @@ def test_the_engine_configuration_follows(run: RunConfig) -> None:
     optim = OptimConfig(rows_per_step=8, clip=0.5)
     config = engine_config(
         run.model_copy(
-            update={"scale": scale, "optim": optim, "deepspeed": {"zero_optimization": {"reduce_bucket_size": 7}}}
+            update={
+                "scale": scale,
+                "optim": optim,
+                "deepspeed": {"zero_optimization": {"reduce_bucket_size": 7}},
+            }
         )
     )
     assert config["train_micro_batch_size_per_gpu"] == 2

@@ -1,0 +1,23 @@
+"""Serve a sweep's result: `rayft serve` as a script."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from rayft.flow import commands
+
+
+def main() -> None:
+    """Parse and call; with no argument it serves the demo's result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path("runs/demo/serve.yaml"))
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set a leaf")
+    arguments = parser.parse_args()
+    commands.guarded(lambda: commands.serve(arguments.config, arguments.set, Console()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Make a sweep's report again: `rayft report` as a script."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from rayft.flow import commands
+
+
+def main() -> None:
+    """Parse and call; with no argument it reports the demo."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sweep", nargs="?", type=Path, default=Path("runs/demo"))
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    commands.guarded(lambda: commands.report(arguments.sweep, arguments.output, Console()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The whole path on the tiny model: sweep, squeeze, register, report, serve, ask; then once more, resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from mlflow import MlflowClient
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from rayft.artifacts import AdapterArtifact
+from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.demo import run_demo
+from rayft.flow.display import Display
+from rayft.flow.sweep import run_sweep
+from rayft.models.inject import attach
+from rayft.models.load import ModelConfig, load_model
+from rayft.numerics import assert_close
+from rayft.report.frame import SweepRecord
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
+    output = tmp_path_factory.mktemp("e2e") / "tiny"
+    return load_config("tiny", [f"output={output}", "serve.port=8123"])
+
+
+@pytest.fixture(scope="module")
+def record(local_ray: None, config: PipelineConfig) -> SweepRecord:
+    return run_demo(config, Display(Console(quiet=True)))
+
+
+def test_every_stage_left_its_result(record: SweepRecord, config: PipelineConfig) -> None:
+    output = Path(config.output)
+    assert [base.name for base in record.baselines] == ["base", "answer only", "few shot", "majority answer"]
+    assert len(record.trials) == 3
+    assert record.winner
+    assert {item.rank for item in record.squeezed} == {2, 1}
+    assert SweepRecord.load(output) == record
+    assert "<svg" in (output / "report.html").read_text()
+    winner = AdapterArtifact.load(output / "winner")
+    assert winner.squeezed
+    assert set(record.singular_values) == set(winner.modules)
+
+
+def test_http_answered_for_the_base_and_three_ranks(record: SweepRecord) -> None:
+    assert record.served
+    (exchange,) = record.served.exchanges
+    assert list(exchange.answers)[:4] == ["base", "tiny", "tiny@r2", "tiny@r1"]
+    assert all(isinstance(answer, str) for answer in exchange.answers.values())
+
+
+def test_peft_loads_every_adapter_and_gives_the_same_logits(
+    record: SweepRecord, config: PipelineConfig
+) -> None:
+    loaded = load_model(ModelConfig(name="tiny-llama"), torch.float32)
+    folder = loaded.model.config._name_or_path
+    ids = torch.arange(2, 40).unsqueeze(0)
+    adapters = [trial.folder for trial in record.trials] + [item.folder for item in record.squeezed]
+    for adapter in adapters:
+        attach(loaded.model, AdapterArtifact.load(adapter))
+        with torch.no_grad():
+            ours = loaded.model(input_ids=ids).logits
+            base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            theirs = peft.PeftModel.from_pretrained(base, adapter).eval()(input_ids=ids).logits
+        assert_close(ours, theirs, torch.float32, 64, depth=16)
+
+
+def runs(config: PipelineConfig) -> list[object]:
+    client = MlflowClient(f"sqlite:///{config.output}/mlflow.db")
+    experiment = client.get_experiment_by_name("rayft")
+    assert experiment
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def test_tracking_and_registry(record: SweepRecord, config: PipelineConfig) -> None:
+    found = runs(config)
+    kinds = sorted(run.data.tags["rayft.kind"] for run in found)  # type: ignore[attr-defined]
+    assert kinds == ["baseline"] * 4 + ["squeezed"] * 2 + ["sweep"] + ["trial"] * 3
+    for run in found:
+        assert run.info.status in ("FINISHED", "KILLED")  # type: ignore[attr-defined]
+        if run.data.tags["rayft.kind"] != "sweep":  # type: ignore[attr-defined]
+            assert "test_score" in run.data.metrics  # type: ignore[attr-defined]
+            assert run.data.params["data_digest"] == record.data_digest  # type: ignore[attr-defined]
+    client = MlflowClient(f"sqlite:///{config.output}/mlflow.db")
+    assert client.get_model_version_by_alias("tiny", "champion").version == "1"
+
+
+def test_started_again_it_trains_nothing_twice(record: SweepRecord, config: PipelineConfig) -> None:
+    output = Path(config.output)
+    results = {path: path.stat().st_mtime_ns for path in output.glob("trials/*/result.json")}
+    before = len(runs(config))
+    # As if it had been cut off in the second trial.
+    lost = output / "trials" / next(t.name for t in (output / "trials").iterdir() if t.name.startswith("cla"))
+    (lost / "result.json").unlink()
+    again = run_sweep(config, Display(Console(quiet=True)))
+    assert len(runs(config)) == before
+    for path, stamp in results.items():
+        assert (path.stat().st_mtime_ns == stamp) == (path.parent != lost)
+    assert {t.id: t.val_loss for t in again.trials} == {t.id: t.val_loss for t in record.trials}
+    assert again.winner == record.winner
+    assert json.loads((lost / "result.json").read_text())["result"]["finished"]
