@@ -1,4 +1,4 @@
-"""Search, squeeze, score, register, report: `rayft sweep` as a script, for `ray submit` and `ray job submit`."""
+"""Search, squeeze, score, register and report: `rayft sweep` as a script, for `ray submit` and jobs."""
 
 from __future__ import annotations
 

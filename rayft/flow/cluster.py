@@ -19,13 +19,14 @@ SLOTS = 2
 
 
 @contextmanager
-def cluster(workers: int, *, device: str, quiet: bool = True) -> Iterator[None]:
+def cluster(workers: int, *, device: str) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS (as in a Ray job), or start a local one and stop it afterwards.
+
+    The workers' logs stay in Ray's session folder, out of the terminal.
 
     Args:
         workers: training processes at once.
         device: `cpu` or `cuda`, what they need.
-        quiet: keep the workers' logs out of the terminal (they stay in Ray's session folder).
 
     Raises:
         ResourceError: if the cluster can't hold the workers.
@@ -41,12 +42,12 @@ def cluster(workers: int, *, device: str, quiet: bool = True) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     cores = len(os.sched_getaffinity(0))
     if address:
-        ray.init(address=address, log_to_driver=not quiet, logging_level=logging.ERROR, namespace="rayft")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="rayft")
     else:
         ray.init(
             num_cpus=max(cores, workers + SLOTS),
             include_dashboard=False,
-            log_to_driver=not quiet,
+            log_to_driver=False,
             logging_level=logging.ERROR,
             namespace="rayft",
         )

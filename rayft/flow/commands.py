@@ -31,13 +31,11 @@ from rayft.tracking.mlflow import flush_spool, prepare
 __all__ = ["demo", "doctor", "guarded", "promote", "report", "serve", "squeeze", "sweep"]
 
 
-def demo(
-    overrides: Sequence[str], console: Console, *, stay: bool = False, config: str = "demo"
-) -> SweepRecord:
+def demo(overrides: Sequence[str], console: Console, *, stay: bool = False) -> SweepRecord:
     """Run the packaged demo from nothing: an earlier demo's folder is replaced."""
     from rayft.flow.demo import run_demo
 
-    settings = load_config(config, overrides)
+    settings = load_config("demo", overrides)
     output = Path(settings.output)
     if (output / "config.yaml").is_file():
         shutil.rmtree(output)

@@ -53,12 +53,11 @@ class Check:
     """What to do; empty if it is in order."""
 
 
-def checks(output: Path = Path("runs"), tracking: TrackingConfig | None = None) -> list[Check]:
+def checks(output: Path) -> list[Check]:
     """Look at Python, packages, devices, Ray, DeepSpeed, MLflow, disk, memory and the demo's parts.
 
     Args:
         output: folder that runs will be written to (it need not exist).
-        tracking: where runs will be tracked; MLFLOW_TRACKING_URI or a sqlite file in `output` if None.
     """
     return [
         _python(),
@@ -67,7 +66,7 @@ def checks(output: Path = Path("runs"), tracking: TrackingConfig | None = None) 
         _ray_import(),
         _ray_cluster(),
         _deepspeed(),
-        _mlflow(tracking or TrackingConfig(), output),
+        _mlflow(TrackingConfig(), output),
         _disk("output", output),
         _disk("cache", cache_folder()),
         _memory(),

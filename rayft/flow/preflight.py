@@ -26,7 +26,7 @@ from rayft.tracking.mlflow import prepare
 from rayft.train.context import check_task
 from rayft.train.run import RunConfig
 
-__all__ = ["Plan", "preflight", "sweep_hash"]
+__all__ = ["Plan", "preflight", "skeleton", "sweep_hash"]
 
 STAMP_FILE = "config.yaml"
 MARGIN = 2**30
@@ -56,7 +56,7 @@ def preflight(config: PipelineConfig) -> Plan:
     trials = points(config.sweep, run)
     executor = check_executor(config.sweep, run)
     _check_devices(run)
-    shapes, tokenizer, context = _skeleton(run.model)
+    shapes, tokenizer, context = skeleton(run.model)
     update = _check_ranks(trials, shapes)
     parts = read(config.data)
     check_task(run, parts)
@@ -69,7 +69,7 @@ def preflight(config: PipelineConfig) -> Plan:
     return Plan(config, run, trials, executor, tracker, parts, output)
 
 
-def _skeleton(config: ModelConfig) -> tuple[dict[str, tuple[int, int]], Any, int]:
+def skeleton(config: ModelConfig) -> tuple[dict[str, tuple[int, int]], Any, int]:
     """Give a model's linear layers, tokenizer and context without loading its weights.
 
     Raises:
@@ -103,7 +103,9 @@ def _check_ranks(trials: list[Point], shapes: dict[str, tuple[int, int]]) -> int
     for config in {point.run.method for point in trials}:
         kind = method(config.name)
         size = 0
-        for name in select(shapes, config.targets):
+        # The tightest layer first, so that the message names a rank that all of them can hold.
+        chosen = select(shapes, config.targets)
+        for name in sorted(chosen, key=lambda name: kind.max_rank(LayerShape(*shapes[name]))):
             shape = LayerShape(*shapes[name])
             kind.check(shape, config.rank, name)
             size += kind.trained(shape, config.rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from rayft.report.frame import (
     Winner,
 )
 from rayft.sweep.tuner import Trial as EndedTrial
+from rayft.tracking.base import redacted
 from rayft.tracking.provenance import provenance
 
 __all__ = ["build_record"]
@@ -78,12 +80,14 @@ def _ship(
     if winner is None:
         return None
     name, rule = winner.point.name, plan.config.sweep.select_by.replace("_", " ")
-    why = f"best {rule} among the trials that finished"
     reached, keep = scores[name].mean("val"), plan.config.squeeze.keep_score
     small = smallest_good(squeezed, scores, reached, keep) if reached else None
     if small is None:
-        return Winner(trial=name, ship=name, why=why)
-    why += f"; {small.name} is its smallest version that keeps {keep:.0%} of its validation score"
+        return Winner(trial=name, ship=name, why=f"best {rule} among the trials that finished")
+    why = (
+        f"the smallest version of {name} that keeps {100 * keep:g} % of its validation score; {name} has the "
+        f"best {rule} among the trials that finished"
+    )
     return Winner(trial=name, ship=small.name, why=why)
 
 
@@ -151,13 +155,18 @@ def _comparisons(
     scores: Mapping[str, Measured],
     squeezed: Sequence[SqueezedAdapter],
 ) -> tuple[Comparison, ...]:
-    """Compare the winner with the best baseline, and each squeezed version with the winner."""
+    """Compare the winner with the best baseline and with each trial, and squeezed versions with both."""
     if winner is None:
         return ()
     name = winner.point.name
     best = max(baselines, key=lambda key: baselines[key].mean("val") or 0.0)
     pairs = [(name, scores[name], best, baselines[best])]
-    pairs += [(item.name, scores[item.name], name, scores[name]) for item in squeezed]
+    versions = {item.name for item in squeezed}
+    rivals = [other for other in scores if other != name and other not in versions]
+    pairs += [(name, scores[name], other, scores[other]) for other in rivals if "test" in scores[other].parts]
+    for item in squeezed:
+        pairs.append((item.name, scores[item.name], name, scores[name]))
+        pairs.append((item.name, scores[item.name], best, baselines[best]))
     return tuple(_compare(*pair) for pair in pairs)
 
 
@@ -169,20 +178,24 @@ def _compare(name: str, one: Measured, against: str, other: Measured) -> Compari
 
 
 def _commands(plan: Plan) -> tuple[Command, ...]:
-    output = _short(plan.output)
-    return (
-        Command(what="Run the sweep again", command=f"rayft sweep {output}/config.yaml"),
-        Command(what="Compare the runs", command=f"mlflow ui --backend-store-uri {_short_uri(plan)}"),
-        Command(what="Serve the result", command=f"rayft serve {output}/serve.yaml"),
-        Command(
-            what="Move the champion by hand", command=f"rayft promote {plan.config.name} 1 --sweep {output}"
-        ),
-        Command(what="Make this report again", command=f"rayft report {output}"),
-    )
+    output = shlex.quote(_short(plan.output))
+    commands = {
+        "Run the sweep again": f"rayft sweep {output}/config.yaml",
+        "Compare the runs": _compare_command(plan.tracker.uri),
+        "Serve the result": f"rayft serve {output}/serve.yaml",
+        "Make this report again": f"rayft report {output}",
+    }
+    return tuple(Command(what=what, command=command) for what, command in commands.items() if command)
 
 
-def _short_uri(plan: Plan) -> str:
-    return plan.tracker.uri.replace(str(Path.cwd()) + "/", "")
+def _compare_command(uri: str) -> str:
+    """Say how to look at the runs: a database needs a server, a server has its page; no password is shown."""
+    if uri.startswith("databricks"):
+        return ""
+    if uri.startswith("http"):
+        return f"python -m webbrowser {shlex.quote(redacted(uri))}"
+    short = redacted(uri).replace(f"{Path.cwd()}/", "") if uri.startswith("sqlite") else redacted(uri)
+    return f"mlflow ui --backend-store-uri {shlex.quote(short)}"
 
 
 def _short(path: Path) -> str:

@@ -17,12 +17,17 @@ __all__ = ["ask", "served_names", "wait_ready"]
 
 
 def served_names(output: Path, record: SweepRecord, ranks: int = 2) -> list[str]:
-    """Give the values of `model` to try: the base, the winner, its smaller ranks, other methods."""
+    """Give the values of `model` to try: the base, the winner, smaller ranks, other methods.
+
+    The rank to ship is among them, and as many others as `ranks` leaves room for.
+    """
     adapters = list(served_adapters(output, record))
     if not adapters:
         return ["base"]
-    smaller = [f"{adapters[0]}@r{item.rank}" for item in record.squeezed[:ranks]]
-    return ["base", adapters[0], *smaller, *adapters[1:]]
+    ship = record.winner.ship if record.winner else ""
+    smaller = sorted(record.squeezed, key=lambda item: (item.name != ship, -item.rank))[:ranks]
+    names = [f"{adapters[0]}@r{item.rank}" for item in sorted(smaller, key=lambda item: -item.rank)]
+    return ["base", adapters[0], *names, *adapters[1:]]
 
 
 def wait_ready(url: str, timeout: float = 120.0) -> None:

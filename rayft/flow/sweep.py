@@ -119,7 +119,7 @@ def _report(
             display.timings,
         )  # fmt: skip
         record.save(plan.output / "sweep.json")
-        _track(record, tracker, parent)
+        _track(plan, record, tracker, parent)
         if found.winner and found.full:
             _register(plan, record, found.winner, display)
         _write_serve_config(plan, record)
@@ -138,21 +138,27 @@ def _start_tracking(plan: Plan, tracker: MlflowTracker) -> str:
     return parent
 
 
-def _track(record: SweepRecord, tracker: MlflowTracker, parent: str) -> None:
+def _track(plan: Plan, record: SweepRecord, tracker: MlflowTracker, parent: str) -> None:
     """Add scores to the trials' runs; baselines and squeezed adapters get runs of their own."""
     digest = {"data_digest": record.data_digest}
+    shared = {k: v for k, v in leaves(plan.run).items() if k.startswith(("model.", "data.", "evaluate."))}
     for trial in record.trials:
         if trial.run_id and trial.test:
             tracker.params(trial.run_id, digest)
-            tracker.metrics(trial.run_id, _scores(trial.test, trial.val_score), trial.steps)
+            # At step 0, as for what has no steps: MLflow compares such numbers as bars.
+            tracker.metrics(trial.run_id, _scores(trial.test, trial.val_score))
     for base in record.baselines:
         run = tracker.run(base.name, f"{parent}-{base.name}", parent=parent, tags={"rayft.kind": "baseline"})
-        tracker.params(run, {"method.name": base.name, **digest})
+        tracker.params(run, {**shared, **digest, "method.name": base.name})
         tracker.metrics(run, _scores(base.test, base.val_score))
         tracker.finish(run, "finished")
+    settings = {trial.id: trial.settings for trial in record.trials}
     for item in record.squeezed:
-        run = tracker.run(item.name, f"{parent}-{item.name}", parent=parent, tags={"rayft.kind": "squeezed"})
-        tracker.params(run, {"method.name": "squeeze", "method.rank": str(item.rank), **digest})
+        # The rank first: MLflow's table cuts off the end of a name.
+        shown = f"{item.name.removeprefix(item.trial)} of {item.trial}"
+        run = tracker.run(shown, f"{parent}-{item.name}", parent=parent, tags={"rayft.kind": "squeezed"})
+        own = {"method.name": "squeeze", "method.rank": str(item.rank), "squeezed_from": item.trial}
+        tracker.params(run, {**settings[item.trial], **digest, **own})
         numbers: dict[str, float] = {"trainable_parameters": item.parameters, "adapter_bytes": item.bytes}
         numbers |= {"retained_energy_mean": item.energy_mean, "retained_energy_min": item.energy_min}
         tracker.metrics(run, {**(_scores(item.test, item.val_score) if item.test else {}), **numbers})

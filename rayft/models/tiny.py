@@ -19,8 +19,8 @@ TEMPLATE = (
 )
 
 
-def save_tiny_llama(folder: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
-    """Save a random Llama (about 70 k parameters at the defaults) and a tokenizer of bytes."""
+def save_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
+    """Save a random Llama (about 70 k parameters) and a tokenizer of bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _byte_tokenizer()
@@ -29,9 +29,9 @@ def save_tiny_llama(folder: Path, *, hidden: int = 32, layers: int = 2, seed: in
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=hidden * 2,
-            num_hidden_layers=layers,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=1024,

@@ -163,7 +163,8 @@ def _loss_axis(axes: Axes, losses: Sequence[float], ends: float) -> bool:
         high = max(losses)
     room = max(high - low, 1e-3) * 0.06
     top = max(high, ends) + room
-    axes.set_ylim(low - room, top)
+    # Names stand below the lowest curve.
+    axes.set_ylim(low - 2.5 * room, top)
     return max(losses) > top
 
 

@@ -15,9 +15,9 @@ __all__ = ["terminal_table"]
 
 _COLOURS = {"finished": "green", "stopped": "yellow", "failed": "red"}
 _WIDTHS = {"test [95 %]": 17, "val loss": 8, "params": 6, "size": 7, "time": 6, "memory": 7, "status": 8}
-# What goes first where there is no room, and how much of a name must stay.
+# What goes first where there is no room, and how much of a name must stay: for the status, then for numbers.
 _SPARE = ("status", "memory", "time", "params")
-_NAME = 16
+_READABLE, _NAME = 25, 16
 
 
 def terminal_table(record: SweepRecord, width: int = 100) -> Table:
@@ -50,8 +50,9 @@ def terminal_table(record: SweepRecord, width: int = 100) -> Table:
     table.add_column("  name", no_wrap=True, min_width=room)
     for header in headers:
         left = header in ("test [95 %]", "status")
-        justify = "left" if left else "right"
-        table.add_column(Text(header), justify=justify, no_wrap=True, min_width=_WIDTHS[header])
+        table.add_column(
+            Text(header), justify="left" if left else "right", no_wrap=True, min_width=_WIDTHS[header]
+        )
     for row, following in zip(found, [*found[1:], None][: len(found)], strict=True):
         last = following is not None and following.kind != row.kind
         name = _mark(row, status=status) + short(names[row.name], max(room - 2, 3))
@@ -67,12 +68,10 @@ def _needed(headers: list[str], name: int, gap: int) -> int:
 
 
 def _fitting(width: int, longest: int) -> list[str]:
-    """Choose columns: all of them if names stay whole, else without the status, and so on if need be."""
+    """Choose columns: all of them if names stay readable, else without the status, and so on."""
     headers = list(_WIDTHS)
-    if _needed(headers, longest, 1) > width:
-        headers.remove("status")
-    for spare in _SPARE[1:]:
-        if _needed(headers, min(longest, _NAME), 1) > width:
+    for spare in _SPARE:
+        if _needed(headers, min(longest, _READABLE if spare == "status" else _NAME), 1) > width:
             headers.remove(spare)
     return headers
 
@@ -87,10 +86,10 @@ def _mark(row: Row, *, status: bool) -> str:
 
 def _legend(record: SweepRecord, found: list[Row], *, status: bool) -> Text:
     marks = {_mark(row, status=status).strip() for row in found}
-    words = {"►": "what to ship", "*": "the winning trial", "-": "stopped early", "x": "failed"}
+    words = {"►": "ship", "*": "winner", "-": "stopped early", "x": "failed"}
     parts = [f"{mark} {meaning}" for mark, meaning in words.items() if mark in marks]
     if record.winner and any(name.startswith("@") for name in row_names(record).values()):
-        parts.append(f"@ {record.winner.trial}, squeezed")
+        parts.append(f"@ squeezed from {record.winner.trial}")
     return Text("; ".join(parts))
 
 

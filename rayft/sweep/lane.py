@@ -226,7 +226,7 @@ class _Lane:
             "train_seconds": result.seconds["train"],
             "overhead_seconds": result.seconds["overhead"],
         }
-        tracker.metrics(run_id, summary, result.steps)
+        tracker.metrics(run_id, summary)
         if result.content_hash:
             tracker.artifact(run_id, result.folder, "adapter")
         tracker.finish(run_id, "finished" if result.finished else "stopped")

@@ -33,6 +33,8 @@ _PENDING = "key:"
 """Prefix of the id of a run that could not be created yet."""
 
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+# MLflow shows a killed run in red, as a failed one; its page says this.
+_STOPPED = "Stopped by the scheduler, as planned: after as many steps, other trials were ahead."
 # What MLflow will refuse tomorrow too. All else (no answer, 5xx, no rights) may be mended: it is sent again.
 _FINAL = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
 
@@ -263,6 +265,8 @@ class _Sender:
             self._artifact(client, run_id, Path(record["path"]), record["folder"] or None)
         elif record["op"] == "finish":
             client.set_tag(run_id, "rayft.status", record["status"])
+            if record["status"] == "stopped":
+                client.set_tag(run_id, "mlflow.note.content", _STOPPED)
             client.set_terminated(run_id, _STATUS[record["status"]], record["time"])
 
     def _artifact(self, client: MlflowClient, run_id: str, path: Path, folder: str | None) -> None:

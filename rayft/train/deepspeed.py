@@ -68,6 +68,8 @@ def build_engine(run: RunConfig, model: nn.Module) -> Engine:
         raise TrainError("torch.distributed is not initialised; run this in a Ray Train worker")
     if run.scale.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Compiled on first use (47 s on two cores, and a compiler must be there); gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optim = run.optim

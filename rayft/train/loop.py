@@ -145,26 +145,24 @@ def _result(
     )
 
 
-def validation_loss(session: Session, rows_at_once: int = 4) -> float:
+def validation_loss(session: Session) -> float:
     """Take the mean loss over the validation part (nats a target), shared out over the workers."""
     worker, model = session.worker, session.loaded.model
     model.eval()
     mine = session.val[worker.rank :: worker.world]
-    batches = _eval_batches(session, mine, rows_at_once)
+    batches = _eval_batches(session, mine)
     loss, count = worker.total(*mean_loss(model, (batch.to(worker.device) for batch in batches)))
     return loss / max(count, 1)
 
 
-def _eval_batches(session: Session, encoded: list[Encoded], rows_at_once: int) -> list[Batch | ClassBatch]:
+def _eval_batches(session: Session, encoded: list[Encoded]) -> list[Batch | ClassBatch]:
     if not encoded:
         return []
     if encoded[0].label is not None:
-        rows, rows_at_once = [PackedRow((example,)) for example in encoded], 16
+        rows, at_once = [PackedRow((example,)) for example in encoded], 16
     else:
-        rows = pack(encoded, max(512, max(map(len, encoded))))
-    return [
-        _collate(session, rows[start : start + rows_at_once]) for start in range(0, len(rows), rows_at_once)
-    ]
+        rows, at_once = pack(encoded, max(512, max(map(len, encoded)))), 4
+    return [_collate(session, rows[start : start + at_once]) for start in range(0, len(rows), at_once)]
 
 
 def _train(

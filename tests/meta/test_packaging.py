@@ -45,7 +45,7 @@ def imported(folder: str) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 found.add(node.module.split(".")[0])
-    return found - set(sys.stdlib_module_names) - {"rayft", "tests", "pipelines", "serve"}
+    return found - set(sys.stdlib_module_names) - {"rayft", "tests", "pipelines", "serve", "benchmarks"}
 
 
 @pytest.mark.parametrize(("folder", "extras"), [("rayft", ["demo"]), ("tests", ["demo", "dev"])])

@@ -113,7 +113,7 @@ def typed_tolerances(tree: ast.AST) -> list[int]:
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
         for keyword in node.keywords
-        if keyword.arg in ("rtol", "atol") and isinstance(keyword.value, ast.Constant)
+        if keyword.arg in ("rtol", "atol", "rel", "abs") and isinstance(keyword.value, ast.Constant)
     ]
 
 
@@ -129,8 +129,10 @@ def test_importing_rayft_does_no_work() -> None:
 
 
 def test_the_rules_can_fail() -> None:
-    tree = ast.parse("assert_close(a, b, rtol=1e-3)\nassert_close(a, b, rtol=tolerance(x))")
-    assert typed_tolerances(tree) == [1]
+    tree = ast.parse(
+        "assert_close(a, b, rtol=1e-3)\nassert_close(a, b, rtol=tolerance(x))\napprox(a, rel=0.1)"
+    )
+    assert typed_tolerances(tree) == [1, 3]
     wide = "class C(Protocol):\n" + "".join(f"    def m{i}(self): ...\n" for i in range(6))
     protocol = ast.parse(wide).body[0]
     assert isinstance(protocol, ast.ClassDef)

@@ -69,7 +69,7 @@ def test_80_columns_hold_every_number_and_the_end_of_every_name() -> None:
     found = lines(renamed("lora-r32-lr0.0005-s0"), 80)
     assert max(map(len, found)) <= 80
     text = "\n".join(found)
-    for wanted in ("* lora-r32-lr0.0005-s0", "► @r8", "  @r16", "memory", "4.2 GB"):
+    for wanted in ("* lora-r32-lr0.0005-s0", "► @r8", "  @r16", "memory", "1.24 GB"):
         assert wanted in text
     assert "…" not in text
     assert "status" not in text

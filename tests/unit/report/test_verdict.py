@@ -37,7 +37,7 @@ def test_overlapping_intervals_are_said_to_be_perhaps_chance() -> None:
 def test_trials_that_are_not_told_apart_are_named() -> None:
     text = " ".join(verdict(example()))
     assert (
-        "not settled: on 240 questions lora_plus-r16, cla-r32, DoRA-r16 and 2 more can't be told apart from "
+        "not settled: on 256 questions lora_plus-r16, cla-r32, DoRA-r16 and 2 more can't be told apart from "
         "lora-r32 by their intervals." in text
     )
     with_each = [

@@ -269,6 +269,7 @@ def test_a_server_killed_in_the_middle_gets_every_metric_once(server: MlflowServ
     client = connect(spec.uri)
     assert history(spec, trial, "loss") == [(step, float(step)) for step in range(300)]
     assert client.get_run(trial).info.status == "KILLED"
+    assert "as planned" in client.get_run(trial).data.tags["mlflow.note.content"]
     (created,) = [
         run for run in client.search_runs([spec.experiment_id]) if run.data.tags["rayft.key"] == "t1"
     ]

@@ -1,0 +1,1 @@
+"""Benchmarks: each writes its results to `results/`, from which the README's tables are made."""

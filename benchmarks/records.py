@@ -1,0 +1,87 @@
+"""The one format of results, and the README's tables made from it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rayft.tracking.provenance import provenance
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+EMPTY: dict[str, Any] = dict.fromkeys(("p20", "p80", "n", "ci_low", "ci_high", "seeds", "lr"))
+
+
+def record(bench: str, case: str, metric: str, value: float, unit: str, **known: Any) -> dict[str, Any]:
+    """Make one result; what has no interval or spread stays null."""
+    origin = provenance()
+    versions = {k.removeprefix("version."): v for k, v in origin.items() if k.startswith("version.")}
+    return {
+        "bench": bench, "case": case, "metric": metric, "value": value, "unit": unit, **EMPTY, **known,
+        "device": known.get("device", origin["device"]),
+        "commit": origin.get("git.commit"),
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "versions": known.get("versions", versions),
+    }  # fmt: skip
+
+
+def save(bench: str, records: Iterable[Mapping[str, Any]]) -> Path:
+    """Write a bench's results; those of the same device are replaced, others kept."""
+    path, new = RESULTS / f"{bench}.json", list(records)
+    devices = {item["device"] for item in new}
+    old = json.loads(path.read_text()) if path.is_file() else []
+    kept = [item for item in old if item["device"] not in devices]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([*kept, *new], indent=1) + "\n")
+    return path
+
+
+def load(bench: str) -> list[dict[str, Any]]:
+    """Read a bench's results; none if it has not run."""
+    path = RESULTS / f"{bench}.json"
+    return list(json.loads(path.read_text())) if path.is_file() else []
+
+
+def demo_table() -> str:
+    """Make the README's table of the demo."""
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for item in load("demo"):
+        cases.setdefault(item["case"], {})[item["metric"]] = item
+    lines = ["| | score on test [95 %] | parameters | size | training |", "| --- | --- | --- | --- | --- |"]
+    for case, metrics in cases.items():
+        if "score" not in metrics:
+            continue
+        score = metrics["score"]
+        cells = [f"{score['value']:.2f} [{score['ci_low']:.2f}, {score['ci_high']:.2f}]"]
+        cells += [_cell(metrics, "parameters", "{:,.0f}"), _cell(metrics, "mb", "{:.1f} MB")]
+        cells += [_cell(metrics, "seconds", "{:.0f} s")]
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    whole = cases.get("whole", {})
+    if whole:
+        seconds, peak = whole["seconds"], whole["peak_gib"]
+        lines += ["", f"{seconds['value']:.0f} s and {peak['value']:.1f} GiB in all, on {seconds['device']}."]
+    return "\n".join(lines)
+
+
+def _cell(metrics: Mapping[str, Mapping[str, Any]], name: str, form: str) -> str:
+    return form.format(metrics[name]["value"]) if name in metrics else ""
+
+
+TABLES = {"demo": demo_table}
+
+
+def with_tables(text: str) -> str:
+    """Put the tables between their markers."""
+    for name, make in TABLES.items():
+        pattern = rf"(<!-- results:{name} -->\n).*?(<!-- /results:{name} -->)"
+        text = re.sub(pattern, lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text, flags=re.S)  # type: ignore[misc]
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(with_tables(readme.read_text()))

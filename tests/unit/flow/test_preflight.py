@@ -1,0 +1,116 @@
+"""What is refused before anything starts, and loses nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rayft.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    RayftError,
+    ResourceError,
+    TargetError,
+    TrackingError,
+)
+from rayft.flow.cluster import check_tracking
+from rayft.flow.config import PipelineConfig, load_config, packaged
+from rayft.flow.preflight import preflight, skeleton
+from rayft.models.load import ModelConfig, load_model
+from rayft.models.targets import linear_shapes
+from rayft.tracking.base import TrackerSpec
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def tiny(tmp_path: Path, *overrides: str) -> PipelineConfig:
+    return load_config("tiny", [f"output={tmp_path / 'out'}", *overrides])
+
+
+@pytest.mark.parametrize("name", sorted(packaged()))
+def test_every_packaged_configuration_is_valid(name: str) -> None:
+    config = load_config(name)
+    assert config.name == name
+
+
+def test_a_plan_has_everything_decided(tmp_path: Path) -> None:
+    plan = preflight(tiny(tmp_path))
+    assert len(plan.points) == 3
+    assert plan.executor == "lane"
+    assert plan.run.scale.device == "cpu"
+    assert plan.tracker.experiment_id
+    assert (tmp_path / "out" / "config.yaml").is_file()
+    again = load_config(tmp_path / "out" / "config.yaml")
+    assert [p.key for p in preflight(again).points] == [p.key for p in plan.points]
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "match"),
+    [
+        ("sweep.methods.lora.ranks=[40]", TargetError, r"rank 40 is above .* at most 16"),
+        ("sweep.methods.lora.targets=[q_porj]", TargetError, "did you mean 'q_proj'"),
+        ("model.name=tiny-lama", ModelError, "did you mean 'tiny-llama'"),
+        ("data.max_length=20", DataError, "too long"),
+        ("data.name=needle_haystak", DataError, "needle_haystack"),
+        ("scale.device=cuda", ResourceError, "no GPU is here"),
+        ("sweep.trials=1", ConfigError, "at least one trial each"),
+        ("tracking.uri=./mlruns", TrackingError, "sqlite"),
+        ("model.task=sequence_classification", ConfigError, "has no classes"),
+    ],
+)
+def test_mistakes(tmp_path: Path, override: str, error: type[RayftError], match: str) -> None:
+    with pytest.raises(error, match=match):
+        preflight(tiny(tmp_path, override))
+
+
+def test_another_sweeps_folder_is_left_alone(tmp_path: Path) -> None:
+    preflight(tiny(tmp_path))
+    kept = (tmp_path / "out" / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="holds a sweep with another configuration"):
+        preflight(tiny(tmp_path, "optim.steps=9"))
+    assert (tmp_path / "out" / "config.yaml").read_text() == kept
+    # What does not decide results may change.
+    preflight(tiny(tmp_path, "serve.port=9000", "question=another"))
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(ResourceError, match="GiB are free"):
+        preflight(tiny(tmp_path))
+
+
+def test_sqlite_on_several_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": True}])
+    with pytest.raises(TrackingError, match="start `mlflow server`"):
+        check_tracking(TrackerSpec(f"sqlite:///{tmp_path}/mlflow.db", "rayft", tmp_path))
+    check_tracking(TrackerSpec("http://mlflow:5000", "rayft", tmp_path))
+
+
+def test_the_skeleton_is_the_models(tiny_folder: Path) -> None:
+    config = ModelConfig(name=str(tiny_folder))
+    shapes, tokenizer, context = skeleton(config)
+    loaded = load_model(config, torch.float32)
+    assert shapes == linear_shapes(loaded.model)
+    assert context == loaded.context
+    assert tokenizer.pad_token_id is not None
+
+
+def test_a_missing_file_names_the_packaged_ones() -> None:
+    with pytest.raises(ConfigError, match="demo, tiny"):
+        load_config("nothing.yaml")
+
+
+def test_relative_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes = ["data={source: jsonl, name: d.jsonl, max_length: 64}", "model.name=base.gguf"]
+    run = load_config("tiny", changes).run()
+    assert run.data.name == str(tmp_path / "d.jsonl")
+    assert run.model.name == str(tmp_path / "base.gguf")
