@@ -6,16 +6,66 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
 from rayft.errors import ResourceError, TrackingError
 from rayft.tracking.base import TrackerSpec
 
-__all__ = ["check_tracking", "cluster"]
+__all__ = ["check_tracking", "cluster", "has_gpus", "join", "spread"]
 
+CURRENT = Path("/tmp/ray/ray_current_cluster")  # noqa: S108  (where `ray start` writes its address)
 SLOTS = 2
 """CPU slots beside the workers': drivers of trials and of the serving application."""
+
+
+def join() -> bool:
+    """Join the cluster of RAY_ADDRESS, or the one that `ray start` runs on this machine, if there is one."""
+    if ray.is_initialized():
+        return True
+    address = os.environ.get("RAY_ADDRESS")
+    if not address and not CURRENT.is_file():
+        return False
+    _settle_environment()
+    try:
+        ray.init(
+            address=address or CURRENT.read_text().strip(),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="rayft",
+        )
+    except (ConnectionError, RuntimeError) as error:
+        if address:
+            raise ResourceError(
+                f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); unset it"
+            ) from error
+        return False
+    return True
+
+
+def has_gpus() -> bool | None:
+    """Whether the joined cluster has GPUs, or says by a resource `gpu_cluster` that they will come.
+
+    None where no cluster is joined, and this machine is all there is.
+    """
+    if not ray.is_initialized():
+        return None
+    resources = ray.cluster_resources()
+    return bool(resources.get("GPU", 0) or resources.get("gpu_cluster", 0))
+
+
+def spread() -> bool:
+    """Whether the joined cluster has several nodes, which see each other's files only by agreement."""
+    return len([node for node in ray.nodes() if node["Alive"]]) > 1
+
+
+def _settle_environment() -> None:
+    # Idle OpenMP threads of one process would spin on the cores that another one needs: with two
+    # processes on two cores a step took minutes instead of a second and a half.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @contextmanager
@@ -32,18 +82,12 @@ def cluster(workers: int, *, device: str) -> Iterator[None]:
         ResourceError: if the cluster can't hold the workers.
     """
     if ray.is_initialized():
+        _check_fit(workers, device)
         yield
         return
-    # Idle OpenMP threads of one process would spin on the cores that another one needs: with two
-    # processes on two cores a step took minutes instead of a second and a half.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    address = os.environ.get("RAY_ADDRESS")
-    cores = len(os.sched_getaffinity(0))
-    if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="rayft")
-    else:
+    _settle_environment()
+    if not join():
+        cores = len(os.sched_getaffinity(0))
         ray.init(
             num_cpus=max(cores, workers + SLOTS),
             include_dashboard=False,
@@ -64,10 +108,9 @@ def check_tracking(spec: TrackerSpec) -> None:
     Raises:
         TrackingError: saying how to start a server instead.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) > 1 and spec.uri.startswith("sqlite"):
+    if spread() and spec.uri.startswith("sqlite"):
         raise TrackingError(
-            f"the cluster has {len(nodes)} nodes, and a sqlite file can't be shared by them; start "
+            "the cluster has several nodes, and a sqlite file can't be shared by them; start "
             "`mlflow server` on one and set tracking.uri or MLFLOW_TRACKING_URI to it"
         )
 
@@ -76,7 +119,8 @@ def _check_fit(workers: int, device: str) -> None:
     resources = ray.cluster_resources()
     name = "GPU" if device == "cuda" else "CPU"
     # An autoscaler may still bring what is missing, and then says so itself.
-    if resources.get(name, 0) < workers and len(ray.nodes()) == 1 and "RAY_ADDRESS" not in os.environ:
+    elastic = spread() or resources.get("gpu_cluster", 0) or "RAY_ADDRESS" in os.environ
+    if resources.get(name, 0) < workers and not elastic:
         raise ResourceError(
             f"{workers} workers need {workers} {name}s, this machine has {resources.get(name, 0):g}; lower "
             "scale.workers or sweep.lanes"

@@ -68,13 +68,13 @@ class PipelineConfig(Section):
             raise ValueError("use letters, digits, '-', '_' and '.'")
         return value
 
-    def run(self) -> RunConfig:
+    def run(self, gpus: bool | None = None) -> RunConfig:
         """Give what all trials share: every `auto` decided, every path absolute (workers run elsewhere)."""
         return RunConfig(
             model=self.model.located(),
             data=self.data.located(),
             optim=self.optim,
-            scale=self.scale.settled(),
+            scale=self.scale.settled(gpus),
             evaluate=self.evaluate,
             deepspeed=self.deepspeed,
             seed=self.seed,

@@ -15,6 +15,7 @@ from rayft.config import content_hash
 from rayft.data.source import Parts, read
 from rayft.data.template import encode_all
 from rayft.errors import ConfigError, ModelError, ResourceError
+from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig
 from rayft.methods import method
 from rayft.methods.base import LayerShape
@@ -52,7 +53,7 @@ def preflight(config: PipelineConfig) -> Plan:
     Raises:
         RayftError: ours, with what to do; nothing has been started or overwritten.
     """
-    run = config.run()
+    run = config.run(has_gpus())
     trials = points(config.sweep, run)
     executor = check_executor(config.sweep, run)
     _check_devices(run)

@@ -13,13 +13,14 @@ from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.data.source import majority_answer
 from rayft.errors import TrainError
 from rayft.evaluate.compare import interval
+from rayft.flow.cluster import spread
 from rayft.flow.preflight import Plan
 from rayft.methods import method
 from rayft.report.frame import Score
 from rayft.squeeze.rank import retained_energy, squeeze
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
-from rayft.sweep.score import ScoreRequest
+from rayft.sweep.score import ScoreRequest, folder_files
 from rayft.sweep.tuner import Trial
 
 __all__ = [
@@ -123,6 +124,7 @@ def score_trials(executor: Executor, trials: Sequence[Trial]) -> dict[str, Measu
             run=run.model_dump_json(),
             parts=("val", "test") if trial.status == "finished" else ("test",),
             adapter=adapter,
+            files=_files(adapter),
         )
     return score_all(executor, requests)
 
@@ -163,11 +165,19 @@ def score_squeezed(plan: Plan, executor: Executor, made: Sequence[SqueezedAdapte
     """Score the squeezed adapters as they lie on disk."""
     requests = {
         item.name: ScoreRequest(
-            run=plan.run.model_dump_json(), parts=("val", "test"), adapter=str(item.folder)
+            run=plan.run.model_dump_json(),
+            parts=("val", "test"),
+            adapter=str(item.folder),
+            files=_files(str(item.folder)),
         )
         for item in made
     }
     return score_all(executor, requests)
+
+
+def _files(adapter: str | None) -> dict[str, bytes]:
+    """Send an adapter along where lanes may be on other machines."""
+    return folder_files(Path(adapter)) if adapter and spread() else {}
 
 
 def _save(

@@ -12,7 +12,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.config import leaves
 from rayft.errors import PromotionRefusedError, TrackingError
 from rayft.flow import stages
-from rayft.flow.cluster import check_tracking, cluster
+from rayft.flow.cluster import check_tracking, cluster, join
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.preflight import Plan, preflight, sweep_hash
@@ -53,6 +53,8 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
         RayftError: if a check fails (before anything is started) or a stage can't be done.
     """
     with display.stage("checks"):
+        # A cluster that is there already costs nothing to join, and tells which devices there are.
+        join()
         plan = preflight(config)
     lanes, scale = config.sweep.lanes, plan.run.scale
     tracker = MlflowTracker(plan.tracker)

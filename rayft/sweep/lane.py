@@ -24,7 +24,7 @@ from ray.train.torch import get_device
 from rayft.config import content_hash, leaves
 from rayft.errors import RayftError
 from rayft.sweep.broker import CLOSE, Job
-from rayft.sweep.score import ScoreRequest, run_score
+from rayft.sweep.score import ScoreRequest, folder_files, run_score
 from rayft.tracking.base import TrackerSpec
 from rayft.tracking.mlflow import MlflowTracker
 from rayft.train.context import Session, Worker, trial_folder
@@ -34,9 +34,6 @@ from rayft.train.run import RunConfig
 __all__ = ["LaneSettings", "TrainRequest", "lane_worker", "read_result", "unpack"]
 
 RESULT_FILE = "result.json"
-SMALL = 256 * 2**20
-"""Bytes up to which an adapter travels with its result, for lanes on other machines."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -190,7 +187,7 @@ class _Lane:
         overhead = time.perf_counter() - (loaded if fresh else started) - spent
         values["result"]["seconds"] |= {"overhead": overhead, "waiting": reporter.waited}
         _write_result(folder, values)
-        return result.steps, values | {"files": _files(Path(result.folder))}
+        return result.steps, values | {"files": folder_files(Path(result.folder))}
 
     def _score(self, job: Job) -> tuple[int, dict[str, Any]]:
         request: ScoreRequest = job.payload["request"]
@@ -270,10 +267,3 @@ def _write_result(folder: Path, values: Mapping[str, Any]) -> None:
     staging = folder / f"{RESULT_FILE}.tmp"
     staging.write_text(json.dumps(values, indent=2))
     staging.rename(folder / RESULT_FILE)
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    if sum(path.stat().st_size for path in files) > SMALL:
-        return {}
-    return {path.name: path.read_bytes() for path in files}

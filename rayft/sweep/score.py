@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -15,7 +17,10 @@ from rayft.models.inject import attach, clear
 from rayft.train.context import Session
 from rayft.train.run import RunConfig
 
-__all__ = ["ScoreRequest", "run_score"]
+__all__ = ["ScoreRequest", "folder_files", "run_score"]
+
+SMALL = 256 * 2**20
+"""Bytes up to which an adapter travels between machines."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class ScoreRequest:
     adapter: str | None = None
     """Adapter folder; the base alone where not given."""
     style: Literal["as_is", "answer_only", "few_shot"] = "as_is"
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """The adapter's files, for lanes on machines that can't see its folder."""
 
 
 def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[str, list[float]]:
@@ -36,7 +43,7 @@ def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[s
     if request.adapter is None:
         clear(model)
     else:
-        attach(model, AdapterArtifact.load(request.adapter))
+        attach(model, _artifact(request.adapter, request.files))
     model.eval()
     found: dict[str, list[float]] = {}
     try:
@@ -48,6 +55,23 @@ def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[s
     finally:
         clear(model)
     return found
+
+
+def folder_files(folder: Path) -> dict[str, bytes]:
+    """Read a folder's files, to send an adapter to another machine; none if they are above 256 MiB."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if sum(path.stat().st_size for path in files) > SMALL:
+        return {}
+    return {path.name: path.read_bytes() for path in files}
+
+
+def _artifact(folder: str, files: Mapping[str, bytes]) -> AdapterArtifact:
+    if not files or Path(folder).is_dir():
+        return AdapterArtifact.load(folder)
+    with tempfile.TemporaryDirectory() as copy:
+        for name, content in files.items():
+            (Path(copy) / name).write_bytes(content)
+        return AdapterArtifact.load(copy)
 
 
 def _score(

@@ -90,11 +90,15 @@ class ScaleConfig(Section):
             )
         return self
 
-    def settled(self) -> ScaleConfig:
-        """Decide every `auto`, so that all trials of a sweep run alike."""
+    def settled(self, gpus: bool | None = None) -> ScaleConfig:
+        """Decide every `auto`, so that all trials of a sweep run alike.
+
+        Args:
+            gpus: whether the workers will have GPUs; as this machine, where not given.
+        """
         device = self.device
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = "cuda" if (torch.cuda.is_available() if gpus is None else gpus) else "cpu"
         dtype = self.dtype
         if dtype == "auto":
             fast = torch.bfloat16 if device == "cuda" else fastest_cpu_dtype()
