@@ -23,6 +23,10 @@ from rayft.serving.config import ServeConfig
 __all__ = ["run_demo"]
 
 
+QUESTIONS = 3
+"""Test questions that the served application is asked."""
+
+
 def run_demo(config: PipelineConfig, display: Display, stay: Callable[[], None] | None = None) -> SweepRecord:
     """Sweep, serve, ask; then stop the server, or call `stay` first.
 
@@ -50,7 +54,8 @@ def _serve_and_ask(
     stay: Callable[[], None] | None,
 ) -> SweepRecord:
     serve = load(ServeConfig, output / "serve.yaml")
-    example = read(config.data).test[0]
+    asked = read(config.data).test[:QUESTIONS]
+    questions = {example.messages[-2].content: example.answer for example in asked}
     url = f"http://{serve.host}:{serve.port}"
     with cluster(serve.cpus, device="cpu"):
         try:
@@ -58,7 +63,7 @@ def _serve_and_ask(
                 run(serve, blocking=False)
                 wait_ready(url)
             with display.stage("ask over HTTP"):
-                served = ask(url, served_names(output, record), example.messages[-2].content, example.answer)
+                served = ask(url, served_names(output, record), questions)
             if stay:
                 stay()
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,20 +49,28 @@ def wait_ready(url: str, timeout: float = 120.0) -> None:
     raise ResourceError(f"{url} did not answer within {timeout:.0f} s; look at Ray Serve's logs")
 
 
-def ask(url: str, names: Sequence[str], question: str, expected: str, max_tokens: int = 16) -> Served:
-    """Send one question to each of `names` at once over HTTP and collect the answers.
+def ask(url: str, names: Sequence[str], questions: Mapping[str, str], max_tokens: int = 16) -> Served:
+    """Send each question to all of `names` at once over HTTP and collect the answers.
+
+    Args:
+        url: the server's.
+        names: values of the `model` field.
+        questions: question → right answer.
+        max_tokens: longest answer.
 
     Raises:
         ResourceError: if one of them does not answer with 200.
     """
-    with ThreadPoolExecutor(len(names)) as pool:
-        texts = list(pool.map(lambda name: _one(url, name, question, max_tokens), names))
-    answers = dict(zip(names, texts, strict=True))
-    exchange = Exchange(question=question, expected=expected, answers=answers)
-    return Served(url=url, names=tuple(names), exchanges=(exchange,))
+    exchanges = []
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        for question, expected in questions.items():
+            texts = pool.map(functools.partial(_one, url, question, max_tokens), names)
+            answers = dict(zip(names, texts, strict=True))
+            exchanges.append(Exchange(question=question, expected=expected, answers=answers))
+    return Served(url=url, names=tuple(names), exchanges=tuple(exchanges))
 
 
-def _one(url: str, name: str, question: str, max_tokens: int) -> str:
+def _one(url: str, question: str, max_tokens: int, name: str) -> str:
     body = {
         "model": name,
         "messages": [{"role": "user", "content": question}],
