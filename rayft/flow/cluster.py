@@ -11,9 +11,10 @@ from pathlib import Path
 import ray
 
 from rayft.errors import ResourceError, TrackingError
+from rayft.sweep.score import spread
 from rayft.tracking.base import TrackerSpec
 
-__all__ = ["check_tracking", "cluster", "has_gpus", "join", "spread"]
+__all__ = ["check_tracking", "cluster", "has_gpus", "join"]
 
 CURRENT = Path("/tmp/ray/ray_current_cluster")  # noqa: S108  (where `ray start` writes its address)
 SLOTS = 2
@@ -53,11 +54,6 @@ def has_gpus() -> bool | None:
         return None
     resources = ray.cluster_resources()
     return bool(resources.get("GPU", 0) or resources.get("gpu_cluster", 0))
-
-
-def spread() -> bool:
-    """Whether the joined cluster has several nodes, which see each other's files only by agreement."""
-    return len([node for node in ray.nodes() if node["Alive"]]) > 1
 
 
 def _settle_environment() -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def ask(url: str, names: Sequence[str], questions: Mapping[str, str], max_tokens
         ResourceError: if one of them does not answer with 200.
     """
     exchanges = []
-    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+    with ThreadPoolExecutor(len(names)) as pool:
         for question, expected in questions.items():
             texts = pool.map(functools.partial(_one, url, question, max_tokens), names)
             answers = dict(zip(names, texts, strict=True))

@@ -13,14 +13,13 @@ from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.data.source import majority_answer
 from rayft.errors import TrainError
 from rayft.evaluate.compare import interval
-from rayft.flow.cluster import spread
 from rayft.flow.preflight import Plan
 from rayft.methods import method
 from rayft.report.frame import Score
 from rayft.squeeze.rank import retained_energy, squeeze
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
-from rayft.sweep.score import ScoreRequest, folder_files
+from rayft.sweep.score import ScoreRequest, folder_files, spread
 from rayft.sweep.tuner import Trial
 
 __all__ = [

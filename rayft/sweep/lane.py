@@ -24,7 +24,7 @@ from ray.train.torch import get_device
 from rayft.config import content_hash, leaves
 from rayft.errors import RayftError
 from rayft.sweep.broker import CLOSE, Job
-from rayft.sweep.score import ScoreRequest, folder_files, run_score
+from rayft.sweep.score import ScoreRequest, folder_files, run_score, spread
 from rayft.tracking.base import TrackerSpec
 from rayft.tracking.mlflow import MlflowTracker
 from rayft.train.context import Session, Worker, trial_folder
@@ -187,7 +187,9 @@ class _Lane:
         overhead = time.perf_counter() - (loaded if fresh else started) - spent
         values["result"]["seconds"] |= {"overhead": overhead, "waiting": reporter.waited}
         _write_result(folder, values)
-        return result.steps, values | {"files": folder_files(Path(result.folder))}
+        # On one machine the driver reads the folder itself.
+        files = folder_files(Path(result.folder)) if spread() else {}
+        return result.steps, values | {"files": files}
 
     def _score(self, job: Job) -> tuple[int, dict[str, Any]]:
         request: ScoreRequest = job.payload["request"]

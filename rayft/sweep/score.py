@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import ray
 import torch.distributed as dist
 
 from rayft.artifacts import AdapterArtifact
@@ -17,7 +18,7 @@ from rayft.models.inject import attach, clear
 from rayft.train.context import Session
 from rayft.train.run import RunConfig
 
-__all__ = ["ScoreRequest", "folder_files", "run_score"]
+__all__ = ["ScoreRequest", "folder_files", "run_score", "spread"]
 
 SMALL = 256 * 2**20
 """Bytes up to which an adapter travels between machines."""
@@ -55,6 +56,11 @@ def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[s
     finally:
         clear(model)
     return found
+
+
+def spread() -> bool:
+    """Whether the joined cluster has several nodes, which see each other's files only by agreement."""
+    return len([node for node in ray.nodes() if node["Alive"]]) > 1
 
 
 def folder_files(folder: Path) -> dict[str, bytes]:

@@ -128,7 +128,7 @@ class EvaluateConfig(Section):
     val_examples: int | None = Field(default=None, ge=1)
     """Validation examples that the loss is taken over; all where not given."""
 
-    checkpoint_seconds: float = Field(default=30.0, ge=0)
+    checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Least time between two checkpoints, which are written at evaluations."""
 
     max_new_tokens: int = Field(default=16, ge=1)
