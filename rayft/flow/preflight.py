@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import ray
 import torch
 
 from rayft.config import content_hash
@@ -116,10 +114,12 @@ def _check_ranks(trials: list[Point], shapes: dict[str, tuple[int, int]]) -> int
 
 
 def _check_devices(run: RunConfig) -> None:
-    # With a cluster the driver may be a head node without a GPU: Ray then places the workers.
-    alone = not ray.is_initialized() and "RAY_ADDRESS" not in os.environ
-    if run.scale.device == "cuda" and alone and not torch.cuda.is_available():
-        raise ResourceError("scale.device is cuda, but no GPU is here; set scale.device: cpu or auto")
+    gpus = has_gpus()
+    if run.scale.device == "cuda" and not (torch.cuda.is_available() if gpus is None else gpus):
+        raise ResourceError(
+            "scale.device is cuda, but no GPU is here; set scale.device: cpu or auto. A cluster whose GPU nodes "
+            "are still to come says so by a resource gpu_cluster on its head"
+        )
 
 
 def _check_output(config: PipelineConfig, output: Path) -> None:
