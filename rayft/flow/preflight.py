@@ -117,8 +117,8 @@ def _check_devices(run: RunConfig) -> None:
     gpus = has_gpus()
     if run.scale.device == "cuda" and not (torch.cuda.is_available() if gpus is None else gpus):
         raise ResourceError(
-            "scale.device is cuda, but no GPU is here; set scale.device: cpu or auto. A cluster whose GPU nodes "
-            "are still to come says so by a resource gpu_cluster on its head"
+            "scale.device is cuda, but no GPU is here; set scale.device: cpu or auto. A cluster whose GPU "
+            "nodes are still to come says so by a resource gpu_cluster on its head"
         )
 
 
