@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import time
@@ -154,6 +155,8 @@ def doctor(output: Path, console: Console) -> int:
 
 def guarded(command: Callable[[], object]) -> None:
     """Run a command; a mistake of the user's ends in one message and exit code 1, not in a traceback."""
+    for name in ("mlflow.store.db.utils", "alembic", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         command()
     except RayftError as error:

@@ -67,7 +67,7 @@ def build_record(
         comparisons=_comparisons(winner, baselines, scores, squeezed),
         singular_values=full.meta.singular_values if full else {},
         timings=dict(timings),
-        commands=_commands(plan),
+        commands=_commands(plan, servable=full is not None),
     )
 
 
@@ -177,12 +177,12 @@ def _compare(name: str, one: Measured, against: str, other: Measured) -> Compari
     return Comparison(name=name, against=against, difference=difference)
 
 
-def _commands(plan: Plan) -> tuple[Command, ...]:
+def _commands(plan: Plan, *, servable: bool) -> tuple[Command, ...]:
     output = shlex.quote(_short(plan.output))
     commands = {
         "Run the sweep again": f"rayft sweep {output}/config.yaml",
         "Compare the runs": _compare_command(plan.tracker.uri),
-        "Serve the result": f"rayft serve {output}/serve.yaml",
+        "Serve the result": f"rayft serve {output}/serve.yaml" if servable else "",
         "Make this report again": f"rayft report {output}",
     }
     return tuple(Command(what=what, command=command) for what, command in commands.items() if command)

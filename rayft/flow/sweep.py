@@ -124,6 +124,11 @@ def _report(
         _track(plan, record, tracker, parent)
         if found.winner and found.full:
             _register(plan, record, found.winner, display)
+        elif found.winner and found.winner.result:
+            display.say(
+                f"{found.winner.point.name} is a whole model, saved at {found.winner.result['folder']}; it can't be "
+                "registered, promoted or served until it is extracted to LoRA"
+            )
         _write_serve_config(plan, record)
         render(record, plan.output / "report.html")
         tracker.artifact(parent, plan.output / "report.html")
