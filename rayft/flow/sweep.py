@@ -126,8 +126,8 @@ def _report(
             _register(plan, record, found.winner, display)
         elif found.winner and found.winner.result:
             display.say(
-                f"{found.winner.point.name} is a whole model, saved at {found.winner.result['folder']}; it can't be "
-                "registered, promoted or served until it is extracted to LoRA"
+                f"{found.winner.point.name} is a whole model, saved at {found.winner.result['folder']}; it "
+                "can't be registered, promoted or served until it is extracted to LoRA"
             )
         _write_serve_config(plan, record)
         render(record, plan.output / "report.html")
