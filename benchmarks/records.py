@@ -71,7 +71,77 @@ def _cell(metrics: Mapping[str, Mapping[str, Any]], name: str, form: str) -> str
     return form.format(metrics[name]["value"]) if name in metrics else ""
 
 
-TABLES = {"demo": demo_table}
+def cases(bench: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Index a bench's results: case → metric → record."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for item in load(bench):
+        found.setdefault(item["case"], {})[item["metric"]] = item
+    return found
+
+
+def train_step_table() -> str:
+    """Make the README's table of training steps: every method against the floor."""
+    found = cases("train_step")
+    places = {"1b/4x512/graph": "1 B, 4×512", "135m/4x512/graph": "135 M, 4×512", "8b/4x512": "8 B, 4×512"}
+    lines = [
+        "| | 1 B, 16×512: ms | × floor | GiB | × floor | "
+        + " | ".join(f"{p}: × floor" for p in places.values())
+        + " |",
+        "| --- |" + " --- |" * (4 + len(places)),
+    ]
+    for case, metrics in found.items():
+        name, _, place = case.partition("/")
+        if place != "1b/16x512":
+            continue
+        cells = [_cell(metrics, metric, form) for metric, form in STEP.items()]
+        cells += [_cell(found.get(f"{name}/{at}", {}), "time_over_floor", "{:.2f}") for at in places]
+        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    if len(lines) > 2:
+        one = next(iter(found.values()))["ms"]
+        lines += [
+            "",
+            f"On {one['device']}, torch {one['versions']['torch']}, commit {str(one['commit'])[:7]}.",
+        ]
+    return "\n".join(lines)
+
+
+STEP = {"ms": "{:.1f}", "time_over_floor": "{:.3f}", "gib": "{:.2f}", "memory_over_floor": "{:.3f}"}
+
+
+def methods_quality_table() -> str:
+    """Make the README's tables of methods on tasks, one a budget, best mean first."""
+    found = cases("methods_quality")
+    parts = [case.split("/") for case in found]
+    tasks = list(dict.fromkeys(part[1] for part in parts))
+    lines = []
+    for budget, title in (("equal_rank", "Equal rank"), ("equal_params", "Equal stored parameters")):
+        names = [part[0] for part in parts if part[2] == budget]
+        rows = []
+        for name in dict.fromkeys(names):
+            mine = [found.get(f"{name}/{task}/{budget}") for task in tasks]
+            if not all(mine):
+                continue
+            scores = [item["score"] for item in mine if item]
+            mean = sum(score["value"] for score in scores) / len(scores)
+            cells = [f"{s['value']:.2f} [{s['ci_low']:.2f}, {s['ci_high']:.2f}]" for s in scores]
+            first = mine[0] or {}
+            counts = [
+                _cell(first, "trainable", "{:,.0f}"),
+                _cell(first, "seconds", "{:.1f}"),
+                _cell(first, "gib", "{:.2f}"),
+            ]
+            rows.append((mean, f"| {name} | {mean:.3f} | " + " | ".join([*cells, *counts]) + " |"))
+        header = f"| {title} | mean | " + " | ".join(tasks) + " | stored | s | GiB |"
+        lines += [
+            header,
+            "| --- |" + " --- |" * (len(tasks) + 4),
+            *(row for _, row in sorted(rows, reverse=True)),
+            "",
+        ]
+    return "\n".join(lines).rstrip()
+
+
+TABLES = {"demo": demo_table, "train_step": train_step_table, "methods_quality": methods_quality_table}
 
 
 def with_tables(text: str) -> str:

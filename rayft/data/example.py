@@ -1,14 +1,15 @@
-"""One representation for every source and format: a conversation, or a text with an optional class."""
+"""One representation for every source and format: a conversation, a text with an optional class, an image."""
 
 from __future__ import annotations
 
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Example", "Message", "digest"]
+__all__ = ["Example", "Image", "Message", "digest"]
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,41 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Image:
+    """An encoded image (PNG, JPEG, …): the path of its file, or its bytes where it has none of its own."""
+
+    name: str
+    """Its file, or what messages call it."""
+    digest: str
+    """Hash (16 hex digits) of its bytes."""
+    data: bytes | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, name: str, data: bytes | None = None) -> Image:
+        """Describe a file, whose bytes are read for the hash and not kept, or bytes, which are.
+
+        Raises:
+            OSError: if the file can't be read.
+        """
+        content = Path(name).read_bytes() if data is None else data
+        return cls(name, hashlib.sha256(content).hexdigest()[:16], data)
+
+    def read(self) -> bytes:
+        """Give its bytes.
+
+        Raises:
+            OSError: if its file can't be read.
+        """
+        return Path(self.name).read_bytes() if self.data is None else self.data
+
+
+@dataclass(frozen=True)
 class Example:
     """One item to learn from or to score.
 
     Either `messages` holds a conversation that ends with the assistant's answer (a prompt and its
     completion are a conversation of two turns), or `text` holds raw text: to continue where `label`
-    is None, else to classify.
+    is None, else to classify; or `image` holds an image to classify.
     """
 
     messages: tuple[Message, ...] = ()
@@ -37,6 +67,8 @@ class Example:
     """What stands between two turns where a tokenizer has no chat template."""
     entry: Mapping[str, Any] | None = None
     """reasoning-gym's item, which its scorer wants back."""
+    image: Image | None = None
+    """What is classified, where that is no text."""
 
     @property
     def answer(self) -> str:
@@ -45,14 +77,21 @@ class Example:
 
     @property
     def question(self) -> str:
-        """What a model is asked: all turns but the last, or the text."""
+        """What a model is asked: all turns but the last, or the text, or an image's name."""
+        if self.image is not None:
+            return self.image.name
         if not self.messages:
             return self.text
         return "\n".join(f"{message.role}: {message.content}" for message in self.messages[:-1])
 
     @property
     def key(self) -> str:
-        """The question without differences of case, width and spacing: equal keys are duplicates."""
+        """The question without differences of case, width and spacing: equal keys are duplicates.
+
+        Images are duplicates if their files hold the same bytes.
+        """
+        if self.image is not None:
+            return self.image.digest
         return " ".join(unicodedata.normalize("NFKC", self.question).casefold().split())
 
 
@@ -64,5 +103,7 @@ def digest(parts: Iterable[Iterable[Example]]) -> str:
         for example in part:
             turns = [text for message in example.messages for text in (message.role, message.content)]
             fields = [*turns, example.text, example.label_name]
+            if example.image is not None:
+                fields.append(example.image.digest)
             total.update(b"\x1e" + "\x1f".join(fields).encode("utf-8", "surrogatepass"))
     return total.hexdigest()[:16]

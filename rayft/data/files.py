@@ -9,14 +9,15 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rayft.errors import DataError
 
-__all__ = ["Table", "read_file", "read_hub"]
+__all__ = ["Table", "plain_images", "quiet", "read_file", "read_hub"]
 
 FileSource = Literal["jsonl", "csv", "parquet"]
 
@@ -83,8 +84,32 @@ def read_hub(name: str, split: str) -> Table:
         ) from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"can't load split '{split}' of '{name}' from the hub: {error}") from error
-    named = _class_names(rows)
-    return Table(f"{name} [{split}]", tuple(rows.column_names), named)
+    rows = plain_images(rows)
+    return Table(f"{name} [{split}]", tuple(rows.column_names), _class_names(rows))
+
+
+def plain_images(rows: Any) -> Any:
+    """Leave the images of a `datasets` table encoded: {bytes, path} instead of decoded pictures."""
+    import datasets
+
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the bars of `datasets`."""
+    import datasets
+
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _class_names(rows: Any) -> list[dict[str, Any]]:
@@ -145,17 +170,14 @@ def _read_csv(path: Path) -> Table:
 def _read_parquet(path: Path) -> Table:
     import datasets
 
-    bars = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
     try:
         # A cache that outlives the call would keep a copy of every file that was ever read.
-        with tempfile.TemporaryDirectory() as folder:
-            rows = datasets.Dataset.from_parquet(str(path), cache_dir=folder, keep_in_memory=True)
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            rows = plain_images(
+                datasets.Dataset.from_parquet(str(path), cache_dir=folder, keep_in_memory=True)
+            )
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error.__cause__ or error}") from error
-    finally:
-        if bars:
-            datasets.enable_progress_bars()
     return Table(str(path), tuple(rows.column_names), rows.to_list())
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
 from rayft.config import nearest
-from rayft.data.example import Example, Message
+from rayft.data.example import Example, Image, Message
 from rayft.data.files import Table
 from rayft.data.section import Columns
 from rayft.errors import DataError
@@ -19,6 +20,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
     "classification": ("text", "label"),
+    "image_classification": ("image", "label"),
     "text": ("text",),
 }
 """The columns of each format, in the order in which `auto` looks for them."""
@@ -90,6 +92,25 @@ class _Cell:
             return str(value)
         raise self.error("label", f"{_shown(value)} is no class; write a name or a whole number")
 
+    def image(self) -> Image:
+        """Get an image that Pillow knows; whether all of it is there shows when it is decoded."""
+        import PIL.Image
+
+        value = self.value("image")
+        if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
+            raise self.error(
+                "image",
+                f"{_shown(value)} is no image; use source: image_folder, or a hub set or Parquet file that "
+                "holds the images themselves",
+            )
+        name = value["path"] if value.get("bytes") is None else self.table.place(self.index)
+        try:
+            image = Image.of(name, value.get("bytes"))
+            with PIL.Image.open(io.BytesIO(image.read())):
+                return image
+        except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            raise DataError(f"{name} can't be read as an image ({error}): replace or remove it") from error
+
     def messages(self) -> tuple[Message, ...]:
         """Get a conversation that the assistant ends."""
         value = self.value("messages")
@@ -133,5 +154,6 @@ MAKERS: dict[str, Callable[[_Cell, str], Example]] = {
     "messages": lambda cell, separator: Example(messages=cell.messages(), separator=separator),
     "prompt_completion": _pair,
     "classification": lambda cell, _: Example(text=cell.text("text"), label_name=cell.label()),
+    "image_classification": lambda cell, _: Example(image=cell.image(), label_name=cell.label()),
     "text": lambda cell, _: Example(text=cell.text("text")),
 }

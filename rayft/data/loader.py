@@ -9,8 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from rayft.data.pack import PackedRow, pack
-from rayft.data.template import Encoded
+from rayft.data.pack import AnyEncoded, Row, rows_of
 from rayft.errors import DataError
 from rayft.numerics import derive_seed
 
@@ -25,27 +24,33 @@ class Schedule:
         length: tokens of a row.
         rows_per_step: rows of an optimizer step, over all workers and micro-batches.
         seed: decides the order of each epoch.
-        packing: whether examples share rows; labelled ones never do.
+        packing: whether examples share rows; labelled ones and images never do.
 
     Raises:
         DataError: if there are no examples, or one is longer than a row.
     """
 
     def __init__(
-        self, encoded: Sequence[Encoded], length: int, rows_per_step: int, seed: int, *, packing: bool = True
+        self,
+        encoded: Sequence[AnyEncoded],
+        length: int,
+        rows_per_step: int,
+        seed: int,
+        *,
+        packing: bool = True,
     ) -> None:
         if not encoded:
             raise DataError("there are no examples to train on; check data.train")
         self.encoded, self.length, self.seed = encoded, length, seed
         self.rows_per_step = rows_per_step
-        self.packing = packing and all(example.label is None for example in encoded)
+        self.packing = packing
         self._starts = [0]
-        self._epochs: dict[int, list[PackedRow]] = {}
+        self._epochs: dict[int, list[Row]] = {}
 
-    def rows(self, step: int) -> list[PackedRow]:
+    def rows(self, step: int) -> list[Row]:
         """Give the `rows_per_step` rows of optimizer step `step` (from 0)."""
         first = step * self.rows_per_step
-        found: list[PackedRow] = []
+        found: list[Row] = []
         epoch = self._epoch_of(first)
         while len(found) < self.rows_per_step:
             rows = self._epoch(epoch)
@@ -54,7 +59,13 @@ class Schedule:
             epoch += 1
         return found
 
-    def share(self, step: int, rank: int, world: int, accumulation: int) -> list[list[PackedRow]]:
+    def first_step(self, epoch: int) -> int:
+        """Give the first optimizer step whose rows are all of this epoch (from 0) or later ones."""
+        while len(self._starts) <= epoch:
+            self._epoch(len(self._starts) - 1)
+        return -(-self._starts[epoch] // self.rows_per_step)
+
+    def share(self, step: int, rank: int, world: int, accumulation: int) -> list[list[Row]]:
         """Give worker `rank`'s part of a step: `accumulation` micro-batches of equally many rows.
 
         Raises:
@@ -75,11 +86,11 @@ class Schedule:
             self._epoch(len(self._starts) - 1)
         return next(epoch for epoch, end in enumerate(self._starts[1:]) if row < end)
 
-    def _epoch(self, epoch: int) -> list[PackedRow]:
+    def _epoch(self, epoch: int) -> list[Row]:
         if epoch not in self._epochs:
             order = list(self.encoded)
             random.Random(derive_seed(self.seed, epoch)).shuffle(order)
-            rows = pack(order, self.length) if self.packing else [PackedRow((example,)) for example in order]
+            rows = rows_of(order, self.length, packing=self.packing)
             if epoch == len(self._starts) - 1:
                 self._starts.append(self._starts[-1] + len(rows))
             # A step can reach over the end of an epoch, so the one before is kept too.

@@ -4,7 +4,9 @@
     position_ids   0 1 2 0 1 2 3 0                    a a · b b · ·      segment_i = segment_j and
     segments       0 0 0 1 1 1 1 -                    a a a b b b ·      j ≤ i; padding sees itself
 
-so the loss of a row is the sum of the losses of its examples. Shapes: B rows, T tokens, N learnt tokens.
+so the loss of a row is the sum of the losses of its examples. Classified texts and images have a row each.
+
+Shapes: B rows, T tokens, N learnt tokens, C channels, H × W pixels.
 """
 
 from __future__ import annotations
@@ -15,10 +17,28 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from rayft.data.pixels import EncodedImage
 from rayft.data.template import IGNORED, Encoded
 from rayft.errors import DataError
 
-__all__ = ["Batch", "ClassBatch", "PackedRow", "collate", "collate_classification", "pack"]
+__all__ = [
+    "AnyBatch",
+    "AnyEncoded",
+    "Batch",
+    "ClassBatch",
+    "ImageBatch",
+    "PackedRow",
+    "Row",
+    "collate",
+    "collate_classification",
+    "collate_images",
+    "collate_rows",
+    "pack",
+    "rows_of",
+]
+
+AnyEncoded = Encoded | EncodedImage
+"""What encoding an example gives."""
 
 MULTIPLE = 8
 """Several rows are padded to a multiple of this: tensor cores want it."""
@@ -92,6 +112,71 @@ class ClassBatch:
         )
 
 
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images as tensors for an image classifier."""
+
+    pixel_values: torch.Tensor
+    """(B, C, H, W) float32."""
+    labels: torch.Tensor
+    """(B,) int64."""
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """(B,) int64: the classes are what is learnt."""
+        return self.labels
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """(B,): one item an image, so that throughput counts images where it counts tokens of texts."""
+        return self.labels
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        """Move to a device."""
+        return ImageBatch(
+            *(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
+        )
+
+
+Row = PackedRow | EncodedImage
+"""What a schedule deals out: texts that share a row, or an image, which is its own."""
+
+AnyBatch = Batch | ClassBatch | ImageBatch
+
+
+def rows_of(encoded: Sequence[AnyEncoded], length: int, *, packing: bool = True) -> list[Row]:
+    """Make rows of examples, in order: packed where nothing is classified, else one each.
+
+    Args:
+        encoded: all of one kind.
+        length: most tokens of a packed row.
+        packing: whether texts that are not classified share rows.
+
+    Raises:
+        DataError: if an example is longer than a packed row.
+    """
+    texts = [example for example in encoded if isinstance(example, Encoded)]
+    if packing and len(texts) == len(encoded) and all(text.label is None for text in texts):
+        return [*pack(texts, length)]
+    return [PackedRow((example,)) if isinstance(example, Encoded) else example for example in encoded]
+
+
+def collate_rows(rows: Sequence[Row], pad_id: int, width: int | None = None) -> AnyBatch:
+    """Make the batch that the rows' kind wants: of images, classified texts, or packed texts.
+
+    Packed texts are padded to `width` tokens, where that is given: some callers need one shape.
+
+    Raises:
+        DataError: as the function for that kind.
+    """
+    images = [row for row in rows if isinstance(row, EncodedImage)]
+    if images:
+        return collate_images(images)
+    texts = [row for row in rows if isinstance(row, PackedRow)]
+    labelled = texts[0].examples[0].label is not None
+    return collate_classification(texts, pad_id) if labelled else collate(texts, pad_id, width)
+
+
 def pack(encoded: Sequence[Encoded], length: int) -> list[PackedRow]:
     """Put each example into the first row that has room for it, in the given order.
 
@@ -116,9 +201,9 @@ def pack(encoded: Sequence[Encoded], length: int) -> list[PackedRow]:
     return [PackedRow(tuple(row)) for row in rows]
 
 
-def collate(rows: Sequence[PackedRow], pad_id: int) -> Batch:
-    """Make a batch of rows, padded on the right to the longest (several: to a multiple of 8)."""
-    width = _width(rows)
+def collate(rows: Sequence[PackedRow], pad_id: int, width: int | None = None) -> Batch:
+    """Make a batch of rows, padded on the right to `width`, or to the longest (several: a multiple of 8)."""
+    width = width or _width(rows)
     ids = _pad([row.input_ids for row in rows], width, pad_id)
     labels = _pad([row.labels for row in rows], width, IGNORED)
     positions = _pad([row.position_ids for row in rows], width, 0)
@@ -152,6 +237,24 @@ def collate_classification(rows: Sequence[PackedRow], pad_id: int) -> ClassBatch
     ids = _pad([row.input_ids for row in rows], width, pad_id)
     mask = _pad([[1] * len(row) for row in rows], width, 0)
     return ClassBatch(ids, mask, torch.tensor(labels))
+
+
+def collate_images(images: Sequence[EncodedImage]) -> ImageBatch:
+    """Make a batch of labelled images; their pixels are prepared here.
+
+    Raises:
+        DataError: if an image has no class, can't be read, or comes out in another size than the others.
+    """
+    labels = [image.label for image in images if image.label is not None]
+    if len(labels) < len(images):
+        raise DataError("an image without a class can't train a classifier; put it into its class's folder")
+    pixels = [image.pixels for image in images]
+    if len({item.shape for item in pixels}) > 1:
+        raise DataError(
+            "the model's image processor leaves images in different sizes, which can't share a batch; give "
+            "it a size and do_resize in preprocessor_config.json"
+        )
+    return ImageBatch(torch.from_numpy(np.stack(pixels)), torch.tensor(labels))
 
 
 def _width(rows: Sequence[PackedRow]) -> int:

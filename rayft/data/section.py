@@ -11,7 +11,7 @@ from rayft.config import Section
 
 __all__ = ["Columns", "DataConfig", "PartFiles"]
 
-Format = Literal["auto", "prompt_completion", "messages", "text", "classification"]
+Format = Literal["auto", "prompt_completion", "messages", "text", "classification", "image_classification"]
 
 
 class Columns(Section):
@@ -29,34 +29,40 @@ class Columns(Section):
     text: str = "text"
     """Column of raw or classified text."""
 
+    image: str = "image"
+    """Column of images."""
+
     label: str = "label"
     """Column of classes."""
 
 
 class PartFiles(Section):
-    """Where each part is: a file, or the name of a hub split. A part left out is split off `train`."""
+    """Where each part is: a file, folder of images or hub split. A part left out is split off `train`."""
 
     train: str
-    """File or split to learn from."""
+    """File, folder or split to learn from."""
 
     val: str | None = None
-    """File or split for every choice that is made."""
+    """File, folder or split for every choice that is made."""
 
     test: str | None = None
-    """File or split for the numbers that are reported."""
+    """File, folder or split for the numbers that are reported."""
 
 
 class DataConfig(Section):
     """Where the data is, how it is read, and how much of it."""
 
-    source: Literal["reasoning_gym", "hub", "jsonl", "csv", "parquet"] = "reasoning_gym"
+    source: Literal["reasoning_gym", "hub", "jsonl", "csv", "parquet", "image_folder"] = "reasoning_gym"
     """What kind of thing `name` is."""
 
     name: str = ""
-    """A reasoning-gym task, a hub id (`org/set` or `org/set:config`), or a file."""
+    """A reasoning-gym task, a hub id (`org/set` or `org/set:config`), a file, or a folder of images.
+
+    The folder holds `class/file.png`, or `train/class/file.png` and the same in `val` and `test`.
+    """
 
     files: PartFiles | None = None
-    """Files or hub splits of the parts, instead of one that is split."""
+    """Files, folders or hub splits of the parts, instead of one that is split."""
 
     params: dict[str, int | float | str | bool] = Field(default_factory=dict)
     """Options of a reasoning-gym task."""
@@ -102,12 +108,24 @@ class DataConfig(Section):
             )
         if self.score == "native":
             raise ValueError("score: native is for source: reasoning_gym; write strict")
+        self._check_images()
         if self.source == "hub":
             if not self.name:
                 raise ValueError("name is missing; write a hub id such as org/set")
         elif bool(self.name) == bool(self.files):
-            raise ValueError("give one file as name, or a file for each part as files; not both, not neither")
+            kind = "folder" if self.source == "image_folder" else "file"
+            raise ValueError(
+                f"give one {kind} as name, or a {kind} for each part as files; not both, not neither"
+            )
         return self
+
+    def _check_images(self) -> None:
+        if self.source == "image_folder" and self.format not in ("auto", "image_classification"):
+            raise ValueError(f"format '{self.format}' does not fit image_folder: leave it at auto")
+        if self.format == "image_classification" and self.source in ("jsonl", "csv"):
+            raise ValueError(
+                f"{self.source} holds no images; use source: image_folder, hub or parquet for them"
+            )
 
     def _check_task(self) -> None:
         if not self.name:

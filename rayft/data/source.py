@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rayft.data.example import Example, Message, digest
+from rayft.data.example import Example, Image, Message, digest
 from rayft.data.files import Table, read_file, read_hub
+from rayft.data.folder import part_folders, read_image_folder
 from rayft.data.formats import convert, find_format
 from rayft.data.gym import draw_parts
 from rayft.data.scorer import Scorer
@@ -24,6 +25,7 @@ __all__ = [
     "Columns",
     "DataConfig",
     "Example",
+    "Image",
     "Message",
     "PartFiles",
     "Parts",
@@ -49,7 +51,12 @@ class Parts:
     labels: tuple[str, ...] = ()
     """Names of the classes of a classification; their order numbers them."""
     dropped: int = 0
-    """Repeated questions that were left out."""
+    """Repeated questions (or images) that were left out."""
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the examples are images."""
+        return self.train[0].image is not None
 
 
 def read(config: DataConfig) -> Parts:
@@ -89,6 +96,8 @@ def _read_tables(config: DataConfig) -> dict[str, list[Example]]:
 
 def _places(config: DataConfig) -> dict[str, str]:
     if config.files is None:
+        if config.source == "image_folder":
+            return part_folders(config.name)
         return {"train": "train" if config.source == "hub" else config.name}
     named = {"train": config.files.train, "val": config.files.val, "test": config.files.test}
     return {part: name for part, name in named.items() if name is not None}
@@ -96,6 +105,8 @@ def _places(config: DataConfig) -> dict[str, str]:
 
 def _table(config: DataConfig, name: str) -> Table:
     assert config.source != "reasoning_gym"
+    if config.source == "image_folder":
+        return read_image_folder(name)
     return read_hub(config.name, name) if config.source == "hub" else read_file(config.source, name)
 
 

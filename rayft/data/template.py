@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 from rayft.data.example import Example, Message
+from rayft.data.pixels import EncodedImage, ImageEncoder, encode_images
 from rayft.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def encode(
     """Turn an example into tokens.
 
     Learnt are: of a conversation, each assistant turn up to its end-of-sequence token; of raw text,
-    all tokens but the first; of a classification, none.
+    all tokens but the first; of a classification, none. A text to classify gets the special tokens that
+    its tokenizer puts around one ([CLS] and [SEP] for BERT).
 
     Args:
         example: what to encode.
@@ -68,19 +70,52 @@ def encode(
     return encoded
 
 
+@overload
 def encode_all(
     examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: PreTrainedTokenizerBase,
     max_length: int,
     *,
     context: int | None = None,
     part: str = "train",
-) -> list[Encoded]:
+) -> list[Encoded]: ...
+
+
+@overload
+def encode_all(
+    examples: Sequence[Example],
+    encoder: ImageEncoder,
+    max_length: int,
+    *,
+    context: int | None = None,
+    part: str = "train",
+) -> list[EncodedImage]: ...
+
+
+def encode_all(
+    examples: Sequence[Example],
+    encoder: PreTrainedTokenizerBase | ImageEncoder,
+    max_length: int,
+    *,
+    context: int | None = None,
+    part: str = "train",
+) -> list[Encoded] | list[EncodedImage]:
     """Encode the examples of a part, and report all that are too long at once.
 
+    Args:
+        examples: all texts for a tokenizer, all images for an image encoder.
+        encoder: of the model that will learn them.
+        max_length: most tokens that a text may have.
+        context: most tokens that the model can take, where that is known.
+        part: what messages call the examples.
+
     Raises:
-        DataError: with how many are too long and how long the longest is; and as `encode`.
+        DataError: with how many are too long and how long the longest is; and as `encode` and
+            `encode_images`.
     """
+    if isinstance(encoder, ImageEncoder):
+        return encode_images(examples, encoder)
+    tokenizer = encoder
     names = [f"{part} example {number}" for number in range(1, len(examples) + 1)]
     encoded = [_encode(example, tokenizer, name) for example, name in zip(examples, names, strict=True)]
     _check_lengths([len(item) for item in encoded], max_length, context, names)
@@ -134,10 +169,10 @@ def prompt_ids(
 def _encode(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> Encoded:
     if example.messages:
         return _encode_turns(example, tokenizer, name)
-    ids = _ids(tokenizer, _start(tokenizer) + example.text)
     if example.label is not None:
+        ids = tuple(tokenizer(example.text)["input_ids"])
         return Encoded(ids, (IGNORED,) * len(ids), example.label)
-    ids = (*ids, _end_id(tokenizer))
+    ids = (*_ids(tokenizer, _start(tokenizer) + example.text), _end_id(tokenizer))
     return Encoded(ids, (IGNORED, *ids[1:]))
 
 

@@ -14,31 +14,32 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rayft.data.pack import Batch, ClassBatch
+from rayft.data.pack import AnyBatch, Batch, ClassBatch, ImageBatch
 
-__all__ = ["batch_loss", "mean_loss"]
+__all__ = ["batch_loss", "class_logits", "mean_loss"]
 
 
 def batch_loss(
-    model: nn.Module, batch: Batch | ClassBatch, forward: Callable[..., Any] | None = None
+    model: nn.Module, batch: AnyBatch, forward: Callable[..., Any] | None = None
 ) -> tuple[torch.Tensor, int]:
     """Sum the negative log-likelihood (nats) of a batch's targets; give it with their number.
 
     Args:
-        model: a causal language model, or a sequence classifier for a `ClassBatch`.
+        model: a causal language model, a sequence classifier for a `ClassBatch`, or an image classifier
+            for an `ImageBatch`, whose pixels are cast to the model's dtype.
         batch: on the model's device.
         forward: what to call instead of the model (an engine that wraps it).
     """
     call = forward or model
-    if isinstance(batch, ClassBatch):
-        logits = call(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    if not isinstance(batch, Batch):
+        logits = class_logits(model, batch, call)
         return functional.cross_entropy(logits.float(), batch.labels, reduction="sum"), len(batch.labels)
     logits = _completion_logits(model, batch, call)
     return functional.cross_entropy(logits.float(), batch.targets, reduction="sum"), len(batch.targets)
 
 
 @torch.inference_mode()
-def mean_loss(model: nn.Module, batches: Iterable[Batch | ClassBatch]) -> tuple[float, int]:
+def mean_loss(model: nn.Module, batches: Iterable[AnyBatch]) -> tuple[float, int]:
     """Sum loss and targets over batches without gradients: (sum in nats, number of targets)."""
     total, count = 0.0, 0
     for batch in batches:
@@ -46,6 +47,18 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch | ClassBatch]) -> tuple[
         total += float(loss)
         count += targets
     return total, count
+
+
+def class_logits(
+    model: nn.Module, batch: ClassBatch | ImageBatch, forward: Callable[..., Any] | None = None
+) -> torch.Tensor:
+    """Give the logits (B, classes) of a classifier for a batch on its device."""
+    call = forward or model
+    if isinstance(batch, ImageBatch):
+        dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+        return call(pixel_values=batch.pixel_values.to(dtype)).logits  # type: ignore[no-any-return]
+    logits: torch.Tensor = call(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return logits
 
 
 def _completion_logits(model: nn.Module, batch: Batch, call: Callable[..., Any]) -> torch.Tensor:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rayft.data.example import Example
-from rayft.data.pack import PackedRow, collate_classification
+from rayft.data.pack import ClassBatch, ImageBatch, collate_rows, rows_of
+from rayft.data.pixels import ImageEncoder
 from rayft.data.scorer import Scorer
 from rayft.data.template import Style, encode_all, prompt_ids
 from rayft.errors import DataError
 from rayft.evaluate.compare import interval
+from rayft.evaluate.loss import class_logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +41,7 @@ class Scores:
 
 def score(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ImageEncoder,
     examples: Sequence[Example],
     scorer: Scorer,
     *,
@@ -51,17 +53,18 @@ def score(
     """Score a model's answers, or a classifier's classes.
 
     Args:
-        model: a causal language model, or a sequence classifier if the examples have labels.
-        tokenizer: the model's.
+        model: a causal language model, or a classifier of texts or images if the examples have labels.
+        tokenizer: the model's, of an image classifier its image encoder.
         examples: of one part, usually val or test.
         scorer: `Parts.scorer`.
         style: how the question is asked; see `data.template.prompt_text`.
         shots: solved examples for few_shot.
         max_new_tokens: where an answer is cut off.
-        batch_size: sequences that run together.
+        batch_size: sequences or images that run together.
 
     Raises:
-        DataError: if there are no examples, they ask nothing, or a prompt does not fit the model.
+        DataError: if there are no examples, they ask nothing, they are images for a model of texts, or a
+            prompt does not fit the model.
     """
     if not examples:
         raise DataError("there are no examples to score")
@@ -70,6 +73,8 @@ def score(
         classes = _classify(model, tokenizer, examples, batch_size)
         values = [float(found == example.label) for found, example in zip(classes, examples, strict=True)]
     else:
+        if isinstance(tokenizer, ImageEncoder):
+            raise DataError("an image classifier is scored on labelled images, and these have no class")
         prompts = [prompt_ids(example, tokenizer, style, shots) for example in examples]
         answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
         values = [scorer.score(example, text) for example, text in zip(examples, answers, strict=True)]
@@ -123,7 +128,7 @@ def _contiguous(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tens
     return (args[0].contiguous(), *args[1:])
 
 
-def _by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+def _by_length(sequences: Sequence[Sized], batch_size: int) -> Iterator[list[int]]:
     """Give batches of indices, longest first: what does not fit in memory fails at once."""
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
     for start in range(0, len(order), batch_size):
@@ -192,15 +197,23 @@ def _check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_ne
 
 @torch.inference_mode()
 def _classify(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], batch_size: int
+    model: PreTrainedModel,
+    encoder: PreTrainedTokenizerBase | ImageEncoder,
+    examples: Sequence[Example],
+    batch_size: int,
 ) -> list[int]:
+    if isinstance(encoder, ImageEncoder) != (examples[0].image is not None):
+        raise DataError("images are scored with an image classifier, and texts with a model of texts")
     context = int(getattr(model.config, "max_position_embeddings", None) or 1_000_000)
-    encoded = encode_all(examples, tokenizer, context, context=context, part="scored")
-    classes = [0] * len(encoded)
-    for batch in _by_length([item.input_ids for item in encoded], batch_size):
-        rows = [PackedRow((encoded[index],)) for index in batch]
-        tensors = collate_classification(rows, model.config.pad_token_id or 0).to(model.device)
-        logits = model(input_ids=tensors.input_ids, attention_mask=tensors.attention_mask).logits
+    encoded = rows_of(encode_all(examples, encoder, context, context=context, part="scored"), context)
+    classes, pad_id = [0] * len(encoded), int(getattr(model.config, "pad_token_id", None) or 0)
+    training = model.training
+    model.eval()
+    for batch in _by_length(encoded, batch_size):
+        tensors = collate_rows([encoded[index] for index in batch], pad_id)
+        assert isinstance(tensors, ClassBatch | ImageBatch)
+        logits = class_logits(model, tensors.to(model.device))
         for index, found in zip(batch, logits.argmax(-1).tolist(), strict=True):
             classes[index] = found
+    model.train(training)
     return classes

@@ -65,7 +65,7 @@ def _settle_environment() -> None:
 
 
 @contextmanager
-def cluster(workers: int, *, device: str) -> Iterator[None]:
+def cluster(workers: int, *, device: str, gpu_share: float = 1.0) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS (as in a Ray job), or start a local one and stop it afterwards.
 
     The workers' logs stay in Ray's session folder, out of the terminal.
@@ -73,12 +73,13 @@ def cluster(workers: int, *, device: str) -> Iterator[None]:
     Args:
         workers: training processes at once.
         device: `cpu` or `cuda`, what they need.
+        gpu_share: how much of a GPU each of them takes.
 
     Raises:
         ResourceError: if the cluster can't hold the workers.
     """
     if ray.is_initialized():
-        _check_fit(workers, device)
+        _check_fit(workers, device, gpu_share)
         yield
         return
     _settle_environment()
@@ -92,7 +93,7 @@ def cluster(workers: int, *, device: str) -> Iterator[None]:
             namespace="rayft",
         )
     try:
-        _check_fit(workers, device)
+        _check_fit(workers, device, gpu_share)
         yield
     finally:
         ray.shutdown()
@@ -111,13 +112,16 @@ def check_tracking(spec: TrackerSpec) -> None:
         )
 
 
-def _check_fit(workers: int, device: str) -> None:
+def _check_fit(workers: int, device: str, gpu_share: float) -> None:
     resources = ray.cluster_resources()
     name = "GPU" if device == "cuda" else "CPU"
     # An autoscaler may still bring what is missing, and then says so itself.
     elastic = spread() or resources.get("gpu_cluster", 0) or "RAY_ADDRESS" in os.environ
-    if resources.get(name, 0) < workers and not elastic:
+    # Two lanes of 0.6 don't fit on one GPU: shares of a worker are never split.
+    per_device = int(1 / gpu_share + 1e-9) if device == "cuda" else 1
+    needed = -(-workers // per_device)
+    if resources.get(name, 0) < needed and not elastic:
         raise ResourceError(
-            f"{workers} workers need {workers} {name}s, this machine has {resources.get(name, 0):g}; lower "
+            f"{workers} workers need {needed} {name}s, this machine has {resources.get(name, 0):g}; lower "
             "scale.workers or sweep.lanes"
         )

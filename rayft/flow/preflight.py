@@ -10,19 +10,22 @@ from typing import Any, Literal
 import torch
 
 from rayft.config import content_hash
+from rayft.data.loader import Schedule
+from rayft.data.pack import AnyEncoded
 from rayft.data.source import Parts, read
 from rayft.data.template import encode_all
-from rayft.errors import ConfigError, ModelError, ResourceError
+from rayft.errors import ConfigError, ResourceError
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig
 from rayft.methods import method
 from rayft.methods.base import LayerShape
-from rayft.models.load import ModelConfig, resolve
-from rayft.models.targets import linear_shapes, select
+from rayft.models.load import ModelConfig, context_length, load_encoder, load_skeleton
+from rayft.models.targets import check_pattern, linear_shapes, select
 from rayft.sweep.space import Point, check_executor, points
 from rayft.tracking.base import TrackerSpec, tracker_spec
 from rayft.tracking.mlflow import prepare
 from rayft.train.context import check_task
+from rayft.train.links import spans
 from rayft.train.run import RunConfig
 
 __all__ = ["Plan", "preflight", "skeleton", "sweep_hash"]
@@ -55,12 +58,16 @@ def preflight(config: PipelineConfig) -> Plan:
     trials = points(config.sweep, run)
     executor = check_executor(config.sweep, run)
     _check_devices(run)
-    shapes, tokenizer, context = skeleton(run.model)
+    shapes, encoder, context = skeleton(run.model)
     update = _check_ranks(trials, shapes)
     parts = read(config.data)
     check_task(run, parts)
     for name in ("train", "val", "test"):
-        encode_all(getattr(parts, name), tokenizer, config.data.max_length, context=context, part=name)
+        encoded = encode_all(
+            getattr(parts, name), encoder, config.data.max_length, context=context, part=name
+        )
+        if name == "train":
+            _check_links(trials, encoded)
     output = Path(config.output).absolute()
     _check_output(config, output)
     _check_disk(output, len(trials) * update)
@@ -69,48 +76,42 @@ def preflight(config: PipelineConfig) -> Plan:
 
 
 def skeleton(config: ModelConfig) -> tuple[dict[str, tuple[int, int]], Any, int]:
-    """Give a model's linear layers, tokenizer and context without loading its weights.
+    """Give a model's linear layers, what makes its inputs, and its context, without loading its weights.
 
     Raises:
         ModelError: if it can't be found.
     """
-    import transformers
-
-    source = resolve(config)
-    sequence = config.task == "sequence_classification"
-    auto: Any = (
-        transformers.AutoModelForSequenceClassification if sequence else transformers.AutoModelForCausalLM
-    )
-    try:
-        settings = transformers.AutoConfig.from_pretrained(source, revision=config.revision)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=config.revision)
-        with torch.device("meta"):
-            model = auto.from_config(settings)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"can't read the model {config.name}: {error}. Without a hub, give a local folder, a .gguf file "
-            "or a registered name"
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return linear_shapes(model), tokenizer, int(getattr(settings, "max_position_embeddings", 0) or 1_000_000)
+    model = load_skeleton(config)
+    encoder = load_encoder(config, model.config)
+    return linear_shapes(model), encoder, context_length(config, model.config, encoder)
 
 
 def _check_ranks(trials: list[Point], shapes: dict[str, tuple[int, int]]) -> int:
     """Check each method's targets and ranks; give the bytes that the largest trial writes."""
     largest = 0
-    for config in {point.run.method for point in trials}:
+    for config in {content_hash(point.run.method): point.run.method for point in trials}.values():
         kind = method(config.name)
         size = 0
         # The tightest layer first, so that the message names a rank that all of them can hold.
         chosen = select(shapes, config.targets)
+        check_pattern(config, chosen)
         for name in sorted(chosen, key=lambda name: kind.max_rank(LayerShape(*shapes[name]))):
             shape = LayerShape(*shapes[name])
-            kind.check(shape, config.rank, name)
-            size += kind.trained(shape, config.rank)
+            rank = config.of(name).rank
+            kind.check(shape, rank, name, config.links)
+            size += kind.stored(shape, rank, config.links)
         # Adapter in 4 bytes; checkpoint with fp32 master and two moments beside the weights.
         largest = max(largest, size * (4 + 16))
     return largest
+
+
+def _check_links(trials: list[Point], train: list[AnyEncoded]) -> None:
+    """Check that each chain by epochs has steps for all its links."""
+    for run in (point.run for point in trials):
+        chain = run.method.chain
+        if chain is not None and chain.epochs is not None:
+            rows = run.optim.rows_per_step
+            spans(run, Schedule(train, run.data.max_length, rows, run.seed, packing=run.data.packing))
 
 
 def _check_devices(run: RunConfig) -> None:

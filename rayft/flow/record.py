@@ -12,6 +12,7 @@ from rayft.config import leaves
 from rayft.evaluate.compare import paired
 from rayft.flow.preflight import Plan
 from rayft.flow.stages import Measured, SqueezedAdapter, smallest_good
+from rayft.methods import method as find_method
 from rayft.report.frame import (
     Baseline,
     Command,
@@ -52,7 +53,7 @@ def build_record(
         date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         model=config.model.name,
         task=f"{config.data.name} ({config.data.source})",
-        metric="exact match" if config.data.score == "strict" else "native score",
+        metric=_metric(plan),
         data_digest=plan.parts.digest,
         data_sizes={part: len(getattr(plan.parts, part)) for part in ("train", "val", "test")},
         seed=config.seed,
@@ -67,8 +68,15 @@ def build_record(
         comparisons=_comparisons(winner, baselines, scores, squeezed),
         singular_values=full.meta.singular_values if full else {},
         timings=dict(timings),
-        commands=_commands(plan, servable=full is not None),
+        commands=_commands(plan, servable=full is not None and config.model.task == "causal_lm"),
     )
+
+
+def _metric(plan: Plan) -> str:
+    """Say what a score is."""
+    if plan.parts.labels:
+        return "accuracy"
+    return "exact match" if plan.config.data.score == "strict" else "native score"
 
 
 def _ship(
@@ -83,7 +91,12 @@ def _ship(
     reached, keep = scores[name].mean("val"), plan.config.squeeze.keep_score
     small = smallest_good(squeezed, scores, reached, keep) if reached else None
     if small is None:
-        return Winner(trial=name, ship=name, why=f"best {rule} among the trials that finished")
+        why = f"best {rule} among the trials that finished"
+        if not find_method(winner.point.run.method.name).exports_lora:
+            why += (
+                "; it has no low-rank factors, so it was neither squeezed nor registered and can't be served"
+            )
+        return Winner(trial=name, ship=name, why=why)
     why = (
         f"the smallest version of {name} that keeps {100 * keep:g} % of its validation score; {name} has the "
         f"best {rule} among the trials that finished"

@@ -32,6 +32,7 @@ __all__ = [
     "score_trials",
     "smallest_good",
     "squeeze_winner",
+    "why_not_served",
 ]
 
 STYLES = {"base": "as_is", "answer only": "answer_only", "few shot": "few_shot"}
@@ -114,7 +115,7 @@ def score_trials(executor: Executor, trials: Sequence[Trial]) -> dict[str, Measu
             continue
         run, folder = trial.point.run, str(trial.result["folder"])
         adapter: str | None = folder
-        if not method(run.method.name).exports_lora:
+        if method(run.method.name).saves_model:
             run, adapter = (
                 run.model_copy(update={"model": run.model.model_copy(update={"name": folder})}),
                 None,
@@ -141,6 +142,26 @@ def choose(plan: Plan, trials: Sequence[Trial], scores: Mapping[str, Measured]) 
     if plan.config.sweep.select_by == "val_loss":
         return min(finished, key=loss)
     return max(finished, key=lambda trial: (scores[trial.point.name].mean("val") or 0.0, -loss(trial)))
+
+
+def why_not_served(winner: Trial, trials: Sequence[Trial]) -> str:
+    """Say why a winner without factors stays where it is, and what can be served instead."""
+    assert winner.result is not None
+    kind = method(winner.point.run.method.name)
+    what = "is a whole model" if kind.saves_model else f"is {kind.name}, whose update has no low-rank factors"
+    loras = [
+        trial
+        for trial in trials
+        if trial.result and trial.status == "finished" and method(trial.point.run.method.name).exports_lora
+    ]
+    best = min(loras, key=lambda trial: float((trial.result or {})["val_loss"]), default=None)
+    instead = "run a sweep with lora beside it for one that can"
+    if best is not None and best.result is not None:
+        instead = f"the best one that can is {best.point.name} in {best.result['folder']}"
+    return (
+        f"{winner.point.name} {what}: it is saved in {winner.result['folder']}, and can't be squeezed, "
+        f"registered, promoted or served here; {instead}"
+    )
 
 
 def squeeze_winner(plan: Plan, winner: Trial) -> tuple[AdapterArtifact, list[SqueezedAdapter]]:

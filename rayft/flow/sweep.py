@@ -60,7 +60,7 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
     tracker = MlflowTracker(plan.tracker)
     parent = _start_tracking(plan, tracker)
     try:
-        with cluster(lanes * scale.workers, device=scale.device):
+        with cluster(lanes * scale.workers, device=scale.device, gpu_share=scale.gpu_share):
             check_tracking(plan.tracker)
             executor = EXECUTORS[plan.executor](
                 scale, str(plan.output / "ray"), lanes, config.sweep.restarts, config.name
@@ -125,10 +125,7 @@ def _report(
         if found.winner and found.full:
             _register(plan, record, found.winner, display)
         elif found.winner and found.winner.result:
-            display.say(
-                f"{found.winner.point.name} is a whole model, saved at {found.winner.result['folder']}; it "
-                "can't be registered, promoted or served until it is extracted to LoRA"
-            )
+            display.say(stages.why_not_served(found.winner, found.trials))
         _write_serve_config(plan, record)
         render(record, plan.output / "report.html")
         tracker.artifact(parent, plan.output / "report.html")
@@ -207,7 +204,7 @@ def _register(plan: Plan, record: SweepRecord, winner: Trial, display: Display) 
 def _write_serve_config(plan: Plan, record: SweepRecord) -> None:
     """Write what `rayft serve` needs: the winner at every rank, and the best of each other method."""
     adapters = served_adapters(plan.output, record)
-    if not adapters:
+    if not adapters or plan.config.model.task != "causal_lm":
         return
     serve = plan.config.serve
     content = {
@@ -233,7 +230,8 @@ def served_adapters(output: Path, record: SweepRecord) -> Mapping[str, Path]:
     ]
     for name in sorted({trial.method for trial in others}):
         best = min((t for t in others if t.method == name), key=lambda t: t.last_val_loss or float("inf"))
-        adapters[f"{record.name}-{name}"] = Path(best.folder)
+        # The name of a served model holds no colon, and `peft:LoRA` does.
+        adapters[f"{record.name}-{name.replace(':', '-')}"] = Path(best.folder)
     return adapters
 
 

@@ -4,59 +4,27 @@ A linear layer holds W0 (O × I). A method gives it an adapter, so that the laye
 
     y = x (W0 + ΔW)ᵀ + b                    ΔW = s·B·A,  B (O × R),  A (R × I)
 
-with s = α/R, or α/√R with rsLoRA (arXiv:2312.03732). To add a method: one file that defines a
-`Method`, one line in `methods/__init__.py`.
+with s = α/R, or α/√R with rsLoRA (arXiv:2312.03732). A chain trains one link of rank R after the
+other; its links are stacked, A = [A_1; …; A_k] and B = [B_1 … B_k], and never merged into W0. To add
+a method: one file that defines a `Method`, one line in `methods/__init__.py`.
 
 Shapes: N tokens, I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional
 
-from rayft.config import Section
 from rayft.errors import MethodError, TargetError
+from rayft.methods.section import ChainConfig, MethodConfig
 
-__all__ = ["Adapter", "AdapterLinear", "LayerShape", "LoraFactors", "Method", "MethodConfig"]
-
-
-class MethodConfig(Section):
-    """Which method, and its knobs."""
-
-    name: str = "lora"
-    """A key of `rayft.methods.METHODS`."""
-
-    rank: int = Field(default=16, ge=1)
-    """Rank R of each module's update (ignored by `full`)."""
-
-    alpha: float | None = Field(default=None, gt=0)
-    """Scale numerator α; 2·rank where it is not given."""
-
-    rslora: bool = False
-    """Scale by α/√R instead of α/R."""
-
-    targets: str | tuple[str, ...] = "all-linear"
-    """`all-linear`, one regular expression over module names, or a list of last name parts."""
-
-    @model_validator(mode="after")
-    def _targets_not_empty(self) -> MethodConfig:
-        if not self.targets:
-            raise ValueError("is empty; name at least one module or write 'all-linear'")
-        return self
-
-    @property
-    def scale(self) -> float:
-        """The factor s of ΔW = s·B·A."""
-        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
-        return alpha / math.sqrt(self.rank) if self.rslora else alpha / self.rank
+__all__ = ["Adapter", "AdapterLinear", "ChainConfig", "LayerShape", "LoraFactors", "Method", "MethodConfig"]
 
 
 @dataclass(frozen=True)
@@ -90,15 +58,24 @@ class LoraFactors:
 
 
 class Adapter(nn.Module, ABC):
-    """What a method adds to one linear layer. Two methods to write, one more where ΔW has no factors."""
+    """What a method adds to one linear layer.
+
+    Two methods to write; `delta` where ΔW has no factors, `advance` for a chain, `restore` for what
+    changes the base.
+    """
+
+    dropout: float = 0.0
+    """Probability with which inputs of the update are dropped in training (never the base's)."""
 
     @abstractmethod
-    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Compute x (weight + ΔW)ᵀ + bias: x (…, I) → (…, O), in x's dtype."""
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Compute x (weight + ΔW)ᵀ + bias: x (…, I) → (…, O), in x's dtype; x ΔWᵀ alone without a weight."""
 
     @abstractmethod
     def to_lora(self) -> LoraFactors:
-        """Give ΔW as factors, detached, in the adapter's dtype.
+        """Give ΔW as factors, detached, all links of a chain stacked.
 
         Raises:
             MethodError: if ΔW is not of low rank.
@@ -108,19 +85,43 @@ class Adapter(nn.Module, ABC):
         """Give ΔW (O × I); `weight0` is the weight before training, for methods that changed it."""
         return self.to_lora().delta().to(weight0.dtype)
 
+    def update(self, x: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+        """Compute x ΔWᵀ alone, its inputs dropped with a probability."""
+        return self(functional.dropout(x, dropout) if dropout else x, None, None)  # type: ignore[no-any-return]
+
+    def advance(self, generator: torch.Generator) -> None:
+        """Freeze the link that trained and begin the next one (chains only)."""
+        raise MethodError(f"{type(self).__name__} is no chain, so it has no next link")
+
+    def restore(self, weight: torch.Tensor) -> None:
+        """Undo, bit by bit, what the adapter changed in its layer's weight (O × I)."""
+
 
 class AdapterLinear(nn.Module):
     """A linear layer that computes its base and its adapter together.
 
-    It takes over the parameters of the linear that it replaces under the same names, so the base's
-    state dict keeps its keys; `adapter` may be set to another one, or to None for the base alone.
+    It takes over the parameters of the layer that it replaces under the same names, so the base's
+    state dict keeps its keys; `adapter` may be set to another one, or to None for the base alone. The
+    base is an `nn.Linear`, a `Conv1D` as in GPT-2 (weight I × O), or a quantised linear layer, which
+    then computes for itself while the adapter adds to it, in `dtype`.
     """
 
-    def __init__(self, linear: nn.Linear, adapter: Adapter | None = None) -> None:
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, base: nn.Module, adapter: Adapter | None = None, *, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight = linear.weight
-        self.bias = linear.bias
+        self.transposed = not isinstance(base, nn.Linear)
+        if isinstance(base, nn.Linear):
+            self.in_features, self.out_features = base.in_features, base.out_features
+        else:
+            self.in_features, self.out_features = base.weight.shape  # type: ignore[misc]
+        # A quantised layer keeps its own forward; held in a list, since its parameters are registered here.
+        self.quantised = [base] if type(base).__module__.startswith("bitsandbytes") else []
+        self.weight, self.bias = base.weight, base.bias  # type: ignore[assignment]
+        self._dtype = dtype
         self.adapter = adapter
 
     @property
@@ -128,15 +129,42 @@ class AdapterLinear(nn.Module):
         """The layer's size."""
         return LayerShape(outputs=self.out_features, inputs=self.in_features)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What adapters compute in: the weight's dtype, of a quantised layer the one it computes in."""
+        if not self.quantised:
+            return self.weight.dtype
+        return self._dtype or torch.get_default_dtype()
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The weight as O × I (a view where the layer stores it transposed).
+
+        Raises:
+            MethodError: if it is quantised, and so no matrix.
+        """
+        if self.quantised:
+            raise MethodError("a quantised weight can't be read as a matrix")
+        return self.weight.t() if self.transposed else self.weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute (…, I) → (…, O)."""
-        if self.adapter is None:
-            return functional.linear(x, self.weight, self.bias)
-        return self.adapter(x, self.weight, self.bias)  # type: ignore[no-any-return]
+        adapter = self.adapter
+        if adapter is None:
+            return self._base(x)
+        dropped = adapter.dropout if self.training else 0.0
+        if not dropped and not self.quantised:
+            return adapter(x, self.matrix, self.bias)  # type: ignore[no-any-return]
+        return self._base(x) + adapter.update(x, dropped)
 
     def extra_repr(self) -> str:
         """Name the size for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    def _base(self, x: torch.Tensor) -> torch.Tensor:
+        if self.quantised:
+            return self.quantised[0](x)  # type: ignore[no-any-return]
+        return functional.linear(x, self.matrix, self.bias)
 
 
 @dataclass(frozen=True)
@@ -147,25 +175,95 @@ class Method:
     build: Callable[[AdapterLinear, MethodConfig, torch.Generator], Adapter]
     """Make the adapter of one layer; the generator decides everything that is random."""
     trained: Callable[[LayerShape, int], int]
-    """Count the numbers that train in one layer at a rank."""
+    """Count the numbers that train in one layer at a rank (of a chain: at once, in one link)."""
     max_rank: Callable[[LayerShape], int]
     """The largest rank that a layer can hold."""
     shares_base: bool = True
-    """Whether the base stays untouched, so that trials can share it (a lane needs that)."""
+    """Whether the base is again what it was when a trial ends, so that trials can share it (a lane)."""
     exports_lora: bool = True
     """Whether a trained adapter is a LoRA, and so can be squeezed, promoted and served."""
+    chained: bool = False
+    """Whether it trains one link after the other."""
+    max_links: Callable[[LayerShape, int], int] | None = None
+    """The most links that a layer can hold at a rank; any number where not given."""
+    in_place: bool = False
+    """Whether it trains numbers of the base's own weights: whole, dense, and its own while it trains."""
+    b_learns_faster: bool = False
+    """Whether B's learning rate is `lr_ratio` times A's."""
+    ranked: bool = True
+    """Whether `rank` decides its size."""
+    rival: bool = False
+    """Whether its layers are PEFT's (`rayft.methods.rival`)."""
 
-    def check(self, shape: LayerShape, rank: int, module: str) -> None:
-        """Refuse a rank that a layer can't hold.
+    @property
+    def saves_model(self) -> bool:
+        """Whether it leaves a whole model behind, and no adapter."""
+        return not (self.exports_lora or self.rival)
+
+    def stored(self, shape: LayerShape, rank: int, links: int) -> int:
+        """Count the numbers that are kept of one layer: those of all links."""
+        return self.trained(shape, rank) * links
+
+    def check(self, shape: LayerShape, rank: int, module: str, links: int = 1) -> None:
+        """Refuse a rank or a chain that a layer can't hold.
 
         Raises:
-            TargetError: naming the module and the largest rank it takes.
+            TargetError: naming the module and what it takes at most.
         """
-        limit = self.max_rank(shape)
+        limit, size = self.max_rank(shape), f"{shape.outputs}x{shape.inputs}"
         if rank > limit:
             raise TargetError(
-                f"rank {rank} is above what {module} ({shape.outputs}x{shape.inputs}) can hold with "
-                f"'{self.name}': use a rank of at most {limit}, or leave the module out of targets"
+                f"rank {rank} is above what {module} ({size}) can hold with '{self.name}': use a rank of at "
+                f"most {limit}, or leave the module out of targets"
+            )
+        most = self.max_links(shape, rank) if self.max_links else links
+        if links > most:
+            raise TargetError(
+                f"a chain of {links} links of rank {rank} is longer than {module} ({size}) can hold with "
+                f"'{self.name}': use at most {most} links, a lower rank, or leave the module out of targets"
+            )
+
+    def check_settings(self, config: MethodConfig) -> None:
+        """Refuse settings that would do nothing.
+
+        Raises:
+            MethodError: naming the setting and the methods that it is for.
+        """
+        if config.chain is not None and not self.chained:
+            raise MethodError(
+                f"'{self.name}' is no chain, so method.chain does nothing: drop it, or use cola, rac, c3la "
+                "or rc3la"
+            )
+        if config.lr_ratio is not None and not self.b_learns_faster:
+            raise MethodError(
+                f"'{self.name}' has one learning rate, so method.lr_ratio does nothing: drop it, or use "
+                "lora_plus"
+            )
+        if config.dropout and (self.in_place or not self.shares_base):
+            raise MethodError(
+                f"'{self.name}' trains the base's own weights, whose inputs can't be dropped: set dropout: 0"
+            )
+        if config.options and not self.rival:
+            raise MethodError(
+                f"'{self.name}' takes no options: drop method.options, which are for peft:<Class>"
+            )
+
+    def check_base(self, *, quantised: bool = False, partitioned: bool = False) -> None:
+        """Refuse a base whose weights are not there to be trained.
+
+        Raises:
+            MethodError: with the way out.
+        """
+        trains_weights = self.in_place or not self.shares_base
+        if trains_weights and quantised:
+            raise MethodError(
+                f"'{self.name}' trains the base's own weights, which a quantised base has not: drop "
+                "model.quantize, or use a method that adds to the base (rcla is paca's function)"
+            )
+        if self.in_place and partitioned:
+            raise MethodError(
+                f"'{self.name}' writes into the base's weights, which ZeRO-3 partitions: use scale.zero 0, 1 "
+                "or 2, or rcla, which trains the same function"
             )
 
 

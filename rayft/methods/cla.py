@@ -6,7 +6,8 @@ Trainable: R·O a layer.   Export to LoRA: exact (A written out as a dense selec
 A is never a matrix here, it is the list of the inputs it selects (the first R): forward gathers
 x[…, columns]. Backward, with g = dL/dy (N × O), x_S (N × R) the gathered inputs:
     dB = s·gᵀ x_S        dx = g W, with s·g B added into the selected columns
-Saved for backward: x_S, R numbers a token, and the weights, but not x.
+Saved for backward: x_S, R numbers a token, and the weights, but not x. Stacked links of a chain
+gather all their columns at once; a column that two links select gets both their shares.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from rayft.kernels import low_rank_linear as kernel
+from rayft.methods.asym import trained
 from rayft.methods.base import Adapter, AdapterLinear, LayerShape, LoraFactors, Method, MethodConfig
+from rayft.methods.lora import zeros
 
-__all__ = ["METHOD", "SelectorAdapter"]
+__all__ = ["METHOD", "SelectorAdapter", "any_columns"]
 
 
 class SelectorFunction(torch.autograd.Function):
@@ -33,14 +37,14 @@ class SelectorFunction(torch.autograd.Function):
         bias: torch.Tensor | None,
         columns: torch.Tensor,
         b: torch.Tensor,
+        past_b: torch.Tensor | None,
         scale: float,
     ) -> torch.Tensor:
-        """Compute y = x Wᵀ + bias + s x[…, columns] Bᵀ."""
+        """Compute y = x Wᵀ + bias + s x[…, columns] [B_past B]ᵀ."""
         x_NI = x.reshape(-1, x.shape[-1])
-        xs_NR = x_NI.index_select(1, columns)
-        y_NO = nn.functional.linear(x_NI, weight, bias)
-        y_NO.addmm_(xs_NR, b.t(), alpha=scale)
-        ctx.save_for_backward(xs_NR, weight, columns, b)
+        y_NO, xs_NK = kernel.forward(x_NI, weight, bias, columns, _stack(past_b, b), scale)
+        xs_NR = xs_NK if past_b is None else xs_NK[:, -b.shape[1] :].contiguous()
+        ctx.save_for_backward(xs_NR, weight, columns, b, past_b)
         ctx.scale = scale
         ctx.x_shape = x.shape
         return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
@@ -49,52 +53,88 @@ class SelectorFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Give the gradients of x and B; a column selected twice gets both shares."""
-        xs_NR, weight, columns, b = ctx.saved_tensors
+        xs_NR, weight, columns, b, past_b = ctx.saved_tensors
         g_NO = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_b = (g_NO.t() @ xs_NR).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = g_NO @ weight
-            grad_x.index_add_(1, columns, g_NO @ b, alpha=ctx.scale)
-            grad_x = grad_x.view(ctx.x_shape)
-        return grad_x, None, None, None, grad_b, None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, (g_NO.t() @ xs_NR).mul_(ctx.scale), None, None
+        # A chain's window may wrap onto columns that an earlier one has.
+        distinct = past_b is None or weight.shape[1] % b.shape[1] == 0
+        grad_x, _, grad_b = kernel.backward(
+            g_NO, weight, columns, _stack(past_b, b), xs_NR, ctx.scale, distinct=distinct
+        )
+        return grad_x.view(ctx.x_shape), None, None, None, grad_b, None, None
+
+
+def _stack(past_b: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
+    return b if past_b is None else torch.cat([past_b, b], 1)
 
 
 class SelectorAdapter(Adapter):
     """A trainable B on inputs chosen by a frozen index vector."""
 
     columns: torch.Tensor
+    past_B: torch.Tensor | None
 
     def __init__(self, columns: torch.Tensor, b: torch.Tensor, inputs: int, scale: float) -> None:
         super().__init__()
         self.register_buffer("columns", columns)
         self.lora_B = nn.Parameter(b)
+        self.register_buffer("past_B", None)
         self.inputs = inputs
         self.scale = scale
 
-    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Compute base and update together."""
-        return SelectorFunction.apply(x, weight, bias, self.columns, self.lora_B, self.scale)  # type: ignore[no-any-return,no-untyped-call]
+    def forward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        dropout: float = 0.0,
+    ) -> torch.Tensor:
+        """Compute base and update together; the update alone, which can drop inputs, without a weight."""
+        if weight is None:
+            return self.scale * self._update(x, dropout)
+        return SelectorFunction.apply(  # type: ignore[no-any-return,no-untyped-call]
+            x, weight, bias, self.columns, self.lora_B, self.past_B, self.scale
+        )
+
+    def _update(self, x: torch.Tensor, dropout: float) -> torch.Tensor:
+        """Compute x ΔWᵀ/s: past links apart, whose inputs are neither saved nor dropped."""
+        rank = self.lora_B.shape[1]
+        xs = nn.functional.dropout(x.index_select(-1, self.columns[-rank:]), dropout)
+        y = nn.functional.linear(xs, self.lora_B)
+        if self.past_B is None:
+            return y
+        return y + nn.functional.linear(x.index_select(-1, self.columns[:-rank]), self.past_B)
+
+    def update(self, x: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
+        """Compute the update alone: what is dropped is drawn for the gathered inputs only."""
+        # Called as a module, since ZeRO-3's hooks on it make B whole.
+        return self(x, None, None, dropout)  # type: ignore[no-any-return]
 
     def to_lora(self) -> LoraFactors:
-        """Write the selector out as A[j, columns[j]] = 1."""
-        b = self.lora_B.detach()
+        """Write the selector out as A[j, columns[j]] = 1, all links stacked."""
+        b = _stack(self.past_B, self.lora_B.detach())
         a = torch.zeros(b.shape[1], self.inputs, dtype=b.dtype, device=b.device)
         a[torch.arange(b.shape[1], device=b.device), self.columns] = 1
         return LoraFactors(a, b, self.scale, columns=tuple(self.columns.tolist()))
 
+    def begin_link(self, columns: torch.Tensor) -> None:
+        """Stack the trained link on the past ones and start from other columns (R) and B = 0."""
+        self.past_B = _stack(self.past_B, self.lora_B.detach()).clone()
+        self.columns = torch.cat([self.columns, columns.to(self.columns)])
+        self.lora_B = nn.Parameter(torch.zeros_like(self.lora_B))
+
+
+def any_columns(shape: LayerShape) -> int:
+    """Give the largest rank: each input selected once."""
+    return shape.inputs
+
 
 def build(layer: AdapterLinear, config: MethodConfig, generator: torch.Generator) -> SelectorAdapter:
     """Select the first R inputs and set B to 0 (nothing here is random)."""
-    like = layer.weight
-    columns = torch.arange(config.rank, device=like.device)
-    b = torch.zeros(layer.out_features, config.rank, dtype=like.dtype, device=like.device)
+    b = zeros(layer, config.rank)
+    columns = torch.arange(config.rank, device=b.device)
     return SelectorAdapter(columns, b, layer.in_features, config.scale)
 
 
-def trained(shape: LayerShape, rank: int) -> int:
-    """Count R·O."""
-    return rank * shape.outputs
-
-
-METHOD = Method(name="cla", build=build, trained=trained, max_rank=lambda shape: shape.inputs)
+METHOD = Method(name="cla", build=build, trained=trained, max_rank=any_columns)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rayft.errors import MethodError
 from rayft.methods.base import (
     Adapter,
     AdapterLinear,
@@ -28,14 +29,19 @@ __all__ = ["METHOD", "FullAdapter"]
 class FullAdapter(Adapter):
     """Adds nothing: the layer's own weight trains."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, layer: AdapterLinear) -> None:
         super().__init__()
-        # Held in a list: the layer registers it, and a second registration would train it twice.
-        self._weight = [weight]
-        weight.requires_grad_(True)
+        # The layer, not its weight: an engine or a device gives the weight other storage. In a list, since
+        # a module that is registered twice would train twice.
+        self._layer = [layer]
+        layer.weight.requires_grad_(True)
 
-    def forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         """Compute the layer with its trained weight."""
+        if weight is None:
+            raise MethodError("full trains the base's own weights; it can't run beside them")
         return nn.functional.linear(x, weight, bias)
 
     def to_lora(self) -> LoraFactors:
@@ -44,12 +50,12 @@ class FullAdapter(Adapter):
 
     def delta(self, weight0: torch.Tensor) -> torch.Tensor:
         """Give W − W0."""
-        return self._weight[0].detach() - weight0
+        return self._layer[0].matrix.detach() - weight0
 
 
 def build(layer: AdapterLinear, config: MethodConfig, generator: torch.Generator) -> FullAdapter:
     """Let the layer's weight train."""
-    return FullAdapter(layer.weight)
+    return FullAdapter(layer)
 
 
 def trained(shape: LayerShape, rank: int) -> int:
@@ -64,4 +70,5 @@ METHOD = Method(
     max_rank=lambda shape: max(shape.inputs, shape.outputs) * 2**20,
     shares_base=False,
     exports_lora=False,
+    ranked=False,
 )

@@ -15,26 +15,36 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
 
 from rayft.config import Section, nearest
+from rayft.data.pixels import ImageEncoder
 from rayft.errors import ModelError
-from rayft.models.tiny import save_tiny_llama
+from rayft.models.fingerprint import fingerprint, source_fingerprint
+from rayft.models.quantize import Quantize, prepare, quantization
+from rayft.models.targets import heads
+from rayft.models.tiny import TINY
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 __all__ = [
     "REGISTERED",
     "LoadedModel",
     "ModelConfig",
+    "Task",
     "cache_folder",
+    "context_length",
     "fingerprint",
+    "load_encoder",
     "load_model",
+    "load_skeleton",
     "resolve",
 ]
 
-HEADS = ("lm_head.", "score.", "classifier.")
+Task = Literal["causal_lm", "sequence_classification", "image_classification"]
+
+UNLIMITED = 1_000_000
+"""Context of a model that states none."""
 
 
 class ModelConfig(Section):
@@ -43,11 +53,14 @@ class ModelConfig(Section):
     name: str = "smollm2-135m-instruct"
     """A registered name, a local folder, a `.gguf` file, or a hub id (`org/model`)."""
 
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
-    """Generate text, or put text into classes."""
+    task: Task = "causal_lm"
+    """Generate text, or put text or images into classes."""
 
     num_labels: int = Field(default=2, ge=2)
-    """Classes of a sequence classification."""
+    """Classes of a classification."""
+
+    quantize: Quantize | None = None
+    """Hold the linear layers in 4 (`nf4`) or 8 bits (`int8`) with bitsandbytes; heads stay as they are."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
@@ -70,9 +83,10 @@ class LoadedModel:
     """A base model in memory."""
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
+    """What makes its inputs: a `PreTrainedTokenizerBase`, of an image model an `ImageEncoder`."""
     fingerprint: str
-    """Identity of the base's weights, the same in every dtype."""
+    """Identity of the base's weights, the same in every dtype, quantised or not."""
     context: int
     """Longest sequence in tokens."""
 
@@ -95,7 +109,7 @@ def _smollm2(folder: Path) -> None:
 
 REGISTERED: dict[str, Callable[[Path], object]] = {
     "smollm2-135m-instruct": _smollm2,
-    "tiny-llama": lambda folder: save_tiny_llama(folder),
+    **TINY,
 }
 """Small models that need no hub: name → what writes them, once, as a safetensors folder."""
 
@@ -127,58 +141,144 @@ def resolve(config: ModelConfig) -> str:
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> LoadedModel:
-    """Load a base model with its tokenizer, frozen and in evaluation mode.
+    """Load a base model with what makes its inputs, frozen and in evaluation mode.
+
+    Weights that the checkpoint lacks (a new classification head, a pooler) are drawn from a fixed seed.
 
     Raises:
         ModelError: if it can't be found or loaded, with what to do.
+        ResourceError: if it is to be quantised and bitsandbytes is not installed.
+    """
+    source = resolve(config)
+    options: dict[str, Any] = {}
+    if config.quantize:
+        skeleton = load_skeleton(config)
+        setting = quantization(config.quantize, skeleton, dtype)
+        options = {"quantization_config": setting, "device_map": {"": device}}
+    with _loading(config):
+        model = _weights(config, source, dtype, options)
+        encoder = _encoder(config, source, model.config)
+        if config.quantize:
+            prepare(model)
+            # Where the files name their tensors otherwise than the model does, only loading tells which is
+            # which.
+            identity = source_fingerprint(skeleton, source, config.revision) or fingerprint(
+                _weights(config, source, dtype, {})
+            )
+        else:
+            identity = fingerprint(model)
+            model = model.to(device)
+    if config.task != "image_classification":
+        model.config.pad_token_id = encoder.pad_token_id
+    model.requires_grad_(False)
+    model.eval()
+    return LoadedModel(model, encoder, identity, context_length(config, model.config, encoder))
+
+
+def load_skeleton(config: ModelConfig) -> Any:
+    """Make a model without its weights, on the meta device.
+
+    Raises:
+        ModelError: if it can't be found, or does not do what `task` says.
     """
     import transformers
 
     source = resolve(config)
-    auto, extra = _auto_class(config)
-    try:
-        with _quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=config.revision)
-            model: Any = auto.from_pretrained(
-                source, revision=config.revision, dtype=dtype, attn_implementation="sdpa", **extra
-            )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"can't load {config.name}: {error}. Without a hub, give a local folder, a .gguf file, or one "
-            f"of {', '.join(REGISTERED)}"
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.requires_grad_(False)
-    model.eval()
-    context = int(getattr(model.config, "max_position_embeddings", 0) or 1_000_000)
-    return LoadedModel(model.to(device), tokenizer, fingerprint(model), context)
+    with _loading(config):
+        settings = transformers.AutoConfig.from_pretrained(
+            source, revision=config.revision, **_labels(config)
+        )
+        with torch.device("meta"):
+            return _auto_class(config).from_config(settings)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Hash (16 hex digits) a base's parameter names, shapes and 64 samples of each, rounded to bfloat16.
+def load_encoder(config: ModelConfig, settings: Any) -> Any:
+    """Load a model's tokenizer (with a padding token), or the `ImageEncoder` of an image model.
 
-    The rounding makes it the same whichever dtype the base was loaded in; output and classification
-    heads are left out, so tying and new heads don't matter. Adapters in the model don't either.
+    Args:
+        config: which model.
+        settings: transformers' config of it.
+
+    Raises:
+        ModelError: if there is none.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name.startswith(HEADS) or ".adapter." in name:
-            continue
-        flat = parameter.detach().reshape(-1)
-        picks = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).long()
-        sample = flat[picks.to(flat.device)].to(torch.bfloat16).float().cpu().numpy()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
-    return digest.hexdigest()[:16]
+    source = resolve(config)
+    with _loading(config):
+        return _encoder(config, source, settings)
 
 
-def _auto_class(config: ModelConfig) -> tuple[Any, dict[str, Any]]:
+def context_length(config: ModelConfig, settings: Any, encoder: Any) -> int:
+    """Give the longest sequence (tokens) that a model takes.
+
+    Of a classifier the tokenizer knows better: RoBERTa's 514 positions hold 512 tokens.
+    """
+    positions = int(getattr(settings, "max_position_embeddings", 0) or UNLIMITED)
+    if config.task != "sequence_classification":
+        return positions
+    return min(positions, int(encoder.model_max_length or positions))
+
+
+def _encoder(config: ModelConfig, source: str, settings: Any) -> Any:
     import transformers
 
-    if config.task == "sequence_classification":
-        return transformers.AutoModelForSequenceClassification, {"num_labels": config.num_labels}
-    return transformers.AutoModelForCausalLM, {}
+    if config.task == "image_classification":
+        # The same numbers whether torchvision is installed or not.
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            source, revision=config.revision, backend="pil"
+        )
+        return ImageEncoder(processor, int(getattr(settings, "num_channels", None) or 3))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=config.revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _weights(config: ModelConfig, source: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """Load a model; a classifier's head may be missing from its files, or be of other classes in them."""
+    if config.task == "causal_lm":
+        # Packed rows want a mask of their own, which eager attention and SDPA take.
+        options = {**options, "attn_implementation": "sdpa"}
+    else:
+        options = {**options, **_labels(config), "ignore_mismatched_sizes": True}
+    with torch.random.fork_rng(devices=[]):
+        # The CPU's alone: only its state is put back.
+        torch.default_generator.manual_seed(0)
+        model, found = _auto_class(config).from_pretrained(
+            source, revision=config.revision, dtype=dtype, output_loading_info=True, **options
+        )
+    if config.task != "causal_lm":
+        outside = tuple(f"{name}." for name in heads(model))
+        wrong = sorted(name for name, *_ in found["mismatched_keys"] if not name.startswith(outside))
+        if wrong:
+            raise ValueError(f"the weights of {wrong[0]} have another size than config.json says")
+    return model
+
+
+def _labels(config: ModelConfig) -> dict[str, Any]:
+    return {} if config.task == "causal_lm" else {"num_labels": config.num_labels}
+
+
+@contextmanager
+def _loading(config: ModelConfig) -> Iterator[None]:
+    """Turn what goes wrong while a model is read into one error of ours."""
+    try:
+        with _quiet():
+            yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"can't load {config.name} for {config.task}: {error}. Without a hub, give a local folder, a "
+            f".gguf file, or one of {', '.join(REGISTERED)}"
+        ) from error
+
+
+def _auto_class(config: ModelConfig) -> Any:
+    import transformers
+
+    return {
+        "causal_lm": transformers.AutoModelForCausalLM,
+        "sequence_classification": transformers.AutoModelForSequenceClassification,
+        "image_classification": transformers.AutoModelForImageClassification,
+    }[config.task]
 
 
 def _convert_gguf(file: Path, folder: Path) -> None:

@@ -131,5 +131,5 @@ EXECUTORS: dict[str, type[Executor]] = {"lane": LaneExecutor, "isolated": Isolat
 
 
 def worker_resources(scale: ScaleConfig) -> dict[str, float]:
-    """What Ray reserves for a worker: one CPU slot (threads are set apart from it) and its GPU."""
-    return {"CPU": 1, "GPU": 1} if scale.device == "cuda" else {"CPU": 1}
+    """What Ray reserves for a worker: one CPU slot (threads are set apart from it) and its share of a GPU."""
+    return {"CPU": 1, "GPU": scale.gpu_share} if scale.device == "cuda" else {"CPU": 1}

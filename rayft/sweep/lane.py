@@ -23,6 +23,7 @@ from ray.train.torch import get_device
 
 from rayft.config import content_hash, leaves
 from rayft.errors import RayftError
+from rayft.methods import method
 from rayft.sweep.broker import CLOSE, Job
 from rayft.sweep.score import ScoreRequest, folder_files, run_score, spread
 from rayft.tracking.base import TrackerSpec
@@ -176,6 +177,11 @@ class _Lane:
             if tracker:
                 tracker.finish(run_id, "failed")
             raise
+        finally:
+            if not method(run.method.name).shares_base:
+                # What it left is no base for the next trial; loading that again takes seconds, a new
+                # worker group half a minute.
+                self._session = None
         if self._worker.rank > 0:
             return result.steps, {}
         values: dict[str, Any] = {"result": asdict(result), "run_id": run_id, "run": content_hash(run)}

@@ -15,6 +15,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.data.source import Example
 from rayft.evaluate.tasks import score
 from rayft.models.inject import attach, clear
+from rayft.models.peft_folder import PeftFolder, load_adapter
 from rayft.train.context import Session
 from rayft.train.run import RunConfig
 
@@ -71,13 +72,13 @@ def folder_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
-def _artifact(folder: str, files: Mapping[str, bytes]) -> AdapterArtifact:
+def _artifact(folder: str, files: Mapping[str, bytes]) -> AdapterArtifact | PeftFolder:
     if not files or Path(folder).is_dir():
-        return AdapterArtifact.load(folder)
+        return load_adapter(folder)
     with tempfile.TemporaryDirectory() as copy:
         for name, content in files.items():
             (Path(copy) / name).write_bytes(content)
-        return AdapterArtifact.load(copy)
+        return load_adapter(copy)
 
 
 def _score(

@@ -12,12 +12,12 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
-from rayft.config import Section, content_hash, nearest
-from rayft.errors import ConfigError
-from rayft.methods import METHODS, method
-from rayft.methods.base import MethodConfig
+from rayft.config import Section, content_hash
+from rayft.errors import ConfigError, MethodError
+from rayft.methods import method
+from rayft.methods.base import ChainConfig, MethodConfig
 from rayft.numerics import derive_seed
 from rayft.train.run import RunConfig
 
@@ -54,6 +54,21 @@ class MethodSpace(Section):
 
     targets: str | tuple[str, ...] = "all-linear"
     """As in `method.targets`."""
+
+    rank_pattern: dict[str, int] = {}
+    """As in `method.rank_pattern`."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """As in `method.dropout`."""
+
+    chain: ChainConfig | None = None
+    """As in `method.chain`."""
+
+    lr_ratio: float | None = Field(default=None, gt=0)
+    """As in `method.lr_ratio`."""
+
+    options: dict[str, JsonValue] = {}
+    """As in `method.options`."""
 
     @field_validator("ranks")
     @classmethod
@@ -106,8 +121,10 @@ class SweepConfig(Section):
         if not value:
             raise ValueError("name at least one method")
         for name in value:
-            if name not in METHODS:
-                raise ValueError(f"unknown method '{name}'{nearest(name, METHODS)}")
+            try:
+                method(name)
+            except MethodError as error:
+                raise ValueError(str(error)) from error
         return value
 
     @field_validator("seeds")
@@ -151,16 +168,13 @@ def check_executor(sweep: SweepConfig, run: RunConfig) -> Literal["lane", "isola
     """Decide the executor.
 
     Raises:
-        ConfigError: if a lane is asked for and something in the sweep would change its base.
+        ConfigError: if a lane is asked for and its base would not be whole.
     """
-    changing = [name for name in sweep.methods if not method(name).shares_base]
-    reason = f"{', '.join(changing)} trains the base itself" if changing else ""
-    if run.scale.zero == 3:
-        reason = "ZeRO-3 partitions the base"
-    if sweep.executor == "lane" and reason:
-        raise ConfigError(f"sweep.executor is lane, but {reason}; use auto or isolated")
+    partitioned = run.scale.zero == 3
+    if sweep.executor == "lane" and partitioned:
+        raise ConfigError("sweep.executor is lane, but ZeRO-3 partitions the base; use auto or isolated")
     if sweep.executor == "auto":
-        return "isolated" if reason else "lane"
+        return "isolated" if partitioned else "lane"
     return sweep.executor
 
 
@@ -175,9 +189,9 @@ def _family(name: str, space: MethodSpace, sweep: SweepConfig, run: RunConfig) -
             (space.ranks[i % len(space.ranks)], float(f"{math.exp(draw.uniform(low, high)):.3g}"))
             for i in range(share)
         ]
-    shared = {"alpha": space.alpha, "rslora": space.rslora, "targets": space.targets}
+    shared = {field: getattr(space, field) for field in MethodSpace.model_fields.keys() - {"ranks", "lr"}}
     return [
-        _point(MethodConfig(name=name, rank=rank, **shared), lr, seed, run)  # type: ignore[arg-type]
+        _point(MethodConfig(name=name, rank=rank, **shared), lr, seed, run)
         for seed in sweep.seeds
         for rank, lr in pairs
     ]
@@ -185,7 +199,18 @@ def _family(name: str, space: MethodSpace, sweep: SweepConfig, run: RunConfig) -
 
 def _point(config: MethodConfig, lr: float, seed: int, run: RunConfig) -> Point:
     optim = run.optim.model_copy(update={"lr": lr})
-    whole = run.model_copy(update={"method": config, "optim": optim, "seed": seed})
-    size = "" if config.name == "full" else f"-r{config.rank}"
+    # Built anew, not copied: what doesn't fit together must be found before anything starts.
+    whole = _checked(run, {"method": config, "optim": optim, "seed": seed})
+    config = whole.method
+    size = f"-r{config.rank}" if method(config.name).ranked else ""
     name = f"{config.name}{size}-lr{lr:g}-s{seed}"
     return Point(key=f"{name}-{content_hash(whole)[:6]}", name=name, run=whole)
+
+
+def _checked(run: RunConfig, changes: dict[str, object]) -> RunConfig:
+    sections = {name: getattr(run, name) for name in RunConfig.model_fields}
+    try:
+        return RunConfig(**{**sections, **changes})
+    except ValidationError as error:
+        reasons = "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in error.errors())
+        raise ConfigError(reasons) from error

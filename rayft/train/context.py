@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from rayft.data.loader import Schedule
+from rayft.data.pack import AnyEncoded
 from rayft.data.source import Parts, read
-from rayft.data.template import Encoded, encode_all
+from rayft.data.template import encode_all
 from rayft.errors import ConfigError
 from rayft.models.inject import wrap
 from rayft.models.load import LoadedModel, load_model
@@ -46,6 +47,14 @@ class Worker:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return [float(value) for value in tensor.tolist()]
+
+    def largest(self, value: int) -> int:
+        """Give the largest of all workers' numbers."""
+        if self.world == 1:
+            return value
+        tensor = torch.tensor([value], device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor.item())
 
     def share(self, value: bool) -> bool:
         """Let rank 0 decide for all."""
@@ -89,8 +98,8 @@ class Session:
 
     loaded: LoadedModel
     parts: Parts
-    train: list[Encoded]
-    val: list[Encoded]
+    train: list[AnyEncoded]
+    val: list[AnyEncoded]
     worker: Worker
     schedules: dict[tuple[int, int], Schedule] = field(default_factory=dict)
 
@@ -106,7 +115,7 @@ class Session:
         loaded = load_model(run.model, run.scale.torch_dtype, worker.device)
         wrap(loaded.model)
         train, val = (
-            encode_all(part, loaded.tokenizer, run.data.max_length, context=loaded.context, part=name)
+            [*encode_all(part, loaded.tokenizer, run.data.max_length, context=loaded.context, part=name)]
             for name, part in (("train", parts.train), ("val", parts.val[: run.evaluate.val_examples]))
         )
         return cls(loaded, parts, train, val, worker)
@@ -126,8 +135,8 @@ class Session:
 
     @property
     def pad_id(self) -> int:
-        """The token that fills rows up."""
-        return int(self.loaded.tokenizer.pad_token_id or 0)
+        """The token that fills rows up (0 where rows are images)."""
+        return int(getattr(self.loaded.tokenizer, "pad_token_id", None) or 0)
 
 
 def check_task(run: RunConfig, parts: Parts) -> None:
@@ -136,13 +145,13 @@ def check_task(run: RunConfig, parts: Parts) -> None:
     Raises:
         ConfigError: naming the setting to change.
     """
-    labelled = bool(parts.labels)
-    if labelled and run.model.task != "sequence_classification":
-        raise ConfigError("the data has classes, so set model.task: sequence_classification")
-    if not labelled and run.model.task == "sequence_classification":
-        raise ConfigError(
-            "model.task is sequence_classification, but the data has no classes; set data.format"
-        )
+    labelled, task = bool(parts.labels), run.model.task
+    if not labelled and task != "causal_lm":
+        raise ConfigError(f"model.task is {task}, but the data has no classes; set data.format")
+    wanted = "image_classification" if parts.has_images else "sequence_classification"
+    if labelled and task != wanted:
+        content = "images with classes" if parts.has_images else "classes"
+        raise ConfigError(f"the data has {content}, so set model.task: {wanted}")
     if labelled and len(parts.labels) != run.model.num_labels:
         raise ConfigError(
             f"the data has {len(parts.labels)} classes ({', '.join(parts.labels[:8])}), model.num_labels is "

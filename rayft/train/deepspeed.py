@@ -21,9 +21,11 @@ import torch.distributed as dist
 from torch import nn
 
 from rayft.errors import TrainError
+from rayft.methods import method
+from rayft.methods.section import LR_RATIO
 from rayft.train.run import RunConfig
 
-__all__ = ["Engine", "build_engine", "destroy", "engine_config", "gathered", "grad_norm", "set_lr"]
+__all__ = ["Engine", "build_engine", "destroy", "engine_config", "gathered", "grad_norm", "kept", "set_lr"]
 
 Engine = Any
 """deepspeed.DeepSpeedEngine (the package has no types)."""
@@ -71,11 +73,9 @@ def build_engine(run: RunConfig, model: nn.Module) -> Engine:
         # Compiled on first use (47 s on two cores, and a compiler must be there); gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optim = run.optim
-    optimizer = torch.optim.AdamW(
-        trainable, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, foreach=True
-    )
+    groups, optim = parameter_groups(run, model), run.optim
+    trainable = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, foreach=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -95,9 +95,33 @@ def build_engine(run: RunConfig, model: nn.Module) -> Engine:
     return engine
 
 
+def parameter_groups(run: RunConfig, model: nn.Module) -> list[dict[str, Any]]:
+    """Split what trains by learning rate (`lr_factor` times the run's) and weight decay."""
+    kind = method(run.method.name)
+    ratio = (run.method.lr_ratio or LR_RATIO) if kind.b_learns_faster else 1.0
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = ratio if name.endswith(".lora_B") else 1.0
+        # Decay would pull columns that are the base's own towards zero.
+        decay = 0.0 if kind.in_place and ".adapter." in name else run.optim.weight_decay
+        groups.setdefault((factor, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr_factor": factor, "weight_decay": decay, "lr": run.optim.lr * factor}
+        for (factor, decay), parameters in groups.items()
+    ]
+
+
 def _trainable_state(engine: Engine, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+    """Give what a checkpoint must hold: all that trains, and what adapters keep (a chain's past links)."""
     state = engine.module.state_dict(keep_vars=True)
-    return {name: value.detach() for name, value in state.items() if value.requires_grad}
+    return {name: v.detach() for name, v in state.items() if v.requires_grad or ".adapter." in name}
+
+
+def kept(model: nn.Module) -> dict[str, nn.Parameter]:
+    """List the parameters that a run makes, by name: what trains, and what adapters hold frozen (rac's A)."""
+    return {n: p for n, p in model.named_parameters() if p.requires_grad or ".adapter." in n}
 
 
 def grad_norm(engine: Engine) -> float:
@@ -109,14 +133,19 @@ def grad_norm(engine: Engine) -> float:
 
 
 def set_lr(engine: Engine, lr: float) -> None:
-    """Set the learning rate of the coming step."""
+    """Set the learning rate of the coming step; each group multiplies it by its own factor."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_factor"]
 
 
 def destroy(engine: Engine) -> None:
     """Take an engine's hooks and buffers off the model, so that the next one starts clean."""
     engine.destroy()
+    for module in engine.module.modules():
+        # ZeRO-3 (DeepSpeed 0.19) leaves these closures on the modules, and the next engine would run the
+        # backward pass through them, with the parameter trace of this one.
+        for left in ("pre_bwd_fn", "post_bwd_fn"):
+            module.__dict__.pop(left, None)
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ from typing import Any
 import torch
 
 from rayft.artifacts import ArtifactMeta, folder_bytes
-from rayft.data.pack import Batch, ClassBatch, PackedRow, collate, collate_classification, pack
-from rayft.data.template import Encoded
+from rayft.data.pack import AnyBatch, AnyEncoded, Row, collate_rows, rows_of
 from rayft.errors import TrainError
 from rayft.evaluate.loss import mean_loss
 from rayft.methods import method
-from rayft.models.inject import Injected, clear, export, inject, reset_heads
+from rayft.models.inject import Injected, advance, clear, export, inject, reset_heads
 from rayft.numerics import derive_seed, seed_everything
 from rayft.train import checkpoint
 from rayft.train.context import Reporter, Session, Worker
-from rayft.train.deepspeed import Engine, build_engine, destroy, gathered, set_lr
+from rayft.train.deepspeed import Engine, build_engine, destroy, gathered, kept, set_lr
+from rayft.train.graphs import capture_stream, graphed
+from rayft.train.links import spans
 from rayft.train.memory import PeakMemory
 from rayft.train.run import RunConfig
 from rayft.train.step import StepResult, optimizer_step
@@ -98,25 +100,61 @@ def fit(
         evaluate_at: steps after which the search wants a validation loss; the last is always one.
 
     Raises:
+        ConfigError: if a link of a chain would have no steps.
         TrainError: if the loss is not finite, or a checkpoint doesn't fit.
     """
     started = time.perf_counter()
     worker, model = session.worker, session.loaded.model
+    links = spans(run, session.schedule(run))
     memory = PeakMemory(worker.device)
     # Heads first: an adapter draws from generators of its own, so the order changes nothing.
     reset_heads(model, run.seed)
     injected = inject(model, run.method, run.seed)
-    engine = build_engine(run, model)
     try:
-        progress = _resume(run, engine, folder / "checkpoint")
-        finished = _train(run, session, engine, reporter, folder, progress, evaluate_at)
-        saved = _save(run, session, injected, folder)
+        with capture_stream() if run.scale.graphs else nullcontext():
+            progress, saved, finished = _train_links(
+                run, session, injected, reporter, folder, evaluate_at, links
+            )
     finally:
-        destroy(engine)
         if method(run.method.name).shares_base:
             clear(model)
     seconds = time.perf_counter() - started
     return _result(progress, saved, injected.trainable, finished, seconds, memory.stop())
+
+
+def _train_links(
+    run: RunConfig,
+    session: Session,
+    injected: Injected,
+    reporter: Reporter,
+    folder: Path,
+    evaluate_at: Sequence[int],
+    links: Sequence[tuple[int, int]],
+) -> tuple[_Progress, _Saved, bool]:
+    """Train link after link, each with an engine of its own (fresh moments), and save what came out.
+
+    What is no chain has one link. Gives the progress, what was saved, and whether the run ended.
+    """
+    model, state = session.loaded.model, checkpoint.last_state(folder / "checkpoint", run)
+    progress = _Progress()
+    for link, (_, end) in enumerate(links):
+        if state is not None and end < state["step"]:
+            advance(model, run.seed, link + 1)
+            continue
+        engine = build_engine(run, model)
+        try:
+            if state is not None:
+                progress, state = _resume(engine, folder / "checkpoint", state), None
+            with _captured(run, session, progress.step):
+                go_on = _train(run, session, engine, reporter, folder, progress, evaluate_at, links[link])
+            if not go_on or progress.step >= run.optim.steps:
+                break_off = progress.step < run.optim.steps
+                return progress, _save(run, session, injected, folder), not break_off
+            with gathered(run, kept(model).values()):
+                advance(model, run.seed, link + 1)
+        finally:
+            destroy(engine)
+    raise AssertionError("the last link ends with the run")
 
 
 def _result(
@@ -149,20 +187,23 @@ def validation_loss(session: Session) -> float:
     """Take the mean loss over the validation part (nats a target), shared out over the workers."""
     worker, model = session.worker, session.loaded.model
     model.eval()
-    mine = session.val[worker.rank :: worker.world]
-    batches = _eval_batches(session, mine)
-    loss, count = worker.total(*mean_loss(model, (batch.to(worker.device) for batch in batches)))
+    rows = _eval_rows(session.val[worker.rank :: worker.world])
+    loss, count = worker.total(*mean_loss(model, _eval_batches(session, rows)))
+    # Under ZeRO-3 each forward takes all workers: who has fewer batches runs one more, which does not count.
+    for _ in range(worker.largest(len(rows)) - len(rows)):
+        mean_loss(model, _eval_batches(session, _eval_rows(session.val[:1])))
     return loss / max(count, 1)
 
 
-def _eval_batches(session: Session, encoded: list[Encoded]) -> list[Batch | ClassBatch]:
-    if not encoded:
-        return []
-    if encoded[0].label is not None:
-        rows, at_once = [PackedRow((example,)) for example in encoded], 16
-    else:
-        rows, at_once = pack(encoded, max(512, max(map(len, encoded)))), 4
-    return [_collate(session, rows[start : start + at_once]) for start in range(0, len(rows), at_once)]
+def _eval_rows(encoded: list[AnyEncoded]) -> list[list[Row]]:
+    """Share out the rows of examples over batches."""
+    rows = rows_of(encoded, max([512, *map(len, encoded)]))
+    at_once = 4 if any(example.label is None for example in encoded) else 16
+    return [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
+
+
+def _eval_batches(session: Session, batches: list[list[Row]]) -> Iterator[AnyBatch]:
+    return (collate_rows(rows, session.pad_id).to(session.worker.device) for rows in batches)
 
 
 def _train(
@@ -173,19 +214,20 @@ def _train(
     folder: Path,
     progress: _Progress,
     evaluate_at: Sequence[int],
+    span: tuple[int, int],
 ) -> bool:
+    """Take the steps of a link; say whether the run may go on."""
     worker, model = session.worker, session.loaded.model
-    if run.scale.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    _recompute_activations(model, run.scale.activation_checkpointing)
     stops = _evaluation_steps(run, evaluate_at)
-    schedule = session.schedule(run)
-    while progress.step < run.optim.steps:
+    start, end = span
+    while progress.step < end:
         step, started = progress.step, time.perf_counter()
-        micro = schedule.share(step, worker.rank, worker.world, run.scale.accumulation)
-        batches = [_collate(session, rows).to(worker.device) for rows in micro]
+        batches = _micro_batches(run, session, step)
         seed_everything(derive_seed(run.seed, step, worker.rank))
         model.train()
-        set_lr(engine, run.optim.lr_at(step))
+        lr = run.optim.lr_at(step, start)
+        set_lr(engine, lr)
         result = optimizer_step(engine, batches, worker)
         if not math.isfinite(result.loss):
             raise TrainError(
@@ -198,16 +240,46 @@ def _train(
         progress.train_seconds += seconds
         progress.train_curve.append((step + 1, result.loss))
         if worker.rank == 0:
-            reporter.log(step + 1, _step_metrics(run, step, result, seconds))
+            reporter.log(step + 1, _step_metrics(lr, result, seconds))
         if progress.step in stops and not _evaluate(run, session, engine, reporter, folder, progress):
-            return progress.step >= run.optim.steps
+            return False
     return True
 
 
-def _step_metrics(run: RunConfig, step: int, result: StepResult, seconds: float) -> dict[str, float]:
+def _recompute_activations(model: Any, wanted: bool) -> None:
+    """Turn activation checkpointing on or off; the trial before may have had it otherwise."""
+    # Before transformers 5.23 both are called by their older names alone.
+    if wanted:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        disable = getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)
+        disable()
+
+
+def _micro_batches(run: RunConfig, session: Session, step: int) -> list[AnyBatch]:
+    """Give this worker's share of an optimizer step, on its device."""
+    worker, schedule = session.worker, session.schedule(run)
+    width = run.data.max_length if run.scale.graphs else None
+    share = schedule.share(step, worker.rank, worker.world, run.scale.accumulation)
+    return [collate_rows(rows, session.pad_id, width).to(worker.device) for rows in share]
+
+
+@contextmanager
+def _captured(run: RunConfig, session: Session, step: int) -> Iterator[None]:
+    """Train by CUDA graphs for a while, where the run asks for it."""
+    if not run.scale.graphs:
+        yield
+        return
+    session.loaded.model.train()
+    with graphed(session.loaded.model, _micro_batches(run, session, step)[0]):
+        yield
+
+
+def _step_metrics(lr: float, result: StepResult, seconds: float) -> dict[str, float]:
     return {
         "train_loss": result.loss,
-        "lr": run.optim.lr_at(step),
+        "lr": lr,
         "grad_norm": result.grad_norm,
         "tokens_per_second": result.tokens / seconds,
         "step_seconds": seconds,
@@ -248,32 +320,24 @@ def _evaluation_steps(run: RunConfig, evaluate_at: Sequence[int]) -> set[int]:
     return {step for step in (*evaluate_at, *regular) if step < run.optim.steps} | {run.optim.steps}
 
 
-def _resume(run: RunConfig, engine: Engine, folder: Path) -> _Progress:
-    state = checkpoint.last_state(folder, run)
-    if state is None:
-        return _Progress()
+def _resume(engine: Engine, folder: Path, state: Mapping[str, Any]) -> _Progress:
     checkpoint.restore(folder, engine, state)
-    kept = {name: state[name] for name in _Progress().state()}
+    values = {name: state[name] for name in _Progress().state()}
     for curve in ("val_curve", "train_curve"):
-        kept[curve] = [(int(step), float(value)) for step, value in kept[curve]]
-    return _Progress(**kept)
-
-
-def _collate(session: Session, rows: Sequence[PackedRow]) -> Batch | ClassBatch:
-    labelled = rows[0].examples[0].label is not None
-    return (collate_classification if labelled else collate)(rows, session.pad_id)
+        values[curve] = [(int(step), float(value)) for step, value in values[curve]]
+    return _Progress(**values)
 
 
 def _save(run: RunConfig, session: Session, injected: Injected, folder: Path) -> _Saved:
     """Save what was trained: an adapter folder, or a model folder for a full fine-tune."""
     model, worker = session.loaded.model, session.worker
-    lora = method(run.method.name).exports_lora
-    saved = _Saved(folder / ("adapter" if lora else "model"), injected.trainable)
-    trained = [p for p in model.parameters() if p.requires_grad or not lora]
+    whole = method(run.method.name).saves_model
+    saved = _Saved(folder / ("model" if whole else "adapter"), injected.trainable)
+    trained = [p for p in model.parameters() if p.requires_grad or whole]
     with gathered(run, trained):
         if worker.rank > 0:
             return saved
-        if lora:
+        if not whole:
             artifact = export(model, _meta(run, session))
             artifact.save(saved.folder)
             return replace(

@@ -10,6 +10,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from rayft.config import Section
 from rayft.data.source import DataConfig
+from rayft.methods import method, settled
 from rayft.methods.base import MethodConfig
 from rayft.models.load import ModelConfig
 from rayft.numerics import fastest_cpu_dtype
@@ -30,7 +31,7 @@ class OptimConfig(Section):
     """Packed rows (of `data.max_length` tokens) in one optimizer step, over all workers."""
 
     warmup: int = Field(default=2, ge=0)
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, at the start and at each link of a chain."""
 
     schedule: Literal["constant", "linear"] = "constant"
     """After the warm-up: stay, or fall linearly to zero at the last step."""
@@ -44,13 +45,14 @@ class OptimConfig(Section):
     clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
 
-    def lr_at(self, step: int) -> float:
-        """Give the learning rate of a step (counted from 0)."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        if self.schedule == "linear":
-            return self.lr * max(0.0, (self.steps - step) / max(1, self.steps - self.warmup))
-        return self.lr
+    def lr_at(self, step: int, start: int = 0) -> float:
+        """Give the learning rate of a step (counted from 0); `start` is where its link began."""
+        decay = 1.0
+        if self.schedule == "linear" and step >= self.warmup:
+            decay = max(0.0, (self.steps - step) / max(1, self.steps - self.warmup))
+        if step - start < self.warmup:
+            return self.lr * decay * (step - start + 1) / self.warmup
+        return self.lr * decay
 
 
 class ScaleConfig(Section):
@@ -80,10 +82,22 @@ class ScaleConfig(Section):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
 
+    graphs: bool = False
+    """Replay training passes as CUDA graphs: for small models on a GPU (rows are padded to full length)."""
+
+    gpu_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of a GPU that a worker reserves; below 1 several lanes, of one worker each, run on one."""
+
     @model_validator(mode="after")
     def _zero_fits(self) -> ScaleConfig:
         if self.offload and not self.zero:
             raise ValueError("offload needs zero: 1, 2 or 3")
+        if self.graphs and (self.device == "cpu" or self.zero == 3 or self.activation_checkpointing):
+            raise ValueError(
+                "graphs needs a GPU, ZeRO 0 to 2, and no activation_checkpointing; drop it, or change those"
+            )
+        if self.gpu_share < 1 and (self.device == "cpu" or self.workers > 1):
+            raise ValueError("gpu_share below 1 is for GPU lanes of one worker; set workers: 1, or drop it")
         if self.dtype == "bfloat16" and self.zero == 0:
             raise ValueError(
                 "zero: 0 keeps no fp32 master weights in bfloat16; use 1, 2 or 3, or dtype: float32"
@@ -110,7 +124,12 @@ class ScaleConfig(Section):
         elif zero == 0 and dtype == "bfloat16":
             # `auto` found bfloat16, but stage 0 was asked for by name: it wins.
             dtype = "float32"
-        return self.model_copy(update={"device": device, "dtype": dtype, "threads": threads, "zero": zero})
+        on_gpu = device == "cuda"
+        update = {"device": device, "dtype": dtype, "threads": threads, "zero": zero}
+        # What is for GPUs does nothing on a CPU, where `auto` may have ended.
+        return self.model_copy(
+            update=update | {"graphs": self.graphs and on_gpu, "gpu_share": self.gpu_share if on_gpu else 1.0}
+        )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -168,6 +187,31 @@ class RunConfig(Section):
         if clash:
             raise ValueError(f"{', '.join(clash)} follow from optim and scale; set them there")
         return value
+
+    @field_validator("method")
+    @classmethod
+    def _settle_method(cls, value: MethodConfig) -> MethodConfig:
+        return settled(value)
+
+    @model_validator(mode="after")
+    def _base_is_there(self) -> RunConfig:
+        method(self.method.name).check_base(
+            quantised=getattr(self.model, "quantize", None) is not None, partitioned=self.scale.zero == 3
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _links_divide(self) -> RunConfig:
+        chain, steps = self.method.chain, self.optim.steps
+        if chain is not None and chain.epochs is None and steps % chain.links:
+            fits = [links for links in range(1, steps + 1) if steps % links == 0]
+            near = min(fits, key=lambda links: abs(links - chain.links))
+            raise ValueError(
+                f"a chain of {chain.links} links ('{self.method.name}') doesn't divide optim.steps "
+                f"({steps}): take {near} links, or {max(1, round(steps / chain.links)) * chain.links} steps, "
+                "or give method.chain.epochs"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rows_divide(self) -> RunConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rayft.data.pack import Batch, ClassBatch
+from rayft.data.pack import AnyBatch, ClassBatch
 from rayft.evaluate.loss import batch_loss
 from rayft.train.context import Worker
 from rayft.train.deepspeed import Engine, grad_norm
@@ -22,7 +22,7 @@ class StepResult:
     tokens: int
 
 
-def optimizer_step(engine: Engine, batches: Sequence[Batch | ClassBatch], worker: Worker) -> StepResult:
+def optimizer_step(engine: Engine, batches: Sequence[AnyBatch], worker: Worker) -> StepResult:
     """Run forward, backward and update over this worker's micro-batches.
 
     The gradient is that of (sum of losses) / (number of targets) over all micro-batches of all
@@ -42,5 +42,5 @@ def optimizer_step(engine: Engine, batches: Sequence[Batch | ClassBatch], worker
     return StepResult(total / targets, grad_norm(engine) if norm is None else norm, tokens)
 
 
-def _targets(batch: Batch | ClassBatch) -> int:
+def _targets(batch: AnyBatch) -> int:
     return len(batch.labels if isinstance(batch, ClassBatch) else batch.targets)

@@ -1,132 +1,68 @@
 """What every fine-tuning method must do: one function a promise, each raising AssertionError.
 
 `run_all(method, case)` runs them all; test_methods.py does so over the registry, test_mutants.py
-over methods broken on purpose, and the documentation's toy method goes through it too.
+over methods broken on purpose, and the documentation's toy method goes through it too. What a method
+owes its base is in base_contract.py, how it starts and how its links stack in chains_contract.py.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.errors import MethodError, TargetError
-from rayft.methods.base import AdapterLinear, LayerShape, LoraFactors, Method, MethodConfig
+from rayft.methods.base import AdapterLinear, LoraFactors, Method
 from rayft.methods.lora import LoraAdapter
-from rayft.numerics import assert_close, generator
+from tests.contract.base_contract import (
+    adds_to_a_base_that_is_no_matrix,
+    drops_inputs_of_the_update_only,
+    drops_nothing_of_past_links,
+    restores_its_base,
+    works_transposed,
+)
+from tests.contract.cases import (
+    CASES,
+    CHAIN_CASES,
+    TOKENS,
+    Case,
+    built,
+    close,
+    close_gradient,
+    exact_output,
+    inputs,
+    linear,
+    loss,
+    perturb,
+    trainable,
+    trained_layer,
+)
+from tests.contract.chains_contract import draws_its_a, links_stack, refuses_too_long_a_chain
 
-TOKENS = 6
-
-
-@dataclass(frozen=True)
-class Case:
-    """One layer that a method is tried on."""
-
-    outputs: int
-    inputs: int
-    rank: int
-    dtype: torch.dtype
-    alpha: float = 5.0
-    rslora: bool = False
-    bias: bool = True
-
-    def __str__(self) -> str:
-        kind = ("-rslora" if self.rslora else "") + ("" if self.bias else "-nobias")
-        return f"{self.outputs}x{self.inputs}-r{self.rank}-{str(self.dtype).removeprefix('torch.')}{kind}"
-
-    @property
-    def shape(self) -> LayerShape:
-        return LayerShape(outputs=self.outputs, inputs=self.inputs)
-
-    def config(self, method: Method) -> MethodConfig:
-        return MethodConfig(name=method.name, rank=self.rank, alpha=self.alpha, rslora=self.rslora)
-
-    @property
-    def scale(self) -> float:
-        """s by the definition, not by the code under test."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
-SIZES = [
-    (7, 5, 3, {}),
-    (5, 7, 5, {}),
-    (3, 1, 1, {}),
-    (33, 16, 4, {"rslora": True}),
-    (9, 9, 2, {"bias": False}),
-]
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-CASES = [Case(o, i, r, dtype, **extra) for o, i, r, extra in SIZES for dtype in DTYPES]
-
-
-def linear(case: Case) -> nn.Linear:
-    """A frozen base layer with random weights."""
-    base = nn.Linear(case.inputs, case.outputs, bias=case.bias, dtype=torch.float64)
-    for parameter in base.parameters():
-        parameter.data.normal_(generator=generator("base", str(case), tuple(parameter.shape)))
-    return base.to(case.dtype).requires_grad_(False)
-
-
-def built(method: Method, case: Case, seed: int = 0) -> AdapterLinear:
-    """A layer with a fresh adapter."""
-    layer = AdapterLinear(linear(case))
-    layer.adapter = method.build(layer, case.config(method), generator("adapter", seed))
-    return layer
-
-
-def perturb(layer: AdapterLinear) -> AdapterLinear:
-    """Stand in for training: move every parameter that trains."""
-    for name, parameter in layer.named_parameters():
-        if parameter.requires_grad:
-            step = torch.empty(parameter.shape, dtype=torch.float64)
-            parameter.data += step.normal_(generator=generator("step", name)).to(parameter.dtype)
-    return layer
-
-
-def trained_layer(method: Method, case: Case) -> AdapterLinear:
-    """A layer whose adapter does something."""
-    return perturb(built(method, case))
-
-
-def inputs(case: Case, *lead: int) -> torch.Tensor:
-    """Random inputs (…, I)."""
-    x = torch.empty(*(lead or (TOKENS,)), case.inputs, dtype=torch.float64)
-    return x.normal_(generator=generator("x", str(case))).to(case.dtype)
-
-
-def exact_output(layer: AdapterLinear, case: Case, x: torch.Tensor) -> torch.Tensor:
-    """linear(x, W0 + ΔW) in float64, ΔW from the adapter's own account of itself."""
-    exact = copy.deepcopy(layer).double()
-    base = linear(case).double()
-    assert exact.adapter is not None
-    weight = base.weight + exact.adapter.delta(base.weight)
-    return functional.linear(x.double(), weight, base.bias)
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, case: Case) -> None:
-    # Four roundings: the base's product, x·Aᵀ, its product with B, and their sum.
-    assert_close(actual, expected, case.dtype, case.inputs + case.rank + TOKENS, depth=4)
+__all__ = [
+    "CASES", "CHAIN_CASES", "CHECKS", "TOKENS", "Case", "Check", "built", "inputs", "perturb", "run_all",
+]  # fmt: skip
 
 
 def starts_as_identity(method: Method, case: Case) -> None:
-    layer, x = built(method, case), inputs(case)
-    expected = functional.linear(x, layer.weight, layer.bias)
+    layer, x = built(method, dataclasses.replace(case, links=1)), inputs(case)
+    expected = functional.linear(x, *_base(dataclasses.replace(case, links=1)))
     assert torch.equal(layer(x), expected), "the fresh layer is not its base"
 
 
 def starts_with_b_zero(method: Method, case: Case) -> None:
     if not method.exports_lora:
         return
-    adapter = built(method, case).adapter
+    adapter = built(method, dataclasses.replace(case, links=1)).adapter
     assert adapter is not None
     factors = adapter.to_lora()
     assert not factors.b.any(), "B does not start at 0"
@@ -157,12 +93,17 @@ def leaves_inputs_alone(method: Method, case: Case) -> None:
     before_x, before_w = x.clone(), layer.weight.detach().clone()
     layer(x.requires_grad_(True)).sum().backward()
     assert torch.equal(x, before_x), "forward or backward changed x"
-    assert torch.equal(layer.weight, before_w), "forward or backward changed the weight"
+    changed = (layer.weight != before_w).any(0).nonzero().flatten().tolist()
+    allowed: tuple[int, ...] = ()
+    if method.in_place:
+        assert layer.adapter is not None
+        allowed = layer.adapter.to_lora().columns or ()
+    assert set(changed) <= set(allowed), f"forward or backward changed the weight's columns {changed}"
 
 
 def trains_what_it_declares(method: Method, case: Case) -> None:
     layer = trained_layer(method, case)
-    count = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+    count = sum(parameter.numel() for parameter in trainable(layer).values())
     expected = method.trained(case.shape, case.rank)
     assert count == expected, f"{count} numbers train, the formula says {expected}"
     if method.shares_base:
@@ -176,28 +117,21 @@ def trains_what_it_declares(method: Method, case: Case) -> None:
 
 
 def gradients_are_right(method: Method, case: Case) -> None:
-    """Against plain autograd through linear(x, W0 + ΔW) at lower precision, gradcheck in float64."""
+    """Gradcheck in float64; agreement with the float64 layer at lower precision."""
     layer = trained_layer(method, case)
-    names = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
     if case.dtype == torch.float64:
-        _gradcheck(layer, case, names)
+        _gradcheck(layer, case, list(trainable(layer)))
         return
     x, exact_x = inputs(case).requires_grad_(True), inputs(case).double().requires_grad_(True)
     exact = copy.deepcopy(layer).double()
-    weights = torch.linspace(-1, 1, TOKENS * case.outputs).view(TOKENS, -1)
-    (layer(x) * weights.to(case.dtype)).sum().backward()
-    (exact(exact_x) * weights.to(case.dtype).double()).sum().backward()
-    _close_gradient(x, exact_x, case)
-    for name in names:
-        _close_gradient(layer.get_parameter(name), exact.get_parameter(name), case)
-
-
-def _close_gradient(actual: torch.Tensor, expected: torch.Tensor, case: Case) -> None:
-    assert actual.grad is not None
-    assert expected.grad is not None
-    assert actual.grad.dtype == case.dtype
-    length = case.inputs + case.outputs + case.rank + TOKENS
-    assert_close(actual.grad, expected.grad, case.dtype, length, depth=4)
+    loss(layer(x)).backward()
+    # The float64 loss takes the weights that the other one rounded.
+    y = exact(exact_x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(case.dtype)
+    (y * weights.double()).sum().backward()
+    close_gradient(x, exact_x.grad, case)
+    for name, parameter in trainable(layer).items():
+        close_gradient(parameter, exact.get_parameter(name).grad, case)
 
 
 def _gradcheck(layer: AdapterLinear, case: Case, names: list[str]) -> None:
@@ -219,16 +153,20 @@ def exports_its_delta(method: Method, case: Case) -> None:
             layer.adapter.to_lora()
         return
     factors = layer.adapter.to_lora()
-    assert factors.b.shape == (case.outputs, factors.rank)
-    assert factors.a.shape == (factors.rank, case.inputs)
+    rank = case.rank * (case.links if method.chained else 1)
+    assert factors.rank == rank, f"rank {factors.rank}, of all links {rank}"
+    assert factors.b.shape == (case.outputs, rank)
+    assert factors.a.shape == (rank, case.inputs)
     assert factors.scale == case.scale, f"scale {factors.scale}, by definition {case.scale}"
     assert not factors.a.requires_grad
     assert not factors.b.requires_grad
-    assert factors.a.dtype == factors.b.dtype == case.dtype
-    again = AdapterLinear(linear(case), LoraAdapter(factors.a, factors.b, factors.scale))
-    close(again(x), layer(x), case)
+    # A difference of two 16-bit weights does not fit into 16 bits.
+    wide = torch.promote_types(case.dtype, torch.float32) if method.in_place else case.dtype
+    assert factors.a.dtype == factors.b.dtype == wide
+    again = AdapterLinear(linear(case).to(wide), LoraAdapter(factors.a, factors.b, factors.scale))
+    close(again(x.to(wide)), layer(x), case)
     if factors.columns is not None:
-        selector = functional.one_hot(torch.tensor(factors.columns), case.inputs).to(case.dtype)
+        selector = functional.one_hot(torch.tensor(factors.columns), case.inputs).to(wide)
         assert torch.equal(factors.a, selector), "A is not the selector of its columns"
 
 
@@ -304,6 +242,14 @@ CHECKS: dict[str, Check] = {
         keeps_state_dict_keys,
         is_decided_by_its_generator,
         refuses_too_high_a_rank,
+        works_transposed,
+        adds_to_a_base_that_is_no_matrix,
+        drops_inputs_of_the_update_only,
+        restores_its_base,
+        refuses_too_long_a_chain,
+        links_stack,
+        draws_its_a,
+        drops_nothing_of_past_links,
     )
 }
 

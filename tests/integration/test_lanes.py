@@ -11,9 +11,11 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import torch
 
 from rayft.artifacts import AdapterArtifact
 from rayft.data.source import DataConfig
+from rayft.methods.base import ChainConfig
 from rayft.models.load import ModelConfig
 from rayft.numerics import tolerance
 from rayft.sweep.executor import EXECUTORS, Executor
@@ -43,9 +45,15 @@ def make_run(folder: Path, *, steps: int = 8, **scale: Any) -> RunConfig:
 
 
 def go(
-    kind: str, run: RunConfig, space: Mapping[str, MethodSpace], output: Path, during: Any = None
+    kind: str,
+    run: RunConfig,
+    space: Mapping[str, MethodSpace],
+    output: Path,
+    during: Any = None,
+    *,
+    grace: int = 2,
 ) -> list[Trial]:
-    sweep = SweepConfig(methods=dict(space), grace=2, executor=kind)  # type: ignore[arg-type]
+    sweep = SweepConfig(methods=dict(space), grace=grace, executor=kind)  # type: ignore[arg-type]
     executor = EXECUTORS[kind](run.scale, str(output / "ray"), 1, 3, f"t{time.time_ns()}")
     executor.start()
     helper = threading.Thread(target=during, args=(executor,)) if during else None
@@ -123,20 +131,40 @@ def _is_worker(process: psutil.Process) -> bool:
     return "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+STEPS = 4
+FAMILIES = {
+    **{name: MethodSpace(ranks=(4,)) for name in ("lora_plus", "asym", "cla", "paca")},
+    **{name: MethodSpace(ranks=(4,), chain=ChainConfig(links=2)) for name in ("rac", "rc3la")},
+}
+
+
+@pytest.fixture(scope="module")
+def on_one_worker(
+    local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Trial]:
+    run = make_run(tiny_folder, steps=STEPS)
+    trials = go("lane", run, FAMILIES, tmp_path_factory.mktemp("one"), grace=STEPS)
+    return {trial.point.run.method.name: trial for trial in trials}
+
+
+# Alone under ZeRO-3: a chain, whose frozen A's are partitioned too, and an engine for each link.
+@pytest.mark.parametrize(("zero", "names"), [(0, tuple(FAMILIES)), (3, ("rac",))])
 def test_two_workers_train_as_one(
-    in_a_lane: list[Trial], tiny_folder: Path, tmp_path: Path, zero: int
+    on_one_worker: dict[str, Trial], tiny_folder: Path, tmp_path: Path, zero: int, names: tuple[str, ...]
 ) -> None:
     kind = "isolated" if zero == 3 else "lane"
-    run = make_run(tiny_folder, workers=2, zero=zero)
-    (both,) = go(kind, run, {"lora": MethodSpace(ranks=(4,), lr=(1e-2,))}, tmp_path)
-    one = AdapterArtifact.load(result(in_a_lane[0])["folder"])
-    two = AdapterArtifact.load(result(both)["folder"])
-    assert set(one.modules) == set(two.modules)
-    # Rounding of the forward and backward of 8 steps through 2 layers of 64-term sums.
-    allowed = tolerance(one.modules[next(iter(one.modules))].a.dtype, 64, depth=8 * 8)
-    for (_, a), (_, b) in zip(result(in_a_lane[0])["train_curve"], result(both)["train_curve"], strict=True):
-        assert abs(a - b) <= allowed * abs(a)
+    run = make_run(tiny_folder, steps=STEPS, workers=2, zero=zero)
+    # Rounding of the forward and backward of each step through 2 layers of 64-term sums.
+    allowed = tolerance(torch.float32, 64, depth=8 * STEPS)
+    for both in go(kind, run, {name: FAMILIES[name] for name in names}, tmp_path, grace=STEPS):
+        name, two = both.point.run.method.name, result(both)
+        one = result(on_one_worker[name])
+        for (step, a), (_, b) in zip(one["train_curve"], two["train_curve"], strict=True):
+            assert abs(a - b) <= allowed * abs(a), f"{name}, step {step}: {a} and {b}"
+        first, second = (AdapterArtifact.load(each["folder"]) for each in (one, two))
+        assert set(first.modules) == set(second.modules)
+        assert first.rank == second.rank == (8 if both.point.run.method.chain else 4)
+        assert all(part.any() for f in second.modules.values() for part in f.b.split(4, 1))
 
 
 @pytest.fixture(autouse=True, scope="module")

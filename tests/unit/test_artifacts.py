@@ -14,8 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rayft import artifacts
-from rayft.artifacts import AdapterArtifact, ArtifactMeta, folder_bytes
+from rayft.artifacts import AdapterArtifact, ArtifactMeta, adapter, folder_bytes
 from rayft.errors import ArtifactError, BaseMismatchError, ResourceError, SqueezeError
 from rayft.methods.base import LoraFactors
 from rayft.numerics import DTYPES, generator
@@ -269,7 +268,7 @@ def test_a_full_disk_leaves_the_old_folder(
 ) -> None:
     old = AdapterArtifact({"up": factors(4, 4, 2, 1.0)})
     old.save(tmp_path / "adapter")
-    monkeypatch.setattr(artifacts, "save_file", full)
+    monkeypatch.setattr(adapter, "save_file", full)
     with pytest.raises(ResourceError, match=r"no space left for .*adapter; free some"):
         mixed().save(tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -64,6 +64,13 @@ def test_a_plan_has_everything_decided(tmp_path: Path) -> None:
         ("sweep.trials=1", ConfigError, "at least one trial each"),
         ("tracking.uri=./mlruns", TrackingError, "sqlite"),
         ("model.task=sequence_classification", ConfigError, "has no classes"),
+        ("sweep.methods.lora.rank_pattern={q_porj: 2}", TargetError, "did you mean 'q_proj'"),
+        (
+            "sweep.methods={rac: {chain: {epochs: 50}}}",
+            ConfigError,
+            "would begin at step .* raise optim.steps",
+        ),
+        ("sweep.methods={c3la: {ranks: [16], chain: {links: 4}}}", TargetError, "at most 2 links"),
     ],
 )
 def test_mistakes(tmp_path: Path, override: str, error: type[RayftError], match: str) -> None:

@@ -15,6 +15,7 @@ from rayft.errors import ConfigError, MethodError, TargetError
 from rayft.methods import METHODS, method
 from rayft.methods.base import Adapter, AdapterLinear, LayerShape, LoraFactors, MethodConfig
 from rayft.methods.lora import LoraAdapter
+from rayft.numerics import assert_close, generator
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,56 @@ def test_factors() -> None:
     factors = LoraFactors(a=torch.tensor([[1.0, 2.0]]), b=torch.tensor([[3.0], [4.0]]), scale=0.5)
     assert factors.rank == 1
     assert torch.equal(factors.delta(), torch.tensor([[1.5, 3.0], [2.0, 4.0]]))
+
+
+def test_gpt2s_conv1d_is_a_linear_layer_stored_transposed() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    conv = Conv1D(7, 5).requires_grad_(False)
+    layer = AdapterLinear(conv)
+    assert layer.shape == LayerShape(outputs=7, inputs=5)
+    assert layer.weight is conv.weight
+    assert torch.equal(layer.matrix, conv.weight.t())
+    assert layer.matrix.data_ptr() == conv.weight.data_ptr()
+    x = torch.randn(2, 3, 5)
+    assert_close(layer(x), conv(x), torch.float32, 5)
+    layer.adapter = METHODS["lora"].build(layer, MethodConfig(rank=2), generator(0))
+    assert_close(layer(x), conv(x), torch.float32, 5)
+
+
+class Opaque(nn.Linear):
+    """Stands in for a quantised layer, which computes for itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 3
+
+
+Opaque.__module__ = "bitsandbytes.nn"
+
+
+def test_a_quantised_layer_computes_its_own_product() -> None:
+    base = Opaque(5, 7).requires_grad_(False)
+    layer = AdapterLinear(base, dtype=torch.bfloat16)
+    x = torch.randn(3, 5)
+    assert torch.equal(layer(x), base(x))
+    assert layer.dtype == torch.bfloat16
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    with pytest.raises(MethodError, match="a quantised weight can't be read as a matrix"):
+        _ = layer.matrix
+    adapter = LoraAdapter(torch.ones(2, 5), torch.ones(7, 2), 0.5)
+    layer.adapter = adapter
+    assert_close(layer(x), base(x) + x.sum(1, keepdim=True), torch.float32, 5, depth=4)
+
+
+def test_without_a_matrix_the_model_names_the_dtype() -> None:
+    assert AdapterLinear(Opaque(5, 7)).dtype == torch.get_default_dtype()
+    assert AdapterLinear(nn.Linear(5, 7, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_what_is_no_chain_has_no_next_link() -> None:
+    adapter = LoraAdapter(torch.ones(2, 5), torch.ones(7, 2), 0.5)
+    with pytest.raises(MethodError, match="LoraAdapter is no chain, so it has no next link"):
+        adapter.advance(generator(0))
 
 
 def test_a_method_needs_both_of_its_methods() -> None:

@@ -46,6 +46,15 @@ def test_a_copy_follows_its_own_weight() -> None:
     assert torch.equal(other.adapter.delta(layer.weight.detach()), -layer.weight.detach())
 
 
+def test_delta_follows_a_weight_that_is_given_other_storage() -> None:
+    # As a move to a GPU, or an engine's flat buffers, do.
+    layer = built()
+    before = layer.weight.detach().clone()
+    layer.weight = nn.Parameter(before + 1)
+    assert layer.adapter is not None
+    assert torch.equal(layer.adapter.delta(before), before + 1 - before)
+
+
 def test_it_changes_its_base_and_exports_no_factors() -> None:
     assert not METHOD.shares_base
     assert not METHOD.exports_lora

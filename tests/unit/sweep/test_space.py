@@ -6,7 +6,8 @@ import pytest
 
 from rayft.config import parse
 from rayft.data.source import DataConfig
-from rayft.errors import ConfigError
+from rayft.errors import ConfigError, MethodError
+from rayft.methods.base import ChainConfig
 from rayft.sweep.schedule import rungs
 from rayft.sweep.space import LogUniform, MethodSpace, SweepConfig, check_executor, points
 from rayft.train.run import RunConfig, ScaleConfig
@@ -76,13 +77,66 @@ def test_spaces_that_make_no_sense(change: dict[str, object], match: str) -> Non
         parse(SweepConfig, change)
 
 
+def test_every_setting_of_a_method_comes_through(run: RunConfig) -> None:
+    methods = {
+        "rc3la": MethodSpace(ranks=(4, 8), chain=ChainConfig(links=5), dropout=0.1),
+        "cola": MethodSpace(chain=ChainConfig(links=2, epochs=3), rslora=True, targets=("q_proj", "v_proj")),
+        "rac": MethodSpace(),
+        "lora_plus": MethodSpace(lr_ratio=4.0, rank_pattern={"down_proj": 2}),
+    }
+    found = {
+        (p.run.method.name, p.run.method.rank): p.run.method
+        for p in points(SweepConfig(methods=methods), run)
+    }
+    assert {config.chain for (name, _), config in found.items() if name == "rc3la"} == {ChainConfig(links=5)}
+    assert found["rc3la", 8].dropout == 0.1
+    assert found["cola", 16].chain == ChainConfig(links=2, epochs=3)
+    assert found["cola", 16].scale == 8.0
+    assert found["cola", 16].targets == ("q_proj", "v_proj")
+    assert found["rac", 16].links == ChainConfig().links > 1
+    assert found["lora_plus", 16].lr_ratio == 4.0
+    assert found["lora_plus", 16].rank_pattern == {"down_proj": 2}
+    assert len({point.key for point in points(SweepConfig(methods=methods), run)}) == 5
+    other = {**methods, "rac": MethodSpace(chain=ChainConfig(links=8))}
+    keys = [
+        {p.key for p in points(SweepConfig(methods=each), run) if p.run.method.name == "rac"}
+        for each in (methods, other)
+    ]
+    assert not keys[0] & keys[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "error", "match"),
+    [
+        (
+            "lora",
+            MethodSpace(chain=ChainConfig()),
+            MethodError,
+            "'lora' is no chain, so method.chain does nothing",
+        ),
+        (
+            "cla",
+            MethodSpace(lr_ratio=2.0),
+            MethodError,
+            "method.lr_ratio does nothing: drop it, or use lora_plus",
+        ),
+        ("paca", MethodSpace(dropout=0.1), MethodError, "'paca' trains the base's own weights"),
+        ("rac", MethodSpace(chain=ChainConfig(links=7)), ConfigError, "doesn't divide optim.steps"),
+    ],
+)
+def test_settings_that_would_do_nothing(
+    run: RunConfig, name: str, space: MethodSpace, error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        points(SweepConfig(methods={name: space}), run)
+
+
 def test_who_can_use_a_lane(run: RunConfig) -> None:
     lora = {"lora": MethodSpace()}
     assert check_executor(SweepConfig(methods=lora), run) == "lane"
     full = {**lora, "full": MethodSpace()}
-    assert check_executor(SweepConfig(methods=full), run) == "isolated"
-    with pytest.raises(ConfigError, match="full trains the base itself"):
-        check_executor(SweepConfig(methods=full, executor="lane"), run)
+    assert check_executor(SweepConfig(methods=full), run) == "lane"
+    assert check_executor(SweepConfig(methods=full, executor="isolated"), run) == "isolated"
     sharded = run.model_copy(update={"scale": ScaleConfig(zero=3)})
     with pytest.raises(ConfigError, match="ZeRO-3 partitions the base"):
         check_executor(SweepConfig(methods=lora, executor="lane"), sharded)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from rayft.data.source import DataConfig
 from rayft.methods.base import MethodConfig
@@ -18,15 +15,8 @@ from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    # What a Ray Train worker has in its environment, and DeepSpeed asks for.
-    os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
-    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
-        del os.environ[name]
+def _group(process_group: None) -> None:
+    """Every test here trains, or may."""
 
 
 @pytest.fixture

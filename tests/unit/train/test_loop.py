@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -18,36 +17,7 @@ from rayft.train.context import Session, SilentReporter, Worker
 from rayft.train.loop import fit, validation_loss
 from rayft.train.run import RunConfig
 from tests.unit.train.curves import WIDEST, assert_same_losses
-
-
-def changed(run: RunConfig, **sections: Mapping[str, object]) -> RunConfig:
-    update = {
-        name: getattr(run, name).model_copy(update=dict(values)) if isinstance(values, Mapping) else values
-        for name, values in sections.items()
-    }
-    return run.model_copy(update=update)
-
-
-class StopAt(SilentReporter):
-    """Stops a run at its n-th evaluation."""
-
-    def __init__(self, evaluation: int) -> None:
-        super().__init__()
-        self._evaluation = evaluation
-
-    def report(self, step: int, metrics: Mapping[str, float]) -> bool:
-        super().report(step, metrics)
-        return len(self.reported) < self._evaluation
-
-
-class DieAt(SilentReporter):
-    """Dies after an evaluation, as a killed process would: nothing after it is done."""
-
-    def report(self, step: int, metrics: Mapping[str, float]) -> bool:
-        super().report(step, metrics)
-        if step == 4:
-            raise KeyboardInterrupt
-        return True
+from tests.unit.train.runs import DieAt, StopAt, changed, with_method
 
 
 @pytest.mark.parametrize("method", ["lora", "cla"])
@@ -96,7 +66,7 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
 
 
 def test_a_reporter_can_stop_a_run(run: RunConfig, session: Session, tmp_path: Path) -> None:
-    result = fit(run, session, StopAt(1), tmp_path)
+    result = fit(run, session, StopAt(2), tmp_path)
     assert not result.finished
     assert result.steps == 2
     assert AdapterArtifact.load(result.folder).rank == 4
@@ -111,7 +81,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         session = Session.open(run, Worker())
     whole = fit(run, session, SilentReporter(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        fit(run, session, DieAt(), tmp_path / "cut")
+        fit(run, session, DieAt(4), tmp_path / "cut")
     reporter = SilentReporter()
     resumed = fit(run, session, reporter, tmp_path / "cut")
     assert [step for step, _ in reporter.logged] == [5, 6]
@@ -124,7 +94,7 @@ def test_checkpoints_hold_the_trained_parameters_alone(
     run: RunConfig, session: Session, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        fit(run, session, DieAt(), tmp_path)
+        fit(run, session, DieAt(4), tmp_path)
     (folder,) = (tmp_path / "checkpoint").glob("step-*")
     state = torch.load(next(folder.glob("*model_states.pt")), weights_only=False)["module"]
     assert all("lora_" in name for name in state)
@@ -133,14 +103,14 @@ def test_checkpoints_hold_the_trained_parameters_alone(
 
 def test_a_checkpoint_of_another_run_is_refused(run: RunConfig, session: Session, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        fit(run, session, DieAt(), tmp_path)
+        fit(run, session, DieAt(4), tmp_path)
     with pytest.raises(TrainError, match="checkpoint of another configuration"):
         fit(changed(run, seed=1), session, SilentReporter(), tmp_path)
 
 
 def test_a_damaged_checkpoint_is_named(run: RunConfig, session: Session, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        fit(run, session, DieAt(), tmp_path)
+        fit(run, session, DieAt(4), tmp_path)
     (folder,) = (tmp_path / "checkpoint").glob("step-*")
     for file in folder.iterdir():
         file.write_bytes(b"damaged")
@@ -154,7 +124,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(run: RunConfig, session: Session
         fit(changed(run, optim={"lr": 1e30, "clip": 1e9}), session, SilentReporter(), tmp_path)
 
 
-def test_accumulation_gives_the_same_run(run: RunConfig, session: Session, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["lora", "lora_plus", "asym", "cola", "rac", "cla", "rc3la", "paca"])
+def test_accumulation_gives_the_same_run(run: RunConfig, session: Session, tmp_path: Path, name: str) -> None:
+    run = with_method(run, name, links=2, optim={"lr": 2e-3}, evaluate={"every": None})
     at_once = fit(run, session, SilentReporter(), tmp_path / "a")
     in_two = fit(changed(run, scale={"accumulation": 2}), session, SilentReporter(), tmp_path / "b")
     assert_same_losses(at_once, in_two)

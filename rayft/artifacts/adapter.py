@@ -1,14 +1,4 @@
-"""The one adapter type on disk: a folder that PEFT loads as it is, plus `rayft.json`.
-
-    adapter_config.json          PEFT's LoraConfig; always `use_rslora: false` and α' = s·rank, with
-                                 `rank_pattern` and `alpha_pattern` where modules differ
-    adapter_model.safetensors    the factors, and a classification head if one was trained
-    rayft.json                   method, selector columns, singular values, base fingerprint, data
-                                 digest, parent hash, metrics (`ArtifactMeta`)
-
-A folder without `rayft.json` (anybody's PEFT LoRA) loads too; what it can't tell stays empty.
-Safetensors only, never pickle. Folders appear whole or not at all.
-"""
+"""`AdapterArtifact`: an adapter in memory, and the folder that it is written to."""
 
 from __future__ import annotations
 
@@ -24,60 +14,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mode
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from rayft.config import Section
+from rayft.artifacts.meta import (
+    CONFIG_FILE,
+    META_FILE,
+    PREFIX,
+    TASK_TYPES,
+    WEIGHTS_FILE,
+    ArtifactMeta,
+    ModuleShapes,
+)
+from rayft.artifacts.read import assemble, check_selector, read_config, read_meta, read_weights
 from rayft.errors import ArtifactError, BaseMismatchError, ResourceError, SqueezeError
 from rayft.methods.base import LoraFactors
 
-__all__ = ["AdapterArtifact", "ArtifactMeta", "ModuleShapes", "folder_bytes"]
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-META_FILE = "rayft.json"
-PREFIX = "base_model.model."
-
-NOT_PLAIN = ("alora_invocation_tokens", "arrow_config", "layer_replication", "target_parameters",
-             "trainable_token_indices", "use_bdlora", "use_qalora")  # fmt: skip
-"""Keys of PEFT's LoraConfig under which the update is more than B·A on linear layers."""
-KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base alone; PiSSA, OLoRA and others change it."""
-
-ModuleShapes = Mapping[str, tuple[int, int]]
-"""Linear layers of a base model: module path → (outputs, inputs)."""
-
-
-class ArtifactMeta(Section):
-    """What `rayft.json` holds."""
-
-    # A score may be NaN; JSON has no word for it, and null would not load again.
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-    format: Literal[1] = 1
-    """Version of this file's format."""
-    method: str = "lora"
-    """The method that trained it."""
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
-    """What the model does."""
-    base_model: str = ""
-    """Hub id, folder or registered name of the base."""
-    base_fingerprint: str = ""
-    """Fingerprint of the base's weights; empty if unknown."""
-    data_digest: str = ""
-    """Digest of the data it was trained on; empty if unknown."""
-    parent: str = ""
-    """Content hash of the adapter that this one was squeezed from; empty if none."""
-    columns: dict[str, tuple[int, ...]] = {}
-    """Inputs that a selector method reads: module → columns."""
-    singular_values: dict[str, tuple[float, ...]] = {}
-    """Singular values of ΔW at full rank, largest first: module → values; filled by a squeeze."""
-    metrics: dict[str, float] = {}
-    """Scores and sizes measured when it was made."""
+__all__ = ["AdapterArtifact", "folder_bytes"]
 
 
 @dataclass(frozen=True)
@@ -192,14 +148,14 @@ class AdapterArtifact:
             ArtifactError: naming the folder, the module and what to do.
         """
         folder = Path(folder)
-        config = _read_config(folder)
-        tensors = _read_weights(folder)
-        meta = _read_meta(folder, config)
-        factors, heads = _assemble(folder, config, tensors, meta)
+        config = read_config(folder)
+        tensors = read_weights(folder)
+        meta = read_meta(folder, config)
+        factors, heads = assemble(folder, config, tensors, meta)
         artifact = cls(modules=factors, heads=heads, meta=meta)
         artifact._check_finite(f"{folder}: ", "it can't be used")
         for name, module in factors.items():
-            _check_selector(f"{folder}: {name}", module)
+            check_selector(f"{folder}: {name}", module)
         return artifact
 
     def _write(self, folder: Path) -> None:
@@ -235,7 +191,7 @@ class AdapterArtifact:
         exactly = {name: "^" + re.escape(name) for name in self.modules}
         return {
             "peft_type": "LORA",
-            "task_type": "SEQ_CLS" if self.meta.task == "sequence_classification" else "CAUSAL_LM",
+            "task_type": TASK_TYPES[self.meta.task],
             "base_model_name_or_path": self.meta.base_model,
             "r": rank,
             "lora_alpha": alpha,
@@ -243,14 +199,20 @@ class AdapterArtifact:
             "use_dora": False,
             "lora_dropout": 0.0,
             "bias": "none",
-            "fan_in_fan_out": False,
+            "fan_in_fan_out": self.meta.transposed,
             "inference_mode": True,
             "init_lora_weights": True,
             "target_modules": sorted(self.modules),
-            "modules_to_save": sorted({name.rsplit(".", 1)[0] for name in self.heads}) or None,
+            "modules_to_save": self._saved_whole() or None,
             "rank_pattern": {exactly[name]: r for name, r in ranks.items() if r != rank},
             "alpha_pattern": {exactly[name]: a for name, a in alphas.items() if a != alpha},
         }
+
+    def _saved_whole(self) -> list[str]:
+        """Name the modules that were trained whole: a head as one, since PEFT knows heads as one."""
+        adapted = {name.split(".")[0] for name in self.modules}
+        tops = {name: name.split(".")[0] for name in self.heads}
+        return sorted({name.rsplit(".", 1)[0] if top in adapted else top for name, top in tops.items()})
 
 
 def folder_bytes(folder: str | Path) -> int:
@@ -279,121 +241,3 @@ def _alpha(scale: float, rank: int) -> float:
     alpha = scale * rank
     nearby = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((a for a in nearby if a / rank == scale), alpha)
-
-
-def _check_selector(where: str, factors: LoraFactors) -> None:
-    """Refuse columns that A does not select: serving gathers by the one and PEFT multiplies by the other."""
-    columns = factors.columns
-    if columns is None:
-        return
-    rank, inputs = factors.a.shape
-    if len(columns) == rank and all(0 <= column < inputs for column in columns):
-        selector = torch.zeros_like(factors.a)
-        selector[torch.arange(rank), list(columns)] = 1
-        if torch.equal(selector, factors.a):
-            return
-    raise ArtifactError(
-        f"{where}: the columns in {META_FILE} are not those that lora_A selects; export the adapter again"
-    )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise ArtifactError(f"{folder} has no {CONFIG_FILE}; give the folder that PEFT saved")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON ({error}); export the adapter again") from error
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{path} holds no mapping; export the adapter again")
-    kind = str(config.get("peft_type", "")).upper()
-    if kind != "LORA":
-        raise ArtifactError(f"{folder} holds a '{kind}' adapter; only LoRA loads, convert it first")
-    if config.get("use_dora"):
-        raise ArtifactError(
-            f"{folder} is a DoRA adapter: its update has full rank, and dropping the magnitude would "
-            "change the model; train it without use_dora"
-        )
-    if config.get("bias", "none") != "none":
-        raise ArtifactError(f"{folder} trains biases, which no LoRA factor holds; train it with bias='none'")
-    for key in filter(config.get, NOT_PLAIN):
-        raise ArtifactError(f"{folder} sets {key}, so it is no plain LoRA; train it without {key}")
-    init = config.get("init_lora_weights", True)
-    if init not in KEEPS_BASE:
-        raise ArtifactError(
-            f"{folder} was initialised by '{init}', which changes the base: save it with "
-            "`path_initial_model_for_weight_conversion`, so that PEFT converts it to plain LoRA"
-        )
-    return config
-
-
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        pickled = " (adapter_model.bin is a pickle, which is never read: save it as safetensors)"
-        extra = pickled if (folder / "adapter_model.bin").exists() else ""
-        raise ArtifactError(f"{folder} has no {WEIGHTS_FILE}{extra}; export the adapter again")
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"{path} is truncated or damaged ({error}); copy or export it again") from error
-
-
-def _read_meta(folder: Path, config: Mapping[str, Any]) -> ArtifactMeta:
-    path = folder / META_FILE
-    if not path.is_file():
-        task = "sequence_classification" if config.get("task_type") == "SEQ_CLS" else "causal_lm"
-        base = config.get("base_model_name_or_path") or ""
-        return ArtifactMeta.model_validate({"task": task, "base_model": base})
-    try:
-        return ArtifactMeta.model_validate_json(path.read_text())
-    except ValidationError as error:
-        raise ArtifactError(f"{path} does not fit its format ({error}); export the adapter again") from error
-
-
-def _assemble(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], meta: ArtifactMeta
-) -> tuple[dict[str, LoraFactors], dict[str, torch.Tensor]]:
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    heads: dict[str, torch.Tensor] = {}
-    saved = tuple(config.get("modules_to_save") or ())
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        found = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
-        if found:
-            pairs.setdefault(found[1], {})[found[2]] = tensor
-        elif any(part in saved for part in (name.rsplit(".", 1)[0], *name.split("."))):
-            heads[name] = tensor
-        else:
-            raise ArtifactError(f"{folder}: {key} is no LoRA factor; export the adapter as plain LoRA")
-    if not pairs:
-        raise ArtifactError(f"{folder} holds no LoRA factors; export the adapter again")
-    factors = {name: _factors(folder, config, name, pair, meta) for name, pair in sorted(pairs.items())}
-    return factors, heads
-
-
-def _factors(
-    folder: Path, config: Mapping[str, Any], name: str, pair: Mapping[str, torch.Tensor], meta: ArtifactMeta
-) -> LoraFactors:
-    if set(pair) != {"A", "B"}:
-        missing = "B" if "A" in pair else "A"
-        raise ArtifactError(f"{folder}: {name} has no lora_{missing}; export the adapter again")
-    a, b = pair["A"], pair["B"]
-    rank = _by_pattern(config.get("rank_pattern"), name, config.get("r"))
-    if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
-        raise ArtifactError(
-            f"{folder}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, but {CONFIG_FILE} says rank "
-            f"{rank}; config and weights are not of the same adapter"
-        )
-    alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return LoraFactors(a, b, float(scale), columns=meta.columns.get(name))
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Look a module up as PEFT does: the first pattern that matches the end of its path."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default

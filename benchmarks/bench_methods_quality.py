@@ -1,0 +1,356 @@
+"""All methods on real tasks: which adapter is best at equal rank, and at equal stored parameters?
+
+    python benchmarks/bench_methods_quality.py --prepare DATA         # the tasks as JSONL, by reasoning-gym
+    python benchmarks/bench_methods_quality.py --data DATA --out OUT  # trains and scores, or goes on
+
+SmolLM2-135M-Instruct, four reasoning-gym tasks. For each method, task and budget the learning rate is
+chosen on the validation part at one seed, then two more seeds train at it; the three are scored on the
+test part. Budgets: `equal_rank`, rank 16 (of a chain: of each of its 4 links), and `equal_params`, the
+rank whose stored numbers over the whole model (all links) come nearest to LoRA's at rank 16. Trials run in
+lanes, several on one GPU. Every finished trial and score is a file in OUT, so a run that was cut short
+goes on where it stopped, also with OUT's `trials/*/result.json` and `scores/` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.records import record, save
+from rayft.data.section import DataConfig, PartFiles
+from rayft.evaluate.compare import interval
+from rayft.flow.cluster import cluster
+from rayft.flow.preflight import skeleton
+from rayft.methods import METHODS, method
+from rayft.methods.base import ChainConfig, LayerShape, MethodConfig
+from rayft.models.load import ModelConfig
+from rayft.sweep.broker import Job
+from rayft.sweep.executor import LaneExecutor
+from rayft.sweep.lane import TrainRequest, read_result
+from rayft.sweep.score import ScoreRequest
+from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
+
+MODEL = "smollm2-135m-instruct"
+RANK, LINKS, SEEDS = 16, 4, (0, 1, 2)
+TASKS: dict[str, dict[str, Any]] = {
+    "needle_haystack": {"min_num_statements": 3, "max_num_statements": 5},
+    "number_format": {"min_num_candidates": 2, "max_num_candidates": 3},
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "decimal_arithmetic": {
+        "min_num_decimal_places": 1, "max_num_decimal_places": 1, "min_terms": 2, "max_terms": 2,
+    },
+}  # fmt: skip
+SIZES = {"train": 1200, "val": 100, "test": 200}
+LR = {
+    "full": (2e-5, 6e-5, 2e-4),
+    "lora": (5e-4, 1.5e-3, 4e-3),
+    "lora_plus": (1e-4, 3e-4, 1e-3),
+    "cola": (5e-4, 1.5e-3, 4e-3),
+    "asym": (1e-3, 3e-3, 1e-2),
+    "rac": (1e-3, 3e-3, 1e-2),
+    "paca": (1e-3, 3e-3, 1e-2),
+    "cla": (5e-4, 1.5e-3, 5e-3),
+    "rcla": (5e-4, 1.5e-3, 5e-3),
+    "c3la": (5e-4, 1.5e-3, 5e-3),
+    "rc3la": (5e-4, 1.5e-3, 5e-3),
+}
+"""Learning rates tried, a factor of three apart; paca's are twice cla's, since s = 2."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method at a rank on a task."""
+
+    method: str
+    task: str
+    budget: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is run, and on what."""
+
+    steps: int
+    lanes: int
+    lrs: int
+    device: str
+    model: str
+    data: Path
+    out: Path
+
+
+def prepare(folder: Path) -> None:
+    """Write each task's parts as JSONL."""
+    from rayft.data.source import read
+
+    for task, params in TASKS.items():
+        parts = read(DataConfig(name=task, params=params, **SIZES))
+        for part in SIZES:
+            path = folder / task / f"{part}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [
+                json.dumps({"prompt": example.messages[-2].content, "completion": example.answer})
+                for example in getattr(parts, part)
+            ]
+            path.write_text("\n".join(lines) + "\n")
+        print(task, {part: len(getattr(parts, part)) for part in SIZES}, parts.train[0].messages[-1].content)
+
+
+def settings(scale: Scale, tasks: Sequence[str], names: Sequence[str]) -> list[Setting]:
+    """List what is compared: each method at both budgets, once where they are the same."""
+    shapes, _, _ = skeleton(ModelConfig(name=scale.model))
+    layers = [LayerShape(*shape) for shape in shapes.values()]
+    target = stored("lora", RANK, layers)
+    found = []
+    for task in tasks:
+        # What changes the base comes last: after it a lane loads the base again.
+        for name in sorted(names, key=lambda name: name == "full"):
+            ranks = range(1, min(METHODS[name].max_rank(layer) for layer in layers) + 1)
+            if name == "full":
+                found.append(Setting(name, task, "equal_rank", RANK))
+                continue
+            near = min(ranks, key=lambda rank: abs(stored(name, rank, layers) - target))
+            found.append(Setting(name, task, "equal_rank", RANK))
+            if near != RANK:
+                found.append(Setting(name, task, "equal_params", near))
+    return found
+
+
+def stored(name: str, rank: int, layers: Sequence[LayerShape]) -> int:
+    """Count what an adapter stores over the whole model."""
+    links = LINKS if METHODS[name].chained else 1
+    return sum(METHODS[name].stored(layer, rank, links) for layer in layers)
+
+
+def make_run(setting: Setting, lr: float, seed: int, scale: Scale) -> RunConfig:
+    """Give the run of a setting."""
+    folder = scale.data / setting.task
+    chain = ChainConfig(links=LINKS) if METHODS[setting.method].chained else None
+    gpu = scale.device == "cuda"
+    return RunConfig(
+        model=ModelConfig(name=scale.model),
+        data=DataConfig(
+            source="jsonl",
+            files=PartFiles(**{part: str((folder / f"{part}.jsonl").absolute()) for part in SIZES}),
+            max_length=512,
+        ),
+        method=MethodConfig(name=setting.method, rank=setting.rank, chain=chain),
+        optim=OptimConfig(
+            lr=lr, steps=scale.steps, rows_per_step=2 if gpu else 1, warmup=2, schedule="linear"
+        ),
+        scale=ScaleConfig(
+            device=scale.device, dtype="bfloat16", zero=2, threads=1,
+            graphs=gpu, gpu_share=1 / scale.lanes if gpu else 1.0,
+        ),
+        evaluate=EvaluateConfig(checkpoint_seconds=3600, max_new_tokens=24, batch_size=200, val_examples=50),
+        seed=seed,
+    )  # fmt: skip
+
+
+class Bench:
+    """Runs trials and scores in lanes, and keeps each in a file."""
+
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
+        self.started = time.monotonic()
+        (scale.out / "scores").mkdir(parents=True, exist_ok=True)
+        run = make_run(Setting("lora", next(iter(TASKS)), "equal_rank", RANK), 1e-3, 0, scale)
+        storage = str((scale.out / "ray").absolute())
+        self.executor = LaneExecutor(run.scale, storage, scale.lanes, 3, f"quality{int(time.time())}")
+
+    def key(self, setting: Setting, lr: float, seed: int) -> str:
+        """Name a trial; the same settings have the same name in every run."""
+        steps = self.scale.steps
+        return f"{setting.method}-{setting.task}-r{setting.rank}-lr{lr:g}-s{seed}-n{steps}"
+
+    def train(self, wanted: Sequence[tuple[Setting, float, int]], part: str) -> None:
+        """Train what is missing, and score each on a part as soon as it is there."""
+        jobs, names = [], {}
+        for setting, lr, seed in wanted:
+            key = self.key(setting, lr, seed)
+            if self.score(key, part) is not None or key in names:
+                continue
+            names[key] = (setting, lr, seed)
+            if self._adapter(key) is None:
+                run = make_run(setting, lr, seed, self.scale)
+                request = TrainRequest(key, key, run.model_dump_json(), str(self.scale.out.absolute()), ())
+                jobs.append(Job(key, "train", {"request": request}))
+        self.executor.submit(jobs)
+        waiting = []
+        for key in [job.id for job in jobs]:
+            event = ray.get(self.executor.broker.next_event.remote(key))
+            if event.kind == "failed":
+                print(f"{key} failed: {event.values['error'].splitlines()[0]}", flush=True)
+                continue
+        for key, (setting, lr, seed) in names.items():
+            request = self._request(key, setting, lr, seed, part)
+            if request is not None:
+                waiting.append((key, f"{key}/{part}"))
+                self.executor.submit([Job(f"{key}/{part}", "score", {"request": request})])
+        for key, job in waiting:
+            event = ray.get(self.executor.broker.next_event.remote(job))
+            if event.kind == "failed":
+                print(f"{job} failed: {event.values['error'].splitlines()[0]}", flush=True)
+                continue
+            path = self.scale.out / "scores" / f"{key}.{part}.json"
+            path.write_text(json.dumps(event.values["scores"][part]))
+        spent = time.monotonic() - self.started
+        print(f"{spent:5.0f} s: {len(jobs)} trained, {len(waiting)} scored on {part}", flush=True)
+
+    def score(self, key: str, part: str) -> list[float] | None:
+        """Read a trial's scores of a part."""
+        path = self.scale.out / "scores" / f"{key}.{part}.json"
+        return list(json.loads(path.read_text())) if path.is_file() else None
+
+    def result(self, key: str) -> dict[str, Any] | None:
+        """Read what a trial's training left."""
+        found = read_result(str(self.scale.out), key)
+        return None if found is None else dict(found["result"])
+
+    def best_lr(self, setting: Setting) -> float | None:
+        """Choose the learning rate with the best validation score (of equals the lower loss)."""
+        found = []
+        for lr in LR[setting.method][: self.scale.lrs]:
+            key = self.key(setting, lr, SEEDS[0])
+            values, result = self.score(key, "val"), self.result(key)
+            if values and result:
+                found.append((sum(values) / len(values), -result["val_loss"], lr))
+        return max(found)[2] if found else None
+
+    def _adapter(self, key: str) -> str | None:
+        result = self.result(key)
+        return result["folder"] if result and Path(result["folder"]).is_dir() else None
+
+    def _request(self, key: str, setting: Setting, lr: float, seed: int, part: str) -> ScoreRequest | None:
+        folder: str | None = self._adapter(key)
+        if folder is None:
+            return None
+        run = make_run(setting, lr, seed, self.scale)
+        if not method(setting.method).exports_lora:
+            run = run.model_copy(update={"model": ModelConfig(name=folder)})
+            folder = None
+        return ScoreRequest(run=run.model_dump_json(), parts=(part,), adapter=folder)  # type: ignore[arg-type]
+
+
+def run_all(bench: Bench, wanted: Sequence[Setting], deadline: float) -> None:
+    """Go task by task: learning rates at the first seed, then the other seeds at the best one."""
+    for task in dict.fromkeys(setting.task for setting in wanted):
+        mine = [setting for setting in wanted if setting.task == task]
+        if time.monotonic() - bench.started > deadline:
+            print(f"no time is left for {task}", flush=True)
+            return
+        grid = [(setting, lr, SEEDS[0]) for setting in mine for lr in LR[setting.method][: bench.scale.lrs]]
+        bench.train(grid, "val")
+        best = [(setting, bench.best_lr(setting)) for setting in mine]
+        bench.train([(setting, lr, seed) for setting, lr in best if lr for seed in SEEDS], "test")
+        for setting, lr in best:
+            values = [bench.score(bench.key(setting, lr, seed), "test") for seed in SEEDS if lr]
+            means = " ".join(f"{sum(v) / len(v):.2f}" for v in values if v)
+            print(
+                f"{setting.method:10} {task:20} {setting.budget:13} r{setting.rank:<3} lr {lr} {means}",
+                flush=True,
+            )
+
+
+def records(bench: Bench, wanted: Sequence[Setting], commit: str | None, device: str) -> list[dict[str, Any]]:
+    """Turn scores into results: the mean over seeds, its interval over the questions."""
+    rows = []
+    layers = [LayerShape(*shape) for shape in skeleton(ModelConfig(name=bench.scale.model))[0].values()]
+    for setting in wanted:
+        lr = bench.best_lr(setting)
+        keys = [bench.key(setting, lr, seed) for seed in SEEDS] if lr else []
+        scores = [bench.score(key, "test") for key in keys]
+        results = [bench.result(key) for key in keys]
+        if not keys or not all(scores) or not all(results):
+            continue
+        pooled = [sum(values) / len(values) for values in zip(*scores, strict=True)]  # type: ignore[arg-type]
+        low, high = interval(pooled)
+        means = [sum(values) / len(values) for values in scores if values]
+        chosen = {"seeds": list(SEEDS), "lr": lr, "device": device, "n": len(pooled)}
+        spread = {"p20": min(means), "p80": max(means)}
+        budgets = [setting.budget]
+        if (
+            setting.budget == "equal_rank"
+            and setting.rank == RANK
+            and setting.method in ("lora", "lora_plus")
+        ):
+            budgets.append("equal_params")
+        for budget in budgets:
+            case = f"{setting.method}/{setting.task}/{budget}"
+            seconds = sorted(result["seconds"]["train"] for result in results if result)[len(SEEDS) // 2]
+            gib = max(result["peak_memory"] for result in results if result) / 2**30
+            count = (
+                results[0]["trainable"] if setting.method == "full"  # type: ignore[index]
+                else stored(setting.method, setting.rank, layers)
+            )  # fmt: skip
+            values = sum(pooled) / len(pooled)
+            rows.append(
+                record(
+                    "methods_quality",
+                    case,
+                    "score",
+                    values,
+                    "share",
+                    ci_low=low,
+                    ci_high=high,
+                    **spread,
+                    **chosen,
+                )
+            )
+            for metric, value, unit in (
+                ("trainable", count, "numbers"), ("seconds", seconds, "s"),
+                ("gib", gib, "GiB"), ("rank", setting.rank, ""),
+            ):  # fmt: skip
+                rows.append(record("methods_quality", case, metric, value, unit, **chosen))
+    return [{**row, "commit": commit or row["commit"]} for row in rows]
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prepare", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("runs/methods_quality"))
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lanes", type=int, default=4)
+    parser.add_argument("--lrs", type=int, default=3)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no task after that")
+    parser.add_argument("--commit")
+    arguments = parser.parse_args()
+    if arguments.prepare:
+        prepare(arguments.prepare)
+        return
+    cuda = torch.cuda.is_available()
+    device = f"1x {torch.cuda.get_device_name()}" if cuda else "cpu"
+    scale = Scale(
+        arguments.steps, arguments.lanes, arguments.lrs, "cuda" if cuda else "cpu",
+        arguments.model, arguments.data, arguments.out,
+    )  # fmt: skip
+    wanted = settings(scale, arguments.tasks.split(","), arguments.methods.split(","))
+    with cluster(scale.lanes, device=scale.device, gpu_share=1 / scale.lanes if cuda else 1.0):
+        bench = Bench(scale)
+        bench.executor.start()
+        try:
+            run_all(bench, wanted, arguments.seconds)
+        finally:
+            bench.executor.close()
+    save("methods_quality", records(bench, wanted, arguments.commit, device))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""One training step of every method against its floor and against PEFT, in one run on one GPU.
+
+    python benchmarks/bench_train_step.py [--shapes 135m,1b,8b] [--cases cla,lora,…] [--commit HASH]
+
+The floor is the frozen base: forward, and backward down to its input. A method's step is forward,
+backward, AdamW (fused) over what trains. Random weights in bfloat16, rank 16, all linears, no
+activation checkpointing, the loss over all tokens. Cases take turns, `ROUNDS` times, so that a clock
+that drifts meets all of them. `…/graph`: the whole step captured once and replayed as a CUDA graph,
+the floor too; that is how a step costs where launches dominate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.records import record, save
+from rayft.methods import METHODS
+from rayft.methods.base import ChainConfig, MethodConfig
+from rayft.models.inject import advance, clear, inject, wrap
+
+RANK, ROUNDS, LINKS = 16, 2, 4
+SHAPES: dict[str, dict[str, int]] = {
+    "135m": {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
+    "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000},
+    "8b": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+}  # fmt: skip
+BATCHES = {"135m": [(4, 512), (16, 512)], "1b": [(4, 512), (16, 512)], "8b": [(4, 512)]}
+FEW = ("lora", "asym", "paca", "cla", "rcla", "c3la")
+"""Of ours, what is measured beside the 1 B shape."""
+OURS = ("lora", "lora_plus", "asym", "cola", "rac", "paca", "cla", "rcla", "c3la", "c3la_link4", "rc3la")
+RIVALS = ("peft_lora", "peft_lora_bf16")
+
+Step = Callable[[], None]
+
+
+@dataclass
+class Timings:
+    """Milliseconds of each timed step, and the peak of the allocator in GiB."""
+
+    ms: list[float] = field(default_factory=list)
+    gib: float = 0.0
+
+
+def build(shape: str) -> Any:
+    """Make a random Llama on the device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, attn_implementation="sdpa")
+    with torch.device("cuda"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    model.train()
+    wrap(model)
+    return model
+
+
+@contextmanager
+def prepared(model: Any, case: str) -> Iterator[list[torch.nn.Parameter]]:
+    """Put a case's adapters in, give what trains, and take them out again."""
+    if case == "floor":
+        yield []
+    elif case in RIVALS:
+        with with_peft(model, case) as trainable:
+            yield trainable
+    else:
+        name = case.partition("_link")[0]
+        chain = ChainConfig(links=LINKS) if METHODS[name].chained else None
+        config = MethodConfig(name=name, rank=RANK, chain=chain)
+        inject(model, config, seed=0)
+        for link in range(1, LINKS if "_link" in case else 1):
+            advance(model, 0, link)
+        try:
+            yield [parameter for parameter in model.parameters() if parameter.requires_grad]
+        finally:
+            clear(model)
+
+
+@contextmanager
+def with_peft(model: Any, case: str) -> Iterator[list[torch.nn.Parameter]]:
+    """PEFT's own layers over plain linears that share the base's weights."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    wrapped = {name: m for name, m in model.named_modules() if type(m).__name__ == "AdapterLinear"}
+    for name, module in wrapped.items():
+        linear = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        linear.weight = module.weight
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear)
+    config = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules=sorted({n.rsplit(".", 1)[1] for n in wrapped})
+    )
+    inject_adapter_in_model(config, model)
+    if case == "peft_lora":
+        # What get_peft_model does by default (autocast_adapter_dtype): adapters in float32.
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+    trainable = [p for name, p in model.named_parameters() if "lora_" in name]
+    try:
+        yield trainable
+    finally:
+        for name, module in wrapped.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
+        model.requires_grad_(False)
+
+
+def make_step(model: Any, ids: torch.Tensor, trainable: list[torch.nn.Parameter], *, graph: bool) -> Step:
+    """Give one training step, or its replay."""
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True, capturable=graph) if trainable else None
+
+    def step() -> None:
+        embeddings.grad = None
+        if optimizer:
+            optimizer.zero_grad(set_to_none=True)
+        model(inputs_embeds=embeddings, labels=ids, use_cache=False).loss.backward()
+        if optimizer:
+            optimizer.step()
+
+    if not graph:
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        step()
+    return captured.replay
+
+
+def measure(
+    model: Any, case: str, batch: tuple[int, int], steps: int, found: Timings, *, graph: bool
+) -> None:
+    """Time a case's step `steps` times after warming up."""
+    ids = torch.randint(0, model.config.vocab_size, batch, device="cuda")
+    with prepared(model, case) as trainable:
+        step = make_step(model, ids, trainable, graph=graph)
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(steps):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            found.ms.append(start.elapsed_time(end))
+        if not graph:
+            found.gib = torch.cuda.max_memory_allocated() / 2**30
+    del step, trainable
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def run_shape(shape: str, cases: list[str], steps: int) -> dict[tuple[str, str], Timings]:
+    """Measure all cases of one shape: (case, batch) → timings."""
+    model = build(shape)
+    found: dict[tuple[str, str], Timings] = {}
+    for batch in BATCHES[shape]:
+        name = f"{shape}/{batch[0]}x{batch[1]}"
+        # The largest shape is far from being bound by launches.
+        for graph in (False,) if shape == "8b" else (False, True):
+            for _ in range(ROUNDS):
+                for case in cases:
+                    key = (case, name + ("/graph" if graph else ""))
+                    timings = found.setdefault(key, Timings())
+                    try:
+                        measure(model, case, batch, steps, timings, graph=graph)
+                    except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+                        print(f"{key}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                        found.pop(key)
+                        clear(model)
+                        gc.collect()
+                        torch.cuda.empty_cache()
+            _show(found, name + ("/graph" if graph else ""))
+    return found
+
+
+def _show(found: dict[tuple[str, str], Timings], name: str) -> None:
+    floor = found.get(("floor", name))
+    for (case, place), timings in found.items():
+        if place == name and floor and timings.ms:
+            ms, base = statistics.median(timings.ms), statistics.median(floor.ms)
+            memory = f"{timings.gib:7.2f} GiB {timings.gib / floor.gib:6.3f}x" if timings.gib else ""
+            print(f"{name:18} {case:16} {ms:8.2f} ms {ms / base:6.3f}x {memory}", flush=True)
+
+
+def records(found: dict[tuple[str, str], Timings], commit: str | None) -> list[dict[str, Any]]:
+    """Turn timings into results."""
+    rows = []
+    for (case, place), timings in found.items():
+        floor = found.get(("floor", place))
+        if not timings.ms or floor is None:
+            continue
+        name, base = f"{case}/{place}", statistics.median(floor.ms)
+        cuts = statistics.quantiles(timings.ms, n=10)
+        spread = {"p20": cuts[1], "p80": cuts[7], "n": len(timings.ms)}
+        middle = statistics.median(timings.ms)
+        rows.append(record("train_step", name, "ms", middle, "ms", **spread))
+        rows.append(record("train_step", name, "time_over_floor", middle / base, "ratio"))
+        if timings.gib:
+            rows.append(record("train_step", name, "gib", timings.gib, "GiB"))
+            rows.append(record("train_step", name, "memory_over_floor", timings.gib / floor.gib, "ratio"))
+    return [{**row, "commit": commit or row["commit"]} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", default="135m,1b,8b")
+    parser.add_argument("--cases", help="all where not given, at shapes other than 1b those of FEW")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--commit")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a GPU")
+    rows = []
+    for shape in arguments.shapes.split(","):
+        given = arguments.cases.split(",") if arguments.cases else None
+        cases = given or ["floor", *RIVALS, *(OURS if shape == "1b" else FEW)]
+        rows += records(run_shape(shape, cases, arguments.steps), arguments.commit)
+        save("train_step", rows)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

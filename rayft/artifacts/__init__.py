@@ -1,0 +1,27 @@
+"""The one adapter type on disk: a folder that PEFT loads as it is, plus `rayft.json`.
+
+    adapter_config.json          PEFT's LoraConfig; always `use_rslora: false` and α' = s·rank, with
+                                 `rank_pattern` and `alpha_pattern` where modules differ
+    adapter_model.safetensors    the factors, and a classification head if one was trained
+    rayft.json                   method, selector columns, singular values, base fingerprint, data
+                                 digest, parent hash, metrics (`ArtifactMeta`)
+
+A folder without `rayft.json` (anybody's PEFT LoRA) loads too; what it can't tell stays empty.
+Safetensors only, never pickle. Folders appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+from rayft.artifacts.adapter import AdapterArtifact, folder_bytes
+from rayft.artifacts.meta import CONFIG_FILE, META_FILE, PREFIX, WEIGHTS_FILE, ArtifactMeta, ModuleShapes
+
+__all__ = [
+    "CONFIG_FILE",
+    "META_FILE",
+    "PREFIX",
+    "WEIGHTS_FILE",
+    "AdapterArtifact",
+    "ArtifactMeta",
+    "ModuleShapes",
+    "folder_bytes",
+]

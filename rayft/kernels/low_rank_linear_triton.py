@@ -1,0 +1,191 @@
+"""The Triton kernels of `rayft.kernels.low_rank_linear`; see there for what they compute."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["gradients", "update"]
+
+
+@triton.jit
+def _update(
+    x_ptr, a_ptr, b_ptr, bias_ptr, h_ptr, y_ptr, n_rows, x_stride, rank, scale,
+    n_inputs: tl.constexpr, n_outputs: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    BI: tl.constexpr, BO: tl.constexpr,
+    SELECT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """A strip of rows: its h, then all of its outputs."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    r = tl.arange(0, R)
+    in_n, in_r = n < n_rows, r < rank
+    row = n[:, None].to(tl.int64)
+    if SELECT:
+        column = tl.load(a_ptr + r, mask=in_r, other=0)
+        h = tl.load(x_ptr + row * x_stride + column[None, :], mask=in_n[:, None] & in_r[None, :], other=0.0)
+    else:
+        total = tl.zeros((BN, R), tl.float32)
+        for start in range(0, n_inputs, BI):
+            i = start + tl.arange(0, BI)
+            in_i = i < n_inputs
+            x = tl.load(x_ptr + row * x_stride + i[None, :], mask=in_n[:, None] & in_i[None, :], other=0.0)
+            a = tl.load(
+                a_ptr + r[:, None] * n_inputs + i[None, :], mask=in_r[:, None] & in_i[None, :], other=0.0
+            )
+            total += tl.dot(x, tl.trans(a))
+        h = total.to(h_ptr.dtype.element_ty)
+    tl.store(h_ptr + row * rank + r[None, :], h, mask=in_n[:, None] & in_r[None, :])
+    for start in range(0, n_outputs, BO):
+        o = start + tl.arange(0, BO)
+        in_o = o < n_outputs
+        b = tl.load(b_ptr + o[:, None] * rank + r[None, :], mask=in_o[:, None] & in_r[None, :], other=0.0)
+        y = tl.dot(h, tl.trans(b)) * scale
+        if BIAS:
+            y += tl.load(bias_ptr + o, mask=in_o, other=0.0).to(tl.float32)[None, :]
+        place = y_ptr + row * n_outputs + o[None, :]
+        tl.store(place, y.to(y_ptr.dtype.element_ty), mask=in_n[:, None] & in_o[None, :])
+
+
+@triton.jit
+def _partial(
+    g_ptr, b_ptr, h_ptr, q_parts, db_parts, n_rows, n_outputs, g_stride, rank, frozen,
+    R: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One tile of outputs over one part of the rows: q of this tile, db of this part."""
+    tile, part = tl.program_id(0), tl.program_id(1)
+    o = tile * BO + tl.arange(0, BO)
+    r = tl.arange(0, R)
+    in_o, in_r = o < n_outputs, r < rank
+    b = tl.load(b_ptr + o[:, None] * rank + r[None, :], mask=in_o[:, None] & in_r[None, :], other=0.0)
+    db = tl.zeros((R, BO), tl.float32)
+    for start in range(0, ROWS, BN):
+        n = part * ROWS + start + tl.arange(0, BN)
+        in_n = n < n_rows
+        row = n[:, None].to(tl.int64)
+        g = tl.load(g_ptr + row * g_stride + o[None, :], mask=in_n[:, None] & in_o[None, :], other=0.0)
+        h = tl.load(
+            h_ptr + row * (rank - frozen) + (r - frozen)[None, :],
+            mask=in_n[:, None] & (in_r & (r >= frozen))[None, :],
+            other=0.0,
+        )
+        tl.store(q_parts + (row + tile * n_rows) * R + r[None, :], tl.dot(g, b), mask=in_n[:, None])
+        db += tl.dot(tl.trans(h), g)
+    tl.store(db_parts + (part * R + r[:, None]).to(tl.int64) * n_outputs + o[None, :], db, mask=in_o[None, :])
+
+
+@triton.jit
+def _total(
+    q_parts, db_parts, a_ptr, q_ptr, x_ptr, db_ptr, n_rows, n_outputs, x_stride, rank, frozen, scale,
+    row_blocks, n_inputs: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr,
+    BN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, SELECT: tl.constexpr,
+):  # fmt: skip
+    """Add the parts up: the first `row_blocks` programs q and its share of grad_x, the others db."""
+    block = tl.program_id(0)
+    r = tl.arange(0, R)
+    in_r = r < rank
+    if block < row_blocks:
+        n = block * BN + tl.arange(0, BN)
+        in_n = n < n_rows
+        row = n[:, None].to(tl.int64)
+        mask = in_n[:, None] & in_r[None, :]
+        q = tl.zeros((BN, R), tl.float32)
+        for tile in tl.static_range(TILES):
+            q += tl.load(q_parts + (row + tile * n_rows) * R + r[None, :], mask=mask, other=0.0)
+        q *= scale
+        if SELECT:
+            column = tl.load(a_ptr + r, mask=in_r, other=0)
+            place = x_ptr + row * x_stride + column[None, :]
+            q += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+            tl.store(place, q.to(x_ptr.dtype.element_ty), mask=mask)
+        else:
+            low = q.to(q_ptr.dtype.element_ty)
+            tl.store(q_ptr + row * rank + r[None, :], low, mask=mask)
+            for start in range(0, n_inputs, BI):
+                i = start + tl.arange(0, BI)
+                in_i = i < n_inputs
+                a = tl.load(
+                    a_ptr + r[:, None] * n_inputs + i[None, :], mask=in_r[:, None] & in_i[None, :], other=0.0
+                )
+                share = tl.dot(low, a).to(x_ptr.dtype.element_ty)
+                tl.store(x_ptr + row * x_stride + i[None, :], share, mask=in_n[:, None] & in_i[None, :])
+    else:
+        o = (block - row_blocks) * BO + tl.arange(0, BO)
+        mask_o = (o < n_outputs)[:, None] & (in_r & (r >= frozen))[None, :]
+        db = tl.zeros((BO, R), tl.float32)
+        for part in tl.static_range(PARTS):
+            place_o = (part * R + r[None, :]).to(tl.int64) * n_outputs + o[:, None]
+            db += tl.load(db_parts + place_o, mask=mask_o, other=0.0)
+        db *= scale
+        out = db_ptr + o[:, None] * (rank - frozen) + (r - frozen)[None, :]
+        tl.store(out, db.to(db_ptr.dtype.element_ty), mask=mask_o)
+
+
+def update(
+    x: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write bias + s·h Bᵀ (N × O) and h (N × K) on the current stream."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    a, b = a.contiguous(), b.contiguous()
+    (n_rows, n_inputs), (n_outputs, rank) = x.shape, b.shape
+    y = torch.empty(n_rows, n_outputs, device=x.device, dtype=x.dtype)
+    h = torch.empty(n_rows, rank, device=x.device, dtype=x.dtype)
+    strip = _strip(n_rows)
+    _update[(triton.cdiv(n_rows, strip),)](
+        x, a, b, x if bias is None else bias, h, y, n_rows, x.stride(0), rank, scale,
+        n_inputs=n_inputs, n_outputs=n_outputs, R=_padded(rank), BN=strip, BI=128, BO=128,
+        SELECT=a.ndim == 1, BIAS=bias is not None, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return y, h
+
+
+def gradients(
+    g: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    h: torch.Tensor,
+    scale: float,
+    grad_x: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute (grad_x, q, db) on the current stream.
+
+    Where A is a matrix, grad_x comes new and holds q A; where it is a list of columns, q is added into
+    the given `grad_x` and what is returned as q means nothing.
+    """
+    g = g if g.stride(1) == 1 else g.contiguous()
+    a, b, h = a.contiguous(), b.contiguous(), h.contiguous()
+    (n_rows, n_outputs), rank = g.shape, b.shape[1]
+    frozen, padded = rank - h.shape[1], _padded(rank)
+    if grad_x is None:
+        grad_x = torch.empty(n_rows, a.shape[1], device=g.device, dtype=g.dtype)
+    q = grad_x if a.ndim == 1 else torch.empty(n_rows, rank, device=g.device, dtype=g.dtype)
+    db = torch.empty(n_outputs, h.shape[1], device=g.device, dtype=g.dtype)
+    # Tiles by measurement on an H200: large ones where there is enough of g to fill the device.
+    big = n_rows * n_outputs >= 2**24
+    tile_o, tile_n = (256 if big else 128), (128 if padded == 16 else 64)
+    tiles = triton.cdiv(n_outputs, tile_o)
+    parts = max(1, min(triton.cdiv(n_rows, tile_n), (132 if big else 264) // tiles, 32))
+    rows = triton.cdiv(triton.cdiv(n_rows, parts), tile_n) * tile_n
+    q_parts = torch.empty(tiles, n_rows, padded, device=g.device, dtype=torch.float32)
+    db_parts = torch.empty(parts, padded, n_outputs, device=g.device, dtype=torch.float32)
+    _partial[(tiles, parts)](
+        g, b, h, q_parts, db_parts, n_rows, n_outputs, g.stride(0), rank, frozen,
+        R=padded, BN=tile_n, BO=tile_o, ROWS=rows, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    strip = _strip(n_rows)
+    row_blocks = triton.cdiv(n_rows, strip)
+    _total[(row_blocks + triton.cdiv(n_outputs, 64),)](
+        q_parts, db_parts, a, q, grad_x, db, n_rows, n_outputs, grad_x.stride(0), rank, frozen, scale,
+        row_blocks, n_inputs=grad_x.shape[1], TILES=tiles, PARTS=parts, R=padded,
+        BN=strip, BO=64, BI=128, SELECT=a.ndim == 1, num_warps=4,
+    )  # fmt: skip
+    return grad_x, q, db
+
+
+def _padded(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _strip(n_rows: int) -> int:
+    """Rows of a strip: enough strips to fill the device, none smaller than a matrix unit takes."""
+    return min(32, max(16, triton.next_power_of_2(n_rows // 256)))

@@ -1,0 +1,144 @@
+"""Identity of a base's weights: the same in every dtype, with or without adapters, quantised or not.
+
+Hashed are parameter names, shapes and 64 samples of each, rounded to bfloat16. Output layers and
+classification heads are left out, so that tying and new heads don't matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from rayft.models.targets import heads
+
+__all__ = ["fingerprint", "source_fingerprint"]
+
+HEADS = ("lm_head.", "score.", "classifier.")
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+Samples = Callable[[torch.Tensor], torch.Tensor]
+"""Gives the numbers at flat positions (int64) of a parameter."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash (16 hex digits) a base in memory; adapters in it don't matter.
+
+    A quantised model no longer holds the numbers that this hashes: `source_fingerprint` does that.
+    """
+    return _hash(
+        (name, tuple(parameter.shape), _memory(parameter)) for name, parameter in _hashed(model).items()
+    )
+
+
+def source_fingerprint(skeleton: nn.Module, source: str, revision: str | None = None) -> str | None:
+    """Hash what `fingerprint` would, from the safetensors that a model is loaded from.
+
+    Read are at most 64 rows of each parameter, never a whole one, so a base that is quantised while it
+    is loaded has the fingerprint of the unquantised base: an adapter trained on one is served on
+    either, as QLoRA means it.
+
+    Args:
+        skeleton: the unquantised model, on the meta device.
+        source: its folder or hub id, already downloaded.
+        revision: of a hub model.
+
+    Returns:
+        None where the files don't hold the parameters under the model's names and shapes.
+    """
+    from safetensors import safe_open
+
+    places = _places(source, revision)
+    found = []
+    with ExitStack() as stack:
+        opened: dict[str, Any] = {}
+        for name, parameter in _hashed(skeleton).items():
+            key = next((key for key in _keys(skeleton, name) if key in places), None)
+            if key is None:
+                return None
+            file = places[key]
+            if file not in opened:
+                opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+            shape = tuple(parameter.shape)
+            if tuple(opened[file].get_slice(key).get_shape()) != shape:
+                return None
+            found.append((name, shape, _file(opened[file], key, shape)))
+        return _hash(found)
+
+
+def _hash(parameters: Iterable[tuple[str, tuple[int, ...], Samples]]) -> str:
+    digest = hashlib.sha256()
+    for name, shape, samples in parameters:
+        size = math.prod(shape)
+        picks = torch.linspace(0, size - 1, min(64, size), dtype=torch.float64).long()
+        sample = samples(picks).to(torch.bfloat16).float().cpu().numpy()
+        digest.update(f"{name}{shape}".encode() + sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _hashed(model: nn.Module) -> dict[str, nn.Parameter]:
+    """List the parameters that count, by name."""
+    skipped = (*HEADS, *(f"{head}." for head in heads(model)))
+    return {
+        name: parameter
+        for name, parameter in sorted(model.named_parameters())
+        if not name.startswith(skipped) and ".adapter." not in name
+    }
+
+
+def _memory(parameter: torch.Tensor) -> Samples:
+    flat = parameter.detach().reshape(-1)
+    return lambda picks: flat[picks.to(flat.device)]
+
+
+def _file(opened: Any, key: str, shape: tuple[int, ...]) -> Samples:
+    def samples(picks: torch.Tensor) -> torch.Tensor:
+        if not shape:
+            return opened.get_tensor(key).reshape(1)  # type: ignore[no-any-return]
+        rows, width = opened.get_slice(key), math.prod(shape[1:])
+        return torch.stack(
+            [rows[pick // width : pick // width + 1].reshape(-1)[pick % width] for pick in picks.tolist()]
+        )
+
+    return samples
+
+
+def _keys(model: nn.Module, name: str) -> tuple[str, ...]:
+    """Say what a file may call a parameter: bare bases are saved without the prefix that heads give them."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return name, name.removeprefix(prefix), prefix + name
+
+
+def _places(source: str, revision: str | None) -> dict[str, str]:
+    """Find which file holds each tensor: key → path; empty where there are no safetensors."""
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file
+
+    def local(name: str) -> str | None:
+        path: str | None = cached_file(
+            source,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return path
+
+    single = local(WEIGHTS_FILE)
+    if single is not None:
+        with safe_open(single, framework="pt") as opened:
+            return dict.fromkeys(opened.keys(), single)
+    index = local(INDEX_FILE)
+    if index is None:
+        return {}
+    with open(index, encoding="utf-8") as stream:
+        files = json.load(stream)["weight_map"]
+    paths = {file: local(file) for file in set(files.values())}
+    return {key: path for key, file in files.items() if (path := paths[file]) is not None}

@@ -1,0 +1,148 @@
+"""A rival that is no LoRA, as PEFT's own folder: `PeftModel.from_pretrained` loads it as it is.
+
+    adapter_config.json          PEFT's configuration
+    adapter_model.safetensors    PEFT's tensors, and a classification head if one was trained
+    rayft.json                   `ArtifactMeta`, as beside every adapter
+
+It can be scored and compared; it has no factors, so it can't be squeezed, promoted or served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from rayft.artifacts import CONFIG_FILE, META_FILE, WEIGHTS_FILE, AdapterArtifact, ArtifactMeta
+from rayft.artifacts import PREFIX as BASE
+from rayft.errors import ArtifactError
+
+__all__ = ["PeftFolder", "load_adapter"]
+
+TASKS = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
+"""What the model does → PEFT's name of it, for those that it has one for."""
+
+
+@dataclass(frozen=True)
+class PeftFolder:
+    """An adapter in PEFT's own format."""
+
+    config: Mapping[str, Any]
+    """What `adapter_config.json` holds."""
+    tensors: Mapping[str, torch.Tensor]
+    """What `adapter_model.safetensors` holds."""
+    meta: ArtifactMeta
+
+    @classmethod
+    def made(
+        cls,
+        settings: Any,
+        tensors: Mapping[str, torch.Tensor],
+        heads: Mapping[str, torch.Tensor],
+        meta: ArtifactMeta,
+    ) -> PeftFolder:
+        """Put together what PEFT gives of its adapter, and the heads that trained beside it.
+
+        Args:
+            settings: PEFT's configuration object.
+            tensors: PEFT's name → value.
+            heads: parameter path in the base → value.
+            meta: what `rayft.json` will hold.
+        """
+        config = {**settings.to_dict(), "inference_mode": True, "base_model_name_or_path": meta.base_model}
+        config["task_type"] = TASKS.get(meta.task)
+        config["modules_to_save"] = sorted({name.rsplit(".", 1)[0] for name in heads}) or None
+        config.pop("runtime_config", None)
+        whole = {**tensors, **{BASE + name: value for name, value in heads.items()}}
+        return cls(json.loads(json.dumps(config, default=_plain)), whole, meta)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored, frozen ones that PEFT keeps with them included."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def content_hash(self) -> str:
+        """Identity: a hash (16 hex digits) of the configuration and every tensor."""
+        same = {key: value for key, value in self.config.items() if key != "base_model_name_or_path"}
+        digest = hashlib.sha256(json.dumps(same, sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def peft_config(self) -> Any:
+        """Build PEFT's configuration object, without the heads: they are the model's own here."""
+        from peft import get_peft_config
+
+        return get_peft_config({**self.config, "modules_to_save": None})
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the folder, whole or not at all; an existing one is replaced.
+
+        Raises:
+            ArtifactError: if a tensor holds NaN or Inf.
+        """
+        folder = Path(folder)
+        for name, tensor in self.tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise ArtifactError(
+                    f"{name} holds NaN or Inf, so nothing was written; train again with a lower learning rate"
+                )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            staging.chmod(0o755)
+            save_file(dict(self.tensors), staging / WEIGHTS_FILE, metadata={"format": "pt"})
+            (staging / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
+            (staging / META_FILE).write_text(self.meta.model_dump_json(indent=2) + "\n")
+            shutil.rmtree(folder, ignore_errors=True)
+            staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PeftFolder:
+        """Read a folder that a rival left.
+
+        Raises:
+            ArtifactError: if a file is missing or damaged.
+        """
+        folder = Path(folder)
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text())
+            meta = ArtifactMeta.model_validate_json((folder / META_FILE).read_text())
+            return cls(config, dict(load_file(folder / WEIGHTS_FILE)), meta)
+        except (OSError, ValueError, ValidationError, SafetensorError) as error:
+            raise ArtifactError(f"{folder} is no whole adapter folder ({error}); train it again") from error
+
+
+def load_adapter(folder: str | Path) -> AdapterArtifact | PeftFolder:
+    """Read an adapter folder of a trial: LoRA factors, or a rival in PEFT's own format.
+
+    Raises:
+        ArtifactError: naming the folder and what to do.
+    """
+    path = Path(folder)
+    try:
+        own = json.loads((path / CONFIG_FILE).read_text())
+        plain = own["peft_type"] == "LORA" and not own.get("use_dora")
+    except (OSError, ValueError, KeyError, TypeError):
+        plain = True  # The artifact's own checks say what is wrong with it.
+    return AdapterArtifact.load(path) if plain or not (path / META_FILE).is_file() else PeftFolder.load(path)
+
+
+def _plain(value: Any) -> Any:
+    """Write PEFT's sets and enumerations as JSON."""
+    return sorted(value) if isinstance(value, set | frozenset) else str(getattr(value, "value", value))

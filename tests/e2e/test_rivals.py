@@ -1,0 +1,77 @@
+"""A sweep of `lora` and a rival on the tiny model, whose winner has no low-rank factors."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from rayft.artifacts import AdapterArtifact
+from rayft.errors import ArtifactError
+from rayft.flow.commands import squeeze
+from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.display import Display
+from rayft.flow.sweep import run_sweep, served_adapters
+from rayft.models.peft_folder import PeftFolder, load_adapter
+from rayft.report.frame import SweepRecord
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+METHODS = {
+    "lora": {"ranks": [2], "lr": [1e-7]},
+    "peft:DoRA": {"ranks": [2], "lr": [1e-2]},
+}
+"""Learning rates that let DoRA win."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
+    folder = tmp_path_factory.mktemp("rivals")
+    tiny = load_config("tiny", [f"output={folder / 'out'}"]).model_dump(mode="json")
+    tiny["optim"]["steps"] = tiny["sweep"]["grace"] = 4
+    tiny["data"] |= {"train": 24, "val": 4, "test": 4}
+    tiny["sweep"]["methods"] = METHODS
+    (folder / "rivals.yaml").write_text(yaml.safe_dump(tiny))
+    return load_config(str(folder / "rivals.yaml"))
+
+
+@pytest.fixture(scope="module")
+def said() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def record(local_ray: None, config: PipelineConfig, said: io.StringIO) -> SweepRecord:
+    return run_sweep(config, Display(Console(file=said, width=1000)))
+
+
+def test_a_winner_without_factors_ends_in_a_report_that_says_so(
+    record: SweepRecord, config: PipelineConfig, said: io.StringIO
+) -> None:
+    output = Path(config.output)
+    assert record.winner
+    assert record.winner.trial.startswith("peft:DoRA")
+    assert "it has no low-rank factors" in record.winner.why
+    assert "it has no low-rank factors" in (output / "report.html").read_text()
+    assert "is peft:DoRA, whose update has no low-rank factors: it is saved in" in said.getvalue()
+    assert "the best one that can is" in said.getvalue()
+    assert not record.squeezed
+    assert not served_adapters(output, record)
+    assert SweepRecord.load(output) == record
+
+
+def test_every_trial_was_scored_and_can_be_read(record: SweepRecord) -> None:
+    assert [trial.status for trial in record.trials] == ["finished"] * 2
+    assert all(trial.test is not None and trial.bytes > 0 for trial in record.trials)
+    kinds = {trial.method: type(load_adapter(trial.folder)) for trial in record.trials}
+    assert kinds == {"lora": AdapterArtifact, "peft:DoRA": PeftFolder}
+
+
+def test_squeezing_it_says_what_to_train_instead(record: SweepRecord, tmp_path: Path) -> None:
+    assert record.winner
+    folder = next(trial.folder for trial in record.trials if trial.id == record.winner.trial)
+    with pytest.raises(ArtifactError, match="can't be squeezed, promoted or served: train lora"):
+        squeeze(Path(folder), tmp_path, [1], [], Console(quiet=True))

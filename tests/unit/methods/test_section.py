@@ -1,0 +1,103 @@
+"""The method section: ranks of single modules, links, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayft.config import parse
+from rayft.errors import ConfigError, MethodError
+from rayft.methods import METHODS, settled
+from rayft.methods.base import ChainConfig, MethodConfig
+
+
+@pytest.mark.parametrize(
+    ("module", "rank"),
+    [
+        ("layers.0.q_proj", 2),
+        ("q_proj", 2),
+        ("layers.0.xq_proj", 16),
+        ("layers.1.mlp.up_proj", 3),
+        ("layers.11.mlp.up_proj", 16),
+        ("layers.7.attn.o_proj", 5),
+    ],
+)
+def test_ranks_of_single_modules(module: str, rank: int) -> None:
+    pattern = {"q_proj": 2, "layers.1.mlp.up_proj": 3, r"layers\.\d\.attn\..*": 5}
+    assert MethodConfig(rank_pattern=pattern).of(module).rank == rank
+
+
+def test_the_first_pattern_that_fits_counts() -> None:
+    config = MethodConfig(rank_pattern={"q_proj": 2, r".*": 3})
+    assert config.of("h.q_proj").rank == 2
+    assert config.of("h.k_proj").rank == 3
+
+
+def test_alpha_follows_the_modules_rank_unless_it_is_given() -> None:
+    assert MethodConfig(rank=8, rank_pattern={"q": 2}).of("q").scale == 2
+    assert MethodConfig(rank=8, rank_pattern={"q": 2}, alpha=8.0).of("q").scale == 4
+
+
+def test_links() -> None:
+    assert MethodConfig().links == 1
+    assert MethodConfig(name="cola", chain=ChainConfig(links=3)).links == 3
+    assert settled(MethodConfig(name="c3la")).links == ChainConfig().links
+    assert settled(MethodConfig(name="cla")).chain is None
+    given = MethodConfig(name="c3la", chain=ChainConfig(links=2))
+    assert settled(given) is given
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"rank_pattern": {"q_proj": 0}}, "'q_proj' has rank 0; ranks start at 1"),
+        ({"rank_pattern": {"(": 2}}, r"'\(' is no regular expression"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"lr_ratio": 0.0}, "lr_ratio"),
+        ({"chain": {"links": 0}}, "links"),
+        ({"chain": {"epochs": 0}}, "epochs"),
+    ],
+)
+def test_impossible_settings_are_refused(bad: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(MethodConfig, bad)
+
+
+CHAINED, FASTER, BASE = {"cola", "rac", "c3la", "rc3la"}, {"lora_plus"}, {"full", "paca"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("settings", "allowed", "message"),
+    [
+        ({"chain": {"links": 2}}, CHAINED, "is no chain, .* drop it, or use cola, rac, c3la or rc3la"),
+        ({"lr_ratio": 4.0}, FASTER, "has one learning rate, .* drop it, or use lora_plus"),
+        ({"dropout": 0.1}, METHODS.keys() - BASE, "trains the base's own weights, .* set dropout: 0"),
+        ({"options": {"r": 2}}, set(), "takes no options: drop method.options"),
+    ],
+    ids=["chain", "lr_ratio", "dropout", "options"],
+)
+def test_settings_that_would_do_nothing_are_refused(
+    name: str, settings: dict[str, object], allowed: set[str], message: str
+) -> None:
+    config = MethodConfig.model_validate({"name": name, **settings})
+    if name in allowed:
+        METHODS[name].check_settings(config)
+        return
+    with pytest.raises(MethodError, match=f"^'{name}' {message}"):
+        METHODS[name].check_settings(config)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bases_that_can_not_be_trained_are_refused(name: str) -> None:
+    METHODS[name].check_base()
+    if name in BASE:
+        with pytest.raises(MethodError, match=f"^'{name}' .* drop model.quantize, or use a method that adds"):
+            METHODS[name].check_base(quantised=True)
+    else:
+        METHODS[name].check_base(quantised=True)
+    if name == "paca":
+        with pytest.raises(MethodError, match=r"^'paca' .* use scale\.zero 0, 1 or 2, or rcla"):
+            METHODS[name].check_base(partitioned=True)
+    else:
+        METHODS[name].check_base(partitioned=True)

@@ -1,0 +1,57 @@
+"""Variants of a small run, and reporters that end it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rayft.methods import METHODS
+from rayft.methods.base import ChainConfig, MethodConfig
+from rayft.train.context import SilentReporter
+from rayft.train.run import RunConfig
+
+CHAINS = sorted(name for name, method in METHODS.items() if method.chained)
+ADAPTERS = sorted(name for name, method in METHODS.items() if method.exports_lora)
+
+
+def changed(run: RunConfig, **sections: object) -> RunConfig:
+    """Change settings by section; what does not fit together is an error, as in a configuration."""
+    update = {
+        name: getattr(run, name).model_copy(update=dict(values)) if isinstance(values, Mapping) else values
+        for name, values in sections.items()
+    }
+    return RunConfig(**{**{name: getattr(run, name) for name in RunConfig.model_fields}, **update})
+
+
+def with_method(run: RunConfig, name: str, *, links: int = 3, **sections: object) -> RunConfig:
+    """Take another method at rank 4; a chain gets three links, `full` a learning rate that it bears."""
+    chain = ChainConfig(links=links) if METHODS[name].chained else None
+    run = changed(run, method=MethodConfig(name=name, rank=4, chain=chain), **sections)
+    return changed(run, optim={"lr": 1e-3}) if name == "full" else run
+
+
+class StopAt(SilentReporter):
+    """Stops a run at its evaluation after a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Keep the numbers, and say stop when it is time."""
+        super().report(step, metrics)
+        return step != self._step
+
+
+class DieAt(SilentReporter):
+    """Dies after an evaluation, as a killed process would: nothing after it is done."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Keep the numbers, and die when it is time."""
+        super().report(step, metrics)
+        if step == self._step:
+            raise KeyboardInterrupt
+        return True

@@ -1,0 +1,157 @@
+"""Chains: which steps a link trains, how it starts, and what becomes of the links before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rayft.artifacts import AdapterArtifact
+from rayft.config import parse
+from rayft.data.loader import Schedule
+from rayft.errors import ConfigError
+from rayft.methods import METHODS
+from rayft.methods.base import AdapterLinear, ChainConfig, LayerShape, MethodConfig
+from rayft.models.targets import linear_shapes
+from rayft.train import loop
+from rayft.train.context import Session, SilentReporter
+from rayft.train.links import spans
+from rayft.train.loop import fit
+from rayft.train.run import RunConfig
+from tests.unit.train.runs import CHAINS, changed, with_method
+
+
+def by_epochs(run: RunConfig, links: int, epochs: int, **optim: object) -> RunConfig:
+    method = MethodConfig(name="rac", rank=4, chain=ChainConfig(links=links, epochs=epochs))
+    return changed(run, method=method, optim=optim)
+
+
+def test_what_is_no_chain_has_one_link(run: RunConfig, session: Session) -> None:
+    assert spans(run, session.schedule(run)) == [(0, 6)]
+
+
+def test_links_share_the_steps(run: RunConfig, session: Session) -> None:
+    assert spans(with_method(run, "cola"), session.schedule(run)) == [(0, 2), (2, 4), (4, 6)]
+    assert spans(with_method(run, "cola", links=1), session.schedule(run)) == [(0, 6)]
+
+
+def test_links_by_epochs_begin_with_rows_of_their_own(run: RunConfig, session: Session) -> None:
+    run = by_epochs(run, 3, 2, steps=30)
+    schedule = session.schedule(run)
+    found = spans(run, schedule)
+    # Told apart by what the steps hold: no row of the next link's epochs comes before its first step.
+    rows_per_epoch = [len(schedule._epoch(epoch)) for epoch in range(6)]
+    first_rows = [sum(rows_per_epoch[: 2 * link]) for link in range(3)]
+    assert [start for start, _ in found] == [-(-row // 2) for row in first_rows]
+    assert [end for _, end in found] == [*(start for start, _ in found[1:]), 30]
+
+
+def test_epochs_that_differ_in_rows_are_counted_as_they_are(session: Session) -> None:
+    # Short rows pack differently in each order.
+    schedule = Schedule(session.train, 260, 1, seed=3)
+    counts = [schedule.first_step(epoch + 1) - schedule.first_step(epoch) for epoch in range(12)]
+    assert len(set(counts)) > 1, "the data pack alike in every order; this test shows nothing"
+
+
+def test_epochs_that_do_not_fit_are_found_before_training(
+    run: RunConfig, session: Session, tmp_path: Path
+) -> None:
+    before = {name: value.clone() for name, value in session.loaded.model.state_dict().items()}
+    run = by_epochs(run, 3, 4)
+    reporter = SilentReporter()
+    with pytest.raises(ConfigError, match=r"link 3 of 'rac' would begin at step \d+ of 6") as caught:
+        fit(run, session, reporter, tmp_path)
+    assert not reporter.logged
+    assert session.loaded.model.state_dict().keys() == before.keys()
+    # What the message says to do works.
+    steps = int(str(caught.value).split("raise optim.steps to ")[1].split(",")[0])
+    assert len(spans(by_epochs(run, 3, 4, steps=steps), session.schedule(run))) == 3
+
+
+def test_a_link_shorter_than_a_step_is_refused(run: RunConfig, session: Session) -> None:
+    run = by_epochs(run, 3, 1, rows_per_step=64)
+    with pytest.raises(
+        ConfigError, match="less than one step of 64 rows, so a link of 'rac' would not train"
+    ):
+        spans(run, session.schedule(run))
+
+
+@pytest.mark.parametrize(
+    ("links", "steps", "match"),
+    [
+        (4, 10, r"4 links \('c3la'\) doesn't divide optim.steps \(10\): take 5 links, or 8 steps"),
+        (9, 4, r"9 links \('c3la'\) doesn't divide optim.steps \(4\): take 4 links, or 9 steps"),
+    ],
+)
+def test_a_chain_that_does_not_divide_the_steps(links: int, steps: int, match: str) -> None:
+    rest = {"data": {"name": "needle_haystack", "train": 8, "val": 2, "test": 2}, "optim": {"steps": steps}}
+    with pytest.raises(ConfigError, match=match):
+        parse(RunConfig, {**rest, "method": {"name": "c3la", "chain": {"links": links}}})
+    parse(RunConfig, {**rest, "method": {"name": "c3la", "chain": {"links": links, "epochs": 1}}})
+
+
+class _Watch:
+    """Looks at the optimizer before each step, and at the links that are past."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+        self.moments: list[int] = []
+        self.engines: set[int] = set()
+        self.past: list[dict[str, torch.Tensor]] = []
+        self._model, self._step = model, loop.optimizer_step
+        monkeypatch.setattr(loop, "optimizer_step", self)
+
+    def __call__(self, engine: Any, *args: Any) -> Any:
+        states = engine.optimizer.state.values()
+        self.moments.append(sum(int(state["step"]) > 0 for state in states if "step" in state))
+        self.past.append(dict(self._past()))
+        return self._step(engine, *args)
+
+    def _past(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, layer in self._model.named_modules():
+            if isinstance(layer, AdapterLinear) and layer.adapter is not None:
+                rank = layer.adapter.lora_B.shape[1]
+                factors = layer.adapter.to_lora()
+                yield name, torch.cat([factors.b[:, :-rank].flatten(), factors.a[:-rank].flatten()])
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_links_start_afresh_and_stay_as_they_were(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run = with_method(run, name, optim={"steps": 9, "warmup": 2, "lr": 0.25e-2})
+    watch, reporter = _Watch(monkeypatch, session.loaded.model), SilentReporter()
+    result = fit(run, session, reporter, tmp_path)
+    # Moments: none before a link's first step, all of them before its second.
+    tensors = 2 if name == "cola" else 1
+    assert watch.moments == [0, 14 * tensors, 14 * tensors] * 3
+    # Warm-up at each link.
+    assert [metrics["lr"] for _, metrics in reporter.logged] == [0.125e-2, 0.25e-2, 0.25e-2] * 3
+    # Past links: nothing changes them, not by a bit.
+    for link in range(3):
+        first, *others = watch.past[3 * link : 3 * link + 3]
+        assert all(torch.equal(first[key], other[key]) for other in others for key in first)
+        assert all(bool(value.any()) == (link > 0) for value in first.values())
+    artifact = AdapterArtifact.load(result.folder)
+    assert {factors.rank for factors in artifact.modules.values()} == {3 * 4}
+    for module, factors in artifact.modules.items():
+        assert all(part.any() for part in factors.b.split(4, 1)), "a link's B is still zero"
+        saved = torch.cat([factors.b[:, :8].flatten(), factors.a[:8].flatten()])
+        assert torch.equal(saved, watch.past[-1][module])
+    shapes = [LayerShape(*shape) for shape in linear_shapes(session.loaded.model).values()]
+    once = sum(METHODS[name].trained(shape, 4) for shape in shapes)
+    assert result.trainable == once
+    frozen_a = sum(3 * 4 * shape.inputs for shape in shapes) if name == "rac" else 0
+    assert result.parameters == 3 * once + frozen_a == artifact.parameters
+
+
+def test_links_by_epochs_train(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    run = by_epochs(run, 2, 1, steps=12)
+    reporter = SilentReporter()
+    result = fit(changed(run, optim={"warmup": 2}), session, reporter, tmp_path)
+    second = spans(run, session.schedule(run))[1][0]
+    rates = [metrics["lr"] for _, metrics in reporter.logged]
+    assert [step for step, lr in enumerate(rates) if lr < run.optim.lr] == [0, second]
+    assert AdapterArtifact.load(result.folder).rank == 2 * 4

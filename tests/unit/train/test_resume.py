@@ -1,0 +1,84 @@
+"""Runs that were killed go on as if nothing had happened; those that were stopped keep what they have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayft.artifacts import AdapterArtifact
+from rayft.train.context import Session, SilentReporter, Worker
+from rayft.train.loop import fit
+from rayft.train.run import RunConfig
+from tests.unit.train.runs import CHAINS, DieAt, StopAt, changed, with_method
+
+NO_CHAINS = ("asym", "cla", "lora", "lora_plus", "paca", "rcla")
+
+
+def by_step(run: RunConfig, name: str, **sections: object) -> RunConfig:
+    """Make a run of nine steps, three links of three."""
+    return with_method(run, name, optim={"steps": 9}, evaluate={"every": None}, **sections)
+
+
+def assert_resumes(
+    run: RunConfig, folder: Path, deaths: tuple[int, ...], session: Session | None = None
+) -> None:
+    """Kill a run after each of some steps; what comes out in the end is what comes out of a whole one."""
+    one = fit(run, session or Session.open(run, Worker()), SilentReporter(), folder / "whole", deaths)
+    for step in deaths:
+        with pytest.raises(KeyboardInterrupt):
+            fit(run, session or Session.open(run, Worker()), DieAt(step), folder / "cut", deaths)
+        assert json.loads((folder / "cut" / "checkpoint" / "state.json").read_text())["step"] == step
+    reporter = SilentReporter()
+    other = fit(run, session or Session.open(run, Worker()), reporter, folder / "cut", deaths)
+    assert [step for step, _ in reporter.logged] == list(range(deaths[-1] + 1, 10))
+    assert one.train_curve == other.train_curve
+    assert one.val_curve == other.val_curve
+    assert one.content_hash == other.content_hash
+    assert (one.trainable, one.parameters) == (other.trainable, other.parameters)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_goes_on_wherever_it_was_killed(
+    run: RunConfig, session: Session, tmp_path: Path, name: str
+) -> None:
+    # Within the first link, at its end, inside the second, at its end.
+    assert_resumes(by_step(run, name), tmp_path, (2, 3, 5, 6), session)
+
+
+@pytest.mark.parametrize("name", NO_CHAINS)
+def test_the_others_go_on_too(run: RunConfig, session: Session, tmp_path: Path, name: str) -> None:
+    assert_resumes(by_step(run, name), tmp_path, (5,), session)
+
+
+@pytest.mark.parametrize("name", ["cola", "rc3la", "lora_plus", "paca"])
+def test_in_bfloat16_with_its_float32_weights(run: RunConfig, tmp_path: Path, name: str) -> None:
+    run = by_step(run, name, scale={"dtype": "bfloat16", "zero": 2})
+    assert_resumes(run, tmp_path, (5, 6), Session.open(run, Worker()))
+
+
+@pytest.mark.parametrize("name", ["rac", "c3la"])
+def test_sharded_by_zero_3(run: RunConfig, tmp_path: Path, name: str) -> None:
+    assert_resumes(by_step(run, name, scale={"zero": 3}), tmp_path, (5, 6))
+
+
+def test_with_dropout(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    run = by_step(run, "c3la")
+    assert_resumes(changed(run, method={"dropout": 0.5}), tmp_path, (5,), session)
+
+
+@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize(("step", "links"), [(3, 1), (5, 2)])
+def test_a_stopped_chain_keeps_the_links_so_far(
+    run: RunConfig, session: Session, tmp_path: Path, name: str, step: int, links: int
+) -> None:
+    run = by_step(run, name)
+    result = fit(run, session, StopAt(step), tmp_path, (step,))
+    assert not result.finished
+    assert result.steps == step
+    artifact = AdapterArtifact.load(result.folder)
+    assert {factors.rank for factors in artifact.modules.values()} == {4 * links}
+    assert all(torch.isfinite(factors.b).all() for factors in artifact.modules.values())
+    assert all(part.any() for factors in artifact.modules.values() for part in factors.b.split(4, 1))

@@ -1,0 +1,117 @@
+"""One base in memory serves trial after trial: none leaves a trace, and their order does not matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayft.errors import MethodError
+from rayft.methods.base import MethodConfig
+from rayft.train.context import Session, SilentReporter, Worker
+from rayft.train.loop import TrainResult, fit, validation_loss
+from rayft.train.run import RunConfig
+from tests.unit.train.runs import ADAPTERS, StopAt, changed, with_method
+
+
+def trial(run: RunConfig, name: str) -> RunConfig:
+    return with_method(run, name, links=2, optim={"steps": 4}, evaluate={"every": None})
+
+
+def weights(session: Session) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in session.loaded.model.state_dict().items()}
+
+
+def assert_untouched(session: Session, before: dict[str, torch.Tensor]) -> None:
+    after = session.loaded.model.state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), f"{name} changed"
+    assert not any(p.requires_grad for p in session.loaded.model.parameters())
+
+
+def assert_same(one: TrainResult, other: TrainResult) -> None:
+    assert one.train_curve == other.train_curve
+    assert one.val_curve == other.val_curve
+    assert one.content_hash == other.content_hash
+
+
+def test_trials_in_turn_equal_trials_alone(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    before, alone = weights(session), {}
+    for name in ADAPTERS:
+        fresh = Session.open(run, Worker())
+        alone[name] = fit(trial(run, name), fresh, SilentReporter(), tmp_path / "alone" / name)
+    assert len({result.content_hash for result in alone.values()}) == len(ADAPTERS)
+    for order in (ADAPTERS, ADAPTERS[::-1]):
+        for name in order:
+            result = fit(trial(run, name), session, SilentReporter(), tmp_path / order[0] / name)
+            assert_same(alone[name], result)
+            assert_untouched(session, before)
+
+
+def test_bfloat16_paca_gives_back_every_bit(run: RunConfig, tmp_path: Path) -> None:
+    run = changed(trial(run, "paca"), scale={"dtype": "bfloat16", "zero": 2})
+    session = Session.open(run, Worker())
+    before, loss = weights(session), validation_loss(session)
+    fit(run, session, SilentReporter(), tmp_path)
+    assert_untouched(session, before)
+    assert validation_loss(session) == loss
+
+
+def test_a_trial_that_stops_or_fails_leaves_nothing(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    before = weights(session)
+    fit(trial(run, "paca"), session, StopAt(2), tmp_path / "stopped", (2,))
+    assert_untouched(session, before)
+
+    class _Fails(SilentReporter):
+        def log(self, step: int, metrics: object) -> None:
+            raise OSError
+
+    for name in ("paca", "rac"):
+        with pytest.raises(OSError):  # noqa: PT011
+            fit(trial(run, name), session, _Fails(), tmp_path / name)
+        assert_untouched(session, before)
+
+
+def test_a_tied_output_layer_stays_tied_and_frozen(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    model = session.loaded.model
+    before = model.get_output_embeddings().weight.clone()
+    fit(trial(run, "lora"), session, SilentReporter(), tmp_path / "lora")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert torch.equal(model.get_output_embeddings().weight, before)
+
+
+def test_full_trains_a_tied_layer_as_one(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = session.loaded.model
+    before = model.get_output_embeddings().weight.clone()
+    result = fit(trial(run, "full"), session, SilentReporter(), tmp_path)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert not torch.equal(model.get_output_embeddings().weight, before)
+    saved = AutoModelForCausalLM.from_pretrained(result.folder)
+    assert saved.get_output_embeddings().weight is saved.get_input_embeddings().weight
+    for name, value in model.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("name", ["lora", "asym", "cla", "c3la"])
+def test_seeds_decide_what_drops(run: RunConfig, session: Session, tmp_path: Path, name: str) -> None:
+    plain = trial(run, name)
+    dropping = changed(plain, method={"dropout": 0.5})
+    one, again, other, none = (
+        fit(chosen, session, SilentReporter(), tmp_path / str(number))
+        for number, chosen in enumerate((dropping, dropping, changed(dropping, seed=1), plain))
+    )
+    assert_same(one, again)
+    # B starts at 0, so the first step's loss can't tell; the second's can.
+    assert one.train_curve[0] == none.train_curve[0]
+    assert one.train_curve[1] != none.train_curve[1]
+    assert one.content_hash != other.content_hash
+
+
+@pytest.mark.parametrize("name", ["full", "paca"])
+def test_what_trains_the_base_drops_nothing(run: RunConfig, name: str) -> None:
+    with pytest.raises(MethodError, match=f"'{name}' trains the base's own weights.*set dropout: 0"):
+        changed(run, method=MethodConfig(name=name, dropout=0.1))
