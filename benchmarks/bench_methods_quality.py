@@ -7,8 +7,9 @@ SmolLM2-135M-Instruct, four reasoning-gym tasks. For each method, task and budge
 chosen on the validation part at one seed, then two more seeds train at it; the three are scored on the
 test part. Budgets: `equal_rank`, rank 16 (of a chain: of each of its 4 links), and `equal_params`, the
 rank whose stored numbers over the whole model (all links) come nearest to LoRA's at rank 16. Trials run in
-lanes, several on one GPU. Every finished trial and score is a file in OUT, so a run that was cut short
-goes on where it stopped, also with OUT's `trials/*/result.json` and `scores/` alone.
+lanes, several on one GPU. What each finished trial left and scored is kept in
+`results/methods_quality_trials.json`, so a run that was cut short goes on where it stopped, on another
+machine too; a trial whose adapter is gone and whose test score is missing is trained again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import ray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.records import record, save
+from benchmarks.records import RESULTS, record, save
 from rayft.data.section import DataConfig, PartFiles
 from rayft.evaluate.compare import interval
 from rayft.flow.cluster import cluster
@@ -36,12 +37,16 @@ from rayft.methods.base import ChainConfig, LayerShape, MethodConfig
 from rayft.models.load import ModelConfig
 from rayft.sweep.broker import Job
 from rayft.sweep.executor import LaneExecutor
-from rayft.sweep.lane import TrainRequest, read_result
+from rayft.sweep.lane import TrainRequest
 from rayft.sweep.score import ScoreRequest
+from rayft.train.context import trial_folder
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 
 MODEL = "smollm2-135m-instruct"
 RANK, LINKS, SEEDS = 16, 4, (0, 1, 2)
+TRIALS = RESULTS / "methods_quality_trials.json"
+"""Every trial: what its training left, and its scores."""
+KEPT = ("val_loss", "trainable", "parameters", "bytes", "seconds", "peak_memory", "tokens_per_second")
 TASKS: dict[str, dict[str, Any]] = {
     "needle_haystack": {"min_num_statements": 3, "max_num_statements": 5},
     "number_format": {"min_num_candidates": 2, "max_num_candidates": 3},
@@ -88,6 +93,7 @@ class Scale:
     model: str
     data: Path
     out: Path
+    trials: Path
 
 
 def prepare(folder: Path) -> None:
@@ -159,64 +165,50 @@ def make_run(setting: Setting, lr: float, seed: int, scale: Scale) -> RunConfig:
 
 
 class Bench:
-    """Runs trials and scores in lanes, and keeps each in a file."""
+    """Runs trials and scores in lanes, and keeps what came out."""
 
     def __init__(self, scale: Scale) -> None:
         self.scale = scale
         self.started = time.monotonic()
-        (scale.out / "scores").mkdir(parents=True, exist_ok=True)
+        self.known: dict[str, dict[str, Any]] = {}
+        if scale.trials.is_file():
+            self.known = json.loads(scale.trials.read_text())
         run = make_run(Setting("lora", next(iter(TASKS)), "equal_rank", RANK), 1e-3, 0, scale)
         storage = str((scale.out / "ray").absolute())
         self.executor = LaneExecutor(run.scale, storage, scale.lanes, 3, f"quality{int(time.time())}")
 
     def key(self, setting: Setting, lr: float, seed: int) -> str:
         """Name a trial; the same settings have the same name in every run."""
-        steps = self.scale.steps
-        return f"{setting.method}-{setting.task}-r{setting.rank}-lr{lr:g}-s{seed}-n{steps}"
+        model, steps = Path(self.scale.model).stem.lower().partition("-")[0], self.scale.steps
+        return f"{model}/{setting.task}/{setting.method}-r{setting.rank}-lr{lr:g}-s{seed}-n{steps}"
 
     def train(self, wanted: Sequence[tuple[Setting, float, int]], part: str) -> None:
-        """Train what is missing, and score each on a part as soon as it is there."""
-        jobs, names = [], {}
-        for setting, lr, seed in wanted:
-            key = self.key(setting, lr, seed)
-            if self.score(key, part) is not None or key in names:
-                continue
-            names[key] = (setting, lr, seed)
-            if self._adapter(key) is None:
-                run = make_run(setting, lr, seed, self.scale)
-                request = TrainRequest(key, key, run.model_dump_json(), str(self.scale.out.absolute()), ())
-                jobs.append(Job(key, "train", {"request": request}))
-        self.executor.submit(jobs)
-        waiting = []
-        for key in [job.id for job in jobs]:
-            event = ray.get(self.executor.broker.next_event.remote(key))
-            if event.kind == "failed":
-                print(f"{key} failed: {event.values['error'].splitlines()[0]}", flush=True)
-                continue
-        for key, (setting, lr, seed) in names.items():
-            request = self._request(key, setting, lr, seed, part)
-            if request is not None:
-                waiting.append((key, f"{key}/{part}"))
-                self.executor.submit([Job(f"{key}/{part}", "score", {"request": request})])
-        for key, job in waiting:
-            event = ray.get(self.executor.broker.next_event.remote(job))
-            if event.kind == "failed":
-                print(f"{job} failed: {event.values['error'].splitlines()[0]}", flush=True)
-                continue
-            path = self.scale.out / "scores" / f"{key}.{part}.json"
-            path.write_text(json.dumps(event.values["scores"][part]))
+        """Train what is missing, and score it on a part."""
+        missing = {self.key(*trial): trial for trial in wanted if self.score(self.key(*trial), part) is None}
+        jobs = [
+            Job(key, "train", {"request": self._train_request(key, *trial)})
+            for key, trial in missing.items()
+            if self._folder(key) is None
+        ]
+        self._run(jobs, self._keep_result)
+        scores = [
+            Job(f"{key}/{part}", "score", {"request": self._score_request(key, *trial, part)})
+            for key, trial in missing.items()
+            if self._folder(key) is not None
+        ]
+        self._run(scores, self._keep_score)
+        self.save()
         spent = time.monotonic() - self.started
-        print(f"{spent:5.0f} s: {len(jobs)} trained, {len(waiting)} scored on {part}", flush=True)
+        print(f"{spent:5.0f} s: {len(jobs)} trained, {len(scores)} scored on {part}", flush=True)
 
     def score(self, key: str, part: str) -> list[float] | None:
-        """Read a trial's scores of a part."""
-        path = self.scale.out / "scores" / f"{key}.{part}.json"
-        return list(json.loads(path.read_text())) if path.is_file() else None
+        """Give a trial's scores of a part, one a question; None if there are none yet."""
+        found = self.known.get(key, {}).get(part)
+        return None if found is None else [float(value) for value in found]
 
     def result(self, key: str) -> dict[str, Any] | None:
-        """Read what a trial's training left."""
-        found = read_result(str(self.scale.out), key)
-        return None if found is None else dict(found["result"])
+        """Give what a trial's training left."""
+        return self.known.get(key, {}).get("result")
 
     def best_lr(self, setting: Setting) -> float | None:
         """Choose the learning rate with the best validation score (of equals the lower loss)."""
@@ -228,18 +220,47 @@ class Bench:
                 found.append((sum(values) / len(values), -result["val_loss"], lr))
         return max(found)[2] if found else None
 
-    def _adapter(self, key: str) -> str | None:
-        result = self.result(key)
-        return result["folder"] if result and Path(result["folder"]).is_dir() else None
+    def save(self) -> None:
+        """Write all that is known, whole or not at all."""
+        staging = self.scale.trials.with_suffix(".tmp")
+        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(self.known.items())]
+        staging.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        staging.rename(self.scale.trials)
 
-    def _request(self, key: str, setting: Setting, lr: float, seed: int, part: str) -> ScoreRequest | None:
-        folder: str | None = self._adapter(key)
-        if folder is None:
-            return None
+    def _run(self, jobs: Sequence[Job], keep: Callable[[str, dict[str, Any]], None]) -> None:
+        self.executor.submit(jobs)
+        for job in jobs:
+            event = ray.get(self.executor.broker.next_event.remote(job.id))
+            if event.kind == "failed":
+                print(f"{job.id} failed: {event.values['error'].splitlines()[0]}", flush=True)
+            else:
+                keep(job.id, dict(event.values))
+
+    def _keep_result(self, key: str, values: dict[str, Any]) -> None:
+        result = {name: values["result"][name] for name in KEPT}
+        self.known[key] = {**self.known.get(key, {}), "result": result}
+
+    def _keep_score(self, job: str, values: dict[str, Any]) -> None:
+        key, _, part = job.rpartition("/")
+        # Right or wrong, as a word of 1 and 0.
+        self.known[key][part] = "".join(str(int(value)) for value in values["scores"][part])
+
+    def _folder(self, key: str) -> str | None:
+        """Find a trial's adapter (of `full`: model), if it is on this machine."""
+        found = [folder for name in ("adapter", "model") if (folder := self._path(key) / name).is_dir()]
+        return str(found[0]) if found and self.result(key) else None
+
+    def _path(self, key: str) -> Path:
+        return trial_folder(self.scale.out.absolute(), key)
+
+    def _train_request(self, key: str, setting: Setting, lr: float, seed: int) -> TrainRequest:
         run = make_run(setting, lr, seed, self.scale)
+        return TrainRequest(key, key, run.model_dump_json(), str(self.scale.out.absolute()), ())
+
+    def _score_request(self, key: str, setting: Setting, lr: float, seed: int, part: str) -> ScoreRequest:
+        run, folder = make_run(setting, lr, seed, self.scale), self._folder(key)
         if not method(setting.method).exports_lora:
-            run = run.model_copy(update={"model": ModelConfig(name=folder)})
-            folder = None
+            run, folder = run.model_copy(update={"model": ModelConfig(name=str(folder))}), None
         return ScoreRequest(run=run.model_dump_json(), parts=(part,), adapter=folder)  # type: ignore[arg-type]
 
 
@@ -323,6 +344,7 @@ def main() -> None:
     parser.add_argument("--prepare", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/methods_quality"))
+    parser.add_argument("--trials", type=Path, default=TRIALS)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--steps", type=int, default=60)
@@ -339,7 +361,7 @@ def main() -> None:
     device = f"1x {torch.cuda.get_device_name()}" if cuda else "cpu"
     scale = Scale(
         arguments.steps, arguments.lanes, arguments.lrs, "cuda" if cuda else "cpu",
-        arguments.model, arguments.data, arguments.out,
+        arguments.model, arguments.data, arguments.out, arguments.trials,
     )  # fmt: skip
     wanted = settings(scale, arguments.tasks.split(","), arguments.methods.split(","))
     with cluster(scale.lanes, device=scale.device, gpu_share=1 / scale.lanes if cuda else 1.0):
@@ -349,7 +371,8 @@ def main() -> None:
             run_all(bench, wanted, arguments.seconds)
         finally:
             bench.executor.close()
-    save("methods_quality", records(bench, wanted, arguments.commit, device))
+    if arguments.trials == TRIALS:
+        save("methods_quality", records(bench, wanted, arguments.commit, device))
 
 
 if __name__ == "__main__":

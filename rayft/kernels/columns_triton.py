@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rayft.kernels.launch_triton import Launcher
+
 __all__ = ["gather", "write"]
 
 TILE = 1024
@@ -33,23 +35,29 @@ def _write(w_ptr, columns, p_ptr, n_rows, stride, inner, rank, R: tl.constexpr, 
     tl.store(place, values.to(w_ptr.dtype.element_ty), mask=mask)
 
 
+launch_gather = Launcher(_gather, num_warps=4)
+launch_write = Launcher(_write, num_warps=4)
+
+
 def gather(x: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Launch the gather on the current stream."""
-    out = torch.empty(x.shape[0], columns.numel(), dtype=x.dtype, device=x.device)
-    _run(_gather, x, columns, out)
+    out = x.new_empty(x.shape[0], columns.numel())
+    _run(launch_gather, x, columns, out)
     return out
 
 
 def write(w: torch.Tensor, columns: torch.Tensor, p: torch.Tensor) -> None:
     """Launch the write on the current stream."""
-    _run(_write, w, columns, p.contiguous())
+    _run(launch_write, w, columns, p.contiguous())
 
 
-def _run(kernel, matrix: torch.Tensor, columns: torch.Tensor, packed: torch.Tensor) -> None:
+def _run(launch: Launcher, matrix: torch.Tensor, columns: torch.Tensor, packed: torch.Tensor) -> None:
     n_rows, rank = packed.shape
-    padded = triton.next_power_of_2(rank)
+    padded = int(triton.next_power_of_2(rank))
     rows = max(1, TILE // padded)
-    kernel[(triton.cdiv(n_rows, rows),)](
-        matrix, columns, packed, n_rows, matrix.stride(0), matrix.stride(1), rank,
-        R=padded, BN=rows, num_warps=4,
-    )  # fmt: skip
+    launch(
+        (-(-n_rows // rows), 1, 1),
+        (matrix, columns, packed),
+        (n_rows, matrix.stride(0), matrix.stride(1), rank),
+        (padded, rows),
+    )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
+
+from rayft.kernels.launch_triton import Launcher
 
 __all__ = ["gradients", "update"]
 
@@ -49,7 +53,7 @@ def _update(
 
 @triton.jit
 def _partial(
-    g_ptr, b_ptr, h_ptr, q_parts, db_parts, n_rows, n_outputs, g_stride, rank, frozen,
+    g_ptr, b_ptr, h_ptr, parts_ptr, n_rows, n_outputs, g_stride, rank, frozen, db_start,
     R: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs over one part of the rows: q of this tile, db of this part."""
@@ -69,15 +73,16 @@ def _partial(
             mask=in_n[:, None] & (in_r & (r >= frozen))[None, :],
             other=0.0,
         )
-        tl.store(q_parts + (row + tile * n_rows) * R + r[None, :], tl.dot(g, b), mask=in_n[:, None])
+        tl.store(parts_ptr + (row + tile * n_rows) * R + r[None, :], tl.dot(g, b), mask=in_n[:, None])
         db += tl.dot(tl.trans(h), g)
-    tl.store(db_parts + (part * R + r[:, None]).to(tl.int64) * n_outputs + o[None, :], db, mask=in_o[None, :])
+    place = parts_ptr + db_start + (part * R + r[:, None]).to(tl.int64) * n_outputs + o[None, :]
+    tl.store(place, db, mask=in_o[None, :])
 
 
 @triton.jit
 def _total(
-    q_parts, db_parts, a_ptr, q_ptr, x_ptr, db_ptr, n_rows, n_outputs, x_stride, rank, frozen, scale,
-    row_blocks, n_inputs: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr,
+    parts_ptr, a_ptr, q_ptr, x_ptr, db_ptr, n_rows, n_outputs, x_stride, rank, frozen, db_start,
+    row_blocks, scale, n_inputs: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr,
     BN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
     """Add the parts up: the first `row_blocks` programs q and its share of grad_x, the others db."""
@@ -91,7 +96,7 @@ def _total(
         mask = in_n[:, None] & in_r[None, :]
         q = tl.zeros((BN, R), tl.float32)
         for tile in tl.static_range(TILES):
-            q += tl.load(q_parts + (row + tile * n_rows) * R + r[None, :], mask=mask, other=0.0)
+            q += tl.load(parts_ptr + (row + tile * n_rows) * R + r[None, :], mask=mask, other=0.0)
         q *= scale
         if SELECT:
             column = tl.load(a_ptr + r, mask=in_r, other=0)
@@ -114,11 +119,16 @@ def _total(
         mask_o = (o < n_outputs)[:, None] & (in_r & (r >= frozen))[None, :]
         db = tl.zeros((BO, R), tl.float32)
         for part in tl.static_range(PARTS):
-            place_o = (part * R + r[None, :]).to(tl.int64) * n_outputs + o[:, None]
-            db += tl.load(db_parts + place_o, mask=mask_o, other=0.0)
+            place_o = db_start + (part * R + r[None, :]).to(tl.int64) * n_outputs + o[:, None]
+            db += tl.load(parts_ptr + place_o, mask=mask_o, other=0.0)
         db *= scale
         out = db_ptr + o[:, None] * (rank - frozen) + (r - frozen)[None, :]
         tl.store(out, db.to(db_ptr.dtype.element_ty), mask=mask_o)
+
+
+launch_update = Launcher(_update, num_warps=4, num_stages=4)
+launch_partial = Launcher(_partial, num_warps=8, num_stages=3)
+launch_total = Launcher(_total, num_warps=4)
 
 
 def update(
@@ -128,14 +138,16 @@ def update(
     x = x if x.stride(1) == 1 else x.contiguous()
     a, b = a.contiguous(), b.contiguous()
     (n_rows, n_inputs), (n_outputs, rank) = x.shape, b.shape
-    y = torch.empty(n_rows, n_outputs, device=x.device, dtype=x.dtype)
-    h = torch.empty(n_rows, rank, device=x.device, dtype=x.dtype)
+    y = x.new_empty(n_rows, n_outputs)
+    h = x.new_empty(n_rows, rank)
     strip = _strip(n_rows)
-    _update[(triton.cdiv(n_rows, strip),)](
-        x, a, b, x if bias is None else bias, h, y, n_rows, x.stride(0), rank, scale,
-        n_inputs=n_inputs, n_outputs=n_outputs, R=_padded(rank), BN=strip, BI=128, BO=128,
-        SELECT=a.ndim == 1, BIAS=bias is not None, num_warps=4, num_stages=4,
-    )  # fmt: skip
+    launch_update(
+        (-(-n_rows // strip), 1, 1),
+        (x, a, b, x if bias is None else bias, h, y),
+        (n_rows, x.stride(0), rank),
+        (n_inputs, n_outputs, _padded(rank), strip, 128, 128, a.ndim == 1, bias is not None),
+        (scale,),
+    )
     return y, h
 
 
@@ -154,38 +166,55 @@ def gradients(
     """
     g = g if g.stride(1) == 1 else g.contiguous()
     a, b, h = a.contiguous(), b.contiguous(), h.contiguous()
-    (n_rows, n_outputs), rank = g.shape, b.shape[1]
-    frozen, padded = rank - h.shape[1], _padded(rank)
+    (n_rows, n_outputs), rank, trained = g.shape, b.shape[1], h.shape[1]
+    select, padded = a.ndim == 1, _padded(rank)
     if grad_x is None:
-        grad_x = torch.empty(n_rows, a.shape[1], device=g.device, dtype=g.dtype)
-    q = grad_x if a.ndim == 1 else torch.empty(n_rows, rank, device=g.device, dtype=g.dtype)
-    db = torch.empty(n_outputs, h.shape[1], device=g.device, dtype=g.dtype)
-    # Tiles by measurement on an H200: large ones where there is enough of g to fill the device.
-    big = n_rows * n_outputs >= 2**24
-    tile_o, tile_n = (256 if big else 128), (128 if padded == 16 else 64)
-    tiles = triton.cdiv(n_outputs, tile_o)
-    parts = max(1, min(triton.cdiv(n_rows, tile_n), (132 if big else 264) // tiles, 32))
-    rows = triton.cdiv(triton.cdiv(n_rows, parts), tile_n) * tile_n
-    q_parts = torch.empty(tiles, n_rows, padded, device=g.device, dtype=torch.float32)
-    db_parts = torch.empty(parts, padded, n_outputs, device=g.device, dtype=torch.float32)
-    _partial[(tiles, parts)](
-        g, b, h, q_parts, db_parts, n_rows, n_outputs, g.stride(0), rank, frozen,
-        R=padded, BN=tile_n, BO=tile_o, ROWS=rows, num_warps=8, num_stages=3,
-    )  # fmt: skip
+        grad_x = g.new_empty(n_rows, a.shape[1])
+    q = grad_x if select else g.new_empty(n_rows, rank)
+    db = g.new_empty(n_outputs, trained)
+    tile_o, tile_n, tiles, parts, rows = _tiles(n_rows, n_outputs, padded)
+    db_start = tiles * n_rows * padded
+    # Sums of q for each tile of outputs, then sums of db for each part of the rows.
+    sums = torch.empty(db_start + parts * padded * n_outputs, device=g.device, dtype=torch.float32)
+    launch_partial(
+        (tiles, parts, 1),
+        (g, b, h, sums),
+        (n_rows, n_outputs, g.stride(0), rank, rank - trained, db_start),
+        (padded, tile_n, tile_o, rows),
+    )
     strip = _strip(n_rows)
-    row_blocks = triton.cdiv(n_rows, strip)
-    _total[(row_blocks + triton.cdiv(n_outputs, 64),)](
-        q_parts, db_parts, a, q, grad_x, db, n_rows, n_outputs, grad_x.stride(0), rank, frozen, scale,
-        row_blocks, n_inputs=grad_x.shape[1], TILES=tiles, PARTS=parts, R=padded,
-        BN=strip, BO=64, BI=128, SELECT=a.ndim == 1, num_warps=4,
-    )  # fmt: skip
+    row_blocks = -(-n_rows // strip)
+    launch_total(
+        (row_blocks + -(-n_outputs // 64), 1, 1),
+        (sums, a, q, grad_x, db),
+        (n_rows, n_outputs, grad_x.stride(0), rank, rank - trained, db_start, row_blocks),
+        (grad_x.shape[1], tiles, parts, padded, strip, 64, 128, select),
+        (scale,),
+    )
     return grad_x, q, db
 
 
+@lru_cache(maxsize=4096)
+def _tiles(n_rows: int, n_outputs: int, padded: int) -> tuple[int, int, int, int, int]:
+    """Choose tile sizes, and how many tiles of outputs and parts of rows there are.
+
+    By measurement on an H200: large tiles where there is enough of g to fill the device.
+    """
+    big = n_rows * n_outputs >= 2**24
+    tile_o, tile_n = (256 if big else 128), (128 if padded == 16 else 64)
+    tiles = -(-n_outputs // tile_o)
+    parts = max(1, min(-(-n_rows // tile_n), (132 if big else 264) // tiles, 32))
+    share = -(-n_rows // parts)
+    rows = -(-share // tile_n) * tile_n
+    return tile_o, tile_n, tiles, parts, rows
+
+
+@lru_cache(maxsize=256)
 def _padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, int(triton.next_power_of_2(rank)))
 
 
+@lru_cache(maxsize=4096)
 def _strip(n_rows: int) -> int:
     """Rows of a strip: enough strips to fill the device, none smaller than a matrix unit takes."""
-    return min(32, max(16, triton.next_power_of_2(n_rows // 256)))
+    return min(32, max(16, int(triton.next_power_of_2(n_rows // 256))))

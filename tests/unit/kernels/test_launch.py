@@ -1,0 +1,72 @@
+"""What a launch is looked up by, with a kernel that only takes notes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rayft.kernels.launch_triton import Launcher
+
+GRID = (2, 3, 1)
+
+
+class Kernel:
+    """Stands in for a `triton.jit` function: each slow launch compiles anew."""
+
+    def __init__(self) -> None:
+        self.slow: list[tuple[Any, ...]] = []
+        self.fast: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        def launch(*arguments: Any, **options: int) -> Compiled:
+            assert options == {"num_warps": 4}
+            self.slow.append((grid, arguments))
+            return Compiled(self)
+
+        return launch
+
+
+class Compiled:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *arguments: self.kernel.fast.append((grid, arguments))
+
+
+def tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(64, dtype=dtype), torch.zeros(64, dtype=dtype)
+
+
+def test_the_same_launch_is_compiled_once_whatever_its_factor() -> None:
+    kernel = Kernel()
+    launch, given = Launcher(kernel, num_warps=4), tensors()
+    launch(GRID, given, (5, 64), (16, True), (0.5,))
+    launch(GRID, tensors(), (5, 64), (16, True), (0.25,))
+    assert len(kernel.slow) == len(kernel.fast) == 1
+    assert kernel.slow[0] == (GRID, (*given, 5, 64, 0.5, 16, True))
+    assert kernel.fast[0][1][2:] == (5, 64, 0.25, 16, True)
+
+
+def test_what_triton_specialises_on_compiles_anew() -> None:
+    kernel = Kernel()
+    launch = Launcher(kernel, num_warps=4)
+    launch(GRID, tensors(), (5, 64), (16, True))
+    launch(GRID, tensors(torch.bfloat16), (5, 64), (16, True))
+    launch(GRID, tensors(), (1, 64), (16, True))
+    launch(GRID, tensors(), (5, 64), (32, True))
+    launch(GRID, tensors(), (5, 64), (16, False))
+    assert (len(kernel.slow), len(kernel.fast)) == (5, 0)
+
+
+def test_a_pointer_that_is_not_aligned_is_never_kept() -> None:
+    kernel = Kernel()
+    launch = Launcher(kernel, num_warps=4)
+    first, second = tensors()
+    for _ in range(2):
+        launch(GRID, (first[1:], second), (5,), (16,))
+    assert (len(kernel.slow), len(kernel.fast)) == (2, 0)
+    launch(GRID, (first, second), (5,), (16,))
+    launch(GRID, (first[1:], second), (5,), (16,))
+    assert (len(kernel.slow), len(kernel.fast)) == (4, 0)
