@@ -111,12 +111,13 @@ def _baseline(name: str, measured: Measured) -> Baseline:
 
 
 def _trial(trial: EndedTrial, measured: Measured) -> Trial:
-    method, result = trial.point.run.method, trial.result
+    config, result = trial.point.run.method, trial.result
+    ranked = find_method(config.name).ranked
     common = {
         "id": trial.point.name,
-        "method": method.name,
-        "rank": method.rank,
-        "alpha": method.alpha or 2.0 * method.rank,
+        "method": config.name,
+        "rank": config.rank * config.links if ranked else None,
+        "alpha": config.alpha or 2.0 * config.rank if ranked else None,
         "lr": trial.point.run.optim.lr,
         "seed": trial.point.run.seed,
         "settings": leaves(trial.point.run),

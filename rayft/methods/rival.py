@@ -20,7 +20,9 @@ rank_pattern → `rank_pattern`. The rest goes through `options` under PEFT's na
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -213,9 +215,7 @@ class Rival(Method):
                 "B·A: drop it"
             )
         if option not in known:
-            raise MethodError(
-                f"'{self.name}' has no option '{option}'{nearest(option, free)}; it has {', '.join(free)}"
-            )
+            raise MethodError(f"'{self.name}' has no option '{option}'{nearest(option, free)}")
         self._check_start(option, value)
 
     def _check_start(self, option: str, value: JsonValue) -> None:
@@ -261,10 +261,12 @@ def rival(name: str) -> Rival:
     wanted = name.removeprefix(PREFIX).lower()
     found = _names().get(wanted) or _names().get(wanted.removesuffix("config"))
     if found is None:
-        choices = [PREFIX + short for short in _names().values() if _refusal(short) is None]
-        raise MethodError(
-            f"unknown method '{name}'{nearest(name, choices)}; PEFT has {', '.join(sorted(choices))}"
-        )
+        choices = {short.lower(): short for short in _names().values() if _refusal(short) is None}
+        # In lower case: PEFT's classes and papers differ in nothing but that.
+        close = difflib.get_close_matches(wanted, choices, n=1, cutoff=0.5)
+        hint = f"; did you mean '{PREFIX}{choices[close[0]]}'?" if close else ";"
+        names = ", ".join(sorted(choices.values()))
+        raise MethodError(f"unknown method '{name}'{hint} PEFT has {names} (as {PREFIX}<name>)")
     reason = _refusal(found)
     if reason is not None:
         raise MethodError(f"'{PREFIX}{found}' is no rival: {reason}")
@@ -304,6 +306,8 @@ def _refusal(short: str) -> str | None:
 
 @functools.cache
 def _classes() -> dict[str, Any]:
+    # PEFT imports bitsandbytes where that is installed, which then tells of kernels it would like to have.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     return {config.__name__: config for config in PEFT_TYPE_TO_CONFIG_MAPPING.values()}

@@ -253,12 +253,12 @@ def _squeeze(record: SweepRecord) -> Drawing | None:
         _with_intervals(axes, mine, *style[how])
     source = next((trial for trial in record.trials if trial.id == scored[0].trial and trial.test), None)
     extra = []
-    if source and source.test:
+    if source and source.test and source.rank:
         _with_intervals(axes, [(source.rank, source.test)], INK, "D")
         extra = [
             Line2D([], [], color=INK, marker="D", linestyle="none", label=f"{short(source.id)} as trained")
         ]
-    ranks = sorted({item.rank for item in scored} | ({source.rank} if source else set()))
+    ranks = sorted({item.rank for item in scored} | ({source.rank} if source and source.rank else set()))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ranks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))

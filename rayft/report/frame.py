@@ -72,10 +72,10 @@ class Trial(_Part):
     """Unique in the sweep; the name in tables and figures."""
     method: str
     """A key of `rayft.methods.METHODS`, or `peft:<Class>`."""
-    rank: int
-    """Rank of each module's update."""
-    alpha: float
-    """Scale numerator α."""
+    rank: int | None
+    """Rank of each module's update, of a chain: of all links together; None for methods that have none."""
+    alpha: float | None
+    """Scale numerator α, of a chain: of each link; None for methods that have no rank."""
     lr: float
     """Peak learning rate."""
     seed: int

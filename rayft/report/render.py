@@ -68,8 +68,8 @@ def _settings(trial: Trial) -> Mapping[str, str]:
     """List what a trial was, in full."""
     known = {
         "method": trial.method,
-        "rank": str(trial.rank),
-        "alpha": f"{trial.alpha:g}",
+        "rank": "–" if trial.rank is None else str(trial.rank),
+        "alpha": "–" if trial.alpha is None else f"{trial.alpha:g}",
         "learning rate": f"{trial.lr:g}",
         "seed": str(trial.seed),
         "steps": str(trial.steps),
