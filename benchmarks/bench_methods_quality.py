@@ -69,7 +69,10 @@ LR = {
     "c3la": (5e-4, 1.5e-3, 5e-3),
     "rc3la": (5e-4, 1.5e-3, 5e-3),
 }
-"""Learning rates tried, a factor of three apart; paca's are twice cla's, since s = 2."""
+"""Learning rates tried, about a factor of three apart; paca's are twice cla's, since s = 2.
+
+Where the lowest or the highest is best, one beyond it is tried too.
+"""
 
 
 @dataclass(frozen=True)
@@ -213,12 +216,21 @@ class Bench:
     def best_lr(self, setting: Setting) -> float | None:
         """Choose the learning rate with the best validation score (of equals the lower loss)."""
         found = []
-        for lr in LR[setting.method][: self.scale.lrs]:
+        for lr in (*self.grid(setting), *self.beyond(setting)):
             key = self.key(setting, lr, SEEDS[0])
             values, result = self.score(key, "val"), self.result(key)
             if values and result:
                 found.append((sum(values) / len(values), -result["val_loss"], lr))
         return max(found)[2] if found else None
+
+    def grid(self, setting: Setting) -> tuple[float, ...]:
+        """Give the learning rates that are tried first."""
+        return LR[setting.method][: self.scale.lrs]
+
+    def beyond(self, setting: Setting) -> tuple[float, float]:
+        """Give those tried next where the best is the lowest or the highest: a third, and three times it."""
+        grid = self.grid(setting)
+        return float(f"{grid[0] / 3:.1g}"), float(f"{grid[-1] * 3:.2g}")
 
     def save(self) -> None:
         """Write all that is known, whole or not at all."""
@@ -271,8 +283,9 @@ def run_all(bench: Bench, wanted: Sequence[Setting], deadline: float) -> None:
         if time.monotonic() - bench.started > deadline:
             print(f"no time is left for {task}", flush=True)
             return
-        grid = [(setting, lr, SEEDS[0]) for setting in mine for lr in LR[setting.method][: bench.scale.lrs]]
-        bench.train(grid, "val")
+        bench.train([(setting, lr, SEEDS[0]) for setting in mine for lr in bench.grid(setting)], "val")
+        edges = [(setting, edge) for setting in mine for edge in _edge(bench, setting)]
+        bench.train([(setting, lr, SEEDS[0]) for setting, lr in edges], "val")
         best = [(setting, bench.best_lr(setting)) for setting in mine]
         bench.train([(setting, lr, seed) for setting, lr in best if lr for seed in SEEDS], "test")
         for setting, lr in best:
@@ -282,6 +295,12 @@ def run_all(bench: Bench, wanted: Sequence[Setting], deadline: float) -> None:
                 f"{setting.method:10} {task:20} {setting.budget:13} r{setting.rank:<3} lr {lr} {means}",
                 flush=True,
             )
+
+
+def _edge(bench: Bench, setting: Setting) -> list[float]:
+    """Give the learning rate beyond the grid that is worth a trial, if its end was best."""
+    best, grid, (below, above) = bench.best_lr(setting), bench.grid(setting), bench.beyond(setting)
+    return [beyond for end, beyond in ((grid[0], below), (grid[-1], above)) if best == end]
 
 
 def records(bench: Bench, wanted: Sequence[Setting], commit: str | None, device: str) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ run as before.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,9 +76,11 @@ def graphed(model: Any, example: AnyBatch) -> Iterator[None]:
     samples = (example.input_ids, example.attention_mask, example.position_ids)
     logging.getLogger(__name__).info("capturing %s", tuple(example.input_ids.shape))
     try:
-        replay = torch.cuda.make_graphed_callables(
-            _Inner(inner).train(), tuple(sample.clone() for sample in samples), allow_unused_input=True
-        )
+        captured: list[Any] = [
+            torch.cuda.make_graphed_callables(
+                _Inner(inner).train(), tuple(sample.clone() for sample in samples), allow_unused_input=True
+            )
+        ]
     except RuntimeError as error:
         raise TrainError(
             f"the model can't be captured as a CUDA graph: {error}; set scale.graphs: false"
@@ -91,8 +94,7 @@ def graphed(model: Any, example: AnyBatch) -> Iterator[None]:
         )
         if not (fits and model.training and torch.is_grad_enabled()):
             return eager(**arguments)
-        hidden: Any = replay(*given)
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
+        return BaseModelOutputWithPast(last_hidden_state=captured[0](*given))
 
     inner.forward = forward
     try:
@@ -100,3 +102,6 @@ def graphed(model: Any, example: AnyBatch) -> Iterator[None]:
     finally:
         # The class's own method shows again.
         del inner.forward
+        # What was captured refers to itself; without this its memory would stay until the next collection.
+        captured.clear()
+        gc.collect()
