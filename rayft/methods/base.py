@@ -243,6 +243,13 @@ class Method:
             raise MethodError(
                 f"'{self.name}' trains the base's own weights, whose inputs can't be dropped: set dropout: 0"
             )
+        plain = MethodConfig(name=config.name)
+        sized = ("targets", "rank_pattern", "alpha", "rslora")
+        idle = [setting for setting in sized if getattr(config, setting) != getattr(plain, setting)]
+        if idle and not (self.ranked or self.rival):
+            raise MethodError(
+                f"'{self.name}' trains the whole model, so method.{idle[0]} does nothing: drop it"
+            )
         if config.options and not self.rival:
             raise MethodError(
                 f"'{self.name}' takes no options: drop method.options, which are for peft:<Class>"

@@ -7,6 +7,7 @@ takes one job. What Ray pickles (`lane_worker`) lives here, in an importable mod
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import time
@@ -182,6 +183,7 @@ class _Lane:
                 # What it left is no base for the next trial; loading that again takes seconds, a new
                 # worker group half a minute.
                 self._session = None
+                gc.collect()
         if self._worker.rank > 0:
             return result.steps, {}
         values: dict[str, Any] = {"result": asdict(result), "run_id": run_id, "run": content_hash(run)}

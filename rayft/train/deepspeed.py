@@ -7,6 +7,7 @@ micro-batch loss is multiplied by both beforehand.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -146,6 +147,13 @@ def destroy(engine: Engine) -> None:
         # backward pass through them, with the parameter trace of this one.
         for left in ("pre_bwd_fn", "post_bwd_fn"):
             module.__dict__.pop(left, None)
+    # These hooks of DeepSpeed's outlive `destroy` and hold the engine: its masters and moments would stay
+    # for a lane's whole life. What is left is a cycle, which must be gone before the next trial is measured.
+    for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
+        handle = getattr(engine, hook, None)
+        if handle is not None:
+            handle.remove()
+    gc.collect()
 
 
 @contextmanager

@@ -50,9 +50,11 @@ def capture_stream() -> Iterator[None]:
     torch.cuda.graph.default_capture_stream = stream
     outside = torch.cuda.current_stream()
     stream.wait_stream(outside)
-    with torch.cuda.stream(stream):
-        yield
-    outside.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outside.wait_stream(stream)
 
 
 @contextmanager

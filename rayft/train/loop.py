@@ -116,10 +116,11 @@ def fit(
                 run, session, injected, reporter, folder, evaluate_at, links
             )
     finally:
+        peak = memory.stop()
         if method(run.method.name).shares_base:
             clear(model)
     seconds = time.perf_counter() - started
-    return _result(progress, saved, injected.trainable, finished, seconds, memory.stop())
+    return _result(progress, saved, injected.trainable, finished, seconds, peak)
 
 
 def _train_links(
@@ -333,8 +334,8 @@ def _save(run: RunConfig, session: Session, injected: Injected, folder: Path) ->
     model, worker = session.loaded.model, session.worker
     whole = method(run.method.name).saves_model
     saved = _Saved(folder / ("model" if whole else "adapter"), injected.trainable)
-    trained = [p for p in model.parameters() if p.requires_grad or whole]
-    with gathered(run, trained):
+    # An adapter's frozen factors are partitioned too.
+    with gathered(run, model.parameters() if whole else kept(model).values()):
         if worker.rank > 0:
             return saved
         if not whole:

@@ -10,6 +10,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from rayft.config import Section
 from rayft.data.source import DataConfig
+from rayft.errors import ConfigError
 from rayft.methods import method, settled
 from rayft.methods.base import MethodConfig
 from rayft.models.load import ModelConfig
@@ -55,6 +56,10 @@ class OptimConfig(Section):
         return self.lr * decay
 
 
+# A replay hands out the same gradient buffers each time; only ZeRO-2 takes them away between micro-batches.
+GRAPHS_ACCUMULATE = "graphs with accumulation above 1 needs zero: 2; set that, or accumulation: 1"
+
+
 class ScaleConfig(Section):
     """Workers, devices, precision, sharding."""
 
@@ -96,6 +101,8 @@ class ScaleConfig(Section):
             raise ValueError(
                 "graphs needs a GPU, ZeRO 0 to 2, and no activation_checkpointing; drop it, or change those"
             )
+        if self.graphs and self.accumulation > 1 and self.zero in (0, 1):
+            raise ValueError(GRAPHS_ACCUMULATE)
         if self.gpu_share < 1 and (self.device == "cpu" or self.workers > 1):
             raise ValueError("gpu_share below 1 is for GPU lanes of one worker; set workers: 1, or drop it")
         if self.dtype == "bfloat16" and self.zero == 0:
@@ -125,6 +132,8 @@ class ScaleConfig(Section):
             # `auto` found bfloat16, but stage 0 was asked for by name: it wins.
             dtype = "float32"
         on_gpu = device == "cuda"
+        if on_gpu and self.graphs and self.accumulation > 1 and zero < 2:
+            raise ConfigError(f"scale: {GRAPHS_ACCUMULATE}")
         update = {"device": device, "dtype": dtype, "threads": threads, "zero": zero}
         # What is for GPUs does nothing on a CPU, where `auto` may have ended.
         return self.model_copy(
@@ -186,6 +195,9 @@ class RunConfig(Section):
         clash = sorted(derived & set(value))
         if clash:
             raise ValueError(f"{', '.join(clash)} follow from optim and scale; set them there")
+        zero = value.get("zero_optimization")
+        if isinstance(zero, dict) and "stage" in zero:
+            raise ValueError("zero_optimization.stage is scale.zero; set it there")
         return value
 
     @field_validator("method")
@@ -198,6 +210,12 @@ class RunConfig(Section):
         method(self.method.name).check_base(
             quantised=getattr(self.model, "quantize", None) is not None, partitioned=self.scale.zero == 3
         )
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_fit(self) -> RunConfig:
+        if self.scale.graphs and self.model.task != "causal_lm":
+            raise ValueError("scale.graphs is for causal language models; set it to false")
         return self
 
     @model_validator(mode="after")

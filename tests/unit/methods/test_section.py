@@ -74,8 +74,9 @@ CHAINED, FASTER, BASE = {"cola", "rac", "c3la", "rc3la"}, {"lora_plus"}, {"full"
         ({"lr_ratio": 4.0}, FASTER, "has one learning rate, .* drop it, or use lora_plus"),
         ({"dropout": 0.1}, METHODS.keys() - BASE, "trains the base's own weights, .* set dropout: 0"),
         ({"options": {"r": 2}}, set(), "takes no options: drop method.options"),
+        ({"targets": ["q_proj"]}, METHODS.keys() - {"full"}, "trains the whole model, so method.targets"),
     ],
-    ids=["chain", "lr_ratio", "dropout", "options"],
+    ids=["chain", "lr_ratio", "dropout", "options", "targets"],
 )
 def test_settings_that_would_do_nothing_are_refused(
     name: str, settings: dict[str, object], allowed: set[str], message: str

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 from rayft.config import parse
 from rayft.errors import ConfigError, TrainError
+from rayft.models.inject import inject
 from rayft.train.context import Session
-from rayft.train.deepspeed import build_engine, engine_config
+from rayft.train.deepspeed import build_engine, destroy, engine_config
 from rayft.train.run import OptimConfig, RunConfig, ScaleConfig
 
 DATA = {"name": "needle_haystack", "train": 8, "val": 2, "test": 2}
@@ -47,6 +51,17 @@ def test_the_engine_configuration_follows(run: RunConfig) -> None:
     ("change", "match"),
     [
         ({"scale": {"workers": 2}}, "multiple of scale.workers"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "is scale.zero"),
+        ({"scale": {"graphs": True, "device": "cuda", "zero": 3}}, "graphs needs a GPU, ZeRO 0 to 2"),
+        (
+            {"scale": {"graphs": True, "device": "cuda", "zero": 1, "accumulation": 2}},
+            "graphs with accumulation above 1 needs zero: 2",
+        ),
+        (
+            {"scale": {"graphs": True, "device": "cuda"}, "model": {"task": "sequence_classification"}},
+            "graphs is for causal",
+        ),
+        ({"scale": {"gpu_share": 0.5, "workers": 2}}, "gpu_share below 1"),
         ({"scale": {"offload": True}}, "offload needs zero"),
         ({"scale": {"zero": 0, "dtype": "bfloat16"}}, "no fp32 master weights"),
         ({"deepspeed": {"train_batch_size": 4}}, "follow from optim and scale"),
@@ -66,6 +81,26 @@ def test_settling_decides_every_auto() -> None:
     assert settled.threads
     assert settled.zero == (2 if settled.dtype == "bfloat16" else 0)
     assert ScaleConfig(zero=0).settled().dtype == "float32"
+
+
+def test_graphs_that_would_add_up_one_buffer_are_refused_when_zero_is_settled() -> None:
+    scale = ScaleConfig(device="cuda", dtype="float32", graphs=True, accumulation=2)
+    with pytest.raises(ConfigError, match="needs zero: 2"):
+        scale.settled()
+    assert ScaleConfig(device="cuda", dtype="bfloat16", graphs=True, accumulation=2).settled().graphs
+
+
+def test_a_destroyed_engine_is_gone(run: RunConfig, session: Session) -> None:
+    inject(session.loaded.model, run.method, 0)
+    for zero in (0, 2):
+        scaled = run.model_copy(update={"scale": run.scale.model_copy(update={"zero": zero})})
+        engine = build_engine(scaled, session.loaded.model)
+        gone = weakref.ref(engine)
+        destroy(engine)
+        del engine
+        gc.collect()
+        assert gone() is None, "the model still holds the engine"
+        assert not session.loaded.model._forward_pre_hooks
 
 
 def test_what_deepspeed_refuses_is_a_train_error(run: RunConfig, session: Session) -> None:
