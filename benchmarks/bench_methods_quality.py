@@ -2,12 +2,13 @@
 
     python benchmarks/bench_methods_quality.py --prepare DATA         # the tasks as JSONL, by reasoning-gym
     python benchmarks/bench_methods_quality.py --data DATA --out OUT  # trains and scores, or goes on
+    python benchmarks/bench_methods_quality.py --report               # results anew from finished trials
 
 SmolLM2-135M-Instruct, four reasoning-gym tasks. For each method, task and budget the learning rate is
 chosen on the validation part at one seed, then two more seeds train at it; the three are scored on the
-test part. Budgets: `equal_rank`, rank 16 (of a chain: of each of its 4 links), and `equal_params`, the
-rank whose stored numbers over the whole model (all links) come nearest to LoRA's at rank 16. Trials run in
-lanes, several on one GPU. What each finished trial left and scored is kept in
+test part, and so is the base as it is. Budgets: `equal_rank`, rank 16 (of a chain: of each of its 4 links),
+and `equal_params`, the rank whose stored numbers over the whole model (all links) come nearest to LoRA's at
+rank 16. Trials run in lanes, several on one GPU. What each finished trial left and scored is kept in
 `results/methods_quality_trials.json`, so a run that was cut short goes on where it stopped, on another
 machine too; a trial whose adapter is gone and whose test score is missing is trained again.
 """
@@ -23,13 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.records import RESULTS, record, save
 from rayft.data.section import DataConfig, PartFiles
-from rayft.evaluate.compare import interval
+from rayft.evaluate.compare import over_seeds
 from rayft.flow.cluster import cluster
 from rayft.flow.preflight import skeleton
 from rayft.methods import METHODS, method
@@ -170,12 +172,11 @@ def make_run(setting: Setting, lr: float, seed: int, scale: Scale) -> RunConfig:
     )  # fmt: skip
 
 
-class Bench:
-    """Runs trials and scores in lanes, and keeps what came out."""
+class Trials:
+    """What finished trials left, kept in a file."""
 
     def __init__(self, scale: Scale) -> None:
         self.scale = scale
-        self.started = time.monotonic()
         self.known: dict[str, dict[str, Any]] = {}
         # What another device trained is neither gone on with nor lost.
         self.others: dict[str, dict[str, Any]] = {}
@@ -183,33 +184,11 @@ class Bench:
             every: dict[str, dict[str, Any]] = json.loads(scale.trials.read_text())
             self.others = {key: value for key, value in every.items() if value["device"] != scale.name}
             self.known = {key: value for key, value in every.items() if value["device"] == scale.name}
-        run = make_run(Setting("lora", next(iter(TASKS)), "equal_rank", RANK), 1e-3, 0, scale)
-        storage = str((scale.out / "ray").absolute())
-        self.executor = LaneExecutor(run.scale, storage, scale.lanes, 3, f"quality{int(time.time())}")
 
     def key(self, setting: Setting, lr: float, seed: int) -> str:
         """Name a trial; the same settings have the same name in every run."""
-        model, steps = Path(self.scale.model).stem.lower().partition("-")[0], self.scale.steps
-        return f"{model}/{setting.task}/{setting.method}-r{setting.rank}-lr{lr:g}-s{seed}-n{steps}"
-
-    def train(self, wanted: Sequence[tuple[Setting, float, int]], part: str) -> None:
-        """Train what is missing, and score it on a part."""
-        missing = {self.key(*trial): trial for trial in wanted if self.score(self.key(*trial), part) is None}
-        jobs = [
-            Job(key, "train", {"request": self._train_request(key, *trial)})
-            for key, trial in missing.items()
-            if self._folder(key) is None
-        ]
-        self._run(jobs, self._keep_result)
-        scores = [
-            Job(f"{key}/{part}", "score", {"request": self._score_request(key, *trial, part)})
-            for key, trial in missing.items()
-            if self._folder(key) is not None
-        ]
-        self._run(scores, self._keep_score)
-        self.save()
-        spent = time.monotonic() - self.started
-        print(f"{spent:5.0f} s: {len(jobs)} trained, {len(scores)} scored on {part}", flush=True)
+        trial = f"{setting.method}-r{setting.rank}-lr{lr:g}-s{seed}-n{self.scale.steps}"
+        return f"{self._model()}/{setting.task}/{trial}"
 
     def score(self, key: str, part: str) -> list[float] | None:
         """Give a trial's scores of a part, one a question; None if there are none yet."""
@@ -239,6 +218,16 @@ class Bench:
         grid = self.grid(setting)
         return float(f"{grid[0] / 3:.1g}"), float(f"{grid[-1] * 3:.2g}")
 
+    def base_key(self, task: str) -> str:
+        """Name the base's scores on a task."""
+        return f"{self._model()}/{task}/base"
+
+    def matrix(self, setting: Setting) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+        """Give a setting's test scores at its best learning rate, (seeds, questions); None if not all."""
+        lr = self.best_lr(setting)
+        scores = [self.score(self.key(setting, lr, seed), "test") for seed in SEEDS] if lr else []
+        return np.array(scores) if scores and all(scores) else None
+
     def save(self) -> None:
         """Write all that is known, whole or not at all."""
         staging = self.scale.trials.with_suffix(".tmp")
@@ -248,6 +237,49 @@ class Bench:
         ]
         staging.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         staging.rename(self.scale.trials)
+
+    def _model(self) -> str:
+        return Path(self.scale.model).stem.lower().partition("-")[0]
+
+
+class Bench(Trials):
+    """Runs trials and scores in lanes, and keeps what came out."""
+
+    def __init__(self, scale: Scale) -> None:
+        super().__init__(scale)
+        self.started = time.monotonic()
+        run = make_run(Setting("lora", next(iter(TASKS)), "equal_rank", RANK), 1e-3, 0, scale)
+        storage = str((scale.out / "ray").absolute())
+        self.executor = LaneExecutor(run.scale, storage, scale.lanes, 3, f"quality{int(time.time())}")
+
+    def train(self, wanted: Sequence[tuple[Setting, float, int]], part: str) -> None:
+        """Train what is missing, and score it on a part."""
+        missing = {self.key(*trial): trial for trial in wanted if self.score(self.key(*trial), part) is None}
+        jobs = [
+            Job(key, "train", {"request": self._train_request(key, *trial)})
+            for key, trial in missing.items()
+            if self._folder(key) is None
+        ]
+        self._run(jobs, self._keep_result)
+        scores = [
+            Job(f"{key}/{part}", "score", {"request": self._score_request(key, *trial, part)})
+            for key, trial in missing.items()
+            if self._folder(key) is not None
+        ]
+        self._run(scores, self._keep_score)
+        self.save()
+        spent = time.monotonic() - self.started
+        print(f"{spent:5.0f} s: {len(jobs)} trained, {len(scores)} scored on {part}", flush=True)
+
+    def score_base(self, task: str) -> None:
+        """Score the base as it is on a task's test part."""
+        key = self.base_key(task)
+        if self.score(key, "test") is None:
+            self.known[key] = {"device": self.scale.name, "commit": self.scale.commit}
+            run = make_run(Setting("lora", task, "equal_rank", RANK), 1e-3, 0, self.scale)
+            request = ScoreRequest(run=run.model_dump_json(), parts=("test",), adapter=None)
+            self._run([Job(f"{key}/test", "score", {"request": request})], self._keep_score)
+            self.save()
 
     def _run(self, jobs: Sequence[Job], keep: Callable[[str, dict[str, Any]], None]) -> None:
         self.executor.submit(jobs)
@@ -294,6 +326,7 @@ def run_all(bench: Bench, wanted: Sequence[Setting], deadline: float) -> None:
         if time.monotonic() - bench.started > deadline:
             print(f"no time is left for {task}", flush=True)
             return
+        bench.score_base(task)
         bench.train([(setting, lr, SEEDS[0]) for setting in mine for lr in bench.grid(setting)], "val")
         edges = [(setting, edge) for setting in mine for edge in _edge(bench, setting)]
         bench.train([(setting, lr, SEEDS[0]) for setting, lr in edges], "val")
@@ -308,63 +341,97 @@ def run_all(bench: Bench, wanted: Sequence[Setting], deadline: float) -> None:
             )
 
 
-def _edge(bench: Bench, setting: Setting) -> list[float]:
+def _edge(bench: Trials, setting: Setting) -> list[float]:
     """Give the learning rate beyond the grid that is worth a trial, if its end was best."""
     best, grid, (below, above) = bench.best_lr(setting), bench.grid(setting), bench.beyond(setting)
     return [beyond for end, beyond in ((grid[0], below), (grid[-1], above)) if best == end]
 
 
-def records(bench: Bench, wanted: Sequence[Setting]) -> list[dict[str, Any]]:
-    """Turn scores into results: the mean over seeds, its interval over the questions."""
-    rows = []
-    layers = [LayerShape(*shape) for shape in skeleton(ModelConfig(name=bench.scale.model))[0].values()]
+def records(trials: Trials, wanted: Sequence[Setting]) -> list[dict[str, Any]]:
+    """Turn trials into results: for each method, task and budget, then over tasks and against LoRA."""
+    layers = [LayerShape(*shape) for shape in skeleton(ModelConfig(name=trials.scale.model))[0].values()]
+    rows, matrices = [], {}
     for setting in wanted:
-        lr = bench.best_lr(setting)
-        keys = [bench.key(setting, lr, seed) for seed in SEEDS] if lr else []
-        scores = [bench.score(key, "test") for key in keys]
-        results = [bench.result(key) for key in keys]
-        if not keys or not all(scores) or not all(results):
+        scores, lr = trials.matrix(setting), trials.best_lr(setting)
+        if scores is None or lr is None:
             continue
-        pooled = [sum(values) / len(values) for values in zip(*scores, strict=True)]  # type: ignore[arg-type]
-        low, high = interval(pooled)
-        first = len(rows)
-        chosen = {"seeds": list(SEEDS), "lr": lr, "device": bench.scale.name, "n": len(pooled)}
-        budgets = [setting.budget]
-        if (
-            setting.budget == "equal_rank"
-            and setting.rank == RANK
-            and setting.method in ("lora", "lora_plus")
-        ):
-            budgets.append("equal_params")
-        for budget in budgets:
-            case = f"{setting.method}/{setting.task}/{budget}"
-            seconds = sorted(result["seconds"]["train"] for result in results if result)[len(SEEDS) // 2]
-            gib = min(result["peak_memory"] for result in results if result) / 2**30
-            count = (
-                results[0]["trainable"] if setting.method == "full"  # type: ignore[index]
-                else stored(setting.method, setting.rank, layers)
-            )  # fmt: skip
-            values = sum(pooled) / len(pooled)
+        for budget in _budgets(setting):
+            matrices[setting.method, budget, setting.task] = scores
+            rows += _records_of(trials, setting, budget, lr, scores, layers)
+    for task in dict.fromkeys(setting.task for setting in wanted):
+        base = trials.score(trials.base_key(task), "test")
+        if base:
+            found = over_seeds([np.array([base])])
+            origin = {"device": trials.scale.name, "n": len(base)}
+            case = f"base/{task}/equal_rank"
             rows.append(
-                record(
-                    "methods_quality",
-                    case,
-                    "score",
-                    values,
-                    "share",
-                    ci_low=low,
-                    ci_high=high,
-                    **chosen,
-                )
-            )
-            for metric, value, unit in (
-                ("trainable", count, "numbers"), ("seconds", seconds, "s"),
-                ("gib", gib, "GiB"), ("rank", setting.rank, ""),
-            ):  # fmt: skip
-                rows.append(record("methods_quality", case, metric, value, unit, **chosen))
-        # The trials' own commit: they may be older than what writes them down.
-        rows[first:] = [{**row, "commit": bench.known[keys[0]]["commit"]} for row in rows[first:]]
+                record("methods_quality", case, "score", found.value, "share", ci_low=found.ci_low,
+                       ci_high=found.ci_high, **origin)
+            )  # fmt: skip
+    return rows + _over_tasks(trials, matrices)
+
+
+def _budgets(setting: Setting) -> list[str]:
+    """Say which tables a setting is in; LoRA at rank 16 is what both are made equal to."""
+    same = setting.budget == "equal_rank" and setting.rank == RANK and setting.method in ("lora", "lora_plus")
+    return [setting.budget, *(["equal_params"] if same else [])]
+
+
+def _records_of(
+    trials: Trials, setting: Setting, budget: str, lr: float, scores: Any, layers: Sequence[LayerShape]
+) -> list[dict[str, Any]]:
+    keys = [trials.key(setting, lr, seed) for seed in SEEDS]
+    results = [result for key in keys if (result := trials.result(key))]
+    found = over_seeds([scores])
+    count = (
+        results[0]["trainable"] if setting.method == "full"
+        else stored(setting.method, setting.rank, layers)
+    )  # fmt: skip
+    known = {"seeds": list(SEEDS), "lr": lr, "device": trials.scale.name, "n": scores.shape[1]}
+    case = f"{setting.method}/{setting.task}/{budget}"
+    bounds = {"ci_low": found.ci_low, "ci_high": found.ci_high}
+    rows = [record("methods_quality", case, "score", found.value, "share", **bounds, **known)]
+    for metric, value, unit in (
+        ("trainable", count, "numbers"), ("rank", setting.rank, ""),
+        ("seconds", sorted(result["seconds"]["train"] for result in results)[len(results) // 2], "s"),
+        ("gib", min(result["peak_memory"] for result in results) / 2**30, "GiB"),
+    ):  # fmt: skip
+        rows.append(record("methods_quality", case, metric, value, unit, **known))
+    # The trials' own commit: they may be older than what writes them down.
+    return [{**row, "commit": trials.known[keys[0]]["commit"]} for row in rows]
+
+
+def _over_tasks(trials: Trials, matrices: dict[tuple[str, str, str], Any]) -> list[dict[str, Any]]:
+    """Average each method over the tasks that all have finished, and compare it with LoRA."""
+    rows = []
+    names = list(dict.fromkeys((name, budget) for name, budget, _ in matrices))
+    tasks = [
+        task
+        for task in dict.fromkeys(task for _, _, task in matrices)
+        if all((*name, task) in matrices for name in names)
+    ]
+    for name, budget in names if tasks else ():
+        mine, lora = ([matrices[who, budget, task] for task in tasks] for who in (name, "lora"))
+        known = {"seeds": list(SEEDS), "device": trials.scale.name, "n": sum(one.shape[1] for one in mine)}
+        for metric, found in (("score", over_seeds(mine)), ("over_lora", over_seeds(mine, lora))):
+            bounds = {"ci_low": found.ci_low, "ci_high": found.ci_high}
+            case = f"{name}/mean/{budget}"
+            rows.append(record("methods_quality", case, metric, found.value, "share", **bounds, **known))
     return rows
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write the results of every device whose trials are kept."""
+    trials: dict[str, dict[str, Any]] = json.loads(arguments.trials.read_text())
+    rows = []
+    for device in dict.fromkeys(trial["device"] for trial in trials.values()):
+        scale = Scale(
+            arguments.steps, arguments.lanes, arguments.lrs, "cpu", device, None, arguments.model,
+            Path(), Path(), arguments.trials,
+        )  # fmt: skip
+        wanted = settings(scale, arguments.tasks.split(","), arguments.methods.split(","))
+        rows += records(Trials(scale), wanted)
+    save("methods_quality", rows)
 
 
 def main() -> None:
@@ -383,7 +450,11 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no task after that")
     parser.add_argument("--commit")
+    parser.add_argument("--report", action="store_true", help="write results from finished trials")
     arguments = parser.parse_args()
+    if arguments.report:
+        report(arguments)
+        return
     if arguments.prepare:
         prepare(arguments.prepare)
         return
@@ -400,6 +471,7 @@ def main() -> None:
         try:
             run_all(bench, wanted, arguments.seconds)
         finally:
+            bench.save()
             bench.executor.close()
     if arguments.trials == TRIALS:
         save("methods_quality", records(bench, wanted))

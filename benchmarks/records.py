@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,9 @@ def load(bench: str) -> list[dict[str, Any]]:
 
 def demo_table() -> str:
     """Make the README's table of the demo."""
-    cases: dict[str, dict[str, dict[str, Any]]] = {}
-    for item in load("demo"):
-        cases.setdefault(item["case"], {})[item["metric"]] = item
+    found = cases("demo")
     lines = ["| | score on test [95 %] | parameters | size | training |", "| --- | --- | --- | --- | --- |"]
-    for case, metrics in cases.items():
+    for case, metrics in found.items():
         if "score" not in metrics:
             continue
         score = metrics["score"]
@@ -59,7 +57,7 @@ def demo_table() -> str:
         cells += [_cell(metrics, "parameters", "{:,.0f}"), _cell(metrics, "mb", "{:.1f} MB")]
         cells += [_cell(metrics, "seconds", "{:.0f} s")]
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    whole = cases.get("whole", {})
+    whole = found.get("whole", {})
     if whole:
         seconds, peak = whole["seconds"], whole["peak_gib"]
         lines += ["", f"{seconds['value']:.0f} s and {peak['value']:.1f} GiB in all, on {seconds['device']}."]
@@ -71,9 +69,13 @@ def _cell(metrics: Mapping[str, Mapping[str, Any]], name: str, form: str) -> str
 
 
 def cases(bench: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Index a bench's results: case → metric → record."""
+    """Index a bench's results on the device of the newest: case → metric → record."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for item in load(bench):
+    items = load(bench)
+    newest = max(items, key=lambda item: str(item["date"]), default={"device": None})
+    for item in items:
+        if item["device"] != newest["device"]:
+            continue
         found.setdefault(item["case"], {})[item["metric"]] = item
     return found
 
@@ -117,34 +119,45 @@ def methods_quality_table() -> str:
     """Make the README's tables of methods on tasks, one a budget, best mean first."""
     found = cases("methods_quality")
     parts = [case.split("/") for case in found]
-    tasks = list(dict.fromkeys(part[1] for part in parts))
+    tasks = [task for task in dict.fromkeys(part[1] for part in parts) if task != "mean"]
     lines = []
     for budget, title in (("equal_rank", "Equal rank"), ("equal_params", "Equal stored parameters")):
-        names = [part[0] for part in parts if part[2] == budget]
         rows = []
-        for name in dict.fromkeys(names):
-            mine = [found.get(f"{name}/{task}/{budget}") for task in tasks]
-            if not all(mine):
-                continue
-            scores = [item["score"] for item in mine if item]
-            mean = sum(score["value"] for score in scores) / len(scores)
-            cells = [f"{s['value']:.2f} [{s['ci_low']:.2f}, {s['ci_high']:.2f}]" for s in scores]
-            seconds = sum(item["seconds"]["value"] for item in mine if item) / len(mine)
-            gib = [item["gib"]["value"] for item in mine if item and "gib" in item]
-            counts = [
-                _cell(mine[0] or {}, "trainable", "{:,.0f}"),
-                f"{seconds:.1f}",
-                f"{max(gib):.2f}" if len(gib) == len(mine) else "–",
+        for name in dict.fromkeys(part[0] for part in parts if part[2] == budget):
+            mean = found.get(f"{name}/mean/{budget}", {})
+            mine = [found.get(f"{name}/{task}/{budget}", {}) for task in tasks]
+            cells = [
+                _interval(mean, "score", "{:.3f}"),
+                "" if name == "lora" else _interval(mean, "over_lora", "{:+.3f}"),
+                *[_interval(item, "score", "{:.2f}") for item in mine],
+                _cell(mine[0], "trainable", "{:,.0f}"),
+                _all(mine, "seconds", "{:.1f}", lambda seconds: sum(seconds) / len(seconds)),
+                _all(mine, "gib", "{:.2f}", max),
             ]
-            rows.append((mean, f"| {name} | {mean:.3f} | " + " | ".join([*cells, *counts]) + " |"))
-        header = f"| {title} | mean | " + " | ".join(tasks) + " | stored | s | GiB |"
+            order = mean["score"]["value"] if mean else -1.0
+            rows.append((order, f"| {name} | " + " | ".join(cells) + " |"))
         lines += [
-            header,
-            "| --- |" + " --- |" * (len(tasks) + 4),
+            f"| {title} | mean | less lora's | " + " | ".join(tasks) + " | stored | s | GiB |",
+            "| --- |" + " --- |" * (len(tasks) + 5),
             *(row for _, row in sorted(rows, reverse=True)),
             "",
         ]
     return "\n".join(lines).rstrip()
+
+
+def _interval(metrics: Mapping[str, Mapping[str, Any]], name: str, form: str) -> str:
+    if name not in metrics:
+        return ""
+    value, low, high = (form.format(metrics[name][key]) for key in ("value", "ci_low", "ci_high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _all(
+    items: list[dict[str, dict[str, Any]]], name: str, form: str, reduce: Callable[[list[float]], float]
+) -> str:
+    """Reduce a metric over all cases that have it; empty if none has."""
+    values = [item[name]["value"] for item in items if name in item]
+    return form.format(reduce(values)) if values else ""
 
 
 TABLES = {"demo": demo_table, "train_step": train_step_table, "methods_quality": methods_quality_table}

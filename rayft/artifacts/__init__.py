@@ -13,6 +13,7 @@ Safetensors only, never pickle. Folders appear whole or not at all.
 from __future__ import annotations
 
 from rayft.artifacts.adapter import AdapterArtifact, folder_bytes
+from rayft.artifacts.folder import saved_whole, write_whole
 from rayft.artifacts.meta import CONFIG_FILE, META_FILE, PREFIX, WEIGHTS_FILE, ArtifactMeta, ModuleShapes
 
 __all__ = [
@@ -24,4 +25,6 @@ __all__ = [
     "ArtifactMeta",
     "ModuleShapes",
     "folder_bytes",
+    "saved_whole",
+    "write_whole",
 ]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import re
-import shutil
 import struct
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,9 +14,9 @@ from statistics import mode
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from rayft.artifacts.folder import saved_whole, write_whole
 from rayft.artifacts.meta import (
     CONFIG_FILE,
     META_FILE,
@@ -30,7 +27,7 @@ from rayft.artifacts.meta import (
     ModuleShapes,
 )
 from rayft.artifacts.read import assemble, check_selector, read_config, read_meta, read_weights
-from rayft.errors import ArtifactError, BaseMismatchError, ResourceError, SqueezeError
+from rayft.errors import ArtifactError, BaseMismatchError, SqueezeError
 from rayft.methods.base import LoraFactors
 
 __all__ = ["AdapterArtifact", "folder_bytes"]
@@ -107,12 +104,16 @@ class AdapterArtifact:
             )
         for name, factors in self.modules.items():
             if name not in shapes:
-                raise BaseMismatchError(f"the base has no linear layer {name}; it is for another model")
+                raise BaseMismatchError(
+                    f"the base has no linear layer {name}; the adapter is for another model, use it with its "
+                    "own base or train it again on this one"
+                )
             made_for = (factors.b.shape[0], factors.a.shape[1])
             if made_for != tuple(shapes[name]):
                 raise BaseMismatchError(
                     f"{name} is {shapes[name][0]}x{shapes[name][1]} in the base and "
-                    f"{made_for[0]}x{made_for[1]} in the adapter; it is for another model"
+                    f"{made_for[0]}x{made_for[1]} in the adapter; it is for another model, use it with its "
+                    "own base or train it again on this one"
                 )
 
     def save(self, folder: str | Path) -> Path:
@@ -126,18 +127,7 @@ class AdapterArtifact:
         if not self.modules:
             raise ArtifactError("an adapter with no modules can't be saved; was one put into the model?")
         self._check_finite("", "nothing was written")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            self._write(staging / "new")
-            _swap(staging / "new", folder, staging / "old")
-        except (OSError, SafetensorError) as error:
-            # safetensors writes in Rust and hands the system's error on as text.
-            if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
-                raise ResourceError(f"no space left for {folder}; free some and try again") from error
-            raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        write_whole(folder, self._write)
         return folder
 
     @classmethod
@@ -159,7 +149,6 @@ class AdapterArtifact:
         return artifact
 
     def _write(self, folder: Path) -> None:
-        folder.mkdir(mode=0o755)
         save_file(self._tensors(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / CONFIG_FILE).write_text(json.dumps(self._peft_config(), indent=2) + "\n")
         columns = {name: factors.columns for name, factors in self.modules.items() if factors.columns}
@@ -203,32 +192,15 @@ class AdapterArtifact:
             "inference_mode": True,
             "init_lora_weights": True,
             "target_modules": sorted(self.modules),
-            "modules_to_save": self._saved_whole() or None,
+            "modules_to_save": saved_whole(self.modules, self.heads) or None,
             "rank_pattern": {exactly[name]: r for name, r in ranks.items() if r != rank},
             "alpha_pattern": {exactly[name]: a for name, a in alphas.items() if a != alpha},
         }
-
-    def _saved_whole(self) -> list[str]:
-        """Name the modules that were trained whole: a head as one, since PEFT knows heads as one."""
-        adapted = {name.split(".")[0] for name in self.modules}
-        tops = {name: name.split(".")[0] for name in self.heads}
-        return sorted({name.rsplit(".", 1)[0] if top in adapted else top for name, top in tops.items()})
 
 
 def folder_bytes(folder: str | Path) -> int:
     """Give the size of an adapter's weights on disk."""
     return (Path(folder) / WEIGHTS_FILE).stat().st_size
-
-
-def _swap(new: Path, folder: Path, old: Path) -> None:
-    """Put `new` in the place of `folder`, which comes back if that fails."""
-    if folder.exists():
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    finally:
-        if not folder.exists() and old.exists():
-            old.rename(folder)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

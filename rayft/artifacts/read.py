@@ -17,12 +17,10 @@ from safetensors.torch import load_file
 from rayft.artifacts.meta import CONFIG_FILE, META_FILE, PREFIX, WEIGHTS_FILE, ArtifactMeta
 from rayft.errors import ArtifactError
 from rayft.methods.base import LoraFactors
+from rayft.methods.rival import NOT_PLAIN
 
 __all__ = ["assemble", "check_selector", "read_config", "read_meta", "read_weights"]
 
-NOT_PLAIN = ("alora_invocation_tokens", "arrow_config", "layer_replication", "target_parameters",
-             "trainable_token_indices", "use_bdlora", "use_qalora")  # fmt: skip
-"""Keys of PEFT's LoraConfig under which the update is more than B·A on linear layers."""
 NO_FACTORS = "and this can't be squeezed, promoted or served: train lora (or peft:PiSSA, peft:MiSS) instead"
 KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base alone; PiSSA, OLoRA and others change it."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rayft.errors import DataError
 
-__all__ = ["Paired", "interval", "paired"]
+__all__ = ["Mean", "Paired", "interval", "over_seeds", "paired"]
 
 RESAMPLES = 10_000
 BLOCK = 2_000_000
@@ -39,6 +39,16 @@ class Paired:
     """95% interval of the difference."""
     p_value: float
     """Probability of a difference at least this large, if there were none; two-sided."""
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean, or a difference of two, over tasks, seeds and items."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+    """95% interval."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -75,6 +85,49 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
     exact = _binary(first) and _binary(second)
     p_value = _mcnemar(difference) if exact else _sign_flip(difference)
     return Paired(float(difference.mean()), low, high, p_value)
+
+
+def over_seeds(
+    first: Sequence[NDArray[np.float64]], second: Sequence[NDArray[np.float64]] | None = None
+) -> Mean:
+    """Give the mean score over tasks, or two methods' difference, with an interval for another draw of both.
+
+    Seeds and items are resampled, crossed (Owen, Ann. Appl. Stat. 1, 2007), each task on its own: the
+    percentile bootstrap. Of S seeds S - 1 are drawn, which makes the seeds' part of the variance unbiased
+    (Rao & Wu, J. Am. Stat. Assoc. 83, 1988); with one seed it is left out. Of two methods the items are
+    paired and the seeds are not, since another method draws other numbers from the same seed.
+
+    Args:
+        first: for each task its scores, shape (seeds, items).
+        second: those of what it is compared with, on the same tasks and items.
+
+    Raises:
+        DataError: if there are no scores, or they are not on the same items.
+    """
+    sides = [[_matrix(scores) for scores in side] for side in (first, second) if side is not None]
+    shapes = [[scores.shape[1] for scores in side] for side in sides]
+    if not shapes[0] or shapes[0] != shapes[-1]:
+        raise DataError("scores of no task, or of other items, can't be compared: score both on the same")
+    rng = np.random.default_rng(0)
+    value, resampled = 0.0, np.zeros(RESAMPLES)
+    for scores in zip(*sides, strict=True):
+        n = scores[0].shape[1]
+        items = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
+        for sign, one in zip((1, -1), scores, strict=False):
+            count = len(one)
+            draws = max(1, count - 1)
+            seeds = rng.multinomial(draws, np.full(count, 1 / count), RESAMPLES) / draws
+            value += sign * float(one.mean())
+            resampled += sign * ((seeds @ one) * items).sum(axis=1)
+    low, high = np.quantile(resampled / len(first), (0.025, 0.975))
+    return Mean(value / len(first), float(low), float(high))
+
+
+def _matrix(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    array = np.asarray(scores, dtype=np.float64)
+    if array.ndim != 2 or not array.size:
+        raise DataError(f"scores of shape {array.shape} are not (seeds, items)")
+    return array
 
 
 def _array(values: Sequence[float]) -> NDArray[np.float64]:

@@ -35,7 +35,7 @@ from rayft.config import nearest
 from rayft.errors import MethodError
 from rayft.methods.base import Adapter, AdapterLinear, LayerShape, Method, MethodConfig, no_factors
 
-__all__ = ["PREFIX", "Rival", "rival"]
+__all__ = ["NOT_PLAIN", "PREFIX", "Rival", "rival"]
 
 PREFIX = "peft:"
 
@@ -88,12 +88,14 @@ SEEDS = ("projection_prng_key", "projection_seed", "proj_seed", "random_seed", "
 DIVIDES = ("block_size", "oft_block_size", "group_size", "vector_length")
 """Fields that must divide the layers' sizes; the largest divisor up to PEFT's default, where not given."""
 
-LORA_KINDS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config",
-              "alora_invocation_tokens", "use_qalora", "qalora_group_size", "monteclora_config",
-              "layer_replication", "lora_bias", "target_parameters", "use_bdlora", "arrow_config",
-              "kasa_config", "ensure_weight_tying", "megatron_config", "megatron_core",
-              "trainable_token_indices")  # fmt: skip
-"""Fields of LoraConfig that need data, other parameters, or make it more than B·A."""
+NOT_PLAIN = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
+             "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
+             "use_qalora", "velora_config")  # fmt: skip
+"""Fields of LoraConfig under which an adapter holds more than B·A of linear layers."""
+
+LORA_KINDS = (*NOT_PLAIN, "corda_config", "ensure_weight_tying", "eva_config", "loftq_config",
+              "lora_ga_config", "megatron_config", "megatron_core", "qalora_group_size")  # fmt: skip
+"""Fields of LoraConfig that no rival sets: those, what needs data, and what goes with other layers."""
 
 INITS: Mapping[str, tuple[Any, ...]] = {
     "LoRA": (True, False, "gaussian", "orthogonal", "olora"),

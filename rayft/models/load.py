@@ -20,6 +20,7 @@ from rayft.config import Section, nearest
 from rayft.data.pixels import ImageEncoder
 from rayft.errors import ModelError
 from rayft.models.fingerprint import fingerprint, source_fingerprint
+from rayft.models.heads import remember
 from rayft.models.quantize import Quantize, prepare, quantization
 from rayft.models.targets import heads
 from rayft.models.tiny import TINY
@@ -131,6 +132,8 @@ def resolve(config: ModelConfig) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} has no config.json, so it is no model folder; give the one that has")
+        if any(path.glob("pytorch_model*.bin*")) and not any(path.glob("*.safetensors")):
+            raise _pickled(config)
         return str(path)
     if config.name.count("/") == 1 and not config.name.startswith((".", "/", "~")):
         return config.name
@@ -143,7 +146,8 @@ def resolve(config: ModelConfig) -> str:
 def load_model(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> LoadedModel:
     """Load a base model with what makes its inputs, frozen and in evaluation mode.
 
-    Weights that the checkpoint lacks (a new classification head, a pooler) are drawn from a fixed seed.
+    Weights that the checkpoint lacks (a new classification head, a pooler) are drawn from a fixed seed; a
+    classification head is remembered as it is now (`rayft.models.heads`).
 
     Raises:
         ModelError: if it can't be found or loaded, with what to do.
@@ -243,15 +247,36 @@ def _weights(config: ModelConfig, source: str, dtype: torch.dtype, options: dict
     with torch.random.fork_rng(devices=[]):
         # The CPU's alone: only its state is put back.
         torch.default_generator.manual_seed(0)
-        model, found = _auto_class(config).from_pretrained(
-            source, revision=config.revision, dtype=dtype, output_loading_info=True, **options
-        )
+        try:
+            model, found = _auto_class(config).from_pretrained(
+                source,
+                revision=config.revision,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+        except OSError as error:
+            # transformers' own words for a folder or hub id that has none of these files.
+            if "file named model.safetensors" in str(error):
+                raise _pickled(config) from error
+            raise
     if config.task != "causal_lm":
         outside = tuple(f"{name}." for name in heads(model))
         wrong = sorted(name for name, *_ in found["mismatched_keys"] if not name.startswith(outside))
         if wrong:
             raise ValueError(f"the weights of {wrong[0]} have another size than config.json says")
+    remember(model, {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     return model
+
+
+def _pickled(config: ModelConfig) -> ModelError:
+    kind = _auto_class(config).__name__
+    return ModelError(
+        f"{config.name} has no weights as safetensors (model.safetensors), and a pickle (pytorch_model.bin) "
+        "is never read, since it can run code: where you trust it, convert it once by "
+        f"transformers.{kind}.from_pretrained('{config.name}').save_pretrained(folder) and give that folder"
+    )
 
 
 def _labels(config: ModelConfig) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,15 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rayft.artifacts import CONFIG_FILE, META_FILE, WEIGHTS_FILE, AdapterArtifact, ArtifactMeta
+from rayft.artifacts import (
+    CONFIG_FILE,
+    META_FILE,
+    WEIGHTS_FILE,
+    AdapterArtifact,
+    ArtifactMeta,
+    saved_whole,
+    write_whole,
+)
 from rayft.artifacts import PREFIX as BASE
 from rayft.errors import ArtifactError
 
@@ -61,7 +67,8 @@ class PeftFolder:
         """
         config = {**settings.to_dict(), "inference_mode": True, "base_model_name_or_path": meta.base_model}
         config["task_type"] = TASKS.get(meta.task)
-        config["modules_to_save"] = sorted({name.rsplit(".", 1)[0] for name in heads}) or None
+        adapted = (name.removeprefix(BASE) for name in tensors)
+        config["modules_to_save"] = saved_whole(adapted, heads) or None
         config.pop("runtime_config", None)
         whole = {**tensors, **{BASE + name: value for name, value in heads.items()}}
         return cls(json.loads(json.dumps(config, default=_plain)), whole, meta)
@@ -70,6 +77,18 @@ class PeftFolder:
     def parameters(self) -> int:
         """Numbers stored, frozen ones that PEFT keeps with them included."""
         return sum(tensor.numel() for tensor in self.tensors.values())
+
+    @property
+    def heads(self) -> dict[str, torch.Tensor]:
+        """What trained whole: parameter path in the base → value."""
+        whole = tuple(f"{BASE}{name}." for name in self.config.get("modules_to_save") or ())
+        return {n.removeprefix(BASE): value for n, value in self.tensors.items() if n.startswith(whole)}
+
+    @property
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """What is PEFT's: its name → value."""
+        heads = self.heads
+        return {name: v for name, v in self.tensors.items() if name.removeprefix(BASE) not in heads}
 
     @property
     def content_hash(self) -> str:
@@ -92,6 +111,7 @@ class PeftFolder:
 
         Raises:
             ArtifactError: if a tensor holds NaN or Inf.
+            ResourceError: if the disk is full.
         """
         folder = Path(folder)
         for name, tensor in self.tensors.items():
@@ -99,17 +119,7 @@ class PeftFolder:
                 raise ArtifactError(
                     f"{name} holds NaN or Inf, so nothing was written; train again with a lower learning rate"
                 )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            staging.chmod(0o755)
-            save_file(dict(self.tensors), staging / WEIGHTS_FILE, metadata={"format": "pt"})
-            (staging / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
-            (staging / META_FILE).write_text(self.meta.model_dump_json(indent=2) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)
-            staging.rename(folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        write_whole(folder, self._write)
         return folder
 
     @classmethod
@@ -126,6 +136,12 @@ class PeftFolder:
             return cls(config, dict(load_file(folder / WEIGHTS_FILE)), meta)
         except (OSError, ValueError, ValidationError, SafetensorError) as error:
             raise ArtifactError(f"{folder} is no whole adapter folder ({error}); train it again") from error
+
+    def _write(self, folder: Path) -> None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
+        (folder / META_FILE).write_text(self.meta.model_dump_json(indent=2) + "\n")
 
 
 def load_adapter(folder: str | Path) -> AdapterArtifact | PeftFolder:

@@ -22,15 +22,16 @@ import torch
 from torch import nn
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
-from rayft.errors import MethodError
+from rayft.errors import BaseMismatchError, MethodError
 from rayft.methods import method
 from rayft.methods.base import AdapterLinear, LoraFactors, MethodConfig
 from rayft.methods.rival import Rival
+from rayft.models.heads import head_parameters
 from rayft.models.peft_folder import PeftFolder
-from rayft.models.targets import heads, is_quantised, linear_shapes, linears
+from rayft.models.targets import is_quantised, linear_shapes, linears
 from rayft.numerics import derive_seed, seed_everything
 
-__all__ = ["attach", "export", "put_in", "take_out"]
+__all__ = ["attach", "base_shapes", "export", "put_in", "take_out"]
 
 INSIDE = "_rayft_rival"
 """Attribute of a model that has a rival in it."""
@@ -59,6 +60,14 @@ class _Root(nn.Module):
         super().__init__()
         self.base_model = tuner
         self.peft_config = tuner.peft_config
+
+
+def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Give the linear layers' sizes as `linear_shapes` does, also while a rival is in the model."""
+    inside: _Inside | None = getattr(model, INSIDE, None)
+    if inside is None:
+        return linear_shapes(model)
+    return {name: (layer.out_features, layer.in_features) for name, layer in inside.layers.items()}
 
 
 def put_in(model: nn.Module, config: MethodConfig, chosen: list[str], seed: int) -> tuple[str, ...]:
@@ -109,11 +118,7 @@ def export(model: nn.Module, meta: ArtifactMeta) -> AdapterArtifact | PeftFolder
     inside: _Inside = getattr(model, INSIDE)
     kind = method(meta.method)
     assert isinstance(kind, Rival)
-    saved = {
-        f"{path}.{leaf}" if leaf else path: value.detach().cpu().clone()
-        for path, head in heads(model).items()
-        for leaf, value in head.named_parameters()
-    }
+    saved = {name: value.detach().cpu().clone() for name, value in head_parameters(model).items()}
     if not kind.exports_lora:
         return _folder(inside.tuner, saved, meta)
     read = FACTORS[kind.config_class]
@@ -126,24 +131,33 @@ def export(model: nn.Module, meta: ArtifactMeta) -> AdapterArtifact | PeftFolder
 
 
 def attach(model: nn.Module, folder: PeftFolder) -> None:
-    """Put a saved rival in (frozen), as PEFT reads it.
+    """Put a saved rival in (frozen), as PEFT reads it; its heads are the caller's.
 
     Raises:
+        BaseMismatchError: if its tensors are not those of this model; no adapter is in the model then.
         MethodError: if PEFT can't, with its reason.
     """
     from peft.utils.save_and_load import set_peft_model_state_dict
 
-    settings = folder.peft_config()
-    _inject(model, folder.meta.method, settings, [], seed=0)
+    settings, kind, given = folder.peft_config(), folder.meta.method, folder.adapter
+    _inject(model, kind, settings, [], seed=0)
     tuner = getattr(model, INSIDE).tuner
-    with _quiet():
-        result: Any = set_peft_model_state_dict(_Root(tuner), dict(folder.tensors), ADAPTER)
-    if result.unexpected_keys:
+    wanted = _shapes(_tensors(tuner))
+    for name, shape in _shapes(given).items():
+        if wanted.pop(name, None) != shape:
+            take_out(model)
+            raise BaseMismatchError(
+                f"the '{kind}' adapter has {name} of size {shape}, which PEFT finds no place for in this "
+                "model; use it with its own base or train it again on this one"
+            )
+    if wanted:
         take_out(model)
-        raise MethodError(
-            f"the '{folder.meta.method}' adapter has {result.unexpected_keys[0]}, which PEFT finds no place "
-            "for in this model; use it with its own base"
+        raise BaseMismatchError(
+            f"the '{kind}' adapter has no {next(iter(wanted))}, which PEFT wants in this model; use it with "
+            "its own base or train it again on this one"
         )
+    with _quiet():
+        set_peft_model_state_dict(_Root(tuner), given, ADAPTER)
     model.requires_grad_(False)
 
 
@@ -180,12 +194,21 @@ def _inject(model: nn.Module, name: str, settings: Any, chosen: list[str], seed:
 
 
 def _folder(tuner: Any, saved: Mapping[str, torch.Tensor], meta: ArtifactMeta) -> PeftFolder:
+    copied = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(tuner).items()}
+    return PeftFolder.made(tuner.peft_config[ADAPTER], copied, saved, meta)
+
+
+def _tensors(tuner: Any) -> dict[str, torch.Tensor]:
     from peft.utils.save_and_load import get_peft_model_state_dict
 
     with _quiet():
-        tensors = get_peft_model_state_dict(_Root(tuner), adapter_name=ADAPTER, save_embedding_layers=False)
-    copied = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    return PeftFolder.made(tuner.peft_config[ADAPTER], copied, saved, meta)
+        return dict(
+            get_peft_model_state_dict(_Root(tuner), adapter_name=ADAPTER, save_embedding_layers=False)
+        )
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _lora(layer: Any) -> LoraFactors:

@@ -35,7 +35,7 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Find the classification heads, which start at random and train whole: path → module.
+    """Find the classification heads, which train whole: path → module.
 
     They are what a classifier has beside its base model (`score`, `classifier`, a pooler that is not
     the base's own). A language model has none: its output layer is the base's.

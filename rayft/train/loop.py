@@ -17,7 +17,8 @@ from rayft.data.pack import AnyBatch, AnyEncoded, Row, collate_rows, rows_of
 from rayft.errors import TrainError
 from rayft.evaluate.loss import mean_loss
 from rayft.methods import method
-from rayft.models.inject import Injected, advance, clear, export, inject, reset_heads
+from rayft.models.heads import reset_heads
+from rayft.models.inject import Injected, advance, clear, export, inject
 from rayft.numerics import derive_seed, seed_everything
 from rayft.train import checkpoint
 from rayft.train.context import Reporter, Session, Worker
@@ -107,9 +108,8 @@ def fit(
     worker, model = session.worker, session.loaded.model
     links = spans(run, session.schedule(run))
     memory = PeakMemory(worker.device)
-    # Heads first: an adapter draws from generators of its own, so the order changes nothing.
-    reset_heads(model, run.seed)
     injected = inject(model, run.method, run.seed)
+    reset_heads(model, run.seed)
     try:
         with capture_stream() if run.scale.graphs else nullcontext():
             progress, saved, finished = _train_links(

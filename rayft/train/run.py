@@ -232,6 +232,19 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _warms_up(self) -> RunConfig:
+        chain, steps, warmup = self.method.chain, self.optim.steps, self.optim.warmup
+        if chain is not None and chain.epochs is None:
+            steps //= chain.links
+        if warmup > steps:
+            part = f"a link's {steps} steps" if chain else f"optim.steps ({steps})"
+            raise ValueError(
+                f"optim.warmup ({warmup}) must be at most {part}, or the learning rate never reaches "
+                f"{self.optim.lr:g}: take {steps} or less"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rows_divide(self) -> RunConfig:
         parts = self.scale.workers * self.scale.accumulation
         if self.optim.rows_per_step % parts:

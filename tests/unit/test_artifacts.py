@@ -175,6 +175,10 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "not LoRA": (rewrite_config(peft_type="VERA"), "holds a 'VERA' adapter; only LoRA loads"),
     "DoRA": (rewrite_config(use_dora=True), "is a DoRA adapter: its update has full rank"),
     "bias": (rewrite_config(bias="all"), "trains biases, which no LoRA factor holds"),
+    **{
+        key: (rewrite_config(**{key: {"rank": 1}}), f"sets {key}, so it is no plain LoRA; train it without")
+        for key in ("kasa_config", "monteclora_config", "velora_config", "lora_bias")
+    },
     "PiSSA": (rewrite_config(init_lora_weights="pissa_niter_4"), "'pissa_niter_4', which changes the base"),
     "aLoRA": (rewrite_config(alora_invocation_tokens=[1]), "sets alora_invocation_tokens, so it is no plain"),
     "replicated": (rewrite_config(layer_replication=[[0, 1]]), "sets layer_replication"),

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import binomtest
 
 from rayft.errors import DataError
-from rayft.evaluate.compare import interval, paired
+from rayft.evaluate.compare import interval, over_seeds, paired
 from rayft.numerics import assert_close
 
 
@@ -94,3 +94,47 @@ def test_scores_that_do_not_pair_are_refused():
         paired([1, 0], [1, 0, 1])
     with pytest.raises(DataError, match="no scores"):
         interval([])
+
+
+def drawn(rng, seeds, items, spread, shift=0.0):
+    """Scores with an effect of each item, of each seed, and noise."""
+    effects = rng.normal(size=items) + shift
+    return effects, effects + spread * rng.normal(size=(seeds, 1)) + 0.3 * rng.normal(size=(seeds, items))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
+def test_an_interval_over_seeds_covers_whatever_varies(spread):
+    # 3 seeds alone make it a few points short where they vary most: a t-distribution's tails are missing.
+    rng = np.random.default_rng(5)
+    hits = 0
+    for _ in range(50):
+        found = over_seeds([drawn(rng, 3, 60, spread)[1], drawn(rng, 3, 60, spread)[1]])
+        hits += found.ci_low <= 0 <= found.ci_high
+    assert hits >= (43 if spread < 1 else 36)
+
+
+def test_two_methods_are_paired_by_items_and_not_by_seeds():
+    rng = np.random.default_rng(6)
+    effects, one = drawn(rng, 3, 100, 0.0)
+    other = effects + 0.3 * rng.normal(size=(3, 100)) + 0.5
+    found = over_seeds([one], [other])
+    assert found.ci_low < -0.5 < found.ci_high < 0
+    alone = over_seeds([one])
+    assert found.ci_high - found.ci_low < alone.ci_high - alone.ci_low
+    # One bad seed of the first: its difference is no longer sure.
+    unsure = over_seeds([one + np.array([[0.0], [0.0], [3.0]])], [other])
+    assert unsure.ci_low < 0 < unsure.ci_high
+
+
+def test_the_same_scores_do_not_differ_and_seeds_may_be_one():
+    scores = np.random.default_rng(7).integers(0, 2, (1, 50)).astype(float)
+    same = over_seeds([scores], [scores])
+    assert (same.value, same.ci_low, same.ci_high) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [([], None), ([np.ones((2, 3))], [np.ones((2, 4))]), ([np.ones(3)], None)]
+)
+def test_scores_that_do_not_fit_together_over_seeds_are_refused(first, second):
+    with pytest.raises(DataError):
+        over_seeds(first, second)

@@ -11,9 +11,10 @@ from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.errors import MethodError, TargetError
 from rayft.methods import METHODS
 from rayft.methods.base import AdapterLinear, LayerShape, MethodConfig
-from rayft.models.inject import attach, clear, export, heads, inject, reset_heads, wrap
+from rayft.models.heads import reset_heads
+from rayft.models.inject import attach, clear, export, inject, wrap
 from rayft.models.load import LoadedModel, ModelConfig, load_model
-from rayft.models.targets import linear_shapes, select
+from rayft.models.targets import heads, linear_shapes, select
 from rayft.numerics import assert_close
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rayft.errors import ModelError
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import inject
-from rayft.models.load import ModelConfig, fingerprint, load_model, resolve
+from rayft.models.load import ModelConfig, fingerprint, load_model, load_skeleton, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +71,24 @@ def test_models_that_are_not_there(name: str, match: str) -> None:
 def test_a_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json"):
         resolve(ModelConfig(name=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_pickled_weights_are_refused_before_they_are_read(
+    tiny_folder: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_folder, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / name)
+    assert load_model(ModelConfig(name=str(folder)), torch.float32).context == 1024
+    (folder / "model.safetensors").unlink()
+    match = r"pickled has no weights as safetensors.*never read.*AutoModelForCausalLM\.from_pretrained\("
+    for look in (resolve, load_skeleton, lambda config: load_model(config, torch.float32)):
+        with pytest.raises(ModelError, match=match):
+            look(ModelConfig(name=str(folder)))
+    (folder / name).rename(folder / "weights.bin")
+    with pytest.raises(ModelError, match=match):
+        load_model(ModelConfig(name=str(folder)), torch.float32)
 
 
 def test_a_hub_id_without_a_hub() -> None:

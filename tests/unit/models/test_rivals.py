@@ -17,9 +17,11 @@ from rayft.errors import ArtifactError, MethodError
 from rayft.methods import method
 from rayft.methods.base import AdapterLinear, MethodConfig
 from rayft.methods.rival import Rival
-from rayft.models.inject import attach, clear, export, heads, inject, reset_heads, wrap
+from rayft.models.heads import reset_heads
+from rayft.models.inject import attach, clear, export, inject, wrap
 from rayft.models.load import ModelConfig, load_model
 from rayft.models.peft_folder import PeftFolder, load_adapter
+from rayft.models.targets import heads
 from rayft.numerics import assert_close
 from rayft.train.context import Session, SilentReporter, Worker
 from rayft.train.loop import fit

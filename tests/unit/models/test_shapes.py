@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.methods.base import MethodConfig
-from rayft.models.inject import attach, clear, export, inject, reset_heads
+from rayft.models.heads import head_parameters, reset_heads
+from rayft.models.inject import attach, clear, export, inject
 from rayft.models.load import ModelConfig, load_model
+from rayft.models.peft_folder import PeftFolder, load_adapter
 from rayft.models.targets import heads, linears
 from rayft.models.tiny import TINY
 from rayft.numerics import assert_close, generator
@@ -74,14 +76,12 @@ def test_every_tiny_model(name: str, method: str, tmp_path: Path, monkeypatch: p
     chosen = ModelConfig.model_validate({"name": name, "task": task})
     model, fresh = (load_model(chosen, torch.float32).model for _ in range(2))
     before = copy.deepcopy(model.state_dict())
-    heads_before = {f"{head}." for head in heads(model)}
     artifact = goes_round(model, fresh, task, MethodConfig(name=method, rank=3), tmp_path / "adapter")
     assert artifact.meta.transposed == (name == "tiny-gpt2")
     assert artifact.meta.task == task
     clear(model)
     for key, value in model.state_dict().items():
-        if not key.startswith(tuple(heads_before)):
-            assert torch.equal(value, before[key])
+        assert torch.equal(value, before[key])
 
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
@@ -122,6 +122,26 @@ def test_heads_of_any_name_train_whole_and_travel(name: str, tmp_path: Path) -> 
         classifier(name), fresh, "sequence_classification", MethodConfig(rank=2), tmp_path / "adapter"
     )
     assert {head.split(".")[0] for head in artifact.heads} == found
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_rival_with_a_head_of_several_modules_is_loaded_by_peft(name: str, tmp_path: Path) -> None:
+    model, fresh = classifier(name), classifier(name)
+    classifier(name).save_pretrained(tmp_path / "base")
+    config = MethodConfig(name="peft:DoRA", rank=2)
+    inject(model, config, seed=1)
+    move(model)
+    meta = ArtifactMeta(method="peft:DoRA", task="sequence_classification", base_model=str(tmp_path / "base"))
+    folder = export(model, meta).save(tmp_path / "adapter")
+    loaded = load_adapter(folder)
+    assert isinstance(loaded, PeftFolder)
+    assert loaded.config["modules_to_save"] == sorted(CLASSIFIERS[name][2])
+    assert loaded.heads.keys() == head_parameters(model).keys()
+    same(logits(loaded_by_peft(classifier(name), folder)), logits(model))
+    by_name = AutoPeftModelForSequenceClassification.from_pretrained(str(folder), num_labels=3).eval()
+    same(logits(by_name), logits(model))
+    attach(fresh, loaded)
+    assert torch.equal(logits(fresh), logits(model))
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)

@@ -1,14 +1,20 @@
-"""Adapters that travel to the lane that scores them."""
+"""Scoring in a lane: adapters that travel there, and a base that none of them changes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 
-from rayft.artifacts import AdapterArtifact
-from rayft.methods.base import LoraFactors
-from rayft.sweep.score import _artifact, folder_files
+from rayft.artifacts import AdapterArtifact, ArtifactMeta
+from rayft.config import parse
+from rayft.methods.base import LoraFactors, MethodConfig
+from rayft.models.inject import clear, export, inject
+from rayft.sweep.score import ScoreRequest, _artifact, folder_files, run_score
+from rayft.train.context import Session, Worker
+from rayft.train.run import RunConfig
 
 
 def test_an_adapter_travels_with_its_files(tmp_path: Path) -> None:
@@ -20,3 +26,34 @@ def test_an_adapter_travels_with_its_files(tmp_path: Path) -> None:
     found = _artifact("/on/another/machine", files)
     assert found.content_hash == sent.content_hash
     assert _artifact(str(tmp_path / "adapter"), {}).content_hash == sent.content_hash
+
+
+@pytest.mark.parametrize("method", ["lora", "peft:DoRA"])
+def test_the_base_is_scored_with_its_own_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path / "cache"))
+    rows = [{"text": f"{letter}{number:03d}", "label": letter} for letter in "ab" for number in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = "sequence_classification"
+    run = parse(
+        RunConfig,
+        {
+            "model": {"name": "tiny-bert", "task": task, "num_labels": 2},
+            "data": {"source": "jsonl", "name": str(tmp_path / "rows.jsonl"), "val": 10, "test": 10},
+            "scale": {"device": "cpu", "dtype": "float32", "zero": 0, "threads": 1},
+        },
+    )
+    session = Session.open(run, Worker())
+
+    def scored(adapter: str | None) -> list[float]:
+        return run_score(ScoreRequest(run.model_dump_json(), ("val",), adapter), session, run)["val"]
+
+    base, model = scored(None), session.loaded.model
+    inject(model, MethodConfig(name=method, rank=2), seed=0)
+    for parameter in model.get_submodule("classifier").parameters():
+        parameter.data.neg_()
+    folder = export(model, ArtifactMeta(method=method, task=task)).save(tmp_path / "adapter")
+    clear(model)
+    assert scored(str(folder)) == [1 - value for value in base]
+    assert scored(None) == base

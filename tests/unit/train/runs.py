@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rayft.config import Section
 from rayft.methods import METHODS
 from rayft.methods.base import ChainConfig, MethodConfig
 from rayft.train.context import SilentReporter
@@ -15,10 +16,11 @@ ADAPTERS = sorted(name for name, method in METHODS.items() if method.exports_lor
 
 def changed(run: RunConfig, **sections: object) -> RunConfig:
     """Change settings by section; what does not fit together is an error, as in a configuration."""
-    update = {
-        name: getattr(run, name).model_copy(update=dict(values)) if isinstance(values, Mapping) else values
-        for name, values in sections.items()
-    }
+    update: dict[str, object] = dict(sections)
+    for name, values in sections.items():
+        known = getattr(run, name)
+        if isinstance(known, Section) and isinstance(values, Mapping):
+            update[name] = known.model_copy(update=dict(values))
     return RunConfig(**{**{name: getattr(run, name) for name in RunConfig.model_fields}, **update})
 
 

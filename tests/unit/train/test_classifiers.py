@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from rayft.artifacts import AdapterArtifact
@@ -17,13 +18,14 @@ from rayft.data.source import majority_answer
 from rayft.errors import ConfigError
 from rayft.evaluate.tasks import score
 from rayft.models.inject import attach, clear
+from rayft.models.load import resolve
 from rayft.numerics import assert_close
 from rayft.train.context import Session, SilentReporter, Worker
 from rayft.train.loop import fit, validation_loss
 from rayft.train.run import RunConfig
 from tests.unit.data.pictures import folder, save
 from tests.unit.data.small_data import lines
-from tests.unit.train.curves import WIDEST
+from tests.unit.train.curves import WIDEST, assert_same_losses
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -130,6 +132,56 @@ def test_an_encoder_learns_a_rule(tmp_path: Path) -> None:
     assert artifact.heads["classifier.weight"].shape == (3, 24)
     attach(session.loaded.model, artifact)
     assert accuracy(session) >= 0.9
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> RunConfig:
+    """Train the tiny BERT, which has a head of two classes, on as many."""
+    rows = [{"text": f"{letter}{number:03d}", "label": letter} for letter in "ab" for number in range(30)]
+    return configured(
+        {"name": "tiny-bert", "task": "sequence_classification", "num_labels": 2},
+        {"source": "jsonl", "name": lines(tmp_path / "rule.jsonl", rows), "val": 10, "test": 10},
+        rows_per_step=8,
+        steps=3,
+    )
+
+
+def test_a_trial_starts_from_the_head_of_its_checkpoint(pretrained: RunConfig, tmp_path: Path) -> None:
+    still = pretrained.model_copy(update={"optim": pretrained.optim.model_copy(update={"lr": 1e-12})})
+    session = Session.open(still, Worker())
+    artifact = AdapterArtifact.load(fit(still, session, SilentReporter(), tmp_path / "run").folder)
+    file = load_file(Path(resolve(pretrained.model)) / "model.safetensors")
+    for name, value in artifact.heads.items():
+        assert_close(value, file[name], torch.float32, 1)
+
+
+@pytest.mark.parametrize("source", ["tiny-bert", "tiny-llama"])
+def test_trials_of_a_classifier_are_the_same_in_any_order(
+    pretrained: RunConfig, tmp_path: Path, source: str
+) -> None:
+    # One checkpoint has a head, of the other it is drawn.
+    run = pretrained.model_copy(update={"model": pretrained.model.model_copy(update={"name": source})})
+    session = Session.open(run, Worker())
+    found = set()
+    for turn, seed in enumerate((1, 2, 1)):
+        seeded = run.model_copy(update={"seed": seed})
+        folder = tmp_path / str(turn)
+        again = fit(seeded, session, SilentReporter(), folder / "lane")
+        alone = fit(seeded, Session.open(run, Worker()), SilentReporter(), folder / "alone")
+        assert again.content_hash == alone.content_hash
+        found.add(again.content_hash)
+    assert len(found) == 2
+
+
+def test_a_pretrained_head_under_zero_3(pretrained: RunConfig, tmp_path: Path) -> None:
+    plain, sharded = (
+        fit(run, Session.open(run, Worker()), SilentReporter(), tmp_path / str(run.scale.zero))
+        for run in (
+            pretrained.model_copy(update={"scale": pretrained.scale.model_copy(update={"zero": zero})})
+            for zero in (0, 3)
+        )
+    )
+    assert_same_losses(plain, sharded)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -51,6 +51,11 @@ def test_the_engine_configuration_follows(run: RunConfig) -> None:
     ("change", "match"),
     [
         ({"scale": {"workers": 2}}, "multiple of scale.workers"),
+        ({"optim": {"steps": 2, "warmup": 3}}, r"warmup \(3\) must be at most optim.steps \(2\).* 2 or less"),
+        (
+            {"method": {"name": "cola", "chain": {"links": 4}}, "optim": {"steps": 4}},
+            r"must be at most a link's 1 steps",
+        ),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "is scale.zero"),
         ({"scale": {"graphs": True, "device": "cuda", "zero": 3}}, "graphs needs a GPU, ZeRO 0 to 2"),
         (
