@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from rayft.errors import DataError
 
-__all__ = ["Table", "plain_images", "quiet", "read_file", "read_hub"]
+__all__ = ["Table", "read_file", "read_hub"]
 
 FileSource = Literal["jsonl", "csv", "parquet"]
 
@@ -31,11 +33,18 @@ class Table:
     rows: Sequence[dict[str, Any]]
     lines: tuple[int, ...] = ()
     """Line in the file of each row, where lines and rows differ."""
+    folder: Path | None = None
+    """Where relative paths in the rows begin. None for what others wrote: there a path is one of the
+    machine that wrote it, unless it is of a file that was downloaded with the set."""
 
     def place(self, index: int) -> str:
         """Say where row `index` (from 0) is."""
         line = f"line {self.lines[index]}" if self.lines else f"row {index + 1}"
         return f"{self.name}, {line}"
+
+    def file(self, name: str) -> Path | None:
+        """Find the file that a row names; None where rows can't name it."""
+        return _downloaded(name) if self.folder is None else self.folder / name
 
 
 def read_file(source: FileSource, name: str) -> Table:
@@ -61,7 +70,7 @@ def read_file(source: FileSource, name: str) -> Table:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); convert it") from error
     if not table.rows:
         raise DataError(f"{path} is empty: no row after reading it as {source}")
-    return table
+    return replace(table, folder=path.absolute().parent)
 
 
 def read_hub(name: str, split: str) -> Table:
@@ -84,11 +93,11 @@ def read_hub(name: str, split: str) -> Table:
         ) from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"can't load split '{split}' of '{name}' from the hub: {error}") from error
-    rows = plain_images(rows)
+    rows = _plain_images(rows)
     return Table(f"{name} [{split}]", tuple(rows.column_names), _class_names(rows))
 
 
-def plain_images(rows: Any) -> Any:
+def _plain_images(rows: Any) -> Any:
     """Leave the images of a `datasets` table encoded: {bytes, path} instead of decoded pictures."""
     import datasets
 
@@ -99,7 +108,7 @@ def plain_images(rows: Any) -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Silence the bars of `datasets`."""
     import datasets
 
@@ -110,6 +119,22 @@ def quiet() -> Iterator[None]:
     finally:
         if bars:
             datasets.enable_progress_bars()
+
+
+def _downloaded(name: str) -> Path | None:
+    """Find a file in the caches of `datasets` and the hub, where sets of loose files have their images."""
+    import datasets
+
+    caches = (
+        datasets.config.constants.HF_HUB_CACHE,
+        datasets.config.HF_DATASETS_CACHE,
+        datasets.config.DOWNLOADED_DATASETS_PATH,
+        datasets.config.EXTRACTED_DATASETS_PATH,
+    )
+    path = Path(name)
+    real = Path(os.path.realpath(path))
+    inside = path.is_absolute() and any(real.is_relative_to(os.path.realpath(cache)) for cache in caches)
+    return path if inside else None
 
 
 def _class_names(rows: Any) -> list[dict[str, Any]]:
@@ -145,13 +170,29 @@ def _read_jsonl(path: Path) -> Table:
     return Table(str(path), tuple(columns), rows, tuple(lines))
 
 
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let a CSV field have more than 131,072 characters; the limit is one for the whole process."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 def _read_csv(path: Path) -> Table:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
-    with path.open(encoding="utf-8-sig", newline="") as stream:
+    with _long_fields(), path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, strict=True)
         try:
             header = next(reader, [])
+            twice = [name for name, count in Counter(header).items() if count > 1]
+            if twice:
+                raise DataError(
+                    f"{path}, line {reader.line_num}: the header has '{twice[0]}' more than once; give each "
+                    "column a name of its own"
+                )
             for values in reader:
                 if not values:
                     continue
@@ -172,8 +213,8 @@ def _read_parquet(path: Path) -> Table:
 
     try:
         # A cache that outlives the call would keep a copy of every file that was ever read.
-        with quiet(), tempfile.TemporaryDirectory() as folder:
-            rows = plain_images(
+        with _quiet(), tempfile.TemporaryDirectory() as folder:
+            rows = _plain_images(
                 datasets.Dataset.from_parquet(str(path), cache_dir=folder, keep_in_memory=True)
             )
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:

@@ -2,71 +2,88 @@
 
 from __future__ import annotations
 
-import glob
 import os
-import tempfile
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from rayft.data.files import Table, plain_images, quiet
+from rayft.data.files import Table
 from rayft.errors import DataError
 
 __all__ = ["part_folders", "read_image_folder"]
 
-PARTS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-"""What the folder of a part may be called."""
+PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+"""What the folder of a part may be called, in any case."""
+
+ARCHIVES = (
+    ".zip",
+    ".tar",
+    ".tar.gz",
+    ".tgz",
+    ".tar.bz2",
+    ".tbz2",
+    ".tar.xz",
+    ".txz",
+    ".tar.zst",
+    ".7z",
+    ".rar",
+)
 
 
 def part_folders(name: str) -> dict[str, str]:
-    """Find the folders of the parts; the whole one is `train` where it has none.
-
-    A folder is divided into parts if all its folders are called as parts are, `train` among them:
-    there may be a class of trains.
+    """Find the folders of the parts; the whole one is `train` where no folder is called as a part is.
 
     Raises:
-        DataError: if it is no folder.
+        DataError: if it is no folder, or only some of its folders are called as parts are, or `train` is
+            not among them, or two are the same part.
     """
     path = _folder(name)
-    inside = {child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")}
     known = {alias: part for part, aliases in PARTS.items() for alias in aliases}
-    if "train" not in inside or not inside <= set(known):
+    found: dict[str, list[str]] = {}
+    others = []
+    for child in _subfolders(path):
+        part = known.get(child.casefold())
+        if part is None:
+            others.append(child)
+        else:
+            found.setdefault(part, []).append(child)
+    if not found:
         return {"train": name}
-    twice = [part for part, aliases in PARTS.items() if len(inside & set(aliases)) > 1]
-    if twice:
-        both = " and ".join(sorted(inside & set(PARTS[twice[0]])))
-        raise DataError(f"{path} has {both} for the same part: keep one, or name the folders in data.files")
-    return {known[child]: str(path / child) for child in inside}
+    if others or "train" not in found:
+        raise _half_divided(path, sorted(chain(*found.values())), others)
+    for part, children in found.items():
+        if len(children) > 1:
+            raise DataError(
+                f"{path} has {' and '.join(children)} for the same part, {part}: keep one, or name "
+                "the folder of each part in data.files"
+            )
+    return {part: str(path / children[0]) for part, children in found.items()}
 
 
 def read_image_folder(name: str) -> Table:
     """List the images in a folder of class folders; the class is the uppermost folder's name.
 
     Raises:
-        DataError: if there are none, or one lies outside a class folder.
+        DataError: if there are none, one lies outside a class folder, a class folder has none, or there is
+            an archive or a link to a folder, which are not entered.
     """
-    import datasets
-
     root = Path(os.path.normpath(_folder(name).absolute()))
-    try:
-        # The cache holds a list of paths, and would outlive a change of the folder.
-        with quiet(), tempfile.TemporaryDirectory() as cache:
-            found = datasets.load_dataset(
-                "imagefolder",
-                # Neither `data_dir` nor its labels: both guess, and take a class called "test" for a part.
-                data_files={"train": [f"{glob.escape(str(root))}/**"]},
-                split="train",
-                drop_labels=True,
-                drop_metadata=True,
-                cache_dir=cache,
-                keep_in_memory=True,
-            )
-            images = plain_images(found).to_list()
-    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+    rows = [_row(root, path) for path in sorted(_images(root), key=str)]
+    if not rows:
+        raise DataError(f"{root} holds no image: put PNG or JPEG files into one folder for each class")
+    classes = {row["label"] for row in rows}
+    empty = [child for child in _subfolders(root) if child not in classes]
+    if empty:
         raise DataError(
-            f"{root} holds no image: put PNG or JPEG files into one folder for each class ({error})"
-        ) from error
-    rows = sorted((_row(root, row["image"]) for row in images), key=lambda row: row["image"]["path"])
-    return Table(str(root), ("image", "label"), rows)
+            f"{root} has folders without an image: {', '.join(empty)}; put images of the class into each "
+            "or remove it"
+        )
+    return Table(str(root), ("image", "label"), rows, folder=root)
 
 
 def _folder(name: str) -> Path:
@@ -79,8 +96,59 @@ def _folder(name: str) -> Path:
     return path
 
 
-def _row(root: Path, image: dict[str, Any]) -> dict[str, Any]:
-    inside = Path(image["path"]).relative_to(root).parts
+def _subfolders(path: Path) -> list[str]:
+    try:
+        children = [child for child in path.iterdir() if not child.name.startswith(".")]
+    except OSError as error:
+        _refuse(error)
+    return sorted(child.name for child in children if child.is_dir())
+
+
+def _half_divided(path: Path, parts: list[str], others: list[str]) -> DataError:
+    named = ", ".join(parts)
+    problem = (
+        f"{path} has folders that are called as parts are ({named}) beside others ({', '.join(others)})"
+        if others
+        else f"{path} has folders that are called as parts are ({named}), and none for train"
+    )
+    return DataError(
+        f"{problem}. If they are parts, call all of them train, val or test, or name them in data.files. If "
+        f"they are classes, write data.files: {{train: {path}}} instead of data.name, or move all into one "
+        f"folder called train ({path / 'train' / parts[0]})"
+    )
+
+
+def _images(root: Path) -> Iterator[Path]:
+    """Find the images that are not hidden, at any depth.
+
+    Not by `datasets.load_dataset`, which leaves out links and folders called `__x__` without a word,
+    and lists what is in archives by where it unpacked them.
+    """
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    suffixes = frozenset(ImageFolder.EXTENSIONS)
+    for folder, inside, files in os.walk(root, onerror=_refuse):
+        inside[:] = [name for name in inside if not name.startswith(".")]
+        for path in (Path(folder, name) for name in inside):
+            if path.is_symlink():
+                raise DataError(
+                    f"{path} is a link to a folder, which is not followed; put the folder in its place"
+                )
+        for path in (Path(folder, name) for name in files if not name.startswith(".")):
+            if path.name.lower().endswith(ARCHIVES):
+                raise DataError(f"{path} is an archive, which is not looked into; unpack or remove it")
+            if path.suffix.lower() in suffixes:
+                yield path
+            elif path.is_symlink() and not path.exists():
+                raise DataError(f"{path} is a link to nothing; mend or remove it")
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise DataError(f"{error.filename} can't be listed ({error.strerror}); make it readable") from error
+
+
+def _row(root: Path, path: Path) -> dict[str, Any]:
+    inside = path.relative_to(root).parts
     if len(inside) < 2:
-        raise DataError(f"{image['path']} is in no class folder; move it into the folder of its class")
-    return {"image": image, "label": inside[0]}
+        raise DataError(f"{path} is in no class folder; move it into the folder of its class")
+    return {"image": {"bytes": None, "path": str(path)}, "label": inside[0]}

@@ -96,20 +96,34 @@ class _Cell:
         """Get an image that Pillow knows; whether all of it is there shows when it is decoded."""
         import PIL.Image
 
+        name, data = self._picture()
+        try:
+            image = Image.of(name, data)
+            with PIL.Image.open(io.BytesIO(image.read())):
+                return image
+        except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            raise DataError(f"{name} can't be read as an image ({error}): replace or remove it") from error
+
+    def _picture(self) -> tuple[str, bytes | None]:
+        """Get what an image is called and its bytes, or its path and None."""
         value = self.value("image")
-        if not isinstance(value, dict) or not (value.get("bytes") or value.get("path")):
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
+        if data and isinstance(data, bytes):
+            return self.table.place(self.index), data
+        if data is not None or not path or not isinstance(path, str):
             raise self.error(
                 "image",
                 f"{_shown(value)} is no image; use source: image_folder, or a hub set or Parquet file that "
                 "holds the images themselves",
             )
-        name = value["path"] if value.get("bytes") is None else self.table.place(self.index)
-        try:
-            image = Image.of(name, value.get("bytes"))
-            with PIL.Image.open(io.BytesIO(image.read())):
-                return image
-        except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            raise DataError(f"{name} can't be read as an image ({error}): replace or remove it") from error
+        file = self.table.file(path)
+        if file is None:
+            raise self.error(
+                "image",
+                f"'{path}' is a path on the machine where the set was made; take a set that holds the images "
+                "themselves, or download them and use source: image_folder",
+            )
+        return str(file), None
 
     def messages(self) -> tuple[Message, ...]:
         """Get a conversation that the assistant ends."""

@@ -7,6 +7,7 @@ test before val before train.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -162,8 +163,8 @@ def _number_labels(parts: Mapping[str, list[Example]]) -> tuple[dict[str, list[E
         return dict(parts), ()
     if len(names) < 2:
         raise DataError(f"all train examples are of one class, '{names.pop()}'; bring two classes or more")
-    whole = all(name.lstrip("-").isdecimal() for name in names)
-    labels = tuple(sorted(names, key=int) if whole else sorted(names))
+    whole = all(re.fullmatch("-?[0-9]+", name) for name in names)
+    labels = tuple(sorted(names, key=(lambda name: (int(name), name)) if whole else None))
     index = {name: number for number, name in enumerate(labels)}
     for part, examples in parts.items():
         unknown = {example.label_name for example in examples} - names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 
 from rayft.data.source import read
@@ -108,6 +110,12 @@ def test_wrong_rows_are_named(tmp_path, rows, form, match):
         (
             "a.csv",
             "csv",
+            "prompt,note,prompt\na,b,c\n",
+            "line 1: the header has 'prompt' more than once; give",
+        ),
+        (
+            "a.csv",
+            "csv",
             "prompt,completion\na,b\nc,\n",
             "line 3, column 'completion': the completion is empty",
         ),
@@ -119,6 +127,20 @@ def test_wrong_files(tmp_path, name, kind, content, match):
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=match):
         read(config(source=kind, name=str(tmp_path / name)))
+
+
+def test_a_csv_field_may_be_long(tmp_path):
+    long = "word " * 40_000 + "end"
+    rows = "".join(f"{n} {long},x\n" for n in range(10))
+    (tmp_path / "a.csv").write_text(f"prompt,completion\n{rows}")
+    limit = csv.field_size_limit()
+    parts = read(config(source="csv", name=str(tmp_path / "a.csv")))
+    assert all(example.messages[0].content.endswith(long) for example in parts.train)
+    assert csv.field_size_limit() == limit
+    (tmp_path / "a.csv").write_text('prompt,completion\n"a,b\n')
+    with pytest.raises(DataError, match="is not CSV"):
+        read(config(source="csv", name=str(tmp_path / "a.csv")))
+    assert csv.field_size_limit() == limit
 
 
 def test_a_folder_and_a_file_of_bytes_are_refused(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,21 +43,120 @@ def test_the_order_is_a_function_of_the_content_and_the_seed(tmp_path):
     assert read(images(root)).digest != first.digest
 
 
-@pytest.mark.parametrize("val", ["val", "valid", "validation"])
-def test_folders_of_parts_are_found(tmp_path, val):
-    for part, each in (("train", 6), (val, 3), ("test", 2)):
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "val", "test"),
+        ("train", "valid", "testing"),
+        ("training", "validation", "test"),
+        ("Train", "dev", "TEST"),
+        ("TRAINING", "eval", "Testing"),
+        ("train", "Evaluation", "test"),
+    ],
+)
+def test_folders_of_parts_are_found(tmp_path, train, val, test):
+    for part, each in ((train, 6), (val, 3), (test, 2)):
         folder(tmp_path / part, each=each)
     parts = read(images(tmp_path))
     assert [len(part) for part in (parts.train, parts.val, parts.test)] == [12, 6, 4]
     assert {Path(example.image.name).parent.parent.name for example in parts.val} == {val}
-    named = {"train": str(tmp_path / "train"), "test": str(tmp_path / val)}
+    named = {"train": str(tmp_path / train), "test": str(tmp_path / val)}
     parts = read(config(source="image_folder", files=named, val=2))
     assert [len(part) for part in (parts.train, parts.val, parts.test)] == [10, 2, 6]
 
 
-def test_a_class_may_be_called_as_a_part_is(tmp_path):
+def test_a_class_may_be_called_as_a_part_is_where_the_configuration_or_a_folder_says_so(tmp_path):
     root = folder(tmp_path / "odd [names] *", classes=("train", "bus", "test"))
-    assert read(images(root)).labels == ("bus", "test", "train")
+    with pytest.raises(DataError) as error:
+        read(images(root))
+    assert "called as parts are (test, train) beside others (bus)" in str(error.value)
+    assert f"write data.files: {{train: {root}}} instead of data.name, or move all" in str(error.value)
+    named = read(config(source="image_folder", files={"train": str(root)}))
+    assert named.labels == ("bus", "test", "train")
+    (tmp_path / "moved").mkdir()
+    root.rename(tmp_path / "moved" / "train")
+    assert read(images(tmp_path / "moved")).digest == named.digest
+
+
+def test_a_folder_that_is_no_part_beside_those_that_are(tmp_path):
+    for part in ("train", "test", "holdout"):
+        folder(tmp_path / part, each=3)
+    with pytest.raises(
+        DataError, match=r"\(test, train\) beside others \(holdout\).* name them in data\.files"
+    ):
+        read(images(tmp_path))
+    named = {"train": "train", "val": "holdout", "test": "test"}
+    named = {part: str(tmp_path / name) for part, name in named.items()}
+    parts = read(config(source="image_folder", files=named))
+    assert [len(part) for part in (parts.train, parts.val, parts.test)] == [6, 6, 6]
+
+
+def test_parts_without_train(tmp_path):
+    for part in ("val", "test"):
+        folder(tmp_path / part, each=3)
+    with pytest.raises(DataError, match=r"\(test, val\), and none for train"):
+        read(images(tmp_path))
+
+
+def test_the_folder_of_a_part_may_be_a_link(tmp_path):
+    folder(tmp_path / "pets" / "train", each=5)
+    (tmp_path / "pets" / "test").symlink_to(folder(tmp_path / "elsewhere", each=2))
+    parts = read(images(tmp_path / "pets", val=2))
+    assert [len(part) for part in (parts.train, parts.val, parts.test)] == [8, 2, 4]
+
+
+@pytest.mark.parametrize("place", ["c", "cat/c"])
+def test_a_link_to_a_folder_is_refused(tmp_path, place):
+    root = folder(tmp_path / "pets", each=5)
+    elsewhere = folder(tmp_path / "elsewhere", classes=("c",))
+    (root / place).symlink_to(elsewhere / "c")
+    with pytest.raises(DataError, match=rf"pets/{place} is a link to a folder, which is not followed"):
+        read(images(root))
+    (root / place).unlink()
+    (root / place).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=rf"pets/{place} is a link to nothing"):
+        read(images(root))
+
+
+def test_a_class_may_have_any_name_but_a_hidden_one(tmp_path):
+    root = folder(tmp_path / "pets", classes=("cat", "__x__", ".git"))
+    assert read(images(root)).labels == ("__x__", "cat")
+
+
+def test_a_class_folder_without_an_image(tmp_path):
+    root = folder(tmp_path / "pets")
+    for name in ("wolf", "__pycache__", ".hidden"):
+        (root / name).mkdir()
+        (root / name / "notes.txt").write_text("hello")
+    with pytest.raises(DataError, match="pets has folders without an image: __pycache__, wolf; put images"):
+        read(images(root))
+
+
+@pytest.mark.parametrize("place", ["more.zip", "cat/more.tar.gz"])
+def test_an_archive_is_refused(tmp_path, place):
+    root = folder(tmp_path / "pets")
+    kind = "zip" if place.endswith("zip") else "gztar"
+    made = shutil.make_archive(str(tmp_path / "more"), kind, folder(tmp_path / "others"))
+    Path(made).rename(root / place)
+    with pytest.raises(DataError, match=rf"pets/{place} is an archive.*; unpack or remove it"):
+        read(images(root))
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    root = folder(tmp_path / "pets")
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "dog":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"pets/dog can't be listed \(Permission denied\)"):
+        read(images(root))
+    monkeypatch.setattr(Path, "iterdir", lambda path: os.scandir(path / "dog"))
+    with pytest.raises(DataError, match=r"pets/dog can't be listed \(Permission denied\)"):
+        read(images(root))
 
 
 def test_deeper_folders_and_other_files_change_no_class(tmp_path):
@@ -124,9 +225,9 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
 
 
 def test_two_folders_for_one_part(tmp_path):
-    for part in ("train", "val", "validation"):
+    for part in ("train", "val", "Dev"):
         folder(tmp_path / part, each=2)
-    with pytest.raises(DataError, match="has val and validation for the same part"):
+    with pytest.raises(DataError, match="has Dev and val for the same part, val: keep one"):
         read(images(tmp_path))
 
 

@@ -20,8 +20,8 @@ from rayft.data.source import read
 from rayft.data.template import IGNORED, Encoded, encode_all
 from rayft.errors import DataError
 from rayft.numerics import assert_close
-from tests.unit.data.pictures import example, noise, png
-from tests.unit.data.small_data import config
+from tests.unit.data.pictures import example, folder, noise, png, save
+from tests.unit.data.small_data import config, keys, lines
 
 
 def encoder(channels: int = 1, size: int = 8, **values: object) -> ImageEncoder:
@@ -195,6 +195,81 @@ def test_sets_with_an_image_column(tmp_path, monkeypatch):
     table.to_parquet(tmp_path / "a.parquet")
     source = {"source": "parquet", "name": str(tmp_path / "a.parquet"), "columns": {"image": "picture"}}
     assert {e.key for e in read(config(**source)).train} <= {image(noise(n)).digest for n in range(20)}
+
+
+def test_a_file_of_rows_may_name_image_files_beside_it(tmp_path, monkeypatch):
+    import datasets
+
+    root = folder(tmp_path / "set")
+    names = [f"{kind}/{number}.png" for number in range(10) for kind in ("cat", "dog")]
+    names[0] = str(root / names[0])
+    rows = [{"image": {"bytes": None, "path": name}, "label": name.split("/")[-2]} for name in names]
+    datasets.Dataset.from_list(rows).to_parquet(root / "a.parquet")
+    lines(root / "a.jsonl", rows)
+    expected = {image(noise("set", kind, n)).digest for kind in ("cat", "dog") for n in range(10)}
+    monkeypatch.chdir(root)
+    for place in ("elsewhere", "elsewhere/cat"):
+        (tmp_path / place).mkdir()
+    save(tmp_path / "elsewhere" / "cat" / "1.png", noise("another"))
+    for kind, name in (("parquet", "a.parquet"), ("jsonl", str(root / "a.jsonl"))):
+        settings = config(source=kind, name=name).located()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert set.union(*keys(read(settings))) == expected
+    (root / "dog" / "3.png").unlink()
+    with pytest.raises(DataError, match=r"set/dog/3\.png can't be read as an image"):
+        read(settings)
+
+
+def hub_of(monkeypatch, names):
+    import datasets
+
+    rows = [{"image": {"bytes": None, "path": name}, "label": str(n % 2)} for n, name in enumerate(names)]
+    table = datasets.Dataset.from_list(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+
+
+def test_a_hub_set_may_name_only_files_that_came_with_it(tmp_path, monkeypatch):
+    import datasets
+
+    root = folder(tmp_path / "set")
+    names = [str(root / f"{kind}/{number}.png") for number in range(10) for kind in ("cat", "dog")]
+    hub_of(monkeypatch, names)
+    with pytest.raises(
+        DataError, match=r"row 1, column 'image': '.*cat/0\.png' is a path on the machine where"
+    ):
+        read(config(source="hub", name="org/set"))
+    caches = {
+        "HF_HUB_CACHE": datasets.config.constants,
+        "HF_DATASETS_CACHE": datasets.config,
+        "DOWNLOADED_DATASETS_PATH": datasets.config,
+        "EXTRACTED_DATASETS_PATH": datasets.config,
+    }
+    for setting, owner in caches.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, setting, str(root))
+            assert len(set.union(*keys(read(config(source="hub", name="org/set"))))) == 20
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "dog")
+    monkeypatch.chdir(root / "dog")
+    for name in ("1.png", str(root / "dog" / ".." / "cat" / "1.png")):
+        hub_of(monkeypatch, [name] * 20)
+        with pytest.raises(DataError, match="is a path on the machine where the set was made"):
+            read(config(source="hub", name="org/set"))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"bytes": "aGVsbG8=", "path": None},
+        {"bytes": None, "path": 3},
+        {"bytes": "", "path": "a.png"},
+        {},
+        "a.png",
+    ],
+)
+def test_what_is_no_image(tmp_path, value):
+    name = lines(tmp_path / "a.jsonl", [{"image": value, "label": n % 2} for n in range(20)])
+    with pytest.raises(DataError, match=r"line 1, column 'image': .* is no image; use source: image_folder"):
+        read(config(name=name))
 
 
 def test_paths_are_no_images(tmp_path):

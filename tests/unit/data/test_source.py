@@ -101,6 +101,22 @@ def test_classes_that_train_has_not_are_refused(tmp_path):
         read(config(files={"train": train, "test": test}))
 
 
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (("10", "9", "-1"), ("-1", "9", "10")),
+        (("1", "01", "001", "0"), ("0", "001", "01", "1")),
+        (("--5", "3", "20"), ("--5", "20", "3")),
+        (("٣", "20", "3"), ("20", "3", "٣")),
+        (("-", "20", "3"), ("-", "20", "3")),
+    ],
+)
+def test_classes_are_numbered_by_value_if_all_are_whole_numbers(tmp_path, names, labels):
+    rows = [{"text": f"x{n}", "label": names[n % len(names)]} for n in range(40)]
+    for order in (rows, rows[::-1]):
+        assert read(config(name=lines(tmp_path / "a.jsonl", order), val=1, test=1)).labels == labels
+
+
 def test_sizes_that_a_file_cannot_fill_are_refused(tmp_path):
     path = lines(tmp_path / "a.jsonl", pairs(0, 50))
     with pytest.raises(DataError, match="train should have 45 examples and gets 40 of 50 different ones"):
