@@ -198,10 +198,11 @@ class _Manager(ContinuousBatchingManager):
         processor = super()._create_batch_processor()
         update = processor.cache.update
 
-        def bounded(key_states: torch.Tensor, value_states: torch.Tensor, **rest: Any) -> Any:
+        # What follows them is named up to transformers 5.23 and counted from 5.24 on.
+        def bounded(key_states: torch.Tensor, value_states: torch.Tensor, *rest: Any, **named: Any) -> Any:
             if self._slots.in_use:
                 key_states, value_states = _bound(key_states), _bound(value_states)
-            return update(key_states=key_states, value_states=value_states, **rest)
+            return update(key_states, value_states, *rest, **named)
 
         setattr(processor.cache, "update", bounded)  # noqa: B010  (a method, to mypy)
         return processor
