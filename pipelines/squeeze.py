@@ -16,12 +16,21 @@ def main() -> None:
     parser.add_argument("adapter", nargs="?", type=Path, default=Path("runs/demo/winner"))
     parser.add_argument("--rank", type=int, action="append", default=[])
     parser.add_argument("--energy", type=float, action="append", default=[])
+    parser.add_argument("--budget", action="append", default=[], help="a size such as 1.5MB")
+    parser.add_argument("--keep-score", type=float, help="share of the validation score to keep")
+    parser.add_argument("--steps", type=int, help="train on for so many steps at the lower rank")
+    parser.add_argument("--lr", type=float, help="learning rate of --steps")
+    parser.add_argument("--config", type=Path, help="a sweep's configuration: base and data")
+    parser.add_argument("--base", help="the base, to check that the adapter fits it")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=Path("runs/demo/squeezed-by-hand"))
-    arguments = parser.parse_args()
-    ranks = arguments.rank or ([] if arguments.energy else [8])
-    commands.guarded(
-        lambda: commands.squeeze(arguments.adapter, arguments.out, ranks, arguments.energy, Console())
-    )
+    options = vars(parser.parse_args())
+    adapter, out = options.pop("adapter"), options.pop("out")
+    many = {"ranks": options.pop("rank"), "energies": options.pop("energy")}
+    many["budgets"] = options.pop("budget")
+    if not any(many.values()) and options["keep_score"] is None:
+        many["ranks"] = [8]
+    commands.guarded(lambda: commands.squeeze(adapter, out, Console(), **many, **options))
 
 
 if __name__ == "__main__":

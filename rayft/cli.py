@@ -48,16 +48,34 @@ def sweep(
 @app.command()
 def squeeze(
     adapter: Annotated[Path, typer.Argument(help="A LoRA adapter folder, made by anyone.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results: OUT/r8, OUT/e0.95.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results: OUT/r8, OUT/e0.95, OUT/b1.5MB.")],
     rank: Annotated[list[int] | None, typer.Option(help="A rank to squeeze to; may be repeated.")] = None,
     energy: Annotated[
         list[float] | None, typer.Option(help="A share of energy to retain; may be repeated.")
     ] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="A size such as 1.5MB, ranks where they count; may be repeated.")
+    ] = None,
+    keep_score: Annotated[
+        float | None, typer.Option(help="Share of the validation score that the smallest rank has to keep.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Train on for so many steps at the lower rank.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of --steps; the trial's by default.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A sweep's configuration: base and data to score and train on.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base, to check that the adapter fits it.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu or cuda.")] = None,
 ) -> None:
     """Bring an adapter to lower ranks, exactly."""
     from rayft.flow import commands
 
-    commands.squeeze(adapter, out, rank or [], energy or [], console)
+    commands.squeeze(
+        adapter, out, console, ranks=rank or [], energies=energy or [], budgets=budget or [],
+        keep_score=keep_score, steps=steps, lr=lr, config=config, base=base, device=device,
+    )  # fmt: skip
 
 
 @app.command()

@@ -57,5 +57,7 @@ class ArtifactMeta(Section):
     """Inputs that a selector method reads: module → columns."""
     singular_values: dict[str, tuple[float, ...]] = {}
     """Singular values of ΔW at full rank, largest first: module → values; filled by a squeeze."""
+    tail_energy: dict[str, float] = {}
+    """Where not all singular values were computed (a dense ΔW): module → Σσ² of the others."""
     metrics: dict[str, float] = {}
     """Scores and sizes measured when it was made."""

@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.config import load
-from rayft.errors import RayftError, RegistryError, SqueezeError
+from rayft.errors import RayftError, RegistryError
 from rayft.flow.config import load_config
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
@@ -24,8 +24,6 @@ from rayft.registry.store import MlflowRegistry
 from rayft.report.frame import SweepRecord
 from rayft.report.render import render
 from rayft.report.terminal import terminal_table
-from rayft.squeeze.rank import retained_energy
-from rayft.squeeze.rank import squeeze as squeeze_artifact
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import flush_spool, prepare
 
@@ -62,29 +60,16 @@ def sweep(config: str, overrides: Sequence[str], console: Console) -> SweepRecor
     return record
 
 
-def squeeze(
-    adapter: Path, out: Path, ranks: Sequence[int], energies: Sequence[float], console: Console
-) -> None:
-    """Squeeze an adapter folder to each rank and energy, checked before the first is written.
+def squeeze(adapter: Path, out: Path, console: Console, **options: Any) -> None:
+    """Squeeze an adapter folder and show what came out; `options` as `flow.squeeze.squeeze_request`.
 
     Raises:
         SqueezeError, ArtifactError: naming what is wrong; the source stays as it is.
     """
-    if not ranks and not energies:
-        raise SqueezeError("say how far: --rank 8 (may be repeated) or --energy 0.95")
-    source = AdapterArtifact.load(adapter)
-    made = {f"r{rank}": squeeze_artifact(source, rank=rank) for rank in ranks}
-    made |= {f"e{energy:g}": squeeze_artifact(source, energy=energy) for energy in energies}
-    table = Table("adapter", "rank", "parameters", "bytes", "retained energy (mean, least)")
-    table.add_row(str(adapter), str(source.rank), f"{source.parameters:,}", f"{folder_bytes(adapter):,}", "")
-    for name, artifact in made.items():
-        folder = artifact.save(out / name)
-        kept = list(retained_energy(artifact).values())
-        energy = f"{sum(kept) / len(kept):.4f}, {min(kept):.4f}"
-        table.add_row(
-            str(folder), str(artifact.rank), f"{artifact.parameters:,}", f"{folder_bytes(folder):,}", energy
-        )
-    console.print(table)
+    from rayft.flow.squeeze import squeeze_folder, squeeze_request, squeeze_table
+
+    request = squeeze_request(adapter, out, **options)
+    console.print(squeeze_table(squeeze_folder(request, console)))
 
 
 def report(folder: Path, output: Path | None, console: Console) -> None:

@@ -12,7 +12,7 @@ from rayft.config import Section, load
 from rayft.data.section import DataConfig
 from rayft.models.load import ModelConfig
 from rayft.registry.promote import Gate
-from rayft.squeeze.rank import SqueezeConfig
+from rayft.squeeze.section import SqueezeConfig
 from rayft.sweep.space import SweepConfig
 from rayft.tracking.base import TrackingConfig
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig

@@ -11,7 +11,8 @@ from rayft.artifacts import AdapterArtifact
 from rayft.config import leaves
 from rayft.evaluate.compare import paired
 from rayft.flow.preflight import Plan
-from rayft.flow.stages import Measured, SqueezedAdapter, smallest_good
+from rayft.flow.squeezing import SqueezedAdapter, smallest_good
+from rayft.flow.stages import Measured
 from rayft.methods import method as find_method
 from rayft.report.frame import (
     Baseline,
@@ -64,7 +65,7 @@ def build_record(
         trials=tuple(_trial(trial, scores.get(trial.point.name, Measured())) for trial in trials),
         winner=ship,
         no_winner="" if ship else "no trial finished; look at why in the table",
-        squeezed=tuple(_squeezed(item, winner, scores) for item in squeezed),
+        squeezed=tuple(_squeezed(item, scores) for item in squeezed),
         comparisons=_comparisons(winner, baselines, scores, squeezed),
         singular_values=full.meta.singular_values if full else {},
         timings=dict(timings),
@@ -89,7 +90,8 @@ def _ship(
         return None
     name, rule = winner.point.name, plan.config.sweep.select_by.replace("_", " ")
     reached, keep = scores[name].mean("val"), plan.config.squeeze.keep_score
-    small = smallest_good(squeezed, scores, reached, keep) if reached else None
+    mine = [item for item in squeezed if item.source.name == name]
+    small = smallest_good(mine, scores, reached, keep) if reached else None
     if small is None:
         why = f"best {rule} among the trials that finished"
         if not find_method(winner.point.run.method.name).exports_lora:
@@ -116,7 +118,7 @@ def _trial(trial: EndedTrial, measured: Measured) -> Trial:
     common = {
         "id": trial.point.name,
         "method": config.name,
-        "rank": config.rank * config.links if ranked else None,
+        "rank": trial.point.run.final_rank if ranked else None,
         "alpha": config.alpha or 2.0 * config.rank if ranked else None,
         "lr": trial.point.run.optim.lr,
         "seed": trial.point.run.seed,
@@ -145,17 +147,18 @@ def _trial(trial: EndedTrial, measured: Measured) -> Trial:
     )
 
 
-def _squeezed(item: SqueezedAdapter, winner: EndedTrial | None, scores: Mapping[str, Measured]) -> Squeezed:
-    assert winner is not None
+def _squeezed(item: SqueezedAdapter, scores: Mapping[str, Measured]) -> Squeezed:
     energies = list(item.energy.values())
     return Squeezed(
         name=item.name,
-        trial=winner.point.name,
+        trial=item.source.name,
+        how=item.how,
         rank=item.rank,
         energy_mean=sum(energies) / len(energies),
         energy_min=min(energies),
         val_score=scores[item.name].mean("val"),
         test=scores[item.name].score("test"),
+        val_loss=item.val_loss,
         parameters=item.parameters,
         bytes=item.bytes,
         seconds=item.seconds,
@@ -179,7 +182,8 @@ def _comparisons(
     rivals = [other for other in scores if other != name and other not in versions]
     pairs += [(name, scores[name], other, scores[other]) for other in rivals if "test" in scores[other].parts]
     for item in squeezed:
-        pairs.append((item.name, scores[item.name], name, scores[name]))
+        source = item.source.name
+        pairs.append((item.name, scores[item.name], source, scores[source]))
         pairs.append((item.name, scores[item.name], best, baselines[best]))
     return tuple(_compare(*pair) for pair in pairs)
 

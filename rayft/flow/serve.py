@@ -25,8 +25,10 @@ def served_names(output: Path, record: SweepRecord, ranks: int = 2) -> list[str]
     adapters = list(served_adapters(output, record))
     if not adapters:
         return ["base"]
-    ship = record.winner.ship if record.winner else ""
-    smaller = sorted(record.squeezed, key=lambda item: (item.name != ship, -item.rank))[:ranks]
+    ship, winner = (record.winner.ship, record.winner.trial) if record.winner else ("", "")
+    # Views of the winner at one rank for all modules; what was trained on is served under its own name.
+    views = [item for item in record.squeezed if item.name == f"{winner}@r{item.rank}"]
+    smaller = sorted(views, key=lambda item: (item.name != ship, -item.rank))[:ranks]
     names = [f"{adapters[0]}@r{item.rank}" for item in sorted(smaller, key=lambda item: -item.rank)]
     return ["base", adapters[0], *names, *adapters[1:]]
 

@@ -1,22 +1,20 @@
-"""The stages of a sweep as functions: score, choose, squeeze."""
+"""The stages of a sweep as functions: score, and put in order."""
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
 
-from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.data.source import majority_answer
 from rayft.errors import TrainError
 from rayft.evaluate.compare import interval
 from rayft.flow.preflight import Plan
 from rayft.methods import method
 from rayft.report.frame import Score
-from rayft.squeeze.rank import retained_energy, squeeze
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
 from rayft.sweep.score import ScoreRequest, folder_files, spread
@@ -24,14 +22,11 @@ from rayft.sweep.tuner import Trial
 
 __all__ = [
     "Measured",
-    "SqueezedAdapter",
-    "choose",
+    "best_first",
+    "files_along",
     "score_all",
     "score_baselines",
-    "score_squeezed",
     "score_trials",
-    "smallest_good",
-    "squeeze_winner",
     "why_not_served",
 ]
 
@@ -56,19 +51,6 @@ class Measured:
             return None
         low, high = interval(values)
         return Score(value=sum(values) / len(values), low=low, high=high, n=len(values))
-
-
-@dataclass(frozen=True)
-class SqueezedAdapter:
-    """A lower rank of the winner, made."""
-
-    name: str
-    rank: int
-    folder: Path
-    parameters: int
-    bytes: int
-    energy: Mapping[str, float]
-    seconds: float
 
 
 def score_all(executor: Executor, requests: Mapping[str, ScoreRequest]) -> dict[str, Measured]:
@@ -124,24 +106,23 @@ def score_trials(executor: Executor, trials: Sequence[Trial]) -> dict[str, Measu
             run=run.model_dump_json(),
             parts=("val", "test") if trial.status == "finished" else ("test",),
             adapter=adapter,
-            files=_files(adapter),
+            files=files_along(adapter),
         )
     return score_all(executor, requests)
 
 
-def choose(plan: Plan, trials: Sequence[Trial], scores: Mapping[str, Measured]) -> Trial | None:
-    """Choose the best finished trial on the validation part; None if none has finished."""
+def best_first(plan: Plan, trials: Sequence[Trial], scores: Mapping[str, Measured]) -> list[Trial]:
+    """Put the finished trials in order, by the validation part; the first is the winner."""
     finished = [trial for trial in trials if trial.result is not None and trial.status == "finished"]
-    if not finished:
-        return None
 
     def loss(trial: Trial) -> float:
         assert trial.result is not None
-        return float(trial.result["val_loss"])
+        value = float(trial.result["val_loss"])
+        return math.inf if math.isnan(value) else value
 
     if plan.config.sweep.select_by == "val_loss":
-        return min(finished, key=loss)
-    return max(finished, key=lambda trial: (scores[trial.point.name].mean("val") or 0.0, -loss(trial)))
+        return sorted(finished, key=loss)
+    return sorted(finished, key=lambda trial: (-(scores[trial.point.name].mean("val") or 0.0), loss(trial)))
 
 
 def why_not_served(winner: Trial, trials: Sequence[Trial]) -> str:
@@ -164,62 +145,6 @@ def why_not_served(winner: Trial, trials: Sequence[Trial]) -> str:
     )
 
 
-def squeeze_winner(plan: Plan, winner: Trial) -> tuple[AdapterArtifact, list[SqueezedAdapter]]:
-    """Sort the winner's columns by singular value (`winner/`) and make its lower ranks (`squeezed/`)."""
-    assert winner.result is not None
-    source = AdapterArtifact.load(winner.result["folder"])
-    full = squeeze(source)
-    full.save(plan.output / "winner")
-    made = [
-        _save(plan, f"{winner.point.name}@r{rank}", full, rank=rank)
-        for rank in plan.config.squeeze.ranks
-        if rank < source.rank
-    ]
-    if plan.config.squeeze.energy is not None:
-        energy = plan.config.squeeze.energy
-        made.append(_save(plan, f"{winner.point.name}@e{energy:g}", full, energy=energy))
-    return full, made
-
-
-def score_squeezed(plan: Plan, executor: Executor, made: Sequence[SqueezedAdapter]) -> dict[str, Measured]:
-    """Score the squeezed adapters as they lie on disk."""
-    requests = {
-        item.name: ScoreRequest(
-            run=plan.run.model_dump_json(),
-            parts=("val", "test"),
-            adapter=str(item.folder),
-            files=_files(str(item.folder)),
-        )
-        for item in made
-    }
-    return score_all(executor, requests)
-
-
-def _files(adapter: str | None) -> dict[str, bytes]:
-    """Send an adapter along where lanes may be on other machines."""
+def files_along(adapter: str | None) -> dict[str, bytes]:
+    """Give an adapter's files where lanes may be on other machines, to be sent along."""
     return folder_files(Path(adapter)) if adapter and spread() else {}
-
-
-def _save(
-    plan: Plan, name: str, full: AdapterArtifact, *, rank: int | None = None, energy: float | None = None
-) -> SqueezedAdapter:
-    started = time.perf_counter()
-    small = squeeze(full, rank=rank, energy=energy)
-    folder = small.save(plan.output / "squeezed" / name.rpartition("@")[2])
-    return SqueezedAdapter(
-        name=name,
-        rank=small.rank,
-        folder=folder,
-        parameters=small.parameters,
-        bytes=folder_bytes(folder),
-        energy=retained_energy(small),
-        seconds=time.perf_counter() - started,
-    )
-
-
-def smallest_good(
-    made: Sequence[SqueezedAdapter], scores: Mapping[str, Measured], winner_score: float, keep: float
-) -> SqueezedAdapter | None:
-    """Find the smallest squeezed adapter that keeps a share of the winner's validation score."""
-    good = [item for item in made if (scores[item.name].mean("val") or 0.0) >= keep * winner_score]
-    return min(good, key=lambda item: item.parameters, default=None)

@@ -11,18 +11,20 @@ import yaml
 from rayft.artifacts import AdapterArtifact
 from rayft.config import leaves
 from rayft.errors import PromotionRefusedError, TrackingError
-from rayft.flow import stages
+from rayft.flow import squeezing, stages
 from rayft.flow.cluster import check_tracking, cluster, join
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.preflight import Plan, preflight, sweep_hash
 from rayft.flow.record import build_record
-from rayft.flow.stages import Measured, SqueezedAdapter
+from rayft.flow.squeezing import Source, SqueezedAdapter
+from rayft.flow.stages import Measured
+from rayft.flow.track_squeeze import score_metrics, track_squeezed
 from rayft.methods import method
 from rayft.registry.promote import promote
 from rayft.registry.ref import BASE_SCORE_TAG, SCORE_TAG
 from rayft.registry.store import MlflowRegistry
-from rayft.report.frame import Score, SweepRecord
+from rayft.report.frame import SweepRecord
 from rayft.report.render import render
 from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.tuner import Trial, search
@@ -103,12 +105,37 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
         display.say(_line(trial))
     with display.stage("score the trials"), display.watch(executor.broker):
         found.scores = stages.score_trials(executor, found.trials)
-        found.winner = stages.choose(plan, found.trials, found.scores)
+        ranking = stages.best_first(plan, found.trials, found.scores)
+        found.winner = ranking[0] if ranking else None
     if found.winner and method(found.winner.point.run.method.name).exports_lora:
-        with display.stage("squeeze the winner"), display.watch(executor.broker):
-            found.full, found.squeezed = stages.squeeze_winner(plan, found.winner)
-            found.scores |= stages.score_squeezed(plan, executor, found.squeezed)
+        with display.stage("squeeze"), display.watch(executor.broker, lambda key: names.get(key, key)):
+            _squeeze(plan, executor, found, ranking)
     return found
+
+
+def _squeeze(plan: Plan, executor: Executor, found: _Findings, ranking: list[Trial]) -> None:
+    """Bring the best trials to lower ranks, train those on if asked to, and score them all."""
+    config = plan.config.squeeze
+    loras = [trial for trial in ranking if method(trial.point.run.method.name).exports_lora]
+    for trial in loras[: config.winners]:
+        assert trial.result is not None
+        folder = plan.output / "squeezed"
+        if trial is not found.winner:
+            folder /= trial.point.key
+        full = squeezing.sort_columns(
+            trial.result["folder"], plan.output / "winner" if trial is found.winner else folder / "full"
+        )
+        if trial is found.winner:
+            found.full = full
+        source = Source(trial.point.name, trial.point.key, trial.point.run, trial.run_id)
+        found.squeezed += [
+            squeezing.make(full, target, source, folder) for target in squeezing.targets(config, full.rank)
+        ]
+    if config.cont is not None:
+        found.squeezed += squeezing.continue_all(
+            executor, found.squeezed, config.cont, plan.output, plan.tracker
+        )
+    found.scores |= squeezing.score(executor, found.squeezed)
 
 
 def _report(
@@ -121,9 +148,9 @@ def _report(
             display.timings,
         )  # fmt: skip
         record.save(plan.output / "sweep.json")
-        _track(plan, record, tracker, parent)
+        _track(plan, record, found, tracker, parent)
         if found.winner and found.full:
-            _register(plan, record, found.winner, display)
+            _register(plan, record, found, display)
         elif found.winner and found.winner.result:
             display.say(stages.why_not_served(found.winner, found.trials))
         _write_serve_config(plan, record)
@@ -142,7 +169,7 @@ def _start_tracking(plan: Plan, tracker: MlflowTracker) -> str:
     return parent
 
 
-def _track(plan: Plan, record: SweepRecord, tracker: MlflowTracker, parent: str) -> None:
+def _track(plan: Plan, record: SweepRecord, found: _Findings, tracker: MlflowTracker, parent: str) -> None:
     """Add scores to the trials' runs; baselines and squeezed adapters get runs of their own."""
     digest = {"data_digest": record.data_digest}
     shared = {k: v for k, v in leaves(plan.run).items() if k.startswith(("model.", "data.", "evaluate."))}
@@ -150,44 +177,53 @@ def _track(plan: Plan, record: SweepRecord, tracker: MlflowTracker, parent: str)
         if trial.run_id and trial.test:
             tracker.params(trial.run_id, digest)
             # At step 0, as for what has no steps: MLflow compares such numbers as bars.
-            tracker.metrics(trial.run_id, _scores(trial.test, trial.val_score))
+            tracker.metrics(trial.run_id, score_metrics(found.scores[trial.id]))
     for base in record.baselines:
         run = tracker.run(base.name, f"{parent}-{base.name}", parent=parent, tags={"rayft.kind": "baseline"})
         tracker.params(run, {**shared, **digest, "method.name": base.name})
-        tracker.metrics(run, _scores(base.test, base.val_score))
+        tracker.metrics(run, score_metrics(found.baselines[base.name]))
         tracker.finish(run, "finished")
     settings = {trial.id: trial.settings for trial in record.trials}
-    for item in record.squeezed:
-        # The rank first: MLflow's table cuts off the end of a name.
-        shown = f"{item.name.removeprefix(item.trial)} of {item.trial}"
-        run = tracker.run(shown, f"{parent}-{item.name}", parent=parent, tags={"rayft.kind": "squeezed"})
-        own = {"method.name": "squeeze", "method.rank": str(item.rank), "squeezed_from": item.trial}
-        tracker.params(run, {**settings[item.trial], **digest, **own})
-        numbers: dict[str, float] = {"trainable_parameters": item.parameters, "adapter_bytes": item.bytes}
-        numbers |= {"retained_energy_mean": item.energy_mean, "retained_energy_min": item.energy_min}
-        tracker.metrics(run, {**(_scores(item.test, item.val_score) if item.test else {}), **numbers})
-        tracker.artifact(run, item.folder, "adapter")
-        tracker.finish(run, "finished")
+    sizes = {trial.id: trial.bytes for trial in record.trials}
+    for item in found.squeezed:
+        track_squeezed(
+            tracker,
+            item,
+            parent=item.source.run_id or parent,
+            settings=settings[item.source.name],
+            data=digest,
+            after=found.scores[item.name],
+            before=found.scores[item.source.name],
+            source_bytes=sizes[item.source.name],
+            plots=plan.output / "plots",
+        )
     if record.winner:
         best = next(trial for trial in record.trials if trial.id == record.winner.trial)
         if best.test:
-            tracker.metrics(parent, {f"best_{k}": v for k, v in _scores(best.test, best.val_score).items()})
+            tracker.metrics(parent, score_metrics(found.scores[best.id], "best_"))
 
 
-def _scores(test: Score, val: float | None) -> dict[str, float]:
-    numbers = {"test_score": test.value, "test_low": test.low, "test_high": test.high}
-    return numbers if val is None else {**numbers, "val_score": val}
+def _register(plan: Plan, record: SweepRecord, found: _Findings, display: Display) -> None:
+    """Register what is to be shipped, then the gate.
 
-
-def _register(plan: Plan, record: SweepRecord, winner: Trial, display: Display) -> None:
-    """Register the winner, columns sorted, so that every rank of it can be served; then the gate."""
+    That is the winner, columns sorted, so that every rank of it can be served; or its squeezed adapter that
+    was trained on, which is no view of it.
+    """
     assert record.winner
+    assert found.winner
     best = max((base.val_score or 0.0 for base in record.baselines), default=0.0)
-    score = next(trial.val_score for trial in record.trials if trial.id == record.winner.trial)
-    tags = {SCORE_TAG: repr(score), BASE_SCORE_TAG: repr(best), "data_digest": record.data_digest}
+    shipped = _trained_on(found, record)
+    folder, name = (
+        (shipped.folder, shipped.name) if shipped else (plan.output / "winner", record.winner.trial)
+    )
+    tags = {
+        SCORE_TAG: repr(found.scores[name].mean("val")),
+        BASE_SCORE_TAG: repr(best),
+        "data_digest": record.data_digest,
+    }
     try:
         registry = MlflowRegistry(plan.tracker.uri)
-        version = registry.register(plan.config.name, winner.run_id, plan.output / "winner", tags)
+        version = registry.register(plan.config.name, found.winner.run_id, folder, tags)
     except TrackingError as error:
         display.say(
             f"not registered: {error}. Everything else is in {plan.output}; run the sweep again to register"
@@ -199,6 +235,12 @@ def _register(plan: Plan, record: SweepRecord, winner: Trial, display: Display) 
         display.say(f"registered as {plan.config.name} version {version}, not promoted: {error}")
     else:
         display.say(f"registered as models:/{plan.config.name}@{done.alias} (version {done.version})")
+
+
+def _trained_on(found: _Findings, record: SweepRecord) -> SqueezedAdapter | None:
+    """Give the squeezed adapter to ship, if it was trained after the squeeze."""
+    ship = record.winner.ship if record.winner else ""
+    return next((item for item in found.squeezed if item.name == ship and item.how == "cont"), None)
 
 
 def _write_serve_config(plan: Plan, record: SweepRecord) -> None:
@@ -223,6 +265,10 @@ def served_adapters(output: Path, record: SweepRecord) -> Mapping[str, Path]:
         return {}
     winner = next(trial for trial in record.trials if trial.id == record.winner.trial)
     adapters = {record.name: output / "winner"}
+    ship = next((item for item in record.squeezed if item.name == record.winner.ship), None)
+    if ship is not None and ship.how == "cont":
+        # No view of the winner, so it has a name of its own.
+        adapters[f"{record.name}-{ship.name.rpartition('@')[2].replace('+', '-cont')}"] = Path(ship.folder)
     others = [
         trial
         for trial in record.trials

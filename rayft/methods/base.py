@@ -194,6 +194,8 @@ class Method:
     """Whether `rank` decides its size."""
     rival: bool = False
     """Whether its layers are PEFT's (`rayft.methods.rival`)."""
+    free_factors: bool = False
+    """Whether A and B both train and may hold anything: start from an adapter's, and change their rank."""
 
     @property
     def saves_model(self) -> bool:
@@ -254,6 +256,26 @@ class Method:
             raise MethodError(
                 f"'{self.name}' takes no options: drop method.options, which are for peft:<Class>"
             )
+
+    def check_free(self, setting: str, way_out: str) -> None:
+        """Refuse what needs factors that may hold anything, of any rank.
+
+        Raises:
+            MethodError: with the reason and the way out.
+        """
+        if self.free_factors:
+            return
+        if self.rival:
+            why = "its layers are PEFT's own"
+        elif self.saves_model:
+            why = "it trains the whole model and has no factors"
+        elif self.in_place:
+            why = "it trains columns of the base's own weights"
+        elif self.chained:
+            why = "its factors are a chain's links, each begun in its own way"
+        else:
+            why = "its A is frozen, and any other A would no longer be the method's"
+        raise MethodError(f"{setting} is for lora and lora_plus, not for '{self.name}': {why}. {way_out}")
 
     def check_base(self, *, quantised: bool = False, partitioned: bool = False) -> None:
         """Refuse a base whose weights are not there to be trained.

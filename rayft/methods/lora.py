@@ -171,4 +171,4 @@ def low_rank(shape: LayerShape) -> int:
     return min(shape.inputs, shape.outputs)
 
 
-METHOD = Method(name="lora", build=build, trained=trained, max_rank=low_rank)
+METHOD = Method(name="lora", build=build, trained=trained, max_rank=low_rank, free_factors=True)

@@ -14,4 +14,11 @@ from rayft.methods.lora import build, low_rank, trained
 
 __all__ = ["METHOD"]
 
-METHOD = Method(name="lora_plus", build=build, trained=trained, max_rank=low_rank, b_learns_faster=True)
+METHOD = Method(
+    name="lora_plus",
+    build=build,
+    trained=trained,
+    max_rank=low_rank,
+    b_learns_faster=True,
+    free_factors=True,
+)

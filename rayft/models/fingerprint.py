@@ -18,7 +18,7 @@ from torch import nn
 
 from rayft.models.targets import heads
 
-__all__ = ["fingerprint", "source_fingerprint"]
+__all__ = ["fingerprint", "names_in_files", "places", "source_fingerprint"]
 
 HEADS = ("lm_head.", "score.", "classifier.")
 WEIGHTS_FILE = "model.safetensors"
@@ -55,15 +55,15 @@ def source_fingerprint(skeleton: nn.Module, source: str, revision: str | None = 
     """
     from safetensors import safe_open
 
-    places = _places(source, revision)
+    files = places(source, revision)
     found = []
     with ExitStack() as stack:
         opened: dict[str, Any] = {}
         for name, parameter in _hashed(skeleton).items():
-            key = next((key for key in _keys(skeleton, name) if key in places), None)
+            key = next((key for key in names_in_files(skeleton, name) if key in files), None)
             if key is None:
                 return None
-            file = places[key]
+            file = files[key]
             if file not in opened:
                 opened[file] = stack.enter_context(safe_open(file, framework="pt"))
             shape = tuple(parameter.shape)
@@ -110,13 +110,13 @@ def _file(opened: Any, key: str, shape: tuple[int, ...]) -> Samples:
     return samples
 
 
-def _keys(model: nn.Module, name: str) -> tuple[str, ...]:
+def names_in_files(model: nn.Module, name: str) -> tuple[str, ...]:
     """Say what a file may call a parameter: bare bases are saved without the prefix that heads give them."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     return name, name.removeprefix(prefix), prefix + name
 
 
-def _places(source: str, revision: str | None) -> dict[str, str]:
+def places(source: str, revision: str | None) -> dict[str, str]:
     """Find which file holds each tensor: key → path; empty where there are no safetensors."""
     from safetensors import safe_open
     from transformers.utils.hub import cached_file

@@ -62,14 +62,17 @@ def restore(model: nn.Module) -> None:
         _put(parameter, at_load.values[name])
 
 
-def reset_heads(model: nn.Module, seed: int) -> None:
-    """Start the heads of a trial: what the checkpoint holds as it is, the rest drawn from the seed.
+def reset_heads(model: nn.Module, seed: int, given: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Start the heads of a trial: what is given or the checkpoint holds as it is, the rest from the seed.
 
     Drawn are weights with σ = 0.02; norms start at 1 and biases at 0. In a model that remembers no
-    heads all are drawn.
+    heads all are drawn. `given` maps parameter paths to values of an adapter, which fit.
     """
     at_load: _AtLoad | None = getattr(model, AT_LOAD, None)
     for name, parameter in head_parameters(model).items():
+        if given and name in given:
+            _put(parameter, given[name])
+            continue
         if at_load is not None and name in at_load.held:
             _put(parameter, at_load.values[name])
             continue

@@ -6,6 +6,7 @@ them, so a base in memory serves one trial after the other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from rayft.artifacts import PREFIX, AdapterArtifact, ArtifactMeta
 from rayft.errors import BaseMismatchError, MethodError
 from rayft.methods import method
-from rayft.methods.base import AdapterLinear, LayerShape, MethodConfig
+from rayft.methods.base import AdapterLinear, LayerShape, LoraFactors, MethodConfig
 from rayft.methods.lora import LoraAdapter
 from rayft.models import rivals
 from rayft.models.heads import head_parameters, restore
@@ -22,7 +23,18 @@ from rayft.models.peft_folder import PeftFolder
 from rayft.models.targets import check, linear_shapes, linears
 from rayft.numerics import generator
 
-__all__ = ["Injected", "advance", "attach", "clear", "export", "inject", "wrap"]
+__all__ = [
+    "Injected",
+    "advance",
+    "attach",
+    "check_fits",
+    "clear",
+    "export",
+    "factors_of",
+    "inject",
+    "refit",
+    "wrap",
+]
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,9 @@ def wrap(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), child, wrapped)
 
 
-def inject(model: nn.Module, config: MethodConfig, seed: int) -> Injected:
+def inject(
+    model: nn.Module, config: MethodConfig, seed: int, start: Mapping[str, LoraFactors] | None = None
+) -> Injected:
     """Give the targets fresh adapters and set what trains; all that was there before is taken out.
 
     Heads are then as they were loaded; `reset_heads` starts them for a trial.
@@ -53,13 +67,19 @@ def inject(model: nn.Module, config: MethodConfig, seed: int) -> Injected:
     Each module draws from a generator of its own, seeded by (seed, module path): the same adapters
     come out whatever else is in the model and wherever it runs.
 
+    Args:
+        model: the base.
+        config: the method.
+        seed: decides fresh adapters.
+        start: factors to start from, which fit the model: they say which modules, ranks and scales.
+
     Raises:
         TargetError: if targets match nothing or can't hold the rank.
         MethodError: if PEFT can't put a rival in.
     """
     rivals.take_out(model)
     wrap(model)
-    chosen = check(model, config)
+    chosen = check(model, config) if start is None else list(start)
     clear(model)
     kind = method(config.name)
     if not kind.shares_base:
@@ -69,12 +89,18 @@ def inject(model: nn.Module, config: MethodConfig, seed: int) -> Injected:
     for name in [] if kind.rival else chosen:
         layer = model.get_submodule(name)
         assert isinstance(layer, AdapterLinear)
-        layer.adapter = kind.build(layer, config.of(name), generator(seed, name))
+        if start is None:
+            layer.adapter = kind.build(layer, config.of(name), generator(seed, name))
+        else:
+            # Copied: training must leave what it was given as it is.
+            f = start[name]
+            layer.adapter = _adapter(layer, LoraFactors(f.a.clone(), f.b.clone(), f.scale))
         layer.adapter.dropout = config.dropout
     for head in head_parameters(model).values():
         head.requires_grad_(True)
     if kind.shares_base and not kind.rival:
-        _check_count(model, chosen, config)
+        ranks = {name: config.of(name).rank if start is None else start[name].rank for name in chosen}
+        _check_count(model, ranks, config)
     return Injected(tuple(chosen), sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
@@ -89,6 +115,26 @@ def advance(model: nn.Module, seed: int, link: int) -> None:
             layer.adapter.advance(generator(seed, name, "link", link))
 
 
+def factors_of(model: nn.Module) -> dict[str, LoraFactors]:
+    """Read the factors off a model: path of each adapted module → its factors, detached."""
+    return {
+        name: layer.adapter.to_lora()
+        for name, layer in linears(model).items()
+        if isinstance(layer, AdapterLinear) and layer.adapter is not None
+    }
+
+
+def refit(model: nn.Module, modules: Mapping[str, LoraFactors]) -> None:
+    """Give adapted modules other factors to train, at any rank; dropout stays."""
+    for name, factors in modules.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, AdapterLinear)
+        assert layer.adapter is not None
+        new = _adapter(layer, factors)
+        new.dropout = layer.adapter.dropout
+        layer.adapter = new.train(layer.training)
+
+
 def attach(model: nn.Module, artifact: AdapterArtifact | PeftFolder) -> None:
     """Put a saved adapter in (frozen), casting it to the layers' dtype and device.
 
@@ -97,7 +143,7 @@ def attach(model: nn.Module, artifact: AdapterArtifact | PeftFolder) -> None:
             model is then as it was (of a rival, sizes are found out after what was in has gone).
         MethodError: if PEFT can't put a rival in.
     """
-    _check_fits(model, artifact)
+    check_fits(model, artifact)
     clear(model)
     wrap(model)
     if isinstance(artifact, PeftFolder):
@@ -106,8 +152,7 @@ def attach(model: nn.Module, artifact: AdapterArtifact | PeftFolder) -> None:
         for name, factors in artifact.modules.items():
             layer = model.get_submodule(name)
             assert isinstance(layer, AdapterLinear)
-            a, b = (t.to(layer.weight.device, layer.dtype) for t in (factors.a, factors.b))
-            layer.adapter = LoraAdapter(a, b, factors.scale).requires_grad_(False)
+            layer.adapter = _adapter(layer, factors).requires_grad_(False)
     parameters = head_parameters(model)
     for name, value in artifact.heads.items():
         parameters[name].data.copy_(value)
@@ -136,24 +181,32 @@ def export(model: nn.Module, meta: ArtifactMeta) -> AdapterArtifact | PeftFolder
         return rivals.export(model, meta)
     if not kind.exports_lora:
         raise MethodError(f"'{meta.method}' trains the model itself; save the model folder instead")
-    modules, transposed = {}, False
-    for name, layer in linears(model).items():
-        if isinstance(layer, AdapterLinear) and layer.adapter is not None:
-            transposed |= layer.transposed
-            factors = layer.adapter.to_lora()
-            modules[name] = type(factors)(
-                factors.a.cpu().clone(), factors.b.cpu().clone(), factors.scale, factors.columns
-            )
+    modules = {
+        name: LoraFactors(f.a.cpu().clone(), f.b.cpu().clone(), f.scale, f.columns)
+        for name, f in factors_of(model).items()
+    }
+    layers = (model.get_submodule(name) for name in modules)
+    transposed = any(isinstance(layer, AdapterLinear) and layer.transposed for layer in layers)
     saved = {name: value.detach().cpu().clone() for name, value in head_parameters(model).items()}
     meta = meta.model_copy(update={"transposed": transposed})
     return AdapterArtifact(modules=modules, heads=saved, meta=meta)
 
 
-def _check_fits(model: nn.Module, artifact: AdapterArtifact | PeftFolder) -> None:
-    """Refuse an adapter of another base by its names and, for what is not PEFT's, its sizes."""
+def _adapter(layer: AdapterLinear, factors: LoraFactors) -> LoraAdapter:
+    """Make an adapter of factors, in the layer's dtype and on its device."""
+    a, b = (t.to(layer.weight.device, layer.dtype).contiguous() for t in (factors.a, factors.b))
+    return LoraAdapter(a, b, factors.scale)
+
+
+def check_fits(model: nn.Module, artifact: AdapterArtifact | PeftFolder, fingerprint: str = "") -> None:
+    """Refuse an adapter of another base by its names and, for what is not PEFT's, sizes and fingerprint.
+
+    Raises:
+        BaseMismatchError: naming what the model lacks or has in another size.
+    """
     shapes, own = rivals.base_shapes(model), head_parameters(model)
     if isinstance(artifact, AdapterArtifact):
-        artifact.check_base("", shapes)
+        artifact.check_base(fingerprint, shapes)
     else:
         for key in artifact.adapter:
             name = key.removeprefix(PREFIX)
@@ -185,9 +238,9 @@ def _size(tensor: torch.Tensor) -> str:
     return "x".join(map(str, tensor.shape))
 
 
-def _check_count(model: nn.Module, chosen: list[str], config: MethodConfig) -> None:
+def _check_count(model: nn.Module, ranks: Mapping[str, int], config: MethodConfig) -> None:
     shapes, kind = linear_shapes(model), method(config.name)
-    expected = sum(kind.trained(LayerShape(*shapes[name]), config.of(name).rank) for name in chosen)
+    expected = sum(kind.trained(LayerShape(*shapes[name]), rank) for name, rank in ranks.items())
     head = sum(p.numel() for p in head_parameters(model).values())
     actual = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert actual == expected + head, (

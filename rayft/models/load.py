@@ -39,6 +39,7 @@ __all__ = [
     "load_encoder",
     "load_model",
     "load_skeleton",
+    "loading",
     "resolve",
 ]
 
@@ -159,7 +160,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> 
         skeleton = load_skeleton(config)
         setting = quantization(config.quantize, skeleton, dtype)
         options = {"quantization_config": setting, "device_map": {"": device}}
-    with _loading(config):
+    with loading(config):
         model = _weights(config, source, dtype, options)
         encoder = _encoder(config, source, model.config)
         if config.quantize:
@@ -188,7 +189,7 @@ def load_skeleton(config: ModelConfig) -> Any:
     import transformers
 
     source = resolve(config)
-    with _loading(config):
+    with loading(config):
         settings = transformers.AutoConfig.from_pretrained(
             source, revision=config.revision, **_labels(config)
         )
@@ -207,7 +208,7 @@ def load_encoder(config: ModelConfig, settings: Any) -> Any:
         ModelError: if there is none.
     """
     source = resolve(config)
-    with _loading(config):
+    with loading(config):
         return _encoder(config, source, settings)
 
 
@@ -284,7 +285,7 @@ def _labels(config: ModelConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _loading(config: ModelConfig) -> Iterator[None]:
+def loading(config: ModelConfig) -> Iterator[None]:
     """Turn what goes wrong while a model is read into one error of ours."""
     try:
         with _quiet():

@@ -31,7 +31,7 @@ from rayft.models.peft_folder import PeftFolder
 from rayft.models.targets import is_quantised, linear_shapes, linears
 from rayft.numerics import derive_seed, seed_everything
 
-__all__ = ["attach", "base_shapes", "export", "put_in", "take_out"]
+__all__ = ["attach", "base_shapes", "dense", "export", "layers", "put_in", "take_out"]
 
 INSIDE = "_rayft_rival"
 """Attribute of a model that has a rival in it."""
@@ -96,6 +96,23 @@ def put_in(model: nn.Module, config: MethodConfig, chosen: list[str], seed: int)
     if from_base:
         inside.start = {name: _copied(_lora(model.get_submodule(name))) for name in chosen}
     return tuple(chosen)
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Give PEFT's layers in a model that has a rival in it: module path → layer."""
+    inside: _Inside = getattr(model, INSIDE)
+    return {name: model.get_submodule(name) for name in inside.tuner.targeted_module_names}
+
+
+def dense(layer: Any) -> torch.Tensor:
+    """Give what a layer of PEFT says is its ΔW: as its weight is stored, mostly.
+
+    What PEFT raises for classes that have no such thing is not caught.
+    """
+    if hasattr(layer, "miss_block"):
+        # PEFT's own takes the weight, and gives both together.
+        return _miss(layer).delta()
+    return torch.as_tensor(layer.get_delta_weight(ADAPTER)).detach().to_dense()  # SHiRA's is sparse
 
 
 def take_out(model: nn.Module) -> None:

@@ -206,7 +206,8 @@ def _energy(record: SweepRecord) -> Drawing | None:
     axes.fill_between(ranks, curves.min(0), curves.max(0), color=colour, alpha=0.13, linewidth=0)
     axes.fill_between(ranks, low, high, color=colour, alpha=0.28, linewidth=0)
     axes.plot(ranks, middle, color=colour, linewidth=2.4)
-    marks = sorted({min(item.rank, rank) for item in record.squeezed})
+    winner = record.winner.trial
+    marks = sorted({min(item.rank, rank) for item in record.squeezed if item.trial == winner})
     for mark in marks:
         axes.axvline(mark, color=SERIES[1], linewidth=1, linestyle=(0, (4, 3)))
         axes.plot(mark, middle[mark], "s", color=SERIES[1], markersize=6)
@@ -242,15 +243,17 @@ def _usable(values: Sequence[float]) -> bool:
 
 
 def _squeeze(record: SweepRecord) -> Drawing | None:
-    scored = sorted((item for item in record.squeezed if item.test), key=lambda item: item.rank)
+    winner = record.winner.trial if record.winner else ""
+    mine = [item for item in record.squeezed if item.test and item.trial == winner]
+    scored = sorted(mine, key=lambda item: item.rank)
     if not scored:
         return None
     figure, axes = canvas(height=3.9)
     hows = list(dict.fromkeys(item.how for item in scored))
     style = styles(hows)
     for how in hows:
-        mine = [(item.rank, item.test) for item in scored if item.how == how and item.test]
-        _with_intervals(axes, mine, *style[how])
+        points = [(item.rank, item.test) for item in scored if item.how == how and item.test]
+        _with_intervals(axes, points, *style[how])
     source = next((trial for trial in record.trials if trial.id == scored[0].trial and trial.test), None)
     extra = []
     if source and source.test and source.rank:

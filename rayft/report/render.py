@@ -57,7 +57,8 @@ def render(record: SweepRecord, path: str | Path) -> Path:
 
 def _groups(record: SweepRecord) -> list[tuple[str, list[Row]]]:
     """Gather the rows of each kind under its heading, leaving out kinds that there are none of."""
-    source = record.winner.trial if record.winner else "a trial"
+    sources = {item.trial for item in record.squeezed}
+    source = sources.pop() if len(sources) == 1 else "the best trials"
     headings = {"baseline": "without training", "trial": "trials", "squeezed": f"squeezed from {source}"}
     found = rows(record)
     groups = [(heading, [row for row in found if row.kind == kind]) for kind, heading in headings.items()]

@@ -65,6 +65,8 @@ def _squeezing(record: SweepRecord, ship: Row, winner: Row) -> list[str]:
         f"It is {winner.name} squeezed from rank {winner.rank} to {ship.rank}: {smaller}, with "
         f"{100 * item.energy_mean:.1f} % of the update's energy"
     )
+    if item.how == "cont":
+        sentence += ", and trained on"
     if ship.test is None or winner.test is None:
         return [sentence + "."]
     apart = _told_apart(record, ship.name, ship.test, winner.name, winner.test)

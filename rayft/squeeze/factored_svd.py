@@ -5,17 +5,26 @@
 
 The R × R core carries the whole spectrum: nothing of size O × I is formed. Cost O((O + I)R² + R³).
 All in float64: in float32 the singular values err by 1e-6, and by 2.5e-4 at condition 1e6.
+
+On a GPU, factors of one shape go through as one stack, and QR is Cholesky's, done twice (Yamamoto et
+al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm"): products of matrices, where
+Householder's is one small launch after the other. Where its conditions don't hold (dependent columns,
+condition above about 1e7) Householder's takes over. The cores are decomposed on the CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from rayft.methods.base import LoraFactors
 
-__all__ = ["FactoredSVD", "factored_svd", "sorted_factors"]
+__all__ = ["FactoredSVD", "factored_svd", "factored_svds", "sorted_factors", "thin_qr"]
+
+ORTHOGONAL = 0.1
+"""What QᵀQ of the first Cholesky QR may differ from I, for the second to make Q orthogonal to rounding."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +38,58 @@ class FactoredSVD:
 
 def factored_svd(factors: LoraFactors) -> FactoredSVD:
     """Decompose s·B·A exactly, on the factors' device."""
-    q_b, r_b = torch.linalg.qr(factors.b.double())
-    q_a, r_a = torch.linalg.qr(factors.a.double().t())
-    u, s, vt = torch.linalg.svd(factors.scale * (r_b @ r_a.t()), full_matrices=False)
-    return FactoredSVD(q_b @ u, s, q_a @ vt.t())
+    return factored_svds([factors])[0]
+
+
+def factored_svds(many: Sequence[LoraFactors]) -> list[FactoredSVD]:
+    """Decompose several, all of one shape and on one device, as a stack (M × O × R and M × R × I)."""
+    scales = torch.tensor([factors.scale for factors in many], dtype=torch.float64, device=many[0].b.device)
+    q_b, r_b = thin_qr(torch.stack([factors.b for factors in many]).double())
+    q_a, r_a = thin_qr(torch.stack([factors.a for factors in many]).double().mT)
+    core = scales[:, None, None] * (r_b @ r_a.mT)
+    u, s, vt = (part.to(q_b.device) for part in torch.linalg.svd(core.cpu(), full_matrices=False))
+    return [FactoredSVD(*parts) for parts in zip(q_b @ u, s, q_a @ vt.mT, strict=True)]
+
+
+def thin_qr(x: torch.Tensor, *, by_cholesky: bool | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factorise a stack: Q (M × N × K) of orthonormal columns, R (M × K × R), K = min(N, R).
+
+    Args:
+        x: M × N × R, float64.
+        by_cholesky: whether by two Cholesky factorisations where that is accurate; on GPUs where not given.
+            R is then upper triangular too, its diagonal positive.
+    """
+    if x.is_cuda if by_cholesky is None else by_cholesky:
+        found = _cholesky_twice(x)
+        if found is not None:
+            return found
+    q, r = torch.linalg.qr(x)
+    return q, r
+
+
+def _cholesky_twice(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Give Q and R, or None where a matrix of the stack is too badly conditioned."""
+    if x.shape[-2] < x.shape[-1]:
+        return None
+    first, failed = torch.linalg.cholesky_ex(x.mT @ x)
+    q = torch.linalg.solve_triangular(first, x.mT, upper=False).mT
+    gram = q.mT @ q
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    second, failed_too = torch.linalg.cholesky_ex(gram)
+    # One answer for all, so that the device is waited for once. NaN is no small difference either.
+    good = ((gram - eye).abs().amax() <= ORTHOGONAL) & ~(failed.any() | failed_too.any())
+    if not bool(good):
+        return None
+    return torch.linalg.solve_triangular(second, q.mT, upper=False).mT, (first @ second).mT
 
 
 def sorted_factors(svd: FactoredSVD, scale: float, dtype: torch.dtype) -> LoraFactors:
     """Write a decomposition as balanced factors with the scale kept, columns by singular value.
 
     B' = U √(S/s), A' = √(S/s) Vᵀ, so that ‖B'‖ = ‖A'‖ and s·B'[:, :k]·A'[:k] is the best rank-k
-    approximation of ΔW (Eckart–Young) for every k: a prefix needs no rescaling.
+    approximation of ΔW (Eckart–Young) for every k: a prefix needs no rescaling. A scale below 0 (not 0
+    itself) leaves its sign to B'.
     """
-    root = (svd.s / scale).sqrt()
-    return LoraFactors(a=(root[:, None] * svd.v.t()).to(dtype), b=(svd.u * root).to(dtype), scale=scale)
+    root = (svd.s / abs(scale)).sqrt()
+    b = svd.u * (root if scale > 0 else -root)
+    return LoraFactors(a=(root[:, None] * svd.v.t()).to(dtype), b=b.to(dtype), scale=scale)

@@ -1,88 +1,81 @@
-"""Squeezing an adapter, and how far: by rank or by retained energy.
+"""Squeezing an adapter, and how far: by rank, by retained energy, or by a budget of bytes.
 
 Retained energy of a module at rank k is Σ_{i≤k} σᵢ² / Σ σᵢ²: the share of ‖ΔW‖² that survives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from pydantic import Field, field_validator
 
 from rayft.artifacts import AdapterArtifact
-from rayft.config import Section
 from rayft.errors import SqueezeError
 from rayft.methods.base import LoraFactors
-from rayft.squeeze.factored_svd import factored_svd, sorted_factors
+from rayft.squeeze.budget import ranks_for_budget, weight_bytes
+from rayft.squeeze.factored_svd import factored_svds, sorted_factors
 
-__all__ = ["SqueezeConfig", "rank_for_energy", "retained_energy", "squeeze"]
+__all__ = ["Progress", "at_ranks", "rank_for_energy", "retained_energy", "squeeze"]
 
+Progress = Callable[[int], None]
+"""Told how many modules are done since it was told last."""
 
-class SqueezeConfig(Section):
-    """To which ranks a sweep's winner is brought, and when the smaller one is good enough."""
-
-    ranks: tuple[int, ...] = (8, 4, 2)
-    """Ranks to make and score; those not below the winner's rank are left out."""
-
-    energy: float | None = Field(default=None, gt=0, le=1)
-    """Also squeeze each module to the rank that retains this share of its energy."""
-
-    keep_score: float = Field(default=0.98, ge=0, le=1)
-    """A rank is good enough if it keeps this share of the winner's validation score."""
-
-    @field_validator("ranks")
-    @classmethod
-    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        wrong = [rank for rank in value if rank < 1]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is no rank; ranks start at 1")
-        return tuple(sorted(set(value), reverse=True))
+STACK_BYTES = 2**28
+"""Factors in float64 that go through a GPU at once."""
 
 
 def squeeze(
-    artifact: AdapterArtifact, *, rank: int | None = None, energy: float | None = None
+    artifact: AdapterArtifact,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
 ) -> AdapterArtifact:
     """Bring an adapter to a lower rank, exactly.
 
-    Computed at full rank and then sliced, so `squeeze(a, rank=k)` is `squeeze(a).at_rank(k)`. With
-    neither rank nor energy, only the columns are sorted: the update stays the same.
+    Computed at full rank and then sliced, so `squeeze(a, rank=k)` is `squeeze(a).at_rank(k)`. Without a
+    target only the columns are sorted: the update stays the same. Beside the source and the result, memory
+    holds one module in float64 (on a GPU: a stack of at most 256 MiB).
 
     Args:
-        artifact: any adapter; its factors' dtype is kept.
+        artifact: any adapter; its factors' dtype and device are kept.
         rank: the same for all modules (those of a lower rank keep theirs).
         energy: each module to the smallest rank that retains this share (0 < energy ≤ 1).
+        budget: bytes that the file of weights may have; ranks go where the singular values are.
+        device: where it is computed; where the factors are, if not given.
+        progress: told after each module.
 
     Raises:
-        SqueezeError: if both are given, or one is out of its range.
+        SqueezeError: if more than one target is given, or one can't be met.
     """
-    _check_request(artifact, rank, energy)
-    if artifact.squeezed:
-        full = artifact
-    else:
-        modules, spectra = {}, {}
-        for name, factors in artifact.modules.items():
-            svd = factored_svd(factors)
-            modules[name] = sorted_factors(svd, factors.scale, factors.a.dtype)
-            spectra[name] = tuple(svd.s.tolist())
-        meta = artifact.meta.model_copy(
-            update={"singular_values": spectra, "parent": artifact.content_hash, "columns": {}}
-        )
-        full = replace(artifact, modules=modules, meta=meta)
+    _check_request(artifact, rank, energy, budget)
+    full = artifact if artifact.squeezed else _sorted(artifact, device, progress)
     if energy is not None:
-        return _at_ranks(full, {n: rank_for_energy(s, energy) for n, s in full.meta.singular_values.items()})
+        return at_ranks(full, _ranks_for_energy(full, energy))
+    if budget is not None:
+        return at_ranks(full, _ranks_for_budget(full, budget))
     return full if rank is None else full.at_rank(rank)
 
 
-def rank_for_energy(singular_values: tuple[float, ...], energy: float) -> int:
-    """Give the smallest rank (at least 1) that retains a share of the energy."""
+def rank_for_energy(singular_values: Sequence[float], energy: float, tail: float = 0.0) -> int:
+    """Give the smallest rank (at least 1) that retains a share of the energy.
+
+    Args:
+        singular_values: largest first.
+        energy: the share, in (0, 1].
+        tail: Σσ² of values that are not among them; one more than their number is given where these
+            alone don't retain the share.
+    """
     squares = torch.tensor(singular_values, dtype=torch.float64).square()
-    if not float(squares.sum()):
+    total = float(squares.sum()) + tail
+    if not total:
         return 1
-    share = squares.cumsum(0) / squares.sum()
     # A sum in float64 may end a rounding below 1: energy 1.0 then means all.
-    return min(int((share < energy - 1e-12).sum()) + 1, len(singular_values))
+    rank = int((squares.cumsum(0) / total < energy - 1e-12).sum()) + 1
+    return rank if tail else min(rank, len(singular_values))
 
 
 def retained_energy(artifact: AdapterArtifact) -> dict[str, float]:
@@ -96,12 +89,13 @@ def retained_energy(artifact: AdapterArtifact) -> dict[str, float]:
     retained = {}
     for name, factors in artifact.modules.items():
         squares = [value * value for value in artifact.meta.singular_values[name]]
-        total = sum(squares)
+        total = sum(squares) + artifact.meta.tail_energy.get(name, 0.0)
         retained[name] = sum(squares[: factors.rank]) / total if total else 1.0
     return retained
 
 
-def _at_ranks(artifact: AdapterArtifact, ranks: Mapping[str, int]) -> AdapterArtifact:
+def at_ranks(artifact: AdapterArtifact, ranks: Mapping[str, int]) -> AdapterArtifact:
+    """View a squeezed adapter with a rank for each module (no number is copied)."""
     modules = {
         name: LoraFactors(f.a[: ranks[name]], f.b[:, : ranks[name]], f.scale)
         for name, f in artifact.modules.items()
@@ -109,10 +103,95 @@ def _at_ranks(artifact: AdapterArtifact, ranks: Mapping[str, int]) -> AdapterArt
     return replace(artifact, modules=modules)
 
 
-def _check_request(artifact: AdapterArtifact, rank: int | None, energy: float | None) -> None:
-    if rank is not None and energy is not None:
-        raise SqueezeError("give a rank or an energy, not both")
+def _sorted(
+    artifact: AdapterArtifact, device: str | torch.device | None, progress: Progress | None
+) -> AdapterArtifact:
+    modules: dict[str, LoraFactors] = {}
+    spectra: dict[str, tuple[float, ...]] = {}
+    for names in _stacks(artifact.modules, device):
+        many = [artifact.modules[name] for name in names]
+        moved = [
+            LoraFactors(f.a.to(device or f.a.device), f.b.to(device or f.b.device), f.scale) for f in many
+        ]
+        for name, source, svd in zip(names, many, factored_svds(moved), strict=True):
+            found = sorted_factors(svd, source.scale, source.a.dtype)
+            a, b = (new.to(source.a.device).contiguous() for new in (found.a, found.b))
+            modules[name], spectra[name] = LoraFactors(a, b, source.scale), tuple(svd.s.tolist())
+        if progress:
+            progress(len(names))
+    in_order = {name: modules[name] for name in artifact.modules}
+    meta = artifact.meta.model_copy(
+        update={"singular_values": spectra, "parent": artifact.content_hash, "columns": {}}
+    )
+    return replace(artifact, modules=in_order, meta=meta)
+
+
+def _stacks(modules: Mapping[str, LoraFactors], device: str | torch.device | None) -> Iterator[list[str]]:
+    """Group modules of one shape for a GPU; on a CPU, where LAPACK takes one at a time, each is alone."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, factors in modules.items():
+        place = torch.device(device or factors.a.device)
+        alone = name if place.type == "cpu" else ""
+        groups.setdefault((alone, place, factors.a.shape, factors.b.shape), []).append(name)
+    for names in groups.values():
+        one = modules[names[0]]
+        at_once = max(1, STACK_BYTES // (8 * (one.a.numel() + one.b.numel())))
+        for start in range(0, len(names), at_once):
+            yield names[start : start + at_once]
+
+
+def _ranks_for_energy(full: AdapterArtifact, energy: float) -> dict[str, int]:
+    ranks = {}
+    for name, values in full.meta.singular_values.items():
+        ranks[name] = rank_for_energy(values, energy, full.meta.tail_energy.get(name, 0.0))
+        has = full.modules[name].rank
+        if ranks[name] > has:
+            keeps = retained_energy(full)[name]
+            raise SqueezeError(
+                f"{name} is at rank {has} already and retains {keeps:.4f} of its energy, less than the "
+                f"{energy:g} asked for: squeeze the adapter that it was made from, or ask for at most "
+                f"{_floor(keeps)}"
+            )
+    return ranks
+
+
+def _floor(share: float) -> str:
+    """Write a share so that it is never rounded up."""
+    return f"{int(share * 1e4) / 1e4:g}"
+
+
+def _ranks_for_budget(full: AdapterArtifact, budget: int) -> dict[str, int]:
+    spectra = {name: full.meta.singular_values[name][: f.rank] for name, f in full.modules.items()}
+    costs = {
+        name: f.a.element_size() * f.a.shape[1] + f.b.element_size() * f.b.shape[0]
+        for name, f in full.modules.items()
+    }
+    # What is no factor: heads, and the file's header, which is longer where ranks have more digits.
+    least = at_ranks(full, dict.fromkeys(spectra, 1))
+    rest = weight_bytes(least) - sum(costs.values())
+    if budget <= rest:
+        raise SqueezeError(
+            f"a budget of {budget:,} bytes is too small: heads and the file's header alone take {rest:,}"
+        )
+    while True:
+        ranks = ranks_for_budget(spectra, costs, budget - rest)
+        over = weight_bytes(at_ranks(full, ranks)) - budget
+        if over <= 0:
+            return ranks
+        rest += over
+
+
+def _check_request(
+    artifact: AdapterArtifact, rank: int | None, energy: float | None, budget: int | None
+) -> None:
+    if sum(target is not None for target in (rank, energy, budget)) > 1:
+        raise SqueezeError("give a rank, an energy or a budget: one of them")
     if rank is not None and (rank < 1 or rank > artifact.rank):
         raise SqueezeError(f"rank {rank} is not between 1 and the adapter's own rank, {artifact.rank}")
     if energy is not None and not 0 < energy <= 1:
         raise SqueezeError(f"energy {energy} is not in (0, 1]; 0.95 keeps 95% of the update's energy")
+    if budget is not None and budget < 1:
+        raise SqueezeError(f"a budget of {budget} bytes holds nothing; write one such as 1.5MB")
+    idle = next((name for name, factors in artifact.modules.items() if factors.scale == 0), None)
+    if idle is not None:
+        raise SqueezeError(f"{idle} has scale 0 (lora_alpha is 0), so its update is nothing; export it again")

@@ -28,6 +28,7 @@ from rayft.methods import method
 from rayft.sweep.broker import CLOSE, Job
 from rayft.sweep.score import ScoreRequest, folder_files, run_score, spread
 from rayft.tracking.base import TrackerSpec
+from rayft.tracking.connection import HASH_PARAM
 from rayft.tracking.mlflow import MlflowTracker
 from rayft.train.context import Session, Worker, trial_folder
 from rayft.train.loop import TrainResult, current_worker, fit
@@ -235,6 +236,7 @@ class _Lane:
         }
         tracker.metrics(run_id, summary)
         if result.content_hash:
+            tracker.params(run_id, {HASH_PARAM: result.content_hash})
             tracker.artifact(run_id, result.folder, "adapter")
         tracker.finish(run_id, "finished" if result.finished else "stopped")
 

@@ -19,6 +19,7 @@ from rayft.errors import ConfigError, MethodError
 from rayft.methods import method
 from rayft.methods.base import ChainConfig, MethodConfig
 from rayft.numerics import derive_seed
+from rayft.squeeze.anneal import AnnealConfig
 from rayft.train.run import RunConfig
 
 __all__ = ["LogUniform", "MethodSpace", "Point", "SweepConfig", "check_executor", "points"]
@@ -69,6 +70,9 @@ class MethodSpace(Section):
 
     options: dict[str, JsonValue] = {}
     """As in `method.options`."""
+
+    anneal: AnnealConfig | None = None
+    """Let the rank fall from each of `ranks` while a trial trains."""
 
     @field_validator("ranks")
     @classmethod
@@ -189,20 +193,22 @@ def _family(name: str, space: MethodSpace, sweep: SweepConfig, run: RunConfig) -
             (space.ranks[i % len(space.ranks)], float(f"{math.exp(draw.uniform(low, high)):.3g}"))
             for i in range(share)
         ]
-    shared = {field: getattr(space, field) for field in MethodSpace.model_fields.keys() - {"ranks", "lr"}}
+    own = MethodSpace.model_fields.keys() - {"ranks", "lr", "anneal"}
+    shared = {field: getattr(space, field) for field in own}
     return [
-        _point(MethodConfig(name=name, rank=rank, **shared), lr, seed, run)
+        _point(MethodConfig(name=name, rank=rank, **shared), space.anneal, lr, seed, run)
         for seed in sweep.seeds
         for rank, lr in pairs
     ]
 
 
-def _point(config: MethodConfig, lr: float, seed: int, run: RunConfig) -> Point:
+def _point(config: MethodConfig, anneal: AnnealConfig | None, lr: float, seed: int, run: RunConfig) -> Point:
     optim = run.optim.model_copy(update={"lr": lr})
     # Built anew, not copied: what doesn't fit together must be found before anything starts.
-    whole = _checked(run, {"method": config, "optim": optim, "seed": seed})
+    whole = _checked(run, {"method": config, "anneal": anneal, "optim": optim, "seed": seed})
     config = whole.method
     size = f"-r{config.rank}" if method(config.name).ranked else ""
+    size += f"to{anneal.rank}" if anneal else ""
     name = f"{config.name}{size}-lr{lr:g}-s{seed}"
     return Point(key=f"{name}-{content_hash(whole)[:6]}", name=name, run=whole)
 

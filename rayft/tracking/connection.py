@@ -21,10 +21,21 @@ from rayft.errors import TrackingError
 from rayft.tracking.base import TrackerSpec, redacted
 from rayft.tracking.spool import locked
 
-__all__ = ["KEY_TAG", "away", "connect", "experiment_id", "find_run", "prepare"]
+__all__ = [
+    "HASH_PARAM",
+    "KEY_TAG",
+    "away",
+    "connect",
+    "experiment_id",
+    "find_run",
+    "find_trained",
+    "prepare",
+]
 
 KEY_TAG = "rayft.key"
 """Tag that a run is found again by."""
+HASH_PARAM = "adapter_hash"
+"""Parameter of a trial's run: content hash of the adapter that came out."""
 
 _SECONDS_TO_ANSWER = 8
 
@@ -86,6 +97,17 @@ def find_run(client: MlflowClient, experiment_id: str, key: str) -> str | None:
     found = client.search_runs(
         [experiment_id],
         f"tags.`{KEY_TAG}` = {quoted}",
+        max_results=1,
+        order_by=["attributes.start_time ASC"],
+    )
+    return str(found[0].info.run_id) if found else None
+
+
+def find_trained(client: MlflowClient, experiment_id: str, content_hash: str) -> str | None:
+    """Find the id of the run that trained the adapter with this content, the oldest if there are several."""
+    found = client.search_runs(
+        [experiment_id],
+        f"params.{HASH_PARAM} = '{content_hash}'",
         max_results=1,
         order_by=["attributes.start_time ASC"],
     )

@@ -24,10 +24,10 @@ from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH,
 
 from rayft.errors import TrackingError
 from rayft.tracking.base import RunStatus, TrackerSpec
-from rayft.tracking.connection import KEY_TAG, connect, experiment_id, find_run, prepare
+from rayft.tracking.connection import KEY_TAG, connect, experiment_id, find_run, find_trained, prepare
 from rayft.tracking.spool import Drained, Record, Spool, UndeliveredError, locked
 
-__all__ = ["MlflowTracker", "flush_spool", "prepare"]
+__all__ = ["MlflowTracker", "find_adapter", "flush_spool", "prepare"]
 
 _PENDING = "key:"
 """Prefix of the id of a run that could not be created yet."""
@@ -65,6 +65,18 @@ def flush_spool(spec: TrackerSpec, timeout: float = 60.0) -> Drained:
                 left.append(path)
         files = left
     return done + Drained(pending=sum(spool.pending(path) for path in files))
+
+
+def find_adapter(spec: TrackerSpec, hashes: Sequence[str]) -> str:
+    """Find the run that trained an adapter with one of these content hashes; empty if there is none.
+
+    Args:
+        spec: as `prepare` gave it.
+        hashes: in the order of preference.
+    """
+    client = connect(spec.uri)
+    found = (find_trained(client, spec.experiment_id, content_hash) for content_hash in hashes)
+    return next((run for run in found if run is not None), "")
 
 
 class MlflowTracker:

@@ -36,7 +36,7 @@ def save(folder: Path, engine: Engine, run: RunConfig, worker: Worker, state: Ma
         engine: the engine to save.
         run: the run, whose hash is kept.
         worker: this process.
-        state: JSON-able; must hold `step`.
+        state: JSON-able; must hold `step`, and `start` where the run started from an adapter.
     """
     tag = f"step-{state['step']:06d}"
     with warnings.catch_warnings():
@@ -54,11 +54,16 @@ def save(folder: Path, engine: Engine, run: RunConfig, worker: Worker, state: Ma
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def last_state(folder: Path, run: RunConfig) -> dict[str, Any] | None:
+def last_state(folder: Path, run: RunConfig, start: str = "") -> dict[str, Any] | None:
     """Read the state of the last whole checkpoint, or None if there is none.
 
+    Args:
+        folder: the run's checkpoint folder.
+        run: the run.
+        start: content hash of the adapter that it starts from.
+
     Raises:
-        TrainError: if the checkpoint is of another run.
+        TrainError: if the checkpoint is of another run, or `run.start` has become another adapter.
     """
     path = folder / STATE_FILE
     if not path.is_file():
@@ -68,6 +73,11 @@ def last_state(folder: Path, run: RunConfig) -> dict[str, Any] | None:
         raise TrainError(
             f"{folder} holds a checkpoint of another configuration; give this run another output folder, "
             "or delete that one"
+        )
+    if state.get("start", "") != start:
+        raise TrainError(
+            f"{folder} holds a checkpoint of a run that started from another adapter: what is in {run.start} "
+            "has changed since. Put that back, or delete the checkpoint to start again"
         )
     return dict(state)
 

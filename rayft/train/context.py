@@ -56,6 +56,13 @@ class Worker:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor.item())
 
+    def same(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Give rank 0's tensor to all: what each computes may differ by rounding, or by a sign in an SVD."""
+        tensor = tensor.contiguous()
+        if self.world > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
     def share(self, value: bool) -> bool:
         """Let rank 0 decide for all."""
         if self.world == 1:

@@ -1,4 +1,4 @@
-"""`fit`: one run from fresh adapters (or its last checkpoint) to an artifact."""
+"""`fit`: one run from fresh or given adapters (or its last checkpoint) to an artifact."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from rayft.errors import TrainError
 from rayft.evaluate.loss import mean_loss
 from rayft.methods import method
 from rayft.models.heads import reset_heads
-from rayft.models.inject import Injected, advance, clear, export, inject
+from rayft.models.inject import Injected, clear, export, inject
 from rayft.numerics import derive_seed, seed_everything
+from rayft.squeeze.anneal import Stage
 from rayft.train import checkpoint
 from rayft.train.context import Reporter, Session, Worker
 from rayft.train.deepspeed import Engine, build_engine, destroy, gathered, kept, set_lr
 from rayft.train.graphs import capture_stream, graphed
-from rayft.train.links import spans
 from rayft.train.memory import PeakMemory
 from rayft.train.run import RunConfig
+from rayft.train.stages import Stages, stages
+from rayft.train.start import read_start
 from rayft.train.step import StepResult, optimizer_step
 
 __all__ = ["TrainResult", "current_worker", "fit", "validation_loss"]
@@ -44,6 +46,7 @@ class TrainResult:
     """(step, nats a completion token)."""
     train_curve: list[tuple[int, float]]
     trainable: int
+    """Numbers that train at once, at the most: those of an annealed run's first stage."""
     parameters: int
     """Numbers stored in the artifact."""
     bytes: int
@@ -67,6 +70,8 @@ class _Progress:
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     tokens: int = 0
+    start: str = ""
+    """Content hash of the adapter that the run started from; empty where it started afresh."""
     saved_at: float = field(default_factory=time.monotonic)
     """When this process last saved or began; not kept."""
 
@@ -101,19 +106,20 @@ def fit(
         evaluate_at: steps after which the search wants a validation loss; the last is always one.
 
     Raises:
-        ConfigError: if a link of a chain would have no steps.
+        ConfigError: if a link of a chain would have no steps, or the adapter to start from doesn't fit.
+        ArtifactError: if that can't be read, or is another base's.
         TrainError: if the loss is not finite, or a checkpoint doesn't fit.
     """
     started = time.perf_counter()
     worker, model = session.worker, session.loaded.model
-    links = spans(run, session.schedule(run))
+    parts, start = stages(run, session), read_start(run, session)
     memory = PeakMemory(worker.device)
-    injected = inject(model, run.method, run.seed)
-    reset_heads(model, run.seed)
+    injected = inject(model, run.method, run.seed, start.modules)
+    reset_heads(model, run.seed, start.heads)
     try:
         with capture_stream() if run.scale.graphs else nullcontext():
-            progress, saved, finished = _train_links(
-                run, session, injected, reporter, folder, evaluate_at, links
+            progress, saved, finished = _train_stages(
+                run, session, injected, reporter, folder, evaluate_at, parts, start.content_hash
             )
     finally:
         peak = memory.stop()
@@ -123,39 +129,42 @@ def fit(
     return _result(progress, saved, injected.trainable, finished, seconds, peak)
 
 
-def _train_links(
+def _train_stages(
     run: RunConfig,
     session: Session,
     injected: Injected,
     reporter: Reporter,
     folder: Path,
     evaluate_at: Sequence[int],
-    links: Sequence[tuple[int, int]],
+    parts: Stages,
+    start: str,
 ) -> tuple[_Progress, _Saved, bool]:
-    """Train link after link, each with an engine of its own (fresh moments), and save what came out.
+    """Train stage after stage, each with an engine of its own, and save what came out.
 
-    What is no chain has one link. Gives the progress, what was saved, and whether the run ended.
+    Gives the progress, what was saved, and whether the run ended.
     """
-    model, state = session.loaded.model, checkpoint.last_state(folder / "checkpoint", run)
-    progress = _Progress()
-    for link, (_, end) in enumerate(links):
-        if state is not None and end < state["step"]:
-            advance(model, run.seed, link + 1)
+    model = session.loaded.model
+    state = checkpoint.last_state(folder / "checkpoint", run, start)
+    progress = _Progress(start=start)
+    for number, stage in enumerate(parts.plan):
+        if state is not None and stage.end < state["step"]:
+            parts.skip(model, number + 1)
             continue
         engine = build_engine(run, model)
         try:
             if state is not None:
                 progress, state = _resume(engine, folder / "checkpoint", state), None
+            else:
+                parts.enter(engine)
             with _captured(run, session, progress.step):
-                go_on = _train(run, session, engine, reporter, folder, progress, evaluate_at, links[link])
+                go_on = _train(run, session, engine, reporter, folder, progress, evaluate_at, stage)
             if not go_on or progress.step >= run.optim.steps:
                 break_off = progress.step < run.optim.steps
-                return progress, _save(run, session, injected, folder), not break_off
-            with gathered(run, kept(model).values()):
-                advance(model, run.seed, link + 1)
+                return progress, _save(run, session, injected, folder, start), not break_off
+            parts.leave(engine, model, number + 1)
         finally:
             destroy(engine)
-    raise AssertionError("the last link ends with the run")
+    raise AssertionError("the last stage ends with the run")
 
 
 def _result(
@@ -215,19 +224,18 @@ def _train(
     folder: Path,
     progress: _Progress,
     evaluate_at: Sequence[int],
-    span: tuple[int, int],
+    stage: Stage,
 ) -> bool:
-    """Take the steps of a link; say whether the run may go on."""
+    """Take the steps of a stage; say whether the run may go on."""
     worker, model = session.worker, session.loaded.model
     _recompute_activations(model, run.scale.activation_checkpointing)
     stops = _evaluation_steps(run, evaluate_at)
-    start, end = span
-    while progress.step < end:
+    while progress.step < stage.end:
         step, started = progress.step, time.perf_counter()
         batches = _micro_batches(run, session, step)
         seed_everything(derive_seed(run.seed, step, worker.rank))
         model.train()
-        lr = run.optim.lr_at(step, start)
+        lr = run.optim.lr_at(step, stage.first, stage.warmup)
         set_lr(engine, lr)
         result = optimizer_step(engine, batches, worker)
         if not math.isfinite(result.loss):
@@ -329,7 +337,7 @@ def _resume(engine: Engine, folder: Path, state: Mapping[str, Any]) -> _Progress
     return _Progress(**values)
 
 
-def _save(run: RunConfig, session: Session, injected: Injected, folder: Path) -> _Saved:
+def _save(run: RunConfig, session: Session, injected: Injected, folder: Path, parent: str) -> _Saved:
     """Save what was trained: an adapter folder, or a model folder for a full fine-tune."""
     model, worker = session.loaded.model, session.worker
     whole = method(run.method.name).saves_model
@@ -339,7 +347,7 @@ def _save(run: RunConfig, session: Session, injected: Injected, folder: Path) ->
         if worker.rank > 0:
             return saved
         if not whole:
-            artifact = export(model, _meta(run, session))
+            artifact = export(model, _meta(run, session, parent))
             artifact.save(saved.folder)
             return replace(
                 saved,
@@ -353,13 +361,14 @@ def _save(run: RunConfig, session: Session, injected: Injected, folder: Path) ->
         return replace(saved, bytes=size)
 
 
-def _meta(run: RunConfig, session: Session) -> ArtifactMeta:
+def _meta(run: RunConfig, session: Session, parent: str) -> ArtifactMeta:
     return ArtifactMeta(
         method=run.method.name,
         task=run.model.task,
         base_model=run.model.name,
         base_fingerprint=session.loaded.fingerprint,
         data_digest=session.parts.digest,
+        parent=parent,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from rayft.methods import method, settled
 from rayft.methods.base import MethodConfig
 from rayft.models.load import ModelConfig
 from rayft.numerics import fastest_cpu_dtype
+from rayft.squeeze.anneal import AnnealConfig
 
 __all__ = ["EvaluateConfig", "OptimConfig", "RunConfig", "ScaleConfig"]
 
@@ -32,7 +34,7 @@ class OptimConfig(Section):
     """Packed rows (of `data.max_length` tokens) in one optimizer step, over all workers."""
 
     warmup: int = Field(default=2, ge=0)
-    """Steps of linear warm-up, at the start and at each link of a chain."""
+    """Steps of linear warm-up, at the start and at each link of a chain (see also `anneal.warmup`)."""
 
     schedule: Literal["constant", "linear"] = "constant"
     """After the warm-up: stay, or fall linearly to zero at the last step."""
@@ -46,13 +48,19 @@ class OptimConfig(Section):
     clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
 
-    def lr_at(self, step: int, start: int = 0) -> float:
-        """Give the learning rate of a step (counted from 0); `start` is where its link began."""
-        decay = 1.0
+    def lr_at(self, step: int, start: int = 0, warmup: int | None = None) -> float:
+        """Give the learning rate of a step (counted from 0).
+
+        Args:
+            step: the step.
+            start: where its stage (a chain's link, a rank of an annealed run) began.
+            warmup: that stage's steps of warm-up; the run's where not given.
+        """
+        decay, ramp = 1.0, self.warmup if warmup is None else warmup
         if self.schedule == "linear" and step >= self.warmup:
             decay = max(0.0, (self.steps - step) / max(1, self.steps - self.warmup))
-        if step - start < self.warmup:
-            return self.lr * decay * (step - start + 1) / self.warmup
+        if step - start < ramp:
+            return self.lr * decay * (step - start + 1) / ramp
         return self.lr * decay
 
 
@@ -175,6 +183,11 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig
     method: MethodConfig = MethodConfig()
+    anneal: AnnealConfig | None = None
+    """Let the rank fall from `method.rank` while the run trains (lora, lora_plus)."""
+    start: str | None = None
+    """Adapter folder whose factors and head the run starts from (lora, lora_plus): modules, ranks and scales
+    are its own. `method.rank`, where it is set, must be its rank; with `anneal` it must be set."""
     optim: OptimConfig = OptimConfig()
     scale: ScaleConfig = ScaleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -199,6 +212,12 @@ class RunConfig(Section):
         if isinstance(zero, dict) and "stage" in zero:
             raise ValueError("zero_optimization.stage is scale.zero; set it there")
         return value
+
+    @field_validator("start")
+    @classmethod
+    def _locate_start(cls, value: str | None) -> str | None:
+        # Absolute, as workers run elsewhere.
+        return None if value is None else str(Path(value).expanduser().absolute())
 
     @field_validator("method")
     @classmethod
@@ -243,6 +262,42 @@ class RunConfig(Section):
                 f"{self.optim.lr:g}: take {steps} or less"
             )
         return self
+
+    @model_validator(mode="after")
+    def _anneals(self) -> RunConfig:
+        if self.anneal is None:
+            return self
+        method(self.method.name).check_free(
+            "anneal", "Train lora, or train it as it is and run `rayft squeeze` afterwards"
+        )
+        if self.scale.zero == 3:
+            raise ValueError(
+                "anneal reads weights and moments out of one engine and sets them in the next, at another "
+                "rank; ZeRO-3 has them in pieces that are cut for the old rank. Set scale.zero to 0, 1 or 2 "
+                "(ZeRO-3 is for large bases; adapters are small), or drop anneal and run `rayft squeeze` "
+                "afterwards"
+            )
+        self.anneal.plan(self.method.rank, self.optim.steps, self.optim.warmup)
+        return self
+
+    @model_validator(mode="after")
+    def _starts(self) -> RunConfig:
+        if self.start is None:
+            return self
+        method(self.method.name).check_free("start", "Drop start, or set method.name to lora")
+        plain = MethodConfig()
+        for setting in ("targets", "rank_pattern", "alpha", "rslora"):
+            if getattr(self.method, setting) != getattr(plain, setting):
+                raise ValueError(
+                    f"modules, ranks and scales are those of the adapter in start, so method.{setting} does "
+                    "nothing: drop it"
+                )
+        return self
+
+    @property
+    def final_rank(self) -> int:
+        """Rank of the adapter that comes out, where modules have none of their own."""
+        return self.method.rank * self.method.links if self.anneal is None else self.anneal.rank
 
     @model_validator(mode="after")
     def _rows_divide(self) -> RunConfig:

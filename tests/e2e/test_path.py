@@ -28,7 +28,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_r
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
     output = tmp_path_factory.mktemp("e2e") / "tiny"
-    return load_config("tiny", [f"output={output}", "serve.port=8123"])
+    squeezes = ["squeeze.winners=2", "squeeze.budget=15kB", "squeeze.cont={steps: 2, lr: 1e-3}"]
+    return load_config("tiny", [f"output={output}", "serve.port=8123", *squeezes])
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +37,22 @@ def record(local_ray: None, config: PipelineConfig) -> SweepRecord:
     return run_demo(config, Display(Console(quiet=True)))
 
 
+def squeezed(record: SweepRecord) -> list[tuple[str, str, str]]:
+    return [(item.trial, item.how, item.name.rpartition("@")[2]) for item in record.squeezed]
+
+
 def test_every_stage_left_its_result(record: SweepRecord, config: PipelineConfig) -> None:
     output = Path(config.output)
     assert [base.name for base in record.baselines] == ["base", "answer only", "few shot", "majority answer"]
     assert len(record.trials) == 3
     assert record.winner
-    assert {item.rank for item in record.squeezed} == {2, 1}
+    assert {trial for trial, _, _ in squeezed(record)} == {
+        t.id for t in record.trials if t.status == "finished"
+    }
+    made = {(how, label) for trial, how, label in squeezed(record) if trial == record.winner.trial}
+    assert made == {("post", label) for label in ("r2", "r1", "b15kB")} | {
+        ("cont", f"{label}+2") for label in ("r2", "r1", "b15kB")
+    }
     assert SweepRecord.load(output) == record
     assert "<svg" in (output / "report.html").read_text()
     winner = AdapterArtifact.load(output / "winner")
@@ -83,7 +94,7 @@ def runs(config: PipelineConfig) -> list[object]:
 def test_tracking_and_registry(record: SweepRecord, config: PipelineConfig) -> None:
     found = runs(config)
     kinds = sorted(run.data.tags["rayft.kind"] for run in found)  # type: ignore[attr-defined]
-    assert kinds == ["baseline"] * 4 + ["squeezed"] * 2 + ["sweep"] + ["trial"] * 3
+    assert kinds == ["baseline"] * 4 + ["squeezed"] * 12 + ["sweep"] + ["trial"] * 3
     for run in found:
         assert run.info.status in ("FINISHED", "KILLED")  # type: ignore[attr-defined]
         if run.data.tags["rayft.kind"] != "sweep":  # type: ignore[attr-defined]
@@ -91,6 +102,43 @@ def test_tracking_and_registry(record: SweepRecord, config: PipelineConfig) -> N
             assert run.data.params["data_digest"] == record.data_digest  # type: ignore[attr-defined]
     client = MlflowClient(f"sqlite:///{config.output}/mlflow.db")
     assert int(client.get_model_version_by_alias("tiny", "champion").version) == 1
+
+
+def test_a_squeeze_is_a_child_of_its_trial(record: SweepRecord, config: PipelineConfig) -> None:
+    client = MlflowClient(f"sqlite:///{config.output}/mlflow.db")
+    trials = {trial.id: trial for trial in record.trials}
+    modules = AdapterArtifact.load(Path(config.output) / "winner").modules
+    for run in runs(config):
+        tags, metrics = run.data.tags, run.data.metrics  # type: ignore[attr-defined]
+        if tags["rayft.kind"] != "squeezed":
+            continue
+        params = run.data.params  # type: ignore[attr-defined]
+        trial = trials[params["squeezed_from"]]
+        assert tags["mlflow.parentRunId"] == trial.run_id
+        kept = {
+            name.removeprefix("retention/"): v for name, v in metrics.items() if name.startswith("retention/")
+        }
+        assert set(kept) == set(modules)
+        assert min(kept.values()) == metrics["retained_energy_min"] < 1
+        assert metrics["source_bytes"] == trial.bytes > metrics["adapter_bytes"]
+        assert metrics["source_val_score"] == trial.val_score
+        files = {file.path for file in client.list_artifacts(run.info.run_id)}  # type: ignore[attr-defined]
+        assert files == {"adapter", "spectrum.png"}
+        if tags["rayft.how"] == "cont":
+            assert params["start"].endswith(params["squeezed_to"].partition("+")[0])
+            assert len(client.get_metric_history(run.info.run_id, "train_loss")) == 2  # type: ignore[attr-defined]
+
+
+def test_what_was_trained_on_differs_from_its_start_and_has_prefixes(record: SweepRecord) -> None:
+    folders = {item.name: Path(item.folder) for item in record.squeezed}
+    for item in record.squeezed:
+        if item.how == "cont":
+            start, after = (AdapterArtifact.load(folders[name]) for name in (item.name[:-2], item.name))
+            assert after.squeezed
+            assert after.content_hash != start.content_hash
+            assert {n: f.rank for n, f in after.modules.items()} == {
+                n: f.rank for n, f in start.modules.items()
+            }
 
 
 def test_started_again_it_trains_nothing_twice(record: SweepRecord, config: PipelineConfig) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from rayft.data.section import DataConfig
 from rayft.methods.base import MethodConfig
 from rayft.models.load import ModelConfig
+from rayft.squeeze.anneal import AnnealConfig
 from rayft.train.context import Session, SilentReporter, Worker
 from rayft.train.loop import TrainResult, fit
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
@@ -39,6 +40,8 @@ def train(name: str, folder: Path, *, graphs: bool) -> TrainResult:
         model=ModelConfig(name="tiny-llama"),
         data=DataConfig(source="jsonl", name=str(data), val=10, test=10, max_length=128),
         method=MethodConfig(name=name, rank=4, dropout=0.1 if name == "lora" else 0.0),
+        # One whose graphs are captured at each of its ranks.
+        anneal=AnnealConfig(rank=2) if name == "lora_plus" else None,
         optim=OptimConfig(lr=1e-2, steps=8, rows_per_step=4),
         scale=ScaleConfig(device="cuda", dtype="bfloat16", zero=2, threads=1, accumulation=2, graphs=graphs),
         evaluate=EvaluateConfig(every=2),
@@ -48,7 +51,7 @@ def train(name: str, folder: Path, *, graphs: bool) -> TrainResult:
 
 
 @pytest.mark.usefixtures("_group")
-@pytest.mark.parametrize("name", ["cla", "asym", "c3la", "paca", "lora", "full"])
+@pytest.mark.parametrize("name", ["cla", "asym", "c3la", "paca", "lora", "lora_plus", "full"])
 def test_the_losses_are_equal(name: str, tmp_path: Path) -> None:
     eager, graphs = (train(name, tmp_path, graphs=graphs) for graphs in (False, True))
     if name == "lora":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from rayft.methods.base import LoraFactors
 from rayft.numerics import assert_close, generator, tolerance
-from rayft.squeeze.factored_svd import factored_svd, sorted_factors
+from rayft.squeeze.factored_svd import factored_svd, factored_svds, sorted_factors, thin_qr
 
 
 def random_factors(outputs: int, inputs: int, rank: int, scale: float, dtype: torch.dtype) -> LoraFactors:
@@ -52,3 +54,56 @@ def test_every_prefix_is_the_best_of_its_rank(rank: int) -> None:
     assert_close(prefix.delta(), best, torch.float64, 31)
     assert prefix.scale == factors.scale
     assert_close(found.b.norm(), found.a.norm(), torch.float64, 31)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 9])
+@pytest.mark.parametrize("condition", [1.0, 1e6])
+def test_cholesky_twice_is_as_good_as_householder(columns: int, condition: float) -> None:
+    draw = generator("qr", columns)
+    q, _ = torch.linalg.qr(torch.randn(3, 50, columns, generator=draw, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(3, columns, columns, generator=draw, dtype=torch.float64))
+    x = (q * torch.logspace(0, -math.log10(condition), columns, dtype=torch.float64)) @ right
+    found_q, found_r = thin_qr(x, by_cholesky=True)
+    eye = torch.eye(columns, dtype=torch.float64).expand(3, -1, -1)
+    assert_close(found_q @ found_r, x, torch.float64, 50)
+    assert_close(found_q.mT @ found_q, eye, torch.float64, 50)
+    assert torch.equal(found_r, found_r.triu())
+
+
+@pytest.mark.parametrize("case", ["dependent", "zero", "wide", "condition"])
+def test_where_cholesky_fails_householder_takes_over(case: str) -> None:
+    x = torch.randn(2, 30, 6, generator=generator(case), dtype=torch.float64)
+    if case == "dependent":
+        x[1, :, 5] = x[1, :, 0] - x[1, :, 3]
+    elif case == "zero":
+        x[1] = 0
+    elif case == "wide":
+        x = x.mT
+    else:
+        x[1, :, 5] = x[1, :, 0] + 1e-9 * x[1, :, 5]
+    q, r = thin_qr(x, by_cholesky=True)
+    assert_close(q @ r, x, torch.float64, 30)
+    eye = torch.eye(q.shape[-1], dtype=torch.float64).expand(2, -1, -1)
+    assert_close(q.mT @ q, eye, torch.float64, 30)
+
+
+def test_a_stack_is_decomposed_as_each_alone() -> None:
+    many = [
+        LoraFactors(
+            torch.randn(4, 17, generator=generator("a", i)),
+            torch.randn(33, 4, generator=generator("b", i)),
+            i + 0.5,
+        )
+        for i in range(3)
+    ]
+    for factors, svd in zip(many, factored_svds(many), strict=True):
+        alone = factored_svd(factors)
+        assert_close(svd.s, alone.s, torch.float64, 4)
+        assert_close((svd.u * svd.s) @ svd.v.t(), (alone.u * alone.s) @ alone.v.t(), torch.float64, 4)
+
+
+def test_a_scale_below_zero_keeps_its_sign() -> None:
+    factors = random_factors(9, 8, 3, -1.5, torch.float64)
+    found = sorted_factors(factored_svd(factors), factors.scale, torch.float64)
+    assert found.scale == -1.5
+    assert_close(found.delta(), factors.delta(), torch.float64, 9)

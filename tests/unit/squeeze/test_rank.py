@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.errors import SqueezeError
-from rayft.methods.base import LoraFactors
+from rayft.methods import method, settled
+from rayft.methods.base import AdapterLinear, ChainConfig, LoraFactors, MethodConfig
 from rayft.numerics import assert_close, generator
-from rayft.squeeze.rank import SqueezeConfig, rank_for_energy, retained_energy, squeeze
+from rayft.squeeze.rank import rank_for_energy, retained_energy, squeeze
+from rayft.squeeze.section import SqueezeConfig
 
 
 @pytest.fixture
@@ -62,7 +66,10 @@ def test_a_zero_update_has_rank_one() -> None:
         ({"rank": 0}, "not between 1 and"),
         ({"rank": 9}, "not between 1 and the adapter's own rank, 8"),
         ({"energy": 1.5}, r"not in \(0, 1\]"),
-        ({"rank": 2, "energy": 0.5}, "not both"),
+        ({"rank": 2, "energy": 0.5}, "one of them"),
+        ({"rank": 2, "budget": 500}, "one of them"),
+        ({"energy": float("nan")}, r"not in \(0, 1\]"),
+        ({"budget": 0}, "holds nothing"),
     ],
 )
 def test_impossible_requests(artifact: AdapterArtifact, request_: dict[str, float], match: str) -> None:
@@ -79,3 +86,53 @@ def test_ranks_of_a_config_are_sorted_and_positive() -> None:
     assert SqueezeConfig(ranks=(2, 8, 8, 4)).ranks == (8, 4, 2)
     with pytest.raises(ValueError, match="0 is no rank"):
         SqueezeConfig(ranks=(0,))
+
+
+def test_an_energy_that_a_lower_rank_has_lost_is_refused(artifact: AdapterArtifact) -> None:
+    small = squeeze(artifact, rank=2)
+    kept = retained_energy(small)["q"]
+    assert squeeze(small, energy=kept * 0.9).rank <= 2
+    with pytest.raises(SqueezeError, match=r"q is at rank 2 already and retains 0\.\d+ of its energy"):
+        squeeze(small, energy=0.999)
+
+
+def test_energy_that_was_never_computed_counts(artifact: AdapterArtifact) -> None:
+    full = squeeze(artifact)
+    total = sum(value * value for value in full.meta.singular_values["q"])
+    meta = full.meta.model_copy(update={"tail_energy": {"q": total}})
+    half = replace(full, meta=meta)
+    assert retained_energy(half)["q"] == pytest.approx(0.5)
+    with pytest.raises(SqueezeError, match=r"q is at rank 8 already and retains 0\.5000"):
+        squeeze(half, energy=0.9)
+
+
+def test_an_update_that_is_switched_off_is_refused(artifact: AdapterArtifact) -> None:
+    off = replace(artifact.modules["q"], scale=0.0)
+    with pytest.raises(SqueezeError, match="q has scale 0"):
+        squeeze(replace(artifact, modules={**artifact.modules, "q": off}), rank=2)
+
+
+def test_progress_counts_every_module(artifact: AdapterArtifact) -> None:
+    done: list[int] = []
+    squeeze(artifact, rank=2, progress=done.append)
+    assert sum(done) == len(artifact.modules)
+
+
+@pytest.mark.parametrize("name", ["cola", "c3la", "rac", "rc3la"])
+def test_a_chain_stacks_and_squeezes_to_one_link(name: str) -> None:
+    layer = AdapterLinear(torch.nn.Linear(20, 14, bias=False).double())
+    config = settled(MethodConfig(name=name, rank=3, chain=ChainConfig(links=3)))
+    adapter = method(name).build(layer, config, generator(name))
+    for link in range(3):
+        if link:
+            adapter.advance(generator(name, link))
+        with torch.no_grad():
+            for i, parameter in enumerate(p for p in adapter.parameters() if p.requires_grad):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator(name, link, i)))
+    stacked = AdapterArtifact({"q": adapter.to_lora()}, meta=ArtifactMeta(method=name))
+    assert stacked.rank == 9
+    small = squeeze(stacked, rank=3)
+    u, s, vt = torch.linalg.svd(stacked.modules["q"].delta())
+    assert small.rank == 3
+    assert small.modules["q"].scale == stacked.modules["q"].scale
+    assert_close(small.modules["q"].delta(), (u[:, :3] * s[:3]) @ vt[:3], torch.float64, 20)

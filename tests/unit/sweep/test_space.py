@@ -8,6 +8,7 @@ from rayft.config import parse
 from rayft.data.source import DataConfig
 from rayft.errors import ConfigError, MethodError
 from rayft.methods.base import ChainConfig
+from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep.schedule import rungs
 from rayft.sweep.space import LogUniform, MethodSpace, SweepConfig, check_executor, points
 from rayft.train.run import RunConfig, ScaleConfig
@@ -105,6 +106,17 @@ def test_every_setting_of_a_method_comes_through(run: RunConfig) -> None:
     assert not keys[0] & keys[1]
 
 
+def test_annealing_goes_to_every_point_and_shows_in_its_name(run: RunConfig) -> None:
+    anneal = AnnealConfig(rank=8)
+    methods = {"lora": MethodSpace(ranks=(64, 32), anneal=anneal), "cla": MethodSpace(ranks=(64,))}
+    found = {point.name: point.run for point in points(SweepConfig(methods=methods), run)}
+    assert list(found) == ["lora-r64to8-lr0.002-s0", "cla-r64-lr0.002-s0", "lora-r32to8-lr0.002-s0"]
+    assert [each.anneal for each in found.values()] == [anneal, None, anneal]
+    assert [each.final_rank for each in found.values()] == [8, 64, 8]
+    plain = points(SweepConfig(methods={"lora": MethodSpace(ranks=(64,))}), run)
+    assert plain[0].key not in {point.key for point in points(SweepConfig(methods=methods), run)}
+
+
 @pytest.mark.parametrize(
     ("name", "space", "error", "match"),
     [
@@ -122,6 +134,19 @@ def test_every_setting_of_a_method_comes_through(run: RunConfig) -> None:
         ),
         ("paca", MethodSpace(dropout=0.1), MethodError, "'paca' trains the base's own weights"),
         ("rac", MethodSpace(chain=ChainConfig(links=7)), ConfigError, "doesn't divide optim.steps"),
+        ("cla", MethodSpace(anneal=AnnealConfig(rank=4)), MethodError, "anneal is for lora and lora_plus"),
+        (
+            "lora",
+            MethodSpace(ranks=(32, 8), anneal=AnnealConfig(rank=8)),
+            ConfigError,
+            "rank 8, which is not below method.rank",
+        ),
+        (
+            "lora",
+            MethodSpace(ranks=(4096,), anneal=AnnealConfig(rank=1, stages=50)),
+            ConfigError,
+            "take fewer",
+        ),
     ],
 )
 def test_settings_that_would_do_nothing(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rayft.artifacts import AdapterArtifact
+from rayft.squeeze.anneal import AnnealConfig
 from rayft.train.context import Session, SilentReporter, Worker
 from rayft.train.loop import fit
 from rayft.train.run import RunConfig
@@ -62,6 +63,25 @@ def test_in_bfloat16_with_its_float32_weights(run: RunConfig, tmp_path: Path, na
 @pytest.mark.parametrize("name", ["rac", "c3la"])
 def test_sharded_by_zero_3(run: RunConfig, tmp_path: Path, name: str) -> None:
     assert_resumes(by_step(run, name, scale={"zero": 3}), tmp_path, (5, 6))
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "deaths"),
+    [
+        # At the end of the first stage, inside the second, at its end.
+        ("lora", {}, (3, 5, 6)),
+        ("lora_plus", {"dtype": "bfloat16", "zero": 2}, (3, 5)),
+    ],
+)
+def test_an_annealed_run_goes_on_wherever_it_was_killed(
+    run: RunConfig, tmp_path: Path, name: str, scale: dict[str, object], deaths: tuple[int, ...]
+) -> None:
+    run = changed(
+        by_step(run, name, scale=scale),
+        method={"rank": 8, "rank_pattern": {"k_proj": 3}},
+        anneal=AnnealConfig(rank=2),
+    )
+    assert_resumes(run, tmp_path, deaths, Session.open(run, Worker()))
 
 
 def test_with_dropout(run: RunConfig, session: Session, tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""Where an adapter folder comes from: the sweep around it, its trial, its base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rayft.artifacts import AdapterArtifact
+from rayft.errors import ReportError
+from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.preflight import STAMP_FILE
+from rayft.models.fingerprint import source_fingerprint
+from rayft.models.load import ModelConfig, load_skeleton, resolve
+from rayft.models.targets import linear_shapes
+from rayft.report.frame import SweepRecord, Trial
+from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
+from rayft.tracking.mlflow import find_adapter, prepare
+from rayft.train.run import RunConfig
+
+__all__ = ["Origin", "check_base", "find_origin"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of a folder beside what is in it."""
+
+    name: str
+    """Its trial's name, or the folder's."""
+    config: PipelineConfig | None = None
+    lr: float | None = None
+    """Learning rate of its trial."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Its trial's configuration, leaf by leaf."""
+    run_id: str = ""
+    """Its trial's run in the tracker."""
+    tracker: TrackerSpec | None = None
+    """Where squeezes of it are tracked; None if nowhere."""
+
+
+def find_origin(folder: Path, config: Path | None) -> Origin:
+    """Look for the sweep that a folder lies in, and for its trial there and in the tracker.
+
+    Args:
+        folder: the adapter folder.
+        config: a configuration to use instead of the sweep's.
+
+    Raises:
+        ConfigError: if the configuration is wrong.
+    """
+    sweep = next((above for above in folder.resolve().parents if _is_sweep(above)), None)
+    stamp = config or (sweep / STAMP_FILE if sweep is not None else None)
+    settings = load_config(stamp) if stamp is not None else None
+    trial = _trial(sweep, folder) if sweep is not None else None
+    spec = _tracker(settings, sweep)
+    if trial is None:
+        run_id = find_adapter(spec, _hashes(folder)) if spec is not None else ""
+        return Origin(folder.resolve().name, settings, run_id=run_id, tracker=spec)
+    return Origin(trial.id, settings, trial.lr, trial.settings, trial.run_id, spec)
+
+
+def check_base(artifact: AdapterArtifact, base: str | None, run: RunConfig | None) -> None:
+    """Refuse a base that the adapter was not made for; its weights are not loaded.
+
+    Raises:
+        BaseMismatchError: naming what differs.
+        ModelError: if the base can't be found.
+    """
+    model = ModelConfig(name=base, task=artifact.meta.task) if base else run.model if run else None
+    if model is None:
+        return
+    skeleton = load_skeleton(model)
+    known = source_fingerprint(skeleton, resolve(model), model.revision)
+    artifact.check_base(known or "", linear_shapes(skeleton))
+
+
+def _is_sweep(folder: Path) -> bool:
+    stamp = folder / STAMP_FILE
+    return stamp.is_file() and stamp.read_text(errors="replace").startswith("# sweep ")
+
+
+def _tracker(settings: PipelineConfig | None, sweep: Path | None) -> TrackerSpec | None:
+    """Find where to track: the sweep's place, else MLFLOW_TRACKING_URI."""
+    if sweep is not None and settings is not None:
+        return prepare(tracker_spec(settings.tracking, sweep))
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return prepare(tracker_spec(settings.tracking if settings else TrackingConfig(), Path.cwd()))
+    return None
+
+
+def _trial(sweep: Path, folder: Path) -> Trial | None:
+    """Find a folder's trial in the sweep's record."""
+    try:
+        record = SweepRecord.load(sweep)
+    except ReportError:
+        return None
+    place = folder.resolve()
+    trials = {trial.id: trial for trial in record.trials}
+    for trial in record.trials:
+        if trial.folder and Path(trial.folder).resolve() == place:
+            return trial
+    for item in record.squeezed:
+        if item.folder and Path(item.folder).resolve() == place:
+            return trials[item.trial]
+    if record.winner is not None and place == (sweep / "winner").resolve():
+        return trials[record.winner.trial]
+    return None
+
+
+def _hashes(folder: Path) -> list[str]:
+    artifact = AdapterArtifact.load(folder)
+    return [hash_ for hash_ in (artifact.content_hash, artifact.meta.parent) if hash_]

@@ -1,0 +1,264 @@
+"""Squeezing as a stage: bring adapters to lower ranks, train them on where asked to, score what came out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+
+from rayft.artifacts import AdapterArtifact, folder_bytes
+from rayft.config import content_hash
+from rayft.errors import TrainError
+from rayft.flow.stages import Measured, files_along, score_all
+from rayft.methods.base import MethodConfig
+from rayft.squeeze.budget import parse_bytes
+from rayft.squeeze.rank import Progress, retained_energy, squeeze
+from rayft.squeeze.section import ContinueConfig, SqueezeConfig
+from rayft.sweep.broker import Event, Job
+from rayft.sweep.executor import Executor
+from rayft.sweep.lane import TrainRequest, read_result, unpack
+from rayft.sweep.score import ScoreRequest
+from rayft.tracking.base import TrackerSpec
+from rayft.train.context import trial_folder
+from rayft.train.run import RunConfig
+
+__all__ = [
+    "Source",
+    "SqueezedAdapter",
+    "Target",
+    "continue_all",
+    "make",
+    "score",
+    "smallest_good",
+    "sort_columns",
+    "targets",
+]
+
+Part = Literal["val", "test"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """How far to squeeze: a rank, a share of energy, or a size."""
+
+    rank: int | None = None
+    energy: float | None = None
+    budget: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Its short name, also of its folder: `r8`, `e0.95`, `b1.5MB`."""
+        if self.rank is not None:
+            return f"r{self.rank}"
+        return f"e{self.energy:g}" if self.energy is not None else f"b{str(self.budget).replace(' ', '')}"
+
+    def apply(self, full: AdapterArtifact) -> AdapterArtifact:
+        """View a squeezed adapter at this target.
+
+        Raises:
+            SqueezeError: if it can't be met.
+        """
+        budget = None if self.budget is None else parse_bytes(self.budget)
+        return squeeze(full, rank=self.rank, energy=self.energy, budget=budget)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is squeezed: a trial, or an adapter folder from elsewhere."""
+
+    name: str
+    key: str
+    """Unique where its results are kept and tracked."""
+    run: RunConfig | None
+    """Its base and data, for scoring and further training."""
+    run_id: str = ""
+    """Its run in the tracker."""
+
+
+@dataclass(frozen=True)
+class SqueezedAdapter:
+    """A lower rank of a source, made."""
+
+    name: str
+    source: Source
+    how: Literal["post", "cont"]
+    rank: int
+    folder: Path
+    parameters: int
+    bytes: int
+    energy: Mapping[str, float]
+    """Module → share of the source's energy that the squeeze kept."""
+    seconds: float
+    val_loss: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Unique where results are kept and tracked."""
+        return f"{self.source.key}@{self.label}"
+
+    @property
+    def label(self) -> str:
+        """What comes after the source's name."""
+        return self.name.rpartition("@")[2]
+
+
+def targets(config: SqueezeConfig, rank: int) -> list[Target]:
+    """List what a configuration asks for of an adapter of a rank, ranks that are no lower left out."""
+    found = [Target(rank=target) for target in config.ranks if target < rank]
+    if config.energy is not None:
+        found.append(Target(energy=config.energy))
+    if config.budget is not None:
+        found.append(Target(budget=config.budget))
+    return found
+
+
+def make(full: AdapterArtifact, target: Target, source: Source, folder: Path) -> SqueezedAdapter:
+    """Write a squeezed adapter at a target to `folder`/<label>.
+
+    Raises:
+        SqueezeError: if the target can't be met; nothing is written then.
+        ArtifactError, ResourceError: as `AdapterArtifact.save`.
+    """
+    started = time.perf_counter()
+    small = target.apply(full)
+    path = small.save(folder / target.label)
+    return SqueezedAdapter(
+        name=f"{source.name}@{target.label}",
+        source=source,
+        how="post",
+        rank=small.rank,
+        folder=path,
+        parameters=small.parameters,
+        bytes=folder_bytes(path),
+        energy=retained_energy(small),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def continue_all(
+    executor: Executor,
+    items: Sequence[SqueezedAdapter],
+    cont: ContinueConfig,
+    output: Path,
+    tracker: TrackerSpec | None = None,
+) -> list[SqueezedAdapter]:
+    """Train squeezed adapters on at their lower rank, as many at once as there are lanes.
+
+    Raises:
+        TrainError: if one of them fails.
+    """
+    wanted = []
+    for item in items:
+        run = continued_run(item, cont)
+        new = replace(item, name=f"{item.name}+{cont.steps}", how="cont")
+        request = TrainRequest(
+            key=new.key,
+            # The rank first: MLflow's table cuts off the end of a name.
+            name=f"@{new.label} of {new.source.name}",
+            run=run.model_dump_json(),
+            output=str(output),
+            evaluate_at=(),
+            tracker=tracker,
+            parent=new.source.run_id or None,
+        )
+        wanted.append((new, request))
+    known = {request.key: read_result(str(output), request.key) for _, request in wanted}
+    # What an interrupted stage had finished is not trained again.
+    jobs = [
+        Job(request.key, "train", {"request": request})
+        for _, request in wanted
+        if (known[request.key] or {}).get("run") != content_hash(RunConfig.model_validate_json(request.run))
+    ]
+    executor.submit(jobs)
+    trained = {job.id: _wait(executor, job.id) for job in jobs}
+    return [
+        _continued(new, trained.get(request.key) or known[request.key] or {}, output)
+        for new, request in wanted
+    ]
+
+
+def continued_run(item: SqueezedAdapter, cont: ContinueConfig) -> RunConfig:
+    """Give the run that trains a squeezed adapter on.
+
+    Raises:
+        ConfigError: if its settings don't fit the adapter.
+    """
+    run = item.source.run
+    assert run is not None
+    optim = run.optim.model_copy(
+        update={
+            "steps": cont.steps,
+            "lr": cont.lr or run.optim.lr,
+            "warmup": min(cont.warmup, cont.steps),
+        }
+    )
+    sections: dict[str, Any] = {name: getattr(run, name) for name in RunConfig.model_fields}
+    # What the factors say (targets, ranks, scale) is not said again.
+    sections |= {"optim": optim, "method": MethodConfig(name="lora", dropout=run.method.dropout)}
+    sections |= {"start": str(item.folder.absolute()), "anneal": None}
+    return RunConfig(**sections)
+
+
+def score(
+    executor: Executor, items: Sequence[SqueezedAdapter], parts: tuple[Part, ...] = ("val", "test")
+) -> dict[str, Measured]:
+    """Score squeezed adapters as they lie on disk."""
+    requests = {}
+    for item in items:
+        assert item.source.run is not None
+        requests[item.name] = ScoreRequest(
+            run=item.source.run.model_dump_json(),
+            parts=parts,
+            adapter=str(item.folder),
+            files=files_along(str(item.folder)),
+        )
+    return score_all(executor, requests)
+
+
+def sort_columns(folder: str | Path, out: Path, progress: Progress | None = None) -> AdapterArtifact:
+    """Write an adapter with its columns sorted by singular value (at its full rank), and give it."""
+    full = squeeze(AdapterArtifact.load(folder), progress=progress)
+    full.save(out)
+    return full
+
+
+def smallest_good(
+    made: Sequence[SqueezedAdapter], scores: Mapping[str, Measured], winner_score: float, keep: float
+) -> SqueezedAdapter | None:
+    """Find the smallest squeezed adapter that keeps a share of the winner's validation score.
+
+    Of those that are as small, the one with the better validation score.
+    """
+    reached = {item.name: scores[item.name].mean("val") or 0.0 for item in made}
+    good = [item for item in made if reached[item.name] >= keep * winner_score]
+    return min(good, key=lambda item: (item.parameters, -reached[item.name]), default=None)
+
+
+def _wait(executor: Executor, key: str) -> Mapping[str, Any]:
+    """Wait for a training to end."""
+    event: Event = ray.get(executor.broker.next_event.remote(key))
+    while event.kind == "report":
+        event = ray.get(executor.broker.next_event.remote(key))
+    if event.kind == "failed":
+        raise TrainError(f"{key} can't be trained on: {event.values['error']}")
+    return event.values
+
+
+def _continued(item: SqueezedAdapter, values: Mapping[str, Any], output: Path) -> SqueezedAdapter:
+    """Take what a continued training left; its columns are sorted again, so that it has prefixes too."""
+    unpack(values, trial_folder(output, item.key))
+    result = values["result"]
+    folder = item.folder.with_name(item.label)
+    full = sort_columns(result["folder"], folder)
+    return replace(
+        item,
+        folder=folder,
+        parameters=full.parameters,
+        bytes=folder_bytes(folder),
+        seconds=item.seconds + result["seconds"]["train"] + result["seconds"]["evaluate"],
+        val_loss=float(result["val_loss"]),
+    )

@@ -1,0 +1,88 @@
+"""A squeeze in the tracker: a child run of the trial that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rayft.artifacts import AdapterArtifact
+from rayft.flow.squeezing import SqueezedAdapter
+from rayft.flow.stages import Measured
+from rayft.report.spectrum import spectrum_plot
+from rayft.tracking.base import Tracker
+
+__all__ = ["score_metrics", "track_squeezed"]
+
+
+def score_metrics(measured: Measured, before: str = "") -> dict[str, float]:
+    """Name the scores of an adapter as metrics: test with its interval, and val."""
+    found = {}
+    test, val = measured.score("test"), measured.mean("val")
+    if test is not None:
+        found = {"test_score": test.value, "test_low": test.low, "test_high": test.high}
+    if val is not None:
+        found["val_score"] = val
+    return {f"{before}{name}": value for name, value in found.items()}
+
+
+def track_squeezed(
+    tracker: Tracker,
+    item: SqueezedAdapter,
+    *,
+    parent: str | None,
+    settings: Mapping[str, str],
+    data: Mapping[str, str],
+    after: Measured,
+    before: Measured,
+    source_bytes: int,
+    plots: Path,
+) -> str:
+    """Record a squeezed adapter and give its run.
+
+    Args:
+        tracker: where to.
+        item: what was made.
+        parent: run of the trial that it was made from, or of the sweep; None where neither is tracked.
+        settings: the source's configuration, leaf by leaf (what was trained on has logged its own).
+        data: what is known of the data that scores are of.
+        after: its scores; empty where it was not scored.
+        before: those of its source.
+        source_bytes: size of the source's weights.
+        plots: folder for the plot, which stays until it is sent.
+    """
+    # The rank first: MLflow's table cuts off the end of a name.
+    shown = f"@{item.label} of {item.source.name}"
+    tags = {"rayft.kind": "squeezed", "rayft.how": item.how}
+    # Of what was trained on, the lane made the run: the same key finds it.
+    run = tracker.run(shown, item.key, parent=parent, tags=tags)
+    own = {"squeezed_from": item.source.name, "squeezed_to": item.label, "squeezed_how": item.how}
+    if item.how == "post":
+        own |= {**settings, "method.name": "squeeze", "method.rank": str(item.rank)}
+    tracker.params(run, {**own, **data})
+    numbers = {**_numbers(item), "source_bytes": source_bytes}
+    numbers |= {**score_metrics(after), **score_metrics(before, "source_")}
+    tracker.metrics(run, numbers)
+    tracker.artifact(run, item.folder, "adapter")
+    tracker.artifact(run, _plot(item, shown, plots))
+    tracker.finish(run, "finished")
+    return run
+
+
+def _numbers(item: SqueezedAdapter) -> dict[str, float]:
+    energies = list(item.energy.values())
+    return {
+        "trainable_parameters": item.parameters,
+        "adapter_bytes": item.bytes,
+        "squeeze_seconds": item.seconds,
+        "retained_energy_mean": sum(energies) / len(energies),
+        "retained_energy_min": min(energies),
+        **{f"retention/{module}": share for module, share in item.energy.items()},
+    }
+
+
+def _plot(item: SqueezedAdapter, title: str, plots: Path) -> Path:
+    artifact = AdapterArtifact.load(item.folder)
+    ranks = {name: factors.rank for name, factors in artifact.modules.items()}
+    return spectrum_plot(
+        artifact.meta.singular_values, ranks, title, plots / item.key.replace("/", "-") / "spectrum.png"
+    )

@@ -1,0 +1,64 @@
+"""The `squeeze` section of a configuration."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from rayft.config import Section
+from rayft.errors import SqueezeError
+from rayft.squeeze.budget import parse_bytes
+
+__all__ = ["ContinueConfig", "SqueezeConfig"]
+
+
+class ContinueConfig(Section):
+    """Training after a squeeze: LoRA-Squeeze's `cont`."""
+
+    steps: int = Field(default=20, ge=1)
+    """Optimizer steps at the lower rank."""
+
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate; the trial's own where not given."""
+
+    warmup: int = Field(default=2, ge=0)
+    """Steps of linear warm-up, for the moments begin at zero again."""
+
+
+class SqueezeConfig(Section):
+    """To which ranks a sweep's winners are brought, and when the smaller one is good enough."""
+
+    ranks: tuple[int, ...] = (8, 4, 2)
+    """Ranks to make and score; those not below a winner's rank are left out."""
+
+    energy: float | None = Field(default=None, gt=0, le=1)
+    """Also squeeze each module to the rank that retains this share of its energy."""
+
+    budget: str | None = None
+    """Also squeeze to a file of this size (`1.5MB`), ranks going where the singular values are."""
+
+    keep_score: float = Field(default=0.98, ge=0, le=1)
+    """A rank is good enough if it keeps this share of the winner's validation score."""
+
+    winners: int = Field(default=1, ge=1)
+    """How many of the best finished trials are squeezed."""
+
+    cont: ContinueConfig | None = None
+    """Train each squeezed adapter on for some steps, and score that too."""
+
+    @field_validator("ranks")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        wrong = [rank for rank in value if rank < 1]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is no rank; ranks start at 1")
+        return tuple(sorted(set(value), reverse=True))
+
+    @field_validator("budget")
+    @classmethod
+    def _size(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_bytes(value)
+            except SqueezeError as error:
+                raise ValueError(str(error)) from error
+        return value

@@ -1,0 +1,116 @@
+"""What an engine's optimizer holds of each parameter: fp32 weight, Adam's moments and its count of steps.
+
+Seen in DeepSpeed 0.19: ZeRO 0 leaves all of it with torch's AdamW, by parameter. ZeRO 1 and 2 keep flat
+fp32 partitions, one of each parameter group on each worker, and AdamW's state is theirs; a parameter's part
+is reached by `deepspeed.utils.safe_*`, in which all workers take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rayft.squeeze.anneal import Moments
+from rayft.train.deepspeed import Engine
+
+__all__ = ["Master", "read_masters", "write_masters"]
+
+
+@dataclass(frozen=True)
+class Master:
+    """One parameter as its optimizer holds it."""
+
+    weight: torch.Tensor
+    """In float32, whatever the model computes in."""
+    moments: Moments | None
+    """Adam's; none before its first step."""
+    steps: float = 0.0
+    """Steps that Adam counts for its bias correction."""
+
+
+def read_masters(engine: Engine) -> dict[str, Master]:
+    """Copy what trains out of an engine under ZeRO 0, 1 or 2, whole on every worker (all must call it)."""
+    read = _read_own
+    if engine.zero_optimization_stage() > 0:
+        _link(engine)
+        read = _read_partitions
+    return {n: read(engine, p) for n, p in engine.module.named_parameters() if p.requires_grad}
+
+
+def write_masters(engine: Engine, masters: Mapping[str, Master]) -> None:
+    """Set weights and moments in an engine that took no step yet (all workers must call it).
+
+    Args:
+        engine: under ZeRO 0, 1 or 2.
+        masters: parameter path → what it shall hold, in the parameter's shape.
+    """
+    parameters = dict(engine.module.named_parameters())
+    if engine.zero_optimization_stage() == 0:
+        for name, master in masters.items():
+            _write_own(engine, parameters[name], master)
+        return
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    steps = max(master.steps for master in masters.values())
+    if any(master.moments for master in masters.values()):
+        _begin_states(engine, steps)
+    for name, master in masters.items():
+        safe_set_full_fp32_param(parameters[name], master.weight)
+        if master.moments:
+            safe_set_full_optimizer_state(parameters[name], master.moments.mean, "exp_avg")
+            safe_set_full_optimizer_state(parameters[name], master.moments.square, "exp_avg_sq")
+
+
+def _read_own(engine: Engine, parameter: nn.Parameter) -> Master:
+    weight, state = parameter.detach().float().clone(), engine.optimizer.state.get(parameter)
+    if not state:
+        return Master(weight, None)
+    moments = Moments(state["exp_avg"].clone(), state["exp_avg_sq"].clone())
+    return Master(weight, moments, float(state["step"]))
+
+
+def _write_own(engine: Engine, parameter: nn.Parameter, master: Master) -> None:
+    parameter.data.copy_(master.weight)
+    if master.moments:
+        engine.optimizer.state[parameter] = {
+            "step": torch.tensor(master.steps),
+            "exp_avg": master.moments.mean.clone(),
+            "exp_avg_sq": master.moments.square.clone(),
+        }
+
+
+def _read_partitions(engine: Engine, parameter: nn.Parameter) -> Master:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    weight = safe_get_full_fp32_param(parameter)
+    state = next(iter(engine.optimizer.optimizer.state.values()), None)
+    if not state:
+        return Master(weight, None)
+    mean, square = (safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq"))
+    return Master(weight, Moments(mean, square), float(state["step"]))
+
+
+def _begin_states(engine: Engine, steps: float) -> None:
+    """Give every partition the state that AdamW would make at its first step, and let parameters find it."""
+    optimizer = engine.optimizer.optimizer
+    for group in optimizer.param_groups:
+        for partition in group["params"]:
+            optimizer.state[partition] = {
+                "step": torch.tensor(steps),
+                "exp_avg": torch.zeros_like(partition),
+                "exp_avg_sq": torch.zeros_like(partition),
+            }
+    _link(engine)
+
+
+def _link(engine: Engine) -> None:
+    """Let parameters find their part of the optimizer's state.
+
+    DeepSpeed does it once, at the first step: of its first group, when later groups have no state yet (LoRA+
+    has two). A restored checkpoint takes the links away.
+    """
+    engine.optimizer._hp_optimizer_states_linked = False
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
