@@ -18,46 +18,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.records import RESULTS, record, save
-from rayft.data.section import DataConfig, PartFiles
+from benchmarks.trials import TASKS, LaneRunner, TrialStore, prepare, task_data
 from rayft.evaluate.compare import over_seeds
 from rayft.flow.cluster import cluster
 from rayft.flow.preflight import skeleton
-from rayft.methods import METHODS, method
+from rayft.methods import METHODS
 from rayft.methods.base import ChainConfig, LayerShape, MethodConfig
 from rayft.models.load import ModelConfig
-from rayft.sweep.broker import Job
-from rayft.sweep.executor import LaneExecutor
-from rayft.sweep.lane import TrainRequest
-from rayft.sweep.score import ScoreRequest
-from rayft.train.context import trial_folder
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 
 MODEL = "smollm2-135m-instruct"
 RANK, LINKS, SEEDS = 16, 4, (0, 1, 2)
 TRIALS = RESULTS / "methods_quality_trials.json"
 """Every trial: what its training left, and its scores."""
-KEPT = ("val_loss", "trainable", "parameters", "bytes", "seconds", "peak_memory", "tokens_per_second")
-TASKS: dict[str, dict[str, Any]] = {
-    "needle_haystack": {"min_num_statements": 3, "max_num_statements": 5},
-    "number_format": {"min_num_candidates": 2, "max_num_candidates": 3},
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "decimal_arithmetic": {
-        "min_num_decimal_places": 1, "max_num_decimal_places": 1, "min_terms": 2, "max_terms": 2,
-    },
-}  # fmt: skip
-SIZES = {"train": 1200, "val": 100, "test": 200}
 LR = {
     "full": (2e-5, 6e-5, 2e-4),
     "lora": (5e-4, 1.5e-3, 4e-3),
@@ -104,23 +87,6 @@ class Scale:
     trials: Path
 
 
-def prepare(folder: Path) -> None:
-    """Write each task's parts as JSONL."""
-    from rayft.data.source import read
-
-    for task, params in TASKS.items():
-        parts = read(DataConfig(name=task, params=params, **SIZES))
-        for part in SIZES:
-            path = folder / task / f"{part}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [
-                json.dumps({"prompt": example.messages[-2].content, "completion": example.answer})
-                for example in getattr(parts, part)
-            ]
-            path.write_text("\n".join(lines) + "\n")
-        print(task, {part: len(getattr(parts, part)) for part in SIZES}, parts.train[0].messages[-1].content)
-
-
 def settings(scale: Scale, tasks: Sequence[str], names: Sequence[str]) -> list[Setting]:
     """List what is compared: each method at both budgets, once where they are the same."""
     shapes, _, _ = skeleton(ModelConfig(name=scale.model))
@@ -149,16 +115,11 @@ def stored(name: str, rank: int, layers: Sequence[LayerShape]) -> int:
 
 def make_run(setting: Setting, lr: float, seed: int, scale: Scale) -> RunConfig:
     """Give the run of a setting."""
-    folder = scale.data / setting.task
     chain = ChainConfig(links=LINKS) if METHODS[setting.method].chained else None
     gpu = scale.device == "cuda"
     return RunConfig(
         model=ModelConfig(name=scale.model),
-        data=DataConfig(
-            source="jsonl",
-            files=PartFiles(**{part: str((folder / f"{part}.jsonl").absolute()) for part in SIZES}),
-            max_length=512,
-        ),
+        data=task_data(scale.data, setting.task),
         method=MethodConfig(name=setting.method, rank=setting.rank, chain=chain),
         optim=OptimConfig(
             lr=lr, steps=scale.steps, rows_per_step=2 if gpu else 1, warmup=2, schedule="linear"
@@ -173,38 +134,23 @@ def make_run(setting: Setting, lr: float, seed: int, scale: Scale) -> RunConfig:
 
 
 class Trials:
-    """What finished trials left, kept in a file."""
+    """What finished trials left, looked up by setting, learning rate and seed."""
 
     def __init__(self, scale: Scale) -> None:
         self.scale = scale
-        self.known: dict[str, dict[str, Any]] = {}
-        # What another device trained is neither gone on with nor lost.
-        self.others: dict[str, dict[str, Any]] = {}
-        if scale.trials.is_file():
-            every: dict[str, dict[str, Any]] = json.loads(scale.trials.read_text())
-            self.others = {key: value for key, value in every.items() if value["device"] != scale.name}
-            self.known = {key: value for key, value in every.items() if value["device"] == scale.name}
+        self.store = TrialStore(scale.trials, scale.name)
 
     def key(self, setting: Setting, lr: float, seed: int) -> str:
         """Name a trial; the same settings have the same name in every run."""
         trial = f"{setting.method}-r{setting.rank}-lr{lr:g}-s{seed}-n{self.scale.steps}"
         return f"{self._model()}/{setting.task}/{trial}"
 
-    def score(self, key: str, part: str) -> list[float] | None:
-        """Give a trial's scores of a part, one a question; None if there are none yet."""
-        found = self.known.get(key, {}).get(part)
-        return None if found is None else [float(value) for value in found]
-
-    def result(self, key: str) -> dict[str, Any] | None:
-        """Give what a trial's training left."""
-        return self.known.get(key, {}).get("result")
-
     def best_lr(self, setting: Setting) -> float | None:
         """Choose the learning rate with the best validation score (of equals the lower loss)."""
         found = []
         for lr in (*self.grid(setting), *self.beyond(setting)):
             key = self.key(setting, lr, SEEDS[0])
-            values, result = self.score(key, "val"), self.result(key)
+            values, result = self.store.score(key, "val"), self.store.result(key)
             if values and result:
                 found.append((sum(values) / len(values), -result["val_loss"], lr))
         return max(found)[2] if found else None
@@ -225,18 +171,8 @@ class Trials:
     def matrix(self, setting: Setting) -> np.ndarray[Any, np.dtype[np.float64]] | None:
         """Give a setting's test scores at its best learning rate, (seeds, questions); None if not all."""
         lr = self.best_lr(setting)
-        scores = [self.score(self.key(setting, lr, seed), "test") for seed in SEEDS] if lr else []
+        scores = [self.store.score(self.key(setting, lr, seed), "test") for seed in SEEDS] if lr else []
         return np.array(scores) if scores and all(scores) else None
-
-    def save(self) -> None:
-        """Write all that is known, whole or not at all."""
-        staging = self.scale.trials.with_suffix(".tmp")
-        lines = [
-            f" {json.dumps(key)}: {json.dumps(value)}"
-            for key, value in sorted({**self.others, **self.known}.items())
-        ]
-        staging.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        staging.rename(self.scale.trials)
 
     def _model(self) -> str:
         return Path(self.scale.model).stem.lower().partition("-")[0]
@@ -247,83 +183,24 @@ class Bench(Trials):
 
     def __init__(self, scale: Scale) -> None:
         super().__init__(scale)
-        self.started = time.monotonic()
         run = make_run(Setting("lora", next(iter(TASKS)), "equal_rank", RANK), 1e-3, 0, scale)
-        storage = str((scale.out / "ray").absolute())
-        self.executor = LaneExecutor(run.scale, storage, scale.lanes, 3, f"quality{int(time.time())}")
+        self.runner = LaneRunner(self.store, run.scale, scale.out, scale.lanes, "quality", scale.commit)
 
     def train(self, wanted: Sequence[tuple[Setting, float, int]], part: str) -> None:
         """Train what is missing, and score it on a part."""
-        missing = {self.key(*trial): trial for trial in wanted if self.score(self.key(*trial), part) is None}
-        jobs = [
-            Job(key, "train", {"request": self._train_request(key, *trial)})
-            for key, trial in missing.items()
-            if self._folder(key) is None
-        ]
-        self._run(jobs, self._keep_result)
-        scores = [
-            Job(f"{key}/{part}", "score", {"request": self._score_request(key, *trial, part)})
-            for key, trial in missing.items()
-            if self._folder(key) is not None
-        ]
-        self._run(scores, self._keep_score)
-        self.save()
-        spent = time.monotonic() - self.started
-        print(f"{spent:5.0f} s: {len(jobs)} trained, {len(scores)} scored on {part}", flush=True)
+        self.runner.train({self.key(*trial): make_run(*trial, self.scale) for trial in wanted}, part)
 
     def score_base(self, task: str) -> None:
         """Score the base as it is on a task's test part."""
-        key = self.base_key(task)
-        if self.score(key, "test") is None:
-            self.known[key] = {"device": self.scale.name, "commit": self.scale.commit}
-            run = make_run(Setting("lora", task, "equal_rank", RANK), 1e-3, 0, self.scale)
-            request = ScoreRequest(run=run.model_dump_json(), parts=("test",), adapter=None)
-            self._run([Job(f"{key}/test", "score", {"request": request})], self._keep_score)
-            self.save()
-
-    def _run(self, jobs: Sequence[Job], keep: Callable[[str, dict[str, Any]], None]) -> None:
-        self.executor.submit(jobs)
-        for job in jobs:
-            event = ray.get(self.executor.broker.next_event.remote(job.id))
-            if event.kind == "failed":
-                print(f"{job.id} failed: {event.values['error'].splitlines()[0]}", flush=True)
-            else:
-                keep(job.id, dict(event.values))
-
-    def _keep_result(self, key: str, values: dict[str, Any]) -> None:
-        result = {name: values["result"][name] for name in KEPT}
-        origin = {"device": self.scale.name, "commit": self.scale.commit}
-        self.known[key] = {**self.known.get(key, {}), **origin, "result": result}
-
-    def _keep_score(self, job: str, values: dict[str, Any]) -> None:
-        key, _, part = job.rpartition("/")
-        # Right or wrong, as a word of 1 and 0.
-        self.known[key][part] = "".join(str(int(value)) for value in values["scores"][part])
-
-    def _folder(self, key: str) -> str | None:
-        """Find a trial's adapter (of `full`: model), if it is on this machine."""
-        found = [folder for name in ("adapter", "model") if (folder := self._path(key) / name).is_dir()]
-        return str(found[0]) if found and self.result(key) else None
-
-    def _path(self, key: str) -> Path:
-        return trial_folder(self.scale.out.absolute(), key)
-
-    def _train_request(self, key: str, setting: Setting, lr: float, seed: int) -> TrainRequest:
-        run = make_run(setting, lr, seed, self.scale)
-        return TrainRequest(key, key, run.model_dump_json(), str(self.scale.out.absolute()), ())
-
-    def _score_request(self, key: str, setting: Setting, lr: float, seed: int, part: str) -> ScoreRequest:
-        run, folder = make_run(setting, lr, seed, self.scale), self._folder(key)
-        if not method(setting.method).exports_lora:
-            run, folder = run.model_copy(update={"model": ModelConfig(name=str(folder))}), None
-        return ScoreRequest(run=run.model_dump_json(), parts=(part,), adapter=folder)  # type: ignore[arg-type]
+        run = make_run(Setting("lora", task, "equal_rank", RANK), 1e-3, 0, self.scale)
+        self.runner.score({self.base_key(task): (run, None)}, "test")
 
 
 def run_all(bench: Bench, wanted: Sequence[Setting], deadline: float) -> None:
     """Go task by task: learning rates at the first seed, then the other seeds at the best one."""
     for task in dict.fromkeys(setting.task for setting in wanted):
         mine = [setting for setting in wanted if setting.task == task]
-        if time.monotonic() - bench.started > deadline:
+        if bench.runner.spent > deadline:
             print(f"no time is left for {task}", flush=True)
             return
         bench.score_base(task)
@@ -333,7 +210,7 @@ def run_all(bench: Bench, wanted: Sequence[Setting], deadline: float) -> None:
         best = [(setting, bench.best_lr(setting)) for setting in mine]
         bench.train([(setting, lr, seed) for setting, lr in best if lr for seed in SEEDS], "test")
         for setting, lr in best:
-            values = [bench.score(bench.key(setting, lr, seed), "test") for seed in SEEDS if lr]
+            values = [bench.store.score(bench.key(setting, lr, seed), "test") for seed in SEEDS if lr]
             means = " ".join(f"{sum(v) / len(v):.2f}" for v in values if v)
             print(
                 f"{setting.method:10} {task:20} {setting.budget:13} r{setting.rank:<3} lr {lr} {means}",
@@ -359,7 +236,7 @@ def records(trials: Trials, wanted: Sequence[Setting]) -> list[dict[str, Any]]:
             matrices[setting.method, budget, setting.task] = scores
             rows += _records_of(trials, setting, budget, lr, scores, layers)
     for task in dict.fromkeys(setting.task for setting in wanted):
-        base = trials.score(trials.base_key(task), "test")
+        base = trials.store.score(trials.base_key(task), "test")
         if base:
             found = over_seeds([np.array([base])])
             origin = {"device": trials.scale.name, "n": len(base)}
@@ -381,7 +258,7 @@ def _records_of(
     trials: Trials, setting: Setting, budget: str, lr: float, scores: Any, layers: Sequence[LayerShape]
 ) -> list[dict[str, Any]]:
     keys = [trials.key(setting, lr, seed) for seed in SEEDS]
-    results = [result for key in keys if (result := trials.result(key))]
+    results = [result for key in keys if (result := trials.store.result(key))]
     found = over_seeds([scores])
     count = (
         results[0]["trainable"] if setting.method == "full"
@@ -398,7 +275,7 @@ def _records_of(
     ):  # fmt: skip
         rows.append(record("methods_quality", case, metric, value, unit, **known))
     # The trials' own commit: they may be older than what writes them down.
-    return [{**row, "commit": trials.known[keys[0]]["commit"]} for row in rows]
+    return [{**row, "commit": trials.store.known[keys[0]]["commit"]} for row in rows]
 
 
 def _over_tasks(trials: Trials, matrices: dict[tuple[str, str, str], Any]) -> list[dict[str, Any]]:
@@ -467,12 +344,12 @@ def main() -> None:
     wanted = settings(scale, arguments.tasks.split(","), arguments.methods.split(","))
     with cluster(scale.lanes, device=scale.device, gpu_share=1 / scale.lanes if cuda else 1.0):
         bench = Bench(scale)
-        bench.executor.start()
+        bench.runner.executor.start()
         try:
             run_all(bench, wanted, arguments.seconds)
         finally:
-            bench.save()
-            bench.executor.close()
+            bench.store.save()
+            bench.runner.executor.close()
     if arguments.trials == TRIALS:
         save("methods_quality", records(bench, wanted))
 

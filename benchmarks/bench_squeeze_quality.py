@@ -1,0 +1,356 @@
+"""Learn at a high rank and squeeze, or train at the low one? LoRA-Squeeze's claim, at an equal step budget.
+
+    python benchmarks/bench_squeeze_quality.py --prepare DATA         # the tasks as JSONL, by reasoning-gym
+    python benchmarks/bench_squeeze_quality.py --data DATA --out OUT  # trains and scores, or goes on
+    python benchmarks/bench_squeeze_quality.py --report               # results anew from finished trials
+
+SmolLM2-135M-Instruct, four reasoning-gym tasks, ranks 1, 2, 4 and 8, three seeds. Every way has the same
+number of optimizer steps:
+
+    direct   trained at the rank; its learning rate chosen for each rank
+    post     trained at rank 64 (learning rate chosen there), squeezed
+    cont     trained at rank 64 for three quarters of the steps, squeezed, the rest at the rank
+    in       the rank falls from 64 during training, in equal stages, Adam's moments projected
+
+The learning rate is chosen on the validation part at the first seed, for each task: three for `direct` and
+the source, and one beyond where the end of the three is best; two (the source's and a third of it) for `cont`
+and `in`. The test part is scored at the chosen one, three seeds, with an interval over seeds and questions,
+and the difference to `direct` with one. What finished trials left is kept in
+`results/squeeze_quality_trials.json`; a run that was cut short goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.records import RESULTS, record, save
+from benchmarks.trials import TASKS, LaneRunner, TrialStore, prepare, task_data
+from rayft.artifacts import AdapterArtifact
+from rayft.evaluate.compare import over_seeds
+from rayft.flow.cluster import cluster
+from rayft.methods.base import MethodConfig
+from rayft.models.load import ModelConfig
+from rayft.squeeze.anneal import AnnealConfig
+from rayft.squeeze.rank import squeeze
+from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
+
+MODEL = "smollm2-135m-instruct"
+SOURCE, RANKS, SEEDS = 64, (1, 2, 4, 8), (0, 1, 2)
+WAYS = ("direct", "post", "cont", "in")
+LR = (5e-4, 1.5e-3, 4e-3)
+"""Learning rates tried for `direct` and for the source, a factor of three apart."""
+TRIALS = RESULTS / "squeeze_quality_trials.json"
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A way to a rank on a task; rank 64 is the source."""
+
+    way: str
+    task: str
+    rank: int
+
+
+class Bench:
+    """The trials of all cells: their names, their runs, their choices."""
+
+    def __init__(self, arguments: argparse.Namespace, device: str, store: TrialStore) -> None:
+        self.arguments, self.device, self.store = arguments, device, store
+        self.steps: int = arguments.steps
+        self.rest = self.steps // 4
+        """Steps of `cont` after the squeeze."""
+
+    def key(self, cell: Cell, lr: float, seed: int) -> str:
+        """Name a trial; the same settings have the same name in every run."""
+        model = Path(self.arguments.model).stem.lower().partition("-")[0]
+        return f"{model}/{cell.task}/{cell.way}-r{cell.rank}-lr{lr:g}-s{seed}-n{self.steps}"
+
+    def source(self, task: str) -> Cell:
+        """Give the cell of the source of `post` and of `in`'s learning rates."""
+        return Cell("direct", task, SOURCE)
+
+    def grid(self, cell: Cell) -> tuple[float, ...]:
+        """List the learning rates that are tried first."""
+        if cell.way == "direct":
+            return LR
+        best = self.best_lr(self.source(cell.task))
+        if best is None:
+            return ()
+        return (best,) if cell.way == "post" else (best, float(f"{best / 3:.1g}"))
+
+    def edge(self, cell: Cell) -> list[float]:
+        """Give the learning rate beyond the grid that is worth a trial, if its end was best."""
+        best, ends = (
+            self.best_lr(cell),
+            {LR[0]: float(f"{LR[0] / 3:.1g}"), LR[-1]: float(f"{3 * LR[-1]:.2g}")},
+        )
+        return [ends[best]] if cell.way == "direct" and best in ends else []
+
+    def best_lr(self, cell: Cell) -> float | None:
+        """Choose the learning rate with the best validation score (of equals the lower loss)."""
+        ends = (float(f"{LR[0] / 3:.1g}"), float(f"{3 * LR[-1]:.2g}")) if cell.way == "direct" else ()
+        found = []
+        for lr in (*self.grid(cell), *ends):
+            key = self.key(cell, lr, SEEDS[0])
+            values, result = self.store.score(key, "val"), self.store.result(key)
+            if values:
+                found.append((sum(values) / len(values), -result["val_loss"] if result else 0.0, lr))
+        return max(found)[2] if found else None
+
+    def matrix(self, cell: Cell) -> Matrix | None:
+        """Give a cell's test scores, (seeds, questions); None if not all are there."""
+        lr = self.best_lr(cell)
+        scores = [self.store.score(self.key(cell, lr, seed), "test") for seed in SEEDS] if lr else []
+        return np.array(scores) if scores and all(scores) else None
+
+    def run(self, cell: Cell, lr: float, seed: int, start: str | None = None) -> RunConfig:
+        """Give the run of a trial; `start` is the squeezed adapter that `cont` goes on from."""
+        gpu = self.device == "cuda"
+        steps = {"cont": self.rest, "short": self.steps - self.rest}.get(cell.way, self.steps)
+        rank = SOURCE if cell.way in ("in", "short") else cell.rank
+        return RunConfig(
+            model=ModelConfig(name=self.arguments.model),
+            data=task_data(self.arguments.data, cell.task),
+            method=MethodConfig(name="lora") if start else MethodConfig(name="lora", rank=rank),
+            anneal=AnnealConfig(rank=cell.rank, stages=4) if cell.way == "in" else None,
+            start=start,
+            optim=OptimConfig(lr=lr, steps=steps, rows_per_step=2 if gpu else 1, warmup=2, schedule="linear"),
+            scale=ScaleConfig(
+                device=self.device, dtype="bfloat16", zero=2, threads=1,
+                graphs=gpu, gpu_share=1 / self.arguments.lanes if gpu else 1.0,
+            ),
+            evaluate=EvaluateConfig(
+                checkpoint_seconds=3600, max_new_tokens=24, batch_size=200, val_examples=50
+            ),
+            seed=seed,
+        )  # fmt: skip
+
+
+def run_task(bench: Bench, runner: LaneRunner, task: str) -> None:
+    """Run all ways of one task."""
+    source = bench.source(task)
+    direct = [Cell("direct", task, rank) for rank in RANKS]
+    chosen_on_val(bench, runner, [source, *direct])
+    lr = bench.best_lr(source)
+    assert lr is not None, f"the source of {task} failed at every learning rate"
+    annealed = [Cell("in", task, rank) for rank in RANKS]
+    chosen_on_val(bench, runner, annealed)
+    squeezed(bench, runner, task, lr)
+    trained_on(bench, runner, task, lr)
+    for cell in cells(task):
+        scores = bench.matrix(cell)
+        if scores is not None:
+            print(
+                f"{cell.way:7} {task:20} r{cell.rank:<3} lr {bench.best_lr(cell):g} {scores.mean(1)}",
+                flush=True,
+            )
+
+
+def chosen_on_val(bench: Bench, runner: LaneRunner, wanted: Sequence[Cell]) -> None:
+    """Choose learning rates at the first seed, then train the other seeds and score the test part."""
+    runner.train(
+        {bench.key(c, lr, SEEDS[0]): bench.run(c, lr, SEEDS[0]) for c in wanted for lr in bench.grid(c)},
+        "val",
+    )
+    edges = [(cell, lr) for cell in wanted for lr in bench.edge(cell)]
+    runner.train({bench.key(c, lr, SEEDS[0]): bench.run(c, lr, SEEDS[0]) for c, lr in edges}, "val")
+    best = [(cell, lr) for cell in wanted if (lr := bench.best_lr(cell)) is not None]
+    runner.train({bench.key(c, lr, seed): bench.run(c, lr, seed) for c, lr in best for seed in SEEDS}, "test")
+
+
+def squeezed(bench: Bench, runner: LaneRunner, task: str, lr: float) -> None:
+    """Squeeze the sources and score them (`post`)."""
+    source = bench.source(task)
+    posts = [(Cell("post", task, rank), seed) for rank in RANKS for seed in SEEDS]
+    missing = [
+        (cell, seed) for cell, seed in posts if bench.store.score(bench.key(cell, lr, seed), "test") is None
+    ]
+    seeds = sorted({seed for _, seed in missing})
+    runner.train({bench.key(source, lr, seed): bench.run(source, lr, seed) for seed in seeds}, None)
+    adapters = {}
+    for cell, seed in missing:
+        folder = lower(bench, runner, bench.key(source, lr, seed), bench.key(cell, lr, seed), cell.rank)
+        adapters[bench.key(cell, lr, seed)] = (bench.run(source, lr, seed), folder)
+    runner.score(adapters, "val")
+    runner.score(adapters, "test")
+
+
+def trained_on(bench: Bench, runner: LaneRunner, task: str, lr: float) -> None:
+    """Train shorter sources, squeeze them, train on at the rank (`cont`)."""
+    short, wanted = Cell("short", task, SOURCE), [Cell("cont", task, rank) for rank in RANKS]
+
+    def go(trials: Sequence[tuple[Cell, float, int]], part: str) -> None:
+        missing = [t for t in trials if bench.store.score(bench.key(*t), part) is None]
+        seeds = sorted({seed for _, _, seed in missing})
+        runner.train({bench.key(short, lr, seed): bench.run(short, lr, seed) for seed in seeds}, None)
+        runs = {}
+        for cell, own, seed in missing:
+            key = bench.key(cell, own, seed)
+            start = lower(bench, runner, bench.key(short, lr, seed), f"{key}-start", cell.rank)
+            runs[key] = bench.run(cell, own, seed, start)
+        runner.train(runs, part)
+
+    go([(cell, own, SEEDS[0]) for cell in wanted for own in bench.grid(cell)], "val")
+    best = [(cell, own) for cell in wanted if (own := bench.best_lr(cell)) is not None]
+    go([(cell, own, seed) for cell, own in best for seed in SEEDS], "test")
+
+
+def lower(bench: Bench, runner: LaneRunner, source: str, key: str, rank: int) -> str:
+    """Squeeze a trained adapter and give the folder."""
+    folder = runner.folder(source)
+    assert folder is not None, f"{source} left no adapter"
+    small = squeeze(AdapterArtifact.load(folder), rank=rank)
+    return str(small.save(runner.out / "squeezed" / key.replace("/", "-")))
+
+
+def cells(task: str) -> list[Cell]:
+    """List the cells of a task, the source first."""
+    return [Cell("direct", task, SOURCE), *(Cell(way, task, rank) for rank in RANKS for way in WAYS)]
+
+
+def records(bench: Bench, tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """Turn trials into results: each cell, its difference to `direct`, and both over all finished tasks."""
+    rows = []
+    found = {
+        cell: scores for task in tasks for cell in cells(task) if (scores := bench.matrix(cell)) is not None
+    }
+    for cell, scores in found.items():
+        direct = found.get(Cell("direct", cell.task, cell.rank))
+        rows += _rows(bench, f"{cell.way}/{cell.task}/r{cell.rank}", [scores], [direct], bench.best_lr(cell))
+    whole = [task for task in tasks if all(cell in found for cell in cells(task))]
+    for example in cells("mean") if whole else ():
+        mine = [found[Cell(example.way, task, example.rank)] for task in whole]
+        direct = [found[Cell("direct", task, example.rank)] for task in whole]
+        rows += _rows(bench, f"{example.way}/mean/r{example.rank}", mine, direct, None)
+    return rows
+
+
+def _rows(
+    bench: Bench, case: str, mine: list[Matrix], direct: Sequence[Matrix | None], lr: float | None
+) -> list[dict[str, Any]]:
+    known = {
+        "seeds": list(SEEDS),
+        "lr": lr,
+        "device": bench.store.device,
+        "n": sum(one.shape[1] for one in mine),
+    }
+    score = over_seeds(mine)
+    bounds = {"ci_low": score.ci_low, "ci_high": score.ci_high}
+    rows = [record("squeeze_quality", case, "score", score.value, "share", **bounds, **known)]
+    whole = [one for one in direct if one is not None]
+    if not case.startswith("direct/") and len(whole) == len(mine):
+        apart = over_seeds(mine, whole)
+        bounds = {"ci_low": apart.ci_low, "ci_high": apart.ci_high}
+        rows.append(record("squeeze_quality", case, "over_direct", apart.value, "share", **bounds, **known))
+    commits = {trial["commit"] for trial in bench.store.known.values()}
+    return [{**row, "commit": ", ".join(sorted(filter(None, commits))) or row["commit"]} for row in rows]
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw score by rank, one panel a task."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    scores = {row["case"]: row for row in rows if row["metric"] == "score"}
+    tasks = list(dict.fromkeys(case.split("/")[1] for case in scores))
+    figure = Figure(figsize=(3.6 * len(tasks), 3.6), layout="constrained", facecolor="white")
+    FigureCanvasSVG(figure)
+    colours = dict(zip(WAYS, ("#57606a", "#0a60c2", "#1a7f37", "#c2410c"), strict=True))
+    for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks), sharey=True)), tasks, strict=True):
+        for shift, way in enumerate(WAYS):
+            mine = [
+                (rank, scores[f"{way}/{task}/r{rank}"]) for rank in RANKS if f"{way}/{task}/r{rank}" in scores
+            ]
+            if not mine:
+                continue
+            x = [rank * 1.05 ** (shift - 1.5) for rank, _ in mine]
+            y = np.array([row["value"] for _, row in mine])
+            low, high = (np.array([row[end] for _, row in mine]) for end in ("ci_low", "ci_high"))
+            axes.errorbar(
+                x, y, [y - low, high - y], color=colours[way], marker="osD^"[shift], capsize=3, label=way
+            )
+        source = scores.get(f"direct/{task}/r{SOURCE}")
+        if source:
+            axes.axhline(source["value"], color="#8c959f", linestyle=":", label=f"rank {SOURCE}")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(RANKS, [str(rank) for rank in RANKS])
+        axes.set_title(task)
+        axes.set_xlabel("rank")
+        axes.grid(color="#d0d7de", linewidth=0.6)
+    figure.axes[0].set_ylabel("test score, 95 % interval")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Prepare, run or report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prepare", type=Path)
+    parser.add_argument("--data", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, default=Path("runs/squeeze_quality"))
+    parser.add_argument("--trials", type=Path, default=TRIALS)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lanes", type=int, default=6)
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no task after that")
+    parser.add_argument("--commit")
+    parser.add_argument("--report", action="store_true", help="write results from finished trials")
+    arguments = parser.parse_args()
+    tasks = arguments.tasks.split(",")
+    if arguments.prepare:
+        prepare(arguments.prepare)
+        return
+    if not arguments.report:
+        run_all(arguments, tasks)
+    if arguments.trials == TRIALS:
+        report(arguments, tasks)
+
+
+def run_all(arguments: argparse.Namespace, tasks: Sequence[str]) -> None:
+    """Go task by task."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device = f"1x {torch.cuda.get_device_name()}" if cuda else "cpu"
+    bench = Bench(arguments, "cuda" if cuda else "cpu", TrialStore(arguments.trials, device))
+    share = 1 / arguments.lanes if cuda else 1.0
+    with cluster(arguments.lanes, device=bench.device, gpu_share=share):
+        scale = bench.run(bench.source(tasks[0]), LR[0], 0).scale
+        runner = LaneRunner(bench.store, scale, arguments.out, arguments.lanes, "squeeze", arguments.commit)
+        runner.executor.start()
+        try:
+            for task in tasks:
+                if runner.spent > arguments.seconds:
+                    print(f"no time is left for {task}", flush=True)
+                    break
+                run_task(bench, runner, task)
+        finally:
+            bench.store.save()
+            runner.executor.close()
+
+
+def report(arguments: argparse.Namespace, tasks: Sequence[str]) -> None:
+    """Write the results of every device whose trials are kept."""
+    trials: dict[str, dict[str, Any]] = json.loads(TRIALS.read_text())
+    for name in dict.fromkeys(trial["device"] for trial in trials.values()):
+        rows = records(Bench(arguments, "cpu", TrialStore(TRIALS, name)), tasks)
+        save("squeeze_quality", rows)
+        plot(rows, RESULTS / "squeeze_quality.svg")
+
+
+if __name__ == "__main__":
+    main()

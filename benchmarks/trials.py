@@ -1,0 +1,165 @@
+"""Trials of a quality benchmark: what each left and scored, kept in a file, and the lanes that run them.
+
+A run that was cut short goes on where it stopped, on another machine too: an adapter that is gone and
+whose score is missing is trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rayft.data.section import DataConfig, PartFiles
+from rayft.methods import method
+from rayft.models.load import ModelConfig
+from rayft.sweep.broker import Job
+from rayft.sweep.executor import LaneExecutor
+from rayft.sweep.lane import TrainRequest
+from rayft.sweep.score import ScoreRequest
+from rayft.train.context import trial_folder
+from rayft.train.run import RunConfig, ScaleConfig
+
+KEPT = ("val_loss", "trainable", "parameters", "bytes", "seconds", "peak_memory", "tokens_per_second")
+TASKS: dict[str, dict[str, Any]] = {
+    "needle_haystack": {"min_num_statements": 3, "max_num_statements": 5},
+    "number_format": {"min_num_candidates": 2, "max_num_candidates": 3},
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "decimal_arithmetic": {
+        "min_num_decimal_places": 1, "max_num_decimal_places": 1, "min_terms": 2, "max_terms": 2,
+    },
+}  # fmt: skip
+SIZES = {"train": 1200, "val": 100, "test": 200}
+
+
+def prepare(folder: Path) -> None:
+    """Write each task's parts as JSONL."""
+    from rayft.data.source import read
+
+    for task, params in TASKS.items():
+        parts = read(DataConfig(name=task, params=params, **SIZES))
+        for part in SIZES:
+            path = folder / task / f"{part}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [
+                json.dumps({"prompt": example.messages[-2].content, "completion": example.answer})
+                for example in getattr(parts, part)
+            ]
+            path.write_text("\n".join(lines) + "\n")
+        print(task, {part: len(getattr(parts, part)) for part in SIZES}, parts.train[0].messages[-1].content)
+
+
+def task_data(folder: Path, task: str) -> DataConfig:
+    """Give a prepared task's data section."""
+    files = {part: str((folder / task / f"{part}.jsonl").absolute()) for part in SIZES}
+    return DataConfig(source="jsonl", files=PartFiles(**files), max_length=512)
+
+
+class TrialStore:
+    """What finished trials left on one device; a score is a word of 1 and 0, one for each question."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.path, self.device = path, device
+        every: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        # What another device trained is neither gone on with nor lost.
+        self.others = {key: value for key, value in every.items() if value["device"] != device}
+        self.known = {key: value for key, value in every.items() if value["device"] == device}
+
+    def score(self, key: str, part: str) -> list[float] | None:
+        """Give a trial's scores of a part, one a question; None if there are none yet."""
+        found = self.known.get(key, {}).get(part)
+        return None if found is None else [float(value) for value in found]
+
+    def result(self, key: str) -> dict[str, Any] | None:
+        """Give what a trial's training left."""
+        return self.known.get(key, {}).get("result")
+
+    def keep(self, key: str, **values: Any) -> None:
+        """Keep something of a trial."""
+        self.known[key] = {**self.known.get(key, {}), "device": self.device, **values}
+
+    def save(self) -> None:
+        """Write all that is known, whole or not at all."""
+        staging = self.path.with_suffix(".tmp")
+        every = sorted({**self.others, **self.known}.items())
+        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in every]
+        staging.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        staging.rename(self.path)
+
+
+class LaneRunner:
+    """Trains and scores in lanes, and keeps what came out."""
+
+    def __init__(
+        self, store: TrialStore, scale: ScaleConfig, out: Path, lanes: int, name: str, commit: str | None
+    ) -> None:
+        self.store, self.out, self.commit = store, out.absolute(), commit
+        self.started = time.monotonic()
+        self.executor = LaneExecutor(scale, str(self.out / "ray"), lanes, 3, f"{name}{int(time.time())}")
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    def train(self, runs: Mapping[str, RunConfig], part: str | None) -> None:
+        """Train what is missing, and score it on a part (None: train what has no adapter here)."""
+        missing = {
+            key: run for key, run in runs.items() if part is None or self.store.score(key, part) is None
+        }
+        untrained = {key: run for key, run in missing.items() if self.folder(key) is None}
+        requests = {
+            key: TrainRequest(key, key, run.model_dump_json(), str(self.out), ())
+            for key, run in untrained.items()
+        }
+        jobs = [Job(key, "train", {"request": request}) for key, request in requests.items()]
+        self._run(jobs, self._keep_result)
+        if part is not None:
+            self.score(
+                {key: (run, f) for key, run in missing.items() if (f := self.folder(key)) is not None}, part
+            )
+        self.store.save()
+        print(f"{self.spent:5.0f} s: {len(jobs)} trained, {part or 'no part'} scored", flush=True)
+
+    def score(self, adapters: Mapping[str, tuple[RunConfig, str | None]], part: str) -> None:
+        """Score adapters (None: the base) that have no score of a part yet."""
+        jobs = []
+        for key, (run, folder) in adapters.items():
+            if self.store.score(key, part) is not None:
+                continue
+            if folder is not None and not method(run.method.name).exports_lora:
+                run, folder = run.model_copy(update={"model": ModelConfig(name=folder)}), None
+            request = ScoreRequest(run=run.model_dump_json(), parts=(part,), adapter=folder)  # type: ignore[arg-type]
+            jobs.append(Job(f"{key}/{part}", "score", {"request": request}))
+        self._run(jobs, self._keep_score)
+        self.store.save()
+
+    def folder(self, key: str) -> str | None:
+        """Find a trial's adapter (of `full`: model), if it is on this machine."""
+        path = trial_folder(self.out, key)
+        found = [folder for name in ("adapter", "model") if (folder := path / name).is_dir()]
+        return str(found[0]) if found and self.store.result(key) else None
+
+    def _run(self, jobs: Sequence[Job], keep: Callable[[str, dict[str, Any]], None]) -> None:
+        self.executor.submit(jobs)
+        for job in jobs:
+            event = ray.get(self.executor.broker.next_event.remote(job.id))
+            if event.kind == "failed":
+                print(f"{job.id} failed: {event.values['error'].splitlines()[0]}", flush=True)
+            else:
+                keep(job.id, dict(event.values))
+
+    def _keep_result(self, key: str, values: dict[str, Any]) -> None:
+        result = {name: values["result"][name] for name in KEPT}
+        self.store.keep(key, commit=self.commit, result=result)
+
+    def _keep_score(self, job: str, values: dict[str, Any]) -> None:
+        key, _, part = job.rpartition("/")
+        word = "".join(str(int(value)) for value in values["scores"][part])
+        self.store.keep(
+            key, **{"commit": self.store.known.get(key, {}).get("commit", self.commit), part: word}
+        )
