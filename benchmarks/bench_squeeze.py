@@ -42,6 +42,8 @@ SOURCE, TARGET = 64, 16
 SIZES = ((96, 64, 16), (300, 700, 32), (1024, 256, 64))
 CONDITIONS = (1.0, 1e3, 1e6)
 ROUNDS = 5
+TIE = 1e-6
+"""Difference of two singular values, of the largest, below which the best approximation is not unique."""
 
 
 def random_factors(outputs: int, inputs: int, rank: int, dtype: torch.dtype, *seed: object) -> LoraFactors:
@@ -77,7 +79,13 @@ def relative_errors(factors: LoraFactors, device: str) -> tuple[float, float]:
         got = small.at_rank(rank).modules["module"]
         best = (u[:, :rank] * s[:rank]) @ vt[:rank]
         delta = got.scale * (got.b.cpu().double() @ got.a.cpu().double())
-        worst = max(worst, float((delta - best).norm() / best.norm()))
+        if rank == len(s) or float(s[rank - 1] - s[rank]) > TIE * float(s[0]):
+            error = float((delta - best).norm() / best.norm())
+        else:
+            # Of two values that are the same, either may be cut: what is lost must be the least.
+            lost, least = float((dense - delta).norm()), float((dense - best).norm())
+            error = abs(lost - least) / float(dense.norm())
+        worst = max(worst, error)
     return values, worst
 
 

@@ -160,7 +160,31 @@ def _all(
     return form.format(reduce(values)) if values else ""
 
 
-TABLES = {"demo": demo_table, "train_step": train_step_table, "methods_quality": methods_quality_table}
+def squeeze_table() -> str:
+    """Make the README's table of squeezing: exactness, then speed against PEFT's conversion."""
+    exact, speed = cases("squeeze_exactness"), cases("squeeze_speed")
+    lines = ["| | | on |", "| --- | --- | --- |"]
+    for dtype, metrics in exact.items():
+        error = metrics["max_relative_error"]
+        found = f"{error['value']:.1e} over {error['n']} modules"
+        lines.append(f"| largest error, {dtype} factors | {found} | {error['device']} |")
+    for case, metrics in speed.items():
+        if not case.startswith("llama8b"):
+            continue
+        seconds, gib, ratio = (metrics[name] for name in ("seconds", "gib", "speedup_over_peft"))
+        found = f"{seconds['value']:.1f} s, {gib['value']:.2f} GiB above the source"
+        lines.append(f"| all modules, {case.rpartition('/')[2].upper()} | {found} | {seconds['device']} |")
+        found = f"{ratio['value']:,.0f} times as fast as PEFT on {ratio['n']} of them"
+        lines.append(f"| | {found} | {ratio['device']} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "demo": demo_table,
+    "train_step": train_step_table,
+    "methods_quality": methods_quality_table,
+    "squeeze": squeeze_table,
+}
 
 
 def with_tables(text: str) -> str:

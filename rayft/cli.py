@@ -47,7 +47,7 @@ def sweep(
 
 @app.command()
 def squeeze(
-    adapter: Annotated[Path, typer.Argument(help="A LoRA adapter folder, made by anyone.")],
+    adapter: Annotated[Path, typer.Argument(help="An adapter folder made by anyone, or a tuned model's.")],
     out: Annotated[Path, typer.Option(help="Folder for the results: OUT/r8, OUT/e0.95, OUT/b1.5MB.")],
     rank: Annotated[list[int] | None, typer.Option(help="A rank to squeeze to; may be repeated.")] = None,
     energy: Annotated[
@@ -66,7 +66,9 @@ def squeeze(
     config: Annotated[
         Path | None, typer.Option(help="A sweep's configuration: base and data to score and train on.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base, to check that the adapter fits it.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base: checked, or what a tuned model began as.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu or cuda.")] = None,
 ) -> None:
     """Bring an adapter to lower ranks, exactly."""

@@ -69,7 +69,10 @@ def squeeze(adapter: Path, out: Path, console: Console, **options: Any) -> None:
     from rayft.flow.squeeze import squeeze_folder, squeeze_request, squeeze_table
 
     request = squeeze_request(adapter, out, **options)
-    console.print(squeeze_table(squeeze_folder(request, console)))
+    found = squeeze_folder(request, console)
+    console.print(squeeze_table(found))
+    if found.note:
+        console.print(found.note, style="yellow", highlight=False)
 
 
 def report(folder: Path, output: Path | None, console: Console) -> None:

@@ -17,11 +17,14 @@ from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.errors import SqueezeError
 from rayft.flow import squeezing
 from rayft.flow.cluster import cluster, has_gpus, join
+from rayft.flow.config import load_config
 from rayft.flow.display import Display
+from rayft.flow.squeeze_dense import Dense, dense_source, extract, lost_text
 from rayft.flow.squeeze_source import Origin, check_base, find_origin
 from rayft.flow.squeezing import Source, SqueezedAdapter, Target
 from rayft.flow.stages import Measured
 from rayft.flow.track_squeeze import track_squeezed
+from rayft.models.load import ModelConfig
 from rayft.report.rows import human_bytes, human_count
 from rayft.report.verdict import score_text
 from rayft.squeeze.rank import Progress, squeeze
@@ -62,6 +65,8 @@ class Squeezes:
     scores: dict[str, Measured] = field(default_factory=dict)
     chosen: SqueezedAdapter | None = None
     """The smallest that keeps the score, where one was asked for."""
+    note: str = ""
+    """What a person has to know of the result."""
 
 
 def squeeze_folder(request: SqueezeRequest, console: Console) -> Squeezes:
@@ -72,6 +77,9 @@ def squeeze_folder(request: SqueezeRequest, console: Console) -> Squeezes:
             the source stays as it is.
     """
     _check_request(request)
+    dense = dense_source(request.source)
+    if dense is not None:
+        return _squeeze_dense(request, dense, console)
     origin = find_origin(request.source, request.config)
     run = _run(request, origin)
     artifact = AdapterArtifact.load(request.source)
@@ -93,6 +101,27 @@ def squeeze_folder(request: SqueezeRequest, console: Console) -> Squeezes:
         if searching:
             _keep_chosen(request, found)
     _track(request, origin, found)
+    return found
+
+
+def _squeeze_dense(request: SqueezeRequest, dense: Dense, console: Console) -> Squeezes:
+    """Extract a LoRA from what has no factors, and bring that to all targets."""
+    if request.keep_score is not None or request.cont is not None:
+        raise SqueezeError(
+            f"{request.source} has no factors yet: extract a LoRA first (--rank 64), then squeeze that by "
+            "its score or train it on"
+        )
+    config = load_config(request.config).model if request.config else None
+    base = ModelConfig(name=request.base) if request.base else config
+    with _bar(console, None) as progress:
+        extraction = extract(dense, base, request.targets, request.device, progress)
+    full, name = extraction.artifact, request.source.resolve().name
+    for target in request.targets:
+        target.apply(full)
+    source = Source(name, f"{name}-{full.content_hash}", None)
+    size = sum(file.stat().st_size for file in request.source.glob("*.safetensors"))
+    found = Squeezes(source, size, full.rank, full.parameters, note=lost_text(extraction))
+    found.made = [squeezing.make(full, target, source, request.out) for target in request.targets]
     return found
 
 
@@ -131,7 +160,7 @@ def _wanted(request: SqueezeRequest, rank: int) -> list[Target]:
 
 
 @contextmanager
-def _bar(console: Console, modules: int) -> Iterator[Progress]:
+def _bar(console: Console, modules: int | None) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("modules", total=modules)

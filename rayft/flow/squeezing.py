@@ -198,7 +198,10 @@ def continued_run(item: SqueezedAdapter, cont: ContinueConfig) -> RunConfig:
     )
     sections: dict[str, Any] = {name: getattr(run, name) for name in RunConfig.model_fields}
     # What the factors say (targets, ranks, scale) is not said again.
-    sections |= {"optim": optim, "method": MethodConfig(name="lora", dropout=run.method.dropout)}
+    sections |= {
+        "optim": optim,
+        "method": MethodConfig(name="lora", rank=item.rank, dropout=run.method.dropout),
+    }
     sections |= {"start": str(item.folder.absolute()), "anneal": None}
     return RunConfig(**sections)
 

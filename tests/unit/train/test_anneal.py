@@ -300,6 +300,14 @@ def annealed_layers(run: RunConfig) -> list[dict[str, Master]]:
     return seen
 
 
+HEAVY = [
+    "torch._dynamo",
+    "transformers.pytorch_utils",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    __name__,
+]
+
+
 def _work(rank: int, run: RunConfig, folder: Path) -> None:
     """Be one of two workers."""
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE="2")
@@ -316,7 +324,9 @@ def test_two_workers_hold_what_one_holds(run: RunConfig, tmp_path: Path) -> None
     # LoRA+ under ZeRO-2: two groups of parameters, each cut in two in the middle of a factor.
     run = annealed(run, "lora_plus", optim=GENTLE, scale={"zero": 2, "threads": 1})
     both = changed(run, scale={"workers": 2})
-    mp.spawn(_work, (both, tmp_path), nprocs=2)
+    # What takes seconds to import is imported once, and then forked.
+    mp.get_context("forkserver").set_forkserver_preload(HEAVY)
+    mp.start_processes(_work, (both, tmp_path), nprocs=2, start_method="forkserver")
     workers = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     for alone, *seen in zip(annealed_layers(run), *workers, strict=True):
         for name, master in alone.items():

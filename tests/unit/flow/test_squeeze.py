@@ -1,0 +1,235 @@
+"""`rayft squeeze` on folders: what it makes, what it refuses, and that the source stays as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from peft import LoHaConfig, LoraConfig, get_peft_model
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from rayft.artifacts import AdapterArtifact, folder_bytes
+from rayft.cli import app
+from rayft.errors import ArtifactError, BaseMismatchError, SqueezeError
+from rayft.flow.squeeze import Squeezes, squeeze_folder, squeeze_request
+from rayft.numerics import assert_close
+from rayft.squeeze.rank import retained_energy
+
+
+@pytest.fixture(autouse=True)
+def _untracked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def adapter(tiny_model: Any, tmp_path: Path) -> Path:
+    """A LoRA that PEFT made and saved: ranks and alphas by pattern, rsLoRA."""
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        use_rslora=True,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"v_proj": 4},
+        alpha_pattern={"down_proj": 3},
+        init_lora_weights=False,
+    )
+    folder = tmp_path / "by-peft"
+    get_peft_model(tiny_model, config).save_pretrained(folder)
+    return folder
+
+
+def squeezed(folder: Path, out: Path, **options: Any) -> Squeezes:
+    return squeeze_folder(squeeze_request(folder, out, **options), Console(quiet=True))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def untouched(adapter: Path) -> Iterator[None]:
+    before = contents(adapter)
+    yield
+    assert contents(adapter) == before
+
+
+@pytest.mark.usefixtures("untouched")
+def test_every_target_gets_a_folder_of_its_own(adapter: Path, tmp_path: Path) -> None:
+    source, out = AdapterArtifact.load(adapter), tmp_path / "out"
+    found = squeezed(adapter, out, ranks=[4, 2], energies=[0.9], budgets=["20kB"])
+    assert sorted(path.name for path in out.iterdir()) == ["b20kB", "e0.9", "r2", "r4"]
+    assert [item.label for item in found.made] == ["r4", "r2", "e0.9", "b20kB"]
+    assert folder_bytes(out / "b20kB") <= 20_000
+    assert min(retained_energy(AdapterArtifact.load(out / "e0.9")).values()) >= 0.9
+    for rank in (4, 2):
+        small = AdapterArtifact.load(out / f"r{rank}")
+        for name, factors in source.modules.items():
+            u, s, vt = torch.linalg.svd(factors.delta().double())
+            kept = min(rank, factors.rank)
+            assert small.modules[name].rank == kept
+            assert_close(small.modules[name].delta(), (u[:, :kept] * s[:kept]) @ vt[:kept], torch.float32, 64)
+
+
+def test_the_command_shows_what_it_made(adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shown = CliRunner().invoke(app, ["squeeze", str(adapter), "--rank", "2", "--out", str(out)])
+    assert shown.exit_code == 0, shown.output
+    assert (out / "r2" / "adapter_config.json").is_file()
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, "say how far: --rank 8"),
+        ({"ranks": [4, 9]}, "rank 9 is not between 1 and the adapter's own rank, 8"),
+        ({"ranks": [0]}, "rank 0 is not between 1 and"),
+        ({"energies": [1.2]}, r"energy 1.2 is not in \(0, 1\]"),
+        ({"budgets": ["tiny"]}, "'tiny' is no size"),
+        ({"budgets": ["3kB"]}, "rank 1 in all 6 modules takes|header alone take"),
+        ({"keep_score": 1.5}, r"--keep-score 1.5 is not in \(0, 1\]"),
+        ({"keep_score": 0.9}, "need the base and the data: give the configuration of a sweep"),
+        ({"ranks": [2], "steps": 3}, "need the base and the data"),
+        ({"ranks": [2], "steps": 0}, "--steps 0 trains nothing"),
+        ({"ranks": [2], "lr": 1e-3}, "--lr is the learning rate of --steps"),
+    ],
+)
+def test_what_cant_be_met_is_refused_before_anything_is_written(
+    adapter: Path, tmp_path: Path, options: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(SqueezeError, match=match):
+        squeezed(adapter, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_source_is_never_the_output(adapter: Path) -> None:
+    with pytest.raises(SqueezeError, match="choose another folder, the source stays as it is"):
+        squeezed(adapter, adapter, ranks=[2])
+
+
+def test_another_base_is_refused_by_module_and_size(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(BaseMismatchError, match="use it with its own base"):
+        squeezed(adapter, tmp_path / "out", ranks=[2], base="tiny-qwen")
+    assert not (tmp_path / "out").exists()
+
+
+def _truncate(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _poison(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = torch.inf
+    save_file(tensors, file)
+
+
+def _dora(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True}))
+
+
+def _other_rank(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": 5}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+        (_truncate, "is truncated or damaged"),
+        (_poison, "holds NaN or Inf"),
+        (_dora, "dropping the magnitude would change the model"),
+        (_other_rank, "config and weights are not of the same adapter"),
+    ],
+)
+def test_a_damaged_folder_says_what_is_wrong(adapter: Path, tmp_path: Path, damage: Any, match: str) -> None:
+    damage(adapter)
+    with pytest.raises(ArtifactError, match=match):
+        squeezed(adapter, tmp_path / "out", ranks=[2])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def tuned(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A fine-tune of the tiny model: an update of rank 3 in its projections, and a norm that moved."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "up_proj" in name:
+                left, right = torch.randn(parameter.shape[0], 3), torch.randn(3, parameter.shape[1])
+                parameter += 0.1 * left @ right
+        model.model.norm.weight += 0.5
+    model.save_pretrained(tmp_path / "tuned")
+    return tmp_path / "tuned"
+
+
+def test_a_tuned_model_becomes_a_lora(tuned: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    found = squeezed(tuned, tmp_path / "out", ranks=[3, 1], base=str(tiny_folder))
+    assert "1 parameters outside its modules that training changed, model.norm.weight most" in found.note
+    made, base, after = AdapterArtifact.load(tmp_path / "out" / "r3"), *map(weights, (tiny_folder, tuned))
+    assert {name.rsplit(".", 1)[1] for name in made.modules} == {"q_proj", "up_proj"}
+    for name, factors in made.modules.items():
+        delta = after[f"{name}.weight"] - base[f"{name}.weight"]
+        # The difference of two float32 weights carries their rounding, which is of the weights' size.
+        noise = float(after[f"{name}.weight"].norm() / delta.norm())
+        assert_close(factors.delta(), delta, torch.float32, 64, depth=4 * max(1, round(noise)))
+    assert AdapterArtifact.load(tmp_path / "out" / "r1").rank == 1
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def test_a_tuned_model_needs_its_base_and_no_score(tuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(SqueezeError, match="name that with --base"):
+        squeezed(tuned, tmp_path / "out", ranks=[3])
+    with pytest.raises(SqueezeError, match="extract a LoRA first"):
+        squeezed(tuned, tmp_path / "out", keep_score=0.9)
+    with pytest.raises(SqueezeError, match="one kind at a time"):
+        squeezed(tuned, tmp_path / "out", ranks=[3], energies=[0.9], base="tiny-llama")
+
+
+def test_an_adapter_without_factors_becomes_a_lora(
+    tiny_model: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = LoHaConfig(r=2, alpha=4, target_modules=["q_proj"], init_weights=False)
+    model = get_peft_model(tiny_model, config)
+    model.save_pretrained(tmp_path / "loha")
+    squeezed(tmp_path / "loha", tmp_path / "out", ranks=[4], base=str(tiny_folder))
+    made = AdapterArtifact.load(tmp_path / "out" / "r4")
+    for name, factors in made.modules.items():
+        delta = model.base_model.model.get_submodule(name).get_delta_weight("default")
+        # A Hadamard product of two of rank 2 is of rank 4.
+        assert_close(factors.delta(), delta.detach(), torch.float32, 64, depth=4)
+
+
+def test_where_nothing_is_known_a_squeeze_is_tracked_alone(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    squeezed(adapter, tmp_path / "out", ranks=[2])
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("rayft")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.tags["rayft.kind"] == "squeezed"
+    assert "mlflow.parentRunId" not in run.data.tags
+    assert len([name for name in run.data.metrics if name.startswith("retention/")]) == 6
+    assert run.data.metrics["adapter_bytes"] == folder_bytes(tmp_path / "out" / "r2")
