@@ -31,10 +31,14 @@ from rayft.squeeze.rank import Progress, squeeze
 from rayft.squeeze.section import ContinueConfig
 from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.space import check_executor
+from rayft.tracking.base import TrackerSpec
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
 from rayft.train.run import RunConfig
 
 __all__ = ["SqueezeRequest", "Squeezes", "squeeze_folder", "squeeze_request", "squeeze_table"]
+
+WORK = ".work"
+"""Folder in the output for what is no result: workers' logs, checkpoints, plots."""
 
 
 @dataclass(frozen=True)
@@ -175,20 +179,26 @@ def _with_lanes(
     kind = check_executor(origin.config.sweep, run)
     with cluster(run.scale.workers, device=run.scale.device, gpu_share=run.scale.gpu_share):
         executor = EXECUTORS[kind](
-            run.scale, str(folder.absolute() / "ray"), 1, origin.config.sweep.restarts, "squeeze"
+            run.scale, str(folder.absolute() / WORK / "ray"), 1, origin.config.sweep.restarts, "squeeze"
         )
         try:
             with display.stage("start a worker"):
                 executor.start()
             with display.stage("train on and score"), display.watch(executor.broker):
-                _measure(request, executor, found, folder.absolute())
+                _measure(request, executor, found, folder.absolute() / WORK, origin.tracker)
         finally:
             executor.close()
 
 
-def _measure(request: SqueezeRequest, executor: Executor, found: Squeezes, folder: Path) -> None:
+def _measure(
+    request: SqueezeRequest,
+    executor: Executor,
+    found: Squeezes,
+    folder: Path,
+    tracker: TrackerSpec | None,
+) -> None:
     if request.cont is not None:
-        found.made += squeezing.continue_all(executor, found.made, request.cont, folder)
+        found.made += squeezing.continue_all(executor, found.made, request.cont, folder, tracker)
     source = _as_item(request, found)
     found.scores = squeezing.score(executor, [source], ("val",))
     reached = found.scores[source.name].mean("val") or 0.0
@@ -256,7 +266,7 @@ def _track(request: SqueezeRequest, origin: Origin, found: Squeezes) -> None:
                 after=found.scores.get(item.name, Measured()),
                 before=found.scores.get(found.source.name, Measured()),
                 source_bytes=found.bytes,
-                plots=request.out.absolute() / "plots",
+                plots=request.out.absolute() / WORK / "plots",
             )
     flush_spool(origin.tracker)
 
