@@ -148,14 +148,13 @@ def _trial(trial: EndedTrial, measured: Measured) -> Trial:
 
 
 def _squeezed(item: SqueezedAdapter, scores: Mapping[str, Measured]) -> Squeezed:
-    energies = list(item.energy.values())
     return Squeezed(
         name=item.name,
         trial=item.source.name,
         how=item.how,
         rank=item.rank,
-        energy_mean=sum(energies) / len(energies),
-        energy_min=min(energies),
+        energy_mean=item.energy_mean,
+        energy_min=item.energy_min,
         val_score=scores[item.name].mean("val"),
         test=scores[item.name].score("test"),
         val_loss=item.val_loss,

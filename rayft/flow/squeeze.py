@@ -84,9 +84,9 @@ def squeeze_folder(request: SqueezeRequest, console: Console) -> Squeezes:
     dense = dense_source(request.source)
     if dense is not None:
         return _squeeze_dense(request, dense, console)
-    origin = find_origin(request.source, request.config)
-    run = _run(request, origin)
     artifact = AdapterArtifact.load(request.source)
+    origin = find_origin(request.source, artifact, request.config)
+    run = _run(request, origin)
     check_base(artifact, request.base, run)
     wanted = _wanted(request, artifact.rank)
     with _bar(console, len(artifact.modules)) as progress:
@@ -321,13 +321,12 @@ def squeeze_table(found: Squeezes) -> Table:
     own = ["", human_count(found.parameters)]
     table.add_row(source, str(found.rank), human_bytes(found.bytes), "", *(_scores(found, source) or own))
     for item in found.made:
-        kept = list(item.energy.values())
-        own = [f"{min(kept):.4f}", human_count(item.parameters)]
+        own = [f"{item.energy_min:.4f}", human_count(item.parameters)]
         table.add_row(
             _short(item.folder),
             str(item.rank),
             human_bytes(item.bytes),
-            f"{sum(kept) / len(kept):.4f}",
+            f"{item.energy_mean:.4f}",
             *(_scores(found, item.name) or own),
             style="bold" if item is found.chosen else None,
         )

@@ -39,11 +39,12 @@ class Origin:
     """Where squeezes of it are tracked; None if nowhere."""
 
 
-def find_origin(folder: Path, config: Path | None) -> Origin:
+def find_origin(folder: Path, artifact: AdapterArtifact, config: Path | None) -> Origin:
     """Look for the sweep that a folder lies in, and for its trial there and in the tracker.
 
     Args:
         folder: the adapter folder.
+        artifact: what is in it.
         config: a configuration to use instead of the sweep's.
 
     Raises:
@@ -55,7 +56,8 @@ def find_origin(folder: Path, config: Path | None) -> Origin:
     trial = _trial(sweep, folder) if sweep is not None else None
     spec = _tracker(settings, sweep)
     if trial is None:
-        run_id = find_adapter(spec, _hashes(folder)) if spec is not None else ""
+        hashes = [known for known in (artifact.content_hash, artifact.meta.parent) if known]
+        run_id = find_adapter(spec, hashes) if spec is not None else ""
         return Origin(folder.resolve().name, settings, run_id=run_id, tracker=spec)
     return Origin(trial.id, settings, trial.lr, trial.settings, trial.run_id, spec)
 
@@ -106,8 +108,3 @@ def _trial(sweep: Path, folder: Path) -> Trial | None:
     if record.winner is not None and place == (sweep / "winner").resolve():
         return trials[record.winner.trial]
     return None
-
-
-def _hashes(folder: Path) -> list[str]:
-    artifact = AdapterArtifact.load(folder)
-    return [hash_ for hash_ in (artifact.content_hash, artifact.meta.parent) if hash_]

@@ -101,6 +101,16 @@ class SqueezedAdapter:
         return f"{self.source.key}@{self.label}"
 
     @property
+    def energy_mean(self) -> float:
+        """Share of energy that was kept, mean over modules."""
+        return sum(self.energy.values()) / len(self.energy)
+
+    @property
+    def energy_min(self) -> float:
+        """The same of the module that keeps least."""
+        return min(self.energy.values())
+
+    @property
     def label(self) -> str:
         """What comes after the source's name."""
         return self.name.rpartition("@")[2]

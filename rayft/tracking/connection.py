@@ -94,22 +94,17 @@ def find_run(client: MlflowClient, experiment_id: str, key: str) -> str | None:
     """Find the id of the run with this key, the oldest one if there are several."""
     # MLflow's filters know no escape, but two kinds of quotes.
     quoted = f'"{key}"' if "'" in key else f"'{key}'"
-    found = client.search_runs(
-        [experiment_id],
-        f"tags.`{KEY_TAG}` = {quoted}",
-        max_results=1,
-        order_by=["attributes.start_time ASC"],
-    )
-    return str(found[0].info.run_id) if found else None
+    return _oldest(client, experiment_id, f"tags.`{KEY_TAG}` = {quoted}")
 
 
 def find_trained(client: MlflowClient, experiment_id: str, content_hash: str) -> str | None:
     """Find the id of the run that trained the adapter with this content, the oldest if there are several."""
+    return _oldest(client, experiment_id, f"params.{HASH_PARAM} = '{content_hash}'")
+
+
+def _oldest(client: MlflowClient, experiment_id: str, condition: str) -> str | None:
     found = client.search_runs(
-        [experiment_id],
-        f"params.{HASH_PARAM} = '{content_hash}'",
-        max_results=1,
-        order_by=["attributes.start_time ASC"],
+        [experiment_id], condition, max_results=1, order_by=["attributes.start_time ASC"]
     )
     return str(found[0].info.run_id) if found else None
 
