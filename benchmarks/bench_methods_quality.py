@@ -16,7 +16,6 @@ machine too; a trial whose adapter is gone and whose test score is missing is tr
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.records import RESULTS, record, save
-from benchmarks.trials import TASKS, LaneRunner, TrialStore, prepare, task_data
+from benchmarks.trials import TASKS, LaneRunner, TrialStore, device_kind, prepare, task_data
 from rayft.evaluate.compare import over_seeds
 from rayft.flow.cluster import cluster
 from rayft.flow.preflight import skeleton
@@ -239,12 +238,10 @@ def records(trials: Trials, wanted: Sequence[Setting]) -> list[dict[str, Any]]:
         base = trials.store.score(trials.base_key(task), "test")
         if base:
             found = over_seeds([np.array([base])])
-            origin = {"device": trials.scale.name, "n": len(base)}
             case = f"base/{task}/equal_rank"
-            rows.append(
-                record("methods_quality", case, "score", found.value, "share", ci_low=found.ci_low,
-                       ci_high=found.ci_high, **origin)
-            )  # fmt: skip
+            row = record("methods_quality", case, "score", found.value, "share", ci_low=found.ci_low,
+                         ci_high=found.ci_high, n=len(base))  # fmt: skip
+            rows.append({**row, **trials.store.origin([trials.base_key(task)])})
     return rows + _over_tasks(trials, matrices)
 
 
@@ -264,7 +261,7 @@ def _records_of(
         results[0]["trainable"] if setting.method == "full"
         else stored(setting.method, setting.rank, layers)
     )  # fmt: skip
-    known = {"seeds": list(SEEDS), "lr": lr, "device": trials.scale.name, "n": scores.shape[1]}
+    known = {"seeds": list(SEEDS), "lr": lr, "n": scores.shape[1]}
     case = f"{setting.method}/{setting.task}/{budget}"
     bounds = {"ci_low": found.ci_low, "ci_high": found.ci_high}
     rows = [record("methods_quality", case, "score", found.value, "share", **bounds, **known)]
@@ -274,13 +271,13 @@ def _records_of(
         ("gib", min(result["peak_memory"] for result in results) / 2**30, "GiB"),
     ):  # fmt: skip
         rows.append(record("methods_quality", case, metric, value, unit, **known))
-    # The trials' own commit: they may be older than what writes them down.
-    return [{**row, "commit": trials.store.known[keys[0]]["commit"]} for row in rows]
+    # The trials' own: they may be older than what writes them down.
+    return [{**row, **trials.store.origin(keys)} for row in rows]
 
 
 def _over_tasks(trials: Trials, matrices: dict[tuple[str, str, str], Any]) -> list[dict[str, Any]]:
     """Average each method over the tasks that all have finished, and compare it with LoRA."""
-    rows = []
+    rows, origin = [], trials.store.origin(trials.store.known)
     names = list(dict.fromkeys((name, budget) for name, budget, _ in matrices))
     tasks = [
         task
@@ -289,26 +286,22 @@ def _over_tasks(trials: Trials, matrices: dict[tuple[str, str, str], Any]) -> li
     ]
     for name, budget in names if tasks else ():
         mine, lora = ([matrices[who, budget, task] for task in tasks] for who in (name, "lora"))
-        known = {"seeds": list(SEEDS), "device": trials.scale.name, "n": sum(one.shape[1] for one in mine)}
+        known = {"seeds": list(SEEDS), "n": sum(one.shape[1] for one in mine)}
         for metric, found in (("score", over_seeds(mine)), ("over_lora", over_seeds(mine, lora))):
             bounds = {"ci_low": found.ci_low, "ci_high": found.ci_high}
             case = f"{name}/mean/{budget}"
-            rows.append(record("methods_quality", case, metric, found.value, "share", **bounds, **known))
+            row = record("methods_quality", case, metric, found.value, "share", **bounds, **known)
+            rows.append({**row, **origin})
     return rows
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Write the results of every device whose trials are kept."""
-    trials: dict[str, dict[str, Any]] = json.loads(arguments.trials.read_text())
-    rows = []
-    for device in dict.fromkeys(trial["device"] for trial in trials.values()):
-        scale = Scale(
-            arguments.steps, arguments.lanes, arguments.lrs, "cpu", device, None, arguments.model,
-            Path(), Path(), arguments.trials,
-        )  # fmt: skip
-        wanted = settings(scale, arguments.tasks.split(","), arguments.methods.split(","))
-        rows += records(Trials(scale), wanted)
-    save("methods_quality", rows)
+    """Write the results of all kept trials, whatever was run now."""
+    scale = Scale(
+        arguments.steps, arguments.lanes, arguments.lrs, "cpu", device_kind(arguments.trials), None,
+        arguments.model, Path(), Path(), arguments.trials,
+    )  # fmt: skip
+    save("methods_quality", records(Trials(scale), settings(scale, list(TASKS), list(METHODS))), anew=True)
 
 
 def main() -> None:
@@ -351,7 +344,7 @@ def main() -> None:
             bench.store.save()
             bench.runner.executor.close()
     if arguments.trials == TRIALS:
-        save("methods_quality", records(bench, wanted))
+        report(arguments)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ SmolLM2-135M-Instruct, four reasoning-gym tasks, ranks 1, 2, 4 and 8, three seed
 number of optimizer steps:
 
     direct   trained at the rank; its learning rate chosen for each rank
-    post     trained at rank 64 (learning rate chosen there), squeezed
+    post     trained at rank 64 (learning rate chosen there), squeezed; also to rank 16, for the server's cap
+    budget   the same, squeezed to the bytes of `post`, with a rank for each module
     cont     trained at rank 64 for three quarters of the steps, squeezed, the rest at the rank
     in       the rank falls from 64 during training, in equal stages, Adam's moments projected
 
@@ -22,9 +23,8 @@ and the difference to `direct` with one. What finished trials left is kept in
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,19 +35,23 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.records import RESULTS, record, save
-from benchmarks.trials import TASKS, LaneRunner, TrialStore, prepare, task_data
+from benchmarks.trials import TASKS, LaneRunner, TrialStore, device_kind, prepare, task_data
 from rayft.artifacts import AdapterArtifact
 from rayft.evaluate.compare import over_seeds
 from rayft.flow.cluster import cluster
 from rayft.methods.base import MethodConfig
 from rayft.models.load import ModelConfig
 from rayft.squeeze.anneal import AnnealConfig
+from rayft.squeeze.budget import weight_bytes
 from rayft.squeeze.rank import squeeze
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 
 MODEL = "smollm2-135m-instruct"
 SOURCE, RANKS, SEEDS = 64, (1, 2, 4, 8), (0, 1, 2)
-WAYS = ("direct", "post", "cont", "in")
+WAYS = ("direct", "post", "budget", "cont", "in")
+SQUEEZED = ("post", "budget")
+CAP = 16
+"""The rank that a server takes at most: vLLM's default (`max_lora_rank`)."""
 LR = (5e-4, 1.5e-3, 4e-3)
 """Learning rates tried for `direct` and for the source, a factor of three apart."""
 TRIALS = RESULTS / "squeeze_quality_trials.json"
@@ -89,7 +93,7 @@ class Bench:
         best = self.best_lr(self.source(cell.task))
         if best is None:
             return ()
-        return (best,) if cell.way == "post" else (best, float(f"{best / 3:.1g}"))
+        return (best,) if cell.way in SQUEEZED else (best, float(f"{best / 3:.1g}"))
 
     def edge(self, cell: Cell) -> list[float]:
         """Give the learning rate beyond the grid that is worth a trial, if its end was best."""
@@ -172,18 +176,19 @@ def chosen_on_val(bench: Bench, runner: LaneRunner, wanted: Sequence[Cell]) -> N
 
 
 def squeezed(bench: Bench, runner: LaneRunner, task: str, lr: float) -> None:
-    """Squeeze the sources and score them (`post`)."""
+    """Squeeze the sources and score them (`post`, `budget`)."""
     source = bench.source(task)
-    posts = [(Cell("post", task, rank), seed) for rank in RANKS for seed in SEEDS]
+    wanted = [(Cell(way, task, rank), seed) for way in SQUEEZED for rank in (*RANKS, CAP) for seed in SEEDS]
     missing = [
-        (cell, seed) for cell, seed in posts if bench.store.score(bench.key(cell, lr, seed), "test") is None
+        (cell, seed) for cell, seed in wanted if bench.store.score(bench.key(cell, lr, seed), "test") is None
     ]
     seeds = sorted({seed for _, seed in missing})
     runner.train({bench.key(source, lr, seed): bench.run(source, lr, seed) for seed in seeds}, None)
     adapters = {}
     for cell, seed in missing:
-        folder = lower(bench, runner, bench.key(source, lr, seed), bench.key(cell, lr, seed), cell.rank)
-        adapters[bench.key(cell, lr, seed)] = (bench.run(source, lr, seed), folder)
+        key = bench.key(cell, lr, seed)
+        folder = lower(bench, runner, bench.key(source, lr, seed), key, cell)
+        adapters[key] = (bench.run(source, lr, seed), folder)
     runner.score(adapters, "val")
     runner.score(adapters, "test")
 
@@ -199,7 +204,7 @@ def trained_on(bench: Bench, runner: LaneRunner, task: str, lr: float) -> None:
         runs = {}
         for cell, own, seed in missing:
             key = bench.key(cell, own, seed)
-            start = lower(bench, runner, bench.key(short, lr, seed), f"{key}-start", cell.rank)
+            start = lower(bench, runner, bench.key(short, lr, seed), f"{key}-start", cell)
             runs[key] = bench.run(cell, own, seed, start)
         runner.train(runs, part)
 
@@ -208,17 +213,34 @@ def trained_on(bench: Bench, runner: LaneRunner, task: str, lr: float) -> None:
     go([(cell, own, seed) for cell, own in best for seed in SEEDS], "test")
 
 
-def lower(bench: Bench, runner: LaneRunner, source: str, key: str, rank: int) -> str:
-    """Squeeze a trained adapter and give the folder."""
+def lower(bench: Bench, runner: LaneRunner, source: str, key: str, cell: Cell) -> str:
+    """Squeeze a trained adapter, keep the energy it retains, and give the folder."""
     folder = runner.folder(source)
     assert folder is not None, f"{source} left no adapter"
-    small = squeeze(AdapterArtifact.load(folder), rank=rank)
+    full = squeeze(AdapterArtifact.load(folder))
+    small = full.at_rank(cell.rank)
+    if cell.way == "budget":
+        small = squeeze(full, budget=weight_bytes(small))
+    if cell.way in SQUEEZED:
+        bench.store.keep(key, commit=bench.arguments.commit, energy=energy(small), bytes=weight_bytes(small))
     return str(small.save(runner.out / "squeezed" / key.replace("/", "-")))
+
+
+def energy(small: AdapterArtifact) -> float:
+    """Give the share of the whole update's ‖ΔW‖² that is retained, all modules together."""
+    spectra = {name: np.square(values) for name, values in small.meta.singular_values.items()}
+    kept = sum(float(spectra[name][: factors.rank].sum()) for name, factors in small.modules.items())
+    return kept / sum(float(values.sum()) for values in spectra.values())
 
 
 def cells(task: str) -> list[Cell]:
     """List the cells of a task, the source first."""
-    return [Cell("direct", task, SOURCE), *(Cell(way, task, rank) for rank in RANKS for way in WAYS)]
+    squeezed_only = [Cell(way, task, CAP) for way in SQUEEZED]
+    return [
+        Cell("direct", task, SOURCE),
+        *(Cell(way, task, rank) for rank in RANKS for way in WAYS),
+        *squeezed_only,
+    ]
 
 
 def records(bench: Bench, tasks: Sequence[str]) -> list[dict[str, Any]]:
@@ -227,36 +249,53 @@ def records(bench: Bench, tasks: Sequence[str]) -> list[dict[str, Any]]:
     found = {
         cell: scores for task in tasks for cell in cells(task) if (scores := bench.matrix(cell)) is not None
     }
-    for cell, scores in found.items():
-        direct = found.get(Cell("direct", cell.task, cell.rank))
-        rows += _rows(bench, f"{cell.way}/{cell.task}/r{cell.rank}", [scores], [direct], bench.best_lr(cell))
+    for cell in found:
+        rows += _rows(bench, f"{cell.way}/{cell.task}/r{cell.rank}", [cell], found)
     whole = [task for task in tasks if all(cell in found for cell in cells(task))]
     for example in cells("mean") if whole else ():
-        mine = [found[Cell(example.way, task, example.rank)] for task in whole]
-        direct = [found[Cell("direct", task, example.rank)] for task in whole]
-        rows += _rows(bench, f"{example.way}/mean/r{example.rank}", mine, direct, None)
+        mine = [Cell(example.way, task, example.rank) for task in whole]
+        rows += _rows(bench, f"{example.way}/mean/r{example.rank}", mine, found)
     return rows
 
 
 def _rows(
-    bench: Bench, case: str, mine: list[Matrix], direct: Sequence[Matrix | None], lr: float | None
+    bench: Bench, case: str, mine: Sequence[Cell], found: Mapping[Cell, Matrix]
 ) -> list[dict[str, Any]]:
+    way, rank = mine[0].way, mine[0].rank
+    scores = [found[cell] for cell in mine]
+    lrs = [bench.best_lr(cell) for cell in mine]
     known = {
         "seeds": list(SEEDS),
-        "lr": lr,
-        "device": bench.store.device,
-        "n": sum(one.shape[1] for one in mine),
+        "lr": lrs[0] if len(mine) == 1 else None,
+        "n": sum(s.shape[1] for s in scores),
     }
-    score = over_seeds(mine)
-    bounds = {"ci_low": score.ci_low, "ci_high": score.ci_high}
-    rows = [record("squeeze_quality", case, "score", score.value, "share", **bounds, **known)]
-    whole = [one for one in direct if one is not None]
-    if not case.startswith("direct/") and len(whole) == len(mine):
-        apart = over_seeds(mine, whole)
-        bounds = {"ci_low": apart.ci_low, "ci_high": apart.ci_high}
-        rows.append(record("squeeze_quality", case, "over_direct", apart.value, "share", **bounds, **known))
-    commits = {trial["commit"] for trial in bench.store.known.values()}
-    return [{**row, "commit": ", ".join(sorted(filter(None, commits))) or row["commit"]} for row in rows]
+    means = {"score": over_seeds(scores)}
+    direct = [found[cell] for task in mine if (cell := Cell("direct", task.task, rank)) in found]
+    if way != "direct" and len(direct) == len(mine):
+        means["over_direct"] = over_seeds(scores, direct)
+    if way in SQUEEZED:
+        # Each was made from the source of the same seed, so seeds are paired as well as questions.
+        means["over_source"] = over_seeds(
+            [s - found[bench.source(c.task)] for s, c in zip(scores, mine, strict=True)]
+        )
+    rows = [
+        record(
+            "squeeze_quality",
+            case,
+            metric,
+            mean.value,
+            "share",
+            ci_low=mean.ci_low,
+            ci_high=mean.ci_high,
+            **known,
+        )
+        for metric, mean in means.items()
+    ]
+    keys = [bench.key(cell, lr, seed) for cell, lr in zip(mine, lrs, strict=True) if lr for seed in SEEDS]
+    for metric, unit in (("energy", "share"), ("bytes", "bytes")) if way in SQUEEZED else ():
+        values = [bench.store.known[key][metric] for key in keys]
+        rows.append(record("squeeze_quality", case, metric, sum(values) / len(values), unit, **known))
+    return [{**row, **bench.store.origin(keys)} for row in rows]
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -268,7 +307,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     tasks = list(dict.fromkeys(case.split("/")[1] for case in scores))
     figure = Figure(figsize=(3.6 * len(tasks), 3.6), layout="constrained", facecolor="white")
     FigureCanvasSVG(figure)
-    colours = dict(zip(WAYS, ("#57606a", "#0a60c2", "#1a7f37", "#c2410c"), strict=True))
+    colours = dict(zip(WAYS, ("#57606a", "#0a60c2", "#7c3aed", "#1a7f37", "#c2410c"), strict=True))
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks), sharey=True)), tasks, strict=True):
         for shift, way in enumerate(WAYS):
             mine = [
@@ -276,11 +315,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             ]
             if not mine:
                 continue
-            x = [rank * 1.05 ** (shift - 1.5) for rank, _ in mine]
+            x = [rank * 1.05 ** (shift - 2) for rank, _ in mine]
             y = np.array([row["value"] for _, row in mine])
             low, high = (np.array([row[end] for _, row in mine]) for end in ("ci_low", "ci_high"))
             axes.errorbar(
-                x, y, [y - low, high - y], color=colours[way], marker="osD^"[shift], capsize=3, label=way
+                x, y, [y - low, high - y], color=colours[way], marker="osPD^"[shift], capsize=3, label=way
             )
         source = scores.get(f"direct/{task}/r{SOURCE}")
         if source:
@@ -317,7 +356,7 @@ def main() -> None:
     if not arguments.report:
         run_all(arguments, tasks)
     if arguments.trials == TRIALS:
-        report(arguments, tasks)
+        report(arguments)
 
 
 def run_all(arguments: argparse.Namespace, tasks: Sequence[str]) -> None:
@@ -343,13 +382,12 @@ def run_all(arguments: argparse.Namespace, tasks: Sequence[str]) -> None:
             runner.executor.close()
 
 
-def report(arguments: argparse.Namespace, tasks: Sequence[str]) -> None:
-    """Write the results of every device whose trials are kept."""
-    trials: dict[str, dict[str, Any]] = json.loads(TRIALS.read_text())
-    for name in dict.fromkeys(trial["device"] for trial in trials.values()):
-        rows = records(Bench(arguments, "cpu", TrialStore(TRIALS, name)), tasks)
-        save("squeeze_quality", rows)
-        plot(rows, RESULTS / "squeeze_quality.svg")
+def report(arguments: argparse.Namespace) -> None:
+    """Write the results of all kept trials, whatever was run now."""
+    kind = device_kind(TRIALS)
+    rows = records(Bench(arguments, kind, TrialStore(TRIALS, kind)), list(TASKS))
+    save("squeeze_quality", rows, anew=True)
+    plot(rows, RESULTS / "squeeze_quality.svg")
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ def record(bench: str, case: str, metric: str, value: float, unit: str, **known:
     }  # fmt: skip
 
 
-def save(bench: str, records: Iterable[Mapping[str, Any]]) -> Path:
-    """Write a bench's results: one for each device, case and metric, the newest."""
+def save(bench: str, records: Iterable[Mapping[str, Any]], *, anew: bool = False) -> Path:
+    """Write a bench's results: one for each device, case and metric, the newest (`anew`: these alone)."""
     path = RESULTS / f"{bench}.json"
-    found = {(item["device"], item["case"], item["metric"]): item for item in load(bench)}
+    before = [] if anew else load(bench)
+    found = {(item["device"], item["case"], item["metric"]): item for item in before}
     found |= {(item["device"], item["case"], item["metric"]): item for item in records}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(list(found.values()), indent=1) + "\n")
@@ -68,13 +69,13 @@ def _cell(metrics: Mapping[str, Mapping[str, Any]], name: str, form: str) -> str
     return form.format(metrics[name]["value"]) if name in metrics else ""
 
 
-def cases(bench: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Index a bench's results on the device of the newest: case → metric → record."""
+def cases(bench: str, *, everywhere: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
+    """Index a bench's results on the device of the newest (`everywhere`: on all): case → metric → record."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     items = load(bench)
     newest = max(items, key=lambda item: str(item["date"]), default={"device": None})
     for item in items:
-        if item["device"] != newest["device"]:
+        if not everywhere and item["device"] != newest["device"]:
             continue
         found.setdefault(item["case"], {})[item["metric"]] = item
     return found
@@ -117,7 +118,7 @@ STEP = {"ms": "{:.1f}", "time_over_floor": "{:.3f}", "gib": "{:.2f}", "memory_ov
 
 def methods_quality_table() -> str:
     """Make the README's tables of methods on tasks, one a budget, best mean first."""
-    found = cases("methods_quality")
+    found = cases("methods_quality", everywhere=True)
     parts = [case.split("/") for case in found]
     tasks = [task for task in dict.fromkeys(part[1] for part in parts) if task != "mean"]
     lines = []
@@ -162,7 +163,7 @@ def _all(
 
 def squeeze_table() -> str:
     """Make the README's table of squeezing: exactness, then speed against PEFT's conversion."""
-    exact, speed = cases("squeeze_exactness"), cases("squeeze_speed")
+    exact, speed = (cases(f"squeeze_{name}", everywhere=True) for name in ("exactness", "speed"))
     lines = ["| | | on |", "| --- | --- | --- |"]
     for dtype, metrics in exact.items():
         error = metrics["max_relative_error"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,12 @@ TASKS: dict[str, dict[str, Any]] = {
 SIZES = {"train": 1200, "val": 100, "test": 200}
 
 
+def device_kind(path: Path) -> str:
+    """Say whose trials a report is of: GPUs' where there are any."""
+    found = {trial["device"] for trial in json.loads(path.read_text()).values()}
+    return "cpu" if found <= {"cpu"} else "gpu"
+
+
 def prepare(folder: Path) -> None:
     """Write each task's parts as JSONL."""
     from rayft.data.source import read
@@ -60,14 +66,14 @@ def task_data(folder: Path, task: str) -> DataConfig:
 
 
 class TrialStore:
-    """What finished trials left on one device; a score is a word of 1 and 0, one for each question."""
+    """What finished trials left; a score is a word of 1 and 0, one for each question."""
 
     def __init__(self, path: Path, device: str) -> None:
         self.path, self.device = path, device
         every: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
-        # What another device trained is neither gone on with nor lost.
-        self.others = {key: value for key, value in every.items() if value["device"] != device}
-        self.known = {key: value for key, value in every.items() if value["device"] == device}
+        # A CPU's trial has smaller batches: not gone on with on a GPU, nor lost. Between GPUs trials go on.
+        self.others = {k: v for k, v in every.items() if (v["device"] == "cpu") != (device == "cpu")}
+        self.known = {k: v for k, v in every.items() if k not in self.others}
 
     def score(self, key: str, part: str) -> list[float] | None:
         """Give a trial's scores of a part, one a question; None if there are none yet."""
@@ -77,6 +83,14 @@ class TrialStore:
     def result(self, key: str) -> dict[str, Any] | None:
         """Give what a trial's training left."""
         return self.known.get(key, {}).get("result")
+
+    def origin(self, keys: Iterable[str]) -> dict[str, str]:
+        """Say where trials ran and at which commits: what their results carry."""
+        mine = [self.known[key] for key in keys if key in self.known]
+        return {
+            what: ", ".join(sorted({one[what] for one in mine if one.get(what)}))
+            for what in ("device", "commit")
+        }
 
     def keep(self, key: str, **values: Any) -> None:
         """Keep something of a trial."""
