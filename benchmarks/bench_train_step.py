@@ -239,6 +239,7 @@ def main() -> None:
         given = arguments.cases.split(",") if arguments.cases else None
         cases = given or ["floor", *RIVALS, *(OURS if shape == "1b" else FEW)]
         rows += records(run_shape(shape, cases, arguments.steps), arguments.commit)
+        # After each, so that a run that is cut short loses one shape at most.
         save("train_step", rows)
         gc.collect()
         torch.cuda.empty_cache()

@@ -50,10 +50,13 @@ def capture_stream() -> Iterator[None]:
     torch.cuda.graph.default_capture_stream = stream
     outside = torch.cuda.current_stream()
     stream.wait_stream(outside)
+    # Warming up, before a capture, is on another stream by design; nothing is kept of it.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     try:
         with torch.cuda.stream(stream):
             yield
     finally:
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(True)
         outside.wait_stream(stream)
 
 
