@@ -14,10 +14,10 @@ number of optimizer steps:
     in       the rank falls from 64 during training, in equal stages, Adam's moments projected
 
 The learning rate is chosen on the validation part at the first seed, for each task: three for `direct` and
-the source, and one beyond where the end of the three is best; two (the source's and a third of it) for `cont`
-and `in`. The test part is scored at the chosen one, three seeds, with an interval over seeds and questions,
-and the difference to `direct` with one. What finished trials left is kept in
-`results/squeeze_quality_trials.json`; a run that was cut short goes on where it stopped.
+the source, and one beyond where the end of the three is best; two for `cont` and `in`: the source's and that
+of `direct` at the rank (a third of it where they are the same). The test part is scored at the chosen one,
+three seeds, with an interval over seeds and questions, and the difference to `direct` with one. What trials
+left is kept in `results/squeeze_quality_trials.json`; a run that was cut short goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -91,9 +91,10 @@ class Bench:
         if cell.way == "direct":
             return LR
         best = self.best_lr(self.source(cell.task))
-        if best is None:
-            return ()
-        return (best,) if cell.way in SQUEEZED else (best, float(f"{best / 3:.1g}"))
+        if best is None or cell.way in SQUEEZED:
+            return () if best is None else (best,)
+        direct = self.best_lr(Cell("direct", cell.task, cell.rank))
+        return (best, float(f"{best / 3:.1g}") if direct in (None, best) else direct)  # type: ignore[return-value]
 
     def edge(self, cell: Cell) -> list[float]:
         """Give the learning rate beyond the grid that is worth a trial, if its end was best."""

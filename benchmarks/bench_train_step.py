@@ -1,12 +1,14 @@
 """One training step of every method against its floor and against PEFT, in one run on one GPU.
 
     python benchmarks/bench_train_step.py [--shapes 135m,1b,8b] [--cases cla,lora,…] [--commit HASH]
+    python benchmarks/bench_train_step.py --profile [--shapes 1b] [--cases floor,lora]
 
 The floor is the frozen base: forward, and backward down to its input. A method's step is forward,
 backward, AdamW (fused) over what trains. Random weights in bfloat16, rank 16, all linears, no
 activation checkpointing, the loss over all tokens. Cases take turns, `ROUNDS` times, so that a clock
 that drifts meets all of them. `…/graph`: the whole step captured once and replayed as a CUDA graph,
-the floor too; that is how a step costs where launches dominate.
+the floor too; that is how a step costs where launches dominate. `--profile` says which kernels a replayed
+step spends its time in, against the floor's.
 """
 
 from __future__ import annotations
@@ -179,8 +181,7 @@ def run_shape(shape: str, cases: list[str], steps: int) -> dict[tuple[str, str],
     found: dict[tuple[str, str], Timings] = {}
     for batch in BATCHES[shape]:
         name = f"{shape}/{batch[0]}x{batch[1]}"
-        # The largest shape is far from being bound by launches.
-        for graph in (False,) if shape == "8b" else (False, True):
+        for graph in (False, True):
             for _ in range(ROUNDS):
                 for case in cases:
                     key = (case, name + ("/graph" if graph else ""))
@@ -204,6 +205,38 @@ def _show(found: dict[tuple[str, str], Timings], name: str) -> None:
             ms, base = statistics.median(timings.ms), statistics.median(floor.ms)
             memory = f"{timings.gib:7.2f} GiB {timings.gib / floor.gib:6.3f}x" if timings.gib else ""
             print(f"{name:18} {case:16} {ms:8.2f} ms {ms / base:6.3f}x {memory}", flush=True)
+
+
+def profile(shape: str, cases: list[str], replays: int = 5) -> list[dict[str, Any]]:
+    """Take a replayed step apart by kernel at the smallest batch: milliseconds and launches of each."""
+    model, batch, rows = build(shape), BATCHES[shape][0], []
+    ids = torch.randint(0, model.config.vocab_size, batch, device="cuda")
+    for case in cases:
+        with prepared(model, case) as trainable:
+            step = make_step(model, ids, trainable, graph=True)
+            step()
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                for _ in range(replays):
+                    step()
+                torch.cuda.synchronize()
+        spent: dict[str, list[float]] = {}
+        for event in profiler.key_averages():
+            name = event.key.removeprefix("void ").partition("<")[0].partition("(")[0][:60]
+            kernel = spent.setdefault(name, [0.0, 0.0])
+            kernel[0] += event.self_device_time_total / 1e3 / replays
+            kernel[1] += event.count / replays
+        whole = sum(ms for ms, _ in spent.values())
+        print(f"{case}: {whole:.2f} ms, {sum(count for _, count in spent.values()):.0f} launches", flush=True)
+        for name, (ms, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:24]:
+            print(f"  {ms:8.3f} ms {count:6.0f}  {name}", flush=True)
+            at = f"{case}/{shape}/{batch[0]}x{batch[1]}/graph/{name}"
+            rows.append(record("train_step_profile", at, "ms", ms, "ms", n=replays))
+            rows.append(record("train_step_profile", at, "launches", count, "", n=replays))
+        del step, trainable
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
 
 
 def records(found: dict[tuple[str, str], Timings], commit: str | None) -> list[dict[str, Any]]:
@@ -230,6 +263,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="135m,1b,8b")
     parser.add_argument("--cases", help="all where not given, at shapes other than 1b those of FEW")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--profile", action="store_true", help="take steps apart by kernel")
     parser.add_argument("--commit")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -237,6 +271,12 @@ def main() -> None:
     rows = []
     for shape in arguments.shapes.split(","):
         given = arguments.cases.split(",") if arguments.cases else None
+        if arguments.profile:
+            found = profile(shape, given or ["floor", "cla", "lora", "peft_lora_bf16"])
+            save(
+                "train_step_profile", [{**row, "commit": arguments.commit or row["commit"]} for row in found]
+            )
+            continue
         cases = given or ["floor", *RIVALS, *(OURS if shape == "1b" else FEW)]
         rows += records(run_shape(shape, cases, arguments.steps), arguments.commit)
         # After each, so that a run that is cut short loses one shape at most.
