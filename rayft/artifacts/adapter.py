@@ -212,7 +212,7 @@ def folder_bytes(folder: str | Path) -> int:
 def _digest(tensor: torch.Tensor) -> bytes:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(flat.numpy())
+    digest.update(flat.numpy().data)
     return digest.digest()
 
 

@@ -128,6 +128,9 @@ def _trial(trial: EndedTrial, measured: Measured) -> Trial:
     if result is None:
         return Trial(**common, reason=trial.error)  # type: ignore[arg-type]
     reason = "" if result["finished"] else f"behind others at step {result['steps']}"
+    if ranked and not result["finished"] and result.get("rank"):
+        # Stopped before its last link, or before its rank had fallen all the way.
+        common["rank"] = result["rank"]
     seconds = result["seconds"]
     return Trial(
         **common,  # type: ignore[arg-type]

@@ -203,7 +203,7 @@ def continued_run(item: SqueezedAdapter, cont: ContinueConfig) -> RunConfig:
         update={
             "steps": cont.steps,
             "lr": cont.lr or run.optim.lr,
-            "warmup": min(cont.warmup, cont.steps),
+            "warmup": min(2, cont.steps) if cont.warmup is None else cont.warmup,
         }
     )
     sections: dict[str, Any] = {name: getattr(run, name) for name in RunConfig.model_fields}

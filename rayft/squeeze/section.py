@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayft.config import Section
 from rayft.errors import SqueezeError
@@ -20,8 +20,16 @@ class ContinueConfig(Section):
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate; the trial's own where not given."""
 
-    warmup: int = Field(default=2, ge=0)
-    """Steps of linear warm-up, for the moments begin at zero again."""
+    warmup: int | None = Field(default=None, ge=0)
+    """Steps of linear warm-up, for the moments begin at zero again; at most 2 if not given."""
+
+    @model_validator(mode="after")
+    def _warms_up(self) -> ContinueConfig:
+        if self.warmup is not None and self.warmup > self.steps:
+            raise ValueError(
+                f"a warm-up of {self.warmup} steps is longer than the {self.steps} of the training; lower it"
+            )
+        return self
 
 
 class SqueezeConfig(Section):

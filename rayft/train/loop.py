@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rayft.artifacts import ArtifactMeta, folder_bytes
+from rayft.artifacts import AdapterArtifact, ArtifactMeta, folder_bytes
 from rayft.data.pack import AnyBatch, AnyEncoded, Row, collate_rows, rows_of
 from rayft.errors import TrainError
 from rayft.evaluate.loss import mean_loss
@@ -49,6 +49,8 @@ class TrainResult:
     """Numbers that train at once, at the most: those of an annealed run's first stage."""
     parameters: int
     """Numbers stored in the artifact."""
+    rank: int | None
+    """Rank of the adapter that was saved; None where what was saved has none."""
     bytes: int
     """Size of the weights on disk."""
     seconds: dict[str, float]
@@ -85,6 +87,7 @@ class _Saved:
 
     folder: Path
     parameters: int
+    rank: int | None = None
     bytes: int = 0
     content_hash: str = ""
 
@@ -179,6 +182,7 @@ def _result(
         train_curve=progress.train_curve,
         trainable=trainable,
         parameters=saved.parameters,
+        rank=saved.rank,
         bytes=saved.bytes,
         seconds={
             "train": progress.train_seconds,
@@ -352,6 +356,7 @@ def _save(run: RunConfig, session: Session, injected: Injected, folder: Path, pa
             return replace(
                 saved,
                 parameters=artifact.parameters,
+                rank=artifact.rank if isinstance(artifact, AdapterArtifact) else None,
                 bytes=folder_bytes(saved.folder),
                 content_hash=artifact.content_hash,
             )

@@ -208,7 +208,7 @@ def test_a_stopped_run_keeps_the_rank_that_it_has(run: RunConfig, session: Sessi
     for step, rank in ((2, 8), (3, 4)):
         result = fit(annealed(run), session, StopAt(step), tmp_path / str(step), (step,))
         assert not result.finished
-        assert AdapterArtifact.load(result.folder).rank == rank
+        assert AdapterArtifact.load(result.folder).rank == result.rank == rank
 
 
 def test_heads_go_on_as_they_are(run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
