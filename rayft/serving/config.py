@@ -34,6 +34,10 @@ class ServeConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and arithmetic; auto: bfloat16 on a GPU, the faster one on a CPU (measured)."""
 
+    engine: Literal["auto", "packed", "transformers"] = "auto"
+    """What generates: transformers' continuous batching over a paged cache, or rayft's own for CPUs (packed);
+    auto: packed on a CPU, transformers on a GPU."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where a replica runs; auto: a GPU if the Ray cluster has one."""
 

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from rayft.methods.base import LoraFactors
+from rayft.models.load import LoadedModel
 
-__all__ = ["Engine", "EngineStats", "GenerationRequest", "Progress"]
+__all__ = [
+    "Engine",
+    "EngineLimits",
+    "EngineStats",
+    "GenerationRequest",
+    "Progress",
+    "TokenLogprob",
+    "end_tokens",
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,30 @@ class GenerationRequest:
     """Draw from the likeliest tokens that hold this share of the probability."""
     seed: int = 0
     """Decides every draw: the same request and seed give the same tokens."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to tell with each token's own log-probability; None for nothing."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What one engine may hold."""
+
+    max_running: int
+    """Requests in one forward."""
+    max_batch_tokens: int
+    """Tokens in one forward."""
+    cache_tokens: int
+    """Tokens of keys and values, over all requests."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token: natural logarithms, before temperature and top-p."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens and their log-probabilities, as many as were asked for."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +72,8 @@ class Progress:
     """How many tokens were generated, the end token included."""
     finish: Literal["stop", "length"] | None = None
     """Why it ended: an end token or the limit; None while it runs."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """For each of `tokens`, where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +115,10 @@ class Engine(Protocol):
 
     def stop(self) -> None:
         """Fail what still runs and free the model."""
+
+
+def end_tokens(loaded: LoadedModel) -> list[int]:
+    """Collect the tokens that end a text: the generation config's and the tokenizer's."""
+    configured = getattr(loaded.model.generation_config, "eos_token_id", None)
+    found = set(configured if isinstance(configured, list) else [configured])
+    return sorted(token for token in found | {loaded.tokenizer.eos_token_id} if token is not None)

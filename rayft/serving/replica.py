@@ -18,11 +18,12 @@ from rayft.models.targets import linear_shapes
 from rayft.numerics import fastest_cpu_dtype
 from rayft.serving.catalog import BaseModel, Catalog
 from rayft.serving.config import ServeConfig
-from rayft.serving.engine import GenerationRequest
+from rayft.serving.engine import Engine, EngineLimits, GenerationRequest
 from rayft.serving.messages import Delta, ModelCard
+from rayft.serving.packed_engine import PackedEngine
 from rayft.serving.schemas import ChatRequest, CompletionRequest
 from rayft.serving.text import TextStream, chat_tokens, prompt_tokens
-from rayft.serving.transformers_engine import EngineLimits, TransformersEngine
+from rayft.serving.transformers_engine import TransformersEngine
 
 __all__ = ["Replica", "ReplicaDeployment", "compute_dtype"]
 
@@ -48,7 +49,8 @@ class Replica:
         self._config, self._tokenizer = config, loaded.tokenizer
         self._configured = False
         self._room = min(loaded.context, config.cache_tokens)
-        self._engine = TransformersEngine(loaded, limits)
+        packed = config.engine == "packed" or (config.engine == "auto" and device == "cpu")
+        self._engine: Engine = (PackedEngine if packed else TransformersEngine)(loaded, limits)
         self._catalog = Catalog(base, self._engine, dtype, device)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:

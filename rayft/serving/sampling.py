@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from rayft.numerics import derive_seed
+from rayft.serving.engine import TokenLogprob
 
-__all__ = ["Draw", "choose", "uniform"]
+__all__ = ["Draw", "choose", "finite_rows", "logprobs", "uniform"]
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,30 @@ def choose(logits_NV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     last = ((p_NV > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     chosen[picked] = order_NV.gather(1, place.minimum(last)).squeeze(1)
     return chosen
+
+
+def finite_rows(logits_NV: torch.Tensor) -> list[bool]:
+    """Say of each row whether its largest logit is a number: NaN and Inf both show there."""
+    return logits_NV.amax(dim=-1).isfinite().tolist()
+
+
+def logprobs(
+    logits_NV: torch.Tensor, chosen: Sequence[int], counts: Sequence[int | None]
+) -> list[TokenLogprob | None]:
+    """Give the log-probability of each row's token, and of as many of the likeliest as its count says.
+
+    They are the model's own: before temperature and top-p, as OpenAI's are. Rows of no count give None.
+    """
+    found: list[TokenLogprob | None] = [None] * len(chosen)
+    rows = [row for row, count in enumerate(counts) if count is not None]
+    if not rows:
+        return found
+    picked = logits_NV[torch.tensor(rows, device=logits_NV.device)].float().log_softmax(dim=-1)
+    most = min(max(counts[row] or 0 for row in rows), picked.shape[1])
+    top = picked.topk(most, dim=-1)
+    tokens, values = top.indices.tolist(), top.values.tolist()
+    for place, row in enumerate(rows):
+        count = counts[row] or 0
+        best = tuple(zip(tokens[place][:count], values[place][:count], strict=True))
+        found[row] = TokenLogprob(chosen[row], float(picked[place, chosen[row]]), best)
+    return found

@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from itertools import count
 from typing import Any
 
@@ -48,29 +48,24 @@ from transformers.generation.continuous_batching.requests import (
 from rayft.errors import RequestError, ResourceError
 from rayft.methods.base import LoraFactors
 from rayft.models.load import LoadedModel
-from rayft.serving.engine import EngineStats, GenerationRequest, Progress
-from rayft.serving.sampling import Draw, choose, uniform
+from rayft.serving.engine import (
+    EngineLimits,
+    EngineStats,
+    GenerationRequest,
+    Progress,
+    TokenLogprob,
+    end_tokens,
+)
+from rayft.serving.sampling import Draw, choose, finite_rows, logprobs, uniform
 from rayft.serving.slots import Slots
 
-__all__ = ["EngineLimits", "TransformersEngine"]
+__all__ = ["TransformersEngine"]
 
 LARGEST_STATE = 1e16
 """Keys and values are cut here: far above any that mean something, and no product of two overflows."""
 
 PAGE_TOKENS = 32
 """Tokens in a page of the cache: a request wastes at most one page."""
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What one engine may hold."""
-
-    max_running: int
-    """Requests in one forward."""
-    max_batch_tokens: int
-    """Tokens in one forward."""
-    cache_tokens: int
-    """Tokens of keys and values, over all requests."""
 
 
 class TransformersEngine:
@@ -83,7 +78,7 @@ class TransformersEngine:
         not would stop the generating thread for all.
         """
         self._slots = Slots(loaded.model)
-        self._end_tokens = _end_tokens(loaded)
+        self._end_tokens = end_tokens(loaded)
         self._numbers = count()
         self._running: dict[str, int] = {}
         self._manager = _Manager(loaded.model, self._end_tokens, limits, self._slots, self._running)
@@ -99,6 +94,8 @@ class TransformersEngine:
         name = f"request-{next(self._numbers)}"
         outputs: asyncio.Queue[GenerationOutput] = asyncio.Queue()
         self._running[name] = self._slots.slot(request.adapter)
+        if request.logprobs is not None:
+            self._manager.scored[name] = (request.logprobs, [])
         self._manager.register_result_handler(name, outputs.put_nowait)
         ended = False
         try:
@@ -116,11 +113,12 @@ class TransformersEngine:
                         "the model gave NaN or Inf for this prompt; use another adapter, or serve with "
                         "dtype float32"
                     )
-                yield self._progress(output)
+                yield self._progress(output, name)
         finally:
             if not ended:
                 self._manager.forget(name)
             self._manager.broken.discard(name)
+            self._manager.scored.pop(name, None)
             del self._running[name]
 
     def load(self, name: str, factors: Mapping[str, LoraFactors]) -> None:
@@ -141,13 +139,15 @@ class TransformersEngine:
             self._manager.stop(hard_stop=True)
         self._manager.destroy()
 
-    def _progress(self, output: GenerationOutput) -> Progress:
+    def _progress(self, output: GenerationOutput, name: str) -> Progress:
         tokens = tuple(output.generated_tokens)
         ended_by_token = bool(tokens) and tokens[-1] in self._end_tokens
         finish = None
         if output.is_finished():
             finish = "stop" if ended_by_token else "length"
-        return Progress(tokens[:-1] if ended_by_token else tokens, len(tokens), finish)  # type: ignore[arg-type]
+        shown = tokens[:-1] if ended_by_token else tokens
+        _, scored = self._manager.scored.get(name, (0, []))
+        return Progress(shown, len(tokens), finish, tuple(scored[: len(shown)]))  # type: ignore[arg-type]
 
 
 class _Manager(ContinuousBatchingManager):
@@ -169,7 +169,9 @@ class _Manager(ContinuousBatchingManager):
         )
         self.broken: set[str] = set()
         """Requests whose logits were not finite."""
-        sampler = _Sampler(self.broken)
+        self.scored: dict[str, tuple[int, list[TokenLogprob]]] = {}
+        """Requests that want log-probabilities: how many of the likeliest, and what there is so far."""
+        sampler = _Sampler(self.broken, self.scored)
         self.logit_processor = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([sampler]))
         self.logit_processor.tensors_required = 1
         self.stats = EngineStats(True, 0, 0, 0, 0, 0)
@@ -230,12 +232,12 @@ class _Manager(ContinuousBatchingManager):
 class _Sampler(ContinuousBatchingLogitsProcessor):
     """Chooses each row's token itself and leaves the likeliest-token step that follows no choice."""
 
-    def __init__(self, broken: set[str]) -> None:
+    def __init__(self, broken: set[str], scored: Mapping[str, tuple[int, list[TokenLogprob]]]) -> None:
         self.supported_kwargs = {"temperature": float, "top_p": float, "seed": int}
         self.ignored_kwargs = ()
         self._draws: list[Draw] = []
         self._names: list[str] = []
-        self._broken = broken
+        self._broken, self._scored = broken, scored
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         """Fill the processor's row of the batch's arguments, which it does not use."""
@@ -250,10 +252,19 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         """Raise the chosen token of each row above all others: (N × V) → (N × V)."""
         rows = scores[: len(self._draws)]  # Beyond are prompts that are not read to their end.
-        finite = rows.amax(dim=-1).isfinite().tolist()
-        self._broken.update(name for name, good in zip(self._names, finite, strict=True) if not good)
-        if any(draw.temperature > 0 for draw in self._draws):
-            rows.scatter_(1, choose(rows, self._draws).unsqueeze(1), torch.inf)
+        self._broken.update(
+            name for name, good in zip(self._names, finite_rows(rows), strict=True) if not good
+        )
+        wanted = [self._scored.get(name) for name in self._names]
+        drawn = any(draw.temperature > 0 for draw in self._draws)
+        if drawn or any(wanted):
+            chosen = choose(rows, self._draws)
+            counts = [want[0] if want else None for want in wanted]
+            for want, entry in zip(wanted, logprobs(rows, chosen.tolist(), counts), strict=True):
+                if want and entry:
+                    want[1].append(entry)
+        if drawn:
+            rows.scatter_(1, chosen.unsqueeze(1), torch.inf)
         return scores
 
 
@@ -291,10 +302,3 @@ def _draw(state: RequestState) -> Draw:
     step = carried + len(state.generated_tokens)
     point = uniform(options["seed"], step) if options["temperature"] > 0 else 0.0
     return Draw(options["temperature"], options["top_p"], point)
-
-
-def _end_tokens(loaded: LoadedModel) -> list[int]:
-    """Collect the tokens that end a text: the generation config's and the tokenizer's."""
-    configured = getattr(loaded.model.generation_config, "eos_token_id", None)
-    found = set(configured if isinstance(configured, list) else [configured])
-    return sorted(token for token in found | {loaded.tokenizer.eos_token_id} if token is not None)

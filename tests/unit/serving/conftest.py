@@ -8,10 +8,13 @@ import torch
 
 from rayft.models.load import LoadedModel, ModelConfig, load_model
 from rayft.models.targets import linear_shapes
-from rayft.serving.transformers_engine import EngineLimits, TransformersEngine
+from rayft.serving.engine import Engine, EngineLimits
+from rayft.serving.packed_engine import PackedEngine
+from rayft.serving.transformers_engine import TransformersEngine
 from tests.unit.serving.adapters import save_adapters
 
-MakeEngine = Callable[..., TransformersEngine]
+MakeEngine = Callable[..., Engine]
+ENGINES = {"packed": PackedEngine, "transformers": TransformersEngine}
 
 
 @pytest.fixture
@@ -25,14 +28,13 @@ def adapter_folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     return save_adapters(tmp_path_factory.mktemp("adapters"), linear_shapes(base.model), base.fingerprint)
 
 
-@pytest.fixture
-def make_engine(loaded: LoadedModel) -> Iterator[MakeEngine]:
-    made: list[TransformersEngine] = []
+@pytest.fixture(params=ENGINES)
+def make_engine(loaded: LoadedModel, request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
+    made: list[Engine] = []
 
-    def make(
-        max_running: int = 8, max_batch_tokens: int = 64, cache_tokens: int = 2048
-    ) -> TransformersEngine:
-        made.append(TransformersEngine(loaded, EngineLimits(max_running, max_batch_tokens, cache_tokens)))
+    def make(max_running: int = 8, max_batch_tokens: int = 64, cache_tokens: int = 2048) -> Engine:
+        limits = EngineLimits(max_running, max_batch_tokens, cache_tokens)
+        made.append(ENGINES[request.param](loaded, limits))
         return made[-1]
 
     yield make
