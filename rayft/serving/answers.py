@@ -6,16 +6,19 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from ray.exceptions import RayTaskError
 from starlette.exceptions import HTTPException
 
 from rayft.errors import RayftError, RequestError
-from rayft.serving.messages import Delta
+from rayft.serving.messages import Delta, TokenScore
 
-__all__ = ["ChatForm", "Form", "TextForm", "describe_error", "events"]
+__all__ = ["ChatForm", "Form", "TextForm", "collected", "describe_error", "events", "usage"]
 
 
 def _error(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
@@ -51,7 +54,7 @@ class Form(ABC):
 
     @abstractmethod
     def opening(self) -> dict[str, Any] | None:
-        """Give the choice that opens a stream, if there is one."""
+        """Give the part that opens each choice of a stream, if there is one."""
 
     @abstractmethod
     def piece(self, text: str) -> dict[str, Any]:
@@ -61,15 +64,23 @@ class Form(ABC):
     def full(self, text: str) -> dict[str, Any]:
         """Give the part of a whole choice that holds text."""
 
-    def chunk(self, choice: dict[str, Any] | None, finish: str | None = None, **extra: Any) -> dict[str, Any]:
-        """Write one event of a stream."""
-        choices = [] if choice is None else [_choice(choice, finish)]
-        return {**self._head(self.chunk_object), "choices": choices, **extra}
+    @abstractmethod
+    def scores(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
+        """Write log-probabilities of tokens; `offset` is how many characters came before them."""
 
-    def whole(self, text: str, last: Delta) -> dict[str, Any]:
-        """Write a whole answer."""
-        choices = [_choice(self.full(text), last.finish)]
-        return {**self._head(self.object), "choices": choices, "usage": _usage(last)}
+    def chunk(self, choice: dict[str, Any] | None, **extra: Any) -> dict[str, Any]:
+        """Write one event of a stream."""
+        return {**self._head(self.chunk_object), "choices": [] if choice is None else [choice], **extra}
+
+    def choice(self, part: dict[str, Any], delta: Delta, offset: int = 0) -> dict[str, Any]:
+        """Write a choice, or a part of one."""
+        scores = self.scores(delta.scores, offset) if delta.scores else None
+        return {"index": delta.index, **part, "logprobs": scores, "finish_reason": delta.finish}
+
+    def whole(self, choices: Mapping[int, Delta]) -> dict[str, Any]:
+        """Write a whole answer from each choice's text, its scores and its end."""
+        made = [self.choice(self.full(delta.text), delta) for _, delta in sorted(choices.items())]
+        return {**self._head(self.object), "choices": made, "usage": usage(choices)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
@@ -94,6 +105,11 @@ class ChatForm(Form):
         """Give a message."""
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
+    def scores(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
+        """Give a list of tokens."""
+        found = [{**_score(one), "top_logprobs": [_score(top) for top in one.top]} for one in scores]
+        return {"content": found, "refusal": None}
+
 
 class TextForm(Form):
     """Answers of `/v1/completions`."""
@@ -114,35 +130,58 @@ class TextForm(Form):
         """Give text."""
         return {"text": text}
 
+    def scores(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
+        """Give a list for each field."""
+        starts = accumulate((len(one.text) for one in scores[:-1]), initial=offset)
+        return {
+            "tokens": [one.text for one in scores],
+            "token_logprobs": [one.logprob for one in scores],
+            "top_logprobs": [{top.text: top.logprob for top in one.top} for one in scores],
+            "text_offset": list(starts),
+        }
 
-async def events(form: Form, first: Delta, deltas: AsyncIterator[Delta], usage: bool) -> AsyncIterator[str]:
+
+async def collected(first: Delta, deltas: AsyncIterator[Delta]) -> dict[int, Delta]:
+    """Put the pieces of each choice together: its index → its text, its scores, its end."""
+    whole: dict[int, Delta] = {}
+    async for delta in deltas:
+        before = whole.get(delta.index, first)
+        whole[delta.index] = replace(
+            delta, text=before.text + delta.text, scores=before.scores + delta.scores
+        )
+    return whole
+
+
+async def events(form: Form, first: Delta, deltas: AsyncIterator[Delta], counts: bool) -> AsyncIterator[str]:
     """Write a stream of server-sent events; an error after the first one becomes an event."""
-    opening, last = form.opening(), first
-    if opening is not None:
-        yield _event(form.chunk(opening))
+    opening, lasts, offsets = form.opening(), {0: first}, Counter[int]()
+    begun: set[int] = set()
     try:
         async for delta in deltas:
-            last = delta
-            yield _event(form.chunk(form.piece(delta.text), delta.finish))
+            if opening is not None and delta.index not in begun:
+                begun.add(delta.index)
+                yield _event(form.chunk(form.choice(opening, Delta("", 0, 0, index=delta.index))))
+            lasts[delta.index] = delta
+            yield _event(form.chunk(form.choice(form.piece(delta.text), delta, offsets[delta.index])))
+            offsets[delta.index] += len(delta.text)
     except Exception as error:  # noqa: BLE001  (the headers are sent: this is the only way to tell)
         yield _event(describe_error(error)[1])
         return
-    if usage:
-        yield _event(form.chunk(None, usage=_usage(last)))
+    if counts:
+        yield _event(form.chunk(None, usage=usage(lasts)))
     yield "data: [DONE]\n\n"
 
 
-def _choice(part: dict[str, Any], finish: str | None) -> dict[str, Any]:
-    return {"index": 0, **part, "logprobs": None, "finish_reason": finish}
+def usage(choices: Mapping[int, Delta]) -> dict[str, int]:
+    """Count tokens over all choices."""
+    prompt = max(delta.prompt_tokens for delta in choices.values())
+    made = sum(delta.completion_tokens for delta in choices.values())
+    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+
+
+def _score(one: TokenScore) -> dict[str, Any]:
+    return {"token": one.text, "logprob": one.logprob, "bytes": list(one.bytes)}
 
 
 def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body)}\n\n"
-
-
-def _usage(last: Delta) -> dict[str, int]:
-    return {
-        "prompt_tokens": last.prompt_tokens,
-        "completion_tokens": last.completion_tokens,
-        "total_tokens": last.prompt_tokens + last.completion_tokens,
-    }

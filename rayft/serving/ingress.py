@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from rayft.errors import RequestError, UnknownModelError
-from rayft.serving.answers import ChatForm, Form, TextForm, describe_error, events
+from rayft.serving.answers import ChatForm, Form, TextForm, collected, describe_error, events
 from rayft.serving.messages import Delta, ModelCard
 from rayft.serving.schemas import ChatRequest, CompletionRequest, parse_request
 
@@ -79,14 +79,11 @@ class Ingress:
         # The first delta says that the request was accepted: before it an error still has a status.
         first = await anext(deltas)
         if request.stream:
-            usage = request.stream_options is not None and request.stream_options.include_usage
-            body = events(form, first, deltas, usage)
+            counts = request.stream_options is not None and request.stream_options.include_usage
+            body = events(form, first, deltas, counts)
             fresh = {"Cache-Control": "no-cache"}
             return StreamingResponse(body, media_type="text/event-stream", headers=fresh)
-        text, last = "", first
-        async for delta in deltas:
-            text, last = text + delta.text, delta
-        return JSONResponse(form.whole(text, last))
+        return JSONResponse(form.whole(await collected(first, deltas)))
 
     def _model(self, card: ModelCard) -> dict[str, Any]:
         about = {key: value for key, value in asdict(card).items() if value is not None}

@@ -9,7 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Delta", "ModelCard"]
+__all__ = ["Delta", "ModelCard", "TokenScore"]
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """A token of an answer and how likely the model found it."""
+
+    text: str
+    bytes: tuple[int, ...]
+    """Its bytes: a token may be part of a character."""
+    logprob: float
+    top: tuple[TokenScore, ...] = ()
+    """The likeliest tokens at its place."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +31,15 @@ class Delta:
     text: str
     """New text."""
     prompt_tokens: int
-    """Tokens of the prompt."""
+    """Tokens of the prompts."""
     completion_tokens: int
-    """Tokens generated so far."""
+    """Tokens of this choice generated so far."""
     finish: Literal["stop", "length"] | None = None
     """Why the answer ended; None while it goes on."""
+    index: int = 0
+    """Which choice it is of."""
+    scores: tuple[TokenScore, ...] = ()
+    """The new tokens' log-probabilities, where they were asked for."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
@@ -15,14 +16,14 @@ import torch
 from rayft.errors import ArtifactError, BadRequestError, ResourceError
 from rayft.models.load import load_model
 from rayft.models.targets import linear_shapes
-from rayft.numerics import fastest_cpu_dtype
+from rayft.numerics import derive_seed, fastest_cpu_dtype
 from rayft.serving.catalog import BaseModel, Catalog
 from rayft.serving.config import ServeConfig
 from rayft.serving.engine import Engine, EngineLimits, GenerationRequest
 from rayft.serving.messages import Delta, ModelCard
 from rayft.serving.packed_engine import PackedEngine
 from rayft.serving.schemas import ChatRequest, CompletionRequest
-from rayft.serving.text import TextStream, chat_tokens, prompt_tokens
+from rayft.serving.text import TextStream, chat_tokens, prompt_tokens, score
 from rayft.serving.transformers_engine import TransformersEngine
 
 __all__ = ["Replica", "ReplicaDeployment", "compute_dtype"]
@@ -94,28 +95,48 @@ class Replica:
             BadRequestError: if it does not fit, or is above a limit.
         """
         with self._catalog.lease(request.model) as adapter:
-            if isinstance(request, ChatRequest):
-                prompt = chat_tokens(self._tokenizer, [message.plain() for message in request.messages])
-            else:
-                prompt = prompt_tokens(self._tokenizer, request.single)
-            job = GenerationRequest(
-                prompt=prompt,
-                max_tokens=self._limit(request, len(prompt)),
-                adapter=adapter,
-                temperature=1.0 if request.temperature is None else request.temperature,
-                top_p=1.0 if request.top_p is None else request.top_p,
-                seed=random.getrandbits(63) if request.seed is None else request.seed,
-            )
-            yield Delta("", len(prompt), 0)
-            text = TextStream(self._tokenizer, request.stops)
-            async with aclosing(self._engine.submit(job)) as steps:
-                async for step in steps:
-                    new = text.push(step.tokens, last=step.finish is not None)
-                    finish = "stop" if text.stopped else step.finish
-                    if new or finish:
-                        yield Delta(new, len(prompt), step.generated, finish)
-                    if text.stopped:
-                        return
+            prompts = self._prompts(request)
+            jobs = [
+                GenerationRequest(
+                    prompt=prompt,
+                    max_tokens=self._limit(request, len(prompt)),
+                    adapter=adapter,
+                    temperature=1.0 if request.temperature is None else request.temperature,
+                    top_p=1.0 if request.top_p is None else request.top_p,
+                    seed=seed,
+                    logprobs=request.scored,
+                )
+                for prompt in prompts
+                for seed in _seeds(request.seed, request.choices)
+            ]
+            total = sum(map(len, prompts))
+            yield Delta("", total, 0)
+            choices = [self._choice(job, request, index, total) for index, job in enumerate(jobs)]
+            async with aclosing(merged(choices)) as deltas:
+                async for delta in deltas:
+                    yield delta
+
+    async def _choice(
+        self, job: GenerationRequest, request: ChatRequest | CompletionRequest, index: int, prompt_tokens: int
+    ) -> AsyncGenerator[Delta, None]:
+        """Generate one choice."""
+        text, told = TextStream(self._tokenizer, request.stops), 0
+        async with aclosing(self._engine.submit(job)) as steps:
+            async for step in steps:
+                new = text.push(step.tokens, last=step.finish is not None)
+                finish = "stop" if text.stopped else step.finish
+                if new or finish:
+                    fresh = step.logprobs[told:]
+                    scores = tuple(score(self._tokenizer, entry) for entry in fresh)
+                    told += len(fresh)
+                    yield Delta(new, prompt_tokens, step.generated, finish, index, scores)
+                if text.stopped:
+                    return
+
+    def _prompts(self, request: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
+        if isinstance(request, ChatRequest):
+            return [chat_tokens(self._tokenizer, [message.plain() for message in request.messages])]
+        return [prompt_tokens(self._tokenizer, prompt) for prompt in request.prompts]
 
     def _limit(self, request: ChatRequest | CompletionRequest, prompt: int) -> int:
         """Decide how many tokens a request may generate, refusing one that does not fit."""
@@ -138,6 +159,41 @@ class Replica:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             engine.stop()
+
+
+async def merged(parts: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
+    """Give what several generators give, as it comes; closing it closes them all."""
+    if len(parts) == 1:
+        async with aclosing(parts[0]) as only:
+            async for delta in only:
+                yield delta
+        return
+    found: asyncio.Queue[Delta | None] = asyncio.Queue()
+
+    async def drain(part: AsyncGenerator[Delta, None]) -> None:
+        try:
+            async with aclosing(part):
+                async for delta in part:
+                    found.put_nowait(delta)
+        finally:
+            found.put_nowait(None)
+
+    tasks = [asyncio.create_task(drain(part)) for part in parts]
+    try:
+        for _ in parts:
+            while (new := await found.get()) is not None:
+                yield new
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _seeds(seed: int | None, choices: int) -> list[int]:
+    """Give each choice a seed of its own: the first the request's."""
+    first = random.getrandbits(63) if seed is None else seed
+    return [derive_seed(first, "choice", index) if index else first for index in range(choices)]
 
 
 ReplicaDeployment = ray_serve.deployment(name="Replica")(Replica)

@@ -22,15 +22,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
-    "n": (1,),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
 }
 """Fields of OpenAI's that are not supported → the values that ask for nothing (null always does)."""
 
@@ -62,6 +59,8 @@ class TextRequest(BaseModel):
     """Draw from the likeliest tokens that hold this share of the probability."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     """Decides every draw; drawn itself where it is not given."""
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    """Answers to each prompt, drawn apart; 1 where it is not given."""
     stop: str | list[str] | None = None
     """Strings that end the text (and are not part of it); at most four, as OpenAI allows."""
 
@@ -85,6 +84,16 @@ class TextRequest(BaseModel):
         if len(self.stops) > 4 or "" in self.stops:
             raise BadRequestError("'stop' takes up to 4 strings, none of them empty", param="stop")
         return self
+
+    @property
+    def choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def scored(self) -> int | None:
+        """How many of the likeliest tokens to tell with each token's log-probability; None for nothing."""
+        raise NotImplementedError
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -130,6 +139,21 @@ class ChatRequest(TextRequest):
     """The conversation so far."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """OpenAI's newer name of `max_tokens`."""
+    logprobs: bool | None = None
+    """Tell each token's log-probability."""
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    """Only with `logprobs`: also those of this many of the likeliest tokens."""
+
+    @model_validator(mode="after")
+    def _scores(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise BadRequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
+        return self
+
+    @property
+    def scored(self) -> int | None:
+        """How many of the likeliest tokens to tell with each token's log-probability; None for nothing."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
@@ -142,14 +166,22 @@ class CompletionRequest(TextRequest):
 
     default_max_tokens: ClassVar[int | None] = 16
 
-    prompt: str | list[int] | Annotated[list[str], Field(min_length=1, max_length=1)]
-    """Text or token ids; a list holds one text."""
+    prompt: str | list[int] | Annotated[list[str] | list[list[int]], Field(min_length=1, max_length=128)]
+    """A text or token ids, or several of them."""
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    """Tell each token's log-probability, and those of this many of the likeliest tokens."""
 
     @property
-    def single(self) -> str | list[int]:
-        """The prompt without a list around a text."""
-        first = self.prompt[0] if self.prompt else self.prompt
-        return first if isinstance(self.prompt, list) and isinstance(first, str) else self.prompt  # type: ignore[return-value]
+    def scored(self) -> int | None:
+        """How many of the likeliest tokens to tell with each token's log-probability; None for nothing."""
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or more."""
+        if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)
 
 
 def _same(value: object, allowed: object) -> bool:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
 from rayft.errors import BadRequestError
+from rayft.serving.engine import TokenLogprob
+from rayft.serving.messages import TokenScore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextStream", "chat_tokens", "prompt_tokens"]
+__all__ = ["TextStream", "chat_tokens", "prompt_tokens", "score"]
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer writes for bytes that are no whole character yet."""
@@ -53,6 +56,29 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int
     if not tokens:
         raise BadRequestError("the prompt is empty; send at least one token", param="prompt")
     return tokens
+
+
+def score(tokenizer: PreTrainedTokenizerBase, entry: TokenLogprob) -> TokenScore:
+    """Write a token's log-probability, and those of the likeliest ones, with their text and bytes."""
+    top = tuple(TokenScore(*_spelled(tokenizer, token), value) for token, value in entry.top)
+    return TokenScore(*_spelled(tokenizer, entry.token), entry.logprob, top)
+
+
+def _spelled(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, tuple[int, ...]]:
+    text = str(tokenizer.decode([token]))
+    piece: Any = tokenizer.convert_ids_to_tokens(token)
+    table = _byte_of()
+    if UNFINISHED in text and isinstance(piece, str) and all(letter in table for letter in piece):
+        return text, tuple(table[letter] for letter in piece)
+    return text, tuple(text.encode())
+
+
+@lru_cache(maxsize=1)
+def _byte_of() -> dict[str, int]:
+    """Give the byte that each letter of a byte-level vocabulary stands for (GPT-2's table)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    other = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(other)}
 
 
 class TextStream:

@@ -132,6 +132,36 @@ def test_completions_answer_whole_and_streamed(server: Server) -> None:
     assert "".join(chunk.choices[0].text for chunk in stream) == whole.choices[0].text
 
 
+def test_choices_and_log_probabilities_are_openais(server: Server) -> None:
+    options: Any = {"model": "small", "messages": MESSAGES, "max_tokens": 5, "temperature": 1.2, "seed": 1}
+    whole = server.client.chat.completions.create(**options, n=2, logprobs=True, top_logprobs=2)
+    assert [choice.index for choice in whole.choices] == [0, 1]
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 10
+    streamed: dict[int, str] = {}
+    tokens: dict[int, int] = {}
+    for chunk in server.client.chat.completions.create(**options, n=2, logprobs=True, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] = streamed.get(choice.index, "") + (choice.delta.content or "")
+            found = choice.logprobs.content if choice.logprobs else None
+            tokens[choice.index] = tokens.get(choice.index, 0) + len(found or [])
+    assert streamed == {choice.index: choice.message.content for choice in whole.choices}
+    assert tokens == {0: 5, 1: 5}
+    for choice in whole.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert [len(token.top_logprobs) for token in choice.logprobs.content] == [2] * 5
+    texts = server.client.completions.create(
+        model="base", prompt=["hello", "hi"], max_tokens=4, temperature=0, logprobs=1
+    )
+    assert [choice.index for choice in texts.choices] == [0, 1]
+    scores = texts.choices[1].logprobs
+    assert scores is not None
+    assert scores.tokens is not None
+    assert scores.text_offset is not None
+    assert len(scores.tokens) == len(scores.text_offset) == 4
+
+
 def test_a_stream_is_made_of_server_sent_events(server: Server) -> None:
     body = {"model": "base", "messages": MESSAGES, "max_tokens": 3, "stream": True}
     answer = server.post("chat/completions", json=body)
@@ -167,7 +197,7 @@ def test_an_unknown_model_is_a_404(server: Server, stream: bool) -> None:
         ({"content": b"[]"}, None, "JSON object"),
         ({"json": {"messages": MESSAGES}}, "model", "'model' is missing"),
         ({"json": {"model": "base"}}, "messages", "'messages' is missing"),
-        ({"json": {"model": "base", "messages": MESSAGES, "n": 2}}, "n", "not supported"),
+        ({"json": {"model": "base", "messages": MESSAGES, "tools": [{}]}}, "tools", "not supported"),
         (
             {
                 "json": {

@@ -81,6 +81,52 @@ def test_the_seed_decides_what_is_drawn(replica: Replica) -> None:
     assert len(free) == 3
 
 
+def test_choices_are_drawn_apart_and_the_first_is_the_seeds_own(replica: Replica) -> None:
+    def texts(**extra: Any) -> list[str]:
+        made: dict[int, str] = {}
+        for delta in answer(replica, text(temperature=1.5, seed=3, **extra)):
+            made[delta.index] = made.get(delta.index, "") + delta.text
+        return [made[index] for index in sorted(made)]
+
+    alone, many = texts(), texts(n=3)
+    assert len(set(many)) == 3
+    assert many[0] == alone[0]
+    assert texts(n=3) == many
+    # Two answers to each of two prompts, in the order of the prompts.
+    both = texts(prompt=["hello", "world"], n=2)
+    assert both[:2] == many[:2]
+    assert both[2] == texts(prompt="world")[0]
+    last = answer(replica, text(["hello", "hi"], n=2))[-1]
+    assert last.prompt_tokens == sum(answer(replica, text(p))[0].prompt_tokens for p in ("hello", "hi"))
+
+
+def test_scores_spell_the_answer(replica: Replica) -> None:
+    deltas = answer(replica, text("caf\u00e9 \u2014", model="large", logprobs=2, temperature=1.4, seed=5))
+    scores = [score for delta in deltas for score in delta.scores]
+    whole = "".join(delta.text for delta in deltas)
+    assert len(scores) == deltas[-1].completion_tokens
+    assert bytes(byte for score in scores for byte in score.bytes).decode(errors="replace") == whole
+    for one in scores:
+        assert len(one.top) == 2
+        assert one.top[0].logprob >= max(one.top[1].logprob, one.logprob) - 1e-6
+        assert one.logprob <= 0
+
+
+def test_one_choice_that_fails_fails_the_request(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = replica._engine.submit
+
+    def failing(job: Any) -> Any:
+        if job.seed == 3:
+            raise ResourceError("the engine has stopped")
+        return submit(job)
+
+    monkeypatch.setattr(replica._engine, "submit", failing)
+    with pytest.raises(ResourceError, match="stopped"):
+        answer(replica, text(n=3, seed=3, max_tokens=3))
+    monkeypatch.undo()
+    assert asyncio.run(replica.stats())["engine"]["running"] == 0
+
+
 def test_without_a_limit_chat_takes_what_fits(replica: Replica) -> None:
     request = ChatRequest(model="base", messages=[Message(role="user", content="x" * 400)], temperature=0)
     last = answer(replica, request)[-1]

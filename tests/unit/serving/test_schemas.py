@@ -45,8 +45,10 @@ def test_bodies_that_are_no_json_object_are_refused(body: bytes, word: str) -> N
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"model": None}, "model"),
-        ({"n": 2}, "n"),
-        ({"logprobs": True}, "logprobs"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
@@ -68,10 +70,12 @@ def test_missing_fields_are_named(field: str) -> None:
     assert caught.value.param == field
 
 
-def test_logprobs_of_nothing_are_still_logprobs() -> None:
+def test_logprobs_are_a_number_of_texts_and_a_switch_of_chats() -> None:
+    assert [text(logprobs=count).scored for count in (None, 0, 5)] == [None, 0, 5]
+    assert [chat(logprobs=switch).scored for switch in (None, False, True)] == [None, None, 0]
+    assert chat(logprobs=True, top_logprobs=20).scored == 20
     with pytest.raises(BadRequestError, match="logprobs"):
-        text(logprobs=0)
-    assert text(logprobs=None) == text()
+        text(logprobs=6)
 
 
 @pytest.mark.parametrize("field", sorted(NEUTRAL))
@@ -107,8 +111,9 @@ def test_messages_become_what_templates_want() -> None:
     assert [message.plain() for message in request.messages] == wanted
 
 
-def test_a_prompt_is_text_tokens_or_a_list_of_one_text() -> None:
-    assert [text(prompt=p).single for p in ("a", ["a"], [1, 2])] == ["a", "a", [1, 2]]
-    for wrong in (["a", "b"], [[1], [2]], 3):
+def test_a_prompt_is_a_text_or_tokens_or_several() -> None:
+    asked = ("a", ["a", "b"], [1, 2], [[1], [2, 3]])
+    assert [text(prompt=p).prompts for p in asked] == [["a"], ["a", "b"], [[1, 2]], [[1], [2, 3]]]
+    for wrong in ([["a"]], [1, "a"], 3, {"a": 1}):
         with pytest.raises(BadRequestError, match="prompt"):
             text(prompt=wrong)
