@@ -48,6 +48,8 @@ class Form(ABC):
     chunk_object: str
 
     def __init__(self, model: str) -> None:
+        self.fingerprint = ""
+        """Content hash of the adapter that answers."""
         self._id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
@@ -83,7 +85,8 @@ class Form(ABC):
         return {**self._head(self.object), "choices": made, "usage": usage(choices)}
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        known = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        return {**known, "system_fingerprint": self.fingerprint or None}
 
 
 class ChatForm(Form):

@@ -16,9 +16,12 @@ import torch
 from rayft.errors import ResourceError
 from rayft.models.load import load_model, resolve
 from rayft.models.targets import linear_shapes
+from rayft.registry.store import MlflowRegistry
 from rayft.serving.catalog import BaseModel, check_adapter
 from rayft.serving.config import ServeConfig
+from rayft.serving.director import DirectorDeployment, initial
 from rayft.serving.ingress import IngressDeployment
+from rayft.serving.keys import resolved
 from rayft.serving.replica import ReplicaDeployment
 
 __all__ = ["APPLICATION", "build_app", "preflight", "run"]
@@ -33,26 +36,36 @@ WAITING_PER_RUNNING = 4
 def build_app(config: ServeConfig) -> ray_serve.Application:
     """Bind ingress and replicas.
 
-    Adapters are passed as `user_config`, which `serve/config.yaml` can override: a deploy that changes
-    nothing else there is handed to every running replica and restarts none.
+    `serve/config.yaml` can set a `user_config` of the director with other adapters: a deploy that changes
+    nothing else is handed to all running replicas and restarts none.
+
+    Raises:
+        ConfigError: if a key is not where it should be.
     """
     device = _device(config)
-    # A replica may run in another folder than the one that relative paths were written for.
-    adapters = {name: str(Path(folder).expanduser().absolute()) for name, folder in config.adapters.items()}
+    config = _absolute(config)
     replica = ReplicaDeployment.options(
         num_replicas=config.replicas,
         max_ongoing_requests=config.max_running * (1 + WAITING_PER_RUNNING),
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": 1 if device == "cuda" else 0},
-        user_config={"adapters": adapters},
+        # So that it is asked to `reconfigure` itself when it starts.
+        user_config={},
         graceful_shutdown_timeout_s=5,
-    ).bind(config.model_copy(update={"adapters": {}}), device)
+    ).bind(config, device)
+    director = DirectorDeployment.options(
+        num_replicas=1,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+        user_config={},
+        graceful_shutdown_timeout_s=5,
+    ).bind(config, replica)
     ingress = IngressDeployment.options(
         max_ongoing_requests=config.replicas * config.max_running * (1 + WAITING_PER_RUNNING),
         # It only passes text on; a whole core would be missed by the replicas.
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=5,
     )
-    return ingress.bind(replica)
+    return ingress.bind(replica, director, resolved(config.keys), config.roots)
 
 
 def preflight(config: ServeConfig) -> None:
@@ -65,12 +78,14 @@ def preflight(config: ServeConfig) -> None:
     """
     _check_port(config.host, config.port)
     resolve(config.model)
+    resolved(config.keys)
     if not config.adapters:
         return
     loaded = load_model(config.model, torch.bfloat16)
     base = BaseModel(config.model.name, loaded.fingerprint, linear_shapes(loaded.model))
-    for name, folder in config.adapters.items():
-        check_adapter(name, folder, base)
+    registry = MlflowRegistry(config.registry) if config.registry else None
+    for deployed in initial(config, registry).versions:
+        check_adapter(deployed.name, deployed.folder, base)
 
 
 def run(config: ServeConfig, *, blocking: bool = True) -> None:
@@ -98,6 +113,21 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
         )
     if blocking:
         _wait_for_interrupt()
+
+
+def _absolute(config: ServeConfig) -> ServeConfig:
+    """Write folders so that they mean the same wherever a replica runs."""
+
+    def absolute(place: str) -> str:
+        return place if ":/" in place else str(Path(place).expanduser().absolute())
+
+    return config.model_copy(
+        update={
+            "adapters": {name: absolute(source) for name, source in config.adapters.items()},
+            "roots": tuple(map(absolute, config.roots)),
+            "fetched": absolute(config.fetched),
+        }
+    )
 
 
 def _startup_error() -> str | None:

@@ -1,30 +1,35 @@
-"""Which names are served: each adapter is read, checked against the base, and only then loaded.
+"""What one replica serves: adapters are checked against the base, prepared, and only then served.
 
-A name is the base (`base` or the base's own name), an adapter (`name`), or a squeezed adapter at a
-lower rank (`name@r8`), which shares the adapter's tensors. What a name stands for may change while
-requests run: those keep what they began with, and it is freed when the last of them ends.
+A change comes in two steps, so that several replicas make it together or not at all: `prepare` reads and
+checks all that is new and brings it to the device as far as there is room; `commit` lets requests see it.
+A request keeps what it began with; what is replaced is freed when the last of them ends.
+
+Adapters live on the device, in (pinned) host memory and on disk. Limits are bytes. Beyond them the least
+recently used moves down, never one that a request uses, nor one that is pinned.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from itertools import count
-from pathlib import Path
+from typing import Literal
 
 import torch
 
 from rayft.artifacts import AdapterArtifact, ModuleShapes, folder_bytes
-from rayft.errors import ArtifactError, SqueezeError, UnknownModelError
+from rayft.errors import ArtifactError, ResourceError, UnknownModelError
 from rayft.methods.base import LoraFactors
-from rayft.serving.config import BASE_NAME
 from rayft.serving.engine import Engine
-from rayft.serving.messages import ModelCard
+from rayft.serving.messages import BASE_NAME, ModelCard
+from rayft.serving.state import Asked, Deployed, Served, parse_model
 
-__all__ = ["BaseModel", "Catalog", "check_adapter"]
+__all__ = ["BaseModel", "Catalog", "Lease", "Limits", "check_adapter"]
+
+ROOM_SECONDS = 30.0
+"""How long a request waits for room on the device."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,48 @@ class BaseModel:
     """Its linear layers."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that adapters may take; None is no limit."""
+
+    device: int | None = None
+    host: int | None = None
+
+
+@dataclass(frozen=True)
+class Lease:
+    """What answers a request."""
+
+    adapter: str | None
+    """The engine's name of it; None for the base."""
+    name: str
+    """The served name, for metrics."""
+    version: str = ""
+    content_hash: str = ""
+
+
+@dataclass(eq=False)
 class _Entry:
+    deployed: Deployed
     card: ModelCard
-    artifact: AdapterArtifact
     key: str
+    artifact: AdapterArtifact | None
+    """In host memory."""
+    bytes: int
+    """What it takes on the device."""
+    placed: AdapterArtifact | None = None
+    """On the device, loaded into the engine."""
     keys: set[str] = field(default_factory=set)
     leases: int = 0
     retired: bool = False
+    used: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def tier(self) -> Literal["device", "host", "disk"]:
+        if self.placed is not None:
+            return "device"
+        return "disk" if self.artifact is None else "host"
 
 
 def check_adapter(name: str, folder: str, base: BaseModel) -> AdapterArtifact:
@@ -73,126 +112,276 @@ def _check_generates(artifact: AdapterArtifact, folder: str) -> None:
         )
 
 
+def nobody(_name: str, _what: str) -> None:
+    """Listen to loads and evictions, and do nothing."""
+
+
 class Catalog:
-    """The served names of one replica."""
+    """The served adapters of one replica."""
 
-    def __init__(self, base: BaseModel, engine: Engine, dtype: torch.dtype, device: str) -> None:
-        self._base, self._engine = base, engine
+    def __init__(
+        self,
+        base: BaseModel,
+        engine: Engine,
+        dtype: torch.dtype,
+        device: str,
+        limits: Limits | None = None,
+        told: Callable[[str, str], None] = nobody,
+    ) -> None:
+        """Serve the base alone; `told` hears of each `load` and `eviction` of a name."""
+        self._base, self._engine, self._told = base, engine, told
         self._dtype, self._device = dtype, device
+        self._limits = limits or Limits()
         self._entries: dict[str, _Entry] = {}
-        self._versions = count()
-        self.refused: str | None = None
-        """Why the last change of adapters was refused; None if it was not."""
+        self._prepared: dict[int, tuple[Served, list[_Entry]]] = {}
+        self._taken = 0
+        self._numbers, self._uses = count(), count(1)
+        self._freed = asyncio.Event()
+        self.served = Served()
+        """What is served now."""
 
-    async def sync(self, adapters: Mapping[str, str]) -> None:
-        """Serve exactly these adapters (name → folder), touching none whose content is the same.
-
-        Everything is checked before anything changes.
+    async def prepare(self, served: Served) -> None:
+        """Read and check all that is new; what is served stays as it is.
 
         Raises:
-            ArtifactError: as `check_adapter`; what was served is served on.
+            ArtifactError: as `check_adapter`, or if a folder no longer holds what it held.
+            ResourceError: if a pinned adapter has no room.
         """
+        await self.abandon(served.number)
+        made: list[_Entry] = []
+        self._prepared[served.number] = (served, made)
         try:
-            checked = {
-                name: await asyncio.to_thread(check_adapter, name, folder, self._base)
-                for name, folder in adapters.items()
-            }
-        except ArtifactError as error:
-            self.refused = str(error)
+            for deployed in served.versions:
+                if not self._has(deployed):
+                    made.append(await self._entry(deployed))
+        except BaseException:
+            await self.abandon(served.number)
             raise
-        self.refused = None
-        for name in set(self._entries) - set(checked):
-            self._retire(name)
-        for name, artifact in checked.items():
-            card = self._card(name, adapters[name], artifact)
-            old = self._entries.get(name)
-            if old is None or old.card != card:
-                entry = self._load(card, artifact)
-                self._retire(name)
-                self._entries[name] = entry
+
+    async def commit(self, number: int) -> None:
+        """Serve what was prepared under a number; one that was not prepared changes nothing."""
+        served, made = self._prepared.pop(number, (None, []))
+        if served is None:
+            return
+        self.served = served
+        fresh = {entry.deployed.id: entry for entry in made}
+        kept = {deployed.id for deployed in served.versions}
+        for name in list(self._entries):
+            if name in fresh or name not in kept:
+                self._retire(self._entries.pop(name))
+        self._entries |= fresh
+        for deployed in served.versions:
+            entry = self._entries[deployed.id]
+            entry.deployed = deployed
+            entry.card = replace(entry.card, aliases=deployed.aliases, pinned=deployed.pinned)
+
+    async def abandon(self, number: int) -> None:
+        """Free what was prepared under a number."""
+        _, made = self._prepared.pop(number, (None, []))
+        for entry in made:
+            self._retire(entry)
 
     def cards(self) -> list[ModelCard]:
-        """List the base and the adapters."""
-        base = ModelCard(id=BASE_NAME, root=self._base.name)
-        return [base, *(entry.card for entry in self._entries.values())]
+        """List the base and the adapters: each name, and each version of it."""
+        cards = [ModelCard(id=BASE_NAME, root=self._base.name)]
+        return cards + [self._entries[deployed.id].card for deployed in self.served.versions]
 
-    @contextmanager
-    def lease(self, model: str) -> Iterator[str | None]:
-        """Resolve a request's `model` and keep it loaded meanwhile: gives the engine's adapter name.
+    def tiers(self) -> dict[str, str]:
+        """Say where each version is: its id → device, host or disk."""
+        return {name: entry.tier for name, entry in self._entries.items()}
+
+    @asynccontextmanager
+    async def lease(self, model: str) -> AsyncIterator[Lease]:
+        """Resolve a request's `model`, bring it to the device, and keep it there meanwhile.
 
         Raises:
             UnknownModelError: if nothing is served under that name.
+            ResourceError: if there is no room for it on the device.
         """
         if model in (BASE_NAME, self._base.name):
-            yield None
+            yield Lease(None, BASE_NAME)
             return
-        entry, key = self._resolve(model)
+        asked = parse_model(model)
+        deployed = self.served.pick(asked)
+        entry = self._entries[deployed.id]
+        _check_rank(entry, asked)
         entry.leases += 1
+        entry.used = next(self._uses)
         try:
-            yield key
+            await self._bring(entry)
+            key = self._at_rank(entry, asked.rank)
+            yield Lease(key, deployed.name, str(deployed.version), deployed.content_hash)
         finally:
             entry.leases -= 1
-            self._free(entry)
+            self._freed.set()
+            if entry.retired and not entry.leases:
+                self._off_device(entry)
 
-    def _resolve(self, model: str) -> tuple[_Entry, str]:
-        found = re.fullmatch(r"(.+)@r(\d+)", model)
-        name, rank = (found[1], int(found[2])) if found else (model, None)
-        entry = self._entries.get(name)
-        if entry is None:
-            served = ", ".join([BASE_NAME, *self._entries])
-            refused = f" (the last change was refused: {self.refused})" if self.refused else ""
-            raise UnknownModelError(
-                f"no model '{model}' is served here; served are {served}{refused}", param="model"
+    def _has(self, deployed: Deployed) -> bool:
+        entry = self._entries.get(deployed.id)
+        return entry is not None and entry.deployed.content_hash == deployed.content_hash
+
+    async def _entry(self, deployed: Deployed) -> _Entry:
+        """Read an adapter, and bring it to the device if it is pinned or there is room."""
+        artifact = await asyncio.to_thread(self._read, deployed)
+        size = sum(f.b.numel() + (0 if f.columns else f.a.numel()) for f in artifact.modules.values())
+        entry = _Entry(
+            deployed, self._card(deployed, artifact), f"{deployed.id}#{next(self._numbers)}", artifact,
+            size * self._dtype.itemsize,
+        )  # fmt: skip
+        limit = self._limits.device
+        if deployed.pinned or limit is None or self._taken + entry.bytes <= limit:
+            await self._bring(entry)
+        else:
+            self._fit_host()
+        return entry
+
+    def _read(self, deployed: Deployed) -> AdapterArtifact:
+        artifact = check_adapter(deployed.name, deployed.folder, self._base)
+        if artifact.content_hash != deployed.content_hash:
+            raise ArtifactError(
+                f"{deployed.folder} holds {artifact.content_hash} now, not {deployed.content_hash} as when "
+                f"'{deployed.name}' was loaded; load it again"
             )
-        if rank is None:
-            return entry, entry.key
-        try:
-            view = entry.artifact.at_rank(rank)
-        except SqueezeError as error:
-            raise UnknownModelError(f"'{model}' can't be served: {error}", param="model") from error
-        if rank >= entry.artifact.rank:
-            return entry, entry.key
+        if not self._device.startswith("cuda"):
+            return artifact
+        pinned = {
+            name: LoraFactors(f.a.pin_memory(), f.b.pin_memory(), f.scale, f.columns)
+            for name, f in artifact.modules.items()
+        }
+        return AdapterArtifact(pinned, meta=artifact.meta)
+
+    async def _bring(self, entry: _Entry) -> None:
+        """Bring an entry to the device; others that ask for it meanwhile wait for the same."""
+        async with entry.lock:
+            if entry.placed is not None:
+                return
+            artifact = entry.artifact
+            if artifact is None:
+                artifact = await asyncio.to_thread(self._read, entry.deployed)
+            await self._make_room(entry)
+            self._taken += entry.bytes
+            try:
+                placed = await asyncio.to_thread(self._place, artifact)
+                await asyncio.to_thread(self._engine.load, entry.key, placed.modules)
+            except BaseException:
+                self._taken -= entry.bytes
+                raise
+            entry.placed = placed
+            entry.keys.add(entry.key)
+            # On a CPU both are the same memory.
+            entry.artifact = artifact if self._device.startswith("cuda") else None
+            self._told(entry.deployed.name, "load")
+            self._fit_host()
+
+    async def _make_room(self, entry: _Entry) -> None:
+        limit = self._limits.device
+        if limit is None:
+            return
+        if entry.bytes > limit:
+            raise ResourceError(
+                f"'{entry.deployed.name}' takes {entry.bytes:,} bytes, more than the {limit:,} that adapters "
+                "may have on the device; squeeze it, or raise device_bytes"
+            )
+        deadline = asyncio.get_running_loop().time() + ROOM_SECONDS
+        while self._taken + entry.bytes > limit:
+            idle = [
+                other
+                for other in self._entries.values()
+                if other.placed is not None and not other.leases and not other.deployed.pinned
+            ]
+            if idle:
+                victim = min(idle, key=lambda other: other.used)
+                self._off_device(victim)
+                self._told(victim.deployed.name, "eviction")
+                continue
+            self._freed.clear()
+            left = deadline - asyncio.get_running_loop().time()
+            try:
+                await asyncio.wait_for(self._freed.wait(), max(left, 0.001))
+            except TimeoutError as error:
+                raise ResourceError(
+                    f"there is no room for '{entry.deployed.name}' on the device: all adapters there are in "
+                    "use or pinned; try again, or raise device_bytes"
+                ) from error
+
+    def _fit_host(self) -> None:
+        """Forget what is in host memory beyond its limit; it can be read from disk again."""
+        limit = self._limits.host
+        held = sorted(
+            (entry for entry in self._entries.values() if entry.artifact is not None),
+            key=lambda entry: entry.used,
+        )
+        while limit is not None and held and sum(entry.bytes for entry in held) > limit:
+            held.pop(0).artifact = None
+
+    def _place(self, artifact: AdapterArtifact) -> AdapterArtifact:
+        """Copy factors to the device once: lower ranks are then views."""
+        modules = {}
+        for name, f in artifact.modules.items():
+            # A selector is served by its columns: its dense A stays where it is.
+            a = f.a if f.columns else f.a.to(self._device, self._dtype, non_blocking=True)
+            modules[name] = LoraFactors(
+                a, f.b.to(self._device, self._dtype, non_blocking=True), f.scale, f.columns
+            )
+        if self._device.startswith("cuda"):
+            torch.cuda.current_stream().synchronize()
+        return AdapterArtifact(modules, meta=artifact.meta)
+
+    def _at_rank(self, entry: _Entry, rank: int | None) -> str:
+        assert entry.placed is not None
+        if rank is None or rank >= entry.placed.rank:
+            return entry.key
         key = f"{entry.key}@r{rank}"
         if key not in entry.keys:
-            self._engine.load(key, view.modules)
+            self._engine.load(key, entry.placed.at_rank(rank).modules)
             entry.keys.add(key)
-        return entry, key
+        return key
 
-    def _load(self, card: ModelCard, artifact: AdapterArtifact) -> _Entry:
-        # Placed once: the engine's casts are then no copies, and every lower rank is a view.
-        modules = {name: self._place(factors) for name, factors in artifact.modules.items()}
-        placed = AdapterArtifact(modules=modules, meta=artifact.meta)
-        key = f"{card.id}#{next(self._versions)}"
-        self._engine.load(key, placed.modules)
-        return _Entry(card, placed, key, {key})
+    def _retire(self, entry: _Entry) -> None:
+        entry.retired = True
+        if not entry.leases:
+            self._off_device(entry)
 
-    def _place(self, factors: LoraFactors) -> LoraFactors:
-        b = factors.b.to(self._device, self._dtype)
-        # A selector is served by its columns: its dense A stays where it is.
-        a = factors.a if factors.columns else factors.a.to(self._device, self._dtype)
-        return LoraFactors(a, b, factors.scale, factors.columns)
+    def _off_device(self, entry: _Entry) -> None:
+        if entry.placed is None:
+            return
+        while entry.keys:
+            self._engine.unload(entry.keys.pop())
+        entry.placed = None
+        self._taken -= entry.bytes
+        self._freed.set()
 
-    def _retire(self, name: str) -> None:
-        entry = self._entries.pop(name, None)
-        if entry is not None:
-            entry.retired = True
-            self._free(entry)
-
-    def _free(self, entry: _Entry) -> None:
-        if entry.retired and not entry.leases:
-            while entry.keys:
-                self._engine.unload(entry.keys.pop())
-
-    def _card(self, name: str, folder: str, artifact: AdapterArtifact) -> ModelCard:
+    def _card(self, deployed: Deployed, artifact: AdapterArtifact) -> ModelCard:
         return ModelCard(
-            id=name,
-            root=str(Path(folder)),
+            id=deployed.name,
+            root=deployed.folder,
             base=self._base.name,
             rank=artifact.rank,
             method=artifact.meta.method,
             parameters=artifact.parameters,
-            bytes=folder_bytes(folder),
+            bytes=folder_bytes(deployed.folder),
             content_hash=artifact.content_hash,
             parent=artifact.meta.parent or None,
             squeezed=artifact.squeezed,
+            version=deployed.version,
+            aliases=deployed.aliases,
+            source=deployed.source,
+            pinned=deployed.pinned,
         )
+
+
+def _check_rank(entry: _Entry, asked: Asked) -> None:
+    """Refuse a rank that the adapter has no view of."""
+    if asked.rank is None:
+        return
+    why = ""
+    if asked.rank < 1:
+        why = f"rank {asked.rank} is not positive; ask for 1 to {entry.card.rank}"
+    elif not entry.card.squeezed:
+        why = (
+            "this adapter was never squeezed, so its columns are not sorted and a prefix means nothing; run "
+            "`rayft squeeze` on it first"
+        )
+    if why:
+        raise UnknownModelError(f"'{asked.text}' can't be served: {why}", param="model")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayft.config import Section
+from rayft.errors import SqueezeError
 from rayft.models.load import ModelConfig
+from rayft.serving.keys import KeyConfig
+from rayft.serving.messages import BASE_NAME, NAME
+from rayft.squeeze.budget import parse_bytes
 
-__all__ = ["BASE_NAME", "ServeConfig"]
+__all__ = ["ServeConfig"]
 
-BASE_NAME = "base"
-"""The `model` of a request that wants no adapter (the base's own name does as well)."""
+LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
 class ServeConfig(Section):
@@ -23,7 +26,35 @@ class ServeConfig(Section):
     """The base."""
 
     adapters: dict[str, str] = {}
-    """Name in the `model` field → adapter folder, which every replica must be able to read."""
+    """Name in the `model` field → where the adapter is: a folder, `models:/name@alias` (followed when the
+    alias moves), `models:/name/3`, or a URL that fsspec reads (`s3://bucket/adapters/one`)."""
+
+    pinned: tuple[str, ...] = ()
+    """Names of adapters that stay on the device."""
+
+    registry: str | None = None
+    """MLflow's URI, for `models:/…`."""
+
+    follow_seconds: float = Field(default=5.0, gt=0)
+    """How often `models:/name@alias` is looked up again."""
+
+    roots: tuple[str, ...] = ()
+    """Folders and URL prefixes below which adapters may be loaded over HTTP; none where not given."""
+
+    fetched: str = "runs/serving/adapters"
+    """Folder for what is fetched from registries and URLs, which every replica must be able to read."""
+
+    max_adapter_bytes: str = "2GB"
+    """Largest adapter that is loaded."""
+
+    device_bytes: str | None = None
+    """Bytes of adapters on the device (on a CPU: in memory); beyond, the least recently used moves out."""
+
+    host_bytes: str | None = None
+    """Bytes of adapters kept in pinned host memory for a GPU; beyond, they are read from disk again."""
+
+    keys: tuple[KeyConfig, ...] = ()
+    """Who may ask; anyone where there are none, which only an address of this machine alone allows."""
 
     host: str = "127.0.0.1"
     """Address to listen on (`serve deploy` takes it from `http_options` of its own file)."""
@@ -65,9 +96,36 @@ class ServeConfig(Section):
         for name in adapters:
             if name == BASE_NAME:
                 raise ValueError(f"'{BASE_NAME}' is the base itself; give the adapter another name")
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            if not re.fullmatch(NAME, name):
                 raise ValueError(
                     f"'{name}' can't be an adapter's name: use letters, digits, '.', '_' and '-' "
                     "('@' is for ranks, as in name@r8)"
                 )
         return adapters
+
+    @field_validator("max_adapter_bytes", "device_bytes", "host_bytes")
+    @classmethod
+    def _sizes(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_bytes(value)
+            except SqueezeError as error:
+                raise ValueError(str(error)) from error
+        return value
+
+    @model_validator(mode="after")
+    def _known_names(self) -> ServeConfig:
+        unknown = [name for name in self.pinned if name not in self.adapters]
+        if unknown:
+            raise ValueError(f"pinned: there is no adapter '{unknown[0]}'")
+        wanted = [name for name, source in self.adapters.items() if source.startswith("models:/")]
+        if wanted and self.registry is None:
+            raise ValueError(
+                f"adapter '{wanted[0]}' is in MLflow's registry: say where that is with registry"
+            )
+        if not self.keys and self.host not in LOCAL:
+            raise ValueError(
+                f"host {self.host} can be reached from elsewhere, so callers need keys: give keys, with an "
+                "admin's among them, or listen on 127.0.0.1"
+            )
+        return self

@@ -6,21 +6,28 @@
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
+from importlib.resources import files
 from typing import Any
 
 import ray.serve as ray_serve
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from ray.exceptions import RayTaskError
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from rayft.errors import RequestError, UnknownModelError
+from rayft.errors import RequestError, ResourceError, UnknownModelError
 from rayft.serving.answers import ChatForm, Form, TextForm, collected, describe_error, events
-from rayft.serving.messages import Delta, ModelCard
-from rayft.serving.schemas import ChatRequest, CompletionRequest, parse_request
+from rayft.serving.keys import Caller, ForbiddenError, KeyConfig, identify
+from rayft.serving.messages import BASE_NAME, Delta, ModelCard
+from rayft.serving.openapi import openapi
+from rayft.serving.schemas import ChatRequest, CompletionRequest, LoadRequest, parse_request
+from rayft.serving.state import parse_model
 
 __all__ = ["Ingress", "IngressDeployment", "api"]
+
+TRAFFIC = ("requests", "tokens", "errors")
 
 api = FastAPI(title="rayft", openapi_url=None)
 
@@ -28,56 +35,179 @@ api = FastAPI(title="rayft", openapi_url=None)
 @api.exception_handler(Exception)
 @api.exception_handler(HTTPException)
 @api.exception_handler(RequestError)
+@api.exception_handler(RequestValidationError)
+@api.exception_handler(ResourceError)
 @api.exception_handler(RayTaskError)
 async def _answer_error(_: Request, error: Exception) -> JSONResponse:
     status, body = describe_error(error)
     return JSONResponse(body, status_code=status)
 
 
+def _first(cards: list[ModelCard]) -> list[ModelCard]:
+    """Leave out a name's canary: the version that was there before stands for it."""
+    return list({card.id: card for card in reversed(cards)}.values())[::-1]
+
+
 @ray_serve.ingress(api)
 class Ingress:
     """The routes."""
 
-    def __init__(self, replica: DeploymentHandle[Any]) -> None:
-        self._replica = replica
+    def __init__(
+        self,
+        replica: DeploymentHandle[Any],
+        director: DeploymentHandle[Any],
+        keys: tuple[KeyConfig, ...] = (),
+        roots: tuple[str, ...] = (),
+    ) -> None:
+        self._replica, self._director = replica, director
         self._streaming = replica.options(stream=True)
+        self._keys, self._roots = keys, roots
         self._created = int(time.time())
+
+    @api.get("/", include_in_schema=False)
+    async def page(self) -> HTMLResponse:
+        """Show the adapters to a person."""
+        return HTMLResponse(files("rayft.serving").joinpath("page.html").read_text())
+
+    @api.get("/openapi.json", include_in_schema=False)
+    async def openapi(self) -> dict[str, Any]:
+        """Describe the interface."""
+        return openapi()
 
     @api.get("/healthz")
     async def healthz(self) -> dict[str, Any]:
-        """Say that a replica answers, what its engine has done, and what it refused to load."""
-        return {"status": "ok", **await self._replica.stats.remote()}
+        """Say that this process lives, and what a replica's engine has done."""
+        return {"status": "ok", "engine": (await self._replica.stats.remote())["engine"]}
+
+    @api.get("/readyz")
+    async def readyz(self) -> Response:
+        """Say whether requests can be answered: a replica and the director do."""
+        try:
+            number = await self._director.number.remote()
+            await self._replica.serving.remote()
+        except RayError as error:
+            body = {"status": "not ready", "reason": type(error).__name__}
+            return JSONResponse(body, status_code=503)
+        return JSONResponse({"status": "ready", "change": number})
 
     @api.get("/v1/models")
-    async def models(self) -> dict[str, Any]:
-        """List the base and the adapters."""
-        cards = await self._replica.models.remote()
-        return {"object": "list", "data": [self._model(card) for card in cards]}
+    async def models(self, request: Request) -> dict[str, Any]:
+        """List the base and the adapters that the caller may ask for."""
+        cards = await self._cards(self._caller(request))
+        return {"object": "list", "data": [self._model(card) for card in _first(cards)]}
 
     @api.get("/v1/models/{name:path}")
-    async def model(self, name: str) -> dict[str, Any]:
+    async def model(self, request: Request, name: str) -> dict[str, Any]:
         """Describe one of them."""
-        for card in await self._replica.models.remote():
-            if card.id == name:
+        for card in await self._cards(self._caller(request)):
+            if name == card.id or (card.version and name == f"{card.id}@{card.version}"):
                 return self._model(card)
         raise UnknownModelError(f"no model '{name}' is served here; see /v1/models", param="model")
 
     @api.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
-        parsed = parse_request(ChatRequest, await request.body())
-        return await self._answer(parsed, ChatForm(parsed.model))
+        parsed = parse_request(ChatRequest, await self._body(request))
+        return await self._answer(self._caller(request), parsed, ChatForm(parsed.model))
 
     @api.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
         """Continue a text."""
-        parsed = parse_request(CompletionRequest, await request.body())
-        return await self._answer(parsed, TextForm(parsed.model))
+        parsed = parse_request(CompletionRequest, await self._body(request))
+        return await self._answer(self._caller(request), parsed, TextForm(parsed.model))
 
-    async def _answer(self, request: ChatRequest | CompletionRequest, form: Form) -> Response:
+    @api.get("/v1/adapters")
+    async def adapters(self, request: Request) -> dict[str, Any]:
+        """List the adapters that the caller may see, with where they are and what they did."""
+        caller = self._caller(request)
+        data = await self._described(caller)
+        about = await self._director.adapters.remote()
+        refused = {"refused": about["refused"]} if caller.admin else {}
+        return {"object": "list", "data": data, "change": about["served"].number, **refused}
+
+    @api.post("/v1/adapters", status_code=201)
+    async def load(self, request: Request) -> JSONResponse:
+        """Serve an adapter under a name, on all replicas or on none."""
+        self._admin(request)
+        wanted = parse_request(LoadRequest, await self._body(request))
+        wanted.check(self._roots)
+        made = await self._director.load.remote(wanted.name, wanted.source, wanted.weight, wanted.pinned)
+        return JSONResponse(asdict(made), status_code=201)
+
+    @api.get("/v1/adapters/{name}")
+    async def adapter(self, request: Request, name: str) -> dict[str, Any]:
+        """Describe one name's versions."""
+        found = [one for one in await self._described(self._caller(request)) if one["id"] == name]
+        if not found:
+            raise UnknownModelError(f"no adapter '{name}' is served here; see /v1/adapters", param="name")
+        return {"object": "adapter", "id": name, "versions": found}
+
+    @api.delete("/v1/adapters/{name}")
+    async def unload(self, request: Request, name: str) -> dict[str, Any]:
+        """Serve a name no more; what runs with it ends first."""
+        self._admin(request)
+        await self._director.unload.remote(name)
+        return {"object": "adapter", "id": name, "deleted": True}
+
+    @api.post("/v1/adapters/{name}/promote")
+    async def promote(self, request: Request, name: str) -> dict[str, Any]:
+        """Give all of a name's traffic to its canary."""
+        self._admin(request)
+        return asdict(await self._director.promote.remote(name))
+
+    @api.post("/v1/adapters/{name}/rollback")
+    async def rollback(self, request: Request, name: str) -> dict[str, Any]:
+        """Take back a canary, or the last change of a name."""
+        self._admin(request)
+        return asdict(await self._director.rollback.remote(name))
+
+    def _caller(self, request: Request) -> Caller:
+        return identify(self._keys, request.headers.get("authorization"))
+
+    def _admin(self, request: Request) -> None:
+        if not self._caller(request).admin:
+            raise ForbiddenError("this needs an admin's key")
+
+    async def _body(self, request: Request) -> bytes:
+        # Who may not ask at all is told so before what is asked is looked at.
+        self._caller(request)
+        return await request.body()
+
+    async def _cards(self, caller: Caller) -> list[ModelCard]:
+        cards: list[ModelCard] = await self._replica.models.remote()
+        return [card for card in cards if caller.may_ask(card.id)]
+
+    async def _described(self, caller: Caller) -> list[dict[str, Any]]:
+        """Describe each version that a caller may see."""
+        about = await self._director.adapters.remote()
+        served, tiers = about["served"], about["tiers"]
+        traffic = await self._replica.broadcast("stats").results_async(timeout_s=10, return_exceptions=True)
+        found = []
+        for card in await self._cards(caller):
+            if card.id == BASE_NAME:
+                continue
+            key = f"{card.id}@{card.version}"
+            did = [one["traffic"].get(key, {}) for one in traffic if isinstance(one, dict)]
+            share = served.weights.get(card.id)
+            newest = served.of(card.id)[-1:]
+            if share is not None and newest and newest[0].version != card.version:
+                share = 1 - share
+            found.append({
+                **self._model(card), "object": "adapter", "weight": 1.0 if share is None else share,
+                "tiers": [one.get(key, "disk") for one in tiers],
+                "traffic": {what: sum(one.get(what, 0) for one in did) for what in TRAFFIC},
+            })  # fmt: skip
+        return found
+
+    async def _answer(self, caller: Caller, request: ChatRequest | CompletionRequest, form: Form) -> Response:
+        name = parse_model(request.model).name
+        if not caller.may_ask(name):
+            # As if it were not there: a key tells nothing of what others use.
+            raise UnknownModelError(f"no model '{request.model}' is served here", param="model")
         deltas: AsyncIterator[Delta] = aiter(self._streaming.generate.remote(request))  # type: ignore[arg-type]
         # The first delta says that the request was accepted: before it an error still has a status.
         first = await anext(deltas)
+        form.fingerprint = first.fingerprint
         if request.stream:
             counts = request.stream_options is not None and request.stream_options.include_usage
             body = events(form, first, deltas, counts)
@@ -86,7 +216,7 @@ class Ingress:
         return JSONResponse(form.whole(await collected(first, deltas)))
 
     def _model(self, card: ModelCard) -> dict[str, Any]:
-        about = {key: value for key, value in asdict(card).items() if value is not None}
+        about = {key: value for key, value in asdict(card).items() if value not in (None, ())}
         return {**about, "object": "model", "created": self._created, "owned_by": "rayft"}
 
 

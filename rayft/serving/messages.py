@@ -9,7 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Delta", "ModelCard", "TokenScore"]
+__all__ = ["BASE_NAME", "NAME", "Delta", "ModelCard", "TokenScore"]
+
+BASE_NAME = "base"
+"""The `model` of a request that wants no adapter (the base's own name does as well)."""
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""What an adapter may be called."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Delta:
     """Which choice it is of."""
     scores: tuple[TokenScore, ...] = ()
     """The new tokens' log-probabilities, where they were asked for."""
+    fingerprint: str = ""
+    """Of the first: the content hash of the adapter that answers; empty for the base."""
 
 
 @dataclass(frozen=True)
@@ -66,3 +74,11 @@ class ModelCard:
     """Content hash of the adapter that it was squeezed from."""
     squeezed: bool | None = None
     """Whether `id@rK` serves it at a lower rank K."""
+    version: int | None = None
+    """`id@version` means it whatever `id` comes to mean."""
+    aliases: tuple[str, ...] = ()
+    """`id@alias` means it, as long as the registry's alias stays."""
+    source: str | None = None
+    """What it was loaded from."""
+    pinned: bool | None = None
+    """Whether it stays on the device."""

@@ -5,38 +5,46 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
 import ray.serve as ray_serve
 import torch
+from ray.exceptions import RayError
 
-from rayft.errors import ArtifactError, BadRequestError, ResourceError
+from rayft.errors import BadRequestError, RayftError, ResourceError
 from rayft.models.load import load_model
 from rayft.models.targets import linear_shapes
 from rayft.numerics import derive_seed, fastest_cpu_dtype
-from rayft.serving.catalog import BaseModel, Catalog
+from rayft.serving.catalog import BaseModel, Catalog, Limits
 from rayft.serving.config import ServeConfig
 from rayft.serving.engine import Engine, EngineLimits, GenerationRequest
 from rayft.serving.messages import Delta, ModelCard
+from rayft.serving.metrics import Metrics
 from rayft.serving.packed_engine import PackedEngine
 from rayft.serving.schemas import ChatRequest, CompletionRequest
+from rayft.serving.state import Served
 from rayft.serving.text import TextStream, chat_tokens, prompt_tokens, score
 from rayft.serving.transformers_engine import TransformersEngine
+from rayft.squeeze.budget import parse_bytes
 
 __all__ = ["Replica", "ReplicaDeployment", "compute_dtype"]
 
 
 logger = logging.getLogger("ray.serve")
 
+WATCH_SECONDS = 1.0
+"""How often a replica asks whether it missed a change."""
+
 
 class Replica:
     """Answers requests; Ray Serve makes and feeds it."""
 
     def __init__(self, config: ServeConfig, device: str) -> None:
-        """Load the base; adapters come by `reconfigure`.
+        """Load the base; adapters come from the director, when `reconfigure` is called.
 
         Raises:
             ModelError: if the base can't be loaded.
@@ -48,27 +56,64 @@ class Replica:
         base = BaseModel(config.model.name, loaded.fingerprint, linear_shapes(loaded.model))
         limits = EngineLimits(config.max_running, config.max_batch_tokens, config.cache_tokens)
         self._config, self._tokenizer = config, loaded.tokenizer
-        self._configured = False
         self._room = min(loaded.context, config.cache_tokens)
         packed = config.engine == "packed" or (config.engine == "auto" and device == "cpu")
         self._engine: Engine = (PackedEngine if packed else TransformersEngine)(loaded, limits)
-        self._catalog = Catalog(base, self._engine, dtype, device)
+        self._metrics = Metrics()
+        room = Limits(_bytes(config.device_bytes), _bytes(config.host_bytes))
+        self._catalog = Catalog(base, self._engine, dtype, device, room, self._metrics.told)
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve exactly the adapters of `user_config`; Ray Serve calls this on every replica.
+    async def reconfigure(self, _: Mapping[str, Any]) -> None:
+        """Serve what the director says, now and from now on; Ray Serve calls this when a replica starts.
 
         Raises:
-            ArtifactError: if one can't be served when the replica starts. Later, what was served is
-                served on, since Ray Serve would replace the replica by one that can't start;
-                `stats` and the log tell what was refused.
+            ArtifactError: if an adapter can't be served.
         """
-        try:
-            await self._catalog.sync(user_config.get("adapters") or {})
-        except ArtifactError as error:
-            if not self._configured:
-                raise
-            logger.warning("the change of adapters was refused, the old ones are served on: %s", error)
-        self._configured = True
+        if self._tasks:
+            return
+        director: Any = ray_serve.get_deployment_handle("Director")
+        await self.catch_up(await director.state.remote())
+        self._tasks.add(asyncio.create_task(self._watch(director)))
+
+    async def catch_up(self, served: Served) -> None:
+        """Serve something at once, for all by itself.
+
+        Raises:
+            ArtifactError: if an adapter can't be served; what was served is served on.
+        """
+        await self._catalog.prepare(served)
+        await self._catalog.commit(served.number)
+
+    async def prepare(self, served: Served) -> None:
+        """Get ready for a change (see `Catalog.prepare`)."""
+        await self._catalog.prepare(served)
+
+    async def commit(self, number: int) -> None:
+        """Serve what was prepared."""
+        await self._catalog.commit(number)
+
+    async def abandon(self, number: int) -> None:
+        """Forget what was prepared."""
+        await self._catalog.abandon(number)
+
+    async def serving(self) -> Served:
+        """Tell what is served."""
+        return self._catalog.served
+
+    async def tiers(self) -> dict[str, str]:
+        """Tell where each adapter is: on the device, in host memory, or on disk."""
+        return self._catalog.tiers()
+
+    async def _watch(self, director: Any) -> None:
+        """Ask, each second, whether a change was missed: one that was made while this replica started."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            try:
+                if await director.number.remote() != self._catalog.served.number:
+                    await self.catch_up(await director.state.remote())
+            except (RayftError, RayError) as error:
+                logger.warning("what is to be served can't be had: %s", error)
 
     def check_health(self) -> None:
         """Tell Ray Serve to replace the replica once its engine has stopped.
@@ -84,8 +129,8 @@ class Replica:
         return self._catalog.cards()
 
     async def stats(self) -> dict[str, Any]:
-        """Report what the engine has done, and why the last change of adapters was refused, if it was."""
-        return {"refused": self._catalog.refused, "engine": asdict(self._engine.stats())}
+        """Report what the engine has done, and each version's traffic."""
+        return {"engine": asdict(self._engine.stats()), "traffic": self._metrics.traffic}
 
     async def generate(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[Delta]:
         """Answer a request piece by piece.
@@ -94,27 +139,42 @@ class Replica:
             UnknownModelError: if its model is not served.
             BadRequestError: if it does not fit, or is above a limit.
         """
-        with self._catalog.lease(request.model) as adapter:
-            prompts = self._prompts(request)
-            jobs = [
-                GenerationRequest(
-                    prompt=prompt,
-                    max_tokens=self._limit(request, len(prompt)),
-                    adapter=adapter,
-                    temperature=1.0 if request.temperature is None else request.temperature,
-                    top_p=1.0 if request.top_p is None else request.top_p,
-                    seed=seed,
-                    logprobs=request.scored,
-                )
-                for prompt in prompts
-                for seed in _seeds(request.seed, request.choices)
-            ]
-            total = sum(map(len, prompts))
-            yield Delta("", total, 0)
-            choices = [self._choice(job, request, index, total) for index, job in enumerate(jobs)]
-            async with aclosing(merged(choices)) as deltas:
-                async for delta in deltas:
-                    yield delta
+        started = time.monotonic()
+        async with self._catalog.lease(request.model) as lease:
+            jobs = self._jobs(request, lease.adapter)
+            total = sum(len(job.prompt) for job in jobs) // request.choices
+            yield Delta("", total, 0, fingerprint=lease.content_hash)
+            meter = self._metrics.meter(lease.name, lease.version, total, started)
+            failed = True
+            try:
+                choices = [self._choice(job, request, index, total) for index, job in enumerate(jobs)]
+                async with aclosing(merged(choices)) as deltas:
+                    async for delta in deltas:
+                        meter.progress(delta.index, delta.completion_tokens)
+                        yield delta
+                failed = False
+            except (asyncio.CancelledError, GeneratorExit):
+                # The client left: that is no error of the adapter's.
+                failed = False
+                raise
+            finally:
+                meter.end(failed=failed)
+
+    def _jobs(self, request: ChatRequest | CompletionRequest, adapter: str | None) -> list[GenerationRequest]:
+        """Make what the engine is asked for: each prompt as often as there are choices."""
+        return [
+            GenerationRequest(
+                prompt=prompt,
+                max_tokens=self._limit(request, len(prompt)),
+                adapter=adapter,
+                temperature=1.0 if request.temperature is None else request.temperature,
+                top_p=1.0 if request.top_p is None else request.top_p,
+                seed=seed,
+                logprobs=request.scored,
+            )
+            for prompt in self._prompts(request)
+            for seed in _seeds(request.seed, request.choices)
+        ]
 
     async def _choice(
         self, job: GenerationRequest, request: ChatRequest | CompletionRequest, index: int, prompt_tokens: int
@@ -188,6 +248,10 @@ async def merged(parts: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _bytes(size: str | None) -> int | None:
+    return None if size is None else parse_bytes(size)
 
 
 def _seeds(seed: int | None, choices: int) -> list[int]:

@@ -7,13 +7,24 @@ Those that would change the answer and aren't supported are refused with a 400 t
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rayft.errors import BadRequestError
+from rayft.serving.allowed import check_allowed
+from rayft.serving.messages import BASE_NAME, NAME
 
-__all__ = ["ChatRequest", "CompletionRequest", "Message", "StreamOptions", "TextRequest", "parse_request"]
+__all__ = [
+    "ChatRequest",
+    "CompletionRequest",
+    "LoadRequest",
+    "Message",
+    "StreamOptions",
+    "TextRequest",
+    "parse_request",
+]
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -108,7 +119,7 @@ class TextRequest(BaseModel):
         return self.max_tokens or self.default_max_tokens
 
 
-RequestT = TypeVar("RequestT", bound=TextRequest)
+RequestT = TypeVar("RequestT", bound=BaseModel)
 
 
 class Part(BaseModel):
@@ -182,6 +193,31 @@ class CompletionRequest(TextRequest):
         if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)
+
+
+class LoadRequest(BaseModel):
+    """The body of `POST /v1/adapters`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=f"^{NAME}$", max_length=128)]
+    """What it is called in the `model` field of requests."""
+    source: Annotated[str, Field(min_length=1, max_length=4096)]
+    """A folder, `models:/name@alias`, `models:/name/3`, or a URL."""
+    weight: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the name's traffic; below 1 it is a canary beside what is served."""
+    pinned: bool = False
+    """Keep it on the device."""
+
+    def check(self, roots: Sequence[str]) -> None:
+        """Refuse names and places that may not be used.
+
+        Raises:
+            BadRequestError: saying why.
+        """
+        if self.name == BASE_NAME:
+            raise BadRequestError(f"'{BASE_NAME}' is the base itself; take another name", param="name")
+        check_allowed(self.source, roots)
 
 
 def _same(value: object, allowed: object) -> bool:

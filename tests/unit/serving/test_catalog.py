@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
-from rayft.errors import ArtifactError, BaseMismatchError, UnknownModelError
+from rayft.errors import ArtifactError, BaseMismatchError, ResourceError, UnknownModelError
 from rayft.methods.base import LoraFactors
-from rayft.serving.catalog import BaseModel, Catalog, check_adapter
+from rayft.serving.catalog import BaseModel, Catalog, Limits, check_adapter
+from rayft.serving.sources import find
+from rayft.serving.state import Served, loaded, unloaded
 from tests.unit.serving.adapters import random_adapter
 
 SHAPES = {"layer.q_proj": (6, 4), "layer.v_proj": (3, 4)}
@@ -33,23 +36,53 @@ class RecordingEngine:
         del self.loaded[name]
 
 
-class Served:
-    """A catalog with its engine."""
+class Server:
+    """A catalog with its engine, and what it heard."""
 
-    def __init__(self) -> None:
+    def __init__(self, **limits: int) -> None:
         self.engine = RecordingEngine()
-        self.catalog = Catalog(BASE, self.engine, torch.float32, "cpu")  # type: ignore[arg-type]
+        self.heard: list[tuple[str, str]] = []
+        self.catalog = Catalog(
+            BASE, self.engine, torch.float32, "cpu", Limits(**limits),  # type: ignore[arg-type]
+            lambda name, what: self.heard.append((name, what)),
+        )  # fmt: skip
+        self.state = Served()
 
-    def sync(self, adapters: dict[str, str]) -> None:
-        asyncio.run(self.catalog.sync(adapters))
+    def sync(self, adapters: dict[str, str], pinned: tuple[str, ...] = ()) -> None:
+        asyncio.run(self.async_sync(adapters, pinned))
+
+    async def async_sync(self, adapters: dict[str, str], pinned: tuple[str, ...] = ()) -> None:
+        state = self.state
+        for name in state.names():
+            if name not in adapters:
+                state = unloaded(state, name)
+        for name, folder in adapters.items():
+            state = loaded(state, find(name, folder, None, folder, "1GB", pinned=name in pinned))
+        state = replace(state, number=self.state.number + 1)
+        await self.catalog.prepare(state)
+        await self.catalog.commit(state.number)
+        self.state = state
 
     def names(self) -> list[str]:
         return [card.id for card in self.catalog.cards()]
 
+    def keys(self, *models: str) -> list[str | None]:
+        """Lease models one after the other; the engine's names."""
+
+        async def each() -> list[str | None]:
+            found = []
+            for model in models:
+                async with self.catalog.lease(model) as lease:
+                    assert lease.adapter is None or lease.adapter in self.engine.loaded
+                    found.append(lease.adapter)
+            return found
+
+        return asyncio.run(each())
+
 
 @pytest.fixture
-def served() -> Served:
-    return Served()
+def served() -> Server:
+    return Server()
 
 
 def save(folder: Path, name: str = "a", *, squeezed: bool = False, **extra: Any) -> str:
@@ -59,12 +92,9 @@ def save(folder: Path, name: str = "a", *, squeezed: bool = False, **extra: Any)
     return str(AdapterArtifact(artifact.modules, meta=meta).save(folder / name))
 
 
-def test_names_resolve_to_base_and_adapters(served: Served, tmp_path: Path) -> None:
+def test_names_resolve_to_base_and_adapters(served: Server, tmp_path: Path) -> None:
     served.sync({"a": save(tmp_path, "a"), "b": save(tmp_path, "b", rank=2)})
-    keys = []
-    for model in ("base", "org/tiny", "a", "b"):
-        with served.catalog.lease(model) as key:
-            keys.append(key)
+    keys = served.keys("base", "org/tiny", "a", "b")
     assert keys[:2] == [None, None]
     assert set(keys[2:]) == set(served.engine.loaded)
     assert served.names() == ["base", "a", "b"]
@@ -74,19 +104,18 @@ def test_names_resolve_to_base_and_adapters(served: Served, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("model", ["c", "", "a@", "a@r", "a@v2", "c@r2", "A"])
-def test_unknown_names_list_what_is_served(served: Served, tmp_path: Path, model: str) -> None:
+def test_unknown_names_list_what_is_served(served: Server, tmp_path: Path, model: str) -> None:
     served.sync({"a": save(tmp_path)})
-    with pytest.raises(UnknownModelError, match="served are base, a") as caught, served.catalog.lease(model):
-        pass
+    with pytest.raises(UnknownModelError, match=r"served are base, a|of its versions and aliases") as caught:
+        served.keys(model)
     assert caught.value.param == "model"
 
 
 def test_a_squeezed_adapter_is_served_at_lower_ranks_from_the_same_memory(
-    served: Served, tmp_path: Path
+    served: Server, tmp_path: Path
 ) -> None:
     served.sync({"a": save(tmp_path, rank=4, squeezed=True)})
-    with served.catalog.lease("a") as full, served.catalog.lease("a@r2") as low:
-        pass
+    full, low = served.keys("a", "a@r2")
     assert full is not None
     assert low is not None
     for path in SHAPES:
@@ -96,8 +125,7 @@ def test_a_squeezed_adapter_is_served_at_lower_ranks_from_the_same_memory(
         assert part.scale == whole.scale
         assert part.b.data_ptr() == whole.b.data_ptr()
         assert part.a.data_ptr() == whole.a.data_ptr()
-    with served.catalog.lease("a@r2") as again, served.catalog.lease("a@r99") as most:
-        assert (again, most) == (low, full)
+    assert served.keys("a@r2", "a@r99", "a@1@r2") == [low, full, low]
     assert len(served.engine.loaded) == 2
 
 
@@ -105,40 +133,147 @@ def test_a_squeezed_adapter_is_served_at_lower_ranks_from_the_same_memory(
     ("squeezed", "model", "word"), [(False, "a@r2", "squeeze"), (True, "a@r0", "positive")]
 )
 def test_ranks_that_mean_nothing_are_not_served(
-    served: Served, tmp_path: Path, squeezed: bool, model: str, word: str
+    served: Server, tmp_path: Path, squeezed: bool, model: str, word: str
 ) -> None:
     served.sync({"a": save(tmp_path, squeezed=squeezed)})
-    with pytest.raises(UnknownModelError, match=word), served.catalog.lease(model):
-        pass
+    with pytest.raises(UnknownModelError, match=word):
+        served.keys(model)
 
 
-def test_sync_loads_what_is_new_and_frees_what_is_gone(served: Served, tmp_path: Path) -> None:
+def test_sync_loads_what_is_new_and_frees_what_is_gone(served: Server, tmp_path: Path) -> None:
     a, b = save(tmp_path, "a"), save(tmp_path, "b", squeezed=True)
     served.sync({"a": a})
     kept = dict(served.engine.loaded)
     served.sync({"a": a, "b": b})
     assert kept.items() <= served.engine.loaded.items()
-    with served.catalog.lease("b@r1"):
-        pass
+    served.keys("b@r1")
     served.sync({"a": a})
     assert served.engine.loaded == kept
     assert served.names() == ["base", "a"]
 
 
-def test_what_a_running_request_uses_is_freed_when_it_ends(served: Served, tmp_path: Path) -> None:
+def test_what_a_running_request_uses_is_freed_when_it_ends(served: Server, tmp_path: Path) -> None:
     folder = save(tmp_path)
-    served.sync({"a": folder})
-    with served.catalog.lease("a") as old:
-        shutil.rmtree(folder)
-        random_adapter("other", SHAPES, BASE.fingerprint).save(folder)
-        served.sync({"a": folder})
-        assert old in served.engine.loaded
-        with served.catalog.lease("a") as new:
-            assert new != old
-    assert set(served.engine.loaded) == {new}
+
+    async def scenario() -> None:
+        await served.async_sync({"a": folder})
+        async with served.catalog.lease("a") as old:
+            shutil.rmtree(folder)
+            random_adapter("other", SHAPES, BASE.fingerprint).save(folder)
+            await served.async_sync({"a": folder})
+            assert old.adapter in served.engine.loaded
+            async with served.catalog.lease("a") as new:
+                assert new.adapter != old.adapter
+                assert (old.version, new.version) == ("1", "2")
+                assert old.content_hash != new.content_hash
+        assert set(served.engine.loaded) == {new.adapter}
+
+    asyncio.run(scenario())
 
 
-def test_a_bad_adapter_changes_nothing(served: Served, tmp_path: Path) -> None:
+def test_a_change_is_seen_when_it_is_committed_and_gone_when_it_is_abandoned(
+    served: Server, tmp_path: Path
+) -> None:
+    served.sync({"a": save(tmp_path)})
+    before = dict(served.engine.loaded)
+    b = find("b", save(tmp_path, "b"), None, tmp_path, "1GB", pinned=False)
+    wanted = loaded(served.state, b)
+    asyncio.run(served.catalog.prepare(wanted))
+    assert len(served.engine.loaded) == 2
+    assert served.names() == ["base", "a"]
+    with pytest.raises(UnknownModelError):
+        served.keys("b")
+    asyncio.run(served.catalog.abandon(wanted.number))
+    assert served.engine.loaded == before
+    asyncio.run(served.catalog.commit(wanted.number))
+    assert served.names() == ["base", "a"]
+    # Prepared twice, as a replica does that is asked again: nothing is left over.
+    for _ in range(2):
+        asyncio.run(served.catalog.prepare(wanted))
+    asyncio.run(served.catalog.commit(wanted.number))
+    assert served.names() == ["base", "a", "b"]
+    assert len(served.engine.loaded) == 2
+
+
+def test_a_folder_that_holds_something_else_by_now_is_not_served(served: Server, tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    deployed = find("a", folder, None, tmp_path, "1GB", pinned=False)
+    shutil.rmtree(folder)
+    random_adapter("other", SHAPES, BASE.fingerprint).save(folder)
+    with pytest.raises(ArtifactError, match=r"holds .* now, not .* load it again"):
+        asyncio.run(served.catalog.prepare(loaded(Served(), deployed)))
+    assert not served.engine.loaded
+
+
+ONE = 4 * (4 + 6) * 4 + 4 * (4 + 3) * 4
+"""Bytes of one test adapter: two modules of rank 4, in float32."""
+
+
+def test_beyond_the_limit_the_least_recently_used_moves_out(tmp_path: Path) -> None:
+    served = Server(device=2 * ONE)
+    served.sync({name: save(tmp_path, name) for name in "abc"})
+    assert served.catalog.tiers() == {"a@1": "device", "b@1": "device", "c@1": "host"}
+    served.keys("a", "c")
+    assert served.catalog.tiers() == {"a@1": "device", "b@1": "disk", "c@1": "device"}
+    assert served.heard == [("a", "load"), ("b", "load"), ("b", "eviction"), ("c", "load")]
+    # It comes back with the same numbers.
+    (key,) = served.keys("b")
+    assert key is not None
+    want = AdapterArtifact.load(tmp_path / "b").modules
+    assert all(torch.equal(served.engine.loaded[key][path].b, want[path].b) for path in SHAPES)
+    assert served.catalog.tiers()["a@1"] == "disk"
+
+
+def test_pinned_adapters_stay_and_those_in_use_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayft.serving.catalog.ROOM_SECONDS", 0.2)
+    served = Server(device=2 * ONE)
+    adapters = {name: save(tmp_path, name) for name in "abc"}
+
+    async def scenario() -> None:
+        await served.async_sync(adapters, pinned=("a",))
+        async with served.catalog.lease("b"):
+            with pytest.raises(ResourceError, match="no room for 'c'"):
+                async with served.catalog.lease("c"):
+                    pass
+
+            async def later() -> None:
+                async with served.catalog.lease("c"):
+                    assert served.catalog.tiers() == {"a@1": "device", "b@1": "disk", "c@1": "device"}
+
+            waits = asyncio.create_task(later())
+            await asyncio.sleep(0.05)
+            assert served.catalog.tiers()["c@1"] != "device"
+        # The place is free now.
+        await waits
+
+    asyncio.run(scenario())
+
+
+def test_one_that_can_never_fit_is_refused_and_many_that_ask_at_once_load_it_once(tmp_path: Path) -> None:
+    small = Server(device=ONE - 1)
+    small.sync({"a": save(tmp_path)})
+    with pytest.raises(ResourceError, match="squeeze it, or raise device_bytes"):
+        small.keys("a")
+    with pytest.raises(ResourceError):
+        small.sync({"a": save(tmp_path, "p")}, pinned=("a",))
+    served = Server(device=ONE)
+    adapters = {name: save(tmp_path, name) for name in ("x", "y")}
+
+    async def scenario() -> None:
+        await served.async_sync(adapters)
+
+        async def ask() -> str | None:
+            async with served.catalog.lease("y") as lease:
+                await asyncio.sleep(0.01)
+                return lease.adapter
+
+        assert len(set(await asyncio.gather(*[ask() for _ in range(8)]))) == 1
+
+    asyncio.run(scenario())
+    assert served.heard.count(("y", "load")) == 1
+
+
+def test_a_bad_adapter_changes_nothing(served: Server, tmp_path: Path) -> None:
     served.sync({"a": save(tmp_path)})
     before = dict(served.engine.loaded)
     with pytest.raises(ArtifactError, match="adapter 'b' is not served"):

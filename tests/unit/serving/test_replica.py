@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from rayft.serving.config import ServeConfig
 from rayft.serving.messages import Delta
 from rayft.serving.replica import Replica
 from rayft.serving.schemas import ChatRequest, CompletionRequest, Message
+from rayft.serving.sources import find
+from rayft.serving.state import Served, loaded
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +35,15 @@ def make_replica(tiny_folder: Path) -> Iterator[Callable[..., Replica]]:
 @pytest.fixture(scope="module")
 def replica(make_replica: Callable[..., Replica], adapter_folders: dict[str, str]) -> Replica:
     made = make_replica(max_new_tokens=100, cache_tokens=512)
-    asyncio.run(made.reconfigure({"adapters": adapter_folders}))
+    asyncio.run(made.catch_up(state_of(adapter_folders)))
     return made
+
+
+def state_of(adapters: dict[str, str], number: int = 1) -> Served:
+    served = Served()
+    for name, folder in adapters.items():
+        served = loaded(served, find(name, folder, None, folder, "1GB", pinned=False))
+    return replace(served, number=number)
 
 
 def answer(replica: Replica, request: ChatRequest | CompletionRequest) -> list[Delta]:
@@ -157,20 +167,29 @@ def test_the_longest_request_that_fits_is_answered(replica: Replica) -> None:
     assert last.finish is not None
 
 
-def test_a_bad_adapter_stops_a_start_but_not_what_is_served(
+def test_a_bad_adapter_changes_nothing(
     make_replica: Callable[..., Replica], adapter_folders: dict[str, str]
 ) -> None:
     made = make_replica()
+    good = state_of({"small": adapter_folders["small"]})
+    asyncio.run(made.catch_up(good))
+    lost = replace(good.versions[0], name="lost", folder="/nowhere")
     with pytest.raises(ArtifactError, match="'lost' is not served"):
-        asyncio.run(made.reconfigure({"adapters": {"lost": "/nowhere"}}))
-    good = {"small": adapter_folders["small"]}
-    asyncio.run(made.reconfigure({"adapters": good}))
-    assert asyncio.run(made.stats())["refused"] is None
-    asyncio.run(made.reconfigure({"adapters": {**good, "lost": "/nowhere"}}))
-    assert "'lost' is not served" in asyncio.run(made.stats())["refused"]
+        asyncio.run(made.prepare(loaded(good, lost)))
+    assert asyncio.run(made.serving()) == good
     assert answer(made, text(model="small"))[-1].finish
-    with pytest.raises(UnknownModelError, match=r"last change was refused.*/nowhere"):
+    with pytest.raises(UnknownModelError, match="served are base, small"):
         answer(made, text(model="lost"))
+
+
+def test_traffic_is_counted_by_version(replica: Replica) -> None:
+    before = asyncio.run(replica.stats())["traffic"].get("middle@1", {"requests": 0, "tokens": 0})
+    first, *_ = answer(replica, text(model="middle", max_tokens=5, n=2, temperature=1.0))
+    assert len(first.fingerprint) == 16
+    did = asyncio.run(replica.stats())["traffic"]["middle@1"]
+    assert (did["requests"] - before["requests"], did["tokens"] - before["tokens"]) == (1, 10)
+    assert did["errors"] == 0
+    assert answer(replica, text())[0].fingerprint == ""
 
 
 def test_a_dead_engine_is_unhealthy(make_replica: Callable[..., Replica]) -> None:

@@ -1,0 +1,46 @@
+"""Which places adapters may be loaded from over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rayft.errors import BadRequestError
+
+__all__ = ["FILES", "check_allowed"]
+
+FILES = ("adapter_config.json", "adapter_model.safetensors", "rayft.json")
+"""What an adapter folder is read from; nothing else of it is fetched."""
+
+
+def check_allowed(source: str, roots: Sequence[str]) -> None:
+    """Refuse what may not be loaded over HTTP.
+
+    Raises:
+        BadRequestError: if it is outside all roots, by its path or by a link in it.
+    """
+    if source.startswith("models:/"):
+        return
+    if "://" in source:
+        clean = source.split("://", 1)[1]
+        inside = any(source.startswith(root.rstrip("/") + "/") for root in roots if "://" in root)
+        if not inside or ".." in clean.split("/"):
+            raise BadRequestError(f"{source} is below none of the server's roots", param="source")
+        return
+    if "\0" in source:
+        raise BadRequestError("a path has no NUL in it", param="source")
+    folder = Path(source).expanduser()
+    if not folder.is_absolute():
+        raise BadRequestError(f"{source} is no absolute path", param="source")
+    allowed = [Path(root).expanduser().resolve() for root in roots if "://" not in root]
+    # Where links lead to counts, those of the files too.
+    places = [folder.resolve(), *(_target(folder / name) for name in FILES)]
+    if not all(any(place.is_relative_to(root) for root in allowed) for place in places):
+        raise BadRequestError(f"{source} is below none of the server's roots", param="source")
+
+
+def _target(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise BadRequestError(f"{path} can't be read: {error}", param="source") from error

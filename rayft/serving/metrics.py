@@ -1,0 +1,83 @@
+"""What Prometheus is told of each adapter, through Ray's metrics."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+__all__ = ["Meter", "Metrics"]
+
+SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
+TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1]
+TAGS: Any = ("adapter", "version")
+
+
+class Metrics:
+    """Counters and histograms, tagged by the adapter's served name and its version."""
+
+    def __init__(self) -> None:
+        from ray.serve.metrics import Counter, Histogram
+
+        def counter(name: str, what: str) -> Any:
+            return Counter(f"rayft_{name}", what, tag_keys=TAGS)
+
+        def histogram(name: str, what: str, bounds: list[float]) -> Any:
+            return Histogram(f"rayft_{name}", what, boundaries=bounds, tag_keys=TAGS)
+
+        self.requests = counter("requests_total", "Requests that were accepted.")
+        self.errors = counter("errors_total", "Requests that failed after they were accepted.")
+        self.prompt_tokens = counter("prompt_tokens_total", "Tokens of prompts.")
+        self.tokens = counter("generated_tokens_total", "Tokens that were generated.")
+        self.loads = counter("adapter_loads_total", "Times that an adapter was brought to the device.")
+        self.evictions = counter("adapter_evictions_total", "Times that it made room for another.")
+        self.queue = histogram("queue_seconds", "From the request to its place on the device.", SECONDS)
+        self.first = histogram("first_token_seconds", "From the request to its first token.", SECONDS)
+        self.each = histogram("token_seconds", "Between tokens, mean of a request.", TOKEN_SECONDS)
+        self.traffic: dict[str, dict[str, float]] = {}
+        """Served version → what it did since the replica started, for the page."""
+
+    def told(self, name: str, what: str) -> None:
+        """Count a load or an eviction of a name."""
+        (self.loads if what == "load" else self.evictions).inc(tags={"adapter": name, "version": ""})
+
+    def meter(self, name: str, version: str, prompt_tokens: int, started: float) -> Meter:
+        """Begin to measure an accepted request that came at `started` (monotonic)."""
+        return Meter(self, name, version, prompt_tokens, started)
+
+
+class Meter:
+    """One request's measurements."""
+
+    def __init__(self, metrics: Metrics, name: str, version: str, prompt_tokens: int, started: float) -> None:
+        self._metrics, self._started = metrics, started
+        self._tags = {"adapter": name, "version": version}
+        self._first: float | None = None
+        self._tokens: dict[int, int] = {}
+        self._traffic = metrics.traffic.setdefault(
+            f"{name}@{version}" if version else name, {"requests": 0, "tokens": 0, "errors": 0}
+        )
+        metrics.requests.inc(tags=self._tags)
+        metrics.prompt_tokens.inc(prompt_tokens, tags=self._tags)
+        metrics.queue.observe(time.monotonic() - started, tags=self._tags)
+        self._traffic["requests"] += 1
+
+    def progress(self, choice: int, tokens: int) -> None:
+        """Note how many tokens a choice has."""
+        if self._first is None and tokens:
+            self._first = time.monotonic()
+            self._metrics.first.observe(self._first - self._started, tags=self._tags)
+        self._tokens[choice] = tokens
+
+    def end(self, *, failed: bool) -> None:
+        """Note that it is over."""
+        made = sum(self._tokens.values())
+        if made:
+            self._metrics.tokens.inc(made, tags=self._tags)
+        longest = max(self._tokens.values(), default=0)
+        if self._first is not None and longest > 1:
+            each = (time.monotonic() - self._first) / (longest - 1)
+            self._metrics.each.observe(each, tags=self._tags)
+        self._traffic["tokens"] += made
+        if failed:
+            self._metrics.errors.inc(tags=self._tags)
+            self._traffic["errors"] += 1

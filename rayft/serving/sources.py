@@ -1,0 +1,102 @@
+"""Where adapters come from: folders, MLflow's registry, and whatever fsspec reads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from rayft.artifacts import AdapterArtifact
+from rayft.artifacts.meta import CONFIG_FILE
+from rayft.errors import ArtifactError, BadRequestError
+from rayft.registry.ref import AdapterRef, Registry
+from rayft.serving.allowed import FILES
+from rayft.serving.state import Deployed
+from rayft.squeeze.budget import parse_bytes
+
+__all__ = ["find", "followed"]
+
+
+def find(
+    name: str, source: str, registry: Registry | None, fetched: str | Path, max_bytes: str, *, pinned: bool
+) -> Deployed:
+    """Bring a source's adapter into a folder and say which it is; a version of 0 is still to be given.
+
+    Raises:
+        ArtifactError: if it is missing, damaged, or larger than `max_bytes`.
+        RegistryError: if the registry doesn't have it.
+        BadRequestError: if there is no registry.
+    """
+    version = 0
+    aliases: tuple[str, ...] = ()
+    if source.startswith("models:/"):
+        if registry is None:
+            raise BadRequestError("this server was started without a registry", param="source")
+        ref = registry.resolve(AdapterRef.parse(source))
+        folder = registry.fetch(ref, fetched)
+        version = ref.version or 0
+        known = {one.number: one.aliases for one in registry.versions(ref.name)}
+        aliases = known.get(version, ())
+    elif "://" in source:
+        folder = _fetch(source, Path(fetched), parse_bytes(max_bytes))
+    else:
+        folder = Path(source).expanduser().absolute()
+    check_size(folder, max_bytes)
+    try:
+        content = AdapterArtifact.load(folder).content_hash
+    except ArtifactError as error:
+        raise type(error)(f"adapter '{name}' is not served: {error}") from error
+    return Deployed(name, version, str(folder), content, source, aliases, pinned)
+
+
+def followed(source: str) -> bool:
+    """Say whether a source may come to mean another adapter by itself."""
+    return source.startswith("models:/") and AdapterRef.parse(source).version is None
+
+
+def check_size(folder: Path, max_bytes: str) -> None:
+    """Refuse a folder whose files are larger than allowed, before any is read.
+
+    Raises:
+        ArtifactError: if they are.
+    """
+    size = sum(path.stat().st_size for name in FILES if (path := folder / name).is_file())
+    if size > parse_bytes(max_bytes):
+        raise ArtifactError(
+            f"{folder} has {size:,} bytes, more than the {max_bytes} that this server takes; squeeze it, or "
+            "raise max_adapter_bytes"
+        )
+
+
+def _fetch(url: str, fetched: Path, most: int) -> Path:
+    """Copy an adapter's files from a URL to `fetched`/<content hash>."""
+    import fsspec
+
+    fetched = fetched.expanduser().absolute()
+    fetched.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".fetch-", dir=fetched))
+    try:
+        try:
+            files, root = fsspec.core.url_to_fs(url)
+            sizes = {name: files.size(f"{root}/{name}") for name in FILES if files.exists(f"{root}/{name}")}
+            if CONFIG_FILE not in sizes:
+                raise ArtifactError(f"{url} has no {CONFIG_FILE}; give the folder that PEFT saved")
+            if sum(size or 0 for size in sizes.values()) > most:
+                raise ArtifactError(f"{url} is larger than the {most:,} bytes that this server takes")
+            for name in sizes:
+                files.get_file(f"{root}/{name}", str(staging / name))
+        except (OSError, ValueError, ImportError) as error:
+            raise ArtifactError(f"{url} can't be read: {error}") from error
+        target = fetched / AdapterArtifact.load(staging).content_hash
+        if not target.is_dir():
+            staging.chmod(0o755)
+            # Another process may have put the same content there meanwhile.
+            try:
+                os.rename(staging, target)
+            except OSError:
+                if not target.is_dir():
+                    raise
+        return target
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

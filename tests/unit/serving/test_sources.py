@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rayft.errors import ArtifactError, BadRequestError
+from rayft.serving.allowed import check_allowed
+from rayft.serving.sources import find, followed
+from tests.unit.serving.adapters import random_adapter
+
+SHAPES = {"layer.q_proj": (6, 4)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return random_adapter("a", SHAPES).save(tmp_path / "roots" / "a")
+
+
+def test_a_folder_below_a_root_may_be_loaded(folder: Path) -> None:
+    check_allowed(str(folder), [str(folder.parent)])
+    check_allowed("models:/a@b", [])
+    check_allowed("s3://bucket/adapters/a", ["s3://bucket/adapters"])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{root}/../outside", "{root}/a/../../outside", "/etc", "{root}/link", "{root}/files", "a", "../a",
+        "{root}/a\0", "s3://other/a", "s3://bucket/adapters/../secret", "s3://bucket/adapters-of-others/a",
+        "file:///etc", "{root}x",
+    ],
+)  # fmt: skip
+def test_nothing_outside_the_roots_may_be_loaded(folder: Path, tmp_path: Path, source: str) -> None:
+    root = folder.parent
+    outside = Path(shutil.copytree(folder, tmp_path / "outside"))
+    (root / "link").symlink_to(outside)
+    (root / "files").mkdir()
+    for file in outside.iterdir():
+        (root / "files" / file.name).symlink_to(file)
+    with pytest.raises(BadRequestError):
+        check_allowed(source.format(root=root), [str(root), "s3://bucket/adapters"])
+    with pytest.raises(BadRequestError):
+        check_allowed(str(folder), [])
+
+
+def test_a_url_is_copied_once_and_is_the_same_adapter(folder: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/adapters/a", recursive=True)
+    there = find("a", "memory://adapters/a", None, tmp_path / "got", "1MB", pinned=True)
+    here = find("a", str(folder), None, tmp_path, "1MB", pinned=True)
+    assert there.content_hash == here.content_hash
+    assert (there.version, there.source, there.pinned) == (0, "memory://adapters/a", True)
+    assert [path.name for path in (tmp_path / "got").iterdir()] == [here.content_hash]
+    memory.rm("/adapters", recursive=True)
+    with pytest.raises(ArtifactError, match="memory://adapters/a"):
+        find("a", "memory://adapters/a", None, tmp_path / "got", "1MB", pinned=False)
+    assert [path.name for path in (tmp_path / "got").iterdir()] == [here.content_hash]
+
+
+def test_what_is_too_large_is_refused_before_it_is_read(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="more than the 100B"):
+        find("a", str(folder), None, tmp_path, "100B", pinned=False)
+
+
+def test_what_may_come_to_mean_something_else_is_followed() -> None:
+    sources = ("models:/a@champion", "models:/a", "models:/a/3", "/a", "s3://a/b")
+    assert [followed(source) for source in sources] == [True, True, False, False, False]
+
+
+def test_a_registry_has_to_be_there(tmp_path: Path) -> None:
+    with pytest.raises(BadRequestError, match="without a registry"):
+        find("a", "models:/a", None, tmp_path, "1MB", pinned=False)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+
+from rayft.errors import BadRequestError, UnknownModelError
+from rayft.serving.state import (
+    Asked,
+    Deployed,
+    Served,
+    loaded,
+    parse_model,
+    promoted,
+    rolled_back,
+    unloaded,
+)
+
+
+def deployed(name: str = "a", content: str = "1", version: int = 0, *aliases: str) -> Deployed:
+    return Deployed(name, version, f"/{content}", content, f"/{content}", aliases)
+
+
+def versions(served: Served, name: str = "a") -> list[tuple[int, str]]:
+    return [(one.version, one.content_hash) for one in served.of(name)]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "which", "rank"),
+    [
+        ("a", "a", None, None),
+        ("a@3", "a", "3", None),
+        ("a@champion", "a", "champion", None),
+        ("a@r8", "a", None, 8),
+        ("a@3@r8", "a", "3", 8),
+        ("a@champion@r8", "a", "champion", 8),
+        ("a@r8@r4", "a@r8@r4", None, None),
+        ("org/model", "org/model", None, None),
+        ("a@", "a@", None, None),
+        ("", "", None, None),
+    ],
+)
+def test_models_are_taken_apart(text: str, name: str, which: str | None, rank: int | None) -> None:
+    assert parse_model(text) == Asked(text, name, which, rank)
+
+
+def test_each_change_has_a_number_and_keeps_the_order_of_names() -> None:
+    served = loaded(loaded(Served(), deployed("a")), deployed("b"))
+    assert (served.number, served.names()) == (2, ("a", "b"))
+    served = loaded(served, deployed("a", "2"))
+    assert (served.number, served.names(), versions(served)) == (3, ("a", "b"), [(2, "2")])
+    assert loaded(served, deployed("a", "2")).of("a") == served.of("a")
+    served = unloaded(served, "a")
+    assert served.names() == ("b",)
+    with pytest.raises(UnknownModelError, match="no adapter 'a'"):
+        unloaded(served, "a")
+
+
+def test_a_canary_takes_its_share_and_is_promoted_or_rolled_back() -> None:
+    served = loaded(loaded(Served(), deployed()), deployed(content="2"), weight=0.25)
+    assert versions(served) == [(1, "1"), (2, "2")]
+    picks = [served.pick(parse_model("a"), draw / 100).version for draw in range(100)]
+    assert picks == [2] * 25 + [1] * 75
+    assert served.pick(parse_model("a@2"), 0.9).version == 2
+    assert versions(promoted(served, "a")) == [(2, "2")]
+    assert versions(rolled_back(served, "a")) == [(1, "1")]
+    back = rolled_back(promoted(served, "a"), "a")
+    assert versions(back) == [(1, "1")]
+    # And forward again: what was rolled back is what was there before.
+    assert versions(rolled_back(back, "a")) == [(2, "2")]
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    served = loaded(Served(), deployed())
+    for change, word in (
+        (lambda: loaded(served, deployed("b"), 0.5), "not served yet"),
+        (lambda: loaded(served, deployed(), 0.5), "is what is served already"),
+        (lambda: promoted(served, "a"), "no canary"),
+        (lambda: rolled_back(served, "a"), "neither a canary nor"),
+        (lambda: loaded(loaded(served, deployed(content="2"), 0.5), deployed(content="3"), 0.5), "already"),
+    ):
+        with pytest.raises(BadRequestError, match=word):
+            change()
+
+
+def test_versions_and_aliases_of_a_registry_are_names() -> None:
+    served = loaded(Served(), deployed("a", "7", 7, "champion", "best"))
+    for text in ("a", "a@7", "a@champion", "a@best"):
+        assert served.pick(parse_model(text)).version == 7
+    with pytest.raises(UnknownModelError, match="there are 7, champion, best"):
+        served.pick(parse_model("a@1"))
+    with pytest.raises(UnknownModelError, match="served are base, a"):
+        served.pick(parse_model("b@champion"))
+    # A folder under the same name counts on from there.
+    assert versions(loaded(served, deployed("a", "8"))) == [(8, "8")]
