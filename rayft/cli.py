@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 __all__ = ["app", "main"]
+
+Action = Literal["list", "load", "unload", "promote", "rollback"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -120,6 +122,28 @@ def serve(
     from rayft.flow import commands
 
     commands.serve(config, overrides or [], console)
+
+
+@app.command()
+def adapters(
+    action: Annotated[Action, typer.Argument(help="What to do.")] = "list",
+    name: Annotated[str | None, typer.Argument(help="The served name.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="To load: a folder, models:/name@alias, models:/name/3, or a URL.")
+    ] = None,
+    server: Annotated[str, typer.Option(help="Where it listens.")] = "http://127.0.0.1:8000",
+    weight: Annotated[
+        float, typer.Option(help="Share of the name's traffic; below 1 it is a canary beside what is served.")
+    ] = 1.0,
+    pinned: Annotated[bool, typer.Option(help="Keep it on the device.")] = False,
+) -> None:
+    """See and change what a running server serves: list, load, unload, promote, rollback.
+
+    The key is taken from RAYFT_KEY.
+    """
+    from rayft.flow import commands
+
+    commands.adapters(server, action, name, source, weight, pinned, console)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from rayft.config import load
 from rayft.errors import RayftError, RegistryError
+from rayft.flow.adapters import Action, adapters_table, call
 from rayft.flow.config import load_config
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
@@ -27,7 +28,7 @@ from rayft.report.terminal import terminal_table
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import flush_spool, prepare
 
-__all__ = ["demo", "doctor", "guarded", "promote", "report", "serve", "squeeze", "sweep"]
+__all__ = ["adapters", "demo", "doctor", "guarded", "promote", "report", "serve", "squeeze", "sweep"]
 
 
 def demo(overrides: Sequence[str], console: Console, *, stay: bool = False) -> SweepRecord:
@@ -115,6 +116,27 @@ def promote(
     before = f" (was version {done.previous})" if done.previous else ""
     forced = ", forced past the gate" if done.forced else ""
     console.print(f"models:/{name}@{alias} is version {version}{before}{forced}", highlight=False)
+
+
+def adapters(
+    server: str,
+    action: Action,
+    name: str | None,
+    source: str | None,
+    weight: float,
+    pinned: bool,
+    console: Console,
+) -> None:
+    """Do one thing to what a server serves, and show what it serves then.
+
+    Raises:
+        ResourceError: if it can't be reached or refuses, with its reason.
+    """
+    found = call(server, action, name, source, weight=weight, pinned=pinned)
+    if found:
+        console.print(adapters_table(found))
+    else:
+        console.print("no adapters are served, only the base", highlight=False)
 
 
 def serve(config: Path, overrides: Sequence[str], console: Console) -> None:

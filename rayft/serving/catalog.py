@@ -368,6 +368,7 @@ class Catalog:
             aliases=deployed.aliases,
             source=deployed.source,
             pinned=deployed.pinned,
+            score=deployed.score,
         )
 
 

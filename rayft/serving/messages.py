@@ -82,3 +82,5 @@ class ModelCard:
     """What it was loaded from."""
     pinned: bool | None = None
     """Whether it stays on the device."""
+    score: float | None = None
+    """Its validation score, where the registry knows it."""

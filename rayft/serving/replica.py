@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -130,7 +131,7 @@ class Replica:
 
     async def stats(self) -> dict[str, Any]:
         """Report what the engine has done, and each version's traffic."""
-        return {"engine": asdict(self._engine.stats()), "traffic": self._metrics.traffic}
+        return {"pid": os.getpid(), "engine": asdict(self._engine.stats()), "traffic": self._metrics.traffic}
 
     async def generate(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[Delta]:
         """Answer a request piece by piece.

@@ -30,14 +30,16 @@ def find(
     """
     version = 0
     aliases: tuple[str, ...] = ()
+    score: float | None = None
     if source.startswith("models:/"):
         if registry is None:
             raise BadRequestError("this server was started without a registry", param="source")
         ref = registry.resolve(AdapterRef.parse(source))
         folder = registry.fetch(ref, fetched)
         version = ref.version or 0
-        known = {one.number: one.aliases for one in registry.versions(ref.name)}
-        aliases = known.get(version, ())
+        known = {one.number: one for one in registry.versions(ref.name)}
+        if version in known:
+            aliases, score = known[version].aliases, known[version].score()
     elif "://" in source:
         folder = _fetch(source, Path(fetched), parse_bytes(max_bytes))
     else:
@@ -47,7 +49,7 @@ def find(
         content = AdapterArtifact.load(folder).content_hash
     except ArtifactError as error:
         raise type(error)(f"adapter '{name}' is not served: {error}") from error
-    return Deployed(name, version, str(folder), content, source, aliases, pinned)
+    return Deployed(name, version, str(folder), content, source, aliases, pinned, score)
 
 
 def followed(source: str) -> bool:

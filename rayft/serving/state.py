@@ -32,6 +32,8 @@ class Deployed:
     aliases: tuple[str, ...] = ()
     pinned: bool = False
     """Whether it stays on the device."""
+    score: float | None = None
+    """Its validation score, where the registry knows it."""
 
     @property
     def id(self) -> str:

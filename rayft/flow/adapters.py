@@ -1,0 +1,87 @@
+"""`rayft adapters`: see and change what a running server serves, over HTTP."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import httpx
+from rich.table import Table
+
+from rayft.errors import ResourceError
+from rayft.report.rows import human_bytes
+
+__all__ = ["Action", "adapters_table", "call"]
+
+Action = Literal["list", "load", "unload", "promote", "rollback"]
+KEY = "RAYFT_KEY"
+"""Environment variable with the caller's key."""
+
+
+def call(
+    server: str,
+    action: Action,
+    name: str | None = None,
+    source: str | None = None,
+    *,
+    weight: float = 1.0,
+    pinned: bool = False,
+) -> list[dict[str, Any]]:
+    """Do one thing, and give what is served then.
+
+    Raises:
+        ResourceError: if the server can't be reached or refuses, with its reason.
+    """
+    if action != "list" and name is None:
+        raise ResourceError(f"say which: rayft adapters {action} NAME")
+    if action == "load" and source is None:
+        raise ResourceError("say where it is: rayft adapters load NAME SOURCE")
+    key = os.environ.get(KEY)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=server.rstrip("/"), headers=headers, timeout=600) as client:
+        if action == "load":
+            body = {"name": name, "source": source, "weight": weight, "pinned": pinned}
+            _checked(client, "POST", "/v1/adapters", json=body)
+        elif action == "unload":
+            _checked(client, "DELETE", f"/v1/adapters/{name}")
+        elif action in ("promote", "rollback"):
+            _checked(client, "POST", f"/v1/adapters/{name}/{action}")
+        found: list[dict[str, Any]] = _checked(client, "GET", "/v1/adapters").json()["data"]
+        return found
+
+
+def _checked(client: httpx.Client, verb: str, path: str, **options: Any) -> httpx.Response:
+    try:
+        answer = client.request(verb, path, **options)
+    except httpx.HTTPError as error:
+        raise ResourceError(f"{client.base_url} can't be reached ({error}); give its --server") from error
+    if answer.is_success:
+        return answer
+    try:
+        reason = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        reason = answer.text[:200]
+    hint = f"; put a key of this server into {KEY}" if answer.status_code == 401 else ""
+    raise ResourceError(f"the server refuses ({answer.status_code}): {reason}{hint}")
+
+
+def adapters_table(found: list[dict[str, Any]]) -> Table:
+    """Show what is served, a version a line."""
+    table = Table("adapter", "version", "method")
+    for header in ("rank", "size", "traffic", "requests", "tokens", "errors"):
+        table.add_column(header, justify="right")
+    table.add_column("where")
+    for one in found:
+        did = one["traffic"]
+        aliases = f" ({', '.join(one['aliases'])})" if one.get("aliases") else ""
+        table.add_row(
+            one["id"],
+            f"{one['version']}{aliases}",
+            one["method"],
+            str(one["rank"]),
+            human_bytes(one["bytes"]),
+            f"{100 * one['weight']:.0f} %",
+            *(f"{did[what]:.0f}" for what in ("requests", "tokens", "errors")),
+            ", ".join(sorted(set(one["tiers"]))),
+        )
+    return table
