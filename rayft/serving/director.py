@@ -53,17 +53,25 @@ class Director:
         """Begin to follow the registry, and serve the adapters of a `user_config` that names some.
 
         What can't be served is refused, and what was served is served on: `adapters` and the log tell why.
+
+        Raises:
+            ArtifactError, RegistryError: if one is not there when the director starts.
         """
-        if not self._tasks:
-            self._tasks.add(asyncio.create_task(self._follow()))
         wanted = user_config.get("adapters")
-        if wanted is None:
-            return
-        try:
-            await self._exactly(wanted)
-        except RayftError as error:
-            self._refused = str(error)
-            logger.warning("the change of adapters was refused, the old ones are served on: %s", error)
+        if not self._tasks:
+            # Replicas start by asking what is served: there is none to tell yet.
+            if wanted is not None:
+                self._served = await self._exactly(wanted)
+            self._tasks.add(asyncio.create_task(self._follow()))
+        elif wanted is not None:
+            try:
+                async with self._changing:
+                    served = await self._exactly(wanted)
+                    if served.versions != self._served.versions:
+                        await self._change(served)
+            except RayftError as error:
+                self._refused = str(error)
+                logger.warning("the change of adapters was refused, the old ones are served on: %s", error)
 
     async def state(self) -> Served:
         """Give what is to be served."""
@@ -148,18 +156,16 @@ class Director:
                 ]
             return []
 
-    async def _exactly(self, wanted: Mapping[str, str]) -> None:
-        """Serve these adapters and no others."""
-        async with self._changing:
-            served = self._served
-            for name in served.names():
-                if name not in wanted:
-                    served = state.unloaded(served, name)
-            for name, source in wanted.items():
-                pinned = name in self._config.pinned
-                served = state.loaded(served, await self._find(name, source, pinned=pinned))
-            if served.versions != self._served.versions:
-                await self._change(replace(served, number=self._served.number + 1))
+    async def _exactly(self, wanted: Mapping[str, str]) -> Served:
+        """Give what is served with these adapters and no others."""
+        served = self._served
+        for name in served.names():
+            if name not in wanted:
+                served = state.unloaded(served, name)
+        for name, source in wanted.items():
+            pinned = name in self._config.pinned
+            served = state.loaded(served, await self._find(name, source, pinned=pinned))
+        return replace(served, number=self._served.number + 1)
 
     async def _take_over(self) -> None:
         """After a director was lost: go on with what its replicas serve."""

@@ -54,18 +54,18 @@ class _KeysValues:
         """Tokens in it; set when a forward is over, for its layers come one after the other."""
         self._layers: dict[int, torch.Tensor] = {}
 
-    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take new ones (heads × new × size), give all (heads × (length + new) × size)."""
-        end = self.length + key.shape[1]
+    def append(self, layer: int, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new ones (2 × heads × new × size), give all (1 × heads × (length + new) × size, twice)."""
+        end = self.length + new.shape[2]
         held = self._layers.get(layer)
         if held is None or held.shape[2] < end:
-            grown = key.new_empty(2, key.shape[0], pages(end), key.shape[2])
+            grown = new.new_empty(2, new.shape[1], pages(end), new.shape[3])
             if held is not None:
                 grown[:, :, : self.length] = held[:, :, : self.length]
             self._layers[layer] = held = grown
-        held[0, :, self.length : end] = key
-        held[1, :, self.length : end] = value
-        return held[0, :, :end], held[1, :, :end]
+        held[:, :, self.length : end] = new
+        keys, values = held[:, :, :end].split(1)
+        return keys, values
 
 
 def pages(tokens: int) -> int:
@@ -142,28 +142,30 @@ def _attention(
     _forward.layers.add(module.layer_idx)
     _, heads, total, size = query.shape
     shared = key.shape[1]
-    out = query.new_empty(1, total, heads, value.shape[3])
+    out = query.new_empty(1, total, heads, size)
+    both = torch.cat((key, value))
     for part in _forward.parts:
         here = slice(part.start, part.end)
-        k, v = part.row.cache.append(module.layer_idx, key[0, :, here], value[0, :, here])
-        new, length = part.end - part.start, k.shape[1]
+        k, v = part.row.cache.append(module.layer_idx, both[:, :, here])
+        new, length = part.end - part.start, k.shape[2]
         if new == 1:
             # Heads that share keys are as so many questions to them; all keys are in its past.
             if sliding_window is not None:
-                k, v = k[:, -sliding_window:], v[:, -sliding_window:]
-            asked = query[0, :, part.start].view(shared, heads // shared, size)
+                k, v = k[:, :, -sliding_window:], v[:, :, -sliding_window:]
+            asked = query[:, :, part.start].view(1, shared, heads // shared, size)
+            # With four dimensions the fused kernel is taken, with three the slow one.
             found = functional.scaled_dot_product_attention(asked, k, v, scale=scaling)
             out[0, part.start] = found.view(heads, -1)
             continue
-        k, v = (one.repeat_interleave(heads // shared, 0) for one in (k, v))
+        k, v = (one.repeat_interleave(heads // shared, 1) for one in (k, v))
         mask = None
         if length > new or (sliding_window is not None and length > sliding_window):
             apart = torch.arange(length - new, length)[:, None] - torch.arange(length)
             mask = (apart >= 0) & (apart < (sliding_window or length))
         found = functional.scaled_dot_product_attention(
-            query[0, :, here], k, v, mask, is_causal=mask is None, scale=scaling
+            query[:, :, here], k, v, mask, is_causal=mask is None, scale=scaling
         )
-        out[0, here] = found.transpose(0, 1)
+        out[0, here] = found[0].transpose(0, 1)
     return out, None
 
 

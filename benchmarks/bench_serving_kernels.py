@@ -1,0 +1,357 @@
+"""What many adapters in one batch cost beside the base's own linears, in one run on one GPU.
+
+    python benchmarks/bench_serving_kernels.py [--loads decode32x8,…] [--commit HASH]
+    python benchmarks/bench_serving_kernels.py --tune [--loads decode32x32]
+
+All linears of a 1.0 B Llama shape (16 layers of q, k, v, o, gate, up, down; bfloat16, random numbers),
+adapters of ranks 4, 8, 16, 64 in turn on each. Everything is captured once and replayed as a CUDA
+graph; cases take turns, `ROUNDS` times. Layers share buffers of x and y, as a model's do; weights and
+factors are each layer's own, more than a GPU's cache holds.
+
+    base             the linears alone
+    grouped          the adapters alone, added to y by our kernels (and the batch's preparation)
+    padded           the adapters alone, all padded to rank 64 and multiplied as one batch
+    loop             the adapters alone, one after the other: PEFT's way with a mixed batch, but
+                     without its Python, since it is replayed
+    base+grouped     the linears, then the adapters
+    written+base     the adapters first, the linears' products accumulated onto them
+
+`bound` is what the factors (and x and y, in a prefill most of it) take at `BANDWIDTH`. `--tune` tries other
+constants, one at a time and then the best together, and prints what they give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.records import record, save
+from rayft.kernels.grouped_lora import DECODE, AdapterTable, Group, Rows, Tuning, grouped_lora
+from rayft.kernels.segment_lora import SlotFactors
+
+LAYERS, HIDDEN, FFN, KV = 16, 2048, 8192, 512
+KINDS = {
+    "qkv": Group(HIDDEN, {"q": HIDDEN, "k": KV, "v": KV}),
+    "o": Group(HIDDEN, {"o": HIDDEN}),
+    "gate_up": Group(HIDDEN, {"gate": FFN, "up": FFN}),
+    "down": Group(FFN, {"down": HIDDEN}),
+}
+RANKS, WIDEST, SLOTS = (4, 8, 16, 64), 64, 33
+ROUNDS, SAMPLES = 3, 10
+BANDWIDTH = 3.0e12
+"""Bytes a second that an H100's memory gives in practice."""
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Rows of a batch and the adapters that they take in turn (decoding) or in a run each (prefill)."""
+
+    rows: int
+    adapters: int
+
+    def slots(self) -> torch.Tensor:
+        """Give each row's slot."""
+        turns = torch.arange(self.rows) % self.adapters + 1
+        return (turns if self.rows <= DECODE else turns.sort().values).int()
+
+
+LOADS = {"decode32x8": Load(32, 8), "decode32x32": Load(32, 32), "prefill4096x8": Load(4096, 8)}
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "decode": [
+        {"tile": 8}, {"tile": 16},
+        {"inputs": 128, "stages": 3}, {"inputs": 256, "stages": 2}, {"least": 128}, {"least": 512},
+        {"shrink_warps": 2}, {"shrink_warps": 8},
+        {"outputs": 64}, {"outputs": 256}, {"expand_warps": 4}, {"ranks": 64},
+        {"overlap": True},
+    ],
+    "prefill": [
+        {"tile": 32}, {"tile": 128, "shrink_warps": 8, "expand_warps": 8},
+        {"inputs": 128, "shrink_warps": 8}, {"stages": 3}, {"programs": 264}, {"programs": 66},
+        {"outputs": 128, "expand_warps": 8}, {"outputs": 128}, {"outputs": 32}, {"ranks": 64},
+        {"overlap": True},
+    ],
+}  # fmt: skip
+
+
+class Linears:
+    """Weights of all linears, the adapters' factors, and buffers of x and y for a load."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        groups = [
+            Group(kind.inputs, {f"{layer}.{name}": size for name, size in kind.outputs.items()})
+            for layer in range(LAYERS)
+            for kind in KINDS.values()
+        ]
+        self.table = AdapterTable(SLOTS, groups, dtype=torch.bfloat16, device="cuda")
+        self.weights = [
+            [normal(size, group.inputs, scale=0.02) for size in group.outputs.values()] for group in groups
+        ]
+        for slot, rank in zip(range(1, SLOTS), itertools.cycle(RANKS)):
+            self.table.set(slot, {name: factors(rank, *shape) for name, shape in self.table.shapes.items()})
+        self.buffers(LOADS["decode32x8"])
+
+    def buffers(self, load: Load) -> None:
+        """Make x and y for a load; they are the same for the groups of one kind."""
+        self.load, self.slots = load, load.slots().cuda()
+        x = {size: normal(load.rows, size) for size in (HIDDEN, FFN)}
+        ys = [
+            [torch.zeros(load.rows, size, device="cuda", dtype=torch.bfloat16) for size in k.outputs.values()]
+            for k in KINDS.values()
+        ]
+        self.x = [x[group.inputs] for group in self.table.groups]
+        self.ys = [y for _ in range(LAYERS) for y in ys]
+
+    def rows(self, tuning: Tuning | None = None) -> Rows:
+        """Give the load's rows for the kernels."""
+        rows = Rows(self.table, self.load.rows, tuning)
+        rows.slots.copy_(self.slots)
+        return rows
+
+    def each(self) -> Iterator[tuple[int, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]]:
+        """Go through the groups: index, x, the outputs, the weights."""
+        yield from zip(range(len(self.x)), self.x, self.ys, self.weights, strict=True)
+
+
+def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).mul_(scale)
+
+
+def factors(rank: int, outputs: int, inputs: int) -> SlotFactors:
+    return SlotFactors(b=normal(outputs, rank, scale=0.02), scale=2.0, a=normal(rank, inputs, scale=0.02))
+
+
+def grouped(linears: Linears, rows: Rows, *, before: bool = False, after: bool = False) -> None:
+    """Our kernels, with the base's products before them, after them or without any."""
+    rows.prepare()
+    for group, x, ys, weights in linears.each():
+        if before:
+            base(x, ys, weights, beta=0)
+        grouped_lora(x, ys, rows, group, accumulate=not after)
+        if after:
+            base(x, ys, weights, beta=1)
+
+
+def base(x: torch.Tensor, ys: list[torch.Tensor], weights: list[torch.Tensor], *, beta: int) -> None:
+    for y, weight in zip(ys, weights, strict=True):
+        if beta:
+            y.addmm_(x, weight.t())
+        else:
+            torch.mm(x, weight.t(), out=y)
+
+
+def all_base(linears: Linears) -> None:
+    for _, x, ys, weights in linears.each():
+        base(x, ys, weights, beta=0)
+
+
+def loop(linears: Linears, members: dict[int, torch.Tensor]) -> None:
+    """PEFT's mixed batch: for each adapter its rows are taken out, multiplied and added."""
+    for group, x, ys, _ in linears.each():
+        for part, y in enumerate(ys):
+            table = linears.table.layer(group, part)
+            for slot, index in members.items():
+                one = table[slot]
+                assert one.a is not None
+                update = functional.linear(functional.linear(x.index_select(0, index), one.a), one.b)
+                y.index_add_(0, index, update.mul_(one.scale))
+
+
+Stacks = list[list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def stacks(linears: Linears) -> Stacks:
+    """Give the load's adapters of every linear as A (S × R × I) and B (S × O × R), padded to one rank."""
+    made: Stacks = []
+    for group, x, ys, _ in linears.each():
+        made.append([])
+        for part, y in enumerate(ys):
+            a = x.new_zeros(linears.load.adapters, WIDEST, x.shape[1])
+            b = x.new_zeros(linears.load.adapters, y.shape[1], WIDEST)
+            for slot, one in linears.table.layer(group, part).items():
+                if slot <= linears.load.adapters:
+                    assert one.a is not None
+                    a[slot - 1, : len(one.a)], b[slot - 1, :, : len(one.a)] = one.a, one.scale * one.b
+            made[-1].append((a, b))
+    return made
+
+
+def padded(linears: Linears, made: Stacks) -> None:
+    """One batched product for all: rows gather their factors (decoding), or make runs of one length."""
+    index, load = linears.slots - 1, linears.load
+    for group, x, ys, _ in linears.each():
+        for (a, b), y in zip(made[group], ys, strict=True):
+            if load.rows <= DECODE:
+                h = torch.bmm(a.index_select(0, index), x.unsqueeze(2))
+                y.add_(torch.bmm(b.index_select(0, index), h).squeeze(2))
+            else:
+                h = torch.bmm(x.view(load.adapters, -1, x.shape[1]), a.transpose(1, 2))
+                y.view(load.adapters, -1, y.shape[1]).baddbmm_(h, b.transpose(1, 2))
+
+
+def capture(step: Step) -> torch.cuda.CUDAGraph:
+    """Run a step three times aside, then capture it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def replay(graph: torch.cuda.CUDAGraph, samples: int = SAMPLES, budget: float = 20.0) -> list[float]:
+    """Time replays, each sample so many in a row as fit into `budget` milliseconds: ms of one."""
+
+    def sample(times: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(times):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / times
+
+    sample(1)
+    times = max(1, min(20, int(budget / sample(1))))
+    return [sample(times) for _ in range(samples)]
+
+
+def check(linears: Linears, rows: Rows, members: dict[int, torch.Tensor]) -> None:
+    """Stop if the kernels and the loop disagree: times of wrong results are worth nothing."""
+    results = []
+    for step in (partial(loop, linears, members), partial(grouped, linears, rows)):
+        for y in itertools.chain(*linears.ys):
+            y.zero_()
+        step()
+        results.append(torch.cat([y.float().flatten() for y in itertools.chain(*linears.ys[: len(KINDS)])]))
+    expected, found = results
+    error = float((found - expected).norm() / expected.norm())
+    assert error < 0.05, f"the kernels' result is {error:.2g} off"
+
+
+def steps(linears: Linears) -> dict[str, Step]:
+    """Give what is measured for the load whose buffers there are."""
+    members = {
+        slot: (linears.slots == slot).nonzero().flatten() for slot in range(1, linears.load.adapters + 1)
+    }
+    rows = linears.rows()
+    check(linears, rows, members)
+    return {
+        "base": partial(all_base, linears),
+        "grouped": partial(grouped, linears, rows),
+        "padded": partial(padded, linears, stacks(linears)),
+        "loop": partial(loop, linears, members),
+        "base+grouped": partial(grouped, linears, rows, before=True),
+        "written+base": partial(grouped, linears, rows, after=True),
+    }
+
+
+def bound(linears: Linears) -> tuple[float, float]:
+    """Give the bytes of the load's factors, and with x read and y read and written."""
+    load = linears.load
+    sizes = [(rank, *shape) for shape in linears.table.shapes.values() for rank in RANKS]
+    weights = sum(2 * rank * (outputs + inputs) for rank, outputs, inputs in sizes)
+    weights *= load.adapters // len(RANKS)
+    moved = sum(x.nbytes + 2 * sum(y.nbytes for y in ys) for _, x, ys, _ in linears.each())
+    return float(weights), float(weights + moved)
+
+
+def run(linears: Linears, name: str) -> list[dict[str, Any]]:
+    """Measure one load."""
+    linears.buffers(LOADS[name])
+    graphs = {case: capture(step) for case, step in steps(linears).items()}
+    found: dict[str, list[float]] = {case: [] for case in graphs}
+    for _ in range(ROUNDS):
+        for case, graph in graphs.items():
+            found[case] += replay(graph)
+    floor, rows = statistics.median(found["base"]), []
+    for case, ms in found.items():
+        cuts, middle = statistics.quantiles(ms, n=10), statistics.median(ms)
+        at, spread = f"{name}/{case}", {"p20": cuts[1], "p80": cuts[7], "n": len(ms)}
+        rows.append(record("serving_kernels", at, "ms", middle, "ms", **spread))
+        added = middle - floor if "+" in case else middle
+        rows.append(record("serving_kernels", at, "adapters_over_base", added / floor, "ratio"))
+        print(
+            f"{at:30} {middle:8.3f} ms [{cuts[1]:.3f}, {cuts[7]:.3f}]  adapters {added:7.3f} ms, "
+            f"{100 * added / floor:6.1f} % of the base",
+            flush=True,
+        )
+    for case, size in zip(("factors", "all"), bound(linears), strict=True):
+        ms_bound = 1e3 * size / BANDWIDTH
+        rows.append(record("serving_kernels", f"{name}/bound_{case}", "ms", ms_bound, "ms"))
+        print(f"{name + '/bound_' + case:30} {ms_bound:8.3f} ms for {size / 1e6:,.0f} MB", flush=True)
+    return rows
+
+
+def tune(linears: Linears, name: str) -> None:
+    """Try other constants for a load: one change at a time, then all that helped together."""
+    linears.buffers(LOADS[name])
+    start = Tuning.choose(linears.load.rows)
+    first, helped = attempt(linears, start, {}), []
+    for change in CHANGES["decode" if linears.load.rows <= DECODE else "prefill"]:
+        ms = attempt(linears, start, change)
+        if ms < 0.99 * first:
+            helped.append((ms, change))
+    together: dict[str, Any] = {}
+    for _, change in sorted(helped, key=lambda item: item[0]):
+        together = {**change, **together}
+    best = min(
+        [(first, {}), *helped, (attempt(linears, start, together), together)], key=lambda item: item[0]
+    )
+    print(f"{name}: {best[0]:.3f} ms with {replace(start, **best[1])}", flush=True)
+
+
+def attempt(linears: Linears, start: Tuning, change: dict[str, Any]) -> float:
+    """Time the kernels with some constants changed; infinity where they don't fit the device."""
+    try:
+        graph = capture(partial(grouped, linears, linears.rows(replace(start, **change))))
+        ms = statistics.median(replay(graph))
+    except Exception as error:  # noqa: BLE001  (Triton has many kinds: out of resources, failed compilation)
+        print(f"{change}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        return float("inf")
+    print(f"{ms:8.3f} ms  {change or 'as chosen'}", flush=True)
+    return ms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--loads", default=",".join(LOADS), help="of " + ", ".join(LOADS))
+    parser.add_argument("--tune", action="store_true", help="try other constants instead")
+    parser.add_argument("--commit")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a GPU")
+    linears, rows = Linears(), []
+    for name in arguments.loads.split(","):
+        if arguments.tune:
+            tune(linears, name)
+            continue
+        rows += [{**row, "commit": arguments.commit or row["commit"]} for row in run(linears, name)]
+        # After each, so that a run that is cut short loses one load at most.
+        save("serving_kernels", rows)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

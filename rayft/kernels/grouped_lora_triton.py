@@ -1,0 +1,327 @@
+"""The Triton kernels of `rayft.kernels.grouped_lora`; see there for what they compute.
+
+A program waits for memory twice: for its tile's entry and rows, whose addresses follow from its number,
+then for factors, x, h and y. Where launches may overlap, every program waits for the kernel before it
+(`gdc_wait`) and only then lets the next one begin: when `expand` reads entries and B ahead of its wait,
+`shrink` has waited for all that came before it. x, h and y are read and written after the wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from rayft.kernels.grouped_lora import FIELDS, SLICES, AdapterTable, Tuning, tile_bound
+from rayft.kernels.launch_triton import Launcher
+
+__all__ = ["Plan"]
+
+
+@triton.jit
+def _order(slots_ptr, sorted_ptr, n_rows, n_slots, BN: tl.constexpr, BM: tl.constexpr):
+    """Sort the rows by slot, the base's last: (row, slot, index among the slot's rows, rows from it on)."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    mine = tl.load(slots_ptr + n, mask=n < n_rows, other=0)
+    mine = tl.where((mine > 0) & (mine < n_slots), mine, n_slots)
+    lower = tl.zeros((BN,), tl.int32)
+    earlier = tl.zeros((BN,), tl.int32)
+    same = tl.zeros((BN,), tl.int32)
+    for start in range(0, n_rows, BM):
+        m = start + tl.arange(0, BM)
+        other = tl.load(slots_ptr + m, mask=m < n_rows, other=0)
+        other = tl.where((other > 0) & (other < n_slots), other, n_slots)
+        other = tl.where(m < n_rows, other, n_slots + 1)
+        equal = other[None, :] == mine[:, None]
+        lower += tl.sum((other[None, :] < mine[:, None]).to(tl.int32), 1)
+        earlier += tl.sum((equal & (m[None, :] < n[:, None])).to(tl.int32), 1)
+        same += tl.sum(equal.to(tl.int32), 1)
+    place = sorted_ptr + (lower + earlier) * 4
+    tl.store(place, n, mask=n < n_rows)
+    tl.store(place + 1, tl.where(mine < n_slots, mine, 0), mask=n < n_rows)
+    tl.store(place + 2, earlier, mask=n < n_rows)
+    tl.store(place + 3, same - earlier, mask=n < n_rows)
+
+
+@triton.jit
+def _describe(
+    sorted_ptr, entries_ptr, tiles_ptr, rows_ptr, n_rows, n_tiles,
+    FIELDS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Cut the sorted rows into tiles and copy one layer's entries of them, with first row and count."""
+    layer, n_layers = tl.program_id(0), tl.num_programs(0)
+    field = tl.arange(0, FIELDS)[None, :]
+    found = tl.zeros((1,), tl.int32)
+    for start in range(0, n_rows, BP):
+        p = start + tl.arange(0, BP)
+        inside = p < n_rows
+        row = tl.load(sorted_ptr + p * 4, mask=inside, other=0)
+        slot = tl.load(sorted_ptr + p * 4 + 1, mask=inside, other=0)
+        index = tl.load(sorted_ptr + p * 4 + 2, mask=inside, other=1)
+        left = tl.load(sorted_ptr + p * 4 + 3, mask=inside, other=0)
+        leads = inside & (index % T == 0)
+        tile = found + tl.cumsum(leads.to(tl.int32), 0) - 1
+        if layer == 0:
+            tl.store(rows_ptr + tile * T + index % T, row, mask=inside)
+        entry = tl.load(
+            entries_ptr + (slot * n_layers + layer)[:, None] * FIELDS + field, mask=leads[:, None], other=0
+        )
+        entry = tl.where(field == 6, p[:, None].to(tl.int64), entry)
+        entry = tl.where(field == 7, tl.minimum(left, T)[:, None].to(tl.int64), entry)
+        tl.store(tiles_ptr + (layer * n_tiles + tile)[:, None] * FIELDS + field, entry, mask=leads[:, None])
+        found += tl.sum(leads.to(tl.int32), 0)
+    for start in range(0, n_tiles, BP):
+        t = start + tl.arange(0, BP)
+        surplus = (t >= found) & (t < n_tiles)
+        tl.store(
+            tiles_ptr + (layer * n_tiles + t)[:, None] * FIELDS + field,
+            tl.zeros((BP, FIELDS), tl.int64),
+            mask=surplus[:, None],
+        )
+
+
+@triton.jit
+def _follow(OVERLAP: tl.constexpr):
+    """Wait for the kernel before this one, and let the next one begin."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS: tl.constexpr, T: tl.constexpr):
+    """A tile's entry in one layer: where it is, columns, rank; its places in h, rows, and which there are."""
+    entry = tiles_ptr + (of * n_tiles + tile) * FIELDS
+    n = tl.arange(0, T)
+    columns, rank = tl.load(entry + 2), tl.load(entry + 3).to(tl.int32)
+    place, in_n = tl.load(entry + 6).to(tl.int32) + n, n < tl.load(entry + 7)
+    return entry, columns, rank, place, tl.load(rows_ptr + tile * T + n).to(tl.int64), in_n
+
+
+@triton.jit
+def _shrink_ranks(
+    x_row, in_n, a_ptr, columns, h_row, rank, start, begin, n_inputs,
+    BR: tl.constexpr, T: tl.constexpr, BI: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Inputs begin … begin + CHUNK of one tile times rows start … start + BR of A, into h."""
+    r = start + tl.arange(0, BR)
+    in_r = r < rank
+    if columns == 0:
+        i = tl.arange(0, BI)
+        x_place, a_place = (
+            x_row[:, None] + (begin + i)[None, :],
+            (r * n_inputs)[:, None] + (begin + i)[None, :],
+        )
+        h = tl.zeros((T, BR), tl.float32)
+        for step in range(0, CHUNK, BI):
+            in_i = i < n_inputs - begin - step
+            x = tl.load(x_place + step, mask=in_n[:, None] & in_i[None, :], other=0.0)
+            a = tl.load(a_ptr + a_place + step, mask=in_r[:, None] & in_i[None, :], other=0.0)
+            h = tl.dot(x, tl.trans(a), h, input_precision="ieee")
+        tl.store(h_row[:, None] + r[None, :], h, mask=in_n[:, None])
+    else:
+        column = tl.load(columns.to(tl.pointer_type(tl.int64)) + r, mask=in_r, other=0)
+        chosen = tl.load(x_row[:, None] + column[None, :], mask=in_n[:, None] & in_r[None, :], other=0.0)
+        tl.store(h_row[:, None] + r[None, :], chosen.to(tl.float32), mask=in_n[:, None])
+
+
+@triton.jit
+def _shrink(
+    x_ptr, tiles_ptr, rows_ptr, h_ptr, n_rows, n_inputs, x_stride, n_tiles,
+    FIELDS: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, T: tl.constexpr, BI: tl.constexpr,
+    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One tile, one linear, one part of the inputs; selected inputs are all taken by the first part."""
+    number, tile = tl.program_id(0), tl.program_id(1)
+    of, part = number % SLICES, number // SLICES
+    _follow(OVERLAP)
+    entry, columns, rank, place, row, in_n = _read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS, T)
+    a_ptr = tl.multiple_of(tl.load(entry).to(tl.pointer_type(x_ptr.dtype.element_ty)), 16)
+    x_row = x_ptr + row * x_stride
+    h_row = h_ptr + ((part * SLICES + of) * n_rows + place) * WIDTH
+    begin = part * CHUNK
+    # h is written up to whole blocks of ranks, so that `expand` may read it so.
+    if (columns == 0) | (part == 0):
+        if rank > 32:
+            for start in range(0, rank, 64):
+                _shrink_ranks(
+                    x_row, in_n, a_ptr, columns, h_row, rank, start, begin, n_inputs, 64, T, BI, CHUNK
+                )
+        elif rank > 16:
+            _shrink_ranks(x_row, in_n, a_ptr, columns, h_row, rank, 0, begin, n_inputs, 32, T, BI, CHUNK)
+        elif rank > 0:
+            _shrink_ranks(x_row, in_n, a_ptr, columns, h_row, rank, 0, begin, n_inputs, 16, T, BI, CHUNK)
+
+
+@triton.jit
+def _load_b(b_ptr, b_stride, o, in_o, rank, start, BR: tl.constexpr):
+    """Columns start … start + BR of some rows of B, zeros from the rank on."""
+    r = start + tl.arange(0, BR)
+    # Whole vectors are loaded, see `place`; what a wider matrix has there is another adapter's.
+    loaded = r < (rank + 7) // 8 * 8
+    b = tl.load(b_ptr + o[:, None] * b_stride + r[None, :], mask=in_o[:, None] & loaded[None, :], other=0.0)
+    return tl.where((r < rank)[None, :], b, 0.0)
+
+
+@triton.jit
+def _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR: tl.constexpr, BP: tl.constexpr):
+    """The parts of h added up; their columns are written up to a whole block."""
+    # In one load: a sum over single ones waits for each before it asks for the next.
+    part = tl.arange(0, BP)[:, None, None]
+    place = part * part_stride + (h_row[:, None] + (start + tl.arange(0, BR))[None, :])[None, :, :]
+    return tl.sum(tl.load(h_ptr + place, mask=in_n[None, :, None] & (part < parts), other=0.0), 0)
+
+
+@triton.jit
+def _expand_ranks(
+    y_place, mask, in_n, b_ptr, b_stride, o, in_o, h_ptr, h_row, part_stride, parts, rank, scale,
+    BR: tl.constexpr, LAST: tl.constexpr, BP: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One tile and block of outputs, BR ranks at once."""
+    kind = b_ptr.dtype.element_ty
+    b = _load_b(b_ptr, b_stride, o, in_o, rank, 0, BR)
+    _follow(OVERLAP)
+    if ADD:
+        before = tl.load(y_place, mask=mask, other=0.0)
+    h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP)
+    total = tl.dot(h.to(kind), tl.trans(b), input_precision="ieee")
+    if LAST:
+        for start in range(BR, rank, BR):
+            more = _load_b(b_ptr, b_stride, o, in_o, rank, start, BR)
+            h = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP)
+            total = tl.dot(h.to(kind), tl.trans(more), total, input_precision="ieee")
+    total *= scale
+    if ADD:
+        total += before.to(tl.float32)
+    tl.store(y_place, total.to(y_place.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _expand(
+    y0_ptr, y1_ptr, y2_ptr, tiles_ptr, rows_ptr, h_ptr,
+    n_rows, outputs_0, outputs_1, outputs_2, y0_stride, y1_stride, y2_stride, n_tiles,
+    FIELDS: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, T: tl.constexpr, BO: tl.constexpr,
+    BR: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """One tile and block of outputs: those of the first linear come first, then the second's."""
+    block, tile = tl.program_id(0), tl.program_id(1)
+    of = block * 0
+    y_ptr, y_stride, n_outputs = y0_ptr, y0_stride, outputs_0
+    if SLICES > 1:
+        blocks = tl.cdiv(outputs_0, BO)
+        if block >= blocks:
+            block, of = block - blocks, of + 1
+            y_ptr, y_stride, n_outputs = y1_ptr, y1_stride, outputs_1
+            if SLICES > 2:
+                blocks = tl.cdiv(outputs_1, BO)
+                if block >= blocks:
+                    block, of = block - blocks, of + 1
+                    y_ptr, y_stride, n_outputs = y2_ptr, y2_stride, outputs_2
+    entry, columns, rank, place, row, in_n = _read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS, T)
+    b_ptr = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(y_ptr.dtype.element_ty)), 16)
+    b_stride = tl.multiple_of(tl.load(entry + 4).to(tl.int32), 8)
+    scale = tl.load(entry + 5).to(tl.int32).to(tl.float32, bitcast=True)
+    o = block * BO + tl.arange(0, BO)
+    in_o = o < n_outputs
+    mask = in_n[:, None] & in_o[None, :]
+    y_place = y_ptr + (row * y_stride)[:, None] + o[None, :]
+    h_row, part_stride = (of * n_rows + place) * WIDTH, n_rows * SLICES * WIDTH
+    parts = tl.where(columns == 0, PARTS, 1)
+    if rank == 0:
+        _follow(OVERLAP)
+        if not ADD:
+            tl.store(y_place, tl.zeros((T, BO), y_ptr.dtype.element_ty), mask=mask)
+    elif rank <= 16:
+        _expand_ranks(
+            y_place, mask, in_n, b_ptr, b_stride, o, in_o, h_ptr, h_row, part_stride, parts, rank, scale,
+            16, False, BP, ADD, OVERLAP,
+        )  # fmt: skip
+    elif rank <= 32:
+        _expand_ranks(
+            y_place, mask, in_n, b_ptr, b_stride, o, in_o, h_ptr, h_row, part_stride, parts, rank, scale,
+            32, False, BP, ADD, OVERLAP,
+        )  # fmt: skip
+    else:
+        _expand_ranks(
+            y_place, mask, in_n, b_ptr, b_stride, o, in_o, h_ptr, h_row, part_stride, parts, rank, scale,
+            BR, True, BP, ADD, OVERLAP,
+        )  # fmt: skip
+
+
+launch_order = Launcher(_order, num_warps=4)
+launch_describe = Launcher(_describe, num_warps=4)
+
+
+@lru_cache(maxsize=64)
+def _launcher(kernel: Any, warps: int, stages: int, overlap: bool) -> Launcher:
+    options = {"launch_pdl": True} if overlap else {}
+    return Launcher(kernel, num_warps=warps, num_stages=stages, **options)
+
+
+class Plan:
+    """The buffers of a batch of N rows, and the launches over them."""
+
+    def __init__(self, table: AdapterTable, n_rows: int, tuning: Tuning) -> None:
+        self._table, self._n_rows, self._tuning = table, n_rows, tuning
+        self._n_tiles = tile_bound(n_rows, table.slots, tuning.tile)
+        device, layers = table.entries.device, table.entries.shape[1]
+        self._sorted = torch.zeros(n_rows, 4, dtype=torch.int32, device=device)
+        self._rows = torch.zeros(self._n_tiles, tuning.tile, dtype=torch.int32, device=device)
+        self._tiles = torch.zeros(layers, self._n_tiles, FIELDS, dtype=torch.int64, device=device)
+        self._chunks = [tuning.chunk(n_rows, group.inputs, len(group.outputs)) for group in table.groups]
+        most = max(
+            len(group.outputs) * -(-group.inputs // chunk)
+            for group, chunk in zip(table.groups, self._chunks, strict=True)
+        )
+        assert most * n_rows * table.widest < 2**31, "more rows than the kernels can count"
+        self.h = torch.empty(most, n_rows, table.widest, dtype=torch.float32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.nbytes for buffer in (self._sorted, self._rows, self._tiles, self.h))
+
+    def prepare(self, slots: torch.Tensor) -> None:
+        """Sort the rows and look their factors up, in every layer."""
+        n_rows, tile = self._n_rows, self._tuning.tile
+        launch_order((-(-n_rows // 32), 1, 1), (slots, self._sorted), (n_rows, self._table.slots), (32, 256))
+        launch_describe(
+            (self._tiles.shape[0], 1, 1),
+            (self._sorted, self._table.entries, self._tiles, self._rows),
+            (n_rows, self._n_tiles),
+            (FIELDS, tile, min(256, max(16, int(triton.next_power_of_2(n_rows))))),
+        )
+
+    def shrink(self, x: torch.Tensor, group: int) -> None:
+        """Write x Aᵀ of a group's linears, in parts, into h."""
+        assert x.stride(1) == 1, "inputs of a row must be neighbours"
+        assert x.dtype == self._table.dtype, f"x is not of the table's {self._table.dtype}"
+        known, chunk, tuning = self._table.groups[group], self._chunks[group], self._tuning
+        _launcher(_shrink, tuning.shrink_warps, tuning.stages, tuning.overlap)(
+            (len(known.outputs) * -(-known.inputs // chunk), self._n_tiles, 1),
+            (x, self._tiles[self._table.first[group] :], self._rows, self.h),
+            (self._n_rows, known.inputs, x.stride(0), self._n_tiles),
+            (*self._shape(group), tuning.inputs, chunk, tuning.overlap),
+        )
+
+    def expand(self, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:
+        """Add h Bᵀ to the outputs of a group's linears, or write it."""
+        assert all(y.stride(1) == 1 for y in ys), "outputs of a row must be neighbours"
+        assert all(y.dtype == self._table.dtype for y in ys), f"y is not of the table's {self._table.dtype}"
+        known, tuning = self._table.groups[group], self._tuning
+        three = [*ys, *[ys[0]] * (SLICES - len(ys))]
+        parts = -(-known.inputs // self._chunks[group])
+        padded = int(triton.next_power_of_2(parts))
+        _launcher(_expand, tuning.expand_warps, 1, tuning.overlap)(
+            (sum(-(-size // tuning.outputs) for size in known.outputs.values()), self._n_tiles, 1),
+            (*three, self._tiles[self._table.first[group] :], self._rows, self.h),
+            (self._n_rows, *(y.shape[1] for y in three), *(y.stride(0) for y in three), self._n_tiles),
+            (*self._shape(group), tuning.outputs, tuning.ranks, parts, padded, accumulate, tuning.overlap),
+        )
+
+    def _shape(self, group: int) -> tuple[int, ...]:
+        return FIELDS, self._table.widest, len(self._table.groups[group].outputs), self._tuning.tile

@@ -1,0 +1,198 @@
+"""Tables, tiles and the plain version of the grouped kernels; tests/gpu has the Triton ones."""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections import Counter
+
+import pytest
+import torch
+
+from rayft.errors import TargetError
+from rayft.kernels.grouped_lora import (
+    AdapterTable,
+    Group,
+    Rows,
+    Tuning,
+    grouped_lora,
+    place,
+    reference,
+    tile_bound,
+)
+from rayft.kernels.segment_lora import SlotFactors
+from rayft.numerics import assert_close, relative_error
+
+GROUPS = (Group(24, {"q": 16, "k": 8, "v": 9}), Group(16, {"o": 24}))
+
+
+def lora(rank: int, inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> SlotFactors:
+    return SlotFactors(
+        b=torch.randn(outputs, rank).to(dtype), scale=0.7, a=torch.randn(rank, inputs).to(dtype)
+    )
+
+
+def table(dtype: torch.dtype = torch.float32, widest: int = 64) -> AdapterTable:
+    """Slot 1 everywhere, slot 2 in q and v alone, where it selects inputs."""
+    made = AdapterTable(4, GROUPS, dtype=dtype, device="cpu", widest=widest)
+    made.set(1, {name: lora(3, inputs, size, dtype) for name, (size, inputs) in made.shapes.items()})
+    columns = torch.tensor([23, 0, 5, 5])
+    made.set(
+        2,
+        {
+            name: SlotFactors(b=torch.randn(size, 4).to(dtype), scale=1.3, columns=columns)
+            for name, size in (("q", 16), ("v", 9))
+        },
+    )
+    return made
+
+
+def batch(made: AdapterTable, slots: list[int]) -> tuple[Rows, torch.Tensor, list[torch.Tensor]]:
+    rows = Rows(made, len(slots))
+    rows.slots.copy_(torch.tensor(slots))
+    rows.prepare()
+    x = torch.randn(len(slots), 24).to(made.dtype)
+    return rows, x, [torch.randn(len(slots), size).to(made.dtype) for size in (16, 8, 9)]
+
+
+@pytest.mark.parametrize("accumulate", [True, False], ids=["added", "written"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slots", [[1], [0, 0, 2, 2, 1], [1, 2, 3, 0, 1, 2]], ids=str)
+def test_it_agrees_with_the_reference(slots: list[int], dtype: torch.dtype, accumulate: bool) -> None:
+    rows, x, ys = batch(table(dtype), slots)
+    before = [y.clone() for y in ys]
+    expected = reference(x, ys, rows, 0, accumulate=accumulate)
+    grouped_lora(x, ys, rows, 0, accumulate=accumulate)
+    for y, old, exact in zip(ys, before, expected, strict=True):
+        assert_close(y, exact, dtype, 24, depth=3)
+        untouched = [row for row, slot in enumerate(slots) if slot in (0, 3)]
+        assert torch.equal(y[untouched], old[untouched] if accumulate else torch.zeros_like(old[untouched]))
+    assert relative_error(ys[0], before[0]) > 0.1
+
+
+def test_a_layer_without_factors_is_left_alone() -> None:
+    rows, x, ys = batch(table(), [2, 2])
+    before = [y.clone() for y in ys]
+    grouped_lora(x, ys, rows, 0)
+    assert [torch.equal(y, old) for y, old in zip(ys, before, strict=True)] == [False, True, False]
+
+
+def test_a_batch_is_the_one_that_was_prepared() -> None:
+    rows, x, ys = batch(table(), [1, 2])
+    with pytest.raises(AssertionError, match="prepared"):
+        grouped_lora(x[:1], [y[:1] for y in ys], rows, 0)
+    with pytest.raises(AssertionError):
+        grouped_lora(x, ys[:2], rows, 0)
+
+
+def test_an_entry_says_where_the_factors_lie() -> None:
+    made = table()
+    factors = made.layer(0, 0)[1]
+    assert factors.a is not None
+    entry = made.entries[1, 0].tolist()
+    assert entry[:5] == [factors.a.data_ptr(), factors.b.data_ptr(), 0, 3, factors.b.stride(0)]
+    assert struct.unpack("<f", struct.pack("<i", entry[5]))[0] == pytest.approx(0.7)
+    selected = made.layer(0, 2)[2]
+    assert selected.columns is not None
+    assert made.entries[2, 2].tolist()[:4] == [0, selected.b.data_ptr(), selected.columns.data_ptr(), 4]
+    assert not made.entries[2, 1].any(), "k has no factors of slot 2"
+    assert not made.entries[[0, 3]].any()
+
+
+def test_a_slot_is_replaced_and_cleared_as_a_whole() -> None:
+    made = table()
+    made.set(1, {"o": lora(5, 16, 24)})
+    assert made.entries[1, :, 3].tolist() == [0, 0, 0, 5]
+    assert [1 in layer for layer in made.layers] == [False, False, False, True]
+    made.clear(1)
+    assert not made.entries[1].any()
+    assert not any(1 in layer for layer in made.layers)
+    assert made.entries[2].any()
+
+
+@pytest.mark.parametrize("slot", [0, 4, -1])
+def test_only_slots_of_the_table_are_filled(slot: int) -> None:
+    with pytest.raises(AssertionError, match="slot"):
+        table().set(slot, {})
+
+
+def test_a_rank_that_is_too_large_is_the_users_mistake() -> None:
+    made = table()
+    with pytest.raises(TargetError, match=r"o: rank 65 is above 64.*squeeze"):
+        made.set(1, {"o": lora(65, 16, 24)})
+    assert made.layer(1, 0)[1].b.shape[1] == 3, "the former adapter is gone"
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [
+        pytest.param(lora(3, 24, 24), id="inputs"),
+        pytest.param(lora(3, 16, 16), id="outputs"),
+        pytest.param(lora(3, 16, 24, torch.bfloat16), id="dtype"),
+        pytest.param(SlotFactors(torch.zeros(24, 3), 1.0, columns=torch.zeros(2).long()), id="columns"),
+    ],
+)
+def test_factors_of_another_shape_or_dtype_are_refused(factors: SlotFactors) -> None:
+    with pytest.raises(AssertionError, match="o: "):
+        table().set(1, {"o": factors})
+
+
+def test_prefixes_of_a_squeezed_adapter_share_its_memory() -> None:
+    wide, a = torch.randn(24, 16), torch.randn(16, 16)
+    made = table()
+    for slot, rank in ((1, 3), (2, 13)):
+        made.set(slot, {"o": SlotFactors(b=wide[:, :rank], scale=1.0, a=a[:rank])})
+        entry = made.entries[slot, 3].tolist()
+        assert entry[:5] == [a.data_ptr(), wide.data_ptr(), 0, rank, 16]
+
+
+@pytest.mark.parametrize(
+    "b",
+    [
+        pytest.param(torch.randn(5, 3), id="short rows"),
+        pytest.param(torch.randn(5, 20)[:, :3], id="rows of 20"),
+        pytest.param(torch.randn(5, 16)[:, 3:7], id="starts within a vector"),
+        pytest.param(torch.randn(3, 5).t(), id="transposed"),
+        pytest.param(torch.randn(4 * 8 + 3).as_strided((5, 3), (8, 1)), id="ends with the memory"),
+    ],
+)
+def test_a_matrix_that_is_not_aligned_is_copied_with_zeros(b: torch.Tensor) -> None:
+    placed = place(b)
+    assert torch.equal(placed, b)
+    assert placed.data_ptr() != b.data_ptr()
+    assert placed.data_ptr() % 16 == placed.stride(0) % 8 == 0
+    assert not placed.as_strided((5, 8), placed.stride())[:, b.shape[1] :].any()
+    assert place(placed).data_ptr() == placed.data_ptr(), "copied twice"
+
+
+def tiles(slots: list[int], tile: int) -> int:
+    return sum(-(-count // tile) for count in Counter(slots).values())
+
+
+@pytest.mark.parametrize("n_slots", [2, 5, 40])
+@pytest.mark.parametrize("tile", [8, 16])
+def test_the_bound_of_tiles_holds_and_is_reached(tile: int, n_slots: int) -> None:
+    draw = random.Random(0)
+    for n in (1, 7, 16, 33, 100):
+        for _ in range(100):
+            assert tiles(draw.choices(range(n_slots), k=n), tile) <= tile_bound(n, n_slots, tile)
+        distinct = min(n, n_slots)
+        worst = [*range(distinct), *[0] * (n - distinct)]
+        assert tiles(worst, tile) == tile_bound(n, n_slots, tile)
+
+
+@pytest.mark.parametrize("inputs", [16, 50, 576, 2048, 8192, 14336])
+@pytest.mark.parametrize("n_rows", [1, 32, 256, 4096])
+@pytest.mark.parametrize("slices", [1, 2, 3])
+def test_parts_cover_the_inputs(inputs: int, n_rows: int, slices: int) -> None:
+    tuning = Tuning.choose(n_rows)
+    chunk = tuning.chunk(n_rows, inputs, slices)
+    parts = -(-inputs // chunk)
+    assert chunk % tuning.inputs == 0
+    assert 1 <= parts <= tuning.parts
+    assert parts == 1 or chunk >= tuning.least
+
+
+def test_few_rows_are_spread_over_the_device_and_many_are_not_split() -> None:
+    assert 2048 // Tuning.choose(32).chunk(32, 2048, 3) == 8
+    assert Tuning.choose(4096).chunk(4096, 2048, 3) == 2048

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from rayft.errors import ArtifactError, BadRequestError, ResourceError, UnknownModelError
+from rayft.registry.ref import AdapterVersion
+from rayft.registry.store import MlflowRegistry
+from rayft.serving.config import ServeConfig
+from rayft.serving.director import Director
+from rayft.serving.state import Served
+from tests.unit.serving.adapters import random_adapter
+
+SHAPES = {"layer.q_proj": (6, 4)}
+
+
+class Replica:
+    """Notes what it is told; `fails` is raised when it prepares."""
+
+    def __init__(self, fails: Exception | None = None, serving: Served | None = None) -> None:
+        self.fails, self.told = fails, []  # type: ignore[var-annotated]
+        self.now = serving or Served()
+
+    def take(self, method: str, *arguments: Any) -> Any:
+        self.told.append(method)
+        if method == "prepare":
+            self.wanted = arguments[0]
+            return self.fails
+        if method == "commit":
+            self.now = self.wanted
+        return self.now if method == "serving" else {}
+
+
+class Handle:
+    """What Ray Serve's handle does when it calls all replicas."""
+
+    def __init__(self, *replicas: Replica) -> None:
+        self.replicas = list(replicas)
+
+    def broadcast(self, method: str, *arguments: Any) -> Handle:
+        self.found = [replica.take(method, *arguments) for replica in self.replicas]
+        return self
+
+    async def results_async(self, **_: Any) -> list[Any]:
+        return self.found
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[[str], str]:
+    return lambda name: str(random_adapter(name, SHAPES).save(tmp_path / name))
+
+
+def go(config: ServeConfig, handle: Handle, scenario: Callable[[Director], Awaitable[Any]]) -> Director:
+    async def run() -> Director:
+        director = Director(config, handle)  # type: ignore[arg-type]
+        await director.reconfigure({})
+        await scenario(director)
+        for task in director._tasks:
+            task.cancel()
+        return director
+
+    return asyncio.run(run())
+
+
+def test_a_change_is_prepared_by_all_and_then_committed(folder: Callable[[str], str]) -> None:
+    replicas = [Replica(), Replica()]
+
+    async def scenario(director: Director) -> None:
+        made = await director.load("b", folder("b"), 1.0, pinned=False)
+        assert (made.name, made.version) == ("b", 1)
+        await director.unload("a")
+
+    director = go(ServeConfig(adapters={"a": folder("a")}), Handle(*replicas), scenario)
+    for replica in replicas:
+        assert [what for what in replica.told if what != "serving"] == ["prepare", "commit"] * 2
+        assert replica.now.names() == ("b",)
+    assert director._served.number == 3
+
+
+def test_what_one_replica_refuses_none_serves(folder: Callable[[str], str]) -> None:
+    replicas = [Replica(), Replica(ArtifactError("adapter 'b' is not served: 6x5"))]
+
+    async def scenario(director: Director) -> None:
+        with pytest.raises(BadRequestError, match="6x5"):
+            await director.load("b", folder("b"), 1.0, pinned=False)
+        replicas[1].fails = ResourceError("no room")
+        with pytest.raises(ResourceError, match="no room"):
+            await director.load("b", folder("b"), 1.0, pinned=False)
+        with pytest.raises(BadRequestError, match="nowhere"):
+            await director.load("b", "/nowhere", 1.0, pinned=False)
+        with pytest.raises(UnknownModelError):
+            await director.unload("b")
+
+    director = go(ServeConfig(adapters={"a": folder("a")}), Handle(*replicas), scenario)
+    for replica in replicas:
+        assert [what for what in replica.told if what != "serving"] == ["prepare", "abandon"] * 2
+    assert director._served.names() == ("a",)
+
+
+def test_a_replica_that_died_does_not_count(folder: Callable[[str], str]) -> None:
+    replicas = [Replica(), Replica(ActorDiedError())]
+
+    async def scenario(director: Director) -> None:
+        await director.load("b", folder("b"), 1.0, pinned=False)
+
+    assert go(ServeConfig(), Handle(*replicas), scenario)._served.names() == ("b",)
+
+
+def test_a_director_that_was_lost_goes_on_with_what_is_served(folder: Callable[[str], str]) -> None:
+    replicas = [Replica(), Replica()]
+
+    async def load(director: Director) -> None:
+        await director.load("b", folder("b"), 1.0, pinned=False)
+
+    before = go(ServeConfig(adapters={"a": folder("a")}), Handle(*replicas), load)
+
+    async def wait(director: Director) -> None:
+        await asyncio.sleep(0)
+
+    after = go(ServeConfig(adapters={"a": folder("a")}), Handle(*replicas), wait)
+    assert after._served == before._served
+
+
+def test_a_changed_configuration_is_served_and_a_wrong_one_is_not(folder: Callable[[str], str]) -> None:
+    replica = Replica()
+
+    async def scenario(director: Director) -> None:
+        await director.reconfigure({"adapters": {"b": folder("b")}})
+        assert director._served.names() == ("b",)
+        await director.reconfigure({"adapters": {"c": "/nowhere"}})
+        assert director._served.names() == ("b",)
+        assert "/nowhere" in (await director.adapters())["refused"]
+        told = list(replica.told)
+        await director.reconfigure({"adapters": {"b": folder("b")}})
+        assert [what for what in replica.told[len(told) :] if what == "prepare"] == []
+
+    go(ServeConfig(adapters={"a": folder("a")}), Handle(replica), scenario)
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A registry whose alias `champion` of `a` is the folder of `champion` in what is given."""
+    where: dict[str, str] = {}
+
+    def resolve(_: MlflowRegistry, ref: Any) -> Any:
+        from dataclasses import replace
+
+        return replace(ref, version=int(where["version"]), content_hash="x", uri="")
+
+    monkeypatch.setattr(MlflowRegistry, "resolve", resolve)
+    monkeypatch.setattr(MlflowRegistry, "fetch", lambda *_: Path(where["champion"]))
+    found = [AdapterVersion("a", number, "", "", "", ("champion",)) for number in (1, 2)]
+    monkeypatch.setattr(MlflowRegistry, "versions", lambda *_: found)
+    return where
+
+
+def test_an_alias_that_moves_is_followed(folder: Callable[[str], str], registry: dict[str, str]) -> None:
+    registry |= {"champion": folder("one"), "version": "1"}
+    config = ServeConfig(
+        adapters={"a": "models:/a@champion"}, registry="sqlite:///none.db", follow_seconds=0.02
+    )
+    replica = Replica()
+
+    async def scenario(director: Director) -> None:
+        first = director._served.of("a")[0]
+        assert (first.version, first.aliases) == (1, ("champion",))
+        await asyncio.sleep(0.1)
+        assert "prepare" not in replica.told
+        registry.update(champion=folder("two"), version="2")
+        for _ in range(200):
+            await asyncio.sleep(0.02)
+            if director._served.of("a")[0].version == 2:
+                break
+        assert replica.now.of("a")[0].version == 2
+        registry.update(champion="/gone", version="3")
+        for _ in range(200):
+            await asyncio.sleep(0.02)
+            if director._refused:
+                break
+        assert director._served.of("a")[0].version == 2
+
+    go(config, Handle(replica), scenario)
