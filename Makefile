@@ -49,7 +49,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered -m "not gpu" $(PYTEST_ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix-only -q .

@@ -182,7 +182,29 @@ def squeeze_table() -> str:
     return "\n".join(lines)
 
 
+def serving_table() -> str:
+    """Make the README's table of serving over HTTP, against `generate` on the same prompts."""
+    found = cases("serving_http")
+    lines = [
+        "| clients at once | tokens/s | `generate`: tokens/s | ratio | first token |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for case, metrics in found.items():
+        if "over_generate" not in metrics or not case.startswith("packed/"):
+            continue
+        cells = [
+            _cell(metrics, "tokens_per_second", "{:.1f}"),
+            _cell(metrics, "generate_tokens_per_second", "{:.1f}"),
+            _cell(metrics, "over_generate", "{:.2f}"),
+            _cell(metrics, "first_token_seconds", "{:.2f} s"),
+        ]
+        lines.append(f"| {case.partition('/')[2].partition('_')[0]} | " + " | ".join(cells) + " |")
+        device = metrics["over_generate"]["device"]
+    return "\n".join([*lines, "", f"On {device}."]) if len(lines) > 2 else "\n".join(lines)
+
+
 TABLES = {
+    "serving": serving_table,
     "demo": demo_table,
     "train_step": train_step_table,
     "methods_quality": methods_quality_table,

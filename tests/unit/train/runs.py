@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pytest
 
 from rayft.config import Section
 from rayft.methods import METHODS
@@ -12,6 +15,16 @@ from rayft.train.run import RunConfig
 
 CHAINS = sorted(name for name, method in METHODS.items() if method.chained)
 ADAPTERS = sorted(name for name, method in METHODS.items() if method.exports_lora)
+
+
+FAMILIES = ("lora_plus", "rac", "cla", "rc3la", "paca", "full")
+"""One method of each kind of layer and of stage: what the default suite tries where all are alike."""
+
+
+def by_family(names: Iterable[str], first: Iterable[str] = FAMILIES) -> list[Any]:
+    """List methods for a test: those of `first` always, the others with `-m exhaustive`."""
+    chosen = set(first)
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.exhaustive) for name in names]
 
 
 def changed(run: RunConfig, **sections: object) -> RunConfig:

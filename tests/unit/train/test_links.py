@@ -21,7 +21,7 @@ from rayft.train.context import Session, SilentReporter
 from rayft.train.links import spans
 from rayft.train.loop import fit
 from rayft.train.run import RunConfig
-from tests.unit.train.runs import CHAINS, changed, with_method
+from tests.unit.train.runs import CHAINS, by_family, changed, with_method
 
 
 def by_epochs(run: RunConfig, links: int, epochs: int, **optim: object) -> RunConfig:
@@ -117,7 +117,7 @@ class _Watch:
                 yield name, torch.cat([factors.b[:, :-rank].flatten(), factors.a[:-rank].flatten()])
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", by_family(CHAINS))
 def test_links_start_afresh_and_stay_as_they_were(
     run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

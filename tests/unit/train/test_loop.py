@@ -17,7 +17,7 @@ from rayft.train.context import Session, SilentReporter, Worker
 from rayft.train.loop import fit, validation_loss
 from rayft.train.run import RunConfig
 from tests.unit.train.curves import WIDEST, assert_same_losses
-from tests.unit.train.runs import DieAt, StopAt, changed, with_method
+from tests.unit.train.runs import DieAt, StopAt, by_family, changed, with_method
 
 
 @pytest.mark.parametrize("method", ["lora", "cla"])
@@ -124,7 +124,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(run: RunConfig, session: Session
         fit(changed(run, optim={"lr": 1e30, "clip": 1e9}), session, SilentReporter(), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_plus", "asym", "cola", "rac", "cla", "rc3la", "paca"])
+@pytest.mark.parametrize(
+    "name", by_family(["lora", "lora_plus", "asym", "cola", "rac", "cla", "rc3la", "paca"])
+)
 def test_accumulation_gives_the_same_run(run: RunConfig, session: Session, tmp_path: Path, name: str) -> None:
     run = with_method(run, name, links=2, optim={"lr": 2e-3}, evaluate={"every": None})
     at_once = fit(run, session, SilentReporter(), tmp_path / "a")

@@ -15,7 +15,7 @@ from rayft.train.context import Session, SilentReporter, Worker
 from rayft.train.loop import TrainResult, fit, validation_loss
 from rayft.train.run import RunConfig
 from tests.unit.train.curves import assert_same_losses
-from tests.unit.train.runs import changed, with_method
+from tests.unit.train.runs import by_family, changed, with_method
 
 # Adam's first step of a link is lr wide in every number, however small its gradient: rounding shows
 # in the loss at 1e-2, three links on.
@@ -50,7 +50,7 @@ def assert_same_artifact(one: TrainResult, other: TrainResult) -> None:
         assert theirs.modules[name].b.any()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", by_family(METHODS))
 def test_no_stage_and_no_recomputing_changes_a_loss(run: RunConfig, tmp_path: Path, name: str) -> None:
     run = with_method(run, name, links=2, optim=GENTLE | {"steps": 4}, evaluate={"every": None})
     plain = trained(run, tmp_path / "0")
@@ -78,7 +78,7 @@ def test_activations_are_kept_again_by_the_next_run(run: RunConfig, session: Ses
     assert not recomputes(session)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", by_family(METHODS))
 def test_it_learns_in_bfloat16(run: RunConfig, tmp_path: Path, name: str) -> None:
     run = with_method(run, name, scale={"dtype": "bfloat16", "zero": 2})
     result = trained(run, tmp_path)
