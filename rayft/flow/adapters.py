@@ -66,22 +66,21 @@ def _checked(client: httpx.Client, verb: str, path: str, **options: Any) -> http
 
 
 def adapters_table(found: list[dict[str, Any]]) -> Table:
-    """Show what is served, a version a line."""
-    table = Table("adapter", "version", "method")
-    for header in ("rank", "size", "traffic", "requests", "tokens", "errors"):
-        table.add_column(header, justify="right")
-    table.add_column("where")
+    """Show what is served, a version a line; numbers are never cut, names may be."""
+    table = Table("adapter", "method", box=None, pad_edge=False)
+    for header in ("rank", "size", "traffic", "asked", "tokens", "errors"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("where", no_wrap=True)
     for one in found:
         did = one["traffic"]
         aliases = f" ({', '.join(one['aliases'])})" if one.get("aliases") else ""
         table.add_row(
-            one["id"],
-            f"{one['version']}{aliases}",
+            f"{one['id']}@{one['version']}{aliases}",
             one["method"],
             str(one["rank"]),
             human_bytes(one["bytes"]),
             f"{100 * one['weight']:.0f} %",
             *(f"{did[what]:.0f}" for what in ("requests", "tokens", "errors")),
-            ", ".join(sorted(set(one["tiers"]))),
+            ", ".join(sorted(set(one["tiers"]))) + (", pinned" if one.get("pinned") else ""),
         )
     return table

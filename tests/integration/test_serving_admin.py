@@ -262,6 +262,27 @@ def test_bad_adapters_are_refused_with_the_reason_and_change_nothing(server: Ser
     assert server.ask("small@r4").status_code == 404
 
 
+def test_prometheus_sees_each_adapter(server: Server) -> None:
+    import ray
+
+    for _ in range(3):
+        server.text("large")
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = [
+        f"ray_rayft_{name}" for name in (
+            "requests_total", "prompt_tokens_total", "generated_tokens_total", "first_token_seconds_count",
+            "queue_seconds_count", "token_seconds_count", "adapter_loads_total",
+        )
+    ]  # fmt: skip
+    deadline, missing = time.monotonic() + 60, list(wanted)
+    while missing and time.monotonic() < deadline:
+        time.sleep(1)
+        lines = [line for line in httpx.get(url, timeout=30).text.splitlines() if 'adapter="large"' in line]
+        missing = [name for name in wanted if not any(line.startswith(name + "{") for line in lines)]
+    assert not missing
+
+
 class Clients:
     """Threads that ask without a pause, and check every answer."""
 
