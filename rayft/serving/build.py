@@ -45,7 +45,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
     device = _device(config)
     config = _absolute(config)
     replica = ReplicaDeployment.options(
-        num_replicas=config.replicas,
+        **_size(config),
         max_ongoing_requests=config.max_running * (1 + WAITING_PER_RUNNING),
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": 1 if device == "cuda" else 0},
         # So that it is asked to `reconfigure` itself when it starts.
@@ -59,8 +59,9 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         user_config={},
         graceful_shutdown_timeout_s=5,
     ).bind(config, replica)
+    most = config.max_replicas or config.replicas
     ingress = IngressDeployment.options(
-        max_ongoing_requests=config.replicas * config.max_running * (1 + WAITING_PER_RUNNING),
+        max_ongoing_requests=most * config.max_running * (1 + WAITING_PER_RUNNING),
         # It only passes text on; a whole core would be missed by the replicas.
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=5,
@@ -113,6 +114,18 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
         )
     if blocking:
         _wait_for_interrupt()
+
+
+def _size(config: ServeConfig) -> dict[str, Any]:
+    """Say how many replicas there are: a fixed number, or as many as keep half of each one's places free."""
+    if config.max_replicas is None:
+        return {"num_replicas": config.replicas}
+    scaling = {
+        "min_replicas": config.replicas,
+        "max_replicas": config.max_replicas,
+        "target_ongoing_requests": max(1, config.max_running // 2),
+    }
+    return {"autoscaling_config": scaling}
 
 
 def _absolute(config: ServeConfig) -> ServeConfig:

@@ -75,6 +75,9 @@ class ServeConfig(Section):
     replicas: int = Field(default=1, ge=1)
     """Copies of base and adapters; requests are spread over them."""
 
+    max_replicas: int | None = Field(default=None, ge=1)
+    """With it there are as many replicas as the traffic wants, from `replicas` up to this number."""
+
     cpus: int = Field(default=1, ge=1)
     """CPU cores for each replica, which are also its threads."""
 
@@ -123,6 +126,8 @@ class ServeConfig(Section):
             raise ValueError(
                 f"adapter '{wanted[0]}' is in MLflow's registry: say where that is with registry"
             )
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas ({self.max_replicas}) is below replicas ({self.replicas})")
         if not self.keys and self.host not in LOCAL:
             raise ValueError(
                 f"host {self.host} can be reached from elsewhere, so callers need keys: give keys, with an "

@@ -91,6 +91,35 @@ def test_a_mixed_batch_gives_each_row_what_its_adapter_alone_gives(
     assert engine.stats().max_requests_in_forward == len(jobs)
 
 
+def chain_of(links: Sequence[AdapterArtifact]) -> AdapterArtifact:
+    """Stack adapters as a chain's links are: one LoRA of the sum of their ranks."""
+    modules = {}
+    for path, first in links[0].modules.items():
+        parts = [link.modules[path] for link in links]
+        a, b = torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts], dim=1)
+        modules[path] = LoraFactors(a, b, first.scale)
+    return AdapterArtifact(modules, meta=links[0].meta)
+
+
+def test_eight_ranks_two_selectors_and_a_chain_share_a_batch(
+    make_engine: MakeEngine, loaded: LoadedModel, tiny_folder: Path, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    shapes = linear_shapes(loaded.model)
+    made = {f"r{rank}": random_adapter(f"r{rank}", shapes, rank=rank) for rank in (1, 2, 3, 5, 8, 12, 16, 32)}
+    made |= {f"cla{rank}": random_adapter(f"cla{rank}", shapes, rank=rank, selector=True) for rank in (3, 9)}
+    made["chain"] = chain_of([random_adapter(f"link{link}", shapes, rank=4) for link in range(3)])
+    folders = {name: str(artifact.save(tmp_path / name)) for name, artifact in made.items()}
+    engine = make_engine(max_running=16)
+    load_all(engine, folders)
+    names: list[str | None] = [None, *folders]
+    prompts = [tokens_of(tiny_tokenizer, PROMPTS[i % len(PROMPTS)]) for i in range(len(names))]
+    jobs = [GenerationRequest(prompt, LENGTH, name) for name, prompt in zip(names, prompts, strict=True)]
+    found = ask_all(engine, jobs)
+    assert engine.stats().max_slots_in_forward == len(names)
+    for name, prompt, step in zip(names, prompts, found, strict=True):
+        assert step.tokens == expected(tiny_folder, folders.get(name or ""), prompt), name
+
+
 def test_prompts_that_are_read_in_parts_are_answered_right(
     make_engine: MakeEngine, tiny_folder: Path, tiny_tokenizer: Any, adapter_folders: dict[str, str]
 ) -> None:
