@@ -38,6 +38,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.capture import capture
 from benchmarks.records import record, save
 from rayft.kernels.grouped_lora import DECODE, AdapterTable, Group, Rows, Tuning, grouped_lora
 from rayft.kernels.segment_lora import SlotFactors
@@ -202,21 +203,6 @@ def padded(linears: Linears, made: Stacks) -> None:
             else:
                 h = torch.bmm(x.view(load.adapters, -1, x.shape[1]), a.transpose(1, 2))
                 y.view(load.adapters, -1, y.shape[1]).baddbmm_(h, b.transpose(1, 2))
-
-
-def capture(step: Step) -> torch.cuda.CUDAGraph:
-    """Run a step three times aside, then capture it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
 
 
 def replay(graph: torch.cuda.CUDAGraph, samples: int = SAMPLES, budget: float = 20.0) -> list[float]:

@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.capture import capture
 from benchmarks.records import record, save
 from rayft.methods import METHODS
 from rayft.methods.base import ChainConfig, MethodConfig
@@ -136,18 +137,7 @@ def make_step(model: Any, ids: torch.Tensor, trainable: list[torch.nn.Parameter]
         if optimizer:
             optimizer.step()
 
-    if not graph:
-        return step
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        step()
-    return captured.replay
+    return capture(step).replay if graph else step
 
 
 def measure(

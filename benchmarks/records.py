@@ -106,9 +106,10 @@ def train_step_table() -> str:
         lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
     if len(lines) > 2:
         one = next(iter(found.values()))["ms"]
+        commits = dict.fromkeys(str(metrics["ms"]["commit"])[:7] for metrics in found.values())
         lines += [
             "",
-            f"On {one['device']}, torch {one['versions']['torch']}, commit {str(one['commit'])[:7]}.",
+            f"On {one['device']}, torch {one['versions']['torch']}, commits {' and '.join(commits)}.",
         ]
     return "\n".join(lines)
 

@@ -12,8 +12,8 @@ Safetensors only, never pickle. Folders appear whole or not at all.
 
 from __future__ import annotations
 
-from rayft.artifacts.adapter import AdapterArtifact, folder_bytes
-from rayft.artifacts.folder import saved_whole, write_whole
+from rayft.artifacts.adapter import AdapterArtifact, check_prefix, folder_bytes
+from rayft.artifacts.folder import saved_whole, settle, write_whole
 from rayft.artifacts.meta import CONFIG_FILE, META_FILE, PREFIX, WEIGHTS_FILE, ArtifactMeta, ModuleShapes
 
 __all__ = [
@@ -24,7 +24,9 @@ __all__ = [
     "AdapterArtifact",
     "ArtifactMeta",
     "ModuleShapes",
+    "check_prefix",
     "folder_bytes",
     "saved_whole",
+    "settle",
     "write_whole",
 ]

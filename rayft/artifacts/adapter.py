@@ -31,7 +31,7 @@ from rayft.artifacts.read import assemble, check_selector, read_config, read_met
 from rayft.errors import ArtifactError, BaseMismatchError, SqueezeError
 from rayft.methods.base import LoraFactors
 
-__all__ = ["AdapterArtifact", "folder_bytes"]
+__all__ = ["AdapterArtifact", "check_prefix", "folder_bytes"]
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,7 @@ class AdapterArtifact:
         Raises:
             SqueezeError: if it was never squeezed, or the rank is not positive.
         """
-        if rank < 1:
-            raise SqueezeError(f"rank {rank} is not positive; ask for 1 to {self.rank}")
-        if not self.squeezed:
-            raise SqueezeError(
-                "this adapter was never squeezed, so its columns are not sorted and a prefix means "
-                "nothing; run `rayft squeeze` on it first"
-            )
+        check_prefix(rank, self.rank, squeezed=self.squeezed)
         # Slices share storage with the parent: nothing is computed here.
         modules = {n: LoraFactors(f.a[:rank], f.b[:, :rank], f.scale) for n, f in self.modules.items()}
         return replace(self, modules=modules)
@@ -207,6 +201,21 @@ class AdapterArtifact:
 def folder_bytes(folder: str | Path) -> int:
     """Give the size of an adapter's weights on disk."""
     return (Path(folder) / WEIGHTS_FILE).stat().st_size
+
+
+def check_prefix(rank: int, most: int, *, squeezed: bool) -> None:
+    """Refuse a rank that is no prefix of an adapter of rank `most`.
+
+    Raises:
+        SqueezeError: if the adapter was never squeezed, or the rank is not positive.
+    """
+    if rank < 1:
+        raise SqueezeError(f"rank {rank} is not positive; ask for 1 to {most}")
+    if not squeezed:
+        raise SqueezeError(
+            "this adapter was never squeezed, so its columns are not sorted and a prefix means "
+            "nothing; run `rayft squeeze` on it first"
+        )
 
 
 def _digest(tensor: torch.Tensor) -> bytes:

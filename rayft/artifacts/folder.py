@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 
 from rayft.errors import ResourceError
 
-__all__ = ["saved_whole", "write_whole"]
+__all__ = ["saved_whole", "settle", "write_whole"]
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
@@ -37,6 +38,17 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def settle(local: Path, target: Path) -> bool:
+    """Move a folder to the place that its content names, and say whether that is there then.
+
+    Another process may have put the same content there meanwhile: then that one stays.
+    """
+    local.chmod(0o755)
+    with contextlib.suppress(OSError):
+        local.rename(target)
+    return target.is_dir()
 
 
 def saved_whole(adapted: Iterable[str], heads: Iterable[str]) -> list[str]:

@@ -15,7 +15,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
-from rayft.artifacts import AdapterArtifact, folder_bytes
+from rayft.artifacts import AdapterArtifact, folder_bytes, settle
 from rayft.config import nearest
 from rayft.errors import ArtifactError, PromotionRefusedError, RegistryError
 from rayft.registry.ref import AdapterRef, AdapterVersion
@@ -89,11 +89,7 @@ class MlflowRegistry:
         try:
             local = self._download(resolved, staging)
             _check_content(local, resolved)
-            local.chmod(0o755)
-            # Another replica may have put the same content there meanwhile.
-            with contextlib.suppress(OSError):
-                os.rename(local, target)
-            if not target.is_dir():
+            if not settle(local, target):
                 raise RegistryError(f"{target} can't be written; free it or give another folder")
         finally:
             shutil.rmtree(staging, ignore_errors=True)

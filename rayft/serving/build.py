@@ -16,8 +16,7 @@ import torch
 from rayft.errors import ResourceError
 from rayft.models.load import load_model, resolve
 from rayft.models.targets import linear_shapes
-from rayft.registry.store import MlflowRegistry
-from rayft.serving.catalog import BaseModel, check_adapter
+from rayft.serving.catalog import BaseModel
 from rayft.serving.config import ServeConfig
 from rayft.serving.director import DirectorDeployment, initial
 from rayft.serving.ingress import IngressDeployment
@@ -84,9 +83,7 @@ def preflight(config: ServeConfig) -> None:
         return
     loaded = load_model(config.model, torch.bfloat16)
     base = BaseModel(config.model.name, loaded.fingerprint, linear_shapes(loaded.model))
-    registry = MlflowRegistry(config.registry) if config.registry else None
-    for deployed in initial(config, registry).versions:
-        check_adapter(deployed.name, deployed.folder, base)
+    initial(config, base)
 
 
 def run(config: ServeConfig, *, blocking: bool = True) -> None:

@@ -19,8 +19,8 @@ from typing import Literal
 
 import torch
 
-from rayft.artifacts import AdapterArtifact, ModuleShapes, folder_bytes
-from rayft.errors import ArtifactError, ResourceError, UnknownModelError
+from rayft.artifacts import AdapterArtifact, ModuleShapes, check_prefix, folder_bytes
+from rayft.errors import ArtifactError, ResourceError, SqueezeError, UnknownModelError
 from rayft.methods.base import LoraFactors
 from rayft.serving.engine import Engine
 from rayft.serving.messages import BASE_NAME, ModelCard
@@ -88,8 +88,8 @@ class _Entry:
         return "disk" if self.artifact is None else "host"
 
 
-def check_adapter(name: str, folder: str, base: BaseModel) -> AdapterArtifact:
-    """Read an adapter and check all that would make it answer wrongly.
+def check_adapter(name: str, folder: str, base: BaseModel | None) -> AdapterArtifact:
+    """Read an adapter and check all that would make it answer wrongly (None: but for its base).
 
     Raises:
         ArtifactError: if it is missing, damaged, holds NaN, or has a classification head.
@@ -98,7 +98,8 @@ def check_adapter(name: str, folder: str, base: BaseModel) -> AdapterArtifact:
     try:
         artifact = AdapterArtifact.load(folder)
         _check_generates(artifact, folder)
-        artifact.check_base(base.fingerprint, base.shapes)
+        if base is not None:
+            artifact.check_base(base.fingerprint, base.shapes)
     except ArtifactError as error:
         raise type(error)(f"adapter '{name}' is not served: {error}") from error
     return artifact
@@ -238,9 +239,10 @@ class Catalog:
 
     def _read(self, deployed: Deployed) -> AdapterArtifact:
         artifact = check_adapter(deployed.name, deployed.folder, self._base)
-        if artifact.content_hash != deployed.content_hash:
+        content = artifact.content_hash
+        if content != deployed.content_hash:
             raise ArtifactError(
-                f"{deployed.folder} holds {artifact.content_hash} now, not {deployed.content_hash} as when "
+                f"{deployed.folder} holds {content} now, not {deployed.content_hash} as when "
                 f"'{deployed.name}' was loaded; load it again"
             )
         if not self._device.startswith("cuda"):
@@ -361,7 +363,7 @@ class Catalog:
             method=artifact.meta.method,
             parameters=artifact.parameters,
             bytes=folder_bytes(deployed.folder),
-            content_hash=artifact.content_hash,
+            content_hash=deployed.content_hash,
             parent=artifact.meta.parent or None,
             squeezed=artifact.squeezed,
             version=deployed.version,
@@ -376,13 +378,7 @@ def _check_rank(entry: _Entry, asked: Asked) -> None:
     """Refuse a rank that the adapter has no view of."""
     if asked.rank is None:
         return
-    why = ""
-    if asked.rank < 1:
-        why = f"rank {asked.rank} is not positive; ask for 1 to {entry.card.rank}"
-    elif not entry.card.squeezed:
-        why = (
-            "this adapter was never squeezed, so its columns are not sorted and a prefix means nothing; run "
-            "`rayft squeeze` on it first"
-        )
-    if why:
-        raise UnknownModelError(f"'{asked.text}' can't be served: {why}", param="model")
+    try:
+        check_prefix(asked.rank, entry.card.rank or 0, squeezed=bool(entry.card.squeezed))
+    except SqueezeError as error:
+        raise UnknownModelError(f"'{asked.text}' can't be served: {error}", param="model") from error

@@ -8,11 +8,10 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from rayft.config import Section
-from rayft.errors import SqueezeError
 from rayft.models.load import ModelConfig
 from rayft.serving.keys import KeyConfig
 from rayft.serving.messages import BASE_NAME, NAME
-from rayft.squeeze.budget import parse_bytes
+from rayft.squeeze.section import Size
 
 __all__ = ["ServeConfig"]
 
@@ -44,13 +43,13 @@ class ServeConfig(Section):
     fetched: str = "runs/serving/adapters"
     """Folder for what is fetched from registries and URLs, which every replica must be able to read."""
 
-    max_adapter_bytes: str = "2GB"
+    max_adapter_bytes: Size = "2GB"
     """Largest adapter that is loaded."""
 
-    device_bytes: str | None = None
+    device_bytes: Size | None = None
     """Bytes of adapters on the device (on a CPU: in memory); beyond, the least recently used moves out."""
 
-    host_bytes: str | None = None
+    host_bytes: Size | None = None
     """Bytes of adapters kept in pinned host memory for a GPU; beyond, they are read from disk again."""
 
     keys: tuple[KeyConfig, ...] = ()
@@ -105,16 +104,6 @@ class ServeConfig(Section):
                     "('@' is for ranks, as in name@r8)"
                 )
         return adapters
-
-    @field_validator("max_adapter_bytes", "device_bytes", "host_bytes")
-    @classmethod
-    def _sizes(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                parse_bytes(value)
-            except SqueezeError as error:
-                raise ValueError(str(error)) from error
-        return value
 
     @model_validator(mode="after")
     def _known_names(self) -> ServeConfig:

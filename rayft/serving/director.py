@@ -22,6 +22,7 @@ from rayft.errors import BadRequestError, RayftError, RequestError, ResourceErro
 from rayft.registry.ref import Registry
 from rayft.registry.store import MlflowRegistry
 from rayft.serving import sources, state
+from rayft.serving.catalog import BaseModel
 from rayft.serving.config import ServeConfig
 from rayft.serving.state import Deployed, Served
 
@@ -43,9 +44,9 @@ class Director:
             ArtifactError, RegistryError: if one is not there.
         """
         self._config, self._replicas = config, replicas
-        self._registry: Registry | None = MlflowRegistry(config.registry) if config.registry else None
+        self._registry = _registry(config)
         self._changing = asyncio.Lock()
-        self._served = initial(config, self._registry)
+        self._served = initial(config)
         self._refused: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -82,10 +83,8 @@ class Director:
         return self._served.number
 
     async def adapters(self) -> dict[str, Any]:
-        """Tell what is served, where each replica has it, and why the last change was refused, if it was."""
-        found = await self._replicas.broadcast("tiers").results_async(timeout_s=10, return_exceptions=True)
-        tiers = [one for one in found if isinstance(one, dict)]
-        return {"served": self._served, "tiers": tiers, "refused": self._refused}
+        """Tell what is served, and why the last change was refused, if it was."""
+        return {"served": self._served, "refused": self._refused}
 
     async def load(self, name: str, source: str, weight: float, pinned: bool) -> Deployed:
         """Serve an adapter under a name, on all replicas or on none.
@@ -99,9 +98,7 @@ class Director:
                 new = await self._find(name, source, pinned=pinned)
                 await self._change(state.loaded(self._served, new, weight))
                 return self._served.of(name)[-1]
-            except RequestError:
-                raise
-            except ResourceError:
+            except (RequestError, ResourceError):
                 raise
             except RayftError as error:
                 raise BadRequestError(str(error), param="source") from error
@@ -196,6 +193,9 @@ class Director:
                     logger.warning("%s is served on as it is: %s", deployed.name, error)
 
     async def _look_again(self, deployed: Deployed) -> None:
+        assert self._registry is not None
+        if not await asyncio.to_thread(sources.moved, deployed, self._registry):
+            return
         new = await self._find(deployed.name, deployed.source, pinned=deployed.pinned)
         async with self._changing:
             if deployed not in self._served.versions or new == deployed:
@@ -204,19 +204,25 @@ class Director:
             logger.info("%s is %s now", deployed.name, new.id)
 
 
-def initial(config: ServeConfig, registry: Registry | None) -> Served:
-    """Find the adapters of a configuration.
+def initial(config: ServeConfig, base: BaseModel | None = None) -> Served:
+    """Find the adapters of a configuration, and check them against a base where one is given.
 
     Raises:
-        ArtifactError, RegistryError: if one is not there.
+        ArtifactError, RegistryError: if one is not there, or can't be served.
     """
     served = Served()
+    registry = _registry(config)
     for name, source in config.adapters.items():
+        pinned = name in config.pinned
         new = sources.find(
-            name, source, registry, config.fetched, config.max_adapter_bytes, pinned=name in config.pinned
+            name, source, registry, config.fetched, config.max_adapter_bytes, pinned=pinned, base=base
         )
         served = state.loaded(served, new)
     return replace(served, number=1)
+
+
+def _registry(config: ServeConfig) -> Registry | None:
+    return MlflowRegistry(config.registry) if config.registry else None
 
 
 def _gone(error: Exception) -> bool:

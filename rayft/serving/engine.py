@@ -40,6 +40,10 @@ class GenerationRequest:
     """How many of the likeliest tokens to tell with each token's own log-probability; None for nothing."""
 
 
+STOPPED = "the engine has stopped; its replica is about to be replaced, try again"
+NOT_FINITE = "the model gave NaN or Inf for this prompt; use another adapter, or serve with dtype float32"
+
+
 @dataclass(frozen=True)
 class EngineLimits:
     """What one engine may hold."""

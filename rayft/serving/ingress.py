@@ -120,8 +120,8 @@ class Ingress:
     async def adapters(self, request: Request) -> dict[str, Any]:
         """List the adapters that the caller may see, with where they are and what they did."""
         caller = self._caller(request)
-        data = await self._described(caller)
         about = await self._director.adapters.remote()
+        data = await self._described(caller, about["served"])
         refused = {"refused": about["refused"]} if caller.admin else {}
         return {"object": "list", "data": data, "change": about["served"].number, **refused}
 
@@ -137,7 +137,8 @@ class Ingress:
     @api.get("/v1/adapters/{name}")
     async def adapter(self, request: Request, name: str) -> dict[str, Any]:
         """Describe one name's versions."""
-        found = [one for one in await self._described(self._caller(request)) if one["id"] == name]
+        served = await self._director.state.remote()
+        found = [one for one in await self._described(self._caller(request), served) if one["id"] == name]
         if not found:
             raise UnknownModelError(f"no adapter '{name}' is served here; see /v1/adapters", param="name")
         return {"object": "adapter", "id": name, "versions": found}
@@ -177,24 +178,23 @@ class Ingress:
         cards: list[ModelCard] = await self._replica.models.remote()
         return [card for card in cards if caller.may_ask(card.id)]
 
-    async def _described(self, caller: Caller) -> list[dict[str, Any]]:
+    async def _described(self, caller: Caller, served: Any) -> list[dict[str, Any]]:
         """Describe each version that a caller may see."""
-        about = await self._director.adapters.remote()
-        served, tiers = about["served"], about["tiers"]
-        traffic = await self._replica.broadcast("stats").results_async(timeout_s=10, return_exceptions=True)
+        answers = await self._replica.broadcast("stats").results_async(timeout_s=10, return_exceptions=True)
+        replicas = [one for one in answers if isinstance(one, dict)]
         found = []
         for card in await self._cards(caller):
             if card.id == BASE_NAME:
                 continue
             key = f"{card.id}@{card.version}"
-            did = [one["traffic"].get(key, {}) for one in traffic if isinstance(one, dict)]
+            did = [one["traffic"].get(key, {}) for one in replicas]
             share = served.weights.get(card.id)
             newest = served.of(card.id)[-1:]
             if share is not None and newest and newest[0].version != card.version:
                 share = 1 - share
             found.append({
                 **self._model(card), "object": "adapter", "weight": 1.0 if share is None else share,
-                "tiers": [one.get(key, "disk") for one in tiers],
+                "tiers": [one["tiers"].get(key, "disk") for one in replicas],
                 "traffic": {what: sum(one.get(what, 0) for one in did) for what in TRAFFIC},
             })  # fmt: skip
         return found

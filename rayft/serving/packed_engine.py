@@ -29,6 +29,8 @@ from rayft.errors import ModelError, RayftError, RequestError, ResourceError
 from rayft.methods.base import LoraFactors
 from rayft.models.load import LoadedModel
 from rayft.serving.engine import (
+    NOT_FINITE,
+    STOPPED,
     EngineLimits,
     EngineStats,
     GenerationRequest,
@@ -206,7 +208,7 @@ class PackedEngine:
         row = _Row(request, slot, asyncio.get_running_loop(), progress, list(request.prompt))
         with self._work:
             if not self._stats.alive:
-                raise ResourceError("the engine has stopped; its replica is about to be replaced, try again")
+                raise ResourceError(STOPPED)
             self._waiting.append(row)
             self._work.notify()
         try:
@@ -317,9 +319,7 @@ class PackedEngine:
                 news.append((row, self._take(row, token, entry)))
                 continue
             row.ended = True
-            news.append((row, RequestError(
-                "the model gave NaN or Inf for this prompt; use another adapter, or serve with dtype float32"
-            )))  # fmt: skip
+            news.append((row, RequestError(NOT_FINITE)))
         self._count(parts)
         _tell(news)
 

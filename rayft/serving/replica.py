@@ -102,10 +102,6 @@ class Replica:
         """Tell what is served."""
         return self._catalog.served
 
-    async def tiers(self) -> dict[str, str]:
-        """Tell where each adapter is: on the device, in host memory, or on disk."""
-        return self._catalog.tiers()
-
     async def _watch(self, director: Any) -> None:
         """Ask, each second, whether a change was missed: one that was made while this replica started."""
         while True:
@@ -130,8 +126,13 @@ class Replica:
         return self._catalog.cards()
 
     async def stats(self) -> dict[str, Any]:
-        """Report what the engine has done, and each version's traffic."""
-        return {"pid": os.getpid(), "engine": asdict(self._engine.stats()), "traffic": self._metrics.traffic}
+        """Report what the engine has done, and of each version where it is and its traffic."""
+        return {
+            "pid": os.getpid(),
+            "engine": asdict(self._engine.stats()),
+            "tiers": self._catalog.tiers(),
+            "traffic": self._metrics.traffic,
+        }
 
     async def generate(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[Delta]:
         """Answer a request piece by piece.

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
-from rayft.artifacts import AdapterArtifact
+from rayft.artifacts import AdapterArtifact, settle
 from rayft.artifacts.meta import CONFIG_FILE
 from rayft.errors import ArtifactError, BadRequestError
 from rayft.registry.ref import AdapterRef, Registry
 from rayft.serving.allowed import FILES
+from rayft.serving.catalog import BaseModel, check_adapter
 from rayft.serving.state import Deployed
 from rayft.squeeze.budget import parse_bytes
 
-__all__ = ["find", "followed"]
+__all__ = ["find", "followed", "moved"]
 
 
 def find(
-    name: str, source: str, registry: Registry | None, fetched: str | Path, max_bytes: str, *, pinned: bool
+    name: str,
+    source: str,
+    registry: Registry | None,
+    fetched: str | Path,
+    max_bytes: str,
+    *,
+    pinned: bool,
+    base: BaseModel | None = None,
 ) -> Deployed:
     """Bring a source's adapter into a folder and say which it is; a version of 0 is still to be given.
 
     Raises:
-        ArtifactError: if it is missing, damaged, or larger than `max_bytes`.
+        ArtifactError: if it is missing, damaged, larger than `max_bytes`, or not for `base`.
         RegistryError: if the registry doesn't have it.
         BadRequestError: if there is no registry.
     """
@@ -34,22 +41,29 @@ def find(
     if source.startswith("models:/"):
         if registry is None:
             raise BadRequestError("this server was started without a registry", param="source")
-        ref = registry.resolve(AdapterRef.parse(source))
-        folder = registry.fetch(ref, fetched)
-        version = ref.version or 0
-        known = {one.number: one for one in registry.versions(ref.name)}
-        if version in known:
-            aliases, score = known[version].aliases, known[version].score()
+        ref, aliases, score = _registered(source, registry)
+        folder, version = registry.fetch(ref, fetched), ref.version or 0
     elif "://" in source:
         folder = _fetch(source, Path(fetched), parse_bytes(max_bytes))
     else:
         folder = Path(source).expanduser().absolute()
     check_size(folder, max_bytes)
-    try:
-        content = AdapterArtifact.load(folder).content_hash
-    except ArtifactError as error:
-        raise type(error)(f"adapter '{name}' is not served: {error}") from error
+    content = check_adapter(name, str(folder), base).content_hash
     return Deployed(name, version, str(folder), content, source, aliases, pinned, score)
+
+
+def moved(deployed: Deployed, registry: Registry) -> bool:
+    """Say whether a followed source means something else by now, without reading an adapter."""
+    ref, aliases, score = _registered(deployed.source, registry)
+    known = (deployed.version, deployed.content_hash, deployed.aliases, deployed.score)
+    return (ref.version, ref.content_hash, aliases, score) != known
+
+
+def _registered(source: str, registry: Registry) -> tuple[AdapterRef, tuple[str, ...], float | None]:
+    """Resolve a reference: with its version's aliases and validation score."""
+    ref = registry.resolve(AdapterRef.parse(source))
+    mine = next((one for one in registry.versions(ref.name) if one.number == ref.version), None)
+    return (ref, mine.aliases, mine.score()) if mine else (ref, (), None)
 
 
 def followed(source: str) -> bool:
@@ -91,14 +105,8 @@ def _fetch(url: str, fetched: Path, most: int) -> Path:
         except (OSError, ValueError, ImportError) as error:
             raise ArtifactError(f"{url} can't be read: {error}") from error
         target = fetched / AdapterArtifact.load(staging).content_hash
-        if not target.is_dir():
-            staging.chmod(0o755)
-            # Another process may have put the same content there meanwhile.
-            try:
-                os.rename(staging, target)
-            except OSError:
-                if not target.is_dir():
-                    raise
+        if not target.is_dir() and not settle(staging, target):
+            raise ArtifactError(f"{target} can't be written; free it or give another folder (fetched)")
         return target
     finally:
         shutil.rmtree(staging, ignore_errors=True)

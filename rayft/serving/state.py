@@ -100,11 +100,7 @@ class Asked:
 
 
 def parse_model(text: str) -> Asked:
-    """Read `name`, `name@3`, `name@alias`, `name@r8` or `name@3@r8`.
-
-    Raises:
-        UnknownModelError: if it is none of them.
-    """
+    """Read `name`, `name@3`, `name@alias`, `name@r8` or `name@3@r8`; what is none of them is a name."""
     found = re.fullmatch(rf"({NAME})(?:@(?!r\d+(?:@|$))([A-Za-z0-9._-]+))?(?:@r(\d{{1,6}}))?", text)
     if found is None:
         return Asked(text, text)

@@ -49,6 +49,8 @@ from rayft.errors import RequestError, ResourceError
 from rayft.methods.base import LoraFactors
 from rayft.models.load import LoadedModel
 from rayft.serving.engine import (
+    NOT_FINITE,
+    STOPPED,
     EngineLimits,
     EngineStats,
     GenerationRequest,
@@ -100,7 +102,7 @@ class TransformersEngine:
         ended = False
         try:
             if self._manager.accept(name, request) is None:
-                raise ResourceError("the engine has stopped; its replica is about to be replaced, try again")
+                raise ResourceError(STOPPED)
             while not ended:
                 output = await outputs.get()
                 while not outputs.empty():  # Each output holds all tokens so far: the last one will do.
@@ -109,10 +111,7 @@ class TransformersEngine:
                 if output.error is not None:
                     raise RequestError(f"the engine failed: {output.error}")
                 if name in self._manager.broken:
-                    raise RequestError(
-                        "the model gave NaN or Inf for this prompt; use another adapter, or serve with "
-                        "dtype float32"
-                    )
+                    raise RequestError(NOT_FINITE)
                 yield self._progress(output, name)
         finally:
             if not ended:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator, model_validator
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from rayft.config import Section
 from rayft.errors import SqueezeError
 from rayft.squeeze.budget import parse_bytes
 
-__all__ = ["ContinueConfig", "SqueezeConfig"]
+__all__ = ["ContinueConfig", "Size", "SqueezeConfig"]
+
+
+def _checked(text: str) -> str:
+    try:
+        parse_bytes(text)
+    except SqueezeError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+Size = Annotated[str, AfterValidator(_checked)]
+"""A number of bytes as a configuration writes it: `1.5MB`."""
 
 
 class ContinueConfig(Section):
@@ -41,7 +55,7 @@ class SqueezeConfig(Section):
     energy: float | None = Field(default=None, gt=0, le=1)
     """Also squeeze each module to the rank that retains this share of its energy."""
 
-    budget: str | None = None
+    budget: Size | None = None
     """Also squeeze to a file of this size (`1.5MB`), ranks going where the singular values are."""
 
     keep_score: float = Field(default=0.98, ge=0, le=1)
@@ -60,13 +74,3 @@ class SqueezeConfig(Section):
         if wrong:
             raise ValueError(f"{wrong[0]} is no rank; ranks start at 1")
         return tuple(sorted(set(value), reverse=True))
-
-    @field_validator("budget")
-    @classmethod
-    def _size(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                parse_bytes(value)
-            except SqueezeError as error:
-                raise ValueError(str(error)) from error
-        return value

@@ -12,7 +12,7 @@ from rayft.config import parse
 from rayft.errors import ArtifactError, BaseMismatchError, ConfigError, ModelError, ResourceError
 from rayft.models.load import ModelConfig
 from rayft.models.tiny import save_tiny_llama
-from rayft.serving.build import preflight, run
+from rayft.serving.build import build_app, preflight, run
 from rayft.serving.config import ServeConfig
 
 
@@ -92,6 +92,17 @@ def test_an_adapter_for_another_base_is_refused(
 def test_wrong_options_are_named(data: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         parse(ServeConfig, data)
+
+
+def test_replicas_are_a_number_or_as_many_as_the_traffic_wants() -> None:
+    def replicas(**options: Any) -> Any:
+        application = build_app(ServeConfig(device="cpu", **options))
+        return application._bound_deployment.init_args[0]._bound_deployment._deployment_config
+
+    fixed, scaled = replicas(replicas=3), replicas(replicas=1, max_replicas=4, max_running=8)
+    assert (fixed.num_replicas, fixed.autoscaling_config) == (3, None)
+    scaling = scaled.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 4)
 
 
 def test_the_packaged_application_is_valid() -> None:
