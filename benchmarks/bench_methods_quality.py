@@ -90,20 +90,23 @@ def settings(scale: Scale, tasks: Sequence[str], names: Sequence[str]) -> list[S
     """List what is compared: each method at both budgets, once where they are the same."""
     shapes, _, _ = skeleton(ModelConfig(name=scale.model))
     layers = [LayerShape(*shape) for shape in shapes.values()]
-    target = stored("lora", RANK, layers)
+    # What changes the base comes last: after it a lane loads the base again.
+    names = sorted(names, key=lambda name: name == "full")
+    near = {name: matching_rank(name, layers) for name in names if name != "full"}
     found = []
     for task in tasks:
-        # What changes the base comes last: after it a lane loads the base again.
-        for name in sorted(names, key=lambda name: name == "full"):
-            ranks = range(1, min(METHODS[name].max_rank(layer) for layer in layers) + 1)
-            if name == "full":
-                found.append(Setting(name, task, "equal_rank", RANK))
-                continue
-            near = min(ranks, key=lambda rank: abs(stored(name, rank, layers) - target))
+        for name in names:
             found.append(Setting(name, task, "equal_rank", RANK))
-            if near != RANK:
-                found.append(Setting(name, task, "equal_params", near))
+            if near.get(name, RANK) != RANK:
+                found.append(Setting(name, task, "equal_params", near[name]))
     return found
+
+
+def matching_rank(name: str, layers: Sequence[LayerShape]) -> int:
+    """Give the rank at which a method stores nearest to what LoRA does at `RANK`."""
+    target = stored("lora", RANK, layers)
+    ranks = range(1, min(METHODS[name].max_rank(layer) for layer in layers) + 1)
+    return min(ranks, key=lambda rank: abs(stored(name, rank, layers) - target))
 
 
 def stored(name: str, rank: int, layers: Sequence[LayerShape]) -> int:
@@ -189,20 +192,23 @@ class Bench(Trials):
         """Train what is missing, and score it on a part."""
         self.runner.train({self.key(*trial): make_run(*trial, self.scale) for trial in wanted}, part)
 
-    def score_base(self, task: str) -> None:
-        """Score the base as it is on a task's test part."""
-        run = make_run(Setting("lora", task, "equal_rank", RANK), 1e-3, 0, self.scale)
-        self.runner.score({self.base_key(task): (run, None)}, "test")
+    def score_bases(self, tasks: Sequence[str]) -> None:
+        """Score the base as it is on the tasks' test parts."""
+        runs = {
+            task: make_run(Setting("lora", task, "equal_rank", RANK), 1e-3, 0, self.scale) for task in tasks
+        }
+        self.runner.score({self.base_key(task): (run, None) for task, run in runs.items()}, "test")
 
 
 def run_all(bench: Bench, wanted: Sequence[Setting], deadline: float) -> None:
     """Go task by task: learning rates at the first seed, then the other seeds at the best one."""
-    for task in dict.fromkeys(setting.task for setting in wanted):
+    tasks = list(dict.fromkeys(setting.task for setting in wanted))
+    bench.score_bases(tasks)
+    for task in tasks:
         mine = [setting for setting in wanted if setting.task == task]
         if bench.runner.spent > deadline:
             print(f"no time is left for {task}", flush=True)
             return
-        bench.score_base(task)
         bench.train([(setting, lr, SEEDS[0]) for setting in mine for lr in bench.grid(setting)], "val")
         edges = [(setting, edge) for setting in mine for edge in _edge(bench, setting)]
         bench.train([(setting, lr, SEEDS[0]) for setting, lr in edges], "val")
