@@ -17,7 +17,7 @@ factors are each layer's own, more than a GPU's cache holds.
     written+base     the adapters first, the linears' products accumulated onto them
 
 `bound` is what the factors (and x and y, in a prefill most of it) take at `BANDWIDTH`. `--tune` tries other
-constants, one at a time and then the best together, and prints what they give.
+constants and prints what they give.
 """
 
 from __future__ import annotations
@@ -74,17 +74,23 @@ class Load:
 LOADS = {"decode32x8": Load(32, 8), "decode32x32": Load(32, 32), "prefill4096x8": Load(4096, 8)}
 CHANGES: dict[str, list[dict[str, Any]]] = {
     "decode": [
-        {"tile": 8}, {"tile": 16},
-        {"inputs": 128, "stages": 3}, {"inputs": 256, "stages": 2}, {"least": 128}, {"least": 512},
-        {"shrink_warps": 2}, {"shrink_warps": 8},
-        {"outputs": 64}, {"outputs": 256}, {"expand_warps": 4}, {"ranks": 64},
-        {"overlap": True},
+        {"tile": 16}, {"overlap": False},
+        {"inputs": 128, "stages": 3}, {"least": 256}, {"least": 1024}, {"programs": 528}, {"programs": 132},
+        {"shrink_warps": 2}, {"shrink_warps": 8}, {"stages": 3},
+        {"outputs": 64}, {"outputs": 256}, {"expand_warps": 4},
+        {"tile": 16, "inputs": 128, "stages": 3, "programs": 528, "parts": 8, "fused": True},
     ],
     "prefill": [
-        {"tile": 32}, {"tile": 128, "shrink_warps": 8, "expand_warps": 8},
-        {"inputs": 128, "shrink_warps": 8}, {"stages": 3}, {"programs": 264}, {"programs": 66},
-        {"outputs": 128, "expand_warps": 8}, {"outputs": 128}, {"outputs": 32}, {"ranks": 64},
-        {"overlap": True},
+        {"overlap": False}, {"inputs": 128, "shrink_warps": 8},
+        *(
+            {"fused": True, "tile": tile, "inputs": inputs, "outputs": outputs, "stages": 3,
+             "shrink_warps": warps, "programs": programs}
+            for tile, inputs, outputs, warps, programs in (
+                (32, 64, 128, 8, 264), (32, 64, 128, 8, 528), (32, 128, 128, 8, 264), (32, 64, 64, 4, 264),
+                (32, 64, 64, 4, 528), (16, 64, 64, 4, 528), (16, 64, 128, 8, 264), (64, 64, 64, 8, 264),
+                (64, 64, 128, 8, 264), (64, 64, 128, 8, 528), (128, 64, 128, 8, 264), (128, 64, 64, 8, 528),
+            )
+        ),
     ],
 }  # fmt: skip
 
@@ -290,28 +296,27 @@ def run(linears: Linears, name: str) -> list[dict[str, Any]]:
 
 
 def tune(linears: Linears, name: str) -> None:
-    """Try other constants for a load: one change at a time, then all that helped together."""
+    """Try other constants for a load, one change at a time."""
     linears.buffers(LOADS[name])
-    start = Tuning.choose(linears.load.rows)
-    first, helped = attempt(linears, start, {}), []
-    for change in CHANGES["decode" if linears.load.rows <= DECODE else "prefill"]:
-        ms = attempt(linears, start, change)
-        if ms < 0.99 * first:
-            helped.append((ms, change))
-    together: dict[str, Any] = {}
-    for _, change in sorted(helped, key=lambda item: item[0]):
-        together = {**change, **together}
-    best = min(
-        [(first, {}), *helped, (attempt(linears, start, together), together)], key=lambda item: item[0]
-    )
-    print(f"{name}: {best[0]:.3f} ms with {replace(start, **best[1])}", flush=True)
+    decoding = linears.load.rows <= DECODE
+    start = Tuning.choose(linears.load.rows, "cuda")
+    found = [
+        (attempt(linears, start, change), change)
+        for change in ({}, *CHANGES["decode" if decoding else "prefill"])
+    ]
+    ms, change = min(found, key=lambda item: item[0])
+    print(f"{name}: {ms:.3f} ms with {replace(start, **change)}", flush=True)
 
 
 def attempt(linears: Linears, start: Tuning, change: dict[str, Any]) -> float:
-    """Time the kernels with some constants changed; infinity where they don't fit the device."""
+    """Time with some constants changed: the adapters alone, in a prefill written before the base's products.
+
+    Infinity where the device refuses them.
+    """
     try:
-        graph = capture(partial(grouped, linears, linears.rows(replace(start, **change))))
-        ms = statistics.median(replay(graph))
+        rows = linears.rows(replace(start, **change))
+        after = linears.load.rows > DECODE
+        ms = statistics.median(replay(capture(partial(grouped, linears, rows, after=after))))
     except Exception as error:  # noqa: BLE001  (Triton has many kinds: out of resources, failed compilation)
         print(f"{change}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         return float("inf")

@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ EMPTY: dict[str, Any] = dict.fromkeys(("p20", "p80", "n", "ci_low", "ci_high", "
 
 def record(bench: str, case: str, metric: str, value: float, unit: str, **known: Any) -> dict[str, Any]:
     """Make one result; what has no interval or spread stays null."""
-    origin = provenance()
+    origin = _origin()
     versions = {k.removeprefix("version."): v for k, v in origin.items() if k.startswith("version.")}
     return {
         "bench": bench, "case": case, "metric": metric, "value": value, "unit": unit, **EMPTY, **known,
@@ -27,6 +28,11 @@ def record(bench: str, case: str, metric: str, value: float, unit: str, **known:
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "versions": known.get("versions", versions),
     }  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _origin() -> dict[str, str]:
+    return provenance()
 
 
 def save(bench: str, records: Iterable[Mapping[str, Any]], *, anew: bool = False) -> Path:

@@ -1,4 +1,4 @@
-"""Add many adapters of different ranks to linears that share an input, by two launches in all.
+"""Add many adapters of different ranks to linears that share an input, by two launches in all or one.
 
 Semantics:
 
@@ -16,7 +16,8 @@ the factors of every tile and layer up. Then for each group of linears:
 
 - `shrink`, a program for each tile, linear and part of the inputs, writes that part of x Aᵀ;
 - `expand`, a program for each tile and block of outputs, adds the parts up in a fixed order (the same bits
-  each time) and adds h Bᵀ to y.
+  each time) and adds h Bᵀ to y;
+- or `fused`, a program for each tile, linear and part of the outputs, does both: h never leaves the chip.
 
 Each adapter is read at its own rank, once for a tile; base rows and surplus programs end after one load.
 What a matrix unit pads (rows of a tile and ranks to 16, 32 or multiples of 64) are zeros in registers and
@@ -46,7 +47,7 @@ from rayft.kernels import segment_lora
 from rayft.kernels.segment_lora import BASE_SLOT, Segment, SlotFactors
 
 if TYPE_CHECKING:
-    from rayft.kernels.grouped_lora_triton import Plan
+    from rayft.kernels.grouped_lora_plan import Plan
 
 __all__ = [
     "DECODE",
@@ -109,20 +110,33 @@ class Tuning:
     """Reads of inputs in flight in `shrink`, and one."""
     overlap: bool = False
     """Whether a kernel may start while the one before it ends (programmatic dependent launch, Hopper)."""
+    fused: bool = False
+    """Whether one kernel does both, a tile with all of its inputs and its share of the outputs; it then takes
+    `inputs`, `outputs`, `programs`, `parts` (of the outputs), `shrink_warps` and `stages`."""
 
     @classmethod
-    def choose(cls, n_rows: int) -> Tuning:
-        """Choose for a number of rows: small tiles for decoding, larger ones for a prefill."""
+    def choose(cls, n_rows: int, device: torch.device | str = "cpu") -> Tuning:
+        """Choose for a number of rows: small tiles for decoding, larger ones for a prefill.
+
+        By measurement on an H100 (`benchmarks/bench_serving_kernels.py --tune`).
+        """
+        device = torch.device(device)
+        overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         if n_rows > DECODE:
-            return cls(tile=64, inputs=64, least=512, outputs=64, programs=132, parts=4)
+            return cls(64, 64, 512, 64, programs=132, parts=4, overlap=overlap)
         tile = 8 if n_rows <= 32 else 16
-        return cls(tile=tile, inputs=64, least=256, outputs=128, expand_warps=8, stages=5)
+        return cls(tile, 64, 512, 128, expand_warps=8, stages=5, overlap=overlap)
 
     def chunk(self, n_rows: int, inputs: int, slices: int) -> int:
         """Give the inputs of one part, a multiple of `self.inputs`."""
         programs = -(-n_rows // self.tile) * slices
         parts = max(1, min(self.programs // programs, self.parts, inputs // self.least))
         return -(-inputs // (parts * self.inputs)) * self.inputs
+
+    def split(self, n_rows: int, slices: int) -> int:
+        """Give the parts that the fused kernel cuts the outputs into."""
+        programs = -(-n_rows // self.tile) * slices
+        return max(1, min(self.programs // programs, self.parts))
 
 
 def tile_bound(n_rows: int, n_slots: int, tile: int) -> int:
@@ -239,12 +253,12 @@ class Rows:
             kernels: whether the Triton kernels do it; where not given, if the table is on a GPU.
         """
         self.table, self.count = table, count
-        self.tuning = tuning or Tuning.choose(count)
+        self.tuning = tuning or Tuning.choose(count, table.entries.device)
         self.slots = torch.zeros(count, dtype=torch.int32, device=table.entries.device)
         self.segments: tuple[Segment, ...] = ()
         self.plan: Plan | None = None
         if table.entries.is_cuda if kernels is None else kernels:
-            from rayft.kernels.grouped_lora_triton import Plan
+            from rayft.kernels.grouped_lora_plan import Plan
 
             self.plan = Plan(table, count, self.tuning)
 
@@ -277,8 +291,7 @@ def grouped_lora(
     assert x_NI.shape == (rows.count, known.inputs), "not the batch that was prepared"
     assert [tuple(y.shape) for y in ys] == [(rows.count, size) for size in known.outputs.values()]
     if rows.plan:
-        rows.plan.shrink(x_NI, group)
-        rows.plan.expand(ys, group, accumulate=accumulate)
+        rows.plan.add(x_NI, ys, group, accumulate=accumulate)
         return
     for part, y_NO in enumerate(ys):
         if not accumulate:

@@ -8,22 +8,14 @@ then for factors, x, h and y. Where launches may overlap, every program waits fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
-from rayft.kernels.grouped_lora import FIELDS, SLICES, AdapterTable, Tuning, tile_bound
-from rayft.kernels.launch_triton import Launcher
-
-__all__ = ["Plan"]
+__all__ = ["describe", "expand", "follow", "load_b", "order", "read", "shrink", "shrink_ranks", "times_a"]
 
 
 @triton.jit
-def _order(slots_ptr, sorted_ptr, n_rows, n_slots, BN: tl.constexpr, BM: tl.constexpr):
+def order(slots_ptr, sorted_ptr, n_rows, n_slots, BN: tl.constexpr, BM: tl.constexpr):
     """Sort the rows by slot, the base's last: (row, slot, index among the slot's rows, rows from it on)."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     mine = tl.load(slots_ptr + n, mask=n < n_rows, other=0)
@@ -48,7 +40,7 @@ def _order(slots_ptr, sorted_ptr, n_rows, n_slots, BN: tl.constexpr, BM: tl.cons
 
 
 @triton.jit
-def _describe(
+def describe(
     sorted_ptr, entries_ptr, tiles_ptr, rows_ptr, n_rows, n_tiles,
     FIELDS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +77,7 @@ def _describe(
 
 
 @triton.jit
-def _follow(OVERLAP: tl.constexpr):
+def follow(OVERLAP: tl.constexpr):
     """Wait for the kernel before this one, and let the next one begin."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -93,7 +85,7 @@ def _follow(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def _read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS: tl.constexpr, T: tl.constexpr):
+def read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS: tl.constexpr, T: tl.constexpr):
     """A tile's entry in one layer: where it is, columns, rank; its places in h, rows, and which there are."""
     entry = tiles_ptr + (of * n_tiles + tile) * FIELDS
     n = tl.arange(0, T)
@@ -103,34 +95,44 @@ def _read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS: tl.constexpr, T: tl.co
 
 
 @triton.jit
-def _shrink_ranks(
-    x_row, in_n, a_ptr, columns, h_row, rank, start, begin, n_inputs,
+def times_a(
+    x_row, in_n, a_ptr, columns, rank, start, begin, n_inputs,
     BR: tl.constexpr, T: tl.constexpr, BI: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Inputs begin … begin + CHUNK of one tile times rows start … start + BR of A, into h."""
+    """Inputs begin … begin + CHUNK of one tile times rows start … start + BR of A, or selected inputs."""
     r = start + tl.arange(0, BR)
     in_r = r < rank
+    h = tl.zeros((T, BR), tl.float32)
     if columns == 0:
         i = tl.arange(0, BI)
         x_place, a_place = (
             x_row[:, None] + (begin + i)[None, :],
             (r * n_inputs)[:, None] + (begin + i)[None, :],
         )
-        h = tl.zeros((T, BR), tl.float32)
         for step in range(0, CHUNK, BI):
             in_i = i < n_inputs - begin - step
             x = tl.load(x_place + step, mask=in_n[:, None] & in_i[None, :], other=0.0)
             a = tl.load(a_ptr + a_place + step, mask=in_r[:, None] & in_i[None, :], other=0.0)
             h = tl.dot(x, tl.trans(a), h, input_precision="ieee")
-        tl.store(h_row[:, None] + r[None, :], h, mask=in_n[:, None])
     else:
         column = tl.load(columns.to(tl.pointer_type(tl.int64)) + r, mask=in_r, other=0)
         chosen = tl.load(x_row[:, None] + column[None, :], mask=in_n[:, None] & in_r[None, :], other=0.0)
-        tl.store(h_row[:, None] + r[None, :], chosen.to(tl.float32), mask=in_n[:, None])
+        h = chosen.to(tl.float32)
+    return h
 
 
 @triton.jit
-def _shrink(
+def shrink_ranks(
+    x_row, in_n, a_ptr, columns, h_row, rank, start, begin, n_inputs,
+    BR: tl.constexpr, T: tl.constexpr, BI: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write a part of h."""
+    h = times_a(x_row, in_n, a_ptr, columns, rank, start, begin, n_inputs, BR, T, BI, CHUNK)
+    tl.store(h_row[:, None] + (start + tl.arange(0, BR))[None, :], h, mask=in_n[:, None])
+
+
+@triton.jit
+def shrink(
     x_ptr, tiles_ptr, rows_ptr, h_ptr, n_rows, n_inputs, x_stride, n_tiles,
     FIELDS: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, T: tl.constexpr, BI: tl.constexpr,
     CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
@@ -138,8 +140,8 @@ def _shrink(
     """One tile, one linear, one part of the inputs; selected inputs are all taken by the first part."""
     number, tile = tl.program_id(0), tl.program_id(1)
     of, part = number % SLICES, number // SLICES
-    _follow(OVERLAP)
-    entry, columns, rank, place, row, in_n = _read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS, T)
+    follow(OVERLAP)
+    entry, columns, rank, place, row, in_n = read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS, T)
     a_ptr = tl.multiple_of(tl.load(entry).to(tl.pointer_type(x_ptr.dtype.element_ty)), 16)
     x_row = x_ptr + row * x_stride
     h_row = h_ptr + ((part * SLICES + of) * n_rows + place) * WIDTH
@@ -148,17 +150,17 @@ def _shrink(
     if (columns == 0) | (part == 0):
         if rank > 32:
             for start in range(0, rank, 64):
-                _shrink_ranks(
+                shrink_ranks(
                     x_row, in_n, a_ptr, columns, h_row, rank, start, begin, n_inputs, 64, T, BI, CHUNK
                 )
         elif rank > 16:
-            _shrink_ranks(x_row, in_n, a_ptr, columns, h_row, rank, 0, begin, n_inputs, 32, T, BI, CHUNK)
+            shrink_ranks(x_row, in_n, a_ptr, columns, h_row, rank, 0, begin, n_inputs, 32, T, BI, CHUNK)
         elif rank > 0:
-            _shrink_ranks(x_row, in_n, a_ptr, columns, h_row, rank, 0, begin, n_inputs, 16, T, BI, CHUNK)
+            shrink_ranks(x_row, in_n, a_ptr, columns, h_row, rank, 0, begin, n_inputs, 16, T, BI, CHUNK)
 
 
 @triton.jit
-def _load_b(b_ptr, b_stride, o, in_o, rank, start, BR: tl.constexpr):
+def load_b(b_ptr, b_stride, o, in_o, rank, start, BR: tl.constexpr):
     """Columns start … start + BR of some rows of B, zeros from the rank on."""
     r = start + tl.arange(0, BR)
     # Whole vectors are loaded, see `place`; what a wider matrix has there is another adapter's.
@@ -183,15 +185,15 @@ def _expand_ranks(
 ):  # fmt: skip
     """One tile and block of outputs, BR ranks at once."""
     kind = b_ptr.dtype.element_ty
-    b = _load_b(b_ptr, b_stride, o, in_o, rank, 0, BR)
-    _follow(OVERLAP)
+    b = load_b(b_ptr, b_stride, o, in_o, rank, 0, BR)
+    follow(OVERLAP)
     if ADD:
         before = tl.load(y_place, mask=mask, other=0.0)
     h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP)
     total = tl.dot(h.to(kind), tl.trans(b), input_precision="ieee")
     if LAST:
         for start in range(BR, rank, BR):
-            more = _load_b(b_ptr, b_stride, o, in_o, rank, start, BR)
+            more = load_b(b_ptr, b_stride, o, in_o, rank, start, BR)
             h = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP)
             total = tl.dot(h.to(kind), tl.trans(more), total, input_precision="ieee")
     total *= scale
@@ -201,7 +203,7 @@ def _expand_ranks(
 
 
 @triton.jit
-def _expand(
+def expand(
     y0_ptr, y1_ptr, y2_ptr, tiles_ptr, rows_ptr, h_ptr,
     n_rows, outputs_0, outputs_1, outputs_2, y0_stride, y1_stride, y2_stride, n_tiles,
     FIELDS: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, T: tl.constexpr, BO: tl.constexpr,
@@ -221,7 +223,7 @@ def _expand(
                 if block >= blocks:
                     block, of = block - blocks, of + 1
                     y_ptr, y_stride, n_outputs = y2_ptr, y2_stride, outputs_2
-    entry, columns, rank, place, row, in_n = _read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS, T)
+    entry, columns, rank, place, row, in_n = read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS, T)
     b_ptr = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(y_ptr.dtype.element_ty)), 16)
     b_stride = tl.multiple_of(tl.load(entry + 4).to(tl.int32), 8)
     scale = tl.load(entry + 5).to(tl.int32).to(tl.float32, bitcast=True)
@@ -232,7 +234,7 @@ def _expand(
     h_row, part_stride = (of * n_rows + place) * WIDTH, n_rows * SLICES * WIDTH
     parts = tl.where(columns == 0, PARTS, 1)
     if rank == 0:
-        _follow(OVERLAP)
+        follow(OVERLAP)
         if not ADD:
             tl.store(y_place, tl.zeros((T, BO), y_ptr.dtype.element_ty), mask=mask)
     elif rank <= 16:
@@ -250,78 +252,3 @@ def _expand(
             y_place, mask, in_n, b_ptr, b_stride, o, in_o, h_ptr, h_row, part_stride, parts, rank, scale,
             BR, True, BP, ADD, OVERLAP,
         )  # fmt: skip
-
-
-launch_order = Launcher(_order, num_warps=4)
-launch_describe = Launcher(_describe, num_warps=4)
-
-
-@lru_cache(maxsize=64)
-def _launcher(kernel: Any, warps: int, stages: int, overlap: bool) -> Launcher:
-    options = {"launch_pdl": True} if overlap else {}
-    return Launcher(kernel, num_warps=warps, num_stages=stages, **options)
-
-
-class Plan:
-    """The buffers of a batch of N rows, and the launches over them."""
-
-    def __init__(self, table: AdapterTable, n_rows: int, tuning: Tuning) -> None:
-        self._table, self._n_rows, self._tuning = table, n_rows, tuning
-        self._n_tiles = tile_bound(n_rows, table.slots, tuning.tile)
-        device, layers = table.entries.device, table.entries.shape[1]
-        self._sorted = torch.zeros(n_rows, 4, dtype=torch.int32, device=device)
-        self._rows = torch.zeros(self._n_tiles, tuning.tile, dtype=torch.int32, device=device)
-        self._tiles = torch.zeros(layers, self._n_tiles, FIELDS, dtype=torch.int64, device=device)
-        self._chunks = [tuning.chunk(n_rows, group.inputs, len(group.outputs)) for group in table.groups]
-        most = max(
-            len(group.outputs) * -(-group.inputs // chunk)
-            for group, chunk in zip(table.groups, self._chunks, strict=True)
-        )
-        assert most * n_rows * table.widest < 2**31, "more rows than the kernels can count"
-        self.h = torch.empty(most, n_rows, table.widest, dtype=torch.float32, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return sum(buffer.nbytes for buffer in (self._sorted, self._rows, self._tiles, self.h))
-
-    def prepare(self, slots: torch.Tensor) -> None:
-        """Sort the rows and look their factors up, in every layer."""
-        n_rows, tile = self._n_rows, self._tuning.tile
-        launch_order((-(-n_rows // 32), 1, 1), (slots, self._sorted), (n_rows, self._table.slots), (32, 256))
-        launch_describe(
-            (self._tiles.shape[0], 1, 1),
-            (self._sorted, self._table.entries, self._tiles, self._rows),
-            (n_rows, self._n_tiles),
-            (FIELDS, tile, min(256, max(16, int(triton.next_power_of_2(n_rows))))),
-        )
-
-    def shrink(self, x: torch.Tensor, group: int) -> None:
-        """Write x Aᵀ of a group's linears, in parts, into h."""
-        assert x.stride(1) == 1, "inputs of a row must be neighbours"
-        assert x.dtype == self._table.dtype, f"x is not of the table's {self._table.dtype}"
-        known, chunk, tuning = self._table.groups[group], self._chunks[group], self._tuning
-        _launcher(_shrink, tuning.shrink_warps, tuning.stages, tuning.overlap)(
-            (len(known.outputs) * -(-known.inputs // chunk), self._n_tiles, 1),
-            (x, self._tiles[self._table.first[group] :], self._rows, self.h),
-            (self._n_rows, known.inputs, x.stride(0), self._n_tiles),
-            (*self._shape(group), tuning.inputs, chunk, tuning.overlap),
-        )
-
-    def expand(self, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:
-        """Add h Bᵀ to the outputs of a group's linears, or write it."""
-        assert all(y.stride(1) == 1 for y in ys), "outputs of a row must be neighbours"
-        assert all(y.dtype == self._table.dtype for y in ys), f"y is not of the table's {self._table.dtype}"
-        known, tuning = self._table.groups[group], self._tuning
-        three = [*ys, *[ys[0]] * (SLICES - len(ys))]
-        parts = -(-known.inputs // self._chunks[group])
-        padded = int(triton.next_power_of_2(parts))
-        _launcher(_expand, tuning.expand_warps, 1, tuning.overlap)(
-            (sum(-(-size // tuning.outputs) for size in known.outputs.values()), self._n_tiles, 1),
-            (*three, self._tiles[self._table.first[group] :], self._rows, self.h),
-            (self._n_rows, *(y.shape[1] for y in three), *(y.stride(0) for y in three), self._n_tiles),
-            (*self._shape(group), tuning.outputs, tuning.ranks, parts, padded, accumulate, tuning.overlap),
-        )
-
-    def _shape(self, group: int) -> tuple[int, ...]:
-        return FIELDS, self._table.widest, len(self._table.groups[group].outputs), self._tuning.tile

@@ -44,6 +44,8 @@ TUNINGS = [
     pytest.param(Tuning(tile=16, inputs=64, least=64, outputs=32, ranks=64), id="ranks by 64"),
     pytest.param(Tuning(tile=32, inputs=32, least=32, outputs=64, programs=12), id="three parts"),
     pytest.param(Tuning(tile=64, inputs=64, least=1024, outputs=64, parts=1), id="one part"),
+    pytest.param(Tuning(16, 32, 32, 32, programs=24, parts=3, fused=True, stages=3), id="fused, three parts"),
+    pytest.param(Tuning(64, 64, 64, 128, parts=1, fused=True, stages=3), id="fused"),
 ]
 if not INTERPRETED:
     TUNINGS.append(pytest.param(replace(Tuning.choose(32), overlap=True), id="overlapping"))
