@@ -15,13 +15,15 @@ __all__ = ["gradients", "update"]
 
 @triton.jit
 def _update(
-    x_ptr, a_ptr, b_ptr, bias_ptr, h_ptr, y_ptr, n_rows, x_stride, rank, scale,
+    x_ptr, a_ptr, b_ptr, bias_ptr, h_ptr, y_ptr, n_rows, x_stride, rank, row_blocks, share, scale,
     n_inputs: tl.constexpr, n_outputs: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
     BI: tl.constexpr, BO: tl.constexpr,
     SELECT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """A strip of rows: its h, then all of its outputs."""
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    """A strip of rows: its h, then `share` of its outputs."""
+    block = tl.program_id(0)
+    first = block // row_blocks * share
+    n = block % row_blocks * BN + tl.arange(0, BN)
     r = tl.arange(0, R)
     in_n, in_r = n < n_rows, r < rank
     row = n[:, None].to(tl.int64)
@@ -39,9 +41,9 @@ def _update(
             )
             total += tl.dot(x, tl.trans(a))
         h = total.to(h_ptr.dtype.element_ty)
-    tl.store(h_ptr + row * rank + r[None, :], h, mask=in_n[:, None] & in_r[None, :])
-    for start in range(0, n_outputs, BO):
-        o = start + tl.arange(0, BO)
+    tl.store(h_ptr + row * rank + r[None, :], h, mask=in_n[:, None] & in_r[None, :] & (first == 0))
+    for start in range(0, share, BO):
+        o = first + start + tl.arange(0, BO)
         in_o = o < n_outputs
         b = tl.load(b_ptr + o[:, None] * rank + r[None, :], mask=in_o[:, None] & in_r[None, :], other=0.0)
         y = tl.dot(h, tl.trans(b)) * scale
@@ -82,15 +84,17 @@ def _partial(
 @triton.jit
 def _total(
     parts_ptr, a_ptr, q_ptr, x_ptr, db_ptr, n_rows, n_outputs, x_stride, rank, frozen, db_start,
-    row_blocks, scale, n_inputs: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr,
-    BN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, SELECT: tl.constexpr,
+    row_blocks, share, scale, n_inputs: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+    R: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, SPLIT: tl.constexpr,
+    SELECT: tl.constexpr,
 ):  # fmt: skip
-    """Add the parts up: the first `row_blocks` programs q and its share of grad_x, the others db."""
+    """Add the parts up: q and `share` inputs of grad_x, by `SPLIT` programs a strip; after them db."""
     block = tl.program_id(0)
     r = tl.arange(0, R)
     in_r = r < rank
-    if block < row_blocks:
-        n = block * BN + tl.arange(0, BN)
+    if block < row_blocks * SPLIT:
+        first = block // row_blocks * share
+        n = block % row_blocks * BN + tl.arange(0, BN)
         in_n = n < n_rows
         row = n[:, None].to(tl.int64)
         mask = in_n[:, None] & in_r[None, :]
@@ -105,9 +109,9 @@ def _total(
             tl.store(place, q.to(x_ptr.dtype.element_ty), mask=mask)
         else:
             low = q.to(q_ptr.dtype.element_ty)
-            tl.store(q_ptr + row * rank + r[None, :], low, mask=mask)
-            for start in range(0, n_inputs, BI):
-                i = start + tl.arange(0, BI)
+            tl.store(q_ptr + row * rank + r[None, :], low, mask=mask & (first == 0))
+            for start in range(0, share, BI):
+                i = first + start + tl.arange(0, BI)
                 in_i = i < n_inputs
                 a = tl.load(
                     a_ptr + r[:, None] * n_inputs + i[None, :], mask=in_r[:, None] & in_i[None, :], other=0.0
@@ -115,7 +119,7 @@ def _total(
                 share = tl.dot(low, a).to(x_ptr.dtype.element_ty)
                 tl.store(x_ptr + row * x_stride + i[None, :], share, mask=in_n[:, None] & in_i[None, :])
     else:
-        o = (block - row_blocks) * BO + tl.arange(0, BO)
+        o = (block - row_blocks * SPLIT) * BO + tl.arange(0, BO)
         mask_o = (o < n_outputs)[:, None] & (in_r & (r >= frozen))[None, :]
         db = tl.zeros((BO, R), tl.float32)
         for part in tl.static_range(PARTS):
@@ -141,10 +145,12 @@ def update(
     y = x.new_empty(n_rows, n_outputs)
     h = x.new_empty(n_rows, rank)
     strip = _strip(n_rows)
+    row_blocks = -(-n_rows // strip)
+    split, share = _shares(row_blocks, n_outputs, 256, 1024)
     launch_update(
-        (-(-n_rows // strip), 1, 1),
+        (row_blocks * split, 1, 1),
         (x, a, b, x if bias is None else bias, h, y),
-        (n_rows, x.stride(0), rank),
+        (n_rows, x.stride(0), rank, row_blocks, share),
         (n_inputs, n_outputs, _padded(rank), strip, 128, 128, a.ndim == 1, bias is not None),
         (scale,),
     )
@@ -184,11 +190,12 @@ def gradients(
     )
     strip = _strip(n_rows)
     row_blocks = -(-n_rows // strip)
+    split, share = (1, 0) if select else _shares(row_blocks, grad_x.shape[1], 1056, 512)
     launch_total(
-        (row_blocks + -(-n_outputs // 64), 1, 1),
+        (row_blocks * split + -(-n_outputs // 64), 1, 1),
         (sums, a, q, grad_x, db),
-        (n_rows, n_outputs, grad_x.stride(0), rank, rank - trained, db_start, row_blocks),
-        (grad_x.shape[1], tiles, parts, padded, strip, 64, 128, select),
+        (n_rows, n_outputs, grad_x.stride(0), rank, rank - trained, db_start, row_blocks, share),
+        (grad_x.shape[1], tiles, parts, padded, strip, 64, 128, split, select),
         (scale,),
     )
     return grad_x, q, db
@@ -218,3 +225,11 @@ def _padded(rank: int) -> int:
 def _strip(n_rows: int) -> int:
     """Rows of a strip: enough strips to fill the device, none smaller than a matrix unit takes."""
     return min(32, max(16, int(triton.next_power_of_2(n_rows // 256))))
+
+
+@lru_cache(maxsize=4096)
+def _shares(row_blocks: int, width: int, programs: int, least: int) -> tuple[int, int]:
+    """Split rows of a strip for about so many programs, each with at least `least` numbers: parts, numbers."""
+    split = max(1, min(programs // row_blocks, width // least))
+    share = -(-width // (split * 128)) * 128
+    return -(-width // share), share
