@@ -116,8 +116,8 @@ def _total(
                 a = tl.load(
                     a_ptr + r[:, None] * n_inputs + i[None, :], mask=in_r[:, None] & in_i[None, :], other=0.0
                 )
-                share = tl.dot(low, a).to(x_ptr.dtype.element_ty)
-                tl.store(x_ptr + row * x_stride + i[None, :], share, mask=in_n[:, None] & in_i[None, :])
+                added = tl.dot(low, a).to(x_ptr.dtype.element_ty)
+                tl.store(x_ptr + row * x_stride + i[None, :], added, mask=in_n[:, None] & in_i[None, :])
     else:
         o = (block - row_blocks * SPLIT) * BO + tl.arange(0, BO)
         mask_o = (o < n_outputs)[:, None] & (in_r & (r >= frozen))[None, :]
@@ -229,7 +229,7 @@ def _strip(n_rows: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _shares(row_blocks: int, width: int, programs: int, least: int) -> tuple[int, int]:
-    """Split rows of a strip for about so many programs, each with at least `least` numbers: parts, numbers."""
+    """Split strips for about so many programs, each with at least `least` numbers: parts, numbers."""
     split = max(1, min(programs // row_blocks, width // least))
     share = -(-width // (split * 128)) * 128
     return -(-width // share), share
