@@ -1,32 +1,43 @@
-"""One model in memory, many adapters in it: each linear holds a table slot → factors.
+"""One model in memory, many adapters in it: which token has which, and the linears that add them.
 
-A slot is a number that stands for an adapter in a forward; 0 is the base. Before a forward
-the engine says which slot each of its tokens belongs to (`Slots.assign`); the linears then add
-each token's own adapter.
+A slot is a number that stands for an adapter in a forward; 0 is the base. Before a forward the engine says
+which slot each of its tokens belongs to (`Slots.assign`); the linears then add each token's own adapter,
+those that read the same input together.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
-from itertools import count
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from rayft.kernels.segment_lora import BASE_SLOT, Segment, SlotFactors, segment_lora, segments
+from rayft.errors import ResourceError
+from rayft.kernels.grouped_lora import DECODE, AdapterTable, Group, Rows, grouped_lora
+from rayft.kernels.segment_lora import BASE_SLOT, SlotFactors
 from rayft.methods.base import LoraFactors
 from rayft.models.targets import linears
 
-__all__ = ["MultiAdapterLinear", "Slots"]
+__all__ = ["WIDEST", "MultiAdapterLinear", "Slots"]
+
+SLOTS = 4096
+"""Adapters at once, the base counted as one: an entry takes 64 bytes a linear."""
+WIDEST = 256
+"""The largest rank on a GPU; on a CPU there is none."""
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Names of linears that read the same input as a rule. Whether they do is seen when they run."""
+KEPT_ROWS = 16
+"""Numbers of tokens whose buffers are kept for the next forward of as many."""
 
 
 class _Batch:
     """The tokens of the forward that runs now; all linears of a model read the same one."""
 
     def __init__(self) -> None:
-        self.tokens = 0
-        self.segments: tuple[Segment, ...] = ()
+        self.rows: Rows | None = None
+        """None where all of them are the base's."""
 
 
 class MultiAdapterLinear(nn.Module):
@@ -39,17 +50,56 @@ class MultiAdapterLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.table: dict[int, SlotFactors] = {}
         self._batch = batch
+        self._group: _LinearGroup | None = None
+        self._part = 0
+
+    def join(self, group: _LinearGroup, part: int) -> None:
+        """Be one of the linears that read the same input."""
+        self._group, self._part = group, part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute (…, I) → (…, O), the leading dimensions being the tokens that were assigned."""
-        y = functional.linear(x, self.weight, self.bias)
-        if self._batch.segments:
-            x_NI, y_NO = x.reshape(-1, self.in_features), y.view(-1, self.out_features)
-            assert len(x_NI) == self._batch.tokens, "the slots were assigned for another batch"
-            segment_lora(x_NI, y_NO, self._batch.segments, self.table)
-        return y
+        if self._batch.rows is None:
+            return functional.linear(x, self.weight, self.bias)
+        assert self._group is not None
+        return self._group.output(x, self._part, self._batch.rows)
+
+
+class _LinearGroup:
+    """Linears that read the same input: the first that is called computes for all of them."""
+
+    def __init__(self, index: int, members: Sequence[MultiAdapterLinear]) -> None:
+        self._index, self._members = index, tuple(members)
+        self._ahead: dict[int, torch.Tensor] = {}
+        self._x: torch.Tensor | None = None
+        for part, member in enumerate(members):
+            member.join(self, part)
+
+    def output(self, x: torch.Tensor, part: int, rows: Rows) -> torch.Tensor:
+        """Give one member's output; another input than its siblings' costs their work again, no more."""
+        if self._x is not x or part not in self._ahead:
+            self._ahead = dict(enumerate(self._compute(x, rows)))
+            self._x = x
+        found = self._ahead.pop(part)
+        if not self._ahead:
+            self._x = None
+        return found
+
+    def _compute(self, x: torch.Tensor, rows: Rows) -> list[torch.Tensor]:
+        x_NI = x.reshape(-1, x.shape[-1])
+        if x.is_cuda and rows.count > DECODE:
+            # A pass over y costs: the base's products accumulate onto the adapters', see `grouped_lora`.
+            ys = [x_NI.new_empty(len(x_NI), member.out_features) for member in self._members]
+            grouped_lora(x_NI, ys, rows, self._index, accumulate=False)
+            for y_NO, member in zip(ys, self._members, strict=True):
+                y_NO.addmm_(x_NI, member.weight.t())
+                if member.bias is not None:
+                    y_NO.add_(member.bias)
+        else:
+            ys = [functional.linear(x_NI, member.weight, member.bias) for member in self._members]
+            grouped_lora(x_NI, ys, rows, self._index)
+        return [y_NO.view(*x.shape[:-1], y_NO.shape[1]) for y_NO in ys]
 
 
 class Slots:
@@ -60,29 +110,53 @@ class Slots:
         self._batch = _Batch()
         self._layers: dict[str, MultiAdapterLinear] = {}
         self._slots: dict[str, int] = {}
-        # A number is never used twice: a late token can't meet another adapter in its slot.
-        self._numbers = count(BASE_SLOT + 1)
+        self._free = list(range(SLOTS - 1, BASE_SLOT, -1))
+        self._lock = threading.Lock()
         for path, linear in linears(model).items():
             assert isinstance(linear, nn.Linear)
             parent, _, child = path.rpartition(".")
             self._layers[path] = MultiAdapterLinear(linear, self._batch)
             setattr(model.get_submodule(parent), child, self._layers[path])
+        groups = _grouped(self._layers)
+        for index, paths in enumerate(groups):
+            _LinearGroup(index, [self._layers[path] for path in paths])
+        weight = next(iter(self._layers.values())).weight
+        self._table = AdapterTable(
+            SLOTS,
+            [
+                Group(self._layers[paths[0]].in_features, {p: self._layers[p].out_features for p in paths})
+                for paths in groups
+            ],
+            dtype=weight.dtype,
+            device=weight.device,
+            widest=WIDEST if weight.is_cuda else 2**20,
+        )
+        self._rows: dict[int, Rows] = {}
 
     def load(self, name: str, factors: Mapping[str, LoraFactors]) -> None:
-        """Put an adapter in, cast to each layer's dtype and device."""
+        """Put an adapter in, cast to the model's dtype and device.
+
+        Raises:
+            ResourceError: if as many adapters as there are slots are in.
+        """
         assert name not in self._slots, f"{name} is loaded already"
-        slot = next(self._numbers)
-        for path, module_factors in factors.items():
-            layer = self._layers[path]
-            layer.table[slot] = _place(module_factors, layer.weight)
+        with self._lock:
+            if not self._free:
+                raise ResourceError(f"{SLOTS - 1} adapters are in the model; lower device_bytes")
+            slot = self._free.pop()
+        try:
+            self._table.set(slot, {path: self._place(found) for path, found in factors.items()})
+        except BaseException:
+            self._free.append(slot)
+            raise
         # Last, so that the generating thread never sees a slot that is half loaded.
         self._slots[name] = slot
 
     def unload(self, name: str) -> None:
-        """Take an adapter out and free its memory."""
+        """Take an adapter out and free its memory; a token of it that is late is computed as any other's."""
         slot = self._slots.pop(name)
-        for layer in self._layers.values():
-            layer.table.pop(slot, None)
+        self._table.clear(slot)
+        self._free.append(slot)
 
     def slot(self, name: str | None) -> int:
         """Give the slot of a loaded adapter, or of the base."""
@@ -91,18 +165,38 @@ class Slots:
     @property
     def in_use(self) -> bool:
         """Whether the forward that runs now has a token with an adapter."""
-        return bool(self._batch.segments)
+        return self._batch.rows is not None
 
     def assign(self, slot_of_token: Sequence[int]) -> None:
         """Say which slot each token of the next forward belongs to."""
-        device = next(iter(self._layers.values())).weight.device
-        self._batch.tokens = len(slot_of_token)
-        self._batch.segments = segments(slot_of_token, device)
+        self._batch.rows = None
+        if any(slot_of_token):
+            rows = self._rows_for(len(slot_of_token))
+            rows.slots.copy_(torch.tensor(slot_of_token, dtype=torch.int32))
+            rows.prepare()
+            self._batch.rows = rows
+
+    def _rows_for(self, count: int) -> Rows:
+        rows = self._rows.pop(count, None) or Rows(self._table, count)
+        self._rows[count] = rows
+        if len(self._rows) > KEPT_ROWS:
+            del self._rows[next(iter(self._rows))]
+        return rows
+
+    def _place(self, factors: LoraFactors) -> SlotFactors:
+        like = self._table.entries.device, self._table.dtype
+        b = factors.b.to(*like)
+        if factors.columns is not None:
+            columns = torch.tensor(factors.columns, device=b.device)
+            return SlotFactors(b=b, scale=factors.scale, columns=columns)
+        return SlotFactors(b=b, scale=factors.scale, a=factors.a.to(*like))
 
 
-def _place(factors: LoraFactors, like: torch.Tensor) -> SlotFactors:
-    b = factors.b.to(like.device, like.dtype)
-    if factors.columns is not None:
-        columns = torch.tensor(factors.columns, device=like.device)
-        return SlotFactors(b=b, scale=factors.scale, columns=columns)
-    return SlotFactors(b=b, scale=factors.scale, a=factors.a.to(like.device, like.dtype))
+def _grouped(layers: Mapping[str, MultiAdapterLinear]) -> list[list[str]]:
+    """Put linears of one parent that are siblings by name and read as many inputs together."""
+    found: dict[tuple[str, int, int], list[str]] = {}
+    for number, (path, layer) in enumerate(layers.items()):
+        parent, _, child = path.rpartition(".")
+        kind = next((index for index, names in enumerate(SIBLINGS) if child in names), -1 - number)
+        found.setdefault((parent, kind, layer.in_features), []).append(path)
+    return list(found.values())
