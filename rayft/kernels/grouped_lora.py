@@ -168,7 +168,7 @@ class AdapterTable:
             groups: all linears of a model.
             dtype: of x, y and the factors.
             device: where they are.
-            widest: the largest rank that it takes; it costs address space (see `Rows.nbytes`), no traffic.
+            widest: the largest rank that it takes; it costs address space (see `scratch`), no traffic.
         """
         assert widest % 64 == 0, "whole blocks of ranks"
         self.slots, self.groups, self.widest, self.dtype = slots, tuple(groups), widest, dtype
@@ -181,6 +181,7 @@ class AdapterTable:
         self._number = {name: number for number, name in enumerate(names)}
         self.entries = torch.zeros(slots, len(names), FIELDS, dtype=torch.int64, device=device)
         self.layers: list[dict[int, SlotFactors]] = [{} for _ in names]
+        self._scratch = torch.empty(0, dtype=torch.float32, device=device)
 
     def set(self, slot: int, factors: Mapping[str, SlotFactors]) -> None:
         """Put an adapter in a slot, in place of what the slot held.
@@ -221,6 +222,15 @@ class AdapterTable:
     def layer(self, group: int, part: int) -> dict[int, SlotFactors]:
         """Give slot → factors of one linear of a group."""
         return self.layers[self.first[group] + part]
+
+    def scratch(self, numbers: int) -> torch.Tensor:
+        """Give memory for so many float32 numbers, the same for all batches: one is computed at a time.
+
+        Who got less keeps what it got.
+        """
+        if self._scratch.numel() < numbers:
+            self._scratch = torch.empty(numbers, dtype=torch.float32, device=self.entries.device)
+        return self._scratch[:numbers]
 
     def _forget(self, slot: int) -> None:
         for layer in self.layers:

@@ -44,12 +44,12 @@ class Plan:
         ]
         most = max(len(group.outputs) * part for group, part in zip(table.groups, parts, strict=True))
         assert most * n_rows * table.widest < 2**31, "more rows than the kernels can count"
-        self.h = torch.empty(most, n_rows, table.widest, dtype=torch.float32, device=device)
+        self.h = table.scratch(most * n_rows * table.widest).view(most, n_rows, table.widest)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return sum(buffer.nbytes for buffer in (self._sorted, self._rows, self._tiles, self.h))
+        """Bytes of the buffers, without h, which all plans of a table share."""
+        return sum(buffer.nbytes for buffer in (self._sorted, self._rows, self._tiles))
 
     def prepare(self, slots: torch.Tensor) -> None:
         """Sort the rows and look their factors up, in every layer."""

@@ -28,8 +28,6 @@ WIDEST = 256
 """The largest rank on a GPU; on a CPU there is none."""
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Names of linears that read the same input as a rule. Whether they do is seen when they run."""
-KEPT_ROWS = 16
-"""Numbers of tokens whose buffers are kept for the next forward of as many."""
 
 
 class _Batch:
@@ -169,18 +167,28 @@ class Slots:
 
     def assign(self, slot_of_token: Sequence[int]) -> None:
         """Say which slot each token of the next forward belongs to."""
+        self.stage(slot_of_token)
+        self.prepare()
+
+    def stage(self, slot_of_token: Sequence[int]) -> None:
+        """Do the part of `assign` that a CUDA graph of the forward doesn't hold."""
         self._batch.rows = None
         if any(slot_of_token):
-            rows = self._rows_for(len(slot_of_token))
-            rows.slots.copy_(torch.tensor(slot_of_token, dtype=torch.int32))
-            rows.prepare()
-            self._batch.rows = rows
+            self._batch.rows = self._rows_for(len(slot_of_token))
+            self._batch.rows.slots.copy_(torch.tensor(slot_of_token, dtype=torch.int32))
+
+    def prepare(self) -> None:
+        """Do the rest, on the device."""
+        if self._batch.rows is not None:
+            self._batch.rows.prepare()
 
     def _rows_for(self, count: int) -> Rows:
-        rows = self._rows.pop(count, None) or Rows(self._table, count)
-        self._rows[count] = rows
-        if len(self._rows) > KEPT_ROWS:
-            del self._rows[next(iter(self._rows))]
+        if count in self._rows:
+            return self._rows[count]
+        rows = Rows(self._table, count)
+        if count <= DECODE:
+            # Graphs hold their addresses.
+            self._rows[count] = rows
         return rows
 
     def _place(self, factors: LoraFactors) -> SlotFactors:

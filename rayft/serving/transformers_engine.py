@@ -13,8 +13,8 @@ under another adapter.
 
 This is the one file that touches what transformers keeps private. It relies on:
 `ContinuousBatchingManager._generation_step` running between the preparation of a batch and its
-update, in one thread; `batch_processor.inputs_and_outputs.requests_in_batch` holding
-`.state.request_id` and `.query_length` in the order of the tokens; `logit_processor` being read
+update, in one thread; `batch_processor.inputs_and_outputs.compute_stream` being where the model runs, and
+`.requests_in_batch` holding `.state.request_id` and `.query_length` in the order of the tokens; `logit_processor` being read
 when the generation thread starts; `cache.update` being the way of all keys and values.
 `tests/unit/serving/test_transformers_engine.py` checks them.
 """
@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from itertools import count
 from typing import Any
@@ -216,7 +217,9 @@ class _Manager(ContinuousBatchingManager):
         # A request that was just cancelled is still in this batch, for the last time: any slot will do.
         slots = [self._slot_of_request.get(row.state.request_id, 0) for row in batch]
         lengths = [row.query_length for row in batch]
-        self._slots.assign([slot for slot, n in zip(slots, lengths, strict=True) for _ in range(n)])
+        stream = inputs.compute_stream
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            self._slots.assign([slot for slot, n in zip(slots, lengths, strict=True) for _ in range(n)])
         super()._generation_step()
         before = self.stats
         self.stats = replace(

@@ -14,7 +14,11 @@ from rayft.serving.transformers_engine import TransformersEngine
 from tests.unit.serving.adapters import save_adapters
 
 MakeEngine = Callable[..., Engine]
-ENGINES = {"packed": PackedEngine, "transformers": TransformersEngine}
+ENGINES: dict[str, Callable[[LoadedModel, EngineLimits], Engine]] = {
+    "packed": PackedEngine,
+    "paged": lambda loaded, limits: PackedEngine(loaded, limits, paged=True),
+    "transformers": TransformersEngine,
+}
 
 
 @pytest.fixture

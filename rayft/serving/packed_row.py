@@ -1,0 +1,105 @@
+"""What the packed engine's parts share: its requests, and which of their tokens a forward reads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from rayft.errors import ModelError, RayftError
+from rayft.serving.engine import GenerationRequest, Progress, TokenLogprob
+
+__all__ = ["PAGE", "Forward", "Part", "Row", "RowCache", "check_options", "pages"]
+
+PAGE = 64
+"""Tokens by which a request's keys and values grow."""
+
+
+class RowCache:
+    """One request's keys and values."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        """Tokens in it; set when a forward is over, for its layers come one after the other."""
+
+
+@dataclass(eq=False)
+class Row:
+    """A request in the engine."""
+
+    request: GenerationRequest
+    slot: int
+    loop: asyncio.AbstractEventLoop
+    progress: asyncio.Queue[Progress | RayftError]
+    tokens: list[int]
+    """Prompt and what was generated."""
+    cache: RowCache
+    scored: list[TokenLogprob] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def unread(self) -> int:
+        """Tokens whose keys and values are not there yet."""
+        return len(self.tokens) - self.cache.length
+
+    @property
+    def made(self) -> int:
+        """Tokens that were generated."""
+        return len(self.tokens) - len(self.request.prompt)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A row's tokens in a forward."""
+
+    row: Row
+    start: int
+    end: int
+
+    @property
+    def new(self) -> int:
+        """How many there are."""
+        return self.end - self.start
+
+    @property
+    def complete(self) -> bool:
+        """Whether the row's tokens are all read by it."""
+        return self.new == self.row.unread
+
+
+class Forward(Protocol):
+    """Runs the model over parts of requests; it is used from one thread at a time."""
+
+    layers: set[int]
+    """Layers whose attention it computed."""
+
+    def fresh(self) -> RowCache:
+        """Give a request a place for its keys and values."""
+
+    def release(self, cache: RowCache) -> None:
+        """Take the place back."""
+
+    def logits(self, parts: Sequence[Part]) -> torch.Tensor:
+        """Run the model: the logits after the last token of each complete part (parts × V)."""
+
+
+def pages(tokens: int) -> int:
+    """Round up to whole pages."""
+    return -(-tokens // PAGE) * PAGE
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what a model asks of attention and is not computed here.
+
+    Raises:
+        ModelError: if there is such a thing.
+    """
+    known = {"dropout", "position_ids", "is_causal", "use_cache", "output_attentions"}
+    other = [name for name, given in options.items() if given is not None and name not in known]
+    if other:
+        raise ModelError(
+            f"attention with {', '.join(other)} is not known to this engine; set engine: transformers"
+        )
