@@ -13,9 +13,10 @@ under another adapter.
 
 This is the one file that touches what transformers keeps private. It relies on:
 `ContinuousBatchingManager._generation_step` running between the preparation of a batch and its
-update, in one thread; `batch_processor.inputs_and_outputs.compute_stream` being where the model runs, and
-`.requests_in_batch` holding `.state.request_id` and `.query_length` in the order of the tokens; `logit_processor` being read
-when the generation thread starts; `cache.update` being the way of all keys and values.
+update, in one thread; `batch_processor.inputs_and_outputs.compute_stream` being where the model runs,
+and `.requests_in_batch` holding `.state.request_id` and `.query_length` in the order of the tokens;
+`logit_processor` being read when the generation thread starts; `cache.update` being the way of all keys
+and values.
 `tests/unit/serving/test_transformers_engine.py` checks them.
 """
 
