@@ -1,0 +1,284 @@
+"""What adapters cost in the engine on one GPU: a decoding step, a prefill, and tokens a second with many.
+
+    python benchmarks/bench_serving_engine.py [--parts step,prefill,peft,many] [--commit HASH]
+
+A 1.0 B Llama shape (random weights, bfloat16), the packed engine. Its forwards are timed as the engine runs
+them, layout on the host and the wait for the logits included. Cases take turns, `ROUNDS` times.
+
+    step     32 requests with 128 tokens behind them each read one more: all of them the base's, on an engine
+             that has no adapter and on one that has 32; over 8 and over 32 adapters of ranks 4, 8, 16, 64.
+             By CUDA graph and without
+    prefill  8 prompts of 512 tokens: the base's, and over 8 adapters
+    peft     the step by transformers and PEFT (`adapter_names`, 8 adapters), against transformers' own base
+    many     tokens a second of 512 requests, 128 at once, 64 tokens each, over 1, 8, 32, 128, 512 adapters of
+             rank 16, through the engine's queue; and of the base
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.bench_train_step import SHAPES
+from benchmarks.records import record, save
+from rayft.methods.base import LoraFactors
+from rayft.models.load import LoadedModel
+from rayft.models.targets import linear_shapes
+from rayft.serving.engine import EngineLimits, GenerationRequest
+from rayft.serving.packed_engine import PackedEngine
+from rayft.serving.packed_row import Part, Row
+from rayft.serving.paged_forward import PagedForward
+
+ROUNDS, STEPS = 3, 40
+ROWS, BEHIND, PROMPTS, PROMPT = 32, 128, 8, 512
+RANKS = (4, 8, 16, 64)
+REQUESTS, AT_ONCE, TOKENS = 512, 128, 64
+COUNTS = (1, 8, 32, 128, 512)
+
+Shapes = dict[str, tuple[int, int]]
+
+
+class NoTokenizer:
+    """Random weights speak no language."""
+
+    eos_token_id = None
+
+
+def base() -> LoadedModel:
+    """Make the random model, without tokens that end a text."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES["1b"], max_position_embeddings=4096, eos_token_id=None)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.generation_config.eos_token_id = None
+    return LoadedModel(model.eval().requires_grad_(requires_grad=False), NoTokenizer(), "", 4096)
+
+
+def adapter(shapes: Shapes, rank: int) -> dict[str, LoraFactors]:
+    """Make a random adapter on the device."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).mul_(0.02)
+
+    return {path: LoraFactors(normal(rank, i), normal(o, rank), 1.0) for path, (o, i) in shapes.items()}
+
+
+class Bed:
+    """An engine whose forwards are run by hand; its own thread has nothing to do."""
+
+    def __init__(self, adapters: int, *, tokens: int = 32768) -> None:
+        loaded = base()
+        shapes = linear_shapes(loaded.model)
+        self.engine = PackedEngine(loaded, EngineLimits(AT_ONCE, PROMPTS * PROMPT, tokens))
+        for number, rank in zip(range(adapters), itertools.cycle(RANKS)):
+            self.engine.load(f"a{number}", adapter(shapes, rank))
+        assert isinstance(self.engine._forward, PagedForward)
+        self.forward: PagedForward = self.engine._forward
+
+    def rows(self, count: int, length: int, adapters: int) -> list[Row]:
+        """Make requests, each with an adapter in turn (0: the base)."""
+        names = [f"a{number % adapters}" if adapters else None for number in range(count)]
+        return [
+            Row(
+                GenerationRequest((0,), 1, name), self.engine._slots.slot(name), None, None,  # type: ignore[arg-type]
+                torch.randint(0, 1000, (length,)).tolist(), self.forward.fresh(),
+            )
+            for name in names
+        ]  # fmt: skip
+
+    def read(self, rows: Sequence[Row]) -> float:
+        """Run the forward of what rows have not read: its milliseconds."""
+        parts, start = [], 0
+        for row in rows:
+            parts.append(Part(row, start, start + row.unread))
+            start += row.unread
+        began = time.perf_counter()
+        self.forward.logits(parts)
+        ms = 1e3 * (time.perf_counter() - began)
+        for part in parts:
+            part.row.cache.length += part.new
+        return ms
+
+    def steps(self, rows: Sequence[Row], *, graphs: bool) -> list[float]:
+        """Decode some tokens, then take them back."""
+        known, self.forward._graphs = self.forward._graphs, (self.forward._graphs or {}) if graphs else None
+        found = []
+        for _ in range(STEPS + 5):
+            for row in rows:
+                row.tokens.append(1)
+            found.append(self.read(rows))
+        for row in rows:
+            del row.tokens[-STEPS - 5 :]
+            row.cache.length = len(row.tokens)
+        if not graphs:
+            self.forward._graphs = known
+        return found[5:]
+
+    def prefill(self, adapters: int) -> list[float]:
+        """Read prompts, and forget them."""
+        rows, found = self.rows(PROMPTS, PROMPT, adapters), []
+        for _ in range(12):
+            found.append(self.read(rows))
+            for row in rows:
+                row.cache.length = 0
+        for row in rows:
+            self.forward.release(row.cache)
+        return found[2:]
+
+
+def measure(cases: dict[str, Callable[[], list[float]]], floors: dict[str, str]) -> list[dict[str, Any]]:
+    """Let cases take turns, and give each one's milliseconds and ratio to its floor."""
+    found: dict[str, list[float]] = {case: [] for case in cases}
+    for _ in range(ROUNDS):
+        for case, run in cases.items():
+            found[case] += run()
+    rows = []
+    for case, ms in found.items():
+        middle, cuts = statistics.median(ms), statistics.quantiles(ms, n=10)
+        ratio = middle / statistics.median(found[floors[case]])
+        rows += [
+            record("serving_engine", case, "ms", middle, "ms", p20=cuts[1], p80=cuts[7], n=len(ms)),
+            record("serving_engine", case, "over_base", ratio, "ratio"),
+        ]
+        print(f"{case:40} {middle:8.3f} ms [{cuts[1]:.3f}, {cuts[7]:.3f}]  {ratio:.3f}x", flush=True)
+    return rows
+
+
+def step_part() -> list[dict[str, Any]]:
+    """Time decoding steps."""
+    bare, full = Bed(0), Bed(32)
+    beds = {
+        "base": (bare, 0),
+        "base/32 loaded": (full, 0),
+        "8 adapters": (full, 8),
+        "32 adapters": (full, 32),
+    }
+    cases: dict[str, Callable[[], list[float]]] = {}
+    floors = {}
+    for graphs, way in ((True, "graph"), (False, "eager")):
+        for name, (bed, adapters) in beds.items():
+            rows = bed.rows(ROWS, BEHIND, adapters)
+            bed.read(rows)
+            cases[f"step/{way}/{name}"] = lambda bed=bed, rows=rows, graphs=graphs: bed.steps(
+                rows, graphs=graphs
+            )  # type: ignore[misc]
+            floors[f"step/{way}/{name}"] = f"step/{way}/base"
+    return measure(cases, floors)
+
+
+def prefill_part() -> list[dict[str, Any]]:
+    """Time prefills."""
+    bed = Bed(8)
+    cases = {"prefill/base": lambda: bed.prefill(0), "prefill/8 adapters": lambda: bed.prefill(8)}
+    return measure(cases, dict.fromkeys(cases, "prefill/base"))
+
+
+def peft_part() -> list[dict[str, Any]]:
+    """Time the step by transformers and PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = base().model
+    ids = torch.ones(ROWS, 1, dtype=torch.long, device="cuda")
+
+    @torch.inference_mode()
+    def steps(model: Any, **options: Any) -> list[float]:
+        past = model(torch.ones(ROWS, BEHIND, dtype=torch.long, device="cuda"), use_cache=True, **options)
+        cache, found = past.past_key_values, []
+        for _ in range(STEPS + 5):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            model(ids, past_key_values=cache, use_cache=True, **options)
+            torch.cuda.synchronize()
+            found.append(1e3 * (time.perf_counter() - began))
+        return found[5:]
+
+    plain = steps(model) + steps(model)
+    names = [f"a{number}" for number in range(8)]
+    targets = sorted({path.rpartition(".")[2] for path in linear_shapes(model)})
+    for number, (name, rank) in enumerate(zip(names, itertools.cycle(RANKS))):
+        config = LoraConfig(r=rank, target_modules=targets, init_lora_weights=False)
+        if number:
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=name)
+    model = model.to(torch.bfloat16).eval()
+    rows = [names[row % 8] for row in range(ROWS)]
+    mixed = steps(model, adapter_names=rows) + steps(model, adapter_names=rows)
+    return measure(
+        {"step/peft/base": lambda: plain, "step/peft/8 adapters": lambda: mixed},
+        dict.fromkeys(("step/peft/base", "step/peft/8 adapters"), "step/peft/base"),
+    )
+
+
+def many_part() -> list[dict[str, Any]]:
+    """Count tokens a second through the engine."""
+    bed, rows, floor = Bed(0, tokens=65536), [], 0.0
+    shapes = linear_shapes(base().model)
+
+    async def one(name: str | None, number: int) -> int:
+        job = GenerationRequest(tuple(range(number % 50, number % 50 + 32)), TOKENS, name)
+        async with aclosing(bed.engine.submit(job)) as steps:
+            async for step in steps:
+                made = step.generated
+        return made
+
+    async def run(count: int) -> float:
+        names = [f"m{number % count}" if count else None for number in range(REQUESTS)]
+        began = time.perf_counter()
+        made = await asyncio.gather(*[one(name, number) for number, name in enumerate(names)])
+        return sum(made) / (time.perf_counter() - began)
+
+    loaded = 0
+    for count in (0, *COUNTS):
+        while loaded < count:
+            bed.engine.load(f"m{loaded}", adapter(shapes, 16))
+            loaded += 1
+        rates = [asyncio.run(run(count)) for _ in range(3)][1:]
+        rate = statistics.mean(rates)
+        floor = floor or rate
+        case = f"many/{count} adapters" if count else "many/base"
+        rows += [
+            record("serving_engine", case, "tokens_per_second", rate, "1/s", n=len(rates)),
+            record("serving_engine", case, "over_base", rate / floor, "ratio"),
+        ]
+        print(f"{case:40} {rate:10,.0f} tokens/s  {rate / floor:.3f}x", flush=True)
+    bed.engine.stop()
+    return rows
+
+
+PARTS = {"step": step_part, "prefill": prefill_part, "peft": peft_part, "many": many_part}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--commit")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a GPU")
+    rows: list[dict[str, Any]] = []
+    for name in arguments.parts.split(","):
+        rows += [{**row, "commit": arguments.commit or row["commit"]} for row in PARTS[name]()]
+        # After each, so that a run that is cut short loses one part at most.
+        save("serving_engine", rows)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
