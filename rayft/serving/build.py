@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import ray.serve as ray_serve
 import torch
+from ray.serve.config import RequestRouterConfig
 
 from rayft.errors import ResourceError
 from rayft.models.load import load_model, resolve
@@ -22,6 +23,7 @@ from rayft.serving.director import DirectorDeployment, initial
 from rayft.serving.ingress import IngressDeployment
 from rayft.serving.keys import resolved
 from rayft.serving.replica import ReplicaDeployment
+from rayft.serving.router import AdapterRouter
 
 __all__ = ["APPLICATION", "build_app", "preflight", "run"]
 
@@ -30,6 +32,9 @@ APPLICATION = "rayft"
 
 WAITING_PER_RUNNING = 4
 """Requests that wait in a replica for each that runs, so that a place is filled at the next step."""
+
+ROUTING_SECONDS = 1.0
+"""How often replicas tell the routers which adapters they have on the device."""
 
 
 def build_app(config: ServeConfig) -> ray_serve.Application:
@@ -46,6 +51,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
     replica = ReplicaDeployment.options(
         **_size(config),
         max_ongoing_requests=config.max_running * (1 + WAITING_PER_RUNNING),
+        request_router_config=_routing(config),
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": 1 if device == "cuda" else 0},
         # So that it is asked to `reconfigure` itself when it starts.
         user_config={},
@@ -123,6 +129,16 @@ def _size(config: ServeConfig) -> dict[str, Any]:
         "target_ongoing_requests": max(1, config.max_running // 2),
     }
     return {"autoscaling_config": scaling}
+
+
+def _routing(config: ServeConfig) -> RequestRouterConfig:
+    """Send requests to where their adapters are, until half a batch more waits there than elsewhere."""
+    options: dict[str, Any] = {
+        "request_router_class": AdapterRouter,
+        "request_router_kwargs": {"slack": max(1, config.max_running // 2)},
+        "request_routing_stats_period_s": ROUTING_SECONDS,
+    }
+    return RequestRouterConfig(**options)
 
 
 def _absolute(config: ServeConfig) -> ServeConfig:

@@ -191,9 +191,22 @@ class Catalog:
         """Say where each version is: its id → device, host or disk."""
         return {name: entry.tier for name, entry in self._entries.items()}
 
+    def warm(self) -> dict[str, tuple[float, float]]:
+        """Say which `model`s are answered from the device, for which draws (see `Served.models`)."""
+        found = dict.fromkeys((BASE_NAME, self._base.name), (0.0, 1.0))
+        for name, models in self.served.models().items():
+            if self._entries[name].tier == "device":
+                for model, (low, high) in models.items():
+                    # The two versions of a canary divide the draws between them.
+                    start, end = found.get(model, (low, high))
+                    found[model] = min(low, start), max(high, end)
+        return found
+
     @asynccontextmanager
-    async def lease(self, model: str) -> AsyncIterator[Lease]:
+    async def lease(self, model: str, draw: float | None = None) -> AsyncIterator[Lease]:
         """Resolve a request's `model`, bring it to the device, and keep it there meanwhile.
+
+        A `draw` in [0, 1) decides between a name's two versions during a canary.
 
         Raises:
             UnknownModelError: if nothing is served under that name.
@@ -203,7 +216,7 @@ class Catalog:
             yield Lease(None, BASE_NAME)
             return
         asked = parse_model(model)
-        deployed = self.served.pick(asked)
+        deployed = self.served.pick(asked, draw)
         entry = self._entries[deployed.id]
         _check_rank(entry, asked)
         entry.leases += 1

@@ -72,7 +72,7 @@ class ServeConfig(Section):
     """Where a replica runs; auto: a GPU if the Ray cluster has one."""
 
     replicas: int = Field(default=1, ge=1)
-    """Copies of base and adapters; requests are spread over them."""
+    """Copies of base and adapters; a request goes to one that has its adapter on the device, if it can."""
 
     max_replicas: int | None = Field(default=None, ge=1)
     """With it there are as many replicas as the traffic wants, from `replicas` up to this number."""

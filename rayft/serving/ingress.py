@@ -3,6 +3,7 @@
 # Ray Serve pickles the routes by value while this module is still being imported, with the globals
 # that their code uses: names must be defined above them, and annotations must not be strings (so no
 # `from __future__ import annotations`).
+import random
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
@@ -204,7 +205,9 @@ class Ingress:
         if not caller.may_ask(name):
             # As if it were not there: a key tells nothing of what others use.
             raise UnknownModelError(f"no model '{request.model}' is served here", param="model")
-        deltas: AsyncIterator[Delta] = aiter(self._streaming.generate.remote(request))  # type: ignore[arg-type]
+        # Drawn here, so that router and replica agree on which version a canary's request means.
+        call: Any = self._streaming.generate.remote(request, random.random())
+        deltas: AsyncIterator[Delta] = aiter(call)
         # The first delta says that the request was accepted: before it an error still has a status.
         first = await anext(deltas)
         form.fingerprint = first.fingerprint

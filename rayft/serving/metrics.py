@@ -35,9 +35,12 @@ class Metrics:
         self.each = histogram("token_seconds", "Between tokens, mean of a request.", TOKEN_SECONDS)
         self.traffic: dict[str, dict[str, float]] = {}
         """Served version → what it did since the replica started, for the page."""
+        self.moves = {"load": 0, "eviction": 0}
+        """How often adapters were brought to the device, and moved out to make room."""
 
     def told(self, name: str, what: str) -> None:
         """Count a load or an eviction of a name."""
+        self.moves[what] += 1
         (self.loads if what == "load" else self.evictions).inc(tags={"adapter": name, "version": ""})
 
     def meter(self, name: str, version: str, prompt_tokens: int, started: float) -> Meter:

@@ -132,17 +132,24 @@ class Replica:
             "engine": asdict(self._engine.stats()),
             "tiers": self._catalog.tiers(),
             "traffic": self._metrics.traffic,
+            "moves": self._metrics.moves,
         }
 
-    async def generate(self, request: ChatRequest | CompletionRequest) -> AsyncIterator[Delta]:
-        """Answer a request piece by piece.
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Tell the routers what is warm here (see `AdapterRouter`); Ray Serve calls this now and then."""
+        return {"warm": self._catalog.warm()}
+
+    async def generate(
+        self, request: ChatRequest | CompletionRequest, draw: float | None = None
+    ) -> AsyncIterator[Delta]:
+        """Answer a request piece by piece; a `draw` in [0, 1) decides during a canary.
 
         Raises:
             UnknownModelError: if its model is not served.
             BadRequestError: if it does not fit, or is above a limit.
         """
         started = time.monotonic()
-        async with self._catalog.lease(request.model) as lease:
+        async with self._catalog.lease(request.model, draw) as lease:
             jobs = self._jobs(request, lease.adapter)
             total = sum(len(job.prompt) for job in jobs) // request.choices
             yield Delta("", total, 0, fingerprint=lease.content_hash)

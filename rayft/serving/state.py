@@ -82,10 +82,25 @@ class Served:
                 f"{known}",
                 param="model",
             )
-        share = self.weights.get(asked.name)
-        if share is None or len(mine) == 1:
-            return mine[-1]
-        return mine[-1] if (random.random() if draw is None else draw) < share else mine[0]
+        draw = random.random() if draw is None else draw
+        return mine[-1] if draw < self.weights.get(asked.name, 1.0) else mine[0]
+
+    def models(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """List what a request's `model` may be, but for a rank, so that `pick` chooses each version.
+
+        Returns:
+            A version's id → `model` → the draws that choose it, from the first number to below the second.
+        """
+        newest = {one.name: one for one in self.versions}
+        found: dict[str, dict[str, tuple[float, float]]] = {}
+        meant: set[str] = set()
+        for one in self.versions:
+            share = self.weights.get(one.name, 1.0)
+            exact = [f"{one.name}@{which}" for which in (str(one.version), *one.aliases)]
+            found[one.id] = {model: (0.0, 1.0) for model in exact if model not in meant}
+            found[one.id][one.name] = (0.0, share) if one is newest[one.name] else (share, 1.0)
+            meant.update(exact)
+        return found
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,11 @@ class Asked:
     which: str | None = None
     """A version or an alias."""
     rank: int | None = None
+
+    @property
+    def model(self) -> str:
+        """The text but for the rank, which needs no memory of its own."""
+        return self.name if self.which is None else f"{self.name}@{self.which}"
 
 
 def parse_model(text: str) -> Asked:

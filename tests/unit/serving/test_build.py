@@ -12,8 +12,9 @@ from rayft.config import parse
 from rayft.errors import ArtifactError, BaseMismatchError, ConfigError, ModelError, ResourceError
 from rayft.models.load import ModelConfig
 from rayft.models.tiny import save_tiny_llama
-from rayft.serving.build import build_app, preflight, run
+from rayft.serving.build import ROUTING_SECONDS, build_app, preflight, run
 from rayft.serving.config import ServeConfig
+from rayft.serving.router import RECENT_SECONDS
 
 
 @pytest.fixture
@@ -103,6 +104,17 @@ def test_replicas_are_a_number_or_as_many_as_the_traffic_wants() -> None:
     assert (fixed.num_replicas, fixed.autoscaling_config) == (3, None)
     scaling = scaled.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 4)
+
+
+def test_requests_are_routed_by_adapter_with_half_a_batch_of_slack() -> None:
+    for most, slack in ((8, 4), (1, 1)):
+        application = build_app(ServeConfig(device="cpu", max_running=most))
+        routing = application._bound_deployment.init_args[0]._bound_deployment._deployment_config
+        config = routing.request_router_config
+        assert config.get_request_router_class().__name__ == "AdapterRouter"
+        assert config.request_router_kwargs == {"slack": slack}
+        assert config.request_routing_stats_period_s == ROUTING_SECONDS
+        assert 2 * ROUTING_SECONDS <= RECENT_SECONDS
 
 
 def test_the_packaged_application_is_valid() -> None:

@@ -140,6 +140,41 @@ def test_ranks_that_mean_nothing_are_not_served(
         served.keys(model)
 
 
+def test_only_what_is_on_the_device_is_warm(tmp_path: Path) -> None:
+    folders = {name: save(tmp_path, name, squeezed=True) for name in "abc"}
+    served, always = Server(device=2 * ONE), (0.0, 1.0)
+    base = {"base": always, "org/tiny": always}
+    assert served.catalog.warm() == base
+    served.sync({name: folders[name] for name in "ab"})
+    assert served.catalog.warm() == {**base, **dict.fromkeys(("a", "a@1", "b", "b@1"), always)}
+    canary = loaded(served.state, find("b", folders["c"], None, folders["c"], "1GB", pinned=False), 0.25)
+    asyncio.run(served.catalog.prepare(canary))
+    asyncio.run(served.catalog.commit(canary.number))
+    assert served.catalog.warm()["b"] == (0.25, 1.0)
+    served.keys("b@1", "b@2@r1")
+    # It took the place of the one that was used least recently.
+    assert served.catalog.warm() == {**base, **dict.fromkeys(("b", "b@1", "b@2"), always)}
+    served.keys("a")
+    assert served.catalog.warm()["b"] == (0.0, 0.25)
+
+
+def test_a_draw_decides_during_a_canary(served: Server, tmp_path: Path) -> None:
+    served.sync({"a": save(tmp_path, "old")})
+    folder = save(tmp_path, "new")
+    canary = loaded(served.state, find("a", folder, None, folder, "1GB", pinned=False), 0.25)
+
+    async def versions() -> list[str]:
+        await served.catalog.prepare(canary)
+        await served.catalog.commit(canary.number)
+        found = []
+        for draw in (0.1, 0.24, 0.25, 0.9):
+            async with served.catalog.lease("a", draw) as lease:
+                found.append(lease.version)
+        return found
+
+    assert asyncio.run(versions()) == ["2", "2", "1", "1"]
+
+
 def test_sync_loads_what_is_new_and_frees_what_is_gone(served: Server, tmp_path: Path) -> None:
     a, b = save(tmp_path, "a"), save(tmp_path, "b", squeezed=True)
     served.sync({"a": a})

@@ -39,7 +39,9 @@ def versions(served: Served, name: str = "a") -> list[tuple[int, str]]:
     ],
 )
 def test_models_are_taken_apart(text: str, name: str, which: str | None, rank: int | None) -> None:
-    assert parse_model(text) == Asked(text, name, which, rank)
+    asked = parse_model(text)
+    assert asked == Asked(text, name, which, rank)
+    assert parse_model(asked.model) == Asked(asked.model, name, which)
 
 
 def test_each_change_has_a_number_and_keeps_the_order_of_names() -> None:
@@ -60,6 +62,10 @@ def test_a_canary_takes_its_share_and_is_promoted_or_rolled_back() -> None:
     picks = [served.pick(parse_model("a"), draw / 100).version for draw in range(100)]
     assert picks == [2] * 25 + [1] * 75
     assert served.pick(parse_model("a@2"), 0.9).version == 2
+    assert served.models() == {
+        "a@1": {"a": (0.25, 1.0), "a@1": (0.0, 1.0)},
+        "a@2": {"a": (0.0, 0.25), "a@2": (0.0, 1.0)},
+    }
     assert versions(promoted(served, "a")) == [(2, "2")]
     assert versions(rolled_back(served, "a")) == [(1, "1")]
     back = rolled_back(promoted(served, "a"), "a")
@@ -79,6 +85,21 @@ def test_what_makes_no_sense_is_refused() -> None:
     ):
         with pytest.raises(BadRequestError, match=word):
             change()
+
+
+def test_models_are_those_that_are_picked() -> None:
+    served = loaded(Served(), deployed("a", "1", 3, "champion", "old"))
+    served = loaded(loaded(served, deployed("b")), deployed("a", "2", 4, "champion", "new"), 0.3)
+    models = served.models()
+    assert set(models) == {"a@3", "a@4", "b@1"}
+    for model in ("a", "a@3", "a@4", "a@champion", "a@old", "a@new", "b", "b@1"):
+        for draw in (0.0, 0.29, 0.3, 0.99):
+            means = [
+                name
+                for name, those in models.items()
+                if model in those and those[model][0] <= draw < those[model][1]
+            ]
+            assert means == [served.pick(parse_model(f"{model}@r2"), draw).id]
 
 
 def test_versions_and_aliases_of_a_registry_are_names() -> None:

@@ -1,0 +1,117 @@
+"""Two replicas that have room for half of the adapters each: requests go where theirs is warm."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from rayft.models.load import ModelConfig, load_model
+from rayft.models.targets import linear_shapes
+from rayft.serving.build import ROUTING_SECONDS, run
+from rayft.serving.config import ServeConfig
+from tests.unit.serving.adapters import random_adapter
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+NAMES = ("one", "two", "three", "four")
+MAX_RUNNING = 4
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+
+    def ask(self, model: str, tokens: int = 4, stream: bool = False) -> None:
+        body = {
+            "model": model, "prompt": "hello", "max_tokens": tokens, "temperature": 0, "stream": stream,
+        }  # fmt: skip
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert not stream or answer.text.endswith("data: [DONE]\n\n")
+
+    def replicas(self) -> list[dict[str, Any]]:
+        import ray.serve as ray_serve
+
+        handle = ray_serve.get_deployment_handle("Replica", "rayft")
+        return sorted(handle.broadcast("stats").results(), key=lambda one: one["pid"])
+
+    def moves(self) -> Counter[str]:
+        return sum((Counter(one["moves"]) for one in self.replicas()), Counter())
+
+    def requests(self) -> dict[str, list[int]]:
+        """Count each adapter's requests by replica."""
+        found = self.replicas()
+        return {
+            name: [one["traffic"].get(f"{name}@1", {}).get("requests", 0) for one in found] for name in NAMES
+        }
+
+    def settle(self) -> None:
+        """Ask for all adapters until each has found its place."""
+        deadline, before = time.monotonic() + 60, None
+        while before != self.moves():
+            assert time.monotonic() < deadline, f"adapters still move: {before}"
+            before = self.moves()
+            for name in NAMES:
+                self.ask(name)
+            # Until replicas have told what they have by now.
+            time.sleep(2 * ROUTING_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def server(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    import ray.serve as ray_serve
+
+    base = load_model(ModelConfig(name=str(tiny_folder)), torch.float32)
+    shapes, root = dict(linear_shapes(base.model)), tmp_path_factory.mktemp("adapters")
+    made = {name: random_adapter(name, shapes, base.fingerprint) for name in NAMES}
+    numbers = sum(factors.a.numel() + factors.b.numel() for factors in made["one"].modules.values())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    config = ServeConfig(
+        model=ModelConfig(name=str(tiny_folder)),
+        adapters={name: str(adapter.save(root / name)) for name, adapter in made.items()},
+        port=port,
+        dtype="float32",
+        replicas=2,
+        max_running=MAX_RUNNING,
+        device_bytes=str(2 * numbers * torch.float32.itemsize),
+    )
+    run(config, blocking=False)
+    yield Server(f"http://127.0.0.1:{port}")
+    ray_serve.shutdown()
+
+
+def test_each_adapter_is_asked_where_it_is(server: Server) -> None:
+    server.settle()
+    moves, requests = server.moves(), server.requests()
+    for turn in range(12):
+        for name in NAMES:
+            server.ask(name if turn % 2 else f"{name}@1", stream=turn % 3 == 0)
+    assert server.moves() == moves
+    for name, counts in server.requests().items():
+        new = [after - before for before, after in zip(requests[name], counts, strict=True)]
+        assert sorted(new) == [0, 12], name
+    tiers = [one["tiers"] for one in server.replicas()]
+    assert [sum(tier == "device" for tier in one.values()) for one in tiers] == [2, 2]
+
+
+@pytest.mark.parametrize(("model", "version"), [("one", "one@1"), ("base", "base")])
+def test_a_hot_adapter_and_the_base_are_asked_on_both(server: Server, model: str, version: str) -> None:
+    def requests() -> list[int]:
+        return [one["traffic"].get(version, {}).get("requests", 0) for one in server.replicas()]
+
+    before = requests()
+    with ThreadPoolExecutor(4 * MAX_RUNNING) as pool:
+        list(pool.map(lambda _: server.ask(model, tokens=200), range(4 * MAX_RUNNING)))
+    assert all(new > old for old, new in zip(before, requests(), strict=True))

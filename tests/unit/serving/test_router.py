@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+from ray.serve.request_router import PendingRequest
+
+from rayft.serving import router as router_module
+from rayft.serving.router import RECENT_SECONDS, AdapterRouter, Standing, ranked
+from rayft.serving.schemas import ChatRequest, CompletionRequest, Message
+
+SLACK = 4
+ALWAYS = (0.0, 1.0)
+Reports = dict[str, dict[str, tuple[float, float]] | None]
+
+
+@dataclass
+class Running:
+    """A replica, as a router sees it."""
+
+    replica_id: ReplicaID
+    routing_stats: dict[str, Any] = field(default_factory=dict)
+
+
+class Routing:
+    """A router, what replicas told it (None: nothing yet), and how many requests they have."""
+
+    def __init__(self, reports: Reports, **queues: int) -> None:
+        app = DeploymentID(name="Replica", app_name="rayft")
+        self.router = AdapterRouter(
+            deployment_id=app, handle_source=DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True
+        )
+        self.router.initialize_state(slack=SLACK)
+        self.ids = {name: ReplicaID(name, app) for name in reports}
+        self.tell(reports)
+        for name in reports:
+            self.busy(name, queues.get(name, 0))
+
+    def tell(self, reports: Reports) -> None:
+        self.running = [
+            Running(self.ids[name], {} if warm is None else {"warm": warm}) for name, warm in reports.items()
+        ]
+
+    def busy(self, name: str, queue: int) -> None:
+        self.router.replica_queue_len_cache.update(self.ids[name], queue)
+
+    def order(self, *args: Any) -> list[str]:
+        pending = PendingRequest(
+            list(args), {}, RequestMetadata("id", "internal"), future=asyncio.new_event_loop().create_future()
+        )
+        running: Any = self.running
+        ranks = asyncio.run(self.router.choose_replicas(running, pending))
+        assert pending.routing_context.should_backoff
+        assert [len(rank) for rank in ranks] == [1] * len(running)
+        return [rank[0].replica_id.unique_id for rank in ranks]
+
+    def ask(self, model: str, draw: float = 0.5) -> str:
+        """Say where a request goes first."""
+        return self.order(CompletionRequest(model=model, prompt="hello"), draw)[0]
+
+    def several(self, model: str, draw: float = 0.5) -> set[str]:
+        return {self.ask(model, draw) for _ in range(40)}
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    now = [1000.0]
+    monkeypatch.setattr(router_module.time, "monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+@pytest.mark.parametrize(
+    ("standings", "first"),
+    [
+        ({"a": (True, 3), "b": (False, 0)}, "a"),
+        ({"a": (True, 2), "b": (True, 1), "c": (False, 0)}, "b"),
+        ({"a": (True, SLACK), "b": (False, 0)}, "a"),
+        ({"a": (True, SLACK + 1), "b": (False, 0)}, "b"),
+        ({"a": (True, SLACK + 1), "b": (True, SLACK), "c": (False, 0)}, "b"),
+        ({"a": (True, 9), "b": (True, 8), "c": (False, 1), "d": (False, 2)}, "c"),
+        ({"a": (True, 9), "b": (False, 5)}, "a"),
+        ({"a": (False, 2), "b": (False, 1)}, "b"),
+        ({"a": (False, 1, 0), "b": (False, 0, 5)}, "b"),
+        ({"a": (False, 0, 2), "b": (False, 0, 1)}, "b"),
+    ],
+)
+def test_warm_comes_first_unless_it_is_too_busy(standings: dict[str, Any], first: str) -> None:
+    made = {name: Standing(*one) for name, one in standings.items()}
+    assert {ranked(made, SLACK)[0] for _ in range(40)} == {first}
+    assert set(ranked(made, SLACK)) == set(standings)
+
+
+def test_an_overloaded_warm_replica_is_one_like_others() -> None:
+    busy = {"a": Standing(True, 9), "b": Standing(False, 1), "c": Standing(False, 12)}
+    assert ranked(busy, SLACK) == ["b", "a", "c"]
+    assert ranked({}, SLACK) == []
+
+
+def test_equals_take_turns() -> None:
+    for warm in (False, True):
+        alike = {name: Standing(warm, 1) for name in "abc"}
+        assert {ranked(alike, SLACK)[0] for _ in range(100)} == set("abc")
+
+
+@pytest.mark.parametrize("model", ["x", "x@1", "x@best", "x@r2", "x@1@r2", "x@best@r8"])
+def test_all_names_of_an_adapter_go_where_it_is_warm(model: str) -> None:
+    warm = {"x": ALWAYS, "x@1": ALWAYS, "x@best": ALWAYS}
+    routing = Routing({"a": {"y": ALWAYS}, "b": warm, "c": {}}, b=2)
+    assert routing.several(model) == {"b"}
+    chat = ChatRequest(model=model, messages=[Message(role="user", content="hello")])
+    assert routing.order(chat, 0.5)[0] == "b"
+
+
+def test_a_canarys_request_goes_where_its_version_is() -> None:
+    old, new = {"x": (0.25, 1.0), "x@1": ALWAYS}, {"x": (0.0, 0.25), "x@2": ALWAYS}
+    routing = Routing({"a": old, "b": new, "c": {}}, a=1, b=1)
+    for draw, replica in ((0.0, "b"), (0.2, "b"), (0.25, "a"), (0.99, "a")):
+        assert routing.several("x", draw) == {replica}
+        assert routing.several("x@1", draw) == {"a"}
+        assert routing.several("x@2@r2", draw) == {"b"}
+    # One that is warm nowhere does not follow the other.
+    routing.tell({"a": old, "b": {}, "c": {}})
+    assert routing.several("x", 0.1) == {"c"}
+
+
+def test_base_requests_go_to_the_least_busy() -> None:
+    base = {"base": ALWAYS, "org/tiny": ALWAYS}
+    routing = Routing({"a": base, "b": base, "c": base}, a=1)
+    for model in ("base", "org/tiny"):
+        assert routing.several(model) == {"b", "c"}
+    routing.busy("b", 3)
+    routing.busy("c", 2)
+    assert routing.several("base") == {"a"}
+
+
+def test_a_burst_for_a_cold_adapter_loads_it_once(later: Callable[[float], None]) -> None:
+    routing = Routing({"a": {}, "b": {}, "c": None})
+    first = routing.ask("x")
+    # Another cold one goes elsewhere, though all have as little to do.
+    second = routing.ask("y")
+    assert first != second
+    assert {routing.ask("z"), first, second} == {"a", "b", "c"}
+    routing.busy(first, 1)
+    later(RECENT_SECONDS / 2)
+    assert (routing.several("x"), routing.several("y")) == ({first}, {second})
+    routing.busy(first, SLACK + 1)
+    assert first not in routing.several("x")
+
+
+def test_what_was_sent_is_warm_for_a_while(later: Callable[[float], None]) -> None:
+    routing = Routing({"a": {}, "b": {}}, b=1)
+    assert routing.ask("x") == "a"
+    routing.busy("a", 2)
+    later(RECENT_SECONDS / 2)
+    assert routing.several("x") == {"a"}
+    # Asking again does not prolong it, while nobody tells that it is warm.
+    later(RECENT_SECONDS / 2)
+    assert routing.several("x") == {"b"}
+
+
+def test_what_is_warm_counts_as_no_load(later: Callable[[float], None]) -> None:
+    routing = Routing({"a": {"base": ALWAYS, "x": ALWAYS}, "b": {}}, b=1)
+    assert (routing.several("base"), routing.several("x")) == ({"a"}, {"a"})
+    routing.busy("b", 0)
+    places = []
+    for _ in range(40):
+        places.append(routing.ask("cold"))
+        later(2 * RECENT_SECONDS)
+        routing.ask("x")
+    assert set(places) == {"a", "b"}
+
+
+def test_what_replicas_tell_counts_more_than_what_was_sent(later: Callable[[float], None]) -> None:
+    routing = Routing({"a": {}, "b": {}}, b=1)
+    assert routing.ask("x") == "a"
+    routing.tell({"a": {}, "b": {"x": ALWAYS}})
+    assert routing.several("x") == {"b"}
+    routing.tell({"a": None})
+    assert routing.several("x") == {"a"}
+
+
+def test_a_lost_replica_is_forgotten(later: Callable[[float], None]) -> None:
+    routing = Routing({"a": {}, "b": {}}, b=1)
+    assert routing.ask("x") == "a"
+    routing.tell({"b": {}})
+    assert routing.several("x") == {"b"}
+    routing.tell({})
+    assert routing.order(CompletionRequest(model="x", prompt="hello"), 0.5) == []
+
+
+def test_what_asks_for_no_text_goes_to_the_least_busy() -> None:
+    routing = Routing({"a": {"x": ALWAYS}, "b": {}}, a=1)
+    for args in ((), (7,), ("prepare", 0.5)):
+        assert routing.order(*args) == ["b", "a"]
