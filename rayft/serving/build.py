@@ -17,13 +17,14 @@ from ray.serve.config import RequestRouterConfig
 from rayft.errors import ResourceError
 from rayft.models.load import load_model, resolve
 from rayft.models.targets import linear_shapes
-from rayft.serving.catalog import BaseModel
+from rayft.serving.admission import BaseModel
 from rayft.serving.config import ServeConfig
 from rayft.serving.director import DirectorDeployment, initial
 from rayft.serving.ingress import IngressDeployment
 from rayft.serving.keys import resolved
 from rayft.serving.replica import ReplicaDeployment
 from rayft.serving.router import AdapterRouter
+from rayft.serving.slots import widest_rank
 
 __all__ = ["APPLICATION", "build_app", "preflight", "run"]
 
@@ -88,7 +89,9 @@ def preflight(config: ServeConfig) -> None:
     if not config.adapters:
         return
     loaded = load_model(config.model, torch.bfloat16)
-    base = BaseModel(config.model.name, loaded.fingerprint, linear_shapes(loaded.model))
+    base = BaseModel(
+        config.model.name, loaded.fingerprint, linear_shapes(loaded.model), widest_rank(_device(config))
+    )
     initial(config, base)
 
 

@@ -19,29 +19,18 @@ from typing import Literal
 
 import torch
 
-from rayft.artifacts import AdapterArtifact, ModuleShapes, check_prefix, folder_bytes
+from rayft.artifacts import AdapterArtifact, check_prefix, folder_bytes
 from rayft.errors import ArtifactError, ResourceError, SqueezeError, UnknownModelError
 from rayft.methods.base import LoraFactors
+from rayft.serving.admission import BaseModel, check_adapter
 from rayft.serving.engine import Engine
 from rayft.serving.messages import BASE_NAME, ModelCard
 from rayft.serving.state import Asked, Deployed, Served, parse_model
 
-__all__ = ["BaseModel", "Catalog", "Lease", "Limits", "check_adapter"]
+__all__ = ["Catalog", "Lease", "Limits"]
 
 ROOM_SECONDS = 30.0
 """How long a request waits for room on the device."""
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """What the catalog must know of the base."""
-
-    name: str
-    """The base's own name."""
-    fingerprint: str
-    """Identity of its weights."""
-    shapes: ModuleShapes
-    """Its linear layers."""
 
 
 @dataclass(frozen=True)
@@ -86,31 +75,6 @@ class _Entry:
         if self.placed is not None:
             return "device"
         return "disk" if self.artifact is None else "host"
-
-
-def check_adapter(name: str, folder: str, base: BaseModel | None) -> AdapterArtifact:
-    """Read an adapter and check all that would make it answer wrongly (None: but for its base).
-
-    Raises:
-        ArtifactError: if it is missing, damaged, holds NaN, or has a classification head.
-        BaseMismatchError: if it was made for another base.
-    """
-    try:
-        artifact = AdapterArtifact.load(folder)
-        _check_generates(artifact, folder)
-        if base is not None:
-            artifact.check_base(base.fingerprint, base.shapes)
-    except ArtifactError as error:
-        raise type(error)(f"adapter '{name}' is not served: {error}") from error
-    return artifact
-
-
-def _check_generates(artifact: AdapterArtifact, folder: str) -> None:
-    if artifact.heads or artifact.meta.task != "causal_lm":
-        raise ArtifactError(
-            f"{folder} has a classification head and does not generate text; only adapters of "
-            "language models can be served"
-        )
 
 
 def nobody(_name: str, _what: str) -> None:

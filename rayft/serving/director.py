@@ -22,7 +22,7 @@ from rayft.errors import BadRequestError, RayftError, RequestError, ResourceErro
 from rayft.registry.ref import Registry
 from rayft.registry.store import MlflowRegistry
 from rayft.serving import sources, state
-from rayft.serving.catalog import BaseModel
+from rayft.serving.admission import BaseModel
 from rayft.serving.config import ServeConfig
 from rayft.serving.state import Deployed, Served
 

@@ -20,13 +20,15 @@ from rayft.errors import BadRequestError, RayftError, ResourceError
 from rayft.models.load import load_model
 from rayft.models.targets import linear_shapes
 from rayft.numerics import derive_seed, fastest_cpu_dtype
-from rayft.serving.catalog import BaseModel, Catalog, Limits
+from rayft.serving.admission import BaseModel
+from rayft.serving.catalog import Catalog, Limits
 from rayft.serving.config import ServeConfig
 from rayft.serving.engine import Engine, EngineLimits, GenerationRequest
 from rayft.serving.messages import Delta, ModelCard
 from rayft.serving.metrics import Metrics
 from rayft.serving.packed_engine import PackedEngine
 from rayft.serving.schemas import ChatRequest, CompletionRequest
+from rayft.serving.slots import widest_rank
 from rayft.serving.state import Served
 from rayft.serving.text import TextStream, chat_tokens, prompt_tokens, score
 from rayft.serving.transformers_engine import TransformersEngine
@@ -54,7 +56,9 @@ class Replica:
         torch.set_num_threads(config.cpus)
         dtype = compute_dtype(config, device)
         loaded = load_model(config.model, dtype, device)
-        base = BaseModel(config.model.name, loaded.fingerprint, linear_shapes(loaded.model))
+        base = BaseModel(
+            config.model.name, loaded.fingerprint, linear_shapes(loaded.model), widest_rank(device)
+        )
         limits = EngineLimits(config.max_running, config.max_batch_tokens, config.cache_tokens)
         self._config, self._tokenizer = config, loaded.tokenizer
         self._room = min(loaded.context, config.cache_tokens)

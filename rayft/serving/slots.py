@@ -20,7 +20,7 @@ from rayft.kernels.segment_lora import BASE_SLOT, SlotFactors
 from rayft.methods.base import LoraFactors
 from rayft.models.targets import linears
 
-__all__ = ["WIDEST", "MultiAdapterLinear", "Slots"]
+__all__ = ["MultiAdapterLinear", "Slots", "widest_rank"]
 
 SLOTS = 4096
 """Adapters at once, the base counted as one: an entry takes 64 bytes a linear."""
@@ -28,6 +28,11 @@ WIDEST = 256
 """The largest rank on a GPU; on a CPU there is none."""
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Names of linears that read the same input as a rule. Whether they do is seen when they run."""
+
+
+def widest_rank(device: str) -> int | None:
+    """Give the largest rank that is served on a device; None where there is no largest."""
+    return WIDEST if device.startswith("cuda") else None
 
 
 class _Batch:

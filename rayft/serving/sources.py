@@ -10,8 +10,8 @@ from rayft.artifacts import AdapterArtifact, settle
 from rayft.artifacts.meta import CONFIG_FILE
 from rayft.errors import ArtifactError, BadRequestError
 from rayft.registry.ref import AdapterRef, Registry
+from rayft.serving.admission import BaseModel, check_adapter
 from rayft.serving.allowed import FILES
-from rayft.serving.catalog import BaseModel, check_adapter
 from rayft.serving.state import Deployed
 from rayft.squeeze.budget import parse_bytes
 

@@ -13,7 +13,8 @@ import torch
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.errors import ArtifactError, BaseMismatchError, ResourceError, UnknownModelError
 from rayft.methods.base import LoraFactors
-from rayft.serving.catalog import BaseModel, Catalog, Limits, check_adapter
+from rayft.serving.admission import BaseModel, check_adapter
+from rayft.serving.catalog import Catalog, Limits
 from rayft.serving.sources import find
 from rayft.serving.state import Served, loaded, unloaded
 from tests.unit.serving.adapters import random_adapter
@@ -324,6 +325,13 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
     for folder, word in ((other, "was made for the base"), (shape, "6x5"), (module, "k_proj")):
         with pytest.raises(BaseMismatchError, match=word):
             check_adapter("a", str(folder), BASE)
+
+
+def test_a_rank_that_the_device_does_not_serve_is_refused(tmp_path: Path) -> None:
+    folder = str(random_adapter("a", SHAPES, BASE.fingerprint, rank=4).save(tmp_path / "wide"))
+    assert check_adapter("a", folder, replace(BASE, widest=4)).rank == 4
+    with pytest.raises(ArtifactError, match="has rank 4, and GPUs serve ranks up to 3; .* --rank 3"):
+        check_adapter("a", folder, replace(BASE, widest=3))
 
 
 def test_an_adapter_with_nan_is_refused(tmp_path: Path) -> None:
