@@ -189,6 +189,27 @@ def squeeze_table() -> str:
     return "\n".join(lines)
 
 
+def squeeze_quality_table() -> str:
+    """Make the table of ways to a rank: scores on each task, differences of the mean."""
+    found = cases("squeeze_quality", everywhere=True)
+    names = [case.split("/") for case in found]
+    tasks = [task for task in dict.fromkeys(name[1] for name in names) if task != "mean"]
+    ways = ("direct", "post", "budget", "cont", "in")
+    order = sorted({(-int(rank[1:]), ways.index(way)) for way, _, rank in names})
+    lines = [
+        "| rank | way | " + " | ".join(tasks) + " | mean, less direct's | mean, less rank 64's |",
+        "| --- | --- |" + " --- |" * (len(tasks) + 2),
+    ]
+    for negative, index in order:
+        rank, way = -negative, ways[index]
+        mine = [found.get(f"{way}/{task}/r{rank}", {}) for task in tasks]
+        mean = found.get(f"{way}/mean/r{rank}", {})
+        cells = [_interval(item, "score", "{:.2f}") for item in mine]
+        cells += [_interval(mean, metric, "{:+.3f}") for metric in ("over_direct", "over_source")]
+        lines.append(f"| {rank} | {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def serving_table() -> str:
     """Make the README's table of serving over HTTP, against `generate` on the same prompts."""
     found = cases("serving_http")
@@ -216,7 +237,10 @@ TABLES = {
     "train_step": train_step_table,
     "methods_quality": methods_quality_table,
     "squeeze": squeeze_table,
+    "squeeze_quality": squeeze_quality_table,
 }
+PAGES = ("README.md", "docs/squeezing.md")
+"""Where tables are, between their markers."""
 
 
 def with_tables(text: str) -> str:
@@ -228,5 +252,6 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(with_tables(page.read_text()))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from benchmarks.records import load, with_tables
+from benchmarks.records import PAGES, load, with_tables
 from rayft.cli import app
 from rayft.config import parse, read_yaml
 from rayft.flow.config import PipelineConfig
@@ -18,7 +18,9 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_tables_are_made_from_the_results() -> None:
     assert load("demo"), "no results: run benchmarks/bench_demo.py"
-    assert with_tables(README) == README, "stale table: run `python -m benchmarks.records`"
+    for name in PAGES:
+        text = (ROOT / name).read_text()
+        assert with_tables(text) == text, f"stale table in {name}: run `python -m benchmarks.records`"
 
 
 def test_every_command_in_it_exists() -> None:

@@ -330,7 +330,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
 def test_a_rank_that_the_device_does_not_serve_is_refused(tmp_path: Path) -> None:
     folder = str(random_adapter("a", SHAPES, BASE.fingerprint, rank=4).save(tmp_path / "wide"))
     assert check_adapter("a", folder, replace(BASE, widest=4)).rank == 4
-    with pytest.raises(ArtifactError, match="has rank 4, and GPUs serve ranks up to 3; .* --rank 3"):
+    with pytest.raises(ArtifactError, match=r"has rank 4, and GPUs serve ranks up to 3; .* --rank 3"):
         check_adapter("a", folder, replace(BASE, widest=3))
 
 
