@@ -69,8 +69,14 @@ def build_record(
         comparisons=_comparisons(winner, baselines, scores, squeezed),
         singular_values=full.meta.singular_values if full else {},
         timings=dict(timings),
-        commands=_commands(plan, servable=full is not None and config.model.task == "causal_lm"),
+        commands=_commands(plan, servable=_servable(plan, full, ship)),
     )
+
+
+def _servable(plan: Plan, full: AdapterArtifact | None, ship: Winner | None) -> bool:
+    """Tell whether the winner, or what was made of it, generates text as an adapter."""
+    adapter = full is not None or (ship is not None and ship.ship != ship.trial)
+    return adapter and plan.config.model.task == "causal_lm"
 
 
 def _metric(plan: Plan) -> str:
@@ -95,15 +101,23 @@ def _ship(
     if small is None:
         why = f"best {rule} among the trials that finished"
         if not find_method(winner.point.run.method.name).exports_lora:
-            why += (
-                "; it has no low-rank factors, so it was neither squeezed nor registered and can't be served"
-            )
+            why += "; it has no low-rank factors, " + _without_factors(mine, keep)
         return Winner(trial=name, ship=name, why=why)
     why = (
         f"the smallest version of {name} that keeps {100 * keep:g} % of its validation score; {name} has the "
         f"best {rule} among the trials that finished"
     )
     return Winner(trial=name, ship=small.name, why=why)
+
+
+def _without_factors(extracted: Sequence[SqueezedAdapter], keep: float) -> str:
+    """Say what becomes of a winner that is no adapter, and is shipped as no other."""
+    if not extracted:
+        return "so it was neither squeezed nor registered and can't be served"
+    return (
+        f"and no LoRA that was extracted from it keeps {100 * keep:g} % of its validation score: nothing was "
+        "registered"
+    )
 
 
 def _baseline(name: str, measured: Measured) -> Baseline:

@@ -116,9 +116,12 @@ class SqueezedAdapter:
         return self.name.rpartition("@")[2]
 
 
-def targets(config: SqueezeConfig, rank: int) -> list[Target]:
-    """List what a configuration asks for of an adapter of a rank, ranks that are no lower left out."""
-    found = [Target(rank=target) for target in config.ranks if target < rank]
+def targets(config: SqueezeConfig, rank: int | None) -> list[Target]:
+    """List what a configuration asks for of an adapter of a rank, ranks that are no lower left out.
+
+    None stands for what has no factors, and so no rank that would be too low.
+    """
+    found = [Target(rank=target) for target in config.ranks if rank is None or target < rank]
     if config.energy is not None:
         found.append(Target(energy=config.energy))
     if config.budget is not None:

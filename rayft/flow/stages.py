@@ -125,7 +125,7 @@ def best_first(plan: Plan, trials: Sequence[Trial], scores: Mapping[str, Measure
     return sorted(finished, key=lambda trial: (-(scores[trial.point.name].mean("val") or 0.0), loss(trial)))
 
 
-def why_not_served(winner: Trial, trials: Sequence[Trial]) -> str:
+def why_not_served(winner: Trial, trials: Sequence[Trial], *, extracted: bool) -> str:
     """Say why a winner without factors stays where it is, and what can be served instead."""
     assert winner.result is not None
     kind = method(winner.point.run.method.name)
@@ -139,10 +139,13 @@ def why_not_served(winner: Trial, trials: Sequence[Trial]) -> str:
     instead = "run a sweep with lora beside it for one that can"
     if best is not None and best.result is not None:
         instead = f"the best one that can is {best.point.name} in {best.result['folder']}"
-    return (
-        f"{winner.point.name} {what}: it is saved in {winner.result['folder']}, and can't be squeezed, "
-        f"registered, promoted or served here; {instead}"
-    )
+    if extracted:
+        cant = (
+            "no LoRA that was extracted from it keeps its score, so nothing is registered, promoted or served"
+        )
+    else:
+        cant = "it can't be squeezed, registered, promoted or served here"
+    return f"{winner.point.name} {what}: it is saved in {winner.result['folder']}; {cant}; {instead}"
 
 
 def files_along(adapter: str | None) -> dict[str, bytes]:

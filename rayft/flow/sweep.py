@@ -10,13 +10,14 @@ import yaml
 
 from rayft.artifacts import AdapterArtifact
 from rayft.config import leaves
-from rayft.errors import PromotionRefusedError, TrackingError
+from rayft.errors import PromotionRefusedError, RayftError, TrackingError
 from rayft.flow import squeezing, stages
 from rayft.flow.cluster import check_tracking, cluster, join
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.preflight import Plan, preflight, sweep_hash
 from rayft.flow.record import build_record
+from rayft.flow.squeeze_dense import dense_source, extract, lost_text
 from rayft.flow.squeezing import Source, SqueezedAdapter
 from rayft.flow.stages import Measured
 from rayft.flow.track_squeeze import score_metrics, track_squeezed
@@ -107,27 +108,38 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
         found.scores = stages.score_trials(executor, found.trials)
         ranking = stages.best_first(plan, found.trials, found.scores)
         found.winner = ranking[0] if ranking else None
-    if found.winner and method(found.winner.point.run.method.name).exports_lora:
+    if found.winner and _can_be_squeezed(found.winner):
         with display.stage("squeeze"), display.watch(executor.broker, lambda key: names.get(key, key)):
-            _squeeze(plan, executor, found, ranking)
+            _squeeze(plan, executor, found, ranking, display)
     return found
 
 
-def _squeeze(plan: Plan, executor: Executor, found: _Findings, ranking: list[Trial]) -> None:
+def _can_be_squeezed(trial: Trial) -> bool:
+    """Tell whether a trial left a LoRA, or something that one can be extracted from."""
+    assert trial.result is not None
+    lora = method(trial.point.run.method.name).exports_lora
+    return lora or dense_source(Path(trial.result["folder"])) is not None
+
+
+def _squeeze(
+    plan: Plan, executor: Executor, found: _Findings, ranking: list[Trial], display: Display
+) -> None:
     """Bring the best trials to lower ranks, train those on if asked to, and score them all."""
     config = plan.config.squeeze
-    loras = [trial for trial in ranking if method(trial.point.run.method.name).exports_lora]
-    for trial in loras[: config.winners]:
+    for trial in [trial for trial in ranking if _can_be_squeezed(trial)][: config.winners]:
         assert trial.result is not None
         folder = plan.output / "squeezed"
         if trial is not found.winner:
             folder /= trial.point.key
+        source = Source(trial.point.name, trial.point.key, trial.point.run, trial.run_id)
+        if not method(trial.point.run.method.name).exports_lora:
+            found.squeezed += _extracted(plan, trial, source, folder, display)
+            continue
         full = squeezing.sort_columns(
             trial.result["folder"], plan.output / "winner" if trial is found.winner else folder / "full"
         )
         if trial is found.winner:
             found.full = full
-        source = Source(trial.point.name, trial.point.key, trial.point.run, trial.run_id)
         found.squeezed += [
             squeezing.make(full, target, source, folder) for target in squeezing.targets(config, full.rank)
         ]
@@ -136,6 +148,32 @@ def _squeeze(plan: Plan, executor: Executor, found: _Findings, ranking: list[Tri
             executor, found.squeezed, config.cont, plan.output, plan.tracker
         )
     found.scores |= squeezing.score(executor, found.squeezed)
+
+
+def _extracted(
+    plan: Plan, trial: Trial, source: Source, folder: Path, display: Display
+) -> list[SqueezedAdapter]:
+    """Make LoRAs of what a trial without factors added to the base; none where there is no way."""
+    assert trial.result is not None
+    dense, wanted = dense_source(Path(trial.result["folder"])), squeezing.targets(plan.config.squeeze, None)
+    assert dense is not None
+    made: list[SqueezedAdapter] = []
+    # Each kind has an extraction of its own: so far as the highest rank, or as the highest energy asks for.
+    for kind in (
+        [target for target in wanted if target.energy is None],
+        [target for target in wanted if target.energy is not None],
+    ):
+        if not kind:
+            continue
+        try:
+            extraction = extract(dense, plan.config.model, kind, None, lambda _done: None)
+            made += [squeezing.make(extraction.artifact, target, source, folder) for target in kind]
+        except RayftError as error:
+            display.say(f"no LoRA was extracted from {trial.point.name}: {error}")
+            continue
+        if lost := lost_text(extraction):
+            display.say(f"{trial.point.name}: {lost}")
+    return made
 
 
 def _report(
@@ -149,10 +187,10 @@ def _report(
         )  # fmt: skip
         record.save(plan.output / "sweep.json")
         _track(plan, record, found, tracker, parent)
-        if found.winner and found.full:
+        if found.winner and (found.full or _apart(found, record)):
             _register(plan, record, found, display)
         elif found.winner and found.winner.result:
-            display.say(stages.why_not_served(found.winner, found.trials))
+            display.say(stages.why_not_served(found.winner, found.trials, extracted=bool(found.squeezed)))
         _write_serve_config(plan, record)
         render(record, plan.output / "report.html")
         tracker.artifact(parent, plan.output / "report.html")
@@ -206,13 +244,13 @@ def _track(plan: Plan, record: SweepRecord, found: _Findings, tracker: MlflowTra
 def _register(plan: Plan, record: SweepRecord, found: _Findings, display: Display) -> None:
     """Register what is to be shipped, then the gate.
 
-    That is the winner, columns sorted, so that every rank of it can be served; or its squeezed adapter that
-    was trained on, which is no view of it.
+    That is the winner, columns sorted, so that every rank of it can be served; or a squeezed adapter that is
+    no view of it.
     """
     assert record.winner
     assert found.winner
     best = max((base.val_score or 0.0 for base in record.baselines), default=0.0)
-    shipped = _trained_on(found, record)
+    shipped = _apart(found, record)
     folder, name = (
         (shipped.folder, shipped.name) if shipped else (plan.output / "winner", record.winner.trial)
     )
@@ -237,10 +275,11 @@ def _register(plan: Plan, record: SweepRecord, found: _Findings, display: Displa
         display.say(f"registered as models:/{plan.config.name}@{done.alias} (version {done.version})")
 
 
-def _trained_on(found: _Findings, record: SweepRecord) -> SqueezedAdapter | None:
-    """Give the squeezed adapter to ship, if it was trained after the squeeze."""
+def _apart(found: _Findings, record: SweepRecord) -> SqueezedAdapter | None:
+    """Give the squeezed adapter to ship, if it is no view of the winner: trained on, or extracted."""
     ship = record.winner.ship if record.winner else ""
-    return next((item for item in found.squeezed if item.name == ship and item.how == "cont"), None)
+    mine = (item for item in found.squeezed if item.how == "cont" or not found.full)
+    return next((item for item in mine if item.name == ship), None)
 
 
 def _write_serve_config(plan: Plan, record: SweepRecord) -> None:
@@ -261,12 +300,19 @@ def _write_serve_config(plan: Plan, record: SweepRecord) -> None:
 
 def served_adapters(output: Path, record: SweepRecord) -> Mapping[str, Path]:
     """Name what is worth serving: the winner, its squeezed ranks, and the best trial of other methods."""
-    if record.winner is None or not (output / "winner").is_dir():
+    if record.winner is None:
         return {}
     winner = next(trial for trial in record.trials if trial.id == record.winner.trial)
-    adapters = {record.name: output / "winner"}
     ship = next((item for item in record.squeezed if item.name == record.winner.ship), None)
-    if ship is not None and ship.how == "cont":
+    if not method(winner.method).exports_lora:
+        if ship is None:
+            return {}
+        adapters = {record.name: Path(ship.folder)}
+    elif not (output / "winner").is_dir():
+        return {}
+    else:
+        adapters = {record.name: output / "winner"}
+    if ship is not None and ship.how == "cont" and method(winner.method).exports_lora:
         # No view of the winner, so it has a name of its own.
         adapters[f"{record.name}-{ship.name.rpartition('@')[2].replace('+', '-cont')}"] = Path(ship.folder)
     others = [

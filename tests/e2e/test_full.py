@@ -1,0 +1,91 @@
+"""A sweep of `lora` and `full` on the tiny model, which `full` wins: LoRAs are extracted from it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from rayft.artifacts import AdapterArtifact
+from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.display import Display
+from rayft.flow.sweep import run_sweep, served_adapters
+from rayft.models.load import load_model
+from rayft.models.targets import linear_shapes
+from rayft.numerics import relative_error
+from rayft.report.frame import SweepRecord
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
+    folder = tmp_path_factory.mktemp("full")
+    tiny = load_config("tiny", [f"output={folder / 'out'}"]).model_dump(mode="json")
+    tiny["optim"]["steps"] = tiny["sweep"]["grace"] = 4
+    tiny["data"] |= {"train": 24, "val": 4, "test": 4}
+    tiny["sweep"]["methods"] = {"lora": {"ranks": [2], "lr": [1e-7]}, "full": {"ranks": [2], "lr": [1e-3]}}
+    tiny["squeeze"] |= {"ranks": [4, 1], "energy": 0.9, "budget": "20kB"}
+    (folder / "full.yaml").write_text(yaml.safe_dump(tiny))
+    return load_config(str(folder / "full.yaml"))
+
+
+@pytest.fixture(scope="module")
+def said() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def record(local_ray: None, config: PipelineConfig, said: io.StringIO) -> SweepRecord:
+    return run_sweep(config, Display(Console(file=said, width=1000)))
+
+
+def test_loras_are_extracted_scored_and_recorded(
+    record: SweepRecord, config: PipelineConfig, said: io.StringIO
+) -> None:
+    assert record.winner
+    assert record.winner.trial.startswith("full")
+    labels = [item.name.rpartition("@")[2] for item in record.squeezed]
+    assert labels == ["r4", "r1", "b20kB", "e0.9"]
+    assert all(item.test is not None and item.energy_mean > 0 for item in record.squeezed)
+    sizes = [item.bytes for item in record.squeezed[:3]]
+    assert sizes[1] < sizes[0]
+    assert sizes[2] <= 20_000
+    assert "parameters outside its modules that training changed" in said.getvalue(), "norms, embeddings"
+    assert (Path(config.output) / "report.html").read_text().count("@r4") > 0
+
+
+def test_an_extracted_adapter_is_the_best_of_its_rank(record: SweepRecord, config: PipelineConfig) -> None:
+    assert record.winner
+    trial = next(trial for trial in record.trials if trial.id == record.winner.trial)
+    base = load_model(config.model, torch.float32).model
+    tuned = load_model(config.model.model_copy(update={"name": trial.folder}), torch.float32).model
+    small = AdapterArtifact.load(record.squeezed[0].folder)
+    for path in linear_shapes(base):
+        update = (tuned.get_submodule(path).weight - base.get_submodule(path).weight).double()  # type: ignore[operator]
+        factors = small.modules[path]
+        found = factors.scale * factors.b.double() @ factors.a.double()
+        best = float(torch.linalg.svdvals(update)[4:].norm() / update.norm())
+        # The SVD is randomised: never better than the best, and by very little worse.
+        assert best * (1 - 1e-6) <= relative_error(found, update) <= 1.05 * best
+
+
+def test_what_is_shipped_of_it_is_served_under_the_sweeps_name(
+    record: SweepRecord, config: PipelineConfig
+) -> None:
+    assert record.winner
+    output = Path(config.output)
+    shipped = record.model_copy(
+        update={"winner": record.winner.model_copy(update={"ship": record.squeezed[0].name})}
+    )
+    served = served_adapters(output, shipped)
+    assert served[record.name] == Path(record.squeezed[0].folder)
+    assert f"{record.name}-lora" in served
+    unshipped = record.model_copy(
+        update={"winner": record.winner.model_copy(update={"ship": record.winner.trial})}
+    )
+    assert not served_adapters(output, unshipped)
