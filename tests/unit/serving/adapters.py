@@ -1,10 +1,14 @@
-"""Adapters that tests serve: random, and large enough that each one writes another text."""
+"""Adapters that tests serve, each random and large enough to write another text, and what they write."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.methods.base import LoraFactors
@@ -12,6 +16,7 @@ from rayft.numerics import generator
 
 RANKS = {"small": 2, "middle": 4, "large": 8}
 SELECTOR = "picks"
+LENGTH = 24
 
 
 def random_adapter(
@@ -39,3 +44,36 @@ def save_adapters(folder: Path, shapes: dict[str, tuple[int, int]], fingerprint:
     made = {name: random_adapter(name, shapes, fingerprint, rank) for name, rank in RANKS.items()}
     made[SELECTOR] = random_adapter(SELECTOR, shapes, fingerprint, 6, selector=True)
     return {name: str(adapter.save(folder / name)) for name, adapter in made.items()}
+
+
+def chain_of(links: Sequence[AdapterArtifact]) -> AdapterArtifact:
+    """Stack adapters as a chain's links are: one LoRA of the sum of their ranks."""
+    modules = {}
+    for path, first in links[0].modules.items():
+        parts = [link.modules[path] for link in links]
+        a, b = torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts], dim=1)
+        modules[path] = LoraFactors(a, b, first.scale)
+    return AdapterArtifact(modules, meta=links[0].meta)
+
+
+def reference(tiny_folder: Path, adapter: str | None) -> Any:
+    """The base, or PEFT's model with this adapter alone."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter)
+
+
+def generated(model: Any, prompt: Sequence[int], length: int = LENGTH) -> tuple[int, ...]:
+    """What a model continues a prompt with, by its own `generate`, without the end token."""
+    ids = torch.tensor([prompt])
+    made = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length
+    )
+    tokens = tuple(made[0, len(prompt) :].tolist())
+    return tokens[:-1] if tokens[-1] == model.generation_config.eos_token_id else tokens
+
+
+def expected(
+    tiny_folder: Path, adapter: str | None, prompt: Sequence[int], length: int = LENGTH
+) -> tuple[int, ...]:
+    """What the base, or PEFT with this adapter alone, generates by `generate`."""
+    return generated(reference(tiny_folder, adapter), prompt, length)

@@ -22,10 +22,9 @@ from rayft.models.load import LoadedModel
 from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close
 from rayft.serving.engine import Engine, GenerationRequest, Progress
-from tests.unit.serving.adapters import random_adapter
+from tests.unit.serving.adapters import LENGTH, chain_of, expected, random_adapter
 from tests.unit.serving.conftest import MakeEngine
 
-LENGTH = 24
 PROMPTS = [
     "the capital of France is",
     "a",
@@ -47,21 +46,6 @@ def ask_all(engine: Engine, wanted: Sequence[GenerationRequest]) -> list[Progres
         return await asyncio.gather(*[ask(engine, request) for request in wanted])
 
     return asyncio.run(together())
-
-
-def expected(
-    tiny_folder: Path, adapter: str | None, prompt: Sequence[int], length: int = LENGTH
-) -> tuple[int, ...]:
-    """What the base, or PEFT with this adapter alone, generates by `generate`."""
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    ids = torch.tensor([prompt])
-    made = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length
-    )
-    tokens = tuple(made[0, len(prompt) :].tolist())
-    return tokens[:-1] if tokens[-1] == model.generation_config.eos_token_id else tokens
 
 
 def load_all(engine: Engine, folders: dict[str, str]) -> None:
@@ -91,16 +75,6 @@ def test_a_mixed_batch_gives_each_row_what_its_adapter_alone_gives(
     assert len(set(found[len(names) :])) == len(names)
     assert engine.stats().max_slots_in_forward == len(names)
     assert engine.stats().max_requests_in_forward == len(jobs)
-
-
-def chain_of(links: Sequence[AdapterArtifact]) -> AdapterArtifact:
-    """Stack adapters as a chain's links are: one LoRA of the sum of their ranks."""
-    modules = {}
-    for path, first in links[0].modules.items():
-        parts = [link.modules[path] for link in links]
-        a, b = torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts], dim=1)
-        modules[path] = LoraFactors(a, b, first.scale)
-    return AdapterArtifact(modules, meta=links[0].meta)
 
 
 def test_eight_ranks_two_selectors_and_a_chain_share_a_batch(

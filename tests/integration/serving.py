@@ -1,0 +1,70 @@
+"""A running server for tests: its configuration, its address, and adapters to load into it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayft.artifacts import AdapterArtifact
+from rayft.models.load import ModelConfig, load_model
+from rayft.models.targets import linear_shapes
+from rayft.serving.build import APPLICATION, run
+from rayft.serving.config import ServeConfig
+from tests.unit.serving.adapters import random_adapter
+
+
+@dataclass(frozen=True)
+class Base:
+    """The tiny model, and where adapters for it are kept."""
+
+    model: Path
+    root: Path
+    shapes: dict[str, tuple[int, int]]
+    fingerprint: str
+
+    @classmethod
+    def read(cls, model: Path, root: Path) -> Base:
+        loaded = load_model(ModelConfig(name=str(model)), torch.float32)
+        return cls(model, root, dict(linear_shapes(loaded.model)), loaded.fingerprint)
+
+    def adapter(self, name: str, rank: int = 4, *, selector: bool = False) -> AdapterArtifact:
+        return random_adapter(name, self.shapes, self.fingerprint, rank, selector)
+
+    def squeezed(self, name: str, rank: int = 4) -> AdapterArtifact:
+        """Make an adapter that can be served at lower ranks."""
+        plain = self.adapter(name, rank)
+        values = {path: (1.0,) * rank for path in self.shapes}
+        return AdapterArtifact(plain.modules, meta=plain.meta.model_copy(update={"singular_values": values}))
+
+    def save(self, name: str, artifact: AdapterArtifact) -> str:
+        return str(artifact.save(self.root / name))
+
+
+@contextmanager
+def serving(base: Base, **settings: Any) -> Iterator[str]:
+    """Serve the tiny model in float32, and give the server's URL."""
+    import ray.serve as ray_serve
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    model, roots = ModelConfig(name=str(base.model)), (str(base.root),)
+    run(ServeConfig(model=model, roots=roots, port=port, dtype="float32", **settings), blocking=False)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        ray_serve.shutdown()
+
+
+def replica_stats() -> list[dict[str, Any]]:
+    """Ask every replica what it has done."""
+    import ray.serve as ray_serve
+
+    handle: Any = ray_serve.get_deployment_handle("Replica", APPLICATION)
+    return list(handle.broadcast("stats").results())
