@@ -17,6 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from rayft.errors import RequestError, ResourceError, UnknownModelError
 from rayft.serving.answers import ChatForm, Form, TextForm, collected, describe_error, events
@@ -39,9 +40,25 @@ api = FastAPI(title="rayft", openapi_url=None)
 @api.exception_handler(RequestValidationError)
 @api.exception_handler(ResourceError)
 @api.exception_handler(RayTaskError)
-async def _answer_error(_: Request, error: Exception) -> JSONResponse:
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     status, body = describe_error(error)
-    return JSONResponse(body, status_code=status)
+    headers = {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if status == 405:
+        # Starlette's own error names the verbs of the first route that has this path, not of all.
+        headers["Allow"] = ", ".join(_verbs(request))
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def _verbs(request: Request) -> list[str]:
+    """List the verbs that the path of a request takes."""
+    scope, routes = dict(request.scope), request.app.routes
+    return [
+        verb
+        for verb in ("DELETE", "GET", "PATCH", "POST", "PUT")
+        if any(route.matches({**scope, "method": verb})[0] is Match.FULL for route in routes)
+    ]
 
 
 def _first(cards: list[ModelCard]) -> list[ModelCard]:

@@ -1,31 +1,63 @@
-"""The interface as an OpenAPI document, made from the request types."""
+"""The interface as an OpenAPI document, made from the types of requests and answers."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel, TypeAdapter
 
 from rayft import __version__
+from rayft.serving.messages import NAME
+from rayft.serving.response_schemas import (
+    AdapterDeleted,
+    AdapterDeployed,
+    AdapterList,
+    AdapterVersions,
+    ChatCompletion,
+    Completion,
+    ErrorAnswer,
+    Health,
+    ModelEntry,
+    ModelList,
+    Readiness,
+)
 from rayft.serving.schemas import ChatRequest, CompletionRequest, LoadRequest
 
 __all__ = ["openapi"]
 
-BODIES: dict[str, type[BaseModel]] = {
-    "/v1/chat/completions": ChatRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/adapters": LoadRequest,
-}
-ROUTES = (
-    ("get", "/healthz"), ("get", "/readyz"), ("get", "/v1/models"), ("get", "/v1/models/{name}"),
-    ("post", "/v1/chat/completions"), ("post", "/v1/completions"), ("get", "/v1/adapters"),
-    ("post", "/v1/adapters"), ("get", "/v1/adapters/{name}"), ("delete", "/v1/adapters/{name}"),
-    ("post", "/v1/adapters/{name}/promote"), ("post", "/v1/adapters/{name}/rollback"),
-)  # fmt: skip
-STATUSES = {
-    200: "what was asked for",
-    201: "served on all replicas",
+
+@dataclass(frozen=True)
+class Operation:
+    """One verb of one path."""
+
+    verb: str
+    path: str
+    answer: Any
+    """Type of what is answered if all is well."""
+    body: type[BaseModel] | None = None
+    status: int = 200
+    open: bool = False
+    """Whether it needs no key."""
+    streams: bool = False
+
+
+OPERATIONS = (
+    Operation("get", "/healthz", Health, open=True),
+    Operation("get", "/readyz", Readiness, open=True),
+    Operation("get", "/v1/models", ModelList),
+    Operation("get", "/v1/models/{name}", ModelEntry),
+    Operation("post", "/v1/chat/completions", ChatCompletion, ChatRequest, streams=True),
+    Operation("post", "/v1/completions", Completion, CompletionRequest, streams=True),
+    Operation("get", "/v1/adapters", AdapterList),
+    Operation("post", "/v1/adapters", AdapterDeployed, LoadRequest, status=201),
+    Operation("get", "/v1/adapters/{name}", AdapterVersions),
+    Operation("delete", "/v1/adapters/{name}", AdapterDeleted),
+    Operation("post", "/v1/adapters/{name}/promote", AdapterDeployed),
+    Operation("post", "/v1/adapters/{name}/rollback", AdapterDeployed),
+)
+ERRORS = {
     400: "the request is wrong",
     401: "no known key",
     403: "a key that may not do this",
@@ -37,27 +69,11 @@ STATUSES = {
 
 def openapi() -> dict[str, Any]:
     """Describe the interface (OpenAPI 3.1)."""
-    inputs, schemas = models_json_schema(
-        [(body, "validation") for body in BODIES.values()], ref_template="#/components/schemas/{model}"
-    )
-    name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-    answers = {
-        str(status): {"description": what, "content": {"application/json": {"schema": {"type": "object"}}}}
-        for status, what in STATUSES.items()
-    }
-    # Streams are events.
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
-    answers["200"]["content"] = {**answers["200"]["content"], **events}  # type: ignore[dict-item]
+    found, schemas = TypeAdapter.json_schemas(_types(), ref_template="#/components/schemas/{model}")
+    named = {name: schema for (name, _), schema in found.items()}
     paths: dict[str, Any] = {}
-    for verb, path in ROUTES:
-        operation: dict[str, Any] = {
-            "responses": answers,
-            "parameters": [name] if "{name}" in path else [],
-        }
-        if verb == "post" and path in BODIES:
-            schema = inputs[BODIES[path], "validation"]
-            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-        paths.setdefault(path, {})[verb] = operation
+    for one in OPERATIONS:
+        paths.setdefault(one.path, {})[one.verb] = _described(one, named)
     return {
         "openapi": "3.1.0",
         "info": {"title": "rayft", "version": __version__},
@@ -67,3 +83,45 @@ def openapi() -> dict[str, Any]:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def _types() -> list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]]:
+    """List all that is sent and answered, each type once."""
+    sent = {one.body for one in OPERATIONS if one.body is not None}
+    answered = {ErrorAnswer, *(one.answer for one in OPERATIONS)}
+    return [
+        *((body.__name__, "validation", TypeAdapter(body)) for body in sorted(sent, key=_name)),
+        *((answer.__name__, "serialization", TypeAdapter(answer)) for answer in sorted(answered, key=_name)),
+    ]
+
+
+def _name(kind: type) -> str:
+    return kind.__name__
+
+
+def _described(one: Operation, schemas: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe an operation."""
+    good: dict[str, Any] = {"application/json": {"schema": schemas[one.answer.__name__]}}
+    if one.streams:
+        # OpenAPI 3.1 can't describe what single events hold.
+        good["text/event-stream"] = {}
+    bad = {"application/json": {"schema": schemas[ErrorAnswer.__name__]}}
+    described: dict[str, Any] = {
+        "responses": {
+            str(one.status): {"description": "what was asked for", "content": good},
+            **{str(status): {"description": what, "content": bad} for status, what in ERRORS.items()},
+        },
+        "parameters": [_parameter(one.path)] if "{name}" in one.path else [],
+        # Without keys (on this machine's own address alone) none is needed.
+        "security": [] if one.open else [{"key": []}],
+    }
+    if one.body is not None:
+        content = {"application/json": {"schema": schemas[one.body.__name__]}}
+        described["requestBody"] = {"required": True, "content": content}
+    return described
+
+
+def _parameter(path: str) -> dict[str, Any]:
+    """Describe a path's `name`: a model's may be `name@version` or a base's, with slashes."""
+    form = {"minLength": 1} if path.startswith("/v1/models") else {"pattern": f"^{NAME}$"}
+    return {"name": "name", "in": "path", "required": True, "schema": {"type": "string", **form}}

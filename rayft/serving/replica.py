@@ -226,7 +226,7 @@ class Replica:
                 f"{asked or 1} are to be generated; shorten the prompt or lower max_tokens",
                 param=param,
             )
-        return asked or min(most, self._room - prompt)
+        return asked or min(request.default_max_tokens or most, most, self._room - prompt)
 
     def __del__(self) -> None:
         engine = getattr(self, "_engine", None)

@@ -55,6 +55,7 @@ class TextRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
     default_max_tokens: ClassVar[int | None] = None
+    """Tokens where no limit is given, as far as they fit; None for as many as fit."""
 
     model: str
     """A served name."""
@@ -115,8 +116,8 @@ class TextRequest(BaseModel):
 
     @property
     def limit(self) -> int | None:
-        """Most tokens to generate; None for as many as fit."""
-        return self.max_tokens or self.default_max_tokens
+        """Most tokens to generate, where the request says so."""
+        return self.max_tokens
 
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
@@ -168,7 +169,7 @@ class ChatRequest(TextRequest):
 
     @property
     def limit(self) -> int | None:
-        """Most tokens to generate; None for as many as fit."""
+        """Most tokens to generate, where the request says so."""
         return self.max_completion_tokens or self.max_tokens
 
 
@@ -238,7 +239,7 @@ def parse_request(cls: type[RequestT], body: bytes) -> RequestT:
     if not isinstance(data, dict):
         raise BadRequestError(f"the body must be a JSON object, not {type(data).__name__}")
     try:
-        return cls.model_validate(data)
+        return cls.model_validate(data, strict=True)
     except ValidationError as error:
         problem = error.errors()[0]
         where = [str(part) for part in problem["loc"]]

@@ -94,6 +94,7 @@ def test_without_a_key_nothing_is_told(server: Server) -> None:
             answer = server.call(verb, path, key)
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert answer.headers["www-authenticate"] == "Bearer"
         assert server.ask("small", key).status_code == 401
     assert server.call("GET", "/readyz", None).json()["status"] == "ready"
     assert server.call("GET", "/", None).headers["content-type"].startswith("text/html")

@@ -229,6 +229,7 @@ def test_other_paths_and_verbs_are_refused_in_the_same_form(server: Server) -> N
     ):
         assert answer.status_code == status
         assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert httpx.put(f"{server.url}/v1/adapters").headers["allow"] == "GET, POST"
 
 
 def test_a_client_that_leaves_frees_its_place(server: Server) -> None:

@@ -28,6 +28,7 @@ WITH_OTHERS = {
     "starlette": "fastapi",
     "tokenizers": "transformers",
     "triton": "torch",
+    "typing_extensions": "pydantic",
     "uvicorn": "ray",
 }
 

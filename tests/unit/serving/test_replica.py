@@ -144,6 +144,14 @@ def test_without_a_limit_chat_takes_what_fits(replica: Replica) -> None:
     assert last.finish == "stop" or last.prompt_tokens + last.completion_tokens == 512
 
 
+@pytest.mark.parametrize(("prompt", "tokens"), [("hello", 16), ("x" * 505, 7)])
+def test_without_a_limit_a_text_takes_openais_16_as_far_as_they_fit(
+    replica: Replica, prompt: str, tokens: int
+) -> None:
+    last = answer(replica, text(prompt, max_tokens=None))[-1]
+    assert last.finish == "stop" or last.completion_tokens == tokens
+
+
 @pytest.mark.parametrize(
     ("request_", "error", "param", "word"),
     [

@@ -45,6 +45,11 @@ def test_bodies_that_are_no_json_object_are_refused(body: bytes, word: str) -> N
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"model": None}, "model"),
+        ({"temperature": "0"}, "temperature"),
+        ({"max_tokens": "3"}, "max_tokens"),
+        ({"max_tokens": 3.0}, "max_tokens"),
+        ({"stream": "false"}, "stream"),
+        ({"stream": 0}, "stream"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -89,12 +94,9 @@ def test_fields_that_change_nothing_are_let_through() -> None:
 
 
 def test_token_limits() -> None:
-    assert (chat().limit, chat(max_tokens=3).limit, text().limit, text(max_tokens=5).limit) == (
-        None,
-        3,
-        16,
-        5,
-    )
+    assert (chat().limit, chat(max_tokens=3).limit) == (None, 3)
+    assert (text().limit, text(max_tokens=5).limit) == (None, 5)
+    assert (chat().default_max_tokens, text().default_max_tokens) == (None, 16)
     assert chat(max_tokens=3, max_completion_tokens=4).limit == 4
 
 

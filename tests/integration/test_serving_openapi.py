@@ -1,0 +1,120 @@
+"""Each operation of `/openapi.json`, asked with generated requests, good and bad, on a running server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.checks import positive_data_acceptance
+from schemathesis.config import SchemathesisConfig
+
+from rayft.serving.keys import KeyConfig
+from rayft.serving.messages import NAME
+from rayft.serving.openapi import openapi
+from tests.integration.serving import Base, serving
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+KEY = "the-key-of-the-admin"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+
+
+MODELS = ("base", "still", "squeezed@r2", "turning@1", "nobody")
+NAMES = ("still", "turning", "nobody")
+LONGEST = 128
+"""Letters of a name."""
+SOURCES = ("still", "squeezed", "a", "missing")
+"""Folders below the server's root."""
+
+
+def document() -> dict[str, Any]:
+    """The server's description of itself, with what this one serves: chance would never hit it."""
+    found = openapi()
+    bodies = found["components"]["schemas"]
+    for body in ("ChatRequest", "CompletionRequest"):
+        bodies[body]["properties"]["model"] = {"enum": MODELS}
+    bodies["CompletionRequest"]["properties"]["prompt"]["anyOf"][0]["minLength"] = 1
+    bodies["LoadRequest"]["properties"]["source"] = {"enum": SOURCES}
+    for operation in found["paths"]["/v1/models/{name}"].values():
+        operation["parameters"][0]["schema"] = {"enum": MODELS}
+    return json.loads(json.dumps(found))
+
+
+unsaved = SchemathesisConfig.from_dict({"cache": {"enabled": False}})
+schema = schemathesis.openapi.from_dict(document(), config=unsaved)
+
+
+good: dict[str, Counter[bool]] = {}
+"""Operation → how many requests were answered well, and not."""
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    root: Path
+
+    def make_canary(self, name: str) -> None:
+        """Serve two versions under a name, if it has not got them."""
+        for source, weight in (("still", 1), ("a", 0.5)):
+            body = {"name": name, "source": str(self.root / source), "weight": weight}
+            httpx.post(f"{self.url}/v1/adapters", json=body, headers=HEADERS).raise_for_status()
+
+
+@pytest.fixture(scope="module")
+def server(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    base = Base.read(tiny_folder, tmp_path_factory.mktemp("roots"))
+    made = {"still": base.adapter("still"), "squeezed": base.squeezed("squeezed"), "a": base.adapter("a", 2)}
+    folders = {name: base.save(name, artifact) for name, artifact in made.items()}
+    key = KeyConfig(name="ops", role="admin", sha256=hashlib.sha256(KEY.encode()).hexdigest())
+    served = {name: folders[name] for name in ("still", "squeezed")}
+    with serving(base, adapters=served, keys=(key,), max_new_tokens=8) as url:
+        yield Server(url, base.root)
+
+
+def aim(case: schemathesis.Case, server: Server) -> None:
+    """Put what is there in place of generated names and sources; what is wrong stays wrong."""
+    on_adapter = "/v1/adapters/" in case.path
+    names = case.path_parameters if on_adapter else case.body
+    name = names.get("name") if isinstance(names, dict) else None
+    if isinstance(name, str) and re.fullmatch(NAME, name) and len(name) <= LONGEST:
+        names["name"] = NAMES[zlib.crc32(name.encode()) % len(NAMES)]
+        if on_adapter and names["name"] == "turning":
+            server.make_canary("turning")
+    if isinstance(case.body, dict) and case.body.get("source") in SOURCES:
+        case.body["source"] = str(server.root / case.body["source"])
+
+
+def test_the_server_describes_itself(server: Server) -> None:
+    assert httpx.get(f"{server.url}/openapi.json").json() == openapi()
+
+
+@schema.parametrize()
+@settings(
+    max_examples=15, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+def test_an_operation_keeps_what_it_promises(case: schemathesis.Case, server: Server) -> None:
+    aim(case, server)
+    answer = case.call_and_validate(
+        base_url=server.url,
+        headers=HEADERS,
+        # The document doesn't say how fields depend on one another, nor what is served just now.
+        excluded_checks=[positive_data_acceptance],
+    )
+    good.setdefault(case.operation.label, Counter())[answer.status_code < 300] += 1
+
+
+def test_each_operation_was_answered_well_by_some_of_them() -> None:
+    if len(good) < sum(map(len, openapi()["paths"].values())):
+        pytest.skip("not all operations were asked")
+    assert {label for label, found in good.items() if not found[True]} == set()
