@@ -2,11 +2,12 @@
 
     python benchmarks/soak_serving.py [--minutes 10] [--clients 16] [--kills 2]
 
-Two replicas of the tiny random Llama in float32 on the CPU. Each client asks without a pause, greedy, the base
-or an adapter, and compares each answer with the one that was given before the load began for the content that
-its `system_fingerprint` names. Meanwhile one name is replaced and another is loaded and unloaded, over HTTP, and
-at even distances a replica is killed by SIGKILL. Recovered is a server whose replicas all answer again. Failures
-that begin before a recovery are counted apart from others. Memory is each replica's resident set.
+Two replicas of the tiny random Llama in float32 on the CPU. Each client asks without a pause, greedy, the
+base or an adapter, and compares each answer with the one that was given before the load began for the content
+that its `system_fingerprint` names. Meanwhile one name is replaced and another is loaded and unloaded, over
+HTTP, and at even distances a replica is killed by SIGKILL. Recovered is a server whose replicas all answer
+again. Failures that begin before a recovery are counted apart from others. Memory is each replica's resident
+set.
 
 Exits with 1 if an answer was wrong, or a request failed that no kill explains.
 """

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import Any
+
+from rayft.serving.messages import BASE_NAME
 
 __all__ = ["Meter", "Metrics"]
 
@@ -42,6 +45,10 @@ class Metrics:
         """Count a load or an eviction of a name."""
         self.moves[what] += 1
         (self.loads if what == "load" else self.evictions).inc(tags={"adapter": name, "version": ""})
+
+    def keep(self, versions: Collection[str]) -> None:
+        """Forget the traffic of all but these versions and the base: names are replaced without end."""
+        self.traffic = {key: did for key, did in self.traffic.items() if key in versions or key == BASE_NAME}
 
     def meter(self, name: str, version: str, prompt_tokens: int, started: float) -> Meter:
         """Begin to measure an accepted request that came at `started` (monotonic)."""

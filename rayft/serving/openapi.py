@@ -21,6 +21,7 @@ from rayft.serving.response_schemas import (
     Health,
     ModelEntry,
     ModelList,
+    NotReady,
     Readiness,
 )
 from rayft.serving.schemas import ChatRequest, CompletionRequest, LoadRequest
@@ -41,11 +42,13 @@ class Operation:
     open: bool = False
     """Whether it needs no key."""
     streams: bool = False
+    unavailable: Any = ErrorAnswer
+    """Type of what is answered where there is no replica."""
 
 
 OPERATIONS = (
     Operation("get", "/healthz", Health, open=True),
-    Operation("get", "/readyz", Readiness, open=True),
+    Operation("get", "/readyz", Readiness, open=True, unavailable=NotReady),
     Operation("get", "/v1/models", ModelList),
     Operation("get", "/v1/models/{name}", ModelEntry),
     Operation("post", "/v1/chat/completions", ChatCompletion, ChatRequest, streams=True),
@@ -88,7 +91,7 @@ def openapi() -> dict[str, Any]:
 def _types() -> list[tuple[str, Literal["validation", "serialization"], TypeAdapter[Any]]]:
     """List all that is sent and answered, each type once."""
     sent = {one.body for one in OPERATIONS if one.body is not None}
-    answered = {ErrorAnswer, *(one.answer for one in OPERATIONS)}
+    answered = {ErrorAnswer, NotReady, *(one.answer for one in OPERATIONS)}
     return [
         *((body.__name__, "validation", TypeAdapter(body)) for body in sorted(sent, key=_name)),
         *((answer.__name__, "serialization", TypeAdapter(answer)) for answer in sorted(answered, key=_name)),
@@ -105,11 +108,18 @@ def _described(one: Operation, schemas: Mapping[str, Any]) -> dict[str, Any]:
     if one.streams:
         # OpenAPI 3.1 can't describe what single events hold.
         good["text/event-stream"] = {}
-    bad = {"application/json": {"schema": schemas[ErrorAnswer.__name__]}}
+
+    def failure(status: int) -> dict[str, Any]:
+        kind = one.unavailable if status == 503 else ErrorAnswer
+        return {"application/json": {"schema": schemas[kind.__name__]}}
+
     described: dict[str, Any] = {
         "responses": {
             str(one.status): {"description": "what was asked for", "content": good},
-            **{str(status): {"description": what, "content": bad} for status, what in ERRORS.items()},
+            **{
+                str(status): {"description": what, "content": failure(status)}
+                for status, what in ERRORS.items()
+            },
         },
         "parameters": [_parameter(one.path)] if "{name}" in one.path else [],
         # Without keys (on this machine's own address alone) none is needed.

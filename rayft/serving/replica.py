@@ -88,7 +88,7 @@ class Replica:
             ArtifactError: if an adapter can't be served; what was served is served on.
         """
         await self._catalog.prepare(served)
-        await self._catalog.commit(served.number)
+        await self.commit(served.number)
 
     async def prepare(self, served: Served) -> None:
         """Get ready for a change (see `Catalog.prepare`)."""
@@ -97,6 +97,9 @@ class Replica:
     async def commit(self, number: int) -> None:
         """Serve what was prepared."""
         await self._catalog.commit(number)
+        served = self._catalog.served
+        # What a rollback would bring back is remembered too.
+        self._metrics.keep({one.id for one in (*served.versions, *served.previous.values())})
 
     async def abandon(self, number: int) -> None:
         """Forget what was prepared."""

@@ -20,6 +20,7 @@ __all__ = [
     "Health",
     "ModelEntry",
     "ModelList",
+    "NotReady",
     "Readiness",
 ]
 
@@ -252,3 +253,10 @@ class Readiness(TypedDict):
 
     status: Literal["ready"]
     change: Count
+
+
+class NotReady(TypedDict):
+    """What `/readyz` answers when they can't."""
+
+    status: Literal["not ready"]
+    reason: str

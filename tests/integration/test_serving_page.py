@@ -26,7 +26,7 @@ OPTIONS = "[...document.querySelector('#left').options].map((option) => option.v
 ANSWERED = """(() => {
   const boxes = [...document.querySelectorAll('.answer')];
   const done = !document.querySelector('#send').disabled
-    && boxes.every((box) => / s$|:|\\.$/.test(box.querySelector('.small').textContent));
+    && boxes.every((box) => !['', '…'].includes(box.querySelector('.small').textContent));
   const texts = (box) => ['h3', 'pre', '.small'].map((part) => box.querySelector(part).textContent);
   return done && boxes.map(texts);
 })()"""

@@ -206,3 +206,20 @@ def test_a_dead_engine_is_unhealthy(make_replica: Callable[..., Replica]) -> Non
     replica._engine.stop()
     with pytest.raises(ResourceError, match="stopped"):
         replica.check_health()
+
+
+def test_the_traffic_of_versions_that_are_gone_is_forgotten(
+    make_replica: Callable[..., Replica], adapter_folders: dict[str, str]
+) -> None:
+    replica, served = make_replica(), Served()
+    # Each content replaces the one before, and the last but one can be brought back.
+    for name in ("small", "large", "middle"):
+        folder = adapter_folders[name]
+        served = loaded(served, find("turning", folder, None, folder, "1GB", pinned=False))
+        asyncio.run(replica.catch_up(served))
+        answer(replica, text(model="turning", max_tokens=2))
+    answer(replica, text(max_tokens=2))
+    traffic = asyncio.run(replica.stats())["traffic"]
+    assert {key: did["requests"] for key, did in traffic.items()} == {
+        "turning@2": 1, "turning@3": 1, "base": 1,
+    }  # fmt: skip

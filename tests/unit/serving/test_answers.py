@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+
+from rayft.errors import BadRequestError, ResourceError, UnknownModelError
+from rayft.serving.answers import describe_error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "word"),
+    [
+        (BadRequestError("no", param="n"), 400, "invalid_request_error", "no"),
+        (UnknownModelError("who", param="model"), 404, "model_not_found", "who"),
+        (ResourceError("full"), 503, "unavailable", "full"),
+        (ActorDiedError(), 503, "unavailable", "try again"),
+        (ActorUnavailableError("away", None), 503, "unavailable", "try again"),
+        (ValueError("a secret"), 500, "internal_error", "ValueError inside the server"),
+    ],
+)
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_error_has_a_status_wherever_it_was_raised(
+    error: Exception, status: int, code: str, word: str, remote: bool
+) -> None:
+    raised = RayTaskError("generate", "traceback", error) if remote else error
+    found, body = describe_error(raised)
+    assert (found, body["error"]["code"]) == (status, code)
+    assert word in body["error"]["message"]
+    assert "secret" not in str(body)
