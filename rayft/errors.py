@@ -17,6 +17,7 @@ RayftError
  x ResourceError        no disk, memory or port; a package or device that is missing
  x RequestError         an HTTP request that can't be served (has an HTTP status)
     + UnknownModelError 404
+    + TooManyRequestsError 429
     + BadRequestError   400
 
 `assert` is for invariants of the code; these are for mistakes and circumstances.
@@ -40,6 +41,7 @@ __all__ = [
     "ResourceError",
     "SqueezeError",
     "TargetError",
+    "TooManyRequestsError",
     "TrackingError",
     "TrainError",
     "UnknownModelError",
@@ -136,6 +138,13 @@ class UnknownModelError(RequestError):
 
     status = 404
     code = "model_not_found"
+
+
+class TooManyRequestsError(RequestError):
+    """As many requests wait as may."""
+
+    status = 429
+    code = "rate_limit_exceeded"
 
 
 class BadRequestError(RequestError):

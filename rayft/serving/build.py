@@ -34,6 +34,9 @@ APPLICATION = "rayft"
 WAITING_PER_RUNNING = 4
 """Requests that wait in a replica for each that runs, so that a place is filled at the next step."""
 
+SPARE = 1000
+"""Requests to the ingress for more than text: refusals, lists, health."""
+
 ROUTING_SECONDS = 1.0
 """How often replicas tell the routers which adapters they have on the device."""
 
@@ -52,6 +55,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
     replica = ReplicaDeployment.options(
         **_size(config),
         max_ongoing_requests=config.max_running * (1 + WAITING_PER_RUNNING),
+        max_queued_requests=config.max_queued,
         request_router_config=_routing(config),
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": 1 if device == "cuda" else 0},
         # So that it is asked to `reconfigure` itself when it starts.
@@ -67,7 +71,10 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
     ).bind(config, replica)
     most = config.max_replicas or config.replicas
     ingress = IngressDeployment.options(
-        max_ongoing_requests=most * config.max_running * (1 + WAITING_PER_RUNNING),
+        # Beside all that may wait or run there must be room for those who are told so.
+        max_ongoing_requests=most * config.max_running * (1 + WAITING_PER_RUNNING)
+        + config.max_queued
+        + SPARE,
         # It only passes text on; a whole core would be missed by the replicas.
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=5,

@@ -83,6 +83,10 @@ class ServeConfig(Section):
     max_running: int = Field(default=32, ge=1)
     """Requests in one batch of a replica; more wait for a place."""
 
+    max_queued: int = Field(default=256, ge=1)
+    """Requests that wait beyond those that the replicas have taken (five times `max_running` each); more are
+    answered 429 at once."""
+
     max_batch_tokens: int = Field(default=512, ge=1)
     """Tokens in one forward: longer prompts are read in parts, between the steps of others."""
 

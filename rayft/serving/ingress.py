@@ -15,11 +15,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from rayft.errors import RequestError, ResourceError, UnknownModelError
+from rayft.errors import RequestError, ResourceError, TooManyRequestsError, UnknownModelError
 from rayft.serving.answers import ChatForm, Form, TextForm, collected, describe_error, events
 from rayft.serving.keys import Caller, ForbiddenError, KeyConfig, identify
 from rayft.serving.messages import BASE_NAME, Delta, ModelCard
@@ -30,6 +31,8 @@ from rayft.serving.state import parse_model
 __all__ = ["Ingress", "IngressDeployment", "api"]
 
 TRAFFIC = ("requests", "tokens", "errors")
+RETRY_SECONDS = 2
+"""When to try again where too many wait."""
 
 api = FastAPI(title="rayft", openapi_url=None)
 
@@ -43,6 +46,8 @@ api = FastAPI(title="rayft", openapi_url=None)
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     status, body = describe_error(error)
     headers = {}
+    if status == 429:
+        headers["Retry-After"] = str(RETRY_SECONDS)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if status == 405:
@@ -226,7 +231,11 @@ class Ingress:
         call: Any = self._streaming.generate.remote(request, random.random())
         deltas: AsyncIterator[Delta] = aiter(call)
         # The first delta says that the request was accepted: before it an error still has a status.
-        first = await anext(deltas)
+        try:
+            first = await anext(deltas)
+        except BackPressureError as error:
+            # Caught here: Ray Serve would answer it by itself, with a 503.
+            raise TooManyRequestsError("too many requests wait here; try again later") from error
         form.fingerprint = first.fingerprint
         if request.stream:
             counts = request.stream_options is not None and request.stream_options.include_usage

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-from rayft.errors import BadRequestError, ResourceError, UnknownModelError
+from rayft.errors import BadRequestError, ResourceError, TooManyRequestsError, UnknownModelError
 from rayft.serving.answers import describe_error
 
 
@@ -12,6 +12,7 @@ from rayft.serving.answers import describe_error
     [
         (BadRequestError("no", param="n"), 400, "invalid_request_error", "no"),
         (UnknownModelError("who", param="model"), 404, "model_not_found", "who"),
+        (TooManyRequestsError("later"), 429, "rate_limit_exceeded", "later"),
         (ResourceError("full"), 503, "unavailable", "full"),
         (ActorDiedError(), 503, "unavailable", "try again"),
         (ActorUnavailableError("away", None), 503, "unavailable", "try again"),

@@ -1,0 +1,46 @@
+"""More requests than may wait: the rest is told at once to come again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.serving import Base, serving
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+RUNNING, QUEUED = 1, 2
+TAKEN = 5 * RUNNING
+"""What a replica takes: what runs, and four that wait for each."""
+
+
+@pytest.fixture(scope="module")
+def url(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    base = Base.read(tiny_folder, tmp_path_factory.mktemp("adapters"))
+    with serving(base, max_running=RUNNING, max_queued=QUEUED) as found:
+        yield found
+
+
+def test_what_is_too_much_is_refused_at_once_and_the_rest_is_answered(url: str) -> None:
+    body = {"model": "base", "prompt": "a", "max_tokens": 150, "temperature": 0}
+
+    def ask(_: int) -> httpx.Response:
+        return httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+
+    with ThreadPoolExecutor(40) as pool:
+        found = list(pool.map(ask, range(40)))
+    counts = Counter(answer.status_code for answer in found)
+    assert set(counts) == {200, 429}
+    assert TAKEN <= counts[200] < 40
+    refused = [answer for answer in found if answer.status_code == 429]
+    assert all(int(answer.headers["Retry-After"]) > 0 for answer in refused)
+    assert refused[0].json()["error"]["code"] == "rate_limit_exceeded"
+    slowest = max(answer.elapsed for answer in refused)
+    assert slowest < max(answer.elapsed for answer in found if answer.status_code == 200)
+    assert ask(0).status_code == 200, "afterwards there is room again"
+    assert httpx.get(f"{url}/healthz").status_code == 200
