@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
 import socket
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from rayft.serving.replica import ReplicaDeployment
 from rayft.serving.router import AdapterRouter
 from rayft.serving.slots import widest_rank
 
-__all__ = ["APPLICATION", "build_app", "preflight", "run"]
+__all__ = ["APPLICATION", "build_app", "preflight", "run", "stop"]
 
 APPLICATION = "rayft"
 """The application's name in Ray Serve."""
@@ -60,14 +61,14 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": 1 if device == "cuda" else 0},
         # So that it is asked to `reconfigure` itself when it starts.
         user_config={},
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=config.drain_seconds,
     ).bind(config, device)
     director = DirectorDeployment.options(
         num_replicas=1,
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0},
         user_config={},
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=config.drain_seconds,
     ).bind(config, replica)
     most = config.max_replicas or config.replicas
     ingress = IngressDeployment.options(
@@ -77,7 +78,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         + SPARE,
         # It only passes text on; a whole core would be missed by the replicas.
         ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=config.drain_seconds,
     )
     return ingress.bind(replica, director, resolved(config.keys), config.roots)
 
@@ -174,12 +175,21 @@ def _startup_error() -> str | None:
     return found[-1].strip() if found else None
 
 
+def stop() -> None:
+    """Serve no more: requests that were begun are answered first, for as long as `drain_seconds` says."""
+    # A shutdown alone would cut their connections.
+    ray_serve.delete(APPLICATION)
+    ray_serve.shutdown()
+
+
 def _wait_for_interrupt() -> None:
+    # As service managers and containers end what they run.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while True:
             time.sleep(1)
     except KeyboardInterrupt:
-        ray_serve.shutdown()
+        stop()
 
 
 def _device(config: ServeConfig) -> str:

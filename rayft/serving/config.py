@@ -87,6 +87,9 @@ class ServeConfig(Section):
     """Requests that wait beyond those that the replicas have taken (five times `max_running` each); more are
     answered 429 at once."""
 
+    drain_seconds: float = Field(default=30.0, gt=0)
+    """How long a server that stops, or a replica that is taken away, goes on with what it has begun."""
+
     max_batch_tokens: int = Field(default=512, ge=1)
     """Tokens in one forward: longer prompts are read in parts, between the steps of others."""
 

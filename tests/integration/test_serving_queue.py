@@ -1,7 +1,8 @@
-"""More requests than may wait: the rest is told at once to come again."""
+"""More requests than may wait are told at once to come again; what was begun is answered before the end."""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from rayft.serving.build import stop
 from tests.integration.serving import Base, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -44,3 +46,30 @@ def test_what_is_too_much_is_refused_at_once_and_the_rest_is_answered(url: str) 
     assert slowest < max(answer.elapsed for answer in found if answer.status_code == 200)
     assert ask(0).status_code == 200, "afterwards there is room again"
     assert httpx.get(f"{url}/healthz").status_code == 200
+
+
+def test_a_stop_answers_first_what_was_begun(url: str) -> None:
+    """It stops the module's server, so it is the last test."""
+    body = {"model": "base", "prompt": "a", "max_tokens": 400, "temperature": 0}
+    began, text = threading.Event(), list[list[str]]()
+
+    def ask() -> None:
+        with httpx.stream(
+            "POST", f"{url}/v1/completions", json={**body, "stream": True}, timeout=60
+        ) as answer:
+            events = answer.iter_lines()
+            lines = [next(events)]
+            began.set()
+            lines += list(events)
+        text.append(lines)
+
+    client = threading.Thread(target=ask)
+    client.start()
+    assert began.wait(60)
+    stop()
+    client.join(60)
+    (lines,) = text
+    assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert any('"finish_reason":"length"' in line.replace(" ", "") or '"stop"' in line for line in lines)
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"{url}/healthz", timeout=5)
