@@ -18,6 +18,7 @@ RayftError
  x RequestError         an HTTP request that can't be served (has an HTTP status)
     + UnknownModelError 404
     + TooManyRequestsError 429
+    + RequestTimeoutError 504
     + BadRequestError   400
 
 `assert` is for invariants of the code; these are for mistakes and circumstances.
@@ -38,6 +39,7 @@ __all__ = [
     "RegistryError",
     "ReportError",
     "RequestError",
+    "RequestTimeoutError",
     "ResourceError",
     "SqueezeError",
     "TargetError",
@@ -145,6 +147,13 @@ class TooManyRequestsError(RequestError):
 
     status = 429
     code = "rate_limit_exceeded"
+
+
+class RequestTimeoutError(RequestError):
+    """A request that took longer than requests may."""
+
+    status = 504
+    code = "timeout"
 
 
 class BadRequestError(RequestError):

@@ -87,6 +87,9 @@ class ServeConfig(Section):
     """Requests that wait beyond those that the replicas have taken (five times `max_running` each); more are
     answered 429 at once."""
 
+    max_seconds: float = Field(default=600.0, gt=0)
+    """How long a request may take in a replica, waiting for a place included; then it ends with an error."""
+
     drain_seconds: float = Field(default=30.0, gt=0)
     """How long a server that stops, or a replica that is taken away, goes on with what it has begun."""
 

@@ -68,6 +68,7 @@ ERRORS = {
     405: "another verb",
     429: "too many requests wait",
     503: "no room, or no replica",
+    504: "it took too long",
 }
 
 

@@ -16,7 +16,7 @@ import ray.serve as ray_serve
 import torch
 from ray.exceptions import RayError
 
-from rayft.errors import BadRequestError, RayftError, ResourceError
+from rayft.errors import BadRequestError, RayftError, RequestTimeoutError, ResourceError
 from rayft.models.load import load_model
 from rayft.models.targets import linear_shapes
 from rayft.numerics import derive_seed, fastest_cpu_dtype
@@ -154,6 +154,7 @@ class Replica:
         Raises:
             UnknownModelError: if its model is not served.
             BadRequestError: if it does not fit, or is above a limit.
+            RequestTimeoutError: if it takes too long.
         """
         started = time.monotonic()
         async with self._catalog.lease(request.model, draw) as lease:
@@ -164,7 +165,7 @@ class Replica:
             failed = True
             try:
                 choices = [self._choice(job, request, index, total) for index, job in enumerate(jobs)]
-                async with aclosing(merged(choices)) as deltas:
+                async with aclosing(bounded(merged(choices), self._config.max_seconds)) as deltas:
                     async for delta in deltas:
                         meter.progress(delta.index, delta.completion_tokens)
                         yield delta
@@ -264,6 +265,27 @@ async def merged(parts: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def bounded(deltas: AsyncGenerator[Delta, None], seconds: float) -> AsyncGenerator[Delta, None]:
+    """Give what a generator gives, for so many seconds at most.
+
+    Raises:
+        RequestTimeoutError: when they are over.
+    """
+    end = asyncio.get_running_loop().time() + seconds
+    async with aclosing(deltas):
+        while True:
+            try:
+                async with asyncio.timeout_at(end):
+                    delta = await anext(deltas)
+            except StopAsyncIteration:
+                return
+            except TimeoutError as error:
+                raise RequestTimeoutError(
+                    f"the answer was not ready after {seconds:g} seconds; ask for less, or raise max_seconds"
+                ) from error
+            yield delta
 
 
 def _bytes(size: str | None) -> int | None:

@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from rayft.errors import ArtifactError, BadRequestError, ResourceError, UnknownModelError
+from rayft.errors import (
+    ArtifactError,
+    BadRequestError,
+    RequestTimeoutError,
+    ResourceError,
+    UnknownModelError,
+)
 from rayft.models.load import ModelConfig
 from rayft.serving.config import ServeConfig
 from rayft.serving.messages import Delta
@@ -63,6 +69,15 @@ def test_an_answer_opens_empty_and_ends_with_a_reason(replica: Replica, tiny_tok
     assert deltas[0] == Delta("", length, 0)
     assert (deltas[-1].finish, deltas[-1].completion_tokens) == ("length", 20)
     assert [delta.finish for delta in deltas[:-1]] == [None] * (len(deltas) - 1)
+
+
+def test_a_request_that_takes_too_long_ends_and_frees_its_place(make_replica: Callable[..., Replica]) -> None:
+    replica = make_replica(max_new_tokens=2000, cache_tokens=4096, max_seconds=0.2, max_running=1)
+    with pytest.raises(RequestTimeoutError, match=r"not ready after 0\.2 seconds.*max_seconds"):
+        answer(replica, text(max_tokens=200, n=8))
+    assert replica._engine.stats().running == 0
+    assert replica._metrics.traffic["base"]["errors"] == 1
+    assert answer(replica, text(max_tokens=1))[-1].finish == "length"
 
 
 def test_chat_goes_through_the_template(replica: Replica, tiny_tokenizer: Any) -> None:
