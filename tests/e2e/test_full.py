@@ -7,31 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from rich.console import Console
 
 from rayft.artifacts import AdapterArtifact
-from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.sweep import run_sweep, served_adapters
 from rayft.models.load import load_model
 from rayft.models.targets import linear_shapes
 from rayft.numerics import relative_error
 from rayft.report.frame import SweepRecord
+from tests.e2e.small import small_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
-    folder = tmp_path_factory.mktemp("full")
-    tiny = load_config("tiny", [f"output={folder / 'out'}"]).model_dump(mode="json")
-    tiny["optim"]["steps"] = tiny["sweep"]["grace"] = 4
-    tiny["data"] |= {"train": 24, "val": 4, "test": 4}
-    tiny["sweep"]["methods"] = {"lora": {"ranks": [2], "lr": [1e-7]}, "full": {"ranks": [2], "lr": [1e-3]}}
-    tiny["squeeze"] |= {"ranks": [4, 1], "energy": 0.9, "budget": "20kB"}
-    (folder / "full.yaml").write_text(yaml.safe_dump(tiny))
-    return load_config(str(folder / "full.yaml"))
+    return small_config(
+        tmp_path_factory.mktemp("full"),
+        {"lora": {"ranks": [2], "lr": [1e-7]}, "full": {"ranks": [2], "lr": [1e-3]}},
+        {"ranks": [4, 1], "energy": 0.9, "budget": "20kB"},
+    )
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,17 @@ import io
 from pathlib import Path
 
 import pytest
-import yaml
 from rich.console import Console
 
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError
 from rayft.flow.commands import squeeze
-from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.sweep import run_sweep, served_adapters
 from rayft.models.peft_folder import PeftFolder, load_adapter
 from rayft.report.frame import SweepRecord
+from tests.e2e.small import small_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -29,13 +29,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
-    folder = tmp_path_factory.mktemp("rivals")
-    tiny = load_config("tiny", [f"output={folder / 'out'}"]).model_dump(mode="json")
-    tiny["optim"]["steps"] = tiny["sweep"]["grace"] = 4
-    tiny["data"] |= {"train": 24, "val": 4, "test": 4}
-    tiny["sweep"]["methods"] = METHODS
-    (folder / "rivals.yaml").write_text(yaml.safe_dump(tiny))
-    return load_config(str(folder / "rivals.yaml"))
+    return small_config(tmp_path_factory.mktemp("rivals"), METHODS)
 
 
 @pytest.fixture(scope="module")
