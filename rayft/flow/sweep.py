@@ -304,15 +304,12 @@ def served_adapters(output: Path, record: SweepRecord) -> Mapping[str, Path]:
         return {}
     winner = next(trial for trial in record.trials if trial.id == record.winner.trial)
     ship = next((item for item in record.squeezed if item.name == record.winner.ship), None)
-    if not method(winner.method).exports_lora:
-        if ship is None:
-            return {}
-        adapters = {record.name: Path(ship.folder)}
-    elif not (output / "winner").is_dir():
+    viewed = method(winner.method).exports_lora
+    main = output / "winner" if viewed else Path(ship.folder) if ship else None
+    if main is None or not main.is_dir():
         return {}
-    else:
-        adapters = {record.name: output / "winner"}
-    if ship is not None and ship.how == "cont" and method(winner.method).exports_lora:
+    adapters = {record.name: main}
+    if viewed and ship is not None and ship.how == "cont":
         # No view of the winner, so it has a name of its own.
         adapters[f"{record.name}-{ship.name.rpartition('@')[2].replace('+', '-cont')}"] = Path(ship.folder)
     others = [

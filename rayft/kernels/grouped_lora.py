@@ -129,12 +129,11 @@ class Tuning:
 
     def chunk(self, n_rows: int, inputs: int, slices: int) -> int:
         """Give the inputs of one part, a multiple of `self.inputs`."""
-        programs = -(-n_rows // self.tile) * slices
-        parts = max(1, min(self.programs // programs, self.parts, inputs // self.least))
+        parts = max(1, min(self.split(n_rows, slices), inputs // self.least))
         return -(-inputs // (parts * self.inputs)) * self.inputs
 
     def split(self, n_rows: int, slices: int) -> int:
-        """Give the parts that the fused kernel cuts the outputs into."""
+        """Give the parts that fill the device, as far as `parts` goes; the fused kernel cuts outputs so."""
         programs = -(-n_rows // self.tile) * slices
         return max(1, min(self.programs // programs, self.parts))
 

@@ -27,7 +27,6 @@ import torch
 from rayft.errors import ModelError, RayftError, RequestError, ResourceError
 from rayft.methods.base import LoraFactors
 from rayft.models.load import LoadedModel
-from rayft.serving import packed_forward, paged_forward
 from rayft.serving.engine import (
     NOT_FINITE,
     STOPPED,
@@ -39,7 +38,7 @@ from rayft.serving.engine import (
     end_tokens,
 )
 from rayft.serving.packed_forward import OwnForward
-from rayft.serving.packed_row import Forward, Part, Row, pages
+from rayft.serving.packed_row import ATTENTION, Forward, Part, Row, pages
 from rayft.serving.paged_forward import PagedForward
 from rayft.serving.sampling import Draw, choose, finite_rows, logprobs, uniform
 from rayft.serving.slots import Slots
@@ -68,7 +67,7 @@ class PackedEngine:
                 "on a GPU this engine wants 16 bits; set dtype: bfloat16, or engine: transformers"
             )
         paged = gpu if paged is None else paged
-        self._model.set_attn_implementation((paged_forward if paged else packed_forward).ATTENTION)
+        self._model.set_attn_implementation(ATTENTION)
         self._slots = Slots(self._model)
         self._forward: Forward = OwnForward(self._model, self._slots)
         if paged:

@@ -6,20 +6,17 @@ longest, no mask between requests is made, and what overflows in one stays in it
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface
 
-from rayft.serving.packed_row import Part, RowCache, check_options, pages
+from rayft.serving.packed_row import Part, RowCache, pages, running
 from rayft.serving.slots import Slots
 
-__all__ = ["ATTENTION", "OwnForward"]
-
-ATTENTION = "rayft_packed"
+__all__ = ["OwnForward", "causal"]
 
 
 class KeysValues(RowCache):
@@ -43,19 +40,8 @@ class KeysValues(RowCache):
         return keys, values
 
 
-class _Running(threading.local):
-    """The forward that runs now in a thread."""
-
-    def __init__(self) -> None:
-        self.parts: Sequence[Part] = ()
-        self.layers: set[int] = set()
-
-
-_running = _Running()
-
-
 class OwnForward:
-    """Runs a model whose attention is `ATTENTION`; see `rayft.serving.packed_row.Forward`."""
+    """See `rayft.serving.packed_row.Forward`."""
 
     def __init__(self, model: Any, slots: Slots) -> None:
         self._model, self._slots = model, slots
@@ -80,7 +66,7 @@ class OwnForward:
             positions += range(first, first + part.new)
             slots += [part.row.slot] * part.new
         self._slots.assign(slots)
-        _running.parts, _running.layers = parts, self.layers
+        running.attend, running.layers = partial(self._attend, parts), self.layers
         kept = [part.end - 1 for part in parts if part.complete]
         device = self._model.device
         output = self._model(
@@ -91,43 +77,36 @@ class OwnForward:
         )
         return output.logits[0]  # type: ignore[no-any-return]
 
-
-def _attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attend within each request: query (1 × heads × N × size), key and value with their own heads.
-
-    There is no mask: transformers makes none for functions that it doesn't know.
-    """
-    assert attention_mask is None
-    check_options(options)
-    _running.layers.add(module.layer_idx)
-    _, heads, total, size = query.shape
-    shared = key.shape[1]
-    out = query.new_empty(1, total, heads, size)
-    both = torch.cat((key, value))
-    for part in _running.parts:
-        here, cache = slice(part.start, part.end), part.row.cache
-        assert isinstance(cache, KeysValues)
-        k, v = cache.append(module.layer_idx, both[:, :, here])
-        if part.new == 1:
-            # Heads that share keys are as so many questions to them; all keys are in its past.
-            if sliding_window is not None:
-                k, v = k[:, :, -sliding_window:], v[:, :, -sliding_window:]
-            asked = query[:, :, part.start].view(1, shared, heads // shared, size)
-            # With four dimensions the fused kernel is taken, with three the slow one.
-            found = functional.scaled_dot_product_attention(asked, k, v, scale=scaling)
-            out[0, part.start] = found.view(heads, -1)
-            continue
-        out[0, here] = causal(query[:, :, here], k, v, scaling, sliding_window)[0].transpose(0, 1)
-    return out, None
+    def _attend(
+        self,
+        parts: Sequence[Part],
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attend within each part; see `rayft.serving.packed_row.Attend`."""
+        _, heads, total, size = query.shape
+        shared = key.shape[1]
+        out = query.new_empty(1, total, heads, size)
+        both = torch.cat((key, value))
+        for part in parts:
+            here, cache = slice(part.start, part.end), part.row.cache
+            assert isinstance(cache, KeysValues)
+            k, v = cache.append(layer, both[:, :, here])
+            if part.new == 1:
+                # Heads that share keys are as so many questions to them; all keys are in its past.
+                if window is not None:
+                    k, v = k[:, :, -window:], v[:, :, -window:]
+                asked = query[:, :, part.start].view(1, shared, heads // shared, size)
+                # With four dimensions the fused kernel is taken, with three the slow one.
+                found = functional.scaled_dot_product_attention(asked, k, v, scale=scaling)
+                out[0, part.start] = found.view(heads, -1)
+                continue
+            out[0, here] = causal(query[:, :, here], k, v, scaling, window)[0].transpose(0, 1)
+        return out
 
 
 def causal(
@@ -142,6 +121,3 @@ def causal(
         apart = places[length - new :, None] - places
         mask = (apart >= 0) & (apart < (window or length))
     return functional.scaled_dot_product_attention(query, k, v, mask, is_causal=mask is None, scale=scaling)
-
-
-AttentionInterface.register(ATTENTION, _attention)

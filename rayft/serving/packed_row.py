@@ -1,19 +1,23 @@
-"""What the packed engine's parts share: its requests, and which of their tokens a forward reads."""
+"""What the packed engine's parts share: its requests, which tokens a forward reads, the way to attention."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from transformers import AttentionInterface
 
 from rayft.errors import ModelError, RayftError
 from rayft.serving.engine import GenerationRequest, Progress, TokenLogprob
 
-__all__ = ["PAGE", "Forward", "Part", "Row", "RowCache", "check_options", "pages"]
+__all__ = ["ATTENTION", "PAGE", "Attend", "Forward", "Part", "Row", "RowCache", "pages", "running"]
 
+ATTENTION = "rayft_packed"
+"""What transformers knows the attention by."""
 PAGE = 64
 """Tokens by which a request's keys and values grow."""
 
@@ -91,15 +95,53 @@ def pages(tokens: int) -> int:
     return -(-tokens // PAGE) * PAGE
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Refuse what a model asks of attention and is not computed here.
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float | None, int | None], torch.Tensor]
+"""Layer, query (1 × heads × N × size), key and value with their own heads, scale, window; gives
+(1 × N × heads × size)."""
+
+
+class _Running(threading.local):
+    """The forward that runs now in a thread."""
+
+    def __init__(self) -> None:
+        self.attend: Attend | None = None
+        self.layers: set[int] = set()
+
+
+running = _Running()
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each request, as the forward that runs does it.
+
+    There is no mask: transformers makes none for functions that it doesn't know.
 
     Raises:
-        ModelError: if there is such a thing.
+        ModelError: if the model asks for what is not computed here.
     """
+    assert attention_mask is None
+    _check_options(options)
+    assert running.attend is not None
+    running.layers.add(module.layer_idx)
+    return running.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
     known = {"dropout", "position_ids", "is_causal", "use_cache", "output_attentions"}
     other = [name for name, given in options.items() if given is not None and name not in known]
     if other:
         raise ModelError(
             f"attention with {', '.join(other)} is not known to this engine; set engine: transformers"
         )
+
+
+AttentionInterface.register(ATTENTION, _attention)

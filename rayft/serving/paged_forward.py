@@ -14,25 +14,23 @@ Shapes: N tokens, T of requests' keys, H heads, G heads of keys, D head size.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
 
 from rayft.kernels.grouped_lora import DECODE
 from rayft.serving.engine import EngineLimits
 from rayft.serving.packed_forward import causal
-from rayft.serving.packed_row import PAGE, Part, RowCache, check_options, pages
+from rayft.serving.packed_row import PAGE, Part, RowCache, pages, running
 from rayft.serving.slots import Slots
 
-__all__ = ["ATTENTION", "PagedForward"]
+__all__ = ["PagedForward"]
 
-ATTENTION = "rayft_paged"
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, DECODE)
 """Requests that decoding is padded to."""
 LEAST_GATHERED = 1024
@@ -153,17 +151,6 @@ class Batch:
         return torch.from_numpy(longs), torch.tensor([*layout.q_ends, *layout.k_ends], dtype=torch.int32)
 
 
-class _Running(threading.local):
-    """The forward that runs now in a thread."""
-
-    def __init__(self) -> None:
-        self.batch: Batch | None = None
-        self.layers: set[int] = set()
-
-
-_running = _Running()
-
-
 @dataclass(frozen=True)
 class _Captured:
     """A graph, what it reads and what it writes."""
@@ -174,13 +161,13 @@ class _Captured:
 
 
 class PagedForward:
-    """Runs a model whose attention is `ATTENTION`; see `rayft.serving.packed_row.Forward`."""
+    """See `rayft.serving.packed_row.Forward`."""
 
     def __init__(self, model: Any, slots: Slots, limits: EngineLimits, *, graphs: bool) -> None:
         """Make the pool.
 
         Args:
-            model: whose attention is `ATTENTION`, in 16 bits where it is on a GPU.
+            model: in 16 bits where it is on a GPU.
             slots: its adapters.
             limits: `cache_tokens` are the pool's.
             graphs: whether to replay decoding as CUDA graphs.
@@ -252,7 +239,7 @@ class PagedForward:
         return self._model_logits(Batch(layout, self._pool, self._model.device))
 
     def _model_logits(self, batch: Batch) -> torch.Tensor:
-        _running.batch, _running.layers = batch, self.layers
+        running.attend, running.layers = partial(_attend_paged, batch), self.layers
         output = self._model(
             input_ids=batch.ids.unsqueeze(0),
             position_ids=batch.positions.unsqueeze(0),
@@ -298,28 +285,22 @@ class PagedForward:
         return _Captured(graph, batch, logits)
 
 
-def _attention(
-    module: Any,
+def _attend_paged(
+    batch: Batch,
+    layer: int,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attend within each request: query (1 × H × N × D), key and value (1 × G × N × D)."""
-    assert attention_mask is None
-    check_options(options)
-    batch = _running.batch
-    assert batch is not None
-    _running.layers.add(module.layer_idx)
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Attend within each request of a batch; see `rayft.serving.packed_row.Attend`."""
     new = torch.cat((key, value)).permute(2, 0, 1, 3)
-    pool = batch.pool.layer(module.layer_idx, new)
+    pool = batch.pool.layer(layer, new)
     pool.index_copy_(0, batch.write, new)
     held = pool.index_select(0, batch.gather) if batch.gathers else new
     keys, values = held.unbind(1)
-    return _attend(query[0].transpose(0, 1), keys, values, batch, scaling, sliding_window).unsqueeze(0), None
+    return _attend(query[0].transpose(0, 1), keys, values, batch, scaling, window).unsqueeze(0)
 
 
 def _attend(
@@ -347,6 +328,3 @@ def _attend(
         q, k, v = (one.transpose(0, 1)[None] for one in (query[here], keys[there], values[there]))
         out[here] = causal(q, k, v, scaling, window)[0].transpose(0, 1)
     return out
-
-
-AttentionInterface.register(ATTENTION, _attention)

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from rayft.artifacts import AdapterArtifact
 from rayft.flow.config import PipelineConfig
-from rayft.flow.display import Display
-from rayft.flow.sweep import run_sweep, served_adapters
+from rayft.flow.sweep import served_adapters
 from rayft.models.load import load_model
 from rayft.models.targets import linear_shapes
 from rayft.numerics import relative_error
@@ -27,18 +25,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
     return small_config(
         tmp_path_factory.mktemp("full"),
         {"lora": {"ranks": [2], "lr": [1e-7]}, "full": {"ranks": [2], "lr": [1e-3]}},
-        {"ranks": [4, 1], "energy": 0.9, "budget": "20kB"},
+        {"ranks": [4, 1], "energy": 0.9, "budget": "20kB", "cont": {"steps": 2, "lr": 1e-3}},
     )
-
-
-@pytest.fixture(scope="module")
-def said() -> io.StringIO:
-    return io.StringIO()
-
-
-@pytest.fixture(scope="module")
-def record(local_ray: None, config: PipelineConfig, said: io.StringIO) -> SweepRecord:
-    return run_sweep(config, Display(Console(file=said, width=1000)))
 
 
 def test_loras_are_extracted_scored_and_recorded(
@@ -47,7 +35,8 @@ def test_loras_are_extracted_scored_and_recorded(
     assert record.winner
     assert record.winner.trial.startswith("full")
     labels = [item.name.rpartition("@")[2] for item in record.squeezed]
-    assert labels == ["r4", "r1", "b20kB", "e0.9"]
+    assert labels == ["r4", "r1", "b20kB", "e0.9", "r4+2", "r1+2", "b20kB+2", "e0.9+2"]
+    assert [item.how for item in record.squeezed] == ["post"] * 4 + ["cont"] * 4
     assert all(item.test is not None and item.energy_mean > 0 for item in record.squeezed)
     sizes = [item.bytes for item in record.squeezed[:3]]
     assert sizes[1] < sizes[0]

@@ -12,8 +12,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError
 from rayft.flow.commands import squeeze
 from rayft.flow.config import PipelineConfig
-from rayft.flow.display import Display
-from rayft.flow.sweep import run_sweep, served_adapters
+from rayft.flow.sweep import served_adapters
 from rayft.models.peft_folder import PeftFolder, load_adapter
 from rayft.report.frame import SweepRecord
 from tests.e2e.small import small_config
@@ -30,16 +29,6 @@ METHODS = {
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
     return small_config(tmp_path_factory.mktemp("rivals"), METHODS)
-
-
-@pytest.fixture(scope="module")
-def said() -> io.StringIO:
-    return io.StringIO()
-
-
-@pytest.fixture(scope="module")
-def record(local_ray: None, config: PipelineConfig, said: io.StringIO) -> SweepRecord:
-    return run_sweep(config, Display(Console(file=said, width=1000)))
 
 
 def test_a_winner_without_factors_ends_in_a_report_that_says_so(

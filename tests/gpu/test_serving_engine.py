@@ -21,10 +21,11 @@ from rayft.models.targets import linear_shapes
 from rayft.numerics import relative_error, tolerance
 from rayft.serving.engine import Engine, EngineLimits, GenerationRequest
 from rayft.serving.packed_engine import PackedEngine
-from rayft.serving.packed_row import Part, Row
+from rayft.serving.packed_row import Row
 from rayft.serving.paged_forward import PagedForward
 from rayft.serving.transformers_engine import TransformersEngine
 from tests.unit.serving.adapters import random_adapter
+from tests.unit.serving.rows import parts_of
 
 pytestmark = pytest.mark.gpu
 
@@ -111,11 +112,7 @@ def test_a_mixed_prefill_and_decoding_give_each_row_its_own_logits(engine: Packe
         for i, name in enumerate(names)
     ]
     for _ in range(3):
-        parts, start = [], 0
-        for row in rows:
-            parts.append(Part(row, start, start + row.unread))
-            start += row.unread
-        found = forward.logits(parts)
+        found = forward.logits(parts_of(rows))
         for index, (row, name) in enumerate(zip(rows, names, strict=True)):
             adapter = known[name] if name else None
             expected = merged(adapter, row.tokens, torch.float64)

@@ -13,7 +13,7 @@ from rayft.errors import ModelError
 from rayft.models.load import LoadedModel, ModelConfig, load_model
 from rayft.serving.engine import EngineLimits, GenerationRequest
 from rayft.serving.packed_engine import PackedEngine
-from rayft.serving.packed_forward import _attention
+from rayft.serving.packed_row import _attention
 from tests.unit.serving.test_engines import ask_all, tokens_of
 
 LIMITS = EngineLimits(8, 16, 2048)

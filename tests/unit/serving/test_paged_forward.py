@@ -13,9 +13,10 @@ from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close
 from rayft.serving.engine import EngineLimits, GenerationRequest
 from rayft.serving.packed_engine import PackedEngine
-from rayft.serving.packed_row import PAGE, Part, Row
+from rayft.serving.packed_row import PAGE, Row
 from rayft.serving.paged_forward import Batch, Layout, PagedForward, Pages, Pool, _Captured
 from tests.unit.serving.adapters import random_adapter
+from tests.unit.serving.rows import parts_of
 
 LIMITS = EngineLimits(16, 64, 512)
 
@@ -51,14 +52,6 @@ def row(forward: PagedForward, tokens: list[int], adapter: str | None) -> Row:
     slot = forward._slots.slot(adapter)
     request = GenerationRequest(tuple(tokens), 4, adapter)
     return Row(request, slot, None, None, tokens, forward.fresh())  # type: ignore[arg-type]
-
-
-def parts_of(rows: list[Row]) -> list[Part]:
-    parts, start = [], 0
-    for one in rows:
-        parts.append(Part(one, start, start + one.unread))
-        start += one.unread
-    return parts
 
 
 def read(forward: PagedForward, rows: list[Row]) -> torch.Tensor:
