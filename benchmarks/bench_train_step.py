@@ -165,13 +165,13 @@ def measure(
     torch.cuda.empty_cache()
 
 
-def run_shape(shape: str, cases: list[str], steps: int) -> dict[tuple[str, str], Timings]:
-    """Measure all cases of one shape: (case, batch) → timings."""
+def run_shape(shape: str, cases: list[str], steps: int) -> Iterator[dict[tuple[str, str], Timings]]:
+    """Measure all cases of one shape: for each batch, with and without a graph, (case, place) → timings."""
     model = build(shape)
-    found: dict[tuple[str, str], Timings] = {}
     for batch in BATCHES[shape]:
         name = f"{shape}/{batch[0]}x{batch[1]}"
         for graph in (False, True):
+            found: dict[tuple[str, str], Timings] = {}
             for _ in range(ROUNDS):
                 for case in cases:
                     key = (case, name + ("/graph" if graph else ""))
@@ -185,7 +185,7 @@ def run_shape(shape: str, cases: list[str], steps: int) -> dict[tuple[str, str],
                         gc.collect()
                         torch.cuda.empty_cache()
             _show(found, name + ("/graph" if graph else ""))
-    return found
+            yield found
 
 
 def _show(found: dict[tuple[str, str], Timings], name: str) -> None:
@@ -262,15 +262,17 @@ def main() -> None:
     for shape in arguments.shapes.split(","):
         given = arguments.cases.split(",") if arguments.cases else None
         if arguments.profile:
-            found = profile(shape, given or ["floor", "cla", "lora", "peft_lora_bf16"])
+            kernels = profile(shape, given or ["floor", "cla", "lora", "peft_lora_bf16"])
             save(
-                "train_step_profile", [{**row, "commit": arguments.commit or row["commit"]} for row in found]
+                "train_step_profile",
+                [{**row, "commit": arguments.commit or row["commit"]} for row in kernels],
             )
             continue
         cases = given or ["floor", *RIVALS, *(OURS if shape == "1b" else FEW)]
-        rows += records(run_shape(shape, cases, arguments.steps), arguments.commit)
-        # After each, so that a run that is cut short loses one shape at most.
-        save("train_step", rows)
+        for found in run_shape(shape, cases, arguments.steps):
+            rows += records(found, arguments.commit)
+            # After each, so that a run that is cut short loses one batch at most.
+            save("train_step", rows)
         gc.collect()
         torch.cuda.empty_cache()
 
