@@ -1,6 +1,6 @@
 """What adapters cost in the engine on one GPU: a decoding step, a prefill, and tokens a second with many.
 
-    python benchmarks/bench_serving_engine.py [--parts step,prefill,peft,many] [--commit HASH]
+    python benchmarks/bench_serving_engine.py [--parts step,prefill,peft,many,rival] [--commit HASH]
 
 A 1.0 B Llama shape (random weights, bfloat16), the packed engine. Its forwards are timed as the engine runs
 them, layout on the host and the wait for the logits included. Cases take turns, `ROUNDS` times.
@@ -12,6 +12,7 @@ them, layout on the host and the wait for the logits included. Cases take turns,
     peft     the step by transformers and PEFT (`adapter_names`, 8 adapters), against transformers' own base
     many     tokens a second of 512 requests, 128 at once, 64 tokens each, over 1, 8, 32, 128, 512 adapters of
              rank 16, through the engine's queue; and of the base
+    rival    the same with 128 requests over 8 adapters by both engines, transformers' own batching the other
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ from benchmarks.records import record, save
 from rayft.methods.base import LoraFactors
 from rayft.models.load import LoadedModel
 from rayft.models.targets import linear_shapes
-from rayft.serving.engine import EngineLimits, GenerationRequest
+from rayft.serving.engine import Engine, EngineLimits, GenerationRequest
 from rayft.serving.packed_engine import PackedEngine
 from rayft.serving.packed_row import Part, Row
 from rayft.serving.paged_forward import PagedForward
+from rayft.serving.transformers_engine import TransformersEngine
 
 ROUNDS, STEPS = 3, 40
 ROWS, BEHIND, PROMPTS, PROMPT = 32, 128, 8, 512
@@ -81,7 +83,7 @@ def adapter(shapes: Shapes, rank: int) -> dict[str, LoraFactors]:
 class Bed:
     """An engine whose forwards are run by hand; its own thread has nothing to do."""
 
-    def __init__(self, adapters: int, *, tokens: int = 32768) -> None:
+    def __init__(self, adapters: int, *, tokens: int = 65536) -> None:
         loaded = base()
         shapes = linear_shapes(loaded.model)
         self.engine = PackedEngine(loaded, EngineLimits(AT_ONCE, PROMPTS * PROMPT, tokens))
@@ -226,42 +228,63 @@ def peft_part() -> list[dict[str, Any]]:
 
 
 def many_part() -> list[dict[str, Any]]:
-    """Count tokens a second through the engine."""
-    bed, rows, floor = Bed(0, tokens=65536), [], 0.0
-    shapes = linear_shapes(base().model)
+    """Count tokens a second through the packed engine."""
+    return _rates(Bed(0).engine, "many", COUNTS, REQUESTS)
 
-    async def one(name: str | None, number: int) -> int:
-        job = GenerationRequest(tuple(range(number % 50, number % 50 + 32)), TOKENS, name)
-        async with aclosing(bed.engine.submit(job)) as steps:
+
+def rival_part() -> list[dict[str, Any]]:
+    """Count tokens a second through both engines, with fewer requests and adapters."""
+    rows = []
+    for name, kind in (("packed", PackedEngine), ("transformers", TransformersEngine)):
+        engine = kind(base(), EngineLimits(AT_ONCE, PROMPTS * PROMPT, 65536))
+        rows += _rates(engine, f"rival/{name}", (8,), REQUESTS // 4)
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _rates(engine: Engine, name: str, counts: Sequence[int], requests: int) -> list[dict[str, Any]]:
+    shapes = linear_shapes(base().model)
+    rows, floor, loaded = [], 0.0, 0
+
+    async def one(adapter: str | None, number: int) -> int:
+        job = GenerationRequest(tuple(range(number % 50, number % 50 + 32)), TOKENS, adapter)
+        async with aclosing(engine.submit(job)) as steps:
             async for step in steps:
                 made = step.generated
         return made
 
     async def run(count: int) -> float:
-        names = [f"m{number % count}" if count else None for number in range(REQUESTS)]
+        names = [f"m{number % count}" if count else None for number in range(requests)]
         began = time.perf_counter()
         made = await asyncio.gather(*[one(name, number) for number, name in enumerate(names)])
         return sum(made) / (time.perf_counter() - began)
 
-    loaded = 0
-    for count in (0, *COUNTS):
+    for count in (0, *counts):
         while loaded < count:
-            bed.engine.load(f"m{loaded}", adapter(shapes, 16))
+            engine.load(f"m{loaded}", adapter(shapes, 16))
             loaded += 1
         rates = [asyncio.run(run(count)) for _ in range(3)][1:]
         rate = statistics.mean(rates)
         floor = floor or rate
-        case = f"many/{count} adapters" if count else "many/base"
+        case = f"{name}/{count} adapters" if count else f"{name}/base"
         rows += [
             record("serving_engine", case, "tokens_per_second", rate, "1/s", n=len(rates)),
             record("serving_engine", case, "over_base", rate / floor, "ratio"),
         ]
         print(f"{case:40} {rate:10,.0f} tokens/s  {rate / floor:.3f}x", flush=True)
-    bed.engine.stop()
+    engine.stop()
     return rows
 
 
-PARTS = {"step": step_part, "prefill": prefill_part, "peft": peft_part, "many": many_part}
+PARTS = {
+    "step": step_part,
+    "prefill": prefill_part,
+    "peft": peft_part,
+    "many": many_part,
+    "rival": rival_part,
+}
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ factors are each layer's own, more than a GPU's cache holds.
     loop             the adapters alone, one after the other: PEFT's way with a mixed batch, but
                      without its Python, since it is replayed
     base+grouped     the linears, then the adapters
+    …, beside        the same, what needs only x on a branch of its own beside the linears
     written+base     the adapters first, the linears' products accumulated onto them
 
 `bound` is what the factors (and x and y, in a prefill most of it) take at `BANDWIDTH`. `--tune` tries other
@@ -40,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.capture import capture
 from benchmarks.records import record, save
-from rayft.kernels.grouped_lora import DECODE, AdapterTable, Group, Rows, Tuning, grouped_lora
+from rayft.kernels.grouped_lora import DECODE, AdapterTable, Group, Rows, Tuning, begin, finish, grouped_lora
 from rayft.kernels.segment_lora import SlotFactors
 
 LAYERS, HIDDEN, FFN, KV = 16, 2048, 8192, 512
@@ -78,19 +79,10 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
         {"inputs": 128, "stages": 3}, {"least": 256}, {"least": 1024}, {"programs": 528}, {"programs": 132},
         {"shrink_warps": 2}, {"shrink_warps": 8}, {"stages": 3},
         {"outputs": 64}, {"outputs": 256}, {"expand_warps": 4},
-        {"tile": 16, "inputs": 128, "stages": 3, "programs": 528, "parts": 8, "fused": True},
     ],
     "prefill": [
-        {"overlap": False}, {"inputs": 128, "shrink_warps": 8},
-        *(
-            {"fused": True, "tile": tile, "inputs": inputs, "outputs": outputs, "stages": 3,
-             "shrink_warps": warps, "programs": programs}
-            for tile, inputs, outputs, warps, programs in (
-                (32, 64, 128, 8, 264), (32, 64, 128, 8, 528), (32, 128, 128, 8, 264), (32, 64, 64, 4, 264),
-                (32, 64, 64, 4, 528), (16, 64, 64, 4, 528), (16, 64, 128, 8, 264), (64, 64, 64, 8, 264),
-                (64, 64, 128, 8, 264), (64, 64, 128, 8, 528), (128, 64, 128, 8, 264), (128, 64, 64, 8, 528),
-            )
-        ),
+        {"overlap": False}, {"inputs": 128, "shrink_warps": 8}, {"tile": 128}, {"outputs": 128},
+        {"outputs": 128, "expand_warps": 8}, {"ranks": 64},
     ],
 }  # fmt: skip
 
@@ -152,6 +144,15 @@ def grouped(linears: Linears, rows: Rows, *, before: bool = False, after: bool =
         grouped_lora(x, ys, rows, group, accumulate=not after)
         if after:
             base(x, ys, weights, beta=1)
+
+
+def beside(linears: Linears, rows: Rows) -> None:
+    """The linears between the two halves of our kernels, as the engine decodes."""
+    rows.prepare()
+    for group, x, ys, weights in linears.each():
+        begin(x, rows, group)
+        base(x, ys, weights, beta=0)
+        finish(x, ys, rows, group)
 
 
 def base(x: torch.Tensor, ys: list[torch.Tensor], weights: list[torch.Tensor], *, beta: int) -> None:
@@ -254,6 +255,7 @@ def steps(linears: Linears) -> dict[str, Step]:
         "padded": partial(padded, linears, stacks(linears)),
         "loop": partial(loop, linears, members),
         "base+grouped": partial(grouped, linears, rows, before=True),
+        "base+grouped, beside": partial(beside, linears, rows),
         "written+base": partial(grouped, linears, rows, after=True),
     }
 

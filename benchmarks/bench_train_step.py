@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -165,16 +166,21 @@ def measure(
     torch.cuda.empty_cache()
 
 
-def run_shape(shape: str, cases: list[str], steps: int) -> Iterator[dict[tuple[str, str], Timings]]:
+def run_shape(
+    shape: str, cases: list[str], steps: int, places: str
+) -> Iterator[dict[tuple[str, str], Timings]]:
     """Measure all cases of one shape: for each batch, with and without a graph, (case, place) → timings."""
     model = build(shape)
     for batch in BATCHES[shape]:
         name = f"{shape}/{batch[0]}x{batch[1]}"
         for graph in (False, True):
+            place = name + ("/graph" if graph else "")
+            if not fnmatch(place, places):
+                continue
             found: dict[tuple[str, str], Timings] = {}
             for _ in range(ROUNDS):
                 for case in cases:
-                    key = (case, name + ("/graph" if graph else ""))
+                    key = (case, place)
                     timings = found.setdefault(key, Timings())
                     try:
                         measure(model, case, batch, steps, timings, graph=graph)
@@ -184,7 +190,7 @@ def run_shape(shape: str, cases: list[str], steps: int) -> Iterator[dict[tuple[s
                         clear(model)
                         gc.collect()
                         torch.cuda.empty_cache()
-            _show(found, name + ("/graph" if graph else ""))
+            _show(found, place)
             yield found
 
 
@@ -252,6 +258,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", default="135m,1b,8b")
     parser.add_argument("--cases", help="all where not given, at shapes other than 1b those of FEW")
+    parser.add_argument(
+        "--places", default="*", help="a pattern of what is measured, such as 1b/16x512/graph"
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profile", action="store_true", help="take steps apart by kernel")
     parser.add_argument("--commit")
@@ -269,7 +278,7 @@ def main() -> None:
             )
             continue
         cases = given or ["floor", *RIVALS, *(OURS if shape == "1b" else FEW)]
-        for found in run_shape(shape, cases, arguments.steps):
+        for found in run_shape(shape, cases, arguments.steps, arguments.places):
             rows += records(found, arguments.commit)
             # After each, so that a run that is cut short loses one batch at most.
             save("train_step", rows)

@@ -1,4 +1,4 @@
-"""Add many adapters of different ranks to linears that share an input, by two launches in all or one.
+"""Add many adapters of different ranks to linears that share an input, by two launches in all.
 
 Semantics:
 
@@ -16,8 +16,7 @@ the factors of every tile and layer up. Then for each group of linears:
 
 - `shrink`, a program for each tile, linear and part of the inputs, writes that part of x Aᵀ;
 - `expand`, a program for each tile and block of outputs, adds the parts up in a fixed order (the same bits
-  each time) and adds h Bᵀ to y;
-- or `fused`, a program for each tile, linear and part of the outputs, does both: h never leaves the chip.
+  each time) and adds h Bᵀ to y.
 
 Each adapter is read at its own rank, once for a tile; base rows and surplus programs end after one load.
 What a matrix unit pads (rows of a tile and ranks to 16, 32 or multiples of 64) are zeros in registers and
@@ -57,6 +56,8 @@ __all__ = [
     "Group",
     "Rows",
     "Tuning",
+    "begin",
+    "finish",
     "grouped_lora",
     "place",
     "reference",
@@ -110,9 +111,6 @@ class Tuning:
     """Reads of inputs in flight in `shrink`, and one."""
     overlap: bool = False
     """Whether a kernel may start while the one before it ends (programmatic dependent launch, Hopper)."""
-    fused: bool = False
-    """Whether one kernel does both, a tile with all of its inputs and its share of the outputs; it then takes
-    `inputs`, `outputs`, `programs`, `parts` (of the outputs), `shrink_warps` and `stages`."""
 
     @classmethod
     def choose(cls, n_rows: int, device: torch.device | str = "cpu") -> Tuning:
@@ -125,17 +123,13 @@ class Tuning:
         if n_rows > DECODE:
             return cls(64, 64, 512, 64, programs=132, parts=4, overlap=overlap)
         tile = 8 if n_rows <= 32 else 16
-        return cls(tile, 64, 512, 128, expand_warps=8, stages=5, overlap=overlap)
+        return cls(tile, 64, 512, 256, expand_warps=8, stages=5, overlap=overlap)
 
     def chunk(self, n_rows: int, inputs: int, slices: int) -> int:
-        """Give the inputs of one part, a multiple of `self.inputs`."""
-        parts = max(1, min(self.split(n_rows, slices), inputs // self.least))
-        return -(-inputs // (parts * self.inputs)) * self.inputs
-
-    def split(self, n_rows: int, slices: int) -> int:
-        """Give the parts that fill the device, as far as `parts` goes; the fused kernel cuts outputs so."""
+        """Give the inputs of one part, a multiple of `self.inputs`: so many parts fill the device."""
         programs = -(-n_rows // self.tile) * slices
-        return max(1, min(self.programs // programs, self.parts))
+        parts = max(1, min(self.programs // programs, self.parts, inputs // self.least))
+        return -(-inputs // (parts * self.inputs)) * self.inputs
 
 
 def tile_bound(n_rows: int, n_slots: int, tile: int) -> int:
@@ -251,7 +245,13 @@ class Rows:
     """The rows of a batch: whose they are, and what the kernels make of it once for a forward."""
 
     def __init__(
-        self, table: AdapterTable, count: int, tuning: Tuning | None = None, *, kernels: bool | None = None
+        self,
+        table: AdapterTable,
+        count: int,
+        tuning: Tuning | None = None,
+        *,
+        distinct: int | None = None,
+        kernels: bool | None = None,
     ) -> None:
         """Make the buffers for N rows, all of them the base's; a CUDA graph holds their addresses.
 
@@ -259,6 +259,8 @@ class Rows:
             table: whose slots they have.
             count: N.
             tuning: `Tuning.choose(N)` where not given.
+            distinct: how many different slots they may have, the base's counted; where not given, any. With
+                few slots and many rows there are far fewer tiles, and every one costs launches.
             kernels: whether the Triton kernels do it; where not given, if the table is on a GPU.
         """
         self.table, self.count = table, count
@@ -269,7 +271,7 @@ class Rows:
         if table.entries.is_cuda if kernels is None else kernels:
             from rayft.kernels.grouped_lora_plan import Plan
 
-            self.plan = Plan(table, count, self.tuning)
+            self.plan = Plan(table, count, self.tuning, min(distinct or table.slots, table.slots))
 
     @property
     def nbytes(self) -> int:
@@ -296,11 +298,33 @@ def grouped_lora(
         group: index in the table's groups.
         accumulate: whether to add to y; else y is written, zeros where a row has no adapter.
     """
-    known = rows.table.groups[group]
-    assert x_NI.shape == (rows.count, known.inputs), "not the batch that was prepared"
-    assert [tuple(y.shape) for y in ys] == [(rows.count, size) for size in known.outputs.values()]
+    begin(x_NI, rows, group, beside=False)
+    finish(x_NI, ys, rows, group, accumulate=accumulate)
+
+
+def begin(x_NI: torch.Tensor, rows: Rows, group: int, *, beside: bool = True) -> None:
+    """Do the first half of `grouped_lora`, which needs x alone; one group at a time.
+
+    Args:
+        x_NI: the input.
+        rows: the batch, prepared.
+        group: index in the table's groups.
+        beside: in a CUDA graph that is being captured, whether this is a branch of its own, beside what is
+            launched until `finish`: the base's products, which read their weights and leave the rest idle.
+    """
+    assert x_NI.shape == (rows.count, rows.table.groups[group].inputs), "not the batch that was prepared"
     if rows.plan:
-        rows.plan.add(x_NI, ys, group, accumulate=accumulate)
+        rows.plan.begin(x_NI, group, beside=beside)
+
+
+def finish(
+    x_NI: torch.Tensor, ys: Sequence[torch.Tensor], rows: Rows, group: int, *, accumulate: bool = True
+) -> None:
+    """Do the second half of `grouped_lora`."""
+    sizes = rows.table.groups[group].outputs.values()
+    assert [tuple(y.shape) for y in ys] == [(rows.count, size) for size in sizes]
+    if rows.plan:
+        rows.plan.finish(ys, group, accumulate=accumulate)
         return
     for part, y_NO in enumerate(ys):
         if not accumulate:

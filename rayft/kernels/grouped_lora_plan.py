@@ -10,7 +10,6 @@ import torch
 import triton
 
 from rayft.kernels.grouped_lora import FIELDS, SLICES, AdapterTable, Tuning, tile_bound
-from rayft.kernels.grouped_lora_fused_triton import fused
 from rayft.kernels.grouped_lora_triton import describe, expand, order, shrink
 from rayft.kernels.launch_triton import Launcher
 
@@ -29,22 +28,22 @@ def _launcher(kernel: Any, warps: int, stages: int, overlap: bool) -> Launcher:
 class Plan:
     """The buffers of a batch of N rows, and the launches over them."""
 
-    def __init__(self, table: AdapterTable, n_rows: int, tuning: Tuning) -> None:
+    def __init__(self, table: AdapterTable, n_rows: int, tuning: Tuning, distinct: int) -> None:
         self._table, self._n_rows, self._tuning = table, n_rows, tuning
-        self._n_tiles = tile_bound(n_rows, table.slots, tuning.tile)
+        self._n_tiles = tile_bound(n_rows, distinct, tuning.tile)
         device, layers = table.entries.device, table.entries.shape[1]
         self._sorted = torch.zeros(n_rows, 4, dtype=torch.int32, device=device)
         self._rows = torch.zeros(self._n_tiles, tuning.tile, dtype=torch.int32, device=device)
         self._tiles = torch.zeros(layers, self._n_tiles, FIELDS, dtype=torch.int64, device=device)
         self._chunks = [tuning.chunk(n_rows, group.inputs, len(group.outputs)) for group in table.groups]
-        self._splits = [tuning.split(n_rows, len(group.outputs)) for group in table.groups]
-        parts = [
-            self._splits[index] if tuning.fused else -(-group.inputs // self._chunks[index])
-            for index, group in enumerate(table.groups)
+        self._parts = [
+            -(-group.inputs // chunk) for group, chunk in zip(table.groups, self._chunks, strict=True)
         ]
-        most = max(len(group.outputs) * part for group, part in zip(table.groups, parts, strict=True))
+        most = max(len(group.outputs) * n for group, n in zip(table.groups, self._parts, strict=True))
         assert most * n_rows * table.widest < 2**31, "more rows than the kernels can count"
         self.h = table.scratch(most * n_rows * table.widest).view(most, n_rows, table.widest)
+        self._side: torch.cuda.Stream | None = None
+        self._branched = False
 
     @property
     def nbytes(self) -> int:
@@ -62,51 +61,49 @@ class Plan:
             (FIELDS, tile, min(256, max(16, int(triton.next_power_of_2(n_rows))))),
         )
 
-    def add(self, x: torch.Tensor, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:
-        """Add the adapters of a group's linears to their outputs, or write them."""
-        assert all(matrix.stride(1) == 1 for matrix in (x, *ys)), "numbers of a row must be neighbours"
-        for what, matrix in (("x", x), *(("y", y) for y in ys)):
-            assert matrix.dtype == self._table.dtype, f"{what} is not of the table's {self._table.dtype}"
-        if self._tuning.fused:
-            self._fused(x, ys, group, accumulate=accumulate)
-        else:
-            self._shrink(x, group)
-            self._expand(ys, group, accumulate=accumulate)
+    def begin(self, x: torch.Tensor, group: int, *, beside: bool) -> None:
+        """Write x Aᵀ of a group's linears, in parts, into h; in a graph, if so wished, on a branch of it."""
+        self._check(x, "x")
+        self._branched = beside and x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not self._branched:
+            self._shrink(x, group, overlap=self._tuning.overlap)
+            return
+        self._side = self._side or torch.cuda.Stream(x.device)
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            self._shrink(x, group, overlap=False)
 
-    def _fused(self, x: torch.Tensor, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:
-        """Do all in one launch; of h only ranks beyond the first block are written."""
-        known, tuning, split = self._table.groups[group], self._tuning, self._splits[group]
-        three = _three(ys)
-        _launcher(fused, tuning.shrink_warps, tuning.stages, tuning.overlap)(
-            (len(known.outputs) * split, self._n_tiles, 1),
-            (x, *three, *self._places(group)),
-            (self._n_rows, known.inputs, *_sizes(three), x.stride(0), *_strides(three), self._n_tiles),
-            (
-                *self._shape(group), tuning.inputs, -(-known.inputs // tuning.inputs) * tuning.inputs,
-                tuning.outputs, split, accumulate, tuning.overlap,
-            ),
-        )  # fmt: skip
+    def finish(self, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:
+        """Add h Bᵀ of what was begun to the outputs of the group's linears, or write it."""
+        for y in ys:
+            self._check(y, "y")
+        if self._branched:
+            assert self._side is not None
+            torch.cuda.current_stream().wait_stream(self._side)
+        self._expand(ys, group, accumulate=accumulate)
 
-    def _shrink(self, x: torch.Tensor, group: int) -> None:
-        """Write x Aᵀ of a group's linears, in parts, into h."""
+    def _check(self, matrix: torch.Tensor, what: str) -> None:
+        assert matrix.stride(1) == 1, f"{what}: numbers of a row must be neighbours"
+        assert matrix.dtype == self._table.dtype, f"{what} is not of the table's {self._table.dtype}"
+
+    def _shrink(self, x: torch.Tensor, group: int, *, overlap: bool) -> None:
         known, chunk, tuning = self._table.groups[group], self._chunks[group], self._tuning
-        _launcher(shrink, tuning.shrink_warps, tuning.stages, tuning.overlap)(
-            (len(known.outputs) * -(-known.inputs // chunk), self._n_tiles, 1),
+        _launcher(shrink, tuning.shrink_warps, tuning.stages, overlap)(
+            (len(known.outputs) * self._parts[group], self._n_tiles, 1),
             (x, *self._places(group)),
             (self._n_rows, known.inputs, x.stride(0), self._n_tiles),
-            (*self._shape(group), tuning.inputs, chunk, tuning.overlap),
+            (*self._shape(group), tuning.inputs, chunk, overlap),
         )
 
     def _expand(self, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:
-        """Add h Bᵀ to the outputs of a group's linears, or write it."""
-        known, tuning = self._table.groups[group], self._tuning
-        three = _three(ys)
-        parts = -(-known.inputs // self._chunks[group])
-        padded = int(triton.next_power_of_2(parts))
+        known, tuning, parts = self._table.groups[group], self._tuning, self._parts[group]
+        # Up to the number that the kernel takes; it doesn't touch what is beyond the group's.
+        three = [*ys, *[ys[0]] * (SLICES - len(ys))]
+        padded = 1 << (parts - 1).bit_length()
         _launcher(expand, tuning.expand_warps, 1, tuning.overlap)(
             (sum(-(-size // tuning.outputs) for size in known.outputs.values()), self._n_tiles, 1),
             (*three, *self._places(group)),
-            (self._n_rows, *_sizes(three), *_strides(three), self._n_tiles),
+            (self._n_rows, *(y.shape[1] for y in three), *(y.stride(0) for y in three), self._n_tiles),
             (*self._shape(group), tuning.outputs, tuning.ranks, parts, padded, accumulate, tuning.overlap),
         )
 
@@ -115,16 +112,3 @@ class Plan:
 
     def _shape(self, group: int) -> tuple[int, ...]:
         return FIELDS, self._table.widest, len(self._table.groups[group].outputs), self._tuning.tile
-
-
-def _three(ys: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Fill up to the number that the kernels take; they don't touch what is beyond the group's."""
-    return [*ys, *[ys[0]] * (SLICES - len(ys))]
-
-
-def _sizes(ys: Sequence[torch.Tensor]) -> list[int]:
-    return [y.shape[1] for y in ys]
-
-
-def _strides(ys: Sequence[torch.Tensor]) -> list[int]:
-    return [y.stride(0) for y in ys]

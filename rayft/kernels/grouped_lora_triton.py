@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["describe", "expand", "follow", "load_b", "order", "read", "shrink", "shrink_ranks", "times_a"]
+__all__ = ["describe", "expand", "order", "shrink"]
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def describe(
 
 
 @triton.jit
-def follow(OVERLAP: tl.constexpr):
+def _follow(OVERLAP: tl.constexpr):
     """Wait for the kernel before this one, and let the next one begin."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -85,7 +85,7 @@ def follow(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS: tl.constexpr, T: tl.constexpr):
+def _read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS: tl.constexpr, T: tl.constexpr):
     """A tile's entry in one layer: where it is, columns, rank; its places in h, rows, and which there are."""
     entry = tiles_ptr + (of * n_tiles + tile) * FIELDS
     n = tl.arange(0, T)
@@ -95,8 +95,8 @@ def read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS: tl.constexpr, T: tl.con
 
 
 @triton.jit
-def times_a(
-    x_row, in_n, a_ptr, columns, rank, start, begin, n_inputs,
+def _shrink_ranks(
+    x_row, in_n, a_ptr, columns, h_row, rank, start, begin, n_inputs,
     BR: tl.constexpr, T: tl.constexpr, BI: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Inputs begin … begin + CHUNK of one tile times rows start … start + BR of A, or selected inputs."""
@@ -118,17 +118,7 @@ def times_a(
         column = tl.load(columns.to(tl.pointer_type(tl.int64)) + r, mask=in_r, other=0)
         chosen = tl.load(x_row[:, None] + column[None, :], mask=in_n[:, None] & in_r[None, :], other=0.0)
         h = chosen.to(tl.float32)
-    return h
-
-
-@triton.jit
-def shrink_ranks(
-    x_row, in_n, a_ptr, columns, h_row, rank, start, begin, n_inputs,
-    BR: tl.constexpr, T: tl.constexpr, BI: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Write a part of h."""
-    h = times_a(x_row, in_n, a_ptr, columns, rank, start, begin, n_inputs, BR, T, BI, CHUNK)
-    tl.store(h_row[:, None] + (start + tl.arange(0, BR))[None, :], h, mask=in_n[:, None])
+    tl.store(h_row[:, None] + r[None, :], h, mask=in_n[:, None])
 
 
 @triton.jit
@@ -140,8 +130,8 @@ def shrink(
     """One tile, one linear, one part of the inputs; selected inputs are all taken by the first part."""
     number, tile = tl.program_id(0), tl.program_id(1)
     of, part = number % SLICES, number // SLICES
-    follow(OVERLAP)
-    entry, columns, rank, place, row, in_n = read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS, T)
+    _follow(OVERLAP)
+    entry, columns, rank, place, row, in_n = _read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS, T)
     a_ptr = tl.multiple_of(tl.load(entry).to(tl.pointer_type(x_ptr.dtype.element_ty)), 16)
     x_row = x_ptr + row * x_stride
     h_row = h_ptr + ((part * SLICES + of) * n_rows + place) * WIDTH
@@ -150,17 +140,17 @@ def shrink(
     if (columns == 0) | (part == 0):
         if rank > 32:
             for start in range(0, rank, 64):
-                shrink_ranks(
+                _shrink_ranks(
                     x_row, in_n, a_ptr, columns, h_row, rank, start, begin, n_inputs, 64, T, BI, CHUNK
                 )
         elif rank > 16:
-            shrink_ranks(x_row, in_n, a_ptr, columns, h_row, rank, 0, begin, n_inputs, 32, T, BI, CHUNK)
+            _shrink_ranks(x_row, in_n, a_ptr, columns, h_row, rank, 0, begin, n_inputs, 32, T, BI, CHUNK)
         elif rank > 0:
-            shrink_ranks(x_row, in_n, a_ptr, columns, h_row, rank, 0, begin, n_inputs, 16, T, BI, CHUNK)
+            _shrink_ranks(x_row, in_n, a_ptr, columns, h_row, rank, 0, begin, n_inputs, 16, T, BI, CHUNK)
 
 
 @triton.jit
-def load_b(b_ptr, b_stride, o, in_o, rank, start, BR: tl.constexpr):
+def _load_b(b_ptr, b_stride, o, in_o, rank, start, BR: tl.constexpr):
     """Columns start … start + BR of some rows of B, zeros from the rank on."""
     r = start + tl.arange(0, BR)
     # Whole vectors are loaded, see `place`; what a wider matrix has there is another adapter's.
@@ -185,15 +175,15 @@ def _expand_ranks(
 ):  # fmt: skip
     """One tile and block of outputs, BR ranks at once."""
     kind = b_ptr.dtype.element_ty
-    b = load_b(b_ptr, b_stride, o, in_o, rank, 0, BR)
-    follow(OVERLAP)
+    b = _load_b(b_ptr, b_stride, o, in_o, rank, 0, BR)
+    _follow(OVERLAP)
     if ADD:
         before = tl.load(y_place, mask=mask, other=0.0)
     h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP)
     total = tl.dot(h.to(kind), tl.trans(b), input_precision="ieee")
     if LAST:
         for start in range(BR, rank, BR):
-            more = load_b(b_ptr, b_stride, o, in_o, rank, start, BR)
+            more = _load_b(b_ptr, b_stride, o, in_o, rank, start, BR)
             h = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP)
             total = tl.dot(h.to(kind), tl.trans(more), total, input_precision="ieee")
     total *= scale
@@ -223,7 +213,7 @@ def expand(
                 if block >= blocks:
                     block, of = block - blocks, of + 1
                     y_ptr, y_stride, n_outputs = y2_ptr, y2_stride, outputs_2
-    entry, columns, rank, place, row, in_n = read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS, T)
+    entry, columns, rank, place, row, in_n = _read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS, T)
     b_ptr = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(y_ptr.dtype.element_ty)), 16)
     b_stride = tl.multiple_of(tl.load(entry + 4).to(tl.int32), 8)
     scale = tl.load(entry + 5).to(tl.int32).to(tl.float32, bitcast=True)
@@ -234,7 +224,7 @@ def expand(
     h_row, part_stride = (of * n_rows + place) * WIDTH, n_rows * SLICES * WIDTH
     parts = tl.where(columns == 0, PARTS, 1)
     if rank == 0:
-        follow(OVERLAP)
+        _follow(OVERLAP)
         if not ADD:
             tl.store(y_place, tl.zeros((T, BO), y_ptr.dtype.element_ty), mask=mask)
     elif rank <= 16:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from rayft.errors import ResourceError
-from rayft.kernels.grouped_lora import DECODE, AdapterTable, Group, Rows, grouped_lora
+from rayft.kernels.grouped_lora import DECODE, AdapterTable, Group, Rows, begin, finish, grouped_lora
 from rayft.kernels.segment_lora import BASE_SLOT, SlotFactors
 from rayft.methods.base import LoraFactors
 from rayft.models.targets import linears
@@ -100,8 +100,9 @@ class _LinearGroup:
                 if member.bias is not None:
                     y_NO.add_(member.bias)
         else:
+            begin(x_NI, rows, self._index)
             ys = [functional.linear(x_NI, member.weight, member.bias) for member in self._members]
-            grouped_lora(x_NI, ys, rows, self._index)
+            finish(x_NI, ys, rows, self._index)
         return [y_NO.view(*x.shape[:-1], y_NO.shape[1]) for y_NO in ys]
 
 
@@ -178,8 +179,9 @@ class Slots:
     def stage(self, slot_of_token: Sequence[int]) -> None:
         """Do the part of `assign` that a CUDA graph of the forward doesn't hold."""
         self._batch.rows = None
-        if any(slot_of_token):
-            self._batch.rows = self._rows_for(len(slot_of_token))
+        distinct = set(slot_of_token)
+        if distinct - {BASE_SLOT}:
+            self._batch.rows = self._rows_for(len(slot_of_token), len(distinct))
             self._batch.rows.slots.copy_(torch.tensor(slot_of_token, dtype=torch.int32))
 
     def prepare(self) -> None:
@@ -187,14 +189,13 @@ class Slots:
         if self._batch.rows is not None:
             self._batch.rows.prepare()
 
-    def _rows_for(self, count: int) -> Rows:
-        if count in self._rows:
-            return self._rows[count]
-        rows = Rows(self._table, count)
-        if count <= DECODE:
-            # Graphs hold their addresses.
-            self._rows[count] = rows
-        return rows
+    def _rows_for(self, count: int, distinct: int) -> Rows:
+        if count > DECODE:
+            return Rows(self._table, count, distinct=distinct)
+        if count not in self._rows:
+            # Graphs hold their addresses, and serve whatever slots come later.
+            self._rows[count] = Rows(self._table, count)
+        return self._rows[count]
 
     def _place(self, factors: LoraFactors) -> SlotFactors:
         like = self._table.entries.device, self._table.dtype
