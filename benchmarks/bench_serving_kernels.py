@@ -14,7 +14,6 @@ factors are each layer's own, more than a GPU's cache holds.
     loop             the adapters alone, one after the other: PEFT's way with a mixed batch, but
                      without its Python, since it is replayed
     base+grouped     the linears, then the adapters
-    …, beside        the same, what needs only x on a branch of its own beside the linears
     written+base     the adapters first, the linears' products accumulated onto them
 
 `bound` is what the factors (and x and y, in a prefill most of it) take at `BANDWIDTH`. `--tune` tries other
@@ -41,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.capture import capture
 from benchmarks.records import record, save
-from rayft.kernels.grouped_lora import DECODE, AdapterTable, Group, Rows, Tuning, begin, finish, grouped_lora
+from rayft.kernels.grouped_lora import DECODE, AdapterTable, Group, Rows, Tuning, grouped_lora
 from rayft.kernels.segment_lora import SlotFactors
 
 LAYERS, HIDDEN, FFN, KV = 16, 2048, 8192, 512
@@ -146,15 +145,6 @@ def grouped(linears: Linears, rows: Rows, *, before: bool = False, after: bool =
             base(x, ys, weights, beta=1)
 
 
-def beside(linears: Linears, rows: Rows) -> None:
-    """The linears between the two halves of our kernels, as the engine decodes."""
-    rows.prepare()
-    for group, x, ys, weights in linears.each():
-        begin(x, rows, group)
-        base(x, ys, weights, beta=0)
-        finish(x, ys, rows, group)
-
-
 def base(x: torch.Tensor, ys: list[torch.Tensor], weights: list[torch.Tensor], *, beta: int) -> None:
     for y, weight in zip(ys, weights, strict=True):
         if beta:
@@ -255,7 +245,6 @@ def steps(linears: Linears) -> dict[str, Step]:
         "padded": partial(padded, linears, stacks(linears)),
         "loop": partial(loop, linears, members),
         "base+grouped": partial(grouped, linears, rows, before=True),
-        "base+grouped, beside": partial(beside, linears, rows),
         "written+base": partial(grouped, linears, rows, after=True),
     }
 

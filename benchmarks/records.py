@@ -231,15 +231,59 @@ def serving_table() -> str:
     return "\n".join([*lines, "", f"On {device}."]) if len(lines) > 2 else "\n".join(lines)
 
 
+def serving_gpu_table() -> str:
+    """Make the tables of serving on a GPU: the kernels beside the linears, then the engine's forwards."""
+    kernels, engine = cases("serving_kernels"), cases("serving_engine")
+    loads = {
+        "decode32x8": "32 rows over 8 adapters",
+        "decode32x32": "32 rows over 32 adapters",
+        "prefill4096x8": "4,096 tokens over 8 adapters",
+    }
+    lines = [
+        "| all linears alone, by graph | base | adapters: grouped kernels | padded to rank 64 | one by one |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for load, title in loads.items():
+        base = kernels[f"{load}/base"]["ms"]["value"]
+        # A prefill is served with the adapters written first and the base's products added onto them.
+        ours = min(
+            kernels[f"{load}/{way}"]["adapters_over_base"]["value"] for way in ("grouped", "written+base")
+        )
+        rest = (kernels[f"{load}/{way}"]["ms"]["value"] for way in ("padded", "loop"))
+        cells = [f"{ms:.2f} ms" for ms in (base, ours * base, *rest)]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines += ["", "| a forward of the engine | base | with adapters | × base |", "| --- | --- | --- | --- |"]
+    for case, metrics in engine.items():
+        what = next((name for name in FORWARDS if case.startswith(f"{name}/")), None)
+        if what is None or case == f"{what}/base":
+            continue
+        load = case.removeprefix(f"{what}/")
+        base, ms, ratio = engine[f"{what}/base"]["ms"], metrics["ms"], metrics["over_base"]
+        cells = [f"{one['value']:.1f} ms" for one in (base, ms)]
+        lines.append(
+            f"| {FORWARDS[what]}, {load.replace('/', ', ')} | "
+            + " | ".join(cells)
+            + f" | {ratio['value']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+FORWARDS = {
+    "step/graph": "decoding 32 rows, by graph",
+    "prefill": "8 prompts of 512 tokens",
+    "step/peft": "decoding 32 rows, transformers and PEFT",
+}
+
 TABLES = {
     "serving": serving_table,
+    "serving_gpu": serving_gpu_table,
     "demo": demo_table,
     "train_step": train_step_table,
     "methods_quality": methods_quality_table,
     "squeeze": squeeze_table,
     "squeeze_quality": squeeze_quality_table,
 }
-PAGES = ("README.md", "docs/squeezing.md")
+PAGES = ("README.md", "docs/squeezing.md", "docs/serving.md")
 """Where tables are, between their markers."""
 
 

@@ -56,8 +56,6 @@ __all__ = [
     "Group",
     "Rows",
     "Tuning",
-    "begin",
-    "finish",
     "grouped_lora",
     "place",
     "reference",
@@ -298,33 +296,11 @@ def grouped_lora(
         group: index in the table's groups.
         accumulate: whether to add to y; else y is written, zeros where a row has no adapter.
     """
-    begin(x_NI, rows, group, beside=False)
-    finish(x_NI, ys, rows, group, accumulate=accumulate)
-
-
-def begin(x_NI: torch.Tensor, rows: Rows, group: int, *, beside: bool = True) -> None:
-    """Do the first half of `grouped_lora`, which needs x alone; one group at a time.
-
-    Args:
-        x_NI: the input.
-        rows: the batch, prepared.
-        group: index in the table's groups.
-        beside: in a CUDA graph that is being captured, whether this is a branch of its own, beside what is
-            launched until `finish`: the base's products, which read their weights and leave the rest idle.
-    """
-    assert x_NI.shape == (rows.count, rows.table.groups[group].inputs), "not the batch that was prepared"
+    known = rows.table.groups[group]
+    assert x_NI.shape == (rows.count, known.inputs), "not the batch that was prepared"
+    assert [tuple(y.shape) for y in ys] == [(rows.count, size) for size in known.outputs.values()]
     if rows.plan:
-        rows.plan.begin(x_NI, group, beside=beside)
-
-
-def finish(
-    x_NI: torch.Tensor, ys: Sequence[torch.Tensor], rows: Rows, group: int, *, accumulate: bool = True
-) -> None:
-    """Do the second half of `grouped_lora`."""
-    sizes = rows.table.groups[group].outputs.values()
-    assert [tuple(y.shape) for y in ys] == [(rows.count, size) for size in sizes]
-    if rows.plan:
-        rows.plan.finish(ys, group, accumulate=accumulate)
+        rows.plan.add(x_NI, ys, group, accumulate=accumulate)
         return
     for part, y_NO in enumerate(ys):
         if not accumulate:

@@ -42,8 +42,6 @@ class Plan:
         most = max(len(group.outputs) * n for group, n in zip(table.groups, self._parts, strict=True))
         assert most * n_rows * table.widest < 2**31, "more rows than the kernels can count"
         self.h = table.scratch(most * n_rows * table.widest).view(most, n_rows, table.widest)
-        self._side: torch.cuda.Stream | None = None
-        self._branched = False
 
     @property
     def nbytes(self) -> int:
@@ -61,38 +59,21 @@ class Plan:
             (FIELDS, tile, min(256, max(16, int(triton.next_power_of_2(n_rows))))),
         )
 
-    def begin(self, x: torch.Tensor, group: int, *, beside: bool) -> None:
-        """Write x Aᵀ of a group's linears, in parts, into h; in a graph, if so wished, on a branch of it."""
-        self._check(x, "x")
-        self._branched = beside and x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not self._branched:
-            self._shrink(x, group, overlap=self._tuning.overlap)
-            return
-        self._side = self._side or torch.cuda.Stream(x.device)
-        self._side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._side):
-            self._shrink(x, group, overlap=False)
-
-    def finish(self, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:
-        """Add h Bᵀ of what was begun to the outputs of the group's linears, or write it."""
-        for y in ys:
-            self._check(y, "y")
-        if self._branched:
-            assert self._side is not None
-            torch.cuda.current_stream().wait_stream(self._side)
+    def add(self, x: torch.Tensor, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:
+        """Add the adapters of a group's linears to their outputs, or write them."""
+        for what, matrix in (("x", x), *(("y", y) for y in ys)):
+            assert matrix.stride(1) == 1, f"{what}: numbers of a row must be neighbours"
+            assert matrix.dtype == self._table.dtype, f"{what} is not of the table's {self._table.dtype}"
+        self._shrink(x, group)
         self._expand(ys, group, accumulate=accumulate)
 
-    def _check(self, matrix: torch.Tensor, what: str) -> None:
-        assert matrix.stride(1) == 1, f"{what}: numbers of a row must be neighbours"
-        assert matrix.dtype == self._table.dtype, f"{what} is not of the table's {self._table.dtype}"
-
-    def _shrink(self, x: torch.Tensor, group: int, *, overlap: bool) -> None:
+    def _shrink(self, x: torch.Tensor, group: int) -> None:
         known, chunk, tuning = self._table.groups[group], self._chunks[group], self._tuning
-        _launcher(shrink, tuning.shrink_warps, tuning.stages, overlap)(
+        _launcher(shrink, tuning.shrink_warps, tuning.stages, tuning.overlap)(
             (len(known.outputs) * self._parts[group], self._n_tiles, 1),
             (x, *self._places(group)),
             (self._n_rows, known.inputs, x.stride(0), self._n_tiles),
-            (*self._shape(group), tuning.inputs, chunk, overlap),
+            (*self._shape(group), tuning.inputs, chunk, tuning.overlap),
         )
 
     def _expand(self, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:

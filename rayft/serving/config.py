@@ -65,8 +65,8 @@ class ServeConfig(Section):
     """Weights and arithmetic; auto: bfloat16 on a GPU, the faster one on a CPU (measured)."""
 
     engine: Literal["auto", "packed", "transformers"] = "auto"
-    """What generates: transformers' continuous batching over a paged cache, or rayft's own for CPUs (packed);
-    auto: packed on a CPU, transformers on a GPU."""
+    """What generates: rayft's own engine (packed) or transformers' continuous batching; auto: packed, but
+    transformers' on a GPU in float32."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where a replica runs; auto: a GPU if the Ray cluster has one."""

@@ -62,8 +62,7 @@ class Replica:
         limits = EngineLimits(config.max_running, config.max_batch_tokens, config.cache_tokens)
         self._config, self._tokenizer = config, loaded.tokenizer
         self._room = min(loaded.context, config.cache_tokens)
-        packed = config.engine == "packed" or (config.engine == "auto" and device == "cpu")
-        self._engine: Engine = (PackedEngine if packed else TransformersEngine)(loaded, limits)
+        self._engine: Engine = engine_class(config, device, dtype)(loaded, limits)
         self._metrics = Metrics()
         room = Limits(_bytes(config.device_bytes), _bytes(config.host_bytes))
         self._catalog = Catalog(base, self._engine, dtype, device, room, self._metrics.told)
@@ -307,3 +306,13 @@ def compute_dtype(config: ServeConfig, device: str) -> torch.dtype:
     if config.dtype == "auto":
         return torch.bfloat16 if device.startswith("cuda") else fastest_cpu_dtype()
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+
+
+def engine_class(
+    config: ServeConfig, device: str, dtype: torch.dtype
+) -> type[PackedEngine] | type[TransformersEngine]:
+    """Choose what generates."""
+    # PyTorch's variable-length attention on GPUs, which the packed engine calls, takes 16 bits.
+    wide = device.startswith("cuda") and dtype == torch.float32
+    theirs = config.engine == "transformers" or (config.engine == "auto" and wide)
+    return TransformersEngine if theirs else PackedEngine

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from rayft.errors import ResourceError
-from rayft.kernels.grouped_lora import DECODE, AdapterTable, Group, Rows, begin, finish, grouped_lora
+from rayft.kernels.grouped_lora import DECODE, AdapterTable, Group, Rows, grouped_lora
 from rayft.kernels.segment_lora import BASE_SLOT, SlotFactors
 from rayft.methods.base import LoraFactors
 from rayft.models.targets import linears
@@ -100,9 +100,8 @@ class _LinearGroup:
                 if member.bias is not None:
                     y_NO.add_(member.bias)
         else:
-            begin(x_NI, rows, self._index)
             ys = [functional.linear(x_NI, member.weight, member.bias) for member in self._members]
-            finish(x_NI, ys, rows, self._index)
+            grouped_lora(x_NI, ys, rows, self._index)
         return [y_NO.view(*x.shape[:-1], y_NO.shape[1]) for y_NO in ys]
 
 

@@ -20,8 +20,6 @@ from rayft.kernels.grouped_lora import (
     Group,
     Rows,
     Tuning,
-    begin,
-    finish,
     grouped_lora,
     reference,
     tile_bound,
@@ -202,23 +200,17 @@ def test_a_slot_can_be_cleared_and_filled_again() -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="graphs need a GPU")
-@pytest.mark.parametrize("beside", [False, True], ids=["in turn", "beside"])
 @pytest.mark.parametrize("overlap", [False, True], ids=["apart", "overlapping"])
 @pytest.mark.parametrize("n", [32, 600])
-def test_one_graph_serves_whatever_the_table_holds(n: int, overlap: bool, beside: bool) -> None:
+def test_one_graph_serves_whatever_the_table_holds(n: int, overlap: bool) -> None:
     tuning = replace(Tuning.choose(n), overlap=overlap)
     table, rows, x, ys = make(n, 576, (576, 192, 192), torch.bfloat16, tuning)
     other = random(n, 24, dtype=torch.bfloat16), [random(n, 40, dtype=torch.bfloat16)]
-    before = [[y.clone() for y in outputs] for outputs in (other[1], ys)]
 
     def step() -> None:
         rows.prepare()
-        for index, (inputs, outputs) in enumerate((other, (x, ys))):
-            begin(inputs, rows, index, beside=beside)
-            # Something to be beside, that `finish` must wait for: the outputs as they were.
-            for y, first in zip(outputs, before[index], strict=True):
-                y.copy_(first)
-            finish(inputs, outputs, rows, index)
+        grouped_lora(*other, rows, 0)
+        grouped_lora(x, ys, rows, 1)
 
     step()
     torch.cuda.synchronize()
@@ -232,10 +224,11 @@ def test_one_graph_serves_whatever_the_table_holds(n: int, overlap: bool, beside
             table.clear(3)
         rows.slots.copy_(torch.randint(0, SLOTS, (n,)))
         x.copy_(random(*x.shape))
-        for first in before[1]:
-            first.copy_(random(*first.shape))
+        for y in ys:
+            y.copy_(random(*y.shape))
         rows.plan.h.fill_(torch.nan)
-        expected = reference(x, before[1], rows, 1)
+        before = [y.clone() for y in ys]
+        expected = reference(x, before, rows, 1)
         graph.replay()
         for y, exact in zip(ys, expected, strict=True):
             assert_close(y, exact, torch.bfloat16, 576 + 256, depth=3)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rayft.errors import (
     ArtifactError,
@@ -18,10 +19,12 @@ from rayft.errors import (
 from rayft.models.load import ModelConfig
 from rayft.serving.config import ServeConfig
 from rayft.serving.messages import Delta
-from rayft.serving.replica import Replica
+from rayft.serving.packed_engine import PackedEngine
+from rayft.serving.replica import Replica, engine_class
 from rayft.serving.schemas import ChatRequest, CompletionRequest, Message
 from rayft.serving.sources import find
 from rayft.serving.state import Served, loaded
+from rayft.serving.transformers_engine import TransformersEngine
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +241,20 @@ def test_the_traffic_of_versions_that_are_gone_is_forgotten(
     assert {key: did["requests"] for key, did in traffic.items()} == {
         "turning@2": 1, "turning@3": 1, "base": 1,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "dtype", "expected"),
+    [
+        ("auto", "cpu", torch.float32, PackedEngine),
+        ("auto", "cuda", torch.bfloat16, PackedEngine),
+        ("auto", "cuda", torch.float32, TransformersEngine),
+        ("packed", "cuda", torch.float32, PackedEngine),
+        ("transformers", "cpu", torch.float32, TransformersEngine),
+    ],
+)
+def test_the_engine_fits_device_and_dtype(
+    engine: Any, device: str, dtype: torch.dtype, expected: type[Any]
+) -> None:
+    config = ServeConfig(model=ModelConfig(name="any"), engine=engine)
+    assert engine_class(config, device, dtype) is expected

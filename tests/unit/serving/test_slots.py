@@ -96,10 +96,10 @@ def test_siblings_that_read_another_input_than_they_should_are_still_right(model
 @torch.no_grad()
 def test_siblings_are_computed_together_once(model: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = slots_module.finish
+    real = slots_module.grouped_lora
     monkeypatch.setattr(
         slots_module,
-        "finish",
+        "grouped_lora",
         lambda x, ys, *rest, **named: (calls.append(len(ys)), real(x, ys, *rest, **named)),
     )
     slots = Slots(model)
@@ -116,8 +116,7 @@ def test_a_batch_of_the_bases_alone_touches_no_adapter(model: Block, monkeypatch
     expected = model(x)
     slots = Slots(model)
     slots.load("one", factors(model, 2))
-    monkeypatch.delattr(slots_module, "begin")
-    monkeypatch.delattr(slots_module, "finish")
+    monkeypatch.delattr(slots_module, "grouped_lora")
     slots.assign([0, 0, 0])
     assert not slots.in_use
     assert torch.equal(model(x), expected)
