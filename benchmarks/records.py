@@ -212,67 +212,69 @@ def squeeze_quality_table() -> str:
 
 def serving_table() -> str:
     """Make the README's table of serving over HTTP, against `generate` on the same prompts."""
-    found = cases("serving_http")
+    found = cases("serve_http")
     lines = [
         "| clients at once | tokens/s | `generate`: tokens/s | ratio | first token |",
         "| --- | --- | --- | --- | --- |",
     ]
     for case, metrics in found.items():
-        if "over_generate" not in metrics or not case.startswith("packed/"):
+        clients = re.fullmatch(r"(\d+)_clients/cpu", case)
+        if "over_generate" not in metrics or clients is None:
             continue
         cells = [
             _cell(metrics, "tokens_per_second", "{:.1f}"),
             _cell(metrics, "generate_tokens_per_second", "{:.1f}"),
             _cell(metrics, "over_generate", "{:.2f}"),
-            _cell(metrics, "first_token_seconds", "{:.2f} s"),
+            _cell(metrics, "ttft_ms", "{:,.0f} ms"),
         ]
-        lines.append(f"| {case.partition('/')[2].partition('_')[0]} | " + " | ".join(cells) + " |")
+        lines.append(f"| {clients[1]} | " + " | ".join(cells) + " |")
         device = metrics["over_generate"]["device"]
     return "\n".join([*lines, "", f"On {device}."]) if len(lines) > 2 else "\n".join(lines)
 
 
 def serving_gpu_table() -> str:
     """Make the tables of serving on a GPU: the kernels beside the linears, then the engine's forwards."""
-    kernels, engine = cases("serving_kernels"), cases("serving_engine")
-    loads = {
-        "decode32x8": "32 rows over 8 adapters",
-        "decode32x32": "32 rows over 32 adapters",
-        "prefill4096x8": "4,096 tokens over 8 adapters",
-    }
+    kernels = cases("adapter_kernels")
     lines = [
         "| all linears alone, by graph | base | adapters: grouped kernels | padded to rank 64 | one by one |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for load, title in loads.items():
-        base = kernels[f"{load}/base"]["ms"]["value"]
+    for place, count, title in (
+        ("1b/32rows", 8, "32 rows over 8 adapters"), ("1b/32rows", 32, "32 rows over 32 adapters"),
+        ("1b/4096tokens", 8, "4,096 tokens over 8 adapters"),
+    ):  # fmt: skip
+        base = kernels[f"base/{place}"]["ms_per_step"]["value"]
         # A prefill is served with the adapters written first and the base's products added onto them.
-        ours = min(
-            kernels[f"{load}/{way}"]["adapters_over_base"]["value"] for way in ("grouped", "written+base")
+        first = base * kernels[f"{count}_adapters_then_base/{place}"]["adapters_over_base"]["value"]
+        alone, padded, peft = (
+            kernels[f"{way.format(count)}/{place}"]["ms_per_step"]["value"]
+            for way in ("{}_adapters", "padded_{}", "peft_{}")
         )
-        rest = (kernels[f"{load}/{way}"]["ms"]["value"] for way in ("padded", "loop"))
-        cells = [f"{ms:.2f} ms" for ms in (base, ours * base, *rest)]
+        cells = [f"{ms:.2f} ms" for ms in (base, min(alone, first), padded, peft)]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines += ["", "| a forward of the engine | base | with adapters | × base |", "| --- | --- | --- | --- |"]
-    for case, metrics in engine.items():
-        what = next((name for name in FORWARDS if case.startswith(f"{name}/")), None)
-        if what is None or case == f"{what}/base":
-            continue
-        load = case.removeprefix(f"{what}/")
-        base, ms, ratio = engine[f"{what}/base"]["ms"], metrics["ms"], metrics["over_base"]
-        cells = [f"{one['value']:.1f} ms" for one in (base, ms)]
-        lines.append(
-            f"| {FORWARDS[what]}, {load.replace('/', ', ')} | "
-            + " | ".join(cells)
-            + f" | {ratio['value']:.2f} |"
-        )
+    lines += ["", "| a forward of the engine | base | this | × base |", "| --- | --- | --- | --- |"]
+    for bench, base, case, title in FORWARDS:
+        found = cases(bench)
+        if case in found:
+            cells = [_cell(found[one], "ms", "{:.1f} ms") for one in (base, case)]
+            cells.append(_cell(found[case], "time_over_base", "{:.2f}"))
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-FORWARDS = {
-    "step/graph": "decoding 32 rows, by graph",
-    "prefill": "8 prompts of 512 tokens",
-    "step/peft": "decoding 32 rows, transformers and PEFT",
-}
+DECODE, PREFILL = "1b/32rows", "1b/4096tokens"
+FORWARDS = (
+    (
+        "serve_decode",
+        f"base/{DECODE}",
+        f"base_only_loaded/{DECODE}",
+        "decoding 32 rows, the base's, 32 loaded",
+    ),
+    ("serve_decode", f"base/{DECODE}", f"8_adapters/{DECODE}", "decoding 32 rows over 8 adapters"),
+    ("serve_decode", f"base/{DECODE}", f"32_adapters/{DECODE}", "decoding 32 rows over 32 adapters"),
+    ("serve_decode", f"peft_base/{DECODE}", f"peft_mixed/{DECODE}", "the same by transformers and PEFT, 8"),
+    ("serve_prefill", f"base/{PREFILL}", f"8_adapters/{PREFILL}", "8 prompts of 512 tokens over 8 adapters"),
+)
 
 TABLES = {
     "serving": serving_table,

@@ -114,7 +114,7 @@ class Tuning:
     def choose(cls, n_rows: int, device: torch.device | str = "cpu") -> Tuning:
         """Choose for a number of rows: small tiles for decoding, larger ones for a prefill.
 
-        By measurement on an H100 (`benchmarks/bench_serving_kernels.py --tune`).
+        By measurement on an H100 (`benchmarks/bench_adapter_kernels.py --tune`).
         """
         device = torch.device(device)
         overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

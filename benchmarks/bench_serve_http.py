@@ -1,6 +1,6 @@
 """Serving over HTTP against `model.generate` on the same prompts, in the same run.
 
-    python benchmarks/bench_serving_http.py [--clients 1,4,16] [--tokens 64] [--engine packed|transformers]
+    python benchmarks/bench_serve_http.py [--clients 1,4,16] [--tokens 64] [--engine packed|transformers]
 
 SmolLM2-135M-Instruct on the CPU, greedy. Each client streams one chat; all begin at once. `generate` gets the
 same prompts as one padded batch, with the same limit and end tokens. Rounds of both take turns (the server is
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--engine", default="packed", choices=("packed", "transformers"))
     arguments = parser.parse_args()
+    prefix = "" if arguments.engine == "packed" else f"{arguments.engine}/"
     torch.set_num_threads(THREADS)
     dtype = fastest_cpu_dtype()
     loaded = load_model(ModelConfig(name=MODEL), dtype, "cpu")
@@ -101,9 +102,7 @@ def main() -> None:
         ServeConfig(port=PORT, cpus=THREADS, engine=arguments.engine, dtype=str(dtype).split(".")[1]),  # type: ignore[arg-type]
         blocking=False,
     )
-    rows = [
-        record("serving_http", f"{arguments.engine}/start", "seconds", time.perf_counter() - started, "s")
-    ]
+    rows = [record("serve_http", f"{prefix}start/cpu", "seconds", time.perf_counter() - started, "s")]
     with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=600, limits=httpx.Limits()) as client:
         serve(client, prompts(1), 4)
         for count in map(int, arguments.clients.split(",")):
@@ -115,19 +114,19 @@ def main() -> None:
                 own.append(tokens / seconds)
                 firsts += first
             ratios = [mine / theirs for mine, theirs in zip(own, rival, strict=True)]
-            case = f"{arguments.engine}/{count}_clients"
+            case = f"{prefix}{count}_clients/cpu"
             for metric, values, unit in (
                 ("tokens_per_second", own, "tokens/s"), ("generate_tokens_per_second", rival, "tokens/s"),
-                ("over_generate", ratios, "ratio"), ("first_token_seconds", firsts, "s"),
+                ("over_generate", ratios, "ratio"), ("ttft_ms", [1e3 * first for first in firsts], "ms"),
             ):  # fmt: skip
                 spread = {"p20": min(values), "p80": max(values), "n": len(values)}
-                rows.append(record("serving_http", case, metric, statistics.median(values), unit, **spread))
+                rows.append(record("serve_http", case, metric, statistics.median(values), unit, **spread))
             print(
                 f"{case}: {statistics.median(own):.1f} tokens/s, generate {statistics.median(rival):.1f}, "
                 f"ratio {statistics.median(ratios):.2f}, first token {statistics.median(firsts):.2f} s",
                 flush=True,
             )
-    save("serving_http", rows)
+    save("serve_http", rows)
     import ray
     import ray.serve as ray_serve
 

@@ -1,13 +1,13 @@
 """A server under load for minutes, while adapters come and go and replicas are killed.
 
-    python benchmarks/soak_serving.py [--minutes 10] [--clients 16] [--kills 2]
+    python benchmarks/bench_serve_soak.py [--minutes 10] [--clients 16] [--kills 2]
 
 Two replicas of the tiny random Llama in float32 on the CPU. Each client asks without a pause, greedy, the
 base or an adapter, and compares each answer with the one that was given before the load began for the content
-that its `system_fingerprint` names. Meanwhile one name is replaced and another is loaded and unloaded, over
-HTTP, and at even distances a replica is killed by SIGKILL. Recovered is a server whose replicas all answer
-again. Failures that begin before a recovery are counted apart from others. Memory is each replica's resident
-set.
+that its `system_fingerprint` names, which must be one that was served under the name. Meanwhile one name is
+replaced and another is loaded and unloaded, over HTTP, and at even distances a replica is killed by SIGKILL.
+Recovered is a server whose replicas all answer again. Failures that begin before a recovery are counted apart
+from others. Memory is each replica's resident set.
 
 Exits with 1 if an answer was wrong, or a request failed that no kill explains.
 """
@@ -77,11 +77,15 @@ class Soak:
     url: str
     folders: dict[str, str]
     right: dict[Key, str] = field(default_factory=dict)
+    contents: dict[str | None, str] = field(default_factory=dict)
+    """Fingerprint → the content that it is of."""
     latencies: list[float] = field(default_factory=list)
     """Seconds of each request that was answered."""
     failures: Counter[tuple[str, bool]] = field(default_factory=Counter)
     """(Kind, whether a replica was down) → how many."""
     wrong: list[Any] = field(default_factory=list)
+    other: list[Any] = field(default_factory=list)
+    """Answers of a content that was never served under the name."""
     changes: Counter[str] = field(default_factory=Counter)
     memory: list[tuple[float, int, int]] = field(default_factory=list)
     """(Seconds since the start, process, bytes)."""
@@ -99,6 +103,7 @@ class Soak:
                 for prompt in PROMPTS * 2:
                     body = self.post(client, name, prompt).raise_for_status().json()
                     key, text = (body["system_fingerprint"], prompt), body["choices"][0]["text"]
+                    self.contents[key[0]] = name
                     if self.right.setdefault(key, text) != text:
                         raise SystemExit(f"{name} answers differently without load")
             for name in (*TURNING, PASSING):
@@ -136,6 +141,9 @@ class Soak:
                 with self.lock:
                     self.latencies.append(seconds)
                 text = body["choices"][0]["text"]
+                held = TURNING if model == "turning" else (model,)
+                if self.contents.get(body["system_fingerprint"]) not in held:
+                    self.other.append((model, prompt, body))
                 if self.right.get((body["system_fingerprint"], prompt)) != text:
                     self.wrong.append((model, prompt, body))
 
@@ -214,33 +222,39 @@ def watch(soak: Soak, minutes: float, kills: int) -> None:
 
 def results(soak: Soak, minutes: float, clients: int) -> list[dict[str, Any]]:
     """Turn what was seen into records."""
-    case = f"tiny/{REPLICAS}_replicas/{clients}_clients"
     rows = []
 
     def add(metric: str, value: float, unit: str, **more: Any) -> None:
-        rows.append(record("serving_soak", case, metric, value, unit, **more))
+        rows.append(record("serve_soak", "mixed", metric, value, unit, **more))
         print(f"{metric}: {value:.4g} {unit}", flush=True)
 
     add("minutes", minutes, "min")
-    add("answers", len(soak.latencies), "count")
+    add("replicas", REPLICAS, "count")
+    add("clients", clients, "count")
+    add("requests", len(soak.latencies) + sum(soak.failures.values()), "count")
     add("wrong_answers", len(soak.wrong), "count")
+    add("wrong_adapter", len(soak.other), "count")
+    add("failed", sum(soak.failures.values()), "count")
     for change in ("made", "refused"):
         add(f"changes_{change}", soak.changes[change], "count")
     for down in (False, True):
         found = {kind: count for (kind, while_down), count in soak.failures.items() if while_down is down}
         place = "during_kills" if down else "otherwise"
-        add(f"failures_{place}", sum(found.values()), "count")
+        add(f"failed_{place}", sum(found.values()), "count")
         for kind, count in sorted(found.items()):
-            add(f"failures_{place}/{kind}", count, "count")
+            add(f"failed_{place}/{kind}", count, "count")
     for percent in (50, 95, 99):
         add(f"latency_p{percent}", float(np.percentile(soak.latencies, percent)), "s", n=len(soak.latencies))
     for index, seconds in enumerate(soak.recoveries):
         add(f"recovery/{index}", seconds, "s")
+    growth = [0.0]
     for index, pid in enumerate(dict.fromkeys(pid for _, pid, _ in soak.memory)):
         mine = [(at, size) for at, one, size in soak.memory if one == pid]
+        growth.append((mine[-1][1] - mine[0][1]) / 1e6)
         for when, (at, size) in (("start", mine[0]), ("middle", mine[len(mine) // 2]), ("end", mine[-1])):
             add(f"resident/replica_{index}/{when}", size / 2**20, "MiB")
             add(f"resident/replica_{index}/{when}_at", at, "s")
+    add("memory_growth_mb", max(growth), "MB")
     return rows
 
 
@@ -283,12 +297,15 @@ def main() -> None:
             soak.ended.set()
             for thread in threads:
                 thread.join()
-        save("serving_soak", results(soak, arguments.minutes, arguments.clients), anew=True)
+        save("serve_soak", results(soak, arguments.minutes, arguments.clients), anew=True)
         ray_serve.shutdown()
         ray.shutdown()
     unexplained = sum(count for (_, down), count in soak.failures.items() if not down)
-    if soak.wrong or unexplained:
-        raise SystemExit(f"{len(soak.wrong)} wrong answers, {unexplained} failures without a kill")
+    if soak.wrong or soak.other or unexplained:
+        raise SystemExit(
+            f"{len(soak.wrong)} wrong answers, {len(soak.other)} of another adapter, {unexplained} failures "
+            "without a kill"
+        )
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
 """What many adapters in one batch cost beside the base's own linears, in one run on one GPU.
 
-    python benchmarks/bench_serving_kernels.py [--loads decode32x8,…] [--commit HASH]
-    python benchmarks/bench_serving_kernels.py --tune [--loads decode32x32]
+    python benchmarks/bench_adapter_kernels.py [--loads decode32x8,…] [--commit HASH]
+    python benchmarks/bench_adapter_kernels.py --tune [--loads decode32x32]
 
 All linears of a 1.0 B Llama shape (16 layers of q, k, v, o, gate, up, down; bfloat16, random numbers),
 adapters of ranks 4, 8, 16, 64 in turn on each. Everything is captured once and replayed as a CUDA
 graph; cases take turns, `ROUNDS` times. Layers share buffers of x and y, as a model's do; weights and
 factors are each layer's own, more than a GPU's cache holds.
 
-    base             the linears alone
-    grouped          the adapters alone, added to y by our kernels (and the batch's preparation)
-    padded           the adapters alone, all padded to rank 64 and multiplied as one batch
-    loop             the adapters alone, one after the other: PEFT's way with a mixed batch, but
-                     without its Python, since it is replayed
-    base+grouped     the linears, then the adapters
-    written+base     the adapters first, the linears' products accumulated onto them
+    base                  the linears alone
+    N_adapters            the adapters alone, added to y by our kernels (and the batch's preparation)
+    padded_N              the adapters alone, all padded to rank 64 and multiplied as one batch
+    peft_N                the adapters alone, one after the other: PEFT's way with a mixed batch, but
+                          without its Python, since it is replayed
+    base_then_N_adapters  the linears, then the adapters
+    N_adapters_then_base  the adapters first, the linears' products accumulated onto them
+    limit_N               what the factors, x and y take at `BANDWIDTH`; limit_factors_N, the factors alone.
+                          `bytes_over_limit` is the time over limit_N
 
-`bound` is what the factors (and x and y, in a prefill most of it) take at `BANDWIDTH`. `--tune` tries other
-constants and prints what they give.
+`--tune` tries other constants and prints what they give.
 """
 
 from __future__ import annotations
@@ -65,12 +66,19 @@ class Load:
     rows: int
     adapters: int
 
+    @property
+    def place(self) -> str:
+        """Name the shape of it in results."""
+        return f"1b/{self.rows}{'rows' if self.rows <= DECODE else 'tokens'}"
+
     def slots(self) -> torch.Tensor:
         """Give each row's slot."""
         turns = torch.arange(self.rows) % self.adapters + 1
         return (turns if self.rows <= DECODE else turns.sort().values).int()
 
 
+SUMS = ("base_then_{}_adapters", "{}_adapters_then_base")
+"""Cases that hold the base's products too."""
 LOADS = {"decode32x8": Load(32, 8), "decode32x32": Load(32, 32), "prefill4096x8": Load(4096, 8)}
 CHANGES: dict[str, list[dict[str, Any]]] = {
     "decode": [
@@ -241,11 +249,11 @@ def steps(linears: Linears) -> dict[str, Step]:
     check(linears, rows, members)
     return {
         "base": partial(all_base, linears),
-        "grouped": partial(grouped, linears, rows),
-        "padded": partial(padded, linears, stacks(linears)),
-        "loop": partial(loop, linears, members),
-        "base+grouped": partial(grouped, linears, rows, before=True),
-        "written+base": partial(grouped, linears, rows, after=True),
+        "{}_adapters": partial(grouped, linears, rows),
+        "padded_{}": partial(padded, linears, stacks(linears)),
+        "peft_{}": partial(loop, linears, members),
+        SUMS[0]: partial(grouped, linears, rows, before=True),
+        SUMS[1]: partial(grouped, linears, rows, after=True),
     }
 
 
@@ -267,22 +275,28 @@ def run(linears: Linears, name: str) -> list[dict[str, Any]]:
     for _ in range(ROUNDS):
         for case, graph in graphs.items():
             found[case] += replay(graph)
-    floor, rows = statistics.median(found["base"]), []
-    for case, ms in found.items():
-        cuts, middle = statistics.quantiles(ms, n=10), statistics.median(ms)
-        at, spread = f"{name}/{case}", {"p20": cuts[1], "p80": cuts[7], "n": len(ms)}
-        rows.append(record("serving_kernels", at, "ms", middle, "ms", **spread))
-        added = middle - floor if "+" in case else middle
-        rows.append(record("serving_kernels", at, "adapters_over_base", added / floor, "ratio"))
+    rows = []
+
+    def keep(case: str, metric: str, value: float, unit: str, **more: Any) -> None:
+        rows.append(record("adapter_kernels", f"{case}/{linears.load.place}", metric, value, unit, **more))
+
+    floor, count = statistics.median(found["base"]), linears.load.adapters
+    limits = [1e3 * size / BANDWIDTH for size in bound(linears)]
+    for case, ms in zip(("limit_factors", "limit"), limits, strict=True):
+        keep(f"{case}_{count}", "ms_per_step", ms, "ms")
+        print(f"{name} {case:14} {ms:8.3f} ms", flush=True)
+    for case, samples in found.items():
+        cuts, middle = statistics.quantiles(samples, n=10), statistics.median(samples)
+        added = middle - floor if case in SUMS else middle
+        keep(case.format(count), "ms_per_step", middle, "ms", p20=cuts[1], p80=cuts[7], n=len(samples))
+        keep(case.format(count), "adapters_over_base", added / floor, "ratio")
+        if case not in (*SUMS, "base"):
+            keep(case.format(count), "bytes_over_limit", middle / limits[1], "ratio")
         print(
-            f"{at:30} {middle:8.3f} ms [{cuts[1]:.3f}, {cuts[7]:.3f}]  adapters {added:7.3f} ms, "
-            f"{100 * added / floor:6.1f} % of the base",
+            f"{name} {case.format(count):24} {middle:8.3f} ms [{cuts[1]:.3f}, {cuts[7]:.3f}]  adapters "
+            f"{added:7.3f} ms, {100 * added / floor:6.1f} % of the base",
             flush=True,
         )
-    for case, size in zip(("factors", "all"), bound(linears), strict=True):
-        ms_bound = 1e3 * size / BANDWIDTH
-        rows.append(record("serving_kernels", f"{name}/bound_{case}", "ms", ms_bound, "ms"))
-        print(f"{name + '/bound_' + case:30} {ms_bound:8.3f} ms for {size / 1e6:,.0f} MB", flush=True)
     return rows
 
 
@@ -330,7 +344,7 @@ def main() -> None:
             continue
         rows += [{**row, "commit": arguments.commit or row["commit"]} for row in run(linears, name)]
         # After each, so that a run that is cut short loses one load at most.
-        save("serving_kernels", rows)
+        save("adapter_kernels", rows)
         gc.collect()
         torch.cuda.empty_cache()
 

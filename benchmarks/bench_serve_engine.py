@@ -1,6 +1,6 @@
 """What adapters cost in the engine on one GPU: a decoding step, a prefill, and tokens a second with many.
 
-    python benchmarks/bench_serving_engine.py [--parts step,prefill,peft,many,rival] [--commit HASH]
+    python benchmarks/bench_serve_engine.py [--parts step,prefill,peft,many,rival] [--commit HASH]
 
 A 1.0 B Llama shape (random weights, bfloat16), the packed engine. Its forwards are timed as the engine runs
 them, layout on the host and the wait for the logits included. Cases take turns, `ROUNDS` times.
@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,9 @@ class Bed:
         return found[2:]
 
 
-def measure(cases: dict[str, Callable[[], list[float]]], floors: dict[str, str]) -> list[dict[str, Any]]:
+def measure(
+    bench: str, cases: dict[str, Callable[[], list[float]]], floors: dict[str, str]
+) -> list[dict[str, Any]]:
     """Let cases take turns, and give each one's milliseconds and ratio to its floor."""
     found: dict[str, list[float]] = {case: [] for case in cases}
     for _ in range(ROUNDS):
@@ -154,8 +157,8 @@ def measure(cases: dict[str, Callable[[], list[float]]], floors: dict[str, str])
         middle, cuts = statistics.median(ms), statistics.quantiles(ms, n=10)
         ratio = middle / statistics.median(found[floors[case]])
         rows += [
-            record("serving_engine", case, "ms", middle, "ms", p20=cuts[1], p80=cuts[7], n=len(ms)),
-            record("serving_engine", case, "over_base", ratio, "ratio"),
+            record(bench, case, "ms", middle, "ms", p20=cuts[1], p80=cuts[7], n=len(ms)),
+            record(bench, case, "time_over_base", ratio, "ratio"),
         ]
         print(f"{case:40} {middle:8.3f} ms [{cuts[1]:.3f}, {cuts[7]:.3f}]  {ratio:.3f}x", flush=True)
     return rows
@@ -166,28 +169,27 @@ def step_part() -> list[dict[str, Any]]:
     bare, full = Bed(0), Bed(32)
     beds = {
         "base": (bare, 0),
-        "base/32 loaded": (full, 0),
-        "8 adapters": (full, 8),
-        "32 adapters": (full, 32),
+        "base_only_loaded": (full, 0),
+        "8_adapters": (full, 8),
+        "32_adapters": (full, 32),
     }
     cases: dict[str, Callable[[], list[float]]] = {}
     floors = {}
-    for graphs, way in ((True, "graph"), (False, "eager")):
+    for graphs, place in ((True, f"1b/{ROWS}rows"), (False, f"1b/{ROWS}rows/eager")):
         for name, (bed, adapters) in beds.items():
             rows = bed.rows(ROWS, BEHIND, adapters)
             bed.read(rows)
-            cases[f"step/{way}/{name}"] = lambda bed=bed, rows=rows, graphs=graphs: bed.steps(
-                rows, graphs=graphs
-            )  # type: ignore[misc]
-            floors[f"step/{way}/{name}"] = f"step/{way}/base"
-    return measure(cases, floors)
+            cases[f"{name}/{place}"] = partial(bed.steps, rows, graphs=graphs)
+            floors[f"{name}/{place}"] = f"base/{place}"
+    return measure("serve_decode", cases, floors)
 
 
 def prefill_part() -> list[dict[str, Any]]:
     """Time prefills."""
     bed = Bed(8)
-    cases = {"prefill/base": lambda: bed.prefill(0), "prefill/8 adapters": lambda: bed.prefill(8)}
-    return measure(cases, dict.fromkeys(cases, "prefill/base"))
+    floor, case = (f"{name}/1b/{PROMPTS * PROMPT}tokens" for name in ("base", "8_adapters"))
+    cases = {floor: partial(bed.prefill, 0), case: partial(bed.prefill, 8)}
+    return measure("serve_prefill", cases, dict.fromkeys(cases, floor))
 
 
 def peft_part() -> list[dict[str, Any]]:
@@ -221,15 +223,14 @@ def peft_part() -> list[dict[str, Any]]:
     model = model.to(torch.bfloat16).eval()
     rows = [names[row % 8] for row in range(ROWS)]
     mixed = steps(model, adapter_names=rows) + steps(model, adapter_names=rows)
-    return measure(
-        {"step/peft/base": lambda: plain, "step/peft/8 adapters": lambda: mixed},
-        dict.fromkeys(("step/peft/base", "step/peft/8 adapters"), "step/peft/base"),
-    )
+    floor, case = (f"{name}/1b/{ROWS}rows" for name in ("peft_base", "peft_mixed"))
+    cases = {floor: lambda: plain, case: lambda: mixed}
+    return measure("serve_decode", cases, dict.fromkeys(cases, floor))
 
 
 def many_part() -> list[dict[str, Any]]:
     """Count tokens a second through the packed engine."""
-    return _rates(Bed(0).engine, "many", COUNTS, REQUESTS)
+    return _rates("serve_many", Bed(0).engine, "", COUNTS, REQUESTS)
 
 
 def rival_part() -> list[dict[str, Any]]:
@@ -237,14 +238,16 @@ def rival_part() -> list[dict[str, Any]]:
     rows = []
     for name, kind in (("packed", PackedEngine), ("transformers", TransformersEngine)):
         engine = kind(base(), EngineLimits(AT_ONCE, PROMPTS * PROMPT, 65536))
-        rows += _rates(engine, f"rival/{name}", (8,), REQUESTS // 4)
+        rows += _rates("serve_engines", engine, f"{name}/", (8,), REQUESTS // 4)
         del engine
         gc.collect()
         torch.cuda.empty_cache()
     return rows
 
 
-def _rates(engine: Engine, name: str, counts: Sequence[int], requests: int) -> list[dict[str, Any]]:
+def _rates(
+    bench: str, engine: Engine, prefix: str, counts: Sequence[int], requests: int
+) -> list[dict[str, Any]]:
     shapes = linear_shapes(base().model)
     rows, floor, loaded = [], 0.0, 0
 
@@ -268,10 +271,10 @@ def _rates(engine: Engine, name: str, counts: Sequence[int], requests: int) -> l
         rates = [asyncio.run(run(count)) for _ in range(3)][1:]
         rate = statistics.mean(rates)
         floor = floor or rate
-        case = f"{name}/{count} adapters" if count else f"{name}/base"
+        case = f"{prefix}{count}_adapters/1b" if count else f"{prefix}base/1b"
         rows += [
-            record("serving_engine", case, "tokens_per_second", rate, "1/s", n=len(rates)),
-            record("serving_engine", case, "over_base", rate / floor, "ratio"),
+            record(bench, case, "tokens_per_second", rate, "1/s", n=len(rates)),
+            record(bench, case, "over_base", rate / floor, "ratio"),
         ]
         print(f"{case:40} {rate:10,.0f} tokens/s  {rate / floor:.3f}x", flush=True)
     engine.stop()
@@ -294,11 +297,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU")
-    rows: list[dict[str, Any]] = []
     for name in arguments.parts.split(","):
-        rows += [{**row, "commit": arguments.commit or row["commit"]} for row in PARTS[name]()]
+        rows = [{**row, "commit": arguments.commit or row["commit"]} for row in PARTS[name]()]
         # After each, so that a run that is cut short loses one part at most.
-        save("serving_engine", rows)
+        save(rows[0]["bench"], rows)
         gc.collect()
         torch.cuda.empty_cache()
 
