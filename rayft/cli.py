@@ -83,6 +83,34 @@ def squeeze(
 
 
 @app.command()
+def analyze(
+    target: Annotated[
+        str, typer.Argument(help="A sweep's output folder, an adapter folder, or the id of a tracked run.")
+    ],
+    parts: Annotated[
+        list[str] | None,
+        typer.Option(help="gap, bounds, spectra, sharpness, hessian, landscape, trajectory; by commas."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Set one of its numbers: --set samples=50")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A sweep's configuration: base and data of a lone adapter.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for analysis.json; the target by default.")] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="Tracking server of a run; MLFLOW_TRACKING_URI otherwise.")
+    ] = None,
+) -> None:
+    """Measure gap, bounds, spectra, sharpness and landscapes of adapters, and what predicts the gap."""
+    from rayft.flow import commands
+
+    commands.analyze(
+        target, console, parts=parts or [], overrides=overrides or [], config=config, out=out, uri=uri
+    )
+
+
+@app.command()
 def report(
     sweep_folder: Annotated[Path, typer.Argument(help="A sweep's output folder.")],
     output: Annotated[

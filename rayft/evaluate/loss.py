@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from rayft.data.pack import AnyBatch, Batch, ClassBatch, ImageBatch
 
-__all__ = ["batch_loss", "class_logits", "mean_loss"]
+__all__ = ["batch_loss", "class_logits", "mean_loss", "target_losses", "targets_of"]
 
 
 def batch_loss(
@@ -30,12 +30,18 @@ def batch_loss(
         batch: on the model's device.
         forward: what to call instead of the model (an engine that wraps it).
     """
-    call = forward or model
-    if not isinstance(batch, Batch):
-        logits = class_logits(model, batch, call)
-        return functional.cross_entropy(logits.float(), batch.labels, reduction="sum"), len(batch.labels)
-    logits = _completion_logits(model, batch, call)
-    return functional.cross_entropy(logits.float(), batch.targets, reduction="sum"), len(batch.targets)
+    loss = _cross_entropy(model, batch, forward, "sum")
+    return loss, len(targets_of(batch))
+
+
+def target_losses(
+    model: nn.Module, batch: AnyBatch, forward: Callable[..., Any] | None = None
+) -> torch.Tensor:
+    """Give the negative log-likelihood of each target of a batch: (targets,), nats, float32.
+
+    They come in the order of the batch's targets or labels; arguments as for `batch_loss`.
+    """
+    return _cross_entropy(model, batch, forward, "none")
 
 
 @torch.inference_mode()
@@ -59,6 +65,22 @@ def class_logits(
         return call(pixel_values=batch.pixel_values.to(dtype)).logits  # type: ignore[no-any-return]
     logits: torch.Tensor = call(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     return logits
+
+
+def targets_of(batch: AnyBatch) -> torch.Tensor:
+    """Give what a batch's losses are of: (targets,) int64, tokens or classes."""
+    return batch.labels if isinstance(batch, ClassBatch) else batch.targets
+
+
+def _cross_entropy(
+    model: nn.Module, batch: AnyBatch, forward: Callable[..., Any] | None, reduction: str
+) -> torch.Tensor:
+    call = forward or model
+    if isinstance(batch, Batch):
+        logits = _completion_logits(model, batch, call)
+    else:
+        logits = class_logits(model, batch, call)
+    return functional.cross_entropy(logits.float(), targets_of(batch), reduction=reduction)
 
 
 def _completion_logits(model: nn.Module, batch: Batch, call: Callable[..., Any]) -> torch.Tensor:

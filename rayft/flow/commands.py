@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rayft.analysis.record import SweepAnalysis
 from rayft.config import load
 from rayft.errors import RayftError, RegistryError
 from rayft.flow.adapters import Action, adapters_table, call
@@ -28,7 +29,18 @@ from rayft.report.terminal import terminal_table
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import flush_spool, prepare
 
-__all__ = ["adapters", "demo", "doctor", "guarded", "promote", "report", "serve", "squeeze", "sweep"]
+__all__ = [
+    "adapters",
+    "analyze",
+    "demo",
+    "doctor",
+    "guarded",
+    "promote",
+    "report",
+    "serve",
+    "squeeze",
+    "sweep",
+]
 
 
 def demo(overrides: Sequence[str], console: Console, *, stay: bool = False) -> SweepRecord:
@@ -76,10 +88,32 @@ def squeeze(adapter: Path, out: Path, console: Console, **options: Any) -> None:
         console.print(found.note, style="yellow", highlight=False)
 
 
+def analyze(target: str, console: Console, **options: Any) -> None:
+    """Analyse a sweep, an adapter or a run, and show it; `options` as `flow.analyze.analyze_target`.
+
+    A sweep's report is made again with what was found.
+    """
+    from rayft.flow.analyze import analyze_target
+    from rayft.report.terminal import analysis_tables
+
+    found, folder = analyze_target(target, Display(console), **options)
+    for table in analysis_tables(found):
+        console.print(table)
+    for one in found.adapters:
+        for part, why in one.notes.items():
+            console.print(f"{one.name}, {part}: {why}", style="yellow", highlight=False)
+    if found.note:
+        console.print(found.note, style="yellow", highlight=False)
+    console.print(f"wrote {folder / 'analysis.json'}", highlight=False)
+    if (folder / "sweep.json").is_file():
+        path = render(SweepRecord.load(folder), folder / "report.html", SweepAnalysis.find(folder))
+        console.print(f"wrote {path}", highlight=False)
+
+
 def report(folder: Path, output: Path | None, console: Console) -> None:
     """Render a sweep's record again and deliver what is left in its spool."""
     record = SweepRecord.load(folder)
-    path = render(record, output or folder / "report.html")
+    path = render(record, output or folder / "report.html", SweepAnalysis.find(folder))
     spec = _tracking(folder)
     if spec.spool.is_dir():
         drained = flush_spool(prepare(spec))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import Field, JsonValue, field_validator
 
+from rayft.analysis.section import AnalyzeConfig
 from rayft.config import Section, load
 from rayft.data.section import DataConfig
 from rayft.models.load import ModelConfig
@@ -57,6 +58,7 @@ class PipelineConfig(Section):
     """Merged over the derived DeepSpeed configuration."""
     sweep: SweepConfig
     squeeze: SqueezeConfig = SqueezeConfig()
+    analyze: AnalyzeConfig = AnalyzeConfig()
     tracking: TrackingConfig = TrackingConfig()
     promote: Gate = Gate()
     serve: ServeSection = ServeSection()

@@ -144,7 +144,10 @@ def _check_output(config: PipelineConfig, output: Path) -> None:
 def sweep_hash(config: PipelineConfig) -> str:
     """Identify what is trained: the sections that decide results, not where they go."""
     same = {"output": "", "serve": PipelineConfig.model_fields["serve"].default, "question": ""}
-    same |= {name: PipelineConfig.model_fields[name].default for name in ("tracking", "promote", "squeeze")}
+    same |= {
+        name: PipelineConfig.model_fields[name].default
+        for name in ("tracking", "promote", "squeeze", "analyze")
+    }
     return content_hash(config.model_copy(update=same))
 
 

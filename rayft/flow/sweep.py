@@ -8,10 +8,13 @@ from pathlib import Path
 
 import yaml
 
+from rayft.analysis.record import SweepAnalysis
 from rayft.artifacts import AdapterArtifact
 from rayft.config import leaves
 from rayft.errors import PromotionRefusedError, RayftError, TrackingError
 from rayft.flow import squeezing, stages
+from rayft.flow.analyze import analyze_items, summarize
+from rayft.flow.analyze_source import Item
 from rayft.flow.cluster import check_tracking, cluster, join
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
@@ -20,6 +23,7 @@ from rayft.flow.record import build_record
 from rayft.flow.squeeze_dense import dense_source, extract, lost_text
 from rayft.flow.squeezing import Source, SqueezedAdapter
 from rayft.flow.stages import Measured
+from rayft.flow.track_analysis import track_analysis
 from rayft.flow.track_squeeze import score_metrics, track_squeezed
 from rayft.methods import method
 from rayft.registry.promote import promote
@@ -45,6 +49,7 @@ class _Findings:
     winner: Trial | None = None
     full: AdapterArtifact | None = None
     squeezed: list[SqueezedAdapter] = field(default_factory=list)
+    analysis: SweepAnalysis | None = None
 
 
 def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
@@ -111,7 +116,21 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
     if found.winner and _can_be_squeezed(found.winner):
         with display.stage("squeeze"), display.watch(executor.broker, lambda key: names.get(key, key)):
             _squeeze(plan, executor, found, ranking, display)
+    if plan.config.analyze.parts and found.winner:
+        with display.stage("analyse"), display.watch(executor.broker):
+            found.analysis = _analyze(plan, executor, found.trials)
     return found
+
+
+def _analyze(plan: Plan, executor: Executor, trials: list[Trial]) -> SweepAnalysis:
+    """Analyse what the finished trials saved."""
+    ended = [(trial, trial.result) for trial in trials if trial.result and trial.status == "finished"]
+    items = [
+        Item(trial.point.name, trial.point.run, Path(result["folder"]), trial.run_id)
+        for trial, result in ended
+    ]
+    losses = {trial.point.name: float(result["val_loss"]) for trial, result in ended}
+    return summarize(items, analyze_items(executor, items, plan.config.analyze), plan.config.analyze, losses)
 
 
 def _can_be_squeezed(trial: Trial) -> bool:
@@ -192,7 +211,11 @@ def _report(
         elif found.winner and found.winner.result:
             display.say(stages.why_not_served(found.winner, found.trials, extracted=bool(found.squeezed)))
         _write_serve_config(plan, record)
-        render(record, plan.output / "report.html")
+        if found.analysis:
+            tracker.artifact(parent, found.analysis.save(plan.output))
+            runs = {trial.point.name: trial.run_id for trial in found.trials}
+            track_analysis(tracker, found.analysis, runs, plan.output / "plots")
+        render(record, plan.output / "report.html", SweepAnalysis.find(plan.output))
         tracker.artifact(parent, plan.output / "report.html")
         tracker.artifact(parent, plan.output / "sweep.json")
         tracker.finish(parent, "finished")

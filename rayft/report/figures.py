@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -13,113 +12,23 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from rayft.report.canvas import INK, PAPER, SERIES, SOFT, STYLE, canvas, legend, short, styles, svg
+from rayft.report.canvas import INK, SERIES, STYLE, canvas, legend, short, styles, svg
+from rayft.report.drawing import Drawing, baselines, methods, score_axis
 from rayft.report.frame import SweepRecord, Trial
+from rayft.report.fronts import draw_fronts
 from rayft.report.labels import place
-from rayft.report.rows import Row, human_bytes, pareto, rows
 
-__all__ = ["Drawing", "draw_all"]
+__all__ = ["draw_all"]
 
 
 _HOWS = {"post": "no further training", "cont": "some steps after", "in": "squeezed during training"}
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """One figure for the page."""
-
-    key: str
-    """Unique on the page; prefix of the SVG's ids."""
-    title: str
-    """Heading."""
-    caption: str
-    """What is drawn, and how to read it."""
-    alt: str
-    """The figure in words, for those who can't see it."""
-    svg: str
-    """An `<svg>` element."""
-
-
 def draw_all(record: SweepRecord) -> list[Drawing]:
     """Draw every figure that the record has data for."""
     with mpl.rc_context(STYLE):
-        drawn = [_scores(record), _learning(record), _energy(record), _squeeze(record)]
+        drawn = [*draw_fronts(record), _learning(record), _energy(record), _squeeze(record)]
     return [drawing for drawing in drawn if drawing is not None]
-
-
-def _scores(record: SweepRecord) -> Drawing | None:
-    points = [row for row in rows(record) if row.kind != "baseline" and row.test and row.bytes]
-    if not points:
-        return None
-    figure, axes = canvas(height=4.8)
-    style = _methods(record, {row.method for row in points})
-    _scatter(axes, points, style)
-    front = pareto(points)
-    line = [(float(row.bytes or 1), row.test.value) for row in front if row.test]
-    axes.plot(*zip(*line, strict=True), color=SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.set_xscale("log")
-    _byte_ticks(axes, [row.bytes or 1 for row in points])
-    _score_axis(axes, record, [row.test.high for row in points if row.test])
-    axes.set_xlabel("adapter size (log scale)")
-    _baselines(axes, record)
-    extra = [Line2D([], [], color=INK, marker="o", linestyle="none", markerfacecolor=PAPER, label="squeezed")]
-    extra += [Line2D([], [], color=SOFT, linewidth=1, linestyle=(0, (4, 3)), label="Pareto front")]
-    legend(figure, style, extra if record.squeezed else extra[1:])
-    figure.canvas.draw()
-    # What matters most is named first, while there is room.
-    order = sorted(points, key=lambda row: (not row.ship, not row.winner, row not in front))
-    bars = [[(row.bytes or 1, row.test.low), (row.bytes or 1, row.test.high)] for row in points if row.test]
-    named = [(row.bytes or 1, row.test.value, _tag(record, row)) for row in order if row.test]
-    place(axes, named, [line, *bars])
-    told = [f"{row.name} {row.test.value:.2f} at {human_bytes(row.bytes)}" for row in points if row.test]
-    source = f" A name that begins with @ is {record.winner.trial}, squeezed." if record.winner else ""
-    return Drawing(
-        key="scores",
-        title="Score against size",
-        caption=(
-            "Test score with its 95 % interval against the bytes of the adapter; up and to the left is "
-            "better. Nothing beats the points on the dashed front in both. The large point is what to ship."
-            + source
-        ),
-        alt=(
-            f"Test score by adapter size: {'; '.join(told)}. "
-            f"Pareto front: {', '.join(row.name for row in front)}."
-        ),
-        svg=svg(figure, "scores"),
-    )
-
-
-def _tag(record: SweepRecord, row: Row) -> str:
-    """Shorten `t3@r4` to `@r4`, if t3 is the winner."""
-    winner = record.winner.trial if record.winner else ""
-    return row.name.removeprefix(winner) if row.name.startswith(f"{winner}@") else row.name
-
-
-def _methods(record: SweepRecord, shown: set[str]) -> dict[str, tuple[str, str]]:
-    """Give the methods that are shown the colour and marker that they have in every figure."""
-    every = styles([trial.method for trial in record.trials])
-    return {name: look for name, look in every.items() if name in shown}
-
-
-def _scatter(axes: Axes, points: Sequence[Row], style: Mapping[str, tuple[str, str]]) -> None:
-    for row in points:
-        if row.test is None or row.bytes is None:
-            continue
-        colour, marker = style[row.method]
-        below, above = max(row.test.value - row.test.low, 0), max(row.test.high - row.test.value, 0)
-        axes.errorbar(
-            row.bytes, row.test.value, [[below], [above]], color=colour, linewidth=1, alpha=0.55, zorder=2
-        )
-        axes.plot(
-            row.bytes,
-            row.test.value,
-            marker,
-            color=colour,
-            markersize=10 if row.ship else 6.5,
-            markerfacecolor=colour if row.kind == "trial" else PAPER,
-            markeredgewidth=1.6,
-            zorder=3,
-        )
 
 
 def _learning(record: SweepRecord) -> Drawing | None:
@@ -128,7 +37,7 @@ def _learning(record: SweepRecord) -> Drawing | None:
     if not finite:
         return None
     figure, axes = canvas(height=4.2)
-    style = _methods(record, {trial.method for trial in trials})
+    style = methods(record, {trial.method for trial in trials})
     winner = record.winner.trial if record.winner else ""
     clipped = _loss_axis(axes, finite, _final_losses(trials))
     for trial in trials:
@@ -267,9 +176,9 @@ def _squeeze(record: SweepRecord) -> Drawing | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()
-    _score_axis(axes, record, [item.test.high for item in scored if item.test])
+    score_axis(axes, record, [item.test.high for item in scored if item.test])
     axes.set_xlabel("rank (log scale)")
-    _baselines(axes, record)
+    baselines(axes, record)
     legend(figure, style, extra, lines=True)
     told = "; ".join(f"rank {item.rank} ({item.how}) {item.test.value:.2f}" for item in scored if item.test)
     return Drawing(
@@ -293,51 +202,6 @@ def _with_intervals(axes: Axes, points: Sequence[tuple[int, Any]], colour: str, 
     axes.errorbar(
         ranks, values, [below, above], color=colour, marker=marker, markersize=6.5, capsize=3, elinewidth=1
     )
-
-
-def _score_axis(axes: Axes, record: SweepRecord, tops: Sequence[float]) -> None:
-    top = max([*tops, *(base.test.value for base in record.baselines)])
-    axes.set_ylim(0, min(1.0, top * 1.12) * 1.01 if top > 0 else 1.0)
-    axes.set_ylabel(f"test score ({record.metric})")
-
-
-def _baselines(axes: Axes, record: SweepRecord) -> None:
-    """Draw the best prompt and the majority answer as lines, named at the right end."""
-    majority = [base for base in record.baselines if "majority" in base.name]
-    prompted = [base for base in record.baselines if "majority" not in base.name]
-    best = [max(prompted, key=lambda base: base.test.value)] if prompted else []
-    lines = sorted([*best, *majority], key=lambda base: base.test.value)
-    gap = 0.055 * (axes.get_ylim()[1] - axes.get_ylim()[0])
-    floor = -math.inf
-    for base in lines:
-        axes.axhline(base.test.value, color=SOFT, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
-        height = max(base.test.value, floor)
-        floor = height + gap
-        text = f"{short(base.name)} {base.test.value:.2f}"
-        axes.text(
-            1.0,
-            height,
-            text,
-            transform=axes.get_yaxis_transform(),
-            ha="right",
-            va="bottom",
-            fontsize=11,
-            color=SOFT,
-        )
-
-
-def _byte_ticks(axes: Axes, sizes: Sequence[int]) -> None:
-    low, high = min(sizes) / 1.5, max(sizes) * 1.9
-    axes.set_xlim(low, high)
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [
-        factor * 10**power for power in exponents for factor in (1, 2, 5) if low <= factor * 10**power <= high
-    ]
-    while len(ticks) > 6:
-        ticks = ticks[::2]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
-    axes.minorticks_off()
 
 
 def _last_finite(trial: Trial) -> tuple[int, float]:

@@ -1,13 +1,18 @@
-"""The report: one HTML file that needs nothing else, no network, no script."""
+"""The report: one HTML file that needs nothing else; a script in it sorts tables, no more."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from rayft.analysis.record import SweepAnalysis
+from rayft.config import leaves
+from rayft.report.analysis import analysis_figures, gap_rows, predictor_rows, predictor_words
+from rayft.report.drawing import Drawing
 from rayft.report.figures import draw_all
 from rayft.report.frame import SweepRecord, Trial
 from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, row_names, rows
@@ -16,8 +21,13 @@ from rayft.report.verdict import difference_text, score_text, verdict
 __all__ = ["html", "render"]
 
 
-def html(record: SweepRecord) -> str:
-    """Make the page."""
+def html(record: SweepRecord, analysis: SweepAnalysis | None = None) -> str:
+    """Make the page.
+
+    Args:
+        record: the sweep.
+        analysis: what `rayft analyze` found of its adapters, where it ran.
+    """
     environment = Environment(
         loader=PackageLoader("rayft.report", "."),
         autoescape=True,
@@ -33,7 +43,7 @@ def html(record: SweepRecord) -> str:
         "difference": difference_text,
         "loss": loss_text,
     }
-    figures = [(drawing, Markup(drawing.svg)) for drawing in draw_all(record)]  # noqa: S704  (drawn, not given)
+    figures = [_markup(drawing) for drawing in draw_all(record)]
     page = environment.get_template("template.html").render(
         record=record,
         sentences=verdict(record),
@@ -43,16 +53,34 @@ def html(record: SweepRecord) -> str:
         settings=_settings,
         facts=_facts(record),
         epilogue=_epilogue(record),
+        **_analysis(analysis),
     )
     return page.rstrip() + "\n"
 
 
-def render(record: SweepRecord, path: str | Path) -> Path:
-    """Write the page to `path`."""
+def render(record: SweepRecord, path: str | Path, analysis: SweepAnalysis | None = None) -> Path:
+    """Write the page to `path`; arguments as `html`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html(record), encoding="utf-8")
+    path.write_text(html(record, analysis), encoding="utf-8")
     return path
+
+
+def _markup(drawing: Drawing) -> tuple[Drawing, Markup]:
+    return drawing, Markup(drawing.svg)  # noqa: S704  (drawn, not given)
+
+
+def _analysis(analysis: SweepAnalysis | None) -> dict[str, Any]:
+    """Give what the page shows of an analysis; nothing of it where there is none."""
+    if analysis is None:
+        return {"gaps": [], "predictors": [], "predicts": "", "analysis_figures": [], "analysed": {}}
+    return {
+        "gaps": gap_rows(analysis),
+        "predictors": predictor_rows(analysis),
+        "predicts": predictor_words(analysis),
+        "analysis_figures": [_markup(drawing) for drawing in analysis_figures(analysis)],
+        "analysed": leaves(analysis.config),
+    }
 
 
 def _groups(record: SweepRecord) -> list[tuple[str, list[Row]]]:

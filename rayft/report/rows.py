@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,11 +79,13 @@ def _by_score(trial: Trial) -> tuple[bool, float, float]:
     )
 
 
-def pareto(candidates: Sequence[Row]) -> list[Row]:
-    """Keep the rows that no other beats in both bytes and score, smallest first."""
+def pareto(
+    candidates: Sequence[Row], cost: Callable[[Row], float | None] = lambda row: row.bytes
+) -> list[Row]:
+    """Keep the rows that no other beats in both score and cost (bytes if not given), cheapest first."""
     front: list[Row] = []
-    scored = [row for row in candidates if row.test and row.bytes]
-    for row in sorted(scored, key=lambda row: (row.bytes or 0, -(row.test.value if row.test else 0.0))):
+    scored = [row for row in candidates if row.test and cost(row)]
+    for row in sorted(scored, key=lambda row: (cost(row) or 0, -(row.test.value if row.test else 0.0))):
         if not front or (row.test and front[-1].test and row.test.value > front[-1].test.value):
             front.append(row)
     return front

@@ -6,12 +6,14 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from rayft.analysis.record import SweepAnalysis
+from rayft.report.analysis import gap_rows, predictor_rows, predictor_words
 from rayft.report.canvas import short
 from rayft.report.frame import SweepRecord
 from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, row_names, rows
 from rayft.report.verdict import score_text
 
-__all__ = ["terminal_table"]
+__all__ = ["analysis_tables", "terminal_table"]
 
 _COLOURS = {"finished": "green", "stopped": "yellow", "failed": "red"}
 _WIDTHS = {"test [95 %]": 17, "val loss": 8, "params": 6, "size": 7, "time": 6, "memory": 7, "status": 8}
@@ -61,6 +63,29 @@ def terminal_table(record: SweepRecord, width: int = 100) -> Table:
         shown = [Text(name), *(cells[header] for header in headers)]
         table.add_row(*shown, end_section=last, style="bold" if row.ship else None)
     return table
+
+
+def analysis_tables(analysis: SweepAnalysis) -> list[Table]:
+    """Make the tables of an analysis: the gaps, and what goes with them."""
+    gaps = Table("adapter", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for header in ("train", "held out", "gap [95 %]", "sharpness", "norm", "eff. rank"):
+        gaps.add_column(Text(header), justify="right", no_wrap=True)
+    for row in gap_rows(analysis):
+        cells = (row.train, row.held_out, row.gap, row.sharpness, row.norm, row.effective_rank)
+        gaps.add_row(Text(short(row.name, 26)), *map(Text, cells))
+    found = [gaps]
+    if analysis.predictors:
+        title = Text(predictor_words(analysis))
+        table = Table(
+            "measure", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+            pad_edge=False, show_edge=False,
+        )  # fmt: skip
+        for header in ("Spearman [95 %]", "Kendall [95 %]", "runs"):
+            table.add_column(Text(header), justify="right", no_wrap=True)
+        for one in predictor_rows(analysis):
+            table.add_row(Text(one.measure), Text(one.spearman), Text(one.kendall), str(one.n))
+        found.append(table)
+    return found
 
 
 def _needed(headers: list[str], name: int, gap: int) -> int:

@@ -1,8 +1,9 @@
 """The broker between a search and the lanes that run its jobs.
 
-A job is a train or a score request. Clients submit jobs and wait for their events; lanes pull jobs,
-report, and are told whether to go on. `report` answers only when the client has asked for the next
-event (go on) or cancelled (stop): the search decides before the lane takes another step.
+A job is a train or a score request, or work of a layer above. Clients submit jobs and wait for their
+events; lanes pull jobs, report, and are told whether to go on. `report` answers only when the client
+has asked for the next event (go on) or cancelled (stop): the search decides before the lane takes
+another step.
 
     client:  submit → next_event … next_event → (final | failed)        or cancel
     lane:    pull → log …, report … → finish | fail → pull
@@ -32,7 +33,7 @@ class Job:
 
     id: str
     kind: str
-    """`train` or `score`."""
+    """`train`, `score` or `apply`."""
     payload: Mapping[str, Any]
     lane: str | None = None
     """The only lane that may take it; any where not given."""

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import torch
@@ -34,7 +34,7 @@ from rayft.train.context import Session, Worker, trial_folder
 from rayft.train.loop import TrainResult, current_worker, fit
 from rayft.train.run import RunConfig
 
-__all__ = ["LaneSettings", "TrainRequest", "lane_worker", "read_result", "unpack"]
+__all__ = ["LaneSettings", "TrainRequest", "Work", "lane_worker", "read_result", "unpack"]
 
 RESULT_FILE = "result.json"
 logger = logging.getLogger(__name__)
@@ -64,6 +64,16 @@ class TrainRequest:
     tracker: TrackerSpec | None = None
     parent: str | None = None
     """Tracking run that the trial's run is a child of."""
+
+
+class Work(Protocol):
+    """What a layer above has a lane do with the base and the data; pickled, so of an importable module."""
+
+    run: str
+    """The `RunConfig` as JSON: which base and which data."""
+
+    def __call__(self, session: Session, run: RunConfig) -> dict[str, Any]:
+        """Do it (all workers call it), and give what the client is to get, the first worker's."""
 
 
 class _LaneReporter:
@@ -139,7 +149,10 @@ class _Lane:
         """Do a job; what a user can mend ends the job, not the lane."""
         started = time.perf_counter()
         try:
-            step, values = self._train(job, started) if job.kind == "train" else self._score(job)
+            if job.kind == "train":
+                step, values = self._train(job, started)
+            else:
+                step, values = 0, self._score(job) if job.kind == "score" else self._apply(job)
         except RayftError as error:
             self._fail(job, str(error))
         except Exception as error:
@@ -200,11 +213,15 @@ class _Lane:
         files = folder_files(Path(result.folder)) if spread() else {}
         return result.steps, values | {"files": files}
 
-    def _score(self, job: Job) -> tuple[int, dict[str, Any]]:
+    def _score(self, job: Job) -> dict[str, Any]:
         request: ScoreRequest = job.payload["request"]
         run = RunConfig.model_validate_json(request.run)
-        scores = run_score(request, self.session(run), run)
-        return 0, {"scores": scores}
+        return {"scores": run_score(request, self.session(run), run)}
+
+    def _apply(self, job: Job) -> dict[str, Any]:
+        work: Work = job.payload["request"]
+        run = RunConfig.model_validate_json(work.run)
+        return work(self.session(run), run)
 
     def _track(self, request: TrainRequest, run: RunConfig) -> tuple[MlflowTracker | None, str]:
         if request.tracker is None or self._worker.rank > 0:

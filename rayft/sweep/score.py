@@ -19,7 +19,7 @@ from rayft.models.peft_folder import PeftFolder, load_adapter
 from rayft.train.context import Session
 from rayft.train.run import RunConfig
 
-__all__ = ["ScoreRequest", "folder_files", "run_score", "spread"]
+__all__ = ["ScoreRequest", "folder_files", "received", "run_score", "spread"]
 
 SMALL = 256 * 2**20
 """Bytes up to which an adapter travels between machines."""
@@ -45,7 +45,7 @@ def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[s
     if request.adapter is None:
         clear(model)
     else:
-        attach(model, _artifact(request.adapter, request.files))
+        attach(model, received(request.adapter, request.files))
     model.eval()
     found: dict[str, list[float]] = {}
     try:
@@ -72,7 +72,8 @@ def folder_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
-def _artifact(folder: str, files: Mapping[str, bytes]) -> AdapterArtifact | PeftFolder:
+def received(folder: str, files: Mapping[str, bytes]) -> AdapterArtifact | PeftFolder:
+    """Load an adapter from its folder, or from its files where another machine has the folder."""
     if not files or Path(folder).is_dir():
         return load_adapter(folder)
     with tempfile.TemporaryDirectory() as copy:

@@ -19,6 +19,7 @@ from rayft.evaluate.loss import mean_loss
 from rayft.methods import method
 from rayft.models.heads import reset_heads
 from rayft.models.inject import Injected, clear, export, inject
+from rayft.models.peft_folder import PeftFolder
 from rayft.numerics import derive_seed, seed_everything
 from rayft.squeeze.anneal import Stage
 from rayft.train import checkpoint
@@ -316,6 +317,8 @@ def _evaluate(
     if progress.step < run.optim.steps and _due(run, progress, worker):
         checkpoint.save(folder / "checkpoint", engine, run, worker, progress.state())
         progress.saved_at = time.monotonic()
+    if run.evaluate.trail and not method(run.method.name).saves_model:
+        _save_adapter(run, session, folder / "trail" / f"step-{progress.step:06d}", progress.start)
     go_on = True
     if worker.rank == 0:
         go_on = reporter.report(progress.step, {"val_loss": value})
@@ -346,24 +349,37 @@ def _save(run: RunConfig, session: Session, injected: Injected, folder: Path, pa
     model, worker = session.loaded.model, session.worker
     whole = method(run.method.name).saves_model
     saved = _Saved(folder / ("model" if whole else "adapter"), injected.trainable)
-    # An adapter's frozen factors are partitioned too.
-    with gathered(run, model.parameters() if whole else kept(model).values()):
+    if not whole:
+        artifact = _save_adapter(run, session, saved.folder, parent)
+        if artifact is None:
+            return saved
+        return replace(
+            saved,
+            parameters=artifact.parameters,
+            rank=artifact.rank if isinstance(artifact, AdapterArtifact) else None,
+            bytes=folder_bytes(saved.folder),
+            content_hash=artifact.content_hash,
+        )
+    with gathered(run, model.parameters()):
         if worker.rank > 0:
             return saved
-        if not whole:
-            artifact = export(model, _meta(run, session, parent))
-            artifact.save(saved.folder)
-            return replace(
-                saved,
-                parameters=artifact.parameters,
-                rank=artifact.rank if isinstance(artifact, AdapterArtifact) else None,
-                bytes=folder_bytes(saved.folder),
-                content_hash=artifact.content_hash,
-            )
         model.save_pretrained(saved.folder)
         session.loaded.tokenizer.save_pretrained(saved.folder)
         size = sum(file.stat().st_size for file in saved.folder.glob("*.safetensors"))
         return replace(saved, bytes=size)
+
+
+def _save_adapter(
+    run: RunConfig, session: Session, folder: Path, parent: str
+) -> AdapterArtifact | PeftFolder | None:
+    """Write what the adapters are now: rank 0; all take part, since ZeRO-3 partitions frozen factors too."""
+    model = session.loaded.model
+    with gathered(run, kept(model).values()):
+        if session.worker.rank > 0:
+            return None
+        artifact = export(model, _meta(run, session, parent))
+        artifact.save(folder)
+        return artifact
 
 
 def _meta(run: RunConfig, session: Session, parent: str) -> ArtifactMeta:

@@ -164,6 +164,9 @@ class EvaluateConfig(Section):
     val_examples: int | None = Field(default=None, ge=1)
     """Validation examples that the loss is taken over; all where not given."""
 
+    trail: bool = False
+    """Keep the adapter of every evaluation, for the plane of its trajectory (`rayft analyze`)."""
+
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """Least time between two checkpoints, which are written at evaluations."""
 

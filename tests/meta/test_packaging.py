@@ -80,7 +80,10 @@ def test_the_pinned_torch_lies_in_its_bounds() -> None:
     assert next(need for need in NEEDED if need.name == "torch").specifier.contains(version)
 
 
-@pytest.mark.parametrize("name", ["Makefile", "requirements/cpu.txt", "requirements/weights.txt", ".ci/run"])
+@pytest.mark.parametrize(
+    "name",
+    ["Makefile", "requirements/cpu.txt", "requirements/weights.txt", "requirements/analysis.txt", ".ci/run"],
+)
 def test_no_registry_is_named(name: str) -> None:
     assert "://" not in (ROOT / name).read_text()
 

@@ -117,8 +117,12 @@ def test_names_are_text_and_never_markup() -> None:
 
 
 def test_every_figure_is_drawn_with_words(drawings: list[Drawing]) -> None:
-    assert [drawing.key for drawing in drawings] == ["scores", "learning", "energy", "squeeze"]
-    scores, learning, energy, squeeze = drawings
+    assert [drawing.key for drawing in drawings] == [
+        "scores", "time", "memory", "learning", "energy", "squeeze",
+    ]  # fmt: skip
+    scores, time, memory, learning, energy, squeeze = drawings
+    # What a squeeze took is no training, and its memory was not measured.
+    assert "@r8" not in time.alt + memory.alt
     assert "lora-r32@r8 0.60 at 2.48 MB" in scores.alt
     assert "Pareto front: lora-r32@r2, lora-r32@r4, lora-r32@r8, lora-r32@r16" in scores.alt
     assert "c3la-r8 1.72 at step 15 (stopped)" in learning.alt
@@ -161,13 +165,16 @@ def test_the_same_record_makes_the_same_page() -> None:
 @pytest.mark.parametrize(
     ("parts", "figures"),
     [
-        ({"squeezed": [], "comparisons": [], "winner": None}, ["scores", "learning"]),
+        ({"squeezed": [], "comparisons": [], "winner": None}, ["scores", "time", "memory", "learning"]),
         ({"squeezed": [], "trials": [], "winner": None}, []),
         (
             {"baselines": [], "served": None, "commands": [], "timings": {}},
-            ["scores", "learning", "energy", "squeeze"],
+            ["scores", "time", "memory", "learning", "energy", "squeeze"],
         ),
-        ({"singular_values": {"a": [0.0, 0.0], "b": [float("nan")]}}, ["scores", "learning", "squeeze"]),
+        (
+            {"singular_values": {"a": [0.0, 0.0], "b": [float("nan")]}},
+            ["scores", "time", "memory", "learning", "squeeze"],
+        ),
     ],
     ids=["no winner", "no trials", "no extras", "no spectrum"],
 )

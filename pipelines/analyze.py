@@ -1,0 +1,28 @@
+"""Measure what adapters are like beside their score: `rayft analyze` as a script."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from rayft.flow import commands
+
+
+def main() -> None:
+    """Parse and call; with no argument it analyses the demo's sweep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", nargs="?", default="runs/demo", help="a sweep, an adapter or a run's id")
+    parser.add_argument("--parts", action="append", default=[], help="gap, bounds, spectra, …; by commas")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--config", type=Path, help="a sweep's configuration: base and data")
+    parser.add_argument("--out", type=Path, help="folder for analysis.json")
+    parser.add_argument("--uri", help="tracking server of a run")
+    options = vars(parser.parse_args())
+    target = options.pop("target")
+    commands.guarded(lambda: commands.analyze(target, Console(), **options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What an adapter is like beside its score: bounds, spectra, landscapes. Reported, never ranked by."""

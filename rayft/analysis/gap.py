@@ -1,0 +1,108 @@
+"""The generalisation gap as it is: held-out loss less training loss, on samples of equal size.
+
+An example's loss is the mean over its targets, in nats, cut off at `clip`. The samples are drawn anew
+from the whole training part and from the test part, which no choice was made on. The interval is a
+percentile bootstrap over examples, both samples drawn apart (Efron & Tibshirani 1993, ch. 8 and 13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from rayft.data.pack import AnyEncoded, Batch, PackedRow, collate_rows
+from rayft.data.template import Encoded
+from rayft.errors import ReportError
+from rayft.evaluate.loss import target_losses
+from rayft.numerics import derive_seed, generator
+
+__all__ = ["Gap", "example_losses", "gap", "sample"]
+
+RESAMPLES = 10_000
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Mean losses, and their difference with its 95 % interval."""
+
+    train: float
+    held_out: float
+    low: float
+    high: float
+    """Interval of held_out − train."""
+    n: int
+    """Examples of each."""
+
+    @property
+    def value(self) -> float:
+        """The gap."""
+        return self.held_out - self.train
+
+
+def sample(examples: Sequence[ItemT], count: int, *seed: object) -> list[ItemT]:
+    """Draw examples without replacement, the same for a seed."""
+    chosen = torch.randperm(len(examples), generator=generator(*seed))[:count].tolist()
+    return [examples[index] for index in chosen]
+
+
+@torch.inference_mode()
+def example_losses(
+    model: nn.Module, examples: Sequence[AnyEncoded], pad_id: int, device: str, rows: int = 16
+) -> list[float]:
+    """Give the mean loss of each example's targets (nats), in order.
+
+    Args:
+        model: with the adapter in it.
+        examples: encoded, of one kind.
+        pad_id: what short rows are padded with.
+        device: the model's.
+        rows: examples of a batch, each in a row of its own.
+    """
+    found: list[float] = []
+    for start in range(0, len(examples), rows):
+        part = [
+            PackedRow((one,)) if isinstance(one, Encoded) else one for one in examples[start : start + rows]
+        ]
+        batch = collate_rows(part, pad_id).to(device)
+        losses = target_losses(model, batch).double()
+        if isinstance(batch, Batch):
+            owner = batch.completion_index // batch.input_ids.shape[1]
+        else:
+            owner = torch.arange(len(part), device=losses.device)
+        sums = losses.new_zeros(len(part)).index_add_(0, owner, losses)
+        counts = torch.bincount(owner, minlength=len(part)).clamp(min=1)
+        found += (sums / counts).tolist()
+    return found
+
+
+def gap(train: Sequence[float], held_out: Sequence[float], clip: float, seed: int = 0) -> Gap:
+    """Compare losses of as many examples of both kinds.
+
+    Args:
+        train: losses of training examples.
+        held_out: losses of examples that nothing was chosen on.
+        clip: largest loss that counts as itself; NaN counts as this much.
+        seed: of the bootstrap.
+
+    Raises:
+        ReportError: if the samples differ in size or have fewer than two examples.
+    """
+    if len(train) != len(held_out) or len(train) < 2:
+        raise ReportError(
+            f"{len(train)} training and {len(held_out)} held-out examples; a gap needs two or more, as many "
+            "of each"
+        )
+    first, second = (
+        np.nan_to_num(np.asarray(values, dtype=float), nan=clip, posinf=clip).clip(max=clip)
+        for values in (train, held_out)
+    )
+    rng, n = np.random.default_rng(derive_seed("gap", seed)), len(first)
+    means = [values[rng.integers(0, n, (RESAMPLES, n))].mean(1) for values in (first, second)]
+    low, high = np.quantile(means[1] - means[0], [0.025, 0.975])
+    return Gap(float(first.mean()), float(second.mean()), float(low), float(high), n)

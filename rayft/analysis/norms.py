@@ -1,0 +1,59 @@
+"""Norms that bounds need: of a base's weights, and of what goes into its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from rayft.data.pack import AnyBatch
+from rayft.evaluate.loss import mean_loss
+from rayft.methods.base import AdapterLinear
+from rayft.models.targets import linears
+
+__all__ = ["matrix", "spectral_norms", "squared_norms"]
+
+_NORMS: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
+"""‖W0‖₂ of a base's layers, computed once for all its adapters."""
+
+
+def matrix(model: nn.Module, path: str) -> torch.Tensor:
+    """Give the weight (O × I) of a wrapped layer."""
+    layer = model.get_submodule(path)
+    assert isinstance(layer, AdapterLinear)
+    return layer.matrix
+
+
+def spectral_norms(model: nn.Module) -> dict[str, float]:
+    """Give ‖W0‖₂ of every linear layer, in the model's order."""
+    if model not in _NORMS:
+        _NORMS[model] = {
+            path: float(torch.linalg.matrix_norm(matrix(model, path).float(), 2)) for path in linears(model)
+        }
+    return _NORMS[model]
+
+
+@torch.inference_mode()
+def squared_norms(
+    model: nn.Module, batches: Sequence[AnyBatch], modules: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Give ‖x‖² of every token that goes into each adapted layer, in the order in which they are called."""
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach().double()
+            found.setdefault(path, []).append(x.square().sum(-1).flatten())
+
+        return keep
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in modules]
+    try:
+        mean_loss(model, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: torch.cat(parts).cpu() for path, parts in found.items()}

@@ -1,0 +1,367 @@
+"""The analysis of one adapter, as a job for a lane: base and data are in its memory already.
+
+What can't be done is noted with its reason, and the rest is done.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rayft.analysis import bounds, landscape, sharpness, spectral
+from rayft.analysis.directions import Direction, random_directions, trajectory_directions
+from rayft.analysis.gap import example_losses, gap, sample
+from rayft.analysis.norms import matrix, spectral_norms, squared_norms
+from rayft.analysis.record import AdapterAnalysis, FoundGap, Intruders, ModuleSpectrum
+from rayft.analysis.section import AnalyzeConfig, Part
+from rayft.artifacts import AdapterArtifact
+from rayft.data.pack import AnyBatch, AnyEncoded, PackedRow, collate_rows, rows_of
+from rayft.data.template import Encoded, encode_all
+from rayft.errors import MethodError, RayftError
+from rayft.evaluate.loss import targets_of
+from rayft.methods.base import LoraFactors
+from rayft.models.inject import attach, clear
+from rayft.models.peft_folder import PeftFolder
+from rayft.squeeze.factored_svd import factored_svd
+from rayft.sweep.score import received
+from rayft.train.context import Session
+from rayft.train.run import RunConfig
+
+__all__ = ["TRAIL", "AnalyzeRequest", "analyze"]
+
+TRAIL = "trail"
+"""Folder of a trial with its adapter at each evaluation, for the plane of its trajectory."""
+EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+TOP = 10
+"""Singular vectors that are looked at for intruders, as Shuttleworth et al. do."""
+MEASURED = 16
+"""Examples whose inputs give the norms of the bounds."""
+POINTS = 64
+"""Points of a landscape in one forward, to begin with."""
+
+
+@dataclass(frozen=True)
+class AnalyzeRequest:
+    """Analyse an adapter (or a whole tuned model, which is then the run's base)."""
+
+    name: str
+    run: str
+    """The `RunConfig` as JSON."""
+    config: str
+    """The `AnalyzeConfig` as JSON."""
+    adapter: str | None = None
+    group: str = ""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """The adapter's files, for lanes on machines that can't see its folder."""
+
+    def __call__(self, session: Session, run: RunConfig) -> dict[str, Any]:
+        """Do it on the first worker; the others have nothing to add."""
+        if session.worker.rank > 0:
+            return {}
+        config = AnalyzeConfig.model_validate_json(self.config)
+        artifact = None if self.adapter is None else received(self.adapter, self.files)
+        trail = Path(self.adapter).parent / TRAIL if self.adapter else None
+        found = analyze(session, run, artifact, config, name=self.name, group=self.group, trail=trail)
+        return {"analysis": found.model_dump_json()}
+
+
+def analyze(
+    session: Session,
+    run: RunConfig,
+    artifact: AdapterArtifact | PeftFolder | None,
+    config: AnalyzeConfig,
+    *,
+    name: str,
+    group: str = "",
+    trail: Path | None = None,
+) -> AdapterAnalysis:
+    """Do all parts that a configuration asks for.
+
+    Args:
+        session: the base and the data; the base has no adapter in it when this returns.
+        run: what was trained.
+        artifact: the adapter; None where the session's base is the tuned model itself.
+        config: the parts and their sizes.
+        name: the adapter's.
+        group: its settings without the seed.
+        trail: folder with the adapter at several steps, for its trajectory.
+    """
+    job = _Job(session, run, artifact, config, trail)
+    done: dict[str, Any] = {}
+    measures: dict[str, float] = {}
+    notes: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    steps: dict[Part, Callable[[], _Found]] = {
+        "gap": job.gap, "bounds": job.bounds, "spectra": job.spectra, "sharpness": job.sharpness,
+        "hessian": job.hessian, "landscape": job.landscape, "trajectory": job.trajectory,
+    }  # fmt: skip
+    landscapes: dict[str, dict[str, Any]] = {}
+    for part in config.parts:
+        started = time.perf_counter()
+        try:
+            if artifact is not None:
+                attach(session.loaded.model, artifact)
+            session.loaded.model.eval()
+            found = steps[part]()
+        except RayftError as error:
+            notes[part] = str(error)
+        else:
+            measures |= found.measures
+            landscapes |= found.more.pop("landscapes", {})
+            done |= found.more
+        finally:
+            clear(session.loaded.model)
+        seconds[part] = time.perf_counter() - started
+    return AdapterAnalysis(
+        name=name, group=group, measures=measures, landscapes=landscapes, notes=notes, seconds=seconds, **done
+    )
+
+
+@dataclass
+class _Found:
+    """What a part has to say."""
+
+    measures: dict[str, float]
+    more: dict[str, Any] = field(default_factory=dict)
+    """Fields of `AdapterAnalysis`."""
+
+
+@dataclass
+class _Job:
+    """One adapter in a session."""
+
+    session: Session
+    run: RunConfig
+    artifact: AdapterArtifact | PeftFolder | None
+    config: AnalyzeConfig
+    trail: Path | None
+
+    @property
+    def model(self) -> Any:
+        return self.session.loaded.model
+
+    def modules(self) -> Mapping[str, LoraFactors]:
+        """Give the factors, on the model's device.
+
+        Raises:
+            MethodError: if there are none.
+        """
+        if not isinstance(self.artifact, AdapterArtifact):
+            what = "is a whole model" if self.artifact is None else "has PEFT's own layers"
+            raise MethodError(
+                f"'{self.run.method.name}' {what}, without low-rank factors: extract a LoRA first "
+                "(`rayft squeeze`), and analyse that"
+            )
+        device = self.model.device
+        return {
+            path: LoraFactors(f.a.to(device), f.b.to(device), f.scale, f.columns)
+            for path, f in self.artifact.modules.items()
+        }
+
+    def gap(self) -> _Found:
+        """Compare losses on training and on held-out examples."""
+        parts, session = self.session.parts, self.session
+        count = min(self.config.samples, len(session.train), len(parts.test))
+        chosen = sample(parts.test, count, self.config.seed, "test")
+        held_out = [
+            *encode_all(
+                chosen, session.loaded.tokenizer, self.run.data.max_length,
+                context=session.loaded.context, part="test",
+            )
+        ]  # fmt: skip
+        train = sample(session.train, count, self.config.seed, "train")
+        seen, fresh = (
+            example_losses(self.model, examples, session.pad_id, session.worker.device)
+            for examples in (train, held_out)
+        )
+        found = gap(seen, fresh, self.config.clip, self.config.seed)
+        measures = {"gap": found.value, "gap_low": found.low, "gap_high": found.high}
+        measures |= {"sample_train_loss": found.train, "sample_test_loss": found.held_out}
+        known = FoundGap(
+            train=found.train, held_out=found.held_out, low=found.low, high=found.high, n=found.n
+        )
+        return _Found(measures, {"gap": known})
+
+    def bounds(self) -> _Found:
+        """Evaluate the bounds."""
+        sigma, samples = bounds.sigma_of_clipped(0.0, self.config.clip), len(self.session.train)
+        numbers, bits = _stored(self.artifact, self.model)
+        found = {"bound_information": bounds.information_bound(numbers, bits, samples, sigma)}
+        measures: dict[str, float] = {"parameters": numbers}
+        if isinstance(self.artifact, AdapterArtifact):
+            modules = self.modules()
+            inputs = squared_norms(self.model, self._single_rows(MEASURED), modules)
+            radius = float(next(iter(inputs.values())).max().sqrt())
+            base = spectral_norms(self.model)
+            update = {path: float(spectral.summary(f).spectral) for path, f in modules.items()}
+            terms = bounds.lipschitz_terms([*base.values()], [update.get(path, 0.0) for path in base], radius)
+            measures["bound_lipschitz_log10"] = terms.log10_update
+            worst = {
+                path: bounds.norm_bound(
+                    bounds.norm_budget(f), f.b.shape[0], inputs[path], loss_range=self.config.clip
+                )
+                for path, f in modules.items()
+            }
+            found["bound_norm"] = max(worst.values(), key=lambda bound: bound.log10)
+        measures |= {f"{name}_log10": bound.log10 for name, bound in found.items()}
+        vacuous = [name for name, bound in found.items() if bound.vacuous]
+        if measures.get("bound_lipschitz_log10", -math.inf) >= math.log10(self.config.clip):
+            vacuous.append("bound_lipschitz")
+        return _Found(measures, {"vacuous": tuple(vacuous)})
+
+    def spectra(self) -> _Found:
+        """Sum up the update's spectrum, and count intruder dimensions."""
+        modules = self.modules()
+        found = {path: spectral.summary(factors) for path, factors in modules.items()}
+        known = {
+            path: ModuleSpectrum(
+                effective_rank=one.effective_rank, stable_rank=one.stable_rank,
+                energy_ranks={f"{share:g}": rank for share, rank in one.energy_ranks.items()},
+                spectral_norm=one.spectral, frobenius_norm=one.frobenius, nuclear_norm=one.nuclear,
+            )
+            for path, one in found.items()
+        }  # fmt: skip
+        weights = {path: matrix(self.model, path) for path in modules}
+        whole = math.sqrt(sum(one.frobenius**2 for one in found.values()))
+        base = math.sqrt(sum(float(weight.double().square().sum()) for weight in weights.values()))
+        intruders = self._intruders(modules, weights)
+        measures = {
+            "update_norm": whole,
+            "update_over_base": whole / base,
+            "update_spectral_max": max(one.spectral for one in found.values()),
+            "update_nuclear": sum(one.nuclear for one in found.values()),
+            "effective_rank_mean": float(np.mean([one.effective_rank for one in found.values()])),
+            "stable_rank_mean": float(np.mean([one.stable_rank for one in found.values()])),
+            f"intruders_below_{EPSILONS[4]:g}": intruders.counts[4],
+        }
+        spectrum = _median_spectrum([factored_svd(factors).s for factors in modules.values()])
+        return _Found(measures, {"spectra": known, "intruders": intruders, "median_spectrum": spectrum})
+
+    def _intruders(
+        self, modules: Mapping[str, LoraFactors], weights: Mapping[str, torch.Tensor]
+    ) -> Intruders:
+        step = max(1, len(modules) // self.config.intruder_modules)
+        chosen = [*modules][::step][: self.config.intruder_modules]
+        counts, baselines = [], []
+        for path in chosen:
+            counts.append(spectral.intruders(weights[path], modules[path], EPSILONS, TOP))
+            size, other = weights[path].shape
+            random = spectral.random_baseline(size, EPSILONS, basis=min(size, other))
+            baselines.append({epsilon: TOP * share for epsilon, share in random.shares.items()})
+        mean = [
+            tuple(float(np.mean([one[epsilon] for one in many])) for epsilon in EPSILONS)
+            for many in (counts, baselines)
+        ]
+        return Intruders(epsilons=EPSILONS, counts=mean[0], baseline=mean[1], top=TOP, modules=tuple(chosen))
+
+    def sharpness(self) -> _Found:
+        """Take SAM's step and the adaptive one."""
+        batches, modules, config = self._batches(), self.modules(), self.config
+        plain = sharpness.adapter_sharpness(self.model, batches, modules, config.rho)
+        adaptive = sharpness.adapter_sharpness(
+            self.model, batches, modules, config.adaptive_rho, adaptive=True
+        )
+        return _Found({"sam_sharpness": plain.difference, "asam_sharpness": adaptive.difference})
+
+    def hessian(self) -> _Found:
+        """Find the Hessian's largest eigenvalues and its trace."""
+        found = sharpness.adapter_curvature(
+            self.model, self._batches(), self.modules(), self.config.eigenvalues, seed=self.config.seed
+        )
+        values = {
+            f"hessian_eigenvalue_{number}": value for number, value in enumerate(found.eigenvalues, start=1)
+        }
+        return _Found({**values, "hessian_trace": found.trace})
+
+    def landscape(self) -> _Found:
+        """Evaluate the plane of two random directions."""
+        modules = self.modules()
+        weights = {path: matrix(self.model, path) for path in modules}
+        directions = random_directions(
+            modules, 2, self.config.seed, self.config.directions,
+            weights if self.config.directions == "weight" else None,
+        )  # fmt: skip
+        points = landscape.grid_2d(self.config.grid, self.config.extent)
+        return self._plane("random", modules, directions, points)
+
+    def trajectory(self) -> _Found:
+        """Evaluate the plane that the adapter's path in training lies in."""
+        modules = self.modules()
+        folders = sorted(self.trail.iterdir()) if self.trail is not None and self.trail.is_dir() else []
+        if len(folders) < 2:
+            raise MethodError(
+                "this adapter has no trail of earlier steps: train with evaluate.trail: true to have one"
+            )
+        path = [AdapterArtifact.load(folder).modules for folder in folders]
+        plane = trajectory_directions([*path, {name: _cpu(factors) for name, factors in modules.items()}])
+        points = landscape.grid_around(plane.coordinates, self.config.grid)
+        more = {
+            "path": tuple(tuple(map(float, point)) for point in plane.coordinates.tolist()),
+            "explained": plane.explained,
+        }
+        return self._plane("trajectory", modules, plane.directions, points, **more)
+
+    def _plane(
+        self,
+        kind: str,
+        modules: Mapping[str, LoraFactors],
+        directions: Sequence[Direction],
+        points: torch.Tensor,
+        **more: Any,
+    ) -> _Found:
+        batches = self._batches()
+        losses = landscape.losses(self.model, batches, modules, directions, points, POINTS)
+        found = landscape.Landscape(
+            kind=kind,  # type: ignore[arg-type]
+            norm=self.config.directions if kind == "random" else None,
+            coordinates=tuple(tuple(point) for point in points.tolist()),
+            losses=tuple(losses.tolist()),
+            seed=self.config.seed if kind == "random" else None,
+            targets=sum(len(targets_of(batch)) for batch in batches),
+            **more,
+        )
+        return _Found({}, {"landscapes": {kind: found.to_json()}})
+
+    def _examples(self) -> list[AnyEncoded]:
+        return sample(self.session.train, self.config.examples, self.config.seed, "train")
+
+    def _batches(self) -> list[AnyBatch]:
+        """Give the examples of sharpness and landscapes, packed, on the device."""
+        rows = rows_of(self._examples(), self.run.data.max_length, packing=self.run.data.packing)
+        return [collate_rows([row], self.session.pad_id).to(self.session.worker.device) for row in rows]
+
+    def _single_rows(self, count: int) -> list[AnyBatch]:
+        """Give training examples one by one, so that nothing is padded."""
+        chosen = sample(self.session.train, count, self.config.seed, "train")
+        rows = [PackedRow((one,)) if isinstance(one, Encoded) else one for one in chosen]
+        return [collate_rows([row], self.session.pad_id).to(self.session.worker.device) for row in rows]
+
+
+def _stored(artifact: AdapterArtifact | PeftFolder | None, model: nn.Module) -> tuple[int, int]:
+    """Count what was stored of a training: numbers, and bits of each."""
+    if isinstance(artifact, AdapterArtifact):
+        dtype = next(iter(artifact.modules.values())).b.dtype
+        return artifact.parameters, torch.finfo(dtype).bits
+    tensors = [*model.parameters()] if artifact is None else [*artifact.adapter.values()]
+    return sum(tensor.numel() for tensor in tensors), torch.finfo(tensors[0].dtype).bits
+
+
+def _cpu(factors: LoraFactors) -> LoraFactors:
+    return LoraFactors(factors.a.cpu(), factors.b.cpu(), factors.scale, factors.columns)
+
+
+def _median_spectrum(spectra: Sequence[torch.Tensor]) -> tuple[float, ...]:
+    """Give σᵢ/σ₁, the median over modules, up to the lowest rank of them."""
+    relative = [values / values[0] for values in spectra if values[0] > 0]
+    if not relative:
+        return ()
+    length = min(map(len, relative))
+    return tuple(torch.stack([values[:length] for values in relative]).median(0).values.tolist())

@@ -1,0 +1,191 @@
+"""`rayft analyze`: bounds, spectra, sharpness, landscapes and the gap of adapters, and what predicts what."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from rayft.analysis.predict import Run, correlations
+from rayft.analysis.record import AdapterAnalysis, Predictor, SweepAnalysis
+from rayft.analysis.section import AnalyzeConfig
+from rayft.analysis.spectral import principal_angles
+from rayft.artifacts import AdapterArtifact
+from rayft.config import parse
+from rayft.errors import ReportError
+from rayft.flow.analyze_source import Item, Sources, find_items
+from rayft.flow.cluster import cluster, join
+from rayft.flow.display import Display
+from rayft.flow.track_analysis import track_analysis
+from rayft.methods import method
+from rayft.methods.base import LoraFactors
+from rayft.report.frame import SweepRecord
+from rayft.sweep.broker import Event, Job
+from rayft.sweep.executor import EXECUTORS, Executor
+from rayft.sweep.space import check_executor
+from rayft.tracking.mlflow import MlflowTracker, flush_spool
+
+__all__ = ["analyze_items", "analyze_target", "summarize"]
+
+ANGLES_OF, ANGLE_MODULES, ANGLE_TOP = 4, 12, 8
+"""Adapters (of different settings) that are compared in pairs, their modules, directions of each module."""
+
+
+def analyze_items(executor: Executor, items: Sequence[Item], config: AnalyzeConfig) -> list[AdapterAnalysis]:
+    """Analyse in the lanes, as many at once as there are; what fails as a whole says so in its notes."""
+    executor.submit(
+        [Job(f"analyse {item.name}", "apply", {"request": item.request(config)}) for item in items]
+    )
+    found = []
+    for item in items:
+        event: Event = ray.get(executor.broker.next_event.remote(f"analyse {item.name}"))
+        if event.kind == "failed":
+            why = event.values["error"].splitlines()[0]
+            notes = dict.fromkeys(config.parts, why)
+            found.append(AdapterAnalysis(name=item.name, group=item.group, notes=notes))
+        else:
+            found.append(AdapterAnalysis.model_validate_json(event.values["analysis"]))
+    return found
+
+
+def summarize(
+    items: Sequence[Item],
+    found: Sequence[AdapterAnalysis],
+    config: AnalyzeConfig,
+    losses: Mapping[str, float],
+) -> SweepAnalysis:
+    """Correlate all measures with the gap, and compare adapters with each other.
+
+    Args:
+        items: what was analysed.
+        found: what came out, in the same order.
+        config: what was asked for.
+        losses: name → validation loss, a measure as any other.
+    """
+    known = [
+        one.model_copy(update={"measures": {**one.measures, **_own(losses.get(one.name))}}) for one in found
+    ]
+    runs = [Run(one.group, one.gap.value, _candidates(one.measures)) for one in known if one.gap is not None]
+    note, predictors = "", []
+    if "gap" in config.parts:
+        try:
+            predictors = [Predictor(**vars(one)) for one in correlations(runs, config.seed)]
+        except ReportError as error:
+            note = str(error)
+    else:
+        note = "the gap was not measured (analyze.parts has no gap), so nothing is correlated with it"
+    return SweepAnalysis(
+        config=config, adapters=tuple(known), predictors=tuple(predictors), note=note, angles=_angles(items)
+    )
+
+
+def analyze_target(
+    target: str,
+    display: Display,
+    *,
+    parts: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    config: Path | None = None,
+    out: Path | None = None,
+    uri: str | None = None,
+) -> tuple[SweepAnalysis, Path]:
+    """Analyse a sweep's folder, an adapter's folder, or a tracked run.
+
+    Args:
+        target: a folder, or the id of a run.
+        display: tells what happens.
+        parts: of the analysis; those of the configuration where not given, else gap, bounds and spectra.
+        overrides: `analyze.samples=50` and the like.
+        config: a configuration that names base and data, for an adapter that lies in no sweep.
+        out: folder for analysis.json; the target, or for a run the working folder, where not given.
+        uri: tracking server of a run.
+
+    Returns:
+        What was found, and the folder that has it.
+
+    Raises:
+        RayftError: naming what is missing, before workers are started.
+    """
+    join()
+    with tempfile.TemporaryDirectory() as scratch:
+        sources = find_items(target, config, uri, Path(scratch))
+        wanted = _config(sources, parts, overrides)
+        found = _in_lanes(sources, wanted, display, Path(scratch))
+        summary = summarize(sources.items, found, wanted, _losses(Path(target)))
+        place = out or sources.folder
+        summary.save(place)
+        if sources.tracker is not None:
+            runs = {item.name: item.run_id for item in sources.items}
+            with MlflowTracker(sources.tracker) as tracker:
+                track_analysis(tracker, summary, runs, place / "plots")
+            flush_spool(sources.tracker)
+    return summary, place
+
+
+def _config(sources: Sources, parts: Sequence[str], overrides: Sequence[str]) -> AnalyzeConfig:
+    """Decide what is done: what was asked for, else what the configuration has, else what is cheap."""
+    data = sources.settings.analyze.model_dump(mode="json")
+    asked = [part for given in parts for part in given.split(",")]
+    data["parts"] = asked or data["parts"] or ["gap", "bounds", "spectra"]
+    plain = [override.removeprefix("analyze.") for override in overrides]
+    return parse(AnalyzeConfig, data, plain)
+
+
+def _in_lanes(
+    sources: Sources, config: AnalyzeConfig, display: Display, scratch: Path
+) -> list[AdapterAnalysis]:
+    settings, items, run = sources.settings.sweep, sources.items, sources.items[0].run
+    scale, lanes = run.scale, min(settings.lanes, len(items))
+    kind = check_executor(settings, run)
+    with cluster(lanes * scale.workers, device=scale.device, gpu_share=scale.gpu_share):
+        executor = EXECUTORS[kind](scale, str(scratch / "ray"), lanes, settings.restarts, "analyze")
+        try:
+            with display.stage("start workers"):
+                executor.start()
+            with display.stage(f"analyse {len(items)} adapters"), display.watch(executor.broker):
+                return analyze_items(executor, items, config)
+        finally:
+            executor.close()
+
+
+def _losses(path: Path) -> dict[str, float]:
+    if not (path / "sweep.json").is_file():
+        return {}
+    trials = SweepRecord.load(path).trials
+    return {trial.id: trial.last_val_loss for trial in trials if trial.last_val_loss is not None}
+
+
+def _own(loss: float | None) -> dict[str, float]:
+    return {} if loss is None else {"val_loss": loss}
+
+
+def _candidates(measures: Mapping[str, float]) -> dict[str, float]:
+    """Leave out what the gap is made of: it would correlate with itself."""
+    parts = ("gap", "gap_low", "gap_high", "sample_train_loss", "sample_test_loss")
+    return {name: value for name, value in measures.items() if name not in parts and math.isfinite(value)}
+
+
+def _angles(items: Sequence[Item]) -> dict[str, tuple[float, ...]]:
+    """Compare what the first adapters of different settings write to: median angles over some modules."""
+    loaded: dict[str, Mapping[str, LoraFactors]] = {}
+    for item in {item.group: item for item in reversed(items)}.values():
+        if len(loaded) < ANGLES_OF and method(item.run.method.name).exports_lora:
+            loaded[item.name] = AdapterArtifact.load(item.folder).modules
+    names, found = [*loaded], {}
+    for index, one in enumerate(names):
+        for other in names[index + 1 :]:
+            common = [path for path in loaded[one] if path in loaded[other]]
+            chosen = common[:: max(1, len(common) // ANGLE_MODULES)][:ANGLE_MODULES]
+            angles = [
+                principal_angles(loaded[one][path], loaded[other][path], "output", ANGLE_TOP).numpy()
+                for path in chosen
+            ]
+            length = min((len(each) for each in angles), default=0)
+            if length:
+                median = np.median([each[:length] for each in angles], axis=0)
+                found[f"{one} / {other}"] = tuple(map(float, median))
+    return found

@@ -1,0 +1,176 @@
+"""What `rayft analyze` is given: a sweep, an adapter folder or a tracked run, with its base and data."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rayft.analysis.section import AnalyzeConfig
+from rayft.analysis.work import AnalyzeRequest
+from rayft.artifacts import AdapterArtifact
+from rayft.config import content_hash, parse
+from rayft.errors import ConfigError, ReportError
+from rayft.flow.cluster import has_gpus
+from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.preflight import STAMP_FILE
+from rayft.flow.squeeze_source import find_origin
+from rayft.flow.stages import files_along
+from rayft.methods import method
+from rayft.report.frame import SweepRecord
+from rayft.sweep.space import points
+from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
+from rayft.tracking.mlflow import prepare
+from rayft.tracking.read import read_run
+from rayft.train.run import RunConfig
+
+__all__ = ["Item", "Sources", "find_items"]
+
+
+@dataclass(frozen=True)
+class Item:
+    """An adapter to analyse, or a tuned model."""
+
+    name: str
+    run: RunConfig
+    folder: Path
+    run_id: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is a model, no adapter."""
+        return method(self.run.method.name).saves_model
+
+    @property
+    def group(self) -> str:
+        """What runs share that differ in their seed alone."""
+        return content_hash(self.run.model_copy(update={"seed": 0}))
+
+    def request(self, config: AnalyzeConfig) -> AnalyzeRequest:
+        """Put its job together."""
+        run, adapter = self.run, str(self.folder)
+        if self.whole:
+            model = run.model.model_copy(update={"name": adapter})
+            run, adapter = run.model_copy(update={"model": model}), ""
+        return AnalyzeRequest(
+            name=self.name,
+            run=run.model_dump_json(),
+            config=config.model_dump_json(),
+            adapter=adapter or None,
+            group=self.group,
+            files=files_along(adapter or None),
+        )
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a target stands for."""
+
+    settings: PipelineConfig
+    items: tuple[Item, ...]
+    tracker: TrackerSpec | None
+    folder: Path
+    """Where results go unless something else is said."""
+
+
+def find_items(target: str, config: Path | None, uri: str | None, scratch: Path) -> Sources:
+    """Say what a target means: its configuration, adapters, tracker, and the folder for results.
+
+    Raises:
+        ReportError: if it is nothing that can be analysed.
+        ConfigError: if base or data are not known.
+    """
+    path = Path(target)
+    if (path / "sweep.json").is_file():
+        return _of_sweep(path)
+    if path.is_dir():
+        return _of_folder(path, config)
+    if re.fullmatch(r"[0-9a-f]{32}", target):
+        return _of_run(target, config, uri, scratch)
+    raise ReportError(
+        f"{target} is no folder and no run id; give a sweep's output folder, an adapter folder, or the 32 "
+        "digits of a tracked run"
+    )
+
+
+def _of_sweep(path: Path) -> Sources:
+    record, settings = SweepRecord.load(path), load_config(path / STAMP_FILE)
+    runs = {point.name: point.run for point in points(settings.sweep, settings.run(has_gpus()))}
+    items = [
+        Item(trial.id, runs[trial.id], Path(trial.folder), trial.run_id)
+        for trial in record.trials
+        if trial.status == "finished" and trial.folder and trial.id in runs and Path(trial.folder).is_dir()
+    ]
+    if not items:
+        raise ReportError(f"{path} has no finished trial whose adapter is still there; nothing to analyse")
+    return Sources(settings, tuple(items), prepare(tracker_spec(settings.tracking, path)), path)
+
+
+def _of_folder(path: Path, config: Path | None) -> Sources:
+    artifact = AdapterArtifact.load(path)
+    origin = find_origin(path, artifact, config)
+    if origin.config is None:
+        raise ConfigError(
+            f"{path} lies in no sweep, so base and data are not known: give a configuration that names them "
+            "with --config"
+        )
+    run = origin.config.run(has_gpus())
+    name = artifact.meta.method or "lora"
+    run = run.model_copy(update={"method": run.method.model_copy(update={"name": name})})
+    item = Item(origin.name, run, path.absolute(), origin.run_id)
+    return Sources(origin.config, (item,), origin.tracker, path)
+
+
+def _of_run(run_id: str, config: Path | None, uri: str | None, scratch: Path) -> Sources:
+    spec = tracker_spec(TrackingConfig(uri=uri), scratch)
+    stored = read_run(spec.uri, run_id, scratch)
+    if stored.adapter is None:
+        raise ReportError(
+            f"run {run_id} ({stored.name}) has stored no adapter, so there is nothing to analyse: give a "
+            "trial's run"
+        )
+    run = _run_of(stored.params)
+    settings = load_config(config) if config is not None else None
+    if run is None and settings is None:
+        raise ConfigError(
+            f"the parameters of run {run_id} don't say base and data in full: give a configuration with "
+            "--config"
+        )
+    if settings is None:
+        assert run is not None
+        settings = parse(
+            PipelineConfig,
+            {
+                "model": run.model.model_dump(mode="json"), "data": run.data.model_dump(mode="json"),
+                "sweep": {"methods": {run.method.name: {"ranks": [run.method.rank]}}},
+            },
+        )  # fmt: skip
+    run = run or settings.run(has_gpus())
+    run = run.model_copy(update={"scale": settings.run(has_gpus()).scale})
+    tracker = prepare(replace(spec, spool=scratch / "spool"))
+    return Sources(settings, (Item(stored.name, run, stored.adapter, run_id),), tracker, Path.cwd())
+
+
+def _run_of(params: Mapping[str, str]) -> RunConfig | None:
+    """Read a run's configuration back from its parameters; None if they are not all there."""
+    data: dict[str, Any] = {}
+    for name, text in params.items():
+        section, _, _ = name.partition(".")
+        if section not in RunConfig.model_fields:
+            continue
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        node = data
+        *above, last = name.split(".")
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = value
+    try:
+        return parse(RunConfig, data)
+    except ConfigError:
+        return None

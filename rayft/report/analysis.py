@@ -1,0 +1,336 @@
+"""The analysis on the page: what predicts the gap, the gaps, spectra, intruders, landscapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from rayft.analysis.landscape import Landscape
+from rayft.analysis.record import AdapterAnalysis, SweepAnalysis
+from rayft.report.canvas import INK, PAPER, SOFT, STYLE, canvas, legend, short, styles, svg
+from rayft.report.drawing import Drawing
+from rayft.report.landscape import COLOURS, shared_limits
+
+__all__ = ["GapRow", "PredictorRow", "analysis_figures", "gap_rows", "predictor_rows", "predictor_words"]
+
+MOST = 7
+"""Adapters in one figure of curves: more colours can't be told apart."""
+SHOWN, LEVELS = 4, 12
+"""Landscapes side by side, and colours of them."""
+WORDS = {
+    "parameters": "numbers stored",
+    "bound_information_log10": "information bound (log10)",
+    "bound_lipschitz_log10": "Lipschitz term (log10)",
+    "bound_norm_log10": "norm bound of a layer (log10)",
+    "update_norm": "‖ΔW‖, all modules",
+    "update_over_base": "‖ΔW‖ / ‖W0‖",
+    "update_spectral_max": "largest ‖ΔW‖₂ of a module",
+    "update_nuclear": "nuclear norm, sum over modules",
+    "effective_rank_mean": "effective rank, mean",
+    "stable_rank_mean": "stable rank, mean",
+    "sam_sharpness": "sharpness, SAM's step",
+    "asam_sharpness": "sharpness, adaptive step",
+    "hessian_trace": "trace of the Hessian",
+    "val_loss": "validation loss",
+}
+
+
+@dataclass(frozen=True)
+class PredictorRow:
+    """A line of the table of predictors, as text."""
+
+    measure: str
+    spearman: str
+    kendall: str
+    n: int
+    tells: bool
+    """Whether both intervals leave 0 out."""
+
+
+@dataclass(frozen=True)
+class GapRow:
+    """A line of the table of gaps."""
+
+    name: str
+    train: str
+    held_out: str
+    gap: str
+    sharpness: str
+    norm: str
+    effective_rank: str
+    missing: Mapping[str, str]
+
+
+def predictor_rows(analysis: SweepAnalysis) -> list[PredictorRow]:
+    """Give the predictors, the strongest first."""
+    found = []
+    for one in analysis.predictors:
+        ends = [(one.spearman_low, one.spearman_high), (one.kendall_low, one.kendall_high)]
+        found.append(
+            PredictorRow(
+                measure=_words(one.measure),
+                spearman=_signed(one.spearman, *ends[0]),
+                kendall=_signed(one.kendall, *ends[1]),
+                n=one.n,
+                tells=all(low > 0 or high < 0 for low, high in ends),
+            )
+        )
+    return found
+
+
+def predictor_words(analysis: SweepAnalysis) -> str:
+    """Say in a sentence whether anything predicts the gap."""
+    rows = predictor_rows(analysis)
+    if not rows:
+        return analysis.note or "No measure varied between the runs, so none could predict anything."
+    telling = [row.measure for row in rows if row.tells]
+    most = max(analysis.predictors, key=lambda one: one.n)
+    over = f"over {most.n} runs of {most.groups} settings"
+    if not telling:
+        return f"None of {len(rows)} measures was seen to predict the generalisation gap {over}."
+    chance = f"of {len(rows)} measures about {max(1, round(0.05 * len(rows)))} would by chance"
+    return f"{over[0].upper()}{over[1:]} these go with the gap: {', '.join(telling)} ({chance})."
+
+
+def gap_rows(analysis: SweepAnalysis) -> list[GapRow]:
+    """Give each adapter's losses and measures, the smallest gap first."""
+    ordered = sorted(analysis.adapters, key=lambda one: one.gap.value if one.gap else math.inf)
+    return [
+        GapRow(
+            name=one.name,
+            train=f"{one.gap.train:.3f}" if one.gap else "–",
+            held_out=f"{one.gap.held_out:.3f}" if one.gap else "–",
+            gap=f"{one.gap.value:+.3f} [{one.gap.low:+.3f}, {one.gap.high:+.3f}]" if one.gap else "–",
+            sharpness=_number(one.measures.get("sam_sharpness")),
+            norm=_number(one.measures.get("update_norm")),
+            effective_rank=_number(one.measures.get("effective_rank_mean")),
+            missing=one.notes,
+        )
+        for one in ordered
+    ]
+
+
+def analysis_figures(analysis: SweepAnalysis) -> list[Drawing]:
+    """Draw what there is data for."""
+    with mpl.rc_context(STYLE):
+        drawn = [_gaps(analysis), _spectra(analysis), _intruders(analysis), _angles(analysis)]
+        drawn += [_landscapes(analysis, kind) for kind in ("random", "trajectory")]
+    return [drawing for drawing in drawn if drawing is not None]
+
+
+def _gaps(analysis: SweepAnalysis) -> Drawing | None:
+    """Draw the best predictor against the gap."""
+    if not analysis.predictors:
+        return None
+    best = analysis.predictors[0]
+    shown = [
+        one
+        for one in analysis.adapters
+        if one.gap and math.isfinite(one.measures.get(best.measure, math.nan))
+    ]
+    figure, axes = canvas(height=3.9)
+    for one in shown:
+        assert one.gap is not None
+        x, y = one.measures[best.measure], one.gap.value
+        axes.errorbar(
+            x, y, [[max(y - one.gap.low, 0)], [max(one.gap.high - y, 0)]], color=INK, alpha=0.45, linewidth=1
+        )
+        axes.plot(x, y, "o", color=INK, markersize=5)
+    axes.axhline(0, color=SOFT, linewidth=1)
+    axes.set_xlabel(_words(best.measure))
+    axes.set_ylabel("gap: held-out less training loss")
+    told = f"Spearman {_signed(best.spearman, best.spearman_low, best.spearman_high)}"
+    return Drawing(
+        key="gaps",
+        title="The strongest predictor",
+        caption=(
+            "The generalisation gap of every run, with its 95 % interval, against the measure that goes with "
+            f"it most. {told}."
+        ),
+        alt=f"Gap against {_words(best.measure)} of {len(shown)} runs: {told}.",
+        svg=svg(figure, "gaps"),
+    )
+
+
+def _curves(analysis: SweepAnalysis) -> list[AdapterAnalysis]:
+    """Choose what is drawn: one adapter of each setting, as many as colours tell apart."""
+    first: dict[str, AdapterAnalysis] = {}
+    for one in analysis.adapters:
+        first.setdefault(one.group or one.name, one)
+    return list(first.values())[:MOST]
+
+
+def _spectra(analysis: SweepAnalysis) -> Drawing | None:
+    shown = [one for one in _curves(analysis) if one.median_spectrum]
+    if not shown:
+        return None
+    figure, axes = canvas(height=3.9)
+    style = styles([one.name for one in shown])
+    for one in shown:
+        colour, marker = style[one.name]
+        ranks = np.arange(1, len(one.median_spectrum) + 1)
+        values = np.maximum(one.median_spectrum, 1e-6)
+        axes.plot(ranks, values, color=colour, marker=marker, markersize=3.5)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("index")
+    axes.set_ylabel("singular value / largest")
+    legend(figure, style, [], lines=True)
+    told = "; ".join(f"{one.name} falls to {one.median_spectrum[-1]:.2g}" for one in shown)
+    return Drawing(
+        key="spectra",
+        title="Spectra of the updates",
+        caption=(
+            "Singular values of ΔW over the largest, the median over modules; one run of each setting. A "
+            "flat curve can't be squeezed."
+        ),
+        alt=f"Median singular values relative to the largest: {told}.",
+        svg=svg(figure, "spectra"),
+    )
+
+
+def _intruders(analysis: SweepAnalysis) -> Drawing | None:
+    shown = [one for one in _curves(analysis) if one.intruders]
+    if not shown:
+        return None
+    figure, axes = canvas(height=3.9)
+    style = styles([one.name for one in shown])
+    for one in shown:
+        assert one.intruders is not None
+        colour, marker = style[one.name]
+        axes.plot(one.intruders.epsilons, one.intruders.counts, color=colour, marker=marker, markersize=4)
+    first = shown[0].intruders
+    assert first is not None
+    axes.plot(first.epsilons, first.baseline, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.4)
+    axes.set_xlabel("ε")
+    axes.set_ylabel(f"intruders among the top {first.top}")
+    extra = [Line2D([], [], color=SOFT, linestyle=(0, (4, 3)), linewidth=1.4, label="random vectors")]
+    legend(figure, style, extra, lines=True)
+    middle = len(first.epsilons) // 2
+    told = "; ".join(f"{one.name} {one.intruders.counts[middle]:.1f}" for one in shown if one.intruders)
+    return Drawing(
+        key="intruders",
+        title="Intruder dimensions",
+        caption=(
+            f"How many of the {first.top} leading singular vectors of W0 + ΔW have no |cos| above ε to any "
+            f"of W0's, mean over {len(first.modules)} modules. The dashed line is what random vectors would "
+            "give."
+        ),
+        alt=f"Intruder dimensions at ε = {first.epsilons[middle]:g}: {told}.",
+        svg=svg(figure, "intruders"),
+    )
+
+
+def _angles(analysis: SweepAnalysis) -> Drawing | None:
+    if not analysis.angles:
+        return None
+    pairs = list(analysis.angles.items())[:MOST]
+    numbers = {
+        one: str(i) for i, one in enumerate(dict.fromkeys(" / ".join(analysis.angles).split(" / ")), 1)
+    }
+    figure, axes = canvas(height=3.9)
+    labels = {name: " and ".join(numbers[one] for one in name.split(" / ")) for name, _ in pairs}
+    style = styles([*labels.values()])
+    for name, angles in pairs:
+        colour, marker = style[labels[name]]
+        axes.plot(range(1, len(angles) + 1), np.degrees(angles), color=colour, marker=marker, markersize=4)
+    axes.set_ylim(0, 93)
+    axes.set_xlabel("index")
+    axes.set_ylabel("principal angle, degrees")
+    legend(figure, style, [], lines=True)
+    told = "; ".join(f"{name} {math.degrees(angles[0]):.0f}°" for name, angles in pairs)
+    return Drawing(
+        key="angles",
+        title="Angles between adapters",
+        caption=(
+            "Principal angles between what two updates write to (their leading singular directions), median "
+            "over modules; 90° is nothing in common. "
+            + ", ".join(f"{number} is {one}" for one, number in numbers.items())
+            + "."
+        ),
+        alt=f"Smallest principal angles: {told}.",
+        svg=svg(figure, "angles"),
+    )
+
+
+def _landscapes(analysis: SweepAnalysis, kind: str) -> Drawing | None:
+    shown = [one for one in _curves(analysis) if kind in one.landscapes][:SHOWN]
+    if not shown:
+        return None
+    found = {one.name: Landscape.from_json(one.landscapes[kind]) for one in shown}
+    lowest = {name: min(value for value in one.losses if math.isfinite(value)) for name, one in found.items()}
+    where = (
+        "two random directions, scaled row by row to the update"
+        if kind == "random"
+        else "the plane that training's path mostly lies in; the line is the path"
+    )
+    return Drawing(
+        key=f"landscape-{kind}",
+        title="Loss landscapes" if kind == "random" else "Landscapes of the trajectories",
+        caption=f"Loss around each adapter in ΔW space, over {where}. All at one scale.",
+        alt="Lowest loss in the plane: "
+        + "; ".join(f"{name} {value:.2f}" for name, value in lowest.items())
+        + ".",
+        svg=svg(_landscape_row(found), f"landscape-{kind}"),
+    )
+
+
+def _landscape_row(found: Mapping[str, Landscape]) -> Figure:
+    """Draw landscapes in panels, two beside each other, at one scale of colours."""
+    low, high = shared_limits(found.values())
+    # Far corners of a sharp one would leave the others one colour: what is above is the last colour.
+    every = [value for one in found.values() for value in one.losses if math.isfinite(value)]
+    high = min(high, float(np.quantile(every, 0.9)) + 0.1 * (high - low))
+    levels = np.linspace(low, max(high, low + 1e-6), LEVELS + 1)
+    rows = -(-len(found) // 2)
+    figure = Figure(figsize=(4.5, 2.15 * rows + 0.75), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02))
+    FigureCanvasSVG(figure)
+    panels = figure.subplots(rows, 2, squeeze=False).flatten()
+    for axes, (name, one) in zip(panels, found.items(), strict=False):
+        first, second = (sorted({point[axis] for point in one.coordinates}) for axis in (0, 1))
+        values = dict(zip(one.coordinates, one.losses, strict=True))
+        grid = np.array([[values[x, y] for x in first] for y in second])
+        drawn = axes.contourf(
+            first, second, np.where(np.isfinite(grid), grid, high), levels, cmap=COLOURS, extend="max"
+        )
+        if one.path:
+            axes.plot(*zip(*one.path, strict=True), color=PAPER, linewidth=1.6, marker="o", markersize=2.5)
+        axes.plot(0, 0, "+", color=PAPER, markersize=9, markeredgewidth=1.8)
+        axes.set_title(short(name, 24), fontsize=11)
+        axes.tick_params(labelsize=11)
+        axes.grid(visible=False)
+        axes.locator_params(nbins=3)
+    for axes in panels[len(found) :]:
+        axes.set_axis_off()
+    figure.colorbar(
+        drawn, ax=panels.tolist(), location="bottom", label="mean loss (nats)", aspect=40, shrink=0.9
+    )
+    return figure
+
+
+def _words(measure: str) -> str:
+    if measure.startswith("intruders_below_"):
+        return f"intruders at ε = {measure.rpartition('_')[2]}"
+    if measure.startswith("hessian_eigenvalue_"):
+        return f"Hessian eigenvalue {measure.rpartition('_')[2]}"
+    return WORDS.get(measure, measure.replace("_", " "))
+
+
+def _signed(value: float, low: float, high: float) -> str:
+    if not math.isfinite(low):
+        return f"{value:+.2f}"
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from rayft.analysis.predict import Run, correlations
+from rayft.errors import ReportError
+
+
+def runs(gaps: list[float], groups: int | None = None, **measures: list[float]) -> list[Run]:
+    return [
+        Run(
+            str(index % (groups or len(gaps))),
+            gap,
+            {name: values[index] for name, values in measures.items()},
+        )
+        for index, gap in enumerate(gaps)
+    ]
+
+
+def test_perfect_and_reversed_order() -> None:
+    gaps = [0.1, 0.4, 0.2, 0.9, 0.5, 0.7]
+    found = {
+        c.measure: c for c in correlations(runs(gaps, same=[g**3 for g in gaps], against=[-g for g in gaps]))
+    }
+    for name, sign in (("same", 1.0), ("against", -1.0)):
+        one = found[name]
+        ends = (one.kendall_low, one.kendall_high, one.spearman_low, one.spearman_high)
+        assert (one.kendall, one.spearman, *ends) == pytest.approx((sign,) * 6)
+        assert (one.n, one.groups) == (6, 6)
+
+
+def test_against_counting_pairs_and_squared_rank_differences() -> None:
+    draw = np.random.default_rng(3)
+    x, y = draw.normal(size=9), draw.normal(size=9)
+    (found,) = correlations(runs([*y], m=[*x]))
+    signs = [np.sign(x[i] - x[j]) * np.sign(y[i] - y[j]) for i, j in itertools.combinations(range(9), 2)]
+    assert found.kendall == pytest.approx(np.mean(signs))
+    ranks = [values.argsort().argsort() for values in (x, y)]
+    assert found.spearman == pytest.approx(1 - 6 * np.sum((ranks[0] - ranks[1]) ** 2) / (9 * 80))
+
+
+def test_noise_is_told_from_signal() -> None:
+    draw = np.random.default_rng(5)
+    gaps = draw.normal(size=40)
+    found = {
+        one.measure: one
+        for one in correlations(
+            runs([*gaps], noise=[*draw.normal(size=40)], signal=[*(gaps + draw.normal(0, 0.5, 40))])
+        )
+    }
+    assert found["noise"].spearman_low < 0 < found["noise"].spearman_high
+    assert found["signal"].spearman_low > 0.5
+    assert found["signal"].kendall_low > 0.3
+
+
+def test_seeds_of_one_setting_are_no_evidence_of_their_own() -> None:
+    draw = np.random.default_rng(7)
+    setting, seeds = 8, 5
+    x = np.repeat(draw.normal(size=setting), seeds)
+    y = np.repeat(draw.normal(size=setting), seeds) + draw.normal(0, 0.01, setting * seeds)
+
+    def width(groups: list[str]) -> float:
+        (one,) = correlations([Run(g, gap, {"m": m}) for g, gap, m in zip(groups, y, x, strict=True)])
+        return one.spearman_high - one.spearman_low
+
+    apart = [str(i) for i in range(setting * seeds)]
+    together = [str(i // seeds) for i in range(setting * seeds)]
+    assert width(together) > 1.5 * width(apart)
+
+
+def test_what_is_missing_or_the_same_everywhere_is_left_out() -> None:
+    found = correlations(
+        runs(
+            [0.1, 0.2, 0.3, 0.5],
+            constant=[1.0] * 4,
+            broken=[math.nan, math.inf, 1.0, 2.0],
+            good=[1.0, 3.0, 2.0, 4.0],
+        )
+    )
+    assert [one.measure for one in found] == ["good"]
+    assert not correlations(runs([0.2, 0.2, 0.2], good=[1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_too_few_runs(count: int) -> None:
+    with pytest.raises(ReportError, match=f"needs 3 finished runs with a gap or more, here are {count}"):
+        correlations(runs([0.1, 0.2][:count], m=[1.0, 2.0][:count]))

@@ -1,0 +1,131 @@
+"""All parts of the analysis of one adapter on the tiny model, without workers."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayft.analysis.record import AdapterAnalysis
+from rayft.analysis.section import AnalyzeConfig
+from rayft.analysis.work import AnalyzeRequest, analyze
+from rayft.artifacts import AdapterArtifact
+from rayft.config import parse
+from rayft.models.targets import linear_shapes
+from rayft.numerics import relative_error
+from rayft.train.context import Session, Worker
+from rayft.train.run import RunConfig
+from tests.unit.serving.adapters import random_adapter
+
+PARTS = ("gap", "bounds", "spectra", "sharpness", "landscape", "trajectory")
+CONFIG = AnalyzeConfig(parts=PARTS, samples=6, examples=3, grid=5, intruder_modules=3)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Path) -> RunConfig:
+    return parse(
+        RunConfig,
+        {
+            "model": {"name": str(tiny_folder)},
+            "data": {
+                "name": "needle_haystack", "params": {"min_num_statements": 1, "max_num_statements": 2},
+                "train": 24, "val": 6, "test": 6, "max_length": 512,
+            },
+            "scale": {"device": "cpu", "dtype": "float32", "zero": 0, "threads": 1},
+        },
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def session(run: RunConfig) -> Session:
+    return Session.open(run, Worker())
+
+
+@pytest.fixture(scope="module")
+def artifact(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter folder as a trial leaves it, with a trail of three steps."""
+    folder, shapes = tmp_path_factory.mktemp("trial"), linear_shapes(session.loaded.model)
+    for step in range(3):
+        random_adapter(f"step{step}", shapes, rank=4).save(folder / "trail" / f"step-{step:06d}")
+    return random_adapter("end", shapes, rank=4).save(folder / "adapter")
+
+
+@pytest.fixture(scope="module")
+def found(session: Session, run: RunConfig, artifact: Path) -> AdapterAnalysis:
+    request = AnalyzeRequest("mine", run.model_dump_json(), CONFIG.model_dump_json(), str(artifact), "group")
+    return AdapterAnalysis.model_validate_json(request(session, run)["analysis"])
+
+
+def test_every_part_gives_what_it_is_for(found: AdapterAnalysis, session: Session) -> None:
+    assert found.notes == {}
+    assert set(found.seconds) == set(PARTS)
+    assert (found.name, found.group) == ("mine", "group")
+    assert found.gap is not None
+    assert found.gap.n == 6
+    assert found.gap.low <= found.gap.value <= found.gap.high
+    assert all(math.isfinite(value) for value in found.measures.values())
+    assert set(found.spectra) == set(linear_shapes(session.loaded.model))
+    assert all(1 <= one.stable_rank <= one.effective_rank <= 4.000001 for one in found.spectra.values())
+    assert found.intruders is not None
+    assert [*found.intruders.counts] == sorted(found.intruders.counts)
+    assert len(found.intruders.modules) == 3
+    assert found.measures["sam_sharpness"] > 0
+    assert found.median_spectrum[0] == 1.0
+
+
+def test_the_landscapes_middle_is_the_adapters_own_loss(
+    found: AdapterAnalysis, session: Session, run: RunConfig, artifact: Path
+) -> None:
+    random = found.landscapes["random"]
+    middle = random["coordinates"].index([0.0, 0.0])
+    at_end = dict(
+        zip(
+            map(tuple, found.landscapes["trajectory"]["coordinates"]),
+            found.landscapes["trajectory"]["losses"],
+            strict=True,
+        )
+    )
+    assert len(random["losses"]) == len(at_end) == 25
+    assert len(found.landscapes["trajectory"]["path"]) == 4
+    bare = analyze(
+        session,
+        run,
+        AdapterArtifact.load(artifact),
+        CONFIG.model_copy(update={"parts": ("landscape",), "grid": 3, "extent": 2.0}),
+        name="again",
+    )
+    again = bare.landscapes["random"]
+    centre = again["losses"][again["coordinates"].index((0.0, 0.0))]
+    assert relative_error(torch.tensor(random["losses"][middle]), torch.tensor(centre)) < 1e-5
+
+
+def test_the_session_is_left_as_it_was(session: Session, found: AdapterAnalysis) -> None:
+    assert not any(getattr(module, "adapter", None) for module in session.loaded.model.modules())
+    assert not any(parameter.requires_grad for parameter in session.loaded.model.parameters())
+
+
+def test_what_has_no_factors_gets_its_gap_and_says_why_not_more(session: Session, run: RunConfig) -> None:
+    whole = run.model_copy(update={"method": run.method.model_copy(update={"name": "full"})})
+    found = analyze(session, whole, None, CONFIG, name="whole")
+    assert found.gap is not None
+    assert set(found.notes) == {"spectra", "sharpness", "landscape", "trajectory"}
+    assert "'full' is a whole model, without low-rank factors: extract a LoRA first" in found.notes["spectra"]
+    assert found.measures["parameters"] == sum(p.numel() for p in session.loaded.model.parameters())
+
+
+def test_no_trail_says_how_to_have_one(
+    session: Session, run: RunConfig, artifact: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"parts": ("trajectory",)})
+    lone = AdapterArtifact.load(artifact).save(tmp_path / "adapter")
+    request = AnalyzeRequest("lone", run.model_dump_json(), config.model_dump_json(), str(lone))
+    found = AdapterAnalysis.model_validate_json(request(session, run)["analysis"])
+    assert "train with evaluate.trail: true" in found.notes["trajectory"]
+
+
+def test_only_the_first_worker_does_it(session: Session, run: RunConfig) -> None:
+    other = Session(session.loaded, session.parts, session.train, session.val, Worker(rank=1, world=2))
+    request = AnalyzeRequest("mine", run.model_dump_json(), CONFIG.model_dump_json(), "/nowhere")
+    assert request(other, run) == {}
