@@ -12,7 +12,7 @@ from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.config import parse
 from rayft.methods.base import LoraFactors, MethodConfig
 from rayft.models.inject import clear, export, inject
-from rayft.sweep.score import ScoreRequest, _artifact, folder_files, run_score
+from rayft.sweep.score import ScoreRequest, folder_files, received, run_score
 from rayft.train.context import Session, Worker
 from rayft.train.run import RunConfig
 
@@ -23,9 +23,9 @@ def test_an_adapter_travels_with_its_files(tmp_path: Path) -> None:
     sent.save(tmp_path / "adapter")
     files = folder_files(tmp_path / "adapter")
     assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "rayft.json"}
-    found = _artifact("/on/another/machine", files)
+    found = received("/on/another/machine", files)
     assert found.content_hash == sent.content_hash
-    assert _artifact(str(tmp_path / "adapter"), {}).content_hash == sent.content_hash
+    assert received(str(tmp_path / "adapter"), {}).content_hash == sent.content_hash
 
 
 @pytest.mark.parametrize("method", ["lora", "peft:DoRA"])

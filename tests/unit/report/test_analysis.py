@@ -1,0 +1,146 @@
+"""The analysis on the page, from numbers that could have been found."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayft.analysis.landscape import Landscape
+from rayft.analysis.record import (
+    AdapterAnalysis,
+    FoundGap,
+    Intruders,
+    Predictor,
+    SweepAnalysis,
+)
+from rayft.analysis.section import AnalyzeConfig
+from rayft.report.analysis import analysis_figures, gap_rows, predictor_rows, predictor_words
+from rayft.report.render import html
+from rayft.report.terminal import analysis_tables
+from tests.unit.report.example import example
+from tests.unit.report.test_render import Page
+
+
+def plane(kind: str, steep: float) -> dict[str, Any]:
+    axis = np.linspace(-1, 1, 7)
+    points = tuple((float(x), float(y)) for x in axis for y in axis)
+    losses = tuple(1.0 + steep * (x * x + 0.3 * y * y) for x, y in points)
+    path = ((1.0, 0.5), (0.4, 0.1), (0.0, 0.0)) if kind == "trajectory" else ()
+    return Landscape(kind, "update" if not path else None, points, losses, 0, 50, path, (0.8, 0.1)).to_json()  # type: ignore[arg-type]
+
+
+def adapter(name: str, group: str, gap: float, norm: float) -> AdapterAnalysis:
+    epsilons = (0.3, 0.5, 0.7)
+    return AdapterAnalysis(
+        name=name,
+        group=group,
+        measures={"update_norm": norm, "sam_sharpness": 0.01 * norm, "effective_rank_mean": 3.3},
+        gap=FoundGap(train=1.0, held_out=1.0 + gap, low=gap - 0.1, high=gap + 0.1, n=40),
+        median_spectrum=(1.0, 0.5, 0.1, 0.02),
+        intruders=Intruders(
+            epsilons=epsilons, counts=(0, 1.5, 4), baseline=(0, 6, 10), top=10, modules=("q", "v")
+        ),
+        landscapes={"random": plane("random", norm), "trajectory": plane("trajectory", norm)},
+        notes={"hessian": "curvlinops <is> missing"} if name == "a-s1" else {},
+    )
+
+
+def predictor(measure: str, rho: float, half: float) -> Predictor:
+    return Predictor(
+        measure=measure, kendall=0.8 * rho, kendall_low=0.8 * rho - half, kendall_high=0.8 * rho + half,
+        spearman=rho, spearman_low=rho - half, spearman_high=rho + half, n=6, groups=3,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def analysis() -> SweepAnalysis:
+    adapters = [
+        adapter(f"{g}-s{s}", g, 0.1 * i + 0.02 * s, 1.0 + i) for i, g in enumerate("abc") for s in (0, 1)
+    ]
+    return SweepAnalysis(
+        config=AnalyzeConfig(parts=("gap", "spectra")),
+        adapters=tuple(adapters),
+        predictors=(predictor("update_norm", 0.9, 0.2), predictor("bound_information_log10", -0.1, 0.7)),
+        angles={"a-s0 / b-s0": (0.1, 0.9), "a-s0 / c-s0": (0.2, 1.2), "b-s0 / c-s0": (0.5, 1.5)},
+    )
+
+
+def test_what_tells_is_told_and_with_how_many_tries(analysis: SweepAnalysis) -> None:
+    words = predictor_words(analysis)
+    assert words.startswith(
+        "Over 6 runs of 3 settings these go with the gap: ‖ΔW‖, all modules (of 2 measures"
+    )
+    assert words.endswith("about 1 would by chance).")
+    none = analysis.model_copy(update={"predictors": analysis.predictors[1:]})
+    assert (
+        predictor_words(none)
+        == "None of 1 measures was seen to predict the generalisation gap over 6 runs of 3 settings."
+    )
+    empty = analysis.model_copy(update={"predictors": (), "note": "a correlation needs 3 finished runs"})
+    assert predictor_words(empty) == "a correlation needs 3 finished runs"
+    assert [row.tells for row in predictor_rows(analysis)] == [True, False]
+
+
+def test_the_page_has_it_all_and_stays_whole(analysis: SweepAnalysis) -> None:
+    page = Page(html(example(), analysis))
+    assert page.open == []
+    assert page.outside == []
+    assert len(page.ids) == len(set(page.ids))
+    for wanted in ("Generalisation", "‖ΔW‖, all modules", "+0.90 [+0.70, +1.10]", "curvlinops <is> missing",
+                   "Loss landscapes", "Intruder dimensions", "c-s1"):  # fmt: skip
+        assert wanted in page.text
+    assert "Generalisation" not in Page(html(example())).text
+
+
+def test_figures_are_drawn_with_words_and_fit_a_phone(analysis: SweepAnalysis) -> None:
+    drawn = analysis_figures(analysis)
+    assert [one.key for one in drawn] == [
+        "gaps", "spectra", "intruders", "angles", "landscape-random", "landscape-trajectory",
+    ]  # fmt: skip
+    for one in drawn:
+        sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", one.svg)]
+        assert min(sizes) >= 11
+        assert "mathdefault" not in one.svg
+        assert one.alt
+    (angles,) = (one for one in drawn if one.key == "angles")
+    assert "1 is a-s0, 2 is b-s0, 3 is c-s0" in angles.caption
+    (plane_,) = (one for one in drawn if one.key == "landscape-random")
+    assert "a-s0 1.00; b-s0 1.00; c-s0 1.00" in plane_.alt, "one run of each setting"
+
+
+def test_landscapes_with_nan_and_one_adapter(analysis: SweepAnalysis) -> None:
+    broken = plane("random", 1.0)
+    broken["losses"][0], broken["losses"][1] = "nan", "inf"
+    one = analysis.adapters[0].model_copy(update={"landscapes": {"random": broken}})
+    drawn = analysis_figures(analysis.model_copy(update={"adapters": (one,), "predictors": (), "angles": {}}))
+    assert [figure.key for figure in drawn] == ["spectra", "intruders", "landscape-random"]
+
+
+def test_gaps_are_in_order_and_what_is_missing_is_a_dash(analysis: SweepAnalysis) -> None:
+    bare = AdapterAnalysis(name="bare", notes={"gap": "why"})
+    rows = gap_rows(analysis.model_copy(update={"adapters": (bare, *analysis.adapters)}))
+    assert [row.name for row in rows] == ["a-s0", "a-s1", "b-s0", "b-s1", "c-s0", "c-s1", "bare"]
+    assert rows[0].gap == "+0.000 [-0.100, +0.100]"
+    assert (rows[-1].gap, rows[-1].norm) == ("–", "–")
+
+
+def test_it_is_kept_with_infinities(analysis: SweepAnalysis, tmp_path: Any) -> None:
+    odd = analysis.adapters[0].model_copy(update={"measures": {"bound": math.inf, "zero": -math.inf}})
+    kept = analysis.model_copy(update={"adapters": (odd,)})
+    kept.save(tmp_path)
+    found = SweepAnalysis.find(tmp_path)
+    assert found
+    assert found.adapters[0].measures == {"bound": math.inf, "zero": -math.inf}
+    assert found.model_dump_json() == kept.model_dump_json()
+    assert SweepAnalysis.find(tmp_path / "nowhere") is None
+
+
+def test_the_terminal_shows_both_tables(analysis: SweepAnalysis) -> None:
+    gaps, predictors = analysis_tables(analysis)
+    assert gaps.row_count == 6
+    assert predictors.row_count == 2
+    assert len(analysis_tables(analysis.model_copy(update={"predictors": ()}))) == 1
