@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from rayft.analysis.landscape import Landscape
 from rayft.analysis.record import AdapterAnalysis, SweepAnalysis
-from rayft.report.canvas import INK, PAPER, SOFT, STYLE, canvas, legend, short, styles, svg
+from rayft.report.canvas import INK, SOFT, STYLE, canvas, legend, short, styles, svg, tip
 from rayft.report.drawing import Drawing
 from rayft.report.landscape import COLOURS, shared_limits
 
@@ -144,7 +144,8 @@ def _gaps(analysis: SweepAnalysis) -> Drawing | None:
         axes.errorbar(
             x, y, [[max(y - one.gap.low, 0)], [max(one.gap.high - y, 0)]], color=INK, alpha=0.45, linewidth=1
         )
-        axes.plot(x, y, "o", color=INK, markersize=5)
+        (point,) = axes.plot(x, y, "o", color=INK, markersize=5)
+        tip(point, f"{one.name}: gap {y:+.3f} at {x:.4g}")
     axes.axhline(0, color=SOFT, linewidth=1)
     axes.set_xlabel(_words(best.measure))
     axes.set_ylabel("gap: held-out less training loss")
@@ -179,7 +180,8 @@ def _spectra(analysis: SweepAnalysis) -> Drawing | None:
         colour, marker = style[one.name]
         ranks = np.arange(1, len(one.median_spectrum) + 1)
         values = np.maximum(one.median_spectrum, 1e-6)
-        axes.plot(ranks, values, color=colour, marker=marker, markersize=3.5)
+        (line,) = axes.plot(ranks, values, color=colour, marker=marker, markersize=3.5)
+        tip(line, one.name)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -208,7 +210,10 @@ def _intruders(analysis: SweepAnalysis) -> Drawing | None:
     for one in shown:
         assert one.intruders is not None
         colour, marker = style[one.name]
-        axes.plot(one.intruders.epsilons, one.intruders.counts, color=colour, marker=marker, markersize=4)
+        (line,) = axes.plot(
+            one.intruders.epsilons, one.intruders.counts, color=colour, marker=marker, markersize=4
+        )
+        tip(line, one.name)
     first = shown[0].intruders
     assert first is not None
     axes.plot(first.epsilons, first.baseline, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.4)
@@ -243,7 +248,9 @@ def _angles(analysis: SweepAnalysis) -> Drawing | None:
     style = styles([*labels.values()])
     for name, angles in pairs:
         colour, marker = style[labels[name]]
-        axes.plot(range(1, len(angles) + 1), np.degrees(angles), color=colour, marker=marker, markersize=4)
+        degrees = np.degrees(angles)
+        (line,) = axes.plot(range(1, len(angles) + 1), degrees, color=colour, marker=marker, markersize=4)
+        tip(line, name)
     axes.set_ylim(0, 93)
     axes.set_xlabel("index")
     axes.set_ylabel("principal angle, degrees")
@@ -303,9 +310,13 @@ def _landscape_row(found: Mapping[str, Landscape]) -> Figure:
         drawn = axes.contourf(
             first, second, np.where(np.isfinite(grid), grid, high), levels, cmap=COLOURS, extend="max"
         )
-        if one.path:
-            axes.plot(*zip(*one.path, strict=True), color=PAPER, linewidth=1.6, marker="o", markersize=2.5)
-        axes.plot(0, 0, "+", color=PAPER, markersize=9, markeredgewidth=1.8)
+        # Not the page's colours: what is below them is the same by day and by night.
+        for colour, width in (("#000000", 3.0), ("#ffffff", 1.5)):
+            if one.path:
+                axes.plot(
+                    *zip(*one.path, strict=True), color=colour, linewidth=width, marker="o", markersize=width
+                )
+            axes.plot(0, 0, "+", color=colour, markersize=8 + width, markeredgewidth=width)
         axes.set_title(short(name, 24), fontsize=11)
         axes.tick_params(labelsize=11)
         axes.grid(visible=False)

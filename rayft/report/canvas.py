@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -30,6 +32,7 @@ __all__ = [
     "short",
     "styles",
     "svg",
+    "tip",
 ]
 
 INK, SOFT, _GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
@@ -111,8 +114,13 @@ def short(name: str, most: int = 22) -> str:
     return f"{name[: most - 1 - tail]}…{name[-tail:]}"
 
 
+def tip(artist: Artist, text: str) -> None:
+    """Show a text while the pointer rests on what is drawn; it takes the way through the artist's id."""
+    artist.set_gid(f"tip-{text.encode().hex()}")
+
+
 def svg(figure: Figure, key: str) -> str:
-    """Write the figure, then make its ids, colours and fonts those of the page."""
+    """Write the figure, then make its ids, colours, fonts and tips those of the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -120,6 +128,11 @@ def svg(figure: Figure, key: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(
+        r'<g id="tip-([0-9a-f]*)">',
+        lambda found: f"<g><title>{escape(bytes.fromhex(found[1]).decode())}</title>",
+        text,
+    )
     text = re.sub(r'\bid="', f'id="{key}-', text)
     text = re.sub(r'href="#', f'href="#{key}-', text)
     text = re.sub(r"url\(#", f"url(#{key}-", text)

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from rayft.report.canvas import INK, SERIES, STYLE, canvas, legend, short, styles, svg
+from rayft.report.canvas import INK, SERIES, STYLE, canvas, legend, short, styles, svg, tip
 from rayft.report.drawing import Drawing, baselines, methods, score_axis
 from rayft.report.frame import SweepRecord, Trial
 from rayft.report.fronts import draw_fronts
@@ -92,7 +92,10 @@ def _name_curves(axes: Axes, trials: Sequence[Trial], winner: str) -> None:
 def _curve(axes: Axes, trial: Trial, colour: str, marker: str, *, own: bool) -> None:
     steps, losses = zip(*trial.val_loss, strict=True)
     width, front = (3.0, 4) if own else (1.3, 2)
-    axes.plot(steps, losses, color=colour, marker=marker, markersize=3.5, linewidth=width, zorder=front)
+    (line,) = axes.plot(
+        steps, losses, color=colour, marker=marker, markersize=3.5, linewidth=width, zorder=front
+    )
+    tip(line, _curve_text(trial))
     if trial.status != "finished":
         step, loss = _last_finite(trial)
         seen = min(loss, axes.get_ylim()[1])

@@ -10,11 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from rayft.report.canvas import INK, PAPER, SOFT, canvas, legend, svg
+from rayft.report.canvas import INK, PAPER, SOFT, canvas, legend, svg, tip
 from rayft.report.drawing import Drawing, baselines, methods, score_axis
 from rayft.report.frame import SweepRecord
 from rayft.report.labels import place
 from rayft.report.rows import Row, human_bytes, human_seconds, pareto, rows
+from rayft.report.verdict import score_text
 
 __all__ = ["draw_fronts"]
 
@@ -118,7 +119,7 @@ def _scatter(axes: Axes, points: Sequence[Row], style: Mapping[str, tuple[str, s
         colour, marker = style[row.method]
         below, above = max(row.test.value - row.test.low, 0), max(row.test.high - row.test.value, 0)
         axes.errorbar(x, row.test.value, [[below], [above]], color=colour, linewidth=1, alpha=0.55, zorder=2)
-        axes.plot(
+        (point,) = axes.plot(
             x,
             row.test.value,
             marker,
@@ -128,6 +129,7 @@ def _scatter(axes: Axes, points: Sequence[Row], style: Mapping[str, tuple[str, s
             markeredgewidth=1.6,
             zorder=3,
         )
+        tip(point, f"{row.name}: {score_text(row.test)} at {cost.text(x)}")
 
 
 def _ticks(axes: Axes, sizes: Sequence[float], cost: _Cost) -> None:

@@ -211,3 +211,18 @@ def test_thirty_trials_fit() -> None:
 def test_render_writes_the_file(tmp_path: Path) -> None:
     path = render(example(), tmp_path / "deep" / "report.html")
     assert path.read_text(encoding="utf-8") == html(example())
+
+
+def test_points_and_curves_tell_their_names_under_the_pointer() -> None:
+    evil = "<b>&"
+    trials = list(example().model_dump()["trials"])
+    trials[1] |= {"id": evil}
+    drawn = {drawing.key: drawing.svg for drawing in draw_all(changed(trials=trials))}
+    titles = {
+        key: [one.text for one in ET.fromstring(text).iter("{http://www.w3.org/2000/svg}title")]  # noqa: S314
+        for key, text in drawn.items()
+    }
+    assert "lora-r32@r8: 0.60 [0.54, 0.66] at 2.48 MB" in titles["scores"]
+    assert any(title and title.startswith(f"{evil}: ") for title in titles["scores"])
+    assert any(title and title.startswith("c3la-r8 1.72 at step 15") for title in titles["learning"])
+    assert "tip-" not in "".join(drawn.values())
