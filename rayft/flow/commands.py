@@ -23,6 +23,7 @@ from rayft.flow.doctor import checks
 from rayft.registry.promote import Gate
 from rayft.registry.promote import promote as move_alias
 from rayft.registry.store import MlflowRegistry
+from rayft.report.analysis import gap_rows
 from rayft.report.frame import SweepRecord
 from rayft.report.render import render
 from rayft.report.terminal import terminal_table
@@ -99,9 +100,9 @@ def analyze(target: str, console: Console, **options: Any) -> None:
     found, folder = analyze_target(target, Display(console), **options)
     for table in analysis_tables(found):
         console.print(table)
-    for one in found.adapters:
-        for part, why in one.notes.items():
-            console.print(f"{one.name}, {part}: {why}", style="yellow", highlight=False)
+    for row in gap_rows(found):
+        for parts, why in row.missing.items():
+            console.print(f"{row.name}, {parts}: {why}", style="yellow", highlight=False)
     if found.note:
         console.print(found.note, style="yellow", highlight=False)
     console.print(f"wrote {folder / 'analysis.json'}", highlight=False)

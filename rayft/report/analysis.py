@@ -113,10 +113,18 @@ def gap_rows(analysis: SweepAnalysis) -> list[GapRow]:
             sharpness=_number(one.measures.get("sam_sharpness")),
             norm=_number(one.measures.get("update_norm")),
             effective_rank=_number(one.measures.get("effective_rank_mean")),
-            missing=one.notes,
+            missing=_by_reason(one.notes),
         )
         for one in ordered
     ]
+
+
+def _by_reason(notes: Mapping[str, str]) -> dict[str, str]:
+    """Put parts that are missing for one reason together: `spectra, landscape` → why."""
+    parts: dict[str, list[str]] = {}
+    for part, why in notes.items():
+        parts.setdefault(why, []).append(part)
+    return {", ".join(names): why for why, names in parts.items()}
 
 
 def analysis_figures(analysis: SweepAnalysis) -> list[Drawing]:
@@ -324,8 +332,9 @@ def _landscape_row(found: Mapping[str, Landscape]) -> Figure:
     for axes in panels[len(found) :]:
         axes.set_axis_off()
     figure.colorbar(
-        drawn, ax=panels.tolist(), location="bottom", label="mean loss (nats)", aspect=40, shrink=0.9
-    )
+        drawn, ax=panels.tolist(), location="bottom", label="mean loss (nats)", aspect=40, shrink=0.9,
+        ticks=levels[::3], format="%.3g",
+    )  # fmt: skip
     return figure
 
 

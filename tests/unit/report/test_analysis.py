@@ -126,6 +126,9 @@ def test_gaps_are_in_order_and_what_is_missing_is_a_dash(analysis: SweepAnalysis
     assert [row.name for row in rows] == ["a-s0", "a-s1", "b-s0", "b-s1", "c-s0", "c-s1", "bare"]
     assert rows[0].gap == "+0.000 [-0.100, +0.100]"
     assert (rows[-1].gap, rows[-1].norm) == ("–", "–")
+    notes = {"spectra": "no factors", "gap": "no data", "landscape": "no factors"}
+    many = analysis.model_copy(update={"adapters": (bare.model_copy(update={"notes": notes}),)})
+    assert gap_rows(many)[0].missing == {"spectra, landscape": "no factors", "gap": "no data"}
 
 
 def test_it_is_kept_with_infinities(analysis: SweepAnalysis, tmp_path: Any) -> None:
