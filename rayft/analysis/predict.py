@@ -23,6 +23,9 @@ __all__ = ["LEAST", "Correlation", "Run", "correlations"]
 
 LEAST = 3
 """Runs below which no correlation is given."""
+LEAST_GROUPS = 6
+"""Settings below which no interval is given: three runs in perfect order are chance one time in three, and
+resampling them shows perfect order again."""
 RESAMPLES = 2000
 
 Array = NDArray[np.float64]
@@ -49,7 +52,7 @@ class Correlation:
     spearman: float
     spearman_low: float
     spearman_high: float
-    """95 % intervals; NaN where too few resamples vary."""
+    """95 % intervals; NaN with fewer than six settings, or where too few resamples vary."""
     n: int
     groups: int
 
@@ -84,7 +87,7 @@ def _correlate(name: str, values: Array, gaps: Array, groups: Sequence[str], see
     members = [np.flatnonzero(np.array(groups) == group) for group in dict.fromkeys(groups)]
     rng = np.random.default_rng(derive_seed("correlate", name, seed))
     drawn = []
-    for _ in range(RESAMPLES):
+    for _ in range(RESAMPLES if len(members) >= LEAST_GROUPS else 0):
         rows = np.concatenate([members[one] for one in rng.integers(0, len(members), len(members))])
         # Drawn runs that are all alike have no order.
         if np.ptp(values[rows]) > 0 and np.ptp(gaps[rows]) > 0:

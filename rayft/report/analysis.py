@@ -95,6 +95,11 @@ def predictor_words(analysis: SweepAnalysis) -> str:
     telling = [row.measure for row in rows if row.tells]
     most = max(analysis.predictors, key=lambda one: one.n)
     over = f"over {most.n} runs of {most.groups} settings"
+    if all(math.isnan(one.spearman_low) for one in analysis.predictors):
+        return (
+            f"{over[0].upper()}{over[1:]} no interval can be given, which takes six settings: nothing can be "
+            "said to predict the gap."
+        )
     if not telling:
         return f"None of {len(rows)} measures was seen to predict the generalisation gap {over}."
     chance = f"of {len(rows)} measures about {max(1, round(0.05 * len(rows)))} would by chance"

@@ -43,6 +43,17 @@ def test_against_counting_pairs_and_squared_rank_differences() -> None:
     assert found.spearman == pytest.approx(1 - 6 * np.sum((ranks[0] - ranks[1]) ** 2) / (9 * 80))
 
 
+def test_few_settings_give_no_interval_however_perfect_their_order() -> None:
+    (found,) = correlations(runs([0.1, 0.2, 0.3, 0.4, 0.5], m=[1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert found.spearman == pytest.approx(1.0)
+    assert math.isnan(found.spearman_low)
+    assert math.isnan(found.kendall_high)
+    # Ten seeds of two settings are two.
+    (found,) = correlations(runs([0.1 * i for i in range(10)], groups=2, m=[float(i) for i in range(10)]))
+    assert found.groups == 2
+    assert math.isnan(found.spearman_low)
+
+
 def test_noise_is_told_from_signal() -> None:
     draw = np.random.default_rng(5)
     gaps = draw.normal(size=40)

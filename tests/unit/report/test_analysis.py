@@ -83,6 +83,9 @@ def test_what_tells_is_told_and_with_how_many_tries(analysis: SweepAnalysis) -> 
     empty = analysis.model_copy(update={"predictors": (), "note": "a correlation needs 3 finished runs"})
     assert predictor_words(empty) == "a correlation needs 3 finished runs"
     assert [row.tells for row in predictor_rows(analysis)] == [True, False]
+    few = analysis.model_copy(update={"predictors": (predictor("update_norm", 1.0, math.nan),)})
+    assert "no interval can be given, which takes six settings" in predictor_words(few)
+    assert [(row.tells, row.spearman) for row in predictor_rows(few)] == [(False, "+1.00")]
 
 
 def test_the_page_has_it_all_and_stays_whole(analysis: SweepAnalysis) -> None:
