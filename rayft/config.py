@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 import types
 import typing
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rayft.errors import ConfigError
 
-__all__ = ["Section", "content_hash", "leaves", "load", "nearest", "parse", "read_yaml"]
+__all__ = ["Record", "Section", "content_hash", "leaves", "load", "nearest", "parse", "read_yaml"]
 
 SectionT = TypeVar("SectionT", bound="Section")
 
@@ -31,6 +32,20 @@ class Section(BaseModel):
     """A frozen part of a configuration; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Record(Section):
+    """Findings that are kept as JSON, NaN and infinities too, which plain JSON can't say."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    def write(self, path: Path) -> Path:
+        """Write it, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f".{path.name}.{os.getpid()}")
+        staging.write_text(self.model_dump_json(indent=1) + "\n")
+        staging.replace(path)
+        return path
 
 
 class _Loader(yaml.SafeLoader):

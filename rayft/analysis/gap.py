@@ -8,41 +8,22 @@ percentile bootstrap over examples, both samples drawn apart (Efron & Tibshirani
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from rayft.data.pack import AnyEncoded, Batch, PackedRow, collate_rows
-from rayft.data.template import Encoded
+from rayft.analysis.record import Gap
+from rayft.data.pack import AnyEncoded, Batch, collate_rows, rows_of
 from rayft.errors import ReportError
 from rayft.evaluate.loss import target_losses
 from rayft.numerics import derive_seed, generator
 
-__all__ = ["Gap", "example_losses", "gap", "sample"]
+__all__ = ["example_losses", "gap", "sample"]
 
 RESAMPLES = 10_000
 ItemT = TypeVar("ItemT")
-
-
-@dataclass(frozen=True)
-class Gap:
-    """Mean losses, and their difference with its 95 % interval."""
-
-    train: float
-    held_out: float
-    low: float
-    high: float
-    """Interval of held_out − train."""
-    n: int
-    """Examples of each."""
-
-    @property
-    def value(self) -> float:
-        """The gap."""
-        return self.held_out - self.train
 
 
 def sample(examples: Sequence[ItemT], count: int, *seed: object) -> list[ItemT]:
@@ -65,10 +46,9 @@ def example_losses(
         rows: examples of a batch, each in a row of its own.
     """
     found: list[float] = []
-    for start in range(0, len(examples), rows):
-        part = [
-            PackedRow((one,)) if isinstance(one, Encoded) else one for one in examples[start : start + rows]
-        ]
+    each = rows_of(examples, 0, packing=False)
+    for start in range(0, len(each), rows):
+        part = each[start : start + rows]
         batch = collate_rows(part, pad_id).to(device)
         losses = target_losses(model, batch).double()
         if isinstance(batch, Batch):
@@ -105,4 +85,6 @@ def gap(train: Sequence[float], held_out: Sequence[float], clip: float, seed: in
     rng, n = np.random.default_rng(derive_seed("gap", seed)), len(first)
     means = [values[rng.integers(0, n, (RESAMPLES, n))].mean(1) for values in (first, second)]
     low, high = np.quantile(means[1] - means[0], [0.025, 0.975])
-    return Gap(float(first.mean()), float(second.mean()), float(low), float(high), n)
+    return Gap(
+        train=float(first.mean()), held_out=float(second.mean()), low=float(low), high=float(high), n=n
+    )

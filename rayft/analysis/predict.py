@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 
+from rayft.analysis.record import Predictor
 from rayft.errors import ReportError
 from rayft.numerics import derive_seed
 
-__all__ = ["LEAST", "Correlation", "Run", "correlations"]
+__all__ = ["LEAST", "Run", "correlations"]
 
 LEAST = 3
 """Runs below which no correlation is given."""
@@ -41,23 +42,7 @@ class Run:
     measures: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Correlation:
-    """How a measure goes with the gap."""
-
-    measure: str
-    kendall: float
-    kendall_low: float
-    kendall_high: float
-    spearman: float
-    spearman_low: float
-    spearman_high: float
-    """95 % intervals; NaN with fewer than six settings, or where too few resamples vary."""
-    n: int
-    groups: int
-
-
-def correlations(runs: Sequence[Run], seed: int = 0) -> list[Correlation]:
+def correlations(runs: Sequence[Run], seed: int = 0) -> list[Predictor]:
     """Correlate every measure with the gap, over the runs that have both as finite numbers.
 
     A measure that is the same in all runs, or that fewer than three runs have, is left out.
@@ -83,7 +68,7 @@ def correlations(runs: Sequence[Run], seed: int = 0) -> list[Correlation]:
     return sorted(found, key=lambda one: -abs(one.spearman))
 
 
-def _correlate(name: str, values: Array, gaps: Array, groups: Sequence[str], seed: int) -> Correlation:
+def _correlate(name: str, values: Array, gaps: Array, groups: Sequence[str], seed: int) -> Predictor:
     members = [np.flatnonzero(np.array(groups) == group) for group in dict.fromkeys(groups)]
     rng = np.random.default_rng(derive_seed("correlate", name, seed))
     drawn = []
@@ -96,9 +81,10 @@ def _correlate(name: str, values: Array, gaps: Array, groups: Sequence[str], see
     ends = np.full((2, 2), np.nan)
     if len(drawn) >= RESAMPLES // 2:
         ends = np.quantile(np.array(drawn), [0.025, 0.975], axis=0)
-    return Correlation(
-        name, kendall, float(ends[0, 0]), float(ends[1, 0]), spearman, float(ends[0, 1]), float(ends[1, 1]),
-        len(values), len(members),
+    return Predictor(
+        measure=name, n=len(values), groups=len(members),
+        kendall=kendall, kendall_low=float(ends[0, 0]), kendall_high=float(ends[1, 0]),
+        spearman=spearman, spearman_low=float(ends[0, 1]), spearman_high=float(ends[1, 1]),
     )  # fmt: skip
 
 

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from rayft.analysis.section import AnalyzeConfig
-from rayft.config import Section
+from rayft.config import Record
 from rayft.errors import ReportError
 
-__all__ = ["AdapterAnalysis", "FoundGap", "Intruders", "ModuleSpectrum", "Predictor", "SweepAnalysis"]
+__all__ = ["AdapterAnalysis", "Gap", "Intruders", "ModuleSpectrum", "Predictor", "SweepAnalysis"]
 
 FILE = "analysis.json"
 
 
-class _Part(Section):
-    # Bounds may be infinite, correlations NaN, which plain JSON can't say.
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-
-class FoundGap(_Part):
-    """Losses in nats of equal samples, and the gap with its 95 % interval."""
+class Gap(Record):
+    """Mean losses in nats of equal samples, and their difference with its 95 % interval."""
 
     train: float
     held_out: float
     low: float
     high: float
+    """Interval of held_out − train."""
     n: int
+    """Examples of each."""
 
     @property
     def value(self) -> float:
-        """Held out less training."""
+        """The gap: held out less training."""
         return self.held_out - self.train
 
 
-class ModuleSpectrum(_Part):
+class ModuleSpectrum(Record):
     """Of one module's update."""
 
     effective_rank: float
@@ -49,7 +45,7 @@ class ModuleSpectrum(_Part):
     nuclear_norm: float
 
 
-class Intruders(_Part):
+class Intruders(Record):
     """Singular vectors of the tuned weights that are like none of the base's, mean over some modules."""
 
     epsilons: tuple[float, ...]
@@ -61,7 +57,7 @@ class Intruders(_Part):
     modules: tuple[str, ...]
 
 
-class AdapterAnalysis(_Part):
+class AdapterAnalysis(Record):
     """All that was found of one adapter."""
 
     name: str
@@ -70,7 +66,7 @@ class AdapterAnalysis(_Part):
     """Its settings without the seed."""
     measures: dict[str, float] = {}
     """Every number that may predict something, also in the tracker."""
-    gap: FoundGap | None = None
+    gap: Gap | None = None
     vacuous: tuple[str, ...] = ()
     """Bounds that say no more than the loss's range."""
     spectra: dict[str, ModuleSpectrum] = {}
@@ -85,8 +81,8 @@ class AdapterAnalysis(_Part):
     """Part → how long it took."""
 
 
-class Predictor(_Part):
-    """A measure's rank correlation with the gap, with 95 % intervals."""
+class Predictor(Record):
+    """A measure's rank correlations with the gap."""
 
     measure: str
     kendall: float
@@ -95,11 +91,13 @@ class Predictor(_Part):
     spearman: float
     spearman_low: float
     spearman_high: float
+    """95 % intervals; NaN with fewer than six settings, or where too few resamples vary."""
     n: int
     groups: int
+    """Runs that have the measure, and settings among them."""
 
 
-class SweepAnalysis(_Part):
+class SweepAnalysis(Record):
     """Of a sweep, or of one adapter."""
 
     format: int = 1
@@ -111,18 +109,9 @@ class SweepAnalysis(_Part):
     angles: dict[str, tuple[float, ...]] = {}
     """`a / b` → median principal angles between two adapters' outputs, in radians, smallest first."""
 
-    def of(self, name: str) -> AdapterAnalysis | None:
-        """Find an adapter's."""
-        return next((one for one in self.adapters if one.name == name), None)
-
     def save(self, folder: str | Path) -> Path:
         """Write analysis.json, whole or not at all."""
-        path = Path(folder) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{os.getpid()}")
-        staging.write_text(self.model_dump_json(indent=1) + "\n")
-        staging.replace(path)
-        return path
+        return self.write(Path(folder) / FILE)
 
     @classmethod
     def find(cls, folder: str | Path) -> Self | None:

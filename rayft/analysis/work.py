@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from rayft.analysis import bounds, landscape, sharpness, spectral
 from rayft.analysis.directions import Direction, random_directions, trajectory_directions
 from rayft.analysis.gap import example_losses, gap, sample
 from rayft.analysis.norms import matrix, spectral_norms, squared_norms
-from rayft.analysis.record import AdapterAnalysis, FoundGap, Intruders, ModuleSpectrum
+from rayft.analysis.record import AdapterAnalysis, Intruders, ModuleSpectrum
 from rayft.analysis.section import AnalyzeConfig, Part
 from rayft.artifacts import AdapterArtifact
-from rayft.data.pack import AnyBatch, AnyEncoded, PackedRow, collate_rows, rows_of
-from rayft.data.template import Encoded, encode_all
+from rayft.data.pack import AnyBatch, collate_rows, rows_of
+from rayft.data.template import encode_all
 from rayft.errors import MethodError, RayftError
 from rayft.evaluate.loss import targets_of
 from rayft.methods.base import LoraFactors
@@ -148,8 +149,9 @@ class _Job:
     def model(self) -> Any:
         return self.session.loaded.model
 
+    @cached_property
     def modules(self) -> Mapping[str, LoraFactors]:
-        """Give the factors, on the model's device.
+        """The factors, on the model's device.
 
         Raises:
             MethodError: if there are none.
@@ -165,6 +167,11 @@ class _Job:
             path: LoraFactors(f.a.to(device), f.b.to(device), f.scale, f.columns)
             for path, f in self.artifact.modules.items()
         }
+
+    @cached_property
+    def singular_values(self) -> Mapping[str, torch.Tensor]:
+        """Of each module's update, largest first; decomposed once for all parts."""
+        return {path: factored_svd(factors).s for path, factors in self.modules.items()}
 
     def gap(self) -> _Found:
         """Compare losses on training and on held-out examples."""
@@ -185,10 +192,7 @@ class _Job:
         found = gap(seen, fresh, self.config.clip, self.config.seed)
         measures = {"gap": found.value, "gap_low": found.low, "gap_high": found.high}
         measures |= {"sample_train_loss": found.train, "sample_test_loss": found.held_out}
-        known = FoundGap(
-            train=found.train, held_out=found.held_out, low=found.low, high=found.high, n=found.n
-        )
-        return _Found(measures, {"gap": known})
+        return _Found(measures, {"gap": found})
 
     def bounds(self) -> _Found:
         """Evaluate the bounds."""
@@ -197,11 +201,11 @@ class _Job:
         found = {"bound_information": bounds.information_bound(numbers, bits, samples, sigma)}
         measures: dict[str, float] = {"parameters": numbers}
         if isinstance(self.artifact, AdapterArtifact):
-            modules = self.modules()
-            inputs = squared_norms(self.model, self._single_rows(MEASURED), modules)
+            modules = self.modules
+            inputs = squared_norms(self.model, self._batches(MEASURED), modules)
             radius = float(next(iter(inputs.values())).max().sqrt())
             base = spectral_norms(self.model)
-            update = {path: float(spectral.summary(f).spectral) for path, f in modules.items()}
+            update = {path: float(values.max()) for path, values in self.singular_values.items()}
             terms = bounds.lipschitz_terms([*base.values()], [update.get(path, 0.0) for path in base], radius)
             measures["bound_lipschitz_log10"] = terms.log10_update
             worst = {
@@ -219,8 +223,11 @@ class _Job:
 
     def spectra(self) -> _Found:
         """Sum up the update's spectrum, and count intruder dimensions."""
-        modules = self.modules()
-        found = {path: spectral.summary(factors) for path, factors in modules.items()}
+        modules = self.modules
+        found = {
+            path: spectral.spectral_summary(values, max(modules[path].b.shape[0], modules[path].a.shape[1]))
+            for path, values in self.singular_values.items()
+        }
         known = {
             path: ModuleSpectrum(
                 effective_rank=one.effective_rank, stable_rank=one.stable_rank,
@@ -242,7 +249,7 @@ class _Job:
             "stable_rank_mean": float(np.mean([one.stable_rank for one in found.values()])),
             f"intruders_below_{EPSILONS[4]:g}": intruders.counts[4],
         }
-        spectrum = _median_spectrum([factored_svd(factors).s for factors in modules.values()])
+        spectrum = _median_spectrum([*self.singular_values.values()])
         return _Found(measures, {"spectra": known, "intruders": intruders, "median_spectrum": spectrum})
 
     def _intruders(
@@ -250,12 +257,14 @@ class _Job:
     ) -> Intruders:
         step = max(1, len(modules) // self.config.intruder_modules)
         chosen = [*modules][::step][: self.config.intruder_modules]
-        counts, baselines = [], []
-        for path in chosen:
-            counts.append(spectral.intruders(weights[path], modules[path], EPSILONS, TOP))
-            size, other = weights[path].shape
-            random = spectral.random_baseline(size, EPSILONS, basis=min(size, other))
-            baselines.append({epsilon: TOP * share for epsilon, share in random.shares.items()})
+        counts = [spectral.intruders(weights[path], modules[path], EPSILONS, TOP) for path in chosen]
+        sizes = [(weights[path].shape[0], min(weights[path].shape)) for path in chosen]
+        # Modules have few different shapes, and each shape one baseline.
+        random = {
+            (size, basis): spectral.random_baseline(size, EPSILONS, basis=basis).shares
+            for size, basis in dict.fromkeys(sizes)
+        }
+        baselines = [{epsilon: TOP * share for epsilon, share in random[one].items()} for one in sizes]
         mean = [
             tuple(float(np.mean([one[epsilon] for one in many])) for epsilon in EPSILONS)
             for many in (counts, baselines)
@@ -264,7 +273,7 @@ class _Job:
 
     def sharpness(self) -> _Found:
         """Take SAM's step and the adaptive one."""
-        batches, modules, config = self._batches(), self.modules(), self.config
+        batches, modules, config = self._batches(), self.modules, self.config
         plain = sharpness.adapter_sharpness(self.model, batches, modules, config.rho)
         adaptive = sharpness.adapter_sharpness(
             self.model, batches, modules, config.adaptive_rho, adaptive=True
@@ -274,7 +283,7 @@ class _Job:
     def hessian(self) -> _Found:
         """Find the Hessian's largest eigenvalues and its trace."""
         found = sharpness.adapter_curvature(
-            self.model, self._batches(), self.modules(), self.config.eigenvalues, seed=self.config.seed
+            self.model, self._batches(), self.modules, self.config.eigenvalues, seed=self.config.seed
         )
         values = {
             f"hessian_eigenvalue_{number}": value for number, value in enumerate(found.eigenvalues, start=1)
@@ -283,7 +292,7 @@ class _Job:
 
     def landscape(self) -> _Found:
         """Evaluate the plane of two random directions."""
-        modules = self.modules()
+        modules = self.modules
         weights = {path: matrix(self.model, path) for path in modules}
         directions = random_directions(
             modules, 2, self.config.seed, self.config.directions,
@@ -294,7 +303,7 @@ class _Job:
 
     def trajectory(self) -> _Found:
         """Evaluate the plane that the adapter's path in training lies in."""
-        modules = self.modules()
+        modules = self.modules
         folders = sorted(self.trail.iterdir()) if self.trail is not None and self.trail.is_dir() else []
         if len(folders) < 2:
             raise MethodError(
@@ -330,18 +339,14 @@ class _Job:
         )
         return _Found({}, {"landscapes": {kind: found.to_json()}})
 
-    def _examples(self) -> list[AnyEncoded]:
-        return sample(self.session.train, self.config.examples, self.config.seed, "train")
+    def _batches(self, count: int | None = None) -> list[AnyBatch]:
+        """Give training examples on the device: so many one by one, so that nothing is padded.
 
-    def _batches(self) -> list[AnyBatch]:
-        """Give the examples of sharpness and landscapes, packed, on the device."""
-        rows = rows_of(self._examples(), self.run.data.max_length, packing=self.run.data.packing)
-        return [collate_rows([row], self.session.pad_id).to(self.session.worker.device) for row in rows]
-
-    def _single_rows(self, count: int) -> list[AnyBatch]:
-        """Give training examples one by one, so that nothing is padded."""
-        chosen = sample(self.session.train, count, self.config.seed, "train")
-        rows = [PackedRow((one,)) if isinstance(one, Encoded) else one for one in chosen]
+        Where no number is given, those of the sharpness and the landscapes, packed.
+        """
+        chosen = sample(self.session.train, count or self.config.examples, self.config.seed, "train")
+        data = self.run.data
+        rows = rows_of(chosen, data.max_length, packing=data.packing and count is None)
         return [collate_rows([row], self.session.pad_id).to(self.session.worker.device) for row in rows]
 
 

@@ -38,7 +38,7 @@ ANGLES_OF, ANGLE_MODULES, ANGLE_TOP = 4, 12, 8
 def analyze_items(executor: Executor, items: Sequence[Item], config: AnalyzeConfig) -> list[AdapterAnalysis]:
     """Analyse in the lanes, as many at once as there are; what fails as a whole says so in its notes."""
     executor.submit(
-        [Job(f"analyse {item.name}", "apply", {"request": item.request(config)}) for item in items]
+        [Job(f"analyse {item.name}", "analyse", {"request": item.request(config)}) for item in items]
     )
     found = []
     for item in items:
@@ -70,10 +70,11 @@ def summarize(
         one.model_copy(update={"measures": {**one.measures, **_own(losses.get(one.name))}}) for one in found
     ]
     runs = [Run(one.group, one.gap.value, _candidates(one.measures)) for one in known if one.gap is not None]
-    note, predictors = "", []
+    note = ""
+    predictors: list[Predictor] = []
     if "gap" in config.parts:
         try:
-            predictors = [Predictor(**vars(one)) for one in correlations(runs, config.seed)]
+            predictors = correlations(runs, config.seed)
         except ReportError as error:
             note = str(error)
     else:

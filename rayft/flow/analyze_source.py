@@ -18,8 +18,7 @@ from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.preflight import STAMP_FILE
 from rayft.flow.squeeze_source import find_origin
-from rayft.flow.stages import files_along
-from rayft.methods import method
+from rayft.flow.stages import files_along, outcome
 from rayft.report.frame import SweepRecord
 from rayft.sweep.space import points
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
@@ -40,28 +39,20 @@ class Item:
     run_id: str = ""
 
     @property
-    def whole(self) -> bool:
-        """Whether it is a model, no adapter."""
-        return method(self.run.method.name).saves_model
-
-    @property
     def group(self) -> str:
         """What runs share that differ in their seed alone."""
         return content_hash(self.run.model_copy(update={"seed": 0}))
 
     def request(self, config: AnalyzeConfig) -> AnalyzeRequest:
         """Put its job together."""
-        run, adapter = self.run, str(self.folder)
-        if self.whole:
-            model = run.model.model_copy(update={"name": adapter})
-            run, adapter = run.model_copy(update={"model": model}), ""
+        run, adapter = outcome(self.run, str(self.folder))
         return AnalyzeRequest(
             name=self.name,
             run=run.model_dump_json(),
             config=config.model_dump_json(),
-            adapter=adapter or None,
+            adapter=adapter,
             group=self.group,
-            files=files_along(adapter or None),
+            files=files_along(adapter),
         )
 
 

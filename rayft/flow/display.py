@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 __all__ = ["Display"]
 
+AT_WORK = {"score": "answering", "analyse": "measuring"}
+"""What lanes do beside training, in words; its bars go when it is done."""
 STATES = {"queued": "waiting", "running": "training", "final": "done", "stopped": "stopped early"}
 
 
@@ -90,7 +92,7 @@ class Display:
                 self._said[name] = key
                 self.say(f"{name}: step {job.get('step', 0)}, {note}")
             return
-        if job.get("state") == "final" and job["kind"] == "score":
+        if job.get("state") == "final" and job["kind"] in AT_WORK:
             if name in self._tasks:
                 self._progress.update(self._tasks[name], visible=False)
             return
@@ -103,8 +105,8 @@ class Display:
 
 def _note(job: dict[str, Any]) -> str:
     state = str(job.get("state"))
-    if job["kind"] == "score":
-        return {"running": "answering", "queued": "waiting"}.get(state, state)
+    if job["kind"] in AT_WORK:
+        return {"running": AT_WORK[job["kind"]], "queued": "waiting"}.get(state, state)
     parts = [STATES.get(state, state)]
     if "train_loss" in job:
         parts.append(f"loss {job['train_loss']:.3f}")

@@ -19,11 +19,13 @@ from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
 from rayft.sweep.score import ScoreRequest, folder_files, spread
 from rayft.sweep.tuner import Trial
+from rayft.train.run import RunConfig
 
 __all__ = [
     "Measured",
     "best_first",
     "files_along",
+    "outcome",
     "score_all",
     "score_baselines",
     "score_trials",
@@ -95,13 +97,7 @@ def score_trials(executor: Executor, trials: Sequence[Trial]) -> dict[str, Measu
     for trial in trials:
         if trial.result is None:
             continue
-        run, folder = trial.point.run, str(trial.result["folder"])
-        adapter: str | None = folder
-        if method(run.method.name).saves_model:
-            run, adapter = (
-                run.model_copy(update={"model": run.model.model_copy(update={"name": folder})}),
-                None,
-            )
+        run, adapter = outcome(trial.point.run, str(trial.result["folder"]))
         requests[trial.point.name] = ScoreRequest(
             run=run.model_dump_json(),
             parts=("val", "test") if trial.status == "finished" else ("test",),
@@ -109,6 +105,13 @@ def score_trials(executor: Executor, trials: Sequence[Trial]) -> dict[str, Measu
             files=files_along(adapter),
         )
     return score_all(executor, requests)
+
+
+def outcome(run: RunConfig, folder: str) -> tuple[RunConfig, str | None]:
+    """Say how what a run left is loaded: its base and the adapter, or the tuned model as a base alone."""
+    if not method(run.method.name).saves_model:
+        return run, folder
+    return run.model_copy(update={"model": run.model.model_copy(update={"name": folder})}), None
 
 
 def best_first(plan: Plan, trials: Sequence[Trial], scores: Mapping[str, Measured]) -> list[Trial]:

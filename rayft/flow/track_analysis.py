@@ -31,7 +31,6 @@ def track_analysis(tracker: Tracker, analysis: SweepAnalysis, runs: Mapping[str,
         tracker.metrics(run, known)
         for path in _files(one, folder / one.name.replace("/", "-").replace(" ", "-")):
             tracker.artifact(run, path, "analysis")
-        tracker.finish(run, "finished")
 
 
 def _files(one: AdapterAnalysis, folder: Path) -> list[Path]:

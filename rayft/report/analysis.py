@@ -18,7 +18,7 @@ from rayft.analysis.landscape import Landscape
 from rayft.analysis.record import AdapterAnalysis, SweepAnalysis
 from rayft.report.canvas import INK, SOFT, STYLE, canvas, legend, short, styles, svg, tip
 from rayft.report.drawing import Drawing
-from rayft.report.landscape import COLOURS, shared_limits
+from rayft.report.landscape import COLOURS, grid_of, shared_limits
 
 __all__ = ["GapRow", "PredictorRow", "analysis_figures", "gap_rows", "predictor_rows", "predictor_words"]
 
@@ -317,12 +317,9 @@ def _landscape_row(found: Mapping[str, Landscape]) -> Figure:
     FigureCanvasSVG(figure)
     panels = figure.subplots(rows, 2, squeeze=False).flatten()
     for axes, (name, one) in zip(panels, found.items(), strict=False):
-        first, second = (sorted({point[axis] for point in one.coordinates}) for axis in (0, 1))
-        values = dict(zip(one.coordinates, one.losses, strict=True))
-        grid = np.array([[values[x, y] for x in first] for y in second])
-        drawn = axes.contourf(
-            first, second, np.where(np.isfinite(grid), grid, high), levels, cmap=COLOURS, extend="max"
-        )
+        first, second, losses = grid_of(one)
+        shown = np.where(np.isnan(losses), high, losses)
+        drawn = axes.contourf(first, second, shown.T, levels, cmap=COLOURS, extend="max")
         # Not the page's colours: what is below them is the same by day and by night.
         for colour, width in (("#000000", 3.0), ("#ffffff", 1.5)):
             if one.path:

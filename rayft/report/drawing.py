@@ -28,8 +28,6 @@ class Drawing:
     """The figure in words, for those who can't see it."""
     svg: str
     """An `<svg>` element."""
-    wide: bool = False
-    """Whether it takes the page's whole width."""
 
 
 def methods(record: SweepRecord, shown: set[str]) -> dict[str, tuple[str, str]]:

@@ -6,13 +6,12 @@ the mean over test questions, higher is better; intervals are 95 %.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from rayft.config import Section
+from rayft.config import Record
 from rayft.errors import ReportError
 
 __all__ = [
@@ -32,12 +31,7 @@ Curve = tuple[tuple[int, float], ...]
 """(optimizer step, value), in order."""
 
 
-class _Part(Section):
-    # A loss may be NaN or infinite, which plain JSON can't say.
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-
-class Score(_Part):
+class Score(Record):
     """A mean with its 95 % interval."""
 
     value: float
@@ -54,7 +48,7 @@ class Score(_Part):
         return self.low <= other.high and other.low <= self.high
 
 
-class Baseline(_Part):
+class Baseline(Record):
     """What is reached without training."""
 
     name: str
@@ -65,7 +59,7 @@ class Baseline(_Part):
     """Score on the validation part; the gate compares with the best of them."""
 
 
-class Trial(_Part):
+class Trial(Record):
     """One training run."""
 
     id: str
@@ -117,7 +111,7 @@ class Trial(_Part):
         return self.val_loss[-1][1] if self.val_loss else None
 
 
-class Squeezed(_Part):
+class Squeezed(Record):
     """An adapter of lower rank, made from a trial's."""
 
     name: str
@@ -148,7 +142,7 @@ class Squeezed(_Part):
     """Adapter folder; empty if it is served as a prefix of the trial's."""
 
 
-class Comparison(_Part):
+class Comparison(Record):
     """A paired difference on the same test questions."""
 
     name: str
@@ -159,7 +153,7 @@ class Comparison(_Part):
     """`name` minus `against`; an interval without 0 tells them apart."""
 
 
-class Winner(_Part):
+class Winner(Record):
     """What the sweep chose, on the validation part."""
 
     trial: str
@@ -170,7 +164,7 @@ class Winner(_Part):
     """The rule that chose it, in words."""
 
 
-class Exchange(_Part):
+class Exchange(Record):
     """One question to the served models."""
 
     question: str
@@ -181,7 +175,7 @@ class Exchange(_Part):
     """Served name → its answer."""
 
 
-class Served(_Part):
+class Served(Record):
     """What was put behind HTTP."""
 
     url: str
@@ -192,7 +186,7 @@ class Served(_Part):
     """Questions and answers, to look at."""
 
 
-class Command(_Part):
+class Command(Record):
     """A shell command and what it does."""
 
     what: str
@@ -201,7 +195,7 @@ class Command(_Part):
     """What to type."""
 
 
-class SweepRecord(_Part):
+class SweepRecord(Record):
     """Everything that a sweep found; what has not happened is empty."""
 
     format: Literal[1] = 1
@@ -266,12 +260,7 @@ class SweepRecord(_Part):
 
     def save(self, path: str | Path) -> Path:
         """Write the record as JSON, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{os.getpid()}")
-        staging.write_text(self.model_dump_json(indent=1) + "\n")
-        staging.replace(path)
-        return path
+        return self.write(Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

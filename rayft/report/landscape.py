@@ -73,7 +73,7 @@ def contour_plot(
     Raises:
         ReportError: if the points are no grid, or no loss is finite.
     """
-    first, second, values = _grid(landscape)
+    first, second, values = grid_of(landscape)
     levels = _levels(limits or shared_limits([landscape]))
     with mpl.rc_context(STYLE):
         figure = _figure((6.0, 4.8))
@@ -97,7 +97,7 @@ def surface_plot(
     landscape: Landscape, title: str, path: str | Path, limits: tuple[float, float] | None = None
 ) -> Path:
     """Draw a plane as a surface in three dimensions; arguments and errors as for `contour_plot`."""
-    first, second, values = _grid(landscape)
+    first, second, values = grid_of(landscape)
     low, high = limits or shared_limits([landscape])
     # Cut off above, where a far corner would otherwise leave the box.
     shown = np.where(np.isfinite(values), np.clip(values, low, high), np.nan)
@@ -162,7 +162,7 @@ def curve_plot(
         return _save(figure, path)
 
 
-def _grid(landscape: Landscape) -> tuple[Floats, Floats, Floats]:
+def grid_of(landscape: Landscape) -> tuple[Floats, Floats, Floats]:
     """Give both axes and the losses (A × B) of points that are a grid, whatever their order."""
     if not landscape.coordinates or any(len(point) != 2 for point in landscape.coordinates):
         raise ReportError("a plane is drawn of two coordinates: draw a line with curve_plot")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from rayft.analysis.record import SweepAnalysis
@@ -67,7 +67,14 @@ def terminal_table(record: SweepRecord, width: int = 100) -> Table:
 
 def analysis_tables(analysis: SweepAnalysis) -> list[Table]:
     """Make the tables of an analysis: the gaps, and what goes with them."""
-    gaps = Table("adapter", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    # Seeds stand at the end of names: those are broken, not cut.
+    gaps = Table(
+        Column("adapter", overflow="fold"),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
     for header in ("train", "held out", "gap [95 %]", "sharpness", "norm", "eff. rank"):
         gaps.add_column(Text(header), justify="right", no_wrap=True)
     for row in gap_rows(analysis):

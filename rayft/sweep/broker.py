@@ -1,6 +1,6 @@
 """The broker between a search and the lanes that run its jobs.
 
-A job is a train or a score request, or work of a layer above. Clients submit jobs and wait for their
+A job is a request to train, to score, or work of a layer above. Clients submit jobs and wait for their
 events; lanes pull jobs, report, and are told whether to go on. `report` answers only when the client
 has asked for the next event (go on) or cancelled (stop): the search decides before the lane takes
 another step.
@@ -33,7 +33,7 @@ class Job:
 
     id: str
     kind: str
-    """`train`, `score` or `apply`."""
+    """`train`, or what else a lane does (`rayft.sweep.lane.Work`): `score`, `analyse`; shown to people."""
     payload: Mapping[str, Any]
     lane: str | None = None
     """The only lane that may take it; any where not given."""

@@ -26,7 +26,7 @@ from rayft.config import content_hash, leaves
 from rayft.errors import RayftError
 from rayft.methods import method
 from rayft.sweep.broker import CLOSE, Job
-from rayft.sweep.score import ScoreRequest, folder_files, run_score, spread
+from rayft.sweep.score import folder_files, spread
 from rayft.tracking.base import TrackerSpec
 from rayft.tracking.connection import HASH_PARAM
 from rayft.tracking.mlflow import MlflowTracker
@@ -67,10 +67,11 @@ class TrainRequest:
 
 
 class Work(Protocol):
-    """What a layer above has a lane do with the base and the data; pickled, so of an importable module."""
+    """What a lane does with the base and the data beside training; pickled, so of an importable module."""
 
-    run: str
-    """The `RunConfig` as JSON: which base and which data."""
+    @property
+    def run(self) -> str:
+        """Give the `RunConfig` as JSON: which base and which data."""
 
     def __call__(self, session: Session, run: RunConfig) -> dict[str, Any]:
         """Do it (all workers call it), and give what the client is to get, the first worker's."""
@@ -149,10 +150,7 @@ class _Lane:
         """Do a job; what a user can mend ends the job, not the lane."""
         started = time.perf_counter()
         try:
-            if job.kind == "train":
-                step, values = self._train(job, started)
-            else:
-                step, values = 0, self._score(job) if job.kind == "score" else self._apply(job)
+            step, values = self._train(job, started) if job.kind == "train" else (0, self._work(job))
         except RayftError as error:
             self._fail(job, str(error))
         except Exception as error:
@@ -213,12 +211,7 @@ class _Lane:
         files = folder_files(Path(result.folder)) if spread() else {}
         return result.steps, values | {"files": files}
 
-    def _score(self, job: Job) -> dict[str, Any]:
-        request: ScoreRequest = job.payload["request"]
-        run = RunConfig.model_validate_json(request.run)
-        return {"scores": run_score(request, self.session(run), run)}
-
-    def _apply(self, job: Job) -> dict[str, Any]:
+    def _work(self, job: Job) -> dict[str, Any]:
         work: Work = job.payload["request"]
         run = RunConfig.model_validate_json(work.run)
         return work(self.session(run), run)

@@ -38,6 +38,10 @@ class ScoreRequest:
     files: Mapping[str, bytes] = field(default_factory=dict)
     """The adapter's files, for lanes on machines that can't see its folder."""
 
+    def __call__(self, session: Session, run: RunConfig) -> dict[str, Any]:
+        """Score, as a lane's work (all workers call it)."""
+        return {"scores": run_score(self, session, run)}
+
 
 def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[str, list[float]]:
     """Give each example's score, part by part, in the order of the data (all workers call it)."""

@@ -12,7 +12,7 @@ import pytest
 from rayft.analysis.landscape import Landscape
 from rayft.analysis.record import (
     AdapterAnalysis,
-    FoundGap,
+    Gap,
     Intruders,
     Predictor,
     SweepAnalysis,
@@ -39,7 +39,7 @@ def adapter(name: str, group: str, gap: float, norm: float) -> AdapterAnalysis:
         name=name,
         group=group,
         measures={"update_norm": norm, "sam_sharpness": 0.01 * norm, "effective_rank_mean": 3.3},
-        gap=FoundGap(train=1.0, held_out=1.0 + gap, low=gap - 0.1, high=gap + 0.1, n=40),
+        gap=Gap(train=1.0, held_out=1.0 + gap, low=gap - 0.1, high=gap + 0.1, n=40),
         median_spectrum=(1.0, 0.5, 0.1, 0.02),
         intruders=Intruders(
             epsilons=epsilons, counts=(0, 1.5, 4), baseline=(0, 6, 10), top=10, modules=("q", "v")

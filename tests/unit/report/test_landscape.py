@@ -92,7 +92,7 @@ def test_a_contour_has_the_landscapes_axes_and_values(tmp_path, drawn) -> None:
         filled = axes.collections[0]
         assert np.array_equal(np.asarray(filled.levels)[[0, -1]], shared_limits([landscape]))
         # Along the first coordinate the loss rises from the middle, along the second hardly.
-        first, second, values = plots._grid(landscape)
+        first, second, values = plots.grid_of(landscape)
         assert values[0, 2] == values[4, 2] == 2
         assert values[2, 4] == 1 + 0.1
         assert first.tolist() == second.tolist() == [-1, -0.5, 0, 0.5, 1]
