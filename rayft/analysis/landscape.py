@@ -47,7 +47,8 @@ __all__ = [
 class Landscape:
     """Losses at points of a line or plane through an adapter, in ΔW space."""
 
-    kind: Literal["random", "trajectory"]
+    kind: Literal["random", "update", "trajectory"]
+    """What the directions are: random ones, the update itself, or the principal ones of a path."""
     norm: Norm | None
     """What rows of random directions are scaled to."""
     coordinates: tuple[tuple[float, ...], ...]
@@ -85,7 +86,9 @@ class Landscape:
             found = cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"this is no saved landscape ({error}): measure it again") from error
-        if found.kind not in ("random", "trajectory") or len(found.losses) != len(found.coordinates):
+        if found.kind not in ("random", "update", "trajectory") or len(found.losses) != len(
+            found.coordinates
+        ):
             raise DataError(
                 f"this is no saved landscape (kind {found.kind!r}, {len(found.coordinates)} points, "
                 f"{len(found.losses)} losses): measure it again"

@@ -64,6 +64,8 @@ class AdapterAnalysis(Record):
     """Its trial, or the folder's name."""
     group: str = ""
     """Its settings without the seed."""
+    weights: str = ""
+    """Hash of its files of weights."""
     measures: dict[str, float] = {}
     """Every number that may predict something, also in the tracker."""
     gap: Gap | None = None
@@ -74,11 +76,25 @@ class AdapterAnalysis(Record):
     """σᵢ/σ₁, the median over modules."""
     intruders: Intruders | None = None
     landscapes: dict[str, dict[str, Any]] = {}
-    """`random` and `trajectory` → what `rayft.analysis.landscape.Landscape.from_json` reads."""
+    """`random`, `trajectory` (planes), `line`, `update` (lines) → what `Landscape.from_json` reads."""
     notes: dict[str, str] = {}
     """Part → why it is missing."""
     seconds: dict[str, float] = {}
     """Part → how long it took."""
+
+    def completed(self, earlier: Self) -> Self:
+        """Add what an earlier analysis of the same weights found, where this one didn't look for it."""
+        kept = {
+            name: {**getattr(earlier, name), **getattr(self, name)}
+            for name in ("measures", "landscapes", "seconds")
+        }
+        kept["notes"] = {
+            **{part: why for part, why in earlier.notes.items() if part not in self.seconds},
+            **self.notes,
+        }
+        for name in ("gap", "vacuous", "spectra", "median_spectrum", "intruders"):
+            kept[name] = getattr(self, name) or getattr(earlier, name)
+        return self.model_copy(update=kept)
 
 
 class Predictor(Record):
@@ -108,6 +124,10 @@ class SweepAnalysis(Record):
     """Why there is no correlation."""
     angles: dict[str, tuple[float, ...]] = {}
     """`a / b` → median principal angles between two adapters' outputs, in radians, smallest first."""
+
+    def covers(self, config: AnalyzeConfig) -> bool:
+        """Whether what was found then can stand beside what this finds: all settings but the parts agree."""
+        return self.config.model_copy(update={"parts": config.parts}) == config
 
     def save(self, folder: str | Path) -> Path:
         """Write analysis.json, whole or not at all."""

@@ -10,7 +10,7 @@ from rayft.config import Section
 
 __all__ = ["PARTS", "AnalyzeConfig", "Part"]
 
-Part = Literal["gap", "bounds", "spectra", "sharpness", "hessian", "landscape", "trajectory"]
+Part = Literal["gap", "bounds", "spectra", "sharpness", "hessian", "line", "landscape", "trajectory"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -18,7 +18,7 @@ class AnalyzeConfig(Section):
     """What is computed of each adapter."""
 
     parts: tuple[Part, ...] = ()
-    """Any of gap, bounds, spectra, sharpness, hessian, landscape, trajectory; none by default."""
+    """Any of gap, bounds, spectra, sharpness, hessian, line, landscape, trajectory; none by default."""
 
     samples: int = Field(default=100, ge=2)
     """Examples of the training part and of the test part whose losses give the gap."""
@@ -42,7 +42,7 @@ class AnalyzeConfig(Section):
     """Largest eigenvalues of the Hessian."""
 
     grid: int = Field(default=15, ge=3)
-    """Points a side of a landscape's grid."""
+    """Points of a line, and points a side of a plane."""
 
     extent: float = Field(default=1.0, gt=0)
     """How far a landscape of random directions goes, in norms of the update's rows."""

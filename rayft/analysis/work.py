@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from rayft.analysis import bounds, landscape, sharpness, spectral
 from rayft.analysis.directions import Direction, random_directions, trajectory_directions
 from rayft.analysis.gap import example_losses, gap, sample
+from rayft.analysis.landscape import Landscape
 from rayft.analysis.norms import matrix, spectral_norms, squared_norms
 from rayft.analysis.record import AdapterAnalysis, Intruders, ModuleSpectrum
 from rayft.analysis.section import AnalyzeConfig, Part
@@ -102,7 +103,7 @@ def analyze(
     seconds: dict[str, float] = {}
     steps: dict[Part, Callable[[], _Found]] = {
         "gap": job.gap, "bounds": job.bounds, "spectra": job.spectra, "sharpness": job.sharpness,
-        "hessian": job.hessian, "landscape": job.landscape, "trajectory": job.trajectory,
+        "hessian": job.hessian, "line": job.line, "landscape": job.landscape, "trajectory": job.trajectory,
     }  # fmt: skip
     landscapes: dict[str, dict[str, Any]] = {}
     for part in config.parts:
@@ -290,16 +291,24 @@ class _Job:
         }
         return _Found({**values, "hessian_trace": found.trace})
 
+    def line(self) -> _Found:
+        """Evaluate the line of one random direction, and that from the base through the adapter."""
+        random = self._measure(
+            "random", self._random(1), landscape.grid_1d(self.config.grid, self.config.extent)
+        )
+        update = self._measure("update", [self.modules], landscape.grid_1d(self.config.grid, 1.0))
+        return _Found({}, {"landscapes": {"line": random.to_json(), "update": update.to_json()}})
+
     def landscape(self) -> _Found:
         """Evaluate the plane of two random directions."""
-        modules = self.modules
-        weights = {path: matrix(self.model, path) for path in modules}
-        directions = random_directions(
-            modules, 2, self.config.seed, self.config.directions,
-            weights if self.config.directions == "weight" else None,
-        )  # fmt: skip
         points = landscape.grid_2d(self.config.grid, self.config.extent)
-        return self._plane("random", modules, directions, points)
+        found = self._measure("random", self._random(2), points)
+        return _Found({}, {"landscapes": {"random": found.to_json()}})
+
+    def _random(self, count: int) -> list[Direction]:
+        modules, norm = self.modules, self.config.directions
+        weights = {path: matrix(self.model, path) for path in modules} if norm == "weight" else None
+        return [*random_directions(modules, count, self.config.seed, norm, weights)]
 
     def trajectory(self) -> _Found:
         """Evaluate the plane that the adapter's path in training lies in."""
@@ -316,20 +325,20 @@ class _Job:
             "path": tuple(tuple(map(float, point)) for point in plane.coordinates.tolist()),
             "explained": plane.explained,
         }
-        return self._plane("trajectory", modules, plane.directions, points, **more)
+        found = self._measure("trajectory", plane.directions, points, **more)
+        return _Found({}, {"landscapes": {"trajectory": found.to_json()}})
 
-    def _plane(
+    def _measure(
         self,
-        kind: str,
-        modules: Mapping[str, LoraFactors],
+        kind: Literal["random", "update", "trajectory"],
         directions: Sequence[Direction],
         points: torch.Tensor,
         **more: Any,
-    ) -> _Found:
+    ) -> Landscape:
         batches = self._batches()
-        losses = landscape.losses(self.model, batches, modules, directions, points, POINTS)
-        found = landscape.Landscape(
-            kind=kind,  # type: ignore[arg-type]
+        losses = landscape.losses(self.model, batches, self.modules, directions, points, POINTS)
+        return Landscape(
+            kind=kind,
             norm=self.config.directions if kind == "random" else None,
             coordinates=tuple(tuple(point) for point in points.tolist()),
             losses=tuple(losses.tolist()),
@@ -337,7 +346,6 @@ class _Job:
             targets=sum(len(targets_of(batch)) for batch in batches),
             **more,
         )
-        return _Found({}, {"landscapes": {kind: found.to_json()}})
 
     def _batches(self, count: int | None = None) -> list[AnyBatch]:
         """Give training examples on the device: so many one by one, so that nothing is padded.

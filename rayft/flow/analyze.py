@@ -12,7 +12,7 @@ import ray
 
 from rayft.analysis.predict import Run, correlations
 from rayft.analysis.record import AdapterAnalysis, Predictor, SweepAnalysis
-from rayft.analysis.section import AnalyzeConfig
+from rayft.analysis.section import PARTS, AnalyzeConfig
 from rayft.analysis.spectral import principal_angles
 from rayft.artifacts import AdapterArtifact
 from rayft.config import parse
@@ -29,7 +29,7 @@ from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.space import check_executor
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
 
-__all__ = ["analyze_items", "analyze_target", "summarize"]
+__all__ = ["analyze_items", "analyze_target", "completed", "summarize"]
 
 ANGLES_OF, ANGLE_MODULES, ANGLE_TOP = 4, 12, 8
 """Adapters (of different settings) that are compared in pairs, their modules, directions of each module."""
@@ -46,10 +46,27 @@ def analyze_items(executor: Executor, items: Sequence[Item], config: AnalyzeConf
         if event.kind == "failed":
             why = event.values["error"].splitlines()[0]
             notes = dict.fromkeys(config.parts, why)
-            found.append(AdapterAnalysis(name=item.name, group=item.group, notes=notes))
+            one = AdapterAnalysis(name=item.name, group=item.group, notes=notes)
         else:
-            found.append(AdapterAnalysis.model_validate_json(event.values["analysis"]))
+            one = AdapterAnalysis.model_validate_json(event.values["analysis"])
+        found.append(one.model_copy(update={"weights": item.weights}))
     return found
+
+
+def completed(
+    found: Sequence[AdapterAnalysis], config: AnalyzeConfig, earlier: SweepAnalysis | None
+) -> tuple[list[AdapterAnalysis], AnalyzeConfig]:
+    """Keep what an earlier analysis found, where settings and weights are the same and parts are others."""
+    if earlier is None or not earlier.covers(config):
+        return [*found], config
+    before = {one.name: one for one in earlier.adapters}
+    kept = []
+    for one in found:
+        other = before.get(one.name)
+        same = other is not None and (other.group, other.weights) == (one.group, one.weights)
+        kept.append(one.completed(other) if other is not None and same else one)
+    parts = [part for part in PARTS if part in (*config.parts, *earlier.config.parts)]
+    return kept, config.model_copy(update={"parts": tuple(parts)})
 
 
 def summarize(
@@ -106,7 +123,8 @@ def analyze_target(
         uri: tracking server of a run.
 
     Returns:
-        What was found, and the folder that has it.
+        What was found, and the folder that has it; with what an earlier analysis with the same settings
+        found there and this one didn't look for.
 
     Raises:
         RayftError: naming what is missing, before workers are started.
@@ -115,9 +133,11 @@ def analyze_target(
     with tempfile.TemporaryDirectory() as scratch:
         sources = find_items(target, config, uri, Path(scratch))
         wanted = _config(sources, parts, overrides)
+        earlier = _earlier(out or sources.folder)
         found = _in_lanes(sources, wanted, display, Path(scratch))
-        summary = summarize(sources.items, found, wanted, _losses(Path(target)))
         place = out or sources.folder
+        found, wanted = completed(found, wanted, earlier)
+        summary = summarize(sources.items, found, wanted, _losses(Path(target)))
         summary.save(place)
         if sources.tracker is not None:
             runs = {item.name: item.run_id for item in sources.items}
@@ -125,6 +145,14 @@ def analyze_target(
                 track_analysis(tracker, summary, runs, place / "plots")
             flush_spool(sources.tracker)
     return summary, place
+
+
+def _earlier(folder: Path) -> SweepAnalysis | None:
+    try:
+        return SweepAnalysis.find(folder)
+    except ReportError:
+        # Damaged, or of another version: it is written anew.
+        return None
 
 
 def _config(sources: Sources, parts: Sequence[str], overrides: Sequence[str]) -> AnalyzeConfig:

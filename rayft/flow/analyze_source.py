@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -42,6 +43,15 @@ class Item:
     def group(self) -> str:
         """What runs share that differ in their seed alone."""
         return content_hash(self.run.model_copy(update={"seed": 0}))
+
+    @property
+    def weights(self) -> str:
+        """Hash of the files of weights."""
+        found = hashlib.sha256()
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        return found.hexdigest()[:16]
 
     def request(self, config: AnalyzeConfig) -> AnalyzeRequest:
         """Put its job together."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rayft.analysis.landscape import Landscape
 from rayft.analysis.record import AdapterAnalysis, SweepAnalysis
-from rayft.report.landscape import contour_plot
+from rayft.report.landscape import contour_plot, curve_plot, surface_plot
 from rayft.tracking.base import Tracker
 
 __all__ = ["track_analysis"]
@@ -39,5 +39,10 @@ def _files(one: AdapterAnalysis, folder: Path) -> list[Path]:
     data.write_text(one.model_dump_json(indent=1) + "\n")
     found = [data]
     for kind, raw in one.landscapes.items():
-        found.append(contour_plot(Landscape.from_json(raw), one.name, folder / f"landscape-{kind}.png"))
+        landscape = Landscape.from_json(raw)
+        if len(landscape.coordinates[0]) == 1:
+            found.append(curve_plot({one.name: landscape}, one.name, folder / f"line-{kind}.png"))
+        else:
+            found.append(contour_plot(landscape, one.name, folder / f"landscape-{kind}.png"))
+            found.append(surface_plot(landscape, one.name, folder / f"surface-{kind}.png"))
     return found

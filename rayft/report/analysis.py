@@ -8,24 +8,18 @@ from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from rayft.analysis.landscape import Landscape
 from rayft.analysis.record import AdapterAnalysis, SweepAnalysis
-from rayft.report.canvas import INK, SOFT, STYLE, canvas, legend, short, styles, svg, tip
+from rayft.report.canvas import INK, SOFT, STYLE, canvas, legend, styles, svg, tip
 from rayft.report.drawing import Drawing
-from rayft.report.landscape import COLOURS, grid_of, shared_limits
+from rayft.report.landscape_figures import landscape_figures
 
 __all__ = ["GapRow", "PredictorRow", "analysis_figures", "gap_rows", "predictor_rows", "predictor_words"]
 
 MOST = 7
 """Adapters in one figure of curves: more colours can't be told apart."""
-SHOWN, LEVELS = 4, 12
-"""Landscapes side by side, and colours of them."""
 WORDS = {
     "parameters": "numbers stored",
     "bound_information_log10": "information bound (log10)",
@@ -136,7 +130,7 @@ def analysis_figures(analysis: SweepAnalysis) -> list[Drawing]:
     """Draw what there is data for."""
     with mpl.rc_context(STYLE):
         drawn = [_gaps(analysis), _spectra(analysis), _intruders(analysis), _angles(analysis)]
-        drawn += [_landscapes(analysis, kind) for kind in ("random", "trajectory")]
+        drawn += landscape_figures(_curves(analysis))
     return [drawing for drawing in drawn if drawing is not None]
 
 
@@ -281,63 +275,6 @@ def _angles(analysis: SweepAnalysis) -> Drawing | None:
         alt=f"Smallest principal angles: {told}.",
         svg=svg(figure, "angles"),
     )
-
-
-def _landscapes(analysis: SweepAnalysis, kind: str) -> Drawing | None:
-    shown = [one for one in _curves(analysis) if kind in one.landscapes][:SHOWN]
-    if not shown:
-        return None
-    found = {one.name: Landscape.from_json(one.landscapes[kind]) for one in shown}
-    lowest = {name: min(value for value in one.losses if math.isfinite(value)) for name, one in found.items()}
-    where = (
-        "two random directions, scaled row by row to the update"
-        if kind == "random"
-        else "the plane that training's path mostly lies in; the line is the path"
-    )
-    return Drawing(
-        key=f"landscape-{kind}",
-        title="Loss landscapes" if kind == "random" else "Landscapes of the trajectories",
-        caption=f"Loss around each adapter in ΔW space, over {where}. All at one scale.",
-        alt="Lowest loss in the plane: "
-        + "; ".join(f"{name} {value:.2f}" for name, value in lowest.items())
-        + ".",
-        svg=svg(_landscape_row(found), f"landscape-{kind}"),
-    )
-
-
-def _landscape_row(found: Mapping[str, Landscape]) -> Figure:
-    """Draw landscapes in panels, two beside each other, at one scale of colours."""
-    low, high = shared_limits(found.values())
-    # Far corners of a sharp one would leave the others one colour: what is above is the last colour.
-    every = [value for one in found.values() for value in one.losses if math.isfinite(value)]
-    high = min(high, float(np.quantile(every, 0.9)) + 0.1 * (high - low))
-    levels = np.linspace(low, max(high, low + 1e-6), LEVELS + 1)
-    rows = -(-len(found) // 2)
-    figure = Figure(figsize=(4.5, 2.15 * rows + 0.75), layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02))
-    FigureCanvasSVG(figure)
-    panels = figure.subplots(rows, 2, squeeze=False).flatten()
-    for axes, (name, one) in zip(panels, found.items(), strict=False):
-        first, second, losses = grid_of(one)
-        shown = np.where(np.isnan(losses), high, losses)
-        drawn = axes.contourf(first, second, shown.T, levels, cmap=COLOURS, extend="max")
-        # Not the page's colours: what is below them is the same by day and by night.
-        for colour, width in (("#000000", 3.0), ("#ffffff", 1.5)):
-            if one.path:
-                axes.plot(
-                    *zip(*one.path, strict=True), color=colour, linewidth=width, marker="o", markersize=width
-                )
-            axes.plot(0, 0, "+", color=colour, markersize=8 + width, markeredgewidth=width)
-        axes.set_title(short(name, 24), fontsize=11)
-        axes.tick_params(labelsize=11)
-        axes.grid(visible=False)
-        axes.locator_params(nbins=3)
-    for axes in panels[len(found) :]:
-        axes.set_axis_off()
-    figure.colorbar(
-        drawn, ax=panels.tolist(), location="bottom", label="mean loss (nats)", aspect=40, shrink=0.9,
-        ticks=levels[::3], format="%.3g",
-    )  # fmt: skip
-    return figure
 
 
 def _words(measure: str) -> str:

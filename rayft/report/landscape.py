@@ -201,6 +201,8 @@ def _path(axes: Axes, landscape: Landscape) -> None:
 
 
 def _label(landscape: Landscape, axis: int) -> str:
+    if landscape.kind == "update":
+        return "along ΔW (−1 is the base, 0 the adapter)"
     if landscape.kind == "random":
         rows = "ΔW" if landscape.norm == "update" else "W0 + ΔW"
         return f"direction {axis + 1} (in row norms of {rows})"

@@ -28,7 +28,7 @@ QUIET = Display(Console(file=io.StringIO()))
 def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
     folder = tmp_path_factory.mktemp("analyze")
     small_config(folder, {"lora": {"ranks": [2, 4], "lr": [1e-2]}, "cla": {"ranks": [4], "lr": [1e-2]}})
-    parts = "[gap, bounds, spectra, sharpness, hessian, landscape, trajectory]"
+    parts = "[gap, bounds, spectra, sharpness, hessian, line, landscape, trajectory]"
     sizes = ["analyze.samples=4", "analyze.examples=2", "analyze.grid=3", "analyze.intruder_modules=2"]
     trail = ["evaluate.every=1", "evaluate.trail=true", "squeeze.ranks=[1]"]
     return load_config(folder / "small.yaml", [f"analyze.parts={parts}", *sizes, *trail])
@@ -51,7 +51,9 @@ def test_the_sweep_analyses_tracks_and_reports(record: SweepRecord, config: Pipe
         metrics = client.get_run(trial.run_id).data.metrics
         assert metrics["analysis/gap"] == pytest.approx(one.measures["gap"])
         assert {item.path for item in client.list_artifacts(trial.run_id, "analysis")} == {
-            "analysis/analysis.json", "analysis/landscape-random.png", "analysis/landscape-trajectory.png",
+            "analysis/analysis.json", "analysis/line-line.png", "analysis/line-update.png",
+            "analysis/landscape-random.png", "analysis/landscape-trajectory.png",
+            "analysis/surface-random.png", "analysis/surface-trajectory.png",
         }  # fmt: skip
 
 

@@ -8,18 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from rayft.analysis.gap import sample
+from rayft.analysis.landscape import Landscape
 from rayft.analysis.record import AdapterAnalysis
 from rayft.analysis.section import AnalyzeConfig
 from rayft.analysis.work import AnalyzeRequest, analyze
 from rayft.artifacts import AdapterArtifact
 from rayft.config import parse
+from rayft.data.pack import collate_rows, rows_of
+from rayft.evaluate.loss import target_losses
 from rayft.models.targets import linear_shapes
 from rayft.numerics import relative_error
 from rayft.train.context import Session, Worker
 from rayft.train.run import RunConfig
 from tests.unit.serving.adapters import random_adapter
 
-PARTS = ("gap", "bounds", "spectra", "sharpness", "landscape", "trajectory")
+PARTS = ("gap", "bounds", "spectra", "sharpness", "line", "landscape", "trajectory")
 CONFIG = AnalyzeConfig(parts=PARTS, samples=6, examples=3, grid=5, intruder_modules=3)
 
 
@@ -101,6 +105,25 @@ def test_the_landscapes_middle_is_the_adapters_own_loss(
     assert relative_error(torch.tensor(random["losses"][middle]), torch.tensor(centre)) < 1e-5
 
 
+def test_lines_pass_through_the_base_and_the_adapter(found: AdapterAnalysis, session: Session) -> None:
+    random, update = (Landscape.from_json(found.landscapes[kind]) for kind in ("line", "update"))
+    plane = Landscape.from_json(found.landscapes["random"])
+    assert (random.kind, update.kind) == ("random", "update")
+    assert [point for (point,) in update.coordinates] == [-1, -0.5, 0, 0.5, 1]
+    here = plane.losses[plane.coordinates.index((0.0, 0.0))]
+    assert random.losses[2] == pytest.approx(here, rel=1e-5)
+    assert update.losses[2] == pytest.approx(here, rel=1e-5)
+    # The plane's first direction is the line's, with the second at 0.
+    along = [plane.losses[plane.coordinates.index((x, 0.0))] for (x,) in random.coordinates]
+    assert random.losses == pytest.approx(along, rel=1e-5)
+    session.loaded.model.eval()
+    train = sample(session.train, CONFIG.examples, CONFIG.seed, "train")
+    batches = [collate_rows([row], session.pad_id) for row in rows_of(train, 512, packing=True)]
+    with torch.no_grad():
+        bare = torch.cat([target_losses(session.loaded.model, batch) for batch in batches]).mean()
+    assert update.losses[0] == pytest.approx(float(bare), rel=1e-5), "less the whole update is the base"
+
+
 def test_the_session_is_left_as_it_was(session: Session, found: AdapterAnalysis) -> None:
     assert not any(getattr(module, "adapter", None) for module in session.loaded.model.modules())
     assert not any(parameter.requires_grad for parameter in session.loaded.model.parameters())
@@ -110,7 +133,7 @@ def test_what_has_no_factors_gets_its_gap_and_says_why_not_more(session: Session
     whole = run.model_copy(update={"method": run.method.model_copy(update={"name": "full"})})
     found = analyze(session, whole, None, CONFIG, name="whole")
     assert found.gap is not None
-    assert set(found.notes) == {"spectra", "sharpness", "landscape", "trajectory"}
+    assert set(found.notes) == {"spectra", "sharpness", "line", "landscape", "trajectory"}
     assert "'full' is a whole model, without low-rank factors: extract a LoRA first" in found.notes["spectra"]
     assert found.measures["parameters"] == sum(p.numel() for p in session.loaded.model.parameters())
 

@@ -33,6 +33,13 @@ def plane(kind: str, steep: float) -> dict[str, Any]:
     return Landscape(kind, "update" if not path else None, points, losses, 0, 50, path, (0.8, 0.1)).to_json()  # type: ignore[arg-type]
 
 
+def line(kind: str, steep: float) -> dict[str, Any]:
+    axis = [float(x) for x in np.linspace(-1, 1, 5)]
+    losses = tuple(1.0 + steep * x * x for x in axis)
+    norm = "update" if kind == "random" else None
+    return Landscape(kind, norm, tuple((x,) for x in axis), losses, 0, 50).to_json()  # type: ignore[arg-type]
+
+
 def adapter(name: str, group: str, gap: float, norm: float) -> AdapterAnalysis:
     epsilons = (0.3, 0.5, 0.7)
     return AdapterAnalysis(
@@ -44,7 +51,12 @@ def adapter(name: str, group: str, gap: float, norm: float) -> AdapterAnalysis:
         intruders=Intruders(
             epsilons=epsilons, counts=(0, 1.5, 4), baseline=(0, 6, 10), top=10, modules=("q", "v")
         ),
-        landscapes={"random": plane("random", norm), "trajectory": plane("trajectory", norm)},
+        landscapes={
+            "random": plane("random", norm),
+            "trajectory": plane("trajectory", norm),
+            "line": line("random", norm),
+            "update": line("update", norm),
+        },
         notes={"hessian": "curvlinops <is> missing"} if name == "a-s1" else {},
     )
 
@@ -102,7 +114,8 @@ def test_the_page_has_it_all_and_stays_whole(analysis: SweepAnalysis) -> None:
 def test_figures_are_drawn_with_words_and_fit_a_phone(analysis: SweepAnalysis) -> None:
     drawn = analysis_figures(analysis)
     assert [one.key for one in drawn] == [
-        "gaps", "spectra", "intruders", "angles", "landscape-random", "landscape-trajectory",
+        "gaps", "spectra", "intruders", "angles", "line-update", "line-line", "landscape-random",
+        "landscape-trajectory",
     ]  # fmt: skip
     for one in drawn:
         sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", one.svg)]
@@ -113,6 +126,16 @@ def test_figures_are_drawn_with_words_and_fit_a_phone(analysis: SweepAnalysis) -
     assert "1 is a-s0, 2 is b-s0, 3 is c-s0" in angles.caption
     (plane_,) = (one for one in drawn if one.key == "landscape-random")
     assert "a-s0 1.00; b-s0 1.00; c-s0 1.00" in plane_.alt, "one run of each setting"
+
+
+def test_a_line_with_losses_that_are_not_finite(analysis: SweepAnalysis) -> None:
+    broken = line("update", 1.0)
+    broken["losses"][0], broken["losses"][4] = "nan", "inf"
+    one = analysis.adapters[0].model_copy(update={"landscapes": {"update": broken}})
+    (drawn,) = (
+        f for f in analysis_figures(analysis.model_copy(update={"adapters": (one,)})) if "line" in f.key
+    )
+    assert drawn.alt == "Lowest loss on the line: a-s0 1.00 at +0.00."
 
 
 def test_landscapes_with_nan_and_one_adapter(analysis: SweepAnalysis) -> None:
