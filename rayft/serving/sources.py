@@ -87,22 +87,16 @@ def check_size(folder: Path, max_bytes: str) -> None:
 
 def _fetch(url: str, fetched: Path, most: int) -> Path:
     """Copy an adapter's files from a URL to `fetched`/<content hash>."""
-    import fsspec
-
     fetched = fetched.expanduser().absolute()
     fetched.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".fetch-", dir=fetched))
     try:
         try:
-            files, root = fsspec.core.url_to_fs(url)
-            sizes = {name: files.size(f"{root}/{name}") for name in FILES if files.exists(f"{root}/{name}")}
-            if CONFIG_FILE not in sizes:
-                raise ArtifactError(f"{url} has no {CONFIG_FILE}; give the folder that PEFT saved")
-            if sum(size or 0 for size in sizes.values()) > most:
-                raise ArtifactError(f"{url} is larger than the {most:,} bytes that this server takes")
-            for name in sizes:
-                files.get_file(f"{root}/{name}", str(staging / name))
-        except (OSError, ValueError, ImportError) as error:
+            _copy(url, staging, most)
+        except ArtifactError:
+            raise
+        except Exception as error:
+            # Each store has errors of its own: botocore's of missing credentials are no OSError.
             raise ArtifactError(f"{url} can't be read: {error}") from error
         target = fetched / AdapterArtifact.load(staging).content_hash
         if not target.is_dir() and not settle(staging, target):
@@ -110,3 +104,18 @@ def _fetch(url: str, fetched: Path, most: int) -> Path:
         return target
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _copy(url: str, folder: Path, most: int) -> None:
+    import fsspec
+
+    files, root = fsspec.core.url_to_fs(url)
+    # Else what was replaced at the same address would be looked up as it was.
+    files.invalidate_cache()
+    sizes = {name: files.size(f"{root}/{name}") for name in FILES if files.exists(f"{root}/{name}")}
+    if CONFIG_FILE not in sizes:
+        raise ArtifactError(f"{url} has no {CONFIG_FILE}; give the folder that PEFT saved")
+    if sum(size or 0 for size in sizes.values()) > most:
+        raise ArtifactError(f"{url} is larger than the {most:,} bytes that this server takes")
+    for name in sizes:
+        files.get_file(f"{root}/{name}", str(folder / name))

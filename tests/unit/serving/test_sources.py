@@ -61,6 +61,24 @@ def test_a_url_is_copied_once_and_is_the_same_adapter(folder: Path, tmp_path: Pa
     assert [path.name for path in (tmp_path / "got").iterdir()] == [here.content_hash]
 
 
+def test_a_stores_own_errors_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class NoCredentialsError(Exception):
+        """As botocore has it: a plain exception."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", refuse)
+    monkeypatch.setattr(MemoryFileSystem, "exists", refuse)
+    with pytest.raises(
+        ArtifactError, match=r"memory://adapters/a can't be read: Unable to locate credentials"
+    ):
+        find("a", "memory://adapters/a", None, tmp_path / "got", "1MB", pinned=False)
+    assert not [*(tmp_path / "got").iterdir()]
+
+
 def test_what_is_too_large_is_refused_before_it_is_read(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="more than the 100B"):
         find("a", str(folder), None, tmp_path, "100B", pinned=False)
