@@ -77,7 +77,7 @@ class _Entry:
         return "disk" if self.artifact is None else "host"
 
 
-def nobody(_name: str, _what: str) -> None:
+def nobody(_deployed: Deployed, _what: str) -> None:
     """Listen to loads and evictions, and do nothing."""
 
 
@@ -91,9 +91,9 @@ class Catalog:
         dtype: torch.dtype,
         device: str,
         limits: Limits | None = None,
-        told: Callable[[str, str], None] = nobody,
+        told: Callable[[Deployed, str], None] = nobody,
     ) -> None:
-        """Serve the base alone; `told` hears of each `load` and `eviction` of a name."""
+        """Serve the base alone; `told` hears of each `load` and `eviction` of a version."""
         self._base, self._engine, self._told = base, engine, told
         self._dtype, self._device = dtype, device
         self._limits = limits or Limits()
@@ -250,7 +250,7 @@ class Catalog:
             entry.keys.add(entry.key)
             # On a CPU both are the same memory.
             entry.artifact = artifact if self._device.startswith("cuda") else None
-            self._told(entry.deployed.name, "load")
+            self._told(entry.deployed, "load")
             self._fit_host()
 
     async def _make_room(self, entry: _Entry) -> None:
@@ -272,7 +272,7 @@ class Catalog:
             if idle:
                 victim = min(idle, key=lambda other: other.used)
                 self._off_device(victim)
-                self._told(victim.deployed.name, "eviction")
+                self._told(victim.deployed, "eviction")
                 continue
             self._freed.clear()
             left = deadline - asyncio.get_running_loop().time()

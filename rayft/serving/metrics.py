@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from rayft.serving.messages import BASE_NAME
+from rayft.serving.state import Deployed
 
 __all__ = ["Meter", "Metrics"]
 
@@ -41,10 +42,11 @@ class Metrics:
         self.moves = {"load": 0, "eviction": 0}
         """How often adapters were brought to the device, and moved out to make room."""
 
-    def told(self, name: str, what: str) -> None:
-        """Count a load or an eviction of a name."""
+    def told(self, deployed: Deployed, what: str) -> None:
+        """Count a load or an eviction of a version."""
         self.moves[what] += 1
-        (self.loads if what == "load" else self.evictions).inc(tags={"adapter": name, "version": ""})
+        tags = {"adapter": deployed.name, "version": str(deployed.version)}
+        (self.loads if what == "load" else self.evictions).inc(tags=tags)
 
     def keep(self, versions: Collection[str]) -> None:
         """Forget the traffic of all but these versions and the base: names are replaced without end."""
