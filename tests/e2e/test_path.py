@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_r
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
     output = tmp_path_factory.mktemp("e2e") / "tiny"
-    squeezes = ["squeeze.winners=2", "squeeze.budget=15kB", "squeeze.cont={steps: 2, lr: 1e-3}"]
+    squeezes = ["squeeze.winners=2", "squeeze.budget=10kB", "squeeze.cont={steps: 2, lr: 1e-3}"]
     return load_config("tiny", [f"output={output}", "serve.port=8123", *squeezes])
 
 
@@ -50,8 +50,8 @@ def test_every_stage_left_its_result(record: SweepRecord, config: PipelineConfig
         t.id for t in record.trials if t.status == "finished"
     }
     made = {(how, label) for trial, how, label in squeezed(record) if trial == record.winner.trial}
-    assert made == {("post", label) for label in ("r2", "r1", "b15kB")} | {
-        ("cont", f"{label}+2") for label in ("r2", "r1", "b15kB")
+    assert made == {("post", label) for label in ("r2", "r1", "b10kB")} | {
+        ("cont", f"{label}+2") for label in ("r2", "r1", "b10kB")
     }
     assert SweepRecord.load(output) == record
     assert "<svg" in (output / "report.html").read_text()
