@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,20 @@ import torch
 from rayft.numerics import seed_everything
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n`, keep the tests of the one Ray cluster in one process, and begin with them, the longest."""
+    needs_ray = {item: item.get_closest_marker("ray") is not None for item in items}
+    items.sort(key=lambda item: not needs_ray[item])
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if needs_ray[item] else str(item.path)))
+
+
+def pytest_collection_finish() -> None:
+    """Exempt all that was imported from the searches for cycles that each training run ends with."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

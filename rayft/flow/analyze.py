@@ -37,9 +37,7 @@ ANGLES_OF, ANGLE_MODULES, ANGLE_TOP = 4, 12, 8
 
 def analyze_items(executor: Executor, items: Sequence[Item], config: AnalyzeConfig) -> list[AdapterAnalysis]:
     """Analyse in the lanes, as many at once as there are; what fails as a whole says so in its notes."""
-    executor.submit(
-        [Job(f"analyse {item.name}", "analyse", {"request": item.request(config)}) for item in items]
-    )
+    executor.submit([Job.of(f"analyse {item.name}", "analyse", item.request(config)) for item in items])
     found = []
     for item in items:
         event: Event = ray.get(executor.broker.next_event.remote(f"analyse {item.name}"))

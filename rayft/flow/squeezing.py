@@ -182,7 +182,7 @@ def continue_all(
     known = {request.key: read_result(str(output), request.key) for _, request in wanted}
     # What an interrupted stage had finished is not trained again.
     jobs = [
-        Job(request.key, "train", {"request": request})
+        Job.of(request.key, "train", request)
         for _, request in wanted
         if (known[request.key] or {}).get("run") != content_hash(RunConfig.model_validate_json(request.run))
     ]

@@ -63,7 +63,7 @@ def score_all(executor: Executor, requests: Mapping[str, ScoreRequest]) -> dict[
     """
     if not requests:
         return {}
-    executor.submit([Job(name, "score", {"request": request}) for name, request in requests.items()])
+    executor.submit([Job.of(name, "score", request) for name, request in requests.items()])
     found = {}
     for name in requests:
         event: Event = ray.get(executor.broker.next_event.remote(name))

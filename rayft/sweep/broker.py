@@ -15,6 +15,7 @@ before each report, so it goes on from there, and reports that were taken are no
 from __future__ import annotations
 
 import asyncio
+import pickle
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -34,9 +35,21 @@ class Job:
     id: str
     kind: str
     """`train`, or what else a lane does (`rayft.sweep.lane.Work`): `score`, `analyse`; shown to people."""
-    payload: Mapping[str, Any]
+    payload: bytes
+    """What it is asked for, pickled: the broker, through which it goes, imports nothing that it is of."""
     lane: str | None = None
     """The only lane that may take it; any where not given."""
+
+    @classmethod
+    def of(cls, id: str, kind: str, request: Any) -> Job:
+        """Make a job of a request, an object of an importable module."""
+        return cls(id, kind, pickle.dumps(request))
+
+    @property
+    def request(self) -> Any:
+        """What it is asked for."""
+        # Of this cluster, as whatever Ray itself hands on.
+        return pickle.loads(self.payload)  # noqa: S301
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Between two trials only the adapters and the DeepSpeed engine are made anew, in the same process
 group; starting a worker group instead costs 15 to 40 s. An isolated trial is a lane of its own that
-takes one job. What Ray pickles (`lane_worker`) lives here, in an importable module.
+takes one job. Its workers run `work`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from rayft.config import content_hash, leaves
 from rayft.errors import RayftError
 from rayft.methods import method
 from rayft.sweep.broker import CLOSE, Job
+from rayft.sweep.host import LaneSettings
 from rayft.sweep.score import folder_files, spread
 from rayft.tracking.base import TrackerSpec
 from rayft.tracking.connection import HASH_PARAM
@@ -34,21 +35,10 @@ from rayft.train.context import Session, Worker, trial_folder
 from rayft.train.loop import TrainResult, current_worker, fit
 from rayft.train.run import RunConfig
 
-__all__ = ["LaneSettings", "TrainRequest", "Work", "lane_worker", "read_result", "unpack"]
+__all__ = ["TrainRequest", "Work", "read_result", "unpack", "work"]
 
 RESULT_FILE = "result.json"
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LaneSettings:
-    """What a lane's workers are told when they start."""
-
-    name: str
-    broker: Any
-    """Handle of the broker actor."""
-    once: bool = False
-    """End when no job is left for it, instead of waiting for more (isolated trials)."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ class _LaneReporter:
         return go_on
 
 
-def lane_worker(settings: LaneSettings) -> None:
+def work(settings: LaneSettings) -> None:
     """Pull jobs until the broker closes; every worker of the group runs this."""
     _quiet_libraries()
     lane = _Lane(settings)
@@ -168,15 +158,25 @@ class _Lane:
         wanted = {"model", "data", "scale", "evaluate"}
         key = json.dumps(run.model_dump(mode="json", include=wanted), sort_keys=True)
         if self._session is None or self._opened != key:
-            self._session = None
+            self._forget()
             if self._worker.rank == 0:
                 logger.info("loading %s", run.model.name)
             self._session = Session.open(run, current_worker(run))
             self._opened = key
+            # Each trial ends with a search for cycles, which need not go through all modules and the base.
+            gc.collect()
+            gc.freeze()
         return self._session
 
+    def _forget(self) -> None:
+        """Free the base, in whatever cycles it may be."""
+        if self._session is not None:
+            self._session = None
+            gc.unfreeze()
+            gc.collect()
+
     def _train(self, job: Job, started: float) -> tuple[int, dict[str, Any]]:
-        request = job.payload["request"]
+        request = job.request
         run = RunConfig.model_validate_json(request.run)
         fresh = self._session is None
         session = self.session(run)
@@ -194,8 +194,7 @@ class _Lane:
             if not method(run.method.name).shares_base:
                 # What it left is no base for the next trial; loading that again takes seconds, a new
                 # worker group half a minute.
-                self._session = None
-                gc.collect()
+                self._forget()
         if self._worker.rank > 0:
             return result.steps, {}
         values: dict[str, Any] = {"result": asdict(result), "run_id": run_id, "run": content_hash(run)}
@@ -212,7 +211,7 @@ class _Lane:
         return result.steps, values | {"files": files}
 
     def _work(self, job: Job) -> dict[str, Any]:
-        work: Work = job.payload["request"]
+        work: Work = job.request
         run = RunConfig.model_validate_json(work.run)
         return work(self.session(run), run)
 

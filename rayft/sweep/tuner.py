@@ -88,7 +88,7 @@ class TrialActor(tune.Trainable):
         self._broker, self._key = self._executor.broker, request.key
         self._replay = _replay(request)
         if not self._replay:
-            self._executor.submit([Job(request.key, "train", {"request": request})])
+            self._executor.submit([Job.of(request.key, "train", request)])
 
 
 def search(

@@ -14,7 +14,7 @@ def play(scene: Coroutine[Any, Any, None]) -> None:
 
 
 def job(name: str, lane: str | None = None) -> Job:
-    return Job(name, "train", {}, lane)
+    return Job(name, "train", b"", lane)
 
 
 def test_a_report_waits_for_the_decision() -> None:

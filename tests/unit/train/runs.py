@@ -17,8 +17,9 @@ CHAINS = sorted(name for name, method in METHODS.items() if method.chained)
 ADAPTERS = sorted(name for name, method in METHODS.items() if method.exports_lora)
 
 
-FAMILIES = ("lora_plus", "rac", "cla", "rc3la", "paca", "full")
-"""One method of each kind of layer and of stage: what the default suite tries where all are alike."""
+FAMILIES = ("lora_plus", "rc3la", "paca", "full")
+"""Factors, a chain of selectors, what changes the base, and the base itself: what the default suite tries
+where all are alike."""
 
 
 def by_family(names: Iterable[str], first: Iterable[str] = FAMILIES) -> list[Any]:

@@ -1,0 +1,104 @@
+"""The processes between a sweep and its workers: one that starts lanes, and a host for each lane.
+
+Each is a process that Ray starts when the one before it asks, so what they import adds up before a lane
+takes its first job. Hence nothing of torch, DeepSpeed or MLflow is imported here: `lane_worker`, which Ray
+hands through all of them, imports the lane where it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+__all__ = ["Group", "LaneHost", "LaneSettings", "Launcher", "lane_worker"]
+
+
+@dataclass(frozen=True)
+class LaneSettings:
+    """What a lane's workers are told when they start."""
+
+    name: str
+    broker: Any
+    """Handle of the broker actor."""
+    once: bool = False
+    """End when no job is left for it, instead of waiting for more (isolated trials)."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What Ray gives a lane."""
+
+    workers: int
+    cuda: bool
+    resources: Mapping[str, float]
+    """Of each worker."""
+    storage: str
+    """Folder for what Ray Train keeps."""
+    restarts: int
+    """How often a group that dies is started again."""
+
+
+def lane_worker(settings: LaneSettings) -> None:
+    """Work as one of a lane's workers, until the broker closes."""
+    from rayft.sweep.lane import work
+
+    work(settings)
+
+
+class LaneHost:
+    """An actor that holds one Ray Train run, a lane, until its workers end."""
+
+    def run(self, settings: LaneSettings, group: Group) -> None:
+        """Start the worker group and wait; a group that dies is started again."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        trainer = TorchTrainer(
+            # Ray hands any one object on; its annotations say a dict.
+            lane_worker,  # type: ignore[arg-type]
+            train_loop_config=settings,  # type: ignore[arg-type]
+            scaling_config=ScalingConfig(
+                num_workers=group.workers, use_gpu=group.cuda, resources_per_worker=dict(group.resources)
+            ),
+            torch_config=TorchConfig(backend="nccl" if group.cuda else "gloo"),
+            run_config=RunConfig(
+                name=settings.name,
+                storage_path=group.storage,
+                failure_config=FailureConfig(max_failures=group.restarts),
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:  # noqa: BLE001  (whatever ended the group, the waiting jobs must hear it)
+            message = f"lane {settings.name} ended: {type(error).__name__}: {error}"
+            ray.get(settings.broker.lane_lost.remote(settings.name, message))
+
+
+class Launcher:
+    """An actor that starts hosts and owns them: trials come and go, the driver's launcher stays."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._hosts: dict[Any, Any] = {}
+
+    def start(self, settings: LaneSettings) -> None:
+        """Start a lane's host; hosts that have ended are let go."""
+        self._reap(timeout=0)
+        host: Any = ray.remote(LaneHost).options(num_cpus=0).remote()
+        self._hosts[host.run.remote(settings, self._group)] = host
+
+    def close(self, timeout: float) -> None:
+        """Wait for the hosts to end, and end those that don't."""
+        self._reap(timeout)
+        for host in self._hosts.values():
+            ray.kill(host)
+        self._hosts.clear()
+
+    def _reap(self, timeout: float) -> None:
+        runs = list(self._hosts)
+        ended, _ = ray.wait(runs, num_returns=len(runs), timeout=timeout) if runs else ([], [])
+        for run in ended:
+            ray.kill(self._hosts.pop(run))
