@@ -27,12 +27,26 @@ from rayft.numerics import seed_everything
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+CLUSTER = ("tests/e2e/", "tests/integration/")
+"""Where all tests are that start a Ray cluster: there is one at a time."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n`, keep the tests of the one Ray cluster in one process, and begin with them, the longest."""
-    needs_ray = {item: item.get_closest_marker("ray") is not None for item in items}
-    items.sort(key=lambda item: not needs_ray[item])
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if needs_ray[item] else str(item.path)))
+    """Begin with the tests that need the cluster: they take longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(CLUSTER))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, keep each file's tests in one process, and all that need the cluster too."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "cluster" if nodeid.startswith(CLUSTER) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 def pytest_collection_finish() -> None:
