@@ -45,7 +45,7 @@ class Server:
         self.heard: list[tuple[str, str]] = []
         self.catalog = Catalog(
             BASE, self.engine, torch.float32, "cpu", Limits(**limits),  # type: ignore[arg-type]
-            lambda name, what: self.heard.append((name, what)),
+            lambda deployed, what: self.heard.append((deployed.name, what)),
         )  # fmt: skip
         self.state = Served()
 
