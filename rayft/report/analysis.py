@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import matplotlib as mpl
 import numpy as np
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from rayft.analysis.record import AdapterAnalysis, SweepAnalysis
 from rayft.report.canvas import INK, SOFT, STYLE, canvas, legend, styles, svg, tip
@@ -190,6 +190,8 @@ def _spectra(analysis: SweepAnalysis) -> Drawing | None:
         (line,) = axes.plot(ranks, values, color=colour, marker=marker, markersize=3.5)
         tip(line, one.name)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("index")
@@ -259,6 +261,7 @@ def _angles(analysis: SweepAnalysis) -> Drawing | None:
         (line,) = axes.plot(range(1, len(angles) + 1), degrees, color=colour, marker=marker, markersize=4)
         tip(line, name)
     axes.set_ylim(0, 93)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("index")
     axes.set_ylabel("principal angle, degrees")
     legend(figure, style, [], lines=True)
