@@ -16,6 +16,7 @@ from typing import Any
 
 import ray.serve as ray_serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from rayft.errors import BadRequestError, RayftError, RequestError, ResourceError
@@ -170,7 +171,8 @@ class Director:
             found = await self._replicas.broadcast("serving").results_async(
                 timeout_s=5, return_exceptions=True
             )
-        except TimeoutError:
+        except (TimeoutError, RayServeException):
+            # Replicas that are not deployed yet ask the director what to serve.
             return
         newest = max(
             (one for one in found if isinstance(one, Served)), key=lambda one: one.number, default=None
@@ -191,6 +193,9 @@ class Director:
                 except RayftError as error:
                     self._refused = str(error)
                     logger.warning("%s is served on as it is: %s", deployed.name, error)
+                except Exception:
+                    # Whatever it was, it must not be the last look.
+                    logger.exception("%s is served on as it is", deployed.name)
 
     async def _look_again(self, deployed: Deployed) -> None:
         assert self._registry is not None

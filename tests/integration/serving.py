@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,15 +47,15 @@ class Base:
 
 
 @contextmanager
-def serving(base: Base, **settings: Any) -> Iterator[str]:
-    """Serve the tiny model in float32, and give the server's URL."""
+def serving(base: Base, *, roots: Sequence[str] = (), **settings: Any) -> Iterator[str]:
+    """Serve the tiny model in float32, and give the server's URL; `roots` are allowed beside the base's."""
     import ray.serve as ray_serve
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    model, roots = ModelConfig(name=str(base.model)), (str(base.root),)
-    run(ServeConfig(model=model, roots=roots, port=port, dtype="float32", **settings), blocking=False)
+    model, allowed = ModelConfig(name=str(base.model)), (str(base.root), *roots)
+    run(ServeConfig(model=model, roots=allowed, port=port, dtype="float32", **settings), blocking=False)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

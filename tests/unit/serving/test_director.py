@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import RayServeException
 
 from rayft.errors import ArtifactError, BadRequestError, ResourceError, UnknownModelError
 from rayft.registry.ref import AdapterVersion
@@ -43,6 +44,9 @@ class Handle:
         self.replicas = list(replicas)
 
     def broadcast(self, method: str, *arguments: Any) -> Handle:
+        if not self.replicas:
+            # Of a deployment that has not been made yet.
+            raise RayServeException("unavailable")
         self.found = [replica.take(method, *arguments) for replica in self.replicas]
         return self
 
@@ -185,3 +189,35 @@ def test_an_alias_that_moves_is_followed(folder: Callable[[str], str], registry:
         assert director._served.of("a")[0].version == 2
 
     go(config, Handle(replica), scenario)
+
+
+def test_a_director_that_starts_before_its_replicas_follows_too(
+    folder: Callable[[str], str], registry: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry |= {"champion": folder("one"), "version": "1"}
+    config = ServeConfig(
+        adapters={"a": "models:/a@champion"}, registry="sqlite:///none.db", follow_seconds=0.02
+    )
+    handle, replica, looks = Handle(), Replica(), list[int]()
+    look = MlflowRegistry.resolve
+
+    def once_broken(registry: MlflowRegistry, ref: Any) -> Any:
+        looks.append(1)
+        if len(looks) == 2:
+            raise OSError("whatever it may be")
+        return look(registry, ref)
+
+    monkeypatch.setattr(MlflowRegistry, "resolve", once_broken)
+
+    async def scenario(director: Director) -> None:
+        await asyncio.sleep(0.05)
+        handle.replicas.append(replica)
+        registry.update(champion=folder("two"), version="2")
+        for _ in range(200):
+            await asyncio.sleep(0.02)
+            if director._served.of("a")[0].version == 2:
+                break
+        assert replica.now.of("a")[0].version == 2
+        assert len(looks) > 2
+
+    go(config, handle, scenario)
