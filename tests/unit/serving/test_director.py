@@ -163,6 +163,14 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return where
 
 
+async def turned(director: Director, version: int) -> None:
+    """Wait, some seconds at most, until a version is served."""
+    for _ in range(200):
+        await asyncio.sleep(0.02)
+        if director._served.of("a")[0].version == version:
+            break
+
+
 def test_an_alias_that_moves_is_followed(folder: Callable[[str], str], registry: dict[str, str]) -> None:
     registry |= {"champion": folder("one"), "version": "1"}
     config = ServeConfig(
@@ -176,10 +184,7 @@ def test_an_alias_that_moves_is_followed(folder: Callable[[str], str], registry:
         await asyncio.sleep(0.1)
         assert "prepare" not in replica.told
         registry.update(champion=folder("two"), version="2")
-        for _ in range(200):
-            await asyncio.sleep(0.02)
-            if director._served.of("a")[0].version == 2:
-                break
+        await turned(director, 2)
         assert replica.now.of("a")[0].version == 2
         registry.update(champion="/gone", version="3")
         for _ in range(200):
@@ -213,10 +218,7 @@ def test_a_director_that_starts_before_its_replicas_follows_too(
         await asyncio.sleep(0.05)
         handle.replicas.append(replica)
         registry.update(champion=folder("two"), version="2")
-        for _ in range(200):
-            await asyncio.sleep(0.02)
-            if director._served.of("a")[0].version == 2:
-                break
+        await turned(director, 2)
         assert replica.now.of("a")[0].version == 2
         assert len(looks) > 2
 
