@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from rayft.models.rivals import INSIDE
 from rayft.models.targets import linears
 
 __all__ = [
+    "Kind",
     "Landscape",
     "grid_1d",
     "grid_2d",
@@ -43,12 +44,15 @@ __all__ = [
 ]
 
 
+Kind = Literal["random", "update", "trajectory"]
+"""What directions are: random ones, the update itself, or the principal ones of a path."""
+
+
 @dataclass(frozen=True)
 class Landscape:
     """Losses at points of a line or plane through an adapter, in ΔW space."""
 
-    kind: Literal["random", "update", "trajectory"]
-    """What the directions are: random ones, the update itself, or the principal ones of a path."""
+    kind: Kind
     norm: Norm | None
     """What rows of random directions are scaled to."""
     coordinates: tuple[tuple[float, ...], ...]
@@ -86,9 +90,7 @@ class Landscape:
             found = cls(**values)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"this is no saved landscape ({error}): measure it again") from error
-        if found.kind not in ("random", "update", "trajectory") or len(found.losses) != len(
-            found.coordinates
-        ):
+        if found.kind not in get_args(Kind) or len(found.losses) != len(found.coordinates):
             raise DataError(
                 f"this is no saved landscape (kind {found.kind!r}, {len(found.coordinates)} points, "
                 f"{len(found.losses)} losses): measure it again"

@@ -88,10 +88,9 @@ class AdapterAnalysis(Record):
             name: {**getattr(earlier, name), **getattr(self, name)}
             for name in ("measures", "landscapes", "seconds")
         }
-        kept["notes"] = {
-            **{part: why for part, why in earlier.notes.items() if part not in self.seconds},
-            **self.notes,
-        }
+        found = {part for one in (earlier, self) for part in one.seconds if part not in one.notes}
+        notes = {**earlier.notes, **self.notes}
+        kept["notes"] = {part: why for part, why in notes.items() if part not in found}
         for name in ("gap", "vacuous", "spectra", "median_spectrum", "intruders"):
             kept[name] = getattr(self, name) or getattr(earlier, name)
         return self.model_copy(update=kept)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from rayft.analysis import bounds, landscape, sharpness, spectral
 from rayft.analysis.directions import Direction, random_directions, trajectory_directions
 from rayft.analysis.gap import example_losses, gap, sample
-from rayft.analysis.landscape import Landscape
+from rayft.analysis.landscape import Kind, Landscape
 from rayft.analysis.norms import matrix, spectral_norms, squared_norms
 from rayft.analysis.record import AdapterAnalysis, Intruders, ModuleSpectrum
 from rayft.analysis.section import AnalyzeConfig, Part
@@ -330,7 +330,7 @@ class _Job:
 
     def _measure(
         self,
-        kind: Literal["random", "update", "trajectory"],
+        kind: Kind,
         directions: Sequence[Direction],
         points: torch.Tensor,
         **more: Any,

@@ -110,8 +110,6 @@ def _copy(url: str, folder: Path, most: int) -> None:
     import fsspec
 
     files, root = fsspec.core.url_to_fs(url)
-    # Else what was replaced at the same address would be looked up as it was.
-    files.invalidate_cache()
     sizes = {name: files.size(f"{root}/{name}") for name in FILES if files.exists(f"{root}/{name}")}
     if CONFIG_FILE not in sizes:
         raise ArtifactError(f"{url} has no {CONFIG_FILE}; give the folder that PEFT saved")

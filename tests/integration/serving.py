@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,13 @@ from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.serving.build import APPLICATION, run
 from rayft.serving.config import ServeConfig
+from rayft.serving.keys import KeyConfig
 from tests.unit.serving.adapters import random_adapter
+
+_KEY = "the-key-of-the-admin"
+HEADERS = {"Authorization": f"Bearer {_KEY}"}
+"""An admin's."""
+ADMIN = KeyConfig(name="ops", role="admin", sha256=hashlib.sha256(_KEY.encode()).hexdigest())
 
 
 @dataclass(frozen=True)

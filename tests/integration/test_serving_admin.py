@@ -277,10 +277,10 @@ def test_prometheus_sees_each_adapter(server: Server) -> None:
             "queue_seconds_count", "token_seconds_count", "adapter_loads_total",
         )
     ]  # fmt: skip
+    of_it = re.compile(r'adapter="large".*version="[1-9]')
     deadline, missing = time.monotonic() + 60, list(wanted)
     while missing and time.monotonic() < deadline:
         time.sleep(1)
-        of_it = re.compile(r'adapter="large".*version="[1-9]')
         lines = [line for line in httpx.get(url, timeout=30).text.splitlines() if of_it.search(line)]
         missing = [name for name in wanted if not any(line.startswith(name + "{") for line in lines)]
     assert not missing

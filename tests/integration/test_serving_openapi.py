@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import zlib
@@ -19,15 +18,11 @@ from hypothesis import HealthCheck, settings
 from schemathesis.checks import positive_data_acceptance
 from schemathesis.config import SchemathesisConfig
 
-from rayft.serving.keys import KeyConfig
 from rayft.serving.messages import NAME
 from rayft.serving.openapi import openapi
-from tests.integration.serving import Base, serving
+from tests.integration.serving import ADMIN, HEADERS, Base, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-KEY = "the-key-of-the-admin"
-HEADERS = {"Authorization": f"Bearer {KEY}"}
 
 
 MODELS = ("base", "still", "squeezed@r2", "turning@1", "nobody")
@@ -76,9 +71,8 @@ def server(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPath
     base = Base.read(tiny_folder, tmp_path_factory.mktemp("roots"))
     made = {"still": base.adapter("still"), "squeezed": base.squeezed("squeezed"), "a": base.adapter("a", 2)}
     folders = {name: base.save(name, artifact) for name, artifact in made.items()}
-    key = KeyConfig(name="ops", role="admin", sha256=hashlib.sha256(KEY.encode()).hexdigest())
     served = {name: folders[name] for name in ("still", "squeezed")}
-    with serving(base, adapters=served, keys=(key,), max_new_tokens=8) as url:
+    with serving(base, adapters=served, keys=(ADMIN,), max_new_tokens=8) as url:
         yield Server(url, base.root)
 
 

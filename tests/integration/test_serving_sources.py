@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Iterator
@@ -16,15 +15,12 @@ import httpx
 import pytest
 
 from rayft.registry.store import MlflowRegistry
-from rayft.serving.keys import KeyConfig
 from rayft.tracking import TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import MlflowTracker, prepare
-from tests.integration.serving import Base, serving
+from tests.integration.serving import ADMIN, HEADERS, Base, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-KEY = "the-key-of-the-admin"
-HEADERS = {"Authorization": f"Bearer {KEY}"}
 FOLLOW, DEADLINE = 0.3, 60.0
 """Seconds between two looks at the registry, and until a change must have come through."""
 
@@ -72,11 +68,10 @@ def served(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPath
     store = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(base.root)))
     threading.Thread(target=store.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{store.server_port}"
-    key = KeyConfig(name="ops", role="admin", sha256=hashlib.sha256(KEY.encode()).hexdigest())
     adapters = {"sums": "models:/sums@champion", **folders}
     try:
         with serving(
-            base, roots=[address], adapters=adapters, keys=(key,), registry=spec.uri,
+            base, roots=[address], adapters=adapters, keys=(ADMIN,), registry=spec.uri,
             follow_seconds=FOLLOW, fetched=str(root / "fetched"),
         ) as url:  # fmt: skip
             yield Served(url, address, base, registry)

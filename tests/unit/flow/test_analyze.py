@@ -39,6 +39,21 @@ def test_parts_that_were_not_asked_for_again_stay() -> None:
     assert config.parts == ("gap", "sharpness", "hessian", "landscape", "trajectory")
 
 
+def test_what_fails_now_and_was_found_before_is_there_and_not_called_missing() -> None:
+    failed = NOW.model_copy(
+        update={
+            "measures": {},
+            "seconds": {"sharpness": 0.1},
+            "notes": {"sharpness": "no memory", "bounds": "why"},
+        }
+    )
+    (one,), _ = completed(
+        [failed], AnalyzeConfig(parts=("sharpness", "bounds")), before(parts=("sharpness",))
+    )
+    assert one.measures["sam_sharpness"] == 0.1
+    assert one.notes == {"hessian": "no curvlinops", "trajectory": "no trail", "bounds": "why"}
+
+
 @pytest.mark.parametrize(
     "earlier",
     [None, before(parts=("gap",), samples=7)],
