@@ -8,7 +8,8 @@ them, layout on the host and the wait for the logits included. Cases take turns,
     step     32 requests with 128 tokens behind them each read one more: all of them the base's, on an engine
              that has no adapter and on one that has 32; over 8 and over 32 adapters of ranks 4, 8, 16, 64.
              By CUDA graph and without
-    prefill  8 prompts of 512 tokens: the base's, and over 8 adapters
+    prefill  8 prompts of 512 tokens: the base's, and over 8 adapters; and one of them beside 31 requests that
+             decode. By CUDA graph and without
     peft     the step by transformers and PEFT (`adapter_names`, 8 adapters), against transformers' own base
     many     tokens a second of 512 requests, 128 at once, 64 tokens each, over 1, 8, 32, 128, 512 adapters of
              rank 16, through the engine's queue; and of the base
@@ -24,8 +25,8 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,31 +118,53 @@ class Bed:
             part.row.cache.length += part.new
         return ms
 
+    @contextmanager
+    def graphs(self, on: bool) -> Iterator[None]:
+        """Let forwards be replayed, or not."""
+        known = self.forward._graphs
+        self.forward._graphs = (known or {}) if on else None
+        yield
+        self.forward._graphs = known
+
     def steps(self, rows: Sequence[Row], *, graphs: bool) -> list[float]:
         """Decode some tokens, then take them back."""
-        known, self.forward._graphs = self.forward._graphs, (self.forward._graphs or {}) if graphs else None
         found = []
-        for _ in range(STEPS + 5):
-            for row in rows:
-                row.tokens.append(1)
-            found.append(self.read(rows))
+        with self.graphs(graphs):
+            for _ in range(STEPS + 5):
+                for row in rows:
+                    row.tokens.append(1)
+                found.append(self.read(rows))
         for row in rows:
             del row.tokens[-STEPS - 5 :]
             row.cache.length = len(row.tokens)
-        if not graphs:
-            self.forward._graphs = known
         return found[5:]
 
-    def prefill(self, adapters: int) -> list[float]:
+    def prefill(self, adapters: int, *, graphs: bool) -> list[float]:
         """Read prompts, and forget them."""
         rows, found = self.rows(PROMPTS, PROMPT, adapters), []
-        for _ in range(12):
-            found.append(self.read(rows))
-            for row in rows:
-                row.cache.length = 0
+        with self.graphs(graphs):
+            for _ in range(15):
+                found.append(self.read(rows))
+                for row in rows:
+                    row.cache.length = 0
         for row in rows:
             self.forward.release(row.cache)
-        return found[2:]
+        return found[5:]
+
+    def mixed(self, adapters: int, *, graphs: bool) -> list[float]:
+        """Read a prompt beside rows that decode, and take it all back."""
+        rows, found = self.rows(ROWS, BEHIND, adapters), []
+        self.read(rows)
+        rows[0].tokens = [*rows[0].tokens, *[1] * (PROMPT - BEHIND)]
+        with self.graphs(graphs):
+            for _ in range(15):
+                rows[0].cache.length = 0
+                for row in rows[1:]:
+                    row.cache.length = BEHIND - 1
+                found.append(self.read(rows))
+        for row in rows:
+            self.forward.release(row.cache)
+        return found[5:]
 
 
 def measure(
@@ -187,9 +210,17 @@ def step_part() -> list[dict[str, Any]]:
 def prefill_part() -> list[dict[str, Any]]:
     """Time prefills."""
     bed = Bed(8)
-    floor, case = (f"{name}/1b/{PROMPTS * PROMPT}tokens" for name in ("base", "8_adapters"))
-    cases = {floor: partial(bed.prefill, 0), case: partial(bed.prefill, 8)}
-    return measure("serve_prefill", cases, dict.fromkeys(cases, floor))
+    cases: dict[str, Callable[[], list[float]]] = {}
+    floors = {}
+    for kind, run in (
+        (f"{PROMPTS * PROMPT}tokens", bed.prefill),
+        (f"{ROWS - 1}rows+{PROMPT}tokens", bed.mixed),
+    ):
+        for graphs, place in ((True, f"1b/{kind}"), (False, f"1b/{kind}/eager")):
+            for name, adapters in (("base", 0), ("8_adapters", 8)):
+                cases[f"{name}/{place}"] = partial(run, adapters, graphs=graphs)
+                floors[f"{name}/{place}"] = f"base/{place}"
+    return measure("serve_prefill", cases, floors)
 
 
 def peft_part() -> list[dict[str, Any]]:

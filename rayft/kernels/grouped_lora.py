@@ -248,6 +248,7 @@ class Rows:
         count: int,
         tuning: Tuning | None = None,
         *,
+        slots: torch.Tensor | None = None,
         distinct: int | None = None,
         kernels: bool | None = None,
     ) -> None:
@@ -257,13 +258,17 @@ class Rows:
             table: whose slots they have.
             count: N.
             tuning: `Tuning.choose(N)` where not given.
+            slots: a buffer to read them from (N,) int32, with what it holds; where not given, one is made.
             distinct: how many different slots they may have, the base's counted; where not given, any. With
                 few slots and many rows there are far fewer tiles, and every one costs launches.
             kernels: whether the Triton kernels do it; where not given, if the table is on a GPU.
         """
         self.table, self.count = table, count
         self.tuning = tuning or Tuning.choose(count, table.entries.device)
-        self.slots = torch.zeros(count, dtype=torch.int32, device=table.entries.device)
+        if slots is None:
+            slots = torch.zeros(count, dtype=torch.int32, device=table.entries.device)
+        assert slots.shape == (count,), "a slot for each row"
+        self.slots = slots
         self.segments: tuple[Segment, ...] = ()
         self.plan: Plan | None = None
         if table.entries.is_cuda if kernels is None else kernels:

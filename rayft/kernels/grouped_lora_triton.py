@@ -13,8 +13,11 @@ import triton.language as tl
 
 __all__ = ["describe", "expand", "order", "shrink"]
 
+# Sizes of the batch: no load's alignment follows from them, so they need no kernel of their own for each.
+SIZES = ["n_rows", "n_tiles"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["n_rows"])
 def order(slots_ptr, sorted_ptr, n_rows, n_slots, BN: tl.constexpr, BM: tl.constexpr):
     """Sort the rows by slot, the base's last: (row, slot, index among the slot's rows, rows from it on)."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -39,7 +42,7 @@ def order(slots_ptr, sorted_ptr, n_rows, n_slots, BN: tl.constexpr, BM: tl.const
     tl.store(place + 3, same - earlier, mask=n < n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def describe(
     sorted_ptr, entries_ptr, tiles_ptr, rows_ptr, n_rows, n_tiles,
     FIELDS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
@@ -121,7 +124,7 @@ def _shrink_ranks(
     tl.store(h_row[:, None] + r[None, :], h, mask=in_n[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def shrink(
     x_ptr, tiles_ptr, rows_ptr, h_ptr, n_rows, n_inputs, x_stride, n_tiles,
     FIELDS: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, T: tl.constexpr, BI: tl.constexpr,
@@ -192,7 +195,7 @@ def _expand_ranks(
     tl.store(y_place, total.to(y_place.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def expand(
     y0_ptr, y1_ptr, y2_ptr, tiles_ptr, rows_ptr, h_ptr,
     n_rows, outputs_0, outputs_1, outputs_2, y0_stride, y1_stride, y2_stride, n_tiles,

@@ -4,9 +4,11 @@ The packed tokens of a forward attend by PyTorch's variable-length flash attenti
 longest, no mask between requests is made, and what overflows in one stays in it. Keys and values that are in
 the pool are gathered before it.
 
-Where each request reads one token, launches would take most of the time: such a forward is captured once for
-each padded number of requests and of gathered tokens, and replayed as a CUDA graph. What a row beyond the
-requests computes goes to a page that no request has.
+Launches would take most of the time: where each request reads one token, and for prompts too, up to thousands
+of tokens. So a forward is padded to one of some shapes (`rayft.serving.paged_batch.Shape`), captured once for
+each, and replayed as a CUDA graph. What a row beyond the requests computes goes to a page that no request
+has. Decoding has few shapes, and they are captured when they first come; with prompts there are many, and
+one is captured when it comes again.
 
 Shapes: N tokens, T of requests' keys, H heads, G heads of keys, D head size.
 """
@@ -23,132 +25,23 @@ import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from rayft.kernels.grouped_lora import DECODE
+from rayft.kernels.grouped_lora import Rows
 from rayft.serving.engine import EngineLimits
 from rayft.serving.packed_forward import causal
-from rayft.serving.packed_row import PAGE, Part, RowCache, pages, running
+from rayft.serving.packed_row import Part, RowCache, running
+from rayft.serving.paged_batch import Batch, Layout, Pages, Pool, Shape, power
 from rayft.serving.slots import Slots
 
 __all__ = ["PagedForward"]
 
-SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, DECODE)
-"""Requests that decoding is padded to."""
-LEAST_GATHERED = 1024
-"""Keys that decoding is padded to, or a power of 2 times it."""
-MOST_GRAPHS = 96
+MOST_GRAPHS = 256
+"""Beyond, the one that was replayed longest ago goes."""
+MOST_SEEN = 4096
+"""Shapes that are remembered before they are captured."""
 SHARED_HEADS: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 )
 """Before torch 2.12 they are taken as they come."""
-
-
-class Pages(RowCache):
-    """Where one request's keys and values lie in the pool."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pages: list[int] = []
-        self.places = np.empty(0, np.int64)
-        """Place in the pool of each token that there is a page for."""
-
-
-class Pool:
-    """Keys and values of all layers: for each (places × 2 × G × D), made when the layer first runs."""
-
-    def __init__(self, tokens: int) -> None:
-        # The first page is for rows that pad.
-        self._free = list(range(-(-tokens // PAGE), 0, -1))
-        self._places = (len(self._free) + 1) * PAGE
-        self._layers: dict[int, torch.Tensor] = {}
-
-    def grow(self, cache: Pages, length: int) -> None:
-        """Give a request pages for so many tokens."""
-        wanted = pages(length) // PAGE - len(cache.pages)
-        if wanted > 0:
-            new = [self._free.pop() for _ in range(wanted)]
-            cache.pages += new
-            fresh = (np.array(new, np.int64)[:, None] * PAGE + np.arange(PAGE)).ravel()
-            cache.places = np.concatenate((cache.places, fresh))
-
-    def release(self, cache: Pages) -> None:
-        """Take a request's pages back."""
-        self._free += cache.pages
-        cache.pages, cache.places = [], np.empty(0, np.int64)
-
-    def layer(self, index: int, like: torch.Tensor) -> torch.Tensor:
-        """Give a layer's pool; like (N × 2 × G × D)."""
-        if index not in self._layers:
-            self._layers[index] = like.new_zeros(self._places, *like.shape[1:])
-        return self._layers[index]
-
-
-@dataclass
-class Layout:
-    """A forward's numbers, on the host."""
-
-    ids: np.ndarray[Any, Any]
-    positions: np.ndarray[Any, Any]
-    write: np.ndarray[Any, Any]
-    """Place of each token's key in the pool (N,)."""
-    gather: np.ndarray[Any, Any]
-    """Places of all keys that are attended to (T,)."""
-    q_ends: list[int]
-    """Where each request's tokens end, from 0 (requests + 1)."""
-    k_ends: list[int]
-    slots: list[int]
-    kept: list[int]
-    """Tokens whose logits are wanted."""
-    max_q: int
-    max_k: int
-    past: bool
-    """Whether there are keys from earlier forwards."""
-
-    def padded(self, rows: int, gathered: int) -> Layout:
-        """Add rows that read one token and have one key, on the page that is nobody's."""
-        more = rows - len(self.ids)
-        zeros = np.zeros(more, np.int64)
-        used = len(self.gather) + more
-        return Layout(
-            ids=np.concatenate((self.ids, zeros)),
-            positions=np.concatenate((self.positions, zeros)),
-            write=np.concatenate((self.write, zeros)),
-            gather=np.concatenate((self.gather, np.zeros(gathered - len(self.gather), np.int64))),
-            q_ends=list(range(rows + 1)),
-            k_ends=[*self.k_ends, *range(self.k_ends[-1] + 1, used + 1)],
-            slots=[*self.slots, *[0] * more],
-            kept=list(range(rows)),
-            max_q=1,
-            max_k=gathered,
-            past=True,
-        )
-
-
-class Batch:
-    """A layout on the device: two buffers, filled by two copies."""
-
-    def __init__(self, layout: Layout, pool: Pool, device: torch.device) -> None:
-        self.pool, self.max_q, self.max_k = pool, layout.max_q, layout.max_k
-        self.gathers = layout.past
-        longs, ints = self._packed(layout)
-        self._longs, self._ints = longs.to(device), ints.to(device)
-        n, kept, ends = len(layout.ids), len(layout.kept), len(layout.q_ends)
-        self.ids, self.positions, self.write, self.kept, self.gather = self._longs.split(
-            [n, n, n, kept, len(layout.gather) if layout.past else 0]
-        )
-        self.q_ends, self.k_ends = self._ints.split([ends, ends])
-
-    def fill(self, layout: Layout) -> None:
-        """Put another layout of the same sizes in."""
-        longs, ints = self._packed(layout)
-        self._longs.copy_(longs, non_blocking=True)
-        self._ints.copy_(ints, non_blocking=True)
-
-    def _packed(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        gather = layout.gather if layout.past else layout.gather[:0]
-        longs = np.concatenate(
-            (layout.ids, layout.positions, layout.write, np.array(layout.kept, np.int64), gather)
-        )
-        return torch.from_numpy(longs), torch.tensor([*layout.q_ends, *layout.k_ends], dtype=torch.int32)
 
 
 @dataclass(frozen=True)
@@ -157,7 +50,10 @@ class _Captured:
 
     graph: Any
     batch: Batch
+    rows: Rows | None
+    """The graph reads their buffers."""
     logits: torch.Tensor
+    """A view of what all graphs write to: the next replay of any takes its place."""
 
 
 class PagedForward:
@@ -170,14 +66,17 @@ class PagedForward:
             model: in 16 bits where it is on a GPU.
             slots: its adapters.
             limits: `cache_tokens` are the pool's.
-            graphs: whether to replay decoding as CUDA graphs.
+            graphs: whether to replay forwards as CUDA graphs.
         """
         self._model, self._slots = model, slots
         self._pool = Pool(limits.cache_tokens)
         self.layers: set[int] = set()
         self._stream = torch.cuda.Stream() if model.device.type == "cuda" else None
-        self._graphs: dict[tuple[int, int, bool], _Captured] | None = {} if graphs else None
+        self._graphs: dict[Shape, _Captured] | None = {} if graphs else None
+        self._seen: dict[Shape, None] = {}
         self._memory: Any = None
+        self._most_parts = power(limits.max_running)
+        self._logits: torch.Tensor | None = None
 
     def fresh(self) -> Pages:
         """Give a request a place for its keys and values."""
@@ -195,17 +94,13 @@ class PagedForward:
         if self._stream is None:
             return self._run(layout)
         with torch.cuda.stream(self._stream):
-            if self._graphs is not None and layout.max_q == 1 and len(layout.ids) <= DECODE:
-                found = self._replay(layout)
-            else:
-                found = self._run(layout)
+            found = self._run(layout) if self._graphs is None else self._by_graph(layout)
         # What follows reads them on the thread's own stream.
         self._stream.synchronize()
         return found
 
     def _layout(self, parts: Sequence[Part]) -> Layout:
         ids: list[int] = []
-        slots: list[int] = []
         q_ends, k_ends = [0], [0]
         positions, write, gather = [], [], []
         for part in parts:
@@ -214,12 +109,12 @@ class PagedForward:
             first, length = cache.length, cache.length + new
             self._pool.grow(cache, length)
             ids += part.row.tokens[first:length]
-            slots += [part.row.slot] * new
             positions.append(np.arange(first, length))
             write.append(cache.places[first:length])
             gather.append(cache.places[:length])
             q_ends.append(q_ends[-1] + new)
             k_ends.append(k_ends[-1] + length)
+        slots = [part.row.slot for part in parts]
         return Layout(
             ids=np.array(ids, np.int64),
             positions=np.concatenate(positions),
@@ -227,7 +122,8 @@ class PagedForward:
             gather=np.concatenate(gather),
             q_ends=q_ends,
             k_ends=k_ends,
-            slots=slots,
+            slots=np.repeat(np.array(slots, np.int32), np.diff(q_ends)),
+            owners=frozenset(slots),
             kept=[part.end - 1 for part in parts if part.complete],
             max_q=max(part.new for part in parts),
             max_k=max(len(places) for places in gather),
@@ -235,10 +131,15 @@ class PagedForward:
         )
 
     def _run(self, layout: Layout) -> torch.Tensor:
-        self._slots.assign(layout.slots)
-        return self._model_logits(Batch(layout, self._pool, self._model.device))
+        batch = Batch(layout, self._pool, self._model.device)
+        return self._model_logits(batch, self._rows(batch, layout, len(layout.owners)))
 
-    def _model_logits(self, batch: Batch) -> torch.Tensor:
+    def _rows(self, batch: Batch, layout: Layout, distinct: int) -> Rows | None:
+        """Make the buffers of a batch's adapters; None where all tokens are the base's."""
+        return self._slots.rows(batch.slots, distinct) if layout.adapters else None
+
+    def _model_logits(self, batch: Batch, rows: Rows | None) -> torch.Tensor:
+        self._slots.use(rows)
         running.attend, running.layers = partial(_attend_paged, batch), self.layers
         output = self._model(
             input_ids=batch.ids.unsqueeze(0),
@@ -248,41 +149,43 @@ class PagedForward:
         )
         return output.logits[0]  # type: ignore[no-any-return]
 
-    def _replay(self, layout: Layout) -> torch.Tensor:
+    def _by_graph(self, layout: Layout) -> torch.Tensor:
+        """Replay the graph of a batch's shape, or make it, or wait for its shape to come again."""
         assert self._graphs is not None
-        n = len(layout.ids)
-        rows = next(size for size in SIZES if size >= n)
-        gathered = LEAST_GATHERED
-        while gathered < len(layout.gather) + rows - n:
-            gathered *= 2
-        padded = layout.padded(rows, gathered)
-        self._slots.stage(padded.slots)
-        key = rows, gathered, self._slots.in_use
-        captured = self._graphs.pop(key, None)
+        shape = Shape.of(layout)
+        if shape.max_q > 1 and shape not in self._graphs and shape not in self._seen:
+            if len(self._seen) >= MOST_SEEN:
+                del self._seen[next(iter(self._seen))]
+            self._seen[shape] = None
+            return self._run(layout)
+        padded = layout.padded(shape)
+        captured = self._graphs.pop(shape, None)
         if captured is None:
             if len(self._graphs) >= MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            captured = self._capture(padded)
+            captured = self._capture(padded, shape.distinct)
         else:
             captured.batch.fill(padded)
-        self._graphs[key] = captured
+        self._graphs[shape] = captured
         captured.graph.replay()
-        return captured.logits[:n]
+        return captured.logits[: len(layout.kept)]
 
-    def _capture(self, layout: Layout) -> _Captured:
-        """Capture the forward of a staged batch; every key and value that it writes it will write again."""
+    def _capture(self, layout: Layout, distinct: int) -> _Captured:
+        """Capture the forward of a batch; every key and value that it writes it will write again."""
         batch = Batch(layout, self._pool, self._model.device)
-        self._slots.prepare()
-        self._model_logits(batch)
+        rows = self._rows(batch, layout, distinct)
+        found = self._model_logits(batch, rows)
+        if self._logits is None:
+            self._logits = found.new_empty(self._most_parts, found.shape[1])
+        logits = self._logits[: len(found)]
         graph = torch.cuda.CUDAGraph()
         # Other threads load adapters meanwhile: what they do is none of the capture's.
         with torch.cuda.graph(
             graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"
         ):
-            self._slots.prepare()
-            logits = self._model_logits(batch)
+            logits.copy_(self._model_logits(batch, rows))
         self._memory = self._memory or graph.pool()
-        return _Captured(graph, batch, logits)
+        return _Captured(graph, batch, rows, logits)
 
 
 def _attend_paged(
@@ -325,6 +228,8 @@ def _attend(
     q_ends, k_ends = batch.q_ends.tolist(), batch.k_ends.tolist()
     for index in range(len(q_ends) - 1):
         here, there = slice(*q_ends[index : index + 2]), slice(*k_ends[index : index + 2])
+        if here.start == here.stop:
+            continue
         q, k, v = (one.transpose(0, 1)[None] for one in (query[here], keys[there], values[there]))
         out[here] = causal(q, k, v, scaling, window)[0].transpose(0, 1)
     return out

@@ -172,27 +172,31 @@ class Slots:
 
     def assign(self, slot_of_token: Sequence[int]) -> None:
         """Say which slot each token of the next forward belongs to."""
-        self.stage(slot_of_token)
-        self.prepare()
-
-    def stage(self, slot_of_token: Sequence[int]) -> None:
-        """Do the part of `assign` that a CUDA graph of the forward doesn't hold."""
-        self._batch.rows = None
-        distinct = set(slot_of_token)
+        rows, distinct = None, set(slot_of_token)
         if distinct - {BASE_SLOT}:
-            self._batch.rows = self._rows_for(len(slot_of_token), len(distinct))
-            self._batch.rows.slots.copy_(torch.tensor(slot_of_token, dtype=torch.int32))
+            rows = self._kept(len(slot_of_token), len(distinct))
+            rows.slots.copy_(torch.tensor(slot_of_token, dtype=torch.int32))
+        self.use(rows)
 
-    def prepare(self) -> None:
-        """Do the rest, on the device."""
-        if self._batch.rows is not None:
-            self._batch.rows.prepare()
+    def rows(self, slots: torch.Tensor, distinct: int) -> Rows:
+        """Make the buffers of a batch for `use`, which read the slots (N,) int32 where they lie.
 
-    def _rows_for(self, count: int, distinct: int) -> Rows:
+        Args:
+            slots: whose each token is; others may be written into it later, for another `use` or a replay.
+            distinct: how many different ones there are at most, the base's counted.
+        """
+        return Rows(self._table, len(slots), slots=slots, distinct=distinct)
+
+    def use(self, rows: Rows | None) -> None:
+        """Let the next forward be of these rows, None for the base's; a CUDA graph may hold what it does."""
+        self._batch.rows = rows
+        if rows is not None:
+            rows.prepare()
+
+    def _kept(self, count: int, distinct: int) -> Rows:
         if count > DECODE:
             return Rows(self._table, count, distinct=distinct)
         if count not in self._rows:
-            # Graphs hold their addresses, and serve whatever slots come later.
             self._rows[count] = Rows(self._table, count)
         return self._rows[count]
 

@@ -1,20 +1,22 @@
-"""Pages, and decoding padded for graphs; tests/gpu runs the graphs themselves."""
+"""Pages, and forwards padded for graphs; tests/gpu runs the graphs themselves."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from rayft.kernels.grouped_lora import Rows
 from rayft.models.load import LoadedModel
 from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close
 from rayft.serving.engine import EngineLimits, GenerationRequest
 from rayft.serving.packed_engine import PackedEngine
-from rayft.serving.packed_row import PAGE, Row
-from rayft.serving.paged_forward import Batch, Layout, PagedForward, Pages, Pool, _Captured
+from rayft.serving.packed_row import PAGE, Part, Row
+from rayft.serving.paged_batch import Batch, Layout, Pages, Pool, Shape
+from rayft.serving.paged_forward import PagedForward, _Captured
 from tests.unit.serving.adapters import random_adapter
 from tests.unit.serving.rows import parts_of
 
@@ -24,14 +26,13 @@ LIMITS = EngineLimits(16, 64, 512)
 class Again:
     """Stands in for a graph: replaying it runs the forward again, into the same logits."""
 
-    def __init__(self, forward: PagedForward, batch: Any) -> None:
-        self.forward, self.batch = forward, batch
+    def __init__(self, forward: PagedForward, batch: Batch, rows: Rows | None) -> None:
+        self.forward, self.batch, self.rows = forward, batch, rows
         self.logits: torch.Tensor | None = None
         self.replays = 0
 
     def replay(self) -> None:
-        self.forward._slots.prepare()
-        found = self.forward._model_logits(self.batch)
+        found = self.forward._model_logits(self.batch, self.rows)
         self.logits = found if self.logits is None else self.logits.copy_(found)
         self.replays += 1
 
@@ -62,53 +63,138 @@ def read(forward: PagedForward, rows: list[Row]) -> torch.Tensor:
     return found
 
 
-def captured(forward: PagedForward, layout: Layout) -> _Captured:
-    batch = Batch(layout, forward._pool, torch.device("cpu"))
-    again = Again(forward, batch)
-    again.replay()
-    assert again.logits is not None
-    return _Captured(again, batch, again.logits)
+@pytest.fixture
+def graphed(forward: PagedForward, monkeypatch: pytest.MonkeyPatch) -> PagedForward:
+    """The forward with graphs, which on a CPU are played."""
+
+    def capture(layout: Layout, distinct: int) -> _Captured:
+        batch = Batch(layout, forward._pool, torch.device("cpu"))
+        rows = forward._rows(batch, layout, distinct)
+        again = Again(forward, batch, rows)
+        again.replay()
+        assert again.logits is not None
+        return _Captured(again, batch, rows, again.logits)
+
+    forward._graphs = {}
+    monkeypatch.setattr(forward, "_capture", capture)
+    return forward
+
+
+def check(forward: PagedForward, rows: list[Row], length: int | None = None) -> None:
+    """Read what rows have not read, or so many tokens of each, with graphs and without."""
+    parts, start = [], 0
+    for one in rows:
+        new = min(one.unread, length or one.unread)
+        parts.append(Part(one, start, start + new))
+        start += new
+    expected = forward._run(forward._layout(parts)).clone()
+    assert_close(forward._by_graph(forward._layout(parts)), expected, torch.float32, 64, depth=8)
+    for part in parts:
+        part.row.cache.length += part.new
+
+
+def three(forward: PagedForward) -> list[Row]:
+    return [row(forward, [5, 6, 7], "one"), row(forward, [8] * 70, None), row(forward, [9, 1], "two")]
 
 
 @torch.inference_mode()
-def test_padded_decoding_gives_the_same_logits(
-    forward: PagedForward, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [
-        row(forward, [5, 6, 7], "one"),
-        row(forward, [8] * 70, None),
-        row(forward, [9, 1], "two"),
-    ]
-    read(forward, rows)
-    forward._graphs = {}
-    monkeypatch.setattr(forward, "_capture", lambda layout: captured(forward, layout))
+def test_padded_decoding_gives_the_same_logits(graphed: PagedForward) -> None:
+    rows = three(graphed)
+    read(graphed, rows)
     for step in range(3):
         for one in rows:
             one.tokens.append(10 + step)
-        parts = parts_of(rows)
-        expected = forward._run(forward._layout(parts)).clone()
-        found = forward._replay(forward._layout(parts))
-        assert_close(found, expected, torch.float32, 64, depth=8)
-        for part in parts:
-            part.row.cache.length += 1
-    assert list(forward._graphs) == [(4, 1024, True)]
-    graph = forward._graphs[4, 1024, True].graph
-    assert graph.replays == 4, "captured once, replayed for each step"
+        check(graphed, rows)
+    assert graphed._graphs is not None
+    shape = Shape(tokens=4, parts=4, max_q=1, gathered=1024, distinct=4)
+    assert list(graphed._graphs) == [shape]
+    assert graphed._graphs[shape].graph.replays == 4, "captured once, replayed for each step"
 
 
 @torch.inference_mode()
-def test_the_bases_graph_is_another_than_that_with_adapters(
-    forward: PagedForward, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(forward, "_capture", lambda layout: captured(forward, layout))
-    forward._graphs = {}
+def test_padded_prompts_give_the_same_logits(graphed: PagedForward) -> None:
+    assert graphed._graphs is not None
+    for turn in range(3):
+        rows = three(graphed)
+        check(graphed, rows)
+        # The shape is captured when it comes again.
+        assert len(graphed._graphs) == min(turn, 1)
+        for one in rows:
+            graphed.release(one.cache)
+    (shape,) = graphed._graphs
+    assert shape == Shape(tokens=128, parts=4, max_q=128, gathered=0, distinct=4)
+
+
+@torch.inference_mode()
+def test_prompts_in_pieces_beside_decoding_give_the_same_logits(graphed: PagedForward) -> None:
+    assert graphed._graphs is not None
+    for _ in range(2):
+        rows = three(graphed)
+        check(graphed, rows, length=2)
+        check(graphed, rows[:2], length=40)
+        for one in (rows[0], rows[2]):
+            one.tokens.append(3)
+        # One request decodes, one reads the rest of its prompt, one has both tokens behind it.
+        check(graphed, rows)
+        for one in rows:
+            graphed.release(one.cache)
+    assert {shape.gathered for shape in graphed._graphs} == {0, 1024}
+
+
+@torch.inference_mode()
+def test_a_graph_serves_other_adapters_lengths_and_fewer_requests(graphed: PagedForward) -> None:
+    for lengths, names in (((9, 30), ("one", None)), ((40, 2), (None, "two")), ((33, 33), ("two", "one"))):
+        rows = [row(graphed, [4] * n, name) for n, name in zip(lengths, names, strict=True)]
+        for _ in range(2):
+            check(graphed, rows)
+            for one in rows:
+                one.cache.length = 0
+        for one in rows:
+            graphed.release(one.cache)
+    assert graphed._graphs is not None
+    assert {shape.tokens for shape in graphed._graphs} == {64, 128}
+
+
+@torch.inference_mode()
+def test_the_bases_graph_is_another_than_that_with_adapters(graphed: PagedForward) -> None:
     for adapter in (None, "one", None):
-        one = row(forward, [3], adapter)
-        parts = parts_of([one])
-        expected = forward._run(forward._layout(parts)).clone()
-        assert_close(forward._replay(forward._layout(parts)), expected, torch.float32, 64, depth=8)
-        forward.release(one.cache)
-    assert sorted(forward._graphs) == [(1, 1024, False), (1, 1024, True)]
+        one = row(graphed, [3], adapter)
+        check(graphed, [one])
+        graphed.release(one.cache)
+    assert graphed._graphs is not None
+    assert [(shape.tokens, shape.distinct) for shape in graphed._graphs] == [(1, 1), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("n", "parts", "tokens"),
+    [(300, 1, 320), (513, 3, 576), (1025, 9, 1152), (4000, 8, 4096), (4097, 2, 4608)],
+)
+def test_shapes_waste_an_eighth_at_most(n: int, parts: int, tokens: int) -> None:
+    each = n // parts
+    ends = [*range(0, each * parts, each), n]
+    numbers = np.zeros(n, np.int64)
+    layout = Layout(
+        numbers,
+        numbers,
+        numbers,
+        numbers,
+        ends,
+        ends,
+        numbers,
+        frozenset({0, 3}),
+        [],
+        n - ends[-2],
+        n,
+        past=False,
+    )
+    shape = Shape.of(layout)
+    assert shape.tokens == tokens
+    assert (shape.tokens - n) / n < 1 / 8
+    padded = layout.padded(shape)
+    assert len(padded.ids) == len(padded.slots) == tokens
+    assert len(padded.q_ends) == len(padded.k_ends) == shape.parts + 1
+    assert padded.q_ends[-1] <= tokens
+    assert padded.q_ends == padded.k_ends
 
 
 def test_pages_are_given_and_taken_back() -> None:
