@@ -27,7 +27,7 @@ from rayft.analysis.section import AnalyzeConfig, Part
 from rayft.artifacts import AdapterArtifact
 from rayft.data.pack import AnyBatch, collate_rows, rows_of
 from rayft.data.template import encode_all
-from rayft.errors import MethodError, RayftError
+from rayft.errors import MethodError, RayftError, ResourceError
 from rayft.evaluate.loss import targets_of
 from rayft.methods.base import LoraFactors
 from rayft.models.inject import attach, clear
@@ -112,7 +112,7 @@ def analyze(
             if artifact is not None:
                 attach(session.loaded.model, artifact)
             session.loaded.model.eval()
-            found = steps[part]()
+            found = _within_memory(steps[part])
         except RayftError as error:
             notes[part] = str(error)
         else:
@@ -125,6 +125,18 @@ def analyze(
     return AdapterAnalysis(
         name=name, group=group, measures=measures, landscapes=landscapes, notes=notes, seconds=seconds, **done
     )
+
+
+def _within_memory(step: Callable[[], _Found]) -> _Found:
+    try:
+        return step()
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            "the device ran out of memory: set analyze.examples lower, or sweep.lanes where they share it"
+        ) from error
+    finally:
+        # Other lanes on the same GPU need what this part held.
+        torch.cuda.empty_cache()
 
 
 @dataclass

@@ -19,18 +19,17 @@ from rayft.analysis.sharpness import (
     hessian_trace,
     top_eigenvalues,
 )
-from rayft.data.example import Example, Message
+from rayft.data.example import Example
 from rayft.data.pack import collate_rows, rows_of
 from rayft.data.template import encode_all
 from rayft.errors import BaseMismatchError, DataError, ModelError, ResourceError
 from rayft.evaluate.loss import batch_loss, mean_loss, target_losses
 from rayft.methods.base import AdapterLinear, LoraFactors, MethodConfig
 from rayft.models.inject import inject
-from rayft.models.load import LoadedModel, ModelConfig, load_model
-from rayft.models.targets import linear_shapes
 from rayft.models.tiny import TINY
 from rayft.numerics import assert_close, generator
 from rayft.squeeze.factored_svd import factored_svd, sorted_factors
+from tests.unit.analysis.models import adapter_for, batches_for, load
 
 
 def double(*values: float) -> torch.Tensor:
@@ -137,29 +136,6 @@ def test_the_step_is_the_best_of_many_to_first_order(adaptive: bool) -> None:
 def test_where_the_gradient_is_zero_there_is_no_step() -> None:
     (step,) = ascent([double(1.0, 2.0)], [double(0.0, 0.0)], 0.3)
     assert step.tolist() == [0, 0]
-
-
-def load(folder, name: str = "tiny-llama", dtype: torch.dtype = torch.float64) -> LoadedModel:
-    labels = {"task": "sequence_classification", "num_labels": 3} if name == "tiny-bert" else {}
-    return load_model(ModelConfig.model_validate({"name": str(folder), **labels}), dtype)
-
-
-def batches_for(loaded: LoadedModel) -> list:
-    examples = [
-        Example(messages=(Message("user", "ab" * n), Message("assistant", "c" * (5 - n)))) for n in (1, 3, 2)
-    ]
-    rows = rows_of(encode_all(examples, loaded.tokenizer, 60), 60)
-    return [collate_rows(rows[:1], 0), collate_rows(rows[1:], 0)]
-
-
-def adapter_for(model, part: str = "_proj", rank: int = 1) -> dict[str, LoraFactors]:
-    found = {}
-    for name, (outputs, inputs) in linear_shapes(model).items():
-        if part in name:
-            draw = generator("adapter", name)
-            a = torch.randn(rank, inputs, generator=draw, dtype=torch.float64) / 8
-            found[name] = LoraFactors(a, torch.randn(outputs, rank, generator=draw).double(), 0.5)
-    return found
 
 
 @pytest.fixture

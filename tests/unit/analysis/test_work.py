@@ -151,3 +151,16 @@ def test_only_the_first_worker_does_it(session: Session, run: RunConfig) -> None
     other = Session(session.loaded, session.parts, session.train, session.val, Worker(rank=1, world=2))
     request = AnalyzeRequest("mine", run.model_dump_json(), CONFIG.model_dump_json(), "/nowhere")
     assert request(other, run) == {}
+
+
+def test_a_part_that_runs_out_of_memory_says_so_and_the_others_are_done(
+    session: Session, run: RunConfig, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("rayft.analysis.sharpness.adapter_sharpness", out)
+    config = CONFIG.model_copy(update={"parts": ("sharpness", "spectra")})
+    found = analyze(session, run, AdapterArtifact.load(artifact), config, name="one")
+    assert "set analyze.examples lower" in found.notes["sharpness"]
+    assert found.spectra
