@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.records import record, save
-from rayft.analysis.section import AnalyzeConfig
+from rayft.analysis.section import PARTS, AnalyzeConfig
 from rayft.analysis.work import TRAIL, analyze
 from rayft.artifacts import AdapterArtifact
 from rayft.flow.analyze_source import find_items
@@ -37,7 +37,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     session = Session.open(item.run, Worker(device="cuda:0" if gpu else "cpu"))
     artifact, trail = AdapterArtifact.load(item.folder), item.folder.parent / TRAIL
-    config = sources.settings.analyze.model_copy(update={"grid": arguments.grid})
+    config = sources.settings.analyze.model_copy(update={"grid": arguments.grid, "parts": PARTS})
 
     def seconds(config: AnalyzeConfig) -> dict[str, float]:
         found = analyze(session, item.run, artifact, config, name=item.name, trail=trail)
@@ -51,7 +51,8 @@ def main() -> None:
     if gpu:
         with patch("rayft.analysis.sharpness._replayed", lambda operator: operator):
             found["hessian/eager"] = seconds(config.model_copy(update={"parts": ("hessian",)}))["hessian"]
-    place = f"smollm2/{item.run.method.name}-r{item.run.method.rank}/{arguments.grid}x{arguments.grid}"
+    model = Path(item.run.model.name).name
+    place = f"{model}/{item.run.method.name}-r{item.run.method.rank}/{arguments.grid}x{arguments.grid}"
     rows = [
         record("analysis", f"{part}/{place}", "seconds", value, "s", n=1) for part, value in found.items()
     ]
