@@ -259,10 +259,31 @@ def serving_gpu_table() -> str:
             cells = [_cell(found[one], "ms", "{:.1f} ms") for one in (base, case)]
             cells.append(_cell(found[case], "time_over_base", "{:.2f}"))
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_rates()])
 
 
-DECODE, PREFILL = "1b/32rows", "1b/4096tokens"
+def _rates() -> list[str]:
+    """Make the table of tokens a second through the engine's queue."""
+    many, engines = cases("serve_many"), cases("serve_engines")
+    named = {"base/1b": "the base", "1_adapters/1b": "1 adapter"}
+    named |= {f"{n}_adapters/1b": f"{n} adapters" for n in (8, 32, 128, 512)}
+    lines = [
+        "| tokens a second, rank 16 | " + " | ".join(named.values()) + " |",
+        "| --- |" + " --- |" * len(named),
+        "| 512 requests, 128 at once | "
+        + " | ".join(_cell(many[case], "tokens_per_second", "{:,.0f}") for case in named) + " |",
+    ]  # fmt: skip
+    for engine, title in (
+        ("packed", "128 requests at once"),
+        ("transformers", "the same by transformers' batching"),
+    ):
+        known = [engines.get(f"{engine}/{case}") for case in named]
+        cells = [_cell(one, "tokens_per_second", "{:,.0f}") if one else "" for one in known]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return lines
+
+
+DECODE, PREFILL, MIXED = "1b/32rows", "1b/4096tokens", "1b/31rows+512tokens"
 FORWARDS = (
     (
         "serve_decode",
@@ -274,6 +295,18 @@ FORWARDS = (
     ("serve_decode", f"base/{DECODE}", f"32_adapters/{DECODE}", "decoding 32 rows over 32 adapters"),
     ("serve_decode", f"peft_base/{DECODE}", f"peft_mixed/{DECODE}", "the same by transformers and PEFT, 8"),
     ("serve_prefill", f"base/{PREFILL}", f"8_adapters/{PREFILL}", "8 prompts of 512 tokens over 8 adapters"),
+    (
+        "serve_prefill",
+        f"base/{MIXED}",
+        f"8_adapters/{MIXED}",
+        "31 rows decoding beside a prompt of 512 tokens",
+    ),
+    (
+        "serve_prefill",
+        f"base/{MIXED}/eager",
+        f"8_adapters/{MIXED}/eager",
+        "the same, launched kernel by kernel",
+    ),
 )
 
 TABLES = {

@@ -59,7 +59,7 @@ def preflight(config: PipelineConfig) -> Plan:
     executor = check_executor(config.sweep, run)
     _check_devices(run)
     shapes, encoder, context = skeleton(run.model)
-    update = _check_ranks(trials, shapes)
+    written = _check_ranks(trials, shapes)
     parts = read(config.data)
     check_task(run, parts)
     for name in ("train", "val", "test"):
@@ -70,7 +70,7 @@ def preflight(config: PipelineConfig) -> Plan:
             _check_links(trials, encoded)
     output = Path(config.output).absolute()
     _check_output(config, output)
-    _check_disk(output, len(trials) * update)
+    _check_disk(output, written)
     tracker = prepare(tracker_spec(config.tracking, output))
     return Plan(config, run, trials, executor, tracker, parts, output)
 
@@ -87,8 +87,8 @@ def skeleton(config: ModelConfig) -> tuple[dict[str, tuple[int, int]], Any, int]
 
 
 def _check_ranks(trials: list[Point], shapes: dict[str, tuple[int, int]]) -> int:
-    """Check each method's targets and ranks; give the bytes that the largest trial writes."""
-    largest = 0
+    """Check each method's targets and ranks; give the bytes that the trials write together."""
+    stored: dict[str, int] = {}
     for config in {content_hash(point.run.method): point.run.method for point in trials}.values():
         kind = method(config.name)
         size = 0
@@ -100,9 +100,16 @@ def _check_ranks(trials: list[Point], shapes: dict[str, tuple[int, int]]) -> int
             rank = config.of(name).rank
             kind.check(shape, rank, name, config.links)
             size += kind.stored(shape, rank, config.links)
-        # Adapter in 4 bytes; checkpoint with fp32 master and two moments beside the weights.
-        largest = max(largest, size * (4 + 16))
-    return largest
+        stored[content_hash(config)] = size
+    return sum(stored[content_hash(point.run.method)] * _bytes_of_a_number(point.run) for point in trials)
+
+
+def _bytes_of_a_number(run: RunConfig) -> int:
+    """Give the bytes that a trial writes for each number that it stores."""
+    # Adapter in 4 bytes; checkpoint with fp32 master and two moments beside the weights.
+    kept = run.evaluate.trail and not method(run.method.name).saves_model
+    trail = run.optim.steps // (run.evaluate.every or run.optim.steps) if kept else 0
+    return 4 * (1 + trail) + 16
 
 
 def _check_links(trials: list[Point], train: list[AnyEncoded]) -> None:

@@ -62,4 +62,5 @@ def test_a_landscape_on_the_gpu_is_that_on_the_cpu(llama) -> None:
         for model, batches in llama
         for modules in [adapter_for(llama[0][0], rank=2)]
     )
-    assert_close(gpu, cpu, torch.float64, 256, depth=8)
+    # Losses are float32, whatever the model is.
+    assert_close(gpu, cpu, torch.float32, 256)

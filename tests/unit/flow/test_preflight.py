@@ -94,6 +94,24 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         preflight(tiny(tmp_path))
 
 
+def test_what_a_sweep_writes_is_each_trials_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("rayft.flow.preflight._check_disk", lambda _, needed: asked.append(needed))
+    methods = {"lora": "{lora: {ranks: [4], lr: [1e-2]}}", "full": "{full: {lr: [1e-4]}}"}
+    both = "{lora: {ranks: [4], lr: [1e-2]}, full: {lr: [1e-4]}}"
+    for index, given in enumerate((*methods.values(), both)):
+        preflight(tiny(tmp_path / str(index), f"sweep.methods={given}"))
+    lora, full, together = asked
+    assert together == lora + full
+    assert full > 10 * lora
+    trail = ("evaluate.trail=true", "evaluate.every=2")
+    preflight(tiny(tmp_path / "trail", f"sweep.methods={methods['lora']}", *trail))
+    # Eight steps have four evaluations: five adapters are written, not one, beside the checkpoint.
+    assert asked[-1] * 20 == lora * 36
+    preflight(tiny(tmp_path / "model", f"sweep.methods={methods['full']}", *trail))
+    assert asked[-1] == full, "whole models leave no trail"
+
+
 def test_sqlite_on_several_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": True}])
     with pytest.raises(TrackingError, match="start `mlflow server`"):
