@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,9 +12,11 @@ from rayft.analysis.section import AnalyzeConfig
 from rayft.config import Record
 from rayft.errors import ReportError
 
-__all__ = ["AdapterAnalysis", "Gap", "Intruders", "ModuleSpectrum", "Predictor", "SweepAnalysis"]
+__all__ = ["PIECES", "AdapterAnalysis", "Gap", "Intruders", "ModuleSpectrum", "Predictor", "SweepAnalysis"]
 
 FILE = "analysis.json"
+PIECES = "analysed"
+"""Folder of each adapter's findings, as long as not all are there."""
 
 
 class Gap(Record):
@@ -129,8 +132,10 @@ class SweepAnalysis(Record):
         return self.config.model_copy(update={"parts": config.parts}) == config
 
     def save(self, folder: str | Path) -> Path:
-        """Write analysis.json, whole or not at all."""
-        return self.write(Path(folder) / FILE)
+        """Write analysis.json, whole or not at all; then the pieces have served."""
+        path = self.write(Path(folder) / FILE)
+        shutil.rmtree(Path(folder) / PIECES, ignore_errors=True)
+        return path
 
     @classmethod
     def find(cls, folder: str | Path) -> Self | None:

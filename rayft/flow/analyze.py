@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import ray
+from pydantic import ValidationError
 
 from rayft.analysis.predict import Run, correlations
-from rayft.analysis.record import AdapterAnalysis, Predictor, SweepAnalysis
+from rayft.analysis.record import PIECES, AdapterAnalysis, Predictor, SweepAnalysis
 from rayft.analysis.section import PARTS, AnalyzeConfig
 from rayft.analysis.spectral import principal_angles
 from rayft.artifacts import AdapterArtifact
@@ -35,20 +37,48 @@ ANGLES_OF, ANGLE_MODULES, ANGLE_TOP = 4, 12, 8
 """Adapters (of different settings) that are compared in pairs, their modules, directions of each module."""
 
 
-def analyze_items(executor: Executor, items: Sequence[Item], config: AnalyzeConfig) -> list[AdapterAnalysis]:
-    """Analyse in the lanes, as many at once as there are; what fails as a whole says so in its notes."""
-    executor.submit([Job.of(f"analyse {item.name}", "analyse", item.request(config)) for item in items])
-    found = []
-    for item in items:
-        event: Event = ray.get(executor.broker.next_event.remote(f"analyse {item.name}"))
-        if event.kind == "failed":
-            why = event.values["error"].splitlines()[0]
-            notes = dict.fromkeys(config.parts, why)
-            one = AdapterAnalysis(name=item.name, group=item.group, notes=notes)
-        else:
-            one = AdapterAnalysis.model_validate_json(event.values["analysis"])
-        found.append(one.model_copy(update={"weights": item.weights}))
-    return found
+def analyze_items(
+    executor: Executor, items: Sequence[Item], config: AnalyzeConfig, folder: Path
+) -> list[AdapterAnalysis]:
+    """Analyse in the lanes, as many at once as there are; what fails as a whole says so in its notes.
+
+    Each adapter's findings are kept in the folder as they come, until `SweepAnalysis.save` has all of them:
+    an analysis that was interrupted goes on with those that are missing or have notes.
+    """
+    places = {item.name: folder / PIECES / f"{_identity(item, config)}.json" for item in items}
+    found = {name: one for name, place in places.items() if (one := _piece(place)) is not None}
+    todo = {f"analyse {item.name}": item for item in items if item.name not in found}
+    executor.submit([Job.of(key, "analyse", item.request(config)) for key, item in todo.items()])
+    waiting = {executor.broker.next_event.remote(key): item for key, item in todo.items()}
+    while waiting:
+        (ready,), _ = ray.wait([*waiting], num_returns=1)
+        item = waiting.pop(ready)
+        one = _finding(item, config, ray.get(ready)).model_copy(update={"weights": item.weights})
+        one.write(places[item.name])
+        found[item.name] = one
+    return [found[item.name] for item in items]
+
+
+def _finding(item: Item, config: AnalyzeConfig, event: Event) -> AdapterAnalysis:
+    if event.kind != "failed":
+        return AdapterAnalysis.model_validate_json(event.values["analysis"])
+    why = event.values["error"].splitlines()[0]
+    return AdapterAnalysis(name=item.name, group=item.group, notes=dict.fromkeys(config.parts, why))
+
+
+def _identity(item: Item, config: AnalyzeConfig) -> str:
+    """Give what an adapter's findings depend on, as a name."""
+    given = "\0".join((item.name, item.group, item.weights, config.model_dump_json()))
+    return hashlib.sha256(given.encode()).hexdigest()[:24]
+
+
+def _piece(place: Path) -> AdapterAnalysis | None:
+    try:
+        one = AdapterAnalysis.model_validate_json(place.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    # A reason may be gone by now.
+    return None if one.notes else one
 
 
 def completed(
@@ -132,8 +162,8 @@ def analyze_target(
         sources = find_items(target, config, uri, Path(scratch))
         wanted = _config(sources, parts, overrides)
         earlier = _earlier(out or sources.folder)
-        found = _in_lanes(sources, wanted, display, Path(scratch))
         place = out or sources.folder
+        found = _in_lanes(sources, wanted, display, Path(scratch), place)
         found, wanted = completed(found, wanted, earlier)
         summary = summarize(sources.items, found, wanted, _losses(Path(target)))
         summary.save(place)
@@ -163,7 +193,7 @@ def _config(sources: Sources, parts: Sequence[str], overrides: Sequence[str]) ->
 
 
 def _in_lanes(
-    sources: Sources, config: AnalyzeConfig, display: Display, scratch: Path
+    sources: Sources, config: AnalyzeConfig, display: Display, scratch: Path, place: Path
 ) -> list[AdapterAnalysis]:
     settings, items, run = sources.settings.sweep, sources.items, sources.items[0].run
     scale, lanes = run.scale, min(settings.lanes, len(items))
@@ -174,7 +204,7 @@ def _in_lanes(
             with display.stage("start workers"):
                 executor.start()
             with display.stage(f"analyse {len(items)} adapters"), display.watch(executor.broker):
-                return analyze_items(executor, items, config)
+                return analyze_items(executor, items, config, place)
         finally:
             executor.close()
 

@@ -130,7 +130,8 @@ def _analyze(plan: Plan, executor: Executor, trials: list[Trial]) -> SweepAnalys
         for trial, result in ended
     ]
     losses = {trial.point.name: float(result["val_loss"]) for trial, result in ended}
-    return summarize(items, analyze_items(executor, items, plan.config.analyze), plan.config.analyze, losses)
+    config = plan.config.analyze
+    return summarize(items, analyze_items(executor, items, config, plan.output), config, losses)
 
 
 def _can_be_squeezed(trial: Trial) -> bool:
