@@ -75,7 +75,7 @@ class Shape:
     parts: int
     max_q: int
     gathered: int
-    """0: no keys from earlier forwards."""
+    """Keys; 0: none from earlier forwards, which decoding always has."""
     distinct: int
     """Different slots at most; 0: all tokens are the base's."""
 
@@ -92,7 +92,9 @@ class Shape:
             tokens, parts, max_q = -(-n // step) * step, power(parts), power(max(layout.max_q, 2))
             distinct = min(power(max(LEAST_DISTINCT, len(layout.owners))), tokens)
         lone = min(tokens - n, parts - (len(layout.q_ends) - 1))
-        gathered = max(LEAST_GATHERED, power(len(layout.gather) + lone)) if layout.past else 0
+        gathered = 0
+        if layout.past or max_q == 1:
+            gathered = max(LEAST_GATHERED, power(len(layout.gather) + lone))
         return cls(tokens, parts, max_q, gathered, distinct if layout.adapters else 0)
 
 
@@ -147,7 +149,7 @@ class Layout:
             kept=[*self.kept, *[0] * (shape.parts - len(self.kept))],
             max_q=shape.max_q,
             max_k=shape.gathered or shape.max_q,
-            past=self.past,
+            past=shape.gathered > 0,
         )
 
 

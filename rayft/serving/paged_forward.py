@@ -16,6 +16,7 @@ Shapes: N tokens, T of requests' keys, H heads, G heads of keys, D head size.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,7 @@ class PagedForward:
         self._stream = torch.cuda.Stream() if model.device.type == "cuda" else None
         self._graphs: dict[Shape, _Captured] | None = {} if graphs else None
         self._seen: dict[Shape, None] = {}
+        self._capturing = True
         self._memory: Any = None
         self._most_parts = power(limits.max_running)
         self._logits: torch.Tensor | None = None
@@ -160,15 +162,31 @@ class PagedForward:
             return self._run(layout)
         padded = layout.padded(shape)
         captured = self._graphs.pop(shape, None)
-        if captured is None:
-            if len(self._graphs) >= MOST_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
-            captured = self._capture(padded, shape.distinct)
-        else:
+        if captured is not None:
             captured.batch.fill(padded)
+        elif (captured := self._try_to_capture(padded, shape)) is None:
+            return self._run(layout)
         self._graphs[shape] = captured
         captured.graph.replay()
         return captured.logits[: len(layout.kept)]
+
+    def _try_to_capture(self, padded: Layout, shape: Shape) -> _Captured | None:
+        """Capture a batch's forward; after one that can't be, none is tried any more."""
+        assert self._graphs is not None
+        if not self._capturing:
+            return None
+        if len(self._graphs) >= MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        try:
+            return self._capture(padded, shape.distinct)
+        except RuntimeError as error:
+            self._capturing = False
+            logging.getLogger(__name__).warning(
+                "no more forwards are captured as CUDA graphs, beside %d that were: %s",
+                len(self._graphs),
+                error,
+            )
+            return None
 
     def _capture(self, layout: Layout, distinct: int) -> _Captured:
         """Capture the forward of a batch; every key and value that it writes it will write again."""

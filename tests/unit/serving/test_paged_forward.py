@@ -156,6 +156,33 @@ def test_a_graph_serves_other_adapters_lengths_and_fewer_requests(graphed: Paged
 
 
 @torch.inference_mode()
+def test_what_can_not_be_captured_runs_without_graphs(
+    graphed: PagedForward, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = row(graphed, [3], "one"), [row(graphed, [4], "two"), row(graphed, [5], None)]
+    check(graphed, [one])
+    tried = 0
+
+    def no(*_: object) -> None:
+        nonlocal tried
+        tried += 1
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphed, "_capture", no)
+    for _ in range(2):
+        check(graphed, two)
+        for each in two:
+            each.tokens.append(6)
+    assert tried == 1
+    assert "operation not permitted" in caplog.text
+    one.tokens.append(7)
+    check(graphed, [one])
+    assert graphed._graphs is not None
+    (known,) = graphed._graphs.values()
+    assert known.graph.replays == 3, "what was captured is replayed on"
+
+
+@torch.inference_mode()
 def test_the_bases_graph_is_another_than_that_with_adapters(graphed: PagedForward) -> None:
     for adapter in (None, "one", None):
         one = row(graphed, [3], adapter)
