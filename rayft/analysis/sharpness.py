@@ -287,8 +287,9 @@ def top_eigenvalues(operator: HessianOperator | ReplayedOperator, count: int, se
 
     Raises:
         DataError: if `count` is not from 1 to below the operator's size.
+        ModelError: if Lanczos doesn't converge.
     """
-    from scipy.sparse.linalg import LinearOperator, eigsh
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
     size = operator.shape[0]
     if not 1 <= count < size:
@@ -302,7 +303,13 @@ def top_eigenvalues(operator: HessianOperator | ReplayedOperator, count: int, se
     start = np.random.default_rng(seed).standard_normal(size, kind)
     linear = LinearOperator(operator.shape, matvec=product, dtype=kind)
     accuracy = float(torch.finfo(torch.float32).eps) ** 0.5
-    found = eigsh(linear, k=count, which="LA", v0=start, tol=accuracy, return_eigenvectors=False)
+    try:
+        found = eigsh(linear, k=count, which="LA", v0=start, tol=accuracy, return_eigenvectors=False)
+    except ArpackError as error:
+        raise ModelError(
+            f"the Hessian's eigenvalues were not found ({error}); fewer analyze.eigenvalues, more "
+            "analyze.examples, or dtype: float32 can help"
+        ) from error
     return sorted(map(float, found), reverse=True)
 
 

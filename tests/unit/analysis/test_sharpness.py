@@ -75,6 +75,19 @@ def test_largest_eigenvalues_of_a_known_hessian(count: int) -> None:
     assert_close(double(*found), double(*SPECTRUM[:count]), torch.float32, 12)
 
 
+def test_eigenvalues_that_do_not_converge_are_an_error_of_ours() -> None:
+    _, _, parameters, terms = quadratic(SPECTRUM)
+
+    class Noise(HessianOperator):
+        """What products in too few bits come to."""
+
+        def __matmul__(self, vectors: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(vectors, torch.nan)
+
+    with pytest.raises(ModelError, match=r"fewer analyze\.eigenvalues"):
+        top_eigenvalues(Noise(terms, parameters), 2, seed=0)
+
+
 def test_trace_of_a_known_hessian() -> None:
     # Of rank 3: three vectors span its range, and nothing is left to chance.
     low = [5.0, 2.0, -1.0] + [0.0] * 9
