@@ -10,6 +10,7 @@ from pathlib import Path
 from rayft.artifacts import AdapterArtifact
 from rayft.config import leaves
 from rayft.evaluate.compare import paired
+from rayft.flow.method_scores import method_scores
 from rayft.flow.preflight import Plan
 from rayft.flow.squeezing import SqueezedAdapter, smallest_good
 from rayft.flow.stages import Measured
@@ -67,6 +68,7 @@ def build_record(
         no_winner="" if ship else "no trial finished; look at why in the table",
         squeezed=tuple(_squeezed(item, scores) for item in squeezed),
         comparisons=_comparisons(winner, baselines, scores, squeezed),
+        methods=method_scores(plan, trials, scores),
         singular_values=full.meta.singular_values if full else {},
         timings=dict(timings),
         commands=_commands(plan, servable=_servable(plan, full, ship)),

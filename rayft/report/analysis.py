@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
@@ -18,8 +18,8 @@ from rayft.report.landscape_figures import landscape_figures
 
 __all__ = ["GapRow", "PredictorRow", "analysis_figures", "gap_rows", "predictor_rows", "predictor_words"]
 
-MOST = 7
-"""Adapters in one figure of curves: more colours can't be told apart."""
+MOST, TYPICAL = 7, 12
+"""Adapters in one figure of curves, more colours can't be told apart; with one of each method, by markers."""
 WORDS = {
     "parameters": "numbers stored",
     "bound_information_log10": "information bound (log10)",
@@ -108,7 +108,7 @@ def gap_rows(analysis: SweepAnalysis) -> list[GapRow]:
             name=one.name,
             train=f"{one.gap.train:.3f}" if one.gap else "–",
             held_out=f"{one.gap.held_out:.3f}" if one.gap else "–",
-            gap=f"{one.gap.value:+.3f} [{one.gap.low:+.3f}, {one.gap.high:+.3f}]" if one.gap else "–",
+            gap=_signed(one.gap.value, one.gap.low, one.gap.high, 3) if one.gap else "–",
             sharpness=_number(one.measures.get("sam_sharpness")),
             norm=_number(one.measures.get("update_norm")),
             effective_rank=_number(one.measures.get("effective_rank_mean")),
@@ -126,11 +126,17 @@ def _by_reason(notes: Mapping[str, str]) -> dict[str, str]:
     return {", ".join(names): why for why, names in parts.items()}
 
 
-def analysis_figures(analysis: SweepAnalysis) -> list[Drawing]:
-    """Draw what there is data for."""
+def analysis_figures(analysis: SweepAnalysis, typical: Sequence[str] = ()) -> list[Drawing]:
+    """Draw what there is data for.
+
+    Args:
+        analysis: what was found.
+        typical: adapters that curves and planes are drawn of before others.
+    """
+    curves = _curves(analysis, typical)
     with mpl.rc_context(STYLE):
-        drawn = [_gaps(analysis), _spectra(analysis), _intruders(analysis), _angles(analysis)]
-        drawn += landscape_figures(_curves(analysis))
+        drawn = [_gaps(analysis), _spectra(curves), _intruders(curves), _angles(analysis)]
+        drawn += landscape_figures(curves)
     return [drawing for drawing in drawn if drawing is not None]
 
 
@@ -169,19 +175,24 @@ def _gaps(analysis: SweepAnalysis) -> Drawing | None:
     )
 
 
-def _curves(analysis: SweepAnalysis) -> list[AdapterAnalysis]:
-    """Choose what is drawn: one adapter of each setting, as many as colours tell apart."""
-    first: dict[str, AdapterAnalysis] = {}
-    for one in analysis.adapters:
-        first.setdefault(one.group or one.name, one)
-    return list(first.values())[:MOST]
+def _curves(analysis: SweepAnalysis, typical: Sequence[str]) -> list[AdapterAnalysis]:
+    """Choose what is drawn: the typical ones, then one of each other setting."""
+    named = {one.name: one for one in analysis.adapters if one.spectra or one.landscapes}
+    first = {one.group or one.name: one for one in (named[name] for name in typical if name in named)}
+    shown = list(first.values())[:TYPICAL]
+    for one in named.values():
+        key = one.group or one.name
+        if len(shown) < MOST and key not in first:
+            first[key] = one
+            shown.append(one)
+    return shown
 
 
-def _spectra(analysis: SweepAnalysis) -> Drawing | None:
-    shown = [one for one in _curves(analysis) if one.median_spectrum]
+def _spectra(curves: Sequence[AdapterAnalysis]) -> Drawing | None:
+    shown = [one for one in curves if one.median_spectrum]
     if not shown:
         return None
-    figure, axes = canvas(height=3.9)
+    figure, axes = canvas(height=3.9, names=len(shown))
     style = styles([one.name for one in shown])
     for one in shown:
         colour, marker = style[one.name]
@@ -210,11 +221,11 @@ def _spectra(analysis: SweepAnalysis) -> Drawing | None:
     )
 
 
-def _intruders(analysis: SweepAnalysis) -> Drawing | None:
-    shown = [one for one in _curves(analysis) if one.intruders]
+def _intruders(curves: Sequence[AdapterAnalysis]) -> Drawing | None:
+    shown = [one for one in curves if one.intruders]
     if not shown:
         return None
-    figure, axes = canvas(height=3.9)
+    figure, axes = canvas(height=3.9, names=len(shown))
     style = styles([one.name for one in shown])
     for one in shown:
         assert one.intruders is not None
@@ -288,10 +299,11 @@ def _words(measure: str) -> str:
     return WORDS.get(measure, measure.replace("_", " "))
 
 
-def _signed(value: float, low: float, high: float) -> str:
-    if not math.isfinite(low):
-        return f"{value:+.2f}"
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+def _signed(value: float, low: float, high: float, digits: int = 2) -> str:
+    # Adding 0 makes −0 a 0.
+    one, *ends = (f"{round(number, digits) + 0.0:+.{digits}f}" for number in (value, low, high))
+    text = f"{one} [{', '.join(ends)}]" if math.isfinite(low) else one
+    return text.replace("-", "−")
 
 
 def _number(value: float | None) -> str:

@@ -74,8 +74,10 @@ STYLE: Any = {
 }
 
 
-def canvas(height: float) -> tuple[Figure, Axes]:
-    """Make a figure of 324 units' width, `height` times 72 high."""
+def canvas(height: float, names: int = 0) -> tuple[Figure, Axes]:
+    """Make a figure of 324 units' width, `height` times 72 high; higher where a legend has many names."""
+    # Two stand in a line, and four lines go into any figure.
+    height += 0.25 * max(0, -(-names // 2) - 4)
     layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03)
     figure = Figure(figsize=(4.5, height), layout=layout)
     FigureCanvasSVG(figure)

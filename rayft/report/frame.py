@@ -19,6 +19,7 @@ __all__ = [
     "Command",
     "Comparison",
     "Exchange",
+    "MethodScore",
     "Score",
     "Served",
     "Squeezed",
@@ -153,6 +154,27 @@ class Comparison(Record):
     """`name` minus `against`; an interval without 0 tells them apart."""
 
 
+class MethodScore(Record):
+    """A method at the settings that the validation part chose, over its seeds."""
+
+    method: str
+    """A key of `rayft.methods.METHODS`, or `peft:<Class>`."""
+    settings: str
+    """The name of its trials, without their seeds."""
+    tried: int
+    """Settings that were tried."""
+    trials: tuple[str, ...]
+    """Its trials, one for each seed."""
+    val_loss: float
+    """Mean over the seeds."""
+    test: Score
+    """Mean over seeds and test questions; the interval is for another draw of both."""
+    against: str | None = None
+    """The method that it is compared with; None for that one itself."""
+    difference: Score | None = None
+    """Its test score minus the other's, on the same questions."""
+
+
 class Winner(Record):
     """What the sweep chose, on the validation part."""
 
@@ -236,6 +258,8 @@ class SweepRecord(Record):
     """Lower ranks of the winner."""
     comparisons: tuple[Comparison, ...] = ()
     """Paired differences on the test part."""
+    methods: tuple[MethodScore, ...] = ()
+    """The best on the validation part first; none where there are not two."""
     singular_values: dict[str, tuple[float, ...]] = {}
     """Of the winner's update: module → values, largest first."""
     served: Served | None = None

@@ -18,7 +18,7 @@ from rayft.report.landscape import COLOURS, grid_of, shared_limits
 
 __all__ = ["landscape_figures"]
 
-SHOWN, LEVELS = 4, 12
+SHOWN, LEVELS = 12, 12
 """Planes side by side, and colours of them."""
 
 
@@ -38,7 +38,7 @@ def _lines(adapters: Sequence[AdapterAnalysis], kind: str) -> Drawing | None:
     found = _found(adapters, kind)
     if not found:
         return None
-    figure, axes = canvas(height=3.9)
+    figure, axes = canvas(height=3.9, names=len(found))
     style = styles([*found])
     lowest = {}
     for name, one in found.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rayft.report.drawing import Drawing
 from rayft.report.figures import draw_all
 from rayft.report.frame import SweepRecord, Trial
 from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, row_names, rows
-from rayft.report.verdict import difference_text, score_text, verdict
+from rayft.report.verdict import difference_text, methods_words, score_text, verdict
 
 __all__ = ["html", "render"]
 
@@ -49,11 +49,12 @@ def html(record: SweepRecord, analysis: SweepAnalysis | None = None) -> str:
         sentences=verdict(record),
         groups=_groups(record),
         names=row_names(record),
+        methods_words=methods_words(record),
         figures=figures,
         settings=_settings,
         facts=_facts(record),
         epilogue=_epilogue(record),
-        **_analysis(analysis),
+        **_analysis(analysis, _typical(record)),
     )
     return page.rstrip() + "\n"
 
@@ -70,7 +71,16 @@ def _markup(drawing: Drawing) -> tuple[Drawing, Markup]:
     return drawing, Markup(drawing.svg)  # noqa: S704  (drawn, not given)
 
 
-def _analysis(analysis: SweepAnalysis | None) -> dict[str, Any]:
+def _typical(record: SweepRecord) -> list[str]:
+    """Name the trials that curves and planes are drawn of first: each method's best, by validation loss."""
+    best: dict[str, Trial] = {}
+    known = [one for one in record.trials if one.last_val_loss is not None and one.status == "finished"]
+    for trial in sorted(known, key=lambda one: (one.last_val_loss, one.id)):
+        best.setdefault(trial.method, trial)
+    return [trial.id for trial in best.values()]
+
+
+def _analysis(analysis: SweepAnalysis | None, typical: Sequence[str]) -> dict[str, Any]:
     """Give what the page shows of an analysis; nothing of it where there is none."""
     if analysis is None:
         return {"gaps": [], "predictors": [], "predicts": "", "analysis_figures": [], "analysed": {}}
@@ -78,7 +88,7 @@ def _analysis(analysis: SweepAnalysis | None) -> dict[str, Any]:
         "gaps": gap_rows(analysis),
         "predictors": predictor_rows(analysis),
         "predicts": predictor_words(analysis),
-        "analysis_figures": [_markup(drawing) for drawing in analysis_figures(analysis)],
+        "analysis_figures": [_markup(drawing) for drawing in analysis_figures(analysis, typical)],
         "analysed": leaves(analysis.config),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rayft.report.frame import Comparison, Score, SweepRecord
 from rayft.report.rows import Row, human_bytes, rows
 
-__all__ = ["difference_text", "score_text", "verdict"]
+__all__ = ["difference_text", "methods_words", "score_text", "verdict"]
 
 
 def score_text(score: Score | None, digits: int = 2) -> str:
@@ -18,6 +18,19 @@ def score_text(score: Score | None, digits: int = 2) -> str:
 def difference_text(difference: Score) -> str:
     """Write a difference with its interval and signs: +0.39 [+0.32, +0.46]."""
     return f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]".replace("-", "−")
+
+
+def methods_words(record: SweepRecord) -> str:
+    """Say in a sentence which methods differ from the one that all are compared with; "" without methods."""
+    rows = [row for row in record.methods if row.difference is not None]
+    if not rows:
+        return ""
+    better = [row.method for row in rows if row.difference and row.difference.low > 0]
+    worse = [row.method for row in rows if row.difference and row.difference.high < 0]
+    if not better and not worse:
+        return f"None of {len(rows)} methods can be told apart from {rows[0].against} on the test part."
+    parts = [f"{', '.join(better) or 'none'} better", f"{', '.join(worse) or 'none'} worse"]
+    return f"Of {len(rows)} methods beside {rows[0].against}: {' and '.join(parts)} than it on the test part."
 
 
 def verdict(record: SweepRecord) -> list[str]:

@@ -150,7 +150,7 @@ def test_gaps_are_in_order_and_what_is_missing_is_a_dash(analysis: SweepAnalysis
     bare = AdapterAnalysis(name="bare", notes={"gap": "why"})
     rows = gap_rows(analysis.model_copy(update={"adapters": (bare, *analysis.adapters)}))
     assert [row.name for row in rows] == ["a-s0", "a-s1", "b-s0", "b-s1", "c-s0", "c-s1", "bare"]
-    assert rows[0].gap == "+0.000 [-0.100, +0.100]"
+    assert rows[0].gap == "+0.000 [−0.100, +0.100]"
     assert (rows[-1].gap, rows[-1].norm) == ("–", "–")
     notes = {"spectra": "no factors", "gap": "no data", "landscape": "no factors"}
     many = analysis.model_copy(update={"adapters": (bare.model_copy(update={"notes": notes}),)})
@@ -173,3 +173,35 @@ def test_the_terminal_shows_both_tables(analysis: SweepAnalysis) -> None:
     assert gaps.row_count == 6
     assert predictors.row_count == 2
     assert len(analysis_tables(analysis.model_copy(update={"predictors": ()}))) == 1
+
+
+def test_curves_are_of_the_typical_adapters_first(analysis: SweepAnalysis) -> None:
+    (spectra,) = (one for one in analysis_figures(analysis, ["c-s1", "gone"]) if one.key == "spectra")
+    assert spectra.alt.index("c-s1") < spectra.alt.index("a-s0") < spectra.alt.index("b-s0")
+    assert "c-s0" not in spectra.alt, "one run of each setting"
+
+
+def test_many_curves_have_room_for_their_names(analysis: SweepAnalysis) -> None:
+    one = analysis.adapters[0]
+    many = [one.model_copy(update={"name": f"n{i}", "group": f"g{i}"}) for i in range(20)]
+    more = analysis.model_copy(update={"adapters": tuple(many)})
+    few = {drawing.key: drawing for drawing in analysis_figures(analysis)}
+    drawn = {d.key: d for d in analysis_figures(more, [f"n{i}" for i in range(14, 0, -1)])}
+    assert all(f">n{i}<" in drawn["landscape-random"].svg for i in range(3, 15)), "a panel for each"
+    for key in ("spectra", "intruders", "line-line"):
+        assert drawn[key].svg.count("<title>n") == 12
+        assert height(drawn[key].svg) > height(few[key].svg)
+    assert [name in drawn["spectra"].alt for name in ("n14", "n3 ", "n2 ")] == [True, True, False]
+    plain = {d.key: d for d in analysis_figures(more)}
+    assert plain["spectra"].svg.count("<title>n") == 7, "more colours can't be told apart"
+
+
+def height(svg: str) -> float:
+    (found,) = re.findall(r'viewBox="0 0 [\d.]+ ([\d.]+)"', svg)
+    return float(found)
+
+
+def test_a_zero_has_no_minus(analysis: SweepAnalysis) -> None:
+    nearly = analysis.predictors[0].model_copy(update={"spearman": -0.001, "spearman_low": -0.2})
+    rows = predictor_rows(analysis.model_copy(update={"predictors": (nearly,)}))
+    assert rows[0].spearman.startswith("+0.00 [−0.20, ")

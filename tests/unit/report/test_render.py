@@ -6,7 +6,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from rayft.report import SweepRecord
+from rayft.report import MethodScore, Score, SweepRecord
 from rayft.report.figures import Drawing, draw_all
 from rayft.report.render import html, render
 from tests.unit.report.example import example
@@ -226,3 +226,36 @@ def test_points_and_curves_tell_their_names_under_the_pointer() -> None:
     assert any(title and title.startswith(f"{evil}: ") for title in titles["scores"])
     assert any(title and title.startswith("c3la-r8 1.72 at step 15") for title in titles["learning"])
     assert "tip-" not in "".join(drawn.values())
+
+
+def test_methods_stand_beside_each_other() -> None:
+    def row(method: str, **more: Any) -> MethodScore:
+        test, seeds = Score(value=0.5, low=0.4, high=0.6, n=9), (f"{method}-s0", f"{method}-s1")
+        return MethodScore(
+            method=method, settings=f"{method}<r8>", tried=2, trials=seeds, val_loss=0.5, test=test, **more
+        )
+
+    less = Score(value=-0.02, low=-0.1, high=0.06, n=9)
+    methods = [row("cla", against="lora", difference=less), row("lora")]
+    record = SweepRecord.model_validate({**example().model_dump(), "methods": methods})
+    text = Page(html(record)).text
+    for wanted in (
+        "difference to lora",
+        "cla<r8>",
+        "−0.02 [−0.10, +0.06]",
+        "can be told apart",
+        "other seeds and",
+    ):
+        assert wanted in text
+    assert "difference to lora" not in Page(html(example())).text
+
+
+def test_long_tables_scroll() -> None:
+    assert 'class="scroll long"' not in html(example())
+    trials = [
+        example().trials[0].model_copy(update={"id": f"t{number}", "status": "finished"})
+        for number in range(30)
+    ]
+    known = {"trials": [*example().trials, *trials]}
+    page = html(SweepRecord.model_validate({**example().model_dump(), **known}))
+    assert page.count('class="scroll long"') == 1

@@ -1,7 +1,7 @@
 from typing import Any
 
-from rayft.report import Comparison, Score, SweepRecord, Winner
-from rayft.report.verdict import difference_text, score_text, verdict
+from rayft.report import Comparison, MethodScore, Score, SweepRecord, Winner
+from rayft.report.verdict import difference_text, methods_words, score_text, verdict
 from tests.unit.report.example import example, score
 
 
@@ -82,3 +82,29 @@ def test_texts() -> None:
     assert score_text(None) == "–"
     assert score_text(score(0.5, 100)) == "0.50 [0.40, 0.60]"
     assert difference_text(Score(value=-0.1, low=-0.2, high=0.0, n=3)) == "−0.10 [−0.20, +0.00]"
+
+
+def against_lora(method: str, low: float, high: float) -> MethodScore:
+    known: dict[str, Any] = {
+        "settings": f"{method}-r8",
+        "tried": 2,
+        "trials": (f"{method}-r8-s0",),
+        "val_loss": 0.5,
+    }
+    if method == "lora":
+        return MethodScore(method=method, test=score(0.5), **known)
+    difference = Score(value=(low + high) / 2, low=low, high=high, n=256)
+    return MethodScore(method=method, test=score(0.5), against="lora", difference=difference, **known)
+
+
+def test_methods_in_a_sentence() -> None:
+    lora, same = against_lora("lora", 0, 0), against_lora("cla", -0.1, 0.1)
+    better, worse = against_lora("rac", 0.01, 0.1), against_lora("paca", -0.3, -0.2)
+    assert methods_words(example()) == ""
+    assert methods_words(changed(methods=[lora, same])) == (
+        "None of 1 methods can be told apart from lora on the test part."
+    )
+    assert methods_words(changed(methods=[better, lora, same])) == (
+        "Of 2 methods beside lora: rac better and none worse than it on the test part."
+    )
+    assert "none better and paca worse" in methods_words(changed(methods=[lora, worse]))
