@@ -139,7 +139,7 @@ def _ticks(axes: Axes, sizes: Sequence[float], cost: _Cost) -> None:
     ticks = [
         factor * 10**power for power in exponents for factor in (1, 2, 5) if low <= factor * 10**power <= high
     ]
-    while len(ticks) > 6:
+    while len(ticks) > 5:
         ticks = ticks[::2]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.text(value)))
