@@ -45,7 +45,11 @@ def analyze_items(
     Each adapter's findings are kept in the folder as they come, until `SweepAnalysis.save` has all of them:
     an analysis that was interrupted goes on with those that are missing or have notes.
     """
-    places = {item.name: folder / PIECES / f"{_identity(item, config)}.json" for item in items}
+    # All of an adapter's bytes are read for it: once.
+    weights = {item.name: item.weights for item in items}
+    places = {
+        item.name: folder / PIECES / f"{_identity(item, weights[item.name], config)}.json" for item in items
+    }
     found = {name: one for name, place in places.items() if (one := _piece(place)) is not None}
     todo = {f"analyse {item.name}": item for item in items if item.name not in found}
     executor.submit([Job.of(key, "analyse", item.request(config)) for key, item in todo.items()])
@@ -53,7 +57,7 @@ def analyze_items(
     while waiting:
         (ready,), _ = ray.wait([*waiting], num_returns=1)
         item = waiting.pop(ready)
-        one = _finding(item, config, ray.get(ready)).model_copy(update={"weights": item.weights})
+        one = _finding(item, config, ray.get(ready)).model_copy(update={"weights": weights[item.name]})
         one.write(places[item.name])
         found[item.name] = one
     return [found[item.name] for item in items]
@@ -66,9 +70,9 @@ def _finding(item: Item, config: AnalyzeConfig, event: Event) -> AdapterAnalysis
     return AdapterAnalysis(name=item.name, group=item.group, notes=dict.fromkeys(config.parts, why))
 
 
-def _identity(item: Item, config: AnalyzeConfig) -> str:
+def _identity(item: Item, weights: str, config: AnalyzeConfig) -> str:
     """Give what an adapter's findings depend on, as a name."""
-    given = "\0".join((item.name, item.group, item.weights, config.model_dump_json()))
+    given = "\0".join((item.name, item.group, weights, config.model_dump_json()))
     return hashlib.sha256(given.encode()).hexdigest()[:24]
 
 

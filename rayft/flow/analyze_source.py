@@ -13,7 +13,7 @@ from typing import Any
 from rayft.analysis.section import AnalyzeConfig
 from rayft.analysis.work import AnalyzeRequest
 from rayft.artifacts import AdapterArtifact
-from rayft.config import content_hash, parse
+from rayft.config import parse
 from rayft.errors import ConfigError, ReportError
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig, load_config
@@ -42,7 +42,7 @@ class Item:
     @property
     def group(self) -> str:
         """What runs share that differ in their seed alone."""
-        return content_hash(self.run.model_copy(update={"seed": 0}))
+        return self.run.setting
 
     @property
     def weights(self) -> str:

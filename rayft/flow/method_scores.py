@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from rayft.config import content_hash
 from rayft.evaluate.compare import over_seeds
 from rayft.flow.preflight import Plan
 from rayft.flow.stages import Measured
@@ -31,17 +30,17 @@ def method_scores(
     and differences are means over seeds and questions with an interval for another draw of both
     (`rayft.evaluate.compare.over_seeds`).
     """
-    chosen = {name: _best(plan, groups, scores) for name, groups in _grouped(trials, scores).items()}
+    grouped = _grouped(trials, scores)
+    chosen = {name: _best(plan, groups, scores) for name, groups in grouped.items()}
     if len(chosen) < 2:
         return ()
     ordered = sorted(chosen, key=lambda name: _selection(plan, chosen[name], scores))
     reference = REFERENCE if REFERENCE in chosen else ordered[0]
-    tried = {name: len(groups) for name, groups in _grouped(trials, scores).items()}
     return tuple(
         MethodScore(
             method=name,
             settings=_without_seed(chosen[name][0]),
-            tried=tried[name],
+            tried=len(grouped[name]),
             trials=tuple(trial.point.name for trial in chosen[name]),
             val_loss=float(np.mean([_loss(trial) for trial in chosen[name]])),
             test=_over_seeds(_matrix(chosen[name], scores)),
@@ -60,8 +59,7 @@ def _grouped(trials: Sequence[Trial], scores: Mapping[str, Measured]) -> dict[st
     for trial in trials:
         if trial.status == "finished" and "test" in scores.get(trial.point.name, Measured()).parts:
             run = trial.point.run
-            key = content_hash(run.model_copy(update={"seed": 0}))
-            found.setdefault(run.method.name, {}).setdefault(key, []).append(trial)
+            found.setdefault(run.method.name, {}).setdefault(run.setting, []).append(trial)
     return {name: [*groups.values()] for name, groups in found.items()}
 
 

@@ -155,13 +155,10 @@ class PagedForward:
         """Replay the graph of a batch's shape, or make it, or wait for its shape to come again."""
         assert self._graphs is not None
         shape = Shape.of(layout)
-        if shape.max_q > 1 and shape not in self._graphs and shape not in self._seen:
-            if len(self._seen) >= MOST_SEEN:
-                del self._seen[next(iter(self._seen))]
-            self._seen[shape] = None
+        captured = self._graphs.pop(shape, None)
+        if captured is None and not self._worth_capturing(shape):
             return self._run(layout)
         padded = layout.padded(shape)
-        captured = self._graphs.pop(shape, None)
         if captured is not None:
             captured.batch.fill(padded)
         elif (captured := self._try_to_capture(padded, shape)) is None:
@@ -170,11 +167,18 @@ class PagedForward:
         captured.graph.replay()
         return captured.logits[: len(layout.kept)]
 
+    def _worth_capturing(self, shape: Shape) -> bool:
+        """Tell whether a new shape is captured: decoding at once, one with prompts when it comes again."""
+        if not self._capturing or shape.max_q == 1 or shape in self._seen:
+            return self._capturing
+        if len(self._seen) >= MOST_SEEN:
+            del self._seen[next(iter(self._seen))]
+        self._seen[shape] = None
+        return False
+
     def _try_to_capture(self, padded: Layout, shape: Shape) -> _Captured | None:
         """Capture a batch's forward; after one that can't be, none is tried any more."""
         assert self._graphs is not None
-        if not self._capturing:
-            return None
         if len(self._graphs) >= MOST_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
         try:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from rayft.config import Section
+from rayft.config import Section, content_hash
 from rayft.data.source import DataConfig
 from rayft.errors import ConfigError
 from rayft.methods import method, settled
@@ -296,6 +296,11 @@ class RunConfig(Section):
                     "nothing: drop it"
                 )
         return self
+
+    @property
+    def setting(self) -> str:
+        """Hash of what runs share that differ in their seed alone."""
+        return content_hash(self.model_copy(update={"seed": 0}))
 
     @property
     def final_rank(self) -> int:
