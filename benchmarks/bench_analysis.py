@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.records import record, save
+from rayft.analysis.hessian import HessianOperator
 from rayft.analysis.section import PARTS, AnalyzeConfig
 from rayft.analysis.work import TRAIL, analyze
 from rayft.artifacts import AdapterArtifact
@@ -33,7 +34,9 @@ def main() -> None:
     parser.add_argument("--commit")
     arguments = parser.parse_args()
     sources = find_items(str(arguments.sweep), None, None, Path())
-    (item,) = (item for item in sources.items if item.name == arguments.trial)
+    item = {item.name: item for item in sources.items}.get(arguments.trial)
+    if item is None:
+        parser.error(f"no trial {arguments.trial}: {', '.join(item.name for item in sources.items)}")
     gpu = torch.cuda.is_available()
     session = Session.open(item.run, Worker(device="cuda:0" if gpu else "cpu"))
     artifact, trail = AdapterArtifact.load(item.folder), item.folder.parent / TRAIL
@@ -49,7 +52,7 @@ def main() -> None:
 
     found = seconds(config)
     if gpu:
-        with patch("rayft.analysis.sharpness._replayed", lambda operator: operator):
+        with patch("rayft.analysis.sharpness.hessian_operator", HessianOperator):
             found["hessian/eager"] = seconds(config.model_copy(update={"parts": ("hessian",)}))["hessian"]
     model = Path(item.run.model.name).name
     place = f"{model}/{item.run.method.name}-r{item.run.method.rank}/{arguments.grid}x{arguments.grid}"

@@ -22,7 +22,7 @@ from torch.nn import functional
 from rayft.errors import DataError, MethodError
 from rayft.methods.base import LoraFactors
 from rayft.numerics import generator, tolerance
-from rayft.squeeze.factored_svd import factored_svd, sorted_factors
+from rayft.squeeze.factored_svd import decomposed, sorted_factors
 
 __all__ = ["Direction", "Norm", "Trajectory", "random_directions", "trajectory_directions"]
 
@@ -36,7 +36,7 @@ Norm = Literal["update", "weight"]
 class Trajectory:
     """The plane that a path of adapters mostly lies in, through its end."""
 
-    directions: tuple[dict[str, LoraFactors], dict[str, LoraFactors]]
+    directions: tuple[Direction, Direction]
     """Orthogonal, of Frobenius norm 1 over all modules; the first point's coordinates are not negative."""
     coordinates: torch.Tensor
     """(T, 2) float64: each point's, the end at (0, 0)."""
@@ -91,10 +91,11 @@ def trajectory_directions(path: Sequence[Mapping[str, LoraFactors]]) -> Trajecto
 
     About the end, not the mean: the plane passes through the adapter that is reported. Eigenvectors of
     the T × T Gram matrix give the directions as combinations of the ΔW_t, whose stacked factors are
-    brought to their own rank by an SVD in float64, where differences of near points cancel harmlessly.
+    brought to their own rank by an SVD in float64, where differences of near points cancel harmlessly;
+    or multiplied out in float64, where the stack has more numbers than that.
 
     Args:
-        path: adapters of the same modules, of any ranks and scales, the last one the end.
+        path: adapters of the same modules and on one device, of any ranks and scales, the last one the end.
 
     Raises:
         DataError: if fewer than three points differ, modules differ, or the path is a straight line.
@@ -115,10 +116,8 @@ def trajectory_directions(path: Sequence[Mapping[str, LoraFactors]]) -> Trajecto
     # Σ_t v_t (ΔW_t − ΔW_end) / √λ: the end gets what makes its coefficients sum to 0.
     combined = centred.t() @ (vectors / values.sqrt())
     total = float((centred @ gram @ centred.t()).diagonal().sum())
-    first, second = (
-        {name: _combined(*parts, combined[:, j], path[-1][name].a) for name, parts in stacked.items()}
-        for j in range(2)
-    )
+    dtype = torch.promote_types(next(iter(path[-1].values())).a.dtype, torch.float32)
+    first, second = (_combined(stacked, combined[:, j], dtype) for j in range(2))
     explained = (float(values[0]) / total, float(values[1]) / total)
     return Trajectory((first, second), vectors * values.sqrt(), explained)
 
@@ -137,12 +136,24 @@ def _gram(a: torch.Tensor, b: torch.Tensor, owner: torch.Tensor, size: int) -> t
 
 
 def _combined(
-    a: torch.Tensor, b: torch.Tensor, owner: torch.Tensor, coefficients: torch.Tensor, like: torch.Tensor
-) -> LoraFactors:
-    """Give Σ_t c_t ΔW_t in balanced factors of no more ranks than it has, at least one."""
-    svd = factored_svd(LoraFactors(a, b * coefficients[owner].to(b), 1.0))
-    # Rounding makes singular values of its own, as large as the largest term's share of it.
-    terms = float((b.norm(dim=0) * a.norm(dim=1) * coefficients[owner].abs().to(b)).max())
-    rank = max(1, int((svd.s > tolerance(torch.float64, len(a)) * terms).sum()))
-    whole = sorted_factors(svd, 1.0, torch.promote_types(like.dtype, torch.float32))
-    return replace(whole, a=whole.a[:rank], b=whole.b[:, :rank])
+    stacked: Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    coefficients: torch.Tensor,
+    dtype: torch.dtype,
+) -> Direction:
+    """Give Σ_t c_t ΔW_t: in balanced factors of no more ranks than it has, at least one, or dense."""
+    found: dict[str, torch.Tensor | LoraFactors] = {}
+    factored = {}
+    for name, (a, b, owner) in stacked.items():
+        weighted = b * coefficients[owner].to(b)
+        if a.numel() + b.numel() > len(b) * a.shape[1]:
+            found[name] = (weighted @ a).to(dtype)
+        else:
+            factored[name] = LoraFactors(a, weighted, 1.0)
+    for name, svd in decomposed(factored).items():
+        a, weighted = factored[name].a, factored[name].b
+        # Rounding makes singular values of its own, as large as the largest term's share of it.
+        terms = float((weighted.norm(dim=0) * a.norm(dim=1)).max())
+        rank = max(1, int((svd.s > tolerance(torch.float64, len(a)) * terms).sum()))
+        whole = sorted_factors(svd, 1.0, dtype)
+        found[name] = replace(whole, a=whole.a[:rank], b=whole.b[:, :rank])
+    return {name: found[name] for name in stacked}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +15,7 @@ from rayft.evaluate.loss import mean_loss
 from rayft.methods.base import AdapterLinear
 from rayft.models.targets import linears
 
-__all__ = ["matrix", "spectral_norms", "squared_norms"]
+__all__ = ["matrix", "spectral_norm", "spectral_norms", "squared_norms"]
 
 _NORMS: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 """‖W0‖₂ of a base's layers, computed once for all its adapters."""
@@ -30,10 +31,15 @@ def matrix(model: nn.Module, path: str) -> torch.Tensor:
 def spectral_norms(model: nn.Module) -> dict[str, float]:
     """Give ‖W0‖₂ of every linear layer, in the model's order."""
     if model not in _NORMS:
-        _NORMS[model] = {
-            path: float(torch.linalg.matrix_norm(matrix(model, path).float(), 2)) for path in linears(model)
-        }
+        _NORMS[model] = {path: spectral_norm(matrix(model, path)) for path in linears(model)}
     return _NORMS[model]
+
+
+def spectral_norm(weight: torch.Tensor) -> float:
+    """Give ‖W‖₂ of a matrix, from the smaller of W Wᵀ and Wᵀ W in float64."""
+    whole = weight.double()
+    gram = whole @ whole.t() if len(whole) < whole.shape[1] else whole.t() @ whole
+    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram)[-1])))
 
 
 @torch.inference_mode()

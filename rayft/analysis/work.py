@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from rayft.evaluate.loss import targets_of
 from rayft.methods.base import LoraFactors
 from rayft.models.inject import attach, clear
 from rayft.models.peft_folder import PeftFolder
-from rayft.squeeze.factored_svd import factored_svd
+from rayft.squeeze.factored_svd import decomposed
 from rayft.sweep.score import received
 from rayft.train.context import Session
 from rayft.train.run import RunConfig
@@ -176,15 +176,12 @@ class _Job:
                 "(`rayft squeeze`), and analyse that"
             )
         device = self.model.device
-        return {
-            path: LoraFactors(f.a.to(device), f.b.to(device), f.scale, f.columns)
-            for path, f in self.artifact.modules.items()
-        }
+        return {path: _moved(factors, device) for path, factors in self.artifact.modules.items()}
 
     @cached_property
     def singular_values(self) -> Mapping[str, torch.Tensor]:
         """Of each module's update, largest first; decomposed once for all parts."""
-        return {path: factored_svd(factors).s for path, factors in self.modules.items()}
+        return {path: svd.s for path, svd in decomposed(self.modules).items()}
 
     def gap(self) -> _Found:
         """Compare losses on training and on held-out examples."""
@@ -272,12 +269,7 @@ class _Job:
         chosen = [*modules][::step][: self.config.intruder_modules]
         counts = [spectral.intruders(weights[path], modules[path], EPSILONS, TOP) for path in chosen]
         sizes = [(weights[path].shape[0], min(weights[path].shape)) for path in chosen]
-        # Modules have few different shapes, and each shape one baseline.
-        random = {
-            (size, basis): spectral.random_baseline(size, EPSILONS, basis=basis).shares
-            for size, basis in dict.fromkeys(sizes)
-        }
-        baselines = [{epsilon: TOP * share for epsilon, share in random[one].items()} for one in sizes]
+        baselines = [{epsilon: TOP * share for epsilon, share in _baseline(*one).items()} for one in sizes]
         mean = [
             tuple(float(np.mean([one[epsilon] for one in many])) for epsilon in EPSILONS)
             for many in (counts, baselines)
@@ -330,8 +322,10 @@ class _Job:
             raise MethodError(
                 "this adapter has no trail of earlier steps: train with evaluate.trail: true to have one"
             )
-        path = [AdapterArtifact.load(folder).modules for folder in folders]
-        plane = trajectory_directions([*path, {name: _cpu(factors) for name, factors in modules.items()}])
+        earlier = [AdapterArtifact.load(folder).modules for folder in folders]
+        device = self.model.device
+        path = [{name: _moved(factors, device) for name, factors in one.items()} for one in earlier]
+        plane = trajectory_directions([*path, modules])
         points = landscape.grid_around(plane.coordinates, self.config.grid)
         more = {
             "path": tuple(tuple(map(float, point)) for point in plane.coordinates.tolist()),
@@ -379,8 +373,14 @@ def _stored(artifact: AdapterArtifact | PeftFolder | None, model: nn.Module) -> 
     return sum(tensor.numel() for tensor in tensors), torch.finfo(tensors[0].dtype).bits
 
 
-def _cpu(factors: LoraFactors) -> LoraFactors:
-    return LoraFactors(factors.a.cpu(), factors.b.cpu(), factors.scale, factors.columns)
+@lru_cache
+def _baseline(size: int, basis: int) -> Mapping[float, float]:
+    """Give the shares of random directions below each ε: one for each of the few shapes that there are."""
+    return spectral.random_baseline(size, EPSILONS, basis=basis).shares
+
+
+def _moved(factors: LoraFactors, device: torch.device) -> LoraFactors:
+    return LoraFactors(factors.a.to(device), factors.b.to(device), factors.scale, factors.columns)
 
 
 def _median_spectrum(spectra: Sequence[torch.Tensor]) -> tuple[float, ...]:

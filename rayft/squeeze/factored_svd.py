@@ -14,17 +14,28 @@ condition above about 1e7) Householder's takes over. The cores are decomposed on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from rayft.methods.base import LoraFactors
 
-__all__ = ["FactoredSVD", "factored_svd", "factored_svds", "sorted_factors", "thin_qr"]
+__all__ = [
+    "FactoredSVD",
+    "decomposed",
+    "factored_svd",
+    "factored_svds",
+    "sorted_factors",
+    "stacks",
+    "thin_qr",
+]
 
 ORTHOGONAL = 0.1
 """What QᵀQ of the first Cholesky QR may differ from I, for the second to make Q orthogonal to rounding."""
+
+STACK_BYTES = 2**28
+"""Factors in float64 that go through a GPU at once."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,35 @@ def factored_svds(many: Sequence[LoraFactors]) -> list[FactoredSVD]:
     core = scales[:, None, None] * (r_b @ r_a.mT)
     u, s, vt = (part.to(q_b.device) for part in torch.linalg.svd(core.cpu(), full_matrices=False))
     return [FactoredSVD(*parts) for parts in zip(q_b @ u, s, q_a @ vt.mT, strict=True)]
+
+
+def decomposed(modules: Mapping[str, LoraFactors]) -> dict[str, FactoredSVD]:
+    """Decompose an adapter's modules, in their order, on their device: as stacks where that is a GPU."""
+    found: dict[str, FactoredSVD] = {}
+    for names in stacks(modules):
+        found |= zip(names, factored_svds([modules[name] for name in names]), strict=True)
+    return {name: found[name] for name in modules}
+
+
+def stacks(
+    modules: Mapping[str, LoraFactors], device: str | torch.device | None = None
+) -> Iterator[list[str]]:
+    """Group modules of one shape for a GPU; on a CPU, where LAPACK takes one at a time, each is alone.
+
+    Args:
+        modules: module path → factors.
+        device: where they will be decomposed; where they are, if not given.
+    """
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, factors in modules.items():
+        place = torch.device(device or factors.a.device)
+        alone = name if place.type == "cpu" else ""
+        groups.setdefault((alone, place, factors.a.shape, factors.b.shape), []).append(name)
+    for names in groups.values():
+        one = modules[names[0]]
+        at_once = max(1, STACK_BYTES // (8 * (one.a.numel() + one.b.numel())))
+        for start in range(0, len(names), at_once):
+            yield names[start : start + at_once]
 
 
 def thin_qr(x: torch.Tensor, *, by_cholesky: bool | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ Retained energy of a module at rank k is Σ_{i≤k} σᵢ² / Σ σᵢ²: the sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,15 +14,12 @@ from rayft.artifacts import AdapterArtifact
 from rayft.errors import SqueezeError
 from rayft.methods.base import LoraFactors
 from rayft.squeeze.budget import ranks_for_budget, weight_bytes
-from rayft.squeeze.factored_svd import factored_svds, sorted_factors
+from rayft.squeeze.factored_svd import factored_svds, sorted_factors, stacks
 
 __all__ = ["Progress", "at_ranks", "rank_for_energy", "retained_energy", "squeeze"]
 
 Progress = Callable[[int], None]
 """Told how many modules are done since it was told last."""
-
-STACK_BYTES = 2**28
-"""Factors in float64 that go through a GPU at once."""
 
 
 def squeeze(
@@ -108,7 +105,7 @@ def _sorted(
 ) -> AdapterArtifact:
     modules: dict[str, LoraFactors] = {}
     spectra: dict[str, tuple[float, ...]] = {}
-    for names in _stacks(artifact.modules, device):
+    for names in stacks(artifact.modules, device):
         many = [artifact.modules[name] for name in names]
         moved = [
             LoraFactors(f.a.to(device or f.a.device), f.b.to(device or f.b.device), f.scale) for f in many
@@ -124,20 +121,6 @@ def _sorted(
         update={"singular_values": spectra, "parent": artifact.content_hash, "columns": {}}
     )
     return replace(artifact, modules=in_order, meta=meta)
-
-
-def _stacks(modules: Mapping[str, LoraFactors], device: str | torch.device | None) -> Iterator[list[str]]:
-    """Group modules of one shape for a GPU; on a CPU, where LAPACK takes one at a time, each is alone."""
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name, factors in modules.items():
-        place = torch.device(device or factors.a.device)
-        alone = name if place.type == "cpu" else ""
-        groups.setdefault((alone, place, factors.a.shape, factors.b.shape), []).append(name)
-    for names in groups.values():
-        one = modules[names[0]]
-        at_once = max(1, STACK_BYTES // (8 * (one.a.numel() + one.b.numel())))
-        for start in range(0, len(names), at_once):
-            yield names[start : start + at_once]
 
 
 def _ranks_for_energy(full: AdapterArtifact, energy: float) -> dict[str, int]:

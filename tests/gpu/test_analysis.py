@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rayft.analysis import sharpness
-from rayft.analysis.directions import random_directions
+from rayft.analysis import hessian, sharpness
+from rayft.analysis.directions import random_directions, trajectory_directions
+from rayft.analysis.hessian import HessianOperator, ReplayedOperator, hessian_operator
 from rayft.analysis.landscape import grid_2d, losses
-from rayft.analysis.sharpness import HessianOperator, ReplayedOperator, adapter_curvature
+from rayft.analysis.norms import spectral_norms
+from rayft.analysis.sharpness import adapter_curvature
+from rayft.methods.base import LoraFactors
+from rayft.models.inject import wrap
 from rayft.numerics import assert_close, generator
 from tests.unit.analysis.models import adapter_for, batches_for, load
 
@@ -27,12 +31,13 @@ def llama(tiny_folder):
     return found
 
 
-def test_a_replayed_product_is_that_without_a_graph(llama) -> None:
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_replayed_product_is_that_without_a_graph(llama, keep: bool) -> None:
     _, (model, batches) = llama
     modules = adapter_for(model, rank=2)
     with sharpness._balanced(model, batches, modules) as (parameters, terms, _), sdpa_kernel(SDPBackend.MATH):
         eager = HessianOperator(terms, parameters)
-        replayed = ReplayedOperator(eager)
+        replayed = ReplayedOperator(HessianOperator(terms, parameters, keep=keep))
         size = eager.shape[0]
         vectors = torch.randn(size, 3, generator=generator("vectors"), dtype=torch.float64).cuda()
         for _ in range(2):
@@ -41,10 +46,31 @@ def test_a_replayed_product_is_that_without_a_graph(llama) -> None:
         assert float((replayed @ vectors).norm()) > 0
 
 
+def test_without_room_to_keep_the_gradient_it_is_computed_each_time(llama, monkeypatch) -> None:
+    _, (model, batches) = llama
+    tried = []
+
+    class Small(ReplayedOperator):
+        def __init__(self, operator: HessianOperator) -> None:
+            tried.append(operator._keep)
+            if operator._keep:
+                raise torch.OutOfMemoryError
+            super().__init__(operator)
+
+    monkeypatch.setattr(hessian, "ReplayedOperator", Small)
+    modules = adapter_for(model, rank=2)
+    with sharpness._balanced(model, batches, modules) as (parameters, terms, _), sdpa_kernel(SDPBackend.MATH):
+        found = hessian_operator(terms, parameters)
+        assert isinstance(found, Small)
+        assert tried == [True, False]
+        vector = torch.ones(found.shape[0], dtype=torch.float64).cuda()
+        assert_close(found @ vector, HessianOperator(terms, parameters) @ vector, torch.float64, len(vector))
+
+
 def test_curvature_on_the_gpu_is_that_on_the_cpu(llama, monkeypatch) -> None:
     made = []
     monkeypatch.setattr(
-        sharpness, "ReplayedOperator", lambda operator: made.append(ReplayedOperator(operator)) or made[-1]
+        hessian, "ReplayedOperator", lambda operator: made.append(ReplayedOperator(operator)) or made[-1]
     )
     modules = adapter_for(llama[0][0], "layers.1.mlp.up_proj")
     cpu, gpu = (adapter_curvature(model, batches, modules, count=3, products=93) for model, batches in llama)
@@ -64,3 +90,24 @@ def test_a_landscape_on_the_gpu_is_that_on_the_cpu(llama) -> None:
     )
     # Losses are float32, whatever the model is.
     assert_close(gpu, cpu, torch.float32, 256)
+
+
+def test_what_is_decomposed_on_the_gpu_is_that_on_the_cpu(llama) -> None:
+    path = [adapter_for(llama[0][0], rank) for rank in (1, 3, 2)]
+    moved = [
+        {name: LoraFactors(f.a.cuda(), f.b.cuda(), f.scale) for name, f in point.items()} for point in path
+    ]
+    cpu, gpu = trajectory_directions(path), trajectory_directions(moved)
+    assert_close(gpu.coordinates, cpu.coordinates, torch.float64, 64, depth=16)
+    for model, _ in llama:
+        wrap(model)
+    one, other = (spectral_norms(model) for model, _ in llama)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert_close(
+            torch.tensor(other[name], dtype=torch.float64),
+            torch.tensor(value, dtype=torch.float64),
+            torch.float64,
+            64,
+            depth=16,
+        )

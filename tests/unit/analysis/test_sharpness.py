@@ -11,14 +11,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rayft.analysis import sharpness
-from rayft.analysis.sharpness import (
-    HessianOperator,
-    adapter_curvature,
-    adapter_sharpness,
-    ascent,
-    hessian_trace,
-    top_eigenvalues,
-)
+from rayft.analysis.hessian import HessianOperator, hessian_trace, top_eigenvalues
+from rayft.analysis.sharpness import adapter_curvature, adapter_sharpness, ascent
 from rayft.data.example import Example
 from rayft.data.pack import collate_rows, rows_of
 from rayft.data.template import encode_all
@@ -65,6 +59,21 @@ def test_products_with_a_known_hessian() -> None:
     assert operator.shape == (12, 12)
     assert_close(operator @ columns, hessian @ columns, torch.float64, 12)
     assert_close(operator @ columns[:, 2], hessian @ columns[:, 2], torch.float64, 12)
+
+
+def test_a_gradient_that_is_kept_is_computed_once() -> None:
+    hessian, _, parameters, terms = quadratic(SPECTRUM)
+    called = []
+
+    def counted():
+        called.append(1)
+        yield from terms()
+
+    operator = HessianOperator(counted, parameters, keep=True)
+    vectors = torch.randn(12, 3, generator=generator("v"), dtype=torch.float64)
+    for _ in range(3):
+        assert_close(operator @ vectors, hessian @ vectors, torch.float64, 12)
+    assert len(called) == 1
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -202,8 +211,11 @@ def test_products_with_an_adapters_hessian_are_the_dense_ones(llama) -> None:
     expected = dense_hessian(model, batches, modules)
     vector = torch.randn(len(expected), generator=generator("v"), dtype=torch.float64)
     with sharpness._balanced(model, batches, modules) as (parameters, terms, _), sdpa_kernel(SDPBackend.MATH):
-        found = HessianOperator(terms, parameters) @ vector
-    assert_close(found, expected @ vector, torch.float32, len(expected), depth=20)
+        for keep in (False, True):
+            operator = HessianOperator(terms, parameters, keep=keep)
+            for sign in (1, -1):
+                found = operator @ (sign * vector)
+                assert_close(found, sign * expected @ vector, torch.float32, len(expected), depth=20)
 
 
 def test_what_differentiates_once_is_refused(llama) -> None:
@@ -287,7 +299,7 @@ def test_what_was_in_the_model_is_put_back(llama, monkeypatch, measure, fails: b
     adapters = {name: layer.adapter for name, layer in layers.items()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modules = adapter_for(model, "v_proj")
-    monkeypatch.setattr(sharpness, "_curvlinops", lambda: None)
+    monkeypatch.setattr(sharpness, "require_curvlinops", lambda: None)
     monkeypatch.setattr(sharpness, "hessian_trace", lambda *args: 0.0)
     if fails:
         monkeypatch.setattr(sharpness, "batch_loss", lambda *args: 1 / 0)
@@ -307,7 +319,7 @@ def test_what_was_in_the_model_is_put_back(llama, monkeypatch, measure, fails: b
 def test_attention_that_differentiates_once_is_refused(llama, monkeypatch) -> None:
     model, batches = llama
     monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
-    monkeypatch.setattr(sharpness, "_curvlinops", lambda: None)
+    monkeypatch.setattr(sharpness, "require_curvlinops", lambda: None)
     with pytest.raises(ModelError, match=r"flash_attention_2 .*set_attn_implementation\('sdpa'\)"):
         adapter_curvature(model, batches, adapter_for(model))
 
