@@ -49,13 +49,13 @@ class _Findings:
     winner: Trial | None = None
     full: AdapterArtifact | None = None
     squeezed: list[SqueezedAdapter] = field(default_factory=list)
-    analysis: SweepAnalysis | None = None
 
 
 def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
     """Run all stages up to the report; lanes are down and memory is free when it returns.
 
-    A sweep that was interrupted goes on: finished trials are not trained again.
+    A sweep that was interrupted goes on: finished trials are not trained again. The analysis, which can take
+    longer than all else, comes when the winner is registered and reported.
 
     Raises:
         RayftError: if a check fails (before anything is started) or a stage can't be done.
@@ -67,6 +67,7 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
     lanes, scale = config.sweep.lanes, plan.run.scale
     tracker = MlflowTracker(plan.tracker)
     parent = _start_tracking(plan, tracker)
+    analysis: SweepAnalysis | None = None
     try:
         with cluster(lanes * scale.workers, device=scale.device, gpu_share=scale.gpu_share):
             check_tracking(plan.tracker)
@@ -75,9 +76,17 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
             )
             try:
                 found = _measure(plan, executor, display, parent)
+                with display.stage("register and report"):
+                    record = _report(plan, found, display, tracker, parent)
+                if config.analyze.parts and found.winner:
+                    with display.stage("analyse"), display.watch(executor.broker):
+                        analysis = _analyze(plan, executor, found.trials)
             finally:
                 executor.close()
-        record = _report(plan, found, display, tracker, parent)
+        if analysis is not None:
+            with display.stage("report the analysis"):
+                record = _report_analysis(plan, record, analysis, display, tracker, parent)
+        tracker.finish(parent, "finished")
     except BaseException:
         tracker.finish(parent, "failed")
         raise
@@ -116,9 +125,6 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
     if found.winner and _can_be_squeezed(found.winner):
         with display.stage("squeeze"), display.watch(executor.broker, lambda key: names.get(key, key)):
             _squeeze(plan, executor, found, ranking, display)
-    if plan.config.analyze.parts and found.winner:
-        with display.stage("analyse"), display.watch(executor.broker):
-            found.analysis = _analyze(plan, executor, found.trials)
     return found
 
 
@@ -200,27 +206,43 @@ def _report(
     plan: Plan, found: _Findings, display: Display, tracker: MlflowTracker, parent: str
 ) -> SweepRecord:
     """Track, register, promote and report what was found."""
-    with display.stage("register and report"):
-        record = build_record(
-            plan, found.baselines, found.trials, found.scores, found.winner, found.full, found.squeezed,
-            display.timings,
-        )  # fmt: skip
-        record.save(plan.output / "sweep.json")
-        _track(plan, record, found, tracker, parent)
-        if found.winner and (found.full or _apart(found, record)):
-            _register(plan, record, found, display)
-        elif found.winner and found.winner.result:
-            display.say(stages.why_not_served(found.winner, found.trials, extracted=bool(found.squeezed)))
-        _write_serve_config(plan, record)
-        if found.analysis:
-            tracker.artifact(parent, found.analysis.save(plan.output))
-            runs = {trial.point.name: trial.run_id for trial in found.trials}
-            track_analysis(tracker, found.analysis, runs, plan.output / "plots")
-        render(record, plan.output / "report.html", SweepAnalysis.find(plan.output))
-        tracker.artifact(parent, plan.output / "report.html")
-        tracker.artifact(parent, plan.output / "sweep.json")
-        tracker.finish(parent, "finished")
+    record = build_record(
+        plan, found.baselines, found.trials, found.scores, found.winner, found.full, found.squeezed,
+        display.timings,
+    )  # fmt: skip
+    record.save(plan.output / "sweep.json")
+    _track(plan, record, found, tracker, parent)
+    if found.winner and (found.full or _apart(found, record)):
+        _register(plan, record, found, display)
+    elif found.winner and found.winner.result:
+        display.say(stages.why_not_served(found.winner, found.trials, extracted=bool(found.squeezed)))
+    _write_serve_config(plan, record)
+    _render(plan, record, tracker, parent)
     return record
+
+
+def _report_analysis(
+    plan: Plan,
+    record: SweepRecord,
+    analysis: SweepAnalysis,
+    display: Display,
+    tracker: MlflowTracker,
+    parent: str,
+) -> SweepRecord:
+    """Add an analysis to the runs of what it is of, and to the report."""
+    tracker.artifact(parent, analysis.save(plan.output))
+    runs = {trial.id: trial.run_id for trial in record.trials}
+    track_analysis(tracker, analysis, runs, plan.output / "plots")
+    record = record.model_copy(update={"timings": dict(display.timings)})
+    record.save(plan.output / "sweep.json")
+    _render(plan, record, tracker, parent)
+    return record
+
+
+def _render(plan: Plan, record: SweepRecord, tracker: MlflowTracker, parent: str) -> None:
+    render(record, plan.output / "report.html", SweepAnalysis.find(plan.output))
+    tracker.artifact(parent, plan.output / "report.html")
+    tracker.artifact(parent, plan.output / "sweep.json")
 
 
 def _start_tracking(plan: Plan, tracker: MlflowTracker) -> str:

@@ -12,7 +12,9 @@ from mlflow import MlflowClient
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from rayft.analysis.record import SweepAnalysis
 from rayft.artifacts import AdapterArtifact
+from rayft.flow import sweep as flow
 from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.demo import run_demo
 from rayft.flow.display import Display
@@ -29,7 +31,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_r
 def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
     output = tmp_path_factory.mktemp("e2e") / "tiny"
     squeezes = ["squeeze.winners=2", "squeeze.budget=10kB", "squeeze.cont={steps: 2, lr: 1e-3}"]
-    return load_config("tiny", [f"output={output}", "serve.port=8123", *squeezes])
+    return load_config("tiny", [f"output={output}", "serve.port=8123", "analyze.parts=[spectra]", *squeezes])
 
 
 @pytest.fixture(scope="module")
@@ -141,17 +143,32 @@ def test_what_was_trained_on_differs_from_its_start_and_has_prefixes(record: Swe
             }
 
 
-def test_started_again_it_trains_nothing_twice(record: SweepRecord, config: PipelineConfig) -> None:
+def test_started_again_it_trains_nothing_twice_and_has_its_winner_before_the_analysis(
+    record: SweepRecord, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = Path(config.output)
     results = {path: path.stat().st_mtime_ns for path in output.glob("trials/*/result.json")}
     before = len(runs(config))
     # As if it had been cut off in the second trial.
     lost = output / "trials" / next(t.name for t in (output / "trials").iterdir() if t.name.startswith("cla"))
     (lost / "result.json").unlink()
-    again = run_sweep(config, Display(Console(quiet=True)))
+    for name in ("sweep.json", "report.html", "serve.yaml"):
+        (output / name).unlink()
+
+    def stopped(*_: object) -> SweepAnalysis:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flow, "_analyze", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(config, Display(Console(quiet=True)))
+    again = SweepRecord.load(output)
     assert len(runs(config)) == before
     for path, stamp in results.items():
         assert (path.stat().st_mtime_ns == stamp) == (path.parent != lost)
-    assert {t.id: t.val_loss for t in again.trials} == {t.id: t.val_loss for t in record.trials}
+    for mine, first in zip(again.trials, record.trials, strict=True):
+        assert (mine.id, mine.val_loss, mine.test) == (first.id, first.val_loss, first.test)
+    assert again.winner
     assert again.winner == record.winner
     assert json.loads((lost / "result.json").read_text())["result"]["finished"]
+    assert again.winner.ship in (output / "report.html").read_text()
+    assert (output / "serve.yaml").is_file()
