@@ -44,14 +44,20 @@ class AnalyzeConfig(Section):
     grid: int = Field(default=15, ge=3)
     """Points of a line, and points a side of a plane."""
 
-    extent: float = Field(default=1.0, gt=0)
-    """How far a landscape of random directions goes, in norms of the update's rows."""
+    directions: Literal["weight", "update"] = "weight"
+    """Whose rows random directions are as long as: those of W0 + ΔW, as in the paper, or of ΔW."""
 
-    directions: Literal["update", "weight"] = "update"
-    """What random directions are normalised by: the rows of the update, or of the merged weight."""
+    extent: float | None = Field(default=None, gt=0)
+    """How far a landscape of random directions goes, in norms of those rows; 0.15, or 20 for ΔW's, if not
+    given. For SmolLM2 the loss doubles or trebles there; within ΔW's own length nothing is seen of it."""
 
     seed: int = Field(default=0, ge=0)
     """Of samples and directions, the same for every adapter."""
+
+    @property
+    def reach(self) -> float:
+        """The extent that is meant."""
+        return self.extent if self.extent is not None else {"weight": 0.15, "update": 20.0}[self.directions]
 
     @field_validator("parts")
     @classmethod

@@ -298,14 +298,14 @@ class _Job:
     def line(self) -> _Found:
         """Evaluate the line of one random direction, and that from the base through the adapter."""
         random = self._measure(
-            "random", self._random(1), landscape.grid_1d(self.config.grid, self.config.extent)
+            "random", self._random(1), landscape.grid_1d(self.config.grid, self.config.reach)
         )
         update = self._measure("update", [self.modules], landscape.grid_1d(self.config.grid, 1.0))
         return _Found({}, {"landscapes": {"line": random.to_json(), "update": update.to_json()}})
 
     def landscape(self) -> _Found:
         """Evaluate the plane of two random directions."""
-        points = landscape.grid_2d(self.config.grid, self.config.extent)
+        points = landscape.grid_2d(self.config.grid, self.config.reach)
         found = self._measure("random", self._random(2), points)
         return _Found({}, {"landscapes": {"random": found.to_json()}})
 

@@ -82,7 +82,18 @@ def predictor_rows(analysis: SweepAnalysis) -> list[PredictorRow]:
 
 
 def predictor_words(analysis: SweepAnalysis) -> str:
-    """Say in a sentence whether anything predicts the gap."""
+    """Say in a sentence or two whether there is a gap, and whether anything predicts it."""
+    gaps = [one.gap for one in analysis.adapters if one.gap is not None]
+    apart = sum(gap.low > 0 or gap.high < 0 for gap in gaps)
+    found = _predicting(analysis)
+    # So many leave 0 out by chance.
+    if analysis.predictors and apart <= round(0.05 * len(gaps)):
+        which = f"Of {len(gaps)} gaps {apart or 'none'} can be told from 0"
+        return f"{which}: what correlates here correlates mostly with the drawing of the examples. {found}"
+    return found
+
+
+def _predicting(analysis: SweepAnalysis) -> str:
     rows = predictor_rows(analysis)
     if not rows:
         return analysis.note or "No measure varied between the runs, so none could predict anything."

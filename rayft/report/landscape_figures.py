@@ -84,7 +84,7 @@ def _planes(adapters: Sequence[AdapterAnalysis], kind: str) -> Drawing | None:
         return None
     lowest = {name: min(value for value in one.losses if math.isfinite(value)) for name, one in found.items()}
     where = (
-        "two random directions, scaled row by row to the update"
+        f"two random directions, scaled row by row to {_norm(found)}"
         if kind == "random"
         else "the plane that training's path mostly lies in; the line is the path"
     )

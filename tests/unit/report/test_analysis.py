@@ -92,6 +92,11 @@ def test_what_tells_is_told_and_with_how_many_tries(analysis: SweepAnalysis) -> 
         predictor_words(none)
         == "None of 1 measures was seen to predict the generalisation gap over 6 runs of 3 settings."
     )
+    flat = [one.model_copy(update={"gap": Gap(train=1.0, held_out=1.1, low=-0.1, high=0.3, n=40)})
+            for one in analysis.adapters]  # fmt: skip
+    noise = predictor_words(analysis.model_copy(update={"adapters": tuple(flat)}))
+    assert noise.startswith("Of 6 gaps none can be told from 0: what correlates here correlates mostly with")
+    assert noise.endswith(words)
     empty = analysis.model_copy(update={"predictors": (), "note": "a correlation needs 3 finished runs"})
     assert predictor_words(empty) == "a correlation needs 3 finished runs"
     assert [row.tells for row in predictor_rows(analysis)] == [True, False]
