@@ -89,7 +89,9 @@ def analyze(
     ],
     parts: Annotated[
         list[str] | None,
-        typer.Option(help="gap, bounds, spectra, sharpness, hessian, landscape, trajectory; by commas."),
+        typer.Option(
+            help="gap, bounds, spectra, sharpness, hessian, line, landscape, trajectory; by commas."
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Set one of its numbers: --set samples=50")

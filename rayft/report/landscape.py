@@ -87,6 +87,7 @@ def contour_plot(
         else:
             axes.plot([0], [0], marker="+", markersize=11, markeredgewidth=2, color=RED)
             axes.set_aspect("equal")
+        axes.locator_params(nbins=5)
         axes.set_xlabel(_label(landscape, 0))
         axes.set_ylabel(_label(landscape, 1))
         axes.set_title(title)
