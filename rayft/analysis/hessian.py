@@ -66,6 +66,8 @@ class HessianOperator:
             for gradients in self._gradients():
                 for number, column in enumerate(self._products(gradients, columns.t())):
                     found[:, number] += column
+                # Where they are not kept, the next term's take this one's place in memory.
+                del gradients
         except RuntimeError as error:
             if not any(sign in str(error) for sign in ONCE):
                 raise

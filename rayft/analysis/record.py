@@ -58,6 +58,8 @@ class Intruders(Record):
     """How many of `top` random vectors would be."""
     top: int
     modules: tuple[str, ...]
+    shares: tuple[float, ...] = ()
+    """Of all vectors, the share whose largest |cos| is below each ε."""
 
 
 class AdapterAnalysis(Record):

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import nn
 from rayft.analysis import bounds, landscape, sharpness, spectral
 from rayft.analysis.directions import Direction, random_directions, trajectory_directions
 from rayft.analysis.gap import example_losses, gap, sample
+from rayft.analysis.intruders import AT, EVERY_AT, count_intruders
 from rayft.analysis.landscape import Kind, Landscape
 from rayft.analysis.norms import matrix, spectral_norms, squared_norms
-from rayft.analysis.record import AdapterAnalysis, Intruders, ModuleSpectrum
+from rayft.analysis.record import AdapterAnalysis, ModuleSpectrum
 from rayft.analysis.section import AnalyzeConfig, Part
 from rayft.artifacts import AdapterArtifact
 from rayft.data.pack import AnyBatch, collate_rows, rows_of
@@ -41,9 +42,6 @@ __all__ = ["TRAIL", "AnalyzeRequest", "analyze"]
 
 TRAIL = "trail"
 """Folder of a trial with its adapter at each evaluation, for the plane of its trajectory."""
-EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-TOP = 10
-"""Singular vectors that are looked at for intruders, as Shuttleworth et al. do."""
 MEASURED = 16
 """Examples whose inputs give the norms of the bounds."""
 POINTS = 64
@@ -249,7 +247,7 @@ class _Job:
         weights = {path: matrix(self.model, path) for path in modules}
         whole = math.sqrt(sum(one.frobenius**2 for one in found.values()))
         base = math.sqrt(sum(float(weight.double().square().sum()) for weight in weights.values()))
-        intruders = self._intruders(modules, weights)
+        intruders = count_intruders(weights, modules, self.config.intruder_modules)
         measures = {
             "update_norm": whole,
             "update_over_base": whole / base,
@@ -257,24 +255,11 @@ class _Job:
             "update_nuclear": sum(one.nuclear for one in found.values()),
             "effective_rank_mean": float(np.mean([one.effective_rank for one in found.values()])),
             "stable_rank_mean": float(np.mean([one.stable_rank for one in found.values()])),
-            f"intruders_below_{EPSILONS[4]:g}": intruders.counts[4],
+            f"intruders_below_{AT:g}": intruders.counts[intruders.epsilons.index(AT)],
+            f"intruder_share_below_{EVERY_AT:g}": intruders.shares[intruders.epsilons.index(EVERY_AT)],
         }
         spectrum = _median_spectrum([*self.singular_values.values()])
         return _Found(measures, {"spectra": known, "intruders": intruders, "median_spectrum": spectrum})
-
-    def _intruders(
-        self, modules: Mapping[str, LoraFactors], weights: Mapping[str, torch.Tensor]
-    ) -> Intruders:
-        step = max(1, len(modules) // self.config.intruder_modules)
-        chosen = [*modules][::step][: self.config.intruder_modules]
-        counts = [spectral.intruders(weights[path], modules[path], EPSILONS, TOP) for path in chosen]
-        sizes = [(weights[path].shape[0], min(weights[path].shape)) for path in chosen]
-        baselines = [{epsilon: TOP * share for epsilon, share in _baseline(*one).items()} for one in sizes]
-        mean = [
-            tuple(float(np.mean([one[epsilon] for one in many])) for epsilon in EPSILONS)
-            for many in (counts, baselines)
-        ]
-        return Intruders(epsilons=EPSILONS, counts=mean[0], baseline=mean[1], top=TOP, modules=tuple(chosen))
 
     def sharpness(self) -> _Found:
         """Take SAM's step and the adaptive one."""
@@ -371,12 +356,6 @@ def _stored(artifact: AdapterArtifact | PeftFolder | None, model: nn.Module) -> 
         return artifact.parameters, torch.finfo(dtype).bits
     tensors = [*model.parameters()] if artifact is None else [*artifact.adapter.values()]
     return sum(tensor.numel() for tensor in tensors), torch.finfo(tensors[0].dtype).bits
-
-
-@lru_cache
-def _baseline(size: int, basis: int) -> Mapping[float, float]:
-    """Give the shares of random directions below each ε: one for each of the few shapes that there are."""
-    return spectral.random_baseline(size, EPSILONS, basis=basis).shares
 
 
 def _moved(factors: LoraFactors, device: torch.device) -> LoraFactors:

@@ -146,7 +146,8 @@ def analysis_figures(analysis: SweepAnalysis, typical: Sequence[str] = ()) -> li
     """
     curves = _curves(analysis, typical)
     with mpl.rc_context(STYLE):
-        drawn = [_gaps(analysis), _spectra(curves), _intruders(curves), _angles(analysis)]
+        drawn = [_gaps(analysis), _spectra(curves), _intruders(curves, top=True)]
+        drawn += [_intruders(curves, top=False), _angles(analysis)]
         drawn += landscape_figures(curves)
     return [drawing for drawing in drawn if drawing is not None]
 
@@ -232,38 +233,44 @@ def _spectra(curves: Sequence[AdapterAnalysis]) -> Drawing | None:
     )
 
 
-def _intruders(curves: Sequence[AdapterAnalysis]) -> Drawing | None:
-    shown = [one for one in curves if one.intruders]
-    if not shown:
+def _intruders(curves: Sequence[AdapterAnalysis], *, top: bool) -> Drawing | None:
+    """Draw the intruders among the leading singular vectors, or the share of all of them."""
+    found = {
+        one.name: (one.intruders, one.intruders.counts if top else one.intruders.shares)
+        for one in curves
+        if one.intruders and (top or one.intruders.shares)
+    }
+    if not found:
         return None
-    figure, axes = canvas(height=3.9, names=len(shown))
-    style = styles([one.name for one in shown])
-    for one in shown:
-        assert one.intruders is not None
-        colour, marker = style[one.name]
-        (line,) = axes.plot(
-            one.intruders.epsilons, one.intruders.counts, color=colour, marker=marker, markersize=4
-        )
-        tip(line, one.name)
-    first = shown[0].intruders
-    assert first is not None
-    axes.plot(first.epsilons, first.baseline, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.4)
+    figure, axes = canvas(height=3.9, names=len(found))
+    style = styles([*found])
+    for name, (one, values) in found.items():
+        colour, marker = style[name]
+        (line,) = axes.plot(one.epsilons, values, color=colour, marker=marker, markersize=4)
+        tip(line, name)
+    first, _ = next(iter(found.values()))
+    extra = []
+    if top:
+        axes.plot(first.epsilons, first.baseline, color=SOFT, linestyle=(0, (4, 3)), linewidth=1.4)
+        extra = [Line2D([], [], color=SOFT, linestyle=(0, (4, 3)), linewidth=1.4, label="random vectors")]
     axes.set_xlabel("ε")
-    axes.set_ylabel(f"intruders among the top {first.top}")
-    extra = [Line2D([], [], color=SOFT, linestyle=(0, (4, 3)), linewidth=1.4, label="random vectors")]
+    axes.set_ylabel(f"intruders among the top {first.top}" if top else "share of all vectors")
     legend(figure, style, extra, lines=True)
-    middle = len(first.epsilons) // 2
-    told = "; ".join(f"{one.name} {one.intruders.counts[middle]:.1f}" for one in shown if one.intruders)
+    # Most turns up late among all vectors: those of small singular values turn first.
+    at = len(first.epsilons) // 2 if top else -1
+    told = "; ".join(f"{name} {values[at]:.{1 if top else 3}f}" for name, (_, values) in found.items())
+    which = f"How many of the {first.top} leading" if top else "The share of all"
+    random = " The dashed line is what random vectors would give." if top else ""
+    key = "intruders" if top else "intruders-all"
     return Drawing(
-        key="intruders",
-        title="Intruder dimensions",
+        key=key,
+        title="Intruder dimensions" if top else "Intruders among all vectors",
         caption=(
-            f"How many of the {first.top} leading singular vectors of W0 + ΔW have no |cos| above ε to any "
-            f"of W0's, mean over {len(first.modules)} modules. The dashed line is what random vectors would "
-            "give."
+            f"{which} singular vectors of W0 + ΔW that have no |cos| above ε to any of W0's, mean over "
+            f"{len(first.modules)} modules.{random}"
         ),
-        alt=f"Intruder dimensions at ε = {first.epsilons[middle]:g}: {told}.",
-        svg=svg(figure, "intruders"),
+        alt=f"Intruder dimensions at ε = {first.epsilons[at]:g}: {told}.",
+        svg=svg(figure, key),
     )
 
 
@@ -305,6 +312,8 @@ def _angles(analysis: SweepAnalysis) -> Drawing | None:
 def _words(measure: str) -> str:
     if measure.startswith("intruders_below_"):
         return f"intruders at ε = {measure.rpartition('_')[2]}"
+    if measure.startswith("intruder_share_below_"):
+        return f"intruders of all vectors at ε = {measure.rpartition('_')[2]}"
     if measure.startswith("hessian_eigenvalue_"):
         return f"Hessian eigenvalue {measure.rpartition('_')[2]}"
     return WORDS.get(measure, measure.replace("_", " "))

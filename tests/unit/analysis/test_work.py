@@ -74,6 +74,8 @@ def test_every_part_gives_what_it_is_for(found: AdapterAnalysis, session: Sessio
     assert all(1 <= one.stable_rank <= one.effective_rank <= 4.000001 for one in found.spectra.values())
     assert found.intruders is not None
     assert [*found.intruders.counts] == sorted(found.intruders.counts)
+    assert [*found.intruders.shares] == sorted(found.intruders.shares)
+    assert 0 < found.intruders.shares[-1] <= 1
     assert len(found.intruders.modules) == 3
     assert found.measures["sam_sharpness"] > 0
     assert found.median_spectrum[0] == 1.0

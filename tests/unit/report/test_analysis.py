@@ -49,7 +49,12 @@ def adapter(name: str, group: str, gap: float, norm: float) -> AdapterAnalysis:
         gap=Gap(train=1.0, held_out=1.0 + gap, low=gap - 0.1, high=gap + 0.1, n=40),
         median_spectrum=(1.0, 0.5, 0.1, 0.02),
         intruders=Intruders(
-            epsilons=epsilons, counts=(0, 1.5, 4), baseline=(0, 6, 10), top=10, modules=("q", "v")
+            epsilons=epsilons,
+            counts=(0, 1.5, 4),
+            baseline=(0, 6, 10),
+            top=10,
+            modules=("q", "v"),
+            shares=(0, 0.1, 0.3),
         ),
         landscapes={
             "random": plane("random", norm),
@@ -119,8 +124,8 @@ def test_the_page_has_it_all_and_stays_whole(analysis: SweepAnalysis) -> None:
 def test_figures_are_drawn_with_words_and_fit_a_phone(analysis: SweepAnalysis) -> None:
     drawn = analysis_figures(analysis)
     assert [one.key for one in drawn] == [
-        "gaps", "spectra", "intruders", "angles", "line-update", "line-line", "landscape-random",
-        "landscape-trajectory",
+        "gaps", "spectra", "intruders", "intruders-all", "angles", "line-update", "line-line",
+        "landscape-random", "landscape-trajectory",
     ]  # fmt: skip
     for one in drawn:
         sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", one.svg)]
@@ -148,7 +153,7 @@ def test_landscapes_with_nan_and_one_adapter(analysis: SweepAnalysis) -> None:
     broken["losses"][0], broken["losses"][1] = "nan", "inf"
     one = analysis.adapters[0].model_copy(update={"landscapes": {"random": broken}})
     drawn = analysis_figures(analysis.model_copy(update={"adapters": (one,), "predictors": (), "angles": {}}))
-    assert [figure.key for figure in drawn] == ["spectra", "intruders", "landscape-random"]
+    assert [figure.key for figure in drawn] == ["spectra", "intruders", "intruders-all", "landscape-random"]
 
 
 def test_gaps_are_in_order_and_what_is_missing_is_a_dash(analysis: SweepAnalysis) -> None:
