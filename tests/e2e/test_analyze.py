@@ -13,11 +13,9 @@ from rich.console import Console
 from rayft.analysis.record import SweepAnalysis
 from rayft.errors import ReportError, TrackingError
 from rayft.flow import commands
-from rayft.flow import sweep as flow
 from rayft.flow.analyze import analyze_target
 from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.display import Display
-from rayft.flow.sweep import run_sweep
 from rayft.report.frame import SweepRecord
 from tests.e2e.small import small_config
 
@@ -79,32 +77,6 @@ def test_a_tracked_run_is_analysed_from_what_the_server_has(
     assert math.isfinite(one.measures["hessian_trace"])
     assert "3 finished runs with a gap or more, here are 1" in found.note
     assert (folder / "analysis.json").is_file()
-
-
-def test_a_sweep_that_stops_in_its_analysis_has_its_winner(
-    record: SweepRecord, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = Path(config.output)
-    for name in ("sweep.json", "report.html", "serve.yaml"):
-        (output / name).unlink()
-
-    def stops(*_: object) -> SweepAnalysis:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(flow, "_analyze", stops)
-    client = MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
-    before = int(client.get_model_version_by_alias(config.name, "champion").version)
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(config, QUIET)
-    kept = SweepRecord.load(output)
-    assert [trial.test for trial in kept.trials] == [trial.test for trial in record.trials]
-    assert kept.winner == record.winner
-    assert [(item.name, item.test) for item in kept.squeezed] == [
-        (item.name, item.test) for item in record.squeezed
-    ]
-    assert record.winner.ship in (output / "report.html").read_text()
-    assert (output / "serve.yaml").is_file()
-    assert int(client.get_model_version_by_alias(config.name, "champion").version) == before + 1
 
 
 def test_what_cant_be_analysed_is_refused_with_the_way_out(
