@@ -144,16 +144,16 @@ def _combined(
     found: dict[str, torch.Tensor | LoraFactors] = {}
     factored = {}
     for name, (a, b, owner) in stacked.items():
-        weighted = b * coefficients[owner].to(b)
-        if a.numel() + b.numel() > len(b) * a.shape[1]:
-            found[name] = (weighted @ a).to(dtype)
+        weighted = LoraFactors(a, b * coefficients[owner].to(b), 1.0)
+        if weighted.compact:
+            factored[name] = weighted
         else:
-            factored[name] = LoraFactors(a, weighted, 1.0)
+            found[name] = weighted.delta().to(dtype)
     for name, svd in decomposed(factored).items():
-        a, weighted = factored[name].a, factored[name].b
+        one = factored[name]
         # Rounding makes singular values of its own, as large as the largest term's share of it.
-        terms = float((weighted.norm(dim=0) * a.norm(dim=1)).max())
-        rank = max(1, int((svd.s > tolerance(torch.float64, len(a)) * terms).sum()))
+        terms = float((one.b.norm(dim=0) * one.a.norm(dim=1)).max())
+        rank = max(1, int((svd.s > tolerance(torch.float64, one.rank) * terms).sum()))
         whole = sorted_factors(svd, 1.0, dtype)
         found[name] = replace(whole, a=whole.a[:rank], b=whole.b[:, :rank])
     return {name: found[name] for name in stacked}

@@ -240,11 +240,10 @@ class _PointsAdapter(Adapter):
         super().__init__()
         self.name, self.factors = name, factors
         device, dtype = layer.weight.device, layer.dtype
-        most = layer.in_features * layer.out_features // (layer.in_features + layer.out_features)
         low = [factors]
         self.owner, dense, self.dense_columns = [0] * factors.rank, [], []
         for number, direction in enumerate(directions):
-            if isinstance(direction, LoraFactors) and direction.rank <= most:
+            if isinstance(direction, LoraFactors) and direction.compact:
                 low.append(direction)
                 self.owner += [number + 1] * direction.rank
             elif direction is not None:

@@ -35,7 +35,6 @@ __all__ = [
     "count_below",
     "effective_rank",
     "energy_rank",
-    "intruders",
     "max_cosines",
     "principal_angles",
     "random_baseline",
@@ -247,30 +246,15 @@ def max_cosines(
 def count_below(cosines: torch.Tensor, epsilons: Sequence[float], outputs: int) -> dict[float, int]:
     """Count the cosines (K) below each ε by more than rounding over vectors of `outputs` numbers.
 
+    Of `max_cosines`, that is the intruder dimensions. Compare with `random_baseline`: from some ε on, nearly
+    every direction that is not W0's own is one.
+
     Raises:
         ReportError: if an ε is not in (0, 1].
     """
     _check_epsilons(epsilons)
     slack = tolerance(cosines.dtype, outputs)
     return {epsilon: int((cosines < epsilon - slack).sum()) for epsilon in epsilons}
-
-
-def intruders(
-    weight0: torch.Tensor,
-    update: torch.Tensor | LoraFactors,
-    epsilons: Sequence[float],
-    top: int | None = 10,
-) -> dict[float, int]:
-    """Count intruder dimensions for each ε: vectors of W0 + ΔW whose `max_cosines` is below ε.
-
-    Arguments and errors are those of `max_cosines`, which runs once for all ε. Compare with
-    `random_baseline`: from some ε on, nearly every direction that is not W0's own is an intruder.
-
-    Raises:
-        ReportError: also if an ε is not in (0, 1].
-    """
-    _check_epsilons(epsilons)
-    return count_below(max_cosines(weight0, update, top), epsilons, weight0.shape[0])
 
 
 def random_baseline(

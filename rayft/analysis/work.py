@@ -173,8 +173,7 @@ class _Job:
                 f"'{self.run.method.name}' {what}, without low-rank factors: extract a LoRA first "
                 "(`rayft squeeze`), and analyse that"
             )
-        device = self.model.device
-        return {path: _moved(factors, device) for path, factors in self.artifact.modules.items()}
+        return {path: factors.to(self.model.device) for path, factors in self.artifact.modules.items()}
 
     @cached_property
     def singular_values(self) -> Mapping[str, torch.Tensor]:
@@ -308,8 +307,7 @@ class _Job:
                 "this adapter has no trail of earlier steps: train with evaluate.trail: true to have one"
             )
         earlier = [AdapterArtifact.load(folder).modules for folder in folders]
-        device = self.model.device
-        path = [{name: _moved(factors, device) for name, factors in one.items()} for one in earlier]
+        path = [{name: factors.to(self.model.device) for name, factors in one.items()} for one in earlier]
         plane = trajectory_directions([*path, modules])
         points = landscape.grid_around(plane.coordinates, self.config.grid)
         more = {
@@ -356,10 +354,6 @@ def _stored(artifact: AdapterArtifact | PeftFolder | None, model: nn.Module) -> 
         return artifact.parameters, torch.finfo(dtype).bits
     tensors = [*model.parameters()] if artifact is None else [*artifact.adapter.values()]
     return sum(tensor.numel() for tensor in tensors), torch.finfo(tensors[0].dtype).bits
-
-
-def _moved(factors: LoraFactors, device: torch.device) -> LoraFactors:
-    return LoraFactors(factors.a.to(device), factors.b.to(device), factors.scale, factors.columns)
 
 
 def _median_spectrum(spectra: Sequence[torch.Tensor]) -> tuple[float, ...]:

@@ -52,6 +52,15 @@ class LoraFactors:
         """The inner dimension R."""
         return self.a.shape[0]
 
+    @property
+    def compact(self) -> bool:
+        """Whether A and B have no more numbers than ΔW multiplied out."""
+        return self.a.numel() + self.b.numel() <= self.b.shape[0] * self.a.shape[1]
+
+    def to(self, device: str | torch.device) -> LoraFactors:
+        """Give the same factors on a device."""
+        return LoraFactors(self.a.to(device), self.b.to(device), self.scale, self.columns)
+
     def delta(self) -> torch.Tensor:
         """Multiply out ΔW (O × I) in the factors' dtype."""
         return self.scale * (self.b @ self.a)

@@ -259,14 +259,15 @@ def _intruders(curves: Sequence[AdapterAnalysis], *, top: bool) -> Drawing | Non
     # Most turns up late among all vectors: those of small singular values turn first.
     at = len(first.epsilons) // 2 if top else -1
     told = "; ".join(f"{name} {values[at]:.{1 if top else 3}f}" for name, (_, values) in found.items())
-    which = f"How many of the {first.top} leading" if top else "The share of all"
+    which = f"Of the {first.top} leading singular vectors" if top else "Of all singular vectors"
+    counted = "how many there are" if top else "the share"
     random = " The dashed line is what random vectors would give." if top else ""
     key = "intruders" if top else "intruders-all"
     return Drawing(
         key=key,
         title="Intruder dimensions" if top else "Intruders among all vectors",
         caption=(
-            f"{which} singular vectors of W0 + ΔW that have no |cos| above ε to any of W0's, mean over "
+            f"{which} of W0 + ΔW, {counted} that have no |cos| above ε to any of W0's, mean over "
             f"{len(first.modules)} modules.{random}"
         ),
         alt=f"Intruder dimensions at ε = {first.epsilons[at]:g}: {told}.",

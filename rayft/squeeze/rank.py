@@ -107,9 +107,7 @@ def _sorted(
     spectra: dict[str, tuple[float, ...]] = {}
     for names in stacks(artifact.modules, device):
         many = [artifact.modules[name] for name in names]
-        moved = [
-            LoraFactors(f.a.to(device or f.a.device), f.b.to(device or f.b.device), f.scale) for f in many
-        ]
+        moved = [f if device is None else f.to(device) for f in many]
         for name, source, svd in zip(names, many, factored_svds(moved), strict=True):
             found = sorted_factors(svd, source.scale, source.a.dtype)
             a, b = (new.to(source.a.device).contiguous() for new in (found.a, found.b))

@@ -13,7 +13,6 @@ from rayft.analysis.spectral import (
     count_below,
     effective_rank,
     energy_rank,
-    intruders,
     max_cosines,
     principal_angles,
     random_baseline,
@@ -26,6 +25,11 @@ from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, BaseMismatchError, ReportError
 from rayft.methods.base import LoraFactors
 from rayft.numerics import assert_close, generator, tolerance
+
+
+def intruders(weight0, update, epsilons, top=10) -> dict[float, int]:
+    return count_below(max_cosines(weight0, update, top), epsilons, weight0.shape[0])
+
 
 EPSILONS = [0.2, 0.4, 0.6, 0.8, 0.95, 1.0]
 
