@@ -12,7 +12,7 @@ from rayft.flow import commands
 def main() -> None:
     """Parse and call; with no argument it runs the packaged demo configuration."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="demo", help="a YAML file, or a packaged one: demo, tiny")
+    parser.add_argument("--config", default="demo", help="a YAML file, or a packaged one: demo, study, tiny")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set a leaf")
     arguments = parser.parse_args()
     commands.guarded(lambda: commands.sweep(arguments.config, arguments.set, Console()))

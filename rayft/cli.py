@@ -38,7 +38,9 @@ def demo(
 
 @app.command()
 def sweep(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a packaged one: demo, tiny.")] = "demo",
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or a packaged one: demo, study, tiny.")
+    ] = "demo",
     overrides: Overrides = None,
 ) -> None:
     """Search, squeeze the winner, score, register and report; an interrupted sweep goes on."""

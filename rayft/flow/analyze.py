@@ -165,17 +165,19 @@ def analyze_target(
     with tempfile.TemporaryDirectory() as scratch:
         sources = find_items(target, config, uri, Path(scratch))
         wanted = _config(sources, parts, overrides)
-        earlier = _earlier(out or sources.folder)
         place = out or sources.folder
-        found = _in_lanes(sources, wanted, display, Path(scratch), place)
-        found, wanted = completed(found, wanted, earlier)
-        summary = summarize(sources.items, found, wanted, _losses(Path(target)))
-        summary.save(place)
-        if sources.tracker is not None:
-            runs = {item.name: item.run_id for item in sources.items}
-            with MlflowTracker(sources.tracker) as tracker:
-                track_analysis(tracker, summary, runs, place / "plots")
-            flush_spool(sources.tracker)
+        earlier = _earlier(place)
+        scale, lanes = sources.items[0].run.scale, min(sources.settings.sweep.lanes, len(sources.items))
+        kind = check_executor(sources.settings.sweep, sources.items[0].run)
+        with cluster(lanes * scale.workers, device=scale.device, gpu_share=scale.gpu_share):
+            restarts = sources.settings.sweep.restarts
+            executor = EXECUTORS[kind](scale, str(Path(scratch) / "ray"), lanes, restarts, "analyze")
+            found = _in_lanes(executor, sources.items, wanted, display, place)
+            found, wanted = completed(found, wanted, earlier)
+            summary = summarize(sources.items, found, wanted, _losses(Path(target)))
+            summary.save(place)
+            if sources.tracker is not None:
+                _track(sources, summary, place / "plots", display)
     return summary, place
 
 
@@ -197,20 +199,23 @@ def _config(sources: Sources, parts: Sequence[str], overrides: Sequence[str]) ->
 
 
 def _in_lanes(
-    sources: Sources, config: AnalyzeConfig, display: Display, scratch: Path, place: Path
+    executor: Executor, items: Sequence[Item], config: AnalyzeConfig, display: Display, place: Path
 ) -> list[AdapterAnalysis]:
-    settings, items, run = sources.settings.sweep, sources.items, sources.items[0].run
-    scale, lanes = run.scale, min(settings.lanes, len(items))
-    kind = check_executor(settings, run)
-    with cluster(lanes * scale.workers, device=scale.device, gpu_share=scale.gpu_share):
-        executor = EXECUTORS[kind](scale, str(scratch / "ray"), lanes, settings.restarts, "analyze")
-        try:
-            with display.stage("start workers"):
-                executor.start()
-            with display.stage(f"analyse {len(items)} adapters"), display.watch(executor.broker):
-                return analyze_items(executor, items, config, place)
-        finally:
-            executor.close()
+    try:
+        with display.stage("start workers"):
+            executor.start()
+        with display.stage(f"analyse {len(items)} adapters"), display.watch(executor.broker):
+            return analyze_items(executor, items, config, place)
+    finally:
+        executor.close()
+
+
+def _track(sources: Sources, summary: SweepAnalysis, plots: Path, display: Display) -> None:
+    assert sources.tracker is not None
+    runs = {item.name: item.run_id for item in sources.items}
+    with display.stage("draw and track"), MlflowTracker(sources.tracker) as tracker:
+        track_analysis(tracker, summary, runs, plots)
+    flush_spool(sources.tracker)
 
 
 def _losses(path: Path) -> dict[str, float]:

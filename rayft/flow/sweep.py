@@ -83,9 +83,9 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
                         analysis = _analyze(plan, executor, found.trials)
             finally:
                 executor.close()
-        if analysis is not None:
-            with display.stage("report the analysis"):
-                record = _report_analysis(plan, record, analysis, display, tracker, parent)
+            if analysis is not None:
+                with display.stage("report the analysis"):
+                    record = _report_analysis(plan, record, analysis, display, tracker, parent)
         tracker.finish(parent, "finished")
     except BaseException:
         tracker.finish(parent, "failed")

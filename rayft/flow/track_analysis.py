@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import ray
 
 from rayft.analysis.landscape import Landscape
 from rayft.analysis.record import AdapterAnalysis, SweepAnalysis
@@ -15,7 +18,7 @@ __all__ = ["track_analysis"]
 
 
 def track_analysis(tracker: Tracker, analysis: SweepAnalysis, runs: Mapping[str, str], folder: Path) -> None:
-    """Record what was found of each adapter that has a run.
+    """Record what was found of each adapter that has a run; plots are drawn on all of a cluster's cores.
 
     Args:
         tracker: where to.
@@ -23,26 +26,37 @@ def track_analysis(tracker: Tracker, analysis: SweepAnalysis, runs: Mapping[str,
         runs: adapter → its run; empty where it has none.
         folder: for the files, which stay until they are sent.
     """
-    for one in analysis.adapters:
-        run = runs.get(one.name, "")
-        if not run:
-            continue
+    tracked = [one for one in analysis.adapters if runs.get(one.name, "")]
+    for one, files in zip(tracked, _drawn(tracked), strict=True):
+        run = runs[one.name]
         known = {f"analysis/{name}": value for name, value in one.measures.items() if math.isfinite(value)}
         tracker.metrics(run, known)
-        for path in _files(one, folder / one.name.replace("/", "-").replace(" ", "-")):
-            tracker.artifact(run, path, "analysis")
+        place = folder / one.name.replace("/", "-").replace(" ", "-")
+        place.mkdir(parents=True, exist_ok=True)
+        for name, content in {
+            "analysis.json": one.model_dump_json(indent=1).encode() + b"\n",
+            **files,
+        }.items():
+            (place / name).write_bytes(content)
+            tracker.artifact(run, place / name, "analysis")
 
 
-def _files(one: AdapterAnalysis, folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    data = folder / "analysis.json"
-    data.write_text(one.model_dump_json(indent=1) + "\n")
-    found = [data]
-    for kind, raw in one.landscapes.items():
-        landscape = Landscape.from_json(raw)
-        if len(landscape.coordinates[0]) == 1:
-            found.append(curve_plot({one.name: landscape}, one.name, folder / f"line-{kind}.png"))
-        else:
-            found.append(contour_plot(landscape, one.name, folder / f"landscape-{kind}.png"))
-            found.append(surface_plot(landscape, one.name, folder / f"surface-{kind}.png"))
-    return found
+def _drawn(adapters: Sequence[AdapterAnalysis]) -> Iterator[Mapping[str, bytes]]:
+    """Give each adapter's plots by their files' names."""
+    if not ray.is_initialized() or len(adapters) < 2:
+        return map(_draw, adapters)
+    draw = ray.remote(num_cpus=1)(_draw)
+    return map(ray.get, [draw.remote(one) for one in adapters])
+
+
+def _draw(one: AdapterAnalysis) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for kind, raw in one.landscapes.items():
+            landscape = Landscape.from_json(raw)
+            if len(landscape.coordinates[0]) == 1:
+                curve_plot({one.name: landscape}, one.name, folder / f"line-{kind}.png")
+            else:
+                contour_plot(landscape, one.name, folder / f"landscape-{kind}.png")
+                surface_plot(landscape, one.name, folder / f"surface-{kind}.png")
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
