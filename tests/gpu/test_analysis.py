@@ -39,8 +39,8 @@ def test_a_replayed_product_is_that_without_a_graph(llama, keep: bool) -> None:
         eager = HessianOperator(terms, parameters)
         size = eager.shape[0]
         vectors = torch.randn(size, 3, generator=generator("vectors"), dtype=torch.float64).cuda()
-        # First: a gradient that is kept has the parameters' nodes on the capture's stream, and PyTorch warns of
-        # whoever uses them on another.
+        # First: a gradient that is kept has the parameters' nodes on the capture's stream, and PyTorch warns
+        # of whoever uses them on another.
         expected = eager @ vectors
         assert float(expected.norm()) > 0
         replayed = ReplayedOperator(HessianOperator(terms, parameters, keep=keep))
