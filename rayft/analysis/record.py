@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any, Self
@@ -112,6 +113,14 @@ class Predictor(Record):
     spearman_low: float
     spearman_high: float
     """95 % intervals; NaN with fewer than six settings, or where too few resamples vary."""
+    partial: float = math.nan
+    partial_low: float = math.nan
+    partial_high: float = math.nan
+    """Spearman's partial correlation with the gap, the training loss held fixed."""
+    held_out: float = math.nan
+    held_out_low: float = math.nan
+    held_out_high: float = math.nan
+    """Spearman's with the held-out loss."""
     n: int
     groups: int
     """Runs that have the measure, and settings among them."""
@@ -124,6 +133,8 @@ class SweepAnalysis(Record):
     config: AnalyzeConfig
     adapters: tuple[AdapterAnalysis, ...] = ()
     predictors: tuple[Predictor, ...] = ()
+    chosen: tuple[Predictor, ...] = ()
+    """The same over each method's best setting alone: learning rates that nobody would keep are left out."""
     note: str = ""
     """Why there is no correlation."""
     angles: dict[str, tuple[float, ...]] = {}

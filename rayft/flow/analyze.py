@@ -12,7 +12,7 @@ import numpy as np
 import ray
 from pydantic import ValidationError
 
-from rayft.analysis.predict import Run, correlations
+from rayft.analysis.predict import LEAST, Run, correlations
 from rayft.analysis.record import PIECES, AdapterAnalysis, Predictor, SweepAnalysis
 from rayft.analysis.section import PARTS, AnalyzeConfig
 from rayft.analysis.spectral import principal_angles
@@ -118,19 +118,43 @@ def summarize(
     known = [
         one.model_copy(update={"measures": {**one.measures, **_own(losses.get(one.name))}}) for one in found
     ]
-    runs = [Run(one.group, one.gap.value, _candidates(one.measures)) for one in known if one.gap is not None]
+    runs = [
+        Run(one.group, one.gap.value, _candidates(one.measures), one.gap.train, one.gap.held_out)
+        for one in known
+        if one.gap is not None
+    ]
     note = ""
     predictors: list[Predictor] = []
+    chosen: list[Predictor] = []
     if "gap" in config.parts:
         try:
             predictors = correlations(runs, config.seed)
+            chosen = _among_chosen(runs, _best_settings(items, losses), config.seed)
         except ReportError as error:
             note = str(error)
     else:
         note = "the gap was not measured (analyze.parts has no gap), so nothing is correlated with it"
     return SweepAnalysis(
-        config=config, adapters=tuple(known), predictors=tuple(predictors), note=note, angles=_angles(items)
-    )
+        config=config, adapters=tuple(known), predictors=tuple(predictors), chosen=tuple(chosen), note=note,
+        angles=_angles(items),
+    )  # fmt: skip
+
+
+def _best_settings(items: Sequence[Item], losses: Mapping[str, float]) -> set[str]:
+    """Choose each method's setting with the least mean validation loss, as a sweep does."""
+    settings: dict[tuple[str, str], list[float]] = {}
+    for item in items:
+        settings.setdefault((item.run.method.name, item.group), []).append(losses.get(item.name, math.inf))
+    best: dict[str, tuple[float, str]] = {}
+    for (name, group), values in settings.items():
+        best[name] = min(best.get(name, (math.inf, group)), (sum(values) / len(values), group))
+    return {group for _, group in best.values()}
+
+
+def _among_chosen(runs: Sequence[Run], best: set[str], seed: int) -> list[Predictor]:
+    """Correlate among the best settings alone; nothing where these are all that there are, or too few."""
+    mine = [run for run in runs if run.group in best]
+    return correlations(mine, seed) if LEAST <= len(mine) < len(runs) else []
 
 
 def analyze_target(

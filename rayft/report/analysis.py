@@ -11,28 +11,38 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from rayft.analysis.record import AdapterAnalysis, SweepAnalysis
+from rayft.analysis.record import AdapterAnalysis, Predictor, SweepAnalysis
 from rayft.report.canvas import INK, SOFT, STYLE, canvas, legend, styles, svg, tip
 from rayft.report.drawing import Drawing
 from rayft.report.landscape_figures import landscape_figures
 
-__all__ = ["GapRow", "PredictorRow", "analysis_figures", "gap_rows", "predictor_rows", "predictor_words"]
+__all__ = [
+    "GapRow",
+    "PredictorRow",
+    "analysis_figures",
+    "chosen_words",
+    "gap_rows",
+    "predictor_rows",
+    "predictor_words",
+]
 
 MOST, TYPICAL = 7, 12
 """Adapters in one figure of curves, more colours can't be told apart; with one of each method, by markers."""
+NAMED = 4
+"""Predictors that a sentence names."""
 WORDS = {
     "parameters": "numbers stored",
     "bound_information_log10": "information bound (log10)",
     "bound_lipschitz_log10": "Lipschitz term (log10)",
     "bound_norm_log10": "norm bound of a layer (log10)",
-    "update_norm": "‖ΔW‖, all modules",
+    "update_norm": "‖ΔW‖ of all modules",
     "update_over_base": "‖ΔW‖ / ‖W0‖",
     "update_spectral_max": "largest ‖ΔW‖₂ of a module",
-    "update_nuclear": "nuclear norm, sum over modules",
-    "effective_rank_mean": "effective rank, mean",
-    "stable_rank_mean": "stable rank, mean",
-    "sam_sharpness": "sharpness, SAM's step",
-    "asam_sharpness": "sharpness, adaptive step",
+    "update_nuclear": "nuclear norm of all modules",
+    "effective_rank_mean": "mean effective rank",
+    "stable_rank_mean": "mean stable rank",
+    "sam_sharpness": "sharpness by SAM's step",
+    "asam_sharpness": "sharpness by the adaptive step",
     "hessian_trace": "trace of the Hessian",
     "val_loss": "validation loss",
 }
@@ -45,9 +55,15 @@ class PredictorRow:
     measure: str
     spearman: str
     kendall: str
+    partial: str
+    held_out: str
     n: int
     tells: bool
-    """Whether both intervals leave 0 out."""
+    """Whether both intervals with the gap leave 0 out."""
+    tells_more: bool
+    """Whether that at equal training loss does."""
+    tells_loss: bool
+    """Whether that with the held-out loss does."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +80,27 @@ class GapRow:
     missing: Mapping[str, str]
 
 
-def predictor_rows(analysis: SweepAnalysis) -> list[PredictorRow]:
-    """Give the predictors, the strongest first."""
+def predictor_rows(predictors: Sequence[Predictor]) -> list[PredictorRow]:
+    """Give their lines, in their order."""
     found = []
-    for one in analysis.predictors:
-        ends = [(one.spearman_low, one.spearman_high), (one.kendall_low, one.kendall_high)]
+    for one in predictors:
+        ends = {
+            name: (getattr(one, f"{name}_low"), getattr(one, f"{name}_high"))
+            for name in ("spearman", "kendall", "partial", "held_out")
+        }
+        tells = {name: low > 0 or high < 0 for name, (low, high) in ends.items()}
         found.append(
             PredictorRow(
-                measure=_words(one.measure),
-                spearman=_signed(one.spearman, *ends[0]),
-                kendall=_signed(one.kendall, *ends[1]),
-                n=one.n,
-                tells=all(low > 0 or high < 0 for low, high in ends),
+                measure=_words(one.measure), n=one.n,
+                spearman=_signed(one.spearman, *ends["spearman"]),
+                kendall=_signed(one.kendall, *ends["kendall"]),
+                partial=_signed(one.partial, *ends["partial"]),
+                held_out=_signed(one.held_out, *ends["held_out"]),
+                tells=tells["spearman"] and tells["kendall"],
+                tells_more=tells["partial"],
+                tells_loss=tells["held_out"],
             )
-        )
+        )  # fmt: skip
     return found
 
 
@@ -85,30 +108,48 @@ def predictor_words(analysis: SweepAnalysis) -> str:
     """Say in a sentence or two whether there is a gap, and whether anything predicts it."""
     gaps = [one.gap for one in analysis.adapters if one.gap is not None]
     apart = sum(gap.low > 0 or gap.high < 0 for gap in gaps)
-    found = _predicting(analysis)
+    if not analysis.predictors:
+        return analysis.note or "No measure varied between the runs, so none could predict anything."
+    found = _predicting(analysis.predictors)
     # So many leave 0 out by chance.
-    if analysis.predictors and apart <= round(0.05 * len(gaps)):
+    if apart <= round(0.05 * len(gaps)):
         which = f"Of {len(gaps)} gaps {apart or 'none'} can be told from 0"
         return f"{which}: what correlates here correlates mostly with the drawing of the examples. {found}"
     return found
 
 
-def _predicting(analysis: SweepAnalysis) -> str:
-    rows = predictor_rows(analysis)
-    if not rows:
-        return analysis.note or "No measure varied between the runs, so none could predict anything."
-    telling = [row.measure for row in rows if row.tells]
-    most = max(analysis.predictors, key=lambda one: one.n)
+def chosen_words(analysis: SweepAnalysis) -> str:
+    """Say what is left of it among each method's best setting; empty where nothing can be said."""
+    if not analysis.chosen or all(math.isnan(one.spearman_low) for one in analysis.chosen):
+        return ""
+    return _predicting(analysis.chosen)
+
+
+def _predicting(predictors: Sequence[Predictor]) -> str:
+    rows = predictor_rows(predictors)
+    most = max(predictors, key=lambda one: one.n)
     over = f"over {most.n} runs of {most.groups} settings"
-    if all(math.isnan(one.spearman_low) for one in analysis.predictors):
+    if all(math.isnan(one.spearman_low) for one in predictors):
         return (
-            f"{over[0].upper()}{over[1:]} no interval can be given, which takes six settings: nothing can be "
-            "said to predict the gap."
+            f"{over.capitalize()} no interval can be given, which takes six settings: nothing can be said to "
+            "predict the gap."
         )
+    telling = [row.measure for row in rows if row.tells]
     if not telling:
         return f"None of {len(rows)} measures was seen to predict the generalisation gap {over}."
     chance = f"of {len(rows)} measures about {max(1, round(0.05 * len(rows)))} would by chance"
-    return f"{over[0].upper()}{over[1:]} these go with the gap: {', '.join(telling)} ({chance})."
+    found = f"{over.capitalize()} these go with the gap: {_listed(telling)} ({chance})"
+    if all(math.isnan(one.held_out) for one in predictors):
+        return f"{found}."
+    more = _listed([row.measure for row in rows if row.tells_more])
+    loss = _listed([row.measure for row in rows if row.tells_loss])
+    return f"{found}; at equal training loss: {more}; with the held-out loss itself: {loss}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Name a few, the strongest."""
+    more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
+    return ", ".join([*names[:NAMED], *more]) or "none"
 
 
 def gap_rows(analysis: SweepAnalysis) -> list[GapRow]:
@@ -321,6 +362,8 @@ def _words(measure: str) -> str:
 
 
 def _signed(value: float, low: float, high: float, digits: int = 2) -> str:
+    if math.isnan(value):
+        return "–"
     # Adding 0 makes −0 a 0.
     one, *ends = (f"{round(number, digits) + 0.0:+.{digits}f}" for number in (value, low, high))
     text = f"{one} [{', '.join(ends)}]" if math.isfinite(low) else one

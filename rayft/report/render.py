@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import leaves
-from rayft.report.analysis import analysis_figures, gap_rows, predictor_rows, predictor_words
+from rayft.report.analysis import analysis_figures, chosen_words, gap_rows, predictor_rows, predictor_words
 from rayft.report.drawing import Drawing
 from rayft.report.figures import draw_all
 from rayft.report.frame import SweepRecord, Trial
@@ -83,11 +83,14 @@ def _typical(record: SweepRecord) -> list[str]:
 def _analysis(analysis: SweepAnalysis | None, typical: Sequence[str]) -> dict[str, Any]:
     """Give what the page shows of an analysis; nothing of it where there is none."""
     if analysis is None:
-        return {"gaps": [], "predictors": [], "predicts": "", "analysis_figures": [], "analysed": {}}
+        return {"gaps": [], "predictors": [], "predicts": "", "chosen": [], "chosen_predicts": "",
+                "analysis_figures": [], "analysed": {}}  # fmt: skip
     return {
         "gaps": gap_rows(analysis),
-        "predictors": predictor_rows(analysis),
+        "predictors": predictor_rows(analysis.predictors),
+        "chosen": predictor_rows(analysis.chosen),
         "predicts": predictor_words(analysis),
+        "chosen_predicts": chosen_words(analysis),
         "analysis_figures": [_markup(drawing) for drawing in analysis_figures(analysis, typical)],
         "analysed": leaves(analysis.config),
     }

@@ -7,7 +7,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from rayft.analysis.record import SweepAnalysis
-from rayft.report.analysis import gap_rows, predictor_rows, predictor_words
+from rayft.report.analysis import chosen_words, gap_rows, predictor_rows, predictor_words
 from rayft.report.canvas import short
 from rayft.report.frame import SweepRecord
 from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, row_names, rows
@@ -82,14 +82,17 @@ def analysis_tables(analysis: SweepAnalysis) -> list[Table]:
         gaps.add_row(Text(short(row.name, 26)), *map(Text, cells))
     found = [gaps]
     if analysis.predictors:
-        title = Text(predictor_words(analysis))
+        chosen = chosen_words(analysis)
+        title = Text(
+            predictor_words(analysis) + (f" Each method at its best setting: {chosen}" if chosen else "")
+        )
         table = Table(
             "measure", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
             pad_edge=False, show_edge=False,
         )  # fmt: skip
         for header in ("Spearman [95 %]", "Kendall [95 %]", "runs"):
             table.add_column(Text(header), justify="right", no_wrap=True)
-        for one in predictor_rows(analysis):
+        for one in predictor_rows(analysis.predictors):
             table.add_row(Text(one.measure), Text(one.spearman), Text(one.kendall), str(one.n))
         found.append(table)
     return found

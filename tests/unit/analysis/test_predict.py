@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import kendalltau, pearsonr, rankdata, spearmanr
 
+from rayft.analysis import predict
 from rayft.analysis.predict import Run, correlations
 from rayft.errors import ReportError
 
@@ -41,6 +43,70 @@ def test_against_counting_pairs_and_squared_rank_differences() -> None:
     assert found.kendall == pytest.approx(np.mean(signs))
     ranks = [values.argsort().argsort() for values in (x, y)]
     assert found.spearman == pytest.approx(1 - 6 * np.sum((ranks[0] - ranks[1]) ** 2) / (9 * 80))
+
+
+def test_with_ties_it_is_what_scipy_gives() -> None:
+    draw = np.random.default_rng(4)
+    x, y, held = draw.integers(0, 4, 30), draw.integers(0, 5, 30), draw.integers(0, 6, 30)
+    given = [
+        Run(str(i), float(y[i]), {"m": float(x[i])}, float(held[i] - y[i]), float(held[i])) for i in range(30)
+    ]
+    (found,) = correlations(given)
+    assert found.kendall == pytest.approx(kendalltau(x, y).statistic)
+    assert found.spearman == pytest.approx(spearmanr(x, y).statistic)
+    assert found.held_out == pytest.approx(spearmanr(x, held).statistic)
+    # A partial correlation is that of what a regression on the third leaves of the other two.
+    ranks = [rankdata(each) for each in (x, y, held - y)]
+    rest = [each - np.polyval(np.polyfit(ranks[2], each, 1), ranks[2]) for each in ranks[:2]]
+    assert found.partial == pytest.approx(pearsonr(*rest).statistic)
+    ends = [
+        (found.kendall_low, found.kendall, found.kendall_high),
+        (found.partial_low, found.partial, found.partial_high),
+        (found.held_out_low, found.held_out, found.held_out_high),
+    ]
+    assert all(low < value < high for low, value, high in ends)
+
+
+def test_intervals_are_quantiles_over_resamples_of_any_length() -> None:
+    draw = np.random.default_rng(6)
+    # Settings of one, two and three seeds: resamples differ in length.
+    groups = [str(group) for group in range(9) for _ in range(1 + group % 3)]
+    x, y = draw.normal(size=(2, len(groups)))
+    given = [Run(group, gap, {"m": value}) for group, gap, value in zip(groups, y, x, strict=True)]
+    (found,) = correlations(given)
+    members = [np.flatnonzero(np.array(groups) == group) for group in dict.fromkeys(groups)]
+    drawn = []
+    for _ in range(2000):
+        rows = np.concatenate([members[i] for i in draw.integers(0, 9, 9)])
+        drawn.append((kendalltau(x[rows], y[rows]).statistic, spearmanr(x[rows], y[rows]).statistic))
+    ends = np.quantile(drawn, [0.025, 0.975], axis=0).T
+    assert (found.kendall_low, found.kendall_high) == pytest.approx(ends[0], abs=0.05)
+    assert (found.spearman_low, found.spearman_high) == pytest.approx(ends[1], abs=0.05)
+    assert math.isnan(found.partial)
+    assert math.isnan(found.held_out_low)
+
+
+def test_many_runs_are_compared_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(8)
+    gaps = draw.normal(size=12)
+    given = runs([*gaps], m=[*(gaps + draw.normal(size=12))])
+    whole = correlations(given)[0].model_dump()
+    monkeypatch.setattr(predict, "AT_ONCE", 500)
+    assert correlations(given)[0].model_dump() == pytest.approx(whole, nan_ok=True)
+
+
+def test_what_follows_the_training_loss_alone_says_nothing_beyond_it() -> None:
+    draw = np.random.default_rng(9)
+    further = draw.normal(size=60)
+    held = draw.normal(size=60) / 4
+    given = [
+        Run(str(i), held[i] + further[i], {"norm": further[i] + draw.normal() / 10}, -further[i], held[i])
+        for i in range(60)
+    ]
+    (found,) = correlations(given)
+    assert found.spearman_low > 0.8
+    assert found.partial_low < 0 < found.partial_high
+    assert found.held_out_low < 0 < found.held_out_high
 
 
 def test_few_settings_give_no_interval_however_perfect_their_order() -> None:

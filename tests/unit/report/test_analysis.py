@@ -18,7 +18,7 @@ from rayft.analysis.record import (
     SweepAnalysis,
 )
 from rayft.analysis.section import AnalyzeConfig
-from rayft.report.analysis import analysis_figures, gap_rows, predictor_rows, predictor_words
+from rayft.report.analysis import analysis_figures, chosen_words, gap_rows, predictor_rows, predictor_words
 from rayft.report.render import html
 from rayft.report.terminal import analysis_tables
 from tests.unit.report.example import example
@@ -86,10 +86,39 @@ def analysis() -> SweepAnalysis:
     )
 
 
+def test_what_a_measure_is_worth_beyond_the_training_loss_is_told(analysis: SweepAnalysis) -> None:
+    def with_more(one: Predictor, partial: float, held_out: float) -> Predictor:
+        known = {"partial": partial, "held_out": held_out}
+        ends = {f"{name}_{end}": value + step for name, value in known.items()
+                for end, step in (("low", -0.2), ("high", 0.2))}  # fmt: skip
+        return one.model_copy(update=known | ends)
+
+    first, second = analysis.predictors
+    chosen = (with_more(first, 0.1, math.nan), with_more(second, 0.6, -0.5))
+    assert not chosen_words(analysis)
+    told = analysis.model_copy(update={"chosen": chosen})
+    assert chosen_words(told).endswith(
+        "; at equal training loss: information bound (log10); with the held-out loss itself: information "
+        "bound (log10)."
+    )
+    rows = predictor_rows(chosen)
+    assert [(row.partial, row.held_out) for row in rows] == [
+        ("+0.10 [−0.10, +0.30]", "–"), ("+0.60 [+0.40, +0.80]", "−0.50 [−0.70, −0.30]"),
+    ]  # fmt: skip
+    page = html(example(), told)
+    for wanted in ("Each method at its best setting", "−0.50 [−0.70, −0.30]", "ρ at equal training loss"):
+        assert wanted in page
+    assert "Each method at its best setting" not in html(example(), analysis)
+    many = [with_more(predictor(f"measure_{n}", 0.9, 0.1), 0.1, 0.1) for n in range(6)]
+    words = predictor_words(analysis.model_copy(update={"predictors": tuple(many)}))
+    assert "measure 3, and 2 more (of 6" in words
+    assert words.endswith("at equal training loss: none; with the held-out loss itself: none.")
+
+
 def test_what_tells_is_told_and_with_how_many_tries(analysis: SweepAnalysis) -> None:
     words = predictor_words(analysis)
     assert words.startswith(
-        "Over 6 runs of 3 settings these go with the gap: ‖ΔW‖, all modules (of 2 measures"
+        "Over 6 runs of 3 settings these go with the gap: ‖ΔW‖ of all modules (of 2 measures"
     )
     assert words.endswith("about 1 would by chance).")
     none = analysis.model_copy(update={"predictors": analysis.predictors[1:]})
@@ -104,10 +133,10 @@ def test_what_tells_is_told_and_with_how_many_tries(analysis: SweepAnalysis) -> 
     assert noise.endswith(words)
     empty = analysis.model_copy(update={"predictors": (), "note": "a correlation needs 3 finished runs"})
     assert predictor_words(empty) == "a correlation needs 3 finished runs"
-    assert [row.tells for row in predictor_rows(analysis)] == [True, False]
+    assert [row.tells for row in predictor_rows(analysis.predictors)] == [True, False]
     few = analysis.model_copy(update={"predictors": (predictor("update_norm", 1.0, math.nan),)})
     assert "no interval can be given, which takes six settings" in predictor_words(few)
-    assert [(row.tells, row.spearman) for row in predictor_rows(few)] == [(False, "+1.00")]
+    assert [(row.tells, row.spearman) for row in predictor_rows(few.predictors)] == [(False, "+1.00")]
 
 
 def test_the_page_has_it_all_and_stays_whole(analysis: SweepAnalysis) -> None:
@@ -115,7 +144,7 @@ def test_the_page_has_it_all_and_stays_whole(analysis: SweepAnalysis) -> None:
     assert page.open == []
     assert page.outside == []
     assert len(page.ids) == len(set(page.ids))
-    for wanted in ("Generalisation", "‖ΔW‖, all modules", "+0.90 [+0.70, +1.10]", "curvlinops <is> missing",
+    for wanted in ("Generalisation", "‖ΔW‖ of all modules", "+0.90 [+0.70, +1.10]", "curvlinops <is> missing",
                    "Loss landscapes", "Intruder dimensions", "c-s1"):  # fmt: skip
         assert wanted in page.text
     assert "Generalisation" not in Page(html(example())).text
@@ -213,5 +242,5 @@ def height(svg: str) -> float:
 
 def test_a_zero_has_no_minus(analysis: SweepAnalysis) -> None:
     nearly = analysis.predictors[0].model_copy(update={"spearman": -0.001, "spearman_low": -0.2})
-    rows = predictor_rows(analysis.model_copy(update={"predictors": (nearly,)}))
+    rows = predictor_rows([nearly])
     assert rows[0].spearman.startswith("+0.00 [−0.20, ")
