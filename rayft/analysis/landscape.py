@@ -68,6 +68,12 @@ class Landscape:
     explained: tuple[float, ...] = ()
     """Share of a trajectory's variance that each direction explains."""
 
+    @property
+    def rise(self) -> float:
+        """How far the mean loss of all points is above that at the adapter, the point next to 0; in nats."""
+        centre = min(range(len(self.losses)), key=lambda point: math.hypot(*self.coordinates[point]))
+        return sum(self.losses) / len(self.losses) - self.losses[centre]
+
     def to_json(self) -> dict[str, Any]:
         """Give plain JSON data; `from_json` gives exactly this landscape back."""
         # JSON has no NaN and no infinity, which far points of 16-bit models come to.

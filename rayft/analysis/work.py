@@ -285,13 +285,14 @@ class _Job:
             "random", self._random(1), landscape.grid_1d(self.config.grid, self.config.reach)
         )
         update = self._measure("update", [self.modules], landscape.grid_1d(self.config.grid, 1.0))
-        return _Found({}, {"landscapes": {"line": random.to_json(), "update": update.to_json()}})
+        curves = {"line": random.to_json(), "update": update.to_json()}
+        return _Found({"line_rise": random.rise}, {"landscapes": curves})
 
     def landscape(self) -> _Found:
         """Evaluate the plane of two random directions."""
         points = landscape.grid_2d(self.config.grid, self.config.reach)
         found = self._measure("random", self._random(2), points)
-        return _Found({}, {"landscapes": {"random": found.to_json()}})
+        return _Found({"landscape_rise": found.rise}, {"landscapes": {"random": found.to_json()}})
 
     def _random(self, count: int) -> list[Direction]:
         modules, norm = self.modules, self.config.directions

@@ -15,6 +15,7 @@ from rayft.analysis.record import AdapterAnalysis, Predictor, SweepAnalysis
 from rayft.report.canvas import INK, SOFT, STYLE, canvas, legend, styles, svg, tip
 from rayft.report.drawing import Drawing
 from rayft.report.landscape_figures import landscape_figures
+from rayft.report.rows import signed_text
 
 __all__ = [
     "GapRow",
@@ -44,6 +45,8 @@ WORDS = {
     "sam_sharpness": "sharpness by SAM's step",
     "asam_sharpness": "sharpness by the adaptive step",
     "hessian_trace": "trace of the Hessian",
+    "line_rise": "mean rise of the loss along a line",
+    "landscape_rise": "mean rise of the loss in a plane",
     "val_loss": "validation loss",
 }
 
@@ -92,10 +95,10 @@ def predictor_rows(predictors: Sequence[Predictor]) -> list[PredictorRow]:
         found.append(
             PredictorRow(
                 measure=_words(one.measure), n=one.n,
-                spearman=_signed(one.spearman, *ends["spearman"]),
-                kendall=_signed(one.kendall, *ends["kendall"]),
-                partial=_signed(one.partial, *ends["partial"]),
-                held_out=_signed(one.held_out, *ends["held_out"]),
+                spearman=signed_text(one.spearman, *ends["spearman"]),
+                kendall=signed_text(one.kendall, *ends["kendall"]),
+                partial=signed_text(one.partial, *ends["partial"]),
+                held_out=signed_text(one.held_out, *ends["held_out"]),
                 tells=tells["spearman"] and tells["kendall"],
                 tells_more=tells["partial"],
                 tells_loss=tells["held_out"],
@@ -160,7 +163,7 @@ def gap_rows(analysis: SweepAnalysis) -> list[GapRow]:
             name=one.name,
             train=f"{one.gap.train:.3f}" if one.gap else "–",
             held_out=f"{one.gap.held_out:.3f}" if one.gap else "–",
-            gap=_signed(one.gap.value, one.gap.low, one.gap.high, 3) if one.gap else "–",
+            gap=signed_text(one.gap.value, one.gap.low, one.gap.high, 3) if one.gap else "–",
             sharpness=_number(one.measures.get("sam_sharpness")),
             norm=_number(one.measures.get("update_norm")),
             effective_rank=_number(one.measures.get("effective_rank_mean")),
@@ -215,7 +218,7 @@ def _gaps(analysis: SweepAnalysis) -> Drawing | None:
     axes.axhline(0, color=SOFT, linewidth=1)
     axes.set_xlabel(_words(best.measure))
     axes.set_ylabel("gap: held-out less training loss")
-    told = f"Spearman {_signed(best.spearman, best.spearman_low, best.spearman_high)}"
+    told = f"Spearman {signed_text(best.spearman, best.spearman_low, best.spearman_high)}"
     return Drawing(
         key="gaps",
         title="The strongest predictor",
@@ -359,15 +362,6 @@ def _words(measure: str) -> str:
     if measure.startswith("hessian_eigenvalue_"):
         return f"Hessian eigenvalue {measure.rpartition('_')[2]}"
     return WORDS.get(measure, measure.replace("_", " "))
-
-
-def _signed(value: float, low: float, high: float, digits: int = 2) -> str:
-    if math.isnan(value):
-        return "–"
-    # Adding 0 makes −0 a 0.
-    one, *ends = (f"{round(number, digits) + 0.0:+.{digits}f}" for number in (value, low, high))
-    text = f"{one} [{', '.join(ends)}]" if math.isfinite(low) else one
-    return text.replace("-", "−")
 
 
 def _number(value: float | None) -> str:

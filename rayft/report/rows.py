@@ -9,7 +9,17 @@ from typing import Literal
 
 from rayft.report.frame import Score, SweepRecord, Trial
 
-__all__ = ["Row", "human_bytes", "human_count", "human_seconds", "loss_text", "pareto", "row_names", "rows"]
+__all__ = [
+    "Row",
+    "human_bytes",
+    "human_count",
+    "human_seconds",
+    "loss_text",
+    "pareto",
+    "row_names",
+    "rows",
+    "signed_text",
+]
 
 
 @dataclass(frozen=True)
@@ -131,3 +141,13 @@ def loss_text(loss: float | None) -> str:
     if loss is None:
         return "–"
     return f"{loss:.3f}" if math.isfinite(loss) else "diverged"
+
+
+def signed_text(value: float, low: float, high: float, digits: int = 2) -> str:
+    """Write a number with its interval and signs: +0.39 [+0.32, +0.46]; `–` for NaN, no interval of NaN."""
+    if math.isnan(value):
+        return "–"
+    # Adding 0 makes −0 a 0.
+    one, *ends = (f"{round(number, digits) + 0.0:+.{digits}f}" for number in (value, low, high))
+    text = f"{one} [{', '.join(ends)}]" if math.isfinite(low) else one
+    return text.replace("-", "−")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rayft.report.frame import Comparison, Score, SweepRecord
-from rayft.report.rows import Row, human_bytes, rows
+from rayft.report.rows import Row, human_bytes, rows, signed_text
 
 __all__ = ["difference_text", "methods_words", "score_text", "verdict"]
 
@@ -17,7 +17,7 @@ def score_text(score: Score | None, digits: int = 2) -> str:
 
 def difference_text(difference: Score) -> str:
     """Write a difference with its interval and signs: +0.39 [+0.32, +0.46]."""
-    return f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]".replace("-", "−")
+    return signed_text(difference.value, difference.low, difference.high)
 
 
 def methods_words(record: SweepRecord) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -334,6 +335,16 @@ def surface(**values) -> Landscape:
         "explained": (0.7, 0.2),
     }
     return Landscape(**{**plain, **values})
+
+
+@pytest.mark.parametrize("side", [5, 6])
+def test_the_rise_is_over_the_adapter(side: int) -> None:
+    points = [tuple(point) for point in grid_2d(side, 1.0).tolist()]
+    bowl = surface(coordinates=tuple(points), losses=tuple(2.0 + x * x + 3 * y * y for x, y in points))
+    axis = np.linspace(-1, 1, side)
+    lowest = 0.0 if side == 5 else 4 * 0.2**2
+    assert bowl.rise == pytest.approx(4 * np.mean(axis**2) - lowest)
+    assert surface(losses=(1.0, math.inf)).rise == math.inf
 
 
 def test_json_gives_back_exactly_what_was_saved() -> None:

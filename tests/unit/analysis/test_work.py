@@ -78,6 +78,8 @@ def test_every_part_gives_what_it_is_for(found: AdapterAnalysis, session: Sessio
     assert 0 < found.intruders.shares[-1] <= 1
     assert len(found.intruders.modules) == 3
     assert found.measures["sam_sharpness"] > 0
+    for name, kind in (("line_rise", "line"), ("landscape_rise", "random")):
+        assert found.measures[name] == Landscape.from_json(found.landscapes[kind]).rise
     assert found.median_spectrum[0] == 1.0
 
 

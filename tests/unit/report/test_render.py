@@ -206,6 +206,10 @@ def test_thirty_trials_fit() -> None:
     )
     looks = re.findall(r"<text[^>]*>(m\d+)</text>", draw_all(record)[1].svg)
     assert sorted(looks) == sorted(f"m{i}" for i in range(11))
+    page = html(record)
+    assert "<summary>All 30 trials</summary>" in page
+    assert page.count("<details") == page.count("</details>")
+    assert "<summary>All" not in html(example())
 
 
 def test_render_writes_the_file(tmp_path: Path) -> None:

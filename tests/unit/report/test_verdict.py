@@ -82,6 +82,7 @@ def test_texts() -> None:
     assert score_text(None) == "–"
     assert score_text(score(0.5, 100)) == "0.50 [0.40, 0.60]"
     assert difference_text(Score(value=-0.1, low=-0.2, high=0.0, n=3)) == "−0.10 [−0.20, +0.00]"
+    assert difference_text(Score(value=-0.001, low=-0.2, high=-0.004, n=3)) == "+0.00 [−0.20, +0.00]"
 
 
 def against_lora(method: str, low: float, high: float) -> MethodScore:
