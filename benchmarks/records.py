@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study import study_chains_table, study_methods_table, study_predictors_table
 from rayft.tracking.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
@@ -317,8 +318,11 @@ TABLES = {
     "methods_quality": methods_quality_table,
     "squeeze": squeeze_table,
     "squeeze_quality": squeeze_quality_table,
+    "study_methods": study_methods_table,
+    "study_predictors": study_predictors_table,
+    "study_chains": study_chains_table,
 }
-PAGES = ("README.md", "docs/squeezing.md", "docs/serving.md")
+PAGES = ("README.md", "docs/squeezing.md", "docs/serving.md", "docs/study/README.md")
 """Where tables are, between their markers."""
 
 

@@ -10,6 +10,7 @@ from scipy.stats import kendalltau, pearsonr, rankdata, spearmanr
 from rayft.analysis import predict
 from rayft.analysis.predict import Run, correlations
 from rayft.errors import ReportError
+from rayft.numerics import derive_seed
 
 
 def runs(gaps: list[float], groups: int | None = None, **measures: list[float]) -> list[Run]:
@@ -75,13 +76,13 @@ def test_intervals_are_quantiles_over_resamples_of_any_length() -> None:
     given = [Run(group, gap, {"m": value}) for group, gap, value in zip(groups, y, x, strict=True)]
     (found,) = correlations(given)
     members = [np.flatnonzero(np.array(groups) == group) for group in dict.fromkeys(groups)]
-    drawn = []
-    for _ in range(2000):
-        rows = np.concatenate([members[i] for i in draw.integers(0, 9, 9)])
+    rng, drawn = np.random.default_rng(derive_seed("correlate", "m", 0)), []
+    for _ in range(predict.RESAMPLES):
+        rows = np.concatenate([members[i] for i in rng.integers(0, 9, 9)])
         drawn.append((kendalltau(x[rows], y[rows]).statistic, spearmanr(x[rows], y[rows]).statistic))
     ends = np.quantile(drawn, [0.025, 0.975], axis=0).T
-    assert (found.kendall_low, found.kendall_high) == pytest.approx(ends[0], abs=0.05)
-    assert (found.spearman_low, found.spearman_high) == pytest.approx(ends[1], abs=0.05)
+    assert (found.kendall_low, found.kendall_high) == pytest.approx(ends[0])
+    assert (found.spearman_low, found.spearman_high) == pytest.approx(ends[1])
     assert math.isnan(found.partial)
     assert math.isnan(found.held_out_low)
 

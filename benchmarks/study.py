@@ -1,0 +1,144 @@
+"""Tables of the study's page, made of the data beside it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rayft.analysis.record import AdapterAnalysis, Predictor, SweepAnalysis
+from rayft.report.analysis import WORDS
+from rayft.report.frame import SweepRecord
+from rayft.report.rows import signed_text
+from rayft.report.verdict import difference_text, score_text
+
+STUDY = Path(__file__).parents[1] / "docs" / "study"
+BESIDE = (
+    ("update_norm", 1), ("gap", 2), ("landscape_rise", 2), ("sam_sharpness", 3), ("hessian_trace", 0),
+    ("intruder_share_below_0.9", 3),
+)  # fmt: skip
+"""What chains are compared by, and digits."""
+SHOWN = (
+    "bound_information_log10", "bound_lipschitz_log10", "bound_norm_log10", "update_norm",
+    "intruder_share_below_0.9", "effective_rank_mean", "stable_rank_mean", "landscape_rise", "line_rise",
+    "sam_sharpness", "asam_sharpness", "hessian_eigenvalue_1", "hessian_trace", "parameters", "val_loss",
+)  # fmt: skip
+NAMES = {"hessian_eigenvalue_1": "largest eigenvalue of the Hessian", "intruder_share_below_0.9": "intruders"}
+CHAINS = (("cola", "lora"), ("rac", "asym"), ("c3la", "cla"), ("rc3la", "rcla"))
+"""A chain, and one link of it."""
+
+
+def read(name: str, folder: Path = STUDY) -> Any:
+    """Read a file of the study."""
+    return json.loads(gzip.decompress((folder / f"{name}.json.gz").read_bytes()))
+
+
+def study_methods_table() -> str:
+    """Each method at its best setting: scores, losses, and what was measured of its adapters."""
+    record, analysis = (
+        SweepRecord.model_validate(read("sweep")),
+        SweepAnalysis.model_validate(read("analysis")),
+    )
+    found = {one.name: one for one in analysis.adapters}
+    lines = []
+    for row in sorted(record.methods, key=lambda row: -(row.test.value if row.test else 0.0)):
+        mine = [found[name] for name in row.trials]
+        lines.append(
+            [
+                row.settings,
+                score_text(row.test),
+                difference_text(row.difference) if row.difference else "",
+                *(_mean((one.gap.train if one.gap else math.nan for one in mine), 2),
+                  _mean((one.gap.held_out if one.gap else math.nan for one in mine), 2)),
+                *(_mean((one.measures.get(name, math.nan) for one in mine), digits)
+                  for name, digits in (("gap", 2), ("update_norm", 1), ("intruder_share_below_0.9", 3),
+                                       ("landscape_rise", 2), ("sam_sharpness", 3), ("hessian_trace", 0))),
+            ]
+        )  # fmt: skip
+    heads = (
+        "setting", "test score", "less lora's", "training loss", "held-out loss", "gap", "‖ΔW‖", "intruders",
+        "rise in a plane", "SAM", "Hessian's trace",
+    )  # fmt: skip
+    return _table(heads, lines)
+
+
+def study_predictors_table() -> str:
+    """What goes with the gap: over all runs, among best settings, at equal training loss; the other task."""
+    analysis = SweepAnalysis.model_validate(read("analysis"))
+    other = SweepAnalysis.model_validate(read("analysis", STUDY / "number_format"))
+    every, chosen, second = (
+        {one.measure: one for one in predictors}
+        for predictors in (analysis.predictors, analysis.chosen, other.predictors)
+    )
+    lines = []
+    for name in sorted(SHOWN, key=lambda name: -abs(every[name].spearman)):
+        lines.append(
+            [
+                NAMES.get(name) or WORDS.get(name, name),
+                _of(every, name, "spearman"), _of(chosen, name, "spearman"), _of(chosen, name, "partial"),
+                _of(chosen, name, "held_out"), _of(second, name, "spearman"),
+            ]
+        )  # fmt: skip
+    heads = (
+        f"Spearman's ρ with the gap, {_runs(every)}", f"best settings, {_runs(chosen)}",
+        "these at equal training loss", "these with the held-out loss", f"number_format, {_runs(second)}",
+    )  # fmt: skip
+    return _table(("measure", *heads), lines)
+
+
+def study_chains_table() -> str:
+    """Chains beside one link of them, where both were trained at a learning rate: means of three seeds."""
+    record, analysis = (
+        SweepRecord.model_validate(read("sweep")),
+        SweepAnalysis.model_validate(read("analysis")),
+    )
+    groups: dict[tuple[str, float], list[AdapterAnalysis]] = {}
+    trials = {trial.id: trial for trial in record.trials}
+    for one in analysis.adapters:
+        trial = trials[one.name]
+        groups.setdefault((trial.method, trial.lr), []).append(one)
+    lines = []
+    for chain, link in CHAINS:
+        for rate in sorted(lr for method, lr in groups if method == chain and (link, lr) in groups):
+            pair = (groups[chain, rate], groups[link, rate])
+            lines.append([f"{chain} / {link}", f"{rate:g}", *(_pair(pair, *each) for each in BESIDE)])
+    heads = (
+        "chain / link",
+        "learning rate",
+        "‖ΔW‖",
+        "gap",
+        "rise in a plane",
+        "SAM",
+        "Hessian's trace",
+        "intruders",
+    )
+    return _table(heads, lines)
+
+
+def _pair(pair: Sequence[Sequence[AdapterAnalysis]], name: str, digits: int) -> str:
+    return " / ".join(_mean((one.measures.get(name, math.nan) for one in each), digits) for each in pair)
+
+
+def _of(predictors: Mapping[str, Predictor], name: str, what: str) -> str:
+    if name not in predictors:
+        return ""
+    one = predictors[name]
+    return signed_text(*(getattr(one, f"{what}{end}") for end in ("", "_low", "_high")))
+
+
+def _runs(predictors: Mapping[str, Predictor]) -> str:
+    return f"{max(one.n for one in predictors.values())} runs"
+
+
+def _mean(values: Iterable[float], digits: int) -> str:
+    known = [*values]
+    return f"{statistics.mean(known):.{digits}f}" if all(map(math.isfinite, known)) else ""
+
+
+def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
