@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +106,7 @@ def summarize(
     found: Sequence[AdapterAnalysis],
     config: AnalyzeConfig,
     losses: Mapping[str, float],
+    chosen: Collection[str] = (),
 ) -> SweepAnalysis:
     """Correlate all measures with the gap, and compare adapters with each other.
 
@@ -114,47 +115,38 @@ def summarize(
         found: what came out, in the same order.
         config: what was asked for.
         losses: name → validation loss, a measure as any other.
+        chosen: names of each method's trials at its best setting, which are correlated alone as well.
     """
     known = [
         one.model_copy(update={"measures": {**one.measures, **_own(losses.get(one.name))}}) for one in found
     ]
-    runs = [
-        Run(one.group, one.gap.value, _candidates(one.measures), one.gap.train, one.gap.held_out)
+    runs = {
+        one.name: Run(one.group, one.gap.value, _candidates(one.measures), one.gap.train, one.gap.held_out)
         for one in known
         if one.gap is not None
-    ]
+    }
+    best = [run for name, run in runs.items() if name in chosen]
     note = ""
     predictors: list[Predictor] = []
-    chosen: list[Predictor] = []
+    among_best: list[Predictor] = []
     if "gap" in config.parts:
         try:
-            predictors = correlations(runs, config.seed)
-            chosen = _among_chosen(runs, _best_settings(items, losses), config.seed)
+            predictors = correlations([*runs.values()], config.seed)
+            # Where these are all that there are the same would stand there twice.
+            among_best = _among(best, config.seed) if len(best) < len(runs) else []
         except ReportError as error:
             note = str(error)
     else:
         note = "the gap was not measured (analyze.parts has no gap), so nothing is correlated with it"
     return SweepAnalysis(
-        config=config, adapters=tuple(known), predictors=tuple(predictors), chosen=tuple(chosen), note=note,
-        angles=_angles(items),
+        config=config, adapters=tuple(known), predictors=tuple(predictors), chosen=tuple(among_best),
+        note=note, angles=_angles(items),
     )  # fmt: skip
 
 
-def _best_settings(items: Sequence[Item], losses: Mapping[str, float]) -> set[str]:
-    """Choose each method's setting with the least mean validation loss, as a sweep does."""
-    settings: dict[tuple[str, str], list[float]] = {}
-    for item in items:
-        settings.setdefault((item.run.method.name, item.group), []).append(losses.get(item.name, math.inf))
-    best: dict[str, tuple[float, str]] = {}
-    for (name, group), values in settings.items():
-        best[name] = min(best.get(name, (math.inf, group)), (sum(values) / len(values), group))
-    return {group for _, group in best.values()}
-
-
-def _among_chosen(runs: Sequence[Run], best: set[str], seed: int) -> list[Predictor]:
-    """Correlate among the best settings alone; nothing where these are all that there are, or too few."""
-    mine = [run for run in runs if run.group in best]
-    return correlations(mine, seed) if LEAST <= len(mine) < len(runs) else []
+def _among(runs: Sequence[Run], seed: int) -> list[Predictor]:
+    """Correlate, or give nothing where there are too few."""
+    return correlations(runs, seed) if len(runs) >= LEAST else []
 
 
 def analyze_target(
@@ -198,7 +190,7 @@ def analyze_target(
             executor = EXECUTORS[kind](scale, str(Path(scratch) / "ray"), lanes, restarts, "analyze")
             found = _in_lanes(executor, sources.items, wanted, display, place)
             found, wanted = completed(found, wanted, earlier)
-            summary = summarize(sources.items, found, wanted, _losses(Path(target)))
+            summary = summarize(sources.items, found, wanted, *_known(Path(target)))
             summary.save(place)
             if sources.tracker is not None:
                 _track(sources, summary, place / "plots", display)
@@ -242,11 +234,13 @@ def _track(sources: Sources, summary: SweepAnalysis, plots: Path, display: Displ
     flush_spool(sources.tracker)
 
 
-def _losses(path: Path) -> dict[str, float]:
+def _known(path: Path) -> tuple[dict[str, float], set[str]]:
+    """Give a sweep's validation losses, and the trials of each method's best setting."""
     if not (path / "sweep.json").is_file():
-        return {}
-    trials = SweepRecord.load(path).trials
-    return {trial.id: trial.last_val_loss for trial in trials if trial.last_val_loss is not None}
+        return {}, set()
+    record = SweepRecord.load(path)
+    losses = {trial.id: trial.last_val_loss for trial in record.trials if trial.last_val_loss is not None}
+    return losses, {name for one in record.methods for name in one.trials}
 
 
 def _own(loss: float | None) -> dict[str, float]:

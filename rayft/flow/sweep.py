@@ -80,7 +80,7 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
                     record = _report(plan, found, display, tracker, parent)
                 if config.analyze.parts and found.winner:
                     with display.stage("analyse"), display.watch(executor.broker):
-                        analysis = _analyze(plan, executor, found.trials)
+                        analysis = _analyze(plan, executor, found.trials, record)
             finally:
                 executor.close()
             if analysis is not None:
@@ -128,7 +128,7 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
     return found
 
 
-def _analyze(plan: Plan, executor: Executor, trials: list[Trial]) -> SweepAnalysis:
+def _analyze(plan: Plan, executor: Executor, trials: list[Trial], record: SweepRecord) -> SweepAnalysis:
     """Analyse what the finished trials saved."""
     ended = [(trial, trial.result) for trial in trials if trial.result and trial.status == "finished"]
     items = [
@@ -137,7 +137,8 @@ def _analyze(plan: Plan, executor: Executor, trials: list[Trial]) -> SweepAnalys
     ]
     losses = {trial.point.name: float(result["val_loss"]) for trial, result in ended}
     config = plan.config.analyze
-    return summarize(items, analyze_items(executor, items, config, plan.output), config, losses)
+    chosen = {name for one in record.methods for name in one.trials}
+    return summarize(items, analyze_items(executor, items, config, plan.output), config, losses, chosen)
 
 
 def _can_be_squeezed(trial: Trial) -> bool:

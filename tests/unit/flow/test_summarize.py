@@ -15,6 +15,7 @@ from rayft.flow.analyze_source import Item
 from rayft.methods.section import MethodConfig
 from rayft.models.load import ModelConfig
 from rayft.train.run import OptimConfig, RunConfig
+from tests.unit.report.example import example
 
 RATES = (1e-4, 1e-3)
 
@@ -49,30 +50,26 @@ def sweep(methods: list[str]) -> tuple[list[Item], list[AdapterAnalysis], dict[s
     return items, found, losses
 
 
-def test_each_methods_best_setting_by_its_mean_validation_loss() -> None:
-    items, found, _ = sweep(["lora", "cla", "asym"])
-    losses = {item.name: 0.5 for item in items}
-    losses["lora-lr0.001-s0"] = 0.1
-    losses["lora-lr0.001-s1"] = 1.2
-    losses["cla-lr0.0001-s0"] = losses["asym-lr0.0001-s1"] = 0.6
-    best = analyze._best_settings(items, losses)
-    groups = {item.name: item.group for item in items}
-    assert best == {groups["lora-lr0.0001-s0"], groups["cla-lr0.001-s0"], groups["asym-lr0.001-s0"]}
-    summary = summarize(items, found, AnalyzeConfig(parts=("gap",)), losses)
+def test_each_methods_best_setting_is_correlated_alone_too() -> None:
+    items, found, losses = sweep(["lora", "cla", "asym"])
+    config = AnalyzeConfig(parts=("gap",))
+    chosen = {item.name for item in items if item.run.optim.lr == RATES[0]}
+    summary = summarize(items, found, config, losses, chosen)
     assert {(one.n, one.groups) for one in summary.predictors} == {(12, 6)}
     assert {(one.n, one.groups) for one in summary.chosen} == {(6, 3)}
     assert summary.predictors[0].held_out == pytest.approx(1.0)
+    assert [one.measure for one in summary.chosen] == ["update_norm"], "losses are the same at one rate"
+    for few in (set(), {items[0].name, items[1].name}, set(losses)):
+        beside = summarize(items, found, config, losses, few)
+        assert len(beside.predictors) == len(summary.predictors)
+        assert not beside.chosen, "none, too few, or all there are"
 
 
-def test_without_a_choice_there_is_nothing_beside_it() -> None:
-    items, found, losses = sweep(["lora", "cla"])
-    one_rate = [i for i, item in enumerate(items) if item.run.optim.lr == RATES[0]]
-    config = AnalyzeConfig(parts=("gap",))
-    summary = summarize([items[i] for i in one_rate], [found[i] for i in one_rate], config, losses)
-    assert summary.predictors
-    assert not summary.chosen
-    # An adapter from elsewhere has no validation loss: the first setting stands for its method.
-    assert len(analyze._best_settings(items, {})) == 2
-    few = summarize(items[:4], found[:4], config, losses)
-    assert few.predictors
-    assert not few.chosen, "two runs are too few"
+def test_a_sweep_knows_its_choice(tmp_path: Path) -> None:
+    assert analyze._known(tmp_path) == ({}, set())
+    record = example()
+    record.save(tmp_path / "sweep.json")
+    losses, chosen = analyze._known(tmp_path)
+    known = {one.id: one.last_val_loss for one in record.trials if one.last_val_loss is not None}
+    assert losses == pytest.approx(known, nan_ok=True)
+    assert chosen == {name for one in record.methods for name in one.trials}
