@@ -84,7 +84,7 @@ def analysis_tables(analysis: SweepAnalysis) -> list[Table]:
     if analysis.predictors:
         chosen = chosen_words(analysis)
         title = Text(
-            predictor_words(analysis) + (f" Each method at its best setting: {chosen}" if chosen else "")
+            predictor_words(analysis) + (f"\n\nEach method at its best setting. {chosen}" if chosen else "")
         )
         table = Table(
             "measure", title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
