@@ -65,6 +65,7 @@ def correlations(runs: Sequence[Run], seed: int = 0) -> list[Predictor]:
     Raises:
         ReportError: if there are fewer than three runs.
     """
+    runs = [run for run in runs if math.isfinite(run.gap)]
     if len(runs) < LEAST:
         raise ReportError(
             f"a correlation needs {LEAST} finished runs with a gap or more, here are {len(runs)}; train more "

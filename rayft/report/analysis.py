@@ -15,7 +15,7 @@ from rayft.analysis.record import AdapterAnalysis, Predictor, SweepAnalysis
 from rayft.report.canvas import INK, SOFT, STYLE, canvas, legend, styles, svg, tip
 from rayft.report.drawing import Drawing
 from rayft.report.landscape_figures import landscape_figures
-from rayft.report.rows import signed_text
+from rayft.report.rows import loss_text, signed_text
 
 __all__ = [
     "GapRow",
@@ -157,12 +157,15 @@ def _listed(names: Sequence[str]) -> str:
 
 def gap_rows(analysis: SweepAnalysis) -> list[GapRow]:
     """Give each adapter's losses and measures, the smallest gap first."""
-    ordered = sorted(analysis.adapters, key=lambda one: one.gap.value if one.gap else math.inf)
+    ordered = sorted(
+        analysis.adapters,
+        key=lambda one: one.gap.value if one.gap and math.isfinite(one.gap.value) else math.inf,
+    )
     return [
         GapRow(
             name=one.name,
-            train=f"{one.gap.train:.3f}" if one.gap else "–",
-            held_out=f"{one.gap.held_out:.3f}" if one.gap else "–",
+            train=loss_text(one.gap.train if one.gap else None),
+            held_out=loss_text(one.gap.held_out if one.gap else None),
             gap=signed_text(one.gap.value, one.gap.low, one.gap.high, 3) if one.gap else "–",
             sharpness=_number(one.measures.get("sam_sharpness")),
             norm=_number(one.measures.get("update_norm")),

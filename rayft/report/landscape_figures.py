@@ -29,13 +29,19 @@ def landscape_figures(adapters: Sequence[AdapterAnalysis]) -> list[Drawing]:
     return [drawing for drawing in drawn if drawing is not None]
 
 
-def _found(adapters: Sequence[AdapterAnalysis], kind: str, most: int | None = None) -> dict[str, Landscape]:
-    shown = [one for one in adapters if kind in one.landscapes][:most]
-    return {one.name: Landscape.from_json(one.landscapes[kind]) for one in shown}
+def _found(
+    adapters: Sequence[AdapterAnalysis], kind: str, most: int | None = None
+) -> tuple[dict[str, Landscape], str]:
+    """Give those that have something to draw, and a sentence that names the others."""
+    measured = [one for one in adapters if kind in one.landscapes][:most]
+    every = {one.name: Landscape.from_json(one.landscapes[kind]) for one in measured}
+    drawn = {name: one for name, one in every.items() if any(map(math.isfinite, one.losses))}
+    others = ", ".join(name for name in every if name not in drawn)
+    return drawn, f" Nowhere finite: {others}." if others else ""
 
 
 def _lines(adapters: Sequence[AdapterAnalysis], kind: str) -> Drawing | None:
-    found = _found(adapters, kind)
+    found, others = _found(adapters, kind)
     if not found:
         return None
     figure, axes = canvas(height=3.9, names=len(found))
@@ -68,7 +74,7 @@ def _lines(adapters: Sequence[AdapterAnalysis], kind: str) -> Drawing | None:
     return Drawing(
         key=f"line-{kind}",
         title=title,
-        caption=f"Training loss along {where}. One run of each setting.",
+        caption=f"Training loss along {where}. One run of each setting.{others}",
         alt=f"Lowest loss on the line: {told}.",
         svg=svg(figure, f"line-{kind}"),
     )
@@ -79,7 +85,7 @@ def _norm(found: Mapping[str, Landscape]) -> str:
 
 
 def _planes(adapters: Sequence[AdapterAnalysis], kind: str) -> Drawing | None:
-    found = _found(adapters, kind, SHOWN)
+    found, others = _found(adapters, kind, SHOWN)
     if not found:
         return None
     lowest = {name: min(value for value in one.losses if math.isfinite(value)) for name, one in found.items()}
@@ -91,7 +97,7 @@ def _planes(adapters: Sequence[AdapterAnalysis], kind: str) -> Drawing | None:
     return Drawing(
         key=f"landscape-{kind}",
         title="Loss landscapes" if kind == "random" else "Landscapes of the trajectories",
-        caption=f"Loss around each adapter in ΔW space, over {where}. All at one scale.",
+        caption=f"Loss around each adapter in ΔW space, over {where}. All at one scale.{others}",
         alt="Lowest loss in the plane: "
         + "; ".join(f"{name} {value:.2f}" for name, value in lowest.items())
         + ".",

@@ -163,6 +163,15 @@ def test_what_is_missing_or_the_same_everywhere_is_left_out() -> None:
     assert not correlations(runs([0.2, 0.2, 0.2], good=[1.0, 2.0, 3.0]))
 
 
+def test_a_run_without_a_finite_gap_takes_no_part() -> None:
+    gaps = [0.1, 0.4, 0.2, 0.9]
+    given = runs([*gaps, math.nan, math.inf], m=[*gaps, 5.0, 0.0])
+    (found,) = correlations(given)
+    assert (found.spearman, found.n) == (pytest.approx(1.0), 4)
+    with pytest.raises(ReportError, match="here are 2"):
+        correlations(given[2:])
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_too_few_runs(count: int) -> None:
     with pytest.raises(ReportError, match=f"needs 3 finished runs with a gap or more, here are {count}"):

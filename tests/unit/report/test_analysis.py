@@ -86,6 +86,28 @@ def analysis() -> SweepAnalysis:
     )
 
 
+@pytest.mark.parametrize("broken", [1, 3])
+def test_a_landscape_that_is_nowhere_finite_is_named_and_not_drawn(
+    analysis: SweepAnalysis, broken: int
+) -> None:
+    def diverged(raw: dict[str, Any]) -> dict[str, Any]:
+        return {**raw, "losses": ["nan"] * len(raw["losses"])}
+
+    adapters = [one for one in analysis.adapters if one.name.endswith("s0")]
+    for index in range(broken):
+        one = adapters[index]
+        worst = {"landscapes": {kind: diverged(raw) for kind, raw in one.landscapes.items()}}
+        nothing = {"gap": Gap(train=math.nan, held_out=math.nan, low=math.nan, high=math.nan, n=4)}
+        adapters[index] = one.model_copy(update=worst | nothing)
+    found = analysis.model_copy(update={"adapters": tuple(adapters)})
+    drawn = {one.key: one.caption for one in analysis_figures(found)}
+    planes = [key for key in drawn if key.startswith(("landscape", "line"))]
+    assert len(planes) == (4 if broken == 1 else 0)
+    assert all(drawn[key].endswith("Nowhere finite: a-s0.") for key in planes)
+    assert [row.train for row in gap_rows(found)][-broken:] == ["diverged"] * broken
+    assert "Nowhere finite" in html(example(), found) or broken == 3
+
+
 def test_what_a_measure_is_worth_beyond_the_training_loss_is_told(analysis: SweepAnalysis) -> None:
     def with_more(one: Predictor, partial: float, held_out: float) -> Predictor:
         known = {"partial": partial, "held_out": held_out}
