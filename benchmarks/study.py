@@ -6,7 +6,7 @@ import gzip
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from rayft.report.rows import signed_text
 from rayft.report.verdict import difference_text, score_text
 
 STUDY = Path(__file__).parents[1] / "docs" / "study"
-BESIDE = (
-    ("update_norm", 1), ("gap", 2), ("landscape_rise", 2), ("sam_sharpness", 3), ("hessian_trace", 0),
-    ("intruder_share_below_0.9", 3),
-)  # fmt: skip
-"""What chains are compared by, and digits."""
+MEASURES = {
+    "gap": ("gap", 2), "‖ΔW‖": ("update_norm", 1), "rise in a plane": ("landscape_rise", 2),
+    "SAM": ("sam_sharpness", 3), "Hessian's trace": ("hessian_trace", 0),
+    "intruders": ("intruder_share_below_0.9", 3),
+}  # fmt: skip
+"""Columns of adapters: which measure, and digits."""
+LOSSES = {"training loss": ("sample_train_loss", 2), "held-out loss": ("sample_test_loss", 2)}
 SHOWN = (
     "bound_information_log10", "bound_lipschitz_log10", "bound_norm_log10", "update_norm",
     "intruder_share_below_0.9", "effective_rank_mean", "stable_rank_mean", "landscape_rise", "line_rise",
@@ -39,31 +41,16 @@ def read(name: str, folder: Path = STUDY) -> Any:
 
 def study_methods_table() -> str:
     """Each method at its best setting: scores, losses, and what was measured of its adapters."""
-    record, analysis = (
-        SweepRecord.model_validate(read("sweep")),
-        SweepAnalysis.model_validate(read("analysis")),
-    )
+    record, analysis = _study()
     found = {one.name: one for one in analysis.adapters}
+    columns = LOSSES | MEASURES
     lines = []
     for row in sorted(record.methods, key=lambda row: -(row.test.value if row.test else 0.0)):
         mine = [found[name] for name in row.trials]
-        lines.append(
-            [
-                row.settings,
-                score_text(row.test),
-                difference_text(row.difference) if row.difference else "",
-                *(_mean((one.gap.train if one.gap else math.nan for one in mine), 2),
-                  _mean((one.gap.held_out if one.gap else math.nan for one in mine), 2)),
-                *(_mean((one.measures.get(name, math.nan) for one in mine), digits)
-                  for name, digits in (("gap", 2), ("update_norm", 1), ("intruder_share_below_0.9", 3),
-                                       ("landscape_rise", 2), ("sam_sharpness", 3), ("hessian_trace", 0))),
-            ]
-        )  # fmt: skip
-    heads = (
-        "setting", "test score", "less lora's", "training loss", "held-out loss", "gap", "‖ΔW‖", "intruders",
-        "rise in a plane", "SAM", "Hessian's trace",
-    )  # fmt: skip
-    return _table(heads, lines)
+        difference = difference_text(row.difference) if row.difference else ""
+        means = [_mean(mine, *each) for each in columns.values()]
+        lines.append([row.settings, score_text(row.test), difference, *means])
+    return _table(("setting", "test score", "less lora's", *columns), lines)
 
 
 def study_predictors_table() -> str:
@@ -92,10 +79,7 @@ def study_predictors_table() -> str:
 
 def study_chains_table() -> str:
     """Chains beside one link of them, where both were trained at a learning rate: means of three seeds."""
-    record, analysis = (
-        SweepRecord.model_validate(read("sweep")),
-        SweepAnalysis.model_validate(read("analysis")),
-    )
+    record, analysis = _study()
     groups: dict[tuple[str, float], list[AdapterAnalysis]] = {}
     trials = {trial.id: trial for trial in record.trials}
     for one in analysis.adapters:
@@ -105,22 +89,13 @@ def study_chains_table() -> str:
     for chain, link in CHAINS:
         for rate in sorted(lr for method, lr in groups if method == chain and (link, lr) in groups):
             pair = (groups[chain, rate], groups[link, rate])
-            lines.append([f"{chain} / {link}", f"{rate:g}", *(_pair(pair, *each) for each in BESIDE)])
-    heads = (
-        "chain / link",
-        "learning rate",
-        "‖ΔW‖",
-        "gap",
-        "rise in a plane",
-        "SAM",
-        "Hessian's trace",
-        "intruders",
-    )
-    return _table(heads, lines)
+            means = [" / ".join(_mean(mine, *each) for mine in pair) for each in MEASURES.values()]
+            lines.append([f"{chain} / {link}", f"{rate:g}", *means])
+    return _table(("chain / link", "learning rate", *MEASURES), lines)
 
 
-def _pair(pair: Sequence[Sequence[AdapterAnalysis]], name: str, digits: int) -> str:
-    return " / ".join(_mean((one.measures.get(name, math.nan) for one in each), digits) for each in pair)
+def _study() -> tuple[SweepRecord, SweepAnalysis]:
+    return SweepRecord.model_validate(read("sweep")), SweepAnalysis.model_validate(read("analysis"))
 
 
 def _of(predictors: Mapping[str, Predictor], name: str, what: str) -> str:
@@ -134,8 +109,8 @@ def _runs(predictors: Mapping[str, Predictor]) -> str:
     return f"{max(one.n for one in predictors.values())} runs"
 
 
-def _mean(values: Iterable[float], digits: int) -> str:
-    known = [*values]
+def _mean(adapters: Sequence[AdapterAnalysis], name: str, digits: int) -> str:
+    known = [one.measures.get(name, math.nan) for one in adapters]
     return f"{statistics.mean(known):.{digits}f}" if all(map(math.isfinite, known)) else ""
 
 

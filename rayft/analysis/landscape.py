@@ -69,6 +69,11 @@ class Landscape:
     """Share of a trajectory's variance that each direction explains."""
 
     @property
+    def finite(self) -> bool:
+        """Whether any loss is, so that there is something to draw."""
+        return any(map(math.isfinite, self.losses))
+
+    @property
     def rise(self) -> float:
         """How far the mean loss of all points is above that at the adapter, the point next to 0; in nats."""
         centre = min(range(len(self.losses)), key=lambda point: math.hypot(*self.coordinates[point]))

@@ -31,7 +31,7 @@ from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.space import check_executor
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
 
-__all__ = ["analyze_items", "analyze_target", "completed", "summarize"]
+__all__ = ["analyze_items", "analyze_target", "completed", "known", "summarize"]
 
 ANGLES_OF, ANGLE_MODULES, ANGLE_TOP = 4, 12, 8
 """Adapters (of different settings) that are compared in pairs, their modules, directions of each module."""
@@ -133,7 +133,7 @@ def summarize(
         try:
             predictors = correlations([*runs.values()], config.seed)
             # Where these are all that there are the same would stand there twice.
-            among_best = _among(best, config.seed) if len(best) < len(runs) else []
+            among_best = correlations(best, config.seed) if LEAST <= len(best) < len(runs) else []
         except ReportError as error:
             note = str(error)
     else:
@@ -142,11 +142,6 @@ def summarize(
         config=config, adapters=tuple(known), predictors=tuple(predictors), chosen=tuple(among_best),
         note=note, angles=_angles(items),
     )  # fmt: skip
-
-
-def _among(runs: Sequence[Run], seed: int) -> list[Predictor]:
-    """Correlate, or give nothing where there are too few."""
-    return correlations(runs, seed) if len(runs) >= LEAST else []
 
 
 def analyze_target(
@@ -190,7 +185,7 @@ def analyze_target(
             executor = EXECUTORS[kind](scale, str(Path(scratch) / "ray"), lanes, restarts, "analyze")
             found = _in_lanes(executor, sources.items, wanted, display, place)
             found, wanted = completed(found, wanted, earlier)
-            summary = summarize(sources.items, found, wanted, *_known(Path(target)))
+            summary = summarize(sources.items, found, wanted, *_of_sweep(Path(target)))
             summary.save(place)
             if sources.tracker is not None:
                 _track(sources, summary, place / "plots", display)
@@ -234,11 +229,12 @@ def _track(sources: Sources, summary: SweepAnalysis, plots: Path, display: Displ
     flush_spool(sources.tracker)
 
 
-def _known(path: Path) -> tuple[dict[str, float], set[str]]:
+def _of_sweep(folder: Path) -> tuple[dict[str, float], set[str]]:
+    return known(SweepRecord.load(folder)) if (folder / "sweep.json").is_file() else ({}, set())
+
+
+def known(record: SweepRecord) -> tuple[dict[str, float], set[str]]:
     """Give a sweep's validation losses, and the trials of each method's best setting."""
-    if not (path / "sweep.json").is_file():
-        return {}, set()
-    record = SweepRecord.load(path)
     losses = {trial.id: trial.last_val_loss for trial in record.trials if trial.last_val_loss is not None}
     return losses, {name for one in record.methods for name in one.trials}
 

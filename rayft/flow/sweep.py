@@ -13,7 +13,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.config import leaves
 from rayft.errors import PromotionRefusedError, RayftError, TrackingError
 from rayft.flow import squeezing, stages
-from rayft.flow.analyze import analyze_items, summarize
+from rayft.flow.analyze import analyze_items, known, summarize
 from rayft.flow.analyze_source import Item
 from rayft.flow.cluster import check_tracking, cluster, join
 from rayft.flow.config import PipelineConfig
@@ -130,15 +130,14 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
 
 def _analyze(plan: Plan, executor: Executor, trials: list[Trial], record: SweepRecord) -> SweepAnalysis:
     """Analyse what the finished trials saved."""
-    ended = [(trial, trial.result) for trial in trials if trial.result and trial.status == "finished"]
     items = [
-        Item(trial.point.name, trial.point.run, Path(result["folder"]), trial.run_id)
-        for trial, result in ended
+        Item(trial.point.name, trial.point.run, Path(trial.result["folder"]), trial.run_id)
+        for trial in trials
+        if trial.result and trial.status == "finished"
     ]
-    losses = {trial.point.name: float(result["val_loss"]) for trial, result in ended}
     config = plan.config.analyze
-    chosen = {name for one in record.methods for name in one.trials}
-    return summarize(items, analyze_items(executor, items, config, plan.output), config, losses, chosen)
+    found = analyze_items(executor, items, config, plan.output)
+    return summarize(items, found, config, *known(record))
 
 
 def _can_be_squeezed(trial: Trial) -> bool:

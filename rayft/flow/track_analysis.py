@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import ray
 
 from rayft.analysis.landscape import Landscape
 from rayft.analysis.record import AdapterAnalysis, SweepAnalysis
-from rayft.errors import ReportError
 from rayft.report.landscape import contour_plot, curve_plot, surface_plot
 from rayft.tracking.base import Tracker
 
@@ -55,15 +53,12 @@ def _draw(one: AdapterAnalysis) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for kind, raw in one.landscapes.items():
-            # Where no loss is finite there is nothing to draw; the raw data is tracked.
-            with suppress(ReportError):
-                _plots(one.name, kind, Landscape.from_json(raw), folder)
+            landscape = Landscape.from_json(raw)
+            if not landscape.finite:
+                continue  # The raw data is tracked all the same.
+            if len(landscape.coordinates[0]) == 1:
+                curve_plot({one.name: landscape}, one.name, folder / f"line-{kind}.png")
+            else:
+                contour_plot(landscape, one.name, folder / f"landscape-{kind}.png")
+                surface_plot(landscape, one.name, folder / f"surface-{kind}.png")
         return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def _plots(name: str, kind: str, landscape: Landscape, folder: Path) -> None:
-    if len(landscape.coordinates[0]) == 1:
-        curve_plot({name: landscape}, name, folder / f"line-{kind}.png")
-    else:
-        contour_plot(landscape, name, folder / f"landscape-{kind}.png")
-        surface_plot(landscape, name, folder / f"surface-{kind}.png")

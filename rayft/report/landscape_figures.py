@@ -35,7 +35,7 @@ def _found(
     """Give those that have something to draw, and a sentence that names the others."""
     measured = [one for one in adapters if kind in one.landscapes][:most]
     every = {one.name: Landscape.from_json(one.landscapes[kind]) for one in measured}
-    drawn = {name: one for name, one in every.items() if any(map(math.isfinite, one.losses))}
+    drawn = {name: one for name, one in every.items() if one.finite}
     others = ", ".join(name for name in every if name not in drawn)
     return drawn, f" Nowhere finite: {others}." if others else ""
 
@@ -54,7 +54,7 @@ def _lines(adapters: Sequence[AdapterAnalysis], kind: str) -> Drawing | None:
         (line,) = axes.plot(across, losses, color=colour, marker=marker, markersize=3.5)
         tip(line, name)
         finite = [pair for pair in zip(one.losses, across, strict=True) if math.isfinite(pair[0])]
-        lowest[name] = min(finite, default=(math.inf, 0.0))
+        lowest[name] = min(finite)
     axes.axvline(0, color=SOFT, linewidth=1)
     axes.set_ylabel("mean loss (nats)")
     legend(figure, style, [], lines=True)

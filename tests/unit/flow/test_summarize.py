@@ -66,10 +66,10 @@ def test_each_methods_best_setting_is_correlated_alone_too() -> None:
 
 
 def test_a_sweep_knows_its_choice(tmp_path: Path) -> None:
-    assert analyze._known(tmp_path) == ({}, set())
+    assert analyze._of_sweep(tmp_path) == ({}, set())
     record = example()
     record.save(tmp_path / "sweep.json")
-    losses, chosen = analyze._known(tmp_path)
+    losses, chosen = analyze._of_sweep(tmp_path)
     known = {one.id: one.last_val_loss for one in record.trials if one.last_val_loss is not None}
     assert losses == pytest.approx(known, nan_ok=True)
     assert chosen == {name for one in record.methods for name in one.trials}

@@ -127,6 +127,8 @@ def test_what_a_measure_is_worth_beyond_the_training_loss_is_told(analysis: Swee
     assert [(row.partial, row.held_out) for row in rows] == [
         ("+0.10 [−0.10, +0.30]", "–"), ("+0.60 [+0.40, +0.80]", "−0.50 [−0.70, −0.30]"),
     ]  # fmt: skip
+    (_, table) = analysis_tables(told)
+    assert str(table.title).endswith(f"Each method at its best setting. {chosen_words(told)}")
     page = html(example(), told)
     for wanted in ("Each method at its best setting", "−0.50 [−0.70, −0.30]", "ρ at equal training loss"):
         assert wanted in page
