@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import random
 import time
+from asyncio import Future
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -33,7 +35,7 @@ class Standing:
     warm: bool
     """Whether the request's adapter is on its device."""
     queue: int
-    """Requests that it runs or keeps waiting."""
+    """Requests that it runs, keeps waiting, or is about to be sent."""
     loading: int = 0
     """Cold adapters that it was sent lately."""
 
@@ -62,6 +64,8 @@ class AdapterRouter(RequestRouter):
         self._slack = int(kwargs["slack"])
         self._sent: dict[ReplicaID, dict[str, float]] = {}
         """Replica → cold `model` that it was sent lately → when, in seconds."""
+        self._placed: dict[Future[RunningReplica], ReplicaID] = {}
+        """Request → replica that it goes to: chosen, but not sent yet, so in no queue's length."""
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -82,10 +86,12 @@ class AdapterRouter(RequestRouter):
             for replica_id in replicas
         }
         warm = self._warm(replicas, model, draw)
+        asking = pending_request.future if pending_request else None
+        placed = Counter(where for request, where in self._placed.items() if request is not asking)
         standings = {
             replica_id: Standing(
                 replica_id in warm,
-                self.replica_queue_len_cache.get(replica_id) or 0,
+                (self.replica_queue_len_cache.get(replica_id) or 0) + placed[replica_id],
                 len(self._sent[replica_id]),
             )
             for replica_id in replicas
@@ -93,7 +99,19 @@ class AdapterRouter(RequestRouter):
         order = ranked(standings, self._slack)
         if model is not None and order and order[0] not in warm:
             self._sent[order[0]][model] = now
+        if asking is not None and order:
+            self._place(asking, order[0])
         return [[replicas[replica_id]] for replica_id in order]
+
+    def _place(self, request: Future[RunningReplica], replica_id: ReplicaID) -> None:
+        """Count a request as its replica's until it is sent, or given up.
+
+        Ray Serve chooses for all requests of a burst before it sends, and so counts, the first of them.
+        """
+        if request not in self._placed:
+            # Called after what waits for the choice, and sends the request at once, has run.
+            request.add_done_callback(self._placed.pop)
+        self._placed[request] = replica_id
 
     def _warm(
         self, replicas: Mapping[ReplicaID, RunningReplica], model: str | None, draw: float

@@ -6,7 +6,6 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.serving.build import ROUTING_SECONDS, run
 from rayft.serving.config import ServeConfig
+from rayft.serving.schemas import CompletionRequest
 from tests.unit.serving.adapters import random_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -111,7 +111,16 @@ def test_a_hot_adapter_and_the_base_are_asked_on_both(server: Server, model: str
     def requests() -> list[int]:
         return [one["traffic"].get(version, {}).get("requests", 0) for one in server.replicas()]
 
-    before = requests()
-    with ThreadPoolExecutor(4 * MAX_RUNNING) as pool:
-        list(pool.map(lambda _: server.ask(model, tokens=200), range(4 * MAX_RUNNING)))
-    assert all(new > old for old, new in zip(before, requests(), strict=True))
+    import ray.serve as ray_serve
+
+    before, request = (
+        requests(),
+        CompletionRequest(model=model, prompt="hello", max_tokens=200, temperature=0),
+    )
+    # At once, as no HTTP client could: Ray Serve chooses for them all before it sends the first.
+    replica = ray_serve.get_deployment_handle("Replica", "rayft").options(stream=True)
+    burst = [replica.generate.remote(request, 0.5) for _ in range(4 * MAX_RUNNING)]
+    assert [list(answer)[-1].completion_tokens for answer in burst] == [200] * len(burst)
+    new = [after - then for then, after in zip(before, requests(), strict=True)]
+    assert sum(new) == len(burst)
+    assert min(new) >= MAX_RUNNING, new

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ class Routing:
             deployment_id=app, handle_source=DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True
         )
         self.router.initialize_state(slack=SLACK)
+        self.loop = asyncio.new_event_loop()
         self.ids = {name: ReplicaID(name, app) for name in reports}
         self.tell(reports)
         for name in reports:
@@ -48,15 +50,28 @@ class Routing:
     def busy(self, name: str, queue: int) -> None:
         self.router.replica_queue_len_cache.update(self.ids[name], queue)
 
-    def order(self, *args: Any) -> list[str]:
-        pending = PendingRequest(
-            list(args), {}, RequestMetadata("id", "internal"), future=asyncio.new_event_loop().create_future()
-        )
+    def pending(self, *args: Any) -> PendingRequest:
+        metadata = RequestMetadata("id", "internal")
+        return PendingRequest(list(args), {}, metadata, future=self.loop.create_future())
+
+    def choose(self, pending: PendingRequest) -> list[str]:
+        """Rank replicas for a request that is not sent yet."""
         running: Any = self.running
-        ranks = asyncio.run(self.router.choose_replicas(running, pending))
+        ranks = self.loop.run_until_complete(self.router.choose_replicas(running, pending))
         assert pending.routing_context.should_backoff
         assert [len(rank) for rank in ranks] == [1] * len(running)
         return [rank[0].replica_id.unique_id for rank in ranks]
+
+    def send(self, pending: PendingRequest) -> None:
+        """Go on as Ray Serve does once a replica is chosen; tests say by `busy` what it did to the queues."""
+        pending.future.set_result(None)
+        self.loop.run_until_complete(asyncio.sleep(0))
+
+    def order(self, *args: Any) -> list[str]:
+        pending = self.pending(*args)
+        ranks = self.choose(pending)
+        self.send(pending)
+        return ranks
 
     def ask(self, model: str, draw: float = 0.5) -> str:
         """Say where a request goes first."""
@@ -135,6 +150,29 @@ def test_base_requests_go_to_the_least_busy() -> None:
     routing.busy("b", 3)
     routing.busy("c", 2)
     assert routing.several("base") == {"a"}
+
+
+def test_a_burst_is_divided_before_any_of_it_is_sent() -> None:
+    routing = Routing({"a": {"x": ALWAYS}, "b": {}})
+    burst = [routing.pending(CompletionRequest(model="x", prompt="hello"), 0.5) for _ in range(2 * SLACK + 4)]
+    first = [routing.choose(one)[0] for one in burst]
+    # Where it is warm up to the slack, then where there is less to do.
+    assert first[: SLACK + 2] == ["a"] * (SLACK + 1) + ["b"]
+    assert Counter(first) == {"a": SLACK + 4, "b": SLACK}
+    # Once sent they are in the queues' lengths, and count once.
+    for one in burst:
+        routing.send(one)
+    assert routing.ask("x") == "a"
+
+
+def test_a_request_that_is_asked_for_again_or_given_up_is_no_load() -> None:
+    routing = Routing({"a": {"x": ALWAYS}, "b": {}}, a=SLACK)
+    waiting = routing.pending(CompletionRequest(model="x", prompt="hello"), 0.5)
+    assert [routing.choose(waiting)[0] for _ in range(3)] == ["a"] * 3
+    assert routing.ask("x") == "b"
+    waiting.future.cancel()
+    routing.loop.run_until_complete(asyncio.sleep(0))
+    assert routing.ask("x") == "a"
 
 
 def test_a_burst_for_a_cold_adapter_loads_it_once(later: Callable[[float], None]) -> None:
