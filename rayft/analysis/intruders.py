@@ -25,19 +25,20 @@ TOP = 10
 
 
 def count_intruders(
-    weights: Mapping[str, torch.Tensor], modules: Mapping[str, LoraFactors], most: int
+    weights: Mapping[str, torch.Tensor], modules: Mapping[str, torch.Tensor | LoraFactors], most: int
 ) -> Intruders:
     """Count intruder dimensions over a sweep of ε, mean over some modules.
 
     Args:
         weights: W0 (O × I) of each module.
-        modules: module path → factors of ΔW.
+        modules: module path → ΔW, dense (O × I) or in factors.
         most: how many modules are decomposed, evenly over the model.
 
     Raises:
         ArtifactError: if a weight or an update holds NaN or Inf.
     """
-    chosen = [*modules][:: max(1, len(modules) // most)][:most]
+    # Sorted, as an adapter's file has them: of a model's own order others would be chosen.
+    chosen = sorted(modules)[:: max(1, len(modules) // most)][:most]
     counts, shares, baseline = [], [], []
     for path in chosen:
         weight = weights[path]

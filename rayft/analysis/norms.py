@@ -15,7 +15,7 @@ from rayft.evaluate.loss import mean_loss
 from rayft.methods.base import AdapterLinear
 from rayft.models.targets import linears
 
-__all__ = ["matrix", "spectral_norm", "spectral_norms", "squared_norms"]
+__all__ = ["gram", "matrix", "spectral_norm", "spectral_norms", "squared_norms"]
 
 _NORMS: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 """‖W0‖₂ of a base's layers, computed once for all its adapters."""
@@ -37,9 +37,13 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
 
 def spectral_norm(weight: torch.Tensor) -> float:
     """Give ‖W‖₂ of a matrix, from the smaller of W Wᵀ and Wᵀ W in float64."""
+    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram(weight))[-1])))
+
+
+def gram(weight: torch.Tensor) -> torch.Tensor:
+    """Give the smaller of W Wᵀ and Wᵀ W, in float64."""
     whole = weight.double()
-    gram = whole @ whole.t() if len(whole) < whole.shape[1] else whole.t() @ whole
-    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram)[-1])))
+    return whole @ whole.t() if len(whole) < whole.shape[1] else whole.t() @ whole
 
 
 @torch.inference_mode()

@@ -7,33 +7,35 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from rayft.analysis import bounds, landscape, sharpness, spectral
+from rayft.analysis import bounds, landscape, sharpness
 from rayft.analysis.directions import Direction, random_directions, trajectory_directions
 from rayft.analysis.gap import example_losses, gap, sample
-from rayft.analysis.intruders import AT, EVERY_AT, count_intruders
 from rayft.analysis.landscape import Kind, Landscape
 from rayft.analysis.norms import matrix, spectral_norms, squared_norms
-from rayft.analysis.record import AdapterAnalysis, ModuleSpectrum
+from rayft.analysis.record import AdapterAnalysis
 from rayft.analysis.section import AnalyzeConfig, Part
+from rayft.analysis.updates import Update, spectra
 from rayft.artifacts import AdapterArtifact
 from rayft.data.pack import AnyBatch, collate_rows, rows_of
 from rayft.data.template import encode_all
 from rayft.errors import MethodError, RayftError, ResourceError
 from rayft.evaluate.loss import targets_of
 from rayft.methods.base import LoraFactors
-from rayft.models.inject import attach, clear
+from rayft.models.difference import open_pair
+from rayft.models.inject import attach, clear, wrap
+from rayft.models.load import ModelConfig
 from rayft.models.peft_folder import PeftFolder
-from rayft.squeeze.factored_svd import decomposed
+from rayft.models.targets import linear_shapes, select
 from rayft.sweep.score import received
 from rayft.train.context import Session
 from rayft.train.run import RunConfig
@@ -59,6 +61,8 @@ class AnalyzeRequest:
     """The `AnalyzeConfig` as JSON."""
     adapter: str | None = None
     group: str = ""
+    base: str = ""
+    """Of a whole tuned model the `ModelConfig` that it started from, as JSON."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """The adapter's files, for lanes on machines that can't see its folder."""
 
@@ -69,7 +73,10 @@ class AnalyzeRequest:
         config = AnalyzeConfig.model_validate_json(self.config)
         artifact = None if self.adapter is None else received(self.adapter, self.files)
         trail = Path(self.adapter).parent / TRAIL if self.adapter else None
-        found = analyze(session, run, artifact, config, name=self.name, group=self.group, trail=trail)
+        base = ModelConfig.model_validate_json(self.base) if self.base else None
+        found = analyze(
+            session, run, artifact, config, name=self.name, group=self.group, trail=trail, base=base
+        )
         return {"analysis": found.model_dump_json()}
 
 
@@ -82,6 +89,7 @@ def analyze(
     name: str,
     group: str = "",
     trail: Path | None = None,
+    base: ModelConfig | None = None,
 ) -> AdapterAnalysis:
     """Do all parts that a configuration asks for.
 
@@ -93,16 +101,13 @@ def analyze(
         name: the adapter's.
         group: its settings without the seed.
         trail: folder with the adapter at several steps, for its trajectory.
+        base: what a tuned model started from.
     """
-    job = _Job(session, run, artifact, config, trail)
+    job = _Job(session, run, artifact, config, trail, base)
     done: dict[str, Any] = {}
     measures: dict[str, float] = {}
     notes: dict[str, str] = {}
     seconds: dict[str, float] = {}
-    steps: dict[Part, Callable[[], _Found]] = {
-        "gap": job.gap, "bounds": job.bounds, "spectra": job.spectra, "sharpness": job.sharpness,
-        "hessian": job.hessian, "line": job.line, "landscape": job.landscape, "trajectory": job.trajectory,
-    }  # fmt: skip
     landscapes: dict[str, dict[str, Any]] = {}
     for part in config.parts:
         started = time.perf_counter()
@@ -110,7 +115,7 @@ def analyze(
             if artifact is not None:
                 attach(session.loaded.model, artifact)
             session.loaded.model.eval()
-            found = _within_memory(steps[part])
+            found = _within_memory(job.steps[part])
         except RayftError as error:
             notes[part] = str(error)
         else:
@@ -155,10 +160,20 @@ class _Job:
     artifact: AdapterArtifact | PeftFolder | None
     config: AnalyzeConfig
     trail: Path | None
+    base: ModelConfig | None
 
     @property
     def model(self) -> Any:
         return self.session.loaded.model
+
+    @property
+    def steps(self) -> dict[Part, Callable[[], _Found]]:
+        """Say what does each part."""
+        return {
+            "gap": self.gap, "bounds": self.bounds, "spectra": self.spectra, "sharpness": self.sharpness,
+            "hessian": self.hessian, "line": self.line, "landscape": self.landscape,
+            "trajectory": self.trajectory,
+        }  # fmt: skip
 
     @cached_property
     def modules(self) -> Mapping[str, LoraFactors]:
@@ -176,9 +191,21 @@ class _Job:
         return {path: factors.to(self.model.device) for path, factors in self.artifact.modules.items()}
 
     @cached_property
-    def singular_values(self) -> Mapping[str, torch.Tensor]:
-        """Of each module's update, largest first; decomposed once for all parts."""
-        return {path: svd.s for path, svd in decomposed(self.modules).items()}
+    def update(self) -> Update:
+        """An adapter's update; decomposed once for all parts."""
+        return Update.of_adapter(self.model, self.modules)
+
+    @cached_property
+    def centre(self) -> Mapping[str, LoraFactors]:
+        """What stands in the layers that a landscape moves: the adapter's factors; of a whole model none."""
+        if self.artifact is not None or self.config.directions == "update":
+            return self.modules
+        wrap(self.model)
+        shapes, zeros = linear_shapes(self.model), partial(torch.zeros, device=self.model.device)
+        return {
+            path: LoraFactors(zeros(1, shapes[path][1]), zeros(shapes[path][0], 1), 1.0)
+            for path in select(shapes, self.run.method.targets)
+        }
 
     def gap(self) -> _Found:
         """Compare losses on training and on held-out examples."""
@@ -212,7 +239,7 @@ class _Job:
             inputs = squared_norms(self.model, self._batches(MEASURED), modules)
             radius = float(next(iter(inputs.values())).max().sqrt())
             base = spectral_norms(self.model)
-            update = {path: float(values.max()) for path, values in self.singular_values.items()}
+            update = {path: float(values.max()) for path, values in self.update.singular_values.items()}
             terms = bounds.lipschitz_terms([*base.values()], [update.get(path, 0.0) for path in base], radius)
             measures["bound_lipschitz_log10"] = terms.log10_update
             worst = {
@@ -230,35 +257,17 @@ class _Job:
 
     def spectra(self) -> _Found:
         """Sum up the update's spectrum, and count intruder dimensions."""
-        modules = self.modules
-        found = {
-            path: spectral.spectral_summary(values, max(modules[path].b.shape[0], modules[path].a.shape[1]))
-            for path, values in self.singular_values.items()
-        }
-        known = {
-            path: ModuleSpectrum(
-                effective_rank=one.effective_rank, stable_rank=one.stable_rank,
-                energy_ranks={f"{share:g}": rank for share, rank in one.energy_ranks.items()},
-                spectral_norm=one.spectral, frobenius_norm=one.frobenius, nuclear_norm=one.nuclear,
-            )
-            for path, one in found.items()
-        }  # fmt: skip
-        weights = {path: matrix(self.model, path) for path in modules}
-        whole = math.sqrt(sum(one.frobenius**2 for one in found.values()))
-        base = math.sqrt(sum(float(weight.double().square().sum()) for weight in weights.values()))
-        intruders = count_intruders(weights, modules, self.config.intruder_modules)
-        measures = {
-            "update_norm": whole,
-            "update_over_base": whole / base,
-            "update_spectral_max": max(one.spectral for one in found.values()),
-            "update_nuclear": sum(one.nuclear for one in found.values()),
-            "effective_rank_mean": float(np.mean([one.effective_rank for one in found.values()])),
-            "stable_rank_mean": float(np.mean([one.stable_rank for one in found.values()])),
-            f"intruders_below_{AT:g}": intruders.counts[intruders.epsilons.index(AT)],
-            f"intruder_share_below_{EVERY_AT:g}": intruders.shares[intruders.epsilons.index(EVERY_AT)],
-        }
-        spectrum = _median_spectrum([*self.singular_values.values()])
-        return _Found(measures, {"spectra": known, "intruders": intruders, "median_spectrum": spectrum})
+        with self._update() as update:
+            return _Found(*spectra(update, self.config.intruder_modules))
+
+    @contextmanager
+    def _update(self) -> Iterator[Update]:
+        if self.artifact is not None or self.base is None:
+            yield self.update
+            return
+        model, targets = self.run.model, self.run.method.targets
+        with open_pair(self.base, model.name, targets, model.revision) as pair:
+            yield Update.of_pair(pair, self.model.device)
 
     def sharpness(self) -> _Found:
         """Take SAM's step and the adaptive one."""
@@ -280,12 +289,13 @@ class _Job:
         return _Found({**values, "hessian_trace": found.trace})
 
     def line(self) -> _Found:
-        """Evaluate the line of one random direction, and that from the base through the adapter."""
-        random = self._measure(
-            "random", self._random(1), landscape.grid_1d(self.config.grid, self.config.reach)
-        )
-        update = self._measure("update", [self.modules], landscape.grid_1d(self.config.grid, 1.0))
-        curves = {"line": random.to_json(), "update": update.to_json()}
+        """Evaluate the line of one random direction, and of an adapter that from the base through it."""
+        points = landscape.grid_1d(self.config.grid, self.config.reach)
+        random = self._measure("random", self._random(1), points)
+        curves = {"line": random.to_json()}
+        if self.artifact is not None:
+            points = landscape.grid_1d(self.config.grid, 1.0)
+            curves["update"] = self._measure("update", [self.modules], points).to_json()
         return _Found({"line_rise": random.rise}, {"landscapes": curves})
 
     def landscape(self) -> _Found:
@@ -295,7 +305,7 @@ class _Job:
         return _Found({"landscape_rise": found.rise}, {"landscapes": {"random": found.to_json()}})
 
     def _random(self, count: int) -> list[Direction]:
-        modules, norm = self.modules, self.config.directions
+        modules, norm = self.centre, self.config.directions
         weights = {path: matrix(self.model, path) for path in modules} if norm == "weight" else None
         return [*random_directions(modules, count, self.config.seed, norm, weights)]
 
@@ -326,7 +336,7 @@ class _Job:
         **more: Any,
     ) -> Landscape:
         batches = self._batches()
-        losses = landscape.losses(self.model, batches, self.modules, directions, points, POINTS)
+        losses = landscape.losses(self.model, batches, self.centre, directions, points, POINTS)
         return Landscape(
             kind=kind,
             norm=self.config.directions if kind == "random" else None,
@@ -355,12 +365,3 @@ def _stored(artifact: AdapterArtifact | PeftFolder | None, model: nn.Module) -> 
         return artifact.parameters, torch.finfo(dtype).bits
     tensors = [*model.parameters()] if artifact is None else [*artifact.adapter.values()]
     return sum(tensor.numel() for tensor in tensors), torch.finfo(tensors[0].dtype).bits
-
-
-def _median_spectrum(spectra: Sequence[torch.Tensor]) -> tuple[float, ...]:
-    """Give σᵢ/σ₁, the median over modules, up to the lowest rank of them."""
-    relative = [values / values[0] for values in spectra if values[0] > 0]
-    if not relative:
-        return ()
-    length = min(map(len, relative))
-    return tuple(torch.stack([values[:length] for values in relative]).median(0).values.tolist())

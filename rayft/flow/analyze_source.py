@@ -62,6 +62,7 @@ class Item:
             config=config.model_dump_json(),
             adapter=adapter,
             group=self.group,
+            base="" if adapter else self.run.model.model_dump_json(),
             files=files_along(adapter),
         )
 

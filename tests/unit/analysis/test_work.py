@@ -17,6 +17,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.config import parse
 from rayft.data.pack import collate_rows, rows_of
 from rayft.evaluate.loss import target_losses
+from rayft.models.load import load_model
 from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close, relative_error
 from rayft.train.context import Session, Worker
@@ -132,13 +133,93 @@ def test_the_session_is_left_as_it_was(session: Session, found: AdapterAnalysis)
     assert not any(parameter.requires_grad for parameter in session.loaded.model.parameters())
 
 
-def test_what_has_no_factors_gets_its_gap_and_says_why_not_more(session: Session, run: RunConfig) -> None:
-    whole = run.model_copy(update={"method": run.method.model_copy(update={"name": "full"})})
-    found = analyze(session, whole, None, CONFIG, name="whole")
+def whole(run: RunConfig, folder: Path) -> RunConfig:
+    """Say that a run tuned a whole model, which is in a folder."""
+    return run.model_copy(
+        update={
+            "method": run.method.model_copy(update={"name": "full"}),
+            "model": run.model.model_copy(update={"name": str(folder)}),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def merged(run: RunConfig, artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with the adapter in its weights, as if all of it had been trained."""
+    loaded, adapter = load_model(run.model, torch.float32), AdapterArtifact.load(artifact)
+    for path, factors in adapter.modules.items():
+        loaded.model.get_submodule(path).weight.data += factors.delta()
+    folder = tmp_path_factory.mktemp("merged")
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(run: RunConfig, merged: Path) -> AdapterAnalysis:
+    model = whole(run, merged)
+    request = AnalyzeRequest(
+        "tuned", model.model_dump_json(), CONFIG.model_dump_json(), base=run.model.model_dump_json()
+    )
+    opened = Session.open(model, Worker())
+    return AdapterAnalysis.model_validate_json(request(opened, model)["analysis"])
+
+
+def test_a_whole_model_measures_as_the_adapter_that_it_holds(
+    tuned: AdapterAnalysis, found: AdapterAnalysis
+) -> None:
+    same = {
+        "gap", "sample_train_loss", "sample_test_loss", "update_norm", "update_over_base",
+        "update_spectral_max", "stable_rank_mean", "line_rise", "landscape_rise",
+    }  # fmt: skip
+    for name in same:
+        ours, theirs = (torch.tensor(one.measures[name]) for one in (tuned, found))
+        assert_close(ours, theirs, torch.float32, 64, depth=16)
+    assert set(tuned.spectra) == set(found.spectra)
+    for path, one in tuned.spectra.items():
+        # The weights are float32: what their rounding adds is less than 1 % of the update, and of full rank.
+        assert one.energy_ranks["0.99"] == found.spectra[path].energy_ranks["0.99"]
+    assert tuned.intruders == found.intruders
+    for kind in ("line", "random"):
+        ours, theirs = (Landscape.from_json(one.landscapes[kind]) for one in (tuned, found))
+        assert ours.coordinates == theirs.coordinates
+        assert_close(torch.tensor(ours.losses), torch.tensor(theirs.losses), torch.float32, 64, depth=16)
+
+
+def test_what_needs_factors_says_so_of_a_whole_model(tuned: AdapterAnalysis) -> None:
+    assert set(tuned.notes) == {"sharpness", "trajectory"}
+    assert (
+        "'full' is a whole model, without low-rank factors: extract a LoRA first" in tuned.notes["sharpness"]
+    )
+    assert {*tuned.landscapes} == {"line", "random"}
+    assert not {name for name in tuned.measures if name.startswith(("bound_norm", "bound_lipschitz"))}
+
+
+def test_a_whole_model_without_its_base_has_no_spectra(
+    session: Session, run: RunConfig, merged: Path
+) -> None:
+    config = CONFIG.model_copy(update={"parts": ("gap", "spectra", "line")})
+    found = analyze(session, whole(run, merged), None, config, name="whole")
     assert found.gap is not None
-    assert set(found.notes) == {"spectra", "sharpness", "line", "landscape", "trajectory"}
-    assert "'full' is a whole model, without low-rank factors: extract a LoRA first" in found.notes["spectra"]
-    assert found.measures["parameters"] == sum(p.numel() for p in session.loaded.model.parameters())
+    assert set(found.notes) == {"spectra"}
+    assert found.measures["sample_train_loss"] > 0
+    other = run.model.model_copy(update={"name": "tiny-vit", "task": "image_classification"})
+    found = analyze(session, whole(run, merged), None, config, name="whole", base=other)
+    assert set(found.notes) == {"spectra"}
+    assert "is it a model of another kind?" in found.notes["spectra"]
+
+
+def test_rows_of_an_update_need_an_adapter(session: Session, run: RunConfig, merged: Path) -> None:
+    config = CONFIG.model_copy(update={"parts": ("line", "landscape"), "directions": "update"})
+    found = analyze(session, whole(run, merged), None, config, name="whole", base=run.model)
+    assert set(found.notes) == {"line", "landscape"}
+    assert not found.landscapes
+
+
+def test_the_numbers_of_a_whole_model_are_all_of_its_parameters(
+    session: Session, tuned: AdapterAnalysis
+) -> None:
+    assert tuned.measures["parameters"] == sum(p.numel() for p in session.loaded.model.parameters())
 
 
 def test_no_trail_says_how_to_have_one(
