@@ -1,6 +1,6 @@
 """A tuned model beside the base that it started from, layer by layer, from the files of both.
 
-    ΔW = W_tuned − W_base  (O × I, float32)
+    ΔW = W_tuned − W_base  (O × I, float32)        W_base rounded to W_tuned's precision
 
 In memory are the tensor that is asked for and a block of rows of each checkpoint.
 """
@@ -22,6 +22,9 @@ from rayft.models.load import ModelConfig, load_skeleton
 from rayft.models.targets import linear_shapes, select
 
 __all__ = ["Pair", "open_pair", "pairs", "whole"]
+
+HALF = {"F16": torch.float16, "BF16": torch.bfloat16}
+"""Safetensors' names of types with fewer digits than float32."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,14 @@ def open_pair(
 
 
 def pairs(before: Stored, after: Stored) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Read the same rows of both: first row, W, W_tuned."""
+    """Read the same rows of both, in float32: first row, W, W_tuned.
+
+    W has W_tuned's precision where that is lower: it is what a training in it started from, and the
+    rounding of all weights would be many times a small update.
+    """
+    coarse = HALF.get(after.kind) if before.kind not in HALF else None
     for (start, old), (_, new) in zip(before.blocks(), after.blocks(), strict=True):
-        yield start, old, new
+        yield start, old if coarse is None else old.to(coarse).float(), new
 
 
 def whole(stored: Stored) -> torch.Tensor:

@@ -148,6 +148,19 @@ def test_shards_and_16_bits(tuned: Path, tmp_path: Path) -> None:
     assert {factors.b.dtype for factors in small.modules.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_rounding_alone_changed_is_no_update(dtype: torch.dtype, tmp_path: Path) -> None:
+    def one_layer(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return low_rank(name, weight) if name == "model.layers.1.mlp.up_proj.weight" else weight
+
+    made = extract_full(config(), tune(tmp_path / "tuned", config(), one_layer, dtype), rank=3)
+    assert [*made.artifact.modules] == ["model.layers.1.mlp.up_proj"]
+    assert made.lost == {}
+    untouched = tune(tmp_path / "untouched", config(), lambda _, weight: weight, dtype)
+    with pytest.raises(SqueezeError, match="none of 14 linear layers differs"):
+        extract_full(config(), untouched, rank=3)
+
+
 def test_a_head_travels_whole(tmp_path: Path) -> None:
     base = config("tiny-llama", task="sequence_classification", num_labels=3)
     folder = tune(
