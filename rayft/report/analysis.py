@@ -29,6 +29,10 @@ __all__ = [
 
 MOST, TYPICAL = 7, 12
 """Adapters in one figure of curves, more colours can't be told apart; with one of each method, by markers."""
+MARKERS = 32
+"""Of a spectrum's curve, about: a whole model's update has hundreds of singular values."""
+WIDE = 4
+"""Ranks are drawn by logarithm where the longest spectrum is more than so many times the shortest."""
 NAMED = 4
 """Predictors that a sentence names."""
 WORDS = {
@@ -257,11 +261,19 @@ def _spectra(curves: Sequence[AdapterAnalysis]) -> Drawing | None:
         colour, marker = style[one.name]
         ranks = np.arange(1, len(one.median_spectrum) + 1)
         values = np.maximum(one.median_spectrum, 1e-6)
-        (line,) = axes.plot(ranks, values, color=colour, marker=marker, markersize=3.5)
+        every = max(1, len(ranks) // MARKERS)
+        (line,) = axes.plot(ranks, values, color=colour, marker=marker, markersize=3.5, markevery=every)
         tip(line, one.name)
     axes.set_yscale("log")
+    lengths = [len(one.median_spectrum) for one in shown]
+    if max(lengths) > WIDE * min(lengths):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("index")

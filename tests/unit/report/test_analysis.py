@@ -108,6 +108,22 @@ def test_a_landscape_that_is_nowhere_finite_is_named_and_not_drawn(
     assert ("Nowhere finite" in html(example(), found)) == (broken == 1)
 
 
+def test_a_whole_models_spectrum_stands_beside_an_adapters(analysis: SweepAnalysis) -> None:
+    def drawn(length: int) -> str:
+        long = adapter("whole-s0", "whole", 0.1, 2.0).model_copy(
+            update={"median_spectrum": tuple(0.99**i for i in range(length))}
+        )
+        both = analysis.model_copy(update={"adapters": (long, *analysis.adapters)})
+        return next(one.svg for one in analysis_figures(both) if one.key == "spectra")
+
+    few, many = drawn(16), drawn(17 * 32)
+    # Markers are references to one shape: about as many for 544 values as for 16 times fewer.
+    assert many.count("<use") < few.count("<use") + 2 * 32
+    ticks = [set(re.findall(r">([\d.]+)</text>", page)) for page in (few, many)]
+    assert {"1", "10", "100"} <= ticks[1]
+    assert not {"10", "100"} <= ticks[0]
+
+
 def test_what_a_measure_is_worth_beyond_the_training_loss_is_told(analysis: SweepAnalysis) -> None:
     def with_more(one: Predictor, partial: float, held_out: float) -> Predictor:
         known = {"partial": partial, "held_out": held_out}
