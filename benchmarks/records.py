@@ -10,7 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study import study_chains_table, study_methods_table, study_predictors_table
+from benchmarks.study import (
+    study_chains_table,
+    study_full_table,
+    study_methods_table,
+    study_predictors_table,
+)
 from rayft.tracking.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
@@ -321,6 +326,7 @@ TABLES = {
     "study_methods": study_methods_table,
     "study_predictors": study_predictors_table,
     "study_chains": study_chains_table,
+    "study_full": study_full_table,
 }
 PAGES = ("README.md", "docs/squeezing.md", "docs/serving.md", "docs/study/README.md")
 """Where tables are, between their markers."""

@@ -24,6 +24,13 @@ MEASURES = {
 }  # fmt: skip
 """Columns of adapters: which measure, and digits."""
 LOSSES = {"training loss": ("sample_train_loss", 2), "held-out loss": ("sample_test_loss", 2)}
+FULL = LOSSES | {
+    "gap": ("gap", 2), "‖ΔW‖": ("update_norm", 1), "largest ‖ΔW‖₂": ("update_spectral_max", 2),
+    "stable rank": ("stable_rank_mean", 1), "effective rank": ("effective_rank_mean", 0),
+
+    "rise along a line": ("line_rise", 2), "intruders": ("intruder_share_below_0.9", 3),
+}  # fmt: skip
+"""Columns of the runs that trained the whole model."""
 SHOWN = (
     "bound_information_log10", "bound_lipschitz_log10", "bound_norm_log10", "update_norm",
     "intruder_share_below_0.9", "effective_rank_mean", "stable_rank_mean", "landscape_rise", "line_rise",
@@ -94,8 +101,26 @@ def study_chains_table() -> str:
     return _table(("chain / link", "learning rate", *MEASURES), lines)
 
 
-def _study() -> tuple[SweepRecord, SweepAnalysis]:
-    return SweepRecord.model_validate(read("sweep")), SweepAnalysis.model_validate(read("analysis"))
+def study_full_table() -> str:
+    """What training the whole model changed, beside LoRA; means of three seeds, on a CPU."""
+    record, analysis = _study(STUDY / "full")
+    found = {one.name: one for one in analysis.adapters}
+    lines = [
+        [
+            row.settings,
+            score_text(row.test),
+            *(_mean([found[name] for name in row.trials], *each) for each in FULL.values()),
+        ]
+        for row in record.methods
+    ]
+    return _table(("setting", "test score", *FULL), lines)
+
+
+def _study(folder: Path = STUDY) -> tuple[SweepRecord, SweepAnalysis]:
+    return (
+        SweepRecord.model_validate(read("sweep", folder)),
+        SweepAnalysis.model_validate(read("analysis", folder)),
+    )
 
 
 def _of(predictors: Mapping[str, Predictor], name: str, what: str) -> str:

@@ -207,7 +207,7 @@ def _gaps(analysis: SweepAnalysis) -> Drawing | None:
     """Draw the best predictor against the gap."""
     if not analysis.predictors:
         return None
-    best = analysis.predictors[0]
+    best = max(analysis.predictors, key=_strength)
     shown = [
         one
         for one in analysis.adapters
@@ -238,6 +238,12 @@ def _gaps(analysis: SweepAnalysis) -> Drawing | None:
     )
 
 
+def _strength(one: Predictor) -> tuple[bool, int, float]:
+    """Order predictors: without an interval, which few runs have, one of more runs says more."""
+    known = math.isfinite(one.spearman_low)
+    return known, 0 if known else one.n, abs(one.spearman)
+
+
 def _curves(analysis: SweepAnalysis, typical: Sequence[str]) -> list[AdapterAnalysis]:
     """Choose what is drawn: the typical ones, then one of each other setting."""
     named = {one.name: one for one in analysis.adapters if one.spectra or one.landscapes}
@@ -261,8 +267,9 @@ def _spectra(curves: Sequence[AdapterAnalysis]) -> Drawing | None:
         colour, marker = style[one.name]
         ranks = np.arange(1, len(one.median_spectrum) + 1)
         values = np.maximum(one.median_spectrum, 1e-6)
-        every = max(1, len(ranks) // MARKERS)
-        (line,) = axes.plot(ranks, values, color=colour, marker=marker, markersize=3.5, markevery=every)
+        last = len(ranks) - 1
+        marks = [*ranks - 1] if last < MARKERS else [*{int(i) for i in np.geomspace(1, last, MARKERS)}, 0]
+        (line,) = axes.plot(ranks, values, color=colour, marker=marker, markersize=3.5, markevery=marks)
         tip(line, one.name)
     axes.set_yscale("log")
     lengths = [len(one.median_spectrum) for one in shown]

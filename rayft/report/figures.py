@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 from rayft.report.canvas import INK, SERIES, STYLE, canvas, legend, short, styles, svg, tip
 from rayft.report.drawing import Drawing, baselines, methods, score_axis
@@ -126,6 +126,7 @@ def _energy(record: SweepRecord) -> Drawing | None:
     axes.set_ylim(0, 1.04)
     axes.set_xlim(0, rank + 0.3)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("rank kept")
     axes.set_ylabel("energy kept")
     handles = [Line2D([], [], color=colour, linewidth=2.4, label="median module")]

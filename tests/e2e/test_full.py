@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from rayft.analysis.record import SweepAnalysis
+from rayft.analysis.section import AnalyzeConfig
 from rayft.artifacts import AdapterArtifact
 from rayft.flow.config import PipelineConfig
 from rayft.flow.sweep import served_adapters
@@ -22,11 +25,15 @@ pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_r
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
-    return small_config(
+    made = small_config(
         tmp_path_factory.mktemp("full"),
         {"lora": {"ranks": [2], "lr": [1e-7]}, "full": {"ranks": [2], "lr": [1e-3]}},
         {"ranks": [4, 1], "energy": 0.9, "budget": "20kB", "cont": {"steps": 2, "lr": 1e-3}},
     )
+    analyze = AnalyzeConfig(
+        parts=("gap", "spectra", "line"), samples=4, examples=2, grid=3, intruder_modules=2
+    )
+    return made.model_copy(update={"analyze": analyze})
 
 
 def test_loras_are_extracted_scored_and_recorded(
@@ -58,6 +65,27 @@ def test_an_extracted_adapter_is_the_best_of_its_rank(record: SweepRecord, confi
         best = float(torch.linalg.svdvals(update)[4:].norm() / update.norm())
         # The SVD is randomised: never better than the best, and by very little worse.
         assert best * (1 - 1e-6) <= relative_error(found, update) <= 1.05 * best
+
+
+def test_the_whole_model_is_analysed_beside_the_adapter(record: SweepRecord, config: PipelineConfig) -> None:
+    analysis = SweepAnalysis.find(config.output)
+    assert analysis
+    assert not any(one.notes for one in analysis.adapters)
+    trial = next(trial for trial in record.trials if trial.method == "full")
+    (whole,) = (one for one in analysis.adapters if one.name == trial.id)
+    base = load_model(config.model, torch.float32).model
+    tuned = load_file(Path(trial.folder) / "model.safetensors")
+    updates = []
+    for path in linear_shapes(base):
+        weight = tuned[f"{path}.weight"]
+        # In the precision that was trained and saved in.
+        before = base.get_submodule(path).weight.to(weight.dtype)  # type: ignore[operator, union-attr]
+        updates.append(weight.double() - before.double())
+    assert set(whole.spectra) == set(linear_shapes(base))
+    norm = torch.stack([update.norm() for update in updates]).norm()
+    assert whole.measures["update_norm"] == pytest.approx(float(norm))
+    assert whole.measures["update_norm"] > 0
+    assert {*whole.landscapes} == {"line"}
 
 
 def test_what_is_shipped_of_it_is_served_under_the_sweeps_name(

@@ -108,6 +108,17 @@ def test_a_landscape_that_is_nowhere_finite_is_named_and_not_drawn(
     assert ("Nowhere finite" in html(example(), found)) == (broken == 1)
 
 
+def test_the_predictor_that_is_drawn_is_not_one_of_few_runs(analysis: SweepAnalysis) -> None:
+    def drawn(*predictors: Predictor) -> str:
+        found = analysis.model_copy(update={"predictors": predictors})
+        return next(one.alt for one in analysis_figures(found) if one.key == "gaps")
+
+    few = predictor("sam_sharpness", -1.0, math.nan).model_copy(update={"n": 3})
+    weak, strong = predictor("effective_rank_mean", 0.5, math.nan), predictor("update_norm", -0.8, math.nan)
+    assert "‖ΔW‖" in drawn(few, strong, weak)
+    assert "effective rank" in drawn(few, strong, predictor("effective_rank_mean", 0.5, 0.2))
+
+
 def test_a_whole_models_spectrum_stands_beside_an_adapters(analysis: SweepAnalysis) -> None:
     def drawn(length: int) -> str:
         long = adapter("whole-s0", "whole", 0.1, 2.0).model_copy(
