@@ -25,10 +25,9 @@ MEASURES = {
 """Columns of adapters: which measure, and digits."""
 LOSSES = {"training loss": ("sample_train_loss", 2), "held-out loss": ("sample_test_loss", 2)}
 FULL = LOSSES | {
-    "gap": ("gap", 2), "‖ΔW‖": ("update_norm", 1), "largest ‖ΔW‖₂": ("update_spectral_max", 2),
+    "gap": MEASURES["gap"], "‖ΔW‖": MEASURES["‖ΔW‖"], "largest ‖ΔW‖₂": ("update_spectral_max", 2),
     "stable rank": ("stable_rank_mean", 1), "effective rank": ("effective_rank_mean", 0),
-
-    "rise along a line": ("line_rise", 2), "intruders": ("intruder_share_below_0.9", 3),
+    "rise along a line": ("line_rise", 2), "intruders": MEASURES["intruders"],
 }  # fmt: skip
 """Columns of the runs that trained the whole model."""
 SHOWN = (
@@ -53,9 +52,8 @@ def study_methods_table() -> str:
     columns = LOSSES | MEASURES
     lines = []
     for row in sorted(record.methods, key=lambda row: -(row.test.value if row.test else 0.0)):
-        mine = [found[name] for name in row.trials]
         difference = difference_text(row.difference) if row.difference else ""
-        means = [_mean(mine, *each) for each in columns.values()]
+        means = _means([found[name] for name in row.trials], columns)
         lines.append([row.settings, score_text(row.test), difference, *means])
     return _table(("setting", "test score", "less lora's", *columns), lines)
 
@@ -95,8 +93,8 @@ def study_chains_table() -> str:
     lines = []
     for chain, link in CHAINS:
         for rate in sorted(lr for method, lr in groups if method == chain and (link, lr) in groups):
-            pair = (groups[chain, rate], groups[link, rate])
-            means = [" / ".join(_mean(mine, *each) for mine in pair) for each in MEASURES.values()]
+            pair = (_means(groups[method, rate], MEASURES) for method in (chain, link))
+            means = map(" / ".join, zip(*pair, strict=True))
             lines.append([f"{chain} / {link}", f"{rate:g}", *means])
     return _table(("chain / link", "learning rate", *MEASURES), lines)
 
@@ -106,11 +104,7 @@ def study_full_table() -> str:
     record, analysis = _study(STUDY / "full")
     found = {one.name: one for one in analysis.adapters}
     lines = [
-        [
-            row.settings,
-            score_text(row.test),
-            *(_mean([found[name] for name in row.trials], *each) for each in FULL.values()),
-        ]
+        [row.settings, score_text(row.test), *_means([found[name] for name in row.trials], FULL)]
         for row in record.methods
     ]
     return _table(("setting", "test score", *FULL), lines)
@@ -134,9 +128,13 @@ def _runs(predictors: Mapping[str, Predictor]) -> str:
     return f"{max(one.n for one in predictors.values())} runs"
 
 
-def _mean(adapters: Sequence[AdapterAnalysis], name: str, digits: int) -> str:
-    known = [one.measures.get(name, math.nan) for one in adapters]
-    return f"{statistics.mean(known):.{digits}f}" if all(map(math.isfinite, known)) else ""
+def _means(adapters: Sequence[AdapterAnalysis], columns: Mapping[str, tuple[str, int]]) -> list[str]:
+    """Give each column's measure, mean over adapters; empty where one hasn't got it."""
+    found = []
+    for name, digits in columns.values():
+        known = [one.measures.get(name, math.nan) for one in adapters]
+        found.append(f"{statistics.mean(known):.{digits}f}" if all(map(math.isfinite, known)) else "")
+    return found
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

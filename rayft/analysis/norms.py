@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +14,7 @@ from rayft.evaluate.loss import mean_loss
 from rayft.methods.base import AdapterLinear
 from rayft.models.targets import linears
 
-__all__ = ["gram", "matrix", "spectral_norm", "spectral_norms", "squared_norms"]
+__all__ = ["matrix", "singular_values", "spectral_norm", "spectral_norms", "squared_norms"]
 
 _NORMS: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 """‖W0‖₂ of a base's layers, computed once for all its adapters."""
@@ -36,14 +35,19 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
 
 
 def spectral_norm(weight: torch.Tensor) -> float:
-    """Give ‖W‖₂ of a matrix, from the smaller of W Wᵀ and Wᵀ W in float64."""
-    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram(weight))[-1])))
+    """Give ‖W‖₂ of a matrix."""
+    return float(singular_values(weight)[0])
 
 
-def gram(weight: torch.Tensor) -> torch.Tensor:
-    """Give the smaller of W Wᵀ and Wᵀ W, in float64."""
+def singular_values(weight: torch.Tensor) -> torch.Tensor:
+    """Give all min(O, I) of a matrix, largest first, in float64; exact to about 1e-8 of the largest.
+
+    They are the roots of the eigenvalues of the smaller of W Wᵀ and Wᵀ W, which takes a fraction of an SVD.
+    """
     whole = weight.double()
-    return whole @ whole.t() if len(whole) < whole.shape[1] else whole.t() @ whole
+    gram = whole @ whole.t() if len(whole) < whole.shape[1] else whole.t() @ whole
+    values: torch.Tensor = torch.linalg.eigvalsh(gram)
+    return values.clamp_min(0).sqrt().flip(0)
 
 
 @torch.inference_mode()

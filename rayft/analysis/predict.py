@@ -60,7 +60,7 @@ def correlations(runs: Sequence[Run], seed: int = 0) -> list[Predictor]:
     A measure that is the same in all runs, or that fewer than three runs have, is left out.
 
     Returns:
-        The strongest |ρ| first.
+        The strongest |ρ| first; those without an interval come last, and of them those of most runs first.
 
     Raises:
         ReportError: if there are fewer than three runs.
@@ -78,7 +78,13 @@ def correlations(runs: Sequence[Run], seed: int = 0) -> list[Predictor]:
         others = np.array([(run.gap, run.train_loss, run.held_out) for run in mine]).reshape(-1, 3).T
         if len(mine) >= LEAST and np.ptp(values) > 0 and np.ptp(others[0]) > 0:
             found.append(_correlate(name, values, others, [run.group for run in mine], seed))
-    return sorted(found, key=lambda one: -abs(one.spearman))
+    return sorted(found, key=_strength, reverse=True)
+
+
+def _strength(one: Predictor) -> tuple[bool, int, float]:
+    """Say what puts a measure first: three of many runs are easily in perfect order."""
+    known = math.isfinite(one.spearman_low)
+    return known, 0 if known else one.n, abs(one.spearman)
 
 
 def _correlate(name: str, values: Array, others: Array, groups: Sequence[str], seed: int) -> Predictor:

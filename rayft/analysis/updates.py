@@ -1,8 +1,6 @@
 """What a training changed in each layer, whether it is there as factors or as a whole tuned model.
 
-Of a whole model ΔW = W_tuned − W0 is read from the files of both, one layer in memory at a time. Its
-singular values are the roots of the eigenvalues of the smaller of ΔW ΔWᵀ and ΔWᵀ ΔW, in float64: exact to
-about 1e-8 of the largest, where ΔW's own numbers are float32.
+Of a whole model ΔW = W_tuned − W0 is read from the files of both, one layer after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import torch
 from torch import nn
 
 from rayft.analysis.intruders import AT, EVERY_AT, count_intruders
-from rayft.analysis.norms import gram, matrix
+from rayft.analysis.norms import matrix, singular_values
 from rayft.analysis.record import ModuleSpectrum
 from rayft.analysis.spectral import spectral_summary
 from rayft.methods.base import LoraFactors
@@ -66,13 +64,13 @@ class Update:
             if isinstance(change, LoraFactors):
                 factors[path] = change
             else:
-                found[path] = _values(change)
+                found[path] = singular_values(change)
         found |= {path: svd.s for path, svd in decomposed(factors).items()}
         return {path: found[path] for path in self.changes}
 
 
 class _Read(Mapping[str, Any]):
-    """Tensors that are made each time they are asked for, so that one is in memory."""
+    """Tensors that are made each time they are asked for, and not kept."""
 
     def __init__(self, paths: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
         self._paths, self._read = dict.fromkeys(paths), read
@@ -123,11 +121,6 @@ def spectra(update: Update, intruder_modules: int) -> tuple[dict[str, float], di
     }
     spectrum = _median_spectrum([*values.values()])
     return measures, {"spectra": known, "intruders": intruders, "median_spectrum": spectrum}
-
-
-def _values(delta: torch.Tensor) -> torch.Tensor:
-    values: torch.Tensor = torch.linalg.eigvalsh(gram(delta))
-    return values.clamp_min(0).sqrt().flip(0)
 
 
 def _median_spectrum(spectra: Sequence[torch.Tensor]) -> tuple[float, ...]:

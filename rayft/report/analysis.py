@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -207,7 +208,7 @@ def _gaps(analysis: SweepAnalysis) -> Drawing | None:
     """Draw the best predictor against the gap."""
     if not analysis.predictors:
         return None
-    best = max(analysis.predictors, key=_strength)
+    best = analysis.predictors[0]
     shown = [
         one
         for one in analysis.adapters
@@ -238,12 +239,6 @@ def _gaps(analysis: SweepAnalysis) -> Drawing | None:
     )
 
 
-def _strength(one: Predictor) -> tuple[bool, int, float]:
-    """Order predictors: without an interval, which few runs have, one of more runs says more."""
-    known = math.isfinite(one.spearman_low)
-    return known, 0 if known else one.n, abs(one.spearman)
-
-
 def _curves(analysis: SweepAnalysis, typical: Sequence[str]) -> list[AdapterAnalysis]:
     """Choose what is drawn: the typical ones, then one of each other setting."""
     named = {one.name: one for one in analysis.adapters if one.spectra or one.landscapes}
@@ -272,17 +267,17 @@ def _spectra(curves: Sequence[AdapterAnalysis]) -> Drawing | None:
         (line,) = axes.plot(ranks, values, color=colour, marker=marker, markersize=3.5, markevery=marks)
         tip(line, one.name)
     axes.set_yscale("log")
+    logarithmic: list[Axis] = [axes.yaxis]
     lengths = [len(one.median_spectrum) for one in shown]
     if max(lengths) > WIDE * min(lengths):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        logarithmic.append(axes.xaxis)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    for axis in logarithmic:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("index")
     axes.set_ylabel("singular value / largest")
     legend(figure, style, [], lines=True)

@@ -39,11 +39,13 @@ class Server:
         assert answer.status_code == 200, answer.text
         assert not stream or answer.text.endswith("data: [DONE]\n\n")
 
-    def replicas(self) -> list[dict[str, Any]]:
+    def handle(self) -> Any:
         import ray.serve as ray_serve
 
-        handle = ray_serve.get_deployment_handle("Replica", "rayft")
-        return sorted(handle.broadcast("stats").results(), key=lambda one: one["pid"])
+        return ray_serve.get_deployment_handle("Replica", "rayft")
+
+    def replicas(self) -> list[dict[str, Any]]:
+        return sorted(self.handle().broadcast("stats").results(), key=lambda one: one["pid"])
 
     def moves(self) -> Counter[str]:
         return sum((Counter(one["moves"]) for one in self.replicas()), Counter())
@@ -111,15 +113,11 @@ def test_a_hot_adapter_and_the_base_are_asked_on_both(server: Server, model: str
     def requests() -> list[int]:
         return [one["traffic"].get(version, {}).get("requests", 0) for one in server.replicas()]
 
-    import ray.serve as ray_serve
-
-    before, request = (
-        requests(),
-        CompletionRequest(model=model, prompt="hello", max_tokens=200, temperature=0),
-    )
+    before = requests()
+    request = CompletionRequest(model=model, prompt="hello", max_tokens=200, temperature=0)
     # At once, as no HTTP client could: Ray Serve chooses for them all before it sends the first.
-    replica = ray_serve.get_deployment_handle("Replica", "rayft").options(stream=True)
-    burst = [replica.generate.remote(request, 0.5) for _ in range(4 * MAX_RUNNING)]
+    ask = server.handle().options(stream=True).generate
+    burst = [ask.remote(request, 0.5) for _ in range(4 * MAX_RUNNING)]
     assert [list(answer)[-1].completion_tokens for answer in burst] == [200] * len(burst)
     new = [after - then for then, after in zip(before, requests(), strict=True)]
     assert sum(new) == len(burst)

@@ -172,6 +172,19 @@ def test_a_run_without_a_finite_gap_takes_no_part() -> None:
         correlations(given[2:])
 
 
+def test_few_runs_in_perfect_order_come_last() -> None:
+    few, nearly, weak = (3.0, 2.0, 1.0), (1.0, 2.0, 3.0, 5.0, 4.0), (1.0, 3.0, 2.0, 4.0, 6.0, 5.0)
+    found = correlations(
+        runs(
+            [0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
+            few=[*few, math.nan, math.nan, math.nan], nearly=[*nearly, math.nan], weak=[*weak],
+        )
+    )  # fmt: skip
+    assert [(one.measure, one.n) for one in found] == [("weak", 6), ("nearly", 5), ("few", 3)]
+    strengths = [abs(one.spearman) for one in found]
+    assert strengths == sorted(strengths)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_too_few_runs(count: int) -> None:
     with pytest.raises(ReportError, match=f"needs 3 finished runs with a gap or more, here are {count}"):

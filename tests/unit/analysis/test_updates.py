@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -34,7 +33,7 @@ class Files:
 
 
 @pytest.fixture
-def files() -> Iterator[Files]:
+def files() -> Files:
     return Files()
 
 

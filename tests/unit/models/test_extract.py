@@ -21,6 +21,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.errors import BaseMismatchError, ModelError, RayftError, SqueezeError, TargetError
 from rayft.models import extract as module
 from rayft.models.checkpoint import Stored
+from rayft.models.difference import open_pair
 from rayft.models.extract import Extraction, extract_full
 from rayft.models.inject import attach
 from rayft.models.load import ModelConfig, load_model, resolve
@@ -146,6 +147,23 @@ def test_shards_and_16_bits(tuned: Path, tmp_path: Path) -> None:
         assert_close(factors.delta(), whole.modules[name].delta(), torch.bfloat16, WIDEST, depth=2)
     small = extract_full(config(), tuned, rank=3, dtype=torch.bfloat16).artifact
     assert {factors.b.dtype for factors in small.modules.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+def test_a_pair_gives_outputs_by_inputs(name: str, tmp_path: Path) -> None:
+    base, folder = config(name), tune(tmp_path / "tuned", config(name), low_rank)
+    model = load_model(base, torch.float32).model
+    tuned = type(model).from_pretrained(folder, dtype=torch.float32)
+    with open_pair(base, folder) as pair:
+        assert pair.shapes == linear_shapes(model)
+        for path, shape in pair.shapes.items():
+            before, after = (
+                one.get_submodule(path).weight.t() if pair.turned(path) else one.get_submodule(path).weight
+                for one in (model, tuned)
+            )
+            assert tuple(pair.weight(path).shape) == tuple(pair.update(path).shape) == shape
+            assert torch.equal(pair.weight(path), before)
+            assert torch.equal(pair.update(path), after - before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rayft.analysis.landscape import Landscape
+from rayft.analysis.predict import Run, correlations
 from rayft.analysis.record import (
     AdapterAnalysis,
     Gap,
@@ -109,14 +110,24 @@ def test_a_landscape_that_is_nowhere_finite_is_named_and_not_drawn(
 
 
 def test_the_predictor_that_is_drawn_is_not_one_of_few_runs(analysis: SweepAnalysis) -> None:
-    def drawn(*predictors: Predictor) -> str:
-        found = analysis.model_copy(update={"predictors": predictors})
+    gaps = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+
+    def drawn(count: int, **measures: tuple[float, ...]) -> str:
+        """Draw what is found of so many runs, of as many settings; a measure that ends early has fewer."""
+        runs = [
+            Run(str(i), gaps[i], {name: values[i] for name, values in measures.items() if i < len(values)})
+            for i in range(count)
+        ]
+        found = analysis.model_copy(update={"predictors": tuple(correlations(runs))})
         return next(one.alt for one in analysis_figures(found) if one.key == "gaps")
 
-    few = predictor("sam_sharpness", -1.0, math.nan).model_copy(update={"n": 3})
-    weak, strong = predictor("effective_rank_mean", 0.5, math.nan), predictor("update_norm", -0.8, math.nan)
-    assert "‖ΔW‖" in drawn(few, strong, weak)
-    assert "effective rank" in drawn(few, strong, predictor("effective_rank_mean", 0.5, 0.2))
+    few, strong = (3.0, 2.0, 1.0), (5.0, 4.0, 3.0, 1.0, 2.0)
+    weak = (1.0, 3.0, 2.0, 4.0, 6.0, 5.0)
+    assert "‖ΔW‖" in drawn(
+        5, sam_sharpness=few, effective_rank_mean=(1.0, 3.0, 2.0, 5.0, 4.0), update_norm=strong
+    )
+    # Of six settings there is an interval.
+    assert "effective rank" in drawn(6, sam_sharpness=few, update_norm=strong, effective_rank_mean=weak)
 
 
 def test_a_whole_models_spectrum_stands_beside_an_adapters(analysis: SweepAnalysis) -> None:
