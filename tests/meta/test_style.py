@@ -20,7 +20,6 @@ METHODS = sorted(
 )
 
 BANNED = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers"}
-MAX_LINES = 400
 MAX_ENTRY_LINES = 80
 MAX_FUNCTION_LINES = 50
 MAX_CONTRACT = 5
@@ -44,11 +43,6 @@ def test_there_is_something_to_look_at() -> None:
 def test_names_say_what_is_inside(path: Path) -> None:
     parts = path.relative_to(ROOT).with_suffix("").parts
     assert not BANNED & set(parts)
-
-
-@pytest.mark.parametrize("path", CODE + TESTS, ids=short)
-def test_files_are_read_top_to_bottom(path: Path) -> None:
-    assert lines(path) <= MAX_LINES
 
 
 @pytest.mark.parametrize(
