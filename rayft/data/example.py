@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Example", "Image", "Message", "digest"]
+__all__ = ["REASONING", "Example", "Image", "Message", "digest"]
+
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""What data and chat templates call the reasoning of an answer."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation; `role` is system, user or assistant."""
+    """One turn of a conversation; `role` is system, user, assistant or tool."""
 
     role: str
     content: str
+    learn: bool = True
+    """Whether the loss is taken on it; only an assistant's turn is ever learnt."""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """What a chat template reads beside role and content, such as `tool_calls` or `reasoning_content`."""
+
+    def turn(self) -> dict[str, Any]:
+        """Return the turn as chat templates want it."""
+        return {"role": self.role, "content": self.content, **self.extras}
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class Example:
     """reasoning-gym's item, which its scorer wants back."""
     image: Image | None = None
     """What is classified, where that is no text."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Descriptions (JSON schemas) of the tools that the assistant may call in this conversation."""
 
     @property
     def answer(self) -> str:
@@ -105,5 +120,13 @@ def digest(parts: Iterable[Iterable[Example]]) -> str:
             fields = [*turns, example.text, example.label_name]
             if example.image is not None:
                 fields.append(example.image.digest)
+            # Only where they are there: ordinary data keeps the digest that it had without them.
+            fields += [
+                json.dumps([number, message.learn, dict(message.extras)], sort_keys=True, default=str)
+                for number, message in enumerate(example.messages)
+                if message.extras or not message.learn
+            ]
+            if example.tools:
+                fields.append(json.dumps(list(map(dict, example.tools)), sort_keys=True, default=str))
             total.update(b"\x1e" + "\x1f".join(fields).encode("utf-8", "surrogatepass"))
     return total.hexdigest()[:16]

@@ -25,11 +25,18 @@ class Scorer:
     """How many answers made reasoning-gym's scorer raise; each of them scored 0."""
     _dataset: Any = field(default=None, repr=False, compare=False)
 
-    def score(self, example: Example, answer: str) -> float:
-        """Score an answer from 0 to 1; spaces around it don't count."""
+    def score(self, example: Example, answer: str, expected: str | None = None) -> float:
+        """Score an answer from 0 to 1; spaces around it don't count.
+
+        Args:
+            example: what was asked.
+            answer: what was answered.
+            expected: the right answer of an exact match, where it differs from the example's own text.
+        """
         answer = answer.strip()
         if not self.task:
-            return float(answer.casefold() == example.answer.strip().casefold())
+            right = example.answer if expected is None else expected
+            return float(answer.casefold() == right.strip().casefold())
         if self._dataset is None:
             self._dataset = build_task(self.task, self.params, seed=0, size=1)
         try:

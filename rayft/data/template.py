@@ -1,29 +1,39 @@
 """Examples → tokens, with a loss on what the model should learn to say and on nothing else.
 
 A conversation is laid out by the tokenizer's chat template, or, where it has none, as its turns with
-`Example.separator` between them and the end-of-sequence token after each answer. Layouts must have
-the prefix property: what stands before an answer is the same text that a model is given to answer.
+`Example.separator` between them and the end-of-sequence token after each answer. What stands before an answer
+is always the very text that a model is given to answer, and what is learnt ends where a turn ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from rayft.data.example import Example, Message
+from rayft.data.chat_format import Answer, ChatFormat, render
+from rayft.data.example import REASONING, Example, Message
 from rayft.data.pixels import EncodedImage, ImageEncoder, encode_images
 from rayft.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Encoded", "Style", "encode", "encode_all", "prompt_ids", "prompt_text"]
+__all__ = ["IGNORED", "Encoded", "Style", "encode_all", "expected_answer", "prompt_ids", "prompt_text"]
 
 IGNORED = -100
 """Label of a token that is not learnt."""
 
 Style = Literal["as_is", "answer_only", "few_shot"]
+
+UNSEEN = {
+    "system": frozenset[str](),
+    "user": frozenset[str](),
+    "assistant": frozenset(REASONING),
+    "tool": frozenset({"tool_call_id", "name"}),
+}
+"""Role → what a template may leave out: a tool's answer follows its call anyway, and reasoning is checked
+apart."""
 
 INSTRUCTION = "Reply with nothing but the answer: no explanation, no full sentence."
 
@@ -39,35 +49,6 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.input_ids)
-
-
-def encode(
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    *,
-    context: int | None = None,
-    name: str = "the example",
-) -> Encoded:
-    """Turn an example into tokens.
-
-    Learnt are: of a conversation, each assistant turn up to its end-of-sequence token; of raw text,
-    all tokens but the first; of a classification, none. A text to classify gets the special tokens that
-    its tokenizer puts around one ([CLS] and [SEP] for BERT).
-
-    Args:
-        example: what to encode.
-        tokenizer: of the model that will learn it.
-        max_length: most tokens it may have.
-        context: most tokens that the model can take, where that is known.
-        name: what messages call the example.
-
-    Raises:
-        DataError: if it is too long, or the template can't lay it out.
-    """
-    encoded = _encode(example, tokenizer, name)
-    _check_lengths([len(encoded)], max_length, context, [name])
-    return encoded
 
 
 @overload
@@ -102,6 +83,14 @@ def encode_all(
 ) -> list[Encoded] | list[EncodedImage]:
     """Encode the examples of a part, and report all that are too long at once.
 
+    Learnt are: of a conversation, each assistant turn whose `learn` is true, from its prompt's end up to what
+    ends the turn; of raw text, all tokens but the first; of a classification, none. A text to classify gets
+    the special tokens that its tokenizer puts around one ([CLS] and [SEP] for BERT).
+
+    An example gives one sequence, unless its chat template lays out earlier answers differently once another
+    question follows (Qwen3 leaves out their think blocks). Then each learnt answer gets a sequence of its
+    own, in which everything before it reads as it will when the model is asked.
+
     Args:
         examples: all texts for a tokenizer, all images for an image encoder.
         encoder: of the model that will learn them.
@@ -110,14 +99,20 @@ def encode_all(
         part: what messages call the examples.
 
     Raises:
-        DataError: with how many are too long and how long the longest is; and as `encode` and
-            `encode_images`.
+        DataError: with how many are too long and how long the longest is; naming the example that the chat
+            template can't lay out; and as `encode_images`.
     """
     if isinstance(encoder, ImageEncoder):
         return encode_images(examples, encoder)
     tokenizer = encoder
-    names = [f"{part} example {number}" for number in range(1, len(examples) + 1)]
-    encoded = [_encode(example, tokenizer, name) for example, name in zip(examples, names, strict=True)]
+    layout = _Layout(tokenizer)
+    encoded: list[Encoded] = []
+    names: list[str] = []
+    for number, example in enumerate(examples, start=1):
+        name = f"{part} example {number}"
+        sequences = layout.encode(example, name)
+        encoded += sequences
+        names += [name] * len(sequences)
     _check_lengths([len(item) for item in encoded], max_length, context, names)
     return encoded
 
@@ -151,7 +146,7 @@ def prompt_text(
         system = 1 if turns[0].role == "system" else 0
         solved = tuple(turn for shot in shots for turn in shot.messages if turn.role != "system")
         turns = (*turns[:system], *solved, *turns[system:])
-    return _render(turns, tokenizer, example, "the prompt", answer_next=True)
+    return _Layout(tokenizer).text(turns, example, "the prompt", answer_next=True)
 
 
 def prompt_ids(
@@ -160,47 +155,193 @@ def prompt_ids(
     style: Style = "as_is",
     shots: Sequence[Example] = (),
 ) -> tuple[int, ...]:
-    """Give the tokens of `prompt_text`; of a classification, the tokens that `encode` gives."""
+    """Return the tokens of `prompt_text`; of a classification, those that `encode_all` gives."""
     if example.label is not None:
-        return _encode(example, tokenizer, "the example").input_ids
+        return _Layout(tokenizer).encode(example, "the example")[0].input_ids
     return _ids(tokenizer, prompt_text(example, tokenizer, style, shots))
 
 
-def _encode(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> Encoded:
-    if example.messages:
-        return _encode_turns(example, tokenizer, name)
-    if example.label is not None:
-        ids = tuple(tokenizer(example.text)["input_ids"])
-        return Encoded(ids, (IGNORED,) * len(ids), example.label)
-    ids = (*_ids(tokenizer, _start(tokenizer) + example.text), _end_id(tokenizer))
-    return Encoded(ids, (IGNORED, *ids[1:]))
+def expected_answer(
+    example: Example, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
+) -> tuple[Answer, int]:
+    """Return what a model that has learnt an example perfectly writes, and how many tokens it needs for that.
+
+    The answer is decoded from its tokens as a model's own is, so a tokenizer that doesn't keep every
+    character changes both alike.
+
+    Args:
+        example: a conversation.
+        tokenizer: of the model that answers.
+        chat_format: the tokenizer's.
+
+    Raises:
+        DataError: if the chat template can't lay the example out.
+    """
+    prompt, answer = _Layout(tokenizer, chat_format).answer(example, len(example.messages) - 1, "the example")
+    tokens = _ids(tokenizer, answer.removesuffix(chat_format.end))
+    text = chat_format.decode(tokens)
+    return chat_format.parse(text, in_block=chat_format.is_open(prompt)), len(tokens)
 
 
-def _encode_turns(example: Example, tokenizer: PreTrainedTokenizerBase, name: str) -> Encoded:
-    done = ""
-    ids: tuple[int, ...] = ()
-    labels: tuple[int, ...] = ()
-    for index, turn in enumerate(example.messages):
-        if turn.role != "assistant":
-            continue
-        asked = _render(example.messages[:index], tokenizer, example, name, answer_next=True)
-        answered = _render(example.messages[: index + 1], tokenizer, example, name)
-        if not (asked.startswith(done) and answered.startswith(asked)):
+class _Layout:
+    """How one tokenizer lays examples out."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.format = ChatFormat.of(tokenizer) if chat_format is None else chat_format
+
+    def encode(self, example: Example, name: str) -> list[Encoded]:
+        """Turn an example into tokens: one sequence, or several where earlier answers are laid out anew."""
+        if example.messages:
+            return self._conversation(example, name)
+        if example.label is not None:
+            ids = tuple(self.tokenizer(example.text)["input_ids"])
+            return [Encoded(ids, (IGNORED,) * len(ids), example.label)]
+        text = _start(self.tokenizer) + example.text
+        ids = (*_ids(self.tokenizer, text), _end_id(self.tokenizer))
+        return [Encoded(ids, (IGNORED, *ids[1:]))]
+
+    def _conversation(self, example: Example, name: str) -> list[Encoded]:
+        found: list[Encoded] = []
+        done = ""
+        ids: tuple[int, ...] = ()
+        labels: tuple[int, ...] = ()
+        for index, turn in enumerate(example.messages):
+            if turn.role != "assistant" or not turn.learn:
+                continue
+            prompt, answer = self.answer(example, index, name)
+            if not prompt.startswith(done):
+                # The template lays out earlier answers differently now that another question follows.
+                found.append(Encoded(ids, labels))
+                done, ids, labels = "", (), ()
+            before = _continue(self.tokenizer, done, ids, prompt)
+            ids, labels = (*ids, *before), (*labels, *(IGNORED for _ in before))
+            learnt = _continue(self.tokenizer, prompt, ids, prompt + answer)
+            ids, labels = (*ids, *learnt), (*labels, *learnt)
+            done = prompt + answer
+        if not ids:
             raise DataError(
-                f"{name}: the chat template changes what stands before answer {index + 1} once it is given "
-                "(it rewrites earlier turns), so a loss on answers would teach what is never asked; give "
-                "conversations of one question and one answer, or a tokenizer with another template"
+                f"{name}: no answer is left to learn from; let one of the assistant's turns be learnt"
             )
-        before = _continue(tokenizer, done, ids, asked)
-        ids, labels = (*ids, *before), (*labels, *(IGNORED for _ in before))
-        answer = _continue(tokenizer, asked, ids, answered)
-        learnt = _learnt(answer, tokenizer)
-        ids = (*ids, *answer)
-        labels = (*labels, *answer[:learnt], *(IGNORED for _ in answer[learnt:]))
-        done = answered
-    # What follows the last learnt token changes nothing that is learnt: it only takes room.
-    end = max(index for index, label in enumerate(labels) if label != IGNORED) + 1
-    return Encoded(ids[:end], labels[:end])
+        return [*found, Encoded(ids, labels)]
+
+    def answer(self, example: Example, index: int, name: str) -> tuple[str, str]:
+        """Return the prompt for the answer at `index`, and what a model should write after it, up to its end.
+
+        Raises:
+            DataError: if the template can't lay it out, or leaves out or changes what should be learnt.
+        """
+        prompt = self.text(example.messages[:index], example, name, answer_next=True)
+        whole = self.text(example.messages[: index + 1], example, name)
+        reasoning = self._reasoning(example.messages[index])
+        where = f"{name}, message {index + 1}"
+        answer = self._after(prompt, whole, reasoning, where)
+        end = answer.rfind(self.format.end) if self.format.end else -1
+        if end >= 0:
+            answer = answer[: end + len(self.format.end)]
+        if reasoning and reasoning not in answer:
+            raise DataError(
+                f"{where}: the model's chat template leaves out the reasoning of an answer, so it could not "
+                "be "
+                "learnt; remove it from the data, or use a model whose template writes it"
+            )
+        content = self.format.parse(example.messages[index].content).content.strip()
+        if content not in answer:
+            raise DataError(
+                f"{where}: the model's chat template does not write the answer as the data has it: "
+                f"{_shortened(content)} became {_shortened(answer)}"
+            )
+        return prompt, answer
+
+    def _after(self, prompt: str, whole: str, reasoning: str, where: str) -> str:
+        """Return what a laid-out answer adds to the prompt for it."""
+        if whole.startswith(prompt):
+            return whole[len(prompt) :]
+        block = self.format.prompt_block(prompt)
+        before = prompt[: len(prompt) - len(block)]
+        if not block or not whole.startswith(before):
+            raise DataError(
+                f"{where}: the chat template changes what stands before an answer once it is given (it "
+                "rewrites "
+                "earlier turns), so a loss on answers would teach what is never asked; use a tokenizer with "
+                "another "
+                "template"
+            )
+        answer = whole[len(before) :].lstrip("\n")
+        opened, closed = self.format.markers
+        if closed in block:
+            # The prompt ends with a think block that is closed: the answer follows it.
+            return answer
+        if answer.startswith(opened):
+            return answer[len(opened) :].lstrip("\n")
+        # The prompt opens a think block that the laid-out answer has not: close it as the model would.
+        return f"{reasoning}\n{closed}\n\n{answer}"
+
+    def _reasoning(self, message: Message) -> str:
+        """Return the reasoning that a message holds beside its answer, or in a think block before it."""
+        for key in REASONING:
+            if key in message.extras:
+                return str(message.extras[key]).strip()
+        return self.format.parse(message.content).reasoning
+
+    def text(
+        self, messages: Sequence[Message], example: Example, name: str, *, answer_next: bool = False
+    ) -> str:
+        """Lay turns out.
+
+        Raises:
+            DataError: if the template refuses them, or leaves out tools or other parts of a message.
+        """
+        extras = {key for message in messages for key in message.extras if key not in UNSEEN[message.role]}
+        if not self.tokenizer.chat_template:
+            wanted = sorted(extras | ({"tools"} if example.tools else set()))
+            if wanted:
+                raise DataError(
+                    f"{name} has {', '.join(wanted)}, and the tokenizer has no chat template to write that "
+                    "with; "
+                    "use a model that has one, or remove it from the data"
+                )
+            start = _start(self.tokenizer)
+            return start + "".join(_plain(message, self.tokenizer, example) for message in messages)
+        turns = [message.turn() for message in messages]
+        found = self._rendered(turns, example.tools, name, answer_next=answer_next)
+        if example.tools and found == self._rendered(turns, (), name, answer_next=answer_next):
+            raise _left_out(name, "tools")
+        for key in sorted(extras):
+            without = [{field: value for field, value in turn.items() if field != key} for turn in turns]
+            if found == self._rendered(without, example.tools, name, answer_next=answer_next):
+                raise _left_out(name, key)
+        return found
+
+    def _rendered(
+        self,
+        turns: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        name: str,
+        *,
+        answer_next: bool,
+    ) -> str:
+        try:
+            return render(self.tokenizer, turns, tools=tools, answer_next=answer_next)
+        except DataError as error:
+            roles = ", ".join(str(turn["role"]) for turn in turns)
+            raise DataError(
+                f"{name}: the chat template can't lay out the turns {roles}: {error}; give the turns that "
+                "this "
+                "model knows"
+            ) from error
+
+
+def _left_out(name: str, what: str) -> DataError:
+    return DataError(
+        f"{name} has {what}, and the model's chat template does not write it, so it would not be learnt; use "
+        "a "
+        f"model whose template writes {what}, or remove it from the data"
+    )
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _continue(
@@ -211,35 +352,6 @@ def _continue(
     if whole[: len(before_ids)] == before_ids:
         return whole[len(before_ids) :]
     return _ids(tokenizer, after[len(before) :])
-
-
-def _learnt(answer: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Count the tokens of an answer up to its last end of sequence; all, if the template writes none."""
-    ends = [index for index, token in enumerate(answer) if token == tokenizer.eos_token_id]
-    return ends[-1] + 1 if ends else len(answer)
-
-
-def _render(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    example: Example,
-    name: str,
-    *,
-    answer_next: bool = False,
-) -> str:
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        return _start(tokenizer) + "".join(_plain(message, tokenizer, example) for message in messages)
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next))
-    except (TemplateError, TypeError) as error:
-        roles = ", ".join(message.role for message in messages)
-        raise DataError(
-            f"{name}: the chat template can't lay out the turns {roles}: {error}; give the turns that this "
-            "model knows"
-        ) from error
 
 
 def _plain(message: Message, tokenizer: PreTrainedTokenizerBase, example: Example) -> str:

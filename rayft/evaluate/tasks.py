@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from rayft.data.chat_format import ChatFormat
 from rayft.data.example import Example
 from rayft.data.pack import ClassBatch, ImageBatch, collate_rows, rows_of
 from rayft.data.pixels import ImageEncoder
 from rayft.data.scorer import Scorer
-from rayft.data.template import Style, encode_all, prompt_ids
+from rayft.data.template import Style, encode_all, expected_answer, prompt_ids
 from rayft.errors import DataError
 from rayft.evaluate.compare import interval
 from rayft.evaluate.loss import class_logits
@@ -21,7 +22,7 @@ from rayft.evaluate.loss import class_logits
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Scores", "generate", "score"]
+__all__ = ["PerfectAnswer", "Scores", "generate", "perfect_answers", "score"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,15 @@ class Scores:
     seconds: float
     failures: int
     """Answers that made the scorer raise; each counts as 0."""
+
+
+class PerfectAnswer(NamedTuple):
+    """What a model would get that gives an example's own answer."""
+
+    score: float
+    """Below 1 if the scorer doesn't accept the data's own answer."""
+    tokens: int
+    """Least `max_new_tokens` that it takes."""
 
 
 def score(
@@ -59,7 +69,8 @@ def score(
         scorer: `Parts.scorer`.
         style: how the question is asked; see `data.template.prompt_text`.
         shots: solved examples for few_shot.
-        max_new_tokens: where an answer is cut off.
+        max_new_tokens: where an answer is cut off; what the chat template makes a model write before it is
+            not counted.
         batch_size: sequences or images that run together.
 
     Raises:
@@ -76,8 +87,15 @@ def score(
         if isinstance(tokenizer, ImageEncoder):
             raise DataError("an image classifier is scored on labelled images, and these have no class")
         prompts = [prompt_ids(example, tokenizer, style, shots) for example in examples]
-        answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size)
-        values = [scorer.score(example, text) for example, text in zip(examples, answers, strict=True)]
+        chat_format = ChatFormat.of(tokenizer)
+        # What a template makes a model write before its answer must not use up the answer's tokens.
+        limit = max_new_tokens + chat_format.overhead
+        texts = generate(model, tokenizer, prompts, limit, batch_size)
+        values = []
+        for example, prompt, text in zip(examples, prompts, texts, strict=True):
+            answer = chat_format.parse(text, in_block=chat_format.in_block(prompt)).content
+            expected, _ = expected_answer(example, tokenizer, chat_format)
+            values.append(scorer.score(example, answer, expected.content))
     low, high = interval(values)
     return Scores(
         values=tuple(values),
@@ -98,7 +116,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
 ) -> list[str]:
-    """Continue prompts greedily, each up to its end of sequence or `max_new_tokens`.
+    """Continue prompts greedily, each up to what ends a turn (or a sequence) or `max_new_tokens`.
 
     Prompts of like length run together, padded on the left; a row leaves its batch when it is done.
 
@@ -106,7 +124,8 @@ def generate(
         DataError: if a prompt and its answer don't fit the model's context.
     """
     _check_room(model, prompts, max_new_tokens)
-    ends = _end_ids(model, tokenizer)
+    chat_format = ChatFormat.of(tokenizer)
+    ends = _end_ids(model, chat_format)
     answers: list[list[int]] = [[] for _ in prompts]
     training = model.training
     model.eval()
@@ -119,7 +138,26 @@ def generate(
     finally:
         handle.remove()
         model.train(training)
-    return [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in answers]
+    return [chat_format.decode(tokens) for tokens in answers]
+
+
+def perfect_answers(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, scorer: Scorer
+) -> list[PerfectAnswer]:
+    """Score the examples' own answers, as a model would be scored that writes exactly them.
+
+    Args:
+        examples: conversations.
+        tokenizer: of the model that is to answer.
+        scorer: `Parts.scorer`.
+    """
+    chat_format = ChatFormat.of(tokenizer)
+    found = []
+    for example in examples:
+        answer, tokens = expected_answer(example, tokenizer, chat_format)
+        value = scorer.score(example, answer.content, answer.content)
+        found.append(PerfectAnswer(value, tokens - chat_format.overhead))
+    return found
 
 
 def _contiguous(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -175,12 +213,12 @@ def _continue_batch(
     return found
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Collect the tokens that end an answer: the tokenizer's, and those the model was tuned to end with."""
+def _end_ids(model: PreTrainedModel, chat_format: ChatFormat) -> frozenset[int]:
+    """Return the tokens that end an answer: the chat template's, the tokenizer's, the generation config's."""
     config = getattr(model, "generation_config", None)
     tuned = getattr(config, "eos_token_id", None)
     ids = tuned if isinstance(tuned, list) else [tuned]
-    return frozenset(token for token in [*ids, tokenizer.eos_token_id] if isinstance(token, int))
+    return chat_format.end_ids | {token for token in ids if isinstance(token, int)}
 
 
 def _check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

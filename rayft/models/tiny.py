@@ -54,11 +54,17 @@ def save_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
     return _save(folder, LlamaForCausalLM, config, tokenizer, seed)
 
 
-def save_tiny_qwen(folder: Path, *, seed: int = 0) -> Path:
-    """Save a random Qwen3 (heads wider than hidden / heads, norms on queries and keys, no tying)."""
+def save_tiny_qwen(folder: Path, *, seed: int = 0, tokenizer: Any = None) -> Path:
+    """Save a random Qwen3 (heads wider than hidden / heads, norms on queries and keys, no tying).
+
+    Args:
+        folder: where to.
+        seed: of the weights.
+        tokenizer: what is saved beside it; the tokenizer of bytes where not given.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = _byte_tokenizer()
+    tokenizer = tokenizer or _byte_tokenizer()
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=40,

@@ -61,12 +61,12 @@ class Form(ABC):
         """Give the part that opens each choice of a stream, if there is one."""
 
     @abstractmethod
-    def piece(self, text: str) -> dict[str, Any]:
-        """Give the part of a streamed choice that holds text."""
+    def piece(self, delta: Delta) -> dict[str, Any]:
+        """Return the part of a streamed choice that holds its text."""
 
     @abstractmethod
-    def full(self, text: str) -> dict[str, Any]:
-        """Give the part of a whole choice that holds text."""
+    def full(self, delta: Delta) -> dict[str, Any]:
+        """Return the part of a whole choice that holds its text."""
 
     @abstractmethod
     def scores(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Form(ABC):
 
     def whole(self, choices: Mapping[int, Delta]) -> dict[str, Any]:
         """Write a whole answer from each choice's text, its scores and its end."""
-        made = [self.choice(self.full(delta.text), delta) for _, delta in sorted(choices.items())]
+        made = [self.choice(self.full(delta), delta) for _, delta in sorted(choices.items())]
         return {**self._head(self.object), "choices": made, "usage": usage(choices)}
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -102,13 +102,15 @@ class ChatForm(Form):
         """Name the speaker."""
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def piece(self, text: str) -> dict[str, Any]:
-        """Give a delta."""
-        return {"delta": {"content": text} if text else {}}
+    def piece(self, delta: Delta) -> dict[str, Any]:
+        """Return a delta."""
+        parts = {"reasoning_content": delta.reasoning, "content": delta.text}
+        return {"delta": {name: text for name, text in parts.items() if text}}
 
-    def full(self, text: str) -> dict[str, Any]:
-        """Give a message."""
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def full(self, delta: Delta) -> dict[str, Any]:
+        """Return a message; `reasoning_content` is null where a model did not reason."""
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        return {"message": {**message, "reasoning_content": delta.reasoning or None}}
 
     def scores(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
         """Give a list of tokens."""
@@ -127,13 +129,13 @@ class TextForm(Form):
         """Give nothing: a text has no speaker."""
         return None
 
-    def piece(self, text: str) -> dict[str, Any]:
-        """Give text."""
-        return {"text": text}
+    def piece(self, delta: Delta) -> dict[str, Any]:
+        """Return text."""
+        return {"text": delta.text}
 
-    def full(self, text: str) -> dict[str, Any]:
-        """Give text."""
-        return {"text": text}
+    def full(self, delta: Delta) -> dict[str, Any]:
+        """Return text."""
+        return {"text": delta.text}
 
     def scores(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
         """Give a list for each field."""
@@ -147,12 +149,15 @@ class TextForm(Form):
 
 
 async def collected(first: Delta, deltas: AsyncIterator[Delta]) -> dict[int, Delta]:
-    """Put the pieces of each choice together: its index → its text, its scores, its end."""
+    """Put the pieces of each choice together: its index → its text and reasoning, its scores, its end."""
     whole: dict[int, Delta] = {}
     async for delta in deltas:
         before = whole.get(delta.index, first)
         whole[delta.index] = replace(
-            delta, text=before.text + delta.text, scores=before.scores + delta.scores
+            delta,
+            text=before.text + delta.text,
+            scores=before.scores + delta.scores,
+            reasoning=before.reasoning + delta.reasoning,
         )
     return whole
 
@@ -167,7 +172,7 @@ async def events(form: Form, first: Delta, deltas: AsyncIterator[Delta], counts:
                 begun.add(delta.index)
                 yield _event(form.chunk(form.choice(opening, Delta("", 0, 0, index=delta.index))))
             lasts[delta.index] = delta
-            yield _event(form.chunk(form.choice(form.piece(delta.text), delta, offsets[delta.index])))
+            yield _event(form.chunk(form.choice(form.piece(delta), delta, offsets[delta.index])))
             offsets[delta.index] += len(delta.text)
     except Exception as error:  # noqa: BLE001  (the headers are sent: this is the only way to tell)
         yield _event(describe_error(error)[1])

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from rayft.data.chat_format import ChatFormat
 from rayft.methods.base import LoraFactors
 from rayft.models.load import LoadedModel
 
@@ -122,7 +123,7 @@ class Engine(Protocol):
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:
-    """Collect the tokens that end a text: the generation config's and the tokenizer's."""
+    """Return the tokens that end a text: the generation config's, the tokenizer's, the chat template's."""
     configured = getattr(loaded.model.generation_config, "eos_token_id", None)
     found = set(configured if isinstance(configured, list) else [configured])
-    return sorted(token for token in found | {loaded.tokenizer.eos_token_id} if token is not None)
+    return sorted({token for token in found if token is not None} | ChatFormat.of(loaded.tokenizer).end_ids)

@@ -46,6 +46,8 @@ class Delta:
     """Which choice it is of."""
     scores: tuple[TokenScore, ...] = ()
     """The new tokens' log-probabilities, where they were asked for."""
+    reasoning: str = ""
+    """New text of the think block before the answer of a chat."""
     fingerprint: str = ""
     """Of the first: the content hash of the adapter that answers; empty for the base."""
 

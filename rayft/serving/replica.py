@@ -16,6 +16,7 @@ import ray.serve as ray_serve
 import torch
 from ray.exceptions import RayError
 
+from rayft.data.chat_format import AnswerParser, ChatFormat
 from rayft.errors import BadRequestError, RayftError, RequestTimeoutError, ResourceError
 from rayft.models.load import load_model
 from rayft.models.targets import linear_shapes
@@ -61,6 +62,9 @@ class Replica:
         )
         limits = EngineLimits(config.max_running, config.max_batch_tokens, config.cache_tokens)
         self._config, self._tokenizer = config, loaded.tokenizer
+        self._format = ChatFormat.of(loaded.tokenizer)
+        if self._format.problem:
+            logger.warning("answers to chats may not end by themselves: %s", self._format.problem)
         self._room = min(loaded.context, config.cache_tokens)
         self._engine: Engine = engine_class(config, device, dtype)(loaded, limits)
         self._metrics = Metrics()
@@ -196,18 +200,33 @@ class Replica:
         self, job: GenerationRequest, request: ChatRequest | CompletionRequest, index: int, prompt_tokens: int
     ) -> AsyncGenerator[Delta, None]:
         """Generate one choice."""
-        text, told = TextStream(self._tokenizer, request.stops), 0
+        text, told = self._text(request, job.prompt), 0
         async with aclosing(self._engine.submit(job)) as steps:
             async for step in steps:
                 new = text.push(step.tokens, last=step.finish is not None)
                 finish = "stop" if text.stopped else step.finish
-                if new or finish:
-                    fresh = step.logprobs[told:]
+                if any(new) or finish:
+                    # Those of tokens before the answer are left out, as their text is.
+                    fresh = step.logprobs[max(told, text.skipped) :] if text.answering else ()
                     scores = tuple(score(self._tokenizer, entry) for entry in fresh)
-                    told += len(fresh)
-                    yield Delta(new, prompt_tokens, step.generated, finish, index, scores)
+                    told = len(step.logprobs)
+                    yield Delta(
+                        new.content, prompt_tokens, step.generated, finish, index, scores, new.reasoning
+                    )
                 if text.stopped:
                     return
+
+    def _text(self, request: ChatRequest | CompletionRequest, prompt: Sequence[int]) -> TextStream:
+        """Make what turns a choice's tokens into text: of a chat, an answer and the reasoning before it."""
+        if not isinstance(request, ChatRequest):
+            return TextStream(
+                lambda tokens: str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)),
+                request.stops,
+            )
+        end = self._format.stop_text
+        stops = (*request.stops, self._format.trailing + end, end) if end else request.stops
+        parser = AnswerParser(self._format, in_block=self._format.in_block(prompt))
+        return TextStream(self._format.decode, stops, parser)
 
     def _prompts(self, request: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
         if isinstance(request, ChatRequest):

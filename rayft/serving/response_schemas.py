@@ -88,6 +88,8 @@ class ChatMessage(TypedDict):
     role: Literal["assistant"]
     content: str
     refusal: None
+    reasoning_content: str | None
+    """What the model wrote in a think block before its answer."""
 
 
 class Choice(TypedDict):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
+from rayft.data.chat_format import Answer, AnswerParser
 from rayft.errors import BadRequestError
 from rayft.serving.engine import TokenLogprob
 from rayft.serving.messages import TokenScore
@@ -84,21 +85,56 @@ def _byte_of() -> dict[str, int]:
 class TextStream:
     """Turns growing tokens into growing text, and ends it at a stop string.
 
-    Text is held back while it may still change: half a character, or the beginning of a stop string.
+    Text is held back while it may still change: half a character, the beginning of a stop string, or what may
+    be part of a think block. Stop strings are looked for in the answer, not in the reasoning before it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str] = (),
+        parser: AnswerParser | None = None,
+    ) -> None:
+        """Begin before the first token.
+
+        Args:
+            decode: makes the text of tokens.
+            stop: strings that end the text.
+            parser: separates the reasoning and the answer of a chat; without one all text is the answer.
+        """
+        self._tokens_to_text, self._stop, self._parser = decode, tuple(stop), parser
         self._text = ""
         self._given = 0
-        # Tokens before `_context` are not decoded again; those up to `_read` are in `_text`.
+        # Tokens before `_context` are not decoded again; those up to `_read` have been.
         self._context = self._read = 0
+        self._pushed = 0
         self.stopped = False
         """Whether a stop string was met: nothing follows."""
+        self.skipped = 0
+        """Tokens that came before the answer: the template's opening, and the reasoning."""
 
-    def push(self, tokens: Sequence[int], *, last: bool) -> str:
-        """Take all tokens so far and give the text that is new and certain."""
-        self._decode(tokens, last=last)
+    @property
+    def answering(self) -> bool:
+        """Whether the answer itself has begun."""
+        return self._parser is None or self._parser.answering
+
+    def push(self, tokens: Sequence[int], *, last: bool) -> Answer:
+        """Take all tokens so far and return the text that is new and certain."""
+        reasoning = ""
+        # One token at a time until the answer has begun, so that it is known with which of them it begins.
+        single = range(self._pushed + 1, len(tokens)) if not self.answering else ()
+        for end in (*single, len(tokens)):
+            waiting = not self.answering
+            piece = self._take(tokens[:end], last=last and end == len(tokens))
+            reasoning += piece.reasoning
+            if waiting:
+                begins_plainly = self._parser is not None and self._parser.plain
+                self.skipped = 0 if begins_plainly else end - bool(piece.content)
+        self._pushed = len(tokens)
+        return Answer(self._content(last=last), reasoning)
+
+    def _content(self, *, last: bool) -> str:
+        """Return what is new of the answer, up to the first stop string."""
         for stop in self._stop:
             # No earlier than what a new end can complete.
             place = self._text.find(stop, max(0, self._given - len(stop) + 1))
@@ -110,16 +146,21 @@ class TextStream:
         self._given = max(self._given, certain)
         return new
 
-    def _decode(self, tokens: Sequence[int], *, last: bool) -> None:
-        # Together with the tokens before: many tokenizers write a word's space only inside a text.
-        known = self._text_of(tokens[self._context : self._read])
-        longer = self._text_of(tokens[self._context :])
-        if len(longer) > len(known) and (last or not longer.endswith(UNFINISHED)):
-            self._text += longer[len(known) :]
-            self._context, self._read = self._read, len(tokens)
+    def _take(self, tokens: Sequence[int], *, last: bool) -> Answer:
+        """Decode what is new of the tokens, and add what is of the answer to the text."""
+        new = self._decode(tokens, last=last)
+        piece = Answer(new, "") if self._parser is None else self._parser.push(new, last=last)
+        self._text += piece.content
+        return piece
 
-    def _text_of(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+    def _decode(self, tokens: Sequence[int], *, last: bool) -> str:
+        # Together with the tokens before: many tokenizers write a word's space only inside a text.
+        known = self._tokens_to_text(tokens[self._context : self._read])
+        longer = self._tokens_to_text(tokens[self._context :])
+        if len(longer) > len(known) and (last or not longer.endswith(UNFINISHED)):
+            self._context, self._read = self._read, len(tokens)
+            return longer[len(known) :]
+        return ""
 
     def _held(self) -> int:
         ends = (n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n]))

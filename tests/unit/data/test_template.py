@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from rayft.data.example import Example, Message
-from rayft.data.template import IGNORED, INSTRUCTION, Encoded, encode, encode_all, prompt_ids, prompt_text
+from rayft.data.template import IGNORED, INSTRUCTION, Encoded, encode_all, prompt_ids, prompt_text
 from rayft.errors import DataError
 
 
@@ -13,6 +13,11 @@ def talk(*contents: str, system: str | None = None) -> Example:
     roles = ("user", "assistant") * len(contents)
     turns = tuple(Message(role, content) for role, content in zip(roles, contents, strict=False))
     return Example(messages=((Message("system", system),) if system else ()) + turns)
+
+
+def encode(example: Example, tokenizer, max_length: int) -> Encoded:
+    [encoded] = encode_all([example], tokenizer, max_length)
+    return encoded
 
 
 def learnt(encoded: Encoded, tokenizer) -> str:
@@ -107,7 +112,7 @@ def test_tokens_that_merge_over_the_border_still_start_from_the_prompt(tokenizer
 
 def test_too_long_is_an_error_that_names_it(tokenizer):
     with pytest.raises(
-        DataError, match=r"the example, has \d+ tokens, above data.max_length = 20: set it to"
+        DataError, match=r"train example 1, has \d+ tokens, above data.max_length = 20: set it to"
     ):
         encode(talk("2+2?", "four"), tokenizer, 20)
     examples = [talk("a", "b"), talk("a" * 100, "b"), talk("a" * 200, "b")]
@@ -130,7 +135,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
         "{{ m['role'] + m['content'] + '<|im_end|>' }}{% endfor %}"
         "{% if add_generation_prompt %}assistant{% endif %}"
     )
-    with pytest.raises(DataError, match="train example 1: the chat template changes what stands before"):
+    with pytest.raises(
+        DataError, match="train example 1, message 2: the chat template changes what stands before"
+    ):
         encode_all([talk("2+2?", "four")], rewriting, 200)
 
 

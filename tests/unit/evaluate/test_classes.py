@@ -11,7 +11,7 @@ from torch.nn import functional
 from rayft.data.example import Example, Message
 from rayft.data.pack import collate_rows, rows_of
 from rayft.data.scorer import Scorer
-from rayft.data.template import IGNORED, encode, encode_all, prompt_ids
+from rayft.data.template import IGNORED, encode_all, prompt_ids
 from rayft.errors import DataError
 from rayft.evaluate.loss import batch_loss, mean_loss
 from rayft.evaluate.tasks import score
@@ -83,12 +83,12 @@ def test_images_and_texts_are_not_mixed_up(vit, bert):
 
 def test_a_text_to_classify_gets_the_tokenizers_special_tokens(bert, tiny_tokenizer):
     item = Example(text="ab", label=1, label_name="x")
-    encoded = encode(item, bert.tokenizer, 16)
+    encoded = encode_all([item], bert.tokenizer, 16)[0]
     assert bert.tokenizer.convert_ids_to_tokens(encoded.input_ids) == ["[CLS]", "a", "b", "[SEP]"]
     assert encoded.labels == (IGNORED,) * 4
     assert prompt_ids(item, bert.tokenizer) == encoded.input_ids
     # A decoder's tokenizer that adds nothing still adds nothing.
-    plain = encode(item, tiny_tokenizer, 16)
+    plain = encode_all([item], tiny_tokenizer, 16)[0]
     assert tiny_tokenizer.convert_ids_to_tokens(plain.input_ids) == ["a", "b"]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,12 +11,16 @@ from rayft.serving.text import TextStream, chat_tokens, prompt_tokens
 TEXT = "Grüße, 世界! 🙂 ok"
 
 
+def decoded(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    return lambda tokens: tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
 def stream(tokenizer: Any, text: str, stop: tuple[str, ...] = (), step: int = 1) -> tuple[list[str], bool]:
     """Feed a text's tokens a few at a time; give the pieces and whether a stop string was met."""
     tokens = tokenizer(text)["input_ids"]
-    made, pieces = TextStream(tokenizer, stop), []
+    made, pieces = TextStream(decoded(tokenizer), stop), []
     for end in [*range(step, len(tokens), step), len(tokens)]:
-        pieces.append(made.push(tokens[:end], last=end == len(tokens)))
+        pieces.append(made.push(tokens[:end], last=end == len(tokens)).content)
         if made.stopped:
             break
     return pieces, made.stopped
@@ -36,7 +41,7 @@ def test_half_a_character_is_held_back(tiny_tokenizer: Any) -> None:
 
 def test_half_a_character_is_given_at_the_end(tiny_tokenizer: Any) -> None:
     tokens = tiny_tokenizer("a🙂")["input_ids"][:-1]
-    assert TextStream(tiny_tokenizer).push(tokens, last=True) == "a\N{REPLACEMENT CHARACTER}"
+    assert TextStream(decoded(tiny_tokenizer)).push(tokens, last=True).content == "a\N{REPLACEMENT CHARACTER}"
 
 
 @pytest.mark.parametrize("step", [1, 3, 100])
