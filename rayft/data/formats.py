@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from typing import Any
 
 from rayft.config import nearest
-from rayft.data.example import Example, Image, Message
+from rayft.data.example import REASONING, Example, Image, Message
 from rayft.data.files import Table
 from rayft.data.section import Columns
 from rayft.errors import DataError
 
 __all__ = ["FORMATS", "convert", "find_format"]
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
+
+MASKS = ("weight", "train", "loss_mask")
+"""Keys of a message that say whether it is learnt: 0, 1, false or true."""
+
+EXTRAS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message that chat templates read beside role and content."""
+
+MEANT = (
+    "audio", "audios", "chat_template_kwargs", "documents", "functions", "images", "loss_mask", "system",
+    "tools", "train", "videos", "weight",
+)  # fmt: skip
+"""Columns that would change what is learnt. Those that a format doesn't read are refused, not ignored."""
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -55,8 +68,28 @@ def convert(table: Table, form: str, columns: Columns, separator: str) -> list[E
                 f"{table.name} has no column '{column}', which format '{form}' needs; set "
                 f"data.columns.{field} to what it is called{nearest(column, table.columns)}"
             )
+    _check_columns(table, form, columns)
     make = MAKERS[form]
     return [make(_Cell(table, index, columns), separator) for index in range(len(table.rows))]
+
+
+def _check_columns(table: Table, form: str, columns: Columns) -> None:
+    """Refuse columns that say something about what is learnt and that the format doesn't read."""
+    if form not in ("messages", "prompt_completion"):
+        return
+    read = {getattr(columns, field) for field in FORMATS[form]} | ({"tools"} if form == "messages" else set())
+    for column in MEANT:
+        if column not in table.columns or column in read:
+            continue
+        index = next(
+            (i for i, row in enumerate(table.rows) if row.get(column) not in (None, "", [], {})), None
+        )
+        if index is not None:
+            raise DataError(
+                f"{table.place(index)}, column '{column}': format '{form}' does not read it, so it would "
+                "have no "
+                "effect; remove the column, or rename it if it means something else"
+            )
 
 
 class _Cell:
@@ -126,7 +159,7 @@ class _Cell:
         return str(file), None
 
     def messages(self) -> tuple[Message, ...]:
-        """Get a conversation that the assistant ends."""
+        """Return a conversation that the assistant ends."""
         value = self.value("messages")
         if not isinstance(value, list) or not value:
             raise self.error(
@@ -141,17 +174,125 @@ class _Cell:
             )
         if len(turns) < 2:
             raise self.error("messages", "there is only the answer; put the user's message before it")
+        if not any(turn.learn for turn in turns if turn.role == "assistant"):
+            raise self.error(
+                "messages",
+                "none of the assistant's messages is to be learnt; drop the row, or let one be learnt",
+            )
         return turns
 
+    def tools(self) -> tuple[dict[str, Any], ...]:
+        """Return the descriptions of tools, from a list or its JSON text; without such a column, none."""
+        value = self.table.rows[self.index].get("tools")
+        if isinstance(value, str) and value.strip():
+            value = self._json("tools", value)
+        if value is None or value == "":
+            return ()
+        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+            raise DataError(
+                f"{self.table.place(self.index)}, column 'tools': {_shown(value)} is no list of tools; write "
+                "a list "
+                "of JSON schemas as OpenAI has them"
+            )
+        return tuple(value)
+
+    def _json(self, what: str, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{self.table.place(self.index)}, {what}: {_shown(text)} is not JSON: {error}"
+            ) from error
+
     def _message(self, turn: Any, number: int) -> Message:
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str):
+        role = turn.get("role") if isinstance(turn, dict) else None
+        if not isinstance(turn, dict) or not isinstance(role, str):
             raise self.error("messages", f"message {number} is {_shown(turn)}, not {{role, content}} texts")
         if role not in ROLES:
             raise self.error("messages", f"message {number} has the role '{role}'{nearest(role, ROLES)}")
-        if role == "assistant" and not content.strip():
+        # Tables of one schema write null for every key that a message lacks.
+        given = {key: value for key, value in turn.items() if value is not None}
+        known = ("role", "content", *MASKS, *EXTRAS)
+        for key in given:
+            if key not in known:
+                raise self.error(
+                    "messages",
+                    f"message {number} has the key '{key}', which is not known and would have no effect"
+                    f"{nearest(key, known)}",
+                )
+        content = given.get("content", "" if "tool_calls" in given else None)
+        if not isinstance(content, str):
+            raise self.error("messages", f"message {number} is {_shown(turn)}, not {{role, content}} texts")
+        if role == "assistant" and not content.strip() and "tool_calls" not in given:
             raise self.error("messages", f"message {number}: the answer is empty; fill it or drop the row")
-        return Message(role, content)
+        return Message(role, content, self._learn(given, role, number), self._extras(given, role, number))
+
+    def _learn(self, given: dict[str, Any], role: str, number: int) -> bool:
+        """Return whether a message is learnt, by its mask."""
+        masks = {key: given[key] for key in MASKS if key in given}
+        for key, value in masks.items():
+            if not isinstance(value, bool | int | float) or value not in (0, 1):
+                raise self.error(
+                    "messages",
+                    f"message {number} has {key} {_shown(value)}; write 0 or false to mask it, 1 or true to "
+                    "learn it "
+                    "(nothing between)",
+                )
+        if len(set(map(bool, masks.values()))) > 1:
+            raise self.error(
+                "messages", f"message {number}: {' and '.join(masks)} contradict each other; keep one"
+            )
+        if role != "assistant" and any(masks.values()):
+            raise self.error(
+                "messages",
+                f"message {number} is from '{role}' and has {next(iter(masks))} "
+                f"{_shown(next(iter(masks.values())))}, "
+                "but only the assistant's messages can be learnt; remove it",
+            )
+        return all(masks.values())
+
+    def _extras(self, given: dict[str, Any], role: str, number: int) -> dict[str, Any]:
+        """Return what chat templates read beside role and content."""
+        extras = {key: given[key] for key in EXTRAS if key in given}
+        belongs = {"tool_calls": "assistant", "tool_call_id": "tool"} | dict.fromkeys(REASONING, "assistant")
+        for key, value in extras.items():
+            if belongs.get(key, role) != role:
+                raise self.error(
+                    "messages",
+                    f"message {number} has '{key}', which belongs to a message from '{belongs[key]}'",
+                )
+            if key != "tool_calls" and not isinstance(value, str):
+                raise self.error("messages", f"message {number}: {key} is {_shown(value)}, not a text")
+        if len(extras.keys() & set(REASONING)) > 1:
+            raise self.error("messages", f"message {number} has its reasoning twice; keep one of the keys")
+        if "tool_calls" in extras:
+            extras["tool_calls"] = self._tool_calls(extras["tool_calls"], number)
+        return extras
+
+    def _tool_calls(self, value: Any, number: int) -> list[dict[str, Any]]:
+        """Return tool calls with their arguments as objects: templates write objects as JSON."""
+        calls = []
+        for entry in value if isinstance(value, list) else [None]:
+            call = entry if isinstance(entry, dict) else {}
+            function = call.get("function")
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise self.error(
+                    "messages",
+                    f"message {number}: tool_calls is {_shown(value)}; write a list of {{type, function: "
+                    f"{{name, "
+                    "arguments}}",
+                )
+            arguments = function.get("arguments", {})
+            if isinstance(arguments, str):
+                arguments = self._json(f"message {number}, arguments of {function['name']}", arguments)
+            if not isinstance(arguments, dict):
+                raise self.error(
+                    "messages", f"message {number}: the arguments {_shown(arguments)} are no object"
+                )
+            calls.append({**call, "function": {**function, "arguments": arguments}})
+        if not calls:
+            raise self.error("messages", f"message {number}: tool_calls is empty; remove it or name a call")
+        return calls
 
 
 def _shown(value: Any) -> str:
@@ -165,7 +306,9 @@ def _pair(cell: _Cell, separator: str) -> Example:
 
 
 MAKERS: dict[str, Callable[[_Cell, str], Example]] = {
-    "messages": lambda cell, separator: Example(messages=cell.messages(), separator=separator),
+    "messages": lambda cell, separator: Example(
+        messages=cell.messages(), separator=separator, tools=cell.tools()
+    ),
     "prompt_completion": _pair,
     "classification": lambda cell, _: Example(text=cell.text("text"), label_name=cell.label()),
     "image_classification": lambda cell, _: Example(image=cell.image(), label_name=cell.label()),

@@ -1,0 +1,187 @@
+"""What may stand in a message, and what is made of it: nothing that was written has no effect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayft.data.example import Example
+from rayft.data.section import DataConfig
+from rayft.data.source import read
+from rayft.data.template import IGNORED, encode_all
+from rayft.errors import DataError
+from tests.unit.data import templates
+from tests.unit.data.templates import chat_tokenizer
+
+USER = {"role": "user", "content": "capital of France?"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+def rows(tmp_path: Path, *given: dict[str, Any]) -> list[Example]:
+    """Read rows as train; two of another kind are val and test."""
+    other = [{"messages": [USER, {"role": "assistant", "content": name}]} for name in ("val", "test")]
+    paths = {}
+    for name, lines in (("train", given), ("val", other[:1]), ("test", other[1:])):
+        paths[name] = str(tmp_path / f"{name}.jsonl")
+        Path(paths[name]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        USER["content"] += "?"
+    return list(read(DataConfig(source="jsonl", files=paths)).train)
+
+
+def talk(*answers: dict[str, Any], **columns: Any) -> dict[str, Any]:
+    """Make a row in which the user asks before each answer."""
+    turns = []
+    for number, answer in enumerate(answers):
+        turns += [{"role": "user", "content": f"question {number}?"}, {"role": "assistant", **answer}]
+    return {"messages": turns, **columns}
+
+
+def learnt(example: Example, template: str = templates.CHATML) -> str:
+    tokenizer = chat_tokenizer(template)
+    [encoded] = encode_all([example], tokenizer, 1000)
+    return tokenizer.decode([label for label in encoded.labels if label != IGNORED])
+
+
+@pytest.mark.parametrize(
+    "mask", [{"weight": 0}, {"train": False}, {"loss_mask": 0}, {"weight": 0.0, "train": False}]
+)
+def test_a_masked_answer_is_read_and_not_learnt(tmp_path: Path, mask: dict[str, Any]) -> None:
+    [example] = rows(tmp_path, talk({"content": "WRONG-LYON", **mask}, {"content": "Paris"}))
+    assert learnt(example) == "Paris<|im_end|>"
+    tokenizer = chat_tokenizer(templates.CHATML)
+    assert "WRONG-LYON" in tokenizer.decode(encode_all([example], tokenizer, 1000)[0].input_ids)
+
+
+def test_an_answer_may_be_masked_last(tmp_path: Path) -> None:
+    [example] = rows(tmp_path, talk({"content": "Paris"}, {"content": "WRONG-LYON", "weight": 0}))
+    assert learnt(example) == "Paris<|im_end|>"
+
+
+@pytest.mark.parametrize("mask", [{"weight": 1}, {"train": True}, {"loss_mask": 1}, {"weight": None}])
+def test_an_answer_that_is_to_be_learnt_is(tmp_path: Path, mask: dict[str, Any]) -> None:
+    [example] = rows(tmp_path, talk({"content": "Lyon", **mask}, {"content": "Paris"}))
+    assert learnt(example) == "Lyon<|im_end|>Paris<|im_end|>"
+
+
+def test_masks_tell_data_apart(tmp_path: Path) -> None:
+    digests = set()
+    for number, mask in enumerate(({}, {"weight": 0}, {"reasoning_content": "why"})):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        lines = [talk({"content": "Lyon", **mask}, {"content": f"{row}"}) for row in range(12)]
+        for index, line in enumerate(lines):
+            line["messages"][0]["content"] = f"question {index}"
+        (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        digests.add(read(DataConfig(source="jsonl", name=str(folder / "data.jsonl"))).digest)
+    assert len(digests) == 3
+
+
+BAD = [
+    ({"content": "a", "weight": 0.5}, "message 2 has weight 0.5; write 0 or false to mask it"),
+    ({"content": "a", "train": "no"}, "message 2 has train 'no'; write 0 or false"),
+    ({"content": "a", "weight": 0, "train": True}, "message 2: weight and train contradict each other"),
+    (
+        {"content": "a", "wieght": 0},
+        "message 2 has the key 'wieght', which is not known.*did you mean 'weight'",
+    ),
+    ({"content": "a", "function_call": {"name": "f"}}, "message 2 has the key 'function_call'"),
+    ({"content": "a", "weight": 0}, "none of the assistant's messages is to be learnt"),
+    (
+        {"content": "a", "tool_call_id": "1"},
+        "message 2 has 'tool_call_id', which belongs to a message from 'tool'",
+    ),
+    ({"content": "a", "reasoning": "b", "thinking": "c"}, "message 2 has its reasoning twice"),
+    ({"content": "a", "reasoning_content": 3}, "message 2: reasoning_content is 3, not a text"),
+    ({"content": "", "tool_calls": []}, "message 2: tool_calls is empty"),
+    ({"content": "", "tool_calls": [{"name": "f"}]}, "message 2: tool_calls is .*; write a list of"),
+    (
+        {"content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{x"}}]},
+        "message 2, arguments of f: '{x' is not JSON",
+    ),
+    ({"content": None}, "message 2 is .*, not {role, content} texts"),
+]
+
+
+@pytest.mark.parametrize(("answer", "match"), BAD, ids=[str(list(answer)) for answer, _ in BAD])
+def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, answer: dict[str, Any], match: str) -> None:
+    with pytest.raises(DataError, match=rf"train\.jsonl, line 2, column 'messages': {match}|line 2, {match}"):
+        rows(tmp_path, talk({"content": "fine"}), talk(answer))
+
+
+def test_only_answers_can_be_learnt(tmp_path: Path) -> None:
+    row = talk({"content": "a"})
+    row["messages"][0]["weight"] = 1
+    with pytest.raises(
+        DataError, match="message 1 is from 'user' and has weight 1, but only the assistant's"
+    ):
+        rows(tmp_path, row)
+    row["messages"][0]["weight"] = 0
+    assert learnt(rows(tmp_path, row)[0]) == "a<|im_end|>"
+
+
+def test_tools_are_written_by_a_template_that_can(tmp_path: Path) -> None:
+    answer = {"content": "Let me look.", "tool_calls": [CALL]}
+    for tools in ([TOOL], json.dumps([TOOL])):
+        [example] = rows(tmp_path, talk(answer, tools=tools))
+        tokenizer = chat_tokenizer(templates.TOOLS)
+        text = tokenizer.decode(encode_all([example], tokenizer, 1000)[0].input_ids)
+        assert text.startswith(
+            '<|im_start|>system\n{"type": "function", "function": {"name": "f", "parameters": {}}}'
+        )
+        call = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call><|im_end|>'
+        assert learnt(example, templates.TOOLS) == f"Let me look.{call}"
+    [silent] = rows(tmp_path, talk({"content": None, "tool_calls": [CALL]}, tools=[TOOL]))
+    assert learnt(silent, templates.TOOLS) == call
+
+
+def test_tools_are_refused_by_name_where_the_template_leaves_them_out(tmp_path: Path) -> None:
+    [example] = rows(tmp_path, talk({"content": "Let me look."}, tools=[TOOL]))
+    with pytest.raises(
+        DataError, match="train example 1 has tools, and the model's chat template does not write it"
+    ):
+        learnt(example)
+    [example] = rows(tmp_path, talk({"content": "Let me look.", "tool_calls": [CALL]}))
+    with pytest.raises(
+        DataError, match="train example 1 has tool_calls, and the model's chat template does not"
+    ):
+        learnt(example)
+    tokenizer = chat_tokenizer(None)
+    with pytest.raises(
+        DataError, match="train example 1 has tool_calls, and the tokenizer has no chat template"
+    ):
+        encode_all([example], tokenizer, 1000)
+
+
+def test_a_tools_answer_is_a_turn(tmp_path: Path) -> None:
+    row = talk({"content": "", "tool_calls": [CALL]}, tools=[TOOL])
+    row["messages"] += [
+        {"role": "tool", "content": "sunny", "tool_call_id": "1", "name": "f"},
+        {"role": "assistant", "content": "It is sunny."},
+    ]
+    [example] = rows(tmp_path, row)
+    assert learnt(example, templates.TOOLS).endswith("</tool_call><|im_end|>It is sunny.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("functions", [TOOL]), ("weight", 0), ("system", "be brief"), ("images", ["a.png"])]
+)
+def test_a_column_that_would_change_what_is_learnt_is_not_ignored(
+    tmp_path: Path, column: str, value: Any
+) -> None:
+    with pytest.raises(
+        DataError, match=rf"train\.jsonl, line 2, column '{column}': format 'messages' does not read it"
+    ):
+        rows(tmp_path, talk({"content": "a"}), talk({"content": "b"}, **{column: value}))
+    pair = {"prompt": "a", "completion": "b", column: value}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    with pytest.raises(DataError, match=f"column '{column}': format 'prompt_completion' does not read it"):
+        read(DataConfig(source="jsonl", name=str(tmp_path / "pairs.jsonl")))
+    assert rows(tmp_path, talk({"content": "a"}, **{column: None}))
+
+
+def test_other_columns_may_be_there(tmp_path: Path) -> None:
+    assert len(rows(tmp_path, talk({"content": "a"}, id=7, source="hand"))) == 1
