@@ -70,8 +70,8 @@ class Display:
                 self._progress.stop()
 
     def say(self, text: str) -> None:
-        """Print a line."""
-        self.console.print(f"  {text}", highlight=False)
+        """Print a line as it is: brackets in it are no markup."""
+        self.console.print(f"  {text}", highlight=False, markup=False)
 
     def _follow(self, broker: Any, names: Callable[[str], str], done: threading.Event) -> None:
         while not done.wait(0.5):

@@ -10,11 +10,13 @@ from typing import Any, Literal
 import torch
 
 from rayft.config import content_hash
+from rayft.data.chat_format import ChatFormat
 from rayft.data.loader import Schedule
 from rayft.data.pack import AnyEncoded
 from rayft.data.source import Parts, read
 from rayft.data.template import encode_all
 from rayft.errors import ConfigError, ResourceError
+from rayft.evaluate.tasks import perfect_answers
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig
 from rayft.methods import method
@@ -31,6 +33,8 @@ from rayft.train.run import RunConfig
 __all__ = ["Plan", "preflight", "skeleton", "sweep_hash"]
 
 STAMP_FILE = "config.yaml"
+CHECKED = 200
+"""Examples of a part whose own answers are scored before the start."""
 MARGIN = 2**30
 """Bytes left free beside what the sweep writes."""
 
@@ -46,6 +50,8 @@ class Plan:
     tracker: TrackerSpec
     parts: Parts
     output: Path
+    warnings: tuple[str, ...] = ()
+    """What a person should know before the sweep starts."""
 
 
 def preflight(config: PipelineConfig) -> Plan:
@@ -72,7 +78,39 @@ def preflight(config: PipelineConfig) -> Plan:
     _check_output(config, output)
     _check_disk(output, written)
     tracker = prepare(tracker_spec(config.tracking, output))
-    return Plan(config, run, trials, executor, tracker, parts, output)
+    warnings = _doubts(run, parts, encoder)
+    return Plan(config, run, trials, executor, tracker, parts, output, warnings)
+
+
+def _doubts(run: RunConfig, parts: Parts, encoder: Any) -> tuple[str, ...]:
+    """Find what would make a model that has learnt perfectly look as if it had not."""
+    if run.model.task != "causal_lm" or not parts.test[0].messages:
+        return ()
+    found = []
+    if problem := ChatFormat.of(encoder).problem:
+        found.append(
+            f"{problem}, so a trained model may not stop after its answer; use a tokenizer whose chat "
+            "template "
+            "ends each answer with a token, such as its eos_token"
+        )
+    limit = run.evaluate.max_new_tokens
+    for name, part in (("val", parts.val), ("test", parts.test)):
+        perfect = perfect_answers(part[:CHECKED], encoder, parts.scorer)
+        long = [answer.tokens for answer in perfect if answer.tokens > limit]
+        if long:
+            found.append(
+                f"{len(long)} of {len(perfect)} answers of {name} are longer than evaluate.max_new_tokens = "
+                f"{limit}, "
+                f"so no model can give them; the longest has {max(long)} tokens"
+            )
+        refused = [example for example, answer in zip(part, perfect, strict=False) if answer.score < 1]
+        if refused:
+            found.append(
+                f"{len(refused)} of {len(perfect)} answers of {name} would not be scored as right if a model "
+                "gave "
+                f"exactly them, such as {refused[0].answer[:60]!r}"
+            )
+    return tuple(found)
 
 
 def skeleton(config: ModelConfig) -> tuple[dict[str, tuple[int, int]], Any, int]:
