@@ -87,15 +87,7 @@ def score(
         if isinstance(tokenizer, ImageEncoder):
             raise DataError("an image classifier is scored on labelled images, and these have no class")
         prompts = [prompt_ids(example, tokenizer, style, shots) for example in examples]
-        chat_format = ChatFormat.of(tokenizer)
-        # What a template makes a model write before its answer must not use up the answer's tokens.
-        limit = max_new_tokens + chat_format.overhead
-        texts = generate(model, tokenizer, prompts, limit, batch_size)
-        values = []
-        for example, prompt, text in zip(examples, prompts, texts, strict=True):
-            answer = chat_format.parse(text, in_block=chat_format.in_block(prompt)).content
-            expected, _ = expected_answer(example, tokenizer, chat_format)
-            values.append(scorer.score(example, answer, expected.content))
+        values = _score_answers(model, tokenizer, examples, prompts, scorer, max_new_tokens, batch_size)
     low, high = interval(values)
     return Scores(
         values=tuple(values),
@@ -106,6 +98,28 @@ def score(
         seconds=time.perf_counter() - start,
         failures=scorer.failures - failures,
     )
+
+
+def _score_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    scorer: Scorer,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[float]:
+    """Let a model answer prompts, and score what it writes after its reasoning."""
+    chat_format = ChatFormat.of(tokenizer)
+    # What a template makes a model write before its answer must not use up the answer's tokens.
+    limit = max_new_tokens + chat_format.overhead
+    texts = generate(model, tokenizer, prompts, limit, batch_size)
+    values = []
+    for example, prompt, text in zip(examples, prompts, texts, strict=True):
+        answer = chat_format.parse(text, in_block=chat_format.in_block(prompt)).content
+        expected, _ = expected_answer(example, tokenizer, chat_format)
+        values.append(scorer.score(example, answer, expected.content))
+    return values
 
 
 @torch.inference_mode()
