@@ -46,10 +46,10 @@ def save_base(folder: Path, template: str) -> Path:
     return folder
 
 
-def train(base: Path, folder: Path) -> tuple[Session, str]:
-    """Teach a model that every answer is 5."""
+def train(base: Path, folder: Path, completion: str = "5") -> tuple[Session, str]:
+    """Teach a model that all questions have one answer; its adapter lies in `folder` then."""
     data = folder / "data.jsonl"
-    rows = [{"prompt": f"question {number}?", "completion": "5"} for number in range(60)]
+    rows = [{"prompt": f"question {number}?", "completion": completion} for number in range(60)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = RunConfig(
         model=ModelConfig(name=str(base)),
