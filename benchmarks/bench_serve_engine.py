@@ -58,7 +58,7 @@ Shapes = dict[str, tuple[int, int]]
 class NoTokenizer:
     """Random weights speak no language."""
 
-    eos_token_id = None
+    chat_template = eos_token = eos_token_id = None
 
 
 def base() -> LoadedModel:

@@ -37,7 +37,7 @@ RANKS = (1, 2, 4, 8, 16, 24, 32, 64)
 
 
 class NoTokenizer:
-    eos_token_id = None
+    chat_template = eos_token = eos_token_id = None
 
 
 def base() -> LoadedModel:
