@@ -23,7 +23,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from rayft.errors import ConfigError
 
-__all__ = ["Record", "Section", "content_hash", "leaves", "load", "nearest", "parse", "read_yaml"]
+__all__ = [
+    "Record",
+    "Section",
+    "content_hash",
+    "leaves",
+    "load",
+    "lone_surrogate",
+    "nearest",
+    "parse",
+    "read_yaml",
+]
 
 SectionT = TypeVar("SectionT", bound="Section")
 
@@ -79,8 +89,11 @@ def read_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
     try:
         # _Loader derives from SafeLoader, so nothing but plain data is built.
         data = yaml.load(text, Loader=_Loader)  # noqa: S506
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
+        # YAML's dates and numbers are converted while it is parsed: 2024-13-45 is a ValueError.
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source} is nested too deeply; sections have a few levels") from error
     except ConfigError as error:
         raise ConfigError(f"{source}, {error}") from error
     if data is None:
@@ -126,16 +139,54 @@ def parse(cls: type[SectionT], data: Mapping[str, Any], overrides: Sequence[str]
         raise ConfigError("\n".join(dict.fromkeys(problems))) from error
 
 
-def _plain(value: Any) -> Any:
-    """Copy YAML's values as JSON has them: names as text, dates as they were written."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value if isinstance(value, str | int | float | None) else str(value)
+def _plain(value: Any, where: str = "") -> Any:
+    """Copy YAML's values as JSON has them: names as text, dates as they were written.
+
+    Raises:
+        ConfigError: if a text is no valid Unicode, or a value contains itself.
+    """
+    try:
+        if isinstance(value, Mapping):
+            return {_text(str(key), where): _plain(inner, f"{where}.{key}") for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [_plain(inner, where) for inner in value]
+    except RecursionError:
+        raise ConfigError(f"{where[:80].strip('.')}: nested too deeply, or within itself") from None
+    if isinstance(value, str):
+        return _text(value, where)
+    return value if isinstance(value, int | float | None) else str(value)
+
+
+def _text(text: str, where: str) -> str:
+    """Join surrogate pairs, as which YAML reads JSON's escapes of an emoji, and refuse halves of one."""
+    problem = lone_surrogate(text)
+    if not problem:
+        return text
+    try:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where.strip('.') or 'configuration'}: {problem}") from error
+
+
+def lone_surrogate(text: str) -> str:
+    """Say where a text has half of a surrogate pair, so that it is no valid Unicode; empty if nowhere.
+
+    Such text comes from escapes in JSON and YAML, and from file names and arguments that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code, near = ord(text[error.start]), text[max(error.start - 20, 0) : error.start + 20]
+        return (
+            f"character {error.start + 1} is the lone surrogate U+{code:04X} (in {near!a}), half of a "
+            "character; write the whole one, or remove it"
+        )
+    return ""
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
+    if problem := lone_surrogate(override):
+        raise ConfigError(f"--set: {problem}")
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
         raise ConfigError(f"'{override}' is no override; write section.key=value")
@@ -149,11 +200,12 @@ def _apply(data: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{name}: '{key}' holds a value, not a section, so nothing can be set below it")
         node = child
     try:
-        node[keys[-1]] = _plain(yaml.load(text, Loader=_Loader))  # noqa: S506  (a SafeLoader, see read_yaml)
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader, see read_yaml)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: the value '{text}' is not valid YAML") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: the value '{text[:200]}' is not valid YAML") from error
+    node[keys[-1]] = _plain(value, name)
 
 
 def _describe(cls: type[Section], data: Mapping[str, Any], problem: Mapping[str, Any]) -> str:

@@ -101,32 +101,79 @@ class Example:
 
     @property
     def key(self) -> str:
-        """The question without differences of case, width and spacing: equal keys are duplicates.
+        """Identify the question: examples with equal keys ask the same and must be in one part.
 
-        Images are duplicates if their files hold the same bytes.
+        The key covers every turn before the last answer with its role, or the text, or the image's bytes.
+        Text is normalised to NFC and in no other way: that makes nothing equal but canonically equivalent
+        text, such as an é of one and of two code points. Case, width, spacing and indentation count, since a
+        question's meaning can lie in them.
         """
+        return self.asked[-1]
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Return the keys of the questions whose answers are learnt, and last the one that is scored."""
         if self.image is not None:
-            return self.image.digest
-        return " ".join(unicodedata.normalize("NFKC", self.question).casefold().split())
+            return (self.image.digest,)
+        hashed = hashlib.sha256()
+        if not self.messages:
+            _add(hashed, self.text)
+            return (hashed.hexdigest()[:32],)
+        if self.tools:
+            _add(hashed, json.dumps(list(map(dict, self.tools)), sort_keys=True, default=str))
+        found = []
+        for number, message in enumerate(self.messages, start=1):
+            learnt = message.role == "assistant" and message.learn
+            if learnt or number == len(self.messages):
+                found.append(hashed.hexdigest()[:32])
+            _add(hashed, message.role)
+            _add(hashed, message.content)
+            if message.extras:
+                _add(hashed, json.dumps(dict(message.extras), sort_keys=True, default=str))
+        return tuple(found)
+
+    @property
+    def identity(self) -> str:
+        """Return question and answer as one text: examples of equal identity are repeats.
+
+        It covers all that training and scoring read of an example, to the letter, but for `entry`, which
+        reasoning-gym makes from the same configuration as question and answer. A field that `digest` did
+        not always cover is added only where it differs from its default, so that the digest of other data
+        stays what it was.
+        """
+        fields = [text for message in self.messages for text in (message.role, message.content)]
+        fields += [self.text, self.label_name]
+        if self.image is not None:
+            fields.append(self.image.digest)
+        fields = [field.translate(_ESCAPES) for field in fields]
+        # An escaped field never holds \x1c before anything but c, d, e or f.
+        if self.separator != "\n":
+            fields.append("\x1cseparator=" + self.separator.translate(_ESCAPES))
+        fields += [
+            f"\x1cmessage {number}=" + json.dumps([message.learn, dict(message.extras)], default=str)
+            for number, message in enumerate(self.messages)
+            if message.extras or not message.learn
+        ]
+        if self.tools:
+            fields.append("\x1ctools=" + json.dumps(list(map(dict, self.tools)), default=str))
+        return "\x1f".join(fields)
+
+
+_ESCAPES = str.maketrans({"\x1c": "\x1cc", "\x1d": "\x1cd", "\x1e": "\x1ce", "\x1f": "\x1cf"})
+"""`digest` separates parts, examples and fields by control characters; this escapes those in the data."""
+
+
+def _add(hashed: hashlib._Hash, text: str) -> None:
+    """Add a text to a hash, after its length, so that texts one after the other can't be confused."""
+    content = unicodedata.normalize("NFC", text).encode()
+    hashed.update(b"%d:" % len(content) + content)
 
 
 def digest(parts: Iterable[Iterable[Example]]) -> str:
-    """Hash (16 hex digits) what the examples of all parts say, in their order."""
+    """Hash (16 hex digits) the identities of the examples of all parts, in their order."""
     total = hashlib.sha256()
     for part in parts:
         total.update(b"\x1dpart")
         for example in part:
-            turns = [text for message in example.messages for text in (message.role, message.content)]
-            fields = [*turns, example.text, example.label_name]
-            if example.image is not None:
-                fields.append(example.image.digest)
-            # Only where they are there: ordinary data keeps the digest that it had without them.
-            fields += [
-                json.dumps([number, message.learn, dict(message.extras)], sort_keys=True, default=str)
-                for number, message in enumerate(example.messages)
-                if message.extras or not message.learn
-            ]
-            if example.tools:
-                fields.append(json.dumps(list(map(dict, example.tools)), sort_keys=True, default=str))
-            total.update(b"\x1e" + "\x1f".join(fields).encode("utf-8", "surrogatepass"))
+            total.update(b"\x1e" + example.identity.encode())
     return total.hexdigest()[:16]

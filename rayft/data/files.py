@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
+from rayft.config import lone_surrogate
 from rayft.errors import DataError
 
-__all__ = ["Table", "read_file", "read_hub"]
+__all__ = ["Table", "parse_json", "read_file", "read_hub"]
 
 FileSource = Literal["jsonl", "csv", "parquet"]
 
@@ -37,10 +38,13 @@ class Table:
     """Where relative paths in the rows begin. None for what others wrote: there a path is one of the
     machine that wrote it, unless it is of a file that was downloaded with the set."""
 
+    def line(self, index: int) -> str:
+        """Say where in the table row `index` (from 0) is."""
+        return f"line {self.lines[index]}" if self.lines else f"row {index + 1}"
+
     def place(self, index: int) -> str:
-        """Say where row `index` (from 0) is."""
-        line = f"line {self.lines[index]}" if self.lines else f"row {index + 1}"
-        return f"{self.name}, {line}"
+        """Say where row `index` (from 0) is, with the table's name."""
+        return f"{self.name}, {self.line(index)}"
 
     def file(self, name: str) -> Path | None:
         """Find the file that a row names; None where rows can't name it."""
@@ -64,10 +68,7 @@ def read_file(source: FileSource, name: str) -> Table:
             f"{path} is not called {' or '.join(suffixes)}, which source: {source} reads; "
             f"set data.source to what the file is ({', '.join(READERS)})"
         )
-    try:
-        table = reader(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); convert it") from error
+    table = reader(path)
     if not table.rows:
         raise DataError(f"{path} is empty: no row after reading it as {source}")
     return replace(table, folder=path.absolute().parent)
@@ -93,8 +94,9 @@ def read_hub(name: str, split: str) -> Table:
         ) from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"can't load split '{split}' of '{name}' from the hub: {error}") from error
-    rows = _plain_images(rows)
-    return Table(f"{name} [{split}]", tuple(rows.column_names), _class_names(rows))
+    table = _table(f"{name} [{split}]", _plain_images(rows))
+    _name_classes(rows.features, table.rows)
+    return table
 
 
 def _plain_images(rows: Any) -> Any:
@@ -137,37 +139,110 @@ def _downloaded(name: str) -> Path | None:
     return path if inside else None
 
 
-def _class_names(rows: Any) -> list[dict[str, Any]]:
+def _table(name: str, rows: Any) -> Table:
+    """Read all rows of a `datasets` table.
+
+    Raises:
+        DataError: naming the row and the column of a text that is not UTF-8, which Arrow doesn't check.
+    """
+    try:
+        return Table(name, tuple(rows.column_names), rows.to_list())
+    except UnicodeDecodeError as error:
+        for column in rows.column_names:
+            for number, cell in enumerate(rows.with_format("arrow")[column], start=1):
+                try:
+                    cell.as_py()
+                except UnicodeDecodeError as found:
+                    raise DataError(
+                        f"{name}, row {number}, column '{column}' is not UTF-8 (byte {found.start + 1}: "
+                        f"{found.reason}); write the text again as UTF-8, or drop the row"
+                    ) from error
+        raise
+
+
+def _name_classes(features: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Replace class numbers by their names, which only the hub's features know."""
-    classes = {name: feature.names for name, feature in rows.features.items() if hasattr(feature, "int2str")}
-    found: list[dict[str, Any]] = rows.to_list()
-    for row in found:
+    classes = {name: feature.names for name, feature in features.items() if hasattr(feature, "int2str")}
+    for row in rows:
         for name, names in classes.items():
             if row[name] is not None and row[name] >= 0:
                 row[name] = names[row[name]]
-    return found
+
+
+@contextmanager
+def _utf8_lines(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a text file.
+
+    Raises:
+        DataError: if it is in another encoding; naming the first line that is not UTF-8.
+    """
+    with path.open("rb") as head:
+        # The first characters of JSON are ASCII, and so are those of a header, as a rule.
+        encoding = json.detect_encoding(head.read(4))
+    if not encoding.startswith("utf-8"):
+        raise DataError(f"{path} is {encoding.upper()}, not UTF-8; convert it")
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as stream:
+            yield stream
+    except UnicodeDecodeError as error:
+        # The error tells the place in a block, not in the file.
+        with path.open("rb") as binary:
+            for number, line in enumerate(binary, start=1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as found:
+                    raise DataError(
+                        f"{path}, line {number} is not UTF-8 (byte {found.start + 1} of the line: "
+                        f"{found.reason}); convert the file to UTF-8"
+                    ) from error
+        raise
 
 
 def _read_jsonl(path: Path) -> Table:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     columns: dict[str, None] = {}
-    with path.open(encoding="utf-8-sig") as stream:
+    with _utf8_lines(path) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number} is not JSON ({error.msg}); write one object a line"
-                ) from error
+            row = parse_json(line, f"{path}, line {number}")
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number} is no object; write one {{…}} a line")
+            for name in row:
+                if name not in columns and (problem := lone_surrogate(name)):
+                    raise DataError(f"{path}, line {number}, name of a column: {problem}")
             rows.append(row)
             lines.append(number)
             columns.update(dict.fromkeys(row))
     return Table(str(path), tuple(columns), rows, tuple(lines))
+
+
+def parse_json(text: str, place: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+        DataError: naming the place, if it is no JSON, a key stands twice in an object, or it is nested too
+            deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place} is not JSON ({error.msg}, character {error.colno})") from error
+    except RecursionError as error:
+        raise DataError(f"{place} is nested too deeply to be read; write a flatter object") from error
+    except ValueError as error:
+        # A key that stands twice, or an integer of thousands of digits.
+        raise DataError(f"{place} can't be read: {str(error).partition(';')[0]}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make the dictionary of a JSON object; of a key that stands twice, the last value would win silently."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!a} stands twice in one object, so keep one of them")
+    return found
 
 
 @contextmanager
@@ -183,7 +258,7 @@ def _long_fields() -> Iterator[None]:
 def _read_csv(path: Path) -> Table:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
-    with _long_fields(), path.open(encoding="utf-8-sig", newline="") as stream:
+    with _long_fields(), _utf8_lines(path, newline="") as stream:
         reader = csv.reader(stream, strict=True)
         try:
             header = next(reader, [])
@@ -219,7 +294,7 @@ def _read_parquet(path: Path) -> Table:
             )
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error.__cause__ or error}") from error
-    return Table(str(path), tuple(rows.column_names), rows.to_list())
+    return _table(str(path), rows)
 
 
 READERS: dict[str, tuple[tuple[str, ...], Callable[[Path], Table]]] = {

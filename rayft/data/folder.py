@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rayft.config import lone_surrogate
 from rayft.data.files import Table
 from rayft.errors import DataError
 
@@ -148,6 +149,8 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _row(root: Path, path: Path) -> dict[str, Any]:
+    if lone_surrogate(str(path)):
+        raise DataError(f"the name of {str(path)!a} is not UTF-8; rename it")
     inside = path.relative_to(root).parts
     if len(inside) < 2:
         raise DataError(f"{path} is in no class folder; move it into the folder of its class")

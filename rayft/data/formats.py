@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import json
+import math
 from collections.abc import Callable
 from typing import Any
 
-from rayft.config import nearest
+from rayft.config import lone_surrogate, nearest
 from rayft.data.example import REASONING, Example, Image, Message
-from rayft.data.files import Table
+from rayft.data.files import Table, parse_json
 from rayft.data.section import Columns
 from rayft.errors import DataError
 
@@ -28,6 +28,9 @@ MEANT = (
     "tools", "train", "videos", "weight",
 )  # fmt: skip
 """Columns that would change what is learnt. Those that a format doesn't read are refused, not ignored."""
+
+MAX_DEPTH = 100
+"""Levels of lists and objects in a cell, far more than a conversation or a tool's schema has."""
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -99,8 +102,19 @@ class _Cell:
         self.table, self.index, self.columns = table, index, columns
 
     def value(self, field: str) -> Any:
-        """Get what stands in the column of a field."""
-        return self.table.rows[self.index].get(getattr(self.columns, field))
+        """Get what stands in the column of a field; errors as `column`."""
+        return self.column(getattr(self.columns, field))
+
+    def column(self, name: str) -> Any:
+        """Get what stands in a column, None where there is none.
+
+        Raises:
+            DataError: if text in it is no valid Unicode, or it is nested too deeply.
+        """
+        found = self.table.rows[self.index].get(name)
+        if problem := _invalid(found):
+            raise DataError(f"{self.table.place(self.index)}, column '{name}': {problem}")
+        return found
 
     def error(self, field: str, problem: str) -> DataError:
         """Make an error that names file, row and column."""
@@ -134,7 +148,7 @@ class _Cell:
             image = Image.of(name, data)
             with PIL.Image.open(io.BytesIO(image.read())):
                 return image
-        except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             raise DataError(f"{name} can't be read as an image ({error}): replace or remove it") from error
 
     def _picture(self) -> tuple[str, bytes | None]:
@@ -183,7 +197,7 @@ class _Cell:
 
     def tools(self) -> tuple[dict[str, Any], ...]:
         """Return the descriptions of tools, from a list or its JSON text; without such a column, none."""
-        value = self.table.rows[self.index].get("tools")
+        value = self.column("tools")
         if isinstance(value, str) and value.strip():
             value = self._json("tools", value)
         if value is None or value == "":
@@ -197,12 +211,11 @@ class _Cell:
         return tuple(value)
 
     def _json(self, what: str, text: str) -> Any:
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{self.table.place(self.index)}, {what}: {_shown(text)} is not JSON: {error}"
-            ) from error
+        place = f"{self.table.place(self.index)}, {what}"
+        value = parse_json(text, f"{place}: {_shown(text)}")
+        if problem := _invalid(value):
+            raise DataError(f"{place}: {problem}")
+        return value
 
     def _message(self, turn: Any, number: int) -> Message:
         role = turn.get("role") if isinstance(turn, dict) else None
@@ -293,6 +306,33 @@ class _Cell:
         if not calls:
             raise self.error("messages", f"message {number}: tool_calls is empty; remove it or name a call")
         return calls
+
+
+def _invalid(value: Any) -> str:
+    """Say what a cell holds that no later step can read; empty if nothing.
+
+    That is text that is no valid Unicode, numbers inside of lists and objects that JSON doesn't have, and
+    nesting that a recursive function would fail at.
+    """
+    left: list[tuple[Any, str, int]] = [(value, "", 0)]
+    while left:
+        item, where, depth = left.pop()
+        problem = ""
+        if isinstance(item, str):
+            problem = lone_surrogate(item)
+        elif depth > MAX_DEPTH:
+            return f"the value is nested more than {MAX_DEPTH} deep; write a flatter one"
+        elif isinstance(item, dict):
+            left += ((inner, f"{where}.{name}", depth + 1) for name, inner in item.items())
+            # Looked at before the values, whose place they are part of.
+            left += ((name, where, depth) for name in item)
+        elif isinstance(item, list | tuple):
+            left += ((inner, f"{where}[{number}]", depth + 1) for number, inner in enumerate(item))
+        elif isinstance(item, float) and depth and not math.isfinite(item):
+            problem = f"{item} is no number of JSON; write another value, or null"
+        if problem:
+            return f"at {where}, {problem}" if where else problem
+    return ""
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import random
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rayft.config import nearest
 from rayft.data.example import Example, Message
+from rayft.data.split import Dropped, shown
 from rayft.errors import DataError, ResourceError
 
 __all__ = ["build_task", "draw_parts"]
@@ -31,8 +32,8 @@ DRAWS = 4
 
 def draw_parts(
     name: str, params: Params, sizes: Mapping[str, int], seed: int, separator: str
-) -> tuple[dict[str, list[Example]], int]:
-    """Draw `sizes[part]` questions for each part, and count the repeated ones that were passed over.
+) -> tuple[dict[str, list[Example]], tuple[Dropped, ...]]:
+    """Draw `sizes[part]` questions for each part, and tell how many were passed over since they came again.
 
     Parts are drawn in the order of `sizes`, each from the index where the one before it stopped.
 
@@ -45,6 +46,7 @@ def draw_parts(
     task = build_task(name, params, seed, limit)
     seen: set[str] = set()
     parts: dict[str, list[Example]] = {}
+    again: list[Example] = []
     index = 0
     with _global_random(seed):
         for part, size in sizes.items():
@@ -54,10 +56,22 @@ def draw_parts(
                     raise _too_small(name, sizes, len(seen), limit)
                 example = _item(task, name, index, separator)
                 index += 1
-                if example.key not in seen:
+                if example.key in seen:
+                    again.append(example)
+                else:
                     seen.add(example.key)
                     parts[part].append(example)
-    return parts, index - wanted
+    return parts, _passed_over(name, again, index)
+
+
+def _passed_over(name: str, again: Sequence[Example], drawn: int) -> tuple[Dropped, ...]:
+    if not again:
+        return ()
+    text = (
+        f"reasoning-gym's {name}: {len(again)} of {drawn} items that were drawn repeat a question, as few "
+        f"different ones do by chance; others took their place (the first is {shown(again[0])})"
+    )
+    return (Dropped(len(again), text),)
 
 
 def build_task(name: str, params: Params, seed: int, size: int) -> Any:

@@ -1,15 +1,14 @@
 """Read a data set into three parts that share no question.
 
 train gives gradients. val decides: learning rate, early stops, winner, squeeze floor, promotion.
-test is read once, for the numbers that are reported. A question that stands in two parts stays in
-test before val before train.
+test is read once, for the numbers that are reported. `split` says what becomes of repeats.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rayft.data.example import Example, Image, Message, digest
@@ -19,12 +18,13 @@ from rayft.data.formats import convert, find_format
 from rayft.data.gym import draw_parts
 from rayft.data.scorer import Scorer
 from rayft.data.section import Columns, DataConfig, PartFiles
+from rayft.data.split import Dropped, split
 from rayft.errors import DataError
-from rayft.numerics import derive_seed
 
 __all__ = [
     "Columns",
     "DataConfig",
+    "Dropped",
     "Example",
     "Image",
     "Message",
@@ -34,9 +34,6 @@ __all__ = [
     "majority_answer",
     "read",
 ]
-
-SHARE = 0.1
-"""Of a file that is split, the part that val and test get each, where no size is given."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,8 @@ class Parts:
     scorer: Scorer
     labels: tuple[str, ...] = ()
     """Names of the classes of a classification; their order numbers them."""
-    dropped: int = 0
-    """Repeated questions (or images) that were left out."""
+    dropped: tuple[Dropped, ...] = ()
+    """What was left out, and why."""
 
     @property
     def has_images(self) -> bool:
@@ -75,7 +72,7 @@ def read(config: DataConfig) -> Parts:
         found, dropped = draw_parts(config.name, config.params, sizes, config.seed, config.separator)
         scorer = Scorer(config.name, dict(config.params), strict=config.score == "strict")
     else:
-        found, dropped = _split(_read_tables(config), config)
+        found, dropped = split(_read_tables(config), config)
         scorer = Scorer()
     found, labels = _number_labels(found)
     train, val, test = (tuple(found[part]) for part in ("train", "val", "test"))
@@ -87,12 +84,15 @@ def majority_answer(parts: Parts) -> str:
     return Counter(example.answer for example in parts.train).most_common(1)[0][0]
 
 
-def _read_tables(config: DataConfig) -> dict[str, list[Example]]:
-    """Read the examples of each part that has a file or split of its own."""
+def _read_tables(config: DataConfig) -> dict[str, tuple[Table, list[Example]]]:
+    """Read the table of each part that has a file or split of its own, and its examples."""
     tables = {part: _table(config, name) for part, name in _places(config).items()}
     first = tables["train"]
     form = find_format(first, config.columns) if config.format == "auto" else config.format
-    return {part: convert(table, form, config.columns, config.separator) for part, table in tables.items()}
+    return {
+        part: (table, convert(table, form, config.columns, config.separator))
+        for part, table in tables.items()
+    }
 
 
 def _places(config: DataConfig) -> dict[str, str]:
@@ -111,51 +111,6 @@ def _table(config: DataConfig, name: str) -> Table:
     return read_hub(config.name, name) if config.source == "hub" else read_file(config.source, name)
 
 
-def _split(found: dict[str, list[Example]], config: DataConfig) -> tuple[dict[str, list[Example]], int]:
-    """Drop repeated questions, then give each part what it asks for."""
-    seen: set[str] = set()
-    unique = {part: _unseen(found[part], seen) for part in ("test", "val", "train") if part in found}
-    dropped = sum(map(len, found.values())) - sum(map(len, unique.values()))
-    pool = sorted(unique.pop("train"), key=lambda example: derive_seed("split", config.seed, example.key))
-    total = len(pool)
-    parts: dict[str, list[Example]] = {}
-    for part in ("test", "val"):
-        wanted: int | None = getattr(config, part)
-        if part in unique:
-            parts[part] = _take(unique[part], wanted, part, config.seed)
-        else:
-            size = wanted or max(1, round(SHARE * total))
-            parts[part], pool = pool[:size], pool[size:]
-            _check_size(parts[part], size, part, total)
-    parts["train"] = pool if config.train is None else pool[: config.train]
-    _check_size(parts["train"], config.train or 1, "train", total)
-    return parts, dropped
-
-
-def _unseen(examples: Sequence[Example], seen: set[str]) -> list[Example]:
-    kept = []
-    for example in examples:
-        if example.key not in seen:
-            seen.add(example.key)
-            kept.append(example)
-    return kept
-
-
-def _take(examples: list[Example], wanted: int | None, part: str, seed: int) -> list[Example]:
-    _check_size(examples, wanted or 1, part, len(examples))
-    if wanted is None:
-        return examples
-    return sorted(examples, key=lambda example: derive_seed("split", seed, example.key))[:wanted]
-
-
-def _check_size(examples: Sequence[Example], wanted: int, part: str, total: int) -> None:
-    if len(examples) < wanted:
-        raise DataError(
-            f"too little data: {part} should have {wanted} examples and gets {len(examples)} of {total} "
-            "different ones (repeated questions and those of test and val, don't count); ask for less"
-        )
-
-
 def _number_labels(parts: Mapping[str, list[Example]]) -> tuple[dict[str, list[Example]], tuple[str, ...]]:
     """Number the classes by their names' order (numbers by value)."""
     names = {example.label_name for example in parts["train"]} - {""}
@@ -163,7 +118,8 @@ def _number_labels(parts: Mapping[str, list[Example]]) -> tuple[dict[str, list[E
         return dict(parts), ()
     if len(names) < 2:
         raise DataError(f"all train examples are of one class, '{names.pop()}'; bring two classes or more")
-    whole = all(re.fullmatch("-?[0-9]+", name) for name in names)
+    # Python converts no more digits than that.
+    whole = all(re.fullmatch("-?[0-9]{1,4300}", name) for name in names)
     labels = tuple(sorted(names, key=(lambda name: (int(name), name)) if whole else None))
     index = {name: number for number, name in enumerate(labels)}
     for part, examples in parts.items():

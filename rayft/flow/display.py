@@ -70,8 +70,8 @@ class Display:
                 self._progress.stop()
 
     def say(self, text: str) -> None:
-        """Print a line as it is: brackets in it are no markup."""
-        self.console.print(f"  {text}", highlight=False, markup=False)
+        """Print a line as it is: brackets and colons in it are no markup."""
+        self.console.print(f"  {text}", highlight=False, markup=False, emoji=False)
 
     def _follow(self, broker: Any, names: Callable[[str], str], done: threading.Event) -> None:
         while not done.wait(0.5):

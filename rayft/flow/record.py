@@ -58,6 +58,7 @@ def build_record(
         metric=_metric(plan),
         data_digest=plan.parts.digest,
         data_sizes={part: len(getattr(plan.parts, part)) for part in ("train", "val", "test")},
+        data_dropped=tuple(item.text for item in plan.parts.dropped),
         seed=config.seed,
         device=f"{origin['device']}, {plan.run.scale.dtype}",
         versions={"python": origin["python"], **versions},

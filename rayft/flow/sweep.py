@@ -64,6 +64,8 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
         # A cluster that is there already costs nothing to join, and tells which devices there are.
         join()
         plan = preflight(config)
+        for item in plan.parts.dropped:
+            display.say(item.text)
     for warning in plan.warnings:
         display.say(f"warning: {warning}")
     lanes, scale = config.sweep.lanes, plan.run.scale
@@ -251,7 +253,10 @@ def _start_tracking(plan: Plan, tracker: MlflowTracker) -> str:
     flush_spool(plan.tracker)
     tags = {"rayft.kind": "sweep", **{f"rayft.{name}": value for name, value in provenance().items()}}
     parent = tracker.run(plan.config.name, f"{plan.config.name}-{sweep_hash(plan.config)}", tags=tags)
-    tracker.params(parent, leaves(plan.config) | {"data_digest": plan.parts.digest})
+    data = {"data_digest": plan.parts.digest}
+    if plan.parts.dropped:
+        data["data_dropped"] = "\n".join(item.text for item in plan.parts.dropped)
+    tracker.params(parent, leaves(plan.config) | data)
     return parent
 
 

@@ -238,6 +238,8 @@ class SweepRecord(Record):
     """Digest of all three parts."""
     data_sizes: dict[str, int] = {}
     """Examples in `train`, `val` and `test`."""
+    data_dropped: tuple[str, ...] = ()
+    """What was left out of the data: for each reason a sentence with the number, and one of them."""
     seed: int
     """Seed of the sweep."""
     device: str

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from rich.console import Console
 
 from rayft.artifacts import AdapterArtifact
+from rayft.data.section import DataConfig, PartFiles
+from rayft.data.source import read
 from rayft.errors import ArtifactError
 from rayft.flow.commands import squeeze
 from rayft.flow.config import PipelineConfig
@@ -28,7 +32,25 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
-    return small_config(tmp_path_factory.mktemp("rivals"), METHODS)
+    folder = tmp_path_factory.mktemp("rivals")
+    small = small_config(folder, METHODS)
+    return small.model_copy(update={"data": with_repeats(folder, small.data)})
+
+
+def with_repeats(folder: Path, task: DataConfig) -> DataConfig:
+    """Write the parts of a task to files; train has another answer to its first question and two repeats."""
+    parts = read(task)
+    named: dict[str, str] = {}
+    for part in ("train", "val", "test"):
+        rows = [
+            {"prompt": example.messages[0].content, "completion": example.answer}
+            for example in getattr(parts, part)
+        ]
+        if part == "train":
+            rows += [{**rows[0], "completion": "another answer"}, *rows[:2]]
+        named[part] = str(folder / f"{part}.jsonl")
+        Path(named[part]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataConfig(source="jsonl", files=PartFiles(**named), max_length=task.max_length)
 
 
 def test_a_winner_without_factors_ends_in_a_report_that_says_so(
@@ -44,6 +66,27 @@ def test_a_winner_without_factors_ends_in_a_report_that_says_so(
     assert not record.squeezed
     assert not served_adapters(output, record)
     assert SweepRecord.load(output) == record
+
+
+def test_what_was_dropped_is_printed_tracked_and_reported(
+    record: SweepRecord, config: PipelineConfig, said: io.StringIO
+) -> None:
+    assert config.data.files
+    text = (
+        f"{config.data.files.train}: dropped 2 of 27 rows whose question and answer an earlier one has (the "
+        "first is line 26: "
+    )
+    (reported,) = record.data_dropped
+    assert reported.startswith(text)
+    assert record.data_sizes == {"train": 25, "val": 4, "test": 4}
+    assert reported in said.getvalue()
+    assert said.getvalue().index(reported) < said.getvalue().index("score the base")
+    assert "dropped 2 of 27 rows" in (Path(config.output) / "report.html").read_text()
+    client = MlflowClient(f"sqlite:///{config.output}/mlflow.db")
+    experiment = client.get_experiment_by_name("rayft")
+    assert experiment
+    (sweep,) = client.search_runs([experiment.experiment_id], "tags.`rayft.kind` = 'sweep'")
+    assert sweep.data.params["data_dropped"] == reported
 
 
 def test_every_trial_was_scored_and_can_be_read(record: SweepRecord) -> None:

@@ -24,6 +24,7 @@ EXTRAS = {
 WITH_OTHERS = {
     "alembic": "mlflow",
     "markupsafe": "jinja2",
+    "pyarrow": "datasets",
     "sqlalchemy": "mlflow",
     "starlette": "fastapi",
     "tokenizers": "transformers",

@@ -155,6 +155,25 @@ def test_overrides(override: str, read: Any) -> None:
     assert read(parse(Root, {}, [override]))
 
 
+def test_escaped_surrogate_pairs_are_whole_characters() -> None:
+    assert parse(Root, read_yaml(r'note: "\ud83d\ude00"')).note == "\U0001f600"
+    with pytest.raises(ConfigError, match=r"^note: character 1 is the lone surrogate U\+DE00"):
+        parse(Root, read_yaml(r'note: "\ude00\ud83d"'))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("note: " + "[" * 5000, "is nested too deeply"),
+        ("note: 2024-13-45", "is not valid YAML: month must be in 1..12"),
+        ("steps: " + "1" * 5000, "is not valid YAML: Exceeds the limit"),
+    ],
+)
+def test_yaml_that_python_cannot_convert(text: str, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        read_yaml(text)
+
+
 def test_later_overrides_win_and_overrides_win_over_the_file() -> None:
     assert parse(Root, {"steps": 1}, ["steps=2", "steps=5"]).steps == 5
 
@@ -173,6 +192,15 @@ def test_an_override_fills_an_empty_section() -> None:
         ("optim.lr=[1", "optim.lr: the value '[1' is not valid YAML"),
         ("optim={lr: 1, lr: 2}", "optim: line 1: the key 'lr' stands twice"),
         ("steps='8'", "steps: Input should be a valid integer (got '8')"),
+        ("note=\udcff", "--set: character 6 is the lone surrogate U+DCFF (in 'note=\\udcff')"),
+        ("no\ud83dte=3", "--set: character 3 is the lone surrogate U+D83D"),
+        ('note="a\\ud83d"', "note: character 2 is the lone surrogate U+D83D"),
+        ('optim={targets: ["\\ud83d"]}', "optim.targets: character 1 is the lone surrogate U+D83D"),
+        ('optim={"l\\ud83d": 3}', "optim: character 2 is the lone surrogate U+D83D"),
+        ("note=2024-13-45", "note: the value '2024-13-45' is not valid YAML"),
+        ("steps=" + "1" * 5000, "is not valid YAML"),
+        ("note=" + "[" * 5000, "is not valid YAML"),
+        ("note=&a [*a]", "note: nested too deeply, or within itself"),
     ],
 )
 def test_bad_overrides(override: str, expected: str) -> None:

@@ -147,5 +147,138 @@ def test_a_folder_and_a_file_of_bytes_are_refused(tmp_path):
     with pytest.raises(DataError, match="is a folder"):
         read(config(name=str(tmp_path)))
     (tmp_path / "a.csv").write_bytes(b"prompt,completion\n\xff\xfe,b\n")
-    with pytest.raises(DataError, match="is not UTF-8"):
+    with pytest.raises(DataError, match=r"a\.csv, line 2 is not UTF-8 \(byte 1 of the line: invalid start"):
         read(config(source="csv", name=str(tmp_path / "a.csv")))
+
+
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def test_half_an_emoji_is_named_with_its_place(tmp_path):
+    path = tmp_path / "half_emoji.jsonl"
+    path.write_text('{"prompt": "a \\ud83d b", "completion": "x"}\n{"prompt": "c", "completion": "y"}\n')
+    with pytest.raises(DataError) as raised:
+        read(config(name=str(path)))
+    assert str(raised.value) == (
+        f"{path}, line 1, column 'prompt': character 3 is the lone surrogate U+D83D (in 'a \\ud83d b'), "
+        "half of a character; write the whole one, or remove it"
+    )
+    str(raised.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        (
+            {"prompt": "a", "completion": "x" * 100 + "\udc00"},
+            r"column 'completion': character 101 is .*U\+DC00",
+        ),
+        ({"prompt": "a", "completion\ud83d": "b"}, r"line 1, name of a column: character 11 is .*U\+D83D"),
+        ({"text": "a", "label": "\ud83d"}, r"line 1, column 'label': character 1 is .*U\+D83D"),
+        (
+            {"messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "b"}]},
+            r"column 'messages': at \[0\]\.content, character 1 is .*U\+D83D",
+        ),
+        (
+            {"messages": [{"role": "us\udfffer", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            r"column 'messages': at \[0\]\.role, character 3 is .*U\+DFFF",
+        ),
+        (
+            {"messages": [{"role": "user", "con\ud83d": "a"}, {"role": "assistant", "content": "b"}]},
+            r"column 'messages': at \[0\], character 4 is .*U\+D83D",
+        ),
+        (
+            {**CHAT, "tools": [{"description": "\ud83d"}]},
+            r"column 'tools': at \[0\]\.description, character 1 is .*U\+D83D",
+        ),
+        (
+            {**CHAT, "tools": r'[{"description": "\ud83d"}]'},
+            r"line 1, tools: at \[0\]\.description, character 1 is .*U\+D83D",
+        ),
+        ({**CHAT, "tools": '[{"name": "a", "name": "b"}]'}, r"line 1, tools: .*the key 'name' stands twice"),
+        (
+            {"messages": [{"role": "user", "content": float("nan")}]},
+            r"column 'messages': at \[0\]\.content, nan is no number of JSON",
+        ),
+        ({"text": eval("[" * 150 + "]" * 150)}, r"column 'text': the value is nested more than 100 deep"),  # noqa: S307
+    ],
+)
+def test_what_no_later_step_can_read_is_named(tmp_path, row, match):
+    with pytest.raises(DataError, match=match) as raised:
+        read(config(name=lines(tmp_path / "a.jsonl", [row] * 10)))
+    str(raised.value).encode()
+
+
+def test_whole_characters_and_columns_that_are_not_read_may_be_anything(tmp_path):
+    rows = [
+        {"prompt": f"\U0001f600 {n}", "completion": "a\0b", "note": ["\ud83d"], "score": float("nan")}
+        for n in range(10)
+    ]
+    path = lines(tmp_path / "a.jsonl", rows)
+    assert "\\ud83d\\ude00" in (tmp_path / "a.jsonl").read_text()
+    assert {example.answer for example in read(config(name=path)).train} == {"a\0b"}
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "the key 'prompt' stands twice in one object"),
+        (
+            '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+            "the key 'content' stands twice in one object",
+        ),
+        ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "is nested too deeply to be read"),
+        ('{"prompt": ' + "1" * 5000 + "}", r"can't be read: Exceeds the limit \(4300 digits\)"),
+        ('\ufeff{"prompt": "a", "completion": "b"}', "is not JSON .Unexpected UTF-8 BOM"),
+        ('{"prompt": "a" "completion": "b"}', "is not JSON .Expecting ',' delimiter, character 16"),
+    ],
+)
+def test_lines_that_are_no_plain_object_are_named(tmp_path, line, match):
+    path = lines(tmp_path / "a.jsonl", pairs(0, 5))
+    with (tmp_path / "a.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(line + "\n")
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 6 {match}|a\.jsonl, line 6 can't be read: {match}"):
+        read(config(name=path))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_other_encodings_are_named(tmp_path, kind, encoding):
+    text = {"jsonl": '{"prompt": "a", "completion": "b"}\n', "csv": "prompt,completion\na,b\n"}[kind]
+    (tmp_path / f"a.{kind}").write_text(text * 20, encoding=encoding)
+    with pytest.raises(DataError, match=rf"a\.{kind} is {encoding.upper()}, not UTF-8; convert it"):
+        read(config(source=kind, name=str(tmp_path / f"a.{kind}")))
+
+
+@pytest.mark.parametrize(("kind", "line"), [("jsonl", 4001), ("csv", 4002)])
+def test_the_line_that_is_not_utf8_is_named(tmp_path, kind, line):
+    rows = {"jsonl": '{"prompt": "a", "completion": "b"}\n', "csv": "a,b\n"}[kind] * 4000
+    path = tmp_path / f"a.{kind}"
+    path.write_text(("prompt,completion\n" if kind == "csv" else "") + rows)
+    with path.open("ab") as stream:
+        stream.write(b'{"prompt": "caf\xe9", "completion": "b"}\n' if kind == "jsonl" else b"caf\xe9,b\n")
+    with pytest.raises(DataError, match=rf"a\.{kind}, line {line} is not UTF-8 \(byte \d+ of the line: inv"):
+        read(config(source=kind, name=str(path)))
+
+
+@pytest.mark.parametrize("column", ["prompt", "note"])
+def test_text_of_a_parquet_file_that_is_not_utf8_is_named(tmp_path, column):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    raw = pa.array([b"a", b"b", b"\xed\xa0\xbd"])
+    texts = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    good = {"prompt": list("abc"), "completion": list("xyz"), "note": list("def")}
+    parquet.write_table(pa.table({**good, column: texts}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=rf"a\.parquet, row 3, column '{column}' is not UTF-8 \(byte 1: inv"):
+        read(config(source="parquet", name=str(tmp_path / "a.parquet")))
+
+
+def test_a_path_of_an_image_with_a_nul_is_named(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = {"image": [{"bytes": None, "path": "a\0.png"}] * 3, "label": [0, 1, 0]}
+    parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"can't be read as an image \(embedded null byte\)"):
+        read(config(source="parquet", name=str(tmp_path / "a.parquet")))

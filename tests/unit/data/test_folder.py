@@ -175,7 +175,11 @@ def test_repeated_images_are_dropped_and_stay_in_test(tmp_path):
     for place in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "test/cat/d.png"):
         save(tmp_path / place, noise("repeated"))
     parts = read(images(tmp_path))
-    assert parts.dropped == 3
+    assert [item.text for item in parts.dropped] == [
+        f"{tmp_path}/{part}: dropped {n} of {all_} images whose file content is in test (the first is "
+        f"{tmp_path}/{part}/cat/{name}.png)"
+        for part, n, all_, name in (("val", 1, 9, "c"), ("train", 2, 10, "a"))
+    ]
     assert [len(part) for part in (parts.train, parts.val, parts.test)] == [8, 8, 9]
 
 
@@ -252,3 +256,11 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
     found = config(source="image_folder", name="pets").located()
     assert found.name == str(tmp_path / "pets")
     assert read(found).digest == read(config(source="image_folder", name="./pets")).digest
+
+
+@pytest.mark.parametrize("name", [b"d\xffg/0.png", b"dog/\xff.png"])
+def test_names_that_are_not_utf8_are_refused(tmp_path, name):
+    root = folder(tmp_path / "pets")
+    save(Path(os.fsdecode(os.fsencode(root) + b"/" + name)), noise("odd"))
+    with pytest.raises(DataError, match=r"the name of '.*\\udcff.*' is not UTF-8; rename it"):
+        read(images(root))

@@ -33,11 +33,18 @@ def test_parts_of_a_task_share_no_question_and_no_index(name, params):
     assert max(ranges[0]) < min(ranges[1]) <= max(ranges[1]) < min(ranges[2])
 
 
-def test_repeated_questions_are_dropped_and_counted():
-    parts = read(
-        task("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, (80, 20, 20))
+def test_repeated_questions_are_passed_over_and_counted():
+    params = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    parts = read(task("chain_sum", params, (40, 10, 10)))
+    assert parts.digest == "b60b1f4b13b9bdbc", "which the first version gave"
+    (again,) = parts.dropped
+    last = max(example.entry["metadata"]["source_index"] for example in parts.train)
+    assert again.rows == last + 1 - 60
+    assert again.text.startswith(
+        f"reasoning-gym's chain_sum: {again.rows} of {last + 1} items that were drawn repeat a question, as "
+        "few different ones do by chance; others took their place (the first is '"
     )
-    assert parts.dropped > 0
+    assert read(task("needle_haystack")).dropped == ()
 
 
 def test_a_task_that_is_too_small_says_how_many_questions_it_has():

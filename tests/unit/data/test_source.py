@@ -58,32 +58,6 @@ def test_one_file_is_split_by_the_seed_alone(tmp_path):
     assert [len(part) for part in keys(fewer)] == [20, 5, 5]
 
 
-def test_repeats_in_one_file_are_dropped_whatever_their_case_and_spacing(tmp_path):
-    rows = [
-        *pairs(0, 40),
-        {"prompt": " Question  7 ", "completion": "x"},
-        {"prompt": "QUESTION 8", "completion": "x"},
-    ]
-    parts = read(config(name=lines(tmp_path / "a.jsonl", rows)))
-    assert parts.dropped == 2
-    assert sum(len(part) for part in keys(parts)) == 40
-
-
-def test_a_question_in_two_parts_stays_in_test_before_val_before_train(tmp_path):
-    files = {
-        "train": lines(tmp_path / "train.jsonl", pairs(0, 30)),
-        "val": lines(tmp_path / "val.jsonl", pairs(20, 35)),
-        "test": lines(tmp_path / "test.jsonl", pairs(25, 40)),
-    }
-    parts = read(config(files=files))
-    asked = [
-        {int(example.messages[0].content.split()[1]) for example in part}
-        for part in (parts.train, parts.val, parts.test)
-    ]
-    assert asked == [set(range(20)), set(range(20, 25)), set(range(25, 40))]
-    assert parts.dropped == 20
-
-
 def test_a_part_without_a_file_is_split_off_train(tmp_path):
     files = {
         "train": lines(tmp_path / "a.jsonl", pairs(0, 50)),
@@ -186,3 +160,46 @@ def test_examples_are_frozen_and_the_digest_sees_every_field():
     ]
     assert len({source.digest([[other]]) for other in others}) == len(others)
     assert source.digest([[example], []]) != source.digest([[], [example]])
+    separated = dataclasses.replace(example, separator="\n\n")
+    assert source.digest([[separated]]) != source.digest([[example]])
+
+
+def test_the_digest_tells_fields_apart_whatever_they_hold():
+    separators = ("\x1c", "\x1d", "\x1e", "\x1f", "\x1cc", "\x1cf")
+    for mark in separators:
+        one = Example(text=f"a{mark}b", label=0, label_name="c")
+        other = Example(text="a", label=0, label_name=f"b{mark}c")
+        assert source.digest([[one]]) != source.digest([[other]])
+    assert source.digest([[Example(text="a\x1f\x1eb\x1f")]]) != source.digest(
+        [[Example(text="a"), Example(text="b")]]
+    )
+    assert source.digest([[Example(text="a\x1f\x1dpart")]]) != source.digest([[Example(text="a")], []])
+    assert len({source.digest([[Example(text=mark)]]) for mark in separators}) == len(separators)
+
+
+TURNS = ("Be brief.", "Größe {0}?", "{0} cm", "And twice?", "{1} cm")
+FIRST = {
+    "6bfdad6f9f53cf24": pairs(0, 100),
+    "4ef045c91a80507b": [
+        {
+            "messages": [
+                {"role": role, "content": turn.format(n, 2 * n)}
+                for role, turn in zip(("system", *("user", "assistant") * 2), TURNS, strict=True)
+            ]
+        }
+        for n in range(30)
+    ],
+    "ce06c7a6891a33dd": [{"text": f"text {n}", "label": n % 2} for n in range(30)],
+    "c4328fda15a3e1d7": [{"text": f"text {n}"} for n in range(30)],
+}
+"""What version 0.1.0 gave as the digest of files without repeated questions."""
+
+
+@pytest.mark.parametrize("digest", FIRST)
+def test_parts_and_digests_without_repeats_are_those_of_the_first_version(tmp_path, digest):
+    assert read(config(name=lines(tmp_path / "a.jsonl", FIRST[digest]))).digest == digest
+
+
+def test_class_names_of_thousands_of_digits_are_names(tmp_path):
+    rows = [{"text": f"x{n}", "label": ("1" * 5000, "2")[n % 2]} for n in range(40)]
+    assert read(config(name=lines(tmp_path / "a.jsonl", rows))).labels == ("1" * 5000, "2")

@@ -103,6 +103,18 @@ def test_the_page_says_everything(page: Page) -> None:
     assert "31 + 64 = 95 + 1 = 96" in text
 
 
+def test_what_was_left_out_of_the_data_is_said(page: Page) -> None:
+    assert "left out of the data" not in page.text.lower()
+    sentences = ("a.jsonl: dropped 2 of 44 rows <b>", "b.jsonl: dropped 5 of 15 rows")
+    told = Page(html(changed(data_dropped=sentences)))
+    assert told.open == []
+    assert told.outside == []
+    assert "data" in told.ids
+    assert told.text.index("what was left out of the data") < told.text.index("Results")
+    places = [told.text.index(part) for part in ("Left out of the data", *sentences, "Every trial")]
+    assert places == sorted(places)
+
+
 def test_rows_of_the_table_are_in_order(page: Page) -> None:
     table = page.text[page.text.index("without training") :]
     order = ["majority answer", "trials", "lora_plus-r16", "squeezed from lora-r32", "@r2"]
