@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -145,10 +146,10 @@ class Example:
         fields += [self.text, self.label_name]
         if self.image is not None:
             fields.append(self.image.digest)
-        fields = [field.translate(_ESCAPES) for field in fields]
+        fields = [_escaped(field) for field in fields]
         # An escaped field never holds \x1c before anything but c, d, e or f.
         if self.separator != "\n":
-            fields.append("\x1cseparator=" + self.separator.translate(_ESCAPES))
+            fields.append("\x1cseparator=" + _escaped(self.separator))
         fields += [
             f"\x1cmessage {number}=" + json.dumps([message.learn, dict(message.extras)], default=str)
             for number, message in enumerate(self.messages)
@@ -159,8 +160,13 @@ class Example:
         return "\x1f".join(fields)
 
 
-_ESCAPES = str.maketrans({"\x1c": "\x1cc", "\x1d": "\x1cd", "\x1e": "\x1ce", "\x1f": "\x1cf"})
-"""`digest` separates parts, examples and fields by control characters; this escapes those in the data."""
+_MARKS = re.compile("[\x1c-\x1f]")
+"""Control characters by which `digest` separates parts, examples and fields."""
+
+
+def _escaped(text: str) -> str:
+    """Replace each mark in the data by the first of them and a letter, so that it separates nothing."""
+    return _MARKS.sub(lambda mark: "\x1c" + "cdef"[ord(mark[0]) - 0x1C], text)
 
 
 def _add(hashed: hashlib._Hash, text: str) -> None:

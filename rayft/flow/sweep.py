@@ -64,10 +64,8 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
         # A cluster that is there already costs nothing to join, and tells which devices there are.
         join()
         plan = preflight(config)
-        for item in plan.parts.dropped:
-            display.say(item.text)
-    for warning in plan.warnings:
-        display.say(f"warning: {warning}")
+    for text in (*(item.text for item in plan.parts.dropped), *(f"warning: {one}" for one in plan.warnings)):
+        display.say(text)
     lanes, scale = config.sweep.lanes, plan.run.scale
     tracker = MlflowTracker(plan.tracker)
     parent = _start_tracking(plan, tracker)
