@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from rayft.artifacts.folder import saved_whole, write_whole
+from rayft.artifacts.lora_settings import LoraSettings, read_settings
 from rayft.artifacts.meta import (
     CONFIG_FILE,
     META_FILE,
@@ -27,7 +28,7 @@ from rayft.artifacts.meta import (
     ArtifactMeta,
     ModuleShapes,
 )
-from rayft.artifacts.read import assemble, check_selector, read_config, read_meta, read_weights
+from rayft.artifacts.read import assemble, check_selector, read_meta, read_weights
 from rayft.errors import ArtifactError, BaseMismatchError, SqueezeError
 from rayft.methods.base import LoraFactors
 
@@ -43,6 +44,8 @@ class AdapterArtifact:
     heads: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Parameters that were trained whole (a classification head): parameter path → value."""
     meta: ArtifactMeta = field(default_factory=ArtifactMeta)
+    settings: LoraSettings | None = field(default=None, compare=False, repr=False)
+    """The configuration that it was read with; None for one that was made here."""
 
     @property
     def rank(self) -> int:
@@ -105,8 +108,9 @@ class AdapterArtifact:
         for name, factors in self.modules.items():
             if name not in shapes:
                 raise BaseMismatchError(
-                    f"the base has no linear layer {name}; the adapter is for another model, use it with its "
-                    "own base or train it again on this one"
+                    f"the base has no linear layer {name} inside it (its output layer and heads don't "
+                    "count), so the adapter is for another model, or trains what can't be used here; use it "
+                    "with its own base or train it again on this one"
                 )
             made_for = (factors.b.shape[0], factors.a.shape[1])
             if made_for != tuple(shapes[name]):
@@ -115,6 +119,14 @@ class AdapterArtifact:
                     f"{made_for[0]}x{made_for[1]} in the adapter; it is for another model, use it with its "
                     "own base or train it again on this one"
                 )
+        chosen = self.settings.adapts if self.settings else lambda path: False
+        lacking = [path for path in shapes if path not in self.modules and chosen(path)]
+        if lacking:
+            raise BaseMismatchError(
+                f"the adapter has no factors of {lacking[0]}, which its {CONFIG_FILE} chooses in this base "
+                "(target_modules): its file lacks tensors, or it is for another model; copy it again, or "
+                "use it with its own base"
+            )
 
     def save(self, folder: str | Path) -> Path:
         """Write the folder, whole or not at all; an existing one is replaced.
@@ -138,11 +150,11 @@ class AdapterArtifact:
             ArtifactError: naming the folder, the module and what to do.
         """
         folder = Path(folder)
-        config = read_config(folder)
+        settings = read_settings(folder)
         tensors = read_weights(folder)
-        meta = read_meta(folder, config)
-        factors, heads = assemble(folder, config, tensors, meta)
-        artifact = cls(modules=factors, heads=heads, meta=meta)
+        meta = read_meta(folder, settings.model_dump())
+        factors, heads = assemble(folder, settings, tensors, meta)
+        artifact = cls(modules=factors, heads=heads, meta=meta, settings=settings)
         artifact._check_finite(f"{folder}: ", "it can't be used")
         for name, module in factors.items():
             check_selector(f"{folder}: {name}", module)

@@ -1,136 +1,203 @@
-"""Reading a PEFT LoRA folder, with every check that needs no base."""
+"""Reading a PEFT LoRA folder: its tensors, what they train, and every check that needs no base."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
+import struct
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from rayft.artifacts.lora_settings import NOT_SUPPORTED, OUTPUT_LAYERS, LoraSettings
 from rayft.artifacts.meta import CONFIG_FILE, META_FILE, PREFIX, WEIGHTS_FILE, ArtifactMeta
 from rayft.errors import ArtifactError
 from rayft.methods.base import LoraFactors
-from rayft.methods.rival import NOT_PLAIN
 
-__all__ = ["assemble", "check_selector", "read_config", "read_meta", "read_weights"]
+__all__ = ["FLOATS", "INDICES", "assemble", "check_selector", "read_meta", "read_weights"]
 
-NO_FACTORS = "and this can't be squeezed, promoted or served: train lora (or peft:PiSSA, peft:MiSS) instead"
-KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base alone; PiSSA, OLoRA and others change it."""
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read PEFT's configuration and refuse what is no plain LoRA."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise ArtifactError(f"{folder} has no {CONFIG_FILE}; give the folder that PEFT saved")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not valid JSON ({error}); export the adapter again") from error
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{path} holds no mapping; export the adapter again")
-    kind = str(config.get("peft_type", "")).upper()
-    if kind != "LORA":
-        raise ArtifactError(f"{folder} holds a '{kind}' adapter; only LoRA loads, {NO_FACTORS}")
-    if config.get("use_dora"):
-        raise ArtifactError(
-            f"{folder} is a DoRA adapter: its update has full rank, and dropping the magnitude would "
-            f"change the model; {NO_FACTORS}"
-        )
-    if config.get("bias", "none") != "none":
-        raise ArtifactError(f"{folder} trains biases, which no LoRA factor holds; train it with bias='none'")
-    for key in filter(config.get, NOT_PLAIN):
-        raise ArtifactError(f"{folder} sets {key}, so it is no plain LoRA; train it without {key}")
-    init = config.get("init_lora_weights", True)
-    if init not in KEEPS_BASE:
-        raise ArtifactError(
-            f"{folder} was initialised by '{init}', which changes the base: save it with "
-            "`path_initial_model_for_weight_conversion`, so that PEFT converts it to plain LoRA"
-        )
-    return config
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Safetensors' names of the types that adapters are computed with."""
+INDICES = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+"""Those that some of PEFT's classes keep indices and masks in; a LoRA has none."""
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(?:\.default)?\.weight")
+OTHERS = {
+    r"(?P<module>.+)\.lora_embedding_[AB](?:\..+)?": "the embedding {module} (LoRA)",
+    r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_\w+(?:\..+)?": "rows of the embedding {module}",
+    r"(?P<module>.+)\.lora_magnitude_vector(?:\..+)?": "the magnitude of {module} (DoRA)",
+    r"(?P<module>.+)\.lora_B(?:\.\w+)?\.bias": "the bias of {module} (lora_bias)",
+    r"(?P<module>.+)\.bias": "the bias of {module}",
+}
+"""Names of tensors that PEFT saves beside plain factors → what they train."""
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors, by PEFT's names."""
+def read_weights(folder: Path, kinds: Collection[str] = FLOATS) -> dict[str, torch.Tensor]:
+    """Read the tensors, by PEFT's names.
+
+    Args:
+        folder: the adapter folder.
+        kinds: safetensors' names of the types that a tensor may have.
+
+    Raises:
+        ArtifactError: naming the file, and the tensor if its type is none that adapters are computed with.
+    """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = " (adapter_model.bin is a pickle, which is never read: save it as safetensors)"
         extra = pickled if (folder / "adapter_model.bin").exists() else ""
         raise ArtifactError(f"{folder} has no {WEIGHTS_FILE}{extra}; export the adapter again")
     try:
+        _check_types(path, kinds)
         return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
+    except ArtifactError:
+        raise
+    # A damaged header may ask safetensors for any type, shape or place.
+    except (SafetensorError, OSError, struct.error, ValueError, TypeError, RuntimeError) as error:
         raise ArtifactError(f"{path} is truncated or damaged ({error}); copy or export it again") from error
 
 
-def read_meta(folder: Path, config: Mapping[str, Any]) -> ArtifactMeta:
-    """Read `rayft.json`, or make of PEFT's configuration what it can tell."""
+def read_meta(folder: Path, settings: Mapping[str, object]) -> ArtifactMeta:
+    """Read `rayft.json`, or make of PEFT's configuration what it can tell.
+
+    Args:
+        folder: the adapter folder.
+        settings: what `adapter_config.json` says.
+    """
     path = folder / META_FILE
     if not path.is_file():
-        task = "sequence_classification" if config.get("task_type") == "SEQ_CLS" else "causal_lm"
-        base = config.get("base_model_name_or_path") or ""
-        transposed = bool(config.get("fan_in_fan_out"))
-        return ArtifactMeta.model_validate({"task": task, "base_model": base, "transposed": transposed})
+        task = "sequence_classification" if settings.get("task_type") == "SEQ_CLS" else "causal_lm"
+        if settings.get("task_type") is None and settings.get("modules_to_save"):
+            # PEFT has no name for the task of image classifiers, and only a classifier has a head.
+            task = "image_classification"
+        base = settings.get("base_model_name_or_path") or ""
+        transposed = bool(settings.get("fan_in_fan_out"))
+        try:
+            return ArtifactMeta.model_validate({"task": task, "base_model": base, "transposed": transposed})
+        except ValueError as error:
+            raise ArtifactError(
+                f"{folder / CONFIG_FILE}: base_model_name_or_path is no name but {base!r}; correct it"
+            ) from error
     try:
-        return ArtifactMeta.model_validate_json(path.read_text())
-    except ValidationError as error:
+        return ArtifactMeta.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} does not fit its format ({error}); export the adapter again") from error
 
 
 def assemble(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], meta: ArtifactMeta
+    folder: Path, settings: LoraSettings, tensors: Mapping[str, torch.Tensor], meta: ArtifactMeta
 ) -> tuple[dict[str, LoraFactors], dict[str, torch.Tensor]]:
-    """Sort the tensors into factors by module path, and heads by parameter path."""
+    """Sort the tensors into factors by module path, and heads by parameter path.
+
+    Raises:
+        ArtifactError: if a tensor is neither, or PEFT would not put it where its name says.
+    """
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     heads: dict[str, torch.Tensor] = {}
-    saved = tuple(config.get("modules_to_save") or ())
+    others: list[str] = []
+    saved = tuple(settings.modules_to_save or ())
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        found = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", name)
+        name = _without_prefix(folder, key)
+        found = FACTOR.fullmatch(name)
         if found:
-            pairs.setdefault(found[1], {})[found[2]] = tensor
+            pair = pairs.setdefault(found["module"], {})
+            if found["which"] in pair:
+                raise ArtifactError(
+                    f"{folder}: {key} is there twice, with and without 'default'; keep one of them"
+                )
+            pair[found["which"]] = tensor
         elif any(part in saved for part in (name.rsplit(".", 1)[0], *name.split("."))):
             heads[name] = tensor
         else:
-            raise ArtifactError(f"{folder}: {key} is no LoRA factor; export the adapter as plain LoRA")
+            others.append(name)
+    _check_trained(folder, settings, pairs, heads, others)
     if not pairs:
         raise ArtifactError(f"{folder} holds no LoRA factors; export the adapter again")
-    factors = {name: _factors(folder, config, name, pair, meta) for name, pair in sorted(pairs.items())}
+    factors = {name: _factors(folder, settings, name, pair, meta) for name, pair in sorted(pairs.items())}
     return factors, heads
 
 
+def _check_types(path: Path, kinds: Collection[str]) -> None:
+    """Refuse types that safetensors may read but nothing here computes with, by the file's header."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        # safetensors takes no larger header either.
+        header = json.loads(file.read(size)) if size <= 100_000_000 else {}
+    for key, tensor in header.items() if isinstance(header, dict) else ():
+        kind = tensor.get("dtype") if isinstance(tensor, dict) and key != "__metadata__" else None
+        if kind is not None and kind not in kinds:
+            raise ArtifactError(
+                f"{path}: {key} is of type {kind}, and adapters are computed with float64, float32, float16 "
+                "or bfloat16: save it again in one of these (tensor.to(torch.float32), and its scale "
+                "multiplied in, if it has one)"
+            )
+
+
+def _without_prefix(folder: Path, key: str) -> str:
+    name = key.removeprefix(PREFIX)
+    if name == key or name.startswith("base_model."):
+        raise ArtifactError(
+            f"{folder}: {key} is no name that PEFT gives a tensor, which begins with '{PREFIX}' once, so "
+            "PEFT would leave it out; save the adapter with PeftModel.save_pretrained, or rename its tensors"
+        )
+    return name
+
+
+def _check_trained(
+    folder: Path,
+    settings: LoraSettings,
+    pairs: Mapping[str, object],
+    heads: Mapping[str, object],
+    others: list[str],
+) -> None:
+    """Refuse an adapter that trains more than linear layers inside the model and a classification head."""
+    # The parts of the model that have factors, such as `model` or `bert`; a head lies beside them.
+    inside = {name.split(".")[0] for name in pairs}
+    trained = [f"{name} (LoRA)" for name in pairs if name.rsplit(".", 1)[-1] in OUTPUT_LAYERS]
+    trained += [f"{name.rsplit('.', 1)[0]} whole" for name in heads if name.split(".")[0] in inside]
+    for name in others:
+        known = ((re.fullmatch(pattern, name), what) for pattern, what in OTHERS.items())
+        what = next((what.format(module=found["module"]) for found, what in known if found), None)
+        if what is None and name.endswith(".weight") and ".lora_" not in name:
+            what = f"{name.removesuffix('.weight').removesuffix('.base_layer')} whole"
+        if what is None:
+            raise ArtifactError(f"{folder}: {name} is no LoRA factor; export the adapter as plain LoRA")
+        trained.append(what)
+    if trained:
+        raise ArtifactError(f"{folder} trains {', '.join(dict.fromkeys(trained))}. {NOT_SUPPORTED}")
+    if settings.modules_to_save and not heads:
+        raise ArtifactError(
+            f"{folder} holds nothing of {', '.join(settings.modules_to_save)}, which {CONFIG_FILE} names in "
+            "modules_to_save; export the adapter again"
+        )
+    stray = next((name for name in pairs if not settings.adapts(name)), None)
+    if stray is not None:
+        raise ArtifactError(
+            f"{folder} has factors of {stray}, which {CONFIG_FILE} does not choose (target_modules, "
+            "exclude_modules, layers_to_transform), so PEFT would leave them out; config and weights are "
+            "not of the same adapter, or its tensors were renamed"
+        )
+
+
 def _factors(
-    folder: Path, config: Mapping[str, Any], name: str, pair: Mapping[str, torch.Tensor], meta: ArtifactMeta
+    folder: Path, settings: LoraSettings, name: str, pair: Mapping[str, torch.Tensor], meta: ArtifactMeta
 ) -> LoraFactors:
     if set(pair) != {"A", "B"}:
         missing = "B" if "A" in pair else "A"
         raise ArtifactError(f"{folder}: {name} has no lora_{missing}; export the adapter again")
-    a, b = pair["A"], pair["B"]
-    rank = _by_pattern(config.get("rank_pattern"), name, config.get("r"))
+    a, b, rank = pair["A"], pair["B"], settings.rank(name)
+    if a.ndim > 2 and b.ndim == a.ndim:
+        raise ArtifactError(
+            f"{folder} trains {name}, a convolution (lora_A is {tuple(a.shape)}). {NOT_SUPPORTED}"
+        )
     if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
         raise ArtifactError(
             f"{folder}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, but {CONFIG_FILE} says rank "
             f"{rank}; config and weights are not of the same adapter"
         )
-    alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", rank))
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return LoraFactors(a, b, float(scale), columns=meta.columns.get(name))
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """Look a module up as PEFT does: the first pattern that matches the end of its path."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    return LoraFactors(a, b, settings.scale(name), columns=meta.columns.get(name))
 
 
 def check_selector(where: str, factors: LoraFactors) -> None:

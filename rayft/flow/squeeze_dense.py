@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rayft.artifacts import CONFIG_FILE
+from rayft.artifacts.lora_settings import read_json
 from rayft.errors import SqueezeError
 from rayft.flow.squeezing import Target
 from rayft.models.extract import Extraction, extract_full
@@ -34,13 +34,14 @@ class Dense:
 
 
 def dense_source(folder: Path) -> Dense | None:
-    """Tell whether a folder has no factors; None for a LoRA and for what is neither, told so later."""
+    """Tell whether a folder has no factors; None for a LoRA and for what is neither, which is refused later.
+
+    Raises:
+        ArtifactError: if its configuration can't be read.
+    """
     if (folder / CONFIG_FILE).is_file():
-        try:
-            config = json.loads((folder / CONFIG_FILE).read_text())
-        except ValueError:
-            return None
-        if not isinstance(config, dict) or str(config.get("peft_type", "")).upper() in ("LORA", ""):
+        config = read_json(folder)
+        if config["peft_type"].upper() == "LORA":
             return None
         return Dense(folder, whole=False, named=str(config.get("base_model_name_or_path") or ""))
     return Dense(folder, whole=True, named="") if (folder / "config.json").is_file() else None

@@ -123,6 +123,7 @@ def _check(skeleton: Any, before: Checkpoint, after: Checkpoint, chosen: Mapping
         for checkpoint in (before, after):
             stored = checkpoint.parameters.get(name)
             if stored is not None and stored.shape != shape:
+                _check_vocabulary(skeleton, before, stored, shape)
                 raise BaseMismatchError(
                     f"{stored.where} is {_size(stored.shape)}, but {_size(shape)} in the model that "
                     f"{before.name} describes: the two are not of one kind; give the base that the fine-tune "
@@ -130,6 +131,19 @@ def _check(skeleton: Any, before: Checkpoint, after: Checkpoint, chosen: Mapping
                 )
         if name in before.parameters:
             after.parameter(name)
+
+
+def _check_vocabulary(skeleton: Any, before: Checkpoint, stored: Stored, shape: tuple[int, ...]) -> None:
+    """Refuse a fine-tune with another number of tokens, which its base is right for all the same."""
+    vocabulary = getattr(skeleton.config.get_text_config(), "vocab_size", None)
+    if vocabulary != shape[0] or stored.shape[1:] != shape[1:]:
+        return
+    raise BaseMismatchError(
+        f"{stored.where} has {stored.shape[0]} tokens, and {before.name} has {shape[0]}: the fine-tune's "
+        "vocabulary was changed, and a LoRA holds no rows of embeddings. Give the base with the same number "
+        f"of tokens (load it, resize_token_embeddings({stored.shape[0]}), save it), and serve the adapter "
+        "on that; or fine-tune without new tokens"
+    )
 
 
 def _check_head(after: Checkpoint, name: str, shape: tuple[int, ...]) -> None:

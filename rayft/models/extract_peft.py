@@ -13,7 +13,7 @@ BEFT, BOFT, GLoRA, HiRA, HRA, IA³, Lily, OFT, RoAd, and DoRA, whose ΔW has ful
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,8 @@ from torch import nn
 
 from rayft.artifacts import CONFIG_FILE, WEIGHTS_FILE, ArtifactMeta
 from rayft.artifacts import PREFIX as BASE
-from rayft.artifacts.read import read_meta, read_weights
+from rayft.artifacts.lora_settings import NOT_SUPPORTED, read_json
+from rayft.artifacts.read import FLOATS, INDICES, read_meta, read_weights
 from rayft.errors import ArtifactError, BaseMismatchError, MethodError
 from rayft.methods import method
 from rayft.methods.rival import PREFIX
@@ -117,16 +118,10 @@ def _add_all(
 
 def _read(folder: Path) -> PeftFolder:
     """Read a folder and refuse what needs no base to be refused."""
-    file = folder / CONFIG_FILE
-    try:
-        settings = json.loads(file.read_text())
-        kind = str(settings["peft_type"]).upper()
-    except OSError as error:
-        raise ArtifactError(f"{folder} has no {CONFIG_FILE}; give the folder that PEFT saved") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{file} is no configuration of PEFT ({error}); export it again") from error
-    name = _name(kind, settings, file)
-    tensors = read_weights(folder)
+    file, settings = folder / CONFIG_FILE, read_json(folder)
+    name = _name(settings["peft_type"].upper(), settings, file)
+    _check_values(file, settings)
+    tensors = read_weights(folder, (*FLOATS, *INDICES))
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ArtifactError(
@@ -167,6 +162,18 @@ def _name(kind: str, settings: Mapping[str, Any], file: Path) -> str:
         return PREFIX + short
 
 
+def _check_values(file: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse nulls that PEFT's class has no meaning for, and what is read here without PEFT."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"].upper()]):
+        if field.name in settings and settings[field.name] is None and field.default is not None:
+            raise ArtifactError(f"{file}: {field.name} is null, which PEFT has no meaning for; leave it out")
+    saved = settings.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise ArtifactError(f"{file}: modules_to_save is no list of names but {saved!r}; correct it")
+
+
 def _check_base(saved: PeftFolder, model: nn.Module, fingerprint: str, folder: Path) -> None:
     made_for = saved.meta.base_fingerprint
     if made_for and made_for != fingerprint:
@@ -181,9 +188,10 @@ def _check_base(saved: PeftFolder, model: nn.Module, fingerprint: str, folder: P
         raise _refusal(folder, saved, f"it adapts {outside[0]}, which is no linear layer inside the model")
     lacking = sorted(saved.heads.keys() - head_parameters(model).keys())
     if lacking:
+        modules = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in lacking))
         raise BaseMismatchError(
-            f"{folder} trained {lacking[0]} whole, which is no classification head of this base: set "
-            "model.task to what it was trained for; a LoRA holds no other part of the model"
+            f"{folder} trains {modules} whole (modules_to_save), which is no classification head of this "
+            f"base; if it was trained for another task, set model.task. {NOT_SUPPORTED}"
         )
 
 
@@ -210,8 +218,9 @@ def _put_in(model: nn.Module, saved: PeftFolder, folder: Path) -> dict[str, nn.M
         attach(model, saved)
     except BaseMismatchError:
         raise
-    except (MethodError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{folder / CONFIG_FILE}: {error}") from error
+    # PEFT checks few of its fields; a value of another type fails wherever it is used first.
+    except (MethodError, TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise ArtifactError(f"{folder / CONFIG_FILE} does not make an adapter: {error}") from error
     layers = rivals.layers(model)
     outside = sorted(layers.keys() - rivals.base_shapes(model).keys())
     if outside:

@@ -218,8 +218,9 @@ def check_fits(model: nn.Module, artifact: AdapterArtifact | PeftFolder, fingerp
     for name, value in artifact.heads.items():
         if name not in own:
             raise BaseMismatchError(
-                f"the base has no classification head {name}, which the adapter trained whole: load the base "
-                f"with model.task: {artifact.meta.task}, or use the adapter with its own base"
+                f"the base has no classification head {name}, which the adapter trains whole: load the base "
+                f"with model.task: {artifact.meta.task} if that is a head there, or use the adapter with "
+                "PEFT itself"
             )
         if own[name].shape != value.shape:
             raise BaseMismatchError(

@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from rayft.artifacts import (
     CONFIG_FILE,
@@ -31,6 +29,8 @@ from rayft.artifacts import (
     write_whole,
 )
 from rayft.artifacts import PREFIX as BASE
+from rayft.artifacts.lora_settings import read_json
+from rayft.artifacts.read import FLOATS, INDICES, read_meta, read_weights
 from rayft.errors import ArtifactError
 
 __all__ = ["PeftFolder", "load_adapter"]
@@ -130,12 +130,8 @@ class PeftFolder:
             ArtifactError: if a file is missing or damaged.
         """
         folder = Path(folder)
-        try:
-            config = json.loads((folder / CONFIG_FILE).read_text())
-            meta = ArtifactMeta.model_validate_json((folder / META_FILE).read_text())
-            return cls(config, dict(load_file(folder / WEIGHTS_FILE)), meta)
-        except (OSError, ValueError, ValidationError, SafetensorError) as error:
-            raise ArtifactError(f"{folder} is no whole adapter folder ({error}); train it again") from error
+        config = read_json(folder)
+        return cls(config, read_weights(folder, (*FLOATS, *INDICES)), read_meta(folder, config))
 
     def _write(self, folder: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
@@ -151,11 +147,8 @@ def load_adapter(folder: str | Path) -> AdapterArtifact | PeftFolder:
         ArtifactError: naming the folder and what to do.
     """
     path = Path(folder)
-    try:
-        own = json.loads((path / CONFIG_FILE).read_text())
-        plain = own["peft_type"] == "LORA" and not own.get("use_dora")
-    except (OSError, ValueError, KeyError, TypeError):
-        plain = True  # The artifact's own checks say what is wrong with it.
+    own = read_json(path)
+    plain = own["peft_type"] == "LORA" and not own.get("use_dora")
     return AdapterArtifact.load(path) if plain or not (path / META_FILE).is_file() else PeftFolder.load(path)
 
 

@@ -172,12 +172,15 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), "has no adapter_config.json; give the folder"),
     "no JSON": (lambda f: (f / CONFIG).write_text("{") and None, "is not valid JSON"),
     "a list": (lambda f: (f / CONFIG).write_text("[]") and None, "holds no mapping"),
-    "not LoRA": (rewrite_config(peft_type="VERA"), "holds a 'VERA' adapter; only LoRA loads"),
-    "DoRA": (rewrite_config(use_dora=True), "is a DoRA adapter: its update has full rank"),
+    "not LoRA": (rewrite_config(peft_type="VERA"), "holds a 'VERA' adapter \\(peft_type\\); only LoRA"),
+    "DoRA": (rewrite_config(use_dora=True), r"is a DoRA adapter \(use_dora\): its update has full rank"),
     "bias": (rewrite_config(bias="all"), "trains biases, which no LoRA factor holds"),
     **{
-        key: (rewrite_config(**{key: {"rank": 1}}), f"sets {key}, so it is no plain LoRA; train it without")
-        for key in ("kasa_config", "monteclora_config", "velora_config", "lora_bias")
+        key: (
+            rewrite_config(**{key: {"num_samples": 1}}),
+            f"sets {key}, so it is no plain LoRA; train it without",
+        )
+        for key in ("kasa_config", "monteclora_config", "velora_config")
     },
     "PiSSA": (rewrite_config(init_lora_weights="pissa_niter_4"), "'pissa_niter_4', which changes the base"),
     "aLoRA": (rewrite_config(alora_invocation_tokens=[1]), "sets alora_invocation_tokens, so it is no plain"),

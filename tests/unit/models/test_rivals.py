@@ -253,7 +253,7 @@ def test_a_damaged_folder(tiny_model: Any, tmp_path: Path) -> None:
     inject(tiny_model, settings("peft:C3A"), seed=0)
     folder = export(tiny_model, ArtifactMeta(method="peft:C3A")).save(tmp_path / "adapter")
     (folder / "adapter_model.safetensors").write_bytes(b"x")
-    with pytest.raises(ArtifactError, match="no whole adapter folder"):
+    with pytest.raises(ArtifactError, match="is truncated or damaged"):
         load_adapter(folder)
     next(parameter for parameter in tiny_model.parameters() if parameter.requires_grad).data.fill_(torch.nan)
     with pytest.raises(ArtifactError, match="holds NaN or Inf"):

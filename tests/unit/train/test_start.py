@@ -169,7 +169,11 @@ def test_adapters_that_do_not_fit(
             {"rank": 40},
         ),
         (
-            replace(adapter, heads={"score.weight": torch.ones(2, 3)}),
+            replace(
+                adapter,
+                heads={"score.weight": torch.ones(2, 3)},
+                meta=meta.model_copy(update={"task": "sequence_classification"}),
+            ),
             BaseMismatchError,
             "no classification",
             {},
