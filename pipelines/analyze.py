@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="a sweep's configuration: base and data")
     parser.add_argument("--out", type=Path, help="folder for analysis.json")
     parser.add_argument("--uri", help="tracking server of a run")
+    parser.add_argument("--overwrite", action="store_true", help="replace an analysis of other adapters")
     options = vars(parser.parse_args())
     target = options.pop("target")
     commands.guarded(lambda: commands.analyze(target, Console(), **options))

@@ -15,8 +15,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sweep", nargs="?", type=Path, default=Path("runs/demo"))
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--overwrite", action="store_true", help="replace another sweep's report")
     arguments = parser.parse_args()
-    commands.guarded(lambda: commands.report(arguments.sweep, arguments.output, Console()))
+    commands.guarded(
+        lambda: commands.report(arguments.sweep, arguments.output, Console(), overwrite=arguments.overwrite)
+    )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, help="a sweep's configuration: base and data")
     parser.add_argument("--base", help="the base, to check that the adapter fits it")
     parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--overwrite", action="store_true", help="replace what another command made")
     parser.add_argument("--out", type=Path, default=Path("runs/demo/squeezed-by-hand"))
     options = vars(parser.parse_args())
     adapter, out = options.pop("adapter"), options.pop("out")

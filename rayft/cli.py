@@ -29,11 +29,14 @@ Overrides = Annotated[
 def demo(
     overrides: Overrides = None,
     stay: Annotated[bool, typer.Option(help="Keep serving until Ctrl-C.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a sweep with other settings in its folder.")
+    ] = False,
 ) -> None:
     """Run the whole path on this machine: sweep, squeeze, register, report, serve, ask."""
     from rayft.flow import commands
 
-    commands.demo(overrides or [], console, stay=stay)
+    commands.demo(overrides or [], console, stay=stay, overwrite=overwrite)
 
 
 @app.command()
@@ -74,6 +77,9 @@ def squeeze(
         str | None, typer.Option(help="The base: checked, or what a tuned model began as.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu or cuda.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what another command of rayft made in OUT.")
+    ] = False,
 ) -> None:
     """Bring an adapter to lower ranks, exactly."""
     from rayft.flow import commands
@@ -81,6 +87,7 @@ def squeeze(
     commands.squeeze(
         adapter, out, console, ranks=rank or [], energies=energy or [], budgets=budget or [],
         keep_score=keep_score, steps=steps, lr=lr, config=config, base=base, device=device,
+        overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -105,13 +112,17 @@ def analyze(
     uri: Annotated[
         str | None, typer.Option(help="Tracking server of a run; MLFLOW_TRACKING_URI otherwise.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an analysis of other adapters.")
+    ] = False,
 ) -> None:
     """Measure gap, bounds, spectra, sharpness and landscapes of adapters, and what predicts the gap."""
     from rayft.flow import commands
 
     commands.analyze(
-        target, console, parts=parts or [], overrides=overrides or [], config=config, out=out, uri=uri
-    )
+        target, console, parts=parts or [], overrides=overrides or [], config=config, out=out, uri=uri,
+        overwrite=overwrite,
+    )  # fmt: skip
 
 
 @app.command()
@@ -120,11 +131,12 @@ def report(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The HTML file; in the folder by default.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another sweep's report.")] = False,
 ) -> None:
     """Make a sweep's report again, and send what waits for the tracking server."""
     from rayft.flow import commands
 
-    commands.report(sweep_folder, output, console)
+    commands.report(sweep_folder, output, console, overwrite=overwrite)
 
 
 @app.command()

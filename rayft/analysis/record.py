@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import shutil
+import re
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from rayft.errors import ReportError
 __all__ = ["PIECES", "AdapterAnalysis", "Gap", "Intruders", "ModuleSpectrum", "Predictor", "SweepAnalysis"]
 
 FILE = "analysis.json"
+PIECE = re.compile(r"[0-9a-f]{24}\.json")
 PIECES = "analysed"
 """Folder of each adapter's findings, as long as not all are there."""
 
@@ -147,7 +149,12 @@ class SweepAnalysis(Record):
     def save(self, folder: str | Path) -> Path:
         """Write analysis.json, whole or not at all; then the pieces have served."""
         path = self.write(Path(folder) / FILE)
-        shutil.rmtree(Path(folder) / PIECES, ignore_errors=True)
+        pieces = Path(folder) / PIECES
+        for piece in pieces.glob("*.json"):
+            if PIECE.fullmatch(piece.name):
+                piece.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            pieces.rmdir()  # Whatever else lies in it is not an analysis's.
         return path
 
     @classmethod
@@ -164,5 +171,6 @@ class SweepAnalysis(Record):
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise ReportError(
-                f"{path} is damaged or of another version; write it again with `rayft analyze {folder}`"
+                f"{path} is damaged, of another version, or no analysis of rayft's; move it away, and write "
+                f"it again with `rayft analyze {folder}`"
             ) from error

@@ -7,13 +7,13 @@
                                  digest, parent hash, metrics (`ArtifactMeta`)
 
 A folder without `rayft.json` (anybody's PEFT LoRA) loads too; what it can't tell stays empty.
-Safetensors only, never pickle. Folders appear whole or not at all.
+Safetensors only, never pickle. Folders appear whole or not at all, and only what rayft wrote is replaced.
 """
 
 from __future__ import annotations
 
 from rayft.artifacts.adapter import AdapterArtifact, check_prefix, folder_bytes
-from rayft.artifacts.folder import saved_whole, settle, write_whole
+from rayft.artifacts.folder import check_replaceable, contains, saved_whole, settle, write_whole
 from rayft.artifacts.meta import CONFIG_FILE, META_FILE, PREFIX, WEIGHTS_FILE, ArtifactMeta, ModuleShapes
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "ArtifactMeta",
     "ModuleShapes",
     "check_prefix",
+    "check_replaceable",
+    "contains",
     "folder_bytes",
     "saved_whole",
     "settle",

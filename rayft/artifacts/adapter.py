@@ -129,10 +129,11 @@ class AdapterArtifact:
             )
 
     def save(self, folder: str | Path) -> Path:
-        """Write the folder, whole or not at all; an existing one is replaced.
+        """Write the folder, whole or not at all; an adapter folder that rayft wrote is replaced.
 
         Raises:
-            ArtifactError: if it has no modules, or a factor or head holds NaN or Inf.
+            ArtifactError: if it has no modules, a factor or head holds NaN or Inf, or the place holds
+                anything but an adapter folder of rayft's.
             ResourceError: if the disk is full.
         """
         folder = Path(folder)

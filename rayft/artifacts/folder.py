@@ -1,19 +1,81 @@
-"""Adapter folders on disk: whole or not at all, and which modules PEFT is told were trained whole."""
+"""Adapter folders on disk: whole or not at all, and never in the place of what rayft did not make."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from rayft.errors import ResourceError
+from rayft.artifacts.meta import CONFIG_FILE, META_FILE, WEIGHTS_FILE
+from rayft.errors import ArtifactError, ResourceError
 
-__all__ = ["saved_whole", "settle", "write_whole"]
+__all__ = ["check_replaceable", "contains", "saved_whole", "settle", "write_whole"]
+
+FILES = {CONFIG_FILE, WEIGHTS_FILE, META_FILE}
+"""All that an adapter folder of rayft's holds."""
+
+
+def check_replaceable(folder: Path) -> dict[str, Any] | None:
+    """Refuse a place that holds anything but an adapter folder that rayft wrote.
+
+    Returns:
+        What its `rayft.json` says; None if nothing is there, or an empty folder.
+
+    Raises:
+        ArtifactError: naming what is there; it would be lost.
+        ResourceError: if no folder can be made there.
+    """
+    above = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise ResourceError(f"{folder} can't be made, because {above} is no folder; choose another")
+    if not os.path.lexists(folder):
+        return None
+    if folder.is_symlink() or not folder.is_dir():
+        what = "a link" if folder.is_symlink() else "a file"
+        raise ArtifactError(
+            f"{folder} is {what} that rayft did not make, so it is not replaced; choose another place"
+        )
+    found = {path.name for path in folder.iterdir()}
+    if not found:
+        return None
+    strangers = sorted(found - FILES)
+    if strangers:
+        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        raise ArtifactError(
+            f"{folder} holds {', '.join(strangers[:3])}{more}, which rayft did not write with an adapter, "
+            "so the folder is not replaced; move that away, or choose another place"
+        )
+    try:
+        made = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        made = None
+    if not isinstance(made, dict) or "format" not in made:
+        raise ArtifactError(
+            f"{folder} is no adapter folder of rayft's (it has no {META_FILE}), so it is not replaced; "
+            "choose another place"
+        )
+    return made
+
+
+def contains(outer: Path, inner: Path) -> bool:
+    """Tell whether a place is a folder or lies in it, whatever links and spellings lead there."""
+    try:
+        own = outer.stat()
+    except OSError:
+        return False
+    for path in (inner.resolve(), *inner.resolve().parents):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(path.stat(), own):
+                return True
+    return False
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
@@ -22,8 +84,10 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     Whatever fails, `folder` is what it was.
 
     Raises:
-        ResourceError: if the disk is full.
+        ArtifactError: if `folder` holds anything but an adapter folder of rayft's (`check_replaceable`).
+        ResourceError: if the disk is full, or the folder can't be made.
     """
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

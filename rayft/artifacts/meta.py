@@ -51,6 +51,8 @@ class ArtifactMeta(Section):
     """Digest of the data it was trained on; empty if unknown."""
     parent: str = ""
     """Content hash of the adapter that this one was squeezed from; empty if none."""
+    made: str = ""
+    """Command, source and target that made it; only the same replaces it without being told to."""
     transposed: bool = False
     """Whether the base's layers hold their weights as inputs × outputs (GPT-2's Conv1D)."""
     columns: dict[str, tuple[int, ...]] = {}

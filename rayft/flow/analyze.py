@@ -13,6 +13,7 @@ import ray
 from pydantic import ValidationError
 
 from rayft.analysis.predict import LEAST, Run, correlations
+from rayft.analysis.record import FILE as ANALYSIS_FILE
 from rayft.analysis.record import PIECES, AdapterAnalysis, Predictor, SweepAnalysis
 from rayft.analysis.section import PARTS, AnalyzeConfig
 from rayft.analysis.spectral import principal_angles
@@ -31,7 +32,7 @@ from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.space import check_executor
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
 
-__all__ = ["analyze_items", "analyze_target", "completed", "known", "summarize"]
+__all__ = ["analyze_items", "analyze_target", "completed", "earlier_analysis", "known", "summarize"]
 
 ANGLES_OF, ANGLE_MODULES, ANGLE_TOP = 4, 12, 8
 """Adapters (of different settings) that are compared in pairs, their modules, directions of each module."""
@@ -153,6 +154,7 @@ def analyze_target(
     config: Path | None = None,
     out: Path | None = None,
     uri: str | None = None,
+    overwrite: bool = False,
 ) -> tuple[SweepAnalysis, Path]:
     """Analyse a sweep's folder, an adapter's folder, or a tracked run.
 
@@ -164,6 +166,7 @@ def analyze_target(
         config: a configuration that names base and data, for an adapter that lies in no sweep.
         out: folder for analysis.json; the target, or for a run the working folder, where not given.
         uri: tracking server of a run.
+        overwrite: whether an analysis of other adapters is replaced.
 
     Returns:
         What was found, and the folder that has it; with what an earlier analysis with the same settings
@@ -177,7 +180,7 @@ def analyze_target(
         sources = find_items(target, config, uri, Path(scratch))
         wanted = _config(sources, parts, overrides)
         place = out or sources.folder
-        earlier = _earlier(place)
+        earlier = earlier_analysis(place, {item.name for item in sources.items}, overwrite=overwrite)
         scale, lanes = sources.items[0].run.scale, min(sources.settings.sweep.lanes, len(sources.items))
         kind = check_executor(sources.settings.sweep, sources.items[0].run)
         with cluster(lanes * scale.workers, device=scale.device, gpu_share=scale.gpu_share):
@@ -192,12 +195,29 @@ def analyze_target(
     return summary, place
 
 
-def _earlier(folder: Path) -> SweepAnalysis | None:
+def earlier_analysis(folder: Path, names: Collection[str], *, overwrite: bool) -> SweepAnalysis | None:
+    """Read the analysis that a folder has, and refuse to replace another's.
+
+    Args:
+        folder: where analysis.json will be written.
+        names: the adapters that are analysed now.
+        overwrite: whether an analysis of other adapters is replaced.
+    """
     try:
-        return SweepAnalysis.find(folder)
+        earlier = SweepAnalysis.find(folder)
     except ReportError:
-        # Damaged, or of another version: it is written anew.
+        # Of another version, perhaps; a file that has none of an analysis's words is somebody else's.
+        text = (folder / ANALYSIS_FILE).read_bytes()
+        if not all(word in text for word in (b'"config"', b'"parts"')):
+            raise
         return None
+    lost = sorted({one.name for one in earlier.adapters} - {*names}) if earlier else []
+    if lost and not overwrite:
+        raise ReportError(
+            f"{folder} has an analysis of {lost[0]}, which would be lost; choose another folder with --out, "
+            "or replace it with --overwrite"
+        )
+    return earlier
 
 
 def _config(sources: Sources, parts: Sequence[str], overrides: Sequence[str]) -> AnalyzeConfig:

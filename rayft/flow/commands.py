@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from rayft.registry.promote import promote as move_alias
 from rayft.registry.store import MlflowRegistry
 from rayft.report.analysis import gap_rows
 from rayft.report.frame import SweepRecord
-from rayft.report.render import render
+from rayft.report.render import check_report, render
 from rayft.report.terminal import terminal_table
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import flush_spool, prepare
@@ -44,14 +43,19 @@ __all__ = [
 ]
 
 
-def demo(overrides: Sequence[str], console: Console, *, stay: bool = False) -> SweepRecord:
-    """Run the packaged demo from nothing: an earlier demo's folder is replaced."""
-    from rayft.flow.demo import run_demo
+def demo(
+    overrides: Sequence[str], console: Console, *, stay: bool = False, overwrite: bool = False
+) -> SweepRecord:
+    """Run the packaged demo from nothing: an earlier demo with the same settings is replaced.
+
+    Raises:
+        ConfigError: if the folder holds another sweep (unless `overwrite`), or what no sweep wrote.
+    """
+    from rayft.flow.demo import clear, run_demo
 
     settings = load_config("demo", overrides)
     output = Path(settings.output)
-    if (output / "config.yaml").is_file():
-        shutil.rmtree(output)
+    clear(settings, overwrite=overwrite)
     wait = (lambda: _wait(settings.serve.port, console)) if stay else None
     started = time.monotonic()
     record = run_demo(settings, Display(console), wait)
@@ -97,6 +101,9 @@ def analyze(target: str, console: Console, **options: Any) -> None:
     from rayft.flow.analyze import analyze_target
     from rayft.report.terminal import analysis_tables
 
+    report = Path(options.get("out") or target) / "report.html"
+    if report.with_name("sweep.json").is_file():
+        check_report(SweepRecord.load(report.parent), report, overwrite=bool(options.get("overwrite")))
     found, folder = analyze_target(target, Display(console), **options)
     for table in analysis_tables(found):
         console.print(table)
@@ -111,10 +118,15 @@ def analyze(target: str, console: Console, **options: Any) -> None:
         console.print(f"wrote {path}", highlight=False)
 
 
-def report(folder: Path, output: Path | None, console: Console) -> None:
-    """Render a sweep's record again and deliver what is left in its spool."""
-    record = SweepRecord.load(folder)
-    path = render(record, output or folder / "report.html", SweepAnalysis.find(folder))
+def report(folder: Path, output: Path | None, console: Console, *, overwrite: bool = False) -> None:
+    """Render a sweep's record again and deliver what is left in its spool.
+
+    Raises:
+        ReportError: if the file is no report of this sweep (unless `overwrite`), or none of rayft's.
+    """
+    record, path = SweepRecord.load(folder), output or folder / "report.html"
+    check_report(record, path, overwrite=overwrite)
+    render(record, path, SweepAnalysis.find(folder))
     spec = _tracking(folder)
     if spec.spool.is_dir():
         drained = flush_spool(prepare(spec))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,11 @@ import ray.serve as ray_serve
 
 from rayft.config import load
 from rayft.data.source import read
+from rayft.errors import ConfigError
 from rayft.flow.cluster import cluster
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
+from rayft.flow.preflight import STAMP_FILE, WRITTEN, check_own, is_sweep, stamp_line
 from rayft.flow.serve import ask, served_names, wait_ready
 from rayft.flow.sweep import run_sweep
 from rayft.report.frame import SweepRecord
@@ -20,9 +24,14 @@ from rayft.report.render import render
 from rayft.serving.build import preflight, run
 from rayft.serving.config import ServeConfig
 
-__all__ = ["run_demo"]
+__all__ = ["clear", "run_demo"]
 
 
+OWN = re.compile(
+    rf"({'|'.join(map(re.escape, WRITTEN))}|artifacts|spool|mlflow\.db.*"
+    r"|\.(winner|sweep\.json|analysis\.json)[-.]\w+)"
+)
+"""Names in a sweep's folder that rayft gives: results, what tracking writes, what an interruption left."""
 QUESTIONS = 3
 """Test questions that the served application is asked."""
 
@@ -44,6 +53,40 @@ def run_demo(config: PipelineConfig, display: Display, stay: Callable[[], None] 
     record.save(output / "sweep.json")
     render(record, output / "report.html")
     return record
+
+
+def clear(config: PipelineConfig, *, overwrite: bool) -> None:
+    """Remove what an earlier demo with the same settings wrote.
+
+    Args:
+        config: the demo's.
+        overwrite: whether a sweep with other settings is removed too.
+
+    Raises:
+        ConfigError: if the folder holds another sweep, or something beside what a sweep writes.
+        ArtifactError: if something was put into an adapter's folder.
+    """
+    output = Path(config.output)
+    if not is_sweep(output):
+        return  # The sweep's own checks refuse a folder whose files it would replace.
+    stamp = (output / STAMP_FILE).read_text(encoding="utf-8")
+    if not (overwrite or stamp.startswith(stamp_line(config))):
+        raise ConfigError(
+            f"{output} holds a sweep with another configuration; choose another folder with --set output=…, "
+            "or replace it with --overwrite"
+        )
+    others = sorted(path.name for path in output.iterdir() if not OWN.fullmatch(path.name))
+    if others:
+        raise ConfigError(
+            f"{output} holds {', '.join(others)}, which the demo did not write and would delete; move that "
+            "away, or choose another folder with --set output=…"
+        )
+    check_own(output)
+    for path in output.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _serve_and_ask(

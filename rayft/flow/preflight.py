@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from rayft.artifacts import META_FILE, check_replaceable
 from rayft.config import content_hash
 from rayft.data.chat_format import ChatFormat
 from rayft.data.loader import Schedule
@@ -30,11 +32,16 @@ from rayft.train.context import check_task
 from rayft.train.links import spans
 from rayft.train.run import RunConfig
 
-__all__ = ["Plan", "preflight", "skeleton", "sweep_hash"]
+__all__ = ["WRITTEN", "Plan", "check_own", "is_sweep", "preflight", "skeleton", "stamp_line", "sweep_hash"]
 
 STAMP_FILE = "config.yaml"
 CHECKED = 200
 """Examples of a part whose own answers are scored before the start."""
+WRITTEN = (
+    STAMP_FILE, "analysed", "analysis.json", "plots", "ray", "report.html", "serve.yaml", "squeezed",
+    "sweep.json", "trials", "winner",
+)  # fmt: skip
+"""What a sweep writes into its folder, beside the tracker's files."""
 MARGIN = 2**30
 """Bytes left free beside what the sweep writes."""
 
@@ -171,12 +178,20 @@ def _check_devices(run: RunConfig) -> None:
 def _check_output(config: PipelineConfig, output: Path) -> None:
     """Let a sweep go on in its own folder, and in no other's."""
     stamp = output / STAMP_FILE
-    mark = f"# sweep {sweep_hash(config)}\n"
-    if stamp.is_file() and not stamp.read_text().startswith(mark):
+    mark = stamp_line(config)
+    if not is_sweep(output):
+        others = sorted(name for name in WRITTEN if os.path.lexists(output / name))
+        if others:
+            raise ConfigError(
+                f"{output} holds {', '.join(others)}, which no sweep of rayft's wrote and this one would "
+                "replace; choose another folder with --set output=…"
+            )
+    elif not stamp.read_text(encoding="utf-8").startswith(mark):
         raise ConfigError(
             f"{output} holds a sweep with another configuration ({stamp}); nothing of it was touched. Choose "
             "another folder with --set output=…, or delete that one"
         )
+    check_own(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
         stamp.write_text(mark + config.model_dump_json(indent=2) + "\n")
@@ -184,6 +199,28 @@ def _check_output(config: PipelineConfig, output: Path) -> None:
         raise ResourceError(
             f"can't write to {output} ({error}); choose another with --set output=…"
         ) from error
+
+
+def check_own(output: Path) -> None:
+    """Refuse to go on where something of a user's lies in what the sweep writes again.
+
+    Raises:
+        ArtifactError: naming it.
+    """
+    squeezed = {file.parent for file in (output / "squeezed").rglob(META_FILE)}
+    for place in (output / "winner", *sorted(squeezed)):
+        check_replaceable(place)
+
+
+def is_sweep(folder: Path) -> bool:
+    """Tell whether a sweep wrote to a folder."""
+    stamp = folder / STAMP_FILE
+    return stamp.is_file() and stamp.read_text(errors="replace").startswith("# sweep ")
+
+
+def stamp_line(config: PipelineConfig) -> str:
+    """Return the first line of the configuration that a sweep keeps in its folder."""
+    return f"# sweep {sweep_hash(config)}\n"
 
 
 def sweep_hash(config: PipelineConfig) -> str:

@@ -20,6 +20,7 @@ from rayft.flow.cluster import cluster, has_gpus, join
 from rayft.flow.config import load_config
 from rayft.flow.display import Display
 from rayft.flow.squeeze_dense import Dense, dense_source, extract, lost_text
+from rayft.flow.squeeze_places import check_places, files_digest
 from rayft.flow.squeeze_source import Origin, check_base, find_origin
 from rayft.flow.squeezing import Source, SqueezedAdapter, Target
 from rayft.flow.stages import Measured
@@ -55,6 +56,8 @@ class SqueezeRequest:
     """The configuration that names the base and the data; that of the source's sweep where not given."""
     base: str | None = None
     device: str | None = None
+    overwrite: bool = False
+    """Whether adapters that rayft made otherwise are replaced."""
 
 
 @dataclass
@@ -87,14 +90,23 @@ def squeeze_folder(request: SqueezeRequest, console: Console) -> Squeezes:
     artifact = AdapterArtifact.load(request.source)
     origin = find_origin(request.source, artifact, request.config)
     run = _run(request, origin)
-    check_base(artifact, request.base, run)
+    unchecked = check_base(artifact, request.base, run)
     wanted = _wanted(request, artifact.rank)
+    source = Source(
+        origin.name,
+        f"{origin.name}-{artifact.content_hash}",
+        run,
+        origin.run_id,
+        made_by=f"squeeze {artifact.content_hash}",
+    )
+    parent = artifact.meta.parent if artifact.squeezed else artifact.content_hash
+    check_places(request.source, request.out, source.makers(wanted, request.cont), parent, request.overwrite)
     with _bar(console, len(artifact.modules)) as progress:
         full = squeeze(artifact, device=request.device, progress=progress)
     for target in wanted:
         target.apply(full)
-    source = Source(origin.name, f"{origin.name}-{artifact.content_hash}", run, origin.run_id)
-    found = Squeezes(source, folder_bytes(request.source), artifact.rank, artifact.parameters)
+    size = folder_bytes(request.source)
+    found = Squeezes(source, size, artifact.rank, artifact.parameters, note=unchecked)
     searching = not request.targets
     with tempfile.TemporaryDirectory() as scratch:
         # What a search tries and leaves is no result.
@@ -117,12 +129,16 @@ def _squeeze_dense(request: SqueezeRequest, dense: Dense, console: Console) -> S
         )
     config = load_config(request.config).model if request.config else None
     base = ModelConfig(name=request.base) if request.base else config
+    name = request.source.resolve().name
+    made_by = f"squeeze {files_digest(request.source)}"
+    places = Source(name, name, None, made_by=made_by).makers(request.targets, None)
+    check_places(request.source, request.out, places, "", request.overwrite)
     with _bar(console, None) as progress:
         extraction = extract(dense, base, request.targets, request.device, progress)
-    full, name = extraction.artifact, request.source.resolve().name
+    full = extraction.artifact
     for target in request.targets:
         target.apply(full)
-    source = Source(name, f"{name}-{full.content_hash}", None)
+    source = Source(name, f"{name}-{full.content_hash}", None, made_by=made_by)
     size = sum(file.stat().st_size for file in request.source.glob("*.safetensors"))
     found = Squeezes(source, size, full.rank, full.parameters, note=lost_text(extraction))
     found.made = [squeezing.make(full, target, source, request.out) for target in request.targets]
@@ -136,8 +152,10 @@ def _check_request(request: SqueezeRequest) -> None:
         )
     if request.keep_score is not None and not 0 < request.keep_score <= 1:
         raise SqueezeError(f"--keep-score {request.keep_score:g} is not in (0, 1]; 0.98 keeps 98 % of it")
-    if request.out.resolve() == request.source.resolve():
-        raise SqueezeError(f"--out is {request.out} itself; choose another folder, the source stays as it is")
+    labels = [target.label for target in request.targets]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise SqueezeError(f"two targets would both be written to {request.out / twice}; ask for one of them")
 
 
 def _run(request: SqueezeRequest, origin: Origin) -> RunConfig | None:
@@ -284,6 +302,7 @@ def squeeze_request(
     config: Path | None = None,
     base: str | None = None,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> SqueezeRequest:
     """Put a request together from what a command line says.
 
@@ -306,6 +325,7 @@ def squeeze_request(
         config=config,
         base=base,
         device=device,
+        overwrite=overwrite,
     )
 
 

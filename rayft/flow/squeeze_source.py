@@ -6,13 +6,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rayft.artifacts import AdapterArtifact
-from rayft.errors import ReportError
+from rayft.errors import ModelError, ReportError
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.preflight import STAMP_FILE
+from rayft.flow.preflight import STAMP_FILE, is_sweep
 from rayft.models.fingerprint import source_fingerprint
-from rayft.models.load import ModelConfig, load_skeleton, resolve
+from rayft.models.load import ModelConfig, is_here, load_skeleton, resolve
 from rayft.models.targets import linear_shapes
 from rayft.report.frame import SweepRecord, Trial
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
@@ -50,7 +51,7 @@ def find_origin(folder: Path, artifact: AdapterArtifact, config: Path | None) ->
     Raises:
         ConfigError: if the configuration is wrong.
     """
-    sweep = next((above for above in folder.resolve().parents if _is_sweep(above)), None)
+    sweep = next((above for above in folder.resolve().parents if is_sweep(above)), None)
     stamp = config or (sweep / STAMP_FILE if sweep is not None else None)
     settings = load_config(stamp) if stamp is not None else None
     trial = _trial(sweep, folder) if sweep is not None else None
@@ -62,24 +63,44 @@ def find_origin(folder: Path, artifact: AdapterArtifact, config: Path | None) ->
     return Origin(trial.id, settings, trial.lr, trial.settings, trial.run_id, spec)
 
 
-def check_base(artifact: AdapterArtifact, base: str | None, run: RunConfig | None) -> None:
+def check_base(artifact: AdapterArtifact, base: str | None, run: RunConfig | None) -> str:
     """Refuse a base that the adapter was not made for; its weights are not loaded.
+
+    Where no base is given, the one that the adapter names is used, if it is on this machine.
+
+    Returns:
+        Why the names of the adapter's modules could not be checked; empty if they were.
 
     Raises:
         BaseMismatchError: naming what differs.
-        ModelError: if the base can't be found.
+        ModelError: if a base that was given can't be found.
     """
     model = ModelConfig(name=base, task=artifact.meta.task) if base else run.model if run else None
-    if model is None:
-        return
+    if model is not None:
+        skeleton = load_skeleton(model)
+        known = source_fingerprint(skeleton, resolve(model), model.revision)
+        artifact.check_base(known or "", linear_shapes(skeleton))
+        return ""
+    named = artifact.meta.base_model
+    if not named:
+        return "the adapter names no base, so its module names were not checked; give one with --base"
+    try:
+        skeleton = _named_skeleton(artifact) if is_here(named) else None
+    except ModelError:
+        skeleton = None
+    if skeleton is None:
+        return f"its base {named} is not here, so its module names were not checked; give one with --base"
+    artifact.check_base("", linear_shapes(skeleton))
+    return ""
+
+
+def _named_skeleton(artifact: AdapterArtifact) -> Any:
+    """Make the base that an adapter names; None where its own class is not that of the task."""
+    model = ModelConfig(name=artifact.meta.base_model, task=artifact.meta.task)
     skeleton = load_skeleton(model)
-    known = source_fingerprint(skeleton, resolve(model), model.revision)
-    artifact.check_base(known or "", linear_shapes(skeleton))
-
-
-def _is_sweep(folder: Path) -> bool:
-    stamp = folder / STAMP_FILE
-    return stamp.is_file() and stamp.read_text(errors="replace").startswith("# sweep ")
+    # Part of a larger model (a vision model's text) has other names than the adapter was trained with.
+    own = skeleton.config.architectures or [type(skeleton).__name__]
+    return skeleton if model.task != "causal_lm" or type(skeleton).__name__ in own else None
 
 
 def _tracker(settings: PipelineConfig | None, sweep: Path | None) -> TrackerSpec | None:

@@ -77,6 +77,23 @@ class Source:
     """Its base and data, for scoring and further training."""
     run_id: str = ""
     """Its run in the tracker."""
+    made_by: str = "sweep"
+    """Command and source that its results are marked with."""
+
+    def maker(self, label: str, cont: ContinueConfig | None = None) -> str:
+        """Return the mark of a result: the command, what it read and what it made (`ArtifactMeta.made`)."""
+        mark = f"{self.made_by} to {label}"
+        if cont is None:
+            return mark
+        return f"{mark} by {content_hash(cont)} {content_hash(self.run) if self.run else ''}".rstrip()
+
+    def makers(self, targets: Sequence[Target], cont: ContinueConfig | None) -> dict[str, str]:
+        """Return the names of all folders that squeezing to some targets may write → their marks."""
+        marks = {target.label: self.maker(target.label) for target in targets}
+        if cont is not None:
+            names = [f"{label}+{cont.steps}" for label in marks]
+            marks |= {name: self.maker(name, cont) for name in names}
+        return marks
 
 
 @dataclass(frozen=True)
@@ -130,14 +147,14 @@ def targets(config: SqueezeConfig, rank: int | None) -> list[Target]:
 
 
 def make(full: AdapterArtifact, target: Target, source: Source, folder: Path) -> SqueezedAdapter:
-    """Write a squeezed adapter at a target to `folder`/<label>.
+    """Write a squeezed adapter at a target to `folder`/<label>, marked with what made it.
 
     Raises:
         SqueezeError: if the target can't be met; nothing is written then.
         ArtifactError, ResourceError: as `AdapterArtifact.save`.
     """
     started = time.perf_counter()
-    small = target.apply(full)
+    small = _marked(target.apply(full), source.maker(target.label))
     path = small.save(folder / target.label)
     return SqueezedAdapter(
         name=f"{source.name}@{target.label}",
@@ -189,7 +206,7 @@ def continue_all(
     executor.submit(jobs)
     trained = {job.id: _wait(executor, job.id) for job in jobs}
     return [
-        _continued(new, trained.get(request.key) or known[request.key] or {}, output)
+        _continued(new, trained.get(request.key) or known[request.key] or {}, output, cont)
         for new, request in wanted
     ]
 
@@ -235,9 +252,11 @@ def score(
     return score_all(executor, requests)
 
 
-def sort_columns(folder: str | Path, out: Path, progress: Progress | None = None) -> AdapterArtifact:
-    """Write an adapter with its columns sorted by singular value (at its full rank), and give it."""
-    full = squeeze(AdapterArtifact.load(folder), progress=progress)
+def sort_columns(
+    folder: str | Path, out: Path, progress: Progress | None = None, *, made: str = "sweep"
+) -> AdapterArtifact:
+    """Write an adapter with its columns sorted by singular value (at its full rank), and return it."""
+    full = _marked(squeeze(AdapterArtifact.load(folder), progress=progress), made)
     full.save(out)
     return full
 
@@ -264,12 +283,18 @@ def _wait(executor: Executor, key: str) -> Mapping[str, Any]:
     return event.values
 
 
-def _continued(item: SqueezedAdapter, values: Mapping[str, Any], output: Path) -> SqueezedAdapter:
+def _marked(artifact: AdapterArtifact, made: str) -> AdapterArtifact:
+    return replace(artifact, meta=artifact.meta.model_copy(update={"made": made}))
+
+
+def _continued(
+    item: SqueezedAdapter, values: Mapping[str, Any], output: Path, cont: ContinueConfig
+) -> SqueezedAdapter:
     """Take what a continued training left; its columns are sorted again, so that it has prefixes too."""
     unpack(values, trial_folder(output, item.key))
     result = values["result"]
     folder = item.folder.with_name(item.label)
-    full = sort_columns(result["folder"], folder)
+    full = sort_columns(result["folder"], folder, made=item.source.maker(item.label, cont))
     return replace(
         item,
         folder=folder,

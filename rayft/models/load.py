@@ -36,6 +36,7 @@ __all__ = [
     "cache_folder",
     "context_length",
     "fingerprint",
+    "is_here",
     "load_encoder",
     "load_model",
     "load_skeleton",
@@ -142,6 +143,23 @@ def resolve(config: ModelConfig) -> str:
         f"no model '{config.name}'{nearest(config.name, REGISTERED)}; a folder, a .gguf file or a hub id "
         "(org/model) will do too"
     )
+
+
+def is_here(name: str) -> bool:
+    """Tell whether a model's configuration is on this machine, without converting or downloading anything."""
+    path = Path(name).expanduser()
+    if name in REGISTERED:
+        return (cache_folder() / "models" / name / "config.json").is_file()
+    if path.is_dir():
+        return (path / "config.json").is_file()
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return False
+    from transformers.utils.hub import cached_file
+
+    try:
+        return cached_file(name, "config.json", local_files_only=True) is not None
+    except (OSError, ValueError):
+        return False
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> LoadedModel:

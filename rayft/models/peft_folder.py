@@ -107,10 +107,10 @@ class PeftFolder:
         return get_peft_config({**self.config, "modules_to_save": None})
 
     def save(self, folder: str | Path) -> Path:
-        """Write the folder, whole or not at all; an existing one is replaced.
+        """Write the folder, whole or not at all; an adapter folder that rayft wrote is replaced.
 
         Raises:
-            ArtifactError: if a tensor holds NaN or Inf.
+            ArtifactError: if a tensor holds NaN or Inf, or the place holds anything but such a folder.
             ResourceError: if the disk is full.
         """
         folder = Path(folder)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
+from html import escape as html_escape
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from markupsafe import Markup
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import leaves
+from rayft.errors import ReportError
 from rayft.report.analysis import analysis_figures, chosen_words, gap_rows, predictor_rows, predictor_words
 from rayft.report.drawing import Drawing
 from rayft.report.figures import draw_all
@@ -18,7 +22,17 @@ from rayft.report.frame import SweepRecord, Trial
 from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, row_names, rows
 from rayft.report.verdict import difference_text, methods_words, score_text, verdict
 
-__all__ = ["html", "render"]
+__all__ = ["check_report", "html", "render"]
+
+GENERATOR = re.compile(r'<meta name="generator" content="rayft, sweep ([^"]*)">')
+"""What tells a report from other pages, and whose it is."""
+OLD_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+"""
 
 
 def html(record: SweepRecord, analysis: SweepAnalysis | None = None) -> str:
@@ -65,6 +79,42 @@ def render(record: SweepRecord, path: str | Path, analysis: SweepAnalysis | None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html(record, analysis), encoding="utf-8")
     return path
+
+
+def check_report(record: SweepRecord, path: Path, *, overwrite: bool = False) -> None:
+    """Refuse to replace a file that is no report of this sweep.
+
+    Args:
+        record: the sweep.
+        path: where its report will be written.
+        overwrite: whether another sweep's report is replaced.
+
+    Raises:
+        ReportError: naming the file.
+    """
+    if not os.path.lexists(path):
+        return
+    found = None
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            head = file.read(4096)
+        found = GENERATOR.search(head)
+        # Reports of 0.1.0 have no such line; they begin like this.
+        if (
+            found is None
+            and head.startswith(OLD_HEAD)
+            and f"<title>{html_escape(record.name)}</title>" in head
+        ):
+            return
+    if found is None:
+        raise ReportError(
+            f"{path} is no report of rayft's, so it is not replaced; choose another file with -o"
+        )
+    if not overwrite and found[1] != html_escape(record.name):
+        raise ReportError(
+            f"{path} is the report of another sweep; choose another file with -o, or replace it with "
+            "--overwrite"
+        )
 
 
 def _markup(drawing: Drawing) -> tuple[Drawing, Markup]:

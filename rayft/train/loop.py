@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rayft.artifacts import AdapterArtifact, ArtifactMeta, folder_bytes
+from rayft.artifacts import AdapterArtifact, ArtifactMeta, check_replaceable, folder_bytes
 from rayft.data.pack import AnyBatch, AnyEncoded, Row, collate_rows, rows_of
 from rayft.errors import TrainError
 from rayft.evaluate.loss import mean_loss
@@ -111,11 +111,14 @@ def fit(
 
     Raises:
         ConfigError: if a link of a chain would have no steps, or the adapter to start from doesn't fit.
-        ArtifactError: if that can't be read, or is another base's.
+        ArtifactError: if that can't be read, or is another base's, or the folder of the result holds anything
+            but an adapter of rayft's.
         TrainError: if the loss is not finite, or a checkpoint doesn't fit.
     """
     started = time.perf_counter()
     worker, model = session.worker, session.loaded.model
+    if not method(run.method.name).saves_model:
+        check_replaceable(folder / "adapter")
     parts, start = stages(run, session), read_start(run, session)
     memory = PeakMemory(worker.device)
     injected = inject(model, run.method, run.seed, start.modules)

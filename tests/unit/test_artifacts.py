@@ -303,12 +303,59 @@ def test_any_failure_leaves_the_old_folder(
     assert same(AdapterArtifact.load(tmp_path / "adapter"), old)
 
 
-def test_saving_replaces_the_whole_folder(tmp_path: Path) -> None:
-    folder = mixed().save(tmp_path / "deep" / "adapter")
-    (folder / "leftover.txt").write_text("old")
+def test_saving_replaces_an_adapter_of_rayfts(tmp_path: Path) -> None:
+    folder = AdapterArtifact({"up": factors(4, 4, 2, 1.0)}).save(tmp_path / "deep" / "adapter")
     mixed().save(folder)
     assert sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS, META]
+    assert same(AdapterArtifact.load(folder), mixed())
     assert folder.stat().st_mode & 0o777 == 0o755
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert same(AdapterArtifact.load(mixed().save(empty)), mixed())
+
+
+def notes_beside(place: Path) -> None:
+    mixed().save(place)
+    (place / "notes.txt").write_text("mine")
+
+
+def by_peft(place: Path) -> None:
+    mixed().save(place)
+    (place / META).unlink()
+
+
+def linked(place: Path) -> None:
+    place.symlink_to(mixed().save(place.with_name("elsewhere")))
+
+
+def logs(place: Path) -> None:
+    (place / "checkpoint" / "step-000001").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("occupy", "match"),
+    [
+        (lambda place: place.write_text("mine") and None, "is a file that rayft did not make"),
+        (linked, "is a link that rayft did not make"),
+        (logs, "holds checkpoint, which rayft did not write"),
+        (notes_beside, r"holds notes\.txt, which rayft did not write"),
+        (by_peft, r"is no adapter folder of rayft's \(it has no rayft\.json\)"),
+    ],
+)
+def test_what_rayft_did_not_make_is_not_replaced(
+    tmp_path: Path, occupy: Callable[[Path], None], match: str
+) -> None:
+    occupy(tmp_path / "adapter")
+    before = sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*"))
+    with pytest.raises(ArtifactError, match=match):
+        mixed().save(tmp_path / "adapter")
+    assert sorted((path, path.is_file() and path.read_bytes()) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_folder_below_a_file_can_not_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ResourceError, match=r"can't be made, because .*file is no folder"):
+        mixed().save(tmp_path / "file" / "deep" / "adapter")
 
 
 SHAPES = {name: (f.b.shape[0], f.a.shape[1]) for name, f in mixed().modules.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.cli import app
-from rayft.errors import ArtifactError, BaseMismatchError, SqueezeError
+from rayft.errors import ArtifactError, BaseMismatchError, RayftError, SqueezeError
 from rayft.flow.squeeze import Squeezes, squeeze_folder, squeeze_request
 from rayft.numerics import assert_close
 from rayft.squeeze.rank import retained_energy
@@ -110,9 +111,120 @@ def test_what_cant_be_met_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_source_is_never_the_output(adapter: Path) -> None:
-    with pytest.raises(SqueezeError, match="choose another folder, the source stays as it is"):
-        squeezed(adapter, adapter, ranks=[2])
+@pytest.fixture
+def mine(adapter: Path, tmp_path: Path) -> Path:
+    """A folder of adapters: r4, squeezed from another one, and r2 beside it with somebody's logs."""
+    folder = tmp_path / "mine"
+    squeezed(adapter, folder, ranks=[4, 2])
+    (folder / "r2" / "checkpoint").mkdir()
+    (folder / "r2" / "train.log").write_text("mine")
+    return folder
+
+
+REFUSED: dict[str, tuple[str, str, str, str]] = {
+    # What is squeezed, --rank, --out, in the folder `mine`.
+    "another adapter with logs": ("r4", "2", ".", r"r2 holds checkpoint, train\.log, which rayft did not"),
+    "the source itself": ("r4", "4", ".", "r4 would be written over or into the source"),
+    "by another spelling": ("r4", "4", "../mine/./r2/..", "over or into the source"),
+    "through a link": ("link", "4", ".", "over or into the source"),
+    "to a link": ("r4", "4", "linked", "over or into the source"),
+    "into the source": ("r4", "2", "r4", "over or into the source"),
+    "deeper": ("r4", "2", "r4/deep/er", "over or into the source"),
+    "around the source": ("e0.5/inside", "0.5", ".", "over or into the source"),
+    "an adapter made from another": ("other", "4", ".", "r4 holds an adapter that this command did not make"),
+    "a file": ("r4", "1", ".", "r1 is a file that rayft did not make"),
+    "a folder of PEFT's": ("r4", "3", ".", r"r3 holds README\.md, which rayft did not write"),
+    "a link that somebody made": ("r4", "2", "links", "r2 is a link that rayft did not make"),
+    "below a file": ("r4", "2", "r1/below", "r1 is no folder"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_nothing_is_lost_by_a_squeeze(
+    adapter: Path, mine: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target, out, match = REFUSED[kind]
+    shutil.copytree(adapter, mine / "r3")
+    shutil.copytree(adapter, mine / "e0.5" / "inside")
+    other = AdapterArtifact.load(adapter)
+    for factors in other.modules.values():
+        factors.b.mul_(2)
+    other.save(mine / "other")
+    (mine / "r1").write_text("mine")
+    (mine / "link").symlink_to(mine / "r4")
+    (mine / "linked").symlink_to(mine)
+    (mine / "links").mkdir()
+    (mine / "links" / "r2").symlink_to(mine / "other")
+    before = contents(mine)
+    monkeypatch.chdir(mine)
+    monkeypatch.setattr("rayft.flow.squeeze.squeeze", None)  # Nothing is computed before.
+    options: dict[str, Any] = {"energies": [0.5]} if target == "0.5" else {"ranks": [int(target)]}
+    for overwrite in (False, True):
+        if overwrite and kind == "an adapter made from another":
+            continue
+        with pytest.raises(RayftError, match=match):
+            squeezed(Path(source), Path(out), **options, overwrite=overwrite)
+        assert contents(mine) == before
+
+
+def test_one_target_that_would_lose_something_stops_all(mine: Path) -> None:
+    before = contents(mine)
+    with pytest.raises(ArtifactError, match="r2 holds checkpoint"):
+        squeezed(mine / "r4", mine, ranks=[1, 2])
+    assert contents(mine) == before
+    with pytest.raises(SqueezeError, match=r"two targets would both be written to .*e0\.5"):
+        squeezed(mine / "r4", mine, energies=[0.5, 0.5000000001])
+
+
+def test_the_same_command_replaces_what_it_made(adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    squeezed(adapter, out, ranks=[4, 2])
+    before = contents(out)
+    squeezed(adapter, out, ranks=[2, 4])
+    assert contents(out) == before
+    # An adapter that 0.1.0 made says what it was squeezed from, and no more.
+    meta = json.loads((out / "r2" / "rayft.json").read_text())
+    assert meta.pop("made") == f"squeeze {AdapterArtifact.load(adapter).content_hash} to r2"
+    (out / "r2" / "rayft.json").write_text(json.dumps(meta))
+    squeezed(adapter, out, ranks=[2])
+    assert contents(out) == before
+    # From r4 it would be another adapter, though of the same rank.
+    with pytest.raises(SqueezeError, match="replace it with --overwrite"):
+        squeezed(out / "r4", out, ranks=[2])
+    shown = CliRunner().invoke(
+        app, ["squeeze", str(out / "r4"), "--rank", "2", "--out", str(out), "--overwrite"]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert AdapterArtifact.load(out / "r2").meta.made.startswith("squeeze ")
+    assert contents(out) != before
+
+
+def test_an_extraction_replaces_its_own_and_no_other(tuned: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    squeezed(tuned, out, ranks=[2], base=str(tiny_folder))
+    squeezed(tuned, out, ranks=[2, 3], base=str(tiny_folder))
+    other = shutil.copytree(tuned, tmp_path / "other")
+    tensors = weights(tuned)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SqueezeError, match="r2 holds an adapter that this command did not make"):
+        squeezed(other, out, ranks=[2], base=str(tiny_folder))
+
+
+def test_names_are_checked_against_the_base_that_the_adapter_names(
+    adapter: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    file, weights_file = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    config, tensors = json.loads(file.read_text()), load_file(weights_file)
+    for named, note in (("org/absent", "its base org/absent is not here"), ("", "names no base")):
+        file.write_text(json.dumps({**config, "base_model_name_or_path": named}))
+        assert note in squeezed(adapter, tmp_path / "out", ranks=[2]).note
+    file.write_text(json.dumps({**config, "base_model_name_or_path": str(tiny_folder)}))
+    assert squeezed(adapter, tmp_path / "out", ranks=[2]).note == ""
+    save_file({key.replace("layers.1", "layers.7"): one for key, one in tensors.items()}, weights_file)
+    with pytest.raises(BaseMismatchError, match=r"the base has no linear layer model\.layers\.7"):
+        squeezed(adapter, tmp_path / "other", ranks=[2])
+    assert not (tmp_path / "other").exists()
 
 
 def test_another_base_is_refused_by_module_and_size(
