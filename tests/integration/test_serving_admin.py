@@ -174,6 +174,19 @@ def bad_adapters(server: Server, outside: Path) -> dict[str, tuple[Any, str]]:
     damage("noise", "bad-noise", "adapter_model.safetensors", os.urandom(500))
     damage("no-json", "bad-no-json", "adapter_config.json", b"{")
     damage("list", "bad-list", "adapter_config.json", b"[]")
+    # Of as many letters, so that the rest of the header stays where it is.
+    other_type = weights.replace(b'"F32"', b'"U16"')
+    damage("type", "is of type U16", "adapter_model.safetensors", other_type)
+    for key, null_or_part, word in (
+        ("lora_alpha", None, "lora_alpha"),
+        ("r", None, "r: Input"),
+        ("modules_to_save", ["lm_head"], "trains lm_head whole"),
+        ("lora_alhpa", 16, "did you mean 'lora_alpha'"),
+    ):
+        text = json.dumps({**config, key: null_or_part}).encode()
+        damage(f"{key}-settings", word, "adapter_config.json", text)
+    damage("deep", "nested too deeply", "adapter_config.json", b"[" * 100_000)
+    damage("half", "half a surrogate", "adapter_config.json", b'{"peft_type": "LORA", "revision": "\\ud83d"}')
     for key, value in (
         ("r", 0), ("r", "many"), ("r", 10**9), ("lora_alpha", "x"), ("use_dora", True), ("peft_type", "IA3"),
         ("peft_type", "NOPE"), ("target_modules", ["nothing"]), ("r", 7),
