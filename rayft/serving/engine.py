@@ -35,6 +35,14 @@ class GenerationRequest:
     """0 takes the likeliest token."""
     top_p: float = 1.0
     """Draw from the likeliest tokens that hold this share of the probability."""
+    top_k: int = 0
+    """Draw from this many of the likeliest tokens; 0 for all."""
+    min_p: float = 0.0
+    """Draw from tokens that are at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens of the prompt and the text so far, and multiplies the others."""
+    stop_tokens: frozenset[int] = frozenset()
+    """Tokens that end this request, beside those that end all."""
     seed: int = 0
     """Decides every draw: the same request and seed give the same tokens."""
     logprobs: int | None = None
@@ -59,7 +67,7 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely the model found a token: natural logarithms, before temperature and top-p."""
+    """How likely the model found a token: natural logarithms, before any option of the request."""
 
     token: int
     logprob: float

@@ -40,7 +40,7 @@ from rayft.serving.engine import (
 from rayft.serving.packed_forward import OwnForward
 from rayft.serving.packed_row import ATTENTION, Forward, Part, Row, pages
 from rayft.serving.paged_forward import PagedForward
-from rayft.serving.sampling import Draw, choose, finite_rows, logprobs, uniform
+from rayft.serving.sampling import Draw, Seen, choose, finite_rows, logprobs
 from rayft.serving.slots import Slots
 
 __all__ = ["PackedEngine"]
@@ -92,7 +92,7 @@ class PackedEngine:
         progress: asyncio.Queue[Progress | RayftError] = asyncio.Queue()
         slot = self._slots.slot(request.adapter)
         loop, cache = asyncio.get_running_loop(), self._forward.fresh()
-        row = Row(request, slot, loop, progress, list(request.prompt), cache)
+        row = Row(request, slot, loop, progress, list(request.prompt), cache, Seen.of(request))
         with self._work:
             if not self._stats.alive:
                 raise ResourceError(STOPPED)
@@ -205,7 +205,7 @@ class PackedEngine:
             part.row.cache.length += part.new
         if not deliver:
             return
-        draws = [_draw(part.row) for part in complete]
+        draws = [Draw.of(part.row.request, part.row.made, part.row.seen) for part in complete]
         chosen = choose(logits, draws).tolist()
         good = finite_rows(logits)
         scored = logprobs(logits, chosen, [part.row.request.logprobs for part in complete])
@@ -233,7 +233,9 @@ class PackedEngine:
     def _take(self, row: Row, token: int, entry: TokenLogprob | None) -> Progress:
         """Note a row's new token."""
         row.tokens.append(token)
-        ended = token in self._ends
+        if row.seen is not None:
+            row.seen.add(token)
+        ended = token in self._ends or token in row.request.stop_tokens
         if entry is not None and not ended:
             row.scored.append(entry)
         finish = "stop" if ended else "length" if row.made >= row.request.max_tokens else None
@@ -250,12 +252,6 @@ class PackedEngine:
             max_requests_in_forward=max(before.max_requests_in_forward, len(parts)),
             max_slots_in_forward=max(before.max_slots_in_forward, len(slots)),
         )
-
-
-def _draw(row: Row) -> Draw:
-    request = row.request
-    point = uniform(request.seed, row.made) if request.temperature > 0 else 0.0
-    return Draw(request.temperature, request.top_p, point)
 
 
 def _tell(news: Sequence[tuple[Row, Progress | RayftError]]) -> None:

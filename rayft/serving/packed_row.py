@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 
 from rayft.errors import ModelError, RayftError
 from rayft.serving.engine import GenerationRequest, Progress, TokenLogprob
+from rayft.serving.sampling import Seen
 
 __all__ = ["ATTENTION", "PAGE", "Attend", "Forward", "Part", "Row", "RowCache", "pages", "running"]
 
@@ -41,6 +42,8 @@ class Row:
     tokens: list[int]
     """Prompt and what was generated."""
     cache: RowCache
+    seen: Seen | None = None
+    """The row's tokens, where its request has a repetition penalty."""
     scored: list[TokenLogprob] = field(default_factory=list)
     ended: bool = False
 

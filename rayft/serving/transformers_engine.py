@@ -26,7 +26,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import count
 from typing import Any
 
@@ -60,7 +60,7 @@ from rayft.serving.engine import (
     TokenLogprob,
     end_tokens,
 )
-from rayft.serving.sampling import Draw, choose, finite_rows, logprobs, uniform
+from rayft.serving.sampling import Draw, Seen, choose, finite_rows, logprobs
 from rayft.serving.slots import Slots
 
 __all__ = ["TransformersEngine"]
@@ -114,7 +114,7 @@ class TransformersEngine:
                     raise RequestError(f"the engine failed: {output.error}")
                 if name in self._manager.broken:
                     raise RequestError(NOT_FINITE)
-                yield self._progress(output, name)
+                yield self._progress(output, name, request)
         finally:
             if not ended:
                 self._manager.forget(name)
@@ -140,9 +140,10 @@ class TransformersEngine:
             self._manager.stop(hard_stop=True)
         self._manager.destroy()
 
-    def _progress(self, output: GenerationOutput, name: str) -> Progress:
+    def _progress(self, output: GenerationOutput, name: str, request: GenerationRequest) -> Progress:
         tokens = tuple(output.generated_tokens)
-        ended_by_token = bool(tokens) and tokens[-1] in self._end_tokens
+        last = tokens[-1] if tokens else None
+        ended_by_token = last in self._end_tokens or last in request.stop_tokens
         finish = None
         if output.is_finished():
             finish = "stop" if ended_by_token else "length"
@@ -178,6 +179,7 @@ class _Manager(ContinuousBatchingManager):
         self.stats = EngineStats(True, 0, 0, 0, 0, 0)
         self._slots = slots
         self._slot_of_request = slot_of_request
+        self._end_tokens = end_tokens
 
     def accept(self, name: str, request: GenerationRequest) -> str | None:
         """Queue a request; None if the generating thread has stopped."""
@@ -186,9 +188,8 @@ class _Manager(ContinuousBatchingManager):
             request_id=name,
             max_new_tokens=request.max_tokens,
             streaming=True,
-            temperature=float(request.temperature),
-            top_p=float(request.top_p),
-            seed=request.seed,
+            eos_token_id=[*self._end_tokens, *request.stop_tokens],
+            asked=_Asked(request, Seen.of(request)),
         )
 
     def forget(self, name: str) -> None:
@@ -232,11 +233,19 @@ class _Manager(ContinuousBatchingManager):
         )
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What the sampler has to know of a request."""
+
+    request: GenerationRequest
+    seen: Seen | None
+
+
 class _Sampler(ContinuousBatchingLogitsProcessor):
     """Chooses each row's token itself and leaves the likeliest-token step that follows no choice."""
 
     def __init__(self, broken: set[str], scored: Mapping[str, tuple[int, list[TokenLogprob]]]) -> None:
-        self.supported_kwargs = {"temperature": float, "top_p": float, "seed": int}
+        self.supported_kwargs = {"asked": _Asked}
         self.ignored_kwargs = ()
         self._draws: list[Draw] = []
         self._names: list[str] = []
@@ -259,13 +268,17 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
             name for name, good in zip(self._names, finite_rows(rows), strict=True) if not good
         )
         wanted = [self._scored.get(name) for name in self._names]
-        drawn = any(draw.temperature > 0 for draw in self._draws)
+        drawn = any(draw.temperature > 0 or draw.seen is not None for draw in self._draws)
         if drawn or any(wanted):
             chosen = choose(rows, self._draws)
             counts = [want[0] if want else None for want in wanted]
-            for want, entry in zip(wanted, logprobs(rows, chosen.tolist(), counts), strict=True):
+            tokens = chosen.tolist()
+            for want, entry in zip(wanted, logprobs(rows, tokens, counts), strict=True):
                 if want and entry:
                     want[1].append(entry)
+            for draw, token in zip(self._draws, tokens, strict=True):
+                if draw.seen is not None:
+                    draw.seen.add(token)
         if drawn:
             rows.scatter_(1, chosen.unsqueeze(1), torch.inf)
         return scores
@@ -298,10 +311,8 @@ def _bound(states: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(state: RequestState) -> Draw:
-    options = state.logit_processor_kwargs
+    asked: _Asked = state.logit_processor_kwargs["asked"]
     # A request that lost its place in the cache starts again with its tokens as part of the prompt.
     restarted = state._true_initial_tokens
     carried = len(state.initial_tokens) - restarted if restarted else 0
-    step = carried + len(state.generated_tokens)
-    point = uniform(options["seed"], step) if options["temperature"] > 0 else 0.0
-    return Draw(options["temperature"], options["top_p"], point)
+    return Draw.of(asked.request, carried + len(state.generated_tokens), asked.seen)

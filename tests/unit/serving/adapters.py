@@ -62,11 +62,15 @@ def reference(tiny_folder: Path, adapter: str | None) -> Any:
     return model if adapter is None else PeftModel.from_pretrained(model, adapter)
 
 
-def generated(model: Any, prompt: Sequence[int], length: int = LENGTH) -> tuple[int, ...]:
+def generated(model: Any, prompt: Sequence[int], length: int = LENGTH, **options: Any) -> tuple[int, ...]:
     """What a model continues a prompt with, by its own `generate`, without the end token."""
     ids = torch.tensor([prompt])
     made = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=length
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=length,
+        **options,
     )
     tokens = tuple(made[0, len(prompt) :].tolist())
     return tokens[:-1] if tokens[-1] == model.generation_config.eos_token_id else tokens

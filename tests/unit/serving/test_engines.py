@@ -22,7 +22,7 @@ from rayft.models.load import LoadedModel
 from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close
 from rayft.serving.engine import Engine, GenerationRequest, Progress
-from tests.unit.serving.adapters import LENGTH, chain_of, expected, random_adapter
+from tests.unit.serving.adapters import LENGTH, chain_of, expected, generated, random_adapter, reference
 from tests.unit.serving.conftest import MakeEngine
 
 PROMPTS = [
@@ -123,7 +123,10 @@ def test_requests_that_lose_their_place_in_the_cache_are_answered_right(
         assert step.tokens == expected(tiny_folder, adapter_folders.get(name or ""), prompt, 120)
     # More tokens went through the model than they have: some were read again.
     assert engine.stats().tokens > len(names) * (len(prompt) + 119)
-    sampled = [GenerationRequest(prompt, 120, name, temperature=0.8, seed=3) for name in names]
+    sampled = [
+        GenerationRequest(prompt, 120, name, temperature=0.8, seed=3, repetition_penalty=penalty)
+        for name, penalty in zip(names, (1.0, 1.1, 1.0, 1.3), strict=True)
+    ]
     assert ask_all(engine, sampled) == [ask_all(engine, [job])[0] for job in sampled]
 
 
@@ -153,11 +156,74 @@ def test_an_end_token_ends_a_request_and_is_not_given(
     assert (step.tokens, step.generated, step.finish) == (free[:cut], cut + 1, "stop")
 
 
-def test_seeded_draws_do_not_depend_on_the_batch(make_engine: MakeEngine, tiny_tokenizer: Any) -> None:
+def test_a_requests_own_stop_tokens_end_it_and_no_other(
+    make_engine: MakeEngine, tiny_folder: Path, tiny_tokenizer: Any
+) -> None:
+    prompt = tokens_of(tiny_tokenizer, "hello")
+    free = expected(tiny_folder, None, prompt)
+    stops = frozenset({free[5], free[9]})
+    cut = min(free.index(token) for token in stops)
+    jobs = [
+        GenerationRequest(prompt, LENGTH, stop_tokens=stops, logprobs=1),
+        GenerationRequest(prompt, LENGTH),
+        GenerationRequest(prompt, cut + 1, stop_tokens=stops),
+        GenerationRequest(prompt, cut, stop_tokens=stops),
+    ]
+    stopped, other, just, short = ask_all(make_engine(), jobs)
+    assert (stopped.tokens, stopped.generated, stopped.finish) == (free[:cut], cut + 1, "stop")
+    assert [entry.token for entry in stopped.logprobs] == list(free[:cut])
+    assert other.tokens == free
+    assert (just.tokens, just.finish) == (free[:cut], "stop")
+    assert (short.tokens, short.finish) == (free[:cut], "length")
+
+
+def test_a_repetition_penalty_counts_the_prompt_and_what_was_generated(
+    make_engine: MakeEngine, tiny_folder: Path, tiny_tokenizer: Any, adapter_folders: dict[str, str]
+) -> None:
     engine = make_engine()
+    load_all(engine, adapter_folders)
+    prompt = tokens_of(tiny_tokenizer, "one two three four")
+    jobs = [
+        GenerationRequest(prompt, LENGTH, name, repetition_penalty=penalty)
+        for name in (None, "small")
+        for penalty in (1.0, 1.3, 4.0)
+    ]
+    found = [step.tokens for step in ask_all(engine, jobs)]
+    wanted = []
+    for job in jobs:
+        model = reference(tiny_folder, adapter_folders.get(job.adapter or ""))
+        wanted.append(generated(model, prompt, LENGTH, repetition_penalty=job.repetition_penalty))
+    assert found == wanted
+    assert len(set(found)) == len(jobs)
+
+
+def test_the_narrowest_choice_is_the_likeliest_token(
+    make_engine: MakeEngine, tiny_folder: Path, tiny_tokenizer: Any
+) -> None:
+    prompt = tokens_of(tiny_tokenizer, "hello")
+    jobs = [
+        GenerationRequest(prompt, LENGTH, temperature=2.0, seed=1, top_k=1),
+        GenerationRequest(prompt, LENGTH, temperature=2.0, seed=2, min_p=1.0),
+        GenerationRequest(prompt, LENGTH, temperature=2.0, seed=3),
+    ]
+    narrow, also, free = ask_all(make_engine(), jobs)
+    assert narrow.tokens == also.tokens == expected(tiny_folder, None, prompt)
+    assert free.tokens != narrow.tokens
+
+
+def test_seeded_draws_do_not_depend_on_the_batch(make_engine: MakeEngine, tiny_tokenizer: Any) -> None:
+    engine = make_engine(max_running=16)
     prompt = tokens_of(tiny_tokenizer, "hello")
     jobs = [GenerationRequest(prompt, 30, temperature=1.0, top_p=0.95, seed=seed) for seed in range(4)]
+    options: list[dict[str, Any]] = [
+        {"top_k": 20},
+        {"min_p": 0.05},
+        {"repetition_penalty": 1.2},
+        {"top_k": 50, "min_p": 0.01, "repetition_penalty": 0.9, "top_p": 0.9},
+    ]
+    jobs += [GenerationRequest(prompt, 30, temperature=1.0, seed=9, **some) for some in options]
     jobs.append(GenerationRequest(prompt, 30))
+    jobs.append(GenerationRequest(prompt, 30, repetition_penalty=1.2))
     together = ask_all(engine, jobs)
     assert together == [ask_all(engine, [job])[0] for job in jobs]
     assert len({step.tokens for step in together}) == len(jobs)
