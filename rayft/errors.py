@@ -20,6 +20,7 @@ RayftError
     + TooManyRequestsError 429
     + RequestTimeoutError 504
     + BadRequestError   400
+    + TooLargeError     413
 
 `assert` is for invariants of the code; these are for mistakes and circumstances.
 """
@@ -43,6 +44,7 @@ __all__ = [
     "ResourceError",
     "SqueezeError",
     "TargetError",
+    "TooLargeError",
     "TooManyRequestsError",
     "TrackingError",
     "TrainError",
@@ -51,7 +53,14 @@ __all__ = [
 
 
 class RayftError(Exception):
-    """Base of all errors that rayft raises for its users."""
+    """Base of all errors that rayft raises for its users.
+
+    The message is valid Unicode whatever it quotes: lone surrogates are written as escapes. Ray ends the
+    process of an actor that raises an error which can't be encoded, and no terminal or log can write it.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
 
 
 class ConfigError(RayftError):
@@ -161,3 +170,10 @@ class BadRequestError(RequestError):
 
     status = 400
     code = "invalid_request_error"
+
+
+class TooLargeError(RequestError):
+    """A request whose body is larger than bodies may be."""
+
+    status = 413
+    code = "request_too_large"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rayft.artifacts import AdapterArtifact, ModuleShapes
-from rayft.errors import ArtifactError
+from rayft.errors import ArtifactError, RayftError
 
-__all__ = ["BaseModel", "check_adapter"]
+__all__ = ["BaseModel", "check_adapter", "read_adapter"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def check_adapter(name: str, folder: str, base: BaseModel | None) -> AdapterArti
         BaseMismatchError: if it was made for another base.
     """
     try:
-        artifact = AdapterArtifact.load(folder)
+        artifact = read_adapter(folder)
         _check_generates(artifact, folder)
         if base is not None:
             artifact.check_base(base.fingerprint, base.shapes)
@@ -40,6 +41,22 @@ def check_adapter(name: str, folder: str, base: BaseModel | None) -> AdapterArti
     except ArtifactError as error:
         raise type(error)(f"adapter '{name}' is not served: {error}") from error
     return artifact
+
+
+def read_adapter(folder: str | Path) -> AdapterArtifact:
+    """Read an adapter that anyone may have written: an error of ours tells whatever is wrong with its files.
+
+    Raises:
+        ArtifactError: if it can't be read.
+    """
+    try:
+        return AdapterArtifact.load(folder)
+    except RayftError:
+        raise
+    except Exception as error:
+        raise ArtifactError(
+            f"{folder} can't be read ({type(error).__name__}: {error}); export the adapter again"
+        ) from error
 
 
 def _check_generates(artifact: AdapterArtifact, folder: str) -> None:

@@ -19,6 +19,8 @@ def check_allowed(source: str, roots: Sequence[str]) -> None:
     Raises:
         BadRequestError: if it is outside all roots, by its path or by a link in it.
     """
+    if "\0" in source:
+        raise BadRequestError("a source has no NUL in it", param="source")
     if source.startswith("models:/"):
         return
     if "://" in source:
@@ -27,14 +29,15 @@ def check_allowed(source: str, roots: Sequence[str]) -> None:
         if not inside or ".." in clean.split("/"):
             raise BadRequestError(f"{source} is below none of the server's roots", param="source")
         return
-    if "\0" in source:
-        raise BadRequestError("a path has no NUL in it", param="source")
-    folder = Path(source).expanduser()
+    try:
+        folder = Path(source).expanduser()
+    except RuntimeError as error:
+        raise BadRequestError(f"{source} is in the home of nobody here: {error}", param="source") from error
     if not folder.is_absolute():
         raise BadRequestError(f"{source} is no absolute path", param="source")
     allowed = [Path(root).expanduser().resolve() for root in roots if "://" not in root]
     # Where links lead to counts, those of the files too.
-    places = [folder.resolve(), *(_target(folder / name) for name in FILES)]
+    places = [_target(folder), *(_target(folder / name) for name in FILES)]
     if not all(any(place.is_relative_to(root) for root in allowed) for place in places):
         raise BadRequestError(f"{source} is below none of the server's roots", param="source")
 

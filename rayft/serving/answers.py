@@ -21,9 +21,15 @@ from rayft.serving.messages import Delta, TokenScore
 __all__ = ["ChatForm", "Form", "TextForm", "collected", "describe_error", "events", "usage"]
 
 
+LONGEST_MESSAGE = 4000
+"""Characters of an error's message: it may quote a name or a list that has no end."""
+
+
 def _error(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
     """Write an error as OpenAI does."""
     kind = "invalid_request_error" if status < 500 else "server_error"
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[:LONGEST_MESSAGE]} …"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

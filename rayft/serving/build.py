@@ -23,9 +23,11 @@ from rayft.serving.config import ServeConfig
 from rayft.serving.director import DirectorDeployment, initial
 from rayft.serving.ingress import IngressDeployment
 from rayft.serving.keys import resolved
+from rayft.serving.proxy import PROXY_ENVIRONMENT
 from rayft.serving.replica import ReplicaDeployment
 from rayft.serving.router import AdapterRouter
 from rayft.serving.slots import widest_rank
+from rayft.squeeze.budget import parse_bytes
 
 __all__ = ["APPLICATION", "build_app", "preflight", "run", "stop"]
 
@@ -80,7 +82,8 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=config.drain_seconds,
     )
-    return ingress.bind(replica, director, resolved(config.keys), config.roots)
+    most_bytes = parse_bytes(config.max_body_bytes)
+    return ingress.bind(replica, director, resolved(config.keys), config.roots, most_bytes)
 
 
 def preflight(config: ServeConfig) -> None:
@@ -114,7 +117,7 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
     if not ray.is_initialized():
         ray.init(namespace=APPLICATION)
     http: dict[str, Any] = {"host": config.host, "port": config.port}
-    ray_serve.start(http_options=http)
+    ray_serve.start(http_options=http, controller_options={"runtime_env": {"env_vars": PROXY_ENVIRONMENT}})
     try:
         ray_serve.run(build_app(config), name=APPLICATION, route_prefix="/", blocking=False)
     except RuntimeError as error:

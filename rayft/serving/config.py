@@ -46,6 +46,9 @@ class ServeConfig(Section):
     max_adapter_bytes: Size = "2GB"
     """Largest adapter that is loaded."""
 
+    max_body_bytes: Size = "16MB"
+    """Largest body of a request; a larger one is answered 413."""
+
     device_bytes: Size | None = None
     """Bytes of adapters on the device (on a CPU: in memory); beyond, the least recently used moves out."""
 

@@ -20,7 +20,13 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from rayft.errors import RequestError, ResourceError, TooManyRequestsError, UnknownModelError
+from rayft.errors import (
+    RequestError,
+    ResourceError,
+    TooLargeError,
+    TooManyRequestsError,
+    UnknownModelError,
+)
 from rayft.serving.answers import ChatForm, Form, TextForm, collected, describe_error, events
 from rayft.serving.keys import Caller, ForbiddenError, KeyConfig, identify
 from rayft.serving.messages import BASE_NAME, Delta, ModelCard
@@ -81,10 +87,12 @@ class Ingress:
         director: DeploymentHandle[Any],
         keys: tuple[KeyConfig, ...] = (),
         roots: tuple[str, ...] = (),
+        max_body_bytes: int = 16 * 10**6,
     ) -> None:
         self._replica, self._director = replica, director
         self._streaming = replica.options(stream=True)
         self._keys, self._roots = keys, roots
+        self._max_body_bytes = max_body_bytes
         self._created = int(time.time())
 
     @api.get("/", include_in_schema=False)
@@ -193,9 +201,21 @@ class Ingress:
             raise ForbiddenError("this needs an admin's key")
 
     async def _body(self, request: Request) -> bytes:
-        # Who may not ask at all is told so before what is asked is looked at.
+        """Authenticate, then read the body as far as it may go.
+
+        Raises:
+            TooLargeError: if it has more bytes than a body may have.
+        """
         self._caller(request)
-        return await request.body()
+        most, body = self._max_body_bytes, bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise TooLargeError(
+                    f"the body has more than the {most:,} bytes that this server reads; send less at once, "
+                    "or raise max_body_bytes"
+                )
+        return bytes(body)
 
     async def _cards(self, caller: Caller) -> list[ModelCard]:
         cards: list[ModelCard] = await self._replica.models.remote()

@@ -66,6 +66,7 @@ ERRORS = {
     403: "a key that may not do this",
     404: "not served here",
     405: "another verb",
+    413: "a body that is too large",
     429: "too many requests wait",
     503: "no room, or no replica",
     504: "it took too long",

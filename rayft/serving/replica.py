@@ -31,7 +31,7 @@ from rayft.serving.packed_engine import PackedEngine
 from rayft.serving.schemas import ChatRequest, CompletionRequest
 from rayft.serving.slots import widest_rank
 from rayft.serving.state import Served
-from rayft.serving.text import TextStream, chat_tokens, prompt_tokens, score
+from rayft.serving.text import TextStream, chat_tokens, check_tokens, prompt_tokens, score
 from rayft.serving.transformers_engine import TransformersEngine
 from rayft.squeeze.budget import parse_bytes
 
@@ -39,6 +39,9 @@ __all__ = ["Replica", "ReplicaDeployment", "compute_dtype"]
 
 
 logger = logging.getLogger("ray.serve")
+
+LONG_CHARACTERS = 20_000
+"""Text whose tokenizing takes longer than another thread (20 ms with a tokenizer of bytes)."""
 
 WATCH_SECONDS = 1.0
 """How often a replica asks whether it missed a change."""
@@ -71,6 +74,7 @@ class Replica:
         room = Limits(_bytes(config.device_bytes), _bytes(config.host_bytes))
         self._catalog = Catalog(base, self._engine, dtype, device, room, self._metrics.told)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._tokenizing = asyncio.Lock()
 
     async def reconfigure(self, _: Mapping[str, Any]) -> None:
         """Serve what the director says, now and from now on; Ray Serve calls this when a replica starts.
@@ -161,7 +165,7 @@ class Replica:
         """
         started = time.monotonic()
         async with self._catalog.lease(request.model, draw) as lease:
-            jobs = self._jobs(request, lease.adapter)
+            jobs = await self._jobs(request, lease.adapter)
             total = sum(len(job.prompt) for job in jobs) // request.choices
             yield Delta("", total, 0, fingerprint=lease.content_hash)
             meter = self._metrics.meter(lease.name, lease.version, total, started)
@@ -180,8 +184,12 @@ class Replica:
             finally:
                 meter.end(failed=failed)
 
-    def _jobs(self, request: ChatRequest | CompletionRequest, adapter: str | None) -> list[GenerationRequest]:
+    async def _jobs(
+        self, request: ChatRequest | CompletionRequest, adapter: str | None
+    ) -> list[GenerationRequest]:
         """Make what the engine is asked for: each prompt as often as there are choices."""
+        stop_tokens = frozenset(request.stop_token_ids or ())
+        check_tokens(self._tokenizer, sorted(stop_tokens), "stop_token_ids")
         return [
             GenerationRequest(
                 prompt=prompt,
@@ -189,10 +197,14 @@ class Replica:
                 adapter=adapter,
                 temperature=1.0 if request.temperature is None else request.temperature,
                 top_p=1.0 if request.top_p is None else request.top_p,
+                top_k=max(request.top_k or 0, 0),
+                min_p=request.min_p or 0.0,
+                repetition_penalty=request.repetition_penalty or 1.0,
+                stop_tokens=stop_tokens,
                 seed=seed,
                 logprobs=request.scored,
             )
-            for prompt in self._prompts(request)
+            for prompt in await self._prompts(request)
             for seed in _seeds(request.seed, request.choices)
         ]
 
@@ -228,10 +240,20 @@ class Replica:
         parser = AnswerParser(self._format, in_block=self._format.in_block(prompt))
         return TextStream(self._format.decode, stops, parser)
 
-    def _prompts(self, request: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
-        if isinstance(request, ChatRequest):
-            return [chat_tokens(self._tokenizer, [message.plain() for message in request.messages])]
-        return [prompt_tokens(self._tokenizer, prompt) for prompt in request.prompts]
+    async def _prompts(self, request: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
+        """Make the tokens of each prompt; of long texts in a thread, so that other requests go on."""
+
+        def tokens() -> list[tuple[int, ...]]:
+            if isinstance(request, ChatRequest):
+                messages = [message.plain() for message in request.messages]
+                return [chat_tokens(self._tokenizer, messages, request.chat_template_kwargs)]
+            return [prompt_tokens(self._tokenizer, prompt) for prompt in request.prompts]
+
+        if request.characters < LONG_CHARACTERS:
+            return tokens()
+        # One at a time: what the tokenizer does between its calls into Rust is not made for several threads.
+        async with self._tokenizing:
+            return await asyncio.to_thread(tokens)
 
     def _limit(self, request: ChatRequest | CompletionRequest, prompt: int) -> int:
         """Decide how many tokens a request may generate, refusing one that does not fit."""
@@ -239,9 +261,8 @@ class Replica:
         asked = request.limit
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         if asked is not None and asked > most:
-            raise BadRequestError(
-                f"max_tokens is {asked}; at most {most} are generated here", param="max_tokens"
-            )
+            name = "max_tokens" if asked == request.max_tokens else "max_completion_tokens"
+            raise BadRequestError(f"{name} is {asked}; at most {most} are generated here", param=name)
         if prompt + (asked or 1) > self._room:
             raise BadRequestError(
                 f"the maximum context length is {self._room} tokens, but the prompt has {prompt} and "

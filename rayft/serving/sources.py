@@ -6,11 +6,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from rayft.artifacts import AdapterArtifact, settle
+from rayft.artifacts import settle
 from rayft.artifacts.meta import CONFIG_FILE
 from rayft.errors import ArtifactError, BadRequestError
 from rayft.registry.ref import AdapterRef, Registry
-from rayft.serving.admission import BaseModel, check_adapter
+from rayft.serving.admission import BaseModel, check_adapter, read_adapter
 from rayft.serving.allowed import FILES
 from rayft.serving.state import Deployed
 from rayft.squeeze.budget import parse_bytes
@@ -98,7 +98,7 @@ def _fetch(url: str, fetched: Path, most: int) -> Path:
         except Exception as error:
             # Each store has errors of its own: botocore's of missing credentials are no OSError.
             raise ArtifactError(f"{url} can't be read: {error}") from error
-        target = fetched / AdapterArtifact.load(staging).content_hash
+        target = fetched / read_adapter(staging).content_hash
         if not target.is_dir() and not settle(staging, target):
             raise ArtifactError(f"{target} can't be written; free it or give another folder (fetched)")
         return target

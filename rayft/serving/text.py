@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from rayft.data.chat_format import Answer, AnswerParser
 from rayft.errors import BadRequestError
+from rayft.serving.body import where
 from rayft.serving.engine import TokenLogprob
 from rayft.serving.messages import TokenScore
 
@@ -22,23 +25,46 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer writes for bytes that are no whole character yet."""
 
 
-def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
-    """Apply the model's chat template.
+def chat_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, str]],
+    variables: Mapping[str, Any] | None = None,
+) -> tuple[int, ...]:
+    """Apply the model's chat template, with variables for it (`chat_template_kwargs`) where there are some.
 
     Raises:
-        BadRequestError: if there is none, or it refuses the messages.
+        BadRequestError: if there is none, or it refuses the messages or the variables.
     """
     if not tokenizer.chat_template:
         raise BadRequestError("this model has no chat template; use /v1/completions", param="messages")
+    variables = variables or {}
+    reserved = reserved_variables(tokenizer)
+    for name in variables:
+        if name in reserved or not name.isidentifier():
+            problem = "is set by the server" if name in reserved else "is no name of a variable"
+            param = where(["chat_template_kwargs", name])
+            raise BadRequestError(f"'{param}': '{name}' {problem}; leave it out", param=param)
     try:
         tokens: Any = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **variables
         )
-    except TemplateError as error:
+    except Exception as error:
+        # Templates are programs: what they raise depends on what they are given.
+        param = "chat_template_kwargs" if variables else "messages"
+        what = "these messages and chat_template_kwargs" if variables else "these messages"
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         raise BadRequestError(
-            f"the model's chat template refuses these messages: {error}", param="messages"
+            f"the model's chat template refuses {what}: {kind}{error}", param=param
         ) from error
     return tuple(tokens)
+
+
+def reserved_variables(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """Return the names of variables that a chat template is given anyway, and of arguments on the way."""
+    arguments = (tokenizer.apply_chat_template, render_jinja_template)
+    named = {name for function in arguments for name in inspect.signature(function).parameters}
+    given = {"messages", "self", "raise_exception", "strftime_now", *tokenizer.special_tokens_map}
+    return frozenset(named | given)
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int]) -> tuple[int, ...]:
@@ -50,13 +76,23 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int
     if isinstance(prompt, str):
         tokens = tuple(tokenizer(prompt)["input_ids"])
     else:
-        tokens, size = tuple(prompt), len(tokenizer)
-        wrong = next((token for token in tokens if not 0 <= token < size), None)
-        if wrong is not None:
-            raise BadRequestError(f"{wrong} is no token of this model (0 to {size - 1})", param="prompt")
+        tokens = tuple(prompt)
+        check_tokens(tokenizer, tokens, "prompt")
     if not tokens:
         raise BadRequestError("the prompt is empty; send at least one token", param="prompt")
     return tokens
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], param: str) -> None:
+    """Refuse numbers that are no tokens.
+
+    Raises:
+        BadRequestError: naming the first of them.
+    """
+    size = len(tokenizer)
+    wrong = next((token for token in tokens if not 0 <= token < size), None)
+    if wrong is not None:
+        raise BadRequestError(f"'{param}': {wrong} is no token of this model (0 to {size - 1})", param=param)
 
 
 def score(tokenizer: PreTrainedTokenizerBase, entry: TokenLogprob) -> TokenScore:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from ray import cloudpickle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from starlette.responses import JSONResponse
 
 from rayft.errors import BadRequestError, ResourceError, TooManyRequestsError, UnknownModelError
 from rayft.serving.answers import describe_error
@@ -28,3 +30,18 @@ def test_an_error_has_a_status_wherever_it_was_raised(
     assert (found, body["error"]["code"]) == (status, code)
     assert word in body["error"]["message"]
     assert "secret" not in str(body)
+
+
+@pytest.mark.parametrize(
+    "error", [BadRequestError("no \ud83d"), ResourceError("\udcff/a"), UnknownModelError("a\0")]
+)
+def test_any_text_of_an_error_can_be_sent_and_written(error: Exception) -> None:
+    status, body = describe_error(RayTaskError("generate", "traceback", error))
+    assert JSONResponse(body, status_code=status).body.decode()
+    assert cloudpickle.loads(cloudpickle.dumps(error)).args == error.args
+    assert str(error).encode()
+
+
+def test_a_long_text_of_an_error_is_cut() -> None:
+    _, body = describe_error(UnknownModelError("x" * 10**6))
+    assert len(body["error"]["message"]) < 5000

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from rayft.errors import (
     UnknownModelError,
 )
 from rayft.models.load import ModelConfig
+from rayft.serving import replica as replica_module
 from rayft.serving.config import ServeConfig
 from rayft.serving.messages import Delta
 from rayft.serving.packed_engine import PackedEngine
@@ -90,6 +92,72 @@ def test_chat_goes_through_the_template(replica: Replica, tiny_tokenizer: Any) -
     prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     as_text = answer(replica, text(prompt, "small", max_tokens=9))
     assert "".join(d.text for d in answer(replica, request)) == "".join(d.text for d in as_text)
+
+
+def test_a_template_is_given_the_requests_variables(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% if enable_thinking %}let me think{% else %}no{% endif %}"
+    monkeypatch.setattr(replica._tokenizer, "chat_template", template)
+
+    def prompt(variables: dict[str, Any] | None) -> int:
+        message = Message(role="user", content="hi")
+        request = ChatRequest(model="base", messages=[message], max_tokens=1, chat_template_kwargs=variables)
+        return answer(replica, request)[0].prompt_tokens
+
+    assert [prompt(None), prompt({"enable_thinking": True})] == [len("no"), len("let me think")]
+
+
+def test_a_requests_options_reach_the_engine(replica: Replica) -> None:
+    def written(**extra: Any) -> str:
+        return "".join(delta.text for delta in answer(replica, text(max_tokens=30, **extra)))
+
+    greedy = written()
+    free = {"temperature": 2.0, "seed": 1}
+    assert written(**free, top_k=1) == written(**free, min_p=1.0) == greedy
+    assert written(**free, top_k=-1, min_p=0.0, repetition_penalty=1.0) == written(**free, top_k=0) != greedy
+    assert written(repetition_penalty=3.0) != greedy
+
+
+def test_a_stop_token_ends_the_request(replica: Replica, tiny_tokenizer: Any) -> None:
+    letters = [token for token in range(len(tiny_tokenizer)) if tiny_tokenizer.decode([token]).isalpha()]
+    whole = "".join(delta.text for delta in answer(replica, text(max_tokens=60)))
+    end = next(place for place, letter in enumerate(whole) if letter.isascii() and letter.isalpha())
+    deltas = answer(replica, text(max_tokens=60, stop_token_ids=letters))
+    assert "".join(delta.text for delta in deltas) == whole[:end]
+    assert deltas[-1].finish == "stop"
+    with pytest.raises(BadRequestError, match="'stop_token_ids': 100000 is no token of this model") as caught:
+        answer(replica, text(stop_token_ids=[3, 100_000]))
+    assert caught.value.param == "stop_token_ids"
+
+
+def test_long_prompts_do_not_hold_up_other_requests(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    tokenize = replica_module.prompt_tokens
+
+    def slow(tokenizer: Any, prompt: Any) -> tuple[int, ...]:
+        if len(prompt) > 1000:
+            begun.set()
+            assert go_on.wait(30)
+        return tokenize(tokenizer, prompt)
+
+    monkeypatch.setattr(replica_module, "prompt_tokens", slow)
+
+    async def scenario() -> None:
+        async def run(request: CompletionRequest) -> list[Delta]:
+            return [delta async for delta in replica.generate(request)]
+
+        long = asyncio.create_task(run(text("x" * 30_000)))
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        assert (await run(text()))[-1].finish == "length"
+        go_on.set()
+        with pytest.raises(BadRequestError, match="context length"):
+            await long
+
+    asyncio.run(scenario())
 
 
 def test_a_stop_string_ends_the_request(replica: Replica) -> None:

@@ -4,12 +4,16 @@ import json
 from typing import Any
 
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsStreaming as TextParams
 
 from rayft.errors import BadRequestError
-from rayft.serving.schemas import NEUTRAL, ChatRequest, CompletionRequest, parse_request
+from rayft.serving.schemas import HARMLESS, NEUTRAL, ChatRequest, CompletionRequest, parse_request
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
+PART = {"type": "text", "text": "a"}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 
 
 def chat(**extra: Any) -> ChatRequest:
@@ -34,8 +38,23 @@ def test_bodies_that_are_no_json_object_are_refused(body: bytes, word: str) -> N
     [
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
-        ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "hi"}]}, "messages[0].role"),
+        ({"messages": ["hi"]}, "messages[0]"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content"),
+        ({"messages": [*CHAT["messages"], {"role": "user", "content": 3}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": ["hi"]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [{**PART, "text": 1}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [PART, IMAGE]}]}, "messages[0].content[1].type"),
+        ({"messages": [{"role": "user", "content": [{**PART, "txt": "a"}]}]}, "messages[0].content[0].txt"),
+        ({"messages": [{"role": "user", "content": "hi", "name": "ann"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "hi", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        (
+            {"messages": [{"role": "user", "content": "hi", "reasoning_content": "so"}]},
+            "messages[0].reasoning_content",
+        ),
         ({"temperature": -1}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -43,7 +62,15 @@ def test_bodies_that_are_no_json_object_are_refused(body: bytes, word: str) -> N
         ({"max_completion_tokens": "many"}, "max_completion_tokens"),
         ({"stop": [""]}, "stop"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": 3}, "stop"),
+        ({"stop": ["a", 3]}, "stop[1]"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+        ({"stream": True, "stream_options": {"include_usages": True}}, "stream_options.include_usages"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+        ),
         ({"model": None}, "model"),
         ({"temperature": "0"}, "temperature"),
         ({"max_tokens": "3"}, "max_tokens"),
@@ -58,6 +85,27 @@ def test_bodies_that_are_no_json_object_are_refused(body: bytes, word: str) -> N
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 5.0}, "top_k"),
+        ({"top_k": True}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": "0.1"}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": -1}, "repetition_penalty"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty"),
+        ({"stop_token_ids": 3}, "stop_token_ids"),
+        ({"stop_token_ids": [3, "4"]}, "stop_token_ids[1]"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [True]}, "stop_token_ids[0]"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"verbosity": "low"}, "verbosity"),
+        ({"max_token": 5}, "max_token"),
+        ({"model": "m" * 5000}, "model"),
     ],
 )
 def test_wrong_and_unsupported_fields_are_refused_by_name(extra: dict[str, Any], param: str) -> None:
@@ -65,6 +113,52 @@ def test_wrong_and_unsupported_fields_are_refused_by_name(extra: dict[str, Any],
         chat(**extra)
     assert caught.value.param == param
     assert param in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("max_token", "max_tokens"),
+        ("max_new_tokens", "max_tokens"),
+        ("temprature", "temperature"),
+        ("topk", "top_k"),
+        ("repeat_penalty", "repetition_penalty"),
+        ("stop_token_id", "stop_token_ids"),
+        ("chat_template_kwarg", "chat_template_kwargs"),
+        ("message", "messages"),
+    ],
+)
+def test_an_unknown_field_is_refused_with_the_nearest_name(wrong: str, right: str) -> None:
+    with pytest.raises(BadRequestError, match=f"'{wrong}': .* did you mean '{right}'\\?"):
+        chat(**{wrong: 1})
+
+
+def test_a_misspelt_field_is_told_before_the_one_that_is_missing() -> None:
+    body = {"model": "m", "mesages": CHAT["messages"]}
+    with pytest.raises(BadRequestError, match="did you mean 'messages'"):
+        parse_request(ChatRequest, json.dumps(body).encode())
+
+
+def test_images_are_said_to_be_unsupported() -> None:
+    with pytest.raises(BadRequestError, match="images are not supported"):
+        chat(messages=[{"role": "user", "content": [IMAGE]}])
+
+
+def test_fields_of_chats_are_none_of_texts() -> None:
+    with pytest.raises(BadRequestError, match="'chat_template_kwargs': there is no such field"):
+        text(chat_template_kwargs={"a": 1})
+
+
+def test_an_answer_can_be_sent_back_as_it_came() -> None:
+    answer = {
+        "role": "assistant", "content": "3", "refusal": None, "annotations": [], "audio": None,
+        "function_call": None, "tool_calls": None, "reasoning_content": "1 + 2",
+    }  # fmt: skip
+    request = chat(messages=[*CHAT["messages"], answer, {**answer, "reasoning_content": None}])
+    assert [message.plain() for message in request.messages[1:]] == [
+        {"role": "assistant", "content": "3", "reasoning_content": "1 + 2"},
+        {"role": "assistant", "content": "3"},
+    ]
 
 
 @pytest.mark.parametrize("field", ["model", "messages"])
@@ -89,8 +183,22 @@ def test_unsupported_fields_may_ask_for_nothing(field: str) -> None:
         assert chat(**{field: value}) == chat()
 
 
-def test_fields_that_change_nothing_are_let_through() -> None:
-    assert chat(user="me", metadata={"a": "b"}, store=False, service_tier="auto") == chat()
+@pytest.mark.parametrize("value", ["auto", {"a": "b"}, False, 3, None])
+def test_fields_that_change_nothing_are_let_through(value: Any) -> None:
+    assert chat(**dict.fromkeys(HARMLESS, value)) == chat()
+
+
+def test_all_fields_of_openais_are_supported_ignored_or_refused() -> None:
+    for kind, theirs in ((ChatRequest, ChatParams), (CompletionRequest, TextParams)):
+        known = {*kind.model_fields, *HARMLESS, *NEUTRAL}
+        assert set(theirs.__annotations__) <= known
+
+
+def test_the_schema_tells_of_ignored_and_unsupported_fields() -> None:
+    schema = ChatRequest.model_json_schema()
+    assert not schema["additionalProperties"]
+    assert {*HARMLESS, *NEUTRAL, *ChatRequest.model_fields} == set(schema["properties"])
+    assert schema["properties"]["tool_choice"]["enum"] == ["none", "auto", None]
 
 
 def test_token_limits() -> None:
@@ -116,6 +224,16 @@ def test_messages_become_what_templates_want() -> None:
 def test_a_prompt_is_a_text_or_tokens_or_several() -> None:
     asked = ("a", ["a", "b"], [1, 2], [[1], [2, 3]])
     assert [text(prompt=p).prompts for p in asked] == [["a"], ["a", "b"], [[1, 2]], [[1], [2, 3]]]
-    for wrong in ([["a"]], [1, "a"], 3, {"a": 1}):
-        with pytest.raises(BadRequestError, match="prompt"):
+    for wrong, place in (
+        ([["a"]], "prompt[0][0]"),
+        ([1, "a"], "prompt[1]"),
+        (["a", 1], "prompt[1]"),
+        ([[]] * 129, "prompt"),
+        ([True], "prompt"),
+        ([None], "prompt"),
+        (3, "prompt"),
+        ({"a": 1}, "prompt"),
+    ):
+        with pytest.raises(BadRequestError) as caught:
             text(prompt=wrong)
+        assert caught.value.param == place

@@ -74,6 +74,54 @@ def test_messages_go_through_the_template(tiny_tokenizer: Any) -> None:
     assert tiny_tokenizer.decode(list(tokens)) == wanted
 
 
+THINKING = """{% for m in messages %}{{ m.content }}{% endfor %}
+{{- '<think>' if enable_thinking else '!' }}
+{%- if years %}{% for _ in range(years) %}{{ years + 1 }}{% endfor %}{% endif %}"""
+
+
+def test_a_template_is_given_variables(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", THINKING)
+    messages = [{"role": "user", "content": "hi"}]
+    for variables, wanted in (
+        (None, "hi!"),
+        ({}, "hi!"),
+        ({"enable_thinking": False}, "hi!"),
+        ({"enable_thinking": True}, "hi<think>"),
+        ({"unused": {"a": [1, "b"]}}, "hi!"),
+    ):
+        assert tiny_tokenizer.decode(list(chat_tokens(tiny_tokenizer, messages, variables))) == wanted
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenize", "add_generation_prompt", "messages", "conversation", "conversations", "tools", "documents",
+     "chat_template", "continue_final_message", "return_dict", "eos_token", "self", "raise_exception",
+     "kwargs", "", "a-b", "1a", "a b"],
+)  # fmt: skip
+def test_variables_that_are_not_the_templates_own_are_refused(tiny_tokenizer: Any, name: str) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        chat_tokens(tiny_tokenizer, [{"role": "user", "content": "hi"}], {name: True})
+    assert caught.value.param == f"chat_template_kwargs.{name}"
+
+
+@pytest.mark.parametrize("years", ["many", [1], {"a": 1}, 10**7])
+def test_variables_that_a_template_fails_on_are_the_requests_fault(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, years: Any
+) -> None:
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", THINKING)
+    with pytest.raises(BadRequestError, match="refuses these messages and chat_template_kwargs") as caught:
+        chat_tokens(tiny_tokenizer, [{"role": "user", "content": "hi"}], {"years": years})
+    assert caught.value.param == "chat_template_kwargs"
+
+
+def test_half_a_character_from_a_template_is_an_error_of_ours(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", r"{{ '\ud83d' }}")
+    with pytest.raises(BadRequestError, match="chat template"):
+        chat_tokens(tiny_tokenizer, [{"role": "user", "content": "hi"}])
+
+
 def test_a_template_that_refuses_is_the_requests_fault(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
