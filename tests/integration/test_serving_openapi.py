@@ -10,17 +10,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
 from schemathesis.checks import positive_data_acceptance
 from schemathesis.config import SchemathesisConfig
 
 from rayft.serving.messages import NAME
 from rayft.serving.openapi import openapi
-from tests.integration.serving import ADMIN, HEADERS, Base, serving
+from rayft.serving.response_schemas import ErrorAnswer
+from tests.integration.serving import ADMIN, HEADERS, Base, replica_stats, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -39,7 +43,7 @@ def document() -> dict[str, Any]:
     bodies = found["components"]["schemas"]
     for body in ("ChatRequest", "CompletionRequest"):
         bodies[body]["properties"]["model"] = {"enum": MODELS}
-    bodies["CompletionRequest"]["properties"]["prompt"]["anyOf"][0]["minLength"] = 1
+    bodies["CompletionRequest"]["properties"]["prompt"]["oneOf"][0]["minLength"] = 1
     bodies["LoadRequest"]["properties"]["source"] = {"enum": SOURCES}
     for operation in found["paths"]["/v1/models/{name}"].values():
         operation["parameters"][0]["schema"] = {"enum": MODELS}
@@ -58,6 +62,7 @@ good: dict[str, Counter[bool]] = {}
 class Server:
     url: str
     root: Path
+    replica: int
 
     def make_canary(self, name: str) -> None:
         """Serve two versions under a name, if it has not got them."""
@@ -73,7 +78,7 @@ def server(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPath
     folders = {name: base.save(name, artifact) for name, artifact in made.items()}
     served = {name: folders[name] for name in ("still", "squeezed")}
     with serving(base, adapters=served, keys=(ADMIN,), max_new_tokens=8) as url:
-        yield Server(url, base.root)
+        yield Server(url, base.root, replica_stats()[0]["pid"])
 
 
 def aim(case: schemathesis.Case, server: Server) -> None:
@@ -120,6 +125,78 @@ def promise(path: str, verb: str) -> Any:
 for _path, _verbs in openapi()["paths"].items():
     for _verb in _verbs:
         globals()[f"test_{_verb}_{re.sub(r'[^a-z0-9]+', '_', _path).strip('_')}"] = promise(_path, _verb)
+
+
+def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """List the places of all values in a body."""
+    yield path
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in inside:
+        yield from places(inner, (*path, key))
+
+
+def put(value: Any, path: tuple[str | int, ...], new: Any) -> Any:
+    """Copy a value with another one at a place in it."""
+    if not path:
+        return new
+    copy = value.copy()
+    copy[path[0]] = put(value[path[0]], path[1:], new)
+    return copy
+
+
+# What schemathesis leaves out by itself: it generates no text that can't be encoded.
+halves = st.text(st.characters(categories=["Cs"]), min_size=1, max_size=3)
+odd = st.one_of(
+    halves,
+    st.builds("a{}\0".format, halves),
+    st.text(st.characters(categories=["Cc", "Cf", "Co", "Cn"]), max_size=5),
+    st.integers() | st.integers(10**20, 10**22),
+    st.floats(),
+    st.booleans() | st.none(),
+    st.dictionaries(halves | st.text(), st.none(), max_size=2),
+    st.integers(1, 3000).map(lambda depth: json.loads("[" * min(depth, 500) + "]" * min(depth, 500))),
+    st.integers(1, 2000).map(lambda size: "x" * 100 * size),
+    st.integers(1, 2000).map(lambda size: [0] * size),
+)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/adapters"])
+@settings(
+    max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+@given(data=st.data())
+def test_a_request_that_is_spoilt_at_any_place_is_answered_or_refused(
+    server: Server, path: str, data: st.DataObject
+) -> None:
+    case = data.draw(schema[path]["POST"].as_strategy())
+    aim(case, server)
+    body: Any = case.body if isinstance(case.body, dict) else {}
+    place = data.draw(st.sampled_from([*places(body)]))
+    spoilt = put(body, place, data.draw(odd))
+    if isinstance(spoilt, dict) and data.draw(st.booleans()):
+        spoilt[data.draw(halves | st.text())] = data.draw(odd)
+    headers = {**HEADERS, "Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}{path}", content=json.dumps(spoilt), headers=headers, timeout=60)
+    assert answer.status_code < 500, answer.text
+    if answer.status_code >= 400:
+        TypeAdapter(ErrorAnswer).validate_python(answer.json(), strict=True)
+
+
+@settings(max_examples=40, derandomize=True, database=None, deadline=None)
+@given(
+    name=st.text(st.characters(codec=None), min_size=1, max_size=20), verb=st.sampled_from(["GET", "DELETE"])
+)
+def test_any_name_in_a_path_is_found_or_not(server: Server, name: str, verb: str) -> None:
+    encoded = quote(name.encode("utf-8", "surrogatepass"), safe="")
+    for path in (f"/v1/models/{encoded}", f"/v1/adapters/{encoded}", f"/v1/adapters/{encoded}/promote"):
+        answer = httpx.request(verb, f"{server.url}{path}", headers=HEADERS)
+        assert 300 <= answer.status_code < 500
+        if answer.status_code >= 400:
+            TypeAdapter(ErrorAnswer).validate_python(answer.json(), strict=True)
+
+
+def test_no_request_ended_a_replica(server: Server) -> None:
+    assert [one["pid"] for one in replica_stats()] == [server.replica]
 
 
 def test_each_operation_was_answered_well_by_some_of_them() -> None:
