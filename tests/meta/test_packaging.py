@@ -25,6 +25,7 @@ WITH_OTHERS = {
     "alembic": "mlflow",
     "markupsafe": "jinja2",
     "pyarrow": "datasets",
+    "pydantic_core": "pydantic",
     "sqlalchemy": "mlflow",
     "starlette": "fastapi",
     "tokenizers": "transformers",
