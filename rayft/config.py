@@ -20,10 +20,12 @@ from typing import Any, TypeVar, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from rayft.errors import ConfigError
 
 __all__ = [
+    "SINCE",
     "Record",
     "Section",
     "content_hash",
@@ -36,6 +38,9 @@ __all__ = [
 ]
 
 SectionT = TypeVar("SectionT", bound="Section")
+
+SINCE = "since"
+"""Key in a field's `json_schema_extra`: the version that added the field, if that was after 0.1.0."""
 
 
 class Section(BaseModel):
@@ -279,9 +284,33 @@ def _sections(annotation: Any) -> list[type[Section]]:
 
 
 def content_hash(section: Section) -> str:
-    """Hash what a section says (12 hex digits): the same content, the same hash."""
-    text = json.dumps(section.model_dump(mode="json"), sort_keys=True)
+    """Hash what a section says (12 hex digits): the same content, the same hash.
+
+    Folders and tracked runs are found again by this hash, so it has to stay what earlier versions computed.
+    A field that was added later carries the version that added it,
+    `Field(default=…, json_schema_extra={SINCE: "0.2"})`, and counts only where it differs from its default.
+    """
+    text = json.dumps(_hashed(section, section.model_dump(mode="json")), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _hashed(value: Any, dumped: Any) -> Any:
+    """Leave out of a dump the later fields that hold their defaults, at any depth."""
+    if isinstance(value, Section):
+        return {
+            name: _hashed(getattr(value, name), dumped[name])
+            for name, field in type(value).model_fields.items()
+            if not (_later(field) and getattr(value, name) == field.get_default(call_default_factory=True))
+        }
+    if isinstance(value, Mapping):
+        return {key: _hashed(inner, dumped[str(key)]) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hashed(inner, other) for inner, other in zip(value, dumped, strict=True)]
+    return dumped
+
+
+def _later(field: FieldInfo) -> bool:
+    return isinstance(field.json_schema_extra, dict) and SINCE in field.json_schema_extra
 
 
 def leaves(section: Section) -> dict[str, str]:

@@ -74,6 +74,8 @@ class AdapterAnalysis(Record):
     """Its settings without the seed."""
     weights: str = ""
     """Hash of its files of weights."""
+    inputs: str = ""
+    """Hash of data and base (`Identity.inputs`); empty where rayft 0.1.0 found it."""
     measures: dict[str, float] = {}
     """Every number that may predict something, also in the tracker."""
     gap: Gap | None = None

@@ -30,6 +30,7 @@ from rayft.data.pack import AnyBatch, collate_rows, rows_of
 from rayft.data.template import encode_all
 from rayft.errors import MethodError, RayftError, ResourceError
 from rayft.evaluate.loss import targets_of
+from rayft.identity import UNKNOWN, Identity
 from rayft.methods.base import LoraFactors
 from rayft.models.difference import open_pair
 from rayft.models.inject import attach, clear, wrap
@@ -65,6 +66,8 @@ class AnalyzeRequest:
     """Of a whole tuned model the `ModelConfig` that it started from, as JSON."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """The adapter's files, for lanes on machines that can't see its folder."""
+    expected: Identity = UNKNOWN
+    """Data and base, as the client has read them."""
 
     def __call__(self, session: Session, run: RunConfig) -> dict[str, Any]:
         """Do it on the first worker; the others have nothing to add."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rayft.errors import DataError
+
 __all__ = ["REASONING", "Example", "Image", "Message", "digest"]
 
 
@@ -59,8 +61,17 @@ class Image:
 
         Raises:
             OSError: if its file can't be read.
+            DataError: if its file has changed since it was described.
         """
-        return Path(self.name).read_bytes() if self.data is None else self.data
+        if self.data is not None:
+            return self.data
+        content = Path(self.name).read_bytes()
+        if hashlib.sha256(content).hexdigest()[:16] != self.digest:
+            raise DataError(
+                f"{self.name} has changed since the data was read: leave it alone while rayft runs, and run "
+                "the command again"
+            )
+        return content
 
 
 @dataclass(frozen=True)

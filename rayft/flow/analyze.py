@@ -51,14 +51,15 @@ def analyze_items(
     places = {
         item.name: folder / PIECES / f"{_identity(item, weights[item.name], config)}.json" for item in items
     }
-    found = {name: one for name, place in places.items() if (one := _piece(place)) is not None}
+    found = {item.name: one for item in items if (one := _piece(places[item.name], item)) is not None}
     todo = {f"analyse {item.name}": item for item in items if item.name not in found}
     executor.submit([Job.of(key, "analyse", item.request(config)) for key, item in todo.items()])
     waiting = {executor.broker.next_event.remote(key): item for key, item in todo.items()}
     while waiting:
         (ready,), _ = ray.wait([*waiting], num_returns=1)
         item = waiting.pop(ready)
-        one = _finding(item, config, ray.get(ready)).model_copy(update={"weights": weights[item.name]})
+        one = _finding(item, config, ray.get(ready))
+        one = one.model_copy(update={"weights": weights[item.name], "inputs": item.inputs})
         one.write(places[item.name])
         found[item.name] = one
     return [found[item.name] for item in items]
@@ -77,29 +78,34 @@ def _identity(item: Item, weights: str, config: AnalyzeConfig) -> str:
     return hashlib.sha256(given.encode()).hexdigest()[:24]
 
 
-def _piece(place: Path) -> AdapterAnalysis | None:
+def _piece(place: Path, item: Item) -> AdapterAnalysis | None:
+    """Read what was found of an adapter; None if it was found with other data or on another base."""
     try:
-        one = AdapterAnalysis.model_validate_json(place.read_bytes())
+        one = item.with_inputs(AdapterAnalysis.model_validate_json(place.read_bytes()))
     except (OSError, ValidationError):
         return None
     # A reason may be gone by now.
-    return None if one.notes else one
+    return None if one.notes or one.inputs != item.inputs else one
 
 
 def completed(
     found: Sequence[AdapterAnalysis], config: AnalyzeConfig, earlier: SweepAnalysis | None
 ) -> tuple[list[AdapterAnalysis], AnalyzeConfig]:
-    """Keep what an earlier analysis found, where settings and weights are the same and parts are others."""
+    """Keep what an earlier analysis found of other parts with the same settings, weights, data and base."""
     if earlier is None or not earlier.covers(config):
         return [*found], config
     before = {one.name: one for one in earlier.adapters}
     kept = []
     for one in found:
         other = before.get(one.name)
-        same = other is not None and (other.group, other.weights) == (one.group, one.weights)
+        same = other is not None and _of(other) == _of(one)
         kept.append(one.completed(other) if other is not None and same else one)
     parts = [part for part in PARTS if part in (*config.parts, *earlier.config.parts)]
     return kept, config.model_copy(update={"parts": tuple(parts)})
+
+
+def _of(one: AdapterAnalysis) -> tuple[str, str, str]:
+    return one.group, one.weights, one.inputs
 
 
 def summarize(
@@ -181,6 +187,7 @@ def analyze_target(
         wanted = _config(sources, parts, overrides)
         place = out or sources.folder
         earlier = earlier_analysis(place, {item.name for item in sources.items}, overwrite=overwrite)
+        earlier = None if earlier is None else _with_inputs(earlier, sources.items)
         scale, lanes = sources.items[0].run.scale, min(sources.settings.sweep.lanes, len(sources.items))
         kind = check_executor(sources.settings.sweep, sources.items[0].run)
         with cluster(lanes * scale.workers, device=scale.device, gpu_share=scale.gpu_share):
@@ -218,6 +225,13 @@ def earlier_analysis(folder: Path, names: Collection[str], *, overwrite: bool) -
             "or replace it with --overwrite"
         )
     return earlier
+
+
+def _with_inputs(earlier: SweepAnalysis, items: Sequence[Item]) -> SweepAnalysis:
+    """Complete what rayft 0.1.0 found of adapters."""
+    named = {item.name: item for item in items}
+    adapters = [named[one.name].with_inputs(one) if one.name in named else one for one in earlier.adapters]
+    return earlier.model_copy(update={"adapters": tuple(adapters)})
 
 
 def _config(sources: Sources, parts: Sequence[str], overrides: Sequence[str]) -> AnalyzeConfig:

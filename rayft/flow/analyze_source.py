@@ -10,16 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rayft.analysis.record import AdapterAnalysis
 from rayft.analysis.section import AnalyzeConfig
 from rayft.analysis.work import AnalyzeRequest
 from rayft.artifacts import AdapterArtifact
+from rayft.artifacts.meta import META_FILE, ArtifactMeta
 from rayft.config import parse
 from rayft.errors import ConfigError, ReportError
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.identity import current_identity
 from rayft.flow.preflight import STAMP_FILE
 from rayft.flow.squeeze_source import find_origin
 from rayft.flow.stages import files_along, outcome
+from rayft.identity import UNKNOWN, Identity
 from rayft.report.frame import SweepRecord
 from rayft.sweep.space import points
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
@@ -38,6 +42,31 @@ class Item:
     run: RunConfig
     folder: Path
     run_id: str = ""
+    identity: Identity = UNKNOWN
+    """Of data and base, as they are now."""
+
+    @property
+    def inputs(self) -> str:
+        """Hash of data and base; empty where they are unknown."""
+        return self.identity.inputs if self.identity.data else ""
+
+    def with_inputs(self, found: AdapterAnalysis) -> AdapterAnalysis:
+        """Complete what rayft 0.1.0 found, which did not say with which data.
+
+        It took the data that the adapter was trained with. Where that is no longer the same, nothing is
+        added, and the finding is not used again.
+        """
+        if found.inputs or self.made_from.differences(self.identity):
+            return found
+        return found.model_copy(update={"inputs": self.inputs})
+
+    @property
+    def made_from(self) -> Identity:
+        """What its folder says that it was trained with."""
+        path = self.folder / META_FILE
+        # A whole model has none.
+        meta = ArtifactMeta.model_validate_json(path.read_text()) if path.is_file() else ArtifactMeta()
+        return Identity(data=meta.data_digest, fingerprint=meta.base_fingerprint)
 
     @property
     def group(self) -> str:
@@ -64,6 +93,7 @@ class Item:
             group=self.group,
             base="" if adapter else self.run.model.model_dump_json(),
             files=files_along(adapter),
+            expected=self.identity if adapter else self.identity.of_data(),
         )
 
 
@@ -100,9 +130,13 @@ def find_items(target: str, config: Path | None, uri: str | None, scratch: Path)
 
 def _of_sweep(path: Path) -> Sources:
     record, settings = SweepRecord.load(path), load_config(path / STAMP_FILE)
-    runs = {point.name: point.run for point in points(settings.sweep, settings.run(has_gpus()))}
+    run = settings.run(has_gpus())
+    runs, identity = (
+        {point.name: point.run for point in points(settings.sweep, run)},
+        current_identity(run, path),
+    )
     items = [
-        Item(trial.id, runs[trial.id], Path(trial.folder), trial.run_id)
+        Item(trial.id, runs[trial.id], Path(trial.folder), trial.run_id, identity)
         for trial in record.trials
         if trial.status == "finished" and trial.folder and trial.id in runs and Path(trial.folder).is_dir()
     ]
@@ -122,7 +156,8 @@ def _of_folder(path: Path, config: Path | None) -> Sources:
     run = origin.config.run(has_gpus())
     name = artifact.meta.method or "lora"
     run = run.model_copy(update={"method": run.method.model_copy(update={"name": name})})
-    item = Item(origin.name, run, path.absolute(), origin.run_id)
+    identity = current_identity(run, origin.sweep)
+    item = Item(origin.name, run, path.absolute(), origin.run_id, identity)
     return Sources(origin.config, (item,), origin.tracker, path)
 
 
@@ -153,7 +188,8 @@ def _of_run(run_id: str, config: Path | None, uri: str | None, scratch: Path) ->
     run = run or settings.run(has_gpus())
     run = run.model_copy(update={"scale": settings.run(has_gpus()).scale})
     tracker = prepare(replace(spec, spool=scratch / "spool"))
-    return Sources(settings, (Item(stored.name, run, stored.adapter, run_id),), tracker, Path.cwd())
+    item = Item(stored.name, run, stored.adapter, run_id, current_identity(run))
+    return Sources(settings, (item,), tracker, Path.cwd())
 
 
 def _run_of(params: Mapping[str, str]) -> RunConfig | None:

@@ -21,6 +21,8 @@ from rayft.errors import ConfigError, ResourceError
 from rayft.evaluate.tasks import perfect_answers
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig
+from rayft.flow.identity import IDENTITY_FILE, begun_by, check_identity, not_used, write_identity
+from rayft.identity import Identity
 from rayft.methods import method
 from rayft.methods.base import LayerShape
 from rayft.models.load import ModelConfig, context_length, load_encoder, load_skeleton
@@ -29,6 +31,7 @@ from rayft.sweep.space import Point, check_executor, points
 from rayft.tracking.base import TrackerSpec, tracker_spec
 from rayft.tracking.mlflow import prepare
 from rayft.train.context import check_task
+from rayft.train.identity import identify
 from rayft.train.links import spans
 from rayft.train.run import RunConfig
 
@@ -38,7 +41,7 @@ STAMP_FILE = "config.yaml"
 CHECKED = 200
 """Examples of a part whose own answers are scored before the start."""
 WRITTEN = (
-    STAMP_FILE, "analysed", "analysis.json", "plots", "ray", "report.html", "serve.yaml", "squeezed",
+    STAMP_FILE, IDENTITY_FILE, "analysed", "analysis.json", "plots", "ray", "report.html", "serve.yaml", "squeezed",
     "sweep.json", "trials", "winner",
 )  # fmt: skip
 """What a sweep writes into its folder, beside the tracker's files."""
@@ -57,6 +60,10 @@ class Plan:
     tracker: TrackerSpec
     parts: Parts
     output: Path
+    identity: Identity
+    """Of data and base."""
+    begun_by: str
+    """Version of rayft that began the sweep in `output`; empty for 0.1.0."""
     warnings: tuple[str, ...] = ()
     """What a person should know before the sweep starts."""
 
@@ -82,11 +89,14 @@ def preflight(config: PipelineConfig) -> Plan:
         if name == "train":
             _check_links(trials, encoded)
     output = Path(config.output).absolute()
-    _check_output(config, output)
+    _check_stamp(config, output)
+    identity = check_identity(output, identify(run, parts), run.model)
+    unused = not_used(output, trials)
+    _make_output(config, output, identity)
     _check_disk(output, written)
     tracker = prepare(tracker_spec(config.tracking, output))
-    warnings = _doubts(run, parts, encoder)
-    return Plan(config, run, trials, executor, tracker, parts, output, warnings)
+    warnings = (*_doubts(run, parts, encoder), *unused)
+    return Plan(config, run, trials, executor, tracker, parts, output, identity, begun_by(output), warnings)
 
 
 def _doubts(run: RunConfig, parts: Parts, encoder: Any) -> tuple[str, ...]:
@@ -175,10 +185,9 @@ def _check_devices(run: RunConfig) -> None:
         )
 
 
-def _check_output(config: PipelineConfig, output: Path) -> None:
+def _check_stamp(config: PipelineConfig, output: Path) -> None:
     """Let a sweep go on in its own folder, and in no other's."""
     stamp = output / STAMP_FILE
-    mark = stamp_line(config)
     if not is_sweep(output):
         others = sorted(name for name in WRITTEN if os.path.lexists(output / name))
         if others:
@@ -186,15 +195,21 @@ def _check_output(config: PipelineConfig, output: Path) -> None:
                 f"{output} holds {', '.join(others)}, which no sweep of rayft's wrote and this one would "
                 "replace; choose another folder with --set output=…"
             )
-    elif not stamp.read_text(encoding="utf-8").startswith(mark):
+    elif not stamp.read_text(encoding="utf-8").startswith(stamp_line(config)):
         raise ConfigError(
             f"{output} holds a sweep with another configuration ({stamp}); nothing of it was touched. Choose "
             "another folder with --set output=…, or delete that one"
         )
     check_own(output)
+
+
+def _make_output(config: PipelineConfig, output: Path, identity: Identity) -> None:
+    """Make a sweep's folder, and record there what the sweep follows from."""
+    stamp = output / STAMP_FILE
     try:
         output.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(mark + config.model_dump_json(indent=2) + "\n")
+        stamp.write_text(stamp_line(config) + config.model_dump_json(indent=2) + "\n")
+        write_identity(output, identity)
     except OSError as error:
         raise ResourceError(
             f"can't write to {output} ({error}); choose another with --set output=…"

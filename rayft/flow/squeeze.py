@@ -19,12 +19,14 @@ from rayft.flow import squeezing
 from rayft.flow.cluster import cluster, has_gpus, join
 from rayft.flow.config import load_config
 from rayft.flow.display import Display
+from rayft.flow.identity import current_identity
 from rayft.flow.squeeze_dense import Dense, dense_source, extract, lost_text
 from rayft.flow.squeeze_places import check_places, files_digest
 from rayft.flow.squeeze_source import Origin, check_base, find_origin
 from rayft.flow.squeezing import Source, SqueezedAdapter, Target
 from rayft.flow.stages import Measured
 from rayft.flow.track_squeeze import track_squeezed
+from rayft.identity import UNKNOWN
 from rayft.models.load import ModelConfig
 from rayft.report.rows import human_bytes, human_count
 from rayft.report.verdict import score_text
@@ -92,11 +94,14 @@ def squeeze_folder(request: SqueezeRequest, console: Console) -> Squeezes:
     run = _run(request, origin)
     unchecked = check_base(artifact, request.base, run)
     wanted = _wanted(request, artifact.rank)
+    measured = run is not None and (request.keep_score is not None or request.cont is not None)
+    identity = current_identity(run, origin.sweep) if run is not None and measured else UNKNOWN
     source = Source(
         origin.name,
         f"{origin.name}-{artifact.content_hash}",
         run,
         origin.run_id,
+        identity,
         made_by=f"squeeze {artifact.content_hash}",
     )
     parent = artifact.meta.parent if artifact.squeezed else artifact.content_hash
@@ -112,7 +117,7 @@ def squeeze_folder(request: SqueezeRequest, console: Console) -> Squeezes:
         # What a search tries and leaves is no result.
         folder = Path(scratch) if searching else request.out
         found.made = [squeezing.make(full, target, source, folder) for target in wanted]
-        if run is not None and (request.keep_score is not None or request.cont is not None):
+        if run is not None and measured:
             _with_lanes(request, run, origin, found, Display(console), folder)
         if searching:
             _keep_chosen(request, found)
@@ -280,7 +285,7 @@ def _track(request: SqueezeRequest, origin: Origin, found: Squeezes) -> None:
                 item,
                 parent=origin.run_id or None,
                 settings=origin.settings,
-                data={},
+                data={"data_digest": found.source.identity.data} if found.source.identity.data else {},
                 after=found.scores.get(item.name, Measured()),
                 before=found.scores.get(found.source.name, Measured()),
                 source_bytes=found.bytes,

@@ -38,6 +38,8 @@ class Origin:
     """Its trial's run in the tracker."""
     tracker: TrackerSpec | None = None
     """Where squeezes of it are tracked; None if nowhere."""
+    sweep: Path | None = None
+    """The sweep whose configuration `config` is; None if it is another, or there is none."""
 
 
 def find_origin(folder: Path, artifact: AdapterArtifact, config: Path | None) -> Origin:
@@ -54,13 +56,14 @@ def find_origin(folder: Path, artifact: AdapterArtifact, config: Path | None) ->
     sweep = next((above for above in folder.resolve().parents if is_sweep(above)), None)
     stamp = config or (sweep / STAMP_FILE if sweep is not None else None)
     settings = load_config(stamp) if stamp is not None else None
+    own = sweep if config is None else None
     trial = _trial(sweep, folder) if sweep is not None else None
     spec = _tracker(settings, sweep)
     if trial is None:
         hashes = [known for known in (artifact.content_hash, artifact.meta.parent) if known]
         run_id = find_adapter(spec, hashes) if spec is not None else ""
-        return Origin(folder.resolve().name, settings, run_id=run_id, tracker=spec)
-    return Origin(trial.id, settings, trial.lr, trial.settings, trial.run_id, spec)
+        return Origin(folder.resolve().name, settings, run_id=run_id, tracker=spec, sweep=own)
+    return Origin(trial.id, settings, trial.lr, trial.settings, trial.run_id, spec, own)
 
 
 def check_base(artifact: AdapterArtifact, base: str | None, run: RunConfig | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,15 +15,17 @@ from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.config import content_hash
 from rayft.errors import TrainError
 from rayft.flow.stages import Measured, files_along, score_all
+from rayft.identity import UNKNOWN, Identity
 from rayft.methods.base import MethodConfig
 from rayft.squeeze.budget import parse_bytes
 from rayft.squeeze.rank import Progress, retained_energy, squeeze
 from rayft.squeeze.section import ContinueConfig, SqueezeConfig
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
-from rayft.sweep.lane import TrainRequest, read_result, unpack
+from rayft.sweep.lane import RESULT_FILE, TrainRequest, read_result, result_identity, tracking_key, unpack
 from rayft.sweep.score import ScoreRequest
 from rayft.tracking.base import TrackerSpec
+from rayft.train.checkpoint import checkpoint_identity
 from rayft.train.context import trial_folder
 from rayft.train.run import RunConfig
 
@@ -77,6 +80,8 @@ class Source:
     """Its base and data, for scoring and further training."""
     run_id: str = ""
     """Its run in the tracker."""
+    identity: Identity = UNKNOWN
+    """Of that base and data; unknown where there is no `run`."""
     made_by: str = "sweep"
     """Command and source that its results are marked with."""
 
@@ -114,8 +119,13 @@ class SqueezedAdapter:
 
     @property
     def key(self) -> str:
-        """Unique where results are kept and tracked."""
+        """Unique where results are kept."""
         return f"{self.source.key}@{self.label}"
+
+    @property
+    def tracked_as(self) -> str:
+        """Its key in the tracker, where scores on other data are of another run."""
+        return tracking_key(self.key, self.source.identity)
 
     @property
     def energy_mean(self) -> float:
@@ -194,21 +204,44 @@ def continue_all(
             evaluate_at=(),
             tracker=tracker,
             parent=new.source.run_id or None,
+            expected=new.source.identity,
         )
         wanted.append((new, request))
-    known = {request.key: read_result(str(output), request.key) for _, request in wanted}
-    # What an interrupted stage had finished is not trained again.
-    jobs = [
-        Job.of(request.key, "train", request)
-        for _, request in wanted
-        if (known[request.key] or {}).get("run") != content_hash(RunConfig.model_validate_json(request.run))
-    ]
+    # What an interrupted stage had finished is not trained again, if it follows from the same.
+    known = {request.key: _finished(request) for _, request in wanted}
+    jobs = [Job.of(request.key, "train", request) for _, request in wanted if known[request.key] is None]
     executor.submit(jobs)
     trained = {job.id: _wait(executor, job.id) for job in jobs}
     return [
         _continued(new, trained.get(request.key) or known[request.key] or {}, output, cont)
         for new, request in wanted
     ]
+
+
+def _finished(request: TrainRequest) -> dict[str, Any] | None:
+    """Read the result of an earlier continued training; None if there is none that can be used again.
+
+    What follows from something else is trained again: its checkpoint, which would not fit, is dropped.
+    """
+    folder = trial_folder(request.output, request.key)
+    values = read_result(request.output, request.key)
+    if values is None:
+        left = checkpoint_identity(folder / "checkpoint")
+        if left is not None and not left.data:
+            raise TrainError(
+                f"{folder} holds a checkpoint of rayft 0.1.0, which did not record its data and base; delete "
+                "it to start again"
+            )
+        return None
+    run = RunConfig.model_validate_json(request.run)
+    assert run.start is not None
+    start = AdapterArtifact.load(run.start).content_hash
+    now = request.identity.model_copy(update={"start": start, "start_name": run.start})
+    if not result_identity(folder, values).differences(now):
+        return values
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    (folder / RESULT_FILE).unlink()
+    return None
 
 
 def continued_run(item: SqueezedAdapter, cont: ContinueConfig) -> RunConfig:
@@ -248,6 +281,7 @@ def score(
             parts=parts,
             adapter=str(item.folder),
             files=files_along(str(item.folder)),
+            expected=item.source.identity,
         )
     return score_all(executor, requests)
 

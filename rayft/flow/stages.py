@@ -84,14 +84,19 @@ def score_baselines(plan: Plan, executor: Executor) -> dict[str, Measured]:
     found = {}
     if plan.run.model.task == "causal_lm":
         requests = {
-            name: ScoreRequest(run=plan.run.model_dump_json(), parts=("val", "test"), style=style)  # type: ignore[arg-type]
+            name: ScoreRequest(
+                run=plan.run.model_dump_json(),
+                parts=("val", "test"),
+                style=style,  # type: ignore[arg-type]
+                expected=plan.identity,
+            )
             for name, style in STYLES.items()
         }
         found = score_all(executor, requests)
     return {**found, "majority answer": Measured(guessed)}
 
 
-def score_trials(executor: Executor, trials: Sequence[Trial]) -> dict[str, Measured]:
+def score_trials(plan: Plan, executor: Executor, trials: Sequence[Trial]) -> dict[str, Measured]:
     """Score what each trial saved: finished ones on val and test, stopped ones on test alone."""
     requests = {}
     for trial in trials:
@@ -103,6 +108,7 @@ def score_trials(executor: Executor, trials: Sequence[Trial]) -> dict[str, Measu
             parts=("val", "test") if trial.status == "finished" else ("test",),
             adapter=adapter,
             files=files_along(adapter),
+            expected=plan.identity if adapter else plan.identity.of_data(),
         )
     return score_all(executor, requests)
 

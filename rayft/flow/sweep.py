@@ -33,10 +33,11 @@ from rayft.report.frame import SweepRecord
 from rayft.report.render import render
 from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.tuner import Trial, search
+from rayft.tracking.base import Former
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
 from rayft.tracking.provenance import provenance
 
-__all__ = ["run_sweep", "served_adapters"]
+__all__ = ["run_sweep", "served_adapters", "start_tracking"]
 
 
 @dataclass
@@ -68,7 +69,7 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
         display.say(text)
     lanes, scale = config.sweep.lanes, plan.run.scale
     tracker = MlflowTracker(plan.tracker)
-    parent = _start_tracking(plan, tracker)
+    parent = start_tracking(plan, tracker)
     analysis: SweepAnalysis | None = None
     try:
         with cluster(lanes * scale.workers, device=scale.device, gpu_share=scale.gpu_share):
@@ -116,12 +117,13 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
         display.watch(executor.broker, lambda key: names.get(key, key)),
     ):
         found.trials = search(
-            plan.config.sweep, plan.points, executor, plan.output, tracker=plan.tracker, parent=parent
-        )
+            plan.config.sweep, plan.points, executor, plan.output, tracker=plan.tracker, parent=parent,
+            identity=plan.identity,
+        )  # fmt: skip
     for trial in found.trials:
         display.say(_line(trial))
     with display.stage("score the trials"), display.watch(executor.broker):
-        found.scores = stages.score_trials(executor, found.trials)
+        found.scores = stages.score_trials(plan, executor, found.trials)
         ranking = stages.best_first(plan, found.trials, found.scores)
         found.winner = ranking[0] if ranking else None
     if found.winner and _can_be_squeezed(found.winner):
@@ -133,7 +135,7 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
 def _analyze(plan: Plan, executor: Executor, trials: list[Trial], record: SweepRecord) -> SweepAnalysis:
     """Analyse what the finished trials saved."""
     items = [
-        Item(trial.point.name, trial.point.run, Path(trial.result["folder"]), trial.run_id)
+        Item(trial.point.name, trial.point.run, Path(trial.result["folder"]), trial.run_id, plan.identity)
         for trial in trials
         if trial.result and trial.status == "finished"
     ]
@@ -159,7 +161,7 @@ def _squeeze(
         folder = plan.output / "squeezed"
         if trial is not found.winner:
             folder /= trial.point.key
-        source = Source(trial.point.name, trial.point.key, trial.point.run, trial.run_id)
+        source = Source(trial.point.name, trial.point.key, trial.point.run, trial.run_id, plan.identity)
         if not method(trial.point.run.method.name).exports_lora:
             found.squeezed += _extracted(plan, trial, source, folder, display)
             continue
@@ -247,10 +249,13 @@ def _render(plan: Plan, record: SweepRecord, tracker: MlflowTracker, parent: str
     tracker.artifact(parent, plan.output / "sweep.json")
 
 
-def _start_tracking(plan: Plan, tracker: MlflowTracker) -> str:
+def start_tracking(plan: Plan, tracker: MlflowTracker) -> str:
+    """Create the sweep's run, or find it again where the sweep goes on; give its id."""
     flush_spool(plan.tracker)
     tags = {"rayft.kind": "sweep", **{f"rayft.{name}": value for name, value in provenance().items()}}
-    parent = tracker.run(plan.config.name, f"{plan.config.name}-{sweep_hash(plan.config)}", tags=tags)
+    key = f"{plan.config.name}-{sweep_hash(plan.config)}"
+    former = None if plan.begun_by else Former(key, {"data_digest": plan.parts.digest})
+    parent = tracker.run(plan.config.name, f"{key}-{plan.identity.inputs}", tags=tags, former=former)
     data = {"data_digest": plan.parts.digest}
     if plan.parts.dropped:
         data["data_dropped"] = "\n".join(item.text for item in plan.parts.dropped)

@@ -9,7 +9,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.flow.squeezing import SqueezedAdapter
 from rayft.flow.stages import Measured
 from rayft.report.spectrum import spectrum_plot
-from rayft.tracking.base import Tracker
+from rayft.tracking.base import Former, Tracker
 
 __all__ = ["score_metrics", "track_squeezed"]
 
@@ -54,7 +54,8 @@ def track_squeezed(
     shown = f"@{item.label} of {item.source.name}"
     tags = {"rayft.kind": "squeezed", "rayft.how": item.how}
     # Of what was trained on, the lane made the run: the same key finds it.
-    run = tracker.run(shown, item.key, parent=parent, tags=tags)
+    former = Former(item.key) if parent else None
+    run = tracker.run(shown, item.tracked_as, parent=parent, tags=tags, former=former)
     own = {"squeezed_from": item.source.name, "squeezed_to": item.label, "squeezed_how": item.how}
     if item.how == "post":
         own |= {**settings, "method.name": "squeeze", "method.rank": str(item.rank)}

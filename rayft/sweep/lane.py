@@ -22,20 +22,33 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 
+from rayft.artifacts.meta import META_FILE, ArtifactMeta
 from rayft.config import content_hash, leaves
-from rayft.errors import RayftError
+from rayft.errors import RayftError, TrainError
+from rayft.identity import UNKNOWN, Identity
 from rayft.methods import method
 from rayft.sweep.broker import CLOSE, Job
 from rayft.sweep.host import LaneSettings
 from rayft.sweep.score import folder_files, spread
-from rayft.tracking.base import TrackerSpec
+from rayft.tracking.base import Former, TrackerSpec
 from rayft.tracking.connection import HASH_PARAM
 from rayft.tracking.mlflow import MlflowTracker
+from rayft.train.checkpoint import checkpoint_identity
 from rayft.train.context import Session, Worker, trial_folder
 from rayft.train.loop import TrainResult, current_worker, fit
 from rayft.train.run import RunConfig
 
-__all__ = ["TrainRequest", "Work", "read_result", "unpack", "work"]
+__all__ = [
+    "RESULT_FILE",
+    "TrainRequest",
+    "Work",
+    "left_identity",
+    "read_result",
+    "result_identity",
+    "tracking_key",
+    "unpack",
+    "work",
+]
 
 RESULT_FILE = "result.json"
 logger = logging.getLogger(__name__)
@@ -54,6 +67,14 @@ class TrainRequest:
     tracker: TrackerSpec | None = None
     parent: str | None = None
     """Tracking run that the trial's run is a child of."""
+    expected: Identity = UNKNOWN
+    """Data and base, as the driver has read them."""
+
+    @property
+    def identity(self) -> Identity:
+        """What the result will follow from."""
+        run = RunConfig.model_validate_json(self.run)
+        return self.expected.model_copy(update={"config": content_hash(run)})
 
 
 class Work(Protocol):
@@ -62,6 +83,10 @@ class Work(Protocol):
     @property
     def run(self) -> str:
         """Give the `RunConfig` as JSON: which base and which data."""
+
+    @property
+    def expected(self) -> Identity:
+        """Give the identity of both, as the driver has read them; what is empty is not compared."""
 
     def __call__(self, session: Session, run: RunConfig) -> dict[str, Any]:
         """Do it (all workers call it), and give what the client is to get, the first worker's."""
@@ -153,19 +178,29 @@ class _Lane:
             if self._worker.rank == 0:
                 ray.get(self._broker.finish.remote(job.id, step, values))
 
-    def session(self, run: RunConfig) -> Session:
-        """Keep the base and the data in memory as long as they are the ones that are asked for."""
+    def session(self, run: RunConfig, expected: Identity) -> Session:
+        """Keep the base and the data in memory as long as they are the ones that are asked for.
+
+        Raises:
+            TrainError: if they are not what the driver has read, on all workers alike.
+        """
         wanted = {"model", "data", "scale", "evaluate"}
         key = json.dumps(run.model_dump(mode="json", include=wanted), sort_keys=True)
         if self._session is None or self._opened != key:
             self._forget()
             if self._worker.rank == 0:
                 logger.info("loading %s", run.model.name)
-            self._session = Session.open(run, current_worker(run))
+            self._session = Session.open(run, current_worker(run), identify_base=bool(expected.base))
             self._opened = key
             # Each trial ends with a search for cycles, which need not go through all modules and the base.
             gc.collect()
             gc.freeze()
+        changed = expected.differences(self._session.identity)
+        if self._worker.largest(len(changed)):
+            raise TrainError(
+                f"since the command began {'; '.join(changed) or 'what another worker reads has changed'}. "
+                "Leave data and base alone while it runs, let all machines read the same, and run it again"
+            )
         return self._session
 
     def _forget(self) -> None:
@@ -179,7 +214,7 @@ class _Lane:
         request = job.request
         run = RunConfig.model_validate_json(request.run)
         fresh = self._session is None
-        session = self.session(run)
+        session = self.session(run, request.expected)
         loaded = time.perf_counter()
         folder = trial_folder(request.output, request.key)
         tracker, run_id = self._track(request, run)
@@ -197,7 +232,11 @@ class _Lane:
                 self._forget()
         if self._worker.rank > 0:
             return result.steps, {}
-        values: dict[str, Any] = {"result": asdict(result), "run_id": run_id, "run": content_hash(run)}
+        identity = session.identity.brief.model_copy(
+            update={"config": content_hash(run), "start": result.start}
+        )
+        values: dict[str, Any] = {"result": asdict(result), "run_id": run_id}
+        values["identity"] = identity.model_dump(mode="json", exclude_defaults=True)
         self._finish_tracking(tracker, run_id, result)
         _write_result(folder, values)
         spent = result.seconds["train"] + result.seconds["evaluate"]
@@ -213,7 +252,7 @@ class _Lane:
     def _work(self, job: Job) -> dict[str, Any]:
         work: Work = job.request
         run = RunConfig.model_validate_json(work.run)
-        return work(self.session(run), run)
+        return work(self.session(run, work.expected), run)
 
     def _track(self, request: TrainRequest, run: RunConfig) -> tuple[MlflowTracker | None, str]:
         if request.tracker is None or self._worker.rank > 0:
@@ -227,7 +266,9 @@ class _Lane:
             "rayft.rank": str(run.method.rank),
             "rayft.lane": self._name,
         }
-        run_id = tracker.run(request.name, request.key, parent=request.parent, tags=tags)
+        key = tracking_key(request.key, request.expected)
+        former = Former(request.key) if request.parent else None
+        run_id = tracker.run(request.name, key, parent=request.parent, tags=tags, former=former)
         tracker.params(run_id, leaves(run))
         return tracker, run_id
 
@@ -264,10 +305,52 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def tracking_key(key: str, identity: Identity) -> str:
+    """Give the key of a tracked run, which is another with other data or another base."""
+    return f"{key}-{identity.inputs}" if identity.data else key
+
+
 def read_result(output: str, key: str) -> dict[str, Any] | None:
     """Read what a finished trial left behind, or None."""
-    path = trial_folder(output, key) / RESULT_FILE
-    return dict(json.loads(path.read_text())) if path.is_file() else None
+    return _read_result(trial_folder(output, key))
+
+
+def _read_result(folder: Path) -> dict[str, Any] | None:
+    path = folder / RESULT_FILE
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise TrainError(f"{path} is damaged ({error}); delete {folder} to train that again") from error
+
+
+def result_identity(folder: Path, values: Mapping[str, Any]) -> Identity:
+    """Tell what a finished trial's result follows from, as far as it was recorded.
+
+    Args:
+        folder: the trial's.
+        values: its result, as `read_result` gives it.
+    """
+    if "identity" in values:
+        return Identity.model_validate(values["identity"])
+    # rayft 0.1.0 recorded the run's hash; data and base are in what the adapter says of itself.
+    path = folder / "adapter" / META_FILE
+    meta = ArtifactMeta.model_validate_json(path.read_text()) if path.is_file() else ArtifactMeta()
+    return Identity(
+        config=values.get("run", ""),
+        data=meta.data_digest,
+        fingerprint=meta.base_fingerprint,
+        start=meta.parent,
+    )
+
+
+def left_identity(folder: Path) -> Identity | None:
+    """Tell what a trial's result follows from, or else its checkpoint; None if it has left neither."""
+    values = _read_result(folder)
+    if values is not None:
+        return result_identity(folder, values)
+    return checkpoint_identity(folder / "checkpoint")
 
 
 def unpack(values: Mapping[str, Any], folder: Path) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from rayft.artifacts import AdapterArtifact
 from rayft.data.source import Example
 from rayft.evaluate.tasks import score
+from rayft.identity import UNKNOWN, Identity
 from rayft.models.inject import attach, clear
 from rayft.models.peft_folder import PeftFolder, load_adapter
 from rayft.train.context import Session
@@ -37,6 +38,8 @@ class ScoreRequest:
     style: Literal["as_is", "answer_only", "few_shot"] = "as_is"
     files: Mapping[str, bytes] = field(default_factory=dict)
     """The adapter's files, for lanes on machines that can't see its folder."""
+    expected: Identity = UNKNOWN
+    """Data and base, as the client has read them."""
 
     def __call__(self, session: Session, run: RunConfig) -> dict[str, Any]:
         """Score, as a lane's work (all workers call it)."""

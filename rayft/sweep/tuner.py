@@ -19,15 +19,16 @@ import ray
 from ray import tune
 
 from rayft.errors import TrainError
+from rayft.identity import UNKNOWN, Identity
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
-from rayft.sweep.lane import TrainRequest, read_result, unpack
+from rayft.sweep.lane import TrainRequest, read_result, result_identity, unpack
 from rayft.sweep.schedule import asha, rungs
 from rayft.sweep.space import Point, SweepConfig
 from rayft.tracking.base import TrackerSpec
 from rayft.train.context import trial_folder
 
-__all__ = ["Trial", "search"]
+__all__ = ["Trial", "earlier", "search"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def search(
     *,
     tracker: TrackerSpec | None = None,
     parent: str | None = None,
+    identity: Identity = UNKNOWN,
 ) -> list[Trial]:
     """Run the trials under ASHA and give what became of each, in the order of `trials`.
 
@@ -109,27 +111,41 @@ def search(
         output: the sweep's folder.
         tracker: where the lanes track; not at all where not given.
         parent: tracking run of the sweep.
+        identity: of data and base, which the lanes and earlier results are compared with; not compared where
+            not given.
     """
-    steps = trials[0].run.optim.steps
+    evaluate_at = tuple(rungs(sweep, trials[0].run.optim.steps))
     requests = [
         TrainRequest(
             key=point.key,
             name=point.name,
             run=point.run.model_dump_json(),
             output=str(output),
-            evaluate_at=tuple(rungs(sweep, steps)),
+            evaluate_at=evaluate_at,
             tracker=tracker,
             parent=parent,
+            expected=identity,
         )
         for point in trials
     ]
+    _tuner(sweep, trials, requests, executor).fit()
+    return [
+        _collect(point, request, executor, output) for point, request in zip(trials, requests, strict=True)
+    ]
+
+
+def _tuner(
+    sweep: SweepConfig, trials: Sequence[Point], requests: Sequence[TrainRequest], executor: Executor
+) -> tune.Tuner:
     _quiet_tune()
     trainable = tune.with_resources(tune.with_parameters(TrialActor, executor=executor), {"cpu": 0.01})
-    tuner = tune.Tuner(
+    return tune.Tuner(
         trainable,
         param_space={"request": tune.grid_search(requests)},
         tune_config=tune.TuneConfig(
-            scheduler=asha(sweep, steps), max_concurrent_trials=executor.lanes, reuse_actors=True
+            scheduler=asha(sweep, trials[0].run.optim.steps),
+            max_concurrent_trials=executor.lanes,
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -138,13 +154,14 @@ def search(
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
-    tuner.fit()
-    return [_collect(point, executor, output) for point in trials]
 
 
-def _collect(point: Point, executor: Executor, output: Path) -> Trial:
+def _collect(point: Point, request: TrainRequest, executor: Executor, output: Path) -> Trial:
     """Wait until a trial's lane has let go of it, and read its result."""
-    values = read_result(str(output), point.key)
+    try:
+        values = earlier(request)
+    except TrainError as changed:
+        return Trial(point, error=str(changed))
     if values is None:
         event: Event | None = ray.get(executor.broker.result.remote(point.key))
         if event is None or event.kind == "failed":
@@ -156,8 +173,24 @@ def _collect(point: Point, executor: Executor, output: Path) -> Trial:
     return Trial(point, result=values["result"], run_id=values["run_id"])
 
 
-def _replay(request: TrainRequest) -> list[Event]:
+def earlier(request: TrainRequest) -> dict[str, Any] | None:
+    """Read what a trial has left, if it has ended.
+
+    Raises:
+        TrainError: if that follows from something else than the request.
+    """
     values = read_result(request.output, request.key)
+    if values is None:
+        return None
+    folder = trial_folder(request.output, request.key)
+    changed = result_identity(folder, values).differences(request.identity)
+    if changed:
+        raise TrainError(f"{folder} holds a result that can't be used again: {'; '.join(changed)}")
+    return values
+
+
+def _replay(request: TrainRequest) -> list[Event]:
+    values = earlier(request)
     if values is None:
         return []
     result = values["result"]

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
 from rayft.config import Section
 from rayft.errors import TrackingError
 
-__all__ = ["RunStatus", "Tracker", "TrackerSpec", "TrackingConfig", "redacted", "tracker_spec"]
+__all__ = ["Former", "RunStatus", "Tracker", "TrackerSpec", "TrackingConfig", "redacted", "tracker_spec"]
 
 RunStatus = Literal["finished", "stopped", "failed"]
 """How a run ended; `stopped` is by the scheduler, before its last step."""
@@ -49,11 +49,27 @@ class TrackerSpec:
     """Filled by `rayft.tracking.mlflow.prepare`."""
 
 
+@dataclass(frozen=True)
+class Former:
+    """How a run is found that rayft 0.1.0 made: by a key that said nothing of data and base.
+
+    It is taken only if it is a child of the parent that is asked for, and has the parameters.
+    """
+
+    key: str
+    params: Mapping[str, str] = field(default_factory=dict)
+
+
 class Tracker(Protocol):
     """Writes runs. Calls return at once, also while the server is away; none of them loses data."""
 
     def run(
-        self, name: str, key: str, parent: str | None = None, tags: Mapping[str, str] | None = None
+        self,
+        name: str,
+        key: str,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        former: Former | None = None,
     ) -> str:
         """Create the run of this key, or find it again and set it running; give its id.
 
@@ -62,6 +78,7 @@ class Tracker(Protocol):
             key: identity, unique in the experiment.
             parent: id of the run that this one is a child of.
             tags: set on the run, whether it is new or found again.
+            former: how to find it where no run has the key; what is found gets the key.
         """
         ...
 

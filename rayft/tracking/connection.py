@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from rayft.errors import TrackingError
-from rayft.tracking.base import TrackerSpec, redacted
+from rayft.tracking.base import Former, TrackerSpec, redacted
 from rayft.tracking.spool import locked
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "away",
     "connect",
     "experiment_id",
+    "find_former",
     "find_run",
     "find_trained",
     "prepare",
@@ -92,14 +93,26 @@ def connect(uri: str) -> MlflowClient:
 
 def find_run(client: MlflowClient, experiment_id: str, key: str) -> str | None:
     """Find the id of the run with this key, the oldest one if there are several."""
-    # MLflow's filters know no escape, but two kinds of quotes.
-    quoted = f'"{key}"' if "'" in key else f"'{key}'"
-    return _oldest(client, experiment_id, f"tags.`{KEY_TAG}` = {quoted}")
+    return _oldest(client, experiment_id, f"tags.`{KEY_TAG}` = {_quoted(key)}")
+
+
+def find_former(client: MlflowClient, experiment_id: str, former: Former, parent: str | None) -> str | None:
+    """Find the id of the run that an earlier version made, the oldest one if there are several."""
+    conditions = [f"tags.`{KEY_TAG}` = {_quoted(former.key)}"]
+    if parent is not None:
+        conditions.append(f"tags.`mlflow.parentRunId` = {_quoted(parent)}")
+    conditions += [f"params.`{name}` = {_quoted(value)}" for name, value in former.params.items()]
+    return _oldest(client, experiment_id, " and ".join(conditions))
 
 
 def find_trained(client: MlflowClient, experiment_id: str, content_hash: str) -> str | None:
     """Find the id of the run that trained the adapter with this content, the oldest if there are several."""
     return _oldest(client, experiment_id, f"params.{HASH_PARAM} = '{content_hash}'")
+
+
+def _quoted(text: str) -> str:
+    # MLflow's filters know no escape, but two kinds of quotes.
+    return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def _oldest(client: MlflowClient, experiment_id: str, condition: str) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rayft.errors import TrackingError
-from rayft.tracking.base import RunStatus
+from rayft.tracking.base import Former, RunStatus
 
 __all__ = ["MemoryRun", "MemoryTracker"]
 
@@ -29,19 +29,36 @@ class MemoryRun:
 
 
 class MemoryTracker:
-    """A `Tracker` whose `runs` (key → run) are there to be read; a run's id is its key."""
+    """A `Tracker` whose `runs` (id → run) are there to be read; an id is the first key of its run."""
 
     def __init__(self) -> None:
         self.runs: dict[str, MemoryRun] = {}
+        self._keys: dict[str, str] = {}
 
     def run(
-        self, name: str, key: str, parent: str | None = None, tags: Mapping[str, str] | None = None
+        self,
+        name: str,
+        key: str,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        former: Former | None = None,
     ) -> str:
         """Create the run of this key, or find it again and set it running."""
-        run = self.runs.setdefault(key, MemoryRun(name, parent))
+        run_id = self._keys.get(key) or self._former(former, parent) or key
+        self._keys = {known: other for known, other in self._keys.items() if other != run_id}
+        self._keys[key] = run_id
+        run = self.runs.setdefault(run_id, MemoryRun(name, parent))
         run.tags.update(tags or {})
         run.status = None
-        return key
+        return run_id
+
+    def _former(self, former: Former | None, parent: str | None) -> str | None:
+        run_id = self._keys.get(former.key) if former else None
+        if former is None or run_id is None:
+            return None
+        run = self.runs[run_id]
+        fits = run.parent == parent and former.params.items() <= run.params.items()
+        return run_id if fits else None
 
     def params(self, run_id: str, values: Mapping[str, str]) -> None:
         """Record settings; the first value of a name stays, as in MLflow."""

@@ -23,8 +23,16 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
 from rayft.errors import TrackingError
-from rayft.tracking.base import RunStatus, TrackerSpec
-from rayft.tracking.connection import KEY_TAG, connect, experiment_id, find_run, find_trained, prepare
+from rayft.tracking.base import Former, RunStatus, TrackerSpec
+from rayft.tracking.connection import (
+    KEY_TAG,
+    connect,
+    experiment_id,
+    find_former,
+    find_run,
+    find_trained,
+    prepare,
+)
 from rayft.tracking.spool import Drained, Record, Spool, UndeliveredError, locked
 
 __all__ = ["MlflowTracker", "find_adapter", "flush_spool", "prepare"]
@@ -99,7 +107,12 @@ class MlflowTracker:
         self._thread: threading.Thread | None = None
 
     def run(
-        self, name: str, key: str, parent: str | None = None, tags: Mapping[str, str] | None = None
+        self,
+        name: str,
+        key: str,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        former: Former | None = None,
     ) -> str:
         """Create the run of this key, or find it again and set it running.
 
@@ -107,6 +120,8 @@ class MlflowTracker:
         """
         record: dict[str, Any] = {"op": "run", "name": name, "key": key, "parent": parent}
         record |= {"tags": dict(tags or {}), "time": _now()}
+        if former is not None:
+            record["former"] = {"key": former.key, "params": dict(former.params)}
         try:
             return self._sender.ensure(record, restart=True)
         except UndeliveredError:
@@ -223,11 +238,14 @@ class _Sender:
         with _undelivered():
             client, experiment = self._client(), self._experiment_id()
             tags = {**record["tags"], KEY_TAG: record["key"]}
-            if record["parent"]:
-                tags["mlflow.parentRunId"] = self._resolve(record["parent"])
+            parent = self._resolve(record["parent"]) if record["parent"] else None
+            if parent is not None:
+                tags["mlflow.parentRunId"] = parent
             # Searching and creating is one step for all processes of this host.
             with locked(self._spec.spool / "create.lock"):
                 run_id = find_run(client, experiment, record["key"])
+                if run_id is None and "former" in record:
+                    run_id = find_former(client, experiment, Former(**record["former"]), parent)
                 if run_id is None:
                     run = client.create_run(experiment, record["time"], tags, record["name"])
                     run_id = str(run.info.run_id)

@@ -1,7 +1,7 @@
 """Checkpoints of a run: trainable parameters, optimizer state and the step, whole or not at all.
 
 checkpoint/step-00020/…        DeepSpeed's files, from all workers, frozen parameters left out
-checkpoint/state.json          step, file folder, run hash, curves; written last, so it commits
+checkpoint/state.json          step, file folder, identity, curves; written last, so it commits
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rayft.config import content_hash
 from rayft.errors import TrainError
+from rayft.identity import Identity
 from rayft.train.context import Worker
 from rayft.train.deepspeed import Engine
-from rayft.train.run import RunConfig
 
-__all__ = ["last_state", "restore", "save"]
+__all__ = ["checkpoint_identity", "last_state", "restore", "save"]
 
 STATE_FILE = "state.json"
 
 
-def save(folder: Path, engine: Engine, run: RunConfig, worker: Worker, state: Mapping[str, Any]) -> None:
+def save(folder: Path, engine: Engine, identity: Identity, worker: Worker, state: Mapping[str, Any]) -> None:
     """Write a checkpoint (all workers call it) and drop the one before.
 
     Args:
         folder: the run's checkpoint folder.
         engine: the engine to save.
-        run: the run, whose hash is kept.
+        identity: what the run follows from.
         worker: this process.
-        state: JSON-able; must hold `step`, and `start` where the run started from an adapter.
+        state: JSON-able; must hold `step`.
     """
     tag = f"step-{state['step']:06d}"
     with warnings.catch_warnings():
@@ -47,39 +46,57 @@ def save(folder: Path, engine: Engine, run: RunConfig, worker: Worker, state: Ma
     if worker.rank == 0:
         path = folder / STATE_FILE
         staging = path.with_suffix(".tmp")
-        staging.write_text(json.dumps({**state, "tag": tag, "run": content_hash(run)}))
+        kept = identity.brief.model_dump(mode="json", exclude_defaults=True)
+        staging.write_text(json.dumps({**state, "tag": tag, "identity": kept}))
         os.replace(staging, path)
         for old in folder.glob("step-*"):
             if old.name != tag:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def last_state(folder: Path, run: RunConfig, start: str = "") -> dict[str, Any] | None:
+def last_state(folder: Path, now: Identity) -> dict[str, Any] | None:
     """Read the state of the last whole checkpoint, or None if there is none.
 
     Args:
         folder: the run's checkpoint folder.
-        run: the run.
-        start: content hash of the adapter that it starts from.
+        now: what the run follows from.
 
     Raises:
-        TrainError: if the checkpoint is of another run, or `run.start` has become another adapter.
+        TrainError: if the checkpoint follows from something else, naming what.
     """
+    state = _read(folder)
+    if state is None:
+        return None
+    changed = _identity(state).differences(now)
+    if changed:
+        raise TrainError(
+            f"{folder} holds a checkpoint of another run: {'; '.join(changed)}. Put back what it was, give "
+            "this run another output folder, or delete the checkpoint to start again"
+        )
+    return state
+
+
+def checkpoint_identity(folder: Path) -> Identity | None:
+    """Tell what the checkpoint in a folder follows from; None if there is no checkpoint."""
+    state = _read(folder)
+    return None if state is None else _identity(state)
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
     path = folder / STATE_FILE
     if not path.is_file():
         return None
-    state = json.loads(path.read_text())
-    if state["run"] != content_hash(run):
-        raise TrainError(
-            f"{folder} holds a checkpoint of another configuration; give this run another output folder, "
-            "or delete that one"
-        )
-    if state.get("start", "") != start:
-        raise TrainError(
-            f"{folder} holds a checkpoint of a run that started from another adapter: what is in {run.start} "
-            "has changed since. Put that back, or delete the checkpoint to start again"
-        )
-    return dict(state)
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise TrainError(f"{path} is damaged ({error}); delete {folder} to start again") from error
+
+
+def _identity(state: Mapping[str, Any]) -> Identity:
+    if "identity" in state:
+        return Identity.model_validate(state["identity"])
+    # rayft 0.1.0 recorded the run's hash and the adapter that it started from.
+    return Identity(config=state["run"], start=state.get("start", ""))
 
 
 def restore(folder: Path, engine: Engine, state: Mapping[str, Any]) -> None:

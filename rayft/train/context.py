@@ -18,8 +18,10 @@ from rayft.data.pack import AnyEncoded
 from rayft.data.source import Parts, read
 from rayft.data.template import encode_all
 from rayft.errors import ConfigError
+from rayft.identity import UNKNOWN, Identity
 from rayft.models.inject import wrap
 from rayft.models.load import LoadedModel, load_model
+from rayft.train.identity import identify
 from rayft.train.run import RunConfig
 
 __all__ = ["Reporter", "Session", "SilentReporter", "Worker", "check_task", "trial_folder"]
@@ -108,24 +110,34 @@ class Session:
     train: list[AnyEncoded]
     val: list[AnyEncoded]
     worker: Worker
+    identity: Identity = UNKNOWN
+    """Of the base and the data."""
     schedules: dict[tuple[int, int], Schedule] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, run: RunConfig, worker: Worker) -> Session:
+    def open(cls, run: RunConfig, worker: Worker, *, identify_base: bool = True) -> Session:
         """Read and encode the data, load the base and wrap its linear layers.
+
+        Args:
+            run: names base and data.
+            worker: this process.
+            identify_base: whether the base's files are hashed for `identity`.
 
         Raises:
             DataError, ModelError: as `read`, `encode_all` and `load_model`.
         """
         parts = read(run.data)
         check_task(run, parts)
+        # Before it is loaded: files that are edited meanwhile are noticed by whoever compares next.
+        identity = identify(run, parts, with_base=identify_base)
         loaded = load_model(run.model, run.scale.torch_dtype, worker.device)
         wrap(loaded.model)
         train, val = (
             [*encode_all(part, loaded.tokenizer, run.data.max_length, context=loaded.context, part=name)]
             for name, part in (("train", parts.train), ("val", parts.val[: run.evaluate.val_examples]))
         )
-        return cls(loaded, parts, train, val, worker)
+        identity = identity.model_copy(update={"fingerprint": loaded.fingerprint})
+        return cls(loaded, parts, train, val, worker, identity)
 
     def schedule(self, run: RunConfig) -> Schedule:
         """Give the order of packed rows for a run's seed (kept, since trials share it)."""

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta, check_replaceable, folder_bytes
+from rayft.config import content_hash
 from rayft.data.pack import AnyBatch, AnyEncoded, Row, collate_rows, rows_of
 from rayft.errors import TrainError
 from rayft.evaluate.loss import mean_loss
+from rayft.identity import Identity
 from rayft.methods import method
 from rayft.models.heads import reset_heads
 from rayft.models.inject import Injected, clear, export, inject
@@ -61,6 +63,8 @@ class TrainResult:
     tokens_per_second: float
     folder: str
     content_hash: str
+    start: str = ""
+    """Content hash of the adapter that the run started from; empty where it started afresh."""
 
 
 @dataclass
@@ -151,7 +155,7 @@ def _train_stages(
     Gives the progress, what was saved, and whether the run ended.
     """
     model = session.loaded.model
-    state = checkpoint.last_state(folder / "checkpoint", run, start)
+    state = checkpoint.last_state(folder / "checkpoint", _identity(run, session, start))
     progress = _Progress(start=start)
     for number, stage in enumerate(parts.plan):
         if state is not None and stage.end < state["step"]:
@@ -198,6 +202,7 @@ def _result(
         tokens_per_second=progress.tokens / max(progress.train_seconds, 1e-9),
         folder=str(saved.folder),
         content_hash=saved.content_hash,
+        start=progress.start,
     )
 
 
@@ -318,7 +323,8 @@ def _evaluate(
     progress.evaluate_seconds += time.perf_counter() - started
     # Before the report: while the search decides, the run is safe.
     if progress.step < run.optim.steps and _due(run, progress, worker):
-        checkpoint.save(folder / "checkpoint", engine, run, worker, progress.state())
+        identity = _identity(run, session, progress.start)
+        checkpoint.save(folder / "checkpoint", engine, identity, worker, progress.state())
         progress.saved_at = time.monotonic()
     if run.evaluate.trail and not method(run.method.name).saves_model:
         _save_adapter(run, session, folder / "trail" / f"step-{progress.step:06d}", progress.start)
@@ -394,6 +400,11 @@ def _meta(run: RunConfig, session: Session, parent: str) -> ArtifactMeta:
         data_digest=session.parts.digest,
         parent=parent,
     )
+
+
+def _identity(run: RunConfig, session: Session, start: str) -> Identity:
+    known = {"config": content_hash(run), "start": start, "start_name": run.start or ""}
+    return session.identity.model_copy(update=known)
 
 
 def current_worker(run: RunConfig) -> Worker:

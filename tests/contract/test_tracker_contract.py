@@ -9,6 +9,7 @@ import pytest
 
 from rayft.errors import TrackingError
 from rayft.tracking import Tracker, TrackerSpec
+from rayft.tracking.base import Former
 from rayft.tracking.connection import connect
 from rayft.tracking.memory import MemoryTracker
 from rayft.tracking.mlflow import MlflowTracker
@@ -102,6 +103,25 @@ def test_a_key_is_one_run_and_a_run_that_goes_on_runs_again(setup: Setup) -> Non
     assert seen.metrics == {"loss": [(1, 2.0), (2, 1.0)]}
     assert seen.tags["attempt"] == "2"
     assert tracker.run("other", "t1") != run_id
+
+
+def test_a_run_is_found_by_its_former_key_under_the_same_parent(setup: Setup) -> None:
+    tracker = setup.tracker
+    parent, other = tracker.run("sweep", "s0"), tracker.run("sweep", "s1")
+    run_id = tracker.run("trial", "old", parent=parent)
+    assert tracker.run("trial", "elsewhere", parent=other, former=Former("old")) != run_id
+    assert tracker.run("trial", "new", parent=parent, former=Former("old")) == run_id
+    assert tracker.run("trial", "new", parent=parent) == run_id
+    assert tracker.run("trial", "newer", parent=parent, former=Former("old")) != run_id, "it has a new key"
+
+
+def test_a_run_is_found_by_its_former_key_and_its_params(setup: Setup) -> None:
+    tracker = setup.tracker
+    run_id = tracker.run("sweep", "old")
+    tracker.params(run_id, {"data_digest": "a"})
+    setup.read(run_id)
+    assert tracker.run("sweep", "one", former=Former("old", {"data_digest": "b"})) != run_id
+    assert tracker.run("sweep", "two", former=Former("old", {"data_digest": "a"})) == run_id
 
 
 def test_the_first_value_of_a_param_stays(setup: Setup) -> None:

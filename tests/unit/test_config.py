@@ -8,8 +8,12 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from rayft.config import Section, content_hash, leaves, load, nearest, parse, read_yaml
+from rayft.config import SINCE, Section, content_hash, leaves, load, nearest, parse, read_yaml
 from rayft.errors import ConfigError
+from rayft.flow.config import load_config
+from rayft.flow.preflight import sweep_hash
+from rayft.sweep.space import points
+from rayft.train.run import RunConfig
 
 
 class Cosine(Section):
@@ -294,6 +298,99 @@ def test_content_hash_is_of_the_content() -> None:
 def test_content_hash_stays_what_it_was() -> None:
     # Folder and run names hold it: a change here makes every earlier sweep unknown.
     assert content_hash(Optim()) == "cba1a58ee51f"
+
+
+CPU = ["scale={device: cpu, dtype: float32, threads: 1}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "sweep", "first"),
+    [
+        ("demo", "ac6729df7ac9", "lora-r32-lr0.002-s0-5fe0a0"),
+        ("study", "93f4936da96d", "lora-r16-lr0.0005-s0-43fad4"),
+        ("tiny", "96da62385a8e", "lora-r4-lr0.01-s0-80fbf5"),
+    ],
+)
+def test_the_hashes_of_configurations_are_those_of_0_1_0(name: str, sweep: str, first: str) -> None:
+    config = load_config(name, CPU)
+    assert sweep_hash(config) == sweep
+    assert points(config.sweep, config.run(gpus=False))[0].key == first
+
+
+@pytest.mark.parametrize(
+    ("expected", "run"),
+    [
+        (
+            "7b2ea2a39c7d",
+            {
+                "model": {"name": "/models/base.gguf"},
+                "data": {"source": "jsonl", "name": "/data/questions.jsonl"},
+            },
+        ),
+        (
+            "4f0d79fc55b2",
+            {
+                "model": {"name": "org/model", "revision": "main", "quantize": "nf4"},
+                "data": {"source": "hub", "name": "org/set", "files": {"train": "train", "test": "test"}},
+                "method": {"name": "lora", "rank": 8, "rank_pattern": {"q_proj": 4}},
+                "scale": {"device": "cuda", "dtype": "bfloat16"},
+            },
+        ),
+        (
+            "8cfe0fc71ea2",
+            {
+                "data": {"source": "csv", "name": "/data/q.csv", "columns": {"prompt": "q"}},
+                "anneal": {"rank": 2},
+                "method": {"name": "lora", "rank": 8},
+            },
+        ),
+        (
+            "b19ab7edf93a",
+            {
+                "data": {"source": "image_folder", "name": "/data/pets"},
+                "start": "/adapters/one",
+                "method": {"name": "lora"},
+                "model": {"name": "tiny-vit", "task": "image_classification", "num_labels": 3},
+            },
+        ),
+        (
+            "913e0fb3ba8d",
+            {
+                "data": {"source": "jsonl", "files": {"train": "/d/a.jsonl", "val": "/d/b.jsonl"}},
+                "method": {"name": "cola", "chain": {"links": 3}},
+                "optim": {"steps": 9},
+                "deepspeed": {"zero_optimization": {"overlap_comm": True}},
+                "evaluate": {"every": 3},
+            },
+        ),
+    ],
+)
+def test_the_hashes_of_runs_are_those_of_0_1_0(expected: str, run: dict[str, Any]) -> None:
+    assert content_hash(RunConfig.model_validate(run)) == expected
+
+
+class LaterOptim(Optim):
+    nesterov: bool = Field(default=False, json_schema_extra={SINCE: "0.2"})
+
+
+class LaterRoot(Root):
+    optim: LaterOptim = LaterOptim()
+    named: dict[str, LaterOptim] = {}  # type: ignore[assignment]
+    limits: tuple[int, ...] = Field(default=(), json_schema_extra={SINCE: "0.2"})
+
+
+def test_a_field_that_came_later_counts_where_it_is_set() -> None:
+    assert content_hash(LaterRoot()) == content_hash(Root())
+    given = {"optim": {"lr": 0.5}, "named": {"a": {"lr": 2.0}}}
+    assert content_hash(parse(LaterRoot, given)) == content_hash(parse(Root, given))
+    hashes = {
+        content_hash(LaterRoot()),
+        content_hash(LaterRoot(limits=(1,))),
+        content_hash(LaterRoot(optim=LaterOptim(nesterov=True))),
+        content_hash(LaterRoot(named={"a": LaterOptim(nesterov=True)})),
+        content_hash(LaterRoot(named={"a": LaterOptim()})),
+    }
+    assert len(hashes) == 5
 
 
 def test_leaves_are_dotted_text() -> None:

@@ -43,6 +43,14 @@ def test_the_order_is_a_function_of_the_content_and_the_seed(tmp_path):
     assert read(images(root)).digest != first.digest
 
 
+def test_an_image_that_is_replaced_after_it_was_read_is_named(tmp_path):
+    image = read(images(folder(tmp_path / "pets"))).train[0].image
+    assert image.read() == Path(image.name).read_bytes()
+    save(Path(image.name), noise("another"))
+    with pytest.raises(DataError, match=r"\.png has changed since the data was read"):
+        image.read()
+
+
 @pytest.mark.parametrize(
     ("train", "val", "test"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,8 +105,20 @@ def test_checkpoints_hold_the_trained_parameters_alone(
 def test_a_checkpoint_of_another_run_is_refused(run: RunConfig, session: Session, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(run, session, DieAt(4), tmp_path)
-    with pytest.raises(TrainError, match="checkpoint of another configuration"):
+    with pytest.raises(TrainError, match="checkpoint of another run: the configuration has changed"):
         fit(changed(run, seed=1), session, SilentReporter(), tmp_path)
+
+
+def test_a_checkpoint_of_other_data_or_another_base_is_refused(
+    run: RunConfig, session: Session, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, session, DieAt(4), tmp_path)
+    for field, said in (("data", "the data has changed"), ("base", "the base has changed")):
+        identity = session.identity.model_copy(update={field: "0" * 16})
+        with pytest.raises(TrainError, match=f"{said}: .*Put back what it was"):
+            fit(run, replace(session, identity=identity), SilentReporter(), tmp_path)
+    assert fit(run, session, SilentReporter(), tmp_path).finished
 
 
 def test_a_damaged_checkpoint_is_named(run: RunConfig, session: Session, tmp_path: Path) -> None:

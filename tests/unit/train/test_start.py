@@ -143,7 +143,9 @@ def test_a_resumed_run_wants_the_adapter_that_it_started_from(
     some = next(iter(adapter.modules))
     modules = {**adapter.modules, some: replace(adapter.modules[some], scale=3.0)}
     replace(adapter, modules=modules).save(tmp_path / "start")
-    with pytest.raises(TrainError, match=r"what is in .*start has changed since. Put that back, or delete"):
+    with pytest.raises(
+        TrainError, match=r"/start has changed \(content .* Put back what it was, .* or delete"
+    ):
         fit(run, session, SilentReporter(), tmp_path / "cut")
     adapter.save(tmp_path / "start")
     resumed = fit(run, session, SilentReporter(), tmp_path / "cut")

@@ -1,0 +1,106 @@
+"""What a result follows from: its configuration, its data and its base.
+
+A trial's result, a checkpoint, an analysis and a sweep's folder each keep the `Identity` of what they were
+made from. Before one of them is used again, `Identity.differences` compares that with what is there now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from rayft.config import Record
+
+__all__ = ["UNKNOWN", "Identity"]
+
+
+class Identity(Record):
+    """What a result follows from. An empty field is unknown, and is compared with nothing.
+
+    What rayft 0.1.0 wrote has no identity; it is put together from what that version did record, which is
+    `data` and `fingerprint`.
+    """
+
+    rayft: str = ""
+    """The version that made it; empty for 0.1.0, which recorded none."""
+    config: str = ""
+    """Content hash of the run."""
+    data: str = ""
+    """Digest of all examples, in order."""
+    base: str = ""
+    """Hash of the base's files: weights, tokenizer, chat template and settings."""
+    start: str = ""
+    """Content hash of the adapter that the run started from."""
+    fingerprint: str = ""
+    """Fingerprint of the base's weights, which samples them: all that 0.1.0 recorded of a base."""
+    data_name: str = ""
+    base_name: str = ""
+    start_name: str = ""
+    """What the configuration calls data, base and start. For messages; none is compared."""
+    parts: Mapping[str, str] = {}
+    """Part of the data → its digest. For messages, as `files`."""
+    files: Mapping[str, str] = {}
+    """File of the base → its hash."""
+
+    @property
+    def inputs(self) -> str:
+        """Hash of data and base (8 hex digits), for keys."""
+        return hashlib.sha256(f"{self.data}\0{self.base}".encode()).hexdigest()[:8]
+
+    @property
+    def brief(self) -> Identity:
+        """What is kept beside each result: all but what only makes a message longer."""
+        return self.model_copy(
+            update={"parts": {}, "files": {}, "data_name": "", "base_name": "", "start_name": ""}
+        )
+
+    def of_data(self) -> Identity:
+        """Leave the base out, for what is done with another one (a tuned model)."""
+        return Identity(data=self.data, data_name=self.data_name, parts=self.parts)
+
+    def differences(self, now: Identity) -> list[str]:
+        """Say what has changed since; empty where nothing has that both know of."""
+        found = []
+        if _differ(self.config, now.config):
+            found.append(f"the configuration has changed (hash {self.config}, now {now.config})")
+        if _differ(self.data, now.data):
+            found.append(self._data(now))
+        if _differ(self.base, now.base):
+            found.append(self._base(now))
+        elif _differ(self.fingerprint, now.fingerprint):
+            found.append(
+                f"the base has changed: the weights of {now.base_name or 'the base'} had the fingerprint "
+                f"{self.fingerprint}, now {now.fingerprint}"
+            )
+        if _differ(self.start, now.start):
+            name = now.start_name or "the adapter to start from"
+            found.append(f"{name} has changed (content {self.start}, now {now.start})")
+        return found
+
+    def _data(self, now: Identity) -> str:
+        changed = [name for name in now.parts if _differ(self.parts.get(name, ""), now.parts[name])]
+        which = f" ({', '.join(changed)})" if changed else ""
+        text = (
+            f"the data has changed: {now.data_name or 'it'}{which} had the digest {self.data}, now {now.data}"
+        )
+        if self.rayft == now.rayft:
+            return text
+        # A version may read a file otherwise than the one before, and say so by another digest.
+        return (
+            f"{text} (or rayft reads it otherwise now: that was {self.rayft or '0.1.0'}, this is {now.rayft})"
+        )
+
+    def _base(self, now: Identity) -> str:
+        names = sorted(self.files.keys() | now.files.keys())
+        changed = [name for name in names if self.files.get(name) != now.files.get(name)]
+        which = f" in {', '.join(changed)}" if self.files and now.files else ""
+        name = now.base_name or "it"
+        return f"the base has changed: {name} is not what it was{which} (hash {self.base}, now {now.base})"
+
+
+def _differ(one: str, other: str) -> bool:
+    return bool(one and other) and one != other
+
+
+UNKNOWN = Identity()
+"""Of nothing; no comparison with it finds a difference."""

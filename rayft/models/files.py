@@ -1,0 +1,58 @@
+"""Hashes of files, remembered as long as the files stay what they are."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+__all__ = ["cache_folder", "hash_file"]
+
+LARGE = 2**24
+"""Bytes from which on a hash is remembered; smaller files are read again."""
+SETTLED = 2.0
+"""Seconds after which a change is old enough that a later one gets another time stamp on any file system."""
+
+
+def cache_folder() -> Path:
+    """Where converted models and hashes of files are kept: $RAYFT_CACHE, else ~/.cache/rayft."""
+    return Path(os.environ.get("RAYFT_CACHE") or Path.home() / ".cache" / "rayft")
+
+
+def hash_file(path: Path) -> str:
+    """Hash what is in a file (16 hex digits).
+
+    The hash of a large file is remembered together with the file's inode, size and times. The time of the
+    last change of the inode is among them, which no tool can set back, so that a copy that keeps the time of
+    its source (`cp -p`, `rsync -t`) is read too.
+
+    Raises:
+        OSError: if the file can't be read.
+    """
+    found = path.stat()
+    stamp = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    if found.st_size < LARGE:
+        return _hash(path)
+    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]
+    note = cache_folder() / "hashes" / f"{name}.json"
+    # A cache that can't be read or written costs time alone.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(note.read_text())
+        if known["stamp"] == stamp:
+            return str(known["hash"])
+    value = _hash(path)
+    if time.time() - found.st_ctime > SETTLED:
+        with contextlib.suppress(OSError):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            staging = note.with_name(f".{note.name}.{os.getpid()}")
+            staging.write_text(json.dumps({"stamp": stamp, "hash": value, "path": str(path)}))
+            staging.replace(note)
+    return value
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

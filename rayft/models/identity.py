@@ -1,0 +1,90 @@
+"""Identity of a base as a whole: a hash of every file that is read when it is loaded.
+
+The fingerprint (`rayft.models.fingerprint`) tells whether an adapter fits a base: it samples weights, and
+leaves out heads, the tokenizer and settings. Whether a result may be used again takes more: one changed
+number, another chat template or another end-of-sequence token gives another result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rayft.models.files import hash_file
+from rayft.models.load import ModelConfig, loading, resolve
+
+__all__ = ["BaseFiles", "base_files"]
+
+READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".spm")
+"""Suffixes of what transformers reads of a model's folder; pickles are never read."""
+SETTINGS = ("config.json", "generation_config.json")
+"""Files that also say which transformers wrote them, which changes nothing."""
+THREADS = 8
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """What a base consists of."""
+
+    identity: str = ""
+    """Hash (16 hex digits) of all of it; empty if unknown."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """File → its hash; of a hub model its commit, which names the content of every file."""
+
+
+def base_files(config: ModelConfig) -> BaseFiles:
+    """Hash what a base is loaded from, or name the commit of a hub model.
+
+    About 1 GiB/s for each thread, and a thread for each file; large files are read again only after a change
+    (`hash_file`).
+
+    Raises:
+        ModelError: if it can't be found or read.
+    """
+    source = resolve(config)
+    with loading(config):
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = _snapshot(source, config.revision)
+            if folder.parent.name == "snapshots":
+                return _whole({"commit": folder.name})
+        paths = sorted(
+            path
+            for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+            if path.suffix in READ and path.is_file() and not path.name.startswith(".")
+        )
+        with ThreadPoolExecutor(THREADS) as pool:
+            hashes = [*pool.map(_hash, paths)]
+        return _whole(
+            {str(path.relative_to(folder)): value for path, value in zip(paths, hashes, strict=True)}
+        )
+
+
+def _snapshot(source: str, revision: str | None) -> Path:
+    """Find the folder in the hub's cache that a model is loaded from."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(source, "config.json", revision=revision)
+    assert path is not None
+    return Path(path).parent
+
+
+def _whole(files: Mapping[str, str]) -> BaseFiles:
+    text = json.dumps(files, sort_keys=True)
+    return BaseFiles(hashlib.sha256(text.encode()).hexdigest()[:16], files)
+
+
+def _hash(path: Path) -> str:
+    if path.name in SETTINGS:
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings.pop("transformers_version", None)
+        except (ValueError, AttributeError):
+            # Whoever loads it says what is wrong with it.
+            return hash_file(path)
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return hash_file(path)

@@ -1,0 +1,37 @@
+"""The identity of what a run is given: its data, read, and the files of its base."""
+
+from __future__ import annotations
+
+from rayft import __version__
+from rayft.data.example import digest
+from rayft.data.source import Parts
+from rayft.identity import Identity
+from rayft.models.identity import BaseFiles, base_files
+from rayft.train.run import RunConfig
+
+__all__ = ["identify"]
+
+
+def identify(run: RunConfig, parts: Parts, *, with_base: bool = True) -> Identity:
+    """Give the identity of a run's data and base; the run itself and what it starts from are left open.
+
+    Args:
+        run: names both.
+        parts: its data, as it was read.
+        with_base: whether to hash the base's files.
+
+    Raises:
+        ModelError: if the base can't be found.
+    """
+    base = base_files(run.model) if with_base else BaseFiles()
+    files = run.data.files
+    named = [path for _, path in files if path is not None] if files is not None else []
+    return Identity(
+        rayft=__version__,
+        data=parts.digest,
+        base=base.identity,
+        data_name=", ".join([run.data.name, *named] if run.data.name else named),
+        base_name=run.model.name,
+        parts={name: digest((getattr(parts, name),)) for name in ("train", "val", "test")},
+        files=base.files,
+    )

@@ -1,0 +1,182 @@
+"""A sweep whose data or base has changed is refused before anything starts, and nothing of it is touched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rayft.errors import ConfigError, TrainError
+from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.identity import current_identity
+from rayft.flow.preflight import Plan, preflight
+from rayft.models.tiny import save_tiny_llama
+from rayft.sweep.lane import TrainRequest
+from rayft.sweep.tuner import earlier
+
+CONFIG = """
+name: answers
+output: out
+model: {name: base}
+data:
+  source: jsonl
+  files: {train: train.jsonl, val: val.jsonl, test: test.jsonl}
+  max_length: 128
+optim: {steps: 2, rows_per_step: 2, warmup: 0}
+scale: {device: cpu, dtype: float32, threads: 1}
+sweep: {methods: {lora: {ranks: [2], lr: [1.0e-2]}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.fixture
+def here(tmp_path: Path, saved: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    shutil.copytree(saved, tmp_path / "base")
+    for part, boxes in (("train", range(8)), ("val", range(8, 10)), ("test", range(10, 12))):
+        rows = [json.dumps({"prompt": f"How many in box {box}?", "completion": "5"}) for box in boxes]
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "answers.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def config(*overrides: str) -> PipelineConfig:
+    return load_config("answers.yaml", overrides)
+
+
+def request(plan: Plan) -> TrainRequest:
+    (point,) = plan.points
+    run = point.run.model_dump_json()
+    return TrainRequest(point.key, point.name, run, str(plan.output), (), expected=plan.identity)
+
+
+def finish(plan: Plan) -> None:
+    """Leave what a finished trial leaves."""
+    (point,) = plan.points
+    folder = plan.output / "trials" / point.key
+    folder.mkdir(parents=True)
+    identity = request(plan).identity.brief.model_dump(mode="json", exclude_defaults=True)
+    result = {"finished": True, "steps": 2, "val_curve": [], "val_loss": 1.0}
+    (folder / "result.json").write_text(json.dumps({"result": result, "run_id": "r", "identity": identity}))
+
+
+def interrupt(plan: Plan) -> None:
+    """Leave what a trial leaves that was killed after a checkpoint."""
+    (point,) = plan.points
+    folder = plan.output / "trials" / point.key / "checkpoint"
+    folder.mkdir(parents=True)
+    identity = request(plan).identity.brief.model_dump(mode="json", exclude_defaults=True)
+    (folder / "state.json").write_text(json.dumps({"step": 1, "identity": identity}))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def edit(name: str, old: str, new: str) -> Callable[[], object]:
+    return lambda: Path(name).write_text(Path(name).read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("leave", [finish, interrupt])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (
+            edit("train.jsonl", '"5"', '"77"'),
+            r"the data has changed: .*train\.jsonl.* \(train\) had the digest",
+        ),
+        (edit("test.jsonl", '"5"', '"77"'), r"the data has changed: .* \(test\) had the digest"),
+        (
+            lambda: save_tiny_llama(Path("base"), seed=1),
+            r"the base has changed: .*/base is not what it was in model\.safetensors \(hash",
+        ),
+        (
+            edit("base/chat_template.jinja", "'content']", "'content'] + ' '"),
+            r"not what it was in chat_template\.jinja",
+        ),
+        (edit("base/generation_config.json", "pad_token_id", "bos_token_id"), "generation_config"),
+    ],
+)
+def test_a_change_is_refused_by_name(
+    here: Path, leave: Callable[[Plan], None], change: Callable[[], object], match: str
+) -> None:
+    leave(preflight(config()))
+    before = tree(here / "out")
+    change()
+    with pytest.raises(ConfigError, match=match + r".*Nothing was touched.*--set output="):
+        preflight(config())
+    assert tree(here / "out") == before
+    # The same command in another folder begins anew.
+    assert preflight(config("output=other")).identity.data
+
+
+def test_without_a_change_it_goes_on(here: Path) -> None:
+    first = preflight(config())
+    finish(first)
+    edit("train.jsonl", '"5"', '"77"')()
+    with pytest.raises(ConfigError, match="data has changed"):
+        preflight(config())
+    edit("train.jsonl", '"77"', '"5"')()
+    again = preflight(config())
+    assert again.identity == first.identity
+    values = earlier(request(again))
+    assert values is not None
+    assert values["run_id"] == "r"
+
+
+def test_a_folder_without_results_is_fit_for_any_data(here: Path) -> None:
+    first = preflight(config())
+    edit("train.jsonl", '"5"', '"77"')()
+    second = preflight(config())
+    assert second.identity.data != first.identity.data
+    finish(second)
+    assert preflight(config()).identity == second.identity
+
+
+def test_a_relative_path_is_another_file_elsewhere(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(preflight(config("output=" + str(here / "out"))))
+    elsewhere = here / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("base", "answers.yaml", "train.jsonl", "val.jsonl", "test.jsonl"):
+        (shutil.copytree if name == "base" else shutil.copy)(here / name, elsewhere / name)
+    monkeypatch.chdir(elsewhere)
+    # The same content under another path: other keys. It is said, since trials run again.
+    plan = preflight(config("output=" + str(here / "out")))
+    assert any(text.endswith("is not used again: it has other settings") for text in plan.warnings)
+    edit("val.jsonl", '"5"', '"77"')()
+    with pytest.raises(ConfigError, match=r"elsewhere/train\.jsonl.* \(val\) had the digest"):
+        preflight(config("output=" + str(here / "out")))
+
+
+def test_a_trial_of_another_sweep_is_not_replayed(here: Path) -> None:
+    plan = preflight(config())
+    finish(plan)
+    asked = request(plan)
+    other = plan.identity.model_copy(update={"data": "0" * 16})
+    with pytest.raises(TrainError, match=r"trials/.* holds a result that can't be used again: the data has"):
+        earlier(TrainRequest(asked.key, asked.name, asked.run, asked.output, (), expected=other))
+
+
+def test_what_reads_a_sweeps_data_again_compares_too(here: Path) -> None:
+    plan = preflight(config())
+    finish(plan)
+    now = current_identity(plan.run, plan.output)
+    assert now.differences(plan.identity) == []
+    assert now.fingerprint
+    edit("train.jsonl", '"5"', '"77"')()
+    with pytest.raises(ConfigError, match=r"data has changed.*or name other data .* with --config"):
+        current_identity(plan.run, plan.output)
+    assert current_identity(plan.run).data != now.data
