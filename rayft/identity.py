@@ -79,16 +79,13 @@ class Identity(Record):
 
     def _data(self, now: Identity) -> str:
         changed = [name for name in now.parts if _differ(self.parts.get(name, ""), now.parts[name])]
-        which = f" ({', '.join(changed)})" if changed else ""
-        text = (
-            f"the data has changed: {now.data_name or 'it'}{which} had the digest {self.data}, now {now.data}"
-        )
+        which = f"{now.data_name} ({', '.join(changed)})" if changed else now.data_name
+        text = f"the data has changed: {which} had the digest {self.data}, now {now.data}"
         if self.rayft == now.rayft:
             return text
         # A version may read a file otherwise than the one before, and say so by another digest.
-        return (
-            f"{text} (or rayft reads it otherwise now: that was {self.rayft or '0.1.0'}, this is {now.rayft})"
-        )
+        versions = f"that was {self.rayft}, this is {now.rayft}" if self.rayft else "that was rayft 0.1.0"
+        return f"{text} (or rayft reads it otherwise now: {versions})"
 
     def _base(self, now: Identity) -> str:
         names = sorted(self.files.keys() | now.files.keys())

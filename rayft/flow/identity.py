@@ -60,7 +60,7 @@ def check_identity(
         own = source_fingerprint(load_skeleton(model), resolve(model), model.revision)
         # Where files can't tell, the lanes compare when they have loaded the base.
         now = now.model_copy(update={"fingerprint": own or fingerprints[0]})
-    changed = list(dict.fromkeys(text for one in known for text in one.differences(now)))
+    changed = next((found for one in known if (found := one.differences(now))), [])
     if changed:
         raise ConfigError(
             f"{output} holds results that can't be used with what is there now: {'; '.join(changed)}. "

@@ -41,8 +41,8 @@ STAMP_FILE = "config.yaml"
 CHECKED = 200
 """Examples of a part whose own answers are scored before the start."""
 WRITTEN = (
-    STAMP_FILE, IDENTITY_FILE, "analysed", "analysis.json", "plots", "ray", "report.html", "serve.yaml", "squeezed",
-    "sweep.json", "trials", "winner",
+    STAMP_FILE, IDENTITY_FILE, "analysed", "analysis.json", "plots", "ray", "report.html", "serve.yaml",
+    "squeezed", "sweep.json", "trials", "winner",
 )  # fmt: skip
 """What a sweep writes into its folder, beside the tracker's files."""
 MARGIN = 2**30

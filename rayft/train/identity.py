@@ -24,13 +24,12 @@ def identify(run: RunConfig, parts: Parts, *, with_base: bool = True) -> Identit
         ModelError: if the base can't be found.
     """
     base = base_files(run.model) if with_base else BaseFiles()
-    files = run.data.files
-    named = [path for _, path in files if path is not None] if files is not None else []
+    files = [path for _, path in run.data.files or () if path is not None]
     return Identity(
         rayft=__version__,
         data=parts.digest,
         base=base.identity,
-        data_name=", ".join([run.data.name, *named] if run.data.name else named),
+        data_name=", ".join([run.data.name, *files] if run.data.name else files),
         base_name=run.model.name,
         parts={name: digest((getattr(parts, name),)) for name in ("train", "val", "test")},
         files=base.files,

@@ -127,7 +127,10 @@ def other_weights(here: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (edit_answers, r"the data has changed: .*train\.jsonl.* had the digest \w+, now \w+ .*was 0\.1\.0"),
+        (
+            edit_answers,
+            r"the data has changed: /.*/train\.jsonl, .* had the digest \w+, now \w+ .*was rayft 0\.1\.0\)",
+        ),
         (edit_the_test_part, "the data has changed"),
         (other_weights, r"the base has changed: the weights of tiny-qwen had the fingerprint \w+, now \w+"),
     ],
