@@ -107,8 +107,7 @@ def _doubts(run: RunConfig, parts: Parts, encoder: Any) -> tuple[str, ...]:
     if problem := ChatFormat.of(encoder).problem:
         found.append(
             f"{problem}, so a trained model may not stop after its answer; use a tokenizer whose chat "
-            "template "
-            "ends each answer with a token, such as its eos_token"
+            "template ends each answer with a token, such as its eos_token"
         )
     limit = run.evaluate.max_new_tokens
     for name, part in (("val", parts.val), ("test", parts.test)):
@@ -117,8 +116,7 @@ def _doubts(run: RunConfig, parts: Parts, encoder: Any) -> tuple[str, ...]:
         if long:
             found.append(
                 f"{len(long)} of {len(perfect)} answers of {name} are longer than evaluate.max_new_tokens = "
-                f"{limit}, "
-                f"so no model can give them; the longest has {max(long)} tokens"
+                f"{limit}, so no model can give them; the longest has {max(long)} tokens"
             )
         refused = [example for example, answer in zip(part, perfect, strict=False) if answer.score < 1]
         if refused:
