@@ -48,14 +48,14 @@ def save(bench: str, records: Iterable[Mapping[str, Any]], *, anew: bool = False
     found = {(item["device"], item["case"], item["metric"]): item for item in before}
     found |= {(item["device"], item["case"], item["metric"]): item for item in records}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(list(found.values()), indent=1) + "\n")
+    path.write_text(json.dumps(list(found.values()), indent=1) + "\n", encoding="utf-8")
     return path
 
 
 def load(bench: str) -> list[dict[str, Any]]:
     """Read a bench's results; none if it has not run."""
     path = RESULTS / f"{bench}.json"
-    return list(json.loads(path.read_text())) if path.is_file() else []
+    return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
 
 
 def demo_table() -> str:
@@ -343,4 +343,4 @@ def with_tables(text: str) -> str:
 if __name__ == "__main__":
     for name in PAGES:
         page = ROOT / name
-        page.write_text(with_tables(page.read_text()))
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

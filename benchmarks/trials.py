@@ -38,7 +38,7 @@ SIZES = {"train": 1200, "val": 100, "test": 200}
 
 def device_kind(path: Path) -> str:
     """Say whose trials a report is of: GPUs' where there are any."""
-    found = {trial["device"] for trial in json.loads(path.read_text()).values()}
+    found = {trial["device"] for trial in json.loads(path.read_text(encoding="utf-8")).values()}
     return "cpu" if found <= {"cpu"} else "gpu"
 
 
@@ -55,7 +55,7 @@ def prepare(folder: Path) -> None:
                 json.dumps({"prompt": example.messages[-2].content, "completion": example.answer})
                 for example in getattr(parts, part)
             ]
-            path.write_text("\n".join(lines) + "\n")
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(task, {part: len(getattr(parts, part)) for part in SIZES}, parts.train[0].messages[-1].content)
 
 
@@ -70,7 +70,9 @@ class TrialStore:
 
     def __init__(self, path: Path, device: str) -> None:
         self.path, self.device = path, device
-        every: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        every: dict[str, dict[str, Any]] = (
+            json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        )
         # A CPU's trial has smaller batches: not gone on with on a GPU, nor lost. Between GPUs trials go on.
         self.others = {k: v for k, v in every.items() if (v["device"] == "cpu") != (device == "cpu")}
         self.known = {k: v for k, v in every.items() if k not in self.others}
@@ -101,7 +103,7 @@ class TrialStore:
         staging = self.path.with_suffix(".tmp")
         every = sorted({**self.others, **self.known}.items())
         lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in every]
-        staging.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        staging.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
         staging.rename(self.path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
@@ -16,8 +15,8 @@ def main() -> None:
     parser.add_argument("target", nargs="?", default="runs/demo", help="a sweep, an adapter or a run's id")
     parser.add_argument("--parts", action="append", default=[], help="gap, bounds, spectra, …; by commas")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--config", type=Path, help="a sweep's configuration: base and data")
-    parser.add_argument("--out", type=Path, help="folder for analysis.json")
+    parser.add_argument("--config", help="a sweep's configuration: base and data")
+    parser.add_argument("--out", help="folder for analysis.json")
     parser.add_argument("--uri", help="tracking server of a run")
     parser.add_argument("--overwrite", action="store_true", help="replace an analysis of other adapters")
     options = vars(parser.parse_args())

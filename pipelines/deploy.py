@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
@@ -13,7 +12,7 @@ from rayft.flow import commands
 def main() -> None:
     """Parse and call; with no argument it serves the demo's result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", type=Path, default=Path("runs/demo/serve.yaml"))
+    parser.add_argument("--config", default="runs/demo/serve.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set a leaf")
     arguments = parser.parse_args()
     commands.guarded(lambda: commands.serve(arguments.config, arguments.set, Console()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
@@ -13,8 +12,8 @@ from rayft.flow import commands
 def main() -> None:
     """Parse and call; with no argument it reports the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sweep", nargs="?", type=Path, default=Path("runs/demo"))
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("sweep", nargs="?", default="runs/demo")
+    parser.add_argument("-o", "--output")
     parser.add_argument("--overwrite", action="store_true", help="replace another sweep's report")
     arguments = parser.parse_args()
     commands.guarded(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -54,8 +53,8 @@ def sweep(
 
 @app.command()
 def squeeze(
-    adapter: Annotated[Path, typer.Argument(help="An adapter folder made by anyone, or a tuned model's.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results: OUT/r8, OUT/e0.95, OUT/b1.5MB.")],
+    adapter: Annotated[str, typer.Argument(help="An adapter folder made by anyone, or a tuned model's.")],
+    out: Annotated[str, typer.Option(help="Folder for the results: OUT/r8, OUT/e0.95, OUT/b1.5MB.")],
     rank: Annotated[list[int] | None, typer.Option(help="A rank to squeeze to; may be repeated.")] = None,
     energy: Annotated[
         list[float] | None, typer.Option(help="A share of energy to retain; may be repeated.")
@@ -71,7 +70,7 @@ def squeeze(
         float | None, typer.Option(help="Learning rate of --steps; the trial's by default.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A sweep's configuration: base and data to score and train on.")
+        str | None, typer.Option(help="A sweep's configuration: base and data to score and train on.")
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="The base: checked, or what a tuned model began as.")
@@ -106,9 +105,9 @@ def analyze(
         list[str] | None, typer.Option("--set", help="Set one of its numbers: --set samples=50")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A sweep's configuration: base and data of a lone adapter.")
+        str | None, typer.Option(help="A sweep's configuration: base and data of a lone adapter.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for analysis.json; the target by default.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for analysis.json; the target by default.")] = None,
     uri: Annotated[
         str | None, typer.Option(help="Tracking server of a run; MLFLOW_TRACKING_URI otherwise.")
     ] = None,
@@ -127,9 +126,9 @@ def analyze(
 
 @app.command()
 def report(
-    sweep_folder: Annotated[Path, typer.Argument(help="A sweep's output folder.")],
+    sweep_folder: Annotated[str, typer.Argument(help="A sweep's output folder.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The HTML file; in the folder by default.")
+        str | None, typer.Option("-o", "--output", help="The HTML file; in the folder by default.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another sweep's report.")] = False,
 ) -> None:
@@ -145,7 +144,7 @@ def promote(
     version: Annotated[int, typer.Argument(help="The version to promote.")],
     alias: Annotated[str, typer.Option(help="The alias to move.")] = "champion",
     sweep_folder: Annotated[
-        Path | None, typer.Option("--sweep", help="Folder of the sweep whose tracking database is meant.")
+        str | None, typer.Option("--sweep", help="Folder of the sweep whose tracking database is meant.")
     ] = None,
     uri: Annotated[str | None, typer.Option(help="MLflow's URI; MLFLOW_TRACKING_URI otherwise.")] = None,
     tolerance: Annotated[float, typer.Option(help="How far below the champion's score it may be.")] = 0.0,
@@ -159,7 +158,7 @@ def promote(
 
 @app.command()
 def serve(
-    config: Annotated[Path, typer.Argument(help="A serving configuration, such as a sweep's serve.yaml.")],
+    config: Annotated[str, typer.Argument(help="A serving configuration, such as a sweep's serve.yaml.")],
     overrides: Overrides = None,
 ) -> None:
     """Serve a base and its adapters behind an OpenAI-compatible API until Ctrl-C."""
@@ -192,7 +191,7 @@ def adapters(
 
 @app.command()
 def doctor(
-    output: Annotated[Path, typer.Option(help="Folder that sweeps would write to.")] = Path("runs"),
+    output: Annotated[str, typer.Option(help="Folder that sweeps would write to.")] = "runs",
 ) -> None:
     """Check versions, GPUs, Ray, DeepSpeed, MLflow, memory and disk, and say what to do."""
     from rayft.flow import commands

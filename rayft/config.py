@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from rayft.errors import ConfigError
+from rayft.paths import read_path
 
 __all__ = [
     "SINCE",
@@ -58,7 +59,7 @@ class Record(Section):
         """Write it, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".{path.name}.{os.getpid()}")
-        staging.write_text(self.model_dump_json(indent=1) + "\n")
+        staging.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
         staging.replace(path)
         return path
 
@@ -116,11 +117,11 @@ def load(
     Raises:
         ConfigError: if the file is missing, or anything in it or in an override is wrong.
     """
-    path = Path(path)
-    if not path.is_file():
-        hint = f"; the packaged ones are in {base}" if base else ""
-        raise ConfigError(f"no configuration file at {path}{hint}")
+    path = read_path(path, "the configuration")
     try:
+        if not path.is_file():
+            hint = f"; the packaged ones are in {base}" if base else ""
+            raise ConfigError(f"no configuration file at {path}{hint}")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} can't be read as UTF-8 text: {error}") from error
@@ -136,6 +137,7 @@ def parse(cls: type[SectionT], data: Mapping[str, Any], overrides: Sequence[str]
     merged = _plain(data)
     for override in overrides:
         _apply(merged, override)
+    _check_unicode(merged)
     try:
         # Validated as JSON: strict about scalars, yet a list may fill a tuple and a string a path.
         return cls.model_validate_json(json.dumps(merged), strict=True)
@@ -187,6 +189,25 @@ def lone_surrogate(text: str) -> str:
             "character; write the whole one, or remove it"
         )
     return ""
+
+
+def _check_unicode(value: Any, where: str = "") -> None:
+    """Refuse text with half a surrogate pair, which nothing that is written as UTF-8 can hold."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_unicode(key, where)
+            _check_unicode(inner, f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_unicode(inner, where)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            shown = value.encode(errors="backslashreplace").decode()
+            raise ConfigError(
+                f"{where or 'a key'}: '{shown}' is not valid Unicode; write it as UTF-8"
+            ) from error
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

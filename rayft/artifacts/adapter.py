@@ -163,10 +163,10 @@ class AdapterArtifact:
 
     def _write(self, folder: Path) -> None:
         save_file(self._tensors(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(self._peft_config(), indent=2) + "\n")
+        (folder / CONFIG_FILE).write_text(json.dumps(self._peft_config(), indent=2) + "\n", encoding="utf-8")
         columns = {name: factors.columns for name, factors in self.modules.items() if factors.columns}
         meta = self.meta.model_copy(update={"columns": columns})
-        (folder / META_FILE).write_text(meta.model_dump_json(indent=2) + "\n")
+        (folder / META_FILE).write_text(meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     def _check_finite(self, where: str, consequence: str) -> None:
         for name, tensor in self._tensors().items():

@@ -20,7 +20,7 @@ from rayft.methods.base import LoraFactors
 __all__ = ["FLOATS", "INDICES", "assemble", "check_selector", "read_meta", "read_weights"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Safetensors' names of the types that adapters are computed with."""
+"""Safetensors' names of the types whose numbers are the weights; of others the scales lie elsewhere."""
 INDICES = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 """Those that some of PEFT's classes keep indices and masks in; a LoRA has none."""
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(?:\.default)?\.weight")

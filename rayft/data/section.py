@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayft.config import Section
+from rayft.paths import PathText, check_text
 
 __all__ = ["Columns", "DataConfig", "PartFiles"]
 
@@ -39,13 +40,13 @@ class Columns(Section):
 class PartFiles(Section):
     """Where each part is: a file, folder of images or hub split. A part left out is split off `train`."""
 
-    train: str
+    train: PathText
     """File, folder or split to learn from."""
 
-    val: str | None = None
+    val: PathText | None = None
     """File, folder or split for every choice that is made."""
 
-    test: str | None = None
+    test: PathText | None = None
     """File, folder or split for the numbers that are reported."""
 
 
@@ -96,6 +97,11 @@ class DataConfig(Section):
 
     separator: str = "\n"
     """What stands between prompt and completion where the tokenizer has no chat template."""
+
+    @field_validator("name")
+    @classmethod
+    def _can_be_a_path(cls, name: str) -> str:
+        return check_text(name) if name else name
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> DataConfig:

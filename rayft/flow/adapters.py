@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import Any, Literal
+from urllib.parse import quote
 
 import httpx
 from rich.table import Table
@@ -16,6 +17,10 @@ __all__ = ["Action", "adapters_table", "call"]
 Action = Literal["list", "load", "unload", "promote", "rollback"]
 KEY = "RAYFT_KEY"
 """Environment variable with the caller's key."""
+SECONDS_TO_ANSWER = 10.0
+"""How long a server may take to say what it serves, which tells whether there is one."""
+SECONDS_TO_CHANGE = 600.0
+"""How long it may take to change that: an adapter may have to be downloaded."""
 
 
 def call(
@@ -36,25 +41,50 @@ def call(
         raise ResourceError(f"say which: rayft adapters {action} NAME")
     if action == "load" and source is None:
         raise ResourceError("say where it is: rayft adapters load NAME SOURCE")
-    key = os.environ.get(KEY)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=server.rstrip("/"), headers=headers, timeout=600) as client:
+    try:
+        server.encode()
+        client = httpx.Client(base_url=server.rstrip("/"), headers=_headers(), timeout=SECONDS_TO_CHANGE)
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise ResourceError(f"--server {server} is no URL ({error}); write http://host:port") from error
+    with client:
+        found = _list(client)
+        if action == "list":
+            return found
+        path = f"/v1/adapters/{quote(name or '', safe='')}"
         if action == "load":
             body = {"name": name, "source": source, "weight": weight, "pinned": pinned}
             _checked(client, "POST", "/v1/adapters", json=body)
         elif action == "unload":
-            _checked(client, "DELETE", f"/v1/adapters/{name}")
-        elif action in ("promote", "rollback"):
-            _checked(client, "POST", f"/v1/adapters/{name}/{action}")
-        found: list[dict[str, Any]] = _checked(client, "GET", "/v1/adapters").json()["data"]
-        return found
+            _checked(client, "DELETE", path)
+        else:
+            _checked(client, "POST", f"{path}/{action}")
+        return _list(client)
+
+
+def _headers() -> dict[str, str]:
+    key = os.environ.get(KEY)
+    if key is None:
+        return {}
+    if not key.isascii() or not key.isprintable():
+        raise ResourceError(f"the key in {KEY} has characters that no header can carry; set it again")
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _list(client: httpx.Client) -> list[dict[str, Any]]:
+    answer = _checked(client, "GET", "/v1/adapters", timeout=SECONDS_TO_ANSWER)
+    try:
+        return list(answer.json()["data"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResourceError(f"{client.base_url} is no server of rayft; give its --server") from error
 
 
 def _checked(client: httpx.Client, verb: str, path: str, **options: Any) -> httpx.Response:
     try:
         answer = client.request(verb, path, **options)
-    except httpx.HTTPError as error:
-        raise ResourceError(f"{client.base_url} can't be reached ({error}); give its --server") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ResourceError(
+            f"{client.base_url} can't be reached ({type(error).__name__}: {error}); give its --server"
+        ) from error
     if answer.is_success:
         return answer
     try:

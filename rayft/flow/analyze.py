@@ -26,6 +26,7 @@ from rayft.flow.display import Display
 from rayft.flow.track_analysis import track_analysis
 from rayft.methods import method
 from rayft.methods.base import LoraFactors
+from rayft.paths import check_folder
 from rayft.report.frame import SweepRecord
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import EXECUTORS, Executor
@@ -186,6 +187,7 @@ def analyze_target(
         sources = find_items(target, config, uri, Path(scratch))
         wanted = _config(sources, parts, overrides)
         place = out or sources.folder
+        check_folder(place, "--out")
         earlier = earlier_analysis(place, {item.name for item in sources.items}, overwrite=overwrite)
         earlier = None if earlier is None else _with_inputs(earlier, sources.items)
         scale, lanes = sources.items[0].run.scale, min(sources.settings.sweep.lanes, len(sources.items))

@@ -65,7 +65,11 @@ class Item:
         """What its folder says that it was trained with."""
         path = self.folder / META_FILE
         # A whole model has none.
-        meta = ArtifactMeta.model_validate_json(path.read_text()) if path.is_file() else ArtifactMeta()
+        meta = (
+            ArtifactMeta.model_validate_json(path.read_text(encoding="utf-8"))
+            if path.is_file()
+            else ArtifactMeta()
+        )
         return Identity(data=meta.data_digest, fingerprint=meta.base_fingerprint)
 
     @property

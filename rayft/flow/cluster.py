@@ -4,45 +4,94 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+from ray._common.utils import get_default_ray_temp_dir
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray.exceptions import RayError
 
 from rayft.errors import ResourceError, TrackingError
+from rayft.flow.address import find_address, unreachable
+from rayft.paths import check_folder, home, read_path
 from rayft.sweep.score import spread
 from rayft.tracking.base import TrackerSpec
 
-__all__ = ["check_tracking", "cluster", "has_gpus", "join"]
+__all__ = ["check_temporary", "check_tracking", "cluster", "has_gpus", "join"]
 
-CURRENT = Path("/tmp/ray/ray_current_cluster")  # noqa: S108  (where `ray start` writes its address)
 SLOTS = 2
 """CPU slots beside the workers': drivers of trials and of the serving application."""
+SOCKET_BYTES = 107
+"""Longest path of a Unix socket on Linux."""
+SOCKET_NAME = "session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
+"""The longest path that Ray adds to its temporary folder for a socket."""
 
 
 def join() -> bool:
-    """Join the cluster of RAY_ADDRESS, or the one that `ray start` runs on this machine, if there is one."""
+    """Join the cluster of RAY_ADDRESS, or the one that `ray start` runs on this machine, if there is one.
+
+    Returns:
+        False if there is none, so that one has to be started here; then it is checked that it can be.
+
+    Raises:
+        ResourceError: within ten seconds, if RAY_ADDRESS names a cluster that does not answer.
+    """
     if ray.is_initialized():
         return True
-    address = os.environ.get("RAY_ADDRESS")
-    if not address and not CURRENT.is_file():
+    address, named = find_address()
+    problem = unreachable(address) if address else ""
+    if problem and named:
+        raise ResourceError(
+            f"no Ray cluster can be joined at RAY_ADDRESS={address}: {problem}; correct it, or unset it to "
+            "start a cluster on this machine"
+        )
+    if not address or problem:
+        check_temporary()
         return False
     _settle_environment()
     try:
         ray.init(
-            address=address or CURRENT.read_text().strip(),
+            address=address,
             log_to_driver=False,
             logging_level=logging.ERROR,
             namespace="rayft",
         )
-    except (ConnectionError, RuntimeError) as error:
-        if address:
+    # Ray has no common error for what can be wrong with a cluster that answers: other versions, a machine
+    # that is none of its nodes, a token that it does not know.
+    except Exception as error:
+        if named:
             raise ResourceError(
-                f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); unset it"
+                f"the Ray cluster at RAY_ADDRESS={address} can't be joined ({error}); unset it to start a "
+                "cluster on this machine"
             ) from error
+        check_temporary()
         return False
     return True
+
+
+def check_temporary() -> None:
+    """Check that Ray can write where a cluster on this machine keeps its sockets and logs.
+
+    Raises:
+        ResourceError, ConfigError: naming the variable that says where.
+    """
+    setting = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "RAY_TMPDIR")
+    if setting in os.environ:
+        read_path(os.environ[setting], setting)
+    folder = Path(get_default_ray_temp_dir())
+    if not folder.is_absolute():
+        raise ResourceError(
+            f"{setting}={os.environ[setting]} is a relative path, which Ray can't use; write it whole"
+        )
+    if len(os.fsencode(folder / SOCKET_NAME)) > SOCKET_BYTES:
+        raise ResourceError(
+            f"{folder} is too long for Ray, whose sockets lie below it and may have {SOCKET_BYTES} bytes; "
+            "set RAY_TMPDIR to a shorter path"
+        )
+    check_folder(folder, "RAY_TMPDIR or TMPDIR")
 
 
 def has_gpus() -> bool | None:
@@ -62,6 +111,42 @@ def _settle_environment() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Packages read their own files in the locale's encoding: DeepSpeed's are UTF-8, and fail in ASCII.
+    os.environ["PYTHONUTF8"] = "1"
+
+
+def _settle_token() -> None:
+    """Give a cluster on this machine a token where Ray can't keep one: in a read-only or missing home.
+
+    Ray starts with a token unless it is told otherwise, and keeps it in ~/.ray.
+    """
+    loader = AuthenticationTokenLoader.instance()
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or loader.has_token(ignore_auth_mode=True):
+        return
+    try:
+        check_folder(home("RAY_AUTH_TOKEN") / ".ray", "HOME")
+    except ResourceError:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        loader.reset_cache()
+
+
+def _start(cpus: int) -> None:
+    _settle_environment()
+    try:
+        _settle_token()
+        ray.init(
+            # Not the one of a cluster that does not answer: Ray would look it up by itself.
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace="rayft",
+        )
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise ResourceError(
+            f"Ray can't be started on this machine ({error}); `rayft doctor` shows what is missing"
+        ) from error
 
 
 @contextmanager
@@ -82,16 +167,8 @@ def cluster(workers: int, *, device: str, gpu_share: float = 1.0) -> Iterator[No
         _check_fit(workers, device, gpu_share)
         yield
         return
-    _settle_environment()
     if not join():
-        cores = len(os.sched_getaffinity(0))
-        ray.init(
-            num_cpus=max(cores, workers + SLOTS),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            namespace="rayft",
-        )
+        _start(max(len(os.sched_getaffinity(0)), workers + SLOTS))
     try:
         _check_fit(workers, device, gpu_share)
         yield
@@ -116,7 +193,7 @@ def _check_fit(workers: int, device: str, gpu_share: float) -> None:
     resources = ray.cluster_resources()
     name = "GPU" if device == "cuda" else "CPU"
     # An autoscaler may still bring what is missing, and then says so itself.
-    elastic = spread() or resources.get("gpu_cluster", 0) or "RAY_ADDRESS" in os.environ
+    elastic = spread() or resources.get("gpu_cluster", 0) or find_address()[1]
     # Two lanes of 0.6 don't fit on one GPU: shares of a worker are never split.
     per_device = int(1 / gpu_share + 1e-9) if device == "cuda" else 1
     needed = -(-workers // per_device)

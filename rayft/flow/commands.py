@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import sys
 import time
@@ -14,11 +16,12 @@ from rich.table import Table
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import load
-from rayft.errors import RayftError, RegistryError
+from rayft.errors import RayftError, RegistryError, ResourceError
 from rayft.flow.adapters import Action, adapters_table, call
 from rayft.flow.config import load_config
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
+from rayft.paths import check_file, check_folder, checked_text, read_path
 from rayft.registry.promote import Gate
 from rayft.registry.promote import promote as move_alias
 from rayft.registry.store import MlflowRegistry
@@ -43,6 +46,13 @@ __all__ = [
 ]
 
 
+SYSTEM = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EEXIST,
+    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENODEV, errno.ENXIO, errno.EIO,
+)  # fmt: skip
+"""What a system call fails with because of a path or a disk, not because of the code."""
+
+
 def demo(
     overrides: Sequence[str], console: Console, *, stay: bool = False, overwrite: bool = False
 ) -> SweepRecord:
@@ -54,7 +64,7 @@ def demo(
     from rayft.flow.demo import clear, run_demo
 
     settings = load_config("demo", overrides)
-    output = Path(settings.output)
+    output = settings.folder
     clear(settings, overwrite=overwrite)
     wait = (lambda: _wait(settings.serve.port, console)) if stay else None
     started = time.monotonic()
@@ -67,18 +77,26 @@ def demo(
     return record
 
 
-def sweep(config: str, overrides: Sequence[str], console: Console) -> SweepRecord:
+def sweep(config: str | Path, overrides: Sequence[str], console: Console) -> SweepRecord:
     """Run a sweep up to its report."""
     from rayft.flow.sweep import run_sweep
 
     settings = load_config(config, overrides)
     record = run_sweep(settings, Display(console))
     _show(record, console)
-    _show_next(record, Path(settings.output), console)
+    _show_next(record, settings.folder, console)
     return record
 
 
-def squeeze(adapter: Path, out: Path, console: Console, **options: Any) -> None:
+def squeeze(
+    adapter: str,
+    out: str,
+    console: Console,
+    *,
+    config: str | None = None,
+    base: str | None = None,
+    **options: Any,
+) -> None:
     """Squeeze an adapter folder and show what came out; `options` as `flow.squeeze.squeeze_request`.
 
     Raises:
@@ -86,14 +104,24 @@ def squeeze(adapter: Path, out: Path, console: Console, **options: Any) -> None:
     """
     from rayft.flow.squeeze import squeeze_folder, squeeze_request, squeeze_table
 
-    request = squeeze_request(adapter, out, **options)
+    if base is not None:
+        checked_text(base, "--base")
+    request = squeeze_request(
+        read_path(adapter, "the adapter's folder"),
+        read_path(out, "--out"),
+        config=_optional(config, "--config"),
+        base=base,
+        **options,
+    )
     found = squeeze_folder(request, console)
     console.print(squeeze_table(found))
     if found.note:
         console.print(found.note, style="yellow", highlight=False)
 
 
-def analyze(target: str, console: Console, **options: Any) -> None:
+def analyze(
+    target: str, console: Console, *, config: str | None = None, out: str | None = None, **options: Any
+) -> None:
     """Analyse a sweep, an adapter or a run, and show it; `options` as `flow.analyze.analyze_target`.
 
     A sweep's report is made again with what was found.
@@ -101,7 +129,13 @@ def analyze(target: str, console: Console, **options: Any) -> None:
     from rayft.flow.analyze import analyze_target
     from rayft.report.terminal import analysis_tables
 
-    report = Path(options.get("out") or target) / "report.html"
+    target = str(read_path(target, "the target"))
+    options |= {"config": _optional(config, "--config"), "out": _optional(out, "--out")}
+    if options.get("uri") is not None:
+        checked_text(options["uri"], "--uri")
+    if options["out"] is not None:
+        check_folder(options["out"], "--out")
+    report = Path(options["out"] or target) / "report.html"
     if report.with_name("sweep.json").is_file():
         check_report(SweepRecord.load(report.parent), report, overwrite=bool(options.get("overwrite")))
     found, folder = analyze_target(target, Display(console), **options)
@@ -118,13 +152,15 @@ def analyze(target: str, console: Console, **options: Any) -> None:
         console.print(f"wrote {path}", highlight=False)
 
 
-def report(folder: Path, output: Path | None, console: Console, *, overwrite: bool = False) -> None:
+def report(sweep_folder: str, output: str | None, console: Console, *, overwrite: bool = False) -> None:
     """Render a sweep's record again and deliver what is left in its spool.
 
     Raises:
         ReportError: if the file is no report of this sweep (unless `overwrite`), or none of rayft's.
     """
-    record, path = SweepRecord.load(folder), output or folder / "report.html"
+    folder = read_path(sweep_folder, "the sweep's folder")
+    record, path = SweepRecord.load(folder), _optional(output, "--output") or folder / "report.html"
+    check_file(path, "--output")
     check_report(record, path, overwrite=overwrite)
     render(record, path, SweepAnalysis.find(folder))
     spec = _tracking(folder)
@@ -142,7 +178,7 @@ def promote(
     name: str,
     version: int,
     alias: str,
-    sweep_folder: Path | None,
+    sweep_folder: str | None,
     uri: str | None,
     tolerance: float,
     force: bool,
@@ -153,10 +189,13 @@ def promote(
     Raises:
         PromotionRefusedError: with both scores; the alias stays where it is.
     """
-    if sweep_folder is not None and not sweep_folder.is_dir():
-        raise RegistryError(f"no sweep folder {sweep_folder}; give the one that `rayft sweep` wrote")
-    if sweep_folder is not None:
-        where = _tracking(sweep_folder).uri
+    folder = _optional(sweep_folder, "--sweep")
+    if uri is not None:
+        checked_text(uri, "--uri")
+    if folder is not None and not folder.is_dir():
+        raise RegistryError(f"no sweep folder {folder}; give the one that `rayft sweep` wrote")
+    if folder is not None:
+        where = _tracking(folder).uri
     else:
         where = tracker_spec(TrackingConfig(uri=uri), Path.cwd()).uri
     done = move_alias(MlflowRegistry(where), name, version, alias, Gate(tolerance=tolerance), force=force)
@@ -186,22 +225,24 @@ def adapters(
         console.print("no adapters are served, only the base", highlight=False)
 
 
-def serve(config: Path, overrides: Sequence[str], console: Console) -> None:
+def serve(config: str, overrides: Sequence[str], console: Console) -> None:
     """Serve until Ctrl-C."""
-    from rayft.flow.cluster import cluster
-    from rayft.serving.build import run
+    from rayft.flow.cluster import cluster, join
+    from rayft.serving.build import check, run
     from rayft.serving.config import ServeConfig
 
     settings = load(ServeConfig, config, overrides)
+    join()
+    check(settings)
     names = ", ".join(["base", *settings.adapters])
     console.print(f"starting {names} on http://{settings.host}:{settings.port}/v1", highlight=False)
     with cluster(settings.replicas * settings.cpus, device="cpu"):
         run(settings)
 
 
-def doctor(output: Path, console: Console) -> int:
+def doctor(output: str, console: Console) -> int:
     """Show all checks; 1 if one fails, else 0."""
-    found = checks(output)
+    found = checks(read_path(output, "--output"))
     table = Table("", "check", "found", "what to do")
     for check in found:
         mark = {True: "[green]ok[/green]", False: "[red]no[/red]", None: "[yellow]-[/yellow]"}[check.ok]
@@ -211,16 +252,37 @@ def doctor(output: Path, console: Console) -> int:
 
 
 def guarded(command: Callable[[], object]) -> None:
-    """Run a command; a mistake of the user's ends in one message and exit code 1, not in a traceback."""
+    """Run a command; a mistake of the user's ends in one message and exit code 1, not in a traceback.
+
+    What the system refuses (a path, a full disk) is told in the same way, where no check has told it before.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal or a log in another encoding than UTF-8 shows codes for what it has no letters for.
+            stream.reconfigure(errors="backslashreplace")
     for name in ("mlflow.store.db.utils", "alembic", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
         command()
     except RayftError as error:
-        console = Console(stderr=True)
-        console.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _end(error)
+    except OSError as error:
+        if error.errno not in SYSTEM:
+            raise
+        what = f"{error.filename} can't be used" if error.filename else "the system refuses"
+        _end(ResourceError(f"{what} ({error.strerror}); correct that path, or make room or rights for it"))
+
+
+def _end(error: RayftError) -> None:
+    console = Console(stderr=True)
+    console.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
+    text = str(error).encode(errors="backslashreplace").decode()
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    sys.exit(1)
+
+
+def _optional(path: str | None, setting: str) -> Path | None:
+    return None if path is None else read_path(path, setting)
 
 
 def _tracking(folder: Path) -> TrackerSpec:

@@ -12,6 +12,7 @@ from rayft.analysis.section import AnalyzeConfig
 from rayft.config import Section, load
 from rayft.data.section import DataConfig
 from rayft.models.load import ModelConfig
+from rayft.paths import PathText, read_path
 from rayft.registry.promote import Gate
 from rayft.squeeze.section import SqueezeConfig
 from rayft.sweep.space import SweepConfig
@@ -43,7 +44,7 @@ class PipelineConfig(Section):
     question: str = ""
     """What the sweep is to find out; heads the report."""
 
-    output: str = "runs/sweep"
+    output: PathText = "runs/sweep"
     """Folder for everything; in a cluster, one that all nodes see keeps checkpoints across nodes."""
 
     seed: int = Field(default=0, ge=0)
@@ -69,6 +70,11 @@ class PipelineConfig(Section):
         if not value or not all(c.isalnum() or c in "-_." for c in value):
             raise ValueError("use letters, digits, '-', '_' and '.'")
         return value
+
+    @property
+    def folder(self) -> Path:
+        """`output` as an absolute path."""
+        return read_path(self.output, "output").absolute()
 
     def run(self, gpus: bool | None = None) -> RunConfig:
         """Give what all trials share: every `auto` decided, every path absolute (workers run elsewhere)."""
@@ -96,5 +102,5 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> PipelineConf
         ConfigError: if there is no such file, or anything in it is wrong.
     """
     known = packaged()
-    path = known.get(str(name), Path(name))
+    path = known.get(str(name)) or read_path(name, "the configuration")
     return load(PipelineConfig, path, overrides, base=f"rayft: {', '.join(known)}")

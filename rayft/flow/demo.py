@@ -45,7 +45,7 @@ def run_demo(config: PipelineConfig, display: Display, stay: Callable[[], None] 
     started = time.monotonic()
     _check_port(config)
     record = run_sweep(config, display)
-    output = Path(config.output).absolute()
+    output = config.folder
     if (output / "serve.yaml").is_file():
         record = _serve_and_ask(config, record, output, display, stay)
     timings = {**record.timings, "total": time.monotonic() - started}

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import shutil
-import socket
 import sys
 import tomllib
 from collections.abc import Callable, Iterable
@@ -21,11 +19,16 @@ import httpx
 import psutil
 import torch
 from packaging.requirements import Requirement
+from ray._common.utils import get_default_ray_temp_dir
 
-from rayft.errors import TrackingError
+from rayft.errors import RayftError, ResourceError
+from rayft.flow.address import find_address, unreachable
+from rayft.flow.cluster import check_temporary
 from rayft.models.load import cache_folder
+from rayft.paths import check_folder
 from rayft.tracking import TrackingConfig, tracker_spec
 from rayft.tracking.base import redacted
+from rayft.tracking.connection import check as check_tracker
 
 __all__ = ["Check", "checks"]
 
@@ -65,10 +68,11 @@ def checks(output: Path) -> list[Check]:
         _gpu(),
         _ray_import(),
         _ray_cluster(),
+        _ray_folder(),
         _deepspeed(),
         _mlflow(TrackingConfig(), output),
         _disk("output", output),
-        _disk("cache", cache_folder()),
+        _cache(),
         _memory(),
         _shared_memory(Path("/dev/shm")),  # noqa: S108  (the kernel's name for it)
         _demo_weights(),
@@ -89,7 +93,11 @@ def _requirements() -> list[Requirement]:
         lines = metadata.requires("rayft") or []
     except metadata.PackageNotFoundError:
         project = Path(__file__).parents[2] / "pyproject.toml"
-        lines = tomllib.loads(project.read_text())["project"]["dependencies"] if project.is_file() else []
+        lines = (
+            tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+            if project.is_file()
+            else []
+        )
     found = map(Requirement, lines)
     return [need for need in found if need.marker is None or need.marker.evaluate({"extra": ""})]
 
@@ -131,27 +139,23 @@ def _ray_import() -> Check:
 
 
 def _ray_cluster() -> Check:
-    address = os.environ.get("RAY_ADDRESS") or _local_cluster()
-    if not address or address == "local":
+    address, named = find_address()
+    if not address:
         return Check("ray cluster", True, "none running; one is started on this machine when it is needed")
-    if "://" in address:
-        return Check("ray cluster", None, f"{address}, not looked at", "`ray status` there says how it is")
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host or "127.0.0.1", int(port)), timeout=WAIT_SECONDS).close()
-    except (OSError, ValueError) as error:
+    problem = unreachable(address)
+    if problem:
         fix = "start it (`ray up cluster.yaml`), or clear what names it: `unset RAY_ADDRESS; ray stop`"
-        return Check("ray cluster", False, f"{address} does not answer ({error})", fix)
+        # What `ray start` left behind is passed over.
+        return Check("ray cluster", False if named else None, f"{address} does not answer ({problem})", fix)
     return Check("ray cluster", True, f"running at {address}")
 
 
-def _local_cluster() -> str:
-    """Give the address of a cluster that `ray start` left running here; empty if there is none."""
-    folder = Path(os.environ.get("RAY_TMPDIR") or "/tmp/ray")  # noqa: S108  (Ray's own default)
+def _ray_folder() -> Check:
     try:
-        return (folder / "ray_current_cluster").read_text().strip()
-    except OSError:
-        return ""
+        check_temporary()
+    except RayftError as error:
+        return Check("ray folder", False, str(error), "set RAY_TMPDIR to a short path that can be written")
+    return Check("ray folder", True, get_default_ray_temp_dir())
 
 
 def _deepspeed() -> Check:
@@ -178,15 +182,13 @@ def _imported(name: str, describe: Callable[[], str]) -> Check:
 
 def _mlflow(config: TrackingConfig, output: Path) -> Check:
     try:
-        uri = tracker_spec(config, output).uri
-    except TrackingError as error:
-        return Check("mlflow", False, str(error), "correct tracking.uri or MLFLOW_TRACKING_URI")
-    if uri.startswith("sqlite:"):
-        file = Path(uri.partition(":///")[2])
-        place = file if file.exists() else _existing(file.parent)
-        if os.access(place, os.W_OK):
+        spec = tracker_spec(config, output)
+        uri = spec.uri
+        if uri.startswith("sqlite"):
+            check_tracker(spec)
             return Check("mlflow", True, f"{uri}, writable")
-        return Check("mlflow", False, f"{place} is not writable", "give a tracking.uri that is")
+    except RayftError as error:
+        return Check("mlflow", False, str(error), "correct tracking.uri or MLFLOW_TRACKING_URI")
     if uri.startswith(("http:", "https:")):
         return _mlflow_server(uri)
     return Check("mlflow", None, f"{redacted(uri)}, not looked at", "a database: see that it answers")
@@ -196,7 +198,7 @@ def _mlflow_server(uri: str) -> Check:
     fix = "start it, or unset MLFLOW_TRACKING_URI to track in a sqlite file"
     try:
         answer = httpx.get(f"{uri.rstrip('/')}/health", timeout=WAIT_SECONDS)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         return Check("mlflow", False, f"{redacted(uri)} does not answer ({error})", fix)
     if answer.status_code in (401, 403):
         fix = "set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
@@ -206,12 +208,21 @@ def _mlflow_server(uri: str) -> Check:
     return Check("mlflow", False, f"{redacted(uri)} answers {answer.status_code}", fix)
 
 
+def _cache() -> Check:
+    try:
+        return _disk("cache", cache_folder())
+    except RayftError as error:
+        return Check("disk for cache", False, str(error), "set RAYFT_CACHE to a folder that can be written")
+
+
 def _disk(name: str, folder: Path) -> Check:
+    try:
+        check_folder(folder, name)
+    except ResourceError as error:
+        return Check(f"disk for {name}", False, str(error).partition(";")[0], _elsewhere(name))
     place = _existing(folder)
     free = shutil.disk_usage(place).free / GIB
     found = f"{free:.1f} GiB free for {folder}"
-    if not os.access(place, os.W_OK):
-        return Check(f"disk for {name}", False, f"{place} is not writable", _elsewhere(name))
     if free < MIN_DISK_GIB:
         fix = f"free {MIN_DISK_GIB - free:.1f} GiB, or {_elsewhere(name)}"
         return Check(f"disk for {name}", False, found, fix)

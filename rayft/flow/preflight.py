@@ -27,8 +27,10 @@ from rayft.methods import method
 from rayft.methods.base import LayerShape
 from rayft.models.load import ModelConfig, context_length, load_encoder, load_skeleton
 from rayft.models.targets import check_pattern, linear_shapes, select
+from rayft.paths import check_folder, reason
 from rayft.sweep.space import Point, check_executor, points
 from rayft.tracking.base import TrackerSpec, tracker_spec
+from rayft.tracking.connection import check as check_tracker
 from rayft.tracking.mlflow import prepare
 from rayft.train.context import check_task
 from rayft.train.identity import identify
@@ -74,6 +76,10 @@ def preflight(config: PipelineConfig) -> Plan:
     Raises:
         RayftError: ours, with what to do; nothing has been started or overwritten.
     """
+    output = config.folder
+    check_folder(output, "output (--set output=…)")
+    spec = tracker_spec(config.tracking, output)
+    check_tracker(spec)
     run = config.run(has_gpus())
     trials = points(config.sweep, run)
     executor = check_executor(config.sweep, run)
@@ -88,13 +94,12 @@ def preflight(config: PipelineConfig) -> Plan:
         )
         if name == "train":
             _check_links(trials, encoded)
-    output = Path(config.output).absolute()
     _check_stamp(config, output)
     identity = check_identity(output, identify(run, parts), run.model)
     unused = not_used(output, trials)
     _make_output(config, output, identity)
     _check_disk(output, written)
-    tracker = prepare(tracker_spec(config.tracking, output))
+    tracker = prepare(spec)
     warnings = (*_doubts(run, parts, encoder), *unused)
     return Plan(config, run, trials, executor, tracker, parts, output, identity, begun_by(output), warnings)
 
@@ -193,7 +198,7 @@ def _check_stamp(config: PipelineConfig, output: Path) -> None:
                 f"{output} holds {', '.join(others)}, which no sweep of rayft's wrote and this one would "
                 "replace; choose another folder with --set output=…"
             )
-    elif not stamp.read_text(encoding="utf-8").startswith(stamp_line(config)):
+    elif not stamp.read_text(encoding="utf-8", errors="replace").startswith(stamp_line(config)):
         raise ConfigError(
             f"{output} holds a sweep with another configuration ({stamp}); nothing of it was touched. Choose "
             "another folder with --set output=…, or delete that one"
@@ -206,11 +211,11 @@ def _make_output(config: PipelineConfig, output: Path, identity: Identity) -> No
     stamp = output / STAMP_FILE
     try:
         output.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(stamp_line(config) + config.model_dump_json(indent=2) + "\n")
+        stamp.write_text(stamp_line(config) + config.model_dump_json(indent=2) + "\n", encoding="utf-8")
         write_identity(output, identity)
     except OSError as error:
         raise ResourceError(
-            f"can't write to {output} ({error}); choose another with --set output=…"
+            f"can't write to {output} ({reason(error, stamp)}); choose another with --set output=…"
         ) from error
 
 
@@ -228,7 +233,7 @@ def check_own(output: Path) -> None:
 def is_sweep(folder: Path) -> bool:
     """Tell whether a sweep wrote to a folder."""
     stamp = folder / STAMP_FILE
-    return stamp.is_file() and stamp.read_text(errors="replace").startswith("# sweep ")
+    return stamp.is_file() and stamp.read_text(errors="replace", encoding="utf-8").startswith("# sweep ")
 
 
 def stamp_line(config: PipelineConfig) -> str:

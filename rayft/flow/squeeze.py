@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
 from rayft.artifacts import AdapterArtifact, folder_bytes
-from rayft.errors import SqueezeError
+from rayft.errors import ResourceError, SqueezeError
 from rayft.flow import squeezing
 from rayft.flow.cluster import cluster, has_gpus, join
 from rayft.flow.config import load_config
@@ -28,6 +29,7 @@ from rayft.flow.stages import Measured
 from rayft.flow.track_squeeze import track_squeezed
 from rayft.identity import UNKNOWN
 from rayft.models.load import ModelConfig
+from rayft.paths import check_folder
 from rayft.report.rows import human_bytes, human_count
 from rayft.report.verdict import score_text
 from rayft.squeeze.rank import Progress, squeeze
@@ -161,6 +163,22 @@ def _check_request(request: SqueezeRequest) -> None:
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise SqueezeError(f"two targets would both be written to {request.out / twice}; ask for one of them")
+    check_folder(request.out, "--out")
+    _check_device(request.device)
+
+
+def _check_device(name: str | None) -> None:
+    try:
+        device = torch.device("cpu" if name is None else name)
+    except RuntimeError as error:
+        raise SqueezeError(f"--device {name} is no device; write cpu, cuda or cuda:1") from error
+    count = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda"):
+        raise SqueezeError(f"--device {name} can't be used; write cpu, cuda or cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ResourceError(
+            f"--device {name}: this machine has {count} GPUs; write --device cpu, or leave it out"
+        )
 
 
 def _run(request: SqueezeRequest, origin: Origin) -> RunConfig | None:

@@ -351,7 +351,7 @@ def _write_serve_config(plan: Plan, record: SweepRecord) -> None:
         "port": serve.port,
         "cpus": serve.cpus,
     }
-    (plan.output / "serve.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    (plan.output / "serve.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def served_adapters(output: Path, record: SweepRecord) -> Mapping[str, Path]:

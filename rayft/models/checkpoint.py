@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from rayft.artifacts import CONFIG_FILE
+from rayft.artifacts.read import FLOATS
 from rayft.errors import ModelError
 from rayft.models.fingerprint import fingerprint, names_in_files, places, source_fingerprint
 from rayft.models.load import ModelConfig, loading, resolve
@@ -28,8 +29,6 @@ __all__ = ["Checkpoint", "open_checkpoint"]
 
 BLOCK = 2**24
 """Numbers of one tensor that are read at once (64 MiB in float32)."""
-FLOATS = ("F64", "F32", "F16", "BF16")
-"""Safetensors' names of the types whose numbers are the weights; of others the scales lie elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ import os
 import time
 from pathlib import Path
 
+from rayft.paths import home, read_path
+
 __all__ = ["cache_folder", "hash_file"]
 
 LARGE = 2**24
@@ -19,7 +21,8 @@ SETTLED = 2.0
 
 def cache_folder() -> Path:
     """Where converted models and hashes of files are kept: $RAYFT_CACHE, else ~/.cache/rayft."""
-    return Path(os.environ.get("RAYFT_CACHE") or Path.home() / ".cache" / "rayft")
+    given = os.environ.get("RAYFT_CACHE")
+    return read_path(given, "RAYFT_CACHE") if given else home("RAYFT_CACHE") / ".cache" / "rayft"
 
 
 def hash_file(path: Path) -> str:
@@ -40,7 +43,7 @@ def hash_file(path: Path) -> str:
     note = cache_folder() / "hashes" / f"{name}.json"
     # A cache that can't be read or written costs time alone.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(note.read_text())
+        known = json.loads(note.read_text(encoding="utf-8"))
         if known["stamp"] == stamp:
             return str(known["hash"])
     value = _hash(path)
@@ -48,7 +51,9 @@ def hash_file(path: Path) -> str:
         with contextlib.suppress(OSError):
             note.parent.mkdir(parents=True, exist_ok=True)
             staging = note.with_name(f".{note.name}.{os.getpid()}")
-            staging.write_text(json.dumps({"stamp": stamp, "hash": value, "path": str(path)}))
+            staging.write_text(
+                json.dumps({"stamp": stamp, "hash": value, "path": str(path)}), encoding="utf-8"
+            )
             staging.replace(note)
     return value
 

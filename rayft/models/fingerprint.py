@@ -116,29 +116,36 @@ def names_in_files(model: nn.Module, name: str) -> tuple[str, ...]:
     return name, name.removeprefix(prefix), prefix + name
 
 
-def places(source: str, revision: str | None) -> dict[str, str]:
-    """Find which file holds each tensor: key → path; empty where there are no safetensors."""
+def places(source: str, revision: str | None, *, local: bool = False) -> dict[str, str]:
+    """Find which file holds each tensor: key → path; empty where there are no safetensors.
+
+    Args:
+        source: a folder or a hub id.
+        revision: of a hub model.
+        local: look at what is on this machine only, and download nothing.
+    """
     from safetensors import safe_open
     from transformers.utils.hub import cached_file
 
-    def local(name: str) -> str | None:
+    def found(name: str) -> str | None:
         path: str | None = cached_file(
             source,
             name,
             revision=revision,
+            local_files_only=local,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
         return path
 
-    single = local(WEIGHTS_FILE)
+    single = found(WEIGHTS_FILE)
     if single is not None:
         with safe_open(single, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), single)
-    index = local(INDEX_FILE)
+    index = found(INDEX_FILE)
     if index is None:
         return {}
     with open(index, encoding="utf-8") as stream:
         files = json.load(stream)["weight_map"]
-    paths = {file: local(file) for file in set(files.values())}
+    paths = {file: found(file) for file in set(files.values())}
     return {key: path for key, file in files.items() if (path := paths[file]) is not None}

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
+from rayft.artifacts.read import FLOATS
 from rayft.config import Section, nearest
 from rayft.data.pixels import ImageEncoder
-from rayft.errors import ModelError
+from rayft.errors import ModelError, RayftError
 from rayft.models.files import cache_folder, hash_file
-from rayft.models.fingerprint import fingerprint, source_fingerprint
+from rayft.models.fingerprint import fingerprint, names_in_files, places, source_fingerprint
 from rayft.models.heads import remember
 from rayft.models.quantize import Quantize, prepare, quantization
 from rayft.models.targets import heads
 from rayft.models.tiny import TINY
+from rayft.paths import check_folder, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +47,8 @@ __all__ = [
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
 
+COMPUTED = ("float32", "float16", "bfloat16", "float64")
+"""Types of a checkpoint's numbers."""
 UNLIMITED = 1_000_000
 """Context of a model that states none."""
 
@@ -71,6 +75,10 @@ class ModelConfig(Section):
     def _named(self) -> ModelConfig:
         if not self.name.strip():
             raise ValueError("name is empty; write a registered name, a folder, a .gguf file or a hub id")
+        try:
+            check_text(self.name)
+        except ValueError as error:
+            raise ValueError(f"name {error}") from error
         return self
 
     def located(self) -> ModelConfig:
@@ -172,8 +180,9 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> 
     """
     source = resolve(config)
     options: dict[str, Any] = {}
+    # What is wrong with its files is told before any weight is read.
+    skeleton = load_skeleton(config)
     if config.quantize:
-        skeleton = load_skeleton(config)
         setting = quantization(config.quantize, skeleton, dtype)
         options = {"quantization_config": setting, "device_map": {"": device}}
     with loading(config):
@@ -202,15 +211,67 @@ def load_skeleton(config: ModelConfig) -> Any:
     Raises:
         ModelError: if it can't be found, or does not do what `task` says.
     """
-    import transformers
-
     source = resolve(config)
     with loading(config):
-        settings = transformers.AutoConfig.from_pretrained(
-            source, revision=config.revision, **_labels(config)
-        )
+        settings = _settings(config, source)
         with torch.device("meta"):
-            return _auto_class(config).from_config(settings)
+            model = _auto_class(config).from_config(settings)
+        _check_kinds(config, model, source)
+        return model
+
+
+def _settings(config: ModelConfig, source: str) -> Any:
+    """Read config.json; refuse a base that is stored quantised, or in a dtype that nothing is computed in."""
+    import transformers
+
+    raw, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=config.revision)
+    if not isinstance(raw, dict):
+        raise TypeError("config.json holds no mapping")
+    # Models of several parts have one for each, in a section of its own.
+    for section in (raw, *(part for part in raw.values() if isinstance(part, dict))):
+        _check_stored(config, section)
+    return transformers.AutoConfig.from_pretrained(source, revision=config.revision, **_labels(config))
+
+
+def _check_stored(config: ModelConfig, section: dict[str, Any]) -> None:
+    stored = section.get("quantization_config")
+    if stored is not None:
+        kind = stored.get("quant_method", "by no named method") if isinstance(stored, dict) else stored
+        raise ModelError(
+            f"{config.name} is stored quantised ({kind}, says quantization_config in its config.json), and "
+            "only unquantised weights are read: give the checkpoint that it was made from, with "
+            "model.quantize: nf4 or int8 where it has to be small"
+        )
+    for key in ("dtype", "torch_dtype"):
+        value = section.get(key)
+        if value is not None and value not in COMPUTED:
+            raise ModelError(
+                f"the config.json of {config.name} has {key}: {value!r}, in which no model is computed: "
+                f"write the type of its weights there, one of {', '.join(COMPUTED)}"
+            )
+
+
+def _check_kinds(config: ModelConfig, model: Any, source: str) -> None:
+    """Refuse weights whose numbers are codes: transformers would cast them as if they were the weights.
+
+    Only headers of files that are here are read; a hub model that is still to be downloaded is checked when
+    it is loaded.
+    """
+    from safetensors import safe_open
+
+    files = places(source, config.revision, local=True)
+    keys = {
+        file: [key for name in dict(model.named_parameters()) for key in names_in_files(model, name)]
+        for file in set(files.values())
+    }
+    for file, names in keys.items():
+        with safe_open(file, framework="pt") as opened:
+            for key in dict.fromkeys(names):
+                if files.get(key) == file and (kind := opened.get_slice(key).get_dtype()) not in FLOATS:
+                    raise ModelError(
+                        f"{file}: {key} is of type {kind}, whose numbers are no weights by themselves: "
+                        "give a checkpoint in float32, float16 or bfloat16"
+                    )
 
 
 def load_encoder(config: ModelConfig, settings: Any) -> Any:
@@ -278,6 +339,12 @@ def _weights(config: ModelConfig, source: str, dtype: torch.dtype, options: dict
             if "file named model.safetensors" in str(error):
                 raise _pickled(config) from error
             raise
+        except RuntimeError as error:
+            # What differs is in a report that transformers logs, with colours.
+            if "ignore_mismatched_sizes" in str(error):
+                raise ValueError("a weight has another size than config.json says") from error
+            raise
+    _check_kinds(config, model, source)
     if config.task != "causal_lm":
         outside = tuple(f"{name}." for name in heads(model))
         wrong = sorted(name for name, *_ in found["mismatched_keys"] if not name.startswith(outside))
@@ -306,11 +373,16 @@ def loading(config: ModelConfig) -> Iterator[None]:
     try:
         with _quiet():
             yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"can't load {config.name} for {config.task}: {error}. Without a hub, give a local folder, a "
-            f".gguf file, or one of {', '.join(REGISTERED)}"
-        ) from error
+    except RayftError:
+        raise
+    # A config.json can make transformers raise anything: an unknown dtype is an AttributeError of torch.
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError | ImportError):
+            remedy = f"Without a hub, give a local folder, a .gguf file, or one of {', '.join(REGISTERED)}"
+        else:
+            remedy = "See that its config.json and its other files are whole and belong together"
+        raise ModelError(f"can't load {config.name} for {config.task}: {text}. {remedy}") from error
 
 
 def _auto_class(config: ModelConfig) -> Any:
@@ -357,10 +429,12 @@ def _cached(name: str, write: Callable[[Path], object]) -> Path:
     folder = cache_folder() / "models" / name
     if (folder / "config.json").is_file():
         return folder
+    check_folder(folder.parent, "RAYFT_CACHE")
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
     try:
-        write(staging)
+        with _quiet():
+            write(staging)
         staging.chmod(0o755)
         staging.rename(folder)
     except OSError:

@@ -136,8 +136,8 @@ class PeftFolder:
     def _write(self, folder: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n")
-        (folder / META_FILE).write_text(self.meta.model_dump_json(indent=2) + "\n")
+        (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        (folder / META_FILE).write_text(self.meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def load_adapter(folder: str | Path) -> AdapterArtifact | PeftFolder:

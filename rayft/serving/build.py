@@ -16,8 +16,9 @@ import torch
 from ray.serve.config import RequestRouterConfig
 
 from rayft.errors import ResourceError
-from rayft.models.load import load_model, resolve
+from rayft.models.load import load_model, load_skeleton
 from rayft.models.targets import linear_shapes
+from rayft.registry.store import MlflowRegistry
 from rayft.serving.admission import BaseModel
 from rayft.serving.config import ServeConfig
 from rayft.serving.director import DirectorDeployment, initial
@@ -27,9 +28,11 @@ from rayft.serving.proxy import PROXY_ENVIRONMENT
 from rayft.serving.replica import ReplicaDeployment
 from rayft.serving.router import AdapterRouter
 from rayft.serving.slots import widest_rank
+from rayft.serving.sources import check_source
 from rayft.squeeze.budget import parse_bytes
+from rayft.tracking.base import check_uri
 
-__all__ = ["APPLICATION", "build_app", "preflight", "run", "stop"]
+__all__ = ["APPLICATION", "build_app", "check", "preflight", "run", "stop"]
 
 APPLICATION = "rayft"
 """The application's name in Ray Serve."""
@@ -94,9 +97,8 @@ def preflight(config: ServeConfig) -> None:
         ModelError: if the base can't be loaded.
         ArtifactError: if an adapter can't be served.
     """
-    _check_port(config.host, config.port)
-    resolve(config.model)
-    resolved(config.keys)
+    check(config)
+    config = _absolute(config)
     if not config.adapters:
         return
     loaded = load_model(config.model, torch.bfloat16)
@@ -104,6 +106,31 @@ def preflight(config: ServeConfig) -> None:
         config.model.name, loaded.fingerprint, linear_shapes(loaded.model), widest_rank(_device(config))
     )
     initial(config, base)
+
+
+def check(config: ServeConfig) -> None:
+    """Check what can be told in seconds, without Ray and without loading the base.
+
+    Raises:
+        RayftError: naming the address, key, folder, adapter or model that can't be used.
+    """
+    _check_port(config.host, config.port)
+    resolved(config.keys)
+    _check_device(config)
+    located = _absolute(config)
+    registry = MlflowRegistry(located.registry) if located.registry else None
+    for source in located.adapters.values():
+        check_source(source, registry, Path(located.fetched), located.max_adapter_bytes)
+    load_skeleton(config.model)
+
+
+def _check_device(config: ServeConfig) -> None:
+    """Refuse a GPU that will never come: a replica would wait for it without an end."""
+    if config.device != "cuda":
+        return
+    resources = ray.cluster_resources() if ray.is_initialized() else {}
+    if not (resources.get("GPU", 0) or resources.get("gpu_cluster", 0) or torch.cuda.is_available()):
+        raise ResourceError("device is cuda, but no GPU is here; set device: cpu or auto")
 
 
 def run(config: ServeConfig, *, blocking: bool = True) -> None:
@@ -166,6 +193,7 @@ def _absolute(config: ServeConfig) -> ServeConfig:
             "adapters": {name: absolute(source) for name, source in config.adapters.items()},
             "roots": tuple(map(absolute, config.roots)),
             "fetched": absolute(config.fetched),
+            "registry": check_uri(config.registry) if config.registry else None,
         }
     )
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rayft.config import Section
 from rayft.models.load import ModelConfig
+from rayft.paths import PathText
 from rayft.serving.keys import KeyConfig
 from rayft.serving.messages import BASE_NAME, NAME
 from rayft.squeeze.section import Size
@@ -24,23 +25,23 @@ class ServeConfig(Section):
     model: ModelConfig = ModelConfig()
     """The base."""
 
-    adapters: dict[str, str] = {}
+    adapters: dict[str, PathText] = {}
     """Name in the `model` field → where the adapter is: a folder, `models:/name@alias` (followed when the
     alias moves), `models:/name/3`, or a URL that fsspec reads (`s3://bucket/adapters/one`)."""
 
     pinned: tuple[str, ...] = ()
     """Names of adapters that stay on the device."""
 
-    registry: str | None = None
+    registry: PathText | None = None
     """MLflow's URI, for `models:/…`."""
 
     follow_seconds: float = Field(default=5.0, gt=0)
     """How often `models:/name@alias` is looked up again."""
 
-    roots: tuple[str, ...] = ()
+    roots: tuple[PathText, ...] = ()
     """Folders and URL prefixes below which adapters may be loaded over HTTP; none where not given."""
 
-    fetched: str = "runs/serving/adapters"
+    fetched: PathText = "runs/serving/adapters"
     """Folder for what is fetched from registries and URLs, which every replica must be able to read."""
 
     max_adapter_bytes: Size = "2GB"

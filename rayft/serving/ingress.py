@@ -98,7 +98,7 @@ class Ingress:
     @api.get("/", include_in_schema=False)
     async def page(self) -> HTMLResponse:
         """Show the adapters to a person."""
-        return HTMLResponse(files("rayft.serving").joinpath("page.html").read_text())
+        return HTMLResponse(files("rayft.serving").joinpath("page.html").read_text(encoding="utf-8"))
 
     @api.get("/openapi.json", include_in_schema=False)
     async def openapi(self) -> dict[str, Any]:

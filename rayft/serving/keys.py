@@ -15,6 +15,7 @@ from pydantic import field_validator, model_validator
 
 from rayft.config import Section
 from rayft.errors import ConfigError, RequestError
+from rayft.paths import PathText
 
 __all__ = ["Caller", "ForbiddenError", "KeyConfig", "UnauthorizedError", "identify", "resolved"]
 
@@ -44,7 +45,7 @@ class KeyConfig(Section):
     """Names that a user may ask for; all where not given."""
     env: str | None = None
     """The environment variable that holds the key."""
-    file: str | None = None
+    file: PathText | None = None
     """The file that holds it."""
     sha256: str | None = None
     """Its SHA-256 (64 hex digits): `printf %s KEY | sha256sum`."""
@@ -99,14 +100,22 @@ def _hash(key: KeyConfig) -> str:
     if key.sha256 is not None:
         return key.sha256
     try:
-        text = os.environ[key.env] if key.env is not None else Path(str(key.file)).expanduser().read_text()
+        text = os.environ[key.env] if key.env is not None else _in_file(Path(str(key.file)).expanduser())
+        # Bytes that are no text, in a file or a variable, are no key: no header could carry them.
+        text.encode()
     except KeyError as error:
         raise ConfigError(f"key '{key.name}': the environment has no {key.env}; set it") from error
     except OSError as error:
-        raise ConfigError(f"key '{key.name}': {error}") from error
+        raise ConfigError(f"key '{key.name}' can't be read from its file ({error})") from error
+    except UnicodeError as error:
+        raise ConfigError(f"key '{key.name}' is not text; take `openssl rand -hex 24`") from error
     if len(text.strip()) < 16:
         raise ConfigError(f"key '{key.name}' has fewer than 16 characters; take `openssl rand -hex 24`")
     return hashlib.sha256(text.strip().encode()).hexdigest()
+
+
+def _in_file(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 def identify(keys: Sequence[KeyConfig], authorization: str | None) -> Caller:

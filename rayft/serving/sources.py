@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rayft.artifacts import settle
+from rayft.artifacts.lora_settings import read_settings
 from rayft.artifacts.meta import CONFIG_FILE
 from rayft.errors import ArtifactError, BadRequestError
+from rayft.paths import check_folder
 from rayft.registry.ref import AdapterRef, Registry
 from rayft.serving.admission import BaseModel, check_adapter, read_adapter
 from rayft.serving.allowed import FILES
 from rayft.serving.state import Deployed
 from rayft.squeeze.budget import parse_bytes
 
-__all__ = ["find", "followed", "moved"]
+__all__ = ["check_source", "find", "followed", "moved"]
 
 
 def find(
@@ -41,6 +46,7 @@ def find(
     if source.startswith("models:/"):
         if registry is None:
             raise BadRequestError("this server was started without a registry", param="source")
+        check_folder(Path(fetched).expanduser(), "fetched")
         ref, aliases, score = _registered(source, registry)
         folder, version = registry.fetch(ref, fetched), ref.version or 0
     elif "://" in source:
@@ -85,19 +91,39 @@ def check_size(folder: Path, max_bytes: str) -> None:
         )
 
 
+def check_source(source: str, registry: Registry | None, fetched: Path, max_bytes: str) -> None:
+    """Check that a source has an adapter's files and that they can be brought here, without reading weights.
+
+    Raises:
+        ArtifactError, RegistryError: if there is none.
+        ResourceError: if it would be brought to a folder that can't be written.
+        BadRequestError: if there is no registry.
+    """
+    remote = source.startswith("models:/") or "://" in source
+    if remote:
+        check_folder(fetched, "fetched")
+    if source.startswith("models:/"):
+        if registry is None:
+            raise BadRequestError("this server was started without a registry", param="source")
+        _registered(source, registry)
+    elif remote:
+        with _store(source):
+            _files_of(source, parse_bytes(max_bytes))
+    else:
+        read_settings(Path(source).expanduser())
+
+
 def _fetch(url: str, fetched: Path, most: int) -> Path:
     """Copy an adapter's files from a URL to `fetched`/<content hash>."""
     fetched = fetched.expanduser().absolute()
+    check_folder(fetched, "fetched")
     fetched.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".fetch-", dir=fetched))
     try:
-        try:
-            _copy(url, staging, most)
-        except ArtifactError:
-            raise
-        except Exception as error:
-            # Each store has errors of its own: botocore's of missing credentials are no OSError.
-            raise ArtifactError(f"{url} can't be read: {error}") from error
+        with _store(url):
+            files, root, names = _files_of(url, most)
+            for name in names:
+                files.get_file(f"{root}/{name}", str(staging / name))
         target = fetched / read_adapter(staging).content_hash
         if not target.is_dir() and not settle(staging, target):
             raise ArtifactError(f"{target} can't be written; free it or give another folder (fetched)")
@@ -106,7 +132,19 @@ def _fetch(url: str, fetched: Path, most: int) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _copy(url: str, folder: Path, most: int) -> None:
+@contextmanager
+def _store(url: str) -> Iterator[None]:
+    """Turn the errors of a store into ours: each has its own, and botocore's are no OSErrors."""
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(f"{url} can't be read: {error}") from error
+
+
+def _files_of(url: str, most: int) -> tuple[Any, str, list[str]]:
+    """Find an adapter's files at a URL: their file system, their folder in it, their names."""
     import fsspec
 
     files, root = fsspec.core.url_to_fs(url)
@@ -115,5 +153,4 @@ def _copy(url: str, folder: Path, most: int) -> None:
         raise ArtifactError(f"{url} has no {CONFIG_FILE}; give the folder that PEFT saved")
     if sum(size or 0 for size in sizes.values()) > most:
         raise ArtifactError(f"{url} is larger than the {most:,} bytes that this server takes")
-    for name in sizes:
-        files.get_file(f"{root}/{name}", str(folder / name))
+    return files, root, [*sizes]

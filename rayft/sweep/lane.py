@@ -320,7 +320,7 @@ def _read_result(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise TrainError(f"{path} is damaged ({error}); delete {folder} to train that again") from error
 
@@ -336,7 +336,11 @@ def result_identity(folder: Path, values: Mapping[str, Any]) -> Identity:
         return Identity.model_validate(values["identity"])
     # rayft 0.1.0 recorded the run's hash; data and base are in what the adapter says of itself.
     path = folder / "adapter" / META_FILE
-    meta = ArtifactMeta.model_validate_json(path.read_text()) if path.is_file() else ArtifactMeta()
+    meta = (
+        ArtifactMeta.model_validate_json(path.read_text(encoding="utf-8"))
+        if path.is_file()
+        else ArtifactMeta()
+    )
     return Identity(
         config=values.get("run", ""),
         data=meta.data_digest,
@@ -369,5 +373,5 @@ def unpack(values: Mapping[str, Any], folder: Path) -> None:
 def _write_result(folder: Path, values: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     staging = folder / f"{RESULT_FILE}.tmp"
-    staging.write_text(json.dumps(values, indent=2))
+    staging.write_text(json.dumps(values, indent=2), encoding="utf-8")
     staging.rename(folder / RESULT_FILE)

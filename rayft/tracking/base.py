@@ -15,8 +15,18 @@ from typing import Literal, Protocol
 
 from rayft.config import Section
 from rayft.errors import TrackingError
+from rayft.paths import PathText, check_text, read_path
 
-__all__ = ["Former", "RunStatus", "Tracker", "TrackerSpec", "TrackingConfig", "redacted", "tracker_spec"]
+__all__ = [
+    "Former",
+    "RunStatus",
+    "Tracker",
+    "TrackerSpec",
+    "TrackingConfig",
+    "check_uri",
+    "redacted",
+    "tracker_spec",
+]
 
 RunStatus = Literal["finished", "stopped", "failed"]
 """How a run ended; `stopped` is by the scheduler, before its last step."""
@@ -28,7 +38,7 @@ _SERVERS = ("http", "https", "databricks")
 class TrackingConfig(Section):
     """Where runs are tracked."""
 
-    uri: str | None = None
+    uri: PathText | None = None
     """An MLflow URI; else MLFLOW_TRACKING_URI, else a sqlite file in the output folder."""
 
     experiment: str = "rayft"
@@ -117,10 +127,19 @@ def tracker_spec(config: TrackingConfig, folder: str | Path) -> TrackerSpec:
     """
     folder = Path(folder).absolute()
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
-    return TrackerSpec(uri=_checked(uri), experiment=config.experiment, spool=folder / "spool")
+    return TrackerSpec(uri=check_uri(uri), experiment=config.experiment, spool=folder / "spool")
 
 
-def _checked(uri: str) -> str:
+def check_uri(uri: str) -> str:
+    """Return a URI that MLflow can track at, with an absolute path where it is a sqlite file's.
+
+    Raises:
+        TrackingError: if it is a plain folder, names no file, or is of an unknown kind.
+    """
+    try:
+        check_text(uri)
+    except ValueError as error:
+        raise TrackingError(f"the tracking URI {error} (tracking.uri or MLFLOW_TRACKING_URI)") from error
     scheme = uri.split(":", 1)[0].split("+", maxsplit=1)[0] if ":" in uri else ""
     if scheme in ("", "file"):
         raise TrackingError(
@@ -134,7 +153,12 @@ def _checked(uri: str) -> str:
     if scheme == "sqlite":
         # Workers have other working directories, so a relative file would be another one there.
         prefix, _, path = uri.partition(":///")
-        return f"{prefix}:///{Path(path).absolute()}"
+        if not path.strip():
+            raise TrackingError(
+                f"the tracking URI '{uri}' names no file; write sqlite:///mlflow.db, or "
+                "sqlite:////folder/mlflow.db for an absolute path"
+            )
+        return f"{prefix}:///{read_path(path, 'tracking.uri, MLFLOW_TRACKING_URI or registry').absolute()}"
     return uri
 
 

@@ -14,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from rayft.errors import TrackingError
+from rayft.errors import RayftError, TrackingError
+from rayft.paths import check_file, check_folder
 from rayft.tracking.base import Former, TrackerSpec, redacted
 from rayft.tracking.spool import locked
 
@@ -25,6 +27,7 @@ __all__ = [
     "HASH_PARAM",
     "KEY_TAG",
     "away",
+    "check",
     "connect",
     "experiment_id",
     "find_former",
@@ -39,6 +42,7 @@ HASH_PARAM = "adapter_hash"
 """Parameter of a trial's run: content hash of the adapter that came out."""
 
 _SECONDS_TO_ANSWER = 8
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 _log = logging.getLogger(__name__)
 
@@ -52,28 +56,50 @@ def prepare(spec: TrackerSpec) -> TrackerSpec:
         TrackingError: within about ten seconds, if the server is away or refuses.
     """
     _log.debug("preparing %s", redacted(spec.uri))
+    check(spec)
     spec.spool.mkdir(parents=True, exist_ok=True)
-    with _impatient(), locked(spec.spool / "prepare.lock"):
-        location = None
-        if spec.uri.startswith("sqlite"):
-            file = Path(spec.uri.partition(":///")[2])
+    with _impatient(), locked(spec.spool / "prepare.lock"), _errors(spec.uri):
+        location, file = None, _sqlite(spec.uri)
+        if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             location = (file.parent / "artifacts").as_uri()
-        try:
-            if location:
-                _migrate(file)
-            client = connect(spec.uri)
-            identity = experiment_id(client, spec.experiment, location)
-        except (MlflowException, OSError, ImportError) as error:
-            raise away(spec.uri, error) from error
+            # An empty file is a database without tables, which MLflow makes.
+            file.touch()
+            _migrate(file)
+        client = connect(spec.uri)
+        identity = experiment_id(client, spec.experiment, location)
     return replace(spec, experiment_id=identity)
+
+
+def check(spec: TrackerSpec) -> None:
+    """Check that what is tracked can be written where the spec says, before anything is made there.
+
+    Raises:
+        TrackingError: within about ten seconds, if the server is away, or a file is no database.
+        ResourceError: if the spool or the database's folder can't be written.
+    """
+    check_folder(spec.spool, "output")
+    file = _sqlite(spec.uri)
+    if file is not None:
+        if file.exists():
+            _checked(spec.uri)
+        # SQLite writes a journal beside the file.
+        check_folder(file.parent, "tracking.uri or MLFLOW_TRACKING_URI")
+        if file.exists():
+            check_file(file, "tracking.uri or MLFLOW_TRACKING_URI")
+    elif spec.uri.startswith(("http:", "https:")):
+        with _impatient(), _errors(spec.uri):
+            connect(spec.uri).search_experiments(max_results=1)
+    else:
+        _checked(spec.uri)
 
 
 def connect(uri: str) -> MlflowClient:
     """Open a client that answers, or fails, in seconds: whoever calls retries by itself.
 
     Raises:
-        TrackingError: if a database server does not answer, or the URI is not MLflow's.
+        TrackingError: if the server or database does not answer, a file is missing or no database, or the
+            URI is not MLflow's.
     """
     # MLflow's defaults (7 retries, 120 s each) would hold a trial for minutes. A user's values win.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -81,14 +107,11 @@ def connect(uri: str) -> MlflowClient:
     # Progress bars and links of every trial would drown what a sweep prints.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    try:
-        _probe(uri)
-        with warnings.catch_warnings():
-            # MLflow 3.17 imports its models with a loader option that SQLAlchemy 2.1 deprecates.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    except (MlflowException, OSError, ImportError) as error:
-        raise away(uri, error) from error
+    _checked(uri)
+    with _errors(uri), warnings.catch_warnings():
+        # MLflow 3.17 imports its models with a loader option that SQLAlchemy 2.1 deprecates.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def find_run(client: MlflowClient, experiment_id: str, key: str) -> str | None:
@@ -182,13 +205,62 @@ def experiment_id(client: MlflowClient, name: str, location: str | None = None) 
     return str(found.experiment_id)
 
 
-def _probe(uri: str) -> None:
-    """Fail fast where MLflow would retry a database for minutes."""
-    parts = urlsplit(uri)
-    if parts.scheme.split("+")[0] in ("postgresql", "mysql", "mssql") and parts.hostname:
-        ports = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-        port = parts.port or ports[parts.scheme.split("+")[0]]
-        socket.create_connection((parts.hostname, port), timeout=_SECONDS_TO_ANSWER).close()
+def _checked(uri: str) -> None:
+    """Fail fast where MLflow would retry a file, a server or a database for minutes."""
+    from mlflow.store.db.utils import create_sqlalchemy_engine
+
+    with _errors(uri):
+        file, parts = _sqlite(uri), urlsplit(uri)
+        kind = parts.scheme.split("+")[0]
+        if file is not None:
+            _open_file(file)
+        elif kind in ("http", "https"):
+            _wait_for_answer(uri)
+        elif kind in _PORTS and parts.hostname:
+            place = (parts.hostname, parts.port or _PORTS[kind])
+            socket.create_connection(place, timeout=_SECONDS_TO_ANSWER).close()
+            engine = create_sqlalchemy_engine(uri)
+            engine.connect().close()
+            engine.dispose()
+
+
+def _open_file(file: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} {'is a folder, not a file' if file.is_dir() else 'is not there'}")
+    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
+        try:
+            database.execute("PRAGMA schema_version").fetchone()
+        except sqlite3.OperationalError as error:
+            # A writer may hold it for a moment, and MLflow waits for that.
+            if "locked" not in str(error):
+                raise
+
+
+def _wait_for_answer(url: str) -> None:
+    """Return after any answer or refusal, which MLflow's client tells more of; only silence is an error."""
+    try:
+        with contextlib.suppress(httpx.NetworkError, httpx.ProtocolError, httpx.UnsupportedProtocol):
+            httpx.get(url, timeout=_SECONDS_TO_ANSWER)
+    except httpx.TimeoutException as error:
+        raise TimeoutError(f"no answer within {_SECONDS_TO_ANSWER} seconds") from error
+    except httpx.InvalidURL as error:
+        raise ValueError(f"no URL: {error}") from error
+
+
+@contextlib.contextmanager
+def _errors(uri: str) -> Iterator[None]:
+    """Turn whatever MLflow and its drivers raise into ours."""
+    try:
+        yield
+    except RayftError:
+        raise
+    # MLflow lets through whatever its drivers raise, SQLAlchemy's errors among them.
+    except Exception as error:
+        raise away(uri, error) from error
+
+
+def _sqlite(uri: str) -> Path | None:
+    return Path(uri.partition(":///")[2]) if uri.startswith("sqlite") else None
 
 
 def away(uri: str, error: Exception) -> TrackingError:
@@ -196,6 +268,8 @@ def away(uri: str, error: Exception) -> TrackingError:
     reason = " ".join(str(error).split())[:300]
     if isinstance(error, ImportError):
         remedy = "install the driver of that database"
+    elif _sqlite(uri) is not None:
+        remedy = "correct tracking.uri or MLFLOW_TRACKING_URI, or set neither to track in the output folder"
     else:
         remedy = (
             "start it, correct tracking.uri or MLFLOW_TRACKING_URI, or set neither to track in a sqlite file"

@@ -41,7 +41,9 @@ def _version(package: str) -> str:
 def _git(folder: Path) -> dict[str, str]:
     def ask(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10, encoding="utf-8"
+        ).stdout.strip()
 
     try:
         commit = ask("rev-parse", "HEAD")
@@ -63,7 +65,7 @@ def _devices() -> str:
 
 def _processor() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:

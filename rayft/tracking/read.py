@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 
 from rayft.errors import TrackingError
 from rayft.tracking.base import redacted
-from rayft.tracking.connection import connect
+from rayft.tracking.connection import away, connect
 
 __all__ = ["StoredRun", "read_run"]
 
@@ -39,6 +39,8 @@ def read_run(uri: str, run_id: str, folder: Path) -> StoredRun:
             Path(client.download_artifacts(run_id, "adapter", str(folder))) if "adapter" in stored else None
         )
     except (MlflowException, OSError) as error:
+        if getattr(error, "error_code", "") in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
+            raise away(uri, error) from error
         raise TrackingError(
             f"no run {run_id} can be read at {redacted(uri)} ({error}); give the id of a trial's run, and "
             "with --uri the tracking server that has it"

@@ -191,7 +191,7 @@ def _sidecar(path: Path) -> Path:
 
 def _offset(sidecar: Path, path: Path) -> int:
     try:
-        inode, offset = sidecar.read_text().split()
+        inode, offset = sidecar.read_text(encoding="utf-8").split()
         return int(offset) if int(inode) == path.stat().st_ino else 0
     except (OSError, ValueError):
         return 0

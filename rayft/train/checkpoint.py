@@ -47,7 +47,7 @@ def save(folder: Path, engine: Engine, identity: Identity, worker: Worker, state
         path = folder / STATE_FILE
         staging = path.with_suffix(".tmp")
         kept = identity.brief.model_dump(mode="json", exclude_defaults=True)
-        staging.write_text(json.dumps({**state, "tag": tag, "identity": kept}))
+        staging.write_text(json.dumps({**state, "tag": tag, "identity": kept}), encoding="utf-8")
         os.replace(staging, path)
         for old in folder.glob("step-*"):
             if old.name != tag:
@@ -87,7 +87,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise TrainError(f"{path} is damaged ({error}); delete {folder} to start again") from error
 

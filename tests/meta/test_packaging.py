@@ -32,6 +32,7 @@ WITH_OTHERS = {
     "triton": "torch",
     "typing_extensions": "pydantic",
     "uvicorn": "ray",
+    "grpc": "ray",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,6 +121,31 @@ def test_tolerances_are_derived(path: Path) -> None:
     assert not typed_tolerances(ast.parse(path.read_text(encoding="utf-8")))
 
 
+def without_encoding(tree: ast.AST) -> list[int]:
+    """Find the lines that read or write text in whatever encoding the locale has."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        binary = any(isinstance(arg, ast.Constant) and "b" in str(arg.value) for arg in node.args)
+        # `Path.open` and `open` alike; classes of ours have a name in front that begins with a capital.
+        opens = name == "open" and not binary and not re.match(r"([A-Z]|os\b|PIL\b)", ast.unparse(node.func))
+        texts = {keyword.arg for keyword in node.keywords} & {"text", "universal_newlines"}
+        if (
+            name in ("read_text", "write_text")
+            or opens
+            or (texts and name in ("run", "Popen", "check_output"))
+        ):
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("path", [*CODE, *sorted((ROOT / "benchmarks").rglob("*.py"))], ids=short)
+def test_text_is_utf_8_whatever_the_locale(path: Path) -> None:
+    assert not without_encoding(ast.parse(path.read_text(encoding="utf-8")))
+
+
 def test_importing_rayft_does_no_work() -> None:
     code = f"import sys, rayft; print(*(name for name in {HEAVY!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -131,6 +157,10 @@ def test_the_rules_can_fail() -> None:
         "assert_close(a, b, rtol=1e-3)\nassert_close(a, b, rtol=tolerance(x))\napprox(a, rel=0.1)"
     )
     assert typed_tolerances(tree) == [1, 3]
+    tree = ast.parse(
+        "p.read_text()\np.read_text(encoding='utf-8')\nopen(f)\nopen(f, 'rb')\np.open('w')\nrun(c, text=True)"
+    )
+    assert without_encoding(tree) == [1, 3, 5, 6]
     wide = "class C(Protocol):\n" + "".join(f"    def m{i}(self): ...\n" for i in range(6))
     protocol = ast.parse(wide).body[0]
     assert isinstance(protocol, ast.ClassDef)

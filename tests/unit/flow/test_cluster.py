@@ -6,49 +6,116 @@ from pathlib import Path
 
 import pytest
 
-from rayft.errors import ResourceError
-from rayft.flow import cluster
+from rayft.errors import ConfigError, RayftError, ResourceError
+from rayft.flow import address, cluster
 from rayft.train.run import ScaleConfig
+from tests.unit.flow.ray_head import closed, head_node, silent
 
 
-def test_without_a_cluster_nothing_is_joined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster, "CURRENT", tmp_path / "none")
+    # Short enough for Ray's sockets, which pytest's own folders are not always.
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    monkeypatch.setattr(address, "SECONDS_TO_ANSWER", 1.0)
+    monkeypatch.setattr("rayft.flow.address.get_ray_address_file", lambda _: str(tmp_path / "current"))
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Addresses that Ray was told to join."""
+    asked: list[str] = []
+    monkeypatch.setattr("ray.init", lambda address, **_: asked.append(address))
+    return asked
+
+
+def test_without_a_cluster_nothing_is_joined(joined: list[str]) -> None:
     assert cluster.join() is False
     assert cluster.has_gpus() is None
+    assert joined == []
 
 
-def test_the_address_of_a_running_cluster_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("ray.init", lambda address, **_: asked.append(address))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    current = tmp_path / "current"
-    current.write_text("10.0.0.1:6379\n")
-    monkeypatch.setattr(cluster, "CURRENT", current)
-    assert cluster.join() is True
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
-    assert cluster.join() is True
-    assert asked == ["10.0.0.1:6379", "10.0.0.2:6379"]
-
-
-def test_a_stale_address_is_passed_over_unless_asked_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_the_address_of_a_running_cluster_is_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, joined: list[str]
 ) -> None:
-    def away(**_: object) -> None:
-        raise ConnectionError("refused")
+    with head_node() as left, head_node() as named:
+        (tmp_path / "current").write_text(f"{left}\n", encoding="utf-8")
+        assert cluster.join() is True
+        monkeypatch.setenv("RAY_ADDRESS", named)
+        assert cluster.join() is True
+        assert joined == [left, named]
 
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("ray.init", away)
-    current = tmp_path / "current"
-    current.write_text("10.0.0.1:6379")
-    monkeypatch.setattr(cluster, "CURRENT", current)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert cluster.join() is False
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
-    with pytest.raises(ResourceError, match=r"no Ray cluster answers at RAY_ADDRESS=10\.0\.0\.2"):
+
+@pytest.mark.parametrize("listens", [closed, silent])
+def test_a_stale_address_is_passed_over_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, joined: list[str], listens: type
+) -> None:
+    with listens() as place:
+        (tmp_path / "current").write_text(place, encoding="utf-8")
+        assert cluster.join() is False
+        monkeypatch.setenv("RAY_ADDRESS", place)
+        with pytest.raises(
+            ResourceError, match=f"no Ray cluster can be joined at RAY_ADDRESS={place}.* unset"
+        ):
+            cluster.join()
+    assert joined == []
+
+
+def test_a_cluster_that_answers_and_does_not_take_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(**_: object) -> None:
+        raise RuntimeError("Version mismatch")
+
+    monkeypatch.setattr("ray.init", refuses)
+    with head_node() as place:
+        monkeypatch.setenv("RAY_ADDRESS", place)
+        with pytest.raises(ResourceError, match="can't be joined"):
+            cluster.join()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "error", "match"),
+    [
+        ("RAY_TMPDIR", "", ConfigError, "RAY_TMPDIR is empty"),
+        ("RAY_TMPDIR", "relative", ResourceError, "RAY_TMPDIR=relative is a relative path"),
+        ("RAY_TMPDIR", "/proc/nothing", ResourceError, "can't write to /proc/nothing/ray.* RAY_TMPDIR"),
+        ("RAY_TMPDIR", "/dev/null", ResourceError, "/dev/null is a file"),
+        ("RAY_TMPDIR", "/tmp/" + "x" * 60, ResourceError, "too long for Ray"),
+        ("TMPDIR", "/proc/nothing", ResourceError, "can't write to /proc/nothing/ray"),
+        ("TMPDIR", "/tmp/" + "x" * 60, ResourceError, "set RAY_TMPDIR to a shorter"),
+    ],
+)
+def test_where_ray_cannot_write(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, error: type[RayftError], match: str
+) -> None:
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(error, match=match):
         cluster.join()
+
+
+def test_a_home_that_takes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/proc/nothing")
+    cluster.AuthenticationTokenLoader.instance().reset_cache()
+    cluster._settle_token()
+    first = cluster.os.environ["RAY_AUTH_TOKEN"]
+    assert len(first) == 64
+    cluster._settle_token()
+    assert cluster.os.environ["RAY_AUTH_TOKEN"] == first
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    cluster.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def test_a_home_that_takes_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cluster.AuthenticationTokenLoader.instance().reset_cache()
+    cluster._settle_token()
+    assert "RAY_AUTH_TOKEN" not in cluster.os.environ
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

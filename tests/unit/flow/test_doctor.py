@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from rayft.flow import doctor
 from rayft.flow.doctor import Check, checks
 from rayft.tracking import TrackingConfig
+from tests.unit.flow.ray_head import head_node
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -32,7 +33,8 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAYFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "no-ray"))
+    # Short enough for Ray's sockets, which pytest's own folders are not always.
+    monkeypatch.setenv("RAY_TMPDIR", f"/tmp/{tmp_path.name[-8:]}")
 
 
 def named(found: list[Check], name: str) -> Check:
@@ -144,10 +146,12 @@ def test_a_cluster_that_is_away(monkeypatch: pytest.MonkeyPatch, free_port: int)
 
 def test_a_cluster_left_running_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        (tmp_path / "ray_current_cluster").write_text(address)
+    (tmp_path / "ray").mkdir()
+    with head_node() as address:
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address, encoding="utf-8")
         assert doctor._ray_cluster() == Check("ray cluster", True, f"running at {address}")
+    # One that was killed is passed over.
+    assert doctor._ray_cluster().ok is None
 
 
 @pytest.mark.parametrize("address", ["nonsense", "host:port"])
@@ -156,9 +160,19 @@ def test_a_malformed_address(monkeypatch: pytest.MonkeyPatch, address: str) -> N
     assert doctor._ray_cluster().ok is False
 
 
-def test_a_client_address_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clients_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
-    assert doctor._ray_cluster().ok is None
+    check = doctor._ray_cluster()
+    assert check.ok is False
+    assert "ray job submit" in check.found
+
+
+@pytest.mark.parametrize("folder", ["/proc/nothing", "/tmp/" + "x" * 60, ""])
+def test_where_ray_cannot_write(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    check = doctor._ray_folder()
+    assert check.ok is False
+    assert "RAY_TMPDIR" in check.remedy
 
 
 class _Health(BaseHTTPRequestHandler):
@@ -205,10 +219,11 @@ def test_sqlite_by_default(tmp_path: Path) -> None:
     assert check.found.startswith("sqlite:///")
 
 
-def test_sqlite_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor.os, "access", lambda place, mode: False)
-    check = mlflow(None, tmp_path)
-    assert (check.ok, check.remedy) == (False, "give a tracking.uri that is")
+def test_sqlite_where_nothing_can_be_written(tmp_path: Path) -> None:
+    check = mlflow("sqlite:////proc/nothing/mlflow.db", tmp_path)
+    assert check.ok is False
+    assert "can't write to /proc/nothing" in check.found
+    assert "tracking.uri" in check.remedy
 
 
 def test_a_plain_folder_is_no_tracking_uri(tmp_path: Path) -> None:
@@ -231,9 +246,13 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "RAYFT_CACHE" in named(found, "disk for cache").remedy
 
 
-def test_a_disk_that_is_read_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor.os, "access", lambda place, mode: False)
-    assert doctor._disk("cache", tmp_path).ok is False
+@pytest.mark.parametrize("folder", ["/proc/nothing", "/dev/null/x"])
+def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    monkeypatch.setenv("RAYFT_CACHE", folder)
+    for check in (doctor._disk("output", Path(folder)), doctor._cache()):
+        assert check.ok is False
+        assert "can't write to" in check.found
+        assert check.remedy
 
 
 def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ REFUSED: dict[str, tuple[str, str, str, str]] = {
     "a file": ("r4", "1", ".", "r1 is a file that rayft did not make"),
     "a folder of PEFT's": ("r4", "3", ".", r"r3 holds README\.md, which rayft did not write"),
     "a link that somebody made": ("r4", "2", "links", "r2 is a link that rayft did not make"),
-    "below a file": ("r4", "2", "r1/below", "r1 is no folder"),
+    "below a file": ("r4", "2", "r1/below", "r1 is a file, not a folder"),
 }
 
 

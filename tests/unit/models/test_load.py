@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rayft.errors import ModelError
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import inject
-from rayft.models.load import ModelConfig, fingerprint, load_model, load_skeleton, resolve
+from rayft.models.load import LoadedModel, ModelConfig, fingerprint, load_model, load_skeleton, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -121,3 +123,103 @@ def test_gguf_conversion_keeps_every_weight() -> None:
     expected = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
     assert torch.equal(model.model.layers[3].mlp.down_proj.weight, expected)
     assert "quantization_config" not in (folder / "config.json").read_text()
+
+
+def changed_config(tiny_folder: Path, folder: Path, **values: object) -> ModelConfig:
+    """Copy the tiny model with other values in its config.json; None takes a key out."""
+    shutil.copytree(tiny_folder, folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | values
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}), encoding="utf-8")
+    return ModelConfig(name=str(folder))
+
+
+def changed_weights(tiny_folder: Path, folder: Path, dtype: torch.dtype) -> ModelConfig:
+    """Copy the tiny model with its matrices cast, as files of quantised bases hold codes."""
+    shutil.copytree(tiny_folder, folder)
+    file = folder / "model.safetensors"
+    weights = {key: value.to(dtype) if value.ndim == 2 else value for key, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    return ModelConfig(name=str(folder))
+
+
+def load_weights(config: ModelConfig) -> LoadedModel:
+    return load_model(config, torch.float32)
+
+
+@pytest.mark.parametrize("load", [load_skeleton, load_weights])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dtype": "float99"}, "has dtype: 'float99'"),
+        ({"dtype": None, "torch_dtype": "bf15"}, "has torch_dtype: 'bf15'"),
+        ({"dtype": "int8"}, "'int8', in which no model is computed"),
+        ({"dtype": "float8_e4m3fn"}, "'float8_e4m3fn', in which"),
+        ({"dtype": 16}, "dtype: 16"),
+        ({"dtype": "nn"}, "write the type of its weights there"),
+        ({"dtype": {"": "float99"}}, "float99"),
+        ({"text_config": {"dtype": "float99"}}, "float99"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"is stored quantised \(fp8, .* model.quantize"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"is stored quantised \(gptq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "stored quantised"),
+        ({"quantization_config": {}}, "stored quantised"),
+        ({"quantization_config": "x"}, "stored quantised"),
+        ({"hidden_size": "64"}, r"hidden_size.* whole and belong together"),
+        ({"num_attention_heads": 0}, "whole and belong together"),
+        ({"model_type": "llamma"}, "llamma"),
+        ({"hidden_act": "gelux"}, "gelux"),
+    ],
+)
+def test_a_base_whose_config_says_what_cannot_be(
+    tiny_folder: Path, tmp_path: Path, load: Any, values: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(changed_config(tiny_folder, tmp_path / "base", **values))
+
+
+@pytest.mark.parametrize("load", [load_skeleton, load_weights])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e5m2, "F8_E5M2"),
+        (torch.int8, "I8"),
+        (torch.complex64, "C64"),
+    ],
+)
+def test_weights_that_are_codes(
+    tiny_folder: Path, tmp_path: Path, load: Any, dtype: torch.dtype, kind: str
+) -> None:
+    with pytest.raises(ModelError, match=f"weight is of type {kind}, whose numbers are no weights"):
+        load(changed_weights(tiny_folder, tmp_path / "base", dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_in_every_type_that_is_computed_in(
+    tiny_folder: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    config = changed_weights(tiny_folder, tmp_path / "base", dtype)
+    load_skeleton(config)
+    assert load_weights(config).fingerprint
+
+
+@pytest.mark.parametrize("damage", ["cut off", "unknown type", "no header"])
+@pytest.mark.parametrize("load", [load_skeleton, load_weights])
+def test_weights_that_cannot_be_read(tiny_folder: Path, tmp_path: Path, load: Any, damage: str) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    content = file.read_bytes()
+    damaged = {
+        "cut off": content[:-100],
+        "unknown type": content.replace(b'"F32"', b'"F99"', 1),
+        "no header": content.replace(b"{", b"[", 1),
+    }
+    file.write_bytes(damaged[damage])
+    with pytest.raises(ModelError, match="whole and belong together"):
+        load(ModelConfig(name=str(tmp_path / "base")))
+
+
+def test_weights_of_another_size(tiny_folder: Path, tmp_path: Path) -> None:
+    config = changed_config(tiny_folder, tmp_path / "base", intermediate_size=48)
+    with pytest.raises(ModelError, match=r"a weight has another size than config.json says"):
+        load_weights(config)

@@ -22,6 +22,7 @@ def no_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with its tables: making them takes seconds, a copy none."""
     path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    path.touch()
     connect(f"sqlite:///{path}")
     return path
 

@@ -1,0 +1,88 @@
+"""Which Ray cluster is meant, and whether it answers: Ray itself waits for minutes for one that is away."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import grpc
+from ray._common.utils import get_ray_address_file
+from ray._private.grpc_utils import init_grpc_channel
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # type: ignore[attr-defined]
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+from ray.exceptions import RayError
+
+__all__ = ["find_address", "unreachable"]
+
+SECONDS_TO_ANSWER = 8.0
+"""How long a cluster may take to answer before it counts as away."""
+
+
+def find_address() -> tuple[str, bool]:
+    """Find the cluster to join.
+
+    Returns:
+        Its address, empty if there is none, and whether RAY_ADDRESS names it.
+    """
+    named = os.environ.get("RAY_ADDRESS", "")
+    if named == "local":
+        return "", False
+    if named not in ("", "auto"):
+        return named, True
+    try:
+        # Where `ray start` leaves the address; a cluster that was killed leaves it too.
+        current = Path(get_ray_address_file(None)).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        current = ""
+    return current or named, named == "auto"
+
+
+def unreachable(address: str) -> str:
+    """Say why no cluster can be joined at an address; empty if one answers there.
+
+    Args:
+        address: `host:port` of a head node; `auto` is for Ray to look up.
+    """
+    if address == "auto":
+        return ""
+    if "://" in address:
+        return (
+            "only the address of a head node, host:port, can be joined, and on a node of the cluster; from "
+            "elsewhere submit a job with `ray job submit` (RAY_API_SERVER_ADDRESS names the cluster for that)"
+        )
+    found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5})", address)
+    if found is None or not 0 < int(found[1]) < 2**16:
+        return "that is no address; write host:port, such as 127.0.0.1:6379"
+    try:
+        with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+            NodeInfoGcsServiceStub(channel).CheckAlive(
+                CheckAliveRequest(), timeout=SECONDS_TO_ANSWER, metadata=_token()
+            )
+    except grpc.RpcError as error:
+        return _refusal(error)
+    # TLS files that are not there, a token's file that can't be read.
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        return str(error)
+    return ""
+
+
+def _token() -> tuple[tuple[str, str], ...]:
+    """Return the token's header that Ray sends by default; its channel adds it where RAY_AUTH_MODE is set."""
+    loader = AuthenticationTokenLoader.instance()
+    if os.environ.get("RAY_AUTH_MODE") is not None or not loader.has_token(ignore_auth_mode=True):
+        return ()
+    return tuple(loader.get_token_for_http_header(ignore_auth_mode=True).items())
+
+
+def _refusal(error: grpc.RpcError) -> str:
+    code, details = error.code(), " ".join(str(error.details()).split())
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return (
+            "it refuses the token of this user: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            f"~/.ray/auth_token to the cluster's ({details})"
+        )
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return f"no answer within {SECONDS_TO_ANSWER:.0f} seconds"
+    return f"no Ray head node answers there ({details[:200]})"

@@ -1,0 +1,183 @@
+"""Paths that users set: how they are read, and whether they can be written, before anything is started."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from rayft.errors import ConfigError, ResourceError
+
+__all__ = [
+    "PathText",
+    "check_file",
+    "check_folder",
+    "check_text",
+    "checked_text",
+    "home",
+    "read_path",
+    "reason",
+]
+
+LONGEST_NAME = 255
+"""Bytes of a file's name that Linux's file systems hold."""
+LONGEST_PATH = 4095
+"""Bytes of a path that Linux takes."""
+PROBE = b"\0" * 4096
+"""Written to find out whether a folder takes data: a full disk may still take an empty file."""
+
+
+def check_text(value: str) -> str:
+    """Return a path's text as it is, if a file system can have such a path.
+
+    A URL counts as a path here, except that its length is its server's business.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    if not value.strip():
+        raise ValueError("is empty; write a path")
+    if "\0" in value:
+        raise ValueError("holds a NUL character, which no path can")
+    encoding = sys.getfilesystemencoding()
+    try:
+        size = len(os.fsencode(value))
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"holds bytes or characters that are not {encoding}; rename it, or set PYTHONUTF8=1 if only the "
+            "locale is at fault"
+        ) from error
+    if "://" not in value:
+        longest = max(len(os.fsencode(part)) for part in Path(value).parts or (".",))
+        if longest > LONGEST_NAME or size > LONGEST_PATH:
+            raise ValueError(
+                f"is too long: a name may have {LONGEST_NAME} bytes and a path {LONGEST_PATH}; shorten it"
+            )
+    if value.startswith("~"):
+        try:
+            Path(value).expanduser()
+        except RuntimeError as error:
+            raise ValueError(
+                "begins with the home folder of a user who has none; write the whole path"
+            ) from error
+    return value
+
+
+PathText = Annotated[str, AfterValidator(check_text)]
+"""A path or URL in a configuration."""
+
+
+def read_path(text: str | Path, setting: str) -> Path:
+    """Return the path that a user wrote, with `~` replaced by the home folder.
+
+    Args:
+        text: what was written.
+        setting: the option, key or variable that it was written in, for the message.
+
+    Raises:
+        ConfigError: if it is empty or can't be a path.
+    """
+    path = Path(checked_text(str(text), setting)).expanduser()
+    try:
+        path.stat()
+    except OSError as error:
+        # What is missing may be wanted so; a loop is not even a path that could be made.
+        if error.errno == errno.ELOOP:
+            raise ConfigError(f"{setting}: {path} is a link that leads back to itself; remove it") from error
+    return path
+
+
+def checked_text(text: str, setting: str) -> str:
+    """Return a path or URI that a user wrote, if it can be one.
+
+    Raises:
+        ConfigError: if it is empty or can't be.
+    """
+    try:
+        return check_text(text)
+    except ValueError as error:
+        raise ConfigError(f"{setting} {error}") from error
+
+
+def home(setting: str) -> Path:
+    """Return the home folder.
+
+    Args:
+        setting: what a user can set so that none is needed, for the message.
+
+    Raises:
+        ResourceError: if the user has none.
+    """
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise ResourceError(
+            f"this user has no home folder (HOME is not set): set HOME, or {setting}"
+        ) from error
+
+
+def check_folder(folder: Path, setting: str) -> None:
+    """Check that files can be written into a folder by writing one; what was made for it is removed again.
+
+    Args:
+        folder: the folder, which need not exist.
+        setting: the option, key or variable that names it, for the message.
+
+    Raises:
+        ResourceError: if the folder can't be made, or takes no file.
+    """
+    made: list[Path] = []
+    folder = folder.absolute()
+    place = folder
+    try:
+        for place in reversed((folder, *folder.parents)):
+            if not place.is_dir():
+                place.mkdir(exist_ok=True)
+                made.append(place)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".rayft-", buffering=0) as file:
+            file.write(PROBE)
+    except (OSError, ValueError) as error:
+        raise ResourceError(
+            f"can't write to {folder} ({reason(error, place)}); set {setting} to a folder that can be written"
+        ) from error
+    finally:
+        for each in reversed(made):
+            with contextlib.suppress(OSError):
+                each.rmdir()
+
+
+def check_file(file: Path, setting: str) -> None:
+    """Check that a file can be written: that its folder takes a new one, or that it can be opened.
+
+    Raises:
+        ResourceError: if it can't.
+    """
+    if file.is_dir():
+        raise ResourceError(f"{file} is a folder; set {setting} to a file, such as {file / 'file'}")
+    if not file.exists() and not file.is_symlink():
+        check_folder(file.absolute().parent, setting)
+        return
+    try:
+        with file.open("ab"):
+            pass
+    except OSError as error:
+        raise ResourceError(
+            f"can't write to {file} ({reason(error, file)}); set {setting} to a file that can be written"
+        ) from error
+
+
+def reason(error: Exception, place: Path) -> str:
+    """Say in words why a path could not be used."""
+    if place.is_symlink() and not place.exists():
+        return f"{place} is a link to {place.readlink()}, which is not there"
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{place} is a file, not a folder"
+    text = getattr(error, "strerror", None) or str(error)
+    return f"{text}: {place}" if isinstance(error, OSError) else text

@@ -1,0 +1,108 @@
+"""Which Ray cluster is meant, and that one which does not answer is told of, not waited for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from rayft.flow import address
+from rayft.flow.address import find_address, unreachable
+from tests.unit.flow.ray_head import closed, head_node, silent, web_server
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(address, "SECONDS_TO_ANSWER", 1.0)
+
+
+def left_behind(tmp_path: Path, text: str) -> None:
+    """Write what `ray start` does."""
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("named", "current", "found"),
+    [
+        (None, None, ("", False)),
+        ("", None, ("", False)),
+        ("local", "10.0.0.1:6379", ("", False)),
+        (None, "10.0.0.1:6379\n", ("10.0.0.1:6379", False)),
+        ("auto", "10.0.0.1:6379", ("10.0.0.1:6379", True)),
+        ("auto", None, ("auto", True)),
+        ("10.0.0.2:6379", "10.0.0.1:6379", ("10.0.0.2:6379", True)),
+    ],
+)
+def test_the_variable_comes_before_what_ray_start_left(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    named: str | None,
+    current: str | None,
+    found: tuple[str, bool],
+) -> None:
+    if named is not None:
+        monkeypatch.setenv("RAY_ADDRESS", named)
+    if current is not None:
+        left_behind(tmp_path, current)
+    assert find_address() == found
+
+
+def test_what_ray_start_left_may_be_no_text(tmp_path: Path) -> None:
+    left_behind(tmp_path, "")
+    (tmp_path / "ray" / "ray_current_cluster").write_bytes(b"\xff\xfe")
+    assert find_address() == ("", False)
+
+
+@pytest.mark.parametrize(
+    ("listens", "problem"),
+    [
+        (silent, "no answer within 1 seconds"),
+        (closed, "no Ray head node answers there .*refused"),
+        (web_server, "no Ray head node answers there"),
+    ],
+)
+def test_what_is_no_cluster(listens: Callable[[], AbstractContextManager[str]], problem: str) -> None:
+    with listens() as place:
+        assert re.match(problem, unreachable(place))
+
+
+def test_a_name_that_nobody_knows() -> None:
+    assert "no Ray head node answers there" in unreachable("rayft-is-nowhere.invalid:6379")
+
+
+def test_a_head_node_answers() -> None:
+    with head_node() as place:
+        assert unreachable(place) == ""
+
+
+def test_a_token_that_the_cluster_does_not_know() -> None:
+    with head_node(token="another") as place:
+        assert "RAY_AUTH_TOKEN" in unreachable(place)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "nonsense",
+        "host:port",
+        "10.0.0.1",
+        "10.0.0.1:0",
+        "10.0.0.1:99999",
+        "::1:6379",
+        " 10.0.0.1:6379",
+        "a b:1",
+    ],
+)
+def test_what_is_no_address(named: str) -> None:
+    assert "write host:port" in unreachable(named)
+
+
+@pytest.mark.parametrize("named", ["ray://head:10001", "http://127.0.0.1:8265"])
+def test_addresses_of_other_services(named: str) -> None:
+    assert "ray job submit" in unreachable(named)

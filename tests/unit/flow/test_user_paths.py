@@ -1,0 +1,283 @@
+"""What a user sets and a command can't use ends in one message and starts nothing: paths, URIs, addresses."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rayft import cli, errors
+from rayft.config import read_yaml
+from rayft.flow.config import packaged
+from tests.unit.flow.ray_head import closed, silent, web_server
+from tests.unit.report.example import example
+from tests.unit.test_paths import PLACES, bad_folder
+
+KINDS = "|".join(errors.__all__)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        pytest.fail("Ray was started")
+
+    monkeypatch.setattr("ray.init", started)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYFT_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command line that is wrong, and give its message."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["rayft", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        message = capsys.readouterr().err
+        assert ended.value.code == 1
+        assert re.match(f"({KINDS}): ", message), message
+        return message
+
+    return run
+
+
+def sweep(folder: Path, **sections: object) -> str:
+    """Write the packaged smoke test with some sections replaced."""
+    data = (
+        read_yaml(packaged()["tiny"].read_text(encoding="utf-8")) | {"output": str(folder / "out")} | sections
+    )
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    return str(folder / "sweep.yaml")
+
+
+def serving(folder: Path, **settings: object) -> str:
+    data = {"model": {"name": "tiny-llama"}, "port": 8199} | settings
+    (folder / "serve.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    return str(folder / "serve.yaml")
+
+
+def record(folder: Path) -> str:
+    example().save(folder / "sweep" / "sweep.json")
+    return str(folder / "sweep")
+
+
+FOLDERS: dict[str, Callable[[Path, str], list[str]]] = {
+    "output": lambda folder, bad: ["sweep", sweep(folder, output=bad)],
+    "tracking.uri": lambda folder, bad: [
+        "sweep", sweep(folder, tracking={"uri": f"sqlite:///{bad}/mlflow.db"})
+    ],
+    "squeeze --out": lambda folder, bad: ["squeeze", ".", "--rank", "2", "--out", bad],
+    "analyze --out": lambda folder, bad: ["analyze", ".", "--out", bad],
+    "report --output": lambda folder, bad: ["report", record(folder), "-o", f"{bad}/page.html"],
+    "serve fetched": lambda folder, bad: [
+        "serve", serving(folder, fetched=bad, adapters={"a": "file:///nowhere"})
+    ],
+}  # fmt: skip
+"""Setting → a command that would write into a folder."""
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("setting", FOLDERS)
+def test_folders_that_cannot_be_written(
+    told: Callable[..., str], tmp_path: Path, setting: str, place: str
+) -> None:
+    bad = bad_folder(place, tmp_path)
+    message = told(*FOLDERS[setting](tmp_path, str(bad)))
+    assert "can't write to" in message or "leads back to itself" in message
+    assert setting.rpartition(" ")[2] in message
+
+
+READ: dict[str, Callable[[Path, str], list[str]]] = {
+    "sweep CONFIG": lambda _, bad: ["sweep", bad],
+    "model.name": lambda folder, bad: ["sweep", sweep(folder, model={"name": bad})],
+    "data.name": lambda folder, bad: [
+        "sweep", sweep(folder, data={"source": "jsonl", "name": bad, "max_length": 64})
+    ],
+    "data.files": lambda folder, bad: [
+        "sweep", sweep(folder, data={"source": "image_folder", "files": {"train": bad}, "max_length": 64})
+    ],
+    "squeeze ADAPTER": lambda _, bad: ["squeeze", bad, "--rank", "2", "--out", "out"],
+    "squeeze --out": lambda _, bad: ["squeeze", ".", "--rank", "2", "--out", bad],
+    "analyze TARGET": lambda _, bad: ["analyze", bad],
+    "analyze --uri": lambda _, bad: ["analyze", "0" * 32, "--uri", bad],
+    "report SWEEP": lambda _, bad: ["report", bad],
+    "promote --sweep": lambda _, bad: ["promote", "tiny", "1", "--sweep", bad],
+    "promote --uri": lambda _, bad: ["promote", "tiny", "1", "--uri", bad],
+    "promote --uri sqlite": lambda _, bad: ["promote", "tiny", "1", "--uri", f"sqlite:///{bad}"],
+    "serve CONFIG": lambda _, bad: ["serve", bad],
+    "serve model": lambda folder, bad: ["serve", serving(folder, model={"name": bad})],
+    "serve adapter": lambda folder, bad: ["serve", serving(folder, adapters={"a": bad})],
+    "serve url": lambda folder, bad: ["serve", serving(folder, adapters={"a": f"file://{bad}/"})],
+    "serve registry": lambda folder, bad: [
+        "serve", serving(folder, adapters={"a": "models:/a@b"}, registry=f"sqlite:///{bad}")
+    ],
+    "serve key": lambda folder, bad: ["serve", serving(folder, keys=[{"name": "k", "file": bad}])],
+}  # fmt: skip
+"""What is read → a command that reads it."""
+
+NO_PATHS = {
+    "empty": "",
+    "blank": " ",
+    "too long": "a" * 300,
+    "too deep": "a/" * 2100,
+    "no text": os.fsdecode(b"\xff\xfe"),
+    "nobody's home": "~rayft-nobody/x",
+    "missing": "/nowhere/x",
+    "below a device": "/dev/null/x",
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "bad"),
+    # What is missing can be made by --out, at least by root.
+    [(what, bad) for what in READ for bad in NO_PATHS if (what, bad) != ("squeeze --out", "missing")],
+)
+def test_what_cannot_be_read(told: Callable[..., str], tmp_path: Path, what: str, bad: str) -> None:
+    told(*READ[what](tmp_path, NO_PATHS[bad]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("uri", "problem"),
+    [
+        ("sqlite:///", "names no file"),
+        ("sqlite:///{folder}", "is a folder, not a file"),
+        ("sqlite:///{folder}/text.db", "file is not a database"),
+        ("./mlruns", "is a folder, which MLflow no longer writes to"),
+        ("ftp://host/x", "is of no known kind"),
+        ("http://", "can't be used"),
+        ("http://[::1", "can't be used"),
+        ("postgresql://me:secret@127.0.0.1:1/db", "can't be used"),
+    ],
+)
+def test_tracking_that_cannot_be_used(
+    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str, problem: str
+) -> None:
+    (tmp_path / "text.db").write_text("no database " * 200, encoding="utf-8")
+    place = uri.format(folder=tmp_path)
+    message = told("sweep", sweep(tmp_path, tracking={"uri": place}))
+    assert problem in message
+    assert "secret" not in message
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
+    assert problem in told("sweep", sweep(tmp_path))
+    assert problem in told("promote", "tiny", "1")
+
+
+@pytest.mark.parametrize("listens", [silent, closed])
+def test_a_tracking_server_that_is_away(
+    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listens: type
+) -> None:
+    monkeypatch.setattr("rayft.tracking.connection._SECONDS_TO_ANSWER", 1)
+    with listens() as place:
+        for command in (["sweep", sweep(tmp_path)], ["promote", "tiny", "1"], ["analyze", "0" * 32]):
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{place}")
+            assert f"MLflow at http://{place} can't be used" in told(*command)
+
+
+@pytest.mark.parametrize("listens", [silent, closed, web_server])
+@pytest.mark.parametrize("action", [["list"], ["load", "a", "/adapters/a"], ["unload", "a"]])
+def test_a_server_that_is_none(
+    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, listens: type, action: list[str]
+) -> None:
+    monkeypatch.setattr("rayft.flow.adapters.SECONDS_TO_ANSWER", 1.0)
+    with listens() as place:
+        told("adapters", *action, "--server", f"http://{place}")
+
+
+@pytest.mark.parametrize(
+    "server", ["", "nonsense", "http://[::1", "http://h:99999", os.fsdecode(b"http://\xff")]
+)
+def test_a_server_that_is_no_url(told: Callable[..., str], server: str) -> None:
+    told("adapters", "list", "--server", server)
+
+
+@pytest.mark.parametrize("key", ["clé", "a\nb"])
+def test_a_key_that_no_header_can_carry(
+    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("RAYFT_KEY", key)
+    assert "RAYFT_KEY" in told("adapters", "list")
+
+
+@pytest.mark.parametrize("device", ["", "rubbish", "meta", "cuda:99"])
+def test_devices(told: Callable[..., str], device: str) -> None:
+    assert "--device" in told("squeeze", ".", "--rank", "2", "--out", "out", "--device", device)
+
+
+@pytest.mark.parametrize("cache", ["", "/proc/nothing", "/dev/null/x", "~rayft-nobody"])
+def test_the_cache_of_models(
+    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: str
+) -> None:
+    monkeypatch.setenv("RAYFT_CACHE", cache)
+    monkeypatch.setenv("HOME", "/proc/nothing")
+    assert "RAYFT_CACHE" in told("sweep", sweep(tmp_path))
+    assert "RAYFT_CACHE" in told("serve", serving(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda folder: ["sweep", sweep(folder)],
+        lambda folder: ["serve", serving(folder)],
+        lambda folder: ["analyze", record(folder)],
+    ],
+)
+def test_a_ray_cluster_that_is_away(
+    told: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: Callable[[Path], list[str]],
+) -> None:
+    with closed() as place:
+        monkeypatch.setenv("RAY_ADDRESS", place)
+        assert f"RAY_ADDRESS={place}" in told(*command(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_no_check_has_found(
+    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "report.html"))
+
+    monkeypatch.setattr("rayft.flow.commands.render", full)
+    message = told("report", record(tmp_path))
+    assert message.startswith(
+        f"ResourceError: {tmp_path / 'report.html'} can't be used (No space left on device)"
+    )
+
+
+def test_other_errors_of_the_system_are_faults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr("rayft.flow.commands.render", broken)
+    monkeypatch.setattr(sys, "argv", ["rayft", "report", record(tmp_path)])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        cli.main()
+
+
+def test_a_terminal_without_the_letters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
+    monkeypatch.setattr(sys, "argv", ["rayft", "report", record(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    text = shown.getvalue().decode("ascii")
+    assert "report.html" in text
+    assert r"\u25ba" in text, "the winner's mark"
