@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-
 from rayft.flow import commands
+from rayft.flow.console import terminal
 
 
 def main() -> None:
@@ -21,7 +20,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an analysis of other adapters")
     options = vars(parser.parse_args())
     target = options.pop("target")
-    commands.guarded(lambda: commands.analyze(target, Console(), **options))
+    commands.guarded(lambda: commands.analyze(target, terminal(), **options))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-
 from rayft.flow import commands
+from rayft.flow.console import terminal
 
 
 def main() -> None:
@@ -17,7 +16,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace another sweep's report")
     arguments = parser.parse_args()
     commands.guarded(
-        lambda: commands.report(arguments.sweep, arguments.output, Console(), overwrite=arguments.overwrite)
+        lambda: commands.report(arguments.sweep, arguments.output, terminal(), overwrite=arguments.overwrite)
     )
 
 

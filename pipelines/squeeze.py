@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-
 from rayft.flow import commands
+from rayft.flow.console import terminal
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
     many["budgets"] = options.pop("budget")
     if not any(many.values()) and options["keep_score"] is None:
         many["ranks"] = [8]
-    commands.guarded(lambda: commands.squeeze(adapter, out, Console(), **many, **options))
+    commands.guarded(lambda: commands.squeeze(adapter, out, terminal(), **many, **options))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-
 from rayft.flow import commands
+from rayft.flow.console import terminal
 
 
 def main() -> None:
@@ -15,7 +14,7 @@ def main() -> None:
     parser.add_argument("--config", default="demo", help="a YAML file, or a packaged one: demo, study, tiny")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set a leaf")
     arguments = parser.parse_args()
-    commands.guarded(lambda: commands.sweep(arguments.config, arguments.set, Console()))
+    commands.guarded(lambda: commands.sweep(arguments.config, arguments.set, terminal()))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
+
+from rayft.flow.console import terminal
 
 __all__ = ["app", "main"]
 
@@ -17,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Search fine-tuning methods and ranks, squeeze the winners, serve many of them at once.",
 )
-console = Console()
+console = terminal()
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Set a leaf of the configuration: --set sweep.trials=4")

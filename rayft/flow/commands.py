@@ -13,12 +13,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import load
 from rayft.errors import RayftError, RegistryError, ResourceError
 from rayft.flow.adapters import Action, adapters_table, call
 from rayft.flow.config import load_config
+from rayft.flow.console import terminal
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
 from rayft.paths import check_file, check_folder, checked_text, read_path
@@ -245,7 +247,7 @@ def doctor(output: str, console: Console) -> int:
     found = checks(read_path(output, "--output"))
     table = Table("", "check", "found", "what to do")
     for check in found:
-        mark = {True: "[green]ok[/green]", False: "[red]no[/red]", None: "[yellow]-[/yellow]"}[check.ok]
+        mark = {True: Text("ok", "green"), False: Text("no", "red"), None: Text("-", "yellow")}[check.ok]
         table.add_row(mark, check.name, check.found, "" if check.ok else check.remedy)
     console.print(table)
     return int(any(check.ok is False for check in found))
@@ -274,10 +276,9 @@ def guarded(command: Callable[[], object]) -> None:
 
 
 def _end(error: RayftError) -> None:
-    console = Console(stderr=True)
-    console.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
     text = str(error).encode(errors="backslashreplace").decode()
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    name = Text(type(error).__name__, "bold red")
+    terminal(stderr=True).print(Text.assemble(name, ": ", text), soft_wrap=True)
     sys.exit(1)
 
 
@@ -311,7 +312,7 @@ def _show_answers(record: SweepRecord, console: Console) -> None:
 def _show_next(record: SweepRecord, output: Path, console: Console) -> None:
     console.print(f"report: {output / 'report.html'}", highlight=False)
     for command in record.commands:
-        console.print(f"{command.what}: [cyan]{command.command}[/cyan]", highlight=False, soft_wrap=True)
+        console.print(Text.assemble(f"{command.what}: ", (command.command, "cyan")), soft_wrap=True)
 
 
 def _wait(port: int, console: Console) -> None:

@@ -13,6 +13,8 @@ import ray.exceptions
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from rayft.flow.console import terminal
+
 __all__ = ["Display"]
 
 AT_WORK = {"score": "answering", "analyse": "measuring"}
@@ -24,14 +26,14 @@ class Display:
     """Stages and bars in a terminal; plain lines, one a change, where there is none."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+        self.console = console or terminal()
         self.timings: dict[str, float] = {}
         self._live = self.console.is_terminal
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             console=self.console,
             transient=True,
@@ -43,7 +45,7 @@ class Display:
     def stage(self, name: str) -> Iterator[None]:
         """Show a stage and keep its seconds."""
         started = time.monotonic()
-        self.console.print(f"[bold]{name}[/bold] …" if self._live else f"{name} …", highlight=False)
+        self.console.print(f"{name} …", style="bold" if self._live else None, highlight=False)
         try:
             yield
         finally:

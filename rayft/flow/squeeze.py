@@ -206,7 +206,12 @@ def _wanted(request: SqueezeRequest, rank: int) -> list[Target]:
 
 @contextmanager
 def _bar(console: Console, modules: int | None) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("modules", total=modules)
         yield lambda done: bar.advance(task, done)

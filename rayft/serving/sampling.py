@@ -130,7 +130,7 @@ def _sampled(logits_NV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     point = _column([draw.uniform for draw in draws], device)
     # Shifted by the maximum first, so that a tiny temperature gives -inf, not inf - inf.
     logits = (logits_NV - logits_NV.amax(dim=-1, keepdim=True)) / temperature
-    p_NV, order_NV = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+    p_NV, order_NV = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     if any(draw.top_k > 0 or draw.min_p > 0 for draw in draws):
         p_NV = _filtered(p_NV, draws)
     before_NV = p_NV.cumsum(dim=-1) - p_NV

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
+from rich.table import Table
 
+from rayft.errors import DataError
+from rayft.flow.commands import guarded
+from rayft.flow.console import terminal
 from rayft.flow.display import Display
 
 
@@ -13,3 +18,25 @@ def test_a_line_is_printed_as_it_is() -> None:
     said = io.StringIO()
     Display(Console(file=said, width=200)).say("line 3: '[red]x[/] :smile: [/nothing]'")
     assert said.getvalue() == "  line 3: '[red]x[/] :smile: [/nothing]'\n"
+
+
+ODD = "[/INST] [bold]x[/bold] :smile: [Paris"
+
+
+def test_names_answers_and_errors_are_printed_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    table = Table("model", ODD, title=ODD)
+    table.add_row("base", ODD)
+    console = terminal()
+    console.print(table)
+    console.print(f"right answer: {ODD}", highlight=False)
+    assert capsys.readouterr().out.count(ODD) == 4
+
+    def fails() -> None:
+        raise DataError(ODD)
+
+    with pytest.raises(SystemExit):
+        guarded(fails)
+    assert capsys.readouterr().err == f"DataError: {ODD}\n"
