@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from rayft.artifacts import META_FILE, check_replaceable
-from rayft.config import content_hash
+from rayft.config import content_hash, leaves
 from rayft.data.chat_format import ChatFormat
 from rayft.data.loader import Schedule
 from rayft.data.pack import AnyEncoded
@@ -20,7 +20,7 @@ from rayft.data.template import encode_all
 from rayft.errors import ConfigError, ResourceError
 from rayft.evaluate.tasks import perfect_answers
 from rayft.flow.cluster import has_gpus
-from rayft.flow.config import PipelineConfig
+from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.identity import IDENTITY_FILE, begun_by, check_identity, not_used, write_identity
 from rayft.identity import Identity
 from rayft.methods import method
@@ -47,6 +47,10 @@ WRITTEN = (
     "squeezed", "sweep.json", "trials", "winner",
 )  # fmt: skip
 """What a sweep writes into its folder, beside the tracker's files."""
+ELSEWHERE = ("output", "question", "serve", "tracking", "promote", "squeeze", "analyze")
+"""Settings that say where results go and what becomes of them, and change no trial."""
+SHOWN = 3
+"""Changed settings that a message names."""
 MARGIN = 2**30
 """Bytes left free beside what the sweep writes."""
 
@@ -199,11 +203,38 @@ def _check_stamp(config: PipelineConfig, output: Path) -> None:
                 "replace; choose another folder with --set output=…"
             )
     elif not stamp.read_text(encoding="utf-8", errors="replace").startswith(stamp_line(config)):
-        raise ConfigError(
-            f"{output} holds a sweep with another configuration ({stamp}); nothing of it was touched. Choose "
-            "another folder with --set output=…, or delete that one"
-        )
+        raise ConfigError(_other_sweep(config, output))
     check_own(output)
+
+
+def _other_sweep(config: PipelineConfig, output: Path) -> str:
+    """Say why a sweep can't go on in a folder that holds one with another hash of its configuration."""
+    stamp = output / STAMP_FILE
+    otherwise = "Nothing of it was touched. Choose another folder with --set output=…, or delete that one"
+    try:
+        before = load_config(stamp)
+    except ConfigError as error:
+        return (
+            f"{output} holds a sweep whose configuration ({stamp}) this version of rayft can't read: {error}."
+            f" {otherwise}"
+        )
+    if sweep_hash(before) == sweep_hash(config):
+        return (
+            f"{output} holds this sweep as an earlier version of rayft made it, which identified trials "
+            "otherwise. It can be read as it is (rayft report, serve, squeeze, analyze), but not continued. "
+            f"{otherwise}"
+        )
+    old, new = leaves(before), leaves(config)
+    changed = [
+        f"{name} was {old.get(name, 'not set')}, now {new.get(name, 'not set')}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name.partition(".")[0] not in ELSEWHERE
+    ]
+    more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
+    return (
+        f"{output} holds a sweep with another configuration ({stamp}): {'; '.join(changed[:SHOWN])}{more}. "
+        f"{otherwise}"
+    )
 
 
 def _make_output(config: PipelineConfig, output: Path, identity: Identity) -> None:
@@ -243,11 +274,8 @@ def stamp_line(config: PipelineConfig) -> str:
 
 def sweep_hash(config: PipelineConfig) -> str:
     """Identify what is trained: the sections that decide results, not where they go."""
-    same = {"output": "", "serve": PipelineConfig.model_fields["serve"].default, "question": ""}
-    same |= {
-        name: PipelineConfig.model_fields[name].default
-        for name in ("tracking", "promote", "squeeze", "analyze")
-    }
+    fields = PipelineConfig.model_fields
+    same = {name: "" if fields[name].annotation is str else fields[name].default for name in ELSEWHERE}
     return content_hash(config.model_copy(update=same))
 
 

@@ -81,11 +81,28 @@ def test_mistakes(tmp_path: Path, override: str, error: type[RayftError], match:
 def test_another_sweeps_folder_is_left_alone(tmp_path: Path) -> None:
     preflight(tiny(tmp_path))
     kept = (tmp_path / "out" / "config.yaml").read_text()
-    with pytest.raises(ConfigError, match="holds a sweep with another configuration"):
-        preflight(tiny(tmp_path, "optim.steps=9"))
+    steps = tiny(tmp_path).optim.steps
+    match = (
+        rf"holds a sweep with another configuration \(.*\): optim\.steps was {steps}, now 9\. Nothing of it"
+    )
+    with pytest.raises(ConfigError, match=match):
+        preflight(tiny(tmp_path, "optim.steps=9", "squeeze.ranks=[1]"))
     assert (tmp_path / "out" / "config.yaml").read_text() == kept
     # What does not decide results may change.
     preflight(tiny(tmp_path, "serve.port=9000", "question=another"))
+
+
+def test_a_folder_of_an_earlier_version_is_named_as_one(tmp_path: Path) -> None:
+    preflight(tiny(tmp_path))
+    stamp = tmp_path / "out" / "config.yaml"
+    _, content = stamp.read_text(encoding="utf-8").split("\n", 1)
+    # The same configuration, whose hash that version computed from other fields.
+    stamp.write_text("# sweep 0542ad439fd1\n" + content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"as an earlier version of rayft made it.*can be read as it is"):
+        preflight(tiny(tmp_path))
+    stamp.write_text("# sweep 0542ad439fd1\n" + content.replace('"grace"', '"patience"'), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"can't read: unknown key 'sweep\.patience'"):
+        preflight(tiny(tmp_path))
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
