@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
 
 import grpc
 from ray._common.utils import get_ray_address_file
+from ray._private.authentication.authentication_token_setup import (
+    maybe_enable_token_auth_if_token_available,
+)
 from ray._private.grpc_utils import init_grpc_channel
-from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # type: ignore[attr-defined]
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import RayError
@@ -31,12 +34,26 @@ def find_address() -> tuple[str, bool]:
         return "", False
     if named not in ("", "auto"):
         return named, True
+    _send_own_token()
     try:
         # Where `ray start` leaves the address; a cluster that was killed leaves it too.
         current = Path(get_ray_address_file(None)).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         current = ""
     return current or named, named == "auto"
+
+
+def _send_own_token() -> None:
+    """Use this user's token with a cluster of this machine, as Ray does where it looks for one by itself.
+
+    To an address that is named Ray sends none unless RAY_AUTH_MODE=token says so.
+    """
+    logging.getLogger(maybe_enable_token_auth_if_token_available.__module__).setLevel(logging.ERROR)
+    try:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    except RayError:
+        # RAY_AUTH_TOKEN_PATH is wrong, which is told when the cluster refuses.
+        return
 
 
 def unreachable(address: str) -> str:
@@ -57,23 +74,13 @@ def unreachable(address: str) -> str:
         return "that is no address; write host:port, such as 127.0.0.1:6379"
     try:
         with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
-            NodeInfoGcsServiceStub(channel).CheckAlive(
-                CheckAliveRequest(), timeout=SECONDS_TO_ANSWER, metadata=_token()
-            )
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=SECONDS_TO_ANSWER)
     except grpc.RpcError as error:
         return _refusal(error)
     # TLS files that are not there, a token's file that can't be read.
     except (OSError, RuntimeError, ValueError, RayError) as error:
         return str(error)
     return ""
-
-
-def _token() -> tuple[tuple[str, str], ...]:
-    """Return the token's header that Ray sends by default; its channel adds it where RAY_AUTH_MODE is set."""
-    loader = AuthenticationTokenLoader.instance()
-    if os.environ.get("RAY_AUTH_MODE") is not None or not loader.has_token(ignore_auth_mode=True):
-        return ()
-    return tuple(loader.get_token_for_http_header(ignore_auth_mode=True).items())
 
 
 def _refusal(error: grpc.RpcError) -> str:

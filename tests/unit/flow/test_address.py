@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from ray import _raylet
 
 from rayft.flow import address
 from rayft.flow.address import find_address, unreachable
@@ -84,6 +85,30 @@ def test_a_head_node_answers() -> None:
 def test_a_token_that_the_cluster_does_not_know() -> None:
     with head_node(token="another") as place:
         assert "RAY_AUTH_TOKEN" in unreachable(place)
+
+
+@pytest.fixture
+def own_token(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Give this user a token, and leave open whether it is used."""
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    _raylet.AuthenticationTokenLoader.instance().reset_cache()
+    _raylet.Config.initialize("")
+    yield "0" * 64
+    monkeypatch.undo()
+    _raylet.AuthenticationTokenLoader.instance().reset_cache()
+    _raylet.Config.initialize("")
+
+
+def test_the_own_token_is_for_the_own_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_token: str
+) -> None:
+    with head_node(token=own_token) as place:
+        monkeypatch.setenv("RAY_ADDRESS", place)
+        assert "RAY_AUTH_MODE=token" in unreachable(find_address()[0])
+        monkeypatch.delenv("RAY_ADDRESS")
+        left_behind(tmp_path, place)
+        assert unreachable(find_address()[0]) == ""
 
 
 @pytest.mark.parametrize(
