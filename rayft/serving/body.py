@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from rayft.config import lone_surrogate
 from rayft.errors import BadRequestError
 
 __all__ = ["MAX_DEPTH", "read_json", "where"]
@@ -101,16 +102,10 @@ def _check(value: object, path: list[str | int]) -> None:
 
 
 def _check_text(text: str, path: Sequence[str | int], what: str = "") -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+    if problem := lone_surrogate(text):
         place = where(path)
         named = f"'{place}'" if place else "the body"
-        raise BadRequestError(
-            f"{what}{named} is not valid Unicode: character {error.start + 1} is "
-            f"U+{ord(text[error.start]):04X}, half of a surrogate pair; send the whole character",
-            param=place or None,
-        ) from error
+        raise BadRequestError(f"{what}{named} is not valid Unicode: {problem}", param=place or None)
 
 
 def _too_deep(what: str) -> str:
