@@ -345,7 +345,13 @@ def _weights(config: ModelConfig, source: str, dtype: torch.dtype, options: dict
                 raise ValueError("a weight has another size than config.json says") from error
             raise
     _check_kinds(config, model, source)
-    if config.task != "causal_lm":
+    if config.task == "causal_lm":
+        if lacking := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"its files lack {len(lacking)} weights of the model that config.json describes, such as "
+                f"{lacking[0]}, which would be random"
+            )
+    else:
         outside = tuple(f"{name}." for name in heads(model))
         wrong = sorted(name for name, *_ in found["mismatched_keys"] if not name.startswith(outside))
         if wrong:

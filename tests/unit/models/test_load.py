@@ -223,3 +223,16 @@ def test_weights_of_another_size(tiny_folder: Path, tmp_path: Path) -> None:
     config = changed_config(tiny_folder, tmp_path / "base", intermediate_size=48)
     with pytest.raises(ModelError, match=r"a weight has another size than config.json says"):
         load_weights(config)
+
+
+def test_a_language_model_whose_file_lacks_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    # The output layer of this model is its embedding, so a file without it is whole.
+    assert "lm_head.weight" not in weights
+    assert load_weights(ModelConfig(name=str(folder)))
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 1 weights .* such as model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_weights(ModelConfig(name=str(folder)))
