@@ -222,9 +222,10 @@ class _Job:
             )
         ]  # fmt: skip
         train = sample(session.train, count, self.config.seed, "train")
+        # A conversation can give several sequences; both samples have as many.
         seen, fresh = (
             example_losses(self.model, examples, session.pad_id, session.worker.device)
-            for examples in (train, held_out)
+            for examples in (train, held_out[:count])
         )
         found = gap(seen, fresh, self.config.clip, self.config.seed)
         measures = {"gap": found.value, "gap_low": found.low, "gap_high": found.high}

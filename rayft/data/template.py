@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from rayft.data.chat_format import Answer, ChatFormat, render
@@ -187,8 +188,12 @@ class _Layout:
     """How one tokenizer lays examples out."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.format = ChatFormat.of(tokenizer) if chat_format is None else chat_format
+        self.tokenizer, self._given = tokenizer, chat_format
+
+    @cached_property
+    def format(self) -> ChatFormat:
+        """What the chat template writes around an answer; to lay out a prompt alone, it isn't needed."""
+        return self._given or ChatFormat.of(self.tokenizer)
 
     def encode(self, example: Example, name: str) -> list[Encoded]:
         """Turn an example into tokens: one sequence, or several where earlier answers are laid out anew."""

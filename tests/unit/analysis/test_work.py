@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -16,13 +17,16 @@ from rayft.analysis.work import AnalyzeRequest, analyze
 from rayft.artifacts import AdapterArtifact
 from rayft.config import parse
 from rayft.data.pack import collate_rows, rows_of
+from rayft.data.section import DataConfig, PartFiles
 from rayft.evaluate.loss import target_losses
-from rayft.models.load import load_model
+from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close, relative_error
 from rayft.train.context import Session, Worker
 from rayft.train.run import RunConfig
+from tests.unit.data import templates
 from tests.unit.serving.adapters import random_adapter
+from tests.unit.test_chat_templates import save_base
 
 PARTS = ("gap", "bounds", "spectra", "sharpness", "line", "landscape", "trajectory")
 CONFIG = AnalyzeConfig(parts=PARTS, samples=6, examples=3, grid=5, intruder_modules=3)
@@ -249,3 +253,30 @@ def test_a_part_that_runs_out_of_memory_says_so_and_the_others_are_done(
     found = analyze(session, run, AdapterArtifact.load(artifact), config, name="one")
     assert "set analyze.examples lower" in found.notes["sharpness"]
     assert found.spectra
+
+
+def test_the_gap_compares_as_many_sequences_where_a_conversation_gives_several(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    def turns(number: int, answers: int) -> list[dict[str, str]]:
+        asked = [{"role": "user", "content": f"{number}-{turn}?"} for turn in range(answers)]
+        return [one for question in asked for one in (question, {"role": "assistant", "content": "5"})]
+
+    files = {}
+    # One answer in training, three in each test conversation, which this template lays out anew each time.
+    for part, answers, start in (("train", 1, 0), ("val", 1, 100), ("test", 3, 200)):
+        files[part] = str(tmp_path / f"{part}.jsonl")
+        rows = [{"messages": turns(start + number, answers)} for number in range(8)]
+        Path(files[part]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    base = save_base(tmp_path / "base", templates.QWEN3)
+    changes = {
+        "model": ModelConfig(name=str(base)),
+        "data": DataConfig(source="jsonl", files=PartFiles(**files), max_length=256),
+    }
+    run = RunConfig(**{**{name: getattr(run, name) for name in RunConfig.model_fields}, **changes})
+    session = Session.open(run, Worker())
+    adapter = random_adapter("a", linear_shapes(session.loaded.model), rank=2)
+    config = AnalyzeConfig(parts=("gap",), samples=6)
+    found = analyze(session, run, adapter, config, name="a")
+    assert found.gap is not None
+    assert found.gap.n == 6
