@@ -157,7 +157,7 @@ class Catalog:
 
     def warm(self) -> dict[str, tuple[float, float]]:
         """Say which `model`s are answered from the device, for which draws (see `Served.models`)."""
-        found = dict.fromkeys((BASE_NAME, self._base.name), (0.0, 1.0))
+        found = dict.fromkeys(self._base_names(), (0.0, 1.0))
         for name, models in self.served.models().items():
             if self._entries[name].tier == "device":
                 for model, (low, high) in models.items():
@@ -176,7 +176,7 @@ class Catalog:
             UnknownModelError: if nothing is served under that name.
             ResourceError: if there is no room for it on the device.
         """
-        if model in (BASE_NAME, self._base.name):
+        if model in self._base_names():
             yield Lease(None, BASE_NAME)
             return
         asked = parse_model(model)
@@ -194,6 +194,10 @@ class Catalog:
             self._freed.set()
             if entry.retired and not entry.leases:
                 self._off_device(entry)
+
+    def _base_names(self) -> tuple[str, ...]:
+        """Return what the base is asked for by; its own name means an adapter that is called the same."""
+        return (BASE_NAME,) if self.served.of(self._base.name) else (BASE_NAME, self._base.name)
 
     def _has(self, deployed: Deployed) -> bool:
         entry = self._entries.get(deployed.id)

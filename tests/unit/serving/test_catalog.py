@@ -104,6 +104,16 @@ def test_names_resolve_to_base_and_adapters(served: Server, tmp_path: Path) -> N
     assert card.bytes == (tmp_path / "b" / "adapter_model.safetensors").stat().st_size
 
 
+def test_an_adapter_that_is_called_as_the_base_is_not_hidden_by_it(served: Server, tmp_path: Path) -> None:
+    served.catalog._base = replace(BASE, name="a")
+    assert served.keys("a") == [None]
+    served.sync({"a": save(tmp_path, "a")})
+    base, adapter = served.keys("base", "a")
+    assert base is None
+    assert adapter in served.engine.loaded
+    assert served.catalog.warm()["a"] == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("model", ["c", "", "a@", "a@r", "a@v2", "c@r2", "A"])
 def test_unknown_names_list_what_is_served(served: Server, tmp_path: Path, model: str) -> None:
     served.sync({"a": save(tmp_path)})
