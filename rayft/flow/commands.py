@@ -148,10 +148,10 @@ def analyze(
             console.print(f"{row.name}, {parts}: {why}", style="yellow", highlight=False)
     if found.note:
         console.print(found.note, style="yellow", highlight=False)
-    console.print(f"wrote {folder / 'analysis.json'}", highlight=False)
+    console.print(f"wrote {folder / 'analysis.json'}", highlight=False, soft_wrap=True)
     if (folder / "sweep.json").is_file():
         path = render(SweepRecord.load(folder), folder / "report.html", SweepAnalysis.find(folder))
-        console.print(f"wrote {path}", highlight=False)
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def report(sweep_folder: str, output: str | None, console: Console, *, overwrite: bool = False) -> None:
@@ -173,7 +173,7 @@ def report(sweep_folder: str, output: str | None, console: Console, *, overwrite
                 f"tracking: {drained.sent} records sent, {drained.pending} still wait", highlight=False
             )
     _show(record, console)
-    console.print(f"wrote {path}", highlight=False)
+    console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 def promote(
@@ -310,7 +310,7 @@ def _show_answers(record: SweepRecord, console: Console) -> None:
 
 
 def _show_next(record: SweepRecord, output: Path, console: Console) -> None:
-    console.print(f"report: {output / 'report.html'}", highlight=False)
+    console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
     for command in record.commands:
         console.print(Text.assemble(f"{command.what}: ", (command.command, "cyan")), soft_wrap=True)
 
