@@ -81,7 +81,7 @@ def test_a_module_is_the_same_whatever_comes_with_it() -> None:
 
 def test_it_survives_the_disk(tmp_path: Path) -> None:
     head = {"score.weight": torch.ones(2, 3)}
-    artifact = made(rank=8).artifact(ArtifactMeta(method="full"), head)
+    artifact = made(rank=8).artifact(ArtifactMeta(method="full", task="sequence_classification"), head)
     loaded = AdapterArtifact.load(artifact.save(tmp_path / "adapter"))
     assert loaded.content_hash == artifact.content_hash
     assert loaded.meta.tail_energy == artifact.meta.tail_energy
