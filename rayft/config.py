@@ -176,7 +176,7 @@ def _text(text: str, where: str) -> str:
 
 
 def lone_surrogate(text: str) -> str:
-    """Say where a text has half of a surrogate pair, so that it is no valid Unicode; empty if nowhere.
+    """Return where a text has half of a surrogate pair, which is no valid Unicode; empty if nowhere.
 
     Such text comes from escapes in JSON and YAML, and from file names and arguments that are not UTF-8.
     """

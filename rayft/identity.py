@@ -59,7 +59,7 @@ class Identity(Record):
         return Identity(data=self.data, data_name=self.data_name, parts=self.parts)
 
     def differences(self, now: Identity) -> list[str]:
-        """Say what has changed since; empty where nothing has that both know of."""
+        """Return a sentence for each thing that has changed since; unknown fields are not compared."""
         found = []
         if _differ(self.config, now.config):
             found.append(f"the configuration has changed (hash {self.config}, now {now.config})")

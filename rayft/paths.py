@@ -174,7 +174,7 @@ def check_file(file: Path, setting: str) -> None:
 
 
 def reason(error: Exception, place: Path) -> str:
-    """Say in words why a path could not be used."""
+    """Return in words why a path could not be used."""
     if place.is_symlink() and not place.exists():
         return f"{place} is a link to {place.readlink()}, which is not there"
     if isinstance(error, FileExistsError | NotADirectoryError):

@@ -66,7 +66,7 @@ def check_replaceable(folder: Path) -> dict[str, Any] | None:
 
 
 def contains(outer: Path, inner: Path) -> bool:
-    """Tell whether a place is a folder or lies in it, whatever links and spellings lead there."""
+    """Return whether `inner` is `outer` or lies in it, whatever links and spellings lead there."""
     try:
         own = outer.stat()
     except OSError:

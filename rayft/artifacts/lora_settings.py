@@ -93,7 +93,7 @@ class LoraSettings(Section):
     ensure_weight_tying: bool = False
 
     def adapts(self, path: str) -> bool:
-        """Tell whether PEFT gives the module at a path an adapter, as `check_target_module_exists` does."""
+        """Return whether PEFT gives the module at a path an adapter, as `check_target_module_exists` does."""
         if self._left_out(path):
             return False
         targets = self.target_modules
@@ -124,7 +124,7 @@ class LoraSettings(Section):
         return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save or ())
 
     def _transforms(self, path: str) -> bool:
-        """Tell whether `layers_to_transform` has the layer that a path lies in."""
+        """Return whether `layers_to_transform` has the layer that a path lies in."""
         wanted = self.layers_to_transform
         if wanted is None or wanted == []:
             return True

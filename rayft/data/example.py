@@ -13,7 +13,7 @@ from typing import Any
 
 from rayft.errors import DataError
 
-__all__ = ["REASONING", "Example", "Image", "Message", "digest"]
+__all__ = ["REASONING", "Example", "Image", "Message", "digest", "quoted"]
 
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -184,6 +184,11 @@ def _add(hashed: hashlib._Hash, text: str) -> None:
     """Add a text to a hash, after its length, so that texts one after the other can't be confused."""
     content = unicodedata.normalize("NFC", text).encode()
     hashed.update(b"%d:" % len(content) + content)
+
+
+def quoted(text: str) -> str:
+    """Quote the start of a text for a message: on one line, without control characters, 60 at most."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def digest(parts: Iterable[Iterable[Example]]) -> str:

@@ -39,11 +39,11 @@ class Table:
     machine that wrote it, unless it is of a file that was downloaded with the set."""
 
     def line(self, index: int) -> str:
-        """Say where in the table row `index` (from 0) is."""
+        """Return the place of row `index` (from 0) in the table."""
         return f"line {self.lines[index]}" if self.lines else f"row {index + 1}"
 
     def place(self, index: int) -> str:
-        """Say where row `index` (from 0) is, with the table's name."""
+        """Return the place of row `index` (from 0), with the table's name."""
         return f"{self.name}, {self.line(index)}"
 
     def file(self, name: str) -> Path | None:

@@ -90,8 +90,7 @@ def _check_columns(table: Table, form: str, columns: Columns) -> None:
         if index is not None:
             raise DataError(
                 f"{table.place(index)}, column '{column}': format '{form}' does not read it, so it would "
-                "have no "
-                "effect; remove the column, or rename it if it means something else"
+                "have no effect; remove the column, or rename it if it means something else"
             )
 
 
@@ -205,8 +204,7 @@ class _Cell:
         if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
             raise DataError(
                 f"{self.table.place(self.index)}, column 'tools': {_shown(value)} is no list of tools; write "
-                "a list "
-                "of JSON schemas as OpenAI has them"
+                "a list of JSON schemas as OpenAI has them"
             )
         return tuple(value)
 
@@ -248,8 +246,7 @@ class _Cell:
                 raise self.error(
                     "messages",
                     f"message {number} has {key} {_shown(value)}; write 0 or false to mask it, 1 or true to "
-                    "learn it "
-                    "(nothing between)",
+                    "learn it (nothing between)",
                 )
         if len(set(map(bool, masks.values()))) > 1:
             raise self.error(
@@ -292,8 +289,7 @@ class _Cell:
                 raise self.error(
                     "messages",
                     f"message {number}: tool_calls is {_shown(value)}; write a list of {{type, function: "
-                    f"{{name, "
-                    "arguments}}",
+                    "{name, arguments}}",
                 )
             arguments = function.get("arguments", {})
             if isinstance(arguments, str):
@@ -309,7 +305,7 @@ class _Cell:
 
 
 def _invalid(value: Any) -> str:
-    """Say what a cell holds that no later step can read; empty if nothing.
+    """Return what a cell holds that no later step can read; empty if nothing.
 
     That is text that is no valid Unicode, numbers inside of lists and objects that JSON doesn't have, and
     nesting that a recursive function would fail at.

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from rayft.data.example import Example
+from rayft.data.example import Example, quoted
 from rayft.data.files import Table
 from rayft.data.section import DataConfig
 from rayft.errors import DataError
@@ -143,7 +143,7 @@ def split(
 def shown(example: Example) -> str:
     """Quote the start of a question, on one line and without control characters."""
     text = example.messages[-2].content if len(example.messages) > 1 else example.question
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+    return quoted(text)
 
 
 def _open(

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from rayft.data.chat_format import Answer, ChatFormat, render
-from rayft.data.example import REASONING, Example, Message
+from rayft.data.example import REASONING, Example, Message, quoted
 from rayft.data.pixels import EncodedImage, ImageEncoder, encode_images
 from rayft.errors import DataError
 
@@ -247,14 +247,13 @@ class _Layout:
         if reasoning and reasoning not in answer:
             raise DataError(
                 f"{where}: the model's chat template leaves out the reasoning of an answer, so it could not "
-                "be "
-                "learnt; remove it from the data, or use a model whose template writes it"
+                "be learnt; remove it from the data, or use a model whose template writes it"
             )
         content = self.format.parse(example.messages[index].content).content.strip()
         if content not in answer:
             raise DataError(
                 f"{where}: the model's chat template does not write the answer as the data has it: "
-                f"{_shortened(content)} became {_shortened(answer)}"
+                f"{quoted(content)} became {quoted(answer)}"
             )
         return prompt, answer
 
@@ -267,10 +266,8 @@ class _Layout:
         if not block or not whole.startswith(before):
             raise DataError(
                 f"{where}: the chat template changes what stands before an answer once it is given (it "
-                "rewrites "
-                "earlier turns), so a loss on answers would teach what is never asked; use a tokenizer with "
-                "another "
-                "template"
+                "rewrites earlier turns), so a loss on answers would teach what is never asked; use a "
+                "tokenizer with another template"
             )
         answer = whole[len(before) :].lstrip("\n")
         opened, closed = self.format.markers
@@ -303,8 +300,7 @@ class _Layout:
             if wanted:
                 raise DataError(
                     f"{name} has {', '.join(wanted)}, and the tokenizer has no chat template to write that "
-                    "with; "
-                    "use a model that has one, or remove it from the data"
+                    "with; use a model that has one, or remove it from the data"
                 )
             start = _start(self.tokenizer)
             return start + "".join(_plain(message, self.tokenizer, example) for message in messages)
@@ -332,21 +328,15 @@ class _Layout:
             roles = ", ".join(str(turn["role"]) for turn in turns)
             raise DataError(
                 f"{name}: the chat template can't lay out the turns {roles}: {error}; give the turns that "
-                "this "
-                "model knows"
+                "this model knows"
             ) from error
 
 
 def _left_out(name: str, what: str) -> DataError:
     return DataError(
         f"{name} has {what}, and the model's chat template does not write it, so it would not be learnt; use "
-        "a "
-        f"model whose template writes {what}, or remove it from the data"
+        f"a model whose template writes {what}, or remove it from the data"
     )
-
-
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _continue(

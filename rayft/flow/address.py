@@ -57,7 +57,7 @@ def _send_own_token() -> None:
 
 
 def unreachable(address: str) -> str:
-    """Say why no cluster can be joined at an address; empty if one answers there.
+    """Return why no cluster can be joined at an address; empty if one answers there.
 
     Args:
         address: `host:port` of a head node; `auto` is for Ray to look up.

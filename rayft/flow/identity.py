@@ -115,13 +115,13 @@ def _left(output: Path) -> dict[Path, Identity]:
 
 
 def begun_by(output: Path) -> str:
-    """Give the version of rayft that began a sweep; empty for 0.1.0."""
+    """Return the version of rayft that began a sweep; empty for 0.1.0."""
     found = _read(output)
     return found.rayft if found else ""
 
 
 def not_used(output: Path, points: Sequence[Point]) -> list[str]:
-    """Say which finished trials of a sweep's folder are none of its points, and why.
+    """Return a warning for each finished trial in a sweep's folder that is none of the sweep's points.
 
     A machine with other cores or another precision settles other values, and paths are absolute.
     """
@@ -162,7 +162,7 @@ def _read(output: Path) -> Identity | None:
 
 
 def _recorded(output: Path) -> list[Identity]:
-    """Take what rayft 0.1.0 has said of a sweep that ended."""
+    """Return what rayft 0.1.0 recorded of a sweep that ended."""
     try:
         return [Identity(data=SweepRecord.load(output).data_digest)]
     except ReportError:

@@ -131,8 +131,7 @@ def _doubts(run: RunConfig, parts: Parts, encoder: Any) -> tuple[str, ...]:
         if refused:
             found.append(
                 f"{len(refused)} of {len(perfect)} answers of {name} would not be scored as right if a model "
-                "gave "
-                f"exactly them, such as {refused[0].answer[:60]!r}"
+                f"gave exactly them, such as {refused[0].answer[:60]!r}"
             )
     return tuple(found)
 
@@ -208,7 +207,7 @@ def _check_stamp(config: PipelineConfig, output: Path) -> None:
 
 
 def _other_sweep(config: PipelineConfig, output: Path) -> str:
-    """Say why a sweep can't go on in a folder that holds one with another hash of its configuration."""
+    """Return why a sweep can't continue in a folder whose configuration has another hash."""
     stamp = output / STAMP_FILE
     otherwise = "Nothing of it was touched. Choose another folder with --set output=…, or delete that one"
     try:
@@ -262,7 +261,7 @@ def check_own(output: Path) -> None:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Tell whether a sweep wrote to a folder."""
+    """Return whether a sweep wrote to a folder."""
     stamp = folder / STAMP_FILE
     return stamp.is_file() and stamp.read_text(errors="replace", encoding="utf-8").startswith("# sweep ")
 

@@ -152,7 +152,7 @@ def resolve(config: ModelConfig) -> str:
 
 
 def is_here(name: str) -> bool:
-    """Tell whether a model's configuration is on this machine, without converting or downloading anything."""
+    """Return whether a model's configuration is on this machine; nothing is converted or downloaded."""
     path = Path(name).expanduser()
     if name in REGISTERED:
         return (cache_folder() / "models" / name / "config.json").is_file()

@@ -375,7 +375,7 @@ class ChatRequest(TextRequest):
 
 
 def _form_of_prompt(value: object) -> str | None:
-    """Tell a prompt's form by its first element."""
+    """Return which form a prompt has, by its first element."""
     if isinstance(value, str):
         return "text"
     if not isinstance(value, list):

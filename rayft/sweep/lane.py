@@ -86,7 +86,7 @@ class Work(Protocol):
 
     @property
     def expected(self) -> Identity:
-        """Give the identity of both, as the driver has read them; what is empty is not compared."""
+        """Return the identity of both, as the driver has read them; empty fields are not compared."""
 
     def __call__(self, session: Session, run: RunConfig) -> dict[str, Any]:
         """Do it (all workers call it), and give what the client is to get, the first worker's."""
@@ -306,7 +306,7 @@ def _quiet_libraries() -> None:
 
 
 def tracking_key(key: str, identity: Identity) -> str:
-    """Give the key of a tracked run, which is another with other data or another base."""
+    """Return the key of a tracked run, which differs with other data or another base."""
     return f"{key}-{identity.inputs}" if identity.data else key
 
 
@@ -326,7 +326,7 @@ def _read_result(folder: Path) -> dict[str, Any] | None:
 
 
 def result_identity(folder: Path, values: Mapping[str, Any]) -> Identity:
-    """Tell what a finished trial's result follows from, as far as it was recorded.
+    """Return what a finished trial's result follows from, as far as it was recorded.
 
     Args:
         folder: the trial's.
@@ -350,7 +350,7 @@ def result_identity(folder: Path, values: Mapping[str, Any]) -> Identity:
 
 
 def left_identity(folder: Path) -> Identity | None:
-    """Tell what a trial's result follows from, or else its checkpoint; None if it has left neither."""
+    """Return what a trial's result follows from, or else its checkpoint; None if it has left neither."""
     values = _read_result(folder)
     if values is not None:
         return result_identity(folder, values)

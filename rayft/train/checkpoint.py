@@ -77,7 +77,7 @@ def last_state(folder: Path, now: Identity) -> dict[str, Any] | None:
 
 
 def checkpoint_identity(folder: Path) -> Identity | None:
-    """Tell what the checkpoint in a folder follows from; None if there is no checkpoint."""
+    """Return what the checkpoint in a folder follows from; None if there is no checkpoint."""
     state = _read(folder)
     return None if state is None else _identity(state)
 

@@ -13,7 +13,7 @@ __all__ = ["identify"]
 
 
 def identify(run: RunConfig, parts: Parts, *, with_base: bool = True) -> Identity:
-    """Give the identity of a run's data and base; the run itself and what it starts from are left open.
+    """Return the identity of a run's data and base, without the run itself and what it starts from.
 
     Args:
         run: names both.
