@@ -32,8 +32,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 HALF = "\ud83d"
 """Half of an emoji."""
-CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
-TEXT: dict[str, Any] = {"model": "base", "prompt": "hi", "max_tokens": 2}
+SHORT: dict[str, Any] = {"model": "base", "max_tokens": 2, "temperature": 0}
+"""Greedy, so that the random model's answers don't end early by chance."""
+CHAT: dict[str, Any] = {**SHORT, "messages": [{"role": "user", "content": "hi"}]}
+TEXT: dict[str, Any] = {**SHORT, "prompt": "hi"}
 PATHS = {"chat/completions": CHAT, "completions": TEXT}
 BODY_BYTES = 1_000_000
 
