@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import os
 import re
 import types
 import typing
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from rayft.errors import ConfigError
+from rayft.files import write_file
 from rayft.paths import read_path
 
 __all__ = [
@@ -56,12 +56,8 @@ class Record(Section):
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
     def write(self, path: Path) -> Path:
-        """Write it, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{os.getpid()}")
-        staging.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        staging.replace(path)
-        return path
+        """Write it to a file, as `write_file` does, and return the path."""
+        return write_file(path, self.model_dump_json(indent=1) + "\n")
 
 
 class _Loader(yaml.SafeLoader):

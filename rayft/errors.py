@@ -15,6 +15,7 @@ RayftError
     + PromotionRefusedError  a candidate that does not pass the gate
  x ReportError          a sweep that can't be reported
  x ResourceError        no disk, memory or port; a package or device that is missing
+    + DiskFullError     a disk without space for what has to be written
  x RequestError         an HTTP request that can't be served (has an HTTP status)
     + UnknownModelError 404
     + TooManyRequestsError 429
@@ -33,6 +34,7 @@ __all__ = [
     "BaseMismatchError",
     "ConfigError",
     "DataError",
+    "DiskFullError",
     "MethodError",
     "ModelError",
     "PromotionRefusedError",
@@ -117,6 +119,10 @@ class ReportError(RayftError):
 
 class ResourceError(RayftError):
     """No disk, memory or port, or a package or device that is missing."""
+
+
+class DiskFullError(ResourceError):
+    """A disk without space for what has to be written; nothing that was saved is lost."""
 
 
 class RequestError(RayftError):

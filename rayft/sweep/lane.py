@@ -25,6 +25,7 @@ from ray.train.torch import get_device
 from rayft.artifacts.meta import META_FILE, ArtifactMeta
 from rayft.config import content_hash, leaves
 from rayft.errors import RayftError, TrainError
+from rayft.files import write_file
 from rayft.identity import UNKNOWN, Identity
 from rayft.methods import method
 from rayft.sweep.broker import CLOSE, Job
@@ -371,7 +372,4 @@ def unpack(values: Mapping[str, Any], folder: Path) -> None:
 
 
 def _write_result(folder: Path, values: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f"{RESULT_FILE}.tmp"
-    staging.write_text(json.dumps(values, indent=2), encoding="utf-8")
-    staging.rename(folder / RESULT_FILE)
+    write_file(folder / RESULT_FILE, json.dumps(values, indent=2))

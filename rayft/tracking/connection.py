@@ -19,9 +19,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from rayft.errors import RayftError, TrackingError
+from rayft.files import locked
 from rayft.paths import check_file, check_folder
 from rayft.tracking.base import Former, TrackerSpec, redacted
-from rayft.tracking.spool import locked
 
 __all__ = [
     "HASH_PARAM",

@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
 from rayft.errors import TrackingError
+from rayft.files import locked
 from rayft.tracking.base import Former, RunStatus, TrackerSpec
 from rayft.tracking.connection import (
     KEY_TAG,
@@ -33,7 +34,7 @@ from rayft.tracking.connection import (
     find_trained,
     prepare,
 )
-from rayft.tracking.spool import Drained, Record, Spool, UndeliveredError, locked
+from rayft.tracking.spool import Drained, Record, Spool, UndeliveredError
 
 __all__ = ["MlflowTracker", "find_adapter", "flush_spool", "prepare"]
 

@@ -10,22 +10,20 @@ must ignore repeats. Appended records outlive `kill -9` (they are the kernel's),
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import socket
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayft.errors import ResourceError
+from rayft.files import locked
 
-__all__ = ["Drained", "Record", "Spool", "UndeliveredError", "locked"]
+__all__ = ["Drained", "Record", "Spool", "UndeliveredError"]
 
 Record = Mapping[str, Any]
 Deliver = Callable[[Sequence[Record]], Sequence[tuple[Record, str]]]
@@ -135,39 +133,6 @@ class Spool:
         for record, reason in refused:
             _append(self.folder / "rejected.log", json.dumps({"reason": reason, **record}))
         return Drained(sent=len(lines) - len(refused), rejected=len(refused))
-
-
-@contextmanager
-def locked(path: Path, wait: float | None = None) -> Iterator[int | None]:
-    """Hold the lock of a file, made if missing; gives its descriptor, or None if `wait` seconds ran out."""
-    deadline = None if wait is None else time.monotonic() + wait
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            if not _lock(descriptor, deadline):
-                yield None
-                return
-            # Whoever held the lock may have deleted the file: then this is the lock of nothing.
-            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-                yield descriptor
-                return
-        finally:
-            os.close(descriptor)
-
-
-def _lock(descriptor: int, deadline: float | None) -> bool:
-    if deadline is None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return True
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.02)
-        else:
-            return True
 
 
 def _append(path: Path, text: str) -> None:

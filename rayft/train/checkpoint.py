@@ -7,7 +7,6 @@ checkpoint/state.json          step, file folder, identity, curves; written last
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import warnings
@@ -18,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from rayft.errors import TrainError
+from rayft.files import write_file
 from rayft.identity import Identity
 from rayft.train.context import Worker
 from rayft.train.deepspeed import Engine
@@ -44,11 +44,8 @@ def save(folder: Path, engine: Engine, identity: Identity, worker: Worker, state
     if worker.world > 1:
         dist.barrier()
     if worker.rank == 0:
-        path = folder / STATE_FILE
-        staging = path.with_suffix(".tmp")
         kept = identity.brief.model_dump(mode="json", exclude_defaults=True)
-        staging.write_text(json.dumps({**state, "tag": tag, "identity": kept}), encoding="utf-8")
-        os.replace(staging, path)
+        write_file(folder / STATE_FILE, json.dumps({**state, "tag": tag, "identity": kept}))
         for old in folder.glob("step-*"):
             if old.name != tag:
                 shutil.rmtree(old, ignore_errors=True)

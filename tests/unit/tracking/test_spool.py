@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from rayft.errors import ResourceError
-from rayft.tracking.spool import Record, Spool, UndeliveredError, locked
+from rayft.files import locked
+from rayft.tracking.spool import Record, Spool, UndeliveredError
 
 
 def test_the_lock_of_a_deleted_file_is_not_taken_for_the_new_ones(tmp_path: Path) -> None:

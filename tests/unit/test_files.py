@@ -1,0 +1,67 @@
+"""Files that are written whole or not at all, locks, and full disks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from rayft.errors import DiskFullError
+from rayft.files import disk_full, locked, room_on, write_file
+
+
+def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.json"
+    assert write_file(path, "one") == path
+    write_file(path, "žwei")
+    assert path.read_bytes() == "žwei".encode()
+    assert os.listdir(path.parent) == ["a.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_file(tmp_path / "a.json", "old")
+
+    def refuse(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(DiskFullError, match=r"3 bytes needed, .* free"):
+        write_file(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+FULL = (
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EDQUOT, "Disk quota exceeded"),
+    RuntimeError("I/O error: No space left on device (os error 28)"),
+    sqlite3.OperationalError("database or disk is full"),
+)
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_full_disk_is_known_whoever_says_so(error: Exception, tmp_path: Path) -> None:
+    outer = RuntimeError("can't save")
+    outer.__cause__ = error
+    assert disk_full(error)
+    assert disk_full(outer)
+    with pytest.raises(DiskFullError, match=str(tmp_path)), room_on(tmp_path / "missing"):
+        raise outer
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), room_on(tmp_path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_lock_has_one_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locked(path) as held:
+        assert held is not None
+        with locked(path, wait=0) as second:
+            assert second is None
+    with locked(path, wait=0) as again:
+        assert again is not None
