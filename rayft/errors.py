@@ -7,6 +7,7 @@ RayftError
     + TargetError       target modules that match nothing, or a rank that a layer can't hold
  x MethodError          a method that can't do what is asked of it
  x TrainError           a run that can't start or has failed
+    + InterruptedRunError   a run that was told to end, and has saved a checkpoint
  x TrackingError        an MLflow server that is away or refuses
  x ArtifactError        an adapter folder that is missing, truncated, or holds NaN or Inf
     + BaseMismatchError an adapter made for another base model
@@ -35,6 +36,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DiskFullError",
+    "InterruptedRunError",
     "MethodError",
     "ModelError",
     "PromotionRefusedError",
@@ -87,6 +89,18 @@ class MethodError(RayftError):
 
 class TrainError(RayftError):
     """A run that can't start or has failed."""
+
+
+class InterruptedRunError(TrainError):
+    """A run that was told to end between two steps, and has saved a checkpoint to continue from.
+
+    Attributes:
+        step: the last step that was trained, which the checkpoint is of.
+    """
+
+    def __init__(self, message: str = "", step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class TrackingError(RayftError):

@@ -33,6 +33,8 @@ class Identity(Record):
     """Content hash of the adapter that the run started from."""
     fingerprint: str = ""
     """Fingerprint of the base's weights, which samples them: all that 0.1.0 recorded of a base."""
+    sweep: str = ""
+    """Random id of the sweep, for the keys of its tracked runs; not compared. 0.1.0 made none."""
     data_name: str = ""
     base_name: str = ""
     start_name: str = ""
@@ -50,9 +52,8 @@ class Identity(Record):
     @property
     def brief(self) -> Identity:
         """What is kept beside each result: all but what only makes a message longer."""
-        return self.model_copy(
-            update={"parts": {}, "files": {}, "data_name": "", "base_name": "", "start_name": ""}
-        )
+        left_out = ("sweep", "data_name", "base_name", "start_name")
+        return self.model_copy(update={"parts": {}, "files": {}, **dict.fromkeys(left_out, "")})
 
     def of_data(self) -> Identity:
         """Leave the base out, for what is done with another one (a tuned model)."""

@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 
 from rayft.errors import ResourceError, TrackingError
 from rayft.flow.address import find_address, unreachable
+from rayft.flow.interrupt import interrupts
 from rayft.paths import check_folder, home, read_path
 from rayft.sweep.score import spread
 from rayft.tracking.base import TrackerSpec
@@ -69,6 +70,8 @@ def join() -> bool:
             ) from error
         check_temporary()
         return False
+    finally:
+        interrupts.renew()
     return True
 
 
@@ -147,6 +150,8 @@ def _start(cpus: int) -> None:
         raise ResourceError(
             f"Ray can't be started on this machine ({error}); `rayft doctor` shows what is missing"
         ) from error
+    finally:
+        interrupts.renew()
 
 
 @contextmanager
@@ -167,9 +172,9 @@ def cluster(workers: int, *, device: str, gpu_share: float = 1.0) -> Iterator[No
         _check_fit(workers, device, gpu_share)
         yield
         return
-    if not join():
-        _start(max(len(os.sched_getaffinity(0)), workers + SLOTS))
     try:
+        if not join():
+            _start(max(len(os.sched_getaffinity(0)), workers + SLOTS))
         _check_fit(workers, device, gpu_share)
         yield
     finally:

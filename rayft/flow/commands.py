@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from rayft.flow.config import load_config
 from rayft.flow.console import terminal
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
+from rayft.flow.hold import command_line
+from rayft.flow.interrupt import Interrupt, interrupts
 from rayft.paths import check_file, check_folder, checked_text, read_path
 from rayft.registry.promote import Gate
 from rayft.registry.promote import promote as move_alias
@@ -70,7 +73,13 @@ def demo(
     clear(settings, overwrite=overwrite)
     wait = (lambda: _wait(settings.serve.port, console)) if stay else None
     started = time.monotonic()
-    record = run_demo(settings, Display(console), wait)
+    try:
+        record = run_demo(settings, Display(console), wait)
+    except Interrupt as interrupt:
+        # The demo itself begins anew; the sweep in it continues.
+        options = [part for override in overrides for part in ("--set", override)]
+        interrupt.resume = shlex.join(["rayft", "sweep", "demo", *options])
+        raise
     _show(record, console)
     if record.served:
         _show_answers(record, console)
@@ -257,6 +266,7 @@ def guarded(command: Callable[[], object]) -> None:
     """Run a command; a mistake of the user's ends in one message and exit code 1, not in a traceback.
 
     What the system refuses (a path, a full disk) is told in the same way, where no check has told it before.
+    Ctrl-C ends the command with 130, SIGTERM with 143, once it has saved what it was doing.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -264,8 +274,18 @@ def guarded(command: Callable[[], object]) -> None:
             stream.reconfigure(errors="backslashreplace")
     for name in ("mlflow.store.db.utils", "alembic", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    interrupts.install()
     try:
         command()
+    except (Interrupt, KeyboardInterrupt) as interrupt:
+        resume = getattr(interrupt, "resume", "") or command_line()
+        terminal(stderr=True).print(
+            Text.assemble(
+                ("Interrupted", "bold red"), ": what is done is kept. Continue with: ", (resume, "cyan")
+            ),
+            soft_wrap=True,
+        )
+        sys.exit(interrupts.status)
     except RayftError as error:
         _end(error)
     except OSError as error:
@@ -320,5 +340,5 @@ def _wait(port: int, console: Console) -> None:
     try:
         while True:
             time.sleep(1)
-    except KeyboardInterrupt:
+    except (Interrupt, KeyboardInterrupt):
         console.print("stopping", highlight=False)

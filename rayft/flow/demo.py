@@ -16,6 +16,7 @@ from rayft.errors import ConfigError
 from rayft.flow.cluster import cluster
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
+from rayft.flow.hold import LOCK_FILE, hold
 from rayft.flow.preflight import STAMP_FILE, WRITTEN, check_own, is_sweep, stamp_line
 from rayft.flow.serve import ask, served_names, wait_ready
 from rayft.flow.sweep import run_sweep
@@ -28,7 +29,7 @@ __all__ = ["clear", "run_demo"]
 
 
 OWN = re.compile(
-    rf"({'|'.join(map(re.escape, WRITTEN))}|artifacts|spool|mlflow\.db.*"
+    rf"({'|'.join(map(re.escape, WRITTEN))}|artifacts|spool|mlflow\.db.*|\.lock"
     r"|\.(winner|sweep\.json|analysis\.json)[-.]\w+)"
 )
 """Names in a sweep's folder that rayft gives: results, what tracking writes, what an interruption left."""
@@ -63,12 +64,19 @@ def clear(config: PipelineConfig, *, overwrite: bool) -> None:
         overwrite: whether a sweep with other settings is removed too.
 
     Raises:
-        ConfigError: if the folder holds another sweep, or something beside what a sweep writes.
+        ConfigError: if the folder holds another sweep, or something beside what a sweep writes, or another
+            command writes to it.
         ArtifactError: if something was put into an adapter's folder.
     """
-    output = Path(config.output)
-    if not is_sweep(output):
-        return  # The sweep's own checks refuse a folder whose files it would replace.
+    if is_sweep(
+        config.folder
+    ):  # If not, the sweep's own checks refuse a folder whose files it would replace.
+        with hold(config.folder, "--set output=…"):
+            _clear(config, overwrite)
+
+
+def _clear(config: PipelineConfig, overwrite: bool) -> None:
+    output = config.folder
     stamp = (output / STAMP_FILE).read_text(encoding="utf-8")
     if not (overwrite or stamp.startswith(stamp_line(config))):
         raise ConfigError(
@@ -83,6 +91,8 @@ def clear(config: PipelineConfig, *, overwrite: bool) -> None:
         )
     check_own(output)
     for path in output.iterdir():
+        if path.name == LOCK_FILE:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

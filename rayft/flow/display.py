@@ -19,7 +19,13 @@ __all__ = ["Display"]
 
 AT_WORK = {"score": "answering", "analyse": "measuring"}
 """What lanes do beside training, in words; its bars go when it is done."""
-STATES = {"queued": "waiting", "running": "training", "final": "done", "stopped": "stopped early"}
+STATES = {
+    "queued": "waiting",
+    "running": "training",
+    "final": "done",
+    "stopped": "stopped early",
+    "interrupted": "interrupted",
+}
 
 
 class Display:
@@ -40,6 +46,7 @@ class Display:
         )
         self._tasks: dict[str, TaskID] = {}
         self._said: dict[str, str] = {}
+        self._noticed = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -78,10 +85,13 @@ class Display:
     def _follow(self, broker: Any, names: Callable[[str], str], done: threading.Event) -> None:
         while not done.wait(0.5):
             try:
-                jobs = ray.get(broker.snapshot.remote())
+                jobs, notices = ray.get([broker.snapshot.remote(), broker.notices.remote(self._noticed)])
             except ray.exceptions.RayError:
                 # The cluster is going down; whoever waits for a result says why.
                 return
+            self._noticed += len(notices)
+            for text in notices:
+                self.say(text)
             for job in jobs:
                 self._update(names(job["id"]), job)
 

@@ -6,6 +6,7 @@ identity.json    data and base; rayft 0.1.0 did not write it, so there its adapt
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +24,15 @@ from rayft.sweep.space import Point
 from rayft.train.identity import identify
 from rayft.train.run import RunConfig
 
-__all__ = ["IDENTITY_FILE", "begun_by", "check_identity", "current_identity", "not_used", "write_identity"]
+__all__ = [
+    "IDENTITY_FILE",
+    "begun_by",
+    "check_identity",
+    "current_identity",
+    "not_used",
+    "sweep_id",
+    "write_identity",
+]
 
 IDENTITY_FILE = "identity.json"
 
@@ -97,6 +106,17 @@ def current_identity(run: RunConfig, sweep: Path | None = None) -> Identity:
         known = source_fingerprint(load_skeleton(run.model), resolve(run.model), run.model.revision)
         now = now.model_copy(update={"fingerprint": known or ""})
     return now
+
+
+def sweep_id(output: Path, now: Identity) -> str:
+    """Return the id of the sweep in a folder, a new one where another sweep begins there.
+
+    It is empty for a sweep that was begun before sweeps had one.
+    """
+    before = _read(output)
+    if before is not None and (before.sweep or _left(output)) and not before.differences(now):
+        return before.sweep
+    return "" if _left(output) else uuid.uuid4().hex[:12]
 
 
 def write_identity(output: Path, now: Identity) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,20 +20,29 @@ from rayft.data.source import Parts, read
 from rayft.data.template import encode_all
 from rayft.errors import ConfigError, ResourceError
 from rayft.evaluate.tasks import perfect_answers
+from rayft.files import write_file
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.identity import IDENTITY_FILE, begun_by, check_identity, not_used, write_identity
+from rayft.flow.identity import (
+    IDENTITY_FILE,
+    begun_by,
+    check_identity,
+    not_used,
+    sweep_id,
+    write_identity,
+)
 from rayft.identity import Identity
 from rayft.methods import method
 from rayft.methods.base import LayerShape
 from rayft.models.load import ModelConfig, context_length, load_encoder, load_skeleton
 from rayft.models.targets import check_pattern, linear_shapes, select
 from rayft.paths import check_folder, reason
+from rayft.sweep.schedule import EVENTS_FILE
 from rayft.sweep.space import Point, check_executor, points
 from rayft.tracking.base import TrackerSpec, tracker_spec
 from rayft.tracking.connection import check as check_tracker
 from rayft.tracking.mlflow import prepare
-from rayft.train.context import check_task
+from rayft.train.context import check_task, trial_folder
 from rayft.train.identity import identify
 from rayft.train.links import spans
 from rayft.train.run import RunConfig
@@ -43,12 +53,17 @@ STAMP_FILE = "config.yaml"
 CHECKED = 200
 """Examples of a part whose own answers are scored before the start."""
 WRITTEN = (
-    STAMP_FILE, IDENTITY_FILE, "analysed", "analysis.json", "plots", "ray", "report.html", "serve.yaml",
-    "squeezed", "sweep.json", "trials", "winner",
+    STAMP_FILE, IDENTITY_FILE, EVENTS_FILE, "analysed", "analysis.json", "plots", "ray", "report.html",
+    "serve.yaml", "squeezed", "sweep.json", "trials", "winner",
 )  # fmt: skip
 """What a sweep writes into its folder, beside the tracker's files."""
 ELSEWHERE = ("output", "question", "serve", "tracking", "promote", "squeeze", "analyze")
 """Settings that say where results go and what becomes of them, and change no trial."""
+HOW = {
+    "sweep": ("lanes", "restarts", "silence_seconds", "hang_seconds"),
+    "evaluate": ("checkpoint_seconds",),
+}
+"""Settings that say how trials are run, and change no result: they may differ when a sweep continues."""
 SHOWN = 3
 """Changed settings that a message names."""
 MARGIN = 2**30
@@ -68,8 +83,8 @@ class Plan:
     output: Path
     identity: Identity
     """Of data and base."""
-    begun_by: str
-    """Version of rayft that began the sweep in `output`; empty for 0.1.0."""
+    former_hash: str
+    """What rayft 0.1.0 knew the sweep by, if it began it; else empty."""
     warnings: tuple[str, ...] = ()
     """What a person should know before the sweep starts."""
 
@@ -98,14 +113,17 @@ def preflight(config: PipelineConfig) -> Plan:
         )
         if name == "train":
             _check_links(trials, encoded)
-    _check_stamp(config, output)
+    begun = _check_stamp(config, output)
+    trials = _known_keys(trials, begun, output)
     identity = check_identity(output, identify(run, parts), run.model)
+    identity = identity.model_copy(update={"sweep": sweep_id(output, identity)})
     unused = not_used(output, trials)
-    _make_output(config, output, identity)
+    _make_output(config, output, identity, keep=begun is not None)
     _check_disk(output, written)
     tracker = prepare(spec)
     warnings = (*_doubts(run, parts, encoder), *unused)
-    return Plan(config, run, trials, executor, tracker, parts, output, identity, begun_by(output), warnings)
+    former = "" if begun_by(output) else _hash(begun or config, {})
+    return Plan(config, run, trials, executor, tracker, parts, output, identity, former, warnings)
 
 
 def _doubts(run: RunConfig, parts: Parts, encoder: Any) -> tuple[str, ...]:
@@ -191,9 +209,14 @@ def _check_devices(run: RunConfig) -> None:
         )
 
 
-def _check_stamp(config: PipelineConfig, output: Path) -> None:
-    """Let a sweep go on in its own folder, and in no other's."""
-    stamp = output / STAMP_FILE
+def _check_stamp(config: PipelineConfig, output: Path) -> PipelineConfig | None:
+    """Let a sweep go on in its own folder, and in no other's.
+
+    Returns:
+        The configuration that rayft 0.1.0 began it with, whose hashes counted all of `HOW` too; None for a
+        sweep of a later version, and for one that is still to begin.
+    """
+    stamp, begun = output / STAMP_FILE, None
     if not is_sweep(output):
         others = sorted(name for name in WRITTEN if os.path.lexists(output / name))
         if others:
@@ -202,8 +225,34 @@ def _check_stamp(config: PipelineConfig, output: Path) -> None:
                 "replace; choose another folder with --set output=…"
             )
     elif not stamp.read_text(encoding="utf-8", errors="replace").startswith(stamp_line(config)):
-        raise ConfigError(_other_sweep(config, output))
+        begun = _begun_by_0_1_0(stamp)
+        if begun is None or sweep_hash(begun) != sweep_hash(config):
+            raise ConfigError(_other_sweep(config, output))
     check_own(output)
+    return begun
+
+
+def _begun_by_0_1_0(stamp: Path) -> PipelineConfig | None:
+    """Return the configuration in a stamp of rayft 0.1.0, None if another version wrote it."""
+    try:
+        before = load_config(stamp)
+    except ConfigError:
+        return None
+    first = stamp.read_text(encoding="utf-8").partition("\n")[0]
+    return before if first == f"# sweep {_hash(before, {})}" else None
+
+
+def _known_keys(trials: list[Point], begun: PipelineConfig | None, output: Path) -> list[Point]:
+    """Give trials that rayft 0.1.0 has begun the keys that it knew them by."""
+    if begun is None:
+        return trials
+    seconds = {"checkpoint_seconds": begun.evaluate.checkpoint_seconds}
+    found = []
+    for point in trials:
+        then = point.run.model_copy(update={"evaluate": point.run.evaluate.model_copy(update=seconds)})
+        key = f"{point.name}-{content_hash(then)[:6]}"
+        found.append(replace(point, key=key) if trial_folder(output, key).is_dir() else point)
+    return found
 
 
 def _other_sweep(config: PipelineConfig, output: Path) -> str:
@@ -227,7 +276,9 @@ def _other_sweep(config: PipelineConfig, output: Path) -> str:
     changed = [
         f"{name} was {old.get(name, 'not set')}, now {new.get(name, 'not set')}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name.partition(".")[0] not in ELSEWHERE
+        if old.get(name) != new.get(name)
+        and name.partition(".")[0] not in ELSEWHERE
+        and name.partition(".")[2] not in HOW.get(name.partition(".")[0], ())
     ]
     more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
     return (
@@ -236,12 +287,20 @@ def _other_sweep(config: PipelineConfig, output: Path) -> str:
     )
 
 
-def _make_output(config: PipelineConfig, output: Path, identity: Identity) -> None:
-    """Make a sweep's folder, and record there what the sweep follows from."""
+def _make_output(config: PipelineConfig, output: Path, identity: Identity, *, keep: bool) -> None:
+    """Make a sweep's folder, and record there what the sweep follows from.
+
+    Args:
+        config: the sweep's.
+        output: its folder.
+        identity: of its data and base.
+        keep: whether the configuration that is recorded there stays: its trials' keys follow from it.
+    """
     stamp = output / STAMP_FILE
     try:
         output.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(stamp_line(config) + config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if not keep:
+            write_file(stamp, stamp_line(config) + config.model_dump_json(indent=2) + "\n")
         write_identity(output, identity)
     except OSError as error:
         raise ResourceError(
@@ -272,9 +331,19 @@ def stamp_line(config: PipelineConfig) -> str:
 
 
 def sweep_hash(config: PipelineConfig) -> str:
-    """Identify what is trained: the sections that decide results, not where they go."""
+    """Identify what is trained: the sections that decide results, not where they go or how trials are run."""
+    return _hash(config, HOW)
+
+
+def _hash(config: PipelineConfig, left_out: Mapping[str, tuple[str, ...]]) -> str:
     fields = PipelineConfig.model_fields
-    same = {name: "" if fields[name].annotation is str else fields[name].default for name in ELSEWHERE}
+    same: dict[str, Any] = {
+        name: "" if fields[name].annotation is str else fields[name].default for name in ELSEWHERE
+    }
+    for name, settings in left_out.items():
+        section = getattr(config, name)
+        defaults = {setting: type(section).model_fields[setting].default for setting in settings}
+        same[name] = section.model_copy(update=defaults)
     return content_hash(config.model_copy(update=same))
 
 

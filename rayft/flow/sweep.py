@@ -18,7 +18,9 @@ from rayft.flow.analyze_source import Item
 from rayft.flow.cluster import check_tracking, cluster, join
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
-from rayft.flow.preflight import Plan, preflight, sweep_hash
+from rayft.flow.hold import hold
+from rayft.flow.interrupt import Interrupt, interrupts
+from rayft.flow.preflight import Plan, preflight
 from rayft.flow.record import build_record
 from rayft.flow.squeeze_dense import dense_source, extract, lost_text
 from rayft.flow.squeezing import Source, SqueezedAdapter
@@ -58,38 +60,32 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
     A sweep that was interrupted goes on: finished trials are not trained again. The analysis, which can take
     longer than all else, comes when the winner is registered and reported.
 
+    Interrupted (by an `Interrupt` or a KeyboardInterrupt), it has its trials save checkpoints, marks its runs
+    as interrupted, and raises that on.
+
     Raises:
         RayftError: if a check fails (before anything is started) or a stage can't be done.
     """
+    with hold(config.folder, "--set output=…"):
+        return _run_sweep(config, display)
+
+
+def _run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
+    """Run all stages in a folder that is held."""
     with display.stage("checks"):
         # A cluster that is there already costs nothing to join, and tells which devices there are.
         join()
         plan = preflight(config)
     for text in (*(item.text for item in plan.parts.dropped), *(f"warning: {one}" for one in plan.warnings)):
         display.say(text)
-    lanes, scale = config.sweep.lanes, plan.run.scale
     tracker = MlflowTracker(plan.tracker)
     parent = start_tracking(plan, tracker)
-    analysis: SweepAnalysis | None = None
     try:
-        with cluster(lanes * scale.workers, device=scale.device, gpu_share=scale.gpu_share):
-            check_tracking(plan.tracker)
-            executor = EXECUTORS[plan.executor](
-                scale, str(plan.output / "ray"), lanes, config.sweep.restarts, config.name
-            )
-            try:
-                found = _measure(plan, executor, display, parent)
-                with display.stage("register and report"):
-                    record = _report(plan, found, display, tracker, parent)
-                if config.analyze.parts and found.winner:
-                    with display.stage("analyse"), display.watch(executor.broker):
-                        analysis = _analyze(plan, executor, found.trials, record)
-            finally:
-                executor.close()
-            if analysis is not None:
-                with display.stage("report the analysis"):
-                    record = _report_analysis(plan, record, analysis, display, tracker, parent)
+        record = _run_stages(plan, display, tracker, parent)
         tracker.finish(parent, "finished")
+    except (KeyboardInterrupt, Interrupt):
+        tracker.finish(parent, "interrupted")
+        raise
     except BaseException:
         tracker.finish(parent, "failed")
         raise
@@ -102,6 +98,40 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
             f"next `rayft report {plan.output}`"
         )
     return record
+
+
+def _run_stages(plan: Plan, display: Display, tracker: MlflowTracker, parent: str) -> SweepRecord:
+    """Run the stages that need a cluster, and those that follow from them."""
+    sweep, scale = plan.config.sweep, plan.run.scale
+    analysis: SweepAnalysis | None = None
+    with cluster(sweep.lanes * scale.workers, device=scale.device, gpu_share=scale.gpu_share):
+        check_tracking(plan.tracker)
+        executor = EXECUTORS[plan.executor](
+            scale, str(plan.output / "ray"), sweep.lanes, sweep.restarts, plan.config.name, sweep.patience
+        )
+        try:
+            found = _measure(plan, executor, display, parent)
+            with display.stage("register and report"):
+                record = _report(plan, found, display, tracker, parent)
+            if plan.config.analyze.parts and found.winner:
+                with display.stage("analyse"), display.watch(executor.broker):
+                    analysis = _analyze(plan, executor, found.trials, record)
+        except (KeyboardInterrupt, Interrupt):
+            _save_trials(executor, display)
+            raise
+        finally:
+            executor.close()
+        if analysis is not None:
+            with display.stage("report the analysis"):
+                record = _report_analysis(plan, record, analysis, display, tracker, parent)
+    return record
+
+
+def _save_trials(executor: Executor, display: Display) -> None:
+    """Have the trials that train save checkpoints, and tell of it."""
+    display.say("interrupted: trials that train save a checkpoint; once more ends at once")
+    training = executor.interrupt()
+    display.say(f"saved: {', '.join(training)}" if training else "no trial was training")
 
 
 def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _Findings:
@@ -118,7 +148,7 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
     ):
         found.trials = search(
             plan.config.sweep, plan.points, executor, plan.output, tracker=plan.tracker, parent=parent,
-            identity=plan.identity,
+            identity=plan.identity, check=interrupts.check,
         )  # fmt: skip
     for trial in found.trials:
         display.say(_line(trial))
@@ -253,9 +283,11 @@ def start_tracking(plan: Plan, tracker: MlflowTracker) -> str:
     """Create the sweep's run, or find it again where the sweep goes on; give its id."""
     flush_spool(plan.tracker)
     tags = {"rayft.kind": "sweep", **{f"rayft.{name}": value for name, value in provenance().items()}}
-    key = f"{plan.config.name}-{sweep_hash(plan.config)}"
-    former = None if plan.begun_by else Former(key, {"data_digest": plan.parts.digest})
-    parent = tracker.run(plan.config.name, f"{key}-{plan.identity.inputs}", tags=tags, former=former)
+    former = None
+    if plan.former_hash:
+        former = Former(f"{plan.config.name}-{plan.former_hash}", {"data_digest": plan.parts.digest})
+    key = f"{plan.config.name}-{plan.identity.sweep or plan.identity.inputs}"
+    parent = tracker.run(plan.config.name, key, tags=tags, former=former)
     data = {"data_digest": plan.parts.digest}
     if plan.parts.dropped:
         data["data_dropped"] = "\n".join(item.text for item in plan.parts.dropped)

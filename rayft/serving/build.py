@@ -214,8 +214,9 @@ def stop() -> None:
 
 
 def _wait_for_interrupt() -> None:
-    # As service managers and containers end what they run.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # To be ended is how a server ends: by Ctrl-C, or as service managers and containers end what they run.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         while True:
             time.sleep(1)

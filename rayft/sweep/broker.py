@@ -2,30 +2,66 @@
 
 A job is a request to train, to score, or work of a layer above. Clients submit jobs and wait for their
 events; lanes pull jobs, report, and are told whether to go on. `report` answers only when the client
-has asked for the next event (go on) or cancelled (stop): the search decides before the lane takes
+has asked for the next event (continue) or cancelled (stop): the search decides before the lane takes
 another step.
 
-    client:  submit → next_event … next_event → (final | failed)        or cancel
-    lane:    pull → log …, report … → finish | fail → pull
+    client:  submit → next_event … next_event → (final | failed | interrupted)   or cancel
+    lane:    pull → log …, report … → finish | fail | pause → pull
 
-A lane that dies comes back under its name and pulls the job it had. Its checkpoint was written
-before each report, so it goes on from there, and reports that were taken are not passed on twice.
+An event stays until its client asks for the one after it, so a client that dies loses none. A lane that
+dies comes back under its name and pulls the job that it had, also one that was cancelled meanwhile. Its
+checkpoint was written before each report, so it continues from there, reports what it has reported before,
+and gets the same answers.
+
+Every worker of a lane says now and then that it lives. One that is silent, or takes no step, is told of
+after a time and ended after a longer one; its lane then starts again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
+import signal
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-__all__ = ["CLOSE", "Broker", "Event", "Job"]
+from rayft.errors import ResourceError
+
+__all__ = ["CLOSE", "Beat", "Broker", "Event", "Job", "Patience", "Verdict"]
 
 CLOSE = "close"
 """What `pull` answers when a lane should end."""
+Verdict = Literal["continue", "stop", "interrupt"]
+"""What a lane is told at a report. `interrupt`: save a checkpoint, for the next command to continue from."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a lane may be silent or stand still, in seconds."""
+
+    warn: float = 120.0
+    """Until a person is told."""
+    kill: float = 1800.0
+    """Until its processes are ended."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a worker says now and then."""
+
+    rank: int
+    ticks: int
+    """Counts the batches that it has computed."""
+    memory: int = 0
+    """Bytes of its resident set."""
+    pid: int = 0
+    node: str = ""
+    """Id of the Ray node that it runs on."""
+    at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -57,36 +93,71 @@ class Event:
     """Something that happened to a job."""
 
     kind: str
-    """`report`, `final` or `failed`."""
+    """`report`, `final`, `failed` or `interrupted`."""
     step: int = 0
     values: Mapping[str, Any] = field(default_factory=dict)
+    number: int = field(default=0, compare=False)
+    """Its place among the job's events, from 1."""
+
+    def raise_fatal(self) -> None:
+        """Raise what ends the whole sweep.
+
+        Raises:
+            ResourceError: if the event tells of such an error.
+        """
+        if self.values.get("fatal"):
+            raise ResourceError(str(self.values["error"]))
 
 
 @dataclass
 class _Entry:
     job: Job
     events: deque[Event] = field(default_factory=deque)
+    """Those that the client has not acknowledged."""
+    pushed: int = 0
+    given: int = 0
+    """Number of the last event that was given to a client."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    decision: asyncio.Future[bool] | None = None
+    decision: asyncio.Future[Verdict] | None = None
+    """Of the report at `last_step`, until it is made."""
     lane: str | None = None
     attempts: int = 0
-    cancelled: bool = False
+    stop_at: int | None = None
+    """The step at which the client has stopped it."""
     done: bool = False
     last_step: int = 0
     last: Event | None = None
     progress: dict[str, Any] = field(default_factory=dict)
+    ticks: Mapping[int, int] = field(default_factory=dict)
+    moved: float = 0.0
+    """When a worker last computed something."""
+    warned: bool = False
+    killed: bool = False
+    deaths: list[str] = field(default_factory=list)
+    """Why its lane died, each time."""
 
 
 class Broker:
-    """An asyncio actor; see the module's text."""
+    """An asyncio actor; see the module's text.
 
-    def __init__(self, attempts: int = 4) -> None:
+    Args:
+        attempts: how often a job is given to a lane that dies with it.
+        patience: with silent lanes.
+    """
+
+    def __init__(self, attempts: int = 4, patience: Patience | None = None) -> None:
         self._attempts = attempts
+        self._patience = patience or Patience()
         self._entries: dict[str, _Entry] = {}
         self._queue: deque[str] = deque()
         self._lanes: dict[str, str] = {}
+        self._beats: dict[str, dict[int, Beat]] = {}
+        self._notices: list[str] = []
         self._arrived = asyncio.Condition()
         self._closed = False
+        self._interrupted = False
+        self._fatal = ""
+        self._watcher: asyncio.Task[None] | None = None
 
     # --- the client's side
 
@@ -94,40 +165,77 @@ class Broker:
         """Queue a job; one of the same id that has not ended stays as it is."""
         entry = self._entries.get(job.id)
         if entry is not None and not entry.done:
-            entry.cancelled = False
             return
-        self._entries[job.id] = _Entry(job, progress={"state": "queued", "kind": job.kind})
+        entry = self._entries[job.id] = _Entry(job, progress={"state": "queued", "kind": job.kind})
         if self._closed or self._lanes_gone():
-            self._end(self._entries[job.id], Event("failed", values={"error": "no lane is running"}))
+            self._end(entry, self._refusal())
             return
         async with self._arrived:
             self._queue.append(job.id)
             self._arrived.notify_all()
 
-    async def next_event(self, job_id: str) -> Event:
-        """Let the job go on if it waits, and wait for its next event."""
+    async def next_event(self, job_id: str, after: int | None = None) -> Event:
+        """Wait for a job's next event; to ask for it acknowledges those before, and lets the job continue.
+
+        Args:
+            job_id: the job.
+            after: number of the last event that the client has dealt with; the last one that was given to
+                anybody, where not given.
+        """
         entry = self._entries[job_id]
-        _decide(entry, True)
+        after = entry.given if after is None else after
+        while entry.events and entry.events[0].number <= after:
+            entry.events.popleft()
+        if not any(event.kind == "report" for event in entry.events):
+            _decide(entry, "continue")
         while not entry.events:
             entry.changed.clear()
             await entry.changed.wait()
-        return entry.events.popleft()
+        entry.given = entry.events[0].number
+        return entry.events[0]
 
-    async def cancel(self, job_id: str) -> None:
-        """Stop a job: its lane is told at its next report, or never gets it."""
+    async def cancel(self, job_id: str, step: int | None = None) -> None:
+        """Stop a job at a step: its lane is told at that report. One that nobody has begun is dropped.
+
+        Args:
+            job_id: the job.
+            step: the step of the report that decided it; the last one reported, where not given.
+        """
         entry = self._entries.get(job_id)
         if entry is None or entry.done:
             return
-        entry.cancelled = True
-        _decide(entry, False)
-        if entry.lane is None:
+        entry.stop_at = entry.last_step if step is None else step
+        _decide(entry, "stop")
+        if entry.lane is None and not entry.stop_at:
             entry.done = True
+
+    async def interrupt(self) -> list[str]:
+        """End everything where it is, and return the ids of the trials that have a checkpoint to write."""
+        self._interrupted = True
+        training = []
+        for entry in self._entries.values():
+            if entry.done:
+                continue
+            if entry.lane is None or entry.job.kind != "train":
+                self._end(entry, Event("interrupted"))
+            else:
+                training.append(entry.job.id)
+                _decide(entry, "interrupt")
+        await self.close()
+        return training
+
+    async def settled(self) -> None:
+        """Wait until no lane trains."""
+        while any(not entry.done for entry in self._entries.values()):
+            await asyncio.sleep(0.05)
 
     # --- the lane's side
 
     async def pull(self, lane: str, timeout: float = 20.0) -> Job | str | None:
         """Give a lane its next job, `CLOSE`, or None after `timeout` seconds without any."""
         self._lanes[lane] = "up"
+        if self._watcher is None:
+            self._watcher = asyncio.create_task(self._watch())
         orphan = self._orphan(lane)
         if orphan is not None:
             return orphan
@@ -147,30 +255,68 @@ class Broker:
                 except TimeoutError:
                     return None
 
+    async def beat(self, lane: str, beat: Beat) -> bool:
+        """Take a worker's sign of life, and return whether a trial that it trains is to be interrupted."""
+        self._beats.setdefault(lane, {})[beat.rank] = beat
+        return self._closed
+
     async def log(self, job_id: str, progress: Mapping[str, Any]) -> None:
         """Take a job's progress for the display."""
         self._entries[job_id].progress.update(progress)
 
-    async def report(self, job_id: str, step: int, values: Mapping[str, Any]) -> bool:
-        """Pass an evaluation on and wait for the decision: True to go on."""
+    async def tell(self, text: str) -> None:
+        """Show a line to the person who started the sweep."""
+        self._notices.append(text)
+
+    async def report(self, job_id: str, step: int, values: Mapping[str, Any]) -> Verdict:
+        """Pass an evaluation on and wait for the verdict; one that was reported before gets the same."""
         entry = self._entries[job_id]
         entry.progress.update({"step": step, **values})
-        if entry.cancelled:
-            return False
-        if step <= entry.last_step:
-            return True
-        entry.last_step = step
-        entry.decision = asyncio.get_running_loop().create_future()
-        self._push(entry, Event("report", step, values))
-        return await entry.decision
+        if self._closed:
+            return "interrupt"
+        if entry.stop_at is not None and step >= entry.stop_at:
+            return "stop"
+        if step > entry.last_step:
+            entry.last_step = step
+            entry.decision = asyncio.get_running_loop().create_future()
+            self._push(entry, Event("report", step, values))
+        if step < entry.last_step or entry.decision is None:
+            return "continue"
+        # A lane that died while it waited, and came back, waits beside its former self.
+        return await asyncio.shield(entry.decision)
 
     async def finish(self, job_id: str, step: int, values: Mapping[str, Any]) -> None:
         """End a job with its result."""
         self._end(self._entries[job_id], Event("final", step, values))
 
-    async def fail(self, job_id: str, error: str) -> None:
-        """End a job with an error; its lane goes on."""
-        self._end(self._entries[job_id], Event("failed", values={"error": error}))
+    async def fail(self, job_id: str, error: str, *, fatal: bool = False) -> None:
+        """End a job with an error; its lane continues.
+
+        Args:
+            job_id: the job.
+            error: what a person reads.
+            fatal: whether no other job can succeed either (the disk is full): then all end with this error.
+        """
+        self._end(self._entries[job_id], Event("failed", values={"error": error, "fatal": fatal}))
+        if fatal:
+            self._fatal = self._fatal or error
+            for entry in self._entries.values():
+                if not entry.done:
+                    self._end(entry, self._refusal())
+            await self.close()
+
+    async def pause(self, job_id: str, step: int) -> None:
+        """End a job that has saved a checkpoint, for the next command to continue."""
+        self._end(self._entries[job_id], Event("interrupted", step))
+
+    async def lane_died(self, lane: str, reason: str) -> None:
+        """Take the reason why a lane's workers ended; it may be started again."""
+        memory = max((beat.memory for beat in self._beats.pop(lane, {}).values()), default=0)
+        used = f" when it used {memory / 2**30:.1f} GiB" if memory else ""
+        for entry in self._entries.values():
+            if entry.lane == lane and not entry.done and not self._closed:
+                entry.deaths.append(f"{reason}{used}")
+                self._notices.append(f"{entry.job.id}: {lane} ended{used}: {reason}")
 
     async def lane_lost(self, lane: str, error: str) -> None:
         """Take a lane out for good; with the last one, every job that waits fails."""
@@ -178,7 +324,7 @@ class Broker:
         for entry in self._entries.values():
             stranded = self._lanes_gone() or entry.job.lane == lane
             if not entry.done and (entry.lane == lane or (entry.lane is None and stranded)):
-                self._end(entry, Event("failed", values={"error": error}))
+                self._end(entry, Event("failed", values={"error": _dead(entry) if entry.deaths else error}))
 
     # --- both
 
@@ -197,40 +343,88 @@ class Broker:
             await asyncio.sleep(0.02)
         return entry.last
 
+    async def notices(self, after: int = 0) -> list[str]:
+        """Return what a person should read, from the notice `after` on."""
+        return self._notices[after:]
+
     async def close(self) -> None:
-        """Tell every lane to end when it next pulls."""
+        """Tell every lane to end when it next pulls; a trial that still trains is interrupted."""
         self._closed = True
         for entry in self._entries.values():
-            _decide(entry, False)
+            _decide(entry, "interrupt")
         async with self._arrived:
             self._arrived.notify_all()
 
+    def _refusal(self) -> Event:
+        """Return what becomes of a job that no lane will take."""
+        if self._fatal:
+            return Event("failed", values={"error": self._fatal, "fatal": True})
+        if self._interrupted:
+            return Event("interrupted")
+        return Event("failed", values={"error": "no lane is running"})
+
+    async def _watch(self) -> None:
+        """Look for lanes that are silent or stand still."""
+        pause = min(max(self._patience.warn / 4, 0.2), 15.0)
+        while not self._closed:
+            await asyncio.sleep(pause)
+            for entry in self._entries.values():
+                if entry.lane is not None and not entry.done:
+                    self._look_at(entry, entry.lane)
+
+    def _look_at(self, entry: _Entry, lane: str) -> None:
+        beats, now, patience = self._beats.get(lane, {}), time.monotonic(), self._patience
+        if not beats:
+            return
+        ticks = {rank: beat.ticks for rank, beat in beats.items()}
+        # Who waits for the search, or does what has no batches to count, does not stand still.
+        if ticks != entry.ticks or entry.decision is not None or entry.job.kind != "train":
+            entry.ticks, entry.moved = ticks, now
+        silent = max(beats.values(), key=lambda beat: now - beat.at)
+        quiet = max(now - silent.at, now - entry.moved)
+        what = "is silent" if now - silent.at > now - entry.moved else "computes nothing"
+        text = f"{entry.job.id}: process {silent.pid} of {lane} {what} for {quiet:.0f} s"
+        if quiet >= patience.kill and not entry.killed:
+            entry.killed = True
+            self._notices.append(f"{text}; it is ended, and its trial continues from the last checkpoint")
+            for beat in beats.values():
+                _end_process(beat)
+        elif quiet >= patience.warn and not entry.warned:
+            entry.warned = True
+            self._notices.append(f"{text}; after {patience.kill:.0f} s it is ended (sweep.hang_seconds)")
+        elif quiet < patience.warn and entry.warned:
+            entry.warned = False
+            self._notices.append(f"{entry.job.id}: {lane} goes on")
+
     def _orphan(self, lane: str) -> Job | None:
         """Find the job that this lane had when it died."""
+        self._beats.pop(lane, None)
         for entry in self._entries.values():
             if entry.lane != lane or entry.done:
                 continue
-            if entry.cancelled or self._closed:
-                entry.done = True
+            if self._closed:
+                self._end(entry, Event("interrupted", entry.last_step))
             elif entry.attempts >= self._attempts:
-                message = f"its lane died {entry.attempts} times; look at the worker logs for why"
-                self._end(entry, Event("failed", values={"error": message}))
+                self._end(entry, Event("failed", values={"error": _dead(entry)}))
             else:
-                entry.attempts += 1
-                entry.decision = None
-                entry.progress["state"] = "running"
+                self._begin(entry, lane)
                 return entry.job
         return None
+
+    def _begin(self, entry: _Entry, lane: str) -> None:
+        entry.lane, entry.moved = lane, time.monotonic()
+        entry.attempts += 1
+        entry.killed = entry.warned = False
+        entry.progress["state"] = "running"
 
     def _take(self, lane: str) -> Job | None:
         for job_id in list(self._queue):
             entry = self._entries[job_id]
-            if entry.done or entry.cancelled:
+            if entry.done:
                 self._queue.remove(job_id)
             elif entry.job.lane in (None, lane):
                 self._queue.remove(job_id)
-                entry.lane, entry.attempts = lane, 1
-                entry.progress["state"] = "running"
+                self._begin(entry, lane)
                 return entry.job
         return None
 
@@ -238,18 +432,37 @@ class Broker:
         return bool(self._lanes) and all(state == "lost" for state in self._lanes.values())
 
     def _push(self, entry: _Entry, event: Event) -> None:
-        entry.events.append(event)
+        entry.pushed += 1
+        entry.events.append(replace(event, number=entry.pushed))
         entry.changed.set()
 
     def _end(self, entry: _Entry, event: Event) -> None:
         if entry.last is not None:
             return
         entry.done, entry.last = True, event
-        entry.progress["state"] = "stopped" if entry.cancelled else event.kind
+        entry.progress["state"] = (
+            "stopped" if entry.stop_at is not None and event.kind == "final" else event.kind
+        )
         self._push(entry, event)
 
 
-def _decide(entry: _Entry, go_on: bool) -> None:
+def _decide(entry: _Entry, verdict: Verdict) -> None:
     if entry.decision is not None and not entry.decision.done():
-        entry.decision.set_result(go_on)
+        entry.decision.set_result(verdict)
     entry.decision = None
+
+
+def _dead(entry: _Entry) -> str:
+    why = (
+        f", the last time because {entry.deaths[-1]}" if entry.deaths else "; look at the worker logs for why"
+    )
+    return f"its lane died {entry.attempts} times{why}"
+
+
+def _end_process(beat: Beat) -> None:
+    """End a worker on its own machine: one that is stopped hears nothing that is sent to it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
+    ray.remote(os.kill).options(num_cpus=0, scheduling_strategy=there).remote(beat.pid, signal.SIGKILL)

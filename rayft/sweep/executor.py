@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
+import ray.exceptions
 
-from rayft.sweep.broker import Broker, Job
+from rayft.sweep.broker import Broker, Job, Patience
 from rayft.sweep.host import Group, LaneSettings, Launcher
 from rayft.train.run import ScaleConfig
 
@@ -20,12 +22,29 @@ __all__ = ["EXECUTORS", "Executor", "IsolatedExecutor", "LaneExecutor"]
 
 
 class Executor(ABC):
-    """Starts worker groups for jobs; jobs and their events go through `broker`."""
+    """Starts worker groups for jobs; jobs and their events go through `broker`.
 
-    def __init__(self, scale: ScaleConfig, storage: str, lanes: int, restarts: int, name: str) -> None:
+    Args:
+        scale: of each trial.
+        storage: folder for what Ray keeps.
+        lanes: trials at once.
+        restarts: how often a worker group that dies is started again.
+        name: begins the lanes' names.
+        patience: with silent lanes.
+    """
+
+    def __init__(
+        self,
+        scale: ScaleConfig,
+        storage: str,
+        lanes: int,
+        restarts: int,
+        name: str,
+        patience: Patience | None = None,
+    ) -> None:
         self.scale, self.storage, self.lanes, self.restarts, self.name = scale, storage, lanes, restarts, name
         group = Group(scale.workers, scale.device == "cuda", worker_resources(scale), storage, restarts)
-        self.broker: Any = ray.remote(Broker).options(num_cpus=0).remote(restarts + 1)
+        self.broker: Any = ray.remote(Broker).options(num_cpus=0).remote(restarts + 1, patience)
         self._launcher: Any = ray.remote(Launcher).options(num_cpus=0).remote(group)
 
     @abstractmethod
@@ -35,6 +54,20 @@ class Executor(ABC):
     @abstractmethod
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs; their events come from the broker."""
+
+    def interrupt(self, timeout: float = 120.0) -> list[str]:
+        """End all jobs; trials that are training write a checkpoint first.
+
+        Args:
+            timeout: seconds to wait for the checkpoints.
+
+        Returns:
+            The trials that were training.
+        """
+        training: list[str] = ray.get(self.broker.interrupt.remote(), timeout=timeout)
+        with suppress(ray.exceptions.GetTimeoutError):
+            ray.get(self.broker.settled.remote(), timeout=timeout)
+        return training
 
     def close(self, timeout: float = 30.0) -> None:
         """End all worker groups, and wait until their devices and memory are free."""

@@ -68,13 +68,41 @@ class LaneHost:
                 name=settings.name,
                 storage_path=group.storage,
                 failure_config=FailureConfig(max_failures=group.restarts),
+                callbacks=[_deaths(settings)],
             ),
         )
         try:
             trainer.fit()
         except Exception as error:  # noqa: BLE001  (whatever ended the group, the waiting jobs must hear it)
-            message = f"lane {settings.name} ended: {type(error).__name__}: {error}"
+            message = f"lane {settings.name} ended: {_reason(error)}"
             ray.get(settings.broker.lane_lost.remote(settings.name, message))
+
+
+def _deaths(settings: LaneSettings) -> Any:
+    """Return a callback of Ray Train's that tells the broker why a lane's workers ended."""
+    from ray.train import UserCallback
+
+    class Deaths(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+            first = worker_exceptions[min(worker_exceptions)]
+            ray.get(settings.broker.lane_died.remote(settings.name, _reason(first)))
+
+    return Deaths()
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line why a worker ended; Ray's own text lists all processes of the machine."""
+    text = str(error)
+    if "running low on memory" in text or "OutOfMemory" in type(error).__name__:
+        return (
+            "Ray ended it because the machine ran out of memory; lower sweep.lanes, data.max_length or "
+            "optim.rows_per_step, set scale.activation_checkpointing, or take a machine with more (Ray acts "
+            "at the share of memory in RAY_memory_usage_threshold, 0.95)"
+        )
+    if "ActorDied" in type(error).__name__ or "ActorUnavailable" in type(error).__name__:
+        return "its process was killed or crashed; the worker logs in Ray's session folder may say why"
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no reason was given'}"
 
 
 class Launcher:

@@ -10,25 +10,28 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import ray
+import ray.exceptions
 import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 
 from rayft.artifacts.meta import META_FILE, ArtifactMeta
-from rayft.config import content_hash, leaves
-from rayft.errors import RayftError, TrainError
+from rayft.config import leaves
+from rayft.errors import DiskFullError, InterruptedRunError, RayftError, TrainError
 from rayft.files import write_file
 from rayft.identity import UNKNOWN, Identity
 from rayft.methods import method
-from rayft.sweep.broker import CLOSE, Job
+from rayft.sweep.broker import CLOSE, Beat, Job, Verdict
 from rayft.sweep.host import LaneSettings
 from rayft.sweep.score import folder_files, spread
 from rayft.tracking.base import Former, TrackerSpec
@@ -52,6 +55,8 @@ __all__ = [
 ]
 
 RESULT_FILE = "result.json"
+BEAT_SECONDS = 1.0
+"""Between two signs of life of a worker."""
 logger = logging.getLogger(__name__)
 
 
@@ -75,7 +80,7 @@ class TrainRequest:
     def identity(self) -> Identity:
         """What the result will follow from."""
         run = RunConfig.model_validate_json(self.run)
-        return self.expected.model_copy(update={"config": content_hash(run)})
+        return self.expected.model_copy(update={"config": run.hash})
 
 
 class Work(Protocol):
@@ -93,13 +98,51 @@ class Work(Protocol):
         """Do it (all workers call it), and give what the client is to get, the first worker's."""
 
 
-class _LaneReporter:
-    """Tells the broker and the tracker; waits for the broker's decision."""
+class _Heart:
+    """A thread that tells the broker that this worker lives, and hears whether its trial is interrupted."""
 
-    def __init__(self, broker: Any, key: str, steps: int, tracker: MlflowTracker | None, run_id: str) -> None:
+    def __init__(self, settings: LaneSettings, rank: int, session: Callable[[], Session | None]) -> None:
+        self._settings, self._rank, self._session = settings, rank, session
+        self._process = psutil.Process()
+        self._node = ray.get_runtime_context().get_node_id()
+        self.interrupted = False
+        threading.Thread(target=self._run, name="rayft-heart", daemon=True).start()
+
+    def _run(self) -> None:
+        broker, lane = self._settings.broker, self._settings.name
+        while True:
+            session = self._session()
+            beat = Beat(
+                rank=self._rank,
+                ticks=session.ticks if session else 0,
+                memory=self._process.memory_info().rss,
+                pid=self._process.pid,
+                node=self._node,
+            )
+            try:
+                self.interrupted = bool(ray.get(broker.beat.remote(lane, beat)))
+            except ray.exceptions.RayError:
+                # The sweep is over, or its cluster is going down; the lane hears it at its next call.
+                return
+            time.sleep(BEAT_SECONDS)
+
+
+class _LaneReporter:
+    """Tells the broker and the tracker; waits for the broker's verdict."""
+
+    def __init__(
+        self, broker: Any, key: str, steps: int, tracker: MlflowTracker | None, run_id: str, heart: _Heart
+    ) -> None:
         self._broker, self._key, self._steps = broker, key, steps
         self._tracker, self._run_id = tracker, run_id
+        self._heart = heart
+        self._told = False
         self.waited = 0.0
+
+    @property
+    def interrupted(self) -> bool:
+        """Return whether the sweep was interrupted."""
+        return self._told or self._heart.interrupted
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Pass a step's numbers on without waiting."""
@@ -117,9 +160,10 @@ class _LaneReporter:
             self._broker.log.remote(self._key, {"step": step, **metrics})
             return True
         started = time.perf_counter()
-        go_on = bool(ray.get(self._broker.report.remote(self._key, step, dict(metrics))))
+        verdict: Verdict = ray.get(self._broker.report.remote(self._key, step, dict(metrics)))
         self.waited += time.perf_counter() - started
-        return go_on
+        self._told = verdict == "interrupt"
+        return verdict != "stop"
 
 
 def work(settings: LaneSettings) -> None:
@@ -149,6 +193,7 @@ class _Lane:
             torch.cuda.set_device(device)
         self._worker = Worker.current(str(device))
         self._session: Session | None = None
+        self._heart = _Heart(settings, self._worker.rank, lambda: self._session)
         self._opened = ""
         self._trackers: dict[TrackerSpec, MlflowTracker] = {}
 
@@ -167,8 +212,11 @@ class _Lane:
         started = time.perf_counter()
         try:
             step, values = self._train(job, started) if job.kind == "train" else (0, self._work(job))
+        except InterruptedRunError as error:
+            if self._worker.rank == 0:
+                ray.get(self._broker.pause.remote(job.id, error.step))
         except RayftError as error:
-            self._fail(job, str(error))
+            self._fail(job, str(error), fatal=isinstance(error, DiskFullError))
         except Exception as error:
             # Workers may have failed at different places: only a new group puts them in step again.
             if self._worker.world > 1:
@@ -219,12 +267,13 @@ class _Lane:
         loaded = time.perf_counter()
         folder = trial_folder(request.output, request.key)
         tracker, run_id = self._track(request, run)
-        reporter = _LaneReporter(self._broker, job.id, run.optim.steps, tracker, run_id)
+        reporter = _LaneReporter(self._broker, job.id, run.optim.steps, tracker, run_id, self._heart)
         try:
             result = fit(run, session, reporter, folder, request.evaluate_at)
-        except RayftError:
+        except RayftError as error:
             if tracker:
-                tracker.finish(run_id, "failed")
+                interrupted = isinstance(error, InterruptedRunError)
+                tracker.finish(run_id, "interrupted" if interrupted else "failed")
             raise
         finally:
             if not method(run.method.name).shares_base:
@@ -233,9 +282,7 @@ class _Lane:
                 self._forget()
         if self._worker.rank > 0:
             return result.steps, {}
-        identity = session.identity.brief.model_copy(
-            update={"config": content_hash(run), "start": result.start}
-        )
+        identity = session.identity.brief.model_copy(update={"config": run.hash, "start": result.start})
         values: dict[str, Any] = {"result": asdict(result), "run_id": run_id}
         values["identity"] = identity.model_dump(mode="json", exclude_defaults=True)
         self._finish_tracking(tracker, run_id, result)
@@ -291,9 +338,9 @@ class _Lane:
             tracker.artifact(run_id, result.folder, "adapter")
         tracker.finish(run_id, "finished" if result.finished else "stopped")
 
-    def _fail(self, job: Job, message: str) -> None:
+    def _fail(self, job: Job, message: str, *, fatal: bool = False) -> None:
         if self._worker.rank == 0:
-            ray.get(self._broker.fail.remote(job.id, message))
+            ray.get(self._broker.fail.remote(job.id, message, fatal=fatal))
 
 
 def _quiet_libraries() -> None:
@@ -307,8 +354,9 @@ def _quiet_libraries() -> None:
 
 
 def tracking_key(key: str, identity: Identity) -> str:
-    """Return the key of a tracked run, which differs with other data or another base."""
-    return f"{key}-{identity.inputs}" if identity.data else key
+    """Return the key of a tracked run, which differs with the sweep, the data and the base."""
+    suffix = identity.sweep or (identity.inputs if identity.data else "")
+    return f"{key}-{suffix}" if suffix else key
 
 
 def read_result(output: str, key: str) -> dict[str, Any] | None:
@@ -335,7 +383,7 @@ def result_identity(folder: Path, values: Mapping[str, Any]) -> Identity:
     """
     if "identity" in values:
         return Identity.model_validate(values["identity"])
-    # rayft 0.1.0 recorded the run's hash; data and base are in what the adapter says of itself.
+    # Of rayft 0.1.0: what the adapter says of itself; the run's hash is in the folder's name.
     path = folder / "adapter" / META_FILE
     meta = (
         ArtifactMeta.model_validate_json(path.read_text(encoding="utf-8"))
@@ -343,7 +391,6 @@ def result_identity(folder: Path, values: Mapping[str, Any]) -> Identity:
         else ArtifactMeta()
     )
     return Identity(
-        config=values.get("run", ""),
         data=meta.data_digest,
         fingerprint=meta.base_fingerprint,
         start=meta.parent,

@@ -1,15 +1,77 @@
-"""When trials are compared and stopped: ASHA, Li et al. 2020, arXiv:1810.05934."""
+"""When trials are compared, and what was decided: the rungs of ASHA and the log of its decisions.
+
+ASHA (Li et al. 2020, arXiv:1810.05934) is asynchronous: a verdict depends on which evaluations came before.
+So each is written down, in the order in which the search took them, before a trial hears of its verdict.
+A sweep that continues feeds them to ASHA again and gives the same verdicts, whatever was trained again.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from rayft.files import room_on
 from rayft.sweep.space import SweepConfig
 
-if TYPE_CHECKING:
-    from ray.tune.schedulers import ASHAScheduler
+__all__ = ["EVENTS_FILE", "Decision", "EventLog", "rungs"]
 
-__all__ = ["asha", "rungs"]
+EVENTS_FILE = "events.jsonl"
+"""In a sweep's folder: a `Decision` a line, in order."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the search made of an evaluation."""
+
+    trial: str
+    """Key of the trial."""
+    step: int
+    val_loss: float
+    go_on: bool
+
+
+class EventLog:
+    """The decisions of a sweep, as a file that is only appended to.
+
+    Args:
+        path: of the file; made with the first decision.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.decisions: list[Decision] = []
+        content = path.read_bytes() if path.is_file() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            # What can't be read is decided anew, as an evaluation that was never written down.
+            with suppress(ValueError, TypeError):
+                self.decisions.append(Decision(**json.loads(line)))
+        self._known = {(one.trial, one.step): one for one in self.decisions}
+        self._end = len(whole)
+
+    def find(self, trial: str, step: int) -> Decision | None:
+        """Return what was decided at a step of a trial, or None."""
+        return self._known.get((trial, step))
+
+    def append(self, decision: Decision) -> None:
+        """Write a decision down; when this returns it is on the disk.
+
+        Raises:
+            DiskFullError: if there is no space.
+        """
+        with room_on(self._path.parent), self._path.open("ab") as file:
+            # What a crash left after the last whole line goes.
+            file.truncate(self._end)
+            line = json.dumps(asdict(decision)).encode() + b"\n"
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._end += len(line)
+        self.decisions.append(decision)
+        self._known[decision.trial, decision.step] = decision
 
 
 def rungs(sweep: SweepConfig, steps: int) -> list[int]:
@@ -19,17 +81,3 @@ def rungs(sweep: SweepConfig, steps: int) -> list[int]:
         found.append(step)
         step *= sweep.reduction
     return found
-
-
-def asha(sweep: SweepConfig, steps: int) -> ASHAScheduler:
-    """Make the scheduler: it stops on validation loss, at the rungs."""
-    from ray.tune.schedulers import ASHAScheduler
-
-    return ASHAScheduler(
-        time_attr="step",
-        metric="val_loss",
-        mode="min",
-        max_t=steps,
-        grace_period=min(sweep.grace, steps),
-        reduction_factor=sweep.reduction,
-    )

@@ -14,12 +14,13 @@ from typing import Literal
 
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
-from rayft.config import Section, content_hash
+from rayft.config import SINCE, Section
 from rayft.errors import ConfigError, MethodError
 from rayft.methods import method
 from rayft.methods.base import ChainConfig, MethodConfig
 from rayft.numerics import derive_seed
 from rayft.squeeze.anneal import AnnealConfig
+from rayft.sweep.broker import Patience
 from rayft.train.run import RunConfig
 
 __all__ = ["LogUniform", "MethodSpace", "Point", "SweepConfig", "check_executor", "points"]
@@ -119,6 +120,17 @@ class SweepConfig(Section):
     restarts: int = Field(default=3, ge=0)
     """How often a lane that died is started again."""
 
+    silence_seconds: float = Field(default=120.0, gt=0, json_schema_extra={SINCE: "0.2"})
+    """Seconds without a sign of life, or without a batch, after which a lane is reported."""
+
+    hang_seconds: float = Field(default=1800.0, gt=0, json_schema_extra={SINCE: "0.2"})
+    """Seconds of that after which its processes are ended and started again."""
+
+    @property
+    def patience(self) -> Patience:
+        """Return how long a lane may be silent."""
+        return Patience(self.silence_seconds, self.hang_seconds)
+
     @field_validator("methods")
     @classmethod
     def _methods_known(cls, value: dict[str, MethodSpace]) -> dict[str, MethodSpace]:
@@ -210,7 +222,7 @@ def _point(config: MethodConfig, anneal: AnnealConfig | None, lr: float, seed: i
     size = f"-r{config.rank}" if method(config.name).ranked else ""
     size += f"to{anneal.rank}" if anneal else ""
     name = f"{config.name}{size}-lr{lr:g}-s{seed}"
-    return Point(key=f"{name}-{content_hash(whole)[:6]}", name=name, run=whole)
+    return Point(key=f"{name}-{whole.hash[:6]}", name=name, run=whole)
 
 
 def _checked(run: RunConfig, changes: dict[str, object]) -> RunConfig:

@@ -2,30 +2,35 @@
 
 A Tune trial does no work itself. Its `step` waits for the trial's next evaluation from the broker;
 Tune looks at the number and either calls `step` again or `cleanup`, which is how the lane hears
-"go on" or "stop". A trial that ended in an earlier, interrupted sweep is replayed from its result,
-so ASHA knows its numbers and nothing is trained twice.
+"go on" or "stop". A trial that ended in an earlier, interrupted sweep is replayed from its result, one
+that was under way from its checkpoint's curve, so nothing is trained twice; what ASHA decided then, in
+which order, is in the sweep's event log (`rayft.sweep.schedule`).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray import tune
 
-from rayft.errors import TrainError
+from rayft.errors import ResourceError, TrainError
 from rayft.identity import UNKNOWN, Identity
+from rayft.sweep.asha import RecordedASHA
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
 from rayft.sweep.lane import TrainRequest, read_result, result_identity, unpack
-from rayft.sweep.schedule import asha, rungs
+from rayft.sweep.schedule import EVENTS_FILE, EventLog, rungs
 from rayft.sweep.space import Point, SweepConfig
 from rayft.tracking.base import TrackerSpec
+from rayft.train.checkpoint import last_state
 from rayft.train.context import trial_folder
 
 __all__ = ["Trial", "earlier", "search"]
@@ -56,6 +61,8 @@ class TrialActor(tune.Trainable):
         """Queue the trial, or get ready to replay it."""
         assert executor is not None
         self._executor = executor
+        self._replay: list[Event] = []
+        self._seen = self._step = 0
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -67,16 +74,20 @@ class TrialActor(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Wait for the next evaluation."""
-        event = self._replay.pop(0) if self._replay else ray.get(self._broker.next_event.remote(self._key))
-        if event.kind == "failed":
-            raise TrainError(str(event.values["error"]))
-        result = dict(event.values.get("result", {}))
-        loss = event.values.get("val_loss", result.get("val_loss"))
-        return {"step": event.step, "val_loss": loss, "done": event.kind == "final"}
+        if self._replay:
+            event = self._replay.pop(0)
+        else:
+            event = ray.get(self._broker.next_event.remote(self._key, self._seen))
+            self._seen = event.number
+        self._step = event.step
+        result = event.values.get("result", {})
+        # A trial that failed ends too: `_collect` says why, and Tune prints no traceback for it.
+        loss = event.values.get("val_loss", result.get("val_loss", math.nan))
+        return {"step": event.step, "val_loss": loss, "done": event.kind != "report"}
 
     def cleanup(self) -> None:
         """Tell the lane to stop, if it still runs the trial."""
-        ray.get(self._broker.cancel.remote(self._key))
+        ray.get(self._broker.cancel.remote(self._key, self._step))
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Keep nothing: the lane keeps the trial's checkpoint."""
@@ -87,8 +98,10 @@ class TrialActor(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         request: TrainRequest = config["request"]
         self._broker, self._key = self._executor.broker, request.key
-        self._replay = _replay(request)
-        if not self._replay:
+        self._seen = self._step = 0
+        ended = _ended(request)
+        self._replay = ended or _half_way(request)
+        if not ended:
             self._executor.submit([Job.of(request.key, "train", request)])
 
 
@@ -101,8 +114,11 @@ def search(
     tracker: TrackerSpec | None = None,
     parent: str | None = None,
     identity: Identity = UNKNOWN,
+    check: Callable[[], None] = lambda: None,
 ) -> list[Trial]:
     """Run the trials under ASHA and give what became of each, in the order of `trials`.
+
+    The decisions of an earlier, interrupted search in `output` are repeated.
 
     Args:
         sweep: the search's settings.
@@ -113,6 +129,10 @@ def search(
         parent: tracking run of the sweep.
         identity: of data and base, which the lanes and earlier results are compared with; not compared where
             not given.
+        check: called between the search's own steps; what it raises ends the search.
+
+    Raises:
+        ResourceError: if no trial can go on (the disk is full, or the sweep's own processes have died).
     """
     evaluate_at = tuple(rungs(sweep, trials[0].run.optim.steps))
     requests = [
@@ -128,14 +148,41 @@ def search(
         )
         for point in trials
     ]
-    _tuner(sweep, trials, requests, executor).fit()
-    return [
-        _collect(point, request, executor, output) for point, request in zip(trials, requests, strict=True)
-    ]
+    log = EventLog(output / EVENTS_FILE)
+    try:
+        _tuner(sweep, trials, requests, executor, log, check).fit()
+        return [
+            _collect(point, request, executor, output)
+            for point, request in zip(trials, requests, strict=True)
+        ]
+    except ray.exceptions.RayError as error:
+        raise ResourceError(
+            "a process that holds the sweep together has ended (it was killed, or the machine ran out of "
+            "memory or space); run the same command again: it continues from what is saved. Ray says: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+class _Watch(tune.Callback):
+    """Ends the search when it is interrupted, or when the broker has died, without which no trial goes on."""
+
+    def __init__(self, broker: Any, check: Callable[[], None]) -> None:
+        self._broker, self._check = broker, check
+
+    def on_step_begin(self, iteration: int, trials: Sequence[Any], **info: Any) -> None:
+        self._check()
+
+    def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        ray.get(self._broker.snapshot.remote())
 
 
 def _tuner(
-    sweep: SweepConfig, trials: Sequence[Point], requests: Sequence[TrainRequest], executor: Executor
+    sweep: SweepConfig,
+    trials: Sequence[Point],
+    requests: Sequence[TrainRequest],
+    executor: Executor,
+    log: EventLog,
+    check: Callable[[], None],
 ) -> tune.Tuner:
     _quiet_tune()
     trainable = tune.with_resources(tune.with_parameters(TrialActor, executor=executor), {"cpu": 0.01})
@@ -143,7 +190,7 @@ def _tuner(
         trainable,
         param_space={"request": tune.grid_search(requests)},
         tune_config=tune.TuneConfig(
-            scheduler=asha(sweep, trials[0].run.optim.steps),
+            scheduler=RecordedASHA(sweep, trials[0].run.optim.steps, log),
             max_concurrent_trials=executor.lanes,
             reuse_actors=True,
         ),
@@ -152,6 +199,9 @@ def _tuner(
             storage_path=executor.storage,
             verbose=0,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            # A trial's own failure is an event; this is for its process in Tune, which holds nothing.
+            failure_config=tune.FailureConfig(max_failures=sweep.restarts),
+            callbacks=[_Watch(executor.broker, check)],
         ),
     )
 
@@ -164,8 +214,10 @@ def _collect(point: Point, request: TrainRequest, executor: Executor, output: Pa
         return Trial(point, error=str(changed))
     if values is None:
         event: Event | None = ray.get(executor.broker.result.remote(point.key))
-        if event is None or event.kind == "failed":
-            error = str(event.values["error"]) if event else "it was never started"
+        if event is None or event.kind != "final":
+            if event is not None:
+                event.raise_fatal()
+            error = str(event.values.get("error", "interrupted")) if event else "it was never started"
             return Trial(point, error=error)
         unpack(event.values, trial_folder(output, point.key))
         values = read_result(str(output), point.key)
@@ -189,19 +241,39 @@ def earlier(request: TrainRequest) -> dict[str, Any] | None:
     return values
 
 
-def _replay(request: TrainRequest) -> list[Event]:
+def _ended(request: TrainRequest) -> list[Event]:
+    """Return the events of a trial that has ended; none if it has not."""
     values = earlier(request)
     if values is None:
         return []
     result = values["result"]
-    curve = [(step, value) for step, value in result["val_curve"] if step < result["steps"]]
-    events = [Event("report", step, {"val_loss": value}) for step, value in curve]
-    return [*events, Event("final", result["steps"], {"result": result})]
+    return [
+        *_reports(result["val_curve"], result["steps"]),
+        Event("final", result["steps"], {"result": result}),
+    ]
+
+
+def _half_way(request: TrainRequest) -> list[Event]:
+    """Return the evaluations before a trial's checkpoint, at which its lane reports the next one."""
+    folder = trial_folder(request.output, request.key) / "checkpoint"
+    try:
+        state = last_state(folder, request.identity)
+    except TrainError:
+        # The lane, which reads it too, says what is wrong.
+        return []
+    return [] if state is None else _reports(state["val_curve"], state["step"])
+
+
+def _reports(curve: Sequence[tuple[int, float]], before: int) -> list[Event]:
+    return [Event("report", step, {"val_loss": value}) for step, value in curve if step < before]
 
 
 def _quiet_tune() -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    # An interrupt is not a stop: `rayft.flow.interrupt` takes it.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     for name in ("ray.tune", "ray.train", "ray.train.v2"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        # What Tune and Train log as errors (a trial or a worker group that failed) is told by the broker.
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -28,8 +28,8 @@ __all__ = [
     "tracker_spec",
 ]
 
-RunStatus = Literal["finished", "stopped", "failed"]
-"""How a run ended; `stopped` is by the scheduler, before its last step."""
+RunStatus = Literal["finished", "stopped", "interrupted", "failed"]
+"""How a run ended; `stopped` is by the scheduler, `interrupted` by a person, before its last step."""
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _SERVERS = ("http", "https", "databricks")

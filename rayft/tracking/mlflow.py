@@ -41,9 +41,13 @@ __all__ = ["MlflowTracker", "find_adapter", "flush_spool", "prepare"]
 _PENDING = "key:"
 """Prefix of the id of a run that could not be created yet."""
 
-_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "interrupted": "KILLED", "failed": "FAILED"}
 # MLflow shows a killed run in red, as a failed one; its page says this.
-_STOPPED = "Stopped by the scheduler, as planned: after as many steps, other trials were ahead."
+_NOTE_TAG = "mlflow.note.content"
+_NOTES = {
+    "stopped": "Stopped by the scheduler, as planned: after as many steps, other trials were ahead.",
+    "interrupted": "Interrupted; the same command continues it.",
+}
 # What MLflow will refuse tomorrow too. All else (no answer, 5xx, no rights) may be mended: it is sent again.
 _FINAL = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
 
@@ -255,6 +259,8 @@ class _Sender:
                         client.set_tag(run_id, name, value)
                     if restart:
                         client.update_run(run_id, status="RUNNING")
+                        if client.get_run(run_id).data.tags.get(_NOTE_TAG) in _NOTES.values():
+                            client.delete_tag(run_id, _NOTE_TAG)
         self._ids[_PENDING + record["key"]] = run_id
         return run_id
 
@@ -296,8 +302,8 @@ class _Sender:
             self._artifact(client, run_id, Path(record["path"]), record["folder"] or None)
         elif record["op"] == "finish":
             client.set_tag(run_id, "rayft.status", record["status"])
-            if record["status"] == "stopped":
-                client.set_tag(run_id, "mlflow.note.content", _STOPPED)
+            if record["status"] in _NOTES:
+                client.set_tag(run_id, _NOTE_TAG, _NOTES[record["status"]])
             client.set_terminated(run_id, _STATUS[record["status"]], record["time"])
 
     def _artifact(self, client: MlflowClient, run_id: str, path: Path, folder: str | None) -> None:

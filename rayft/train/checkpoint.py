@@ -92,8 +92,8 @@ def _read(folder: Path) -> dict[str, Any] | None:
 def _identity(state: Mapping[str, Any]) -> Identity:
     if "identity" in state:
         return Identity.model_validate(state["identity"])
-    # rayft 0.1.0 recorded the run's hash and the adapter that it started from.
-    return Identity(config=state["run"], start=state.get("start", ""))
+    # rayft 0.1.0 recorded the adapter that it started from; the run's hash is in the folder's name.
+    return Identity(start=state.get("start", ""))
 
 
 def restore(folder: Path, engine: Engine, state: Mapping[str, Any]) -> None:

@@ -77,6 +77,10 @@ class Worker:
 class Reporter(Protocol):
     """Where a run's numbers go; rank 0 alone calls it."""
 
+    @property
+    def interrupted(self) -> bool:
+        """Return whether the run has to save a checkpoint and end; asked after each step."""
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take the numbers of a training step, without waiting."""
 
@@ -86,6 +90,8 @@ class Reporter(Protocol):
 
 class SilentReporter:
     """Keeps what it is told; never stops a run."""
+
+    interrupted = False
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
@@ -113,6 +119,8 @@ class Session:
     identity: Identity = UNKNOWN
     """Of the base and the data."""
     schedules: dict[tuple[int, int], Schedule] = field(default_factory=dict)
+    ticks: int = 0
+    """Batches that were trained or evaluated on, so that others can see that this process works."""
 
     @classmethod
     def open(cls, run: RunConfig, worker: Worker, *, identify_base: bool = True) -> Session:

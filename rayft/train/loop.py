@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta, check_replaceable, folder_bytes
-from rayft.config import content_hash
 from rayft.data.pack import AnyBatch, AnyEncoded, Row, collate_rows, rows_of
-from rayft.errors import TrainError
+from rayft.errors import InterruptedRunError, TrainError
 from rayft.evaluate.loss import mean_loss
 from rayft.identity import Identity
 from rayft.methods import method
@@ -81,9 +80,11 @@ class _Progress:
     """Content hash of the adapter that the run started from; empty where it started afresh."""
     saved_at: float = field(default_factory=time.monotonic)
     """When this process last saved or began; not kept."""
+    saved_step: int = 0
+    """The step that the last checkpoint is of; not kept."""
 
     def state(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "saved_at"}
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("saved_")}
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def fit(
     Args:
         run: settled (no `auto` left).
         session: base and data in memory; its adapters are replaced.
-        reporter: told of each step, asked at each evaluation whether to go on.
+        reporter: told of each step, asked at each evaluation whether to go on. A run that is resumed at an
+            evaluation asks again: whoever decided then may not have been heard.
         folder: the run's own; a checkpoint in it is resumed.
         evaluate_at: steps after which the search wants a validation loss; the last is always one.
 
@@ -117,7 +119,8 @@ def fit(
         ConfigError: if a link of a chain would have no steps, or the adapter to start from doesn't fit.
         ArtifactError: if that can't be read, or is another base's, or the folder of the result holds anything
             but an adapter of rayft's.
-        TrainError: if the loss is not finite, or a checkpoint doesn't fit.
+        TrainError: if a loss is not finite, or a checkpoint doesn't fit.
+        InterruptedRunError: if the reporter was interrupted; a checkpoint of the last step was saved.
     """
     started = time.perf_counter()
     worker, model = session.worker, session.loaded.model
@@ -165,10 +168,12 @@ def _train_stages(
         try:
             if state is not None:
                 progress, state = _resume(engine, folder / "checkpoint", state), None
+                go_on = _ask_again(progress, reporter, session.worker)
             else:
                 parts.enter(engine)
+                go_on = True
             with _captured(run, session, progress.step):
-                go_on = _train(run, session, engine, reporter, folder, progress, evaluate_at, stage)
+                go_on = go_on and _train(run, session, engine, reporter, folder, progress, evaluate_at, stage)
             if not go_on or progress.step >= run.optim.steps:
                 break_off = progress.step < run.optim.steps
                 return progress, _save(run, session, injected, folder, start), not break_off
@@ -226,7 +231,9 @@ def _eval_rows(encoded: list[AnyEncoded]) -> list[list[Row]]:
 
 
 def _eval_batches(session: Session, batches: list[list[Row]]) -> Iterator[AnyBatch]:
-    return (collate_rows(rows, session.pad_id).to(session.worker.device) for rows in batches)
+    for rows in batches:
+        session.ticks += 1
+        yield collate_rows(rows, session.pad_id).to(session.worker.device)
 
 
 def _train(
@@ -256,6 +263,7 @@ def _train(
                 f"the loss is {result.loss} at step {step + 1} with lr {run.optim.lr:g}; use a lower "
                 "learning rate, a longer warm-up, or float32"
             )
+        session.ticks += 1
         progress.step = step + 1
         progress.tokens += result.tokens
         seconds = time.perf_counter() - started
@@ -265,7 +273,18 @@ def _train(
             reporter.log(step + 1, _step_metrics(lr, result, seconds))
         if progress.step in stops and not _evaluate(run, session, engine, reporter, folder, progress):
             return False
+        if progress.step < run.optim.steps and worker.share(worker.rank == 0 and reporter.interrupted):
+            _keep(run, session, engine, folder, progress)
+            raise InterruptedRunError(f"interrupted after step {progress.step}", progress.step)
     return True
+
+
+def _ask_again(progress: _Progress, reporter: Reporter, worker: Worker) -> bool:
+    """Report the evaluation of the step that a run is resumed at, if that was one, and return the verdict."""
+    if not progress.val_curve or progress.val_curve[-1][0] != progress.step:
+        return True
+    step, value = progress.val_curve[-1]
+    return worker.share(worker.rank == 0 and reporter.report(step, {"val_loss": value}))
 
 
 def _recompute_activations(model: Any, wanted: bool) -> None:
@@ -319,19 +338,31 @@ def _evaluate(
     """Measure, keep a checkpoint, report; say whether to go on."""
     worker, started = session.worker, time.perf_counter()
     value = validation_loss(session)
+    if not math.isfinite(value):
+        raise TrainError(
+            f"the validation loss is {value} after step {progress.step} with lr {run.optim.lr:g}; use a "
+            "lower learning rate, a longer warm-up, or float32"
+        )
     progress.val_curve.append((progress.step, value))
     progress.evaluate_seconds += time.perf_counter() - started
     # Before the report: while the search decides, the run is safe.
     if progress.step < run.optim.steps and _due(run, progress, worker):
-        identity = _identity(run, session, progress.start)
-        checkpoint.save(folder / "checkpoint", engine, identity, worker, progress.state())
-        progress.saved_at = time.monotonic()
+        _keep(run, session, engine, folder, progress)
     if run.evaluate.trail and not method(run.method.name).saves_model:
         _save_adapter(run, session, folder / "trail" / f"step-{progress.step:06d}", progress.start)
     go_on = True
     if worker.rank == 0:
         go_on = reporter.report(progress.step, {"val_loss": value})
     return worker.share(go_on)
+
+
+def _keep(run: RunConfig, session: Session, engine: Engine, folder: Path, progress: _Progress) -> None:
+    """Save a checkpoint, unless there is one of this step."""
+    if progress.saved_step == progress.step:
+        return
+    identity = _identity(run, session, progress.start)
+    checkpoint.save(folder / "checkpoint", engine, identity, session.worker, progress.state())
+    progress.saved_at, progress.saved_step = time.monotonic(), progress.step
 
 
 def _due(run: RunConfig, progress: _Progress, worker: Worker) -> bool:
@@ -350,7 +381,7 @@ def _resume(engine: Engine, folder: Path, state: Mapping[str, Any]) -> _Progress
     values = {name: state[name] for name in _Progress().state()}
     for curve in ("val_curve", "train_curve"):
         values[curve] = [(int(step), float(value)) for step, value in values[curve]]
-    return _Progress(**values)
+    return _Progress(**values, saved_step=values["step"])
 
 
 def _save(run: RunConfig, session: Session, injected: Injected, folder: Path, parent: str) -> _Saved:
@@ -403,7 +434,7 @@ def _meta(run: RunConfig, session: Session, parent: str) -> ArtifactMeta:
 
 
 def _identity(run: RunConfig, session: Session, start: str) -> Identity:
-    known = {"config": content_hash(run), "start": start, "start_name": run.start or ""}
+    known = {"config": run.hash, "start": start, "start_name": run.start or ""}
     return session.identity.model_copy(update=known)
 
 

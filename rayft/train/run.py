@@ -298,6 +298,12 @@ class RunConfig(Section):
         return self
 
     @property
+    def hash(self) -> str:
+        """Hash of what decides the results, which does not include how often checkpoints are written."""
+        every = {"checkpoint_seconds": EvaluateConfig.model_fields["checkpoint_seconds"].default}
+        return content_hash(self.model_copy(update={"evaluate": self.evaluate.model_copy(update=every)}))
+
+    @property
     def setting(self) -> str:
         """Hash of what runs share that differ in their seed alone."""
         return content_hash(self.model_copy(update={"seed": 0}))

@@ -107,7 +107,7 @@ def test_finished_trials_are_used_again(config: PipelineConfig) -> None:
         found = {request.name: earlier(request) for request in requests(plan)}
         assert [*found] == [*TRIALS]
         assert all(values is not None and values["result"]["finished"] for values in found.values())
-        assert plan.begun_by == ""
+        assert plan.former_hash
         assert not any("not used again" in text for text in plan.warnings)
 
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_goes_on_where_other_trials_tell_of_data_and_base(
     trials = {name: next((here / "out" / "trials").glob(f"{name}-??????")) for name in TRIALS}
     (trials[TRIALS[0]] / "result.json").unlink()
     shutil.rmtree(trials[TRIALS[0]] / "adapter")
-    assert preflight(config).begun_by == ""
+    assert preflight(config).former_hash
     (here / "out" / "identity.json").unlink()
     for folder in (here / "out" / "trials").iterdir():
         if folder != trials[TRIALS[0]]:

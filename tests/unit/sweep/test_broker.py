@@ -6,7 +6,10 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
-from rayft.sweep.broker import CLOSE, Broker, Event, Job
+import pytest
+
+from rayft.errors import ResourceError
+from rayft.sweep.broker import CLOSE, Beat, Broker, Event, Job, Patience
 
 
 def play(scene: Coroutine[Any, Any, None]) -> None:
@@ -28,7 +31,7 @@ def test_a_report_waits_for_the_decision() -> None:
         await asyncio.sleep(0.05)
         assert not report.done(), "the lane went on before the search had decided"
         waiting = asyncio.create_task(broker.next_event("a"))
-        assert await report is True
+        assert await report == "continue"
         await broker.finish("a", 20, {"score": 3})
         assert await waiting == Event("final", 20, {"score": 3})
 
@@ -44,7 +47,7 @@ def test_cancelling_frees_the_lane_at_once() -> None:
         report = asyncio.create_task(broker.report("a", 10, {}))
         await broker.next_event("a")
         await broker.cancel("a")
-        assert await report is False
+        assert await report == "stop"
         await broker.finish("a", 10, {"kept": True})
         assert (await broker.result("a")) == Event("final", 10, {"kept": True})
         following = await broker.pull("lane")
@@ -74,13 +77,156 @@ def test_a_lane_that_comes_back_gets_its_job_and_reports_once() -> None:
         again = await broker.pull("lane")
         assert isinstance(again, Job)
         assert again.id == "a"
-        assert await broker.report("a", 10, {"val_loss": 1.0}) is True, (
-            "a report that was taken is taken again"
-        )
-        replayed = asyncio.create_task(broker.report("a", 20, {"val_loss": 0.5}))
-        assert (await broker.next_event("a")).step == 20
-        replayed.cancel()
-        lost.cancel()
+        repeated = asyncio.create_task(broker.report("a", 10, {"val_loss": 1.0}))
+        await asyncio.sleep(0.05)
+        assert not repeated.done(), "the lane went on before the search had decided"
+        following = asyncio.create_task(broker.next_event("a"))
+        assert await repeated == await lost == "continue"
+        assert await broker.report("a", 10, {"val_loss": 1.0}) == "continue"
+        later = asyncio.create_task(broker.report("a", 20, {"val_loss": 0.5}))
+        assert (await following).step == 20, "a report that was taken is passed on again"
+        later.cancel()
+
+    play(scene())
+
+
+def test_a_lane_that_dies_before_it_hears_the_verdict_stops_where_it_was_stopped() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        await broker.submit(job("a"))
+        await broker.pull("lane")
+        lost = [asyncio.create_task(broker.report("a", step, {})) for step in (5,)]
+        await broker.next_event("a")
+        asking = asyncio.create_task(broker.next_event("a"))
+        await lost[0]
+        report = asyncio.create_task(broker.report("a", 10, {}))
+        await asking
+        report.cancel()
+        await broker.cancel("a", 10)
+        again = await broker.pull("lane")
+        assert isinstance(again, Job), "nobody saves what the trial has reached"
+        assert await broker.report("a", 5, {}) == "continue"
+        assert await broker.report("a", 10, {}) == "stop"
+        await broker.finish("a", 10, {"kept": True})
+        assert await broker.result("a") == Event("final", 10, {"kept": True})
+
+    play(scene())
+
+
+def test_an_event_stays_until_it_is_dealt_with() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        await broker.submit(job("a"))
+        await broker.pull("lane")
+        report = asyncio.create_task(broker.report("a", 10, {}))
+        event = await broker.next_event("a", 0)
+        # The client dies, and another one in its place asks again.
+        assert await broker.next_event("a", 0) == event
+        assert not report.done()
+        following = asyncio.create_task(broker.next_event("a", event.number))
+        assert await report == "continue"
+        await broker.finish("a", 20, {})
+        assert (await following).kind == "final"
+
+    play(scene())
+
+
+def test_a_trial_stopped_at_a_former_checkpoint_is_still_saved() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        await broker.submit(job("a"))
+        await broker.cancel("a", 10)
+        assert isinstance(await broker.pull("lane"), Job)
+        assert await broker.report("a", 10, {}) == "stop"
+
+    play(scene())
+
+
+def test_an_interrupt_saves_what_trains_and_drops_the_rest() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        for name in ("decided", "training"):
+            await broker.submit(job(name))
+        await broker.pull("one")
+        await broker.pull("two")
+        await broker.submit(Job("scored", "score", b""))
+        await broker.pull("three")
+        await broker.submit(job("queued"))
+        report = asyncio.create_task(broker.report("decided", 10, {}))
+        await broker.next_event("decided")
+        assert await broker.beat("two", Beat(0, 1)) is False
+        assert await broker.interrupt() == ["decided", "training"]
+        assert await report == "interrupt"
+        assert await broker.beat("two", Beat(0, 1)) is True
+        assert await broker.report("training", 10, {}) == "interrupt"
+        settled = asyncio.create_task(broker.settled())
+        await asyncio.sleep(0.1)
+        assert not settled.done(), "nobody waits for the checkpoints"
+        for name in ("decided", "training"):
+            await broker.pause(name, 10)
+        await settled
+        for name in ("decided", "training", "queued", "scored"):
+            assert (await broker.result(name) or Event("none")).kind == "interrupted"
+        await broker.submit(job("late"))
+        assert (await broker.next_event("late")).kind == "interrupted"
+        assert await broker.pull("one") == CLOSE
+
+    play(scene())
+
+
+def test_a_full_disk_ends_all_jobs_with_one_error() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        for name in ("a", "b", "c"):
+            await broker.submit(job(name))
+        await broker.pull("one")
+        await broker.pull("two")
+        await broker.fail("a", "the disk of /x is full", fatal=True)
+        await broker.fail("b", "the disk of /y is full", fatal=True)
+        await broker.submit(job("d"))
+        for name in ("a", "b", "c", "d"):
+            with pytest.raises(ResourceError, match="the disk of /x is full"):
+                (await broker.next_event(name)).raise_fatal()
+        assert await broker.pull("one") == CLOSE
+
+    play(scene())
+
+
+def test_a_silent_lane_is_told_of_and_then_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("rayft.sweep.broker._end_process", lambda beat: ended.append(beat.pid))
+
+    async def scene() -> None:
+        broker = Broker(patience=Patience(warn=0.3, kill=1.2))
+        await broker.submit(job("a"))
+        await broker.pull("lane")
+        # One of two workers stands still, and the other one waits for it.
+        await broker.beat("lane", Beat(1, 5, pid=77))
+        while not ended:
+            await broker.beat("lane", Beat(0, 5, pid=76))
+            await asyncio.sleep(0.05)
+        first, second = await broker.notices()
+        assert "process 77 of lane is silent for 0 s" in first or "computes nothing" in first
+        assert "ended" in second
+        assert sorted(ended) == [76, 77]
+
+    play(scene())
+
+
+def test_a_lane_that_computes_or_waits_for_the_search_is_left_alone() -> None:
+    async def scene() -> None:
+        broker = Broker(patience=Patience(warn=0.3, kill=0.6))
+        for name in ("computes", "waits"):
+            await broker.submit(job(name))
+        await broker.pull("one")
+        await broker.pull("two")
+        report = asyncio.create_task(broker.report("waits", 10, {}))
+        for ticks in range(30):
+            await broker.beat("one", Beat(0, ticks))
+            await broker.beat("two", Beat(0, 0))
+            await asyncio.sleep(0.05)
+        assert await broker.notices() == []
+        report.cancel()
 
     play(scene())
 
@@ -90,14 +236,18 @@ def test_a_job_that_kills_its_lane_again_and_again_fails() -> None:
         broker = Broker(attempts=2)
         await broker.submit(job("a"))
         await broker.submit(job("b"))
-        await broker.pull("lane")
-        await broker.pull("lane")
+        for _ in range(2):
+            await broker.pull("lane")
+            await broker.beat("lane", Beat(0, 1, memory=3 * 2**30))
+            await broker.lane_died("lane", "out of memory")
         following = await broker.pull("lane")
         assert isinstance(following, Job)
         assert following.id == "b"
         event = await broker.next_event("a")
         assert event.kind == "failed"
-        assert "died 2 times" in event.values["error"]
+        assert (
+            "died 2 times, the last time because out of memory when it used 3.0 GiB" in event.values["error"]
+        )
 
     play(scene())
 

@@ -1,0 +1,85 @@
+"""One command at a time in an output folder: a lock, and who holds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from rayft.errors import ConfigError
+from rayft.files import locked
+from rayft.paths import check_folder
+
+__all__ = ["LOCK_FILE", "command_line", "hold"]
+
+LOCK_FILE = ".lock"
+"""In an output folder while a command writes to it: who that is. The lock itself is the system's."""
+
+
+@contextmanager
+def hold(folder: Path, setting: str) -> Iterator[None]:
+    """Hold an output folder, so that no other command writes to it; made if missing, and removed if unused.
+
+    The system releases the lock when the process ends, however it ends.
+
+    Args:
+        folder: absolute.
+        setting: where a user sets it, for messages.
+
+    Raises:
+        ConfigError: if another process holds it, naming that one.
+        ResourceError: if it can't be written.
+    """
+    check_folder(folder, setting)
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / LOCK_FILE
+    try:
+        with locked(lock, wait=0) as descriptor:
+            if descriptor is None:
+                raise ConfigError(_refusal(folder, setting))
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    finally:
+        for path in missing:
+            # Not empty: something was written there, as was wanted.
+            with suppress(OSError):
+                path.rmdir()
+
+
+def command_line() -> str:
+    """Return the command that this process runs, as a person would write it."""
+    program = Path(sys.argv[0])
+    start = ["python", str(program)] if program.suffix == ".py" else [program.name]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def _me() -> dict[str, str | int]:
+    return {
+        "command": command_line(),
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _refusal(folder: Path, setting: str) -> str:
+    try:
+        who = json.loads((folder / LOCK_FILE).read_text(encoding="utf-8"))
+        holder = "`{command}` (process {pid} on {host}, since {since})".format(**who)
+    except (OSError, ValueError, KeyError):
+        holder = "another process"
+    return (
+        f"{holder} is writing to {folder}; wait for it, end it, or choose another folder with {setting}. "
+        "Nothing was touched"
+    )

@@ -1,0 +1,80 @@
+"""Ctrl-C and SIGTERM: the first one ends a command in order, the second one at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from contextlib import suppress
+from types import FrameType
+
+__all__ = ["Interrupt", "Interrupts", "interrupts"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupt(BaseException):
+    """A person, or the system, has asked this process to end.
+
+    It is no `Exception`, so nothing that handles errors takes it, and no `KeyboardInterrupt`, which the
+    libraries in between treat in ways of their own.
+
+    Attributes:
+        resume: the command that continues; the same command, where empty.
+    """
+
+    resume = ""
+
+
+class Interrupts:
+    """The signals that this process got."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._installed = False
+
+    @property
+    def status(self) -> int:
+        """Return the exit status that shells give to a process that such a signal ends: 130 or 143."""
+        return 128 + (self.received or signal.SIGINT)
+
+    def install(self) -> None:
+        """Handle the signals here from now on, if this is the main thread, which alone gets them."""
+        if threading.current_thread() is threading.main_thread():
+            self._installed = True
+            for number in SIGNALS:
+                signal.signal(number, self._handle)
+
+    def renew(self) -> None:
+        """Handle SIGTERM here again, which Ray takes for itself when it starts, if it was handled here."""
+        if self._installed:
+            self.install()
+
+    def check(self) -> None:
+        """Raise again what was received: code that Python calls back from C swallows exceptions.
+
+        Raises:
+            Interrupt: if a signal was received.
+        """
+        if self.received is not None:
+            raise Interrupt
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            _end_at_once(128 + number)
+        self.received = signal.Signals(number)
+        raise Interrupt
+
+
+def _end_at_once(status: int) -> None:
+    """End this process and what it has started: a Ray cluster on this machine, not one that was joined."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            process.kill()
+    os._exit(status)
+
+
+interrupts = Interrupts()
+"""Those of this process."""

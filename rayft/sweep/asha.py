@@ -1,0 +1,61 @@
+"""ASHA that repeats its decisions when a sweep continues: Li et al. 2020, arXiv:1810.05934."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+
+from rayft.sweep.schedule import Decision, EventLog
+from rayft.sweep.space import SweepConfig
+
+__all__ = ["RecordedASHA"]
+
+
+class RecordedASHA(ASHAScheduler):
+    """ASHA on the validation loss, whose decisions are kept in an `EventLog` and repeated from it.
+
+    Trials are known by their keys, which stay the same when a sweep continues; Tune's own ids don't.
+
+    Args:
+        sweep: the search's settings.
+        steps: the last step of each trial.
+        log: the decisions so far.
+    """
+
+    def __init__(self, sweep: SweepConfig, steps: int, log: EventLog) -> None:
+        super().__init__(
+            time_attr="step",
+            metric="val_loss",
+            mode="min",
+            max_t=steps,
+            grace_period=min(sweep.grace, steps),
+            reduction_factor=sweep.reduction,
+        )
+        self._log = log
+        for decision in log.decisions:
+            self._decide(decision.trial, decision.step, decision.val_loss)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide on an evaluation; one that was decided before gets the same decision."""
+        key, step, loss = str(trial.config["request"].key), int(result["step"]), float(result["val_loss"])
+        decision = self._log.find(key, step)
+        if decision is None:
+            decision = Decision(key, step, loss, self._decide(key, step, loss))
+            self._log.append(decision)
+        return TrialScheduler.CONTINUE if decision.go_on else TrialScheduler.STOP
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Take nothing from a trial's end: it was evaluated at each rung before."""
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Forget nothing: what a trial reached counts, whatever becomes of it."""
+
+    def _decide(self, key: str, step: int, loss: float) -> bool:
+        # ASHA asks for a trial's id alone, and for nothing of the controller.
+        trial: Any = SimpleNamespace(trial_id=key)
+        nobody: Any = None
+        self._trial_info.setdefault(key, self._brackets[0])
+        result = {self._time_attr: step, self._metric: loss}
+        return bool(super().on_trial_result(nobody, trial, result) == TrialScheduler.CONTINUE)
