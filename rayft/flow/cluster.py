@@ -12,7 +12,6 @@ from pathlib import Path
 import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
-from ray.exceptions import RayError
 
 from rayft.errors import ResourceError, TrackingError
 from rayft.flow.address import find_address, unreachable
@@ -146,7 +145,8 @@ def _start(cpus: int) -> None:
             logging_level=logging.ERROR,
             namespace="rayft",
         )
-    except (OSError, RuntimeError, ValueError, RayError) as error:
+    # Ray raises a bare Exception where its processes don't come up in time.
+    except Exception as error:
         raise ResourceError(
             f"Ray can't be started on this machine ({error}); `rayft doctor` shows what is missing"
         ) from error

@@ -25,7 +25,7 @@ from rayft.flow.console import terminal
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
 from rayft.flow.hold import command_line
-from rayft.flow.interrupt import Interrupt, interrupts
+from rayft.flow.interrupt import interrupts
 from rayft.paths import check_file, check_folder, checked_text, read_path
 from rayft.registry.promote import Gate
 from rayft.registry.promote import promote as move_alias
@@ -75,10 +75,10 @@ def demo(
     started = time.monotonic()
     try:
         record = run_demo(settings, Display(console), wait)
-    except Interrupt as interrupt:
+    except KeyboardInterrupt:
         # The demo itself begins anew; the sweep in it continues.
         options = [part for override in overrides for part in ("--set", override)]
-        interrupt.resume = shlex.join(["rayft", "sweep", "demo", *options])
+        interrupts.resume = shlex.join(["rayft", "sweep", "demo", *options])
         raise
     _show(record, console)
     if record.served:
@@ -277,11 +277,15 @@ def guarded(command: Callable[[], object]) -> None:
     interrupts.install()
     try:
         command()
-    except (Interrupt, KeyboardInterrupt) as interrupt:
-        resume = getattr(interrupt, "resume", "") or command_line()
+    except (KeyboardInterrupt, SystemExit):
+        # Typer turns a KeyboardInterrupt into an exit of its own.
+        if interrupts.received is None:
+            raise
         terminal(stderr=True).print(
             Text.assemble(
-                ("Interrupted", "bold red"), ": what is done is kept. Continue with: ", (resume, "cyan")
+                ("Interrupted", "bold red"),
+                ": what is done is kept. Continue with: ",
+                (interrupts.resume or command_line(), "cyan"),
             ),
             soft_wrap=True,
         )
@@ -340,5 +344,5 @@ def _wait(port: int, console: Console) -> None:
     try:
         while True:
             time.sleep(1)
-    except (Interrupt, KeyboardInterrupt):
+    except KeyboardInterrupt:
         console.print("stopping", highlight=False)

@@ -8,29 +8,22 @@ import threading
 from contextlib import suppress
 from types import FrameType
 
-__all__ = ["Interrupt", "Interrupts", "interrupts"]
+__all__ = ["Interrupts", "interrupts"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupt(BaseException):
-    """A person, or the system, has asked this process to end.
-
-    It is no `Exception`, so nothing that handles errors takes it, and no `KeyboardInterrupt`, which the
-    libraries in between treat in ways of their own.
+class Interrupts:
+    """The signals that this process got, each a KeyboardInterrupt in the main thread.
 
     Attributes:
+        received: the first one; None if there was none.
         resume: the command that continues; the same command, where empty.
     """
 
-    resume = ""
-
-
-class Interrupts:
-    """The signals that this process got."""
-
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.resume = ""
         self._installed = False
 
     @property
@@ -54,16 +47,16 @@ class Interrupts:
         """Raise again what was received: code that Python calls back from C swallows exceptions.
 
         Raises:
-            Interrupt: if a signal was received.
+            KeyboardInterrupt: if a signal was received.
         """
         if self.received is not None:
-            raise Interrupt
+            raise KeyboardInterrupt
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
             _end_at_once(128 + number)
         self.received = signal.Signals(number)
-        raise Interrupt
+        raise KeyboardInterrupt
 
 
 def _end_at_once(status: int) -> None:

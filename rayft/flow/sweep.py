@@ -19,7 +19,7 @@ from rayft.flow.cluster import check_tracking, cluster, join
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
-from rayft.flow.interrupt import Interrupt, interrupts
+from rayft.flow.interrupt import interrupts
 from rayft.flow.preflight import Plan, preflight
 from rayft.flow.record import build_record
 from rayft.flow.squeeze_dense import dense_source, extract, lost_text
@@ -60,8 +60,8 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
     A sweep that was interrupted goes on: finished trials are not trained again. The analysis, which can take
     longer than all else, comes when the winner is registered and reported.
 
-    Interrupted (by an `Interrupt` or a KeyboardInterrupt), it has its trials save checkpoints, marks its runs
-    as interrupted, and raises that on.
+    Interrupted by a KeyboardInterrupt, it has its trials save checkpoints, marks its runs as interrupted, and
+    raises that on.
 
     Raises:
         RayftError: if a check fails (before anything is started) or a stage can't be done.
@@ -83,7 +83,7 @@ def _run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
     try:
         record = _run_stages(plan, display, tracker, parent)
         tracker.finish(parent, "finished")
-    except (KeyboardInterrupt, Interrupt):
+    except KeyboardInterrupt:
         tracker.finish(parent, "interrupted")
         raise
     except BaseException:
@@ -116,7 +116,7 @@ def _run_stages(plan: Plan, display: Display, tracker: MlflowTracker, parent: st
             if plan.config.analyze.parts and found.winner:
                 with display.stage("analyse"), display.watch(executor.broker):
                     analysis = _analyze(plan, executor, found.trials, record)
-        except (KeyboardInterrupt, Interrupt):
+        except KeyboardInterrupt:
             _save_trials(executor, display)
             raise
         finally:

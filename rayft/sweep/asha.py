@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,9 +23,12 @@ class RecordedASHA(ASHAScheduler):
         sweep: the search's settings.
         steps: the last step of each trial.
         log: the decisions so far.
+        stop: told of the key and the step at which a trial is stopped, once that is written down.
     """
 
-    def __init__(self, sweep: SweepConfig, steps: int, log: EventLog) -> None:
+    def __init__(
+        self, sweep: SweepConfig, steps: int, log: EventLog, stop: Callable[[str, int], None]
+    ) -> None:
         super().__init__(
             time_attr="step",
             metric="val_loss",
@@ -33,7 +37,7 @@ class RecordedASHA(ASHAScheduler):
             grace_period=min(sweep.grace, steps),
             reduction_factor=sweep.reduction,
         )
-        self._log = log
+        self._log, self._stop = log, stop
         for decision in log.decisions:
             self._decide(decision.trial, decision.step, decision.val_loss)
 
@@ -44,7 +48,10 @@ class RecordedASHA(ASHAScheduler):
         if decision is None:
             decision = Decision(key, step, loss, self._decide(key, step, loss))
             self._log.append(decision)
-        return TrialScheduler.CONTINUE if decision.go_on else TrialScheduler.STOP
+        if decision.go_on:
+            return str(TrialScheduler.CONTINUE)
+        self._stop(key, step)
+        return str(TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Take nothing from a trial's end: it was evaluated at each rung before."""

@@ -329,9 +329,15 @@ class Broker:
     # --- both
 
     async def snapshot(self) -> list[dict[str, Any]]:
-        """Show every job: id, kind, state, lane, step and its last numbers."""
+        """Show every job: id, kind, state, lane, its processes, step and its last numbers."""
         return [
-            {"id": entry.job.id, "lane": entry.lane, **entry.progress} for entry in self._entries.values()
+            {
+                "id": entry.job.id,
+                "lane": entry.lane,
+                "pids": [beat.pid for beat in self._beats.get(entry.lane or "", {}).values()],
+                **entry.progress,
+            }
+            for entry in self._entries.values()
         ]
 
     async def result(self, job_id: str) -> Event | None:

@@ -1,10 +1,11 @@
 """The search: Ray Tune decides which trials start and which stop; an executor runs them.
 
-A Tune trial does no work itself. Its `step` waits for the trial's next evaluation from the broker;
-Tune looks at the number and either calls `step` again or `cleanup`, which is how the lane hears
-"go on" or "stop". A trial that ended in an earlier, interrupted sweep is replayed from its result, one
-that was under way from its checkpoint's curve, so nothing is trained twice; what ASHA decided then, in
-which order, is in the sweep's event log (`rayft.sweep.schedule`).
+A Tune trial does no work itself. Its `step` waits for the trial's next evaluation from the broker; Tune looks
+at the number and calls `step` again, which is how the lane hears that it may go on. ASHA itself tells the
+broker which trials stop, so that a search that ends for another reason stops none. A trial that ended in an
+earlier, interrupted sweep is replayed from its result, one that was under way from its checkpoint's curve, so
+nothing is trained twice; what ASHA decided then, in which order, is in the sweep's event log
+(`rayft.sweep.schedule`).
 """
 
 from __future__ import annotations
@@ -62,13 +63,11 @@ class TrialActor(tune.Trainable):
         assert executor is not None
         self._executor = executor
         self._replay: list[Event] = []
-        self._seen = self._step = 0
+        self._seen = 0
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial in the same process: it starts in milliseconds."""
-        # Tune reuses an actor without calling `cleanup` first.
-        self.cleanup()
         self._begin(new_config)
         return True
 
@@ -79,15 +78,10 @@ class TrialActor(tune.Trainable):
         else:
             event = ray.get(self._broker.next_event.remote(self._key, self._seen))
             self._seen = event.number
-        self._step = event.step
         result = event.values.get("result", {})
         # A trial that failed ends too: `_collect` says why, and Tune prints no traceback for it.
         loss = event.values.get("val_loss", result.get("val_loss", math.nan))
         return {"step": event.step, "val_loss": loss, "done": event.kind != "report"}
-
-    def cleanup(self) -> None:
-        """Tell the lane to stop, if it still runs the trial."""
-        ray.get(self._broker.cancel.remote(self._key, self._step))
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Keep nothing: the lane keeps the trial's checkpoint."""
@@ -98,7 +92,7 @@ class TrialActor(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         request: TrainRequest = config["request"]
         self._broker, self._key = self._executor.broker, request.key
-        self._seen = self._step = 0
+        self._seen = 0
         ended = _ended(request)
         self._replay = ended or _half_way(request)
         if not ended:
@@ -148,9 +142,13 @@ def search(
         )
         for point in trials
     ]
-    log = EventLog(output / EVENTS_FILE)
+
+    def stop(key: str, step: int) -> None:
+        ray.get(executor.broker.cancel.remote(key, step))
+
+    asha = RecordedASHA(sweep, trials[0].run.optim.steps, EventLog(output / EVENTS_FILE), stop)
     try:
-        _tuner(sweep, trials, requests, executor, log, check).fit()
+        _tuner(sweep, requests, executor, asha, check).fit()
         return [
             _collect(point, request, executor, output)
             for point, request in zip(trials, requests, strict=True)
@@ -178,10 +176,9 @@ class _Watch(tune.Callback):
 
 def _tuner(
     sweep: SweepConfig,
-    trials: Sequence[Point],
     requests: Sequence[TrainRequest],
     executor: Executor,
-    log: EventLog,
+    asha: RecordedASHA,
     check: Callable[[], None],
 ) -> tune.Tuner:
     _quiet_tune()
@@ -190,7 +187,7 @@ def _tuner(
         trainable,
         param_space={"request": tune.grid_search(requests)},
         tune_config=tune.TuneConfig(
-            scheduler=RecordedASHA(sweep, trials[0].run.optim.steps, log),
+            scheduler=asha,
             max_concurrent_trials=executor.lanes,
             reuse_actors=True,
         ),

@@ -39,7 +39,7 @@ def events(seed: int) -> list[tuple[str, int, float]]:
 
 
 def test_it_decides_as_tunes_own(tmp_path: Path) -> None:
-    ours = RecordedASHA(SWEEP, STEPS, EventLog(tmp_path / "events.jsonl"))
+    ours = RecordedASHA(SWEEP, STEPS, EventLog(tmp_path / "events.jsonl"), lambda *_: None)
     theirs = ASHAScheduler(
         time_attr="step", metric="val_loss", mode="min", max_t=STEPS, grace_period=10, reduction_factor=2
     )
@@ -60,19 +60,21 @@ def test_it_decides_as_tunes_own(tmp_path: Path) -> None:
 
 def test_a_sweep_that_continues_decides_as_one_that_was_not_interrupted(tmp_path: Path) -> None:
     order = events(1)
-    whole = RecordedASHA(SWEEP, STEPS, EventLog(tmp_path / "whole.jsonl"))
+    whole = RecordedASHA(SWEEP, STEPS, EventLog(tmp_path / "whole.jsonl"), lambda *_: None)
     expected = [ask(whole, *event) for event in order]
     assert set(expected) == {ASHAScheduler.CONTINUE, ASHAScheduler.STOP}
     for cut in range(0, len(order), 7):
         path = tmp_path / f"cut-{cut}.jsonl"
-        first = RecordedASHA(SWEEP, STEPS, EventLog(path))
+        first = RecordedASHA(SWEEP, STEPS, EventLog(path), lambda *_: None)
         for event in order[:cut]:
             ask(first, *event)
-        second = RecordedASHA(SWEEP, STEPS, EventLog(path))
+        stopped: set[tuple[str, int]] = set()
+        second = RecordedASHA(SWEEP, STEPS, EventLog(path), lambda *event, into=stopped: into.add(event))
         # Trials report again what they had reported, in another order, then the rest comes.
         again = sorted(order[:cut])
         assert [ask(second, *event) for event in again] == [expected[order.index(event)] for event in again]
         assert [ask(second, *event) for event in order[cut:]] == expected[cut:]
+        assert stopped == {order[i][:2] for i, verdict in enumerate(expected) if verdict == "STOP"}
         assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
