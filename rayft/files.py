@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from rayft.errors import DiskFullError
 
-__all__ = ["disk_full", "locked", "room_on", "write_file"]
+__all__ = ["disk_full", "hash_content", "locked", "room_on", "sync_tree", "write_file"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXT = re.compile(
@@ -52,6 +53,25 @@ def write_file(path: Path, content: str | bytes) -> Path:
             raise
         _sync(path.parent)
     return path
+
+
+def sync_tree(folder: Path) -> None:
+    """Sync every file below a folder, and the folders, so that their content outlives a power cut.
+
+    A folder that is filled, synced and then renamed to its place is there as a whole or not at all.
+    """
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with open(os.path.join(place, name), "rb") as file:
+                os.fsync(file.fileno())
+        _sync(Path(place))
+    _sync(folder.parent)
+
+
+def hash_content(path: Path) -> str:
+    """Hash the content of a file (16 hex digits)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from rayft.artifacts.meta import CONFIG_FILE, META_FILE, WEIGHTS_FILE
 from rayft.errors import ArtifactError, ResourceError
+from rayft.files import sync_tree
 
 __all__ = ["check_replaceable", "contains", "saved_whole", "settle", "write_whole"]
 
@@ -94,7 +95,9 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
         new = staging / "new"
         new.mkdir(mode=0o755)
         write(new)
+        sync_tree(new)
         _swap(new, folder, staging / "old")
+        sync_tree(folder)
     except (OSError, SafetensorError) as error:
         # safetensors writes in Rust and hands the system's error on as text.
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from rayft.analysis.section import PARTS, AnalyzeConfig
 from rayft.analysis.spectral import principal_angles
 from rayft.artifacts import AdapterArtifact
 from rayft.config import parse
-from rayft.errors import ReportError
+from rayft.errors import ArtifactError, ReportError
 from rayft.flow.analyze_source import Item, Sources, find_items
 from rayft.flow.cluster import cluster, join
 from rayft.flow.display import Display
@@ -40,19 +41,30 @@ ANGLES_OF, ANGLE_MODULES, ANGLE_TOP = 4, 12, 8
 
 
 def analyze_items(
-    executor: Executor, items: Sequence[Item], config: AnalyzeConfig, folder: Path
+    executor: Executor,
+    items: Sequence[Item],
+    config: AnalyzeConfig,
+    folder: Path,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[AdapterAnalysis]:
     """Analyse in the lanes, as many at once as there are; what fails as a whole says so in its notes.
 
     Each adapter's findings are kept in the folder as they come, until `SweepAnalysis.save` has all of them:
-    an analysis that was interrupted goes on with those that are missing or have notes.
+    an analysis that was interrupted continues with those that are missing or damaged, or have notes.
+
+    Args:
+        executor: of the lanes.
+        items: what to analyse.
+        config: the parts, and their settings.
+        folder: where findings are kept.
+        say: called with a sentence for each finding that can't be read.
     """
     # All of an adapter's bytes are read for it: once.
     weights = {item.name: item.weights for item in items}
     places = {
         item.name: folder / PIECES / f"{_identity(item, weights[item.name], config)}.json" for item in items
     }
-    found = {item.name: one for item in items if (one := _piece(places[item.name], item)) is not None}
+    found = {item.name: one for item in items if (one := _piece(places[item.name], item, say)) is not None}
     todo = {f"analyse {item.name}": item for item in items if item.name not in found}
     executor.submit([Job.of(key, "analyse", item.request(config)) for key, item in todo.items()])
     waiting = {executor.broker.next_event.remote(key): item for key, item in todo.items()}
@@ -79,11 +91,14 @@ def _identity(item: Item, weights: str, config: AnalyzeConfig) -> str:
     return hashlib.sha256(given.encode()).hexdigest()[:24]
 
 
-def _piece(place: Path, item: Item) -> AdapterAnalysis | None:
+def _piece(place: Path, item: Item, say: Callable[[str], None]) -> AdapterAnalysis | None:
     """Read what was found of an adapter; None if it was found with other data or on another base."""
     try:
         one = item.with_inputs(AdapterAnalysis.model_validate_json(place.read_bytes()))
-    except (OSError, ValidationError):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError, ArtifactError) as error:
+        say(f"{item.name} is analysed again: {place} is damaged ({str(error).splitlines()[0]})")
         return None
     # A reason may be gone by now.
     return None if one.notes or one.inputs != item.inputs else one
@@ -217,7 +232,7 @@ def earlier_analysis(folder: Path, names: Collection[str], *, overwrite: bool) -
     except ReportError:
         # Of another version, perhaps; a file that has none of an analysis's words is somebody else's.
         text = (folder / ANALYSIS_FILE).read_bytes()
-        if not all(word in text for word in (b'"config"', b'"parts"')):
+        if text.strip(b"\0") and not all(word in text for word in (b'"config"', b'"parts"')):
             raise
         return None
     lost = sorted({one.name for one in earlier.adapters} - {*names}) if earlier else []
@@ -252,7 +267,7 @@ def _in_lanes(
         with display.stage("start workers"):
             executor.start()
         with display.stage(f"analyse {len(items)} adapters"), display.watch(executor.broker):
-            return analyze_items(executor, items, config, place)
+            return analyze_items(executor, items, config, place, display.say)
     finally:
         executor.close()
 
@@ -290,7 +305,9 @@ def _angles(items: Sequence[Item]) -> dict[str, tuple[float, ...]]:
     loaded: dict[str, Mapping[str, LoraFactors]] = {}
     for item in {item.group: item for item in reversed(items)}.values():
         if len(loaded) < ANGLES_OF and method(item.run.method.name).exports_lora:
-            loaded[item.name] = AdapterArtifact.load(item.folder).modules
+            # One that can't be read has said so in its notes.
+            with contextlib.suppress(ArtifactError):
+                loaded[item.name] = AdapterArtifact.load(item.folder).modules
     names, found = [*loaded], {}
     for index, one in enumerate(names):
         for other in names[index + 1 :]:

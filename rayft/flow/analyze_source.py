@@ -15,6 +15,7 @@ from rayft.analysis.section import AnalyzeConfig
 from rayft.analysis.work import AnalyzeRequest
 from rayft.artifacts import AdapterArtifact
 from rayft.artifacts.meta import META_FILE, ArtifactMeta
+from rayft.artifacts.read import read_meta
 from rayft.config import parse
 from rayft.errors import ConfigError, ReportError
 from rayft.flow.cluster import has_gpus
@@ -65,11 +66,7 @@ class Item:
         """What its folder says that it was trained with."""
         path = self.folder / META_FILE
         # A whole model has none.
-        meta = (
-            ArtifactMeta.model_validate_json(path.read_text(encoding="utf-8"))
-            if path.is_file()
-            else ArtifactMeta()
-        )
+        meta = read_meta(self.folder, {}) if path.is_file() else ArtifactMeta()
         return Identity(data=meta.data_digest, fingerprint=meta.base_fingerprint)
 
     @property

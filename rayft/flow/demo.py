@@ -15,9 +15,10 @@ from rayft.data.source import read
 from rayft.errors import ConfigError
 from rayft.flow.cluster import cluster
 from rayft.flow.config import PipelineConfig
+from rayft.flow.damaged import check_own
 from rayft.flow.display import Display
 from rayft.flow.hold import LOCK_FILE, hold
-from rayft.flow.preflight import STAMP_FILE, WRITTEN, check_own, is_sweep, stamp_line
+from rayft.flow.preflight import STAMP_FILE, WRITTEN, is_sweep, stamp_line
 from rayft.flow.serve import ask, served_names, wait_ready
 from rayft.flow.sweep import run_sweep
 from rayft.report.frame import SweepRecord
@@ -28,10 +29,8 @@ from rayft.serving.config import ServeConfig
 __all__ = ["clear", "run_demo"]
 
 
-OWN = re.compile(
-    rf"({'|'.join(map(re.escape, WRITTEN))}|artifacts|spool|mlflow\.db.*|\.lock"
-    r"|\.(winner|sweep\.json|analysis\.json)[-.]\w+)"
-)
+_NAMES = "|".join(map(re.escape, WRITTEN))
+OWN = re.compile(rf"({_NAMES}|artifacts|spool|mlflow\.db.*|\.lock|\.({_NAMES})[-.][\w-]+)")
 """Names in a sweep's folder that rayft gives: results, what tracking writes, what an interruption left."""
 QUESTIONS = 3
 """Test questions that the served application is asked."""

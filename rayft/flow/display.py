@@ -83,7 +83,10 @@ class Display:
         self.console.print(f"  {text}", highlight=False, markup=False, emoji=False)
 
     def _follow(self, broker: Any, names: Callable[[str], str], done: threading.Event) -> None:
-        while not done.wait(0.5):
+        over = False
+        while not over:
+            # Once more at the end: what jobs said last must be printed too.
+            over = done.wait(0.5)
             try:
                 jobs, notices = ray.get([broker.snapshot.remote(), broker.notices.remote(self._noticed)])
             except ray.exceptions.RayError:

@@ -19,7 +19,7 @@ from rayft.identity import Identity
 from rayft.models.fingerprint import source_fingerprint
 from rayft.models.load import ModelConfig, load_skeleton, resolve
 from rayft.report.frame import SweepRecord
-from rayft.sweep.lane import left_identity
+from rayft.sweep.result import left_identity
 from rayft.sweep.space import Point
 from rayft.train.identity import identify
 from rayft.train.run import RunConfig
@@ -176,8 +176,9 @@ def _read(output: Path) -> Identity | None:
         return Identity.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ConfigError(
-            f"{path} is damaged, or of a later version of rayft: use that one, or choose another folder with "
-            "--set output=…"
+            f"{path} is damaged, or of a later version of rayft, so it can't tell which data and base the "
+            "results beside it are of. Nothing was touched. Put back a copy; or delete it, so that each "
+            "trial's own record of data and base is compared; or choose another folder with --set output=…"
         ) from error
 
 

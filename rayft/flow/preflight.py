@@ -11,18 +11,18 @@ from typing import Any, Literal
 
 import torch
 
-from rayft.artifacts import META_FILE, check_replaceable
 from rayft.config import content_hash, leaves
 from rayft.data.chat_format import ChatFormat
 from rayft.data.loader import Schedule
 from rayft.data.pack import AnyEncoded
 from rayft.data.source import Parts, read
 from rayft.data.template import encode_all
-from rayft.errors import ConfigError, ResourceError
+from rayft.errors import ConfigError, DiskFullError, ResourceError
 from rayft.evaluate.tasks import perfect_answers
 from rayft.files import write_file
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.damaged import check_own, discard_damaged
 from rayft.flow.identity import (
     IDENTITY_FILE,
     begun_by,
@@ -47,14 +47,14 @@ from rayft.train.identity import identify
 from rayft.train.links import spans
 from rayft.train.run import RunConfig
 
-__all__ = ["WRITTEN", "Plan", "check_own", "is_sweep", "preflight", "skeleton", "stamp_line", "sweep_hash"]
+__all__ = ["WRITTEN", "Plan", "is_sweep", "preflight", "skeleton", "stamp_line", "sweep_hash"]
 
 STAMP_FILE = "config.yaml"
 CHECKED = 200
 """Examples of a part whose own answers are scored before the start."""
 WRITTEN = (
     STAMP_FILE, IDENTITY_FILE, EVENTS_FILE, "analysed", "analysis.json", "plots", "ray", "report.html",
-    "serve.yaml", "squeezed", "sweep.json", "trials", "winner",
+    "scores", "serve.yaml", "squeezed", "sweep.json", "trials", "winner",
 )  # fmt: skip
 """What a sweep writes into its folder, beside the tracker's files."""
 ELSEWHERE = ("output", "question", "serve", "tracking", "promote", "squeeze", "analyze")
@@ -66,6 +66,8 @@ HOW = {
 """Settings that say how trials are run, and change no result: they may differ when a sweep continues."""
 SHOWN = 3
 """Changed settings that a message names."""
+CHECKPOINT = 16
+"""Bytes of a checkpoint for each number that trains: the weight, its fp32 master and two moments."""
 MARGIN = 2**30
 """Bytes left free beside what the sweep writes."""
 
@@ -104,7 +106,7 @@ def preflight(config: PipelineConfig) -> Plan:
     executor = check_executor(config.sweep, run)
     _check_devices(run)
     shapes, encoder, context = skeleton(run.model)
-    written = _check_ranks(trials, shapes)
+    written = _check_ranks(trials, shapes, config.sweep.lanes)
     parts = read(config.data)
     check_task(run, parts)
     for name in ("train", "val", "test"):
@@ -119,9 +121,10 @@ def preflight(config: PipelineConfig) -> Plan:
     identity = identity.model_copy(update={"sweep": sweep_id(output, identity)})
     unused = not_used(output, trials)
     _make_output(config, output, identity, keep=begun is not None)
+    damaged = discard_damaged(output, trials)
     _check_disk(output, written)
     tracker = prepare(spec)
-    warnings = (*_doubts(run, parts, encoder), *unused)
+    warnings = (*_doubts(run, parts, encoder), *unused, *damaged)
     former = "" if begun_by(output) else _hash(begun or config, {})
     return Plan(config, run, trials, executor, tracker, parts, output, identity, former, warnings)
 
@@ -165,8 +168,8 @@ def skeleton(config: ModelConfig) -> tuple[dict[str, tuple[int, int]], Any, int]
     return linear_shapes(model), encoder, context_length(config, model.config, encoder)
 
 
-def _check_ranks(trials: list[Point], shapes: dict[str, tuple[int, int]]) -> int:
-    """Check each method's targets and ranks; give the bytes that the trials write together."""
+def _check_ranks(trials: list[Point], shapes: dict[str, tuple[int, int]], lanes: int) -> int:
+    """Check each method's targets and ranks; return the most bytes that the trials keep at once."""
     stored: dict[str, int] = {}
     for config in {content_hash(point.run.method): point.run.method for point in trials}.values():
         kind = method(config.name)
@@ -180,15 +183,17 @@ def _check_ranks(trials: list[Point], shapes: dict[str, tuple[int, int]]) -> int
             kind.check(shape, rank, name, config.links)
             size += kind.stored(shape, rank, config.links)
         stored[content_hash(config)] = size
-    return sum(stored[content_hash(point.run.method)] * _bytes_of_a_number(point.run) for point in trials)
+    kept = sum(stored[content_hash(point.run.method)] * _bytes_of_a_number(point.run) for point in trials)
+    # A trial that has ended keeps one checkpoint; one that trains keeps two, and writes a third beside them.
+    return kept + lanes * 2 * CHECKPOINT * max(stored.values())
 
 
 def _bytes_of_a_number(run: RunConfig) -> int:
     """Give the bytes that a trial writes for each number that it stores."""
-    # Adapter in 4 bytes; checkpoint with fp32 master and two moments beside the weights.
+    # The adapter in 4 bytes, and a checkpoint.
     kept = run.evaluate.trail and not method(run.method.name).saves_model
     trail = run.optim.steps // (run.evaluate.every or run.optim.steps) if kept else 0
-    return 4 * (1 + trail) + 16
+    return 4 * (1 + trail) + CHECKPOINT
 
 
 def _check_links(trials: list[Point], train: list[AnyEncoded]) -> None:
@@ -219,6 +224,13 @@ def _check_stamp(config: PipelineConfig, output: Path) -> PipelineConfig | None:
     stamp, begun = output / STAMP_FILE, None
     if not is_sweep(output):
         others = sorted(name for name in WRITTEN if os.path.lexists(output / name))
+        if "trials" in others and {IDENTITY_FILE, "sweep.json"} & {*others}:
+            raise ConfigError(
+                f"{stamp} is missing or damaged: its first line does not name a sweep, so the results beside "
+                "it can't be told from another sweep's. Nothing was touched. Put back a copy of it; or, if "
+                f"they are of this very configuration, write '{stamp_line(config).strip()}' into its first "
+                "line; or choose another folder with --set output=…"
+            )
         if others:
             raise ConfigError(
                 f"{output} holds {', '.join(others)}, which no sweep of rayft's wrote and this one would "
@@ -302,21 +314,12 @@ def _make_output(config: PipelineConfig, output: Path, identity: Identity, *, ke
         if not keep:
             write_file(stamp, stamp_line(config) + config.model_dump_json(indent=2) + "\n")
         write_identity(output, identity)
+    except DiskFullError:
+        raise
     except OSError as error:
         raise ResourceError(
             f"can't write to {output} ({reason(error, stamp)}); choose another with --set output=…"
         ) from error
-
-
-def check_own(output: Path) -> None:
-    """Refuse to go on where something of a user's lies in what the sweep writes again.
-
-    Raises:
-        ArtifactError: naming it.
-    """
-    squeezed = {file.parent for file in (output / "squeezed").rglob(META_FILE)}
-    for place in (output / "winner", *sorted(squeezed)):
-        check_replaceable(place)
 
 
 def is_sweep(folder: Path) -> bool:

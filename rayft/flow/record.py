@@ -63,7 +63,9 @@ def build_record(
         device=f"{origin['device']}, {plan.run.scale.dtype}",
         versions={"python": origin["python"], **versions},
         git_commit=origin["git.commit"] + dirty if "git.commit" in origin else "",
-        baselines=tuple(_baseline(name, measured) for name, measured in baselines.items()),
+        baselines=tuple(
+            _baseline(name, measured) for name, measured in baselines.items() if not measured.error
+        ),
         trials=tuple(_trial(trial, scores.get(trial.point.name, Measured())) for trial in trials),
         winner=ship,
         no_winner="" if ship else "no trial finished; look at why in the table",
@@ -144,14 +146,14 @@ def _trial(trial: EndedTrial, measured: Measured) -> Trial:
     }
     if result is None:
         return Trial(**common, reason=trial.error)  # type: ignore[arg-type]
-    reason = "" if result["finished"] else f"behind others at step {result['steps']}"
+    behind = "" if result["finished"] else f"behind others at step {result['steps']}"
     if ranked and not result["finished"] and result.get("rank"):
         # Stopped before its last link, or before its rank had fallen all the way.
         common["rank"] = result["rank"]
     seconds = result["seconds"]
     return Trial(
         **common,  # type: ignore[arg-type]
-        reason=reason,
+        reason=trial.error or behind,
         steps=result["steps"],
         val_loss=tuple((int(s), float(v)) for s, v in result["val_curve"]),
         train_loss=tuple((int(s), float(v)) for s, v in result["train_curve"]),
@@ -195,7 +197,8 @@ def _comparisons(
     if winner is None:
         return ()
     name = winner.point.name
-    best = max(baselines, key=lambda key: baselines[key].mean("val") or 0.0)
+    known = [key for key, measured in baselines.items() if not measured.error]
+    best = max(known, key=lambda key: baselines[key].mean("val") or 0.0)
     pairs = [(name, scores[name], best, baselines[best])]
     versions = {item.name for item in squeezed}
     rivals = [other for other in scores if other != name and other not in versions]

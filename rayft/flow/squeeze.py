@@ -25,7 +25,7 @@ from rayft.flow.squeeze_dense import Dense, dense_source, extract, lost_text
 from rayft.flow.squeeze_places import check_places, files_digest
 from rayft.flow.squeeze_source import Origin, check_base, find_origin
 from rayft.flow.squeezing import Source, SqueezedAdapter, Target
-from rayft.flow.stages import Measured
+from rayft.flow.stages import Measured, check_some
 from rayft.flow.track_squeeze import track_squeezed
 from rayft.identity import UNKNOWN
 from rayft.models.load import ModelConfig
@@ -247,10 +247,12 @@ def _measure(
         found.made += squeezing.continue_all(executor, found.made, request.cont, folder, tracker)
     source = _as_item(request, found)
     found.scores = squeezing.score(executor, [source], ("val",))
+    check_some(found.scores)
     reached = found.scores[source.name].mean("val") or 0.0
     keep = request.keep_score
     for item in sorted(found.made, key=lambda item: -item.parameters):
-        found.scores |= squeezing.score(executor, [item], ("val",))
+        found.scores |= (scores := squeezing.score(executor, [item], ("val",)))
+        check_some(scores)
         lost = keep is not None and (found.scores[item.name].mean("val") or 0.0) < keep * reached
         if lost and not request.targets and request.cont is None:
             break  # Lower ranks lose more.
@@ -260,6 +262,7 @@ def _measure(
     # The test part is read for what is reported: the source, and what was asked for or chosen.
     reported = scored if request.targets else [found.chosen] if found.chosen else []
     for name, measured in squeezing.score(executor, [source, *reported], ("test",)).items():
+        check_some({name: measured})
         found.scores[name] = Measured({**found.scores[name].parts, **measured.parts})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,8 @@ import ray
 
 from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.config import content_hash
-from rayft.errors import TrainError
+from rayft.errors import ArtifactError, TrainError
+from rayft.flow.scores import ScoreStore
 from rayft.flow.stages import Measured, files_along, score_all
 from rayft.identity import UNKNOWN, Identity
 from rayft.methods.base import MethodConfig
@@ -22,7 +23,8 @@ from rayft.squeeze.rank import Progress, retained_energy, squeeze
 from rayft.squeeze.section import ContinueConfig, SqueezeConfig
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
-from rayft.sweep.lane import RESULT_FILE, TrainRequest, read_result, result_identity, tracking_key, unpack
+from rayft.sweep.lane import TrainRequest, tracking_key
+from rayft.sweep.result import RESULT_FILE, damage, discard, read_result, result_identity, unpack
 from rayft.sweep.score import ScoreRequest
 from rayft.tracking.base import TrackerSpec
 from rayft.train.checkpoint import checkpoint_identity
@@ -185,11 +187,20 @@ def continue_all(
     cont: ContinueConfig,
     output: Path,
     tracker: TrackerSpec | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[SqueezedAdapter]:
     """Train squeezed adapters on at their lower rank, as many at once as there are lanes.
 
+    Args:
+        executor: of the lanes.
+        items: what to train on.
+        cont: how.
+        output: folder for the trainings.
+        tracker: where they are tracked.
+        say: called with a sentence for each that fails, which is left out then.
+
     Raises:
-        TrainError: if one of them fails.
+        TrainError: if one of them fails and `say` is not given.
     """
     wanted = []
     for item in items:
@@ -208,22 +219,32 @@ def continue_all(
         )
         wanted.append((new, request))
     # What an interrupted stage had finished is not trained again, if it follows from the same.
-    known = {request.key: _finished(request) for _, request in wanted}
+    known = {request.key: _finished(request, say) for _, request in wanted}
     jobs = [Job.of(request.key, "train", request) for _, request in wanted if known[request.key] is None]
     executor.submit(jobs)
-    trained = {job.id: _wait(executor, job.id) for job in jobs}
-    return [
-        _continued(new, trained.get(request.key) or known[request.key] or {}, output, cont)
-        for new, request in wanted
-    ]
+    made = []
+    for new, request in wanted:
+        try:
+            values = known[request.key] or _wait(executor, request.key)
+            made.append(_continued(new, values, output, cont))
+        except (TrainError, ArtifactError) as error:
+            if say is None:
+                raise
+            say(f"{new.name} is left out: {error}")
+    return made
 
 
-def _finished(request: TrainRequest) -> dict[str, Any] | None:
+def _finished(request: TrainRequest, say: Callable[[str], None] | None) -> dict[str, Any] | None:
     """Read the result of an earlier continued training; None if there is none that can be used again.
 
-    What follows from something else is trained again: its checkpoint, which would not fit, is dropped.
+    What is damaged, or follows from something else, is trained again; a checkpoint that would not fit is
+    dropped.
     """
     folder = trial_folder(request.output, request.key)
+    if problem := damage(folder):
+        if say is not None:
+            say(f"{request.name} is trained again: {problem}")
+        discard(folder)
     values = read_result(request.output, request.key)
     if values is None:
         left = checkpoint_identity(folder / "checkpoint")
@@ -270,9 +291,12 @@ def continued_run(item: SqueezedAdapter, cont: ContinueConfig) -> RunConfig:
 
 
 def score(
-    executor: Executor, items: Sequence[SqueezedAdapter], parts: tuple[Part, ...] = ("val", "test")
+    executor: Executor,
+    items: Sequence[SqueezedAdapter],
+    parts: tuple[Part, ...] = ("val", "test"),
+    store: ScoreStore | None = None,
 ) -> dict[str, Measured]:
-    """Score squeezed adapters as they lie on disk."""
+    """Score squeezed adapters as they lie on disk; what can't be scored says why in its `error`."""
     requests = {}
     for item in items:
         assert item.source.run is not None
@@ -283,7 +307,7 @@ def score(
             files=files_along(str(item.folder)),
             expected=item.source.identity,
         )
-    return score_all(executor, requests)
+    return score_all(executor, requests, store)
 
 
 def sort_columns(
@@ -302,8 +326,10 @@ def smallest_good(
 
     Of those that are as small, the one with the better validation score.
     """
-    reached = {item.name: scores[item.name].mean("val") or 0.0 for item in made}
-    good = [item for item in made if reached[item.name] >= keep * winner_score]
+    reached = {
+        item.name: scores[item.name].mean("val") or 0.0 for item in made if not scores[item.name].error
+    }
+    good = [item for item in made if item.name in reached and reached[item.name] >= keep * winner_score]
     return min(good, key=lambda item: (item.parameters, -reached[item.name]), default=None)
 
 

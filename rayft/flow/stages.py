@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ray
 
 from rayft.data.source import majority_answer
-from rayft.errors import TrainError
+from rayft.errors import RayftError, TrainError
 from rayft.evaluate.compare import interval
 from rayft.flow.preflight import Plan
+from rayft.flow.scores import ScoreStore, follows_from
 from rayft.methods import method
 from rayft.report.frame import Score
 from rayft.sweep.broker import Event, Job
@@ -24,7 +25,9 @@ from rayft.train.run import RunConfig
 __all__ = [
     "Measured",
     "best_first",
+    "check_some",
     "files_along",
+    "marked",
     "outcome",
     "score_all",
     "score_baselines",
@@ -40,6 +43,8 @@ class Measured:
     """Scores of one adapter (or baseline): part → value of each example."""
 
     parts: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    error: str = ""
+    """Why it could not be scored."""
 
     def mean(self, part: str) -> float | None:
         """Give the mean of a part; None where it was not scored."""
@@ -55,26 +60,66 @@ class Measured:
         return Score(value=sum(values) / len(values), low=low, high=high, n=len(values))
 
 
-def score_all(executor: Executor, requests: Mapping[str, ScoreRequest]) -> dict[str, Measured]:
+def score_all(
+    executor: Executor, requests: Mapping[str, ScoreRequest], store: ScoreStore | None = None
+) -> dict[str, Measured]:
     """Score many at once (as many as there are lanes).
 
-    Raises:
-        TrainError: if one can't be scored.
+    What can't be scored says so in its `error`, and costs the others nothing.
+
+    Args:
+        executor: of the lanes.
+        requests: name of what is scored → how.
+        store: where scores are kept as they come, and found again; not at all where not given.
     """
-    if not requests:
-        return {}
-    executor.submit([Job.of(name, "score", request) for name, request in requests.items()])
-    found = {}
-    for name in requests:
-        event: Event = ray.get(executor.broker.next_event.remote(name))
-        if event.kind == "failed":
-            raise TrainError(f"{name} can't be scored: {event.values['error']}")
-        found[name] = Measured(event.values["scores"])
-    return found
+    found: dict[str, Measured] = {}
+    follows: dict[str, dict[str, str]] = {}
+    for name, request in requests.items() if store else ():
+        try:
+            follows[name] = follows_from(request)
+        except RayftError as error:
+            # Another machine may have the files.
+            if not request.files:
+                found[name] = Measured(error=str(error))
+            continue
+        kept = store.find(name, follows[name], request.parts) if store else None
+        if kept is not None:
+            found[name] = Measured(kept)
+    todo = [name for name in requests if name not in found]
+    executor.submit([Job.of(name, "score", requests[name]) for name in todo])
+    waiting = {executor.broker.next_event.remote(name): name for name in todo}
+    while waiting:
+        (ready,), _ = ray.wait([*waiting], num_returns=1)
+        name = waiting.pop(ready)
+        found[name] = _measured(ray.get(ready))
+        if store and name in follows and not found[name].error:
+            store.keep(name, follows[name], found[name].parts)
+    return {name: found[name] for name in requests}
 
 
-def score_baselines(plan: Plan, executor: Executor) -> dict[str, Measured]:
-    """Score what is reached without training: the base, prompted three ways, and the majority answer."""
+def check_some(scores: Mapping[str, Measured]) -> None:
+    """Refuse to go on where nothing could be scored.
+
+    Raises:
+        TrainError: naming the first, and why.
+    """
+    if scores and all(measured.error for measured in scores.values()):
+        name, measured = next(iter(scores.items()))
+        raise TrainError(f"{name} can't be scored: {measured.error}")
+
+
+def _measured(event: Event) -> Measured:
+    if event.kind == "failed":
+        return Measured(error=str(event.values["error"]))
+    return Measured(event.values["scores"])
+
+
+def score_baselines(plan: Plan, executor: Executor, store: ScoreStore | None = None) -> dict[str, Measured]:
+    """Score what is reached without training: the base, prompted three ways, and the majority answer.
+
+    Raises:
+        TrainError: if the base can't be scored in any way.
+    """
     majority = majority_answer(plan.parts)
     scorer = plan.parts.scorer
     guessed = {
@@ -92,12 +137,19 @@ def score_baselines(plan: Plan, executor: Executor) -> dict[str, Measured]:
             )
             for name, style in STYLES.items()
         }
-        found = score_all(executor, requests)
+        found = score_all(executor, requests, store)
+        check_some(found)
     return {**found, "majority answer": Measured(guessed)}
 
 
-def score_trials(plan: Plan, executor: Executor, trials: Sequence[Trial]) -> dict[str, Measured]:
-    """Score what each trial saved: finished ones on val and test, stopped ones on test alone."""
+def score_trials(
+    plan: Plan, executor: Executor, trials: Sequence[Trial], store: ScoreStore | None = None
+) -> dict[str, Measured]:
+    """Score what each trial saved: finished ones on val and test, stopped ones on test alone.
+
+    Raises:
+        TrainError: if none of them can be scored.
+    """
     requests = {}
     for trial in trials:
         if trial.result is None:
@@ -110,7 +162,19 @@ def score_trials(plan: Plan, executor: Executor, trials: Sequence[Trial]) -> dic
             files=files_along(adapter),
             expected=plan.identity if adapter else plan.identity.of_data(),
         )
-    return score_all(executor, requests)
+    found = score_all(executor, requests, store)
+    check_some(found)
+    return found
+
+
+def marked(trials: Sequence[Trial], scores: Mapping[str, Measured]) -> list[Trial]:
+    """Mark the trials whose adapter could not be scored as failed, with the reason."""
+    return [
+        replace(trial, error=f"can't be scored: {measured.error}; run the same command again")
+        if (measured := scores.get(trial.point.name)) is not None and measured.error
+        else trial
+        for trial in trials
+    ]
 
 
 def outcome(run: RunConfig, folder: str) -> tuple[RunConfig, str | None]:
@@ -158,5 +222,5 @@ def why_not_served(winner: Trial, trials: Sequence[Trial], *, extracted: bool) -
 
 
 def files_along(adapter: str | None) -> dict[str, bytes]:
-    """Give an adapter's files where lanes may be on other machines, to be sent along."""
-    return folder_files(Path(adapter)) if adapter and spread() else {}
+    """Return an adapter's files, to be sent along, where lanes may be on other machines and it is there."""
+    return folder_files(Path(adapter)) if adapter and spread() and Path(adapter).is_dir() else {}

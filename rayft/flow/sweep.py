@@ -11,7 +11,8 @@ import yaml
 from rayft.analysis.record import SweepAnalysis
 from rayft.artifacts import AdapterArtifact
 from rayft.config import leaves
-from rayft.errors import PromotionRefusedError, RayftError, TrackingError
+from rayft.errors import ArtifactError, PromotionRefusedError, RayftError, ReportError, TrackingError
+from rayft.files import write_file
 from rayft.flow import squeezing, stages
 from rayft.flow.analyze import analyze_items, known, summarize
 from rayft.flow.analyze_source import Item
@@ -22,6 +23,7 @@ from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
 from rayft.flow.preflight import Plan, preflight
 from rayft.flow.record import build_record
+from rayft.flow.scores import ScoreStore
 from rayft.flow.squeeze_dense import dense_source, extract, lost_text
 from rayft.flow.squeezing import Source, SqueezedAdapter
 from rayft.flow.stages import Measured
@@ -34,10 +36,12 @@ from rayft.registry.store import MlflowRegistry
 from rayft.report.frame import SweepRecord
 from rayft.report.render import render
 from rayft.sweep.executor import EXECUTORS, Executor
+from rayft.sweep.result import damage
 from rayft.sweep.tuner import Trial, search
 from rayft.tracking.base import Former
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
 from rayft.tracking.provenance import provenance
+from rayft.train.context import trial_folder
 
 __all__ = ["run_sweep", "served_adapters", "start_tracking"]
 
@@ -115,7 +119,7 @@ def _run_stages(plan: Plan, display: Display, tracker: MlflowTracker, parent: st
                 record = _report(plan, found, display, tracker, parent)
             if plan.config.analyze.parts and found.winner:
                 with display.stage("analyse"), display.watch(executor.broker):
-                    analysis = _analyze(plan, executor, found.trials, record)
+                    analysis = _analyze(plan, executor, found.trials, record, display)
         except KeyboardInterrupt:
             _save_trials(executor, display)
             raise
@@ -138,10 +142,13 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
     """Run the stages that need workers."""
     found = _Findings()
     names = {point.key: point.name for point in plan.points}
-    with display.stage("start workers, score the base"):
-        executor.start()
-        with display.watch(executor.broker, lambda key: names.get(key, key)):
-            found.baselines = stages.score_baselines(plan, executor)
+    store = ScoreStore(plan.output / "scores", display.say)
+    with (
+        display.stage("start workers, score the base"),
+        display.watch(executor.broker, lambda key: names.get(key, key)),
+    ):
+        found.baselines = stages.score_baselines(plan, executor, store)
+    _say_unscored(found.baselines, display)
     with (
         display.stage(f"search ({len(plan.points)} trials)"),
         display.watch(executor.broker, lambda key: names.get(key, key)),
@@ -153,16 +160,38 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
     for trial in found.trials:
         display.say(_line(trial))
     with display.stage("score the trials"), display.watch(executor.broker):
-        found.scores = stages.score_trials(plan, executor, found.trials)
-        ranking = stages.best_first(plan, found.trials, found.scores)
+        found.scores = stages.score_trials(plan, executor, found.trials, store)
+        found.trials = stages.marked(found.trials, found.scores)
+        ranking = _intact(plan, found, stages.best_first(plan, found.trials, found.scores))
         found.winner = ranking[0] if ranking else None
+    for trial in found.trials:
+        if trial.result and trial.error:
+            display.say(_line(trial))
     if found.winner and _can_be_squeezed(found.winner):
         with display.stage("squeeze"), display.watch(executor.broker, lambda key: names.get(key, key)):
-            _squeeze(plan, executor, found, ranking, display)
+            _squeeze(plan, executor, found, ranking, display, store)
     return found
 
 
-def _analyze(plan: Plan, executor: Executor, trials: list[Trial], record: SweepRecord) -> SweepAnalysis:
+def _intact(plan: Plan, found: _Findings, ranking: list[Trial]) -> list[Trial]:
+    """Leave out the best trials if their adapters were damaged since they were scored, and mark them."""
+    while ranking and (problem := damage(trial_folder(plan.output, ranking[0].point.key))):
+        found.scores[ranking[0].point.name] = Measured(error=problem)
+        found.trials = stages.marked(found.trials, found.scores)
+        ranking = ranking[1:]
+    return ranking
+
+
+def _say_unscored(scores: Mapping[str, Measured], display: Display) -> None:
+    """Say what could not be scored, and why."""
+    for name, measured in scores.items():
+        if measured.error:
+            display.say(f"{name} can't be scored, and is left out: {measured.error.splitlines()[0]}")
+
+
+def _analyze(
+    plan: Plan, executor: Executor, trials: list[Trial], record: SweepRecord, display: Display
+) -> SweepAnalysis:
     """Analyse what the finished trials saved."""
     items = [
         Item(trial.point.name, trial.point.run, Path(trial.result["folder"]), trial.run_id, plan.identity)
@@ -170,7 +199,7 @@ def _analyze(plan: Plan, executor: Executor, trials: list[Trial], record: SweepR
         if trial.result and trial.status == "finished"
     ]
     config = plan.config.analyze
-    found = analyze_items(executor, items, config, plan.output)
+    found = analyze_items(executor, items, config, plan.output, display.say)
     return summarize(items, found, config, *known(record))
 
 
@@ -178,13 +207,24 @@ def _can_be_squeezed(trial: Trial) -> bool:
     """Tell whether a trial left a LoRA, or something that one can be extracted from."""
     assert trial.result is not None
     lora = method(trial.point.run.method.name).exports_lora
-    return lora or dense_source(Path(trial.result["folder"])) is not None
+    try:
+        return lora or dense_source(Path(trial.result["folder"])) is not None
+    except ArtifactError:
+        return False
 
 
 def _squeeze(
-    plan: Plan, executor: Executor, found: _Findings, ranking: list[Trial], display: Display
+    plan: Plan,
+    executor: Executor,
+    found: _Findings,
+    ranking: list[Trial],
+    display: Display,
+    store: ScoreStore,
 ) -> None:
-    """Bring the best trials to lower ranks, train those on if asked to, and score them all."""
+    """Bring the best trials to lower ranks, train those on if asked to, and score them all.
+
+    A trial whose adapter can't be read any more is left out.
+    """
     config = plan.config.squeeze
     for trial in [trial for trial in ranking if _can_be_squeezed(trial)][: config.winners]:
         assert trial.result is not None
@@ -195,9 +235,12 @@ def _squeeze(
         if not method(trial.point.run.method.name).exports_lora:
             found.squeezed += _extracted(plan, trial, source, folder, display)
             continue
-        full = squeezing.sort_columns(
-            trial.result["folder"], plan.output / "winner" if trial is found.winner else folder / "full"
-        )
+        place = plan.output / "winner" if trial is found.winner else folder / "full"
+        try:
+            full = squeezing.sort_columns(trial.result["folder"], place)
+        except ArtifactError as error:
+            display.say(f"{trial.point.name} can't be squeezed, and is left out: {error}")
+            continue
         if trial is found.winner:
             found.full = full
         found.squeezed += [
@@ -205,9 +248,12 @@ def _squeeze(
         ]
     if config.cont is not None:
         found.squeezed += squeezing.continue_all(
-            executor, found.squeezed, config.cont, plan.output, plan.tracker
+            executor, found.squeezed, config.cont, plan.output, plan.tracker, display.say
         )
-    found.scores |= squeezing.score(executor, found.squeezed)
+    scores = squeezing.score(executor, found.squeezed, store=store)
+    _say_unscored(scores, display)
+    found.squeezed = [item for item in found.squeezed if not scores[item.name].error]
+    found.scores |= scores
 
 
 def _extracted(
@@ -274,7 +320,12 @@ def _report_analysis(
 
 
 def _render(plan: Plan, record: SweepRecord, tracker: MlflowTracker, parent: str) -> None:
-    render(record, plan.output / "report.html", SweepAnalysis.find(plan.output))
+    try:
+        analysis = SweepAnalysis.find(plan.output)
+    except ReportError:
+        # Damaged, as was said before the start.
+        analysis = None
+    render(record, plan.output / "report.html", analysis)
     tracker.artifact(parent, plan.output / "report.html")
     tracker.artifact(parent, plan.output / "sweep.json")
 
@@ -342,11 +393,10 @@ def _register(plan: Plan, record: SweepRecord, found: _Findings, display: Displa
     folder, name = (
         (shipped.folder, shipped.name) if shipped else (plan.output / "winner", record.winner.trial)
     )
-    tags = {
-        SCORE_TAG: repr(found.scores[name].mean("val")),
-        BASE_SCORE_TAG: repr(best),
-        "data_digest": record.data_digest,
-    }
+    tags = {SCORE_TAG: repr(found.scores[name].mean("val")), "data_digest": record.data_digest}
+    if not any(measured.error for measured in found.baselines.values()):
+        # Where a baseline could not be scored, the gate has nothing to compare with.
+        tags[BASE_SCORE_TAG] = repr(best)
     try:
         registry = MlflowRegistry(plan.tracker.uri)
         version = registry.register(plan.config.name, found.winner.run_id, folder, tags)
@@ -383,7 +433,7 @@ def _write_serve_config(plan: Plan, record: SweepRecord) -> None:
         "port": serve.port,
         "cpus": serve.cpus,
     }
-    (plan.output / "serve.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    write_file(plan.output / "serve.yaml", yaml.safe_dump(content, sort_keys=False))
 
 
 def served_adapters(output: Path, record: SweepRecord) -> Mapping[str, Path]:
@@ -413,7 +463,7 @@ def served_adapters(output: Path, record: SweepRecord) -> Mapping[str, Path]:
 
 
 def _line(trial: Trial) -> str:
-    if trial.result is None:
+    if trial.result is None or trial.error:
         return f"{trial.point.name}: failed, {trial.error.splitlines()[0]}"
     return (
         f"{trial.point.name}: {trial.status} at step {trial.result['steps']}, "

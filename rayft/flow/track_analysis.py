@@ -11,6 +11,7 @@ import ray
 
 from rayft.analysis.landscape import Landscape
 from rayft.analysis.record import AdapterAnalysis, SweepAnalysis
+from rayft.files import write_file
 from rayft.report.landscape import contour_plot, curve_plot, surface_plot
 from rayft.tracking.base import Tracker
 
@@ -32,12 +33,11 @@ def track_analysis(tracker: Tracker, analysis: SweepAnalysis, runs: Mapping[str,
         known = {f"analysis/{name}": value for name, value in one.measures.items() if math.isfinite(value)}
         tracker.metrics(run, known)
         place = folder / one.name.replace("/", "-").replace(" ", "-")
-        place.mkdir(parents=True, exist_ok=True)
         for name, content in {
             "analysis.json": one.model_dump_json(indent=1).encode() + b"\n",
             **files,
         }.items():
-            (place / name).write_bytes(content)
+            write_file(place / name, content)
             tracker.artifact(run, place / name, "analysis")
 
 

@@ -9,6 +9,8 @@ import os
 import time
 from pathlib import Path
 
+from rayft.errors import DiskFullError
+from rayft.files import hash_content, write_file
 from rayft.paths import home, read_path
 
 __all__ = ["cache_folder", "hash_file"]
@@ -38,7 +40,7 @@ def hash_file(path: Path) -> str:
     found = path.stat()
     stamp = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
     if found.st_size < LARGE:
-        return _hash(path)
+        return hash_content(path)
     name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]
     note = cache_folder() / "hashes" / f"{name}.json"
     # A cache that can't be read or written costs time alone.
@@ -46,18 +48,8 @@ def hash_file(path: Path) -> str:
         known = json.loads(note.read_text(encoding="utf-8"))
         if known["stamp"] == stamp:
             return str(known["hash"])
-    value = _hash(path)
+    value = hash_content(path)
     if time.time() - found.st_ctime > SETTLED:
-        with contextlib.suppress(OSError):
-            note.parent.mkdir(parents=True, exist_ok=True)
-            staging = note.with_name(f".{note.name}.{os.getpid()}")
-            staging.write_text(
-                json.dumps({"stamp": stamp, "hash": value, "path": str(path)}), encoding="utf-8"
-            )
-            staging.replace(note)
+        with contextlib.suppress(OSError, DiskFullError):
+            write_file(note, json.dumps({"stamp": stamp, "hash": value, "path": str(path)}))
     return value
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import leaves
 from rayft.errors import ReportError
+from rayft.files import write_file
 from rayft.report.analysis import analysis_figures, chosen_words, gap_rows, predictor_rows, predictor_words
 from rayft.report.drawing import Drawing
 from rayft.report.figures import draw_all
@@ -75,10 +76,7 @@ def html(record: SweepRecord, analysis: SweepAnalysis | None = None) -> str:
 
 def render(record: SweepRecord, path: str | Path, analysis: SweepAnalysis | None = None) -> Path:
     """Write the page to `path`; arguments as `html`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html(record, analysis), encoding="utf-8")
-    return path
+    return write_file(Path(path), html(record, analysis))
 
 
 def check_report(record: SweepRecord, path: Path, *, overwrite: bool = False) -> None:

@@ -49,7 +49,7 @@ class Executor(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Start what lives as long as the executor."""
+        """Start what lives as long as the executor, if that is not started yet."""
 
     @abstractmethod
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -82,13 +82,21 @@ class Executor(ABC):
 class LaneExecutor(Executor):
     """Lanes that live as long as the sweep."""
 
+    _started = False
+
     def start(self) -> None:
-        """Start the lanes."""
+        """Start the lanes, unless they have been started."""
+        if self._started:
+            return
+        self._started = True
         for number in range(self.lanes):
             self._host(f"{self.name}-lane{number}", once=False)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue the jobs for whichever lane is free."""
+        """Queue the jobs for whichever lane is free; the first jobs start the lanes."""
+        if not jobs:
+            return
+        self.start()
         ray.get([self.broker.submit.remote(job) for job in jobs])
 
 
@@ -100,6 +108,8 @@ class IsolatedExecutor(Executor):
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue the jobs for a worker group that is started for them and ends after the last."""
+        if not jobs:
+            return
         lane = f"{self.name}-{jobs[0].id}"
         own = [Job(job.id, job.kind, job.payload, lane=lane) for job in jobs]
         ray.get([self.broker.submit.remote(job) for job in own])

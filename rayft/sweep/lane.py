@@ -25,36 +25,24 @@ import torch
 import torch.distributed as dist
 from ray.train.torch import get_device
 
-from rayft.artifacts.meta import META_FILE, ArtifactMeta
 from rayft.config import leaves
 from rayft.errors import DiskFullError, InterruptedRunError, RayftError, TrainError
-from rayft.files import write_file
 from rayft.identity import UNKNOWN, Identity
 from rayft.methods import method
 from rayft.sweep.broker import CLOSE, Beat, Job, Verdict
 from rayft.sweep.host import LaneSettings
+from rayft.sweep.result import file_hashes, write_result
 from rayft.sweep.score import folder_files, spread
 from rayft.tracking.base import Former, TrackerSpec
 from rayft.tracking.connection import HASH_PARAM
 from rayft.tracking.mlflow import MlflowTracker
-from rayft.train.checkpoint import checkpoint_identity
+from rayft.train import checkpoint
 from rayft.train.context import Session, Worker, trial_folder
 from rayft.train.loop import TrainResult, current_worker, fit
 from rayft.train.run import RunConfig
 
-__all__ = [
-    "RESULT_FILE",
-    "TrainRequest",
-    "Work",
-    "left_identity",
-    "read_result",
-    "result_identity",
-    "tracking_key",
-    "unpack",
-    "work",
-]
+__all__ = ["TrainRequest", "Work", "tracking_key", "work"]
 
-RESULT_FILE = "result.json"
 BEAT_SECONDS = 1.0
 """Between two signs of life of a worker."""
 logger = logging.getLogger(__name__)
@@ -164,6 +152,10 @@ class _LaneReporter:
         self.waited += time.perf_counter() - started
         self._told = verdict == "interrupt"
         return verdict != "stop"
+
+    def note(self, text: str) -> None:
+        """Pass a sentence on to the person who watches."""
+        self._broker.tell.remote(f"{self._key}: {text}")
 
 
 def work(settings: LaneSettings) -> None:
@@ -285,14 +277,18 @@ class _Lane:
         identity = session.identity.brief.model_copy(update={"config": run.hash, "start": result.start})
         values: dict[str, Any] = {"result": asdict(result), "run_id": run_id}
         values["identity"] = identity.model_dump(mode="json", exclude_defaults=True)
+        if method(run.method.name).saves_model:
+            values["hashes"] = file_hashes(Path(result.folder))
         self._finish_tracking(tracker, run_id, result)
-        _write_result(folder, values)
+        write_result(folder, values)
         spent = result.seconds["train"] + result.seconds["evaluate"]
         # All that the lane spent on the trial beyond its own steps and evaluations; loading the
         # base is the lane's own start, paid once.
         overhead = time.perf_counter() - (loaded if fresh else started) - spent
         values["result"]["seconds"] |= {"overhead": overhead, "waiting": reporter.waited}
-        _write_result(folder, values)
+        write_result(folder, values)
+        # From which it is trained again if its adapter should be damaged.
+        checkpoint.prune(folder / "checkpoint", 1)
         # On one machine the driver reads the folder itself.
         files = folder_files(Path(result.folder)) if spread() else {}
         return result.steps, values | {"files": files}
@@ -357,66 +353,3 @@ def tracking_key(key: str, identity: Identity) -> str:
     """Return the key of a tracked run, which differs with the sweep, the data and the base."""
     suffix = identity.sweep or (identity.inputs if identity.data else "")
     return f"{key}-{suffix}" if suffix else key
-
-
-def read_result(output: str, key: str) -> dict[str, Any] | None:
-    """Read what a finished trial left behind, or None."""
-    return _read_result(trial_folder(output, key))
-
-
-def _read_result(folder: Path) -> dict[str, Any] | None:
-    path = folder / RESULT_FILE
-    if not path.is_file():
-        return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise TrainError(f"{path} is damaged ({error}); delete {folder} to train that again") from error
-
-
-def result_identity(folder: Path, values: Mapping[str, Any]) -> Identity:
-    """Return what a finished trial's result follows from, as far as it was recorded.
-
-    Args:
-        folder: the trial's.
-        values: its result, as `read_result` gives it.
-    """
-    if "identity" in values:
-        return Identity.model_validate(values["identity"])
-    # Of rayft 0.1.0: what the adapter says of itself; the run's hash is in the folder's name.
-    path = folder / "adapter" / META_FILE
-    meta = (
-        ArtifactMeta.model_validate_json(path.read_text(encoding="utf-8"))
-        if path.is_file()
-        else ArtifactMeta()
-    )
-    return Identity(
-        data=meta.data_digest,
-        fingerprint=meta.base_fingerprint,
-        start=meta.parent,
-    )
-
-
-def left_identity(folder: Path) -> Identity | None:
-    """Return what a trial's result follows from, or else its checkpoint; None if it has left neither."""
-    values = _read_result(folder)
-    if values is not None:
-        return result_identity(folder, values)
-    return checkpoint_identity(folder / "checkpoint")
-
-
-def unpack(values: Mapping[str, Any], folder: Path) -> None:
-    """Write a result that came from another machine where it would have been written here."""
-    if (folder / RESULT_FILE).is_file():
-        return
-    target = folder / Path(values["result"]["folder"]).name
-    target.mkdir(parents=True, exist_ok=True)
-    for name, content in values.get("files", {}).items():
-        (target / name).write_bytes(content)
-    kept = {name: value for name, value in values.items() if name != "files"}
-    kept["result"] = {**kept["result"], "folder": str(target)}
-    _write_result(folder, kept)
-
-
-def _write_result(folder: Path, values: Mapping[str, Any]) -> None:
-    write_file(folder / RESULT_FILE, json.dumps(values, indent=2))

@@ -27,11 +27,12 @@ from rayft.identity import UNKNOWN, Identity
 from rayft.sweep.asha import RecordedASHA
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
-from rayft.sweep.lane import TrainRequest, read_result, result_identity, unpack
+from rayft.sweep.lane import TrainRequest
+from rayft.sweep.result import read_result, result_identity, unpack
 from rayft.sweep.schedule import EVENTS_FILE, EventLog, rungs
 from rayft.sweep.space import Point, SweepConfig
 from rayft.tracking.base import TrackerSpec
-from rayft.train.checkpoint import last_state
+from rayft.train.checkpoint import usable_state
 from rayft.train.context import trial_folder
 
 __all__ = ["Trial", "earlier", "search"]
@@ -46,11 +47,12 @@ class Trial:
     """`TrainResult` as a mapping; None if it failed."""
     run_id: str = ""
     error: str = ""
+    """Why it failed."""
 
     @property
     def status(self) -> str:
-        """`finished`, `stopped` (by the search) or `failed`."""
-        if self.result is None:
+        """`finished`, `stopped` (by the search) or `failed` (to train, or to be scored)."""
+        if self.result is None or self.error:
             return "failed"
         return "finished" if self.result["finished"] else "stopped"
 
@@ -148,7 +150,9 @@ def search(
 
     asha = RecordedASHA(sweep, trials[0].run.optim.steps, EventLog(output / EVENTS_FILE), stop)
     try:
-        _tuner(sweep, requests, executor, asha, check).fit()
+        if any(map(_unfinished, requests)):
+            executor.start()
+            _tuner(sweep, requests, executor, asha, check).fit()
         return [
             _collect(point, request, executor, output)
             for point, request in zip(trials, requests, strict=True)
@@ -238,6 +242,15 @@ def earlier(request: TrainRequest) -> dict[str, Any] | None:
     return values
 
 
+def _unfinished(request: TrainRequest) -> bool:
+    """Return whether something is left to be done for a trial."""
+    try:
+        return earlier(request) is None
+    except TrainError:
+        # Its result follows from something else; the trial fails with the reason.
+        return False
+
+
 def _ended(request: TrainRequest) -> list[Event]:
     """Return the events of a trial that has ended; none if it has not."""
     values = earlier(request)
@@ -254,7 +267,7 @@ def _half_way(request: TrainRequest) -> list[Event]:
     """Return the evaluations before a trial's checkpoint, at which its lane reports the next one."""
     folder = trial_folder(request.output, request.key) / "checkpoint"
     try:
-        state = last_state(folder, request.identity)
+        state = usable_state(folder, request.identity)
     except TrainError:
         # The lane, which reads it too, says what is wrong.
         return []

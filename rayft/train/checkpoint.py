@@ -1,7 +1,11 @@
 """Checkpoints of a run: trainable parameters, optimizer state and the step, whole or not at all.
 
-checkpoint/step-00020/…        DeepSpeed's files, from all workers, frozen parameters left out
-checkpoint/state.json          step, file folder, identity, curves; written last, so it commits
+checkpoint/step-000020/…           DeepSpeed's files, from all workers, frozen parameters left out
+checkpoint/step-000020/state.json  step, identity, curves, hashes of those files; written last, so it commits
+
+A run keeps its last two checkpoints. One is used only if its files have the recorded hashes; otherwise the
+run continues from the checkpoint before it, or from the start. rayft 0.1.0 kept one checkpoint, with its
+state in checkpoint/state.json and without hashes.
 """
 
 from __future__ import annotations
@@ -10,25 +14,32 @@ import json
 import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from rayft.errors import TrainError
-from rayft.files import write_file
+from rayft.files import hash_content, sync_tree, write_file
 from rayft.identity import Identity
 from rayft.train.context import Worker
 from rayft.train.deepspeed import Engine
 
-__all__ = ["checkpoint_identity", "last_state", "restore", "save"]
+__all__ = ["checkpoint_identity", "last_state", "last_step", "prune", "restore", "save", "usable_state"]
 
 STATE_FILE = "state.json"
+KEPT = 2
+"""Checkpoints that a run keeps while it trains."""
+THREADS = 8
+"""Files that are hashed at once."""
 
 
 def save(folder: Path, engine: Engine, identity: Identity, worker: Worker, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint (all workers call it) and drop the one before.
+    """Write a checkpoint (all workers call it), then drop those before the last two.
 
     Args:
         folder: the run's checkpoint folder.
@@ -38,62 +49,90 @@ def save(folder: Path, engine: Engine, identity: Identity, worker: Worker, state
         state: JSON-able; must hold `step`.
     """
     tag = f"step-{state['step']:06d}"
+    place = folder / tag
+    if worker.rank == 0:
+        # What an earlier attempt at this step left.
+        shutil.rmtree(place, ignore_errors=True)
+    if worker.world > 1:
+        dist.barrier()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
     if worker.world > 1:
         dist.barrier()
     if worker.rank == 0:
+        sync_tree(place)
         kept = identity.brief.model_dump(mode="json", exclude_defaults=True)
-        write_file(folder / STATE_FILE, json.dumps({**state, "tag": tag, "identity": kept}))
-        for old in folder.glob("step-*"):
-            if old.name != tag:
-                shutil.rmtree(old, ignore_errors=True)
+        content = {**state, "tag": tag, "identity": kept, "files": _hashes(place)}
+        write_file(place / STATE_FILE, json.dumps(content))
+        prune(folder, KEPT)
 
 
-def last_state(folder: Path, now: Identity) -> dict[str, Any] | None:
-    """Read the state of the last whole checkpoint, or None if there is none.
+def last_state(
+    folder: Path, now: Identity, worker: Worker, tell: Callable[[str], None] = lambda _: None
+) -> dict[str, Any] | None:
+    """Return the state of the last checkpoint whose files are whole; None if there is none.
+
+    All workers call it. Rank 0 chooses for all workers, and deletes the damaged checkpoints after that one.
 
     Args:
         folder: the run's checkpoint folder.
         now: what the run follows from.
+        worker: this process.
+        tell: called on rank 0 with a sentence for each checkpoint that can't be used.
 
     Raises:
         TrainError: if the checkpoint follows from something else, naming what.
     """
-    state = _read(folder)
-    if state is None:
-        return None
-    changed = _identity(state).differences(now)
-    if changed:
-        raise TrainError(
-            f"{folder} holds a checkpoint of another run: {'; '.join(changed)}. Put back what it was, give "
-            "this run another output folder, or delete the checkpoint to start again"
-        )
-    return state
+    choice: _Choice = worker.agreed(_choose(folder, now) if worker.rank == 0 else None)
+    if choice.refusal:
+        raise TrainError(choice.refusal)
+    if worker.rank == 0:
+        for place in choice.damaged:
+            shutil.rmtree(place, ignore_errors=True)
+        if choice.damaged and (choice.state is None or "files" in choice.state):
+            (folder / STATE_FILE).unlink(missing_ok=True)
+        for text in choice.notes:
+            tell(text)
+    return choice.state
+
+
+def usable_state(folder: Path, now: Identity) -> dict[str, Any] | None:
+    """Return the state that `last_state` would return, and change nothing.
+
+    Raises:
+        TrainError: as `last_state`.
+    """
+    choice = _choose(folder, now)
+    if choice.refusal:
+        raise TrainError(choice.refusal)
+    return choice.state
 
 
 def checkpoint_identity(folder: Path) -> Identity | None:
-    """Return what the checkpoint in a folder follows from; None if there is no checkpoint."""
-    state = _read(folder)
-    return None if state is None else _identity(state)
+    """Return what the last checkpoint in a folder follows from; None if no state in it can be read."""
+    return next((one.identity for one in _checkpoints(folder) if one.identity is not None), None)
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
-    path = folder / STATE_FILE
-    if not path.is_file():
-        return None
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise TrainError(f"{path} is damaged ({error}); delete {folder} to start again") from error
+def last_step(folder: Path) -> int:
+    """Return the step of the last checkpoint whose state can be read; 0 if there is none."""
+    return next((one.step for one in _checkpoints(folder) if one.identity is not None), 0)
 
 
-def _identity(state: Mapping[str, Any]) -> Identity:
-    if "identity" in state:
-        return Identity.model_validate(state["identity"])
-    # rayft 0.1.0 recorded the adapter that it started from; the run's hash is in the folder's name.
-    return Identity(start=state.get("start", ""))
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the last checkpoints of a folder, and what never became one.
+
+    Args:
+        folder: the run's checkpoint folder.
+        keep: the number of checkpoints to keep.
+    """
+    kept = [one.place for one in _checkpoints(folder) if one.identity is not None][:keep]
+    old = folder / STATE_FILE
+    if old.is_file() and not any(one.old and one.place in kept for one in _checkpoints(folder)):
+        old.unlink()
+    for place in folder.glob("step-*"):
+        if place not in kept:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def restore(folder: Path, engine: Engine, state: Mapping[str, Any]) -> None:
@@ -112,3 +151,121 @@ def restore(folder: Path, engine: Engine, state: Mapping[str, Any]) -> None:
         raise TrainError(
             f"the checkpoint {folder}/{state['tag']} has no files; delete {folder} to start again"
         )
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint as it is on disk."""
+
+    place: Path
+    step: int
+    state: Mapping[str, Any] = field(default_factory=dict)
+    identity: Identity | None = None
+    """What it follows from; None if its state can't be read."""
+    problem: str = ""
+    """Why its state can't be read."""
+    old: bool = False
+    """Whether rayft 0.1.0 wrote it."""
+
+    def damage(self) -> str:
+        """Return what is wrong with its files; empty if they are whole."""
+        if self.problem:
+            return self.problem
+        if self.old and "files" not in self.state:
+            return _unpacks(self.place)
+        recorded = self.state["files"]
+        lost = [name for name in recorded if not (self.place / name).is_file()]
+        if lost:
+            return f"{lost[0]} is missing"
+        found = _hashes(self.place)
+        changed = [name for name, value in recorded.items() if found[name] != value]
+        return f"{changed[0]} is not what was written" if changed else ""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What rank 0 has decided."""
+
+    state: dict[str, Any] | None = None
+    refusal: str = ""
+    notes: tuple[str, ...] = ()
+    damaged: tuple[Path, ...] = ()
+
+
+def _choose(folder: Path, now: Identity) -> _Choice:
+    """Find the last checkpoint that is whole."""
+    damaged: dict[Path, str] = {}
+    chosen: _Checkpoint | None = None
+    for one in _checkpoints(folder):
+        if one.identity is not None and (changed := one.identity.differences(now)):
+            return _Choice(
+                refusal=f"{folder} holds a checkpoint of another run: {'; '.join(changed)}. Put back what it "
+                "was, give this run another output folder, or delete the checkpoint to start again"
+            )
+        problem = one.damage()
+        if not problem:
+            chosen = one
+            break
+        damaged[one.place] = problem
+    instead = f"the run continues from step {chosen.step}" if chosen else "the run starts again"
+    notes = [f"the checkpoint {place} can't be used ({why}): {instead}" for place, why in damaged.items()]
+    return _Choice(dict(chosen.state) if chosen else None, "", tuple(notes), tuple(damaged))
+
+
+def _checkpoints(folder: Path) -> list[_Checkpoint]:
+    """List the checkpoints of a folder, the last one first."""
+    found = [_read(place, place / STATE_FILE) for place in folder.glob("step-*")]
+    old = folder / STATE_FILE
+    if old.is_file():
+        one = _read(folder, old, old=True)
+        # Its folder is one of those above, without a state of its own.
+        found = [one, *(other for other in found if other.place != one.place)]
+    return sorted(found, key=lambda one: one.step, reverse=True)
+
+
+def _read(place: Path, path: Path, *, old: bool = False) -> _Checkpoint:
+    """Read the state of a checkpoint."""
+    digits = place.name.removeprefix("step-")
+    step = int(digits) if digits.isdecimal() else 0
+    if not path.is_file():
+        return _Checkpoint(place, step, problem=f"it has no {path.name}: it was not written to its end")
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        step, identity = int(state["step"]), _identity(state)
+        if old:
+            place = path.parent / str(state.get("tag", ""))
+        else:
+            dict(state["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return _Checkpoint(place, step, problem=f"{path.name} is damaged: {reason}", old=old)
+    return _Checkpoint(place, step, state, identity, old=old)
+
+
+def _identity(state: Mapping[str, Any]) -> Identity:
+    if "identity" in state:
+        return Identity.model_validate(state["identity"])
+    # rayft 0.1.0 recorded the adapter that it started from; the run's hash is in the folder's name.
+    return Identity(start=state.get("start", ""))
+
+
+def _hashes(place: Path) -> dict[str, str]:
+    """Hash the files of a checkpoint: name → hash."""
+    files = sorted(path for path in place.iterdir() if path.is_file() and path.name != STATE_FILE)
+    with ThreadPoolExecutor(THREADS) as threads:
+        return dict(zip((path.name for path in files), threads.map(hash_content, files), strict=True))
+
+
+def _unpacks(place: Path) -> str:
+    """Check the sums inside files whose hashes were not recorded; return what is wrong."""
+    files = sorted(place.glob("*.pt"))
+    if not any(path.name.endswith("model_states.pt") for path in files):
+        return "it has no files"
+    for path in files:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    return f"{path.name} is damaged"
+        except (OSError, zipfile.BadZipFile):
+            return f"{path.name} is damaged"
+    return ""

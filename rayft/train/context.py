@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -73,6 +73,14 @@ class Worker:
         dist.broadcast(tensor, 0)
         return bool(tensor.item())
 
+    def agreed(self, value: Any) -> Any:
+        """Return rank 0's value, any object that can be pickled, on all workers."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, 0)
+        return box[0]
+
 
 class Reporter(Protocol):
     """Where a run's numbers go; rank 0 alone calls it."""
@@ -87,6 +95,9 @@ class Reporter(Protocol):
     def report(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Take the numbers of an evaluation and say whether to go on."""
 
+    def note(self, text: str) -> None:
+        """Take a sentence that a person should read."""
+
 
 class SilentReporter:
     """Keeps what it is told; never stops a run."""
@@ -96,6 +107,7 @@ class SilentReporter:
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
         self.reported: list[tuple[int, dict[str, float]]] = []
+        self.notes: list[str] = []
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Keep a step's numbers."""
@@ -105,6 +117,10 @@ class SilentReporter:
         """Keep an evaluation's numbers."""
         self.reported.append((step, dict(metrics)))
         return True
+
+    def note(self, text: str) -> None:
+        """Keep a sentence."""
+        self.notes.append(text)
 
 
 @dataclass

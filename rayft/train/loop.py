@@ -158,7 +158,8 @@ def _train_stages(
     Gives the progress, what was saved, and whether the run ended.
     """
     model = session.loaded.model
-    state = checkpoint.last_state(folder / "checkpoint", _identity(run, session, start))
+    identity = _identity(run, session, start)
+    state = checkpoint.last_state(folder / "checkpoint", identity, session.worker, reporter.note)
     progress = _Progress(start=start)
     for number, stage in enumerate(parts.plan):
         if state is not None and stage.end < state["step"]:

@@ -153,7 +153,9 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(config: PipelineConfig, w
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     (experiment,) = [one for one in client.search_experiments() if one.name == "rayft"]
     runs = client.search_runs([experiment.experiment_id])
-    assert {one.data.tags["rayft.status"] for one in runs if "rayft.status" in one.data.tags} == {"interrupted"}
+    assert {one.data.tags["rayft.status"] for one in runs if "rayft.status" in one.data.tags} == {
+        "interrupted"
+    }
     with signalled(folder, 8, signal.SIGTERM):
         run(again)
     assert not (folder / "report.html").exists()

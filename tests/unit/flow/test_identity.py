@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from rayft.artifacts import AdapterArtifact
 from rayft.errors import ConfigError, TrainError
 from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.identity import current_identity
 from rayft.flow.preflight import Plan, preflight
+from rayft.methods.base import LoraFactors
 from rayft.models.tiny import save_tiny_llama
 from rayft.sweep.lane import TrainRequest
 from rayft.sweep.tuner import earlier
@@ -67,19 +70,23 @@ def finish(plan: Plan) -> None:
     """Leave what a finished trial leaves."""
     (point,) = plan.points
     folder = plan.output / "trials" / point.key
-    folder.mkdir(parents=True)
+    adapter = AdapterArtifact({"q": LoraFactors(torch.ones(2, 4), torch.ones(4, 2), 1.0)})
+    adapter.save(folder / "adapter")
     identity = request(plan).identity.brief.model_dump(mode="json", exclude_defaults=True)
-    result = {"finished": True, "steps": 2, "val_curve": [], "val_loss": 1.0}
+    result = {
+        "finished": True, "steps": 2, "val_curve": [], "val_loss": 1.0, "folder": str(folder / "adapter"),
+        "content_hash": adapter.content_hash,
+    }  # fmt: skip
     (folder / "result.json").write_text(json.dumps({"result": result, "run_id": "r", "identity": identity}))
 
 
 def interrupt(plan: Plan) -> None:
     """Leave what a trial leaves that was killed after a checkpoint."""
     (point,) = plan.points
-    folder = plan.output / "trials" / point.key / "checkpoint"
+    folder = plan.output / "trials" / point.key / "checkpoint" / "step-000001"
     folder.mkdir(parents=True)
     identity = request(plan).identity.brief.model_dump(mode="json", exclude_defaults=True)
-    (folder / "state.json").write_text(json.dumps({"step": 1, "identity": identity}))
+    (folder / "state.json").write_text(json.dumps({"step": 1, "identity": identity, "files": {}}))
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -31,7 +31,12 @@ def assert_resumes(
     for step in deaths:
         with pytest.raises(KeyboardInterrupt):
             fit(run, session or Session.open(run, Worker()), DieAt(step), folder / "cut", deaths)
-        assert json.loads((folder / "cut" / "checkpoint" / "state.json").read_text())["step"] == step
+        assert (
+            json.loads((folder / "cut" / "checkpoint" / f"step-{step:06d}" / "state.json").read_text())[
+                "step"
+            ]
+            == step
+        )
     reporter = SilentReporter()
     other = fit(run, session or Session.open(run, Worker()), reporter, folder / "cut", deaths)
     assert [step for step, _ in reporter.logged] == list(range(deaths[-1] + 1, 10))

@@ -1,0 +1,222 @@
+"""A damaged checkpoint is never used: the run continues from the one before, and its result is the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayft.train import checkpoint
+from rayft.train.context import Session, SilentReporter, Worker
+from rayft.train.loop import TrainResult, fit
+from rayft.train.run import RunConfig
+from tests.unit.train.runs import DieAt, changed
+
+STEPS = (2, 4, 6)
+"""Steps with an evaluation, and so a checkpoint, of a run of eight steps that dies at the last of them."""
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def half(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"\xff\x00" * (path.stat().st_size // 2 + 1))
+
+
+def zeroed(path: Path) -> None:
+    """What a power cut leaves of a file whose blocks were never written: its size, and zeros."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGES = (empty, half, garbage, zeroed, one_bit, Path.unlink)
+FILES = ("state.json", "mp_rank_00_model_states.pt")
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cut")
+
+
+@pytest.fixture
+def long(run: RunConfig) -> RunConfig:
+    return changed(run, optim={"steps": 8})
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, Any]:
+    """What all tests of this module share."""
+    return {}
+
+
+@pytest.fixture
+def session(long: RunConfig, known: dict[str, Any]) -> Session:
+    """One session for all tests."""
+    if "session" not in known:
+        known["session"] = Session.open(long, Worker())
+    found: Session = known["session"]
+    return found
+
+
+@pytest.fixture
+def whole(long: RunConfig, session: Session, cut: Path, known: dict[str, Any]) -> TrainResult:
+    """The undisturbed run; beside it lies one that died at its last checkpoint."""
+    if "whole" not in known:
+        known["whole"] = fit(long, session, SilentReporter(), cut / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            fit(long, session, DieAt(STEPS[-1]), cut / "dead")
+    found: TrainResult = known["whole"]
+    return found
+
+
+def resumed(run: RunConfig, session: Session, folder: Path, whole: TrainResult) -> SilentReporter:
+    """Continue a run, and check that its result is that of the undisturbed one."""
+    reporter = SilentReporter()
+    result = fit(run, session, reporter, folder)
+    assert result.content_hash == whole.content_hash
+    assert result.train_curve == whole.train_curve
+    assert result.val_curve == whole.val_curve
+    return reporter
+
+
+def test_every_damage_to_every_file_goes_back_one_checkpoint(
+    long: RunConfig, session: Session, cut: Path, tmp_path: Path, whole: TrainResult
+) -> None:
+    for damage in DAMAGES:
+        for name in FILES:
+            if damage is one_bit and name == "state.json":
+                continue
+            folder = tmp_path / f"{damage.__name__}-{name}"
+            shutil.copytree(cut / "dead", folder)
+            damage(folder / "checkpoint" / "step-000006" / name)
+            reporter = resumed(long, session, folder, whole)
+            assert [step for step, _ in reporter.logged] == [5, 6, 7, 8], folder.name
+            (note,) = reporter.notes
+            assert "step-000006 can't be used" in note
+            assert "continues from step 4" in note
+
+
+@pytest.mark.parametrize("damage", [half, shutil.rmtree])
+def test_without_a_whole_checkpoint_it_starts_again(
+    long: RunConfig,
+    session: Session,
+    cut: Path,
+    tmp_path: Path,
+    whole: TrainResult,
+    damage: Callable[[Path], None],
+) -> None:
+    shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")
+    for step in (4, 6):
+        place = tmp_path / "checkpoint" / f"step-{step:06d}"
+        damage(place if damage is shutil.rmtree else place / FILES[1])
+    reporter = resumed(long, session, tmp_path, whole)
+    assert len(reporter.logged) == 8
+    assert len(reporter.notes) == (0 if damage is shutil.rmtree else 2)
+    assert all("the run starts again" in note for note in reporter.notes)
+
+
+def test_a_second_death_after_a_fallback_finds_whole_checkpoints(
+    long: RunConfig, session: Session, cut: Path, tmp_path: Path, whole: TrainResult
+) -> None:
+    shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")
+    half(tmp_path / "checkpoint" / "step-000006" / FILES[1])
+    with pytest.raises(KeyboardInterrupt):
+        fit(long, session, DieAt(6), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoint").glob("step-*")) == [
+        "step-000004",
+        "step-000006",
+    ]
+    reporter = resumed(long, session, tmp_path, whole)
+    assert [step for step, _ in reporter.logged] == [7, 8]
+    assert not reporter.notes
+
+
+def as_0_1_0(folder: Path) -> None:
+    """Rewrite checkpoints as rayft 0.1.0 had them: the last alone, its state beside it, without hashes."""
+    shutil.rmtree(folder / "step-000004")
+    place = folder / "step-000006"
+    state = json.loads((place / "state.json").read_text())
+    (place / "state.json").unlink()
+    kept = {name: value for name, value in state.items() if name not in ("files", "identity")}
+    (folder / "state.json").write_text(json.dumps({**kept, "run": state["identity"]["config"]}))
+
+
+def test_a_checkpoint_of_0_1_0_is_continued_and_replaced(
+    long: RunConfig, session: Session, cut: Path, tmp_path: Path, whole: TrainResult
+) -> None:
+    shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")
+    as_0_1_0(tmp_path / "checkpoint")
+    kept = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
+    identity = checkpoint.checkpoint_identity(tmp_path / "checkpoint")
+    assert identity is not None
+    assert identity.config == kept["run"]
+    reporter = resumed(long, session, tmp_path, whole)
+    assert [step for step, _ in reporter.logged] == [7, 8]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_of_0_1_0_is_not_used(
+    long: RunConfig, session: Session, cut: Path, tmp_path: Path, whole: TrainResult, damage: object
+) -> None:
+    assert callable(damage)
+    shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")
+    as_0_1_0(tmp_path / "checkpoint")
+    damage(tmp_path / "checkpoint" / "step-000006" / FILES[1])
+    reporter = resumed(long, session, tmp_path, whole)
+    assert len(reporter.logged) == 8
+    assert len(reporter.notes) == 1
+
+
+def test_a_finished_run_keeps_one_checkpoint(
+    long: RunConfig, session: Session, cut: Path, tmp_path: Path, whole: TrainResult
+) -> None:
+    shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")
+    checkpoint.prune(tmp_path / "checkpoint", 1)
+    assert [path.name for path in (tmp_path / "checkpoint").glob("step-*")] == ["step-000006"]
+    assert checkpoint.last_step(tmp_path / "checkpoint") == 6
+    as_0 = tmp_path / "old"
+    shutil.copytree(cut / "dead" / "checkpoint", as_0)
+    as_0_1_0(as_0)
+    checkpoint.prune(as_0, 1)
+    assert sorted(path.name for path in as_0.iterdir() if path.suffix != ".py") == [
+        "state.json",
+        "step-000006",
+    ]
+    assert resumed(long, session, tmp_path, whole).notes == []
+
+
+def test_all_workers_follow_rank_0(monkeypatch: pytest.MonkeyPatch, cut: Path, tmp_path: Path) -> None:
+    """A worker that sees other files than rank 0 uses what rank 0 has chosen."""
+    told: list[object] = []
+
+    def broadcast(box: list[object], source: int) -> None:
+        assert source == 0
+        told.extend(box)
+        if box[0] is None:
+            box[:] = told[:1]
+
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
+    shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")
+    half(tmp_path / "checkpoint" / "step-000006" / FILES[1])
+    now = checkpoint.checkpoint_identity(tmp_path / "checkpoint")
+    assert now is not None
+    first = checkpoint.last_state(tmp_path / "checkpoint", now, Worker(0, 2))
+    other = checkpoint.last_state(tmp_path / "elsewhere", now, Worker(1, 2))
+    assert first == other
+    assert first is not None
+    assert first["step"] == 4
