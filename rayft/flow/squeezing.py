@@ -202,22 +202,7 @@ def continue_all(
     Raises:
         TrainError: if one of them fails and `say` is not given.
     """
-    wanted = []
-    for item in items:
-        run = continued_run(item, cont)
-        new = replace(item, name=f"{item.name}+{cont.steps}", how="cont")
-        request = TrainRequest(
-            key=new.key,
-            # The rank first: MLflow's table cuts off the end of a name.
-            name=f"@{new.label} of {new.source.name}",
-            run=run.model_dump_json(),
-            output=str(output),
-            evaluate_at=(),
-            tracker=tracker,
-            parent=new.source.run_id or None,
-            expected=new.source.identity,
-        )
-        wanted.append((new, request))
+    wanted = [_continuation(item, cont, output, tracker) for item in items]
     # What an interrupted stage had finished is not trained again, if it follows from the same.
     known = {request.key: _finished(request, say) for _, request in wanted}
     jobs = [Job.of(request.key, "train", request) for _, request in wanted if known[request.key] is None]
@@ -232,6 +217,25 @@ def continue_all(
                 raise
             say(f"{new.name} is left out: {error}")
     return made
+
+
+def _continuation(
+    item: SqueezedAdapter, cont: ContinueConfig, output: Path, tracker: TrackerSpec | None
+) -> tuple[SqueezedAdapter, TrainRequest]:
+    """Return what a continued training will make, and the job that trains it."""
+    new = replace(item, name=f"{item.name}+{cont.steps}", how="cont")
+    request = TrainRequest(
+        key=new.key,
+        # The rank first: MLflow's table cuts off the end of a name.
+        name=f"@{new.label} of {new.source.name}",
+        run=continued_run(item, cont).model_dump_json(),
+        output=str(output),
+        evaluate_at=(),
+        tracker=tracker,
+        parent=new.source.run_id or None,
+        expected=new.source.identity,
+    )
+    return new, request
 
 
 def _finished(request: TrainRequest, say: Callable[[str], None] | None) -> dict[str, Any] | None:
