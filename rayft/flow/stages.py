@@ -109,8 +109,9 @@ def check_some(scores: Mapping[str, Measured]) -> None:
 
 
 def _measured(event: Event) -> Measured:
-    if event.kind == "failed":
-        return Measured(error=str(event.values["error"]))
+    event.raise_fatal()
+    if event.kind != "final":
+        return Measured(error=str(event.values.get("error", "it was interrupted")))
     return Measured(event.values["scores"])
 
 
