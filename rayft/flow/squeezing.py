@@ -342,8 +342,9 @@ def _wait(executor: Executor, key: str) -> Mapping[str, Any]:
     event: Event = ray.get(executor.broker.next_event.remote(key))
     while event.kind == "report":
         event = ray.get(executor.broker.next_event.remote(key))
-    if event.kind == "failed":
-        raise TrainError(f"{key} can't be trained on: {event.values['error']}")
+    event.raise_fatal()
+    if event.kind != "final":
+        raise TrainError(f"{key} can't be trained on: {event.values.get('error', 'it was interrupted')}")
     return event.values
 
 
