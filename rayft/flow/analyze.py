@@ -79,9 +79,10 @@ def analyze_items(
 
 
 def _finding(item: Item, config: AnalyzeConfig, event: Event) -> AdapterAnalysis:
-    if event.kind != "failed":
+    event.raise_fatal()
+    if event.kind == "final":
         return AdapterAnalysis.model_validate_json(event.values["analysis"])
-    why = event.values["error"].splitlines()[0]
+    why = str(event.values.get("error", "it was interrupted")).splitlines()[0]
     return AdapterAnalysis(name=item.name, group=item.group, notes=dict.fromkeys(config.parts, why))
 
 
