@@ -1,4 +1,4 @@
-"""Sweeps that are interrupted and killed, and go on: nothing is lost, decided otherwise or trained otherwise."""
+"""Interrupted and killed sweeps that continue: nothing is lost, decided otherwise or trained otherwise."""
 
 from __future__ import annotations
 
