@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -23,7 +24,7 @@ from rayft.train.run import RunConfig
 
 __all__ = ["ScoreStore", "follows_from"]
 
-SETTINGS = {
+SETTINGS: Any = {
     "model": True,
     "data": True,
     "scale": True,

@@ -35,6 +35,7 @@ from rayft.registry.store import MlflowRegistry
 from rayft.report.frame import SweepRecord
 from rayft.report.render import render
 from rayft.serving.config import ServeConfig
+from rayft.sweep.broker import Event
 from rayft.sweep.lane import TrainRequest, tracking_key
 from rayft.sweep.tuner import earlier
 from rayft.tracking.base import Former
@@ -180,7 +181,7 @@ class Lanes:
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
-        failed = SimpleNamespace(kind="failed", values={"error": "asked for"})
+        failed = Event("failed", values={"error": "asked for"})
         self.broker = SimpleNamespace(next_event=SimpleNamespace(remote=lambda _: failed))
 
     def submit(self, jobs: list[Any]) -> None:
