@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from rayft.artifacts.lora_settings import NOT_SUPPORTED, OUTPUT_LAYERS, LoraSettings
 from rayft.artifacts.meta import CONFIG_FILE, META_FILE, PREFIX, WEIGHTS_FILE, ArtifactMeta
@@ -35,7 +35,10 @@ OTHERS = {
 
 
 def read_weights(folder: Path, kinds: Collection[str] = FLOATS) -> dict[str, torch.Tensor]:
-    """Read the tensors, by PEFT's names.
+    """Read the tensors, by PEFT's names, into memory.
+
+    The file is not mapped: a map shows what is written into the file later, and a process that reads a map of
+    a file that was cut short is killed (SIGBUS).
 
     Args:
         folder: the adapter folder.
@@ -51,7 +54,7 @@ def read_weights(folder: Path, kinds: Collection[str] = FLOATS) -> dict[str, tor
         raise ArtifactError(f"{folder} has no {WEIGHTS_FILE}{extra}; export the adapter again")
     try:
         _check_types(path, kinds)
-        return dict(load_file(path))
+        return dict(load(path.read_bytes()))
     except ArtifactError:
         raise
     # A damaged header may ask safetensors for any type, shape or place.
