@@ -106,9 +106,9 @@ def adapters_table(found: list[dict[str, Any]]) -> Table:
         aliases = f" ({', '.join(one['aliases'])})" if one.get("aliases") else ""
         table.add_row(
             f"{one['id']}@{one['version']}{aliases}",
-            one["method"],
-            str(one["rank"]),
-            human_bytes(one["bytes"]),
+            one.get("method", ""),
+            str(one.get("rank", "")),
+            human_bytes(one["bytes"]) if "bytes" in one else "",
             f"{100 * one['weight']:.0f} %",
             *(f"{did[what]:.0f}" for what in ("requests", "tokens", "errors")),
             ", ".join(sorted(set(one["tiers"]))) + (", pinned" if one.get("pinned") else ""),

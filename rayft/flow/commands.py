@@ -232,6 +232,9 @@ def adapters(
     found = call(server, action, name, source, weight=weight, pinned=pinned)
     if found:
         console.print(adapters_table(found))
+        for one in found:
+            if why := one.get("unavailable"):
+                console.print(f"{one['id']}@{one['version']} is unavailable: {why}", soft_wrap=True)
     else:
         console.print("no adapters are served, only the base", highlight=False)
 

@@ -42,7 +42,7 @@ def wait_ready(url: str, timeout: float = 120.0) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
-            if httpx.get(f"{url}/healthz", timeout=5).is_success:
+            if httpx.get(f"{url}/readyz", timeout=5).is_success:
                 return
         except httpx.HTTPError:
             pass

@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
 from rayft.errors import RayftError, RequestError
@@ -42,7 +43,7 @@ def describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
         return cause.status_code, _error(cause.status_code, str(cause.detail), None, None)
     if isinstance(cause, RayftError):
         return 503, _error(503, str(cause), None, "unavailable")
-    if isinstance(cause, RayActorError):
+    if isinstance(cause, (RayActorError, DeploymentUnavailableError)):
         return 503, _error(503, "the replica that was to answer was lost; try again", None, "unavailable")
     message = f"{type(cause).__name__} inside the server; see its log"
     return 500, _error(500, message, None, "internal_error")

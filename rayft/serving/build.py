@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import re
 import signal
 import socket
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from ray.serve.config import RequestRouterConfig
 from rayft.errors import ResourceError
 from rayft.models.load import load_model, load_skeleton
 from rayft.models.targets import linear_shapes
+from rayft.paths import check_folder
 from rayft.registry.store import MlflowRegistry
 from rayft.serving.admission import BaseModel
 from rayft.serving.config import ServeConfig
 from rayft.serving.director import DirectorDeployment, initial
 from rayft.serving.ingress import IngressDeployment
 from rayft.serving.keys import resolved
+from rayft.serving.presence import APPLICATION, start_error
 from rayft.serving.proxy import PROXY_ENVIRONMENT
 from rayft.serving.replica import ReplicaDeployment
 from rayft.serving.router import AdapterRouter
@@ -33,9 +35,6 @@ from rayft.squeeze.budget import parse_bytes
 from rayft.tracking.base import check_uri
 
 __all__ = ["APPLICATION", "build_app", "check", "preflight", "run", "stop"]
-
-APPLICATION = "rayft"
-"""The application's name in Ray Serve."""
 
 WAITING_PER_RUNNING = 4
 """Requests that wait in a replica for each that runs, so that a place is filled at the next step."""
@@ -74,7 +73,8 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         ray_actor_options={"num_cpus": 0},
         user_config={},
         graceful_shutdown_timeout_s=config.drain_seconds,
-    ).bind(config, replica)
+        # The name of this server: its directors, one after the other, find what is served by it.
+    ).bind(config, replica, uuid.uuid4().hex)
     most = config.max_replicas or config.replicas
     ingress = IngressDeployment.options(
         # Beside all that may wait or run there must be room for those who are told so.
@@ -86,7 +86,8 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         graceful_shutdown_timeout_s=config.drain_seconds,
     )
     most_bytes = parse_bytes(config.max_body_bytes)
-    return ingress.bind(replica, director, resolved(config.keys), config.roots, most_bytes)
+    waiting = (config.wait_seconds, config.max_seconds)
+    return ingress.bind(replica, director, resolved(config.keys), config.roots, most_bytes, waiting)
 
 
 def preflight(config: ServeConfig) -> None:
@@ -119,6 +120,7 @@ def check(config: ServeConfig) -> None:
     _check_device(config)
     located = _absolute(config)
     registry = MlflowRegistry(located.registry) if located.registry else None
+    check_folder(Path(located.fetched), "fetched")
     for source in located.adapters.values():
         check_source(source, registry, Path(located.fetched), located.max_adapter_bytes)
     load_skeleton(config.model)
@@ -148,7 +150,7 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
     try:
         ray_serve.run(build_app(config), name=APPLICATION, route_prefix="/", blocking=False)
     except RuntimeError as error:
-        cause = _startup_error() or str(error)
+        cause = start_error() or str(error)
         ray_serve.delete(APPLICATION)
         raise ResourceError(f"the application did not start: {cause}") from error
     if not _listens(config.host, config.port):
@@ -196,14 +198,6 @@ def _absolute(config: ServeConfig) -> ServeConfig:
             "registry": check_uri(config.registry) if config.registry else None,
         }
     )
-
-
-def _startup_error() -> str | None:
-    """Find the line that says why a replica did not start: Ray Serve has its traceback as text."""
-    application = ray_serve.status().applications.get(APPLICATION)
-    messages = [deployment.message for deployment in application.deployments.values()] if application else []
-    found = [line for text in messages for line in text.splitlines() if re.match(r"\s*[\w.]+Error: ", line)]
-    return found[-1].strip() if found else None
 
 
 def stop() -> None:

@@ -6,12 +6,16 @@ A request keeps what it began with; what is replaced is freed when the last of t
 
 Adapters live on the device, in (pinned) host memory and on disk. Limits are bytes. Beyond them the least
 recently used moves down, never one that a request uses, nor one that is pinned.
+
+A replica that starts serves what it can load. Of an adapter that it can't load it keeps the reason, which
+answers requests for it, and it tries again now and then.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import logging
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -20,7 +24,7 @@ from typing import Literal
 import torch
 
 from rayft.artifacts import AdapterArtifact, check_prefix, folder_bytes
-from rayft.errors import ArtifactError, ResourceError, SqueezeError, UnknownModelError
+from rayft.errors import ArtifactError, RayftError, ResourceError, SqueezeError, UnknownModelError
 from rayft.methods.base import LoraFactors
 from rayft.serving.admission import BaseModel, check_adapter
 from rayft.serving.engine import Engine
@@ -28,6 +32,8 @@ from rayft.serving.messages import BASE_NAME, ModelCard
 from rayft.serving.state import Asked, Deployed, Served, parse_model
 
 __all__ = ["Catalog", "Lease", "Limits"]
+
+logger = logging.getLogger("ray.serve")
 
 ROOM_SECONDS = 30.0
 """How long a request waits for room on the device."""
@@ -98,6 +104,7 @@ class Catalog:
         self._dtype, self._device = dtype, device
         self._limits = limits or Limits()
         self._entries: dict[str, _Entry] = {}
+        self._problems: dict[str, str] = {}
         self._prepared: dict[int, tuple[Served, list[_Entry]]] = {}
         self._taken = 0
         self._numbers, self._uses = count(), count(1)
@@ -105,8 +112,14 @@ class Catalog:
         self.served = Served()
         """What is served now."""
 
-    async def prepare(self, served: Served) -> None:
+    async def prepare(self, served: Served, *, all_or_none: bool = True) -> None:
         """Read and check all that is new; what is served stays as it is.
+
+        What was to be served before and could not be loaded is tried again, and may still be missing.
+
+        Args:
+            served: what is to be served.
+            all_or_none: whether everything that is new must load; else what can be loaded is served.
 
         Raises:
             ArtifactError: as `check_adapter`, or if a folder no longer holds what it held.
@@ -117,8 +130,14 @@ class Catalog:
         self._prepared[served.number] = (served, made)
         try:
             for deployed in served.versions:
-                if not self._has(deployed):
+                if self._has(deployed):
+                    continue
+                try:
                     made.append(await self._entry(deployed))
+                except Exception as error:
+                    if all_or_none and not self._is_served(deployed):
+                        raise
+                    self._missing(deployed, error)
         except BaseException:
             await self.abandon(served.number)
             raise
@@ -135,10 +154,11 @@ class Catalog:
             if name in fresh or name not in kept:
                 self._retire(self._entries.pop(name))
         self._entries |= fresh
+        self._problems = {name: why for name, why in self._problems.items() if name in kept - fresh.keys()}
         for deployed in served.versions:
-            entry = self._entries[deployed.id]
-            entry.deployed = deployed
-            entry.card = replace(entry.card, aliases=deployed.aliases, pinned=deployed.pinned)
+            if entry := self._entries.get(deployed.id):
+                entry.deployed = deployed
+                entry.card = replace(entry.card, aliases=deployed.aliases, pinned=deployed.pinned)
 
     async def abandon(self, number: int) -> None:
         """Free what was prepared under a number."""
@@ -149,17 +169,55 @@ class Catalog:
     def cards(self) -> list[ModelCard]:
         """List the base and the adapters: each name, and each version of it."""
         cards = [ModelCard(id=BASE_NAME, root=self._base.name)]
-        return cards + [self._entries[deployed.id].card for deployed in self.served.versions]
+        for deployed in self.served.versions:
+            entry = self._entries.get(deployed.id)
+            card = entry.card if entry else self._card(deployed)
+            cards.append(replace(card, unavailable=self._problems.get(deployed.id)))
+        return cards
 
     def tiers(self) -> dict[str, str]:
-        """Say where each version is: its id → device, host or disk."""
-        return {name: entry.tier for name, entry in self._entries.items()}
+        """Say where each version is: its id → device, host, disk or unavailable."""
+        tiers: dict[str, str] = {name: entry.tier for name, entry in self._entries.items()}
+        return tiers | dict.fromkeys(self._problems, "unavailable")
+
+    def problems(self) -> dict[str, str]:
+        """Return why versions can't be served: id → reason."""
+        return dict(self._problems)
+
+    async def retry(self) -> None:
+        """Try again to load what could not be loaded."""
+        for deployed in self.served.versions:
+            if deployed.id not in self._problems:
+                continue
+            try:
+                if deployed.id in self._entries:
+                    await asyncio.to_thread(self._read, deployed)
+                    self._problems.pop(deployed.id, None)
+                    continue
+                entry = await self._entry(deployed)
+            except Exception as error:  # noqa: BLE001  (whatever it is, it is the reason)
+                self._missing(deployed, error)
+                continue
+            if self._has(deployed) or not self._is_served(deployed):
+                # What is served was changed meanwhile.
+                self._retire(entry)
+            else:
+                self._entries[deployed.id] = entry
+                self._problems.pop(deployed.id, None)
 
     def warm(self) -> dict[str, tuple[float, float]]:
         """Say which `model`s are answered from the device, for which draws (see `Served.models`)."""
-        found = dict.fromkeys(self._base_names(), (0.0, 1.0))
+        found = self._models({name for name, tier in self.tiers().items() if tier == "device"})
+        return dict.fromkeys(self._base_names(), (0.0, 1.0)) | found
+
+    def lacking(self) -> dict[str, tuple[float, float]]:
+        """Return which `model`s can't be answered, for which draws."""
+        return self._models(self._problems)
+
+    def _models(self, versions: Collection[str]) -> dict[str, tuple[float, float]]:
+        found: dict[str, tuple[float, float]] = {}
         for name, models in self.served.models().items():
-            if self._entries[name].tier == "device":
+            if name in versions:
                 for model, (low, high) in models.items():
                     # The two versions of a canary divide the draws between them.
                     start, end = found.get(model, (low, high))
@@ -174,6 +232,7 @@ class Catalog:
 
         Raises:
             UnknownModelError: if nothing is served under that name.
+            ArtifactError: if it can't be loaded.
             ResourceError: if there is no room for it on the device.
         """
         if model in self._base_names():
@@ -181,7 +240,9 @@ class Catalog:
             return
         asked = parse_model(model)
         deployed = self.served.pick(asked, draw)
-        entry = self._entries[deployed.id]
+        entry = self._entries.get(deployed.id)
+        if entry is None:
+            raise ArtifactError(self._problems[deployed.id])
         _check_rank(entry, asked)
         entry.leases += 1
         entry.used = next(self._uses)
@@ -203,14 +264,24 @@ class Catalog:
         entry = self._entries.get(deployed.id)
         return entry is not None and entry.deployed.content_hash == deployed.content_hash
 
+    def _is_served(self, deployed: Deployed) -> bool:
+        same = (one for one in self.served.versions if one.id == deployed.id)
+        return any(one.content_hash == deployed.content_hash for one in same)
+
+    def _missing(self, deployed: Deployed, error: Exception) -> None:
+        """Note why a version can't be served."""
+        why = str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
+        if self._problems.get(deployed.id) != why:
+            logger.warning("%s can't be served: %s", deployed.id, why)
+        self._problems[deployed.id] = why
+
     async def _entry(self, deployed: Deployed) -> _Entry:
         """Read an adapter, and bring it to the device if it is pinned or there is room."""
         artifact = await asyncio.to_thread(self._read, deployed)
         size = sum(f.b.numel() + (0 if f.columns else f.a.numel()) for f in artifact.modules.values())
-        entry = _Entry(
-            deployed, self._card(deployed, artifact), f"{deployed.id}#{next(self._numbers)}", artifact,
-            size * self._dtype.itemsize,
-        )  # fmt: skip
+        card = self._card(deployed, artifact, folder_bytes(deployed.folder))
+        key = f"{deployed.id}#{next(self._numbers)}"
+        entry = _Entry(deployed, card, key, artifact, size * self._dtype.itemsize)
         limit = self._limits.device
         if deployed.pinned or limit is None or self._taken + entry.bytes <= limit:
             await self._bring(entry)
@@ -241,7 +312,12 @@ class Catalog:
                 return
             artifact = entry.artifact
             if artifact is None:
-                artifact = await asyncio.to_thread(self._read, entry.deployed)
+                try:
+                    artifact = await asyncio.to_thread(self._read, entry.deployed)
+                except Exception as error:
+                    self._missing(entry.deployed, error)
+                    raise
+                self._problems.pop(entry.deployed.id, None)
             await self._make_room(entry)
             self._taken += entry.bytes
             try:
@@ -335,23 +411,31 @@ class Catalog:
         self._taken -= entry.bytes
         self._freed.set()
 
-    def _card(self, deployed: Deployed, artifact: AdapterArtifact) -> ModelCard:
-        return ModelCard(
+    def _card(
+        self, deployed: Deployed, artifact: AdapterArtifact | None = None, size: int | None = None
+    ) -> ModelCard:
+        """Describe a version, without what is read from its files where they can't be read."""
+        card = ModelCard(
             id=deployed.name,
             root=deployed.folder,
             base=self._base.name,
-            rank=artifact.rank,
-            method=artifact.meta.method,
-            parameters=artifact.parameters,
-            bytes=folder_bytes(deployed.folder),
             content_hash=deployed.content_hash,
-            parent=artifact.meta.parent or None,
-            squeezed=artifact.squeezed,
             version=deployed.version,
             aliases=deployed.aliases,
             source=deployed.source,
             pinned=deployed.pinned,
             score=deployed.score,
+        )
+        if artifact is None:
+            return card
+        return replace(
+            card,
+            rank=artifact.rank,
+            method=artifact.meta.method,
+            parameters=artifact.parameters,
+            bytes=size,
+            parent=artifact.meta.parent or None,
+            squeezed=artifact.squeezed,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayft.config import Section
+from rayft.config import SINCE, Section
 from rayft.models.load import ModelConfig
 from rayft.paths import PathText
 from rayft.serving.keys import KeyConfig
@@ -42,7 +42,8 @@ class ServeConfig(Section):
     """Folders and URL prefixes below which adapters may be loaded over HTTP; none where not given."""
 
     fetched: PathText = "runs/serving/adapters"
-    """Folder for what is fetched from registries and URLs, which every replica must be able to read."""
+    """Folder for what is fetched from registries and URLs, and for the server's own copies of the adapters
+    that it serves; every replica must be able to read it."""
 
     max_adapter_bytes: Size = "2GB"
     """Largest adapter that is loaded."""
@@ -93,6 +94,10 @@ class ServeConfig(Section):
 
     max_seconds: float = Field(default=600.0, gt=0)
     """How long a request may take in a replica, waiting for a place included; then it ends with an error."""
+
+    wait_seconds: float = Field(default=1.0, ge=0, json_schema_extra={SINCE: "0.2"})
+    """How long a request waits for a replica where none is up (the last one was lost, and another one starts
+    or can't start); then it is answered 503 with the reason."""
 
     drain_seconds: float = Field(default=30.0, gt=0)
     """How long a server that stops, or a replica that is taken away, goes on with what it has begun."""

@@ -2,22 +2,26 @@
 
 A change is prepared by every replica (read, checked, brought to the device), and only if all of them could
 is it told to be served; else it is undone everywhere, and who asked hears why. Replicas that start later, or
-missed a change, ask for what is served by themselves. A director that was lost takes over what its replicas
-serve.
+missed a change, ask for what is served by themselves. What is served is served from copies (`copies`), and
+recorded beside them: a director that replaces a lost one goes on from the record, whatever has happened to
+the adapters' own folders.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray.serve as ray_serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
 
 from rayft.errors import BadRequestError, RayftError, RequestError, ResourceError
 from rayft.registry.ref import Registry
@@ -25,6 +29,7 @@ from rayft.registry.store import MlflowRegistry
 from rayft.serving import sources, state
 from rayft.serving.admission import BaseModel
 from rayft.serving.config import ServeConfig
+from rayft.serving.copies import TOUCH_SECONDS, Copies, Record
 from rayft.serving.state import Deployed, Served
 
 __all__ = ["Director", "DirectorDeployment", "initial"]
@@ -38,16 +43,28 @@ PREPARE_SECONDS = 300.0
 class Director:
     """Keeps what is served; Ray Serve makes one."""
 
-    def __init__(self, config: ServeConfig, replicas: DeploymentHandle[Any]) -> None:
-        """Take the configuration's adapters from where they are.
+    def __init__(self, config: ServeConfig, replicas: DeploymentHandle[Any], server: str) -> None:
+        """Copy the configuration's adapters, or go on from the record of a director of the same server.
+
+        Args:
+            config: the server's configuration.
+            replicas: calls the replicas.
+            server: names the server; it is the same for a director that replaces another one.
 
         Raises:
-            ArtifactError, RegistryError: if one is not there.
+            ArtifactError, RegistryError: if an adapter is not there.
+            ResourceError: if it can't be copied.
         """
         self._config, self._replicas = config, replicas
         self._registry = _registry(config)
         self._changing = asyncio.Lock()
-        self._served = initial(config)
+        self._copies = Copies(config.fetched, server)
+        record = self._copies.record()
+        if record is None:
+            self._copies.remove_stale()
+            record = Record(self._copied(initial(config)))
+            self._copies.save(record)
+        self._record = record
         self._refused: str | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -61,19 +78,27 @@ class Director:
         """
         wanted = user_config.get("adapters")
         if not self._tasks:
-            # Replicas start by asking what is served: there is none to tell yet.
-            if wanted is not None:
-                self._served = await self._exactly(wanted)
+            # Replicas start by asking what is served: there is none to tell yet. Where there was a director
+            # before, its record holds what was loaded over HTTP since it applied the same `user_config`.
+            if wanted is not None and wanted != self._record.wanted:
+                async with self._alone():
+                    self._keep(replace(self._record, served=await self._exactly(wanted), wanted=wanted))
             self._tasks.add(asyncio.create_task(self._follow()))
+            self._tasks.add(asyncio.create_task(self._touch()))
         elif wanted is not None:
             try:
-                async with self._changing:
+                async with self._alone():
                     served = await self._exactly(wanted)
                     if served.versions != self._served.versions:
                         await self._change(served)
+                    self._keep(replace(self._record, wanted=wanted))
             except RayftError as error:
                 self._refused = str(error)
                 logger.warning("the change of adapters was refused, the old ones are served on: %s", error)
+
+    @property
+    def _served(self) -> Served:
+        return self._record.served
 
     async def state(self) -> Served:
         """Give what is to be served."""
@@ -82,6 +107,20 @@ class Director:
     async def number(self) -> int:
         """Give the number of the last change."""
         return self._served.number
+
+    async def base(self) -> str:
+        """Return the fingerprint of the base that is served; empty until a replica has started."""
+        return self._record.base
+
+    async def started(self, base: str) -> str:
+        """Note that a replica serves this base, unless another one is served.
+
+        Returns:
+            The fingerprint of the base that is served.
+        """
+        if not self._record.base:
+            self._keep(replace(self._record, base=base))
+        return self._record.base
 
     async def adapters(self) -> dict[str, Any]:
         """Tell what is served, and why the last change was refused, if it was."""
@@ -94,10 +133,10 @@ class Director:
             BadRequestError: with the reason, if it can't be served.
             ResourceError: if replicas fail or take too long.
         """
-        async with self._changing:
+        async with self._alone():
             try:
                 new = await self._find(name, source, pinned=pinned)
-                await self._change(state.loaded(self._served, new, weight))
+                await self._change(state.loaded(self._served, await self._copy(new), weight))
                 return self._served.of(name)[-1]
             except (RequestError, ResourceError):
                 raise
@@ -106,18 +145,18 @@ class Director:
 
     async def unload(self, name: str) -> None:
         """Serve a name no more; requests that run with it end first."""
-        async with self._changing:
+        async with self._alone():
             await self._change(state.unloaded(self._served, name))
 
     async def promote(self, name: str) -> Deployed:
         """Give all of a name's traffic to its canary."""
-        async with self._changing:
+        async with self._alone():
             await self._change(state.promoted(self._served, name))
             return self._served.of(name)[-1]
 
     async def rollback(self, name: str) -> Deployed:
         """Take back a canary, or the last change of a name."""
-        async with self._changing:
+        async with self._alone():
             await self._change(state.rolled_back(self._served, name))
             return self._served.of(name)[-1]
 
@@ -133,15 +172,48 @@ class Director:
             pinned=pinned,
         )
 
+    async def _copy(self, new: Deployed) -> Deployed:
+        """Return a version that is served from the server's own copy of it."""
+        copy = await asyncio.to_thread(self._copies.take, Path(new.folder), new.content_hash)
+        return replace(new, folder=str(copy))
+
+    def _copied(self, served: Served) -> Served:
+        """Copy all that is served, and return it with the copies' folders."""
+        versions = tuple(
+            replace(one, folder=str(self._copies.take(Path(one.folder), one.content_hash)))
+            for one in served.versions
+        )
+        return replace(served, versions=versions)
+
+    def _keep(self, record: Record) -> None:
+        """Record what is served."""
+        self._copies.save(record)
+        self._record = record
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Make one change at a time; after it, delete the copies that neither it nor a rollback needs."""
+        async with self._changing:
+            try:
+                yield
+            finally:
+                served = self._served
+                self._copies.keep({one.folder for one in (*served.versions, *served.previous.values())})
+
     async def _change(self, wanted: Served) -> None:
         """Have all replicas prepare a change, then serve it."""
-        answers = await self._all("prepare", wanted)
-        errors = [answer for answer in answers if isinstance(answer, Exception) and not _gone(answer)]
-        if errors:
-            await self._all("abandon", wanted.number)
-            raise _cause(errors[0])
-        self._served, self._refused = wanted, None
+        await self._prepare(wanted)
+        self._keep(replace(self._record, served=wanted))
+        self._refused = None
         await self._all("commit", wanted.number)
+
+    async def _prepare(self, wanted: Served) -> None:
+        answers = await self._all("prepare", wanted)
+        errors = [answer for answer in answers if isinstance(answer, Exception)]
+        others = [error for error in errors if not _gone(error)]
+        if others or len(errors) == len(answers):
+            await self._all("abandon", wanted.number)
+            raise _cause(others[0]) if others else ResourceError("no replica is up to check it; try again")
 
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
         try:
@@ -153,6 +225,9 @@ class Director:
                     ResourceError(f"a replica took more than {PREPARE_SECONDS:g} s to get ready; {error}")
                 ]
             return []
+        except RayServeException:
+            # No replica is up.
+            return []
 
     async def _exactly(self, wanted: Mapping[str, str]) -> Served:
         """Give what is served with these adapters and no others."""
@@ -162,27 +237,18 @@ class Director:
                 served = state.unloaded(served, name)
         for name, source in wanted.items():
             pinned = name in self._config.pinned
-            served = state.loaded(served, await self._find(name, source, pinned=pinned))
+            new = await self._copy(await self._find(name, source, pinned=pinned))
+            served = state.loaded(served, new)
         return replace(served, number=self._served.number + 1)
 
-    async def _take_over(self) -> None:
-        """After a director was lost: go on with what its replicas serve."""
-        try:
-            found = await self._replicas.broadcast("serving").results_async(
-                timeout_s=5, return_exceptions=True
-            )
-        except (TimeoutError, RayServeException):
-            # Replicas that are not deployed yet ask the director what to serve.
-            return
-        newest = max(
-            (one for one in found if isinstance(one, Served)), key=lambda one: one.number, default=None
-        )
-        if newest is not None and newest.number > self._served.number:
-            self._served = newest
+    async def _touch(self) -> None:
+        """Mark the copies as in use, now and then."""
+        while True:
+            self._copies.touch()
+            await asyncio.sleep(TOUCH_SECONDS)
 
     async def _follow(self) -> None:
         """Look up again, now and then, what the registry's aliases point to."""
-        await self._take_over()
         while True:
             await asyncio.sleep(self._config.follow_seconds)
             for deployed in self._served.versions:
@@ -202,11 +268,20 @@ class Director:
         if not await asyncio.to_thread(sources.moved, deployed, self._registry):
             return
         new = await self._find(deployed.name, deployed.source, pinned=deployed.pinned)
-        async with self._changing:
-            if deployed not in self._served.versions or new == deployed:
+        async with self._alone():
+            if deployed not in self._served.versions:
+                return
+            new = await self._copy(new)
+            if new == deployed:
                 return
             await self._change(state.loaded(self._served, new))
             logger.info("%s is %s now", deployed.name, new.id)
+
+    def __del__(self) -> None:
+        # Ray Serve calls this when it stops a replica of the director. Another one may take its place, except
+        # where the application ends.
+        if _ends():
+            self._copies.remove()
 
 
 def initial(config: ServeConfig, base: BaseModel | None = None) -> Served:
@@ -233,6 +308,16 @@ def _registry(config: ServeConfig) -> Registry | None:
 def _gone(error: Exception) -> bool:
     """Say whether a replica died: the one that takes its place asks for what is served."""
     return isinstance(error, RayActorError)
+
+
+def _ends() -> bool:
+    """Return whether this process is a replica of an application that is being deleted."""
+    try:
+        name = ray_serve.get_replica_context().app_name
+    except RayServeException:
+        return False
+    application = ray_serve.status().applications.get(name)
+    return application is None or application.status == ApplicationStatus.DELETING
 
 
 def _cause(error: Exception) -> Exception:

@@ -3,10 +3,12 @@
 # Ray Serve pickles the routes by value while this module is still being imported, with the globals
 # that their code uses: names must be defined above them, and annotations must not be strings (so no
 # `from __future__ import annotations`).
+import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from importlib.resources import files
 from typing import Any
 
@@ -15,12 +17,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.metrics import Counter
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from rayft.errors import (
+    RayftError,
     RequestError,
     ResourceError,
     TooLargeError,
@@ -31,6 +35,7 @@ from rayft.serving.answers import ChatForm, Form, TextForm, collected, describe_
 from rayft.serving.keys import Caller, ForbiddenError, KeyConfig, identify
 from rayft.serving.messages import BASE_NAME, Delta, ModelCard
 from rayft.serving.openapi import openapi
+from rayft.serving.presence import NoReplicaError, Waiting
 from rayft.serving.schemas import ChatRequest, CompletionRequest, LoadRequest, parse_request
 from rayft.serving.state import parse_model
 
@@ -38,7 +43,13 @@ __all__ = ["Ingress", "IngressDeployment", "api"]
 
 TRAFFIC = ("requests", "tokens", "errors")
 RETRY_SECONDS = 2
-"""When to try again where too many wait."""
+"""When to try again where too many wait, or no replica is up."""
+
+DIRECTOR_SECONDS = 10.0
+"""How long the director, which Ray Serve starts again where it is lost, may take to say what is served."""
+
+EACH_SECONDS = 10.0
+"""How long all replicas may take to answer, where each of them is asked."""
 
 api = FastAPI(title="rayft", openapi_url=None)
 
@@ -52,7 +63,7 @@ api = FastAPI(title="rayft", openapi_url=None)
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     status, body = describe_error(error)
     headers = {}
-    if status == 429:
+    if status in (429, 503):
         headers["Retry-After"] = str(RETRY_SECONDS)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -88,11 +99,16 @@ class Ingress:
         keys: tuple[KeyConfig, ...] = (),
         roots: tuple[str, ...] = (),
         max_body_bytes: int = 16 * 10**6,
+        waiting: tuple[float, float] = (1.0, 600.0),
     ) -> None:
         self._replica, self._director = replica, director
         self._streaming = replica.options(stream=True)
         self._keys, self._roots = keys, roots
         self._max_body_bytes = max_body_bytes
+        refused: Any = Counter(
+            "rayft_unavailable_total", "Calls that were refused because no replica was up."
+        )
+        self._waiting = Waiting(*waiting, refused.inc)
         self._created = int(time.time())
 
     @api.get("/", include_in_schema=False)
@@ -107,19 +123,25 @@ class Ingress:
 
     @api.get("/healthz")
     async def healthz(self) -> dict[str, Any]:
-        """Say that this process lives, and what a replica's engine has done."""
-        return {"status": "ok", "engine": (await self._replica.stats.remote())["engine"]}
+        """Say that this process lives, and what a replica's engine has done, if one is up."""
+        engine = None
+        with suppress(RayError, RayftError):
+            engine = (await self._of_replica("stats"))["engine"]
+        return {"status": "ok", "engine": engine}
 
     @api.get("/readyz")
     async def readyz(self) -> Response:
         """Say whether requests can be answered: a replica and the director do."""
         try:
-            number = await self._director.number.remote()
-            await self._replica.serving.remote()
-        except RayError as error:
-            body = {"status": "not ready", "reason": type(error).__name__}
-            return JSONResponse(body, status_code=503)
-        return JSONResponse({"status": "ready", "change": number})
+            number = await self._of_director("number")
+            await self._of_replica("serving")
+            problems = await self._of_each("problems")
+        except (RayError, RayftError) as error:
+            # Anyone may ask, so no reason is given that names a path.
+            reason = "no replica is up" if isinstance(error, NoReplicaError) else type(error).__name__
+            body = {"status": "not ready", "reason": reason}
+            return JSONResponse(body, status_code=503, headers={"Retry-After": str(RETRY_SECONDS)})
+        return JSONResponse({"status": "ready", "change": number, "unavailable": len(set().union(*problems))})
 
     @api.get("/v1/models")
     async def models(self, request: Request) -> dict[str, Any]:
@@ -151,7 +173,7 @@ class Ingress:
     async def adapters(self, request: Request) -> dict[str, Any]:
         """List the adapters that the caller may see, with where they are and what they did."""
         caller = self._caller(request)
-        about = await self._director.adapters.remote()
+        about = await self._of_director("adapters")
         data = await self._described(caller, about["served"])
         refused = {"refused": about["refused"]} if caller.admin else {}
         return {"object": "list", "data": data, "change": about["served"].number, **refused}
@@ -162,13 +184,13 @@ class Ingress:
         self._admin(request)
         wanted = parse_request(LoadRequest, await self._body(request))
         wanted.check(self._roots)
-        made = await self._director.load.remote(wanted.name, wanted.source, wanted.weight, wanted.pinned)
+        made = await self._change("load", wanted.name, wanted.source, wanted.weight, wanted.pinned)
         return JSONResponse(asdict(made), status_code=201)
 
     @api.get("/v1/adapters/{name}")
     async def adapter(self, request: Request, name: str) -> dict[str, Any]:
         """Describe one name's versions."""
-        served = await self._director.state.remote()
+        served = await self._of_director("state")
         found = [one for one in await self._described(self._caller(request), served) if one["id"] == name]
         if not found:
             raise UnknownModelError(f"no adapter '{name}' is served here; see /v1/adapters", param="name")
@@ -178,20 +200,20 @@ class Ingress:
     async def unload(self, request: Request, name: str) -> dict[str, Any]:
         """Serve a name no more; what runs with it ends first."""
         self._admin(request)
-        await self._director.unload.remote(name)
+        await self._change("unload", name)
         return {"object": "adapter", "id": name, "deleted": True}
 
     @api.post("/v1/adapters/{name}/promote")
     async def promote(self, request: Request, name: str) -> dict[str, Any]:
         """Give all of a name's traffic to its canary."""
         self._admin(request)
-        return asdict(await self._director.promote.remote(name))
+        return asdict(await self._change("promote", name))
 
     @api.post("/v1/adapters/{name}/rollback")
     async def rollback(self, request: Request, name: str) -> dict[str, Any]:
         """Take back a canary, or the last change of a name."""
         self._admin(request)
-        return asdict(await self._director.rollback.remote(name))
+        return asdict(await self._change("rollback", name))
 
     def _caller(self, request: Request) -> Caller:
         return identify(self._keys, request.headers.get("authorization"))
@@ -217,14 +239,46 @@ class Ingress:
                 )
         return bytes(body)
 
+    async def _of_replica(self, method: str) -> Any:
+        """Ask a replica something; not for long where none is up."""
+        call: Any = getattr(self._replica, method).remote()
+        return await self._waiting.answer(call, call.cancel)
+
+    async def _of_director(self, method: str) -> Any:
+        """Ask the director something; not for long where it is not up."""
+        try:
+            async with asyncio.timeout(DIRECTOR_SECONDS):
+                return await getattr(self._director, method).remote()
+        except TimeoutError as error:
+            raise ResourceError("the director, which knows what is served, is not up; try again") from error
+
+    async def _change(self, method: str, *arguments: Any) -> Any:
+        """Have the director change what is served, which takes as long as reading an adapter takes."""
+        await self._of_director("number")
+        return await getattr(self._director, method).remote(*arguments)
+
+    async def _of_each(self, method: str) -> list[Any]:
+        """Ask all replicas something, and return the answers of those that give one."""
+        try:
+            call = self._replica.broadcast(method)
+            answers = await call.results_async(timeout_s=EACH_SECONDS, return_exceptions=True)
+        except (TimeoutError, RayServeException):
+            return []
+        return [one for one in answers if not isinstance(one, Exception)]
+
     async def _cards(self, caller: Caller) -> list[ModelCard]:
-        cards: list[ModelCard] = await self._replica.models.remote()
-        return [card for card in cards if caller.may_ask(card.id)]
+        """Describe what a caller may ask for; unavailable is what no replica can serve."""
+        found: list[ModelCard] = await self._of_replica("models")
+        cards = [card for card in found if caller.may_ask(card.id)]
+        if not any(card.unavailable for card in cards):
+            return cards
+        everywhere = [card for found in await self._of_each("models") for card in found]
+        loaded = {(card.id, card.version): card for card in everywhere if not card.unavailable}
+        return [loaded.get((card.id, card.version), card) for card in cards]
 
     async def _described(self, caller: Caller, served: Any) -> list[dict[str, Any]]:
         """Describe each version that a caller may see."""
-        answers = await self._replica.broadcast("stats").results_async(timeout_s=10, return_exceptions=True)
-        replicas = [one for one in answers if isinstance(one, dict)]
+        replicas = await self._of_each("stats")
         found = []
         for card in await self._cards(caller):
             if card.id == BASE_NAME:
@@ -233,10 +287,12 @@ class Ingress:
             did = [one["traffic"].get(key, {}) for one in replicas]
             share = served.weights.get(card.id)
             newest = served.of(card.id)[-1:]
+            reasons = [one["problems"][key] for one in replicas if key in one["problems"]]
             if share is not None and newest and newest[0].version != card.version:
                 share = 1 - share
+            told = self._model(replace(card, unavailable=next(iter(reasons), None)))
             found.append({
-                **self._model(card), "object": "adapter", "weight": 1.0 if share is None else share,
+                **told, "object": "adapter", "weight": 1.0 if share is None else share,
                 "tiers": [one["tiers"].get(key, "disk") for one in replicas],
                 "traffic": {what: sum(one.get(what, 0) for one in did) for what in TRAFFIC},
             })  # fmt: skip
@@ -252,7 +308,7 @@ class Ingress:
         deltas: AsyncIterator[Delta] = aiter(call)
         # The first delta says that the request was accepted: before it an error still has a status.
         try:
-            first = await anext(deltas)
+            first = await self._waiting.answer(anext(deltas), call.cancel)
         except BackPressureError as error:
             # Caught here: Ray Serve would answer it by itself, with a 503.
             raise TooManyRequestsError("too many requests wait here; try again later") from error

@@ -86,3 +86,5 @@ class ModelCard:
     """Whether it stays on the device."""
     score: float | None = None
     """Its validation score, where the registry knows it."""
+    unavailable: str | None = None
+    """Why it can't be served; None where it can."""

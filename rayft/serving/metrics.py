@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rayft.serving.messages import BASE_NAME
@@ -20,7 +20,7 @@ class Metrics:
     """Counters and histograms, tagged by the adapter's served name and its version."""
 
     def __init__(self) -> None:
-        from ray.serve.metrics import Counter, Histogram
+        from ray.serve.metrics import Counter, Gauge, Histogram
 
         def counter(name: str, what: str) -> Any:
             return Counter(f"rayft_{name}", what, tag_keys=TAGS)
@@ -34,6 +34,10 @@ class Metrics:
         self.tokens = counter("generated_tokens_total", "Tokens that were generated.")
         self.loads = counter("adapter_loads_total", "Times that an adapter was brought to the device.")
         self.evictions = counter("adapter_evictions_total", "Times that it made room for another.")
+        self._lacking: Any = Gauge(
+            "rayft_adapter_unavailable", "1 where a replica can't load it, else 0.", tag_keys=TAGS
+        )
+        self._lacked: set[str] = set()
         self.queue = histogram("queue_seconds", "From the request to its place on the device.", SECONDS)
         self.first = histogram("first_token_seconds", "From the request to its first token.", SECONDS)
         self.each = histogram("token_seconds", "Between tokens, mean of a request.", TOKEN_SECONDS)
@@ -47,6 +51,13 @@ class Metrics:
         self.moves[what] += 1
         tags = {"adapter": deployed.name, "version": str(deployed.version)}
         (self.loads if what == "load" else self.evictions).inc(tags=tags)
+
+    def lack(self, problems: Mapping[str, str]) -> None:
+        """Report the versions that can't be served (id → reason), and those that can be again."""
+        for one in self._lacked | problems.keys():
+            name, _, version = one.partition("@")
+            self._lacking.set(float(one in problems), tags={"adapter": name, "version": version})
+        self._lacked = set(problems)
 
     def keep(self, versions: Collection[str]) -> None:
         """Forget the traffic of all but these versions and the base: names are replaced without end."""

@@ -17,7 +17,7 @@ import torch
 from ray.exceptions import RayError
 
 from rayft.data.chat_format import AnswerParser, ChatFormat
-from rayft.errors import BadRequestError, RayftError, RequestTimeoutError, ResourceError
+from rayft.errors import BadRequestError, ModelError, RayftError, RequestTimeoutError, ResourceError
 from rayft.models.load import load_model
 from rayft.models.targets import linear_shapes
 from rayft.numerics import derive_seed, fastest_cpu_dtype
@@ -46,6 +46,9 @@ LONG_CHARACTERS = 20_000
 WATCH_SECONDS = 1.0
 """How often a replica asks whether it missed a change."""
 
+RETRY_SECONDS = 5.0
+"""How often it tries to load the adapters that it could not load."""
+
 
 class Replica:
     """Answers requests; Ray Serve makes and feeds it."""
@@ -60,11 +63,13 @@ class Replica:
         torch.set_num_threads(config.cpus)
         dtype = compute_dtype(config, device)
         loaded = load_model(config.model, dtype, device)
+        if device == "cpu" and config.model.quantize is None:
+            _own_memory(loaded.model)
         base = BaseModel(
             config.model.name, loaded.fingerprint, linear_shapes(loaded.model), widest_rank(device)
         )
         limits = EngineLimits(config.max_running, config.max_batch_tokens, config.cache_tokens)
-        self._config, self._tokenizer = config, loaded.tokenizer
+        self._config, self._tokenizer, self._fingerprint = config, loaded.tokenizer, loaded.fingerprint
         self._format = ChatFormat.of(loaded.tokenizer)
         if self._format.problem:
             logger.warning("answers to chats may not end by themselves: %s", self._format.problem)
@@ -79,22 +84,35 @@ class Replica:
     async def reconfigure(self, _: Mapping[str, Any]) -> None:
         """Serve what the director says, now and from now on; Ray Serve calls this when a replica starts.
 
+        The first replicas of a server load everything or don't start; later ones serve what they can load.
+
         Raises:
             ArtifactError: if an adapter can't be served.
+            ModelError: if the base is not the one that the server has served until now.
         """
         if self._tasks:
             return
         director: Any = ray_serve.get_deployment_handle("Director")
-        await self.catch_up(await director.state.remote())
+        base = await director.base.remote()
+        self._check_base(base or self._fingerprint)
+        await self.catch_up(await director.state.remote(), all_or_none=not base)
+        self._check_base(await director.started.remote(self._fingerprint))
         self._tasks.add(asyncio.create_task(self._watch(director)))
 
-    async def catch_up(self, served: Served) -> None:
-        """Serve something at once, for all by itself.
+    def _check_base(self, served: str) -> None:
+        if served != self._fingerprint:
+            raise ModelError(
+                f"{self._config.model.name} holds another base now ({self._fingerprint}) than the one that "
+                f"is served ({served}); bring that one back, or start the server again to serve the new one"
+            )
+
+    async def catch_up(self, served: Served, *, all_or_none: bool = False) -> None:
+        """Serve something at once, for all by itself: all of it, or what can be loaded of it.
 
         Raises:
-            ArtifactError: if an adapter can't be served; what was served is served on.
+            ArtifactError: if everything must load and an adapter can't; what was served is served on.
         """
-        await self._catalog.prepare(served)
+        await self._catalog.prepare(served, all_or_none=all_or_none)
         await self.commit(served.number)
 
     async def prepare(self, served: Served) -> None:
@@ -107,6 +125,7 @@ class Replica:
         served = self._catalog.served
         # What a rollback would bring back is remembered too.
         self._metrics.keep({one.id for one in (*served.versions, *served.previous.values())})
+        self._metrics.lack(self._catalog.problems())
 
     async def abandon(self, number: int) -> None:
         """Forget what was prepared."""
@@ -118,8 +137,13 @@ class Replica:
 
     async def _watch(self, director: Any) -> None:
         """Ask, each second, whether a change was missed: one that was made while this replica started."""
+        tried = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_SECONDS)
+            if time.monotonic() - tried >= RETRY_SECONDS:
+                await self._catalog.retry()
+                tried = time.monotonic()
+            self._metrics.lack(self._catalog.problems())
             try:
                 if await director.number.remote() != self._catalog.served.number:
                     await self.catch_up(await director.state.remote())
@@ -139,19 +163,24 @@ class Replica:
         """List what is served."""
         return self._catalog.cards()
 
+    async def problems(self) -> dict[str, str]:
+        """Return why versions can't be served here: id → reason."""
+        return self._catalog.problems()
+
     async def stats(self) -> dict[str, Any]:
         """Report what the engine has done, and of each version where it is and its traffic."""
         return {
             "pid": os.getpid(),
             "engine": asdict(self._engine.stats()),
             "tiers": self._catalog.tiers(),
+            "problems": self._catalog.problems(),
             "traffic": self._metrics.traffic,
             "moves": self._metrics.moves,
         }
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """Tell the routers what is warm here (see `AdapterRouter`); Ray Serve calls this now and then."""
-        return {"warm": self._catalog.warm()}
+        """Tell the routers what is warm and what is lacking here; Ray Serve calls this now and then."""
+        return {"warm": self._catalog.warm(), "lacking": self._catalog.lacking()}
 
     async def generate(
         self, request: ChatRequest | CompletionRequest, draw: float | None = None
@@ -325,6 +354,16 @@ async def bounded(deltas: AsyncGenerator[Delta, None], seconds: float) -> AsyncG
                     f"the answer was not ready after {seconds:g} seconds; ask for less, or raise max_seconds"
                 ) from error
             yield delta
+
+
+def _own_memory(model: torch.nn.Module) -> None:
+    """Copy the weights that are mapped from the base's files.
+
+    A map shows what is written into a file later, and a process that reads a map of a file that was cut short
+    is killed (SIGBUS).
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _bytes(size: str | None) -> int | None:

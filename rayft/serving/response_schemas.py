@@ -159,6 +159,8 @@ class Card(TypedDict):
     source: NotRequired[str]
     pinned: NotRequired[bool]
     score: NotRequired[float]
+    unavailable: NotRequired[str]
+    """Why it can't be served."""
 
 
 class ModelEntry(Card):
@@ -187,7 +189,7 @@ class AdapterEntry(Card):
 
     object: Literal["adapter"]
     weight: Share
-    tiers: list[Literal["device", "host", "disk"]]
+    tiers: list[Literal["device", "host", "disk", "unavailable"]]
     """Where each replica has it."""
     traffic: Traffic
 
@@ -247,7 +249,8 @@ class Health(TypedDict):
     """What `/healthz` answers."""
 
     status: Literal["ok"]
-    engine: EngineHealth
+    engine: EngineHealth | None
+    """A replica's; null where none is up."""
 
 
 class Readiness(TypedDict):
@@ -255,6 +258,8 @@ class Readiness(TypedDict):
 
     status: Literal["ready"]
     change: Count
+    unavailable: Count
+    """Versions of adapters that a replica can't load."""
 
 
 class NotReady(TypedDict):

@@ -3,6 +3,7 @@
 Ray Serve's controller asks each replica now and then which `model`s are warm in it (`Catalog.warm`) and tells
 the routers, one in each process that asks replicas. A cold adapter counts as warm where the router has just
 sent a request for it, until the replica can have told so itself: a burst for it must not load it everywhere.
+A replica also tells which `model`s it can't load (`Catalog.lacking`): they go to others, if any has them.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from rayft.serving.schemas import ChatRequest, CompletionRequest
 from rayft.serving.state import parse_model
 
-__all__ = ["AdapterRouter", "Standing", "ranked"]
+__all__ = ["AdapterRouter", "Standing", "ranked", "replicas_up"]
 
 RECENT_SECONDS = 3.0
 """How long an adapter that no replica calls warm counts as warm where it was sent."""
@@ -56,11 +58,21 @@ def ranked(standings: Mapping[Key, Standing], slack: int) -> list[Key]:
     return sorted(standings, key=cost)
 
 
+_routers: WeakSet[AdapterRouter] = WeakSet()
+"""Those of this process."""
+
+
+def replicas_up() -> bool:
+    """Return whether a router of this process knows a running replica."""
+    return any(router.curr_replicas for router in list(_routers))
+
+
 class AdapterRouter(RequestRouter):
     """Routes `generate` by the request's adapter, and everything else to the least busy replica."""
 
     def initialize_state(self, **kwargs: Any) -> None:
         """Take `slack`, how many more requests than the least busy replica a warm one may have."""
+        _routers.add(self)
         self._slack = int(kwargs["slack"])
         self._sent: dict[ReplicaID, dict[str, float]] = {}
         """Replica → cold `model` that it was sent lately → when, in seconds."""
@@ -85,6 +97,9 @@ class AdapterRouter(RequestRouter):
             }
             for replica_id in replicas
         }
+        lacking = _telling(replicas, "lacking", model, draw)
+        if len(lacking) < len(replicas):
+            replicas = {key: replica for key, replica in replicas.items() if key not in lacking}
         warm = self._warm(replicas, model, draw)
         asking = pending_request.future if pending_request else None
         placed = Counter(where for request, where in self._placed.items() if request is not asking)
@@ -117,14 +132,21 @@ class AdapterRouter(RequestRouter):
         self, replicas: Mapping[ReplicaID, RunningReplica], model: str | None, draw: float
     ) -> set[ReplicaID]:
         """Find the replicas that say they have a request's adapter, or else those that may have it by now."""
-        told: dict[ReplicaID, tuple[float, float]] = {
-            replica_id: replica.routing_stats["warm"][model]
-            for replica_id, replica in replicas.items()
-            if model in replica.routing_stats.get("warm", ())
-        }
-        if not told:
+        if not any(model in replica.routing_stats.get("warm", ()) for replica in replicas.values()):
             return {replica_id for replica_id, sent in self._sent.items() if model in sent}
-        return {replica_id for replica_id, (low, high) in told.items() if low <= draw < high}
+        return _telling(replicas, "warm", model, draw)
+
+
+def _telling(
+    replicas: Mapping[ReplicaID, RunningReplica], what: str, model: str | None, draw: float
+) -> set[ReplicaID]:
+    """Return the replicas that list a request's `model` and draw under `what` in their report."""
+    reports = {replica_id: replica.routing_stats.get(what, {}) for replica_id, replica in replicas.items()}
+    return {
+        replica_id
+        for replica_id, report in reports.items()
+        if model in report and report[model][0] <= draw < report[model][1]
+    }
 
 
 def _asked(pending: PendingRequest | None) -> tuple[str | None, float]:

@@ -24,7 +24,7 @@ class Deployed:
     name: str
     version: int
     folder: str
-    """Adapter folder, which every replica can read."""
+    """Adapter folder, which every replica can read: of what is served, the server's own copy."""
     content_hash: str
     """Identity of its factors: a folder that holds something else by now is not served."""
     source: str

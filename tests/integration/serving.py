@@ -62,7 +62,8 @@ def serving(base: Base, *, roots: Sequence[str] = (), **settings: Any) -> Iterat
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     model, allowed = ModelConfig(name=str(base.model)), (str(base.root), *roots)
-    run(ServeConfig(model=model, roots=allowed, port=port, dtype="float32", **settings), blocking=False)
+    settings = {"fetched": str(base.root / "fetched"), "dtype": "float32", **settings}
+    run(ServeConfig(model=model, roots=allowed, port=port, **settings), blocking=False)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

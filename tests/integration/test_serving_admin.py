@@ -83,6 +83,7 @@ def server(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPath
             KeyConfig(name="ann", env="USER_KEY", adapters=("small", "base")),
         ),
         max_adapter_bytes="1MB",
+        fetched=str(root / "fetched"),
     )
     run(config, blocking=False)
     yield Server(f"http://127.0.0.1:{port}", root, shapes, base.fingerprint)

@@ -251,6 +251,67 @@ def test_a_folder_that_holds_something_else_by_now_is_not_served(served: Server,
     assert not served.engine.loaded
 
 
+def test_a_replica_that_starts_serves_what_it_can_load_and_tries_the_rest_again(
+    served: Server, tmp_path: Path
+) -> None:
+    state = Served()
+    for name in "abc":
+        state = loaded(state, find(name, save(tmp_path, name), None, tmp_path, "1GB", pinned=name == "b"))
+    shutil.move(tmp_path / "b", tmp_path / "away")
+    with pytest.raises(ArtifactError, match="'b' is not served"):
+        asyncio.run(served.catalog.prepare(state))
+    asyncio.run(served.catalog.prepare(state, all_or_none=False))
+    asyncio.run(served.catalog.commit(state.number))
+    assert served.catalog.tiers() == {"a@1": "device", "b@1": "unavailable", "c@1": "device"}
+    assert set(served.catalog.lacking()) == {"b", "b@1"}
+    assert "b" not in served.catalog.warm()
+    card = next(card for card in served.catalog.cards() if card.id == "b")
+    assert (card.version, card.pinned, card.rank) == (1, True, None)
+    assert "adapter_config.json" in str(card.unavailable)
+    with pytest.raises(ArtifactError, match="'b' is not served"):
+        served.keys("b")
+    # It holds up no change of another one, and is loaded when it can be.
+    state = loaded(state, find("d", save(tmp_path, "d"), None, tmp_path, "1GB", pinned=False))
+    asyncio.run(served.catalog.prepare(state))
+    asyncio.run(served.catalog.commit(state.number))
+    asyncio.run(served.catalog.retry())
+    assert set(served.catalog.problems()) == {"b@1"}
+    shutil.move(tmp_path / "away", tmp_path / "b")
+    asyncio.run(served.catalog.retry())
+    assert served.catalog.problems() == {}
+    assert len(served.keys("a", "b", "c", "d")) == 4
+
+
+def test_an_evicted_adapter_that_can_not_be_read_again_is_unavailable_until_it_can(tmp_path: Path) -> None:
+    served = Server(device=ONE)
+    served.sync({name: save(tmp_path, name) for name in "ab"})
+    served.keys("b")
+    shutil.move(tmp_path / "a", tmp_path / "away")
+    with pytest.raises(ArtifactError, match="'a' is not served"):
+        served.keys("a")
+    assert served.catalog.tiers() == {"a@1": "unavailable", "b@1": "device"}
+    asyncio.run(served.catalog.retry())
+    assert set(served.catalog.lacking()) == {"a", "a@1"}
+    shutil.move(tmp_path / "away", tmp_path / "a")
+    asyncio.run(served.catalog.retry())
+    assert served.catalog.tiers() == {"a@1": "disk", "b@1": "device"}
+    assert len(served.keys("a")) == 1
+
+
+def test_an_adapter_in_memory_does_not_change_with_its_file(served: Server, tmp_path: Path) -> None:
+    served.sync({"a": save(tmp_path)})
+    (key,) = served.keys("a")
+    assert key is not None
+    before = {path: f.b.clone() for path, f in served.engine.loaded[key].items()}
+    with (tmp_path / "a" / "adapter_model.safetensors").open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        file.write(b"\xff" * size)
+        # Reading a map of the file would end this process now.
+        file.truncate(0)
+    assert all(torch.equal(f.b, before[path]) for path, f in served.engine.loaded[key].items())
+
+
 ONE = 4 * (4 + 6) * 4 + 4 * (4 + 3) * 4
 """Bytes of one test adapter: two modules of rank 4, in float32."""
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import RayServeException
 
-from rayft.errors import ArtifactError, BadRequestError, ResourceError, UnknownModelError
+from rayft.artifacts import AdapterArtifact
+from rayft.errors import ArtifactError, BadRequestError, DiskFullError, ResourceError, UnknownModelError
 from rayft.registry.ref import AdapterVersion
 from rayft.registry.store import MlflowRegistry
 from rayft.serving.config import ServeConfig
@@ -54,14 +57,27 @@ class Handle:
         return self.found
 
 
+COPIES = Path("runs/serving/adapters/served-one")
+
+
+@pytest.fixture(autouse=True)
+def _folder_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[[str], str]:
     return lambda name: str(random_adapter(name, SHAPES).save(tmp_path / name))
 
 
-def go(config: ServeConfig, handle: Handle, scenario: Callable[[Director], Awaitable[Any]]) -> Director:
+def go(
+    config: ServeConfig,
+    handle: Handle,
+    scenario: Callable[[Director], Awaitable[Any]],
+    server: str = "one",
+) -> Director:
     async def run() -> Director:
-        director = Director(config, handle)  # type: ignore[arg-type]
+        director = Director(config, handle, server)  # type: ignore[arg-type]
         await director.reconfigure({})
         await scenario(director)
         for task in director._tasks:
@@ -115,19 +131,92 @@ def test_a_replica_that_died_does_not_count(folder: Callable[[str], str]) -> Non
     assert go(ServeConfig(), Handle(*replicas), scenario)._served.names() == ("b",)
 
 
-def test_a_director_that_was_lost_goes_on_with_what_is_served(folder: Callable[[str], str]) -> None:
-    replicas = [Replica(), Replica()]
+async def nothing(_: Director) -> None:
+    await asyncio.sleep(0)
 
+
+def test_a_change_that_no_replica_could_prepare_is_refused(folder: Callable[[str], str]) -> None:
+    for handle in (Handle(), Handle(Replica(ActorDiedError()))):
+
+        async def scenario(director: Director) -> None:
+            with pytest.raises(ResourceError, match="no replica is up"):
+                await director.load("b", folder("b"), 1.0, pinned=False)
+
+        assert go(ServeConfig(), handle, scenario)._served.names() == ()
+
+
+@pytest.mark.parametrize("handle", [Handle(), Handle(Replica())])
+def test_a_director_that_was_lost_goes_on_with_what_was_served(
+    folder: Callable[[str], str], handle: Handle
+) -> None:
     async def load(director: Director) -> None:
         await director.load("b", folder("b"), 1.0, pinned=False)
+        assert await director.started("base") == "base"
 
-    before = go(ServeConfig(adapters={"a": folder("a")}), Handle(*replicas), load)
+    config = ServeConfig(adapters={"a": folder("a")})
+    before = go(config, Handle(Replica()), load)
+    shutil.rmtree(folder("a"))
+    shutil.rmtree(folder("b"))
+    after = go(config, handle, nothing)
+    assert after._record == before._record
+    assert asyncio.run(after.started("another")) == "base"
+    # A server that is started anew takes its configuration's.
+    folder("a")
+    assert go(config, handle, nothing, server="two")._served.names() == ("a",)
 
-    async def wait(director: Director) -> None:
-        await asyncio.sleep(0)
 
-    after = go(ServeConfig(adapters={"a": folder("a")}), Handle(*replicas), wait)
-    assert after._served == before._served
+def test_a_director_that_was_lost_applies_a_configuration_once(folder: Callable[[str], str]) -> None:
+    async def run(user_config: dict[str, Any]) -> tuple[str, ...]:
+        director = Director(ServeConfig(), Handle(Replica()), "one")  # type: ignore[arg-type]
+        await director.reconfigure(user_config)
+        if user_config["adapters"].keys() == {"a"}:
+            await director.load("b", folder("b"), 1.0, pinned=False)
+        for task in director._tasks:
+            task.cancel()
+        return director._served.names()
+
+    for names in ("a", "ab", "c"):
+        wanted = {name: folder(name) for name in ("c" if names == "c" else "a")}
+        assert asyncio.run(run({"adapters": wanted})) == (("c",) if names == "c" else ("a", "b"))
+
+
+def test_what_is_served_is_a_copy_and_goes_when_nothing_needs_it(folder: Callable[[str], str]) -> None:
+    def copies() -> int:
+        return len([path for path in COPIES.iterdir() if path.is_dir()])
+
+    async def scenario(director: Director) -> None:
+        (a,) = director._served.of("a")
+        shutil.rmtree(folder("a"))
+        assert AdapterArtifact.load(a.folder).content_hash == a.content_hash
+        for name, count in (("b", 2), ("c", 2)):
+            # What a rollback brings back is kept.
+            await director.load("a", folder(name), 1.0, pinned=False)
+            assert copies() == count
+        with pytest.raises(BadRequestError, match="not served yet"):
+            await director.load("new", folder("d"), 0.5, pinned=False)
+        assert copies() == 2
+        await director.unload("a")
+        assert copies() == 0
+
+    go(ServeConfig(adapters={"a": folder("a")}), Handle(Replica()), scenario)
+
+
+def test_a_full_disk_refuses_a_change_and_leaves_what_is_served(
+    folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def scenario(director: Director) -> None:
+        before = director._served
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "copyfile", full)
+            with pytest.raises(DiskFullError, match="runs/serving/adapters"):
+                await director.load("b", folder("b"), 1.0, pinned=False)
+        assert director._served == before
+        await director.load("b", folder("b"), 1.0, pinned=False)
+
+    go(ServeConfig(adapters={"a": folder("a")}), Handle(Replica()), scenario)
 
 
 def test_a_changed_configuration_is_served_and_a_wrong_one_is_not(folder: Callable[[str], str]) -> None:

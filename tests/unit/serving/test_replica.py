@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +15,7 @@ import torch
 from rayft.errors import (
     ArtifactError,
     BadRequestError,
+    ModelError,
     RequestTimeoutError,
     ResourceError,
     UnknownModelError,
@@ -34,7 +37,8 @@ def make_replica(tiny_folder: Path) -> Iterator[Callable[..., Replica]]:
     made: list[Replica] = []
 
     def make(**options: Any) -> Replica:
-        config = ServeConfig(model=ModelConfig(name=str(tiny_folder)), dtype="float32", **options)
+        options = {"model": ModelConfig(name=str(tiny_folder)), "dtype": "float32", **options}
+        config = ServeConfig(**options)
         made.append(Replica(config, "cpu"))
         return made[-1]
 
@@ -274,6 +278,53 @@ def test_a_bad_adapter_changes_nothing(
     assert answer(made, text(model="small"))[-1].finish
     with pytest.raises(UnknownModelError, match="served are base, small"):
         answer(made, text(model="lost"))
+
+
+class Director:
+    """Serves nothing, on the base that the first replica has."""
+
+    def __init__(self, base: str = "") -> None:
+        self.found = base
+
+    def __getattr__(self, method: str) -> Any:
+        async def answer(*arguments: Any) -> Any:
+            if method == "state":
+                return Served()
+            if method == "started":
+                self.found = self.found or arguments[0]
+            return self.found
+
+        handle: Any = type("Method", (), {"remote": staticmethod(answer)})
+        return handle
+
+
+def test_a_replica_with_another_base_than_the_others_does_not_start(
+    make_replica: Callable[..., Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def start(director: Director) -> None:
+        replica = make_replica()
+        monkeypatch.setattr(replica_module.ray_serve, "get_deployment_handle", lambda _: director)
+        await replica.reconfigure({})
+        for task in replica._tasks:
+            task.cancel()
+
+    first = Director()
+    asyncio.run(start(first))
+    assert first.found
+    asyncio.run(start(Director(first.found)))
+    with pytest.raises(ModelError, match="holds another base now"):
+        asyncio.run(start(Director("f" * 16)))
+
+
+def test_no_weight_is_mapped_from_a_file_of_the_base(
+    make_replica: Callable[..., Replica], tiny_folder: Path, tmp_path: Path
+) -> None:
+    own = shutil.copytree(tiny_folder, tmp_path / "base")
+    replica = make_replica(model=ModelConfig(name=str(own)))
+    assert str(own) not in Path("/proc/self/maps").read_text()
+    before = "".join(delta.text for delta in answer(replica, text()))
+    os.truncate(own / "model.safetensors", 0)
+    assert "".join(delta.text for delta in answer(replica, text())) == before
 
 
 def test_traffic_is_counted_by_version(replica: Replica) -> None:

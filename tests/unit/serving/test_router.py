@@ -221,6 +221,22 @@ def test_what_replicas_tell_counts_more_than_what_was_sent(later: Callable[[floa
     assert routing.several("x") == {"a"}
 
 
+def test_what_a_replica_lacks_is_asked_for_elsewhere_if_it_is_anywhere() -> None:
+    routing = Routing({"a": {"base": ALWAYS}, "b": {"base": ALWAYS}}, b=SLACK + 3)
+    routing.running[0].routing_stats["lacking"] = {"x": ALWAYS, "y": (0.0, 0.25)}
+    running: Any = routing.running
+
+    def order(model: str, draw: float) -> list[str]:
+        pending = routing.pending(CompletionRequest(model=model, prompt="hello"), draw)
+        ranks = routing.loop.run_until_complete(routing.router.choose_replicas(running, pending))
+        return [rank[0].replica_id.unique_id for rank in ranks]
+
+    assert order("x", 0.5) == order("x@r2", 0.5) == order("y", 0.1) == ["b"]
+    assert order("y", 0.5) == order("base", 0.5) == ["a", "b"]
+    routing.running[1].routing_stats["lacking"] = {"x": ALWAYS}
+    assert order("x", 0.5) == ["a", "b"]
+
+
 def test_a_lost_replica_is_forgotten(later: Callable[[float], None]) -> None:
     routing = Routing({"a": {}, "b": {}}, b=1)
     assert routing.ask("x") == "a"

@@ -1,0 +1,127 @@
+"""Calls from the ingress to replicas and the director, which may not be there.
+
+Ray Serve keeps a call waiting, without a limit, until a replica is up. Here it waits for some time, and the
+error then says why none is up, as far as Ray Serve's controller knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import ray.serve as ray_serve
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+
+from rayft.errors import RequestTimeoutError, ResourceError
+from rayft.serving.router import replicas_up
+
+__all__ = ["APPLICATION", "NoReplicaError", "Waiting", "start_error"]
+
+APPLICATION = "rayft"
+"""The application's name in Ray Serve."""
+
+CHECK_SECONDS = 0.1
+"""How often it is checked whether a replica is up."""
+
+CONTROLLER_SECONDS = 1.0
+"""How long Ray Serve's controller may take to say why a replica did not start."""
+
+REASON_SECONDS = 1.0
+"""How long its answer is used."""
+
+Result = TypeVar("Result")
+
+
+class NoReplicaError(ResourceError):
+    """No replica is up."""
+
+
+class Waiting:
+    """Waits for answers of the replicas, for as long as some replica is up."""
+
+    def __init__(self, absent_seconds: float, seconds: float, refused: Callable[[], object]) -> None:
+        """Set the limits.
+
+        Args:
+            absent_seconds: how long a call waits while no replica is up.
+            seconds: how long a call waits in any case.
+            refused: called when a call is given up because no replica is up.
+        """
+        self._absent_seconds, self._seconds, self._refused = absent_seconds, seconds, refused
+        self._reason = _Reason("", -REASON_SECONDS)
+        self._asking = asyncio.Lock()
+
+    async def answer(self, call: Awaitable[Result], cancel: Callable[[], object]) -> Result:
+        """Return what a call answers; `cancel` is called if it is given up.
+
+        Raises:
+            NoReplicaError: if no replica is up, and none comes in time.
+            RequestTimeoutError: if none answers in time.
+        """
+        task = asyncio.ensure_future(call)
+        started = seen = time.monotonic()
+        reason: asyncio.Task[str] | None = None
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=CHECK_SECONDS)
+                now = time.monotonic()
+                if replicas_up():
+                    seen = now
+                elif reason is None:
+                    reason = asyncio.create_task(self._why())
+                if task.done():
+                    break
+                if now - seen >= self._absent_seconds:
+                    raise self._absent(await (reason or self._why()))
+                if now - started >= self._seconds:
+                    raise RequestTimeoutError(
+                        f"no replica took the request within {self._seconds:g} seconds; try again later"
+                    )
+            return task.result()
+        except DeploymentUnavailableError as error:
+            raise self._absent(await (reason or self._why())) from error
+        finally:
+            if reason:
+                reason.cancel()
+            if not task.done():
+                cancel()
+                task.cancel()
+
+    async def _why(self) -> str:
+        """Return why no replica is up; all calls that wait ask the controller once."""
+        async with self._asking:
+            if time.monotonic() - self._reason.when > REASON_SECONDS:
+                self._reason = _Reason(await _controllers_reason(), time.monotonic())
+            return self._reason.text
+
+    def _absent(self, why: str) -> NoReplicaError:
+        self._refused()
+        return NoReplicaError(
+            f"no replica is up, because none starts: {why}" if why else "no replica is up; one is starting"
+        )
+
+
+@dataclass(frozen=True)
+class _Reason:
+    text: str
+    when: float
+
+
+async def _controllers_reason() -> str:
+    try:
+        async with asyncio.timeout(CONTROLLER_SECONDS):
+            return await asyncio.to_thread(start_error) or ""
+    except (TimeoutError, RayServeException):
+        return ""
+
+
+def start_error() -> str | None:
+    """Find the line that says why a replica did not start: Ray Serve has its traceback as text."""
+    application = ray_serve.status().applications.get(APPLICATION)
+    messages = [deployment.message for deployment in application.deployments.values()] if application else []
+    found = [line for text in messages for line in text.splitlines() if re.match(r"\s*[\w.]+Error: ", line)]
+    return found[-1].strip() if found else None

@@ -1,0 +1,206 @@
+"""A server whose files are deleted, damaged and replaced, and whose processes are killed, while it serves."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from rich.console import Console
+
+from rayft.artifacts import WEIGHTS_FILE, AdapterArtifact
+from rayft.flow.commands import adapters as adapters_command
+from tests.integration.serving import Base, replica_stats, serving
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+NAMES = ("deleted", "truncated", "replaced", "foreign", "overwritten")
+SPOILT = "spoilt"
+"""An adapter whose copy is damaged, too."""
+BOUND = 10.0
+"""Seconds until a request that can't be answered is refused: `wait_seconds`, and time for a slow machine."""
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    base: Base
+    first: dict[str, tuple[str | None, str]]
+    """Model → fingerprint and text of its answer when the server had just started."""
+
+    def post(self, model: str, **extra: Any) -> httpx.Response:
+        body = {"model": model, "prompt": "hello", "max_tokens": 8, "temperature": 0, **extra}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+
+    def answer(self, model: str) -> tuple[str | None, str]:
+        answer = self.post(model)
+        assert answer.status_code == 200, answer.text
+        body = answer.json()
+        return body["system_fingerprint"], body["choices"][0]["text"]
+
+    def answers(self) -> dict[str, tuple[str | None, str]]:
+        return {name: self.answer(name) for name in ("base", *NAMES)}
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=60)
+
+    def load(self, name: str, folder: Path) -> None:
+        body = {"name": name, "source": str(folder)}
+        made = httpx.post(f"{self.url}/v1/adapters", json=body, timeout=60)
+        assert made.status_code == 201, made.text
+
+    def folder(self, name: str) -> Path:
+        return self.base.root / name
+
+    def copy(self, name: str) -> Path:
+        return Path(self.get(f"/v1/adapters/{name}").json()["versions"][0]["root"])
+
+
+@pytest.fixture(scope="module")
+def server(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("faults")
+    base = Base.read(Path(shutil.copytree(tiny_folder, root / "base")), root)
+    adapters = {name: base.save(name, base.adapter(name)) for name in (*NAMES, SPOILT)}
+    size = 4 * sum(4 * (rows + columns) for rows, columns in base.shapes.values())
+    # There is room for two, so that adapters are read again and again.
+    with serving(base, adapters=adapters, device_bytes=f"{2 * size}B") as url:
+        found = Server(url, base, {})
+        found.first.update(found.answers())
+        yield found
+    assert not list((root / "fetched").glob("served-*"))
+
+
+def damage(server: Server) -> None:
+    """Do to the folder of each adapter what its name says."""
+    shutil.rmtree(server.folder("deleted"))
+    os.truncate(server.folder("truncated") / WEIGHTS_FILE, 100)
+    server.base.adapter("another").save(server.folder("replaced"))
+    other = {path: (rows + 1, columns) for path, (rows, columns) in server.base.shapes.items()}
+    Base(server.base.model, server.base.root, other, "0" * 16).adapter("x").save(server.folder("foreign"))
+    weights = server.folder("overwritten") / WEIGHTS_FILE
+    with weights.open("r+b") as file:
+        file.seek(weights.stat().st_size // 2)
+        file.write(b"\0" * 1000)
+
+
+def kill_replica() -> None:
+    (replica,) = replica_stats()
+    os.kill(replica["pid"], signal.SIGKILL)
+
+
+def kill_director() -> None:
+    """Kill the director, one of the processes below the Ray cluster that this process has started."""
+    import psutil
+
+    below = psutil.Process().children(recursive=True)
+    (director,) = [one for one in below if one.name().startswith("ray::") and "Director" in one.cmdline()[0]]
+    director.kill()
+
+
+def eventually(check: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.25)
+
+
+def refused(server: Server, model: str = "base", **extra: Any) -> str:
+    """Check that a request is refused in time and in OpenAI's form, and return the reason."""
+    started = time.monotonic()
+    answer = server.post(model, **extra)
+    assert time.monotonic() - started < BOUND
+    assert answer.status_code == 503, answer.text
+    assert int(answer.headers["retry-after"]) > 0
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "unavailable")
+    return str(error["message"])
+
+
+def lose_replica(server: Server) -> None:
+    """Kill the replica, see that nothing hangs meanwhile, and wait until another one has taken its place."""
+    kill_replica()
+    assert "no replica is up" in refused(server)
+    assert "no replica is up" in refused(server, "deleted", stream=True)
+    not_ready = server.get("/readyz")
+    assert (not_ready.status_code, not_ready.json()["reason"]) == (503, "no replica is up")
+    assert server.get("/v1/models").status_code == 503
+    assert server.get("/healthz").json() == {"status": "ok", "engine": None}
+    eventually(lambda: server.get("/readyz").status_code == 200)
+
+
+def assert_metric(pattern: str, value: float) -> None:
+    """Wait until Prometheus would see a value."""
+    import ray
+
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def there() -> bool:
+        lines = httpx.get(url, timeout=30).text.splitlines()
+        return any(re.match(f"ray_{pattern}", line) and float(line.split()[-1]) == value for line in lines)
+
+    eventually(there)
+
+
+def test_what_is_served_stays_whatever_happens_to_its_folder(server: Server) -> None:
+    damage(server)
+    assert server.answers() == server.first
+
+
+def test_a_replica_that_starts_later_serves_the_same_and_tells_what_it_can_not_load(server: Server) -> None:
+    os.truncate(server.copy(SPOILT) / WEIGHTS_FILE, 100)
+    lose_replica(server)
+    assert server.answers() == server.first
+    assert "truncated or damaged" in refused(server, SPOILT)
+    assert server.get("/readyz").json()["unavailable"] == 1
+    listed = {one["id"]: one.get("unavailable", "") for one in server.get("/v1/models").json()["data"]}
+    assert {name for name, why in listed.items() if why} == {SPOILT}
+    assert "truncated or damaged" in listed[SPOILT]
+    console = Console(record=True, width=100)
+    adapters_command(server.url, "list", None, None, 1.0, False, console)
+    assert f"{SPOILT}@1 is unavailable: " in console.export_text()
+    assert_metric(f'rayft_adapter_unavailable{{.*adapter="{SPOILT}".*', 1)
+
+
+def test_loaded_again_what_was_damaged_and_what_was_replaced_is_served(server: Server) -> None:
+    # Another adapter can be loaded while one is unavailable.
+    server.load("new", Path(server.base.save("new", server.base.adapter("new"))))
+    server.load(SPOILT, server.folder(SPOILT))
+    assert server.answer(SPOILT)[0] == AdapterArtifact.load(server.folder(SPOILT)).content_hash
+    assert server.get("/readyz").json()["unavailable"] == 0
+    server.load("replaced", server.folder("replaced"))
+    assert server.answer("replaced")[0] == AdapterArtifact.load(server.folder("replaced")).content_hash
+    assert server.answer("replaced@2") != server.first["replaced"]
+    server.first["replaced"] = server.answer("replaced")
+
+
+def test_a_director_that_is_killed_serves_the_same(server: Server) -> None:
+    change = server.get("/readyz").json()["change"]
+    kill_director()
+    # Requests need no director.
+    assert server.answer("deleted") == server.first["deleted"]
+    eventually(lambda: server.get("/readyz").status_code == 200)
+    assert server.get("/readyz").json()["change"] == change
+    assert server.answers() == server.first
+
+
+def test_a_base_that_is_damaged_while_it_is_served_is_served_on(server: Server) -> None:
+    weights = server.base.model / "model.safetensors"
+    whole = weights.read_bytes()
+    os.truncate(weights, 1000)
+    assert server.answers() == server.first
+    kill_replica()
+    refused(server)
+    eventually(lambda: "none starts" in refused(server))
+    assert "ModelError" in refused(server, "replaced")
+    weights.write_bytes(whole)
+    eventually(lambda: server.get("/readyz").status_code == 200)
+    assert server.answers() == server.first

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+import pytest
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from rayft.errors import RequestTimeoutError, UnknownModelError
+from rayft.serving import presence
+from rayft.serving.presence import NoReplicaError, Waiting
+
+
+class Replicas:
+    """Whether a replica is up, why not, and what a caller was told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.up, self.reason, self.cancelled, self.refused = False, "", 0, 0
+        monkeypatch.setattr(presence, "replicas_up", lambda: self.up)
+        monkeypatch.setattr(presence, "start_error", lambda: self.reason or None)
+        monkeypatch.setattr(presence, "CHECK_SECONDS", 0.01)
+
+    def ask(self, call: Awaitable[Any], absent: float = 0.05, most: float = 60.0) -> Any:
+        async def run() -> Any:
+            return await Waiting(absent, most, self.refuse).answer(call, self.cancel)
+
+        return asyncio.run(run())
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+    def refuse(self) -> None:
+        self.refused += 1
+
+
+@pytest.fixture
+def replicas(monkeypatch: pytest.MonkeyPatch) -> Replicas:
+    return Replicas(monkeypatch)
+
+
+async def answer(seconds: float, error: Exception | None = None) -> str:
+    await asyncio.sleep(seconds)
+    if error:
+        raise error
+    return "text"
+
+
+def test_an_answer_is_returned_and_an_error_is_raised(replicas: Replicas) -> None:
+    assert replicas.ask(answer(0)) == "text"
+    replicas.up = True
+    assert replicas.ask(answer(0.2)) == "text"
+    with pytest.raises(UnknownModelError, match="nobody"):
+        replicas.ask(answer(0, UnknownModelError("nobody")))
+    assert (replicas.cancelled, replicas.refused) == (0, 0)
+
+
+def test_while_no_replica_is_up_a_call_waits_so_long_and_no_longer(replicas: Replicas) -> None:
+    with pytest.raises(NoReplicaError, match="no replica is up; one is starting"):
+        replicas.ask(answer(60))
+    replicas.reason = "rayft.errors.ModelError: no file"
+    with pytest.raises(NoReplicaError, match=r"none starts: .*no file"):
+        replicas.ask(answer(60))
+    assert (replicas.cancelled, replicas.refused) == (2, 2)
+    # A replica that comes in time answers.
+    assert replicas.ask(answer(0.05), absent=30) == "text"
+
+
+def test_a_replica_that_does_not_take_a_call_ends_it_after_the_limit(replicas: Replicas) -> None:
+    replicas.up = True
+    with pytest.raises(RequestTimeoutError, match=r"within 0\.05 seconds"):
+        replicas.ask(answer(60), most=0.05)
+    assert replicas.cancelled == 1
+
+
+def test_what_ray_serve_raises_where_no_replica_is_up_is_the_same_error(replicas: Replicas) -> None:
+    unavailable = DeploymentUnavailableError(DeploymentID("Replica", "rayft"))
+    with pytest.raises(NoReplicaError, match="no replica is up"):
+        replicas.ask(answer(0, unavailable))
