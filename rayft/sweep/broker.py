@@ -26,6 +26,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -471,4 +472,9 @@ def _end_process(beat: Beat) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
-    ray.remote(os.kill).options(num_cpus=0, scheduling_strategy=there).remote(beat.pid, signal.SIGKILL)
+    ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(beat.pid)
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
