@@ -17,8 +17,9 @@ from mlflow.exceptions import MlflowException
 
 from rayft.artifacts import AdapterArtifact, folder_bytes, settle
 from rayft.config import nearest
-from rayft.errors import ArtifactError, PromotionRefusedError, RegistryError
+from rayft.errors import ArtifactError, PromotionRefusedError, RayftError, RegistryError
 from rayft.registry.ref import AdapterRef, AdapterVersion
+from rayft.tracking.base import PENDING
 from rayft.tracking.connection import away, connect
 
 __all__ = ["MlflowRegistry"]
@@ -139,8 +140,12 @@ class MlflowRegistry:
         self._clients[os.getpid()] = client
         try:
             yield client
-        except MlflowException as error:
-            if error.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST"):
+        except RayftError:
+            raise
+        # MLflow lets through whatever its drivers and stores raise.
+        except Exception as error:
+            refusals = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+            if isinstance(error, MlflowException) and error.error_code in refusals:
                 raise RegistryError(f"MLflow refuses: {error.message}") from error
             raise away(self.uri, error) from error
 
@@ -172,9 +177,10 @@ def _description(artifact: AdapterArtifact, folder: Path) -> dict[str, str]:
 
 
 def _created(run_id: str) -> str:
-    if run_id.startswith("key:"):
+    if run_id.startswith(PENDING):
         raise RegistryError(
-            f"the run {run_id} is not in MLflow yet: flush the spool and ask the tracker for the run again"
+            f"the run {run_id} is not in MLflow yet; send what waits in the spool, with MLflow running, and "
+            "resolve its id"
         )
     return run_id
 

@@ -6,8 +6,10 @@ resumed sweep makes no second run.
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from rayft.errors import TrackingError
 from rayft.paths import PathText, check_text, read_path
 
 __all__ = [
+    "PENDING",
     "Former",
     "RunStatus",
     "Tracker",
@@ -25,11 +28,15 @@ __all__ = [
     "TrackingConfig",
     "check_uri",
     "redacted",
+    "same_number",
     "tracker_spec",
 ]
 
 RunStatus = Literal["finished", "stopped", "interrupted", "failed"]
 """How a run ended; `stopped` is by the scheduler, `interrupted` by a person, before its last step."""
+
+PENDING = "key:"
+"""Prefix of the id of a run that the server does not have yet; the run's key follows."""
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _SERVERS = ("http", "https", "databricks")
@@ -80,8 +87,10 @@ class Tracker(Protocol):
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
         former: Former | None = None,
+        *,
+        restart: bool = True,
     ) -> str:
-        """Create the run of this key, or find it again and set it running; give its id.
+        """Create the run of this key, or find it again, and return its id.
 
         Args:
             name: what people see.
@@ -89,15 +98,27 @@ class Tracker(Protocol):
             parent: id of the run that this one is a child of.
             tags: set on the run, whether it is new or found again.
             former: how to find it where no run has the key; what is found gets the key.
+            restart: set a run that is found again running, since more will be recorded.
         """
         ...
 
     def params(self, run_id: str, values: Mapping[str, str]) -> None:
-        """Record settings; values too long for the server are cut and say so."""
+        """Record settings; values too long for the server are cut and say so.
+
+        The first value of a setting stays. A later one that differs becomes the tag `changed.<name>`.
+        """
         ...
 
-    def metrics(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
-        """Record numbers at a step (NaN and infinities allowed)."""
+    def metrics(self, run_id: str, values: Mapping[str, float], step: int | None = None) -> None:
+        """Record numbers at a step, or of the whole run (NaN and infinities allowed).
+
+        A metric has one value at a step. The first one stays: what is recorded again, because steps are
+        trained again or a command is run again, is left out.
+
+        Numbers of the whole run are kept at step 0, where MLflow compares them as bars. One that differs from
+        the last one was measured anew: it is recorded beside that and is shown in its place. An equal one is
+        left out.
+        """
         ...
 
     def artifact(self, run_id: str, path: str | Path, folder: str = "") -> None:
@@ -110,8 +131,16 @@ class Tracker(Protocol):
         """
         ...
 
-    def finish(self, run_id: str, status: RunStatus = "finished") -> None:
-        """Say how the run ended."""
+    def finish(self, run_id: str, status: RunStatus = "finished", *, if_running: bool = False) -> None:
+        """Record how the run ended, and when.
+
+        A run that has ended like this keeps its time.
+
+        Args:
+            run_id: the run.
+            status: how it ended.
+            if_running: leave a run alone that has ended already, in whatever way.
+        """
         ...
 
 
@@ -160,6 +189,14 @@ def check_uri(uri: str) -> str:
             )
         return f"{prefix}:///{read_path(path, 'tracking.uri, MLFLOW_TRACKING_URI or registry').absolute()}"
     return uri
+
+
+def same_number(one: float, other: float) -> bool:
+    """Return whether two metric values are the same on a server, where infinity is the largest number."""
+    if math.isnan(one) or math.isnan(other):
+        return math.isnan(one) and math.isnan(other)
+    largest = sys.float_info.max
+    return max(-largest, min(one, largest)) == max(-largest, min(other, largest))
 
 
 def redacted(uri: str) -> str:

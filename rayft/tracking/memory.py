@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rayft.errors import TrackingError
-from rayft.tracking.base import Former, RunStatus
+from rayft.tracking.base import Former, RunStatus, same_number
 
 __all__ = ["MemoryRun", "MemoryTracker"]
 
@@ -42,14 +42,17 @@ class MemoryTracker:
         parent: str | None = None,
         tags: Mapping[str, str] | None = None,
         former: Former | None = None,
+        *,
+        restart: bool = True,
     ) -> str:
-        """Create the run of this key, or find it again and set it running."""
+        """Create the run of this key, or find it again."""
         run_id = self._keys.get(key) or self._former(former, parent) or key
         self._keys = {known: other for known, other in self._keys.items() if other != run_id}
         self._keys[key] = run_id
         run = self.runs.setdefault(run_id, MemoryRun(name, parent))
         run.tags.update(tags or {})
-        run.status = None
+        if restart:
+            run.status = None
         return run_id
 
     def _former(self, former: Former | None, parent: str | None) -> str | None:
@@ -61,14 +64,19 @@ class MemoryTracker:
         return run_id if fits else None
 
     def params(self, run_id: str, values: Mapping[str, str]) -> None:
-        """Record settings; the first value of a name stays, as in MLflow."""
+        """Record settings; the first value of a name stays, and a later one becomes a tag."""
+        run = self.runs[run_id]
         for name, value in values.items():
-            self.runs[run_id].params.setdefault(name, str(value))
+            if run.params.setdefault(name, str(value)) != str(value):
+                run.tags[f"changed.{name}"] = str(value)
 
-    def metrics(self, run_id: str, values: Mapping[str, float], step: int = 0) -> None:
-        """Record numbers at a step."""
+    def metrics(self, run_id: str, values: Mapping[str, float], step: int | None = None) -> None:
+        """Record numbers at a step, or of the whole run."""
         for name, value in values.items():
-            self.runs[run_id].metrics.setdefault(name, []).append((step, float(value)))
+            points = self.runs[run_id].metrics.setdefault(name, [])
+            known = dict(points).get(step or 0)
+            if known is None or (step is None and not same_number(known, float(value))):
+                points.append((step or 0, float(value)))
 
     def artifact(self, run_id: str, path: str | Path, folder: str = "") -> None:
         """Note where a file, or what a folder holds, lies."""
@@ -80,6 +88,8 @@ class MemoryTracker:
         for file in files:
             self.runs[run_id].artifacts[str(Path(folder) / file.relative_to(root))] = file
 
-    def finish(self, run_id: str, status: RunStatus = "finished") -> None:
-        """Say how the run ended."""
-        self.runs[run_id].status = status
+    def finish(self, run_id: str, status: RunStatus = "finished", *, if_running: bool = False) -> None:
+        """Record how the run ended."""
+        run = self.runs[run_id]
+        if not (if_running and run.status):
+            run.status = status

@@ -5,7 +5,9 @@
     rejected.log               records that the server refused for good, each with the reason
 
 A record is delivered at least once: after a crash the last batch is sent again, so the receiver
-must ignore repeats. Appended records outlive `kill -9` (they are the kernel's), not a power cut.
+must ignore repeats. Files are listed in the order in which they were begun (by the `time` of their first
+record), so that what a killed process left of a run is delivered before what its successor wrote.
+Appended records outlive `kill -9` (they are the kernel's), not a power cut.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 from rayft.errors import ResourceError
 from rayft.files import locked
 
-__all__ = ["Drained", "Record", "Spool", "UndeliveredError"]
+__all__ = ["Drained", "Record", "Spool", "UndeliveredError", "slug"]
 
 Record = Mapping[str, Any]
 Deliver = Callable[[Sequence[Record]], Sequence[tuple[Record, str]]]
@@ -67,9 +69,7 @@ class Spool:
 
     def path(self, run: str) -> Path:
         """Name this process's file of a run."""
-        slug = re.sub(r"[^A-Za-z0-9_-]", "_", run)[:80]
-        digest = hashlib.sha256(run.encode()).hexdigest()[:8]
-        return self.folder / f"{slug}-{digest}.{socket.gethostname()}-{os.getpid()}.jsonl"
+        return self.folder / f"{slug(run)}.{socket.gethostname()}-{os.getpid()}.jsonl"
 
     def append(self, run: str, record: Record) -> None:
         """Write a record down before anything is sent.
@@ -79,9 +79,15 @@ class Spool:
         """
         _append(self.path(run), json.dumps(record))
 
-    def files(self) -> list[Path]:
-        """List every process's files, by name."""
-        return sorted(self.folder.glob("*.jsonl"))
+    def files(self, *runs: str) -> list[Path]:
+        """List every process's files, the oldest first.
+
+        Args:
+            runs: the runs whose files are listed; all where none is given.
+        """
+        patterns = [f"{slug(run)}.*.jsonl" for run in runs] or ["*.jsonl"]
+        found = {path for pattern in patterns for path in self.folder.glob(pattern)}
+        return sorted(found, key=lambda path: (_begun(path), path.name))
 
     def drain(self, path: Path, deliver: Deliver, *, wait: float = 0.0, remove: bool = False) -> Drained:
         """Deliver what is left in a file.
@@ -133,6 +139,21 @@ class Spool:
         for record, reason in refused:
             _append(self.folder / "rejected.log", json.dumps({"reason": reason, **record}))
         return Drained(sent=len(lines) - len(refused), rejected=len(refused))
+
+
+def slug(run: str) -> str:
+    """Return a name for files of a run, which differs between any two runs."""
+    readable = re.sub(r"[^A-Za-z0-9_-]", "_", run)[:80]
+    return f"{readable}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
+
+
+def _begun(path: Path) -> int:
+    """Return the time of a file's first record; 0 where it has none."""
+    try:
+        with path.open("rb") as file:
+            return int(json.loads(file.readline())["time"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _append(path: Path, text: str) -> None:

@@ -117,7 +117,7 @@ def test_a_whole_model_is_refused(registry: MlflowRegistry, run_id: str, tmp_pat
 
 
 def test_a_run_that_is_not_created_yet_is_refused(registry: MlflowRegistry, adapter: Adapter) -> None:
-    with pytest.raises(RegistryError, match="flush the spool"):
+    with pytest.raises(RegistryError, match="not in MLflow yet"):
         registry.register("sums", "key:t0", adapter(1), {})
     with pytest.raises(RegistryError, match="refuses"):
         registry.register("sums", "0" * 32, adapter(1), {})

@@ -41,6 +41,8 @@ def server(tmp_path: Path, migrated: Path) -> Iterator[MlflowServer]:
     folder.mkdir()
     shutil.copy(migrated, folder / "server.db")
     server = MlflowServer(folder)
-    server.start()
-    yield server
-    server.kill()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()

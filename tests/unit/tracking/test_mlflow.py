@@ -188,10 +188,11 @@ def test_what_mlflow_refuses_is_kept_and_costs_nothing_else(
         tracker.metrics(run_id, {"loss": 0.5}, 2)
     run = connect(spec.uri).get_run(run_id)
     assert run.data.params == {"rank": "8", "alpha": "32"}
+    assert run.data.tags["changed.rank"] == "16"
     assert history(spec, run_id, "loss") == [(1, 1.0), (2, 0.5)]
     rejected = (spec.spool / "rejected.log").read_text()
     assert "bad*name" in rejected
-    assert '"rank": "16"' in rejected
+    assert '"rank"' not in rejected
     assert "bad*name" in caplog.text
 
 
