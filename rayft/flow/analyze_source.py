@@ -28,7 +28,7 @@ from rayft.identity import UNKNOWN, Identity
 from rayft.report.frame import SweepRecord
 from rayft.sweep.space import points
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
-from rayft.tracking.mlflow import prepare
+from rayft.tracking.mlflow import prepare, resolve_runs
 from rayft.tracking.read import read_run
 from rayft.train.run import RunConfig
 
@@ -136,14 +136,16 @@ def _of_sweep(path: Path) -> Sources:
         {point.name: point.run for point in points(settings.sweep, run)},
         current_identity(run, path),
     )
+    tracker = prepare(tracker_spec(settings.tracking, path))
+    ids = resolve_runs(tracker, [trial.run_id for trial in record.trials])
     items = [
-        Item(trial.id, runs[trial.id], Path(trial.folder), trial.run_id, identity)
+        Item(trial.id, runs[trial.id], Path(trial.folder), ids[trial.run_id], identity)
         for trial in record.trials
         if trial.status == "finished" and trial.folder and trial.id in runs and Path(trial.folder).is_dir()
     ]
     if not items:
         raise ReportError(f"{path} has no finished trial whose adapter is still there; nothing to analyse")
-    return Sources(settings, tuple(items), prepare(tracker_spec(settings.tracking, path)), path)
+    return Sources(settings, tuple(items), tracker, path)
 
 
 def _of_folder(path: Path, config: Path | None) -> Sources:

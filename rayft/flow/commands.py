@@ -26,6 +26,7 @@ from rayft.flow.display import Display
 from rayft.flow.doctor import checks
 from rayft.flow.hold import command_line
 from rayft.flow.interrupt import interrupts
+from rayft.flow.record import with_run_ids
 from rayft.paths import check_file, check_folder, checked_text, read_path
 from rayft.registry.promote import Gate
 from rayft.registry.promote import promote as move_alias
@@ -176,11 +177,17 @@ def report(sweep_folder: str, output: str | None, console: Console, *, overwrite
     render(record, path, SweepAnalysis.find(folder))
     spec = _tracking(folder)
     if spec.spool.is_dir():
-        drained = flush_spool(prepare(spec))
+        spec = prepare(spec)
+        drained = flush_spool(spec)
         if drained.sent or drained.pending:
             console.print(
                 f"tracking: {drained.sent} records sent, {drained.pending} still wait", highlight=False
             )
+        now = with_run_ids(record, spec)
+        if now != record:
+            record = now
+            record.save(folder / "sweep.json")
+            render(record, path, SweepAnalysis.find(folder))
     _show(record, console)
     console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 

@@ -30,6 +30,7 @@ __all__ = [
     "check_identity",
     "current_identity",
     "not_used",
+    "recorded_sweep",
     "sweep_id",
     "write_identity",
 ]
@@ -117,6 +118,12 @@ def sweep_id(output: Path, now: Identity) -> str:
     if before is not None and (before.sweep or _left(output)) and not before.differences(now):
         return before.sweep
     return "" if _left(output) else uuid.uuid4().hex[:12]
+
+
+def recorded_sweep(sweep: Path | None) -> str:
+    """Return the id that a sweep made for itself; empty where there is no sweep, or one of rayft 0.1.0."""
+    found = _read(sweep) if sweep is not None else None
+    return found.sweep if found else ""
 
 
 def write_identity(output: Path, now: Identity) -> None:

@@ -26,10 +26,11 @@ from rayft.report.frame import (
     Winner,
 )
 from rayft.sweep.tuner import Trial as EndedTrial
-from rayft.tracking.base import redacted
+from rayft.tracking.base import TrackerSpec, redacted
+from rayft.tracking.mlflow import resolve_runs
 from rayft.tracking.provenance import provenance
 
-__all__ = ["build_record"]
+__all__ = ["build_record", "with_run_ids"]
 
 
 def build_record(
@@ -76,6 +77,13 @@ def build_record(
         timings=dict(timings),
         commands=_commands(plan, servable=_servable(plan, full, ship)),
     )
+
+
+def with_run_ids(record: SweepRecord, tracker: TrackerSpec) -> SweepRecord:
+    """Return a record with the ids that runs which were begun while MLflow was away have by now."""
+    ids = resolve_runs(tracker, [trial.run_id for trial in record.trials])
+    trials = tuple(trial.model_copy(update={"run_id": ids[trial.run_id]}) for trial in record.trials)
+    return record.model_copy(update={"trials": trials})
 
 
 def _servable(plan: Plan, full: AdapterArtifact | None, ship: Winner | None) -> bool:
@@ -143,6 +151,7 @@ def _trial(trial: EndedTrial, measured: Measured) -> Trial:
         "seed": trial.point.run.seed,
         "settings": leaves(trial.point.run),
         "status": trial.status,
+        "run_id": trial.run_id,
     }
     if result is None:
         return Trial(**common, reason=trial.error)  # type: ignore[arg-type]
@@ -165,7 +174,6 @@ def _trial(trial: EndedTrial, measured: Measured) -> Trial:
         overhead_seconds=seconds["overhead"],
         peak_memory_bytes=result["peak_memory"],
         folder=result["folder"],
-        run_id=trial.run_id,
     )
 
 

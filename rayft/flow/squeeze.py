@@ -20,7 +20,7 @@ from rayft.flow import squeezing
 from rayft.flow.cluster import cluster, has_gpus, join
 from rayft.flow.config import load_config
 from rayft.flow.display import Display
-from rayft.flow.identity import current_identity
+from rayft.flow.identity import current_identity, recorded_sweep
 from rayft.flow.squeeze_dense import Dense, dense_source, extract, lost_text
 from rayft.flow.squeeze_places import check_places, files_digest
 from rayft.flow.squeeze_source import Origin, check_base, find_origin
@@ -98,6 +98,7 @@ def squeeze_folder(request: SqueezeRequest, console: Console) -> Squeezes:
     wanted = _wanted(request, artifact.rank)
     measured = run is not None and (request.keep_score is not None or request.cont is not None)
     identity = current_identity(run, origin.sweep) if run is not None and measured else UNKNOWN
+    identity = identity.model_copy(update={"sweep": recorded_sweep(origin.sweep)})
     source = Source(
         origin.name,
         f"{origin.name}-{artifact.content_hash}",

@@ -17,7 +17,7 @@ from rayft.models.load import ModelConfig, is_here, load_skeleton, resolve
 from rayft.models.targets import linear_shapes
 from rayft.report.frame import SweepRecord, Trial
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
-from rayft.tracking.mlflow import find_adapter, prepare
+from rayft.tracking.mlflow import find_adapter, prepare, resolve_runs
 from rayft.train.run import RunConfig
 
 __all__ = ["Origin", "check_base", "find_origin"]
@@ -63,7 +63,8 @@ def find_origin(folder: Path, artifact: AdapterArtifact, config: Path | None) ->
         hashes = [known for known in (artifact.content_hash, artifact.meta.parent) if known]
         run_id = find_adapter(spec, hashes) if spec is not None else ""
         return Origin(folder.resolve().name, settings, run_id=run_id, tracker=spec, sweep=own)
-    return Origin(trial.id, settings, trial.lr, trial.settings, trial.run_id, spec, own)
+    run_id = resolve_runs(spec, [trial.run_id])[trial.run_id] if spec is not None else trial.run_id
+    return Origin(trial.id, settings, trial.lr, trial.settings, run_id, spec, own)
 
 
 def check_base(artifact: AdapterArtifact, base: str | None, run: RunConfig | None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -11,8 +13,15 @@ import yaml
 from rayft.analysis.record import SweepAnalysis
 from rayft.artifacts import AdapterArtifact
 from rayft.config import leaves
-from rayft.errors import ArtifactError, PromotionRefusedError, RayftError, ReportError, TrackingError
-from rayft.files import write_file
+from rayft.errors import (
+    ArtifactError,
+    DiskFullError,
+    PromotionRefusedError,
+    RayftError,
+    ReportError,
+    TrackingError,
+)
+from rayft.files import room_on, write_file
 from rayft.flow import squeezing, stages
 from rayft.flow.analyze import analyze_items, known, summarize
 from rayft.flow.analyze_source import Item
@@ -22,7 +31,7 @@ from rayft.flow.display import Display
 from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
 from rayft.flow.preflight import Plan, preflight
-from rayft.flow.record import build_record
+from rayft.flow.record import build_record, with_run_ids
 from rayft.flow.scores import ScoreStore
 from rayft.flow.squeeze_dense import dense_source, extract, lost_text
 from rayft.flow.squeezing import Source, SqueezedAdapter
@@ -36,14 +45,17 @@ from rayft.registry.store import MlflowRegistry
 from rayft.report.frame import SweepRecord
 from rayft.report.render import render
 from rayft.sweep.executor import EXECUTORS, Executor
+from rayft.sweep.lane import tracking_key
 from rayft.sweep.result import damage
 from rayft.sweep.tuner import Trial, search
-from rayft.tracking.base import Former
-from rayft.tracking.mlflow import MlflowTracker, flush_spool
+from rayft.tracking.base import PENDING, Former
+from rayft.tracking.mlflow import MlflowTracker, flush_spool, resolve_runs
 from rayft.tracking.provenance import provenance
 from rayft.train.context import trial_folder
 
 __all__ = ["run_sweep", "served_adapters", "start_tracking"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -157,6 +169,7 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
             plan.config.sweep, plan.points, executor, plan.output, tracker=plan.tracker, parent=parent,
             identity=plan.identity, check=interrupts.check,
         )  # fmt: skip
+    found.trials = _with_runs(plan, found.trials)
     for trial in found.trials:
         display.say(_line(trial))
     with display.stage("score the trials"), display.watch(executor.broker):
@@ -285,20 +298,50 @@ def _extracted(
 def _report(
     plan: Plan, found: _Findings, display: Display, tracker: MlflowTracker, parent: str
 ) -> SweepRecord:
-    """Track, register, promote and report what was found."""
+    """Write the report and what `rayft serve` needs; then track, register and promote.
+
+    What fails after the record is written is told and left to the next run of the same command, which finds
+    all before it done.
+    """
     record = build_record(
         plan, found.baselines, found.trials, found.scores, found.winner, found.full, found.squeezed,
         display.timings,
     )  # fmt: skip
     record.save(plan.output / "sweep.json")
-    _track(plan, record, found, tracker, parent)
+    with _late(plan, display, "serve.yaml was not written"):
+        _write_serve_config(plan, record)
+    _render(plan, record, display)
+    record = _updated(plan, record, display)
+    with _late(plan, display, "not all that was found is tracked"):
+        _track(plan, record, found, tracker, parent)
     if found.winner and (found.full or _apart(found, record)):
-        _register(plan, record, found, display)
+        with _late(plan, display, "not registered"):
+            _register(plan, record, found, display)
     elif found.winner and found.winner.result:
         display.say(stages.why_not_served(found.winner, found.trials, extracted=bool(found.squeezed)))
-    _write_serve_config(plan, record)
-    _render(plan, record, tracker, parent)
+    _track_report(plan, display, tracker, parent)
     return record
+
+
+@contextmanager
+def _late(plan: Plan, display: Display, what: str) -> Iterator[None]:
+    """Tell what fails in the block in one line, and go on: all that came before it is kept.
+
+    Raises:
+        DiskFullError: which leaves no room for what comes after, either.
+    """
+    try:
+        with room_on(plan.output):
+            yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        logger.debug("%s", what, exc_info=True)
+        name = "" if isinstance(error, RayftError) else f"{type(error).__name__}: "
+        display.say(
+            f"{what}: {name}{' '.join(str(error).split())}. Everything else is in {plan.output}; run the "
+            "sweep again to do what is left, without training"
+        )
 
 
 def _report_analysis(
@@ -310,24 +353,63 @@ def _report_analysis(
     parent: str,
 ) -> SweepRecord:
     """Add an analysis to the runs of what it is of, and to the report."""
-    tracker.artifact(parent, analysis.save(plan.output))
-    runs = {trial.id: trial.run_id for trial in record.trials}
-    track_analysis(tracker, analysis, runs, plan.output / "plots")
-    record = record.model_copy(update={"timings": dict(display.timings)})
+    path = analysis.save(plan.output)
+    record = with_run_ids(record, plan.tracker).model_copy(update={"timings": dict(display.timings)})
     record.save(plan.output / "sweep.json")
-    _render(plan, record, tracker, parent)
+    _render(plan, record, display)
+    with _late(plan, display, "not all of the analysis is tracked"):
+        tracker.artifact(parent, path)
+        runs = {trial.id: trial.run_id for trial in record.trials}
+        track_analysis(tracker, analysis, runs, plan.output / "plots")
+    _track_report(plan, display, tracker, parent)
     return record
 
 
-def _render(plan: Plan, record: SweepRecord, tracker: MlflowTracker, parent: str) -> None:
+def _render(plan: Plan, record: SweepRecord, display: Display) -> None:
     try:
         analysis = SweepAnalysis.find(plan.output)
     except ReportError:
         # Damaged, as was said before the start.
         analysis = None
-    render(record, plan.output / "report.html", analysis)
-    tracker.artifact(parent, plan.output / "report.html")
-    tracker.artifact(parent, plan.output / "sweep.json")
+    with _late(plan, display, "the report was not drawn"):
+        render(record, plan.output / "report.html", analysis)
+
+
+def _updated(plan: Plan, record: SweepRecord, display: Display) -> SweepRecord:
+    """Return the record with the runs that MLflow has by now; write it and the report anew if it has more."""
+    found = with_run_ids(record, plan.tracker)
+    if found != record:
+        found.save(plan.output / "sweep.json")
+        _render(plan, found, display)
+    return found
+
+
+def _track_report(plan: Plan, display: Display, tracker: MlflowTracker, parent: str) -> None:
+    with _late(plan, display, "the report is not tracked"):
+        tracker.artifact(parent, plan.output / "sweep.json")
+        if (plan.output / "report.html").is_file():
+            tracker.artifact(parent, plan.output / "report.html")
+
+
+def _with_runs(plan: Plan, trials: list[Trial]) -> list[Trial]:
+    """Return trials with their runs on the server: those that MLflow has by now, also of failed trials."""
+    known = {
+        trial.point.key: trial.run_id
+        or (PENDING + tracking_key(trial.point.key, plan.identity) if trial.result is None else "")
+        for trial in trials
+    }
+    ids = resolve_runs(plan.tracker, list(known.values()))
+    found = {key: ids[run_id] for key, run_id in known.items()}
+    # Nothing is known of a failed trial beside its key: it may have been left before it had a run.
+    lost = {t.point.key for t in trials if t.result is None and found[t.point.key].startswith(PENDING)}
+    return [
+        replace(trial, run_id="" if trial.point.key in lost else found[trial.point.key]) for trial in trials
+    ]
+
+
+def _sweep_key(plan: Plan) -> str:
+    """Return the key of the sweep's run, which those of the runs below it begin with."""
+    return f"{plan.config.name}-{plan.identity.sweep or plan.identity.inputs}"
 
 
 def start_tracking(plan: Plan, tracker: MlflowTracker) -> str:
@@ -337,8 +419,7 @@ def start_tracking(plan: Plan, tracker: MlflowTracker) -> str:
     former = None
     if plan.former_hash:
         former = Former(f"{plan.config.name}-{plan.former_hash}", {"data_digest": plan.parts.digest})
-    key = f"{plan.config.name}-{plan.identity.sweep or plan.identity.inputs}"
-    parent = tracker.run(plan.config.name, key, tags=tags, former=former)
+    parent = tracker.run(plan.config.name, _sweep_key(plan), tags=tags, former=former)
     data = {"data_digest": plan.parts.digest}
     if plan.parts.dropped:
         data["data_dropped"] = "\n".join(item.text for item in plan.parts.dropped)
@@ -351,12 +432,17 @@ def _track(plan: Plan, record: SweepRecord, found: _Findings, tracker: MlflowTra
     digest = {"data_digest": record.data_digest}
     shared = {k: v for k, v in leaves(plan.run).items() if k.startswith(("model.", "data.", "evaluate."))}
     for trial in record.trials:
+        if trial.run_id and trial.status == "failed":
+            # Its process may have died without a word.
+            tracker.finish(trial.run_id, "failed", if_running=True)
         if trial.run_id and trial.test:
             tracker.params(trial.run_id, digest)
-            # At step 0, as for what has no steps: MLflow compares such numbers as bars.
             tracker.metrics(trial.run_id, score_metrics(found.scores[trial.id]))
     for base in record.baselines:
-        run = tracker.run(base.name, f"{parent}-{base.name}", parent=parent, tags={"rayft.kind": "baseline"})
+        run = tracker.run(
+            base.name, f"{_sweep_key(plan)}-{base.name}", parent=parent, tags={"rayft.kind": "baseline"},
+            former=Former(f"{parent}-{base.name}"), restart=False,
+        )  # fmt: skip
         tracker.params(run, {**shared, **digest, "method.name": base.name})
         tracker.metrics(run, score_metrics(found.baselines[base.name]))
         tracker.finish(run, "finished")
@@ -385,6 +471,9 @@ def _register(plan: Plan, record: SweepRecord, found: _Findings, display: Displa
 
     That is the winner, columns sorted, so that every rank of it can be served; or a squeezed adapter that is
     no view of it.
+
+    Raises:
+        RayftError: if it can't be registered now.
     """
     assert record.winner
     assert found.winner
@@ -397,20 +486,21 @@ def _register(plan: Plan, record: SweepRecord, found: _Findings, display: Displa
     if not any(measured.error for measured in found.baselines.values()):
         # Where a baseline could not be scored, the gate has nothing to compare with.
         tags[BASE_SCORE_TAG] = repr(best)
-    try:
-        registry = MlflowRegistry(plan.tracker.uri)
-        version = registry.register(plan.config.name, found.winner.run_id, folder, tags)
-    except TrackingError as error:
-        display.say(
-            f"not registered: {error}. Everything else is in {plan.output}; run the sweep again to register"
+    run_id = next(trial.run_id for trial in record.trials if trial.id == record.winner.trial)
+    if run_id.startswith(PENDING):
+        raise TrackingError(
+            f"MLflow does not have the run of {record.winner.trial} yet, which began while it was away"
         )
-        return
-    try:
-        done = promote(registry, plan.config.name, version, gate=plan.config.promote)
-    except PromotionRefusedError as error:
-        display.say(f"registered as {plan.config.name} version {version}, not promoted: {error}")
-    else:
-        display.say(f"registered as models:/{plan.config.name}@{done.alias} (version {done.version})")
+    registry = MlflowRegistry(plan.tracker.uri)
+    version = registry.register(plan.config.name, run_id, folder, tags)
+    refused = f"registered as {plan.config.name} version {version}, not promoted"
+    with _late(plan, display, refused):
+        try:
+            done = promote(registry, plan.config.name, version, gate=plan.config.promote)
+        except PromotionRefusedError as error:
+            display.say(f"{refused}: {error}")
+        else:
+            display.say(f"registered as models:/{plan.config.name}@{done.alias} (version {done.version})")
 
 
 def _apart(found: _Findings, record: SweepRecord) -> SqueezedAdapter | None:

@@ -55,11 +55,14 @@ def track_squeezed(
     tags = {"rayft.kind": "squeezed", "rayft.how": item.how}
     # Of what was trained on, the lane made the run: the same key finds it.
     former = Former(item.key) if parent else None
-    run = tracker.run(shown, item.tracked_as, parent=parent, tags=tags, former=former)
+    run = tracker.run(shown, item.tracked_as, parent=parent, tags=tags, former=former, restart=False)
     own = {"squeezed_from": item.source.name, "squeezed_to": item.label, "squeezed_how": item.how}
     if item.how == "post":
         own |= {**settings, "method.name": "squeeze", "method.rank": str(item.rank)}
     tracker.params(run, {**own, **data})
+    # The lane has recorded some of these of what was trained on, and another squeeze takes other seconds.
+    sizes = {"trainable_parameters": item.parameters, "adapter_bytes": item.bytes}
+    tracker.metrics(run, {**sizes, "squeeze_seconds": item.seconds}, 0)
     numbers = {**_numbers(item), "source_bytes": source_bytes}
     numbers |= {**score_metrics(after), **score_metrics(before, "source_")}
     tracker.metrics(run, numbers)
@@ -71,9 +74,6 @@ def track_squeezed(
 
 def _numbers(item: SqueezedAdapter) -> dict[str, float]:
     return {
-        "trainable_parameters": item.parameters,
-        "adapter_bytes": item.bytes,
-        "squeeze_seconds": item.seconds,
         "retained_energy_mean": item.energy_mean,
         "retained_energy_min": item.energy_min,
         **{f"retention/{module}": share for module, share in item.energy.items()},

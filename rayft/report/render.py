@@ -22,6 +22,7 @@ from rayft.report.figures import draw_all
 from rayft.report.frame import SweepRecord, Trial
 from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, row_names, rows
 from rayft.report.verdict import difference_text, methods_words, score_text, verdict
+from rayft.tracking.base import PENDING
 
 __all__ = ["check_report", "html", "render"]
 
@@ -167,7 +168,7 @@ def _settings(trial: Trial) -> Mapping[str, str]:
         "training time": human_seconds(trial.seconds),
         "overhead": human_seconds(trial.overhead_seconds),
         "adapter folder": trial.folder,
-        "tracked as run": trial.run_id,
+        "tracked as run": "not in MLflow yet" if trial.run_id.startswith(PENDING) else trial.run_id,
     }
     return {name: text for name, text in known.items() if text} | dict(trial.settings)
 

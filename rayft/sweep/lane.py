@@ -319,16 +319,20 @@ class _Lane:
     def _finish_tracking(self, tracker: MlflowTracker | None, run_id: str, result: TrainResult) -> None:
         if tracker is None:
             return
-        summary = {
+        found = {
             "best_val_loss": min((value for _, value in result.val_curve), default=float("nan")),
             "trainable_parameters": result.trainable,
             "adapter_bytes": result.bytes,
+        }
+        tracker.metrics(run_id, found)
+        # Of a run whose end is trained again, because its result was lost, what it took first stays.
+        taken = {
             "peak_memory_gib": result.peak_memory / 2**30,
             "train_tokens_per_second": result.tokens_per_second,
             "train_seconds": result.seconds["train"],
             "overhead_seconds": result.seconds["overhead"],
         }
-        tracker.metrics(run_id, summary)
+        tracker.metrics(run_id, taken, 0)
         if result.content_hash:
             tracker.params(run_id, {HASH_PARAM: result.content_hash})
             tracker.artifact(run_id, result.folder, "adapter")

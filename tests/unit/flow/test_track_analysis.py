@@ -22,7 +22,7 @@ class Kept:
         self.numbers: dict[str, dict[str, float]] = {}
         self.files: dict[str, dict[str, bytes]] = {}
 
-    def metrics(self, run: str, values: dict[str, float], step: int = 0) -> None:
+    def metrics(self, run: str, values: dict[str, float], step: int | None = None) -> None:
         self.numbers[run] = values
 
     def artifact(self, run: str, path: Path, folder: str = "") -> None:

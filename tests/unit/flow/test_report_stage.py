@@ -1,0 +1,227 @@
+"""The report and serve.yaml are written first; what fails after them is told, and done by the next run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from rayft.artifacts import AdapterArtifact, ArtifactMeta
+from rayft.errors import DiskFullError, RegistryError
+from rayft.flow import sweep as module
+from rayft.flow.config import load_config
+from rayft.flow.display import Display
+from rayft.flow.preflight import Plan, preflight
+from rayft.flow.stages import Measured
+from rayft.methods.base import LoraFactors
+from rayft.registry.store import MlflowRegistry
+from rayft.report.frame import SweepRecord
+from rayft.sweep.lane import tracking_key
+from rayft.sweep.tuner import Trial
+from rayft.tracking import TrackerSpec
+from rayft.tracking.connection import connect
+from rayft.tracking.mlflow import MlflowTracker, flush_spool
+from tests.unit.tracking.fixtures import migrated, no_outside, spec
+
+__all__ = ["migrated", "no_outside", "spec"]
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
+    folder = tmp_path_factory.mktemp("checked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYFT_CACHE", str(folder / "cache"))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield preflight(load_config("tiny", [f"output={folder / 'out'}"]))
+
+
+def saved(folder: Path, seed: int) -> AdapterArtifact:
+    generator = torch.Generator().manual_seed(seed)
+    factors = LoraFactors(torch.randn(2, 6, generator=generator), torch.randn(5, 2, generator=generator), 2.0)
+    AdapterArtifact({"layers.0.q": factors}, meta=ArtifactMeta(method="lora")).save(folder)
+    return AdapterArtifact.load(folder)
+
+
+@dataclass
+class Sweep:
+    """A sweep whose stages are done up to the report: a finished trial, and one whose lane died."""
+
+    plan: Plan
+    found: Any
+    said: io.StringIO
+
+    def report(self) -> SweepRecord:
+        self.said.truncate(0)
+        self.said.seek(0)
+        with MlflowTracker(self.plan.tracker, interval=0.05) as tracker:
+            parent = module.start_tracking(self.plan, tracker)
+            self.found.trials = module._with_runs(self.plan, self.found.trials)
+            self.found.winner = self.found.trials[0]
+            display = Display(Console(file=self.said, width=1000))
+            record = module._report(self.plan, self.found, display, tracker, parent)
+        flush_spool(self.plan.tracker)
+        return record
+
+    @property
+    def runs(self) -> dict[str, Any]:
+        client = connect(self.plan.tracker.uri)
+        return {run.info.run_name: run for run in client.search_runs([self.plan.tracker.experiment_id])}
+
+    @property
+    def points(self) -> dict[tuple[str, str], list[tuple[int, float]]]:
+        client = connect(self.plan.tracker.uri)
+        return {
+            (name, metric): [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, metric)]
+            for name, run in self.runs.items()
+            for metric in run.data.metrics
+        }
+
+
+@pytest.fixture
+def sweep(checked: Plan, spec: TrackerSpec, tmp_path: Path) -> Sweep:
+    output = tmp_path / "out"
+    plan = replace(checked, output=output, tracker=spec, points=checked.points[:2])
+    best, lost = plan.points
+    artifact = saved(output / "trials" / best.key / "adapter", 0)
+    result = {
+        "finished": True, "steps": 3, "rank": 2, "val_curve": [(3, 1.0)], "train_curve": [(1, 2.0)],
+        "val_loss": 1.0, "trainable": 10, "bytes": 20, "peak_memory": 30,
+        "seconds": {"train": 1.0, "evaluate": 0.5, "overhead": 0.1},
+        "folder": str(output / "trials" / best.key / "adapter"), "content_hash": artifact.content_hash,
+    }  # fmt: skip
+    with MlflowTracker(spec) as tracker:
+        for point in plan.points:
+            tracker.run(point.name, tracking_key(point.key, plan.identity))
+        # Its lane began it while MLflow was away.
+        trials = [
+            Trial(best, result, "key:" + tracking_key(best.key, plan.identity)),
+            Trial(lost, error="killed"),
+        ]
+    measured = Measured({"val": [1.0, 1.0], "test": [1.0, 0.0]})
+    found = module._Findings(
+        baselines={"base": Measured({"val": [0.0, 0.0], "test": [0.0, 0.0]})},
+        trials=trials,
+        scores={best.name: measured},
+        full=saved(output / "winner", 0),
+    )
+    return Sweep(plan, found, io.StringIO())
+
+
+def test_a_trial_that_began_while_mlflow_was_away_is_registered_with_its_run(sweep: Sweep) -> None:
+    record = sweep.report()
+    name, lost = (point.name for point in sweep.plan.points)
+    runs = sweep.runs
+    assert [trial.run_id for trial in record.trials] == [runs[name].info.run_id, runs[lost].info.run_id]
+    assert SweepRecord.load(sweep.plan.output) == record
+    (version,) = MlflowRegistry(sweep.plan.tracker.uri).versions(sweep.plan.config.name)
+    assert version.run_id == runs[name].info.run_id
+    assert version.aliases == ("champion",)
+    assert runs[lost].info.status == "FAILED", "its lane could not say so"
+
+
+def test_a_report_that_is_made_again_repeats_no_point(sweep: Sweep) -> None:
+    sweep.report()
+    before, ended = sweep.points, sweep.runs["base"].info.end_time
+    record = sweep.report()
+    assert sweep.points == before
+    assert {len(points) for points in before.values()} == {1}
+    assert sweep.runs["base"].info.end_time == ended
+    assert [version.number for version in MlflowRegistry(sweep.plan.tracker.uri).versions(record.name)] == [1]
+
+
+def fail(error: Exception) -> Any:
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    return failing
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "told"),
+    [
+        ("MlflowRegistry.register", "register", "not registered: MLflow refuses"),
+        ("promote", "promote", "registered as tiny version 1, not promoted: MLflow refuses"),
+        ("render", "report", "the report was not drawn: RuntimeError: no font"),
+        ("score_metrics", "scores", "not all that was found is tracked: RuntimeError: no font"),
+        ("yaml.safe_dump", "serve.yaml", "serve.yaml was not written: RuntimeError: no font"),
+    ],
+)
+def test_a_late_failure_leaves_all_else_and_is_mended_by_the_next_run(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, where: str, what: str, told: str
+) -> None:
+    error = RegistryError("MLflow refuses") if "MLflow refuses" in told else RuntimeError("no\nfont")
+    with monkeypatch.context() as patch:
+        patch.setattr(f"rayft.flow.sweep.{where}", fail(error))
+        record = sweep.report()
+    output, name = sweep.plan.output, sweep.plan.config.name
+    (line,) = [line for line in sweep.said.getvalue().splitlines() if "run the sweep again" in line]
+    assert told.replace("\n", " ") in line
+    assert f"Everything else is in {output}" in line
+    assert SweepRecord.load(output) == record
+
+    def there() -> dict[str, bool]:
+        client = connect(sweep.plan.tracker.uri)
+        models = client.search_registered_models(f"name='{name}'")
+        return {
+            "report": (output / "report.html").is_file(),
+            "serve.yaml": (output / "serve.yaml").is_file(),
+            "scores": "test_score" in sweep.runs[sweep.plan.points[0].name].data.metrics,
+            "register": bool(client.search_model_versions(f"name='{name}'")),
+            "promote": any(model.aliases for model in models),
+        }
+
+    lacking = {"register": {"register", "promote"}}.get(what, {what})
+    assert {one for one, is_there in there().items() if not is_there} == lacking
+    sweep.report()
+    assert all(there().values())
+    assert "run the sweep again" not in sweep.said.getvalue()
+
+
+def test_while_mlflow_is_away_all_else_is_written(sweep: Sweep) -> None:
+    database = Path(sweep.plan.tracker.uri.removeprefix("sqlite:///"))
+    database.rename(database.with_suffix(".away"))
+    record = sweep.report()
+    assert "not registered: MLflow does not have the run of" in sweep.said.getvalue()
+    assert record.trials[0].run_id.startswith("key:")
+    page = (sweep.plan.output / "report.html").read_text()
+    assert "not in MLflow yet" in page
+    assert "key:" not in page
+    serve = yaml.safe_load((sweep.plan.output / "serve.yaml").read_text())
+    assert serve["adapters"] == {sweep.plan.config.name: str(sweep.plan.output / "winner")}
+    database.with_suffix(".away").rename(database)
+    record = sweep.report()
+    assert record.trials[0].run_id == sweep.runs[record.trials[0].id].info.run_id
+    assert record.trials[0].run_id in (sweep.plan.output / "report.html").read_text()
+    assert {len(points) for points in sweep.points.values()} == {1}
+    assert MlflowRegistry(sweep.plan.tracker.uri).resolve(f"models:/{record.name}@champion").version == 1
+
+
+def test_a_full_disk_ends_the_command(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayft.flow.sweep.render", fail(OSError(28, "No space left on device")))
+    with pytest.raises(DiskFullError, match="run the same command again"):
+        sweep.report()
+    assert (sweep.plan.output / "serve.yaml").is_file()
+
+
+def test_sweeps_of_one_configuration_on_one_server_have_runs_of_their_own(sweep: Sweep) -> None:
+    keys = set()
+    for one in ("5eed", "fe11", ""):
+        identity = sweep.plan.identity.model_copy(update={"sweep": one})
+        plan = replace(sweep.plan, identity=identity)
+        keys |= {module._sweep_key(plan), tracking_key("t0", identity)}
+    assert len(keys) == 6
+    with MlflowTracker(sweep.plan.tracker) as tracker:
+        parents = {
+            module.start_tracking(
+                replace(sweep.plan, identity=sweep.plan.identity.model_copy(update={"sweep": one})), tracker
+            )
+            for one in ("5eed", "fe11", "5eed")
+        }
+    assert len(parents) == 2
