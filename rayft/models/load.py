@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from rayft.artifacts.read import FLOATS
 from rayft.config import Section, nearest
 from rayft.data.pixels import ImageEncoder
 from rayft.errors import ModelError, RayftError
+from rayft.files import sync_tree
 from rayft.models.files import cache_folder, hash_file
 from rayft.models.fingerprint import fingerprint, names_in_files, places, source_fingerprint
 from rayft.models.heads import remember
@@ -51,6 +53,8 @@ COMPUTED = ("float32", "float16", "bfloat16", "float64")
 """Types of a checkpoint's numbers."""
 UNLIMITED = 1_000_000
 """Context of a model that states none."""
+SIZES_FILE = ".rayft.json"
+"""In a folder of the cache: file → its size in bytes, so that a truncated one is noticed."""
 
 
 class ModelConfig(Section):
@@ -432,24 +436,43 @@ def _convert_gguf(file: Path, folder: Path) -> None:
 
 
 def _cached(name: str, write: Callable[[Path], object]) -> Path:
+    """Return a folder of the cache; it is written if it is missing or damaged."""
     folder = cache_folder() / "models" / name
-    if (folder / "config.json").is_file():
+    if _whole(folder):
         return folder
     check_folder(folder.parent, "RAYFT_CACHE")
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
     try:
         with _quiet():
-            write(staging)
-        staging.chmod(0o755)
-        staging.rename(folder)
+            write(staging / "new")
+        (staging / "new" / SIZES_FILE).write_text(json.dumps(_sizes(staging / "new")), encoding="utf-8")
+        sync_tree(staging / "new")
+        if folder.is_dir():
+            folder.rename(staging / "damaged")
+        (staging / "new").rename(folder)
     except OSError:
         # Another process may have been first; its copy is as good.
-        if not (folder / "config.json").is_file():
+        if not _whole(folder):
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def _whole(folder: Path) -> bool:
+    """Return whether a folder of the cache holds what was written; rayft 0.1.0 recorded no sizes."""
+    if not (folder / SIZES_FILE).is_file():
+        return (folder / "config.json").is_file()
+    try:
+        return bool(json.loads((folder / SIZES_FILE).read_text(encoding="utf-8")) == _sizes(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SIZES_FILE)
+    return {path.name: path.stat().st_size for path in files}
 
 
 @contextmanager

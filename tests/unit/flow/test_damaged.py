@@ -222,7 +222,7 @@ def test_the_way_out_that_is_named_leads_out(plan: Plan, config: PipelineConfig)
     empty(plan.output / "config.yaml")
     with pytest.raises(ConfigError) as refused:
         preflight(config)
-    (plan.output / "config.yaml").write_text(str(refused.value).partition("write '")[2].partition("'")[0])
+    (plan.output / "config.yaml").write_text(str(refused.value).partition("write '")[2].partition("'")[0] + "\n")
     (plan.output / "identity.json").unlink()
     preflight(config)
     assert (trial(plan) / "result.json").is_file()

@@ -17,6 +17,7 @@ from rayft.errors import ModelError
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import inject
 from rayft.models.load import LoadedModel, ModelConfig, fingerprint, load_model, load_skeleton, resolve
+from tests.unit.damages import empty, half
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +31,21 @@ def test_a_registered_model_is_made_once() -> None:
     assert Path(resolve(ModelConfig(name="tiny-llama"))) == first
     assert (first / "config.json").stat().st_mtime_ns == stamp
     assert [path.name for path in first.parent.iterdir()] == ["tiny-llama"]
+
+
+def test_a_damaged_model_of_the_cache_is_made_again() -> None:
+    config = ModelConfig(name="tiny-llama")
+    folder = Path(resolve(config))
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "model.safetensors" in whole
+    for name in whole:
+        for damage in (empty, half, Path.unlink):
+            if (name, damage) == (".rayft.json", Path.unlink):
+                continue  # As rayft 0.1.0 left it.
+            damage(folder / name)
+            assert Path(resolve(config)) == folder
+            assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny-llama"]
 
 
 def test_fingerprint_is_the_same_in_every_dtype_and_with_adapters(tiny_folder: Path) -> None:

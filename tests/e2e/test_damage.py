@@ -1,0 +1,105 @@
+"""A sweep whose files are damaged between two commands, or while one runs."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rayft.flow import stages
+from rayft.flow.config import PipelineConfig
+from rayft.flow.display import Display
+from rayft.flow.sweep import run_sweep
+from rayft.report.frame import SweepRecord
+from rayft.sweep.executor import LaneExecutor
+from tests.e2e.small import small_config
+from tests.unit.damages import half
+
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
+    lora = {"lora": {"ranks": [4], "lr": [1e-2, 1e-3]}}
+    return small_config(tmp_path_factory.mktemp("damage"), lora, {"ranks": [2]})
+
+
+def again(config: PipelineConfig) -> tuple[SweepRecord, str]:
+    said = io.StringIO()
+    return run_sweep(config, Display(Console(file=said, width=1000))), said.getvalue()
+
+
+def found(record: SweepRecord) -> dict[str, Any]:
+    """What a sweep found, without clocks."""
+    kept = record.model_dump(include={"baselines", "winner", "comparisons", "singular_values"})
+    kept["trials"] = [(one.id, one.status, one.val_loss, one.train_loss, one.test) for one in record.trials]
+    kept["squeezed"] = [(one.name, one.energy_mean, one.test, one.val_score) for one in record.squeezed]
+    return kept
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trials/*/result.json")}
+    return {key: values["result"]["content_hash"] for key, values in results.items()}
+
+
+def test_damage_is_mended_and_costs_nothing_else(
+    record: SweepRecord, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, first = config.folder, hashes(config.folder)
+    scores = {path: path.stat().st_mtime_ns for path in folder.glob("scores/*.json")}
+    assert len(scores) == 3 + len(record.trials) + len(record.squeezed)
+    assert record.winner
+    best = next(Path(one.folder) for one in record.trials if record.winner.trial == one.id)
+
+    def refuse(_executor: LaneExecutor) -> None:
+        pytest.fail("a lane was started, and nothing was left to be done")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LaneExecutor, "start", refuse)
+        half(folder / "analysis.json" if (folder / "analysis.json").is_file() else folder / "sweep.json")
+        unchanged, said = again(config)
+        assert found(unchanged) == found(record)
+        assert "sweep.json is damaged" in said
+
+    half(best / WEIGHTS)
+    half(folder / "winner" / WEIGHTS)
+    (folder / "squeezed" / "r2" / "rayft.json").write_bytes(b"")
+    mended, said = again(config)
+    assert f"{record.winner.trial} is trained again from" in said
+    assert f"{best / WEIGHTS} is truncated or damaged" in said
+    assert found(mended) == found(record)
+    assert hashes(folder) == first
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("scores/*.json")} == scores
+
+
+def test_an_adapter_that_is_lost_meanwhile_costs_its_trial_alone(
+    record: SweepRecord, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert record.winner
+    lost = next(one for one in record.trials if record.winner.trial == one.id)
+    score_trials = stages.score_trials
+
+    def loses(*arguments: Any) -> Any:
+        half(Path(lost.folder) / WEIGHTS)
+        return score_trials(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "score_trials", loses)
+        rest, said = again(config)
+    assert f"{lost.id}: failed, can't be scored: " in said
+    marked = next(one for one in rest.trials if one.id == lost.id)
+    assert marked.status == "failed"
+    assert "truncated or damaged" in marked.reason
+    assert rest.winner
+    assert rest.winner.trial == next(one.id for one in record.trials if one.id != lost.id)
+    assert [one.trial for one in rest.squeezed] == [rest.winner.trial]
+    page = (config.folder / "report.html").read_text()
+    assert "1 of 2 trials failed" in page
+    mended, _ = again(config)
+    assert found(mended) == found(record)
