@@ -16,6 +16,7 @@ from rayft.artifacts import AdapterArtifact, ArtifactMeta, check_replaceable, fo
 from rayft.data.pack import AnyBatch, AnyEncoded, Row, collate_rows, rows_of
 from rayft.errors import InterruptedRunError, TrainError
 from rayft.evaluate.loss import mean_loss
+from rayft.files import sync_tree
 from rayft.identity import Identity
 from rayft.methods import method
 from rayft.models.heads import reset_heads
@@ -406,6 +407,7 @@ def _save(run: RunConfig, session: Session, injected: Injected, folder: Path, pa
             return saved
         model.save_pretrained(saved.folder)
         session.loaded.tokenizer.save_pretrained(saved.folder)
+        sync_tree(saved.folder)
         size = sum(file.stat().st_size for file in saved.folder.glob("*.safetensors"))
         return replace(saved, bytes=size)
 

@@ -30,9 +30,9 @@ def zeroed(path: Path) -> None:
 
 
 def one_bit(path: Path) -> None:
-    """Change one bit in the last byte but one; of text this may still be what it was in meaning."""
+    """Change one bit in the middle; text may still mean what it meant."""
     content = bytearray(path.read_bytes())
-    content[-2] ^= 1
+    content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
 
 

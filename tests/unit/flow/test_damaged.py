@@ -21,9 +21,11 @@ from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.damaged import discard_damaged
 from rayft.flow.preflight import Plan, preflight
 from rayft.flow.scores import ScoreStore
+from rayft.flow.squeezing import Source, SqueezedAdapter, continue_all
 from rayft.flow.stages import Measured, check_some, marked, score_all
 from rayft.methods.base import LoraFactors
 from rayft.models.files import LARGE, hash_file
+from rayft.squeeze.section import ContinueConfig
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.lane import TrainRequest
 from rayft.sweep.result import damage, file_hashes, write_result
@@ -222,7 +224,9 @@ def test_the_way_out_that_is_named_leads_out(plan: Plan, config: PipelineConfig)
     empty(plan.output / "config.yaml")
     with pytest.raises(ConfigError) as refused:
         preflight(config)
-    (plan.output / "config.yaml").write_text(str(refused.value).partition("write '")[2].partition("'")[0] + "\n")
+    (plan.output / "config.yaml").write_text(
+        str(refused.value).partition("write '")[2].partition("'")[0] + "\n"
+    )
     (plan.output / "identity.json").unlink()
     preflight(config)
     assert (trial(plan) / "result.json").is_file()
@@ -351,3 +355,19 @@ def test_a_damaged_finding_is_made_again_and_an_adapter_that_is_gone_has_notes(
     )
     (found,) = analyze.analyze_items(executor, [item], wanted, plan.output, said.append)
     assert found.notes == {"gap": "no adapter"}
+
+
+def test_a_continued_training_that_fails_is_left_out(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = plan.points[0]
+    source = Source(point.name, point.key, point.run, "", plan.identity)
+    small = adapter().save(plan.output / "squeezed" / "r1")
+    item = SqueezedAdapter(f"{point.name}@r1", source, "post", 2, small, 16, 100, {"q": 1.0}, 0.0)
+    executor: Any = Lanes(monkeypatch, failing=f"{point.key}@r1+1")
+    said: list[str] = []
+    cont = ContinueConfig(steps=1)
+    assert continue_all(executor, [item], cont, plan.output, None, said.append) == []
+    (text,) = said
+    assert text.startswith(f"{item.name}+1 is left out: ")
+    assert text.endswith("its lane died")
+    with pytest.raises(TrainError, match="its lane died"):
+        continue_all(executor, [item], cont, plan.output)
