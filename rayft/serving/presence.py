@@ -24,11 +24,14 @@ __all__ = ["APPLICATION", "NoReplicaError", "Waiting", "start_error"]
 APPLICATION = "rayft"
 """The application's name in Ray Serve."""
 
-CHECK_SECONDS = 0.1
+CHECK_SECONDS = 0.25
 """How often it is checked whether a replica is up."""
 
 CONTROLLER_SECONDS = 1.0
 """How long Ray Serve's controller may take to say why a replica did not start."""
+
+UNKNOWN_SECONDS = 10.0
+"""How long a call waits, at least, in a process that has not heard yet which replicas are running."""
 
 REASON_SECONDS = 1.0
 """How long its answer is used."""
@@ -69,13 +72,14 @@ class Waiting:
             while not task.done():
                 await asyncio.wait({task}, timeout=CHECK_SECONDS)
                 now = time.monotonic()
-                if replicas_up():
+                up = replicas_up()
+                if up:
                     seen = now
                 elif reason is None:
                     reason = asyncio.create_task(self._why())
                 if task.done():
                     break
-                if now - seen >= self._absent_seconds:
+                if now - seen >= max(self._absent_seconds, 0.0 if up is False else UNKNOWN_SECONDS):
                     raise self._absent(await (reason or self._why()))
                 if now - started >= self._seconds:
                     raise RequestTimeoutError(

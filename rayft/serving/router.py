@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakSet
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -58,13 +57,13 @@ def ranked(standings: Mapping[Key, Standing], slack: int) -> list[Key]:
     return sorted(standings, key=cost)
 
 
-_routers: WeakSet[AdapterRouter] = WeakSet()
-"""Those of this process."""
+_told: list[AdapterRouter] = []
+"""The routers of this process that have heard which replicas are running."""
 
 
-def replicas_up() -> bool:
-    """Return whether a router of this process knows a running replica."""
-    return any(router.curr_replicas for router in list(_routers))
+def replicas_up() -> bool | None:
+    """Return whether a router of this process knows a running replica; None if none has heard of any yet."""
+    return any(router.curr_replicas for router in _told) if _told else None
 
 
 class AdapterRouter(RequestRouter):
@@ -72,12 +71,17 @@ class AdapterRouter(RequestRouter):
 
     def initialize_state(self, **kwargs: Any) -> None:
         """Take `slack`, how many more requests than the least busy replica a warm one may have."""
-        _routers.add(self)
         self._slack = int(kwargs["slack"])
         self._sent: dict[ReplicaID, dict[str, float]] = {}
         """Replica → cold `model` that it was sent lately → when, in seconds."""
         self._placed: dict[Future[RunningReplica], ReplicaID] = {}
         """Request → replica that it goes to: chosen, but not sent yet, so in no queue's length."""
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Take the replicas that are running now; Ray Serve calls this when they change."""
+        super().update_replicas(replicas)
+        if self not in _told:
+            _told.append(self)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

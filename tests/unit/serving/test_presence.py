@@ -17,7 +17,8 @@ class Replicas:
     """Whether a replica is up, why not, and what a caller was told."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.up, self.reason, self.cancelled, self.refused = False, "", 0, 0
+        self.up: bool | None = False
+        self.reason, self.cancelled, self.refused = "", 0, 0
         monkeypatch.setattr(presence, "replicas_up", lambda: self.up)
         monkeypatch.setattr(presence, "start_error", lambda: self.reason or None)
         monkeypatch.setattr(presence, "CHECK_SECONDS", 0.01)
@@ -65,6 +66,16 @@ def test_while_no_replica_is_up_a_call_waits_so_long_and_no_longer(replicas: Rep
     assert (replicas.cancelled, replicas.refused) == (2, 2)
     # A replica that comes in time answers.
     assert replicas.ask(answer(0.05), absent=30) == "text"
+
+
+def test_a_process_that_has_not_heard_of_replicas_yet_waits_longer(
+    replicas: Replicas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replicas.up = None
+    assert replicas.ask(answer(0.2)) == "text"
+    monkeypatch.setattr(presence, "UNKNOWN_SECONDS", 0.1)
+    with pytest.raises(NoReplicaError, match="no replica is up"):
+        replicas.ask(answer(60))
 
 
 def test_a_replica_that_does_not_take_a_call_ends_it_after_the_limit(replicas: Replicas) -> None:

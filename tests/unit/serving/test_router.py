@@ -237,6 +237,23 @@ def test_what_a_replica_lacks_is_asked_for_elsewhere_if_it_is_anywhere() -> None
     assert order("x", 0.5) == ["a", "b"]
 
 
+def test_a_process_knows_whether_a_replica_is_up_once_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "_told", [])
+    routing = Routing({"a": {}})
+
+    async def tell(*replicas: Any) -> bool | None:
+        monkeypatch.setattr(routing.router, "_probe_queue_lens", lambda *_: asyncio.sleep(0))
+        routing.router.update_replicas(list(replicas))
+        await asyncio.sleep(0)
+        return router_module.replicas_up()
+
+    assert router_module.replicas_up() is None
+    assert routing.loop.run_until_complete(tell()) is False
+    assert routing.loop.run_until_complete(tell(*routing.running)) is True
+    routing.router.on_replica_actor_died(routing.ids["a"])
+    assert router_module.replicas_up() is False
+
+
 def test_a_lost_replica_is_forgotten(later: Callable[[float], None]) -> None:
     routing = Routing({"a": {}, "b": {}}, b=1)
     assert routing.ask("x") == "a"
