@@ -74,27 +74,26 @@ class Director:
         What can't be served is refused, and what was served is served on: `adapters` and the log tell why.
 
         Raises:
-            ArtifactError, RegistryError: if one is not there when the director starts.
+            ArtifactError, RegistryError: if one is not there while no replica has started yet.
         """
-        wanted = user_config.get("adapters")
-        if not self._tasks:
-            # Replicas start by asking what is served: there is none to tell yet. Where there was a director
-            # before, its record holds what was loaded over HTTP since it applied the same `user_config`.
-            if wanted is not None and wanted != self._record.wanted:
-                async with self._alone():
-                    self._keep(replace(self._record, served=await self._exactly(wanted), wanted=wanted))
-            self._tasks.add(asyncio.create_task(self._follow()))
-            self._tasks.add(asyncio.create_task(self._touch()))
-        elif wanted is not None:
-            try:
-                async with self._alone():
-                    served = await self._exactly(wanted)
-                    if served.versions != self._served.versions:
-                        await self._change(served)
-                    self._keep(replace(self._record, wanted=wanted))
-            except RayftError as error:
-                self._refused = str(error)
-                logger.warning("the change of adapters was refused, the old ones are served on: %s", error)
+        wanted, first = user_config.get("adapters"), not self._tasks
+        if first:
+            self._tasks |= {asyncio.create_task(self._follow()), asyncio.create_task(self._touch())}
+        if wanted is None or (first and wanted == self._record.wanted):
+            # What was loaded over HTTP since a lost director applied the same `user_config` is served on.
+            return
+        try:
+            async with self._alone():
+                served = await self._exactly(wanted)
+                if not first and served.versions != self._served.versions:
+                    await self._change(served)
+                # Replicas that start ask what is served, and those that run notice what they missed.
+                self._keep(replace(self._record, served=served if first else self._served, wanted=wanted))
+        except RayftError as error:
+            if first and not self._record.base:
+                raise
+            self._refused = str(error)
+            logger.warning("the change of adapters was refused, the old ones are served on: %s", error)
 
     @property
     def _served(self) -> Served:

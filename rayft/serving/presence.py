@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import ray.serve as ray_serve
+from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from rayft.errors import RequestTimeoutError, ResourceError
@@ -119,7 +120,7 @@ async def _controllers_reason() -> str:
     try:
         async with asyncio.timeout(CONTROLLER_SECONDS):
             return await asyncio.to_thread(start_error) or ""
-    except (TimeoutError, RayServeException):
+    except (TimeoutError, RayError, RayServeException):
         return ""
 
 
