@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import ray.exceptions
 import yaml
 
 from rayft.analysis.record import SweepAnalysis
@@ -19,6 +20,7 @@ from rayft.errors import (
     PromotionRefusedError,
     RayftError,
     ReportError,
+    ResourceError,
     TrackingError,
 )
 from rayft.files import room_on, write_file
@@ -135,6 +137,12 @@ def _run_stages(plan: Plan, display: Display, tracker: MlflowTracker, parent: st
         except KeyboardInterrupt:
             _save_trials(executor, display)
             raise
+        except ray.exceptions.RayError as error:
+            raise ResourceError(
+                "a process that holds the sweep together has ended (it was killed, or the machine ran out of "
+                "memory or disk); run the same command again: it continues from what is saved. Ray says: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
         finally:
             executor.close()
         if analysis is not None:

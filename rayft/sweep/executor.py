@@ -64,15 +64,19 @@ class Executor(ABC):
         Returns:
             The trials that were training.
         """
-        training: list[str] = ray.get(self.broker.interrupt.remote(), timeout=timeout)
-        with suppress(ray.exceptions.GetTimeoutError):
+        training: list[str] = []
+        with suppress(ray.exceptions.RayError):
+            training = ray.get(self.broker.interrupt.remote(), timeout=timeout)
             ray.get(self.broker.settled.remote(), timeout=timeout)
         return training
 
     def close(self, timeout: float = 30.0) -> None:
         """End all worker groups, and wait until their devices and memory are free."""
-        ray.get(self.broker.close.remote())
-        ray.get(self._launcher.close.remote(timeout))
+        # One of the two may be what has died; the lanes of a broker that is gone end by themselves.
+        with suppress(ray.exceptions.RayError):
+            ray.get(self.broker.close.remote())
+        with suppress(ray.exceptions.RayError):
+            ray.get(self._launcher.close.remote(timeout))
 
     def _host(self, lane: str, *, once: bool) -> None:
         settings = LaneSettings(name=lane, broker=self.broker, once=once)

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import ray.exceptions
 from ray import tune
 
-from rayft.errors import ResourceError, TrainError
+from rayft.errors import TrainError
 from rayft.identity import UNKNOWN, Identity
 from rayft.sweep.asha import RecordedASHA
 from rayft.sweep.broker import Event, Job
@@ -128,7 +127,8 @@ def search(
         check: called between the search's own steps; what it raises ends the search.
 
     Raises:
-        ResourceError: if no trial can go on (the disk is full, or the sweep's own processes have died).
+        ResourceError: if no trial can go on, because the disk is full.
+        ray.exceptions.RayError: if a process that the trials share has died.
     """
     evaluate_at = tuple(rungs(sweep, trials[0].run.optim.steps))
     requests = [
@@ -149,20 +149,12 @@ def search(
         ray.get(executor.broker.cancel.remote(key, step))
 
     asha = RecordedASHA(sweep, trials[0].run.optim.steps, EventLog(output / EVENTS_FILE), stop)
-    try:
-        if any(map(_unfinished, requests)):
-            executor.start()
-            _tuner(sweep, requests, executor, asha, check).fit()
-        return [
-            _collect(point, request, executor, output)
-            for point, request in zip(trials, requests, strict=True)
-        ]
-    except ray.exceptions.RayError as error:
-        raise ResourceError(
-            "a process that holds the sweep together has ended (it was killed, or the machine ran out of "
-            "memory or space); run the same command again: it continues from what is saved. Ray says: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
+    if any(map(_unfinished, requests)):
+        executor.start()
+        _tuner(sweep, requests, executor, asha, check).fit()
+    return [
+        _collect(point, request, executor, output) for point, request in zip(trials, requests, strict=True)
+    ]
 
 
 class _Watch(tune.Callback):
