@@ -43,6 +43,10 @@ class Interrupts:
         if self._installed:
             self.install()
 
+    def forget(self) -> None:
+        """Begin anew, for a process that outlives the command that was interrupted."""
+        self.received, self.resume, self._installed = None, "", False
+
     def check(self) -> None:
         """Raise again what was received: code that Python calls back from C swallows exceptions.
 

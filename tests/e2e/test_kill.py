@@ -55,12 +55,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
-    """Put the signals' handlers back, and forget what was received."""
+    """Put the signals' handlers back."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-    interrupts.__init__()  # type: ignore[misc]
+    interrupts.forget()
 
 
 def elsewhere(config: PipelineConfig, name: str, **sweep: Any) -> PipelineConfig:
@@ -125,7 +125,6 @@ def when(ready: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
 @contextmanager
 def signalled(folder: Path, after: int, number: signal.Signals) -> Iterator[None]:
     """Send this process a signal after so many evaluations."""
-    interrupts.__init__()  # type: ignore[misc]
     interrupts.install()
     with (
         when(lambda: len(events(folder)) >= after, lambda: os.kill(os.getpid(), number)),
@@ -133,6 +132,7 @@ def signalled(folder: Path, after: int, number: signal.Signals) -> Iterator[None
     ):
         yield
     assert interrupts.status == 128 + number
+    interrupts.forget()
 
 
 @pytest.fixture(scope="module")
