@@ -444,6 +444,7 @@ def _cached(name: str, write: Callable[[Path], object]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
     try:
+        (staging / "new").mkdir(mode=0o755)
         with _quiet():
             write(staging / "new")
         (staging / "new" / SIZES_FILE).write_text(json.dumps(_sizes(staging / "new")), encoding="utf-8")
