@@ -142,13 +142,13 @@ def test_a_gguf_file_is_converted_again_when_its_content_changes(
 
 def test_large_files_are_read_once_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
-    whole = files._hash
+    whole = files.hash_content
 
     def count(path: Path) -> str:
         read.append(path)
         return whole(path)
 
-    monkeypatch.setattr(files, "_hash", count)
+    monkeypatch.setattr(files, "hash_content", count)
     monkeypatch.setattr(files, "LARGE", 1)
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"one")
