@@ -38,6 +38,9 @@ class MlflowServer:
             except httpx.HTTPError:
                 time.sleep(0.1)
             else:
+                # The first answer of the store takes longer than the client waits, on a busy machine.
+                search = f"{self.uri}/api/2.0/mlflow/experiments/search?max_results=1"
+                httpx.get(search, timeout=120).raise_for_status()
                 return
         raise RuntimeError((self.folder / "server.log").read_text()[-3000:])
 
