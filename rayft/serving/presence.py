@@ -16,11 +16,11 @@ from typing import TypeVar
 import ray.serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.request_router import RequestRouter
 
 from rayft.errors import RequestTimeoutError, ResourceError
-from rayft.serving.router import replicas_up
 
-__all__ = ["APPLICATION", "NoReplicaError", "Waiting", "start_error"]
+__all__ = ["APPLICATION", "NoReplicaError", "Waiting", "heard", "replicas_up", "start_error"]
 
 APPLICATION = "rayft"
 """The application's name in Ray Serve."""
@@ -38,6 +38,21 @@ REASON_SECONDS = 1.0
 """How long its answer is used."""
 
 Result = TypeVar("Result")
+
+
+_routers: list[RequestRouter] = []
+"""The routers of this process that have heard which replicas are running."""
+
+
+def heard(router: RequestRouter) -> None:
+    """Note that a router of this process has heard which replicas are running."""
+    if router not in _routers:
+        _routers.append(router)
+
+
+def replicas_up() -> bool | None:
+    """Return whether a router of this process knows a running replica; None if none has heard of any yet."""
+    return any(router.curr_replicas for router in _routers) if _routers else None
 
 
 class NoReplicaError(ResourceError):

@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from rayft.serving import presence
 from rayft.serving.schemas import ChatRequest, CompletionRequest
 from rayft.serving.state import parse_model
 
-__all__ = ["AdapterRouter", "Standing", "ranked", "replicas_up"]
+__all__ = ["AdapterRouter", "Standing", "ranked"]
 
 RECENT_SECONDS = 3.0
 """How long an adapter that no replica calls warm counts as warm where it was sent."""
@@ -57,15 +58,6 @@ def ranked(standings: Mapping[Key, Standing], slack: int) -> list[Key]:
     return sorted(standings, key=cost)
 
 
-_told: list[AdapterRouter] = []
-"""The routers of this process that have heard which replicas are running."""
-
-
-def replicas_up() -> bool | None:
-    """Return whether a router of this process knows a running replica; None if none has heard of any yet."""
-    return any(router.curr_replicas for router in _told) if _told else None
-
-
 class AdapterRouter(RequestRouter):
     """Routes `generate` by the request's adapter, and everything else to the least busy replica."""
 
@@ -80,8 +72,8 @@ class AdapterRouter(RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take the replicas that are running now; Ray Serve calls this when they change."""
         super().update_replicas(replicas)
-        if self not in _told:
-            _told.append(self)
+        # Ray Serve pickles this class by value, with the variables of this module but not of another one.
+        presence.heard(self)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 
+from rayft.serving import presence
 from rayft.serving import router as router_module
 from rayft.serving.router import RECENT_SECONDS, AdapterRouter, Standing, ranked
 from rayft.serving.schemas import ChatRequest, CompletionRequest, Message
@@ -238,20 +242,37 @@ def test_what_a_replica_lacks_is_asked_for_elsewhere_if_it_is_anywhere() -> None
 
 
 def test_a_process_knows_whether_a_replica_is_up_once_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router_module, "_told", [])
+    monkeypatch.setattr(presence, "_routers", [])
     routing = Routing({"a": {}})
 
     async def tell(*replicas: Any) -> bool | None:
         monkeypatch.setattr(routing.router, "_probe_queue_lens", lambda *_: asyncio.sleep(0))
         routing.router.update_replicas(list(replicas))
         await asyncio.sleep(0)
-        return router_module.replicas_up()
+        return presence.replicas_up()
 
-    assert router_module.replicas_up() is None
+    assert presence.replicas_up() is None
     assert routing.loop.run_until_complete(tell()) is False
     assert routing.loop.run_until_complete(tell(*routing.running)) is True
     routing.router.on_replica_actor_died(routing.ids["a"])
-    assert router_module.replicas_up() is False
+    assert presence.replicas_up() is False
+
+
+def test_a_router_that_was_pickled_by_value_tells_the_process_that_it_runs_in() -> None:
+    # As Ray Serve sends it, from a process that has routers of its own.
+    presence.heard(Routing({}).router)
+    cloudpickle.register_pickle_by_value(router_module)
+    try:
+        sent = cloudpickle.dumps(AdapterRouter)
+    finally:
+        cloudpickle.unregister_pickle_by_value(router_module)
+        presence._routers.clear()
+    code = (
+        "import sys; from ray import cloudpickle; from rayft.serving import presence, router; "
+        "made = cloudpickle.loads(sys.stdin.buffer.read()); assert made is not router.AdapterRouter; "
+        "assert made.update_replicas.__globals__['presence'] is presence"
+    )
+    subprocess.run([sys.executable, "-c", code], input=sent, check=True)
 
 
 def test_a_lost_replica_is_forgotten(later: Callable[[float], None]) -> None:
