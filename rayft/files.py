@@ -10,19 +10,29 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rayft.errors import DiskFullError
+from rayft.errors import DiskFullError, RayftError, TrackingError
 
-__all__ = ["disk_full", "hash_content", "locked", "room_on", "sync_tree", "write_file"]
+__all__ = [
+    "disk_full",
+    "disk_full_error",
+    "hash_content",
+    "locked",
+    "room_on",
+    "sync_tree",
+    "write_file",
+]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXT = re.compile(
-    r"os error (28|122)\b|no space left on device|disk quota exceeded|database or disk is full", re.IGNORECASE
+    r"os error (28|122)\b|no space left on device|disk quota exceeded|database or disk is full"
+    r"|local disk is full|disk's utilization is over capacity",
+    re.IGNORECASE,
 )
-"""How Rust, Arrow and SQLite say it, whose errors carry no errno."""
+"""How Rust, Arrow, SQLite and Ray say it, whose errors carry no errno."""
 
 
 def write_file(path: Path, content: str | bytes) -> Path:
@@ -75,12 +85,13 @@ def hash_content(path: Path) -> str:
 
 
 @contextmanager
-def room_on(folder: Path, needed: int = 0) -> Iterator[None]:
+def room_on(folder: Path, needed: int = 0, *, others: Sequence[Path] = ()) -> Iterator[None]:
     """Turn an error that means a full disk, whichever library raises it, into `DiskFullError`.
 
     Args:
         folder: where the block writes.
         needed: the bytes that it writes, as far as that is known.
+        others: where else it may write. The error names the one with the least space.
 
     Raises:
         DiskFullError: naming the folder, the free space and the bytes needed.
@@ -92,19 +103,38 @@ def room_on(folder: Path, needed: int = 0) -> Iterator[None]:
     except Exception as error:
         if not disk_full(error):
             raise
-        raise DiskFullError(_message(folder, needed)) from error
+        raise disk_full_error(error, folder, *others, needed=needed) from error
 
 
 def disk_full(error: BaseException) -> bool:
     """Return whether an error, or one that it was raised from, means that a disk or a quota is full."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, DiskFullError) or getattr(seen, "errno", None) in _FULL:
-            return True
-        if _FULL_TEXT.search(str(seen)):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+    return any(
+        isinstance(each, DiskFullError)
+        or getattr(each, "errno", None) in _FULL
+        # Our other errors quote, and may quote a server that speaks of its own disk.
+        or (not isinstance(each, RayftError) and _FULL_TEXT.search(str(each)))
+        for each in _chain(error)
+    )
+
+
+def disk_full_error(error: BaseException, *folders: Path, needed: int = 0) -> DiskFullError:
+    """Make the `DiskFullError` of an error that means a full disk; return the one it was raised from, if any.
+
+    Args:
+        error: what a library raised.
+        folders: where it may have written; the one with the least space is named, unless the error names a
+            file itself.
+        needed: the bytes that it writes, as far as that is known.
+    """
+    known = next((each for each in _chain(error) if isinstance(each, DiskFullError)), None)
+    if known is not None:
+        return known
+    named = next((name for each in _chain(error) if (name := _written(each)) is not None), None)
+    if named is None:
+        folder = min(folders, key=lambda folder: _usage(folder).f_bavail)
+    else:
+        folder = next((folder for folder in folders if folder in named.parents), named.parent)
+    return DiskFullError(_message(folder, needed, error))
 
 
 @contextmanager
@@ -150,14 +180,45 @@ def _lock(descriptor: int, deadline: float | None) -> bool:
             return True
 
 
-def _message(folder: Path, needed: int) -> str:
-    there = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path("/"))
-    free = shutil.disk_usage(there).free
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that it was raised from, down to what a tracking server said."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        if isinstance(seen, TrackingError):
+            return
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+
+
+def _written(error: BaseException) -> Path | None:
+    """Return the file that an error of a full disk names as the one that it wrote."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        return Path(error.args[0][0][1])
+    if not isinstance(error, OSError) or error.errno not in _FULL:
+        return None
+    # Of two files, a copy's or a renaming's, the second is the one that is written.
+    name = error.filename2 or error.filename
+    return Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
+
+
+def _message(folder: Path, needed: int, error: BaseException) -> str:
+    usage = _usage(folder)
+    free = usage.f_bavail * usage.f_frsize
     wanted = f"{_size(needed)} needed, " if needed else ""
-    return (
-        f"the disk of {folder} is full ({wanted}{_size(free)} free); free some space and run the same "
-        "command again: it continues from what is saved"
-    )
+    what = f"the disk of {folder} is full ({wanted}{_size(free)} free)"
+    chain = list(_chain(error))
+    if any(getattr(each, "errno", None) == errno.EDQUOT or "quota" in str(each).lower() for each in chain):
+        what = (
+            f"this user's quota on the disk of {folder} is used up ({wanted}the disk has {_size(free)} free)"
+        )
+    elif usage.f_files and not usage.f_favail:
+        what = f"the disk of {folder} can't hold more files (no inodes are free, {wanted}{_size(free)} are)"
+    return f"{what}; free some space and run the same command again: it continues from what is saved"
+
+
+def _usage(folder: Path) -> os.statvfs_result:
+    there = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path("/"))
+    return os.statvfs(there)
 
 
 def _size(count: int) -> str:

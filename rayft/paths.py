@@ -13,6 +13,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from rayft.errors import ConfigError, ResourceError
+from rayft.files import disk_full, disk_full_error
 
 __all__ = [
     "PathText",
@@ -144,6 +145,8 @@ def check_folder(folder: Path, setting: str) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".rayft-", buffering=0) as file:
             file.write(PROBE)
     except (OSError, ValueError) as error:
+        if disk_full(error):
+            raise disk_full_error(error, folder) from error
         raise ResourceError(
             f"can't write to {folder} ({reason(error, place)}); set {setting} to a folder that can be written"
         ) from error
@@ -168,6 +171,8 @@ def check_file(file: Path, setting: str) -> None:
         with file.open("ab"):
             pass
     except OSError as error:
+        if disk_full(error):
+            raise disk_full_error(error, file.parent) from error
         raise ResourceError(
             f"can't write to {file} ({reason(error, file)}); set {setting} to a file that can be written"
         ) from error

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from rayft.numerics import seed_everything
+from tests.disks import Disk, mounted
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -122,3 +123,10 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
         del os.environ[name]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    """A disk of 64 MiB, which the test makes as small as it wants."""
+    with mounted(tmp_path / "disk", 64 * 2**20) as made:
+        yield made

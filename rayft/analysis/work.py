@@ -28,7 +28,7 @@ from rayft.analysis.updates import Update, spectra
 from rayft.artifacts import AdapterArtifact
 from rayft.data.pack import AnyBatch, collate_rows, rows_of
 from rayft.data.template import encode_all
-from rayft.errors import MethodError, RayftError, ResourceError
+from rayft.errors import DiskFullError, MethodError, RayftError, ResourceError
 from rayft.evaluate.loss import targets_of
 from rayft.identity import UNKNOWN, Identity
 from rayft.methods.base import LoraFactors
@@ -119,6 +119,8 @@ def analyze(
                 attach(session.loaded.model, artifact)
             session.loaded.model.eval()
             found = _within_memory(job.steps[part])
+        except DiskFullError:
+            raise
         except RayftError as error:
             notes[part] = str(error)
         else:

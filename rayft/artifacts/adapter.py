@@ -134,13 +134,13 @@ class AdapterArtifact:
         Raises:
             ArtifactError: if it has no modules, a factor or head holds NaN or Inf, or the place holds
                 anything but an adapter folder of rayft's.
-            ResourceError: if the disk is full.
+            DiskFullError: if there is no space.
         """
         folder = Path(folder)
         if not self.modules:
             raise ArtifactError("an adapter with no modules can't be saved; was one put into the model?")
         self._check_finite("", "nothing was written")
-        write_whole(folder, self._write)
+        write_whole(folder, self._write, sum(tensor.nbytes for tensor in self._tensors().values()))
         return folder
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -12,11 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from rayft.artifacts.meta import CONFIG_FILE, META_FILE, WEIGHTS_FILE
 from rayft.errors import ArtifactError, ResourceError
-from rayft.files import sync_tree
+from rayft.files import room_on, sync_tree
 
 __all__ = ["check_replaceable", "contains", "saved_whole", "settle", "write_whole"]
 
@@ -79,32 +76,34 @@ def contains(outer: Path, inner: Path) -> bool:
     return False
 
 
-def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+def write_whole(folder: Path, write: Callable[[Path], None], needed: int = 0) -> None:
     """Have `write` fill a new folder (which is there, and empty) and put that in the place of `folder`.
 
     Whatever fails, `folder` is what it was.
 
+    Args:
+        folder: the place.
+        write: writes the files.
+        needed: how many bytes it writes, for the message of a full disk.
+
     Raises:
         ArtifactError: if `folder` holds anything but an adapter folder of rayft's (`check_replaceable`).
-        ResourceError: if the disk is full, or the folder can't be made.
+        DiskFullError: if there is no space.
+        ResourceError: if the folder can't be made.
     """
     check_replaceable(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        new = staging / "new"
-        new.mkdir(mode=0o755)
-        write(new)
-        sync_tree(new)
-        _swap(new, folder, staging / "old")
-        sync_tree(folder)
-    except (OSError, SafetensorError) as error:
-        # safetensors writes in Rust and hands the system's error on as text.
-        if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
-            raise ResourceError(f"no space left for {folder}; free some and try again") from error
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with room_on(folder.parent, needed):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            new = staging / "new"
+            new.mkdir(mode=0o755)
+            write(new)
+            sync_tree(new)
+            _swap(new, folder, staging / "old")
+            sync_tree(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def settle(local: Path, target: Path) -> bool:

@@ -19,6 +19,7 @@ from typing import Any, Literal, TextIO
 
 from rayft.config import lone_surrogate
 from rayft.errors import DataError
+from rayft.files import room_on
 
 __all__ = ["Table", "parse_json", "read_file", "read_hub"]
 
@@ -79,12 +80,15 @@ def read_hub(name: str, split: str) -> Table:
 
     Raises:
         DataError: if the hub can't be reached, or has no such set, configuration or split.
+        DiskFullError: if there is no space for it in the caches of `datasets` and the hub.
     """
     import datasets
 
     path, _, config = name.partition(":")
+    caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(datasets.config.constants.HF_HUB_CACHE)]
     try:
-        rows = datasets.load_dataset(path, config or None, split=split)
+        with room_on(caches[0], others=caches[1:]):
+            rows = datasets.load_dataset(path, config or None, split=split)
     except (ConnectionError, OSError) as error:
         if isinstance(error, FileNotFoundError) and "Couldn't reach" not in str(error):
             raise DataError(f"the hub has no data set '{path}' that can be read: {error}") from error
@@ -288,7 +292,7 @@ def _read_parquet(path: Path) -> Table:
 
     try:
         # A cache that outlives the call would keep a copy of every file that was ever read.
-        with _quiet(), tempfile.TemporaryDirectory() as folder:
+        with room_on(Path(tempfile.gettempdir())), _quiet(), tempfile.TemporaryDirectory() as folder:
             rows = _plain_images(
                 datasets.Dataset.from_parquet(str(path), cache_dir=folder, keep_in_memory=True)
             )

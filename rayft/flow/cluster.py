@@ -14,6 +14,7 @@ from ray._common.utils import get_default_ray_temp_dir
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 from rayft.errors import ResourceError, TrackingError
+from rayft.files import disk_full, disk_full_error
 from rayft.flow.address import find_address, unreachable
 from rayft.flow.interrupt import interrupts
 from rayft.paths import check_folder, home, read_path
@@ -147,6 +148,8 @@ def _start(cpus: int) -> None:
         )
     # Ray raises a bare Exception where its processes don't come up in time.
     except Exception as error:
+        if disk_full(error):
+            raise disk_full_error(error, Path(get_default_ray_temp_dir())) from error
         raise ResourceError(
             f"Ray can't be started on this machine ({error}); `rayft doctor` shows what is missing"
         ) from error

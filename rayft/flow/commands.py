@@ -7,11 +7,13 @@ import io
 import logging
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ray._common.utils import get_default_ray_temp_dir
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +21,7 @@ from rich.text import Text
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import load
 from rayft.errors import RayftError, RegistryError, ResourceError
+from rayft.files import disk_full, disk_full_error
 from rayft.flow.adapters import Action, adapters_table, call
 from rayft.flow.config import load_config
 from rayft.flow.console import terminal
@@ -27,6 +30,7 @@ from rayft.flow.doctor import checks
 from rayft.flow.hold import command_line
 from rayft.flow.interrupt import interrupts
 from rayft.flow.record import with_run_ids
+from rayft.models.files import cache_folder
 from rayft.paths import check_file, check_folder, checked_text, read_path
 from rayft.registry.promote import Gate
 from rayft.registry.promote import promote as move_alias
@@ -53,7 +57,7 @@ __all__ = [
 
 
 SYSTEM = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EEXIST,
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST,
     errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENODEV, errno.ENXIO, errno.EIO,
 )  # fmt: skip
 """What a system call fails with because of a path or a disk, not because of the code."""
@@ -282,8 +286,10 @@ def guarded(command: Callable[[], object]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A terminal or a log in another encoding than UTF-8 shows codes for what it has no letters for.
             stream.reconfigure(errors="backslashreplace")
-    for name in ("mlflow.store.db.utils", "alembic", "ray.serve"):
+    for name in ("alembic", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It logs, with a traceback, what it raises too.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     interrupts.install()
     try:
         command()
@@ -300,13 +306,23 @@ def guarded(command: Callable[[], object]) -> None:
             soft_wrap=True,
         )
         sys.exit(interrupts.status)
-    except RayftError as error:
-        _end(error)
-    except OSError as error:
-        if error.errno not in SYSTEM:
+    except Exception as error:
+        if disk_full(error):
+            _end(disk_full_error(error, *_written_to()))
+        if isinstance(error, RayftError):
+            _end(error)
+        if not isinstance(error, OSError) or error.errno not in SYSTEM:
             raise
         what = f"{error.filename} can't be used" if error.filename else "the system refuses"
-        _end(ResourceError(f"{what} ({error.strerror}); correct that path, or make room or rights for it"))
+        _end(ResourceError(f"{what} ({error.strerror}); correct that path, or give this user rights to it"))
+
+
+def _written_to() -> list[Path]:
+    """List the folders that a command may write to beside those that it was given."""
+    from huggingface_hub import constants
+
+    hub = Path(constants.HF_HOME)
+    return [Path.cwd(), hub, Path(tempfile.gettempdir()), cache_folder(), Path(get_default_ray_temp_dir())]
 
 
 def _end(error: RayftError) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import ray
 import torch
+from ray._common.utils import get_default_ray_temp_dir
 
 from rayft.config import content_hash, leaves
 from rayft.data.chat_format import ChatFormat
@@ -34,6 +37,7 @@ from rayft.flow.identity import (
 from rayft.identity import Identity
 from rayft.methods import method
 from rayft.methods.base import LayerShape
+from rayft.models.files import cache_folder
 from rayft.models.load import ModelConfig, context_length, load_encoder, load_skeleton
 from rayft.models.targets import check_pattern, linear_shapes, select
 from rayft.paths import check_folder, reason
@@ -70,6 +74,10 @@ CHECKPOINT = 16
 """Bytes of a checkpoint for each number that trains: the weight, its fp32 master and two moments."""
 MARGIN = 2**30
 """Bytes left free beside what the sweep writes."""
+SCRATCH = 2**28
+"""Bytes that must be free in other folders that a sweep writes to: Ray's logs, temporary files, caches."""
+RAY_FULL = 0.95
+"""Share of a disk from which on Ray moves no objects to it."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,7 @@ def preflight(config: PipelineConfig) -> Plan:
     _check_devices(run)
     shapes, encoder, context = skeleton(run.model)
     written = _check_ranks(trials, shapes, config.sweep.lanes)
+    beside = _copies(config, trials, shapes)
     parts = read(config.data)
     check_task(run, parts)
     for name in ("train", "val", "test"):
@@ -122,9 +131,10 @@ def preflight(config: PipelineConfig) -> Plan:
     unused = not_used(output, trials)
     _make_output(config, output, identity, keep=begun is not None)
     damaged = discard_damaged(output, trials)
-    _check_disk(output, written)
+    _check_disk(output, written, beside)
+    full = _check_other_disks(output)
     tracker = prepare(spec)
-    warnings = (*_doubts(run, parts, encoder), *unused, *damaged)
+    warnings = (*_doubts(run, parts, encoder), *unused, *damaged, *full)
     former = "" if begun_by(output) else _hash(begun or config, {})
     return Plan(config, run, trials, executor, tracker, parts, output, identity, former, warnings)
 
@@ -194,6 +204,30 @@ def _bytes_of_a_number(run: RunConfig) -> int:
     kept = run.evaluate.trail and not method(run.method.name).saves_model
     trail = run.optim.steps // (run.evaluate.every or run.optim.steps) if kept else 0
     return 4 * (1 + trail) + CHECKPOINT
+
+
+def _copies(config: PipelineConfig, trials: list[Point], shapes: dict[str, tuple[int, int]]) -> int:
+    """Return the bytes that a sweep writes beside its trials: whole models, squeezed and tracked adapters."""
+    whole = [point for point in trials if method(point.run.method.name).saves_model]
+    total = 0
+    if whole:
+        parameters = load_skeleton(config.model).parameters()
+        total = 4 * len(whole) * sum(parameter.numel() for parameter in parameters)
+    ranks = [point.run.method for point in trials if method(point.run.method.name).exports_lora]
+    largest = max(
+        (
+            sum(method(one.name).stored(LayerShape(*shapes[n]), one.of(n).rank, one.links) for n in chosen)
+            for one in ranks
+            for chosen in [select(shapes, one.targets)]
+        ),
+        default=0,
+    )
+    squeeze = config.squeeze
+    targets = len(squeeze.ranks) + (squeeze.energy is not None) + (squeeze.budget is not None)
+    made = squeeze.winners * (1 + targets * (2 if squeeze.cont else 1))
+    continued = CHECKPOINT * largest * squeeze.winners * targets if squeeze.cont else 0
+    # MLflow's artifacts hold another copy of each trial's adapter, of each squeezed one, and of the winner.
+    return total + 4 * largest * (len(ranks) + 2 * made + 1) + continued
 
 
 def _check_links(trials: list[Point], train: list[AnyEncoded]) -> None:
@@ -350,10 +384,52 @@ def _hash(config: PipelineConfig, left_out: Mapping[str, tuple[str, ...]]) -> st
     return content_hash(config.model_copy(update=same))
 
 
-def _check_disk(output: Path, needed: int) -> None:
-    free = shutil.disk_usage(output).free
+def _check_disk(output: Path, written: int, beside: int) -> None:
+    """Refuse an output folder without room for what the sweep writes there.
+
+    Args:
+        output: the folder.
+        written: bytes of the trials' adapters, trails and checkpoints.
+        beside: bytes of whole models, and of squeezed and tracked adapters.
+    """
+    free, needed = shutil.disk_usage(output).free, written + beside
     if free < needed + MARGIN:
-        raise ResourceError(
-            f"the sweep may write {needed / 2**30:.1f} GiB below {output}, but only {free / 2**30:.1f} GiB "
-            "are free (1 GiB must stay); free some, or choose another folder with --set output=…"
+        raise DiskFullError(
+            f"the sweep may write {_gib(needed)} below {output} ({_gib(written)} of adapters, checkpoints, "
+            f"{_gib(beside)} of whole models, squeezed and tracked adapters), but only {_gib(free)} are free, "
+            f"of which {_gib(MARGIN)} must stay; free some, or choose another folder with --set output=…"
         )
+
+
+def _check_other_disks(output: Path) -> tuple[str, ...]:
+    """Refuse other folders that a sweep writes to without room; return a warning where Ray has little."""
+    ray_folder = Path(get_default_ray_temp_dir())
+    places = {
+        "TMPDIR": Path(tempfile.gettempdir()),
+        "RAYFT_CACHE": cache_folder(),
+        # The session of a cluster that is joined lies where whoever started it put it.
+        **({} if ray.is_initialized() else {"RAY_TMPDIR": ray_folder}),
+    }
+    for setting, folder in places.items():
+        there = _existing(folder)
+        free = shutil.disk_usage(there).free
+        if os.stat(there).st_dev != os.stat(output).st_dev and free < SCRATCH:
+            raise DiskFullError(
+                f"a sweep writes to {folder} too, whose disk has only {free / 2**20:.0f} MiB free, and "
+                f"{SCRATCH // 2**20} MiB are needed; free some, or set {setting} to another folder"
+            )
+    usage = shutil.disk_usage(_existing(ray_folder))
+    if "RAY_TMPDIR" in places and usage.free < (1 - RAY_FULL) * usage.total:
+        return (
+            f"the disk of {ray_folder} is more than {RAY_FULL:.0%} full, so Ray can't move objects from "
+            "memory to it; free some, or set RAY_TMPDIR to a folder on another disk",
+        )
+    return ()
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import ray.exceptions
 import yaml
+from ray._common.utils import get_default_ray_temp_dir
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.artifacts import AdapterArtifact
@@ -50,7 +52,7 @@ from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.lane import tracking_key
 from rayft.sweep.result import damage
 from rayft.sweep.tuner import Trial, search
-from rayft.tracking.base import PENDING, Former
+from rayft.tracking.base import PENDING, Former, RunStatus
 from rayft.tracking.mlflow import MlflowTracker, flush_spool, resolve_runs
 from rayft.tracking.provenance import provenance
 from rayft.train.context import trial_folder
@@ -99,13 +101,14 @@ def _run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
     tracker = MlflowTracker(plan.tracker)
     parent = start_tracking(plan, tracker)
     try:
-        record = _run_stages(plan, display, tracker, parent)
-        tracker.finish(parent, "finished")
+        with room_on(plan.output, others=[Path(tempfile.gettempdir()), Path(get_default_ray_temp_dir())]):
+            record = _run_stages(plan, display, tracker, parent)
+            tracker.finish(parent, "finished")
     except KeyboardInterrupt:
-        tracker.finish(parent, "interrupted")
+        _record_end(tracker, parent, "interrupted")
         raise
     except BaseException:
-        tracker.finish(parent, "failed")
+        _record_end(tracker, parent, "failed")
         raise
     finally:
         tracker.close()
@@ -116,6 +119,12 @@ def _run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
             f"next `rayft report {plan.output}`"
         )
     return record
+
+
+def _record_end(tracker: MlflowTracker, parent: str, status: RunStatus) -> None:
+    """Record how a sweep ended that did not finish; where there is no space for it, the next start does."""
+    with suppress(ResourceError):
+        tracker.finish(parent, status)
 
 
 def _run_stages(plan: Plan, display: Display, tracker: MlflowTracker, parent: str) -> SweepRecord:
@@ -295,6 +304,8 @@ def _extracted(
         try:
             extraction = extract(dense, plan.config.model, kind, None, lambda _done: None)
             made += [squeezing.make(extraction.artifact, target, source, folder) for target in kind]
+        except DiskFullError:
+            raise
         except RayftError as error:
             display.say(f"no LoRA was extracted from {trial.point.name}: {error}")
             continue

@@ -19,7 +19,7 @@ from rayft.artifacts.read import FLOATS
 from rayft.config import Section, nearest
 from rayft.data.pixels import ImageEncoder
 from rayft.errors import ModelError, RayftError
-from rayft.files import sync_tree
+from rayft.files import disk_full, disk_full_error, room_on, sync_tree
 from rayft.models.files import cache_folder, hash_file
 from rayft.models.fingerprint import fingerprint, names_in_files, places, source_fingerprint
 from rayft.models.heads import remember
@@ -387,6 +387,8 @@ def loading(config: ModelConfig) -> Iterator[None]:
         raise
     # A config.json can make transformers raise anything: an unknown dtype is an AttributeError of torch.
     except Exception as error:
+        if disk_full(error):
+            raise disk_full_error(error, _hub_cache()) from error
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError | ImportError):
             remedy = f"Without a hub, give a local folder, a .gguf file, or one of {', '.join(REGISTERED)}"
@@ -430,6 +432,8 @@ def _convert_gguf(file: Path, folder: Path) -> None:
             plain.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if disk_full(error):
+            raise
         raise ModelError(
             f"can't convert {file}: {error}; is it a whole GGUF file, and is `gguf` installed?"
         ) from error
@@ -442,16 +446,18 @@ def _cached(name: str, write: Callable[[Path], object]) -> Path:
         return folder
     check_folder(folder.parent, "RAYFT_CACHE")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    with room_on(folder.parent):
+        staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
     try:
-        (staging / "new").mkdir(mode=0o755)
-        with _quiet():
-            write(staging / "new")
-        (staging / "new" / SIZES_FILE).write_text(json.dumps(_sizes(staging / "new")), encoding="utf-8")
-        sync_tree(staging / "new")
-        if folder.is_dir():
-            folder.rename(staging / "damaged")
-        (staging / "new").rename(folder)
+        with room_on(folder.parent):
+            (staging / "new").mkdir(mode=0o755)
+            with _quiet():
+                write(staging / "new")
+            (staging / "new" / SIZES_FILE).write_text(json.dumps(_sizes(staging / "new")), encoding="utf-8")
+            sync_tree(staging / "new")
+            if folder.is_dir():
+                folder.rename(staging / "damaged")
+            (staging / "new").rename(folder)
     except OSError:
         # Another process may have been first; its copy is as good.
         if not _whole(folder):
@@ -474,6 +480,12 @@ def _whole(folder: Path) -> bool:
 def _sizes(folder: Path) -> dict[str, int]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SIZES_FILE)
     return {path.name: path.stat().st_size for path in files}
+
+
+def _hub_cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 @contextmanager

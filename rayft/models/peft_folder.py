@@ -111,7 +111,7 @@ class PeftFolder:
 
         Raises:
             ArtifactError: if a tensor holds NaN or Inf, or the place holds anything but such a folder.
-            ResourceError: if the disk is full.
+            DiskFullError: if there is no space.
         """
         folder = Path(folder)
         for name, tensor in self.tensors.items():
@@ -119,7 +119,7 @@ class PeftFolder:
                 raise ArtifactError(
                     f"{name} holds NaN or Inf, so nothing was written; train again with a lower learning rate"
                 )
-        write_whole(folder, self._write)
+        write_whole(folder, self._write, sum(tensor.nbytes for tensor in self.tensors.values()))
         return folder
 
     @classmethod

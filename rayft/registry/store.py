@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from rayft.artifacts import AdapterArtifact, folder_bytes, settle
 from rayft.config import nearest
 from rayft.errors import ArtifactError, PromotionRefusedError, RayftError, RegistryError
+from rayft.files import room_on
 from rayft.registry.ref import AdapterRef, AdapterVersion
 from rayft.tracking.base import PENDING
 from rayft.tracking.connection import away, connect
@@ -76,15 +77,24 @@ class MlflowRegistry:
         return replace(ref, version=found.number, content_hash=found.content_hash, uri=found.uri)
 
     def fetch(self, ref: AdapterRef | str, folder: str | Path) -> Path:
-        """Give a local adapter folder, `folder`/<content hash>."""
+        """Give a local adapter folder, `folder`/<content hash>.
+
+        Raises:
+            RegistryError: if the version can't be found, or its files can't be had.
+            DiskFullError: if there is no space for them.
+        """
         resolved = self.resolve(ref)
         if not resolved.content_hash:
             raise RegistryError(
                 f"{resolved} was not registered by rayft, so it can't be checked; register its folder"
             )
         target = Path(folder) / resolved.content_hash
-        if target.is_dir():
-            return target
+        if not target.is_dir():
+            with room_on(target.parent):
+                self._fetch(resolved, target)
+        return target
+
+    def _fetch(self, resolved: AdapterRef, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".fetch-", dir=target.parent))
         try:
@@ -94,7 +104,6 @@ class MlflowRegistry:
                 raise RegistryError(f"{target} can't be written; free it or give another folder")
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        return target
 
     def alias(self, name: str, alias: str, version: int) -> None:
         """Point an alias to a version."""
@@ -109,7 +118,8 @@ class MlflowRegistry:
 
     def _download(self, ref: AdapterRef, folder: Path) -> Path:
         try:
-            return Path(download_artifacts(ref.uri, dst_path=str(folder), tracking_uri=self.uri))
+            with room_on(folder):
+                return Path(download_artifacts(ref.uri, dst_path=str(folder), tracking_uri=self.uri))
         except (MlflowException, OSError) as error:
             raise RegistryError(
                 f"the files of {ref} can't be had from {ref.uri}; bring that place back, or register it "

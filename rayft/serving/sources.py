@@ -12,7 +12,8 @@ from typing import Any
 from rayft.artifacts import settle
 from rayft.artifacts.lora_settings import read_settings
 from rayft.artifacts.meta import CONFIG_FILE
-from rayft.errors import ArtifactError, BadRequestError
+from rayft.errors import ArtifactError, BadRequestError, DiskFullError
+from rayft.files import room_on
 from rayft.paths import check_folder
 from rayft.registry.ref import AdapterRef, Registry
 from rayft.serving.admission import BaseModel, check_adapter, read_adapter
@@ -117,13 +118,15 @@ def _fetch(url: str, fetched: Path, most: int) -> Path:
     """Copy an adapter's files from a URL to `fetched`/<content hash>."""
     fetched = fetched.expanduser().absolute()
     check_folder(fetched, "fetched")
-    fetched.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".fetch-", dir=fetched))
+    with room_on(fetched):
+        fetched.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".fetch-", dir=fetched))
     try:
         with _store(url):
             files, root, names = _files_of(url, most)
             for name in names:
-                files.get_file(f"{root}/{name}", str(staging / name))
+                with room_on(fetched):
+                    files.get_file(f"{root}/{name}", str(staging / name))
         target = fetched / read_adapter(staging).content_hash
         if not target.is_dir() and not settle(staging, target):
             raise ArtifactError(f"{target} can't be written; free it or give another folder (fetched)")
@@ -137,7 +140,7 @@ def _store(url: str) -> Iterator[None]:
     """Turn the errors of a store into ours: each has its own, and botocore's are no OSErrors."""
     try:
         yield
-    except ArtifactError:
+    except (ArtifactError, DiskFullError):
         raise
     except Exception as error:
         raise ArtifactError(f"{url} can't be read: {error}") from error

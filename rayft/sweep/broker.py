@@ -30,7 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from rayft.errors import ResourceError
+from rayft.errors import DiskFullError
 
 __all__ = ["CLOSE", "Beat", "Broker", "Event", "Job", "Patience", "Verdict"]
 
@@ -104,10 +104,10 @@ class Event:
         """Raise what ends the whole sweep.
 
         Raises:
-            ResourceError: if the event tells of such an error.
+            DiskFullError: if the event tells of one.
         """
         if self.values.get("fatal"):
-            raise ResourceError(str(self.values["error"]))
+            raise DiskFullError(str(self.values["error"]))
 
 
 @dataclass
@@ -300,11 +300,15 @@ class Broker:
         """
         self._end(self._entries[job_id], Event("failed", values={"error": error, "fatal": fatal}))
         if fatal:
-            self._fatal = self._fatal or error
-            for entry in self._entries.values():
-                if not entry.done:
-                    self._end(entry, self._refusal())
-            await self.close()
+            await self.fail_all(error)
+
+    async def fail_all(self, error: str) -> None:
+        """End every job with an error after which none can succeed (the disk is full), and close."""
+        self._fatal = self._fatal or error
+        for entry in self._entries.values():
+            if not entry.done:
+                self._end(entry, self._refusal())
+        await self.close()
 
     async def pause(self, job_id: str, step: int) -> None:
         """End a job that has saved a checkpoint, for the next command to continue."""

@@ -7,11 +7,15 @@ hands through all of them, imports the lane where it runs.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
+
+from rayft.files import disk_full, disk_full_error
 
 __all__ = ["Group", "LaneHost", "LaneSettings", "Launcher", "lane_worker"]
 
@@ -68,26 +72,36 @@ class LaneHost:
                 name=settings.name,
                 storage_path=group.storage,
                 failure_config=FailureConfig(max_failures=group.restarts),
-                callbacks=[_deaths(settings)],
+                callbacks=[_deaths(settings, group)],
             ),
         )
         try:
             trainer.fit()
         except Exception as error:  # noqa: BLE001  (whatever ended the group, the waiting jobs must hear it)
+            if disk_full(error):
+                _end_all(settings, group, error)
             message = f"lane {settings.name} ended: {_reason(error)}"
             ray.get(settings.broker.lane_lost.remote(settings.name, message))
 
 
-def _deaths(settings: LaneSettings) -> Any:
+def _deaths(settings: LaneSettings, group: Group) -> Any:
     """Return a callback of Ray Train's that tells the broker why a lane's workers ended."""
     from ray.train import UserCallback
 
     class Deaths(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
             first = worker_exceptions[min(worker_exceptions)]
+            if disk_full(first):
+                _end_all(settings, group, first)
             ray.get(settings.broker.lane_died.remote(settings.name, _reason(first)))
 
     return Deaths()
+
+
+def _end_all(settings: LaneSettings, group: Group, error: Exception) -> None:
+    """End the sweep: no lane can be started again on a full disk."""
+    full = disk_full_error(error, Path(group.storage), Path(tempfile.gettempdir()))
+    ray.get(settings.broker.fail_all.remote(str(full)))
 
 
 def _reason(error: Exception) -> str:

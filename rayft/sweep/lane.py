@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import tempfile
 import threading
 import time
 import traceback
@@ -27,8 +28,10 @@ from ray.train.torch import get_device
 
 from rayft.config import leaves
 from rayft.errors import DiskFullError, InterruptedRunError, RayftError, TrainError
+from rayft.files import disk_full, disk_full_error
 from rayft.identity import UNKNOWN, Identity
 from rayft.methods import method
+from rayft.models.files import cache_folder
 from rayft.sweep.broker import CLOSE, Beat, Job, Verdict
 from rayft.sweep.host import LaneSettings
 from rayft.sweep.result import file_hashes, write_result
@@ -207,9 +210,14 @@ class _Lane:
         except InterruptedRunError as error:
             if self._worker.rank == 0:
                 ray.get(self._broker.pause.remote(job.id, error.step))
-        except RayftError as error:
-            self._fail(job, str(error), fatal=isinstance(error, DiskFullError))
         except Exception as error:
+            if disk_full(error):
+                # Whichever worker it is: the others may wait for it until the sweep's end ends them.
+                ray.get(self._broker.fail.remote(job.id, str(self._full(job, error)), fatal=True))
+                return
+            if isinstance(error, RayftError):
+                self._fail(job, str(error))
+                return
             # Workers may have failed at different places: only a new group puts them in step again.
             if self._worker.world > 1:
                 raise
@@ -263,7 +271,8 @@ class _Lane:
         try:
             result = fit(run, session, reporter, folder, request.evaluate_at)
         except RayftError as error:
-            if tracker:
+            # On a full disk nothing can be recorded; the next start sets the run running again.
+            if tracker and not disk_full(error):
                 interrupted = isinstance(error, InterruptedRunError)
                 tracker.finish(run_id, "interrupted" if interrupted else "failed")
             raise
@@ -338,9 +347,16 @@ class _Lane:
             tracker.artifact(run_id, result.folder, "adapter")
         tracker.finish(run_id, "finished" if result.finished else "stopped")
 
-    def _fail(self, job: Job, message: str, *, fatal: bool = False) -> None:
+    def _fail(self, job: Job, message: str) -> None:
         if self._worker.rank == 0:
-            ray.get(self._broker.fail.remote(job.id, message, fatal=fatal))
+            ray.get(self._broker.fail.remote(job.id, message))
+
+    def _full(self, job: Job, error: Exception) -> DiskFullError:
+        """Return the error that names the full disk, also where no writer has told which one it is."""
+        places = [Path(tempfile.gettempdir()), cache_folder()]
+        if job.kind == "train":
+            places.insert(0, Path(job.request.output))
+        return disk_full_error(error, *places)
 
 
 def _quiet_libraries() -> None:

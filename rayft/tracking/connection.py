@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from rayft.errors import RayftError, TrackingError
-from rayft.files import locked
+from rayft.files import disk_full, disk_full_error, locked
 from rayft.paths import check_file, check_folder
 from rayft.tracking.base import Former, TrackerSpec, redacted
 
@@ -33,6 +33,7 @@ __all__ = [
     "find_former",
     "find_run",
     "find_trained",
+    "local_folder",
     "prepare",
 ]
 
@@ -263,8 +264,17 @@ def _sqlite(uri: str) -> Path | None:
     return Path(uri.partition(":///")[2]) if uri.startswith("sqlite") else None
 
 
-def away(uri: str, error: Exception) -> TrackingError:
-    """Make the error of an MLflow that is away or refuses, with the remedy."""
+def local_folder(uri: str) -> Path | None:
+    """Return the folder of the sqlite file that a URI names; None where it names a server."""
+    file = _sqlite(uri)
+    return None if file is None else file.parent
+
+
+def away(uri: str, error: Exception) -> RayftError:
+    """Make the error of an MLflow that is away or refuses, with the remedy; or of its full disk here."""
+    folder = local_folder(uri)
+    if folder is not None and disk_full(error):
+        return disk_full_error(error, folder)
     reason = " ".join(str(error).split())[:300]
     if isinstance(error, ImportError):
         remedy = "install the driver of that database"

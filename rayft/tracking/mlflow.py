@@ -14,16 +14,17 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Param, RunTag
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH, MAX_PARAMS_TAGS_PER_BATCH
 
-from rayft.errors import TrackingError
-from rayft.files import locked
+from rayft.errors import DiskFullError, TrackingError
+from rayft.files import disk_full, disk_full_error, locked
 from rayft.tracking.base import PENDING, Former, RunStatus, TrackerSpec
 from rayft.tracking.connection import (
     KEY_TAG,
@@ -32,6 +33,7 @@ from rayft.tracking.connection import (
     find_former,
     find_run,
     find_trained,
+    local_folder,
     prepare,
 )
 from rayft.tracking.points import Points
@@ -51,6 +53,23 @@ _FINAL = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "
 
 _log = logging.getLogger(__name__)
 
+_Called = TypeVar("_Called", bound=Callable[..., Any])
+
+
+def _naming_the_full_disk(called: _Called) -> _Called:
+    """Make a method of `_Sender` raise `DiskFullError` where MLflow is here, and its disk is full."""
+
+    @wraps(called)
+    def wrapped(sender: _Sender, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return called(sender, *args, **kwargs)
+        except UndeliveredError as error:
+            if error.full:
+                raise disk_full_error(error, *sender.folders) from error
+            raise
+
+    return wrapped  # type: ignore[return-value]
+
 
 def flush_spool(spec: TrackerSpec, timeout: float = 60.0) -> Drained:
     """Send what any process, living or killed, left in the spool; delete what is delivered.
@@ -61,6 +80,9 @@ def flush_spool(spec: TrackerSpec, timeout: float = 60.0) -> Drained:
 
     Returns:
         What was sent, what is still pending (the server is away), what MLflow refused for good.
+
+    Raises:
+        DiskFullError: if the disk is full that the spool, or MLflow on this machine, writes to.
     """
     return _flush(spec, _Sender(spec), timeout)
 
@@ -149,6 +171,8 @@ class MlflowTracker:
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
+        self._full: DiskFullError | None = None
+        """Why the thread could not send: whoever writes next is told."""
 
     def run(
         self,
@@ -231,6 +255,8 @@ class MlflowTracker:
 
     def _write(self, run_id: str, record: Record) -> None:
         with self._lock:
+            if self._full is not None:
+                raise self._full
             self._spool.append(run_id, {"run": run_id, "time": _now(), **record})
             ids = (run_id, *filter(None, [self._pending_ids.get(run_id)]))
             self._files[self._spool.path(run_id)] = ids
@@ -246,9 +272,9 @@ class MlflowTracker:
             self._wake.wait(pause)
             self._wake.clear()
             closing = self._closing.is_set()
-            left = self._drain(last=closing)
+            left = self._drained(last=closing)
             # Without a reason, another process or thread is sending the file just now.
-            if left.reason and not away:
+            if left.reason and not away and self._full is None:
                 _log.warning(
                     "MLflow is away; what is tracked waits in %s (%s)", self._spool.folder, left.reason
                 )
@@ -258,6 +284,16 @@ class MlflowTracker:
             pause = min(pause * 2, 30.0) if away else self._interval
             if closing:
                 return
+
+    def _drained(self, *, last: bool) -> Drained:
+        """Drain, and keep the error of a full disk for the next that writes."""
+        try:
+            done = self._drain(last=last)
+        except DiskFullError as error:
+            self._full = error
+            return Drained(pending=1, reason=str(error))
+        self._full = None
+        return done
 
     def _drain(self, *, last: bool) -> Drained:
         with self._lock:
@@ -298,7 +334,9 @@ class _Sender:
         self._connected: MlflowClient | None = None
         self._ids: dict[str, str] = {}
         self._points = Points(spec.spool)
+        self.folders = [local_folder(spec.uri) or spec.spool, spec.spool]
 
+    @_naming_the_full_disk
     def deliver(self, records: Sequence[Record]) -> list[tuple[Record, str]]:
         """Send records in order; neighbouring metrics of one run travel together."""
         refused: list[tuple[Record, str]] = []
@@ -313,6 +351,7 @@ class _Sender:
                 refused += self._one(record)
         return refused + (self._metrics(batch) if batch else [])
 
+    @_naming_the_full_disk
     def ensure(self, record: Record) -> tuple[str, bool]:
         """Find or create the run of a `run` record; return its id and whether it is new."""
         with _undelivered():
@@ -341,6 +380,7 @@ class _Sender:
         self._ids[PENDING + record["key"]] = run_id
         return run_id, created
 
+    @_naming_the_full_disk
     def restart(self, run_id: str) -> None:
         """Set a run running that has ended, and take back what was said of its end."""
         with _undelivered():
@@ -352,6 +392,7 @@ class _Sender:
             if tags.get(_NOTE_TAG) in _NOTES.values():
                 client.delete_tag(run_id, _NOTE_TAG)
 
+    @_naming_the_full_disk
     def find(self, run: str) -> str | None:
         """Return the id of a run on the server; None if it has no such run."""
         if run.startswith(PENDING) and run not in self._ids:
@@ -470,12 +511,14 @@ def _undelivered() -> Iterator[None]:
     except MlflowException as error:
         if error.error_code in _FINAL:
             raise
-        raise UndeliveredError(str(error)) from error
-    except UndeliveredError:
+        # A server's full disk is the server's: it is away until that is mended.
+        full = disk_full(error) and not isinstance(error, RestException)
+        raise UndeliveredError(str(error), full=full) from error
+    except (UndeliveredError, DiskFullError):
         raise
     # MLflow lets through whatever its drivers and stores raise, and none of it may end a training.
     except Exception as error:
-        raise UndeliveredError(f"{type(error).__name__}: {error}") from error
+        raise UndeliveredError(f"{type(error).__name__}: {error}", full=disk_full(error)) from error
 
 
 def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, str]) -> None:

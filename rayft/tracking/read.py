@@ -9,6 +9,7 @@ from pathlib import Path
 from mlflow.exceptions import MlflowException
 
 from rayft.errors import TrackingError
+from rayft.files import room_on
 from rayft.tracking.base import redacted
 from rayft.tracking.connection import away, connect
 
@@ -35,9 +36,12 @@ def read_run(uri: str, run_id: str, folder: Path) -> StoredRun:
     try:
         run = client.get_run(run_id)
         stored = {item.path for item in client.list_artifacts(run_id)}
-        adapter = (
-            Path(client.download_artifacts(run_id, "adapter", str(folder))) if "adapter" in stored else None
-        )
+        with room_on(Path(folder)):
+            adapter = (
+                Path(client.download_artifacts(run_id, "adapter", str(folder)))
+                if "adapter" in stored
+                else None
+            )
     except (MlflowException, OSError) as error:
         if getattr(error, "error_code", "") in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):
             raise away(uri, error) from error

@@ -12,6 +12,7 @@ Appended records outlive `kill -9` (they are the kernel's), not a power cut.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from rayft.errors import ResourceError
-from rayft.files import locked
+from rayft.files import locked, room_on
 
 __all__ = ["Drained", "Record", "Spool", "UndeliveredError", "slug"]
 
@@ -35,7 +36,15 @@ _BATCH = 500
 
 
 class UndeliveredError(Exception):
-    """The receiver is away: what was to be delivered stays in the spool."""
+    """The receiver is away: what was to be delivered stays in the spool.
+
+    Attributes:
+        full: whether it is here, and its disk is full.
+    """
+
+    def __init__(self, message: str = "", *, full: bool = False) -> None:
+        super().__init__(message)
+        self.full = full
 
 
 @dataclass(frozen=True)
@@ -75,9 +84,12 @@ class Spool:
         """Write a record down before anything is sent.
 
         Raises:
-            ResourceError: if the disk is full; the file stays whole.
+            DiskFullError: if there is no space; the file stays whole.
+            ResourceError: if it can't be written for another reason.
         """
-        _append(self.path(run), json.dumps(record))
+        text = json.dumps(record)
+        with room_on(self.folder, len(text)):
+            _append(self.path(run), text)
 
     def files(self, *runs: str) -> list[Path]:
         """List every process's files, the oldest first.
@@ -97,9 +109,12 @@ class Spool:
             deliver: sends a batch; raises `UndeliveredError` if the receiver is away.
             wait: seconds to wait for another sender of the file.
             remove: delete the file once everything is delivered.
+
+        Raises:
+            DiskFullError: if the spool's own disk is full.
         """
         done = Drained()
-        with locked(_sidecar(path), wait) as lock:
+        with room_on(self.folder), locked(_sidecar(path), wait) as lock:
             if lock is None:
                 return Drained(pending=self.pending(path))
             while path.exists():
@@ -163,12 +178,13 @@ def _append(path: Path, text: str) -> None:
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
         data = (b"\n" if torn else b"") + text.encode() + b"\n"
         try:
-            written, reason = os.write(descriptor, data), "the disk is full"
+            written = os.write(descriptor, data)
         except OSError as error:
-            written, reason = 0, str(error.strerror)
+            os.ftruncate(descriptor, size)
+            raise ResourceError(f"{path} can't be written ({error.strerror})") from error
         if written != len(data):
             os.ftruncate(descriptor, size)
-            raise ResourceError(f"{path} can't be written ({reason}); free space and try again")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _sidecar(path: Path) -> Path:

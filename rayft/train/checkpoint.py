@@ -23,11 +23,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from rayft.errors import TrainError
-from rayft.files import hash_content, sync_tree, write_file
+from rayft.errors import DiskFullError, TrainError
+from rayft.files import hash_content, room_on, sync_tree, write_file
 from rayft.identity import Identity
 from rayft.train.context import Worker
-from rayft.train.deepspeed import Engine
+from rayft.train.deepspeed import Engine, check_written, checkpoint_bytes
 
 __all__ = ["checkpoint_identity", "last_state", "last_step", "prune", "restore", "save", "usable_state"]
 
@@ -47,6 +47,9 @@ def save(folder: Path, engine: Engine, identity: Identity, worker: Worker, state
         identity: what the run follows from.
         worker: this process.
         state: JSON-able; must hold `step`.
+
+    Raises:
+        DiskFullError: on all workers, if one of them has no space; the checkpoint before is still there.
     """
     tag = f"step-{state['step']:06d}"
     place = folder / tag
@@ -55,17 +58,28 @@ def save(folder: Path, engine: Engine, identity: Identity, worker: Worker, state
         shutil.rmtree(place, ignore_errors=True)
     if worker.world > 1:
         dist.barrier()
-    with warnings.catch_warnings():
+    try:
+        with worker.together():
+            _write(folder, tag, engine)
+        with worker.together(), room_on(folder):
+            if worker.rank == 0:
+                sync_tree(place)
+                kept = identity.brief.model_dump(mode="json", exclude_defaults=True)
+                content = {**state, "tag": tag, "identity": kept, "files": _hashes(place)}
+                write_file(place / STATE_FILE, json.dumps(content))
+    except DiskFullError:
+        # Without a state it is no checkpoint, and would only take the space that others need.
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    if worker.rank == 0:
+        prune(folder, KEPT)
+
+
+def _write(folder: Path, tag: str, engine: Engine) -> None:
+    with room_on(folder, checkpoint_bytes(engine)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
-    if worker.world > 1:
-        dist.barrier()
-    if worker.rank == 0:
-        sync_tree(place)
-        kept = identity.brief.model_dump(mode="json", exclude_defaults=True)
-        content = {**state, "tag": tag, "identity": kept, "files": _hashes(place)}
-        write_file(place / STATE_FILE, json.dumps(content))
-        prune(folder, KEPT)
+        check_written(engine)
 
 
 def last_state(

@@ -5,7 +5,8 @@ The loop knows nothing of Ray: whoever runs it hands it a `Worker`, a `Reporter`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from rayft.data.loader import Schedule
 from rayft.data.pack import AnyEncoded
 from rayft.data.source import Parts, read
 from rayft.data.template import encode_all
-from rayft.errors import ConfigError
+from rayft.errors import ConfigError, RayftError
 from rayft.identity import UNKNOWN, Identity
 from rayft.models.inject import wrap
 from rayft.models.load import LoadedModel, load_model
@@ -80,6 +81,28 @@ class Worker:
         box = [value]
         dist.broadcast_object_list(box, 0)
         return box[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """End a block with an error on all workers if it ends with one on any (all workers call it).
+
+        Otherwise the others would wait for it without end in their next exchange. The block itself must not
+        exchange anything after what may fail.
+
+        Raises:
+            RayftError: this worker's own, or else the first of another's.
+        """
+        error: RayftError | None = None
+        try:
+            yield
+        except RayftError as own:
+            error = own
+        if self.world > 1:
+            errors: list[RayftError | None] = [None] * self.world
+            dist.all_gather_object(errors, error)
+            error = error or next((each for each in errors if each is not None), None)
+        if error is not None:
+            raise error
 
 
 class Reporter(Protocol):

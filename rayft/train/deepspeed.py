@@ -26,7 +26,18 @@ from rayft.methods import method
 from rayft.methods.section import LR_RATIO
 from rayft.train.run import RunConfig
 
-__all__ = ["Engine", "build_engine", "destroy", "engine_config", "gathered", "grad_norm", "kept", "set_lr"]
+__all__ = [
+    "Engine",
+    "build_engine",
+    "check_written",
+    "checkpoint_bytes",
+    "destroy",
+    "engine_config",
+    "gathered",
+    "grad_norm",
+    "kept",
+    "set_lr",
+]
 
 Engine = Any
 """deepspeed.DeepSpeedEngine (the package has no types)."""
@@ -93,7 +104,36 @@ def build_engine(run: RunConfig, model: nn.Module) -> Engine:
         ) from error
     # Its own version keeps a tied output layer, the largest matrix of a small model, in every checkpoint.
     engine.module_state_dict = partial(_trainable_state, engine)
+    _write_checkpoints(engine)
     return engine
+
+
+def _write_checkpoints(engine: Engine) -> None:
+    """Have our writer write an engine's checkpoints, unless `run.deepspeed` chose another of DeepSpeed's."""
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    from rayft.train.checkpoint_writer import CheckpointWriter
+
+    if type(engine.checkpoint_engine) is TorchCheckpointEngine:
+        engine.checkpoint_engine = CheckpointWriter(engine._config)
+    # Its scripts for whole models, copied into each checkpoint, are of no use for adapters.
+    engine._copy_recovery_script = lambda _folder: None
+
+
+def check_written(engine: Engine) -> None:
+    """Raise what went wrong while the engine wrote its last checkpoint."""
+    check = getattr(engine.checkpoint_engine, "check", None)
+    if check is not None:
+        check()
+
+
+def checkpoint_bytes(engine: Engine) -> int:
+    """Return about how many bytes a checkpoint has: weights, and the optimizer's state of what trains."""
+    return sum(
+        getattr(parameter, "ds_numel", parameter.numel())
+        * (parameter.element_size() + 12 * parameter.requires_grad)
+        for parameter in kept(engine.module).values()
+    )
 
 
 def parameter_groups(run: RunConfig, model: nn.Module) -> list[dict[str, Any]]:

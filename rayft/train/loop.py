@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,7 @@ from rayft.artifacts import AdapterArtifact, ArtifactMeta, check_replaceable, fo
 from rayft.data.pack import AnyBatch, AnyEncoded, Row, collate_rows, rows_of
 from rayft.errors import InterruptedRunError, TrainError
 from rayft.evaluate.loss import mean_loss
-from rayft.files import sync_tree
+from rayft.files import room_on, sync_tree
 from rayft.identity import Identity
 from rayft.methods import method
 from rayft.models.heads import reset_heads
@@ -122,6 +123,7 @@ def fit(
             but an adapter of rayft's.
         TrainError: if a loss is not finite, or a checkpoint doesn't fit.
         InterruptedRunError: if the reporter was interrupted; a checkpoint of the last step was saved.
+        DiskFullError: if there is no space for a checkpoint or the result; what was saved before stays.
     """
     started = time.perf_counter()
     worker, model = session.worker, session.loaded.model
@@ -347,11 +349,12 @@ def _evaluate(
         )
     progress.val_curve.append((progress.step, value))
     progress.evaluate_seconds += time.perf_counter() - started
+    # Before the checkpoint, from which a run that fails here continues behind this step.
+    if run.evaluate.trail and not method(run.method.name).saves_model:
+        _save_adapter(run, session, folder / "trail" / f"step-{progress.step:06d}", progress.start)
     # Before the report: while the search decides, the run is safe.
     if progress.step < run.optim.steps and _due(run, progress, worker):
         _keep(run, session, engine, folder, progress)
-    if run.evaluate.trail and not method(run.method.name).saves_model:
-        _save_adapter(run, session, folder / "trail" / f"step-{progress.step:06d}", progress.start)
     go_on = True
     if worker.rank == 0:
         go_on = reporter.report(progress.step, {"val_loss": value})
@@ -402,14 +405,25 @@ def _save(run: RunConfig, session: Session, injected: Injected, folder: Path, pa
             bytes=folder_bytes(saved.folder),
             content_hash=artifact.content_hash,
         )
-    with gathered(run, model.parameters()):
+    with worker.together(), gathered(run, model.parameters()):
         if worker.rank > 0:
             return saved
-        model.save_pretrained(saved.folder)
-        session.loaded.tokenizer.save_pretrained(saved.folder)
-        sync_tree(saved.folder)
+        _save_model(session, saved.folder)
         size = sum(file.stat().st_size for file in saved.folder.glob("*.safetensors"))
         return replace(saved, bytes=size)
+
+
+def _save_model(session: Session, folder: Path) -> None:
+    """Write a whole model as a folder that transformers loads; where there is no space, nothing is left."""
+    model = session.loaded.model
+    with room_on(folder, sum(parameter.nbytes for parameter in model.parameters())):
+        try:
+            model.save_pretrained(folder)
+            session.loaded.tokenizer.save_pretrained(folder)
+            sync_tree(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _save_adapter(
@@ -417,7 +431,7 @@ def _save_adapter(
 ) -> AdapterArtifact | PeftFolder | None:
     """Write what the adapters are now: rank 0; all take part, since ZeRO-3 partitions frozen factors too."""
     model = session.loaded.model
-    with gathered(run, kept(model).values()):
+    with session.worker.together(), gathered(run, kept(model).values()):
         if session.worker.rank > 0:
             return None
         artifact = export(model, _meta(run, session, parent))

@@ -32,7 +32,7 @@ def zeroed(path: Path) -> None:
 def one_bit(path: Path) -> None:
     """Change one bit in the middle; text may still mean what it meant."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) * 2 // 5] ^= 1
     path.write_bytes(bytes(content))
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta, adapter, folder_bytes
-from rayft.errors import ArtifactError, BaseMismatchError, ResourceError, SqueezeError
+from rayft.errors import ArtifactError, BaseMismatchError, DiskFullError, ResourceError, SqueezeError
 from rayft.methods.base import LoraFactors
 from rayft.numerics import DTYPES, generator
 
@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_the_old_folder(
     old = AdapterArtifact({"up": factors(4, 4, 2, 1.0)})
     old.save(tmp_path / "adapter")
     monkeypatch.setattr(adapter, "save_file", full)
-    with pytest.raises(ResourceError, match=r"no space left for .*adapter; free some"):
+    with pytest.raises(DiskFullError, match=rf"the disk of {tmp_path} is full \(.* needed, .* free\)"):
         mixed().save(tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert same(AdapterArtifact.load(tmp_path / "adapter"), old)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch
 from rayft.errors import (
     ConfigError,
     DataError,
+    DiskFullError,
     ModelError,
     RayftError,
     ResourceError,
@@ -20,10 +20,11 @@ from rayft.errors import (
 )
 from rayft.flow.cluster import check_tracking
 from rayft.flow.config import PipelineConfig, load_config, packaged
-from rayft.flow.preflight import preflight, skeleton
+from rayft.flow.preflight import _check_other_disks, preflight, skeleton
 from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.tracking.base import TrackerSpec
+from tests.disks import Disk
 
 
 @pytest.fixture(autouse=True)
@@ -105,15 +106,41 @@ def test_a_folder_of_an_earlier_version_is_named_as_one(tmp_path: Path) -> None:
         preflight(tiny(tmp_path))
 
 
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
-    with pytest.raises(ResourceError, match="GiB are free"):
-        preflight(tiny(tmp_path))
+def test_a_full_disk(tmp_path: Path, disk: Disk) -> None:
+    with pytest.raises(
+        DiskFullError, match=rf"below {disk.folder}/out \(.* adapters\), but only 0\.1 GiB are free"
+    ):
+        preflight(tiny(disk.folder))
+
+
+def test_other_full_disks(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    for setting in ("RAYFT_CACHE", "RAY_TMPDIR", "TMPDIR"):
+        with monkeypatch.context() as patch:
+            patch.setenv(setting, str(disk.folder))
+            patch.setattr("tempfile.tempdir", None)
+            with pytest.raises(
+                DiskFullError, match=rf"{disk.folder}.* has only 6\d MiB free.* set {setting} to"
+            ):
+                _check_other_disks(tmp_path)
+    disk.resize(2**30)
+    monkeypatch.setenv("RAY_TMPDIR", str(disk.folder))
+    assert _check_other_disks(tmp_path) == ()
+    os.posix_fallocate(os.open(disk.folder / "filler", os.O_CREAT | os.O_RDWR), 0, int(2**30 * 0.96))
+    monkeypatch.setattr("rayft.flow.preflight.SCRATCH", 2**20)
+    (warning,) = _check_other_disks(tmp_path)
+    assert "more than 95% full, so Ray can't move objects" in warning
 
 
 def test_what_a_sweep_writes_is_each_trials_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("rayft.flow.preflight._check_disk", lambda _, needed: asked.append(needed))
+    copies: list[int] = []
+
+    def ask(_output: Path, written: int, beside: int) -> None:
+        asked.append(written)
+        copies.append(beside)
+
+    monkeypatch.setattr("rayft.flow.preflight._check_disk", ask)
     methods = {"lora": "{lora: {ranks: [4], lr: [1e-2]}}", "full": "{full: {lr: [1e-4]}}"}
     both = "{lora: {ranks: [4], lr: [1e-2]}, full: {lr: [1e-4]}}"
     for index, given in enumerate((*methods.values(), both)):
@@ -123,6 +150,11 @@ def test_what_a_sweep_writes_is_each_trials_own(tmp_path: Path, monkeypatch: pyt
     lora_numbers, full_numbers = lora // 52, full // 52
     assert together == 20 * (lora_numbers + full_numbers) + 32 * full_numbers
     assert full > 2 * lora
+    # A tracked copy of the trial; the winner and two squeezed adapters, twice; the registered one.
+    assert copies[0] == 4 * lora_numbers * (1 + 2 * 3 + 1)
+    # The whole model, whose embeddings no adapter has.
+    assert copies[1] > 4 * full_numbers
+    assert copies[2] == copies[0] + copies[1]
     trail = ("evaluate.trail=true", "evaluate.every=2")
     preflight(tiny(tmp_path / "trail", f"sweep.methods={methods['lora']}", *trail))
     # Eight steps have four evaluations: five adapters are written, not one, beside the checkpoints.

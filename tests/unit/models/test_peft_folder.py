@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from rayft.artifacts import ArtifactMeta
-from rayft.errors import ResourceError
+from rayft.errors import DiskFullError
 from rayft.models import peft_folder
 from rayft.models.peft_folder import PeftFolder
 
@@ -45,7 +45,7 @@ def test_a_full_disk_leaves_the_old_folder(
 ) -> None:
     made(1.0).save(tmp_path / "adapter")
     monkeypatch.setattr(peft_folder, "save_file", full)
-    with pytest.raises(ResourceError, match=r"no space left for .*adapter; free some"):
+    with pytest.raises(DiskFullError, match=rf"the disk of {tmp_path} is full \(.* needed, .* free\)"):
         made(2.0).save(tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert PeftFolder.load(tmp_path / "adapter").content_hash == made(1.0).content_hash

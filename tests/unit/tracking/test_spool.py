@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rayft.errors import ResourceError
+from rayft.errors import DiskFullError
 from rayft.files import locked
 from rayft.tracking.spool import Record, Spool, UndeliveredError
 
@@ -118,7 +118,7 @@ def test_a_full_disk_leaves_the_file_whole(tmp_path: Path, monkeypatch: pytest.M
     write = os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:4]))
-        with pytest.raises(ResourceError, match="disk is full"):
+        with pytest.raises(DiskFullError, match=f"the disk of {tmp_path} is full"):
             spool.append("run", {"n": 2})
     spool.append("run", {"n": 3})
     assert spool.drain(spool.path("run"), receiver).rejected == 0

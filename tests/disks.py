@@ -1,0 +1,57 @@
+"""Real disks that are full: file systems in memory, as small as a test wants them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Disk:
+    """A mounted tmpfs whose size can be changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def used(self) -> int:
+        """Bytes that its files take."""
+        found = os.statvfs(self.folder)
+        return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+    def leave(self, free: int) -> None:
+        """Make it so large that a number of bytes, rounded up to pages, is free."""
+        self.resize(self.used + max(free, 0))
+
+    def hold_files(self, number: int) -> None:
+        """Let it hold that many files and folders, beside its root."""
+        self._mount(f"remount,nr_inodes={number + 1}")
+
+    def resize(self, size: int) -> None:
+        """Give it a size in bytes; 0 would mean no limit, so it has one page at least."""
+        self._mount(f"remount,size={max(size, PAGE)}")
+
+    def _mount(self, options: str) -> None:
+        subprocess.run(["mount", "-o", options, str(self.folder)], check=True)
+
+
+@contextmanager
+def mounted(folder: Path, size: int) -> Iterator[Disk]:
+    """Mount a disk of a size for the length of a block; skip the test where that is not allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], check=False, capture_output=True
+    )
+    if made.returncode:
+        pytest.skip(f"a small disk can't be mounted here ({made.stderr.decode().strip()}): it takes root")
+    try:
+        yield Disk(folder)
+    finally:
+        # Lazily: a library may still hold a file of it open.
+        subprocess.run(["umount", "-l", str(folder)], check=True)

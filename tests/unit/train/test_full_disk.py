@@ -1,0 +1,80 @@
+"""A disk that is full at each single write of a run: one error each time, and in the end the same adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from rayft.errors import DiskFullError
+from rayft.models.peft_folder import load_adapter
+from rayft.train.context import Session, SilentReporter
+from rayft.train.loop import TrainResult, fit
+from rayft.train.run import RunConfig
+from tests.disks import PAGE, Disk
+from tests.unit.train.runs import changed
+
+
+def assert_readable(folder: Path) -> None:
+    """Check that whatever a run has left so far is whole, and that nothing else takes space."""
+    for place in folder.glob("checkpoint/step-*"):
+        state = json.loads((place / "state.json").read_text())
+        assert {*state["files"], "state.json"} == {path.name for path in place.iterdir()}
+    for adapter in [*folder.glob("adapter"), *folder.glob("trail/step-*")]:
+        assert load_adapter(adapter).content_hash
+    assert not [*folder.rglob(".*")]
+
+
+def fill_up(run: RunConfig, session: Session, folder: Path, make_room: Callable[[int], None]) -> TrainResult:
+    """Run again and again, with a little more room each time, and give what comes out in the end."""
+    folder.mkdir()
+    reached = 0
+    for attempt in range(1000):
+        make_room(attempt)
+        reporter = SilentReporter()
+        try:
+            found = fit(run, session, reporter, folder)
+        except DiskFullError as error:
+            assert str(folder) in str(error)  # noqa: PT017  (of each attempt)
+            assert_readable(folder)
+        else:
+            assert attempt > 10
+            return found
+        # What was saved is never lost: each attempt begins where the best one before has saved.
+        first = reporter.logged[0][0] if reporter.logged else reached
+        assert first >= reached
+        reached = first
+    raise AssertionError("it never ended")
+
+
+def short(run: RunConfig) -> RunConfig:
+    """Take three steps, with all that a run can write after each."""
+    return changed(run, optim={"steps": 3}, evaluate={"every": 1, "trail": True})
+
+
+def assert_fills_up(
+    run: RunConfig, session: Session, disk: Disk, make_room: Callable[[int], None], whole: Path
+) -> None:
+    """Compare what comes out on a disk that is full again and again with an undisturbed run."""
+    undisturbed = fit(run, session, SilentReporter(), whole)
+    found = fill_up(run, session, disk.folder / "trial", make_room)
+    assert found.content_hash == undisturbed.content_hash
+    assert (found.val_curve, found.train_curve) == (undisturbed.val_curve, undisturbed.train_curve)
+    trails = [
+        {path.name: load_adapter(path).content_hash for path in folder.glob("trail/step-*")}
+        for folder in (whole, disk.folder / "trial")
+    ]
+    assert trails[0] == trails[1]
+    assert len(trails[0]) == 3
+
+
+def test_no_room_at_each_write(run: RunConfig, session: Session, disk: Disk, tmp_path: Path) -> None:
+    assert_fills_up(
+        short(run), session, disk, lambda attempt: disk.resize(attempt * 4 * PAGE), tmp_path / "whole"
+    )
+
+
+def test_no_room_for_each_file(run: RunConfig, session: Session, disk: Disk, tmp_path: Path) -> None:
+    assert_fills_up(
+        short(run), session, disk, lambda attempt: disk.hold_files(attempt + 1), tmp_path / "whole"
+    )
