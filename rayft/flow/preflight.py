@@ -395,8 +395,8 @@ def _check_disk(output: Path, written: int, beside: int) -> None:
     free, needed = shutil.disk_usage(output).free, written + beside
     if free < needed + MARGIN:
         raise DiskFullError(
-            f"the sweep may write {_gib(needed)} below {output} ({_gib(written)} of adapters, checkpoints, "
-            f"{_gib(beside)} of whole models, squeezed and tracked adapters), but only {_gib(free)} are free, "
+            f"the sweep may write {_gib(needed)} below {output} ({_gib(written)} of adapters and "
+            f"checkpoints, {_gib(beside)} of whole models, squeezed and tracked adapters), but only {_gib(free)} are free, "
             f"of which {_gib(MARGIN)} must stay; free some, or choose another folder with --set output=…"
         )
 
