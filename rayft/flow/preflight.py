@@ -51,7 +51,7 @@ from rayft.train.identity import identify
 from rayft.train.links import spans
 from rayft.train.run import RunConfig
 
-__all__ = ["WRITTEN", "Plan", "is_sweep", "preflight", "skeleton", "stamp_line", "sweep_hash"]
+__all__ = ["WRITTEN", "Plan", "former_hash", "is_sweep", "preflight", "skeleton", "stamp_line", "sweep_hash"]
 
 STAMP_FILE = "config.yaml"
 CHECKED = 200
@@ -135,7 +135,7 @@ def preflight(config: PipelineConfig) -> Plan:
     full = _check_other_disks(output)
     tracker = prepare(spec)
     warnings = (*_doubts(run, parts, encoder), *unused, *damaged, *full)
-    former = "" if begun_by(output) else _hash(begun or config, {})
+    former = "" if begun_by(output) else former_hash(begun or config)
     return Plan(config, run, trials, executor, tracker, parts, output, identity, former, warnings)
 
 
@@ -285,7 +285,7 @@ def _begun_by_0_1_0(stamp: Path) -> PipelineConfig | None:
     except ConfigError:
         return None
     first = stamp.read_text(encoding="utf-8").partition("\n")[0]
-    return before if first == f"# sweep {_hash(before, {})}" else None
+    return before if first == f"# sweep {former_hash(before)}" else None
 
 
 def _known_keys(trials: list[Point], begun: PipelineConfig | None, output: Path) -> list[Point]:
@@ -372,6 +372,11 @@ def sweep_hash(config: PipelineConfig) -> str:
     return _hash(config, HOW)
 
 
+def former_hash(config: PipelineConfig) -> str:
+    """Return the hash by which rayft 0.1.0 identified a sweep, which counted `HOW` too."""
+    return _hash(config, {})
+
+
 def _hash(config: PipelineConfig, left_out: Mapping[str, tuple[str, ...]]) -> str:
     fields = PipelineConfig.model_fields
     same: dict[str, Any] = {
@@ -396,8 +401,9 @@ def _check_disk(output: Path, written: int, beside: int) -> None:
     if free < needed + MARGIN:
         raise DiskFullError(
             f"the sweep may write {_gib(needed)} below {output} ({_gib(written)} of adapters and "
-            f"checkpoints, {_gib(beside)} of whole models, squeezed and tracked adapters), but only {_gib(free)} are free, "
-            f"of which {_gib(MARGIN)} must stay; free some, or choose another folder with --set output=…"
+            f"checkpoints, {_gib(beside)} of whole models, squeezed and tracked adapters), but only "
+            f"{_gib(free)} are free, of which {_gib(MARGIN)} must stay; free some, or choose another folder "
+            "with --set output=…"
         )
 
 

@@ -130,20 +130,7 @@ def search(
         ResourceError: if no trial can go on, because the disk is full.
         ray.exceptions.RayError: if a process that the trials share has died.
     """
-    evaluate_at = tuple(rungs(sweep, trials[0].run.optim.steps))
-    requests = [
-        TrainRequest(
-            key=point.key,
-            name=point.name,
-            run=point.run.model_dump_json(),
-            output=str(output),
-            evaluate_at=evaluate_at,
-            tracker=tracker,
-            parent=parent,
-            expected=identity,
-        )
-        for point in trials
-    ]
+    requests = [_request(point, output, sweep, tracker, parent, identity) for point in trials]
 
     def stop(key: str, step: int) -> None:
         ray.get(executor.broker.cancel.remote(key, step))
@@ -155,6 +142,26 @@ def search(
     return [
         _collect(point, request, executor, output) for point, request in zip(trials, requests, strict=True)
     ]
+
+
+def _request(
+    point: Point,
+    output: Path,
+    sweep: SweepConfig,
+    tracker: TrackerSpec | None,
+    parent: str | None,
+    identity: Identity,
+) -> TrainRequest:
+    return TrainRequest(
+        key=point.key,
+        name=point.name,
+        run=point.run.model_dump_json(),
+        output=str(output),
+        evaluate_at=tuple(rungs(sweep, point.run.optim.steps)),
+        tracker=tracker,
+        parent=parent,
+        expected=identity,
+    )
 
 
 class _Watch(tune.Callback):

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from rayft.config import SINCE, Section, content_hash, leaves, load, nearest, parse, read_yaml
 from rayft.errors import ConfigError
 from rayft.flow.config import load_config
-from rayft.flow.preflight import sweep_hash
+from rayft.flow.preflight import former_hash, sweep_hash
 from rayft.sweep.space import points
 from rayft.train.run import RunConfig
 
@@ -313,8 +313,19 @@ CPU = ["scale={device: cpu, dtype: float32, threads: 1}"]
 )
 def test_the_hashes_of_configurations_are_those_of_0_1_0(name: str, sweep: str, first: str) -> None:
     config = load_config(name, CPU)
-    assert sweep_hash(config) == sweep
+    assert former_hash(config) == sweep
     assert points(config.sweep, config.run(gpus=False))[0].key == first
+
+
+def test_how_trials_are_run_is_no_part_of_what_they_are() -> None:
+    changes = (
+        "sweep.lanes=2", "sweep.restarts=0", "sweep.hang_seconds=9", "evaluate.checkpoint_seconds=1",
+    )  # fmt: skip
+    config, other = load_config("tiny", CPU), load_config("tiny", [*CPU, *changes])
+    assert sweep_hash(config) == sweep_hash(other)
+    first, second = (points(one.sweep, one.run(gpus=False)) for one in (config, other))
+    assert [point.key for point in first] == [point.key for point in second]
+    assert sweep_hash(config) != sweep_hash(load_config("tiny", [*CPU, "sweep.grace=3"]))
 
 
 @pytest.mark.parametrize(
