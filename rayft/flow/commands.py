@@ -30,7 +30,7 @@ from rayft.flow.doctor import checks
 from rayft.flow.hold import command_line
 from rayft.flow.interrupt import interrupts
 from rayft.flow.record import with_run_ids
-from rayft.models.files import cache_folder
+from rayft.models.files import cache_folder, hub_cache
 from rayft.paths import check_file, check_folder, checked_text, read_path
 from rayft.registry.promote import Gate
 from rayft.registry.promote import promote as move_alias
@@ -319,10 +319,8 @@ def guarded(command: Callable[[], object]) -> None:
 
 def _written_to() -> list[Path]:
     """List the folders that a command may write to beside those that it was given."""
-    from huggingface_hub import constants
-
-    hub = Path(constants.HF_HOME)
-    return [Path.cwd(), hub, Path(tempfile.gettempdir()), cache_folder(), Path(get_default_ray_temp_dir())]
+    temporary = [Path(tempfile.gettempdir()), Path(get_default_ray_temp_dir())]
+    return [Path.cwd(), hub_cache(), cache_folder(), *temporary]
 
 
 def _end(error: RayftError) -> None:

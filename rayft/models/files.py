@@ -13,7 +13,7 @@ from rayft.errors import DiskFullError
 from rayft.files import hash_content, write_file
 from rayft.paths import home, read_path
 
-__all__ = ["cache_folder", "hash_file"]
+__all__ = ["cache_folder", "hash_file", "hub_cache"]
 
 LARGE = 2**24
 """Bytes from which on a hash is remembered; smaller files are read again."""
@@ -25,6 +25,13 @@ def cache_folder() -> Path:
     """Where converted models and hashes of files are kept: $RAYFT_CACHE, else ~/.cache/rayft."""
     given = os.environ.get("RAYFT_CACHE")
     return read_path(given, "RAYFT_CACHE") if given else home("RAYFT_CACHE") / ".cache" / "rayft"
+
+
+def hub_cache() -> Path:
+    """Return where the hub's downloads are kept."""
+    import datasets
+
+    return Path(datasets.config.constants.HF_HUB_CACHE)
 
 
 def hash_file(path: Path) -> str:

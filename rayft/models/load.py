@@ -20,7 +20,7 @@ from rayft.config import Section, nearest
 from rayft.data.pixels import ImageEncoder
 from rayft.errors import ModelError, RayftError
 from rayft.files import disk_full, disk_full_error, room_on, sync_tree
-from rayft.models.files import cache_folder, hash_file
+from rayft.models.files import cache_folder, hash_file, hub_cache
 from rayft.models.fingerprint import fingerprint, names_in_files, places, source_fingerprint
 from rayft.models.heads import remember
 from rayft.models.quantize import Quantize, prepare, quantization
@@ -388,7 +388,7 @@ def loading(config: ModelConfig) -> Iterator[None]:
     # A config.json can make transformers raise anything: an unknown dtype is an AttributeError of torch.
     except Exception as error:
         if disk_full(error):
-            raise disk_full_error(error, _hub_cache()) from error
+            raise disk_full_error(error, hub_cache()) from error
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError | ImportError):
             remedy = f"Without a hub, give a local folder, a .gguf file, or one of {', '.join(REGISTERED)}"
@@ -480,12 +480,6 @@ def _whole(folder: Path) -> bool:
 def _sizes(folder: Path) -> dict[str, int]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SIZES_FILE)
     return {path.name: path.stat().st_size for path in files}
-
-
-def _hub_cache() -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
 
 
 @contextmanager

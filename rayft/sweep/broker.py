@@ -451,9 +451,10 @@ class Broker:
         if entry.last is not None:
             return
         entry.done, entry.last = True, event
-        entry.progress["state"] = (
-            "stopped" if entry.stop_at is not None and event.kind == "final" else event.kind
-        )
+        # What a full disk ends has not failed: the next command continues it.
+        state = "interrupted" if event.values.get("fatal") else event.kind
+        stopped = entry.stop_at is not None and event.kind == "final"
+        entry.progress["state"] = "stopped" if stopped else state
         self._push(entry, event)
 
 

@@ -59,7 +59,8 @@ def sweep(folder: Path, fill: Callable[[], bool] | None = None) -> tuple[int, st
     return process.returncode, said
 
 
-def test_a_sweep_continues_when_there_is_room_again(config: PipelineConfig, disk: Disk) -> None:
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_a_sweep_continues_when_there_is_room_again(config: PipelineConfig, disk: Disk, times: int) -> None:
     folder = disk.folder / "out"
 
     def full_after(ready: Callable[[], bool]) -> Callable[[], bool]:
@@ -74,12 +75,13 @@ def test_a_sweep_continues_when_there_is_room_again(config: PipelineConfig, disk
 
         return fill
 
-    for ready in (
+    # While the first trial trains, and when both have trained.
+    moments: list[Callable[[], bool]] = [
         lambda: len(events(folder)) >= 2,
         lambda: len([*folder.glob("trials/*/result.json")]) == 2,
-    ):
+    ]
+    for ready in moments[:times]:
         status, said = sweep(folder, full_after(ready))
-        print(said)
         assert status == 1
         assert said.count("DiskFullError: ") == said.count(f"the disk of {disk.folder}") == 1
         assert "Traceback" not in said

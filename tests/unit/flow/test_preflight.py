@@ -108,7 +108,7 @@ def test_a_folder_of_an_earlier_version_is_named_as_one(tmp_path: Path) -> None:
 
 def test_a_full_disk(tmp_path: Path, disk: Disk) -> None:
     with pytest.raises(
-        DiskFullError, match=rf"below {disk.folder}/out \(.* adapters\), but only 0\.1 GiB are free"
+        DiskFullError, match=rf"below {disk.folder}/out \(.* tracked adapters\), but only 0\.1 GiB are free"
     ):
         preflight(tiny(disk.folder))
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from rayft.artifacts import AdapterArtifact
-from rayft.errors import ArtifactError, PromotionRefusedError, RegistryError, TrackingError
+from rayft.errors import ArtifactError, DiskFullError, PromotionRefusedError, RegistryError, TrackingError
 from rayft.registry import AdapterRef
 from rayft.registry.store import MlflowRegistry
 from rayft.tracking import TrackingConfig, tracker_spec
 from rayft.tracking.connection import connect
 from rayft.tracking.mlflow import MlflowTracker, prepare
+from tests.disks import Disk
 from tests.unit.tracking.mlflow_server import MlflowServer
 
 Adapter = Callable[[int], Path]
@@ -189,3 +190,17 @@ def test_through_a_server(server: MlflowServer, adapter: Adapter, tmp_path: Path
     assert sorted(file.name for file in fetched.iterdir()) == sorted(
         file.name for file in adapter(1).iterdir()
     )
+
+
+def test_a_full_disk_leaves_nothing_of_what_was_fetched(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter, disk: Disk
+) -> None:
+    registry.register("sums", run_id, adapter(0), {})
+    for make_full in (lambda: disk.resize(0), lambda: disk.hold_files(2)):
+        make_full()
+        with pytest.raises(DiskFullError, match=f"the disk of {disk.folder}"):
+            registry.fetch("models:/sums", disk.folder)
+        assert not [*disk.folder.iterdir()]
+        disk.resize(2**20)
+    disk.hold_files(100)
+    assert registry.fetch("models:/sums", disk.folder).is_dir()

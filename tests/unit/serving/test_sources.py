@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from rayft.errors import ArtifactError, BadRequestError
+from rayft.errors import ArtifactError, BadRequestError, DiskFullError
 from rayft.serving.allowed import check_allowed
 from rayft.serving.sources import find, followed
+from tests.disks import PAGE, Disk
 from tests.unit.serving.adapters import random_adapter
 
 SHAPES = {"layer.q_proj": (6, 4)}
@@ -92,3 +93,16 @@ def test_what_may_come_to_mean_something_else_is_followed() -> None:
 def test_a_registry_has_to_be_there(tmp_path: Path) -> None:
     with pytest.raises(BadRequestError, match="without a registry"):
         find("a", "models:/a", None, tmp_path, "1MB", pinned=False)
+
+
+def test_a_full_disk_is_no_url_that_can_t_be_read(folder: Path, disk: Disk) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/adapters/full", recursive=True)
+    disk.resize(2 * PAGE)
+    with pytest.raises(DiskFullError, match=f"the disk of {disk.folder}/got is full"):
+        find("a", "memory://adapters/full", None, disk.folder / "got", "1MB", pinned=True)
+    assert not [*disk.folder.rglob("*.*")]
+    disk.resize(2**20)
+    assert find("a", "memory://adapters/full", None, disk.folder / "got", "1MB", pinned=True).content_hash

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rayft.errors import ResourceError
+from rayft.errors import DiskFullError
 from rayft.sweep.broker import CLOSE, Beat, Broker, Event, Job, Patience
 
 
@@ -185,8 +185,9 @@ def test_a_full_disk_ends_all_jobs_with_one_error() -> None:
         await broker.fail("b", "the disk of /y is full", fatal=True)
         await broker.submit(job("d"))
         for name in ("a", "b", "c", "d"):
-            with pytest.raises(ResourceError, match="the disk of /x is full"):
+            with pytest.raises(DiskFullError, match="the disk of /x is full"):
                 (await broker.next_event(name)).raise_fatal()
+        assert {one["state"] for one in await broker.snapshot()} == {"interrupted"}
         assert await broker.pull("one") == CLOSE
 
     play(scene())

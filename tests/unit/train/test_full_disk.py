@@ -6,13 +6,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from rayft.errors import DiskFullError
 from rayft.models.peft_folder import load_adapter
-from rayft.train.context import Session, SilentReporter
+from rayft.train.context import Session, SilentReporter, Worker
 from rayft.train.loop import TrainResult, fit
 from rayft.train.run import RunConfig
 from tests.disks import PAGE, Disk
-from tests.unit.train.runs import changed
+from tests.unit.train.runs import changed, with_method
 
 
 def assert_readable(folder: Path) -> None:
@@ -78,3 +80,17 @@ def test_no_room_for_each_file(run: RunConfig, session: Session, disk: Disk, tmp
     assert_fills_up(
         short(run), session, disk, lambda attempt: disk.hold_files(attempt + 1), tmp_path / "whole"
     )
+
+
+def test_no_room_for_a_whole_model(run: RunConfig, session: Session, disk: Disk) -> None:
+    run = with_method(changed(run, optim={"steps": 1}, evaluate={"every": None}), "full")
+    folder = disk.folder / "trial"
+    for pages in (0, 1, 16):
+        disk.leave(pages * PAGE)
+        with pytest.raises(
+            DiskFullError, match=rf"the disk of {folder}/model is full \(.* KiB needed, .* free\)"
+        ):
+            fit(run, Session.open(run, Worker()), SilentReporter(), folder)
+        assert not (folder / "model").exists()
+    disk.leave(2**24)
+    assert fit(run, Session.open(run, Worker()), SilentReporter(), folder).bytes > 16 * PAGE
