@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from rayft.flow.config import load_config
 from rayft.flow.console import terminal
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
-from rayft.flow.hold import command_line
+from rayft.flow.hold import command_line, hold
 from rayft.flow.interrupt import interrupts
+from rayft.flow.preflight import is_sweep
 from rayft.flow.record import with_run_ids
 from rayft.models.files import cache_folder, hub_cache
 from rayft.paths import check_file, check_folder, checked_text, read_path
@@ -154,7 +156,10 @@ def analyze(
     report = Path(options["out"] or target) / "report.html"
     if report.with_name("sweep.json").is_file():
         check_report(SweepRecord.load(report.parent), report, overwrite=bool(options.get("overwrite")))
-    found, folder = analyze_target(target, Display(console), **options)
+    # An adapter's folder holds nothing but its files; a sweep may be at work in its own.
+    held = hold(report.parent.absolute(), "--out") if is_sweep(report.parent) else nullcontext()
+    with held:
+        found, folder = analyze_target(target, Display(console), **options)
     for table in analysis_tables(found):
         console.print(table)
     for row in gap_rows(found):
