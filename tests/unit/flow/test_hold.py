@@ -28,10 +28,8 @@ def test_a_second_command_is_refused_with_who_holds_the_folder(tmp_path: Path) -
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with (
-            pytest.raises(ConfigError, match=rf"process {holder.pid} on .* is writing to {folder}; .* --out\. "),
-            hold(folder, "--out"),
-        ):
+        refusal = rf"process {holder.pid} on .* is writing to {folder}; .* with --out\. "
+        with pytest.raises(ConfigError, match=refusal), hold(folder, "--out"):
             pass
         holder.kill()
         holder.wait()
