@@ -248,17 +248,26 @@ def test_a_ray_cluster_that_is_away(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("number", "reason", "expected"),
+    [
+        (28, "No space left on device", "DiskFullError: the disk of {folder} is full"),
+        (13, "Permission denied", "ResourceError: {folder}/report.html can't be used (Permission denied)"),
+    ],
+)
 def test_what_no_check_has_found(
-    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    told: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    number: int,
+    reason: str,
+    expected: str,
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device", str(tmp_path / "report.html"))
+    def refuse(*_: object) -> None:
+        raise OSError(number, reason, str(tmp_path / "report.html"))
 
-    monkeypatch.setattr("rayft.flow.commands.render", full)
-    message = told("report", record(tmp_path))
-    assert message.startswith(
-        f"ResourceError: {tmp_path / 'report.html'} can't be used (No space left on device)"
-    )
+    monkeypatch.setattr("rayft.flow.commands.render", refuse)
+    assert told("report", record(tmp_path)).startswith(expected.format(folder=tmp_path))
 
 
 def test_other_errors_of_the_system_are_faults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
