@@ -62,7 +62,8 @@ class Beat:
     pid: int = 0
     node: str = ""
     """Id of the Ray node that it runs on."""
-    at: float = field(default_factory=time.monotonic)
+    at: float = 0.0
+    """When the broker heard it, by the broker's own clock: those of two machines can't be compared."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,6 @@ class Broker:
                 self._end(entry, Event("interrupted"))
             else:
                 training.append(entry.job.id)
-                _decide(entry, "interrupt")
         await self.close()
         return training
 
@@ -258,7 +258,7 @@ class Broker:
 
     async def beat(self, lane: str, beat: Beat) -> bool:
         """Take a worker's sign of life, and return whether a trial that it trains is to be interrupted."""
-        self._beats.setdefault(lane, {})[beat.rank] = beat
+        self._beats.setdefault(lane, {})[beat.rank] = replace(beat, at=time.monotonic())
         return self._closed
 
     async def log(self, job_id: str, progress: Mapping[str, Any]) -> None:

@@ -95,10 +95,10 @@ def test_a_lane_that_dies_before_it_hears_the_verdict_stops_where_it_was_stopped
         broker = Broker()
         await broker.submit(job("a"))
         await broker.pull("lane")
-        lost = [asyncio.create_task(broker.report("a", step, {})) for step in (5,)]
+        first = asyncio.create_task(broker.report("a", 5, {}))
         await broker.next_event("a")
         asking = asyncio.create_task(broker.next_event("a"))
-        await lost[0]
+        await first
         report = asyncio.create_task(broker.report("a", 10, {}))
         await asking
         report.cancel()
@@ -210,6 +210,19 @@ def test_a_silent_lane_is_told_of_and_then_ended(monkeypatch: pytest.MonkeyPatch
         assert "process 77 of lane is silent for 0 s" in first or "computes nothing" in first
         assert "ended" in second
         assert sorted(ended) == [76, 77]
+
+    play(scene())
+
+
+def test_clocks_of_other_machines_do_not_count() -> None:
+    async def scene() -> None:
+        broker = Broker(patience=Patience(warn=0.3, kill=0.6))
+        await broker.submit(job("a"))
+        await broker.pull("lane")
+        for ticks in range(15):
+            await broker.beat("lane", Beat(0, ticks, at=-1e6))
+            await asyncio.sleep(0.05)
+        assert await broker.notices() == []
 
     play(scene())
 
