@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from rayft.paths import check_folder, home, read_path
 from rayft.sweep.score import spread
 from rayft.tracking.base import TrackerSpec
 
-__all__ = ["check_temporary", "check_tracking", "cluster", "has_gpus", "join"]
+__all__ = ["check_temporary", "check_tracking", "cluster", "has_gpus", "join", "temporary_folders"]
 
 SLOTS = 2
 """CPU slots beside the workers': drivers of trials and of the serving application."""
@@ -95,6 +96,11 @@ def check_temporary() -> None:
             "set RAY_TMPDIR to a shorter path"
         )
     check_folder(folder, "RAY_TMPDIR or TMPDIR")
+
+
+def temporary_folders() -> list[Path]:
+    """Return the folders for what is temporary: of this process, and of a Ray cluster on this machine."""
+    return [Path(tempfile.gettempdir()), Path(get_default_ray_temp_dir())]
 
 
 def has_gpus() -> bool | None:

@@ -7,14 +7,12 @@ import io
 import logging
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ray._common.utils import get_default_ray_temp_dir
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -30,8 +28,6 @@ from rayft.flow.display import Display
 from rayft.flow.doctor import checks
 from rayft.flow.hold import command_line, hold
 from rayft.flow.interrupt import interrupts
-from rayft.flow.preflight import is_sweep
-from rayft.flow.record import with_run_ids
 from rayft.models.files import cache_folder, hub_cache
 from rayft.paths import check_file, check_folder, checked_text, read_path
 from rayft.registry.promote import Gate
@@ -145,6 +141,7 @@ def analyze(
     A sweep's report is made again with what was found.
     """
     from rayft.flow.analyze import analyze_target
+    from rayft.flow.preflight import is_sweep
     from rayft.report.terminal import analysis_tables
 
     target = str(read_path(target, "the target"))
@@ -179,6 +176,8 @@ def report(sweep_folder: str, output: str | None, console: Console, *, overwrite
     Raises:
         ReportError: if the file is no report of this sweep (unless `overwrite`), or none of rayft's.
     """
+    from rayft.flow.record import with_run_ids
+
     folder = read_path(sweep_folder, "the sweep's folder")
     record, path = SweepRecord.load(folder), _optional(output, "--output") or folder / "report.html"
     check_file(path, "--output")
@@ -324,8 +323,9 @@ def guarded(command: Callable[[], object]) -> None:
 
 def _written_to() -> list[Path]:
     """List the folders that a command may write to beside those that it was given."""
-    temporary = [Path(tempfile.gettempdir()), Path(get_default_ray_temp_dir())]
-    return [Path.cwd(), hub_cache(), cache_folder(), *temporary]
+    from rayft.flow.cluster import temporary_folders
+
+    return [Path.cwd(), hub_cache(), cache_folder(), *temporary_folders()]
 
 
 def _end(error: RayftError) -> None:

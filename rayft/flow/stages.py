@@ -72,19 +72,7 @@ def score_all(
         requests: name of what is scored → how.
         store: where scores are kept as they come, and found again; not at all where not given.
     """
-    found: dict[str, Measured] = {}
-    follows: dict[str, dict[str, str]] = {}
-    for name, request in requests.items() if store else ():
-        try:
-            follows[name] = follows_from(request)
-        except RayftError as error:
-            # Another machine may have the files.
-            if not request.files:
-                found[name] = Measured(error=str(error))
-            continue
-        kept = store.find(name, follows[name], request.parts) if store else None
-        if kept is not None:
-            found[name] = Measured(kept)
+    found, follows = _kept(requests, store) if store else ({}, {})
     todo = [name for name in requests if name not in found]
     executor.submit([Job.of(name, "score", requests[name]) for name in todo])
     waiting = {executor.broker.next_event.remote(name): name for name in todo}
@@ -95,6 +83,26 @@ def score_all(
         if store and name in follows and not found[name].error:
             store.keep(name, follows[name], found[name].parts)
     return {name: found[name] for name in requests}
+
+
+def _kept(
+    requests: Mapping[str, ScoreRequest], store: ScoreStore
+) -> tuple[dict[str, Measured], dict[str, dict[str, str]]]:
+    """Return the scores that are kept, and what each request follows from, as far as that is known."""
+    found: dict[str, Measured] = {}
+    follows: dict[str, dict[str, str]] = {}
+    for name, request in requests.items():
+        try:
+            follows[name] = follows_from(request)
+        except RayftError as error:
+            # Another machine may have the files.
+            if not request.files:
+                found[name] = Measured(error=str(error))
+            continue
+        kept = store.find(name, follows[name], request.parts)
+        if kept is not None:
+            found[name] = Measured(kept)
+    return found, follows
 
 
 def check_some(scores: Mapping[str, Measured]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import ray.exceptions
 import yaml
-from ray._common.utils import get_default_ray_temp_dir
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.artifacts import AdapterArtifact
@@ -29,7 +27,7 @@ from rayft.files import room_on, write_file
 from rayft.flow import squeezing, stages
 from rayft.flow.analyze import analyze_items, known, summarize
 from rayft.flow.analyze_source import Item
-from rayft.flow.cluster import check_tracking, cluster, join
+from rayft.flow.cluster import check_tracking, cluster, join, temporary_folders
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
@@ -101,7 +99,7 @@ def _run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
     tracker = MlflowTracker(plan.tracker)
     parent = start_tracking(plan, tracker)
     try:
-        with room_on(plan.output, others=[Path(tempfile.gettempdir()), Path(get_default_ray_temp_dir())]):
+        with room_on(plan.output, others=temporary_folders()):
             record = _run_stages(plan, display, tracker, parent)
             tracker.finish(parent, "finished")
     except KeyboardInterrupt:

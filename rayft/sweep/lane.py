@@ -23,7 +23,6 @@ import psutil
 import ray
 import ray.exceptions
 import torch
-import torch.distributed as dist
 from ray.train.torch import get_device
 
 from rayft.config import leaves
@@ -112,6 +111,9 @@ class _Heart:
             )
             try:
                 self.interrupted = bool(ray.get(broker.beat.remote(lane, beat)))
+            except ray.exceptions.ActorUnavailableError:
+                # For a moment; the broker hears the next one.
+                pass
             except ray.exceptions.RayError:
                 # The sweep is over, or its cluster is going down; the lane hears it at its next call.
                 return
@@ -194,13 +196,10 @@ class _Lane:
 
     def next_job(self) -> Job | str | None:
         """Pull on rank 0 and hand the job to all."""
-        box: list[Any] = [None]
+        job = None
         if self._worker.rank == 0:
-            box[0] = ray.get(self._broker.pull.remote(self._name, self._wait))
-        if self._worker.world > 1:
-            # Ray Train gives GPU groups NCCL alone, which moves objects through the device.
-            dist.broadcast_object_list(box, 0)
-        return box[0]  # type: ignore[no-any-return]
+            job = ray.get(self._broker.pull.remote(self._name, self._wait))
+        return self._worker.agreed(job)  # type: ignore[no-any-return]
 
     def run(self, job: Job) -> None:
         """Do a job; what a user can mend ends the job, not the lane."""

@@ -31,7 +31,7 @@ from rayft.sweep.result import read_result, result_identity, unpack
 from rayft.sweep.schedule import EVENTS_FILE, EventLog, rungs
 from rayft.sweep.space import Point, SweepConfig
 from rayft.tracking.base import TrackerSpec
-from rayft.train.checkpoint import usable_state
+from rayft.train.checkpoint import last_curve
 from rayft.train.context import trial_folder
 
 __all__ = ["Trial", "earlier", "search"]
@@ -256,25 +256,17 @@ def _ended(request: TrainRequest) -> list[Event]:
     if values is None:
         return []
     result = values["result"]
-    return [
-        *_reports(result["val_curve"], result["steps"]),
-        Event("final", result["steps"], {"result": result}),
-    ]
+    before = [(step, loss) for step, loss in result["val_curve"] if step < result["steps"]]
+    return [*_reports(before), Event("final", result["steps"], {"result": result})]
 
 
 def _half_way(request: TrainRequest) -> list[Event]:
     """Return the evaluations before a trial's checkpoint, at which its lane reports the next one."""
-    folder = trial_folder(request.output, request.key) / "checkpoint"
-    try:
-        state = usable_state(folder, request.identity)
-    except TrainError:
-        # The lane, which reads it too, says what is wrong.
-        return []
-    return [] if state is None else _reports(state["val_curve"], state["step"])
+    return _reports(last_curve(trial_folder(request.output, request.key) / "checkpoint"))
 
 
-def _reports(curve: Sequence[tuple[int, float]], before: int) -> list[Event]:
-    return [Event("report", step, {"val_loss": value}) for step, value in curve if step < before]
+def _reports(curve: Sequence[tuple[int, float]]) -> list[Event]:
+    return [Event("report", step, {"val_loss": loss}) for step, loss in curve]
 
 
 def _quiet_tune() -> None:

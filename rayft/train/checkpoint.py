@@ -29,7 +29,7 @@ from rayft.identity import Identity
 from rayft.train.context import Worker
 from rayft.train.deepspeed import Engine, check_written, checkpoint_bytes
 
-__all__ = ["checkpoint_identity", "last_state", "last_step", "prune", "restore", "save", "usable_state"]
+__all__ = ["checkpoint_identity", "last_curve", "last_state", "last_step", "prune", "restore", "save"]
 
 STATE_FILE = "state.json"
 KEPT = 2
@@ -111,26 +111,27 @@ def last_state(
     return choice.state
 
 
-def usable_state(folder: Path, now: Identity) -> dict[str, Any] | None:
-    """Return the state that `last_state` would return, and change nothing.
+def last_curve(folder: Path) -> list[tuple[int, float]]:
+    """Return the validation losses before the step of the last checkpoint whose state can be read.
 
-    Raises:
-        TrainError: as `last_state`.
+    Its files are not looked at: `last_state` may find that the checkpoint before it has to be used.
     """
-    choice = _choose(folder, now)
-    if choice.refusal:
-        raise TrainError(choice.refusal)
-    return choice.state
+    last = _last(folder)
+    if last is None:
+        return []
+    return [(int(step), float(loss)) for step, loss in last.state["val_curve"] if step < last.step]
 
 
 def checkpoint_identity(folder: Path) -> Identity | None:
     """Return what the last checkpoint in a folder follows from; None if no state in it can be read."""
-    return next((one.identity for one in _checkpoints(folder) if one.identity is not None), None)
+    last = _last(folder)
+    return None if last is None else last.identity
 
 
 def last_step(folder: Path) -> int:
     """Return the step of the last checkpoint whose state can be read; 0 if there is none."""
-    return next((one.step for one in _checkpoints(folder) if one.identity is not None), 0)
+    last = _last(folder)
+    return 0 if last is None else last.step
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -224,6 +225,11 @@ def _choose(folder: Path, now: Identity) -> _Choice:
     instead = f"the run continues from step {chosen.step}" if chosen else "the run starts again"
     notes = [f"the checkpoint {place} can't be used ({why}): {instead}" for place, why in damaged.items()]
     return _Choice(dict(chosen.state) if chosen else None, "", tuple(notes), tuple(damaged))
+
+
+def _last(folder: Path) -> _Checkpoint | None:
+    """Return the last checkpoint whose state can be read."""
+    return next((one for one in _checkpoints(folder) if one.identity is not None), None)
 
 
 def _checkpoints(folder: Path) -> list[_Checkpoint]:

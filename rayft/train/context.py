@@ -79,6 +79,7 @@ class Worker:
         if self.world == 1:
             return value
         box = [value]
+        # Ray Train gives GPU groups NCCL alone, which moves objects through the device.
         dist.broadcast_object_list(box, 0)
         return box[0]
 
