@@ -77,7 +77,7 @@ MARGIN = 2**30
 SCRATCH = 2**28
 """Bytes that must be free in other folders that a sweep writes to: Ray's logs, temporary files, caches."""
 RAY_FULL = 0.95
-"""Share of a disk from which on Ray moves no objects to it."""
+"""Ray moves no objects to a disk that is fuller than this share."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ dies comes back under its name and pulls the job that it had, also one that was 
 checkpoint was written before each report, so it continues from there, reports what it has reported before,
 and gets the same answers.
 
-Every worker of a lane says now and then that it lives. One that is silent, or takes no step, is told of
-after a time and ended after a longer one; its lane then starts again.
+Every worker of a lane tells the broker each second that it lives. If a worker is silent, or computes nothing,
+the broker reports it after some time, and ends it after a longer time; its lane then starts again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Patience:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a worker says now and then."""
+    """A worker's sign of life."""
 
     rank: int
     ticks: int
@@ -143,8 +143,8 @@ class Broker:
     """An asyncio actor; see the module's text.
 
     Args:
-        attempts: how often a job is given to a lane that dies with it.
-        patience: with silent lanes.
+        attempts: how often a job is given to a lane, if the lane dies each time.
+        patience: how long a lane may be silent.
     """
 
     def __init__(self, attempts: int = 4, patience: Patience | None = None) -> None:

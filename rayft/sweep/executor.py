@@ -30,7 +30,7 @@ class Executor(ABC):
         lanes: trials at once.
         restarts: how often a worker group that dies is started again.
         name: begins the lanes' names.
-        patience: with silent lanes.
+        patience: how long a lane may be silent.
     """
 
     def __init__(
