@@ -17,6 +17,7 @@ RayftError
  x ReportError          a sweep that can't be reported
  x ResourceError        no disk, memory or port; a package or device that is missing
     + DiskFullError     a disk without space for what has to be written
+ x UnfinishedError      a command whose results are there, and that left something after them undone
  x RequestError         an HTTP request that can't be served (has an HTTP status)
     + UnknownModelError 404
     + TooManyRequestsError 429
@@ -52,6 +53,7 @@ __all__ = [
     "TooManyRequestsError",
     "TrackingError",
     "TrainError",
+    "UnfinishedError",
     "UnknownModelError",
 ]
 
@@ -137,6 +139,10 @@ class ResourceError(RayftError):
 
 class DiskFullError(ResourceError):
     """A disk without space for what has to be written; nothing that was saved is lost."""
+
+
+class UnfinishedError(RayftError):
+    """A command's results are there, and something after them (tracking, registering) is left to be done."""
 
 
 class RequestError(RayftError):

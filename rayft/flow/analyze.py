@@ -24,6 +24,7 @@ from rayft.errors import ArtifactError, ReportError
 from rayft.flow.analyze_source import Item, Sources, find_items
 from rayft.flow.cluster import cluster, join
 from rayft.flow.display import Display
+from rayft.flow.lanes import at_work
 from rayft.flow.track_analysis import track_analysis
 from rayft.methods import method
 from rayft.methods.base import LoraFactors
@@ -264,13 +265,11 @@ def _config(sources: Sources, parts: Sequence[str], overrides: Sequence[str]) ->
 def _in_lanes(
     executor: Executor, items: Sequence[Item], config: AnalyzeConfig, display: Display, place: Path
 ) -> list[AdapterAnalysis]:
-    try:
+    with at_work(executor, display):
         with display.stage("start workers"):
             executor.start()
         with display.stage(f"analyse {len(items)} adapters"), display.watch(executor.broker):
             return analyze_items(executor, items, config, place, display.say)
-    finally:
-        executor.close()
 
 
 def _track(sources: Sources, summary: SweepAnalysis, plots: Path, display: Display) -> None:

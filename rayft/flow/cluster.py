@@ -6,10 +6,12 @@ import logging
 import os
 import secrets
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
@@ -17,7 +19,8 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from rayft.errors import ResourceError, TrackingError
 from rayft.files import disk_full, disk_full_error
 from rayft.flow.address import find_address, unreachable
-from rayft.flow.interrupt import interrupts
+from rayft.flow.console import show_error
+from rayft.flow.interrupt import end_at_once, interrupts
 from rayft.paths import check_folder, home, read_path
 from rayft.sweep.score import spread
 from rayft.tracking.base import TrackerSpec
@@ -26,6 +29,12 @@ __all__ = ["check_temporary", "check_tracking", "cluster", "has_gpus", "join", "
 
 SLOTS = 2
 """CPU slots beside the workers': drivers of trials and of the serving application."""
+RAY_PROCESSES = ("gcs_server", "raylet")
+"""Names of the processes that a cluster on this machine can't lose."""
+RAY_DIED = (
+    "Ray's process {}, without which the cluster on this machine can't go on, has ended (it was killed, or the "
+    "machine ran out of memory); run the same command again: it continues from what is saved"
+)
 SOCKET_BYTES = 107
 """Longest path of a Unix socket on Linux."""
 SOCKET_NAME = "session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
@@ -163,6 +172,38 @@ def _start(cpus: int) -> None:
         interrupts.renew()
 
 
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    """End this command within seconds if a cluster that it has started dies.
+
+    Ray would try for a minute to reach its control store (`gcs_server`), or wait for ever, and then end the
+    process with a message of its own. What the command has done is kept, as whenever it is killed.
+    """
+    needed = [one for one in psutil.Process().children() if _alive(one) and one.name() in RAY_PROCESSES]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1.0):
+            dead = next((one for one in needed if not _alive(one)), None)
+            if dead is not None:
+                show_error(ResourceError(RAY_DIED.format(dead.pid)))
+                end_at_once(1)
+
+    if interrupts.installed:
+        threading.Thread(target=watch, name="rayft-cluster-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
 @contextmanager
 def cluster(workers: int, *, device: str, gpu_share: float = 1.0) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS (as in a Ray job), or start a local one and stop it afterwards.
@@ -185,7 +226,8 @@ def cluster(workers: int, *, device: str, gpu_share: float = 1.0) -> Iterator[No
         if not join():
             _start(max(len(os.sched_getaffinity(0)), workers + SLOTS))
         _check_fit(workers, device, gpu_share)
-        yield
+        with _watched():
+            yield
     finally:
         ray.shutdown()
 

@@ -19,11 +19,11 @@ from rich.text import Text
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import load
-from rayft.errors import RayftError, RegistryError, ResourceError
+from rayft.errors import RayftError, RegistryError, ResourceError, UnfinishedError
 from rayft.files import disk_full, disk_full_error
 from rayft.flow.adapters import Action, adapters_table, call
 from rayft.flow.config import load_config
-from rayft.flow.console import terminal
+from rayft.flow.console import show_error, terminal
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
 from rayft.flow.hold import command_line, hold
@@ -75,9 +75,9 @@ def demo(
     output = settings.folder
     clear(settings, overwrite=overwrite)
     wait = (lambda: _wait(settings.serve.port, console)) if stay else None
-    started = time.monotonic()
+    started, display = time.monotonic(), Display(console)
     try:
-        record = run_demo(settings, Display(console), wait)
+        record = run_demo(settings, display, wait)
     except KeyboardInterrupt:
         # The demo itself begins anew; the sweep in it continues.
         options = [part for override in overrides for part in ("--set", override)]
@@ -88,17 +88,23 @@ def demo(
         _show_answers(record, console)
     _show_next(record, output, console)
     console.print(f"finished in {time.monotonic() - started:.0f} s", style="bold", highlight=False)
+    _check_done(display)
     return record
 
 
 def sweep(config: str | Path, overrides: Sequence[str], console: Console) -> SweepRecord:
-    """Run a sweep up to its report."""
+    """Run a sweep up to its report.
+
+    Raises:
+        RayftError: as `run_sweep`; UnfinishedError if there is a report, and something is left to be done.
+    """
     from rayft.flow.sweep import run_sweep
 
-    settings = load_config(config, overrides)
-    record = run_sweep(settings, Display(console))
+    settings, display = load_config(config, overrides), Display(console)
+    record = run_sweep(settings, display)
     _show(record, console)
     _show_next(record, settings.folder, console)
+    _check_done(display)
     return record
 
 
@@ -329,9 +335,7 @@ def _written_to() -> list[Path]:
 
 
 def _end(error: RayftError) -> None:
-    text = str(error).encode(errors="backslashreplace").decode()
-    name = Text(type(error).__name__, "bold red")
-    terminal(stderr=True).print(Text.assemble(name, ": ", text), soft_wrap=True)
+    show_error(error)
     sys.exit(1)
 
 
@@ -366,6 +370,14 @@ def _show_next(record: SweepRecord, output: Path, console: Console) -> None:
     console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
     for command in record.commands:
         console.print(Text.assemble(f"{command.what}: ", (command.command, "cyan")), soft_wrap=True)
+
+
+def _check_done(display: Display) -> None:
+    if display.undone:
+        raise UnfinishedError(
+            f"the results are there, but {'; '.join(display.undone)} (the reasons are above); run the sweep "
+            "again to do what is left, without training"
+        )
 
 
 def _wait(port: int, console: Console) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.text import Text
 
-__all__ = ["terminal"]
+from rayft.errors import RayftError
+
+__all__ = ["show_error", "terminal"]
 
 
 def terminal(*, stderr: bool = False) -> Console:
@@ -14,3 +17,10 @@ def terminal(*, stderr: bool = False) -> Console:
     emoji: `[/INST]` in an answer would end the command with a MarkupError.
     """
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def show_error(error: RayftError) -> None:
+    """Print an error as the last line of a command."""
+    text = str(error).encode(errors="backslashreplace").decode()
+    name = Text(type(error).__name__, "bold red")
+    terminal(stderr=True).print(Text.assemble(name, ": ", text), soft_wrap=True)

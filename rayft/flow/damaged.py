@@ -1,7 +1,11 @@
-"""What is damaged in a sweep's folder and can be made again: found before anything starts, and said."""
+"""What is damaged in a sweep's folder, or was left half written by a process that was killed.
+
+It is found before anything starts, deleted and made again; what held a result is named.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +23,12 @@ from rayft.train.context import trial_folder
 __all__ = ["check_own", "discard_damaged"]
 
 RECORD_FILE = "sweep.json"
+OWN_FOLDERS = ("trials", "squeezed", "scores")
+"""Folders in which only the sweep writes."""
+STAGED_FOLDER = re.compile(r"\..+-[a-z0-9_]{8}")
+"""Names that `rayft.artifacts.write_whole` gives to a folder which it fills."""
+STAGED_FILE = re.compile(r"\..+\.\d+-\d+")
+"""Names that `rayft.files.write_file` gives to a file which it writes."""
 
 
 def discard_damaged(output: Path, points: Sequence[Point]) -> list[str]:
@@ -29,6 +39,7 @@ def discard_damaged(output: Path, points: Sequence[Point]) -> list[str]:
         points: the trials of the sweep.
     """
     said = []
+    _delete_staged(output)
     for point in points:
         folder = trial_folder(output, point.key)
         problem = damage(folder)
@@ -52,6 +63,20 @@ def discard_damaged(output: Path, points: Sequence[Point]) -> list[str]:
         except ReportError:
             said.append(f"{output / RECORD_FILE} is damaged, or of another version, and is written again")
     return said
+
+
+def _delete_staged(output: Path) -> None:
+    """Delete what processes that were killed had begun to write."""
+    places = [output, *(path for name in OWN_FOLDERS for path in (output / name).rglob("*") if path.is_dir())]
+    for path in [path for place in places if place.is_dir() for path in place.iterdir()]:
+        if path.is_file() and STAGED_FILE.fullmatch(path.name):
+            path.unlink()
+        if (
+            STAGED_FOLDER.fullmatch(path.name)
+            and path.is_dir()
+            and {inner.name for inner in path.iterdir()} <= {"new", "old"}
+        ):
+            shutil.rmtree(path)
 
 
 def check_own(output: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ray.serve as ray_serve
 
+from rayft.analysis.record import SweepAnalysis
 from rayft.config import load
 from rayft.data.source import read
 from rayft.errors import ConfigError
@@ -51,7 +52,7 @@ def run_demo(config: PipelineConfig, display: Display, stay: Callable[[], None] 
     timings = {**record.timings, "total": time.monotonic() - started}
     record = record.model_copy(update={"timings": timings})
     record.save(output / "sweep.json")
-    render(record, output / "report.html")
+    render(record, output / "report.html", SweepAnalysis.find(output))
     return record
 
 

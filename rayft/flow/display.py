@@ -29,11 +29,17 @@ STATES = {
 
 
 class Display:
-    """Stages and bars in a terminal; plain lines, one a change, where there is none."""
+    """Stages and bars in a terminal; plain lines, one a change, where there is none.
+
+    Attributes:
+        timings: seconds of each stage.
+        undone: what failed after the results were there, and is left to the next run of the command.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or terminal()
         self.timings: dict[str, float] = {}
+        self.undone: list[str] = []
         self._live = self.console.is_terminal
         self._progress = Progress(
             SpinnerColumn(),

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rayft.errors import ConfigError
-from rayft.files import locked
+from rayft.files import locked, room_on
 from rayft.paths import check_folder
 
 __all__ = ["LOCK_FILE", "command_line", "hold"]
@@ -34,22 +34,23 @@ def hold(folder: Path, setting: str) -> Iterator[None]:
 
     Raises:
         ConfigError: if another process holds it, naming that one.
-        ResourceError: if it can't be written.
+        ResourceError: if it can't be written; DiskFullError if the block finds the disk full.
     """
     check_folder(folder, setting)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     lock = folder / LOCK_FILE
     try:
-        with locked(lock, wait=0) as descriptor:
-            if descriptor is None:
-                raise ConfigError(_refusal(folder, setting))
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
+        with room_on(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(lock, wait=0) as descriptor:
+                if descriptor is None:
+                    raise ConfigError(_refusal(folder, setting))
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(_me()).encode(), 0)
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
     finally:
         for path in missing:
             # Not empty: something was written there, as was wanted.

@@ -8,7 +8,7 @@ import threading
 from contextlib import suppress
 from types import FrameType
 
-__all__ = ["Interrupts", "interrupts"]
+__all__ = ["Interrupts", "end_at_once", "interrupts"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -19,12 +19,13 @@ class Interrupts:
     Attributes:
         received: the first one; None if there was none.
         resume: the command that continues; the same command, where empty.
+        installed: whether signals are handled here, so that this process is a command's.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.resume = ""
-        self._installed = False
+        self.installed = False
 
     @property
     def status(self) -> int:
@@ -34,18 +35,18 @@ class Interrupts:
     def install(self) -> None:
         """Handle the signals here from now on, if this is the main thread, which alone gets them."""
         if threading.current_thread() is threading.main_thread():
-            self._installed = True
+            self.installed = True
             for number in SIGNALS:
                 signal.signal(number, self._handle)
 
     def renew(self) -> None:
         """Handle SIGTERM here again, which Ray takes for itself when it starts, if it was handled here."""
-        if self._installed:
+        if self.installed:
             self.install()
 
     def forget(self) -> None:
         """Begin anew, for a process that outlives the command that was interrupted."""
-        self.received, self.resume, self._installed = None, "", False
+        self.received, self.resume, self.installed = None, "", False
 
     def check(self) -> None:
         """Raise again what was received: code that Python calls back from C swallows exceptions.
@@ -58,12 +59,12 @@ class Interrupts:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
-            _end_at_once(128 + number)
+            end_at_once(128 + number)
         self.received = signal.Signals(number)
         raise KeyboardInterrupt
 
 
-def _end_at_once(status: int) -> None:
+def end_at_once(status: int) -> None:
     """End this process and what it has started: a Ray cluster on this machine, not one that was joined."""
     import psutil
 

@@ -20,12 +20,14 @@ from rayft.flow import squeezing
 from rayft.flow.cluster import cluster, has_gpus, join
 from rayft.flow.config import load_config
 from rayft.flow.display import Display
+from rayft.flow.hold import hold
 from rayft.flow.identity import current_identity, recorded_sweep
+from rayft.flow.lanes import at_work
 from rayft.flow.squeeze_dense import Dense, dense_source, extract, lost_text
 from rayft.flow.squeeze_places import check_places, files_digest
 from rayft.flow.squeeze_source import Origin, check_base, find_origin
 from rayft.flow.squeezing import Source, SqueezedAdapter, Target
-from rayft.flow.stages import Measured, check_some
+from rayft.flow.stages import Measured, check_some, say_unscored
 from rayft.flow.track_squeeze import track_squeezed
 from rayft.identity import UNKNOWN
 from rayft.models.load import ModelConfig
@@ -88,6 +90,12 @@ def squeeze_folder(request: SqueezeRequest, console: Console) -> Squeezes:
             the source stays as it is.
     """
     _check_request(request)
+    with hold(request.out.absolute(), "--out"):
+        return _squeeze_held(request, console)
+
+
+def _squeeze_held(request: SqueezeRequest, console: Console) -> Squeezes:
+    """Squeeze into a folder that is held."""
     dense = dense_source(request.source)
     if dense is not None:
         return _squeeze_dense(request, dense, console)
@@ -228,13 +236,11 @@ def _with_lanes(
         executor = EXECUTORS[kind](
             run.scale, str(folder.absolute() / WORK / "ray"), 1, origin.config.sweep.restarts, "squeeze"
         )
-        try:
+        with at_work(executor, display):
             with display.stage("start a worker"):
                 executor.start()
             with display.stage("train on and score"), display.watch(executor.broker):
-                _measure(request, executor, found, folder.absolute() / WORK, origin.tracker)
-        finally:
-            executor.close()
+                _measure(request, executor, found, folder.absolute() / WORK, origin.tracker, display)
 
 
 def _measure(
@@ -243,7 +249,15 @@ def _measure(
     found: Squeezes,
     folder: Path,
     tracker: TrackerSpec | None,
+    display: Display,
 ) -> None:
+    """Train on and score.
+
+    A squeezed adapter that can't be scored is named and stays where it is; the others are scored.
+
+    Raises:
+        TrainError: if the source can't be scored, or none of what was made of it.
+    """
     if request.cont is not None:
         found.made += squeezing.continue_all(executor, found.made, request.cont, folder, tracker)
     source = _as_item(request, found)
@@ -252,19 +266,21 @@ def _measure(
     reached = found.scores[source.name].mean("val") or 0.0
     keep = request.keep_score
     for item in sorted(found.made, key=lambda item: -item.parameters):
-        found.scores |= (scores := squeezing.score(executor, [item], ("val",)))
-        check_some(scores)
+        found.scores |= squeezing.score(executor, [item], ("val",))
+        if found.scores[item.name].error:
+            continue
         lost = keep is not None and (found.scores[item.name].mean("val") or 0.0) < keep * reached
         if lost and not request.targets and request.cont is None:
             break  # Lower ranks lose more.
-    scored = [item for item in found.made if item.name in found.scores]
+    check_some({item.name: found.scores[item.name] for item in found.made if item.name in found.scores})
+    scored = [item for item in found.made if item.name in found.scores and not found.scores[item.name].error]
     if keep is not None:
         found.chosen = squeezing.smallest_good(scored, found.scores, reached, keep)
     # The test part is read for what is reported: the source, and what was asked for or chosen.
     reported = scored if request.targets else [found.chosen] if found.chosen else []
     for name, measured in squeezing.score(executor, [source, *reported], ("test",)).items():
-        check_some({name: measured})
-        found.scores[name] = Measured({**found.scores[name].parts, **measured.parts})
+        found.scores[name] = Measured({**found.scores[name].parts, **measured.parts}, measured.error)
+    say_unscored(found.scores, display.say)
 
 
 def _keep_chosen(request: SqueezeRequest, found: Squeezes) -> None:

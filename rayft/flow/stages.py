@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ __all__ = [
     "files_along",
     "marked",
     "outcome",
+    "say_unscored",
     "score_all",
     "score_baselines",
     "score_trials",
@@ -114,6 +115,13 @@ def check_some(scores: Mapping[str, Measured]) -> None:
     if scores and all(measured.error for measured in scores.values()):
         name, measured = next(iter(scores.items()))
         raise TrainError(f"{name} can't be scored: {measured.error}")
+
+
+def say_unscored(scores: Mapping[str, Measured], say: Callable[[str], None]) -> None:
+    """Tell of each that could not be scored, and why."""
+    for name, measured in scores.items():
+        if measured.error:
+            say(f"{name} can't be scored, and is left out: {measured.error.splitlines()[0]}")
 
 
 def _measured(event: Event) -> Measured:

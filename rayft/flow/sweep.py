@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import ray.exceptions
 import yaml
 
 from rayft.analysis.record import SweepAnalysis
@@ -32,6 +31,7 @@ from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
+from rayft.flow.lanes import at_work
 from rayft.flow.preflight import Plan, preflight
 from rayft.flow.record import build_record, with_run_ids
 from rayft.flow.scores import ScoreStore
@@ -134,35 +134,17 @@ def _run_stages(plan: Plan, display: Display, tracker: MlflowTracker, parent: st
         executor = EXECUTORS[plan.executor](
             scale, str(plan.output / "ray"), sweep.lanes, sweep.restarts, plan.config.name, sweep.patience
         )
-        try:
+        with at_work(executor, display):
             found = _measure(plan, executor, display, parent)
             with display.stage("register and report"):
                 record = _report(plan, found, display, tracker, parent)
             if plan.config.analyze.parts and found.winner:
                 with display.stage("analyse"), display.watch(executor.broker):
                     analysis = _analyze(plan, executor, found.trials, record, display)
-        except KeyboardInterrupt:
-            _save_trials(executor, display)
-            raise
-        except ray.exceptions.RayError as error:
-            raise ResourceError(
-                "a process that holds the sweep together has ended (it was killed, or the machine ran out of "
-                "memory or disk); run the same command again: it continues from what is saved. Ray says: "
-                f"{str(error).strip().splitlines()[0]}"
-            ) from error
-        finally:
-            executor.close()
         if analysis is not None:
             with display.stage("report the analysis"):
                 record = _report_analysis(plan, record, analysis, display, tracker, parent)
     return record
-
-
-def _save_trials(executor: Executor, display: Display) -> None:
-    """Have the trials that train save checkpoints, and tell of it."""
-    display.say("interrupted: trials that train save a checkpoint; once more ends at once")
-    training = executor.interrupt()
-    display.say(f"saved: {', '.join(training)}" if training else "no trial was training")
 
 
 def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _Findings:
@@ -175,7 +157,7 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
         display.watch(executor.broker, lambda key: names.get(key, key)),
     ):
         found.baselines = stages.score_baselines(plan, executor, store)
-    _say_unscored(found.baselines, display)
+    stages.say_unscored(found.baselines, display.say)
     with (
         display.stage(f"search ({len(plan.points)} trials)"),
         display.watch(executor.broker, lambda key: names.get(key, key)),
@@ -208,13 +190,6 @@ def _intact(plan: Plan, found: _Findings, ranking: list[Trial]) -> list[Trial]:
         found.trials = stages.marked(found.trials, found.scores)
         ranking = ranking[1:]
     return ranking
-
-
-def _say_unscored(scores: Mapping[str, Measured], display: Display) -> None:
-    """Say what could not be scored, and why."""
-    for name, measured in scores.items():
-        if measured.error:
-            display.say(f"{name} can't be scored, and is left out: {measured.error.splitlines()[0]}")
 
 
 def _analyze(
@@ -279,7 +254,7 @@ def _squeeze(
             executor, found.squeezed, config.cont, plan.output, plan.tracker, display.say
         )
     scores = squeezing.score(executor, found.squeezed, store=store)
-    _say_unscored(scores, display)
+    stages.say_unscored(scores, display.say)
     found.squeezed = [item for item in found.squeezed if not scores[item.name].error]
     found.scores |= scores
 
@@ -354,6 +329,7 @@ def _late(plan: Plan, display: Display, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         logger.debug("%s", what, exc_info=True)
+        display.undone.append(what)
         name = "" if isinstance(error, RayftError) else f"{type(error).__name__}: "
         display.say(
             f"{what}: {name}{' '.join(str(error).split())}. Everything else is in {plan.output}; run the "

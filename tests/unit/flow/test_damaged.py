@@ -141,6 +141,21 @@ def test_another_adapter_than_the_result_names(plan: Plan) -> None:
     assert "holds another adapter" in text
 
 
+def test_what_a_killed_process_had_begun_to_write_goes(plan: Plan) -> None:
+    begun = [plan.output / ".winner-ab3_9xyz", trial(plan) / ".adapter-a1b2c3d4"]
+    begun.append(plan.output / ".sweep.json.42-77")
+    begun[0].mkdir()
+    (begun[1] / "new").mkdir(parents=True)
+    begun[2].write_text("{")
+    kept = [plan.output / ".notes-20261128", plan.output / ".env"]
+    kept[0].mkdir()
+    (kept[0] / "mine.md").write_text("mine")
+    kept[1].write_text("A=1")
+    assert discard_damaged(plan.output, plan.points) == []
+    assert not any(path.exists() for path in begun)
+    assert all(path.exists() for path in kept)
+
+
 def test_files_of_a_user_beside_a_damaged_adapter_stay(plan: Plan) -> None:
     (trial(plan) / "adapter" / "notes.txt").write_text("mine")
     half(trial(plan) / "adapter" / ADAPTER[1])

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rayft.errors import ConfigError
+from rayft.errors import ConfigError, DiskFullError
 from rayft.flow.hold import LOCK_FILE, hold
+from tests.disks import Disk
 
 HOLDER = """
 import sys, time
@@ -47,3 +48,10 @@ def test_a_folder_that_nothing_was_written_to_is_gone_again(tmp_path: Path) -> N
     with hold(tmp_path / "a" / "b", "--out"):
         (tmp_path / "a" / "b" / "kept").touch()
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["kept"]
+
+
+def test_a_disk_without_space_for_the_lock(disk: Disk) -> None:
+    (disk.folder / "full").write_bytes(bytes(disk.used))
+    disk.hold_files(1)
+    with pytest.raises(DiskFullError, match=str(disk.folder)), hold(disk.folder / "out", "--out"):
+        pass

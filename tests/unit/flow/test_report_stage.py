@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import yaml
 from rich.console import Console
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
-from rayft.errors import DiskFullError, RegistryError
+from rayft.errors import DiskFullError, RegistryError, UnfinishedError
+from rayft.flow import commands
 from rayft.flow import sweep as module
 from rayft.flow.config import load_config
 from rayft.flow.display import Display
@@ -56,6 +57,7 @@ class Sweep:
     plan: Plan
     found: Any
     said: io.StringIO
+    display: Display = field(default_factory=Display)
 
     def report(self) -> SweepRecord:
         self.said.truncate(0)
@@ -64,8 +66,8 @@ class Sweep:
             parent = module.start_tracking(self.plan, tracker)
             self.found.trials = module._with_runs(self.plan, self.found.trials)
             self.found.winner = self.found.trials[0]
-            display = Display(Console(file=self.said, width=1000))
-            record = module._report(self.plan, self.found, display, tracker, parent)
+            self.display = Display(Console(file=self.said, width=1000))
+            record = module._report(self.plan, self.found, self.display, tracker, parent)
         flush_spool(self.plan.tracker)
         return record
 
@@ -161,6 +163,8 @@ def test_a_late_failure_leaves_all_else_and_is_mended_by_the_next_run(
         patch.setattr(f"rayft.flow.sweep.{where}", fail(error))
         record = sweep.report()
     output, name = sweep.plan.output, sweep.plan.config.name
+    with pytest.raises(UnfinishedError, match=told.partition(":")[0]):
+        commands._check_done(sweep.display)
     (line,) = [line for line in sweep.said.getvalue().splitlines() if "run the sweep again" in line]
     assert told.replace("\n", " ") in line
     assert f"Everything else is in {output}" in line
@@ -182,6 +186,7 @@ def test_a_late_failure_leaves_all_else_and_is_mended_by_the_next_run(
     sweep.report()
     assert all(there().values())
     assert "run the sweep again" not in sweep.said.getvalue()
+    commands._check_done(sweep.display)
 
 
 def test_while_mlflow_is_away_all_else_is_written(sweep: Sweep) -> None:

@@ -1,0 +1,40 @@
+"""Lanes at work for a command, and how the command ends when they can't go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray.exceptions
+
+from rayft.errors import ResourceError
+from rayft.flow.display import Display
+from rayft.sweep.executor import Executor
+
+__all__ = ["at_work"]
+
+
+@contextmanager
+def at_work(executor: Executor, display: Display) -> Iterator[None]:
+    """Let the block use an executor's lanes, and end them after it.
+
+    If a KeyboardInterrupt ends the block, trials that train save a checkpoint first.
+
+    Raises:
+        ResourceError: if a process that the lanes share has ended.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        display.say("interrupted: trials that train save a checkpoint; once more ends at once")
+        training = executor.interrupt()
+        display.say(f"saved: {', '.join(training)}" if training else "no trial was training")
+        raise
+    except ray.exceptions.RayError as error:
+        raise ResourceError(
+            "a process that the lanes share has ended (it was killed, or the machine ran out of memory or "
+            "disk); run the same command again: it continues from what is saved. Ray says: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    finally:
+        executor.close()
