@@ -32,7 +32,7 @@ SLOTS = 2
 RAY_PROCESSES = ("gcs_server", "raylet")
 """Names of the processes that a cluster on this machine can't lose."""
 RAY_DIED = (
-    "Ray's process {}, without which the cluster on this machine can't go on, has ended (it was killed, or the "
+    "Ray's process {}, without which the cluster on this machine can't go on, has ended (killed, or the "
     "machine ran out of memory); run the same command again: it continues from what is saved"
 )
 SOCKET_BYTES = 107
