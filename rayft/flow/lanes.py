@@ -10,6 +10,7 @@ import ray.exceptions
 from rayft.errors import ResourceError
 from rayft.flow.display import Display
 from rayft.sweep.executor import Executor
+from rayft.sweep.host import why_ended
 
 __all__ = ["at_work"]
 
@@ -32,9 +33,8 @@ def at_work(executor: Executor, display: Display) -> Iterator[None]:
         raise
     except ray.exceptions.RayError as error:
         raise ResourceError(
-            "a process that the lanes share has ended (it was killed, or the machine ran out of memory or "
-            "disk); run the same command again: it continues from what is saved. Ray says: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"a process that the lanes share has ended: {why_ended(error)}. Run the same command again: it "
+            "continues from what is saved"
         ) from error
     finally:
         executor.close()

@@ -30,7 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from rayft.errors import DiskFullError
+from rayft.errors import DiskFullError, ResourceError
 
 __all__ = ["CLOSE", "Beat", "Broker", "Event", "Job", "Patience", "Verdict"]
 
@@ -38,6 +38,9 @@ CLOSE = "close"
 """What `pull` answers when a lane should end."""
 Verdict = Literal["continue", "stop", "interrupt"]
 """What a lane is told at a report. `interrupt`: save a checkpoint, for the next command to continue from."""
+
+FATAL = {"disk": DiskFullError, "lanes": ResourceError}
+"""After what no job can succeed, a full disk or no lane that starts, and the error that ends a sweep then."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,10 @@ class Event:
         """Raise what ends the whole sweep.
 
         Raises:
-            DiskFullError: if the event tells of one.
+            DiskFullError, ResourceError: if the event tells of one.
         """
-        if self.values.get("fatal"):
-            raise DiskFullError(str(self.values["error"]))
+        if fatal := self.values.get("fatal"):
+            raise FATAL[fatal](str(self.values["error"]))
 
 
 @dataclass
@@ -123,7 +126,6 @@ class _Entry:
     decision: asyncio.Future[Verdict] | None = None
     """Of the report at `last_step`, until it is made."""
     lane: str | None = None
-    attempts: int = 0
     stop_at: int | None = None
     """The step at which the client has stopped it."""
     done: bool = False
@@ -152,13 +154,14 @@ class Broker:
         self._patience = patience or Patience()
         self._entries: dict[str, _Entry] = {}
         self._queue: deque[str] = deque()
-        self._lanes: dict[str, str] = {}
+        self._lanes: dict[str, int] = {}
+        """Lane → how often in a row it has died without a job."""
         self._beats: dict[str, dict[int, Beat]] = {}
         self._notices: list[str] = []
         self._arrived = asyncio.Condition()
         self._closed = False
         self._interrupted = False
-        self._fatal = ""
+        self._fatal: Mapping[str, str] = {}
         self._watcher: asyncio.Task[None] | None = None
 
     # --- the client's side
@@ -169,7 +172,7 @@ class Broker:
         if entry is not None and not entry.done:
             return
         entry = self._entries[job.id] = _Entry(job, progress={"state": "queued", "kind": job.kind})
-        if self._closed or self._lanes_gone():
+        if self._closed:
             self._end(entry, self._refusal())
             return
         async with self._arrived:
@@ -232,9 +235,12 @@ class Broker:
 
     # --- the lane's side
 
+    async def expect(self, lane: str) -> None:
+        """Count on a lane that is being started."""
+        self._lanes[lane] = 0
+
     async def pull(self, lane: str, timeout: float = 20.0) -> Job | str | None:
         """Give a lane its next job, `CLOSE`, or None after `timeout` seconds without any."""
-        self._lanes[lane] = "up"
         if self._watcher is None:
             self._watcher = asyncio.create_task(self._watch())
         orphan = self._orphan(lane)
@@ -298,13 +304,14 @@ class Broker:
             error: what a person reads.
             fatal: whether no other job can succeed either (the disk is full): then all end with this error.
         """
-        self._end(self._entries[job_id], Event("failed", values={"error": error, "fatal": fatal}))
         if fatal:
             await self.fail_all(error)
+        else:
+            self._end(self._entries[job_id], Event("failed", values={"error": error}))
 
-    async def fail_all(self, error: str) -> None:
-        """End every job with an error after which none can succeed (the disk is full), and close."""
-        self._fatal = self._fatal or error
+    async def fail_all(self, error: str, fatal: str = "disk") -> None:
+        """End every job with an error of `FATAL` after which none can succeed, and close."""
+        self._fatal = self._fatal or {"error": error, "fatal": fatal}
         for entry in self._entries.values():
             if not entry.done:
                 self._end(entry, self._refusal())
@@ -314,22 +321,61 @@ class Broker:
         """End a job that has saved a checkpoint, for the next command to continue."""
         self._end(self._entries[job_id], Event("interrupted", step))
 
-    async def lane_died(self, lane: str, reason: str) -> None:
-        """Take the reason why a lane's workers ended; it may be started again."""
+    async def lane_died(self, lane: str, reason: str) -> bool:
+        """Take the reason why a lane's processes ended, and return whether it should be started again.
+
+        A job whose lane has died too often fails. A lane that dies too often without a job is not started
+        again; if that is the last one, all that waits ends with an error.
+        """
         memory = max((beat.memory for beat in self._beats.pop(lane, {}).values()), default=0)
         used = f" when it used {memory / 2**30:.1f} GiB" if memory else ""
-        for entry in self._entries.values():
-            if entry.lane == lane and not entry.done and not self._closed:
-                entry.deaths.append(f"{reason}{used}")
-                self._notices.append(f"{entry.job.id}: {lane} ended{used}: {reason}")
+        entry = next((one for one in self._entries.values() if one.lane == lane and not one.done), None)
+        if self._closed:
+            if entry is not None:
+                self._end(entry, Event("interrupted", entry.last_step))
+            return False
+        if entry is None:
+            return await self._died_idle(lane, f"{reason}{used}")
+        entry.deaths.append(f"{reason}{used}")
+        self._notices.append(f"{entry.job.id}: {lane} ended{used}: {reason}")
+        if len(entry.deaths) >= self._attempts:
+            error = f"its lane died {len(entry.deaths)} times, the last time because {entry.deaths[-1]}"
+            self._end(entry, Event("failed", values={"error": error}))
+        own = self._pinned(lane)
+        return not own or any(not one.done for one in own)
 
-    async def lane_lost(self, lane: str, error: str) -> None:
-        """Take a lane out for good; with the last one, every job that waits fails."""
-        self._lanes[lane] = "lost"
-        for entry in self._entries.values():
-            stranded = self._lanes_gone() or entry.job.lane == lane
-            if not entry.done and (entry.lane == lane or (entry.lane is None and stranded)):
-                self._end(entry, Event("failed", values={"error": _dead(entry) if entry.deaths else error}))
+    async def _died_idle(self, lane: str, reason: str) -> bool:
+        self._lanes[lane] += 1
+        self._notices.append(f"{lane} ended without a job: {reason}")
+        if self._lanes[lane] < self._attempts:
+            return True
+        del self._lanes[lane]
+        error = f"{lane} can't be started, {self._attempts} times, the last time because {reason}"
+        own = self._pinned(lane)
+        for entry in own:
+            if not entry.done:
+                self._end(entry, Event("failed", values={"error": error}))
+        if not own and not self._lanes:
+            await self.fail_all(f"{error}. What is done is kept; run the same command again", "lanes")
+        return False
+
+    def _pinned(self, lane: str) -> list[_Entry]:
+        """Return the jobs that no other lane may take."""
+        return [entry for entry in self._entries.values() if entry.job.lane == lane]
+
+    async def depend_on(self, launcher: Any) -> None:
+        """End with the process that holds the lanes, so that nobody waits for lanes that are gone.
+
+        Args:
+            launcher: handle of the actor.
+        """
+        import ray.actor
+        import ray.exceptions
+
+        try:
+            await launcher.stay.remote()
+        except ray.exceptions.RayError:
+            ray.actor.exit_actor()
 
     # --- both
 
@@ -369,7 +415,7 @@ class Broker:
     def _refusal(self) -> Event:
         """Return what becomes of a job that no lane will take."""
         if self._fatal:
-            return Event("failed", values={"error": self._fatal, "fatal": True})
+            return Event("failed", values=self._fatal)
         if self._interrupted:
             return Event("interrupted")
         return Event("failed", values={"error": "no lane is running"})
@@ -415,16 +461,14 @@ class Broker:
                 continue
             if self._closed:
                 self._end(entry, Event("interrupted", entry.last_step))
-            elif entry.attempts >= self._attempts:
-                self._end(entry, Event("failed", values={"error": _dead(entry)}))
             else:
                 self._begin(entry, lane)
                 return entry.job
         return None
 
     def _begin(self, entry: _Entry, lane: str) -> None:
+        self._lanes[lane] = 0
         entry.lane, entry.moved = lane, time.monotonic()
-        entry.attempts += 1
         entry.killed = entry.warned = False
         entry.progress["state"] = "running"
 
@@ -438,9 +482,6 @@ class Broker:
                 self._begin(entry, lane)
                 return entry.job
         return None
-
-    def _lanes_gone(self) -> bool:
-        return bool(self._lanes) and all(state == "lost" for state in self._lanes.values())
 
     def _push(self, entry: _Entry, event: Event) -> None:
         entry.pushed += 1
@@ -462,13 +503,6 @@ def _decide(entry: _Entry, verdict: Verdict) -> None:
     if entry.decision is not None and not entry.decision.done():
         entry.decision.set_result(verdict)
     entry.decision = None
-
-
-def _dead(entry: _Entry) -> str:
-    why = (
-        f", the last time because {entry.deaths[-1]}" if entry.deaths else "; look at the worker logs for why"
-    )
-    return f"its lane died {entry.attempts} times{why}"
 
 
 def _end_process(beat: Beat) -> None:

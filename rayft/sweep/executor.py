@@ -28,7 +28,7 @@ class Executor(ABC):
         scale: of each trial.
         storage: folder for what Ray keeps.
         lanes: trials at once.
-        restarts: how often a worker group that dies is started again.
+        restarts: how often a job is tried again whose worker group dies.
         name: begins the lanes' names.
         patience: how long a lane may be silent.
     """
@@ -43,9 +43,10 @@ class Executor(ABC):
         patience: Patience | None = None,
     ) -> None:
         self.scale, self.storage, self.lanes, self.restarts, self.name = scale, storage, lanes, restarts, name
-        group = Group(scale.workers, scale.device == "cuda", worker_resources(scale), storage, restarts)
+        group = Group(scale.workers, scale.device == "cuda", worker_resources(scale), storage)
         self.broker: Any = ray.remote(Broker).options(num_cpus=0).remote(restarts + 1, patience)
         self._launcher: Any = ray.remote(Launcher).options(num_cpus=0).remote(group)
+        self.broker.depend_on.remote(self._launcher)  # type: ignore[attr-defined]
 
     @abstractmethod
     def start(self) -> None:
@@ -77,9 +78,11 @@ class Executor(ABC):
             ray.get(self.broker.close.remote())
         with suppress(ray.exceptions.RayError):
             ray.get(self._launcher.close.remote(timeout))
+        ray.kill(self._launcher)
 
     def _host(self, lane: str, *, once: bool) -> None:
         settings = LaneSettings(name=lane, broker=self.broker, once=once)
+        ray.get(self.broker.expect.remote(lane))
         ray.get(self._launcher.start.remote(settings))
 
 

@@ -7,6 +7,7 @@ hands through all of them, imports the lane where it runs.
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from rayft.files import disk_full, disk_full_error
 
-__all__ = ["Group", "LaneHost", "LaneSettings", "Launcher", "lane_worker"]
+__all__ = ["Group", "LaneHost", "LaneSettings", "Launcher", "lane_worker", "why_ended"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,6 @@ class Group:
     """Of each worker."""
     storage: str
     """Folder for what Ray Train keeps."""
-    restarts: int
-    """How often a group that dies is started again."""
 
 
 def lane_worker(settings: LaneSettings) -> None:
@@ -55,9 +55,9 @@ def lane_worker(settings: LaneSettings) -> None:
 class LaneHost:
     """An actor that holds one Ray Train run, a lane, until its workers end."""
 
-    def run(self, settings: LaneSettings, group: Group) -> None:
-        """Start the worker group and wait; a group that dies is started again."""
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+    def run(self, settings: LaneSettings, group: Group) -> str:
+        """Start the worker group, wait for its end, and return why it ended; empty if its work is done."""
+        from ray.train import RunConfig, ScalingConfig, WorkerGroupError
         from ray.train.torch import TorchConfig, TorchTrainer
 
         trainer = TorchTrainer(
@@ -68,44 +68,28 @@ class LaneHost:
                 num_workers=group.workers, use_gpu=group.cuda, resources_per_worker=dict(group.resources)
             ),
             torch_config=TorchConfig(backend="nccl" if group.cuda else "gloo"),
-            run_config=RunConfig(
-                name=settings.name,
-                storage_path=group.storage,
-                failure_config=FailureConfig(max_failures=group.restarts),
-                callbacks=[_deaths(settings, group)],
-            ),
+            run_config=RunConfig(name=settings.name, storage_path=group.storage),
         )
         try:
             trainer.fit()
         except Exception as error:  # noqa: BLE001  (whatever ended the group, the waiting jobs must hear it)
-            if disk_full(error):
-                _end_all(settings, group, error)
-            message = f"lane {settings.name} ended: {_reason(error)}"
-            ray.get(settings.broker.lane_lost.remote(settings.name, message))
-
-
-def _deaths(settings: LaneSettings, group: Group) -> Any:
-    """Return a callback of Ray Train's that tells the broker why a lane's workers ended."""
-    from ray.train import UserCallback
-
-    class Deaths(UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-            first = worker_exceptions[min(worker_exceptions)]
+            first = error
+            if isinstance(error, WorkerGroupError) and error.worker_failures:
+                first = error.worker_failures[min(error.worker_failures)]
             if disk_full(first):
                 _end_all(settings, group, first)
-            ray.get(settings.broker.lane_died.remote(settings.name, _reason(first)))
-
-    return Deaths()
+            return why_ended(first)
+        return ""
 
 
 def _end_all(settings: LaneSettings, group: Group, error: Exception) -> None:
-    """End the sweep: no lane can be started again on a full disk."""
+    """End the sweep: no worker group can be started again on a full disk."""
     full = disk_full_error(error, Path(group.storage), Path(tempfile.gettempdir()))
     ray.get(settings.broker.fail_all.remote(str(full)))
 
 
-def _reason(error: Exception) -> str:
-    """Return in one line why a worker ended; Ray's own text lists all processes of the machine."""
+def why_ended(error: Exception) -> str:
+    """Return in one line why a process of Ray's ended; Ray's own text lists all processes of the machine."""
     text = str(error)
     if "running low on memory" in text or "OutOfMemory" in type(error).__name__:
         return (
@@ -120,27 +104,39 @@ def _reason(error: Exception) -> str:
 
 
 class Launcher:
-    """An actor that starts hosts and owns them: trials come and go, the driver's launcher stays."""
+    """An asyncio actor that starts hosts and owns them: trials come and go, the driver's launcher stays."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._hosts: dict[Any, Any] = {}
+        self._lanes: set[asyncio.Task[None]] = set()
 
-    def start(self, settings: LaneSettings) -> None:
-        """Start a lane's host; hosts that have ended are let go."""
-        self._reap(timeout=0)
-        host: Any = ray.remote(LaneHost).options(num_cpus=0).remote()
-        self._hosts[host.run.remote(settings, self._group)] = host
+    async def start(self, settings: LaneSettings) -> None:
+        """Start a lane, and again whenever it dies, as long as the broker has work for it."""
+        lane = asyncio.create_task(self._hold(settings))
+        self._lanes.add(lane)
+        lane.add_done_callback(self._lanes.discard)
 
-    def close(self, timeout: float) -> None:
+    async def stay(self) -> None:
+        """Return never: whoever waits for it hears when this process has ended."""
+        await asyncio.Event().wait()
+
+    async def close(self, timeout: float) -> None:
         """Wait for the hosts to end, and end those that don't."""
-        self._reap(timeout)
-        for host in self._hosts.values():
-            ray.kill(host)
-        self._hosts.clear()
+        if not self._lanes:
+            return
+        _, left = await asyncio.wait(self._lanes, timeout=timeout)
+        for lane in left:
+            lane.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
-    def _reap(self, timeout: float) -> None:
-        runs = list(self._hosts)
-        ended, _ = ray.wait(runs, num_returns=len(runs), timeout=timeout) if runs else ([], [])
-        for run in ended:
-            ray.kill(self._hosts.pop(run))
+    async def _hold(self, settings: LaneSettings) -> None:
+        again = True
+        while again:
+            host: Any = ray.remote(LaneHost).options(num_cpus=0).remote()
+            try:
+                reason = await host.run.remote(settings, self._group)
+            except ray.exceptions.RayError as error:
+                reason = why_ended(error)
+            finally:
+                ray.kill(host)
+            again = reason and await settings.broker.lane_died.remote(settings.name, reason)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray import tune
 
 from rayft.errors import TrainError
@@ -138,7 +139,7 @@ def search(
     asha = RecordedASHA(sweep, trials[0].run.optim.steps, EventLog(output / EVENTS_FILE), stop)
     if any(map(_unfinished, requests)):
         executor.start()
-        _tuner(sweep, requests, executor, asha, check).fit()
+        _run_tune(sweep, lambda: _tuner(sweep, requests, executor, asha, check))
     return [
         _collect(point, request, executor, output) for point, request in zip(trials, requests, strict=True)
     ]
@@ -204,6 +205,25 @@ def _tuner(
             callbacks=[_Watch(executor.broker, check)],
         ),
     )
+
+
+def _run_tune(sweep: SweepConfig, tuner: Callable[[], tune.Tuner]) -> None:
+    """Run Tune, and again where it ends because Ray's memory monitor has killed a trial's process in it.
+
+    The lanes train on meanwhile; what was decided is decided again.
+    """
+    for attempt in range(sweep.restarts + 1):
+        try:
+            tuner().fit()
+        except RuntimeError as error:
+            # Tune outlives trial processes that die otherwise, and raises this for this reason.
+            cause = error.__cause__
+            if not isinstance(cause, ray.exceptions.OutOfMemoryError):
+                raise
+            if attempt == sweep.restarts:
+                raise cause from None
+        else:
+            return
 
 
 def _collect(point: Point, request: TrainRequest, executor: Executor, output: Path) -> Trial:

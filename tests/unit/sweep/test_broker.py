@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rayft.errors import DiskFullError
+from rayft.errors import DiskFullError, ResourceError
 from rayft.sweep.broker import CLOSE, Beat, Broker, Event, Job, Patience
 
 
@@ -245,39 +245,75 @@ def test_a_lane_that_computes_or_waits_for_the_search_is_left_alone() -> None:
     play(scene())
 
 
-def test_a_job_that_kills_its_lane_again_and_again_fails() -> None:
+def test_a_job_that_kills_its_lane_again_and_again_fails_and_the_lane_goes_on() -> None:
     async def scene() -> None:
         broker = Broker(attempts=2)
-        await broker.submit(job("a"))
-        await broker.submit(job("b"))
-        for _ in range(2):
-            await broker.pull("lane")
-            await broker.beat("lane", Beat(0, 1, memory=3 * 2**30))
-            await broker.lane_died("lane", "out of memory")
-        following = await broker.pull("lane")
-        assert isinstance(following, Job)
-        assert following.id == "b"
-        event = await broker.next_event("a")
-        assert event.kind == "failed"
-        assert (
-            "died 2 times, the last time because out of memory when it used 3.0 GiB" in event.values["error"]
-        )
+        await broker.expect("lane")
+        for name in ("a", "b", "c"):
+            await broker.submit(job(name))
+        for name in ("a", "b"):
+            for _ in range(2):
+                pulled = await broker.pull("lane")
+                assert isinstance(pulled, Job)
+                assert pulled.id == name
+                await broker.beat("lane", Beat(0, 1, memory=3 * 2**30))
+                assert await broker.lane_died("lane", "out of memory")
+            event = await broker.next_event(name)
+            assert event.kind == "failed"
+            assert event.values["error"] == (
+                "its lane died 2 times, the last time because out of memory when it used 3.0 GiB"
+            )
+        pulled = await broker.pull("lane")
+        assert isinstance(pulled, Job)
+        assert pulled.id == "c"
 
     play(scene())
 
 
-def test_jobs_of_a_lane_that_is_lost_for_good_fail() -> None:
+def test_without_a_lane_that_can_be_started_all_ends_with_one_error() -> None:
     async def scene() -> None:
-        broker = Broker()
+        broker = Broker(attempts=2)
+        for lane in ("one", "two"):
+            await broker.expect(lane)
         await broker.submit(job("a"))
+        assert await broker.lane_died("one", "no GPU")
+        assert not await broker.lane_died("one", "no GPU")
+        assert (await broker.snapshot())[0]["state"] == "queued", "the other lane can do it"
+        assert await broker.lane_died("two", "no GPU")
+        await broker.pull("two")
+        assert await broker.lane_died("two", "it crashed"), "it had a job"
+        assert await broker.lane_died("two", "no GPU"), "there may be other jobs"
+        assert (await broker.next_event("a")).kind == "failed"
+
         await broker.submit(job("b"))
-        await broker.pull("lane")
-        await broker.lane_lost("lane", "out of memory")
-        for name in ("a", "b"):
+        assert await broker.lane_died("two", "no GPU")
+        assert not await broker.lane_died("two", "no GPU")
+        for name in ("b", "c"):
+            await broker.submit(job(name))
             event = await broker.next_event(name)
-            assert event == Event("failed", values={"error": "out of memory"})
-        await broker.submit(job("c"))
-        assert (await broker.next_event("c")).kind == "failed"
+            with pytest.raises(
+                ResourceError, match="two can't be started, 2 times, the last time because no"
+            ):
+                event.raise_fatal()
+        assert {one["state"] for one in await broker.snapshot()} == {"failed", "interrupted"}
+
+    play(scene())
+
+
+def test_a_worker_group_of_its_own_that_cant_be_started_costs_its_jobs_alone() -> None:
+    async def scene() -> None:
+        broker = Broker(attempts=1)
+        for name in ("a", "b"):
+            await broker.expect(f"own-{name}")
+            await broker.submit(job(name, lane=f"own-{name}"))
+        assert not await broker.lane_died("own-a", "no GPU")
+        event = await broker.next_event("a")
+        event.raise_fatal()
+        assert "can't be started" in event.values["error"]
+        assert isinstance(await broker.pull("own-b"), Job)
+        assert not await broker.lane_died("own-b", "it crashed"), (
+            "a group is started for a job that has failed"
+        )
 
     play(scene())
 
