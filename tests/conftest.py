@@ -30,26 +30,33 @@ from tests.disks import Disk, mounted
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-CLUSTER = ("tests/e2e/", "tests/integration/")
-"""Where all tests are that start a Ray cluster: there is one at a time."""
+CLUSTERS = {"servers": ("tests/integration/test_serving",), "sweeps": ("tests/e2e/", "tests/integration/")}
+"""Tests that need a Ray cluster, which live in one process with it: what they do → how their names begin."""
+
+
+def _scope(name: str) -> str:
+    """Return which tests have to be in one process with a test: those that share its cluster, or its file."""
+    own = (scope for scope, starts in CLUSTERS.items() if name.startswith(starts))
+    return next(own, name.partition("::")[0])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that need the cluster: they take longest."""
-    items.sort(key=lambda item: not item.nodeid.startswith(CLUSTER))
+    """Begin with the tests that need a cluster: they take longest."""
+    order = ["sweeps", "servers"]
+    items.sort(key=lambda item: order.index(scope) if (scope := _scope(item.nodeid)) in order else len(order))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n`, keep each file's tests in one process, and all that need the cluster too."""
+    """With `-n`, give tests to processes by `_scope`."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFile(LoadScopeScheduling):
+    class Scopes(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "cluster" if nodeid.startswith(CLUSTER) else nodeid.partition("::")[0]
+            return _scope(nodeid)
 
     config.option.loadscopereorder = False
-    return ByFile(config, log)
+    return Scopes(config, log)
 
 
 def pytest_collection_finish() -> None:
@@ -101,6 +108,8 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
         return
     ray.init(
+        # Not the one that another process of the tests has started.
+        address="local",
         num_cpus=4,
         num_gpus=0,
         include_dashboard=False,

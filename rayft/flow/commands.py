@@ -19,7 +19,7 @@ from rich.text import Text
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import load
-from rayft.errors import RayftError, RegistryError, ResourceError, UnfinishedError
+from rayft.errors import RayftError, RegistryError, ResourceError, TrainError, UnfinishedError
 from rayft.files import disk_full, disk_full_error
 from rayft.flow.adapters import Action, adapters_table, call
 from rayft.flow.config import load_config
@@ -88,7 +88,7 @@ def demo(
         _show_answers(record, console)
     _show_next(record, output, console)
     console.print(f"finished in {time.monotonic() - started:.0f} s", style="bold", highlight=False)
-    _check_done(display)
+    _check_done(record, display)
     return record
 
 
@@ -104,7 +104,7 @@ def sweep(config: str | Path, overrides: Sequence[str], console: Console) -> Swe
     record = run_sweep(settings, display)
     _show(record, console)
     _show_next(record, settings.folder, console)
-    _check_done(display)
+    _check_done(record, display)
     return record
 
 
@@ -372,7 +372,12 @@ def _show_next(record: SweepRecord, output: Path, console: Console) -> None:
         console.print(Text.assemble(f"{command.what}: ", (command.command, "cyan")), soft_wrap=True)
 
 
-def _check_done(display: Display) -> None:
+def _check_done(record: SweepRecord, display: Display) -> None:
+    """Have a sweep that is reported end with an error if nothing came of it, or something is left to do."""
+    if all(trial.status == "failed" for trial in record.trials):
+        raise TrainError(
+            "every trial has failed, for the reasons above; run the sweep again once that is mended"
+        )
     if display.undone:
         raise UnfinishedError(
             f"the results are there, but {'; '.join(display.undone)} (the reasons are above); run the sweep "

@@ -21,6 +21,10 @@ from rayft.train.run import ScaleConfig
 __all__ = ["EXECUTORS", "Executor", "IsolatedExecutor", "LaneExecutor"]
 
 
+LAUNCHING = 4
+"""Calls that the launcher takes at once; one never returns."""
+
+
 class Executor(ABC):
     """Starts worker groups for jobs; jobs and their events go through `broker`.
 
@@ -45,7 +49,9 @@ class Executor(ABC):
         self.scale, self.storage, self.lanes, self.restarts, self.name = scale, storage, lanes, restarts, name
         group = Group(scale.workers, scale.device == "cuda", worker_resources(scale), storage)
         self.broker: Any = ray.remote(Broker).options(num_cpus=0).remote(restarts + 1, patience)
-        self._launcher: Any = ray.remote(Launcher).options(num_cpus=0).remote(group)
+        self._launcher: Any = (
+            ray.remote(Launcher).options(num_cpus=0, max_concurrency=LAUNCHING).remote(group)
+        )
         self.broker.depend_on.remote(self._launcher)  # type: ignore[attr-defined]
 
     @abstractmethod
@@ -78,7 +84,9 @@ class Executor(ABC):
             ray.get(self.broker.close.remote())
         with suppress(ray.exceptions.RayError):
             ray.get(self._launcher.close.remote(timeout))
-        ray.kill(self._launcher)
+        # The broker first: without the launcher it would end by itself, as if something had gone wrong.
+        for actor in (self.broker, self._launcher):
+            ray.kill(actor)
 
     def _host(self, lane: str, *, once: bool) -> None:
         settings = LaneSettings(name=lane, broker=self.broker, once=once)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
+import ray.exceptions
 import torch
 
 from rayft.artifacts import AdapterArtifact
 from rayft.data.source import DataConfig
+from rayft.errors import DiskFullError
 from rayft.methods.base import ChainConfig
 from rayft.models.load import ModelConfig
 from rayft.numerics import tolerance
@@ -23,6 +27,7 @@ from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.space import MethodSpace, SweepConfig, points
 from rayft.sweep.tuner import Trial, search
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
+from tests.disks import Disk
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -45,27 +50,40 @@ def make_run(folder: Path, *, steps: int = 8, **scale: Any) -> RunConfig:
     )
 
 
-def go(
-    kind: str,
+@contextmanager
+def executing(kind: str, run: RunConfig, folder: Path) -> Iterator[Executor]:
+    executor = EXECUTORS[kind](run.scale, str(folder / "ray"), 1, 3, f"t{time.time_ns()}")
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+@contextmanager
+def meanwhile(act: Callable[[], None] | None) -> Iterator[None]:
+    """Do something in a thread while the block runs."""
+    if act is None:
+        yield
+        return
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(act)
+        yield
+        done.result()
+
+
+def find(
+    executor: Executor,
     run: RunConfig,
     space: Mapping[str, MethodSpace],
     output: Path,
-    during: Any = None,
+    during: Callable[[], None] | None = None,
     *,
     grace: int = 2,
 ) -> list[Trial]:
-    sweep = SweepConfig(methods=dict(space), grace=grace, executor=kind)  # type: ignore[arg-type]
-    executor = EXECUTORS[kind](run.scale, str(output / "ray"), 1, 3, f"t{time.time_ns()}")
-    executor.start()
-    helper = threading.Thread(target=during, args=(executor,)) if during else None
-    if helper:
-        helper.start()
-    try:
+    """Search with an executor, and do something meanwhile."""
+    sweep = SweepConfig(methods=dict(space), grace=grace)
+    with meanwhile(during):
         return search(sweep, points(sweep, run), executor, output)
-    finally:
-        if helper:
-            helper.join()
-        executor.close()
 
 
 def result(trial: Trial) -> dict[str, Any]:
@@ -73,12 +91,50 @@ def result(trial: Trial) -> dict[str, Any]:
     return trial.result
 
 
+def half_way(executor: Executor) -> list[int]:
+    """Wait until a trial trains that is to be hindered, and return its lane's processes."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        for job in ray.get(executor.broker.snapshot.remote()):
+            if job.get("steps") == LONG and LONG > job.get("step", 0) >= LONG // 4:
+                return list(job["pids"])
+        time.sleep(0.01)
+    raise AssertionError("the trial does not start")
+
+
+def processes(name: str) -> list[int]:
+    """Find Ray's actors of a class below the cluster that this process has started."""
+    found = []
+    for one in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if one.cmdline()[0].startswith(f"ray::{name}"):
+                found.append(one.pid)
+    assert found
+    return found
+
+
 LORA = {"lora": MethodSpace(ranks=(4,), lr=(1e-2, 1e-4))}
+ONE = {"lora": MethodSpace(ranks=(4,), lr=(1e-2,))}
+LONG = 24
+"""Steps of a run that is hindered in the middle."""
+
+
+def long_run(folder: Path, **scale: Any) -> RunConfig:
+    """A run that is evaluated and saved again and again."""
+    run = make_run(folder, steps=LONG, **scale)
+    return run.model_copy(update={"evaluate": EvaluateConfig(checkpoint_seconds=0, every=3)})
 
 
 @pytest.fixture(scope="module")
-def in_a_lane(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
-    return go("lane", make_run(tiny_folder), LORA, tmp_path_factory.mktemp("lane"))
+def lane(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
+    """A lane that tests share, one search after the other, as a sweep's trials do."""
+    with executing("lane", make_run(tiny_folder), tmp_path_factory.mktemp("lane")) as executor:
+        yield executor
+
+
+@pytest.fixture(scope="module")
+def in_a_lane(lane: Executor, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
+    return find(lane, make_run(tiny_folder), LORA, tmp_path_factory.mktemp("two"))
 
 
 def test_asha_stops_the_worse_trial_and_keeps_its_adapter(in_a_lane: list[Trial]) -> None:
@@ -91,7 +147,9 @@ def test_asha_stops_the_worse_trial_and_keeps_its_adapter(in_a_lane: list[Trial]
 def test_a_lane_trains_as_an_isolated_worker_group_does(
     in_a_lane: list[Trial], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    (alone,) = go("isolated", make_run(tiny_folder), {"lora": MethodSpace(ranks=(4,), lr=(1e-4,))}, tmp_path)
+    run = make_run(tiny_folder)
+    with executing("isolated", run, tmp_path) as executor:
+        (alone,) = find(executor, run, {"lora": MethodSpace(ranks=(4,), lr=(1e-4,))}, tmp_path)
     shared = result(in_a_lane[1])
     steps = shared["steps"]
     # The lane's trial is its second: what the first one left behind would show here.
@@ -101,30 +159,26 @@ def test_a_lane_trains_as_an_isolated_worker_group_does(
     ]
 
 
+@pytest.fixture(scope="module")
+def whole(lane: Executor, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the long run leaves if nobody hinders it."""
+    return result(find(lane, long_run(tiny_folder), ONE, tmp_path_factory.mktemp("whole"))[0])
+
+
+@pytest.mark.parametrize("what", ["worker", "TrainController"])
 def test_a_lane_that_dies_comes_back_and_its_trial_goes_on(
-    in_a_lane: list[Trial], tiny_folder: Path, tmp_path: Path
+    lane: Executor, whole: dict[str, Any], tiny_folder: Path, tmp_path: Path, what: str
 ) -> None:
-    run = make_run(tiny_folder, steps=40)
-    run = run.model_copy(update={"evaluate": EvaluateConfig(checkpoint_seconds=0, every=4)})
-    killed: list[int] = []
+    def kill() -> None:
+        workers = half_way(lane)
+        for pid in workers if what == "worker" else processes(what):
+            os.kill(pid, signal.SIGKILL)
 
-    def kill(executor: Executor) -> None:
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline and not killed:
-            (job,) = ray.get(executor.broker.snapshot.remote()) or ({},)
-            if job.get("step", 0) >= 8:
-                for pid in job["pids"]:
-                    os.kill(pid, signal.SIGKILL)
-                    killed.append(pid)
-            time.sleep(0.01)
-
-    (trial,) = go("lane", run, {"lora": MethodSpace(ranks=(4,), lr=(1e-2,))}, tmp_path / "killed", kill)
-    assert killed, "the worker ended before it could be killed"
-    assert trial.status == "finished"
-    (whole,) = go("lane", run, {"lora": MethodSpace(ranks=(4,), lr=(1e-2,))}, tmp_path / "whole")
-    assert result(trial)["content_hash"] == result(whole)["content_hash"]
-    assert result(trial)["train_curve"] == result(whole)["train_curve"]
-    assert result(trial)["seconds"]["total"] < result(whole)["seconds"]["total"] + 60
+    (trial,) = find(lane, long_run(tiny_folder), ONE, tmp_path, kill)
+    for name in ("content_hash", "train_curve", "val_curve"):
+        assert result(trial)[name] == whole[name]
+    told = ray.get(lane.broker.notices.remote())
+    assert "its process was killed or crashed" in told[-1]
 
 
 STEPS = 4
@@ -136,31 +190,94 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def on_one_worker(
-    local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    lane: Executor, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Trial]:
     run = make_run(tiny_folder, steps=STEPS)
-    trials = go("lane", run, FAMILIES, tmp_path_factory.mktemp("one"), grace=STEPS)
+    trials = find(lane, run, FAMILIES, tmp_path_factory.mktemp("one"), grace=STEPS)
     return {trial.point.run.method.name: trial for trial in trials}
 
 
-# Alone under ZeRO-3: a chain, whose frozen A's are partitioned too, and an engine for each link.
-@pytest.mark.parametrize(("zero", "names"), [(0, tuple(FAMILIES)), (3, ("rac",))])
-def test_two_workers_train_as_one(
-    on_one_worker: dict[str, Trial], tiny_folder: Path, tmp_path: Path, zero: int, names: tuple[str, ...]
-) -> None:
-    kind = "isolated" if zero == 3 else "lane"
-    run = make_run(tiny_folder, steps=STEPS, workers=2, zero=zero)
+@contextmanager
+def of_two(tiny_folder: Path, output: Path) -> Iterator[Executor]:
+    with executing("lane", make_run(tiny_folder, workers=2), output) as executor:
+        yield executor
+
+
+def compare(one: dict[str, Any], two: dict[str, Any], steps: int) -> None:
+    """Compare the losses of one worker with those of two."""
     # Rounding of the forward and backward of each step through 2 layers of 64-term sums.
-    allowed = tolerance(torch.float32, 64, depth=8 * STEPS)
-    for both in go(kind, run, {name: FAMILIES[name] for name in names}, tmp_path, grace=STEPS):
-        name, two = both.point.run.method.name, result(both)
-        one = result(on_one_worker[name])
-        for (step, a), (_, b) in zip(one["train_curve"], two["train_curve"], strict=True):
-            assert abs(a - b) <= allowed * abs(a), f"{name}, step {step}: {a} and {b}"
+    allowed = tolerance(torch.float32, 64, depth=8 * steps)
+    for (step, a), (_, b) in zip(one["train_curve"], two["train_curve"], strict=True):
+        assert abs(a - b) <= allowed * abs(a), f"step {step}: {a} and {b}"
+
+
+def compare_families(on_one_worker: dict[str, Trial], trials: list[Trial]) -> None:
+    for both in trials:
+        one, two = result(on_one_worker[both.point.run.method.name]), result(both)
+        compare(one, two, STEPS)
         first, second = (AdapterArtifact.load(each["folder"]) for each in (one, two))
         assert set(first.modules) == set(second.modules)
         assert first.rank == second.rank == (8 if both.point.run.method.chain else 4)
         assert all(part.any() for f in second.modules.values() for part in f.b.split(4, 1))
+
+
+def test_two_workers_train_as_one_and_are_interrupted_together(
+    on_one_worker: dict[str, Trial], whole: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    families = make_run(tiny_folder, steps=STEPS, workers=2)
+    run = long_run(tiny_folder, workers=2)
+    told: list[str] = []
+    with of_two(tiny_folder, tmp_path) as executor:
+        compare_families(on_one_worker, find(executor, families, FAMILIES, tmp_path, grace=STEPS))
+
+        def interrupt() -> None:
+            half_way(executor)
+            told.extend(executor.interrupt())
+
+        (trial,) = find(executor, run, ONE, tmp_path, interrupt)
+    assert told == [trial.point.key]
+    assert trial.result is None
+    with of_two(tiny_folder, tmp_path) as executor:
+        (trial,) = find(executor, run, ONE, tmp_path)
+    compare(whole, result(trial), LONG)
+    assert len(result(trial)["val_curve"]) == len(whole["val_curve"])
+
+
+def test_two_workers_train_as_one_under_zero_3(
+    on_one_worker: dict[str, Trial], tiny_folder: Path, tmp_path: Path
+) -> None:
+    # A chain, whose frozen A's are partitioned too, and an engine for each link.
+    run = make_run(tiny_folder, steps=STEPS, workers=2, zero=3)
+    with executing("isolated", run, tmp_path) as executor:
+        compare_families(on_one_worker, find(executor, run, {"rac": FAMILIES["rac"]}, tmp_path, grace=STEPS))
+
+
+def test_a_full_disk_ends_two_workers(tiny_folder: Path, tmp_path: Path, disk: Disk) -> None:
+    with of_two(tiny_folder, tmp_path) as executor:
+
+        def fill() -> None:
+            half_way(executor)
+            disk.leave(0)
+
+        with pytest.raises(DiskFullError, match=str(disk.folder)):
+            find(executor, long_run(tiny_folder, workers=2), ONE, disk.folder / "out", fill)
+
+
+def test_without_its_broker_a_search_ends_and_can_go_on(
+    lane: Executor, whole: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    run, others = long_run(tiny_folder), processes("Broker")
+    with executing("lane", run, tmp_path) as executor:
+
+        def kill() -> None:
+            half_way(executor)
+            for pid in {*processes("Broker")} - {*others}:
+                os.kill(pid, signal.SIGKILL)
+
+        with pytest.raises(ray.exceptions.RayError):
+            find(executor, run, ONE, tmp_path, kill)
+    (trial,) = find(lane, run, ONE, tmp_path)
+    assert result(trial)["content_hash"] == whole["content_hash"]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,13 +99,15 @@ def kill_replica() -> None:
     os.kill(replica["pid"], signal.SIGKILL)
 
 
-def kill_director() -> None:
-    """Kill the director, one of the processes below the Ray cluster that this process has started."""
+def kill_actor(name: str) -> None:
+    """Kill the actors of a class, processes below the Ray cluster that this process has started."""
     import psutil
 
     below = psutil.Process().children(recursive=True)
-    (director,) = [one for one in below if one.name().startswith("ray::") and "Director" in one.cmdline()[0]]
-    director.kill()
+    found = [one for one in below if one.name().startswith("ray::") and name in one.cmdline()[0]]
+    assert found
+    for one in found:
+        one.kill()
 
 
 def eventually(check: Callable[[], bool], seconds: float = 90) -> None:
@@ -184,12 +189,42 @@ def test_loaded_again_what_was_damaged_and_what_was_replaced_is_served(server: S
 
 def test_a_director_that_is_killed_serves_the_same(server: Server) -> None:
     change = server.get("/readyz").json()["change"]
-    kill_director()
+    kill_actor("Director")
     # Requests need no director.
     assert server.answer("deleted") == server.first["deleted"]
     eventually(lambda: server.get("/readyz").status_code == 200)
     assert server.get("/readyz").json()["change"] == change
     assert server.answers() == server.first
+
+
+@pytest.mark.parametrize("name", ["ServeController", "ProxyActor", "Ingress"])
+def test_a_process_between_clients_and_replicas_that_is_killed_comes_back(server: Server, name: str) -> None:
+    def answers() -> bool:
+        try:
+            return server.post("deleted").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    kill_actor(name)
+    eventually(answers)
+    assert server.answers() == server.first
+
+
+def test_clients_that_never_read_hold_nobody_up(server: Server) -> None:
+    host, port = httpx.URL(server.url).host, httpx.URL(server.url).port
+    body = json.dumps({"model": "base", "prompt": "hello", "max_tokens": 200, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    with ExitStack() as deaf:
+        for _ in range(40):
+            client = deaf.enter_context(socket.socket())
+            # Small, so that what is sent to it soon waits in the server.
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            client.connect((host, port))
+            client.sendall(request)
+        eventually(lambda: server.post("deleted").status_code == 200, seconds=60)
+        assert server.answers() == server.first
+    eventually(lambda: all(one["engine"]["running"] == 0 for one in replica_stats()))
 
 
 def test_a_base_that_is_damaged_while_it_is_served_is_served_on(server: Server) -> None:

@@ -164,7 +164,7 @@ def test_a_late_failure_leaves_all_else_and_is_mended_by_the_next_run(
         record = sweep.report()
     output, name = sweep.plan.output, sweep.plan.config.name
     with pytest.raises(UnfinishedError, match=told.partition(":")[0]):
-        commands._check_done(sweep.display)
+        commands._check_done(record, sweep.display)
     (line,) = [line for line in sweep.said.getvalue().splitlines() if "run the sweep again" in line]
     assert told.replace("\n", " ") in line
     assert f"Everything else is in {output}" in line
@@ -183,10 +183,10 @@ def test_a_late_failure_leaves_all_else_and_is_mended_by_the_next_run(
 
     lacking = {"register": {"register", "promote"}}.get(what, {what})
     assert {one for one, is_there in there().items() if not is_there} == lacking
-    sweep.report()
+    record = sweep.report()
     assert all(there().values())
     assert "run the sweep again" not in sweep.said.getvalue()
-    commands._check_done(sweep.display)
+    commands._check_done(record, sweep.display)
 
 
 def test_while_mlflow_is_away_all_else_is_written(sweep: Sweep) -> None:

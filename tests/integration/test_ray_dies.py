@@ -1,0 +1,46 @@
+"""A command whose own Ray cluster dies ends within seconds, with an error that says what to do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+COMMAND = """
+import sys
+import psutil
+import ray
+from rayft.flow.cluster import cluster
+from rayft.flow.interrupt import interrupts
+
+interrupts.install()
+with cluster(1, device="cpu"):
+    for process in psutil.Process().children():
+        if process.name() == sys.argv[1]:
+            process.kill()
+    ray.get(ray.remote(lambda: __import__("time").sleep(600)).remote())
+"""
+
+
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_a_process_of_ray_that_dies_ends_the_command(name: str) -> None:
+    # A token, which the environment of other tests turns off, is what people have.
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    environment["RAY_ADDRESS"] = "local"
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, name],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ResourceError: Ray's process ")
+    assert "has ended" in last
+    assert "run the same command again" in last
