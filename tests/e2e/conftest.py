@@ -1,16 +1,19 @@
-"""A sweep of a module's `config`, and what it said."""
+"""A sweep of a module's `config`, and what it said; and one that other modules hinder."""
 
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
-from rayft.flow.config import PipelineConfig
+from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.display import Display
 from rayft.flow.sweep import run_sweep
 from rayft.report.frame import SweepRecord
+from tests.e2e.small import run
 
 
 @pytest.fixture(scope="module")
@@ -21,3 +24,25 @@ def said() -> io.StringIO:
 @pytest.fixture(scope="module")
 def record(local_ray: None, config: PipelineConfig, said: io.StringIO) -> SweepRecord:
     return run_sweep(config, Display(Console(file=said, width=1000)))
+
+
+@pytest.fixture(scope="session")
+def long_config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
+    """A sweep of three trials that write all that trials can, at every second of 12 steps."""
+    folder = tmp_path_factory.mktemp("long")
+    tiny = load_config("tiny", [f"output={folder / 'whole'}"]).model_dump(mode="json")
+    tiny["data"] |= {"train": 24, "val": 4, "test": 4}
+    tiny["optim"] |= {"steps": 12, "warmup": 1}
+    tiny["evaluate"] |= {"every": 2, "checkpoint_seconds": 0, "trail": True}
+    tiny["scale"] |= {"device": "cpu", "dtype": "float32", "threads": 1}
+    tiny["sweep"] |= {"methods": {"lora": {"ranks": [4], "lr": [1e-2, 1e-5, 2e-2]}}, "grace": 4}
+    tiny["squeeze"] = {"ranks": [2]}
+    (folder / "long.yaml").write_text(yaml.safe_dump(tiny))
+    return load_config(folder / "long.yaml")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(local_ray: None, long_config: PipelineConfig) -> Path:
+    """What that sweep leaves if nobody hinders it."""
+    run(long_config)
+    return long_config.folder

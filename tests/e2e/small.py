@@ -1,14 +1,22 @@
-"""Sweeps of the tiny model that are as short as can be."""
+"""Sweeps of the tiny model that are as short as can be, and what they leave."""
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from mlflow import MlflowClient
+from rich.console import Console
 
 from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.display import Display
+from rayft.flow.sweep import run_sweep
+from rayft.report.frame import SweepRecord
+from rayft.sweep.schedule import EVENTS_FILE, EventLog
 
 
 def small_config(
@@ -22,3 +30,37 @@ def small_config(
     tiny["squeeze"] |= dict(squeeze or {})
     (folder / "small.yaml").write_text(yaml.safe_dump(tiny))
     return load_config(str(folder / "small.yaml"))
+
+
+def run(config: PipelineConfig) -> tuple[SweepRecord, str]:
+    said = io.StringIO()
+    return run_sweep(config, Display(Console(file=said, width=1000))), said.getvalue()
+
+
+def events(folder: Path) -> list[tuple[str, int, float, bool]]:
+    log = EventLog(folder / EVENTS_FILE)
+    return [(one.trial, one.step, one.val_loss, one.go_on) for one in log.decisions]
+
+
+def adapters(folder: Path) -> dict[str, tuple[bool, int, str]]:
+    """What each trial left: whether it finished, its last step, the hash of its adapter."""
+    results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trials/*/result.json")}
+    return {
+        key: tuple(values["result"][name] for name in ("finished", "steps", "content_hash"))  # type: ignore[misc]
+        for key, values in results.items()
+    }
+
+
+def histories(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Every metric of every tracked trial, in MLflow's order, but those that clocks decide."""
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    (experiment,) = [one for one in client.search_experiments() if one.name == "rayft"]
+    found = {}
+    for one in client.search_runs([experiment.experiment_id], "tags.`rayft.kind` = 'trial'"):
+        metrics = [name for name in one.data.metrics if name in ("train_loss", "val_loss", "lr", "grad_norm")]
+        assert one.info.run_name not in found, "a trial has two runs"
+        found[one.info.run_name] = {
+            name: [(item.step, item.value) for item in client.get_metric_history(one.info.run_id, name)]
+            for name in metrics
+        }
+    return found

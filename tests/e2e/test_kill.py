@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import os
 import signal
@@ -18,39 +17,19 @@ from typing import Any
 
 import pytest
 import ray
-import yaml
 from mlflow import MlflowClient
-from rich.console import Console
 
 from rayft.errors import ConfigError
-from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.display import Display
+from rayft.flow.config import PipelineConfig
 from rayft.flow.interrupt import SIGNALS, interrupts
-from rayft.flow.sweep import run_sweep
-from rayft.report.frame import SweepRecord
 from rayft.sweep import executor as executors
 from rayft.sweep.broker import Broker, Patience, Verdict
-from rayft.sweep.schedule import EVENTS_FILE, EventLog
+from tests.e2e.small import adapters, events, histories, run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 EVENTS = 14
 """Evaluations of a whole sweep: two trials to the end, the third stopped at its second one."""
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
-    """A sweep of four trials that are evaluated at every second of 12 steps."""
-    folder = tmp_path_factory.mktemp("kill")
-    tiny = load_config("tiny", [f"output={folder / 'whole'}"]).model_dump(mode="json")
-    tiny["data"] |= {"train": 24, "val": 4, "test": 4}
-    tiny["optim"] |= {"steps": 12, "warmup": 1}
-    tiny["evaluate"] |= {"every": 2, "checkpoint_seconds": 0}
-    tiny["scale"] |= {"device": "cpu", "dtype": "float32", "threads": 1}
-    tiny["sweep"] |= {"methods": {"lora": {"ranks": [4], "lr": [1e-2, 1e-5, 2e-2]}}, "grace": 4}
-    tiny["squeeze"] = {"ranks": []}
-    (folder / "kill.yaml").write_text(yaml.safe_dump(tiny))
-    return load_config(folder / "kill.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -66,40 +45,6 @@ def _signals() -> Iterator[None]:
 def elsewhere(config: PipelineConfig, name: str, **sweep: Any) -> PipelineConfig:
     changed = {"output": str(config.folder.parent / name), "sweep": config.sweep.model_copy(update=sweep)}
     return config.model_copy(update=changed)
-
-
-def run(config: PipelineConfig) -> tuple[SweepRecord, str]:
-    said = io.StringIO()
-    return run_sweep(config, Display(Console(file=said, width=1000))), said.getvalue()
-
-
-def events(folder: Path) -> list[tuple[str, int, float, bool]]:
-    log = EventLog(folder / EVENTS_FILE)
-    return [(one.trial, one.step, one.val_loss, one.go_on) for one in log.decisions]
-
-
-def adapters(folder: Path) -> dict[str, tuple[bool, int, str]]:
-    """What each trial left: whether it finished, its last step, the hash of its adapter."""
-    results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trials/*/result.json")}
-    return {
-        key: tuple(values["result"][name] for name in ("finished", "steps", "content_hash"))  # type: ignore[misc]
-        for key, values in results.items()
-    }
-
-
-def histories(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Every metric of every tracked trial, in MLflow's order, but those that clocks decide."""
-    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    (experiment,) = [one for one in client.search_experiments() if one.name == "rayft"]
-    found = {}
-    for one in client.search_runs([experiment.experiment_id], "tags.`rayft.kind` = 'trial'"):
-        metrics = [name for name in one.data.metrics if name in ("train_loss", "val_loss", "lr", "grad_norm")]
-        assert one.info.run_name not in found, "a trial has two runs"
-        found[one.info.run_name] = {
-            name: [(item.step, item.value) for item in client.get_metric_history(one.info.run_id, name)]
-            for name in metrics
-        }
-    return found
 
 
 @contextmanager
@@ -135,16 +80,12 @@ def signalled(folder: Path, after: int, number: signal.Signals) -> Iterator[None
     interrupts.forget()
 
 
-@pytest.fixture(scope="module")
-def whole(local_ray: None, config: PipelineConfig) -> Path:
-    run(config)
-    return config.folder
-
-
-def test_an_interrupted_sweep_ends_as_one_that_was_not(config: PipelineConfig, whole: Path) -> None:
-    again = elsewhere(config, "interrupted")
+def test_an_interrupted_sweep_ends_as_one_that_was_not(
+    long_config: PipelineConfig, uninterrupted: Path
+) -> None:
+    again = elsewhere(long_config, "interrupted")
     folder = again.folder
-    assert len(events(whole)) >= EVENTS - 4
+    assert len(events(uninterrupted)) >= EVENTS - 4
     with signalled(folder, 3, signal.SIGINT):
         run(again)
     assert adapters(folder) == {}, "an interrupted trial is recorded as one that has ended"
@@ -156,23 +97,21 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(config: PipelineConfig, w
     assert {one.data.tags["rayft.status"] for one in runs if "rayft.status" in one.data.tags} == {
         "interrupted"
     }
-    with signalled(folder, 8, signal.SIGTERM):
-        run(again)
     assert not (folder / "report.html").exists()
 
     # With other lanes and restarts, which change no result.
-    run(elsewhere(config, "interrupted", restarts=1))
-    assert events(folder) == events(whole)
-    assert adapters(folder) == adapters(whole)
-    assert histories(folder) == histories(whole)
+    run(elsewhere(long_config, "interrupted", restarts=1))
+    assert events(folder) == events(uninterrupted)
+    assert adapters(folder) == adapters(uninterrupted)
+    assert histories(folder) == histories(uninterrupted)
 
 
 def test_a_killed_sweep_with_two_lanes_decides_by_its_recorded_order(
-    config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, whole: Path
+    long_config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed = elsewhere(config, "killed", lanes=2)
+    killed = elsewhere(long_config, "killed", lanes=2)
     folder = killed.folder
-    command = [sys.executable, "-m", "rayft.cli", "sweep", str(folder.parent / "kill.yaml")]
+    command = [sys.executable, "-m", "rayft.cli", "sweep", str(folder.parent / "long.yaml")]
     process = subprocess.Popen(
         [*command, "--set", f"output={folder}", "--set", "sweep.lanes=2"],
         env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
@@ -209,7 +148,7 @@ def test_a_killed_sweep_with_two_lanes_decides_by_its_recorded_order(
             return verdict
 
     monkeypatch.setattr(executors, "Broker", Ordered)
-    replayed = elsewhere(config, "replayed", lanes=2)
+    replayed = elsewhere(long_config, "replayed", lanes=2)
     run(replayed)
     assert events(replayed.folder) == events(folder)
     assert adapters(replayed.folder) == adapters(folder)

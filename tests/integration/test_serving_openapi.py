@@ -103,7 +103,7 @@ def promise(path: str, verb: str) -> Any:
 
     @schema.include(path=path, method=verb.upper()).parametrize()
     @settings(
-        max_examples=15,
+        max_examples=8,
         derandomize=True,
         database=None,
         deadline=None,
@@ -162,7 +162,7 @@ odd = st.one_of(
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/adapters"])
 @settings(
-    max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
 @given(data=st.data())
 def test_a_request_that_is_spoilt_at_any_place_is_answered_or_refused(
@@ -182,7 +182,7 @@ def test_a_request_that_is_spoilt_at_any_place_is_answered_or_refused(
         TypeAdapter(ErrorAnswer).validate_python(answer.json(), strict=True)
 
 
-@settings(max_examples=40, derandomize=True, database=None, deadline=None)
+@settings(max_examples=20, derandomize=True, database=None, deadline=None)
 @given(
     name=st.text(st.characters(codec=None), min_size=1, max_size=20), verb=st.sampled_from(["GET", "DELETE"])
 )
