@@ -118,7 +118,7 @@ class SweepConfig(Section):
     """Trials at once, each in a lane (or worker group) of `scale.workers` workers."""
 
     restarts: int = Field(default=3, ge=0)
-    """How often a lane that died is started again."""
+    """How often a trial is tried again whose lane died."""
 
     silence_seconds: float = Field(default=120.0, gt=0, json_schema_extra={SINCE: "0.2"})
     """Seconds without a sign of life, or without a batch, after which a lane is reported."""
