@@ -289,7 +289,7 @@ class _Lane:
             values["hashes"] = file_hashes(Path(result.folder))
         self._finish_tracking(tracker, run_id, result)
         write_result(folder, values)
-        spent = result.seconds["train"] + result.seconds["evaluate"]
+        spent = result.seconds["total"] - result.seconds["overhead"]
         # All that the lane spent on the trial beyond its own steps and evaluations; loading the
         # base is the lane's own start, paid once.
         overhead = time.perf_counter() - (loaded if fresh else started) - spent

@@ -58,7 +58,7 @@ class TrainResult:
     bytes: int
     """Size of the weights on disk."""
     seconds: dict[str, float]
-    """Where the time went: train, evaluate, overhead, total."""
+    """Where the time went: train and evaluate, also before the run was resumed; overhead and total since."""
     peak_memory: int
     """Bytes: resident set of the process on a CPU, allocated on the device on a GPU."""
     tokens_per_second: float
@@ -84,6 +84,8 @@ class _Progress:
     """When this process last saved or began; not kept."""
     saved_step: int = 0
     """The step that the last checkpoint is of; not kept."""
+    saved_seconds: float = 0.0
+    """Of training and evaluating, spent by processes before this one; not kept."""
 
     def state(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if not name.startswith("saved_")}
@@ -190,7 +192,7 @@ def _train_stages(
 def _result(
     progress: _Progress, saved: _Saved, trainable: int, finished: bool, seconds: float, peak_memory: int
 ) -> TrainResult:
-    spent = progress.train_seconds + progress.evaluate_seconds
+    spent = progress.train_seconds + progress.evaluate_seconds - progress.saved_seconds
     return TrainResult(
         finished=finished,
         steps=progress.step,
@@ -204,7 +206,7 @@ def _result(
         seconds={
             "train": progress.train_seconds,
             "evaluate": progress.evaluate_seconds,
-            "overhead": max(0.0, seconds - spent),
+            "overhead": seconds - spent,
             "total": seconds,
         },
         peak_memory=peak_memory,
@@ -386,7 +388,8 @@ def _resume(engine: Engine, folder: Path, state: Mapping[str, Any]) -> _Progress
     values = {name: state[name] for name in _Progress().state()}
     for curve in ("val_curve", "train_curve"):
         values[curve] = [(int(step), float(value)) for step, value in values[curve]]
-    return _Progress(**values, saved_step=values["step"])
+    spent = values["train_seconds"] + values["evaluate_seconds"]
+    return _Progress(**values, saved_step=values["step"], saved_seconds=spent)
 
 
 def _save(run: RunConfig, session: Session, injected: Injected, folder: Path, parent: str) -> _Saved:

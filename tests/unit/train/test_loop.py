@@ -89,6 +89,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert resumed.train_curve == whole.train_curve
     assert resumed.val_curve == whole.val_curve
     assert resumed.content_hash == whole.content_hash
+    # What the process before spent is no part of this one's total.
+    for result, before in ((whole, False), (resumed, True)):
+        own = result.seconds["total"] - result.seconds["overhead"]
+        spent = result.seconds["train"] + result.seconds["evaluate"]
+        assert own < spent if before else own == pytest.approx(spent)
 
 
 def test_checkpoints_hold_the_trained_parameters_alone(
