@@ -391,4 +391,5 @@ def _wait(port: int, console: Console) -> None:
         while True:
             time.sleep(1)
     except KeyboardInterrupt:
+        interrupts.accept()
         console.print("stopping", highlight=False)

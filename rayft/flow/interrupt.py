@@ -48,6 +48,10 @@ class Interrupts:
         """Begin anew, for a process that outlives the command that was interrupted."""
         self.received, self.resume, self.installed = None, "", False
 
+    def accept(self) -> None:
+        """Count a signal as the end that the command was waiting for: it has not cut anything off."""
+        self.received = None
+
     def check(self) -> None:
         """Raise again what was received: code that Python calls back from C swallows exceptions.
 

@@ -164,3 +164,18 @@ def test_the_command_exits_as_a_shell_expects(tmp_path: Path) -> None:
         assert done.returncode == status
         assert "Interrupted: what is done is kept. Continue with: " in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_signal_that_a_command_waits_for_is_no_interruption() -> None:
+    script = """
+import os, signal, threading
+from rayft.flow import commands
+from rayft.flow.console import terminal
+
+threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+commands.guarded(lambda: commands._wait(8000, terminal()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "stopping"
+    assert "Interrupted" not in done.stderr
