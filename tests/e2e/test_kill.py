@@ -172,7 +172,7 @@ import os, signal, threading
 from rayft.flow import commands
 from rayft.flow.console import terminal
 
-threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+threading.Timer(3.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 commands.guarded(lambda: commands._wait(8000, terminal()))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
