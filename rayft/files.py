@@ -20,6 +20,7 @@ __all__ = [
     "disk_full",
     "disk_full_error",
     "hash_content",
+    "is_staged_file",
     "locked",
     "room_on",
     "sync_tree",
@@ -33,6 +34,8 @@ _FULL_TEXT = re.compile(
     re.IGNORECASE,
 )
 """How Rust, Arrow, SQLite and Ray say it, whose errors carry no errno."""
+_STAGED = re.compile(r"\..+\.\d+-\d+")
+"""Names that `write_file` gives to a file until it is written."""
 
 
 def write_file(path: Path, content: str | bytes) -> Path:
@@ -63,6 +66,11 @@ def write_file(path: Path, content: str | bytes) -> Path:
             raise
         _sync(path.parent)
     return path
+
+
+def is_staged_file(path: Path) -> bool:
+    """Return whether a path is a file that `write_file` had begun when its process was killed."""
+    return _STAGED.fullmatch(path.name) is not None and path.is_file()
 
 
 def sync_tree(folder: Path) -> None:

@@ -31,7 +31,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 CLUSTERS = {"servers": ("tests/integration/test_serving",), "sweeps": ("tests/e2e/", "tests/integration/")}
-"""Tests that need a Ray cluster, which live in one process with it: what they do → how their names begin."""
+"""Tests that share a Ray cluster, and so a process: what they need it for → how their names begin."""
 
 
 def _scope(name: str) -> str:
@@ -42,7 +42,7 @@ def _scope(name: str) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the tests that need a cluster: they take longest."""
-    order = ["sweeps", "servers"]
+    order = [*reversed(CLUSTERS)]
     items.sort(key=lambda item: order.index(scope) if (scope := _scope(item.nodeid)) in order else len(order))
 
 

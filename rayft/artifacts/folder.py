@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from rayft.artifacts.meta import CONFIG_FILE, META_FILE, WEIGHTS_FILE
 from rayft.errors import ArtifactError, ResourceError
 from rayft.files import room_on, sync_tree
 
-__all__ = ["check_replaceable", "contains", "saved_whole", "settle", "write_whole"]
+__all__ = ["check_replaceable", "contains", "is_staged_folder", "saved_whole", "settle", "write_whole"]
 
 FILES = {CONFIG_FILE, WEIGHTS_FILE, META_FILE}
 """All that an adapter folder of rayft's holds."""
@@ -104,6 +105,15 @@ def write_whole(folder: Path, write: Callable[[Path], None], needed: int = 0) ->
             sync_tree(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def is_staged_folder(path: Path) -> bool:
+    """Return whether a path is a folder that `write_whole` was filling when its process was killed."""
+    return (
+        re.fullmatch(r"\..+-[a-z0-9_]{8}", path.name) is not None
+        and path.is_dir()
+        and {inner.name for inner in path.iterdir()} <= {"new", "old"}
+    )
 
 
 def settle(local: Path, target: Path) -> bool:

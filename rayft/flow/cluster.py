@@ -30,7 +30,7 @@ __all__ = ["check_temporary", "check_tracking", "cluster", "has_gpus", "join", "
 SLOTS = 2
 """CPU slots beside the workers': drivers of trials and of the serving application."""
 RAY_PROCESSES = ("gcs_server", "raylet")
-"""Names of the processes that a cluster on this machine can't lose."""
+"""Names of the processes without which a Ray cluster on this machine does not work."""
 RAY_DIED = (
     "Ray's process {}, without which the cluster on this machine can't go on, has ended (killed, or the "
     "machine ran out of memory); run the same command again: it continues from what is saved"
@@ -181,11 +181,15 @@ def _alive(process: psutil.Process) -> bool:
 
 @contextmanager
 def _watched() -> Iterator[None]:
-    """End this command within seconds if a cluster that it has started dies.
+    """End this command within seconds if the Ray cluster that it has started dies.
 
-    Ray would try for a minute to reach its control store (`gcs_server`), or wait for ever, and then end the
-    process with a message of its own. What the command has done is kept, as whenever it is killed.
+    Without this, Ray tries for a minute to reach its control store (`gcs_server`), and then ends the process
+    with its own message. What the command has saved is kept, as whenever it is killed.
     """
+    if not interrupts.installed:
+        # Not a command but somebody's own process, which is not ours to end.
+        yield
+        return
     needed = [one for one in psutil.Process().children() if _alive(one) and one.name() in RAY_PROCESSES]
     over = threading.Event()
 
@@ -196,8 +200,7 @@ def _watched() -> Iterator[None]:
                 show_error(ResourceError(RAY_DIED.format(dead.pid)))
                 end_at_once(1)
 
-    if interrupts.installed:
-        threading.Thread(target=watch, name="rayft-cluster-watch", daemon=True).start()
+    threading.Thread(target=watch, name="rayft-cluster-watch", daemon=True).start()
     try:
         yield
     finally:

@@ -5,15 +5,15 @@ It is found before anything starts, deleted and made again; what held a result i
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.artifacts import META_FILE, check_replaceable
-from rayft.artifacts.folder import FILES
+from rayft.artifacts.folder import FILES, is_staged_folder
 from rayft.errors import ArtifactError, ReportError
+from rayft.files import is_staged_file
 from rayft.report.frame import SweepRecord
 from rayft.sweep.result import RESULT_FILE, damage, discard
 from rayft.sweep.space import Point
@@ -25,10 +25,6 @@ __all__ = ["check_own", "discard_damaged"]
 RECORD_FILE = "sweep.json"
 OWN_FOLDERS = ("trials", "squeezed", "scores")
 """Folders in which only the sweep writes."""
-STAGED_FOLDER = re.compile(r"\..+-[a-z0-9_]{8}")
-"""Names that `rayft.artifacts.write_whole` gives to a folder which it fills."""
-STAGED_FILE = re.compile(r"\..+\.\d+-\d+")
-"""Names that `rayft.files.write_file` gives to a file which it writes."""
 
 
 def discard_damaged(output: Path, points: Sequence[Point]) -> list[str]:
@@ -67,15 +63,10 @@ def discard_damaged(output: Path, points: Sequence[Point]) -> list[str]:
 
 def _delete_staged(output: Path) -> None:
     """Delete what processes that were killed had begun to write."""
-    places = [output, *(path for name in OWN_FOLDERS for path in (output / name).rglob("*") if path.is_dir())]
-    for path in [path for place in places if place.is_dir() for path in place.iterdir()]:
-        if path.is_file() and STAGED_FILE.fullmatch(path.name):
+    for path in [*output.glob(".*"), *(path for name in OWN_FOLDERS for path in (output / name).rglob(".*"))]:
+        if is_staged_file(path):
             path.unlink()
-        if (
-            STAGED_FOLDER.fullmatch(path.name)
-            and path.is_dir()
-            and {inner.name for inner in path.iterdir()} <= {"new", "old"}
-        ):
+        elif is_staged_folder(path):
             shutil.rmtree(path)
 
 

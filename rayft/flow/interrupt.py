@@ -19,7 +19,7 @@ class Interrupts:
     Attributes:
         received: the first one; None if there was none.
         resume: the command that continues; the same command, where empty.
-        installed: whether signals are handled here, so that this process is a command's.
+        installed: whether signals are handled here, which is so in a process that runs a command.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Interrupts:
         self.received, self.resume, self.installed = None, "", False
 
     def accept(self) -> None:
-        """Count a signal as the end that the command was waiting for: it has not cut anything off."""
+        """Take a signal for the regular end of a command that waits for one: nothing was interrupted."""
         self.received = None
 
     def check(self) -> None:

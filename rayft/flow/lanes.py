@@ -1,4 +1,4 @@
-"""Lanes at work for a command, and how the command ends when they can't go on."""
+"""Using lanes in a command: they are closed afterwards, and what ends them becomes one clear error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import ray.exceptions
 from rayft.errors import ResourceError
 from rayft.flow.display import Display
 from rayft.sweep.executor import Executor
-from rayft.sweep.host import why_ended
+from rayft.sweep.launcher import why_ended
 
 __all__ = ["at_work"]
 

@@ -253,7 +253,7 @@ def _measure(
 ) -> None:
     """Train on and score.
 
-    A squeezed adapter that can't be scored is named and stays where it is; the others are scored.
+    A squeezed adapter that can't be scored is named, and its folder stays; the others are scored.
 
     Raises:
         TrainError: if the source can't be scored, or none of what was made of it.
@@ -280,6 +280,7 @@ def _measure(
     reported = scored if request.targets else [found.chosen] if found.chosen else []
     for name, measured in squeezing.score(executor, [source, *reported], ("test",)).items():
         found.scores[name] = Measured({**found.scores[name].parts, **measured.parts}, measured.error)
+    check_some({source.name: found.scores[source.name]})
     say_unscored(found.scores, display.say)
 
 

@@ -40,7 +40,7 @@ Verdict = Literal["continue", "stop", "interrupt"]
 """What a lane is told at a report. `interrupt`: save a checkpoint, for the next command to continue from."""
 
 FATAL = {"disk": DiskFullError, "lanes": ResourceError}
-"""After what no job can succeed, a full disk or no lane that starts, and the error that ends a sweep then."""
+"""Why no job can succeed any more (the disk is full, no lane can start) → the error that ends the sweep."""
 
 
 @dataclass(frozen=True)

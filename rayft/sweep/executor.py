@@ -15,14 +15,14 @@ import ray
 import ray.exceptions
 
 from rayft.sweep.broker import Broker, Job, Patience
-from rayft.sweep.host import Group, LaneSettings, Launcher
+from rayft.sweep.launcher import Group, LaneSettings, Launcher
 from rayft.train.run import ScaleConfig
 
 __all__ = ["EXECUTORS", "Executor", "IsolatedExecutor", "LaneExecutor"]
 
 
 LAUNCHING = 4
-"""Calls that the launcher takes at once; one never returns."""
+"""Calls that the launcher answers at the same time. One of them, `stay`, never returns."""
 
 
 class Executor(ABC):
@@ -88,7 +88,7 @@ class Executor(ABC):
         for actor in (self.broker, self._launcher):
             ray.kill(actor)
 
-    def _host(self, lane: str, *, once: bool) -> None:
+    def _start_lane(self, lane: str, *, once: bool) -> None:
         settings = LaneSettings(name=lane, broker=self.broker, once=once)
         ray.get(self.broker.expect.remote(lane))
         ray.get(self._launcher.start.remote(settings))
@@ -105,7 +105,7 @@ class LaneExecutor(Executor):
             return
         self._started = True
         for number in range(self.lanes):
-            self._host(f"{self.name}-lane{number}", once=False)
+            self._start_lane(f"{self.name}-lane{number}", once=False)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue the jobs for whichever lane is free; the first jobs start the lanes."""
@@ -128,7 +128,7 @@ class IsolatedExecutor(Executor):
         lane = f"{self.name}-{jobs[0].id}"
         own = [Job(job.id, job.kind, job.payload, lane=lane) for job in jobs]
         ray.get([self.broker.submit.remote(job) for job in own])
-        self._host(lane, once=True)
+        self._start_lane(lane, once=True)
 
 
 EXECUTORS: dict[str, type[Executor]] = {"lane": LaneExecutor, "isolated": IsolatedExecutor}

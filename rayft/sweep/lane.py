@@ -32,7 +32,7 @@ from rayft.identity import UNKNOWN, Identity
 from rayft.methods import method
 from rayft.models.files import cache_folder
 from rayft.sweep.broker import CLOSE, Beat, Job, Verdict
-from rayft.sweep.host import LaneSettings
+from rayft.sweep.launcher import LaneSettings
 from rayft.sweep.result import file_hashes, write_result
 from rayft.sweep.score import folder_files, spread
 from rayft.tracking.base import Former, TrackerSpec

@@ -208,15 +208,18 @@ def _tuner(
 
 
 def _run_tune(sweep: SweepConfig, tuner: Callable[[], tune.Tuner]) -> None:
-    """Run Tune, and again where it ends because Ray's memory monitor has killed a trial's process in it.
+    """Run Tune, and again if it ends because Ray's memory monitor has killed the process of a Tune trial.
 
-    The lanes train on meanwhile; what was decided is decided again.
+    The lanes continue training meanwhile, and the decisions that were recorded are repeated.
+
+    Raises:
+        ray.exceptions.OutOfMemoryError: if that has happened more often than `sweep.restarts` times.
     """
     for attempt in range(sweep.restarts + 1):
         try:
             tuner().fit()
         except RuntimeError as error:
-            # Tune outlives trial processes that die otherwise, and raises this for this reason.
+            # Tune starts a trial's process again if it dies for any other reason.
             cause = error.__cause__
             if not isinstance(cause, ray.exceptions.OutOfMemoryError):
                 raise

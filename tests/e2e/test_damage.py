@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from rayft.flow import stages
 from rayft.flow.config import PipelineConfig
-from rayft.flow.display import Display
-from rayft.flow.sweep import run_sweep
 from rayft.report.frame import SweepRecord
 from rayft.sweep.executor import LaneExecutor
-from tests.e2e.small import small_config
+from tests.e2e.small import run, small_config
 from tests.unit.damages import half
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
@@ -28,11 +24,6 @@ WEIGHTS = "adapter_model.safetensors"
 def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
     lora = {"lora": {"ranks": [4], "lr": [1e-2, 1e-3]}}
     return small_config(tmp_path_factory.mktemp("damage"), lora, {"ranks": [2]})
-
-
-def again(config: PipelineConfig) -> tuple[SweepRecord, str]:
-    said = io.StringIO()
-    return run_sweep(config, Display(Console(file=said, width=1000))), said.getvalue()
 
 
 def found(record: SweepRecord) -> dict[str, Any]:
@@ -63,14 +54,14 @@ def test_damage_is_mended_and_costs_nothing_else(
     with monkeypatch.context() as patch:
         patch.setattr(LaneExecutor, "start", refuse)
         half(folder / "sweep.json")
-        unchanged, said = again(config)
+        unchanged, said = run(config)
         assert found(unchanged) == found(record)
         assert "sweep.json is damaged" in said
 
     half(best / WEIGHTS)
     half(folder / "winner" / WEIGHTS)
     (folder / "squeezed" / "r2" / "rayft.json").write_bytes(b"")
-    mended, said = again(config)
+    mended, said = run(config)
     assert f"{record.winner.trial} is trained again from" in said
     assert f"{best / WEIGHTS} is truncated or damaged" in said
     assert found(mended) == found(record)
@@ -91,7 +82,7 @@ def test_an_adapter_that_is_lost_meanwhile_costs_its_trial_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr(stages, "score_trials", loses)
-        rest, said = again(config)
+        rest, said = run(config)
     assert f"{lost.id}: failed, can't be scored: " in said
     marked = next(one for one in rest.trials if one.id == lost.id)
     assert marked.status == "failed"

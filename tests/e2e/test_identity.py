@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from rich.console import Console
 
 from rayft.errors import ConfigError, TrainError
 from rayft.flow import sweep as flow
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.display import Display
-from rayft.flow.sweep import run_sweep
-from rayft.report.frame import SweepRecord
+from tests.e2e.small import run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -35,11 +31,6 @@ squeeze: {ranks: [1]}
 def write(answer: str) -> None:
     rows = [{"prompt": f"How many in box {box}?", "completion": answer} for box in range(24)]
     Path("answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-
-def sweep(config: PipelineConfig) -> tuple[SweepRecord, str]:
-    said = io.StringIO()
-    return run_sweep(config, Display(Console(file=said, width=1000))), said.getvalue()
 
 
 def test_answers_are_learnt_anew_or_nothing_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,26 +55,26 @@ def test_answers_are_learnt_anew_or_nothing_is_done(tmp_path: Path, monkeypatch:
         with pytest.raises(
             TrainError, match=r"since the command began the data has changed: .*answers\.jsonl"
         ):
-            sweep(config)
+            run(config)
         assert not [*Path("out/trials").glob("*/result.json")]
 
     write("5")
-    first, _ = sweep(config)
+    first, _ = run(config)
     (trial,) = first.trials
     kept = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
     write("77")
     with pytest.raises(ConfigError, match=r"the data has changed: .*answers\.jsonl .*now \w+\. Nothing was"):
-        sweep(config)
+        run(config)
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == kept
 
-    second, _ = sweep(other)
+    second, _ = run(other)
     assert second.trials[0].id == trial.id
     assert second.trials[0].train_loss != trial.train_loss
     assert second.trials[0].run_id != trial.run_id
     client = MlflowClient(server)
     for record in (first, second):
-        run = client.get_run(record.trials[0].run_id)
-        assert run.data.params["data_digest"] == record.data_digest
-        assert len(client.get_metric_history(run.info.run_id, "train_loss")) == 4
+        tracked = client.get_run(record.trials[0].run_id)
+        assert tracked.data.params["data_digest"] == record.data_digest
+        assert len(client.get_metric_history(tracked.info.run_id, "train_loss")) == 4
     assert not Path("out/spool/rejected.log").exists()
     assert not Path("other/spool/rejected.log").exists()

@@ -97,6 +97,8 @@ def test_an_interrupted_sweep_ends_as_one_that_was_not(
     assert {one.data.tags["rayft.status"] for one in runs if "rayft.status" in one.data.tags} == {
         "interrupted"
     }
+    with signalled(folder, 8, signal.SIGTERM):
+        run(again)
     assert not (folder / "report.html").exists()
 
     # With other lanes and restarts, which change no result.

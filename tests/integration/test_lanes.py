@@ -7,11 +7,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import ray.exceptions
@@ -28,6 +27,7 @@ from rayft.sweep.space import MethodSpace, SweepConfig, points
 from rayft.sweep.tuner import Trial, search
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 from tests.disks import Disk
+from tests.integration.actors import pids
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -102,17 +102,6 @@ def half_way(executor: Executor) -> list[int]:
     raise AssertionError("the trial does not start")
 
 
-def processes(name: str) -> list[int]:
-    """Find Ray's actors of a class below the cluster that this process has started."""
-    found = []
-    for one in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            if one.cmdline()[0].startswith(f"ray::{name}"):
-                found.append(one.pid)
-    assert found
-    return found
-
-
 LORA = {"lora": MethodSpace(ranks=(4,), lr=(1e-2, 1e-4))}
 ONE = {"lora": MethodSpace(ranks=(4,), lr=(1e-2,))}
 LONG = 24
@@ -173,10 +162,12 @@ def test_a_lane_that_dies_comes_back_and_its_trial_goes_on(
 
     def kill() -> None:
         workers = half_way(lane)
-        for pid in workers if what == "worker" else processes(what):
+        for pid in workers if what == "worker" else pids(what):
             os.kill(pid, signal.SIGKILL)
 
     (trial,) = find(lane, long_run(tiny_folder), ONE, tmp_path, kill)
+    assert trial.status == "finished"
+    assert result(trial)["seconds"]["total"] < whole["seconds"]["total"] + 60
     for name in ("content_hash", "train_curve", "val_curve"):
         assert result(trial)[name] == whole[name]
     # The checkpoint that was being written may be told of too.
@@ -198,12 +189,6 @@ def on_one_worker(
     run = make_run(tiny_folder, steps=STEPS)
     trials = find(lane, run, FAMILIES, tmp_path_factory.mktemp("one"), grace=STEPS)
     return {trial.point.run.method.name: trial for trial in trials}
-
-
-@contextmanager
-def of_two(tiny_folder: Path, output: Path) -> Iterator[Executor]:
-    with executing("lane", make_run(tiny_folder, workers=2), output) as executor:
-        yield executor
 
 
 def compare(one: dict[str, Any], two: dict[str, Any], steps: int) -> None:
@@ -230,7 +215,7 @@ def test_two_workers_train_as_one_and_are_interrupted_together(
     families = make_run(tiny_folder, steps=STEPS, workers=2)
     run = long_run(tiny_folder, workers=2)
     told: list[str] = []
-    with of_two(tiny_folder, tmp_path) as executor:
+    with executing("lane", make_run(tiny_folder, workers=2), tmp_path) as executor:
         compare_families(on_one_worker, find(executor, families, FAMILIES, tmp_path, grace=STEPS))
 
         def interrupt() -> None:
@@ -240,7 +225,7 @@ def test_two_workers_train_as_one_and_are_interrupted_together(
         (trial,) = find(executor, run, ONE, tmp_path, interrupt)
     assert told == [trial.point.key]
     assert trial.result is None
-    with of_two(tiny_folder, tmp_path) as executor:
+    with executing("lane", make_run(tiny_folder, workers=2), tmp_path) as executor:
         (trial,) = find(executor, run, ONE, tmp_path)
     compare(whole, result(trial), LONG)
     assert len(result(trial)["val_curve"]) == len(whole["val_curve"])
@@ -256,7 +241,7 @@ def test_two_workers_train_as_one_under_zero_3(
 
 
 def test_a_full_disk_ends_two_workers(tiny_folder: Path, tmp_path: Path, disk: Disk) -> None:
-    with of_two(tiny_folder, tmp_path) as executor:
+    with executing("lane", make_run(tiny_folder, workers=2), tmp_path) as executor:
 
         def fill() -> None:
             half_way(executor)
@@ -269,12 +254,12 @@ def test_a_full_disk_ends_two_workers(tiny_folder: Path, tmp_path: Path, disk: D
 def test_without_its_broker_a_search_ends_and_can_go_on(
     lane: Executor, whole: dict[str, Any], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    run, others = long_run(tiny_folder), processes("Broker")
+    run, others = long_run(tiny_folder), pids("Broker")
     with executing("lane", run, tmp_path) as executor:
 
         def kill() -> None:
             half_way(executor)
-            for pid in {*processes("Broker")} - {*others}:
+            for pid in {*pids("Broker")} - {*others}:
                 os.kill(pid, signal.SIGKILL)
 
         with pytest.raises(ray.exceptions.RayError):

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from rayft.artifacts import WEIGHTS_FILE, AdapterArtifact
 from rayft.flow.commands import adapters as adapters_command
+from tests.integration.actors import pids
 from tests.integration.serving import Base, replica_stats, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -100,14 +101,8 @@ def kill_replica() -> None:
 
 
 def kill_actor(name: str) -> None:
-    """Kill the actors of a class, processes below the Ray cluster that this process has started."""
-    import psutil
-
-    below = psutil.Process().children(recursive=True)
-    found = [one for one in below if one.name().startswith("ray::") and name in one.cmdline()[0]]
-    assert found
-    for one in found:
-        one.kill()
+    for pid in pids(name):
+        os.kill(pid, signal.SIGKILL)
 
 
 def eventually(check: Callable[[], bool], seconds: float = 90) -> None:

@@ -143,10 +143,13 @@ def test_another_adapter_than_the_result_names(plan: Plan) -> None:
 
 def test_what_a_killed_process_had_begun_to_write_goes(plan: Plan) -> None:
     begun = [plan.output / ".winner-ab3_9xyz", trial(plan) / ".adapter-a1b2c3d4"]
-    begun.append(plan.output / ".sweep.json.42-77")
-    begun[0].mkdir()
-    (begun[1] / "new").mkdir(parents=True)
-    begun[2].write_text("{")
+    begun.append(plan.output / "squeezed" / ".r2-0123abcd")
+    for folder in begun:
+        (folder / "new").mkdir(parents=True)
+    for file in (plan.output / ".sweep.json.42-77", plan.output / "scores" / ".base.json.42-77"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{")
+        begun.append(file)
     kept = [plan.output / ".notes-20261128", plan.output / ".env"]
     kept[0].mkdir()
     (kept[0] / "mine.md").write_text("mine")

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
-from rayft.errors import DiskFullError, RegistryError, UnfinishedError
+from rayft.errors import DiskFullError, RegistryError, TrainError, UnfinishedError
 from rayft.flow import commands
 from rayft.flow import sweep as module
 from rayft.flow.config import load_config
@@ -187,6 +187,14 @@ def test_a_late_failure_leaves_all_else_and_is_mended_by_the_next_run(
     assert all(there().values())
     assert "run the sweep again" not in sweep.said.getvalue()
     commands._check_done(record, sweep.display)
+
+
+def test_a_sweep_of_which_nothing_came_ends_with_an_error(sweep: Sweep) -> None:
+    record = sweep.report()
+    lost = [trial for trial in record.trials if trial.status == "failed"]
+    assert lost
+    with pytest.raises(TrainError, match="every trial has failed"):
+        commands._check_done(record.model_copy(update={"trials": tuple(lost)}), sweep.display)
 
 
 def test_while_mlflow_is_away_all_else_is_written(sweep: Sweep) -> None:

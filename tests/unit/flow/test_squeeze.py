@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,20 @@ from typer.testing import CliRunner
 
 from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.cli import app
-from rayft.errors import ArtifactError, BaseMismatchError, RayftError, SqueezeError
+from rayft.errors import (
+    ArtifactError,
+    BaseMismatchError,
+    ConfigError,
+    RayftError,
+    SqueezeError,
+    TrainError,
+)
+from rayft.flow import squeeze as module
+from rayft.flow.display import Display
+from rayft.flow.hold import hold
 from rayft.flow.squeeze import Squeezes, squeeze_folder, squeeze_request
+from rayft.flow.squeezing import SqueezedAdapter
+from rayft.flow.stages import Measured
 from rayft.numerics import assert_close
 from rayft.squeeze.rank import retained_energy
 
@@ -345,3 +358,37 @@ def test_where_nothing_is_known_a_squeeze_is_tracked_alone(
     assert "mlflow.parentRunId" not in run.data.tags
     assert len([name for name in run.data.metrics if name.startswith("retention/")]) == 6
     assert run.data.metrics["adapter_bytes"] == folder_bytes(tmp_path / "out" / "r2")
+
+
+def test_a_folder_that_another_command_writes_to_is_refused(adapter: Path, tmp_path: Path) -> None:
+    with hold(tmp_path / "out", "--out"), pytest.raises(ConfigError, match="is writing to"):
+        squeezed(adapter, tmp_path / "out", ranks=[2])
+
+
+def test_what_cant_be_scored_is_named_and_the_rest_is_scored(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, said = squeezed(adapter, tmp_path / "out", ranks=[4, 2]), io.StringIO()
+    request = squeeze_request(adapter, tmp_path / "out", ranks=[4, 2])
+    damaged = {found.made[1].name}
+
+    def score(_executor: None, items: Sequence[SqueezedAdapter], parts: tuple[str, ...]) -> Any:
+        return {
+            item.name: Measured(error="it is damaged")
+            if item.name in damaged
+            else Measured({parts[0]: [1.0]})
+            for item in items
+        }
+
+    def measure() -> None:
+        display = Display(Console(file=said, width=200))
+        module._measure(request, None, found, tmp_path, None, display)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("rayft.flow.squeezing.score", score)
+    measure()
+    assert found.scores[found.made[0].name].mean("test") == 1.0
+    assert f"{found.made[1].name} can't be scored, and is left out: it is damaged" in said.getvalue()
+    for names in ({item.name for item in found.made}, {found.source.name}):
+        damaged = names
+        with pytest.raises(TrainError, match="can't be scored: it is damaged"):
+            measure()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
 from rayft.errors import DiskFullError, ResourceError
 from rayft.sweep.broker import CLOSE, Beat, Broker, Event, Job, Patience
@@ -316,6 +318,17 @@ def test_a_worker_group_of_its_own_that_cant_be_started_costs_its_jobs_alone() -
         )
 
     play(scene())
+
+
+def test_a_broker_ends_with_the_process_that_holds_the_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("rayft.sweep.broker.os._exit", ended.append)
+
+    async def stay() -> None:
+        raise ActorDiedError
+
+    play(Broker().depend_on(SimpleNamespace(stay=SimpleNamespace(remote=stay))))
+    assert ended == [1]
 
 
 def test_a_job_for_one_lane_is_not_given_to_another() -> None:

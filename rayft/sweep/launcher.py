@@ -1,4 +1,4 @@
-"""The process between a sweep and its workers, which starts the lanes.
+"""The launcher: the process between a sweep and its workers, which starts the lanes.
 
 Ray starts it, a controller for each lane, and the workers one after the other, so what they import adds up
 before a lane takes its first job. Hence nothing of torch, DeepSpeed or MLflow is imported here:
@@ -76,9 +76,10 @@ class Launcher:
             lane.join(max(0.0, deadline - time.monotonic()))
 
     def _hold(self, settings: LaneSettings) -> None:
-        while (reason := _run(settings, self._group)) and ray.get(
-            settings.broker.lane_died.remote(settings.name, reason)
-        ):
+        while True:
+            reason = _run(settings, self._group)
+            if not reason or not ray.get(settings.broker.lane_died.remote(settings.name, reason)):
+                return
             _release()
 
 
@@ -110,9 +111,9 @@ def _run(settings: LaneSettings, group: Group) -> str:
 
 
 def _release() -> None:
-    """Give back what controllers that have died still reserve for their workers.
+    """Give back the resources that Ray Train's controllers reserved for their workers before they died.
 
-    Ray Train leaves that to an actor that asks the dashboard, and a cluster of ours has none.
+    Ray Train has an actor for that, which needs Ray's dashboard; a cluster that rayft starts has none.
     """
     from ray._private.state import state
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import pytest
 import ray.exceptions
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from rayft.sweep.host import why_ended
+from rayft.sweep.launcher import why_ended
 from rayft.sweep.space import MethodSpace, SweepConfig
 from rayft.sweep.tuner import _run_tune
 

@@ -1,0 +1,19 @@
+"""The processes of Ray's actors, for tests that kill them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import psutil
+
+
+def pids(name: str) -> list[int]:
+    """Find the actors whose class has a name in its own, below the cluster that this process has started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            title = process.cmdline()[0]
+            if title.startswith("ray::") and name in title:
+                found.append(process.pid)
+    assert found
+    return found

@@ -1,0 +1,48 @@
+"""How a command ends whose lanes can't go on."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from ray.exceptions import ActorDiedError
+from rich.console import Console
+
+from rayft.errors import ResourceError
+from rayft.flow.display import Display
+from rayft.flow.lanes import at_work
+
+
+class Lanes:
+    """What `at_work` asks of an executor."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def interrupt(self) -> list[str]:
+        self.asked.append("interrupt")
+        return ["a trial"]
+
+    def close(self) -> None:
+        self.asked.append("close")
+
+
+def test_a_process_that_has_died_is_one_error_that_says_how_to_continue() -> None:
+    lanes = Lanes()
+    with (
+        pytest.raises(ResourceError, match=r"was killed or crashed; .*Run the same command again"),
+        at_work(lanes, Display(Console(quiet=True))),  # type: ignore[arg-type]
+    ):
+        raise ActorDiedError
+    assert lanes.asked == ["close"]
+
+
+def test_an_interrupt_saves_the_trials_before_the_lanes_are_closed() -> None:
+    lanes, said = Lanes(), io.StringIO()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        at_work(lanes, Display(Console(file=said, width=200))),  # type: ignore[arg-type]
+    ):
+        raise KeyboardInterrupt
+    assert lanes.asked == ["interrupt", "close"]
+    assert "saved: a trial" in said.getvalue()
