@@ -196,6 +196,10 @@ def _watched() -> Iterator[None]:
     def watch() -> None:
         while not over.wait(1.0):
             dead = next((one for one in needed if not _alive(one)), None)
+            if dead is not None and interrupts.received is not None:
+                # The signal was sent to the whole process group, as `timeout` and batch systems do.
+                interrupts.show()
+                end_at_once(interrupts.status)
             if dead is not None:
                 show_error(ResourceError(RAY_DIED.format(dead.pid)))
                 end_at_once(1)

@@ -23,10 +23,10 @@ from rayft.errors import RayftError, RegistryError, ResourceError, TrainError, U
 from rayft.files import disk_full, disk_full_error
 from rayft.flow.adapters import Action, adapters_table, call
 from rayft.flow.config import load_config
-from rayft.flow.console import show_error, terminal
+from rayft.flow.console import show_error
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
-from rayft.flow.hold import command_line, hold
+from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
 from rayft.models.files import cache_folder, hub_cache
 from rayft.paths import check_file, check_folder, checked_text, read_path
@@ -307,14 +307,7 @@ def guarded(command: Callable[[], object]) -> None:
         # Typer turns a KeyboardInterrupt into an exit of its own.
         if interrupts.received is None:
             raise
-        terminal(stderr=True).print(
-            Text.assemble(
-                ("Interrupted", "bold red"),
-                ": what is done is kept. Continue with: ",
-                (interrupts.resume or command_line(), "cyan"),
-            ),
-            soft_wrap=True,
-        )
+        interrupts.show()
         sys.exit(interrupts.status)
     except Exception as error:
         if disk_full(error):

@@ -8,6 +8,11 @@ import threading
 from contextlib import suppress
 from types import FrameType
 
+from rich.text import Text
+
+from rayft.flow.console import terminal
+from rayft.flow.hold import command_line
+
 __all__ = ["Interrupts", "end_at_once", "interrupts"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -51,6 +56,17 @@ class Interrupts:
     def accept(self) -> None:
         """Take a signal for the regular end of a command that waits for one: nothing was interrupted."""
         self.received = None
+
+    def show(self) -> None:
+        """Print that the command was interrupted, and the command that continues."""
+        terminal(stderr=True).print(
+            Text.assemble(
+                ("Interrupted", "bold red"),
+                ": what is done is kept. Continue with: ",
+                (self.resume or command_line(), "cyan"),
+            ),
+            soft_wrap=True,
+        )
 
     def check(self) -> None:
         """Raise again what was received: code that Python calls back from C swallows exceptions.
