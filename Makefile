@@ -1,5 +1,6 @@
 # make demo    the whole path on this machine, from a sweep to answers over HTTP
 # make test    the tests; makes the environment first where there is none
+# make cluster-test    a cluster of four machines over SSH, made of namespaces (needs root; 15 minutes)
 # make check   what must hold before a change goes in: format, lint, types, layers, tests, coverage
 #
 # PYTHON: the interpreter (3.11 or later).   TORCH: what pip installs as torch, for a CUDA build say
@@ -17,10 +18,10 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo test cluster-test check format clean
 
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 install: $(STAMP)
 
@@ -43,6 +44,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# Needs root, openssh-server, openssh-client, rsync, curl and iproute2; makes machines of its own.
+cluster-test: $(STAMP)
+	@$(BIN)/python -m pytest -q -m cluster tests/e2e/cluster
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 
 from rayft.flow import commands
+from rayft.flow.address import default_folder
 from rayft.flow.console import terminal
 
 
 def main() -> None:
     """Parse and call; with no argument it serves the demo's result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="runs/demo/serve.yaml")
+    parser.add_argument("--config", default=str(default_folder("demo") / "serve.yaml"))
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set a leaf")
     arguments = parser.parse_args()
     commands.guarded(lambda: commands.serve(arguments.config, arguments.set, terminal()))

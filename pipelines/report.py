@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 
 from rayft.flow import commands
+from rayft.flow.address import default_folder
 from rayft.flow.console import terminal
 
 
 def main() -> None:
     """Parse and call; with no argument it reports the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sweep", nargs="?", default="runs/demo")
+    parser.add_argument("sweep", nargs="?", default=str(default_folder("demo")))
     parser.add_argument("-o", "--output")
     parser.add_argument("--overwrite", action="store_true", help="replace another sweep's report")
     arguments = parser.parse_args()

@@ -24,6 +24,7 @@ __all__ = [
     "home",
     "read_path",
     "reason",
+    "runs_folder",
 ]
 
 LONGEST_NAME = 255
@@ -122,6 +123,17 @@ def home(setting: str) -> Path:
         raise ResourceError(
             f"this user has no home folder (HOME is not set): set HOME, or {setting}"
         ) from error
+
+
+def runs_folder(*, cluster: bool = False) -> Path:
+    """Return the folder of all sweeps that are given no place of their own.
+
+    Args:
+        cluster: whether the command runs on a cluster, where the working directory of a job is temporary.
+    """
+    if given := os.environ.get("RAYFT_OUTPUT"):
+        return read_path(given, "RAYFT_OUTPUT")
+    return home("RAYFT_OUTPUT") / "rayft-runs" if cluster else Path("runs")
 
 
 def check_folder(folder: Path, setting: str) -> None:

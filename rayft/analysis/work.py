@@ -35,9 +35,8 @@ from rayft.methods.base import LoraFactors
 from rayft.models.difference import open_pair
 from rayft.models.inject import attach, clear, wrap
 from rayft.models.load import ModelConfig
-from rayft.models.peft_folder import PeftFolder
+from rayft.models.peft_folder import PeftFolder, load_adapter
 from rayft.models.targets import linear_shapes, select
-from rayft.sweep.score import received
 from rayft.train.context import Session
 from rayft.train.run import RunConfig
 
@@ -64,8 +63,6 @@ class AnalyzeRequest:
     group: str = ""
     base: str = ""
     """Of a whole tuned model the `ModelConfig` that it started from, as JSON."""
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    """The adapter's files, for lanes on machines that can't see its folder."""
     expected: Identity = UNKNOWN
     """Data and base, as the client has read them."""
 
@@ -74,9 +71,11 @@ class AnalyzeRequest:
         if session.worker.rank > 0:
             return {}
         config = AnalyzeConfig.model_validate_json(self.config)
-        artifact = None if self.adapter is None else received(self.adapter, self.files)
-        trail = Path(self.adapter).parent / TRAIL if self.adapter else None
+        artifact = None if self.adapter is None else load_adapter(session.home.local(self.adapter))
+        trail = session.home.local(Path(self.adapter).parent / TRAIL) if self.adapter else None
         base = ModelConfig.model_validate_json(self.base) if self.base else None
+        if base is not None:
+            base = base.model_copy(update={"name": str(session.home.local(base.name))})
         found = analyze(
             session, run, artifact, config, name=self.name, group=self.group, trail=trail, base=base
         )
@@ -272,7 +271,8 @@ class _Job:
             yield self.update
             return
         model, targets = self.run.model, self.run.method.targets
-        with open_pair(self.base, model.name, targets, model.revision) as pair:
+        tuned = str(self.session.home.local(model.name))
+        with open_pair(self.base, tuned, targets, model.revision) as pair:
             yield Update.of_pair(pair, self.model.device)
 
     def sharpness(self) -> _Found:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import grpc
+import ray
 from ray._common.utils import get_ray_address_file
 from ray._private.authentication.authentication_token_setup import (
     maybe_enable_token_auth_if_token_available,
@@ -17,7 +18,9 @@ from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # type: ignore
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import RayError
 
-__all__ = ["find_address", "unreachable"]
+from rayft.paths import runs_folder
+
+__all__ = ["default_folder", "find_address", "on_cluster", "unreachable"]
 
 SECONDS_TO_ANSWER = 8.0
 """How long a cluster may take to answer before it counts as away."""
@@ -41,6 +44,19 @@ def find_address() -> tuple[str, bool]:
     except (OSError, ValueError):
         current = ""
     return current or named, named == "auto"
+
+
+def on_cluster() -> bool:
+    """Return whether this process would join, or has joined, a cluster that it does not start itself."""
+    if ray.is_initialized():
+        return True
+    address, named = find_address()
+    return bool(address) and (named or not unreachable(address))
+
+
+def default_folder(name: str) -> Path:
+    """Return the folder of a sweep that is given no `output`, as an absolute path."""
+    return (runs_folder(cluster=on_cluster()) / name).absolute()
 
 
 def _send_own_token() -> None:

@@ -23,7 +23,7 @@ from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.identity import current_identity
 from rayft.flow.preflight import STAMP_FILE
 from rayft.flow.squeeze_source import find_origin
-from rayft.flow.stages import files_along, outcome
+from rayft.flow.stages import outcome
 from rayft.identity import UNKNOWN, Identity
 from rayft.report.frame import SweepRecord
 from rayft.sweep.space import points
@@ -93,7 +93,6 @@ class Item:
             adapter=adapter,
             group=self.group,
             base="" if adapter else self.run.model.model_dump_json(),
-            files=files_along(adapter),
             expected=self.identity if adapter else self.identity.of_data(),
         )
 

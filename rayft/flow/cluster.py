@@ -16,17 +16,20 @@ import ray
 from ray._common.utils import get_default_ray_temp_dir
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
-from rayft.errors import ResourceError, TrackingError
+from rayft.errors import ConfigError, ResourceError, TrackingError
 from rayft.files import disk_full, disk_full_error
-from rayft.flow.address import find_address, unreachable
+from rayft.flow.address import default_folder, find_address, unreachable
+from rayft.flow.config import PipelineConfig
 from rayft.flow.console import show_error
 from rayft.flow.interrupt import end_at_once, interrupts
-from rayft.paths import check_folder, home, read_path
+from rayft.paths import check_folder, home, read_path, runs_folder
 from rayft.sweep.score import spread
 from rayft.tracking.base import TrackerSpec
 
-__all__ = ["check_temporary", "check_tracking", "cluster", "has_gpus", "join", "temporary_folders"]
+__all__ = ["check_temporary", "check_tracking", "cluster", "has_gpus", "join", "placed", "temporary_folders"]
 
+JOB_FOLDER = "runtime_resources"
+"""Part of the path of a Ray job's working directory."""
 SLOTS = 2
 """CPU slots beside the workers': drivers of trials and of the serving application."""
 RAY_PROCESSES = ("gcs_server", "raylet")
@@ -83,6 +86,22 @@ def join() -> bool:
     finally:
         interrupts.renew()
     return True
+
+
+def placed(config: PipelineConfig) -> PipelineConfig:
+    """Return a configuration whose `output` is absolute: on a cluster below a folder that stays.
+
+    Raises:
+        ConfigError: if it is relative to the working directory of a Ray job, which is temporary.
+    """
+    if config.output is None:
+        return config.model_copy(update={"output": str(default_folder(config.name))})
+    if not config.folder.is_relative_to(Path.cwd()) or JOB_FOLDER not in Path.cwd().parts:
+        return config.model_copy(update={"output": str(config.folder)})
+    raise ConfigError(
+        f"output: {config.output} lies in the working directory of a Ray job, which Ray deletes: write an "
+        f"absolute path, or leave it out for {runs_folder(cluster=True) / config.name}"
+    )
 
 
 def check_temporary() -> None:
@@ -222,17 +241,19 @@ def cluster(workers: int, *, device: str, gpu_share: float = 1.0) -> Iterator[No
         device: `cpu` or `cuda`, what they need.
         gpu_share: how much of a GPU each of them takes.
 
+    A cluster that is joined may still get the nodes that are missing; the launcher of the lanes says what
+    waits for them.
+
     Raises:
-        ResourceError: if the cluster can't hold the workers.
+        ResourceError: if this machine can't hold the workers.
     """
     if ray.is_initialized():
-        _check_fit(workers, device, gpu_share)
         yield
         return
     try:
         if not join():
             _start(max(len(os.sched_getaffinity(0)), workers + SLOTS))
-        _check_fit(workers, device, gpu_share)
+            _check_fit(workers, device, gpu_share)
         with _watched():
             yield
     finally:
@@ -253,15 +274,13 @@ def check_tracking(spec: TrackerSpec) -> None:
 
 
 def _check_fit(workers: int, device: str, gpu_share: float) -> None:
-    resources = ray.cluster_resources()
     name = "GPU" if device == "cuda" else "CPU"
-    # An autoscaler may still bring what is missing, and then says so itself.
-    elastic = spread() or resources.get("gpu_cluster", 0) or find_address()[1]
+    there = ray.cluster_resources().get(name, 0)
     # Two lanes of 0.6 don't fit on one GPU: shares of a worker are never split.
     per_device = int(1 / gpu_share + 1e-9) if device == "cuda" else 1
     needed = -(-workers // per_device)
-    if resources.get(name, 0) < needed and not elastic:
+    if there < needed:
         raise ResourceError(
-            f"{workers} workers need {needed} {name}s, this machine has {resources.get(name, 0):g}; lower "
+            f"{workers} workers need {needed} {name}s, this machine has {there:g}; lower "
             "scale.workers or sweep.lanes"
         )

@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import ray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +24,7 @@ from rayft.config import load
 from rayft.errors import RayftError, RegistryError, ResourceError, TrainError, UnfinishedError
 from rayft.files import disk_full, disk_full_error
 from rayft.flow.adapters import Action, adapters_table, call
+from rayft.flow.address import on_cluster
 from rayft.flow.config import load_config
 from rayft.flow.console import show_error
 from rayft.flow.display import Display
@@ -69,9 +72,10 @@ def demo(
     Raises:
         ConfigError: if the folder holds another sweep (unless `overwrite`), or what no sweep wrote.
     """
+    from rayft.flow.cluster import placed
     from rayft.flow.demo import clear, run_demo
 
-    settings = load_config("demo", overrides)
+    settings = placed(load_config("demo", overrides))
     output = settings.folder
     clear(settings, overwrite=overwrite)
     wait = (lambda: _wait(settings.serve.port, console)) if stay else None
@@ -98,9 +102,10 @@ def sweep(config: str | Path, overrides: Sequence[str], console: Console) -> Swe
     Raises:
         RayftError: as `run_sweep`; UnfinishedError if there is a report, and something is left to be done.
     """
+    from rayft.flow.cluster import placed
     from rayft.flow.sweep import run_sweep
 
-    settings, display = load_config(config, overrides), Display(console)
+    settings, display = placed(load_config(config, overrides)), Display(console)
     record = run_sweep(settings, display)
     _show(record, console)
     _show_next(record, settings.folder, console)
@@ -361,6 +366,13 @@ def _show_answers(record: SweepRecord, console: Console) -> None:
 
 def _show_next(record: SweepRecord, output: Path, console: Console) -> None:
     console.print(f"report: {output / 'report.html'}", highlight=False, soft_wrap=True)
+    if on_cluster():
+        console.print(
+            f"All results are in {output} on {socket.gethostname()} ({ray.util.get_node_ip_address()}). "
+            f"To copy them to your machine: ray rsync-down cluster.yaml {output}/ {output.name}/",
+            highlight=False,
+            soft_wrap=True,
+        )
     for command in record.commands:
         console.print(Text.assemble(f"{command.what}: ", (command.command, "cyan")), soft_wrap=True)
 

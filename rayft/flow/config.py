@@ -12,7 +12,7 @@ from rayft.analysis.section import AnalyzeConfig
 from rayft.config import Section, load
 from rayft.data.section import DataConfig
 from rayft.models.load import ModelConfig
-from rayft.paths import PathText, read_path
+from rayft.paths import PathText, read_path, runs_folder
 from rayft.registry.promote import Gate
 from rayft.squeeze.section import SqueezeConfig
 from rayft.sweep.space import SweepConfig
@@ -44,8 +44,9 @@ class PipelineConfig(Section):
     question: str = ""
     """What the sweep is to find out; heads the report."""
 
-    output: PathText = "runs/sweep"
-    """Folder for everything; in a cluster, one that all nodes see keeps checkpoints across nodes."""
+    output: PathText | None = None
+    """Folder for everything, on the node where the command runs; where not given, the sweep's name below
+    `runs` in the working directory, below `~/rayft-runs` on a cluster, or below RAYFT_OUTPUT."""
 
     seed: int = Field(default=0, ge=0)
     """Seed of what is drawn from ranges; trials have `sweep.seeds`."""
@@ -73,8 +74,9 @@ class PipelineConfig(Section):
 
     @property
     def folder(self) -> Path:
-        """`output` as an absolute path."""
-        return read_path(self.output, "output").absolute()
+        """Where everything is written, as an absolute path."""
+        place = runs_folder() / self.name if self.output is None else read_path(self.output, "output")
+        return place.absolute()
 
     def run(self, gpus: bool | None = None) -> RunConfig:
         """Give what all trials share: every `auto` decided, every path absolute (workers run elsewhere)."""

@@ -40,7 +40,7 @@ from rayft.methods.base import LayerShape
 from rayft.models.files import cache_folder
 from rayft.models.load import ModelConfig, context_length, load_encoder, load_skeleton
 from rayft.models.targets import check_pattern, linear_shapes, select
-from rayft.paths import check_folder, reason
+from rayft.paths import PathText, check_folder, reason
 from rayft.sweep.schedule import EVENTS_FILE
 from rayft.sweep.space import Point, check_executor, points
 from rayft.tracking.base import TrackerSpec, tracker_spec
@@ -380,7 +380,8 @@ def former_hash(config: PipelineConfig) -> str:
 def _hash(config: PipelineConfig, left_out: Mapping[str, tuple[str, ...]]) -> str:
     fields = PipelineConfig.model_fields
     same: dict[str, Any] = {
-        name: "" if fields[name].annotation is str else fields[name].default for name in ELSEWHERE
+        name: "" if fields[name].annotation in (str, PathText | None) else fields[name].default
+        for name in ELSEWHERE
     }
     for name, settings in left_out.items():
         section = getattr(config, name)

@@ -15,7 +15,7 @@ from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.config import content_hash
 from rayft.errors import ArtifactError, TrainError
 from rayft.flow.scores import ScoreStore
-from rayft.flow.stages import Measured, files_along, score_all
+from rayft.flow.stages import Measured, score_all
 from rayft.identity import UNKNOWN, Identity
 from rayft.methods.base import MethodConfig
 from rayft.squeeze.budget import parse_bytes
@@ -24,7 +24,7 @@ from rayft.squeeze.section import ContinueConfig, SqueezeConfig
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
 from rayft.sweep.lane import TrainRequest, tracking_key
-from rayft.sweep.result import RESULT_FILE, damage, discard, read_result, result_identity, unpack
+from rayft.sweep.result import RESULT_FILE, damage, discard, read_result, result_identity
 from rayft.sweep.score import ScoreRequest
 from rayft.tracking.base import TrackerSpec
 from rayft.train.checkpoint import checkpoint_identity
@@ -211,7 +211,7 @@ def continue_all(
     for new, request in wanted:
         try:
             values = known[request.key] or _wait(executor, request.key)
-            made.append(_continued(new, values, output, cont))
+            made.append(_continued(new, values, cont))
         except (TrainError, ArtifactError) as error:
             if say is None:
                 raise
@@ -308,7 +308,6 @@ def score(
             run=item.source.run.model_dump_json(),
             parts=parts,
             adapter=str(item.folder),
-            files=files_along(str(item.folder)),
             expected=item.source.identity,
         )
     return score_all(executor, requests, store)
@@ -352,11 +351,8 @@ def _marked(artifact: AdapterArtifact, made: str) -> AdapterArtifact:
     return replace(artifact, meta=artifact.meta.model_copy(update={"made": made}))
 
 
-def _continued(
-    item: SqueezedAdapter, values: Mapping[str, Any], output: Path, cont: ContinueConfig
-) -> SqueezedAdapter:
+def _continued(item: SqueezedAdapter, values: Mapping[str, Any], cont: ContinueConfig) -> SqueezedAdapter:
     """Take what a continued training left; its columns are sorted again, so that it has prefixes too."""
-    unpack(values, trial_folder(output, item.key))
     result = values["result"]
     folder = item.folder.with_name(item.label)
     full = sort_columns(result["folder"], folder, made=item.source.maker(item.label, cont))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import ray
 
@@ -18,7 +17,7 @@ from rayft.methods import method
 from rayft.report.frame import Score
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
-from rayft.sweep.score import ScoreRequest, folder_files, spread
+from rayft.sweep.score import ScoreRequest
 from rayft.sweep.tuner import Trial
 from rayft.train.run import RunConfig
 
@@ -26,7 +25,6 @@ __all__ = [
     "Measured",
     "best_first",
     "check_some",
-    "files_along",
     "marked",
     "outcome",
     "say_unscored",
@@ -96,9 +94,7 @@ def _kept(
         try:
             follows[name] = follows_from(request)
         except RayftError as error:
-            # Another machine may have the files.
-            if not request.files:
-                found[name] = Measured(error=str(error))
+            found[name] = Measured(error=str(error))
             continue
         kept = store.find(name, follows[name], request.parts)
         if kept is not None:
@@ -176,7 +172,6 @@ def score_trials(
             run=run.model_dump_json(),
             parts=("val", "test") if trial.status == "finished" else ("test",),
             adapter=adapter,
-            files=files_along(adapter),
             expected=plan.identity if adapter else plan.identity.of_data(),
         )
     found = score_all(executor, requests, store)
@@ -236,8 +231,3 @@ def why_not_served(winner: Trial, trials: Sequence[Trial], *, extracted: bool) -
     else:
         cant = "it can't be squeezed, registered, promoted or served here"
     return f"{winner.point.name} {what}: it is saved in {winner.result['folder']}; {cant}; {instead}"
-
-
-def files_along(adapter: str | None) -> dict[str, bytes]:
-    """Return an adapter's files, to be sent along, where lanes may be on other machines and it is there."""
-    return folder_files(Path(adapter)) if adapter and spread() and Path(adapter).is_dir() else {}

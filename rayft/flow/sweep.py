@@ -26,7 +26,7 @@ from rayft.files import room_on, write_file
 from rayft.flow import squeezing, stages
 from rayft.flow.analyze import analyze_items, known, summarize
 from rayft.flow.analyze_source import Item
-from rayft.flow.cluster import check_tracking, cluster, join, temporary_folders
+from rayft.flow.cluster import check_tracking, cluster, join, placed, temporary_folders
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
@@ -84,6 +84,7 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
     Raises:
         RayftError: if a check fails (before anything is started) or a stage can't be done.
     """
+    config = placed(config)
     with hold(config.folder, "--set output=…"):
         return _run_sweep(config, display)
 

@@ -8,10 +8,10 @@ another step.
     client:  submit → next_event … next_event → (final | failed | interrupted)   or cancel
     lane:    pull → log …, report … → finish | fail | pause → pull
 
-An event stays until its client asks for the one after it, so a client that dies loses none. A lane that
-dies comes back under its name and pulls the job that it had, also one that was cancelled meanwhile. Its
-checkpoint was written before each report, so it continues from there, reports what it has reported before,
-and gets the same answers.
+An event stays until its client asks for the one after it, so a client that dies loses none. The job of a
+lane that dies goes back to the head of the queue, also one that was cancelled meanwhile, and the next lane
+that is free takes it. Its checkpoint was written before each report, so the job continues from there,
+reports what it has reported before, and gets the same answers.
 
 Every worker of a lane tells the broker each second that it lives. If a worker is silent, or computes nothing,
 the broker reports it after some time, and ends it after a longer time; its lane then starts again.
@@ -25,7 +25,7 @@ import pickle
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -243,9 +243,6 @@ class Broker:
         """Give a lane its next job, `CLOSE`, or None after `timeout` seconds without any."""
         if self._watcher is None:
             self._watcher = asyncio.create_task(self._watch())
-        orphan = self._orphan(lane)
-        if orphan is not None:
-            return orphan
         deadline = time.monotonic() + timeout
         while True:
             job = self._take(lane)
@@ -325,24 +322,42 @@ class Broker:
         """Take the reason why a lane's processes ended, and return whether it should be started again.
 
         A job whose lane has died too often fails. A lane that dies too often without a job is not started
-        again; if that is the last one, all that waits ends with an error.
+        again; if that is the last one, all that waits ends with an error. What ended with its node does not
+        count: another node may take it.
         """
-        memory = max((beat.memory for beat in self._beats.pop(lane, {}).values()), default=0)
+        beats = self._beats.pop(lane, {})
+        memory = max((beat.memory for beat in beats.values()), default=0)
+        lost = _lost(reason, beats.values())
+        reason = lost or reason
         used = f" when it used {memory / 2**30:.1f} GiB" if memory else ""
         entry = next((one for one in self._entries.values() if one.lane == lane and not one.done), None)
         if self._closed:
             if entry is not None:
                 self._end(entry, Event("interrupted", entry.last_step))
             return False
+        if entry is None and lost:
+            self._notices.append(f"{lane} ended without a job: {reason}")
+            return True
         if entry is None:
             return await self._died_idle(lane, f"{reason}{used}")
-        entry.deaths.append(f"{reason}{used}")
         self._notices.append(f"{entry.job.id}: {lane} ended{used}: {reason}")
+        if not lost:
+            entry.deaths.append(f"{reason}{used}")
         if len(entry.deaths) >= self._attempts:
             error = f"its lane died {len(entry.deaths)} times, the last time because {entry.deaths[-1]}"
             self._end(entry, Event("failed", values={"error": error}))
+        else:
+            await self._again(entry)
         own = self._pinned(lane)
         return not own or any(not one.done for one in own)
+
+    async def _again(self, entry: _Entry) -> None:
+        """Queue a job whose lane is gone before all others."""
+        entry.lane = None
+        entry.progress["state"] = "queued"
+        async with self._arrived:
+            self._queue.appendleft(entry.job.id)
+            self._arrived.notify_all()
 
     async def _died_idle(self, lane: str, reason: str) -> bool:
         self._lanes[lane] += 1
@@ -453,19 +468,6 @@ class Broker:
             entry.warned = False
             self._notices.append(f"{entry.job.id}: {lane} goes on")
 
-    def _orphan(self, lane: str) -> Job | None:
-        """Find the job that this lane had when it died."""
-        self._beats.pop(lane, None)
-        for entry in self._entries.values():
-            if entry.lane != lane or entry.done:
-                continue
-            if self._closed:
-                self._end(entry, Event("interrupted", entry.last_step))
-            else:
-                self._begin(entry, lane)
-                return entry.job
-        return None
-
     def _begin(self, entry: _Entry, lane: str) -> None:
         self._lanes[lane] = 0
         entry.lane, entry.moved = lane, time.monotonic()
@@ -503,6 +505,21 @@ def _decide(entry: _Entry, verdict: Verdict) -> None:
     if entry.decision is not None and not entry.decision.done():
         entry.decision.set_result(verdict)
     entry.decision = None
+
+
+def _lost(reason: str, beats: Iterable[Beat]) -> str:
+    """Return that a lane's node was lost, and which one, if that is why it ended; else an empty text."""
+    import ray
+
+    from rayft.sweep.launcher import NODE_LOST
+
+    if not ray.is_initialized():
+        return reason if reason == NODE_LOST else ""
+    dead = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]}
+    gone = sorted({dead[beat.node] for beat in beats if beat.node in dead})
+    if gone:
+        return f"{NODE_LOST} ({', '.join(gone)})"
+    return reason if reason == NODE_LOST else ""
 
 
 def _end_process(beat: Beat) -> None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayft.sweep.broker import Broker, Job, Patience
-from rayft.sweep.launcher import Group, LaneSettings, Launcher
+from rayft.sweep.launcher import Group, HomeNode, LaneSettings, Launcher
 from rayft.train.run import ScaleConfig
 
 __all__ = ["EXECUTORS", "Executor", "IsolatedExecutor", "LaneExecutor"]
@@ -48,10 +51,15 @@ class Executor(ABC):
     ) -> None:
         self.scale, self.storage, self.lanes, self.restarts, self.name = scale, storage, lanes, restarts, name
         group = Group(scale.workers, scale.device == "cuda", worker_resources(scale), storage)
-        self.broker: Any = ray.remote(Broker).options(num_cpus=0).remote(restarts + 1, patience)
-        self._launcher: Any = (
-            ray.remote(Launcher).options(num_cpus=0, max_concurrency=LAUNCHING).remote(group)
-        )
+        # On the driver's node, without which the sweep ends anyway: no other node may end it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        pinned: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
+        self.broker: Any = ray.remote(Broker).options(**pinned).remote(restarts + 1, patience)
+        self._launcher: Any = ray.remote(Launcher).options(**pinned, max_concurrency=LAUNCHING).remote(group)
+        Path(storage).mkdir(parents=True, exist_ok=True)
+        self._mark = Path(storage) / f"home-{uuid4().hex}"
+        self._mark.touch()
+        self._home = HomeNode(ray.get_runtime_context().get_node_id(), str(self._mark), self._launcher)
         self.broker.depend_on.remote(self._launcher)  # type: ignore[attr-defined]
 
     @abstractmethod
@@ -87,9 +95,10 @@ class Executor(ABC):
         # The broker first: without the launcher it would end by itself, as if something had gone wrong.
         for actor in (self.broker, self._launcher):
             ray.kill(actor)
+        self._mark.unlink(missing_ok=True)
 
     def _start_lane(self, lane: str, *, once: bool) -> None:
-        settings = LaneSettings(name=lane, broker=self.broker, once=once)
+        settings = LaneSettings(name=lane, broker=self.broker, home=self._home, once=once)
         ray.get(self.broker.expect.remote(lane))
         ray.get(self._launcher.start.remote(settings))
 

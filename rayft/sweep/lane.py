@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import secrets
 import tempfile
 import threading
 import time
@@ -34,12 +35,12 @@ from rayft.models.files import cache_folder
 from rayft.sweep.broker import CLOSE, Beat, Job, Verdict
 from rayft.sweep.launcher import LaneSettings
 from rayft.sweep.result import file_hashes, write_result
-from rayft.sweep.score import folder_files, spread
+from rayft.sweep.transfer import find_home
 from rayft.tracking.base import Former, TrackerSpec
 from rayft.tracking.connection import HASH_PARAM
 from rayft.tracking.mlflow import MlflowTracker
-from rayft.train import checkpoint
 from rayft.train.context import Session, Worker, trial_folder
+from rayft.train.home import Home
 from rayft.train.loop import TrainResult, current_worker, fit
 from rayft.train.run import RunConfig
 
@@ -91,8 +92,10 @@ class Work(Protocol):
 class _Heart:
     """A thread that tells the broker that this worker lives, and hears whether its trial is interrupted."""
 
-    def __init__(self, settings: LaneSettings, rank: int, session: Callable[[], Session | None]) -> None:
-        self._settings, self._rank, self._session = settings, rank, session
+    def __init__(
+        self, settings: LaneSettings, rank: int, home: Home, session: Callable[[], Session | None]
+    ) -> None:
+        self._settings, self._rank, self._home, self._session = settings, rank, home, session
         self._process = psutil.Process()
         self._node = ray.get_runtime_context().get_node_id()
         self.interrupted = False
@@ -102,6 +105,7 @@ class _Heart:
         broker, lane = self._settings.broker, self._settings.name
         while True:
             session = self._session()
+            self._home.alive()
             beat = Beat(
                 rank=self._rank,
                 ticks=session.ticks if session else 0,
@@ -167,14 +171,17 @@ def work(settings: LaneSettings) -> None:
     """Pull jobs until the broker closes; every worker of the group runs this."""
     _quiet_libraries()
     lane = _Lane(settings)
-    while True:
-        job = lane.next_job()
-        if job == CLOSE:
-            return
-        if isinstance(job, Job):
-            lane.run(job)
-        elif settings.once:
-            return
+    try:
+        while True:
+            job = lane.next_job()
+            if job == CLOSE:
+                return
+            if isinstance(job, Job):
+                lane.run(job)
+            elif settings.once:
+                return
+    finally:
+        lane.close()
 
 
 class _Lane:
@@ -190,8 +197,11 @@ class _Lane:
             torch.cuda.set_device(device)
         self._worker = Worker.current(str(device))
         self._session: Session | None = None
-        self._heart = _Heart(settings, self._worker.rank, lambda: self._session)
+        start = self._worker.agreed(f"{settings.name}-{secrets.token_hex(4)}")
+        self._home = find_home(settings.home, start)
+        self._heart = _Heart(settings, self._worker.rank, self._home, lambda: self._session)
         self._opened = ""
+        self._jobs = self._sessions = 0
         self._trackers: dict[TrackerSpec, MlflowTracker] = {}
 
     def next_job(self) -> Job | str | None:
@@ -201,8 +211,22 @@ class _Lane:
             job = ray.get(self._broker.pull.remote(self._name, self._wait))
         return self._worker.agreed(job)  # type: ignore[no-any-return]
 
+    def close(self) -> None:
+        """Delete what this lane has copied and written beside the home's disk."""
+        for tracker in self._trackers.values() if not self._home.seen else ():
+            # It reads the adapters that it sends.
+            tracker.close()
+        self._home.close()
+
     def run(self, job: Job) -> None:
         """Do a job; what a user can mend ends the job, not the lane."""
+        self._jobs += 1
+        scope = f"job{self._jobs}"
+        with self._home.within(scope):
+            self._run(job)
+        self._home.drop(scope)
+
+    def _run(self, job: Job) -> None:
         started = time.perf_counter()
         try:
             step, values = self._train(job, started) if job.kind == "train" else (0, self._work(job))
@@ -238,7 +262,11 @@ class _Lane:
             self._forget()
             if self._worker.rank == 0:
                 logger.info("loading %s", run.model.name)
-            self._session = Session.open(run, current_worker(run), identify_base=bool(expected.base))
+            self._sessions += 1
+            with self._home.within(f"session{self._sessions}"):
+                self._session = Session.open(
+                    run, current_worker(run), self._home, identify_base=bool(expected.base)
+                )
             self._opened = key
             # Each trial ends with a search for cycles, which need not go through all modules and the base.
             gc.collect()
@@ -257,6 +285,7 @@ class _Lane:
             self._session = None
             gc.unfreeze()
             gc.collect()
+            self._home.drop(f"session{self._sessions}")
 
     def _train(self, job: Job, started: float) -> tuple[int, dict[str, Any]]:
         request = job.request
@@ -264,7 +293,11 @@ class _Lane:
         fresh = self._session is None
         session = self.session(run, request.expected)
         loaded = time.perf_counter()
-        folder = trial_folder(request.output, request.key)
+        home_folder = trial_folder(request.output, request.key)
+        folder = self._home.place(home_folder)
+        with self._worker.together():
+            if self._worker.rank == 0 and not method(run.method.name).saves_model:
+                self._home.check(home_folder / "adapter")
         tracker, run_id = self._track(request, run)
         reporter = _LaneReporter(self._broker, job.id, run.optim.steps, tracker, run_id, self._heart)
         try:
@@ -288,18 +321,19 @@ class _Lane:
         if method(run.method.name).saves_model:
             values["hashes"] = file_hashes(Path(result.folder))
         self._finish_tracking(tracker, run_id, result)
-        write_result(folder, values)
+        # Where it is tracked, it may be sent to the tracking server later.
+        self._home.send(Path(result.folder), keep=tracker is not None and bool(result.content_hash))
+        values["result"]["folder"] = str(home_folder / Path(result.folder).name)
+        write_result(folder, values, self._home)
         spent = result.seconds["total"] - result.seconds["overhead"]
         # All that the lane spent on the trial beyond its own steps and evaluations; loading the
         # base is the lane's own start, paid once.
         overhead = time.perf_counter() - (loaded if fresh else started) - spent
         values["result"]["seconds"] |= {"overhead": overhead, "waiting": reporter.waited}
-        write_result(folder, values)
+        write_result(folder, values, self._home)
         # From which it is trained again if its adapter should be damaged.
-        checkpoint.prune(folder / "checkpoint", 1)
-        # On one machine the driver reads the folder itself.
-        files = folder_files(Path(result.folder)) if spread() else {}
-        return result.steps, values | {"files": files}
+        self._home.prune(folder / "checkpoint", 1)
+        return result.steps, values
 
     def _work(self, job: Job) -> dict[str, Any]:
         work: Work = job.request

@@ -20,12 +20,12 @@ from pydantic import BaseModel
 from rayft.artifacts.folder import FILES
 from rayft.artifacts.meta import META_FILE, ArtifactMeta
 from rayft.errors import ArtifactError
-from rayft.files import write_file
 from rayft.identity import Identity
 from rayft.models.files import hash_file
 from rayft.models.peft_folder import load_adapter
 from rayft.train.checkpoint import checkpoint_identity
 from rayft.train.context import trial_folder
+from rayft.train.home import Home
 
 __all__ = [
     "RESULT_FILE",
@@ -35,7 +35,6 @@ __all__ = [
     "left_identity",
     "read_result",
     "result_identity",
-    "unpack",
     "write_result",
 ]
 
@@ -58,9 +57,15 @@ def read_result(output: str | Path, key: str) -> dict[str, Any] | None:
     return _read(trial_folder(output, key))[0]
 
 
-def write_result(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write the result of a trial that has ended, whole or not at all."""
-    write_file(folder / RESULT_FILE, json.dumps(values, indent=2))
+def write_result(folder: Path, values: Mapping[str, Any], home: Home | None = None) -> None:
+    """Write the result of a trial that has ended, whole or not at all.
+
+    Args:
+        folder: the trial's, as this node sees it.
+        values: what is kept.
+        home: where the trial's folder is; on this node's disk where not given.
+    """
+    (home or Home()).write(folder / RESULT_FILE, json.dumps(values, indent=2))
 
 
 def damage(folder: Path) -> str:
@@ -113,19 +118,6 @@ def left_identity(folder: Path) -> Identity | None:
     if values is not None:
         return result_identity(folder, values)
     return checkpoint_identity(folder / "checkpoint")
-
-
-def unpack(values: Mapping[str, Any], folder: Path) -> None:
-    """Write a result that came from another machine where it would have been written here."""
-    if _read(folder)[0] is not None:
-        return
-    target = folder / Path(values["result"]["folder"]).name
-    target.mkdir(parents=True, exist_ok=True)
-    for name, content in values.get("files", {}).items():
-        write_file(target / name, content)
-    kept = {name: value for name, value in values.items() if name != "files"}
-    kept["result"] = {**kept["result"], "folder": str(target)}
-    write_result(folder, kept)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any] | None, str]:

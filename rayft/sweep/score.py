@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
 import torch.distributed as dist
 
-from rayft.artifacts import AdapterArtifact
 from rayft.data.source import Example
 from rayft.evaluate.tasks import score
 from rayft.identity import UNKNOWN, Identity
 from rayft.models.inject import attach, clear
-from rayft.models.peft_folder import PeftFolder, load_adapter
+from rayft.models.peft_folder import load_adapter
 from rayft.train.context import Session
 from rayft.train.run import RunConfig
 
-__all__ = ["ScoreRequest", "folder_files", "received", "run_score", "spread"]
-
-SMALL = 256 * 2**20
-"""Bytes up to which an adapter travels between machines."""
+__all__ = ["ScoreRequest", "run_score", "spread"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +30,6 @@ class ScoreRequest:
     adapter: str | None = None
     """Adapter folder; the base alone where not given."""
     style: Literal["as_is", "answer_only", "few_shot"] = "as_is"
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    """The adapter's files, for lanes on machines that can't see its folder."""
     expected: Identity = UNKNOWN
     """Data and base, as the client has read them."""
 
@@ -52,7 +44,7 @@ def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[s
     if request.adapter is None:
         clear(model)
     else:
-        attach(model, received(request.adapter, request.files))
+        attach(model, load_adapter(session.home.local(request.adapter)))
     model.eval()
     found: dict[str, list[float]] = {}
     try:
@@ -69,24 +61,6 @@ def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[s
 def spread() -> bool:
     """Whether the joined cluster has several nodes, which see each other's files only by agreement."""
     return len([node for node in ray.nodes() if node["Alive"]]) > 1
-
-
-def folder_files(folder: Path) -> dict[str, bytes]:
-    """Read a folder's files, to send an adapter to another machine; none if they are above 256 MiB."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    if sum(path.stat().st_size for path in files) > SMALL:
-        return {}
-    return {path.name: path.read_bytes() for path in files}
-
-
-def received(folder: str, files: Mapping[str, bytes]) -> AdapterArtifact | PeftFolder:
-    """Load an adapter from its folder, or from its files where another machine has the folder."""
-    if not files or Path(folder).is_dir():
-        return load_adapter(folder)
-    with tempfile.TemporaryDirectory() as copy:
-        for name, content in files.items():
-            (Path(copy) / name).write_bytes(content)
-        return load_adapter(copy)
 
 
 def _score(

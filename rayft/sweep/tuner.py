@@ -28,7 +28,7 @@ from rayft.sweep.asha import RecordedASHA
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
 from rayft.sweep.lane import TrainRequest
-from rayft.sweep.result import read_result, result_identity, unpack
+from rayft.sweep.result import read_result, result_identity
 from rayft.sweep.schedule import EVENTS_FILE, EventLog, rungs
 from rayft.sweep.space import Point, SweepConfig
 from rayft.tracking.base import TrackerSpec
@@ -186,7 +186,11 @@ def _tuner(
     check: Callable[[], None],
 ) -> tune.Tuner:
     _quiet_tune()
-    trainable = tune.with_resources(tune.with_parameters(TrialActor, executor=executor), {"cpu": 0.01})
+    # No CPU, which the lanes may have taken all; and no other node than this one, which could be lost.
+    here = f"node:{ray.util.get_node_ip_address()}"
+    trainable = tune.with_resources(
+        tune.with_parameters(TrialActor, executor=executor), {"cpu": 0, here: 1e-3}
+    )
     return tune.Tuner(
         trainable,
         param_space={"request": tune.grid_search(requests)},
@@ -242,7 +246,6 @@ def _collect(point: Point, request: TrainRequest, executor: Executor, output: Pa
                 event.raise_fatal()
             error = str(event.values.get("error", "interrupted")) if event else "it was never started"
             return Trial(point, error=error)
-        unpack(event.values, trial_folder(output, point.key))
         values = read_result(str(output), point.key)
         assert values is not None
     return Trial(point, result=values["result"], run_id=values["run_id"])

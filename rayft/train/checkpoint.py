@@ -21,15 +21,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from rayft.errors import DiskFullError, TrainError
 from rayft.files import hash_content, room_on, sync_tree, write_file
 from rayft.identity import Identity
 from rayft.train.context import Worker
 from rayft.train.deepspeed import Engine, check_written, checkpoint_bytes
+from rayft.train.home import Home
 
-__all__ = ["checkpoint_identity", "last_curve", "last_state", "last_step", "prune", "restore", "save"]
+__all__ = [
+    "checkpoint_identity",
+    "commit",
+    "last_curve",
+    "last_state",
+    "last_step",
+    "prune",
+    "restore",
+    "save",
+]
 
 STATE_FILE = "state.json"
 KEPT = 2
@@ -38,14 +46,17 @@ THREADS = 8
 """Files that are hashed at once."""
 
 
-def save(folder: Path, engine: Engine, identity: Identity, worker: Worker, state: Mapping[str, Any]) -> None:
+def save(
+    folder: Path, engine: Engine, identity: Identity, worker: Worker, home: Home, state: Mapping[str, Any]
+) -> None:
     """Write a checkpoint (all workers call it), then drop those before the last two.
 
     Args:
-        folder: the run's checkpoint folder.
+        folder: where this node writes the run's checkpoints.
         engine: the engine to save.
         identity: what the run follows from.
         worker: this process.
+        home: where the checkpoint is kept.
         state: JSON-able; must hold `step`.
 
     Raises:
@@ -53,26 +64,35 @@ def save(folder: Path, engine: Engine, identity: Identity, worker: Worker, state
     """
     tag = f"step-{state['step']:06d}"
     place = folder / tag
-    if worker.rank == 0:
-        # What an earlier attempt at this step left.
-        shutil.rmtree(place, ignore_errors=True)
-    if worker.world > 1:
-        dist.barrier()
+    with worker.together():
+        if worker.rank == 0:
+            # What an earlier attempt at this step left.
+            home.remove(place)
     try:
         with worker.together():
             _write(folder, tag, engine)
+        with worker.together():
+            home.send(place)
         with worker.together(), room_on(folder):
             if worker.rank == 0:
-                sync_tree(place)
                 kept = identity.brief.model_dump(mode="json", exclude_defaults=True)
-                content = {**state, "tag": tag, "identity": kept, "files": _hashes(place)}
-                write_file(place / STATE_FILE, json.dumps(content))
+                home.commit(place, {**state, "tag": tag, "identity": kept})
     except DiskFullError:
         # Without a state it is no checkpoint, and would only take the space that others need.
-        shutil.rmtree(place, ignore_errors=True)
+        home.remove(place)
         raise
-    if worker.rank == 0:
-        prune(folder, KEPT)
+
+
+def commit(place: Path, state: Mapping[str, Any]) -> None:
+    """Make a folder with all workers' files a checkpoint, then drop those before the last two.
+
+    Args:
+        place: the checkpoint's folder.
+        state: what is kept beside the files; must hold `step`, `tag` and `identity`.
+    """
+    sync_tree(place)
+    write_file(place / STATE_FILE, json.dumps({**state, "files": _hashes(place)}))
+    prune(place.parent, KEPT)
 
 
 def _write(folder: Path, tag: str, engine: Engine) -> None:

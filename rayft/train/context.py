@@ -22,6 +22,7 @@ from rayft.errors import ConfigError, RayftError
 from rayft.identity import UNKNOWN, Identity
 from rayft.models.inject import wrap
 from rayft.models.load import LoadedModel, load_model
+from rayft.train.home import Home
 from rayft.train.identity import identify
 from rayft.train.run import RunConfig
 
@@ -161,19 +162,26 @@ class Session:
     schedules: dict[tuple[int, int], Schedule] = field(default_factory=dict)
     ticks: int = 0
     """Batches that were trained or evaluated on, so that others can see that this process works."""
+    home: Home = field(default_factory=Home)
+    """Where the files of the command are."""
 
     @classmethod
-    def open(cls, run: RunConfig, worker: Worker, *, identify_base: bool = True) -> Session:
+    def open(
+        cls, run: RunConfig, worker: Worker, home: Home | None = None, *, identify_base: bool = True
+    ) -> Session:
         """Read and encode the data, load the base and wrap its linear layers.
 
         Args:
             run: names base and data.
             worker: this process.
+            home: where the files of the command are; on this node's disk where not given.
             identify_base: whether the base's files are hashed for `identity`.
 
         Raises:
             DataError, ModelError: as `read`, `encode_all` and `load_model`.
         """
+        home = home or Home()
+        run = _located(run, home)
         parts = read(run.data)
         check_task(run, parts)
         # Before it is loaded: files that are edited meanwhile are noticed by whoever compares next.
@@ -185,7 +193,7 @@ class Session:
             for name, part in (("train", parts.train), ("val", parts.val[: run.evaluate.val_examples]))
         )
         identity = identity.model_copy(update={"fingerprint": loaded.fingerprint})
-        return cls(loaded, parts, train, val, worker, identity)
+        return cls(loaded, parts, train, val, worker, identity, home=home)
 
     def schedule(self, run: RunConfig) -> Schedule:
         """Give the order of packed rows for a run's seed (kept, since trials share it)."""
@@ -204,6 +212,20 @@ class Session:
     def pad_id(self) -> int:
         """The token that fills rows up (0 where rows are images)."""
         return int(getattr(self.loaded.tokenizer, "pad_token_id", None) or 0)
+
+
+def _located(run: RunConfig, home: Home) -> RunConfig:
+    """Return a run whose base and data are where this node has them."""
+    model, data = run.model, run.data
+    model = model.model_copy(update={"name": str(home.local(model.name))})
+    if data.source not in ("reasoning_gym", "hub"):
+        name = str(home.local(data.name)) if data.name else ""
+        files = data.files
+        if files is not None:
+            there = {part: str(home.local(path)) for part, path in files if path is not None}
+            files = files.model_copy(update=there)
+        data = data.model_copy(update={"name": name, "files": files})
+    return run.model_copy(update={"model": model, "data": data})
 
 
 def check_task(run: RunConfig, parts: Parts) -> None:

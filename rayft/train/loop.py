@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rayft.artifacts import AdapterArtifact, ArtifactMeta, check_replaceable, folder_bytes
+from rayft.artifacts import AdapterArtifact, ArtifactMeta, folder_bytes
 from rayft.data.pack import AnyBatch, AnyEncoded, Row, collate_rows, rows_of
 from rayft.errors import InterruptedRunError, TrainError
 from rayft.evaluate.loss import mean_loss
@@ -116,7 +116,8 @@ def fit(
         session: base and data in memory; its adapters are replaced.
         reporter: told of each step, asked at each evaluation whether to go on. A run that is resumed at an
             evaluation asks again: whoever decided then may not have been heard.
-        folder: the run's own; a checkpoint in it is resumed.
+        folder: where this node writes what belongs into the run's folder (`Home.place`); a checkpoint that
+            the home has of it is resumed.
         evaluate_at: steps after which the search wants a validation loss; the last is always one.
 
     Raises:
@@ -129,8 +130,9 @@ def fit(
     """
     started = time.perf_counter()
     worker, model = session.worker, session.loaded.model
-    if not method(run.method.name).saves_model:
-        check_replaceable(folder / "adapter")
+    with worker.together():
+        # What an earlier lane has left at home, on whichever node that was.
+        session.home.bring(folder / "checkpoint")
     parts, start = stages(run, session), read_start(run, session)
     memory = PeakMemory(worker.device)
     injected = inject(model, run.method, run.seed, start.modules)
@@ -354,6 +356,8 @@ def _evaluate(
     # Before the checkpoint, from which a run that fails here continues behind this step.
     if run.evaluate.trail and not method(run.method.name).saves_model:
         _save_adapter(run, session, folder / "trail" / f"step-{progress.step:06d}", progress.start)
+        with worker.together():
+            session.home.send(folder / "trail" / f"step-{progress.step:06d}")
     # Before the report: while the search decides, the run is safe.
     if progress.step < run.optim.steps and _due(run, progress, worker):
         _keep(run, session, engine, folder, progress)
@@ -368,7 +372,7 @@ def _keep(run: RunConfig, session: Session, engine: Engine, folder: Path, progre
     if progress.saved_step == progress.step:
         return
     identity = _identity(run, session, progress.start)
-    checkpoint.save(folder / "checkpoint", engine, identity, session.worker, progress.state())
+    checkpoint.save(folder / "checkpoint", engine, identity, session.worker, session.home, progress.state())
     progress.saved_at, progress.saved_step = time.monotonic(), progress.step
 
 

@@ -43,7 +43,7 @@ def read_start(run: RunConfig, session: Session) -> Start:
     """
     if run.start is None:
         return Start()
-    artifact, model = AdapterArtifact.load(run.start), session.loaded.model
+    artifact, model = AdapterArtifact.load(session.home.local(run.start)), session.loaded.model
     check_fits(model, artifact, session.loaded.fingerprint)
     shapes, kind = base_shapes(model), method(run.method.name)
     for name, factors in artifact.modules.items():

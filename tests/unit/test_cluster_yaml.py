@@ -1,4 +1,4 @@
-"""cluster.yaml passes Ray's own validation, and what its comments promise is in it."""
+"""cluster.yaml and its variants pass Ray's own validation, and what their comments promise is in them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 ROOT = Path(__file__).parents[2]
 CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+VARIANTS = {
+    name: yaml.safe_load((ROOT / "clusters" / f"{name}.yaml").read_text()) for name in ("on-premises", "gcp")
+}
+"""The same for other machines."""
 
 
 def validate(config: dict[str, Any]) -> None:
@@ -28,8 +32,9 @@ def broken(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
     return config
 
 
-def test_ray_accepts_it() -> None:
-    validate(CONFIG)
+@pytest.mark.parametrize("config", [CONFIG, *VARIANTS.values()], ids=["aws", *VARIANTS])
+def test_ray_accepts_it(config: dict[str, Any]) -> None:
+    validate(config)
 
 
 @pytest.mark.parametrize(
@@ -102,4 +107,52 @@ def test_serve_deploy_finds_its_application() -> None:
     assert (ROOT / Path(*module.split("."))).with_suffix(".py").is_file()
     mount = next(remote for remote, local in CONFIG["file_mounts"].items() if local == ".")
     for commands in (CONFIG["head_start_ray_commands"], CONFIG["worker_start_ray_commands"]):
-        assert f"PYTHONPATH={mount};" in commands[-1]
+        start = next(command for command in commands if "ray start" in command)
+        assert re.search(rf"PYTHONPATH={mount}[ ;]", start)
+
+
+@pytest.mark.parametrize("config", [CONFIG, *VARIANTS.values()], ids=["aws", *VARIANTS])
+def test_no_mounted_folder_shadows_the_package(config: dict[str, Any]) -> None:
+    """A folder of the package's name beside a script is imported in its place."""
+    assert all(Path(remote).name != "rayft" for remote in config["file_mounts"])
+
+
+def essence(config: dict[str, Any]) -> str:
+    """Return the commands of a cluster without what differs by place."""
+    keys = ("setup_commands", "head_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+    text = "\n".join(command for key in keys for command in config[key])
+    for old, new in (
+        ("/home/ray/", "$HOME/"), ("~/rayft-env/bin/", ""), ("~/", "$HOME/"), ('"ray[default]" ', ""),
+        ("RAY_enable_autoscaler_v2=0 ", ""), ("--num-cpus=0 ", ""), ('"', ""),
+    ):  # fmt: skip
+        text = text.replace(old, new)
+    left_out = ("rayft-env", "boto3", "google-api")
+    return "\n".join(line for line in text.splitlines() if not any(word in line for word in left_out))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_does_what_cluster_yaml_does(name: str) -> None:
+    """What is tried on machines of one's own (`make cluster-test`) holds for the others."""
+    assert essence(VARIANTS[name]) == essence(CONFIG)
+    for key in ("rsync_exclude", "rsync_filter"):
+        assert VARIANTS[name][key] == CONFIG[key]
+
+
+def test_the_tracking_server_listens_on_one_address() -> None:
+    start = next(command for command in CONFIG["head_start_ray_commands"] if "mlflow server" in command)
+    assert "--host $ADDRESS" in start
+    assert "0.0.0.0" not in start  # noqa: S104
+    assert "pgrep" not in start, "it would find the shell that runs it"
+
+
+@pytest.mark.parametrize("config", [CONFIG, VARIANTS["gcp"]], ids=["aws", "gcp"])
+def test_workers_say_when_torch_finds_no_gpu(config: dict[str, Any]) -> None:
+    (command,) = config["worker_setup_commands"]
+    assert command.startswith("python -c '")
+    compile(command.removeprefix("python -c '").removesuffix("'"), "set-up", "exec")
+
+
+def test_every_aws_node_has_an_image_of_its_own() -> None:
+    images = {kind["node_config"]["ImageId"] for kind in CONFIG["available_node_types"].values()}
+    assert len(images) == 1
+    assert images.pop().startswith("resolve:ssm:/aws/service/deeplearning/")

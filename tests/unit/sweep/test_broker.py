@@ -12,6 +12,7 @@ from ray.exceptions import ActorDiedError
 
 from rayft.errors import DiskFullError, ResourceError
 from rayft.sweep.broker import CLOSE, Beat, Broker, Event, Job, Patience
+from rayft.sweep.launcher import NODE_LOST
 
 
 def play(scene: Coroutine[Any, Any, None]) -> None:
@@ -76,6 +77,7 @@ def test_a_lane_that_comes_back_gets_its_job_and_reports_once() -> None:
         await broker.pull("lane")
         lost = asyncio.create_task(broker.report("a", 10, {"val_loss": 1.0}))
         assert (await broker.next_event("a")).step == 10
+        assert await broker.lane_died("lane", "it crashed")
         again = await broker.pull("lane")
         assert isinstance(again, Job)
         assert again.id == "a"
@@ -88,6 +90,57 @@ def test_a_lane_that_comes_back_gets_its_job_and_reports_once() -> None:
         later = asyncio.create_task(broker.report("a", 20, {"val_loss": 0.5}))
         assert (await following).step == 20, "a report that was taken is passed on again"
         later.cancel()
+
+    play(scene())
+
+
+def test_the_job_of_a_lane_that_died_goes_to_the_next_free_lane_before_all_others() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        for name in ("a", "b", "c"):
+            await broker.submit(job(name))
+        await broker.pull("one")
+        await broker.pull("two")
+        assert await broker.lane_died("one", "it crashed")
+        await broker.finish("b", 10, {})
+        taken = await broker.pull("two")
+        assert isinstance(taken, Job)
+        assert taken.id == "a"
+        following = await broker.pull("one")
+        assert isinstance(following, Job)
+        assert following.id == "c", "the lane that came back took the same job"
+
+    play(scene())
+
+
+def test_a_job_of_one_lane_alone_waits_until_that_is_back() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        await broker.submit(job("a", lane="own"))
+        await broker.pull("own")
+        assert await broker.lane_died("own", "it crashed")
+        assert await broker.pull("other", timeout=0.05) is None
+        assert isinstance(await broker.pull("own"), Job)
+
+    play(scene())
+
+
+def test_a_lost_node_is_not_the_fault_of_the_trial_or_the_lane() -> None:
+    async def scene() -> None:
+        broker = Broker(attempts=1)
+        await broker.expect("lane")
+        await broker.submit(job("a"))
+        for _ in range(3):
+            assert isinstance(await broker.pull("lane"), Job)
+            assert await broker.lane_died("lane", NODE_LOST)
+        assert await broker.lane_died("lane", NODE_LOST), "it was lost again before it had a job"
+        assert (await broker.snapshot())[0]["state"] == "queued"
+        await broker.pull("lane")
+        await broker.lane_died("lane", "it crashed")
+        event = await broker.next_event("a")
+        assert event.kind == "failed"
+        assert "died 1 times, the last time because it crashed" in event.values["error"]
+        assert NODE_LOST in (await broker.notices())[0]
 
     play(scene())
 
@@ -105,6 +158,7 @@ def test_a_lane_that_dies_before_it_hears_the_verdict_stops_where_it_was_stopped
         await asking
         report.cancel()
         await broker.cancel("a", 10)
+        assert await broker.lane_died("lane", "it crashed")
         again = await broker.pull("lane")
         assert isinstance(again, Job), "nobody saves what the trial has reached"
         assert await broker.report("a", 5, {}) == "continue"
@@ -284,20 +338,17 @@ def test_without_a_lane_that_can_be_started_all_ends_with_one_error() -> None:
         assert await broker.lane_died("two", "no GPU")
         await broker.pull("two")
         assert await broker.lane_died("two", "it crashed"), "it had a job"
-        assert await broker.lane_died("two", "no GPU"), "there may be other jobs"
-        assert (await broker.next_event("a")).kind == "failed"
-
-        await broker.submit(job("b"))
         assert await broker.lane_died("two", "no GPU")
         assert not await broker.lane_died("two", "no GPU")
-        for name in ("b", "c"):
-            await broker.submit(job(name))
+        for name in ("a", "b"):
+            if name == "b":
+                await broker.submit(job(name))
             event = await broker.next_event(name)
             with pytest.raises(
                 ResourceError, match="two can't be started, 2 times, the last time because no"
             ):
                 event.raise_fatal()
-        assert {one["state"] for one in await broker.snapshot()} == {"failed", "interrupted"}
+        assert {one["state"] for one in await broker.snapshot()} == {"interrupted"}
 
     play(scene())
 
