@@ -303,6 +303,7 @@ def guarded(command: Callable[[], object]) -> None:
             stream.reconfigure(errors="backslashreplace")
     for name in ("alembic", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.model_registry.abstract_store").setLevel(logging.WARNING)
     # It logs, with a traceback, what it raises too.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     interrupts.install()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import ray.exceptions
@@ -16,10 +16,18 @@ __all__ = ["at_work"]
 
 
 @contextmanager
-def at_work(executor: Executor, display: Display) -> Iterator[None]:
+def at_work(
+    executor: Executor, display: Display, interrupted: Callable[[Sequence[str]], None] = lambda _: None
+) -> Iterator[None]:
     """Let the block use an executor's lanes, and end them after it.
 
     If a KeyboardInterrupt ends the block, trials that train save a checkpoint first.
+
+    Args:
+        executor: of the lanes.
+        display: where is said what happens.
+        interrupted: called at an interrupt with the trials that are training, before they are waited for: who
+            sent the signal may not wait as long.
 
     Raises:
         ResourceError: if a process that the lanes share has ended.
@@ -28,7 +36,7 @@ def at_work(executor: Executor, display: Display) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         display.say("interrupted: trials that train save a checkpoint; once more ends at once")
-        training = executor.interrupt()
+        training = executor.interrupt(meanwhile=interrupted)
         display.say(f"saved: {', '.join(training)}" if training else "no trial was training")
         raise
     except ray.exceptions.RayError as error:

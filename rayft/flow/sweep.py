@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -126,6 +126,16 @@ def _record_end(tracker: MlflowTracker, parent: str, status: RunStatus) -> None:
         tracker.finish(parent, status)
 
 
+def _interrupt_runs(plan: Plan, tracker: MlflowTracker, parent: str, trials: Sequence[str]) -> None:
+    """Record that the sweep's run, and those of the trials that are training, are interrupted."""
+    _record_end(tracker, parent, "interrupted")
+    waiting = [PENDING + tracking_key(key, plan.identity) for key in trials]
+    for run_id in resolve_runs(plan.tracker, waiting).values():
+        if not run_id.startswith(PENDING):
+            with suppress(ResourceError):
+                tracker.finish(run_id, "interrupted", if_running=True)
+
+
 def _run_stages(plan: Plan, display: Display, tracker: MlflowTracker, parent: str) -> SweepRecord:
     """Run the stages that need a cluster, and those that follow from them."""
     sweep, scale = plan.config.sweep, plan.run.scale
@@ -135,7 +145,7 @@ def _run_stages(plan: Plan, display: Display, tracker: MlflowTracker, parent: st
         executor = EXECUTORS[plan.executor](
             scale, str(plan.output / "ray"), sweep.lanes, sweep.restarts, plan.config.name, sweep.patience
         )
-        with at_work(executor, display):
+        with at_work(executor, display, lambda trials: _interrupt_runs(plan, tracker, parent, trials)):
             found = _measure(plan, executor, display, parent)
             with display.stage("register and report"):
                 record = _report(plan, found, display, tracker, parent)

@@ -25,7 +25,7 @@ import pickle
 import signal
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -39,6 +39,8 @@ CLOSE = "close"
 Verdict = Literal["continue", "stop", "interrupt"]
 """What a lane is told at a report. `interrupt`: save a checkpoint, for the next command to continue from."""
 
+SURE_SECONDS = 60.0
+"""How long Ray may take to be sure that a node which does not answer is lost."""
 FATAL = {"disk": DiskFullError, "lanes": ResourceError}
 """Why no job can succeed any more (the disk is full, no lane can start) → the error that ends the sweep."""
 
@@ -327,7 +329,7 @@ class Broker:
         """
         beats = self._beats.pop(lane, {})
         memory = max((beat.memory for beat in beats.values()), default=0)
-        lost = _lost(reason, beats.values())
+        lost = await _lost(reason, beats.values())
         reason = lost or reason
         used = f" when it used {memory / 2**30:.1f} GiB" if memory else ""
         entry = next((one for one in self._entries.values() if one.lane == lane and not one.done), None)
@@ -507,19 +509,26 @@ def _decide(entry: _Entry, verdict: Verdict) -> None:
     entry.decision = None
 
 
-def _lost(reason: str, beats: Iterable[Beat]) -> str:
+async def _lost(reason: str, beats: Collection[Beat]) -> str:
     """Return that a lane's node was lost, and which one, if that is why it ended; else an empty text."""
-    import ray
+    from rayft.sweep.launcher import NODE_LOST, UNREACHABLE
 
-    from rayft.sweep.launcher import NODE_LOST
-
-    if not ray.is_initialized():
-        return reason if reason == NODE_LOST else ""
-    dead = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]}
-    gone = sorted({dead[beat.node] for beat in beats if beat.node in dead})
+    deadline = time.monotonic() + (SURE_SECONDS if reason == UNREACHABLE else 0.0)
+    while not (gone := _dead_nodes(beats)) and time.monotonic() < deadline:
+        await asyncio.sleep(1.0)
     if gone:
         return f"{NODE_LOST} ({', '.join(gone)})"
     return reason if reason == NODE_LOST else ""
+
+
+def _dead_nodes(beats: Collection[Beat]) -> list[str]:
+    """Return the addresses of the nodes that workers were on and that Ray has no more."""
+    import ray
+
+    if not ray.is_initialized():
+        return []
+    dead = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]}
+    return sorted({dead[beat.node] for beat in beats if beat.node in dead})
 
 
 def _end_process(beat: Beat) -> None:

@@ -7,7 +7,7 @@ worker group lives.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,14 @@ class Executor(ABC):
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs; their events come from the broker."""
 
-    def interrupt(self, timeout: float = 120.0) -> list[str]:
+    def interrupt(
+        self, timeout: float = 120.0, meanwhile: Callable[[Sequence[str]], None] = lambda _: None
+    ) -> list[str]:
         """End all jobs; trials that are training write a checkpoint first.
 
         Args:
             timeout: seconds to wait for the checkpoints.
+            meanwhile: called with the trials that are training before they are waited for.
 
         Returns:
             The trials that were training.
@@ -82,6 +85,7 @@ class Executor(ABC):
         training: list[str] = []
         with suppress(ray.exceptions.RayError):
             training = ray.get(self.broker.interrupt.remote(), timeout=timeout)
+            meanwhile(training)
             ray.get(self.broker.settled.remote(), timeout=timeout)
         return training
 

@@ -22,6 +22,7 @@ from rayft.files import disk_full, disk_full_error
 
 __all__ = [
     "NODE_LOST",
+    "UNREACHABLE",
     "Group",
     "HomeNode",
     "LaneSettings",
@@ -72,6 +73,8 @@ FILE_CALLS = 8
 """Lanes that send or fetch files at the same time."""
 NODE_LOST = "its node was lost"
 """Why a lane ended that is not to blame for it."""
+UNREACHABLE = "its process can't be reached"
+"""Why a lane ended whose node may be lost: Ray takes some seconds to be sure of that."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,10 @@ class HomeNode:
     """A file that is there as long as the command runs: whoever sees it sees that disk."""
     launcher: Any
     """Handle of the launcher, whose `file_host` gives those the files who don't."""
+
+
+REASONS = {NODE_LOST: 0, UNREACHABLE: 1}
+"""Which worker's reason counts for its lane: without one worker the others fail as well."""
 
 
 class Launcher:
@@ -179,7 +186,7 @@ def _run(settings: LaneSettings, group: Group) -> str:
         if isinstance(error, WorkerGroupError) and error.worker_failures:
             failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
             # The others fail because one of them is gone.
-            first = next((one for one in failures if why_ended(one) == NODE_LOST), failures[0])
+            first = min(failures, key=lambda one: REASONS.get(why_ended(one), len(REASONS)))
         if disk_full(first):
             _end_all(settings, group, first)
         return why_ended(first)
@@ -276,6 +283,8 @@ def why_ended(error: Exception) -> str:
         )
     if "node has died" in text or "NodeDied" in type(error).__name__ or "node is dead" in text:
         return NODE_LOST
+    if "is unavailable" in text or "failed to connect" in text.lower():
+        return UNREACHABLE
     if "ActorDied" in type(error).__name__ or "actor is dead" in text or "actor died" in text:
         return "its process was killed or crashed; the worker logs in Ray's session folder may say why"
     lines = [line for line in text.strip().splitlines() if line.strip()]

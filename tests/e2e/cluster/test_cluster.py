@@ -107,7 +107,8 @@ print(json.dumps([
 
 
 def plain(text: str) -> str:
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    """Return a terminal's text in one line, without colours."""
+    return " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).split())
 
 
 def test_ray_up_makes_a_cluster(net: Network) -> None:
