@@ -8,6 +8,7 @@ import pytest
 
 from rayft.errors import ConfigError, RayftError, ResourceError
 from rayft.flow import address, cluster
+from rayft.flow.config import PipelineConfig, load_config
 from rayft.train.run import ScaleConfig
 from tests.unit.flow.ray_head import closed, head_node, silent
 
@@ -128,3 +129,48 @@ def test_auto_goes_by_the_clusters_devices(
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.cluster_resources", lambda: resources)
     assert ScaleConfig().settled(cluster.has_gpus()).device == device
+
+
+def config(output: str | None = None) -> PipelineConfig:
+    return load_config("tiny", [] if output is None else [f"output={output}"])
+
+
+def test_on_this_machine_results_are_in_the_working_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cluster.placed(config()).folder == tmp_path / "runs" / "tiny"
+    assert cluster.placed(config("here")).folder == tmp_path / "here"
+    assert config().folder == tmp_path / "runs" / "tiny"
+
+
+def test_on_a_cluster_results_are_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with head_node() as address:
+        (tmp_path / "current").write_text(address, encoding="utf-8")
+        placed = cluster.placed(config())
+    assert placed.output == str(tmp_path / "home" / "rayft-runs" / "tiny")
+    assert cluster.placed(placed) == placed
+
+
+def test_a_variable_says_where_results_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAYFT_OUTPUT", str(tmp_path / "all"))
+    assert cluster.placed(config()).folder == tmp_path / "all" / "tiny"
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    assert cluster.placed(config()).folder == tmp_path / "all" / "tiny"
+    assert cluster.placed(config(str(tmp_path / "one"))).folder == tmp_path / "one"
+
+
+def test_the_working_directory_of_a_job_keeps_no_results(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1f3a"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    with pytest.raises(
+        ConfigError, match=r"output: here lies in the working directory of a Ray job.*rayft-runs/tiny"
+    ):
+        cluster.placed(config("here"))
+    assert cluster.placed(config(str(tmp_path / "out"))).folder == tmp_path / "out"
+    assert cluster.placed(config()).folder.parent.name == "rayft-runs"

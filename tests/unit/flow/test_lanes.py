@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 
 import pytest
 from ray.exceptions import ActorDiedError
@@ -19,8 +20,9 @@ class Lanes:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def interrupt(self) -> list[str]:
+    def interrupt(self, meanwhile: Callable[[Sequence[str]], None]) -> list[str]:
         self.asked.append("interrupt")
+        meanwhile(["a trial"])
         return ["a trial"]
 
     def close(self) -> None:

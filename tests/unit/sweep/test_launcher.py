@@ -8,7 +8,7 @@ import pytest
 import ray.exceptions
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from rayft.sweep.launcher import why_ended
+from rayft.sweep.launcher import NODE_LOST, UNREACHABLE, Group, waiting_text, why_ended
 from rayft.sweep.space import MethodSpace, SweepConfig
 from rayft.sweep.tuner import _run_tune
 
@@ -20,12 +20,19 @@ Selected to kill: (Actor(99681b): job ID=01000000, task name=PreemptionWatcher._
 Top 10 memory users: PID	MEM(GB)	COMMAND"""
 DEAD = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR\nRay's advice"
 
+NODE_DIED = "The actor is dead because its node has died. Node Id: 7f2a"
+AWAY = (
+    "The actor 34987c is unavailable: RpcError: failed to connect to all addresses; Connection reset by peer"
+)
+
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
         (ray.exceptions.OutOfMemoryError(OUT_OF_MEMORY), "the machine ran out of memory; lower sweep.lanes"),
         (ray.exceptions.ActorDiedError(), "its process was killed or crashed"),
+        (WorkerHealthCheckFailedError(NODE_DIED, failure=RuntimeError()), NODE_LOST),
+        (WorkerHealthCheckFailedError(AWAY, failure=RuntimeError()), UNREACHABLE),
         (WorkerHealthCheckFailedError(DEAD, failure=RuntimeError()), "its process was killed or crashed"),
         (
             WorkerHealthCheckFailedError(OUT_OF_MEMORY, failure=RuntimeError()),
@@ -49,6 +56,16 @@ class Tuner:
     def fit(self) -> None:
         if (end := next(self._ends)) is not None:
             raise RuntimeError("Tune ended") from end
+
+
+def test_what_waits_says_what_it_needs_and_what_is_free() -> None:
+    group = Group(2, True, {"CPU": 1, "GPU": 0.5}, "/runs")
+    total = {"head (10.0.0.1)": {"CPU": 4.0}, "one (10.0.0.2)": {"CPU": 8.0, "GPU": 1.0}}
+    free = {"head (10.0.0.1)": {"CPU": 4.0}, "one (10.0.0.2)": {"CPU": 7.0, "GPU": 0.5}}
+    text = waiting_text(1, group, total, free)
+    assert "1 lane waits for a place in the cluster; each lane needs 2 times 1 CPU and 0.5 GPU" in text
+    assert "head (10.0.0.1): 4 of 4 CPU, 0 of 0 GPU; one (10.0.0.2): 7 of 8 CPU, 0.5 of 1 GPU" in text
+    assert waiting_text(3, group, total, free).startswith("3 lanes wait ")
 
 
 def test_a_search_goes_on_after_ray_has_killed_a_trials_process_for_memory() -> None:
