@@ -42,7 +42,7 @@ mount --bind {python} {disk}/python
 mount --bind {disk}/root /root
 mount --bind {disk}/home /home
 # The interpreter below the environment, where it lies in somebody's home.
-if [ ! -e {python} ]; then mkdir -p {python}; mount --bind {disk}/python {python}; fi
+if [ ! -e {python}/bin ]; then mkdir -p {python}; mount --bind {disk}/python {python}; fi
 printf '127.0.0.1 localhost\n{address} {name}\n' > {disk}/hosts
 mount --bind {disk}/hosts /etc/hosts
 mount --bind {disk}/run /run
