@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import ray.serve as ray_serve
 import torch
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve.config import RequestRouterConfig
 
 from rayft.errors import ResourceError
@@ -25,7 +26,7 @@ from rayft.serving.config import ServeConfig
 from rayft.serving.director import DirectorDeployment, initial
 from rayft.serving.ingress import IngressDeployment
 from rayft.serving.keys import resolved
-from rayft.serving.presence import APPLICATION, start_error
+from rayft.serving.presence import APPLICATION, Called, start_error
 from rayft.serving.proxy import PROXY_ENVIRONMENT
 from rayft.serving.replica import ReplicaDeployment
 from rayft.serving.router import AdapterRouter
@@ -42,12 +43,15 @@ WAITING_PER_RUNNING = 4
 SPARE = 1000
 """Requests to the ingress for more than text: refusals, lists, health."""
 
+HEAD_SHARE = 0.001
+"""Share of the head that the director asks for, to be placed there, as Ray Serve's controller is."""
+
 ROUTING_SECONDS = 1.0
 """How often replicas tell the routers which adapters they have on the device."""
 
 
 def build_app(config: ServeConfig) -> ray_serve.Application:
-    """Bind ingress and replicas.
+    """Bind ingress, director and replicas.
 
     `serve/config.yaml` can set a `user_config` of the director with other adapters: a deploy that changes
     nothing else is handed to all running replicas and restarts none.
@@ -57,24 +61,27 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
     """
     device = _device(config)
     config = _absolute(config)
+    # The name of this server: its directors, one after the other, find what is served by it.
+    server = uuid.uuid4().hex
     replica = ReplicaDeployment.options(
         **_size(config),
         max_ongoing_requests=config.max_running * (1 + WAITING_PER_RUNNING),
         max_queued_requests=config.max_queued,
-        request_router_config=_routing(config),
+        request_router_config=_routing(config, "Replica"),
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": 1 if device == "cuda" else 0},
         # So that it is asked to `reconfigure` itself when it starts.
         user_config={},
         graceful_shutdown_timeout_s=config.drain_seconds,
-    ).bind(config, device)
+    ).bind(config, device, server)
     director = DirectorDeployment.options(
         num_replicas=1,
         max_ongoing_requests=1000,
-        ray_actor_options={"num_cpus": 0},
+        request_router_config=_routing(config, "Director"),
+        # On the head, where its folder outlives it: one that replaces it goes on from the record there.
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: HEAD_SHARE}},
         user_config={},
         graceful_shutdown_timeout_s=config.drain_seconds,
-        # The name of this server: its directors, one after the other, find what is served by it.
-    ).bind(config, replica, uuid.uuid4().hex)
+    ).bind(config, replica, server)
     most = config.max_replicas or config.replicas
     ingress = IngressDeployment.options(
         # Beside all that may wait or run there must be room for those who are told so.
@@ -174,11 +181,14 @@ def _size(config: ServeConfig) -> dict[str, Any]:
     return {"autoscaling_config": scaling}
 
 
-def _routing(config: ServeConfig) -> RequestRouterConfig:
-    """Send requests to where their adapters are, until half a batch more waits there than elsewhere."""
+def _routing(config: ServeConfig, called: Called) -> RequestRouterConfig:
+    """Send requests to where their adapters are, until half a batch more waits there than elsewhere.
+
+    The director has the same router, by which `presence` knows whether it is up.
+    """
     options: dict[str, Any] = {
         "request_router_class": AdapterRouter,
-        "request_router_kwargs": {"slack": max(1, config.max_running // 2)},
+        "request_router_kwargs": {"slack": max(1, config.max_running // 2), "called": called},
         "request_routing_stats_period_s": ROUTING_SECONDS,
     }
     return RequestRouterConfig(**options)

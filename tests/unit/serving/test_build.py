@@ -112,7 +112,7 @@ def test_requests_are_routed_by_adapter_with_half_a_batch_of_slack() -> None:
         routing = application._bound_deployment.init_args[0]._bound_deployment._deployment_config
         config = routing.request_router_config
         assert config.get_request_router_class().__name__ == "AdapterRouter"
-        assert config.request_router_kwargs == {"slack": slack}
+        assert config.request_router_kwargs == {"slack": slack, "called": "Replica"}
         assert config.request_routing_stats_period_s == ROUTING_SECONDS
         assert 2 * ROUTING_SECONDS <= RECENT_SECONDS
 
