@@ -16,6 +16,7 @@ import torch
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve.config import RequestRouterConfig
 
+from rayft.config import parse
 from rayft.errors import ResourceError
 from rayft.models.load import load_model, load_skeleton
 from rayft.models.targets import linear_shapes
@@ -23,11 +24,11 @@ from rayft.paths import check_folder
 from rayft.registry.store import MlflowRegistry
 from rayft.serving.admission import BaseModel
 from rayft.serving.config import ServeConfig
+from rayft.serving.deployment import APPLICATION, PROXY_ENVIRONMENT
 from rayft.serving.director import DirectorDeployment, initial
 from rayft.serving.ingress import IngressDeployment
 from rayft.serving.keys import resolved
-from rayft.serving.presence import APPLICATION, Called, start_error
-from rayft.serving.proxy import PROXY_ENVIRONMENT
+from rayft.serving.presence import Called, start_error
 from rayft.serving.replica import ReplicaDeployment
 from rayft.serving.router import AdapterRouter
 from rayft.serving.slots import widest_rank
@@ -35,7 +36,7 @@ from rayft.serving.sources import check_source
 from rayft.squeeze.budget import parse_bytes
 from rayft.tracking.base import check_uri
 
-__all__ = ["APPLICATION", "build_app", "check", "preflight", "run", "stop"]
+__all__ = ["APPLICATION", "app", "build_app", "check", "preflight", "run", "stop"]
 
 WAITING_PER_RUNNING = 4
 """Requests that wait in a replica for each that runs, so that a place is filled at the next step."""
@@ -48,6 +49,15 @@ HEAD_SHARE = 0.001
 
 ROUTING_SECONDS = 1.0
 """How often replicas tell the routers which adapters they have on the device."""
+
+
+def app(args: dict[str, Any]) -> ray_serve.Application:
+    """Build the application from the `args` of a file that `serve run` or `serve deploy` reads.
+
+    Raises:
+        ConfigError: as `build_app`, or if they are no settings of `ServeConfig`.
+    """
+    return build_app(parse(ServeConfig, args))
 
 
 def build_app(config: ServeConfig) -> ray_serve.Application:
@@ -162,8 +172,9 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
         raise ResourceError(f"the application did not start: {cause}") from error
     if not _listens(config.host, config.port):
         raise ResourceError(
-            f"nothing listens on {config.host}:{config.port}: Ray Serve runs in this cluster already, "
-            "with another address; use that one, or end it with `serve shutdown`"
+            f"nothing listens on {config.host}:{config.port} here: Ray Serve runs in this cluster already, "
+            "with another address (use that one, or end it with `serve shutdown`), or this machine is not "
+            "the head of the cluster, where requests are taken"
         )
     if blocking:
         _wait_for_interrupt()

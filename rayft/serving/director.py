@@ -22,7 +22,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from rayft.errors import BadRequestError, RayftError, RequestError, ResourceError
+from rayft.errors import BadRequestError, RayftError, RequestError, ResourceError, TrackingError
 from rayft.registry.ref import Registry
 from rayft.registry.store import MlflowRegistry
 from rayft.serving import sources, state
@@ -150,6 +150,9 @@ class Director:
                 return self._served.of(name)[-1]
             except (RequestError, ResourceError):
                 raise
+            except TrackingError as error:
+                # The registry is away, which is no mistake in the request.
+                raise ResourceError(str(error)) from error
             except RayftError as error:
                 raise BadRequestError(str(error), param="source") from error
 

@@ -21,9 +21,9 @@ from ray.serve.request_router import RequestRouter
 from ray.serve.schema import ApplicationStatus
 
 from rayft.errors import RequestTimeoutError, ResourceError
+from rayft.serving.deployment import APPLICATION
 
 __all__ = [
-    "APPLICATION",
     "Called",
     "NoReplicaError",
     "Waiting",
@@ -32,9 +32,6 @@ __all__ = [
     "replicas_up",
     "start_error",
 ]
-
-APPLICATION = "rayft"
-"""The application's name in Ray Serve."""
 
 CHECK_SECONDS = 0.25
 """How often it is checked whether a replica is up."""

@@ -126,6 +126,14 @@ def test_what_one_replica_refuses_none_serves(folder: Callable[[str], str]) -> N
     assert director._served.names() == ("a",)
 
 
+def test_a_registry_that_is_away_is_no_mistake_of_the_callers() -> None:
+    async def scenario(director: Director) -> None:
+        with pytest.raises(ResourceError, match=r"MLflow at .* can't be used"):
+            await director.load("b", "models:/b/1", 1.0, pinned=False)
+
+    go(ServeConfig(registry="http://127.0.0.1:9"), Handle(Replica()), scenario)
+
+
 def test_a_replica_that_died_does_not_count(folder: Callable[[str], str]) -> None:
     replicas = [Replica(), Replica(ActorDiedError())]
 
