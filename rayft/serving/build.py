@@ -44,8 +44,9 @@ WAITING_PER_RUNNING = 4
 SPARE = 1000
 """Requests to the ingress for more than text: refusals, lists, health."""
 
-HEAD_SHARE = 0.001
-"""Share of the head that the director asks for, to be placed there, as Ray Serve's controller is."""
+ON_HEAD = {"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
+"""Places ingress and director on the head, as Ray Serve's controller is: a lost worker node does not take
+them. They take no core, which the replicas would miss."""
 
 ROUTING_SECONDS = 1.0
 """How often replicas tell the routers which adapters they have on the device."""
@@ -87,8 +88,8 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         num_replicas=1,
         max_ongoing_requests=1000,
         request_router_config=_routing(config, "Director"),
-        # On the head, where its folder outlives it: one that replaces it goes on from the record there.
-        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: HEAD_SHARE}},
+        # There the folder outlives it: one that replaces it goes on from the record.
+        ray_actor_options=ON_HEAD,
         user_config={},
         graceful_shutdown_timeout_s=config.drain_seconds,
     ).bind(config, replica, server)
@@ -98,8 +99,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         max_ongoing_requests=most * config.max_running * (1 + WAITING_PER_RUNNING)
         + config.max_queued
         + SPARE,
-        # It only passes text on; a whole core would be missed by the replicas.
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=ON_HEAD,
         graceful_shutdown_timeout_s=config.drain_seconds,
     )
     most_bytes = parse_bytes(config.max_body_bytes)

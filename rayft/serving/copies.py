@@ -35,7 +35,7 @@ from pydantic import TypeAdapter
 
 from rayft.artifacts import WEIGHTS_FILE, settle
 from rayft.errors import ArtifactError, ResourceError
-from rayft.files import room_on, write_file
+from rayft.files import locked, room_on, write_file
 from rayft.paths import check_folder
 from rayft.serving.admission import read_adapter
 from rayft.serving.allowed import FILES
@@ -147,11 +147,10 @@ class Copies:
             raise ArtifactError(f"{self._folder / name} can't be read: {error.strerror}") from error
 
     @contextmanager
-    def receive(self, folder: Path, size: int) -> Iterator[Path]:
-        """Yield an empty folder to write a copy's files into; after the block it takes the copy's place.
+    def receiving(self, size: int) -> Iterator[Path]:
+        """Yield an empty folder that a copy's files are written into before `put` gives it its place.
 
         Args:
-            folder: the copy's folder.
             size: bytes that will be written.
 
         Raises:
@@ -161,21 +160,35 @@ class Copies:
         check_folder(self._fetched, "fetched")
         try:
             with room_on(self._fetched, size):
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                staging = Path(tempfile.mkdtemp(prefix=".receive-", dir=folder.parent))
+                self._folder.mkdir(parents=True, exist_ok=True)
+                staging = Path(tempfile.mkdtemp(prefix=".receive-", dir=self._folder))
                 try:
                     yield staging
-                    # What is there is incomplete or damaged.
-                    shutil.rmtree(folder, ignore_errors=True)
-                    if not settle(staging, folder):
-                        raise ResourceError(f"{folder} can't be written; free it")
                 finally:
                     shutil.rmtree(staging, ignore_errors=True)
         except OSError as error:
             raise ResourceError(
-                f"{folder} can't be written on {gethostname()} ({error.strerror}); correct that, or give "
-                "another folder (fetched)"
+                f"{self._folder} can't be written on {gethostname()} ({error.strerror}); correct that, or "
+                "give another folder (fetched)"
             ) from error
+
+    def put(self, staging: Path, name: str, content: str) -> None:
+        """Put a received copy in its place, unless another replica on this node has put a whole one there.
+
+        Args:
+            staging: the folder with its files.
+            name: name of the copy's folder.
+            content: the content hash that it must have.
+
+        Raises:
+            ResourceError: if it can't be put there.
+        """
+        target = self._folder / name
+        with locked(self._folder / f".{name}.lock"):
+            if not holds(target, content):
+                shutil.rmtree(target, ignore_errors=True)
+                if not settle(staging, target):
+                    raise ResourceError(f"{target} can't be written; free it")
 
     def save(self, record: Record) -> None:
         """Write the record.

@@ -53,12 +53,13 @@ async def receive(deployed: Deployed, copies: Copies, director: Any) -> bool:
         return False
     await _answer(director.number.remote(), UP_SECONDS)
     sizes = await _answer(director.copy_sizes.remote(folder.name, deployed.content_hash), CALL_SECONDS)
-    with copies.receive(folder, sum(sizes.values())) as staging:
+    with copies.receiving(sum(sizes.values())) as staging:
         for name, size in sizes.items():
             with (staging / name).open("wb") as file:
                 for offset in range(0, size, PART_BYTES):
                     call = director.copy_part.remote(folder.name, name, offset, PART_BYTES)
                     await asyncio.to_thread(file.write, await _answer(call, CALL_SECONDS))
+        await asyncio.to_thread(copies.put, staging, folder.name, deployed.content_hash)
     return True
 
 

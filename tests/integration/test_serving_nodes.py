@@ -51,7 +51,7 @@ def process(command: Sequence[str], log: Path, **environment: str) -> Iterator[p
                 one.kill()
 
 
-def eventually(check: Callable[[], Any], what: str, seconds: float = 60) -> None:
+def eventually(check: Callable[[], Any], what: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not check():
         assert time.monotonic() < deadline, what

@@ -15,7 +15,7 @@ from rayft.config import parse
 from rayft.errors import ArtifactError, BaseMismatchError, ConfigError, ModelError, ResourceError
 from rayft.models.load import ModelConfig
 from rayft.models.tiny import save_tiny_llama
-from rayft.serving.build import HEAD_SHARE, ROUTING_SECONDS, app, build_app, preflight, run
+from rayft.serving.build import ROUTING_SECONDS, app, build_app, preflight, run
 from rayft.serving.config import ServeConfig
 from rayft.serving.deployment import deployment
 from rayft.serving.router import RECENT_SECONDS
@@ -135,11 +135,10 @@ def test_files_for_serve_deploy_name_an_application_that_can_be_built() -> None:
         app({"adapterz": {}})
 
 
-def test_the_director_is_placed_on_the_head() -> None:
-    application = build_app(ServeConfig(device="cpu"))
-    director = application._bound_deployment.init_args[1]._bound_deployment
-    assert director.ray_actor_options == {
-        "num_cpus": 0, "resources": {"node:__internal_head__": HEAD_SHARE},
-    }  # fmt: skip
-    routing = director._deployment_config.request_router_config
-    assert routing.request_router_kwargs["called"] == "Director"
+def test_ingress_and_director_are_placed_on_the_head() -> None:
+    ingress = build_app(ServeConfig(device="cpu"))._bound_deployment
+    replica, director = (one._bound_deployment for one in ingress.init_args[:2])
+    for one in (ingress, director):
+        assert one.ray_actor_options == {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+    assert "resources" not in replica.ray_actor_options
+    assert director._deployment_config.request_router_config.request_router_kwargs["called"] == "Director"

@@ -89,14 +89,14 @@ def test_folders_of_killed_servers_are_deleted_after_a_day(tmp_path: Path) -> No
 
 def send(one: Copies, other: Copies, name: str, content: str, most: int = 1000) -> Path:
     """Copy a copy to another node by parts."""
-    folder = other._folder / name
     sizes = one.sizes(name, content)
-    with other.receive(folder, sum(sizes.values())) as staging:
+    with other.receiving(sum(sizes.values())) as staging:
         for file, size in sizes.items():
             parts = [one.part(name, file, offset, most) for offset in range(0, size, most)]
             assert {len(part) for part in parts[:-1]} <= {most}
             (staging / file).write_bytes(b"".join(parts))
-    return folder
+        other.put(staging, name, content)
+    return other._folder / name
 
 
 def test_a_copy_is_received_whole_in_the_place_of_a_damaged_one(tmp_path: Path) -> None:
@@ -114,13 +114,21 @@ def test_a_copy_is_received_whole_in_the_place_of_a_damaged_one(tmp_path: Path) 
     there.drop([copy.name])
 
     def half() -> None:
-        with there.receive(received, 10) as staging:
+        with there.receiving(10) as staging:
             (staging / WEIGHTS).write_bytes(b"half")
             raise ResourceError("the director is gone")
 
     with pytest.raises(ResourceError, match="gone"):
         half()
-    assert list(received.parent.iterdir()) == []
+    assert [path for path in received.parent.iterdir() if path.is_dir()] == []
+
+
+def test_a_whole_copy_that_another_replica_has_received_meanwhile_stays(tmp_path: Path) -> None:
+    source, content = save(tmp_path / "a")
+    here, there = Copies(tmp_path / "here", "one"), Copies(tmp_path / "there", "one")
+    copy = here.take(source, content)
+    before = send(here, there, copy.name, content).stat().st_ino
+    assert send(here, there, copy.name, content).stat().st_ino == before
 
 
 def test_a_damaged_copy_is_not_sent(tmp_path: Path) -> None:
@@ -142,7 +150,7 @@ def test_a_full_disk_that_receives_keeps_nothing(disk: Disk) -> None:
     disk.leave(4 * PAGE)
     with (
         pytest.raises(DiskFullError, match=str(disk.folder)),
-        copies.receive(copies._folder / "x", 2**20) as staging,
+        copies.receiving(2**20) as staging,
     ):
         (staging / WEIGHTS).write_bytes(b"0" * 2**20)
     assert list(copies._folder.iterdir()) == []
