@@ -116,7 +116,8 @@ def _serve_and_ask(
                 run(serve, blocking=False)
                 wait_ready(url)
             with display.stage("ask over HTTP"):
-                served = ask(url, served_names(output, record), questions)
+                names = served_names(output, record, among=serve.adapters)
+                served = ask(url, names, questions)
             if stay:
                 stay()
         finally:

@@ -57,8 +57,8 @@ STAMP_FILE = "config.yaml"
 CHECKED = 200
 """Examples of a part whose own answers are scored before the start."""
 WRITTEN = (
-    STAMP_FILE, IDENTITY_FILE, EVENTS_FILE, "analysed", "analysis.json", "plots", "ray", "report.html",
-    "scores", "serve.yaml", "squeezed", "sweep.json", "trials", "winner",
+    STAMP_FILE, IDENTITY_FILE, EVENTS_FILE, "analysed", "analysis.json", "deploy.yaml", "plots", "ray",
+    "report.html", "scores", "serve.yaml", "squeezed", "sweep.json", "trials", "winner",
 )  # fmt: skip
 """What a sweep writes into its folder, beside the tracker's files."""
 ELSEWHERE = ("output", "question", "serve", "tracking", "promote", "squeeze", "analyze")

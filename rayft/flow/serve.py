@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,12 +17,24 @@ from rayft.report.frame import Exchange, Served, SweepRecord
 __all__ = ["ask", "served_names", "wait_ready"]
 
 
-def served_names(output: Path, record: SweepRecord, ranks: int = 2) -> list[str]:
+def served_names(
+    output: Path, record: SweepRecord, ranks: int = 2, among: Collection[str] | None = None
+) -> list[str]:
     """Give the values of `model` to try: the base, the winner, smaller ranks, other methods.
 
     The rank to ship is among them, and as many others as `ranks` leaves room for.
+
+    Args:
+        output: the sweep's folder.
+        record: what the sweep found.
+        ranks: how many smaller ranks to try.
+        among: the adapters that are served, if some of the sweep's may be missing.
     """
-    adapters = list(served_adapters(output, record))
+    every = list(served_adapters(output, record))
+    adapters = [name for name in every if among is None or name in among]
+    if every[:1] != adapters[:1]:
+        # The winner could not be registered.
+        return ["base", *adapters]
     if not adapters:
         return ["base"]
     ship, winner = (record.winner.ship, record.winner.trial) if record.winner else ("", "")

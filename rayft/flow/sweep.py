@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import ray
 import yaml
 
 from rayft.analysis.record import SweepAnalysis
@@ -18,6 +19,7 @@ from rayft.errors import (
     DiskFullError,
     PromotionRefusedError,
     RayftError,
+    RegistryError,
     ReportError,
     ResourceError,
     TrackingError,
@@ -46,9 +48,11 @@ from rayft.registry.ref import BASE_SCORE_TAG, SCORE_TAG
 from rayft.registry.store import MlflowRegistry
 from rayft.report.frame import SweepRecord
 from rayft.report.render import render
+from rayft.serving.deployment import deployment
 from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.lane import tracking_key
 from rayft.sweep.result import damage
+from rayft.sweep.score import spread
 from rayft.sweep.tuner import Trial, search
 from rayft.tracking.base import PENDING, Former, RunStatus
 from rayft.tracking.mlflow import MlflowTracker, flush_spool, resolve_runs
@@ -58,6 +62,11 @@ from rayft.train.context import trial_folder
 __all__ = ["run_sweep", "served_adapters", "start_tracking"]
 
 logger = logging.getLogger(__name__)
+
+DEPLOY_HEADER = """\
+# For `serve deploy` on the cluster (RAY_DASHBOARD_ADDRESS says where that is); every sweep writes it anew.
+# To let callers in from elsewhere, copy this file, give `args` some `keys`, and set both `host`s.
+"""
 
 
 @dataclass
@@ -311,19 +320,30 @@ def _report(
         display.timings,
     )  # fmt: skip
     record.save(plan.output / "sweep.json")
-    with _late(plan, display, "serve.yaml was not written"):
-        _write_serve_config(plan, record)
+    several_nodes = _several_nodes()
+    if not several_nodes:
+        with _late(plan, display, "serve.yaml was not written"):
+            folders = served_adapters(plan.output, record)
+            _write_serve_config(plan, {name: str(folder) for name, folder in folders.items()})
     _render(plan, record, display)
     record = _updated(plan, record, display)
     with _late(plan, display, "not all that was found is tracked"):
         _track(plan, record, found, tracker, parent)
     if found.winner and (found.full or _apart(found, record)):
+        shipped = ""
         with _late(plan, display, "not registered"):
-            _register(plan, record, found, display)
+            shipped = _register(plan, record, found, display)
+        if several_nodes:
+            _serve_from_registry(plan, record, found, display, shipped)
     elif found.winner and found.winner.result:
         display.say(stages.why_not_served(found.winner, found.trials, extracted=bool(found.squeezed)))
     _track_report(plan, display, tracker, parent)
     return record
+
+
+def _several_nodes() -> bool:
+    """Return whether the sweep runs on a cluster of several nodes, which do not have each other's files."""
+    return ray.is_initialized() and spread()
 
 
 @contextmanager
@@ -470,8 +490,8 @@ def _track(plan: Plan, record: SweepRecord, found: _Findings, tracker: MlflowTra
             tracker.metrics(parent, score_metrics(found.scores[best.id], "best_"))
 
 
-def _register(plan: Plan, record: SweepRecord, found: _Findings, display: Display) -> None:
-    """Register what is to be shipped, then the gate.
+def _register(plan: Plan, record: SweepRecord, found: _Findings, display: Display) -> str:
+    """Register what is to be shipped, then the gate; return the version as `models:/NAME/VERSION`.
 
     That is the winner, columns sorted, so that every rank of it can be served; or a squeezed adapter that is
     no view of it.
@@ -480,23 +500,12 @@ def _register(plan: Plan, record: SweepRecord, found: _Findings, display: Displa
         RayftError: if it can't be registered now.
     """
     assert record.winner
-    assert found.winner
-    best = max((base.val_score or 0.0 for base in record.baselines), default=0.0)
     shipped = _apart(found, record)
     folder, name = (
         (shipped.folder, shipped.name) if shipped else (plan.output / "winner", record.winner.trial)
     )
-    tags = {SCORE_TAG: repr(found.scores[name].mean("val")), "data_digest": record.data_digest}
-    if not any(measured.error for measured in found.baselines.values()):
-        # Where a baseline could not be scored, the gate has nothing to compare with.
-        tags[BASE_SCORE_TAG] = repr(best)
-    run_id = next(trial.run_id for trial in record.trials if trial.id == record.winner.trial)
-    if run_id.startswith(PENDING):
-        raise TrackingError(
-            f"MLflow does not have the run of {record.winner.trial} yet, which began while it was away"
-        )
+    version = _register_as(plan.config.name, plan, record, found, folder, record.winner.trial, name)
     registry = MlflowRegistry(plan.tracker.uri)
-    version = registry.register(plan.config.name, run_id, folder, tags)
     refused = f"registered as {plan.config.name} version {version}, not promoted"
     with _late(plan, display, refused):
         try:
@@ -505,6 +514,84 @@ def _register(plan: Plan, record: SweepRecord, found: _Findings, display: Displa
             display.say(f"{refused}: {error}")
         else:
             display.say(f"registered as models:/{plan.config.name}@{done.alias} (version {done.version})")
+    return f"models:/{plan.config.name}/{version}"
+
+
+def _register_as(
+    registered: str,
+    plan: Plan,
+    record: SweepRecord,
+    found: _Findings,
+    folder: str | Path,
+    trial_id: str,
+    scored: str,
+) -> int:
+    """Register an adapter, or find the version that has the same content; return the version.
+
+    Args:
+        registered: name of the registered model.
+        plan: the sweep's.
+        record: with the runs of the trials.
+        found: with the scores.
+        folder: the adapter's.
+        trial_id: id of the trial with whose run the files are kept.
+        scored: name of the adapter's scores.
+
+    Raises:
+        RayftError: if it can't be registered now.
+    """
+    best = max((base.val_score or 0.0 for base in record.baselines), default=0.0)
+    tags = {SCORE_TAG: repr(found.scores[scored].mean("val")), "data_digest": record.data_digest}
+    if not any(measured.error for measured in found.baselines.values()):
+        # Where a baseline could not be scored, the gate has nothing to compare with.
+        tags[BASE_SCORE_TAG] = repr(best)
+    run_id = next(trial.run_id for trial in record.trials if trial.id == trial_id)
+    if run_id.startswith(PENDING):
+        raise TrackingError(f"MLflow does not have the run of {trial_id} yet, which began while it was away")
+    return MlflowRegistry(plan.tracker.uri).register(registered, run_id, folder, tags)
+
+
+def _serve_from_registry(
+    plan: Plan, record: SweepRecord, found: _Findings, display: Display, shipped: str
+) -> None:
+    """Write what `rayft serve` and `serve deploy` need on a cluster of several nodes.
+
+    Other nodes do not have the sweep's folders, so each adapter is named as a version of the registry, where
+    those that are not shipped are registered under names of their own, without an alias. What can't be
+    registered is left out, which is told.
+
+    Args:
+        plan: the sweep's.
+        record: with the runs of the trials.
+        found: with the scores.
+        display: hears of what is left out.
+        shipped: the version that was registered to be shipped; empty if that failed.
+    """
+    sources: dict[str, str] = {}
+    problems: dict[str, Exception] = {}
+    for item in _servable(plan.output, record):
+        if item.shipped and shipped:
+            sources[item.name] = shipped
+        elif item.shipped:
+            problems[item.name] = RegistryError("it is not registered")
+        else:
+            try:
+                with room_on(plan.output):
+                    version = _register_as(
+                        item.registered, plan, record, found, item.folder, item.trial, item.trial
+                    )
+                sources[item.name] = f"models:/{item.registered}/{version}"
+            except DiskFullError:
+                raise
+            except Exception as error:  # noqa: BLE001  (whatever it is, it is told below)
+                problems[item.name] = error
+    if sources:
+        with _late(plan, display, "serve.yaml was not written"):
+            _write_serve_config(plan, sources, plan.tracker.uri)
+            display.say(f"to serve the result on this cluster: serve deploy {plan.output / 'deploy.yaml'}")
+    if problems:
+        with _late(plan, display, f"serve.yaml leaves out {', '.join(problems)}"):
+            raise next(iter(problems.values()))
 
 
 def _apart(found: _Findings, record: SweepRecord) -> SqueezedAdapter | None:
@@ -514,36 +601,69 @@ def _apart(found: _Findings, record: SweepRecord) -> SqueezedAdapter | None:
     return next((item for item in mine if item.name == ship), None)
 
 
-def _write_serve_config(plan: Plan, record: SweepRecord) -> None:
-    """Write what `rayft serve` needs: the winner at every rank, and the best of each other method."""
-    adapters = served_adapters(plan.output, record)
-    if not adapters or plan.config.model.task != "causal_lm":
+def _write_serve_config(plan: Plan, sources: Mapping[str, str], registry: str | None = None) -> None:
+    """Write what `rayft serve` needs, and for a cluster also what `serve deploy` needs.
+
+    Args:
+        plan: the sweep's.
+        sources: served name → adapter folder, or `models:/…`.
+        registry: MLflow's URI, for `models:/…`.
+    """
+    if not sources or plan.config.model.task != "causal_lm":
         return
     serve = plan.config.serve
     content = {
         "model": plan.config.model.model_dump(),
-        "adapters": {name: str(folder) for name, folder in adapters.items()},
+        "adapters": dict(sources),
+        **({"registry": registry} if registry else {}),
         "host": serve.host,
         "port": serve.port,
         "cpus": serve.cpus,
     }
     write_file(plan.output / "serve.yaml", yaml.safe_dump(content, sort_keys=False))
+    if registry:
+        deployed = yaml.safe_dump(deployment(content), sort_keys=False)
+        write_file(plan.output / "deploy.yaml", DEPLOY_HEADER + deployed)
+
+
+@dataclass(frozen=True)
+class _Servable:
+    """An adapter that is worth serving."""
+
+    name: str
+    """What it is served as."""
+    folder: Path
+    trial: str
+    """Id of the trial that it comes from."""
+    registered: str
+    """Registered model that it is a version of."""
+    shipped: bool = False
+    """Whether it is what the sweep ships, which is registered under the sweep's own name."""
 
 
 def served_adapters(output: Path, record: SweepRecord) -> Mapping[str, Path]:
     """Name what is worth serving: the winner, its squeezed ranks, and the best trial of other methods."""
+    return {item.name: item.folder for item in _servable(output, record)}
+
+
+def _servable(output: Path, record: SweepRecord) -> list[_Servable]:
+    """List what is worth serving, the winner first; its squeezed ranks are views of it."""
     if record.winner is None:
-        return {}
+        return []
     winner = next(trial for trial in record.trials if trial.id == record.winner.trial)
     ship = next((item for item in record.squeezed if item.name == record.winner.ship), None)
     viewed = method(winner.method).exports_lora
     main = output / "winner" if viewed else Path(ship.folder) if ship else None
     if main is None or not main.is_dir():
-        return {}
-    adapters = {record.name: main}
-    if viewed and ship is not None and ship.how == "cont":
+        return []
+    trained_on = viewed and ship is not None and ship.how == "cont"
+    # The name of a served or registered model holds no colon, and `peft:LoRA` does.
+    own = f"{record.name}-{winner.method.replace(':', '-')}" if trained_on else record.name
+    found = [_Servable(record.name, main, winner.id, own, shipped=not trained_on)]
+    if trained_on and ship is not None:
         # No view of the winner, so it has a name of its own.
-        adapters[f"{record.name}-{ship.name.rpartition('@')[2].replace('+', '-cont')}"] = Path(ship.folder)
+        name = f"{record.name}-{ship.name.rpartition('@')[2].replace('+', '-cont')}"
+        found.append(_Servable(name, Path(ship.folder), winner.id, record.name, shipped=True))
     others = [
         trial
         for trial in record.trials
@@ -551,9 +671,9 @@ def served_adapters(output: Path, record: SweepRecord) -> Mapping[str, Path]:
     ]
     for name in sorted({trial.method for trial in others}):
         best = min((t for t in others if t.method == name), key=lambda t: t.last_val_loss or float("inf"))
-        # The name of a served model holds no colon, and `peft:LoRA` does.
-        adapters[f"{record.name}-{name.replace(':', '-')}"] = Path(best.folder)
-    return adapters
+        served = f"{record.name}-{name.replace(':', '-')}"
+        found.append(_Servable(served, Path(best.folder), best.id, served))
+    return found
 
 
 def _line(trial: Trial) -> str:

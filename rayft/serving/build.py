@@ -13,8 +13,10 @@ from typing import Any
 import ray
 import ray.serve as ray_serve
 import torch
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve.config import RequestRouterConfig
 
+from rayft.config import parse
 from rayft.errors import ResourceError
 from rayft.models.load import load_model, load_skeleton
 from rayft.models.targets import linear_shapes
@@ -22,11 +24,11 @@ from rayft.paths import check_folder
 from rayft.registry.store import MlflowRegistry
 from rayft.serving.admission import BaseModel
 from rayft.serving.config import ServeConfig
+from rayft.serving.deployment import APPLICATION, PROXY_ENVIRONMENT
 from rayft.serving.director import DirectorDeployment, initial
 from rayft.serving.ingress import IngressDeployment
 from rayft.serving.keys import resolved
-from rayft.serving.presence import APPLICATION, start_error
-from rayft.serving.proxy import PROXY_ENVIRONMENT
+from rayft.serving.presence import Called, start_error
 from rayft.serving.replica import ReplicaDeployment
 from rayft.serving.router import AdapterRouter
 from rayft.serving.slots import widest_rank
@@ -34,7 +36,7 @@ from rayft.serving.sources import check_source
 from rayft.squeeze.budget import parse_bytes
 from rayft.tracking.base import check_uri
 
-__all__ = ["APPLICATION", "build_app", "check", "preflight", "run", "stop"]
+__all__ = ["APPLICATION", "app", "build_app", "check", "preflight", "run", "stop"]
 
 WAITING_PER_RUNNING = 4
 """Requests that wait in a replica for each that runs, so that a place is filled at the next step."""
@@ -42,12 +44,25 @@ WAITING_PER_RUNNING = 4
 SPARE = 1000
 """Requests to the ingress for more than text: refusals, lists, health."""
 
+ON_HEAD = {"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
+"""Places ingress and director on the head, as Ray Serve's controller is: a lost worker node does not take
+them. They take no core, which the replicas would miss."""
+
 ROUTING_SECONDS = 1.0
 """How often replicas tell the routers which adapters they have on the device."""
 
 
+def app(args: dict[str, Any]) -> ray_serve.Application:
+    """Build the application from the `args` of a file that `serve run` or `serve deploy` reads.
+
+    Raises:
+        ConfigError: as `build_app`, or if they are no settings of `ServeConfig`.
+    """
+    return build_app(parse(ServeConfig, args))
+
+
 def build_app(config: ServeConfig) -> ray_serve.Application:
-    """Bind ingress and replicas.
+    """Bind ingress, director and replicas.
 
     `serve/config.yaml` can set a `user_config` of the director with other adapters: a deploy that changes
     nothing else is handed to all running replicas and restarts none.
@@ -57,32 +72,34 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
     """
     device = _device(config)
     config = _absolute(config)
+    # The name of this server: its directors, one after the other, find what is served by it.
+    server = uuid.uuid4().hex
     replica = ReplicaDeployment.options(
         **_size(config),
         max_ongoing_requests=config.max_running * (1 + WAITING_PER_RUNNING),
         max_queued_requests=config.max_queued,
-        request_router_config=_routing(config),
+        request_router_config=_routing(config, "Replica"),
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": 1 if device == "cuda" else 0},
         # So that it is asked to `reconfigure` itself when it starts.
         user_config={},
         graceful_shutdown_timeout_s=config.drain_seconds,
-    ).bind(config, device)
+    ).bind(config, device, server)
     director = DirectorDeployment.options(
         num_replicas=1,
         max_ongoing_requests=1000,
-        ray_actor_options={"num_cpus": 0},
+        request_router_config=_routing(config, "Director"),
+        # There the folder outlives it: one that replaces it goes on from the record.
+        ray_actor_options=ON_HEAD,
         user_config={},
         graceful_shutdown_timeout_s=config.drain_seconds,
-        # The name of this server: its directors, one after the other, find what is served by it.
-    ).bind(config, replica, uuid.uuid4().hex)
+    ).bind(config, replica, server)
     most = config.max_replicas or config.replicas
     ingress = IngressDeployment.options(
         # Beside all that may wait or run there must be room for those who are told so.
         max_ongoing_requests=most * config.max_running * (1 + WAITING_PER_RUNNING)
         + config.max_queued
         + SPARE,
-        # It only passes text on; a whole core would be missed by the replicas.
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=ON_HEAD,
         graceful_shutdown_timeout_s=config.drain_seconds,
     )
     most_bytes = parse_bytes(config.max_body_bytes)
@@ -155,8 +172,9 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
         raise ResourceError(f"the application did not start: {cause}") from error
     if not _listens(config.host, config.port):
         raise ResourceError(
-            f"nothing listens on {config.host}:{config.port}: Ray Serve runs in this cluster already, "
-            "with another address; use that one, or end it with `serve shutdown`"
+            f"nothing listens on {config.host}:{config.port} here: Ray Serve runs in this cluster already, "
+            "with another address (use that one, or end it with `serve shutdown`), or this machine is not "
+            "the head of the cluster, where requests are taken"
         )
     if blocking:
         _wait_for_interrupt()
@@ -174,11 +192,14 @@ def _size(config: ServeConfig) -> dict[str, Any]:
     return {"autoscaling_config": scaling}
 
 
-def _routing(config: ServeConfig) -> RequestRouterConfig:
-    """Send requests to where their adapters are, until half a batch more waits there than elsewhere."""
+def _routing(config: ServeConfig, called: Called) -> RequestRouterConfig:
+    """Send requests to where their adapters are, until half a batch more waits there than elsewhere.
+
+    The director has the same router, by which `presence` knows whether it is up.
+    """
     options: dict[str, Any] = {
         "request_router_class": AdapterRouter,
-        "request_router_kwargs": {"slack": max(1, config.max_running // 2)},
+        "request_router_kwargs": {"slack": max(1, config.max_running // 2), "called": called},
         "request_routing_stats_period_s": ROUTING_SECONDS,
     }
     return RequestRouterConfig(**options)

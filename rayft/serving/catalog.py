@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -87,6 +87,11 @@ def nobody(_deployed: Deployed, _what: str) -> None:
     """Listen to loads and evictions, and do nothing."""
 
 
+async def nowhere(_deployed: Deployed) -> bool:
+    """Return False: there is no other node to fetch a copy from."""
+    return False
+
+
 class Catalog:
     """The served adapters of one replica."""
 
@@ -98,9 +103,21 @@ class Catalog:
         device: str,
         limits: Limits | None = None,
         told: Callable[[Deployed, str], None] = nobody,
+        fetch: Callable[[Deployed], Awaitable[bool]] = nowhere,
     ) -> None:
-        """Serve the base alone; `told` hears of each `load` and `eviction` of a version."""
-        self._base, self._engine, self._told = base, engine, told
+        """Serve the base alone.
+
+        Args:
+            base: what adapters must fit.
+            engine: what generates.
+            dtype: of the factors on the device.
+            device: where the factors are kept.
+            limits: bytes that adapters may take.
+            told: hears of each `load` and `eviction` of a version.
+            fetch: called with a version whose folder can't be read; brings a whole copy of it to this node,
+                or returns False if the copy on this node is whole.
+        """
+        self._base, self._engine, self._told, self._fetch = base, engine, told, fetch
         self._dtype, self._device = dtype, device
         self._limits = limits or Limits()
         self._entries: dict[str, _Entry] = {}
@@ -191,7 +208,7 @@ class Catalog:
                 continue
             try:
                 if deployed.id in self._entries:
-                    await asyncio.to_thread(self._read, deployed)
+                    await self._read(deployed)
                     self._problems.pop(deployed.id, None)
                     continue
                 entry = await self._entry(deployed)
@@ -277,7 +294,7 @@ class Catalog:
 
     async def _entry(self, deployed: Deployed) -> _Entry:
         """Read an adapter, and bring it to the device if it is pinned or there is room."""
-        artifact = await asyncio.to_thread(self._read, deployed)
+        artifact = await self._read(deployed)
         size = sum(f.b.numel() + (0 if f.columns else f.a.numel()) for f in artifact.modules.values())
         card = self._card(deployed, artifact, folder_bytes(deployed.folder))
         key = f"{deployed.id}#{next(self._numbers)}"
@@ -289,7 +306,16 @@ class Catalog:
             self._fit_host()
         return entry
 
-    def _read(self, deployed: Deployed) -> AdapterArtifact:
+    async def _read(self, deployed: Deployed) -> AdapterArtifact:
+        """Read an adapter, whose copy is fetched first if it is missing or damaged on this node."""
+        try:
+            return await asyncio.to_thread(self._load, deployed)
+        except ArtifactError:
+            if not await self._fetch(deployed):
+                raise
+            return await asyncio.to_thread(self._load, deployed)
+
+    def _load(self, deployed: Deployed) -> AdapterArtifact:
         artifact = check_adapter(deployed.name, deployed.folder, self._base)
         content = artifact.content_hash
         if content != deployed.content_hash:
@@ -313,7 +339,7 @@ class Catalog:
             artifact = entry.artifact
             if artifact is None:
                 try:
-                    artifact = await asyncio.to_thread(self._read, entry.deployed)
+                    artifact = await self._read(entry.deployed)
                 except Exception as error:
                     self._missing(entry.deployed, error)
                     raise

@@ -43,7 +43,8 @@ class ServeConfig(Section):
 
     fetched: PathText = "runs/serving/adapters"
     """Folder for what is fetched from registries and URLs, and for the server's own copies of the adapters
-    that it serves; every replica must be able to read it."""
+    that it serves. It need not be shared by the nodes of a cluster: replicas on other nodes than the head
+    receive the copies and keep them in this folder of their own node."""
 
     max_adapter_bytes: Size = "2GB"
     """Largest adapter that is loaded."""

@@ -5,12 +5,16 @@ served. The director therefore copies an adapter when it is loaded, and replicas
 that starts later, or that reads an evicted adapter again, serves what was loaded. The copies are no hard
 links, because a file that is overwritten in place changes under all of its names.
 
+A replica on a node that does not share the director's disk receives a copy from the director (`transfer`) and
+keeps it below the same path on its own node.
+
     <fetched>/served-<server>/
         served.json       the record, from which a director that replaces another one goes on
         <content>/        a copy
 
-Unloaded adapters' copies are deleted, and the whole folder when the server ends. A server that was killed
-leaves its folder behind; the next server that starts deletes it once it has not been touched for a day.
+Unloaded adapters' copies are deleted, and the whole folder when the server ends, on each node. A server that
+was killed leaves its folder behind; the next one that starts on that node deletes it once it has not been
+touched for a day.
 """
 
 from __future__ import annotations
@@ -21,22 +25,23 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 
 from pydantic import TypeAdapter
 
 from rayft.artifacts import WEIGHTS_FILE, settle
 from rayft.errors import ArtifactError, ResourceError
-from rayft.files import room_on, write_file
+from rayft.files import locked, room_on, write_file
 from rayft.paths import check_folder
 from rayft.serving.admission import read_adapter
 from rayft.serving.allowed import FILES
 from rayft.serving.state import Served
 
-__all__ = ["STALE_SECONDS", "TOUCH_SECONDS", "Copies", "Record"]
+__all__ = ["STALE_SECONDS", "TOUCH_SECONDS", "Copies", "Record", "holds"]
 
 logger = logging.getLogger("ray.serve")
 
@@ -88,9 +93,9 @@ class Copies:
         try:
             self._copy(folder, staging)
             target = self._folder / f"{content}-{_digest(staging)}"
-            if _holds(target, content):
+            if holds(target, content):
                 return target
-            if not _holds(staging, content):
+            if not holds(staging, content):
                 raise ArtifactError(f"{folder} changed while it was read; load it again")
             shutil.rmtree(target, ignore_errors=True)
             if not settle(staging, target):
@@ -99,12 +104,91 @@ class Copies:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
-    def keep(self, folders: Collection[str]) -> None:
-        """Delete all copies but these."""
+    def keep(self, folders: Collection[str]) -> list[str]:
+        """Delete all copies but these, and return the names of those that were deleted."""
         names = {Path(folder).name for folder in folders}
-        for path in self._folder.iterdir() if self._folder.is_dir() else ():
-            if path.is_dir() and path.name not in names:
-                shutil.rmtree(path, ignore_errors=True)
+        found = [path for path in self._folder.iterdir() if path.is_dir()] if self._folder.is_dir() else []
+        others = [path.name for path in found if path.name not in names]
+        self.drop(others)
+        return others
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Delete the copies with these names."""
+        for name in names:
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+
+    def sizes(self, name: str, content: str) -> dict[str, int]:
+        """Return the sizes of a copy's files, once the copy is found to be whole.
+
+        Args:
+            name: name of the copy's folder.
+            content: the content hash that it must have.
+
+        Raises:
+            ArtifactError: if it is missing or damaged.
+        """
+        folder = self._folder / name
+        found = read_adapter(folder).content_hash
+        if found != content:
+            raise ArtifactError(f"{folder} holds {found}, not {content}; load the adapter again")
+        return {path.name: path.stat().st_size for path in folder.iterdir() if path.name in FILES}
+
+    def part(self, name: str, file: str, offset: int, size: int) -> bytes:
+        """Read a part of one of a copy's files.
+
+        Raises:
+            ArtifactError: if it can't be read.
+        """
+        try:
+            with (self._folder / name / file).open("rb") as opened:
+                opened.seek(offset)
+                return opened.read(size)
+        except OSError as error:
+            raise ArtifactError(f"{self._folder / name} can't be read: {error.strerror}") from error
+
+    @contextmanager
+    def receiving(self, size: int) -> Iterator[Path]:
+        """Yield an empty folder that a copy's files are written into before `put` gives it its place.
+
+        Args:
+            size: bytes that will be written.
+
+        Raises:
+            DiskFullError: if there is no space for them.
+            ResourceError: if they can't be written for another reason.
+        """
+        check_folder(self._fetched, "fetched")
+        try:
+            with room_on(self._fetched, size):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                staging = Path(tempfile.mkdtemp(prefix=".receive-", dir=self._folder))
+                try:
+                    yield staging
+                finally:
+                    shutil.rmtree(staging, ignore_errors=True)
+        except OSError as error:
+            raise ResourceError(
+                f"{self._folder} can't be written on {gethostname()} ({error.strerror}); correct that, or "
+                "give another folder (fetched)"
+            ) from error
+
+    def put(self, staging: Path, name: str, content: str) -> None:
+        """Put a received copy in its place, unless another replica on this node has put a whole one there.
+
+        Args:
+            staging: the folder with its files.
+            name: name of the copy's folder.
+            content: the content hash that it must have.
+
+        Raises:
+            ResourceError: if it can't be put there.
+        """
+        target = self._folder / name
+        with locked(self._folder / f".{name}.lock"):
+            if not holds(target, content):
+                shutil.rmtree(target, ignore_errors=True)
+                if not settle(staging, target):
+                    raise ResourceError(f"{target} can't be written; free it")
 
     def save(self, record: Record) -> None:
         """Write the record.
@@ -159,7 +243,8 @@ class Copies:
             ) from error
 
 
-def _holds(folder: Path, content: str) -> bool:
+def holds(folder: Path, content: str) -> bool:
+    """Return whether a folder holds an adapter with this content hash."""
     try:
         return read_adapter(folder).content_hash == content
     except ArtifactError:

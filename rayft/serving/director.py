@@ -21,15 +21,15 @@ import ray.serve as ray_serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ApplicationStatus
 
-from rayft.errors import BadRequestError, RayftError, RequestError, ResourceError
+from rayft.errors import BadRequestError, RayftError, RequestError, ResourceError, TrackingError
 from rayft.registry.ref import Registry
 from rayft.registry.store import MlflowRegistry
 from rayft.serving import sources, state
 from rayft.serving.admission import BaseModel
 from rayft.serving.config import ServeConfig
 from rayft.serving.copies import TOUCH_SECONDS, Copies, Record
+from rayft.serving.presence import ending
 from rayft.serving.state import Deployed, Served
 
 __all__ = ["Director", "DirectorDeployment", "initial"]
@@ -38,6 +38,9 @@ logger = logging.getLogger("ray.serve")
 
 PREPARE_SECONDS = 300.0
 """How long the replicas may take to prepare a change."""
+
+DROP_SECONDS = 10.0
+"""How long the replicas may take to delete copies on their nodes."""
 
 
 class Director:
@@ -121,6 +124,14 @@ class Director:
             self._keep(replace(self._record, base=base))
         return self._record.base
 
+    async def copy_sizes(self, name: str, content: str) -> dict[str, int]:
+        """Return the sizes of a copy's files, for a replica on another node (see `Copies.sizes`)."""
+        return await asyncio.to_thread(self._copies.sizes, name, content)
+
+    async def copy_part(self, name: str, file: str, offset: int, size: int) -> bytes:
+        """Return a part of one of a copy's files."""
+        return await asyncio.to_thread(self._copies.part, name, file, offset, size)
+
     async def adapters(self) -> dict[str, Any]:
         """Tell what is served, and why the last change was refused, if it was."""
         return {"served": self._served, "refused": self._refused}
@@ -139,6 +150,9 @@ class Director:
                 return self._served.of(name)[-1]
             except (RequestError, ResourceError):
                 raise
+            except TrackingError as error:
+                # The registry is away, which is no mistake in the request.
+                raise ResourceError(str(error)) from error
             except RayftError as error:
                 raise BadRequestError(str(error), param="source") from error
 
@@ -197,7 +211,9 @@ class Director:
                 yield
             finally:
                 served = self._served
-                self._copies.keep({one.folder for one in (*served.versions, *served.previous.values())})
+                folders = {one.folder for one in (*served.versions, *served.previous.values())}
+                if gone := self._copies.keep(folders):
+                    await self._all("drop", gone, seconds=DROP_SECONDS)
 
     async def _change(self, wanted: Served) -> None:
         """Have all replicas prepare a change, then serve it."""
@@ -214,10 +230,10 @@ class Director:
             await self._all("abandon", wanted.number)
             raise _cause(others[0]) if others else ResourceError("no replica is up to check it; try again")
 
-    async def _all(self, method: str, *arguments: Any) -> list[Any]:
+    async def _all(self, method: str, *arguments: Any, seconds: float = PREPARE_SECONDS) -> list[Any]:
         try:
             call = self._replicas.broadcast(method, *arguments)
-            return await call.results_async(timeout_s=PREPARE_SECONDS, return_exceptions=True)
+            return await call.results_async(timeout_s=seconds, return_exceptions=True)
         except TimeoutError as error:
             if method == "prepare":
                 return [
@@ -279,7 +295,7 @@ class Director:
     def __del__(self) -> None:
         # Ray Serve calls this when it stops a replica of the director. Another one may take its place, except
         # where the application ends.
-        if _ends():
+        if ending():
             self._copies.remove()
 
 
@@ -307,16 +323,6 @@ def _registry(config: ServeConfig) -> Registry | None:
 def _gone(error: Exception) -> bool:
     """Say whether a replica died: the one that takes its place asks for what is served."""
     return isinstance(error, RayActorError)
-
-
-def _ends() -> bool:
-    """Return whether this process is a replica of an application that is being deleted."""
-    try:
-        name = ray_serve.get_replica_context().app_name
-    except RayServeException:
-        return False
-    application = ray_serve.status().applications.get(name)
-    return application is None or application.status == ApplicationStatus.DELETING
 
 
 def _cause(error: Exception) -> Exception:

@@ -3,7 +3,6 @@
 # Ray Serve pickles the routes by value while this module is still being imported, with the globals
 # that their code uses: names must be defined above them, and annotations must not be strings (so no
 # `from __future__ import annotations`).
-import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
@@ -26,6 +25,7 @@ from starlette.routing import Match
 from rayft.errors import (
     RayftError,
     RequestError,
+    RequestTimeoutError,
     ResourceError,
     TooLargeError,
     TooManyRequestsError,
@@ -46,7 +46,7 @@ RETRY_SECONDS = 2
 """When to try again where too many wait, or no replica is up."""
 
 DIRECTOR_SECONDS = 10.0
-"""How long the director, which Ray Serve starts again where it is lost, may take to say what is served."""
+"""How long the director may take to say what is served."""
 
 EACH_SECONDS = 10.0
 """How long all replicas may take to answer, where each of them is asked."""
@@ -108,7 +108,8 @@ class Ingress:
         refused: Any = Counter(
             "rayft_unavailable_total", "Calls that were refused because no replica was up."
         )
-        self._waiting = Waiting(*waiting, refused.inc)
+        self._replicas_answer = Waiting("Replica", *waiting, refused.inc)
+        self._director_answers = Waiting("Director", waiting[0], DIRECTOR_SECONDS, refused.inc)
         self._created = int(time.time())
 
     @api.get("/", include_in_schema=False)
@@ -130,16 +131,14 @@ class Ingress:
         return {"status": "ok", "engine": engine}
 
     @api.get("/readyz")
-    async def readyz(self) -> Response:
+    async def readyz(self, request: Request) -> Response:
         """Say whether requests can be answered: a replica and the director do."""
         try:
             number = await self._of_director("number")
             await self._of_replica("serving")
             problems = await self._of_each("problems")
         except (RayError, RayftError) as error:
-            # Anyone may ask, so no reason is given that names a path.
-            reason = "no replica is up" if isinstance(error, NoReplicaError) else type(error).__name__
-            body = {"status": "not ready", "reason": reason}
+            body = {"status": "not ready", "reason": self._reason(request, error)}
             return JSONResponse(body, status_code=503, headers={"Retry-After": str(RETRY_SECONDS)})
         return JSONResponse({"status": "ready", "change": number, "unavailable": len(set().union(*problems))})
 
@@ -215,6 +214,13 @@ class Ingress:
         self._admin(request)
         return asdict(await self._change("rollback", name))
 
+    def _reason(self, request: Request, error: Exception) -> str:
+        """Return why requests can't be answered: in full, with paths, only to those who may ask for text."""
+        with suppress(RequestError):
+            self._caller(request)
+            return str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
+        return error.public if isinstance(error, NoReplicaError) else type(error).__name__
+
     def _caller(self, request: Request) -> Caller:
         return identify(self._keys, request.headers.get("authorization"))
 
@@ -242,15 +248,17 @@ class Ingress:
     async def _of_replica(self, method: str) -> Any:
         """Ask a replica something; not for long where none is up."""
         call: Any = getattr(self._replica, method).remote()
-        return await self._waiting.answer(call, call.cancel)
+        return await self._replicas_answer.answer(call, call.cancel)
 
     async def _of_director(self, method: str) -> Any:
         """Ask the director something; not for long where it is not up."""
+        call: Any = getattr(self._director, method).remote()
         try:
-            async with asyncio.timeout(DIRECTOR_SECONDS):
-                return await getattr(self._director, method).remote()
-        except TimeoutError as error:
-            raise ResourceError("the director, which knows what is served, is not up; try again") from error
+            return await self._director_answers.answer(call, call.cancel)
+        except RequestTimeoutError as error:
+            raise ResourceError(
+                "the director, which knows what is served, does not answer; try again"
+            ) from error
 
     async def _change(self, method: str, *arguments: Any) -> Any:
         """Have the director change what is served, which takes as long as reading an adapter takes."""
@@ -308,7 +316,7 @@ class Ingress:
         deltas: AsyncIterator[Delta] = aiter(call)
         # The first delta says that the request was accepted: before it an error still has a status.
         try:
-            first = await self._waiting.answer(anext(deltas), call.cancel)
+            first = await self._replicas_answer.answer(anext(deltas), call.cancel)
         except BackPressureError as error:
             # Caught here: Ray Serve would answer it by itself, with a 503.
             raise TooManyRequestsError("too many requests wait here; try again later") from error

@@ -1,7 +1,8 @@
 """Calls from the ingress to replicas and the director, which may not be there.
 
-Ray Serve keeps a call waiting, without a limit, until a replica is up. Here it waits for some time, and the
-error then says why none is up, as far as Ray Serve's controller knows.
+Ray Serve keeps a call waiting, without a limit, until a replica of the deployment is up. Here it waits for
+some time, and the error then says why none is up, as far as Ray Serve's controller knows. The director is the
+only replica of a deployment of its own.
 """
 
 from __future__ import annotations
@@ -11,19 +12,26 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import ray.serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.request_router import RequestRouter
+from ray.serve.schema import ApplicationStatus
 
 from rayft.errors import RequestTimeoutError, ResourceError
+from rayft.serving.deployment import APPLICATION
 
-__all__ = ["APPLICATION", "NoReplicaError", "Waiting", "heard", "replicas_up", "start_error"]
-
-APPLICATION = "rayft"
-"""The application's name in Ray Serve."""
+__all__ = [
+    "Called",
+    "NoReplicaError",
+    "Waiting",
+    "ending",
+    "heard",
+    "replicas_up",
+    "start_error",
+]
 
 CHECK_SECONDS = 0.25
 """How often it is checked whether a replica is up."""
@@ -39,38 +47,60 @@ REASON_SECONDS = 1.0
 
 Result = TypeVar("Result")
 
+Called = Literal["Director", "Replica"]
+"""The deployment that a call is for."""
 
-_routers: list[RequestRouter] = []
-"""The routers of this process that have heard which replicas are running."""
+ABSENT = {
+    "Replica": ("no replica is up", "because none starts", "one is starting"),
+    "Director": (
+        "the director, which knows what is served, is not up", "because it does not start", "it is starting",
+    ),
+}  # fmt: skip
+"""What is said of a deployment that is not up; before its reason; and where no reason is known."""
 
 
-def heard(router: RequestRouter) -> None:
-    """Note that a router of this process has heard which replicas are running."""
-    if router not in _routers:
-        _routers.append(router)
+_routers: dict[Called, list[RequestRouter]] = {"Director": [], "Replica": []}
+"""The routers of this process that have heard which replicas of a deployment are running."""
 
 
-def replicas_up() -> bool | None:
+def heard(router: RequestRouter, called: Called) -> None:
+    """Note that a router of this process has heard which replicas of a deployment are running."""
+    if router not in _routers[called]:
+        _routers[called].append(router)
+
+
+def replicas_up(called: Called) -> bool | None:
     """Return whether a router of this process knows a running replica; None if none has heard of any yet."""
-    return any(router.curr_replicas for router in _routers) if _routers else None
+    routers = _routers[called]
+    return any(router.curr_replicas for router in routers) if routers else None
 
 
 class NoReplicaError(ResourceError):
     """No replica is up."""
 
+    def __init__(self, called: Called, why: str = "") -> None:
+        what, because, else_ = ABSENT[called]
+        self.public = f"{what}, {because}" if why else f"{what}; {else_}"
+        """The message without what only callers with a key may read, such as paths."""
+        super().__init__(f"{self.public}: {why}" if why else self.public)
+
 
 class Waiting:
-    """Waits for answers of the replicas, for as long as some replica is up."""
+    """Waits for answers of the replicas of a deployment, for as long as some replica is up."""
 
-    def __init__(self, absent_seconds: float, seconds: float, refused: Callable[[], object]) -> None:
+    def __init__(
+        self, called: Called, absent_seconds: float, seconds: float, refused: Callable[[], object]
+    ) -> None:
         """Set the limits.
 
         Args:
+            called: the deployment.
             absent_seconds: how long a call waits while no replica is up.
             seconds: how long a call waits in any case.
             refused: called when a call is given up because no replica is up.
         """
-        self._absent_seconds, self._seconds, self._refused = absent_seconds, seconds, refused
+        self._called, self._refused = called, refused
+        self._absent_seconds, self._seconds = absent_seconds, seconds
         self._reason = _Reason("", -REASON_SECONDS)
         self._asking = asyncio.Lock()
 
@@ -88,7 +118,7 @@ class Waiting:
             while not task.done():
                 await asyncio.wait({task}, timeout=CHECK_SECONDS)
                 now = time.monotonic()
-                up = replicas_up()
+                up = replicas_up(self._called)
                 if up:
                     seen = now
                 elif reason is None:
@@ -120,9 +150,7 @@ class Waiting:
 
     def _absent(self, why: str) -> NoReplicaError:
         self._refused()
-        return NoReplicaError(
-            f"no replica is up, because none starts: {why}" if why else "no replica is up; one is starting"
-        )
+        return NoReplicaError(self._called, why)
 
 
 @dataclass(frozen=True)
@@ -140,8 +168,23 @@ async def _controllers_reason() -> str:
 
 
 def start_error() -> str | None:
-    """Find the line that says why a replica did not start: Ray Serve has its traceback as text."""
+    """Find the line that says why a replica did not start: Ray Serve has its traceback as text.
+
+    Where no node has room for a replica, return Ray Serve's message that says what it needs.
+    """
     application = ray_serve.status().applications.get(APPLICATION)
     messages = [deployment.message for deployment in application.deployments.values()] if application else []
-    found = [line for text in messages for line in text.splitlines() if re.match(r"\s*[\w.]+Error: ", line)]
-    return found[-1].strip() if found else None
+    lines = [line.strip() for text in messages for line in text.splitlines()]
+    errors = [line for line in lines if re.match(r"[\w.]+Error: ", line)]
+    unplaced = [line for line in lines if "to be scheduled" in line]
+    return next(iter([*reversed(errors), *unplaced]), None)
+
+
+def ending() -> bool:
+    """Return whether this process is a replica of an application that is being deleted."""
+    try:
+        name = ray_serve.get_replica_context().app_name
+    except RayServeException:
+        return False
+    application = ray_serve.status().applications.get(name)
+    return application is None or application.status == ApplicationStatus.DELETING

@@ -3,8 +3,8 @@
 The proxy decodes some headers as UTF-8 by itself (request id, session, multiplexed model, time limit), and
 answers 500 where that fails. This middleware refuses such a request with a 400 in the form of other errors.
 
-Ray Serve's processes find it by an environment variable: `rayft serve` sets it for the controller that it
-starts, and `serve/config.yaml` does under `controller_options`.
+Ray Serve's processes find it by an environment variable (`PROXY_ENVIRONMENT`): `rayft serve` sets it for the
+controller that it starts, and files for `serve deploy` do under `controller_options`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rayft.errors import BadRequestError
 from rayft.serving.answers import describe_error
 
-__all__ = ["PROXY_ENVIRONMENT", "HeaderCheck", "check_headers", "middlewares"]
-
-PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rayft.serving.proxy:middlewares"}
-"""Environment of Ray Serve's controller, and so of the proxies that it starts."""
+__all__ = ["HeaderCheck", "check_headers", "middlewares"]
 
 TIMEOUT = "x-request-timeout-seconds"
 DECODED = (

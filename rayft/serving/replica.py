@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
+from socket import gethostname
 from typing import Any
 
 import ray.serve as ray_serve
@@ -18,20 +19,23 @@ from ray.exceptions import RayError
 
 from rayft.data.chat_format import AnswerParser, ChatFormat
 from rayft.errors import BadRequestError, ModelError, RayftError, RequestTimeoutError, ResourceError
-from rayft.models.load import load_model
+from rayft.models.load import LoadedModel, ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.numerics import derive_seed, fastest_cpu_dtype
 from rayft.serving.admission import BaseModel
 from rayft.serving.catalog import Catalog, Limits
 from rayft.serving.config import ServeConfig
+from rayft.serving.copies import TOUCH_SECONDS, Copies
 from rayft.serving.engine import Engine, EngineLimits, GenerationRequest
 from rayft.serving.messages import Delta, ModelCard
 from rayft.serving.metrics import Metrics
 from rayft.serving.packed_engine import PackedEngine
+from rayft.serving.presence import ending
 from rayft.serving.schemas import ChatRequest, CompletionRequest
 from rayft.serving.slots import widest_rank
-from rayft.serving.state import Served
+from rayft.serving.state import Deployed, Served
 from rayft.serving.text import TextStream, chat_tokens, check_tokens, prompt_tokens, score
+from rayft.serving.transfer import receive
 from rayft.serving.transformers_engine import TransformersEngine
 from rayft.squeeze.budget import parse_bytes
 
@@ -53,16 +57,21 @@ RETRY_SECONDS = 5.0
 class Replica:
     """Answers requests; Ray Serve makes and feeds it."""
 
-    def __init__(self, config: ServeConfig, device: str) -> None:
+    def __init__(self, config: ServeConfig, device: str, server: str) -> None:
         """Load the base; adapters come from the director, when `reconfigure` is called.
 
+        Args:
+            config: the server's configuration.
+            device: where the model is computed.
+            server: names the server, as in `Director`.
+
         Raises:
-            ModelError: if the base can't be loaded.
+            ModelError: naming this node, if the base can't be loaded here.
         """
         # Ray sets OMP_NUM_THREADS for its workers, but torch may have been imported with another value.
         torch.set_num_threads(config.cpus)
         dtype = compute_dtype(config, device)
-        loaded = load_model(config.model, dtype, device)
+        loaded = _load_base(config.model, dtype, device)
         if device == "cpu" and config.model.quantize is None:
             _own_memory(loaded.model)
         base = BaseModel(
@@ -77,7 +86,10 @@ class Replica:
         self._engine: Engine = engine_class(config, device, dtype)(loaded, limits)
         self._metrics = Metrics()
         room = Limits(_bytes(config.device_bytes), _bytes(config.host_bytes))
-        self._catalog = Catalog(base, self._engine, dtype, device, room, self._metrics.told)
+        self._catalog = Catalog(base, self._engine, dtype, device, room, self._metrics.told, self._fetch)
+        self._copies = Copies(config.fetched, server)
+        self._copies.remove_stale()
+        self._director: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._tokenizing = asyncio.Lock()
 
@@ -93,6 +105,7 @@ class Replica:
         if self._tasks:
             return
         director: Any = ray_serve.get_deployment_handle("Director")
+        self._director = director
         base = await director.base.remote()
         self._check_base(base or self._fingerprint)
         await self.catch_up(await director.state.remote(), all_or_none=not base)
@@ -131,6 +144,16 @@ class Replica:
         """Forget what was prepared."""
         await self._catalog.abandon(number)
 
+    async def drop(self, names: Sequence[str]) -> None:
+        """Delete the copies that this node has of adapters that are served no more."""
+        await asyncio.to_thread(self._copies.drop, names)
+
+    async def _fetch(self, deployed: Deployed) -> bool:
+        """Bring a copy to this node (see `receive`)."""
+        if self._director is None:
+            return False
+        return await receive(deployed, self._copies, self._director)
+
     async def serving(self) -> Served:
         """Tell what is served."""
         return self._catalog.served
@@ -138,8 +161,12 @@ class Replica:
     async def _watch(self, director: Any) -> None:
         """Ask, each second, whether a change was missed: one that was made while this replica started."""
         tried = time.monotonic()
+        touched = -TOUCH_SECONDS
         while True:
             await asyncio.sleep(WATCH_SECONDS)
+            if time.monotonic() - touched >= TOUCH_SECONDS:
+                self._copies.touch()
+                touched = time.monotonic()
             if time.monotonic() - tried >= RETRY_SECONDS:
                 await self._catalog.retry()
                 tried = time.monotonic()
@@ -301,9 +328,11 @@ class Replica:
         return asked or min(request.default_max_tokens or most, most, self._room - prompt)
 
     def __del__(self) -> None:
-        engine = getattr(self, "_engine", None)
+        engine, copies = getattr(self, "_engine", None), getattr(self, "_copies", None)
         if engine is not None:
             engine.stop()
+        if copies is not None and ending():
+            copies.remove()
 
 
 async def merged(parts: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
@@ -354,6 +383,16 @@ async def bounded(deltas: AsyncGenerator[Delta, None], seconds: float) -> AsyncG
                     f"the answer was not ready after {seconds:g} seconds; ask for less, or raise max_seconds"
                 ) from error
             yield delta
+
+
+def _load_base(config: ModelConfig, dtype: torch.dtype, device: str) -> LoadedModel:
+    """Load the base; an error names this node, which may be another one than where the server was started."""
+    try:
+        return load_model(config, dtype, device)
+    except ModelError as error:
+        raise type(error)(
+            f"on {gethostname()}: {error}; each node that runs a replica needs the base"
+        ) from error
 
 
 def _own_memory(model: torch.nn.Module) -> None:

@@ -62,8 +62,13 @@ class AdapterRouter(RequestRouter):
     """Routes `generate` by the request's adapter, and everything else to the least busy replica."""
 
     def initialize_state(self, **kwargs: Any) -> None:
-        """Take `slack`, how many more requests than the least busy replica a warm one may have."""
-        self._slack = int(kwargs["slack"])
+        """Take the settings.
+
+        Args:
+            kwargs: `slack`, how many more requests than the least busy replica a warm one may have; `called`,
+                the name of the deployment.
+        """
+        self._slack, self._called = int(kwargs["slack"]), kwargs["called"]
         self._sent: dict[ReplicaID, dict[str, float]] = {}
         """Replica → cold `model` that it was sent lately → when, in seconds."""
         self._placed: dict[Future[RunningReplica], ReplicaID] = {}
@@ -73,7 +78,7 @@ class AdapterRouter(RequestRouter):
         """Take the replicas that are running now; Ray Serve calls this when they change."""
         super().update_replicas(replicas)
         # Ray Serve pickles this class by value, with the variables of this module but not of another one.
-        presence.heard(self)
+        presence.heard(self, self._called)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

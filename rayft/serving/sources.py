@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 from rayft.artifacts import settle
@@ -53,7 +54,7 @@ def find(
     elif "://" in source:
         folder = _fetch(source, Path(fetched), parse_bytes(max_bytes))
     else:
-        folder = Path(source).expanduser().absolute()
+        folder = _folder(source, f"adapter '{name}' is not served: ")
     check_size(folder, max_bytes)
     content = check_adapter(name, str(folder), base).content_hash
     return Deployed(name, version, str(folder), content, source, aliases, pinned, score)
@@ -111,7 +112,26 @@ def check_source(source: str, registry: Registry | None, fetched: Path, max_byte
         with _store(source):
             _files_of(source, parse_bytes(max_bytes))
     else:
-        read_settings(Path(source).expanduser())
+        read_settings(_folder(source))
+
+
+def _folder(source: str, told: str = "") -> Path:
+    """Return a folder that exists on this node.
+
+    Args:
+        source: its path.
+        told: what an error begins with.
+
+    Raises:
+        ArtifactError: naming this node, if there is none.
+    """
+    folder = Path(source).expanduser().absolute()
+    if not folder.exists():
+        raise ArtifactError(
+            f"{told}{folder} does not exist on {gethostname()}; correct the path. A cluster of several nodes "
+            "reads folders on its head: name adapters that are elsewhere as models:/NAME/VERSION or by a URL"
+        )
+    return folder
 
 
 def _fetch(url: str, fetched: Path, most: int) -> Path:

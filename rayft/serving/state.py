@@ -24,7 +24,8 @@ class Deployed:
     name: str
     version: int
     folder: str
-    """Adapter folder, which every replica can read: of what is served, the server's own copy."""
+    """Adapter folder on the director's node: of what is served, the server's own copy, which replicas on
+    other nodes keep below the same path."""
     content_hash: str
     """Identity of its factors: a folder that holds something else by now is not served."""
     source: str

@@ -124,13 +124,21 @@ def refused(server: Server, model: str = "base", **extra: Any) -> str:
     return str(error["message"])
 
 
+def not_ready(server: Server) -> str:
+    """Check that `/readyz` says in time that requests can't be answered, and return the reason."""
+    started = time.monotonic()
+    answer = server.get("/readyz")
+    assert time.monotonic() - started < BOUND
+    assert (answer.status_code, answer.json()["status"]) == (503, "not ready")
+    return str(answer.json()["reason"])
+
+
 def lose_replica(server: Server) -> None:
     """Kill the replica, see that nothing hangs meanwhile, and wait until another one has taken its place."""
     kill_replica()
     assert "no replica is up" in refused(server)
     assert "no replica is up" in refused(server, "deleted", stream=True)
-    not_ready = server.get("/readyz")
-    assert (not_ready.status_code, not_ready.json()["reason"]) == (503, "no replica is up")
+    assert not_ready(server).startswith("no replica is up")
     assert server.get("/v1/models").status_code == 503
     assert server.get("/healthz").json() == {"status": "ok", "engine": None}
     eventually(lambda: server.get("/readyz").status_code == 200)
@@ -185,6 +193,7 @@ def test_loaded_again_what_was_damaged_and_what_was_replaced_is_served(server: S
 def test_a_director_that_is_killed_serves_the_same(server: Server) -> None:
     change = server.get("/readyz").json()["change"]
     kill_actor("Director")
+    eventually(lambda: "the director, which knows what is served, is not up" in not_ready(server))
     # Requests need no director.
     assert server.answer("deleted") == server.first["deleted"]
     eventually(lambda: server.get("/readyz").status_code == 200)
@@ -231,6 +240,7 @@ def test_a_base_that_is_damaged_while_it_is_served_is_served_on(server: Server) 
     refused(server)
     eventually(lambda: "none starts" in refused(server))
     assert "ModelError" in refused(server, "replaced")
+    assert "none starts: rayft.errors.ModelError: on " in not_ready(server)
     weights.write_bytes(whole)
     eventually(lambda: server.get("/readyz").status_code == 200)
     assert server.answers() == server.first

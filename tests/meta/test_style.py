@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CODE = sorted(path for folder in ("rayft", "pipelines", "serve") for path in (ROOT / folder).rglob("*.py"))
+CODE = sorted(path for folder in ("rayft", "pipelines") for path in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 METHODS = sorted(
     path
@@ -48,7 +48,7 @@ def test_names_say_what_is_inside(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in CODE if path.is_relative_to(ROOT / "pipelines") or path.is_relative_to(ROOT / "serve")],
+    [path for path in CODE if path.is_relative_to(ROOT / "pipelines")],
     ids=short,
 )
 def test_entry_points_hold_no_logic(path: Path) -> None:

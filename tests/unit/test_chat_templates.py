@@ -67,7 +67,7 @@ def train(base: Path, folder: Path, completion: str = "5") -> tuple[Session, str
 async def answers(base: Path, adapter: str, engine: str) -> list[tuple[str, str, str]]:
     """Ask the adapter, and give the answers' contents, reasoning and why they ended."""
     config = ServeConfig(model=ModelConfig(name=str(base)), dtype="float32", engine=engine)
-    replica = Replica(config, "cpu")
+    replica = Replica(config, "cpu", "one")
     try:
         await replica.catch_up(loaded(Served(), find("five", adapter, None, adapter, "1GB", pinned=False)))
         found = []

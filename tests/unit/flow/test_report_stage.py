@@ -1,4 +1,7 @@
-"""The report and serve.yaml are written first; what fails after them is told, and done by the next run."""
+"""The report and serve.yaml are written first; what fails after them is told, and done by the next run.
+
+On a cluster of several nodes serve.yaml names versions of the registry, and is written after registering.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,24 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from ray.serve.schema import ServeDeploySchema
 from rich.console import Console
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
+from rayft.config import load, parse
 from rayft.errors import DiskFullError, RegistryError, TrainError, UnfinishedError
 from rayft.flow import commands
 from rayft.flow import sweep as module
 from rayft.flow.config import load_config
 from rayft.flow.display import Display
 from rayft.flow.preflight import Plan, preflight
+from rayft.flow.serve import served_names
+from rayft.flow.squeezing import Source, SqueezedAdapter
 from rayft.flow.stages import Measured
 from rayft.methods.base import LoraFactors
 from rayft.registry.store import MlflowRegistry
 from rayft.report.frame import SweepRecord
+from rayft.serving.config import ServeConfig
 from rayft.sweep.lane import tracking_key
 from rayft.sweep.tuner import Trial
 from rayft.tracking import TrackerSpec
@@ -238,3 +246,108 @@ def test_sweeps_of_one_configuration_on_one_server_have_runs_of_their_own(sweep:
             for one in ("5eed", "fe11", "5eed")
         }
     assert len(parents) == 2
+
+
+@pytest.fixture
+def on_cluster(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    """The sweep on several nodes, with both trials finished."""
+    monkeypatch.setattr(module, "_several_nodes", lambda: True)
+    best, other = sweep.plan.points
+    assert (best.run.method.name, other.run.method.name) == ("lora", "cla")
+    folder = sweep.plan.output / "trials" / other.key / "adapter"
+    content = saved(folder, 1).content_hash
+    result = {**sweep.found.trials[0].result, "folder": str(folder), "val_loss": 1.5, "content_hash": content}
+    sweep.found.trials[1] = Trial(other, result, "key:" + tracking_key(other.key, sweep.plan.identity))
+    sweep.found.scores[other.name] = Measured({"val": [1.0, 0.0], "test": [1.0, 1.0]})
+    return sweep
+
+
+def served(sweep: Sweep) -> dict[str, str]:
+    """Check both files that serve the result, and return the adapters in them."""
+    serve = load(ServeConfig, sweep.plan.output / "serve.yaml")
+    deploy = ServeDeploySchema.model_validate(yaml.safe_load((sweep.plan.output / "deploy.yaml").read_text()))
+    (application,) = deploy.applications
+    assert parse(ServeConfig, application.args) == serve
+    assert deploy.http_options.port == serve.port == sweep.plan.config.serve.port
+    assert serve.registry == sweep.plan.tracker.uri
+    return dict(serve.adapters)
+
+
+def test_on_a_cluster_the_registry_has_all_that_is_served(on_cluster: Sweep) -> None:
+    sweep, name = on_cluster, on_cluster.plan.config.name
+    record = sweep.report()
+    expected = {name: f"models:/{name}/1", f"{name}-cla": f"models:/{name}-cla/1"}
+    assert served(sweep) == expected
+    registry = MlflowRegistry(sweep.plan.tracker.uri)
+    (version,) = registry.versions(f"{name}-cla")
+    trial = next(trial for trial in record.trials if trial.method == "cla")
+    assert (version.run_id, version.aliases, version.score()) == (trial.run_id, (), 0.5)
+    assert version.content_hash == AdapterArtifact.load(trial.folder).content_hash
+    assert registry.versions(name)[0].aliases == ("champion",)
+    assert served_names(sweep.plan.output, record) == ["base", name, f"{name}-cla"]
+    # The same command again finds the versions.
+    sweep.report()
+    assert served(sweep) == expected
+    assert [len(registry.versions(model)) for model in expected] == [1, 1]
+
+
+def test_what_could_not_be_registered_on_a_cluster_is_left_out_and_told(
+    on_cluster: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, name = on_cluster, on_cluster.plan.config.name
+    register = MlflowRegistry.register
+    for refused in (name, f"{name}-cla"):
+
+        def only(registry: MlflowRegistry, model: str, *rest: Any, refused: str = refused) -> int:
+            if model == refused:
+                raise RegistryError("MLflow refuses")
+            return register(registry, model, *rest)
+
+        (sweep.plan.output / "serve.yaml").unlink(missing_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowRegistry, "register", only)
+            record = sweep.report()
+        with pytest.raises(UnfinishedError, match=f"serve.yaml leaves out {refused}"):
+            commands._check_done(record, sweep.display)
+        assert f"serve.yaml leaves out {refused}: " in sweep.said.getvalue()
+        left = {model: f"models:/{model}/1" for model in (name, f"{name}-cla") if model != refused}
+        assert served(sweep) == left
+        assert served_names(sweep.plan.output, record, among=left) == ["base", *left]
+    record = sweep.report()
+    commands._check_done(record, sweep.display)
+    assert len(served(sweep)) == 2
+
+
+def test_with_no_version_at_all_a_cluster_gets_no_file(
+    on_cluster: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MlflowRegistry, "register", fail(RuntimeError("no\nfont")))
+    sweep = on_cluster
+    record = sweep.report()
+    with pytest.raises(UnfinishedError, match="not registered"):
+        commands._check_done(record, sweep.display)
+    assert not (sweep.plan.output / "serve.yaml").exists()
+
+
+def test_what_was_trained_on_is_shipped_and_the_winner_has_a_name_of_its_own(on_cluster: Sweep) -> None:
+    sweep, name = on_cluster, on_cluster.plan.config.name
+    best = sweep.plan.points[0]
+    full = saved(sweep.plan.output / "winner", 3)
+    smaller = saved(sweep.plan.output / "squeezed" / "r1+cont", 2)
+    item = SqueezedAdapter(
+        name=f"{best.name}@r1+2", source=Source(best.name, best.key, best.run, identity=sweep.plan.identity),
+        how="cont", rank=1, folder=sweep.plan.output / "squeezed" / "r1+cont", parameters=5, bytes=20,
+        energy={"layers.0.q": 0.5}, seconds=1.0,
+    )  # fmt: skip
+    sweep.found.squeezed = [item]
+    sweep.found.scores[item.name] = Measured({"val": [1.0, 1.0], "test": [1.0, 1.0]})
+    record = sweep.report()
+    assert record.winner
+    assert record.winner.ship == item.name
+    assert served(sweep) == {
+        name: f"models:/{name}-lora/1", f"{name}-r1-cont2": f"models:/{name}/1",
+        f"{name}-cla": f"models:/{name}-cla/1",
+    }  # fmt: skip
+    registry = MlflowRegistry(sweep.plan.tracker.uri)
+    assert registry.versions(name)[0].content_hash == smaller.content_hash
+    assert registry.versions(f"{name}-lora")[0].content_hash == full.content_hash

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from ray._common.utils import import_attr
+from ray.serve.schema import ServeDeploySchema
 
 from rayft.config import parse
 from rayft.errors import ArtifactError, BaseMismatchError, ConfigError, ModelError, ResourceError
 from rayft.models.load import ModelConfig
 from rayft.models.tiny import save_tiny_llama
-from rayft.serving.build import ROUTING_SECONDS, build_app, preflight, run
+from rayft.serving.build import ROUTING_SECONDS, app, build_app, preflight, run
 from rayft.serving.config import ServeConfig
+from rayft.serving.deployment import deployment
 from rayft.serving.router import RECENT_SECONDS
 
 
@@ -112,13 +116,29 @@ def test_requests_are_routed_by_adapter_with_half_a_batch_of_slack() -> None:
         routing = application._bound_deployment.init_args[0]._bound_deployment._deployment_config
         config = routing.request_router_config
         assert config.get_request_router_class().__name__ == "AdapterRouter"
-        assert config.request_router_kwargs == {"slack": slack}
+        assert config.request_router_kwargs == {"slack": slack, "called": "Replica"}
         assert config.request_routing_stats_period_s == ROUTING_SECONDS
         assert 2 * ROUTING_SECONDS <= RECENT_SECONDS
 
 
-def test_the_packaged_application_is_valid() -> None:
-    import yaml
+def test_files_for_serve_deploy_name_an_application_that_can_be_built() -> None:
+    packaged = yaml.safe_load(Path("serve/config.yaml").read_text())
+    made = deployment({"host": "127.0.0.1", "port": 8000, "device": "cpu"})
+    for file in (packaged, made):
+        application = ServeDeploySchema.model_validate(file).applications[0]
+        built = import_attr(application.import_path)(application.args)
+        assert built._bound_deployment.name == "Ingress"
+    assert parse(ServeConfig, packaged["applications"][0].pop("args")).model.name == "smollm2-135m-instruct"
+    del made["applications"][0]["args"]
+    assert made == packaged
+    with pytest.raises(ConfigError, match="did you mean 'adapters'"):
+        app({"adapterz": {}})
 
-    args = yaml.safe_load(Path("serve/config.yaml").read_text())["applications"][0]["args"]
-    assert parse(ServeConfig, args).model.name == "smollm2-135m-instruct"
+
+def test_ingress_and_director_are_placed_on_the_head() -> None:
+    ingress = build_app(ServeConfig(device="cpu"))._bound_deployment
+    replica, director = (one._bound_deployment for one in ingress.init_args[:2])
+    for one in (ingress, director):
+        assert one.ray_actor_options == {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+    assert "resources" not in replica.ray_actor_options
+    assert director._deployment_config.request_router_config.request_router_kwargs["called"] == "Director"

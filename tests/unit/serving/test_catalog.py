@@ -16,7 +16,7 @@ from rayft.methods.base import LoraFactors
 from rayft.serving.admission import BaseModel, check_adapter
 from rayft.serving.catalog import Catalog, Limits
 from rayft.serving.sources import find
-from rayft.serving.state import Served, loaded, unloaded
+from rayft.serving.state import Deployed, Served, loaded, unloaded
 from tests.unit.serving.adapters import random_adapter
 
 SHAPES = {"layer.q_proj": (6, 4), "layer.v_proj": (3, 4)}
@@ -432,3 +432,39 @@ def test_a_classifier_is_refused(tmp_path: Path) -> None:
     folder = AdapterArtifact(artifact.modules, heads=heads, meta=meta).save(tmp_path / "head")
     with pytest.raises(ArtifactError, match="classification head"):
         check_adapter("a", str(folder), BASE)
+
+
+def test_what_is_missing_on_this_node_is_fetched_when_it_is_loaded_and_read_again(tmp_path: Path) -> None:
+    head, node = Path(save(tmp_path / "head")), tmp_path / "node"
+    fetched: list[str] = []
+
+    async def fetch(deployed: Deployed) -> bool:
+        fetched.append(deployed.id)
+        if fetched[3:]:
+            raise ArtifactError("the director's copy is damaged")
+        shutil.rmtree(node, ignore_errors=True)
+        shutil.copytree(head, node)
+        return True
+
+    async def scenario() -> None:
+        catalog = Catalog(BASE, RecordingEngine(), torch.float32, "cpu", fetch=fetch)  # type: ignore[arg-type]
+        (found,) = loaded(Served(), find("a", str(head), None, head, "1GB", pinned=False)).versions
+        state = Served(1, (replace(found, folder=str(node)),))
+        await catalog.prepare(state)
+        await catalog.commit(1)
+        assert fetched == ["a@1"]
+        entry = catalog._entries["a@1"]
+        for damage in (lambda: shutil.rmtree(node), lambda: (node / "adapter_config.json").write_text("{")):
+            damage()
+            catalog._off_device(entry)
+            async with catalog.lease("a") as lease:
+                assert lease.content_hash == found.content_hash
+        assert fetched == ["a@1"] * 3
+        shutil.rmtree(node)
+        catalog._off_device(entry)
+        with pytest.raises(ArtifactError, match="director's copy is damaged"):
+            async with catalog.lease("a"):
+                pass
+        assert catalog.problems() == {"a@1": "the director's copy is damaged"}
+
+    asyncio.run(scenario())

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from rayft.artifacts import AdapterArtifact
-from rayft.errors import ArtifactError
+from rayft.errors import ArtifactError, DiskFullError, ResourceError
 from rayft.serving.copies import STALE_SECONDS, Copies, Record
 from rayft.serving.state import Deployed, Served
+from tests.disks import PAGE, Disk
 from tests.unit.serving.adapters import random_adapter
 
 SHAPES = {"layer.q_proj": (6, 4)}
@@ -84,3 +85,72 @@ def test_folders_of_killed_servers_are_deleted_after_a_day(tmp_path: Path) -> No
     copies["touched"].touch()
     copies["new"].remove_stale()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["served-new", "served-touched"]
+
+
+def send(one: Copies, other: Copies, name: str, content: str, most: int = 1000) -> Path:
+    """Copy a copy to another node by parts."""
+    sizes = one.sizes(name, content)
+    with other.receiving(sum(sizes.values())) as staging:
+        for file, size in sizes.items():
+            parts = [one.part(name, file, offset, most) for offset in range(0, size, most)]
+            assert {len(part) for part in parts[:-1]} <= {most}
+            (staging / file).write_bytes(b"".join(parts))
+        other.put(staging, name, content)
+    return other._folder / name
+
+
+def test_a_copy_is_received_whole_in_the_place_of_a_damaged_one(tmp_path: Path) -> None:
+    source, content = save(tmp_path / "a")
+    here, there = Copies(tmp_path / "here", "one"), Copies(tmp_path / "there", "one")
+    copy = here.take(source, content)
+    received = send(here, there, copy.name, content, most=100)
+    assert received == tmp_path / "there" / "served-one" / copy.name
+    assert {path.name: path.read_bytes() for path in received.iterdir()} == {
+        path.name: path.read_bytes() for path in copy.iterdir()
+    }
+    (received / WEIGHTS).write_bytes(b"")
+    assert AdapterArtifact.load(send(here, there, copy.name, content)).content_hash == content
+    # What was half received when it failed is no copy.
+    there.drop([copy.name])
+
+    def half() -> None:
+        with there.receiving(10) as staging:
+            (staging / WEIGHTS).write_bytes(b"half")
+            raise ResourceError("the director is gone")
+
+    with pytest.raises(ResourceError, match="gone"):
+        half()
+    assert [path for path in received.parent.iterdir() if path.is_dir()] == []
+
+
+def test_a_whole_copy_that_another_replica_has_received_meanwhile_stays(tmp_path: Path) -> None:
+    source, content = save(tmp_path / "a")
+    here, there = Copies(tmp_path / "here", "one"), Copies(tmp_path / "there", "one")
+    copy = here.take(source, content)
+    before = send(here, there, copy.name, content).stat().st_ino
+    assert send(here, there, copy.name, content).stat().st_ino == before
+
+
+def test_a_damaged_copy_is_not_sent(tmp_path: Path) -> None:
+    source, content = save(tmp_path / "a")
+    copies = Copies(tmp_path, "one")
+    copy = copies.take(source, content)
+    with pytest.raises(ArtifactError, match=f"holds {content}, not other"):
+        copies.sizes(copy.name, "other")
+    (copy / WEIGHTS).write_bytes(b"")
+    with pytest.raises(ArtifactError, match="truncated or damaged"):
+        copies.sizes(copy.name, content)
+    copies.drop([copy.name])
+    with pytest.raises(ArtifactError, match="can't be read"):
+        copies.part(copy.name, WEIGHTS, 0, 10)
+
+
+def test_a_full_disk_that_receives_keeps_nothing(disk: Disk) -> None:
+    copies = Copies(disk.folder / "fetched", "one")
+    disk.leave(4 * PAGE)
+    with (
+        pytest.raises(DiskFullError, match=str(disk.folder)),
+        copies.receiving(2**20) as staging,
+    ):
+        (staging / WEIGHTS).write_bytes(b"0" * 2**20)
+    assert list(copies._folder.iterdir()) == []

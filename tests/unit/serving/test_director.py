@@ -26,6 +26,8 @@ SHAPES = {"layer.q_proj": (6, 4)}
 class Replica:
     """Notes what it is told; `fails` is raised when it prepares."""
 
+    dropped: tuple[str, ...] = ()
+
     def __init__(self, fails: Exception | None = None, serving: Served | None = None) -> None:
         self.fails, self.told = fails, []  # type: ignore[var-annotated]
         self.now = serving or Served()
@@ -37,6 +39,8 @@ class Replica:
             return self.fails
         if method == "commit":
             self.now = self.wanted
+        if method == "drop":
+            self.dropped += tuple(arguments[0])
         return self.now if method == "serving" else {}
 
 
@@ -97,7 +101,7 @@ def test_a_change_is_prepared_by_all_and_then_committed(folder: Callable[[str], 
 
     director = go(ServeConfig(adapters={"a": folder("a")}), Handle(*replicas), scenario)
     for replica in replicas:
-        assert [what for what in replica.told if what != "serving"] == ["prepare", "commit"] * 2
+        assert replica.told == [*["prepare", "commit"] * 2, "drop"]
         assert replica.now.names() == ("b",)
     assert director._served.number == 3
 
@@ -118,8 +122,16 @@ def test_what_one_replica_refuses_none_serves(folder: Callable[[str], str]) -> N
 
     director = go(ServeConfig(adapters={"a": folder("a")}), Handle(*replicas), scenario)
     for replica in replicas:
-        assert [what for what in replica.told if what != "serving"] == ["prepare", "abandon"] * 2
+        assert replica.told == ["prepare", "abandon", "drop"] * 2
     assert director._served.names() == ("a",)
+
+
+def test_a_registry_that_is_away_is_no_mistake_of_the_callers() -> None:
+    async def scenario(director: Director) -> None:
+        with pytest.raises(ResourceError, match=r"MLflow at .* can't be used"):
+            await director.load("b", "models:/b/1", 1.0, pinned=False)
+
+    go(ServeConfig(registry="http://127.0.0.1:9"), Handle(Replica()), scenario)
 
 
 def test_a_replica_that_died_does_not_count(folder: Callable[[str], str]) -> None:
@@ -191,6 +203,8 @@ def test_a_director_that_was_lost_applies_a_configuration_once(folder: Callable[
 
 
 def test_what_is_served_is_a_copy_and_goes_when_nothing_needs_it(folder: Callable[[str], str]) -> None:
+    replica = Replica()
+
     def copies() -> int:
         return len([path for path in COPIES.iterdir() if path.is_dir()])
 
@@ -205,8 +219,24 @@ def test_what_is_served_is_a_copy_and_goes_when_nothing_needs_it(folder: Callabl
         with pytest.raises(BadRequestError, match="not served yet"):
             await director.load("new", folder("d"), 0.5, pinned=False)
         assert copies() == 2
+        kept = {one.folder for one in (*director._served.versions, *director._served.previous.values())}
         await director.unload("a")
         assert copies() == 0
+        # Replicas on other nodes delete theirs too: those that were unloaded, replaced and refused.
+        assert {Path(one).name for one in kept} <= set(replica.dropped)
+        assert len(replica.dropped) == len(set(replica.dropped)) == 4
+
+    go(ServeConfig(adapters={"a": folder("a")}), Handle(replica), scenario)
+
+
+def test_a_copy_is_sent_in_parts(folder: Callable[[str], str]) -> None:
+    async def scenario(director: Director) -> None:
+        (a,) = director._served.of("a")
+        name = Path(a.folder).name
+        sizes = await director.copy_sizes(name, a.content_hash)
+        assert sizes == {path.name: path.stat().st_size for path in Path(a.folder).iterdir()}
+        weights = (Path(a.folder) / "adapter_model.safetensors").read_bytes()
+        assert await director.copy_part(name, "adapter_model.safetensors", 10, 20) == weights[10:30]
 
     go(ServeConfig(adapters={"a": folder("a")}), Handle(Replica()), scenario)
 

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.serve as ray_serve
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from rayft.errors import RequestTimeoutError, UnknownModelError
 from rayft.serving import presence
-from rayft.serving.presence import NoReplicaError, Waiting
+from rayft.serving.presence import Called, NoReplicaError, Waiting
 
 
 class Replicas:
@@ -19,13 +22,15 @@ class Replicas:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.up: bool | None = False
         self.reason, self.cancelled, self.refused = "", 0, 0
-        monkeypatch.setattr(presence, "replicas_up", lambda: self.up)
+        monkeypatch.setattr(presence, "replicas_up", lambda _called: self.up)
         monkeypatch.setattr(presence, "start_error", lambda: self.reason or None)
         monkeypatch.setattr(presence, "CHECK_SECONDS", 0.01)
 
-    def ask(self, call: Awaitable[Any], absent: float = 0.05, most: float = 60.0) -> Any:
+    def ask(
+        self, call: Awaitable[Any], absent: float = 0.05, most: float = 60.0, called: Called = "Replica"
+    ) -> Any:
         async def run() -> Any:
-            return await Waiting(absent, most, self.refuse).answer(call, self.cancel)
+            return await Waiting(called, absent, most, self.refuse).answer(call, self.cancel)
 
         return asyncio.run(run())
 
@@ -89,3 +94,38 @@ def test_what_ray_serve_raises_where_no_replica_is_up_is_the_same_error(replicas
     unavailable = DeploymentUnavailableError(DeploymentID("Replica", "rayft"))
     with pytest.raises(NoReplicaError, match="no replica is up"):
         replicas.ask(answer(0, unavailable))
+
+
+def test_a_director_that_does_not_start_is_named_with_its_reason(replicas: Replicas) -> None:
+    with pytest.raises(NoReplicaError, match=r"the director.* is not up; it is starting"):
+        replicas.ask(answer(60), called="Director")
+    replicas.reason = "rayft.errors.ArtifactError: /nowhere"
+    with pytest.raises(
+        NoReplicaError, match=r"the director.* because it does not start: .*/nowhere"
+    ) as found:
+        replicas.ask(answer(60), called="Director")
+    assert "nowhere" not in found.value.public
+
+
+@dataclass
+class Status:
+    """What Ray Serve's controller says of the application, as far as a message goes."""
+
+    message: str = ""
+
+
+def reason(monkeypatch: pytest.MonkeyPatch, **messages: str) -> str | None:
+    application = SimpleNamespace(deployments={name: Status(text) for name, text in messages.items()})
+    status = SimpleNamespace(applications={presence.APPLICATION: application})
+    monkeypatch.setattr(ray_serve, "status", lambda: status)
+    return presence.start_error()
+
+
+def test_the_reason_is_an_error_or_else_that_no_node_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = "Traceback\n  File x\nrayft.errors.ModelError: on node-1: no file\n"
+    waits = "Deployment 'Replica' has 1 replicas that have taken more than 30s to be scheduled. {\"CPU\": 8}."
+    slow = "has 1 replicas that have taken more than 30s to initialize.\nThis may be slow."
+    assert reason(monkeypatch) is None
+    assert reason(monkeypatch, Replica=slow) is None
+    assert reason(monkeypatch, Replica=waits) == waits
+    assert reason(monkeypatch, Replica=waits, Director=error) == "rayft.errors.ModelError: on node-1: no file"

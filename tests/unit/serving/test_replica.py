@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -39,7 +41,7 @@ def make_replica(tiny_folder: Path) -> Iterator[Callable[..., Replica]]:
     def make(**options: Any) -> Replica:
         options = {"model": ModelConfig(name=str(tiny_folder)), "dtype": "float32", **options}
         config = ServeConfig(**options)
-        made.append(Replica(config, "cpu"))
+        made.append(Replica(config, "cpu", "one"))
         return made[-1]
 
     yield make
@@ -377,3 +379,11 @@ def test_the_engine_fits_device_and_dtype(
 ) -> None:
     config = ServeConfig(model=ModelConfig(name="any"), engine=engine)
     assert engine_class(config, device, dtype) is expected
+
+
+def test_a_base_that_is_not_on_a_replicas_node_is_told_with_the_node(
+    make_replica: Callable[..., Replica], tmp_path: Path
+) -> None:
+    missing = ModelConfig(name=str(tmp_path / "missing"))
+    with pytest.raises(ModelError, match=rf"on {re.escape(socket.gethostname())}: .*missing"):
+        make_replica(model=missing)

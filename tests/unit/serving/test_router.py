@@ -39,7 +39,7 @@ class Routing:
         self.router = AdapterRouter(
             deployment_id=app, handle_source=DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True
         )
-        self.router.initialize_state(slack=SLACK)
+        self.router.initialize_state(slack=SLACK, called="Replica")
         self.loop = asyncio.new_event_loop()
         self.ids = {name: ReplicaID(name, app) for name in reports}
         self.tell(reports)
@@ -242,31 +242,34 @@ def test_what_a_replica_lacks_is_asked_for_elsewhere_if_it_is_anywhere() -> None
 
 
 def test_a_process_knows_whether_a_replica_is_up_once_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presence, "_routers", [])
+    monkeypatch.setattr(presence, "_routers", {"Replica": [], "Director": []})
     routing = Routing({"a": {}})
 
     async def tell(*replicas: Any) -> bool | None:
         monkeypatch.setattr(routing.router, "_probe_queue_lens", lambda *_: asyncio.sleep(0))
         routing.router.update_replicas(list(replicas))
         await asyncio.sleep(0)
-        return presence.replicas_up()
+        return presence.replicas_up("Replica")
 
-    assert presence.replicas_up() is None
+    assert presence.replicas_up("Replica") is None
     assert routing.loop.run_until_complete(tell()) is False
     assert routing.loop.run_until_complete(tell(*routing.running)) is True
     routing.router.on_replica_actor_died(routing.ids["a"])
-    assert presence.replicas_up() is False
+    assert presence.replicas_up("Replica") is False
+    assert presence.replicas_up("Director") is None
 
 
-def test_a_router_that_was_pickled_by_value_tells_the_process_that_it_runs_in() -> None:
+def test_a_router_that_was_pickled_by_value_tells_the_process_that_it_runs_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(presence, "_routers", {"Replica": [], "Director": []})
     # As Ray Serve sends it, from a process that has routers of its own.
-    presence.heard(Routing({}).router)
+    presence.heard(Routing({}).router, "Replica")
     cloudpickle.register_pickle_by_value(router_module)
     try:
         sent = cloudpickle.dumps(AdapterRouter)
     finally:
         cloudpickle.unregister_pickle_by_value(router_module)
-        presence._routers.clear()
     code = (
         "import sys; from ray import cloudpickle; from rayft.serving import presence, router; "
         "made = cloudpickle.loads(sys.stdin.buffer.read()); assert made is not router.AdapterRouter; "

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 
 from rayft.errors import ArtifactError, BadRequestError, DiskFullError
 from rayft.serving.allowed import check_allowed
-from rayft.serving.sources import find, followed
+from rayft.serving.sources import check_source, find, followed
 from tests.disks import PAGE, Disk
 from tests.unit.serving.adapters import random_adapter
 
@@ -106,3 +108,11 @@ def test_a_full_disk_is_no_url_that_can_t_be_read(folder: Path, disk: Disk) -> N
     assert not [*disk.folder.rglob("*.*")]
     disk.resize(2**20)
     assert find("a", "memory://adapters/full", None, disk.folder / "got", "1MB", pinned=True).content_hash
+
+
+def test_a_folder_that_is_not_here_is_told_with_the_node_and_what_to_name_instead(tmp_path: Path) -> None:
+    told = rf"{tmp_path}/gone does not exist on {re.escape(socket.gethostname())};.*models:/NAME/VERSION"
+    with pytest.raises(ArtifactError, match=rf"adapter 'a' is not served: {told}"):
+        find("a", str(tmp_path / "gone"), None, tmp_path, "1MB", pinned=False)
+    with pytest.raises(ArtifactError, match=told):
+        check_source(str(tmp_path / "gone"), None, tmp_path, "1MB")

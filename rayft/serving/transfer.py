@@ -1,0 +1,78 @@
+"""How a replica gets the server's copy of an adapter where its node does not share the director's disk.
+
+The director sends the files in parts, which Ray carries from node to node. The replica writes them below the
+same path on its own node; other replicas there, and this one when it reads an evicted adapter again, find
+them there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
+from rayft.errors import RayftError, ResourceError
+from rayft.serving.copies import Copies, holds
+from rayft.serving.state import Deployed
+
+__all__ = ["PART_BYTES", "receive"]
+
+PART_BYTES = 16 * 2**20
+"""Bytes that are sent at once."""
+
+UP_SECONDS = 10.0
+"""How long the director, which Ray Serve starts again where it is lost, may take to answer at all."""
+
+CALL_SECONDS = 120.0
+"""How long it may take to check a copy, or to read a part of it."""
+
+Result = TypeVar("Result")
+
+
+async def receive(deployed: Deployed, copies: Copies, director: Any) -> bool:
+    """Bring the director's copy of an adapter to this node, unless a whole copy is here.
+
+    Args:
+        deployed: the version whose copy is missing or damaged on this node.
+        copies: the server's folder on this node.
+        director: calls the director.
+
+    Returns:
+        False if the copy on this node is whole.
+
+    Raises:
+        ArtifactError: if the director's copy is missing or damaged, too.
+        ResourceError: if the director does not answer, or the files can't be written here.
+    """
+    folder = Path(deployed.folder)
+    if await asyncio.to_thread(holds, folder, deployed.content_hash):
+        return False
+    await _answer(director.number.remote(), UP_SECONDS)
+    sizes = await _answer(director.copy_sizes.remote(folder.name, deployed.content_hash), CALL_SECONDS)
+    with copies.receiving(sum(sizes.values())) as staging:
+        for name, size in sizes.items():
+            with (staging / name).open("wb") as file:
+                for offset in range(0, size, PART_BYTES):
+                    call = director.copy_part.remote(folder.name, name, offset, PART_BYTES)
+                    await asyncio.to_thread(file.write, await _answer(call, CALL_SECONDS))
+        await asyncio.to_thread(copies.put, staging, folder.name, deployed.content_hash)
+    return True
+
+
+async def _answer(call: Awaitable[Result], seconds: float) -> Result:
+    try:
+        async with asyncio.timeout(seconds):
+            return await call
+    except TimeoutError as error:
+        raise ResourceError(
+            f"the director's copy of the adapter can't be had: no answer in {seconds:g} seconds; try again"
+        ) from error
+    except (RayError, RayServeException) as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, RayftError):
+            raise cause from error
+        raise ResourceError(f"the director's copy of the adapter can't be had: {cause}") from error
