@@ -8,6 +8,7 @@ are checked against Kubernetes' own schema.
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,8 @@ def test_the_service_is_one_that_rayft_serves() -> None:
         yaml.safe_load(MANIFESTS["rayservice"]["spec"]["serveConfigV2"])
     )
     (application,) = deployed.applications
-    module = application.import_path.partition(":")[0]
-    assert (ROOT / Path(*module.split("."))).with_suffix(".py").is_file()
+    module, _, name = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
     config = parse(ServeConfig, application.args)
     key = config.keys[0]
     assert key.role == "admin"

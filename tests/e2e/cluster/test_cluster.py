@@ -7,6 +7,7 @@ The tests of this file follow one another on the same machines.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -186,6 +187,36 @@ def test_results_come_home(net: Network) -> None:
     net["laptop"].run(f"ray rsync-down mine.yaml {RUNS}/own/ own/")
     assert (net["laptop"].home / "rayft/own/winner/adapter_config.json").is_file()
     assert (net["laptop"].home / "rayft/own/report.html").is_file()
+
+
+def test_the_result_is_served_from_the_registry_to_callers_with_a_key(net: Network) -> None:
+    head, laptop = net["head"], net["laptop"]
+    deployed = yaml.safe_load((head.home / "rayft-runs/own/deploy.yaml").read_text())
+    arguments = deployed["applications"][0]["args"]
+    assert arguments["adapters"]["own"] == "models:/own/1"
+    key = "a-key-of-this-test-alone"
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    arguments |= {"host": "0.0.0.0", "keys": [{"name": "me", "sha256": digest}]}  # noqa: S104
+    deployed["http_options"]["host"] = "0.0.0.0"  # noqa: S104
+    (head.home / "serve.yaml").write_text(yaml.safe_dump(deployed))
+    url = f"http://{head.address}:{deployed['http_options']['port']}"
+    body = json.dumps({"model": "own", "prompt": "hello", "max_tokens": 4, "temperature": 0})
+    (laptop.home / "body.json").write_text(body)
+
+    def ask(key: str) -> tuple[str, str]:
+        printed = laptop.run(
+            f"curl -s -w '%{{http_code}}' {url}/v1/completions -H 'content-type: application/json' "
+            f"-H 'authorization: Bearer {key}' -d @$HOME/body.json",
+            check=False,
+        )
+        return printed[-3:], printed[:-3]
+
+    laptop.run("ray exec mine.yaml 'serve deploy ~/serve.yaml'", 200)
+    until(lambda: ask(key)[0] == "200", 240, "an answer")
+    assert "RUNNING" in laptop.run("ray exec mine.yaml 'serve status'", 200)
+    assert ask("another")[0] == "401"
+    assert json.loads(ask(key)[1])["model"] == "own"
+    laptop.run("ray exec mine.yaml 'serve shutdown -y'", 200)
 
 
 def test_a_job_that_is_stopped_ends_its_runs_and_continues(net: Network) -> None:
