@@ -5,81 +5,37 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 import yaml
 
 from rayft.flow.serve import wait_ready
+from tests.integration.nodes import Nodes, eventually, free_port, log_of, process, two_nodes
 from tests.integration.serving import Base
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def process(command: Sequence[str], log: Path, **environment: str) -> Iterator[psutil.Process]:
-    """Run a command until the block ends; then end it and all that it has started."""
-    with log.open("wb") as file:
-        env = {**os.environ, **environment}
-        started = psutil.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
-        try:
-            yield started
-        finally:
-            family = [started]
-            with suppress(psutil.NoSuchProcess):
-                family += started.children(recursive=True)
-                started.terminate()
-            started.wait(30)
-            for one in psutil.wait_procs(family, timeout=5)[1]:
-                one.kill()
-
-
-def eventually(check: Callable[[], Any], what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.25)
-
-
 @dataclass(frozen=True)
-class Cluster:
-    """A head without CPUs, and a node on which the replicas run and which sees two folders empty."""
-
-    root: Path
-    port: int
-    node: psutil.Process
+class Cluster(Nodes):
+    """Replicas run on the node, which sees two folders empty."""
 
     @property
     def fetched(self) -> Path:
         return self.root / "fetched"
 
-    @property
-    def there(self) -> Path:
-        """The folder `fetched` as the node sees it."""
-        return Path(f"/proc/{self.node.pid}/root") / self.fetched.relative_to("/")
-
     def copies(self) -> tuple[list[str], list[str]]:
         """List the copies of adapters on the head and on the node."""
         here, there = (
             sorted(path.name for path in place.glob("served-*/*") if path.is_dir())
-            for place in (self.fetched, self.there)
+            for place in (self.fetched, self.there(self.fetched))
         )
         return here, there
 
@@ -91,38 +47,10 @@ class Cluster:
         os.kill(replica.pid, signal.SIGKILL)
 
 
-def log_of(folder: Path) -> str:
-    return "\n".join(path.read_text(errors="replace")[-2000:] for path in folder.glob("*.log"))
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
-        pytest.skip("a mount namespace can't be made here: it takes root")
-    # Short, since Ray's sockets are below it.
-    root = Path(tempfile.mkdtemp(prefix="rn"))
-    ray, port = str(Path(sys.executable).parent / "ray"), free_port()
-    options = [
-        "--block", "--disable-usage-stats", "--object-store-memory=100000000",
-        "--min-worker-port=0", "--max-worker-port=0",
-    ]  # fmt: skip
-    for name in ("fetched", "private"):
-        (root / name).mkdir()
-    head = [
-        ray, "start", "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false",
-        f"--temp-dir={root}/r", *options,
-    ]  # fmt: skip
-    mounts = [f"mount -t tmpfs none {root}/{name}" for name in ("fetched", "private")]
-    join = [ray, "start", f"--address=127.0.0.1:{port}", "--num-cpus=1", *options]
-    node = ["unshare", "-m", "sh", "-c", " && ".join([*mounts, "exec " + " ".join(join)])]
-    try:
-        with process(head, root / "head.log"), process(node, root / "node.log") as joined:
-            eventually(
-                lambda: "Ray runtime started" in (root / "node.log").read_text(), "the node did not start"
-            )
-            yield Cluster(root, port, joined)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    with two_nodes(("fetched", "private")) as nodes:
+        yield Cluster(nodes.root, nodes.port, nodes.node)
 
 
 @contextmanager
@@ -183,10 +111,10 @@ def test_replicas_on_another_node_get_keep_and_lose_the_servers_copies(
         assert len(here) == 2
         assert here == there
         # A copy that is gone when an evicted adapter is read again.
-        shutil.rmtree(next(cluster.there.glob("served-*")))
+        shutil.rmtree(next(cluster.there(cluster.fetched).glob("served-*")))
         assert {name: answer(name) for name in first} == first
         # A replica that starts later, on a node where one copy is damaged and one is missing.
-        damaged, missing = (next(cluster.there.glob(f"served-*/{name}")) for name in here)
+        damaged, missing = (next(cluster.there(cluster.fetched).glob(f"served-*/{name}")) for name in here)
         (damaged / "adapter_model.safetensors").write_bytes(b"")
         shutil.rmtree(missing)
         cluster.kill_replica()
@@ -198,4 +126,4 @@ def test_replicas_on_another_node_get_keep_and_lose_the_servers_copies(
         assert len(here) == 1
         assert here == there
     assert cluster.copies() == ([], [])
-    assert [*cluster.fetched.glob("served-*"), *cluster.there.glob("served-*")] == []
+    assert [*cluster.fetched.glob("served-*"), *cluster.there(cluster.fetched).glob("served-*")] == []
