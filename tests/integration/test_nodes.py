@@ -86,7 +86,7 @@ def test_base_data_adapters_checkpoints_and_models_travel(tiny_folder: Path) -> 
                 ]  # fmt: skip
             (checkpoint,) = (folder.parent / "checkpoint").glob("step-*")
             assert (checkpoint / "state.json").is_file()
-        # The node kept nothing but what it had tracked, and what is served is named by what every node can reach.
+        # The node kept what it had tracked alone, and what is served has names that every node can reach.
         assert {path.name for path in nodes.there(out).iterdir()} <= {"spool"}
         assert not [*nodes.there(nodes.root / "cache").glob("lanes/*")]
         served = yaml.safe_load((out / "serve.yaml").read_text())
