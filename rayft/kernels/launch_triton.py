@@ -1,4 +1,4 @@
-"""Launching a Triton kernel many times at little cost for the host.
+"""Launching a Triton kernel many times at little cost for the host, and compiling it once.
 
 `kernel[grid](…)` binds and specialises every argument anew, tens of microseconds a launch; with some
 hundred layers that is a good part of a step. A launch here is looked up by all that Triton specialises on:
@@ -7,14 +7,26 @@ dtypes, integers, constants, alignment. What is new, or not aligned, goes Triton
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Launcher"]
+__all__ = ["Launcher", "aligned", "locked"]
 
 ALIGNED = 16
 """Bytes; Triton compiles other loads for pointers that are not."""
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor, or a copy of it if its memory does not begin at a multiple of `ALIGNED` bytes.
+
+    A kernel that gets both kinds of addresses is compiled for every combination of them.
+    """
+    return tensor.clone() if tensor.data_ptr() % ALIGNED else tensor
 
 
 class Launcher:
@@ -45,6 +57,31 @@ class Launcher:
         key = (tensors[0].device, *[tensor.dtype for tensor in tensors], numbers, constants)
         compiled = self._known.get(key)
         if compiled is None:
-            self._known[key] = self._kernel[grid](*arguments, **self._options)
+            with locked(_cache(), getattr(self._kernel, "__name__", "kernel")):
+                self._known[key] = self._kernel[grid](*arguments, **self._options)
         else:
             compiled[grid](*arguments)
+
+
+def _cache() -> Path | None:
+    """Return the folder in which Triton keeps what it compiled; all processes of a user share it."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return None
+    return Path(knobs.cache.dir)
+
+
+@contextmanager
+def locked(folder: Path | None, kernel: str) -> Iterator[None]:
+    """Hold a lock of a kernel's in a folder, so that one process compiles it and the others find it there.
+
+    Where there is no such folder, or its files can't be locked, each process compiles for itself.
+    """
+    with ExitStack() as held:
+        if folder is not None:
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context((folder / f"rayft-{kernel}.lock").open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield

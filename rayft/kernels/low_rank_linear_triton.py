@@ -8,21 +8,33 @@ import torch
 import triton
 import triton.language as tl
 
-from rayft.kernels.launch_triton import Launcher
+from rayft.kernels.launch_triton import Launcher, aligned
 
 __all__ = ["gradients", "update"]
 
+TILE = 128
+"""Inputs or outputs that a program takes at once."""
+AT_ONCE = 16
+"""Partial sums that are read at once: one load after the other would wait for memory each time."""
 
-@triton.jit
+
+# No kernel is specialised on what follows from the number of rows, which differs from batch to batch: every
+# batch would be compiled for. A layer's sizes and a rank count only by whether 16 divides them, which decides
+# how wide loads are, but for the number of partial sums of q: their loads, one after the other, would cost
+# `_total` 3 to 20 %.
+OF_ROWS = ["n_rows", "row_blocks", "blocks", "rows", "split", "parts"]
+
+
+@triton.jit(do_not_specialize=OF_ROWS)
 def _update(
-    x_ptr, a_ptr, b_ptr, bias_ptr, h_ptr, y_ptr, n_rows, x_stride, rank, row_blocks, share, scale,
-    n_inputs: tl.constexpr, n_outputs: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-    BI: tl.constexpr, BO: tl.constexpr,
+    x_ptr, a_ptr, b_ptr, bias_ptr, h_ptr, y_ptr,
+    n_rows, n_inputs, n_outputs, x_stride, rank, row_blocks, blocks, scale,
+    R: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
     SELECT: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """A strip of rows: its h, then `share` of its outputs."""
+    """Compute h of a strip of rows, then `blocks` tiles of its outputs."""
     block = tl.program_id(0)
-    first = block // row_blocks * share
+    first = block // row_blocks * blocks
     n = block % row_blocks * BN + tl.arange(0, BN)
     r = tl.arange(0, R)
     in_n, in_r = n < n_rows, r < rank
@@ -42,8 +54,8 @@ def _update(
             total += tl.dot(x, tl.trans(a))
         h = total.to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + row * rank + r[None, :], h, mask=in_n[:, None] & in_r[None, :] & (first == 0))
-    for start in range(0, share, BO):
-        o = first + start + tl.arange(0, BO)
+    for number in range(first, first + blocks):
+        o = number * BO + tl.arange(0, BO)
         in_o = o < n_outputs
         b = tl.load(b_ptr + o[:, None] * rank + r[None, :], mask=in_o[:, None] & in_r[None, :], other=0.0)
         y = tl.dot(h, tl.trans(b)) * scale
@@ -53,20 +65,20 @@ def _update(
         tl.store(place, y.to(y_ptr.dtype.element_ty), mask=in_n[:, None] & in_o[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_ROWS)
 def _partial(
-    g_ptr, b_ptr, h_ptr, parts_ptr, n_rows, n_outputs, g_stride, rank, frozen, db_start,
-    R: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, ROWS: tl.constexpr,
+    g_ptr, b_ptr, h_ptr, sums_ptr, n_rows, n_outputs, g_stride, rank, frozen, rows,
+    R: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """One tile of outputs over one part of the rows: q of this tile, db of this part."""
+    """Compute q of one tile of outputs and db of one part, `rows` rows."""
     tile, part = tl.program_id(0), tl.program_id(1)
     o = tile * BO + tl.arange(0, BO)
     r = tl.arange(0, R)
     in_o, in_r = o < n_outputs, r < rank
     b = tl.load(b_ptr + o[:, None] * rank + r[None, :], mask=in_o[:, None] & in_r[None, :], other=0.0)
     db = tl.zeros((R, BO), tl.float32)
-    for start in range(0, ROWS, BN):
-        n = part * ROWS + start + tl.arange(0, BN)
+    for start in range(0, rows, BN):
+        n = part * rows + start + tl.arange(0, BN)
         in_n = n < n_rows
         row = n[:, None].to(tl.int64)
         g = tl.load(g_ptr + row * g_stride + o[None, :], mask=in_n[:, None] & in_o[None, :], other=0.0)
@@ -75,32 +87,34 @@ def _partial(
             mask=in_n[:, None] & (in_r & (r >= frozen))[None, :],
             other=0.0,
         )
-        tl.store(parts_ptr + (row + tile * n_rows) * R + r[None, :], tl.dot(g, b), mask=in_n[:, None])
+        tl.store(sums_ptr + (row + tile * n_rows) * R + r[None, :], tl.dot(g, b), mask=in_n[:, None])
         db += tl.dot(tl.trans(h), g)
-    place = parts_ptr + db_start + (part * R + r[:, None]).to(tl.int64) * n_outputs + o[None, :]
+    # The sums of db stand behind those of q, one matrix (R × O) for each part.
+    place = sums_ptr + tl.num_programs(0).to(tl.int64) * n_rows * R
+    place += (part * R + r[:, None]).to(tl.int64) * n_outputs + o[None, :]
     tl.store(place, db, mask=in_o[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=OF_ROWS)
 def _total(
-    parts_ptr, a_ptr, q_ptr, x_ptr, db_ptr, n_rows, n_outputs, x_stride, rank, frozen, db_start,
-    row_blocks, share, scale, n_inputs: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
-    R: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, SPLIT: tl.constexpr,
-    SELECT: tl.constexpr,
+    sums_ptr, a_ptr, q_ptr, x_ptr, db_ptr, n_rows, n_inputs, n_outputs, x_stride, rank, frozen,
+    row_blocks, blocks, split, parts, scale,
+    TILES: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
+    AT_ONCE: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
-    """Add the parts up: q and `share` inputs of grad_x, by `SPLIT` programs a strip; after them db."""
+    """Add up q, by `split` programs a strip of rows with `blocks` tiles of grad_x each; after them db."""
     block = tl.program_id(0)
     r = tl.arange(0, R)
     in_r = r < rank
-    if block < row_blocks * SPLIT:
-        first = block // row_blocks * share
+    if block < row_blocks * split:
+        first = block // row_blocks * blocks
         n = block % row_blocks * BN + tl.arange(0, BN)
         in_n = n < n_rows
         row = n[:, None].to(tl.int64)
         mask = in_n[:, None] & in_r[None, :]
         q = tl.zeros((BN, R), tl.float32)
         for tile in tl.static_range(TILES):
-            q += tl.load(parts_ptr + (row + tile * n_rows) * R + r[None, :], mask=mask, other=0.0)
+            q += tl.load(sums_ptr + (row + tile * n_rows) * R + r[None, :], mask=mask, other=0.0)
         q *= scale
         if SELECT:
             column = tl.load(a_ptr + r, mask=in_r, other=0)
@@ -110,8 +124,8 @@ def _total(
         else:
             low = q.to(q_ptr.dtype.element_ty)
             tl.store(q_ptr + row * rank + r[None, :], low, mask=mask & (first == 0))
-            for start in range(0, share, BI):
-                i = first + start + tl.arange(0, BI)
+            for number in range(first, first + blocks):
+                i = number * BI + tl.arange(0, BI)
                 in_i = i < n_inputs
                 a = tl.load(
                     a_ptr + r[:, None] * n_inputs + i[None, :], mask=in_r[:, None] & in_i[None, :], other=0.0
@@ -119,12 +133,14 @@ def _total(
                 added = tl.dot(low, a).to(x_ptr.dtype.element_ty)
                 tl.store(x_ptr + row * x_stride + i[None, :], added, mask=in_n[:, None] & in_i[None, :])
     else:
-        o = (block - row_blocks * SPLIT) * BO + tl.arange(0, BO)
+        o = (block - row_blocks * split) * BO + tl.arange(0, BO)
         mask_o = (o < n_outputs)[:, None] & (in_r & (r >= frozen))[None, :]
+        db_ptrs = sums_ptr + n_rows.to(tl.int64) * (TILES * R) + r[None, :] * n_outputs + o[:, None]
         db = tl.zeros((BO, R), tl.float32)
-        for part in tl.static_range(PARTS):
-            place_o = db_start + (part * R + r[None, :]).to(tl.int64) * n_outputs + o[:, None]
-            db += tl.load(parts_ptr + place_o, mask=mask_o, other=0.0)
+        for start in range(0, parts, AT_ONCE):
+            for part in tl.static_range(AT_ONCE):
+                there = mask_o & (start + part < parts)
+                db += tl.load(db_ptrs + (start + part) * R * n_outputs, mask=there, other=0.0)
         db *= scale
         out = db_ptr + o[:, None] * (rank - frozen) + (r - frozen)[None, :]
         tl.store(out, db.to(db_ptr.dtype.element_ty), mask=mask_o)
@@ -139,19 +155,19 @@ def update(
     x: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write bias + s·h Bᵀ (N × O) and h (N × K) on the current stream."""
-    x = x if x.stride(1) == 1 else x.contiguous()
-    a, b = a.contiguous(), b.contiguous()
+    x = aligned(x if x.stride(1) == 1 else x.contiguous())
+    a, b = aligned(a.contiguous()), aligned(b.contiguous())
     (n_rows, n_inputs), (n_outputs, rank) = x.shape, b.shape
     y = x.new_empty(n_rows, n_outputs)
     h = x.new_empty(n_rows, rank)
     strip = _strip(n_rows)
     row_blocks = -(-n_rows // strip)
-    split, share = _shares(row_blocks, n_outputs, 256, 1024)
+    split, blocks = _shares(row_blocks, n_outputs, 256, 1024)
     launch_update(
         (row_blocks * split, 1, 1),
-        (x, a, b, x if bias is None else bias, h, y),
-        (n_rows, x.stride(0), rank, row_blocks, share),
-        (n_inputs, n_outputs, _padded(rank), strip, 128, 128, a.ndim == 1, bias is not None),
+        (x, a, b, x if bias is None else aligned(bias), h, y),
+        (n_rows, n_inputs, n_outputs, x.stride(0), rank, row_blocks, blocks),
+        (_padded(rank), strip, TILE, TILE, a.ndim == 1, bias is not None),
         (scale,),
     )
     return y, h
@@ -170,8 +186,8 @@ def gradients(
     Where A is a matrix, grad_x comes new and holds q A; where it is a list of columns, q is added into
     the given `grad_x` and what is returned as q means nothing.
     """
-    g = g if g.stride(1) == 1 else g.contiguous()
-    a, b, h = a.contiguous(), b.contiguous(), h.contiguous()
+    g = aligned(g if g.stride(1) == 1 else g.contiguous())
+    a, b, h = aligned(a.contiguous()), aligned(b.contiguous()), aligned(h.contiguous())
     (n_rows, n_outputs), rank, trained = g.shape, b.shape[1], h.shape[1]
     select, padded = a.ndim == 1, _padded(rank)
     if grad_x is None:
@@ -179,23 +195,24 @@ def gradients(
     q = grad_x if select else g.new_empty(n_rows, rank)
     db = g.new_empty(n_outputs, trained)
     tile_o, tile_n, tiles, parts, rows = _tiles(n_rows, n_outputs, padded)
-    db_start = tiles * n_rows * padded
     # Sums of q for each tile of outputs, then sums of db for each part of the rows.
-    sums = torch.empty(db_start + parts * padded * n_outputs, device=g.device, dtype=torch.float32)
+    numbers = (tiles * n_rows + parts * n_outputs) * padded
+    sums = torch.empty(numbers, device=g.device, dtype=torch.float32)
     launch_partial(
         (tiles, parts, 1),
         (g, b, h, sums),
-        (n_rows, n_outputs, g.stride(0), rank, rank - trained, db_start),
-        (padded, tile_n, tile_o, rows),
+        (n_rows, n_outputs, g.stride(0), rank, rank - trained, rows),
+        (padded, tile_n, tile_o),
     )
-    strip = _strip(n_rows)
+    strip, n_inputs = _strip(n_rows), grad_x.shape[1]
     row_blocks = -(-n_rows // strip)
-    split, share = (1, 0) if select else _shares(row_blocks, grad_x.shape[1], 1056, 512)
+    split, blocks = (1, 0) if select else _shares(row_blocks, n_inputs, 1056, 512)
+    shares = (row_blocks, blocks, split)
     launch_total(
         (row_blocks * split + -(-n_outputs // 64), 1, 1),
         (sums, a, q, grad_x, db),
-        (n_rows, n_outputs, grad_x.stride(0), rank, rank - trained, db_start, row_blocks, share),
-        (grad_x.shape[1], tiles, parts, padded, strip, 64, 128, split, select),
+        (n_rows, n_inputs, n_outputs, grad_x.stride(0), rank, rank - trained, *shares, parts),
+        (tiles, padded, strip, 64, TILE, AT_ONCE, select),
         (scale,),
     )
     return grad_x, q, db
@@ -229,7 +246,7 @@ def _strip(n_rows: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _shares(row_blocks: int, width: int, programs: int, least: int) -> tuple[int, int]:
-    """Split strips for about so many programs, each with at least `least` numbers: parts, numbers."""
+    """Split strips for about so many programs, each with at least `least` numbers: parts, tiles of each."""
     split = max(1, min(programs // row_blocks, width // least))
-    share = -(-width // (split * 128)) * 128
-    return -(-width // share), share
+    blocks = -(-width // (split * TILE))
+    return -(-width // (blocks * TILE)), blocks

@@ -70,6 +70,42 @@ def test_strided_operands() -> None:
         assert_close(one, other, torch.bfloat16, 100)
 
 
+def compiled() -> int:
+    """Count what has been compiled of the training kernels."""
+    from rayft.kernels import low_rank_linear_triton as kernels
+
+    each = (kernels._update, kernels._partial, kernels._total)
+    return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in each)
+
+
+def test_neither_numbers_of_rows_nor_addresses_are_compiled_for() -> None:
+    w, a, b = random(192, 96), random(16, 96), random(192, 16)
+    moved_a, moved_b = random(16 * 96 + 1)[1:].view(16, 96), random(192 * 16 + 1)[1:].view(192, 16)
+    moved_a.copy_(a)
+    moved_b.copy_(b)
+
+    def step(rows: int, a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor | None]:
+        x, g = (random(8200, width)[:rows] for width in (96, 192))
+        y, h = kernel.forward(x, w, None, a, b, 1.0)
+        exact_y, _ = kernel.reference_forward(x.double(), w.double(), None, a.double(), b.double(), 1.0)
+        assert_close(y, exact_y, torch.bfloat16, 96 + 16, depth=3)
+        return [y, *kernel.backward(g, w, a, b, h, 1.0)]
+
+    # Short and long strips of rows are two kernels.
+    for rows in (2048, 8192):
+        step(rows, a, b)
+    before = compiled()
+    for rows in (1, 16, 77, 1000, 2036, 2047, 4097, 8200):
+        torch.manual_seed(rows)
+        plain = step(rows, a, b)
+        torch.manual_seed(rows)
+        for one, other in zip(plain, step(rows, moved_a, moved_b), strict=True):
+            assert one is not None
+            assert other is not None
+            assert torch.equal(one, other)
+    assert compiled() == before
+
+
 @pytest.mark.parametrize("rank", [1, 3, 16, 200])
 def test_columns(rank: int) -> None:
     x = random(1000, 333)
