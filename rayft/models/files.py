@@ -1,4 +1,4 @@
-"""Hashes of files, remembered as long as the files stay what they are."""
+"""Files of models: where they are kept, and hashes that are remembered while files stay what they are."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 from rayft.errors import DiskFullError
 from rayft.files import hash_content, write_file
 from rayft.paths import home, read_path
 
-__all__ = ["cache_folder", "hash_file", "hub_cache"]
+__all__ = ["cache_folder", "hash_file", "hub_cache", "save_model"]
 
 LARGE = 2**24
 """Bytes from which on a hash is remembered; smaller files are read again."""
@@ -32,6 +33,16 @@ def hub_cache() -> Path:
     import datasets
 
     return Path(datasets.config.constants.HF_HUB_CACHE)
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write a model's folder, whatever this process is in a worker group.
+
+    By itself, transformers writes nothing in a worker whose rank is not 0; but that worker may be the only
+    one on its machine that needs the folder.
+    """
+    model.should_save_on_this_rank = lambda _main: True
+    model.save_pretrained(folder)
 
 
 def hash_file(path: Path) -> str:

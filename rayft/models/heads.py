@@ -16,14 +16,14 @@ from torch import nn
 from rayft.models.targets import heads
 from rayft.numerics import generator
 
-__all__ = ["head_parameters", "remember", "reset_heads", "restore"]
+__all__ = ["HeadsAtLoad", "head_parameters", "recall", "remember", "remembered", "reset_heads", "restore"]
 
 AT_LOAD = "_rayft_heads"
 """Attribute of a model that remembers its heads."""
 
 
 @dataclass(frozen=True)
-class _AtLoad:
+class HeadsAtLoad:
     """The heads of a model as it was loaded, on the CPU."""
 
     values: Mapping[str, torch.Tensor]
@@ -50,12 +50,22 @@ def remember(model: nn.Module, lacking: Iterable[str]) -> None:
     """
     values = {name: value.detach().cpu().clone() for name, value in head_parameters(model).items()}
     if values:
-        setattr(model, AT_LOAD, _AtLoad(values, frozenset(values) - frozenset(lacking)))
+        recall(model, HeadsAtLoad(values, frozenset(values) - frozenset(lacking)))
+
+
+def remembered(model: nn.Module) -> HeadsAtLoad | None:
+    """Return the heads that a model remembers, if it does."""
+    return getattr(model, AT_LOAD, None)
+
+
+def recall(model: nn.Module, at_load: HeadsAtLoad | None) -> None:
+    """Have a model remember heads that were loaded elsewhere."""
+    setattr(model, AT_LOAD, at_load)
 
 
 def restore(model: nn.Module) -> None:
     """Put the heads back as they were loaded; nothing happens to a model that remembers none."""
-    at_load: _AtLoad | None = getattr(model, AT_LOAD, None)
+    at_load = remembered(model)
     if at_load is None:
         return
     for name, parameter in head_parameters(model).items():
@@ -68,7 +78,7 @@ def reset_heads(model: nn.Module, seed: int, given: Mapping[str, torch.Tensor] |
     Drawn are weights with σ = 0.02; norms start at 1 and biases at 0. In a model that remembers no
     heads all are drawn. `given` maps parameter paths to values of an adapter, which fit.
     """
-    at_load: _AtLoad | None = getattr(model, AT_LOAD, None)
+    at_load = remembered(model)
     for name, parameter in head_parameters(model).items():
         if given and name in given:
             _put(parameter, given[name])

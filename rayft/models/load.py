@@ -20,7 +20,7 @@ from rayft.config import Section, nearest
 from rayft.data.pixels import ImageEncoder
 from rayft.errors import ModelError, RayftError
 from rayft.files import disk_full, disk_full_error, room_on, sync_tree
-from rayft.models.files import cache_folder, hash_file, hub_cache
+from rayft.models.files import cache_folder, hash_file, hub_cache, save_model
 from rayft.models.fingerprint import fingerprint, names_in_files, places, source_fingerprint
 from rayft.models.heads import remember
 from rayft.models.quantize import Quantize, prepare, quantization
@@ -40,6 +40,7 @@ __all__ = [
     "context_length",
     "fingerprint",
     "is_here",
+    "load_empty",
     "load_encoder",
     "load_model",
     "load_skeleton",
@@ -189,6 +190,10 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> 
     if config.quantize:
         setting = quantization(config.quantize, skeleton, dtype)
         options = {"quantization_config": setting, "device_map": {"": device}}
+    elif device != "cpu" and config.task == "causal_lm":
+        # Straight to the device, so that no process holds the base in host memory. What a classifier's files
+        # lack is drawn on the CPU, the same for every device.
+        options = {"device_map": {"": device}}
     with loading(config):
         model = _weights(config, source, dtype, options)
         encoder = _encoder(config, source, model.config)
@@ -202,6 +207,20 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> 
         else:
             identity = fingerprint(model)
             model = model.to(device)
+    return _loaded(config, model, encoder, identity)
+
+
+def load_empty(config: ModelConfig, dtype: torch.dtype) -> LoadedModel:
+    """Make what `load_model` loads, without its numbers, on the meta device; its fingerprint is empty.
+
+    Raises:
+        ModelError: if it can't be found, or does not do what `task` says.
+    """
+    model = load_skeleton(config).to(dtype)
+    return _loaded(config, model, load_encoder(config, model.config), "")
+
+
+def _loaded(config: ModelConfig, model: Any, encoder: Any, identity: str) -> LoadedModel:
     if config.task != "image_classification":
         model.config.pad_token_id = encoder.pad_token_id
     model.requires_grad_(False)
@@ -219,7 +238,7 @@ def load_skeleton(config: ModelConfig) -> Any:
     with loading(config):
         settings = _settings(config, source)
         with torch.device("meta"):
-            model = _auto_class(config).from_config(settings)
+            model = _auto_class(config).from_config(settings, **_attention(config))
         _check_kinds(config, model, source)
         return model
 
@@ -321,10 +340,8 @@ def _encoder(config: ModelConfig, source: str, settings: Any) -> Any:
 
 def _weights(config: ModelConfig, source: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     """Load a model; a classifier's head may be missing from its files, or be of other classes in them."""
-    if config.task == "causal_lm":
-        # Packed rows want a mask of their own, which eager attention and SDPA take.
-        options = {**options, "attn_implementation": "sdpa"}
-    else:
+    options = {**options, **_attention(config)}
+    if config.task != "causal_lm":
         options = {**options, **_labels(config), "ignore_mismatched_sizes": True}
     with torch.random.fork_rng(devices=[]):
         # The CPU's alone: only its state is put back.
@@ -371,6 +388,11 @@ def _pickled(config: ModelConfig) -> ModelError:
         "is never read, since it can run code: where you trust it, convert it once by "
         f"transformers.{kind}.from_pretrained('{config.name}').save_pretrained(folder) and give that folder"
     )
+
+
+def _attention(config: ModelConfig) -> dict[str, Any]:
+    """Choose the attention: packed rows want a mask of their own, which eager attention and SDPA take."""
+    return {"attn_implementation": "sdpa"} if config.task == "causal_lm" else {}
 
 
 def _labels(config: ModelConfig) -> dict[str, Any]:
@@ -429,7 +451,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
             )
             plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             plain.load_state_dict(packed.state_dict())
-            plain.save_pretrained(folder)
+            save_model(plain, folder)
             tokenizer.save_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if disk_full(error):
@@ -455,9 +477,11 @@ def _cached(name: str, write: Callable[[Path], object]) -> Path:
                 write(staging / "new")
             (staging / "new" / SIZES_FILE).write_text(json.dumps(_sizes(staging / "new")), encoding="utf-8")
             sync_tree(staging / "new")
-            if folder.is_dir():
-                folder.rename(staging / "damaged")
-            (staging / "new").rename(folder)
+            # Another process, which may be reading it by now, may have written it meanwhile.
+            if not _whole(folder):
+                if folder.is_dir():
+                    folder.rename(staging / "damaged")
+                (staging / "new").rename(folder)
     except OSError:
         # Another process may have been first; its copy is as good.
         if not _whole(folder):
@@ -469,8 +493,10 @@ def _cached(name: str, write: Callable[[Path], object]) -> Path:
 
 def _whole(folder: Path) -> bool:
     """Return whether a folder of the cache holds what was written; rayft 0.1.0 recorded no sizes."""
+    if not (folder / "config.json").is_file():
+        return False
     if not (folder / SIZES_FILE).is_file():
-        return (folder / "config.json").is_file()
+        return True
     try:
         return bool(json.loads((folder / SIZES_FILE).read_text(encoding="utf-8")) == _sizes(folder))
     except (OSError, ValueError):

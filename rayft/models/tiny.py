@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rayft.models.files import save_model
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 __all__ = [
     "TINY",
+    "byte_tokenizer",
     "save_tiny_bert",
     "save_tiny_gpt2",
     "save_tiny_llama",
@@ -36,7 +39,7 @@ def save_tiny_llama(folder: Path, *, seed: int = 0) -> Path:
     """Save a random Llama (about 70 k parameters) and a tokenizer of bytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -64,7 +67,7 @@ def save_tiny_qwen(folder: Path, *, seed: int = 0, tokenizer: Any = None) -> Pat
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = tokenizer or _byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=40,
@@ -87,7 +90,7 @@ def save_tiny_gpt2(folder: Path, *, seed: int = 0) -> Path:
     """Save a random GPT-2 (`Conv1D` layers, learnt positions, output layer tied to the embedding)."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_embd=40,
@@ -162,12 +165,13 @@ def _save(folder: Path, kind: Any, config: PreTrainedConfig, encoder: Any, seed:
     torch.manual_seed(seed)
     model = kind(config)
     torch.set_rng_state(state)
-    model.save_pretrained(folder)
+    save_model(model, folder)
     encoder.save_pretrained(folder)
     return folder
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer of bytes with a chat template."""
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|im_start|>", "<|im_end|>"]

@@ -250,14 +250,19 @@ class _Lane:
             if self._worker.rank == 0:
                 ray.get(self._broker.finish.remote(job.id, step, values))
 
-    def session(self, run: RunConfig, expected: Identity) -> Session:
+    def session(self, run: RunConfig, expected: Identity, *, whole: bool = False) -> Session:
         """Keep the base and the data in memory as long as they are the ones that are asked for.
+
+        Args:
+            run: names both.
+            expected: their identity, as the driver has read them.
+            whole: whether each worker needs the whole base, as `Session.open` takes it.
 
         Raises:
             TrainError: if they are not what the driver has read, on all workers alike.
         """
         wanted = {"model", "data", "scale", "evaluate"}
-        key = json.dumps(run.model_dump(mode="json", include=wanted), sort_keys=True)
+        key = json.dumps([run.model_dump(mode="json", include=wanted), whole], sort_keys=True)
         if self._session is None or self._opened != key:
             self._forget()
             if self._worker.rank == 0:
@@ -265,7 +270,11 @@ class _Lane:
             self._sessions += 1
             with self._home.within(f"session{self._sessions}"):
                 self._session = Session.open(
-                    run, current_worker(run), self._home, identify_base=bool(expected.base)
+                    run,
+                    current_worker(run),
+                    self._home,
+                    identify_base=bool(expected.base),
+                    whole=whole,
                 )
             self._opened = key
             # Each trial ends with a search for cycles, which need not go through all modules and the base.
@@ -338,7 +347,7 @@ class _Lane:
     def _work(self, job: Job) -> dict[str, Any]:
         work: Work = job.request
         run = RunConfig.model_validate_json(work.run)
-        return work(self.session(run, work.expected), run)
+        return work(self.session(run, work.expected, whole=True), run)
 
     def _track(self, request: TrainRequest, run: RunConfig) -> tuple[MlflowTracker | None, str]:
         if request.tracker is None or self._worker.rank > 0:

@@ -167,7 +167,13 @@ class Session:
 
     @classmethod
     def open(
-        cls, run: RunConfig, worker: Worker, home: Home | None = None, *, identify_base: bool = True
+        cls,
+        run: RunConfig,
+        worker: Worker,
+        home: Home | None = None,
+        *,
+        identify_base: bool = True,
+        whole: bool = False,
     ) -> Session:
         """Read and encode the data, load the base and wrap its linear layers.
 
@@ -176,6 +182,8 @@ class Session:
             worker: this process.
             home: where the files of the command are; on this node's disk where not given.
             identify_base: whether the base's files are hashed for `identity`.
+            whole: whether each worker gets the whole base, also where the run partitions it: without an
+                engine, nothing gathers what ZeRO-3 has partitioned.
 
         Raises:
             DataError, ModelError: as `read`, `encode_all` and `load_model`.
@@ -186,8 +194,13 @@ class Session:
         check_task(run, parts)
         # Before it is loaded: files that are edited meanwhile are noticed by whoever compares next.
         identity = identify(run, parts, with_base=identify_base)
-        loaded = load_model(run.model, run.scale.torch_dtype, worker.device)
-        wrap(loaded.model)
+        if run.scale.zero == 3 and worker.world > 1 and not whole:
+            from rayft.train.partition import load_partitioned
+
+            loaded = load_partitioned(run, worker)
+        else:
+            loaded = load_model(run.model, run.scale.torch_dtype, worker.device)
+            wrap(loaded.model)
         train, val = (
             [*encode_all(part, loaded.tokenizer, run.data.max_length, context=loaded.context, part=name)]
             for name, part in (("train", parts.train), ("val", parts.val[: run.evaluate.val_examples]))

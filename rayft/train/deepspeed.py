@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ __all__ = [
     "gathered",
     "grad_norm",
     "kept",
+    "partitioner",
     "set_lr",
 ]
 
@@ -52,6 +53,9 @@ def engine_config(run: RunConfig) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": scale.device == "cuda"}
     if scale.zero == 3:
         zero["stage3_param_persistence_threshold"] = 0
+        # When DeepSpeed has seen one step, it looks so many parameters ahead of each module for a reuse, in
+        # Python: by default through the whole of a small model, which took 10 s with 30 layers.
+        zero["stage3_max_reuse_distance"] = 10**7
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": scale.accumulation,
@@ -76,15 +80,7 @@ def build_engine(run: RunConfig, model: nn.Module) -> Engine:
     Raises:
         TrainError: if DeepSpeed refuses the configuration.
     """
-    import deepspeed
-
-    if not dist.is_initialized():
-        raise TrainError("torch.distributed is not initialised; run this in a Ray Train worker")
-    if run.scale.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # Compiled on first use (47 s on two cores, and a compiler must be there); gloo does the same.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed = _deepspeed(run)
     groups, optim = parameter_groups(run, model), run.optim
     trainable = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, foreach=True)
@@ -106,6 +102,43 @@ def build_engine(run: RunConfig, model: nn.Module) -> Engine:
     engine.module_state_dict = partial(_trainable_state, engine)
     _write_checkpoints(engine)
     return engine
+
+
+def partitioner(run: RunConfig) -> Callable[[nn.Parameter], None]:
+    """Return a function that partitions a parameter as the run's engine will.
+
+    All workers call it together, for one parameter after the other, on their devices; each keeps its part of
+    what the first worker has in it.
+    """
+    deepspeed, first = _deepspeed(run), list[Any]()
+
+    def partition(parameter: nn.Parameter) -> None:
+        if first:
+            first[0].convert_to_zero_parameters([parameter])
+            return
+        first.append(parameter)
+        deepspeed.zero.Init(
+            module=nn.ParameterList([parameter]),
+            config_dict_or_path=engine_config(run),
+            dtype=run.scale.torch_dtype,
+        )
+
+    return partition
+
+
+def _deepspeed(run: RunConfig) -> Any:
+    """Import DeepSpeed, set up for a run's device."""
+    if run.scale.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if not dist.is_initialized():
+        raise TrainError("torch.distributed is not initialised; run this in a Ray Train worker")
+    if run.scale.device == "cpu":
+        # Compiled on first use (47 s on two cores, and a compiler must be there); gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
 
 
 def _write_checkpoints(engine: Engine) -> None:
