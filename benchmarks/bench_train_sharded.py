@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import statistics
@@ -120,7 +119,7 @@ def make_run(case: Case, base: Path, data: Path, steps: int) -> RunConfig:
             workers=case.gpus,
             threads=1,
         ),
-        evaluate=EvaluateConfig(checkpoint_seconds=math.inf),
+        evaluate=EvaluateConfig(checkpoint_seconds=3600),
     )
 
 
@@ -178,7 +177,10 @@ def measure(case: Case, base: Path, data: Path, steps: int) -> dict[str, Any]:
             started.wait(60)
         while not group.join():
             pass
-        found = [json.loads((folder / f"worker{rank}.json").read_text()) for rank in range(case.gpus)]
+        found = [
+            json.loads((folder / f"worker{rank}.json").read_text(encoding="utf-8"))
+            for rank in range(case.gpus)
+        ]
         _squeeze(AdapterArtifact.load(found[0]["folder"]), folder / "squeezed")
     return {
         "ms": [seconds * 1e3 for seconds in found[0]["seconds"][WARM:]],

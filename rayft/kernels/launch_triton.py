@@ -82,6 +82,6 @@ def locked(folder: Path | None, kernel: str) -> Iterator[None]:
         if folder is not None:
             with suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context((folder / f"rayft-{kernel}.lock").open("w"))
+                file = held.enter_context((folder / f"rayft-{kernel}.lock").open("w", encoding="utf-8"))
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield

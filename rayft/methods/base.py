@@ -24,7 +24,16 @@ from torch.nn import functional
 from rayft.errors import MethodError, TargetError
 from rayft.methods.section import ChainConfig, MethodConfig
 
-__all__ = ["Adapter", "AdapterLinear", "ChainConfig", "LayerShape", "LoraFactors", "Method", "MethodConfig"]
+__all__ = [
+    "Adapter",
+    "AdapterLinear",
+    "ChainConfig",
+    "LayerShape",
+    "LoraFactors",
+    "Method",
+    "MethodConfig",
+    "unaliased",
+]
 
 
 @dataclass(frozen=True)
@@ -303,6 +312,15 @@ class Method:
                 f"'{self.name}' writes into the base's weights, which ZeRO-3 partitions: use scale.zero 0, 1 "
                 "or 2, or rcla, which trains the same function"
             )
+
+
+def unaliased(weight: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the parameter behind a weight that a module was called with.
+
+    ZeRO-3 (DeepSpeed) passes a module aliases of its inputs, parameters too. What is saved of an alias for
+    the backward pass stays in memory until then; a parameter is released after its layer and fetched again.
+    """
+    return getattr(weight, "ds_param_alias", weight)
 
 
 def no_factors(name: str) -> MethodError:

@@ -20,7 +20,15 @@ from torch.autograd.function import once_differentiable
 
 from rayft.kernels import low_rank_linear as kernel
 from rayft.methods.asym import trained
-from rayft.methods.base import Adapter, AdapterLinear, LayerShape, LoraFactors, Method, MethodConfig
+from rayft.methods.base import (
+    Adapter,
+    AdapterLinear,
+    LayerShape,
+    LoraFactors,
+    Method,
+    MethodConfig,
+    unaliased,
+)
 from rayft.methods.lora import zeros
 
 __all__ = ["METHOD", "SelectorAdapter", "any_columns"]
@@ -94,7 +102,7 @@ class SelectorAdapter(Adapter):
         if weight is None:
             return self.scale * self._update(x, dropout)
         return SelectorFunction.apply(  # type: ignore[no-any-return,no-untyped-call]
-            x, weight, bias, self.columns, self.lora_B, self.past_B, self.scale
+            x, unaliased(weight), bias, self.columns, self.lora_B, self.past_B, self.scale
         )
 
     def _update(self, x: torch.Tensor, dropout: float) -> torch.Tensor:

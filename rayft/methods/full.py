@@ -21,6 +21,7 @@ from rayft.methods.base import (
     Method,
     MethodConfig,
     no_factors,
+    unaliased,
 )
 
 __all__ = ["METHOD", "FullAdapter"]
@@ -42,7 +43,9 @@ class FullAdapter(Adapter):
         """Compute the layer with its trained weight."""
         if weight is None:
             raise MethodError("full trains the base's own weights; it can't run beside them")
-        return nn.functional.linear(x, weight, bias)
+        own = unaliased(weight)
+        assert own is not None
+        return nn.functional.linear(x, own, bias)
 
     def to_lora(self) -> LoraFactors:
         """Refuse: ΔW has full rank."""

@@ -19,7 +19,15 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from rayft.kernels import low_rank_linear as kernel
-from rayft.methods.base import Adapter, AdapterLinear, LayerShape, LoraFactors, Method, MethodConfig
+from rayft.methods.base import (
+    Adapter,
+    AdapterLinear,
+    LayerShape,
+    LoraFactors,
+    Method,
+    MethodConfig,
+    unaliased,
+)
 
 __all__ = ["METHOD", "LoraAdapter", "gaussian", "kaiming_uniform", "low_rank", "zeros"]
 
@@ -116,7 +124,7 @@ class LoraAdapter(Adapter):
                 past = self.scale * nn.functional.linear(nn.functional.linear(x, past_a), past_b)
             x, past_a, past_b = nn.functional.dropout(x, dropout), None, None
         y: torch.Tensor = LoraFunction.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, self.lora_A, self.lora_B, past_a, past_b, self.scale
+            x, unaliased(weight), bias, self.lora_A, self.lora_B, past_a, past_b, self.scale
         )
         return y if past is None else y + past
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import nn
 
 from rayft.artifacts.read import FLOATS
 from rayft.config import Section, nearest
@@ -36,6 +37,7 @@ __all__ = [
     "LoadedModel",
     "ModelConfig",
     "Task",
+    "WeightFiles",
     "cache_folder",
     "context_length",
     "fingerprint",
@@ -46,6 +48,7 @@ __all__ = [
     "load_skeleton",
     "loading",
     "resolve",
+    "weight_files",
 ]
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
@@ -104,6 +107,24 @@ class LoadedModel:
     """Identity of the base's weights, the same in every dtype, quantised or not."""
     context: int
     """Longest sequence in tokens."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Where the weights of a model are, to read one at a time."""
+
+    fingerprint: str
+    """Identity of the weights."""
+    places: dict[str, tuple[str, str]]
+    """Parameter → file, name in it."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a parameter; its memory is the file's, which is given back with the last tensor of it."""
+        from safetensors import safe_open
+
+        file, key = self.places[name]
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(key)  # type: ignore[no-any-return]
 
 
 def _smollm2(folder: Path) -> None:
@@ -211,13 +232,44 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> 
 
 
 def load_empty(config: ModelConfig, dtype: torch.dtype) -> LoadedModel:
-    """Make what `load_model` loads, without its numbers, on the meta device; its fingerprint is empty.
+    """Make what `load_model` loads, but with parameters on the meta device and no fingerprint.
 
     Raises:
         ModelError: if it can't be found, or does not do what `task` says.
     """
-    model = load_skeleton(config).to(dtype)
-    return _loaded(config, model, load_encoder(config, model.config), "")
+    from accelerate import init_empty_weights
+
+    source = resolve(config)
+    with loading(config):
+        settings = _settings(config, source)
+        with init_empty_weights(include_buffers=False):
+            model = _auto_class(config).from_config(settings, dtype=dtype, **_attention(config))
+        # Each assignment inside has made a parameter of its own.
+        model.tie_weights()
+        _check_kinds(config, model, source)
+    return _loaded(config, model, load_encoder(config, settings), "")
+
+
+def weight_files(config: ModelConfig, model: nn.Module) -> WeightFiles | None:
+    """Find the weights of a language model in its files, or return None if only transformers can read them.
+
+    Args:
+        config: which model.
+        model: it, with whatever numbers.
+    """
+    if config.task != "causal_lm" or config.quantize:
+        return None
+    source = resolve(config)
+    with loading(config):
+        identity = source_fingerprint(model, source, config.revision)
+        files = places(source, config.revision)
+    found = {
+        name: next(((files[key], key) for key in names_in_files(model, name) if key in files), None)
+        for name, _ in model.named_parameters()
+    }
+    if identity is None or None in found.values():
+        return None
+    return WeightFiles(identity, {name: place for name, place in found.items() if place is not None})
 
 
 def _loaded(config: ModelConfig, model: Any, encoder: Any, identity: str) -> LoadedModel:

@@ -37,6 +37,7 @@ __all__ = [
     "grad_norm",
     "kept",
     "partitioner",
+    "release",
     "set_lr",
 ]
 
@@ -229,14 +230,25 @@ def destroy(engine: Engine) -> None:
     gc.collect()
 
 
+def release(engine: Engine) -> None:
+    """Partition again what is whole or on its way (ZeRO-3; all workers must take part).
+
+    A forward pass without a backward one leaves parameters that were fetched ahead for a backward pass. They
+    can't be gathered once more, and those fetched in inference mode can't be trained on.
+    """
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.empty_partition_cache()
+
+
 @contextmanager
-def gathered(run: RunConfig, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def gathered(engine: Engine, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Make partitioned parameters whole for a while (ZeRO-3; all workers must take part)."""
-    if run.scale.zero != 3:
+    if engine.zero_optimization_stage() != 3:
         yield
         return
     import deepspeed
 
+    release(engine)
     with deepspeed.zero.GatheredParameters(list(parameters)):
         yield
 

@@ -27,7 +27,7 @@ from rayft.numerics import derive_seed, seed_everything
 from rayft.squeeze.anneal import Stage
 from rayft.train import checkpoint
 from rayft.train.context import Reporter, Session, Worker
-from rayft.train.deepspeed import Engine, build_engine, destroy, gathered, kept, set_lr
+from rayft.train.deepspeed import Engine, build_engine, destroy, gathered, kept, release, set_lr
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.memory import PeakMemory
 from rayft.train.run import RunConfig
@@ -184,7 +184,7 @@ def _train_stages(
                 go_on = go_on and _train(run, session, engine, reporter, folder, progress, evaluate_at, stage)
             if not go_on or progress.step >= run.optim.steps:
                 break_off = progress.step < run.optim.steps
-                return progress, _save(run, session, injected, folder, start), not break_off
+                return progress, _save(run, session, engine, injected, folder, start), not break_off
             parts.leave(engine, model, number + 1)
         finally:
             destroy(engine)
@@ -346,6 +346,7 @@ def _evaluate(
     """Measure, keep a checkpoint, report; say whether to go on."""
     worker, started = session.worker, time.perf_counter()
     value = validation_loss(session)
+    release(engine)
     if not math.isfinite(value):
         raise TrainError(
             f"the validation loss is {value} after step {progress.step} with lr {run.optim.lr:g}; use a "
@@ -355,9 +356,10 @@ def _evaluate(
     progress.evaluate_seconds += time.perf_counter() - started
     # Before the checkpoint, from which a run that fails here continues behind this step.
     if run.evaluate.trail and not method(run.method.name).saves_model:
-        _save_adapter(run, session, folder / "trail" / f"step-{progress.step:06d}", progress.start)
+        trail = folder / "trail" / f"step-{progress.step:06d}"
+        _save_adapter(run, session, engine, trail, progress.start)
         with worker.together():
-            session.home.send(folder / "trail" / f"step-{progress.step:06d}")
+            session.home.send(trail)
     # Before the report: while the search decides, the run is safe.
     if progress.step < run.optim.steps and _due(run, progress, worker):
         _keep(run, session, engine, folder, progress)
@@ -396,13 +398,15 @@ def _resume(engine: Engine, folder: Path, state: Mapping[str, Any]) -> _Progress
     return _Progress(**values, saved_step=values["step"], saved_seconds=spent)
 
 
-def _save(run: RunConfig, session: Session, injected: Injected, folder: Path, parent: str) -> _Saved:
+def _save(
+    run: RunConfig, session: Session, engine: Engine, injected: Injected, folder: Path, parent: str
+) -> _Saved:
     """Save what was trained: an adapter folder, or a model folder for a full fine-tune."""
     model, worker = session.loaded.model, session.worker
     whole = method(run.method.name).saves_model
     saved = _Saved(folder / ("model" if whole else "adapter"), injected.trainable)
     if not whole:
-        artifact = _save_adapter(run, session, saved.folder, parent)
+        artifact = _save_adapter(run, session, engine, saved.folder, parent)
         if artifact is None:
             return saved
         return replace(
@@ -412,7 +416,7 @@ def _save(run: RunConfig, session: Session, injected: Injected, folder: Path, pa
             bytes=folder_bytes(saved.folder),
             content_hash=artifact.content_hash,
         )
-    with worker.together(), gathered(run, model.parameters()):
+    with worker.together(), gathered(engine, model.parameters()):
         if worker.rank > 0:
             return saved
         _save_model(session, saved.folder)
@@ -434,11 +438,11 @@ def _save_model(session: Session, folder: Path) -> None:
 
 
 def _save_adapter(
-    run: RunConfig, session: Session, folder: Path, parent: str
+    run: RunConfig, session: Session, engine: Engine, folder: Path, parent: str
 ) -> AdapterArtifact | PeftFolder | None:
     """Write what the adapters are now: rank 0; all take part, since ZeRO-3 partitions frozen factors too."""
     model = session.loaded.model
-    with session.worker.together(), gathered(run, kept(model).values()):
+    with session.worker.together(), gathered(engine, kept(model).values()):
         if session.worker.rank > 0:
             return None
         artifact = export(model, _meta(run, session, parent))

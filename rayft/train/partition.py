@@ -1,13 +1,13 @@
-"""Loading a base that ZeRO-3 partitions, so that no worker ever has it whole on its device.
+"""Loading a base that ZeRO-3 partitions, so that no worker ever has it whole.
 
-The first worker reads the base into host memory, the only whole copy among all workers. The others build the
-model without numbers. Then, one parameter after the other, the first worker sends it to all, and each keeps
-its part.
+All workers build the model without numbers. Then, one parameter after the other, the first worker reads it
+from its file and sends it to all, and each keeps its part. Files that only transformers can read, such as
+those of classifiers, the first worker loads into host memory first, the only whole copy among all workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -17,12 +17,15 @@ from torch import nn
 from rayft.errors import TrainError
 from rayft.models.heads import head_parameters, recall, remembered
 from rayft.models.inject import wrap
-from rayft.models.load import LoadedModel, load_empty, load_model
+from rayft.models.load import LoadedModel, load_empty, load_model, weight_files
 from rayft.train.context import Worker
 from rayft.train.deepspeed import partitioner
 from rayft.train.run import RunConfig
 
 __all__ = ["load_partitioned"]
+
+Read = Callable[[str], torch.Tensor]
+"""Gives the numbers of a parameter by its name, on the CPU."""
 
 
 def load_partitioned(run: RunConfig, worker: Worker) -> LoadedModel:
@@ -34,56 +37,85 @@ def load_partitioned(run: RunConfig, worker: Worker) -> LoadedModel:
         ModelError: on all workers, if any can't find or load it.
         TrainError: if the workers build different models.
     """
+    read: Read | None = None
     with worker.together():
-        load = load_model if worker.rank == 0 else load_empty
-        loaded = load(run.model, run.scale.torch_dtype)
+        loaded = load_empty(run.model, run.scale.torch_dtype)
+        if worker.rank == 0:
+            loaded, read = _open(run, loaded)
     # First, since some layers' weights are all that tells their sizes.
     wrap(loaded.model)
-    _fill(loaded.model, run, worker)
+    _fill(loaded.model, run, worker, read)
     recall(loaded.model, worker.agreed(remembered(loaded.model)))
     return replace(loaded, fingerprint=worker.agreed(loaded.fingerprint))
 
 
-def _fill(model: nn.Module, run: RunConfig, worker: Worker) -> None:
-    """Send the first worker's numbers to all, and partition every parameter that is no head's."""
-    tensors = dict(_tensors(model))
-    own = [(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    told = worker.agreed([(*each, tensors[each[0]].dtype) for each in own])
+def _open(run: RunConfig, empty: LoadedModel) -> tuple[LoadedModel, Read]:
+    """Prepare to read the base's numbers, from its files where that is possible."""
+    files = weight_files(run.model, empty.model)
+    if files is not None:
+        return replace(empty, fingerprint=files.fingerprint), files.read
+    whole = load_model(run.model, run.scale.torch_dtype)
+    # Each is taken out when it is read, so that what has been sent is no longer in memory.
+    tensors = {name: tensor.data for name, tensor in whole.model.named_parameters()}
+    return whole, tensors.pop
+
+
+def _fill(model: nn.Module, run: RunConfig, worker: Worker, read: Read | None) -> None:
+    """Send the first worker's numbers to all, and partition every parameter that is no head's.
+
+    Args:
+        model: without numbers, but for the buffers.
+        run: how it is partitioned.
+        worker: this process.
+        read: gives the numbers, on the first worker.
+    """
+    _check_same(model, worker)
+    places, whole, keep_part = _places(model), head_parameters(model).keys(), partitioner(run)
+    for name, empty in [*model.named_parameters()]:
+        if read is not None:
+            value = read(name).to(worker.device, empty.dtype)
+        else:
+            value = torch.empty(empty.shape, dtype=empty.dtype, device=worker.device)
+        parameter = nn.Parameter(value, requires_grad=False)
+        del value
+        for module, leaf in places[name]:
+            setattr(module, leaf, parameter)
+        if name in whole:
+            dist.broadcast(parameter.data, 0)
+        else:
+            keep_part(parameter)
+    for module in model.modules():
+        for leaf, buffer in module.named_buffers(recurse=False):
+            here = buffer.to(worker.device)
+            dist.broadcast(here, 0)
+            module._buffers[leaf] = here
+
+
+def _check_same(model: nn.Module, worker: Worker) -> None:
+    """Check that all workers have built the same model.
+
+    Raises:
+        TrainError: if not.
+    """
+    own = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _tensors(model)]
+    told = worker.agreed(own)
     with worker.together():
-        if [each[:2] for each in told] != own:
+        if told != own:
             raise TrainError(
                 "the workers build different models from the same files: install the same version of "
                 "transformers on all nodes"
             )
-    places, whole, keep_part = _places(model), head_parameters(model), partitioner(run)
-    for name, shape, dtype in told:
-        tensor = tensors.pop(name)
-        if worker.rank == 0:
-            here = tensor
-            here.data = tensor.data.to(worker.device)
-        else:
-            here = torch.empty(shape, dtype=dtype, device=worker.device)
-            if isinstance(tensor, nn.Parameter):
-                here = nn.Parameter(here, requires_grad=False)
-            for module, leaf in places.pop(id(tensor)):
-                # Of tied layers all get it.
-                setattr(module, leaf, here)
-        if isinstance(here, nn.Parameter) and name not in whole:
-            keep_part(here)
-        else:
-            dist.broadcast(here.data, 0)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give parameters and buffers by name, tied ones once."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Find where each parameter and buffer is: its id → modules, with its name there."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
+def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Find where each parameter is: its name → modules, with its name there; several if layers are tied."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            places.setdefault(id(tensor), []).append((module, leaf))
-    return places
+        for leaf, parameter in module.named_parameters(recurse=False):
+            found.setdefault(id(parameter), []).append((module, leaf))
+    return {name: found[id(parameter)] for name, parameter in model.named_parameters()}

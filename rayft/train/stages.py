@@ -52,7 +52,7 @@ class Chain(Stages):
 
     def leave(self, engine: Engine, model: nn.Module, stage: int) -> None:
         """Begin the link, from whole weights."""
-        with gathered(self._run, kept(model).values()):
+        with gathered(engine, kept(model).values()):
             advance(model, self._run.seed, stage)
 
 

@@ -22,6 +22,7 @@ EXTRAS = {
 }
 # What comes with a declared package, and is used with it alone: module → that package.
 WITH_OTHERS = {
+    "accelerate": "peft",
     "alembic": "mlflow",
     "markupsafe": "jinja2",
     "pyarrow": "datasets",
