@@ -225,7 +225,8 @@ def test_a_job_that_is_stopped_ends_its_runs_and_continues(net: Network) -> None
     here = "export RAY_API_SERVER_ADDRESS=http://127.0.0.1:8265;"
     submit = (
         f"{here} ray job submit --no-wait --submission-id {{}} --working-dir . -- "
-        "python pipelines/sweep.py --config own.yaml --set name=job --set output=null"
+        "python pipelines/sweep.py --config own.yaml --set name=job --set output=null "
+        "--set optim.steps=200 --set sweep.grace=200"
     )
     try:
         until(
