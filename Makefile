@@ -1,6 +1,6 @@
 # make demo    the whole path on this machine, from a sweep to answers over HTTP
 # make test    the tests; makes the environment first where there is none
-# make cluster-test    a cluster of four machines over SSH, made of namespaces (needs root; 15 minutes)
+# make cluster-test    a cluster of four machines over SSH, made of namespaces (needs root)
 # make check   what must hold before a change goes in: format, lint, types, layers, tests, coverage
 #
 # PYTHON: the interpreter (3.11 or later).   TORCH: what pip installs as torch, for a CUDA build say

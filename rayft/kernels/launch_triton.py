@@ -7,7 +7,6 @@ dtypes, integers, constants, alignment. What is new, or not aligned, goes Triton
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Launcher", "aligned", "locked"]
+from rayft.files import locked
+
+__all__ = ["Launcher", "aligned"]
 
 ALIGNED = 16
 """Bytes; Triton compiles other loads for pointers that are not."""
@@ -57,7 +58,7 @@ class Launcher:
         key = (tensors[0].device, *[tensor.dtype for tensor in tensors], numbers, constants)
         compiled = self._known.get(key)
         if compiled is None:
-            with locked(_cache(), getattr(self._kernel, "__name__", "kernel")):
+            with _alone(getattr(self._kernel, "__name__", "kernel")):
                 self._known[key] = self._kernel[grid](*arguments, **self._options)
         else:
             compiled[grid](*arguments)
@@ -73,15 +74,15 @@ def _cache() -> Path | None:
 
 
 @contextmanager
-def locked(folder: Path | None, kernel: str) -> Iterator[None]:
-    """Hold a lock of a kernel's in a folder, so that one process compiles it and the others find it there.
+def _alone(kernel: str) -> Iterator[None]:
+    """Let one process of a machine compile a kernel at a time, so that the others find it in Triton's cache.
 
-    Where there is no such folder, or its files can't be locked, each process compiles for itself.
+    Where there is no cache, or its files can't be locked, each process compiles for itself.
     """
+    folder = _cache()
     with ExitStack() as held:
         if folder is not None:
             with suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context((folder / f"rayft-{kernel}.lock").open("w", encoding="utf-8"))
-                fcntl.flock(file, fcntl.LOCK_EX)
+                held.enter_context(locked(folder / f"rayft-{kernel}.lock"))
         yield

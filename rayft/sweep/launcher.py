@@ -72,9 +72,9 @@ REMIND_SECONDS = 600.0
 FILE_CALLS = 8
 """Lanes that send or fetch files at the same time."""
 NODE_LOST = "its node was lost"
-"""Why a lane ended that is not to blame for it."""
+"""The reason of a lane that ended with its node; neither the lane nor its trial is to blame."""
 UNREACHABLE = "its process can't be reached"
-"""Why a lane ended whose node may be lost: Ray takes some seconds to be sure of that."""
+"""The reason of a lane whose node may be lost; Ray takes some seconds to be sure of that."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class HomeNode:
 
 
 REASONS = {NODE_LOST: 0, UNREACHABLE: 1}
-"""Which worker's reason counts for its lane: without one worker the others fail as well."""
+"""Reasons that count before all others of a lane: if one worker is lost, the others fail as well."""
 
 
 class Launcher:

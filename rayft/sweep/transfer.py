@@ -1,6 +1,7 @@
 """Files between the node on which a command runs, its home, and lanes on nodes with disks of their own.
 
-The home has the truth. A lane elsewhere reads copies, which it fetches when it needs them, and writes into a
+The files at home are the ones that count.
+A lane elsewhere reads copies, which it fetches when it needs them, and writes into a
 folder of its own; checkpoints, adapters and results are sent home before they are reported, so a trial whose
 node is lost continues on another one. All of it goes through Ray's object store in parts of `PART` bytes.
 
@@ -62,7 +63,10 @@ class FileHost:
         above = Path(target).parent
         with room_on(above):
             above.mkdir(parents=True, exist_ok=True)
-            return tempfile.mkdtemp(prefix=f".{Path(target).name}-", dir=above)
+            # Named as what `write_whole` fills, so the next command deletes what a killed lane left.
+            staging = Path(tempfile.mkdtemp(prefix=f".{Path(target).name}-", dir=above)) / "new"
+            staging.mkdir()
+            return str(staging)
 
     def append(self, path: str, part: bytes) -> None:
         """Add a part to a file."""
@@ -82,7 +86,7 @@ class FileHost:
                 end.parent.mkdir(parents=True, exist_ok=True)
                 one.replace(end)
             sync_tree(goal)
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(Path(staging).parent, ignore_errors=True)
 
     def do(self, verb: str, path: str, *arguments: Any) -> None:
         """Do at home what `Home` does where its disk is seen: check, commit, prune, remove, write."""
@@ -170,7 +174,7 @@ class RemoteHome(Home):
                 shutil.rmtree(place)
 
     def commit(self, place: Path, state: Mapping[str, Any]) -> None:
-        """Make a folder of the home a checkpoint."""
+        """Turn a folder of the home into a checkpoint."""
         self._do("commit", self._home(place), dict(state))
 
     def prune(self, folder: Path, keep: int) -> None:

@@ -84,7 +84,7 @@ def save(
 
 
 def commit(place: Path, state: Mapping[str, Any]) -> None:
-    """Make a folder with all workers' files a checkpoint, then drop those before the last two.
+    """Turn a folder with all workers' files into a checkpoint, then drop those before the last two.
 
     Args:
         place: the checkpoint's folder.

@@ -41,18 +41,18 @@ class Home:
         check_replaceable(folder)
 
     def bring(self, place: Path) -> None:
-        """Have what the home has of a folder at this node's place for it (see `place`)."""
+        """Fetch what the home holds for a folder that `place` returned."""
 
     def send(self, place: Path, *, keep: bool = False) -> None:
-        """Have at home what this node has written at a place.
+        """Copy what this node has written to the home.
 
         Args:
             place: a folder below one that `place` returned.
-            keep: whether this node needs it further.
+            keep: whether the files stay on this node as well.
         """
 
     def commit(self, place: Path, state: Mapping[str, Any]) -> None:
-        """Make a folder that all nodes have sent a checkpoint, and drop those before the last two."""
+        """Turn a folder that all nodes have sent into a checkpoint, and drop those before the last two."""
         from rayft.train.checkpoint import commit
 
         commit(place, state)

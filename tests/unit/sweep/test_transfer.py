@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rayft.artifacts import AdapterArtifact
+from rayft.artifacts.folder import is_staged_folder
 from rayft.errors import ArtifactError
 from rayft.methods.base import LoraFactors
 from rayft.sweep import transfer
@@ -136,6 +137,13 @@ def test_a_strangers_folder_at_home_is_not_replaced(remote: RemoteHome, home_fol
     (adapter / "thesis.tex").touch()
     with pytest.raises(ArtifactError, match=r"thesis\.tex"):
         remote.check(home_folder / "trials" / "a" / "adapter")
+
+
+def test_what_a_killed_lane_had_begun_to_send_is_deleted_by_the_next_command(tmp_path: Path) -> None:
+    host, target = FileHost(), tmp_path / "trials" / "a" / "adapter"
+    host.append(f"{host.begin(str(target))}/adapter_model.safetensors", b"half")
+    (left,) = target.parent.iterdir()
+    assert is_staged_folder(left)
 
 
 def test_what_a_killed_lane_left_is_deleted(remote: RemoteHome, tmp_path: Path) -> None:
