@@ -1,9 +1,9 @@
 """Files between the node on which a command runs, its home, and lanes on nodes with disks of their own.
 
-The files at home are the ones that count.
-A lane elsewhere reads copies, which it fetches when it needs them, and writes into a
-folder of its own; checkpoints, adapters and results are sent home before they are reported, so a trial whose
-node is lost continues on another one. All of it goes through Ray's object store in parts of `PART` bytes.
+The files at home are the ones that count. A lane elsewhere reads copies, which it fetches when it needs
+them, and writes into a folder of its own. Checkpoints, adapters and results are sent home before they are
+reported, so a trial whose node is lost continues on another one. All of it goes through Ray's object store
+in parts of `PART` bytes.
 
     <cache>/lanes/<lane>/copies/<job>/…     what the lane reads
     <cache>/lanes/<lane>/made/<path>        what it writes, under the path that it has at home
