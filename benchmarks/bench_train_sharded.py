@@ -53,6 +53,8 @@ from rayft.train.loop import fit
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 
 RANK, SQUEEZED, ROWS, TOKENS, WARM = 16, 4, 8, 512, 2
+LR = 1e-4
+"""At ten times this rate the 8 B base's losses jump up and down, which multiplies what rounding changes."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,14 @@ def write_data(folder: Path) -> Path:
     return file
 
 
-def make_run(case: Case, base: Path, data: Path, steps: int) -> RunConfig:
+def make_run(case: Case, base: Path, data: Path, steps: int, lr: float = LR) -> RunConfig:
     """Describe a case's run."""
     cuda = torch.cuda.is_available()
     return RunConfig(
         model=ModelConfig(name=str(base)),
         data=DataConfig(source="jsonl", name=str(data), val=16, test=16, max_length=TOKENS),
         method=MethodConfig(name="lora", rank=RANK),
-        optim=OptimConfig(lr=1e-3, steps=steps, rows_per_step=ROWS, warmup=1),
+        optim=OptimConfig(lr=lr, steps=steps, rows_per_step=ROWS, warmup=1),
         scale=ScaleConfig(
             device="cuda" if cuda else "cpu",
             dtype="bfloat16" if cuda else "float32",
@@ -241,6 +243,7 @@ def main() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     one: dict[str, Any] = {}
+    apart: list[str] = []
     # One GPU holds the fp32 masters of the adapters alone, so that ZeRO-2 is what trains without sharding.
     for zero, gpus in ((2, 1), (2, arguments.gpus), (3, arguments.gpus)):
         case = Case(arguments.shape, zero, gpus)
@@ -252,7 +255,10 @@ def main() -> None:
         print("  losses", [round(loss, 4) for loss in found["losses"]], flush=True)
         error = next(row["value"] for row in rows if row["metric"] == "loss_relative_error")
         allowed = tolerance(torch.bfloat16, SHAPES[arguments.shape]["intermediate_size"])
-        assert error <= allowed, f"{case.name}: the losses differ by {error:.1e}, allowed are {allowed:.1e}"
+        if error > allowed:
+            apart.append(f"{case.name}: the losses differ by {error:.1e}, allowed are {allowed:.1e}")
+    if apart:
+        sys.exit("\n".join(apart))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def _cluster() -> Iterator[None]:
 def train(zero: int, gpus: int, folder: Path) -> dict[str, Any]:
     """Train with a worker group of its own, and return its result."""
     base, data = write_base(SHAPE, folder / "base"), write_data(folder)
-    run = make_run(Case(SHAPE, zero, gpus), base, data, STEPS)
+    run = make_run(Case(SHAPE, zero, gpus), base, data, STEPS, lr=1e-3)
     executor = EXECUTORS["isolated"](run.scale, str(folder / "ray"), 1, 0, f"zero{zero}")
     try:
         sweep = SweepConfig(methods={"lora": MethodSpace(ranks=(16,), lr=(1e-3,))}, grace=STEPS)

@@ -130,13 +130,13 @@ def test_the_tracking_server_listens_on_the_private_address_alone(net: Network) 
 
 
 def test_another_token_is_refused(net: Network) -> None:
-    address = f"{net['head'].address}:6379"
+    settings = f"RAY_ADDRESS={net['head'].address}:6379 RAY_AUTH_MODE=token RAY_AUTH_TOKEN={'0' * 64}"
     said = net["one"].run(
-        f"RAY_ADDRESS={address} RAY_AUTH_MODE=token RAY_AUTH_TOKEN={'0' * 64} rayft sweep tiny; echo rc $?"
-        " 2>&1",
+        f"{settings} rayft sweep tiny 2>&1; echo rc $?",
         check=False,
     )
     assert "rc 1" in said
+    assert "refuses the token" in said
 
 
 def test_a_sweep_survives_the_loss_of_a_worker(net: Network) -> None:
