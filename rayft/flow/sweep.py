@@ -43,6 +43,7 @@ from rayft.flow.stages import Measured
 from rayft.flow.track_analysis import track_analysis
 from rayft.flow.track_squeeze import score_metrics, track_squeezed
 from rayft.methods import method
+from rayft.paths import runs_folder
 from rayft.registry.promote import promote
 from rayft.registry.ref import BASE_SCORE_TAG, SCORE_TAG
 from rayft.registry.store import MlflowRegistry
@@ -601,6 +602,11 @@ def _apart(found: _Findings, record: SweepRecord) -> SqueezedAdapter | None:
     return next((item for item in mine if item.name == ship), None)
 
 
+def _fetched() -> Path:
+    """Return a folder for served adapters: `serve deploy` gives a server no working directory to rely on."""
+    return runs_folder(cluster=True).absolute() / "serving" / "adapters"
+
+
 def _write_serve_config(plan: Plan, sources: Mapping[str, str], registry: str | None = None) -> None:
     """Write what `rayft serve` needs, and for a cluster also what `serve deploy` needs.
 
@@ -615,7 +621,7 @@ def _write_serve_config(plan: Plan, sources: Mapping[str, str], registry: str | 
     content = {
         "model": plan.config.model.model_dump(),
         "adapters": dict(sources),
-        **({"registry": registry} if registry else {}),
+        **({"registry": registry, "fetched": str(_fetched())} if registry else {}),
         "host": serve.host,
         "port": serve.port,
         "cpus": serve.cpus,

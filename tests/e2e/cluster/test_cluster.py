@@ -247,7 +247,9 @@ def test_a_job_that_is_stopped_ends_its_runs_and_continues(net: Network) -> None
         saved = {path.parent.name for path in trials.glob("*/checkpoint/*/state.json")}
         assert saved
         laptop.run(submit.format("second"), 200)
-        until(lambda: "SUCCEEDED" in laptop.run(f"{here} ray job status second", check=False), 400, "its end")
+        status = f"{here} ray job status second"
+        until(lambda: "Status for job" not in laptop.run(status), 400, "its end")
+        assert "'second' succeeded" in laptop.run(status)
         assert [run["status"] for run in runs(net, "sweep") if run["name"] == "job"] == ["FINISHED"]
     finally:
         forward.kill()

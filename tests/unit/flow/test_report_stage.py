@@ -270,6 +270,7 @@ def served(sweep: Sweep) -> dict[str, str]:
     assert parse(ServeConfig, application.args) == serve
     assert deploy.http_options.port == serve.port == sweep.plan.config.serve.port
     assert serve.registry == sweep.plan.tracker.uri
+    assert serve.fetched == str(Path.home() / "rayft-runs/serving/adapters")
     return dict(serve.adapters)
 
 
