@@ -22,7 +22,7 @@ from rayft.analysis.hessian import HessianOperator
 from rayft.analysis.section import PARTS, AnalyzeConfig
 from rayft.analysis.work import TRAIL, analyze
 from rayft.artifacts import AdapterArtifact
-from rayft.flow.analyze_source import find_items
+from rayft.flow.analyze.source import find_items
 from rayft.train.context import Session, Worker
 
 

@@ -19,7 +19,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.records import record, save
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 
 
 def run_demo() -> tuple[float, float]:

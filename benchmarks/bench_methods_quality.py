@@ -30,7 +30,7 @@ from benchmarks.records import RESULTS, record, save
 from benchmarks.trials import TASKS, LaneRunner, TrialStore, device_kind, prepare, task_data
 from rayft.evaluate.compare import over_seeds
 from rayft.flow.cluster import cluster
-from rayft.flow.preflight import skeleton
+from rayft.flow.sweep.preflight import skeleton
 from rayft.methods import METHODS
 from rayft.methods.base import ChainConfig, LayerShape, MethodConfig
 from rayft.models.load import ModelConfig

@@ -12,7 +12,7 @@ from typing import Any
 
 from rayft.analysis.record import AdapterAnalysis, Predictor, SweepAnalysis
 from rayft.report.analysis import WORDS
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from rayft.report.rows import signed_text
 from rayft.report.verdict import difference_text, score_text
 

@@ -37,7 +37,7 @@ from rayft.registry.promote import Gate
 from rayft.registry.promote import promote as move_alias
 from rayft.registry.store import MlflowRegistry
 from rayft.report.analysis import gap_rows
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from rayft.report.render import check_report, render
 from rayft.report.terminal import terminal_table
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
@@ -103,7 +103,7 @@ def sweep(config: str | Path, overrides: Sequence[str], console: Console) -> Swe
         RayftError: as `run_sweep`; UnfinishedError if there is a report, and something is left to be done.
     """
     from rayft.flow.cluster import placed
-    from rayft.flow.sweep import run_sweep
+    from rayft.flow.sweep.run import run_sweep
 
     settings, display = placed(load_config(config, overrides)), Display(console)
     record = run_sweep(settings, display)
@@ -127,7 +127,7 @@ def squeeze(
     Raises:
         SqueezeError, ArtifactError: naming what is wrong; the source stays as it is.
     """
-    from rayft.flow.squeeze import squeeze_folder, squeeze_request, squeeze_table
+    from rayft.flow.squeeze.run import squeeze_folder, squeeze_request, squeeze_table
 
     if base is not None:
         checked_text(base, "--base")
@@ -151,8 +151,8 @@ def analyze(
 
     A sweep's report is made again with what was found.
     """
-    from rayft.flow.analyze import analyze_target
-    from rayft.flow.preflight import is_sweep
+    from rayft.flow.analyze.run import analyze_target
+    from rayft.flow.sweep.preflight import is_sweep
     from rayft.report.terminal import analysis_tables
 
     target = str(read_path(target, "the target"))
@@ -187,7 +187,7 @@ def report(sweep_folder: str, output: str | None, console: Console, *, overwrite
     Raises:
         ReportError: if the file is no report of this sweep (unless `overwrite`), or none of rayft's.
     """
-    from rayft.flow.record import with_run_ids
+    from rayft.flow.sweep.record import with_run_ids
 
     folder = read_path(sweep_folder, "the sweep's folder")
     record, path = SweepRecord.load(folder), _optional(output, "--output") or folder / "report.html"

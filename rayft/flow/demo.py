@@ -16,13 +16,13 @@ from rayft.data.source import read
 from rayft.errors import ConfigError
 from rayft.flow.cluster import cluster
 from rayft.flow.config import PipelineConfig
-from rayft.flow.damaged import check_own
 from rayft.flow.display import Display
 from rayft.flow.hold import LOCK_FILE, hold
-from rayft.flow.preflight import STAMP_FILE, WRITTEN, is_sweep, stamp_line
 from rayft.flow.serve import ask, served_names, wait_ready
-from rayft.flow.sweep import run_sweep
-from rayft.report.frame import SweepRecord
+from rayft.flow.sweep.damaged import check_own
+from rayft.flow.sweep.preflight import STAMP_FILE, WRITTEN, is_sweep, stamp_line
+from rayft.flow.sweep.run import run_sweep
+from rayft.report.record import SweepRecord
 from rayft.report.render import render
 from rayft.serving.build import preflight, run
 from rayft.serving.config import ServeConfig

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayft.evaluate.compare import over_seeds
-from rayft.flow.preflight import Plan
-from rayft.flow.stages import Measured
-from rayft.report.frame import MethodScore, Score
+from rayft.flow.scoring import Measured
+from rayft.flow.sweep.preflight import Plan
+from rayft.report.record import MethodScore, Score
 from rayft.sweep.tuner import Trial
 
 __all__ = ["method_scores"]

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 
 from rayft.errors import ResourceError
-from rayft.flow.sweep import served_adapters
-from rayft.report.frame import Exchange, Served, SweepRecord
+from rayft.flow.sweep.run import served_adapters
+from rayft.report.record import Exchange, Served, SweepRecord
 
 __all__ = ["ask", "served_names", "wait_ready"]
 

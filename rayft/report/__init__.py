@@ -1,6 +1,6 @@
 """What a sweep found, as a record, a table for the terminal and one HTML file."""
 
-from rayft.report.frame import (
+from rayft.report.record import (
     Baseline,
     Command,
     Comparison,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 
 from rayft.report.canvas import SOFT, short, styles
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 
 __all__ = ["Drawing", "baselines", "methods", "score_axis"]
 

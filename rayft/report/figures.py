@@ -14,9 +14,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from rayft.report.canvas import INK, SERIES, STYLE, canvas, legend, short, styles, svg, tip
 from rayft.report.drawing import Drawing, baselines, methods, score_axis
-from rayft.report.frame import SweepRecord, Trial
 from rayft.report.fronts import draw_fronts
 from rayft.report.labels import place
+from rayft.report.record import SweepRecord, Trial
 
 __all__ = ["draw_all"]
 

@@ -12,8 +12,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from rayft.report.canvas import INK, PAPER, SOFT, canvas, legend, svg, tip
 from rayft.report.drawing import Drawing, baselines, methods, score_axis
-from rayft.report.frame import SweepRecord
 from rayft.report.labels import place
+from rayft.report.record import SweepRecord
 from rayft.report.rows import Row, human_bytes, human_seconds, pareto, rows
 from rayft.report.verdict import score_text
 

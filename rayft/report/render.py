@@ -19,7 +19,7 @@ from rayft.files import write_file
 from rayft.report.analysis import analysis_figures, chosen_words, gap_rows, predictor_rows, predictor_words
 from rayft.report.drawing import Drawing
 from rayft.report.figures import draw_all
-from rayft.report.frame import SweepRecord, Trial
+from rayft.report.record import SweepRecord, Trial
 from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, row_names, rows
 from rayft.report.verdict import difference_text, methods_words, score_text, verdict
 from rayft.tracking.base import PENDING

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rayft.report.frame import Score, SweepRecord, Trial
+from rayft.report.record import Score, SweepRecord, Trial
 
 __all__ = [
     "Row",

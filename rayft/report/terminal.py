@@ -9,7 +9,7 @@ from rich.text import Text
 from rayft.analysis.record import SweepAnalysis
 from rayft.report.analysis import chosen_words, gap_rows, predictor_rows, predictor_words
 from rayft.report.canvas import short
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, row_names, rows
 from rayft.report.verdict import score_text
 

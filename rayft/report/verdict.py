@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rayft.report.frame import Comparison, Score, SweepRecord
+from rayft.report.record import Comparison, Score, SweepRecord
 from rayft.report.rows import Row, human_bytes, rows, signed_text
 
 __all__ = ["difference_text", "methods_words", "score_text", "verdict"]

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.display import Display
-from rayft.flow.sweep import run_sweep
-from rayft.report.frame import SweepRecord
+from rayft.flow.sweep.run import run_sweep
+from rayft.report.record import SweepRecord
 from tests.e2e.small import run
 
 

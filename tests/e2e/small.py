@@ -14,8 +14,8 @@ from rich.console import Console
 
 from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.display import Display
-from rayft.flow.sweep import run_sweep
-from rayft.report.frame import SweepRecord
+from rayft.flow.sweep.run import run_sweep
+from rayft.report.record import SweepRecord
 from rayft.sweep.schedule import EVENTS_FILE, EventLog
 
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from rayft.analysis.record import SweepAnalysis
 from rayft.errors import ReportError, TrackingError
 from rayft.flow import commands
-from rayft.flow.analyze import analyze_target
+from rayft.flow.analyze.run import analyze_target
 from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.display import Display
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from tests.e2e.small import small_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]

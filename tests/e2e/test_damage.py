@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rayft.flow import stages
+from rayft.flow import scoring
 from rayft.flow.config import PipelineConfig
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from rayft.sweep.executor import LaneExecutor
 from tests.e2e.small import run, small_config
 from tests.unit.damages import half
@@ -74,14 +74,14 @@ def test_an_adapter_that_is_lost_meanwhile_costs_its_trial_alone(
 ) -> None:
     assert record.winner
     lost = next(one for one in record.trials if record.winner.trial == one.id)
-    score_trials = stages.score_trials
+    score_trials = scoring.score_trials
 
     def loses(*arguments: Any) -> Any:
         half(Path(lost.folder) / WEIGHTS)
         return score_trials(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "score_trials", loses)
+        patch.setattr(scoring, "score_trials", loses)
         rest, said = run(config)
     assert f"{lost.id}: failed, can't be scored: " in said
     marked = next(one for one in rest.trials if one.id == lost.id)

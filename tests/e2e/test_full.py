@@ -13,11 +13,11 @@ from rayft.analysis.record import SweepAnalysis
 from rayft.analysis.section import AnalyzeConfig
 from rayft.artifacts import AdapterArtifact
 from rayft.flow.config import PipelineConfig
-from rayft.flow.sweep import served_adapters
+from rayft.flow.sweep.run import served_adapters
 from rayft.models.load import load_model
 from rayft.models.targets import linear_shapes
 from rayft.numerics import relative_error
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from tests.e2e.small import small_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]

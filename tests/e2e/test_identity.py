@@ -10,8 +10,8 @@ import pytest
 from mlflow import MlflowClient
 
 from rayft.errors import ConfigError, TrainError
-from rayft.flow import sweep as flow
 from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.sweep import run as flow
 from tests.e2e.small import run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]

@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.artifacts import AdapterArtifact
-from rayft.flow import sweep as flow
 from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.demo import run_demo
 from rayft.flow.display import Display
-from rayft.flow.sweep import run_sweep
+from rayft.flow.sweep import run as flow
+from rayft.flow.sweep.run import run_sweep
 from rayft.models.inject import attach
 from rayft.models.load import ModelConfig, load_model
 from rayft.numerics import assert_close
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 

@@ -16,9 +16,9 @@ from rayft.data.source import read
 from rayft.errors import ArtifactError
 from rayft.flow.commands import squeeze
 from rayft.flow.config import PipelineConfig
-from rayft.flow.sweep import served_adapters
+from rayft.flow.sweep.run import served_adapters
 from rayft.models.peft_folder import PeftFolder, load_adapter
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from tests.e2e.small import small_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]

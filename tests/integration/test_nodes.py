@@ -13,7 +13,7 @@ import yaml
 
 from rayft.files import hash_content
 from rayft.flow.config import load_config
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from tests.integration.nodes import Nodes, eventually, free_port, log_of, process, two_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

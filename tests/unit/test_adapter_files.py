@@ -17,7 +17,7 @@ from torch import nn
 
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, BaseMismatchError
-from rayft.flow.squeeze import squeeze_folder, squeeze_request
+from rayft.flow.squeeze.run import squeeze_folder, squeeze_request
 from rayft.models.inject import attach
 from rayft.serving.admission import check_adapter
 

@@ -11,7 +11,7 @@ import pytest
 from rayft.data.section import DataConfig
 from rayft.evaluate.compare import over_seeds
 from rayft.flow.method_scores import method_scores
-from rayft.flow.stages import Measured
+from rayft.flow.scoring import Measured
 from rayft.methods.base import MethodConfig
 from rayft.sweep.space import Point
 from rayft.sweep.tuner import Trial

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from rayft.flow.record import _compare_command
+from rayft.flow.sweep.record import _compare_command
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 from rayft.analysis.landscape import Landscape, grid_1d, grid_2d
 from rayft.analysis.record import AdapterAnalysis, SweepAnalysis
 from rayft.analysis.section import AnalyzeConfig
-from rayft.flow import track_analysis as module
-from rayft.flow.track_analysis import track_analysis
+from rayft.flow.analyze import tracking as module
+from rayft.flow.analyze.tracking import track_analysis
 
 
 class Kept:

@@ -11,10 +11,10 @@ import ray
 from rayft.data.source import majority_answer
 from rayft.errors import RayftError, TrainError
 from rayft.evaluate.compare import interval
-from rayft.flow.preflight import Plan
 from rayft.flow.scores import ScoreStore, follows_from
+from rayft.flow.sweep.preflight import Plan
 from rayft.methods import method
-from rayft.report.frame import Score
+from rayft.report.record import Score
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
 from rayft.sweep.score import ScoreRequest

@@ -25,29 +25,30 @@ from rayft.errors import (
     TrackingError,
 )
 from rayft.files import room_on, write_file
-from rayft.flow import squeezing, stages
-from rayft.flow.analyze import analyze_items, known, summarize
-from rayft.flow.analyze_source import Item
+from rayft.flow import scoring
+from rayft.flow.analyze.run import analyze_items, known, summarize
+from rayft.flow.analyze.source import Item
+from rayft.flow.analyze.tracking import track_analysis
 from rayft.flow.cluster import check_tracking, cluster, join, placed, temporary_folders
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
 from rayft.flow.lanes import at_work
-from rayft.flow.preflight import Plan, preflight
-from rayft.flow.record import build_record, with_run_ids
 from rayft.flow.scores import ScoreStore
-from rayft.flow.squeeze_dense import dense_source, extract, lost_text
-from rayft.flow.squeezing import Source, SqueezedAdapter
-from rayft.flow.stages import Measured
-from rayft.flow.track_analysis import track_analysis
-from rayft.flow.track_squeeze import score_metrics, track_squeezed
+from rayft.flow.scoring import Measured
+from rayft.flow.squeeze import make as squeezing
+from rayft.flow.squeeze.dense import dense_source, extract, lost_text
+from rayft.flow.squeeze.make import Source, SqueezedAdapter
+from rayft.flow.squeeze.tracking import score_metrics, track_squeezed
+from rayft.flow.sweep.preflight import Plan, preflight
+from rayft.flow.sweep.record import build_record, with_run_ids
 from rayft.methods import method
 from rayft.paths import runs_folder
 from rayft.registry.promote import promote
 from rayft.registry.ref import BASE_SCORE_TAG, SCORE_TAG
 from rayft.registry.store import MlflowRegistry
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from rayft.report.render import render
 from rayft.serving.deployment import deployment
 from rayft.sweep.executor import EXECUTORS, Executor
@@ -177,8 +178,8 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
         display.stage("start workers, score the base"),
         display.watch(executor.broker, lambda key: names.get(key, key)),
     ):
-        found.baselines = stages.score_baselines(plan, executor, store)
-    stages.say_unscored(found.baselines, display.say)
+        found.baselines = scoring.score_baselines(plan, executor, store)
+    scoring.say_unscored(found.baselines, display.say)
     with (
         display.stage(f"search ({len(plan.points)} trials)"),
         display.watch(executor.broker, lambda key: names.get(key, key)),
@@ -191,9 +192,9 @@ def _measure(plan: Plan, executor: Executor, display: Display, parent: str) -> _
     for trial in found.trials:
         display.say(_line(trial))
     with display.stage("score the trials"), display.watch(executor.broker):
-        found.scores = stages.score_trials(plan, executor, found.trials, store)
-        found.trials = stages.marked(found.trials, found.scores)
-        ranking = _intact(plan, found, stages.best_first(plan, found.trials, found.scores))
+        found.scores = scoring.score_trials(plan, executor, found.trials, store)
+        found.trials = scoring.marked(found.trials, found.scores)
+        ranking = _intact(plan, found, scoring.best_first(plan, found.trials, found.scores))
         found.winner = ranking[0] if ranking else None
     for trial in found.trials:
         if trial.result and trial.error:
@@ -208,7 +209,7 @@ def _intact(plan: Plan, found: _Findings, ranking: list[Trial]) -> list[Trial]:
     """Leave out the best trials if their adapters were damaged since they were scored, and mark them."""
     while ranking and (problem := damage(trial_folder(plan.output, ranking[0].point.key))):
         found.scores[ranking[0].point.name] = Measured(error=problem)
-        found.trials = stages.marked(found.trials, found.scores)
+        found.trials = scoring.marked(found.trials, found.scores)
         ranking = ranking[1:]
     return ranking
 
@@ -275,7 +276,7 @@ def _squeeze(
             executor, found.squeezed, config.cont, plan.output, plan.tracker, display.say
         )
     scores = squeezing.score(executor, found.squeezed, store=store)
-    stages.say_unscored(scores, display.say)
+    scoring.say_unscored(scores, display.say)
     found.squeezed = [item for item in found.squeezed if not scores[item.name].error]
     found.scores |= scores
 
@@ -337,7 +338,7 @@ def _report(
         if several_nodes:
             _serve_from_registry(plan, record, found, display, shipped)
     elif found.winner and found.winner.result:
-        display.say(stages.why_not_served(found.winner, found.trials, extracted=bool(found.squeezed)))
+        display.say(scoring.why_not_served(found.winner, found.trials, extracted=bool(found.squeezed)))
     _track_report(plan, display, tracker, parent)
     return record
 

@@ -25,8 +25,8 @@ from rayft.evaluate.tasks import perfect_answers
 from rayft.files import write_file
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.damaged import check_own, discard_damaged
-from rayft.flow.identity import (
+from rayft.flow.sweep.damaged import check_own, discard_damaged
+from rayft.flow.sweep.identity import (
     IDENTITY_FILE,
     begun_by,
     check_identity,

@@ -21,16 +21,16 @@ from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.config import load, parse
 from rayft.errors import DiskFullError, RegistryError, TrainError, UnfinishedError
 from rayft.flow import commands
-from rayft.flow import sweep as module
 from rayft.flow.config import load_config
 from rayft.flow.display import Display
-from rayft.flow.preflight import Plan, preflight
+from rayft.flow.scoring import Measured
 from rayft.flow.serve import served_names
-from rayft.flow.squeezing import Source, SqueezedAdapter
-from rayft.flow.stages import Measured
+from rayft.flow.squeeze.make import Source, SqueezedAdapter
+from rayft.flow.sweep import run as module
+from rayft.flow.sweep.preflight import Plan, preflight
 from rayft.methods.base import LoraFactors
 from rayft.registry.store import MlflowRegistry
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from rayft.serving.config import ServeConfig
 from rayft.sweep.lane import tracking_key
 from rayft.sweep.tuner import Trial
@@ -168,7 +168,7 @@ def test_a_late_failure_leaves_all_else_and_is_mended_by_the_next_run(
 ) -> None:
     error = RegistryError("MLflow refuses") if "MLflow refuses" in told else RuntimeError("no\nfont")
     with monkeypatch.context() as patch:
-        patch.setattr(f"rayft.flow.sweep.{where}", fail(error))
+        patch.setattr(f"rayft.flow.sweep.run.{where}", fail(error))
         record = sweep.report()
     output, name = sweep.plan.output, sweep.plan.config.name
     with pytest.raises(UnfinishedError, match=told.partition(":")[0]):
@@ -225,7 +225,7 @@ def test_while_mlflow_is_away_all_else_is_written(sweep: Sweep) -> None:
 
 
 def test_a_full_disk_ends_the_command(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayft.flow.sweep.render", fail(OSError(28, "No space left on device")))
+    monkeypatch.setattr("rayft.flow.sweep.run.render", fail(OSError(28, "No space left on device")))
     with pytest.raises(DiskFullError, match="run the same command again"):
         sweep.report()
     assert (sweep.plan.output / "serve.yaml").is_file()

@@ -24,15 +24,15 @@ from rayft.analysis.record import SweepAnalysis
 from rayft.artifacts import AdapterArtifact
 from rayft.config import load
 from rayft.errors import ConfigError, TrainError
-from rayft.flow.analyze_source import Item
+from rayft.flow.analyze.source import Item
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.preflight import Plan, preflight
-from rayft.flow.squeeze_source import check_base
-from rayft.flow.squeezing import Source, SqueezedAdapter, continue_all
-from rayft.flow.sweep import start_tracking
+from rayft.flow.squeeze.make import Source, SqueezedAdapter, continue_all
+from rayft.flow.squeeze.source import check_base
+from rayft.flow.sweep.preflight import Plan, preflight
+from rayft.flow.sweep.run import start_tracking
 from rayft.models.tiny import save_tiny_qwen
 from rayft.registry.store import MlflowRegistry
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from rayft.report.render import render
 from rayft.serving.config import ServeConfig
 from rayft.sweep.broker import Event
@@ -191,7 +191,7 @@ class Lanes:
 def test_a_continued_training_is_used_again(
     here: Path, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayft.flow.squeezing.ray.get", lambda event: event)
+    monkeypatch.setattr("rayft.flow.squeeze.make.ray.get", lambda event: event)
     plan, lanes = preflight(config), Lanes()
     executor: Any = lanes
     assert config.squeeze.cont

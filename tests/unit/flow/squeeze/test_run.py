@@ -28,12 +28,12 @@ from rayft.errors import (
     SqueezeError,
     TrainError,
 )
-from rayft.flow import squeeze as module
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
-from rayft.flow.squeeze import Squeezes, squeeze_folder, squeeze_request
-from rayft.flow.squeezing import SqueezedAdapter
-from rayft.flow.stages import Measured
+from rayft.flow.scoring import Measured
+from rayft.flow.squeeze import run as module
+from rayft.flow.squeeze.make import SqueezedAdapter
+from rayft.flow.squeeze.run import Squeezes, squeeze_folder, squeeze_request
 from rayft.numerics import assert_close
 from rayft.squeeze.rank import retained_energy
 
@@ -170,7 +170,7 @@ def test_nothing_is_lost_by_a_squeeze(
     (mine / "links" / "r2").symlink_to(mine / "other")
     before = contents(mine)
     monkeypatch.chdir(mine)
-    monkeypatch.setattr("rayft.flow.squeeze.squeeze", None)  # Nothing is computed before.
+    monkeypatch.setattr("rayft.flow.squeeze.run.squeeze", None)  # Nothing is computed before.
     options: dict[str, Any] = {"energies": [0.5]} if target == "0.5" else {"ranks": [int(target)]}
     for overwrite in (False, True):
         if overwrite and kind == "an adapter made from another":
@@ -384,7 +384,7 @@ def test_what_cant_be_scored_is_named_and_the_rest_is_scored(
         display = Display(Console(file=said, width=200))
         module._measure(request, None, found, tmp_path, None, display)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("rayft.flow.squeezing.score", score)
+    monkeypatch.setattr("rayft.flow.squeeze.make.score", score)
     measure()
     assert found.scores[found.made[0].name].mean("test") == 1.0
     assert f"{found.made[1].name} can't be scored, and is left out: it is damaged" in said.getvalue()

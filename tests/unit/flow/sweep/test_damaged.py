@@ -15,14 +15,14 @@ from rayft.analysis.record import PIECES, AdapterAnalysis
 from rayft.analysis.section import AnalyzeConfig
 from rayft.artifacts import AdapterArtifact, check_replaceable
 from rayft.errors import ArtifactError, ConfigError, TrainError
-from rayft.flow import analyze
-from rayft.flow.analyze_source import Item
+from rayft.flow.analyze import run as analyze
+from rayft.flow.analyze.source import Item
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.damaged import discard_damaged
-from rayft.flow.preflight import Plan, preflight
 from rayft.flow.scores import ScoreStore
-from rayft.flow.squeezing import Source, SqueezedAdapter, continue_all
-from rayft.flow.stages import Measured, check_some, marked, score_all
+from rayft.flow.scoring import Measured, check_some, marked, score_all
+from rayft.flow.squeeze.make import Source, SqueezedAdapter, continue_all
+from rayft.flow.sweep.damaged import discard_damaged
+from rayft.flow.sweep.preflight import Plan, preflight
 from rayft.methods.base import LoraFactors
 from rayft.models.files import LARGE, hash_file
 from rayft.squeeze.section import ContinueConfig

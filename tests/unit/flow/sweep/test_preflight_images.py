@@ -9,7 +9,7 @@ import torch
 
 from rayft.errors import ConfigError, DataError, ModelError, RayftError
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.preflight import preflight, skeleton
+from rayft.flow.sweep.preflight import preflight, skeleton
 from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from tests.unit.data.pictures import folder

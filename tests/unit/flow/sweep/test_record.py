@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from rayft.data.section import DataConfig
-from rayft.flow.record import _trial
-from rayft.flow.stages import Measured
+from rayft.flow.scoring import Measured
+from rayft.flow.sweep.record import _trial
 from rayft.methods.base import MethodConfig
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep.space import Point

@@ -9,7 +9,7 @@ from pathlib import Path
 from rayft.artifacts import CONFIG_FILE
 from rayft.artifacts.lora_settings import read_json
 from rayft.errors import SqueezeError
-from rayft.flow.squeezing import Target
+from rayft.flow.squeeze.make import Target
 from rayft.models.extract import Extraction, extract_full
 from rayft.models.extract_peft import extract_peft
 from rayft.models.load import ModelConfig, load_skeleton

@@ -15,7 +15,7 @@ from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.config import content_hash
 from rayft.errors import ArtifactError, TrainError
 from rayft.flow.scores import ScoreStore
-from rayft.flow.stages import Measured, score_all
+from rayft.flow.scoring import Measured, score_all
 from rayft.identity import UNKNOWN, Identity
 from rayft.methods.base import MethodConfig
 from rayft.squeeze.budget import parse_bytes

@@ -1,6 +1,6 @@
 """What a sweep's folder follows from, compared with what is there now before anything of it is used again.
 
-config.yaml      its first line has the hash of the configuration (`rayft.flow.preflight`)
+config.yaml      its first line has the hash of the configuration (`rayft.flow.sweep.preflight`)
 identity.json    data and base; rayft 0.1.0 did not write it, so there its adapters are asked
 """
 
@@ -18,7 +18,7 @@ from rayft.errors import ConfigError, ReportError
 from rayft.identity import Identity
 from rayft.models.fingerprint import source_fingerprint
 from rayft.models.load import ModelConfig, load_skeleton, resolve
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from rayft.sweep.result import left_identity
 from rayft.sweep.space import Point
 from rayft.train.identity import identify

@@ -11,11 +11,11 @@ from typing import Any
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ModelError, ReportError
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.preflight import STAMP_FILE, is_sweep
+from rayft.flow.sweep.preflight import STAMP_FILE, is_sweep
 from rayft.models.fingerprint import source_fingerprint
 from rayft.models.load import ModelConfig, is_here, load_skeleton, resolve
 from rayft.models.targets import linear_shapes
-from rayft.report.frame import SweepRecord, Trial
+from rayft.report.record import SweepRecord, Trial
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import find_adapter, prepare, resolve_runs
 from rayft.train.run import RunConfig

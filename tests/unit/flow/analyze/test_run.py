@@ -10,8 +10,8 @@ import pytest
 
 from rayft.analysis.record import PIECES, AdapterAnalysis, Gap, ModuleSpectrum, SweepAnalysis
 from rayft.analysis.section import AnalyzeConfig
-from rayft.flow.analyze import analyze_items, completed
-from rayft.flow.analyze_source import Item
+from rayft.flow.analyze.run import analyze_items, completed
+from rayft.flow.analyze.source import Item
 from rayft.sweep.broker import Event, Job
 from rayft.train.run import RunConfig
 
@@ -85,8 +85,9 @@ class Lanes:
         self.asked: list[str] = []
         self.answers: dict[str, AdapterAnalysis | str] = {}
         self.broker = SimpleNamespace(next_event=SimpleNamespace(remote=lambda key: key))
-        monkeypatch.setattr("rayft.flow.analyze.ray.wait", lambda refs, num_returns: (refs[-1:], refs[:-1]))
-        monkeypatch.setattr("rayft.flow.analyze.ray.get", self._event)
+        fake = "rayft.flow.analyze.run.ray"
+        monkeypatch.setattr(f"{fake}.wait", lambda refs, num_returns: (refs[-1:], refs[:-1]))
+        monkeypatch.setattr(f"{fake}.get", self._event)
 
     def submit(self, jobs: list[Job]) -> None:
         self.asked += [job.id for job in jobs]

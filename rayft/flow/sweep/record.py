@@ -11,11 +11,11 @@ from rayft.artifacts import AdapterArtifact
 from rayft.config import leaves
 from rayft.evaluate.compare import paired
 from rayft.flow.method_scores import method_scores
-from rayft.flow.preflight import Plan
-from rayft.flow.squeezing import SqueezedAdapter, smallest_good
-from rayft.flow.stages import Measured
+from rayft.flow.scoring import Measured
+from rayft.flow.squeeze.make import SqueezedAdapter, smallest_good
+from rayft.flow.sweep.preflight import Plan
 from rayft.methods import method as find_method
-from rayft.report.frame import (
+from rayft.report.record import (
     Baseline,
     Command,
     Comparison,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rayft.artifacts import AdapterArtifact
-from rayft.flow.squeezing import SqueezedAdapter
-from rayft.flow.stages import Measured
+from rayft.flow.scoring import Measured
+from rayft.flow.squeeze.make import SqueezedAdapter
 from rayft.report.spectrum import spectrum_plot
 from rayft.tracking.base import Former, Tracker
 

@@ -13,10 +13,10 @@ from rayft.analysis.section import AnalyzeConfig
 from rayft.cli import app
 from rayft.errors import ArtifactError, ConfigError, ReportError
 from rayft.flow import commands
-from rayft.flow.analyze import earlier_analysis
+from rayft.flow.analyze.run import earlier_analysis
 from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.demo import clear
-from rayft.flow.preflight import WRITTEN, preflight
+from rayft.flow.sweep.preflight import WRITTEN, preflight
 from rayft.report.render import check_report, render
 from tests.unit.report.example import example
 from tests.unit.serving.adapters import random_adapter

@@ -14,7 +14,7 @@ from rayft.artifacts import META_FILE, check_replaceable
 from rayft.artifacts.folder import FILES, is_staged_folder
 from rayft.errors import ArtifactError, ReportError
 from rayft.files import is_staged_file
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from rayft.sweep.result import RESULT_FILE, damage, discard
 from rayft.sweep.space import Point
 from rayft.train.checkpoint import last_step

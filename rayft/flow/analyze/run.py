@@ -21,15 +21,15 @@ from rayft.analysis.spectral import principal_angles
 from rayft.artifacts import AdapterArtifact
 from rayft.config import parse
 from rayft.errors import ArtifactError, ReportError
-from rayft.flow.analyze_source import Item, Sources, find_items
+from rayft.flow.analyze.source import Item, Sources, find_items
+from rayft.flow.analyze.tracking import track_analysis
 from rayft.flow.cluster import cluster, join
 from rayft.flow.display import Display
 from rayft.flow.lanes import at_work
-from rayft.flow.track_analysis import track_analysis
 from rayft.methods import method
 from rayft.methods.base import LoraFactors
 from rayft.paths import check_folder
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.space import check_executor

@@ -9,9 +9,9 @@ import pytest
 from rayft.analysis.record import AdapterAnalysis, Gap
 from rayft.analysis.section import AnalyzeConfig
 from rayft.data.section import DataConfig
-from rayft.flow import analyze
-from rayft.flow.analyze import summarize
-from rayft.flow.analyze_source import Item
+from rayft.flow.analyze import run as analyze
+from rayft.flow.analyze.run import summarize
+from rayft.flow.analyze.source import Item
 from rayft.methods.section import MethodConfig
 from rayft.models.load import ModelConfig
 from rayft.train.run import OptimConfig, RunConfig

@@ -20,12 +20,12 @@ from rayft.config import parse
 from rayft.errors import ConfigError, ReportError
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.identity import current_identity
-from rayft.flow.preflight import STAMP_FILE
-from rayft.flow.squeeze_source import find_origin
-from rayft.flow.stages import outcome
+from rayft.flow.scoring import outcome
+from rayft.flow.squeeze.source import find_origin
+from rayft.flow.sweep.identity import current_identity
+from rayft.flow.sweep.preflight import STAMP_FILE
 from rayft.identity import UNKNOWN, Identity
-from rayft.report.frame import SweepRecord
+from rayft.report.record import SweepRecord
 from rayft.sweep.space import points
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import prepare, resolve_runs

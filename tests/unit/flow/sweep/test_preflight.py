@@ -20,7 +20,7 @@ from rayft.errors import (
 )
 from rayft.flow.cluster import check_tracking
 from rayft.flow.config import PipelineConfig, load_config, packaged
-from rayft.flow.preflight import _check_other_disks, preflight, skeleton
+from rayft.flow.sweep.preflight import _check_other_disks, preflight, skeleton
 from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.tracking.base import TrackerSpec
@@ -127,7 +127,7 @@ def test_other_full_disks(tmp_path: Path, disk: Disk, monkeypatch: pytest.Monkey
     monkeypatch.setenv("RAY_TMPDIR", str(disk.folder))
     assert _check_other_disks(tmp_path) == ()
     os.posix_fallocate(os.open(disk.folder / "filler", os.O_CREAT | os.O_RDWR), 0, int(2**30 * 0.96))
-    monkeypatch.setattr("rayft.flow.preflight.SCRATCH", 2**20)
+    monkeypatch.setattr("rayft.flow.sweep.preflight.SCRATCH", 2**20)
     (warning,) = _check_other_disks(tmp_path)
     assert "more than 95% full, so Ray can't move objects" in warning
 
@@ -140,7 +140,7 @@ def test_what_a_sweep_writes_is_each_trials_own(tmp_path: Path, monkeypatch: pyt
         asked.append(written)
         copies.append(beside)
 
-    monkeypatch.setattr("rayft.flow.preflight._check_disk", ask)
+    monkeypatch.setattr("rayft.flow.sweep.preflight._check_disk", ask)
     methods = {"lora": "{lora: {ranks: [4], lr: [1e-2]}}", "full": "{full: {lr: [1e-4]}}"}
     both = "{lora: {ranks: [4], lr: [1e-2]}, full: {lr: [1e-4]}}"
     for index, given in enumerate((*methods.values(), both)):

@@ -13,8 +13,8 @@ import torch
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ConfigError, TrainError
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.identity import current_identity
-from rayft.flow.preflight import Plan, preflight
+from rayft.flow.sweep.identity import current_identity
+from rayft.flow.sweep.preflight import Plan, preflight
 from rayft.methods.base import LoraFactors
 from rayft.models.tiny import save_tiny_llama
 from rayft.sweep.lane import TrainRequest

@@ -16,19 +16,19 @@ from rich.table import Table
 
 from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.errors import ResourceError, SqueezeError
-from rayft.flow import squeezing
 from rayft.flow.cluster import cluster, has_gpus, join
 from rayft.flow.config import load_config
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
-from rayft.flow.identity import current_identity, recorded_sweep
 from rayft.flow.lanes import at_work
-from rayft.flow.squeeze_dense import Dense, dense_source, extract, lost_text
-from rayft.flow.squeeze_places import check_places, files_digest
-from rayft.flow.squeeze_source import Origin, check_base, find_origin
-from rayft.flow.squeezing import Source, SqueezedAdapter, Target
-from rayft.flow.stages import Measured, check_some, say_unscored
-from rayft.flow.track_squeeze import track_squeezed
+from rayft.flow.scoring import Measured, check_some, say_unscored
+from rayft.flow.squeeze import make as squeezing
+from rayft.flow.squeeze.dense import Dense, dense_source, extract, lost_text
+from rayft.flow.squeeze.make import Source, SqueezedAdapter, Target
+from rayft.flow.squeeze.places import check_places, files_digest
+from rayft.flow.squeeze.source import Origin, check_base, find_origin
+from rayft.flow.squeeze.tracking import track_squeezed
+from rayft.flow.sweep.identity import current_identity, recorded_sweep
 from rayft.identity import UNKNOWN
 from rayft.models.load import ModelConfig
 from rayft.paths import check_folder

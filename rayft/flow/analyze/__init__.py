@@ -1,0 +1,1 @@
+"""`rayft analyze`: bounds, spectra and loss landscapes of what was trained."""

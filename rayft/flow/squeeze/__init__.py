@@ -1,0 +1,1 @@
+"""`rayft squeeze`: bring an adapter or a sweep's winners to lower ranks."""

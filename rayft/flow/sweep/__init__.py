@@ -1,0 +1,1 @@
+"""`rayft sweep`: search, score, squeeze, register and report."""
