@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +22,6 @@ from rayft.train.run import RunConfig
 
 __all__ = [
     "Measured",
-    "best_first",
     "check_some",
     "marked",
     "outcome",
@@ -31,7 +29,6 @@ __all__ = [
     "score_all",
     "score_baselines",
     "score_trials",
-    "why_not_served",
 ]
 
 STYLES = {"base": "as_is", "answer only": "answer_only", "few shot": "few_shot"}
@@ -194,40 +191,3 @@ def outcome(run: RunConfig, folder: str) -> tuple[RunConfig, str | None]:
     if not method(run.method.name).saves_model:
         return run, folder
     return run.model_copy(update={"model": run.model.model_copy(update={"name": folder})}), None
-
-
-def best_first(plan: Plan, trials: Sequence[Trial], scores: Mapping[str, Measured]) -> list[Trial]:
-    """Put the finished trials in order, by the validation part; the first is the winner."""
-    finished = [trial for trial in trials if trial.result is not None and trial.status == "finished"]
-
-    def loss(trial: Trial) -> float:
-        assert trial.result is not None
-        value = float(trial.result["val_loss"])
-        return math.inf if math.isnan(value) else value
-
-    if plan.config.sweep.select_by == "val_loss":
-        return sorted(finished, key=loss)
-    return sorted(finished, key=lambda trial: (-(scores[trial.point.name].mean("val") or 0.0), loss(trial)))
-
-
-def why_not_served(winner: Trial, trials: Sequence[Trial], *, extracted: bool) -> str:
-    """Say why a winner without factors stays where it is, and what can be served instead."""
-    assert winner.result is not None
-    kind = method(winner.point.run.method.name)
-    what = "is a whole model" if kind.saves_model else f"is {kind.name}, whose update has no low-rank factors"
-    loras = [
-        trial
-        for trial in trials
-        if trial.result and trial.status == "finished" and method(trial.point.run.method.name).exports_lora
-    ]
-    best = min(loras, key=lambda trial: float((trial.result or {})["val_loss"]), default=None)
-    instead = "run a sweep with lora beside it for one that can"
-    if best is not None and best.result is not None:
-        instead = f"the best one that can is {best.point.name} in {best.result['folder']}"
-    if extracted:
-        cant = (
-            "no LoRA that was extracted from it keeps its score, so nothing is registered, promoted or served"
-        )
-    else:
-        cant = "it can't be squeezed, registered, promoted or served here"
-    return f"{winner.point.name} {what}: it is saved in {winner.result['folder']}; {cant}; {instead}"

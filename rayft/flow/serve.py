@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 
 from rayft.errors import ResourceError
-from rayft.flow.sweep.run import served_adapters
+from rayft.flow.selection import served_adapters
 from rayft.report.record import Exchange, Served, SweepRecord
 
 __all__ = ["ask", "served_names", "wait_ready"]
@@ -30,7 +30,7 @@ def served_names(
         ranks: how many smaller ranks to try.
         among: the adapters that are served, if some of the sweep's may be missing.
     """
-    every = list(served_adapters(output, record))
+    every = [item.name for item in served_adapters(output, record)]
     adapters = [name for name in every if among is None or name in among]
     if every[:1] != adapters[:1]:
         # The winner could not be registered.

@@ -234,6 +234,8 @@ class SweepRecord(Record):
     """The task or data source."""
     metric: str = "exact match"
     """What a score is the mean of."""
+    select_by: Literal["val_loss", "val_score"] = "val_loss"
+    """What the best trial is chosen by, on the validation part."""
     data_digest: str
     """Digest of all three parts."""
     data_sizes: dict[str, int] = {}

@@ -13,7 +13,7 @@ from rayft.analysis.record import SweepAnalysis
 from rayft.analysis.section import AnalyzeConfig
 from rayft.artifacts import AdapterArtifact
 from rayft.flow.config import PipelineConfig
-from rayft.flow.sweep.run import served_adapters
+from rayft.flow.selection import served_adapters
 from rayft.models.load import load_model
 from rayft.models.targets import linear_shapes
 from rayft.numerics import relative_error
@@ -96,7 +96,7 @@ def test_what_is_shipped_of_it_is_served_under_the_sweeps_name(
     shipped = record.model_copy(
         update={"winner": record.winner.model_copy(update={"ship": record.squeezed[0].name})}
     )
-    served = served_adapters(output, shipped)
+    served = {item.name: item.folder for item in served_adapters(output, shipped)}
     assert served[record.name] == Path(record.squeezed[0].folder)
     assert f"{record.name}-lora" in served
     unshipped = record.model_copy(

@@ -12,7 +12,6 @@ from mlflow import MlflowClient
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from rayft.analysis.record import SweepAnalysis
 from rayft.artifacts import AdapterArtifact
 from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.demo import run_demo
@@ -155,10 +154,10 @@ def test_started_again_it_trains_nothing_twice_and_has_its_winner_before_the_ana
     for name in ("sweep.json", "report.html", "serve.yaml"):
         (output / name).unlink()
 
-    def stopped(*_: object) -> SweepAnalysis:
+    def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(flow, "_analyze", stopped)
+    monkeypatch.setattr(flow, "analyze_items", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(config, Display(Console(quiet=True)))
     again = SweepRecord.load(output)

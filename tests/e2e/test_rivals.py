@@ -16,7 +16,7 @@ from rayft.data.source import read
 from rayft.errors import ArtifactError
 from rayft.flow.commands import squeeze
 from rayft.flow.config import PipelineConfig
-from rayft.flow.sweep.run import served_adapters
+from rayft.flow.selection import served_adapters
 from rayft.models.peft_folder import PeftFolder, load_adapter
 from rayft.report.record import SweepRecord
 from tests.e2e.small import small_config

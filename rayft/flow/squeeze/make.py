@@ -38,7 +38,6 @@ __all__ = [
     "continue_all",
     "make",
     "score",
-    "smallest_good",
     "sort_columns",
     "targets",
 ]
@@ -320,20 +319,6 @@ def sort_columns(
     full = _marked(squeeze(AdapterArtifact.load(folder), progress=progress), made)
     full.save(out)
     return full
-
-
-def smallest_good(
-    made: Sequence[SqueezedAdapter], scores: Mapping[str, Measured], winner_score: float, keep: float
-) -> SqueezedAdapter | None:
-    """Find the smallest squeezed adapter that keeps a share of the winner's validation score.
-
-    Of those that are as small, the one with the better validation score.
-    """
-    reached = {
-        item.name: scores[item.name].mean("val") or 0.0 for item in made if not scores[item.name].error
-    }
-    good = [item for item in made if item.name in reached and reached[item.name] >= keep * winner_score]
-    return min(good, key=lambda item: (item.parameters, -reached[item.name]), default=None)
 
 
 def _wait(executor: Executor, key: str) -> Mapping[str, Any]:

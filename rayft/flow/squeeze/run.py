@@ -22,6 +22,7 @@ from rayft.flow.display import Display
 from rayft.flow.hold import hold
 from rayft.flow.lanes import at_work
 from rayft.flow.scoring import Measured, check_some, say_unscored
+from rayft.flow.selection import keeps, smallest_good
 from rayft.flow.squeeze import make as squeezing
 from rayft.flow.squeeze.dense import Dense, dense_source, extract, lost_text
 from rayft.flow.squeeze.make import Source, SqueezedAdapter, Target
@@ -269,13 +270,13 @@ def _measure(
         found.scores |= squeezing.score(executor, [item], ("val",))
         if found.scores[item.name].error:
             continue
-        lost = keep is not None and (found.scores[item.name].mean("val") or 0.0) < keep * reached
+        lost = keep is not None and not keeps(found.scores[item.name].mean("val") or 0.0, reached, keep)
         if lost and not request.targets and request.cont is None:
             break  # Lower ranks lose more.
     check_some({item.name: found.scores[item.name] for item in found.made if item.name in found.scores})
     scored = [item for item in found.made if item.name in found.scores and not found.scores[item.name].error]
     if keep is not None:
-        found.chosen = squeezing.smallest_good(scored, found.scores, reached, keep)
+        found.chosen = smallest_good(scored, found.scores, reached, keep)
     # The test part is read for what is reported: the source, and what was asked for or chosen.
     reported = scored if request.targets else [found.chosen] if found.chosen else []
     for name, measured in squeezing.score(executor, [source, *reported], ("test",)).items():

@@ -1,62 +1,83 @@
-"""From what the stages found to the record that is reported."""
+"""Build the record of a sweep, from which everything is reported, out of what its stages found."""
 
 from __future__ import annotations
 
 import datetime as dt
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rayft.artifacts import AdapterArtifact
 from rayft.config import leaves
-from rayft.evaluate.compare import paired
-from rayft.flow.method_scores import method_scores
+from rayft.evaluate.compare import over_seeds, paired
 from rayft.flow.scoring import Measured
-from rayft.flow.squeeze.make import SqueezedAdapter, smallest_good
+from rayft.flow.selection import ChosenSettings, choose, chosen_settings, served_adapters
+from rayft.flow.squeeze.make import SqueezedAdapter
 from rayft.flow.sweep.preflight import Plan
 from rayft.methods import method as find_method
 from rayft.report.record import (
     Baseline,
     Command,
     Comparison,
+    MethodScore,
     Score,
     Squeezed,
     SweepRecord,
     Trial,
-    Winner,
 )
 from rayft.sweep.tuner import Trial as EndedTrial
 from rayft.tracking.base import TrackerSpec, redacted
 from rayft.tracking.mlflow import resolve_runs
 from rayft.tracking.provenance import provenance
 
-__all__ = ["build_record", "with_run_ids"]
+__all__ = ["Findings", "build_record", "with_run_ids"]
+
+REFERENCE = "lora"
+"""Method that the others are compared with, where it was tried."""
 
 
-def build_record(
-    plan: Plan,
-    baselines: Mapping[str, Measured],
-    trials: Sequence[EndedTrial],
-    scores: Mapping[str, Measured],
-    winner: EndedTrial | None,
-    full: AdapterArtifact | None,
-    squeezed: Sequence[SqueezedAdapter],
-    timings: Mapping[str, float],
-) -> SweepRecord:
-    """Put a sweep's findings together."""
-    config, origin = plan.config, provenance()
+@dataclass
+class Findings:
+    """What a sweep has found so far."""
+
+    baselines: dict[str, Measured] = field(default_factory=dict)
+    """Name of a baseline → its scores."""
+    trials: list[EndedTrial] = field(default_factory=list)
+    scores: dict[str, Measured] = field(default_factory=dict)
+    """Name of a trial or squeezed adapter → its scores."""
+    winner: EndedTrial | None = None
+    full: AdapterArtifact | None = None
+    """The winner with its columns sorted by singular value, if it has low-rank factors."""
+    squeezed: list[SqueezedAdapter] = field(default_factory=list)
+
+
+def build_record(plan: Plan, found: Findings, timings: Mapping[str, float]) -> SweepRecord:
+    """Put a sweep's findings together.
+
+    Args:
+        plan: of the sweep.
+        found: what it found.
+        timings: stage → seconds.
+    """
+    config, origin, rule = plan.config, provenance(), plan.config.sweep.select_by
     versions = {
         name.removeprefix("version."): value for name, value in origin.items() if name.startswith("version.")
     }
     dirty = "-dirty" if origin.get("git.dirty") == "true" else ""
-    ship = _ship(plan, winner, squeezed, scores)
-    return SweepRecord(
+    winner = choose(found.winner, found.squeezed, found.scores, rule, config.squeeze.keep_score)
+    record = SweepRecord(
         name=config.name,
         question=config.question or f"Which adapter of {config.model.name} is best at {config.data.name}?",
         date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         model=config.model.name,
         task=f"{config.data.name} ({config.data.source})",
         metric=_metric(plan),
+        select_by=rule,
         data_digest=plan.parts.digest,
         data_sizes={part: len(getattr(plan.parts, part)) for part in ("train", "val", "test")},
         data_dropped=tuple(item.text for item in plan.parts.dropped),
@@ -65,18 +86,19 @@ def build_record(
         versions={"python": origin["python"], **versions},
         git_commit=origin["git.commit"] + dirty if "git.commit" in origin else "",
         baselines=tuple(
-            _baseline(name, measured) for name, measured in baselines.items() if not measured.error
+            _baseline(name, measured) for name, measured in found.baselines.items() if not measured.error
         ),
-        trials=tuple(_trial(trial, scores.get(trial.point.name, Measured())) for trial in trials),
-        winner=ship,
-        no_winner="" if ship else "no trial finished; look at why in the table",
-        squeezed=tuple(_squeezed(item, scores) for item in squeezed),
-        comparisons=_comparisons(winner, baselines, scores, squeezed),
-        methods=method_scores(plan, trials, scores),
-        singular_values=full.meta.singular_values if full else {},
+        trials=tuple(_trial(trial, found.scores.get(trial.point.name, Measured())) for trial in found.trials),
+        winner=winner,
+        no_winner="" if winner else "no trial finished; look at why in the table",
+        squeezed=tuple(_squeezed(item, found.scores) for item in found.squeezed),
+        comparisons=_comparisons(found),
+        methods=_compare_methods(chosen_settings(found.trials, found.scores, rule), found.scores),
+        singular_values=found.full.meta.singular_values if found.full else {},
         timings=dict(timings),
-        commands=_commands(plan, servable=_servable(plan, full, ship)),
     )
+    served = config.model.task == "causal_lm" and bool(served_adapters(plan.output, record))
+    return record.model_copy(update={"commands": _commands(plan, served=served)})
 
 
 def with_run_ids(record: SweepRecord, tracker: TrackerSpec) -> SweepRecord:
@@ -86,51 +108,11 @@ def with_run_ids(record: SweepRecord, tracker: TrackerSpec) -> SweepRecord:
     return record.model_copy(update={"trials": trials})
 
 
-def _servable(plan: Plan, full: AdapterArtifact | None, ship: Winner | None) -> bool:
-    """Tell whether the winner, or what was made of it, generates text as an adapter."""
-    adapter = full is not None or (ship is not None and ship.ship != ship.trial)
-    return adapter and plan.config.model.task == "causal_lm"
-
-
 def _metric(plan: Plan) -> str:
-    """Say what a score is."""
+    """Return what a score is the mean of, in words."""
     if plan.parts.labels:
         return "accuracy"
     return "exact match" if plan.config.data.score == "strict" else "native score"
-
-
-def _ship(
-    plan: Plan,
-    winner: EndedTrial | None,
-    squeezed: Sequence[SqueezedAdapter],
-    scores: Mapping[str, Measured],
-) -> Winner | None:
-    if winner is None:
-        return None
-    name, rule = winner.point.name, plan.config.sweep.select_by.replace("_", " ")
-    reached, keep = scores[name].mean("val"), plan.config.squeeze.keep_score
-    mine = [item for item in squeezed if item.source.name == name]
-    small = smallest_good(mine, scores, reached, keep) if reached else None
-    if small is None:
-        why = f"best {rule} among the trials that finished"
-        if not find_method(winner.point.run.method.name).exports_lora:
-            why += "; it has no low-rank factors, " + _without_factors(mine, keep)
-        return Winner(trial=name, ship=name, why=why)
-    why = (
-        f"the smallest version of {name} that keeps {100 * keep:g} % of its validation score; {name} has the "
-        f"best {rule} among the trials that finished"
-    )
-    return Winner(trial=name, ship=small.name, why=why)
-
-
-def _without_factors(extracted: Sequence[SqueezedAdapter], keep: float) -> str:
-    """Say what becomes of a winner that is no adapter, and is shipped as no other."""
-    if not extracted:
-        return "so it was neither squeezed nor registered and can't be served"
-    return (
-        f"and no LoRA that was extracted from it keeps {100 * keep:g} % of its validation score: nothing was "
-        "registered"
-    )
 
 
 def _baseline(name: str, measured: Measured) -> Baseline:
@@ -195,23 +177,18 @@ def _squeezed(item: SqueezedAdapter, scores: Mapping[str, Measured]) -> Squeezed
     )
 
 
-def _comparisons(
-    winner: EndedTrial | None,
-    baselines: Mapping[str, Measured],
-    scores: Mapping[str, Measured],
-    squeezed: Sequence[SqueezedAdapter],
-) -> tuple[Comparison, ...]:
+def _comparisons(found: Findings) -> tuple[Comparison, ...]:
     """Compare the winner with the best baseline and with each trial, and squeezed versions with both."""
-    if winner is None:
+    if found.winner is None:
         return ()
-    name = winner.point.name
+    name, scores, baselines = found.winner.point.name, found.scores, found.baselines
     known = [key for key, measured in baselines.items() if not measured.error]
     best = max(known, key=lambda key: baselines[key].mean("val") or 0.0)
     pairs = [(name, scores[name], best, baselines[best])]
-    versions = {item.name for item in squeezed}
-    rivals = [other for other in scores if other != name and other not in versions]
-    pairs += [(name, scores[name], other, scores[other]) for other in rivals if "test" in scores[other].parts]
-    for item in squeezed:
+    versions = {item.name for item in found.squeezed}
+    others = [other for other in scores if other != name and other not in versions]
+    pairs += [(name, scores[name], other, scores[other]) for other in others if "test" in scores[other].parts]
+    for item in found.squeezed:
         source = item.source.name
         pairs.append((item.name, scores[item.name], source, scores[source]))
         pairs.append((item.name, scores[item.name], best, baselines[best]))
@@ -225,19 +202,59 @@ def _compare(name: str, one: Measured, against: str, other: Measured) -> Compari
     return Comparison(name=name, against=against, difference=difference)
 
 
-def _commands(plan: Plan, *, servable: bool) -> tuple[Command, ...]:
+def _compare_methods(
+    chosen: Sequence[ChosenSettings], scores: Mapping[str, Measured]
+) -> tuple[MethodScore, ...]:
+    """Compare methods at their chosen settings; empty where fewer than two have finished.
+
+    Test scores and differences are means over seeds and questions with an interval for another draw of both
+    (`rayft.evaluate.compare.over_seeds`).
+    """
+    if len(chosen) < 2:
+        return ()
+    tests = {one.method: _test_matrix(one.trials, scores) for one in chosen}
+    reference = REFERENCE if REFERENCE in tests else chosen[0].method
+    return tuple(
+        MethodScore(
+            method=one.method,
+            settings=re.sub(rf"-s{one.trials[0].point.run.seed}$", "", one.trials[0].point.name),
+            tried=one.tried,
+            trials=tuple(trial.point.name for trial in one.trials),
+            val_loss=float(np.mean([float((trial.result or {})["val_loss"]) for trial in one.trials])),
+            test=_over_seeds(tests[one.method]),
+            against=None if one.method == reference else reference,
+            difference=None if one.method == reference else _over_seeds(tests[one.method], tests[reference]),
+        )
+        for one in chosen
+    )
+
+
+def _test_matrix(trials: Sequence[EndedTrial], scores: Mapping[str, Measured]) -> NDArray[np.float64]:
+    """Return the test scores of some trials (trials × questions)."""
+    return np.array([scores[trial.point.name].parts["test"] for trial in trials], np.float64)
+
+
+def _over_seeds(one: NDArray[np.float64], other: NDArray[np.float64] | None = None) -> Score:
+    found = over_seeds([one], None if other is None else [other])
+    return Score(value=found.value, low=found.ci_low, high=found.ci_high, n=one.shape[1])
+
+
+def _commands(plan: Plan, *, served: bool) -> tuple[Command, ...]:
     output = shlex.quote(_short(plan.output))
     commands = {
         "Run the sweep again": f"rayft sweep {output}/config.yaml",
         "Compare the runs": _compare_command(plan.tracker.uri),
-        "Serve the result": f"rayft serve {output}/serve.yaml" if servable else "",
+        "Serve the result": f"rayft serve {output}/serve.yaml" if served else "",
         "Make this report again": f"rayft report {output}",
     }
     return tuple(Command(what=what, command=command) for what, command in commands.items() if command)
 
 
 def _compare_command(uri: str) -> str:
-    """Say how to look at the runs: a database needs a server, a server has its page; no password is shown."""
+    """Return the command that shows the runs in MLflow's UI, without any password.
+
+    A database needs a server to be started for it; a tracking server has its own page.
+    """
     if uri.startswith("databricks"):
         return ""
     if uri.startswith("http"):

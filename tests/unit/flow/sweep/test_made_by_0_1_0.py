@@ -29,7 +29,7 @@ from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.squeeze.make import Source, SqueezedAdapter, continue_all
 from rayft.flow.squeeze.source import check_base
 from rayft.flow.sweep.preflight import Plan, preflight
-from rayft.flow.sweep.run import start_tracking
+from rayft.flow.sweep.tracking import SweepTracking
 from rayft.models.tiny import save_tiny_qwen
 from rayft.registry.store import MlflowRegistry
 from rayft.report.record import SweepRecord
@@ -234,13 +234,13 @@ def test_its_tracked_runs_go_on(config: PipelineConfig) -> None:
     plan = preflight(config)
     record = SweepRecord.load(plan.output)
     tracker = MlflowTracker(plan.tracker)
-    parent = start_tracking(plan, tracker)
+    parent = SweepTracking(plan, tracker).run_id
     for trial, request in zip(record.trials, requests(plan), strict=True):
         for former in (Former(request.key), None):
             key = tracking_key(request.key, plan.identity)
             assert tracker.run(trial.id, key, parent=parent, former=former) == trial.run_id
     # The second time the run has the new key.
-    assert start_tracking(plan, tracker) == parent
+    assert SweepTracking(plan, tracker).run_id == parent
     other = plan.identity.model_copy(update={"base": "f" * 16})
     key = tracking_key(record.trials[0].id, other)
     elsewhere = tracker.run("sweep", "elsewhere")

@@ -1,13 +1,22 @@
+"""What the record of a sweep says of its findings."""
+
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rayft.data.section import DataConfig
+from rayft.evaluate.compare import over_seeds
+from rayft.flow.config import load_config
 from rayft.flow.scoring import Measured
-from rayft.flow.sweep.record import _trial
+from rayft.flow.sweep.preflight import Plan, preflight
+from rayft.flow.sweep.record import Findings, build_record
 from rayft.methods.base import MethodConfig
+from rayft.report.record import Score
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep.space import Point
 from rayft.sweep.tuner import Trial
@@ -26,8 +35,87 @@ RESULT: dict[str, Any] = {
 }
 
 
+QUESTIONS = 40
+
+
+def of(method: str, seed: int, loss: float) -> Trial:
+    run = RunConfig(
+        data=DataConfig(source="jsonl", name="rows.jsonl"), method=MethodConfig(name=method), seed=seed
+    )
+    name = f"{method}-lr0.001-s{seed}"
+    return Trial(Point(key=name, name=name, run=run), {**RESULT, "val_loss": loss, "finished": True})
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
+    folder = tmp_path_factory.mktemp("plan")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYFT_CACHE", str(folder / "cache"))
+        yield preflight(load_config("tiny", [f"output={folder / 'out'}"]))
+
+
+def findings(**shares: float) -> Findings:
+    """Findings of three seeds of each method, which answer a share of the test questions; the first wins."""
+    found = Findings(baselines={"base": Measured({"val": [0.0], "test": [0.0] * QUESTIONS})})
+    for number, (method, share) in enumerate(shares.items()):
+        for seed in range(3):
+            trial = of(method, seed, 0.1 * number + 0.3)
+            answers = np.random.default_rng(10 * number + seed).random(QUESTIONS) < share
+            found.trials.append(trial)
+            found.scores[trial.point.name] = Measured(
+                {"val": [share], "test": answers.astype(float).tolist()}
+            )
+    found.winner = found.trials[0]
+    return found
+
+
+def test_methods_are_compared_over_seeds_and_questions(plan: Plan) -> None:
+    found = findings(cla=0.9, lora=0.3)
+    cla, lora = build_record(plan, found, {}).methods
+    assert (cla.method, cla.settings, cla.tried) == ("cla", "cla-lr0.001", 1)
+    assert cla.trials == ("cla-lr0.001-s0", "cla-lr0.001-s1", "cla-lr0.001-s2")
+    assert (lora.val_loss, lora.against, lora.difference) == (pytest.approx(0.4), None, None)
+    one, other = (np.array([found.scores[name].parts["test"] for name in row.trials]) for row in (cla, lora))
+    assert (cla.test.value, cla.test.n) == (one.mean(), QUESTIONS)
+    expected = over_seeds([one], [other])
+    assert cla.against == "lora"
+    assert cla.difference == Score(
+        value=expected.value, low=expected.ci_low, high=expected.ci_high, n=QUESTIONS
+    )
+    assert cla.difference.low > 0
+
+
+def test_without_lora_methods_are_compared_with_the_best(plan: Plan) -> None:
+    cla, asym = build_record(plan, findings(cla=0.9, asym=0.2), {}).methods
+    assert (cla.method, cla.against, asym.against) == ("cla", None, "cla")
+
+
+def test_one_method_is_compared_with_none(plan: Plan) -> None:
+    assert build_record(plan, findings(cla=0.9), {}).methods == ()
+
+
+@pytest.mark.parametrize("rule", ["val_loss", "val_score"])
+def test_the_record_keeps_the_rule_of_the_sweep(plan: Plan, rule: str) -> None:
+    config = plan.config.model_copy(
+        update={"sweep": plan.config.sweep.model_copy(update={"select_by": rule})}
+    )
+    record = build_record(replace(plan, config=config), findings(cla=0.9), {})
+    assert record.select_by == rule
+    assert record.winner is not None
+    assert f"best {rule.replace('_', ' ')}" in record.winner.why
+
+
+def test_what_is_not_there_is_not_to_be_served(plan: Plan) -> None:
+    served = "Serve the result"
+    assert served not in {one.what for one in build_record(plan, findings(cla=0.9), {}).commands}
+    (plan.output / "winner").mkdir(parents=True)
+    assert served in {one.what for one in build_record(plan, findings(cla=0.9), {}).commands}
+
+
 @pytest.mark.parametrize(("finished", "rank"), [(True, 8), (False, 16)])
-def test_an_annealed_trial_that_was_stopped_has_the_rank_it_had(finished: bool, rank: int) -> None:
+def test_an_annealed_trial_that_was_stopped_has_the_rank_it_had(
+    plan: Plan, finished: bool, rank: int
+) -> None:
     run = RunConfig(
         data=DataConfig(source="jsonl", name="rows.jsonl"),
         method=MethodConfig(rank=32),
@@ -36,4 +124,4 @@ def test_an_annealed_trial_that_was_stopped_has_the_rank_it_had(finished: bool, 
     )
     point = Point(key="lora-r32to8-1", name="lora-r32to8", run=run)
     trial = Trial(point=point, result={**RESULT, "finished": finished})
-    assert _trial(trial, Measured()).rank == rank
+    assert build_record(plan, Findings(trials=[trial]), {}).trials[0].rank == rank

@@ -26,8 +26,11 @@ from rayft.flow.display import Display
 from rayft.flow.scoring import Measured
 from rayft.flow.serve import served_names
 from rayft.flow.squeeze.make import Source, SqueezedAdapter
-from rayft.flow.sweep import run as module
+from rayft.flow.sweep import publish as module
 from rayft.flow.sweep.preflight import Plan, preflight
+from rayft.flow.sweep.publish import Publisher
+from rayft.flow.sweep.record import Findings
+from rayft.flow.sweep.tracking import SweepTracking
 from rayft.methods.base import LoraFactors
 from rayft.registry.store import MlflowRegistry
 from rayft.report.record import SweepRecord
@@ -63,7 +66,7 @@ class Sweep:
     """A sweep whose stages are done up to the report: a finished trial, and one whose lane died."""
 
     plan: Plan
-    found: Any
+    found: Findings
     said: io.StringIO
     display: Display = field(default_factory=Display)
 
@@ -71,11 +74,11 @@ class Sweep:
         self.said.truncate(0)
         self.said.seek(0)
         with MlflowTracker(self.plan.tracker, interval=0.05) as tracker:
-            parent = module.start_tracking(self.plan, tracker)
-            self.found.trials = module._with_runs(self.plan, self.found.trials)
+            tracking = SweepTracking(self.plan, tracker)
+            self.found.trials = tracking.with_runs(self.found.trials)
             self.found.winner = self.found.trials[0]
             self.display = Display(Console(file=self.said, width=1000))
-            record = module._report(self.plan, self.found, self.display, tracker, parent)
+            record = Publisher(self.plan, self.display, tracking).publish(self.found)
         flush_spool(self.plan.tracker)
         return record
 
@@ -115,7 +118,7 @@ def sweep(checked: Plan, spec: TrackerSpec, tmp_path: Path) -> Sweep:
             Trial(lost, error="killed"),
         ]
     measured = Measured({"val": [1.0, 1.0], "test": [1.0, 0.0]})
-    found = module._Findings(
+    found = Findings(
         baselines={"base": Measured({"val": [0.0, 0.0], "test": [0.0, 0.0]})},
         trials=trials,
         scores={best.name: measured},
@@ -156,11 +159,11 @@ def fail(error: Exception) -> Any:
 @pytest.mark.parametrize(
     ("where", "what", "told"),
     [
-        ("MlflowRegistry.register", "register", "not registered: MLflow refuses"),
-        ("promote", "promote", "registered as tiny version 1, not promoted: MLflow refuses"),
-        ("render", "report", "the report was not drawn: RuntimeError: no font"),
-        ("score_metrics", "scores", "not all that was found is tracked: RuntimeError: no font"),
-        ("yaml.safe_dump", "serve.yaml", "serve.yaml was not written: RuntimeError: no font"),
+        ("publish.MlflowRegistry.register", "register", "not registered: MLflow refuses"),
+        ("publish.promote", "promote", "registered as tiny version 1, not promoted: MLflow refuses"),
+        ("publish.render", "report", "the report was not drawn: RuntimeError: no font"),
+        ("tracking.score_metrics", "scores", "not all that was found is tracked: RuntimeError: no font"),
+        ("publish.yaml.safe_dump", "serve.yaml", "serve.yaml was not written: RuntimeError: no font"),
     ],
 )
 def test_a_late_failure_leaves_all_else_and_is_mended_by_the_next_run(
@@ -168,7 +171,7 @@ def test_a_late_failure_leaves_all_else_and_is_mended_by_the_next_run(
 ) -> None:
     error = RegistryError("MLflow refuses") if "MLflow refuses" in told else RuntimeError("no\nfont")
     with monkeypatch.context() as patch:
-        patch.setattr(f"rayft.flow.sweep.run.{where}", fail(error))
+        patch.setattr(f"rayft.flow.sweep.{where}", fail(error))
         record = sweep.report()
     output, name = sweep.plan.output, sweep.plan.config.name
     with pytest.raises(UnfinishedError, match=told.partition(":")[0]):
@@ -225,7 +228,7 @@ def test_while_mlflow_is_away_all_else_is_written(sweep: Sweep) -> None:
 
 
 def test_a_full_disk_ends_the_command(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayft.flow.sweep.run.render", fail(OSError(28, "No space left on device")))
+    monkeypatch.setattr("rayft.flow.sweep.publish.render", fail(OSError(28, "No space left on device")))
     with pytest.raises(DiskFullError, match="run the same command again"):
         sweep.report()
     assert (sweep.plan.output / "serve.yaml").is_file()
@@ -236,13 +239,14 @@ def test_sweeps_of_one_configuration_on_one_server_have_runs_of_their_own(sweep:
     for one in ("5eed", "fe11", ""):
         identity = sweep.plan.identity.model_copy(update={"sweep": one})
         plan = replace(sweep.plan, identity=identity)
-        keys |= {module._sweep_key(plan), tracking_key("t0", identity)}
+        with MlflowTracker(sweep.plan.tracker) as tracker:
+            keys |= {SweepTracking(plan, tracker).key, tracking_key("t0", identity)}
     assert len(keys) == 6
     with MlflowTracker(sweep.plan.tracker) as tracker:
         parents = {
-            module.start_tracking(
+            SweepTracking(
                 replace(sweep.plan, identity=sweep.plan.identity.model_copy(update={"sweep": one})), tracker
-            )
+            ).run_id
             for one in ("5eed", "fe11", "5eed")
         }
     assert len(parents) == 2
@@ -251,7 +255,7 @@ def test_sweeps_of_one_configuration_on_one_server_have_runs_of_their_own(sweep:
 @pytest.fixture
 def on_cluster(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     """The sweep on several nodes, with both trials finished."""
-    monkeypatch.setattr(module, "_several_nodes", lambda: True)
+    monkeypatch.setattr(module, "on_several_nodes", lambda: True)
     best, other = sweep.plan.points
     assert (best.run.method.name, other.run.method.name) == ("lora", "cla")
     folder = sweep.plan.output / "trials" / other.key / "adapter"
