@@ -54,6 +54,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	@$(BIN)/python -m tests.meta.sizes
 	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered -m "not gpu" $(PYTEST_ARGS)
 
 format: $(STAMP)

@@ -1,4 +1,4 @@
-"""What is imported is declared, what is declared is bounded, and what is installed lies in the bounds."""
+"""Imports, declared requirements, their bounds, the installed versions and the packaged files agree."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[2]
+from tests.meta.source import ROOT, check_none, sources
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDED = [Requirement(line) for line in PROJECT["dependencies"]]
 EXTRAS = {
     name: [Requirement(line) for line in found] for name, found in PROJECT["optional-dependencies"].items()
 }
-# What comes with a declared package, and is used with it alone: module → that package.
+# Modules that come with a declared package, and are used only together with it: module → that package.
 WITH_OTHERS = {
     "accelerate": "peft",
     "alembic": "mlflow",
@@ -42,10 +43,10 @@ def plain(name: str) -> str:
 
 
 def imported(folder: str) -> set[str]:
-    """Top-level third-party modules imported anywhere in a folder, lazily or not."""
+    """Return the top-level third-party modules imported anywhere in a folder, lazily or not."""
     found = set()
-    for path in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for source in sources(folder):
+        for node in ast.walk(source.tree):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -67,15 +68,19 @@ def test_every_import_is_declared(folder: str, extras: list[str]) -> None:
     assert not missing, f"{missing} are imported in {folder} and not declared in pyproject.toml"
 
 
-@pytest.mark.parametrize("need", NEEDED + [n for found in EXTRAS.values() for n in found], ids=str)
-def test_every_requirement_has_both_bounds(need: Requirement) -> None:
-    operators = {bound.operator for bound in need.specifier}
-    assert "==" in operators or operators >= {">=", "<"}, str(need)
+def test_every_requirement_has_both_bounds() -> None:
+    for need in NEEDED + [n for found in EXTRAS.values() for n in found]:
+        operators = {bound.operator for bound in need.specifier}
+        assert "==" in operators or operators >= {">=", "<"}, str(need)
 
 
-@pytest.mark.parametrize("need", NEEDED + EXTRAS["demo"] + EXTRAS["dev"], ids=str)
-def test_what_is_installed_lies_in_the_bounds(need: Requirement) -> None:
-    assert need.specifier.contains(metadata.version(need.name), prereleases=True)
+def test_the_installed_versions_lie_in_the_bounds() -> None:
+    installed = {need: metadata.version(need.name) for need in NEEDED + EXTRAS["demo"] + EXTRAS["dev"]}
+    check_none(
+        f"{need}: {version} is installed"
+        for need, version in installed.items()
+        if not need.specifier.contains(version, prereleases=True)
+    )
 
 
 def test_the_pinned_torch_lies_in_its_bounds() -> None:
@@ -84,28 +89,26 @@ def test_the_pinned_torch_lies_in_its_bounds() -> None:
     assert next(need for need in NEEDED if need.name == "torch").specifier.contains(version)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["Makefile", "requirements/cpu.txt", "requirements/weights.txt", "requirements/analysis.txt", ".ci/run"],
-)
-def test_no_registry_is_named(name: str) -> None:
-    assert "://" not in (ROOT / name).read_text()
+def test_no_file_names_a_package_registry() -> None:
+    requirements = [f"requirements/{name}.txt" for name in ("cpu", "weights", "analysis")]
+    files = ["Makefile", ".ci/run", *requirements]
+    check_none(name for name in files if "://" in (ROOT / name).read_text(encoding="utf-8"))
 
 
 def run_ci(folder: Path, recipe: str) -> subprocess.CompletedProcess[str]:
-    """Run a copy of the CI script where `make test` does what `recipe` says."""
+    """Run a copy of the CI script, with `recipe` in place of what `make test` does."""
     (folder / ".ci").mkdir()
     shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
     (folder / "Makefile").write_text(f"test:\n\t@{recipe}\n")
     return subprocess.run([folder / ".ci" / "run"], capture_output=True, text=True, check=False)
 
 
-def test_the_ci_script_passes_a_success_on(tmp_path: Path) -> None:
+def test_the_ci_script_reports_a_success(tmp_path: Path) -> None:
     done = run_ci(tmp_path, "echo 3 passed in 1s")
     assert (done.returncode, done.stdout) == (0, "3 passed in 1s\n")
 
 
-def test_the_ci_script_passes_a_failure_on_and_ends_with_the_summary(tmp_path: Path) -> None:
+def test_the_ci_script_reports_a_failure_and_ends_with_the_summary(tmp_path: Path) -> None:
     done = run_ci(tmp_path, "echo 1 failed in 1s; exit 1")
     assert done.returncode != 0
     assert done.stdout.splitlines()[-1] == "1 failed in 1s"
@@ -113,8 +116,8 @@ def test_the_ci_script_passes_a_failure_on_and_ends_with_the_summary(tmp_path: P
 
 def test_every_folder_of_code_is_a_package() -> None:
     # setuptools leaves out a folder without __init__.py, and only an installed copy would notice.
-    folders = {path.parent for path in (ROOT / "rayft").rglob("*.py")}
-    assert [folder.name for folder in folders if not (folder / "__init__.py").is_file()] == []
+    folders = {source.path.parent for source in sources("rayft")}
+    check_none(str(folder) for folder in folders if not (folder / "__init__.py").is_file())
 
 
 def test_every_data_file_is_packed() -> None:

@@ -1,4 +1,4 @@
-"""Rules about the code itself that no linter knows."""
+"""Rules about the code itself that no linter knows. Each rule lists all its offenders at once."""
 
 from __future__ import annotations
 
@@ -6,71 +6,40 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).parents[2]
-CODE = sorted(path for folder in ("rayft", "pipelines") for path in (ROOT / folder).rglob("*.py"))
-TESTS = sorted((ROOT / "tests").rglob("*.py"))
-METHODS = sorted(
-    path
-    for path in (ROOT / "rayft" / "methods").glob("*.py")
-    if path.stem not in ("__init__", "base", "section")
-)
+from tests.meta.sizes import FILE_LINES, FUNCTION_LINES, long_ones
+from tests.meta.source import ROOT, Source, check_none, code, sources
 
 BANNED = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers"}
 MAX_ENTRY_LINES = 80
-MAX_FUNCTION_LINES = 50
 MAX_CONTRACT = 5
 HEAVY = ("torch", "ray", "transformers", "peft", "deepspeed", "mlflow", "datasets", "matplotlib", "scipy")
 
 
-def short(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+def methods() -> list[Source]:
+    """Return the files that define one method each."""
+    return [
+        source
+        for source in sources("rayft/methods")
+        if source.path.parent.name == "methods" and source.path.stem not in ("__init__", "base", "section")
+    ]
 
 
-def lines(path: Path) -> int:
-    return len(path.read_text(encoding="utf-8").splitlines())
+def test_the_rules_find_the_files() -> None:
+    assert len(code()) > 100
+    assert {"full", "lora", "cla"} <= {source.path.stem for source in methods()}
 
 
-def test_there_is_something_to_look_at() -> None:
-    assert len(CODE) > 10
-    assert {"full", "lora", "cla"} <= {path.stem for path in METHODS}
+def test_names_of_files_say_what_is_inside() -> None:
+    check_none(source.name for source in code() if BANNED & {*source.name.removesuffix(".py").split("/")})
 
 
-@pytest.mark.parametrize("path", CODE, ids=short)
-def test_names_say_what_is_inside(path: Path) -> None:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    assert not BANNED & set(parts)
+def test_entry_points_hold_no_logic() -> None:
+    check_none(source.name for source in sources("pipelines") if source.lines > MAX_ENTRY_LINES)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in CODE if path.is_relative_to(ROOT / "pipelines")],
-    ids=short,
-)
-def test_entry_points_hold_no_logic(path: Path) -> None:
-    assert lines(path) <= MAX_ENTRY_LINES
-
-
-def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-
-
-@pytest.mark.parametrize("path", CODE, ids=short)
-def test_functions_fit_a_screen(path: Path) -> None:
-    long = {
-        function.name: size
-        for function in functions(ast.parse(path.read_text(encoding="utf-8")))
-        if (size := (function.end_lineno or 0) - function.lineno + 1) > MAX_FUNCTION_LINES
-    }
-    assert not long
-
-
-def contract_methods(node: ast.ClassDef) -> list[str]:
-    """Name what a class asks of those who implement it; nothing for a class that asks nothing."""
+def required_methods(node: ast.ClassDef) -> list[str]:
+    """Return the methods that a protocol or an abstract class requires; none for other classes."""
     bases = {ast.unparse(base).split("[")[0].rsplit(".", 1)[-1] for base in node.bases}
     own = [item for item in node.body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
     if "Protocol" in bases:
@@ -78,35 +47,36 @@ def contract_methods(node: ast.ClassDef) -> list[str]:
     return [item.name for item in own if any("abstract" in ast.unparse(d) for d in item.decorator_list)]
 
 
-@pytest.mark.parametrize("path", CODE, ids=short)
-def test_contracts_are_small(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-            asked = contract_methods(node)
-            assert len(asked) <= MAX_CONTRACT, f"{node.name} asks for {asked}"
+def test_contracts_are_small() -> None:
+    check_none(
+        f"{source.name}: {node.name} requires {required_methods(node)}"
+        for source in code()
+        for node in source.classes
+        if len(required_methods(node)) > MAX_CONTRACT
+    )
 
 
-@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
-def test_a_method_opens_with_its_maths(path: Path) -> None:
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    assert "Trainable:" in text
-    assert "Export to LoRA:" in text
-    assert "ΔW" in text
-    if path.stem != "full":
-        assert "arXiv:" in text
+def test_a_method_opens_with_its_maths() -> None:
+    lacking = []
+    for source in methods():
+        text = ast.get_docstring(source.tree) or ""
+        wanted = ["Trainable:", "Export to LoRA:", "ΔW", *(["arXiv:"] if source.path.stem != "full" else [])]
+        lacking += [f"{source.name}: {part}" for part in wanted if part not in text]
+    check_none(lacking)
 
 
-@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
-def test_a_method_has_its_page_and_its_test(path: Path) -> None:
-    # A rival is called `peft:<Class>` by those who use it.
-    page = "peft" if path.stem == "rival" else path.stem
-    assert (ROOT / "docs" / "methods" / f"{page}.md").is_file()
-    assert (ROOT / "tests" / "unit" / "methods" / f"test_{path.stem}.py").is_file()
+def test_a_method_has_its_page_and_its_test() -> None:
+    missing = []
+    for source in methods():
+        # The methods of PEFT are called `peft:<Class>` by those who use them.
+        page = "peft" if source.path.stem == "rival" else source.path.stem
+        wanted = (f"docs/methods/{page}.md", f"tests/unit/methods/test_{source.path.stem}.py")
+        missing += [path for path in wanted if not (ROOT / path).is_file()]
+    check_none(missing)
 
 
 def typed_tolerances(tree: ast.AST) -> list[int]:
-    """Find the lines that type a tolerance in by hand."""
+    """Return the lines where a tolerance is a number that somebody typed."""
     return [
         keyword.value.lineno
         for node in ast.walk(tree)
@@ -116,20 +86,21 @@ def typed_tolerances(tree: ast.AST) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("path", TESTS, ids=short)
-def test_tolerances_are_derived(path: Path) -> None:
-    assert not typed_tolerances(ast.parse(path.read_text(encoding="utf-8")))
+def test_tolerances_are_derived() -> None:
+    check_none(
+        f"{source.name}:{line}" for source in sources("tests") for line in typed_tolerances(source.tree)
+    )
 
 
 def without_encoding(tree: ast.AST) -> list[int]:
-    """Find the lines that read or write text in whatever encoding the locale has."""
+    """Return the lines that read or write text in the encoding of the locale."""
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         binary = any(isinstance(arg, ast.Constant) and "b" in str(arg.value) for arg in node.args)
-        # `Path.open` and `open` alike; classes of ours have a name in front that begins with a capital.
+        # `Path.open` and `open` both open files. `Session.open` and other classes' methods do not.
         opens = name == "open" and not binary and not re.match(r"([A-Z]|os\b|PIL\b)", ast.unparse(node.func))
         texts = {keyword.arg for keyword in node.keywords} & {"text", "universal_newlines"}
         if (
@@ -141,14 +112,16 @@ def without_encoding(tree: ast.AST) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("path", [*CODE, *sorted((ROOT / "benchmarks").rglob("*.py"))], ids=short)
-def test_text_is_utf_8_whatever_the_locale(path: Path) -> None:
-    assert not without_encoding(ast.parse(path.read_text(encoding="utf-8")))
+def test_text_is_utf_8_whatever_the_locale() -> None:
+    files = code() + sources("benchmarks")
+    check_none(f"{source.name}:{line}" for source in files for line in without_encoding(source.tree))
 
 
 def test_importing_rayft_does_no_work() -> None:
-    code = f"import sys, rayft; print(*(name for name in {HEAVY!r} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    program = f"import sys, rayft; print(*(name for name in {HEAVY!r} if name in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert done.stdout.split() == []
 
 
@@ -164,9 +137,16 @@ def test_the_rules_can_fail() -> None:
     wide = "class C(Protocol):\n" + "".join(f"    def m{i}(self): ...\n" for i in range(6))
     protocol = ast.parse(wide).body[0]
     assert isinstance(protocol, ast.ClassDef)
-    assert len(contract_methods(protocol)) == 6
-    base = ast.parse("class C(ABC):\n    @abstractmethod\n    def m(self): ...\n    def n(self): ...\n").body[
-        0
-    ]
+    assert len(required_methods(protocol)) == 6
+    (base,) = ast.parse("class C(ABC):\n    @abstractmethod\n    def m(self): ...\n    def n(self): ...").body
     assert isinstance(base, ast.ClassDef)
-    assert contract_methods(base) == ["m"]
+    assert required_methods(base) == ["m"]
+
+
+def test_long_files_and_functions_are_listed() -> None:
+    text = "def f():\n" + "    x = 1\n" * FUNCTION_LINES + "\n" * FILE_LINES
+    source = Source(ROOT / "rayft" / "long.py", text, ast.parse(text))
+    assert [*long_ones([source])] == [
+        f"rayft/long.py: {FUNCTION_LINES + FILE_LINES + 1} lines",
+        f"rayft/long.py:1: f has {FUNCTION_LINES + 1} lines",
+    ]
