@@ -99,9 +99,7 @@ def test_a_method_opens_with_its_maths(path: Path) -> None:
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
 def test_a_method_has_its_page_and_its_test(path: Path) -> None:
-    # A rival is called `peft:<Class>` by those who use it.
-    page = "peft" if path.stem == "rival" else path.stem
-    assert (ROOT / "docs" / "methods" / f"{page}.md").is_file()
+    assert (ROOT / "docs" / "methods" / f"{path.stem}.md").is_file()
     assert (ROOT / "tests" / "unit" / "methods" / f"test_{path.stem}.py").is_file()
 
 
