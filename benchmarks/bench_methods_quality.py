@@ -32,7 +32,7 @@ from rayft.evaluate.compare import over_seeds
 from rayft.flow.cluster import cluster
 from rayft.flow.sweep.preflight import skeleton
 from rayft.methods import METHODS
-from rayft.methods.base import ChainConfig, LayerShape, MethodConfig
+from rayft.methods.base import Chain, ChainConfig, LayerShape, MethodConfig
 from rayft.models.load import ModelConfig
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 
@@ -111,13 +111,13 @@ def matching_rank(name: str, layers: Sequence[LayerShape]) -> int:
 
 def stored(name: str, rank: int, layers: Sequence[LayerShape]) -> int:
     """Count what an adapter stores over the whole model."""
-    links = LINKS if METHODS[name].chained else 1
+    links = LINKS if isinstance(METHODS[name], Chain) else 1
     return sum(METHODS[name].stored(layer, rank, links) for layer in layers)
 
 
 def make_run(setting: Setting, lr: float, seed: int, scale: Scale) -> RunConfig:
     """Give the run of a setting."""
-    chain = ChainConfig(links=LINKS) if METHODS[setting.method].chained else None
+    chain = ChainConfig(links=LINKS) if isinstance(METHODS[setting.method], Chain) else None
     gpu = scale.device == "cuda"
     return RunConfig(
         model=ModelConfig(name=scale.model),

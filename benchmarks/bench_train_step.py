@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.capture import capture
 from benchmarks.records import record, save
 from rayft.methods import METHODS
-from rayft.methods.base import ChainConfig, MethodConfig
+from rayft.methods.base import Chain, ChainConfig, MethodConfig
 from rayft.models.inject import advance, clear, inject, wrap
 
 RANK, ROUNDS, LINKS = 16, 2, 4
@@ -84,7 +84,7 @@ def prepared(model: Any, case: str) -> Iterator[list[torch.nn.Parameter]]:
             yield trainable
     else:
         name = case.partition("_link")[0]
-        chain = ChainConfig(links=LINKS) if METHODS[name].chained else None
+        chain = ChainConfig(links=LINKS) if isinstance(METHODS[name], Chain) else None
         config = MethodConfig(name=name, rank=RANK, chain=chain)
         inject(model, config, seed=0)
         for link in range(1, LINKS if "_link" in case else 1):

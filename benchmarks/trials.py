@@ -15,8 +15,8 @@ from typing import Any
 import ray
 
 from rayft.data.section import DataConfig, PartFiles
-from rayft.methods import method
 from rayft.models.load import ModelConfig
+from rayft.models.methods import method
 from rayft.sweep.broker import Job
 from rayft.sweep.executor import LaneExecutor
 from rayft.sweep.lane import TrainRequest

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from rayft.errors import MethodError, ReportError
-from rayft.methods.base import LayerShape, LoraFactors, Method
+from rayft.methods.base import Chain, LayerShape, LoraFactors, Method
 from rayft.squeeze.factored_svd import factored_svd
 
 __all__ = [
@@ -115,7 +115,7 @@ def stored_numbers(
     Raises:
         MethodError: if a module has no rank, or a method that is no chain is given links.
     """
-    if links < 1 or (links > 1 and not method.chained):
+    if links < 1 or (links > 1 and not isinstance(method, Chain)):
         raise MethodError(f"'{method.name}' can't have {links} links; chains have 1 or more, the others 1")
     if isinstance(ranks, int):
         ranks = dict.fromkeys(shapes, ranks)

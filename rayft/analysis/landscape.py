@@ -28,8 +28,8 @@ from rayft.errors import DataError, MethodError, ModelError
 from rayft.evaluate.loss import target_losses
 from rayft.methods.base import Adapter, AdapterLinear, LoraFactors
 from rayft.models.inject import check_fits, wrap
-from rayft.models.rivals import INSIDE
 from rayft.models.targets import linears
+from rayft.peft.layers import put_aside
 
 __all__ = [
     "Kind",
@@ -187,7 +187,7 @@ def layers_for(model: nn.Module, modules: Mapping[str, LoraFactors]) -> dict[str
     check_fits(model, AdapterArtifact(modules))
     adapters = [getattr(layer, "adapter", None) for layer in linears(model).values()]
     changing = any(adapter and type(adapter).restore is not Adapter.restore for adapter in adapters)
-    if changing or hasattr(model, INSIDE):
+    if changing or put_aside(model) is not None:
         raise MethodError(
             "what is in the model changed the model itself, so it can't be put aside: export it, clear the "
             "model, and analyse what was exported"

@@ -35,8 +35,8 @@ from rayft.methods.base import LoraFactors
 from rayft.models.difference import open_pair
 from rayft.models.inject import attach, clear, wrap
 from rayft.models.load import ModelConfig
-from rayft.models.peft_folder import PeftFolder, load_adapter
 from rayft.models.targets import linear_shapes, select
+from rayft.peft.folder import PeftFolder, load_adapter
 from rayft.train.context import Session
 from rayft.train.run import RunConfig
 

@@ -20,9 +20,8 @@ from pydantic import Field, FiniteFloat, PositiveInt
 from rayft.artifacts.meta import CONFIG_FILE
 from rayft.config import Section, nearest, parse
 from rayft.errors import ArtifactError, ConfigError
-from rayft.methods.rival import NOT_PLAIN
 
-__all__ = ["NOT_SUPPORTED", "OUTPUT_LAYERS", "LoraSettings", "read_json", "read_settings"]
+__all__ = ["NOT_PLAIN", "NOT_SUPPORTED", "OUTPUT_LAYERS", "LoraSettings", "read_json", "read_settings"]
 
 NO_FACTORS = "and this can't be squeezed, promoted or served: train lora (or peft:PiSSA, peft:MiSS) instead"
 NOT_SUPPORTED = (
@@ -31,6 +30,10 @@ NOT_SUPPORTED = (
 )
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")
 """Names of output layers of language models, which end a path."""
+NOT_PLAIN = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
+             "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
+             "use_qalora", "velora_config")  # fmt: skip
+"""Fields under which an adapter holds more than B·A of linear layers."""
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` that leave the base alone."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from rayft.config import Record
 from rayft.models.identity import base_files
-from rayft.models.peft_folder import load_adapter
+from rayft.peft.folder import load_adapter
 from rayft.sweep.score import ScoreRequest
 from rayft.train.run import RunConfig
 

@@ -12,7 +12,7 @@ from rayft.errors import RayftError, TrainError
 from rayft.evaluate.compare import interval
 from rayft.flow.scores import ScoreStore, follows_from
 from rayft.flow.sweep.preflight import Plan
-from rayft.methods import method
+from rayft.models.methods import method
 from rayft.report.record import Score
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor

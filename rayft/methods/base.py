@@ -5,14 +5,15 @@ A linear layer holds W0 (O × I). A method gives it an adapter, so that the laye
     y = x (W0 + ΔW)ᵀ + b                    ΔW = s·B·A,  B (O × R),  A (R × I)
 
 with s = α/R, or α/√R with rsLoRA (arXiv:2312.03732). A chain trains one link of rank R after the
-other; its links are stacked, A = [A_1; …; A_k] and B = [B_1 … B_k], and never merged into W0. To add
-a method: one file that defines a `Method`, one line in `methods/__init__.py`.
+other; its links are stacked, A = [A_1; …; A_k] and B = [B_1 … B_k], and never merged into W0. Adding
+a method takes one file that defines a `Method` and one line in `methods/__init__.py`.
 
 Shapes: N tokens, I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +26,20 @@ from rayft.errors import MethodError, TargetError
 from rayft.methods.section import ChainConfig, MethodConfig
 
 __all__ = [
+    "NO_DROPOUT",
     "Adapter",
     "AdapterLinear",
+    "Chain",
     "ChainConfig",
+    "InPlace",
     "LayerShape",
     "LoraFactors",
     "Method",
     "MethodConfig",
+    "ParameterGroup",
+    "is_quantised",
+    "no_factors",
+    "quantised_base",
     "unaliased",
 ]
 
@@ -48,7 +56,7 @@ class LayerShape:
 class LoraFactors:
     """ΔW = scale·B·A in factors: `b` (O × R), `a` (R × I).
 
-    Where A only selects inputs, `columns` names them (R indices) and `a` is that selector, dense.
+    Where A only selects inputs, `columns` holds their indices (R) and `a` is that selector as a matrix.
     """
 
     a: torch.Tensor
@@ -63,52 +71,56 @@ class LoraFactors:
 
     @property
     def compact(self) -> bool:
-        """Whether A and B have no more numbers than ΔW multiplied out."""
+        """Whether A and B together have no more numbers than ΔW."""
         return self.a.numel() + self.b.numel() <= self.b.shape[0] * self.a.shape[1]
 
     def to(self, device: str | torch.device) -> LoraFactors:
-        """Give the same factors on a device."""
+        """Return the same factors on a device."""
         return LoraFactors(self.a.to(device), self.b.to(device), self.scale, self.columns)
 
     def delta(self) -> torch.Tensor:
-        """Multiply out ΔW (O × I) in the factors' dtype."""
+        """Compute ΔW (O × I) in the factors' dtype."""
         return self.scale * (self.b @ self.a)
 
 
 class Adapter(nn.Module, ABC):
     """What a method adds to one linear layer.
 
-    Two methods to write; `delta` where ΔW has no factors, `advance` for a chain, `restore` for what
-    changes the base.
+    A subclass implements `forward` and `to_lora`. It overrides `delta` if ΔW has no factors, `advance` if
+    it is a chain, and `restore` if it changes the base.
     """
 
     dropout: float = 0.0
-    """Probability with which inputs of the update are dropped in training (never the base's)."""
+    """Probability with which inputs of the update are dropped in training; the base's never are."""
 
     @abstractmethod
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Compute x (weight + ΔW)ᵀ + bias: x (…, I) → (…, O), in x's dtype; x ΔWᵀ alone without a weight."""
+        """Compute x (weight + ΔW)ᵀ + bias, or x ΔWᵀ if `weight` is None: x (…, I) → (…, O), in x's dtype."""
 
     @abstractmethod
     def to_lora(self) -> LoraFactors:
-        """Give ΔW as factors, detached, all links of a chain stacked.
+        """Return ΔW as factors, detached; those of a chain are all its links, stacked.
 
         Raises:
             MethodError: if ΔW is not of low rank.
         """
 
     def delta(self, weight0: torch.Tensor) -> torch.Tensor:
-        """Give ΔW (O × I); `weight0` is the weight before training, for methods that changed it."""
+        """Return ΔW (O × I); `weight0` (O × I) is the weight before training, for methods that change it."""
         return self.to_lora().delta().to(weight0.dtype)
 
     def update(self, x: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-        """Compute x ΔWᵀ alone, its inputs dropped with a probability."""
+        """Compute x ΔWᵀ, dropping each input with the probability `dropout`."""
         return self(functional.dropout(x, dropout) if dropout else x, None, None)  # type: ignore[no-any-return]
 
     def advance(self, generator: torch.Generator) -> None:
-        """Freeze the link that trained and begin the next one (chains only)."""
+        """Freeze the link that trained and begin the next one.
+
+        Raises:
+            MethodError: if it is no chain.
+        """
         raise MethodError(f"{type(self).__name__} is no chain, so it has no next link")
 
     def restore(self, weight: torch.Tensor) -> None:
@@ -119,9 +131,13 @@ class AdapterLinear(nn.Module):
     """A linear layer that computes its base and its adapter together.
 
     It takes over the parameters of the layer that it replaces under the same names, so the base's
-    state dict keeps its keys; `adapter` may be set to another one, or to None for the base alone. The
-    base is an `nn.Linear`, a `Conv1D` as in GPT-2 (weight I × O), or a quantised linear layer, which
-    then computes for itself while the adapter adds to it, in `dtype`.
+    state dict keeps its keys. `adapter` may be set to another adapter, or to None for the base alone.
+
+    Args:
+        base: an `nn.Linear`, a `Conv1D` as in GPT-2 (weight I × O), or a quantised linear layer, which
+            computes its own product; the adapter's update is added to that.
+        adapter: the adapter.
+        dtype: of adapters on a quantised base, whose weight's dtype says nothing about it.
     """
 
     weight: nn.Parameter
@@ -136,8 +152,8 @@ class AdapterLinear(nn.Module):
             self.in_features, self.out_features = base.in_features, base.out_features
         else:
             self.in_features, self.out_features = base.weight.shape  # type: ignore[misc]
-        # A quantised layer keeps its own forward; held in a list, since its parameters are registered here.
-        self.quantised = [base] if type(base).__module__.startswith("bitsandbytes") else []
+        # In a list, because a module attribute would register the parameters a second time.
+        self.quantised = [base] if is_quantised(base) else []
         self.weight, self.bias = base.weight, base.bias  # type: ignore[assignment]
         self._dtype = dtype
         self.adapter = adapter
@@ -149,17 +165,17 @@ class AdapterLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What adapters compute in: the weight's dtype, of a quantised layer the one it computes in."""
+        """The dtype that adapters compute in: the weight's, or that of a quantised layer's products."""
         if not self.quantised:
             return self.weight.dtype
         return self._dtype or torch.get_default_dtype()
 
     @property
     def matrix(self) -> torch.Tensor:
-        """The weight as O × I (a view where the layer stores it transposed).
+        """The weight as O × I, which is a view where the layer stores it transposed.
 
         Raises:
-            MethodError: if it is quantised, and so no matrix.
+            MethodError: if it is quantised, and so is no matrix.
         """
         if self.quantised:
             raise MethodError("a quantised weight can't be read as a matrix")
@@ -176,7 +192,7 @@ class AdapterLinear(nn.Module):
         return self._base(x) + adapter.update(x, dropped)
 
     def extra_repr(self) -> str:
-        """Name the size for `print(model)`."""
+        """Return the size, for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
     def _base(self, x: torch.Tensor) -> torch.Tensor:
@@ -186,8 +202,23 @@ class AdapterLinear(nn.Module):
 
 
 @dataclass(frozen=True)
+class ParameterGroup:
+    """How the optimizer treats a parameter."""
+
+    lr_factor: float = 1.0
+    """The parameter's learning rate over the run's."""
+    decays: bool = True
+    """Whether weight decay applies to it."""
+
+
+@dataclass(frozen=True)
 class Method:
-    """A method as the registry knows it."""
+    """A fine-tuning method: the adapter that it builds, and how it differs from the usual.
+
+    As it stands, this class describes a method that adds factors to a base that it leaves alone, with one
+    frozen factor. `Chain` and `InPlace` are the two common other kinds; a method with a behaviour of its
+    own overrides it in a subclass in its own file.
+    """
 
     name: str
     build: Callable[[AdapterLinear, MethodConfig, torch.Generator], Adapter]
@@ -195,40 +226,66 @@ class Method:
     trained: Callable[[LayerShape, int], int]
     """Count the numbers that train in one layer at a rank (of a chain: at once, in one link)."""
     max_rank: Callable[[LayerShape], int]
-    """The largest rank that a layer can hold."""
-    shares_base: bool = True
-    """Whether the base is again what it was when a trial ends, so that trials can share it (a lane)."""
-    exports_lora: bool = True
-    """Whether a trained adapter is a LoRA, and so can be squeezed, promoted and served."""
-    chained: bool = False
-    """Whether it trains one link after the other."""
-    max_links: Callable[[LayerShape, int], int] | None = None
-    """The most links that a layer can hold at a rank; any number where not given."""
-    in_place: bool = False
-    """Whether it trains numbers of the base's own weights: whole, dense, and its own while it trains."""
-    b_learns_faster: bool = False
-    """Whether B's learning rate is `lr_ratio` times A's."""
-    ranked: bool = True
-    """Whether `rank` decides its size."""
-    rival: bool = False
-    """Whether its layers are PEFT's (`rayft.methods.rival`)."""
-    free_factors: bool = False
-    """Whether A and B both train and may hold anything: start from an adapter's, and change their rank."""
+    """Return the largest rank that a layer can hold."""
+
+    @property
+    def exports_lora(self) -> bool:
+        """Whether a trained adapter is a LoRA, and so can be squeezed, promoted and served."""
+        return True
 
     @property
     def saves_model(self) -> bool:
-        """Whether it leaves a whole model behind, and no adapter."""
-        return not (self.exports_lora or self.rival)
+        """Whether a run leaves a whole model behind, and no adapter."""
+        return False
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether clearing the model makes the base what it was, so that further trials can use it."""
+        return True
+
+    def prepare(self, model: nn.Module) -> None:
+        """Set what trains in the model beside the adapters; the model is frozen when this is called."""
+
+    def rank(self, config: MethodConfig) -> int | None:
+        """Return the rank that decides the adapter's size; None if the size doesn't depend on a rank."""
+        return config.rank
+
+    def max_links(self, shape: LayerShape, rank: int) -> float:
+        """Return the most links that a layer can hold at a rank: 1 for a method that is no chain."""
+        return 1
+
+    def settled(self, config: MethodConfig) -> MethodConfig:
+        """Fill in the settings that follow from the method: its name in its one spelling."""
+        return config if config.name == self.name else config.model_copy(update={"name": self.name})
+
+    def parameter_group(self, parameter: str, config: MethodConfig) -> ParameterGroup:
+        """Return how the optimizer treats a parameter, given its path in the model."""
+        return ParameterGroup()
 
     def stored(self, shape: LayerShape, rank: int, links: int) -> int:
         """Count the numbers that are kept of one layer: those of all links."""
         return self.trained(shape, rank) * links
 
+    def ignored(self) -> dict[str, str]:
+        """Return the settings that would do nothing: setting → the reason, as a predicate of the method."""
+        return {
+            "chain": "is no chain",
+            "lr_ratio": "has one learning rate",
+            "options": "takes no options",
+        }
+
+    def fixed_factors(self) -> str | None:
+        """Return why A and B can't take any values and any rank; None if they can.
+
+        Only where they can may a run start from another adapter's factors, or change their rank.
+        """
+        return "its A is frozen, and any other A would no longer be the method's"
+
     def check(self, shape: LayerShape, rank: int, module: str, links: int = 1) -> None:
         """Refuse a rank or a chain that a layer can't hold.
 
         Raises:
-            TargetError: naming the module and what it takes at most.
+            TargetError: naming the module and the most that it can hold.
         """
         limit, size = self.max_rank(shape), f"{shape.outputs}x{shape.inputs}"
         if rank > limit:
@@ -236,7 +293,7 @@ class Method:
                 f"rank {rank} is above what {module} ({size}) can hold with '{self.name}': use a rank of at "
                 f"most {limit}, or leave the module out of targets"
             )
-        most = self.max_links(shape, rank) if self.max_links else links
+        most = self.max_links(shape, rank)
         if links > most:
             raise TargetError(
                 f"a chain of {links} links of rank {rank} is longer than {module} ({size}) can hold with "
@@ -244,87 +301,116 @@ class Method:
             )
 
     def check_settings(self, config: MethodConfig) -> None:
-        """Refuse settings that would do nothing.
+        """Refuse values that the method can't use, of settings that it does use.
 
         Raises:
-            MethodError: naming the setting and the methods that it is for.
+            MethodError: naming the setting.
         """
-        if config.chain is not None and not self.chained:
-            raise MethodError(
-                f"'{self.name}' is no chain, so method.chain does nothing: drop it, or use cola, rac, c3la "
-                "or rc3la"
-            )
-        if config.lr_ratio is not None and not self.b_learns_faster:
-            raise MethodError(
-                f"'{self.name}' has one learning rate, so method.lr_ratio does nothing: drop it, or use "
-                "lora_plus"
-            )
-        if config.dropout and (self.in_place or not self.shares_base):
-            raise MethodError(
-                f"'{self.name}' trains the base's own weights, whose inputs can't be dropped: set dropout: 0"
-            )
-        plain = MethodConfig(name=config.name)
-        sized = ("targets", "rank_pattern", "alpha", "rslora")
-        idle = [setting for setting in sized if getattr(config, setting) != getattr(plain, setting)]
-        if idle and not (self.ranked or self.rival):
-            raise MethodError(
-                f"'{self.name}' trains the whole model, so method.{idle[0]} does nothing: drop it"
-            )
-        if config.options and not self.rival:
-            raise MethodError(
-                f"'{self.name}' takes no options: drop method.options, which are for peft:<Class>"
-            )
-
-    def check_free(self, setting: str, way_out: str) -> None:
-        """Refuse what needs factors that may hold anything, of any rank.
-
-        Raises:
-            MethodError: with the reason and the way out.
-        """
-        if self.free_factors:
-            return
-        if self.rival:
-            why = "its layers are PEFT's own"
-        elif self.saves_model:
-            why = "it trains the whole model and has no factors"
-        elif self.in_place:
-            why = "it trains columns of the base's own weights"
-        elif self.chained:
-            why = "its factors are a chain's links, each begun in its own way"
-        else:
-            why = "its A is frozen, and any other A would no longer be the method's"
-        raise MethodError(f"{setting} is for lora and lora_plus, not for '{self.name}': {why}. {way_out}")
 
     def check_base(self, *, quantised: bool = False, partitioned: bool = False) -> None:
-        """Refuse a base whose weights are not there to be trained.
+        """Refuse a base that the method can't train on.
+
+        Args:
+            quantised: whether the weights of adapted layers are quantised.
+            partitioned: whether ZeRO-3 partitions the weights among the processes.
 
         Raises:
             MethodError: with the way out.
         """
-        trains_weights = self.in_place or not self.shares_base
-        if trains_weights and quantised:
-            raise MethodError(
-                f"'{self.name}' trains the base's own weights, which a quantised base has not: drop "
-                "model.quantize, or use a method that adds to the base (rcla is paca's function)"
-            )
-        if self.in_place and partitioned:
+
+
+@dataclass(frozen=True)
+class Chain(Method):
+    """A method that trains one link of rank R after the other; its adapters implement `advance`."""
+
+    most_links: Callable[[LayerShape, int], int] | None = None
+    """Return the most links that a layer can hold at a rank; any number where not given."""
+
+    def max_links(self, shape: LayerShape, rank: int) -> float:
+        """Return the most links that a layer can hold at a rank; infinity if there is no limit."""
+        return self.most_links(shape, rank) if self.most_links else math.inf
+
+    def settled(self, config: MethodConfig) -> MethodConfig:
+        """Fill in the default number of links where none is given."""
+        config = super().settled(config)
+        return config if config.chain else config.model_copy(update={"chain": ChainConfig()})
+
+    def ignored(self) -> dict[str, str]:
+        """Return the settings that would do nothing; a chain uses `chain`."""
+        return {setting: why for setting, why in super().ignored().items() if setting != "chain"}
+
+    def fixed_factors(self) -> str | None:
+        """Return the reason: each link has its own start."""
+        return "its factors are a chain's links, each begun in its own way"
+
+
+@dataclass(frozen=True)
+class InPlace(Method):
+    """A method that trains numbers of the base's own weights; its adapters implement `restore`.
+
+    The weights must be there, whole and unquantised, but the base is what it was after `restore`.
+    """
+
+    instead: str = "a method that adds to the base"
+    """What errors recommend in its place where the base's weights can't be trained."""
+
+    def parameter_group(self, parameter: str, config: MethodConfig) -> ParameterGroup:
+        """Exempt the adapter from weight decay, which would pull weights of the base towards zero."""
+        return ParameterGroup(decays=".adapter." not in parameter)
+
+    def ignored(self) -> dict[str, str]:
+        """Return the settings that would do nothing: dropout too."""
+        return super().ignored() | {"dropout": NO_DROPOUT}
+
+    def fixed_factors(self) -> str | None:
+        """Return the reason: the numbers that train are the base's."""
+        return "it trains columns of the base's own weights"
+
+    def check_base(self, *, quantised: bool = False, partitioned: bool = False) -> None:
+        """Refuse a base whose weights are quantised or partitioned.
+
+        Raises:
+            MethodError: with the way out.
+        """
+        if quantised:
+            raise quantised_base(self.name, self.instead)
+        if partitioned:
             raise MethodError(
                 f"'{self.name}' writes into the base's weights, which ZeRO-3 partitions: use scale.zero 0, 1 "
-                "or 2, or rcla, which trains the same function"
+                f"or 2, or {self.instead}"
             )
+
+
+NO_DROPOUT = "trains the base's own weights, whose inputs can't be dropped"
+"""Why `dropout` does nothing where a method trains the base's weights."""
+
+
+def quantised_base(name: str, instead: str) -> MethodError:
+    """Make the error of a method that trains the base's weights and meets a quantised base."""
+    return MethodError(
+        f"'{name}' trains the base's own weights, which a quantised base does not have: drop "
+        f"model.quantize, or use {instead}"
+    )
+
+
+def is_quantised(layer: nn.Module) -> bool:
+    """Return whether a linear layer holds codes in place of its weight's numbers, as bitsandbytes' do."""
+    weight = layer.weight
+    return isinstance(weight, torch.Tensor) and not weight.is_floating_point()
 
 
 def unaliased(weight: torch.Tensor | None) -> torch.Tensor | None:
     """Return the parameter behind a weight that a module was called with.
 
-    ZeRO-3 (DeepSpeed) passes a module aliases of its inputs, parameters too. What is saved of an alias for
-    the backward pass stays in memory until then; a parameter is released after its layer and fetched again.
+    ZeRO-3 (DeepSpeed) calls a module with aliases of its inputs, including parameters. An alias that is
+    saved for the backward pass stays in memory until then. A parameter that is saved is released after its
+    layer and fetched again.
     """
     return getattr(weight, "ds_param_alias", weight)
 
 
 def no_factors(name: str) -> MethodError:
-    """Make the error of a method whose update has no low-rank factors."""
+    """Make the error for a method whose update has no low-rank factors."""
     return MethodError(
         f"'{name}' has no low-rank factors, so it can't be exported as LoRA, squeezed or promoted; "
         "it is saved as a model folder"

@@ -3,11 +3,11 @@
     ΔW = s·B·A        A = [I_R | 0] (R × I): frozen        B (O × R): 0, trained
 Trainable: R·O a layer.   Export to LoRA: exact (A written out as a dense selector).
 
-A is never a matrix here, it is the list of the inputs it selects (the first R): forward gathers
+A is stored as the list of the inputs that it selects (the first R), not as a matrix: forward gathers
 x[…, columns]. Backward, with g = dL/dy (N × O), x_S (N × R) the gathered inputs:
     dB = s·gᵀ x_S        dx = g W, with s·g B added into the selected columns
-Saved for backward: x_S, R numbers a token, and the weights, but not x. Stacked links of a chain
-gather all their columns at once; a column that two links select gets both their shares.
+Saved for backward: x_S, R numbers a token, and the weights, but not x. The stacked links of a chain
+gather all their columns at once; the contributions of a column that two links select add up.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ class SelectorFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Give the gradients of x and B; a column selected twice gets both shares."""
+        """Return the gradients of x and B; those of a column that is selected twice add up."""
         xs_NR, weight, columns, b, past_b = ctx.saved_tensors
         g_NO = grads[0].reshape(-1, grads[0].shape[-1])
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, (g_NO.t() @ xs_NR).mul_(ctx.scale), None, None
-        # A chain's window may wrap onto columns that an earlier one has.
+        # The last window of a chain may wrap onto columns of the first one.
         distinct = past_b is None or weight.shape[1] % b.shape[1] == 0
         grad_x, _, grad_b = kernel.backward(
             g_NO, weight, columns, _stack(past_b, b), xs_NR, ctx.scale, distinct=distinct
@@ -78,7 +78,7 @@ def _stack(past_b: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
 
 
 class SelectorAdapter(Adapter):
-    """A trainable B on inputs chosen by a frozen index vector."""
+    """A trainable B on the inputs that a frozen index vector selects."""
 
     columns: torch.Tensor
     past_B: torch.Tensor | None
@@ -98,7 +98,7 @@ class SelectorAdapter(Adapter):
         bias: torch.Tensor | None,
         dropout: float = 0.0,
     ) -> torch.Tensor:
-        """Compute base and update together; the update alone, which can drop inputs, without a weight."""
+        """Compute base and update together, or, if `weight` is None, the update, which can drop inputs."""
         if weight is None:
             return self.scale * self._update(x, dropout)
         return SelectorFunction.apply(  # type: ignore[no-any-return,no-untyped-call]
@@ -106,7 +106,7 @@ class SelectorAdapter(Adapter):
         )
 
     def _update(self, x: torch.Tensor, dropout: float) -> torch.Tensor:
-        """Compute x ΔWᵀ/s: past links apart, whose inputs are neither saved nor dropped."""
+        """Compute x ΔWᵀ/s; past links are a product of their own, whose inputs are not saved or dropped."""
         rank = self.lora_B.shape[1]
         xs = nn.functional.dropout(x.index_select(-1, self.columns[-rank:]), dropout)
         y = nn.functional.linear(xs, self.lora_B)
@@ -115,31 +115,31 @@ class SelectorAdapter(Adapter):
         return y + nn.functional.linear(x.index_select(-1, self.columns[:-rank]), self.past_B)
 
     def update(self, x: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-        """Compute the update alone: what is dropped is drawn for the gathered inputs only."""
-        # Called as a module, since ZeRO-3's hooks on it make B whole.
+        """Compute the update; dropout is drawn for the gathered inputs only."""
+        # Called as a module, because ZeRO-3's hooks on a module gather B.
         return self(x, None, None, dropout)  # type: ignore[no-any-return]
 
     def to_lora(self) -> LoraFactors:
-        """Write the selector out as A[j, columns[j]] = 1, all links stacked."""
+        """Return the factors, all links stacked, with the selector as a matrix: A[j, columns[j]] = 1."""
         b = _stack(self.past_B, self.lora_B.detach())
         a = torch.zeros(b.shape[1], self.inputs, dtype=b.dtype, device=b.device)
         a[torch.arange(b.shape[1], device=b.device), self.columns] = 1
         return LoraFactors(a, b, self.scale, columns=tuple(self.columns.tolist()))
 
     def begin_link(self, columns: torch.Tensor) -> None:
-        """Stack the trained link on the past ones and start from other columns (R) and B = 0."""
+        """Move the trained link to the past ones and start the next from other columns (R) and B = 0."""
         self.past_B = _stack(self.past_B, self.lora_B.detach()).clone()
         self.columns = torch.cat([self.columns, columns.to(self.columns)])
         self.lora_B = nn.Parameter(torch.zeros_like(self.lora_B))
 
 
 def any_columns(shape: LayerShape) -> int:
-    """Give the largest rank: each input selected once."""
+    """Return the largest rank: I, where each input is selected once."""
     return shape.inputs
 
 
 def build(layer: AdapterLinear, config: MethodConfig, generator: torch.Generator) -> SelectorAdapter:
-    """Select the first R inputs and set B to 0 (nothing here is random)."""
+    """Select the first R inputs and set B to 0; nothing is random."""
     b = zeros(layer, config.rank)
     columns = torch.arange(config.rank, device=b.device)
     return SelectorAdapter(columns, b, layer.in_features, config.scale)

@@ -3,15 +3,15 @@
     ΔW = s·Σ_j B_j·A_j        A_j (R × I): N(0, 1/(3·I)), trained        B_j (O × R): 0, trained
 Trainable: R(I + O) a layer and link.   Export to LoRA: exact, one of rank k·R.
 
-The paper merges each link into W and starts the next one; here the links are stacked, which is the
-same function on a base that stays as it is. Each link has a fresh optimizer and its own warm-up.
+The paper merges each link into W before it starts the next one. Here the links are stacked, which gives
+the same function and leaves the base as it is. Each link has a fresh optimizer and its own warm-up.
 """
 
 from __future__ import annotations
 
 import torch
 
-from rayft.methods.base import AdapterLinear, Method, MethodConfig
+from rayft.methods.base import AdapterLinear, Chain, MethodConfig
 from rayft.methods.lora import LoraAdapter, gaussian, low_rank, trained, zeros
 
 __all__ = ["METHOD", "GaussianChain"]
@@ -32,4 +32,4 @@ def build(layer: AdapterLinear, config: MethodConfig, generator: torch.Generator
     return GaussianChain(gaussian(config.rank, layer.in_features, generator).to(b), b, config.scale)
 
 
-METHOD = Method(name="cola", build=build, trained=trained, max_rank=low_rank, chained=True)
+METHOD = Chain(name="cola", build=build, trained=trained, max_rank=low_rank)

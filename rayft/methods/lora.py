@@ -12,6 +12,7 @@ copied to float32. Stacked links of a chain go through the same products, [A_pas
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,11 +30,11 @@ from rayft.methods.base import (
     unaliased,
 )
 
-__all__ = ["METHOD", "LoraAdapter", "gaussian", "kaiming_uniform", "low_rank", "zeros"]
+__all__ = ["METHOD", "LoraAdapter", "LoraMethod", "gaussian", "kaiming_uniform", "low_rank", "zeros"]
 
 
 class LoraFunction(torch.autograd.Function):
-    """Base and low-rank update in one node of the graph; the update alone where there is no weight."""
+    """Base and low-rank update in one node of the graph, or the update alone if there is no weight."""
 
     @staticmethod
     def forward(
@@ -67,7 +68,7 @@ class LoraFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Give the gradients of x, A and B; W, its bias and the past links are frozen."""
+        """Return the gradients of x, A and B; W, its bias and the past links are frozen."""
         x_NI, h_NR, weight, a, b, past_a, past_b = ctx.saved_tensors
         g_NO = grads[0].reshape(-1, grads[0].shape[-1])
         all_a, all_b = _stack(past_a, a, 0), _stack(past_b, b, 1)
@@ -89,7 +90,7 @@ def _stack(past: torch.Tensor | None, now: torch.Tensor, dim: int) -> torch.Tens
 
 
 class LoraAdapter(Adapter):
-    """Factors A and B; also runs any adapter that was loaded from factors.
+    """Factors A and B; every adapter that is loaded from factors is one of these too.
 
     Args:
         a: A (R × I).
@@ -116,11 +117,11 @@ class LoraAdapter(Adapter):
         bias: torch.Tensor | None,
         dropout: float = 0.0,
     ) -> torch.Tensor:
-        """Compute base and update together; the update alone, which can drop inputs, without a weight."""
+        """Compute base and update together, or, if `weight` is None, the update, which can drop inputs."""
         past_a, past_b, past = self.past_A, self.past_B, None
         if dropout:
             if past_a is not None and past_b is not None:
-                # Past links are as good as merged: what they read is not dropped.
+                # Past links behave as if merged into the base, so their inputs are not dropped.
                 past = self.scale * nn.functional.linear(nn.functional.linear(x, past_a), past_b)
             x, past_a, past_b = nn.functional.dropout(x, dropout), None, None
         y: torch.Tensor = LoraFunction.apply(  # type: ignore[no-untyped-call]
@@ -129,17 +130,17 @@ class LoraAdapter(Adapter):
         return y if past is None else y + past
 
     def update(self, x: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
-        """Compute the update alone; only inputs of the link that trains are dropped."""
-        # Called as a module, since ZeRO-3's hooks on it make A and B whole.
+        """Compute the update; only inputs of the link that trains are dropped."""
+        # Called as a module, because ZeRO-3's hooks on a module gather A and B.
         return self(x, None, None, dropout)  # type: ignore[no-any-return]
 
     def to_lora(self) -> LoraFactors:
-        """Give the factors themselves, all links stacked."""
+        """Return the factors, all links stacked."""
         a = _stack(self.past_A, self.lora_A.detach(), 0)
         return LoraFactors(a, _stack(self.past_B, self.lora_B.detach(), 1), self.scale)
 
     def begin_link(self, a: torch.Tensor) -> None:
-        """Stack the trained link on the past ones and start from `a` (R × I) and B = 0."""
+        """Move the trained link to the past ones and start the next from `a` (R × I) and B = 0."""
         old = self.lora_A
         factors = self.to_lora()
         self.past_A, self.past_B = factors.a.clone(), factors.b.clone()
@@ -175,8 +176,17 @@ def trained(shape: LayerShape, rank: int) -> int:
 
 
 def low_rank(shape: LayerShape) -> int:
-    """Give the largest rank that A and B can have."""
+    """Return the largest rank that A and B can have: min(I, O)."""
     return min(shape.inputs, shape.outputs)
 
 
-METHOD = Method(name="lora", build=build, trained=trained, max_rank=low_rank, free_factors=True)
+@dataclass(frozen=True)
+class LoraMethod(Method):
+    """A method whose A and B both train, from any start and at any rank."""
+
+    def fixed_factors(self) -> str | None:
+        """Return None: A and B can take any values."""
+        return None
+
+
+METHOD = LoraMethod(name="lora", build=build, trained=trained, max_rank=low_rank)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from rayft.methods.asym import trained
-from rayft.methods.base import AdapterLinear, Method, MethodConfig
+from rayft.methods.base import AdapterLinear, Chain, MethodConfig
 from rayft.methods.cola import GaussianChain
 from rayft.methods.lora import gaussian, low_rank, zeros
 
@@ -25,4 +25,4 @@ def build(layer: AdapterLinear, config: MethodConfig, generator: torch.Generator
     return GaussianChain(a, b, config.scale, train_a=False)
 
 
-METHOD = Method(name="rac", build=build, trained=trained, max_rank=low_rank, chained=True)
+METHOD = Chain(name="rac", build=build, trained=trained, max_rank=low_rank)

@@ -3,8 +3,8 @@
     ΔW = s·B·A        A (R × I): selects R distinct random inputs, frozen        B (O × R): 0, trained
 Trainable: R·O a layer.   Export to LoRA: exact (A written out as a dense selector).
 
-cLA but for the choice of columns, which each layer draws for itself. (The released code draws a
-contiguous window, the same for every seed, or a dense Gaussian A; this follows the pseudocode.)
+It differs from cLA in the choice of columns, which each layer draws for itself. (The released code draws
+a contiguous window, the same for every seed, or a dense Gaussian A; this follows the paper's pseudocode.)
 """
 
 from __future__ import annotations

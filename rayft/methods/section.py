@@ -9,54 +9,51 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from rayft.config import Section
 
-__all__ = ["LR_RATIO", "ChainConfig", "MethodConfig"]
-
-LR_RATIO = 16.0
-"""LoRA+'s ratio of B's learning rate to A's (arXiv:2402.12354, section 5)."""
+__all__ = ["ChainConfig", "MethodConfig"]
 
 
 class ChainConfig(Section):
-    """How a chain's links share a run: by steps, or by epochs."""
+    """How the links of a chain share a run: by steps, or by epochs."""
 
     links: int = Field(default=4, ge=1)
-    """Links, each of the method's rank; the adapter ends with rank links·rank."""
+    """Number of links, each of the method's rank; the trained adapter has rank links·rank."""
 
     epochs: int | None = Field(default=None, ge=1)
-    """Epochs of a link (the last goes on to the end); equal shares of the steps where not given."""
+    """Epochs of each link, the last one's until the run ends; equal shares of the steps where not given."""
 
 
 class MethodConfig(Section):
-    """Which method, and its knobs."""
+    """Which method trains, and its settings."""
 
     name: str = "lora"
     """A key of `rayft.methods.METHODS`, or `peft:<Class>`."""
 
     rank: int = Field(default=16, ge=1)
-    """Rank R of each module's update, of a chain: of each link (ignored by `full`)."""
+    """Rank R of each module's update, or of each link of a chain; `full` ignores it."""
 
     rank_pattern: dict[str, int] = {}
-    """Ranks of single modules: last name part, or regular expression over the path → rank."""
+    """Ranks of single modules: last part of the name, or regular expression for the path → rank."""
 
     alpha: float | None = Field(default=None, gt=0)
-    """Scale numerator α; 2·rank where it is not given."""
+    """Numerator α of the scale; 2·rank where it is not given."""
 
     rslora: bool = False
-    """Scale by α/√R instead of α/R."""
+    """Whether the scale is α/√R in place of α/R (arXiv:2312.03732)."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability with which an input of the update is dropped in training."""
 
     targets: str | tuple[str, ...] = "all-linear"
-    """`all-linear`, one regular expression over module names, or a list of last name parts."""
+    """`all-linear`, a regular expression for module paths, or a list of last parts of names."""
 
     chain: ChainConfig | None = None
-    """Links of a chain (cola, rac, c3la, rc3la)."""
+    """Links of a method that is a chain."""
 
     lr_ratio: float | None = Field(default=None, gt=0)
-    """B's learning rate over A's (lora_plus); 16 where not given."""
+    """Ratio of B's learning rate to A's, of `lora_plus`; 16 where not given."""
 
     options: dict[str, JsonValue] = {}
-    """Fields of the PEFT configuration of a `peft:<Class>`."""
+    """Fields of PEFT's configuration class, of a `peft:<Class>`."""
 
     @model_validator(mode="after")
     def _targets_not_empty(self) -> MethodConfig:
@@ -84,11 +81,11 @@ class MethodConfig(Section):
 
     @property
     def links(self) -> int:
-        """How many links are trained, 1 but for chains."""
+        """Number of links: 1 unless the method is a chain."""
         return self.chain.links if self.chain else 1
 
     def of(self, module: str) -> MethodConfig:
-        """Give the settings of one module: its rank by the first pattern that fits its path."""
+        """Return the settings of one module: its rank is that of the first pattern that fits its path."""
         for pattern, rank in self.rank_pattern.items():
             if module == pattern or module.endswith("." + pattern) or re.fullmatch(pattern, module):
                 return self.model_copy(update={"rank": rank, "rank_pattern": {}})

@@ -1,8 +1,8 @@
-"""A tuned model beside the base that it started from, layer by layer, from the files of both.
+"""The difference of a tuned model and the base that it started from, read layer by layer from their files.
 
     ΔW = W_tuned − W_base  (O × I, float32)        W_base rounded to W_tuned's precision
 
-In memory are the tensor that is asked for and a block of rows of each checkpoint.
+Only the requested tensor and a block of rows of each checkpoint are in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rayft.errors import BaseMismatchError, ModelError
 from rayft.models.checkpoint import Checkpoint, Stored, open_checkpoint
 from rayft.models.heads import head_parameters
 from rayft.models.load import ModelConfig, load_skeleton
-from rayft.models.targets import linear_shapes, select
+from rayft.models.targets import is_transposed, linear_shapes, select
 
 __all__ = ["Pair", "open_pair", "pairs", "whole"]
 
@@ -29,7 +29,7 @@ HALF = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Pair:
-    """Both models' files, and the layers that are compared."""
+    """The files of both models, and the layers that are compared."""
 
     skeleton: Any
     """The base on the meta device."""
@@ -40,7 +40,7 @@ class Pair:
 
     def turned(self, path: str) -> bool:
         """Whether a layer is stored as inputs × outputs."""
-        return type(self.skeleton.get_submodule(path)).__name__ == "Conv1D"
+        return is_transposed(self.skeleton.get_submodule(path))
 
     def weight(self, path: str) -> torch.Tensor:
         """Read a layer's W_base (O × I) in float32.
@@ -75,9 +75,9 @@ def open_pair(
     """Open a base and its full fine-tune, and check that one can be subtracted from the other.
 
     Args:
-        base: the model that it started from; `task` and `num_labels` are those of the fine-tune.
+        base: the model that the fine-tune started from; `task` and `num_labels` are those of the fine-tune.
         tuned: folder, registered name or hub id of the fine-tuned model.
-        targets: as of a method: `all-linear`, a regular expression, or last name parts.
+        targets: as in `method.targets`: `all-linear`, a regular expression, or last parts of names.
         tuned_revision: branch, tag or commit of a hub model.
 
     Raises:
@@ -95,10 +95,10 @@ def open_pair(
 
 
 def pairs(before: Stored, after: Stored) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Read the same rows of both, in float32: first row, W, W_tuned.
+    """Yield the same rows of both, block by block and in float32: number of the first row, W, W_tuned.
 
-    W has W_tuned's precision where that is lower: it is what a training in it started from, and the
-    rounding of all weights would be many times a small update.
+    W is rounded to W_tuned's precision where that is lower. The training started from the rounded weights,
+    and the rounding of all weights would be many times a small update.
     """
     coarse = HALF.get(after.kind) if before.kind not in HALF else None
     for (start, old), (_, new) in zip(before.blocks(), after.blocks(), strict=True):
@@ -111,7 +111,7 @@ def whole(stored: Stored) -> torch.Tensor:
 
 
 def _check(skeleton: Any, before: Checkpoint, after: Checkpoint, chosen: Mapping[str, object]) -> None:
-    """Refuse what can't be subtracted before anything is read."""
+    """Refuse models that can't be subtracted, before any weight is read."""
     own = head_parameters(skeleton)
     for name in chosen:
         before.parameter(f"{name}.weight")
@@ -134,7 +134,7 @@ def _check(skeleton: Any, before: Checkpoint, after: Checkpoint, chosen: Mapping
 
 
 def _check_vocabulary(skeleton: Any, before: Checkpoint, stored: Stored, shape: tuple[int, ...]) -> None:
-    """Refuse a fine-tune with another number of tokens, which its base is right for all the same."""
+    """Refuse a fine-tune whose number of tokens was changed, with another error than for a wrong base."""
     vocabulary = getattr(skeleton.config.get_text_config(), "vocab_size", None)
     if vocabulary != shape[0] or stored.shape[1:] != shape[1:]:
         return

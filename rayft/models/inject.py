@@ -1,30 +1,37 @@
-"""Put adapters into a model, take them out again, and read them off as an artifact.
+"""Put adapters into a model, take them out again, and export them as an artifact.
 
-The linear layers of a model are wrapped once (`wrap`); after that a trial only swaps what hangs in
-them, so a base in memory serves one trial after the other.
+The linear layers of a model are wrapped once (`wrap`). After that a trial only changes the adapter that an
+`AdapterLinear` has, so that a base in memory serves one trial after the other.
+
+There are two kinds of layers, `rayft`'s own and PEFT's, behind one contract (`Layers`). The method decides
+which kind a trial gets, and the type of an artifact which kind it is attached by; callers need not know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from rayft.artifacts import PREFIX, AdapterArtifact, ArtifactMeta
+from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.errors import BaseMismatchError, MethodError
-from rayft.methods import method
-from rayft.methods.base import AdapterLinear, LayerShape, LoraFactors, MethodConfig
+from rayft.methods.base import AdapterLinear, LayerShape, LoraFactors, Method, MethodConfig
 from rayft.methods.lora import LoraAdapter
-from rayft.models import rivals
 from rayft.models.heads import head_parameters, restore
-from rayft.models.peft_folder import PeftFolder
+from rayft.models.methods import method
 from rayft.models.targets import check, linear_shapes, linears
 from rayft.numerics import generator
+from rayft.peft.folder import PeftFolder
+from rayft.peft.layers import PeftLayers
+from rayft.peft.method import PeftMethod
 
 __all__ = [
+    "Artifact",
     "Injected",
+    "Layers",
     "advance",
     "attach",
     "check_fits",
@@ -36,19 +43,53 @@ __all__ = [
     "wrap",
 ]
 
+Artifact = AdapterArtifact | PeftFolder
+"""A trained adapter: as LoRA factors, or in PEFT's own format."""
+
+
+class Layers(Protocol):
+    """How one kind of layers gets into a model and out of it again.
+
+    The model is frozen and wrapped, and has no adapters, when `put_in` and `attach` are called.
+    """
+
+    def put_in(self, model: nn.Module, config: MethodConfig, chosen: Sequence[str], seed: int) -> None:
+        """Give the chosen layers fresh adapters, and set what trains; heads are the caller's.
+
+        Raises:
+            MethodError: if the layers can't be made; the model is then as it was.
+        """
+
+    def take_out(self, model: nn.Module) -> None:
+        """Take all adapters of this kind out, and undo what they changed in the base, bit by bit."""
+
+    def attach(self, model: nn.Module, artifact: Artifact) -> None:
+        """Put a saved adapter in, frozen; heads are the caller's.
+
+        Raises:
+            BaseMismatchError: if it is for another model.
+        """
+
+    def export(self, model: nn.Module, heads: Mapping[str, torch.Tensor], meta: ArtifactMeta) -> Artifact:
+        """Read the adapters off a model, copied to the CPU.
+
+        Raises:
+            MethodError: if the method leaves no adapter behind.
+        """
+
 
 @dataclass(frozen=True)
 class Injected:
     """What a method put into a model."""
 
     modules: tuple[str, ...]
-    """Adapted module paths."""
+    """Paths of the adapted modules."""
     trainable: int
-    """Numbers that train, heads included."""
+    """Count of the numbers that train, heads included."""
 
 
 def wrap(model: nn.Module) -> None:
-    """Replace each linear layer by an `AdapterLinear` that holds the same parameters (once)."""
+    """Replace each linear layer by an `AdapterLinear` with the same parameters; wrapped ones stay."""
     for name, layer in linears(model).items():
         if not isinstance(layer, AdapterLinear):
             parent, _, child = name.rpartition(".")
@@ -60,99 +101,77 @@ def wrap(model: nn.Module) -> None:
 def inject(
     model: nn.Module, config: MethodConfig, seed: int, start: Mapping[str, LoraFactors] | None = None
 ) -> Injected:
-    """Give the targets fresh adapters and set what trains; all that was there before is taken out.
+    """Take out all adapters, give the targets fresh ones, and set what trains.
 
     Heads are then as they were loaded; `reset_heads` starts them for a trial.
 
     Each module draws from a generator of its own, seeded by (seed, module path): the same adapters
-    come out whatever else is in the model and wherever it runs.
+    come out whatever else is in the model and wherever it runs. (PEFT's layers draw all at once.)
 
     Args:
         model: the base.
         config: the method.
         seed: decides fresh adapters.
-        start: factors to start from, which fit the model: they say which modules, ranks and scales.
+        start: factors to start from, which fit the model: module path → factors. They decide which
+            modules are adapted, and at which rank and scale.
 
     Raises:
         TargetError: if targets match nothing or can't hold the rank.
-        MethodError: if PEFT can't put a rival in.
+        MethodError: if a setting would do nothing, the method can't train on this base, or PEFT can't
+            make its layers.
     """
-    rivals.take_out(model)
+    PEFT.take_out(model)
     wrap(model)
     chosen = check(model, config) if start is None else list(start)
     clear(model)
-    kind = method(config.name)
-    if not kind.shares_base:
-        model.requires_grad_(True)
-    if kind.rival:
-        rivals.put_in(model, config, chosen, seed)
-    for name in [] if kind.rival else chosen:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, AdapterLinear)
-        if start is None:
-            layer.adapter = kind.build(layer, config.of(name), generator(seed, name))
-        else:
-            # Copied: training must leave what it was given as it is.
-            f = start[name]
-            layer.adapter = _adapter(layer, LoraFactors(f.a.clone(), f.b.clone(), f.scale))
-        layer.adapter.dropout = config.dropout
+    if start is None:
+        _layers(method(config.name)).put_in(model, config, chosen, seed)
+    else:
+        OWN.start_from(model, config, start)
     for head in head_parameters(model).values():
         head.requires_grad_(True)
-    if kind.shares_base and not kind.rival:
-        ranks = {name: config.of(name).rank if start is None else start[name].rank for name in chosen}
-        _check_count(model, ranks, config)
-    return Injected(tuple(chosen), sum(p.numel() for p in model.parameters() if p.requires_grad))
+    return Injected(tuple(chosen), _count_trainable(model))
 
 
 def advance(model: nn.Module, seed: int, link: int) -> None:
-    """Freeze the link that trained in every adapter of a chain and begin link number `link` (from 0).
+    """Freeze the link that trained in every adapter of a chain, and begin link number `link` (from 0).
 
     Raises:
         MethodError: if the adapters are no chains.
     """
-    for name, layer in linears(model).items():
-        if isinstance(layer, AdapterLinear) and layer.adapter is not None:
-            layer.adapter.advance(generator(seed, name, "link", link))
+    for name, layer in _adapted(model).items():
+        assert layer.adapter is not None
+        layer.adapter.advance(generator(seed, name, "link", link))
 
 
 def factors_of(model: nn.Module) -> dict[str, LoraFactors]:
-    """Read the factors off a model: path of each adapted module → its factors, detached."""
-    return {
-        name: layer.adapter.to_lora()
-        for name, layer in linears(model).items()
-        if isinstance(layer, AdapterLinear) and layer.adapter is not None
-    }
+    """Return the factors of the adapters in a model: path of each adapted module → factors, detached."""
+    return {name: layer.adapter.to_lora() for name, layer in _adapted(model).items() if layer.adapter}
 
 
 def refit(model: nn.Module, modules: Mapping[str, LoraFactors]) -> None:
     """Give adapted modules other factors to train, at any rank; dropout stays."""
     for name, factors in modules.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, AdapterLinear)
+        layer = _at(model, name)
         assert layer.adapter is not None
         new = _adapter(layer, factors)
         new.dropout = layer.adapter.dropout
         layer.adapter = new.train(layer.training)
 
 
-def attach(model: nn.Module, artifact: AdapterArtifact | PeftFolder) -> None:
-    """Put a saved adapter in (frozen), casting it to the layers' dtype and device.
+def attach(model: nn.Module, artifact: Artifact) -> None:
+    """Put a saved adapter in, frozen and in the layers' dtype and device, and set its heads.
 
     Raises:
-        BaseMismatchError: if the model lacks one of its modules or heads, or has it in another size; the
-            model is then as it was (of a rival, sizes are found out after what was in has gone).
-        MethodError: if PEFT can't put a rival in.
+        BaseMismatchError: if the model lacks one of its modules or heads, or has it in another size. The
+            model is then as it was, except that PEFT compares sizes only after the adapters that were in
+            the model have been taken out.
+        MethodError: if PEFT can't make its layers.
     """
     check_fits(model, artifact)
     clear(model)
     wrap(model)
-    if isinstance(artifact, PeftFolder):
-        rivals.attach(model, artifact)
-    else:
-        for name, factors in artifact.modules.items():
-            layer = model.get_submodule(name)
-            assert isinstance(layer, AdapterLinear)
-            layer.adapter = _adapter(layer, factors).requires_grad_(False)
+    _layers(artifact).attach(model, artifact)
     parameters = head_parameters(model)
     for name, value in artifact.heads.items():
         parameters[name].data.copy_(value)
@@ -160,61 +179,30 @@ def attach(model: nn.Module, artifact: AdapterArtifact | PeftFolder) -> None:
 
 def clear(model: nn.Module) -> None:
     """Take all adapters out, undo what they changed in the base and its heads, and freeze the model."""
-    rivals.take_out(model)
-    for module in model.modules():
-        if isinstance(module, AdapterLinear) and module.adapter is not None:
-            if not module.quantised:
-                module.adapter.restore(module.matrix)
-            module.adapter = None
+    for layers in (PEFT, OWN):
+        layers.take_out(model)
     restore(model)
     model.requires_grad_(False)
 
 
-def export(model: nn.Module, meta: ArtifactMeta) -> AdapterArtifact | PeftFolder:
-    """Read the adapters off a model, copied to the CPU: LoRA factors, or PEFT's own folder of a rival.
+def export(model: nn.Module, meta: ArtifactMeta) -> Artifact:
+    """Read the adapters off a model, copied to the CPU: as LoRA factors, or else in PEFT's own format.
 
     Raises:
         MethodError: if the method trains the model itself.
     """
-    kind = method(meta.method)
-    if kind.rival:
-        return rivals.export(model, meta)
-    if not kind.exports_lora:
-        raise MethodError(f"'{meta.method}' trains the model itself; save the model folder instead")
-    modules = {
-        name: LoraFactors(f.a.cpu().clone(), f.b.cpu().clone(), f.scale, f.columns)
-        for name, f in factors_of(model).items()
-    }
-    layers = (model.get_submodule(name) for name in modules)
-    transposed = any(isinstance(layer, AdapterLinear) and layer.transposed for layer in layers)
-    saved = {name: value.detach().cpu().clone() for name, value in head_parameters(model).items()}
-    meta = meta.model_copy(update={"transposed": transposed})
-    return AdapterArtifact(modules=modules, heads=saved, meta=meta)
+    heads = {name: value.detach().cpu().clone() for name, value in head_parameters(model).items()}
+    return _layers(method(meta.method)).export(model, heads, meta)
 
 
-def _adapter(layer: AdapterLinear, factors: LoraFactors) -> LoraAdapter:
-    """Make an adapter of factors, in the layer's dtype and on its device."""
-    a, b = (t.to(layer.weight.device, layer.dtype).contiguous() for t in (factors.a, factors.b))
-    return LoraAdapter(a, b, factors.scale)
-
-
-def check_fits(model: nn.Module, artifact: AdapterArtifact | PeftFolder, fingerprint: str = "") -> None:
-    """Refuse an adapter of another base by its names and, for what is not PEFT's, sizes and fingerprint.
+def check_fits(model: nn.Module, artifact: Artifact, fingerprint: str = "") -> None:
+    """Refuse an adapter of another base: by its modules' names and, of LoRA factors, sizes and fingerprint.
 
     Raises:
         BaseMismatchError: naming what the model lacks or has in another size.
     """
-    shapes, own = rivals.base_shapes(model), head_parameters(model)
-    if isinstance(artifact, AdapterArtifact):
-        artifact.check_base(fingerprint, shapes)
-    else:
-        for key in artifact.adapter:
-            name = key.removeprefix(PREFIX)
-            if key.startswith(PREFIX) and not any(path in shapes for path in _above(name)):
-                raise BaseMismatchError(
-                    f"the base has no linear layer for {name}; the adapter is for another model, use it with "
-                    "its own base or train it again on this one"
-                )
+    own = head_parameters(model)
+    artifact.check_base(fingerprint, linear_shapes(model))
     for name, value in artifact.heads.items():
         if name not in own:
             raise BaseMismatchError(
@@ -229,21 +217,99 @@ def check_fits(model: nn.Module, artifact: AdapterArtifact | PeftFolder, fingerp
             )
 
 
-def _above(name: str) -> list[str]:
-    """List the modules that a parameter is in, innermost first."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+class OwnLayers:
+    """`rayft`'s own: adapters hang in `AdapterLinear`s."""
+
+    def put_in(self, model: nn.Module, config: MethodConfig, chosen: Sequence[str], seed: int) -> None:
+        """Let the method build an adapter for each chosen layer."""
+        kind = method(config.name)
+        kind.prepare(model)
+        for name in chosen:
+            layer = _at(model, name)
+            layer.adapter = kind.build(layer, config.of(name), generator(seed, name))
+            layer.adapter.dropout = config.dropout
+        if kind.shares_base:
+            _check_count(model, {name: config.of(name).rank for name in chosen}, kind)
+
+    def start_from(self, model: nn.Module, config: MethodConfig, start: Mapping[str, LoraFactors]) -> None:
+        """Give layers adapters that start from given factors: module path → factors."""
+        for name, factors in start.items():
+            layer = _at(model, name)
+            # Copied, because training must not change what was given.
+            copied = LoraFactors(factors.a.clone(), factors.b.clone(), factors.scale)
+            layer.adapter = _adapter(layer, copied)
+            layer.adapter.dropout = config.dropout
+        _check_count(model, {name: factors.rank for name, factors in start.items()}, method(config.name))
+
+    def take_out(self, model: nn.Module) -> None:
+        """Take the adapters out, and let each restore what it changed in its layer's weight."""
+        for module in model.modules():
+            if isinstance(module, AdapterLinear) and module.adapter is not None:
+                if not module.quantised:
+                    module.adapter.restore(module.matrix)
+                module.adapter = None
+
+    def attach(self, model: nn.Module, artifact: Artifact) -> None:
+        """Put in an adapter of each module's factors."""
+        assert isinstance(artifact, AdapterArtifact)
+        for name, factors in artifact.modules.items():
+            layer = _at(model, name)
+            layer.adapter = _adapter(layer, factors).requires_grad_(False)
+
+    def export(self, model: nn.Module, heads: Mapping[str, torch.Tensor], meta: ArtifactMeta) -> Artifact:
+        """Copy the factors.
+
+        Raises:
+            MethodError: if the method trains the model itself.
+        """
+        if method(meta.method).saves_model:
+            raise MethodError(f"'{meta.method}' trains the model itself; save the model folder instead")
+        modules = {
+            name: LoraFactors(f.a.cpu().clone(), f.b.cpu().clone(), f.scale, f.columns)
+            for name, f in factors_of(model).items()
+        }
+        transposed = any(_at(model, name).transposed for name in modules)
+        meta = meta.model_copy(update={"transposed": transposed})
+        return AdapterArtifact(modules=modules, heads=heads, meta=meta)
+
+
+OWN, PEFT = OwnLayers(), PeftLayers()
+
+
+def _layers(of: Method | Artifact) -> Layers:
+    """Return the kind of layers that a method trains in, or an artifact is attached by."""
+    return PEFT if isinstance(of, PeftMethod | PeftFolder) else OWN
+
+
+def _adapted(model: nn.Module) -> dict[str, AdapterLinear]:
+    return {
+        name: layer
+        for name, layer in linears(model).items()
+        if isinstance(layer, AdapterLinear) and layer.adapter is not None
+    }
+
+
+def _at(model: nn.Module, name: str) -> AdapterLinear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, AdapterLinear)
+    return layer
+
+
+def _adapter(layer: AdapterLinear, factors: LoraFactors) -> LoraAdapter:
+    """Return an adapter with given factors, in the layer's dtype and on its device."""
+    a, b = (t.to(layer.weight.device, layer.dtype).contiguous() for t in (factors.a, factors.b))
+    return LoraAdapter(a, b, factors.scale)
 
 
 def _size(tensor: torch.Tensor) -> str:
     return "x".join(map(str, tensor.shape))
 
 
-def _check_count(model: nn.Module, ranks: Mapping[str, int], config: MethodConfig) -> None:
-    shapes, kind = linear_shapes(model), method(config.name)
+def _count_trainable(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _check_count(model: nn.Module, ranks: Mapping[str, int], kind: Method) -> None:
+    shapes, actual = linear_shapes(model), _count_trainable(model)
     expected = sum(kind.trained(LayerShape(*shapes[name]), rank) for name, rank in ranks.items())
-    head = sum(p.numel() for p in head_parameters(model).values())
-    actual = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert actual == expected + head, (
-        f"{config.name} trains {actual} numbers, its formula says {expected} + {head}"
-    )
+    assert actual == expected, f"{kind.name} trains {actual} numbers, its formula says {expected}"

@@ -8,17 +8,26 @@ from torch import nn
 
 from rayft.config import nearest
 from rayft.errors import TargetError
-from rayft.methods import method
-from rayft.methods.base import AdapterLinear, LayerShape, MethodConfig
+from rayft.methods.base import AdapterLinear, LayerShape, MethodConfig, is_quantised
+from rayft.models.methods import check_settings, method
+from rayft.peft.layers import put_aside
 
-__all__ = ["check", "check_pattern", "heads", "is_quantised", "linear_shapes", "linears", "select"]
+__all__ = [
+    "check",
+    "check_pattern",
+    "heads",
+    "is_transposed",
+    "linear_shapes",
+    "linears",
+    "select",
+]
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Find the linear layers that can be adapted: all but the output layer and classification heads.
+    """Return the linear layers that can be adapted: all but the output layer and classification heads.
 
-    Linear layers are `nn.Linear` (quantised ones among them), GPT-2's `Conv1D`, and those that an
-    `AdapterLinear` took over.
+    Linear layers are `nn.Linear`, quantised ones included, GPT-2's `Conv1D`, and `AdapterLinear`, which
+    replaces either.
     """
     kinds = (nn.Linear, _conv1d(), AdapterLinear)
     outside = {id(module) for module in _outside(model)}
@@ -30,15 +39,18 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Give the adaptable linear layers' sizes: module path → (outputs, inputs)."""
-    return {name: _shape(layer) for name, layer in linears(model).items()}
+    """Return the sizes of the linear layers that can be adapted: module path → (outputs, inputs).
+
+    Where PEFT's layers are in the model, the sizes are those of the layers that they replace.
+    """
+    return {name: _shape(layer) for name, layer in (put_aside(model) or linears(model)).items()}
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:
-    """Find the classification heads, which train whole: path → module.
+    """Return the classification heads, which train whole: path → module.
 
-    They are what a classifier has beside its base model (`score`, `classifier`, a pooler that is not
-    the base's own). A language model has none: its output layer is the base's.
+    These are a classifier's modules outside its base model (`score`, `classifier`, a pooler that is not
+    the base's own). A language model has none, because its output layer belongs to the base.
     """
     output = getattr(model, "get_output_embeddings", None)
     if output is None or output() is not None:
@@ -53,18 +65,20 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def is_quantised(layer: nn.Module) -> bool:
-    """Whether a linear layer holds its weight quantised."""
-    if isinstance(layer, AdapterLinear):
-        return bool(layer.quantised)
-    return type(layer).__module__.startswith("bitsandbytes")
+def is_transposed(layer: nn.Module) -> bool:
+    """Return whether a linear layer stores its weight as inputs × outputs, as GPT-2's `Conv1D` does."""
+    return layer.transposed if isinstance(layer, AdapterLinear) else isinstance(layer, _conv1d())
 
 
 def select(shapes: dict[str, tuple[int, int]], targets: str | tuple[str, ...]) -> list[str]:
-    """Choose module paths: `all-linear`, one regular expression (whole path), or last name parts.
+    """Choose module paths: `all-linear`, a regular expression for whole paths, or last parts of names.
+
+    Args:
+        shapes: module path → (outputs, inputs).
+        targets: as in `method.targets`.
 
     Raises:
-        TargetError: if nothing matches, or a listed name is no linear layer; with the nearest one.
+        TargetError: if nothing matches, or a listed name is no linear layer, with the nearest name.
     """
     endings = sorted({name.rsplit(".", 1)[-1] for name in shapes})
     if targets == "all-linear":
@@ -88,19 +102,19 @@ def select(shapes: dict[str, tuple[int, int]], targets: str | tuple[str, ...]) -
 
 
 def check(model: nn.Module, config: MethodConfig) -> list[str]:
-    """Select the targets of a method in a model and check that each can hold its rank.
+    """Select the targets of a method in a model, and check that each can hold its rank.
 
     Raises:
-        TargetError: as `select`, for a rank or chain above a layer's limit, and for a rank pattern
-            that fits nothing.
-        MethodError: for settings that would do nothing, and a base that the method can't train.
+        TargetError: as `select`; or if a rank or chain is above a layer's limit, or a rank pattern fits
+            nothing.
+        MethodError: if a setting would do nothing, or the method can't train on this base.
     """
     shapes = linear_shapes(model)
     if not shapes:
         raise TargetError(f"{type(model).__name__} has no linear layers that can be adapted")
     chosen = select(shapes, config.targets)
     kind = method(config.name)
-    kind.check_settings(config)
+    check_settings(config)
     layers = linears(model)
     kind.check_base(quantised=any(is_quantised(layers[name]) for name in chosen))
     for name in chosen:
@@ -113,7 +127,7 @@ def check_pattern(config: MethodConfig, chosen: list[str]) -> None:
     """Refuse a rank pattern that fits none of the chosen modules.
 
     Raises:
-        TargetError: naming it, with the nearest last name part.
+        TargetError: naming the pattern, with the nearest last part of a name.
     """
     for pattern in config.rank_pattern:
         alone = config.model_copy(update={"rank_pattern": {pattern: config.rank + 1}})
@@ -127,7 +141,7 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def _outside(model: nn.Module) -> list[nn.Module]:
-    """List the modules that are no targets: output layer and heads, with all that is in them."""
+    """Return the modules that are no targets: the output layer and the heads, with all modules in them."""
     tops = [*heads(model).values(), getattr(model, "lm_head", None)]
     output = getattr(model, "get_output_embeddings", None)
     if output is not None:

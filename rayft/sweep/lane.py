@@ -30,8 +30,8 @@ from rayft.config import leaves
 from rayft.errors import DiskFullError, InterruptedRunError, RayftError, TrainError
 from rayft.files import disk_full, disk_full_error
 from rayft.identity import UNKNOWN, Identity
-from rayft.methods import method
 from rayft.models.files import cache_folder
+from rayft.models.methods import method
 from rayft.sweep.broker import CLOSE, Beat, Job, Verdict
 from rayft.sweep.launcher import LaneSettings
 from rayft.sweep.result import file_hashes, write_result

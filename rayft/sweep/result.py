@@ -22,7 +22,7 @@ from rayft.artifacts.meta import META_FILE, ArtifactMeta
 from rayft.errors import ArtifactError
 from rayft.identity import Identity
 from rayft.models.files import hash_file
-from rayft.models.peft_folder import load_adapter
+from rayft.peft.folder import load_adapter
 from rayft.train.checkpoint import checkpoint_identity
 from rayft.train.context import trial_folder
 from rayft.train.home import Home

@@ -13,7 +13,7 @@ from rayft.data.source import Example
 from rayft.evaluate.tasks import score
 from rayft.identity import UNKNOWN, Identity
 from rayft.models.inject import attach, clear
-from rayft.models.peft_folder import load_adapter
+from rayft.peft.folder import load_adapter
 from rayft.train.context import Session
 from rayft.train.run import RunConfig
 

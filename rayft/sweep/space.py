@@ -16,8 +16,8 @@ from pydantic import Field, JsonValue, ValidationError, field_validator, model_v
 
 from rayft.config import SINCE, Section
 from rayft.errors import ConfigError, MethodError
-from rayft.methods import method
 from rayft.methods.base import ChainConfig, MethodConfig
+from rayft.models.methods import method
 from rayft.numerics import derive_seed
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep.broker import Patience
@@ -219,7 +219,8 @@ def _point(config: MethodConfig, anneal: AnnealConfig | None, lr: float, seed: i
     # Built anew, not copied: what doesn't fit together must be found before anything starts.
     whole = _checked(run, {"method": config, "anneal": anneal, "optim": optim, "seed": seed})
     config = whole.method
-    size = f"-r{config.rank}" if method(config.name).ranked else ""
+    rank = method(config.name).rank(config)
+    size = "" if rank is None else f"-r{rank}"
     size += f"to{anneal.rank}" if anneal else ""
     name = f"{config.name}{size}-lr{lr:g}-s{seed}"
     return Point(key=f"{name}-{whole.hash[:6]}", name=name, run=whole)

@@ -22,8 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rayft.errors import TrainError
-from rayft.methods import method
-from rayft.methods.section import LR_RATIO
+from rayft.models.methods import method
 from rayft.train.run import RunConfig
 
 __all__ = [
@@ -173,15 +172,13 @@ def checkpoint_bytes(engine: Engine) -> int:
 def parameter_groups(run: RunConfig, model: nn.Module) -> list[dict[str, Any]]:
     """Split what trains by learning rate (`lr_factor` times the run's) and weight decay."""
     kind = method(run.method.name)
-    ratio = (run.method.lr_ratio or LR_RATIO) if kind.b_learns_faster else 1.0
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = ratio if name.endswith(".lora_B") else 1.0
-        # Decay would pull columns that are the base's own towards zero.
-        decay = 0.0 if kind.in_place and ".adapter." in name else run.optim.weight_decay
-        groups.setdefault((factor, decay), []).append(parameter)
+        group = kind.parameter_group(name, run.method)
+        decay = run.optim.weight_decay if group.decays else 0.0
+        groups.setdefault((group.lr_factor, decay), []).append(parameter)
     return [
         {"params": parameters, "lr_factor": factor, "weight_decay": decay, "lr": run.optim.lr * factor}
         for (factor, decay), parameters in groups.items()

@@ -19,11 +19,11 @@ from rayft.errors import InterruptedRunError, TrainError
 from rayft.evaluate.loss import mean_loss
 from rayft.files import room_on, sync_tree
 from rayft.identity import Identity
-from rayft.methods import method
 from rayft.models.heads import reset_heads
 from rayft.models.inject import Injected, clear, export, inject
-from rayft.models.peft_folder import PeftFolder
+from rayft.models.methods import method
 from rayft.numerics import derive_seed, seed_everything
+from rayft.peft.folder import PeftFolder
 from rayft.squeeze.anneal import Stage
 from rayft.train import checkpoint
 from rayft.train.context import Reporter, Session, Worker

@@ -12,9 +12,9 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 from rayft.config import Section, content_hash
 from rayft.data.source import DataConfig
 from rayft.errors import ConfigError
-from rayft.methods import method, settled
 from rayft.methods.base import MethodConfig
 from rayft.models.load import ModelConfig
+from rayft.models.methods import check_free, method, settled
 from rayft.numerics import fastest_cpu_dtype
 from rayft.squeeze.anneal import AnnealConfig
 
@@ -270,8 +270,10 @@ class RunConfig(Section):
     def _anneals(self) -> RunConfig:
         if self.anneal is None:
             return self
-        method(self.method.name).check_free(
-            "anneal", "Train lora, or train it as it is and run `rayft squeeze` afterwards"
+        check_free(
+            self.method.name,
+            "anneal",
+            "Train lora, or train it as it is and run `rayft squeeze` afterwards",
         )
         if self.scale.zero == 3:
             raise ValueError(
@@ -287,7 +289,7 @@ class RunConfig(Section):
     def _starts(self) -> RunConfig:
         if self.start is None:
             return self
-        method(self.method.name).check_free("start", "Drop start, or set method.name to lora")
+        check_free(self.method.name, "start", "Drop start, or set method.name to lora")
         plain = MethodConfig()
         for setting in ("targets", "rank_pattern", "alpha", "rslora"):
             if getattr(self.method, setting) != getattr(plain, setting):

@@ -9,10 +9,10 @@ import torch
 
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ConfigError
-from rayft.methods import method
 from rayft.methods.base import LayerShape, LoraFactors, MethodConfig
 from rayft.models.inject import check_fits
-from rayft.models.rivals import base_shapes
+from rayft.models.methods import method
+from rayft.models.targets import linear_shapes
 from rayft.squeeze.anneal import revive
 from rayft.train.context import Session
 from rayft.train.run import RunConfig
@@ -45,7 +45,7 @@ def read_start(run: RunConfig, session: Session) -> Start:
         return Start()
     artifact, model = AdapterArtifact.load(session.home.local(run.start)), session.loaded.model
     check_fits(model, artifact, session.loaded.fingerprint)
-    shapes, kind = base_shapes(model), method(run.method.name)
+    shapes, kind = linear_shapes(model), method(run.method.name)
     for name, factors in artifact.modules.items():
         most = kind.max_rank(LayerShape(*shapes[name]))
         if factors.rank > most:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rayft.methods.base import AdapterLinear, ChainConfig, LayerShape, Method, MethodConfig
+from rayft.methods.base import AdapterLinear, Chain, ChainConfig, LayerShape, Method, MethodConfig
 from rayft.numerics import assert_close, generator
 
 TOKENS = 6
@@ -40,7 +40,7 @@ class Case:
         return LayerShape(outputs=self.outputs, inputs=self.inputs)
 
     def config(self, method: Method) -> MethodConfig:
-        chain = ChainConfig(links=self.links) if method.chained else None
+        chain = ChainConfig(links=self.links) if isinstance(method, Chain) else None
         return MethodConfig(
             name=method.name, rank=self.rank, alpha=self.alpha, rslora=self.rslora, chain=chain
         )
@@ -78,11 +78,17 @@ class Transposed(nn.Module):
         self.bias = plain.bias
 
 
-class NoMatrix(nn.Linear):
-    """A layer whose weight can't be read, as a quantised one's can't."""
+class Quantised(nn.Linear):
+    """A layer whose weight holds codes, so that it can't be read, and which computes its own product."""
 
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=plain.bias is not None)
+        self.weight = nn.Parameter(torch.zeros_like(plain.weight, dtype=torch.int8), requires_grad=False)
+        self.bias = plain.bias
+        self.plain = [plain]
 
-NoMatrix.__module__ = "bitsandbytes.nn"
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.plain[0].weight, self.bias)
 
 
 def linear(case: Case) -> nn.Linear:
@@ -97,7 +103,7 @@ def built(method: Method, case: Case, seed: int = 0, base: nn.Module | None = No
     """A layer with an adapter whose last link is fresh; the links before have been trained."""
     layer = AdapterLinear(linear(case) if base is None else base, dtype=case.dtype)
     layer.adapter = method.build(layer, case.config(method), generator("adapter", seed))
-    for link in range(1, case.links if method.chained else 1):
+    for link in range(1, case.links if isinstance(method, Chain) else 1):
         next_link(perturb(layer, link), link, seed)
     return layer
 

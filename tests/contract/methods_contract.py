@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.errors import MethodError, TargetError
-from rayft.methods.base import AdapterLinear, LoraFactors, Method
+from rayft.methods.base import AdapterLinear, Chain, InPlace, LoraFactors, Method
 from rayft.methods.lora import LoraAdapter
 from tests.contract.base_contract import (
     adds_to_a_base_that_is_no_matrix,
@@ -95,7 +95,7 @@ def leaves_inputs_alone(method: Method, case: Case) -> None:
     assert torch.equal(x, before_x), "forward or backward changed x"
     changed = (layer.weight != before_w).any(0).nonzero().flatten().tolist()
     allowed: tuple[int, ...] = ()
-    if method.in_place:
+    if isinstance(method, InPlace):
         assert layer.adapter is not None
         allowed = layer.adapter.to_lora().columns or ()
     assert set(changed) <= set(allowed), f"forward or backward changed the weight's columns {changed}"
@@ -153,7 +153,7 @@ def exports_its_delta(method: Method, case: Case) -> None:
             layer.adapter.to_lora()
         return
     factors = layer.adapter.to_lora()
-    rank = case.rank * (case.links if method.chained else 1)
+    rank = case.rank * (case.links if isinstance(method, Chain) else 1)
     assert factors.rank == rank, f"rank {factors.rank}, of all links {rank}"
     assert factors.b.shape == (case.outputs, rank)
     assert factors.a.shape == (rank, case.inputs)
@@ -161,7 +161,7 @@ def exports_its_delta(method: Method, case: Case) -> None:
     assert not factors.a.requires_grad
     assert not factors.b.requires_grad
     # A difference of two 16-bit weights does not fit into 16 bits.
-    wide = torch.promote_types(case.dtype, torch.float32) if method.in_place else case.dtype
+    wide = torch.promote_types(case.dtype, torch.float32) if isinstance(method, InPlace) else case.dtype
     assert factors.a.dtype == factors.b.dtype == wide
     again = AdapterLinear(linear(case).to(wide), LoraAdapter(factors.a, factors.b, factors.scale))
     close(again(x.to(wide)), layer(x), case)

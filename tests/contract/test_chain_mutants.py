@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from rayft.kernels.columns import gather_columns, write_columns
 from rayft.methods import METHODS
-from rayft.methods.base import Adapter, AdapterLinear, LoraFactors, Method, MethodConfig
+from rayft.methods.base import Adapter, AdapterLinear, Chain, LoraFactors, Method, MethodConfig
 from rayft.methods.c3la import WindowChain, window
 from rayft.methods.cla import SelectorAdapter
 from rayft.methods.cola import GaussianChain
@@ -279,9 +279,10 @@ def wider(rank: int, inputs: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def too_many_links(method: Method) -> Method:
-    assert method.max_links is not None
-    limit = method.max_links
-    return dataclasses.replace(method, max_links=lambda shape, rank: limit(shape, rank) + 1)
+    assert isinstance(method, Chain)
+    limit = method.most_links
+    assert limit is not None
+    return dataclasses.replace(method, most_links=lambda shape, rank: limit(shape, rank) + 1)
 
 
 MUTANTS: dict[str, tuple[Method, Case, str]] = {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from rayft.methods import METHODS
-from rayft.methods.base import LayerShape, Method
-from tests.contract.cases import NoMatrix
+from rayft.methods.base import Chain, InPlace, LayerShape, Method
+from tests.contract.cases import Quantised, linear
 from tests.contract.methods_contract import (
     CASES,
     CHAIN_CASES,
@@ -34,7 +35,7 @@ WHATEVER_THE_LINK = {
 PROMISES = [
     pytest.param(method, case, check, id=f"{method.name}-{case}-{name}")
     for method in METHODS.values()
-    for case in [*CASES, *(CHAIN_CASES if method.chained else ())]
+    for case in [*CASES, *(CHAIN_CASES if isinstance(method, Chain) else ())]
     for name, check in CHECKS.items()
     if case.links == 1 or name not in WHATEVER_THE_LINK
 ]
@@ -78,22 +79,27 @@ def test_counts_are_the_tables(name: str) -> None:
         assert method.max_rank(shape) == limit
 
 
-def test_what_the_registry_says_of_each() -> None:
-    def names(of: str) -> set[str]:
-        return {name for name, method in METHODS.items() if getattr(method, of)}
+def test_the_methods_are_of_the_kinds_in_the_table() -> None:
+    def names(of: Callable[[Method], bool]) -> set[str]:
+        return {name for name, method in METHODS.items() if of(method)}
 
+    shape = LayerShape(outputs=24, inputs=48)
     assert METHODS.keys() == TRAINED.keys()
-    assert names("chained") == {"cola", "rac", "c3la", "rc3la"}
-    assert names("max_links") == {"c3la", "rc3la"}
-    assert names("in_place") == {"paca"}
-    assert names("b_learns_faster") == {"lora_plus"}
-    assert METHODS.keys() - names("shares_base") == METHODS.keys() - names("exports_lora") == {"full"}
+    assert names(lambda method: isinstance(method, Chain)) == {"cola", "rac", "c3la", "rc3la"}
+    assert names(lambda method: 1 < method.max_links(shape, 5) < math.inf) == {"c3la", "rc3la"}
+    assert names(lambda method: isinstance(method, InPlace)) == {"paca"}
+    assert names(lambda method: "lr_ratio" not in method.ignored()) == {"lora_plus"}
+    assert names(lambda method: not method.shares_base) == {"full"}
+    assert (
+        names(lambda method: not method.exports_lora) == names(lambda method: method.saves_model) == {"full"}
+    )
+    assert names(lambda method: method.fixed_factors() is None) == {"lora", "lora_plus"}
 
 
 def saved_bytes(name: str, dtype: torch.dtype, links: int = 1, *, matrix: bool = True) -> int:
     """Bytes a layer keeps for backward, apart from its parameters, buffers and base."""
     case = Case(outputs=24, inputs=48, rank=4, dtype=dtype, links=links)
-    base = None if matrix else NoMatrix(48, 24, dtype=dtype).requires_grad_(False)
+    base = None if matrix else Quantised(linear(case))
     layer = built(METHODS[name], case, base=base)
     known = {tensor.untyped_storage().data_ptr() for tensor in layer.state_dict(keep_vars=True).values()}
     kept: dict[int, int] = {}
@@ -121,10 +127,10 @@ SAVED = {"full": 48, "lora": 48 + 4, "lora_plus": 48 + 4, "cola": 48 + 4}
 def test_what_is_saved_for_backward(name: str, dtype: torch.dtype) -> None:
     expected = TOKENS * SAVED.get(name, 4) * dtype.itemsize
     assert saved_bytes(name, dtype) == expected
-    if METHODS[name].chained:
+    if isinstance(METHODS[name], Chain):
         assert saved_bytes(name, dtype, links=3) == expected
-    if METHODS[name].shares_base and not METHODS[name].in_place:
-        links = 3 if METHODS[name].chained else 1
+    if METHODS[name].shares_base and not isinstance(METHODS[name], InPlace):
+        links = 3 if isinstance(METHODS[name], Chain) else 1
         assert saved_bytes(name, dtype, links, matrix=False) == expected
 
 

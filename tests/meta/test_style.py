@@ -68,9 +68,8 @@ def test_a_method_opens_with_its_maths() -> None:
 def test_a_method_has_its_page_and_its_test() -> None:
     missing = []
     for source in methods():
-        # The methods of PEFT are called `peft:<Class>` by those who use them.
-        page = "peft" if source.path.stem == "rival" else source.path.stem
-        wanted = (f"docs/methods/{page}.md", f"tests/unit/methods/test_{source.path.stem}.py")
+        stem = source.path.stem
+        wanted = (f"docs/methods/{stem}.md", f"tests/unit/methods/test_{stem}.py")
         missing += [path for path in wanted if not (ROOT / path).is_file()]
     check_none(missing)
 

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.methods import METHODS
-from rayft.methods.base import AdapterLinear, ChainConfig, LayerShape, MethodConfig
+from rayft.methods.base import AdapterLinear, Chain, ChainConfig, LayerShape, MethodConfig
 from rayft.models.inject import advance, attach, clear, export, inject
 from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close, generator
@@ -26,7 +26,7 @@ from rayft.train.deepspeed import parameter_groups
 IDS = torch.randint(0, 250, (2, 9), generator=generator("ids"))
 HIDDEN = 64
 EXPORTING = [name for name, method in METHODS.items() if method.exports_lora]
-CHAINS = [name for name in EXPORTING if METHODS[name].chained]
+CHAINS = [name for name in EXPORTING if isinstance(METHODS[name], Chain)]
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -93,7 +93,7 @@ def test_chains_are_one_lora(tiny_model: Any, tmp_path: Path, name: str, rslora:
 @pytest.mark.parametrize("name", EXPORTING)
 def test_ranks_by_module(tiny_model: Any, tmp_path: Path, name: str) -> None:
     plain = copy.deepcopy(tiny_model)
-    chain = ChainConfig(links=2) if METHODS[name].chained else None
+    chain = ChainConfig(links=2) if isinstance(METHODS[name], Chain) else None
     pattern = {"q_proj": 5, r".*layers\.1\.mlp\..*": 1}
     ours = trained(tiny_model, MethodConfig(name=name, rank=3, alpha=4.0, rank_pattern=pattern, chain=chain))
     theirs, artifact = through_peft(plain, tiny_model, name, tmp_path / "adapter")
@@ -121,7 +121,7 @@ def gpt2() -> Any:
 def test_transposed_layers(tmp_path: Path, name: str) -> None:
     model, plain = gpt2(), gpt2()
     base = logits(model)
-    chain = ChainConfig(links=2) if METHODS[name].chained else None
+    chain = ChainConfig(links=2) if isinstance(METHODS[name], Chain) else None
     ours = trained(model, MethodConfig(name=name, rank=3, alpha=4.0, chain=chain))
     theirs, artifact = through_peft(plain, model, name, tmp_path / "adapter")
     assert len(artifact.modules) == 8

@@ -15,8 +15,8 @@ from rayft.evaluate.tasks import score
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import attach
 from rayft.models.load import ModelConfig
-from rayft.models.peft_folder import load_adapter
 from rayft.models.tiny import save_tiny_qwen
+from rayft.peft.folder import load_adapter
 from rayft.serving.config import ServeConfig
 from rayft.serving.replica import Replica
 from rayft.serving.schemas import ChatRequest, Message

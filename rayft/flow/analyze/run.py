@@ -26,8 +26,8 @@ from rayft.flow.analyze.tracking import track_analysis
 from rayft.flow.cluster import cluster, join
 from rayft.flow.display import Display
 from rayft.flow.lanes import at_work
-from rayft.methods import method
 from rayft.methods.base import LoraFactors
+from rayft.models.methods import method
 from rayft.paths import check_folder
 from rayft.report.record import SweepRecord
 from rayft.sweep.broker import Event, Job

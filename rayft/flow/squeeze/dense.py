@@ -10,8 +10,7 @@ from rayft.artifacts import CONFIG_FILE
 from rayft.artifacts.lora_settings import read_json
 from rayft.errors import SqueezeError
 from rayft.flow.squeeze.make import Target
-from rayft.models.extract import Extraction, extract_full
-from rayft.models.extract_peft import extract_peft
+from rayft.models.extract import Extraction, extract_full, extract_peft
 from rayft.models.load import ModelConfig, load_skeleton
 from rayft.models.targets import linear_shapes
 from rayft.squeeze.rank import Progress

@@ -35,10 +35,10 @@ from rayft.flow.sweep.identity import (
     write_identity,
 )
 from rayft.identity import Identity
-from rayft.methods import method
 from rayft.methods.base import LayerShape
 from rayft.models.files import cache_folder
 from rayft.models.load import ModelConfig, context_length, load_encoder, load_skeleton
+from rayft.models.methods import method
 from rayft.models.targets import check_pattern, linear_shapes, select
 from rayft.paths import PathText, check_folder, reason
 from rayft.sweep.schedule import EVENTS_FILE

@@ -19,7 +19,7 @@ from rayft.flow.scoring import Measured
 from rayft.flow.selection import ChosenSettings, choose, chosen_settings, served_adapters
 from rayft.flow.squeeze.make import SqueezedAdapter
 from rayft.flow.sweep.preflight import Plan
-from rayft.methods import method as find_method
+from rayft.models.methods import method as find_method
 from rayft.report.record import (
     Baseline,
     Command,
@@ -123,7 +123,7 @@ def _baseline(name: str, measured: Measured) -> Baseline:
 
 def _trial(trial: EndedTrial, measured: Measured) -> Trial:
     config, result = trial.point.run.method, trial.result
-    ranked = find_method(config.name).ranked
+    ranked = find_method(config.name).rank(config) is not None
     common = {
         "id": trial.point.name,
         "method": config.name,

@@ -26,7 +26,7 @@ from rayft.flow.sweep.preflight import Plan, preflight
 from rayft.flow.sweep.publish import Publisher
 from rayft.flow.sweep.record import Findings
 from rayft.flow.sweep.tracking import SweepTracking
-from rayft.methods import method
+from rayft.models.methods import method
 from rayft.report.record import SweepRecord
 from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.result import damage

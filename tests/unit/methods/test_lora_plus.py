@@ -7,8 +7,7 @@ from torch import nn
 
 from rayft.methods import lora
 from rayft.methods.base import AdapterLinear, MethodConfig
-from rayft.methods.lora_plus import METHOD
-from rayft.methods.section import LR_RATIO
+from rayft.methods.lora_plus import LR_RATIO, METHOD
 from rayft.numerics import generator
 
 
@@ -21,6 +20,9 @@ def test_the_adapter_is_loras_bit_by_bit() -> None:
 
 
 def test_b_learns_sixteen_times_as_fast() -> None:
-    assert METHOD.b_learns_faster
-    assert not lora.METHOD.b_learns_faster
-    assert LR_RATIO == 16
+    config, name = MethodConfig(name="lora_plus"), "layers.0.q_proj.adapter"
+    assert METHOD.parameter_group(f"{name}.lora_B", config).lr_factor == LR_RATIO == 16
+    assert METHOD.parameter_group(f"{name}.lora_A", config).lr_factor == 1
+    assert lora.METHOD.parameter_group(f"{name}.lora_B", config).lr_factor == 1
+    given = MethodConfig(name="lora_plus", lr_ratio=4.0)
+    assert METHOD.parameter_group(f"{name}.lora_B", given).lr_factor == 4

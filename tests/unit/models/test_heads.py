@@ -16,8 +16,8 @@ from rayft.methods.base import MethodConfig
 from rayft.models.heads import head_parameters, reset_heads
 from rayft.models.inject import attach, clear, export, inject
 from rayft.models.load import ModelConfig, load_model
-from rayft.models.peft_folder import PeftFolder
 from rayft.models.tiny import save_tiny_bert
+from rayft.peft.folder import PeftFolder
 
 CLASSES = 2
 """Of the checkpoints here."""
@@ -186,7 +186,7 @@ def test_what_is_no_head_is_not_written_over(tiny_model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "match"), [("lora", "is 24x24 in the base"), ("peft:DoRA", "finds no place")]
+    ("method", "match"), [("lora", "is 24x24 in the base"), ("peft:DoRA", "has no place")]
 )
 def test_layers_of_another_size(bert: Path, tmp_path: Path, method: str, match: str) -> None:
     config = transformers.AutoConfig.from_pretrained(bert)
@@ -204,7 +204,7 @@ def test_layers_of_another_size(bert: Path, tmp_path: Path, method: str, match: 
     assert equal(state(model), before)
 
 
-def test_a_rival_that_lacks_a_layer(bert: Path) -> None:
+def test_an_adapter_of_peft_that_lacks_a_layer_is_refused(bert: Path) -> None:
     model = load(bert)
     made = artifact(model, "peft:DoRA")
     assert isinstance(made, PeftFolder)

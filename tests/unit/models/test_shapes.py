@@ -17,10 +17,10 @@ from rayft.methods.base import MethodConfig
 from rayft.models.heads import head_parameters, reset_heads
 from rayft.models.inject import attach, clear, export, inject
 from rayft.models.load import ModelConfig, load_model
-from rayft.models.peft_folder import PeftFolder, load_adapter
 from rayft.models.targets import heads, linears
 from rayft.models.tiny import TINY
 from rayft.numerics import assert_close, generator
+from rayft.peft.folder import PeftFolder, load_adapter
 
 TASKS = {"tiny-bert": "sequence_classification", "tiny-vit": "image_classification"}
 WIDEST = 64
@@ -125,7 +125,7 @@ def test_heads_of_any_name_train_whole_and_travel(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_a_rival_with_a_head_of_several_modules_is_loaded_by_peft(name: str, tmp_path: Path) -> None:
+def test_peft_loads_its_own_adapter_with_a_head_of_several_modules(name: str, tmp_path: Path) -> None:
     model, fresh = classifier(name), classifier(name)
     classifier(name).save_pretrained(tmp_path / "base")
     config = MethodConfig(name="peft:DoRA", rank=2)

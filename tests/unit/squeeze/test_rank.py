@@ -9,8 +9,8 @@ import torch
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.errors import SqueezeError
-from rayft.methods import method, settled
 from rayft.methods.base import AdapterLinear, ChainConfig, LoraFactors, MethodConfig
+from rayft.models.methods import method, settled
 from rayft.numerics import assert_close, generator
 from rayft.squeeze.rank import rank_for_energy, retained_energy, squeeze
 from rayft.squeeze.section import SqueezeConfig

@@ -9,11 +9,11 @@ import pytest
 
 from rayft.config import Section
 from rayft.methods import METHODS
-from rayft.methods.base import ChainConfig, MethodConfig
+from rayft.methods.base import Chain, ChainConfig, MethodConfig
 from rayft.train.context import SilentReporter
 from rayft.train.run import RunConfig
 
-CHAINS = sorted(name for name, method in METHODS.items() if method.chained)
+CHAINS = sorted(name for name, method in METHODS.items() if isinstance(method, Chain))
 ADAPTERS = sorted(name for name, method in METHODS.items() if method.exports_lora)
 
 
@@ -40,7 +40,7 @@ def changed(run: RunConfig, **sections: object) -> RunConfig:
 
 def with_method(run: RunConfig, name: str, *, links: int = 3, **sections: object) -> RunConfig:
     """Take another method at rank 4; a chain gets three links, `full` a learning rate that it bears."""
-    chain = ChainConfig(links=links) if METHODS[name].chained else None
+    chain = ChainConfig(links=links) if isinstance(METHODS[name], Chain) else None
     run = changed(run, method=MethodConfig(name=name, rank=4, chain=chain), **sections)
     return changed(run, optim={"lr": 1e-3}) if name == "full" else run
 

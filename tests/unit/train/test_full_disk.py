@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayft.errors import DiskFullError
-from rayft.models.peft_folder import load_adapter
+from rayft.peft.folder import load_adapter
 from rayft.train.context import Session, SilentReporter, Worker
 from rayft.train.loop import TrainResult, fit
 from rayft.train.run import RunConfig

@@ -1,4 +1,4 @@
-"""Names and settings of rivals: what PEFT's fields get, and what is refused."""
+"""Names and settings of PEFT's methods: which fields the settings fill, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from rayft.errors import MethodError
-from rayft.methods import METHODS, method, settled
+from rayft.methods import METHODS
 from rayft.methods.base import ChainConfig, MethodConfig
-from rayft.methods.rival import Rival
+from rayft.models.methods import method, settled
+from rayft.peft.method import PeftMethod
 from rayft.sweep.space import MethodSpace, SweepConfig, points
 from rayft.train.run import RunConfig
 
@@ -21,7 +22,7 @@ SHAPES = {"layers.0.q_proj": (32, 32), "layers.0.k_proj": (16, 32), "layers.0.up
 
 def fields(config: MethodConfig, seed: int = 0) -> Any:
     kind = method(config.name)
-    assert isinstance(kind, Rival)
+    assert isinstance(kind, PeftMethod)
     return kind.peft_config(config, SHAPES, seed, transposed=False)
 
 
@@ -38,13 +39,12 @@ def fields(config: MethodConfig, seed: int = 0) -> Any:
 )
 def test_a_name_means_a_class_of_peft(given: str, name: str, config_class: str) -> None:
     kind = method(given)
-    assert isinstance(kind, Rival)
-    assert (kind.name, kind.config_class, kind.rival) == (name, config_class, True)
+    assert isinstance(kind, PeftMethod)
+    assert (kind.name, kind.config_class) == (name, config_class)
     assert settled(MethodConfig(name=given)).name == name
 
 
-def test_no_method_of_ours_is_a_rival() -> None:
-    assert not any(kind.rival for kind in METHODS.values())
+def test_only_full_fine_tuning_leaves_a_whole_model_behind() -> None:
     assert [name for name, kind in METHODS.items() if kind.saves_model] == ["full"]
     assert not method("peft:DoRA").saves_model
 
@@ -61,7 +61,7 @@ def test_no_method_of_ours_is_a_rival() -> None:
         ("peft:Poly", "each example's task"),
     ],
 )
-def test_what_is_no_rival_says_why(name: str, match: str) -> None:
+def test_a_class_that_cannot_be_trained_is_refused_with_the_reason(name: str, match: str) -> None:
     with pytest.raises(MethodError, match=match):
         method(name)
 
@@ -69,11 +69,20 @@ def test_what_is_no_rival_says_why(name: str, match: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"name": "peft:MiSS", "alpha": 4.0}, "MissConfig has no field for method.alpha"),
-        ({"name": "peft:C3A", "rank": 8}, "C3AConfig has no field for method.rank"),
-        ({"name": "peft:C3A", "dropout": 0.1}, "C3AConfig has no field for method.dropout"),
-        ({"name": "peft:VeRA", "rslora": True}, "VeraConfig has no field for method.rslora"),
-        ({"name": "peft:VeRA", "rank_pattern": {"q_proj": 2}}, "no field for method.rank_pattern"),
+        (
+            {"name": "peft:MiSS", "alpha": 4.0},
+            "has no alpha in PEFT's MissConfig, .* so method.alpha does nothing: drop it",
+        ),
+        ({"name": "peft:C3A", "rank": 8}, "has no rank in PEFT's C3AConfig, .* so method.rank does nothing"),
+        (
+            {"name": "peft:C3A", "dropout": 0.1},
+            "no field for it in PEFT's C3AConfig, so method.dropout does nothing",
+        ),
+        (
+            {"name": "peft:VeRA", "rslora": True},
+            "no field for it in PEFT's VeraConfig, so method.rslora does nothing",
+        ),
+        ({"name": "peft:VeRA", "rank_pattern": {"q_proj": 2}}, "so method.rank_pattern does nothing"),
         ({"name": "peft:VeRA", "options": {"d_inital": 1}}, "no option 'd_inital'; did you mean 'd_initial'"),
         ({"name": "peft:VeRA", "options": {"r": 8}}, "is set by method.rank"),
         ({"name": "peft:LoRA", "options": {"lora_alpha": 8}}, "is set by method.alpha"),
@@ -141,7 +150,7 @@ def test_zero_3_is_refused() -> None:
         method("peft:LoRA").check_base(partitioned=True)
 
 
-def test_a_sweep_takes_rivals_beside_methods() -> None:
+def test_a_sweep_takes_methods_of_peft_beside_ours() -> None:
     run = RunConfig.model_validate({"data": {"name": "needle_haystack", "train": 8, "val": 2, "test": 2}})
     sweep = SweepConfig(
         methods={"lora": MethodSpace(ranks=(4,), lr=(1e-2,)), "peft:c3a": MethodSpace(lr=(1e-1,))}

@@ -1,4 +1,4 @@
-"""A sweep of `lora` and a rival on the tiny model, whose winner has no low-rank factors."""
+"""A sweep of `lora` and a method of PEFT on the tiny model, whose winner has no low-rank factors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rayft.errors import ArtifactError
 from rayft.flow.commands import squeeze
 from rayft.flow.config import PipelineConfig
 from rayft.flow.selection import served_adapters
-from rayft.models.peft_folder import PeftFolder, load_adapter
+from rayft.peft.folder import PeftFolder, load_adapter
 from rayft.report.record import SweepRecord
 from tests.e2e.small import small_config
 
@@ -32,7 +32,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
-    folder = tmp_path_factory.mktemp("rivals")
+    folder = tmp_path_factory.mktemp("peft")
     small = small_config(folder, METHODS)
     return small.model_copy(update={"data": with_repeats(folder, small.data)})
 

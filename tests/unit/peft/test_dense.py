@@ -18,15 +18,16 @@ from safetensors.torch import load_file, save_file
 
 from rayft.artifacts import CONFIG_FILE, META_FILE, WEIGHTS_FILE, AdapterArtifact, ArtifactMeta
 from rayft.errors import ArtifactError, BaseMismatchError, MethodError, SqueezeError
-from rayft.methods import method
 from rayft.methods.base import MethodConfig
-from rayft.methods.rival import Rival
-from rayft.models.extract_peft import ROUNDINGS, extract_peft
+from rayft.models.extract import extract_peft
 from rayft.models.inject import attach, export, inject
 from rayft.models.load import LoadedModel, ModelConfig, load_model
-from rayft.models.peft_folder import PeftFolder
+from rayft.models.methods import method
 from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close, generator, relative_error, tolerance
+from rayft.peft.dense import ROUNDINGS
+from rayft.peft.folder import PeftFolder
+from rayft.peft.method import PeftMethod
 
 ACCEPTED = {
     "AdaMSS", "C3A", "DeLoRA", "Deft", "FRoD", "FourierFT", "GraLoRA", "LoHa", "LoKr", "MiSS", "OSF",
@@ -61,7 +62,7 @@ def fresh(name: str) -> Any:
 
 def settings(short: str) -> MethodConfig:
     name = f"peft:{short}"
-    ranked = {"rank": 4} if method(name).ranked else {}
+    ranked = {"rank": 4} if method(name).rank(MethodConfig()) is not None else {}
     return MethodConfig(name=name, targets=TARGETS, options=OPTIONS.get(short, {}), **ranked)
 
 
@@ -79,7 +80,7 @@ def by_peft(model: Any, config: Any, folder: Path) -> Any:
 
 def saved(short: str, folder: Path, name: str = "tiny-llama") -> Any:
     model, kind, config = fresh(name), method(f"peft:{short}"), settings(short)
-    assert isinstance(kind, Rival)
+    assert isinstance(kind, PeftMethod)
     shapes = {
         path: shape
         for path, shape in linear_shapes(model).items()
@@ -100,7 +101,7 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_rival_is_known_here() -> None:
+def test_this_file_knows_every_method_of_peft() -> None:
     with pytest.raises(MethodError, match="PEFT has") as error:
         method("peft:zzzzzz")
     names = str(error.value).split("PEFT has ")[1].split(" (as")[0].split(", ")
@@ -157,10 +158,10 @@ def test_a_delta_that_the_layer_does_not_add_is_refused(
 
 def test_a_rank_and_its_prefixes(tmp_path: Path) -> None:
     saved("LoHa", tmp_path / "peft")
-    llama, told = ModelConfig(name="tiny-llama"), []
-    made = extract_peft(tmp_path / "peft", llama, rank=6, progress=lambda *step: told.append(step)).artifact
+    llama, calls = ModelConfig(name="tiny-llama"), []
+    made = extract_peft(tmp_path / "peft", llama, rank=6, progress=lambda *step: calls.append(step)).artifact
     assert made.rank == 6
-    assert [(done, of) for _, done, of in told] == [(1, 3), (2, 3), (3, 3)]
+    assert [(done, of) for _, done, of in calls] == [(1, 3), (2, 3), (3, 3)]
     full = extract_peft(tmp_path / "peft", llama, energy=1.0).artifact
     for name, factors in made.at_rank(2).modules.items():
         u, s, vt = torch.linalg.svd(full.modules[name].delta().double())
@@ -191,12 +192,12 @@ def test_a_folder_of_a_trial_brings_its_head_and_its_base(tmp_path: Path) -> Non
         data_digest="ab",
         metrics={"score": 1},
     )
-    rival = export(loaded.model, meta)
-    assert isinstance(rival, PeftFolder)
-    rival.save(tmp_path / "peft")
+    trained = export(loaded.model, meta)
+    assert isinstance(trained, PeftFolder)
+    trained.save(tmp_path / "peft")
     made = extract_peft(tmp_path / "peft", llama, energy=1.0).artifact
     assert made.heads.keys() == {"score.weight"}
-    assert (made.meta.parent, made.meta.data_digest, made.meta.metrics) == (rival.content_hash, "ab", {})
+    assert (made.meta.parent, made.meta.data_digest, made.meta.metrics) == (trained.content_hash, "ab", {})
     attach(loaded.model, made)
     assert_close(logits(loaded.model), expected, torch.float32, WIDEST, depth=ROUNDINGS)
     with pytest.raises(BaseMismatchError, match=r"peft was made for the base .*give its own base"):

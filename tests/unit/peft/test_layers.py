@@ -1,4 +1,4 @@
-"""Rivals in a model: PEFT's layers go in, train, are saved as they should be, and leave no trace."""
+"""PEFT's layers go into a model, train, are saved, and leave no trace when they are taken out."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.data.source import DataConfig
 from rayft.errors import ArtifactError, MethodError
-from rayft.methods import method
 from rayft.methods.base import AdapterLinear, MethodConfig
-from rayft.methods.rival import Rival
 from rayft.models.heads import reset_heads
 from rayft.models.inject import attach, clear, export, inject, wrap
 from rayft.models.load import ModelConfig, load_model
-from rayft.models.peft_folder import PeftFolder, load_adapter
+from rayft.models.methods import method
 from rayft.models.targets import heads
 from rayft.numerics import assert_close
+from rayft.peft.folder import PeftFolder, load_adapter
+from rayft.peft.method import PeftMethod
 from rayft.train.context import Session, SilentReporter, Worker
 from rayft.train.loop import fit
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
@@ -48,7 +48,8 @@ FOLDERS = ("peft:DoRA", "peft:C3A", "peft:LoHa")
 
 
 def settings(name: str, **more: Any) -> MethodConfig:
-    return MethodConfig(name=name, **({"rank": 4} if method(name).ranked else {}), **more)
+    sized = method(name).rank(MethodConfig()) is not None
+    return MethodConfig(name=name, **({"rank": 4} if sized else {}), **more)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -164,7 +165,7 @@ def test_pissa_is_exported_at_twice_its_rank(tiny_model: Any) -> None:
     assert not any(factors.delta().abs().max() > 1e-6 for factors in untrained.modules.values())
 
 
-def test_a_rival_draws_from_its_seed_alone(tiny_model: Any) -> None:
+def test_a_method_of_peft_draws_from_its_seed_alone(tiny_model: Any) -> None:
     def drawn(seed: int) -> str:
         inject(tiny_model, settings("peft:LoRA"), seed)
         return export(tiny_model, ArtifactMeta(method="peft:LoRA")).content_hash
@@ -360,7 +361,7 @@ def test_activation_checkpointing_gives_the_same_run(
 
 # FRoD makes sparse tensors, about which torch warns once.
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
-def test_every_rival_of_this_peft_comes_and_goes(tiny_model: Any) -> None:
+def test_every_method_of_this_peft_goes_in_and_out(tiny_model: Any) -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     wrap(tiny_model)
@@ -370,7 +371,7 @@ def test_every_rival_of_this_peft_comes_and_goes(tiny_model: Any) -> None:
             kind = method(f"peft:{config_class.__name__}")
         except MethodError:
             continue
-        assert isinstance(kind, Rival)
+        assert isinstance(kind, PeftMethod)
         small = {"n_frequency": 50} if "n_frequency" in kind.fields() else {}
         inject(tiny_model, settings(kind.name, options=small), seed=0)
         perturb(tiny_model)

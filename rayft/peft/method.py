@@ -1,20 +1,20 @@
-"""`peft:<Class>`: any adapter of linear layers that PEFT has, as a rival of the methods here.
+"""`peft:<Class>`: a method whose layers are PEFT's; any adapter of linear layers that PEFT has is one.
 
     W = W0 + ΔW        ΔW, its shapes and its start are PEFT's (github.com/huggingface/peft)
 Trainable: what PEFT counts.   Export to LoRA: exact for `peft:LoRA` (rank R), `peft:MiSS` (R), `peft:VeRA`
-(R) and `peft:PiSSA` (2R, since PiSSA takes its start out of W0); all others have no low-rank factors and
-stay PEFT's own folder.
+(R) and `peft:PiSSA` (2R, because PiSSA takes its start out of W0). All others have no low-rank factors and
+are saved in PEFT's own format.
 
 Papers: DoRA arXiv:2402.09353, PiSSA arXiv:2404.02948, VeRA arXiv:2310.11454, MiSS arXiv:2409.15371, C3A
-arXiv:2407.19342; the others are named in PEFT's own pages.
+arXiv:2407.19342; PEFT's own pages name the others.
 
-A rival is PEFT's code throughout: this file only says which class a name means and which of its fields
-the settings of a method fill; `rayft.models.rivals` has PEFT put its layers in. PEFT is imported where
-it is needed, because it brings transformers with it.
+This module decides which class of PEFT a name means, and which fields of it the settings of a method fill.
+`rayft.peft.layers` puts PEFT's layers into a model. PEFT is imported where it is needed, because importing
+it imports transformers.
 
-Fields that a setting fills, where the class has them: rank → `r`; alpha → `lora_alpha`, `alpha`,
+The settings fill these fields, where the class has them: rank → `r`; alpha → `lora_alpha`, `alpha`,
 `randlora_alpha` or `psoft_alpha`; rslora → `use_rslora`; dropout → `lora_dropout` or `<class>_dropout`;
-rank_pattern → `rank_pattern`. The rest goes through `options` under PEFT's names.
+rank_pattern → `rank_pattern`. All other fields are set by `options`, under PEFT's names.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from rayft.artifacts.lora_settings import NOT_PLAIN
 from rayft.config import nearest
 from rayft.errors import MethodError
 from rayft.methods.base import Adapter, AdapterLinear, LayerShape, Method, MethodConfig, no_factors
 
-__all__ = ["NOT_PLAIN", "PREFIX", "Rival", "rival"]
+__all__ = ["PREFIX", "PeftMethod", "peft_method"]
 
 PREFIX = "peft:"
 
@@ -43,14 +44,14 @@ FIXED: Mapping[str, tuple[str, Mapping[str, JsonValue]]] = {
     "DoRA": ("LoraConfig", {"use_dora": True}),
     "PiSSA": ("LoraConfig", {"init_lora_weights": "pissa"}),
 }
-"""Methods that PEFT has as a setting of another class: name → (class, what is set)."""
+"""Methods that are a setting of another class in PEFT: name → (class, what is set)."""
 
 SPELLING = ("LoRA", "VeRA", "MiSS", "RandLoRA", "DeLoRA", "GraLoRA", "HiRA", "SHiRA", "VBLoRA", "TinyLoRA",
             "GLoRA", "UniLoRA", "FRoD", "PVeRA", "RoAd", "PEANuT", "BEFT", "AdaMSS", "PSOFT")  # fmt: skip
-"""How the papers write what PEFT's class names write otherwise."""
+"""Names in the papers' spelling, where PEFT's class names differ in upper and lower case."""
 
 EXPORTS = ("LoRA", "PiSSA", "MiSS", "VeRA")
-"""Rivals whose update is s·B·A."""
+"""Methods whose update is s·B·A."""
 
 REFUSED = {
     "AdaLoraConfig": "it prunes ranks in a hook after each step, which no run here calls",
@@ -60,22 +61,22 @@ REFUSED = {
     "ShadowConfig": "it trains a second model beside the base",
     "TrainableTokensConfig": "it trains rows of embeddings and adapts no linear layers",
 }
-"""PEFT classes that have `target_modules` and still are no rivals, and why."""
+"""PEFT's classes that have `target_modules` and can't be trained here all the same → the reason."""
 
 OURS = ("task_type", "inference_mode", "target_modules", "peft_type", "base_model_name_or_path", "revision",
         "auto_mapping", "peft_version", "exclude_modules", "modules_to_save", "layers_to_transform",
         "layers_pattern", "fan_in_fan_out", "bias", "runtime_config", "progressbar",
         "feedforward_modules")  # fmt: skip
-"""Fields that follow from the model, the targets and the task; biases and other modules stay as they are."""
+"""Fields that follow from the model, the targets and the task. Biases and other modules never train."""
 
 SETTINGS = {"r": "rank", "use_rslora": "rslora", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha",
             "use_dora": "name"}  # fmt: skip
 """Fields that a setting of the method fills: field → setting."""
 
 ALPHAS = {"lora_alpha": 2.0, "alpha": 2.0, "randlora_alpha": 20.0, "psoft_alpha": 1.0}
-"""Field of the scale's numerator → its value over the rank where alpha is not given.
+"""Field for the numerator of the scale → its default, divided by the rank.
 
-RandLoRA's and PSOFT's are PEFT's own; the others are as with `lora`.
+RandLoRA's and PSOFT's defaults are PEFT's own; the others are those of `lora`.
 """
 
 DROPOUTS = ("lora_dropout", "vera_dropout", "miss_dropout", "randlora_dropout", "hira_dropout",
@@ -83,60 +84,84 @@ DROPOUTS = ("lora_dropout", "vera_dropout", "miss_dropout", "randlora_dropout", 
             "pvera_dropout", "tinylora_dropout", "unilora_dropout", "vblora_dropout")  # fmt: skip
 
 SEEDS = ("projection_prng_key", "projection_seed", "proj_seed", "random_seed", "random_loc_seed")
-"""Fields from which PEFT draws what stays frozen; the run's seed, where not given."""
+"""Fields that seed what PEFT draws and keeps frozen; the run's seed where not given."""
 
 DIVIDES = ("block_size", "oft_block_size", "group_size", "vector_length")
-"""Fields that must divide the layers' sizes; the largest divisor up to PEFT's default, where not given."""
-
-NOT_PLAIN = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
-             "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
-             "use_qalora", "velora_config")  # fmt: skip
-"""Fields of LoraConfig under which an adapter holds more than B·A of linear layers."""
+"""Fields that must divide the layers' sizes; where not given, the largest divisor up to PEFT's default."""
 
 LORA_KINDS = (*NOT_PLAIN, "corda_config", "ensure_weight_tying", "eva_config", "loftq_config",
               "lora_ga_config", "megatron_config", "megatron_core", "qalora_group_size")  # fmt: skip
-"""Fields of LoraConfig that no rival sets: those, what needs data, and what goes with other layers."""
+"""Fields of LoraConfig that can't be set: they add to B·A, need data, or are for layers of other kinds."""
 
 INITS: Mapping[str, tuple[Any, ...]] = {
     "LoRA": (True, False, "gaussian", "orthogonal", "olora"),
     "DoRA": (True, False, "gaussian", "orthogonal"),
     "MiSS": (True, False, "mini"),
 }
-"""Starts to choose from: LoftQ, EVA, CorDA and LoRA-GA need data, and MiSS's `bat` has no factors."""
+"""Starts that can be chosen. LoftQ, EVA, CorDA and LoRA-GA need data, and MiSS's `bat` has no factors."""
 
 
 @dataclass(frozen=True)
-class Rival(Method):
+class PeftMethod(Method):
     """A method whose layers are PEFT's."""
 
-    rival: bool = True
     config_class: str = ""
     """Name of PEFT's configuration class."""
     fixed: Mapping[str, JsonValue] = field(default_factory=dict)
     """Fields that make the method what it is."""
+    exports: bool = False
+    """Whether its update is s·B·A."""
+    ranked: bool = True
+    """Whether the class has a rank that `rank` sets."""
+
+    @property
+    def exports_lora(self) -> bool:
+        """Whether a trained adapter is a LoRA; others are saved in PEFT's own format."""
+        return self.exports
+
+    def rank(self, config: MethodConfig) -> int | None:
+        """Return the rank; None if the class has none."""
+        return config.rank if self.ranked else None
+
+    def fixed_factors(self) -> str | None:
+        """Return the reason: only PEFT's layers know what they hold."""
+        return "its layers are PEFT's own"
+
+    def ignored(self) -> dict[str, str]:
+        """Return the settings that would do nothing, those that the class has no field for among them."""
+        known, name = self.fields().keys(), f"PEFT's {self.config_class}"
+        found = {setting: why for setting, why in super().ignored().items() if setting != "options"}
+        if not self.ranked:
+            found["rank"] = f"has no rank in {name}, whose size method.options sets"
+        if not known & ALPHAS.keys():
+            found["alpha"] = f"has no alpha in {name}, whose update optim.lr alone scales"
+        fields = {"rslora": ("use_rslora",), "rank_pattern": ("rank_pattern",), "dropout": DROPOUTS}
+        missing = [setting for setting, names in fields.items() if not known & set(names)]
+        return found | {setting: f"has no field for it in {name}" for setting in missing}
 
     def check_settings(self, config: MethodConfig) -> None:
-        """Refuse settings that PEFT's class has no field for, and options that it does not know.
+        """Refuse options that PEFT's class does not have, and values that PEFT refuses.
 
         Raises:
-            MethodError: naming the setting, and the nearest option.
+            MethodError: naming the option, and the nearest one.
         """
-        super().check_settings(config)
-        known = self.fields()
-        if not self.ranked and config.rank != MethodConfig.model_fields["rank"].default:
-            raise self._no_field("rank", "leave it at its default; the size is set by method.options")
-        if config.alpha is not None and not known.keys() & ALPHAS:
-            raise self._no_field("alpha", "drop it and tune optim.lr instead")
-        for setting, fields in (("rslora", ("use_rslora",)), ("rank_pattern", ("rank_pattern",)),
-                                ("dropout", DROPOUTS)):  # fmt: skip
-            if getattr(config, setting) and not known.keys() & set(fields):
-                raise self._no_field(setting, "drop it")
         for option, value in config.options.items():
             self._check_option(option, value)
         self._build(self._values(config))
 
+    def check_base(self, *, quantised: bool = False, partitioned: bool = False) -> None:
+        """Refuse ZeRO-3, because PEFT's layers read whole weights of the base when they start and compute.
+
+        Raises:
+            MethodError: with the way out.
+        """
+        if partitioned:
+            raise MethodError(
+                f"'{self.name}' reads the base's weights, which ZeRO-3 partitions: use scale.zero 0, 1 or 2"
+            )
+
     def fields(self) -> dict[str, Any]:
-        """Give the fields of PEFT's class and their defaults."""
+        """Return the fields of PEFT's class: name → default, None where there is none."""
         return {
             item.name: None if item.default is dataclasses.MISSING else item.default
             for item in dataclasses.fields(_classes()[self.config_class])
@@ -145,16 +170,16 @@ class Rival(Method):
     def peft_config(
         self, config: MethodConfig, shapes: Mapping[str, tuple[int, int]], seed: int, *, transposed: bool
     ) -> Any:
-        """Build PEFT's configuration for a model.
+        """Build PEFT's configuration object for a model.
 
         Args:
             config: the method's settings.
             shapes: adapted module path → (outputs, inputs).
-            seed: decides what stays frozen.
+            seed: seeds what PEFT draws and keeps frozen.
             transposed: whether the layers store their weights as inputs × outputs (Conv1D).
 
         Raises:
-            MethodError: if PEFT refuses it.
+            MethodError: if PEFT refuses the settings.
         """
         known, values = self.fields(), {**self._values(config), "target_modules": list(shapes)}
         if "fan_in_fan_out" in known:
@@ -166,7 +191,7 @@ class Rival(Method):
             if name in known and name not in config.options and not config.options.get("r"):
                 values[name] = _divisor([n for shape in shapes.values() for n in shape], known[name])
         if config.rank_pattern:
-            # PEFT matches patterns to the ends of paths too: `^` leaves the one path.
+            # PEFT also matches a pattern at the end of a path; with `^` it matches this path only.
             ranks = {f"^{re.escape(name)}$": config.of(name).rank for name in shapes}
             values["rank_pattern"] = ranks
             if "alpha_pattern" in known and config.alpha is None:
@@ -236,56 +261,39 @@ class Rival(Method):
                 f"factors: use one of {allowed}, or peft:PiSSA"
             )
 
-    def _no_field(self, setting: str, remedy: str) -> MethodError:
-        return MethodError(
-            f"PEFT's {self.config_class} has no field for method.{setting}, so it would do nothing for "
-            f"'{self.name}': {remedy}"
-        )
 
-    def check_base(self, *, quantised: bool = False, partitioned: bool = False) -> None:
-        """Refuse ZeRO-3: PEFT's layers read whole base weights to start from, and in each forward pass.
-
-        Raises:
-            MethodError: with the way out.
-        """
-        if partitioned:
-            raise MethodError(
-                f"'{self.name}' reads the base's weights, which ZeRO-3 partitions: use scale.zero 0, 1 or 2"
-            )
-
-
-def rival(name: str) -> Rival:
-    """Look a rival up by the name of PEFT's class, with or without `Config`, in any case.
+def peft_method(name: str) -> PeftMethod:
+    """Return a method of PEFT by its name, `peft:<Class>`, in upper or lower case, with or without `Config`.
 
     Raises:
-        MethodError: if PEFT has no such class, with the nearest one, or if it adapts no linear layers.
+        MethodError: if PEFT has no such class, with the nearest name, or if it can't be trained here.
     """
     wanted = name.removeprefix(PREFIX).lower()
     found = _names().get(wanted) or _names().get(wanted.removesuffix("config"))
     if found is None:
         choices = {short.lower(): short for short in _names().values() if _refusal(short) is None}
-        # In lower case: PEFT's classes and papers differ in nothing but that.
+        # Compared in lower case, in which PEFT's class names equal the papers'.
         close = difflib.get_close_matches(wanted, choices, n=1, cutoff=0.5)
         hint = f"; did you mean '{PREFIX}{choices[close[0]]}'?" if close else ";"
         names = ", ".join(sorted(choices.values()))
         raise MethodError(f"unknown method '{name}'{hint} PEFT has {names} (as {PREFIX}<name>)")
     reason = _refusal(found)
     if reason is not None:
-        raise MethodError(f"'{PREFIX}{found}' is no rival: {reason}")
-    return _rival(found)
+        raise MethodError(f"'{PREFIX}{found}' can't be trained here: {reason}")
+    return _found(found)
 
 
 @functools.cache
-def _rival(short: str) -> Rival:
+def _found(short: str) -> PeftMethod:
     config_class, fixed = _source(short)
     known = {item.name for item in dataclasses.fields(_classes()[config_class])}
     ranked = "r" in known and config_class != "OFTConfig"
-    return Rival(
+    return PeftMethod(
         name=PREFIX + short,
         build=_no_layer,
         trained=_as_lora,
         max_rank=_max_rank(short),
-        exports_lora=short in EXPORTS,
+        exports=short in EXPORTS,
         ranked=ranked,
         config_class=config_class,
         fixed=fixed,
@@ -308,7 +316,7 @@ def _refusal(short: str) -> str | None:
 
 @functools.cache
 def _classes() -> dict[str, Any]:
-    # PEFT imports bitsandbytes where that is installed, which then tells of kernels it would like to have.
+    # PEFT imports bitsandbytes where it is installed, which logs the kernels that it lacks.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -317,7 +325,7 @@ def _classes() -> dict[str, Any]:
 
 @functools.cache
 def _names() -> dict[str, str]:
-    """Map lower-case names to the papers' spelling."""
+    """Return lower-case name → name in the papers' spelling."""
     shorts = [*FIXED, *(_short(name) for name in _classes())]
     return {short.lower(): short for short in shorts}
 
@@ -333,12 +341,12 @@ def _divisor(sizes: list[int], default: int) -> int:
 
 
 def _no_layer(layer: AdapterLinear, config: MethodConfig, generator: Any) -> Adapter:
-    # Two of PEFT's classes share tensors between layers, so PEFT must put in all layers at once.
+    # Two of PEFT's classes share tensors between layers, so PEFT must make all layers at once.
     raise no_factors(config.name)
 
 
 def _as_lora(shape: LayerShape, rank: int) -> int:
-    """Count R(I + O), LoRA's, before PEFT's layers are there to be counted."""
+    """Count R(I + O), LoRA's count, as an estimate until PEFT's layers exist."""
     return rank * (shape.inputs + shape.outputs)
 
 
@@ -347,5 +355,5 @@ def _max_rank(short: str) -> Any:
         return lambda shape: min(shape.inputs, shape.outputs)
     if short == "MiSS":
         return lambda shape: shape.inputs
-    # PEFT's own limit, if there is one, comes with PEFT's own error.
+    # Where PEFT has a limit of its own, PEFT raises its own error.
     return lambda shape: max(shape.inputs, shape.outputs) * 2**20

@@ -1,10 +1,10 @@
-"""A rival that is no LoRA, as PEFT's own folder: `PeftModel.from_pretrained` loads it as it is.
+"""Adapters of PEFT without LoRA factors, in PEFT's own format: `PeftModel.from_pretrained` loads the folder.
 
     adapter_config.json          PEFT's configuration
     adapter_model.safetensors    PEFT's tensors, and a classification head if one was trained
     rayft.json                   `ArtifactMeta`, as beside every adapter
 
-It can be scored and compared; it has no factors, so it can't be squeezed, promoted or served.
+Such an adapter can be scored and compared. It has no factors, so it can't be squeezed, promoted or served.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from rayft.artifacts import (
     WEIGHTS_FILE,
     AdapterArtifact,
     ArtifactMeta,
+    ModuleShapes,
     saved_whole,
     write_whole,
 )
 from rayft.artifacts import PREFIX as BASE
 from rayft.artifacts.lora_settings import read_json
 from rayft.artifacts.read import FLOATS, INDICES, read_meta, read_weights
-from rayft.errors import ArtifactError
+from rayft.errors import ArtifactError, BaseMismatchError
 
 __all__ = ["PeftFolder", "load_adapter"]
 
 TASKS = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
-"""What the model does → PEFT's name of it, for those that it has one for."""
+"""Task of the model → PEFT's name of it, for the tasks that PEFT has a name for."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class PeftFolder:
     """An adapter in PEFT's own format."""
 
     config: Mapping[str, Any]
-    """What `adapter_config.json` holds."""
+    """The content of `adapter_config.json`."""
     tensors: Mapping[str, torch.Tensor]
-    """What `adapter_model.safetensors` holds."""
+    """The content of `adapter_model.safetensors`: name → value."""
     meta: ArtifactMeta
 
     @classmethod
@@ -57,13 +58,13 @@ class PeftFolder:
         heads: Mapping[str, torch.Tensor],
         meta: ArtifactMeta,
     ) -> PeftFolder:
-        """Put together what PEFT gives of its adapter, and the heads that trained beside it.
+        """Combine PEFT's configuration and tensors with the heads that trained beside them.
 
         Args:
             settings: PEFT's configuration object.
             tensors: PEFT's name → value.
             heads: parameter path in the base → value.
-            meta: what `rayft.json` will hold.
+            meta: the content of `rayft.json`.
         """
         config = {**settings.to_dict(), "inference_mode": True, "base_model_name_or_path": meta.base_model}
         config["task_type"] = TASKS.get(meta.task)
@@ -75,18 +76,18 @@ class PeftFolder:
 
     @property
     def parameters(self) -> int:
-        """Numbers stored, frozen ones that PEFT keeps with them included."""
+        """Count of the numbers stored, including frozen ones that PEFT saves."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     @property
     def heads(self) -> dict[str, torch.Tensor]:
-        """What trained whole: parameter path in the base → value."""
+        """Parameters that were trained whole: path in the base → value."""
         whole = tuple(f"{BASE}{name}." for name in self.config.get("modules_to_save") or ())
         return {n.removeprefix(BASE): value for n, value in self.tensors.items() if n.startswith(whole)}
 
     @property
     def adapter(self) -> dict[str, torch.Tensor]:
-        """What is PEFT's: its name → value."""
+        """PEFT's tensors, without the heads: PEFT's name → value."""
         heads = self.heads
         return {name: v for name, v in self.tensors.items() if name.removeprefix(BASE) not in heads}
 
@@ -101,10 +102,28 @@ class PeftFolder:
         return digest.hexdigest()[:16]
 
     def peft_config(self) -> Any:
-        """Build PEFT's configuration object, without the heads: they are the model's own here."""
+        """Build PEFT's configuration object, without the heads, which stay the model's own."""
         from peft import get_peft_config
 
         return get_peft_config({**self.config, "modules_to_save": None})
+
+    def check_base(self, fingerprint: str, shapes: ModuleShapes) -> None:
+        """Refuse a base that lacks a layer which the adapter adapts; PEFT checks sizes when it attaches.
+
+        Args:
+            fingerprint: of the base; not compared.
+            shapes: linear layers of the base: module path → (outputs, inputs).
+
+        Raises:
+            BaseMismatchError: naming the tensor that the base has no layer for.
+        """
+        for key in self.adapter:
+            name = key.removeprefix(BASE)
+            if key.startswith(BASE) and not any(path in shapes for path in _modules_above(name)):
+                raise BaseMismatchError(
+                    f"the base has no linear layer for {name}; the adapter is for another model, use it with "
+                    "its own base or train it again on this one"
+                )
 
     def save(self, folder: str | Path) -> Path:
         """Write the folder, whole or not at all; an adapter folder that rayft wrote is replaced.
@@ -124,7 +143,7 @@ class PeftFolder:
 
     @classmethod
     def load(cls, folder: str | Path) -> PeftFolder:
-        """Read a folder that a rival left.
+        """Read a folder that `save` wrote.
 
         Raises:
             ArtifactError: if a file is missing or damaged.
@@ -141,10 +160,10 @@ class PeftFolder:
 
 
 def load_adapter(folder: str | Path) -> AdapterArtifact | PeftFolder:
-    """Read an adapter folder of a trial: LoRA factors, or a rival in PEFT's own format.
+    """Read an adapter folder of a trial: as LoRA factors, or in PEFT's own format.
 
     Raises:
-        ArtifactError: naming the folder and what to do.
+        ArtifactError: if a file is missing or damaged, naming the folder and what to do.
     """
     path = Path(folder)
     own = read_json(path)
@@ -152,6 +171,12 @@ def load_adapter(folder: str | Path) -> AdapterArtifact | PeftFolder:
     return AdapterArtifact.load(path) if plain or not (path / META_FILE).is_file() else PeftFolder.load(path)
 
 
+def _modules_above(parameter: str) -> list[str]:
+    """Return the paths of the modules that a parameter is in, innermost first."""
+    parts = parameter.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
 def _plain(value: Any) -> Any:
-    """Write PEFT's sets and enumerations as JSON."""
+    """Return PEFT's sets and enumerations as values that JSON has."""
     return sorted(value) if isinstance(value, set | frozenset) else str(getattr(value, "value", value))

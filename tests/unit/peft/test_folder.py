@@ -1,4 +1,4 @@
-"""A rival's folder is written whole or not at all, whatever its tensors look like."""
+"""A folder in PEFT's own format is written whole or not at all, whatever its tensors look like."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from rayft.artifacts import ArtifactMeta
 from rayft.errors import DiskFullError
-from rayft.models import peft_folder
-from rayft.models.peft_folder import PeftFolder
+from rayft.peft import folder as module
+from rayft.peft.folder import PeftFolder
 
 META = ArtifactMeta(method="peft:C3A")
 
@@ -44,7 +44,7 @@ def test_a_full_disk_leaves_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Callable[..., None]
 ) -> None:
     made(1.0).save(tmp_path / "adapter")
-    monkeypatch.setattr(peft_folder, "save_file", full)
+    monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(DiskFullError, match=rf"the disk of {tmp_path} is full \(.* needed, .* free\)"):
         made(2.0).save(tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
