@@ -26,8 +26,8 @@ from rayft.serving.admission import BaseModel
 from rayft.serving.config import ServeConfig
 from rayft.serving.deployment import APPLICATION, PROXY_ENVIRONMENT
 from rayft.serving.director import DirectorDeployment, initial
-from rayft.serving.ingress import IngressDeployment
-from rayft.serving.keys import resolved
+from rayft.serving.http.app import IngressDeployment
+from rayft.serving.http.auth import resolved
 from rayft.serving.presence import Called, start_error
 from rayft.serving.replica import ReplicaDeployment
 from rayft.serving.router import AdapterRouter

@@ -27,11 +27,11 @@ from rayft.serving.catalog import Catalog, Limits
 from rayft.serving.config import ServeConfig
 from rayft.serving.copies import TOUCH_SECONDS, Copies
 from rayft.serving.engine import Engine, EngineLimits, GenerationRequest
+from rayft.serving.http.schemas import ChatRequest, CompletionRequest
 from rayft.serving.messages import Delta, ModelCard
 from rayft.serving.metrics import Metrics
 from rayft.serving.packed_engine import PackedEngine
 from rayft.serving.presence import ending
-from rayft.serving.schemas import ChatRequest, CompletionRequest
 from rayft.serving.slots import widest_rank
 from rayft.serving.state import Deployed, Served
 from rayft.serving.text import TextStream, chat_tokens, check_tokens, prompt_tokens, score

@@ -12,8 +12,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from rayft.data.chat_format import Answer, AnswerParser
 from rayft.errors import BadRequestError
-from rayft.serving.body import where
 from rayft.serving.engine import TokenLogprob
+from rayft.serving.http.body import where
 from rayft.serving.messages import TokenScore
 
 if TYPE_CHECKING:
