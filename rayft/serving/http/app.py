@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from rayft import __version__
 from rayft.errors import RayftError, RequestError, UnknownModelError
+from rayft.serving.control.state import Deployed
 from rayft.serving.http.auth import Administrator, Caller, KeyConfig, KnownCaller, identify
 from rayft.serving.http.body import GuardedRoute
 from rayft.serving.http.errors import HANDLED, RETRY_SECONDS, answer_error
@@ -36,7 +37,6 @@ from rayft.serving.http.schemas import ChatRequest, CompletionRequest, LoadReque
 from rayft.serving.http.streaming import ChatForm, Form, TextForm, collected, events
 from rayft.serving.messages import NAME
 from rayft.serving.presence import NoReplicaError
-from rayft.serving.state import Deployed
 
 __all__ = ["Ingress", "IngressDeployment", "create_app"]
 

@@ -21,12 +21,12 @@ from rayft.errors import (
     TooManyRequestsError,
     UnknownModelError,
 )
+from rayft.serving.control.state import Deployed, Served, parse_model
 from rayft.serving.http.auth import Caller
 from rayft.serving.http.responses import AdapterEntry, AdapterList, ModelEntry, Readiness
 from rayft.serving.http.schemas import TextRequest
 from rayft.serving.messages import BASE_NAME, Delta, ModelCard
 from rayft.serving.presence import Waiting
-from rayft.serving.state import Deployed, Served, parse_model
 
 __all__ = ["Gateway"]
 

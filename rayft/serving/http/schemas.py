@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from rayft.config import nearest
 from rayft.errors import BadRequestError
-from rayft.serving.allowed import check_allowed
+from rayft.serving.control.allowed import check_allowed
 from rayft.serving.messages import BASE_NAME, NAME
 
 __all__ = [
