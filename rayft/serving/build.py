@@ -22,17 +22,17 @@ from rayft.models.load import load_model, load_skeleton
 from rayft.models.targets import linear_shapes
 from rayft.paths import check_folder
 from rayft.registry.store import MlflowRegistry
-from rayft.serving.admission import BaseModel
 from rayft.serving.config import ServeConfig
+from rayft.serving.control.admission import BaseModel
+from rayft.serving.control.director import DirectorDeployment, initial
+from rayft.serving.control.sources import check_source
 from rayft.serving.deployment import APPLICATION, PROXY_ENVIRONMENT
-from rayft.serving.director import DirectorDeployment, initial
-from rayft.serving.ingress import IngressDeployment
-from rayft.serving.keys import resolved
+from rayft.serving.http.app import IngressDeployment
+from rayft.serving.http.auth import resolved
 from rayft.serving.presence import Called, start_error
 from rayft.serving.replica import ReplicaDeployment
 from rayft.serving.router import AdapterRouter
 from rayft.serving.slots import widest_rank
-from rayft.serving.sources import check_source
 from rayft.squeeze.budget import parse_bytes
 from rayft.tracking.base import check_uri
 

@@ -26,10 +26,10 @@ import torch
 from rayft.artifacts import AdapterArtifact, check_prefix, folder_bytes
 from rayft.errors import ArtifactError, RayftError, ResourceError, SqueezeError, UnknownModelError
 from rayft.methods.base import LoraFactors
-from rayft.serving.admission import BaseModel, check_adapter
+from rayft.serving.control.admission import BaseModel, check_adapter
+from rayft.serving.control.state import Asked, Deployed, Served, parse_model
 from rayft.serving.engine import Engine
 from rayft.serving.messages import BASE_NAME, ModelCard
-from rayft.serving.state import Asked, Deployed, Served, parse_model
 
 __all__ = ["Catalog", "Lease", "Limits"]
 

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from rayft.config import SINCE, Section
 from rayft.models.load import ModelConfig
 from rayft.paths import PathText
-from rayft.serving.keys import KeyConfig
+from rayft.serving.http.auth import KeyConfig
 from rayft.serving.messages import BASE_NAME, NAME
 from rayft.squeeze.section import Size
 

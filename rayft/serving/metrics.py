@@ -6,8 +6,8 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rayft.serving.control.state import Deployed
 from rayft.serving.messages import BASE_NAME
-from rayft.serving.state import Deployed
 
 __all__ = ["Meter", "Metrics"]
 

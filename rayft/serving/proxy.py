@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rayft.errors import BadRequestError
-from rayft.serving.answers import describe_error
+from rayft.serving.http.errors import describe_error
 
 __all__ = ["HeaderCheck", "check_headers", "middlewares"]
 

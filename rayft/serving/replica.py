@@ -22,20 +22,20 @@ from rayft.errors import BadRequestError, ModelError, RayftError, RequestTimeout
 from rayft.models.load import LoadedModel, ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.numerics import derive_seed, fastest_cpu_dtype
-from rayft.serving.admission import BaseModel
 from rayft.serving.catalog import Catalog, Limits
 from rayft.serving.config import ServeConfig
-from rayft.serving.copies import TOUCH_SECONDS, Copies
+from rayft.serving.control.admission import BaseModel
+from rayft.serving.control.copies import TOUCH_SECONDS, Copies
+from rayft.serving.control.state import Deployed, Served
+from rayft.serving.control.transfer import receive
 from rayft.serving.engine import Engine, EngineLimits, GenerationRequest
+from rayft.serving.http.schemas import ChatRequest, CompletionRequest
 from rayft.serving.messages import Delta, ModelCard
 from rayft.serving.metrics import Metrics
 from rayft.serving.packed_engine import PackedEngine
 from rayft.serving.presence import ending
-from rayft.serving.schemas import ChatRequest, CompletionRequest
 from rayft.serving.slots import widest_rank
-from rayft.serving.state import Deployed, Served
 from rayft.serving.text import TextStream, chat_tokens, check_tokens, prompt_tokens, score
-from rayft.serving.transfer import receive
 from rayft.serving.transformers_engine import TransformersEngine
 from rayft.squeeze.budget import parse_bytes
 

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from rayft.serving import presence
-from rayft.serving.schemas import ChatRequest, CompletionRequest
-from rayft.serving.state import parse_model
+from rayft.serving.control.state import parse_model
+from rayft.serving.http.schemas import ChatRequest, CompletionRequest
 
 __all__ = ["AdapterRouter", "Standing", "ranked"]
 

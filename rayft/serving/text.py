@@ -12,8 +12,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from rayft.data.chat_format import Answer, AnswerParser
 from rayft.errors import BadRequestError
-from rayft.serving.body import where
 from rayft.serving.engine import TokenLogprob
+from rayft.serving.http.body import where
 from rayft.serving.messages import TokenScore
 
 if TYPE_CHECKING:
@@ -190,7 +190,10 @@ class TextStream:
         return piece
 
     def _decode(self, tokens: Sequence[int], *, last: bool) -> str:
-        # Together with the tokens before: many tokenizers write a word's space only inside a text.
+        # Not by the `DecodeStream` of tokenizers 0.23: for tokenizers with byte fallback it raises "Invalid
+        # prefix encountered" where bytes that are no character precede another token (for 167 of 3,000
+        # random lists of up to 11 tokens), and it never returns what it holds back at the end.
+        # Decode with the tokens before: many tokenizers write the space before a word only inside a text.
         known = self._tokens_to_text(tokens[self._context : self._read])
         longer = self._tokens_to_text(tokens[self._context :])
         if len(longer) > len(known) and (last or not longer.endswith(UNFINISHED)):

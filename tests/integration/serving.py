@@ -17,7 +17,8 @@ from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.serving.build import APPLICATION, run
 from rayft.serving.config import ServeConfig
-from rayft.serving.keys import KeyConfig
+from rayft.serving.http.app import create_app
+from rayft.serving.http.auth import KeyConfig
 from tests.unit.serving.adapters import random_adapter
 
 _KEY = "the-key-of-the-admin"
@@ -68,6 +69,12 @@ def serving(base: Base, *, roots: Sequence[str] = (), **settings: Any) -> Iterat
         yield f"http://127.0.0.1:{port}"
     finally:
         ray_serve.shutdown()
+
+
+def description() -> dict[str, Any]:
+    """Return the OpenAPI document that every server publishes."""
+    unused: Any = None
+    return create_app(unused).openapi()
 
 
 def replica_stats() -> list[dict[str, Any]]:

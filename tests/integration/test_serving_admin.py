@@ -24,7 +24,7 @@ from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.serving.build import run
 from rayft.serving.config import ServeConfig
-from rayft.serving.keys import KeyConfig
+from rayft.serving.http.auth import KeyConfig
 from tests.unit.serving.adapters import random_adapter, save_adapters
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -21,12 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from rayft.artifacts.meta import CONFIG_FILE, META_FILE, WEIGHTS_FILE
 from rayft.errors import UnknownModelError
-from rayft.serving.answers import describe_error
 from rayft.serving.build import APPLICATION
-from rayft.serving.openapi import openapi
+from rayft.serving.http.errors import describe_error
+from rayft.serving.http.schemas import CompletionRequest
 from rayft.serving.proxy import DECODED
-from rayft.serving.schemas import CompletionRequest
-from tests.integration.serving import ADMIN, HEADERS, Base, replica_stats, serving
+from tests.integration.serving import ADMIN, HEADERS, Base, description, replica_stats, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -280,7 +279,7 @@ def test_names_in_paths_are_found_or_not(server: Server, name: str) -> None:
 def test_every_method_on_every_path_is_answered(server: Server) -> None:
     methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND", "M-SEARCH")
     for path in [
-        *openapi()["paths"],
+        *description()["paths"],
         "/",
         "/openapi.json",
         "/docs",

@@ -21,10 +21,9 @@ from pydantic import TypeAdapter
 from schemathesis.checks import positive_data_acceptance
 from schemathesis.config import SchemathesisConfig
 
+from rayft.serving.http.responses import ErrorAnswer
 from rayft.serving.messages import NAME
-from rayft.serving.openapi import openapi
-from rayft.serving.response_schemas import ErrorAnswer
-from tests.integration.serving import ADMIN, HEADERS, Base, replica_stats, serving
+from tests.integration.serving import ADMIN, HEADERS, Base, description, replica_stats, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -39,7 +38,7 @@ SOURCES = ("still", "squeezed", "a", "missing")
 
 def document() -> dict[str, Any]:
     """The server's description of itself, with what this one serves: chance would never hit it."""
-    found = openapi()
+    found = description()
     bodies = found["components"]["schemas"]
     for body in ("ChatRequest", "CompletionRequest"):
         bodies[body]["properties"]["model"] = {"enum": MODELS}
@@ -95,7 +94,7 @@ def aim(case: schemathesis.Case, server: Server) -> None:
 
 
 def test_the_server_describes_itself(server: Server) -> None:
-    assert httpx.get(f"{server.url}/openapi.json").json() == openapi()
+    assert httpx.get(f"{server.url}/openapi.json").json() == description()
 
 
 def promise(path: str, verb: str) -> Any:
@@ -122,7 +121,7 @@ def promise(path: str, verb: str) -> Any:
     return keeps_what_it_promises
 
 
-for _path, _verbs in openapi()["paths"].items():
+for _path, _verbs in description()["paths"].items():
     for _verb in _verbs:
         globals()[f"test_{_verb}_{re.sub(r'[^a-z0-9]+', '_', _path).strip('_')}"] = promise(_path, _verb)
 
@@ -200,6 +199,6 @@ def test_no_request_ended_a_replica(server: Server) -> None:
 
 
 def test_each_operation_was_answered_well_by_some_of_them() -> None:
-    if len(good) < sum(map(len, openapi()["paths"].values())):
+    if len(good) < sum(map(len, description()["paths"].values())):
         pytest.skip("not all operations were asked")
     assert {label for label, found in good.items() if not found[True]} == set()

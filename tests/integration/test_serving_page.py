@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rayft.serving.keys import KeyConfig
+from rayft.serving.http.auth import KeyConfig
 from tests.integration.browser import Page, browser, chromium
 from tests.integration.serving import Base, serving
 

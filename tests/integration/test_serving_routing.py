@@ -18,7 +18,7 @@ from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.serving.build import ROUTING_SECONDS, run
 from rayft.serving.config import ServeConfig
-from rayft.serving.schemas import CompletionRequest
+from rayft.serving.http.schemas import CompletionRequest
 from tests.unit.serving.adapters import random_adapter
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

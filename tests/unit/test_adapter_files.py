@@ -19,7 +19,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, BaseMismatchError
 from rayft.flow.squeeze.run import squeeze_folder, squeeze_request
 from rayft.models.inject import attach
-from rayft.serving.admission import check_adapter
+from rayft.serving.control.admission import check_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

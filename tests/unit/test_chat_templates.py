@@ -18,10 +18,10 @@ from rayft.models.load import ModelConfig
 from rayft.models.tiny import save_tiny_qwen
 from rayft.peft.folder import load_adapter
 from rayft.serving.config import ServeConfig
+from rayft.serving.control.sources import find
+from rayft.serving.control.state import Served, loaded
+from rayft.serving.http.schemas import ChatRequest, Message
 from rayft.serving.replica import Replica
-from rayft.serving.schemas import ChatRequest, Message
-from rayft.serving.sources import find
-from rayft.serving.state import Served, loaded
 from rayft.train.context import Session, SilentReporter, Worker
 from rayft.train.loop import fit
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig

@@ -13,10 +13,10 @@ import torch
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.errors import ArtifactError, BaseMismatchError, ResourceError, UnknownModelError
 from rayft.methods.base import LoraFactors
-from rayft.serving.admission import BaseModel, check_adapter
 from rayft.serving.catalog import Catalog, Limits
-from rayft.serving.sources import find
-from rayft.serving.state import Deployed, Served, loaded, unloaded
+from rayft.serving.control.admission import BaseModel, check_adapter
+from rayft.serving.control.sources import find
+from rayft.serving.control.state import Deployed, Served, loaded, unloaded
 from tests.unit.serving.adapters import random_adapter
 
 SHAPES = {"layer.q_proj": (6, 4), "layer.v_proj": (3, 4)}

@@ -25,12 +25,12 @@ from rayft.errors import (
 from rayft.models.load import ModelConfig
 from rayft.serving import replica as replica_module
 from rayft.serving.config import ServeConfig
+from rayft.serving.control.sources import find
+from rayft.serving.control.state import Served, loaded
+from rayft.serving.http.schemas import ChatRequest, CompletionRequest, Message
 from rayft.serving.messages import Delta
 from rayft.serving.packed_engine import PackedEngine
 from rayft.serving.replica import Replica, engine_class
-from rayft.serving.schemas import ChatRequest, CompletionRequest, Message
-from rayft.serving.sources import find
-from rayft.serving.state import Served, loaded
 from rayft.serving.transformers_engine import TransformersEngine
 
 

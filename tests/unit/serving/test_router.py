@@ -15,8 +15,8 @@ from ray.serve.request_router import PendingRequest
 
 from rayft.serving import presence
 from rayft.serving import router as router_module
+from rayft.serving.http.schemas import ChatRequest, CompletionRequest, Message
 from rayft.serving.router import RECENT_SECONDS, AdapterRouter, Standing, ranked
-from rayft.serving.schemas import ChatRequest, CompletionRequest, Message
 
 SLACK = 4
 ALWAYS = (0.0, 1.0)

@@ -4,11 +4,74 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from rayft.errors import BadRequestError
 from rayft.serving.text import TextStream, chat_tokens, prompt_tokens
 
 TEXT = "Grüße, 世界! 🙂 ok"
+
+
+def byte_level() -> Tokenizer:
+    """Train a tokenizer whose tokens are pieces of the text's bytes, as GPT-2's and Qwen's are."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, special_tokens=["<s>"])
+    made.train_from_iterator([f"{TEXT} the quick brown fox, l'été, 世界 🙂🙂"] * 3, trainer)
+    return made
+
+
+def byte_fallback(*, strip: bool) -> Tokenizer:
+    """Make a tokenizer of words that has tokens for single bytes, as Llama 2's (which strips) and Gemma's."""
+    pieces = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", "a", "b", "▁a", "▁hello", "ü", "世", "▁▁", "▁世"]
+    merges = [("▁", "a"), ("▁", "▁"), ("▁", "世")]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    made = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    made.add_special_tokens(["<unk>", "<s>"])
+    made.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    made.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if strip else [])])
+    return made
+
+
+BYTE_LEVEL = byte_level()
+BYTE_FALLBACK = [byte_fallback(strip=strip) for strip in (False, True)]
+
+
+def pushed(tokenizer: Tokenizer, tokens: Sequence[int], step: int) -> str:
+    """Push tokens a few at a time, and return all text that comes out."""
+    made = TextStream(lambda some: str(tokenizer.decode(list(some), skip_special_tokens=True)))
+    ends = [*range(step, len(tokens), step), len(tokens)]
+    return "".join(made.push(tokens[:end], last=end == len(tokens)).content for end in ends)
+
+
+@given(st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() - 1), min_size=1), st.integers(1, 4))
+def test_any_byte_level_tokens_stream_to_their_text(tokens: list[int], step: int) -> None:
+    assert pushed(BYTE_LEVEL, tokens, step) == BYTE_LEVEL.decode(tokens)
+
+
+@pytest.mark.parametrize("tokenizer", BYTE_FALLBACK, ids=["kept", "stripped"])
+@given(
+    st.text(st.sampled_from(" ab\x11éü世🙂<0>") | st.characters(codec="utf-8"), min_size=1), st.integers(1, 4)
+)
+@example("🙂 世", 1)
+def test_any_text_streams_through_a_byte_fallback_tokenizer(
+    tokenizer: Tokenizer, text: str, step: int
+) -> None:
+    tokens = tokenizer.encode(text).ids
+    assert pushed(tokenizer, tokens, step) == tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("tokenizer", BYTE_FALLBACK, ids=["kept", "stripped"])
+@given(st.lists(st.integers(0, BYTE_FALLBACK[0].get_vocab_size() - 1), min_size=1))
+@example([56, 185, 262])
+def test_tokens_that_are_no_text_raise_no_error(tokenizer: Tokenizer, tokens: list[int]) -> None:
+    pushed(tokenizer, tokens, 1)
 
 
 def decoded(tokenizer: Any) -> Callable[[Sequence[int]], str]:

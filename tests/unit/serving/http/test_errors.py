@@ -6,7 +6,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from starlette.responses import JSONResponse
 
 from rayft.errors import BadRequestError, ResourceError, TooManyRequestsError, UnknownModelError
-from rayft.serving.answers import describe_error
+from rayft.serving.http.errors import describe_error
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from rayft.serving.answers import describe_error
     ],
 )
 @pytest.mark.parametrize("remote", [False, True])
-def test_an_error_has_a_status_wherever_it_was_raised(
+def test_an_error_has_a_status_in_whichever_process_it_was_raised(
     error: Exception, status: int, code: str, word: str, remote: bool
 ) -> None:
     raised = RayTaskError("generate", "traceback", error) if remote else error
@@ -35,13 +35,13 @@ def test_an_error_has_a_status_wherever_it_was_raised(
 @pytest.mark.parametrize(
     "error", [BadRequestError("no \ud83d"), ResourceError("\udcff/a"), UnknownModelError("a\0")]
 )
-def test_any_text_of_an_error_can_be_sent_and_written(error: Exception) -> None:
+def test_an_error_with_any_text_can_be_sent_and_pickled(error: Exception) -> None:
     status, body = describe_error(RayTaskError("generate", "traceback", error))
     assert JSONResponse(body, status_code=status).body.decode()
     assert cloudpickle.loads(cloudpickle.dumps(error)).args == error.args
     assert str(error).encode()
 
 
-def test_a_long_text_of_an_error_is_cut() -> None:
+def test_a_long_message_is_truncated() -> None:
     _, body = describe_error(UnknownModelError("x" * 10**6))
     assert len(body["error"]["message"]) < 5000

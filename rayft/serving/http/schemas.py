@@ -1,36 +1,27 @@
-"""The types of requests: what can be answered is typed, and everything else is refused by its name.
+"""The bodies of requests as pydantic models.
 
-A field is one of three kinds:
+A field belongs to one of four kinds:
 
-- one that is declared here, and changes the answer;
-- one of OpenAI's that changes nothing in an answer (`HARMLESS`), which is accepted and ignored;
-- one that is known but not supported (`NEUTRAL`), which may only ask for nothing: null, or its default.
+- supported: it is declared here and affects the answer;
+- ignored (`HARMLESS`): OpenAI defines it, it does not affect the answer, and it is accepted;
+- not supported (`NEUTRAL`): OpenAI or vLLM defines it, and it is accepted only with null or its default;
+- unknown, most often misspelt: it is refused, and the error names the nearest field that is accepted.
 
-Any other name is a mistake of the client's, and is refused with the nearest name that is accepted. The same
-holds for the fields of messages, of their parts and of `stream_options`.
+The same holds for the fields of messages, of their parts and of `stream_options`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from rayft.config import nearest
 from rayft.errors import BadRequestError
-from rayft.serving.allowed import check_allowed
-from rayft.serving.body import read_json, where
+from rayft.serving.control.allowed import check_allowed
 from rayft.serving.messages import BASE_NAME, NAME
 
 __all__ = [
@@ -40,7 +31,6 @@ __all__ = [
     "Message",
     "StreamOptions",
     "TextRequest",
-    "parse_request",
 ]
 
 HARMLESS = (
@@ -55,10 +45,10 @@ HARMLESS = (
     "store",
     "user",
 )
-"""Fields of OpenAI's that change nothing in an answer: who asks, how it is billed, cached or stored.
+"""Fields of OpenAI's interface that do not affect an answer: who asks, how it is billed, cached or stored.
 
-`prediction` makes OpenAI's answers faster and not different; `parallel_tool_calls` says how tools are called,
-and there are none.
+`prediction` only makes OpenAI's answers faster. `parallel_tool_calls` controls calls of tools, of which there
+are none here.
 """
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -106,27 +96,31 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
-"""Known fields that are not supported → the values that ask for nothing (null always does)."""
+"""Fields that are known but not supported → the values that are accepted because they request nothing.
+
+Null is always accepted.
+"""
 
 
 class Strict(BaseModel):
-    """An object of a request, which holds no field that would be ignored without a word."""
+    """Base of all objects in requests: it refuses unknown fields and converts no values."""
 
     model_config = ConfigDict(
         frozen=True,
+        strict=True,
         extra="forbid",
         protected_namespaces=(),
         json_schema_extra=lambda schema, cls: cls._describe(schema),
     )
     harmless: ClassVar[tuple[str, ...]] = ()
-    """Fields that are accepted and ignored, since they change nothing."""
+    """Fields that are accepted and ignored, because they do not affect the answer."""
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Fields that are not supported → the values that ask for nothing."""
+    """Fields that are not supported → the values that are accepted."""
 
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, data: Any) -> Any:
-        """Refuse unknown and unsupported fields, and leave out those that change nothing."""
+        """Refuse unknown and unsupported fields, and drop the ignored ones."""
         if not isinstance(data, dict):
             return data
         kept = {}
@@ -149,29 +143,29 @@ class Strict(BaseModel):
 
     @classmethod
     def _describe(cls, schema: dict[str, Any]) -> None:
-        """Add the fields that are ignored, and those that may only ask for nothing, to the JSON schema."""
+        """Add the ignored and the unsupported fields to the JSON schema."""
         fields = schema.setdefault("properties", {})
         for name in cls.harmless:
-            fields[name] = {"description": "Accepted and ignored: it changes nothing in an answer."}
+            fields[name] = {"description": "Accepted and ignored: it does not affect the answer."}
         for name, values in cls.neutral.items():
             fields[name] = {
                 "enum": [*values, None],
-                "description": "Not supported: it may only ask for nothing.",
+                "description": "Not supported: only values that request nothing are accepted.",
             }
 
 
 def _problem(field: str, message: str) -> PydanticCustomError:
-    """Make the error of a field that the object it is raised for has no type for."""
+    """Return an error about one field, to be raised by the validator of the object that contains it."""
     return PydanticCustomError("field", "{problem}", {"field": field, "problem": message})
 
 
 class StreamOptions(Strict):
-    """What a stream holds beside the text."""
+    """What a stream contains besides the text."""
 
     neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
     include_usage: bool = False
-    """End with a chunk that counts tokens."""
+    """End the stream with a chunk that has the number of tokens."""
 
 
 def _text_or_list(value: object) -> str | None:
@@ -184,35 +178,35 @@ Token = Annotated[int, Field(ge=0)]
 
 
 class TextRequest(Strict):
-    """What chat and plain completions have in common."""
+    """The fields that chat completions and plain completions share."""
 
     default_max_tokens: ClassVar[int | None] = None
-    """Tokens where no limit is given, as far as they fit; None for as many as fit."""
+    """Most tokens to generate if the request sets no limit; None for as many as the context has room for."""
     harmless = HARMLESS
     neutral = NEUTRAL
 
     model: Annotated[str, Field(max_length=4096)]
-    """A served name."""
+    """Name of a served model: `base`, or an adapter as `name`, `name@version`, `name@alias`, `name@r8`."""
     stream: bool = False
-    """Answer by server-sent events."""
+    """Send the answer as server-sent events while it is generated."""
     stream_options: StreamOptions | None = None
-    """Only with `stream`."""
+    """Options of the stream; only with `stream`."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Most tokens to generate."""
+    """Largest number of tokens to generate."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    """0 takes the likeliest token; 1 where it is not given."""
+    """Temperature of sampling; 0 always takes the most likely token. The default is 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Draw from the likeliest tokens that hold this share of the probability."""
+    """Sample from the most likely tokens that together have this probability."""
     top_k: Annotated[int, Field(ge=-1)] | None = None
-    """Draw from this many of the likeliest tokens; 0 or -1 for all."""
+    """Sample from this number of most likely tokens; 0 or -1 for all tokens."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Draw from the tokens that are at least this share as likely as the likeliest one."""
+    """Sample from the tokens whose probability is at least this fraction of the most likely token's."""
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    """Divide positive logits of tokens of the prompt and the answer by it, and multiply negative ones."""
+    """Divide the positive logits of tokens in the prompt and the answer by it, and multiply negative ones."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    """Decides every draw; drawn itself where it is not given."""
+    """Seed of all sampling; random by default."""
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    """Answers to each prompt, drawn apart; 1 where it is not given."""
+    """Number of answers to each prompt, sampled independently. The default is 1."""
     stop: (
         Annotated[
             Annotated[str, Tag("text")] | Annotated[list[str], Tag("list")],
@@ -224,26 +218,26 @@ class TextRequest(Strict):
         ]
         | None
     ) = None
-    """Strings that end the text (and are not part of it); at most four, as OpenAI allows."""
+    """Strings that end the text and are not part of it; at most four, as in OpenAI's interface."""
     stop_token_ids: Annotated[list[Token], Field(max_length=1024)] | None = None
-    """Tokens that end the text (and are not part of it), beside the model's own."""
+    """Tokens that end the text and are not part of it, in addition to the model's own."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TextRequest:
         if self.stream_options is not None and not self.stream:
-            raise BadRequestError("'stream_options' needs 'stream': true", param="stream_options")
+            raise _problem("stream_options", "this needs 'stream': true")
         if len(self.stops) > 4 or "" in self.stops:
-            raise BadRequestError("'stop' takes up to 4 strings, none of them empty", param="stop")
+            raise _problem("stop", "send up to 4 strings, none of them empty")
         return self
 
     @property
     def choices(self) -> int:
-        """Answers to each prompt."""
+        """Number of answers to each prompt."""
         return self.n or 1
 
     @property
     def scored(self) -> int | None:
-        """How many of the likeliest tokens to tell with each token's log-probability; None for nothing."""
+        """Number of most likely tokens to return beside each token's log-probability; None for neither."""
         raise NotImplementedError
 
     @property
@@ -255,16 +249,13 @@ class TextRequest(Strict):
 
     @property
     def limit(self) -> int | None:
-        """Most tokens to generate, where the request says so."""
+        """Largest number of tokens to generate, if the request sets one."""
         return self.max_tokens
 
     @property
     def characters(self) -> int:
-        """Characters of text that are to be tokenized."""
+        """Number of characters that have to be tokenized."""
         raise NotImplementedError
-
-
-RequestT = TypeVar("RequestT", bound=BaseModel)
 
 
 OTHER_PARTS = {
@@ -276,11 +267,11 @@ OTHER_PARTS = {
     "input_image": "images",
     "video_url": "videos",
 }
-"""Types of parts that a language model can't read → what they hold."""
+"""Types of message parts that a language model can't read → the name of what they contain, in the plural."""
 
 
 class Part(Strict):
-    """A piece of a message."""
+    """One part of a message."""
 
     harmless = ("prompt_cache_breakpoint",)
 
@@ -299,7 +290,7 @@ class Part(Strict):
 class Message(Strict):
     """One turn of a conversation."""
 
-    # What OpenAI's client sends back of an answer to it.
+    # OpenAI's client sends these fields when it sends back a message that it was answered.
     neutral = {
         "annotations": ([],),
         "audio": (),
@@ -320,16 +311,16 @@ class Message(Strict):
         ),
     ]
     reasoning_content: str | None = None
-    """What the assistant wrote before its answer; handed to the chat template, which may leave it out."""
+    """The assistant's reasoning before its answer; passed to the chat template, which may omit it."""
 
     @model_validator(mode="after")
     def _reasons(self) -> Message:
         if self.reasoning_content is not None and self.role != "assistant":
-            raise _problem("reasoning_content", "only messages of the assistant have it")
+            raise _problem("reasoning_content", "only messages with the role assistant may have it")
         return self
 
     def plain(self) -> dict[str, str]:
-        """Return the turn as chat templates want it."""
+        """Return the message in the form that chat templates expect."""
         role = "system" if self.role == "developer" else self.role
         content = (
             self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -346,36 +337,36 @@ class ChatRequest(TextRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """OpenAI's newer name of `max_tokens`."""
     logprobs: bool | None = None
-    """Tell each token's log-probability."""
+    """Return the log-probability of each token."""
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    """Only with `logprobs`: also those of this many of the likeliest tokens."""
+    """Also return those of this number of most likely tokens; only with `logprobs`."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """Values that the chat template is given, such as `enable_thinking`."""
+    """Variables for the chat template, such as `enable_thinking`."""
 
     @model_validator(mode="after")
     def _scores(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise BadRequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
+            raise _problem("top_logprobs", "this needs 'logprobs': true")
         return self
 
     @property
     def scored(self) -> int | None:
-        """How many of the likeliest tokens to tell with each token's log-probability; None for nothing."""
+        """Number of most likely tokens to return beside each token's log-probability; None for neither."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def limit(self) -> int | None:
-        """Most tokens to generate, where the request says so."""
+        """Largest number of tokens to generate, if the request sets one."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def characters(self) -> int:
-        """Characters of text that are to be tokenized."""
+        """Number of characters that have to be tokenized."""
         return sum(len(message.plain()["content"]) for message in self.messages)
 
 
 def _form_of_prompt(value: object) -> str | None:
-    """Return which form a prompt has, by its first element."""
+    """Return the tag of a prompt's form, judged by the prompt's first element."""
     if isinstance(value, str):
         return "text"
     if not isinstance(value, list):
@@ -402,23 +393,23 @@ class CompletionRequest(TextRequest):
             custom_error_message="this must be a text, a list of token ids, or a list of either",
         ),
     ]
-    """A text or token ids, or several of them."""
+    """One prompt or several, each a text or a list of token ids."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    """Tell each token's log-probability, and those of this many of the likeliest tokens."""
+    """Return the log-probability of each token, and those of this number of most likely tokens."""
 
     @property
     def scored(self) -> int | None:
-        """How many of the likeliest tokens to tell with each token's log-probability; None for nothing."""
+        """Number of most likely tokens to return beside each token's log-probability; None for neither."""
         return self.logprobs
 
     @property
     def characters(self) -> int:
-        """Characters of text that are to be tokenized."""
+        """Number of characters that have to be tokenized."""
         return sum(len(prompt) for prompt in self.prompts if isinstance(prompt, str))
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """The prompts, one or more."""
+        """The prompts as a list."""
         if isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return list(self.prompt)
@@ -428,60 +419,25 @@ class LoadRequest(Strict):
     """The body of `POST /v1/adapters`."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$", max_length=128)]
-    """What it is called in the `model` field of requests."""
+    """Name that requests put into their `model` field."""
     source: Annotated[str, Field(min_length=1, max_length=4096)]
-    """A folder, `models:/name@alias`, `models:/name/3`, or a URL."""
+    """Place of the adapter: a folder, `models:/name@alias`, `models:/name/3`, or a URL."""
     weight: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the name's traffic; below 1 it is a canary beside what is served."""
+    """Share of the name's traffic; below 1 the adapter becomes a canary beside the version that is served."""
     pinned: bool = False
-    """Keep it on the device."""
+    """Keep the adapter on the device."""
 
     def check(self, roots: Sequence[str]) -> None:
-        """Refuse names and places that may not be used.
+        """Refuse reserved names, and places outside the server's roots.
 
         Raises:
-            BadRequestError: saying why.
+            BadRequestError: with the reason.
         """
         if self.name == BASE_NAME:
-            raise BadRequestError(f"'{BASE_NAME}' is the base itself; take another name", param="name")
+            raise BadRequestError(f"'{BASE_NAME}' is the base itself; use another name", param="name")
         check_allowed(self.source, roots)
 
 
 def _same(value: object, allowed: object) -> bool:
-    # In Python 0 is False, but "logprobs": 0 asks for something and "logprobs": false does not.
+    # In Python 0 equals False, but "logprobs": 0 requests something and "logprobs": false does not.
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
-
-
-def parse_request(cls: type[RequestT], body: bytes) -> RequestT:
-    """Read a request's body.
-
-    Raises:
-        BadRequestError: if it is no JSON object, or a field is missing, wrong, unknown or not supported; its
-            `param` is the place in the body, as in `messages[0].content`.
-    """
-    data = read_json(body)
-    try:
-        return cls.model_validate(data, strict=True)
-    except ValidationError as error:
-        # One mistake may cause others: a field that is missing is most often one that is misspelt.
-        problems = error.errors(include_url=False)
-        problem = min(problems, key=lambda one: one["type"] == "missing")
-        path = _path(data, problem["loc"])
-        if problem["type"] == "missing":
-            path.append(str(problem["loc"][-1]))
-        elif problem["type"] == "field":
-            path.append(problem["ctx"]["field"])
-        place = where(path)
-        what = f"'{place}' is missing" if problem["type"] == "missing" else f"'{place}': {problem['msg']}"
-        raise BadRequestError(what, param=place or None) from error
-
-
-def _path(data: Any, location: Sequence[str | int]) -> list[str | int]:
-    """Return the place of a problem in the body, without the members of unions that pydantic names in it."""
-    found: list[str | int] = []
-    for part in location:
-        inside = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)
-        if inside:
-            data = data[part]
-            found.append(part)
-    return found

@@ -1,4 +1,4 @@
-"""OpenAI's shapes of answers: whole ones, streams and errors."""
+"""Answers of the two completion endpoints, whole or as a stream of server-sent events."""
 
 from __future__ import annotations
 
@@ -12,45 +12,15 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
-from starlette.exceptions import HTTPException
-
-from rayft.errors import RayftError, RequestError
+from rayft.serving.http.errors import describe_error
+from rayft.serving.http.responses import Usage
 from rayft.serving.messages import Delta, TokenScore
 
-__all__ = ["ChatForm", "Form", "TextForm", "collected", "describe_error", "events", "usage"]
-
-
-LONGEST_MESSAGE = 4000
-"""Characters of an error's message: it may quote a name or a list that has no end."""
-
-
-def _error(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
-    """Write an error as OpenAI does."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    if len(message) > LONGEST_MESSAGE:
-        message = f"{message[:LONGEST_MESSAGE]} …"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def describe_error(error: Exception) -> tuple[int, dict[str, Any]]:
-    """Give the status and body that answer an error, wherever it was raised."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, RequestError):
-        return cause.status, _error(cause.status, str(cause), cause.param, cause.code)
-    if isinstance(cause, HTTPException):
-        return cause.status_code, _error(cause.status_code, str(cause.detail), None, None)
-    if isinstance(cause, RayftError):
-        return 503, _error(503, str(cause), None, "unavailable")
-    if isinstance(cause, (RayActorError, DeploymentUnavailableError)):
-        return 503, _error(503, "the replica that was to answer was lost; try again", None, "unavailable")
-    message = f"{type(cause).__name__} inside the server; see its log"
-    return 500, _error(500, message, None, "internal_error")
+__all__ = ["ChatForm", "Form", "TextForm", "collected", "events", "usage"]
 
 
 class Form(ABC):
-    """The shape of an answer: what differs between chat and plain completions."""
+    """Writes answers; its subclasses have what differs between chat completions and plain completions."""
 
     prefix: str
     object: str
@@ -58,38 +28,38 @@ class Form(ABC):
 
     def __init__(self, model: str) -> None:
         self.fingerprint = ""
-        """Content hash of the adapter that answers."""
+        """Content hash of the adapter that generates the answer; empty for the base."""
         self._id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
 
     @abstractmethod
     def opening(self) -> dict[str, Any] | None:
-        """Give the part that opens each choice of a stream, if there is one."""
+        """Return the part that opens each choice of a stream; None if nothing opens it."""
 
     @abstractmethod
     def piece(self, delta: Delta) -> dict[str, Any]:
-        """Return the part of a streamed choice that holds its text."""
+        """Return the part of a choice with the new text of a stream."""
 
     @abstractmethod
     def full(self, delta: Delta) -> dict[str, Any]:
-        """Return the part of a whole choice that holds its text."""
+        """Return the part of a choice with the whole text."""
 
     @abstractmethod
     def scores(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
-        """Write log-probabilities of tokens; `offset` is how many characters came before them."""
+        """Return the log-probabilities of tokens; `offset` is the number of characters before them."""
 
     def chunk(self, choice: dict[str, Any] | None, **extra: Any) -> dict[str, Any]:
-        """Write one event of a stream."""
+        """Return the content of one event of a stream."""
         return {**self._head(self.chunk_object), "choices": [] if choice is None else [choice], **extra}
 
     def choice(self, part: dict[str, Any], delta: Delta, offset: int = 0) -> dict[str, Any]:
-        """Write a choice, or a part of one."""
+        """Return a choice, or a part of one."""
         scores = self.scores(delta.scores, offset) if delta.scores else None
         return {"index": delta.index, **part, "logprobs": scores, "finish_reason": delta.finish}
 
     def whole(self, choices: Mapping[int, Delta]) -> dict[str, Any]:
-        """Write a whole answer from each choice's text, its scores and its end."""
+        """Return a whole answer, given the complete text, scores and finish reason of each choice."""
         made = [self.choice(self.full(delta), delta) for _, delta in sorted(choices.items())]
         return {**self._head(self.object), "choices": made, "usage": usage(choices)}
 
@@ -106,21 +76,21 @@ class ChatForm(Form):
     chunk_object = "chat.completion.chunk"
 
     def opening(self) -> dict[str, Any] | None:
-        """Name the speaker."""
+        """Return the role of the message."""
         return {"delta": {"role": "assistant", "content": ""}}
 
     def piece(self, delta: Delta) -> dict[str, Any]:
-        """Return a delta."""
+        """Return the new text as a `delta`."""
         parts = {"reasoning_content": delta.reasoning, "content": delta.text}
         return {"delta": {name: text for name, text in parts.items() if text}}
 
     def full(self, delta: Delta) -> dict[str, Any]:
-        """Return a message; `reasoning_content` is null where a model did not reason."""
+        """Return the text as a `message`; `reasoning_content` is null if the model did not reason."""
         message = {"role": "assistant", "content": delta.text, "refusal": None}
         return {"message": {**message, "reasoning_content": delta.reasoning or None}}
 
     def scores(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
-        """Give a list of tokens."""
+        """Return one entry for each token."""
         found = [{**_score(one), "top_logprobs": [_score(top) for top in one.top]} for one in scores]
         return {"content": found, "refusal": None}
 
@@ -133,19 +103,19 @@ class TextForm(Form):
     chunk_object = "text_completion"
 
     def opening(self) -> dict[str, Any] | None:
-        """Give nothing: a text has no speaker."""
+        """Return None: a plain text has no role."""
         return None
 
     def piece(self, delta: Delta) -> dict[str, Any]:
-        """Return text."""
+        """Return the text."""
         return {"text": delta.text}
 
     def full(self, delta: Delta) -> dict[str, Any]:
-        """Return text."""
+        """Return the text."""
         return {"text": delta.text}
 
     def scores(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
-        """Give a list for each field."""
+        """Return one list for each field."""
         starts = accumulate((len(one.text) for one in scores[:-1]), initial=offset)
         return {
             "tokens": [one.text for one in scores],
@@ -156,7 +126,15 @@ class TextForm(Form):
 
 
 async def collected(first: Delta, deltas: AsyncIterator[Delta]) -> dict[int, Delta]:
-    """Put the pieces of each choice together: its index → its text and reasoning, its scores, its end."""
+    """Join the deltas of each choice.
+
+    Args:
+        first: the delta that accepts the request, which has no text.
+        deltas: those that follow.
+
+    Returns:
+        Index of a choice → its last delta, with the choice's whole text, reasoning and scores.
+    """
     whole: dict[int, Delta] = {}
     async for delta in deltas:
         before = whole.get(delta.index, first)
@@ -170,7 +148,14 @@ async def collected(first: Delta, deltas: AsyncIterator[Delta]) -> dict[int, Del
 
 
 async def events(form: Form, first: Delta, deltas: AsyncIterator[Delta], counts: bool) -> AsyncIterator[str]:
-    """Write a stream of server-sent events; an error after the first one becomes an event."""
+    """Yield server-sent events; an error that occurs meanwhile becomes the last event.
+
+    Args:
+        form: writes the events' content.
+        first: the delta that accepts the request, which has no text.
+        deltas: those that follow.
+        counts: whether to end with the number of tokens.
+    """
     opening, lasts, offsets = form.opening(), {0: first}, Counter[int]()
     begun: set[int] = set()
     try:
@@ -181,7 +166,7 @@ async def events(form: Form, first: Delta, deltas: AsyncIterator[Delta], counts:
             lasts[delta.index] = delta
             yield _event(form.chunk(form.choice(form.piece(delta), delta, offsets[delta.index])))
             offsets[delta.index] += len(delta.text)
-    except Exception as error:  # noqa: BLE001  (the headers are sent: this is the only way to tell)
+    except Exception as error:  # noqa: BLE001  (the headers are sent, so it can't become a status)
         yield _event(describe_error(error)[1])
         return
     if counts:
@@ -189,8 +174,8 @@ async def events(form: Form, first: Delta, deltas: AsyncIterator[Delta], counts:
     yield "data: [DONE]\n\n"
 
 
-def usage(choices: Mapping[int, Delta]) -> dict[str, int]:
-    """Count tokens over all choices."""
+def usage(choices: Mapping[int, Delta]) -> Usage:
+    """Return the number of tokens over all choices."""
     prompt = max(delta.prompt_tokens for delta in choices.values())
     made = sum(delta.completion_tokens for delta in choices.values())
     return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
@@ -200,5 +185,5 @@ def _score(one: TokenScore) -> dict[str, Any]:
     return {"token": one.text, "logprob": one.logprob, "bytes": list(one.bytes)}
 
 
-def _event(body: dict[str, Any]) -> str:
+def _event(body: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(body)}\n\n"

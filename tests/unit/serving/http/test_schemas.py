@@ -4,33 +4,45 @@ import json
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsStreaming as TextParams
 
 from rayft.errors import BadRequestError
-from rayft.serving.schemas import HARMLESS, NEUTRAL, ChatRequest, CompletionRequest, parse_request
+from rayft.serving.http.app import create_app
+from rayft.serving.http.schemas import HARMLESS, NEUTRAL, ChatRequest, CompletionRequest
+from tests.unit.serving.http.recording import RecordingGateway
 
+GATEWAY = RecordingGateway()
+CLIENT = TestClient(create_app(GATEWAY))  # type: ignore[arg-type]
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
 PART = {"type": "text", "text": "a"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 
 
+def ask(path: str, body: dict[str, Any]) -> Any:
+    """Send a body, and return the request that the gateway received.
+
+    Raises:
+        BadRequestError: if the answer is a 400.
+    """
+    answer = CLIENT.post(f"/v1/{path}", content=json.dumps(body))
+    if answer.status_code != 200:
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        raise BadRequestError(error["message"], param=error["param"])
+    return GATEWAY.requests[-1]
+
+
 def chat(**extra: Any) -> ChatRequest:
-    return parse_request(ChatRequest, json.dumps({**CHAT, **extra}).encode())
+    found: ChatRequest = ask("chat/completions", {**CHAT, **extra})
+    return found
 
 
 def text(**extra: Any) -> CompletionRequest:
-    return parse_request(CompletionRequest, json.dumps({**TEXT, **extra}).encode())
-
-
-@pytest.mark.parametrize(
-    ("body", "word"),
-    [(b"{", "JSON"), (b"\xff\xfe", "JSON"), (b"[]", "object"), (b"", "JSON"), (b"3", "object")],
-)
-def test_bodies_that_are_no_json_object_are_refused(body: bytes, word: str) -> None:
-    with pytest.raises(BadRequestError, match=word):
-        parse_request(ChatRequest, body)
+    found: CompletionRequest = ask("completions", {**TEXT, **extra})
+    return found
 
 
 @pytest.mark.parametrize(
@@ -108,7 +120,7 @@ def test_bodies_that_are_no_json_object_are_refused(body: bytes, word: str) -> N
         ({"model": "m" * 5000}, "model"),
     ],
 )
-def test_wrong_and_unsupported_fields_are_refused_by_name(extra: dict[str, Any], param: str) -> None:
+def test_wrong_and_unsupported_fields_are_refused_with_their_path(extra: dict[str, Any], param: str) -> None:
     with pytest.raises(BadRequestError) as caught:
         chat(**extra)
     assert caught.value.param == param
@@ -133,23 +145,23 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(wrong: str, right: st
         chat(**{wrong: 1})
 
 
-def test_a_misspelt_field_is_told_before_the_one_that_is_missing() -> None:
+def test_a_misspelt_field_is_reported_before_a_missing_one() -> None:
     body = {"model": "m", "mesages": CHAT["messages"]}
     with pytest.raises(BadRequestError, match="did you mean 'messages'"):
-        parse_request(ChatRequest, json.dumps(body).encode())
+        ask("chat/completions", body)
 
 
-def test_images_are_said_to_be_unsupported() -> None:
+def test_an_error_says_that_images_are_not_supported() -> None:
     with pytest.raises(BadRequestError, match="images are not supported"):
         chat(messages=[{"role": "user", "content": [IMAGE]}])
 
 
-def test_fields_of_chats_are_none_of_texts() -> None:
+def test_a_field_of_chat_completions_is_unknown_in_completions() -> None:
     with pytest.raises(BadRequestError, match="'chat_template_kwargs': there is no such field"):
         text(chat_template_kwargs={"a": 1})
 
 
-def test_an_answer_can_be_sent_back_as_it_came() -> None:
+def test_a_message_can_be_sent_back_as_it_was_received() -> None:
     answer = {
         "role": "assistant", "content": "3", "refusal": None, "annotations": [], "audio": None,
         "function_call": None, "tool_calls": None, "reasoning_content": "1 + 2",
@@ -162,14 +174,14 @@ def test_an_answer_can_be_sent_back_as_it_came() -> None:
 
 
 @pytest.mark.parametrize("field", ["model", "messages"])
-def test_missing_fields_are_named(field: str) -> None:
+def test_a_missing_field_is_named(field: str) -> None:
     body = {key: value for key, value in CHAT.items() if key != field}
     with pytest.raises(BadRequestError, match=f"'{field}' is missing") as caught:
-        parse_request(ChatRequest, json.dumps(body).encode())
+        ask("chat/completions", body)
     assert caught.value.param == field
 
 
-def test_logprobs_are_a_number_of_texts_and_a_switch_of_chats() -> None:
+def test_logprobs_is_a_number_in_completions_and_a_boolean_in_chat_completions() -> None:
     assert [text(logprobs=count).scored for count in (None, 0, 5)] == [None, 0, 5]
     assert [chat(logprobs=switch).scored for switch in (None, False, True)] == [None, None, 0]
     assert chat(logprobs=True, top_logprobs=20).scored == 20
@@ -178,41 +190,41 @@ def test_logprobs_are_a_number_of_texts_and_a_switch_of_chats() -> None:
 
 
 @pytest.mark.parametrize("field", sorted(NEUTRAL))
-def test_unsupported_fields_may_ask_for_nothing(field: str) -> None:
+def test_an_unsupported_field_is_accepted_with_its_default(field: str) -> None:
     for value in (*NEUTRAL[field], None):
         assert chat(**{field: value}) == chat()
 
 
 @pytest.mark.parametrize("value", ["auto", {"a": "b"}, False, 3, None])
-def test_fields_that_change_nothing_are_let_through(value: Any) -> None:
+def test_ignored_fields_are_accepted_with_any_value(value: Any) -> None:
     assert chat(**dict.fromkeys(HARMLESS, value)) == chat()
 
 
-def test_all_fields_of_openais_are_supported_ignored_or_refused() -> None:
+def test_every_field_of_openais_client_is_known() -> None:
     for kind, theirs in ((ChatRequest, ChatParams), (CompletionRequest, TextParams)):
         known = {*kind.model_fields, *HARMLESS, *NEUTRAL}
         assert set(theirs.__annotations__) <= known
 
 
-def test_the_schema_tells_of_ignored_and_unsupported_fields() -> None:
+def test_the_schema_lists_ignored_and_unsupported_fields() -> None:
     schema = ChatRequest.model_json_schema()
     assert not schema["additionalProperties"]
     assert {*HARMLESS, *NEUTRAL, *ChatRequest.model_fields} == set(schema["properties"])
     assert schema["properties"]["tool_choice"]["enum"] == ["none", "auto", None]
 
 
-def test_token_limits() -> None:
+def test_the_token_limit_has_two_names_in_chat_completions() -> None:
     assert (chat().limit, chat(max_tokens=3).limit) == (None, 3)
     assert (text().limit, text(max_tokens=5).limit) == (None, 5)
     assert (chat().default_max_tokens, text().default_max_tokens) == (None, 16)
     assert chat(max_tokens=3, max_completion_tokens=4).limit == 4
 
 
-def test_stop_is_a_string_or_a_list() -> None:
+def test_stop_is_a_string_or_a_list_of_strings() -> None:
     assert (chat().stops, chat(stop="a").stops, chat(stop=["a", "b"]).stops) == ((), ("a",), ("a", "b"))
 
 
-def test_messages_become_what_templates_want() -> None:
+def test_messages_have_the_form_that_chat_templates_expect() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = chat(
         messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]
@@ -221,7 +233,7 @@ def test_messages_become_what_templates_want() -> None:
     assert [message.plain() for message in request.messages] == wanted
 
 
-def test_a_prompt_is_a_text_or_tokens_or_several() -> None:
+def test_a_prompt_is_a_text_or_token_ids_or_a_list_of_either() -> None:
     asked = ("a", ["a", "b"], [1, 2], [[1], [2, 3]])
     assert [text(prompt=p).prompts for p in asked] == [["a"], ["a", "b"], [[1, 2]], [[1], [2, 3]]]
     for wrong, place in (

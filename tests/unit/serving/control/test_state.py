@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from rayft.errors import BadRequestError, UnknownModelError
-from rayft.serving.state import (
+from rayft.serving.control.state import (
     Asked,
     Deployed,
     Served,

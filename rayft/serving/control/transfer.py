@@ -16,8 +16,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from rayft.errors import RayftError, ResourceError
-from rayft.serving.copies import Copies, holds
-from rayft.serving.state import Deployed
+from rayft.serving.control.copies import Copies, holds
+from rayft.serving.control.state import Deployed
 
 __all__ = ["PART_BYTES", "receive"]
 

@@ -10,10 +10,10 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from rayft.artifacts import WEIGHTS_FILE, AdapterArtifact
 from rayft.errors import ArtifactError, ResourceError
-from rayft.serving import transfer
-from rayft.serving.copies import Copies
-from rayft.serving.state import Deployed
-from rayft.serving.transfer import receive
+from rayft.serving.control import transfer
+from rayft.serving.control.copies import Copies
+from rayft.serving.control.state import Deployed
+from rayft.serving.control.transfer import receive
 from tests.unit.serving.adapters import random_adapter
 
 SHAPES = {"layer.q_proj": (6, 4)}

@@ -37,9 +37,9 @@ from rayft.artifacts import WEIGHTS_FILE, settle
 from rayft.errors import ArtifactError, ResourceError
 from rayft.files import locked, room_on, write_file
 from rayft.paths import check_folder
-from rayft.serving.admission import read_adapter
-from rayft.serving.allowed import FILES
-from rayft.serving.state import Served
+from rayft.serving.control.admission import read_adapter
+from rayft.serving.control.allowed import FILES
+from rayft.serving.control.state import Served
 
 __all__ = ["STALE_SECONDS", "TOUCH_SECONDS", "Copies", "Record", "holds"]
 

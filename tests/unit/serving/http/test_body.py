@@ -1,4 +1,4 @@
-"""What the body of a request may hold, wherever in it."""
+"""What the body of a request may contain, at any depth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayft.errors import BadRequestError
-from rayft.serving.body import MAX_DEPTH, read_json, where
+from rayft.serving.http.body import MAX_DEPTH, read_json, where
 
 HALF = "\ud83d"
 """Half of an emoji."""
@@ -24,7 +24,7 @@ def nested(depth: int) -> bytes:
     return b'{"a":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
 
 
-def test_an_object_is_read_as_json_reads_it() -> None:
+def test_a_plain_object_is_parsed_as_json_parses_it() -> None:
     value = {"a": [1, 2.5, None, True, "🙂 \0 é"], "b": {"c": []}}
     assert read_json(body(value)) == value
     assert read_json(json.dumps(value, ensure_ascii=False).encode()) == value
@@ -48,7 +48,7 @@ def test_an_object_is_read_as_json_reads_it() -> None:
         (nested(100_000), None, "nested more than"),
         (b"[" * 100_000, None, "nested more than"),
         (b'{"a":' * 100_000, None, "nested more than"),
-        (b'{"a": {"b": 1, "b": 2}}', None, "'b' is given twice"),
+        (b'{"a": {"b": 1, "b": 2}}', None, "'b' occurs twice"),
         (b'{"a": NaN}', None, "NaN"),
         (b'{"a": [-Infinity]}', None, "-Infinity"),
         (b'{"a": [1e400]}', "a[0]", "64 bits"),
@@ -64,20 +64,22 @@ def test_an_object_is_read_as_json_reads_it() -> None:
         (b"true", None, "not a boolean"),
     ],
 )
-def test_what_could_do_harm_is_refused_where_it_is(given_body: bytes, param: str | None, word: str) -> None:
+def test_what_is_not_plain_json_is_refused_with_its_path(
+    given_body: bytes, param: str | None, word: str
+) -> None:
     with pytest.raises(BadRequestError, match=word) as caught:
         read_json(given_body)
     assert caught.value.param == param
     assert "set_int_max_str_digits" not in str(caught.value)
 
 
-def test_depth_and_numbers_up_to_the_limit_are_read() -> None:
+def test_depth_and_numbers_up_to_the_limits_are_accepted() -> None:
     read_json(nested(MAX_DEPTH))
     numbers = [2**63 - 1, -(2**63), 1e308, -0.0, 5e-324]
     assert read_json(body({"a": numbers})) == {"a": numbers}
 
 
-def test_places_are_written_as_clients_write_them() -> None:
+def test_paths_are_written_in_the_notation_of_clients() -> None:
     assert where(["messages", 0, "content", 2, "text"]) == "messages[0].content[2].text"
     assert where([]) == ""
 
@@ -94,7 +96,7 @@ anything = st.recursive(
 
 
 @given(anything)
-def test_whatever_is_read_can_be_encoded_and_nothing_else_is_raised(value: Any) -> None:
+def test_any_json_is_refused_or_its_value_can_be_encoded(value: Any) -> None:
     for text in (body(value), json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")):
         try:
             found = read_json(text)
@@ -107,7 +109,7 @@ def test_whatever_is_read_can_be_encoded_and_nothing_else_is_raised(value: Any) 
 
 
 @given(st.binary())
-def test_bytes_are_read_or_refused(data: bytes) -> None:
+def test_any_bytes_are_refused_or_parsed(data: bytes) -> None:
     try:
         assert isinstance(read_json(data), dict)
     except BadRequestError as error:

@@ -9,7 +9,7 @@ import pytest
 from rayft.config import parse
 from rayft.errors import ConfigError
 from rayft.serving.config import ServeConfig
-from rayft.serving.keys import KeyConfig, UnauthorizedError, identify, resolved
+from rayft.serving.http.auth import KeyConfig, UnauthorizedError, identify, resolved
 
 SECRET, OTHER = "s3cret-of-the-admin", "s3cret-of-somebody"
 
@@ -18,7 +18,9 @@ def sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_keys_are_found_and_become_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolved_keys_are_hashes_and_identify_their_callers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("THE_KEY", SECRET)
     (tmp_path / "key").write_text(OTHER + "\n")
     keys = resolved(
@@ -35,13 +37,13 @@ def test_keys_are_found_and_become_hashes(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Bearer wrong", f"Basic {SECRET}", SECRET])
-def test_without_a_known_key_nobody_is_let_in(header: str | None) -> None:
+def test_a_request_without_a_known_key_is_refused(header: str | None) -> None:
     keys = [KeyConfig(name="ops", role="admin", sha256=sha(SECRET)), KeyConfig(name="b", sha256=sha(OTHER))]
     with pytest.raises(UnauthorizedError):
         identify(keys, header)
 
 
-def test_without_keys_anyone_may() -> None:
+def test_anyone_may_call_a_server_without_keys() -> None:
     assert identify([], None).admin
 
 
@@ -51,29 +53,29 @@ def test_without_keys_anyone_may() -> None:
         ({"name": "a"}, "one of env, file and sha256"),
         ({"name": "a", "env": "A", "file": "b"}, "one of env, file and sha256"),
         ({"name": "a", "sha256": "abc"}, "64 hex digits"),
-        ({"name": "a", "role": "admin", "env": "A", "adapters": ["b"]}, "drop adapters"),
+        ({"name": "a", "role": "admin", "env": "A", "adapters": ["b"]}, "remove its `adapters`"),
         ({"name": "a", "key": "plain"}, "key"),
     ],
 )
-def test_wrong_keys_are_named(key: dict[str, Any], word: str) -> None:
+def test_a_wrong_key_configuration_is_an_error(key: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         parse(ServeConfig, {"keys": [key]})
 
 
-def test_keys_that_are_not_there_stop_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_key_that_can_not_be_used_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SHORT", "abc")
     monkeypatch.setenv("ONE", SECRET)
     for keys, word in (
-        ([{"name": "a", "env": "NO_SUCH_KEY"}], "the environment has no NO_SUCH_KEY"),
+        ([{"name": "a", "env": "NO_SUCH_KEY"}], "the environment variable NO_SUCH_KEY is not set"),
         ([{"name": "a", "file": str(tmp_path / "none")}], "No such file"),
         ([{"name": "a", "env": "SHORT"}], "fewer than 16"),
-        ([{"name": "a", "env": "ONE"}, {"name": "b", "env": "ONE"}], "two keys are the same"),
+        ([{"name": "a", "env": "ONE"}, {"name": "b", "env": "ONE"}], "two keys are equal"),
     ):
         with pytest.raises(ConfigError, match=word):
             resolved([parse(KeyConfig, key) for key in keys])
 
 
-def test_an_address_that_others_reach_needs_keys() -> None:
+def test_an_address_that_other_machines_reach_needs_keys() -> None:
     with pytest.raises(ConfigError, match="callers need keys"):
         parse(ServeConfig, {"host": "192.0.2.1"})
     for host in ("127.0.0.1", "localhost"):

@@ -7,8 +7,8 @@ import pytest
 
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, DiskFullError, ResourceError
-from rayft.serving.copies import STALE_SECONDS, Copies, Record
-from rayft.serving.state import Deployed, Served
+from rayft.serving.control.copies import STALE_SECONDS, Copies, Record
+from rayft.serving.control.state import Deployed, Served
 from tests.disks import PAGE, Disk
 from tests.unit.serving.adapters import random_adapter
 

@@ -16,8 +16,8 @@ from rayft.errors import ArtifactError, BadRequestError, DiskFullError, Resource
 from rayft.registry.ref import AdapterVersion
 from rayft.registry.store import MlflowRegistry
 from rayft.serving.config import ServeConfig
-from rayft.serving.director import Director
-from rayft.serving.state import Served
+from rayft.serving.control.director import Director
+from rayft.serving.control.state import Served
 from tests.unit.serving.adapters import random_adapter
 
 SHAPES = {"layer.q_proj": (6, 4)}

@@ -17,9 +17,9 @@ from rayft.errors import ArtifactError, BadRequestError, DiskFullError
 from rayft.files import room_on
 from rayft.paths import check_folder
 from rayft.registry.ref import AdapterRef, Registry
-from rayft.serving.admission import BaseModel, check_adapter, read_adapter
-from rayft.serving.allowed import FILES
-from rayft.serving.state import Deployed
+from rayft.serving.control.admission import BaseModel, check_adapter, read_adapter
+from rayft.serving.control.allowed import FILES
+from rayft.serving.control.state import Deployed
 from rayft.squeeze.budget import parse_bytes
 
 __all__ = ["check_source", "find", "followed", "moved"]

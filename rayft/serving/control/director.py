@@ -25,12 +25,12 @@ from ray.serve.handle import DeploymentHandle
 from rayft.errors import BadRequestError, RayftError, RequestError, ResourceError, TrackingError
 from rayft.registry.ref import Registry
 from rayft.registry.store import MlflowRegistry
-from rayft.serving import sources, state
-from rayft.serving.admission import BaseModel
 from rayft.serving.config import ServeConfig
-from rayft.serving.copies import TOUCH_SECONDS, Copies, Record
+from rayft.serving.control import sources, state
+from rayft.serving.control.admission import BaseModel
+from rayft.serving.control.copies import TOUCH_SECONDS, Copies, Record
+from rayft.serving.control.state import Deployed, Served
 from rayft.serving.presence import ending
-from rayft.serving.state import Deployed, Served
 
 __all__ = ["Director", "DirectorDeployment", "initial"]
 

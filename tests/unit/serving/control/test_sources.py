@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rayft.errors import ArtifactError, BadRequestError, DiskFullError
-from rayft.serving.allowed import check_allowed
-from rayft.serving.sources import check_source, find, followed
+from rayft.serving.control.allowed import check_allowed
+from rayft.serving.control.sources import check_source, find, followed
 from tests.disks import PAGE, Disk
 from tests.unit.serving.adapters import random_adapter
 

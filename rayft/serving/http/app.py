@@ -1,0 +1,248 @@
+"""The HTTP application: OpenAI's interface and the routes that change what is served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.resources import files
+from typing import Annotated, Any
+
+import ray.serve as ray_serve
+from fastapi import APIRouter, Depends, FastAPI, Path, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+
+from rayft import __version__
+from rayft.errors import RayftError, RequestError, UnknownModelError
+from rayft.serving.control.state import Deployed
+from rayft.serving.http.auth import Administrator, Caller, KeyConfig, KnownCaller, identify
+from rayft.serving.http.body import GuardedRoute
+from rayft.serving.http.errors import HANDLED, RETRY_SECONDS, answer_error
+from rayft.serving.http.gateway import Gateway
+from rayft.serving.http.responses import (
+    AdapterDeleted,
+    AdapterList,
+    AdapterVersions,
+    ChatCompletion,
+    Completion,
+    ErrorAnswer,
+    Health,
+    ModelEntry,
+    ModelList,
+    NotReady,
+    Readiness,
+)
+from rayft.serving.http.schemas import ChatRequest, CompletionRequest, LoadRequest
+from rayft.serving.http.streaming import ChatForm, Form, TextForm, collected, events
+from rayft.serving.messages import NAME
+from rayft.serving.presence import NoReplicaError
+
+__all__ = ["Ingress", "IngressDeployment", "create_app"]
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": what}
+    for status, what in {
+        400: "The request is malformed or can't be fulfilled.",
+        401: "The request has no known key.",
+        403: "The key does not permit this operation.",
+        404: "This name is not served here.",
+        405: "The path does not support this method.",
+        413: "The body is too large.",
+        429: "Too many requests are waiting.",
+        503: "No replica is up, or there is no room.",
+        504: "The request took too long.",
+    }.items()
+}
+"""The errors that any route may answer."""
+
+STREAM: dict[int | str, dict[str, Any]] = {
+    # OpenAPI 3.1 can't describe the content of single events.
+    200: {"description": "The answer, whole or as a stream.", "content": {"text/event-stream": {}}}
+}
+
+router = APIRouter(route_class=GuardedRoute, responses=ERRORS)
+
+
+async def _gateway(request: Request) -> Gateway:
+    found: Gateway = request.app.state.gateway
+    return found
+
+
+Replicas = Annotated[Gateway, Depends(_gateway)]
+
+# Both only describe the parameter: a name of another form is not served, and so answered 404.
+ModelName = Annotated[str, Path(json_schema_extra={"minLength": 1})]
+AdapterName = Annotated[str, Path(json_schema_extra={"pattern": f"^{NAME}$"})]
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> HTMLResponse:
+    """Return the page that shows the adapters to a person."""
+    return HTMLResponse(files("rayft.serving.http").joinpath("page.html").read_text(encoding="utf-8"))
+
+
+@router.get("/healthz")
+async def healthz(gateway: Replicas) -> Health:
+    """Report that this process is alive and, if a replica is up, what its engine has done."""
+    engine: Any = await gateway.engine()
+    return {"status": "ok", "engine": engine}
+
+
+@router.get("/readyz", response_model=Readiness, responses={503: {"model": NotReady}})
+async def readyz(request: Request, gateway: Replicas) -> Any:
+    """Report whether requests can be answered, which takes the director and a replica."""
+    try:
+        return await gateway.readiness()
+    except (RayError, RayftError) as error:
+        body: NotReady = {"status": "not ready", "reason": _reason(request, error)}
+        return JSONResponse(body, status_code=503, headers={"Retry-After": str(RETRY_SECONDS)})
+
+
+@router.get("/v1/models")
+async def list_models(caller: KnownCaller, gateway: Replicas) -> ModelList:
+    """List the base and the adapters that the caller may use; of a canary's two versions, the older one."""
+    newest_first = reversed(await gateway.models(caller))
+    return {"object": "list", "data": [*{entry["id"]: entry for entry in newest_first}.values()][::-1]}
+
+
+@router.get("/v1/models/{name:path}")
+async def describe_model(caller: KnownCaller, gateway: Replicas, name: ModelName) -> ModelEntry:
+    """Describe one model: `base`, the name of an adapter, or `name@version`."""
+    for entry in await gateway.models(caller):
+        if name == entry["id"] or ("version" in entry and name == f"{entry['id']}@{entry['version']}"):
+            return entry
+    raise UnknownModelError(f"no model '{name}' is served here; see /v1/models", param="model")
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM)
+async def chat_completions(caller: KnownCaller, gateway: Replicas, body: ChatRequest) -> Any:
+    """Continue a conversation."""
+    return await _answer(gateway, caller, body, ChatForm(body.model))
+
+
+@router.post("/v1/completions", response_model=Completion, responses=STREAM)
+async def completions(caller: KnownCaller, gateway: Replicas, body: CompletionRequest) -> Any:
+    """Continue a text."""
+    return await _answer(gateway, caller, body, TextForm(body.model))
+
+
+@router.get("/v1/adapters")
+async def list_adapters(caller: KnownCaller, gateway: Replicas) -> AdapterList:
+    """List the adapters that the caller may use, with their tiers and traffic."""
+    return await gateway.adapters(caller)
+
+
+@router.post("/v1/adapters", status_code=201)
+async def load_adapter(request: Request, _: Administrator, gateway: Replicas, body: LoadRequest) -> Deployed:
+    """Serve an adapter under a name, on all replicas or on none."""
+    body.check(request.app.state.roots)
+    return await gateway.change("load", body.name, body.source, body.weight, body.pinned)
+
+
+@router.get("/v1/adapters/{name}")
+async def describe_adapter(caller: KnownCaller, gateway: Replicas, name: AdapterName) -> AdapterVersions:
+    """Describe the versions of one adapter."""
+    return {"object": "adapter", "id": name, "versions": await gateway.versions(caller, name)}
+
+
+@router.delete("/v1/adapters/{name}")
+async def unload_adapter(_: Administrator, gateway: Replicas, name: AdapterName) -> AdapterDeleted:
+    """Stop serving an adapter; requests that are running with it end first."""
+    await gateway.change("unload", name)
+    return {"object": "adapter", "id": name, "deleted": True}
+
+
+@router.post("/v1/adapters/{name}/promote")
+async def promote_adapter(_: Administrator, gateway: Replicas, name: AdapterName) -> Deployed:
+    """Give all traffic of a name to its canary."""
+    return await gateway.change("promote", name)
+
+
+@router.post("/v1/adapters/{name}/rollback")
+async def roll_back_adapter(_: Administrator, gateway: Replicas, name: AdapterName) -> Deployed:
+    """Take back the canary of a name, or else its last change."""
+    return await gateway.change("rollback", name)
+
+
+async def _answer(
+    gateway: Gateway, caller: Caller, request: ChatRequest | CompletionRequest, form: Form
+) -> Response | dict[str, Any]:
+    """Answer a request whole, or as a stream."""
+    first, deltas = await gateway.generate(caller, request)
+    form.fingerprint = first.fingerprint
+    if not request.stream:
+        return form.whole(await collected(first, deltas))
+    counts = request.stream_options is not None and request.stream_options.include_usage
+    return StreamingResponse(
+        events(form, first, deltas, counts),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache"},
+    )
+
+
+def _reason(request: Request, error: Exception) -> str:
+    """Return why requests can't be answered; only callers with a key may read it in full, with paths."""
+    with suppress(RequestError):
+        identify(request.app.state.keys, request.headers.get("authorization"))
+        return str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
+    return error.public if isinstance(error, NoReplicaError) else type(error).__name__
+
+
+class _Application(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """Describe the interface without FastAPI's own errors, which `answer_error` replaces by ours."""
+        document = super().openapi()
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+        return document
+
+
+def create_app(
+    gateway: Gateway,
+    keys: Sequence[KeyConfig] = (),
+    roots: Sequence[str] = (),
+    max_body_bytes: int = 16 * 10**6,
+) -> FastAPI:
+    """Create the application.
+
+    Args:
+        gateway: calls the replicas and the director.
+        keys: the callers' keys as hashes; anyone may call where there are none.
+        roots: folders and URL prefixes below which adapters may be loaded.
+        max_body_bytes: size of the largest body that is accepted.
+    """
+    app = _Application(title="rayft", version=__version__, docs_url=None, redoc_url=None)
+    app.state.gateway, app.state.keys, app.state.roots = gateway, keys, roots
+    app.state.max_body_bytes = max_body_bytes
+    app.include_router(router)
+    for kind in HANDLED:
+        app.add_exception_handler(kind, answer_error)
+    return app
+
+
+class Ingress:
+    """The deployment of Ray Serve that clients talk to."""
+
+    def __init__(
+        self,
+        replica: DeploymentHandle[Any],
+        director: DeploymentHandle[Any],
+        keys: tuple[KeyConfig, ...],
+        roots: tuple[str, ...],
+        max_body_bytes: int,
+        waiting: tuple[float, float],
+    ) -> None:
+        """Create the application; the arguments are those of `create_app` and `Gateway`."""
+        self._app = create_app(Gateway(replica, director, waiting), keys, roots, max_body_bytes)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Return the application; Ray Serve calls this once, in the process that answers."""
+        return self._app
+
+
+IngressDeployment = ray_serve.deployment(name="Ingress")(ray_serve.ingress()(Ingress))
+"""What Ray Serve runs; `rayft.serving.build` sets its size and resources."""

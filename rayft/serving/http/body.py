@@ -1,0 +1,175 @@
+"""Read the body of a request as plain JSON: after authentication, before FastAPI validates it.
+
+Plain JSON here means: UTF-8, valid Unicode in every key and string, no duplicate key in an object, numbers
+that fit 64 bits, and a limited depth. No later step (pickling a request for a replica, tokenizing it, writing
+its text into an error or a log) can then fail on the encoding, the depth or the size of a value.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, NoReturn
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from rayft.config import lone_surrogate
+from rayft.errors import BadRequestError, TooLargeError
+from rayft.serving.http.auth import Guard
+
+__all__ = ["MAX_DEPTH", "GuardedRoute", "read_json", "where"]
+
+MAX_DEPTH = 32
+"""Largest number of objects and arrays within one another."""
+
+LONGEST_NUMBER = 400
+"""Most characters of an integer that is parsed; a 64-bit float that is written out has fewer."""
+
+
+class GuardedRoute(APIRoute):
+    """A route that authenticates the caller, then reads the body, and only then lets FastAPI handle the rest.
+
+    FastAPI alone would read and parse the body before it resolves the dependencies that authenticate.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap FastAPI's handler of the route."""
+        handle = super().get_route_handler()
+        guards = [one.call for one in self.dependant.dependencies if isinstance(one.call, Guard)]
+        has_body = self.body_field is not None
+
+        async def guarded(request: Request) -> Response:
+            for guard in guards:
+                await guard(request)
+            return await handle(await _JsonRequest.read(request) if has_body else request)
+
+        return guarded
+
+
+class _JsonRequest(Request):
+    """A request whose body has been read and checked."""
+
+    _read: bytes
+    _parsed: dict[str, Any]
+
+    @classmethod
+    async def read(cls, request: Request) -> _JsonRequest:
+        """Read and check the body of a request.
+
+        Raises:
+            TooLargeError: if the body has more bytes than `app.state.max_body_bytes`.
+            BadRequestError: as `read_json`.
+        """
+        most, body = request.app.state.max_body_bytes, bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise TooLargeError(
+                    f"the body has more than the {most:,} bytes that this server accepts; send less at "
+                    "once, or raise max_body_bytes"
+                )
+        # FastAPI parses only what is declared as JSON; `curl -d` and others declare something else.
+        headers = [(name, value) for name, value in request.headers.raw if name != b"content-type"]
+        made = cls({**request.scope, "headers": [*headers, (b"content-type", b"application/json")]})
+        made._read, made._parsed = bytes(body), read_json(bytes(body))
+        return made
+
+    async def body(self) -> bytes:
+        """Return the bytes of the body."""
+        return self._read
+
+    async def json(self) -> Any:
+        """Return the parsed body."""
+        return self._parsed
+
+
+def where(path: Sequence[str | int]) -> str:
+    """Return the path to a value in the body in the notation that clients use: `messages[0].content`."""
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{part}" if text else part
+    return text
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """Parse a body that must be a JSON object.
+
+    Raises:
+        BadRequestError: if it is not plain JSON; its `param` is the path to the value at fault.
+    """
+    try:
+        data = json.loads(
+            # RFC 8259 allows only UTF-8; `json.loads` would detect UTF-16 too, and accept surrogates.
+            body.decode("utf-8-sig"),
+            parse_int=_integer,
+            parse_constant=_no_constant,
+            object_pairs_hook=_object,
+        )
+    except UnicodeDecodeError as error:
+        raise BadRequestError(
+            f"the body is not valid JSON: it is not UTF-8 (byte {error.start}: {error.reason})"
+        ) from error
+    except RecursionError as error:
+        raise BadRequestError(_too_deep("the body")) from error
+    except ValueError as error:
+        raise BadRequestError(f"the body is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        kinds = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+        raise BadRequestError(f"the body must be a JSON object, not {kinds.get(type(data), 'a number')}")
+    _check(data, [])
+    return data
+
+
+def _integer(digits: str) -> int | float:
+    # Infinity stands for an integer that is too long; `_check`, which knows its path, refuses it.
+    return int(digits) if len(digits) <= LONGEST_NUMBER else math.inf
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise BadRequestError(f"the body is not valid JSON: {name} is not a JSON number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise BadRequestError(f"the key {twice!a} occurs twice in one object; send it once")
+    return found
+
+
+def _check(value: object, path: list[str | int]) -> None:
+    """Check a value and all values inside it."""
+    if isinstance(value, str):
+        _check_text(value, path)
+    elif isinstance(value, dict | list):
+        if len(path) >= MAX_DEPTH:
+            raise BadRequestError(_too_deep(f"'{where(path[:1])}'"), param=where(path[:1]))
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(key, str):
+                _check_text(key, path, "a key of ")
+            # Long arrays hold mostly token ids; one call for each of them would dominate the time.
+            if type(inner) is not int or not -(2**63) <= inner < 2**63:
+                _check(inner, [*path, key])
+    elif isinstance(value, int | float):
+        fits = math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63
+        if not fits:
+            raise BadRequestError(
+                f"'{where(path)}' is a number that does not fit into 64 bits", param=where(path)
+            )
+
+
+def _check_text(text: str, path: Sequence[str | int], what: str = "") -> None:
+    if problem := lone_surrogate(text):
+        place = where(path)
+        named = f"'{place}'" if place else "the body"
+        raise BadRequestError(f"{what}{named} is not valid Unicode: {problem}", param=place or None)
+
+
+def _too_deep(what: str) -> str:
+    return f"{what} is nested more than {MAX_DEPTH} levels deep"

@@ -1,0 +1,202 @@
+"""What the routes request from the replicas and the director, which may be lost, busy or still starting."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from typing import Any, cast
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.metrics import Counter
+
+from rayft.errors import (
+    RayftError,
+    RequestTimeoutError,
+    ResourceError,
+    TooManyRequestsError,
+    UnknownModelError,
+)
+from rayft.serving.control.state import Deployed, Served, parse_model
+from rayft.serving.http.auth import Caller
+from rayft.serving.http.responses import AdapterEntry, AdapterList, ModelEntry, Readiness
+from rayft.serving.http.schemas import TextRequest
+from rayft.serving.messages import BASE_NAME, Delta, ModelCard
+from rayft.serving.presence import Waiting
+
+__all__ = ["Gateway"]
+
+TRAFFIC = ("requests", "tokens", "errors")
+
+DIRECTOR_SECONDS = 10.0
+"""Time limit for the director to report what is served."""
+
+EACH_SECONDS = 10.0
+"""Time limit for all replicas to answer a call that goes to each of them."""
+
+
+class Gateway:
+    """Calls replicas and the director, and describes what they serve as a caller may see it."""
+
+    def __init__(
+        self,
+        replica: DeploymentHandle[Any],
+        director: DeploymentHandle[Any],
+        waiting: tuple[float, float],
+    ) -> None:
+        """Call nothing yet.
+
+        Args:
+            replica: handle of the replicas.
+            director: handle of the director.
+            waiting: seconds that a call waits while no replica is up, and in any case.
+        """
+        self._replica, self._director = replica, director
+        self._streaming = replica.options(stream=True)
+        refused: Any = Counter(
+            "rayft_unavailable_total", "Calls that were refused because no replica was up."
+        )
+        self._replicas_answer = Waiting("Replica", *waiting, refused.inc)
+        self._director_answers = Waiting("Director", waiting[0], DIRECTOR_SECONDS, refused.inc)
+        self._created = int(time.time())
+
+    async def engine(self) -> dict[str, Any] | None:
+        """Return what the engine of one replica has done; None if no replica is up."""
+        with suppress(RayError, RayftError):
+            found: dict[str, Any] = (await self._of_replica("stats"))["engine"]
+            return found
+        return None
+
+    async def readiness(self) -> Readiness:
+        """Return which change is served, and how many versions of adapters some replica can't load.
+
+        Raises:
+            RayftError, RayError: if the director or the replicas don't answer.
+        """
+        number = await self._of_director("number")
+        await self._of_replica("serving")
+        problems = await self._of_each("problems")
+        return {"status": "ready", "change": number, "unavailable": len(set().union(*problems))}
+
+    async def models(self, caller: Caller) -> list[ModelEntry]:
+        """Describe the base and all versions of adapters that the caller may use."""
+        return [self._model(card) for card in await self._cards(caller)]
+
+    async def adapters(self, caller: Caller) -> AdapterList:
+        """Describe all versions of adapters that the caller may use, with their tiers and traffic."""
+        about = await self._of_director("adapters")
+        served: Served = about["served"]
+        data = await self._described(caller, served)
+        found: AdapterList = {"object": "list", "data": data, "change": served.number}
+        if caller.admin:
+            found["refused"] = about["refused"]
+        return found
+
+    async def versions(self, caller: Caller, name: str) -> list[AdapterEntry]:
+        """Describe the versions of one adapter.
+
+        Raises:
+            UnknownModelError: if there is none that the caller may use.
+        """
+        served = await self._of_director("state")
+        found = [one for one in await self._described(caller, served) if one["id"] == name]
+        if not found:
+            raise UnknownModelError(f"no adapter '{name}' is served here; see /v1/adapters", param="name")
+        return found
+
+    async def change(self, method: str, *arguments: Any) -> Deployed:
+        """Let the director change what is served; this takes as long as reading an adapter does."""
+        await self._of_director("number")
+        changed: Deployed = await getattr(self._director, method).remote(*arguments)
+        return changed
+
+    async def generate(self, caller: Caller, request: TextRequest) -> tuple[Delta, AsyncIterator[Delta]]:
+        """Let a replica answer a request.
+
+        Returns:
+            The first delta, with which a replica accepts the request, and the iterator of those that follow.
+
+        Raises:
+            UnknownModelError: if the request's model is not served to this caller.
+            TooManyRequestsError: if too many requests are waiting.
+            RequestError, ResourceError: if no replica accepts the request.
+        """
+        if not caller.may_ask(parse_model(request.model).name):
+            # The same answer as for a name that does not exist: a key reveals nothing about others' adapters.
+            raise UnknownModelError(f"no model '{request.model}' is served here", param="model")
+        # Drawn here, so that router and replica choose the same version during a canary.
+        call: Any = self._streaming.generate.remote(request, random.random())
+        deltas: AsyncIterator[Delta] = aiter(call)
+        # Wait for the first delta: until the request is accepted, an error can still become a status.
+        try:
+            return await self._replicas_answer.answer(anext(deltas), call.cancel), deltas
+        except BackPressureError as error:
+            # Ray Serve itself would answer 503.
+            raise TooManyRequestsError("too many requests are waiting here; try again later") from error
+
+    async def _of_replica(self, method: str) -> Any:
+        """Call one replica; give up soon if none is up."""
+        call: Any = getattr(self._replica, method).remote()
+        return await self._replicas_answer.answer(call, call.cancel)
+
+    async def _of_director(self, method: str) -> Any:
+        """Call the director; give up soon if it is not up."""
+        call: Any = getattr(self._director, method).remote()
+        try:
+            return await self._director_answers.answer(call, call.cancel)
+        except RequestTimeoutError as error:
+            raise ResourceError(
+                "the director, which decides what is served, does not answer; try again"
+            ) from error
+
+    async def _of_each(self, method: str) -> list[Any]:
+        """Call all replicas, and return the answers of those that give one."""
+        try:
+            call = self._replica.broadcast(method)
+            answers = await call.results_async(timeout_s=EACH_SECONDS, return_exceptions=True)
+        except (TimeoutError, RayServeException):
+            return []
+        return [one for one in answers if not isinstance(one, Exception)]
+
+    async def _cards(self, caller: Caller) -> list[ModelCard]:
+        """Describe what a caller may use; a version counts as unavailable if no replica can serve it."""
+        found: list[ModelCard] = await self._of_replica("models")
+        cards = [card for card in found if caller.may_ask(card.id)]
+        if not any(card.unavailable for card in cards):
+            return cards
+        everywhere = [card for found in await self._of_each("models") for card in found]
+        loaded = {(card.id, card.version): card for card in everywhere if not card.unavailable}
+        return [loaded.get((card.id, card.version), card) for card in cards]
+
+    async def _described(self, caller: Caller, served: Served) -> list[AdapterEntry]:
+        """Describe each version of an adapter that a caller may use."""
+        replicas = await self._of_each("stats")
+        found: list[AdapterEntry] = []
+        for card in await self._cards(caller):
+            if card.id == BASE_NAME:
+                continue
+            key = f"{card.id}@{card.version}"
+            traffic = [one["traffic"].get(key, {}) for one in replicas]
+            share = served.weights.get(card.id)
+            newest = served.of(card.id)[-1:]
+            if share is not None and newest and newest[0].version != card.version:
+                share = 1 - share
+            reasons = [one["problems"][key] for one in replicas if key in one["problems"]]
+            about = self._model(replace(card, unavailable=next(iter(reasons), None)))
+            entry: Any = {
+                **about, "object": "adapter", "weight": 1.0 if share is None else share,
+                "tiers": [one["tiers"].get(key, "disk") for one in replicas],
+                "traffic": {what: sum(one.get(what, 0) for one in traffic) for what in TRAFFIC},
+            }  # fmt: skip
+            found.append(entry)
+        return found
+
+    def _model(self, card: ModelCard) -> ModelEntry:
+        """Return a card as clients see it, without what is unknown."""
+        known = {key: value for key, value in asdict(card).items() if value not in (None, ())}
+        entry: Any = {**known, "object": "model", "created": self._created, "owned_by": "rayft"}
+        return cast(ModelEntry, entry)
