@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.records import record, save
 from rayft.analysis.hessian import HessianOperator
+from rayft.analysis.job import TRAIL, analyze
 from rayft.analysis.section import PARTS, AnalyzeConfig
-from rayft.analysis.work import TRAIL, analyze
 from rayft.artifacts import AdapterArtifact
 from rayft.flow.analyze.source import find_items
 from rayft.train.context import Session, Worker

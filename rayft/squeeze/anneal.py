@@ -40,11 +40,11 @@ from rayft.methods.base import LoraFactors
 from rayft.numerics import generator
 from rayft.squeeze.factored_svd import factored_svd, sorted_factors
 
-__all__ = ["AnnealConfig", "LowerRank", "Moments", "Stage", "carry", "lower_rank", "revive"]
+__all__ = ["AnnealConfig", "LowerRank", "Moments", "Phase", "carry", "lower_rank", "revive"]
 
 
 @dataclass(frozen=True)
-class Stage:
+class Phase:
     """A part of a run with an engine of its own: steps `first` to `end` (excluded), counted from 0."""
 
     first: int
@@ -118,7 +118,7 @@ class AnnealConfig(Section):
             )
         return found
 
-    def plan(self, source: int, steps: int, warmup: int) -> list[Stage]:
+    def plan(self, source: int, steps: int, warmup: int) -> list[Phase]:
         """Share a run's steps out over its ranks.
 
         Args:
@@ -134,14 +134,14 @@ class AnnealConfig(Section):
         ends = [round(steps * done / sum(weights)) for done in accumulate(weights)]
         later = self.warmup if self.warmup is not None else warmup if self.moments == "reset" else 0
         warmups = [warmup, *[later] * (len(ranks) - 1)]
-        found = [Stage(*each) for each in zip([0, *ends[:-1]], ends, warmups, ranks, strict=True)]
-        for stage in found:
-            length, knob = stage.end - stage.first, "optim.warmup" if stage.first == 0 else "anneal.warmup"
-            if length < max(1, stage.warmup):
-                least = f"its warm-up of {stage.warmup}" if length else "one"
+        found = [Phase(*each) for each in zip([0, *ends[:-1]], ends, warmups, ranks, strict=True)]
+        for phase in found:
+            length, knob = phase.end - phase.first, "optim.warmup" if phase.first == 0 else "anneal.warmup"
+            if length < max(1, phase.warmup):
+                least = f"its warm-up of {phase.warmup}" if length else "one"
                 lower = f", lower {knob}" if length else ""
                 raise ConfigError(
-                    f"of optim.steps ({steps}) the stage of rank {stage.rank} gets {length}, fewer than "
+                    f"of optim.steps ({steps}) the phase of rank {phase.rank} gets {length}, fewer than "
                     f"{least}: raise optim.steps, take fewer anneal.stages{lower}"
                 )
         return found

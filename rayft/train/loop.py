@@ -24,7 +24,7 @@ from rayft.models.inject import Injected, clear, export, inject
 from rayft.models.methods import method
 from rayft.numerics import derive_seed, seed_everything
 from rayft.peft.folder import PeftFolder
-from rayft.squeeze.anneal import Stage
+from rayft.squeeze.anneal import Phase
 from rayft.train import checkpoint
 from rayft.train.context import Reporter, Session, Worker
 from rayft.train.deepspeed import Engine, build_engine, destroy, gathered, kept, release, set_lr
@@ -252,7 +252,7 @@ def _train(
     folder: Path,
     progress: _Progress,
     evaluate_at: Sequence[int],
-    stage: Stage,
+    stage: Phase,
 ) -> bool:
     """Take the steps of a stage; say whether the run may go on."""
     worker, model = session.worker, session.loaded.model

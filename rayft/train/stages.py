@@ -13,7 +13,7 @@ from torch import nn
 
 from rayft.methods.base import LoraFactors
 from rayft.models.inject import advance, factors_of, refit
-from rayft.squeeze.anneal import AnnealConfig, Moments, Stage, carry, lower_rank
+from rayft.squeeze.anneal import AnnealConfig, Moments, Phase, carry, lower_rank
 from rayft.train.context import Session, Worker
 from rayft.train.deepspeed import Engine, gathered, kept
 from rayft.train.links import spans
@@ -26,7 +26,7 @@ __all__ = ["Annealing", "Chain", "Stages", "stages"]
 class Stages:
     """A run of one stage, and the contract of those with more."""
 
-    def __init__(self, plan: Sequence[Stage]) -> None:
+    def __init__(self, plan: Sequence[Phase]) -> None:
         self.plan = plan
 
     def skip(self, model: nn.Module, stage: int) -> None:
@@ -42,7 +42,7 @@ class Stages:
 class Chain(Stages):
     """Links: the trained one is frozen, and a fresh one begins with a fresh optimizer."""
 
-    def __init__(self, plan: Sequence[Stage], run: RunConfig) -> None:
+    def __init__(self, plan: Sequence[Phase], run: RunConfig) -> None:
         super().__init__(plan)
         self._run = run
 
@@ -63,7 +63,7 @@ class Annealing(Stages):
     parameters of a group.
     """
 
-    def __init__(self, plan: Sequence[Stage], config: AnnealConfig, worker: Worker) -> None:
+    def __init__(self, plan: Sequence[Phase], config: AnnealConfig, worker: Worker) -> None:
         super().__init__(plan)
         self._config, self._worker = config, worker
         self._kept: dict[str, Master] = {}
@@ -116,5 +116,5 @@ def stages(run: RunConfig, session: Session) -> Stages:
     if run.anneal is not None:
         plan = run.anneal.plan(run.method.rank, optim.steps, optim.warmup)
         return Annealing(plan, run.anneal, session.worker)
-    plan = [Stage(*span, optim.warmup, run.method.rank) for span in spans(run, session.schedule(run))]
+    plan = [Phase(*span, optim.warmup, run.method.rank) for span in spans(run, session.schedule(run))]
     return Chain(plan, run) if run.method.chain else Stages(plan)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rayft.analysis.job import AnalyzeRequest
 from rayft.analysis.record import AdapterAnalysis
 from rayft.analysis.section import AnalyzeConfig
-from rayft.analysis.work import AnalyzeRequest
 from rayft.artifacts import AdapterArtifact
 from rayft.artifacts.meta import META_FILE, ArtifactMeta
 from rayft.artifacts.read import read_meta

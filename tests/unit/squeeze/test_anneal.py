@@ -11,7 +11,7 @@ from rayft.config import parse
 from rayft.errors import ConfigError
 from rayft.methods.base import LoraFactors
 from rayft.numerics import assert_close, generator, tolerance
-from rayft.squeeze.anneal import AnnealConfig, Moments, Stage, carry, lower_rank, revive
+from rayft.squeeze.anneal import AnnealConfig, Moments, Phase, carry, lower_rank, revive
 
 
 def random_factors(
@@ -82,7 +82,7 @@ def test_which_stage_warms_up(settings: dict[str, object], warmups: list[int]) -
     config = AnnealConfig.model_validate({"rank": 2, **settings})
     plan = config.plan(8, 12, 3)
     assert plan == [
-        Stage(4 * i, 4 * i + 4, warmup, rank)
+        Phase(4 * i, 4 * i + 4, warmup, rank)
         for i, (warmup, rank) in enumerate(zip(warmups, (8, 4, 2), strict=True))
     ]
 
@@ -111,7 +111,7 @@ def test_settings_that_make_no_schedule(settings: dict[str, object], match: str)
         ({"rank": 16}, 40, 3, r"rank 16, which is not below method.rank \(16\): raise method.rank"),
         ({"rank": 2, "ranks": [20, 2]}, 40, 3, r"goes to rank 20, which is not below method.rank \(16\)"),
         ({"rank": 13, "stages": 5}, 40, 3, "some of them twice: take fewer stages, or give anneal.ranks"),
-        ({"rank": 2}, 3, 0, r"of optim.steps \(3\) the stage of rank 4 gets 0, fewer than one: raise"),
+        ({"rank": 2}, 3, 0, r"of optim.steps \(3\) the phase of rank 4 gets 0, fewer than one: raise"),
         ({"rank": 2}, 7, 3, "rank 16 gets 2, fewer than its warm-up of 3: .*lower optim.warmup"),
         (
             {"rank": 2, "warmup": 9},

@@ -105,7 +105,7 @@ def analyze(
         trail: folder with the adapter at several steps, for its trajectory.
         base: what a tuned model started from.
     """
-    job = _Job(session, run, artifact, config, trail, base)
+    analysis = _Analysis(session, run, artifact, config, trail, base)
     done: dict[str, Any] = {}
     measures: dict[str, float] = {}
     notes: dict[str, str] = {}
@@ -117,7 +117,7 @@ def analyze(
             if artifact is not None:
                 attach(session.loaded.model, artifact)
             session.loaded.model.eval()
-            found = _within_memory(job.steps[part])
+            found = _within_memory(analysis.steps[part])
         except DiskFullError:
             raise
         except RayftError as error:
@@ -156,7 +156,7 @@ class _Found:
 
 
 @dataclass
-class _Job:
+class _Analysis:
     """One adapter in a session."""
 
     session: Session

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from rayft.analysis.gap import sample
+from rayft.analysis.job import AnalyzeRequest, analyze
 from rayft.analysis.landscape import Landscape
 from rayft.analysis.record import AdapterAnalysis
 from rayft.analysis.section import AnalyzeConfig
-from rayft.analysis.work import AnalyzeRequest, analyze
 from rayft.artifacts import AdapterArtifact
 from rayft.config import parse
 from rayft.data.pack import collate_rows, rows_of
