@@ -39,7 +39,7 @@ def test_the_figure_shows_the_results_of_the_demo() -> None:
     assert f'src="{PICTURE.relative_to(ROOT)}"' in README
 
 
-def test_every_command_in_it_exists() -> None:
+def test_every_command_in_the_readme_exists() -> None:
     commands = set(re.findall(r"\.venv/bin/rayft (\w+)", README))
     assert commands
     for command in commands:
@@ -50,7 +50,7 @@ def test_every_command_in_it_exists() -> None:
     assert all(re.search(rf"^{target}:", makefile, flags=re.M) for target in targets)
 
 
-def test_its_configuration_is_valid() -> None:
+def test_the_readmes_configuration_is_valid() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
     config = parse(PipelineConfig, read_yaml(block))
     assert set(config.sweep.methods) == {"lora", "cla"}
