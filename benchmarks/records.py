@@ -1,4 +1,7 @@
-"""The one format of results, and the README's tables made from it."""
+"""The format of all results, and the tables and the figure that the README and the docs make of them.
+
+`python -m benchmarks.records` writes them into the pages.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from benchmarks.demo_figure import demo_image
+from benchmarks.demo_figure import write as write_demo_figure
 from benchmarks.study import (
     study_chains_table,
     study_full_table,
@@ -58,8 +63,49 @@ def load(bench: str) -> list[dict[str, Any]]:
     return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
 
 
+def headline_table() -> str:
+    """Return the README's small table: what rayft reaches, beside what it is compared with."""
+    demo, step, squeeze = cases("demo"), cases("train_step"), cases("squeeze_speed", everywhere=True)
+    engines, http = cases("serve_engines"), cases("serve_http")["16_clients/cpu"]
+    squeezed = [case for case in demo if "@r" in case]
+    smallest = min(squeezed, key=lambda case: demo[case]["mb"]["value"])
+    winner, _, rank = smallest.partition("@r")
+    scored = {
+        case: f"score {_cell(demo[case], 'score', '{:.2f}')} at {_cell(demo[case], 'mb', '{:.1f} MB')}"
+        for case in (winner, smallest)
+    }
+    ms = {
+        name: _cell(step[f"{name}/1b/16x512"], "ms", "{:.0f} ms")
+        for name in ("floor", "lora", "peft_lora", "peft_lora_bf16")
+    }
+    gpu = squeeze["llama8b_r64_to_r16/gpu"]
+    rate = "{:,.0f} tokens/s"
+    served = {
+        name: _cell(engines[f"{name}/8_adapters/1b"], "tokens_per_second", rate)
+        for name in ("packed", "transformers")
+    }
+    rows = [
+        (f"Demo's winner squeezed to rank {rank}", scored[smallest], f"as trained: {scored[winner]}"),
+        (
+            "LoRA training step, 1 B model, H100", ms["lora"],
+            f"PEFT: {ms['peft_lora']}, in bfloat16 {ms['peft_lora_bf16']}; no adapter: {ms['floor']}",
+        ),
+        (
+            "Squeezing an 8 B model's adapter, H100", _cell(gpu, "seconds", "{:.1f} s"),
+            f"PEFT's conversion: {_cell(gpu, 'speedup_over_peft', '{:.0f}')} times as long",
+        ),
+        ("8 adapters on one 1 B model, H100", served["packed"], f"transformers: {served['transformers']}"),
+        (
+            "16 clients on two CPU threads", _cell(http, "tokens_per_second", rate),
+            f"`generate` in one batch: {_cell(http, 'generate_tokens_per_second', rate)}",
+        ),
+    ]  # fmt: skip
+    lines = (("", "rayft", "compared with"), ("---",) * 3, *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def demo_table() -> str:
-    """Make the README's table of the demo."""
+    """Return the table of the demo's trials and squeezed adapters."""
     found = cases("demo")
     lines = ["| | score on test [95 %] | parameters | size | training |", "| --- | --- | --- | --- | --- |"]
     for case, metrics in found.items():
@@ -94,7 +140,7 @@ def cases(bench: str, *, everywhere: bool = False) -> dict[str, dict[str, dict[s
 
 
 def train_step_table() -> str:
-    """Make the README's table of training steps: every method against the floor."""
+    """Return the table of training steps: every method against the floor."""
     found = cases("train_step")
     places = {
         "1b/16x512/graph": "by graph",
@@ -130,7 +176,7 @@ STEP = {"ms": "{:.1f}", "time_over_floor": "{:.3f}", "gib": "{:.2f}", "memory_ov
 
 
 def methods_quality_table() -> str:
-    """Make the README's tables of methods on tasks, one a budget, best mean first."""
+    """Return the tables of methods on tasks, one for each budget, best mean first."""
     found = cases("methods_quality", everywhere=True)
     parts = [case.split("/") for case in found]
     tasks = [task for task in dict.fromkeys(part[1] for part in parts) if task != "mean"]
@@ -177,7 +223,7 @@ def _all(
 
 
 def squeeze_table() -> str:
-    """Make the README's table of squeezing: exactness, then speed against PEFT's conversion."""
+    """Return the table of squeezing: exactness, then speed against PEFT's conversion."""
     speed = cases("squeeze_speed", everywhere=True)
     lines = ["| | | on |", "| --- | --- | --- |"]
     for error in load("squeeze_exactness"):
@@ -196,7 +242,7 @@ def squeeze_table() -> str:
 
 
 def squeeze_quality_table() -> str:
-    """Make the table of ways to a rank: scores on each task, differences of the mean."""
+    """Return the table of ways to reach a rank: scores on each task, differences of the mean."""
     found = cases("squeeze_quality", everywhere=True)
     names = [case.split("/") for case in found]
     tasks = [task for task in dict.fromkeys(name[1] for name in names) if task != "mean"]
@@ -217,7 +263,7 @@ def squeeze_quality_table() -> str:
 
 
 def serving_table() -> str:
-    """Make the README's table of serving over HTTP, against `generate` on the same prompts."""
+    """Return the table of serving over HTTP, against `generate` on the same prompts."""
     found = cases("serve_http")
     lines = [
         "| clients at once | tokens/s | `generate`: tokens/s | ratio | first token |",
@@ -239,7 +285,7 @@ def serving_table() -> str:
 
 
 def serving_gpu_table() -> str:
-    """Make the tables of serving on a GPU: the kernels beside the linears, then the engine's forwards."""
+    """Return the tables of serving on a GPU: the kernels beside the linears, then the engine's forwards."""
     kernels = cases("adapter_kernels")
     lines = [
         "| all linears alone, by graph | base | adapters: grouped kernels | padded to rank 64 | one by one |",
@@ -269,7 +315,7 @@ def serving_gpu_table() -> str:
 
 
 def _rates() -> list[str]:
-    """Make the table of tokens a second through the engine's queue."""
+    """Return the table of tokens a second through the engine's queue."""
     many, engines = cases("serve_many"), cases("serve_engines")
     named = {"base/1b": "the base", "1_adapters/1b": "1 adapter"}
     named |= {f"{n}_adapters/1b": f"{n} adapters" for n in (8, 32, 128, 512)}
@@ -316,6 +362,8 @@ FORWARDS = (
 )
 
 TABLES = {
+    "headline": headline_table,
+    "demo_figure": lambda: demo_image(cases("demo")),
     "serving": serving_table,
     "serving_gpu": serving_gpu_table,
     "demo": demo_table,
@@ -328,12 +376,12 @@ TABLES = {
     "study_chains": study_chains_table,
     "study_full": study_full_table,
 }
-PAGES = ("README.md", "docs/squeezing.md", "docs/serving.md", "docs/study/README.md")
-"""Where tables are, between their markers."""
+PAGES = ("README.md", "docs/results.md", "docs/squeezing.md", "docs/serving.md", "docs/study/README.md")
+"""The pages that have tables, each between its markers."""
 
 
 def with_tables(text: str) -> str:
-    """Put the tables between their markers."""
+    """Return a page's text with each table between its markers made anew."""
     for name, make in TABLES.items():
         pattern = rf"(<!-- results:{name} -->\n).*?(<!-- /results:{name} -->)"
         text = re.sub(pattern, lambda found, make=make: f"{found[1]}{make()}\n{found[2]}", text, flags=re.S)  # type: ignore[misc]
@@ -341,6 +389,7 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
+    write_demo_figure(cases("demo"))
     for name in PAGES:
         page = ROOT / name
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

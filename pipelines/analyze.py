@@ -1,4 +1,4 @@
-"""Measure what adapters are like beside their score: `rayft analyze` as a script."""
+"""Measure properties of adapters other than their score: `rayft analyze` as a script."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ from rayft.flow.console import terminal
 
 
 def main() -> None:
-    """Parse and call; with no argument it analyses the demo's sweep."""
+    """Parse the options and run the command; without arguments, analyse the demo's sweep."""
     demo = default_folder("demo")
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("target", nargs="?", default=str(demo), help="a sweep, an adapter or a run's id")
-    parser.add_argument("--parts", action="append", default=[], help="gap, bounds, spectra, …; by commas")
+    parser.add_argument(
+        "target",
+        nargs="?",
+        default=str(demo),
+        help="a sweep's folder, an adapter's folder or the id of a tracked run",
+    )
+    parser.add_argument(
+        "--parts", action="append", default=[], help="gap, bounds, spectra, …; separated by commas"
+    )
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--config", help="a sweep's configuration: base and data")
-    parser.add_argument("--out", help="folder for analysis.json")
-    parser.add_argument("--uri", help="tracking server of a run")
+    parser.add_argument(
+        "--config", help="a sweep's configuration, for the base and the data of a lone adapter"
+    )
+    parser.add_argument("--out", help="folder for analysis.json; by default the target")
+    parser.add_argument("--uri", help="tracking server that has the run")
     parser.add_argument("--overwrite", action="store_true", help="replace an analysis of other adapters")
     options = vars(parser.parse_args())
     target = options.pop("target")

@@ -10,10 +10,13 @@ from rayft.flow.console import terminal
 
 
 def main() -> None:
-    """Parse and call; with no argument it serves the demo's result."""
+    """Parse the options and run the command; without arguments, serve the demo's result."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default=str(default_folder("demo") / "serve.yaml"))
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="set a leaf")
+    serving = str(default_folder("demo") / "serve.yaml")
+    parser.add_argument("--config", default=serving, help="a serving configuration")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="set a leaf of the configuration"
+    )
     arguments = parser.parse_args()
     commands.guarded(lambda: commands.serve(arguments.config, arguments.set, terminal()))
 
