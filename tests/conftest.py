@@ -30,7 +30,10 @@ from tests.disks import Disk, mounted
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-CLUSTERS = {"servers": ("tests/integration/test_serving",), "sweeps": ("tests/e2e/", "tests/integration/")}
+CLUSTERS = {
+    "servers": ("tests/integration/test_serving", "tests/integration/one_server/"),
+    "sweeps": ("tests/e2e/", "tests/integration/"),
+}
 """Tests that share a Ray cluster, and so a process: what they need it for → how their names begin."""
 
 

@@ -1,4 +1,4 @@
-"""From a configuration to a running application."""
+"""Builds, checks, starts and stops the Ray Serve application of a configuration."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ from rayft.tracking.base import check_uri
 __all__ = ["APPLICATION", "app", "build_app", "check", "preflight", "run", "stop"]
 
 WAITING_PER_RUNNING = 4
-"""Requests that wait in a replica for each that runs, so that a place is filled at the next step."""
+"""Waiting requests in a replica for each running one, so that a free place is filled at the next step."""
 
 SPARE = 1000
-"""Requests to the ingress for more than text: refusals, lists, health."""
+"""Room in the ingress for requests that generate no text: refusals, lists, health."""
 
 ON_HEAD = {"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
-"""Places ingress and director on the head, as Ray Serve's controller is: a lost worker node does not take
-them. They take no core, which the replicas would miss."""
+"""Resources that place ingress and director on the head node, beside Ray Serve's controller, so that the loss
+of a worker node does not affect them. They reserve no core, which the replicas need."""
 
 ROUTING_SECONDS = 1.0
-"""How often replicas tell the routers which adapters they have on the device."""
+"""Interval at which replicas report to the routers which adapters they have on the device."""
 
 
 def app(args: dict[str, Any]) -> ray_serve.Application:
-    """Build the application from the `args` of a file that `serve run` or `serve deploy` reads.
+    """Build the application from the `args` in a file for `serve run` or `serve deploy`.
 
     Raises:
-        ConfigError: as `build_app`, or if they are no settings of `ServeConfig`.
+        ConfigError: as `build_app`, or if the `args` are not valid settings of `ServeConfig`.
     """
     return build_app(parse(ServeConfig, args))
 
@@ -64,15 +64,15 @@ def app(args: dict[str, Any]) -> ray_serve.Application:
 def build_app(config: ServeConfig) -> ray_serve.Application:
     """Bind ingress, director and replicas.
 
-    `serve/config.yaml` can set a `user_config` of the director with other adapters: a deploy that changes
-    nothing else is handed to all running replicas and restarts none.
+    A file for `serve deploy` can set a `user_config` with other adapters for the director. If a deploy
+    changes only that, the running replicas serve those adapters, and none restarts.
 
     Raises:
-        ConfigError: if a key is not where it should be.
+        ConfigError: if a key is missing or can't be used.
     """
     device = _device(config)
     config = _absolute(config)
-    # The name of this server: its directors, one after the other, find what is served by it.
+    # Identifies this server: a director that replaces a lost one finds the server's record by it.
     server = uuid.uuid4().hex
     replica = ReplicaDeployment.options(
         **_size(config),
@@ -80,7 +80,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         max_queued_requests=config.max_queued,
         request_router_config=_routing(config, "Replica"),
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": 1 if device == "cuda" else 0},
-        # So that it is asked to `reconfigure` itself when it starts.
+        # With a `user_config` Ray Serve calls `reconfigure` when a replica starts.
         user_config={},
         graceful_shutdown_timeout_s=config.drain_seconds,
     ).bind(config, device, server)
@@ -88,14 +88,14 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         num_replicas=1,
         max_ongoing_requests=1000,
         request_router_config=_routing(config, "Director"),
-        # There the folder outlives it: one that replaces it goes on from the record.
+        # On the head the folder of copies outlives a director, so another one continues from the record.
         ray_actor_options=ON_HEAD,
         user_config={},
         graceful_shutdown_timeout_s=config.drain_seconds,
     ).bind(config, replica, server)
     most = config.max_replicas or config.replicas
     ingress = IngressDeployment.options(
-        # Beside all that may wait or run there must be room for those who are told so.
+        # All requests that may run or wait, and room for those that are refused.
         max_ongoing_requests=most * config.max_running * (1 + WAITING_PER_RUNNING)
         + config.max_queued
         + SPARE,
@@ -108,7 +108,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
 
 
 def preflight(config: ServeConfig) -> None:
-    """Check, before anything starts, that the port is free and that each adapter fits the base.
+    """Check before anything starts that the port is free and that each adapter matches the base.
 
     Raises:
         ResourceError: if the port is in use.
@@ -127,10 +127,10 @@ def preflight(config: ServeConfig) -> None:
 
 
 def check(config: ServeConfig) -> None:
-    """Check what can be told in seconds, without Ray and without loading the base.
+    """Check everything that takes only seconds, without starting Ray and without loading the base.
 
     Raises:
-        RayftError: naming the address, key, folder, adapter or model that can't be used.
+        RayftError: if an address, key, folder, adapter or model can't be used.
     """
     _check_port(config.host, config.port)
     resolved(config.keys)
@@ -144,16 +144,20 @@ def check(config: ServeConfig) -> None:
 
 
 def _check_device(config: ServeConfig) -> None:
-    """Refuse a GPU that will never come: a replica would wait for it without an end."""
+    """Refuse `device: cuda` where there is no GPU: a replica would wait for one forever."""
     if config.device != "cuda":
         return
     resources = ray.cluster_resources() if ray.is_initialized() else {}
     if not (resources.get("GPU", 0) or resources.get("gpu_cluster", 0) or torch.cuda.is_available()):
-        raise ResourceError("device is cuda, but no GPU is here; set device: cpu or auto")
+        raise ResourceError("device is cuda, but there is no GPU; set device: cpu or auto")
 
 
 def run(config: ServeConfig, *, blocking: bool = True) -> None:
-    """Check, start Ray if it isn't running, and serve; returns at once if not `blocking`.
+    """Check the configuration, start Ray if it isn't running, and serve.
+
+    Args:
+        config: the configuration.
+        blocking: whether to serve until an interrupt; otherwise return once the application runs.
 
     Raises:
         ResourceError: if the port is in use, or the application does not start.
@@ -172,16 +176,16 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
         raise ResourceError(f"the application did not start: {cause}") from error
     if not _listens(config.host, config.port):
         raise ResourceError(
-            f"nothing listens on {config.host}:{config.port} here: Ray Serve runs in this cluster already, "
-            "with another address (use that one, or end it with `serve shutdown`), or this machine is not "
-            "the head of the cluster, where requests are taken"
+            f"nothing listens on {config.host}:{config.port} here. Either Ray Serve already runs in this "
+            "cluster with another address (use that one, or stop it by `serve shutdown`), or this machine "
+            "is not the head of the cluster, which receives the requests"
         )
     if blocking:
         _wait_for_interrupt()
 
 
 def _size(config: ServeConfig) -> dict[str, Any]:
-    """Say how many replicas there are: a fixed number, or as many as keep half of each one's places free."""
+    """Return the number of replicas: fixed, or scaled so that half of each one's places stay free."""
     if config.max_replicas is None:
         return {"num_replicas": config.replicas}
     scaling = {
@@ -193,9 +197,9 @@ def _size(config: ServeConfig) -> dict[str, Any]:
 
 
 def _routing(config: ServeConfig, called: Called) -> RequestRouterConfig:
-    """Send requests to where their adapters are, until half a batch more waits there than elsewhere.
+    """Route requests to where their adapters are, until half a batch more waits there than elsewhere.
 
-    The director has the same router, by which `presence` knows whether it is up.
+    The director has the same router, from which `presence` learns whether it is up.
     """
     options: dict[str, Any] = {
         "request_router_class": AdapterRouter,
@@ -206,7 +210,7 @@ def _routing(config: ServeConfig, called: Called) -> RequestRouterConfig:
 
 
 def _absolute(config: ServeConfig) -> ServeConfig:
-    """Write folders so that they mean the same wherever a replica runs."""
+    """Make the paths of folders absolute, so that they are the same in every process."""
 
     def absolute(place: str) -> str:
         return place if ":/" in place else str(Path(place).expanduser().absolute())
@@ -222,14 +226,14 @@ def _absolute(config: ServeConfig) -> ServeConfig:
 
 
 def stop() -> None:
-    """Serve no more: requests that were begun are answered first, for as long as `drain_seconds` says."""
-    # A shutdown alone would cut their connections.
+    """Stop the server; requests that are running are answered first, for up to `drain_seconds`."""
+    # A shutdown alone would close their connections.
     ray_serve.delete(APPLICATION)
     ray_serve.shutdown()
 
 
 def _wait_for_interrupt() -> None:
-    # To be ended is how a server ends: by Ctrl-C, or as service managers and containers end what they run.
+    # Ctrl-C sends SIGINT; service managers and containers send SIGTERM.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -251,19 +255,21 @@ def _check_port(host: str, port: int) -> None:
     try:
         address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise ResourceError(f"{host} is no address of this machine ({error}); set host to one") from error
+        raise ResourceError(f"{host} is not an address of this machine ({error}); set host to one") from error
     with socket.socket(address[0], socket.SOCK_STREAM) as probe:
-        # As servers do: an address whose last connection has just ended is free.
+        # Servers set this too: an address whose last connection has just ended counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address[4])
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ResourceError(
-                    f"port {port} on {host} is in use; stop what listens there (`serve shutdown` for an "
-                    f"earlier deployment) or choose another: --set port={port + 1}"
+                    f"port {port} on {host} is in use; stop the process that listens there (`serve shutdown` "
+                    f"for an earlier deployment) or choose another port: --set port={port + 1}"
                 ) from error
-            raise ResourceError(f"can't listen on {host}:{port} ({error}); set another one") from error
+            raise ResourceError(
+                f"can't listen on {host}:{port} ({error}); set another host or port"
+            ) from error
 
 
 def _listens(host: str, port: int) -> bool:

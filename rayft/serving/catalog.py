@@ -1,14 +1,16 @@
-"""What one replica serves: adapters are checked against the base, prepared, and only then served.
+"""The adapters that one replica serves, and where they are: on the device, in host memory or on disk.
 
-A change comes in two steps, so that several replicas make it together or not at all: `prepare` reads and
-checks all that is new and brings it to the device as far as there is room; `commit` lets requests see it.
-A request keeps what it began with; what is replaced is freed when the last of them ends.
+A change has two steps, so that several replicas make it together or not at all: `prepare` reads and checks
+the new adapters, and loads them onto the device as far as there is room; `commit` makes them visible to
+requests. A request keeps the adapter that it started with. A replaced adapter is freed when its last request
+ends.
 
-Adapters live on the device, in (pinned) host memory and on disk. Limits are bytes. Beyond them the least
-recently used moves down, never one that a request uses, nor one that is pinned.
+The memory on the device and in the host (pinned, for a GPU) is limited in bytes. If a limit is exceeded, the
+least recently used adapter is moved to the next tier, but never one that a request is using or that is
+pinned.
 
-A replica that starts serves what it can load. Of an adapter that it can't load it keeps the reason, which
-answers requests for it, and it tries again now and then.
+A replica that starts serves what it can load. It keeps the reason why an adapter can't be loaded, answers
+requests for that adapter with it, and regularly tries again.
 """
 
 from __future__ import annotations
@@ -36,12 +38,12 @@ __all__ = ["Catalog", "Lease", "Limits"]
 logger = logging.getLogger("ray.serve")
 
 ROOM_SECONDS = 30.0
-"""How long a request waits for room on the device."""
+"""Time limit of a request that waits for room on the device."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes that adapters may take; None is no limit."""
+    """Limits on the memory of adapters, in bytes; None for no limit."""
 
     device: int | None = None
     host: int | None = None
@@ -49,31 +51,40 @@ class Limits:
 
 @dataclass(frozen=True)
 class Lease:
-    """What answers a request."""
+    """The adapter that a request uses; it stays on the device until the lease ends."""
 
     adapter: str | None
-    """The engine's name of it; None for the base."""
+    """Name of the adapter in the engine; None for the base."""
     name: str
-    """The served name, for metrics."""
+    """Served name, for metrics."""
     version: str = ""
+    """Version; empty for the base."""
     content_hash: str = ""
+    """Content hash; empty for the base."""
 
 
 @dataclass(eq=False)
 class _Entry:
+    """An adapter that was read."""
+
     deployed: Deployed
     card: ModelCard
     key: str
+    """Name in the engine."""
     artifact: AdapterArtifact | None
-    """In host memory."""
+    """The factors in host memory."""
     bytes: int
-    """What it takes on the device."""
+    """Size on the device."""
     placed: AdapterArtifact | None = None
-    """On the device, loaded into the engine."""
+    """The factors on the device, which the engine uses."""
     keys: set[str] = field(default_factory=set)
+    """Names under which the engine has it: its own, and one for each lower rank."""
     leases: int = 0
+    """Number of requests that use it."""
     retired: bool = False
+    """Whether it was replaced or unloaded, and is freed with its last lease."""
     used: int = 0
+    """Number of the last lease: the smallest is the least recently used."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -83,12 +94,12 @@ class _Entry:
         return "disk" if self.artifact is None else "host"
 
 
-def nobody(_deployed: Deployed, _what: str) -> None:
-    """Listen to loads and evictions, and do nothing."""
+def ignore_event(_deployed: Deployed, _what: str) -> None:
+    """Do nothing on a load or an eviction."""
 
 
-async def nowhere(_deployed: Deployed) -> bool:
-    """Return False: there is no other node to fetch a copy from."""
+async def fetch_nothing(_deployed: Deployed) -> bool:
+    """Return False: there is no other node from which a copy could be fetched."""
     return False
 
 
@@ -102,22 +113,22 @@ class Catalog:
         dtype: torch.dtype,
         device: str,
         limits: Limits | None = None,
-        told: Callable[[Deployed, str], None] = nobody,
-        fetch: Callable[[Deployed], Awaitable[bool]] = nowhere,
+        on_event: Callable[[Deployed, str], None] = ignore_event,
+        fetch: Callable[[Deployed], Awaitable[bool]] = fetch_nothing,
     ) -> None:
         """Serve the base alone.
 
         Args:
-            base: what adapters must fit.
-            engine: what generates.
-            dtype: of the factors on the device.
-            device: where the factors are kept.
-            limits: bytes that adapters may take.
-            told: hears of each `load` and `eviction` of a version.
-            fetch: called with a version whose folder can't be read; brings a whole copy of it to this node,
-                or returns False if the copy on this node is whole.
+            base: the base that adapters must match.
+            engine: generates the answers.
+            dtype: dtype of the factors on the device.
+            device: device of the engine.
+            limits: limits on the memory of adapters.
+            on_event: called at each `load` and `eviction` of a version.
+            fetch: called with a version whose folder can't be read; copies the version to this node, or
+                returns False if the copy on this node is complete.
         """
-        self._base, self._engine, self._told, self._fetch = base, engine, told, fetch
+        self._base, self._engine, self._on_event, self._fetch = base, engine, on_event, fetch
         self._dtype, self._device = dtype, device
         self._limits = limits or Limits()
         self._entries: dict[str, _Entry] = {}
@@ -130,17 +141,17 @@ class Catalog:
         """What is served now."""
 
     async def prepare(self, served: Served, *, all_or_none: bool = True) -> None:
-        """Read and check all that is new; what is served stays as it is.
+        """Read and check all new adapters; what is served does not change yet.
 
-        What was to be served before and could not be loaded is tried again, and may still be missing.
+        An adapter that was to be served before and could not be loaded is tried again, and may fail again.
 
         Args:
             served: what is to be served.
-            all_or_none: whether everything that is new must load; else what can be loaded is served.
+            all_or_none: whether all new adapters must load; otherwise those that can be loaded are served.
 
         Raises:
-            ArtifactError: as `check_adapter`, or if a folder no longer holds what it held.
-            ResourceError: if a pinned adapter has no room.
+            ArtifactError: as `check_adapter`, or if the content of a folder has changed.
+            ResourceError: if there is no room for a pinned adapter.
         """
         await self.abandon(served.number)
         made: list[_Entry] = []
@@ -160,7 +171,7 @@ class Catalog:
             raise
 
     async def commit(self, number: int) -> None:
-        """Serve what was prepared under a number; one that was not prepared changes nothing."""
+        """Serve the change with this number; do nothing if it was not prepared."""
         served, made = self._prepared.pop(number, (None, []))
         if served is None:
             return
@@ -178,13 +189,13 @@ class Catalog:
                 entry.card = replace(entry.card, aliases=deployed.aliases, pinned=deployed.pinned)
 
     async def abandon(self, number: int) -> None:
-        """Free what was prepared under a number."""
+        """Free what was prepared for the change with this number."""
         _, made = self._prepared.pop(number, (None, []))
         for entry in made:
             self._retire(entry)
 
     def cards(self) -> list[ModelCard]:
-        """List the base and the adapters: each name, and each version of it."""
+        """Describe the base and each version of each adapter."""
         cards = [ModelCard(id=BASE_NAME, root=self._base.name)]
         for deployed in self.served.versions:
             entry = self._entries.get(deployed.id)
@@ -193,7 +204,7 @@ class Catalog:
         return cards
 
     def tiers(self) -> dict[str, str]:
-        """Say where each version is: its id → device, host, disk or unavailable."""
+        """Return where each version is: id → `device`, `host`, `disk` or `unavailable`."""
         tiers: dict[str, str] = {name: entry.tier for name, entry in self._entries.items()}
         return tiers | dict.fromkeys(self._problems, "unavailable")
 
@@ -202,7 +213,7 @@ class Catalog:
         return dict(self._problems)
 
     async def retry(self) -> None:
-        """Try again to load what could not be loaded."""
+        """Try again to load the adapters that could not be loaded."""
         for deployed in self.served.versions:
             if deployed.id not in self._problems:
                 continue
@@ -212,23 +223,23 @@ class Catalog:
                     self._problems.pop(deployed.id, None)
                     continue
                 entry = await self._entry(deployed)
-            except Exception as error:  # noqa: BLE001  (whatever it is, it is the reason)
+            except Exception as error:  # noqa: BLE001  (any error is the reason)
                 self._missing(deployed, error)
                 continue
             if self._has(deployed) or not self._is_served(deployed):
-                # What is served was changed meanwhile.
+                # What is served has changed meanwhile.
                 self._retire(entry)
             else:
                 self._entries[deployed.id] = entry
                 self._problems.pop(deployed.id, None)
 
     def warm(self) -> dict[str, tuple[float, float]]:
-        """Say which `model`s are answered from the device, for which draws (see `Served.models`)."""
+        """Return the `model`s that are on the device, and for which draws (see `Served.models`)."""
         found = self._models({name for name, tier in self.tiers().items() if tier == "device"})
         return dict.fromkeys(self._base_names(), (0.0, 1.0)) | found
 
     def lacking(self) -> dict[str, tuple[float, float]]:
-        """Return which `model`s can't be answered, for which draws."""
+        """Return the `model`s that can't be answered, and for which draws."""
         return self._models(self._problems)
 
     def _models(self, versions: Collection[str]) -> dict[str, tuple[float, float]]:
@@ -236,20 +247,22 @@ class Catalog:
         for name, models in self.served.models().items():
             if name in versions:
                 for model, (low, high) in models.items():
-                    # The two versions of a canary divide the draws between them.
+                    # The two versions of a canary divide the draws, so their intervals join.
                     start, end = found.get(model, (low, high))
                     found[model] = min(low, start), max(high, end)
         return found
 
     @asynccontextmanager
     async def lease(self, model: str, draw: float | None = None) -> AsyncIterator[Lease]:
-        """Resolve a request's `model`, bring it to the device, and keep it there meanwhile.
+        """Load the adapter of a request onto the device, and keep it there until the block ends.
 
-        A `draw` in [0, 1) decides between a name's two versions during a canary.
+        Args:
+            model: the `model` of the request.
+            draw: number in [0, 1) that decides between the two versions of a canary; random by default.
 
         Raises:
-            UnknownModelError: if nothing is served under that name.
-            ArtifactError: if it can't be loaded.
+            UnknownModelError: if the model is not served.
+            ArtifactError: if the adapter can't be loaded.
             ResourceError: if there is no room for it on the device.
         """
         if model in self._base_names():
@@ -274,7 +287,7 @@ class Catalog:
                 self._off_device(entry)
 
     def _base_names(self) -> tuple[str, ...]:
-        """Return what the base is asked for by; its own name means an adapter that is called the same."""
+        """Return the `model`s that denote the base; its own name does so unless an adapter has that name."""
         return (BASE_NAME,) if self.served.of(self._base.name) else (BASE_NAME, self._base.name)
 
     def _has(self, deployed: Deployed) -> bool:
@@ -286,14 +299,14 @@ class Catalog:
         return any(one.content_hash == deployed.content_hash for one in same)
 
     def _missing(self, deployed: Deployed, error: Exception) -> None:
-        """Note why a version can't be served."""
+        """Record why a version can't be served."""
         why = str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
         if self._problems.get(deployed.id) != why:
             logger.warning("%s can't be served: %s", deployed.id, why)
         self._problems[deployed.id] = why
 
     async def _entry(self, deployed: Deployed) -> _Entry:
-        """Read an adapter, and bring it to the device if it is pinned or there is room."""
+        """Read an adapter, and load it onto the device if it is pinned or there is room."""
         artifact = await self._read(deployed)
         size = sum(f.b.numel() + (0 if f.columns else f.a.numel()) for f in artifact.modules.values())
         card = self._card(deployed, artifact, folder_bytes(deployed.folder))
@@ -307,7 +320,7 @@ class Catalog:
         return entry
 
     async def _read(self, deployed: Deployed) -> AdapterArtifact:
-        """Read an adapter, whose copy is fetched first if it is missing or damaged on this node."""
+        """Read an adapter; if its copy on this node is missing or damaged, fetch the copy first."""
         try:
             return await asyncio.to_thread(self._load, deployed)
         except ArtifactError:
@@ -320,7 +333,7 @@ class Catalog:
         content = artifact.content_hash
         if content != deployed.content_hash:
             raise ArtifactError(
-                f"{deployed.folder} holds {content} now, not {deployed.content_hash} as when "
+                f"{deployed.folder} has the content {content} now, not {deployed.content_hash} as when "
                 f"'{deployed.name}' was loaded; load it again"
             )
         if not self._device.startswith("cuda"):
@@ -332,7 +345,7 @@ class Catalog:
         return AdapterArtifact(pinned, meta=artifact.meta)
 
     async def _bring(self, entry: _Entry) -> None:
-        """Bring an entry to the device; others that ask for it meanwhile wait for the same."""
+        """Load an entry onto the device; concurrent calls for it wait for the same load."""
         async with entry.lock:
             if entry.placed is not None:
                 return
@@ -354,9 +367,9 @@ class Catalog:
                 raise
             entry.placed = placed
             entry.keys.add(entry.key)
-            # On a CPU both are the same memory.
+            # On a CPU the factors in the host and on the device share their memory.
             entry.artifact = artifact if self._device.startswith("cuda") else None
-            self._told(entry.deployed, "load")
+            self._on_event(entry.deployed, "load")
             self._fit_host()
 
     async def _make_room(self, entry: _Entry) -> None:
@@ -378,7 +391,7 @@ class Catalog:
             if idle:
                 victim = min(idle, key=lambda other: other.used)
                 self._off_device(victim)
-                self._told(victim.deployed, "eviction")
+                self._on_event(victim.deployed, "eviction")
                 continue
             self._freed.clear()
             left = deadline - asyncio.get_running_loop().time()
@@ -391,7 +404,7 @@ class Catalog:
                 ) from error
 
     def _fit_host(self) -> None:
-        """Forget what is in host memory beyond its limit; it can be read from disk again."""
+        """Drop the least recently used factors in host memory beyond the limit; the copy on disk remains."""
         limit = self._limits.host
         held = sorted(
             (entry for entry in self._entries.values() if entry.artifact is not None),
@@ -401,10 +414,10 @@ class Catalog:
             held.pop(0).artifact = None
 
     def _place(self, artifact: AdapterArtifact) -> AdapterArtifact:
-        """Copy factors to the device once: lower ranks are then views."""
+        """Copy factors to the device, once for all ranks: lower ranks are views of them."""
         modules = {}
         for name, f in artifact.modules.items():
-            # A selector is served by its columns: its dense A stays where it is.
+            # The engine uses the columns of a selector, so its dense A is not copied.
             a = f.a if f.columns else f.a.to(self._device, self._dtype, non_blocking=True)
             modules[name] = LoraFactors(
                 a, f.b.to(self._device, self._dtype, non_blocking=True), f.scale, f.columns
@@ -440,7 +453,7 @@ class Catalog:
     def _card(
         self, deployed: Deployed, artifact: AdapterArtifact | None = None, size: int | None = None
     ) -> ModelCard:
-        """Describe a version, without what is read from its files where they can't be read."""
+        """Describe a version; without its artifact, leave out what is read from the files."""
         card = ModelCard(
             id=deployed.name,
             root=deployed.folder,
@@ -466,7 +479,7 @@ class Catalog:
 
 
 def _check_rank(entry: _Entry, asked: Asked) -> None:
-    """Refuse a rank that the adapter has no view of."""
+    """Refuse a rank at which the adapter can't be served."""
     if asked.rank is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""What `rayft serve` and `serve/config.yaml` can set."""
+"""The settings of `rayft serve` and of the `args` in `serve/config.yaml`."""
 
 from __future__ import annotations
 
@@ -23,101 +23,106 @@ class ServeConfig(Section):
     """One base model, the adapters on it, and the resources they may use."""
 
     model: ModelConfig = ModelConfig()
-    """The base."""
+    """The base model."""
 
     adapters: dict[str, PathText] = {}
-    """Name in the `model` field → where the adapter is: a folder, `models:/name@alias` (followed when the
+    """Name in the `model` field → place of the adapter: a folder, `models:/name@alias` (followed when the
     alias moves), `models:/name/3`, or a URL that fsspec reads (`s3://bucket/adapters/one`)."""
 
     pinned: tuple[str, ...] = ()
-    """Names of adapters that stay on the device."""
+    """Names of adapters that always stay on the device."""
 
     registry: PathText | None = None
-    """MLflow's URI, for `models:/…`."""
+    """URI of MLflow, for `models:/…`."""
 
     follow_seconds: float = Field(default=5.0, gt=0)
-    """How often `models:/name@alias` is looked up again."""
+    """Interval at which `models:/name@alias` is looked up again."""
 
     roots: tuple[PathText, ...] = ()
-    """Folders and URL prefixes below which adapters may be loaded over HTTP; none where not given."""
+    """Folders and URL prefixes below which adapters may be loaded over HTTP; none by default."""
 
     fetched: PathText = "runs/serving/adapters"
-    """Folder for what is fetched from registries and URLs, and for the server's own copies of the adapters
-    that it serves. It need not be shared by the nodes of a cluster: replicas on other nodes than the head
-    receive the copies and keep them in this folder of their own node."""
+    """Folder for adapters fetched from registries and URLs, and for the server's own copies of the adapters
+    that it serves. The nodes of a cluster need not share it: replicas on other nodes than the head receive
+    the copies, and keep them in this folder of their own node."""
 
     max_adapter_bytes: Size = "2GB"
-    """Largest adapter that is loaded."""
+    """Size of the largest adapter that is loaded."""
 
     max_body_bytes: Size = "16MB"
-    """Largest body of a request; a larger one is answered 413."""
+    """Size of the largest body that a request may have; a larger one is answered 413."""
 
     device_bytes: Size | None = None
-    """Bytes of adapters on the device (on a CPU: in memory); beyond, the least recently used moves out."""
+    """Limit on the memory of adapters on the device (on a CPU: in memory); beyond it the least recently used
+    adapter is evicted. None is no limit."""
 
     host_bytes: Size | None = None
-    """Bytes of adapters kept in pinned host memory for a GPU; beyond, they are read from disk again."""
+    """Limit on the memory of adapters in pinned host memory, for a GPU; adapters beyond it are read from disk
+    again when they are needed. None is no limit."""
 
     keys: tuple[KeyConfig, ...] = ()
-    """Who may ask; anyone where there are none, which only an address of this machine alone allows."""
+    """The callers' keys. Without keys anyone may call, so `host` must be an address of this machine alone."""
 
     host: str = "127.0.0.1"
-    """Address to listen on (`serve deploy` takes it from `http_options` of its own file)."""
+    """Address to listen on (`serve deploy` takes it from `http_options` in its file instead)."""
 
     port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on (as `host`)."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Weights and arithmetic; auto: bfloat16 on a GPU, the faster one on a CPU (measured)."""
+    """Dtype of weights and arithmetic; auto: bfloat16 on a GPU, and on a CPU the one that is measured to be
+    faster."""
 
     engine: Literal["auto", "packed", "transformers"] = "auto"
-    """What generates: rayft's own engine (packed) or transformers' continuous batching; auto: packed, but
-    transformers' on a GPU in float32."""
+    """The engine: rayft's own (packed) or transformers' continuous batching; auto: packed, except on a GPU in
+    float32."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where a replica runs; auto: a GPU if the Ray cluster has one."""
+    """Device of a replica; auto: a GPU if the Ray cluster has one."""
 
     replicas: int = Field(default=1, ge=1)
-    """Copies of base and adapters; a request goes to one that has its adapter on the device, if it can."""
+    """Number of replicas, each with the base and the adapters. A request goes to a replica that has its
+    adapter on the device, unless that one is too busy."""
 
     max_replicas: int | None = Field(default=None, ge=1)
-    """With it there are as many replicas as the traffic wants, from `replicas` up to this number."""
+    """If set, the number of replicas follows the traffic, from `replicas` up to this number."""
 
     cpus: int = Field(default=1, ge=1)
-    """CPU cores for each replica, which are also its threads."""
+    """Number of CPU cores, and of threads, of each replica."""
 
     max_running: int = Field(default=32, ge=1)
-    """Requests in one batch of a replica; more wait for a place."""
+    """Largest number of requests in one batch of a replica; further ones wait for a place."""
 
     max_queued: int = Field(default=256, ge=1)
-    """Requests that wait beyond those that the replicas have taken (five times `max_running` each); more are
-    answered 429 at once."""
+    """Largest number of requests that wait in addition to those that the replicas hold (five times
+    `max_running` each); further ones are answered 429 at once."""
 
     max_seconds: float = Field(default=600.0, gt=0)
-    """How long a request may take in a replica, waiting for a place included; then it ends with an error."""
+    """Time limit of a request in a replica, including the wait for a place; then it ends with an error."""
 
     wait_seconds: float = Field(default=1.0, ge=0, json_schema_extra={SINCE: "0.2"})
-    """How long a request waits for a replica where none is up (the last one was lost, and another one starts
-    or can't start); then it is answered 503 with the reason."""
+    """Time that a request waits while no replica is up (the last one was lost, and another one is starting or
+    can't start); then it is answered 503 with the reason."""
 
     drain_seconds: float = Field(default=30.0, gt=0)
-    """How long a server that stops, or a replica that is taken away, goes on with what it has begun."""
+    """Time that a server or replica that is being stopped has to finish its running requests."""
 
     max_batch_tokens: int = Field(default=512, ge=1)
-    """Tokens in one forward: longer prompts are read in parts, between the steps of others."""
+    """Largest number of tokens in one forward; longer prompts are processed in parts, between the steps of
+    other requests."""
 
     cache_tokens: int = Field(default=8192, ge=64)
-    """Tokens of keys and values that a replica holds for all its running requests."""
+    """Size of a replica's KV cache for all its running requests, in tokens."""
 
     max_new_tokens: int = Field(default=1024, ge=1)
-    """Most tokens that one request may ask for."""
+    """Largest number of tokens that one request may generate."""
 
     @field_validator("adapters")
     @classmethod
     def _names(cls, adapters: dict[str, str]) -> dict[str, str]:
         for name in adapters:
             if name == BASE_NAME:
-                raise ValueError(f"'{BASE_NAME}' is the base itself; give the adapter another name")
+                raise ValueError(f"'{BASE_NAME}' is the base itself; use another name for the adapter")
             if not re.fullmatch(NAME, name):
                 raise ValueError(
                     f"'{name}' can't be an adapter's name: use letters, digits, '.', '_' and '-' "
@@ -132,14 +137,12 @@ class ServeConfig(Section):
             raise ValueError(f"pinned: there is no adapter '{unknown[0]}'")
         wanted = [name for name, source in self.adapters.items() if source.startswith("models:/")]
         if wanted and self.registry is None:
-            raise ValueError(
-                f"adapter '{wanted[0]}' is in MLflow's registry: say where that is with registry"
-            )
+            raise ValueError(f"adapter '{wanted[0]}' is in MLflow's registry; set registry to MLflow's URI")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas ({self.max_replicas}) is below replicas ({self.replicas})")
         if not self.keys and self.host not in LOCAL:
             raise ValueError(
-                f"host {self.host} can be reached from elsewhere, so callers need keys: give keys, with an "
-                "admin's among them, or listen on 127.0.0.1"
+                f"host {self.host} can be reached from other machines, so callers need keys: set keys, at "
+                "least one of them with the role admin, or listen on 127.0.0.1"
             )
         return self

@@ -1,4 +1,4 @@
-"""What Ray Serve is told about the application, by `rayft serve` and in files for `serve deploy`."""
+"""Ray Serve's settings of the application, for `rayft serve` and in files for `serve deploy`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 __all__ = ["APPLICATION", "PROXY_ENVIRONMENT", "deployment"]
 
 APPLICATION = "rayft"
-"""The application's name in Ray Serve."""
+"""Name of the application in Ray Serve."""
 
 PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rayft.serving.proxy:middlewares"}
-"""Environment of Ray Serve's controller, and so of the proxies that it starts."""
+"""Environment variables for Ray Serve's controller, which the proxies inherit."""
 
 
 def deployment(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `serve deploy` reads: Ray Serve's configuration of a server with these settings.
+    """Return the configuration of a server that `serve deploy` reads.
 
     Args:
-        settings: of `ServeConfig`, with `host` and `port`.
+        settings: fields of `ServeConfig`, `host` and `port` among them.
     """
     return {
         "proxy_location": "HeadOnly",

@@ -1,4 +1,4 @@
-"""What serving needs of an engine: one base model, adapters by name, requests that share batches."""
+"""The contract between serving and its engines: one base, adapters by name, requests that share batches."""
 
 from __future__ import annotations
 
@@ -23,115 +23,117 @@ __all__ = [
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Tokens to continue, the adapter to do it with, and how."""
+    """The tokens to continue, the adapter to use, and the options of sampling."""
 
     prompt: tuple[int, ...]
-    """Token ids, at least one."""
+    """Ids of the prompt's tokens, at least one."""
     max_tokens: int
-    """Most tokens to generate."""
+    """Largest number of tokens to generate."""
     adapter: str | None = None
     """Name of a loaded adapter; None for the base."""
     temperature: float = 0.0
-    """0 takes the likeliest token."""
+    """Temperature; 0 always takes the most likely token."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that hold this share of the probability."""
+    """Sample from the most likely tokens that together have this probability."""
     top_k: int = 0
-    """Draw from this many of the likeliest tokens; 0 for all."""
+    """Sample from this number of most likely tokens; 0 for all."""
     min_p: float = 0.0
-    """Draw from tokens that are at least this share as likely as the likeliest."""
+    """Sample from the tokens whose probability is at least this fraction of the most likely token's."""
     repetition_penalty: float = 1.0
-    """Divides the positive logits of tokens of the prompt and the text so far, and multiplies the others."""
+    """Divides positive logits of tokens in the prompt and the text so far, and multiplies negative ones."""
     stop_tokens: frozenset[int] = frozenset()
-    """Tokens that end this request, beside those that end all."""
+    """Tokens that end this request, in addition to those that end every request."""
     seed: int = 0
-    """Decides every draw: the same request and seed give the same tokens."""
+    """Seed of all sampling: the same request with the same seed gives the same tokens."""
     logprobs: int | None = None
-    """How many of the likeliest tokens to tell with each token's own log-probability; None for nothing."""
+    """Number of most likely tokens to report beside each token's log-probability; None for neither."""
 
 
-STOPPED = "the engine has stopped; its replica is about to be replaced, try again"
-NOT_FINITE = "the model gave NaN or Inf for this prompt; use another adapter, or serve with dtype float32"
+STOPPED = "the engine has stopped, and its replica is being replaced; try again"
+NOT_FINITE = "the model computed NaN or Inf for this prompt; use another adapter, or serve with dtype float32"
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What one engine may hold."""
+    """The limits of one engine."""
 
     max_running: int
-    """Requests in one forward."""
+    """Largest number of requests in one forward."""
     max_batch_tokens: int
-    """Tokens in one forward."""
+    """Largest number of tokens in one forward."""
     cache_tokens: int
-    """Tokens of keys and values, over all requests."""
+    """Size of the KV cache for all requests, in tokens."""
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """How likely the model found a token: natural logarithms, before any option of the request."""
+    """The log-probability of a token by the model itself: before temperature and other options apply."""
 
     token: int
+    """Id of the token."""
     logprob: float
+    """Natural logarithm of its probability."""
     top: tuple[tuple[int, float], ...]
-    """The likeliest tokens and their log-probabilities, as many as were asked for."""
+    """Ids and log-probabilities of the most likely tokens, as many as the request asked for."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a request has come."""
+    """The state of a request after a step."""
 
     tokens: tuple[int, ...]
-    """All tokens so far, without the one that ended it."""
+    """All generated tokens, without an end token."""
     generated: int
-    """How many tokens were generated, the end token included."""
+    """Number of generated tokens, including an end token."""
     finish: Literal["stop", "length"] | None = None
-    """Why it ended: an end token or the limit; None while it runs."""
+    """Why the request ended: an end token or the limit; None while it is running."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """For each of `tokens`, where they were asked for."""
+    """Log-probabilities of `tokens`, if the request asked for them."""
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine has done since it started."""
+    """Counts since the engine started."""
 
     alive: bool
-    """Whether it answers requests."""
+    """Whether the engine answers requests."""
     forwards: int
-    """Forwards of the model."""
+    """Number of forwards of the model."""
     tokens: int
-    """Tokens that went through them, prompts included."""
+    """Number of tokens that they processed, including prompts."""
     running: int
-    """Requests that have not ended."""
+    """Number of requests that have not ended."""
     max_requests_in_forward: int
-    """Most requests that shared one forward."""
+    """Largest number of requests that shared one forward."""
     max_slots_in_forward: int
-    """Most different adapters, the base counted as one, that shared one forward."""
+    """Largest number of different adapters, counting the base as one, that shared one forward."""
 
 
 class Engine(Protocol):
-    """Generates for many requests at once; an instance is ready when its constructor returns."""
+    """Generates for many requests at once; an engine is ready when its constructor returns."""
 
     def submit(self, request: GenerationRequest) -> AsyncGenerator[Progress, None]:
-        """Generate, giving progress as it comes; closing the iterator ends the request.
+        """Generate, and yield the progress after each step; closing the iterator ends the request.
 
         Raises:
-            RequestError: while iterating, if the engine fails.
+            RequestError: during the iteration, if the engine fails.
         """
 
     def load(self, name: str, factors: Mapping[str, LoraFactors]) -> None:
-        """Make an adapter usable under a name that is not in use."""
+        """Make an adapter usable under a new name."""
 
     def unload(self, name: str) -> None:
         """Free an adapter that no running request uses."""
 
     def stats(self) -> EngineStats:
-        """Report health and work done."""
+        """Return whether the engine is alive, and its counts."""
 
     def stop(self) -> None:
-        """Fail what still runs and free the model."""
+        """Fail all running requests, and free the model."""
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:
-    """Return the tokens that end a text: the generation config's, the tokenizer's, the chat template's."""
+    """Return the tokens that end a text: those of generation config, tokenizer and chat template."""
     configured = getattr(loaded.model.generation_config, "eos_token_id", None)
     found = set(configured if isinstance(configured, list) else [configured])
     return sorted({token for token in found if token is not None} | ChatFormat.of(loaded.tokenizer).end_ids)

@@ -1,7 +1,7 @@
-"""What passes between ingress and replicas.
+"""Values that ingress and replicas exchange.
 
-Nothing heavy is imported here nor in the other modules that the ingress needs: its process does
-without torch, which spares 0.3 GB and some seconds at every start.
+Neither this module nor the others that the ingress needs import torch, which saves its process 0.3 GB and
+some seconds at every start.
 """
 
 from __future__ import annotations
@@ -12,79 +12,81 @@ from typing import Literal
 __all__ = ["BASE_NAME", "NAME", "Delta", "ModelCard", "TokenScore"]
 
 BASE_NAME = "base"
-"""The `model` of a request that wants no adapter (the base's own name does as well)."""
+"""The `model` of a request without an adapter; the base's own name denotes the same."""
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-"""What an adapter may be called."""
+"""Regular expression of the names that an adapter may have."""
 
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token of an answer and how likely the model found it."""
+    """A token of an answer and its log-probability."""
 
     text: str
+    """The token as text."""
     bytes: tuple[int, ...]
-    """Its bytes: a token may be part of a character."""
+    """The token as bytes: it may be a part of a character."""
     logprob: float
+    """Natural logarithm of its probability."""
     top: tuple[TokenScore, ...] = ()
-    """The likeliest tokens at its place."""
+    """The most likely tokens at its position."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of an answer; the first one of an accepted request has no text."""
+    """A part of an answer; the first one of an accepted request has no text."""
 
     text: str
     """New text."""
     prompt_tokens: int
-    """Tokens of the prompts."""
+    """Number of tokens in the prompts."""
     completion_tokens: int
-    """Tokens of this choice generated so far."""
+    """Number of tokens of this choice that have been generated so far."""
     finish: Literal["stop", "length"] | None = None
-    """Why the answer ended; None while it goes on."""
+    """Why the answer ended; None while it continues."""
     index: int = 0
-    """Which choice it is of."""
+    """Index of the choice that it belongs to."""
     scores: tuple[TokenScore, ...] = ()
-    """The new tokens' log-probabilities, where they were asked for."""
+    """Log-probabilities of the new tokens, if the request asked for them."""
     reasoning: str = ""
-    """New text of the think block before the answer of a chat."""
+    """New text of the reasoning before the answer of a chat."""
     fingerprint: str = ""
-    """Of the first: the content hash of the adapter that answers; empty for the base."""
+    """In the first delta: content hash of the adapter that answers; empty for the base."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What `/v1/models` tells of one name."""
+    """Description of one model in `/v1/models`; None where something is unknown or does not apply."""
 
     id: str
-    """The name to put into the `model` field."""
+    """Name to put into the `model` field."""
     root: str
     """The base's name, or the adapter's folder."""
     base: str | None = None
-    """The base that an adapter is for; None for the base itself."""
+    """The base of an adapter; None for the base itself."""
     rank: int | None = None
-    """Largest rank of an adapter's modules."""
+    """Largest rank among the adapter's modules."""
     method: str | None = None
     """The method that trained it."""
     parameters: int | None = None
-    """Numbers in its factors."""
+    """Number of values in its factors."""
     bytes: int | None = None
     """Size of its weights on disk."""
     content_hash: str | None = None
-    """Identity of its factors."""
+    """Content hash of its factors."""
     parent: str | None = None
     """Content hash of the adapter that it was squeezed from."""
     squeezed: bool | None = None
-    """Whether `id@rK` serves it at a lower rank K."""
+    """Whether it can be served at a lower rank K, as `id@rK`."""
     version: int | None = None
-    """`id@version` means it whatever `id` comes to mean."""
+    """Number of the version, which `id@version` always denotes."""
     aliases: tuple[str, ...] = ()
-    """`id@alias` means it, as long as the registry's alias stays."""
+    """Aliases that the registry has for the version, for `id@alias`."""
     source: str | None = None
-    """What it was loaded from."""
+    """Where it was loaded from."""
     pinned: bool | None = None
     """Whether it stays on the device."""
     score: float | None = None
-    """Its validation score, where the registry knows it."""
+    """Validation score, if the registry has one."""
     unavailable: str | None = None
-    """Why it can't be served; None where it can."""
+    """Why it can't be served; None if it can."""

@@ -1,4 +1,4 @@
-"""What Prometheus is told of each adapter, through Ray's metrics."""
+"""Metrics of each adapter, which Ray exports to Prometheus."""
 
 from __future__ import annotations
 
@@ -32,44 +32,48 @@ class Metrics:
         self.errors = counter("errors_total", "Requests that failed after they were accepted.")
         self.prompt_tokens = counter("prompt_tokens_total", "Tokens of prompts.")
         self.tokens = counter("generated_tokens_total", "Tokens that were generated.")
-        self.loads = counter("adapter_loads_total", "Times that an adapter was brought to the device.")
-        self.evictions = counter("adapter_evictions_total", "Times that it made room for another.")
+        self.loads = counter("adapter_loads_total", "Times that an adapter was loaded onto the device.")
+        self.evictions = counter(
+            "adapter_evictions_total", "Times that an adapter was evicted from the device."
+        )
         self._lacking: Any = Gauge(
-            "rayft_adapter_unavailable", "1 where a replica can't load it, else 0.", tag_keys=TAGS
+            "rayft_adapter_unavailable", "1 if a replica can't load it, else 0.", tag_keys=TAGS
         )
         self._lacked: set[str] = set()
-        self.queue = histogram("queue_seconds", "From the request to its place on the device.", SECONDS)
+        self.queue = histogram(
+            "queue_seconds", "From the request until its adapter is on the device.", SECONDS
+        )
         self.first = histogram("first_token_seconds", "From the request to its first token.", SECONDS)
-        self.each = histogram("token_seconds", "Between tokens, mean of a request.", TOKEN_SECONDS)
+        self.each = histogram("token_seconds", "Mean time between the tokens of a request.", TOKEN_SECONDS)
         self.traffic: dict[str, dict[str, float]] = {}
-        """Served version → what it did since the replica started, for the page."""
+        """Version → counts of its requests, tokens and errors since the replica started, for the page."""
         self.moves = {"load": 0, "eviction": 0}
-        """How often adapters were brought to the device, and moved out to make room."""
+        """How often adapters were loaded onto the device and evicted from it."""
 
-    def told(self, deployed: Deployed, what: str) -> None:
-        """Count a load or an eviction of a version."""
+    def on_event(self, deployed: Deployed, what: str) -> None:
+        """Count a `load` or an `eviction` of a version."""
         self.moves[what] += 1
         tags = {"adapter": deployed.name, "version": str(deployed.version)}
         (self.loads if what == "load" else self.evictions).inc(tags=tags)
 
     def lack(self, problems: Mapping[str, str]) -> None:
-        """Report the versions that can't be served (id → reason), and those that can be again."""
+        """Report which versions can't be served (id → reason), and which can be served again."""
         for one in self._lacked | problems.keys():
             name, _, version = one.partition("@")
             self._lacking.set(float(one in problems), tags={"adapter": name, "version": version})
         self._lacked = set(problems)
 
     def keep(self, versions: Collection[str]) -> None:
-        """Forget the traffic of all but these versions and the base: names are replaced without end."""
+        """Delete the counts of all but these versions and the base, so that replaced ones don't pile up."""
         self.traffic = {key: did for key, did in self.traffic.items() if key in versions or key == BASE_NAME}
 
     def meter(self, name: str, version: str, prompt_tokens: int, started: float) -> Meter:
-        """Begin to measure an accepted request that came at `started` (monotonic)."""
+        """Start to measure an accepted request that arrived at `started` (monotonic seconds)."""
         return Meter(self, name, version, prompt_tokens, started)
 
 
 class Meter:
-    """One request's measurements."""
+    """Measures one request."""
 
     def __init__(self, metrics: Metrics, name: str, version: str, prompt_tokens: int, started: float) -> None:
         self._metrics, self._started = metrics, started
@@ -85,14 +89,14 @@ class Meter:
         self._traffic["requests"] += 1
 
     def progress(self, choice: int, tokens: int) -> None:
-        """Note how many tokens a choice has."""
+        """Record the number of tokens that a choice has."""
         if self._first is None and tokens:
             self._first = time.monotonic()
             self._metrics.first.observe(self._first - self._started, tags=self._tags)
         self._tokens[choice] = tokens
 
     def end(self, *, failed: bool) -> None:
-        """Note that it is over."""
+        """Record the end of the request."""
         made = sum(self._tokens.values())
         if made:
             self._metrics.tokens.inc(made, tags=self._tags)

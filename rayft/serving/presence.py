@@ -1,7 +1,7 @@
-"""Calls from the ingress to replicas and the director, which may not be there.
+"""Calls from the ingress to the replicas and the director, any of which may be down.
 
-Ray Serve keeps a call waiting, without a limit, until a replica of the deployment is up. Here it waits for
-some time, and the error then says why none is up, as far as Ray Serve's controller knows. The director is the
+Ray Serve lets a call wait without a limit until a replica of the deployment is up. `Waiting` limits that
+time; its error then says why no replica is up, as far as Ray Serve's controller knows. The director is the
 only replica of a deployment of its own.
 """
 
@@ -34,21 +34,21 @@ __all__ = [
 ]
 
 CHECK_SECONDS = 0.25
-"""How often it is checked whether a replica is up."""
+"""Interval at which a waiting call checks whether a replica is up."""
 
 CONTROLLER_SECONDS = 1.0
-"""How long Ray Serve's controller may take to say why a replica did not start."""
+"""Time limit for Ray Serve's controller to say why a replica did not start."""
 
 UNKNOWN_SECONDS = 10.0
-"""How long a call waits, at least, in a process that has not heard yet which replicas are running."""
+"""Shortest time that a call waits in a process whose routers do not know yet which replicas are running."""
 
 REASON_SECONDS = 1.0
-"""How long its answer is used."""
+"""Time for which the controller's answer is reused."""
 
 Result = TypeVar("Result")
 
 Called = Literal["Director", "Replica"]
-"""The deployment that a call is for."""
+"""Name of the deployment that a call goes to."""
 
 ABSENT = {
     "Replica": ("no replica is up", "because none starts", "one is starting"),
@@ -56,37 +56,38 @@ ABSENT = {
         "the director, which knows what is served, is not up", "because it does not start", "it is starting",
     ),
 }  # fmt: skip
-"""What is said of a deployment that is not up; before its reason; and where no reason is known."""
+"""Parts of the error about a deployment that is not up: the fact; what precedes a known reason; what is said
+if no reason is known."""
 
 
 _routers: dict[Called, list[RequestRouter]] = {"Director": [], "Replica": []}
-"""The routers of this process that have heard which replicas of a deployment are running."""
+"""The routers of this process that know which replicas of a deployment are running."""
 
 
 def heard(router: RequestRouter, called: Called) -> None:
-    """Note that a router of this process has heard which replicas of a deployment are running."""
+    """Register a router of this process, once it knows which replicas of a deployment are running."""
     if router not in _routers[called]:
         _routers[called].append(router)
 
 
 def replicas_up(called: Called) -> bool | None:
-    """Return whether a router of this process knows a running replica; None if none has heard of any yet."""
+    """Return whether a router of this process knows a running replica; None if none has been informed yet."""
     routers = _routers[called]
     return any(router.curr_replicas for router in routers) if routers else None
 
 
 class NoReplicaError(ResourceError):
-    """No replica is up."""
+    """No replica of a deployment is up."""
 
     def __init__(self, called: Called, why: str = "") -> None:
         what, because, else_ = ABSENT[called]
         self.public = f"{what}, {because}" if why else f"{what}; {else_}"
-        """The message without what only callers with a key may read, such as paths."""
+        """The message without the reason, which only callers with a key may read: it may contain paths."""
         super().__init__(f"{self.public}: {why}" if why else self.public)
 
 
 class Waiting:
-    """Waits for answers of the replicas of a deployment, for as long as some replica is up."""
+    """Waits for answers from the replicas of a deployment, as long as a replica is up."""
 
     def __init__(
         self, called: Called, absent_seconds: float, seconds: float, refused: Callable[[], object]
@@ -96,8 +97,8 @@ class Waiting:
         Args:
             called: the deployment.
             absent_seconds: how long a call waits while no replica is up.
-            seconds: how long a call waits in any case.
-            refused: called when a call is given up because no replica is up.
+            seconds: how long a call waits altogether.
+            refused: called when a call ends because no replica is up.
         """
         self._called, self._refused = called, refused
         self._absent_seconds, self._seconds = absent_seconds, seconds
@@ -105,11 +106,15 @@ class Waiting:
         self._asking = asyncio.Lock()
 
     async def answer(self, call: Awaitable[Result], cancel: Callable[[], object]) -> Result:
-        """Return what a call answers; `cancel` is called if it is given up.
+        """Return the result of a call.
+
+        Args:
+            call: the call.
+            cancel: called if the call is abandoned.
 
         Raises:
-            NoReplicaError: if no replica is up, and none comes in time.
-            RequestTimeoutError: if none answers in time.
+            NoReplicaError: if no replica is up, and none starts in time.
+            RequestTimeoutError: if no replica answers in time.
         """
         task = asyncio.ensure_future(call)
         started = seen = time.monotonic()
@@ -142,7 +147,7 @@ class Waiting:
                 task.cancel()
 
     async def _why(self) -> str:
-        """Return why no replica is up; all calls that wait ask the controller once."""
+        """Return why no replica is up; the controller is asked once for all waiting calls."""
         async with self._asking:
             if time.monotonic() - self._reason.when > REASON_SECONDS:
                 self._reason = _Reason(await _controllers_reason(), time.monotonic())
@@ -168,9 +173,10 @@ async def _controllers_reason() -> str:
 
 
 def start_error() -> str | None:
-    """Find the line that says why a replica did not start: Ray Serve has its traceback as text.
+    """Return why a replica did not start, or None if Ray Serve does not know.
 
-    Where no node has room for a replica, return Ray Serve's message that says what it needs.
+    The reason is the last line of the replica's traceback, which Ray Serve keeps as text, or, if no node has
+    room for a replica, Ray Serve's message about the resources that it needs.
     """
     application = ray_serve.status().applications.get(APPLICATION)
     messages = [deployment.message for deployment in application.deployments.values()] if application else []

@@ -1,10 +1,11 @@
-"""What Ray Serve's HTTP proxy does with a request before it reaches the ingress.
+"""Middleware for Ray Serve's HTTP proxy that refuses headers on which the proxy would fail.
 
-The proxy decodes some headers as UTF-8 by itself (request id, session, multiplexed model, time limit), and
-answers 500 where that fails. This middleware refuses such a request with a 400 in the form of other errors.
+Before a request reaches the ingress, the proxy decodes some headers as UTF-8 (request id, session,
+multiplexed model, time limit), and answers 500 if that fails. This middleware answers 400 instead, in the
+form of other errors.
 
-Ray Serve's processes find it by an environment variable (`PROXY_ENVIRONMENT`): `rayft serve` sets it for the
-controller that it starts, and files for `serve deploy` do under `controller_options`.
+Ray Serve's processes find it by an environment variable (`PROXY_ENVIRONMENT`). `rayft serve` sets the
+variable for the controller that it starts; files for `serve deploy` set it under `controller_options`.
 """
 
 from __future__ import annotations
@@ -30,25 +31,25 @@ DECODED = (
     "x-request-id",
     "x-session-id",
 )
-"""Headers that the proxy decodes."""
+"""The headers that the proxy decodes."""
 
 LONGEST_SECONDS = 10**6
-"""Largest limit of time: event loops refuse to wait much longer."""
+"""Largest time limit that is accepted: event loops refuse to wait much longer."""
 
 
 def middlewares() -> list[Middleware]:
-    """List what Ray Serve wraps its HTTP proxy in."""
+    """Return the middlewares that Ray Serve adds to its HTTP proxy."""
     return [Middleware(HeaderCheck)]
 
 
 class HeaderCheck:
-    """Answers 400 to requests with a header that the proxy would fail on."""
+    """Answers 400 to a request with a header on which the proxy would fail."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check a request, and pass it on."""
+        """Check the headers of a request, and pass it on."""
         if scope["type"] == "http":
             try:
                 check_headers(scope["headers"])
@@ -63,7 +64,7 @@ def check_headers(headers: Iterable[tuple[bytes, bytes]]) -> None:
     """Check the headers that the proxy decodes.
 
     Raises:
-        BadRequestError: naming the first one that is not UTF-8, or no time limit.
+        BadRequestError: if one is not UTF-8, or the time limit is not a number; it names the first one.
     """
     for name, value in headers:
         header = name.decode("latin-1").lower().replace("_", "-")

@@ -1,4 +1,4 @@
-"""One replica: the base in memory, an engine, the catalog, and the way from a request to text."""
+"""A replica: it has the base in memory, an engine and the catalog, and turns requests into text."""
 
 from __future__ import annotations
 
@@ -45,28 +45,29 @@ __all__ = ["Replica", "ReplicaDeployment", "compute_dtype"]
 logger = logging.getLogger("ray.serve")
 
 LONG_CHARACTERS = 20_000
-"""Text whose tokenizing takes longer than another thread (20 ms with a tokenizer of bytes)."""
+"""Number of characters from which a text is tokenized in another thread; it takes 20 ms with a byte
+tokenizer."""
 
 WATCH_SECONDS = 1.0
-"""How often a replica asks whether it missed a change."""
+"""Interval at which a replica asks the director whether it missed a change."""
 
 RETRY_SECONDS = 5.0
-"""How often it tries to load the adapters that it could not load."""
+"""Interval at which a replica tries again to load the adapters that it could not load."""
 
 
 class Replica:
-    """Answers requests; Ray Serve makes and feeds it."""
+    """Answers requests; Ray Serve creates and calls it."""
 
     def __init__(self, config: ServeConfig, device: str, server: str) -> None:
-        """Load the base; adapters come from the director, when `reconfigure` is called.
+        """Load the base; `reconfigure` then gets the adapters from the director.
 
         Args:
             config: the server's configuration.
-            device: where the model is computed.
-            server: names the server, as in `Director`.
+            device: device of the model.
+            server: identifies the server, as in `Director`.
 
         Raises:
-            ModelError: naming this node, if the base can't be loaded here.
+            ModelError: if the base can't be loaded on this node, which the message names.
         """
         # Ray sets OMP_NUM_THREADS for its workers, but torch may have been imported with another value.
         torch.set_num_threads(config.cpus)
@@ -86,7 +87,7 @@ class Replica:
         self._engine: Engine = engine_class(config, device, dtype)(loaded, limits)
         self._metrics = Metrics()
         room = Limits(_bytes(config.device_bytes), _bytes(config.host_bytes))
-        self._catalog = Catalog(base, self._engine, dtype, device, room, self._metrics.told, self._fetch)
+        self._catalog = Catalog(base, self._engine, dtype, device, room, self._metrics.on_event, self._fetch)
         self._copies = Copies(config.fetched, server)
         self._copies.remove_stale()
         self._director: Any = None
@@ -94,13 +95,14 @@ class Replica:
         self._tokenizing = asyncio.Lock()
 
     async def reconfigure(self, _: Mapping[str, Any]) -> None:
-        """Serve what the director says, now and from now on; Ray Serve calls this when a replica starts.
+        """Serve what the director decides, from now on; Ray Serve calls this when a replica starts.
 
-        The first replicas of a server load everything or don't start; later ones serve what they can load.
+        The first replicas of a server start only if they can load all adapters. Later ones serve what they
+        can load.
 
         Raises:
             ArtifactError: if an adapter can't be served.
-            ModelError: if the base is not the one that the server has served until now.
+            ModelError: if the base is not the one that the server has served so far.
         """
         if self._tasks:
             return
@@ -115,51 +117,55 @@ class Replica:
     def _check_base(self, served: str) -> None:
         if served != self._fingerprint:
             raise ModelError(
-                f"{self._config.model.name} holds another base now ({self._fingerprint}) than the one that "
-                f"is served ({served}); bring that one back, or start the server again to serve the new one"
+                f"{self._config.model.name} now has another base ({self._fingerprint}) than the one that is "
+                f"served ({served}); restore that one, or start the server again to serve the new one"
             )
 
     async def catch_up(self, served: Served, *, all_or_none: bool = False) -> None:
-        """Serve something at once, for all by itself: all of it, or what can be loaded of it.
+        """Prepare and commit a change on this replica alone.
+
+        Args:
+            served: what is to be served.
+            all_or_none: whether all adapters must load; otherwise those that can be loaded are served.
 
         Raises:
-            ArtifactError: if everything must load and an adapter can't; what was served is served on.
+            ArtifactError: if all adapters must load and one can't; what was served before remains.
         """
         await self._catalog.prepare(served, all_or_none=all_or_none)
         await self.commit(served.number)
 
     async def prepare(self, served: Served) -> None:
-        """Get ready for a change (see `Catalog.prepare`)."""
+        """Prepare a change (see `Catalog.prepare`)."""
         await self._catalog.prepare(served)
 
     async def commit(self, number: int) -> None:
-        """Serve what was prepared."""
+        """Serve a prepared change."""
         await self._catalog.commit(number)
         served = self._catalog.served
-        # What a rollback would bring back is remembered too.
+        # Keep the counts of versions that a rollback can serve again.
         self._metrics.keep({one.id for one in (*served.versions, *served.previous.values())})
         self._metrics.lack(self._catalog.problems())
 
     async def abandon(self, number: int) -> None:
-        """Forget what was prepared."""
+        """Abandon a prepared change."""
         await self._catalog.abandon(number)
 
     async def drop(self, names: Sequence[str]) -> None:
-        """Delete the copies that this node has of adapters that are served no more."""
+        """Delete this node's copies of adapters that are no longer served."""
         await asyncio.to_thread(self._copies.drop, names)
 
     async def _fetch(self, deployed: Deployed) -> bool:
-        """Bring a copy to this node (see `receive`)."""
+        """Copy an adapter to this node (see `receive`)."""
         if self._director is None:
             return False
         return await receive(deployed, self._copies, self._director)
 
     async def serving(self) -> Served:
-        """Tell what is served."""
+        """Return what is served."""
         return self._catalog.served
 
     async def _watch(self, director: Any) -> None:
-        """Ask, each second, whether a change was missed: one that was made while this replica started."""
+        """Ask every second whether a change was missed, such as one during the start of this replica."""
         tried = time.monotonic()
         touched = -TOUCH_SECONDS
         while True:
@@ -175,27 +181,27 @@ class Replica:
                 if await director.number.remote() != self._catalog.served.number:
                     await self.catch_up(await director.state.remote())
             except (RayftError, RayError) as error:
-                logger.warning("what is to be served can't be had: %s", error)
+                logger.warning("can't get what is to be served: %s", error)
 
     def check_health(self) -> None:
-        """Tell Ray Serve to replace the replica once its engine has stopped.
+        """Let Ray Serve replace the replica if its engine has stopped.
 
         Raises:
-            ResourceError: if it has.
+            ResourceError: if the engine has stopped.
         """
         if not self._engine.stats().alive:
             raise ResourceError("the engine has stopped; see the replica's log")
 
     async def models(self) -> list[ModelCard]:
-        """List what is served."""
+        """Describe what is served."""
         return self._catalog.cards()
 
     async def problems(self) -> dict[str, str]:
-        """Return why versions can't be served here: id → reason."""
+        """Return why versions can't be served by this replica: id → reason."""
         return self._catalog.problems()
 
     async def stats(self) -> dict[str, Any]:
-        """Report what the engine has done, and of each version where it is and its traffic."""
+        """Return the counts of the engine, and the tier and the traffic of each version."""
         return {
             "pid": os.getpid(),
             "engine": asdict(self._engine.stats()),
@@ -206,17 +212,21 @@ class Replica:
         }
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """Tell the routers what is warm and what is lacking here; Ray Serve calls this now and then."""
+        """Return the warm and the lacking `model`s for the routers; Ray Serve calls this regularly."""
         return {"warm": self._catalog.warm(), "lacking": self._catalog.lacking()}
 
     async def generate(
         self, request: ChatRequest | CompletionRequest, draw: float | None = None
     ) -> AsyncIterator[Delta]:
-        """Answer a request piece by piece; a `draw` in [0, 1) decides during a canary.
+        """Answer a request, and yield the answer in parts.
+
+        Args:
+            request: the request.
+            draw: number in [0, 1) that decides between the two versions of a canary; random by default.
 
         Raises:
             UnknownModelError: if its model is not served.
-            BadRequestError: if it does not fit, or is above a limit.
+            BadRequestError: if it does not fit into the context, or exceeds a limit.
             RequestTimeoutError: if it takes too long.
         """
         started = time.monotonic()
@@ -234,7 +244,7 @@ class Replica:
                         yield delta
                 failed = False
             except (asyncio.CancelledError, GeneratorExit):
-                # The client left: that is no error of the adapter's.
+                # The client has left, which is not an error of the adapter.
                 failed = False
                 raise
             finally:
@@ -243,7 +253,7 @@ class Replica:
     async def _jobs(
         self, request: ChatRequest | CompletionRequest, adapter: str | None
     ) -> list[GenerationRequest]:
-        """Make what the engine is asked for: each prompt as often as there are choices."""
+        """Return the engine's requests: one for each choice of each prompt."""
         stop_tokens = frozenset(request.stop_token_ids or ())
         check_tokens(self._tokenizer, sorted(stop_tokens), "stop_token_ids")
         return [
@@ -268,16 +278,16 @@ class Replica:
         self, job: GenerationRequest, request: ChatRequest | CompletionRequest, index: int, prompt_tokens: int
     ) -> AsyncGenerator[Delta, None]:
         """Generate one choice."""
-        text, told = self._text(request, job.prompt), 0
+        text, reported = self._text(request, job.prompt), 0
         async with aclosing(self._engine.submit(job)) as steps:
             async for step in steps:
                 new = text.push(step.tokens, last=step.finish is not None)
                 finish = "stop" if text.stopped else step.finish
                 if any(new) or finish:
-                    # Those of tokens before the answer are left out, as their text is.
-                    fresh = step.logprobs[max(told, text.skipped) :] if text.answering else ()
+                    # The tokens before the answer are omitted, as their text is.
+                    fresh = step.logprobs[max(reported, text.skipped) :] if text.answering else ()
                     scores = tuple(score(self._tokenizer, entry) for entry in fresh)
-                    told = len(step.logprobs)
+                    reported = len(step.logprobs)
                     yield Delta(
                         new.content, prompt_tokens, step.generated, finish, index, scores, new.reasoning
                     )
@@ -285,7 +295,7 @@ class Replica:
                     return
 
     def _text(self, request: ChatRequest | CompletionRequest, prompt: Sequence[int]) -> TextStream:
-        """Make what turns a choice's tokens into text: of a chat, an answer and the reasoning before it."""
+        """Return the stream that turns the tokens of a choice into text; a chat's separates the reasoning."""
         if not isinstance(request, ChatRequest):
             return TextStream(
                 lambda tokens: str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)),
@@ -297,7 +307,7 @@ class Replica:
         return TextStream(self._format.decode, stops, parser)
 
     async def _prompts(self, request: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
-        """Make the tokens of each prompt; of long texts in a thread, so that other requests go on."""
+        """Tokenize the prompts; long ones in another thread, so that other requests continue meanwhile."""
 
         def tokens() -> list[tuple[int, ...]]:
             if isinstance(request, ChatRequest):
@@ -307,18 +317,22 @@ class Replica:
 
         if request.characters < LONG_CHARACTERS:
             return tokens()
-        # One at a time: what the tokenizer does between its calls into Rust is not made for several threads.
+        # One at a time: the Python code of a tokenizer is not safe for several threads.
         async with self._tokenizing:
             return await asyncio.to_thread(tokens)
 
     def _limit(self, request: ChatRequest | CompletionRequest, prompt: int) -> int:
-        """Decide how many tokens a request may generate, refusing one that does not fit."""
+        """Return how many tokens a request may generate.
+
+        Raises:
+            BadRequestError: if it asks for more than the server or the context allows.
+        """
         most = self._config.max_new_tokens
         asked = request.limit
         param = "messages" if isinstance(request, ChatRequest) else "prompt"
         if asked is not None and asked > most:
             name = "max_tokens" if asked == request.max_tokens else "max_completion_tokens"
-            raise BadRequestError(f"{name} is {asked}; at most {most} are generated here", param=name)
+            raise BadRequestError(f"{name} is {asked}; this server generates at most {most}", param=name)
         if prompt + (asked or 1) > self._room:
             raise BadRequestError(
                 f"the maximum context length is {self._room} tokens, but the prompt has {prompt} and "
@@ -336,7 +350,7 @@ class Replica:
 
 
 async def merged(parts: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
-    """Give what several generators give, as it comes; closing it closes them all."""
+    """Yield the items of several generators as they come; closing it closes all of them."""
     if len(parts) == 1:
         async with aclosing(parts[0]) as only:
             async for delta in only:
@@ -365,10 +379,10 @@ async def merged(parts: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator
 
 
 async def bounded(deltas: AsyncGenerator[Delta, None], seconds: float) -> AsyncGenerator[Delta, None]:
-    """Give what a generator gives, for so many seconds at most.
+    """Yield the items of a generator for a limited time.
 
     Raises:
-        RequestTimeoutError: when they are over.
+        RequestTimeoutError: after `seconds`.
     """
     end = asyncio.get_running_loop().time() + seconds
     async with aclosing(deltas):
@@ -386,20 +400,20 @@ async def bounded(deltas: AsyncGenerator[Delta, None], seconds: float) -> AsyncG
 
 
 def _load_base(config: ModelConfig, dtype: torch.dtype, device: str) -> LoadedModel:
-    """Load the base; an error names this node, which may be another one than where the server was started."""
+    """Load the base; an error names this node, which may not be the one where the server was started."""
     try:
         return load_model(config, dtype, device)
     except ModelError as error:
         raise type(error)(
-            f"on {gethostname()}: {error}; each node that runs a replica needs the base"
+            f"on {gethostname()}: {error}; every node that runs a replica needs the base"
         ) from error
 
 
 def _own_memory(model: torch.nn.Module) -> None:
-    """Copy the weights that are mapped from the base's files.
+    """Copy the weights out of the memory maps of the base's files.
 
-    A map shows what is written into a file later, and a process that reads a map of a file that was cut short
-    is killed (SIGBUS).
+    A map shows what is written into the file later, and a process that reads the map of a truncated file is
+    killed (SIGBUS).
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
@@ -410,7 +424,7 @@ def _bytes(size: str | None) -> int | None:
 
 
 def _seeds(seed: int | None, choices: int) -> list[int]:
-    """Give each choice a seed of its own: the first the request's."""
+    """Return a seed for each choice; the first choice has the request's own seed."""
     first = random.getrandbits(63) if seed is None else seed
     return [derive_seed(first, "choice", index) if index else first for index in range(choices)]
 
@@ -420,7 +434,7 @@ ReplicaDeployment = ray_serve.deployment(name="Replica")(Replica)
 
 
 def compute_dtype(config: ServeConfig, device: str) -> torch.dtype:
-    """Choose the dtype of weights and arithmetic."""
+    """Return the dtype of weights and arithmetic."""
     if config.dtype == "auto":
         return torch.bfloat16 if device.startswith("cuda") else fastest_cpu_dtype()
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
@@ -429,8 +443,8 @@ def compute_dtype(config: ServeConfig, device: str) -> torch.dtype:
 def engine_class(
     config: ServeConfig, device: str, dtype: torch.dtype
 ) -> type[PackedEngine] | type[TransformersEngine]:
-    """Choose what generates."""
-    # PyTorch's variable-length attention on GPUs, which the packed engine calls, takes 16 bits.
+    """Return the class of the engine."""
+    # The packed engine uses PyTorch's variable-length attention on GPUs, which supports only 16-bit dtypes.
     wide = device.startswith("cuda") and dtype == torch.float32
     theirs = config.engine == "transformers" or (config.engine == "auto" and wide)
     return TransformersEngine if theirs else PackedEngine

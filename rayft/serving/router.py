@@ -1,9 +1,10 @@
-"""Which replica answers a request: one that has its adapter warm (on the device), unless it is too busy.
+"""Routes a request to a replica that has its adapter warm (on the device), unless that replica is too busy.
 
-Ray Serve's controller asks each replica now and then which `model`s are warm in it (`Catalog.warm`) and tells
-the routers, one in each process that asks replicas. A cold adapter counts as warm where the router has just
-sent a request for it, until the replica can have told so itself: a burst for it must not load it everywhere.
-A replica also tells which `model`s it can't load (`Catalog.lacking`): they go to others, if any has them.
+Ray Serve's controller regularly collects from each replica which `model`s are warm there (`Catalog.warm`),
+and passes them to the routers, one in each process that calls replicas. If a router sends a request for a
+cold adapter, it counts the adapter as warm on that replica until the replica can have reported it: otherwise
+a burst of requests would load the adapter on all replicas. A replica also reports which `model`s it can't
+load (`Catalog.lacking`); requests for them go to the other replicas, if any has them.
 """
 
 from __future__ import annotations
@@ -25,28 +26,29 @@ from rayft.serving.http.schemas import ChatRequest, CompletionRequest
 __all__ = ["AdapterRouter", "Standing", "ranked"]
 
 RECENT_SECONDS = 3.0
-"""How long an adapter that no replica calls warm counts as warm where it was sent."""
+"""How long an adapter counts as warm on the replica that a request for it was sent to, without a report."""
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How one replica stands towards one request."""
+    """What decides how suitable one replica is for one request."""
 
     warm: bool
     """Whether the request's adapter is on its device."""
     queue: int
-    """Requests that it runs, keeps waiting, or is about to be sent."""
+    """Number of requests that it runs, holds waiting, or is about to receive."""
     loading: int = 0
-    """Cold adapters that it was sent lately."""
+    """Number of cold adapters that it was recently sent requests for."""
 
 
 def ranked(standings: Mapping[Key, Standing], slack: int) -> list[Key]:
-    """Order replicas, the one to try first first.
+    """Sort replicas, the most suitable first.
 
-    Warm ones come first, unless more than `slack` requests are ahead of those of the least busy replica. Of
-    equals the less busy comes first, then the one that was sent fewer cold adapters, then any.
+    A warm replica comes before a cold one, unless its queue exceeds the shortest queue by more than `slack`
+    requests. Otherwise the replica with the shorter queue comes first, then the one with fewer cold adapters,
+    then a random one.
     """
     least = min((standing.queue for standing in standings.values()), default=0)
 
@@ -62,30 +64,31 @@ class AdapterRouter(RequestRouter):
     """Routes `generate` by the request's adapter, and everything else to the least busy replica."""
 
     def initialize_state(self, **kwargs: Any) -> None:
-        """Take the settings.
+        """Receive the settings from Ray Serve.
 
         Args:
-            kwargs: `slack`, how many more requests than the least busy replica a warm one may have; `called`,
-                the name of the deployment.
+            kwargs: `slack`, the number of requests by which the queue of a warm replica may exceed the
+                shortest queue; `called`, the name of the deployment.
         """
         self._slack, self._called = int(kwargs["slack"]), kwargs["called"]
         self._sent: dict[ReplicaID, dict[str, float]] = {}
-        """Replica → cold `model` that it was sent lately → when, in seconds."""
+        """Replica → cold `model` that it was recently sent a request for → time of that, in seconds."""
         self._placed: dict[Future[RunningReplica], ReplicaID] = {}
-        """Request → replica that it goes to: chosen, but not sent yet, so in no queue's length."""
+        """Request → the replica chosen for it, which has not received it yet: its queue does not count it."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Take the replicas that are running now; Ray Serve calls this when they change."""
+        """Receive the running replicas; Ray Serve calls this when they change."""
         super().update_replicas(replicas)
-        # Ray Serve pickles this class by value, with the variables of this module but not of another one.
+        # Ray Serve pickles this class by value, with copies of this module's variables. The module `presence`
+        # is imported by name, so its variables are those of the process.
         presence.heard(self, self._called)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Rank all replicas; Ray Serve tries one after the other until one accepts the request."""
+        """Rank all replicas; Ray Serve tries them in this order until one accepts the request."""
         if pending_request is not None:
-            # Between two rounds in which no replica had room.
+            # Wait between two rounds in which no replica had room.
             pending_request.routing_context.should_backoff = True
         model, draw = _asked(pending_request)
         replicas = {replica.replica_id: replica for replica in candidate_replicas}
@@ -120,19 +123,20 @@ class AdapterRouter(RequestRouter):
         return [[replicas[replica_id]] for replica_id in order]
 
     def _place(self, request: Future[RunningReplica], replica_id: ReplicaID) -> None:
-        """Count a request as its replica's until it is sent, or given up.
+        """Count a request for the chosen replica until it is sent or abandoned.
 
-        Ray Serve chooses for all requests of a burst before it sends, and so counts, the first of them.
+        Ray Serve chooses replicas for all requests of a burst before it sends the first one, and counts a
+        request only when it is sent.
         """
         if request not in self._placed:
-            # Called after what waits for the choice, and sends the request at once, has run.
+            # The callback runs after the code that awaits the choice, which sends the request at once.
             request.add_done_callback(self._placed.pop)
         self._placed[request] = replica_id
 
     def _warm(
         self, replicas: Mapping[ReplicaID, RunningReplica], model: str | None, draw: float
     ) -> set[ReplicaID]:
-        """Find the replicas that say they have a request's adapter, or else those that may have it by now."""
+        """Return the replicas that report a request's adapter as warm, or else those that may have it."""
         if not any(model in replica.routing_stats.get("warm", ()) for replica in replicas.values()):
             return {replica_id for replica_id, sent in self._sent.items() if model in sent}
         return _telling(replicas, "warm", model, draw)
@@ -141,7 +145,7 @@ class AdapterRouter(RequestRouter):
 def _telling(
     replicas: Mapping[ReplicaID, RunningReplica], what: str, model: str | None, draw: float
 ) -> set[ReplicaID]:
-    """Return the replicas that list a request's `model` and draw under `what` in their report."""
+    """Return the replicas whose report lists a request's `model` and draw under `what`."""
     reports = {replica_id: replica.routing_stats.get(what, {}) for replica_id, replica in replicas.items()}
     return {
         replica_id
@@ -151,7 +155,7 @@ def _telling(
 
 
 def _asked(pending: PendingRequest | None) -> tuple[str | None, float]:
-    """Read a request's `model` but for its rank, and its draw; there is none in what asks for no text."""
+    """Return a request's `model` without the rank, and its draw; (None, 0) for other calls."""
     match pending.args if pending else ():
         case [ChatRequest() | CompletionRequest() as request, float() as draw]:
             return parse_model(request.model).model, draw

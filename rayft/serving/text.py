@@ -1,4 +1,4 @@
-"""Text in, text out: prompts to tokens, and tokens back to text while they come."""
+"""Converts prompts into tokens, and tokens back into text while they are generated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["TextStream", "chat_tokens", "prompt_tokens", "score"]
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer writes for bytes that are no whole character yet."""
+"""The character that a tokenizer writes for bytes that are not a complete character."""
 
 
 def chat_tokens(
@@ -30,10 +30,15 @@ def chat_tokens(
     messages: Sequence[dict[str, str]],
     variables: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
-    """Apply the model's chat template, with variables for it (`chat_template_kwargs`) where there are some.
+    """Apply the model's chat template to messages.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        messages: the conversation.
+        variables: further variables for the template (`chat_template_kwargs`).
 
     Raises:
-        BadRequestError: if there is none, or it refuses the messages or the variables.
+        BadRequestError: if the model has no template, or the template refuses the messages or the variables.
     """
     if not tokenizer.chat_template:
         raise BadRequestError("this model has no chat template; use /v1/completions", param="messages")
@@ -41,7 +46,7 @@ def chat_tokens(
     reserved = reserved_variables(tokenizer)
     for name in variables:
         if name in reserved or not name.isidentifier():
-            problem = "is set by the server" if name in reserved else "is no name of a variable"
+            problem = "is set by the server" if name in reserved else "is not a variable name"
             param = where(["chat_template_kwargs", name])
             raise BadRequestError(f"'{param}': '{name}' {problem}; leave it out", param=param)
     try:
@@ -49,7 +54,7 @@ def chat_tokens(
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, **variables
         )
     except Exception as error:
-        # Templates are programs: what they raise depends on what they are given.
+        # Templates are programs: they may raise anything, depending on their input.
         param = "chat_template_kwargs" if variables else "messages"
         what = "these messages and chat_template_kwargs" if variables else "these messages"
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
@@ -60,7 +65,7 @@ def chat_tokens(
 
 
 def reserved_variables(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Return the names of variables that a chat template is given anyway, and of arguments on the way."""
+    """Return the names that can't be variables: those that templates receive anyway, and arguments."""
     arguments = (tokenizer.apply_chat_template, render_jinja_template)
     named = {name for function in arguments for name in inspect.signature(function).parameters}
     given = {"messages", "self", "raise_exception", "strftime_now", *tokenizer.special_tokens_map}
@@ -68,10 +73,10 @@ def reserved_variables(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int]) -> tuple[int, ...]:
-    """Tokenize a prompt, or check one that is tokens already.
+    """Tokenize a text, or check the ids of a prompt that is tokenized already.
 
     Raises:
-        BadRequestError: if it is empty, or holds a number that is no token.
+        BadRequestError: if the prompt is empty, or has an id that is not a token.
     """
     if isinstance(prompt, str):
         tokens = tuple(tokenizer(prompt)["input_ids"])
@@ -84,19 +89,21 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[int
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], param: str) -> None:
-    """Refuse numbers that are no tokens.
+    """Check that numbers are ids of tokens.
 
     Raises:
-        BadRequestError: naming the first of them.
+        BadRequestError: if one is not; it names the first one.
     """
     size = len(tokenizer)
     wrong = next((token for token in tokens if not 0 <= token < size), None)
     if wrong is not None:
-        raise BadRequestError(f"'{param}': {wrong} is no token of this model (0 to {size - 1})", param=param)
+        raise BadRequestError(
+            f"'{param}': {wrong} is not a token of this model (0 to {size - 1})", param=param
+        )
 
 
 def score(tokenizer: PreTrainedTokenizerBase, entry: TokenLogprob) -> TokenScore:
-    """Write a token's log-probability, and those of the likeliest ones, with their text and bytes."""
+    """Return a token's log-probability and those of the most likely tokens, with their text and bytes."""
     top = tuple(TokenScore(*_spelled(tokenizer, token), value) for token, value in entry.top)
     return TokenScore(*_spelled(tokenizer, entry.token), entry.logprob, top)
 
@@ -112,17 +119,17 @@ def _spelled(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, tuple
 
 @lru_cache(maxsize=1)
 def _byte_of() -> dict[str, int]:
-    """Give the byte that each letter of a byte-level vocabulary stands for (GPT-2's table)."""
+    """Return the byte that each character of a byte-level vocabulary stands for (GPT-2's table)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     other = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(other)}
 
 
 class TextStream:
-    """Turns growing tokens into growing text, and ends it at a stop string.
+    """Turns a growing list of tokens into text, and ends the text at a stop string.
 
-    Text is held back while it may still change: half a character, the beginning of a stop string, or what may
-    be part of a think block. Stop strings are looked for in the answer, not in the reasoning before it.
+    Text is held back while it may still change: an incomplete character, the beginning of a stop string, or a
+    possible part of a think block. Stop strings apply to the answer, not to the reasoning before it.
     """
 
     def __init__(
@@ -131,33 +138,38 @@ class TextStream:
         stop: Sequence[str] = (),
         parser: AnswerParser | None = None,
     ) -> None:
-        """Begin before the first token.
+        """Start with no tokens.
 
         Args:
-            decode: makes the text of tokens.
+            decode: converts tokens into text.
             stop: strings that end the text.
-            parser: separates the reasoning and the answer of a chat; without one all text is the answer.
+            parser: separates the reasoning and the answer of a chat; without it all text is the answer.
         """
         self._tokens_to_text, self._stop, self._parser = decode, tuple(stop), parser
         self._text = ""
         self._given = 0
-        # Tokens before `_context` are not decoded again; those up to `_read` have been.
+        # Tokens before `_context` are not decoded again; the text of those before `_read` has been returned.
         self._context = self._read = 0
         self._pushed = 0
         self.stopped = False
-        """Whether a stop string was met: nothing follows."""
+        """Whether a stop string was found, so that no text follows."""
         self.skipped = 0
-        """Tokens that came before the answer: the template's opening, and the reasoning."""
+        """Number of tokens before the answer: the template's opening and the reasoning."""
 
     @property
     def answering(self) -> bool:
-        """Whether the answer itself has begun."""
+        """Whether the answer has begun."""
         return self._parser is None or self._parser.answering
 
     def push(self, tokens: Sequence[int], *, last: bool) -> Answer:
-        """Take all tokens so far and return the text that is new and certain."""
+        """Return the new text that can no longer change.
+
+        Args:
+            tokens: all tokens so far.
+            last: whether no more follow.
+        """
         reasoning = ""
-        # One token at a time until the answer has begun, so that it is known with which of them it begins.
+        # One token at a time until the answer has begun, to find out which token it begins with.
         single = range(self._pushed + 1, len(tokens)) if not self.answering else ()
         for end in (*single, len(tokens)):
             waiting = not self.answering
@@ -170,9 +182,9 @@ class TextStream:
         return Answer(self._content(last=last), reasoning)
 
     def _content(self, *, last: bool) -> str:
-        """Return what is new of the answer, up to the first stop string."""
+        """Return the new text of the answer, up to the first stop string."""
         for stop in self._stop:
-            # No earlier than what a new end can complete.
+            # Start no earlier than a stop string that the new text completes can start.
             place = self._text.find(stop, max(0, self._given - len(stop) + 1))
             if place >= 0:
                 self.stopped = True
@@ -183,7 +195,7 @@ class TextStream:
         return new
 
     def _take(self, tokens: Sequence[int], *, last: bool) -> Answer:
-        """Decode what is new of the tokens, and add what is of the answer to the text."""
+        """Decode the new tokens, and add the part that belongs to the answer to the text."""
         new = self._decode(tokens, last=last)
         piece = Answer(new, "") if self._parser is None else self._parser.push(new, last=last)
         self._text += piece.content

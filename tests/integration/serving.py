@@ -1,4 +1,4 @@
-"""A running server for tests: its configuration, its address, and adapters to load into it."""
+"""Starts servers for tests, and makes adapters for them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.unit.serving.adapters import random_adapter
 
 _KEY = "the-key-of-the-admin"
 HEADERS = {"Authorization": f"Bearer {_KEY}"}
-"""An admin's."""
+"""Headers with an admin's key."""
 ADMIN = KeyConfig(name="ops", role="admin", sha256=hashlib.sha256(_KEY.encode()).hexdigest())
 
 
 @dataclass(frozen=True)
 class Base:
-    """The tiny model, and where adapters for it are kept."""
+    """The tiny model, and the folder of adapters for it."""
 
     model: Path
     root: Path
@@ -45,7 +45,7 @@ class Base:
         return random_adapter(name, self.shapes, self.fingerprint, rank, selector)
 
     def squeezed(self, name: str, rank: int = 4) -> AdapterArtifact:
-        """Make an adapter that can be served at lower ranks."""
+        """Return an adapter that can be served at lower ranks."""
         plain = self.adapter(name, rank)
         values = {path: (1.0,) * rank for path in self.shapes}
         return AdapterArtifact(plain.modules, meta=plain.meta.model_copy(update={"singular_values": values}))
@@ -56,7 +56,13 @@ class Base:
 
 @contextmanager
 def serving(base: Base, *, roots: Sequence[str] = (), **settings: Any) -> Iterator[str]:
-    """Serve the tiny model in float32, and give the server's URL; `roots` are allowed beside the base's."""
+    """Serve the tiny model in float32, and yield the server's URL.
+
+    Args:
+        base: the model, and the folder that adapters may be loaded from.
+        roots: further places that adapters may be loaded from.
+        settings: of `ServeConfig`.
+    """
     import ray.serve as ray_serve
 
     with socket.socket() as probe:
@@ -78,7 +84,7 @@ def description() -> dict[str, Any]:
 
 
 def replica_stats() -> list[dict[str, Any]]:
-    """Ask every replica what it has done."""
+    """Return the counts of every replica."""
     import ray.serve as ray_serve
 
     handle: Any = ray_serve.get_deployment_handle("Replica", APPLICATION)

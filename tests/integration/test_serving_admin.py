@@ -1,4 +1,4 @@
-"""Two replicas of a real Ray Serve application, whose adapters change while it answers."""
+"""A real Ray Serve application with two replicas, whose adapters change while it answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from collections import Counter
@@ -20,11 +19,8 @@ import pytest
 import torch
 
 from rayft.artifacts import AdapterArtifact
-from rayft.models.load import ModelConfig, load_model
-from rayft.models.targets import linear_shapes
-from rayft.serving.build import run
-from rayft.serving.config import ServeConfig
 from rayft.serving.http.auth import KeyConfig
+from tests.integration.serving import Base, serving
 from tests.unit.serving.adapters import random_adapter, save_adapters
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -61,36 +57,24 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    import ray.serve as ray_serve
-
-    base = load_model(ModelConfig(name=str(tiny_folder)), torch.float32)
-    shapes, root = dict(linear_shapes(base.model)), tmp_path_factory.mktemp("roots")
-    adapters = save_adapters(root, shapes, base.fingerprint)
+    base = Base.read(tiny_folder, tmp_path_factory.mktemp("roots"))
+    adapters = save_adapters(base.root, base.shapes, base.fingerprint)
     for name, key in (("ADMIN_KEY", ADMIN), ("USER_KEY", USER)):
         os.environ[name] = key
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    config = ServeConfig(
-        model=ModelConfig(name=str(tiny_folder)),
+    with serving(
+        base,
         adapters={name: adapters[name] for name in ("small", "large")},
-        port=port,
-        dtype="float32",
         replicas=2,
-        roots=(str(root),),
         keys=(
             KeyConfig(name="ops", role="admin", env="ADMIN_KEY"),
             KeyConfig(name="ann", env="USER_KEY", adapters=("small", "base")),
         ),
         max_adapter_bytes="1MB",
-        fetched=str(root / "fetched"),
-    )
-    run(config, blocking=False)
-    yield Server(f"http://127.0.0.1:{port}", root, shapes, base.fingerprint)
-    ray_serve.shutdown()
+    ) as url:
+        yield Server(url, base.root, base.shapes, base.fingerprint)
 
 
-def test_without_a_key_nothing_is_told(server: Server) -> None:
+def test_without_a_key_nothing_is_answered(server: Server) -> None:
     for key in (None, "wrong"):
         for verb, path in (("GET", "/v1/models"), ("GET", "/v1/adapters"), ("DELETE", "/v1/adapters/small")):
             answer = server.call(verb, path, key)
@@ -102,7 +86,7 @@ def test_without_a_key_nothing_is_told(server: Server) -> None:
     assert server.call("GET", "/", None).headers["content-type"].startswith("text/html")
 
 
-def test_a_user_sees_and_changes_nothing_of_others(server: Server) -> None:
+def test_a_user_neither_sees_nor_changes_the_adapters_of_others(server: Server) -> None:
     assert server.ask("small", USER).status_code == 200
     refused = server.ask("large", USER)
     unknown = server.ask("nobody", USER)
@@ -120,7 +104,7 @@ def test_a_user_sees_and_changes_nothing_of_others(server: Server) -> None:
         assert server.call(verb, f"/v1/adapters/{path}", USER).status_code == 403
 
 
-def test_an_adapter_comes_and_goes_on_all_replicas(server: Server) -> None:
+def test_an_adapter_is_loaded_and_unloaded_on_all_replicas(server: Server) -> None:
     first = server.load("new", server.save("new"), pinned=True)
     assert first.status_code == 201
     assert (first.json()["version"], first.json()["pinned"]) == (1, True)
@@ -135,7 +119,7 @@ def test_an_adapter_comes_and_goes_on_all_replicas(server: Server) -> None:
     assert server.call("DELETE", "/v1/adapters/new").status_code == 404
 
 
-def test_a_canary_is_promoted_and_taken_back(server: Server) -> None:
+def test_a_canary_is_promoted_and_rolled_back(server: Server) -> None:
     old, new = server.save("old", "one"), server.save("newer", "two")
     assert server.load("shared", old).json()["version"] == 1
     before = server.text("shared")
@@ -157,7 +141,7 @@ def test_a_canary_is_promoted_and_taken_back(server: Server) -> None:
 
 
 def bad_adapters(server: Server, outside: Path) -> dict[str, tuple[Any, str]]:
-    """Make adapters that can't be served: what is wrong → (body, a word of the reason)."""
+    """Create adapters that can't be served: what is wrong → (body of the request, part of the reason)."""
     made: dict[str, tuple[Any, str]] = {}
 
     def folder(what: str, word: str, **change: Any) -> Path:
@@ -175,7 +159,7 @@ def bad_adapters(server: Server, outside: Path) -> dict[str, tuple[Any, str]]:
     damage("noise", "bad-noise", "adapter_model.safetensors", os.urandom(500))
     damage("no-json", "bad-no-json", "adapter_config.json", b"{")
     damage("list", "bad-list", "adapter_config.json", b"[]")
-    # Of as many letters, so that the rest of the header stays where it is.
+    # Of the same length, so that the rest of the header remains in place.
     other_type = weights.replace(b'"F32"', b'"U16"')
     damage("type", "is of type U16", "adapter_model.safetensors", other_type)
     for key, null_or_part, word in (
@@ -248,7 +232,7 @@ def bad_adapters(server: Server, outside: Path) -> dict[str, tuple[Any, str]]:
 
 
 def raw_folder(artifact: AdapterArtifact, folder: Path) -> None:
-    """Write an adapter that `save` refuses."""
+    """Write the folder of an adapter that `save` refuses."""
     from safetensors.torch import load_file, save_file
 
     clean = random_adapter("clean", {n: (f.b.shape[0], f.a.shape[1]) for n, f in artifact.modules.items()})
@@ -278,7 +262,7 @@ def test_bad_adapters_are_refused_with_the_reason_and_change_nothing(server: Ser
     assert server.ask("small@r4").status_code == 404
 
 
-def test_prometheus_sees_each_adapter(server: Server) -> None:
+def test_prometheus_has_the_metrics_of_each_adapter(server: Server) -> None:
     import ray
 
     for _ in range(3):
@@ -301,7 +285,7 @@ def test_prometheus_sees_each_adapter(server: Server) -> None:
 
 
 class Clients:
-    """Threads that ask without a pause, and check every answer."""
+    """Threads that send requests without a pause, and check every answer."""
 
     def __init__(self, server: Server, expected: dict[str, str], still: str) -> None:
         self._server, self._expected, self._still = server, expected, still
@@ -357,13 +341,13 @@ def test_no_answer_is_wrong_while_adapters_change_and_a_replica_dies(server: Ser
     assert not clients.wrong
     assert loads == [201] * 6
     assert min(clients.counts["turning"], clients.counts["large"]) > 5
-    # Only what the killed replica was answering may have failed.
+    # Only requests that the killed replica was answering may have failed.
     assert clients.counts["failed"] <= 8
     deadline, tiers = time.monotonic() + 60, []
     while time.monotonic() < deadline and tiers != ["device", "device"]:
         time.sleep(0.5)
         tiers = server.call("GET", "/v1/adapters/turning").json()["versions"][0]["tiers"]
-    # The replica that took the killed one's place has what was loaded since the start.
+    # The replica that replaced the killed one has the adapters that were loaded since the start.
     assert tiers == ["device", "device"]
     assert {server.ask("turning").json()["system_fingerprint"] for _ in range(10)} <= set(expected)
     server.call("DELETE", "/v1/adapters/turning")

@@ -1,4 +1,4 @@
-"""64 clients at once, while adapters are loaded, replaced, tried and unloaded: no answer is wrong."""
+"""64 clients at once while adapters are loaded, replaced, tried as canaries and unloaded: no answer is wrong."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CLIENTS = 64
 CHANGES = 4
 ENOUGH = 10
-"""Answers that each model has given before the clients stop."""
+"""Number of answers that each model must have given before the clients stop."""
 DEADLINE = 300.0
-# The last is longer than what one forward reads here.
+# The last one is longer than the prompt tokens of one forward here.
 PROMPTS = ("hello", "the capital of France is", "one two three " * 12)
 TURNING, PASSING = "turning", "passing"
 Content = tuple[str | None, str]
-"""The fingerprint of an answer (None: the base's), and the rank it was asked at (or nothing)."""
+"""The fingerprint of an answer (None for the base), and the rank in its `model` (or an empty string)."""
 
 
 @dataclass(frozen=True)
 class Adapters:
     served: dict[str, str]
-    """Name → folder, from the start to the end."""
+    """Name → folder of the adapters that are served all the time."""
     turning: list[str]
-    """Folders that take turns under one name."""
+    """Folders that are served in turn under one name."""
     passing: list[str]
-    """Folders that come and go under another."""
+    """Folders that are loaded and unloaded under another name."""
     texts: dict[tuple[Content, str, int], str]
-    """Content, prompt, most tokens → the text that PEFT's `generate` gives for it alone."""
+    """Content, prompt, token limit → the text that PEFT's `generate` gives for it alone."""
 
 
 @dataclass
 class Load:
-    """What 64 clients asked and got."""
+    """The requests and answers of 64 clients."""
 
     url: str
     adapters: Adapters
     wrong: list[Any] = field(default_factory=list)
     answers: Counter[str] = field(default_factory=Counter)
-    """Right answers of each model."""
+    """Number of right answers of each model."""
     contents: set[tuple[str, str | None]] = field(default_factory=set)
-    """Served name, fingerprint of an answer."""
+    """Pairs of a served name and the fingerprint of an answer."""
     statuses: Counter[int] = field(default_factory=Counter)
     changes: list[int] = field(default_factory=list)
     done: bool = False
@@ -65,7 +65,7 @@ class Load:
         return ["base", *self.adapters.served, "squeezed@r2", TURNING, PASSING]
 
     def missing(self) -> list[str]:
-        """Name what has not answered often enough, or not with all of its contents."""
+        """Return the models that have not answered often enough, or not with all of their contents."""
         seen = Counter(name for name, _ in self.contents)
         many = {TURNING: len(self.adapters.turning), PASSING: len(self.adapters.passing)}
         return [
@@ -75,7 +75,7 @@ class Load:
         ]
 
     async def client(self, seed: int) -> None:
-        """Ask without a pause: whole answers, streams, and streams that are left after their first event."""
+        """Send requests without a pause: for whole answers, streams, and streams that are closed early."""
         draw = random.Random(seed)
         async with httpx.AsyncClient(base_url=self.url, timeout=DEADLINE) as http:
             while not self.done:
@@ -116,7 +116,7 @@ class Load:
 
     def _accepted(self, answer: httpx.Response, body: dict[str, Any]) -> bool:
         self.statuses[answer.status_code] += 1
-        # 429 asks to try again, and what comes and goes may be away.
+        # 429 asks the client to try again, and the adapter that is loaded and unloaded may be missing.
         known = {200, 429, 404} if body["model"] == PASSING else {200, 429}
         if answer.status_code not in known:
             self.wrong.append((body, answer.status_code))
@@ -131,7 +131,7 @@ class Load:
         self.contents.add((name, fingerprint))
 
     async def change(self) -> None:
-        """Replace, try, take back, load and unload, until all models have answered often enough."""
+        """Load, replace, promote, roll back and unload, until all models have answered often enough."""
         async with httpx.AsyncClient(base_url=self.url, timeout=DEADLINE) as http:
 
             async def call(verb: str, path: str, **body: Any) -> None:
@@ -152,7 +152,7 @@ class Load:
         self.done = True
 
     async def run(self) -> None:
-        """Do both at once; what is too slow is missing afterwards."""
+        """Run clients and changes at once, for a limited time."""
         with suppress(TimeoutError):
             async with asyncio.timeout(DEADLINE), asyncio.TaskGroup() as tasks:
                 for seed in range(CLIENTS):
@@ -176,7 +176,7 @@ def adapters(base: Base, tiny_tokenizer: Any) -> Adapters:
     texts = {}
 
     def save(name: str, artifact: AdapterArtifact | None, rank: str = "") -> str:
-        """Write an adapter's folder, and what it answers."""
+        """Save an adapter, and compute its answers."""
         folder = base.save(name, artifact) if artifact is not None else None
         whole = served["squeezed"] if rank else artifact
         content: Content = (whole.content_hash if whole is not None else None, rank)
@@ -207,7 +207,7 @@ def url(local_ray: None, base: Base, adapters: Adapters) -> Iterator[str]:
 
 
 def test_each_answer_is_its_versions_while_adapters_change(url: str, adapters: Adapters) -> None:
-    # Else an answer of the wrong adapter could be taken for a right one.
+    # Otherwise an answer of the wrong adapter could count as right.
     long = [text for (_, _, limit), text in adapters.texts.items() if limit == LENGTH]
     assert len(set(long)) == len(long)
     load = Load(url, adapters)
@@ -217,6 +217,6 @@ def test_each_answer_is_its_versions_while_adapters_change(url: str, adapters: A
     assert not load.missing()
     for one in replica_stats():
         assert one["engine"]["max_slots_in_forward"] > len(adapters.served) // 2
-        # What was left, replaced or unloaded holds no place.
+        # Requests that were closed, and adapters that were replaced or unloaded, hold no place.
         assert one["engine"]["running"] == 0
         assert {name.partition("@")[0] for name in one["tiers"]} == {*adapters.served, TURNING}

@@ -30,7 +30,7 @@ NAMES = ("deleted", "truncated", "replaced", "foreign", "overwritten")
 SPOILT = "spoilt"
 """An adapter whose copy is damaged, too."""
 BOUND = 10.0
-"""Seconds until a request that can't be answered is refused: `wait_seconds`, and time for a slow machine."""
+"""Seconds within which a request must be refused: `wait_seconds`, and time for a slow machine."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Server:
     url: str
     base: Base
     first: dict[str, tuple[str | None, str]]
-    """Model → fingerprint and text of its answer when the server had just started."""
+    """Model → fingerprint and text of its answer right after the start."""
 
     def post(self, model: str, **extra: Any) -> httpx.Response:
         body = {"model": model, "prompt": "hello", "max_tokens": 8, "temperature": 0, **extra}
@@ -74,7 +74,7 @@ def server(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPath
     base = Base.read(Path(shutil.copytree(tiny_folder, root / "base")), root)
     adapters = {name: base.save(name, base.adapter(name)) for name in (*NAMES, SPOILT)}
     size = 4 * sum(4 * (rows + columns) for rows, columns in base.shapes.values())
-    # There is room for two, so that adapters are read again and again.
+    # The device has room for two adapters, so that they are evicted and read again.
     with serving(base, adapters=adapters, device_bytes=f"{2 * size}B") as url:
         found = Server(url, base, {})
         found.first.update(found.answers())
@@ -113,7 +113,7 @@ def eventually(check: Callable[[], bool], seconds: float = 90) -> None:
 
 
 def refused(server: Server, model: str = "base", **extra: Any) -> str:
-    """Check that a request is refused in time and in OpenAI's form, and return the reason."""
+    """Check that a request is refused in time and in OpenAI's form; return the reason."""
     started = time.monotonic()
     answer = server.post(model, **extra)
     assert time.monotonic() - started < BOUND
@@ -125,7 +125,7 @@ def refused(server: Server, model: str = "base", **extra: Any) -> str:
 
 
 def not_ready(server: Server) -> str:
-    """Check that `/readyz` says in time that requests can't be answered, and return the reason."""
+    """Check that `/readyz` reports in time that requests can't be answered; return the reason."""
     started = time.monotonic()
     answer = server.get("/readyz")
     assert time.monotonic() - started < BOUND
@@ -134,7 +134,7 @@ def not_ready(server: Server) -> str:
 
 
 def lose_replica(server: Server) -> None:
-    """Kill the replica, see that nothing hangs meanwhile, and wait until another one has taken its place."""
+    """Kill the replica, check that no request hangs meanwhile, and wait for the next replica."""
     kill_replica()
     assert "no replica is up" in refused(server)
     assert "no replica is up" in refused(server, "deleted", stream=True)
@@ -145,7 +145,7 @@ def lose_replica(server: Server) -> None:
 
 
 def assert_metric(pattern: str, value: float) -> None:
-    """Wait until Prometheus would see a value."""
+    """Wait until a metric has a value."""
     import ray
 
     (node,) = [node for node in ray.nodes() if node["Alive"]]
@@ -158,12 +158,12 @@ def assert_metric(pattern: str, value: float) -> None:
     eventually(there)
 
 
-def test_what_is_served_stays_whatever_happens_to_its_folder(server: Server) -> None:
+def test_an_adapter_remains_served_whatever_happens_to_its_folder(server: Server) -> None:
     damage(server)
     assert server.answers() == server.first
 
 
-def test_a_replica_that_starts_later_serves_the_same_and_tells_what_it_can_not_load(server: Server) -> None:
+def test_a_replica_that_starts_later_serves_the_same_and_reports_what_it_can_not_load(server: Server) -> None:
     os.truncate(server.copy(SPOILT) / WEIGHTS_FILE, 100)
     lose_replica(server)
     assert server.answers() == server.first
@@ -178,7 +178,7 @@ def test_a_replica_that_starts_later_serves_the_same_and_tells_what_it_can_not_l
     assert_metric(f'rayft_adapter_unavailable{{.*adapter="{SPOILT}".*', 1)
 
 
-def test_loaded_again_what_was_damaged_and_what_was_replaced_is_served(server: Server) -> None:
+def test_a_damaged_or_replaced_adapter_is_served_once_it_is_loaded_again(server: Server) -> None:
     # Another adapter can be loaded while one is unavailable.
     server.load("new", Path(server.base.save("new", server.base.adapter("new"))))
     server.load(SPOILT, server.folder(SPOILT))
@@ -190,11 +190,11 @@ def test_loaded_again_what_was_damaged_and_what_was_replaced_is_served(server: S
     server.first["replaced"] = server.answer("replaced")
 
 
-def test_a_director_that_is_killed_serves_the_same(server: Server) -> None:
+def test_after_the_director_was_killed_the_same_is_served(server: Server) -> None:
     change = server.get("/readyz").json()["change"]
     kill_actor("Director")
     eventually(lambda: "the director, which knows what is served, is not up" in not_ready(server))
-    # Requests need no director.
+    # Requests do not need the director.
     assert server.answer("deleted") == server.first["deleted"]
     eventually(lambda: server.get("/readyz").status_code == 200)
     assert server.get("/readyz").json()["change"] == change
@@ -214,7 +214,7 @@ def test_a_process_between_clients_and_replicas_that_is_killed_comes_back(server
     assert server.answers() == server.first
 
 
-def test_clients_that_never_read_hold_nobody_up(server: Server) -> None:
+def test_clients_that_never_read_do_not_block_others(server: Server) -> None:
     host, port = httpx.URL(server.url).host, httpx.URL(server.url).port
     body = json.dumps({"model": "base", "prompt": "hello", "max_tokens": 200, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
@@ -222,7 +222,7 @@ def test_clients_that_never_read_hold_nobody_up(server: Server) -> None:
     with ExitStack() as deaf:
         for _ in range(40):
             client = deaf.enter_context(socket.socket())
-            # Small, so that what is sent to it soon waits in the server.
+            # Small, so that data for it soon has to wait in the server.
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
             client.connect((host, port))
             client.sendall(request)
@@ -231,7 +231,7 @@ def test_clients_that_never_read_hold_nobody_up(server: Server) -> None:
     eventually(lambda: all(one["engine"]["running"] == 0 for one in replica_stats()))
 
 
-def test_a_base_that_is_damaged_while_it_is_served_is_served_on(server: Server) -> None:
+def test_a_base_remains_served_when_its_files_are_damaged(server: Server) -> None:
     weights = server.base.model / "model.safetensors"
     whole = weights.read_bytes()
     os.truncate(weights, 1000)

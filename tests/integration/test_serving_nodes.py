@@ -1,4 +1,4 @@
-"""A server on two nodes whose disks are not shared: the second Ray node has a mount namespace of its own."""
+"""A server on two nodes that share no disk: the second Ray node has its own mount namespace."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 @dataclass(frozen=True)
 class Cluster(Nodes):
-    """Replicas run on the node, which sees two folders empty."""
+    """A head and a node; the replicas run on the node, where two folders are separate."""
 
     @property
     def fetched(self) -> Path:
@@ -55,7 +55,7 @@ def cluster() -> Iterator[Cluster]:
 
 @contextmanager
 def serving(cluster: Cluster, **settings: Any) -> Iterator[str]:
-    """Serve by the command line, from the head; end the server as a service manager does."""
+    """Serve by the command line on the head, and stop the server as a service manager does."""
     port = free_port()
     content = {"fetched": str(cluster.fetched), "dtype": "float32", "port": port, **settings}
     (cluster.root / "serve.yaml").write_text(yaml.safe_dump(content))
@@ -72,7 +72,7 @@ def serving(cluster: Cluster, **settings: Any) -> Iterator[str]:
         assert server.wait(60) == 0, log.read_text()
 
 
-def test_replicas_on_another_node_get_keep_and_lose_the_servers_copies(
+def test_replicas_on_another_node_receive_keep_and_delete_the_servers_copies(
     cluster: Cluster, tiny_folder: Path
 ) -> None:
     base = Base.read(tiny_folder, cluster.root / "private")
@@ -86,7 +86,7 @@ def test_replicas_on_another_node_get_keep_and_lose_the_servers_copies(
                 model={"name": str(tiny_folder)},
                 adapters={"one": folders["one"]},
                 roots=[str(base.root)],
-                # There is room for one, so that adapters are read again and again.
+                # The device has room for one adapter, so that they are evicted and read again.
                 device_bytes=f"{size}B",
             )
         )
@@ -110,10 +110,10 @@ def test_replicas_on_another_node_get_keep_and_lose_the_servers_copies(
         here, there = cluster.copies()
         assert len(here) == 2
         assert here == there
-        # A copy that is gone when an evicted adapter is read again.
+        # The copies are missing when an evicted adapter is read again.
         shutil.rmtree(next(cluster.there(cluster.fetched).glob("served-*")))
         assert {name: answer(name) for name in first} == first
-        # A replica that starts later, on a node where one copy is damaged and one is missing.
+        # A replica starts later on a node where one copy is damaged and one is missing.
         damaged, missing = (next(cluster.there(cluster.fetched).glob(f"served-*/{name}")) for name in here)
         (damaged / "adapter_model.safetensors").write_bytes(b"")
         shutil.rmtree(missing)

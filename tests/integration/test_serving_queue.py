@@ -1,4 +1,4 @@
-"""More requests than may wait are told at once to come again; what was begun is answered before the end."""
+"""Requests beyond the queue are refused at once, and a server that stops first finishes what is running."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 RUNNING, QUEUED = 1, 2
 TAKEN = 5 * RUNNING
-"""What a replica takes: what runs, and four that wait for each."""
+"""Number of requests that a replica holds: the running ones, and four waiting ones for each."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def url(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFac
         yield found
 
 
-def test_what_is_too_much_is_refused_at_once_and_the_rest_is_answered(url: str) -> None:
+def test_requests_beyond_the_queue_are_refused_at_once_and_the_others_are_answered(url: str) -> None:
     body = {"model": "base", "prompt": "a", "max_tokens": 150, "temperature": 0}
 
     def ask(_: int) -> httpx.Response:
@@ -44,12 +44,12 @@ def test_what_is_too_much_is_refused_at_once_and_the_rest_is_answered(url: str) 
     assert refused[0].json()["error"]["code"] == "rate_limit_exceeded"
     slowest = max(answer.elapsed for answer in refused)
     assert slowest < max(answer.elapsed for answer in found if answer.status_code == 200)
-    assert ask(0).status_code == 200, "afterwards there is room again"
+    assert ask(0).status_code == 200, "there is room again afterwards"
     assert httpx.get(f"{url}/healthz").status_code == 200
 
 
-def test_a_stop_answers_first_what_was_begun(url: str) -> None:
-    """It stops the module's server, so it is the last test."""
+def test_a_server_that_stops_first_answers_running_requests(url: str) -> None:
+    """Stop the module's server, which is why this is the last test."""
     body = {"model": "base", "prompt": "a", "max_tokens": 400, "temperature": 0}
     began, text = threading.Event(), list[list[str]]()
 

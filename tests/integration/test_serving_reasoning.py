@@ -1,4 +1,4 @@
-"""A server of a model that reasons before it answers, over HTTP."""
+"""A server whose model reasons before it answers."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def post(url: str, path: str = "chat/completions", **extra: Any) -> Any:
     return answer.json()["choices"][0]
 
 
-def test_reasoning_is_no_part_of_the_content(url: str) -> None:
+def test_reasoning_is_not_part_of_the_content(url: str) -> None:
     choice = post(url)
     assert choice["message"]["content"] == "it is 5"
     assert choice["message"]["reasoning_content"] == THOUGHT
     assert choice["finish_reason"] == "stop"
 
 
-def test_a_base_that_does_not_reason_has_none(url: str) -> None:
+def test_the_answer_of_a_base_that_does_not_reason_has_no_reasoning(url: str) -> None:
     assert post(url, model="base", max_tokens=3)["message"]["reasoning_content"] is None
 
 
-def test_a_stream_tells_reasoning_and_content_apart(url: str) -> None:
+def test_a_stream_separates_reasoning_and_content(url: str) -> None:
     deltas = []
     with httpx.stream("POST", f"{url}/v1/chat/completions", json={**ASKED, "stream": True}) as stream:
         for line in stream.iter_lines():
@@ -63,8 +63,8 @@ def test_a_stream_tells_reasoning_and_content_apart(url: str) -> None:
     assert len(kinds) > 4
 
 
-def test_stop_strings_and_log_probabilities_are_of_the_content(url: str) -> None:
-    # The reasoning holds what ends the answer, and is given whole.
+def test_stop_strings_and_log_probabilities_apply_to_the_content(url: str) -> None:
+    # The reasoning contains the stop string, and is complete nevertheless.
     choice = post(url, stop=[" is"], logprobs=True)
     assert choice["message"]["content"] == "it"
     assert choice["message"]["reasoning_content"] == THOUGHT
@@ -72,7 +72,7 @@ def test_stop_strings_and_log_probabilities_are_of_the_content(url: str) -> None
     assert "".join(one["token"] for one in whole["logprobs"]["content"]) == "it is 5"
 
 
-def test_a_plain_completion_is_given_as_it_is_written(url: str) -> None:
+def test_a_plain_completion_includes_the_think_block(url: str) -> None:
     prompt = "<|im_start|>user\nquestion 7?<|im_end|>\n<|im_start|>assistant\n"
     body = {"model": "five", "prompt": prompt, "temperature": 0, "max_tokens": 40}
     answer = httpx.post(f"{url}/v1/completions", json=body).json()["choices"][0]

@@ -1,8 +1,7 @@
-"""Two replicas that have room for half of the adapters each: requests go where theirs is warm."""
+"""Two replicas with room for half of the adapters each: a request goes where its adapter is."""
 
 from __future__ import annotations
 
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,12 +13,9 @@ import httpx
 import pytest
 import torch
 
-from rayft.models.load import ModelConfig, load_model
-from rayft.models.targets import linear_shapes
-from rayft.serving.build import ROUTING_SECONDS, run
-from rayft.serving.config import ServeConfig
+from rayft.serving.build import ROUTING_SECONDS
 from rayft.serving.http.schemas import CompletionRequest
-from tests.unit.serving.adapters import random_adapter
+from tests.integration.serving import Base, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -51,50 +47,40 @@ class Server:
         return sum((Counter(one["moves"]) for one in self.replicas()), Counter())
 
     def requests(self) -> dict[str, list[int]]:
-        """Count each adapter's requests by replica."""
+        """Return the number of each adapter's requests on each replica."""
         found = self.replicas()
         return {
             name: [one["traffic"].get(f"{name}@1", {}).get("requests", 0) for one in found] for name in NAMES
         }
 
     def settle(self) -> None:
-        """Ask for all adapters until each has found its place."""
+        """Send requests for all adapters until no adapter is loaded or evicted any more."""
         deadline, before = time.monotonic() + 60, None
         while before != self.moves():
             assert time.monotonic() < deadline, f"adapters still move: {before}"
             before = self.moves()
             for name in NAMES:
                 self.ask(name)
-            # Until replicas have told what they have by now.
+            # Wait until the replicas have reported what they have.
             time.sleep(2 * ROUTING_SECONDS)
 
 
 @pytest.fixture(scope="module")
 def server(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    import ray.serve as ray_serve
-
-    base = load_model(ModelConfig(name=str(tiny_folder)), torch.float32)
-    shapes, root = dict(linear_shapes(base.model)), tmp_path_factory.mktemp("adapters")
-    made = {name: random_adapter(name, shapes, base.fingerprint) for name in NAMES}
+    base = Base.read(tiny_folder, tmp_path_factory.mktemp("adapters"))
+    made = {name: base.adapter(name) for name in NAMES}
     numbers = sum(factors.a.numel() + factors.b.numel() for factors in made["one"].modules.values())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    config = ServeConfig(
-        model=ModelConfig(name=str(tiny_folder)),
-        adapters={name: str(adapter.save(root / name)) for name, adapter in made.items()},
-        port=port,
-        dtype="float32",
+    with serving(
+        base,
+        adapters={name: base.save(name, adapter) for name, adapter in made.items()},
         replicas=2,
         max_running=MAX_RUNNING,
         device_bytes=str(2 * numbers * torch.float32.itemsize),
-    )
-    run(config, blocking=False)
-    yield Server(f"http://127.0.0.1:{port}")
-    ray_serve.shutdown()
+    ) as url:
+        yield Server(url)
 
 
-def test_each_adapter_is_asked_where_it_is(server: Server) -> None:
+def test_requests_for_an_adapter_go_where_it_is(server: Server) -> None:
     server.settle()
     moves, requests = server.moves(), server.requests()
     for turn in range(12):
@@ -109,13 +95,14 @@ def test_each_adapter_is_asked_where_it_is(server: Server) -> None:
 
 
 @pytest.mark.parametrize(("model", "version"), [("one", "one@1"), ("base", "base")])
-def test_a_hot_adapter_and_the_base_are_asked_on_both(server: Server, model: str, version: str) -> None:
+def test_requests_for_a_hot_adapter_and_the_base_go_to_both(server: Server, model: str, version: str) -> None:
     def requests() -> list[int]:
         return [one["traffic"].get(version, {}).get("requests", 0) for one in server.replicas()]
 
     before = requests()
     request = CompletionRequest(model=model, prompt="hello", max_tokens=200, temperature=0)
-    # At once, as no HTTP client could: Ray Serve chooses for them all before it sends the first.
+    # All at once, which no HTTP client could do: Ray Serve chooses replicas for all before it sends the
+    # first.
     ask = server.handle().options(stream=True).generate
     burst = [ask.remote(request, 0.5) for _ in range(4 * MAX_RUNNING)]
     assert [list(answer)[-1].completion_tokens for answer in burst] == [200] * len(burst)

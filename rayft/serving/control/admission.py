@@ -1,4 +1,4 @@
-"""What an adapter must be to be served on a base."""
+"""Checks that an adapter has to pass before it is served on a base."""
 
 from __future__ import annotations
 
@@ -13,24 +13,30 @@ __all__ = ["BaseModel", "check_adapter", "read_adapter"]
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What an adapter must fit."""
+    """The properties of a base that an adapter must match."""
 
     name: str
-    """The base's own name."""
+    """Name of the base."""
     fingerprint: str
-    """Identity of its weights."""
+    """Fingerprint of its weights."""
     shapes: ModuleShapes
-    """Its linear layers."""
+    """Shapes of its linear layers."""
     widest: int | None = None
-    """The largest rank that can be served; None where there is none."""
+    """Largest rank that can be served; None for no limit."""
 
 
 def check_adapter(name: str, folder: str, base: BaseModel | None) -> AdapterArtifact:
-    """Read an adapter and check all that would make it answer wrongly (None: but for its base).
+    """Read an adapter, and refuse it if its answers would be wrong.
+
+    Args:
+        name: the name that it is to be served under.
+        folder: the adapter's folder.
+        base: the base that it must match; None if it is not loaded yet.
 
     Raises:
-        ArtifactError: if it is missing, damaged, holds NaN, has a classification head, or too large a rank.
-        BaseMismatchError: if it was made for another base.
+        ArtifactError: if the adapter is missing or damaged, contains NaN, has a classification head, or has
+            too large a rank.
+        BaseMismatchError: if it was trained on another base.
     """
     try:
         artifact = read_adapter(folder)
@@ -44,10 +50,10 @@ def check_adapter(name: str, folder: str, base: BaseModel | None) -> AdapterArti
 
 
 def read_adapter(folder: str | Path) -> AdapterArtifact:
-    """Read an adapter that anyone may have written: an error of ours tells whatever is wrong with its files.
+    """Read an adapter from an untrusted folder: any error in its files becomes an `ArtifactError`.
 
     Raises:
-        ArtifactError: if it can't be read.
+        ArtifactError: if the adapter can't be read.
     """
     try:
         return AdapterArtifact.load(folder)
@@ -71,6 +77,6 @@ def _check_ranks(artifact: AdapterArtifact, folder: str, widest: int | None) -> 
     for path, factors in artifact.modules.items():
         if widest is not None and factors.rank > widest:
             raise ArtifactError(
-                f"{folder}: {path} has rank {factors.rank}, and GPUs serve ranks up to {widest}; bring it "
-                f"there with `rayft squeeze {folder} --rank {widest} --out DIR`"
+                f"{folder}: {path} has rank {factors.rank}, but GPUs serve ranks up to {widest}; reduce it "
+                f"by `rayft squeeze {folder} --rank {widest} --out DIR`"
             )

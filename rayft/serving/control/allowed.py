@@ -1,4 +1,4 @@
-"""Which places adapters may be loaded from over HTTP."""
+"""Restricts the places from which clients may load adapters to the server's roots."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from rayft.errors import BadRequestError
 __all__ = ["FILES", "check_allowed"]
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "rayft.json")
-"""What an adapter folder is read from; nothing else of it is fetched."""
+"""The files of an adapter folder that are read; others are not fetched."""
 
 
 def check_allowed(source: str, roots: Sequence[str]) -> None:
-    """Refuse what may not be loaded over HTTP.
+    """Refuse a source that clients may not load.
 
     Raises:
-        BadRequestError: if it is outside all roots, by its path or by a link in it.
+        BadRequestError: if the source is outside all roots, by its path or by a symbolic link.
     """
     if "\0" in source:
-        raise BadRequestError("a source has no NUL in it", param="source")
+        raise BadRequestError("a source can't contain NUL", param="source")
     if source.startswith("models:/"):
         return
     if "://" in source:
@@ -32,11 +32,11 @@ def check_allowed(source: str, roots: Sequence[str]) -> None:
     try:
         folder = Path(source).expanduser()
     except RuntimeError as error:
-        raise BadRequestError(f"{source} is in the home of nobody here: {error}", param="source") from error
+        raise BadRequestError(f"{source} has an unknown home directory: {error}", param="source") from error
     if not folder.is_absolute():
-        raise BadRequestError(f"{source} is no absolute path", param="source")
+        raise BadRequestError(f"{source} is not an absolute path", param="source")
     allowed = [Path(root).expanduser().resolve() for root in roots if "://" not in root]
-    # Where links lead to counts, those of the files too.
+    # Links are resolved, those of single files too.
     places = [_target(folder), *(_target(folder / name) for name in FILES)]
     if not all(any(place.is_relative_to(root) for root in allowed) for place in places):
         raise BadRequestError(f"{source} is below none of the server's roots", param="source")

@@ -1,20 +1,20 @@
 """The server's own copies of the adapters that it serves, and its record of what it serves.
 
-Whoever owns an adapter's folder may delete it, cut it short or write another adapter into it while it is
-served. The director therefore copies an adapter when it is loaded, and replicas read only the copy: a replica
-that starts later, or that reads an evicted adapter again, serves what was loaded. The copies are no hard
-links, because a file that is overwritten in place changes under all of its names.
+The owner of an adapter's folder may delete it, truncate its files or write another adapter into it while the
+adapter is served. The director therefore copies an adapter when it is loaded, and replicas read only the
+copy: a replica that starts later, or that reads an evicted adapter again, serves what was loaded. The copies
+are not hard links, because a file that is overwritten in place changes under all of its names.
 
 A replica on a node that does not share the director's disk receives a copy from the director (`transfer`) and
 keeps it below the same path on its own node.
 
     <fetched>/served-<server>/
-        served.json       the record, from which a director that replaces another one goes on
+        served.json       the record, with which a director that replaces a lost one continues
         <content>/        a copy
 
-Unloaded adapters' copies are deleted, and the whole folder when the server ends, on each node. A server that
-was killed leaves its folder behind; the next one that starts on that node deletes it once it has not been
-touched for a day.
+The copy of an adapter is deleted when the adapter is unloaded, and the whole folder when the server ends, on
+each node. A server that was killed leaves its folder behind. A server that starts later on that node deletes
+the folder if its time of modification is more than a day old.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ logger = logging.getLogger("ray.serve")
 PREFIX = "served-"
 RECORD = "served.json"
 TOUCH_SECONDS = 3600.0
-"""How often a server marks its folder as in use."""
+"""Interval at which a running server updates its folder's time of modification."""
 STALE_SECONDS = 24 * TOUCH_SECONDS
-"""Age of the mark from which a folder counts as left behind."""
+"""Age of that time from which a folder counts as left behind."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a director needs to go on where another one was lost."""
+    """The state with which a director continues after another one was lost."""
 
     served: Served
     """What is served, from the server's copies."""
@@ -76,16 +76,16 @@ class Copies:
         self._folder = self._fetched / f"{PREFIX}{server}"
 
     def take(self, folder: Path, content: str) -> Path:
-        """Copy an adapter's files, unless they are here already, and return the folder of the copy.
+        """Copy an adapter's files, unless there is a copy already, and return the folder of the copy.
 
         Args:
             folder: an adapter folder that was read and checked.
-            content: the content hash that it had then.
+            content: its content hash at that time.
 
         Raises:
-            ArtifactError: if the folder holds another content by now.
+            ArtifactError: if the content of the folder has changed since.
             DiskFullError: if there is no space for the copy.
-            ResourceError: if it can't be written for another reason.
+            ResourceError: if the copy can't be written for another reason.
         """
         check_folder(self._fetched, "fetched")
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -99,13 +99,15 @@ class Copies:
                 raise ArtifactError(f"{folder} changed while it was read; load it again")
             shutil.rmtree(target, ignore_errors=True)
             if not settle(staging, target):
-                raise ResourceError(f"{target} can't be written; free it or give another folder (fetched)")
+                raise ResourceError(
+                    f"{target} can't be written; remove what is there, or set another folder (fetched)"
+                )
             return target
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
     def keep(self, folders: Collection[str]) -> list[str]:
-        """Delete all copies but these, and return the names of those that were deleted."""
+        """Delete all copies except these, and return the names of the deleted ones."""
         names = {Path(folder).name for folder in folders}
         found = [path for path in self._folder.iterdir() if path.is_dir()] if self._folder.is_dir() else []
         others = [path.name for path in found if path.name not in names]
@@ -118,19 +120,22 @@ class Copies:
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def sizes(self, name: str, content: str) -> dict[str, int]:
-        """Return the sizes of a copy's files, once the copy is found to be whole.
+        """Check that a copy is complete, and return the sizes of its files.
 
         Args:
             name: name of the copy's folder.
             content: the content hash that it must have.
 
+        Returns:
+            Name of a file → its size in bytes.
+
         Raises:
-            ArtifactError: if it is missing or damaged.
+            ArtifactError: if the copy is missing or damaged.
         """
         folder = self._folder / name
         found = read_adapter(folder).content_hash
         if found != content:
-            raise ArtifactError(f"{folder} holds {found}, not {content}; load the adapter again")
+            raise ArtifactError(f"{folder} has the content {found}, not {content}; load the adapter again")
         return {path.name: path.stat().st_size for path in folder.iterdir() if path.name in FILES}
 
     def part(self, name: str, file: str, offset: int, size: int) -> bytes:
@@ -148,10 +153,10 @@ class Copies:
 
     @contextmanager
     def receiving(self, size: int) -> Iterator[Path]:
-        """Yield an empty folder that a copy's files are written into before `put` gives it its place.
+        """Yield an empty folder for the files of a copy; `put` then moves it into place.
 
         Args:
-            size: bytes that will be written.
+            size: number of bytes that will be written.
 
         Raises:
             DiskFullError: if there is no space for them.
@@ -168,54 +173,58 @@ class Copies:
                     shutil.rmtree(staging, ignore_errors=True)
         except OSError as error:
             raise ResourceError(
-                f"{self._folder} can't be written on {gethostname()} ({error.strerror}); correct that, or "
-                "give another folder (fetched)"
+                f"{self._folder} can't be written on {gethostname()} ({error.strerror}); make it writable, "
+                "or set another folder (fetched)"
             ) from error
 
     def put(self, staging: Path, name: str, content: str) -> None:
-        """Put a received copy in its place, unless another replica on this node has put a whole one there.
+        """Move a received copy into place, unless another replica of this node has done so.
 
         Args:
-            staging: the folder with its files.
+            staging: the folder with the files.
             name: name of the copy's folder.
             content: the content hash that it must have.
 
         Raises:
-            ResourceError: if it can't be put there.
+            ResourceError: if it can't be moved there.
         """
         target = self._folder / name
         with locked(self._folder / f".{name}.lock"):
             if not holds(target, content):
                 shutil.rmtree(target, ignore_errors=True)
                 if not settle(staging, target):
-                    raise ResourceError(f"{target} can't be written; free it")
+                    raise ResourceError(f"{target} can't be written; remove what is there")
 
     def save(self, record: Record) -> None:
         """Write the record.
 
         Raises:
-            DiskFullError, ResourceError: if it can't be written; the one before stays.
+            DiskFullError, ResourceError: if it can't be written; the previous record remains.
         """
         try:
             write_file(self._folder / RECORD, _RECORDS.dump_json(record))
         except OSError as error:
             raise ResourceError(
-                f"{self._folder} can't be written ({error.strerror}); make it writable, or give another "
+                f"{self._folder} can't be written ({error.strerror}); make it writable, or set another "
                 "folder (fetched)"
             ) from error
 
     def record(self) -> Record | None:
-        """Read the record; None if there is none that can be read."""
+        """Return the record; None if there is none, or it can't be read."""
         try:
             return _RECORDS.validate_json((self._folder / RECORD).read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            logger.warning("%s can't be read, the configuration is used: %s", self._folder / RECORD, error)
+            logger.warning(
+                "%s can't be read; the adapters of the configuration are served: %s",
+                self._folder / RECORD,
+                error,
+            )
             return None
 
     def touch(self) -> None:
-        """Mark the folder as in use."""
+        """Update the folder's time of modification, which marks it as in use."""
         with suppress(OSError):
             os.utime(self._folder)
 
@@ -224,7 +233,7 @@ class Copies:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def remove_stale(self) -> None:
-        """Delete the folders that killed servers left behind."""
+        """Delete the folders that killed servers have left behind."""
         for path in self._fetched.glob(f"{PREFIX}*"):
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > STALE_SECONDS:
@@ -238,13 +247,13 @@ class Copies:
                     shutil.copyfile(source, staging / source.name)
         except OSError as error:
             raise ResourceError(
-                f"{folder} can't be copied to {self._folder} ({error.strerror}); correct that, then load it "
-                "again"
+                f"{folder} can't be copied to {self._folder} ({error.strerror}); correct that, then load the "
+                "adapter again"
             ) from error
 
 
 def holds(folder: Path, content: str) -> bool:
-    """Return whether a folder holds an adapter with this content hash."""
+    """Return whether a folder contains an adapter with this content hash."""
     try:
         return read_adapter(folder).content_hash == content
     except ArtifactError:
@@ -252,7 +261,7 @@ def holds(folder: Path, content: str) -> bool:
 
 
 def _digest(folder: Path) -> str:
-    """Hash what the content hash leaves out: adapters of equal factors may have other metadata."""
+    """Hash all files but the weights: adapters with equal factors may have different metadata."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.name != WEIGHTS_FILE:

@@ -1,10 +1,12 @@
-"""The one place that decides what is served: it changes all replicas together, or none.
+"""The director decides what is served, and changes it on all replicas or on none.
 
-A change is prepared by every replica (read, checked, brought to the device), and only if all of them could
-is it told to be served; else it is undone everywhere, and who asked hears why. Replicas that start later, or
-missed a change, ask for what is served by themselves. What is served is served from copies (`copies`), and
-recorded beside them: a director that replaces a lost one goes on from the record, whatever has happened to
-the adapters' own folders.
+Every replica first prepares a change: it reads and checks the new adapters and loads them onto the device. If
+all replicas succeed, they are told to commit the change; otherwise all of them abandon it, and the caller
+receives the reason. Replicas that start later, or that missed a change, ask the director for what is served.
+
+Adapters are served from the server's own copies (`copies`), and what is served is recorded beside them. A
+director that replaces a lost one continues from the record, whatever has happened to the adapters' own
+folders.
 """
 
 from __future__ import annotations
@@ -37,26 +39,26 @@ __all__ = ["Director", "DirectorDeployment", "initial"]
 logger = logging.getLogger("ray.serve")
 
 PREPARE_SECONDS = 300.0
-"""How long the replicas may take to prepare a change."""
+"""Time limit for the replicas to prepare a change."""
 
 DROP_SECONDS = 10.0
-"""How long the replicas may take to delete copies on their nodes."""
+"""Time limit for the replicas to delete copies on their nodes."""
 
 
 class Director:
-    """Keeps what is served; Ray Serve makes one."""
+    """Keeps and changes what is served; Ray Serve runs one instance."""
 
     def __init__(self, config: ServeConfig, replicas: DeploymentHandle[Any], server: str) -> None:
-        """Copy the configuration's adapters, or go on from the record of a director of the same server.
+        """Copy the configuration's adapters, or continue from the record of a director that was lost.
 
         Args:
             config: the server's configuration.
-            replicas: calls the replicas.
-            server: names the server; it is the same for a director that replaces another one.
+            replicas: handle of the replicas.
+            server: identifies the server; a director that replaces a lost one receives the same.
 
         Raises:
-            ArtifactError, RegistryError: if an adapter is not there.
-            ResourceError: if it can't be copied.
+            ArtifactError, RegistryError: if an adapter is missing.
+            ResourceError: if an adapter can't be copied.
         """
         self._config, self._replicas = config, replicas
         self._registry = _registry(config)
@@ -72,42 +74,44 @@ class Director:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Begin to follow the registry, and serve the adapters of a `user_config` that names some.
+        """Start to follow the registry, and serve exactly the adapters that a `user_config` lists.
 
-        What can't be served is refused, and what was served is served on: `adapters` and the log tell why.
+        Ray Serve calls this when the director starts and when `user_config` changes. If the adapters can't be
+        served, what was served before remains, and the reason is in the log and in the result of `adapters`.
 
         Raises:
-            ArtifactError, RegistryError: if one is not there while no replica has started yet.
+            ArtifactError, RegistryError: if an adapter is missing and no replica has started yet.
         """
         wanted, first = user_config.get("adapters"), not self._tasks
         if first:
             self._tasks |= {asyncio.create_task(self._follow()), asyncio.create_task(self._touch())}
         if wanted is None or (first and wanted == self._record.wanted):
-            # What was loaded over HTTP since a lost director applied the same `user_config` is served on.
+            # A lost director applied this `user_config`; adapters loaded over HTTP since then remain.
             return
         try:
             async with self._alone():
                 served = await self._exactly(wanted)
                 if not first and served.versions != self._served.versions:
                     await self._change(served)
-                # Replicas that start ask what is served, and those that run notice what they missed.
+                # Replicas that start ask for what is served, and running ones notice that they missed a
+                # change.
                 self._keep(replace(self._record, served=served if first else self._served, wanted=wanted))
         except RayftError as error:
             if first and not self._record.base:
                 raise
             self._refused = str(error)
-            logger.warning("the change of adapters was refused, the old ones are served on: %s", error)
+            logger.warning("the change of adapters was refused, the previous ones remain served: %s", error)
 
     @property
     def _served(self) -> Served:
         return self._record.served
 
     async def state(self) -> Served:
-        """Give what is to be served."""
+        """Return what is to be served."""
         return self._served
 
     async def number(self) -> int:
-        """Give the number of the last change."""
+        """Return the number of the last change."""
         return self._served.number
 
     async def base(self) -> str:
@@ -115,10 +119,13 @@ class Director:
         return self._record.base
 
     async def started(self, base: str) -> str:
-        """Note that a replica serves this base, unless another one is served.
+        """Record the base of the first replica that starts.
+
+        Args:
+            base: fingerprint of the calling replica's base.
 
         Returns:
-            The fingerprint of the base that is served.
+            The fingerprint of the base that is served: this one, or that of an earlier replica.
         """
         if not self._record.base:
             self._keep(replace(self._record, base=base))
@@ -133,11 +140,17 @@ class Director:
         return await asyncio.to_thread(self._copies.part, name, file, offset, size)
 
     async def adapters(self) -> dict[str, Any]:
-        """Tell what is served, and why the last change was refused, if it was."""
+        """Return what is served, and the reason if the last change was refused."""
         return {"served": self._served, "refused": self._refused}
 
     async def load(self, name: str, source: str, weight: float, pinned: bool) -> Deployed:
         """Serve an adapter under a name, on all replicas or on none.
+
+        Args:
+            name: the name.
+            source: where the adapter is loaded from.
+            weight: share of the name's traffic; below 1 the adapter becomes a canary.
+            pinned: whether it stays on the device.
 
         Raises:
             BadRequestError: with the reason, if it can't be served.
@@ -151,24 +164,24 @@ class Director:
             except (RequestError, ResourceError):
                 raise
             except TrackingError as error:
-                # The registry is away, which is no mistake in the request.
+                # The registry can't be reached, which is not the fault of the request.
                 raise ResourceError(str(error)) from error
             except RayftError as error:
                 raise BadRequestError(str(error), param="source") from error
 
     async def unload(self, name: str) -> None:
-        """Serve a name no more; requests that run with it end first."""
+        """Stop serving a name; requests that are running with it end first."""
         async with self._alone():
             await self._change(state.unloaded(self._served, name))
 
     async def promote(self, name: str) -> Deployed:
-        """Give all of a name's traffic to its canary."""
+        """Give all traffic of a name to its canary."""
         async with self._alone():
             await self._change(state.promoted(self._served, name))
             return self._served.of(name)[-1]
 
     async def rollback(self, name: str) -> Deployed:
-        """Take back a canary, or the last change of a name."""
+        """Stop serving the canary of a name, or else undo the name's last change."""
         async with self._alone():
             await self._change(state.rolled_back(self._served, name))
             return self._served.of(name)[-1]
@@ -186,12 +199,12 @@ class Director:
         )
 
     async def _copy(self, new: Deployed) -> Deployed:
-        """Return a version that is served from the server's own copy of it."""
+        """Copy a version's adapter, and return the version with the folder of the copy."""
         copy = await asyncio.to_thread(self._copies.take, Path(new.folder), new.content_hash)
         return replace(new, folder=str(copy))
 
     def _copied(self, served: Served) -> Served:
-        """Copy all that is served, and return it with the copies' folders."""
+        """Copy all adapters, and return what is served with the folders of the copies."""
         versions = tuple(
             replace(one, folder=str(self._copies.take(Path(one.folder), one.content_hash)))
             for one in served.versions
@@ -199,13 +212,13 @@ class Director:
         return replace(served, versions=versions)
 
     def _keep(self, record: Record) -> None:
-        """Record what is served."""
+        """Write the record, and then use it."""
         self._copies.save(record)
         self._record = record
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
-        """Make one change at a time; after it, delete the copies that neither it nor a rollback needs."""
+        """Allow one change at a time; afterwards delete the copies that neither it nor a rollback needs."""
         async with self._changing:
             try:
                 yield
@@ -216,7 +229,7 @@ class Director:
                     await self._all("drop", gone, seconds=DROP_SECONDS)
 
     async def _change(self, wanted: Served) -> None:
-        """Have all replicas prepare a change, then serve it."""
+        """Let all replicas prepare a change, then record and commit it."""
         await self._prepare(wanted)
         self._keep(replace(self._record, served=wanted))
         self._refused = None
@@ -228,7 +241,11 @@ class Director:
         others = [error for error in errors if not _gone(error)]
         if others or len(errors) == len(answers):
             await self._all("abandon", wanted.number)
-            raise _cause(others[0]) if others else ResourceError("no replica is up to check it; try again")
+            raise (
+                _cause(others[0])
+                if others
+                else ResourceError("no replica is up to check the adapter; try again")
+            )
 
     async def _all(self, method: str, *arguments: Any, seconds: float = PREPARE_SECONDS) -> list[Any]:
         try:
@@ -237,7 +254,9 @@ class Director:
         except TimeoutError as error:
             if method == "prepare":
                 return [
-                    ResourceError(f"a replica took more than {PREPARE_SECONDS:g} s to get ready; {error}")
+                    ResourceError(
+                        f"a replica took more than {PREPARE_SECONDS:g} s to prepare the change; {error}"
+                    )
                 ]
             return []
         except RayServeException:
@@ -245,7 +264,7 @@ class Director:
             return []
 
     async def _exactly(self, wanted: Mapping[str, str]) -> Served:
-        """Give what is served with these adapters and no others."""
+        """Return the state in which exactly these adapters are served."""
         served = self._served
         for name in served.names():
             if name not in wanted:
@@ -257,13 +276,13 @@ class Director:
         return replace(served, number=self._served.number + 1)
 
     async def _touch(self) -> None:
-        """Mark the copies as in use, now and then."""
+        """Regularly mark the copies as in use."""
         while True:
             self._copies.touch()
             await asyncio.sleep(TOUCH_SECONDS)
 
     async def _follow(self) -> None:
-        """Look up again, now and then, what the registry's aliases point to."""
+        """Regularly look up which versions the registry's aliases denote."""
         while True:
             await asyncio.sleep(self._config.follow_seconds)
             for deployed in self._served.versions:
@@ -273,10 +292,10 @@ class Director:
                     await self._look_again(deployed)
                 except RayftError as error:
                     self._refused = str(error)
-                    logger.warning("%s is served on as it is: %s", deployed.name, error)
+                    logger.warning("%s remains served as it is: %s", deployed.name, error)
                 except Exception:
-                    # Whatever it was, it must not be the last look.
-                    logger.exception("%s is served on as it is", deployed.name)
+                    # No error may end this loop.
+                    logger.exception("%s remains served as it is", deployed.name)
 
     async def _look_again(self, deployed: Deployed) -> None:
         assert self._registry is not None
@@ -293,17 +312,17 @@ class Director:
             logger.info("%s is %s now", deployed.name, new.id)
 
     def __del__(self) -> None:
-        # Ray Serve calls this when it stops a replica of the director. Another one may take its place, except
-        # where the application ends.
+        # Ray Serve calls this when it stops the director. Another one may replace it, and needs the copies,
+        # unless the application is being deleted.
         if ending():
             self._copies.remove()
 
 
 def initial(config: ServeConfig, base: BaseModel | None = None) -> Served:
-    """Find the adapters of a configuration, and check them against a base where one is given.
+    """Find the adapters of a configuration, and check that they match a base if it is given.
 
     Raises:
-        ArtifactError, RegistryError: if one is not there, or can't be served.
+        ArtifactError, RegistryError: if an adapter is missing or can't be served.
     """
     served = Served()
     registry = _registry(config)
@@ -321,7 +340,7 @@ def _registry(config: ServeConfig) -> Registry | None:
 
 
 def _gone(error: Exception) -> bool:
-    """Say whether a replica died: the one that takes its place asks for what is served."""
+    """Return whether a replica died; the one that replaces it asks for what is served."""
     return isinstance(error, RayActorError)
 
 

@@ -1,4 +1,4 @@
-"""Where adapters come from: folders, MLflow's registry, and whatever fsspec reads."""
+"""Finds adapters in folders, in MLflow's registry, and at URLs that fsspec reads."""
 
 from __future__ import annotations
 
@@ -35,10 +35,22 @@ def find(
     pinned: bool,
     base: BaseModel | None = None,
 ) -> Deployed:
-    """Bring a source's adapter into a folder and say which it is; a version of 0 is still to be given.
+    """Fetch the adapter of a source into a folder of this node, unless it is in one, and check it.
+
+    Args:
+        name: the name that it is to be served under.
+        source: a folder, `models:/name@alias`, `models:/name/3`, or a URL.
+        registry: the registry, if one is configured.
+        fetched: folder for what is fetched.
+        max_bytes: largest size of the adapter, such as `2GB`.
+        pinned: whether it is to stay on the device.
+        base: the base that it must match; None if it is not loaded yet.
+
+    Returns:
+        The version; its number is 0 unless the registry has one.
 
     Raises:
-        ArtifactError: if it is missing, damaged, larger than `max_bytes`, or not for `base`.
+        ArtifactError: if it is missing, damaged, larger than `max_bytes`, or for another base.
         RegistryError: if the registry doesn't have it.
         BadRequestError: if there is no registry.
     """
@@ -61,44 +73,44 @@ def find(
 
 
 def moved(deployed: Deployed, registry: Registry) -> bool:
-    """Say whether a followed source means something else by now, without reading an adapter."""
+    """Return whether a followed source now denotes another version; no adapter is read."""
     ref, aliases, score = _registered(deployed.source, registry)
     known = (deployed.version, deployed.content_hash, deployed.aliases, deployed.score)
     return (ref.version, ref.content_hash, aliases, score) != known
 
 
 def _registered(source: str, registry: Registry) -> tuple[AdapterRef, tuple[str, ...], float | None]:
-    """Resolve a reference: with its version's aliases and validation score."""
+    """Resolve a reference; return it with the aliases and the validation score of its version."""
     ref = registry.resolve(AdapterRef.parse(source))
     mine = next((one for one in registry.versions(ref.name) if one.number == ref.version), None)
     return (ref, mine.aliases, mine.score()) if mine else (ref, (), None)
 
 
 def followed(source: str) -> bool:
-    """Say whether a source may come to mean another adapter by itself."""
+    """Return whether a source may denote another adapter later, because it names an alias."""
     return source.startswith("models:/") and AdapterRef.parse(source).version is None
 
 
 def check_size(folder: Path, max_bytes: str) -> None:
-    """Refuse a folder whose files are larger than allowed, before any is read.
+    """Check the size of an adapter's files before any of them is read.
 
     Raises:
-        ArtifactError: if they are.
+        ArtifactError: if they are larger than `max_bytes`.
     """
     size = sum(path.stat().st_size for name in FILES if (path := folder / name).is_file())
     if size > parse_bytes(max_bytes):
         raise ArtifactError(
-            f"{folder} has {size:,} bytes, more than the {max_bytes} that this server takes; squeeze it, or "
-            "raise max_adapter_bytes"
+            f"{folder} has {size:,} bytes, more than the {max_bytes} that this server accepts; squeeze it, "
+            "or raise max_adapter_bytes"
         )
 
 
 def check_source(source: str, registry: Registry | None, fetched: Path, max_bytes: str) -> None:
-    """Check that a source has an adapter's files and that they can be brought here, without reading weights.
+    """Check that a source has an adapter's files and that they can be fetched, without reading weights.
 
     Raises:
-        ArtifactError, RegistryError: if there is none.
-        ResourceError: if it would be brought to a folder that can't be written.
+        ArtifactError, RegistryError: if the adapter is missing.
+        ResourceError: if the folder for fetched adapters can't be written.
         BadRequestError: if there is no registry.
     """
     remote = source.startswith("models:/") or "://" in source
@@ -115,21 +127,22 @@ def check_source(source: str, registry: Registry | None, fetched: Path, max_byte
         read_settings(_folder(source))
 
 
-def _folder(source: str, told: str = "") -> Path:
-    """Return a folder that exists on this node.
+def _folder(source: str, prefix: str = "") -> Path:
+    """Return the absolute path of a folder on this node.
 
     Args:
         source: its path.
-        told: what an error begins with.
+        prefix: text before the message of an error.
 
     Raises:
-        ArtifactError: naming this node, if there is none.
+        ArtifactError: if the folder does not exist; the message names this node.
     """
     folder = Path(source).expanduser().absolute()
     if not folder.exists():
         raise ArtifactError(
-            f"{told}{folder} does not exist on {gethostname()}; correct the path. A cluster of several nodes "
-            "reads folders on its head: name adapters that are elsewhere as models:/NAME/VERSION or by a URL"
+            f"{prefix}{folder} does not exist on {gethostname()}; correct the path. A cluster of several "
+            "nodes reads folders on its head; name adapters that are elsewhere as models:/NAME/VERSION or "
+            "by a URL"
         )
     return folder
 
@@ -149,7 +162,9 @@ def _fetch(url: str, fetched: Path, most: int) -> Path:
                     files.get_file(f"{root}/{name}", str(staging / name))
         target = fetched / read_adapter(staging).content_hash
         if not target.is_dir() and not settle(staging, target):
-            raise ArtifactError(f"{target} can't be written; free it or give another folder (fetched)")
+            raise ArtifactError(
+                f"{target} can't be written; remove what is there, or set another folder (fetched)"
+            )
         return target
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -157,7 +172,7 @@ def _fetch(url: str, fetched: Path, most: int) -> Path:
 
 @contextmanager
 def _store(url: str) -> Iterator[None]:
-    """Turn the errors of a store into ours: each has its own, and botocore's are no OSErrors."""
+    """Turn all errors of a store into `ArtifactError`: stores have their own, and not all are OSErrors."""
     try:
         yield
     except (ArtifactError, DiskFullError):
@@ -167,13 +182,13 @@ def _store(url: str) -> Iterator[None]:
 
 
 def _files_of(url: str, most: int) -> tuple[Any, str, list[str]]:
-    """Find an adapter's files at a URL: their file system, their folder in it, their names."""
+    """Find the files of an adapter at a URL; return their file system, folder and names."""
     import fsspec
 
     files, root = fsspec.core.url_to_fs(url)
     sizes = {name: files.size(f"{root}/{name}") for name in FILES if files.exists(f"{root}/{name}")}
     if CONFIG_FILE not in sizes:
-        raise ArtifactError(f"{url} has no {CONFIG_FILE}; give the folder that PEFT saved")
+        raise ArtifactError(f"{url} has no {CONFIG_FILE}; use the URL of a folder that PEFT saved")
     if sum(size or 0 for size in sizes.values()) > most:
-        raise ArtifactError(f"{url} is larger than the {most:,} bytes that this server takes")
+        raise ArtifactError(f"{url} is larger than the {most:,} bytes that this server accepts")
     return files, root, [*sizes]

@@ -1,7 +1,7 @@
-"""What is served, as a value: versions of names, where their traffic goes, and how that changes.
+"""What is served, as an immutable value, and the functions that derive the next one from it.
 
-A name has one version or, during a canary, two that share its traffic by weight. The version that was
-replaced last is remembered, so that one command brings it back.
+A name has one version or, during a canary, two versions that share its traffic by weight. `Served` also keeps
+the version that was replaced last, so that a rollback can serve it again.
 """
 
 from __future__ import annotations
@@ -24,48 +24,54 @@ class Deployed:
     name: str
     version: int
     folder: str
-    """Adapter folder on the director's node: of what is served, the server's own copy, which replicas on
-    other nodes keep below the same path."""
+    """Folder of the adapter on the director's node. Once the version is served, this is the server's own
+    copy, which replicas on other nodes keep under the same path."""
     content_hash: str
-    """Identity of its factors: a folder that holds something else by now is not served."""
+    """Content hash of its factors; a folder whose content has another hash by now is not served."""
     source: str
-    """What it was asked for as: a folder, `models:/…`, or a URL."""
+    """Where it was loaded from: a folder, `models:/…`, or a URL."""
     aliases: tuple[str, ...] = ()
+    """Aliases that the registry has for the version."""
     pinned: bool = False
     """Whether it stays on the device."""
     score: float | None = None
-    """Its validation score, where the registry knows it."""
+    """Validation score, if the registry has one."""
 
     @property
     def id(self) -> str:
-        """The name that always means this version."""
+        """`name@version`, which always denotes this version."""
         return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True)
 class Served:
-    """All that is served; `number` grows with each change."""
+    """Everything that is served."""
 
     number: int = 0
+    """Number of the last change."""
     versions: tuple[Deployed, ...] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Name → share of its traffic that goes to its newest version, during a canary."""
+    """During a canary: name → share of its traffic that goes to its newest version."""
     previous: Mapping[str, Deployed] = field(default_factory=dict)
     """Name → the version that was replaced last."""
 
     def of(self, name: str) -> tuple[Deployed, ...]:
-        """Give a name's versions, the one that was there first first."""
+        """Return the versions of a name, the oldest first."""
         return tuple(deployed for deployed in self.versions if deployed.name == name)
 
     def names(self) -> tuple[str, ...]:
-        """List the names."""
+        """Return the names, in the order in which they were first served."""
         return tuple(dict.fromkeys(deployed.name for deployed in self.versions))
 
     def pick(self, asked: Asked, draw: float | None = None) -> Deployed:
-        """Choose the version that answers a request; a canary's by a draw in [0, 1).
+        """Return the version that answers a request.
+
+        Args:
+            asked: the `model` of the request.
+            draw: number in [0, 1) that decides between the two versions of a canary; random by default.
 
         Raises:
-            UnknownModelError: if nothing is served under that name, version or alias.
+            UnknownModelError: if the name, version or alias is not served.
         """
         mine = self.of(asked.name)
         if not mine:
@@ -79,18 +85,17 @@ class Served:
                     return deployed
             known = ", ".join(alias for one in mine for alias in (str(one.version), *one.aliases))
             raise UnknownModelError(
-                f"'{asked.name}' is not served as '{asked.which}'; of its versions and aliases there are "
-                f"{known}",
+                f"'{asked.name}' is not served as '{asked.which}'; its versions and aliases are {known}",
                 param="model",
             )
         draw = random.random() if draw is None else draw
         return mine[-1] if draw < self.weights.get(asked.name, 1.0) else mine[0]
 
     def models(self) -> dict[str, dict[str, tuple[float, float]]]:
-        """List what a request's `model` may be, but for a rank, so that `pick` chooses each version.
+        """Return the values of a request's `model` (without a rank) for which `pick` chooses each version.
 
         Returns:
-            A version's id → `model` → the draws that choose it, from the first number to below the second.
+            Id of a version → `model` → half-open interval of the draws that choose the version.
         """
         newest = {one.name: one for one in self.versions}
         found: dict[str, dict[str, tuple[float, float]]] = {}
@@ -106,22 +111,24 @@ class Served:
 
 @dataclass(frozen=True)
 class Asked:
-    """The `model` of a request, taken apart."""
+    """The parts of a request's `model`."""
 
     text: str
+    """The whole `model`."""
     name: str
     which: str | None = None
-    """A version or an alias."""
+    """Version or alias, if there is one."""
     rank: int | None = None
+    """Rank, if there is one."""
 
     @property
     def model(self) -> str:
-        """The text but for the rank, which needs no memory of its own."""
+        """The `model` without its rank: all ranks of a version share its memory."""
         return self.name if self.which is None else f"{self.name}@{self.which}"
 
 
 def parse_model(text: str) -> Asked:
-    """Read `name`, `name@3`, `name@alias`, `name@r8` or `name@3@r8`; what is none of them is a name."""
+    """Split `name`, `name@3`, `name@alias`, `name@r8` or `name@3@r8`; any other text is a name as a whole."""
     found = re.fullmatch(rf"({NAME})(?:@(?!r\d+(?:@|$))([A-Za-z0-9._-]+))?(?:@r(\d{{1,6}}))?", text)
     if found is None:
         return Asked(text, text)
@@ -129,10 +136,15 @@ def parse_model(text: str) -> Asked:
 
 
 def loaded(served: Served, new: Deployed, weight: float = 1.0) -> Served:
-    """Serve a version: alone, or beside the one that is there with a share of the traffic.
+    """Serve a version in place of the present one or, with a weight below 1, beside it as a canary.
+
+    Args:
+        served: what is served now.
+        new: the version; with `version` 0 it gets the next free number.
+        weight: the version's share of the traffic.
 
     Raises:
-        BadRequestError: if a canary has nothing to share with, or is there already.
+        BadRequestError: if the name is not served, has a canary already, or serves the same content.
     """
     mine = served.of(new.name)
     if mine and mine[-1].content_hash == new.content_hash and weight == 1.0:
@@ -144,13 +156,13 @@ def loaded(served: Served, new: Deployed, weight: float = 1.0) -> Served:
         new = replace(new, version=max((one.version for one in before), default=0) + 1)
     if weight < 1.0:
         if not mine:
-            raise BadRequestError(f"'{new.name}' is not served yet, so there is no traffic to share: load it")
+            raise BadRequestError(f"'{new.name}' is not served yet; load it without a weight first")
         if len(mine) > 1:
             raise BadRequestError(
-                f"'{new.name}' has a canary already, {mine[-1].id}: promote it or roll it back first"
+                f"'{new.name}' already has the canary {mine[-1].id}; promote it or roll it back first"
             )
         if mine[0].content_hash == new.content_hash:
-            raise BadRequestError(f"'{new.name}' is what is served already ({new.content_hash})")
+            raise BadRequestError(f"'{new.name}' already serves this content ({new.content_hash})")
         return _changed(
             served, new.name, (mine[0], new), weight=weight, previous=served.previous.get(new.name)
         )
@@ -158,11 +170,11 @@ def loaded(served: Served, new: Deployed, weight: float = 1.0) -> Served:
 
 
 def promoted(served: Served, name: str) -> Served:
-    """Give all of a name's traffic to its canary.
+    """Give all traffic of a name to its canary.
 
     Raises:
-        BadRequestError: if it has none.
-        UnknownModelError: if it is not served.
+        BadRequestError: if the name has no canary.
+        UnknownModelError: if the name is not served.
     """
     mine = _known(served, name)
     if len(mine) < 2:
@@ -171,26 +183,26 @@ def promoted(served: Served, name: str) -> Served:
 
 
 def rolled_back(served: Served, name: str) -> Served:
-    """Take a name's canary back, or else bring back the version that was replaced last.
+    """Stop serving the canary of a name or, if it has none, serve the version again that was replaced last.
 
     Raises:
-        BadRequestError: if there is neither.
-        UnknownModelError: if it is not served.
+        BadRequestError: if the name has neither.
+        UnknownModelError: if the name is not served.
     """
     mine = _known(served, name)
     if len(mine) > 1:
         return _changed(served, name, (mine[0],), previous=served.previous.get(name))
     before = served.previous.get(name)
     if before is None:
-        raise BadRequestError(f"'{name}' has neither a canary nor a version before this one")
+        raise BadRequestError(f"'{name}' has neither a canary nor a previous version")
     return _changed(served, name, (before,), previous=mine[0])
 
 
 def unloaded(served: Served, name: str) -> Served:
-    """Serve a name no more.
+    """Stop serving a name.
 
     Raises:
-        UnknownModelError: if it is not served.
+        UnknownModelError: if the name is not served.
     """
     _known(served, name)
     return _changed(served, name, (), previous=None)
@@ -211,7 +223,7 @@ def _changed(
     weight: float | None = None,
     previous: Deployed | None,
 ) -> Served:
-    """Replace what is served under a name, at its place in the list."""
+    """Replace the versions of a name, which keeps its position in the list."""
     every: list[Deployed] = []
     placed = False
     for one in served.versions:

@@ -1,8 +1,8 @@
-"""How a replica gets the server's copy of an adapter where its node does not share the director's disk.
+"""Copies an adapter from the director's node to the node of a replica, if the two share no disk.
 
-The director sends the files in parts, which Ray carries from node to node. The replica writes them below the
-same path on its own node; other replicas there, and this one when it reads an evicted adapter again, find
-them there.
+The director sends the files in parts, which Ray transports. The replica writes them under the same path on
+its own node. Other replicas of that node find them there, as does this one when it reads an evicted adapter
+again.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from rayft.serving.control.state import Deployed
 __all__ = ["PART_BYTES", "receive"]
 
 PART_BYTES = 16 * 2**20
-"""Bytes that are sent at once."""
+"""Largest number of bytes in one part."""
 
 UP_SECONDS = 10.0
-"""How long the director, which Ray Serve starts again where it is lost, may take to answer at all."""
+"""Time limit for the director's first answer; Ray Serve starts it again if it is lost."""
 
 CALL_SECONDS = 120.0
-"""How long it may take to check a copy, or to read a part of it."""
+"""Time limit for the director to check a copy, or to read a part of it."""
 
 Result = TypeVar("Result")
 
 
 async def receive(deployed: Deployed, copies: Copies, director: Any) -> bool:
-    """Bring the director's copy of an adapter to this node, unless a whole copy is here.
+    """Copy an adapter from the director to this node, unless this node has a complete copy.
 
     Args:
         deployed: the version whose copy is missing or damaged on this node.
@@ -42,7 +42,7 @@ async def receive(deployed: Deployed, copies: Copies, director: Any) -> bool:
         director: calls the director.
 
     Returns:
-        False if the copy on this node is whole.
+        Whether it was copied: False if the copy on this node is complete.
 
     Raises:
         ArtifactError: if the director's copy is missing or damaged, too.
@@ -69,10 +69,10 @@ async def _answer(call: Awaitable[Result], seconds: float) -> Result:
             return await call
     except TimeoutError as error:
         raise ResourceError(
-            f"the director's copy of the adapter can't be had: no answer in {seconds:g} seconds; try again"
+            f"the director did not send its copy of the adapter: no answer in {seconds:g} seconds; try again"
         ) from error
     except (RayError, RayServeException) as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
         if isinstance(cause, RayftError):
             raise cause from error
-        raise ResourceError(f"the director's copy of the adapter can't be had: {cause}") from error
+        raise ResourceError(f"the director did not send its copy of the adapter: {cause}") from error

@@ -1,4 +1,4 @@
-"""The types of what is answered, for the OpenAPI document; `answers` and `ingress` write them."""
+"""The bodies of answers as typed dictionaries, against which FastAPI validates what the routes return."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 __all__ = [
     "AdapterDeleted",
-    "AdapterDeployed",
+    "AdapterEntry",
     "AdapterList",
     "AdapterVersions",
     "ChatCompletion",
@@ -22,6 +22,7 @@ __all__ = [
     "ModelList",
     "NotReady",
     "Readiness",
+    "Usage",
 ]
 
 Count = Annotated[int, Field(ge=0)]
@@ -29,23 +30,23 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class ErrorDetail(TypedDict):
-    """What went wrong."""
+    """The description of an error."""
 
     message: Annotated[str, Field(min_length=1)]
     type: Literal["invalid_request_error", "server_error"]
     param: str | None
-    """The field at fault, if it is one's."""
+    """The field at fault, if there is one."""
     code: str | None
 
 
 class ErrorAnswer(TypedDict):
-    """Every status from 400 on."""
+    """The body of every answer with a status of 400 or above."""
 
     error: ErrorDetail
 
 
 class Usage(TypedDict):
-    """Tokens over all choices."""
+    """Number of tokens over all choices."""
 
     prompt_tokens: Annotated[int, Field(ge=1)]
     completion_tokens: Count
@@ -53,7 +54,7 @@ class Usage(TypedDict):
 
 
 class TopScore(TypedDict):
-    """A token and how likely it was."""
+    """A token and its log-probability."""
 
     token: str
     logprob: Annotated[float, Field(le=0)]
@@ -61,20 +62,20 @@ class TopScore(TypedDict):
 
 
 class ChatScore(TopScore):
-    """A token of a chat's answer, and the likeliest ones at its place."""
+    """A token of a chat's answer, and the most likely tokens at its position."""
 
     top_logprobs: list[TopScore]
 
 
 class ChatScores(TypedDict):
-    """Log-probabilities of a chat's answer."""
+    """The log-probabilities of a chat's answer."""
 
     content: list[ChatScore]
     refusal: None
 
 
 class TextScores(TypedDict):
-    """Log-probabilities of a text: a list for each field."""
+    """The log-probabilities of a text, as one list for each field."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -83,13 +84,13 @@ class TextScores(TypedDict):
 
 
 class ChatMessage(TypedDict):
-    """What a chat is answered."""
+    """The message that answers a chat."""
 
     role: Literal["assistant"]
     content: str
     refusal: None
     reasoning_content: str | None
-    """What the model wrote in a think block before its answer."""
+    """The text of the model's think block before its answer."""
 
 
 class Choice(TypedDict):
@@ -114,33 +115,33 @@ class TextChoice(Choice):
 
 
 class Generated(TypedDict):
-    """What answers to chats and to texts have in common."""
+    """The fields that the answers of both completion endpoints share."""
 
     id: str
     created: Count
     """Seconds since 1970."""
     model: str
     system_fingerprint: str | None
-    """Content hash of the adapter that answered; null for the base."""
+    """Content hash of the adapter that generated the answer; null for the base."""
     usage: Usage
 
 
 class ChatCompletion(Generated):
-    """What `/v1/chat/completions` answers, unless it streams."""
+    """The answer of `/v1/chat/completions`, unless it is streamed."""
 
     object: Literal["chat.completion"]
     choices: Annotated[list[ChatChoice], Field(min_length=1)]
 
 
 class Completion(Generated):
-    """What `/v1/completions` answers, unless it streams."""
+    """The answer of `/v1/completions`, unless it is streamed."""
 
     object: Literal["text_completion"]
     choices: Annotated[list[TextChoice], Field(min_length=1)]
 
 
 class Card(TypedDict):
-    """What is told of the base or of an adapter; what is not known of one is left out."""
+    """The description of the base or of an adapter; unknown fields are omitted."""
 
     id: str
     root: str
@@ -170,14 +171,14 @@ class ModelEntry(Card):
 
 
 class ModelList(TypedDict):
-    """What `/v1/models` answers."""
+    """The answer of `/v1/models`."""
 
     object: Literal["list"]
     data: list[ModelEntry]
 
 
 class Traffic(TypedDict):
-    """What a version did on all replicas since they started."""
+    """Counts of a version over all replicas since they started."""
 
     requests: Count
     tokens: Count
@@ -190,23 +191,23 @@ class AdapterEntry(Card):
     object: Literal["adapter"]
     weight: Share
     tiers: list[Literal["device", "host", "disk", "unavailable"]]
-    """Where each replica has it."""
+    """Where each replica has the adapter."""
     traffic: Traffic
 
 
 class AdapterList(TypedDict):
-    """What `/v1/adapters` answers."""
+    """The answer of `/v1/adapters`."""
 
     object: Literal["list"]
     data: list[AdapterEntry]
     change: Count
     """Number of the last change."""
     refused: NotRequired[str | None]
-    """For admins: why the last change was refused, if it was."""
+    """For admins: the reason if the last change was refused, else null."""
 
 
 class AdapterVersions(TypedDict):
-    """What `/v1/adapters/{name}` answers."""
+    """The answer of `/v1/adapters/{name}`."""
 
     object: Literal["adapter"]
     id: str
@@ -214,28 +215,15 @@ class AdapterVersions(TypedDict):
 
 
 class AdapterDeleted(TypedDict):
-    """What an unload answers."""
+    """The answer to an unload."""
 
     object: Literal["adapter"]
     id: str
     deleted: Literal[True]
 
 
-class AdapterDeployed(TypedDict):
-    """The version that a change put into service."""
-
-    name: str
-    version: Annotated[int, Field(ge=1)]
-    folder: str
-    content_hash: str
-    source: str
-    aliases: list[str]
-    pinned: bool
-    score: float | None
-
-
 class EngineHealth(TypedDict):
-    """What a replica's engine has done."""
+    """Counts of a replica's engine since it started."""
 
     alive: bool
     forwards: Count
@@ -246,24 +234,25 @@ class EngineHealth(TypedDict):
 
 
 class Health(TypedDict):
-    """What `/healthz` answers."""
+    """The answer of `/healthz`."""
 
     status: Literal["ok"]
     engine: EngineHealth | None
-    """A replica's; null where none is up."""
+    """The engine of one replica; null if no replica is up."""
 
 
 class Readiness(TypedDict):
-    """What `/readyz` answers when requests can be answered."""
+    """The answer of `/readyz` if requests can be answered."""
 
     status: Literal["ready"]
     change: Count
+    """Number of the last change."""
     unavailable: Count
-    """Versions of adapters that a replica can't load."""
+    """Number of adapter versions that some replica can't load."""
 
 
 class NotReady(TypedDict):
-    """What `/readyz` answers when they can't."""
+    """The answer of `/readyz` if requests can't be answered."""
 
     status: Literal["not ready"]
     reason: str

@@ -40,12 +40,14 @@ def config(folder: Path, port: int, **adapters: str) -> ServeConfig:
     return ServeConfig(model=ModelConfig(name=str(folder)), port=port, adapters=adapters)
 
 
-def test_adapters_that_fit_pass(tiny_folder: Path, adapter_folders: dict[str, str], free_port: int) -> None:
+def test_adapters_that_match_the_base_pass(
+    tiny_folder: Path, adapter_folders: dict[str, str], free_port: int
+) -> None:
     preflight(config(tiny_folder, free_port, **adapter_folders))
 
 
 @pytest.mark.parametrize("check", [preflight, run])
-def test_a_port_in_use_is_named_with_a_remedy(check: Any, tiny_folder: Path, taken_port: int) -> None:
+def test_the_error_about_a_port_in_use_names_another(check: Any, tiny_folder: Path, taken_port: int) -> None:
     with pytest.raises(ResourceError, match=rf"port {taken_port} .*in use.*--set port={taken_port + 1}"):
         check(config(tiny_folder, taken_port))
 
@@ -86,7 +88,7 @@ def test_an_adapter_for_another_base_is_refused(
         ({"adapters": {"a@r2": "x"}}, "letters, digits"),
         ({"adapters": {"a/b": "x"}}, "letters, digits"),
         ({"replicas": 3, "max_replicas": 2}, "max_replicas"),
-        ({"adapters": {"a": "models:/a@b"}}, "say where that is with registry"),
+        ({"adapters": {"a": "models:/a@b"}}, "set registry to MLflow"),
         ({"pinned": ["a"]}, "pinned: there is no adapter 'a'"),
         ({"device_bytes": "big"}, "'big' is no size"),
         ({"port": 0}, "port"),
@@ -94,12 +96,12 @@ def test_an_adapter_for_another_base_is_refused(
         ({"dtype": "float16"}, "dtype"),
     ],
 )
-def test_wrong_options_are_named(data: dict[str, Any], word: str) -> None:
+def test_a_wrong_option_is_an_error_that_names_it(data: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         parse(ServeConfig, data)
 
 
-def test_replicas_are_a_number_or_as_many_as_the_traffic_wants() -> None:
+def test_the_number_of_replicas_is_fixed_or_follows_the_traffic() -> None:
     def replicas(**options: Any) -> Any:
         application = build_app(ServeConfig(device="cpu", **options))
         return application._bound_deployment.init_args[0]._bound_deployment._deployment_config
@@ -121,7 +123,7 @@ def test_requests_are_routed_by_adapter_with_half_a_batch_of_slack() -> None:
         assert 2 * ROUTING_SECONDS <= RECENT_SECONDS
 
 
-def test_files_for_serve_deploy_name_an_application_that_can_be_built() -> None:
+def test_the_application_in_files_for_serve_deploy_can_be_built() -> None:
     packaged = yaml.safe_load(Path("serve/config.yaml").read_text())
     made = deployment({"host": "127.0.0.1", "port": 8000, "device": "cpu"})
     for file in (packaged, made):

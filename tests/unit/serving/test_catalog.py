@@ -38,14 +38,14 @@ class RecordingEngine:
 
 
 class Server:
-    """A catalog with its engine, and what it heard."""
+    """A catalog with its engine, and the events of the catalog."""
 
-    def __init__(self, **limits: int) -> None:
+    def __init__(self, base: BaseModel = BASE, **limits: int) -> None:
         self.engine = RecordingEngine()
-        self.heard: list[tuple[str, str]] = []
+        self.events: list[tuple[str, str]] = []
         self.catalog = Catalog(
-            BASE, self.engine, torch.float32, "cpu", Limits(**limits),  # type: ignore[arg-type]
-            lambda deployed, what: self.heard.append((deployed.name, what)),
+            base, self.engine, torch.float32, "cpu", Limits(**limits),  # type: ignore[arg-type]
+            lambda deployed, what: self.events.append((deployed.name, what)),
         )  # fmt: skip
         self.state = Served()
 
@@ -68,7 +68,7 @@ class Server:
         return [card.id for card in self.catalog.cards()]
 
     def keys(self, *models: str) -> list[str | None]:
-        """Lease models one after the other; the engine's names."""
+        """Lease models one after the other, and return the engine's names of their adapters."""
 
         async def each() -> list[str | None]:
             found = []
@@ -104,8 +104,8 @@ def test_names_resolve_to_base_and_adapters(served: Server, tmp_path: Path) -> N
     assert card.bytes == (tmp_path / "b" / "adapter_model.safetensors").stat().st_size
 
 
-def test_an_adapter_that_is_called_as_the_base_is_not_hidden_by_it(served: Server, tmp_path: Path) -> None:
-    served.catalog._base = replace(BASE, name="a")
+def test_an_adapter_with_the_name_of_the_base_takes_precedence(tmp_path: Path) -> None:
+    served = Server(replace(BASE, name="a"))
     assert served.keys("a") == [None]
     served.sync({"a": save(tmp_path, "a")})
     base, adapter = served.keys("base", "a")
@@ -117,7 +117,7 @@ def test_an_adapter_that_is_called_as_the_base_is_not_hidden_by_it(served: Serve
 @pytest.mark.parametrize("model", ["c", "", "a@", "a@r", "a@v2", "c@r2", "A"])
 def test_unknown_names_list_what_is_served(served: Server, tmp_path: Path, model: str) -> None:
     served.sync({"a": save(tmp_path)})
-    with pytest.raises(UnknownModelError, match=r"served are base, a|of its versions and aliases") as caught:
+    with pytest.raises(UnknownModelError, match=r"served are base, a|its versions and aliases are") as caught:
         served.keys(model)
     assert caught.value.param == "model"
 
@@ -143,7 +143,7 @@ def test_a_squeezed_adapter_is_served_at_lower_ranks_from_the_same_memory(
 @pytest.mark.parametrize(
     ("squeezed", "model", "word"), [(False, "a@r2", "squeeze"), (True, "a@r0", "positive")]
 )
-def test_ranks_that_mean_nothing_are_not_served(
+def test_a_rank_that_the_adapter_does_not_have_is_not_served(
     served: Server, tmp_path: Path, squeezed: bool, model: str, word: str
 ) -> None:
     served.sync({"a": save(tmp_path, squeezed=squeezed)})
@@ -186,7 +186,7 @@ def test_a_draw_decides_during_a_canary(served: Server, tmp_path: Path) -> None:
     assert asyncio.run(versions()) == ["2", "2", "1", "1"]
 
 
-def test_sync_loads_what_is_new_and_frees_what_is_gone(served: Server, tmp_path: Path) -> None:
+def test_a_change_loads_new_adapters_and_frees_removed_ones(served: Server, tmp_path: Path) -> None:
     a, b = save(tmp_path, "a"), save(tmp_path, "b", squeezed=True)
     served.sync({"a": a})
     kept = dict(served.engine.loaded)
@@ -198,7 +198,7 @@ def test_sync_loads_what_is_new_and_frees_what_is_gone(served: Server, tmp_path:
     assert served.names() == ["base", "a"]
 
 
-def test_what_a_running_request_uses_is_freed_when_it_ends(served: Server, tmp_path: Path) -> None:
+def test_an_adapter_in_use_is_freed_when_its_last_request_ends(served: Server, tmp_path: Path) -> None:
     folder = save(tmp_path)
 
     async def scenario() -> None:
@@ -217,7 +217,7 @@ def test_what_a_running_request_uses_is_freed_when_it_ends(served: Server, tmp_p
     asyncio.run(scenario())
 
 
-def test_a_change_is_seen_when_it_is_committed_and_gone_when_it_is_abandoned(
+def test_a_change_is_visible_once_it_is_committed_and_gone_once_it_is_abandoned(
     served: Server, tmp_path: Path
 ) -> None:
     served.sync({"a": save(tmp_path)})
@@ -241,17 +241,17 @@ def test_a_change_is_seen_when_it_is_committed_and_gone_when_it_is_abandoned(
     assert len(served.engine.loaded) == 2
 
 
-def test_a_folder_that_holds_something_else_by_now_is_not_served(served: Server, tmp_path: Path) -> None:
+def test_a_folder_whose_content_has_changed_is_not_served(served: Server, tmp_path: Path) -> None:
     folder = save(tmp_path)
     deployed = find("a", folder, None, tmp_path, "1GB", pinned=False)
     shutil.rmtree(folder)
     random_adapter("other", SHAPES, BASE.fingerprint).save(folder)
-    with pytest.raises(ArtifactError, match=r"holds .* now, not .* load it again"):
+    with pytest.raises(ArtifactError, match=r"has the content .* now, not .* load it again"):
         asyncio.run(served.catalog.prepare(loaded(Served(), deployed)))
     assert not served.engine.loaded
 
 
-def test_a_replica_that_starts_serves_what_it_can_load_and_tries_the_rest_again(
+def test_a_starting_replica_serves_what_it_can_load_and_retries_the_rest(
     served: Server, tmp_path: Path
 ) -> None:
     state = Served()
@@ -282,7 +282,7 @@ def test_a_replica_that_starts_serves_what_it_can_load_and_tries_the_rest_again(
     assert len(served.keys("a", "b", "c", "d")) == 4
 
 
-def test_an_evicted_adapter_that_can_not_be_read_again_is_unavailable_until_it_can(tmp_path: Path) -> None:
+def test_an_evicted_adapter_is_unavailable_while_it_can_not_be_read(tmp_path: Path) -> None:
     served = Server(device=ONE)
     served.sync({name: save(tmp_path, name) for name in "ab"})
     served.keys("b")
@@ -316,13 +316,13 @@ ONE = 4 * (4 + 6) * 4 + 4 * (4 + 3) * 4
 """Bytes of one test adapter: two modules of rank 4, in float32."""
 
 
-def test_beyond_the_limit_the_least_recently_used_moves_out(tmp_path: Path) -> None:
+def test_beyond_the_limit_the_least_recently_used_adapter_is_evicted(tmp_path: Path) -> None:
     served = Server(device=2 * ONE)
     served.sync({name: save(tmp_path, name) for name in "abc"})
     assert served.catalog.tiers() == {"a@1": "device", "b@1": "device", "c@1": "host"}
     served.keys("a", "c")
     assert served.catalog.tiers() == {"a@1": "device", "b@1": "disk", "c@1": "device"}
-    assert served.heard == [("a", "load"), ("b", "load"), ("b", "eviction"), ("c", "load")]
+    assert served.events == [("a", "load"), ("b", "load"), ("b", "eviction"), ("c", "load")]
     # It comes back with the same numbers.
     (key,) = served.keys("b")
     assert key is not None
@@ -331,7 +331,9 @@ def test_beyond_the_limit_the_least_recently_used_moves_out(tmp_path: Path) -> N
     assert served.catalog.tiers()["a@1"] == "disk"
 
 
-def test_pinned_adapters_stay_and_those_in_use_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinned_adapters_and_those_in_use_are_not_evicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("rayft.serving.catalog.ROOM_SECONDS", 0.2)
     served = Server(device=2 * ONE)
     adapters = {name: save(tmp_path, name) for name in "abc"}
@@ -356,7 +358,7 @@ def test_pinned_adapters_stay_and_those_in_use_do(tmp_path: Path, monkeypatch: p
     asyncio.run(scenario())
 
 
-def test_one_that_can_never_fit_is_refused_and_many_that_ask_at_once_load_it_once(tmp_path: Path) -> None:
+def test_an_adapter_that_never_fits_is_refused_and_concurrent_requests_load_one_once(tmp_path: Path) -> None:
     small = Server(device=ONE - 1)
     small.sync({"a": save(tmp_path)})
     with pytest.raises(ResourceError, match="squeeze it, or raise device_bytes"):
@@ -377,7 +379,7 @@ def test_one_that_can_never_fit_is_refused_and_many_that_ask_at_once_load_it_onc
         assert len(set(await asyncio.gather(*[ask() for _ in range(8)]))) == 1
 
     asyncio.run(scenario())
-    assert served.heard.count(("y", "load")) == 1
+    assert served.events.count(("y", "load")) == 1
 
 
 def test_a_bad_adapter_changes_nothing(served: Server, tmp_path: Path) -> None:
@@ -401,7 +403,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
 def test_a_rank_that_the_device_does_not_serve_is_refused(tmp_path: Path) -> None:
     folder = str(random_adapter("a", SHAPES, BASE.fingerprint, rank=4).save(tmp_path / "wide"))
     assert check_adapter("a", folder, replace(BASE, widest=4)).rank == 4
-    with pytest.raises(ArtifactError, match=r"has rank 4, and GPUs serve ranks up to 3; .* --rank 3"):
+    with pytest.raises(ArtifactError, match=r"has rank 4, but GPUs serve ranks up to 3; .* --rank 3"):
         check_adapter("a", folder, replace(BASE, widest=3))
 
 
@@ -434,7 +436,7 @@ def test_a_classifier_is_refused(tmp_path: Path) -> None:
         check_adapter("a", str(folder), BASE)
 
 
-def test_what_is_missing_on_this_node_is_fetched_when_it_is_loaded_and_read_again(tmp_path: Path) -> None:
+def test_a_copy_that_is_missing_on_this_node_is_fetched_whenever_it_is_read(tmp_path: Path) -> None:
     head, node = Path(save(tmp_path / "head")), tmp_path / "node"
     fetched: list[str] = []
 
@@ -447,21 +449,33 @@ def test_what_is_missing_on_this_node_is_fetched_when_it_is_loaded_and_read_agai
         return True
 
     async def scenario() -> None:
-        catalog = Catalog(BASE, RecordingEngine(), torch.float32, "cpu", fetch=fetch)  # type: ignore[arg-type]
+        catalog = Catalog(
+            BASE,
+            RecordingEngine(),
+            torch.float32,
+            "cpu",
+            Limits(device=ONE),
+            fetch=fetch,  # type: ignore[arg-type]
+        )
         (found,) = loaded(Served(), find("a", str(head), None, head, "1GB", pinned=False)).versions
         state = Served(1, (replace(found, folder=str(node)),))
+        state = loaded(state, find("b", save(tmp_path, "b"), None, tmp_path, "1GB", pinned=False))
         await catalog.prepare(state)
-        await catalog.commit(1)
+        await catalog.commit(state.number)
         assert fetched == ["a@1"]
-        entry = catalog._entries["a@1"]
+
+        async def evict() -> None:
+            async with catalog.lease("b"):
+                assert catalog.tiers()["a@1"] == "disk"
+
         for damage in (lambda: shutil.rmtree(node), lambda: (node / "adapter_config.json").write_text("{")):
             damage()
-            catalog._off_device(entry)
+            await evict()
             async with catalog.lease("a") as lease:
                 assert lease.content_hash == found.content_hash
         assert fetched == ["a@1"] * 3
         shutil.rmtree(node)
-        catalog._off_device(entry)
+        await evict()
         with pytest.raises(ArtifactError, match="director's copy is damaged"):
             async with catalog.lease("a"):
                 pass

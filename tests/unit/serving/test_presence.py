@@ -62,7 +62,7 @@ def test_an_answer_is_returned_and_an_error_is_raised(replicas: Replicas) -> Non
     assert (replicas.cancelled, replicas.refused) == (0, 0)
 
 
-def test_while_no_replica_is_up_a_call_waits_so_long_and_no_longer(replicas: Replicas) -> None:
+def test_a_call_waits_for_a_limited_time_while_no_replica_is_up(replicas: Replicas) -> None:
     with pytest.raises(NoReplicaError, match="no replica is up; one is starting"):
         replicas.ask(answer(60))
     replicas.reason = "rayft.errors.ModelError: no file"
@@ -73,7 +73,7 @@ def test_while_no_replica_is_up_a_call_waits_so_long_and_no_longer(replicas: Rep
     assert replicas.ask(answer(0.05), absent=30) == "text"
 
 
-def test_a_process_that_has_not_heard_of_replicas_yet_waits_longer(
+def test_a_process_that_does_not_know_the_replicas_yet_waits_longer(
     replicas: Replicas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replicas.up = None
@@ -83,20 +83,20 @@ def test_a_process_that_has_not_heard_of_replicas_yet_waits_longer(
         replicas.ask(answer(60))
 
 
-def test_a_replica_that_does_not_take_a_call_ends_it_after_the_limit(replicas: Replicas) -> None:
+def test_a_call_that_no_replica_accepts_ends_after_the_limit(replicas: Replicas) -> None:
     replicas.up = True
     with pytest.raises(RequestTimeoutError, match=r"within 0\.05 seconds"):
         replicas.ask(answer(60), most=0.05)
     assert replicas.cancelled == 1
 
 
-def test_what_ray_serve_raises_where_no_replica_is_up_is_the_same_error(replicas: Replicas) -> None:
+def test_ray_serves_own_error_without_replicas_becomes_the_same_error(replicas: Replicas) -> None:
     unavailable = DeploymentUnavailableError(DeploymentID("Replica", "rayft"))
     with pytest.raises(NoReplicaError, match="no replica is up"):
         replicas.ask(answer(0, unavailable))
 
 
-def test_a_director_that_does_not_start_is_named_with_its_reason(replicas: Replicas) -> None:
+def test_the_error_about_a_director_that_does_not_start_has_the_reason(replicas: Replicas) -> None:
     with pytest.raises(NoReplicaError, match=r"the director.* is not up; it is starting"):
         replicas.ask(answer(60), called="Director")
     replicas.reason = "rayft.errors.ArtifactError: /nowhere"
@@ -121,7 +121,7 @@ def reason(monkeypatch: pytest.MonkeyPatch, **messages: str) -> str | None:
     return presence.start_error()
 
 
-def test_the_reason_is_an_error_or_else_that_no_node_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_is_the_last_error_or_else_that_no_node_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
     error = "Traceback\n  File x\nrayft.errors.ModelError: on node-1: no file\n"
     waits = "Deployment 'Replica' has 1 replicas that have taken more than 30s to be scheduled. {\"CPU\": 8}."
     slow = "has 1 replicas that have taken more than 30s to initialize.\nThis may be slow."

@@ -46,7 +46,8 @@ def make_replica(tiny_folder: Path) -> Iterator[Callable[..., Replica]]:
 
     yield make
     for replica in made:
-        replica._engine.stop()
+        # As Ray Serve does.
+        replica.__del__()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,9 @@ def text(prompt: Any = "hello", model: str = "base", **extra: Any) -> Completion
     return CompletionRequest(model=model, prompt=prompt, **{"temperature": 0.0, "max_tokens": 20, **extra})
 
 
-def test_an_answer_opens_empty_and_ends_with_a_reason(replica: Replica, tiny_tokenizer: Any) -> None:
+def test_an_answer_starts_with_an_empty_delta_and_ends_with_a_reason(
+    replica: Replica, tiny_tokenizer: Any
+) -> None:
     deltas = answer(replica, text())
     length = len(tiny_tokenizer("hello")["input_ids"])
     assert deltas[0] == Delta("", length, 0)
@@ -86,8 +89,9 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_place(make_replica: Ca
     replica = make_replica(max_new_tokens=2000, cache_tokens=4096, max_seconds=0.2, max_running=1)
     with pytest.raises(RequestTimeoutError, match=r"not ready after 0\.2 seconds.*max_seconds"):
         answer(replica, text(max_tokens=200, n=8))
-    assert replica._engine.stats().running == 0
-    assert replica._metrics.traffic["base"]["errors"] == 1
+    stats = asyncio.run(replica.stats())
+    assert stats["engine"]["running"] == 0
+    assert stats["traffic"]["base"]["errors"] == 1
     assert answer(replica, text(max_tokens=1))[-1].finish == "length"
 
 
@@ -100,7 +104,7 @@ def test_chat_goes_through_the_template(replica: Replica, tiny_tokenizer: Any) -
     assert "".join(d.text for d in answer(replica, request)) == "".join(d.text for d in as_text)
 
 
-def test_a_template_is_given_the_requests_variables(
+def test_the_template_receives_the_requests_variables(
     replica: Replica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template = "{% if enable_thinking %}let me think{% else %}no{% endif %}"
@@ -132,14 +136,14 @@ def test_a_stop_token_ends_the_request(replica: Replica, tiny_tokenizer: Any) ->
     deltas = answer(replica, text(max_tokens=60, stop_token_ids=letters))
     assert "".join(delta.text for delta in deltas) == whole[:end]
     assert deltas[-1].finish == "stop"
-    with pytest.raises(BadRequestError, match="'stop_token_ids': 100000 is no token of this model") as caught:
+    with pytest.raises(
+        BadRequestError, match="'stop_token_ids': 100000 is not a token of this model"
+    ) as caught:
         answer(replica, text(stop_token_ids=[3, 100_000]))
     assert caught.value.param == "stop_token_ids"
 
 
-def test_long_prompts_do_not_hold_up_other_requests(
-    replica: Replica, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_prompts_do_not_block_other_requests(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go_on = threading.Event(), threading.Event()
     tokenize = replica_module.prompt_tokens
 
@@ -176,14 +180,14 @@ def test_a_stop_string_ends_the_request(replica: Replica) -> None:
     assert asyncio.run(replica.stats())["engine"]["running"] == 0
 
 
-def test_the_seed_decides_what_is_drawn(replica: Replica) -> None:
+def test_the_seed_determines_the_samples(replica: Replica) -> None:
     drawn = ["".join(d.text for d in answer(replica, text(temperature=1.5, seed=s))) for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     free = {"".join(d.text for d in answer(replica, text(temperature=1.5))) for _ in range(3)}
     assert len(free) == 3
 
 
-def test_choices_are_drawn_apart_and_the_first_is_the_seeds_own(replica: Replica) -> None:
+def test_choices_are_sampled_independently_and_the_first_has_the_requests_seed(replica: Replica) -> None:
     def texts(**extra: Any) -> list[str]:
         made: dict[int, str] = {}
         for delta in answer(replica, text(temperature=1.5, seed=3, **extra)):
@@ -202,7 +206,7 @@ def test_choices_are_drawn_apart_and_the_first_is_the_seeds_own(replica: Replica
     assert last.prompt_tokens == sum(answer(replica, text(p))[0].prompt_tokens for p in ("hello", "hi"))
 
 
-def test_scores_spell_the_answer(replica: Replica) -> None:
+def test_the_tokens_of_the_scores_join_to_the_answer(replica: Replica) -> None:
     deltas = answer(replica, text("caf\u00e9 \u2014", model="large", logprobs=2, temperature=1.4, seed=5))
     scores = [score for delta in deltas for score in delta.scores]
     whole = "".join(delta.text for delta in deltas)
@@ -215,21 +219,21 @@ def test_scores_spell_the_answer(replica: Replica) -> None:
 
 
 def test_one_choice_that_fails_fails_the_request(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = replica._engine.submit
+    submit = PackedEngine.submit
 
-    def failing(job: Any) -> Any:
+    def failing(engine: PackedEngine, job: Any) -> Any:
         if job.seed == 3:
             raise ResourceError("the engine has stopped")
-        return submit(job)
+        return submit(engine, job)
 
-    monkeypatch.setattr(replica._engine, "submit", failing)
+    monkeypatch.setattr(PackedEngine, "submit", failing)
     with pytest.raises(ResourceError, match="stopped"):
         answer(replica, text(n=3, seed=3, max_tokens=3))
     monkeypatch.undo()
     assert asyncio.run(replica.stats())["engine"]["running"] == 0
 
 
-def test_without_a_limit_chat_takes_what_fits(replica: Replica) -> None:
+def test_without_a_limit_a_chat_generates_as_many_tokens_as_fit(replica: Replica) -> None:
     request = ChatRequest(model="base", messages=[Message(role="user", content="x" * 400)], temperature=0)
     last = answer(replica, request)[-1]
     # The room is the cache here (512), which the prompt leaves less of than the cap of 100.
@@ -237,7 +241,7 @@ def test_without_a_limit_chat_takes_what_fits(replica: Replica) -> None:
 
 
 @pytest.mark.parametrize(("prompt", "tokens"), [("hello", 16), ("x" * 505, 7)])
-def test_without_a_limit_a_text_takes_openais_16_as_far_as_they_fit(
+def test_without_a_limit_a_completion_generates_up_to_16_tokens(
     replica: Replica, prompt: str, tokens: int
 ) -> None:
     last = answer(replica, text(prompt, max_tokens=None))[-1]
@@ -254,7 +258,7 @@ def test_without_a_limit_a_text_takes_openais_16_as_far_as_they_fit(
         (text(""), BadRequestError, "prompt", "empty"),
     ],
 )
-def test_what_cannot_be_answered_is_refused(
+def test_a_request_that_can_not_be_answered_is_refused(
     replica: Replica, request_: Any, error: type[BadRequestError], param: str, word: str
 ) -> None:
     with pytest.raises(error, match=word) as caught:
@@ -307,18 +311,16 @@ def test_a_replica_with_another_base_than_the_others_does_not_start(
         replica = make_replica()
         monkeypatch.setattr(replica_module.ray_serve, "get_deployment_handle", lambda _: director)
         await replica.reconfigure({})
-        for task in replica._tasks:
-            task.cancel()
 
     first = Director()
     asyncio.run(start(first))
     assert first.found
     asyncio.run(start(Director(first.found)))
-    with pytest.raises(ModelError, match="holds another base now"):
+    with pytest.raises(ModelError, match="now has another base"):
         asyncio.run(start(Director("f" * 16)))
 
 
-def test_no_weight_is_mapped_from_a_file_of_the_base(
+def test_no_weight_is_a_memory_map_of_a_file(
     make_replica: Callable[..., Replica], tiny_folder: Path, tmp_path: Path
 ) -> None:
     own = shutil.copytree(tiny_folder, tmp_path / "base")
@@ -342,12 +344,12 @@ def test_traffic_is_counted_by_version(replica: Replica) -> None:
 def test_a_dead_engine_is_unhealthy(make_replica: Callable[..., Replica]) -> None:
     replica = make_replica()
     replica.check_health()
-    replica._engine.stop()
+    replica.__del__()
     with pytest.raises(ResourceError, match="stopped"):
         replica.check_health()
 
 
-def test_the_traffic_of_versions_that_are_gone_is_forgotten(
+def test_the_traffic_of_removed_versions_is_deleted(
     make_replica: Callable[..., Replica], adapter_folders: dict[str, str]
 ) -> None:
     replica, served = make_replica(), Served()
@@ -374,14 +376,14 @@ def test_the_traffic_of_versions_that_are_gone_is_forgotten(
         ("transformers", "cpu", torch.float32, TransformersEngine),
     ],
 )
-def test_the_engine_fits_device_and_dtype(
+def test_the_engine_is_chosen_by_device_and_dtype(
     engine: Any, device: str, dtype: torch.dtype, expected: type[Any]
 ) -> None:
     config = ServeConfig(model=ModelConfig(name="any"), engine=engine)
     assert engine_class(config, device, dtype) is expected
 
 
-def test_a_base_that_is_not_on_a_replicas_node_is_told_with_the_node(
+def test_the_error_about_a_missing_base_names_the_node(
     make_replica: Callable[..., Replica], tmp_path: Path
 ) -> None:
     missing = ModelConfig(name=str(tmp_path / "missing"))

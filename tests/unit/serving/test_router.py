@@ -107,26 +107,26 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         ({"a": (False, 0, 2), "b": (False, 0, 1)}, "b"),
     ],
 )
-def test_warm_comes_first_unless_it_is_too_busy(standings: dict[str, Any], first: str) -> None:
+def test_a_warm_replica_comes_first_unless_it_is_too_busy(standings: dict[str, Any], first: str) -> None:
     made = {name: Standing(*one) for name, one in standings.items()}
     assert {ranked(made, SLACK)[0] for _ in range(40)} == {first}
     assert set(ranked(made, SLACK)) == set(standings)
 
 
-def test_an_overloaded_warm_replica_is_one_like_others() -> None:
+def test_an_overloaded_warm_replica_counts_as_cold() -> None:
     busy = {"a": Standing(True, 9), "b": Standing(False, 1), "c": Standing(False, 12)}
     assert ranked(busy, SLACK) == ["b", "a", "c"]
     assert ranked({}, SLACK) == []
 
 
-def test_equals_take_turns() -> None:
+def test_equal_replicas_take_turns() -> None:
     for warm in (False, True):
         alike = {name: Standing(warm, 1) for name in "abc"}
         assert {ranked(alike, SLACK)[0] for _ in range(100)} == set("abc")
 
 
 @pytest.mark.parametrize("model", ["x", "x@1", "x@best", "x@r2", "x@1@r2", "x@best@r8"])
-def test_all_names_of_an_adapter_go_where_it_is_warm(model: str) -> None:
+def test_requests_by_any_name_of_an_adapter_go_where_it_is_warm(model: str) -> None:
     warm = {"x": ALWAYS, "x@1": ALWAYS, "x@best": ALWAYS}
     routing = Routing({"a": {"y": ALWAYS}, "b": warm, "c": {}}, b=2)
     assert routing.several(model) == {"b"}
@@ -134,7 +134,7 @@ def test_all_names_of_an_adapter_go_where_it_is_warm(model: str) -> None:
     assert routing.order(chat, 0.5)[0] == "b"
 
 
-def test_a_canarys_request_goes_where_its_version_is() -> None:
+def test_a_request_during_a_canary_goes_where_its_version_is() -> None:
     old, new = {"x": (0.25, 1.0), "x@1": ALWAYS}, {"x": (0.0, 0.25), "x@2": ALWAYS}
     routing = Routing({"a": old, "b": new, "c": {}}, a=1, b=1)
     for draw, replica in ((0.0, "b"), (0.2, "b"), (0.25, "a"), (0.99, "a")):
@@ -146,7 +146,7 @@ def test_a_canarys_request_goes_where_its_version_is() -> None:
     assert routing.several("x", 0.1) == {"c"}
 
 
-def test_base_requests_go_to_the_least_busy() -> None:
+def test_requests_for_the_base_go_to_the_least_busy_replica() -> None:
     base = {"base": ALWAYS, "org/tiny": ALWAYS}
     routing = Routing({"a": base, "b": base, "c": base}, a=1)
     for model in ("base", "org/tiny"):
@@ -156,7 +156,7 @@ def test_base_requests_go_to_the_least_busy() -> None:
     assert routing.several("base") == {"a"}
 
 
-def test_a_burst_is_divided_before_any_of_it_is_sent() -> None:
+def test_a_burst_is_divided_before_its_first_request_is_sent() -> None:
     routing = Routing({"a": {"x": ALWAYS}, "b": {}})
     burst = [routing.pending(CompletionRequest(model="x", prompt="hello"), 0.5) for _ in range(2 * SLACK + 4)]
     first = [routing.choose(one)[0] for one in burst]
@@ -169,7 +169,7 @@ def test_a_burst_is_divided_before_any_of_it_is_sent() -> None:
     assert routing.ask("x") == "a"
 
 
-def test_a_request_that_is_asked_for_again_or_given_up_is_no_load() -> None:
+def test_a_request_that_is_routed_again_or_abandoned_does_not_count_twice() -> None:
     routing = Routing({"a": {"x": ALWAYS}, "b": {}}, a=SLACK)
     waiting = routing.pending(CompletionRequest(model="x", prompt="hello"), 0.5)
     assert [routing.choose(waiting)[0] for _ in range(3)] == ["a"] * 3
@@ -193,7 +193,7 @@ def test_a_burst_for_a_cold_adapter_loads_it_once(later: Callable[[float], None]
     assert first not in routing.several("x")
 
 
-def test_what_was_sent_is_warm_for_a_while(later: Callable[[float], None]) -> None:
+def test_an_adapter_counts_as_warm_for_a_while_where_it_was_sent(later: Callable[[float], None]) -> None:
     routing = Routing({"a": {}, "b": {}}, b=1)
     assert routing.ask("x") == "a"
     routing.busy("a", 2)
@@ -204,7 +204,7 @@ def test_what_was_sent_is_warm_for_a_while(later: Callable[[float], None]) -> No
     assert routing.several("x") == {"b"}
 
 
-def test_what_is_warm_counts_as_no_load(later: Callable[[float], None]) -> None:
+def test_a_warm_adapter_does_not_count_as_loading(later: Callable[[float], None]) -> None:
     routing = Routing({"a": {"base": ALWAYS, "x": ALWAYS}, "b": {}}, b=1)
     assert (routing.several("base"), routing.several("x")) == ({"a"}, {"a"})
     routing.busy("b", 0)
@@ -216,7 +216,7 @@ def test_what_is_warm_counts_as_no_load(later: Callable[[float], None]) -> None:
     assert set(places) == {"a", "b"}
 
 
-def test_what_replicas_tell_counts_more_than_what_was_sent(later: Callable[[float], None]) -> None:
+def test_a_replicas_report_overrides_what_was_sent(later: Callable[[float], None]) -> None:
     routing = Routing({"a": {}, "b": {}}, b=1)
     assert routing.ask("x") == "a"
     routing.tell({"a": {}, "b": {"x": ALWAYS}})
@@ -225,7 +225,7 @@ def test_what_replicas_tell_counts_more_than_what_was_sent(later: Callable[[floa
     assert routing.several("x") == {"a"}
 
 
-def test_what_a_replica_lacks_is_asked_for_elsewhere_if_it_is_anywhere() -> None:
+def test_a_request_goes_to_a_replica_that_can_load_its_adapter_if_there_is_one() -> None:
     routing = Routing({"a": {"base": ALWAYS}, "b": {"base": ALWAYS}}, b=SLACK + 3)
     routing.running[0].routing_stats["lacking"] = {"x": ALWAYS, "y": (0.0, 0.25)}
     running: Any = routing.running
@@ -241,7 +241,9 @@ def test_what_a_replica_lacks_is_asked_for_elsewhere_if_it_is_anywhere() -> None
     assert order("x", 0.5) == ["a", "b"]
 
 
-def test_a_process_knows_whether_a_replica_is_up_once_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_knows_whether_a_replica_is_up_once_a_router_knows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(presence, "_routers", {"Replica": [], "Director": []})
     routing = Routing({"a": {}})
 
@@ -259,7 +261,7 @@ def test_a_process_knows_whether_a_replica_is_up_once_it_was_told(monkeypatch: p
     assert presence.replicas_up("Director") is None
 
 
-def test_a_router_that_was_pickled_by_value_tells_the_process_that_it_runs_in(
+def test_a_router_that_was_pickled_by_value_informs_its_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(presence, "_routers", {"Replica": [], "Director": []})
@@ -278,7 +280,7 @@ def test_a_router_that_was_pickled_by_value_tells_the_process_that_it_runs_in(
     subprocess.run([sys.executable, "-c", code], input=sent, check=True)
 
 
-def test_a_lost_replica_is_forgotten(later: Callable[[float], None]) -> None:
+def test_a_lost_replica_is_no_longer_counted(later: Callable[[float], None]) -> None:
     routing = Routing({"a": {}, "b": {}}, b=1)
     assert routing.ask("x") == "a"
     routing.tell({"b": {}})
@@ -287,7 +289,7 @@ def test_a_lost_replica_is_forgotten(later: Callable[[float], None]) -> None:
     assert routing.order(CompletionRequest(model="x", prompt="hello"), 0.5) == []
 
 
-def test_what_asks_for_no_text_goes_to_the_least_busy() -> None:
+def test_a_call_that_generates_no_text_goes_to_the_least_busy_replica() -> None:
     routing = Routing({"a": {"x": ALWAYS}, "b": {}}, a=1)
     for args in ((), (7,), ("prepare", 0.5)):
         assert routing.order(*args) == ["b", "a"]

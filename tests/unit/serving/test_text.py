@@ -79,7 +79,7 @@ def decoded(tokenizer: Any) -> Callable[[Sequence[int]], str]:
 
 
 def stream(tokenizer: Any, text: str, stop: tuple[str, ...] = (), step: int = 1) -> tuple[list[str], bool]:
-    """Feed a text's tokens a few at a time; give the pieces and whether a stop string was met."""
+    """Feed a text's tokens a few at a time; return the pieces and whether a stop string was found."""
     tokens = tokenizer(text)["input_ids"]
     made, pieces = TextStream(decoded(tokenizer), stop), []
     for end in [*range(step, len(tokens), step), len(tokens)]:
@@ -90,19 +90,19 @@ def stream(tokenizer: Any, text: str, stop: tuple[str, ...] = (), step: int = 1)
 
 
 @pytest.mark.parametrize("step", [1, 2, 5, 100])
-def test_pieces_add_up_to_the_text(tiny_tokenizer: Any, step: int) -> None:
+def test_the_pieces_join_to_the_text(tiny_tokenizer: Any, step: int) -> None:
     pieces, stopped = stream(tiny_tokenizer, TEXT, step=step)
     assert "".join(pieces) == TEXT
     assert not stopped
 
 
-def test_half_a_character_is_held_back(tiny_tokenizer: Any) -> None:
+def test_an_incomplete_character_is_held_back(tiny_tokenizer: Any) -> None:
     pieces, _ = stream(tiny_tokenizer, TEXT)
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     assert "🙂" in pieces
 
 
-def test_half_a_character_is_given_at_the_end(tiny_tokenizer: Any) -> None:
+def test_an_incomplete_character_is_returned_at_the_end(tiny_tokenizer: Any) -> None:
     tokens = tiny_tokenizer("a🙂")["input_ids"][:-1]
     assert TextStream(decoded(tiny_tokenizer)).push(tokens, last=True).content == "a\N{REPLACEMENT CHARACTER}"
 
@@ -112,7 +112,7 @@ def test_half_a_character_is_given_at_the_end(tiny_tokenizer: Any) -> None:
     ("stop", "left"),
     [(("END",), "go on "), ((" on", "END"), "go"), (("nothing", "o"), "g"), (("go on END of it",), "")],
 )
-def test_a_stop_string_ends_the_text_and_is_no_part_of_it(
+def test_a_stop_string_ends_the_text_and_is_not_part_of_it(
     tiny_tokenizer: Any, stop: tuple[str, ...], left: str, step: int
 ) -> None:
     pieces, stopped = stream(tiny_tokenizer, "go on END of it", stop, step)
@@ -120,14 +120,14 @@ def test_a_stop_string_ends_the_text_and_is_no_part_of_it(
     assert stopped
 
 
-def test_the_beginning_of_a_stop_string_is_given_once_it_is_none(tiny_tokenizer: Any) -> None:
+def test_the_beginning_of_a_stop_string_is_returned_once_it_can_not_be_one(tiny_tokenizer: Any) -> None:
     pieces, stopped = stream(tiny_tokenizer, "an EN route", ("END",))
     assert "".join(pieces) == "an EN route"
     assert not stopped
     assert "E" not in pieces
 
 
-def test_special_tokens_are_not_text(tiny_tokenizer: Any) -> None:
+def test_special_tokens_are_omitted_from_the_text(tiny_tokenizer: Any) -> None:
     assert "".join(stream(tiny_tokenizer, "a<|im_start|>b")[0]) == "ab"
 
 
@@ -142,7 +142,7 @@ THINKING = """{% for m in messages %}{{ m.content }}{% endfor %}
 {%- if years %}{% for _ in range(years) %}{{ years + 1 }}{% endfor %}{% endif %}"""
 
 
-def test_a_template_is_given_variables(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_receives_variables(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_tokenizer, "chat_template", THINKING)
     messages = [{"role": "user", "content": "hi"}]
     for variables, wanted in (
@@ -161,14 +161,14 @@ def test_a_template_is_given_variables(tiny_tokenizer: Any, monkeypatch: pytest.
      "chat_template", "continue_final_message", "return_dict", "eos_token", "self", "raise_exception",
      "kwargs", "", "a-b", "1a", "a b"],
 )  # fmt: skip
-def test_variables_that_are_not_the_templates_own_are_refused(tiny_tokenizer: Any, name: str) -> None:
+def test_reserved_variables_are_refused(tiny_tokenizer: Any, name: str) -> None:
     with pytest.raises(BadRequestError) as caught:
         chat_tokens(tiny_tokenizer, [{"role": "user", "content": "hi"}], {name: True})
     assert caught.value.param == f"chat_template_kwargs.{name}"
 
 
 @pytest.mark.parametrize("years", ["many", [1], {"a": 1}, 10**7])
-def test_variables_that_a_template_fails_on_are_the_requests_fault(
+def test_a_variable_on_which_a_template_fails_is_a_400(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, years: Any
 ) -> None:
     monkeypatch.setattr(tiny_tokenizer, "chat_template", THINKING)
@@ -177,7 +177,7 @@ def test_variables_that_a_template_fails_on_are_the_requests_fault(
     assert caught.value.param == "chat_template_kwargs"
 
 
-def test_half_a_character_from_a_template_is_an_error_of_ours(
+def test_invalid_unicode_from_a_template_is_a_400(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiny_tokenizer, "chat_template", r"{{ '\ud83d' }}")
@@ -185,7 +185,7 @@ def test_half_a_character_from_a_template_is_an_error_of_ours(
         chat_tokens(tiny_tokenizer, [{"role": "user", "content": "hi"}])
 
 
-def test_a_template_that_refuses_is_the_requests_fault(
+def test_messages_that_a_template_refuses_are_a_400(
     tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
@@ -196,13 +196,13 @@ def test_a_template_that_refuses_is_the_requests_fault(
         chat_tokens(tiny_tokenizer, [{"role": "user", "content": "hi"}])
 
 
-def test_prompts_are_text_or_tokens(tiny_tokenizer: Any) -> None:
+def test_a_prompt_is_text_or_token_ids(tiny_tokenizer: Any) -> None:
     assert prompt_tokens(tiny_tokenizer, [5, 6]) == (5, 6)
     assert prompt_tokens(tiny_tokenizer, "ab") == tuple(tiny_tokenizer("ab")["input_ids"])
 
 
 @pytest.mark.parametrize("prompt", ["", [], [5, -1], [10**9]])
-def test_prompts_that_are_empty_or_no_tokens_are_refused(tiny_tokenizer: Any, prompt: Any) -> None:
+def test_a_prompt_that_is_empty_or_has_unknown_ids_is_refused(tiny_tokenizer: Any, prompt: Any) -> None:
     with pytest.raises(BadRequestError) as caught:
         prompt_tokens(tiny_tokenizer, prompt)
     assert caught.value.param == "prompt"

@@ -39,7 +39,7 @@ def test_a_damaged_copy_is_made_again(tmp_path: Path) -> None:
     assert [path.name for path in copy.parent.iterdir()] == [copy.name]
 
 
-def test_a_source_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
+def test_a_source_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> None:
     source, content = save(tmp_path / "a")
     save(source, "b")
     copies = Copies(tmp_path / "fetched", "one")
@@ -48,7 +48,7 @@ def test_a_source_that_changes_meanwhile_is_refused(tmp_path: Path) -> None:
     assert list((tmp_path / "fetched" / "served-one").iterdir()) == []
 
 
-def test_equal_factors_with_other_metadata_are_two_copies(tmp_path: Path) -> None:
+def test_adapters_with_equal_factors_and_different_metadata_have_two_copies(tmp_path: Path) -> None:
     source, content = save(tmp_path / "a")
     copies = Copies(tmp_path / "fetched", "one")
     first = copies.take(source, content)
@@ -61,7 +61,7 @@ def test_equal_factors_with_other_metadata_are_two_copies(tmp_path: Path) -> Non
     assert [first.exists(), second.exists()] == [False, True]
 
 
-def test_the_record_is_read_back_and_a_damaged_one_is_none(tmp_path: Path) -> None:
+def test_a_record_is_read_back_unless_it_is_damaged(tmp_path: Path) -> None:
     copies = Copies(tmp_path, "one")
     assert copies.record() is None
     new = Deployed("a", 2, "/x", "c", "/y", ("best",), pinned=True, score=0.5)
@@ -88,7 +88,7 @@ def test_folders_of_killed_servers_are_deleted_after_a_day(tmp_path: Path) -> No
 
 
 def send(one: Copies, other: Copies, name: str, content: str, most: int = 1000) -> Path:
-    """Copy a copy to another node by parts."""
+    """Send a copy to another node in parts, and return its folder there."""
     sizes = one.sizes(name, content)
     with other.receiving(sum(sizes.values())) as staging:
         for file, size in sizes.items():
@@ -96,10 +96,10 @@ def send(one: Copies, other: Copies, name: str, content: str, most: int = 1000) 
             assert {len(part) for part in parts[:-1]} <= {most}
             (staging / file).write_bytes(b"".join(parts))
         other.put(staging, name, content)
-    return other._folder / name
+        return staging.parent / name
 
 
-def test_a_copy_is_received_whole_in_the_place_of_a_damaged_one(tmp_path: Path) -> None:
+def test_a_received_copy_replaces_a_damaged_one(tmp_path: Path) -> None:
     source, content = save(tmp_path / "a")
     here, there = Copies(tmp_path / "here", "one"), Copies(tmp_path / "there", "one")
     copy = here.take(source, content)
@@ -110,7 +110,7 @@ def test_a_copy_is_received_whole_in_the_place_of_a_damaged_one(tmp_path: Path) 
     }
     (received / WEIGHTS).write_bytes(b"")
     assert AdapterArtifact.load(send(here, there, copy.name, content)).content_hash == content
-    # What was half received when it failed is no copy.
+    # A copy that failed half-way is deleted.
     there.drop([copy.name])
 
     def half() -> None:
@@ -123,7 +123,7 @@ def test_a_copy_is_received_whole_in_the_place_of_a_damaged_one(tmp_path: Path) 
     assert [path for path in received.parent.iterdir() if path.is_dir()] == []
 
 
-def test_a_whole_copy_that_another_replica_has_received_meanwhile_stays(tmp_path: Path) -> None:
+def test_a_complete_copy_that_another_replica_has_received_remains(tmp_path: Path) -> None:
     source, content = save(tmp_path / "a")
     here, there = Copies(tmp_path / "here", "one"), Copies(tmp_path / "there", "one")
     copy = here.take(source, content)
@@ -135,7 +135,7 @@ def test_a_damaged_copy_is_not_sent(tmp_path: Path) -> None:
     source, content = save(tmp_path / "a")
     copies = Copies(tmp_path, "one")
     copy = copies.take(source, content)
-    with pytest.raises(ArtifactError, match=f"holds {content}, not other"):
+    with pytest.raises(ArtifactError, match=f"has the content {content}, not other"):
         copies.sizes(copy.name, "other")
     (copy / WEIGHTS).write_bytes(b"")
     with pytest.raises(ArtifactError, match="truncated or damaged"):
@@ -145,7 +145,7 @@ def test_a_damaged_copy_is_not_sent(tmp_path: Path) -> None:
         copies.part(copy.name, WEIGHTS, 0, 10)
 
 
-def test_a_full_disk_that_receives_keeps_nothing(disk: Disk) -> None:
+def test_nothing_remains_of_a_copy_for_which_the_disk_is_too_full(disk: Disk) -> None:
     copies = Copies(disk.folder / "fetched", "one")
     disk.leave(4 * PAGE)
     with (
@@ -153,4 +153,4 @@ def test_a_full_disk_that_receives_keeps_nothing(disk: Disk) -> None:
         copies.receiving(2**20) as staging,
     ):
         (staging / WEIGHTS).write_bytes(b"0" * 2**20)
-    assert list(copies._folder.iterdir()) == []
+    assert list((disk.folder / "fetched" / "served-one").iterdir()) == []

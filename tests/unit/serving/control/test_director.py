@@ -24,16 +24,16 @@ SHAPES = {"layer.q_proj": (6, 4)}
 
 
 class Replica:
-    """Notes what it is told; `fails` is raised when it prepares."""
+    """Records the calls that it receives; `fails` is the result of `prepare`."""
 
     dropped: tuple[str, ...] = ()
 
     def __init__(self, fails: Exception | None = None, serving: Served | None = None) -> None:
-        self.fails, self.told = fails, []  # type: ignore[var-annotated]
+        self.fails, self.calls = fails, []  # type: ignore[var-annotated]
         self.now = serving or Served()
 
     def take(self, method: str, *arguments: Any) -> Any:
-        self.told.append(method)
+        self.calls.append(method)
         if method == "prepare":
             self.wanted = arguments[0]
             return self.fails
@@ -45,14 +45,14 @@ class Replica:
 
 
 class Handle:
-    """What Ray Serve's handle does when it calls all replicas."""
+    """Calls all replicas, as Ray Serve's handle does."""
 
     def __init__(self, *replicas: Replica) -> None:
         self.replicas = list(replicas)
 
     def broadcast(self, method: str, *arguments: Any) -> Handle:
         if not self.replicas:
-            # Of a deployment that has not been made yet.
+            # The deployment has no replicas yet.
             raise RayServeException("unavailable")
         self.found = [replica.take(method, *arguments) for replica in self.replicas]
         return self
@@ -79,14 +79,14 @@ def go(
     handle: Handle,
     scenario: Callable[[Director], Awaitable[Any]],
     server: str = "one",
-) -> Director:
-    async def run() -> Director:
+) -> Served:
+    """Run a scenario with a director, and return what it serves in the end."""
+
+    async def run() -> Served:
         director = Director(config, handle, server)  # type: ignore[arg-type]
         await director.reconfigure({})
         await scenario(director)
-        for task in director._tasks:
-            task.cancel()
-        return director
+        return await director.state()
 
     return asyncio.run(run())
 
@@ -99,14 +99,14 @@ def test_a_change_is_prepared_by_all_and_then_committed(folder: Callable[[str], 
         assert (made.name, made.version) == ("b", 1)
         await director.unload("a")
 
-    director = go(ServeConfig(adapters={"a": folder("a")}), Handle(*replicas), scenario)
+    served = go(ServeConfig(adapters={"a": folder("a")}), Handle(*replicas), scenario)
     for replica in replicas:
-        assert replica.told == [*["prepare", "commit"] * 2, "drop"]
+        assert replica.calls == [*["prepare", "commit"] * 2, "drop"]
         assert replica.now.names() == ("b",)
-    assert director._served.number == 3
+    assert served.number == 3
 
 
-def test_what_one_replica_refuses_none_serves(folder: Callable[[str], str]) -> None:
+def test_a_change_that_one_replica_refuses_is_served_by_none(folder: Callable[[str], str]) -> None:
     replicas = [Replica(), Replica(ArtifactError("adapter 'b' is not served: 6x5"))]
 
     async def scenario(director: Director) -> None:
@@ -120,13 +120,13 @@ def test_what_one_replica_refuses_none_serves(folder: Callable[[str], str]) -> N
         with pytest.raises(UnknownModelError):
             await director.unload("b")
 
-    director = go(ServeConfig(adapters={"a": folder("a")}), Handle(*replicas), scenario)
+    served = go(ServeConfig(adapters={"a": folder("a")}), Handle(*replicas), scenario)
     for replica in replicas:
-        assert replica.told == ["prepare", "abandon", "drop"] * 2
-    assert director._served.names() == ("a",)
+        assert replica.calls == ["prepare", "abandon", "drop"] * 2
+    assert served.names() == ("a",)
 
 
-def test_a_registry_that_is_away_is_no_mistake_of_the_callers() -> None:
+def test_a_registry_that_can_not_be_reached_is_a_503() -> None:
     async def scenario(director: Director) -> None:
         with pytest.raises(ResourceError, match=r"MLflow at .* can't be used"):
             await director.load("b", "models:/b/1", 1.0, pinned=False)
@@ -134,13 +134,13 @@ def test_a_registry_that_is_away_is_no_mistake_of_the_callers() -> None:
     go(ServeConfig(registry="http://127.0.0.1:9"), Handle(Replica()), scenario)
 
 
-def test_a_replica_that_died_does_not_count(folder: Callable[[str], str]) -> None:
+def test_a_dead_replica_does_not_prevent_a_change(folder: Callable[[str], str]) -> None:
     replicas = [Replica(), Replica(ActorDiedError())]
 
     async def scenario(director: Director) -> None:
         await director.load("b", folder("b"), 1.0, pinned=False)
 
-    assert go(ServeConfig(), Handle(*replicas), scenario)._served.names() == ("b",)
+    assert go(ServeConfig(), Handle(*replicas), scenario).names() == ("b",)
 
 
 async def nothing(_: Director) -> None:
@@ -154,11 +154,11 @@ def test_a_change_that_no_replica_could_prepare_is_refused(folder: Callable[[str
             with pytest.raises(ResourceError, match="no replica is up"):
                 await director.load("b", folder("b"), 1.0, pinned=False)
 
-        assert go(ServeConfig(), handle, scenario)._served.names() == ()
+        assert go(ServeConfig(), handle, scenario).names() == ()
 
 
 @pytest.mark.parametrize("handle", [Handle(), Handle(Replica())])
-def test_a_director_that_was_lost_goes_on_with_what_was_served(
+def test_a_director_that_replaces_a_lost_one_serves_the_same(
     folder: Callable[[str], str], handle: Handle
 ) -> None:
     async def load(director: Director) -> None:
@@ -169,27 +169,29 @@ def test_a_director_that_was_lost_goes_on_with_what_was_served(
     before = go(config, Handle(Replica()), load)
     shutil.rmtree(folder("a"))
     shutil.rmtree(folder("b"))
-    after = go(config, handle, nothing)
-    assert after._record == before._record
-    assert asyncio.run(after.started("another")) == "base"
-    # A server that is started anew takes its configuration's.
+
+    async def another_base(director: Director) -> None:
+        assert await director.started("another") == "base"
+
+    assert go(config, handle, another_base) == before
+    # Another server serves the adapters of its configuration.
     folder("a")
-    assert go(config, handle, nothing, server="two")._served.names() == ("a",)
+    assert go(config, handle, nothing, server="two").names() == ("a",)
 
 
-def test_a_director_that_was_lost_applies_a_configuration_once(folder: Callable[[str], str]) -> None:
+def test_a_director_that_replaces_a_lost_one_does_not_apply_its_configuration_again(
+    folder: Callable[[str], str],
+) -> None:
     async def run(user_config: dict[str, Any]) -> tuple[str, ...]:
         director = Director(ServeConfig(), Handle(Replica()), "one")  # type: ignore[arg-type]
         await director.reconfigure(user_config)
         await director.started("base")
         if user_config["adapters"].keys() == {"a"}:
             await director.load("b", folder("b"), 1.0, pinned=False)
-        for task in director._tasks:
-            task.cancel()
-        return director._served.names()
+        return (await director.state()).names()
 
     a, c = folder("a"), folder("c")
-    # Ray Serve tries a director that does not start again, which must not end well.
+    # Ray Serve starts a director again that failed to start; the second attempt must fail too.
     for _ in range(2):
         with pytest.raises(ArtifactError, match="nowhere"):
             asyncio.run(run({"adapters": {"a": "/nowhere"}}))
@@ -202,24 +204,25 @@ def test_a_director_that_was_lost_applies_a_configuration_once(folder: Callable[
         assert asyncio.run(run({"adapters": wanted})) == served
 
 
-def test_what_is_served_is_a_copy_and_goes_when_nothing_needs_it(folder: Callable[[str], str]) -> None:
+def test_a_copy_is_served_and_deleted_once_nothing_needs_it(folder: Callable[[str], str]) -> None:
     replica = Replica()
 
     def copies() -> int:
         return len([path for path in COPIES.iterdir() if path.is_dir()])
 
     async def scenario(director: Director) -> None:
-        (a,) = director._served.of("a")
+        (a,) = (await director.state()).of("a")
         shutil.rmtree(folder("a"))
         assert AdapterArtifact.load(a.folder).content_hash == a.content_hash
         for name, count in (("b", 2), ("c", 2)):
-            # What a rollback brings back is kept.
+            # The version that a rollback would serve again is kept.
             await director.load("a", folder(name), 1.0, pinned=False)
             assert copies() == count
         with pytest.raises(BadRequestError, match="not served yet"):
             await director.load("new", folder("d"), 0.5, pinned=False)
         assert copies() == 2
-        kept = {one.folder for one in (*director._served.versions, *director._served.previous.values())}
+        served = await director.state()
+        kept = {one.folder for one in (*served.versions, *served.previous.values())}
         await director.unload("a")
         assert copies() == 0
         # Replicas on other nodes delete theirs too: those that were unloaded, replaced and refused.
@@ -231,7 +234,7 @@ def test_what_is_served_is_a_copy_and_goes_when_nothing_needs_it(folder: Callabl
 
 def test_a_copy_is_sent_in_parts(folder: Callable[[str], str]) -> None:
     async def scenario(director: Director) -> None:
-        (a,) = director._served.of("a")
+        (a,) = (await director.state()).of("a")
         name = Path(a.folder).name
         sizes = await director.copy_sizes(name, a.content_hash)
         assert sizes == {path.name: path.stat().st_size for path in Path(a.folder).iterdir()}
@@ -241,43 +244,43 @@ def test_a_copy_is_sent_in_parts(folder: Callable[[str], str]) -> None:
     go(ServeConfig(adapters={"a": folder("a")}), Handle(Replica()), scenario)
 
 
-def test_a_full_disk_refuses_a_change_and_leaves_what_is_served(
+def test_a_full_disk_makes_a_change_fail_and_what_was_served_remains(
     folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     async def scenario(director: Director) -> None:
-        before = director._served
+        before = await director.state()
         with monkeypatch.context() as patched:
             patched.setattr(shutil, "copyfile", full)
             with pytest.raises(DiskFullError, match="runs/serving/adapters"):
                 await director.load("b", folder("b"), 1.0, pinned=False)
-        assert director._served == before
+        assert await director.state() == before
         await director.load("b", folder("b"), 1.0, pinned=False)
 
     go(ServeConfig(adapters={"a": folder("a")}), Handle(Replica()), scenario)
 
 
-def test_a_changed_configuration_is_served_and_a_wrong_one_is_not(folder: Callable[[str], str]) -> None:
+def test_a_changed_user_config_is_served_unless_it_is_wrong(folder: Callable[[str], str]) -> None:
     replica = Replica()
 
     async def scenario(director: Director) -> None:
         await director.reconfigure({"adapters": {"b": folder("b")}})
-        assert director._served.names() == ("b",)
+        assert (await director.state()).names() == ("b",)
         await director.reconfigure({"adapters": {"c": "/nowhere"}})
-        assert director._served.names() == ("b",)
+        assert (await director.state()).names() == ("b",)
         assert "/nowhere" in (await director.adapters())["refused"]
-        told = list(replica.told)
+        before = len(replica.calls)
         await director.reconfigure({"adapters": {"b": folder("b")}})
-        assert [what for what in replica.told[len(told) :] if what == "prepare"] == []
+        assert [what for what in replica.calls[before:] if what == "prepare"] == []
 
     go(ServeConfig(adapters={"a": folder("a")}), Handle(replica), scenario)
 
 
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """A registry whose alias `champion` of `a` is the folder of `champion` in what is given."""
+    """A registry in which the alias `champion` of `a` denotes the folder and version in the returned dict."""
     where: dict[str, str] = {}
 
     def resolve(_: MlflowRegistry, ref: Any) -> Any:
@@ -293,10 +296,10 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 async def turned(director: Director, version: int) -> None:
-    """Wait, some seconds at most, until a version is served."""
+    """Wait until a version is served, for at most four seconds."""
     for _ in range(200):
         await asyncio.sleep(0.02)
-        if director._served.of("a")[0].version == version:
+        if (await director.state()).of("a")[0].version == version:
             break
 
 
@@ -308,24 +311,24 @@ def test_an_alias_that_moves_is_followed(folder: Callable[[str], str], registry:
     replica = Replica()
 
     async def scenario(director: Director) -> None:
-        first = director._served.of("a")[0]
+        first = (await director.state()).of("a")[0]
         assert (first.version, first.aliases) == (1, ("champion",))
         await asyncio.sleep(0.1)
-        assert "prepare" not in replica.told
+        assert "prepare" not in replica.calls
         registry.update(champion=folder("two"), version="2")
         await turned(director, 2)
         assert replica.now.of("a")[0].version == 2
         registry.update(champion="/gone", version="3")
         for _ in range(200):
             await asyncio.sleep(0.02)
-            if director._refused:
+            if (await director.adapters())["refused"]:
                 break
-        assert director._served.of("a")[0].version == 2
+        assert (await director.state()).of("a")[0].version == 2
 
     go(config, Handle(replica), scenario)
 
 
-def test_a_director_that_starts_before_its_replicas_follows_too(
+def test_a_director_that_starts_before_its_replicas_follows_aliases(
     folder: Callable[[str], str], registry: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry |= {"champion": folder("one"), "version": "1"}

@@ -48,7 +48,7 @@ def test_nothing_outside_the_roots_may_be_loaded(folder: Path, tmp_path: Path, s
         check_allowed(str(folder), [])
 
 
-def test_a_url_is_copied_once_and_is_the_same_adapter(folder: Path, tmp_path: Path) -> None:
+def test_a_url_is_fetched_once(folder: Path, tmp_path: Path) -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -64,7 +64,9 @@ def test_a_url_is_copied_once_and_is_the_same_adapter(folder: Path, tmp_path: Pa
     assert [path.name for path in (tmp_path / "got").iterdir()] == [here.content_hash]
 
 
-def test_a_stores_own_errors_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_a_store_becomes_an_artifact_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fsspec.implementations.memory import MemoryFileSystem
 
     class NoCredentialsError(Exception):
@@ -82,22 +84,22 @@ def test_a_stores_own_errors_are_told(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not [*(tmp_path / "got").iterdir()]
 
 
-def test_what_is_too_large_is_refused_before_it_is_read(folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_is_too_large_is_refused_before_it_is_read(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="more than the 100B"):
         find("a", str(folder), None, tmp_path, "100B", pinned=False)
 
 
-def test_what_may_come_to_mean_something_else_is_followed() -> None:
+def test_only_aliases_are_followed() -> None:
     sources = ("models:/a@champion", "models:/a", "models:/a/3", "/a", "s3://a/b")
     assert [followed(source) for source in sources] == [True, True, False, False, False]
 
 
-def test_a_registry_has_to_be_there(tmp_path: Path) -> None:
+def test_a_registry_source_needs_a_registry(tmp_path: Path) -> None:
     with pytest.raises(BadRequestError, match="without a registry"):
         find("a", "models:/a", None, tmp_path, "1MB", pinned=False)
 
 
-def test_a_full_disk_is_no_url_that_can_t_be_read(folder: Path, disk: Disk) -> None:
+def test_a_full_disk_is_not_reported_as_an_unreadable_url(folder: Path, disk: Disk) -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -110,7 +112,7 @@ def test_a_full_disk_is_no_url_that_can_t_be_read(folder: Path, disk: Disk) -> N
     assert find("a", "memory://adapters/full", None, disk.folder / "got", "1MB", pinned=True).content_hash
 
 
-def test_a_folder_that_is_not_here_is_told_with_the_node_and_what_to_name_instead(tmp_path: Path) -> None:
+def test_the_error_about_a_missing_folder_names_the_node_and_the_alternatives(tmp_path: Path) -> None:
     told = rf"{tmp_path}/gone does not exist on {re.escape(socket.gethostname())};.*models:/NAME/VERSION"
     with pytest.raises(ArtifactError, match=rf"adapter 'a' is not served: {told}"):
         find("a", str(tmp_path / "gone"), None, tmp_path, "1MB", pinned=False)

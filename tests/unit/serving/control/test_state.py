@@ -38,7 +38,9 @@ def versions(served: Served, name: str = "a") -> list[tuple[int, str]]:
         ("", "", None, None),
     ],
 )
-def test_models_are_taken_apart(text: str, name: str, which: str | None, rank: int | None) -> None:
+def test_the_model_of_a_request_is_split_into_its_parts(
+    text: str, name: str, which: str | None, rank: int | None
+) -> None:
     asked = parse_model(text)
     assert asked == Asked(text, name, which, rank)
     assert parse_model(asked.model) == Asked(asked.model, name, which)
@@ -56,7 +58,7 @@ def test_each_change_has_a_number_and_keeps_the_order_of_names() -> None:
         unloaded(served, "a")
 
 
-def test_a_canary_takes_its_share_and_is_promoted_or_rolled_back() -> None:
+def test_a_canary_gets_its_share_and_is_promoted_or_rolled_back() -> None:
     served = loaded(loaded(Served(), deployed()), deployed(content="2"), weight=0.25)
     assert versions(served) == [(1, "1"), (2, "2")]
     picks = [served.pick(parse_model("a"), draw / 100).version for draw in range(100)]
@@ -74,11 +76,11 @@ def test_a_canary_takes_its_share_and_is_promoted_or_rolled_back() -> None:
     assert versions(rolled_back(back, "a")) == [(2, "2")]
 
 
-def test_what_makes_no_sense_is_refused() -> None:
+def test_a_change_that_makes_no_sense_is_refused() -> None:
     served = loaded(Served(), deployed())
     for change, word in (
         (lambda: loaded(served, deployed("b"), 0.5), "not served yet"),
-        (lambda: loaded(served, deployed(), 0.5), "is what is served already"),
+        (lambda: loaded(served, deployed(), 0.5), "already serves this content"),
         (lambda: promoted(served, "a"), "no canary"),
         (lambda: rolled_back(served, "a"), "neither a canary nor"),
         (lambda: loaded(loaded(served, deployed(content="2"), 0.5), deployed(content="3"), 0.5), "already"),
@@ -87,7 +89,7 @@ def test_what_makes_no_sense_is_refused() -> None:
             change()
 
 
-def test_models_are_those_that_are_picked() -> None:
+def test_the_listed_models_and_draws_are_those_that_pick_chooses() -> None:
     served = loaded(Served(), deployed("a", "1", 3, "champion", "old"))
     served = loaded(loaded(served, deployed("b")), deployed("a", "2", 4, "champion", "new"), 0.3)
     models = served.models()
@@ -102,11 +104,11 @@ def test_models_are_those_that_are_picked() -> None:
             assert means == [served.pick(parse_model(f"{model}@r2"), draw).id]
 
 
-def test_versions_and_aliases_of_a_registry_are_names() -> None:
+def test_versions_and_aliases_of_the_registry_are_names() -> None:
     served = loaded(Served(), deployed("a", "7", 7, "champion", "best"))
     for text in ("a", "a@7", "a@champion", "a@best"):
         assert served.pick(parse_model(text)).version == 7
-    with pytest.raises(UnknownModelError, match="there are 7, champion, best"):
+    with pytest.raises(UnknownModelError, match="aliases are 7, champion, best"):
         served.pick(parse_model("a@1"))
     with pytest.raises(UnknownModelError, match="served are base, a"):
         served.pick(parse_model("b@champion"))

@@ -67,14 +67,14 @@ def deployed(tmp_path: Path, director: Director) -> Deployed:
     return Deployed("a", 1, str(folder), artifact.content_hash, "models:/a/1")
 
 
-def test_a_copy_that_is_missing_or_damaged_is_received(
+def test_a_missing_or_damaged_copy_is_received(
     tmp_path: Path, director: Director, deployed: Deployed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transfer, "PART_BYTES", 100)
     node, folder = Copies(tmp_path / "node", "one"), Path(deployed.folder)
     assert asyncio.run(receive(deployed, node, director))
     assert AdapterArtifact.load(folder).content_hash == deployed.content_hash
-    # A whole one stays, and the director is not asked.
+    # A complete copy remains, and the director is not called.
     asked = director.asked
     assert not asyncio.run(receive(deployed, node, director))
     assert director.asked == asked
@@ -83,12 +83,12 @@ def test_a_copy_that_is_missing_or_damaged_is_received(
     assert AdapterArtifact.load(folder).content_hash == deployed.content_hash
 
 
-def test_what_the_director_can_not_send_is_told(
+def test_a_copy_that_the_director_can_not_send_is_an_error(
     tmp_path: Path, director: Director, deployed: Deployed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     node = Copies(tmp_path / "node", "one")
     director.error = ActorDiedError()
-    with pytest.raises(ResourceError, match="can't be had"):
+    with pytest.raises(ResourceError, match="did not send its copy"):
         asyncio.run(receive(deployed, node, director))
     director.error = None
     shutil.rmtree(tmp_path / "head")

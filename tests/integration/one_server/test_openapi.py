@@ -1,4 +1,4 @@
-"""Each operation of `/openapi.json`, asked with generated requests, good and bad, on a running server."""
+"""Generated requests, valid and invalid, for each operation of `/openapi.json`, to a running server."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -23,7 +21,8 @@ from schemathesis.config import SchemathesisConfig
 
 from rayft.serving.http.responses import ErrorAnswer
 from rayft.serving.messages import NAME
-from tests.integration.serving import ADMIN, HEADERS, Base, description, replica_stats, serving
+from tests.integration.one_server.server import Server
+from tests.integration.serving import HEADERS, description, replica_stats
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -31,13 +30,15 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 MODELS = ("base", "still", "squeezed@r2", "turning@1", "nobody")
 NAMES = ("still", "turning", "nobody")
 LONGEST = 128
-"""Letters of a name."""
+"""Most characters of a name."""
+MOST_TOKENS = 8
+"""Length of answers, which would otherwise take most of the time."""
 SOURCES = ("still", "squeezed", "a", "missing")
 """Folders below the server's root."""
 
 
 def document() -> dict[str, Any]:
-    """The server's description of itself, with what this one serves: chance would never hit it."""
+    """Return the server's description, restricted to names that it serves: chance would never hit one."""
     found = description()
     bodies = found["components"]["schemas"]
     for body in ("ChatRequest", "CompletionRequest"):
@@ -54,51 +55,47 @@ schema = schemathesis.openapi.from_dict(document(), config=unsaved)
 
 
 good: dict[str, Counter[bool]] = {}
-"""Operation → how many requests were answered well, and not."""
-
-
-@dataclass(frozen=True)
-class Server:
-    url: str
-    root: Path
-    replica: int
-
-    def make_canary(self, name: str) -> None:
-        """Serve two versions under a name, if it has not got them."""
-        for source, weight in (("still", 1), ("a", 0.5)):
-            body = {"name": name, "source": str(self.root / source), "weight": weight}
-            httpx.post(f"{self.url}/v1/adapters", json=body, headers=HEADERS).raise_for_status()
+"""Operation → number of requests that succeeded (True) and that were refused (False)."""
 
 
 @pytest.fixture(scope="module")
-def server(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    base = Base.read(tiny_folder, tmp_path_factory.mktemp("roots"))
-    made = {"still": base.adapter("still"), "squeezed": base.squeezed("squeezed"), "a": base.adapter("a", 2)}
-    folders = {name: base.save(name, artifact) for name, artifact in made.items()}
-    served = {name: folders[name] for name in ("still", "squeezed")}
-    with serving(base, adapters=served, keys=(ADMIN,), max_new_tokens=8) as url:
-        yield Server(url, base.root, replica_stats()[0]["pid"])
+def server(restored: Server) -> Server:
+    restored.base.save("a", restored.base.adapter("a", 2))
+    return restored
+
+
+def make_canary(server: Server, name: str) -> None:
+    """Serve two versions under a name, unless it has them already."""
+    for source, weight in (("still", 1), ("a", 0.5)):
+        body = {"name": name, "source": str(server.base.root / source), "weight": weight}
+        server.call("POST", "/v1/adapters", json=body).raise_for_status()
 
 
 def aim(case: schemathesis.Case, server: Server) -> None:
-    """Put what is there in place of generated names and sources; what is wrong stays wrong."""
+    """Replace valid generated names and sources by existing ones, and keep answers short."""
     on_adapter = "/v1/adapters/" in case.path
     names = case.path_parameters if on_adapter else case.body
     name = names.get("name") if isinstance(names, dict) else None
     if isinstance(name, str) and re.fullmatch(NAME, name) and len(name) <= LONGEST:
         names["name"] = NAMES[zlib.crc32(name.encode()) % len(NAMES)]
         if on_adapter and names["name"] == "turning":
-            server.make_canary("turning")
+            make_canary(server, "turning")
+    if isinstance(case.body, dict) and {"messages", "prompt"} & case.body.keys():
+        for limit in ("max_tokens", "max_completion_tokens"):
+            if type(case.body.get(limit)) is int and case.body[limit] > MOST_TOKENS:
+                case.body[limit] = MOST_TOKENS
+        if case.body.get("max_tokens") is None:
+            case.body["max_tokens"] = MOST_TOKENS
     if isinstance(case.body, dict) and case.body.get("source") in SOURCES:
-        case.body["source"] = str(server.root / case.body["source"])
+        case.body["source"] = str(server.base.root / case.body["source"])
 
 
-def test_the_server_describes_itself(server: Server) -> None:
+def test_the_server_publishes_its_description(server: Server) -> None:
     assert httpx.get(f"{server.url}/openapi.json").json() == description()
 
 
 def promise(path: str, verb: str) -> Any:
-    """Make the test of one operation. Made by one function for all, they would all have one name."""
+    """Return the test of one operation, so that the test of each operation has a name of its own."""
 
     @schema.include(path=path, method=verb.upper()).parametrize()
     @settings(
@@ -113,7 +110,7 @@ def promise(path: str, verb: str) -> Any:
         answer = case.call_and_validate(
             base_url=server.url,
             headers=HEADERS,
-            # The document doesn't say how fields depend on one another, nor what is served just now.
+            # The document can't say how fields depend on one another, nor what is being served.
             excluded_checks=[positive_data_acceptance],
         )
         good.setdefault(case.operation.label, Counter())[answer.status_code < 300] += 1
@@ -127,7 +124,7 @@ for _path, _verbs in description()["paths"].items():
 
 
 def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """List the places of all values in a body."""
+    """Yield the paths of all values in a body."""
     yield path
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in inside:
@@ -135,7 +132,7 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str |
 
 
 def put(value: Any, path: tuple[str | int, ...], new: Any) -> Any:
-    """Copy a value with another one at a place in it."""
+    """Return a copy of a value in which another value is at a path."""
     if not path:
         return new
     copy = value.copy()
@@ -143,7 +140,7 @@ def put(value: Any, path: tuple[str | int, ...], new: Any) -> Any:
     return copy
 
 
-# What schemathesis leaves out by itself: it generates no text that can't be encoded.
+# Schemathesis does not generate text that can't be encoded.
 halves = st.text(st.characters(categories=["Cs"]), min_size=1, max_size=3)
 odd = st.one_of(
     halves,
@@ -164,7 +161,7 @@ odd = st.one_of(
     max_examples=30, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
 @given(data=st.data())
-def test_a_request_that_is_spoilt_at_any_place_is_answered_or_refused(
+def test_a_request_with_a_wrong_value_at_any_path_is_answered_or_refused(
     server: Server, path: str, data: st.DataObject
 ) -> None:
     case = data.draw(schema[path]["POST"].as_strategy())
@@ -185,7 +182,7 @@ def test_a_request_that_is_spoilt_at_any_place_is_answered_or_refused(
 @given(
     name=st.text(st.characters(codec=None), min_size=1, max_size=20), verb=st.sampled_from(["GET", "DELETE"])
 )
-def test_any_name_in_a_path_is_found_or_not(server: Server, name: str, verb: str) -> None:
+def test_a_path_with_any_name_is_found_or_not(server: Server, name: str, verb: str) -> None:
     encoded = quote(name.encode("utf-8", "surrogatepass"), safe="")
     for path in (f"/v1/models/{encoded}", f"/v1/adapters/{encoded}", f"/v1/adapters/{encoded}/promote"):
         answer = httpx.request(verb, f"{server.url}{path}", headers=HEADERS)
@@ -194,11 +191,11 @@ def test_any_name_in_a_path_is_found_or_not(server: Server, name: str, verb: str
             TypeAdapter(ErrorAnswer).validate_python(answer.json(), strict=True)
 
 
-def test_no_request_ended_a_replica(server: Server) -> None:
+def test_the_replica_is_still_the_same(server: Server) -> None:
     assert [one["pid"] for one in replica_stats()] == [server.replica]
 
 
-def test_each_operation_was_answered_well_by_some_of_them() -> None:
+def test_each_operation_succeeded_at_least_once() -> None:
     if len(good) < sum(map(len, description()["paths"].values())):
         pytest.skip("not all operations were asked")
     assert {label for label, found in good.items() if not found[True]} == set()

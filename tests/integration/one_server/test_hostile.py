@@ -1,4 +1,4 @@
-"""Requests that no client should send, to a running server: each is refused, and the replica goes on."""
+"""Requests that no client should send: a running server refuses them, and its replica continues."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from rayft.serving.build import APPLICATION
 from rayft.serving.http.errors import describe_error
 from rayft.serving.http.schemas import CompletionRequest
 from rayft.serving.proxy import DECODED
-from tests.integration.serving import ADMIN, HEADERS, Base, description, replica_stats, serving
+from tests.integration.one_server.server import BODY_BYTES
+from tests.integration.one_server.server import Server as Shared
+from tests.integration.serving import HEADERS, Base, description, replica_stats
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 HALF = "\ud83d"
 """Half of an emoji."""
 SHORT: dict[str, Any] = {"model": "base", "max_tokens": 2, "temperature": 0}
-"""Greedy, so that the random model's answers don't end early by chance."""
+"""Greedy, so that the answers of the random model don't end early by chance."""
 CHAT: dict[str, Any] = {**SHORT, "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {**SHORT, "prompt": "hi"}
 PATHS = {"chat/completions": CHAT, "completions": TEXT}
-BODY_BYTES = 1_000_000
 
 FULL: dict[str, Any] = {
     "model": "still",
@@ -56,7 +57,7 @@ FULL: dict[str, Any] = {
     "metadata": {"a": "b"},
     "tools": [],
 }
-"""A request that sets what can be set; its values are replaced one by one."""
+"""A request that sets all supported fields; its values are replaced one by one."""
 FULL_BODIES: dict[str, dict[str, Any]] = {
     "chat/completions": {
         **FULL,
@@ -77,7 +78,7 @@ ODD: tuple[Any, ...] = (
     -1e308,
     [], {}, [[]], [None], [HALF], {"a": 1}, {HALF: 1}, {"": {}}, [True] * 200, "../../etc/passwd",
 )  # fmt: skip
-"""Values that take the place of each value of a request."""
+"""Values that replace each value of a request in turn."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Server:
     def raw(
         self, *lines: bytes, body: bytes = b"", key: bool = True, seconds: float = 30
     ) -> tuple[int, bytes]:
-        """Send a request as it is written, and return the status and the body of the answer."""
+        """Send the bytes of a request, and return the status and the body of the answer."""
         authorization = [f"Authorization: {HEADERS['Authorization']}".encode()] if key else []
         head = b"\r\n".join(
             [lines[0], b"Host: here", b"Connection: close", *authorization, *lines[1:], b"", b""]
@@ -114,17 +115,14 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def started(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    base = Base.read(tiny_folder, tmp_path_factory.mktemp("roots"))
-    adapters = {"still": base.save("still", base.adapter("still"))}
-    limits: dict[str, Any] = {"max_new_tokens": 8, "max_body_bytes": f"{BODY_BYTES}B"}
-    with serving(base, adapters=adapters, keys=(ADMIN,), **limits) as url, httpx.Client(timeout=60) as client:
-        yield Server(url, base, replica_stats()[0]["pid"], client)
+def started(restored: Shared) -> Iterator[Server]:
+    with httpx.Client(timeout=60) as client:
+        yield Server(restored.url, restored.base, restored.replica, client)
 
 
 @pytest.fixture
 def server(started: Server) -> Iterator[Server]:
-    """The server; when a test is over, its replica must be the one that it was, and answer."""
+    """The server; after each test its replica must be the same process, and answer."""
     yield started
     assert [one["pid"] for one in replica_stats()] == [started.replica]
     answer = started.post("completions", TEXT)
@@ -133,7 +131,7 @@ def server(started: Server) -> Iterator[Server]:
 
 
 def refused(answer: httpx.Response, param: str | None = None) -> str:
-    """Check an answer that refuses, in OpenAI's form, and return its message."""
+    """Check that an answer is an error in OpenAI's form, and return its message."""
     assert 400 <= answer.status_code < 500, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -159,7 +157,7 @@ def refused(answer: httpx.Response, param: str | None = None) -> str:
             "messages[0].content[0].type",
             ["images are not supported"],
         ),
-        ({"stop_token_ids": [10**6]}, "stop_token_ids", ["no token of this model"]),
+        ({"stop_token_ids": [10**6]}, "stop_token_ids", ["not a token of this model"]),
         (
             {"chat_template_kwargs": {"tokenize": False}},
             "chat_template_kwargs.tokenize",
@@ -168,7 +166,7 @@ def refused(answer: httpx.Response, param: str | None = None) -> str:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_is_wrong_is_named(
+def test_the_error_names_what_is_wrong(
     server: Server, change: dict[str, Any], param: str, words: Sequence[str], stream: bool
 ) -> None:
     answer = server.post("chat/completions", {**CHAT, "stream": stream, **change})
@@ -177,7 +175,7 @@ def test_what_is_wrong_is_named(
     assert all(word in message for word in words)
 
 
-def test_what_the_engine_can_do_is_done(server: Server) -> None:
+def test_vllms_options_take_effect(server: Server) -> None:
     def written(**options: Any) -> str:
         answer = server.post("chat/completions", {**CHAT, "max_tokens": 8, **options})
         assert answer.status_code == 200, answer.text
@@ -208,7 +206,7 @@ def test_what_the_engine_can_do_is_done(server: Server) -> None:
     ids=lambda body: ascii(body[:24]),
 )  # fmt: skip
 @pytest.mark.parametrize("path", [*PATHS, "adapters"])
-def test_a_body_that_is_no_plain_json_object_is_a_400(server: Server, path: str, body: bytes) -> None:
+def test_a_body_that_is_not_a_plain_json_object_is_a_400(server: Server, path: str, body: bytes) -> None:
     answer = server.post(path, body)
     assert answer.status_code == 400
     refused(answer)
@@ -228,7 +226,7 @@ def test_a_text_as_long_as_a_body_may_be_is_refused(server: Server) -> None:
 
 
 def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """List the places of all values in a body."""
+    """Yield the paths of all values in a body."""
     if path:
         yield path
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -237,7 +235,7 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str |
 
 
 def put(body: dict[str, Any], path: Sequence[str | int], value: Any) -> dict[str, Any]:
-    """Copy a body with another value at a place."""
+    """Return a copy of a body in which another value is at a path."""
     found = json.loads(json.dumps(body))
     inside: Any = found
     for part in path[:-1]:
@@ -247,7 +245,7 @@ def put(body: dict[str, Any], path: Sequence[str | int], value: Any) -> dict[str
 
 
 @pytest.mark.parametrize("path", FULL_BODIES)
-def test_any_value_at_any_place_is_answered_or_refused(server: Server, path: str) -> None:
+def test_any_value_at_any_path_is_answered_or_refused(server: Server, path: str) -> None:
     body = FULL_BODIES[path]
     served = {200, 201}
     for place in places(body):
@@ -297,7 +295,7 @@ def test_every_method_on_every_path_is_answered(server: Server) -> None:
 @pytest.mark.parametrize(
     "value", [b"\xff", b"\xed\xa0\xbd", b"", b"a" * 20_000, "\N{GRINNING FACE}".encode()]
 )
-def test_headers_may_hold_any_bytes(server: Server, value: bytes) -> None:
+def test_headers_may_have_any_bytes(server: Server, value: bytes) -> None:
     names = [
         *DECODED, "serve_multiplexed_model_id", "authorization", "content-type", "content-encoding",
         "accept", "cookie", "user-agent", "x-forwarded-for", "x-forwarded-proto", "forwarded", "origin",
@@ -348,19 +346,17 @@ def test_a_header_that_the_proxy_decodes_is_refused_by_name(server: Server, name
     ],
     ids=lambda value: ascii(value[-1][:40]) if isinstance(value, list) else "",
 )
-def test_http_that_is_malformed_is_answered_or_refused(
-    server: Server, lines: list[bytes], body: bytes
-) -> None:
+def test_malformed_http_is_answered_or_refused(server: Server, lines: list[bytes], body: bytes) -> None:
     try:
         status, answer = server.raw(*lines, body=body, seconds=2)
     except TimeoutError:
-        # The server waits for the rest of the request, and the client has left.
+        # The server was waiting for the rest of the request.
         return
     assert status < 500, answer
 
 
-def test_an_error_that_quotes_half_a_character_ends_no_replica(server: Server) -> None:
-    # Past the checks of the ingress, as any other caller of the deployment could ask.
+def test_an_error_that_quotes_invalid_unicode_does_not_end_the_replica(server: Server) -> None:
+    # Without the checks of the ingress, as another caller of the deployment could do.
     handle: Any = ray_serve.get_deployment_handle("Replica", APPLICATION)
     request = CompletionRequest.model_construct(model=HALF, prompt="a", max_tokens=1)
     with pytest.raises(UnknownModelError, match=r"\\ud83d") as caught:
@@ -378,7 +374,7 @@ def cast(dtype: torch.dtype) -> Callable[[Path], None]:
 
 
 def relabelled(dtype: str, bits: int) -> Callable[[Path], None]:
-    """Say in the header of a weights file that it holds another dtype."""
+    """Claim another dtype in the header of a weights file."""
 
     def spoil(folder: Path) -> None:
         path = folder / WEIGHTS_FILE
@@ -434,10 +430,10 @@ def configured(**changes: Any) -> Callable[[Path], None]:
         configured(modules_to_save=5),
     ],
 )
-def test_an_adapter_that_cant_be_read_is_a_400_with_the_reason(
+def test_an_unreadable_adapter_is_a_400_with_the_reason(
     server: Server, spoil: Callable[[Path], None], request: pytest.FixtureRequest
 ) -> None:
-    # Each has a folder of its own: Ray Serve's processes may have mapped the files of the one before.
+    # Each has its own folder: Ray Serve's processes may still map the files of the previous one.
     name = re.sub(r"\W", "-", request.node.name)
     folder = Path(server.base.save(name, server.base.adapter("spoilt")))
     spoil(folder)
@@ -450,7 +446,7 @@ def test_an_adapter_that_cant_be_read_is_a_400_with_the_reason(
 @pytest.mark.parametrize(
     "source", ["~nobody-of-that-name/a", "/a\0b", "models:/a\0", "x" * 4000, "/" + "x" * 4000]
 )
-def test_sources_that_are_no_places_are_refused(server: Server, source: str) -> None:
+def test_invalid_sources_are_refused(server: Server, source: str) -> None:
     refused(server.post("adapters", {"name": "a", "source": source}), "source")
 
 

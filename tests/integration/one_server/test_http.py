@@ -1,10 +1,8 @@
-"""A real Ray Serve application, asked by the real `openai` client."""
+"""Requests of the real `openai` client to a real Ray Serve application."""
 
 from __future__ import annotations
 
-import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +11,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import torch
 from openai import OpenAI
 
-from rayft.artifacts import AdapterArtifact
 from rayft.errors import ResourceError
-from rayft.models.load import ModelConfig, load_model
-from rayft.models.targets import linear_shapes
-from rayft.serving.build import preflight, run
+from rayft.serving.build import preflight
 from rayft.serving.config import ServeConfig
-from tests.unit.serving.adapters import random_adapter, save_adapters
+from tests.integration.one_server.server import Server as Shared
+from tests.integration.serving import HEADERS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -31,9 +26,9 @@ MESSAGES: Any = [{"role": "user", "content": "Where is Paris?"}]
 
 @dataclass(frozen=True)
 class Server:
-    config: ServeConfig
-    client: OpenAI
     url: str
+    adapters: dict[str, str]
+    client: OpenAI
 
     def ask(self, model: str, **extra: Any) -> str:
         options = {"temperature": 0, "max_tokens": 24, **extra}
@@ -45,39 +40,19 @@ class Server:
         return found
 
     def post(self, path: str, **body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/{path}", **body)
+        return httpx.post(f"{self.url}/v1/{path}", headers=HEADERS, **body)
 
 
 @pytest.fixture(scope="module")
-def server(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    import ray.serve as ray_serve
-
-    base = load_model(ModelConfig(name=str(tiny_folder)), torch.float32)
-    shapes, folder = linear_shapes(base.model), tmp_path_factory.mktemp("adapters")
-    adapters = save_adapters(folder, shapes, base.fingerprint)
-    plain = random_adapter("squeezed", shapes, base.fingerprint, rank=6)
-    values = {path: (1.0,) * 6 for path in shapes}
-    meta = plain.meta.model_copy(update={"singular_values": values})
-    adapters["squeezed"] = str(AdapterArtifact(plain.modules, meta=meta).save(folder / "squeezed"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    config = ServeConfig(
-        model=ModelConfig(name=str(tiny_folder)),
-        adapters=adapters,
-        port=port,
-        dtype="float32",
-        cache_tokens=4096,
-    )
-    run(config, blocking=False)
-    url = f"http://127.0.0.1:{port}"
-    yield Server(config, OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0), url)
-    ray_serve.shutdown()
+def server(restored: Shared) -> Server:
+    key = HEADERS["Authorization"].removeprefix("Bearer ")
+    client = OpenAI(base_url=f"{restored.url}/v1", api_key=key, max_retries=0)
+    return Server(restored.url, restored.adapters, client)
 
 
-def test_models_are_listed_with_what_they_are(server: Server, tiny_folder: Path) -> None:
+def test_models_are_listed_with_their_descriptions(server: Server, tiny_folder: Path) -> None:
     listed = {model.id: model for model in server.client.models.list().data}
-    assert list(listed) == ["base", *server.config.adapters]
+    assert list(listed) == ["base", *server.adapters]
     large: Any = server.client.models.retrieve("large")
     assert large == listed["large"]
     assert (large.rank, large.method, large.base, large.squeezed) == (8, "lora", str(tiny_folder), False)
@@ -86,8 +61,8 @@ def test_models_are_listed_with_what_they_are(server: Server, tiny_folder: Path)
         server.client.models.retrieve("nobody")
 
 
-def test_each_model_answers_alike_alone_and_in_a_mixed_batch(server: Server) -> None:
-    models = ["base", *server.config.adapters, "squeezed@r2"]
+def test_each_model_gives_the_same_answer_alone_and_in_a_mixed_batch(server: Server) -> None:
+    models = ["base", *server.adapters, "squeezed@r2"]
     alone = [server.ask(model) for model in models]
     assert len(set(alone)) == len(models)
     with ThreadPoolExecutor(3 * len(models)) as pool:
@@ -96,11 +71,11 @@ def test_each_model_answers_alike_alone_and_in_a_mixed_batch(server: Server) -> 
     assert server.engine()["max_slots_in_forward"] >= 4
 
 
-def test_the_bases_own_name_is_the_base(server: Server, tiny_folder: Path) -> None:
+def test_the_bases_own_name_denotes_the_base(server: Server, tiny_folder: Path) -> None:
     assert server.ask(str(tiny_folder)) == server.ask("base")
 
 
-def test_a_chat_stream_adds_up_to_the_answer(server: Server) -> None:
+def test_the_chunks_of_a_chat_join_to_its_answer(server: Server) -> None:
     chunks = list(
         server.client.chat.completions.create(
             model="small",
@@ -122,7 +97,7 @@ def test_a_chat_stream_adds_up_to_the_answer(server: Server) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_completions_answer_whole_and_streamed(server: Server) -> None:
+def test_a_completion_is_the_same_whole_and_streamed(server: Server) -> None:
     options: Any = {"model": "picks", "prompt": "hello", "temperature": 0, "max_tokens": 24}
     whole = server.client.completions.create(**options)
     assert whole.usage is not None
@@ -132,7 +107,7 @@ def test_completions_answer_whole_and_streamed(server: Server) -> None:
     assert "".join(chunk.choices[0].text for chunk in stream) == whole.choices[0].text
 
 
-def test_choices_and_log_probabilities_are_openais(server: Server) -> None:
+def test_choices_and_log_probabilities_have_openais_form(server: Server) -> None:
     options: Any = {"model": "small", "messages": MESSAGES, "max_tokens": 5, "temperature": 1.2, "seed": 1}
     whole = server.client.chat.completions.create(**options, n=2, logprobs=True, top_logprobs=2)
     assert [choice.index for choice in whole.choices] == [0, 1]
@@ -171,7 +146,7 @@ def test_a_stream_is_made_of_server_sent_events(server: Server) -> None:
     assert all(event.startswith("data: {") for event in events[:-2])
 
 
-def test_seed_and_stop_act(server: Server) -> None:
+def test_seed_and_stop_take_effect(server: Server) -> None:
     assert server.ask("base", temperature=1.2, seed=7) == server.ask("base", temperature=1.2, seed=7)
     assert server.ask("base", temperature=1.2, seed=7) != server.ask("base", temperature=1.2, seed=8)
     whole = server.ask("base")
@@ -211,7 +186,7 @@ def test_an_unknown_model_is_a_404(server: Server, stream: bool) -> None:
         ),
     ],
 )
-def test_what_is_wrong_with_a_request_is_a_400(
+def test_a_wrong_request_is_a_400_with_the_reason(
     server: Server, body: Any, param: str | None, word: str
 ) -> None:
     answer = server.post("chat/completions", **body)
@@ -222,7 +197,7 @@ def test_what_is_wrong_with_a_request_is_a_400(
     assert set(error) == {"message", "type", "param", "code"}
 
 
-def test_other_paths_and_verbs_are_refused_in_the_same_form(server: Server) -> None:
+def test_unknown_paths_and_methods_are_errors_in_the_same_form(server: Server) -> None:
     for answer, status in (
         (httpx.get(f"{server.url}/v2"), 404),
         (httpx.get(f"{server.url}/v1/completions"), 405),
@@ -235,7 +210,7 @@ def test_other_paths_and_verbs_are_refused_in_the_same_form(server: Server) -> N
 def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     body = {"model": "base", "prompt": "hello", "max_tokens": 1000, "stream": True, "temperature": 0}
     before = server.engine()["forwards"]
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, headers=HEADERS) as answer:
         next(answer.iter_lines())
     until = time.monotonic() + 20
     while server.engine()["running"] and time.monotonic() < until:
@@ -244,6 +219,8 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     assert server.engine()["forwards"] - before < 900
 
 
-def test_the_served_port_is_in_use(server: Server) -> None:
-    with pytest.raises(ResourceError, match=f"port {server.config.port} .*in use"):
-        preflight(server.config)
+def test_the_port_of_a_running_server_is_in_use(server: Server) -> None:
+    port = httpx.URL(server.url).port
+    assert port is not None
+    with pytest.raises(ResourceError, match=f"port {port} .*in use"):
+        preflight(ServeConfig(port=port))
