@@ -1,4 +1,4 @@
-"""The glossary is in order, and its words are in use."""
+"""The glossary is in alphabetical order, has each word once, and its words are in use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""64 clients at once while adapters are loaded, replaced, tried as canaries and unloaded: no answer is wrong."""
+"""64 clients at once while adapters are loaded, replaced, canaried and unloaded: no answer is wrong."""
 
 from __future__ import annotations
 
