@@ -1,4 +1,4 @@
-"""The Triton versions of `rayft.kernels.columns`; see there for what they compute."""
+"""The Triton kernels of `rayft.kernels.columns`, which says what they compute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Add many adapters of different ranks to linears that share an input, by two launches in all.
+"""Add many adapters of different ranks to the outputs of linears that share an input, in two launches.
 
 Semantics:
 
@@ -9,24 +9,24 @@ Semantics:
                 h_R = x[n, columns]         if s selects inputs      else x[n] @ A.T
                 y[n] += scale * (h_R @ B.T)             # `=` where the group is written first, see below
 
-What a batch is made of is read on the device: whose row it is (`Rows.slots`), and where a slot's factors
-lie (`AdapterTable.entries`). So a CUDA graph captured once serves any adapters, also such as are loaded
-later. `Rows.prepare`, once for a forward, sorts the rows by slot into tiles of rows of one slot and looks
-the factors of every tile and layer up. Then for each group of linears:
+The kernels read the make-up of a batch on the device: which slot a row belongs to (`Rows.slots`), and where
+a slot's factors are (`AdapterTable.entries`). So a CUDA graph that was captured once serves any adapters,
+including those loaded later. `Rows.prepare`, called once for a forward pass, sorts the rows by slot into
+tiles of rows of one slot, and looks up the factors of every tile and layer. Then for each group of linears:
 
 - `shrink`, a program for each tile, linear and part of the inputs, writes that part of x Aᵀ;
-- `expand`, a program for each tile and block of outputs, adds the parts up in a fixed order (the same bits
-  each time) and adds h Bᵀ to y.
+- `expand`, a program for each tile and block of outputs, adds the parts up in a fixed order, which gives the
+  same bits each time, and adds h Bᵀ to y.
 
-Each adapter is read at its own rank, once for a tile; base rows and surplus programs end after one load.
-What a matrix unit pads (rows of a tile and ranks to 16, 32 or multiples of 64) are zeros in registers and
-in h. h lies at a distance of `AdapterTable.widest` numbers from row to row; only a row's own are touched.
+Each adapter is read at its own rank, once for a tile. Programs for base rows and surplus programs end after
+one load. A matrix unit needs tiles and ranks padded to 16, 32 or multiples of 64; the padding is zeros in
+registers and in h. The rows of h are `AdapterTable.widest` numbers apart, and only a row's own are used.
 
 Adding to y costs a read and a write of it. Where that counts, in a prefill, let the adapters write y first
-(`accumulate=False`: zeros where there is none) and the base's product accumulate onto it, which hides its
-read behind the arithmetic.
+(`accumulate=False`, which writes zeros where there is no adapter) and the base's product accumulate onto
+it: the product's read of y is hidden behind the arithmetic.
 
-Elsewhere than on a GPU, `segment_lora` does it.
+Without a GPU, `segment_lora` computes the same.
 
 Shapes: N rows, I inputs, O outputs, R the rank of one adapter, S slots. x (N × I), y (N × O), A (R × I),
 B (O × R), columns (R,), slots (N,) int32.
@@ -37,16 +37,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from rayft.errors import TargetError
 from rayft.kernels import segment_lora
 from rayft.kernels.segment_lora import BASE_SLOT, Segment, SlotFactors
-
-if TYPE_CHECKING:
-    from rayft.kernels.grouped_lora_plan import Plan
 
 __all__ = [
     "DECODE",
@@ -63,14 +59,14 @@ __all__ = [
 ]
 
 FIELDS = 8
-"""Numbers of an entry: addresses of A, B and columns, rank, B's row stride, bits of the scale; two are spare
-and hold a tile's first row and its number of rows once it is looked up."""
+"""Numbers of an entry: addresses of A, B and columns, rank, B's row stride, bits of the scale, and two spare
+ones, which hold a tile's first row and number of rows in the entries that `Rows.prepare` copies."""
 ALIGNED, UNIT = 16, 8
-"""Factors begin at multiples of so many bytes, rows of B at multiples of so many numbers; see `place`."""
+"""Factors begin at multiples of 16 bytes, and rows of B at multiples of 8 numbers; see `place`."""
 SLICES = 3
-"""Linears that one group may have."""
+"""The most linears in a group."""
 DECODE = 256
-"""Rows up to which a batch is taken to have few for each slot."""
+"""The most rows of a batch that is treated as decoding, with few rows for each slot."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Group:
 
     inputs: int
     outputs: Mapping[str, int]
-    """Name of a linear → its number of outputs, in the order in which their y are given."""
+    """Name of a linear → number of its outputs, in the order in which their y are passed."""
 
     def __post_init__(self) -> None:
         assert 1 <= len(self.outputs) <= SLICES, f"a group has one to {SLICES} linears"
@@ -87,34 +83,34 @@ class Group:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the work is cut; results depend on it in their last bits only."""
+    """How the work is divided among programs; results depend on it in their last bits only."""
 
     tile: int
     """Rows of a tile: 8 or a larger power of 2."""
     inputs: int
-    """Inputs that `shrink` takes at once: 16 or a larger power of 2."""
+    """Inputs that `shrink` multiplies at once: 16 or a larger power of 2."""
     least: int
-    """Inputs of one part, at least."""
+    """The fewest inputs of one part."""
     outputs: int
     """Outputs of a block of `expand`: 16 or a larger power of 2."""
     ranks: int = 32
-    """Ranks that `expand` takes at once, above 32: 32 or 64."""
+    """Ranks that `expand` multiplies at once where the rank is above 32: 32 or 64."""
     programs: int = 264
-    """Programs that `shrink` splits the inputs for; two for each multiprocessor of an H100."""
+    """Programs that `shrink` aims at when it splits the inputs; two for each multiprocessor of an H100."""
     parts: int = 16
-    """Parts that the inputs are split into, at most; `expand` reads them all."""
+    """The most parts that the inputs are split into; `expand` reads them all."""
     shrink_warps: int = 4
     expand_warps: int = 4
     stages: int = 4
-    """Reads of inputs in flight in `shrink`, and one."""
+    """One more than the reads of inputs that are in flight in `shrink`."""
     overlap: bool = False
-    """Whether a kernel may start while the one before it ends (programmatic dependent launch, Hopper)."""
+    """Whether a kernel may start while the previous one ends (programmatic dependent launch, on Hopper)."""
 
     @classmethod
     def choose(cls, n_rows: int, device: torch.device | str = "cpu") -> Tuning:
-        """Choose for a number of rows: small tiles for decoding, larger ones for a prefill.
+        """Return the tuning for a number of rows: small tiles for decoding, larger ones for a prefill.
 
-        By measurement on an H100 (`benchmarks/bench_adapter_kernels.py --tune`).
+        The values were measured on an H100 (`benchmarks/bench_adapter_kernels.py --tune`).
         """
         device = torch.device(device)
         overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -124,23 +120,23 @@ class Tuning:
         return cls(tile, 64, 512, 256, expand_warps=8, stages=5, overlap=overlap)
 
     def chunk(self, n_rows: int, inputs: int, slices: int) -> int:
-        """Give the inputs of one part, a multiple of `self.inputs`: so many parts fill the device."""
+        """Return the inputs of one part, a multiple of `self.inputs`, so that the parts fill the device."""
         programs = -(-n_rows // self.tile) * slices
         parts = max(1, min(self.programs // programs, self.parts, inputs // self.least))
         return -(-inputs // (parts * self.inputs)) * self.inputs
 
 
 def tile_bound(n_rows: int, n_slots: int, tile: int) -> int:
-    """Give how many tiles n rows can make at most, whatever their slots are."""
+    """Return the most tiles that n rows can form, whatever their slots are."""
     distinct = min(n_rows, n_slots)
     return distinct + (n_rows - distinct) // tile
 
 
 class AdapterTable:
-    """The factors of every slot in every layer, and where they lie, for the kernels to read.
+    """The factors of every slot in every layer, and their addresses, for the kernels to read.
 
-    Changes act on what is launched after them on the same stream; factors should be allocated on it too,
-    since the memory of a cleared slot is free for other use there at once.
+    A change affects the launches after it on the same stream. Factors should be allocated on that stream
+    too, because the memory of a cleared slot can be reused there at once.
     """
 
     def __init__(
@@ -155,11 +151,11 @@ class AdapterTable:
         """Make an empty table.
 
         Args:
-            slots: S, the base's with it.
+            slots: S, including the base's.
             groups: all linears of a model.
             dtype: of x, y and the factors.
-            device: where they are.
-            widest: the largest rank that it takes; it costs address space (see `scratch`), no traffic.
+            device: of x, y and the factors.
+            widest: the largest rank that fits; it costs memory (see `scratch`), but no traffic.
         """
         assert widest % 64 == 0, "whole blocks of ranks"
         self.slots, self.groups, self.widest, self.dtype = slots, tuple(groups), widest, dtype
@@ -175,10 +171,10 @@ class AdapterTable:
         self._scratch = torch.empty(0, dtype=torch.float32, device=device)
 
     def set(self, slot: int, factors: Mapping[str, SlotFactors]) -> None:
-        """Put an adapter in a slot, in place of what the slot held.
+        """Put an adapter in a slot, in place of the slot's former one.
 
-        Factors are used where they lie, views such as `b[:, :k]` and `a[:k]` too, if they are aligned as
-        `place` says; others are copied.
+        Factors that are aligned as `place` requires are used without a copy, also views such as `b[:, :k]`
+        and `a[:k]`; others are copied.
 
         Args:
             slot: 1 to S − 1.
@@ -199,25 +195,26 @@ class AdapterTable:
             placed[self._number[name]] = _placed(found)
         rows = [_entry(placed[n]) if n in placed else [0] * FIELDS for n in range(len(self.layers))]
         self.entries[slot].copy_(torch.tensor(rows, dtype=torch.int64))
-        # Only now, when no later launch reads them, may the former ones go.
+        # The former factors may be freed only now, when no later launch reads them.
         self._forget(slot)
         for number, found in placed.items():
             self.layers[number][slot] = found
 
     def clear(self, slot: int) -> None:
-        """Empty a slot: its rows are computed as the base's."""
+        """Empty a slot; its rows are then computed as the base's."""
         assert slot != BASE_SLOT, "the base has no factors"
         self.entries[slot].zero_()
         self._forget(slot)
 
     def layer(self, group: int, part: int) -> dict[int, SlotFactors]:
-        """Give slot → factors of one linear of a group."""
+        """Return the factors of one linear of a group: slot → factors."""
         return self.layers[self.first[group] + part]
 
     def scratch(self, numbers: int) -> torch.Tensor:
-        """Give memory for so many float32 numbers, the same for all batches: one is computed at a time.
+        """Return memory for a count of float32 numbers.
 
-        Who got less keeps what it got.
+        All batches share it, because one batch is computed at a time. When it grows, batches that asked
+        for less keep the smaller memory that they got before.
         """
         if self._scratch.numel() < numbers:
             self._scratch = torch.empty(numbers, dtype=torch.float32, device=self.entries.device)
@@ -239,8 +236,84 @@ class AdapterTable:
             )
 
 
+class Plan:
+    """The buffers of a batch of N rows for the Triton kernels, and the launches over them."""
+
+    def __init__(self, table: AdapterTable, n_rows: int, tuning: Tuning, distinct: int) -> None:
+        # Imported here, because a CPU has no Triton.
+        from rayft.kernels import grouped_lora_triton
+
+        self._kernels = grouped_lora_triton
+        self._table, self._n_rows, self._tuning = table, n_rows, tuning
+        self._n_tiles = tile_bound(n_rows, distinct, tuning.tile)
+        device, layers = table.entries.device, table.entries.shape[1]
+        self._sorted = torch.zeros(n_rows, 4, dtype=torch.int32, device=device)
+        self._rows = torch.zeros(self._n_tiles, tuning.tile, dtype=torch.int32, device=device)
+        self._tiles = torch.zeros(layers, self._n_tiles, FIELDS, dtype=torch.int64, device=device)
+        self._chunks = [tuning.chunk(n_rows, group.inputs, len(group.outputs)) for group in table.groups]
+        self._parts = [
+            -(-group.inputs // chunk) for group, chunk in zip(table.groups, self._chunks, strict=True)
+        ]
+        most = max(len(group.outputs) * n for group, n in zip(table.groups, self._parts, strict=True))
+        assert most * n_rows * table.widest < 2**31, "more rows than the kernels can count"
+        self.h = table.scratch(most * n_rows * table.widest).view(most, n_rows, table.widest)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the buffers in bytes, without h, which all plans of a table share."""
+        return sum(buffer.nbytes for buffer in (self._sorted, self._rows, self._tiles))
+
+    def prepare(self, slots: torch.Tensor) -> None:
+        """Sort the rows by slot, and look up the factors of every tile in every layer."""
+        n_rows, tile = self._n_rows, self._tuning.tile
+        self._kernels.launch_order(
+            (-(-n_rows // 32), 1, 1), (slots, self._sorted), (n_rows, self._table.slots), (32, 256)
+        )
+        self._kernels.launch_describe(
+            (self._tiles.shape[0], 1, 1),
+            (self._sorted, self._table.entries, self._tiles, self._rows),
+            (n_rows, self._n_tiles),
+            (FIELDS, tile, min(256, max(16, 1 << (n_rows - 1).bit_length()))),
+        )
+
+    def add(self, x: torch.Tensor, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:
+        """Add the adapters of a group's linears to their outputs, or overwrite the outputs."""
+        for what, matrix in (("x", x), *(("y", y) for y in ys)):
+            assert matrix.stride(1) == 1, f"{what}: numbers of a row must be neighbours"
+            assert matrix.dtype == self._table.dtype, f"{what} is not of the table's {self._table.dtype}"
+        self._shrink(x, group)
+        self._expand(ys, group, accumulate=accumulate)
+
+    def _shrink(self, x: torch.Tensor, group: int) -> None:
+        known, chunk, tuning = self._table.groups[group], self._chunks[group], self._tuning
+        self._kernels.launcher("shrink", tuning.shrink_warps, tuning.stages, tuning.overlap)(
+            (len(known.outputs) * self._parts[group], self._n_tiles, 1),
+            (x, *self._places(group)),
+            (self._n_rows, known.inputs, x.stride(0), self._n_tiles),
+            (*self._shape(group), tuning.inputs, chunk, tuning.overlap),
+        )
+
+    def _expand(self, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:
+        known, tuning, parts = self._table.groups[group], self._tuning, self._parts[group]
+        # The kernel takes three outputs, and does not touch those beyond the group's number.
+        three = [*ys, *[ys[0]] * (SLICES - len(ys))]
+        padded = 1 << (parts - 1).bit_length()
+        self._kernels.launcher("expand", tuning.expand_warps, 1, tuning.overlap)(
+            (sum(-(-size // tuning.outputs) for size in known.outputs.values()), self._n_tiles, 1),
+            (*three, *self._places(group)),
+            (self._n_rows, *(y.shape[1] for y in three), *(y.stride(0) for y in three), self._n_tiles),
+            (*self._shape(group), tuning.outputs, tuning.ranks, parts, padded, accumulate, tuning.overlap),
+        )
+
+    def _places(self, group: int) -> tuple[torch.Tensor, ...]:
+        return self._tiles[self._table.first[group] :], self._rows, self.h
+
+    def _shape(self, group: int) -> tuple[int, ...]:
+        return FIELDS, self._table.widest, len(self._table.groups[group].outputs), self._tuning.tile
+
+
 class Rows:
-    """The rows of a batch: whose they are, and what the kernels make of it once for a forward."""
+    """The rows of a batch: the slot of each, and what the kernels derive from the slots."""
 
     def __init__(
         self,
@@ -252,16 +325,17 @@ class Rows:
         distinct: int | None = None,
         kernels: bool | None = None,
     ) -> None:
-        """Make the buffers for N rows, all of them the base's; a CUDA graph holds their addresses.
+        """Make the buffers for N rows, all of them the base's; a CUDA graph keeps their addresses.
 
         Args:
-            table: whose slots they have.
+            table: the adapters.
             count: N.
             tuning: `Tuning.choose(N)` where not given.
-            slots: a buffer to read them from (N,) int32, with what it holds; where not given, one is made.
-            distinct: how many different slots they may have, the base's counted; where not given, any. With
-                few slots and many rows there are far fewer tiles, and every one costs launches.
-            kernels: whether the Triton kernels do it; where not given, if the table is on a GPU.
+            slots: the buffer that holds the rows' slots, (N,) int32; where not given, one of zeros is made.
+            distinct: the most different slots that the rows may have, including the base's; where not
+                given, any number. With few slots and many rows there are far fewer tiles, and each tile
+                costs programs.
+            kernels: whether to use the Triton kernels; where not given, whether the table is on a GPU.
         """
         self.table, self.count = table, count
         self.tuning = tuning or Tuning.choose(count, table.entries.device)
@@ -272,17 +346,15 @@ class Rows:
         self.segments: tuple[Segment, ...] = ()
         self.plan: Plan | None = None
         if table.entries.is_cuda if kernels is None else kernels:
-            from rayft.kernels.grouped_lora_plan import Plan
-
             self.plan = Plan(table, count, self.tuning, min(distinct or table.slots, table.slots))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
+        """Size of the buffers in bytes."""
         return self.slots.nbytes + (self.plan.nbytes if self.plan else 0)
 
     def prepare(self) -> None:
-        """Read `slots` and the table, on the device; before a forward, in its graph, after each change."""
+        """Read `slots` and the table, on the device: before each forward pass, and inside its CUDA graph."""
         if self.plan:
             self.plan.prepare(self.slots)
         else:
@@ -295,11 +367,11 @@ def grouped_lora(
     """Add every row's adapter to the outputs of a group's linears, in place.
 
     Args:
-        x_NI: their input.
-        ys: their outputs (N × O), which may be views of a wider one.
+        x_NI: the input of the linears.
+        ys: their outputs (N × O), which may be views of a wider tensor.
         rows: the batch, prepared.
         group: index in the table's groups.
-        accumulate: whether to add to y; else y is written, zeros where a row has no adapter.
+        accumulate: whether to add to y. If not, y is overwritten, with zeros where a row has no adapter.
     """
     known = rows.table.groups[group]
     assert x_NI.shape == (rows.count, known.inputs), "not the batch that was prepared"
@@ -316,7 +388,7 @@ def grouped_lora(
 def reference(
     x_NI: torch.Tensor, ys: Sequence[torch.Tensor], rows: Rows, group: int, *, accumulate: bool = True
 ) -> list[torch.Tensor]:
-    """Compute what `grouped_lora` gives, row by row and in float64, into new tensors."""
+    """Compute the results of `grouped_lora`, row by row and in float64, as new tensors."""
     slots = rows.slots.tolist()
     return [
         segment_lora.reference(
@@ -327,10 +399,10 @@ def reference(
 
 
 def place(b: torch.Tensor) -> torch.Tensor:
-    """Give B (O × R), or a matrix whose columns are to be used as B, where the kernels can read it.
+    """Return B (O × R) in memory that the kernels can read: itself, or a copy.
 
-    Its rows must begin at multiples of 8 numbers, which are loaded at once. A copy has zeros from R to the
-    next such multiple.
+    B may be a view of the first columns of a wider matrix. Its rows must begin at multiples of 8 numbers,
+    because 8 numbers are loaded at once. A copy has zeros from R to the next such multiple.
     """
     used = -(-b.shape[1] // UNIT) * UNIT
     end = b.storage_offset() + (b.shape[0] - 1) * b.stride(0) + used
@@ -352,7 +424,7 @@ def _placed(factors: SlotFactors) -> SlotFactors:
 
 
 def _entry(factors: SlotFactors) -> list[int]:
-    """Make the numbers of an entry, see `FIELDS`."""
+    """Return the numbers of an entry (see `FIELDS`)."""
     a, b, columns = factors.a, factors.b, factors.columns
     (scale,) = struct.unpack("<i", struct.pack("<f", factors.scale))
     addresses = [0 if a is None else a.data_ptr(), b.data_ptr(), 0 if columns is None else columns.data_ptr()]

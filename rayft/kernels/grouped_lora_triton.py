@@ -1,25 +1,29 @@
-"""The Triton kernels of `rayft.kernels.grouped_lora`; see there for what they compute.
+"""The Triton kernels of `rayft.kernels.grouped_lora`, which says what they compute.
 
 A program waits for memory twice: for its tile's entry and rows, whose addresses follow from its number,
-then for factors, x, h and y. Where launches may overlap, every program waits for the kernel before it
-(`gdc_wait`) and only then lets the next one begin: when `expand` reads entries and B ahead of its wait,
-`shrink` has waited for all that came before it. x, h and y are read and written after the wait.
+then for factors, x, h and y. Where launches may overlap, every program waits for the previous kernel
+(`gdc_wait`) and only then lets the next one begin. So when `expand` reads entries and B before its wait,
+`shrink` has already waited for everything before it. x, h and y are read and written after the wait.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
-__all__ = ["describe", "expand", "order", "shrink"]
+from rayft.kernels.launch_triton import Launcher
 
-# Sizes of the batch: no load's alignment follows from them, so they need no kernel of their own for each.
+__all__ = ["launch_describe", "launch_order", "launcher"]
+
+# Sizes of the batch. No load's alignment depends on them, so no kernel is compiled for a value of theirs.
 SIZES = ["n_rows", "n_tiles"]
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def order(slots_ptr, sorted_ptr, n_rows, n_slots, BN: tl.constexpr, BM: tl.constexpr):
-    """Sort the rows by slot, the base's last: (row, slot, index among the slot's rows, rows from it on)."""
+    """Sort the rows by slot, the base's last: (row, slot, index in the slot, rows of the slot from it on)."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     mine = tl.load(slots_ptr + n, mask=n < n_rows, other=0)
     mine = tl.where((mine > 0) & (mine < n_slots), mine, n_slots)
@@ -47,7 +51,7 @@ def describe(
     sorted_ptr, entries_ptr, tiles_ptr, rows_ptr, n_rows, n_tiles,
     FIELDS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Cut the sorted rows into tiles and copy one layer's entries of them, with first row and count."""
+    """Divide the sorted rows into tiles, and copy one layer's entry for each, with first row and count."""
     layer, n_layers = tl.program_id(0), tl.num_programs(0)
     field = tl.arange(0, FIELDS)[None, :]
     found = tl.zeros((1,), tl.int32)
@@ -81,7 +85,7 @@ def describe(
 
 @triton.jit
 def _follow(OVERLAP: tl.constexpr):
-    """Wait for the kernel before this one, and let the next one begin."""
+    """Wait for the previous kernel, then let the next one begin."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -89,7 +93,7 @@ def _follow(OVERLAP: tl.constexpr):
 
 @triton.jit
 def _read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS: tl.constexpr, T: tl.constexpr):
-    """A tile's entry in one layer: where it is, columns, rank; its places in h, rows, and which there are."""
+    """Read a tile's entry in one layer: its address, columns, rank, places in h, rows, and mask of rows."""
     entry = tiles_ptr + (of * n_tiles + tile) * FIELDS
     n = tl.arange(0, T)
     columns, rank = tl.load(entry + 2), tl.load(entry + 3).to(tl.int32)
@@ -102,7 +106,7 @@ def _shrink_ranks(
     x_row, in_n, a_ptr, columns, h_row, rank, start, begin, n_inputs,
     BR: tl.constexpr, T: tl.constexpr, BI: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Inputs begin … begin + CHUNK of one tile times rows start … start + BR of A, or selected inputs."""
+    """Compute h of one tile for inputs begin … begin + CHUNK and ranks start … start + BR, or gather it."""
     r = start + tl.arange(0, BR)
     in_r = r < rank
     h = tl.zeros((T, BR), tl.float32)
@@ -130,7 +134,7 @@ def shrink(
     FIELDS: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, T: tl.constexpr, BI: tl.constexpr,
     CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One tile, one linear, one part of the inputs; selected inputs are all taken by the first part."""
+    """Compute one part of h for one tile and one linear; the first part gathers all selected inputs."""
     number, tile = tl.program_id(0), tl.program_id(1)
     of, part = number % SLICES, number // SLICES
     _follow(OVERLAP)
@@ -139,7 +143,7 @@ def shrink(
     x_row = x_ptr + row * x_stride
     h_row = h_ptr + ((part * SLICES + of) * n_rows + place) * WIDTH
     begin = part * CHUNK
-    # h is written up to whole blocks of ranks, so that `expand` may read it so.
+    # h is written in whole blocks of ranks, because `expand` reads whole blocks.
     if (columns == 0) | (part == 0):
         if rank > 32:
             for start in range(0, rank, 64):
@@ -154,9 +158,9 @@ def shrink(
 
 @triton.jit
 def _load_b(b_ptr, b_stride, o, in_o, rank, start, BR: tl.constexpr):
-    """Columns start … start + BR of some rows of B, zeros from the rank on."""
+    """Load columns start … start + BR of some rows of B, with zeros from the rank on."""
     r = start + tl.arange(0, BR)
-    # Whole vectors are loaded, see `place`; what a wider matrix has there is another adapter's.
+    # Whole vectors are loaded (see `place`). In a view of a wider matrix, the rest is not this adapter's.
     loaded = r < (rank + 7) // 8 * 8
     b = tl.load(b_ptr + o[:, None] * b_stride + r[None, :], mask=in_o[:, None] & loaded[None, :], other=0.0)
     return tl.where((r < rank)[None, :], b, 0.0)
@@ -164,8 +168,8 @@ def _load_b(b_ptr, b_stride, o, in_o, rank, start, BR: tl.constexpr):
 
 @triton.jit
 def _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR: tl.constexpr, BP: tl.constexpr):
-    """The parts of h added up; their columns are written up to a whole block."""
-    # In one load: a sum over single ones waits for each before it asks for the next.
+    """Load the parts of h and add them up; h is written in whole blocks of ranks."""
+    # In one load: with single loads in a loop, each would wait for the one before it.
     part = tl.arange(0, BP)[:, None, None]
     place = part * part_stride + (h_row[:, None] + (start + tl.arange(0, BR))[None, :])[None, :, :]
     return tl.sum(tl.load(h_ptr + place, mask=in_n[None, :, None] & (part < parts), other=0.0), 0)
@@ -176,7 +180,7 @@ def _expand_ranks(
     y_place, mask, in_n, b_ptr, b_stride, o, in_o, h_ptr, h_row, part_stride, parts, rank, scale,
     BR: tl.constexpr, LAST: tl.constexpr, BP: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One tile and block of outputs, BR ranks at once."""
+    """Compute one tile and block of outputs, BR ranks at once."""
     kind = b_ptr.dtype.element_ty
     b = _load_b(b_ptr, b_stride, o, in_o, rank, 0, BR)
     _follow(OVERLAP)
@@ -202,7 +206,7 @@ def expand(
     FIELDS: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, T: tl.constexpr, BO: tl.constexpr,
     BR: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One tile and block of outputs: those of the first linear come first, then the second's."""
+    """Compute one tile and block of outputs; blocks are numbered through the linears of the group."""
     block, tile = tl.program_id(0), tl.program_id(1)
     of = block * 0
     y_ptr, y_stride, n_outputs = y0_ptr, y0_stride, outputs_0
@@ -245,3 +249,16 @@ def expand(
             y_place, mask, in_n, b_ptr, b_stride, o, in_o, h_ptr, h_row, part_stride, parts, rank, scale,
             BR, True, BP, ADD, OVERLAP,
         )  # fmt: skip
+
+
+launch_order = Launcher(order, num_warps=4)
+launch_describe = Launcher(describe, num_warps=4)
+
+
+@lru_cache(maxsize=64)
+def launcher(kernel: str, warps: int, stages: int, overlap: bool) -> Launcher:
+    """Return the launcher of `shrink` or `expand` for some launch options."""
+    options = {"launch_pdl": True} if overlap else {}
+    return Launcher(
+        {"shrink": shrink, "expand": expand}[kernel], num_warps=warps, num_stages=stages, **options
+    )

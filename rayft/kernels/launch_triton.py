@@ -1,8 +1,9 @@
-"""Launching a Triton kernel many times at little cost for the host, and compiling it once.
+"""Launch a Triton kernel many times at little cost for the host, and compile it once on a machine.
 
-`kernel[grid](…)` binds and specialises every argument anew, tens of microseconds a launch; with some
-hundred layers that is a good part of a step. A launch here is looked up by all that Triton specialises on:
-dtypes, integers, constants, alignment. What is new, or not aligned, goes Triton's own way.
+`kernel[grid](…)` binds and specialises every argument anew, which takes tens of microseconds a launch; with
+some hundred layers that is a good part of a step. `Launcher` looks the compiled kernel up by everything
+that Triton specialises on: dtypes, integers, constants, alignment. A combination that is new, or tensors
+that are not aligned, are launched by Triton itself.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from rayft.files import locked
 __all__ = ["Launcher", "aligned"]
 
 ALIGNED = 16
-"""Bytes; Triton compiles other loads for pointers that are not."""
+"""Alignment in bytes that Triton specialises on: it compiles other loads for pointers without it."""
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor, or a copy of it if its memory does not begin at a multiple of `ALIGNED` bytes.
 
-    A kernel that gets both kinds of addresses is compiled for every combination of them.
+    Without the copy, a kernel would be compiled for every combination of aligned and other tensors.
     """
     return tensor.clone() if tensor.data_ptr() % ALIGNED else tensor
 
@@ -50,7 +51,15 @@ class Launcher:
         constants: tuple[int | bool, ...],
         factor: tuple[float, ...] = (),
     ) -> None:
-        """Launch on the current stream; `factor` stands after the numbers and is never specialised on."""
+        """Launch on the current stream.
+
+        Args:
+            grid: numbers of programs.
+            tensors: the kernel's first arguments.
+            numbers: integers, passed after the tensors.
+            constants: compile-time constants, passed last.
+            factor: floats, passed after the integers, on which Triton does not specialise.
+        """
         arguments = (*tensors, *numbers, *factor, *constants)
         if any(tensor.data_ptr() % ALIGNED for tensor in tensors):
             self._kernel[grid](*arguments, **self._options)
@@ -65,7 +74,7 @@ class Launcher:
 
 
 def _cache() -> Path | None:
-    """Return the folder in which Triton keeps what it compiled; all processes of a user share it."""
+    """Return the folder of Triton's cache, which all processes of a user share."""
     try:
         from triton import knobs
     except ImportError:
@@ -75,9 +84,9 @@ def _cache() -> Path | None:
 
 @contextmanager
 def _alone(kernel: str) -> Iterator[None]:
-    """Let one process of a machine compile a kernel at a time, so that the others find it in Triton's cache.
+    """Hold a kernel's lock while compiling, so that other processes of the machine find it in Triton's cache.
 
-    Where there is no cache, or its files can't be locked, each process compiles for itself.
+    If there is no cache, or its files can't be locked, each process compiles the kernel for itself.
     """
     folder = _cache()
     with ExitStack() as held:

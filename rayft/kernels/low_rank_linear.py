@@ -9,18 +9,19 @@ Semantics:
                 grad_x = g @ W + q @ A   or   g @ W with q added into its columns A
                                                                                 -> grad_x, q, db
 
-The update costs no arithmetic to speak of, but every pass over y, g, x or grad_x costs its bytes, and
-every launch some microseconds. So on a GPU (Triton, 16-bit, K ≤ 64):
+The arithmetic of the update is negligible, but every pass over y, g, x or grad_x costs its bytes, and every
+launch some microseconds. So on a GPU (Triton, 16-bit, K ≤ 64):
 
-- the update is written first, with h, by one kernel, and the base's product accumulates onto it
-  (beta = 1): its read of y hides behind the arithmetic. Added afterwards it costs a read and a write;
-- one kernel reads g once for q and db; parts of their sums are added up by a second one in a fixed
-  order, so each run gives the same bits; that one also writes q A for the product to accumulate onto.
+- one kernel writes h and the update first, and the base's product accumulates onto it (beta = 1), which
+  hides the read of y behind the arithmetic. Adding the update afterwards would cost a read and a write;
+- one kernel reads g once for q and db. A second one adds up the parts of their sums in a fixed order, so
+  that each run gives the same bits, and writes q A, onto which the base's product accumulates.
 
-Elsewhere plain products do it. All linears of a 1.0 B Llama shape, rank 16, 8,192 tokens, on an H200:
-q and db take 2.6 ms in one pass and 5.3 in two; the update of y 3.5 ms written first and 5.6 added.
+In all other cases plain products compute it. Measured for all linears of a 1.0 B Llama shape, rank 16,
+8,192 tokens, on an H200: q and db take 2.6 ms in one pass and 5.3 ms in two; the update of y takes 3.5 ms
+when it is written first and 5.6 ms when it is added.
 
-Shapes: N tokens, I inputs, O outputs, K rank of the update, R ≤ K rank of what trains of it.
+Shapes: N tokens, I inputs, O outputs, K rank of the update, R ≤ K rank of its part that trains.
 x (N × I), W (O × I), A (K × I) or (K,) int64, B (O × K), y and g (N × O), q (N × K), h (N × K).
 """
 
@@ -32,7 +33,7 @@ from torch.nn import functional
 __all__ = ["MAX_RANK", "backward", "forward", "reference_backward", "reference_forward"]
 
 MAX_RANK = 64
-"""Above it the tiles no longer fit on the chip, and plain products do well by themselves."""
+"""The largest rank of the kernels: above it the tiles don't fit on the chip, and plain products are fast."""
 
 
 def forward(
@@ -43,7 +44,7 @@ def forward(
     b: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute (y, h); W may have any strides, columns may repeat."""
+    """Compute (y, h); W may have any strides, and columns may repeat."""
     if _fast(x, b):
         from rayft.kernels.low_rank_linear_triton import update
 
@@ -69,9 +70,9 @@ def backward(
         weight: W.
         a: A.
         b: B.
-        h: (N × R), as forward gave it, the last R columns of it where the others are frozen.
+        h: (N × R) from forward: its last R columns where the others belong to frozen links.
         scale: s.
-        distinct: whether no column stands in A twice.
+        distinct: whether the columns in A are distinct.
     """
     if not _fast(g, b) or not distinct:
         return reference_backward(g, weight, a, b, h, scale)
@@ -93,7 +94,7 @@ def reference_forward(
     b: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute forward by plain products."""
+    """Compute forward with plain products."""
     h = x.index_select(1, a) if a.ndim == 1 else x @ a.t()
     return functional.linear(x, weight, bias).addmm_(h, b.t(), alpha=scale), h
 
@@ -101,7 +102,7 @@ def reference_forward(
 def reference_backward(
     g: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, h: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Compute backward by plain products; a column that stands in A twice gets both shares."""
+    """Compute backward with plain products; the gradients of a column that is in A twice add up."""
     db = (g.t() @ h).mul_(scale)
     if a.ndim == 1:
         return (g @ weight).index_add_(1, a, g @ b, alpha=scale), None, db

@@ -1,4 +1,4 @@
-"""The Triton kernels of `rayft.kernels.low_rank_linear`; see there for what they compute."""
+"""The Triton kernels of `rayft.kernels.low_rank_linear`, which says what they compute."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from rayft.kernels.launch_triton import Launcher, aligned
 __all__ = ["gradients", "update"]
 
 TILE = 128
-"""Inputs or outputs that a program takes at once."""
+"""Inputs or outputs that a program handles at once."""
 MOST_PARTS = 32
-"""Parts that the rows are divided into, at the most."""
+"""The most parts that the rows are divided into."""
 
 
-# No kernel is specialised on what follows from the number of rows, which differs from batch to batch: each
-# batch would be compiled for. A layer's sizes and a rank count only by whether 16 divides them, which
-# decides how wide loads are. `_total` knows how many tiles its q is the sum of, since loads in a loop whose
-# end is not known wait for one another.
+# No kernel is specialised on numbers that depend on the number of rows: it differs from batch to batch, and
+# each batch would compile a kernel. Of a layer's sizes and a rank, only divisibility by 16 matters, which
+# decides how wide loads are. In `_total`, the number of tiles that q is the sum of is a constant, because
+# loads in a loop with an unknown end wait for one another.
 OF_ROWS = ["n_rows", "row_blocks", "blocks", "rows", "split", "parts"]
 
 
@@ -89,7 +89,7 @@ def _partial(
         )
         tl.store(sums_ptr + (row + tile * n_rows) * R + r[None, :], tl.dot(g, b), mask=in_n[:, None])
         db += tl.dot(tl.trans(h), g)
-    # The sums of db stand behind those of q, one matrix (R × O) for each part.
+    # The sums of db are stored after those of q, one matrix (R × O) for each part.
     place = sums_ptr + tl.num_programs(0).to(tl.int64) * n_rows * R
     place += (part * R + r[:, None]).to(tl.int64) * n_outputs + o[None, :]
     tl.store(place, db, mask=in_o[None, :])
@@ -102,7 +102,7 @@ def _total(
     TILES: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr,
     MOST_PARTS: tl.constexpr, SELECT: tl.constexpr,
 ):  # fmt: skip
-    """Add up q, by `split` programs a strip of rows with `blocks` tiles of grad_x each; after them db."""
+    """Add up q, by `split` programs for a strip of rows with `blocks` tiles of grad_x each, and then db."""
     block = tl.program_id(0)
     r = tl.arange(0, R)
     in_r = r < rank
@@ -137,8 +137,9 @@ def _total(
         mask_o = (o < n_outputs)[:, None] & (in_r & (r >= frozen))[None, :]
         db_ptrs = sums_ptr + n_rows.to(tl.int64) * (TILES * R) + r[None, :] * n_outputs + o[:, None]
         db = tl.zeros((BO, R), tl.float32)
-        # One turn, with all loads at once: a loop that ends with the last part waits for each. With 8 or 16
-        # parts a turn, or without the outer loop, a layer's kernels took up to 8 % longer on an H100.
+        # One iteration with all loads at once, because a loop that ends with the last part waits for each
+        # load. With 8 or 16 parts an iteration, or without the outer loop, a layer's kernels took up to 8 %
+        # longer on an H100.
         for start in range(0, parts, MOST_PARTS):
             for part in tl.static_range(MOST_PARTS):
                 there = mask_o & (start + part < parts)
@@ -222,7 +223,7 @@ def gradients(
 
 @lru_cache(maxsize=4096)
 def _tiles(n_rows: int, n_outputs: int, padded: int) -> tuple[int, int, int, int, int]:
-    """Choose tile sizes, and how many tiles of outputs and parts of rows there are.
+    """Choose the sizes of tiles, and the numbers of tiles of outputs and of parts of rows.
 
     By measurement on an H200: large tiles where there is enough of g to fill the device.
     """
@@ -242,13 +243,13 @@ def _padded(rank: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _strip(n_rows: int) -> int:
-    """Rows of a strip: enough strips to fill the device, none smaller than a matrix unit takes."""
+    """Return the rows of a strip, so that strips fill the device and none is too small for a matrix unit."""
     return min(32, max(16, int(triton.next_power_of_2(n_rows // 256))))
 
 
 @lru_cache(maxsize=4096)
 def _shares(row_blocks: int, width: int, programs: int, least: int) -> tuple[int, int]:
-    """Split strips for about so many programs, each with at least `least` numbers: parts, tiles of each."""
+    """Split strips for a number of programs, each with at least `least` numbers: (parts, tiles of each)."""
     split = max(1, min(programs // row_blocks, width // least))
     blocks = -(-width // (split * TILE))
     return -(-width // (blocks * TILE)), blocks

@@ -4,12 +4,12 @@ Semantics:
 
     for n in range(N):
         s = slot_of_token[n]
-        if s in table:                                  # slot 0, the base, never is
+        if s in table:                                  # never true for slot 0, the base
             h_R = x[n, columns[s]]      if s selects inputs      else x[n] @ A[s].T
             y[n] += scale[s] * (h_R @ B[s].T)
 
-Each adapter is multiplied at its own rank: there is no largest rank, no padding to one, and no
-product for base tokens. Slots that a layer has no factors for are left alone.
+Each adapter is multiplied at its own rank: ranks are not padded to the largest, and base tokens take part
+in no product. Tokens whose slot has no factors in a layer are not changed there.
 
 Shapes: N tokens, I inputs, O outputs, R the rank of one adapter. x (N × I), y (N × O), A (R × I),
 B (O × R), columns (R,).
@@ -30,7 +30,7 @@ BASE_SLOT = 0
 
 @dataclass(frozen=True)
 class SlotFactors:
-    """One adapter's factors in one layer: either `a` or the `columns` that it would select."""
+    """The factors of one adapter in one layer: B, and either A or the columns that A selects."""
 
     b: torch.Tensor
     """B (O × R)."""
@@ -51,13 +51,13 @@ class Segment:
 
     slot: int
     rows: slice | torch.Tensor
-    """A slice where the tokens are neighbours (nothing is copied then), else their indices."""
+    """A slice if the tokens are contiguous, so that nothing is copied, or else their indices."""
 
 
 def segments(slot_of_token: Sequence[int], device: torch.device | str = "cpu") -> tuple[Segment, ...]:
-    """Group a batch's tokens by slot, leaving base tokens out.
+    """Group the tokens of a batch by slot; base tokens are left out.
 
-    It is done once for a forward and serves all its layers.
+    One call for a forward pass serves all its layers.
     """
     rows: dict[int, list[int]] = {}
     for row, slot in enumerate(slot_of_token):
@@ -74,7 +74,7 @@ def segment_lora(
     Args:
         x_NI: the linear's input.
         y_NO: its output, to which the adapters are added.
-        batch: the segments of the N tokens, from `segments`.
+        batch: the segments of the N tokens (see `segments`).
         table: slot → factors in this layer, in x's dtype and on its device.
     """
     for segment in batch:
@@ -92,7 +92,7 @@ def segment_lora(
 def reference(
     x_NI: torch.Tensor, y_NO: torch.Tensor, slot_of_token: Sequence[int], table: Mapping[int, SlotFactors]
 ) -> torch.Tensor:
-    """Compute what `segment_lora` adds up to, token by token and in float64, into a new tensor."""
+    """Compute the result of `segment_lora`, token by token and in float64, as a new tensor."""
     result = y_NO.double()
     for row, slot in enumerate(slot_of_token):
         if slot in table:
