@@ -28,7 +28,7 @@ __all__ = [
     "NoReplicaError",
     "Waiting",
     "ending",
-    "heard",
+    "register",
     "replicas_up",
     "start_error",
 ]
@@ -64,7 +64,7 @@ _routers: dict[Called, list[RequestRouter]] = {"Director": [], "Replica": []}
 """The routers of this process that know which replicas of a deployment are running."""
 
 
-def heard(router: RequestRouter, called: Called) -> None:
+def register(router: RequestRouter, called: Called) -> None:
     """Register a router of this process, once it knows which replicas of a deployment are running."""
     if router not in _routers[called]:
         _routers[called].append(router)

@@ -81,7 +81,7 @@ class AdapterRouter(RequestRouter):
         super().update_replicas(replicas)
         # Ray Serve pickles this class by value, with copies of this module's variables. The module `presence`
         # is imported by name, so its variables are those of the process.
-        presence.heard(self, self._called)
+        presence.register(self, self._called)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None

@@ -1,7 +1,7 @@
 """The director decides what is served, and changes it on all replicas or on none.
 
 Every replica first prepares a change: it reads and checks the new adapters and loads them onto the device. If
-all replicas succeed, they are told to commit the change; otherwise all of them abandon it, and the caller
+all replicas succeed, they commit the change; otherwise all of them abandon it, and the caller
 receives the reason. Replicas that start later, or that missed a change, ask the director for what is served.
 
 Adapters are served from the server's own copies (`copies`), and what is served is recorded beside them. A
@@ -175,7 +175,7 @@ class Director:
             await self._change(state.unloaded(self._served, name))
 
     async def promote(self, name: str) -> Deployed:
-        """Give all traffic of a name to its canary."""
+        """Route all traffic of a name to its canary."""
         async with self._alone():
             await self._change(state.promoted(self._served, name))
             return self._served.of(name)[-1]

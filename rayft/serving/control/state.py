@@ -170,7 +170,7 @@ def loaded(served: Served, new: Deployed, weight: float = 1.0) -> Served:
 
 
 def promoted(served: Served, name: str) -> Served:
-    """Give all traffic of a name to its canary.
+    """Route all traffic of a name to its canary.
 
     Raises:
         BadRequestError: if the name has no canary.

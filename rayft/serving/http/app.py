@@ -155,13 +155,13 @@ async def unload_adapter(_: Administrator, gateway: Replicas, name: AdapterName)
 
 @router.post("/v1/adapters/{name}/promote")
 async def promote_adapter(_: Administrator, gateway: Replicas, name: AdapterName) -> Deployed:
-    """Give all traffic of a name to its canary."""
+    """Route all traffic of a name to its canary."""
     return await gateway.change("promote", name)
 
 
 @router.post("/v1/adapters/{name}/rollback")
 async def roll_back_adapter(_: Administrator, gateway: Replicas, name: AdapterName) -> Deployed:
-    """Take back the canary of a name, or else its last change."""
+    """Stop serving the canary of a name, or else undo its last change."""
     return await gateway.change("rollback", name)
 
 

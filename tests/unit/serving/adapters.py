@@ -1,4 +1,4 @@
-"""Adapters that tests serve, each random and large enough to write another text, and what they write."""
+"""Random adapters for tests, large enough to change the text, and the text that PEFT generates with them."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def random_adapter(
 
 
 def save_adapters(folder: Path, shapes: dict[str, tuple[int, int]], fingerprint: str) -> dict[str, str]:
-    """Save three LoRAs of different ranks and a selector; give name → folder."""
+    """Save three LoRAs of different ranks and a selector; return name → folder."""
     made = {name: random_adapter(name, shapes, fingerprint, rank) for name, rank in RANKS.items()}
     made[SELECTOR] = random_adapter(SELECTOR, shapes, fingerprint, 6, selector=True)
     return {name: str(adapter.save(folder / name)) for name, adapter in made.items()}
 
 
 def chain_of(links: Sequence[AdapterArtifact]) -> AdapterArtifact:
-    """Stack adapters as a chain's links are: one LoRA of the sum of their ranks."""
+    """Stack adapters like the links of a chain, as one LoRA whose rank is the sum of theirs."""
     modules = {}
     for path, first in links[0].modules.items():
         parts = [link.modules[path] for link in links]
@@ -57,13 +57,13 @@ def chain_of(links: Sequence[AdapterArtifact]) -> AdapterArtifact:
 
 
 def reference(tiny_folder: Path, adapter: str | None) -> Any:
-    """The base, or PEFT's model with this adapter alone."""
+    """Return the base, or PEFT's model with one adapter."""
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     return model if adapter is None else PeftModel.from_pretrained(model, adapter)
 
 
 def generated(model: Any, prompt: Sequence[int], length: int = LENGTH, **options: Any) -> tuple[int, ...]:
-    """What a model continues a prompt with, by its own `generate`, without the end token."""
+    """Return the tokens with which `generate` continues a prompt, without the end token."""
     ids = torch.tensor([prompt])
     made = model.generate(
         input_ids=ids,
@@ -79,5 +79,5 @@ def generated(model: Any, prompt: Sequence[int], length: int = LENGTH, **options
 def expected(
     tiny_folder: Path, adapter: str | None, prompt: Sequence[int], length: int = LENGTH
 ) -> tuple[int, ...]:
-    """What the base, or PEFT with this adapter alone, generates by `generate`."""
+    """Return the tokens that `generate` gives with the base, or with one adapter by PEFT."""
     return generated(reference(tiny_folder, adapter), prompt, length)

@@ -24,7 +24,7 @@ BASE = BaseModel(name="org/tiny", fingerprint="f" * 16, shapes=SHAPES)
 
 
 class RecordingEngine:
-    """Notes what is loaded."""
+    """Records which adapters are loaded."""
 
     def __init__(self) -> None:
         self.loaded: dict[str, Mapping[str, LoraFactors]] = {}
@@ -163,7 +163,7 @@ def test_only_what_is_on_the_device_is_warm(tmp_path: Path) -> None:
     asyncio.run(served.catalog.commit(canary.number))
     assert served.catalog.warm()["b"] == (0.25, 1.0)
     served.keys("b@1", "b@2@r1")
-    # It took the place of the one that was used least recently.
+    # The least recently used adapter was evicted.
     assert served.catalog.warm() == {**base, **dict.fromkeys(("b", "b@1", "b@2"), always)}
     served.keys("a")
     assert served.catalog.warm()["b"] == (0.0, 0.25)
@@ -233,7 +233,7 @@ def test_a_change_is_visible_once_it_is_committed_and_gone_once_it_is_abandoned(
     assert served.engine.loaded == before
     asyncio.run(served.catalog.commit(wanted.number))
     assert served.names() == ["base", "a"]
-    # Prepared twice, as a replica does that is asked again: nothing is left over.
+    # Prepared twice, as if the director repeats its call: nothing remains of the first time.
     for _ in range(2):
         asyncio.run(served.catalog.prepare(wanted))
     asyncio.run(served.catalog.commit(wanted.number))
@@ -270,7 +270,7 @@ def test_a_starting_replica_serves_what_it_can_load_and_retries_the_rest(
     assert "adapter_config.json" in str(card.unavailable)
     with pytest.raises(ArtifactError, match="'b' is not served"):
         served.keys("b")
-    # It holds up no change of another one, and is loaded when it can be.
+    # It does not prevent changes of other adapters, and is loaded once that is possible.
     state = loaded(state, find("d", save(tmp_path, "d"), None, tmp_path, "1GB", pinned=False))
     asyncio.run(served.catalog.prepare(state))
     asyncio.run(served.catalog.commit(state.number))
@@ -307,13 +307,13 @@ def test_an_adapter_in_memory_does_not_change_with_its_file(served: Server, tmp_
         size = file.seek(0, 2)
         file.seek(0)
         file.write(b"\xff" * size)
-        # Reading a map of the file would end this process now.
+        # Reading a memory map of the file would end this process now.
         file.truncate(0)
     assert all(torch.equal(f.b, before[path]) for path, f in served.engine.loaded[key].items())
 
 
 ONE = 4 * (4 + 6) * 4 + 4 * (4 + 3) * 4
-"""Bytes of one test adapter: two modules of rank 4, in float32."""
+"""Size of one test adapter in bytes: two modules of rank 4, in float32."""
 
 
 def test_beyond_the_limit_the_least_recently_used_adapter_is_evicted(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_beyond_the_limit_the_least_recently_used_adapter_is_evicted(tmp_path: P
     served.keys("a", "c")
     assert served.catalog.tiers() == {"a@1": "device", "b@1": "disk", "c@1": "device"}
     assert served.events == [("a", "load"), ("b", "load"), ("b", "eviction"), ("c", "load")]
-    # It comes back with the same numbers.
+    # It is loaded again with the same values.
     (key,) = served.keys("b")
     assert key is not None
     want = AdapterArtifact.load(tmp_path / "b").modules
@@ -352,7 +352,7 @@ def test_pinned_adapters_and_those_in_use_are_not_evicted(
             waits = asyncio.create_task(later())
             await asyncio.sleep(0.05)
             assert served.catalog.tiers()["c@1"] != "device"
-        # The place is free now.
+        # There is room now.
         await waits
 
     asyncio.run(scenario())

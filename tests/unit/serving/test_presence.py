@@ -17,7 +17,7 @@ from rayft.serving.presence import Called, NoReplicaError, Waiting
 
 
 class Replicas:
-    """Whether a replica is up, why not, and what a caller was told."""
+    """Whether a replica is up, why none is, and what happened to a call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.up: bool | None = False
@@ -69,7 +69,7 @@ def test_a_call_waits_for_a_limited_time_while_no_replica_is_up(replicas: Replic
     with pytest.raises(NoReplicaError, match=r"none starts: .*no file"):
         replicas.ask(answer(60))
     assert (replicas.cancelled, replicas.refused) == (2, 2)
-    # A replica that comes in time answers.
+    # A replica that starts in time answers.
     assert replicas.ask(answer(0.05), absent=30) == "text"
 
 
@@ -109,7 +109,7 @@ def test_the_error_about_a_director_that_does_not_start_has_the_reason(replicas:
 
 @dataclass
 class Status:
-    """What Ray Serve's controller says of the application, as far as a message goes."""
+    """Return the application's status as Ray Serve's controller reports it, with one message."""
 
     message: str = ""
 

@@ -46,7 +46,7 @@ def make_replica(tiny_folder: Path) -> Iterator[Callable[..., Replica]]:
 
     yield make
     for replica in made:
-        # As Ray Serve does.
+        # Ray Serve calls this when it stops a replica.
         replica.__del__()
 
 
@@ -236,7 +236,7 @@ def test_one_choice_that_fails_fails_the_request(replica: Replica, monkeypatch: 
 def test_without_a_limit_a_chat_generates_as_many_tokens_as_fit(replica: Replica) -> None:
     request = ChatRequest(model="base", messages=[Message(role="user", content="x" * 400)], temperature=0)
     last = answer(replica, request)[-1]
-    # The room is the cache here (512), which the prompt leaves less of than the cap of 100.
+    # The cache of 512 tokens limits the length: after the prompt it has room for fewer than 100 tokens.
     assert last.finish == "stop" or last.prompt_tokens + last.completion_tokens == 512
 
 
@@ -287,7 +287,7 @@ def test_a_bad_adapter_changes_nothing(
 
 
 class Director:
-    """Serves nothing, on the base that the first replica has."""
+    """A director that serves nothing, on the base of the first replica."""
 
     def __init__(self, base: str = "") -> None:
         self.found = base
@@ -353,7 +353,7 @@ def test_the_traffic_of_removed_versions_is_deleted(
     make_replica: Callable[..., Replica], adapter_folders: dict[str, str]
 ) -> None:
     replica, served = make_replica(), Served()
-    # Each content replaces the one before, and the last but one can be brought back.
+    # Each content replaces the previous one, to which a rollback would return.
     for name in ("small", "large", "middle"):
         folder = adapter_folders[name]
         served = loaded(served, find("turning", folder, None, folder, "1GB", pinned=False))

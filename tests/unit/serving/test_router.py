@@ -25,14 +25,14 @@ Reports = dict[str, dict[str, tuple[float, float]] | None]
 
 @dataclass
 class Running:
-    """A replica, as a router sees it."""
+    """A replica as routers see it."""
 
     replica_id: ReplicaID
     routing_stats: dict[str, Any] = field(default_factory=dict)
 
 
 class Routing:
-    """A router, what replicas told it (None: nothing yet), and how many requests they have."""
+    """A router, the reports of its replicas (None: no report yet), and the lengths of their queues."""
 
     def __init__(self, reports: Reports, **queues: int) -> None:
         app = DeploymentID(name="Replica", app_name="rayft")
@@ -42,11 +42,11 @@ class Routing:
         self.router.initialize_state(slack=SLACK, called="Replica")
         self.loop = asyncio.new_event_loop()
         self.ids = {name: ReplicaID(name, app) for name in reports}
-        self.tell(reports)
+        self.report(reports)
         for name in reports:
             self.busy(name, queues.get(name, 0))
 
-    def tell(self, reports: Reports) -> None:
+    def report(self, reports: Reports) -> None:
         self.running = [
             Running(self.ids[name], {} if warm is None else {"warm": warm}) for name, warm in reports.items()
         ]
@@ -59,7 +59,7 @@ class Routing:
         return PendingRequest(list(args), {}, metadata, future=self.loop.create_future())
 
     def choose(self, pending: PendingRequest) -> list[str]:
-        """Rank replicas for a request that is not sent yet."""
+        """Rank the replicas for a request that has not been sent yet."""
         running: Any = self.running
         ranks = self.loop.run_until_complete(self.router.choose_replicas(running, pending))
         assert pending.routing_context.should_backoff
@@ -67,7 +67,7 @@ class Routing:
         return [rank[0].replica_id.unique_id for rank in ranks]
 
     def send(self, pending: PendingRequest) -> None:
-        """Go on as Ray Serve does once a replica is chosen; tests say by `busy` what it did to the queues."""
+        """Do what Ray Serve does once a replica is chosen; tests set the resulting queues by `busy`."""
         pending.future.set_result(None)
         self.loop.run_until_complete(asyncio.sleep(0))
 
@@ -78,7 +78,7 @@ class Routing:
         return ranks
 
     def ask(self, model: str, draw: float = 0.5) -> str:
-        """Say where a request goes first."""
+        """Return the replica that is tried first for a request."""
         return self.order(CompletionRequest(model=model, prompt="hello"), draw)[0]
 
     def several(self, model: str, draw: float = 0.5) -> set[str]:
@@ -141,8 +141,8 @@ def test_a_request_during_a_canary_goes_where_its_version_is() -> None:
         assert routing.several("x", draw) == {replica}
         assert routing.several("x@1", draw) == {"a"}
         assert routing.several("x@2@r2", draw) == {"b"}
-    # One that is warm nowhere does not follow the other.
-    routing.tell({"a": old, "b": {}, "c": {}})
+    # An adapter that is warm nowhere does not go to the same replica.
+    routing.report({"a": old, "b": {}, "c": {}})
     assert routing.several("x", 0.1) == {"c"}
 
 
@@ -160,10 +160,10 @@ def test_a_burst_is_divided_before_its_first_request_is_sent() -> None:
     routing = Routing({"a": {"x": ALWAYS}, "b": {}})
     burst = [routing.pending(CompletionRequest(model="x", prompt="hello"), 0.5) for _ in range(2 * SLACK + 4)]
     first = [routing.choose(one)[0] for one in burst]
-    # Where it is warm up to the slack, then where there is less to do.
+    # The warm replica gets requests up to the slack, then the less busy one.
     assert first[: SLACK + 2] == ["a"] * (SLACK + 1) + ["b"]
     assert Counter(first) == {"a": SLACK + 4, "b": SLACK}
-    # Once sent they are in the queues' lengths, and count once.
+    # Sent requests are part of the queues' lengths, and count once.
     for one in burst:
         routing.send(one)
     assert routing.ask("x") == "a"
@@ -182,7 +182,7 @@ def test_a_request_that_is_routed_again_or_abandoned_does_not_count_twice() -> N
 def test_a_burst_for_a_cold_adapter_loads_it_once(later: Callable[[float], None]) -> None:
     routing = Routing({"a": {}, "b": {}, "c": None})
     first = routing.ask("x")
-    # Another cold one goes elsewhere, though all have as little to do.
+    # Another cold adapter goes to another replica, although all are equally busy.
     second = routing.ask("y")
     assert first != second
     assert {routing.ask("z"), first, second} == {"a", "b", "c"}
@@ -199,7 +199,7 @@ def test_an_adapter_counts_as_warm_for_a_while_where_it_was_sent(later: Callable
     routing.busy("a", 2)
     later(RECENT_SECONDS / 2)
     assert routing.several("x") == {"a"}
-    # Asking again does not prolong it, while nobody tells that it is warm.
+    # Another request does not prolong this while no replica reports the adapter as warm.
     later(RECENT_SECONDS / 2)
     assert routing.several("x") == {"b"}
 
@@ -219,9 +219,9 @@ def test_a_warm_adapter_does_not_count_as_loading(later: Callable[[float], None]
 def test_a_replicas_report_overrides_what_was_sent(later: Callable[[float], None]) -> None:
     routing = Routing({"a": {}, "b": {}}, b=1)
     assert routing.ask("x") == "a"
-    routing.tell({"a": {}, "b": {"x": ALWAYS}})
+    routing.report({"a": {}, "b": {"x": ALWAYS}})
     assert routing.several("x") == {"b"}
-    routing.tell({"a": None})
+    routing.report({"a": None})
     assert routing.several("x") == {"a"}
 
 
@@ -247,15 +247,15 @@ def test_a_process_knows_whether_a_replica_is_up_once_a_router_knows_it(
     monkeypatch.setattr(presence, "_routers", {"Replica": [], "Director": []})
     routing = Routing({"a": {}})
 
-    async def tell(*replicas: Any) -> bool | None:
+    async def update(*replicas: Any) -> bool | None:
         monkeypatch.setattr(routing.router, "_probe_queue_lens", lambda *_: asyncio.sleep(0))
         routing.router.update_replicas(list(replicas))
         await asyncio.sleep(0)
         return presence.replicas_up("Replica")
 
     assert presence.replicas_up("Replica") is None
-    assert routing.loop.run_until_complete(tell()) is False
-    assert routing.loop.run_until_complete(tell(*routing.running)) is True
+    assert routing.loop.run_until_complete(update()) is False
+    assert routing.loop.run_until_complete(update(*routing.running)) is True
     routing.router.on_replica_actor_died(routing.ids["a"])
     assert presence.replicas_up("Replica") is False
     assert presence.replicas_up("Director") is None
@@ -265,8 +265,8 @@ def test_a_router_that_was_pickled_by_value_informs_its_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(presence, "_routers", {"Replica": [], "Director": []})
-    # As Ray Serve sends it, from a process that has routers of its own.
-    presence.heard(Routing({}).router, "Replica")
+    # Pickled as Ray Serve does, in a process that has routers of its own.
+    presence.register(Routing({}).router, "Replica")
     cloudpickle.register_pickle_by_value(router_module)
     try:
         sent = cloudpickle.dumps(AdapterRouter)
@@ -283,9 +283,9 @@ def test_a_router_that_was_pickled_by_value_informs_its_process(
 def test_a_lost_replica_is_no_longer_counted(later: Callable[[float], None]) -> None:
     routing = Routing({"a": {}, "b": {}}, b=1)
     assert routing.ask("x") == "a"
-    routing.tell({"b": {}})
+    routing.report({"b": {}})
     assert routing.several("x") == {"b"}
-    routing.tell({})
+    routing.report({})
     assert routing.order(CompletionRequest(model="x", prompt="hello"), 0.5) == []
 
 

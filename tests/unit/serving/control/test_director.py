@@ -225,7 +225,7 @@ def test_a_copy_is_served_and_deleted_once_nothing_needs_it(folder: Callable[[st
         kept = {one.folder for one in (*served.versions, *served.previous.values())}
         await director.unload("a")
         assert copies() == 0
-        # Replicas on other nodes delete theirs too: those that were unloaded, replaced and refused.
+        # Replicas on other nodes delete their copies of unloaded, replaced and refused adapters too.
         assert {Path(one).name for one in kept} <= set(replica.dropped)
         assert len(replica.dropped) == len(set(replica.dropped)) == 4
 

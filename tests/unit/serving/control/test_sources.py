@@ -70,7 +70,7 @@ def test_an_error_of_a_store_becomes_an_artifact_error(
     from fsspec.implementations.memory import MemoryFileSystem
 
     class NoCredentialsError(Exception):
-        """As botocore has it: a plain exception."""
+        """An error of a store that is not an OSError, as botocore's are."""
 
     def refuse(*_: object, **__: object) -> None:
         raise NoCredentialsError("Unable to locate credentials")
@@ -113,8 +113,8 @@ def test_a_full_disk_is_not_reported_as_an_unreadable_url(folder: Path, disk: Di
 
 
 def test_the_error_about_a_missing_folder_names_the_node_and_the_alternatives(tmp_path: Path) -> None:
-    told = rf"{tmp_path}/gone does not exist on {re.escape(socket.gethostname())};.*models:/NAME/VERSION"
-    with pytest.raises(ArtifactError, match=rf"adapter 'a' is not served: {told}"):
+    reason = rf"{tmp_path}/gone does not exist on {re.escape(socket.gethostname())};.*models:/NAME/VERSION"
+    with pytest.raises(ArtifactError, match=rf"adapter 'a' is not served: {reason}"):
         find("a", str(tmp_path / "gone"), None, tmp_path, "1MB", pinned=False)
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=reason):
         check_source(str(tmp_path / "gone"), None, tmp_path, "1MB")

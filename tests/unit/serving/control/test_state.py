@@ -72,7 +72,7 @@ def test_a_canary_gets_its_share_and_is_promoted_or_rolled_back() -> None:
     assert versions(rolled_back(served, "a")) == [(1, "1")]
     back = rolled_back(promoted(served, "a"), "a")
     assert versions(back) == [(1, "1")]
-    # And forward again: what was rolled back is what was there before.
+    # A second rollback returns to the version that was rolled back.
     assert versions(rolled_back(back, "a")) == [(2, "2")]
 
 
@@ -112,5 +112,5 @@ def test_versions_and_aliases_of_the_registry_are_names() -> None:
         served.pick(parse_model("a@1"))
     with pytest.raises(UnknownModelError, match="served are base, a"):
         served.pick(parse_model("b@champion"))
-    # A folder under the same name counts on from there.
+    # An adapter from a folder gets the next number.
     assert versions(loaded(served, deployed("a", "8"))) == [(8, "8")]

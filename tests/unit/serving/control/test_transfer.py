@@ -29,7 +29,7 @@ class Method:
         try:
             return await self._call(*arguments)
         except ArtifactError as error:
-            # As Ray raises what another process raised.
+            # Ray raises errors of another process in this form.
             raise RayTaskError("copy_sizes", "traceback", error).as_instanceof_cause() from None
 
 
@@ -60,7 +60,7 @@ def director(tmp_path: Path) -> Director:
 
 @pytest.fixture
 def deployed(tmp_path: Path, director: Director) -> Deployed:
-    """A version whose copy the director has, and which is asked for on another node."""
+    """A version of which the director has a copy, and which a replica on another node needs."""
     artifact = random_adapter("a", SHAPES)
     copy = director.copies.take(artifact.save(tmp_path / "a"), artifact.content_hash)
     folder = tmp_path / "node" / "served-one" / copy.name
