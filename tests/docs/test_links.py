@@ -32,6 +32,19 @@ def test_relative_links_lead_to_files_and_headings_that_exist() -> None:
     assert not broken
 
 
+def test_files_that_pages_name_exist() -> None:
+    pattern = r"`((?:rayft|benchmarks|tests|docs|pipelines|serve|clusters|requirements)/[\w./-]+)`"
+    named = {
+        (page.relative_to(ROOT), path)
+        for page in PAGES
+        if page.name != "CHANGELOG.md"  # It also names what is gone.
+        for path in re.findall(pattern, page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 30
+    missing = sorted(f"{page}: {path}" for page, path in named if not (ROOT / path).exists())
+    assert not missing
+
+
 def test_every_page_is_in_the_index() -> None:
     index = DOCS / "README.md"
     linked = {target.resolve() for target, _ in links(index)}
