@@ -1,31 +1,38 @@
-"""What all tests share: a tiny model, seeds, and one local Ray cluster a session."""
+"""What all tests share: seeds, a tiny model, MLflow databases, and one local Ray cluster."""
 
 from __future__ import annotations
 
 import gc
 import os
+import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before torch and Ray are imported: both read their environment then.
+# Before torch, Ray and MLflow are imported: they read their environment then.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-# Ray's workers would wait for a core behind every test that another process computes.
+# With Ray's own niceness its workers would wait for a core behind every test of another process.
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# No test writes to the server of the person who runs it.
+os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import pytest
 import torch
 
 from rayft.numerics import seed_everything
+from rayft.tracking import TrackerSpec, TrackingConfig, tracker_spec
 from tests.disks import Disk, mounted
+from tests.mlflow_server import MlflowServer
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -34,11 +41,11 @@ CLUSTERS = {
     "servers": ("tests/integration/test_serving", "tests/integration/one_server/"),
     "sweeps": ("tests/e2e/", "tests/integration/"),
 }
-"""Tests that share a Ray cluster, and so a process: what they need it for → how their names begin."""
+"""Tests that share a Ray cluster, and hence a process: what it runs → how their names begin."""
 
 
 def _scope(name: str) -> str:
-    """Return which tests have to be in one process with a test: those that share its cluster, or its file."""
+    """Return the group that runs in one process with a test: the tests of its cluster, or of its file."""
     own = (scope for scope, starts in CLUSTERS.items() if name.startswith(starts))
     return next(own, name.partition("::")[0])
 
@@ -51,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `-n`, give tests to processes by `_scope`."""
+    """With `-n`, distribute the tests by `_scope`."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scopes(LoadScopeScheduling):
@@ -63,14 +70,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt all that was imported from the searches for cycles that each training run ends with."""
+    """Exclude all imported objects from the garbage collection that each training run ends with."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Start each test from the same random state, whichever tests ran before it."""
+    """Start each test from the same random state, whatever tests ran before it."""
     seed_everything(0)
 
 
@@ -101,9 +108,10 @@ def tiny_tokenizer(tiny_folder: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One local Ray cluster for the whole session; its logical CPUs exceed the real ones on purpose.
+    """One local Ray cluster for the whole session.
 
-    Trial actors and worker groups each need a CPU of their own, and mostly wait for one another.
+    It has more logical CPUs than the machine has cores: trial actors and worker groups each need a CPU of
+    their own, and mostly wait for one another.
     """
     import ray
 
@@ -111,7 +119,7 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
         return
     ray.init(
-        # Not the one that another process of the tests has started.
+        # Do not connect to the cluster of another process of the tests.
         address="local",
         num_cpus=4,
         num_gpus=0,
@@ -127,7 +135,7 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A gloo group of one for tests that train in this process, with a Ray Train worker's environment."""
+    """A gloo group of one process and the environment of a Ray Train worker, for tests that train."""
     import torch.distributed as dist
 
     os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
@@ -139,8 +147,63 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ[name]
 
 
+@pytest.fixture(scope="session")
+def databases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `current.db`, and `older.db` of the revision before. Making the tables takes seconds."""
+    from alembic import command
+    from alembic.script import ScriptDirectory
+    from mlflow.store.db.utils import _get_alembic_config, _upgrade_db, create_sqlalchemy_engine
+    from mlflow.store.tracking.dbmodels.initial_models import Base
+    from sqlalchemy.exc import SADeprecationWarning
+
+    # MLflow 3.17 imports its models with a loader option that SQLAlchemy 2.1 deprecates.
+    warnings.simplefilter("ignore", SADeprecationWarning)
+    folder = tmp_path_factory.mktemp("databases")
+    uri = f"sqlite:///{folder / 'older.db'}"
+    alembic, engine = _get_alembic_config(uri), create_sqlalchemy_engine(uri)
+    Base.metadata.create_all(engine)
+    scripts = ScriptDirectory.from_config(alembic)
+    with engine.begin() as connection:
+        alembic.attributes["connection"] = connection
+        command.upgrade(alembic, str(scripts.get_revision(scripts.get_current_head()).down_revision))
+    engine.dispose()
+    shutil.copy(folder / "older.db", folder / "current.db")
+    engine = create_sqlalchemy_engine(f"sqlite:///{folder / 'current.db'}")
+    _upgrade_db(engine)
+    engine.dispose()
+    return folder
+
+
+@pytest.fixture
+def spec(tmp_path: Path, databases: Path) -> TrackerSpec:
+    """A prepared sqlite database in the test's folder."""
+    from rayft.tracking.connection import prepare
+
+    (tmp_path / "out").mkdir()
+    shutil.copy(databases / "current.db", tmp_path / "out" / "mlflow.db")
+    return prepare(tracker_spec(TrackingConfig(), tmp_path / "out"))
+
+
+@pytest.fixture(scope="session")
+def _server(tmp_path_factory: pytest.TempPathFactory, databases: Path) -> Iterator[MlflowServer]:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(databases / "current.db", folder / "server.db")
+    server = MlflowServer(folder)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def server(_server: MlflowServer) -> MlflowServer:
+    """A running MLflow server, one for all tests of the session: each uses an experiment of its own."""
+    _server.start()
+    return _server
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """A disk of 64 MiB, which the test makes as small as it wants."""
+    """A disk of 64 MiB, which a test can shrink."""
     with mounted(tmp_path / "disk", 64 * 2**20) as made:
         yield made

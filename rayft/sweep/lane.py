@@ -37,8 +37,8 @@ from rayft.sweep.launcher import LaneSettings
 from rayft.sweep.result import file_hashes, write_result
 from rayft.sweep.transfer import find_home
 from rayft.tracking.base import Former, TrackerSpec
-from rayft.tracking.connection import HASH_PARAM
 from rayft.tracking.mlflow import MlflowTracker
+from rayft.tracking.runs import HASH_PARAM
 from rayft.train.context import Session, Worker, trial_folder
 from rayft.train.home import Home
 from rayft.train.loop import TrainResult, current_worker, fit

@@ -1,7 +1,10 @@
-"""Where parameters, metrics and files of runs go.
+"""Tracking: where the parameters, metrics and files of runs go.
 
-`base` has the contract and the picklable spec; `mlflow` and `memory` implement it; `spool` is the
-write-ahead log that makes a server's absence harmless. Importing this package imports no MLflow.
+`base` has the contract of a tracker and the picklable spec that a worker builds its tracker from. `mlflow`
+implements the contract. `spool` is the write-ahead log that keeps data while the server is away, and `sender`
+delivers its records. `connection` opens MLflow, and `runs` finds runs in it and reads them back.
+
+Importing this package does not import MLflow.
 """
 
 from rayft.tracking.base import RunStatus, Tracker, TrackerSpec, TrackingConfig, tracker_spec

@@ -1,7 +1,7 @@
-"""The contract of a tracker, and the picklable spec that workers build theirs from.
+"""The contract of a tracker, and the picklable spec that a worker builds its tracker from.
 
-A sweep is a parent run, a trial a child run. Runs are found again by a key of the caller's, so a
-resumed sweep makes no second run.
+A sweep is a parent run in MLflow, and each trial a child run. The caller identifies a run by a key. A resumed
+sweep finds its runs again by their keys, so it creates no second ones.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ __all__ = [
 ]
 
 RunStatus = Literal["finished", "stopped", "interrupted", "failed"]
-"""How a run ended; `stopped` is by the scheduler, `interrupted` by a person, before its last step."""
+"""How a run ended. Before its last step, the scheduler stops a run, and a person interrupts it."""
 
 PENDING = "key:"
-"""Prefix of the id of a run that the server does not have yet; the run's key follows."""
+"""Prefix of the id of a run that the server does not have yet. The key of the run follows it."""
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _SERVERS = ("http", "https", "databricks")
@@ -46,7 +46,7 @@ class TrackingConfig(Section):
     """Where runs are tracked."""
 
     uri: PathText | None = None
-    """An MLflow URI; else MLFLOW_TRACKING_URI, else a sqlite file in the output folder."""
+    """An MLflow URI. By default MLFLOW_TRACKING_URI, or else a sqlite file in the output folder."""
 
     experiment: str = "rayft"
     """Name of the MLflow experiment."""
@@ -54,23 +54,23 @@ class TrackingConfig(Section):
 
 @dataclass(frozen=True)
 class TrackerSpec:
-    """What a worker needs to build a tracker; picklable."""
+    """What a worker needs to build a tracker. It can be pickled."""
 
     uri: str
-    """MLflow tracking URI, absolute where it is a sqlite file."""
+    """MLflow tracking URI. The path of a sqlite file is absolute."""
     experiment: str
     """Name of the experiment."""
     spool: Path
-    """Folder of the write-ahead files, one for a sweep."""
+    """Folder of the write-ahead files; each sweep has one."""
     experiment_id: str = ""
-    """Filled by `rayft.tracking.mlflow.prepare`."""
+    """Set by `rayft.tracking.connection.prepare`."""
 
 
 @dataclass(frozen=True)
 class Former:
-    """How a run is found that rayft 0.1.0 made: by a key that said nothing of data and base.
+    """How to find a run that rayft 0.1.0 made, whose key did not depend on the data and the base.
 
-    It is taken only if it is a child of the parent that is asked for, and has the parameters.
+    The run must have this key and these parameters, and be a child of the parent that the caller names.
     """
 
     key: str
@@ -78,7 +78,7 @@ class Former:
 
 
 class Tracker(Protocol):
-    """Writes runs. Calls return at once, also while the server is away; none of them loses data."""
+    """Writes runs. No call waits for the server and no data is lost, even while the server is away."""
 
     def run(
         self,
@@ -93,63 +93,61 @@ class Tracker(Protocol):
         """Create the run of this key, or find it again, and return its id.
 
         Args:
-            name: what people see.
-            key: identity, unique in the experiment.
+            name: the name that MLflow shows.
+            key: the identity of the run, unique in the experiment.
             parent: id of the run that this one is a child of.
             tags: set on the run, whether it is new or found again.
-            former: how to find it where no run has the key; what is found gets the key.
-            restart: set a run that is found again running, since more will be recorded.
+            former: how to find the run if no run has the key. A run that is found so gets the key.
+            restart: whether to set a run that is found again to running, since more will be recorded.
         """
         ...
 
     def params(self, run_id: str, values: Mapping[str, str]) -> None:
-        """Record settings; values too long for the server are cut and say so.
+        """Record settings. A value that is too long for the server is cut and ends in a note that says so.
 
-        The first value of a setting stays. A later one that differs becomes the tag `changed.<name>`.
+        The first value of a setting stays. A later value that differs becomes the tag `changed.<name>`.
         """
         ...
 
     def metrics(self, run_id: str, values: Mapping[str, float], step: int | None = None) -> None:
-        """Record numbers at a step, or of the whole run (NaN and infinities allowed).
+        """Record numbers at a step, or of the whole run if `step` is None. NaN and infinities are allowed.
 
-        A metric has one value at a step. The first one stays: what is recorded again, because steps are
-        trained again or a command is run again, is left out.
+        A metric has one value at a step, and the first one stays. Values that are recorded again, because
+        steps are trained again or a command is run again, are left out.
 
-        Numbers of the whole run are kept at step 0, where MLflow compares them as bars. One that differs from
-        the last one was measured anew: it is recorded beside that and is shown in its place. An equal one is
-        left out.
+        Numbers of the whole run are kept at step 0, where MLflow compares them as bars. A number that equals
+        the last one is left out. A number that differs was measured anew: it is added, and MLflow shows it
+        in place of the earlier one.
         """
         ...
 
     def artifact(self, run_id: str, path: str | Path, folder: str = "") -> None:
-        """Store a file, or what a folder holds, below `folder` of the run.
+        """Store a file, or the files of a folder, below `folder` of the run.
 
-        The path must stay as it is until the run's data is sent.
+        The files must stay unchanged until they are sent.
 
         Raises:
-            TrackingError: if nothing is there.
+            TrackingError: if there is no such file or folder.
         """
         ...
 
     def finish(self, run_id: str, status: RunStatus = "finished", *, if_running: bool = False) -> None:
-        """Record how the run ended, and when.
-
-        A run that has ended like this keeps its time.
+        """Record how and when the run ended. If it had ended with the same status before, that time stays.
 
         Args:
             run_id: the run.
             status: how it ended.
-            if_running: leave a run alone that has ended already, in whatever way.
+            if_running: whether to leave a run unchanged that has ended already, with any status.
         """
         ...
 
 
 def tracker_spec(config: TrackingConfig, folder: str | Path) -> TrackerSpec:
-    """Decide where to track: the config's URI, MLFLOW_TRACKING_URI, or `folder`/mlflow.db.
+    """Return where to track: at the configured URI, at MLFLOW_TRACKING_URI, or in `folder`/mlflow.db.
 
     Args:
         config: the tracking section.
-        folder: output folder of the sweep; the spool lies in it, and the database by default.
+        folder: output folder of the sweep. It holds the spool and, by default, the database.
 
     Raises:
         TrackingError: if the URI is a plain folder or of an unknown kind.
@@ -160,10 +158,10 @@ def tracker_spec(config: TrackingConfig, folder: str | Path) -> TrackerSpec:
 
 
 def check_uri(uri: str) -> str:
-    """Return a URI that MLflow can track at, with an absolute path where it is a sqlite file's.
+    """Return a tracking URI that MLflow accepts. The path of a sqlite file is made absolute.
 
     Raises:
-        TrackingError: if it is a plain folder, names no file, or is of an unknown kind.
+        TrackingError: if the URI is a plain folder, names no file, or is of an unknown kind.
     """
     try:
         check_text(uri)
@@ -180,7 +178,7 @@ def check_uri(uri: str) -> str:
         known = ", ".join((*_DATABASES, *_SERVERS))
         raise TrackingError(f"the tracking URI '{redacted(uri)}' is of no known kind; use one of {known}")
     if scheme == "sqlite":
-        # Workers have other working directories, so a relative file would be another one there.
+        # Workers have other working directories, where a relative path would name another file.
         prefix, _, path = uri.partition(":///")
         if not path.strip():
             raise TrackingError(
@@ -192,7 +190,7 @@ def check_uri(uri: str) -> str:
 
 
 def same_number(one: float, other: float) -> bool:
-    """Return whether two metric values are the same on a server, where infinity is the largest number."""
+    """Return whether two metric values are equal on a server, which stores infinity as the largest float."""
     if math.isnan(one) or math.isnan(other):
         return math.isnan(one) and math.isnan(other)
     largest = sys.float_info.max
@@ -200,5 +198,5 @@ def same_number(one: float, other: float) -> bool:
 
 
 def redacted(uri: str) -> str:
-    """Hide the password of a URI, for messages."""
+    """Return a URI with its password replaced by `***`, for messages."""
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)

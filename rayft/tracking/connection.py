@@ -1,4 +1,4 @@
-"""Opening MLflow: fast to fail, created and migrated by one process, found again by key."""
+"""Opening MLflow: create or migrate it once, connect to it, and fail within seconds if it is away."""
 
 from __future__ import annotations
 
@@ -21,37 +21,34 @@ from mlflow.exceptions import MlflowException
 from rayft.errors import RayftError, TrackingError
 from rayft.files import disk_full, disk_full_error, locked
 from rayft.paths import check_file, check_folder
-from rayft.tracking.base import Former, TrackerSpec, redacted
+from rayft.tracking.base import TrackerSpec, redacted
 
 __all__ = [
-    "HASH_PARAM",
-    "KEY_TAG",
+    "SECONDS_TO_ANSWER",
     "away",
     "check",
     "connect",
     "experiment_id",
-    "find_former",
-    "find_run",
-    "find_trained",
     "local_folder",
     "prepare",
 ]
 
-KEY_TAG = "rayft.key"
-"""Tag that a run is found again by."""
-HASH_PARAM = "adapter_hash"
-"""Parameter of a trial's run: content hash of the adapter that came out."""
+SECONDS_TO_ANSWER = 8
+"""Time in which a server must answer before anything is started."""
 
-_SECONDS_TO_ANSWER = 8
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 _log = logging.getLogger(__name__)
 
 
 def prepare(spec: TrackerSpec) -> TrackerSpec:
-    """Create or migrate the database and the experiment; called once, before anybody else writes.
+    """Create or migrate the database, and create the experiment if there is none.
 
-    Two processes that create one database at the same time can leave it broken.
+    Call it once, before any process writes: two processes that create a database at the same time can leave
+    it broken.
+
+    Returns:
+        The spec with the id of the experiment.
 
     Raises:
         TrackingError: within about ten seconds, if the server is away or refuses.
@@ -64,7 +61,7 @@ def prepare(spec: TrackerSpec) -> TrackerSpec:
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             location = (file.parent / "artifacts").as_uri()
-            # An empty file is a database without tables, which MLflow makes.
+            # An empty file is a database without tables. MLflow creates the tables.
             file.touch()
             _migrate(file)
         client = connect(spec.uri)
@@ -73,11 +70,11 @@ def prepare(spec: TrackerSpec) -> TrackerSpec:
 
 
 def check(spec: TrackerSpec) -> None:
-    """Check that what is tracked can be written where the spec says, before anything is made there.
+    """Check that runs can be tracked where the spec says, without creating anything there.
 
     Raises:
-        TrackingError: within about ten seconds, if the server is away, or a file is no database.
-        ResourceError: if the spool or the database's folder can't be written.
+        TrackingError: within about ten seconds, if the server is away, or the file is not a database.
+        ResourceError: if the spool or the folder of the database cannot be written.
     """
     check_folder(spec.spool, "output")
     file = _sqlite(spec.uri)
@@ -96,16 +93,16 @@ def check(spec: TrackerSpec) -> None:
 
 
 def connect(uri: str) -> MlflowClient:
-    """Open a client that answers, or fails, in seconds: whoever calls retries by itself.
+    """Return a client whose requests answer or fail within seconds. It does not retry; callers do.
 
     Raises:
-        TrackingError: if the server or database does not answer, a file is missing or no database, or the
-            URI is not MLflow's.
+        TrackingError: if the server or database does not answer, the file is missing or not a database, or
+            the URI is not one of MLflow.
     """
-    # MLflow's defaults (7 retries, 120 s each) would hold a trial for minutes. A user's values win.
+    # MLflow's defaults (7 retries, 120 s each) would hold a trial for minutes. Values of the user win.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-    # Progress bars and links of every trial would drown what a sweep prints.
+    # Progress bars and links for every trial would bury what a sweep prints.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     _checked(uri)
@@ -115,40 +112,9 @@ def connect(uri: str) -> MlflowClient:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def find_run(client: MlflowClient, experiment_id: str, key: str) -> str | None:
-    """Find the id of the run with this key, the oldest one if there are several."""
-    return _oldest(client, experiment_id, f"tags.`{KEY_TAG}` = {_quoted(key)}")
-
-
-def find_former(client: MlflowClient, experiment_id: str, former: Former, parent: str | None) -> str | None:
-    """Find the id of the run that an earlier version made, the oldest one if there are several."""
-    conditions = [f"tags.`{KEY_TAG}` = {_quoted(former.key)}"]
-    if parent is not None:
-        conditions.append(f"tags.`mlflow.parentRunId` = {_quoted(parent)}")
-    conditions += [f"params.`{name}` = {_quoted(value)}" for name, value in former.params.items()]
-    return _oldest(client, experiment_id, " and ".join(conditions))
-
-
-def find_trained(client: MlflowClient, experiment_id: str, content_hash: str) -> str | None:
-    """Find the id of the run that trained the adapter with this content, the oldest if there are several."""
-    return _oldest(client, experiment_id, f"params.{HASH_PARAM} = '{content_hash}'")
-
-
-def _quoted(text: str) -> str:
-    # MLflow's filters know no escape, but two kinds of quotes.
-    return f'"{text}"' if "'" in text else f"'{text}'"
-
-
-def _oldest(client: MlflowClient, experiment_id: str, condition: str) -> str | None:
-    found = client.search_runs(
-        [experiment_id], condition, max_results=1, order_by=["attributes.start_time ASC"]
-    )
-    return str(found[0].info.run_id) if found else None
-
-
 @contextlib.contextmanager
 def _impatient() -> Iterator[None]:
-    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_SECONDS_TO_ANSWER)}
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(SECONDS_TO_ANSWER)}
     before = {name: os.environ.get(name) for name in limits}
     os.environ.update(limits)
     try:
@@ -162,7 +128,7 @@ def _impatient() -> Iterator[None]:
 
 
 def _migrate(file: Path) -> None:
-    """Bring a database that an older MLflow made up to date, keeping a copy of it."""
+    """Migrate a database that an older MLflow made, and keep a copy of it."""
     from mlflow.store.db.utils import _get_latest_schema_revision, _upgrade_db, create_sqlalchemy_engine
 
     if not file.is_file():
@@ -184,10 +150,15 @@ def _migrate(file: Path) -> None:
 
 
 def experiment_id(client: MlflowClient, name: str, location: str | None = None) -> str:
-    """Find or create an experiment; a new one keeps its files at `location`.
+    """Return the id of an experiment, which is created if there is none of this name.
+
+    Args:
+        client: of the server.
+        name: of the experiment.
+        location: URI of the folder for the files of a new experiment; None leaves it to the server.
 
     Raises:
-        TrackingError: if it was deleted.
+        TrackingError: if the experiment was deleted.
     """
     found = client.get_experiment_by_name(name)
     if found is None:
@@ -207,7 +178,7 @@ def experiment_id(client: MlflowClient, name: str, location: str | None = None) 
 
 
 def _checked(uri: str) -> None:
-    """Fail fast where MLflow would retry a file, a server or a database for minutes."""
+    """Raise an error within seconds if a file, server or database does not answer; MLflow takes minutes."""
     from mlflow.store.db.utils import create_sqlalchemy_engine
 
     with _errors(uri):
@@ -219,7 +190,7 @@ def _checked(uri: str) -> None:
             _wait_for_answer(uri)
         elif kind in _PORTS and parts.hostname:
             place = (parts.hostname, parts.port or _PORTS[kind])
-            socket.create_connection(place, timeout=_SECONDS_TO_ANSWER).close()
+            socket.create_connection(place, timeout=SECONDS_TO_ANSWER).close()
             engine = create_sqlalchemy_engine(uri)
             engine.connect().close()
             engine.dispose()
@@ -232,25 +203,28 @@ def _open_file(file: Path) -> None:
         try:
             database.execute("PRAGMA schema_version").fetchone()
         except sqlite3.OperationalError as error:
-            # A writer may hold it for a moment, and MLflow waits for that.
+            # A writer may hold the lock for a moment. MLflow waits for it.
             if "locked" not in str(error):
                 raise
 
 
 def _wait_for_answer(url: str) -> None:
-    """Return after any answer or refusal, which MLflow's client tells more of; only silence is an error."""
+    """Raise an error if a server does not answer at all.
+
+    A refused connection and answers of any kind pass: the errors of MLflow's client say more about those.
+    """
     try:
         with contextlib.suppress(httpx.NetworkError, httpx.ProtocolError, httpx.UnsupportedProtocol):
-            httpx.get(url, timeout=_SECONDS_TO_ANSWER)
+            httpx.get(url, timeout=SECONDS_TO_ANSWER)
     except httpx.TimeoutException as error:
-        raise TimeoutError(f"no answer within {_SECONDS_TO_ANSWER} seconds") from error
+        raise TimeoutError(f"no answer within {SECONDS_TO_ANSWER} seconds") from error
     except httpx.InvalidURL as error:
-        raise ValueError(f"no URL: {error}") from error
+        raise ValueError(f"not a URL: {error}") from error
 
 
 @contextlib.contextmanager
 def _errors(uri: str) -> Iterator[None]:
-    """Turn whatever MLflow and its drivers raise into ours."""
+    """Turn every exception of MLflow and its drivers into a `TrackingError`."""
     try:
         yield
     except RayftError:
@@ -265,13 +239,16 @@ def _sqlite(uri: str) -> Path | None:
 
 
 def local_folder(uri: str) -> Path | None:
-    """Return the folder of the sqlite file that a URI names; None where it names a server."""
+    """Return the folder of the sqlite file that a URI names, or None if it names a server."""
     file = _sqlite(uri)
     return None if file is None else file.parent
 
 
 def away(uri: str, error: Exception) -> RayftError:
-    """Make the error of an MLflow that is away or refuses, with the remedy; or of its full disk here."""
+    """Return the error for an MLflow that is away or refuses, with what to do about it.
+
+    If MLflow writes to a file on this machine and the disk is full, that is a `DiskFullError`.
+    """
     folder = local_folder(uri)
     if folder is not None and disk_full(error):
         return disk_full_error(error, folder)

@@ -1,4 +1,4 @@
-"""What made a result: commit, versions, host and devices."""
+"""What produced a result: commit, versions, host and devices."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PACKAGES = ("torch", "ray", "deepspeed", "transformers", "peft", "mlflow", "ray
 
 
 def provenance() -> dict[str, str]:
-    """Describe the code and machine that run: `git.*`, `version.*`, `host`, `device`, `python`.
+    """Describe the running code and machine: `git.*`, `version.*`, `host`, `device`, `python`.
 
-    What can't be told (no git, a package that is not installed) is left out.
+    Entries that cannot be determined (without git, or for a package that is not installed) are left out.
     """
     found = {"host": socket.gethostname(), "python": platform.python_version(), "device": _devices()}
     found |= _git(Path(__file__).parent) or _git(Path.cwd())
@@ -54,7 +54,7 @@ def _git(folder: Path) -> dict[str, str]:
 
 
 def _devices() -> str:
-    """Name the accelerators, or the processor and its core count."""
+    """Return the names of the GPUs, or of the processor with its number of threads."""
     import torch
 
     if torch.cuda.is_available():

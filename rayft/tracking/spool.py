@@ -1,13 +1,13 @@
-"""A write-ahead log of what has to reach a server: one file of JSON lines a run and writer.
+"""A write-ahead log of records for a server: one file of JSON lines for each run and writing process.
 
     <run>.<host>-<pid>.jsonl   records, appended whole before anything is sent
-    <same>.jsonl.sent          inode and byte offset up to which they were delivered; its lock says who sends
+    <same>.jsonl.sent          inode and byte offset up to which they were delivered; a sender holds its lock
     rejected.log               records that the server refused for good, each with the reason
 
-A record is delivered at least once: after a crash the last batch is sent again, so the receiver
-must ignore repeats. Files are listed in the order in which they were begun (by the `time` of their first
-record), so that what a killed process left of a run is delivered before what its successor wrote.
-Appended records outlive `kill -9` (they are the kernel's), not a power cut.
+A record is delivered at least once: after a crash the last batch is sent again, so the receiver must ignore
+repeats. Files are listed in the order in which they were begun (by the `time` of their first record), so that
+the records of a killed process are delivered before those of its successor. Appended records survive
+`kill -9`, since the kernel has them, but not a power cut.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ __all__ = ["Drained", "Record", "Spool", "UndeliveredError", "slug"]
 
 Record = Mapping[str, Any]
 Deliver = Callable[[Sequence[Record]], Sequence[tuple[Record, str]]]
-"""Sends records in order; gives those refused for good, with the reason."""
+"""Sends records in order, and returns those that were refused for good, each with the reason."""
 
 _BATCH = 500
 
 
 class UndeliveredError(Exception):
-    """The receiver is away: what was to be delivered stays in the spool.
+    """The receiver is away. The records stay in the spool.
 
     Attributes:
-        full: whether it is here, and its disk is full.
+        full: whether the receiver is on this machine and its disk is full.
     """
 
     def __init__(self, message: str = "", *, full: bool = False) -> None:
@@ -49,16 +49,16 @@ class UndeliveredError(Exception):
 
 @dataclass(frozen=True)
 class Drained:
-    """What happened to the records of one or more files."""
+    """The result of draining one or more files."""
 
     sent: int = 0
-    """Records delivered now."""
+    """Number of records that were delivered."""
     pending: int = 0
-    """Records that are still to be delivered."""
+    """Number of records that still have to be delivered."""
     rejected: int = 0
-    """Records refused for good; they are in rejected.log."""
+    """Number of records that were refused for good; they are in rejected.log."""
     reason: str = ""
-    """Why something is pending, if it was tried."""
+    """Why records are pending, if it was tried to deliver them."""
 
     def __add__(self, other: Drained) -> Drained:
         return Drained(
@@ -70,48 +70,48 @@ class Drained:
 
 
 class Spool:
-    """The files of one folder. Any number of processes append, and drain, at once."""
+    """The files of one folder. Any number of processes may append and drain at the same time."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, run: str) -> Path:
-        """Name this process's file of a run."""
+        """Return this process's file of a run."""
         return self.folder / f"{slug(run)}.{socket.gethostname()}-{os.getpid()}.jsonl"
 
     def append(self, run: str, record: Record) -> None:
-        """Write a record down before anything is sent.
+        """Append a record to this process's file of a run.
 
         Raises:
-            DiskFullError: if there is no space; the file stays whole.
-            ResourceError: if it can't be written for another reason.
+            DiskFullError: if there is no space; the file keeps its whole records.
+            ResourceError: if the file cannot be written for another reason.
         """
         text = json.dumps(record)
         with room_on(self.folder, len(text)):
             _append(self.path(run), text)
 
     def files(self, *runs: str) -> list[Path]:
-        """List every process's files, the oldest first.
+        """Return the files of all processes, the oldest first.
 
         Args:
-            runs: the runs whose files are listed; all where none is given.
+            runs: the runs whose files are returned; all runs by default.
         """
         patterns = [f"{slug(run)}.*.jsonl" for run in runs] or ["*.jsonl"]
         found = {path for pattern in patterns for path in self.folder.glob(pattern)}
         return sorted(found, key=lambda path: (_begun(path), path.name))
 
     def drain(self, path: Path, deliver: Deliver, *, wait: float = 0.0, remove: bool = False) -> Drained:
-        """Deliver what is left in a file.
+        """Deliver the pending records of a file.
 
         Args:
             path: one of `files()`.
-            deliver: sends a batch; raises `UndeliveredError` if the receiver is away.
+            deliver: sends a batch, and raises `UndeliveredError` if the receiver is away.
             wait: seconds to wait for another sender of the file.
-            remove: delete the file once everything is delivered.
+            remove: whether to delete the file once all records are delivered.
 
         Raises:
-            DiskFullError: if the spool's own disk is full.
+            DiskFullError: if the disk of the spool is full.
         """
         done = Drained()
         with room_on(self.folder), locked(_sidecar(path), wait) as lock:
@@ -134,7 +134,7 @@ class Spool:
         return done
 
     def pending(self, path: Path) -> int:
-        """Count the records of a file that were not delivered."""
+        """Return the number of records of a file that were not delivered."""
         count, offset = 0, _offset(_sidecar(path), path)
         while True:
             lines, offset = _read(path, offset)
@@ -157,13 +157,13 @@ class Spool:
 
 
 def slug(run: str) -> str:
-    """Return a name for files of a run, which differs between any two runs."""
+    """Return the first part of the file names of a run, which differs between any two runs."""
     readable = re.sub(r"[^A-Za-z0-9_-]", "_", run)[:80]
     return f"{readable}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
 
 
 def _begun(path: Path) -> int:
-    """Return the time of a file's first record; 0 where it has none."""
+    """Return the time of a file's first record, or 0 if it has none."""
     try:
         with path.open("rb") as file:
             return int(json.loads(file.readline())["time"])
@@ -181,7 +181,7 @@ def _append(path: Path, text: str) -> None:
             written = os.write(descriptor, data)
         except OSError as error:
             os.ftruncate(descriptor, size)
-            raise ResourceError(f"{path} can't be written ({error.strerror})") from error
+            raise ResourceError(f"{path} cannot be written ({error.strerror})") from error
         if written != len(data):
             os.ftruncate(descriptor, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -200,7 +200,7 @@ def _offset(sidecar: Path, path: Path) -> int:
 
 
 def _read(path: Path, offset: int) -> tuple[list[bytes], int]:
-    """Read whole lines from an offset on; a line without its end is still being written."""
+    """Read whole lines from an offset on. A line without its end is still being written."""
     lines: list[bytes] = []
     try:
         with path.open("rb") as file:
@@ -216,16 +216,19 @@ def _read(path: Path, offset: int) -> tuple[list[bytes], int]:
 
 
 def _remove_or_close_tail(path: Path, offset: int) -> bool:
-    """Delete a file that is delivered to its end; give True if a torn last line was closed instead."""
+    """Delete a file that was delivered to its end.
+
+    If its last line is torn, end that line instead, and return True: there is one more line to deliver.
+    """
     with locked(path) as descriptor:
         assert descriptor is not None
         size = os.lseek(descriptor, 0, os.SEEK_END)
         if size == offset:
-            # The sidecar goes first: a crash in between means a repeat, the other way round a loss.
+            # The sidecar goes first: a crash in between causes a repeat. The other order would cause a loss.
             _sidecar(path).unlink(missing_ok=True)
             path.unlink()
             return False
-        # Appending holds this lock, so a line without an end has no writer any more.
+        # Writers hold this lock while they append, so the writer of a line without an end is gone.
         if os.pread(descriptor, 1, size - 1) != b"\n":
             os.write(descriptor, b"\n")
         return True

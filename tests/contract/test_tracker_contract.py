@@ -1,4 +1,4 @@
-"""What every tracker does, whoever keeps the runs."""
+"""What the contract of a tracker promises, read back from MLflow."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,11 +11,7 @@ from rayft.errors import TrackingError
 from rayft.tracking import Tracker, TrackerSpec
 from rayft.tracking.base import Former
 from rayft.tracking.connection import connect
-from rayft.tracking.memory import MemoryTracker
 from rayft.tracking.mlflow import MlflowTracker
-from tests.unit.tracking.fixtures import migrated, no_outside, spec
-
-__all__ = ["migrated", "no_outside", "spec"]
 
 
 @dataclass
@@ -35,17 +31,8 @@ class Setup:
     read: Callable[[str], Seen]
 
 
-def in_memory() -> Setup:
-    tracker = MemoryTracker()
-
-    def read(run_id: str) -> Seen:
-        run = tracker.runs[run_id]
-        return Seen(run.tags, run.params, run.metrics, set(run.artifacts), run.status)
-
-    return Setup(tracker, read)
-
-
-def in_mlflow(spec: TrackerSpec) -> Setup:
+@pytest.fixture
+def setup(spec: TrackerSpec) -> Setup:
     tracker, client = MlflowTracker(spec), connect(spec.uri)
     statuses = {"RUNNING": None, "FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
 
@@ -63,11 +50,6 @@ def in_mlflow(spec: TrackerSpec) -> Setup:
         return Seen(run.data.tags, run.data.params, metrics, set(files(run_id)), statuses[run.info.status])
 
     return Setup(tracker, read)
-
-
-@pytest.fixture(params=["memory", "mlflow"])
-def setup(request: pytest.FixtureRequest) -> Setup:
-    return in_memory() if request.param == "memory" else in_mlflow(request.getfixturevalue("spec"))
 
 
 def test_what_is_written_can_be_read(setup: Setup, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from rayft.report.record import SweepRecord
 from rayft.sweep.space import points
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import prepare, resolve_runs
-from rayft.tracking.read import read_run
+from rayft.tracking.runs import read_run
 from rayft.train.run import RunConfig
 
 __all__ = ["Item", "Sources", "find_items"]

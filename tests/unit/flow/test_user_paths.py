@@ -181,7 +181,7 @@ def test_tracking_that_cannot_be_used(
 def test_a_tracking_server_that_is_away(
     told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listens: type
 ) -> None:
-    monkeypatch.setattr("rayft.tracking.connection._SECONDS_TO_ANSWER", 1)
+    monkeypatch.setattr("rayft.tracking.connection.SECONDS_TO_ANSWER", 1)
     with listens() as place:
         for command in (["sweep", sweep(tmp_path)], ["promote", "tiny", "1"], ["analyze", "0" * 32]):
             monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{place}")

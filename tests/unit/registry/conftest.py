@@ -9,9 +9,6 @@ from rayft.methods.base import LoraFactors
 from rayft.registry.store import MlflowRegistry
 from rayft.tracking import TrackerSpec
 from rayft.tracking.mlflow import MlflowTracker
-from tests.unit.tracking.fixtures import migrated, no_outside, server, spec
-
-__all__ = ["adapter", "migrated", "no_outside", "registry", "run_id", "server", "spec"]
 
 
 @pytest.fixture

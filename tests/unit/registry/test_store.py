@@ -13,12 +13,12 @@ from rayft.tracking import TrackingConfig, tracker_spec
 from rayft.tracking.connection import connect
 from rayft.tracking.mlflow import MlflowTracker, prepare
 from tests.disks import Disk
-from tests.unit.tracking.mlflow_server import MlflowServer
+from tests.mlflow_server import MlflowServer
 
 Adapter = Callable[[int], Path]
 
 
-def test_register_resolve_fetch(
+def test_a_registered_adapter_is_resolved_and_fetched(
     registry: MlflowRegistry, run_id: str, adapter: Adapter, tmp_path: Path
 ) -> None:
     assert registry.register("sums", run_id, adapter(1), {"val_score": "0.5"}) == 1
@@ -37,7 +37,9 @@ def test_register_resolve_fetch(
     assert registry.fetch("models:/sums/1", tmp_path / "cache") == fetched
 
 
-def test_versions_say_what_they_are(registry: MlflowRegistry, run_id: str, adapter: Adapter) -> None:
+def test_versions_have_their_tags_aliases_and_scores(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter
+) -> None:
     registry.register("sums", run_id, adapter(1), {"val_score": "0.5", "note": "first"})
     registry.register("sums", run_id, adapter(2), {})
     registry.alias("sums", "champion", 1)
@@ -64,7 +66,9 @@ def test_the_same_content_is_one_version(registry: MlflowRegistry, run_id: str, 
     assert registry.register("others", run_id, adapter(1), {}) == 1
 
 
-def test_an_alias_moves(registry: MlflowRegistry, run_id: str, adapter: Adapter) -> None:
+def test_an_alias_points_to_the_version_it_was_given_last(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter
+) -> None:
     for seed in (1, 2):
         registry.register("sums", run_id, adapter(seed), {})
         registry.alias("sums", "champion", seed)
@@ -72,28 +76,27 @@ def test_an_alias_moves(registry: MlflowRegistry, run_id: str, adapter: Adapter)
     assert registry.versions("sums")[1].aliases == ()
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("models:/sumz@champion", "no model 'sumz' is registered; did you mean 'sums'"),
-        ("models:/sums@champoin", "no alias 'champoin'; did you mean 'champion'"),
-        ("models:/sums/7", "no version 7; valid are 1"),
-        ("sums", "models:/name@alias"),
-        ("models:/sums@", "models:/name@alias"),
-        ("models:/sums/latest", "models:/name@alias"),
-    ],
-)
-def test_what_is_not_there_is_answered_with_the_nearest(
-    text: str, message: str, registry: MlflowRegistry, run_id: str, adapter: Adapter
+def test_an_unknown_name_alias_or_version_is_an_error_that_suggests_the_nearest(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter
 ) -> None:
     registry.register("sums", run_id, adapter(1), {})
     registry.alias("sums", "champion", 1)
-    with pytest.raises(RegistryError) as caught:
-        registry.resolve(text)
-    assert message in str(caught.value)
+    for text, message in (
+        ("models:/sumz@champion", "no model 'sumz' is registered; did you mean 'sums'"),
+        ("models:/sums@champoin", "no alias 'champoin'; did you mean 'champion'"),
+        ("models:/sums/7", "no version 7; valid are 1"),
+    ):
+        with pytest.raises(RegistryError, match=message):
+            registry.resolve(text)
 
 
-def test_an_empty_registry_says_so(registry: MlflowRegistry) -> None:
+@pytest.mark.parametrize("text", ["sums", "models:/sums@", "models:/sums/latest"])
+def test_a_reference_of_another_form_is_an_error_that_shows_the_form(text: str) -> None:
+    with pytest.raises(RegistryError, match="models:/name@alias"):
+        AdapterRef.parse(text)
+
+
+def test_an_empty_registry_is_an_error_that_says_so(registry: MlflowRegistry) -> None:
     with pytest.raises(RegistryError, match="none is registered, register one first"):
         registry.versions("sums")
 
@@ -124,15 +127,17 @@ def test_a_run_that_is_not_created_yet_is_refused(registry: MlflowRegistry, adap
         registry.register("sums", "0" * 32, adapter(1), {})
 
 
-@pytest.mark.parametrize("name", ["a/b", "a:b", ""])
-def test_a_name_that_mlflow_refuses(
-    name: str, registry: MlflowRegistry, run_id: str, adapter: Adapter
+def test_a_name_that_mlflow_refuses_is_an_error(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter
 ) -> None:
-    with pytest.raises(RegistryError, match="refuses"):
-        registry.register(name, run_id, adapter(1), {})
+    for name in ("a/b", "a:b", ""):
+        with pytest.raises(RegistryError, match="refuses"):
+            registry.register(name, run_id, adapter(1), {})
 
 
-def test_an_alias_that_mlflow_refuses(registry: MlflowRegistry, run_id: str, adapter: Adapter) -> None:
+def test_an_alias_that_mlflow_refuses_or_of_no_version_is_an_error(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter
+) -> None:
     registry.register("sums", run_id, adapter(1), {})
     with pytest.raises(RegistryError, match="refuses"):
         registry.alias("sums", "v1", 1)
@@ -140,7 +145,7 @@ def test_an_alias_that_mlflow_refuses(registry: MlflowRegistry, run_id: str, ada
         registry.alias("sums", "champion", 2)
 
 
-def test_files_that_were_changed_or_deleted_are_not_given_out(
+def test_files_that_were_changed_or_deleted_are_not_fetched(
     registry: MlflowRegistry, run_id: str, adapter: Adapter, tmp_path: Path
 ) -> None:
     registry.register("sums", run_id, adapter(1), {})
@@ -169,17 +174,17 @@ def test_a_registry_that_is_away_names_its_address() -> None:
         MlflowRegistry("http://127.0.0.1:9").versions("sums")
 
 
-def test_it_travels_to_workers_and_connects_there(
-    registry: MlflowRegistry, run_id: str, adapter: Adapter
-) -> None:
+def test_a_pickled_registry_connects_again(registry: MlflowRegistry, run_id: str, adapter: Adapter) -> None:
     registry.register("sums", run_id, adapter(1), {})
     there = pickle.loads(pickle.dumps(registry))  # noqa: S301  (our own bytes)
     assert there.resolve("models:/sums") == registry.resolve(AdapterRef("sums"))
 
 
 @pytest.mark.slow
-def test_through_a_server(server: MlflowServer, adapter: Adapter, tmp_path: Path) -> None:
-    spec = prepare(tracker_spec(TrackingConfig(uri=server.uri), tmp_path / "out"))
+def test_a_registry_on_a_server_registers_and_fetches(
+    server: MlflowServer, adapter: Adapter, tmp_path: Path
+) -> None:
+    spec = prepare(tracker_spec(TrackingConfig(uri=server.uri, experiment="registry"), tmp_path / "out"))
     registry = MlflowRegistry(server.uri)
     with MlflowTracker(spec) as tracker:
         run_id = tracker.run("trial", "t0")

@@ -1,4 +1,4 @@
-"""A full disk is no server that is away: whoever tracks is told, and what is in the spool is sent later."""
+"""A full disk is an error of whoever writes, unlike a server that is away; the spool is sent later."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.disks import Disk
 
 
 @pytest.fixture
-def on_disk(disk: Disk, migrated: Path) -> TrackerSpec:
+def on_disk(disk: Disk, databases: Path) -> TrackerSpec:
     """A database, its artifacts and the spool, all on the disk."""
-    shutil.copy(migrated, disk.folder / "mlflow.db")
+    shutil.copy(databases / "current.db", disk.folder / "mlflow.db")
     return prepare(tracker_spec(TrackingConfig(), disk.folder))
 
 
 def track_until_full(tracker: MlflowTracker, run_id: str, folder: Path) -> int:
-    """Log numbers until the tracker refuses, and says why; give how many it took."""
+    """Log numbers until the tracker raises the error of the full disk; return how many it took."""
     for step in range(20_000):
         try:
             tracker.metrics(run_id, {f"loss_{number}": float(step) for number in range(8)}, step)
@@ -40,7 +40,9 @@ def logged(spec: TrackerSpec, run_id: str) -> list[int]:
     return sorted(point.step for point in MlflowClient(spec.uri).get_metric_history(run_id, "loss_0"))
 
 
-def test_a_full_disk_of_the_spool(disk: Disk, on_disk: TrackerSpec, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_of_the_spool_is_an_error_of_the_writer(
+    disk: Disk, on_disk: TrackerSpec, caplog: pytest.LogCaptureFixture
+) -> None:
     with MlflowTracker(on_disk, interval=0.05) as tracker:
         run_id = tracker.run("a", "a")
         disk.leave(2**16)
@@ -52,7 +54,7 @@ def test_a_full_disk_of_the_spool(disk: Disk, on_disk: TrackerSpec, caplog: pyte
     assert not (on_disk.spool / "rejected.log").exists()
 
 
-def test_a_full_disk_of_mlflow_alone(
+def test_a_full_disk_of_mlflow_alone_is_an_error_of_the_writer(
     disk: Disk, on_disk: TrackerSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = replace(on_disk, spool=tmp_path / "spool")
@@ -71,7 +73,9 @@ def test_a_full_disk_of_mlflow_alone(
 
 
 @pytest.mark.parametrize("what", ["bytes", "files"])
-def test_a_full_disk_of_the_artifacts(disk: Disk, on_disk: TrackerSpec, tmp_path: Path, what: str) -> None:
+def test_a_full_disk_of_the_artifacts_is_an_error_and_they_are_sent_later(
+    disk: Disk, on_disk: TrackerSpec, tmp_path: Path, what: str
+) -> None:
     spec = replace(on_disk, spool=tmp_path / "spool")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "weights").write_bytes(b"0" * 2**20)
@@ -93,7 +97,9 @@ def test_a_full_disk_of_the_artifacts(disk: Disk, on_disk: TrackerSpec, tmp_path
 
 
 @pytest.mark.parametrize("what", ["bytes", "files"])
-def test_a_disk_that_is_full_before_anything_is_tracked(disk: Disk, on_disk: TrackerSpec, what: str) -> None:
+def test_a_disk_that_is_full_from_the_start_is_an_error_of_prepare_and_of_run(
+    disk: Disk, on_disk: TrackerSpec, what: str
+) -> None:
     if what == "bytes":
         disk.leave(0)
     else:

@@ -4,7 +4,9 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -21,11 +23,16 @@ from rayft.errors import TrackingError
 from rayft.tracking import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.connection import connect
 from rayft.tracking.mlflow import MlflowTracker, flush_spool, prepare
-from tests.unit.tracking.mlflow_server import MlflowServer
+from rayft.tracking.spool import Spool
+from tests.mlflow_server import MlflowServer, Wire
+
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Makes processes of which each is new and all together import MLflow once."""
+PROCESSES.set_forkserver_preload(["rayft.tracking.mlflow"])
 
 
 def history(spec: TrackerSpec, run_id: str, name: str) -> list[tuple[int, float]]:
-    """(step, value) of every stored point, so that a point stored twice shows."""
+    """Return (step, value) of every stored point, so that a point stored twice is seen twice."""
     points: list[Metric] = connect(spec.uri).get_metric_history(run_id, name)
     return sorted((point.step, point.value) for point in points)
 
@@ -68,27 +75,18 @@ def test_prepare_again_finds_the_same_experiment(spec: TrackerSpec) -> None:
     assert prepare(replace(spec, experiment_id="")).experiment_id == spec.experiment_id != ""
 
 
-def test_prepare_migrates_an_old_database_and_keeps_a_copy(tmp_path: Path) -> None:
-    from alembic import command
-    from alembic.script import ScriptDirectory
-    from mlflow.store.db.utils import _get_alembic_config, create_sqlalchemy_engine
-    from mlflow.store.tracking.dbmodels.initial_models import Base
+def revision(database: Path) -> list[tuple[str]]:
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        return connection.execute("SELECT version_num FROM alembic_version").fetchall()
 
-    spec = tracker_spec(TrackingConfig(), tmp_path)
-    alembic = _get_alembic_config(spec.uri)
-    engine = create_sqlalchemy_engine(spec.uri)
-    Base.metadata.create_all(engine)
-    (newest,) = ScriptDirectory.from_config(alembic).get_heads()
-    older = ScriptDirectory.from_config(alembic).get_revision(newest).down_revision
-    with engine.begin() as connection:
-        alembic.attributes["connection"] = connection
-        command.upgrade(alembic, str(older))
-    engine.dispose()
-    assert prepare(spec).experiment_id
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
-        assert database.execute("SELECT version_num FROM alembic_version").fetchall() == [(newest,)]
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db.before-migration")) as database:
-        assert database.execute("SELECT version_num FROM alembic_version").fetchall() == [(older,)]
+
+def test_prepare_migrates_an_old_database_and_keeps_a_copy(tmp_path: Path, databases: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    shutil.copy(databases / "older.db", database)
+    assert prepare(tracker_spec(TrackingConfig(), tmp_path)).experiment_id
+    old = revision(databases / "older.db")
+    assert revision(database) == revision(databases / "current.db") != old
+    assert revision(tmp_path / "mlflow.db.before-migration") == old
 
 
 def test_a_deleted_experiment_is_named_with_the_way_back(spec: TrackerSpec) -> None:
@@ -107,14 +105,15 @@ def test_a_server_that_is_away_at_the_start_is_an_error_in_seconds(uri: str, tmp
     begin = time.monotonic()
     with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9.*MLFLOW_TRACKING_URI") as caught:
         prepare(spec)
-    # MLflow's own retries take minutes.
+    # With MLflow's own retries this takes minutes.
     assert time.monotonic() - begin < 60
     assert "secret" not in str(caught.value)
 
 
-def test_a_server_that_never_answers_is_an_error_in_seconds(tmp_path: Path) -> None:
-    import socket
-
+def test_a_server_that_never_answers_is_an_error_in_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayft.tracking.connection.SECONDS_TO_ANSWER", 1)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -134,7 +133,7 @@ def test_limits_of_prepare_do_not_stay_in_the_environment(
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "33"
 
 
-def test_a_key_names_one_run_however_often_it_is_asked_for(spec: TrackerSpec) -> None:
+def test_a_key_names_one_run_in_all_trackers(spec: TrackerSpec) -> None:
     with MlflowTracker(spec) as first, MlflowTracker(spec) as second:
         parent = first.run("sweep", "it's a sweep")
         ids = {
@@ -158,7 +157,7 @@ def test_a_finished_run_that_goes_on_is_running_again(spec: TrackerSpec) -> None
         assert connect(spec.uri).get_run(run_id).info.status == "RUNNING"
 
 
-def test_a_value_above_the_limit_is_cut_and_says_so(spec: TrackerSpec) -> None:
+def test_a_value_above_the_limit_is_cut_and_ends_in_a_note(spec: TrackerSpec) -> None:
     with MlflowTracker(spec) as tracker:
         run_id = tracker.run("a", "a")
         tracker.params(run_id, {"long": "x" * 7000, "short": "y"})
@@ -168,7 +167,7 @@ def test_a_value_above_the_limit_is_cut_and_says_so(spec: TrackerSpec) -> None:
     assert params["short"] == "y"
 
 
-def test_more_values_than_one_request_takes(spec: TrackerSpec) -> None:
+def test_more_values_than_one_request_takes_are_all_recorded(spec: TrackerSpec) -> None:
     with MlflowTracker(spec) as tracker:
         run_id = tracker.run("a", "a")
         tracker.params(run_id, {f"p{i}": str(i) for i in range(250)})
@@ -178,7 +177,7 @@ def test_more_values_than_one_request_takes(spec: TrackerSpec) -> None:
     assert len(run.data.metrics) == 1200
 
 
-def test_what_mlflow_refuses_is_kept_and_costs_nothing_else(
+def test_a_value_that_mlflow_refuses_is_kept_in_a_log_and_all_others_are_recorded(
     spec: TrackerSpec, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING), MlflowTracker(spec) as tracker:
@@ -197,7 +196,7 @@ def test_what_mlflow_refuses_is_kept_and_costs_nothing_else(
     assert "bad*name" in caplog.text
 
 
-def test_an_artifact_that_is_not_there(spec: TrackerSpec, tmp_path: Path) -> None:
+def test_an_artifact_that_is_not_there_is_an_error(spec: TrackerSpec, tmp_path: Path) -> None:
     with MlflowTracker(spec) as tracker, pytest.raises(TrackingError, match="nothing_here"):
         tracker.artifact("any", tmp_path / "nothing_here")
 
@@ -207,28 +206,26 @@ def test_the_spec_can_be_pickled(spec: TrackerSpec) -> None:
 
 
 def test_several_processes_write_one_sqlite_file(spec: TrackerSpec) -> None:
-    context = multiprocessing.get_context("spawn")
     # Two of them write to the same run.
-    keys = ["t0", "t1", "t2", "t2"]
-    workers = [context.Process(target=write_points, args=(spec, key, 150)) for key in keys]
+    keys = ["t0", "t1", "t1"]
+    workers = [PROCESSES.Process(target=write_points, args=(spec, key, 150)) for key in keys]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(240)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0, 0]
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert flush_spool(spec).pending == 0
     client = connect(spec.uri)
     runs = {run.data.tags["rayft.key"]: run for run in client.search_runs([spec.experiment_id])}
-    assert len(client.search_runs([spec.experiment_id])) == len(runs) == 3
+    assert len(client.search_runs([spec.experiment_id])) == len(runs) == 2
     assert history(spec, runs["t0"].info.run_id, "loss") == [(step, step / 2) for step in range(150)]
-    both = history(spec, runs["t2"].info.run_id, "accuracy")
+    both = history(spec, runs["t1"].info.run_id, "accuracy")
     assert {step for step, _ in both} == set(range(150))
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
 
 
 def test_nothing_is_lost_when_the_writer_is_killed(spec: TrackerSpec) -> None:
-    context = multiprocessing.get_context("spawn")
-    worker = context.Process(target=write_and_die, args=(spec, 400))
+    worker = PROCESSES.Process(target=write_and_die, args=(spec, 400))
     worker.start()
     worker.join(60)
     assert worker.exitcode == -signal.SIGKILL
@@ -241,7 +238,7 @@ def test_nothing_is_lost_when_the_writer_is_killed(spec: TrackerSpec) -> None:
 
 @pytest.mark.slow
 def test_a_server_killed_in_the_middle_gets_every_metric_once(server: MlflowServer, tmp_path: Path) -> None:
-    spec = prepare(tracker_spec(TrackingConfig(uri=server.uri), tmp_path / "out"))
+    spec = prepare(tracker_spec(TrackingConfig(uri=server.uri, experiment="killed"), tmp_path / "out"))
     (tmp_path / "plot.svg").write_text("<svg/>")
     tracker = MlflowTracker(spec, interval=0.05)
     sweep = tracker.run("sweep", "sweep")
@@ -262,7 +259,7 @@ def test_a_server_killed_in_the_middle_gets_every_metric_once(server: MlflowServ
     tracker.finish(late)
     tracker.finish(trial, "stopped")
     assert tracker.close().pending > 0
-    # To wait for the server would take its minute of patience.
+    # A call that waited for the server would take a minute.
     assert slowest < 30
     assert flush_spool(spec).pending > 0
 
@@ -284,13 +281,14 @@ def test_a_server_killed_in_the_middle_gets_every_metric_once(server: MlflowServ
 
 @pytest.mark.slow
 def test_the_thread_sends_by_itself_once_the_server_is_back(server: MlflowServer, tmp_path: Path) -> None:
-    spec = prepare(tracker_spec(TrackingConfig(uri=server.uri), tmp_path / "out"))
+    wire = Wire(server)
+    spec = prepare(tracker_spec(TrackingConfig(uri=wire.uri, experiment="back"), tmp_path / "out"))
     with MlflowTracker(spec, interval=0.05) as tracker:
         run_id = tracker.run("trial", "t0")
-        server.kill()
+        wire.cut()
         tracker.metrics(run_id, {"loss": float("nan"), "best": float("inf")}, 7)
         time.sleep(0.5)
-        server.start()
+        wire.mend()
         deadline = time.monotonic() + 90  # above the longest pause between two tries
         while not history(spec, run_id, "loss") and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -305,16 +303,16 @@ def test_a_repeat_after_a_lost_answer_changes_nothing(spec: TrackerSpec) -> None
     run_id = tracker.run("a", "a")
     tracker.metrics(run_id, {"loss": 1.0}, 1)
     tracker.params(run_id, {"rank": "8"})
-    path = tracker._spool.path(run_id)
+    path = Spool(spec.spool).path(run_id)
     text = path.read_text()
     assert tracker.close().pending == 0
-    path.write_text(text)  # as if the answer had never come
+    path.write_text(text)  # as if the answer had been lost
     done = flush_spool(spec)
     assert (done.sent, done.pending, done.rejected) == (2, 0, 0)
     assert history(spec, run_id, "loss") == [(1, 1.0)]
 
 
-def test_an_error_of_any_kind_while_sending_is_waited_out(
+def test_after_an_error_of_any_kind_sending_is_tried_again(
     spec: TrackerSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -326,7 +324,7 @@ def test_an_error_of_any_kind_while_sending_is_waited_out(
             patch.setattr(MlflowClient, "log_batch", broken)
             tracker.metrics(run_id, {"loss": 1.0}, 1)
             time.sleep(0.3)
-        assert "MLflow is away; what is tracked waits in" in caplog.text
+        assert "MLflow is away; tracked data is kept in" in caplog.text
         assert "a driver's bug" in caplog.text
     assert history(spec, run_id, "loss") == [(1, 1.0)]
 

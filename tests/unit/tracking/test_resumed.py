@@ -2,6 +2,8 @@
 
 import atexit
 import math
+import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +14,17 @@ from mlflow.entities import Metric
 from rayft.tracking import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.connection import connect
 from rayft.tracking.mlflow import MlflowTracker, find_adapter, flush_spool, prepare, resolve_runs
-from tests.unit.tracking.mlflow_server import MlflowServer
+from rayft.tracking.sender import Sender
+from rayft.tracking.spool import Spool
+from tests.mlflow_server import MlflowServer, Wire
 
 STEPS, CHECKPOINT, KILLED = 24, 10, 17
 IDLE = 3600.0
-"""Seconds between two sends of a tracker that is to send nothing by itself."""
+"""Seconds between two sends, so long that a tracker sends nothing by itself."""
 
 
 def train(tracker: MlflowTracker, run_id: str, first: int, last: int, *, speed: float = 1.0) -> None:
-    """Record what a lane records of some steps; `speed` is measured, so another time it is another number."""
+    """Record what a lane records of some steps. `speed` stands for what is measured and differs each time."""
     for step in range(first, last + 1):
         numbers = {"train_loss": 1.0 / step, "grad_norm": math.nan if step % 5 == 0 else step, "speed": speed}
         tracker.metrics(run_id, numbers, step)
@@ -35,10 +39,11 @@ def end(tracker: MlflowTracker, run_id: str, *, seconds: float = 1.0) -> None:
     tracker.finish(run_id)
 
 
-def killed(tracker: MlflowTracker, number: int = 1) -> None:
-    """Leave what a process leaves that is killed: its files, under its number."""
+def killed(spec: TrackerSpec, tracker: MlflowTracker, number: int = 1) -> None:
+    """Leave what a killed process leaves: the files of the tracker, as if its process had this number."""
     atexit.unregister(tracker.close)
-    for path in tracker._files:
+    own = f".{socket.gethostname()}-{os.getpid()}.jsonl"
+    for path in (path for path in Spool(spec.spool).files() if path.name.endswith(own)):
         other = path.with_name(f"{path.name.split('.')[0]}.host-{number}.jsonl")
         for one, target in ((path, other), (Path(f"{path}.sent"), Path(f"{other}.sent"))):
             if one.exists():
@@ -53,7 +58,7 @@ def histories(spec: TrackerSpec, run_id: str) -> dict[str, list[Metric]]:
 
 
 def points(found: dict[str, list[Metric]], *measured: str) -> dict[str, list[tuple[int, str]]]:
-    """Return the histories' steps and values, in the server's order; `measured` ones differ between runs."""
+    """Return steps and values in the server's order, without the values of what is `measured`."""
     return {
         name: [(point.step, "" if name in measured else repr(point.value)) for point in history]
         for name, history in found.items()
@@ -62,7 +67,7 @@ def points(found: dict[str, list[Metric]], *measured: str) -> dict[str, list[tup
 
 @pytest.fixture
 def whole(spec: TrackerSpec) -> dict[str, list[tuple[int, str]]]:
-    """What an uninterrupted run has."""
+    """The histories of a run that was not interrupted."""
     with MlflowTracker(spec, interval=0.05) as tracker:
         run_id = tracker.run("whole", "whole")
         train(tracker, run_id, 1, STEPS)
@@ -103,7 +108,7 @@ def test_steps_that_are_trained_again_are_recorded_once(
     run_id = first.run("trial", "t0")
     first.params(run_id, {"rank": "8"})
     train(first, run_id, 1, KILLED)
-    killed(first)
+    killed(spec, first)
     left(spec)
     with MlflowTracker(spec, interval=0.05) as second:
         assert second.run("trial", "t0") == run_id
@@ -150,26 +155,16 @@ def test_a_finished_run_that_is_recorded_again_stays_what_it_is(spec: TrackerSpe
 
 
 def test_senders_of_several_processes_take_turns_at_a_run(spec: TrackerSpec) -> None:
-    first, second = MlflowTracker(spec, interval=IDLE), MlflowTracker(spec, interval=IDLE)
-    run_id = first.run("trial", "t0")
-    assert second.run("trial", "t0") == run_id
+    first, second = Sender(spec), Sender(spec)
+    run = {"op": "run", "name": "trial", "key": "t0", "parent": None, "tags": {}, "time": 1}
+    run_id, _ = first.ensure(run)
+    assert second.ensure(run) == (run_id, False)
+    record = {"op": "metrics", "run": run_id}
     for step in range(1, 9):
-        # Each has asked the server what there is, and the other one has sent since.
-        for tracker in (first, second) if step % 2 else (second, first):
-            tracker._spool.append(run_id, {})  # as a process of its own would, whose file is not this one's
-            tracker._sender.deliver(
-                [{"op": "metrics", "run": run_id, "values": {"loss": step}, "step": step, "time": step}]
-                if tracker is first
-                else [
-                    {
-                        "op": "metrics",
-                        "run": run_id,
-                        "values": {"loss": -step},
-                        "step": step,
-                        "time": step + 1,
-                    }
-                ]
-            )
+        # Each has asked the server which points there are, and the other has sent some since.
+        for sender in (first, second) if step % 2 else (second, first):
+            value, time = (step, step) if sender is first else (-step, step + 1)
+            sender.deliver([{**record, "values": {"loss": value}, "step": step, "time": time}])
     found = histories(spec, run_id)["loss"]
     assert [point.step for point in found] == [*range(1, 9)]
 
@@ -178,8 +173,8 @@ def test_what_a_killed_process_left_ends_no_run_that_goes_on(spec: TrackerSpec) 
     first = MlflowTracker(spec, interval=IDLE)
     run_id = first.run("trial", "t0")
     first.metrics(run_id, {"loss": 1.0}, 1)
-    first._spool.append(run_id, {"run": run_id, "op": "finish", "status": "stopped", "time": 5})
-    killed(first)
+    Spool(spec.spool).append(run_id, {"run": run_id, "op": "finish", "status": "stopped", "time": 5})
+    killed(spec, first)
     second = MlflowTracker(spec, interval=0.05)
     assert second.run("trial", "t0") == run_id
     assert list(spec.spool.glob("*.host-1.jsonl")) == []
@@ -196,7 +191,7 @@ def test_what_a_killed_process_left_ends_no_run_that_goes_on(spec: TrackerSpec) 
 
 @contextmanager
 def away(spec: TrackerSpec) -> Iterator[None]:
-    """Take the database away from who connects."""
+    """Move the database away."""
     database = Path(spec.uri.removeprefix("sqlite:///"))
     database.rename(database.with_suffix(".away"))
     try:
@@ -214,10 +209,10 @@ def test_a_run_begun_while_mlflow_is_away_gets_its_id_later(
         trial = first.run("trial", "t0", parent=parent)
         assert [parent, trial] == ["key:sweep", "key:t0"]
         train(first, trial, 1, KILLED)
-        killed(first)
+        killed(spec, first)
         assert resolve_runs(spec, [parent, trial, ""]) == {parent: parent, trial: trial, "": ""}
     with MlflowTracker(spec, interval=0.05) as second:
-        # Its run is created by the process that resumes it, before what waits of it is sent.
+        # The resuming process creates the run before it sends what the first one left.
         resumed = second.run("trial", "t0", parent=parent)
         train(second, resumed, CHECKPOINT + 1, STEPS)
         end(second, resumed)
@@ -232,13 +227,14 @@ def test_an_adapter_is_found_whose_run_waits_in_the_spool(spec: TrackerSpec) -> 
     with away(spec):
         tracker = MlflowTracker(spec, interval=IDLE)
         end(tracker, tracker.run("trial", "t0"))
-        killed(tracker)
+        killed(spec, tracker)
     assert find_adapter(spec, ["other", "abc"]) == resolve_runs(spec, ["key:t0"])["key:t0"] != ""
 
 
 @pytest.mark.slow
 def test_a_server_that_goes_and_comes_back_has_whole_histories(server: MlflowServer, tmp_path: Path) -> None:
-    spec = prepare(tracker_spec(TrackingConfig(uri=server.uri), tmp_path / "out"))
+    wire = Wire(server)
+    spec = prepare(tracker_spec(TrackingConfig(uri=wire.uri, experiment="resumed"), tmp_path / "out"))
     with MlflowTracker(spec, interval=0.05) as tracker:
         run_id = tracker.run("whole", "whole")
         train(tracker, run_id, 1, STEPS)
@@ -249,16 +245,16 @@ def test_a_server_that_goes_and_comes_back_has_whole_histories(server: MlflowSer
     run_id = first.run("trial", "t0")
     train(first, run_id, 1, CHECKPOINT + 2)
     flush_spool(spec)
-    server.kill()
+    wire.cut()
     train(first, run_id, CHECKPOINT + 3, KILLED)
-    killed(first)
+    killed(spec, first)
     second = MlflowTracker(spec, interval=IDLE)
     pending = second.run("trial", "t0")
     assert pending == "key:t0"
     train(second, pending, CHECKPOINT + 1, STEPS - 2)
-    killed(second, 2)
+    killed(spec, second, 2)
     assert flush_spool(spec).pending > 0
-    server.start()
+    wire.mend()
     with MlflowTracker(spec, interval=0.05) as third:
         assert third.run("trial", "t0") == run_id
         train(third, run_id, CHECKPOINT + 1, STEPS)

@@ -40,9 +40,6 @@ from rayft.sweep.tuner import Trial
 from rayft.tracking import TrackerSpec
 from rayft.tracking.connection import connect
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
-from tests.unit.tracking.fixtures import migrated, no_outside, spec
-
-__all__ = ["migrated", "no_outside", "spec"]
 
 
 @pytest.fixture(scope="module")
