@@ -19,7 +19,7 @@ from rayft.methods import METHODS
 from rayft.methods.base import Chain, ChainConfig, InPlace, Method, MethodConfig
 from rayft.models.inject import advance, clear, export, inject
 from rayft.models.methods import settled
-from tests.contract.methods_contract import CASES, CHAIN_CASES, PROMISES, Case, run_all
+from tests.contract.methods_contract import CASES, CHAIN_CASES, PROMISES, run_all
 
 DOC = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 
