@@ -6,8 +6,9 @@
     rayft.json                   method, selector columns, singular values, base fingerprint, data
                                  digest, parent hash, metrics (`ArtifactMeta`)
 
-A folder without `rayft.json` (anybody's PEFT LoRA) loads too; what it can't tell stays empty.
-Safetensors only, never pickle. Folders appear whole or not at all, and only what rayft wrote is replaced.
+A folder without `rayft.json`, as PEFT itself saves a LoRA, loads too; what only `rayft.json` holds is then
+empty. Weights are safetensors, never pickle. A folder is written whole or not at all, and only a folder that
+rayft wrote is replaced.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ __all__ = ["AdapterArtifact", "check_prefix", "folder_bytes"]
 
 @dataclass(frozen=True)
 class AdapterArtifact:
-    """An adapter: for each module its factors, the trained head if any, and where it comes from."""
+    """An adapter: the factors of each module, the trained head if there is one, and its origin."""
 
     modules: Mapping[str, LoraFactors]
     """Module path in the base model → factors."""
@@ -45,7 +45,7 @@ class AdapterArtifact:
     """Parameters that were trained whole (a classification head): parameter path → value."""
     meta: ArtifactMeta = field(default_factory=ArtifactMeta)
     settings: LoraSettings | None = field(default=None, compare=False, repr=False)
-    """The configuration that it was read with; None for one that was made here."""
+    """The configuration that it was read with; None if it was not read from a folder."""
 
     @property
     def rank(self) -> int:
@@ -54,7 +54,7 @@ class AdapterArtifact:
 
     @property
     def parameters(self) -> int:
-        """Numbers in its factors and heads; a selector's A counts as its columns only."""
+        """Count of the numbers in its factors and heads, without the A of selectors."""
         count = sum(head.numel() for head in self.heads.values())
         for factors in self.modules.values():
             count += factors.b.numel() + (0 if factors.columns else factors.a.numel())
@@ -62,15 +62,15 @@ class AdapterArtifact:
 
     @property
     def content_hash(self) -> str:
-        """Identity: a hash (16 hex digits) of the hashes of every factor, scale (as float32) and head."""
+        """Identity: a hash (16 hex digits) of the hashes of all factors, scales (as float32) and heads."""
         modules, heads = sorted(self.modules.items()), sorted(self.heads.items())
         tensors = [part for _, factors in modules for part in (factors.a, factors.b)]
-        # An 8 B model's adapter has 700 MB: hashed by as many threads as help (hashlib lets go of the lock).
+        # An adapter of an 8 B model has 700 MB, so threads hash it in parallel (hashlib releases the GIL).
         with ThreadPoolExecutor() as threads:
             hashes = threads.map(_digest, [*tensors, *(head for _, head in heads)])
             digest = hashlib.sha256()
             for name, factors in modules:
-                # PEFT's files hold α = s·rank, from which some s come back one unit in the last place off.
+                # Files hold α = s·rank, so that an s may be read back one unit in the last place off.
                 digest.update(f"{name}\0".encode() + struct.pack("<f", factors.scale))
                 digest.update(next(hashes) + next(hashes))
             for name, _ in heads:
@@ -83,13 +83,13 @@ class AdapterArtifact:
         return bool(self.meta.singular_values)
 
     def at_rank(self, rank: int) -> AdapterArtifact:
-        """View the adapter at a lower rank: the first min(rank, own) columns of each module.
+        """Return a view of the adapter at a lower rank: the first min(rank, own) columns of each module.
 
         Raises:
             SqueezeError: if it was never squeezed, or the rank is not positive.
         """
         check_prefix(rank, self.rank, squeezed=self.squeezed)
-        # Slices share storage with the parent: nothing is computed here.
+        # Slices share storage with the parent, so nothing is computed.
         modules = {n: LoraFactors(f.a[:rank], f.b[:, :rank], f.scale) for n, f in self.modules.items()}
         return replace(self, modules=modules)
 
@@ -132,8 +132,8 @@ class AdapterArtifact:
         """Write the folder, whole or not at all; an adapter folder that rayft wrote is replaced.
 
         Raises:
-            ArtifactError: if it has no modules, a factor or head holds NaN or Inf, or the place holds
-                anything but an adapter folder of rayft's.
+            ArtifactError: if it has no modules, a factor or head holds NaN or Inf, or `folder` is
+                anything but an adapter folder that rayft wrote.
             DiskFullError: if there is no space.
         """
         folder = Path(folder)
@@ -145,7 +145,7 @@ class AdapterArtifact:
 
     @classmethod
     def load(cls, folder: str | Path) -> AdapterArtifact:
-        """Read a PEFT LoRA folder (CPU tensors), checking all that can be checked without its base.
+        """Read a folder of a PEFT LoRA into CPU tensors, and check everything that needs no base.
 
         Raises:
             ArtifactError: naming the folder, the module and what to do.
@@ -189,7 +189,7 @@ class AdapterArtifact:
         ranks = {name: factors.rank for name, factors in self.modules.items()}
         alphas = {name: _alpha(factors.scale, factors.rank) for name, factors in self.modules.items()}
         rank, alpha = mode(ranks.values()), mode(alphas.values())
-        # PEFT matches patterns to the ends of paths too: `^` leaves the one path.
+        # PEFT also matches a pattern at the end of a path; with `^` it matches this path only.
         exactly = {name: "^" + re.escape(name) for name in self.modules}
         return {
             "peft_type": "LORA",
@@ -212,7 +212,7 @@ class AdapterArtifact:
 
 
 def folder_bytes(folder: str | Path) -> int:
-    """Give the size of an adapter's weights on disk."""
+    """Return the size of an adapter's weights on disk in bytes."""
     return (Path(folder) / WEIGHTS_FILE).stat().st_size
 
 
@@ -239,7 +239,7 @@ def _digest(tensor: torch.Tensor) -> bytes:
 
 
 def _alpha(scale: float, rank: int) -> float:
-    """Find the α whose quotient by the rank is the scale, to the last bit where there is one."""
+    """Return α with α / rank = scale, to the last bit if there is such an α."""
     alpha = scale * rank
     nearby = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((a for a in nearby if a / rank == scale), alpha)

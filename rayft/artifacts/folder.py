@@ -1,4 +1,4 @@
-"""Adapter folders on disk: whole or not at all, and never in the place of what rayft did not make."""
+"""Adapter folders on disk: written whole or not at all, and never over something that rayft did not write."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from rayft.files import room_on, sync_tree
 __all__ = ["check_replaceable", "contains", "is_staged_folder", "saved_whole", "settle", "write_whole"]
 
 FILES = {CONFIG_FILE, WEIGHTS_FILE, META_FILE}
-"""All that an adapter folder of rayft's holds."""
+"""The files of an adapter folder that rayft wrote."""
 
 
 def check_replaceable(folder: Path) -> dict[str, Any] | None:
     """Refuse a place that holds anything but an adapter folder that rayft wrote.
 
     Returns:
-        What its `rayft.json` says; None if nothing is there, or an empty folder.
+        The content of its `rayft.json`; None if nothing or an empty folder is there.
 
     Raises:
-        ArtifactError: naming what is there; it would be lost.
+        ArtifactError: naming what is there and would be lost.
         ResourceError: if no folder can be made there.
     """
     above = next(path for path in folder.absolute().parents if os.path.lexists(path))
@@ -65,7 +65,7 @@ def check_replaceable(folder: Path) -> dict[str, Any] | None:
 
 
 def contains(outer: Path, inner: Path) -> bool:
-    """Return whether `inner` is `outer` or lies in it, whatever links and spellings lead there."""
+    """Return whether `inner` is `outer` or is inside it, after links and spellings are resolved."""
     try:
         own = outer.stat()
     except OSError:
@@ -78,9 +78,9 @@ def contains(outer: Path, inner: Path) -> bool:
 
 
 def write_whole(folder: Path, write: Callable[[Path], None], needed: int = 0) -> None:
-    """Have `write` fill a new folder (which is there, and empty) and put that in the place of `folder`.
+    """Let `write` fill a new, empty folder, and replace `folder` by it.
 
-    Whatever fails, `folder` is what it was.
+    If anything fails, `folder` is what it was.
 
     Args:
         folder: the place.
@@ -117,9 +117,9 @@ def is_staged_folder(path: Path) -> bool:
 
 
 def settle(local: Path, target: Path) -> bool:
-    """Move a folder to the place that its content names, and say whether that is there then.
+    """Move a folder to the place that its content names, and return whether a folder is there afterwards.
 
-    Another process may have put the same content there meanwhile: then that one stays.
+    If another process has meanwhile put the same content there, that folder stays.
     """
     local.chmod(0o755)
     with contextlib.suppress(OSError):
@@ -128,11 +128,11 @@ def settle(local: Path, target: Path) -> bool:
 
 
 def saved_whole(adapted: Iterable[str], heads: Iterable[str]) -> list[str]:
-    """Name the modules that were trained whole: a head as one, since PEFT knows heads as one.
+    """Return the names of the modules that were trained whole; a head is one module, as in PEFT.
 
     Args:
         adapted: module paths that hold an adapter.
-        heads: parameter paths of what was trained whole.
+        heads: paths of the parameters that were trained whole.
     """
     beside = {name.split(".")[0] for name in adapted}
     tops = {name: name.split(".")[0] for name in heads}
@@ -140,7 +140,7 @@ def saved_whole(adapted: Iterable[str], heads: Iterable[str]) -> list[str]:
 
 
 def _swap(new: Path, folder: Path, old: Path) -> None:
-    """Put `new` in the place of `folder`, which comes back if that fails."""
+    """Replace `folder` by `new`; if that fails, `folder` is put back."""
     if folder.exists():
         folder.rename(old)
     try:

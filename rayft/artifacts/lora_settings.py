@@ -29,7 +29,7 @@ NOT_SUPPORTED = (
     "classifiers, a head. Train without it, or use the adapter with PEFT itself"
 )
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")
-"""Names of output layers of language models, which end a path."""
+"""Last parts of the paths of language models' output layers."""
 NOT_PLAIN = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
              "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
              "use_qalora", "velora_config")  # fmt: skip
@@ -37,17 +37,17 @@ NOT_PLAIN = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_re
 KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` that leave the base alone."""
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of those that take the first factors out of the base's weight."""
+"""Prefixes of the values that take the first factors out of the base's weight."""
 TASKS = ("CAUSAL_LM", "SEQ_CLS", None)
 """Values of `task_type` that rayft has a task for; PEFT has no name for image classifiers."""
 EMPTY: tuple[Any, ...] = (None, False, "", [], {})
-"""Values of an unknown field that ask for nothing."""
+"""Values of an unknown field that have no effect."""
 
 Value = TypeVar("Value")
 
 
 class LoraSettings(Section):
-    """What `adapter_config.json` says, every field with the type and default that PEFT's `LoraConfig` has."""
+    """The content of `adapter_config.json`: each field with the type and default of PEFT's `LoraConfig`."""
 
     peft_type: str
     task_type: (
@@ -96,7 +96,7 @@ class LoraSettings(Section):
     ensure_weight_tying: bool = False
 
     def adapts(self, path: str) -> bool:
-        """Return whether PEFT gives the module at a path an adapter, as `check_target_module_exists` does."""
+        """Return whether PEFT adapts the module at a path, as `check_target_module_exists` decides."""
         if self._left_out(path):
             return False
         targets = self.target_modules
@@ -127,13 +127,13 @@ class LoraSettings(Section):
         return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save or ())
 
     def _transforms(self, path: str) -> bool:
-        """Return whether `layers_to_transform` has the layer that a path lies in."""
+        """Return whether `layers_to_transform` includes the layer that a path is in."""
         wanted = self.layers_to_transform
         if wanted is None or wanted == []:
             return True
         patterns = self.layers_pattern or [r"[^.]*"]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            # The first number after the pattern, not that of an expert inside the layer.
+            # The first number after the pattern, not the number of an expert inside the layer.
             prefix = r".*?\." if not self.layers_pattern else r"(?:^|.*?\.)"
             if found := re.match(rf"{prefix}{pattern}\.(?P<index>\d+)\.", path):
                 return int(found["index"]) in ([wanted] if isinstance(wanted, int) else wanted)
@@ -141,7 +141,7 @@ class LoraSettings(Section):
 
 
 def read_json(folder: Path) -> dict[str, Any]:
-    """Read `adapter_config.json` of a folder as it is, of any of PEFT's classes.
+    """Read `adapter_config.json` of a folder, of any of PEFT's classes, without checking its fields.
 
     Raises:
         ArtifactError: if it is missing, can't be read, is no mapping in JSON, or names no class.
@@ -151,7 +151,7 @@ def read_json(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{folder} has no {CONFIG_FILE}; give the folder that PEFT saved")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        # Escapes may spell half a character, which no file name, server or other file can hold.
+        # JSON escapes can encode half a character (a surrogate), which can't be written as UTF-8.
         json.dumps(config, ensure_ascii=False).encode()
     except OSError as error:
         raise ArtifactError(f"{path} can't be read: {error}") from error
@@ -172,7 +172,7 @@ def read_json(folder: Path) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> LoraSettings:
-    """Read the configuration of a folder and refuse what is no plain LoRA.
+    """Read the configuration of a folder, and refuse anything but a plain LoRA.
 
     Raises:
         ArtifactError: naming the file and the field.
@@ -221,7 +221,7 @@ def _check_plain(folder: Path, settings: LoraSettings) -> None:
         raise ArtifactError(
             f"{folder} trains {names} (target_parameters), which are no linear layers. {NOT_SUPPORTED}"
         )
-    # A language model has no classification head: whatever is trained whole is a part of the base.
+    # A language model has no classification head, so any module that is trained whole belongs to the base.
     saved = settings.modules_to_save or []
     whole = [name for name in saved if settings.task_type == "CAUSAL_LM" or _is_output(name)]
     if whole:
@@ -256,7 +256,7 @@ def _check_start(folder: Path, init: bool | str) -> None:
 
 
 def _check_targets(path: Path, settings: LoraSettings) -> None:
-    """Refuse what leaves open which modules PEFT adapts, and at which rank."""
+    """Refuse settings that don't determine which modules PEFT adapts, and at which rank."""
     targets = settings.target_modules
     if not targets:
         raise ArtifactError(
@@ -283,7 +283,7 @@ def _check_targets(path: Path, settings: LoraSettings) -> None:
 
 
 def _patterns(settings: LoraSettings) -> Iterator[tuple[str, str]]:
-    """List all that PEFT takes for regular expressions: field, text."""
+    """Return all settings that PEFT reads as regular expressions: (field, text)."""
     for field in ("target_modules", "exclude_modules"):
         if isinstance(value := getattr(settings, field), str):
             yield field, value

@@ -1,4 +1,4 @@
-"""Reading a PEFT LoRA folder: its tensors, what they train, and every check that needs no base."""
+"""Read the folder of a PEFT LoRA: its tensors, what they train, and every check that needs no base."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from rayft.methods.base import LoraFactors
 __all__ = ["FLOATS", "INDICES", "assemble", "check_selector", "read_meta", "read_weights"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Safetensors' names of the types whose numbers are the weights; of others the scales lie elsewhere."""
+"""Safetensors' names of the types whose numbers are the weights; other types need scales."""
 INDICES = ("I64", "I32", "I16", "I8", "U8", "BOOL")
-"""Those that some of PEFT's classes keep indices and masks in; a LoRA has none."""
+"""Types in which some of PEFT's classes keep indices and masks; a LoRA has none."""
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(?:\.default)?\.weight")
 OTHERS = {
     r"(?P<module>.+)\.lora_embedding_[AB](?:\..+)?": "the embedding {module} (LoRA)",
@@ -31,14 +31,14 @@ OTHERS = {
     r"(?P<module>.+)\.lora_B(?:\.\w+)?\.bias": "the bias of {module} (lora_bias)",
     r"(?P<module>.+)\.bias": "the bias of {module}",
 }
-"""Names of tensors that PEFT saves beside plain factors → what they train."""
+"""Parts of the names of tensors that PEFT saves beside plain factors → what they train."""
 
 
 def read_weights(folder: Path, kinds: Collection[str] = FLOATS) -> dict[str, torch.Tensor]:
-    """Read the tensors, by PEFT's names, into memory.
+    """Read the tensors into memory: PEFT's name → tensor.
 
-    The file is not mapped: a map shows what is written into the file later, and a process that reads a map of
-    a file that was cut short is killed (SIGBUS).
+    The file is not mapped, because a map shows what is written into the file later, and a process that reads
+    a map of a file that was truncated is killed (SIGBUS).
 
     Args:
         folder: the adapter folder.
@@ -57,23 +57,23 @@ def read_weights(folder: Path, kinds: Collection[str] = FLOATS) -> dict[str, tor
         return dict(load(path.read_bytes()))
     except ArtifactError:
         raise
-    # A damaged header may ask safetensors for any type, shape or place.
+    # A damaged header may name any type, shape or offset.
     except (SafetensorError, OSError, struct.error, ValueError, TypeError, RuntimeError) as error:
         raise ArtifactError(f"{path} is truncated or damaged ({error}); copy or export it again") from error
 
 
 def read_meta(folder: Path, settings: Mapping[str, object]) -> ArtifactMeta:
-    """Read `rayft.json`, or make of PEFT's configuration what it can tell.
+    """Read `rayft.json`; if there is none, fill in what PEFT's configuration holds.
 
     Args:
         folder: the adapter folder.
-        settings: what `adapter_config.json` says.
+        settings: the content of `adapter_config.json`.
     """
     path = folder / META_FILE
     if not path.is_file():
         task = "sequence_classification" if settings.get("task_type") == "SEQ_CLS" else "causal_lm"
         if settings.get("task_type") is None and settings.get("modules_to_save"):
-            # PEFT has no name for the task of image classifiers, and only a classifier has a head.
+            # PEFT has no name for the task of image classifiers; without a name, a head means that it is one.
             task = "image_classification"
         base = settings.get("base_model_name_or_path") or ""
         transposed = bool(settings.get("fan_in_fan_out"))
@@ -95,7 +95,7 @@ def assemble(
     """Sort the tensors into factors by module path, and heads by parameter path.
 
     Raises:
-        ArtifactError: if a tensor is neither, or PEFT would not put it where its name says.
+        ArtifactError: if a tensor is neither, or PEFT would not use it where its name says.
     """
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     heads: dict[str, torch.Tensor] = {}
@@ -123,10 +123,10 @@ def assemble(
 
 
 def _check_types(path: Path, kinds: Collection[str]) -> None:
-    """Refuse types that safetensors may read but nothing here computes with, by the file's header."""
+    """Refuse, by the file's header, types that safetensors can hold but nothing here computes with."""
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
-        # safetensors takes no larger header either.
+        # The limit of safetensors itself.
         header = json.loads(file.read(size)) if size <= 100_000_000 else {}
     for key, tensor in header.items() if isinstance(header, dict) else ():
         kind = tensor.get("dtype") if isinstance(tensor, dict) and key != "__metadata__" else None
@@ -156,7 +156,7 @@ def _check_trained(
     others: list[str],
 ) -> None:
     """Refuse an adapter that trains more than linear layers inside the model and a classification head."""
-    # The parts of the model that have factors, such as `model` or `bert`; a head lies beside them.
+    # The top modules that have factors, such as `model` or `bert`; a head is beside them.
     inside = {name.split(".")[0] for name in pairs}
     trained = [f"{name} (LoRA)" for name in pairs if name.rsplit(".", 1)[-1] in OUTPUT_LAYERS]
     trained += [f"{name.rsplit('.', 1)[0]} whole" for name in heads if name.split(".")[0] in inside]
@@ -204,7 +204,7 @@ def _factors(
 
 
 def check_selector(where: str, factors: LoraFactors) -> None:
-    """Refuse columns that A does not select: serving gathers by the one and PEFT multiplies by the other."""
+    """Refuse columns other than those that A selects: serving gathers by columns, PEFT multiplies by A."""
     columns = factors.columns
     if columns is None:
         return

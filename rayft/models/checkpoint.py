@@ -1,8 +1,8 @@
 """The weights of a model on disk, under the model's own names, a block of rows at a time.
 
-A whole model is never in memory, so two of 8 B parameters can be compared where one does not fit. The
-exception: files that name their tensors otherwise than the model does (ViT's). Only transformers knows
-which is which then, so it loads them, whole and in float32.
+A whole model is never in memory, so that two of 8 B parameters can be compared where one does not fit. The
+exception are files whose names for tensors differ from the model's (ViT's). Only transformers can map one
+to the other, so it loads such files, whole and in float32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rayft.models.targets import heads
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 BLOCK = 2**24
-"""Numbers of one tensor that are read at once (64 MiB in float32)."""
+"""Count of numbers of one tensor that are read at once (64 MiB in float32)."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Stored:
     kind: str
     """Its type, as safetensors calls it."""
     read: Callable[[int, int], torch.Tensor]
-    """Gives the rows from one to before another."""
+    """Returns the rows from the first argument to before the second."""
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Read it in float32, at most `BLOCK` numbers at a time: first row, rows.
+        """Yield it in float32, at most `BLOCK` numbers at a time: (number of the first row, rows).
 
         Raises:
             ModelError: if it holds NaN or Inf, or the numbers are codes (FP8 and such).
@@ -68,19 +68,19 @@ class Stored:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the files of a model hold."""
+    """The tensors in the files of a model."""
 
     name: str
     """Folder, registered name or hub id."""
     parameters: dict[str, Stored]
-    """Parameters of the model, by its own names; of those that share one tensor the first."""
+    """Parameters of the model, by the model's names; of parameters that share a tensor, the first."""
     others: dict[str, Stored]
-    """Tensors that the model has no parameter for, by the files' names."""
+    """Tensors for which the model has no parameter, by the files' names."""
     fingerprint: Callable[[], str]
-    """Computes what `load_model` gives the model; empty where only loading would tell."""
+    """Computes the fingerprint that `load_model` returns; empty if only loading can."""
 
     def parameter(self, name: str) -> Stored:
-        """Look up one that must be there.
+        """Return a parameter that must be there.
 
         Raises:
             ModelError: if it is not.
@@ -95,11 +95,11 @@ class Checkpoint:
 
 @contextmanager
 def open_checkpoint(skeleton: nn.Module, config: ModelConfig) -> Iterator[Checkpoint]:
-    """Open the files that a model is loaded from; only their headers are read.
+    """Open the files that a model is loaded from, reading only their headers.
 
     Args:
-        skeleton: the model on the meta device; it gives the names.
-        config: where: a folder, a registered name, or a hub id that is downloaded already.
+        skeleton: the model on the meta device, for the names.
+        config: names a folder, a registered model, or a hub id that is downloaded already.
 
     Raises:
         ModelError: if there are none, they are an adapter's, or one is damaged.
@@ -130,7 +130,7 @@ def open_checkpoint(skeleton: nn.Module, config: ModelConfig) -> Iterator[Checkp
 
 
 def _files(stack: ExitStack, config: ModelConfig) -> dict[str, Stored]:
-    """Open all files: the files' name of each tensor → it."""
+    """Open all files: the files' name of each tensor → the tensor."""
     from safetensors import SafetensorError, safe_open
 
     if (Path(config.name).expanduser() / CONFIG_FILE).is_file():
@@ -166,7 +166,7 @@ def _in_file(opened: Any, file: str, key: str) -> Stored:
 
 
 def _keys(skeleton: nn.Module, name: str) -> Iterator[str]:
-    """Say what files may call a parameter; what is tied to another, an output layer, may have its name."""
+    """Yield the names that files may have for a parameter; one that is tied may have its partner's name."""
     tied = getattr(skeleton, "_tied_weights_keys", None)
     partner = tied.get(name) if isinstance(tied, dict) else None
     for own in (name, partner):
@@ -175,7 +175,7 @@ def _keys(skeleton: nn.Module, name: str) -> Iterator[str]:
 
 
 def _others(skeleton: nn.Module, files: dict[str, Stored], used: set[str]) -> dict[str, Stored]:
-    """Find what is no parameter: no buffers of old versions, no codes, no second copy of what is tied."""
+    """Return the other tensors, without buffers of old versions, codes, and second copies of tied tensors."""
     ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
     return {
         key: stored
@@ -185,9 +185,9 @@ def _others(skeleton: nn.Module, files: dict[str, Stored], used: set[str]) -> di
 
 
 def _loaded(skeleton: nn.Module, config: ModelConfig) -> Checkpoint:
-    """Have transformers load the model; what it drew at random is left out."""
+    """Let transformers load the model; parameters that it drew at random are left out."""
     with loading(config), torch.random.fork_rng(devices=[]):
-        # As `load_model` draws it, so that the fingerprint is the same.
+        # Seeded as in `load_model`, so that the fingerprint is the same.
         torch.default_generator.manual_seed(0)
         model, report = type(skeleton).from_pretrained(  # type: ignore[attr-defined]
             resolve(config),

@@ -1,7 +1,7 @@
 """Identity of a base's weights: the same in every dtype, with or without adapters, quantised or not.
 
-Hashed are parameter names, shapes and 64 samples of each, rounded to bfloat16. Output layers and
-classification heads are left out, so that tying and new heads don't matter.
+The hash covers the names and shapes of parameters, and 64 samples of each, rounded to bfloat16. Output
+layers and classification heads are left out, so that tying and new heads make no difference.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 Samples = Callable[[torch.Tensor], torch.Tensor]
-"""Gives the numbers at flat positions (int64) of a parameter."""
+"""Returns the numbers at flat positions (int64) of a parameter."""
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash (16 hex digits) a base in memory; adapters in it don't matter.
+    """Return the hash (16 hex digits) of a base in memory; adapters in it make no difference.
 
-    A quantised model no longer holds the numbers that this hashes: `source_fingerprint` does that.
+    A quantised model no longer holds the hashed numbers; use `source_fingerprint` for it.
     """
     return _hash(
         (name, tuple(parameter.shape), _memory(parameter)) for name, parameter in _hashed(model).items()
@@ -39,11 +39,11 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def source_fingerprint(skeleton: nn.Module, source: str, revision: str | None = None) -> str | None:
-    """Hash what `fingerprint` would, from the safetensors that a model is loaded from.
+    """Compute the same hash as `fingerprint`, from the safetensors that a model is loaded from.
 
-    Read are at most 64 rows of each parameter, never a whole one, so a base that is quantised while it
-    is loaded has the fingerprint of the unquantised base: an adapter trained on one is served on
-    either, as QLoRA means it.
+    At most 64 rows of each parameter are read. A base that is quantised while it is loaded has the
+    fingerprint of the unquantised base, so that an adapter trained on one can be served on either, as QLoRA
+    intends.
 
     Args:
         skeleton: the unquantised model, on the meta device.
@@ -84,7 +84,7 @@ def _hash(parameters: Iterable[tuple[str, tuple[int, ...], Samples]]) -> str:
 
 
 def _hashed(model: nn.Module) -> dict[str, nn.Parameter]:
-    """List the parameters that count, by name."""
+    """Return the parameters that the hash covers, by name."""
     skipped = (*HEADS, *(f"{head}." for head in heads(model)))
     return {
         name: parameter
@@ -111,18 +111,18 @@ def _file(opened: Any, key: str, shape: tuple[int, ...]) -> Samples:
 
 
 def names_in_files(model: nn.Module, name: str) -> tuple[str, ...]:
-    """Say what a file may call a parameter: bare bases are saved without the prefix that heads give them."""
+    """Return the names that files may have for a parameter: bases saved without a head lack the prefix."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     return name, name.removeprefix(prefix), prefix + name
 
 
 def places(source: str, revision: str | None, *, local: bool = False) -> dict[str, str]:
-    """Find which file holds each tensor: key → path; empty where there are no safetensors.
+    """Return the file of each tensor: key → path; empty if there are no safetensors.
 
     Args:
         source: a folder or a hub id.
         revision: of a hub model.
-        local: look at what is on this machine only, and download nothing.
+        local: whether to use only files on this machine and download nothing.
     """
     from safetensors import safe_open
     from transformers.utils.hub import cached_file

@@ -1,8 +1,8 @@
-"""Classification heads: a trial starts from what the checkpoint holds of them, and draws the rest.
+"""Classification heads: a trial starts from the checkpoint's parameters of them, and draws those it lacks.
 
-`remember` copies the heads of a model that was just loaded, beside the model; they are small. From that
-copy `reset_heads` starts a trial and `restore` takes back what a trial or an adapter left in them, so a
-base in memory starts each trial as a fresh process does.
+`remember` keeps a copy of the heads of a model that was just loaded; heads are small. From that copy
+`reset_heads` starts a trial, and `restore` undoes what a trial or an adapter changed in the heads. So each
+trial on a base in memory starts as it would in a fresh process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rayft.numerics import generator
 __all__ = ["HeadsAtLoad", "head_parameters", "recall", "remember", "remembered", "reset_heads", "restore"]
 
 AT_LOAD = "_rayft_heads"
-"""Attribute of a model that remembers its heads."""
+"""Attribute of a model for the copy of its heads."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class HeadsAtLoad:
     values: Mapping[str, torch.Tensor]
     """Parameter path → value; drawn from a fixed seed where the checkpoint has none."""
     held: frozenset[str]
-    """Those that the checkpoint has."""
+    """Paths of the parameters that the checkpoint has."""
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """List the parameters of the classification heads: path in the model → parameter."""
+    """Return the parameters of the classification heads: path in the model → parameter."""
     return {
         f"{path}.{leaf}": parameter
         for path, head in heads(model).items()
@@ -45,7 +45,7 @@ def remember(model: nn.Module, lacking: Iterable[str]) -> None:
     """Keep a copy of a freshly loaded model's heads.
 
     Args:
-        model: it; a language model has no heads, and nothing is kept.
+        model: the model; for a language model, which has no heads, nothing is kept.
         lacking: parameter paths that the checkpoint lacks, or has in another shape.
     """
     values = {name: value.detach().cpu().clone() for name, value in head_parameters(model).items()}
@@ -54,17 +54,17 @@ def remember(model: nn.Module, lacking: Iterable[str]) -> None:
 
 
 def remembered(model: nn.Module) -> HeadsAtLoad | None:
-    """Return the heads that a model remembers, if it does."""
+    """Return the copy of a model's heads, or None if there is none."""
     return getattr(model, AT_LOAD, None)
 
 
 def recall(model: nn.Module, at_load: HeadsAtLoad | None) -> None:
-    """Have a model remember heads that were loaded elsewhere."""
+    """Set a model's copy of its heads to one that was made elsewhere."""
     setattr(model, AT_LOAD, at_load)
 
 
 def restore(model: nn.Module) -> None:
-    """Put the heads back as they were loaded; nothing happens to a model that remembers none."""
+    """Set the heads to what was loaded; a model without a copy of its heads is not changed."""
     at_load = remembered(model)
     if at_load is None:
         return
@@ -73,10 +73,10 @@ def restore(model: nn.Module) -> None:
 
 
 def reset_heads(model: nn.Module, seed: int, given: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Start the heads of a trial: what is given or the checkpoint holds as it is, the rest from the seed.
+    """Set the heads for the start of a trial: from `given`, else from the checkpoint, else from the seed.
 
-    Drawn are weights with σ = 0.02; norms start at 1 and biases at 0. In a model that remembers no
-    heads all are drawn. `given` maps parameter paths to values of an adapter, which fit.
+    From the seed, weights are drawn with σ = 0.02, norms start at 1 and biases at 0. In a model without a
+    copy of its heads all are drawn. `given` maps parameter paths to an adapter's values, whose shapes fit.
     """
     at_load = remembered(model)
     for name, parameter in head_parameters(model).items():
@@ -94,6 +94,6 @@ def reset_heads(model: nn.Module, seed: int, given: Mapping[str, torch.Tensor] |
 
 
 def _put(parameter: nn.Parameter, value: torch.Tensor) -> None:
-    # What ZeRO-3 has partitioned holds no numbers, and such a base serves no other trial.
+    # A parameter that ZeRO-3 has partitioned holds no numbers; such a base serves no other trial.
     if parameter.numel():
         parameter.data.copy_(value)

@@ -1,8 +1,8 @@
-"""Identity of a base as a whole: a hash of every file that is read when it is loaded.
+"""Identity of a whole base: a hash of every file that is read when it is loaded.
 
-The fingerprint (`rayft.models.fingerprint`) tells whether an adapter fits a base: it samples weights, and
-leaves out heads, the tokenizer and settings. Whether a result may be used again takes more: one changed
-number, another chat template or another end-of-sequence token gives another result.
+The fingerprint (`rayft.models.fingerprint`) decides whether an adapter fits a base. It samples weights, and
+leaves out heads, the tokenizer and settings. To decide whether a result may be reused takes more, because
+one changed number, another chat template or another end-of-sequence token changes the result.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from rayft.models.load import ModelConfig, loading, resolve
 __all__ = ["BaseFiles", "base_files"]
 
 READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".spm")
-"""Suffixes of what transformers reads of a model's folder; pickles are never read."""
+"""Suffixes of the files that transformers reads in a model's folder; pickles are never read."""
 SETTINGS = ("config.json", "generation_config.json")
-"""Files that also say which transformers wrote them, which changes nothing."""
+"""Files that also name the version of transformers that wrote them, which is ignored."""
 THREADS = 8
 
 
 @dataclass(frozen=True)
 class BaseFiles:
-    """What a base consists of."""
+    """The files of a base."""
 
     identity: str = ""
-    """Hash (16 hex digits) of all of it; empty if unknown."""
+    """Hash (16 hex digits) of all files; empty if unknown."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """File → its hash; of a hub model its commit, which names the content of every file."""
+    """File → its hash, or the commit of a hub model, which determines the content of every file."""
 
 
 def base_files(config: ModelConfig) -> BaseFiles:
-    """Hash what a base is loaded from, or name the commit of a hub model.
+    """Hash the files that a base is loaded from, or return the commit of a hub model.
 
-    About 1 GiB/s for each thread, and a thread for each file; large files are read again only after a change
+    Each file has a thread, which hashes about 1 GiB/s. Large files are read again only after a change
     (`hash_file`).
 
     Raises:
@@ -65,7 +65,7 @@ def base_files(config: ModelConfig) -> BaseFiles:
 
 
 def _snapshot(source: str, revision: str | None) -> Path:
-    """Find the folder in the hub's cache that a model is loaded from."""
+    """Return the folder in the hub's cache that a model is loaded from."""
     from transformers.utils.hub import cached_file
 
     path = cached_file(source, "config.json", revision=revision)
@@ -84,7 +84,7 @@ def _hash(path: Path) -> str:
             settings = json.loads(path.read_text(encoding="utf-8"))
             settings.pop("transformers_version", None)
         except (ValueError, AttributeError):
-            # Whoever loads it says what is wrong with it.
+            # Loading it raises the error that says what is wrong.
             return hash_file(path)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     return hash_file(path)

@@ -56,25 +56,25 @@ Task = Literal["causal_lm", "sequence_classification", "image_classification"]
 COMPUTED = ("float32", "float16", "bfloat16", "float64")
 """Types of a checkpoint's numbers."""
 UNLIMITED = 1_000_000
-"""Context of a model that states none."""
+"""Context in tokens of a model whose configuration names none."""
 SIZES_FILE = ".rayft.json"
-"""In a folder of the cache: file → its size in bytes, so that a truncated one is noticed."""
+"""File in each folder of the cache: file → size in bytes, by which truncated files are noticed."""
 
 
 class ModelConfig(Section):
-    """Which base model, and what it does."""
+    """Which base model is loaded, and its task."""
 
     name: str = "smollm2-135m-instruct"
     """A registered name, a local folder, a `.gguf` file, or a hub id (`org/model`)."""
 
     task: Task = "causal_lm"
-    """Generate text, or put text or images into classes."""
+    """Task: generate text, or classify text or images."""
 
     num_labels: int = Field(default=2, ge=2)
-    """Classes of a classification."""
+    """Number of classes of a classifier."""
 
     quantize: Quantize | None = None
-    """Hold the linear layers in 4 (`nf4`) or 8 bits (`int8`) with bitsandbytes; heads stay as they are."""
+    """Quantise the linear layers to 4 (`nf4`) or 8 bits (`int8`) with bitsandbytes, but not heads."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
@@ -102,7 +102,7 @@ class LoadedModel:
 
     model: PreTrainedModel
     tokenizer: Any
-    """What makes its inputs: a `PreTrainedTokenizerBase`, of an image model an `ImageEncoder`."""
+    """Makes the model's inputs: a `PreTrainedTokenizerBase`, or an `ImageEncoder` for an image model."""
     fingerprint: str
     """Identity of the base's weights, the same in every dtype, quantised or not."""
     context: int
@@ -111,15 +111,15 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Where the weights of a model are, to read one at a time."""
+    """The files of a model's weights, from which one weight at a time can be read."""
 
     fingerprint: str
     """Identity of the weights."""
     places: dict[str, tuple[str, str]]
-    """Parameter → file, name in it."""
+    """Parameter → (file, name in the file)."""
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a parameter; its memory is the file's, which is given back with the last tensor of it."""
+        """Read a parameter as a view of the mapped file, which is unmapped with the last such tensor."""
         from safetensors import safe_open
 
         file, key = self.places[name]
@@ -142,11 +142,11 @@ REGISTERED: dict[str, Callable[[Path], object]] = {
     "smollm2-135m-instruct": _smollm2,
     **TINY,
 }
-"""Small models that need no hub: name → what writes them, once, as a safetensors folder."""
+"""Small models that need no hub: name → function that writes the model as a safetensors folder."""
 
 
 def resolve(config: ModelConfig) -> str:
-    """Find what transformers can load: a folder (converted or generated once, then cached) or a hub id.
+    """Return what transformers can load: a folder (converted or generated once, then cached) or a hub id.
 
     Raises:
         ModelError: if the name is neither registered, nor a folder or file, nor a hub id.
@@ -158,7 +158,7 @@ def resolve(config: ModelConfig) -> str:
         if not path.is_file():
             raise ModelError(f"no file {path}; give the path of a GGUF file")
         try:
-            # By content: a time stamp stays where a file is replaced by `cp -p` or `rsync -t`.
+            # By content, because `cp -p` and `rsync -t` replace a file and keep the time stamp.
             name = f"{path.stem}-{hash_file(path)}"
         except OSError as error:
             raise ModelError(f"{path} can't be read ({error.strerror}); make it readable") from error
@@ -195,10 +195,10 @@ def is_here(name: str) -> bool:
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> LoadedModel:
-    """Load a base model with what makes its inputs, frozen and in evaluation mode.
+    """Load a base model and its tokenizer or image encoder; the model is frozen and in evaluation mode.
 
-    Weights that the checkpoint lacks (a new classification head, a pooler) are drawn from a fixed seed; a
-    classification head is remembered as it is now (`rayft.models.heads`).
+    Weights that the checkpoint lacks (a new classification head, a pooler) are drawn from a fixed seed. A
+    copy of the classification head is kept (`rayft.models.heads`).
 
     Raises:
         ModelError: if it can't be found or loaded, with what to do.
@@ -206,22 +206,21 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> 
     """
     source = resolve(config)
     options: dict[str, Any] = {}
-    # What is wrong with its files is told before any weight is read.
+    # Errors in its files are raised before any weight is read.
     skeleton = load_skeleton(config)
     if config.quantize:
         setting = quantization(config.quantize, skeleton, dtype)
         options = {"quantization_config": setting, "device_map": {"": device}}
     elif device != "cpu" and config.task == "causal_lm":
-        # Straight to the device, so that no process holds the base in host memory. What a classifier's files
-        # lack is drawn on the CPU, the same for every device.
+        # Directly to the device, so that no process holds the base in host memory. A classifier is not, because
+        # weights that its files lack are drawn on the CPU, which gives the same ones for every device.
         options = {"device_map": {"": device}}
     with loading(config):
         model = _weights(config, source, dtype, options)
         encoder = _encoder(config, source, model.config)
         if config.quantize:
             prepare(model)
-            # Where the files name their tensors otherwise than the model does, only loading tells which is
-            # which.
+            # Where the names in the files differ from the model's, only loading maps one to the other.
             identity = source_fingerprint(skeleton, source, config.revision) or fingerprint(
                 _weights(config, source, dtype, {})
             )
@@ -232,7 +231,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> 
 
 
 def load_empty(config: ModelConfig, dtype: torch.dtype) -> LoadedModel:
-    """Make what `load_model` loads, but with parameters on the meta device and no fingerprint.
+    """Return what `load_model` returns, but with parameters on the meta device and without a fingerprint.
 
     Raises:
         ModelError: if it can't be found, or does not do what `task` says.
@@ -244,18 +243,18 @@ def load_empty(config: ModelConfig, dtype: torch.dtype) -> LoadedModel:
         settings = _settings(config, source)
         with init_empty_weights(include_buffers=False):
             model = _auto_class(config).from_config(settings, dtype=dtype, **_attention(config))
-        # Each assignment inside has made a parameter of its own.
+        # Each assignment made a new parameter.
         model.tie_weights()
         _check_kinds(config, model, source)
     return _loaded(config, model, load_encoder(config, settings), "")
 
 
 def weight_files(config: ModelConfig, model: nn.Module) -> WeightFiles | None:
-    """Find the weights of a language model in its files, or return None if only transformers can read them.
+    """Return the files of a language model's weights, or None if only transformers can read them.
 
     Args:
         config: which model.
-        model: it, with whatever numbers.
+        model: the model; its numbers don't matter.
     """
     if config.task != "causal_lm" or config.quantize:
         return None
@@ -281,7 +280,7 @@ def _loaded(config: ModelConfig, model: Any, encoder: Any, identity: str) -> Loa
 
 
 def load_skeleton(config: ModelConfig) -> Any:
-    """Make a model without its weights, on the meta device.
+    """Return a model without its weights, on the meta device.
 
     Raises:
         ModelError: if it can't be found, or does not do what `task` says.
@@ -296,13 +295,13 @@ def load_skeleton(config: ModelConfig) -> Any:
 
 
 def _settings(config: ModelConfig, source: str) -> Any:
-    """Read config.json; refuse a base that is stored quantised, or in a dtype that nothing is computed in."""
+    """Read config.json, and refuse a base stored quantised, or in a dtype that can't be computed in."""
     import transformers
 
     raw, _ = transformers.PreTrainedConfig.get_config_dict(source, revision=config.revision)
     if not isinstance(raw, dict):
         raise TypeError("config.json holds no mapping")
-    # Models of several parts have one for each, in a section of its own.
+    # Models of several parts have one in a section for each part.
     for section in (raw, *(part for part in raw.values() if isinstance(part, dict))):
         _check_stored(config, section)
     return transformers.AutoConfig.from_pretrained(source, revision=config.revision, **_labels(config))
@@ -327,10 +326,9 @@ def _check_stored(config: ModelConfig, section: dict[str, Any]) -> None:
 
 
 def _check_kinds(config: ModelConfig, model: Any, source: str) -> None:
-    """Refuse weights whose numbers are codes: transformers would cast them as if they were the weights.
+    """Refuse weights whose numbers are codes, which transformers would cast as if they were the weights.
 
-    Only headers of files that are here are read; a hub model that is still to be downloaded is checked when
-    it is loaded.
+    Only headers of local files are read. A hub model that is not yet downloaded is checked when it is loaded.
     """
     from safetensors import safe_open
 
@@ -365,9 +363,9 @@ def load_encoder(config: ModelConfig, settings: Any) -> Any:
 
 
 def context_length(config: ModelConfig, settings: Any, encoder: Any) -> int:
-    """Give the longest sequence (tokens) that a model takes.
+    """Return the longest sequence that a model takes, in tokens.
 
-    Of a classifier the tokenizer knows better: RoBERTa's 514 positions hold 512 tokens.
+    For a classifier the tokenizer's limit counts too: RoBERTa's 514 positions hold 512 tokens.
     """
     positions = int(getattr(settings, "max_position_embeddings", 0) or UNLIMITED)
     if config.task != "sequence_classification":
@@ -391,12 +389,12 @@ def _encoder(config: ModelConfig, source: str, settings: Any) -> Any:
 
 
 def _weights(config: ModelConfig, source: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-    """Load a model; a classifier's head may be missing from its files, or be of other classes in them."""
+    """Load a model; its files may lack a classifier's head, or have one for other classes."""
     options = {**options, **_attention(config)}
     if config.task != "causal_lm":
         options = {**options, **_labels(config), "ignore_mismatched_sizes": True}
     with torch.random.fork_rng(devices=[]):
-        # The CPU's alone: only its state is put back.
+        # Only the CPU's generator, because only its state is restored.
         torch.default_generator.manual_seed(0)
         try:
             model, found = _auto_class(config).from_pretrained(
@@ -408,12 +406,12 @@ def _weights(config: ModelConfig, source: str, dtype: torch.dtype, options: dict
                 **options,
             )
         except OSError as error:
-            # transformers' own words for a folder or hub id that has none of these files.
+            # transformers' messages for a folder or hub id that has none of these files.
             if "file named model.safetensors" in str(error):
                 raise _pickled(config) from error
             raise
         except RuntimeError as error:
-            # What differs is in a report that transformers logs, with colours.
+            # transformers logs the differences in a report with colours.
             if "ignore_mismatched_sizes" in str(error):
                 raise ValueError("a weight has another size than config.json says") from error
             raise
@@ -443,7 +441,7 @@ def _pickled(config: ModelConfig) -> ModelError:
 
 
 def _attention(config: ModelConfig) -> dict[str, Any]:
-    """Choose the attention: packed rows want a mask of their own, which eager attention and SDPA take."""
+    """Choose the attention: packed rows need a mask of their own, which eager attention and SDPA accept."""
     return {"attn_implementation": "sdpa"} if config.task == "causal_lm" else {}
 
 
@@ -453,13 +451,13 @@ def _labels(config: ModelConfig) -> dict[str, Any]:
 
 @contextmanager
 def loading(config: ModelConfig) -> Iterator[None]:
-    """Turn what goes wrong while a model is read into one error of ours."""
+    """Turn any error while a model is read into a ModelError."""
     try:
         with _quiet():
             yield
     except RayftError:
         raise
-    # A config.json can make transformers raise anything: an unknown dtype is an AttributeError of torch.
+    # A config.json can make transformers raise anything: an unknown dtype raises AttributeError in torch.
     except Exception as error:
         if disk_full(error):
             raise disk_full_error(error, hub_cache()) from error
@@ -514,7 +512,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
 
 
 def _cached(name: str, write: Callable[[Path], object]) -> Path:
-    """Return a folder of the cache; it is written if it is missing or damaged."""
+    """Return a folder of the cache, which is written if it is missing or damaged."""
     folder = cache_folder() / "models" / name
     if _whole(folder):
         return folder
@@ -529,13 +527,13 @@ def _cached(name: str, write: Callable[[Path], object]) -> Path:
                 write(staging / "new")
             (staging / "new" / SIZES_FILE).write_text(json.dumps(_sizes(staging / "new")), encoding="utf-8")
             sync_tree(staging / "new")
-            # Another process, which may be reading it by now, may have written it meanwhile.
+            # Another process may have written it meanwhile, and others may already be reading it.
             if not _whole(folder):
                 if folder.is_dir():
                     folder.rename(staging / "damaged")
                 (staging / "new").rename(folder)
     except OSError:
-        # Another process may have been first; its copy is as good.
+        # Another process may have been faster; its copy is the same.
         if not _whole(folder):
             raise
     finally:
@@ -544,7 +542,7 @@ def _cached(name: str, write: Callable[[Path], object]) -> Path:
 
 
 def _whole(folder: Path) -> bool:
-    """Return whether a folder of the cache holds what was written; rayft 0.1.0 recorded no sizes."""
+    """Return whether a folder of the cache is as it was written; rayft 0.1.0 recorded no sizes."""
     if not (folder / "config.json").is_file():
         return False
     if not (folder / SIZES_FILE).is_file():
@@ -562,7 +560,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' bars and advice while a model loads."""
+    """Suppress transformers' progress bars and warnings while a model loads."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Loading a base in 4 or 8 bits with bitsandbytes: linear layers alone, heads and output layer stay."""
+"""Load a base in 4 or 8 bits with bitsandbytes: only linear layers, not heads and the output layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Quantize = Literal["nf4", "int8"]
 
 
 def quantization(kind: Quantize, skeleton: nn.Module, dtype: torch.dtype) -> Any:
-    """Give transformers' setting for a quantised base.
+    """Return transformers' setting for a quantised base.
 
     Args:
         kind: `nf4` (normal floats of 4 bits, block scales quantised again) or `int8`.
@@ -33,7 +33,7 @@ def quantization(kind: Quantize, skeleton: nn.Module, dtype: torch.dtype) -> Any
             "model.quantize needs the package bitsandbytes, which is not installed: run "
             "`pip install 'rayft[quant]'`"
         )
-    # It offers a faster kernel for CPUs with AVX512-BF16, which `prepare` turns off.
+    # It logs that it has a faster kernel for CPUs with AVX512-BF16, which `prepare` turns off.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from transformers import BitsAndBytesConfig
 
@@ -52,7 +52,7 @@ def quantization(kind: Quantize, skeleton: nn.Module, dtype: torch.dtype) -> Any
 
 
 def prepare(model: nn.Module) -> None:
-    """Make a quantised model compute alike in training and evaluation, and quietly."""
+    """Make a quantised model compute the same in training and evaluation, and log less."""
     # Without gradients and where a CPU has AVX512-BF16, a 4-bit layer repacks its weight for a bfloat16
     # kernel, in place and for good (bitsandbytes 0.50): training then computes with rounded scales,
     # and sizes that are no multiples of 64 fail.

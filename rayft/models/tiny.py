@@ -1,6 +1,6 @@
-"""Tiny random models of several shapes, for smoke tests of the whole path, in seconds.
+"""Tiny random models of several architectures, for smoke tests of the whole path in seconds.
 
-Sizes are odd where the shape allows it, so that mixed-up dimensions show. All dropouts are 0.
+Sizes are odd where the architecture allows it, so that mixed-up dimensions raise errors. All dropouts are 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TEMPLATE = (
     "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Ten times the usual spread: at 0.02 all logits of so small a model are nearly equal.
+# Ten times the usual value, because at 0.02 all logits of such a small model are nearly equal.
 SPREAD = 0.2
 
 
@@ -61,9 +61,9 @@ def save_tiny_qwen(folder: Path, *, seed: int = 0, tokenizer: Any = None) -> Pat
     """Save a random Qwen3 (heads wider than hidden / heads, norms on queries and keys, no tying).
 
     Args:
-        folder: where to.
+        folder: destination.
         seed: of the weights.
-        tokenizer: what is saved beside it; the tokenizer of bytes where not given.
+        tokenizer: saved with the model; the tokenizer of bytes where not given.
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -157,7 +157,7 @@ TINY: dict[str, Callable[[Path], Path]] = {
     "tiny-bert": save_tiny_bert,
     "tiny-vit": save_tiny_vit,
 }
-"""Name → what writes the model's folder."""
+"""Name → function that writes the model's folder."""
 
 
 def _save(folder: Path, kind: Any, config: PreTrainedConfig, encoder: Any, seed: int) -> Path:
@@ -171,7 +171,7 @@ def _save(folder: Path, kind: Any, config: PreTrainedConfig, encoder: Any, seed:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer of bytes with a chat template."""
+    """Return a tokenizer of bytes with a chat template."""
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|im_start|>", "<|im_end|>"]
@@ -205,7 +205,7 @@ def _classifier_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _bytes(special: list[str]) -> Any:
-    """Make a tokenizer of bytes, special tokens first."""
+    """Return a tokenizer of bytes; special tokens have the first ids."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

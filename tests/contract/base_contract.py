@@ -1,4 +1,4 @@
-"""What a method owes the layer that it is put into: any layout, no matrix at all, and its weight back."""
+"""What methods promise about the layer that they are put into: its layouts, a quantised one, its weight."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ import torch
 from torch.nn import functional
 
 from rayft.errors import MethodError
-from rayft.methods.base import AdapterLinear, InPlace, Method
+from rayft.methods.base import AdapterLinear, Method
 from rayft.numerics import assert_close, generator
 from tests.contract.cases import (
     Case,
     Quantised,
     Transposed,
+    adds_to_the_base,
     built,
+    chains,
     close,
     close_gradient,
     delta,
     exact_output,
+    first_links,
     inputs,
+    later_links,
     linear,
     loss,
+    no,
+    once,
     perturb,
+    promise,
     trainable,
     trained_layer,
 )
@@ -32,11 +39,12 @@ from tests.contract.cases import (
 DROPPED = 0.25
 """Probability of the dropout tests: not ½, where p and 1 − p can't be told apart."""
 ROUNDS = 256
-"""How often they try each input."""
+"""How often the dropout tests try each input."""
 
 
+@promise()
 def works_transposed(method: Method, case: Case) -> None:
-    """On a weight that is stored I × O it is the adapter that it is on one stored O × I."""
+    """The adapter is the same on a weight that is stored I × O as on one that is stored O × I."""
     plain, other = trained_layer(method, case), built(method, case, base=Transposed(linear(case)))
     fresh = built(method, case).state_dict()
     for key, value in other.state_dict().items():
@@ -58,7 +66,7 @@ def works_transposed(method: Method, case: Case) -> None:
     assert plain.adapter is not None
     assert other.adapter is not None
     assert torch.equal(other.adapter.delta(base), plain.adapter.delta(base)), "ΔW differs"
-    # As moving a model to a device or an engine's flat buffers do: other storage, the same layer.
+    # The layer with other storage, as after a move to a device or into an engine's flat buffers.
     moved = copy.deepcopy(other).double()
     assert moved.adapter is not None
     moved.weight.data.mul_(2)
@@ -66,16 +74,21 @@ def works_transposed(method: Method, case: Case) -> None:
         assert torch.equal(moved.adapter.delta(base.double()), moved.matrix - base.double()), "ΔW is stale"
 
 
+@promise(of=no(adds_to_the_base), over=once)
+def refuses_a_base_that_is_no_matrix(method: Method, case: Case) -> None:
+    """A method that trains the base's weights refuses a quantised base, and dropout."""
+    adapter = trained_layer(method, case).adapter
+    assert adapter is not None
+    with pytest.raises(MethodError, match=f"{method.name} trains the base's own weights"):
+        adapter.update(inputs(case))
+    with pytest.raises(MethodError, match=f"'{method.name}' trains the base's own weights"):
+        method.check_base(quantised=True)
+    assert "dropout" in method.ignored()
+
+
+@promise(of=adds_to_the_base)
 def adds_to_a_base_that_is_no_matrix(method: Method, case: Case) -> None:
-    """`update` alone is x ΔWᵀ with its gradients, so that it can be added to what a quantised base gives."""
-    if isinstance(method, InPlace) or not method.shares_base:
-        adapter = trained_layer(method, case).adapter
-        assert adapter is not None
-        with pytest.raises(MethodError, match=f"{method.name} trains the base's own weights"):
-            adapter.update(inputs(case))
-        with pytest.raises(MethodError, match=f"'{method.name}' trains the base's own weights"):
-            method.check_base(quantised=True)
-        return
+    """`update` is x ΔWᵀ with its gradients, so that it can be added to the output of a quantised base."""
     method.check_base(quantised=True)
     layer = _without_matrix(method, case)
     assert layer.adapter is not None
@@ -99,20 +112,18 @@ def adds_to_a_base_that_is_no_matrix(method: Method, case: Case) -> None:
 
 
 def _without_matrix(method: Method, case: Case) -> AdapterLinear:
-    """The trained layer of a case on a base whose weight can't be read."""
+    """Return the trained layer of a case on a base whose weight can't be read."""
     layer = perturb(built(method, case, base=Quantised(linear(case))))
     assert layer.quantised
     return layer
 
 
+@promise(of=adds_to_the_base, over=first_links)
 def drops_inputs_of_the_update_only(method: Method, case: Case) -> None:
-    """In training an input of the update is 0 or x/(1 − p) and the base's product whole; off in evaluation.
+    """In training, an input of the update is 0 or x/(1 − p); nothing of the base's product is dropped.
 
-    Past links of a chain are as good as the base's: only what the link that trains reads is dropped.
+    In evaluation nothing is dropped.
     """
-    if isinstance(method, InPlace) or not method.shares_base:
-        assert "dropout" in method.ignored()
-        return
     assert "dropout" not in method.ignored()
     case = dataclasses.replace(case, links=1)
     probes = torch.eye(case.inputs, dtype=case.dtype).repeat(ROUNDS, 1)
@@ -137,8 +148,9 @@ def drops_inputs_of_the_update_only(method: Method, case: Case) -> None:
     assert torch.equal(layer.eval()(probes), trained_layer(method, case)(probes)), "dropout in evaluation"
 
 
+@promise(of=chains, over=later_links)
 def drops_nothing_of_past_links(method: Method, case: Case) -> None:
-    """Right after a link has begun its B is 0, so that dropout in training changes nothing."""
+    """Right after a link has begun, its B is 0, so that dropout in training changes nothing."""
     if method.max_links(case.shape, case.rank) < 2:
         return
     chain = trained_layer(method, dataclasses.replace(case, links=1))
@@ -149,10 +161,9 @@ def drops_nothing_of_past_links(method: Method, case: Case) -> None:
     close(chain.train()(probes), chain.eval()(probes), case)
 
 
+@promise(of=lambda method: method.shares_base)
 def restores_its_base(method: Method, case: Case) -> None:
     """After `restore` the weight is what it was, bit by bit, in either layout."""
-    if not method.shares_base:
-        return
     for base in (linear(case), Transposed(linear(case))):
         layer = built(method, case, base=base)
         before = {name: value.detach().clone() for name, value in base.named_parameters()}

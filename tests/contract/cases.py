@@ -1,16 +1,24 @@
-"""Layers to try a method on: odd shapes, three dtypes, fresh or trained, at the first link or a later one."""
+"""Promises of methods, and the layers on which they are checked.
+
+A promise says which methods make it, by capability, and over which cases it is checked. Cases vary a layer's
+size, its dtype and, for chains, the link. Every promise is checked on every size and every dtype for every
+method that makes it. Which dtype goes with which size rotates from promise to promise and from method to
+method (a Latin square), so that all pairs occur, but not all combinations.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from rayft.methods.base import AdapterLinear, Chain, ChainConfig, LayerShape, Method, MethodConfig
+from rayft.methods.base import AdapterLinear, Chain, ChainConfig, InPlace, LayerShape, Method, MethodConfig
 from rayft.numerics import assert_close, generator
 
 TOKENS = 6
@@ -18,7 +26,7 @@ TOKENS = 6
 
 @dataclass(frozen=True)
 class Case:
-    """One layer that a method is tried on; a chain's adapter is at its link number `links`."""
+    """One layer on which a method is checked; a chain's adapter is at its link number `links`."""
 
     outputs: int
     inputs: int
@@ -47,11 +55,11 @@ class Case:
 
     @property
     def scale(self) -> float:
-        """s by the definition, not by the code under test."""
+        """s by its definition, independent of the code under test."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-SIZES = [
+SIZES: list[tuple[int, int, int, dict[str, Any]]] = [
     (7, 5, 3, {}),
     (5, 7, 5, {}),
     (3, 1, 1, {}),
@@ -59,14 +67,112 @@ SIZES = [
     (9, 9, 2, {"bias": False}),
 ]
 # At 7x5 and 9x9 the last window of a selector chain wraps onto columns of the first one.
-LATER_LINKS = [
+LATER_LINKS: list[tuple[int, int, int, dict[str, Any]]] = [
     (7, 5, 3, {"links": 2}),
     (19, 16, 4, {"links": 3, "rslora": True}),
     (9, 9, 2, {"links": 5, "bias": False}),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-CASES = [Case(o, i, r, dtype, **extra) for o, i, r, extra in SIZES for dtype in DTYPES]
-CHAIN_CASES = [Case(o, i, r, dtype, **extra) for o, i, r, extra in LATER_LINKS for dtype in DTYPES]
+
+
+def rotated(sizes: list[tuple[int, int, int, dict[str, Any]]], turn: int = 0) -> list[Case]:
+    """Return a case for each size, with a dtype that `turn` rotates."""
+    return [
+        Case(o, i, r, DTYPES[(number + turn) % len(DTYPES)], **extra)
+        for number, (o, i, r, extra) in enumerate(sizes)
+    ]
+
+
+CASES = rotated(SIZES)
+CHAIN_CASES = rotated(LATER_LINKS)
+
+
+def everywhere(method: Method, turn: int) -> list[Case]:
+    """Return a case for each size, and for chains one for each later link."""
+    return rotated(SIZES, turn) + (rotated(LATER_LINKS, turn) if chains(method) else [])
+
+
+def first_links(method: Method, turn: int) -> list[Case]:
+    """Return a case for each size, of a promise about the first link, or one that begins links itself."""
+    return rotated(SIZES, turn)
+
+
+def later_links(method: Method, turn: int) -> list[Case]:
+    """Return a case for each size at which a chain can begin another link: the first link and a later one."""
+    return [case for case in rotated(SIZES, turn) if method.max_links(case.shape, case.rank) > 1]
+
+
+def sizes(method: Method, turn: int) -> list[Case]:
+    """Return a case for each size, of a promise to which the dtype does not matter."""
+    return [replace(case, dtype=torch.float32) for case in CASES]
+
+
+def dtypes(method: Method, turn: int) -> list[Case]:
+    """Return a case for each dtype, of a promise that chooses its own size."""
+    return [replace(CASES[0], dtype=dtype) for dtype in DTYPES]
+
+
+def once(method: Method, turn: int) -> list[Case]:
+    """Return one case, of a promise to refuse something."""
+    return CASES[:1]
+
+
+def every(method: Method) -> bool:
+    return True
+
+
+def exports_lora(method: Method) -> bool:
+    return method.exports_lora
+
+
+def chains(method: Method) -> bool:
+    return isinstance(method, Chain)
+
+
+def adds_to_the_base(method: Method) -> bool:
+    """Whether it leaves the base's weights alone while it trains."""
+    return method.shares_base and not isinstance(method, InPlace)
+
+
+def no(capability: Callable[[Method], bool]) -> Callable[[Method], bool]:
+    return lambda method: not capability(method)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Something that methods promise, and its check, which raises AssertionError."""
+
+    check: Callable[[Method, Case], None]
+    of: Callable[[Method], bool]
+    """Whether a method makes it."""
+    over: Callable[[Method, int], list[Case]]
+    """The cases on which it is checked for a method; the number rotates dtypes."""
+
+    @property
+    def name(self) -> str:
+        return self.check.__name__
+
+    def __call__(self, method: Method, case: Case) -> None:
+        self.check(method, case)
+
+
+def promise(
+    of: Callable[[Method], bool] = every, over: Callable[[Method, int], list[Case]] = everywhere
+) -> Callable[[Callable[[Method, Case], None]], Promise]:
+    """Declare the check of a promise."""
+    return lambda check: Promise(check, of, over)
+
+
+def checks_of(
+    promises: Iterable[Promise], methods: Iterable[Method]
+) -> Iterator[tuple[Method, Case, Promise]]:
+    """Pair each method with each promise that it makes, on that promise's cases."""
+    promises = list(promises)
+    for first, method in enumerate(methods):
+        for second, made in enumerate(promises):
+            if made.of(method):
+                for case in made.over(method, first + second):
+                    yield method, case, made
 
 
 class Transposed(nn.Module):

@@ -1,4 +1,4 @@
-"""How a method starts, by its paper's definition, and how the links of a chain add up."""
+"""What methods promise about their start, by the paper's definition, and about the links of a chain."""
 
 from __future__ import annotations
 
@@ -17,29 +17,34 @@ from tests.contract.cases import (
     TOKENS,
     Case,
     built,
+    chains,
     close,
     close_gradient,
+    dtypes,
+    first_links,
     inputs,
     linear,
     loss,
     next_link,
+    no,
+    once,
     perturb,
+    promise,
+    sizes,
     trainable,
 )
 
 DEVIATIONS = 5
-"""Standard deviations that a statistic of a right start may lie off; the seeds are fixed."""
+"""Standard deviations by which a statistic of a correct start may be off; the seeds are fixed."""
 
 Draw = Callable[[int, int], LoraFactors]
 """The factors of a fresh adapter: seed, links → all of them."""
 
 
+@promise(of=lambda method: method.name in STARTS, over=dtypes)
 def draws_its_a(method: Method, case: Case) -> None:
-    """A starts as its paper says: checked by name, on a layer that is large enough to tell."""
+    """A starts as its paper says: checked by name, on a layer that is large enough for statistics."""
     wide = Case(outputs=48, inputs=100, rank=24, dtype=case.dtype)
-    check = STARTS.get(method.name)
-    if check is None:
-        return
 
     def draw(seed: int, links: int = 1) -> LoraFactors:
         layer = built(method, wide, seed)
@@ -48,7 +53,7 @@ def draws_its_a(method: Method, case: Case) -> None:
         assert layer.adapter is not None
         return layer.adapter.to_lora()
 
-    check(draw, wide)
+    STARTS[method.name](draw, wide)
 
 
 def _uniform(draw: Draw, case: Case) -> None:
@@ -138,10 +143,9 @@ STARTS: dict[str, Callable[[Draw, Case], None]] = {
 }
 
 
+@promise(of=lambda method: isinstance(method, Chain) and method.most_links is not None, over=sizes)
 def refuses_too_long_a_chain(method: Method, case: Case) -> None:
-    """With the module's name and the number of links that fits, which it then does hold."""
-    if not isinstance(method, Chain) or math.isinf(method.max_links(case.shape, case.rank)):
-        return
+    """The error names the module and the most links, and a chain of so many can be built."""
     most = int(method.max_links(case.shape, case.rank))
     method.check(case.shape, case.rank, "some.module", links=most)
     expected = (
@@ -155,17 +159,23 @@ def refuses_too_long_a_chain(method: Method, case: Case) -> None:
         raise AssertionError(f"it does not hold the {most} links that it says") from error
 
 
-def links_stack(method: Method, case: Case) -> None:
-    """layer(x) = linear(x, W0 + Σ_j s·B_j·A_j) at every link, with the factors that each link ended with.
+@promise(of=no(chains), over=once)
+def has_no_next_link(method: Method, case: Case) -> None:
+    """A method that is no chain refuses to begin a link."""
+    adapter = built(method, case).adapter
+    assert adapter is not None
+    with pytest.raises(MethodError, match="is no chain, so it has no next link"):
+        adapter.advance(generator("next"))
 
-    Those are taken down before the next link begins, so the adapter's own stacking has no say in them.
+
+@promise(of=chains, over=first_links)
+def links_stack(method: Method, case: Case) -> None:
+    """layer(x) = linear(x, W0 + Σ_j s·B_j·A_j) at every link, with the factors at the end of each link.
+
+    The factors are copied before the next link begins, independent of how the adapter stacks them.
     """
     layer = built(method, dataclasses.replace(case, links=1))
     assert layer.adapter is not None
-    if not isinstance(method, Chain):
-        with pytest.raises(MethodError, match="is no chain, so it has no next link"):
-            layer.adapter.advance(generator("next"))
-        return
     most = int(min(5, method.max_links(case.shape, case.rank)))
     base = linear(dataclasses.replace(case, links=1)).double()
     weight, x = base.weight.detach().clone(), inputs(case)
@@ -194,7 +204,7 @@ def links_stack(method: Method, case: Case) -> None:
 
 
 def _begin(adapter: Adapter, advance: Callable[[], None], rank: int) -> None:
-    """Advance; what was trained stays, bit by bit, and the new B is 0."""
+    """Begin a link, and check that the trained factors stay, bit by bit, and that the new B is 0."""
     before = adapter.to_lora()
     a, b = before.a.clone(), before.b.clone()
     advance()
@@ -206,7 +216,7 @@ def _begin(adapter: Adapter, advance: Callable[[], None], rank: int) -> None:
 
 
 def _last_link(adapter: Adapter, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of the link that trains, in float64; its B is a parameter that does."""
+    """Return A and B of the link that trains, in float64, and check that B is a parameter that trains."""
     factors = adapter.to_lora()
     a, b = factors.a[-rank:], factors.b[:, -rank:]
     assert any(p.shape == b.shape and torch.equal(p, b) for p in trainable(adapter).values()), (

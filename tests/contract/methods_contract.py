@@ -1,8 +1,9 @@
-"""What every fine-tuning method must do: one function a promise, each raising AssertionError.
+"""What fine-tuning methods promise: one function for each promise, raising AssertionError.
 
-`run_all(method, case)` runs them all; test_methods.py does so over the registry, test_mutants.py
-over methods broken on purpose, and the documentation's toy method goes through it too. What a method
-owes its base is in base_contract.py, how it starts and how its links stack in chains_contract.py.
+`run_all(method, case)` checks all promises that a method makes. test_methods.py does so over the registry,
+test_mutants.py over methods that are broken on purpose, and tests/docs over the methods of the
+documentation. Promises about the base are in base_contract.py, those about starts and chains in
+chains_contract.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import copy
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ from tests.contract.base_contract import (
     adds_to_a_base_that_is_no_matrix,
     drops_inputs_of_the_update_only,
     drops_nothing_of_past_links,
+    refuses_a_base_that_is_no_matrix,
     restores_its_base,
     works_transposed,
 )
@@ -35,33 +36,46 @@ from tests.contract.cases import (
     CHAIN_CASES,
     TOKENS,
     Case,
+    Promise,
     built,
     close,
     close_gradient,
     exact_output,
+    exports_lora,
+    first_links,
     inputs,
     linear,
     loss,
+    no,
+    once,
     perturb,
+    promise,
+    sizes,
     trainable,
     trained_layer,
 )
-from tests.contract.chains_contract import draws_its_a, links_stack, refuses_too_long_a_chain
+from tests.contract.chains_contract import (
+    draws_its_a,
+    has_no_next_link,
+    links_stack,
+    refuses_too_long_a_chain,
+)
 
 __all__ = [
-    "CASES", "CHAIN_CASES", "CHECKS", "TOKENS", "Case", "Check", "built", "inputs", "perturb", "run_all",
+    "CASES", "CHAIN_CASES", "PROMISES", "TOKENS", "Case", "Promise", "built", "inputs", "perturb", "run_all",
 ]  # fmt: skip
 
 
+@promise(over=first_links)
 def starts_as_identity(method: Method, case: Case) -> None:
-    layer, x = built(method, dataclasses.replace(case, links=1)), inputs(case)
-    expected = functional.linear(x, *_base(dataclasses.replace(case, links=1)))
+    case = dataclasses.replace(case, links=1)
+    layer, x = built(method, case), inputs(case)
+    expected = functional.linear(x, *_base(case))
     assert torch.equal(layer(x), expected), "the fresh layer is not its base"
 
 
+@promise(of=exports_lora, over=first_links)
 def starts_with_b_zero(method: Method, case: Case) -> None:
-    if not method.exports_lora:
-        return
     adapter = built(method, dataclasses.replace(case, links=1)).adapter
     assert adapter is not None
     factors = adapter.to_lora()
@@ -69,6 +83,7 @@ def starts_with_b_zero(method: Method, case: Case) -> None:
     assert factors.a.any(), "A starts at 0, so nothing would ever train"
 
 
+@promise()
 def computes_w_plus_delta(method: Method, case: Case) -> None:
     layer, x = trained_layer(method, case), inputs(case)
     y = layer(x)
@@ -77,6 +92,7 @@ def computes_w_plus_delta(method: Method, case: Case) -> None:
     close(y, exact_output(layer, case, x), case)
 
 
+@promise()
 def keeps_leading_shape(method: Method, case: Case) -> None:
     layer = trained_layer(method, case)
     for lead in ((2, 3), (1, 2, 2), (0,), (0, 4)):
@@ -88,6 +104,7 @@ def keeps_leading_shape(method: Method, case: Case) -> None:
     assert layer(vector).shape == (case.outputs,)
 
 
+@promise()
 def leaves_inputs_alone(method: Method, case: Case) -> None:
     layer, x = trained_layer(method, case), inputs(case)
     before_x, before_w = x.clone(), layer.weight.detach().clone()
@@ -101,6 +118,7 @@ def leaves_inputs_alone(method: Method, case: Case) -> None:
     assert set(changed) <= set(allowed), f"forward or backward changed the weight's columns {changed}"
 
 
+@promise()
 def trains_what_it_declares(method: Method, case: Case) -> None:
     layer = trained_layer(method, case)
     count = sum(parameter.numel() for parameter in trainable(layer).values())
@@ -116,6 +134,7 @@ def trains_what_it_declares(method: Method, case: Case) -> None:
         )
 
 
+@promise()
 def gradients_are_right(method: Method, case: Case) -> None:
     """Gradcheck in float64; agreement with the float64 layer at lower precision."""
     layer = trained_layer(method, case)
@@ -145,13 +164,18 @@ def _gradcheck(layer: AdapterLinear, case: Case, names: list[str]) -> None:
         raise AssertionError(f"gradcheck: {error}") from error
 
 
+@promise(of=no(exports_lora), over=once)
+def refuses_to_export(method: Method, case: Case) -> None:
+    adapter = trained_layer(method, case).adapter
+    assert adapter is not None
+    with pytest.raises(MethodError, match="no low-rank factors"):
+        adapter.to_lora()
+
+
+@promise(of=exports_lora)
 def exports_its_delta(method: Method, case: Case) -> None:
     layer, x = trained_layer(method, case), inputs(case)
     assert layer.adapter is not None
-    if not method.exports_lora:
-        with pytest.raises(MethodError, match="no low-rank factors"):
-            layer.adapter.to_lora()
-        return
     factors = layer.adapter.to_lora()
     rank = case.rank * (case.links if isinstance(method, Chain) else 1)
     assert factors.rank == rank, f"rank {factors.rank}, of all links {rank}"
@@ -170,9 +194,8 @@ def exports_its_delta(method: Method, case: Case) -> None:
         assert torch.equal(factors.a, selector), "A is not the selector of its columns"
 
 
+@promise(of=exports_lora)
 def survives_the_disk(method: Method, case: Case) -> None:
-    if not method.exports_lora:
-        return
     adapter = trained_layer(method, case).adapter
     assert adapter is not None
     saved = AdapterArtifact({"layer": adapter.to_lora()}, meta=ArtifactMeta(method=method.name))
@@ -191,6 +214,7 @@ def _same_factors(saved: LoraFactors, loaded: LoraFactors) -> None:
     assert math.isclose(saved.scale, loaded.scale, rel_tol=2 * torch.finfo(torch.float64).eps)
 
 
+@promise()
 def keeps_state_dict_keys(method: Method, case: Case) -> None:
     layer = trained_layer(method, case)
     base = set(linear(case).state_dict())
@@ -204,6 +228,7 @@ def keeps_state_dict_keys(method: Method, case: Case) -> None:
     assert torch.equal(other(x), layer(x)), "a state dict does not carry the whole adapter"
 
 
+@promise()
 def is_decided_by_its_generator(method: Method, case: Case) -> None:
     first = built(method, case).state_dict()
     torch.rand(3)
@@ -212,6 +237,7 @@ def is_decided_by_its_generator(method: Method, case: Case) -> None:
         assert torch.equal(value, second[key]), f"{key} depends on more than the generator"
 
 
+@promise(over=sizes)
 def refuses_too_high_a_rank(method: Method, case: Case) -> None:
     limit = method.max_rank(case.shape)
     assert limit >= 1
@@ -225,45 +251,43 @@ def _base(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
     return base.weight, base.bias
 
 
-Check = Callable[[Method, Case], None]
-
-CHECKS: dict[str, Check] = {
-    check.__name__: check
-    for check in (
-        starts_as_identity,
-        starts_with_b_zero,
-        computes_w_plus_delta,
-        keeps_leading_shape,
-        leaves_inputs_alone,
-        trains_what_it_declares,
-        gradients_are_right,
-        exports_its_delta,
-        survives_the_disk,
-        keeps_state_dict_keys,
-        is_decided_by_its_generator,
-        refuses_too_high_a_rank,
-        works_transposed,
-        adds_to_a_base_that_is_no_matrix,
-        drops_inputs_of_the_update_only,
-        restores_its_base,
-        refuses_too_long_a_chain,
-        links_stack,
-        draws_its_a,
-        drops_nothing_of_past_links,
-    )
-}
+PROMISES: tuple[Promise, ...] = (
+    starts_as_identity,
+    starts_with_b_zero,
+    computes_w_plus_delta,
+    keeps_leading_shape,
+    leaves_inputs_alone,
+    trains_what_it_declares,
+    gradients_are_right,
+    exports_its_delta,
+    refuses_to_export,
+    survives_the_disk,
+    keeps_state_dict_keys,
+    is_decided_by_its_generator,
+    refuses_too_high_a_rank,
+    works_transposed,
+    adds_to_a_base_that_is_no_matrix,
+    refuses_a_base_that_is_no_matrix,
+    drops_inputs_of_the_update_only,
+    restores_its_base,
+    refuses_too_long_a_chain,
+    links_stack,
+    has_no_next_link,
+    draws_its_a,
+    drops_nothing_of_past_links,
+)
 
 
 def run_all(method: Method, case: Case) -> None:
-    """Run the whole suite on one layer.
+    """Check all promises that a method makes on one layer.
 
     Raises:
         AssertionError: naming the promise that is broken.
     """
-    for name, check in CHECKS.items():
+    for made in PROMISES:
+        if not made.of(method):
+            continue
         try:
-            check(method, case)
-        except pytest.fail.Exception as failure:
-            raise AssertionError(f"{method.name} on {case}: {name}: {failure}") from failure
-        except AssertionError as error:
-            raise AssertionError(f"{method.name} on {case}: {name}: {error}") from error
+            made(method, case)
+        except (AssertionError, pytest.fail.Exception) as error:
+            raise AssertionError(f"{method.name} on {case}: {made.name}: {error}") from error

@@ -1,4 +1,4 @@
-"""Every method in the registry keeps every promise, on odd shapes and in three dtypes."""
+"""Every method in the registry keeps its promises, on odd shapes and in three dtypes."""
 
 from __future__ import annotations
 
@@ -10,40 +10,27 @@ import torch
 
 from rayft.methods import METHODS
 from rayft.methods.base import Chain, InPlace, LayerShape, Method
-from tests.contract.cases import Quantised, linear
-from tests.contract.methods_contract import (
-    CASES,
-    CHAIN_CASES,
-    CHECKS,
-    TOKENS,
-    Case,
-    Check,
-    built,
-    inputs,
-)
+from tests.contract.cases import DTYPES, SIZES, Quantised, checks_of, everywhere, first_links, linear
+from tests.contract.methods_contract import PROMISES, TOKENS, Case, Promise, built, inputs
 
-# They look at a first link, or at all of them, wherever the case is.
-WHATEVER_THE_LINK = {
-    "starts_as_identity",
-    "starts_with_b_zero",
-    "refuses_too_high_a_rank",
-    "drops_inputs_of_the_update_only",
-    "refuses_too_long_a_chain",
-    "links_stack",
-    "draws_its_a",
-}
-PROMISES = [
-    pytest.param(method, case, check, id=f"{method.name}-{case}-{name}")
-    for method in METHODS.values()
-    for case in [*CASES, *(CHAIN_CASES if isinstance(method, Chain) else ())]
-    for name, check in CHECKS.items()
-    if case.links == 1 or name not in WHATEVER_THE_LINK
+CHECKS = [
+    pytest.param(method, case, made, id=f"{method.name}-{case}-{made.name}")
+    for method, case, made in checks_of(PROMISES, METHODS.values())
 ]
 
 
-@pytest.mark.parametrize(("method", "case", "check"), PROMISES)
-def test_promise(method: Method, case: Case, check: Check) -> None:
-    check(method, case)
+@pytest.mark.parametrize(("method", "case", "made"), CHECKS)
+def test_a_method_keeps_its_promises(method: Method, case: Case, made: Promise) -> None:
+    made(method, case)
+
+
+def test_each_promise_is_checked_on_every_size_and_dtype() -> None:
+    for made in PROMISES:
+        found = [case for _, case, checked in checks_of(PROMISES, METHODS.values()) if checked is made]
+        assert found, f"no method makes the promise {made.name}"
+        if made.over in (everywhere, first_links):
+            pairs = {(case.inputs, case.dtype) for case in found}
+            assert len(pairs) == len(SIZES) * len(DTYPES), f"{made.name} is checked on {pairs} only"
 
 
 def test_registry_keys_are_the_methods_names() -> None:
@@ -101,7 +88,8 @@ def saved_bytes(name: str, dtype: torch.dtype, links: int = 1, *, matrix: bool =
     case = Case(outputs=24, inputs=48, rank=4, dtype=dtype, links=links)
     base = None if matrix else Quantised(linear(case))
     layer = built(METHODS[name], case, base=base)
-    known = {tensor.untyped_storage().data_ptr() for tensor in layer.state_dict(keep_vars=True).values()}
+    own = [*layer.state_dict(keep_vars=True).values(), *(base.plain[0].parameters() if base else ())]
+    known = {tensor.untyped_storage().data_ptr() for tensor in own}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The documentation's method is complete: it passes the whole conformance suite as it stands there."""
+"""The documentation's methods are complete: each passes the whole conformance suite as it stands there."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from rayft.artifacts import AdapterArtifact, ArtifactMeta
+from rayft.errors import MethodError
 from rayft.methods import METHODS
-from rayft.methods.base import Method, MethodConfig
-from rayft.models.inject import export, inject
-from tests.contract.methods_contract import CASES, CHECKS, Case, run_all
+from rayft.methods.base import Chain, ChainConfig, InPlace, Method, MethodConfig
+from rayft.models.inject import advance, clear, export, inject
+from rayft.models.methods import settled
+from tests.contract.methods_contract import CASES, CHAIN_CASES, PROMISES, run_all
 
 DOC = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 
@@ -23,11 +28,16 @@ def code_blocks() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", DOC.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Method]:
-    """The documented module, imported from a file and registered."""
-    (block,) = code_blocks()
-    (tmp_path / "documented_method.py").write_text(block, encoding="utf-8")
+KINDS = {"lora_fa": Method, "asym_chain": Chain, "leading": InPlace}
+"""Name of each documented method → its class."""
+
+
+@pytest.fixture(params=range(len(KINDS)), ids=list(KINDS))
+def documented(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Method]:
+    """A documented module, imported from a file and registered by nothing but its line in the registry."""
+    (tmp_path / "documented_method.py").write_text(code_blocks()[request.param], encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     found: Method = importlib.import_module("documented_method").METHOD
     monkeypatch.setitem(METHODS, found.name, found)
@@ -35,28 +45,53 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Method]:
     del sys.modules["documented_method"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_keeps_every_promise(toy: Method, case: Case) -> None:
-    run_all(toy, case)
+def test_each_kind_of_method_has_an_example(documented: Method) -> None:
+    assert type(documented) is KINDS[documented.name]
 
 
-def test_it_runs_in_a_model(toy: Method, tiny_model: object) -> None:
-    from torch import nn
+def test_it_keeps_its_promises(documented: Method) -> None:
+    for case in CASES + (CHAIN_CASES if isinstance(documented, Chain) else []):
+        run_all(documented, case)
 
-    from rayft.artifacts import ArtifactMeta
 
-    assert isinstance(tiny_model, nn.Module)
-    injected = inject(tiny_model, MethodConfig(name=toy.name, rank=2), seed=0)
-    artifact = export(tiny_model, ArtifactMeta(method=toy.name))
+def test_it_trains_in_a_model_and_leaves_it_as_it_was(documented: Method, tiny_model: Any) -> None:
+    inject(tiny_model, MethodConfig(), seed=0)
+    clear(tiny_model)
+    before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    config = settled(MethodConfig(name=documented.name, rank=2))
+    injected = inject(tiny_model, config, seed=0)
+    for link in range(config.links):
+        if link:
+            advance(tiny_model, 0, link)
+        tiny_model(input_ids=torch.arange(8).reshape(1, 8)).logits.square().mean().backward()
+        for parameter in tiny_model.parameters():
+            if parameter.requires_grad:
+                parameter.data -= parameter.grad
+    artifact = export(tiny_model, ArtifactMeta(method=documented.name))
+    assert isinstance(artifact, AdapterArtifact)
     assert set(artifact.modules) == set(injected.modules)
+    assert artifact.rank == 2 * config.links
+    clear(tiny_model)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_model.state_dict().items())
+
+
+def test_settings_follow_from_the_method_alone(documented: Method) -> None:
+    chain = MethodConfig(name=documented.name, chain=ChainConfig(links=2))
+    if isinstance(documented, Chain):
+        assert settled(chain) == chain
+        with pytest.raises(MethodError, match="use cola, rac, c3la, rc3la or asym_chain"):
+            settled(MethodConfig(name="lora", chain=ChainConfig(links=2)))
+    else:
+        with pytest.raises(MethodError, match=f"'{documented.name}' is no chain"):
+            settled(chain)
 
 
 def test_the_table_names_every_promise() -> None:
     listed = re.findall(r"^\| `(\w+)` \|", DOC.read_text(encoding="utf-8"), re.MULTILINE)
-    assert listed == list(CHECKS)
+    assert listed == [made.name for made in PROMISES]
 
 
-def test_it_opens_with_its_maths_as_the_others_do() -> None:
-    (block,) = code_blocks()
-    opening = block.split('"""')[1]
-    assert all(word in opening for word in ("arXiv:", "Trainable:", "Export to LoRA:", "ΔW"))
+def test_examples_open_with_their_maths_as_the_others_do() -> None:
+    for block in code_blocks():
+        opening = block.split('"""')[1]
+        assert all(word in opening for word in ("arXiv:", "Trainable:", "Export to LoRA:", "ΔW"))
