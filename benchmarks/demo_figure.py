@@ -1,7 +1,7 @@
 """The README's figure: score against size after `make demo`, drawn by the report from the demo's results.
 
 The report's figures take their colours and fonts from the page around them. A picture in a README has no
-page, so the light colours of the report's template are written into it, on a white background.
+page, so the colours of the report's light theme are written into it, on a white background.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rayft.report.drawing import Drawing
-from rayft.report.figures import draw_all
-from rayft.report.record import Baseline, Score, Squeezed, SweepRecord, Trial, Winner
+from rayft.report.figures import sweep_figures
+from rayft.report.record import Baseline, Score, Squeezed, SweepRecord, TrialRecord, Winner
+from rayft.report.style import LIGHT, Drawing
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "demo.svg"
 Cases = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -53,7 +52,7 @@ def demo_record(found: Cases) -> SweepRecord:
         else:
             method, rank = re.findall(r"^(\w+)-r(\d+)-", case)[0]
             trials.append(
-                Trial(
+                TrialRecord(
                     id=case, method=method, rank=int(rank), alpha=None, lr=metrics["parameters"]["lr"],
                     seed=0, status="finished", test=test, bytes=size,
                 )
@@ -68,15 +67,13 @@ def demo_record(found: Cases) -> SweepRecord:
 
 def draw(found: Cases) -> Drawing:
     """Draw score against size as the report does."""
-    return next(drawing for drawing in draw_all(demo_record(found)) if drawing.key == "scores")
+    return next(drawing for drawing in sweep_figures(demo_record(found)) if drawing.key == "scores")
 
 
 def standalone(svg: str) -> str:
     """Replace the report's CSS variables in an SVG, so that it can be shown without the report's page."""
-    template = (files("rayft.report") / "template.html").read_text(encoding="utf-8")
-    light = template[: template.index("prefers-color-scheme: dark")]
-    for name, colour in re.findall(r"(--[\w-]+): (#\w+)", light):
-        svg = svg.replace(f"var({name})", colour)
+    for name, colour in LIGHT.items():
+        svg = svg.replace(f"var(--{name})", colour)
     svg = svg.replace("var(--font)", "Helvetica, Arial, sans-serif")
     paper = '<rect width="100%" height="100%" fill="#ffffff"/>'
     return re.sub(r"<svg[^>]*>", rf"\g<0>{paper}", svg, count=1) + "\n"

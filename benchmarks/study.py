@@ -13,8 +13,7 @@ from typing import Any
 from rayft.analysis.record import AdapterAnalysis, Predictor, SweepAnalysis
 from rayft.report.analysis import WORDS
 from rayft.report.record import SweepRecord
-from rayft.report.rows import signed_text
-from rayft.report.verdict import difference_text, score_text
+from rayft.report.text import difference_text, score_text, signed_text
 
 STUDY = Path(__file__).parents[1] / "docs" / "study"
 MEASURES = {

@@ -10,7 +10,7 @@ import httpx
 from rich.table import Table
 
 from rayft.errors import ResourceError
-from rayft.report.rows import human_bytes
+from rayft.report.text import human_bytes
 
 __all__ = ["Action", "adapters_table", "call"]
 

@@ -17,8 +17,7 @@ import numpy as np
 from rayft.flow.scoring import Measured
 from rayft.flow.squeeze.make import SqueezedAdapter
 from rayft.models.methods import method
-from rayft.report.record import SweepRecord, Winner
-from rayft.report.record import Trial as TrialRecord
+from rayft.report.record import SweepRecord, TrialRecord, Winner
 from rayft.sweep.tuner import Trial
 
 __all__ = [

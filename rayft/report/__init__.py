@@ -10,7 +10,7 @@ from rayft.report.record import (
     Served,
     Squeezed,
     SweepRecord,
-    Trial,
+    TrialRecord,
     Winner,
 )
 
@@ -24,6 +24,6 @@ __all__ = [
     "Served",
     "Squeezed",
     "SweepRecord",
-    "Trial",
+    "TrialRecord",
     "Winner",
 ]

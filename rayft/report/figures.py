@@ -1,34 +1,203 @@
-"""The report's figures. Methods differ by colour and by marker; every figure is told in words too."""
+"""The figures of a sweep: score against cost, learning curves, the winner's spectrum, and squeezing.
+
+A method has one colour and one marker in all figures, and each figure is described in words too.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
-from rayft.report.canvas import INK, SERIES, STYLE, canvas, legend, short, styles, svg, tip
-from rayft.report.drawing import Drawing, baselines, methods, score_axis
-from rayft.report.fronts import draw_fronts
 from rayft.report.labels import place
-from rayft.report.record import SweepRecord, Trial
+from rayft.report.record import SweepRecord, TrialRecord
+from rayft.report.spectrum import energy_figure
+from rayft.report.style import (
+    INK,
+    PAPER,
+    SOFT,
+    STYLE,
+    Drawing,
+    legend,
+    new_figure,
+    short,
+    styles,
+    svg,
+    tip,
+)
+from rayft.report.table import TableRow, pareto, table_rows
+from rayft.report.text import human_bytes, human_seconds, score_text
 
-__all__ = ["draw_all"]
+__all__ = ["sweep_figures"]
+
+NAMED = 16
+"""Most points of which the first figure names each; of more, it names those that there is room for."""
+HOWS = {"post": "no further training", "cont": "some steps after", "in": "squeezed during training"}
 
 
-_HOWS = {"post": "no further training", "cont": "some steps after", "in": "squeezed during training"}
+@dataclass(frozen=True)
+class _Cost:
+    """A horizontal axis."""
+
+    key: str
+    title: str
+    axis: str
+    what: str
+    """In a sentence: the … of the adapter."""
+    of: Callable[[TableRow], float | None]
+    text: Callable[[float | None], str]
 
 
-def draw_all(record: SweepRecord) -> list[Drawing]:
+COSTS = (
+    _Cost(
+        "scores", "Score against size", "adapter size", "bytes of the adapter", lambda row: row.bytes,
+        human_bytes,
+    ),
+    _Cost(
+        "time", "Score against training time", "training time", "seconds that its training took",
+        # A squeezed adapter's seconds are those of the squeeze alone.
+        lambda row: row.seconds if row.kind == "trial" else None, human_seconds,
+    ),
+    _Cost(
+        "memory", "Score against peak memory", "peak memory of a worker", "most memory that a worker held",
+        lambda row: row.memory, human_bytes,
+    ),
+)  # fmt: skip
+
+
+@mpl.rc_context(STYLE)
+def sweep_figures(record: SweepRecord) -> list[Drawing]:
     """Draw every figure that the record has data for."""
-    with mpl.rc_context(STYLE):
-        drawn = [*draw_fronts(record), _learning(record), _energy(record), _squeeze(record)]
+    drawn = [_front(record, cost) for cost in COSTS]
+    drawn += [_learning(record), energy_figure(record), _squeeze(record)]
     return [drawing for drawing in drawn if drawing is not None]
+
+
+def _methods(record: SweepRecord, shown: set[str]) -> dict[str, tuple[str, str]]:
+    """Return the style of the methods that are shown, which is the same in every figure."""
+    every = styles([trial.method for trial in record.trials])
+    return {name: look for name, look in every.items() if name in shown}
+
+
+def _score_axis(axes: Axes, record: SweepRecord, tops: Sequence[float]) -> None:
+    """Let scores begin at 0 and end above the highest, and draw the baselines."""
+    top = max([*tops, *(base.test.value for base in record.baselines)])
+    axes.set_ylim(0, min(1.0, top * 1.12) * 1.01 if top > 0 else 1.0)
+    axes.set_ylabel(f"test score ({record.metric})")
+    _baselines(axes, record)
+
+
+def _baselines(axes: Axes, record: SweepRecord) -> None:
+    """Draw the best prompt and the majority answer as lines, named at the right end."""
+    majority = [base for base in record.baselines if "majority" in base.name]
+    prompted = [base for base in record.baselines if "majority" not in base.name]
+    best = [max(prompted, key=lambda base: base.test.value)] if prompted else []
+    gap = 0.055 * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    floor = -math.inf
+    for base in sorted([*best, *majority], key=lambda base: base.test.value):
+        axes.axhline(base.test.value, color=SOFT, linewidth=1.2, linestyle=(0, (1, 2)), zorder=1)
+        height = max(base.test.value, floor)
+        floor = height + gap
+        axes.text(
+            1.0, height, f"{short(base.name)} {base.test.value:.2f}", transform=axes.get_yaxis_transform(),
+            ha="right", va="bottom", fontsize=11, color=SOFT,
+        )  # fmt: skip
+
+
+def _front(record: SweepRecord, cost: _Cost) -> Drawing | None:
+    points = [row for row in table_rows(record) if row.kind != "baseline" and row.test and cost.of(row)]
+    if not points or (cost.key != "scores" and len({cost.of(row) for row in points}) < 2):
+        return None
+    figure = new_figure(4.8)
+    axes = figure.add_subplot()
+    style = _methods(record, {row.method for row in points})
+    _scatter(axes, points, style, cost)
+    front = pareto(points, cost.of)
+    line = [(cost.of(row) or 1.0, row.test.value) for row in front if row.test]
+    axes.plot(*zip(*line, strict=True), color=SOFT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_xscale("log")
+    _cost_axis(axes, [cost.of(row) or 1.0 for row in points], cost)
+    _score_axis(axes, record, [row.test.high for row in points if row.test])
+    squeezed = any(row.kind == "squeezed" for row in points)
+    extra = [Line2D([], [], color=INK, marker="o", linestyle="none", markerfacecolor=PAPER, label="squeezed")]
+    extra += [Line2D([], [], color=SOFT, linewidth=1, linestyle=(0, (4, 3)), label="Pareto front")]
+    legend(figure, style, extra if squeezed else extra[1:])
+    figure.canvas.draw()
+    # What matters most is named first, while there is room.
+    order = sorted(points, key=lambda row: (not row.ship, not row.winner, row not in front))
+    bars = [
+        [(cost.of(row) or 1, row.test.low), (cost.of(row) or 1, row.test.high)] for row in points if row.test
+    ]
+    named = [(cost.of(row) or 1, row.test.value, _tag(record, row)) for row in order if row.test]
+    place(axes, named, [line, *bars], must=cost.key == "scores" and len(named) <= NAMED)
+    words = [f"{row.name} {row.test.value:.2f} at {cost.text(cost.of(row))}" for row in points if row.test]
+    source = (
+        f" A name that begins with @ is {record.winner.trial}, squeezed."
+        if record.winner and squeezed
+        else ""
+    )
+    return Drawing(
+        key=cost.key,
+        title=cost.title,
+        caption=(
+            f"Test score with its 95 % interval against the {cost.what}; up and to the left is better. "
+            "No point beats those on the dashed front in both. The large point is what to ship." + source
+        ),
+        alt=(
+            f"Test score by {cost.axis}: {'; '.join(words)}. "
+            f"Pareto front: {', '.join(row.name for row in front)}."
+        ),
+        svg=svg(figure, cost.key),
+    )
+
+
+def _tag(record: SweepRecord, row: TableRow) -> str:
+    """Shorten `t3@r4` to `@r4`, if t3 is the winner."""
+    winner = record.winner.trial if record.winner else ""
+    return row.name.removeprefix(winner) if row.name.startswith(f"{winner}@") else row.name
+
+
+def _scatter(
+    axes: Axes, points: Sequence[TableRow], style: Mapping[str, tuple[str, str]], cost: _Cost
+) -> None:
+    for row in points:
+        x = cost.of(row)
+        if row.test is None or x is None:
+            continue
+        colour, marker = style[row.method]
+        below, above = max(row.test.value - row.test.low, 0), max(row.test.high - row.test.value, 0)
+        axes.errorbar(x, row.test.value, [[below], [above]], color=colour, linewidth=1, alpha=0.55, zorder=2)
+        (point,) = axes.plot(
+            x, row.test.value, marker, color=colour, markersize=10 if row.ship else 6.5,
+            markerfacecolor=colour if row.kind == "trial" else PAPER, markeredgewidth=1.6, zorder=3,
+        )  # fmt: skip
+        tip(point, f"{row.name}: {score_text(row.test)} at {cost.text(x)}")
+
+
+def _cost_axis(axes: Axes, costs: Sequence[float], cost: _Cost) -> None:
+    """Set the range of a logarithmic axis, and from two to five ticks that people count in."""
+    low, high = min(costs) / 1.5, max(costs) * 1.9
+    axes.set_xlim(low, high)
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for factors in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        every = [factor * 10**power for power in exponents for factor in factors]
+        ticks = [tick for tick in every if low <= tick <= high]
+        if len(ticks) > 2:
+            break
+    while len(ticks) > 5:
+        ticks = ticks[::2]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost.text(value)))
+    axes.minorticks_off()
+    axes.set_xlabel(f"{cost.axis} (log scale)")
 
 
 def _learning(record: SweepRecord) -> Drawing | None:
@@ -36,37 +205,41 @@ def _learning(record: SweepRecord) -> Drawing | None:
     finite = [value for trial in trials for _, value in trial.val_loss if math.isfinite(value)]
     if not finite:
         return None
-    figure, axes = canvas(height=4.2)
-    style = methods(record, {trial.method for trial in trials})
+    figure = new_figure(4.2)
+    axes = figure.add_subplot()
+    style = _methods(record, {trial.method for trial in trials})
     winner = record.winner.trial if record.winner else ""
     clipped = _loss_axis(axes, finite, _final_losses(trials))
     for trial in trials:
-        _curve(axes, trial, *style[trial.method], own=trial.id == winner)
+        _curve(axes, trial, *style[trial.method], wins=trial.id == winner)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("validation loss")
-    extra = [Line2D([], [], color=INK, marker="x", markeredgewidth=2, linestyle="none", label="ended early")]
-    early = any(trial.status != "finished" for trial in trials)
+    extra = []
+    if any(trial.status != "finished" for trial in trials):
+        extra.append(
+            Line2D([], [], color=INK, marker="x", markeredgewidth=2, linestyle="none", label="ended early")
+        )
     if winner:
         extra.append(Line2D([], [], color=INK, linewidth=3, label="winner"))
-    legend(figure, style, extra if early else extra[1:], lines=True)
+    legend(figure, style, extra, lines=True)
     figure.canvas.draw()
     _name_curves(axes, trials, winner)
-    told = "; ".join(_curve_text(trial) for trial in trials)
-    above = " What lies above the upper edge is drawn on it or beyond." if clipped else ""
+    words = "; ".join(_curve_text(trial) for trial in trials)
+    above = " Losses above the upper edge are drawn on the edge or not at all." if clipped else ""
     return Drawing(
         key="learning",
         title="Learning curves",
         caption=(
-            "Validation loss of every trial. A cross marks where a trial was stopped by the scheduler, "
-            "or failed." + above
+            "Validation loss of every trial. A cross marks where the scheduler stopped a trial, or where "
+            "it failed." + above
         ),
-        alt=f"Validation loss over steps: {told}.",
+        alt=f"Validation loss over steps: {words}.",
         svg=svg(figure, "learning"),
     )
 
 
 def _loss_axis(axes: Axes, losses: Sequence[float], ends: float) -> bool:
-    """Set the range so that a diverged trial doesn't press all others flat; True if it leaves any out."""
+    """Set the range, and return whether it leaves losses out: a diverged trial would flatten the others."""
     low, high = min(losses), float(np.quantile(losses, 0.95))
     if max(losses) - low <= 2.5 * (high - low):
         high = max(losses)
@@ -77,7 +250,31 @@ def _loss_axis(axes: Axes, losses: Sequence[float], ends: float) -> bool:
     return max(losses) > top
 
 
-def _name_curves(axes: Axes, trials: Sequence[Trial], winner: str) -> None:
+def _final_losses(trials: Sequence[TrialRecord]) -> float:
+    """Return the highest loss that a finished trial ended with."""
+    ends = [_last_finite(trial)[1] for trial in trials if trial.status == "finished"]
+    return max((end for end in ends if math.isfinite(end)), default=-math.inf)
+
+
+def _last_finite(trial: TrialRecord) -> tuple[int, float]:
+    points = [point for point in trial.val_loss if math.isfinite(point[1])]
+    return points[-1] if points else (trial.val_loss[-1][0], math.nan)
+
+
+def _curve(axes: Axes, trial: TrialRecord, colour: str, marker: str, *, wins: bool) -> None:
+    steps, losses = zip(*trial.val_loss, strict=True)
+    width, front = (3.0, 4) if wins else (1.3, 2)
+    (line,) = axes.plot(
+        steps, losses, color=colour, marker=marker, markersize=3.5, linewidth=width, zorder=front
+    )
+    tip(line, _curve_text(trial))
+    if trial.status != "finished":
+        step, loss = _last_finite(trial)
+        seen = min(loss, axes.get_ylim()[1])
+        axes.plot(step, seen, "x", color=colour, markersize=9, markeredgewidth=2.2, zorder=5, clip_on=False)
+
+
+def _name_curves(axes: Axes, trials: Sequence[TrialRecord], winner: str) -> None:
     """Write names at the curves' ends, where there is room; the winner's first."""
     curves = [[(float(s), v) for s, v in trial.val_loss if math.isfinite(v)] for trial in trials]
     top = axes.get_ylim()[1]
@@ -89,111 +286,51 @@ def _name_curves(axes: Axes, trials: Sequence[Trial], winner: str) -> None:
     place(axes, sorted(ends, key=lambda end: end[2] != winner), curves, must=False)
 
 
-def _curve(axes: Axes, trial: Trial, colour: str, marker: str, *, own: bool) -> None:
-    steps, losses = zip(*trial.val_loss, strict=True)
-    width, front = (3.0, 4) if own else (1.3, 2)
-    (line,) = axes.plot(
-        steps, losses, color=colour, marker=marker, markersize=3.5, linewidth=width, zorder=front
-    )
-    tip(line, _curve_text(trial))
-    if trial.status != "finished":
-        step, loss = _last_finite(trial)
-        seen = min(loss, axes.get_ylim()[1])
-        axes.plot(step, seen, "x", color=colour, markersize=9, markeredgewidth=2.2, zorder=5, clip_on=False)
-
-
-def _energy(record: SweepRecord) -> Drawing | None:
-    spectra = {name: values for name, values in record.singular_values.items() if _usable(values)}
-    if not spectra or record.winner is None:
-        return None
-    rank = max(len(values) for values in spectra.values())
-    curves = np.ones((len(spectra), rank + 1))
-    for row, values in enumerate(spectra.values()):
-        energy = np.cumsum(np.square(np.asarray(values, dtype=float)))
-        curves[row, : len(values) + 1] = np.concatenate([[0.0], energy / energy[-1]])
-    low, middle, high = np.quantile(curves, [0.1, 0.5, 0.9], axis=0)
-    figure, axes = canvas(height=3.9)
-    ranks = np.arange(rank + 1)
-    colour = SERIES[0]
-    axes.fill_between(ranks, curves.min(0), curves.max(0), color=colour, alpha=0.13, linewidth=0)
-    axes.fill_between(ranks, low, high, color=colour, alpha=0.28, linewidth=0)
-    axes.plot(ranks, middle, color=colour, linewidth=2.4)
-    winner = record.winner.trial
-    marks = sorted({min(item.rank, rank) for item in record.squeezed if item.trial == winner})
-    for mark in marks:
-        axes.axvline(mark, color=SERIES[1], linewidth=1, linestyle=(0, (4, 3)))
-        axes.plot(mark, middle[mark], "s", color=SERIES[1], markersize=6)
-    axes.set_ylim(0, 1.04)
-    axes.set_xlim(0, rank + 0.3)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("rank kept")
-    axes.set_ylabel("energy kept")
-    handles = [Line2D([], [], color=colour, linewidth=2.4, label="median module")]
-    handles.append(Line2D([], [], color=colour, linewidth=8, alpha=0.4, label="10–90 % (pale: all)"))
-    if marks:
-        handles.append(
-            Line2D(
-                [], [], color=SERIES[1], marker="s", linestyle=(0, (4, 3)), linewidth=1, label="squeezed to"
-            )
-        )
-    legend(figure, {}, handles)
-    told = ", ".join(f"{100 * middle[mark]:.1f} % at rank {mark}" for mark in (marks or [rank // 2]))
-    return Drawing(
-        key="energy",
-        title=f"Singular values of {record.winner.trial}",
-        caption=(
-            f"Share of the squared singular values that the largest of them hold, over {len(spectra)} "
-            "modules: the steeper, the more can be squeezed away."
-        ),
-        alt=f"Energy kept by rank, median over {len(spectra)} modules: {told}.",
-        svg=svg(figure, "energy"),
-    )
-
-
-def _usable(values: Sequence[float]) -> bool:
-    return any(values) and all(math.isfinite(value) for value in values)
+def _curve_text(trial: TrialRecord) -> str:
+    step, loss = _last_finite(trial)
+    how = "" if trial.status == "finished" else f" ({trial.status})"
+    return f"{trial.id} {loss:.2f} at step {step}{how}"
 
 
 def _squeeze(record: SweepRecord) -> Drawing | None:
     winner = record.winner.trial if record.winner else ""
-    mine = [item for item in record.squeezed if item.test and item.trial == winner]
-    scored = sorted(mine, key=lambda item: item.rank)
+    scored = sorted(
+        (item for item in record.squeezed if item.test and item.trial == winner), key=lambda item: item.rank
+    )
     if not scored:
         return None
-    figure, axes = canvas(height=3.9)
-    hows = list(dict.fromkeys(item.how for item in scored))
-    style = styles(hows)
-    for how in hows:
+    figure = new_figure(3.9)
+    axes = figure.add_subplot()
+    style = styles([item.how for item in scored])
+    for how, look in style.items():
         points = [(item.rank, item.test) for item in scored if item.how == how and item.test]
-        _with_intervals(axes, points, *style[how])
-    source = next((trial for trial in record.trials if trial.id == scored[0].trial and trial.test), None)
-    extra = []
+        _with_intervals(axes, points, *look)
+    source = next((trial for trial in record.trials if trial.id == winner and trial.test), None)
+    extra, ranks = [], {item.rank for item in scored}
     if source and source.test and source.rank:
         _with_intervals(axes, [(source.rank, source.test)], INK, "D")
+        ranks.add(source.rank)
         extra = [
             Line2D([], [], color=INK, marker="D", linestyle="none", label=f"{short(source.id)} as trained")
         ]
-    ranks = sorted({item.rank for item in scored} | ({source.rank} if source and source.rank else set()))
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(ranks))
+    axes.xaxis.set_major_locator(FixedLocator(sorted(ranks)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.minorticks_off()
-    score_axis(axes, record, [item.test.high for item in scored if item.test])
     axes.set_xlabel("rank (log scale)")
-    baselines(axes, record)
+    _score_axis(axes, record, [item.test.high for item in scored if item.test])
     legend(figure, style, extra, lines=True)
-    told = "; ".join(f"rank {item.rank} ({item.how}) {item.test.value:.2f}" for item in scored if item.test)
+    words = "; ".join(f"rank {item.rank} ({item.how}) {item.test.value:.2f}" for item in scored if item.test)
     return Drawing(
         key="squeeze",
         title="Squeezing",
         caption=(
             "Test score with its 95 % interval after squeezing to a lower rank. "
-            + "; ".join(f"{how}: {_HOWS.get(how, how)}" for how in hows)
+            + "; ".join(f"{how}: {HOWS.get(how, how)}" for how in style)
             + "."
         ),
-        alt=f"Test score by rank: {told}.",
+        alt=f"Test score by rank: {words}.",
         svg=svg(figure, "squeeze"),
     )
 
@@ -206,20 +343,3 @@ def _with_intervals(axes: Axes, points: Sequence[tuple[int, Any]], colour: str, 
     axes.errorbar(
         ranks, values, [below, above], color=colour, marker=marker, markersize=6.5, capsize=3, elinewidth=1
     )
-
-
-def _last_finite(trial: Trial) -> tuple[int, float]:
-    points = [point for point in trial.val_loss if math.isfinite(point[1])]
-    return points[-1] if points else (trial.val_loss[-1][0], math.nan)
-
-
-def _final_losses(trials: Sequence[Trial]) -> float:
-    """Give the highest loss that a finished trial ended with."""
-    ends = [_last_finite(trial)[1] for trial in trials if trial.status == "finished"]
-    return max((end for end in ends if math.isfinite(end)), default=-math.inf)
-
-
-def _curve_text(trial: Trial) -> str:
-    step, loss = _last_finite(trial)
-    how = "" if trial.status == "finished" else f" ({trial.status})"
-    return f"{trial.id} {loss:.2f} at step {step}{how}"

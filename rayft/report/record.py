@@ -24,7 +24,7 @@ __all__ = [
     "Served",
     "Squeezed",
     "SweepRecord",
-    "Trial",
+    "TrialRecord",
     "Winner",
 ]
 
@@ -60,7 +60,7 @@ class Baseline(Record):
     """Score on the validation part; the gate compares with the best of them."""
 
 
-class Trial(Record):
+class TrialRecord(Record):
     """One training run."""
 
     id: str
@@ -252,7 +252,7 @@ class SweepRecord(Record):
     """Commit of the code; ends in `-dirty` if it was changed, empty if unknown."""
     baselines: tuple[Baseline, ...] = ()
     """The base without training, and the majority answer."""
-    trials: tuple[Trial, ...] = ()
+    trials: tuple[TrialRecord, ...] = ()
     """In the order that they were started."""
     winner: Winner | None = None
     """None if no trial is worth shipping."""

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else; a script in it sorts tables, no more."""
+"""The report: one HTML file that needs no other file or server. Its only script sorts tables."""
 
 from __future__ import annotations
 
@@ -16,18 +16,27 @@ from rayft.analysis.record import SweepAnalysis
 from rayft.config import leaves
 from rayft.errors import ReportError
 from rayft.files import write_file
-from rayft.report.analysis import analysis_figures, chosen_words, gap_rows, predictor_rows, predictor_words
-from rayft.report.drawing import Drawing
-from rayft.report.figures import draw_all
-from rayft.report.record import SweepRecord, Trial
-from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, row_names, rows
-from rayft.report.verdict import difference_text, methods_words, score_text, verdict
+from rayft.report.analysis import chosen_words, gap_rows, predictor_rows, predictor_words
+from rayft.report.analysis_figures import analysis_figures
+from rayft.report.figures import sweep_figures
+from rayft.report.record import SweepRecord, TrialRecord
+from rayft.report.style import DARK, LIGHT, Drawing
+from rayft.report.table import TableRow, shown_names, table_rows
+from rayft.report.text import (
+    difference_text,
+    human_bytes,
+    human_count,
+    human_seconds,
+    loss_text,
+    score_text,
+)
+from rayft.report.verdict import methods_words, verdict
 from rayft.tracking.base import PENDING
 
 __all__ = ["check_report", "html", "render"]
 
 GENERATOR = re.compile(r'<meta name="generator" content="rayft, sweep ([^"]*)">')
-"""What tells a report from other pages, and whose it is."""
+"""Marks a page as a report, and names its sweep."""
 OLD_HEAD = """<!doctype html>
 <html lang="en">
 <head>
@@ -38,11 +47,11 @@ OLD_HEAD = """<!doctype html>
 
 
 def html(record: SweepRecord, analysis: SweepAnalysis | None = None) -> str:
-    """Make the page.
+    """Return the page.
 
     Args:
         record: the sweep.
-        analysis: what `rayft analyze` found of its adapters, where it ran.
+        analysis: what `rayft analyze` found of the sweep's adapters, if it was run.
     """
     environment = Environment(
         loader=PackageLoader("rayft.report", "."),
@@ -59,37 +68,39 @@ def html(record: SweepRecord, analysis: SweepAnalysis | None = None) -> str:
         "difference": difference_text,
         "loss": loss_text,
     }
-    figures = [_markup(drawing) for drawing in draw_all(record)]
+    figures = [_markup(drawing) for drawing in sweep_figures(record)]
     page = environment.get_template("template.html").render(
         record=record,
         sentences=verdict(record),
         groups=_groups(record),
-        names=row_names(record),
+        names=shown_names(record),
         methods_words=methods_words(record),
         figures=figures,
         settings=_settings,
         facts=_facts(record),
         epilogue=_epilogue(record),
+        light=LIGHT,
+        dark=DARK,
         **_analysis(analysis, _typical(record)),
     )
     return page.rstrip() + "\n"
 
 
 def render(record: SweepRecord, path: str | Path, analysis: SweepAnalysis | None = None) -> Path:
-    """Write the page to `path`; arguments as `html`."""
+    """Write the page to `path`; the other arguments are those of `html`."""
     return write_file(Path(path), html(record, analysis))
 
 
 def check_report(record: SweepRecord, path: Path, *, overwrite: bool = False) -> None:
-    """Refuse to replace a file that is no report of this sweep.
+    """Check that a path is free, or holds a report that may be replaced.
 
     Args:
         record: the sweep.
         path: where its report will be written.
-        overwrite: whether another sweep's report is replaced.
+        overwrite: whether the report of another sweep may be replaced.
 
     Raises:
-        ReportError: naming the file.
+        ReportError: naming the file, if it is no report, or that of another sweep without `overwrite`.
     """
     if not os.path.lexists(path):
         return
@@ -98,7 +109,7 @@ def check_report(record: SweepRecord, path: Path, *, overwrite: bool = False) ->
         with path.open(encoding="utf-8", errors="replace") as file:
             head = file.read(4096)
         found = GENERATOR.search(head)
-        # Reports of 0.1.0 have no such line; they begin like this.
+        # A report by rayft 0.1.0 has no such line, and begins like this.
         if (
             found is None
             and head.startswith(OLD_HEAD)
@@ -107,7 +118,7 @@ def check_report(record: SweepRecord, path: Path, *, overwrite: bool = False) ->
             return
     if found is None:
         raise ReportError(
-            f"{path} is no report of rayft's, so it is not replaced; choose another file with -o"
+            f"{path} was not written by rayft, so it is not replaced; choose another file with -o"
         )
     if not overwrite and found[1] != html_escape(record.name):
         raise ReportError(
@@ -117,12 +128,12 @@ def check_report(record: SweepRecord, path: Path, *, overwrite: bool = False) ->
 
 
 def _markup(drawing: Drawing) -> tuple[Drawing, Markup]:
-    return drawing, Markup(drawing.svg)  # noqa: S704  (drawn, not given)
+    return drawing, Markup(drawing.svg)  # noqa: S704  (drawn here, no text of a user)
 
 
 def _typical(record: SweepRecord) -> list[str]:
-    """Name the trials that curves and planes are drawn of first: each method's best, by validation loss."""
-    best: dict[str, Trial] = {}
+    """Return the id of each method's best trial by validation loss: these are drawn before others."""
+    best: dict[str, TrialRecord] = {}
     known = [one for one in record.trials if one.last_val_loss is not None and one.status == "finished"]
     for trial in sorted(known, key=lambda one: (one.last_val_loss, one.id)):
         best.setdefault(trial.method, trial)
@@ -130,7 +141,7 @@ def _typical(record: SweepRecord) -> list[str]:
 
 
 def _analysis(analysis: SweepAnalysis | None, typical: Sequence[str]) -> dict[str, Any]:
-    """Give what the page shows of an analysis; nothing of it where there is none."""
+    """Return the template's variables for an analysis; empty ones if there is none."""
     if analysis is None:
         return {"gaps": [], "predictors": [], "predicts": "", "chosen": [], "chosen_predicts": "",
                 "analysis_figures": [], "analysed": {}}  # fmt: skip
@@ -145,18 +156,18 @@ def _analysis(analysis: SweepAnalysis | None, typical: Sequence[str]) -> dict[st
     }
 
 
-def _groups(record: SweepRecord) -> list[tuple[str, list[Row]]]:
-    """Gather the rows of each kind under its heading, leaving out kinds that there are none of."""
+def _groups(record: SweepRecord) -> list[tuple[str, list[TableRow]]]:
+    """Return the table's rows under the heading of their kind; kinds without rows are left out."""
     sources = {item.trial for item in record.squeezed}
     source = sources.pop() if len(sources) == 1 else "the best trials"
     headings = {"baseline": "without training", "trial": "trials", "squeezed": f"squeezed from {source}"}
-    found = rows(record)
+    found = table_rows(record)
     groups = [(heading, [row for row in found if row.kind == kind]) for kind, heading in headings.items()]
     return [(heading, members) for heading, members in groups if members]
 
 
-def _settings(trial: Trial) -> Mapping[str, str]:
-    """List what a trial was, in full."""
+def _settings(trial: TrialRecord) -> Mapping[str, str]:
+    """Return every setting of a trial and what was measured of it, as text."""
     known = {
         "method": trial.method,
         "rank": "–" if trial.rank is None else str(trial.rank),

@@ -1,73 +1,127 @@
-"""The spectrum of one adapter as a picture for a tracking server: singular values, and energy by rank."""
+"""The singular values of one update: the energy that each rank keeps, on the page and in a tracker's file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-__all__ = ["spectrum_plot"]
+from rayft.report.record import SweepRecord
+from rayft.report.style import SERIES, STYLE, Drawing, legend, new_figure, save, svg
 
-INK, SOFT, BLUE, RED = "#1f2328", "#6e7781", "#0a60c2", "#c2410c"
+__all__ = ["energy_figure", "spectrum_plot"]
+
+Floats = npt.NDArray[np.float64]
 
 
+def energy_figure(record: SweepRecord) -> Drawing | None:
+    """Draw the energy that each rank of the winner keeps; None without a winner or its spectrum."""
+    spectra = _usable(record.singular_values)
+    if not spectra or record.winner is None:
+        return None
+    figure = new_figure(3.9)
+    axes = figure.add_subplot()
+    middle = _energy(axes, spectra)
+    rank, winner = len(middle) - 1, record.winner.trial
+    marks = sorted({min(item.rank, rank) for item in record.squeezed if item.trial == winner})
+    for mark in marks:
+        axes.axvline(mark, color=SERIES[1], linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot(mark, middle[mark], "s", color=SERIES[1], markersize=6)
+    handles = _handles()
+    if marks:
+        handles.append(
+            Line2D(
+                [], [], color=SERIES[1], marker="s", linestyle=(0, (4, 3)), linewidth=1, label="squeezed to"
+            )
+        )
+    legend(figure, {}, handles)
+    kept = ", ".join(f"{100 * middle[mark]:.1f} % at rank {mark}" for mark in (marks or [rank // 2]))
+    return Drawing(
+        key="energy",
+        title=f"Singular values of {winner}",
+        caption=(
+            f"Share of the sum of squared singular values that the largest of them hold, over {len(spectra)} "
+            "modules: the steeper the curve, the more can be squeezed away."
+        ),
+        alt=f"Energy kept by rank, median over {len(spectra)} modules: {kept}.",
+        svg=svg(figure, "energy"),
+    )
+
+
+@mpl.rc_context(STYLE)
 def spectrum_plot(
     spectra: Mapping[str, Sequence[float]], ranks: Mapping[str, int], title: str, path: str | Path
 ) -> Path:
-    """Write a PNG: on the left σᵢ/σ₁ of every module, on the right the energy that each rank keeps.
+    """Write a picture: on the left σᵢ/σ₁ of every module, on the right the energy that each rank keeps.
 
     Args:
         spectra: module → singular values at full rank, largest first.
-        ranks: module → rank that is kept; drawn as a band where modules differ.
-        title: what was squeezed to what.
-        path: the file.
+        ranks: module → the rank that is kept, drawn as a band where modules differ.
+        title: what was squeezed, and to what.
+        path: the file, .svg or .png.
     """
-    figure = Figure(figsize=(10, 4), dpi=110, facecolor="white", layout=ConstrainedLayoutEngine())
-    FigureCanvasAgg(figure)
+    usable, kept = _usable(spectra), sorted(ranks.values())
+    figure = new_figure(4.0, width=10.0)
     left, right = figure.subplots(1, 2)
-    kept = sorted(ranks.values())
-    values = [np.asarray(spectrum, dtype=float) for spectrum in spectra.values() if any(spectrum)]
-    width = max((len(spectrum) for spectrum in values), default=1)
-    for spectrum in values:
-        shown = spectrum[spectrum > 0]
-        left.semilogy(np.arange(1, len(shown) + 1), shown / shown[0], color=BLUE, alpha=0.12, linewidth=1)
-    relative = _padded([spectrum / spectrum[0] for spectrum in values], width)
-    energy = _padded([np.cumsum(spectrum**2) / np.sum(spectrum**2) for spectrum in values], width, last=True)
-    index = np.arange(1, width + 1)
-    if len(relative):
-        left.semilogy(index, np.nanmedian(relative, axis=0), color=BLUE, linewidth=2.4, label="median module")
-        low, middle, high = np.quantile(energy, [0.1, 0.5, 0.9], axis=0)
-        right.fill_between(index, low, high, color=BLUE, alpha=0.2, linewidth=0, label="10-90 % of modules")
-        right.plot(index, middle, color=BLUE, linewidth=2.4, label="median module")
+    for values in usable:
+        above = values[values > 0]
+        left.semilogy(
+            np.arange(1, len(above) + 1), above / above[0], color=SERIES[0], alpha=0.12, linewidth=1
+        )
+    if usable:
+        relative = np.full((len(usable), max(map(len, usable))), np.nan)
+        for row, values in zip(relative, usable, strict=True):
+            row[: len(values)] = values / values[0]
+        index = np.arange(1, relative.shape[1] + 1)
+        left.semilogy(index, np.nanmedian(relative, axis=0), color=SERIES[0], linewidth=2.4)
+        _energy(right, usable)
     for axes in (left, right):
-        span = f"rank {kept[0]}" if kept[0] == kept[-1] else f"ranks {kept[0]} to {kept[-1]}"
-        axes.axvspan(kept[0] - 0.15, kept[-1] + 0.15, color=RED, alpha=0.35, linewidth=0, label=span)
-        axes.set_xlabel("rank", color=INK)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=SOFT)
-        axes.legend(frameon=False)
-        axes.grid(color="#d0d7de", linewidth=0.6)
-    left.set_ylabel("singular value / largest", color=INK)
-    right.set_ylabel("share of energy kept", color=INK)
-    right.set_ylim(0, 1.03)
-    figure.suptitle(f"{title}: {len(spectra)} modules", color=INK)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+        axes.axvspan(kept[0] - 0.15, kept[-1] + 0.15, color=SERIES[1], alpha=0.35, linewidth=0)
+        axes.set_xlabel("rank")
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    left.set_ylabel("singular value / largest")
+    span = f"rank {kept[0]}" if kept[0] == kept[-1] else f"ranks {kept[0]} to {kept[-1]}"
+    legend(figure, {}, [*_handles(), Line2D([], [], color=SERIES[1], linewidth=8, alpha=0.35, label=span)])
+    figure.suptitle(f"{title}: {len(spectra)} modules")
+    return save(figure, path)
 
 
-def _padded(
-    curves: Sequence[np.ndarray[tuple[int], np.dtype[np.float64]]], width: int, *, last: bool = False
-) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Stack curves of different lengths; what is missing is NaN, or the last value."""
-    rows = np.full((len(curves), width), np.nan)
-    for row, curve in zip(rows, curves, strict=True):
-        row[: len(curve)] = curve
-        if last:
-            row[len(curve) :] = curve[-1]
-    return rows
+def _usable(spectra: Mapping[str, Sequence[float]]) -> list[Floats]:
+    """Return the spectra that are finite and not all 0."""
+    every = [np.asarray(values, dtype=float) for values in spectra.values()]
+    return [values for values in every if values.any() and np.isfinite(values).all()]
+
+
+def _energy(axes: Axes, spectra: Sequence[Floats]) -> Floats:
+    """Draw the share of energy by rank over modules, and return its median at each rank from 0."""
+    rank = max(map(len, spectra))
+    # A module of a lower rank keeps all of its energy from there on.
+    curves = np.ones((len(spectra), rank + 1))
+    for row, values in zip(curves, spectra, strict=True):
+        energy = np.cumsum(np.square(values))
+        row[: len(values) + 1] = np.concatenate([[0.0], energy / energy[-1]])
+    low, middle, high = np.quantile(curves, [0.1, 0.5, 0.9], axis=0)
+    ranks = np.arange(rank + 1)
+    axes.fill_between(ranks, curves.min(0), curves.max(0), color=SERIES[0], alpha=0.13, linewidth=0)
+    axes.fill_between(ranks, low, high, color=SERIES[0], alpha=0.28, linewidth=0)
+    axes.plot(ranks, middle, color=SERIES[0], linewidth=2.4)
+    axes.set_ylim(0, 1.04)
+    axes.set_xlim(0, rank + 0.3)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("rank kept")
+    axes.set_ylabel("energy kept")
+    return np.asarray(middle)
+
+
+def _handles() -> list[Line2D]:
+    return [
+        Line2D([], [], color=SERIES[0], linewidth=2.4, label="median module"),
+        Line2D([], [], color=SERIES[0], linewidth=8, alpha=0.4, label="10–90 % (pale: all)"),
+    ]

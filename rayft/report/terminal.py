@@ -1,4 +1,4 @@
-"""The sweep as a table for the terminal, as wide as that is."""
+"""The results of a sweep, and of an analysis, as tables that fit the terminal's width."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from rich.text import Text
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.report.analysis import chosen_words, gap_rows, predictor_rows, predictor_words
-from rayft.report.canvas import short
 from rayft.report.record import SweepRecord
-from rayft.report.rows import Row, human_bytes, human_count, human_seconds, loss_text, row_names, rows
-from rayft.report.verdict import score_text
+from rayft.report.style import short
+from rayft.report.table import TableRow, shown_names, table_rows
+from rayft.report.text import human_bytes, human_count, human_seconds, loss_text, score_text
 
 __all__ = ["analysis_tables", "terminal_table"]
 
 _COLOURS = {"finished": "green", "stopped": "yellow", "failed": "red"}
 _WIDTHS = {"test [95 %]": 17, "val loss": 8, "params": 6, "size": 7, "time": 6, "memory": 7, "status": 8}
-# What goes first where there is no room, and how much of a name must stay: for the status, then for numbers.
+# The columns that are dropped first where there is no room. A name keeps at least so many letters: before the
+# status is dropped, and before a column of numbers is.
 _SPARE = ("status", "memory", "time", "params")
 _READABLE, _NAME = 25, 16
 
 
 def terminal_table(record: SweepRecord, width: int = 100) -> Table:
-    """Make the table: baselines first, then trials by test score, squeezed adapters last.
+    """Return the table: baselines first, then trials by test score, squeezed adapters last.
 
-    What the marks before a name mean is said below the table. A squeezed adapter is named by what comes
-    after its trial's name, where all come from one trial.
+    A legend below the table explains the marks before the names. Where all squeezed adapters come from the
+    winner, they are named without it: `@r4`.
 
     Args:
         record: what to show.
-        width: columns of the terminal. Where they are few the status becomes a mark.
+        width: columns of the terminal; in a narrow one the status becomes a mark.
     """
-    found, names = rows(record), row_names(record)
+    found, names = table_rows(record), shown_names(record)
     longest = max([len(name) for name in names.values()], default=0) + 2
     headers = _fitting(width, longest)
     status = "status" in headers
@@ -66,8 +67,8 @@ def terminal_table(record: SweepRecord, width: int = 100) -> Table:
 
 
 def analysis_tables(analysis: SweepAnalysis) -> list[Table]:
-    """Make the tables of an analysis: the gaps, and what goes with them."""
-    # Seeds stand at the end of names: those are broken, not cut.
+    """Return the tables of an analysis: the gaps, and the measures that correlate with them."""
+    # A name ends with its seed, so it is broken over lines and not cut off.
     gaps = Table(
         Column("adapter", overflow="fold"),
         box=box.SIMPLE_HEAD,
@@ -103,7 +104,7 @@ def _needed(headers: list[str], name: int, gap: int) -> int:
 
 
 def _fitting(width: int, longest: int) -> list[str]:
-    """Choose columns: all of them if names stay readable, else without the status, and so on."""
+    """Return the columns that fit: all if names stay readable, else without the status, and so on."""
     headers = list(_WIDTHS)
     for spare in _SPARE:
         if _needed(headers, min(longest, _READABLE if spare == "status" else _NAME), 1) > width:
@@ -111,7 +112,7 @@ def _fitting(width: int, longest: int) -> list[str]:
     return headers
 
 
-def _mark(row: Row, *, status: bool) -> str:
+def _mark(row: TableRow, *, status: bool) -> str:
     if row.ship or row.winner:
         return "► " if row.ship else "* "
     if status:
@@ -119,16 +120,16 @@ def _mark(row: Row, *, status: bool) -> str:
     return {"stopped": "- ", "failed": "x "}.get(row.status, "  ")
 
 
-def _legend(record: SweepRecord, found: list[Row], *, status: bool) -> Text:
+def _legend(record: SweepRecord, found: list[TableRow], *, status: bool) -> Text:
     marks = {_mark(row, status=status).strip() for row in found}
     words = {"►": "ship", "*": "winner", "-": "stopped early", "x": "failed"}
     parts = [f"{mark} {meaning}" for mark, meaning in words.items() if mark in marks]
-    if record.winner and any(name.startswith("@") for name in row_names(record).values()):
+    if record.winner and any(name.startswith("@") for name in shown_names(record).values()):
         parts.append(f"@ squeezed from {record.winner.trial}")
     return Text("; ".join(parts))
 
 
-def _cells(row: Row) -> dict[str, Text | str]:
+def _cells(row: TableRow) -> dict[str, Text | str]:
     return {
         "test [95 %]": Text(score_text(row.test)),
         "val loss": loss_text(row.val_loss),

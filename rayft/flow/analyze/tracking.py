@@ -57,7 +57,7 @@ def _draw(one: AdapterAnalysis) -> dict[str, bytes]:
             if not landscape.finite:
                 continue  # The raw data is tracked all the same.
             if len(landscape.coordinates[0]) == 1:
-                curve_plot({one.name: landscape}, one.name, folder / f"line-{kind}.png")
+                curve_plot(landscape, one.name, folder / f"line-{kind}.png")
             else:
                 contour_plot(landscape, one.name, folder / f"landscape-{kind}.png")
                 surface_plot(landscape, one.name, folder / f"surface-{kind}.png")

@@ -33,8 +33,7 @@ from rayft.flow.sweep.identity import current_identity, recorded_sweep
 from rayft.identity import UNKNOWN
 from rayft.models.load import ModelConfig
 from rayft.paths import check_folder
-from rayft.report.rows import human_bytes, human_count
-from rayft.report.verdict import score_text
+from rayft.report.text import human_bytes, human_count, score_text
 from rayft.squeeze.rank import Progress, squeeze
 from rayft.squeeze.section import ContinueConfig
 from rayft.sweep.executor import EXECUTORS, Executor

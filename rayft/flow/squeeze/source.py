@@ -15,7 +15,7 @@ from rayft.flow.sweep.preflight import STAMP_FILE, is_sweep
 from rayft.models.fingerprint import source_fingerprint
 from rayft.models.load import ModelConfig, is_here, load_skeleton, resolve
 from rayft.models.targets import linear_shapes
-from rayft.report.record import SweepRecord, Trial
+from rayft.report.record import SweepRecord, TrialRecord
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import find_adapter, prepare, resolve_runs
 from rayft.train.run import RunConfig
@@ -116,7 +116,7 @@ def _tracker(settings: PipelineConfig | None, sweep: Path | None) -> TrackerSpec
     return None
 
 
-def _trial(sweep: Path, folder: Path) -> Trial | None:
+def _trial(sweep: Path, folder: Path) -> TrialRecord | None:
     """Find a folder's trial in the sweep's record."""
     try:
         record = SweepRecord.load(sweep)

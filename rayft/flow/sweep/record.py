@@ -28,9 +28,9 @@ from rayft.report.record import (
     Score,
     Squeezed,
     SweepRecord,
-    Trial,
+    TrialRecord,
 )
-from rayft.sweep.tuner import Trial as EndedTrial
+from rayft.sweep.tuner import Trial
 from rayft.tracking.base import TrackerSpec, redacted
 from rayft.tracking.mlflow import resolve_runs
 from rayft.tracking.provenance import provenance
@@ -47,10 +47,10 @@ class Findings:
 
     baselines: dict[str, Measured] = field(default_factory=dict)
     """Name of a baseline → its scores."""
-    trials: list[EndedTrial] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
     scores: dict[str, Measured] = field(default_factory=dict)
     """Name of a trial or squeezed adapter → its scores."""
-    winner: EndedTrial | None = None
+    winner: Trial | None = None
     full: AdapterArtifact | None = None
     """The winner with its columns sorted by singular value, if it has low-rank factors."""
     squeezed: list[SqueezedAdapter] = field(default_factory=list)
@@ -121,7 +121,7 @@ def _baseline(name: str, measured: Measured) -> Baseline:
     return Baseline(name=name, test=test, val_score=measured.mean("val"))
 
 
-def _trial(trial: EndedTrial, measured: Measured) -> Trial:
+def _trial(trial: Trial, measured: Measured) -> TrialRecord:
     config, result = trial.point.run.method, trial.result
     ranked = find_method(config.name).rank(config) is not None
     common = {
@@ -136,13 +136,13 @@ def _trial(trial: EndedTrial, measured: Measured) -> Trial:
         "run_id": trial.run_id,
     }
     if result is None:
-        return Trial(**common, reason=trial.error)  # type: ignore[arg-type]
+        return TrialRecord(**common, reason=trial.error)  # type: ignore[arg-type]
     behind = "" if result["finished"] else f"behind others at step {result['steps']}"
     if ranked and not result["finished"] and result.get("rank"):
         # Stopped before its last link, or before its rank had fallen all the way.
         common["rank"] = result["rank"]
     seconds = result["seconds"]
-    return Trial(
+    return TrialRecord(
         **common,  # type: ignore[arg-type]
         reason=trial.error or behind,
         steps=result["steps"],
@@ -229,7 +229,7 @@ def _compare_methods(
     )
 
 
-def _test_matrix(trials: Sequence[EndedTrial], scores: Mapping[str, Measured]) -> NDArray[np.float64]:
+def _test_matrix(trials: Sequence[Trial], scores: Mapping[str, Measured]) -> NDArray[np.float64]:
     """Return the test scores of some trials (trials × questions)."""
     return np.array([scores[trial.point.name].parts["test"] for trial in trials], np.float64)
 

@@ -15,8 +15,7 @@ from rayft.flow.scoring import Measured
 from rayft.flow.selection import best_first, choose, chosen_settings, served_adapters, why_not_served
 from rayft.flow.squeeze.make import Source, SqueezedAdapter
 from rayft.methods.base import MethodConfig
-from rayft.report.record import Squeezed, SweepRecord, Winner
-from rayft.report.record import Trial as TrialRecord
+from rayft.report.record import Squeezed, SweepRecord, TrialRecord, Winner
 from rayft.sweep.space import Point
 from rayft.sweep.tuner import Trial
 from rayft.train.run import OptimConfig, RunConfig

@@ -1,9 +1,13 @@
-"""A sweep as it could have been, from seeded numbers."""
+"""A sweep and its analysis as they could have been, from seeded numbers."""
 
 import math
+from typing import Any
 
 import numpy as np
 
+from rayft.analysis.landscape import Landscape
+from rayft.analysis.record import AdapterAnalysis, Gap, Intruders, Predictor, SweepAnalysis
+from rayft.analysis.section import AnalyzeConfig
 from rayft.report import (
     Baseline,
     Command,
@@ -13,7 +17,7 @@ from rayft.report import (
     Served,
     Squeezed,
     SweepRecord,
-    Trial,
+    TrialRecord,
     Winner,
 )
 
@@ -37,7 +41,7 @@ def score(value: float, n: int = 256) -> Score:
     return Score(value=value, low=max(value - half, 0.0), high=min(value + half, 1.0), n=n)
 
 
-def trial(index: int, rng: np.random.Generator) -> Trial:
+def trial(index: int, rng: np.random.Generator) -> TrialRecord:
     method, rank, lr, value, trainable = METHODS[index]
     status = "failed" if index == 7 else "stopped" if index in (4, 8) else "finished"
     steps = {"finished": 40, "stopped": 15, "failed": 10}[status]
@@ -49,7 +53,7 @@ def trial(index: int, rng: np.random.Generator) -> Trial:
     if status == "failed":
         curve[-1] = (10, math.nan)
         curve[-2] = (5, 9.7)
-    return Trial(
+    return TrialRecord(
         id=f"{method}-r{rank}".replace("peft:", "") + ("-hot" if index == 7 else ""),
         method=method,
         rank=rank,
@@ -177,4 +181,65 @@ def example() -> SweepRecord:
                 command="rayft serve --adapter models:/sums@champion --ranks 4,8,16 --port 8000",
             ),
         ),
+    )
+
+
+def plane(kind: str, steep: float) -> dict[str, Any]:
+    axis = np.linspace(-1, 1, 7)
+    points = tuple((float(x), float(y)) for x in axis for y in axis)
+    losses = tuple(1.0 + steep * (x * x + 0.3 * y * y) for x, y in points)
+    path = ((1.0, 0.5), (0.4, 0.1), (0.0, 0.0)) if kind == "trajectory" else ()
+    return Landscape(kind, "update" if not path else None, points, losses, 0, 50, path, (0.8, 0.1)).to_json()  # type: ignore[arg-type]
+
+
+def line(kind: str, steep: float) -> dict[str, Any]:
+    axis = [float(x) for x in np.linspace(-1, 1, 5)]
+    losses = tuple(1.0 + steep * x * x for x in axis)
+    norm = "update" if kind == "random" else None
+    return Landscape(kind, norm, tuple((x,) for x in axis), losses, 0, 50).to_json()  # type: ignore[arg-type]
+
+
+def adapter(name: str, group: str, gap: float, norm: float) -> AdapterAnalysis:
+    epsilons = (0.3, 0.5, 0.7)
+    return AdapterAnalysis(
+        name=name,
+        group=group,
+        measures={"update_norm": norm, "sam_sharpness": 0.01 * norm, "effective_rank_mean": 3.3},
+        gap=Gap(train=1.0, held_out=1.0 + gap, low=gap - 0.1, high=gap + 0.1, n=40),
+        median_spectrum=(1.0, 0.5, 0.1, 0.02),
+        intruders=Intruders(
+            epsilons=epsilons,
+            counts=(0, 1.5, 4),
+            baseline=(0, 6, 10),
+            top=10,
+            modules=("q", "v"),
+            shares=(0, 0.1, 0.3),
+        ),
+        landscapes={
+            "random": plane("random", norm),
+            "trajectory": plane("trajectory", norm),
+            "line": line("random", norm),
+            "update": line("update", norm),
+        },
+        notes={"hessian": "curvlinops <is> missing"} if name == "a-s1" else {},
+    )
+
+
+def predictor(measure: str, rho: float, half: float) -> Predictor:
+    return Predictor(
+        measure=measure, kendall=0.8 * rho, kendall_low=0.8 * rho - half, kendall_high=0.8 * rho + half,
+        spearman=rho, spearman_low=rho - half, spearman_high=rho + half, n=6, groups=3,
+    )  # fmt: skip
+
+
+def example_analysis() -> SweepAnalysis:
+    """Three settings of two seeds each, of which ‖ΔW‖ goes with the gap."""
+    adapters = [
+        adapter(f"{g}-s{s}", g, 0.1 * i + 0.02 * s, 1.0 + i) for i, g in enumerate("abc") for s in (0, 1)
+    ]
+    return SweepAnalysis(
+        config=AnalyzeConfig(parts=("gap", "spectra")),
+        adapters=tuple(adapters),
+        predictors=(predictor("update_norm", 0.9, 0.2), predictor("bound_information_log10", -0.1, 0.7)),
+        angles={"a-s0 / b-s0": (0.1, 0.9), "a-s0 / c-s0": (0.2, 1.2), "b-s0 / c-s0": (0.5, 1.5)},
     )

@@ -1,7 +1,8 @@
 from typing import Any
 
 from rayft.report import Comparison, MethodScore, Score, SweepRecord, Winner
-from rayft.report.verdict import difference_text, methods_words, score_text, verdict
+from rayft.report.text import difference_text, score_text
+from rayft.report.verdict import methods_words, verdict
 from tests.unit.report.example import example, score
 
 
@@ -16,8 +17,8 @@ def test_the_first_sentence_says_what_to_ship_and_why() -> None:
     )
 
 
-def test_a_paired_difference_goes_before_overlapping_intervals() -> None:
-    assert "+0.39 [+0.32, +0.46], clear of zero" in " ".join(verdict(example()))
+def test_a_paired_difference_is_given_rather_than_overlapping_intervals() -> None:
+    assert "+0.39 [+0.32, +0.46], which excludes zero" in " ".join(verdict(example()))
     turned = Comparison(
         name="few shot", against="lora-r32@r8", difference=Score(value=0.1, low=-0.2, high=0.4, n=9)
     )
@@ -25,35 +26,35 @@ def test_a_paired_difference_goes_before_overlapping_intervals() -> None:
     assert "−0.10 [−0.40, +0.20], which does not exclude zero" in text
 
 
-def test_overlapping_intervals_are_said_to_be_perhaps_chance() -> None:
+def test_a_difference_within_overlapping_intervals_may_be_chance() -> None:
     text = " ".join(verdict(changed(comparisons=[])))
-    assert "few shot at 0.21 [0.16, 0.26]: the intervals do not overlap" in text
+    assert "that of few shot, 0.21 [0.16, 0.26]: the intervals do not overlap" in text
     assert (
         "Unsqueezed it scores 0.61 [0.55, 0.67]: the intervals overlap, so the difference may be chance"
         in text
     )
 
 
-def test_trials_that_are_not_told_apart_are_named() -> None:
+def test_trials_that_can_not_be_told_apart_are_named() -> None:
     text = " ".join(verdict(example()))
     assert (
         "not settled: on 256 questions lora_plus-r16, cla-r32, DoRA-r16 and 2 more can't be told apart from "
-        "lora-r32 by their intervals." in text
+        "lora-r32, judging by their intervals." in text
     )
     with_each = [
         Comparison(name="lora-r32", against=trial.id, difference=Score(value=0.1, low=0.0, high=0.2, n=240))
         for trial in example().trials
     ]
     text = " ".join(verdict(changed(comparisons=with_each)))
-    assert "told apart from lora-r32 question by question." in text
+    assert "told apart from lora-r32, question by question." in text
     alone = [trial.model_dump() for trial in example().trials if trial.id in ("lora-r32", "asym-r16")]
     text = " ".join(
         verdict(changed(trials=alone, squeezed=[], winner=Winner(trial="lora-r32", ship="lora-r32", why="w")))
     )
-    assert "The test part tells the other scored trial apart from lora-r32." in text
+    assert "On the test part the other scored trial differs from lora-r32." in text
 
 
-def test_a_rival_that_scores_higher_on_test_is_not_hidden() -> None:
+def test_a_trial_that_scores_higher_on_the_test_part_than_the_winner_is_named() -> None:
     text = " ".join(verdict(changed(winner=Winner(trial="cla-r32", ship="cla-r32", why="w"))))
     assert "lora-r32 even scores higher on the test part" in text
 
@@ -62,14 +63,14 @@ def test_failures_are_counted() -> None:
     assert verdict(example())[-1] == "1 of 10 trials failed; their reasons are below."
 
 
-def test_no_winner_ships_nothing_and_says_why() -> None:
+def test_without_a_winner_nothing_is_shipped_and_the_reason_given() -> None:
     assert verdict(changed(winner=None, no_winner="none is better than few shot")) == [
         "Ship no adapter: none is better than few shot."
     ]
     assert verdict(changed(winner=None)) == ["Ship no adapter: no trial has finished."]
 
 
-def test_without_baselines_or_test_scores() -> None:
+def test_missing_baselines_and_test_scores_are_stated() -> None:
     assert "There is no baseline to compare with." in verdict(changed(baselines=[]))
     trials = [{**trial.model_dump(), "test": None} for trial in example().trials]
     text = " ".join(
@@ -78,7 +79,7 @@ def test_without_baselines_or_test_scores() -> None:
     assert "It was not scored on the test part." in text
 
 
-def test_texts() -> None:
+def test_scores_and_differences_are_formatted_with_their_intervals() -> None:
     assert score_text(None) == "–"
     assert score_text(score(0.5, 100)) == "0.50 [0.40, 0.60]"
     assert difference_text(Score(value=-0.1, low=-0.2, high=0.0, n=3)) == "−0.10 [−0.20, +0.00]"
@@ -98,7 +99,7 @@ def against_lora(method: str, low: float, high: float) -> MethodScore:
     return MethodScore(method=method, test=score(0.5), against="lora", difference=difference, **known)
 
 
-def test_methods_in_a_sentence() -> None:
+def test_methods_better_and_worse_than_the_one_compared_with_are_listed() -> None:
     lora, same = against_lora("lora", 0, 0), against_lora("cla", -0.1, 0.1)
     better, worse = against_lora("rac", 0.01, 0.1), against_lora("paca", -0.3, -0.2)
     assert methods_words(example()) == ""
@@ -106,6 +107,6 @@ def test_methods_in_a_sentence() -> None:
         "None of 1 methods can be told apart from lora on the test part."
     )
     assert methods_words(changed(methods=[better, lora, same])) == (
-        "Of 2 methods beside lora: rac better and none worse than it on the test part."
+        "Of 2 methods compared with lora on the test part, better: rac; worse: none."
     )
-    assert "none better and paca worse" in methods_words(changed(methods=[lora, worse]))
+    assert "better: none; worse: paca." in methods_words(changed(methods=[lora, worse]))

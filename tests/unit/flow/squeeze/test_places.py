@@ -131,9 +131,9 @@ def test_a_report_replaces_no_file_of_somebodys_own(tmp_path: Path, content: str
     path.write_text(content)
     shown = CliRunner().invoke(app, ["report", str(tmp_path / "sweep"), "-o", str(path), "--overwrite"])
     assert isinstance(shown.exception, ReportError)
-    assert "is no report of rayft's" in str(shown.exception)
+    assert "was not written by rayft" in str(shown.exception)
     assert path.read_text() == content
-    with pytest.raises(ReportError, match="is no report of rayft's"):
+    with pytest.raises(ReportError, match="was not written by rayft"):
         check_report(example(), tmp_path / "sweep")
 
 

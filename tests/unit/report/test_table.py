@@ -2,12 +2,13 @@ import math
 
 import pytest
 
-from rayft.report.rows import human_bytes, human_count, human_seconds, loss_text, pareto, rows
+from rayft.report.table import pareto, table_rows
+from rayft.report.text import human_bytes, human_count, human_seconds, loss_text
 from tests.unit.report.example import example
 
 
 def test_baselines_first_then_trials_by_score_then_squeezed() -> None:
-    found = rows(example())
+    found = table_rows(example())
     assert [row.kind for row in found] == ["baseline"] * 4 + ["trial"] * 10 + ["squeezed"] * 4
     scores = [row.test.value for row in found if row.kind == "trial" and row.test]
     assert scores == sorted(scores, reverse=True)
@@ -21,7 +22,7 @@ def test_baselines_first_then_trials_by_score_then_squeezed() -> None:
 
 
 def test_nothing_beats_the_front_and_the_front_beats_all_else() -> None:
-    found = [row for row in rows(example()) if row.test and row.bytes]
+    found = [row for row in table_rows(example()) if row.test and row.bytes]
     front = pareto(found)
 
     def beats(a: int, b: int) -> bool:
