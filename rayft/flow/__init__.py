@@ -1,1 +1,1 @@
-"""The stages and their order: sweep → squeeze → re-score → promote → report → serve."""
+"""The commands and the order of their stages: sweep → squeeze → score → register → report → serve."""

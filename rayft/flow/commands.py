@@ -1,4 +1,4 @@
-"""What the commands do, for `rayft` and the scripts in `pipelines/` alike."""
+"""What each command does and prints. `rayft` and the scripts in `pipelines/` call these functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.text import Text
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import load
-from rayft.errors import RayftError, RegistryError, ResourceError, TrainError, UnfinishedError
+from rayft.errors import RayftError, RegistryError, ResourceError
 from rayft.files import disk_full, disk_full_error
 from rayft.flow.adapters import Action, adapters_table, call
 from rayft.flow.address import on_cluster
@@ -61,29 +61,37 @@ SYSTEM = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST,
     errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENODEV, errno.ENXIO, errno.EIO,
 )  # fmt: skip
-"""What a system call fails with because of a path or a disk, not because of the code."""
+"""Error numbers of system calls that fail because of a path or a disk, not because of a fault in the code."""
 
 
 def demo(
     overrides: Sequence[str], console: Console, *, stay: bool = False, overwrite: bool = False
 ) -> SweepRecord:
-    """Run the packaged demo from nothing: an earlier demo with the same settings is replaced.
+    """Run the packaged demo from the start, in place of an earlier demo with the same settings.
+
+    Args:
+        overrides: settings of the configuration, such as `sweep.trials=4`.
+        console: for the output.
+        stay: whether to serve until Ctrl-C.
+        overwrite: whether to replace a sweep with other settings in the demo's folder.
 
     Raises:
-        ConfigError: if the folder holds another sweep (unless `overwrite`), or what no sweep wrote.
+        ConfigError: if the folder holds another sweep (unless `overwrite`), or files that no sweep wrote.
+        RayftError: as `run_demo`; UnfinishedError if there is a report, but something is left to do.
     """
     from rayft.flow.cluster import placed
     from rayft.flow.demo import clear, run_demo
+    from rayft.flow.sweep.publish import check_complete
 
     settings = placed(load_config("demo", overrides))
     output = settings.folder
     clear(settings, overwrite=overwrite)
-    wait = (lambda: _wait(settings.serve.port, console)) if stay else None
+    wait = (lambda: _stay(settings.serve.port, console)) if stay else None
     started, display = time.monotonic(), Display(console)
     try:
         record = run_demo(settings, display, wait)
     except KeyboardInterrupt:
-        # The demo itself begins anew; the sweep in it continues.
+        # `rayft demo` would start from nothing; `rayft sweep demo` continues.
         options = [part for override in overrides for part in ("--set", override)]
         interrupts.resume = shlex.join(["rayft", "sweep", "demo", *options])
         raise
@@ -92,24 +100,30 @@ def demo(
         _show_answers(record, console)
     _show_next(record, output, console)
     console.print(f"finished in {time.monotonic() - started:.0f} s", style="bold", highlight=False)
-    _check_done(record, display)
+    check_complete(record, display.undone)
     return record
 
 
 def sweep(config: str | Path, overrides: Sequence[str], console: Console) -> SweepRecord:
-    """Run a sweep up to its report.
+    """Run a sweep, or continue it, and print its results.
+
+    Args:
+        config: a file, or the name of a packaged configuration.
+        overrides: settings of the configuration, such as `sweep.trials=4`.
+        console: for the output.
 
     Raises:
-        RayftError: as `run_sweep`; UnfinishedError if there is a report, and something is left to be done.
+        RayftError: as `run_sweep`; UnfinishedError if there is a report, but something is left to do.
     """
     from rayft.flow.cluster import placed
+    from rayft.flow.sweep.publish import check_complete
     from rayft.flow.sweep.run import run_sweep
 
     settings, display = placed(load_config(config, overrides)), Display(console)
     record = run_sweep(settings, display)
     _show(record, console)
     _show_next(record, settings.folder, console)
-    _check_done(record, display)
+    check_complete(record, display.undone)
     return record
 
 
@@ -122,12 +136,21 @@ def squeeze(
     base: str | None = None,
     **options: Any,
 ) -> None:
-    """Squeeze an adapter folder and show what came out; `options` as `flow.squeeze.squeeze_request`.
+    """Squeeze an adapter folder and print a table of the results.
+
+    Args:
+        adapter: folder of an adapter or of a tuned model.
+        out: folder for the results.
+        console: for the output.
+        config: file of a configuration that names base and data.
+        base: name of the base.
+        options: as `rayft.flow.squeeze.request.squeeze_request`.
 
     Raises:
-        SqueezeError, ArtifactError: naming what is wrong; the source stays as it is.
+        SqueezeError, ArtifactError: naming what is wrong. The source stays as it is.
     """
-    from rayft.flow.squeeze.run import squeeze_folder, squeeze_request, squeeze_table
+    from rayft.flow.squeeze.request import squeeze_request
+    from rayft.flow.squeeze.run import squeeze_folder, squeeze_table
 
     if base is not None:
         checked_text(base, "--base")
@@ -147,12 +170,22 @@ def squeeze(
 def analyze(
     target: str, console: Console, *, config: str | None = None, out: str | None = None, **options: Any
 ) -> None:
-    """Analyse a sweep, an adapter or a run, and show it; `options` as `flow.analyze.analyze_target`.
+    """Analyse a sweep, an adapter or a tracked run, and print the findings.
 
-    A sweep's report is made again with what was found.
+    The report of a sweep is made again with them.
+
+    Args:
+        target: a folder, or the id of a run.
+        console: for the output.
+        config: file of a configuration that names base and data.
+        out: folder for analysis.json.
+        options: as `rayft.flow.analyze.run.analyze_target`.
+
+    Raises:
+        RayftError: naming what is wrong, before workers start.
     """
     from rayft.flow.analyze.run import analyze_target
-    from rayft.flow.sweep.preflight import is_sweep
+    from rayft.flow.sweep.folder import is_sweep
     from rayft.report.terminal import analysis_tables
 
     target = str(read_path(target, "the target"))
@@ -164,7 +197,7 @@ def analyze(
     report = Path(options["out"] or target) / "report.html"
     if report.with_name("sweep.json").is_file():
         check_report(SweepRecord.load(report.parent), report, overwrite=bool(options.get("overwrite")))
-    # An adapter's folder holds nothing but its files; a sweep may be at work in its own.
+    # A running sweep holds its folder. An adapter's folder may hold no lock, only the adapter's files.
     held = hold(report.parent.absolute(), "--out") if is_sweep(report.parent) else nullcontext()
     with held:
         found, folder = analyze_target(target, Display(console), **options)
@@ -182,10 +215,16 @@ def analyze(
 
 
 def report(sweep_folder: str, output: str | None, console: Console, *, overwrite: bool = False) -> None:
-    """Render a sweep's record again and deliver what is left in its spool.
+    """Make the report of a sweep again, and send the records that wait for the tracking server.
+
+    Args:
+        sweep_folder: the sweep's folder.
+        output: the HTML file; `report.html` in the sweep's folder if not given.
+        console: for the output.
+        overwrite: whether to replace the report of another sweep.
 
     Raises:
-        ReportError: if the file is no report of this sweep (unless `overwrite`), or none of rayft's.
+        ReportError: if the file is the report of another sweep (unless `overwrite`), or not a report.
     """
     from rayft.flow.sweep.record import with_run_ids
 
@@ -200,7 +239,7 @@ def report(sweep_folder: str, output: str | None, console: Console, *, overwrite
         drained = flush_spool(spec)
         if drained.sent or drained.pending:
             console.print(
-                f"tracking: {drained.sent} records sent, {drained.pending} still wait", highlight=False
+                f"tracking: {drained.sent} records sent, {drained.pending} still waiting", highlight=False
             )
         now = with_run_ids(record, spec)
         if now != record:
@@ -221,10 +260,20 @@ def promote(
     force: bool,
     console: Console,
 ) -> None:
-    """Move an alias through the gate.
+    """Point an alias to a version of a registered model, if the version passes the gate.
+
+    Args:
+        name: the registered model.
+        version: its version.
+        alias: the alias to move.
+        sweep_folder: folder of the sweep whose tracking database has the model.
+        uri: MLflow's URI, used without a `sweep_folder`.
+        tolerance: how far below the score of the alias's present version the score may be.
+        force: whether to move the alias even if the gate refuses.
+        console: for the output.
 
     Raises:
-        PromotionRefusedError: with both scores; the alias stays where it is.
+        PromotionRefusedError: with both scores. The alias stays where it is.
     """
     folder = _optional(sweep_folder, "--sweep")
     if uri is not None:
@@ -250,10 +299,10 @@ def adapters(
     pinned: bool,
     console: Console,
 ) -> None:
-    """Do one thing to what a server serves, and show what it serves then.
+    """List or change the adapters of a running server, and print a table of them.
 
     Raises:
-        ResourceError: if it can't be reached or refuses, with its reason.
+        ResourceError: if the server can't be reached or refuses, with its reason.
     """
     found = call(server, action, name, source, weight=weight, pinned=pinned)
     if found:
@@ -266,7 +315,11 @@ def adapters(
 
 
 def serve(config: str, overrides: Sequence[str], console: Console) -> None:
-    """Serve until Ctrl-C."""
+    """Serve a base and its adapters until Ctrl-C.
+
+    Raises:
+        RayftError: naming what is wrong, before the server starts.
+    """
     from rayft.flow.cluster import cluster, join
     from rayft.serving.build import check, run
     from rayft.serving.config import ServeConfig
@@ -281,7 +334,7 @@ def serve(config: str, overrides: Sequence[str], console: Console) -> None:
 
 
 def doctor(output: str, console: Console) -> int:
-    """Show all checks; 1 if one fails, else 0."""
+    """Print the result of each check; return 1 if one fails, otherwise 0."""
     found = checks(read_path(output, "--output"))
     table = Table("", "check", "found", "what to do")
     for check in found:
@@ -292,19 +345,19 @@ def doctor(output: str, console: Console) -> int:
 
 
 def guarded(command: Callable[[], object]) -> None:
-    """Run a command; a mistake of the user's ends in one message and exit code 1, not in a traceback.
+    """Run a command. An error that a user can correct ends it with one message and exit code 1, no traceback.
 
-    What the system refuses (a path, a full disk) is told in the same way, where no check has told it before.
-    Ctrl-C ends the command with 130, SIGTERM with 143, once it has saved what it was doing.
+    This includes what the system refuses (a path, a full disk) and no check has found. Ctrl-C ends the
+    command with exit code 130 and SIGTERM with 143, after it has saved its state.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A terminal or a log in another encoding than UTF-8 shows codes for what it has no letters for.
+            # Where the output's encoding lacks a character, its code is printed.
             stream.reconfigure(errors="backslashreplace")
     for name in ("alembic", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.model_registry.abstract_store").setLevel(logging.WARNING)
-    # It logs, with a traceback, what it raises too.
+    # It logs errors with a traceback, besides raising them.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     interrupts.install()
     try:
@@ -327,7 +380,7 @@ def guarded(command: Callable[[], object]) -> None:
 
 
 def _written_to() -> list[Path]:
-    """List the folders that a command may write to beside those that it was given."""
+    """Return the folders that a command may write to besides those that the user named."""
     from rayft.flow.cluster import temporary_folders
 
     return [Path.cwd(), hub_cache(), cache_folder(), *temporary_folders()]
@@ -343,7 +396,7 @@ def _optional(path: str | None, setting: str) -> Path | None:
 
 
 def _tracking(folder: Path) -> TrackerSpec:
-    """Find where a sweep tracked: its configuration is kept beside its results."""
+    """Return where a sweep tracks, according to the configuration in its folder."""
     stamp = folder / "config.yaml"
     config = load_config(stamp).tracking if stamp.is_file() else TrackingConfig()
     return tracker_spec(config, folder)
@@ -378,24 +431,7 @@ def _show_next(record: SweepRecord, output: Path, console: Console) -> None:
         console.print(Text.assemble(f"{command.what}: ", (command.command, "cyan")), soft_wrap=True)
 
 
-def _check_done(record: SweepRecord, display: Display) -> None:
-    """Have a sweep that is reported end with an error if nothing came of it, or something is left to do."""
-    if all(trial.status == "failed" for trial in record.trials):
-        raise TrainError(
-            "every trial has failed, for the reasons above; run the sweep again once that is mended"
-        )
-    if display.undone:
-        raise UnfinishedError(
-            f"the results are there, but {'; '.join(display.undone)} (the reasons are above); run the sweep "
-            "again to do what is left, without training"
-        )
-
-
-def _wait(port: int, console: Console) -> None:
+def _stay(port: int, console: Console) -> None:
     console.print(f"serving on http://127.0.0.1:{port}/v1 until Ctrl-C", highlight=False)
-    try:
-        while True:
-            time.sleep(1)
-    except KeyboardInterrupt:
-        interrupts.accept()
-        console.print("stopping", highlight=False)
+    interrupts.wait()
+    console.print("stopping", highlight=False)

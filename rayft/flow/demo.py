@@ -1,44 +1,45 @@
-"""The demo: a sweep, then its result behind HTTP, asked for real."""
+"""`rayft demo`: run a sweep, serve its result over HTTP, and ask the server test questions."""
 
 from __future__ import annotations
 
-import re
-import shutil
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import ray.serve as ray_serve
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import load
 from rayft.data.source import read
-from rayft.errors import ConfigError
+from rayft.errors import ResourceError
 from rayft.flow.cluster import cluster
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
-from rayft.flow.hold import LOCK_FILE, hold
-from rayft.flow.serve import ask, served_names, wait_ready
-from rayft.flow.sweep.damaged import check_own
-from rayft.flow.sweep.preflight import STAMP_FILE, WRITTEN, is_sweep, stamp_line
+from rayft.flow.hold import hold
+from rayft.flow.selection import served_adapters
+from rayft.flow.sweep.folder import clear_folder, is_sweep
 from rayft.flow.sweep.run import run_sweep
-from rayft.report.record import SweepRecord
+from rayft.report.record import Exchange, Served, SweepRecord
 from rayft.report.render import render
 from rayft.serving.build import preflight, run
 from rayft.serving.config import ServeConfig
 
-__all__ = ["clear", "run_demo"]
+__all__ = ["ask", "clear", "run_demo", "served_names", "wait_ready"]
 
-
-_NAMES = "|".join(map(re.escape, WRITTEN))
-OWN = re.compile(rf"({_NAMES}|artifacts|spool|mlflow\.db.*|\.lock|\.({_NAMES})[-.][\w-]+)")
-"""Names in a sweep's folder that rayft gives: results, what tracking writes, what an interruption left."""
 QUESTIONS = 3
-"""Test questions that the served application is asked."""
+"""How many test questions the server is asked."""
 
 
 def run_demo(config: PipelineConfig, display: Display, stay: Callable[[], None] | None = None) -> SweepRecord:
-    """Sweep, serve, ask; then stop the server, or call `stay` first.
+    """Run the sweep, serve its result, and ask the server; then stop the server.
+
+    Args:
+        config: the sweep's.
+        display: shows the stages.
+        stay: called before the server stops, if given. The server answers until it returns.
 
     Raises:
         RayftError: as `run_sweep` and the serving layer.
@@ -57,46 +58,105 @@ def run_demo(config: PipelineConfig, display: Display, stay: Callable[[], None] 
 
 
 def clear(config: PipelineConfig, *, overwrite: bool) -> None:
-    """Remove what an earlier demo with the same settings wrote.
+    """Delete what an earlier demo left in its folder.
+
+    A folder without a sweep is left as it is; the checks of the sweep refuse it if it would lose files.
 
     Args:
         config: the demo's.
-        overwrite: whether a sweep with other settings is removed too.
+        overwrite: whether a sweep with other settings is deleted too.
 
     Raises:
-        ConfigError: if the folder holds another sweep, or something beside what a sweep writes, or another
+        ConfigError: if the folder holds another sweep, or anything that rayft did not write, or if another
             command writes to it.
-        ArtifactError: if something was put into an adapter's folder.
+        ArtifactError: if one of its adapter folders holds a user's files.
     """
-    if is_sweep(
-        config.folder
-    ):  # If not, the sweep's own checks refuse a folder whose files it would replace.
+    if is_sweep(config.folder):
         with hold(config.folder, "--set output=…"):
-            _clear(config, overwrite)
+            clear_folder(config, overwrite=overwrite)
 
 
-def _clear(config: PipelineConfig, overwrite: bool) -> None:
-    output = config.folder
-    stamp = (output / STAMP_FILE).read_text(encoding="utf-8")
-    if not (overwrite or stamp.startswith(stamp_line(config))):
-        raise ConfigError(
-            f"{output} holds a sweep with another configuration; choose another folder with --set output=…, "
-            "or replace it with --overwrite"
-        )
-    others = sorted(path.name for path in output.iterdir() if not OWN.fullmatch(path.name))
-    if others:
-        raise ConfigError(
-            f"{output} holds {', '.join(others)}, which the demo did not write and would delete; move that "
-            "away, or choose another folder with --set output=…"
-        )
-    check_own(output)
-    for path in output.iterdir():
-        if path.name == LOCK_FILE:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def served_names(
+    output: Path, record: SweepRecord, ranks: int = 2, among: Collection[str] | None = None
+) -> list[str]:
+    """Return the values of the `model` field to try: the base, the winner, lower ranks, other methods.
+
+    The rank that ships is among the lower ranks, if any are returned.
+
+    Args:
+        output: the sweep's folder.
+        record: what the sweep found.
+        ranks: how many lower ranks of the winner to try.
+        among: the adapters that are served; all of the sweep's if not given.
+    """
+    every = [item.name for item in served_adapters(output, record)]
+    adapters = [name for name in every if among is None or name in among]
+    if every[:1] != adapters[:1]:
+        # The winner could not be registered.
+        return ["base", *adapters]
+    if not adapters:
+        return ["base"]
+    ship, winner = (record.winner.ship, record.winner.trial) if record.winner else ("", "")
+    # Views of the winner at one rank for all modules. What was trained further is served under its own name.
+    views = [item for item in record.squeezed if item.name == f"{winner}@r{item.rank}"]
+    smaller = sorted(views, key=lambda item: (item.name != ship, -item.rank))[:ranks]
+    names = [f"{adapters[0]}@r{item.rank}" for item in sorted(smaller, key=lambda item: -item.rank)]
+    return ["base", adapters[0], *names, *adapters[1:]]
+
+
+def wait_ready(url: str, timeout: float = 120.0) -> None:
+    """Wait until a server is ready for requests.
+
+    Args:
+        url: the server's.
+        timeout: seconds to wait.
+
+    Raises:
+        ResourceError: if it is not ready in time.
+    """
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{url}/readyz", timeout=5).is_success:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.25)
+    raise ResourceError(f"{url} did not answer within {timeout:.0f} s; look at Ray Serve's logs")
+
+
+def ask(url: str, names: Sequence[str], questions: Mapping[str, str], max_tokens: int = 16) -> Served:
+    """Send each question to all models of a server at once, and collect their answers.
+
+    Args:
+        url: the server's.
+        names: values of the `model` field.
+        questions: question → right answer.
+        max_tokens: length limit of an answer.
+
+    Raises:
+        ResourceError: if a request is not answered with status 200.
+    """
+    exchanges = []
+    with ThreadPoolExecutor(len(names)) as pool:
+        for question, expected in questions.items():
+            texts = pool.map(functools.partial(_one, url, question, max_tokens), names)
+            answers = dict(zip(names, texts, strict=True))
+            exchanges.append(Exchange(question=question, expected=expected, answers=answers))
+    return Served(url=url, names=tuple(names), exchanges=tuple(exchanges))
+
+
+def _one(url: str, question: str, max_tokens: int, name: str) -> str:
+    body = {
+        "model": name,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+    }
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+    if answer.status_code != 200:
+        raise ResourceError(f"{name} answered {answer.status_code}: {answer.text[:300]}")
+    return str(answer.json()["choices"][0]["message"]["content"]).strip()
 
 
 def _serve_and_ask(
@@ -126,5 +186,5 @@ def _serve_and_ask(
 
 
 def _check_port(config: PipelineConfig) -> None:
-    """Refuse a port in use before the sweep, not after it."""
+    """Refuse a port that is in use before the sweep runs, not after it."""
     preflight(ServeConfig(model=config.model, host=config.serve.host, port=config.serve.port))

@@ -1,10 +1,11 @@
-"""Ctrl-C and SIGTERM: the first one ends a command in order, the second one at once."""
+"""Handle Ctrl-C and SIGTERM: the first signal lets a command save and end, the second ends it at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import FrameType
 
@@ -19,12 +20,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """The signals that this process got, each a KeyboardInterrupt in the main thread.
+    """Turns the first SIGINT or SIGTERM into a KeyboardInterrupt in the main thread.
 
     Attributes:
-        received: the first one; None if there was none.
-        resume: the command that continues; the same command, where empty.
-        installed: whether signals are handled here, which is so in a process that runs a command.
+        received: the signal; None if none was received.
+        resume: the command that continues; empty if it is the same command.
+        installed: whether signals are handled here, as in every process that runs a command.
     """
 
     def __init__(self) -> None:
@@ -34,28 +35,32 @@ class Interrupts:
 
     @property
     def status(self) -> int:
-        """Return the exit status that shells give to a process that such a signal ends: 130 or 143."""
+        """Return the exit status that shells report for a process ended by that signal: 130 or 143."""
         return 128 + (self.received or signal.SIGINT)
 
     def install(self) -> None:
-        """Handle the signals here from now on, if this is the main thread, which alone gets them."""
+        """Start handling the signals. Does nothing outside of the main thread, which alone receives them."""
         if threading.current_thread() is threading.main_thread():
             self.installed = True
             for number in SIGNALS:
                 signal.signal(number, self._handle)
 
     def renew(self) -> None:
-        """Handle SIGTERM here again, which Ray takes for itself when it starts, if it was handled here."""
+        """Handle SIGTERM again after Ray has replaced the handler, if signals are handled here."""
         if self.installed:
             self.install()
 
     def forget(self) -> None:
-        """Begin anew, for a process that outlives the command that was interrupted."""
+        """Reset the state, for a process that goes on after an interrupted command."""
         self.received, self.resume, self.installed = None, "", False
 
-    def accept(self) -> None:
-        """Take a signal for the regular end of a command that waits for one: nothing was interrupted."""
-        self.received = None
+    def wait(self) -> None:
+        """Wait for a signal, which counts as the regular end of the waiting and not as an interrupt."""
+        try:
+            while True:
+                time.sleep(1)
+        except KeyboardInterrupt:
+            self.received = None
 
     def show(self) -> None:
         """Print that the command was interrupted, and the command that continues."""
@@ -69,7 +74,7 @@ class Interrupts:
         )
 
     def check(self) -> None:
-        """Raise again what was received: code that Python calls back from C swallows exceptions.
+        """Raise a received signal again, because callbacks that C code calls lose exceptions.
 
         Raises:
             KeyboardInterrupt: if a signal was received.
@@ -85,7 +90,7 @@ class Interrupts:
 
 
 def end_at_once(status: int) -> None:
-    """End this process and what it has started: a Ray cluster on this machine, not one that was joined."""
+    """End this process and all that it started. A local Ray cluster ends too, a joined one does not."""
     import psutil
 
     for process in psutil.Process().children(recursive=True):
@@ -95,4 +100,4 @@ def end_at_once(status: int) -> None:
 
 
 interrupts = Interrupts()
-"""Those of this process."""
+"""The signal handling of this process."""

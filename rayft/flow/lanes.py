@@ -1,4 +1,4 @@
-"""Using lanes in a command: they are closed afterwards, and what ends them becomes one clear error."""
+"""Use lanes in a command: save on an interrupt, close them at the end, and report a lost process."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from rayft.flow.display import Display
 from rayft.sweep.executor import Executor
 from rayft.sweep.launcher import why_ended
 
-__all__ = ["at_work"]
+__all__ = ["use_lanes"]
 
 
 @contextmanager
-def at_work(
+def use_lanes(
     executor: Executor, display: Display, interrupted: Callable[[Sequence[str]], None] = lambda _: None
 ) -> Iterator[None]:
-    """Let the block use an executor's lanes, and end them after it.
+    """Run a block that uses the lanes of an executor, and close the executor after it.
 
-    If a KeyboardInterrupt ends the block, trials that train save a checkpoint first.
+    If a KeyboardInterrupt ends the block, trials that are training save a checkpoint first.
 
     Args:
         executor: of the lanes.
-        display: where is said what happens.
-        interrupted: called at an interrupt with the trials that are training, before they are waited for: who
-            sent the signal may not wait as long.
+        display: reports the interrupt.
+        interrupted: called on an interrupt with the keys of the trials that are training. It is called before
+            their checkpoints are waited for, because whoever sent the signal may kill this process before
+            that.
 
     Raises:
         ResourceError: if a process that the lanes share has ended.
@@ -35,7 +36,9 @@ def at_work(
     try:
         yield
     except KeyboardInterrupt:
-        display.say("interrupted: trials that train save a checkpoint; once more ends at once")
+        display.say(
+            "interrupted: trials that are training save a checkpoint; press Ctrl-C again to stop at once"
+        )
         training = executor.interrupt(meanwhile=interrupted)
         display.say(f"saved: {', '.join(training)}" if training else "no trial was training")
         raise

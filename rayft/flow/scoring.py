@@ -1,18 +1,31 @@
-"""The stages of a sweep as functions: score, and put in order."""
+"""Score adapters and baselines in lanes, and keep the scores so that nothing is scored twice.
+
+A sweep keeps scores in `scores/<name>.json`: the score of each example, part by part, and what the scores
+follow from. A kept score is used again only if all of that is the same: the content of the adapter, the base,
+the data, how the base is loaded, and how answers are generated.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import ray
+from pydantic import ValidationError
 
+from rayft.config import Record
 from rayft.data.source import majority_answer
 from rayft.errors import RayftError, TrainError
 from rayft.evaluate.compare import interval
-from rayft.flow.scores import ScoreStore, follows_from
+from rayft.flow.squeeze.make import SqueezedAdapter
 from rayft.flow.sweep.preflight import Plan
+from rayft.models.identity import base_files
 from rayft.models.methods import method
+from rayft.peft.folder import load_adapter
 from rayft.report.record import Score
 from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
@@ -22,33 +35,46 @@ from rayft.train.run import RunConfig
 
 __all__ = [
     "Measured",
+    "ScoreStore",
     "check_some",
+    "follows_from",
     "marked",
     "outcome",
     "say_unscored",
     "score_all",
     "score_baselines",
+    "score_squeezed",
     "score_trials",
 ]
 
+Part = Literal["val", "test"]
 STYLES = {"base": "as_is", "answer only": "answer_only", "few shot": "few_shot"}
+"""Baseline → how its questions are put to the base."""
+SETTINGS: Any = {
+    "model": True,
+    "data": True,
+    "scale": True,
+    "evaluate": {"max_new_tokens", "batch_size", "shots"},
+}
+"""Fields of a run that decide its scores."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Scores of one adapter (or baseline): part → value of each example."""
+    """Scores of one adapter, tuned model or baseline."""
 
     parts: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Part of the data → score of each example."""
     error: str = ""
-    """Why it could not be scored."""
+    """Why it could not be scored; empty if it was."""
 
     def mean(self, part: str) -> float | None:
-        """Give the mean of a part; None where it was not scored."""
+        """Return the mean score of a part; None if the part was not scored."""
         values = self.parts.get(part)
         return sum(values) / len(values) if values else None
 
     def score(self, part: str = "test") -> Score | None:
-        """Give the mean of a part with its interval; None where it was not scored."""
+        """Return the mean score of a part with its 95 % interval; None if the part was not scored."""
         values = self.parts.get(part)
         if not values:
             return None
@@ -56,17 +82,97 @@ class Measured:
         return Score(value=sum(values) / len(values), low=low, high=high, n=len(values))
 
 
+class _Kept(Record):
+    """Content of a file of kept scores."""
+
+    follows: Mapping[str, str]
+    """What the scores follow from: name → hash or text."""
+    parts: Mapping[str, tuple[float, ...]]
+    """Part of the data → score of each example."""
+
+
+class ScoreStore:
+    """A folder of kept scores.
+
+    Args:
+        folder: the folder, which is made when the first scores are kept.
+        say: called with a sentence for each file that can't be read.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+        self._folder, self._say = folder, say
+
+    def find(
+        self, name: str, follows: Mapping[str, str], parts: Sequence[str]
+    ) -> dict[str, tuple[float, ...]] | None:
+        """Return the scores that are kept under a name; None if it has to be scored.
+
+        Args:
+            name: of what is scored.
+            follows: what the scores must follow from (`follows_from`).
+            parts: the parts of the data that are needed.
+        """
+        place = self._place(name)
+        try:
+            kept = _Kept.model_validate_json(place.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            self._say(f"{name} is scored again: {place} is damaged ({str(error).splitlines()[0]})")
+            return None
+        if kept.follows != follows or not {*parts} <= kept.parts.keys():
+            return None
+        return {part: kept.parts[part] for part in parts}
+
+    def keep(self, name: str, follows: Mapping[str, str], parts: Mapping[str, Sequence[float]]) -> None:
+        """Keep scores under a name, in place of earlier ones.
+
+        Args:
+            name: of what was scored.
+            follows: what the scores follow from (`follows_from`).
+            parts: part of the data → score of each example.
+        """
+        found = {part: tuple(values) for part, values in parts.items()}
+        _Kept(follows=dict(follows), parts=found).write(self._place(name))
+
+    def _place(self, name: str) -> Path:
+        return self._folder / (re.sub(r"[^\w.@+,:=-]", "-", name) + ".json")
+
+
+def follows_from(request: ScoreRequest) -> dict[str, str]:
+    """Return what the scores of a request follow from: name → hash or text.
+
+    Raises:
+        ArtifactError: if the adapter can't be read.
+        ModelError: if the tuned model can't be read.
+    """
+    run = RunConfig.model_validate_json(request.run)
+    if request.adapter is not None:
+        content = load_adapter(request.adapter).content_hash
+    else:
+        # A tuned model is loaded as a base, so its content is that of the base's files.
+        content = "" if request.expected.base else base_files(run.model).identity
+    return {
+        "adapter": content,
+        "base": request.expected.base,
+        "data": request.expected.data,
+        "style": request.style,
+        "settings": json.dumps(run.model_dump(mode="json", include=SETTINGS), sort_keys=True),
+    }
+
+
 def score_all(
     executor: Executor, requests: Mapping[str, ScoreRequest], store: ScoreStore | None = None
 ) -> dict[str, Measured]:
-    """Score many at once (as many as there are lanes).
+    """Score in all lanes at once.
 
-    What can't be scored says so in its `error`, and costs the others nothing.
+    What can't be scored gets an `error`; the rest is scored all the same.
 
     Args:
         executor: of the lanes.
-        requests: name of what is scored → how.
-        store: where scores are kept as they come, and found again; not at all where not given.
+        requests: name of what is scored → the request.
+        store: where scores are kept as they arrive, and from where they are used again. Without it nothing
+            is kept.
     """
     found, follows = _kept(requests, store) if store else ({}, {})
     todo = [name for name in requests if name not in found]
@@ -84,7 +190,7 @@ def score_all(
 def _kept(
     requests: Mapping[str, ScoreRequest], store: ScoreStore
 ) -> tuple[dict[str, Measured], dict[str, dict[str, str]]]:
-    """Return the scores that are kept, and what each request follows from, as far as that is known."""
+    """Return the kept scores, and what the scores of each readable request follow from."""
     found: dict[str, Measured] = {}
     follows: dict[str, dict[str, str]] = {}
     for name, request in requests.items():
@@ -100,10 +206,10 @@ def _kept(
 
 
 def check_some(scores: Mapping[str, Measured]) -> None:
-    """Refuse to go on where nothing could be scored.
+    """Check that at least one of the scores could be measured.
 
     Raises:
-        TrainError: naming the first, and why.
+        TrainError: if none could, with the reason of the first.
     """
     if scores and all(measured.error for measured in scores.values()):
         name, measured = next(iter(scores.items()))
@@ -111,7 +217,7 @@ def check_some(scores: Mapping[str, Measured]) -> None:
 
 
 def say_unscored(scores: Mapping[str, Measured], say: Callable[[str], None]) -> None:
-    """Tell of each that could not be scored, and why."""
+    """Report each name that could not be scored, with the reason, by calling `say`."""
     for name, measured in scores.items():
         if measured.error:
             say(f"{name} can't be scored, and is left out: {measured.error.splitlines()[0]}")
@@ -125,10 +231,13 @@ def _measured(event: Event) -> Measured:
 
 
 def score_baselines(plan: Plan, executor: Executor, store: ScoreStore | None = None) -> dict[str, Measured]:
-    """Score what is reached without training: the base, prompted three ways, and the majority answer.
+    """Score the baselines: the base prompted in three ways, and the majority answer.
+
+    Returns:
+        Name of a baseline → its scores on val and test.
 
     Raises:
-        TrainError: if the base can't be scored in any way.
+        TrainError: if the base can't be scored in any of the three ways.
     """
     majority = majority_answer(plan.parts)
     scorer = plan.parts.scorer
@@ -155,7 +264,10 @@ def score_baselines(plan: Plan, executor: Executor, store: ScoreStore | None = N
 def score_trials(
     plan: Plan, executor: Executor, trials: Sequence[Trial], store: ScoreStore | None = None
 ) -> dict[str, Measured]:
-    """Score what each trial saved: finished ones on val and test, stopped ones on test alone.
+    """Score what each trial saved: finished trials on val and test, stopped ones on test alone.
+
+    Returns:
+        Name of a trial → its scores. Failed trials are missing.
 
     Raises:
         TrainError: if none of them can be scored.
@@ -176,8 +288,31 @@ def score_trials(
     return found
 
 
+def score_squeezed(
+    executor: Executor,
+    items: Sequence[SqueezedAdapter],
+    parts: tuple[Part, ...] = ("val", "test"),
+    store: ScoreStore | None = None,
+) -> dict[str, Measured]:
+    """Score squeezed adapters, as loaded from their folders.
+
+    Returns:
+        Name of an adapter → its scores, or an `error`.
+    """
+    requests = {}
+    for item in items:
+        assert item.source.run is not None
+        requests[item.name] = ScoreRequest(
+            run=item.source.run.model_dump_json(),
+            parts=parts,
+            adapter=str(item.folder),
+            expected=item.source.identity,
+        )
+    return score_all(executor, requests, store)
+
+
 def marked(trials: Sequence[Trial], scores: Mapping[str, Measured]) -> list[Trial]:
-    """Mark the trials whose adapter could not be scored as failed, with the reason."""
+    """Return the trials, with those that could not be scored marked as failed and with the reason."""
     return [
         replace(trial, error=f"can't be scored: {measured.error}; run the same command again")
         if (measured := scores.get(trial.point.name)) is not None and measured.error
@@ -187,7 +322,12 @@ def marked(trials: Sequence[Trial], scores: Mapping[str, Measured]) -> list[Tria
 
 
 def outcome(run: RunConfig, folder: str) -> tuple[RunConfig, str | None]:
-    """Say how what a run left is loaded: its base and the adapter, or the tuned model as a base alone."""
+    """Return how to load the outcome of a run.
+
+    Returns:
+        The run with its base, and the adapter folder; or, for a method that saves a whole model, the run with
+        that model as its base, and None.
+    """
     if not method(run.method.name).saves_model:
         return run, folder
     return run.model_copy(update={"model": run.model.model_copy(update={"name": folder})}), None

@@ -172,10 +172,14 @@ def test_a_signal_that_a_command_waits_for_is_no_interruption() -> None:
     script = """
 import os, signal, threading
 from rayft.flow import commands
-from rayft.flow.console import terminal
+from rayft.flow.interrupt import interrupts
+
+def wait():
+    interrupts.wait()
+    print("stopping")
 
 threading.Timer(3.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-commands.guarded(lambda: commands._wait(8000, terminal()))
+commands.guarded(wait)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ import httpx
 import pytest
 import yaml
 
-from rayft.flow.serve import wait_ready
+from rayft.flow.demo import wait_ready
 from tests.integration.nodes import Nodes, eventually, free_port, log_of, process, two_nodes
 from tests.integration.serving import Base
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, BaseMismatchError
-from rayft.flow.squeeze.run import squeeze_folder, squeeze_request
+from rayft.flow.squeeze.request import squeeze_request
+from rayft.flow.squeeze.run import squeeze_folder
 from rayft.models.inject import attach
 from rayft.serving.control.admission import check_adapter
 

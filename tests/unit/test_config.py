@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from rayft.config import SINCE, Section, content_hash, leaves, load, nearest, parse, read_yaml
 from rayft.errors import ConfigError
 from rayft.flow.config import load_config
-from rayft.flow.sweep.preflight import former_hash, sweep_hash
+from rayft.flow.sweep.folder import former_hash, sweep_hash
 from rayft.sweep.space import points
 from rayft.train.run import RunConfig
 

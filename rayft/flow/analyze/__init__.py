@@ -1,1 +1,1 @@
-"""`rayft analyze`: bounds, spectra and loss landscapes of what was trained."""
+"""`rayft analyze`: measure what adapters have learnt. A sweep analyses its trials by the same functions."""

@@ -1,33 +1,26 @@
-"""`rayft analyze`: bounds, spectra, sharpness, landscapes and the gap of adapters, and what predicts what."""
+"""`rayft analyze`: measure bounds, spectra, sharpness, landscapes and the gap of adapters, in lanes."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import math
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-import numpy as np
 import ray
 from pydantic import ValidationError
 
-from rayft.analysis.predict import LEAST, Run, correlations
 from rayft.analysis.record import FILE as ANALYSIS_FILE
-from rayft.analysis.record import PIECES, AdapterAnalysis, Predictor, SweepAnalysis
+from rayft.analysis.record import PIECES, AdapterAnalysis, SweepAnalysis
 from rayft.analysis.section import PARTS, AnalyzeConfig
-from rayft.analysis.spectral import principal_angles
-from rayft.artifacts import AdapterArtifact
 from rayft.config import parse
 from rayft.errors import ArtifactError, ReportError
 from rayft.flow.analyze.source import Item, Sources, find_items
+from rayft.flow.analyze.summarize import known, summarize
 from rayft.flow.analyze.tracking import track_analysis
 from rayft.flow.cluster import cluster, join
 from rayft.flow.display import Display
-from rayft.flow.lanes import at_work
-from rayft.methods.base import LoraFactors
-from rayft.models.methods import method
+from rayft.flow.lanes import use_lanes
 from rayft.paths import check_folder
 from rayft.report.record import SweepRecord
 from rayft.sweep.broker import Event, Job
@@ -35,10 +28,7 @@ from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.space import check_executor
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
 
-__all__ = ["analyze_items", "analyze_target", "completed", "earlier_analysis", "known", "summarize"]
-
-ANGLES_OF, ANGLE_MODULES, ANGLE_TOP = 4, 12, 8
-"""Adapters (of different settings) that are compared in pairs, their modules, directions of each module."""
+__all__ = ["analyze_items", "analyze_target", "completed", "earlier_analysis"]
 
 
 def analyze_items(
@@ -48,19 +38,23 @@ def analyze_items(
     folder: Path,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[AdapterAnalysis]:
-    """Analyse in the lanes, as many at once as there are; what fails as a whole says so in its notes.
+    """Analyse adapters and tuned models in all lanes at once.
 
-    Each adapter's findings are kept in the folder as they come, until `SweepAnalysis.save` has all of them:
-    an analysis that was interrupted continues with those that are missing or damaged, or have notes.
+    The findings of each are kept in the folder as they arrive, until `SweepAnalysis.save` has all of them. An
+    analysis that was interrupted continues with the items whose findings are missing, are damaged or have
+    notes.
 
     Args:
         executor: of the lanes.
         items: what to analyse.
-        config: the parts, and their settings.
+        config: the parts of the analysis, and their settings.
         folder: where findings are kept.
-        say: called with a sentence for each finding that can't be read.
+        say: called with a sentence for each file of findings that can't be read.
+
+    Returns:
+        The findings, in the order of `items`. An item that fails as a whole has the reason in its notes.
     """
-    # All of an adapter's bytes are read for it: once.
+    # Computed once, because it reads all bytes of an adapter.
     weights = {item.name: item.weights for item in items}
     places = {
         item.name: folder / PIECES / f"{_identity(item, weights[item.name], config)}.json" for item in items
@@ -88,13 +82,13 @@ def _finding(item: Item, config: AnalyzeConfig, event: Event) -> AdapterAnalysis
 
 
 def _identity(item: Item, weights: str, config: AnalyzeConfig) -> str:
-    """Give what an adapter's findings depend on, as a name."""
+    """Return a file name that identifies what the findings of an adapter depend on."""
     given = "\0".join((item.name, item.group, weights, config.model_dump_json()))
     return hashlib.sha256(given.encode()).hexdigest()[:24]
 
 
 def _piece(place: Path, item: Item, say: Callable[[str], None]) -> AdapterAnalysis | None:
-    """Read what was found of an adapter; None if it was found with other data or on another base."""
+    """Return the kept findings of an adapter; None if it has to be analysed (again)."""
     try:
         one = item.with_inputs(AdapterAnalysis.model_validate_json(place.read_bytes()))
     except FileNotFoundError:
@@ -102,14 +96,18 @@ def _piece(place: Path, item: Item, say: Callable[[str], None]) -> AdapterAnalys
     except (OSError, ValidationError, ArtifactError) as error:
         say(f"{item.name} is analysed again: {place} is damaged ({str(error).splitlines()[0]})")
         return None
-    # A reason may be gone by now.
+    # What a note reports may have been put right meanwhile.
     return None if one.notes or one.inputs != item.inputs else one
 
 
 def completed(
     found: Sequence[AdapterAnalysis], config: AnalyzeConfig, earlier: SweepAnalysis | None
 ) -> tuple[list[AdapterAnalysis], AnalyzeConfig]:
-    """Keep what an earlier analysis found of other parts with the same settings, weights, data and base."""
+    """Add findings of an earlier analysis for other parts, if settings, weights, data and base are the same.
+
+    Returns:
+        The findings, and the configuration with the parts of both analyses.
+    """
     if earlier is None or not earlier.covers(config):
         return [*found], config
     before = {one.name: one for one in earlier.adapters}
@@ -124,49 +122,6 @@ def completed(
 
 def _of(one: AdapterAnalysis) -> tuple[str, str, str]:
     return one.group, one.weights, one.inputs
-
-
-def summarize(
-    items: Sequence[Item],
-    found: Sequence[AdapterAnalysis],
-    config: AnalyzeConfig,
-    losses: Mapping[str, float],
-    chosen: Collection[str] = (),
-) -> SweepAnalysis:
-    """Correlate all measures with the gap, and compare adapters with each other.
-
-    Args:
-        items: what was analysed.
-        found: what came out, in the same order.
-        config: what was asked for.
-        losses: name → validation loss, a measure as any other.
-        chosen: names of each method's trials at its best setting, which are correlated alone as well.
-    """
-    known = [
-        one.model_copy(update={"measures": {**one.measures, **_own(losses.get(one.name))}}) for one in found
-    ]
-    runs = {
-        one.name: Run(one.group, one.gap.value, _candidates(one.measures), one.gap.train, one.gap.held_out)
-        for one in known
-        if one.gap is not None
-    }
-    best = [run for name, run in runs.items() if name in chosen]
-    note = ""
-    predictors: list[Predictor] = []
-    among_best: list[Predictor] = []
-    if "gap" in config.parts:
-        try:
-            predictors = correlations([*runs.values()], config.seed)
-            # Where these are all that there are the same would stand there twice.
-            among_best = correlations(best, config.seed) if LEAST <= len(best) < len(runs) else []
-        except ReportError as error:
-            note = str(error)
-    else:
-        note = "the gap was not measured (analyze.parts has no gap), so nothing is correlated with it"
-    return SweepAnalysis(
-        config=config, adapters=tuple(known), predictors=tuple(predictors), chosen=tuple(among_best),
-        note=note, angles=_angles(items),
-    )  # fmt: skip
 
 
 def analyze_target(
@@ -184,20 +139,20 @@ def analyze_target(
 
     Args:
         target: a folder, or the id of a run.
-        display: tells what happens.
-        parts: of the analysis; those of the configuration where not given, else gap, bounds and spectra.
-        overrides: `analyze.samples=50` and the like.
-        config: a configuration that names base and data, for an adapter that lies in no sweep.
-        out: folder for analysis.json; the target, or for a run the working folder, where not given.
+        display: shows the stages.
+        parts: of the analysis. By default those of the configuration, or gap, bounds and spectra.
+        overrides: settings of the analysis, such as `samples=50`.
+        config: file of a configuration that names base and data, for an adapter outside of any sweep.
+        out: folder for analysis.json. If not given, the target, or for a run the working directory.
         uri: tracking server of a run.
         overwrite: whether an analysis of other adapters is replaced.
 
     Returns:
-        What was found, and the folder that has it; with what an earlier analysis with the same settings
-        found there and this one didn't look for.
+        The analysis, and the folder that it is saved in. It includes the parts of an earlier analysis there
+        with the same settings.
 
     Raises:
-        RayftError: naming what is missing, before workers are started.
+        RayftError: naming what is missing, before workers start.
     """
     join()
     with tempfile.TemporaryDirectory() as scratch:
@@ -222,17 +177,20 @@ def analyze_target(
 
 
 def earlier_analysis(folder: Path, names: Collection[str], *, overwrite: bool) -> SweepAnalysis | None:
-    """Read the analysis that a folder has, and refuse to replace another's.
+    """Return the analysis in a folder (None if there is none), and check that it may be replaced.
 
     Args:
         folder: where analysis.json will be written.
         names: the adapters that are analysed now.
         overwrite: whether an analysis of other adapters is replaced.
+
+    Raises:
+        ReportError: if the file is not an analysis of rayft's, or has adapters that are not analysed now.
     """
     try:
         earlier = SweepAnalysis.find(folder)
     except ReportError:
-        # Of another version, perhaps; a file that has none of an analysis's words is somebody else's.
+        # It may be of another version. A file without the keys of an analysis is a user's.
         text = (folder / ANALYSIS_FILE).read_bytes()
         if text.strip(b"\0") and not all(word in text for word in (b'"config"', b'"parts"')):
             raise
@@ -247,14 +205,14 @@ def earlier_analysis(folder: Path, names: Collection[str], *, overwrite: bool) -
 
 
 def _with_inputs(earlier: SweepAnalysis, items: Sequence[Item]) -> SweepAnalysis:
-    """Complete what rayft 0.1.0 found of adapters."""
+    """Complete the findings of rayft 0.1.0, which lack the hash of data and base."""
     named = {item.name: item for item in items}
     adapters = [named[one.name].with_inputs(one) if one.name in named else one for one in earlier.adapters]
     return earlier.model_copy(update={"adapters": tuple(adapters)})
 
 
 def _config(sources: Sources, parts: Sequence[str], overrides: Sequence[str]) -> AnalyzeConfig:
-    """Decide what is done: what was asked for, else what the configuration has, else what is cheap."""
+    """Return the parts and settings: as asked for, else as configured, else the parts that are cheap."""
     data = sources.settings.analyze.model_dump(mode="json")
     asked = [part for given in parts for part in given.split(",")]
     data["parts"] = asked or data["parts"] or ["gap", "bounds", "spectra"]
@@ -265,7 +223,7 @@ def _config(sources: Sources, parts: Sequence[str], overrides: Sequence[str]) ->
 def _in_lanes(
     executor: Executor, items: Sequence[Item], config: AnalyzeConfig, display: Display, place: Path
 ) -> list[AdapterAnalysis]:
-    with at_work(executor, display):
+    with use_lanes(executor, display):
         with display.stage("start workers"):
             executor.start()
         with display.stage(f"analyse {len(items)} adapters"), display.watch(executor.broker):
@@ -282,43 +240,3 @@ def _track(sources: Sources, summary: SweepAnalysis, plots: Path, display: Displ
 
 def _of_sweep(folder: Path) -> tuple[dict[str, float], set[str]]:
     return known(SweepRecord.load(folder)) if (folder / "sweep.json").is_file() else ({}, set())
-
-
-def known(record: SweepRecord) -> tuple[dict[str, float], set[str]]:
-    """Give a sweep's validation losses, and the trials of each method's best setting."""
-    losses = {trial.id: trial.last_val_loss for trial in record.trials if trial.last_val_loss is not None}
-    return losses, {name for one in record.methods for name in one.trials}
-
-
-def _own(loss: float | None) -> dict[str, float]:
-    return {} if loss is None else {"val_loss": loss}
-
-
-def _candidates(measures: Mapping[str, float]) -> dict[str, float]:
-    """Leave out what the gap is made of: it would correlate with itself."""
-    parts = ("gap", "gap_low", "gap_high", "sample_train_loss", "sample_test_loss")
-    return {name: value for name, value in measures.items() if name not in parts and math.isfinite(value)}
-
-
-def _angles(items: Sequence[Item]) -> dict[str, tuple[float, ...]]:
-    """Compare what the first adapters of different settings write to: median angles over some modules."""
-    loaded: dict[str, Mapping[str, LoraFactors]] = {}
-    for item in {item.group: item for item in reversed(items)}.values():
-        if len(loaded) < ANGLES_OF and method(item.run.method.name).exports_lora:
-            # One that can't be read has said so in its notes.
-            with contextlib.suppress(ArtifactError):
-                loaded[item.name] = AdapterArtifact.load(item.folder).modules
-    names, found = [*loaded], {}
-    for index, one in enumerate(names):
-        for other in names[index + 1 :]:
-            common = [path for path in loaded[one] if path in loaded[other]]
-            chosen = common[:: max(1, len(common) // ANGLE_MODULES)][:ANGLE_MODULES]
-            angles = [
-                principal_angles(loaded[one][path], loaded[other][path], "output", ANGLE_TOP).numpy()
-                for path in chosen
-            ]
-            length = min((len(each) for each in angles), default=0)
-            if length:
-                median = np.median([each[:length] for each in angles], axis=0)
-                found[f"{one} / {other}"] = tuple(map(float, median))
-    return found

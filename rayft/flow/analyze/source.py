@@ -1,4 +1,4 @@
-"""What `rayft analyze` is given: a sweep, an adapter folder or a tracked run, with its base and data."""
+"""Find what a target of `rayft analyze` stands for: its adapters, their base and data, and the tracker."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rayft.config import parse
 from rayft.errors import ConfigError, ReportError
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.origin import find_origin
 from rayft.flow.scoring import outcome
-from rayft.flow.squeeze.source import find_origin
+from rayft.flow.sweep.folder import STAMP_FILE
 from rayft.flow.sweep.identity import current_identity
-from rayft.flow.sweep.preflight import STAMP_FILE
 from rayft.identity import UNKNOWN, Identity
 from rayft.report.record import SweepRecord
 from rayft.sweep.space import points
@@ -37,25 +37,27 @@ __all__ = ["Item", "Sources", "find_items"]
 
 @dataclass(frozen=True)
 class Item:
-    """An adapter to analyse, or a tuned model."""
+    """An adapter or a tuned model to analyse."""
 
     name: str
     run: RunConfig
+    """Run that made it, or one with its method, base and data."""
     folder: Path
     run_id: str = ""
+    """Its tracked run; empty if there is none."""
     identity: Identity = UNKNOWN
-    """Of data and base, as they are now."""
+    """Identity of data and base as they are now."""
 
     @property
     def inputs(self) -> str:
-        """Hash of data and base; empty where they are unknown."""
+        """Hash of data and base; empty if they are unknown."""
         return self.identity.inputs if self.identity.data else ""
 
     def with_inputs(self, found: AdapterAnalysis) -> AdapterAnalysis:
-        """Complete what rayft 0.1.0 found, which did not say with which data.
+        """Return findings with the hash of data and base, which those of rayft 0.1.0 lack.
 
-        It took the data that the adapter was trained with. Where that is no longer the same, nothing is
-        added, and the finding is not used again.
+        That version analysed with the data of the training. If the present data or base differ from those,
+        no hash is added, and the findings are not used again.
         """
         if found.inputs or self.made_from.differences(self.identity):
             return found
@@ -63,7 +65,7 @@ class Item:
 
     @property
     def made_from(self) -> Identity:
-        """What its folder says that it was trained with."""
+        """Identity of the data and base of its training, according to its folder."""
         path = self.folder / META_FILE
         # A whole model has none.
         meta = read_meta(self.folder, {}) if path.is_file() else ArtifactMeta()
@@ -71,12 +73,12 @@ class Item:
 
     @property
     def group(self) -> str:
-        """What runs share that differ in their seed alone."""
+        """Name of its settings, which runs share that differ only in their seed."""
         return self.run.setting
 
     @property
     def weights(self) -> str:
-        """Hash of the files of weights."""
+        """Hash (16 hex digits) of its files of weights."""
         found = hashlib.sha256()
         for path in sorted(self.folder.glob("*.safetensors")):
             with path.open("rb") as file:
@@ -84,7 +86,7 @@ class Item:
         return found.hexdigest()[:16]
 
     def request(self, config: AnalyzeConfig) -> AnalyzeRequest:
-        """Put its job together."""
+        """Return the request of the job that analyses it."""
         run, adapter = outcome(self.run, str(self.folder))
         return AnalyzeRequest(
             name=self.name,
@@ -99,20 +101,26 @@ class Item:
 
 @dataclass(frozen=True)
 class Sources:
-    """What a target stands for."""
+    """What a target of `rayft analyze` stands for."""
 
     settings: PipelineConfig
     items: tuple[Item, ...]
     tracker: TrackerSpec | None
     folder: Path
-    """Where results go unless something else is said."""
+    """Folder for the results if the user names none."""
 
 
 def find_items(target: str, config: Path | None, uri: str | None, scratch: Path) -> Sources:
-    """Say what a target means: its configuration, adapters, tracker, and the folder for results.
+    """Return what a target stands for.
+
+    Args:
+        target: a sweep's output folder, an adapter folder, or the id of a tracked run.
+        config: file of a configuration that names base and data.
+        uri: tracking server of a run.
+        scratch: folder for what is downloaded from a tracked run.
 
     Raises:
-        ReportError: if it is nothing that can be analysed.
+        ReportError: if there is nothing in it that can be analysed.
         ConfigError: if base or data are not known.
     """
     path = Path(target)
@@ -123,8 +131,8 @@ def find_items(target: str, config: Path | None, uri: str | None, scratch: Path)
     if re.fullmatch(r"[0-9a-f]{32}", target):
         return _of_run(target, config, uri, scratch)
     raise ReportError(
-        f"{target} is no folder and no run id; give a sweep's output folder, an adapter folder, or the 32 "
-        "digits of a tracked run"
+        f"{target} is neither a folder nor a run id; give a sweep's output folder, an adapter folder, or the "
+        "32 digits of a tracked run"
     )
 
 
@@ -143,7 +151,9 @@ def _of_sweep(path: Path) -> Sources:
         if trial.status == "finished" and trial.folder and trial.id in runs and Path(trial.folder).is_dir()
     ]
     if not items:
-        raise ReportError(f"{path} has no finished trial whose adapter is still there; nothing to analyse")
+        raise ReportError(
+            f"{path} has no finished trial whose adapter is still there: there is nothing to analyse"
+        )
     return Sources(settings, tuple(items), tracker, path)
 
 
@@ -152,8 +162,8 @@ def _of_folder(path: Path, config: Path | None) -> Sources:
     origin = find_origin(path, artifact, config)
     if origin.config is None:
         raise ConfigError(
-            f"{path} lies in no sweep, so base and data are not known: give a configuration that names them "
-            "with --config"
+            f"{path} lies in no folder of a sweep, so its base and data are not known: give a configuration "
+            "that names them with --config"
         )
     run = origin.config.run(has_gpus())
     name = artifact.meta.method or "lora"
@@ -168,15 +178,15 @@ def _of_run(run_id: str, config: Path | None, uri: str | None, scratch: Path) ->
     stored = read_run(spec.uri, run_id, scratch)
     if stored.adapter is None:
         raise ReportError(
-            f"run {run_id} ({stored.name}) has stored no adapter, so there is nothing to analyse: give a "
-            "trial's run"
+            f"run {run_id} ({stored.name}) has stored no adapter, so there is nothing to analyse: give the "
+            "run of a trial"
         )
     run = _run_of(stored.params)
     settings = load_config(config) if config is not None else None
     if run is None and settings is None:
         raise ConfigError(
-            f"the parameters of run {run_id} don't say base and data in full: give a configuration with "
-            "--config"
+            f"the parameters of run {run_id} don't name base and data completely: give a configuration that "
+            "does with --config"
         )
     if settings is None:
         assert run is not None
@@ -195,7 +205,7 @@ def _of_run(run_id: str, config: Path | None, uri: str | None, scratch: Path) ->
 
 
 def _run_of(params: Mapping[str, str]) -> RunConfig | None:
-    """Read a run's configuration back from its parameters; None if they are not all there."""
+    """Return the configuration of a run, read from its tracked parameters; None if some are missing."""
     data: dict[str, Any] = {}
     for name, text in params.items():
         section, _, _ = name.partition(".")

@@ -1,4 +1,4 @@
-"""An analysis in the tracker: numbers, plots and raw data in the runs of the trials that they are of."""
+"""Track an analysis: numbers, plots and raw data go to the runs of the trials that were analysed."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["track_analysis"]
 
 
 def track_analysis(tracker: Tracker, analysis: SweepAnalysis, runs: Mapping[str, str], folder: Path) -> None:
-    """Record what was found of each adapter that has a run; plots are drawn on all of a cluster's cores.
+    """Track the findings of each adapter that has a run. Plots are drawn on all cores of a cluster.
 
     Args:
-        tracker: where to.
-        analysis: what was found.
-        runs: adapter → its run; empty where it has none.
-        folder: for the files, which stay until they are sent.
+        tracker: where to track them.
+        analysis: the findings.
+        runs: adapter → id of its run; empty if it has none.
+        folder: for the files, which stay there until they are sent.
     """
     tracked = [one for one in analysis.adapters if runs.get(one.name, "")]
     for one, files in zip(tracked, _drawn(tracked), strict=True):
@@ -42,7 +42,7 @@ def track_analysis(tracker: Tracker, analysis: SweepAnalysis, runs: Mapping[str,
 
 
 def _drawn(adapters: Sequence[AdapterAnalysis]) -> Iterator[Mapping[str, bytes]]:
-    """Give each adapter's plots by their files' names."""
+    """Yield the plots of each adapter: file name → content."""
     if not ray.is_initialized() or len(adapters) < 2:
         return map(_draw, adapters)
     draw = ray.remote(num_cpus=1)(_draw)
@@ -55,7 +55,7 @@ def _draw(one: AdapterAnalysis) -> dict[str, bytes]:
         for kind, raw in one.landscapes.items():
             landscape = Landscape.from_json(raw)
             if not landscape.finite:
-                continue  # The raw data is tracked all the same.
+                continue  # Its raw data is tracked all the same.
             if len(landscape.coordinates[0]) == 1:
                 curve_plot(landscape, one.name, folder / f"line-{kind}.png")
             else:

@@ -1,1 +1,1 @@
-"""`rayft squeeze`: bring an adapter or a sweep's winners to lower ranks."""
+"""`rayft squeeze`: bring adapters to lower ranks. A sweep squeezes its best trials by the same functions."""

@@ -1,7 +1,9 @@
-"""What has no factors, as a LoRA: a fine-tuned model's folder, or an adapter of PEFT that is none."""
+"""Extract a LoRA from a folder without low-rank factors: a fine-tuned model, or an adapter of PEFT."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,25 +17,29 @@ from rayft.models.load import ModelConfig, load_skeleton
 from rayft.models.targets import linear_shapes
 from rayft.squeeze.rank import Progress
 
-__all__ = ["Dense", "dense_source", "extract", "lost_text"]
+__all__ = ["Dense", "dense_source", "extract", "files_digest", "lost_text"]
 
 RANK = 64
-"""Rank that is extracted where a budget says how far, at most."""
+"""Highest rank that is extracted where the target is a budget."""
+SAMPLE = 2**16
+"""How many bytes of each end of a file of weights are hashed."""
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A source without factors."""
+    """A folder whose update of the base has no low-rank factors."""
 
     folder: Path
     whole: bool
-    """Whether it is a model folder."""
+    """Whether it is a whole model; otherwise it is an adapter."""
     named: str
-    """The base that it names itself; empty if none."""
+    """The base that it names; empty if it names none."""
 
 
 def dense_source(folder: Path) -> Dense | None:
-    """Tell whether a folder has no factors; None for a LoRA and for what is neither, which is refused later.
+    """Return a folder as a source without factors; None for a LoRA, and for a folder of neither kind.
+
+    A folder of neither kind is refused when it is loaded as an adapter.
 
     Raises:
         ArtifactError: if its configuration can't be read.
@@ -49,24 +55,31 @@ def dense_source(folder: Path) -> Dense | None:
 def extract(
     source: Dense, base: ModelConfig | None, targets: Sequence[Target], device: str | None, progress: Progress
 ) -> Extraction:
-    """Make a LoRA that is high enough in rank for all targets.
+    """Extract a LoRA whose rank is high enough for all targets.
+
+    Args:
+        source: what it is extracted from.
+        base: the base; the one that the source names if not given.
+        targets: the targets, either ranks and budgets or energies.
+        device: where to compute; the CPU if not given.
+        progress: called with 1 for each module that is finished.
 
     Raises:
-        SqueezeError: if the base is not known, or the targets are of several kinds.
+        SqueezeError: if the base is not known, or if there are ranks and energies among the targets.
         RayftError: as `extract_full` and `extract_peft`.
     """
     model = base or (ModelConfig(name=source.named) if source.named else None)
     if model is None:
         raise SqueezeError(
-            f"{source.folder} is a whole model, and its update is what it has above its base: name that with "
-            "--base"
+            f"{source.folder} is a whole model, whose update is its difference from its base: name the base "
+            "with --base"
         )
     ranks = [target.rank for target in targets if target.rank is not None]
     energies = [target.energy for target in targets if target.energy is not None]
     if ranks and energies:
         raise SqueezeError(
-            f"{source.folder} has no factors, so it is extracted for ranks or for energies: ask for one kind "
-            "at a time"
+            f"{source.folder} has no factors, so a LoRA is extracted from it, either for ranks or for "
+            "energies: ask for one kind at a time"
         )
     energy = max(energies, default=None)
     rank = None if energy is not None else max(ranks, default=None) or _highest(model)
@@ -84,7 +97,7 @@ def extract(
 
 
 def lost_text(found: Extraction) -> str:
-    """Say what an extraction could not take along; empty if nothing."""
+    """Return which changes of the base an extraction lost, for the user; empty if none."""
     if not found.lost:
         return ""
     name, share = next(iter(found.lost.items()))
@@ -92,6 +105,23 @@ def lost_text(found: Extraction) -> str:
         f"not in the adapter: {len(found.lost)} parameters outside its modules that training changed, "
         f"{name} most (by {100 * share:.2g} % of its norm); score it before you use it"
     )
+
+
+def files_digest(folder: Path) -> str:
+    """Return a hash (16 hex digits) of the files of weights in a folder, and of an adapter's configuration.
+
+    Of each file of weights its name, its size and both ends are hashed.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / CONFIG_FILE]):
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name}\0{size}\0".encode() + file.read(SAMPLE))
+            file.seek(max(0, size - SAMPLE))
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 def _highest(model: ModelConfig) -> int:

@@ -1,4 +1,4 @@
-"""A squeeze in the tracker: a child run of the trial that it was made from."""
+"""Track a squeezed adapter: as a child run of the trial that it was made from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ __all__ = ["score_metrics", "track_squeezed"]
 
 
 def score_metrics(measured: Measured, before: str = "") -> dict[str, float]:
-    """Name the scores of an adapter as metrics: test with its interval, and val."""
+    """Return the scores of an adapter as metrics: test with its interval, and val.
+
+    Args:
+        measured: the scores.
+        before: prefix of the metrics' names.
+    """
     found = {}
     test, val = measured.score("test"), measured.mean("val")
     if test is not None:
@@ -37,30 +42,32 @@ def track_squeezed(
     source_bytes: int,
     plots: Path,
 ) -> str:
-    """Record a squeezed adapter and give its run.
+    """Track a squeezed adapter, and return the id of its run.
 
     Args:
-        tracker: where to.
-        item: what was made.
-        parent: run of the trial that it was made from, or of the sweep; None where neither is tracked.
-        settings: the source's configuration, leaf by leaf (what was trained on has logged its own).
-        data: what is known of the data that scores are of.
-        after: its scores; empty where it was not scored.
-        before: those of its source.
+        tracker: where to track it.
+        item: the adapter.
+        parent: id of the run of the trial that it was made from, or of the sweep; None if neither is tracked.
+        settings: the source's configuration: leaf → value. The run of an adapter that was trained further
+            has its own already.
+        data: parameters that identify the data of the scores, as far as known.
+        after: scores of the adapter; empty if it was not scored.
+        before: scores of its source.
         source_bytes: size of the source's weights.
-        plots: folder for the plot, which stays until it is sent.
+        plots: folder for the plot, which stays there until it is sent.
     """
-    # The rank first: MLflow's table cuts off the end of a name.
+    # The rank comes first because MLflow's table cuts off the end of a name.
     shown = f"@{item.label} of {item.source.name}"
     tags = {"rayft.kind": "squeezed", "rayft.how": item.how}
-    # Of what was trained on, the lane made the run: the same key finds it.
+    # The lane has made the run of an adapter that was trained further; the same key finds that run.
     former = Former(item.key) if parent else None
     run = tracker.run(shown, item.tracked_as, parent=parent, tags=tags, former=former, restart=False)
     own = {"squeezed_from": item.source.name, "squeezed_to": item.label, "squeezed_how": item.how}
     if item.how == "post":
         own |= {**settings, "method.name": "squeeze", "method.rank": str(item.rank)}
     tracker.params(run, {**own, **data})
-    # The lane has recorded some of these of what was trained on, and another squeeze takes other seconds.
+    # Step 0, because the lane may have tracked some of these for an adapter that was trained further, and
+    # because squeezing again takes other seconds.
     sizes = {"trainable_parameters": item.parameters, "adapter_bytes": item.bytes}
     tracker.metrics(run, {**sizes, "squeeze_seconds": item.seconds}, 0)
     numbers = {**_numbers(item), "source_bytes": source_bytes}

@@ -1,1 +1,1 @@
-"""`rayft sweep`: search, score, squeeze, register and report."""
+"""`rayft sweep`: search, score, squeeze, register, report and analyse."""

@@ -1,7 +1,7 @@
-"""What a sweep's folder follows from, compared with what is there now before anything of it is used again.
+"""The data and the base of a sweep's results, compared with the present ones before a result is used again.
 
-config.yaml      its first line has the hash of the configuration (`rayft.flow.sweep.preflight`)
-identity.json    data and base; rayft 0.1.0 did not write it, so there its adapters are asked
+`identity.json` in the sweep's folder records them. rayft 0.1.0 did not write that file; there the records of
+the sweep and of its adapters are compared. (`rayft.flow.sweep.folder` compares the configuration.)
 """
 
 from __future__ import annotations
@@ -36,29 +36,27 @@ __all__ = [
 ]
 
 IDENTITY_FILE = "identity.json"
-
-
 OTHER_FOLDER = "choose another folder with --set output=…, or delete that one"
 
 
 def check_identity(
     output: Path, now: Identity, model: ModelConfig, otherwise: str = OTHER_FOLDER
 ) -> Identity:
-    """Refuse to use what a sweep's folder holds if its data or base have changed since.
+    """Check that the results in a sweep's folder come from the present data and base.
 
-    A folder in which no trial has left anything is fit for any data and base.
+    A folder without results of trials passes for any data and base.
 
     Args:
         output: the sweep's folder, or one that is still to be made.
         now: data and base as they are now.
         model: the base.
-        otherwise: what can be done where the former data and base are gone.
+        otherwise: what the message offers a user whose former data and base are gone.
 
     Returns:
-        `now`, with a fingerprint to compare where results of rayft 0.1.0 have one.
+        `now`, with a fingerprint of the base where results of rayft 0.1.0 have one to compare.
 
     Raises:
-        ConfigError: naming what has changed, or what was not recorded. Nothing is touched.
+        ConfigError: naming what has changed, or what was not recorded. Nothing is changed then.
     """
     left = _left(output)
     if not left:
@@ -68,13 +66,13 @@ def check_identity(
     fingerprints = [one.fingerprint for one in known if one.fingerprint and not one.base]
     if fingerprints:
         own = source_fingerprint(load_skeleton(model), resolve(model), model.revision)
-        # Where files can't tell, the lanes compare when they have loaded the base.
+        # Where the files give no fingerprint, the lanes compare after they have loaded the base.
         now = now.model_copy(update={"fingerprint": own or fingerprints[0]})
     changed = next((found for one in known if (found := one.differences(now))), [])
     if changed:
         raise ConfigError(
             f"{output} holds results that can't be used with what is there now: {'; '.join(changed)}. "
-            f"Nothing was touched. Put back what it was, {otherwise}"
+            f"Nothing was changed. Restore what it was, {otherwise}"
         )
     recorded = {
         "data": any(one.data for one in known),
@@ -84,20 +82,21 @@ def check_identity(
         lacking = " and ".join(what for what, is_known in recorded.items() if not is_known)
         raise ConfigError(
             f"{', '.join(map(str, left))}: rayft 0.1.0 did not record which {lacking} this was trained with, "
-            f"so it can't be used again. Nothing was touched. Delete it to train it again, {otherwise}"
+            f"so it can't be used again. Nothing was changed. Delete it to train it again, {otherwise}"
         )
     return now
 
 
 def current_identity(run: RunConfig, sweep: Path | None = None) -> Identity:
-    """Read a run's data and give the identity of data and base, as they are now.
+    """Read the data of a run, and return the identity of its data and base as they are now.
 
     Args:
-        run: names both.
-        sweep: the folder of the sweep whose configuration the run is of; it must be of the same.
+        run: the run, which names both.
+        sweep: the folder of the sweep that the run's configuration comes from, if any. Its results must come
+            from the same data and base.
 
     Raises:
-        ConfigError: if the sweep was of other data or another base.
+        ConfigError: if the sweep's results come from other data or another base.
         DataError, ModelError: if one of them can't be read.
     """
     now = identify(run, read(run.data))
@@ -110,9 +109,9 @@ def current_identity(run: RunConfig, sweep: Path | None = None) -> Identity:
 
 
 def sweep_id(output: Path, now: Identity) -> str:
-    """Return the id of the sweep in a folder, a new one where another sweep begins there.
+    """Return the id of the sweep in a folder, or a new id if a new sweep starts there.
 
-    It is empty for a sweep that was begun before sweeps had one.
+    The id is empty for a sweep that a version of rayft without such ids has started.
     """
     before = _read(output)
     if before is not None and (before.sweep or _left(output)) and not before.differences(now):
@@ -121,36 +120,37 @@ def sweep_id(output: Path, now: Identity) -> str:
 
 
 def recorded_sweep(sweep: Path | None) -> str:
-    """Return the id that a sweep made for itself; empty where there is no sweep, or one of rayft 0.1.0."""
+    """Return the recorded id of the sweep in a folder; empty without a sweep, or for one of rayft 0.1.0."""
     found = _read(sweep) if sweep is not None else None
     return found.sweep if found else ""
 
 
 def write_identity(output: Path, now: Identity) -> None:
-    """Record what a sweep follows from, unless what trials have left follows from a record that is there."""
+    """Record the data and base of a sweep, unless there are results whose data and base are recorded."""
     if not _left(output):
         now.write(output / IDENTITY_FILE)
     elif not (output / IDENTITY_FILE).is_file():
-        # All that is there is of rayft 0.1.0, which recorded nothing.
+        # All results are of rayft 0.1.0, which recorded nothing.
         now.model_copy(update={"rayft": ""}).write(output / IDENTITY_FILE)
 
 
 def _left(output: Path) -> dict[Path, Identity]:
-    """Collect what the trials of a sweep's folder follow from, of those that have left something."""
+    """Return the folder of each trial that has left a result or checkpoint → the data and base of that."""
     found = {folder: left_identity(folder) for folder in sorted((output / "trials").glob("*"))}
     return {folder: identity for folder, identity in found.items() if identity is not None}
 
 
 def begun_by(output: Path) -> str:
-    """Return the version of rayft that began a sweep; empty for 0.1.0."""
+    """Return the version of rayft that started a sweep; empty for 0.1.0."""
     found = _read(output)
     return found.rayft if found else ""
 
 
 def not_used(output: Path, points: Sequence[Point]) -> list[str]:
-    """Return a warning for each finished trial in a sweep's folder that is none of the sweep's points.
+    """Return a warning for each finished trial in a sweep's folder that is not one of the sweep's points.
 
-    A machine with other cores or another precision settles other values, and paths are absolute.
+    This happens on a machine with other cores or another precision, where `auto` becomes other values, and
+    where the configuration lies in another folder, since paths in it become absolute.
     """
     keys, runs = {point.key for point in points}, {point.name: point.run for point in points}
     others = {path.parent.name for path in (output / "trials").glob("*/result.json")}
@@ -167,8 +167,8 @@ def not_used(output: Path, points: Sequence[Point]) -> list[str]:
         if key in why and trial.id in runs:
             now = leaves(runs[trial.id])
             changed = [name for name in now if trial.settings.get(name) not in (None, now[name])]
-            told = ", ".join(f"{name} was {trial.settings[name]}, now {now[name]}" for name in changed)
-            why[key] = f" ({told})" if told else ""
+            shown = ", ".join(f"{name} was {trial.settings[name]}, now {now[name]}" for name in changed)
+            why[key] = f" ({shown})" if shown else ""
     return [
         f"{output / 'trials' / key} is not used again: it has other settings{reason}"
         for key, reason in why.items()
@@ -183,14 +183,14 @@ def _read(output: Path) -> Identity | None:
         return Identity.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ConfigError(
-            f"{path} is damaged, or of a later version of rayft, so it can't tell which data and base the "
-            "results beside it are of. Nothing was touched. Put back a copy; or delete it, so that each "
-            "trial's own record of data and base is compared; or choose another folder with --set output=…"
+            f"{path} is damaged, or of a later version of rayft, so the data and base of the results "
+            "beside it are not known. Nothing was changed. Restore it from a copy; or delete it, so that the "
+            "record of each trial is compared instead; or choose another folder with --set output=…"
         ) from error
 
 
 def _recorded(output: Path) -> list[Identity]:
-    """Return what rayft 0.1.0 recorded of a sweep that ended."""
+    """Return the data that rayft 0.1.0 recorded for a sweep that ended."""
     try:
         return [Identity(data=SweepRecord.load(output).data_digest)]
     except ReportError:

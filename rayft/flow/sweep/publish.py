@@ -1,13 +1,13 @@
-"""Publish what a sweep found: record and report first, then tracked runs, the registry and serving files.
+"""Publish the findings of a sweep: record and report first, then tracked runs, the registry, serving files.
 
-What fails after the record is written is reported and left to the next run of the same command, which finds
-everything before it done.
+Whatever fails after the record is saved is reported and left to the next run of the same command, which
+repeats nothing that is done.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -21,6 +21,8 @@ from rayft.errors import (
     RegistryError,
     ReportError,
     TrackingError,
+    TrainError,
+    UnfinishedError,
 )
 from rayft.files import room_on, write_file
 from rayft.flow.analyze.tracking import track_analysis
@@ -39,27 +41,49 @@ from rayft.serving.deployment import deployment
 from rayft.sweep.score import spread
 from rayft.tracking.base import PENDING
 
-__all__ = ["Publisher", "on_several_nodes"]
+__all__ = ["Publisher", "check_complete", "on_several_nodes"]
 
 logger = logging.getLogger(__name__)
 
 DEPLOY_HEADER = """\
-# For `serve deploy` on the cluster (RAY_DASHBOARD_ADDRESS says where that is); every sweep writes it anew.
-# To let callers in from elsewhere, copy this file, give `args` some `keys`, and set both `host`s.
+# For `serve deploy` on the cluster, which RAY_DASHBOARD_ADDRESS names. Every run of the sweep replaces it.
+# To accept requests from other machines, copy this file, add `keys` to `args`, and set both `host`s.
 """
 
 
 def on_several_nodes() -> bool:
-    """Return whether the sweep runs on a cluster of several nodes, which do not have each other's files."""
+    """Return whether the sweep runs on a cluster of several nodes, which do not share their files."""
     return ray.is_initialized() and spread()
 
 
-class Publisher:
-    """Write, track, register and promote what a sweep found.
+def check_complete(record: SweepRecord, undone: Sequence[str]) -> None:
+    """Check that a published sweep has a trial that did not fail, and that nothing is left to do.
 
     Args:
-        plan: of the sweep.
-        display: is told what could not be done, and what to do about it.
+        record: the sweep's.
+        undone: what is left to do (`Display.undone`).
+
+    Raises:
+        TrainError: if every trial has failed.
+        UnfinishedError: if something is left to do.
+    """
+    if all(trial.status == "failed" for trial in record.trials):
+        raise TrainError(
+            "every trial has failed, for the reasons above; correct them and run the sweep again"
+        )
+    if undone:
+        raise UnfinishedError(
+            f"the results are there, but {'; '.join(undone)} (the reasons are above); run the sweep again to "
+            "do what is left, without training"
+        )
+
+
+class Publisher:
+    """Writes, tracks, registers and promotes the findings of a sweep.
+
+    Args:
+        plan: the sweep's.
+        display: reports what could not be done, and what to do about it.
         tracking: the sweep's tracked run.
     """
 
@@ -70,7 +94,7 @@ class Publisher:
         """Write the report and what `rayft serve` needs; then track, register and promote.
 
         Raises:
-            DiskFullError: if the disk is full. What came before is kept.
+            DiskFullError: if the disk is full. What was done before that is kept.
         """
         plan = self._plan
         record = build_record(plan, found, self._display.timings)
@@ -84,7 +108,7 @@ class Publisher:
         with self._late("not all that was found is tracked"):
             self._tracking.track(record, found)
         ships = next((item for item in served if item.shipped), None)
-        # Without `found.full` the folder of the winner is what an earlier run of the sweep left.
+        # Without `found.full`, the folder of the winner is one that an earlier run of the sweep has left.
         if ships and (found.full or ships.scored != ships.trial):
             version = ""
             with self._late("not registered"):
@@ -97,7 +121,7 @@ class Publisher:
         return record
 
     def add_analysis(self, record: SweepRecord, analysis: SweepAnalysis) -> SweepRecord:
-        """Add an analysis to the report and to the runs of what was analysed."""
+        """Add an analysis to the report and to the tracked runs of what was analysed."""
         plan = self._plan
         path = analysis.save(plan.output)
         record = with_run_ids(record, plan.tracker).model_copy(
@@ -114,13 +138,13 @@ class Publisher:
 
     @contextmanager
     def _late(self, what: str) -> Iterator[None]:
-        """Report a failure and go on, since all that came before is kept.
+        """Run a block; if it fails, report that and go on.
 
         Args:
-            what: what is not done if the body fails.
+            what: what is not done if the block fails.
 
         Raises:
-            DiskFullError: which leaves no room for what comes after, either.
+            DiskFullError: if the disk is full, because the following steps would fail too.
         """
         output = self._plan.output
         try:
@@ -142,13 +166,13 @@ class Publisher:
         try:
             analysis = SweepAnalysis.find(output)
         except ReportError:
-            # It is damaged, which the checks have reported.
+            # It is damaged, as the checks of the sweep have reported.
             analysis = None
         with self._late("the report was not drawn"):
             render(record, output / "report.html", analysis)
 
     def _updated(self, record: SweepRecord) -> SweepRecord:
-        """Return the record with the runs that MLflow has by now, and save it if there are more."""
+        """Return the record with the ids of the runs that MLflow has by now; save it if it has changed."""
         found = with_run_ids(record, self._plan.tracker)
         if found != record:
             found.save(self._plan.output / "sweep.json")
@@ -163,9 +187,12 @@ class Publisher:
                 tracking.tracker.artifact(tracking.run_id, output / "report.html")
 
     def _register_shipped(self, ships: ServedAdapter, record: SweepRecord, found: Findings) -> str:
-        """Register what ships and ask the gate to promote it; return the version as `models:/NAME/VERSION`.
+        """Register the adapter that ships, and promote it if it passes the gate.
 
-        Columns of the winner are sorted, so that its version can be served at every rank.
+        The columns of the winner are sorted by singular value, so its version can be served at every rank.
+
+        Returns:
+            The version, as `models:/NAME/VERSION`.
 
         Raises:
             RayftError: if it can't be registered now.
@@ -191,30 +218,30 @@ class Publisher:
         """
         tags = {SCORE_TAG: repr(found.scores[item.scored].mean("val")), "data_digest": record.data_digest}
         if not any(measured.error for measured in found.baselines.values()):
-            # Where a baseline could not be scored, the gate has nothing to compare with.
+            # If a baseline could not be scored, the gate gets no baseline to compare with.
             best = max((base.val_score or 0.0 for base in record.baselines), default=0.0)
             tags[BASE_SCORE_TAG] = repr(best)
         run_id = next(trial.run_id for trial in record.trials if trial.id == item.trial)
         if run_id.startswith(PENDING):
             raise TrackingError(
-                f"MLflow does not have the run of {item.trial} yet, which began while it was away"
+                f"MLflow does not have the run of {item.trial} yet, which started while MLflow did not answer"
             )
         return MlflowRegistry(self._plan.tracker.uri).register(item.registered, run_id, item.folder, tags)
 
     def _serve_from_registry(
         self, served: list[ServedAdapter], record: SweepRecord, found: Findings, shipped: str
     ) -> None:
-        """Write what `rayft serve` and `serve deploy` need on a cluster of several nodes.
+        """Write the configurations for `rayft serve` and `serve deploy` on a cluster of several nodes.
 
-        Other nodes do not have the sweep's folders, so each adapter is named as a version of the registry.
-        Those that do not ship are registered under names of their own, without an alias. What can't be
-        registered is left out, and reported.
+        Other nodes do not have the sweep's folders, so each adapter is named by its version in the registry.
+        Adapters that do not ship are registered under their own names, without an alias. Adapters that can't
+        be registered are left out and reported.
 
         Args:
-            served: what is worth serving.
-            record: what the sweep found.
-            found: the same with all scores.
-            shipped: the version of what ships; empty if it could not be registered.
+            served: the adapters to serve.
+            record: the sweep's.
+            found: findings of the sweep, with all scores.
+            shipped: version of the adapter that ships; empty if it could not be registered.
         """
         sources: dict[str, str] = {}
         problems: dict[str, Exception] = {}
@@ -242,18 +269,18 @@ class Publisher:
                 raise next(iter(problems.values()))
 
     def _write_serve_config(self, sources: Mapping[str, str], registry: str | None = None) -> None:
-        """Write what `rayft serve` needs, and for a cluster also what `serve deploy` needs.
+        """Write the configuration for `rayft serve`, and on a cluster also the one for `serve deploy`.
 
         Args:
             sources: served name → adapter folder, or `models:/…`.
-            registry: MLflow's URI, for `models:/…`.
+            registry: MLflow's URI, for `models:/…`; None on one node.
         """
         config = self._plan.config
         if not sources or config.model.task != "causal_lm":
             return
         cluster = {}
         if registry:
-            # `serve deploy` gives a server no working directory to rely on.
+            # A server that `serve deploy` starts has no working directory of its own.
             fetched = runs_folder(cluster=True).absolute() / "serving" / "adapters"
             cluster = {"registry": registry, "fetched": str(fetched)}
         content = {

@@ -1,4 +1,4 @@
-"""Run a sweep: from a configuration to a squeezed, scored, registered and reported winner."""
+"""Run a sweep: search, score, squeeze, register and report, then analyse."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from rayft.analysis.record import SweepAnalysis
 from rayft.errors import ArtifactError, DiskFullError, RayftError
 from rayft.files import room_on
 from rayft.flow import scoring
-from rayft.flow.analyze.run import analyze_items, known, summarize
+from rayft.flow.analyze.run import analyze_items
 from rayft.flow.analyze.source import Item
+from rayft.flow.analyze.summarize import known, summarize
 from rayft.flow.cluster import check_tracking, cluster, join, placed, temporary_folders
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
-from rayft.flow.lanes import at_work
-from rayft.flow.scores import ScoreStore
-from rayft.flow.scoring import Measured
+from rayft.flow.lanes import use_lanes
+from rayft.flow.scoring import Measured, ScoreStore
 from rayft.flow.selection import best_first
-from rayft.flow.squeeze import make as squeezing
+from rayft.flow.squeeze.continued import continue_all
 from rayft.flow.squeeze.dense import dense_source, extract, lost_text
-from rayft.flow.squeeze.make import Source, SqueezedAdapter
+from rayft.flow.squeeze.make import Source, SqueezedAdapter, make, sort_columns, targets
 from rayft.flow.sweep.preflight import Plan, preflight
 from rayft.flow.sweep.publish import Publisher
 from rayft.flow.sweep.record import Findings
@@ -38,16 +38,20 @@ __all__ = ["run_sweep"]
 
 
 def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
-    """Run all stages, and return when the lanes are down and their memory is free.
+    """Run all stages of a sweep; return when the lanes have ended and their memory is free.
 
-    A sweep that was interrupted continues: finished trials are not trained again. The analysis can take
-    longer than everything else, so it comes after the winner is registered and reported.
+    An interrupted sweep continues: finished trials are not trained again. The analysis comes after the winner
+    is registered and reported, because it can take longer than everything else.
 
     On KeyboardInterrupt the trials save checkpoints and the tracked runs are marked as interrupted; then the
     exception is raised again.
 
+    Args:
+        config: the sweep's.
+        display: shows the stages and the trials.
+
     Raises:
-        RayftError: if a check fails (before anything is started) or a stage can't be done.
+        RayftError: if a check fails, before anything has started, or if a stage fails.
     """
     config = placed(config)
     with hold(config.folder, "--set output=…"):
@@ -60,8 +64,8 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
         left = flush_spool(plan.tracker).pending
     if left:
         display.say(
-            f"the tracking server is away: {left} records wait in {plan.tracker.spool} and are sent by the "
-            f"next `rayft report {plan.output}`"
+            f"the tracking server does not answer: {left} records are kept in {plan.tracker.spool}; "
+            f"`rayft report {plan.output}` sends them"
         )
     return record
 
@@ -69,7 +73,7 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
 def _check(config: PipelineConfig, display: Display) -> Plan:
     """Check everything that can be checked before workers start, and show the warnings."""
     with display.stage("checks"):
-        # Joining a cluster that is there costs nothing, and shows which devices it has.
+        # Joining an existing cluster costs nothing, and shows which devices it has.
         join()
         plan = preflight(config)
     for text in (*(item.text for item in plan.parts.dropped), *(f"warning: {one}" for one in plan.warnings)):
@@ -78,7 +82,7 @@ def _check(config: PipelineConfig, display: Display) -> Plan:
 
 
 def _tracked(plan: Plan, display: Display, tracker: MlflowTracker) -> SweepRecord:
-    """Run the stages, and record in MLflow how they ended."""
+    """Run the stages after the checks, and track how they ended."""
     tracking = SweepTracking(plan, tracker)
     try:
         with room_on(plan.output, others=temporary_folders()):
@@ -94,7 +98,7 @@ def _tracked(plan: Plan, display: Display, tracker: MlflowTracker) -> SweepRecor
 
 
 def _run_stages(plan: Plan, display: Display, tracking: SweepTracking) -> SweepRecord:
-    """Run the stages that need a cluster, and those that follow from them."""
+    """Run the stages that need a cluster, and publish what they find."""
     sweep, scale = plan.config.sweep, plan.run.scale
     publisher = Publisher(plan, display, tracking)
     analysis: SweepAnalysis | None = None
@@ -103,7 +107,7 @@ def _run_stages(plan: Plan, display: Display, tracking: SweepTracking) -> SweepR
         executor = EXECUTORS[plan.executor](
             scale, str(plan.output / "ray"), sweep.lanes, sweep.restarts, plan.config.name, sweep.patience
         )
-        with at_work(executor, display, tracking.interrupt):
+        with use_lanes(executor, display, tracking.interrupt):
             stages = _Stages(plan, executor, display, tracking)
             found = stages.run()
             with display.stage("register and report"):
@@ -118,7 +122,7 @@ def _run_stages(plan: Plan, display: Display, tracking: SweepTracking) -> SweepR
 
 
 class _Stages:
-    """The stages that need workers: score the base, search, score the trials, squeeze, analyze."""
+    """The stages that need lanes: score the base, search, score the trials, squeeze, analyse."""
 
     def __init__(self, plan: Plan, executor: Executor, display: Display, tracking: SweepTracking) -> None:
         self._plan, self._executor, self._display, self._tracking = plan, executor, display, tracking
@@ -127,7 +131,7 @@ class _Stages:
         self._found = Findings()
 
     def run(self) -> Findings:
-        """Run all stages but the analysis."""
+        """Run all stages except the analysis, and return what they found."""
         self._score_base()
         self._search()
         ranking = self._score_trials()
@@ -163,7 +167,7 @@ class _Stages:
             display.say(_line(trial))
 
     def _score_trials(self) -> list[Trial]:
-        """Score the trials and find the winner; return the finished ones, the best first."""
+        """Score the trials and choose the winner; return the finished trials, the best first."""
         plan, display, found = self._plan, self._display, self._found
         with display.stage("score the trials"), display.watch(self._executor.broker):
             found.scores = scoring.score_trials(plan, self._executor, found.trials, self._store)
@@ -176,7 +180,7 @@ class _Stages:
         return ranking
 
     def _intact(self, ranking: list[Trial]) -> list[Trial]:
-        """Leave out the best trials if their adapters were damaged since they were scored, and mark them."""
+        """Drop the best trials whose adapters were damaged after scoring, and mark them as failed."""
         found, output = self._found, self._plan.output
         while ranking and (problem := damage(trial_folder(output, ranking[0].point.key))):
             found.scores[ranking[0].point.name] = Measured(error=problem)
@@ -185,9 +189,9 @@ class _Stages:
         return ranking
 
     def _squeeze(self, ranking: list[Trial]) -> None:
-        """Bring the best trials to lower ranks, train those further if asked to, and score them all.
+        """Squeeze the best trials, train the results further if asked to, and score them all.
 
-        A trial whose adapter can't be read any more is left out.
+        A trial whose adapter can no longer be read is left out.
         """
         plan, found, config = self._plan, self._found, self._plan.config.squeeze
         for trial in [trial for trial in ranking if _can_be_squeezed(trial)][: config.winners]:
@@ -195,17 +199,17 @@ class _Stages:
         if config.cont is not None:
             found.squeezed = [
                 *found.squeezed,
-                *squeezing.continue_all(
+                *continue_all(
                     self._executor, found.squeezed, config.cont, plan.output, plan.tracker, self._display.say
                 ),
             ]
-        scores = squeezing.score(self._executor, found.squeezed, store=self._store)
+        scores = scoring.score_squeezed(self._executor, found.squeezed, store=self._store)
         scoring.say_unscored(scores, self._display.say)
         found.squeezed = [item for item in found.squeezed if not scores[item.name].error]
         found.scores |= scores
 
     def _squeezed(self, trial: Trial) -> list[SqueezedAdapter]:
-        """Bring a trial to lower ranks; nothing comes of one whose adapter can't be read any more."""
+        """Squeeze a trial to all targets; return nothing if its adapter can no longer be read."""
         assert trial.result is not None
         plan, wins = self._plan, trial is self._found.winner
         folder = plan.output / "squeezed" if wins else plan.output / "squeezed" / trial.point.key
@@ -213,25 +217,23 @@ class _Stages:
         if not method(trial.point.run.method.name).exports_lora:
             return self._extracted(trial, source, folder)
         try:
-            full = squeezing.sort_columns(
-                trial.result["folder"], plan.output / "winner" if wins else folder / "full"
-            )
+            full = sort_columns(trial.result["folder"], plan.output / "winner" if wins else folder / "full")
         except ArtifactError as error:
             self._display.say(f"{trial.point.name} can't be squeezed, and is left out: {error}")
             return []
         if wins:
             self._found.full = full
-        targets = squeezing.targets(plan.config.squeeze, full.rank)
-        return [squeezing.make(full, target, source, folder) for target in targets]
+        wanted = targets(plan.config.squeeze, full.rank)
+        return [make(full, target, source, folder) for target in wanted]
 
     def _extracted(self, trial: Trial, source: Source, folder: Path) -> list[SqueezedAdapter]:
-        """Extract LoRAs from the update of a trial without low-rank factors; return none where that fails."""
+        """Extract LoRAs from the update of a trial without low-rank factors; return those that succeed."""
         assert trial.result is not None
         dense = dense_source(Path(trial.result["folder"]))
-        wanted = squeezing.targets(self._plan.config.squeeze, None)
+        wanted = targets(self._plan.config.squeeze, None)
         assert dense is not None
         made: list[SqueezedAdapter] = []
-        # Each kind is extracted by itself: as far as its highest rank, or as its highest energy needs.
+        # Ranks and energies are extracted separately, each up to the highest that is asked for.
         for kind in (
             [target for target in wanted if target.energy is None],
             [target for target in wanted if target.energy is not None],
@@ -240,7 +242,7 @@ class _Stages:
                 continue
             try:
                 extraction = extract(dense, self._plan.config.model, kind, None, lambda _done: None)
-                made += [squeezing.make(extraction.artifact, target, source, folder) for target in kind]
+                made += [make(extraction.artifact, target, source, folder) for target in kind]
             except DiskFullError:
                 raise
             except RayftError as error:
@@ -251,7 +253,7 @@ class _Stages:
         return made
 
     def analyze(self, record: SweepRecord) -> SweepAnalysis:
-        """Analyze what the finished trials saved."""
+        """Analyse what the finished trials have saved."""
         plan = self._plan
         items = [
             Item(trial.point.name, trial.point.run, Path(trial.result["folder"]), trial.run_id, plan.identity)
@@ -264,7 +266,7 @@ class _Stages:
 
 
 def _can_be_squeezed(trial: Trial) -> bool:
-    """Return whether a trial left a LoRA, or something that one can be extracted from."""
+    """Return whether a trial has saved a LoRA, or something that a LoRA can be extracted from."""
     assert trial.result is not None
     lora = method(trial.point.run.method.name).exports_lora
     try:

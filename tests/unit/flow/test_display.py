@@ -12,7 +12,6 @@ from rayft.errors import DataError
 from rayft.flow.commands import guarded
 from rayft.flow.console import terminal
 from rayft.flow.display import Display
-from tests.disks import Disk
 
 
 def test_a_line_is_printed_as_it_is() -> None:
@@ -41,25 +40,3 @@ def test_names_answers_and_errors_are_printed_as_they_are(
     with pytest.raises(SystemExit):
         guarded(fails)
     assert capsys.readouterr().err == f"DataError: {ODD}\n"
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_full_disk_ends_a_command_with_one_message(
-    disk: Disk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrapped: bool
-) -> None:
-    monkeypatch.chdir(disk.folder)
-    disk.resize(0)
-
-    def fails() -> None:
-        try:
-            (disk.folder / "large").write_bytes(b"0" * 2**20)
-        except OSError as error:
-            if wrapped:
-                raise DataError("the hub can't be reached") from error
-            raise
-
-    with pytest.raises(SystemExit, match="1"):
-        guarded(fails)
-    said = capsys.readouterr().err
-    assert said.startswith(f"DiskFullError: the disk of {disk.folder} is full (")
-    assert said.count("\n") == 1

@@ -1,4 +1,4 @@
-"""How a command ends whose lanes can't go on."""
+"""A command whose lanes can't go on ends with one error, or saves what they were doing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rich.console import Console
 
 from rayft.errors import ResourceError
 from rayft.flow.display import Display
-from rayft.flow.lanes import at_work
+from rayft.flow.lanes import use_lanes
 
 
 class Lanes:
-    """What `at_work` asks of an executor."""
+    """What `use_lanes` asks of an executor."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -29,11 +29,11 @@ class Lanes:
         self.asked.append("close")
 
 
-def test_a_process_that_has_died_is_one_error_that_says_how_to_continue() -> None:
+def test_the_error_about_a_dead_process_names_the_way_to_continue() -> None:
     lanes = Lanes()
     with (
         pytest.raises(ResourceError, match=r"was killed or crashed; .*Run the same command again"),
-        at_work(lanes, Display(Console(quiet=True))),  # type: ignore[arg-type]
+        use_lanes(lanes, Display(Console(quiet=True))),  # type: ignore[arg-type]
     ):
         raise ActorDiedError
     assert lanes.asked == ["close"]
@@ -43,7 +43,7 @@ def test_an_interrupt_saves_the_trials_before_the_lanes_are_closed() -> None:
     lanes, said = Lanes(), io.StringIO()
     with (
         pytest.raises(KeyboardInterrupt),
-        at_work(lanes, Display(Console(file=said, width=200))),  # type: ignore[arg-type]
+        use_lanes(lanes, Display(Console(file=said, width=200))),  # type: ignore[arg-type]
     ):
         raise KeyboardInterrupt
     assert lanes.asked == ["interrupt", "close"]

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from rayft.errors import ModelError
 from rayft.models import files
-from rayft.models.files import hash_file
+from rayft.models.files import LARGE, hash_file
 from rayft.models.fingerprint import source_fingerprint
 from rayft.models.identity import base_files
 from rayft.models.load import ModelConfig, load_skeleton, resolve
 from rayft.models.tiny import save_tiny_qwen
+from tests.unit.damages import DAMAGES
 
 ONE = "model.layers.1.mlp.up_proj.weight"
 
@@ -167,3 +168,16 @@ def test_large_files_are_read_once_until_they_change(tmp_path: Path, monkeypatch
     assert hash_file(file) == whole(file)
     monkeypatch.setenv("RAYFT_CACHE", "/dev/null/no")
     assert hash_file(file) == whole(file)
+
+
+def test_a_damaged_hash_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("rayft.models.files.SETTLED", -1.0)
+    path = tmp_path / "weights"
+    path.write_bytes(b"\1" * LARGE)
+    value = hash_file(path)
+    (note,) = (tmp_path / "cache" / "hashes").iterdir()
+    for way in DAMAGES:
+        way(note)
+        assert hash_file(path) == value
+        assert json.loads(note.read_text())["hash"] == value

@@ -1,19 +1,22 @@
-"""What an analysis keeps of the one before it."""
+"""An analysis keeps its findings, those of an earlier one, and nobody else's files."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rayft.analysis.record import PIECES, AdapterAnalysis, Gap, ModuleSpectrum, SweepAnalysis
 from rayft.analysis.section import AnalyzeConfig
-from rayft.flow.analyze.run import analyze_items, completed
+from rayft.errors import ReportError
+from rayft.flow.analyze.run import analyze_items, completed, earlier_analysis
 from rayft.flow.analyze.source import Item
-from rayft.sweep.broker import Event, Job
+from rayft.flow.sweep.preflight import Plan
 from rayft.train.run import RunConfig
+from tests.unit.damages import DAMAGES
+from tests.unit.flow.answers import Lanes, trial_of
 
 GAP = Gap(train=1.0, held_out=1.5, low=0.2, high=0.8, n=9)
 SPECTRUM = ModuleSpectrum(
@@ -34,7 +37,7 @@ def before(**settings: object) -> SweepAnalysis:
     return SweepAnalysis(config=AnalyzeConfig.model_validate(settings), adapters=(EARLIER,))
 
 
-def test_parts_that_were_not_asked_for_again_stay() -> None:
+def test_parts_that_are_not_asked_for_again_stay() -> None:
     earlier = before(parts=("gap", "sharpness", "hessian", "landscape", "trajectory"))
     (one,), config = completed([NOW], AnalyzeConfig(parts=("sharpness", "hessian")), earlier)
     assert one.measures == {"gap": 0.5, "sam_sharpness": 0.2, "hessian_trace": 3.0}
@@ -46,7 +49,7 @@ def test_parts_that_were_not_asked_for_again_stay() -> None:
     assert config.parts == ("gap", "sharpness", "hessian", "landscape", "trajectory")
 
 
-def test_what_fails_now_and_was_found_before_is_there_and_not_called_missing() -> None:
+def test_an_earlier_finding_stays_if_its_part_fails_now() -> None:
     failed = NOW.model_copy(
         update={
             "measures": {},
@@ -66,39 +69,16 @@ def test_what_fails_now_and_was_found_before_is_there_and_not_called_missing() -
     [None, before(parts=("gap",), samples=7)],
     ids=["nothing before", "other settings"],
 )
-def test_what_can_not_stand_beside_it_goes(earlier: SweepAnalysis | None) -> None:
+def test_an_analysis_with_other_settings_is_not_added(earlier: SweepAnalysis | None) -> None:
     asked = AnalyzeConfig(parts=("sharpness", "hessian"))
     assert completed([NOW], asked, earlier) == ([NOW], asked)
 
 
 @pytest.mark.parametrize("other", ["weights", "group", "name"])
-def test_another_adapter_keeps_nothing(other: str) -> None:
+def test_findings_of_another_adapter_are_not_added(other: str) -> None:
     now = NOW.model_copy(update={other: "another"})
     (one,), _ = completed([now], AnalyzeConfig(parts=("hessian",)), before(parts=("gap",)))
     assert one == now
-
-
-class Lanes:
-    """An executor whose lanes analyse as they are told to; the last job that was asked for ends first."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.asked: list[str] = []
-        self.answers: dict[str, AdapterAnalysis | str] = {}
-        self.broker = SimpleNamespace(next_event=SimpleNamespace(remote=lambda key: key))
-        fake = "rayft.flow.analyze.run.ray"
-        monkeypatch.setattr(f"{fake}.wait", lambda refs, num_returns: (refs[-1:], refs[:-1]))
-        monkeypatch.setattr(f"{fake}.get", self._event)
-
-    def submit(self, jobs: list[Job]) -> None:
-        self.asked += [job.id for job in jobs]
-
-    def _event(self, key: str) -> Event:
-        answer = self.answers[key.removeprefix("analyse ")]
-        if answer == "interrupted":
-            raise KeyboardInterrupt
-        if isinstance(answer, str):
-            return Event("failed", 0, {"error": answer})
-        return Event("final", 0, {"analysis": answer.model_dump_json()})
 
 
 def item(folder: Path, name: str) -> Item:
@@ -109,14 +89,22 @@ def item(folder: Path, name: str) -> Item:
     )
 
 
-def test_an_interrupted_analysis_goes_on_with_what_is_missing(
+def test_an_interrupted_analysis_continues_with_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lanes, config = Lanes(monkeypatch), AnalyzeConfig(parts=("gap",))
+    answers: dict[str, AdapterAnalysis | str] = {}
+
+    def answer(name: str) -> dict[str, Any] | str:
+        found = answers[name.removeprefix("analyse ")]
+        if found == "interrupted":
+            raise KeyboardInterrupt
+        return found if isinstance(found, str) else {"analysis": found.model_dump_json()}
+
+    lanes, config = Lanes(monkeypatch, answer), AnalyzeConfig(parts=("gap",))
     monkeypatch.setattr(Item, "request", lambda *_: b"")
     items = [item(tmp_path, name) for name in ("a", "b", "c")]
     noted = {"gap": "no test part"}
-    lanes.answers = {
+    answers |= {
         "a": "interrupted",
         "b": AdapterAnalysis(name="b", notes=noted),
         "c": AdapterAnalysis(name="c", measures={"gap": 0.25}),
@@ -126,7 +114,7 @@ def test_an_interrupted_analysis_goes_on_with_what_is_missing(
         analyze_items(executor, items, config, tmp_path)
     assert lanes.asked == ["analyse a", "analyse b", "analyse c"]
 
-    lanes.asked, lanes.answers["a"] = [], "RuntimeError: no\ntrace"
+    lanes.asked, answers["a"] = [], "RuntimeError: no\ntrace"
     found = analyze_items(executor, items, config, tmp_path)
     assert lanes.asked == ["analyse a", "analyse b"], "what has notes is done again"
     assert [one.name for one in found] == ["a", "b", "c"]
@@ -147,13 +135,50 @@ def test_an_interrupted_analysis_goes_on_with_what_is_missing(
     assert not (tmp_path / PIECES).exists()
 
 
-def test_a_damaged_piece_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes, config = Lanes(monkeypatch), AnalyzeConfig(parts=("gap",))
-    monkeypatch.setattr(Item, "request", lambda *_: b"")
-    lanes.answers = {"a": AdapterAnalysis(name="a", measures={"gap": 0.25})}
+def test_damaged_findings_are_made_again_and_a_missing_adapter_has_notes(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = AdapterAnalysis(name="one", measures={"gap": 1.0})
+    lanes = Lanes(monkeypatch, lambda _: {"analysis": made.model_dump_json()})
     executor: Any = lanes
-    for _ in range(2):
-        analyze_items(executor, [item(tmp_path, "a")], config, tmp_path)
-        (piece,) = (tmp_path / PIECES).iterdir()
-        piece.write_text(piece.read_text()[:20])
-    assert lanes.asked == ["analyse a"] * 2
+    only = Item("one", plan.points[0].run, trial_of(plan) / "adapter", "", plan.identity)
+    wanted, reports = AnalyzeConfig(parts=("gap",)), []
+    analyze_items(executor, [only], wanted, plan.output, reports.append)
+    (piece,) = (plan.output / PIECES).iterdir()
+    for way in DAMAGES:
+        del lanes.asked[:]
+        way(piece)
+        analyze_items(executor, [only], wanted, plan.output, reports.append)
+        assert lanes.asked == ["analyse one"]
+    assert len(reports) == len(DAMAGES) - 1
+    shutil.rmtree(only.folder)
+    lanes.answer = lambda _: "no adapter"
+    (found,) = analyze_items(executor, [only], wanted, plan.output, reports.append)
+    assert found.notes == {"gap": "no adapter"}
+
+
+def test_an_analysis_replaces_one_of_the_same_adapters(tmp_path: Path) -> None:
+    one = SweepAnalysis(config=AnalyzeConfig(), adapters=(AdapterAnalysis(name="a"),))
+    one.save(tmp_path)
+    assert earlier_analysis(tmp_path, {"a", "b"}, overwrite=False) == one
+    with pytest.raises(ReportError, match=r"has an analysis of a, which would be lost.*--overwrite"):
+        earlier_analysis(tmp_path, {"b"}, overwrite=False)
+    assert earlier_analysis(tmp_path, {"b"}, overwrite=True) == one
+    whole = (tmp_path / "analysis.json").read_text()
+    (tmp_path / "analysis.json").write_text(whole.replace('"format": 1', '"format": "new"'))
+    assert earlier_analysis(tmp_path, {"a"}, overwrite=False) is None
+    (tmp_path / "analysis.json").write_text('{"mine": 1}')
+    with pytest.raises(ReportError, match="no analysis of rayft's; move it away"):
+        earlier_analysis(tmp_path, {"a"}, overwrite=True)
+
+
+def test_an_analysis_deletes_only_its_own_pieces(tmp_path: Path) -> None:
+    (tmp_path / PIECES).mkdir()
+    (tmp_path / PIECES / f"{'0' * 24}.json").write_text("{}")
+    (tmp_path / PIECES / "notes.txt").write_text("mine")
+    one = SweepAnalysis(config=AnalyzeConfig())
+    one.save(tmp_path)
+    assert [path.name for path in (tmp_path / PIECES).iterdir()] == ["notes.txt"]
+    (tmp_path / PIECES / "notes.txt").unlink()
+    one.save(tmp_path)
+    assert not (tmp_path / PIECES).exists()

@@ -1,4 +1,4 @@
-"""What is correlated with what: over all runs, and over each method's best setting alone."""
+"""Measures are correlated over all runs, and again over each method's best settings alone."""
 
 from __future__ import annotations
 
@@ -9,20 +9,14 @@ import pytest
 from rayft.analysis.record import AdapterAnalysis, Gap
 from rayft.analysis.section import AnalyzeConfig
 from rayft.data.section import DataConfig
-from rayft.flow.analyze import run as analyze
-from rayft.flow.analyze.run import summarize
 from rayft.flow.analyze.source import Item
+from rayft.flow.analyze.summarize import known, summarize
 from rayft.methods.section import MethodConfig
 from rayft.models.load import ModelConfig
 from rayft.train.run import OptimConfig, RunConfig
 from tests.unit.report.example import example
 
 RATES = (1e-4, 1e-3)
-
-
-@pytest.fixture(autouse=True)
-def _without_angles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analyze, "_angles", lambda items: {})
 
 
 def sweep(methods: list[str]) -> tuple[list[Item], list[AdapterAnalysis], dict[str, float]]:
@@ -37,7 +31,7 @@ def sweep(methods: list[str]) -> tuple[list[Item], list[AdapterAnalysis], dict[s
                     optim=OptimConfig(lr=rate),
                     seed=seed,
                 )
-                item = Item(f"{name}-lr{rate:g}-s{seed}", run, Path(), "")
+                item = Item(f"{name}-lr{rate:g}-s{seed}", run, Path("nowhere"), "")
                 gap = 0.1 * number + 100 * rate + 0.01 * seed
                 items.append(item)
                 found.append(
@@ -50,7 +44,7 @@ def sweep(methods: list[str]) -> tuple[list[Item], list[AdapterAnalysis], dict[s
     return items, found, losses
 
 
-def test_each_methods_best_setting_is_correlated_alone_too() -> None:
+def test_each_methods_best_settings_are_correlated_alone_too() -> None:
     items, found, losses = sweep(["lora", "cla", "asym"])
     config = AnalyzeConfig(parts=("gap",))
     chosen = {item.name for item in items if item.run.optim.lr == RATES[0]}
@@ -65,11 +59,9 @@ def test_each_methods_best_setting_is_correlated_alone_too() -> None:
         assert not beside.chosen, "none, too few, or all there are"
 
 
-def test_a_sweep_knows_its_choice(tmp_path: Path) -> None:
-    assert analyze._of_sweep(tmp_path) == ({}, set())
+def test_a_sweep_gives_the_losses_of_its_trials_and_the_best_settings() -> None:
     record = example()
-    record.save(tmp_path / "sweep.json")
-    losses, chosen = analyze._of_sweep(tmp_path)
-    known = {one.id: one.last_val_loss for one in record.trials if one.last_val_loss is not None}
-    assert losses == pytest.approx(known, nan_ok=True)
+    losses, chosen = known(record)
+    expected = {one.id: one.last_val_loss for one in record.trials if one.last_val_loss is not None}
+    assert losses == pytest.approx(expected, nan_ok=True)
     assert chosen == {name for one in record.methods for name in one.trials}

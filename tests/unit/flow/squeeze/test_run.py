@@ -1,4 +1,4 @@
-"""`rayft squeeze` on folders: what it makes, what it refuses, and that the source stays as it is."""
+"""`rayft squeeze` makes what was asked for, refuses what would lose files, and leaves the source as it is."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from rayft.errors import (
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
 from rayft.flow.scoring import Measured
-from rayft.flow.squeeze import run as module
 from rayft.flow.squeeze.make import SqueezedAdapter
-from rayft.flow.squeeze.run import Squeezes, squeeze_folder, squeeze_request
+from rayft.flow.squeeze.request import squeeze_request
+from rayft.flow.squeeze.run import Squeezes, measure, squeeze_folder
 from rayft.numerics import assert_close
 from rayft.squeeze.rank import retained_energy
 
@@ -103,7 +103,7 @@ def test_the_command_shows_what_it_made(adapter: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({}, "say how far: --rank 8"),
+        ({}, "no target is given: add --rank 8"),
         ({"ranks": [4, 9]}, "rank 9 is not between 1 and the adapter's own rank, 8"),
         ({"ranks": [0]}, "rank 0 is not between 1 and"),
         ({"energies": [1.2]}, r"energy 1.2 is not in \(0, 1\]"),
@@ -116,7 +116,7 @@ def test_the_command_shows_what_it_made(adapter: Path, tmp_path: Path) -> None:
         ({"ranks": [2], "lr": 1e-3}, "--lr is the learning rate of --steps"),
     ],
 )
-def test_what_cant_be_met_is_refused_before_anything_is_written(
+def test_targets_that_cant_be_met_are_refused_before_anything_is_written(
     adapter: Path, tmp_path: Path, options: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(SqueezeError, match=match):
@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[str, str, str, str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_nothing_is_lost_by_a_squeeze(
+def test_a_squeeze_overwrites_nothing_that_it_did_not_make(
     adapter: Path, mine: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, target, out, match = REFUSED[kind]
@@ -180,7 +180,7 @@ def test_nothing_is_lost_by_a_squeeze(
         assert contents(mine) == before
 
 
-def test_one_target_that_would_lose_something_stops_all(mine: Path) -> None:
+def test_one_target_that_would_overwrite_something_stops_all(mine: Path) -> None:
     before = contents(mine)
     with pytest.raises(ArtifactError, match="r2 holds checkpoint"):
         squeezed(mine / "r4", mine, ranks=[1, 2])
@@ -212,7 +212,7 @@ def test_the_same_command_replaces_what_it_made(adapter: Path, tmp_path: Path) -
     assert contents(out) != before
 
 
-def test_an_extraction_replaces_its_own_and_no_other(tuned: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_an_extraction_replaces_only_its_own_results(tuned: Path, tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     squeezed(tuned, out, ranks=[2], base=str(tiny_folder))
     squeezed(tuned, out, ranks=[2, 3], base=str(tiny_folder))
@@ -282,7 +282,9 @@ def _other_rank(folder: Path) -> None:
         (_other_rank, "config and weights are not of the same adapter"),
     ],
 )
-def test_a_damaged_folder_says_what_is_wrong(adapter: Path, tmp_path: Path, damage: Any, match: str) -> None:
+def test_the_error_about_a_damaged_folder_names_the_damage(
+    adapter: Path, tmp_path: Path, damage: Any, match: str
+) -> None:
     damage(adapter)
     with pytest.raises(ArtifactError, match=match):
         squeezed(adapter, tmp_path / "out", ranks=[2])
@@ -320,8 +322,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(folder / "model.safetensors"))
 
 
-def test_a_tuned_model_needs_its_base_and_no_score(tuned: Path, tmp_path: Path) -> None:
-    with pytest.raises(SqueezeError, match="name that with --base"):
+def test_a_tuned_model_needs_its_base_and_takes_no_score(tuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(SqueezeError, match="name the base with --base"):
         squeezed(tuned, tmp_path / "out", ranks=[3])
     with pytest.raises(SqueezeError, match="extract a LoRA first"):
         squeezed(tuned, tmp_path / "out", keep_score=0.9)
@@ -343,7 +345,7 @@ def test_an_adapter_without_factors_becomes_a_lora(
         assert_close(factors.delta(), delta.detach(), torch.float32, 64, depth=4)
 
 
-def test_where_nothing_is_known_a_squeeze_is_tracked_alone(
+def test_the_squeeze_of_an_unknown_adapter_is_tracked_without_a_parent(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -365,7 +367,7 @@ def test_a_folder_that_another_command_writes_to_is_refused(adapter: Path, tmp_p
         squeezed(adapter, tmp_path / "out", ranks=[2])
 
 
-def test_what_cant_be_scored_is_named_and_the_rest_is_scored(
+def test_an_adapter_that_cant_be_scored_is_reported_and_the_rest_is_scored(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, said = squeezed(adapter, tmp_path / "out", ranks=[4, 2]), io.StringIO()
@@ -380,15 +382,15 @@ def test_what_cant_be_scored_is_named_and_the_rest_is_scored(
             for item in items
         }
 
-    def measure() -> None:
+    def score_all() -> None:
         display = Display(Console(file=said, width=200))
-        module._measure(request, None, found, tmp_path, None, display)  # type: ignore[arg-type]
+        measure(request, None, found, tmp_path, None, display)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("rayft.flow.squeeze.make.score", score)
-    measure()
+    monkeypatch.setattr("rayft.flow.squeeze.run.score_squeezed", score)
+    score_all()
     assert found.scores[found.made[0].name].mean("test") == 1.0
     assert f"{found.made[1].name} can't be scored, and is left out: it is damaged" in said.getvalue()
     for names in ({item.name for item in found.made}, {found.source.name}):
         damaged = names
         with pytest.raises(TrainError, match="can't be scored: it is damaged"):
-            measure()
+            score_all()

@@ -1,4 +1,4 @@
-"""A sweep whose data or base has changed is refused before anything starts, and nothing of it is touched."""
+"""A sweep whose data or base has changed is refused before anything starts, and its folder stays as it is."""
 
 from __future__ import annotations
 
@@ -37,11 +37,6 @@ sweep: {methods: {lora: {ranks: [2], lr: [1.0e-2]}}}
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
 @pytest.fixture
@@ -120,20 +115,20 @@ def edit(name: str, old: str, new: str) -> Callable[[], object]:
         (edit("base/generation_config.json", "pad_token_id", "bos_token_id"), "generation_config"),
     ],
 )
-def test_a_change_is_refused_by_name(
+def test_a_change_of_data_or_base_is_refused_by_name(
     here: Path, leave: Callable[[Plan], None], change: Callable[[], object], match: str
 ) -> None:
     leave(preflight(config()))
     before = tree(here / "out")
     change()
-    with pytest.raises(ConfigError, match=match + r".*Nothing was touched.*--set output="):
+    with pytest.raises(ConfigError, match=match + r".*Nothing was changed.*--set output="):
         preflight(config())
     assert tree(here / "out") == before
-    # The same command in another folder begins anew.
+    # The same command in another folder starts a new sweep.
     assert preflight(config("output=other")).identity.data
 
 
-def test_without_a_change_it_goes_on(here: Path) -> None:
+def test_a_sweep_continues_when_its_data_are_restored(here: Path) -> None:
     first = preflight(config())
     finish(first)
     edit("train.jsonl", '"5"', '"77"')()
@@ -147,7 +142,7 @@ def test_without_a_change_it_goes_on(here: Path) -> None:
     assert values["run_id"] == "r"
 
 
-def test_a_folder_without_results_is_fit_for_any_data(here: Path) -> None:
+def test_a_folder_without_results_takes_any_data(here: Path) -> None:
     first = preflight(config())
     edit("train.jsonl", '"5"', '"77"')()
     second = preflight(config())
@@ -156,7 +151,9 @@ def test_a_folder_without_results_is_fit_for_any_data(here: Path) -> None:
     assert preflight(config()).identity == second.identity
 
 
-def test_a_relative_path_is_another_file_elsewhere(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_names_another_file_in_another_folder(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finish(preflight(config("output=" + str(here / "out"))))
     elsewhere = here / "elsewhere"
     elsewhere.mkdir()
@@ -171,7 +168,7 @@ def test_a_relative_path_is_another_file_elsewhere(here: Path, monkeypatch: pyte
         preflight(config("output=" + str(here / "out")))
 
 
-def test_a_trial_of_another_sweep_is_not_replayed(here: Path) -> None:
+def test_a_result_from_other_data_is_not_used_again(here: Path) -> None:
     plan = preflight(config())
     finish(plan)
     asked = request(plan)
@@ -180,7 +177,7 @@ def test_a_trial_of_another_sweep_is_not_replayed(here: Path) -> None:
         earlier(TrainRequest(asked.key, asked.name, asked.run, asked.output, (), expected=other))
 
 
-def test_what_reads_a_sweeps_data_again_compares_too(here: Path) -> None:
+def test_commands_that_read_the_data_of_a_sweep_compare_them_too(here: Path) -> None:
     plan = preflight(config())
     finish(plan)
     now = current_identity(plan.run, plan.output)

@@ -15,7 +15,6 @@ import sqlite3
 import tarfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,8 +25,9 @@ from rayft.config import load
 from rayft.errors import ConfigError, TrainError
 from rayft.flow.analyze.source import Item
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.squeeze.make import Source, SqueezedAdapter, continue_all
-from rayft.flow.squeeze.source import check_base
+from rayft.flow.squeeze.checks import check_base
+from rayft.flow.squeeze.continued import continue_all
+from rayft.flow.squeeze.make import Source, SqueezedAdapter
 from rayft.flow.sweep.preflight import Plan, preflight
 from rayft.flow.sweep.tracking import SweepTracking
 from rayft.models.tiny import save_tiny_qwen
@@ -35,25 +35,20 @@ from rayft.registry.store import MlflowRegistry
 from rayft.report.record import SweepRecord
 from rayft.report.render import render
 from rayft.serving.config import ServeConfig
-from rayft.sweep.broker import Event
 from rayft.sweep.lane import TrainRequest, tracking_key
 from rayft.sweep.tuner import earlier
 from rayft.tracking.base import Former
 from rayft.tracking.mlflow import MlflowTracker
+from tests.unit.flow.answers import Lanes
 
 ARCHIVE = Path(__file__).with_name("made_by_0.1.0.tar.gz")
 TRIALS = ("lora-r2-lr0.02-s0", "lora-r2-lr0.001-s0")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def here(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that 0.1.0 ran in."""
-    monkeypatch.setenv("RAYFT_CACHE", str(cache))
+    monkeypatch.setenv("RAYFT_CACHE", str(models))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     with tarfile.open(ARCHIVE) as archive:
@@ -112,16 +107,16 @@ def test_finished_trials_are_used_again(config: PipelineConfig) -> None:
         assert not any("not used again" in text for text in plan.warnings)
 
 
-def edit_answers(here: Path, cache: Path) -> None:
+def edit_answers(here: Path, models: Path) -> None:
     (here / "train.jsonl").write_text((here / "train.jsonl").read_text().replace('"5"', '"77"'))
 
 
-def edit_the_test_part(here: Path, cache: Path) -> None:
+def edit_the_test_part(here: Path, models: Path) -> None:
     (here / "test.jsonl").write_text((here / "test.jsonl").read_text().replace("31", "33"))
 
 
-def other_weights(here: Path, cache: Path) -> None:
-    shutil.copytree(cache, here / "cache", dirs_exist_ok=True)
+def other_weights(here: Path, models: Path) -> None:
+    shutil.copytree(models, here / "cache", dirs_exist_ok=True)
     save_tiny_qwen(here / "cache" / "models" / "tiny-qwen", seed=1)
 
 
@@ -136,19 +131,19 @@ def other_weights(here: Path, cache: Path) -> None:
         (other_weights, r"the base has changed: the weights of tiny-qwen had the fingerprint \w+, now \w+"),
     ],
 )
-def test_a_change_since_is_refused_and_nothing_is_touched(
-    here: Path, cache: Path, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, change: Any, match: str
+def test_a_change_since_then_is_refused_and_nothing_changes_in_the_folder(
+    here: Path, models: Path, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch, change: Any, match: str
 ) -> None:
-    change(here, cache)
+    change(here, models)
     if (here / "cache").is_dir():
         monkeypatch.setenv("RAYFT_CACHE", str(here / "cache"))
     before = tree(here / "out")
-    with pytest.raises(ConfigError, match=match + r".*Nothing was touched.*--set output="):
+    with pytest.raises(ConfigError, match=match + r".*Nothing was changed.*--set output="):
         preflight(config)
     assert tree(here / "out") == before
 
 
-def test_a_checkpoint_goes_on_where_other_trials_tell_of_data_and_base(
+def test_a_checkpoint_is_used_if_other_trials_show_its_data_and_base(
     here: Path, config: PipelineConfig
 ) -> None:
     trials = {name: next((here / "out" / "trials").glob(f"{name}-??????")) for name in TRIALS}
@@ -176,40 +171,27 @@ def squeezed(plan: Plan) -> SqueezedAdapter:
     )
 
 
-class Lanes:
-    """An executor that trains nothing."""
-
-    def __init__(self) -> None:
-        self.asked: list[Any] = []
-        failed = Event("failed", values={"error": "asked for"})
-        self.broker = SimpleNamespace(next_event=SimpleNamespace(remote=lambda _: failed))
-
-    def submit(self, jobs: list[Any]) -> None:
-        self.asked += jobs
-
-
 def test_a_continued_training_is_used_again(
     here: Path, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayft.flow.squeeze.make.ray.get", lambda event: event)
-    plan, lanes = preflight(config), Lanes()
+    plan, lanes = preflight(config), Lanes(monkeypatch, lambda _: "asked for")
     executor: Any = lanes
     assert config.squeeze.cont
     item = squeezed(plan)
     (one,) = continue_all(executor, [item], config.squeeze.cont, plan.output)
     assert lanes.asked == []
     assert one.val_loss == 6.276771068572998
-    # What it was squeezed from is another by now, and so is what it starts from.
+    # The adapter that the training started from is another one now.
     folder = plan.output / "squeezed" / "r1"
     artifact = AdapterArtifact.load(folder)
     name, factors = next(iter(artifact.modules.items()))
     replace(artifact, modules={**artifact.modules, name: replace(factors, scale=9.0)}).save(folder)
     with pytest.raises(TrainError, match="asked for"):
         continue_all(executor, [item], config.squeeze.cont, plan.output)
-    assert [job.kind for job in lanes.asked] == ["train"]
+    assert lanes.asked == [f"{item.source.key}@r1+{config.squeeze.cont.steps}"]
 
 
-def test_what_it_reported_is_read(here: Path, config: PipelineConfig) -> None:
+def test_its_record_and_analysis_are_read(here: Path, config: PipelineConfig) -> None:
     record, analysis = SweepRecord.load(here / "out"), SweepAnalysis.find(here / "out")
     assert analysis is not None
     assert [trial.id for trial in record.trials] == [*TRIALS]
@@ -223,14 +205,14 @@ def test_what_it_reported_is_read(here: Path, config: PipelineConfig) -> None:
         assert item.with_inputs(found[trial.id]).inputs == plan.identity.inputs
 
 
-def test_what_it_wants_served_is_read(here: Path, config: PipelineConfig) -> None:
+def test_its_serving_configuration_is_read(here: Path, config: PipelineConfig) -> None:
     serve = load(ServeConfig, here / "out" / "serve.yaml")
     (folder,) = serve.adapters.values()
     check_base(AdapterArtifact.load(folder), None, preflight(config).run)
     assert AdapterArtifact.load(folder).squeezed
 
 
-def test_its_tracked_runs_go_on(config: PipelineConfig) -> None:
+def test_its_tracked_runs_are_continued(config: PipelineConfig) -> None:
     plan = preflight(config)
     record = SweepRecord.load(plan.output)
     tracker = MlflowTracker(plan.tracker)

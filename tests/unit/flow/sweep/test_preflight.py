@@ -1,8 +1,7 @@
-"""What is refused before anything starts, and loses nothing."""
+"""Mistakes are found before anything starts, and lose nothing."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from rayft.errors import (
     ConfigError,
     DataError,
-    DiskFullError,
     ModelError,
     RayftError,
     ResourceError,
@@ -20,16 +18,13 @@ from rayft.errors import (
 )
 from rayft.flow.cluster import check_tracking
 from rayft.flow.config import PipelineConfig, load_config, packaged
-from rayft.flow.sweep.preflight import _check_other_disks, preflight, skeleton
+from rayft.flow.sweep.preflight import preflight, skeleton
 from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.tracking.base import TrackerSpec
-from tests.disks import Disk
+from tests.unit.data.pictures import folder
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("prepared")
 
 
 def tiny(tmp_path: Path, *overrides: str) -> PipelineConfig:
@@ -42,12 +37,13 @@ def test_every_packaged_configuration_is_valid(name: str) -> None:
     assert config.name == name
 
 
-def test_a_plan_has_everything_decided(tmp_path: Path) -> None:
+def test_a_plan_has_all_settings_decided(tmp_path: Path) -> None:
     plan = preflight(tiny(tmp_path))
     assert len(plan.points) == 3
     assert plan.executor == "lane"
     assert plan.run.scale.device == "cpu"
     assert plan.tracker.experiment_id
+    assert plan.identity.data
     assert (tmp_path / "out" / "config.yaml").is_file()
     again = load_config(tmp_path / "out" / "config.yaml")
     assert [p.key for p in preflight(again).points] == [p.key for p in plan.points]
@@ -74,96 +70,14 @@ def test_a_plan_has_everything_decided(tmp_path: Path) -> None:
         ("sweep.methods={c3la: {ranks: [16], chain: {links: 4}}}", TargetError, "at most 2 links"),
     ],
 )
-def test_mistakes(tmp_path: Path, override: str, error: type[RayftError], match: str) -> None:
+def test_mistakes_are_found_before_anything_starts(
+    tmp_path: Path, override: str, error: type[RayftError], match: str
+) -> None:
     with pytest.raises(error, match=match):
         preflight(tiny(tmp_path, override))
 
 
-def test_another_sweeps_folder_is_left_alone(tmp_path: Path) -> None:
-    preflight(tiny(tmp_path))
-    kept = (tmp_path / "out" / "config.yaml").read_text()
-    steps = tiny(tmp_path).optim.steps
-    match = (
-        rf"holds a sweep with another configuration \(.*\): optim\.steps was {steps}, now 9\. Nothing of it"
-    )
-    with pytest.raises(ConfigError, match=match):
-        preflight(tiny(tmp_path, "optim.steps=9", "squeeze.ranks=[1]"))
-    assert (tmp_path / "out" / "config.yaml").read_text() == kept
-    # What does not decide results may change.
-    preflight(tiny(tmp_path, "serve.port=9000", "question=another"))
-
-
-def test_a_folder_of_an_earlier_version_is_named_as_one(tmp_path: Path) -> None:
-    preflight(tiny(tmp_path))
-    stamp = tmp_path / "out" / "config.yaml"
-    _, content = stamp.read_text(encoding="utf-8").split("\n", 1)
-    # The same configuration, whose hash that version computed from other fields.
-    stamp.write_text("# sweep 0542ad439fd1\n" + content, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"as an earlier version of rayft made it.*can be read as it is"):
-        preflight(tiny(tmp_path))
-    stamp.write_text("# sweep 0542ad439fd1\n" + content.replace('"grace"', '"patience"'), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"can't read: unknown key 'sweep\.patience'"):
-        preflight(tiny(tmp_path))
-
-
-def test_a_full_disk(tmp_path: Path, disk: Disk) -> None:
-    with pytest.raises(
-        DiskFullError, match=rf"below {disk.folder}/out \(.* tracked adapters\), but only 0\.1 GiB are free"
-    ):
-        preflight(tiny(disk.folder))
-
-
-def test_other_full_disks(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    for setting in ("RAYFT_CACHE", "RAY_TMPDIR", "TMPDIR"):
-        with monkeypatch.context() as patch:
-            patch.setenv(setting, str(disk.folder))
-            patch.setattr("tempfile.tempdir", None)
-            with pytest.raises(
-                DiskFullError, match=rf"{disk.folder}.* has only 6\d MiB free.* set {setting} to"
-            ):
-                _check_other_disks(tmp_path)
-    disk.resize(2**30)
-    monkeypatch.setenv("RAY_TMPDIR", str(disk.folder))
-    assert _check_other_disks(tmp_path) == ()
-    os.posix_fallocate(os.open(disk.folder / "filler", os.O_CREAT | os.O_RDWR), 0, int(2**30 * 0.96))
-    monkeypatch.setattr("rayft.flow.sweep.preflight.SCRATCH", 2**20)
-    (warning,) = _check_other_disks(tmp_path)
-    assert "more than 95% full, so Ray can't move objects" in warning
-
-
-def test_what_a_sweep_writes_is_each_trials_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    copies: list[int] = []
-
-    def ask(_output: Path, written: int, beside: int) -> None:
-        asked.append(written)
-        copies.append(beside)
-
-    monkeypatch.setattr("rayft.flow.sweep.preflight._check_disk", ask)
-    methods = {"lora": "{lora: {ranks: [4], lr: [1e-2]}}", "full": "{full: {lr: [1e-4]}}"}
-    both = "{lora: {ranks: [4], lr: [1e-2]}, full: {lr: [1e-4]}}"
-    for index, given in enumerate((*methods.values(), both)):
-        preflight(tiny(tmp_path / str(index), f"sweep.methods={given}"))
-    lora, full, together = asked
-    # A trial keeps 4 bytes of an adapter and 16 of a checkpoint for each number; the lane 32 of two more.
-    lora_numbers, full_numbers = lora // 52, full // 52
-    assert together == 20 * (lora_numbers + full_numbers) + 32 * full_numbers
-    assert full > 2 * lora
-    # A tracked copy of the trial; the winner and two squeezed adapters, twice; the registered one.
-    assert copies[0] == 4 * lora_numbers * (1 + 2 * 3 + 1)
-    # The whole model, whose embeddings no adapter has.
-    assert copies[1] > 4 * full_numbers
-    assert copies[2] == copies[0] + copies[1]
-    trail = ("evaluate.trail=true", "evaluate.every=2")
-    preflight(tiny(tmp_path / "trail", f"sweep.methods={methods['lora']}", *trail))
-    # Eight steps have four evaluations: five adapters are written, not one, beside the checkpoints.
-    assert asked[-1] == lora + 4 * 4 * lora_numbers
-    preflight(tiny(tmp_path / "model", f"sweep.methods={methods['full']}", *trail))
-    assert asked[-1] == full, "whole models leave no trail"
-
-
-def test_sqlite_on_several_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sqlite_file_is_refused_on_several_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": True}])
     with pytest.raises(TrackingError, match="start `mlflow server`"):
         check_tracking(TrackerSpec(f"sqlite:///{tmp_path}/mlflow.db", "rayft", tmp_path))
@@ -190,3 +104,56 @@ def test_relative_paths_become_absolute(monkeypatch: pytest.MonkeyPatch, tmp_pat
     run = load_config("tiny", changes).run()
     assert run.data.name == str(tmp_path / "d.jsonl")
     assert run.model.name == str(tmp_path / "base.gguf")
+
+
+def pets(tmp_path: Path, *overrides: str) -> PipelineConfig:
+    root = tmp_path / "pets"
+    if not root.exists():
+        folder(root)
+    settings = (
+        f"output={tmp_path / 'out'}",
+        f"data={{source: image_folder, name: {root}}}",
+        "model={name: tiny-vit, task: image_classification, num_labels: 2}",
+    )
+    return load_config("tiny", [*settings, *overrides])
+
+
+def test_a_sweep_over_images_is_planned(tmp_path: Path) -> None:
+    plan = preflight(pets(tmp_path))
+    assert plan.parts.labels == ("cat", "dog")
+    assert plan.parts.has_images
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "match"),
+    [
+        ("model.name=tiny-llama", ModelError, "can't load tiny-llama for image_classification"),
+        ("model.num_labels=3", ConfigError, "2 classes .* set it to 2"),
+        ("data.name=nowhere", DataError, "no folder at .*nowhere"),
+        ("data.format=text", ConfigError, "does not fit image_folder"),
+    ],
+)
+def test_mistakes_about_images_are_found_before_anything_starts(
+    tmp_path: Path, override: str, error: type[RayftError], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        preflight(pets(tmp_path, override))
+
+
+def test_a_damaged_image_is_named_before_anything_starts(tmp_path: Path) -> None:
+    config = pets(tmp_path)
+    image = tmp_path / "pets" / "cat" / "3.png"
+    image.write_bytes(image.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"cat/3\.png can't be read as an image"):
+        preflight(config)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_the_skeleton_of_a_vision_model_is_the_models(quantize: str | None) -> None:
+    config = ModelConfig.model_validate(
+        {"name": "tiny-vit", "task": "image_classification", "quantize": quantize}
+    )
+    shapes, encoder, _ = skeleton(config)
+    loaded = load_model(config, torch.float32)
+    assert shapes == linear_shapes(loaded.model)
+    assert encoder.channels == loaded.tokenizer.channels == 1

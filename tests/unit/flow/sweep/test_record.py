@@ -1,9 +1,10 @@
-"""What the record of a sweep says of its findings."""
+"""The record of a sweep shows its findings, and the commands that follow."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,10 +48,11 @@ def of(method: str, seed: int, loss: float) -> Trial:
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
+def plan(models: Path, server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
     folder = tmp_path_factory.mktemp("plan")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYFT_CACHE", str(folder / "cache"))
+        patch.setenv("RAYFT_CACHE", str(models))
+        patch.setenv("MLFLOW_TRACKING_URI", server)
         yield preflight(load_config("tiny", [f"output={folder / 'out'}"]))
 
 
@@ -85,12 +87,12 @@ def test_methods_are_compared_over_seeds_and_questions(plan: Plan) -> None:
     assert cla.difference.low > 0
 
 
-def test_without_lora_methods_are_compared_with_the_best(plan: Plan) -> None:
+def test_without_lora_the_methods_are_compared_with_the_best(plan: Plan) -> None:
     cla, asym = build_record(plan, findings(cla=0.9, asym=0.2), {}).methods
     assert (cla.method, cla.against, asym.against) == ("cla", None, "cla")
 
 
-def test_one_method_is_compared_with_none(plan: Plan) -> None:
+def test_a_single_method_is_not_compared(plan: Plan) -> None:
     assert build_record(plan, findings(cla=0.9), {}).methods == ()
 
 
@@ -105,7 +107,7 @@ def test_the_record_keeps_the_rule_of_the_sweep(plan: Plan, rule: str) -> None:
     assert f"best {rule.replace('_', ' ')}" in record.winner.why
 
 
-def test_what_is_not_there_is_not_to_be_served(plan: Plan) -> None:
+def test_the_command_to_serve_is_shown_if_there_is_something_to_serve(plan: Plan) -> None:
     served = "Serve the result"
     assert served not in {one.what for one in build_record(plan, findings(cla=0.9), {}).commands}
     (plan.output / "winner").mkdir(parents=True)
@@ -125,3 +127,28 @@ def test_an_annealed_trial_that_was_stopped_has_the_rank_it_had(
     point = Point(key="lora-r32to8-1", name="lora-r32to8", run=run)
     trial = Trial(point=point, result={**RESULT, "finished": finished})
     assert build_record(plan, Findings(trials=[trial]), {}).trials[0].rank == rank
+
+
+@pytest.mark.parametrize(
+    ("uri", "command"),
+    [
+        (
+            f"sqlite:///{Path.cwd()}/runs/demo/mlflow.db",
+            "mlflow ui --backend-store-uri sqlite:///runs/demo/mlflow.db",
+        ),
+        (
+            "sqlite:////data/my runs/mlflow.db",
+            "mlflow ui --backend-store-uri 'sqlite:////data/my runs/mlflow.db'",
+        ),
+        (
+            "postgresql://me:secret@db/runs",
+            "mlflow ui --backend-store-uri 'postgresql://me:***@db/runs'",
+        ),
+        ("http://tracking:5000", "python -m webbrowser http://tracking:5000"),
+        ("databricks", ""),
+    ],
+)
+def test_the_command_that_shows_the_runs_has_no_password(plan: Plan, uri: str, command: str) -> None:
+    at = replace(plan, tracker=replace(plan.tracker, uri=uri))
+    commands = {one.what: one.command for one in build_record(at, findings(cla=0.9), {}).commands}
+    assert commands.get("Compare the runs", "") == command

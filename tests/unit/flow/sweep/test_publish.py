@@ -1,4 +1,4 @@
-"""The report and serve.yaml are written first; what fails after them is told, and done by the next run.
+"""The report and serve.yaml are written first; a later failure is reported, and left to the next run.
 
 On a cluster of several nodes serve.yaml names versions of the registry, and is written after registering.
 """
@@ -20,15 +20,14 @@ from rich.console import Console
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.config import load, parse
 from rayft.errors import DiskFullError, RegistryError, TrainError, UnfinishedError
-from rayft.flow import commands
 from rayft.flow.config import load_config
+from rayft.flow.demo import served_names
 from rayft.flow.display import Display
 from rayft.flow.scoring import Measured
-from rayft.flow.serve import served_names
 from rayft.flow.squeeze.make import Source, SqueezedAdapter
 from rayft.flow.sweep import publish as module
 from rayft.flow.sweep.preflight import Plan, preflight
-from rayft.flow.sweep.publish import Publisher
+from rayft.flow.sweep.publish import Publisher, check_complete
 from rayft.flow.sweep.record import Findings
 from rayft.flow.sweep.tracking import SweepTracking
 from rayft.methods.base import LoraFactors
@@ -43,10 +42,11 @@ from rayft.tracking.mlflow import MlflowTracker, flush_spool
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
+def checked(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plan]:
     folder = tmp_path_factory.mktemp("checked")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYFT_CACHE", str(folder / "cache"))
+        patch.setenv("RAYFT_CACHE", str(models))
+        # The default: a database in the sweep's folder, whose tables are made.
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         yield preflight(load_config("tiny", [f"output={folder / 'out'}"]))
 
@@ -60,7 +60,7 @@ def saved(folder: Path, seed: int) -> AdapterArtifact:
 
 @dataclass
 class Sweep:
-    """A sweep whose stages are done up to the report: a finished trial, and one whose lane died."""
+    """A sweep whose stages are done except publishing: one trial has finished, the lane of another died."""
 
     plan: Plan
     found: Findings
@@ -136,7 +136,7 @@ def test_a_trial_that_began_while_mlflow_was_away_is_registered_with_its_run(swe
     assert runs[lost].info.status == "FAILED", "its lane could not say so"
 
 
-def test_a_report_that_is_made_again_repeats_no_point(sweep: Sweep) -> None:
+def test_publishing_again_tracks_no_point_twice(sweep: Sweep) -> None:
     sweep.report()
     before, ended = sweep.points, sweep.runs["base"].info.end_time
     record = sweep.report()
@@ -163,7 +163,7 @@ def fail(error: Exception) -> Any:
         ("publish.yaml.safe_dump", "serve.yaml", "serve.yaml was not written: RuntimeError: no font"),
     ],
 )
-def test_a_late_failure_leaves_all_else_and_is_mended_by_the_next_run(
+def test_a_late_failure_costs_nothing_else_and_the_next_run_repairs_it(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, where: str, what: str, told: str
 ) -> None:
     error = RegistryError("MLflow refuses") if "MLflow refuses" in told else RuntimeError("no\nfont")
@@ -172,7 +172,7 @@ def test_a_late_failure_leaves_all_else_and_is_mended_by_the_next_run(
         record = sweep.report()
     output, name = sweep.plan.output, sweep.plan.config.name
     with pytest.raises(UnfinishedError, match=told.partition(":")[0]):
-        commands._check_done(record, sweep.display)
+        check_complete(record, sweep.display.undone)
     (line,) = [line for line in sweep.said.getvalue().splitlines() if "run the sweep again" in line]
     assert told.replace("\n", " ") in line
     assert f"Everything else is in {output}" in line
@@ -194,18 +194,18 @@ def test_a_late_failure_leaves_all_else_and_is_mended_by_the_next_run(
     record = sweep.report()
     assert all(there().values())
     assert "run the sweep again" not in sweep.said.getvalue()
-    commands._check_done(record, sweep.display)
+    check_complete(record, sweep.display.undone)
 
 
-def test_a_sweep_of_which_nothing_came_ends_with_an_error(sweep: Sweep) -> None:
+def test_a_sweep_whose_trials_have_all_failed_ends_with_an_error(sweep: Sweep) -> None:
     record = sweep.report()
     lost = [trial for trial in record.trials if trial.status == "failed"]
     assert lost
     with pytest.raises(TrainError, match="every trial has failed"):
-        commands._check_done(record.model_copy(update={"trials": tuple(lost)}), sweep.display)
+        check_complete(record.model_copy(update={"trials": tuple(lost)}), sweep.display.undone)
 
 
-def test_while_mlflow_is_away_all_else_is_written(sweep: Sweep) -> None:
+def test_everything_else_is_written_while_mlflow_is_away(sweep: Sweep) -> None:
     database = Path(sweep.plan.tracker.uri.removeprefix("sqlite:///"))
     database.rename(database.with_suffix(".away"))
     record = sweep.report()
@@ -293,7 +293,7 @@ def test_on_a_cluster_the_registry_has_all_that_is_served(on_cluster: Sweep) -> 
     assert [len(registry.versions(model)) for model in expected] == [1, 1]
 
 
-def test_what_could_not_be_registered_on_a_cluster_is_left_out_and_told(
+def test_what_can_not_be_registered_on_a_cluster_is_left_out_and_reported(
     on_cluster: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep, name = on_cluster, on_cluster.plan.config.name
@@ -310,28 +310,28 @@ def test_what_could_not_be_registered_on_a_cluster_is_left_out_and_told(
             patch.setattr(MlflowRegistry, "register", only)
             record = sweep.report()
         with pytest.raises(UnfinishedError, match=f"serve.yaml leaves out {refused}"):
-            commands._check_done(record, sweep.display)
+            check_complete(record, sweep.display.undone)
         assert f"serve.yaml leaves out {refused}: " in sweep.said.getvalue()
         left = {model: f"models:/{model}/1" for model in (name, f"{name}-cla") if model != refused}
         assert served(sweep) == left
         assert served_names(sweep.plan.output, record, among=left) == ["base", *left]
     record = sweep.report()
-    commands._check_done(record, sweep.display)
+    check_complete(record, sweep.display.undone)
     assert len(served(sweep)) == 2
 
 
-def test_with_no_version_at_all_a_cluster_gets_no_file(
+def test_a_cluster_gets_no_serving_configuration_if_nothing_can_be_registered(
     on_cluster: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MlflowRegistry, "register", fail(RuntimeError("no\nfont")))
     sweep = on_cluster
     record = sweep.report()
     with pytest.raises(UnfinishedError, match="not registered"):
-        commands._check_done(record, sweep.display)
+        check_complete(record, sweep.display.undone)
     assert not (sweep.plan.output / "serve.yaml").exists()
 
 
-def test_what_was_trained_on_is_shipped_and_the_winner_has_a_name_of_its_own(on_cluster: Sweep) -> None:
+def test_if_a_further_trained_adapter_ships_the_winner_gets_its_own_name(on_cluster: Sweep) -> None:
     sweep, name = on_cluster, on_cluster.plan.config.name
     best = sweep.plan.points[0]
     full = saved(sweep.plan.output / "winner", 3)

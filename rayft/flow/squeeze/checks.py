@@ -1,0 +1,100 @@
+"""What `rayft squeeze` checks before it computes anything: the base, and the folders that it writes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rayft.artifacts import AdapterArtifact, check_replaceable, contains
+from rayft.errors import ArtifactError, ModelError, SqueezeError
+from rayft.models.fingerprint import source_fingerprint
+from rayft.models.load import ModelConfig, is_here, load_skeleton, resolve
+from rayft.models.targets import linear_shapes
+from rayft.train.run import RunConfig
+
+__all__ = ["check_base", "check_places"]
+
+
+def check_places(source: Path, out: Path, marks: Mapping[str, str], parent: str, overwrite: bool) -> None:
+    """Check that the results overwrite nothing that another command or a user has made.
+
+    Args:
+        source: folder of what is squeezed.
+        out: folder of the results.
+        marks: name of each folder that may be written in `out` → the mark of its adapter
+            (`ArtifactMeta.made`).
+        parent: content hash of the adapter that the results are squeezed from. Adapters of rayft 0.1.0 have
+            it instead of a mark.
+        overwrite: whether adapters that another command of rayft made are replaced.
+
+    Raises:
+        SqueezeError: if a folder is, contains or lies in the source, or if another command made it.
+        ArtifactError: if a folder holds anything that rayft did not make.
+        ResourceError: if the folder can't be made.
+    """
+    for label, mark in marks.items():
+        place = out / label
+        if contains(source, place) or (place.exists() and contains(place, source)):
+            raise SqueezeError(
+                f"{place} would be written over or into the source {source}, which stays as it is; choose "
+                "another folder with --out"
+            )
+        try:
+            found = check_replaceable(place)
+        except ArtifactError as error:
+            raise ArtifactError(f"--out {out}: {error}") from error
+        if found is None or overwrite:
+            continue
+        # Adapters of rayft 0.1.0 record only what they were squeezed from.
+        same = found["made"] == mark if found.get("made") else bool(parent) and found.get("parent") == parent
+        if not same:
+            raise SqueezeError(
+                f"{place} holds an adapter that this command did not make from this source; choose another "
+                "folder with --out, or replace it with --overwrite"
+            )
+
+
+def check_base(artifact: AdapterArtifact, base: str | None, run: RunConfig | None) -> str:
+    """Check that an adapter fits its base, without loading the base's weights.
+
+    Args:
+        artifact: the adapter.
+        base: name of the base, if the user gave one.
+        run: a run that names the base, used where `base` is not given. Without either, the base that the
+            adapter names is used if it is on this machine.
+
+    Returns:
+        Why the names of the adapter's modules could not be checked; empty if they were checked.
+
+    Raises:
+        BaseMismatchError: naming what differs.
+        ModelError: if a base that was given can't be found.
+    """
+    model = ModelConfig(name=base, task=artifact.meta.task) if base else run.model if run else None
+    if model is not None:
+        skeleton = load_skeleton(model)
+        known = source_fingerprint(skeleton, resolve(model), model.revision)
+        artifact.check_base(known or "", linear_shapes(skeleton))
+        return ""
+    named = artifact.meta.base_model
+    if not named:
+        return "the adapter names no base, so its module names were not checked; give one with --base"
+    try:
+        skeleton = _named_skeleton(artifact) if is_here(named) else None
+    except ModelError:
+        skeleton = None
+    if skeleton is None:
+        return f"its base {named} is not here, so its module names were not checked; give one with --base"
+    artifact.check_base("", linear_shapes(skeleton))
+    return ""
+
+
+def _named_skeleton(artifact: AdapterArtifact) -> Any:
+    """Return the skeleton of the base that an adapter names; None if its class is not that of the task."""
+    model = ModelConfig(name=artifact.meta.base_model, task=artifact.meta.task)
+    skeleton = load_skeleton(model)
+    # A part of a larger model (such as the text model of a vision model) has other module names than the
+    # model that the adapter was trained with.
+    own = skeleton.config.architectures or [type(skeleton).__name__]
+    return skeleton if model.task != "causal_lm" or type(skeleton).__name__ in own else None

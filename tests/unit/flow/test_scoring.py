@@ -1,0 +1,77 @@
+"""Scores are made once and kept, and what can't be scored leaves the others alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rayft.errors import TrainError
+from rayft.flow.scoring import Measured, ScoreStore, check_some, marked, score_all
+from rayft.flow.sweep.preflight import Plan
+from rayft.sweep.score import ScoreRequest
+from rayft.sweep.tuner import Trial, earlier
+from tests.unit.damages import DAMAGES, half
+from tests.unit.flow.answers import ADAPTER, Lanes, adapter, request_of, trial_of
+
+SCORES = {"scores": {"val": [1.0, 0.0], "test": [0.5]}}
+
+
+def requests(plan: Plan, **changes: Any) -> dict[str, ScoreRequest]:
+    run = plan.run.model_copy(update=changes).model_dump_json()
+    return {
+        "base": ScoreRequest(run, ("val", "test"), expected=plan.identity),
+        "trial": ScoreRequest(run, ("test",), str(trial_of(plan) / "adapter"), expected=plan.identity),
+    }
+
+
+def test_a_score_is_made_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    lanes, store = Lanes(monkeypatch, lambda _: SCORES), ScoreStore(plan.output / "scores", said.append)
+    executor: Any = lanes
+    first = score_all(executor, requests(plan), store)
+    assert lanes.asked == ["base", "trial"]
+    again = score_all(executor, requests(plan), store)
+    assert {name: [*found.parts["test"]] for name, found in again.items()} == {
+        name: [*found.parts["test"]] for name, found in first.items()
+    }
+    # How a trial is run changes no score; how answers are generated does.
+    seldom = plan.run.evaluate.model_copy(update={"checkpoint_seconds": 1.0})
+    score_all(executor, requests(plan, evaluate=seldom), store)
+    assert lanes.asked == ["base", "trial"]
+    longer = plan.run.evaluate.model_copy(update={"max_new_tokens": 3})
+    score_all(executor, requests(plan, evaluate=longer), store)
+    assert lanes.asked == ["base", "trial"] * 2
+    adapter(1).save(trial_of(plan) / "adapter")
+    score_all(executor, requests(plan, evaluate=longer), store)
+    assert lanes.asked == [*["base", "trial"] * 2, "trial"]
+    assert said == []
+    for way in DAMAGES:
+        del lanes.asked[:]
+        way(plan.output / "scores" / "base.json")
+        score_all(executor, requests(plan, evaluate=longer), store)
+        assert lanes.asked == ["base"]
+    assert len(said) == len(DAMAGES) - 1
+    assert all(text.startswith("base is scored again: ") for text in said)
+
+
+def test_what_cannot_be_scored_leaves_the_other_scores_alone(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor: Any = Lanes(monkeypatch, lambda name: "its lane died" if name == "base" else SCORES)
+    store = ScoreStore(plan.output / "scores", lambda _: None)
+    found = score_all(executor, requests(plan), store)
+    assert found["base"] == Measured(error="its lane died")
+    assert found["trial"].parts == {"val": [1.0, 0.0], "test": [0.5]}
+    check_some(found)
+    half(trial_of(plan) / "adapter" / ADAPTER[1])
+    found = score_all(executor, requests(plan), store)
+    assert "is truncated or damaged" in found["trial"].error
+    assert executor.asked == ["base", "trial", "base"]
+    with pytest.raises(TrainError, match="base can't be scored: its lane died"):
+        check_some(found)
+    values = earlier(request_of(plan))
+    assert values is not None
+    (one,) = marked([Trial(plan.points[0], values["result"], "r")], {plan.points[0].name: found["trial"]})
+    assert one.status == "failed"
+    assert one.error.startswith("can't be scored: ")
