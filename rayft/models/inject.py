@@ -54,7 +54,7 @@ class Layers(Protocol):
     """
 
     def put_in(self, model: nn.Module, config: MethodConfig, chosen: Sequence[str], seed: int) -> None:
-        """Give the chosen layers fresh adapters, and set what trains; heads are the caller's.
+        """Put fresh adapters into the chosen layers, and set what trains; heads are the caller's.
 
         Raises:
             MethodError: if the layers can't be made; the model is then as it was.
@@ -150,7 +150,7 @@ def factors_of(model: nn.Module) -> dict[str, LoraFactors]:
 
 
 def refit(model: nn.Module, modules: Mapping[str, LoraFactors]) -> None:
-    """Give adapted modules other factors to train, at any rank; dropout stays."""
+    """Replace the adapters of adapted modules by given factors, of any rank; dropout stays."""
     for name, factors in modules.items():
         layer = _at(model, name)
         assert layer.adapter is not None
@@ -232,7 +232,7 @@ class OwnLayers:
             _check_count(model, {name: config.of(name).rank for name in chosen}, kind)
 
     def start_from(self, model: nn.Module, config: MethodConfig, start: Mapping[str, LoraFactors]) -> None:
-        """Give layers adapters that start from given factors: module path → factors."""
+        """Put adapters into layers that start from given factors: module path → factors."""
         for name, factors in start.items():
             layer = _at(model, name)
             # Copied, because training must not change what was given.

@@ -212,8 +212,8 @@ def load_model(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> 
         setting = quantization(config.quantize, skeleton, dtype)
         options = {"quantization_config": setting, "device_map": {"": device}}
     elif device != "cpu" and config.task == "causal_lm":
-        # Directly to the device, so that no process holds the base in host memory. A classifier is not loaded
-        # so: weights that its files lack are drawn on the CPU, which gives the same ones for every device.
+        # Directly to the device, so that no process holds the base in host memory. A classifier is loaded on
+        # the CPU, where the weights that its files lack are drawn, the same ones for every device.
         options = {"device_map": {"": device}}
     with loading(config):
         model = _weights(config, source, dtype, options)

@@ -87,7 +87,7 @@ def fill(table: AdapterTable, *, shift: int = 0) -> None:
 def make(
     n: int, inputs: int, outputs: tuple[int, ...], dtype: torch.dtype, tuning: Tuning | None = None
 ) -> tuple[AdapterTable, Rows, torch.Tensor, list[torch.Tensor]]:
-    """Give a filled table, prepared rows of random slots, x, and outputs that are views of one matrix."""
+    """Return a filled table, prepared rows of random slots, x, and outputs that are views of one matrix."""
     torch.manual_seed(0)
     group = Group(inputs, {f"layer{number}": size for number, size in enumerate(outputs)})
     table = AdapterTable(SLOTS, [Group(24, {"other": 40}), group], dtype=dtype, device=DEVICE)

@@ -1,4 +1,4 @@
-"""What a launch is looked up by, with a kernel that only takes notes."""
+"""A launch is looked up by what Triton specialises on; the kernel is a fake that records its launches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GRID = (2, 3, 1)
 
 
 class Kernel:
-    """Stands in for a `triton.jit` function: each slow launch compiles anew."""
+    """A stand-in for a `triton.jit` function: each launch through it compiles anew."""
 
     def __init__(self) -> None:
         self.slow: list[tuple[Any, ...]] = []

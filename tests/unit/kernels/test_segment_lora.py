@@ -24,7 +24,7 @@ def selector(columns: list[int], dtype: torch.dtype = torch.float32) -> SlotFact
 def run(
     slots: list[int], table: dict[int, SlotFactors], dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Give the kernel's result, the reference's, and the output before."""
+    """Return the kernel's result, the reference's, and the output before both."""
     x = torch.randn(len(slots), INPUTS).to(dtype)
     before = torch.randn(len(slots), OUTPUTS).to(dtype)
     after = before.clone()

@@ -26,7 +26,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def adapted(model: Any, config: MethodConfig) -> set[str]:
-    """Give the last name parts of what a configuration adapts."""
+    """Return the last parts of the names of the modules that a configuration adapts."""
     return {name.rsplit(".", 1)[-1] for name in inject(model, config, seed=0).modules}
 
 
