@@ -1,8 +1,8 @@
-"""Strict YAML → frozen pydantic models. Machinery only: each layer owns its own section.
+"""Read strict YAML into frozen pydantic models. Each layer defines its own section; this module only reads.
 
-A section is a `Section` subclass; `load` reads YAML, applies `--set a.b=c` overrides, validates in
-strict mode (no coercion of "8" to 8) and turns each problem into one `ConfigError` that names the
-dotted path and, for unknown keys, the nearest valid one.
+A section is a subclass of `Section`. `load` reads YAML, applies `--set a.b=c` overrides, and validates in
+strict mode, which does not convert "8" to 8. All problems are reported in one `ConfigError`, with a line for
+each that names the dotted path and, for an unknown key, the nearest valid one.
 """
 
 from __future__ import annotations
@@ -41,36 +41,40 @@ __all__ = [
 SectionT = TypeVar("SectionT", bound="Section")
 
 SINCE = "since"
-"""Key in a field's `json_schema_extra`: the version that added the field, if that was after 0.1.0."""
+"""Key in a field's `json_schema_extra`: the version that added the field, if it was added after 0.1.0."""
 
 
 class Section(BaseModel):
-    """A frozen part of a configuration; unknown keys are errors."""
+    """A frozen part of a configuration. Unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Record(Section):
-    """Findings that are kept as JSON, NaN and infinities too, which plain JSON can't say."""
+    """Results that are saved as JSON. NaN and infinities, which JSON lacks, are saved as strings."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
     def write(self, path: Path) -> Path:
-        """Write it to a file, as `write_file` does, and return the path."""
+        """Write the record to a file with `write_file`, and return the path."""
         return write_file(path, self.model_dump_json(indent=1) + "\n")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-3` as a float and refuses duplicate keys."""
+    """A SafeLoader that reads `1e-3` as a float and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build a mapping, refusing a key that stands twice."""
+        """Build a mapping.
+
+        Raises:
+            ConfigError: if a key occurs twice.
+        """
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = str(key_node.value)
             if key in seen:
                 line = key_node.start_mark.line + 1
-                raise ConfigError(f"line {line}: the key '{key}' stands twice; keep one of them")
+                raise ConfigError(f"line {line}: the key '{key}' occurs twice; keep one of them")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -86,13 +90,13 @@ def read_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
     """Parse YAML text into a mapping.
 
     Raises:
-        ConfigError: if the text is no YAML, no mapping, or repeats a key.
+        ConfigError: if the text is not YAML, is not a mapping, or repeats a key.
     """
     try:
-        # _Loader derives from SafeLoader, so nothing but plain data is built.
+        # _Loader derives from SafeLoader, which builds only plain data.
         data = yaml.load(text, Loader=_Loader)  # noqa: S506
     except (yaml.YAMLError, ValueError) as error:
-        # YAML's dates and numbers are converted while it is parsed: 2024-13-45 is a ValueError.
+        # The parser converts dates and numbers: 2024-13-45 is a ValueError.
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"{source} is nested too deeply; sections have a few levels") from error
@@ -108,7 +112,13 @@ def read_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
 def load(
     cls: type[SectionT], path: str | Path, overrides: Sequence[str] = (), *, base: str | None = None
 ) -> SectionT:
-    """Read a YAML file into `cls` and apply `overrides` (`a.b=c`, the value in YAML).
+    """Read a YAML file into `cls`, and apply `overrides`.
+
+    Args:
+        cls: the section to read.
+        path: the file.
+        overrides: settings as `a.b=c`, with the value in YAML.
+        base: the names of the packaged configurations, for the message about a missing file.
 
     Raises:
         ConfigError: if the file is missing, or anything in it or in an override is wrong.
@@ -133,9 +143,8 @@ def parse(cls: type[SectionT], data: Mapping[str, Any], overrides: Sequence[str]
     merged = _plain(data)
     for override in overrides:
         _apply(merged, override)
-    _check_unicode(merged)
     try:
-        # Validated as JSON: strict about scalars, yet a list may fill a tuple and a string a path.
+        # Validation as JSON is strict about scalars, but accepts a list for a tuple and a string for a path.
         return cls.model_validate_json(json.dumps(merged), strict=True)
     except ValidationError as error:
         problems = [_describe(cls, merged, problem) for problem in error.errors()]
@@ -143,10 +152,10 @@ def parse(cls: type[SectionT], data: Mapping[str, Any], overrides: Sequence[str]
 
 
 def _plain(value: Any, where: str = "") -> Any:
-    """Copy YAML's values as JSON has them: names as text, dates as they were written.
+    """Copy values of YAML as values of JSON: keys become text, and dates stay as they were written.
 
     Raises:
-        ConfigError: if a text is no valid Unicode, or a value contains itself.
+        ConfigError: if a text is not valid Unicode, or a value contains itself.
     """
     try:
         if isinstance(value, Mapping):
@@ -161,7 +170,11 @@ def _plain(value: Any, where: str = "") -> Any:
 
 
 def _text(text: str, where: str) -> str:
-    """Join surrogate pairs, as which YAML reads JSON's escapes of an emoji, and refuse halves of one."""
+    """Join surrogate pairs, which is what YAML makes of JSON's escapes of an emoji.
+
+    Raises:
+        ConfigError: if the text has only half of a pair.
+    """
     problem = lone_surrogate(text)
     if not problem:
         return text
@@ -172,7 +185,7 @@ def _text(text: str, where: str) -> str:
 
 
 def lone_surrogate(text: str) -> str:
-    """Return where a text has half of a surrogate pair, which is no valid Unicode; empty if nowhere.
+    """Describe the first lone surrogate in a text, which is not valid Unicode; empty if there is none.
 
     Such text comes from escapes in JSON and YAML, and from file names and arguments that are not UTF-8.
     """
@@ -187,31 +200,12 @@ def lone_surrogate(text: str) -> str:
     return ""
 
 
-def _check_unicode(value: Any, where: str = "") -> None:
-    """Refuse text with half a surrogate pair, which nothing that is written as UTF-8 can hold."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _check_unicode(key, where)
-            _check_unicode(inner, f"{where}.{key}" if where else key)
-    elif isinstance(value, list):
-        for inner in value:
-            _check_unicode(inner, where)
-    elif isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            shown = value.encode(errors="backslashreplace").decode()
-            raise ConfigError(
-                f"{where or 'a key'}: '{shown}' is not valid Unicode; write it as UTF-8"
-            ) from error
-
-
 def _apply(data: dict[str, Any], override: str) -> None:
     if problem := lone_surrogate(override):
         raise ConfigError(f"--set: {problem}")
     name, separator, text = override.partition("=")
     if not separator or not name.strip():
-        raise ConfigError(f"'{override}' is no override; write section.key=value")
+        raise ConfigError(f"'{override}' is not an override; write section.key=value")
     keys = name.strip().split(".")
     node = data
     for key in keys[:-1]:
@@ -234,7 +228,7 @@ def _describe(cls: type[Section], data: Mapping[str, Any], problem: Mapping[str,
     location = _location(data, problem)
     where = ".".join(location) or "configuration"
     if problem["type"] == "extra_forbidden":
-        # A key of another member of a union is known, but not here.
+        # The key may be valid in another member of a union.
         valid = _keys_at(cls, location[:-1]) - {location[-1]}
         return f"unknown key '{where}'" + nearest(location[-1], valid)
     if problem["type"] == "missing":
@@ -246,7 +240,7 @@ def _describe(cls: type[Section], data: Mapping[str, Any], problem: Mapping[str,
 
 
 def _location(data: Any, problem: Mapping[str, Any]) -> list[str]:
-    """Give the path as the user wrote it: pydantic adds the members of unions that it tried."""
+    """Return the path as the user wrote it, without the members of unions that pydantic adds."""
     found: list[str] = []
     for part in problem["loc"]:
         if (isinstance(data, Mapping) and part in data) or (isinstance(data, list) and isinstance(part, int)):
@@ -256,7 +250,7 @@ def _location(data: Any, problem: Mapping[str, Any]) -> list[str]:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Say which valid name is nearest to a wrong one, or list them all: the end of a message."""
+    """Return the end of a message about a wrong name: the nearest valid name, or a list of all valid ones."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
@@ -265,7 +259,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def _keys_at(cls: type[Section], location: Sequence[str]) -> set[str]:
-    """Collect the keys that the section(s) at a location accept."""
+    """Return the keys that the sections at a location accept."""
     candidates: list[Any] = [cls]
     for part in location:
         candidates = [inner for candidate in candidates for inner in _inner(candidate, part)]
@@ -301,18 +295,18 @@ def _sections(annotation: Any) -> list[type[Section]]:
 
 
 def content_hash(section: Section) -> str:
-    """Hash what a section says (12 hex digits): the same content, the same hash.
+    """Return a hash of the content of a section (12 hex digits).
 
-    Folders and tracked runs are found again by this hash, so it has to stay what earlier versions computed.
-    A field that was added later carries the version that added it,
-    `Field(default=…, json_schema_extra={SINCE: "0.2"})`, and counts only where it differs from its default.
+    Folders and tracked runs are found again by this hash, so it must stay what earlier versions computed. A
+    field that was added later is marked with the version that added it,
+    `Field(default=…, json_schema_extra={SINCE: "0.2"})`, and is hashed only if it differs from its default.
     """
     text = json.dumps(_hashed(section, section.model_dump(mode="json")), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _hashed(value: Any, dumped: Any) -> Any:
-    """Leave out of a dump the later fields that hold their defaults, at any depth."""
+    """Remove the fields that were added later and hold their defaults from a dump, at any depth."""
     if isinstance(value, Section):
         return {
             name: _hashed(getattr(value, name), dumped[name])
@@ -331,7 +325,7 @@ def _later(field: FieldInfo) -> bool:
 
 
 def leaves(section: Section) -> dict[str, str]:
-    """Flatten a section to dotted leaf → text, as tracking params want it."""
+    """Flatten a section to dotted key → text, the form of tracked parameters."""
     found: dict[str, str] = {}
 
     def walk(prefix: str, value: Any) -> None:

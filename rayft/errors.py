@@ -1,31 +1,31 @@
-"""Every error that a user can cause, in one tree; each message says what to do instead.
+"""The errors that rayft raises for its users, in one tree. Each message says what to do instead.
 
 RayftError
- x ConfigError          a file, key, value or `--set` that is wrong
- x DataError            data that can't be read, is too small, too long or of the wrong shape
- x ModelError           a base model that can't be found or loaded
-    + TargetError       target modules that match nothing, or a rank that a layer can't hold
- x MethodError          a method that can't do what is asked of it
- x TrainError           a run that can't start or has failed
-    + InterruptedRunError   a run that was told to end, and has saved a checkpoint
- x TrackingError        an MLflow server that is away or refuses
- x ArtifactError        an adapter folder that is missing, truncated, or holds NaN or Inf
-    + BaseMismatchError an adapter made for another base model
- x SqueezeError         a rank, energy or budget that can't be met
- x RegistryError        a model, version or alias that isn't in the registry
-    + PromotionRefusedError  a candidate that does not pass the gate
- x ReportError          a sweep that can't be reported
- x ResourceError        no disk, memory or port; a package or device that is missing
-    + DiskFullError     a disk without space for what has to be written
- x UnfinishedError      a command whose results are there, and that left something after them undone
- x RequestError         an HTTP request that can't be served (has an HTTP status)
+ x ConfigError          a file, key, value or `--set` is wrong
+ x DataError            data can't be read, is too small, too long or of the wrong shape
+ x ModelError           a base model can't be found or loaded
+    + TargetError       target modules match nothing, or a rank is too large for a layer
+ x MethodError          a method does not support what a configuration requests
+ x TrainError           a run can't start or has failed
+    + InterruptedRunError   a run was interrupted, and has saved a checkpoint
+ x TrackingError        an MLflow server is away or refuses
+ x ArtifactError        an adapter folder is missing, truncated, or holds NaN or Inf
+    + BaseMismatchError an adapter was made for another base model
+ x SqueezeError         a rank, energy or budget can't be met
+ x RegistryError        a model, version or alias isn't in the registry
+    + PromotionRefusedError  a candidate does not pass the gate
+ x ReportError          a sweep can't be reported
+ x ResourceError        disk space, memory, a port, a package or a device is missing
+    + DiskFullError     a disk has no space for what has to be written
+ x UnfinishedError      the results of a command are complete, but a step after them failed
+ x RequestError         an HTTP request can't be served (has an HTTP status)
     + UnknownModelError 404
     + TooManyRequestsError 429
     + RequestTimeoutError 504
     + BadRequestError   400
     + TooLargeError     413
 
-`assert` is for invariants of the code; these are for mistakes and circumstances.
+These errors are for mistakes of users and for circumstances; `assert` is for invariants of the code.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ __all__ = [
 
 
 class RayftError(Exception):
-    """Base of all errors that rayft raises for its users.
+    """Base class of all errors that rayft raises for its users.
 
-    The message is valid Unicode whatever it quotes: lone surrogates are written as escapes. Ray ends the
-    process of an actor that raises an error which can't be encoded, and no terminal or log can write it.
+    The message is always valid Unicode: lone surrogates in what it quotes are written as escapes. Ray ends
+    the process of an actor that raises an error which can't be encoded, and no terminal or log can write it.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -70,34 +70,34 @@ class RayftError(Exception):
 
 
 class ConfigError(RayftError):
-    """A configuration file, key, value or override that is wrong."""
+    """A configuration file, key, value or override is wrong."""
 
 
 class DataError(RayftError):
-    """Data that can't be read, is too small, too long or of the wrong shape."""
+    """Data can't be read, is too small, too long or of the wrong shape."""
 
 
 class ModelError(RayftError):
-    """A base model that can't be found or loaded."""
+    """A base model can't be found or loaded."""
 
 
 class TargetError(ModelError):
-    """Target modules that match nothing, or a rank that a layer can't hold."""
+    """Target modules match nothing, or a rank is too large for a layer."""
 
 
 class MethodError(RayftError):
-    """A fine-tuning method that can't do what is asked of it."""
+    """A fine-tuning method does not support what a configuration requests."""
 
 
 class TrainError(RayftError):
-    """A run that can't start or has failed."""
+    """A run can't start or has failed."""
 
 
 class InterruptedRunError(TrainError):
-    """A run that was told to end between two steps, and has saved a checkpoint to continue from.
+    """A run was interrupted between two steps, and has saved a checkpoint to continue from.
 
     Attributes:
-        step: the last step that was trained, which the checkpoint is of.
+        step: the last step that was trained, after which the checkpoint was saved.
     """
 
     def __init__(self, message: str = "", step: int = 0) -> None:
@@ -106,52 +106,52 @@ class InterruptedRunError(TrainError):
 
 
 class TrackingError(RayftError):
-    """A tracking server that is away or refuses."""
+    """A tracking server is away or refuses."""
 
 
 class ArtifactError(RayftError):
-    """An adapter folder that is missing, truncated, or holds NaN or Inf."""
+    """An adapter folder is missing, truncated, or holds NaN or Inf."""
 
 
 class BaseMismatchError(ArtifactError):
-    """An adapter that was made for another base model."""
+    """An adapter was made for another base model."""
 
 
 class SqueezeError(RayftError):
-    """A rank, energy or budget that can't be met."""
+    """A rank, energy or budget can't be met."""
 
 
 class RegistryError(RayftError):
-    """A model, version or alias that isn't in the registry."""
+    """A model, version or alias isn't in the registry."""
 
 
 class PromotionRefusedError(RegistryError):
-    """A candidate that does not pass the promotion gate."""
+    """A candidate does not pass the promotion gate."""
 
 
 class ReportError(RayftError):
-    """A sweep that can't be reported."""
+    """A sweep can't be reported."""
 
 
 class ResourceError(RayftError):
-    """No disk, memory or port, or a package or device that is missing."""
+    """Disk space, memory, a port, a package or a device is missing."""
 
 
 class DiskFullError(ResourceError):
-    """A disk without space for what has to be written; nothing that was saved is lost."""
+    """A disk has no space for what has to be written. Nothing that was saved before is lost."""
 
 
 class UnfinishedError(RayftError):
-    """A command's results are there, and something after them (tracking, registering) is left to be done."""
+    """The results of a command are complete, but a step after them (tracking, registering) failed."""
 
 
 class RequestError(RayftError):
-    """An HTTP request that can't be served.
+    """An HTTP request can't be served.
 
     Attributes:
         status: the HTTP status code of the answer.
         code: OpenAI's machine-readable error code.
-        param: the request field at fault, if there is one.
+        param: the field of the request that is wrong, or None.
     """
 
     status = 500
@@ -171,35 +171,35 @@ def _rebuild(cls: type[RequestError], message: str, param: str | None) -> Reques
 
 
 class UnknownModelError(RequestError):
-    """The `model` of a request is not served here."""
+    """The server does not serve the `model` of a request."""
 
     status = 404
     code = "model_not_found"
 
 
 class TooManyRequestsError(RequestError):
-    """As many requests wait as may."""
+    """The queue of waiting requests is full."""
 
     status = 429
     code = "rate_limit_exceeded"
 
 
 class RequestTimeoutError(RequestError):
-    """A request that took longer than requests may."""
+    """A request took longer than the server's time limit."""
 
     status = 504
     code = "timeout"
 
 
 class BadRequestError(RequestError):
-    """A request that is malformed or asks for what can't be done."""
+    """A request is malformed, or asks for something that is not supported."""
 
     status = 400
     code = "invalid_request_error"
 
 
 class TooLargeError(RequestError):
-    """A request whose body is larger than bodies may be."""
+    """The body of a request is larger than the server's limit."""
 
     status = 413
     code = "request_too_large"

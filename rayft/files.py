@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locks on files, and the error of a full disk."""
+"""Write files whole or not at all, lock files, and recognise the errors of a full disk."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ _FULL_TEXT = re.compile(
     r"|local disk is full|disk's utilization is over capacity",
     re.IGNORECASE,
 )
-"""How Rust, Arrow, SQLite and Ray say it, whose errors carry no errno."""
+"""What Rust, Arrow, SQLite and Ray write when a disk is full. Their errors have no errno."""
 _STAGED = re.compile(r"\..+\.\d+-\d+")
-"""Names that `write_file` gives to a file until it is written."""
+"""The names under which `write_file` writes a file before it renames it."""
 
 
 def write_file(path: Path, content: str | bytes) -> Path:
-    """Write a small file so that a reader, and a restart after a crash, finds the old or the new content.
+    """Write a small file so that a reader always finds either the old or the new content, also after a crash.
 
-    The content is written beside the file and synced, then renamed to it; text is encoded as UTF-8.
+    The content is written to a file beside it, synced, and renamed. Text is encoded as UTF-8.
 
     Returns:
         `path`.
 
     Raises:
-        DiskFullError: if there is no space; the file stays as it was.
-        OSError: if it can't be written for another reason.
+        DiskFullError: if there is no space; the file keeps its old content.
+        OSError: if the file can't be written for another reason.
     """
     data = content.encode() if isinstance(content, str) else content
     with room_on(path.parent, len(data)):
@@ -69,14 +69,14 @@ def write_file(path: Path, content: str | bytes) -> Path:
 
 
 def is_staged_file(path: Path) -> bool:
-    """Return whether a path is a file that `write_file` had begun when its process was killed."""
+    """Return whether a path is a file that `write_file` left unfinished, because its process was killed."""
     return _STAGED.fullmatch(path.name) is not None and path.is_file()
 
 
 def sync_tree(folder: Path) -> None:
-    """Sync every file below a folder, and the folders, so that their content outlives a power cut.
+    """Sync every file below a folder, and the folders, so that their content survives a power cut.
 
-    A folder that is filled, synced and then renamed to its place is there as a whole or not at all.
+    A folder that is filled, synced and then renamed to its final place is found there complete or not at all.
     """
     for place, _, files in os.walk(folder):
         for name in files:
@@ -87,22 +87,22 @@ def sync_tree(folder: Path) -> None:
 
 
 def hash_content(path: Path) -> str:
-    """Hash the content of a file (16 hex digits)."""
+    """Return a hash of the content of a file (16 hex digits)."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 @contextmanager
 def room_on(folder: Path, needed: int = 0, *, others: Sequence[Path] = ()) -> Iterator[None]:
-    """Turn an error that means a full disk, whichever library raises it, into `DiskFullError`.
+    """Turn any library's error about a full disk, raised in the block, into `DiskFullError`.
 
     Args:
-        folder: where the block writes.
-        needed: the bytes that it writes, as far as that is known.
-        others: where else it may write. The error names the one with the least space.
+        folder: the folder that the block writes to.
+        needed: number of bytes that it writes, 0 if that is not known.
+        others: other folders that it may write to. The error names the folder with the least space.
 
     Raises:
-        DiskFullError: naming the folder, the free space and the bytes needed.
+        DiskFullError: with the folder, the free space and the number of bytes needed.
     """
     try:
         yield
@@ -115,24 +115,24 @@ def room_on(folder: Path, needed: int = 0, *, others: Sequence[Path] = ()) -> It
 
 
 def disk_full(error: BaseException) -> bool:
-    """Return whether an error, or one that it was raised from, means that a disk or a quota is full."""
+    """Return whether an error, or an error that caused it, means that a disk or a quota is full."""
     return any(
         isinstance(each, DiskFullError)
         or getattr(each, "errno", None) in _FULL
-        # Our other errors quote, and may quote a server that speaks of its own disk.
+        # Our other errors quote messages, possibly those of a server about its own disk.
         or (not isinstance(each, RayftError) and _FULL_TEXT.search(str(each)))
         for each in _chain(error)
     )
 
 
 def disk_full_error(error: BaseException, *folders: Path, needed: int = 0) -> DiskFullError:
-    """Make the `DiskFullError` of an error that means a full disk; return the one it was raised from, if any.
+    """Return the `DiskFullError` for an error about a full disk: its cause if that is one, else a new one.
 
     Args:
-        error: what a library raised.
-        folders: where it may have written; the one with the least space is named, unless the error names a
-            file itself.
-        needed: the bytes that it writes, as far as that is known.
+        error: the error that a library raised.
+        folders: the folders that it may have written to. The message names the one with the least space,
+            unless the error itself names a file.
+        needed: number of bytes to write, 0 if that is not known.
     """
     known = next((each for each in _chain(error) if isinstance(each, DiskFullError)), None)
     if known is not None:
@@ -147,16 +147,16 @@ def disk_full_error(error: BaseException, *folders: Path, needed: int = 0) -> Di
 
 @contextmanager
 def locked(path: Path, wait: float | None = None) -> Iterator[int | None]:
-    """Hold the lock of a file, which is made if it is missing, for the length of a block.
+    """Hold the lock of a file for the length of a block. The file is created if it is missing.
 
-    The system releases the lock when the process ends, however it ends.
+    The system releases the lock when the process ends, even if it is killed.
 
     Args:
         path: the file.
-        wait: seconds to wait for another holder; without end where not given.
+        wait: seconds to wait for another holder; None waits forever.
 
     Yields:
-        The file's descriptor; None if the time ran out.
+        The descriptor of the file, or None if the time ran out.
     """
     deadline = None if wait is None else time.monotonic() + wait
     while True:
@@ -165,7 +165,7 @@ def locked(path: Path, wait: float | None = None) -> Iterator[int | None]:
             if not _lock(descriptor, deadline):
                 yield None
                 return
-            # Whoever held the lock may have deleted the file: then this is the lock of nothing.
+            # The last holder may have deleted the file. Then this lock is of a file that nobody else opens.
             if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
                 yield descriptor
                 return
@@ -189,7 +189,7 @@ def _lock(descriptor: int, deadline: float | None) -> bool:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those that it was raised from, down to what a tracking server said."""
+    """Yield an error and its causes. Causes of a `TrackingError` are skipped: a server's disk is not ours."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen
@@ -199,12 +199,12 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _written(error: BaseException) -> Path | None:
-    """Return the file that an error of a full disk names as the one that it wrote."""
+    """Return the file that an error about a full disk names as the one being written."""
     if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
         return Path(error.args[0][0][1])
     if not isinstance(error, OSError) or error.errno not in _FULL:
         return None
-    # Of two files, a copy's or a renaming's, the second is the one that is written.
+    # A copy or a renaming names two files; the second one is written.
     name = error.filename2 or error.filename
     return Path(os.fsdecode(name)) if isinstance(name, str | bytes) else None
 
@@ -237,7 +237,7 @@ def _size(count: int) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Sync a folder, so that a rename in it outlives a power cut; some file systems can't."""
+    """Sync a folder, so that a rename in it survives a power cut. Some file systems don't support that."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

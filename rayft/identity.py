@@ -1,7 +1,8 @@
-"""What a result follows from: its configuration, its data and its base.
+"""The identity of a result: the configuration, the data and the base model that it was computed from.
 
-A trial's result, a checkpoint, an analysis and a sweep's folder each keep the `Identity` of what they were
-made from. Before one of them is used again, `Identity.differences` compares that with what is there now.
+The result of a trial, a checkpoint, an analysis and the folder of a sweep are saved with the `Identity` of
+what they were computed from. Before one of them is reused, `Identity.differences` compares that with the
+present configuration, data and base.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ __all__ = ["UNKNOWN", "Identity"]
 
 
 class Identity(Record):
-    """What a result follows from. An empty field is unknown, and is compared with nothing.
+    """What a result was computed from. An empty field is unknown and is not compared.
 
-    What rayft 0.1.0 wrote has no identity; it is put together from what that version did record, which is
-    `data` and `fingerprint`.
+    rayft 0.1.0 saved no identity. For its results, one is put together from what it did save, `data` and
+    `fingerprint`.
     """
 
     rayft: str = ""
-    """The version that made it; empty for 0.1.0, which recorded none."""
+    """The version of rayft that computed the result; empty for 0.1.0, which did not save it."""
     config: str = ""
     """Content hash of the run."""
     data: str = ""
@@ -32,35 +33,35 @@ class Identity(Record):
     start: str = ""
     """Content hash of the adapter that the run started from."""
     fingerprint: str = ""
-    """Fingerprint of the base's weights, which samples them: all that 0.1.0 recorded of a base."""
+    """Fingerprint of a sample of the base's weights; 0.1.0 saved nothing else about a base."""
     sweep: str = ""
-    """Random id of the sweep, for the keys of its tracked runs; not compared. 0.1.0 made none."""
+    """Random id of the sweep, part of the keys of its tracked runs; not compared. Empty for 0.1.0."""
     data_name: str = ""
     base_name: str = ""
     start_name: str = ""
-    """What the configuration calls data, base and start. For messages; none is compared."""
+    """The names of data, base and start in the configuration. For messages; not compared."""
     parts: Mapping[str, str] = {}
-    """Part of the data → its digest. For messages, as `files`."""
+    """Part of the data → its digest. For messages; not compared."""
     files: Mapping[str, str] = {}
-    """File of the base → its hash."""
+    """File of the base → its hash. For messages; not compared."""
 
     @property
     def inputs(self) -> str:
-        """Hash of data and base (8 hex digits), for keys."""
+        """A hash of data and base (8 hex digits), for keys."""
         return hashlib.sha256(f"{self.data}\0{self.base}".encode()).hexdigest()[:8]
 
     @property
     def brief(self) -> Identity:
-        """What is kept beside each result: all but what only makes a message longer."""
+        """The identity as it is saved with each result, without the fields that only messages use."""
         left_out = ("sweep", "data_name", "base_name", "start_name")
         return self.model_copy(update={"parts": {}, "files": {}, **dict.fromkeys(left_out, "")})
 
     def of_data(self) -> Identity:
-        """Leave the base out, for what is done with another one (a tuned model)."""
+        """Return the identity of the data alone, for results on another base (a tuned model)."""
         return Identity(data=self.data, data_name=self.data_name, parts=self.parts)
 
     def differences(self, now: Identity) -> list[str]:
-        """Return a sentence for each thing that has changed since; unknown fields are not compared."""
+        """Return a sentence for each thing that differs in `now`. Unknown fields are not compared."""
         found = []
         if _differ(self.config, now.config):
             found.append(f"the configuration has changed (hash {self.config}, now {now.config})")
@@ -84,9 +85,9 @@ class Identity(Record):
         text = f"the data has changed: {which} had the digest {self.data}, now {now.data}"
         if self.rayft == now.rayft:
             return text
-        # A version may read a file otherwise than the one before, and say so by another digest.
+        # Another version of rayft may read the same file differently, which changes the digest.
         versions = f"that was {self.rayft}, this is {now.rayft}" if self.rayft else "that was rayft 0.1.0"
-        return f"{text} (or rayft reads it otherwise now: {versions})"
+        return f"{text} (or rayft reads it differently now: {versions})"
 
     def _base(self, now: Identity) -> str:
         names = sorted(self.files.keys() | now.files.keys())
@@ -101,4 +102,4 @@ def _differ(one: str, other: str) -> bool:
 
 
 UNKNOWN = Identity()
-"""Of nothing; no comparison with it finds a difference."""
+"""The identity of an unknown result: comparing with it finds no differences."""

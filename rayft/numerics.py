@@ -1,12 +1,12 @@
-"""The one tolerance rule, seeds, and the compute dtype.
+"""The tolerance rule of all tests, seeds, and the fastest dtype of a CPU.
 
-Tolerance: results that were stored in `dtype` after `depth` roundings and summed over `length`
-terms differ from the exact ones, relative to the norm, by at most
+Tolerance: results that are summed over `length` terms and stored in `dtype` after `depth` roundings differ
+from the exact results, relative to their norm, by at most
 
     2·depth·eps(dtype) + 4·√length·eps(accumulator),      accumulator = float32 for 16-bit types
 
-The first term is storage, the second random-walk growth of the summation error. No test types a
-tolerance by hand.
+The first term is the error of storage. The second is the error of summation, which grows as a random walk.
+All tests use this rule and have no tolerances of their own.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def tolerance(dtype: torch.dtype, length: int, depth: int = 1) -> float:
-    """Give the largest relative error (in the Frobenius norm) that rounding alone explains."""
+    """Return the largest relative error, in the Frobenius norm, that rounding alone explains."""
     accumulator = torch.float32 if torch.finfo(dtype).bits < 32 else dtype
     return 2 * depth * torch.finfo(dtype).eps + 4 * math.sqrt(length) * torch.finfo(accumulator).eps
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Compute ‖actual − expected‖ / ‖expected‖ in float64 (the plain norm where expected is 0)."""
+    """Return ‖actual − expected‖ / ‖expected‖, computed in float64; ‖actual‖ if `expected` is 0."""
     actual, expected = actual.detach().double(), expected.detach().double()
     difference = float((actual - expected).norm())
     scale = float(expected.norm())
@@ -49,10 +49,10 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def assert_close(
     actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, length: int, depth: int = 1
 ) -> None:
-    """Assert that two tensors agree within `tolerance(dtype, length, depth)`; NaN never does.
+    """Assert that two tensors agree within `tolerance(dtype, length, depth)`. NaN agrees with nothing.
 
     Raises:
-        AssertionError: with the error and what was allowed.
+        AssertionError: with the error and the tolerance.
     """
     if actual.shape != expected.shape:
         raise AssertionError(f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}")
@@ -62,13 +62,13 @@ def assert_close(
 
 
 def derive_seed(*parts: object) -> int:
-    """Derive a 63-bit seed from any parts, the same on every machine and run."""
+    """Return a 63-bit seed that depends only on `parts`, so it is the same on every machine and run."""
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generator(*parts: object) -> torch.Generator:
-    """Make a CPU generator seeded by `derive_seed(*parts)`."""
+    """Return a CPU generator that is seeded with `derive_seed(*parts)`."""
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
@@ -80,10 +80,14 @@ def seed_everything(seed: int) -> None:
 
 
 def fastest_cpu_dtype(size: int = 512, repeats: int = 5) -> torch.dtype:
-    """Time one product in float32 and bfloat16 and return the faster dtype of this CPU.
+    """Return the faster of float32 and bfloat16 on this CPU, measured with a matrix product.
 
-    bfloat16 wins where the CPU has AMX or AVX512-BF16 and loses badly elsewhere, so it is
-    measured (about 50 ms), not guessed from a model name.
+    bfloat16 is faster on CPUs with AMX or AVX512-BF16, and much slower on all others. The measurement takes
+    about 50 ms, and is more reliable than a list of CPU names.
+
+    Args:
+        size: rows and columns of the matrices.
+        repeats: number of products timed for each dtype; the fastest counts.
     """
     best: dict[torch.dtype, float] = {}
     for dtype in (torch.float32, torch.bfloat16):

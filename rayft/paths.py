@@ -1,4 +1,4 @@
-"""Paths that users set: how they are read, and whether they can be written, before anything is started."""
+"""Paths that users set: read them, and check that they can be written before anything starts."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ __all__ = [
 ]
 
 LONGEST_NAME = 255
-"""Bytes of a file's name that Linux's file systems hold."""
+"""Most bytes in the name of a file on Linux's file systems."""
 LONGEST_PATH = 4095
-"""Bytes of a path that Linux takes."""
+"""Most bytes in a path on Linux."""
 PROBE = b"\0" * 4096
-"""Written to find out whether a folder takes data: a full disk may still take an empty file."""
+"""Data to write as a test: on a full disk, creating an empty file may still succeed."""
 
 
 def check_text(value: str) -> str:
-    """Return a path's text as it is, if a file system can have such a path.
+    """Return the text of a path unchanged, after checking that a file system can have such a path.
 
-    A URL counts as a path here, except that its length is its server's business.
+    A URL is checked like a path, except for its length.
 
     Raises:
-        ValueError: saying what is wrong with it.
+        ValueError: if no file system can have such a path.
     """
     if not value.strip():
         raise ValueError("is empty; write a path")
@@ -80,27 +80,31 @@ def read_path(text: str | Path, setting: str) -> Path:
     """Return the path that a user wrote, with `~` replaced by the home folder.
 
     Args:
-        text: what was written.
-        setting: the option, key or variable that it was written in, for the message.
+        text: what the user wrote.
+        setting: name of the option, key or variable, for the message.
 
     Raises:
-        ConfigError: if it is empty or can't be a path.
+        ConfigError: if the text is empty or can't be a path.
     """
     path = Path(checked_text(str(text), setting)).expanduser()
     try:
         path.stat()
     except OSError as error:
-        # What is missing may be wanted so; a loop is not even a path that could be made.
+        # A missing path may be fine, since it can be created. A loop of links can't.
         if error.errno == errno.ELOOP:
             raise ConfigError(f"{setting}: {path} is a link that leads back to itself; remove it") from error
     return path
 
 
 def checked_text(text: str, setting: str) -> str:
-    """Return a path or URI that a user wrote, if it can be one.
+    """Return a path or URI that a user wrote, unchanged.
+
+    Args:
+        text: what the user wrote.
+        setting: name of the option, key or variable, for the message.
 
     Raises:
-        ConfigError: if it is empty or can't be.
+        ConfigError: if the text is empty or can't be a path.
     """
     try:
         return check_text(text)
@@ -112,10 +116,10 @@ def home(setting: str) -> Path:
     """Return the home folder.
 
     Args:
-        setting: what a user can set so that none is needed, for the message.
+        setting: name of a variable that the user can set instead, for the message.
 
     Raises:
-        ResourceError: if the user has none.
+        ResourceError: if the user has no home folder.
     """
     try:
         return Path.home()
@@ -126,10 +130,11 @@ def home(setting: str) -> Path:
 
 
 def runs_folder(*, cluster: bool = False) -> Path:
-    """Return the folder of all sweeps that are given no place of their own.
+    """Return the folder for sweeps that have no output folder of their own.
 
     Args:
-        cluster: whether the command runs on a cluster, where the working directory of a job is temporary.
+        cluster: whether the command runs on a cluster. There the working directory of a job is temporary, so
+            the folder is in the home folder.
     """
     if given := os.environ.get("RAYFT_OUTPUT"):
         return read_path(given, "RAYFT_OUTPUT")
@@ -137,14 +142,14 @@ def runs_folder(*, cluster: bool = False) -> Path:
 
 
 def check_folder(folder: Path, setting: str) -> None:
-    """Check that files can be written into a folder by writing one; what was made for it is removed again.
+    """Check that files can be written into a folder, by writing one. All that is created is removed again.
 
     Args:
         folder: the folder, which need not exist.
-        setting: the option, key or variable that names it, for the message.
+        setting: name of the option, key or variable that names it, for the message.
 
     Raises:
-        ResourceError: if the folder can't be made, or takes no file.
+        ResourceError: if the folder can't be created, or no file can be written into it.
     """
     made: list[Path] = []
     folder = folder.absolute()
@@ -169,10 +174,14 @@ def check_folder(folder: Path, setting: str) -> None:
 
 
 def check_file(file: Path, setting: str) -> None:
-    """Check that a file can be written: that its folder takes a new one, or that it can be opened.
+    """Check that a file can be written: that it can be opened, or created if it does not exist.
+
+    Args:
+        file: the file.
+        setting: name of the option, key or variable that names it, for the message.
 
     Raises:
-        ResourceError: if it can't.
+        ResourceError: if it can't be written.
     """
     if file.is_dir():
         raise ResourceError(f"{file} is a folder; set {setting} to a file, such as {file / 'file'}")
@@ -191,7 +200,7 @@ def check_file(file: Path, setting: str) -> None:
 
 
 def reason(error: Exception, place: Path) -> str:
-    """Return in words why a path could not be used."""
+    """Return why a path could not be used, as part of a message."""
     if place.is_symlink() and not place.exists():
         return f"{place} is a link to {place.readlink()}, which is not there"
     if isinstance(error, FileExistsError | NotADirectoryError):

@@ -1,4 +1,4 @@
-"""Real disks that are full: file systems in memory, as small as a test wants them."""
+"""Disks that are really full: file systems in memory, whose size a test sets."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class Disk:
 
     @property
     def used(self) -> int:
-        """Bytes that its files take."""
+        """Bytes that the files use."""
         found = os.statvfs(self.folder)
         return (found.f_blocks - found.f_bfree) * found.f_frsize
 
     def leave(self, free: int) -> None:
-        """Make it so large that a number of bytes, rounded up to pages, is free."""
+        """Resize the disk so that `free` bytes, rounded up to pages, are free."""
         self.resize(self.used + max(free, 0))
 
     def hold_files(self, number: int) -> None:
-        """Let it hold that many files and folders, beside its root."""
+        """Limit the number of files and folders, not counting the root."""
         self._mount(f"remount,nr_inodes={number + 1}")
 
     def resize(self, size: int) -> None:
-        """Give it a size in bytes; 0 would mean no limit, so it has one page at least."""
+        """Resize the disk to a number of bytes, but to one page at least: 0 would mean no limit."""
         self._mount(f"remount,size={max(size, PAGE)}")
 
     def _mount(self, options: str) -> None:
@@ -43,7 +43,7 @@ class Disk:
 
 @contextmanager
 def mounted(folder: Path, size: int) -> Iterator[Disk]:
-    """Mount a disk of a size for the length of a block; skip the test where that is not allowed."""
+    """Mount a disk of `size` bytes for a block. Skip the test if mounting is not allowed."""
     folder.mkdir(parents=True, exist_ok=True)
     made = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], check=False, capture_output=True

@@ -1,1 +1,1 @@
-"""From a source (reasoning-gym, hub, file) to three parts, token rows and a schedule of batches."""
+"""Data: read a source (reasoning-gym, hub, files) into three parts, encode them, and pack them into rows."""

@@ -1,17 +1,16 @@
-"""What a chat template writes around an answer, and how an answer is read back from what a model wrote.
+"""What a chat template writes around an answer, and how to parse the answer from what a model generated.
 
-Three things differ between templates, and a model is trained, scored and served correctly only if all three
-are known:
+Chat templates differ in three things. A model is trained, scored and served correctly only if all are known:
 
-- the **opening**: what the template writes between its prompt for an answer and the answer itself, such as
-  Qwen3's empty think block or gpt-oss's channel. A model learns to write it, but it is no part of the answer;
+- the **opening**: what the template writes between the prompt and the answer itself, such as Qwen3's empty
+  think block or gpt-oss's channel. A model learns to generate it, but it is not part of the answer;
 - the **end** of a turn, which need not be the tokenizer's end-of-sequence token: ChatML on a base model ends
-  turns with `<|im_end|>`, Phi-3 with `<|end|>`. Whatever ends a turn has to end generation;
-- **think markers**, between which a model reasons before it answers. The prompt itself may open the block, as
-  DeepSeek-R1's does.
+  turns with `<|im_end|>`, Phi-3 with `<|end|>`. Generation must stop at the end of a turn;
+- **think markers**, between which a model reasons before it answers. The prompt itself may open the think
+  block, as DeepSeek-R1's does.
 
-`ChatFormat.of` finds them by laying out an answer of its own. `AnswerParser` is the one parser of think
-blocks: scoring uses it on whole texts, and serving on texts that grow.
+`ChatFormat.of` finds them by rendering a test answer with the template. `AnswerParser` is the only parser of
+think blocks: scoring uses it on whole texts, and serving on streamed texts.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ __all__ = ["Answer", "AnswerParser", "ChatFormat", "ThinkMarkers", "render"]
 
 
 class ThinkMarkers(NamedTuple):
-    """The texts between which a model reasons."""
+    """The texts that begin and end a think block."""
 
     open: str
     close: str
@@ -44,23 +43,23 @@ MARKERS = (
     ThinkMarkers("<|START_THINKING|>", "<|END_THINKING|>"),
     ThinkMarkers("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
 )
-"""Qwen3, DeepSeek-R1 and most others; Seed-OSS; Magistral; Kimi; Command A; gpt-oss. The first is assumed
-where a template and its vocabulary name none."""
+"""The markers of Qwen3, DeepSeek-R1 and most others; Seed-OSS; Magistral; Kimi; Command A; gpt-oss. The first
+pair is the default for templates and vocabularies that have none."""
 
 TAIL = 32
-"""Tokens at the end of a prompt that hold an opening marker and what follows it."""
+"""Number of tokens at the end of a prompt that always include an opening marker and what follows it."""
 
 PROBE = "Xq7Zk"
-"""An answer that no template changes: letters and digits alone."""
+"""A test answer of letters and digits, which no template changes."""
 
 
 class Answer(NamedTuple):
-    """What a model wrote, taken apart."""
+    """The parts of what a model generated."""
 
     content: str
     """The answer itself."""
     reasoning: str
-    """What stood in a think block before it; empty if there was none, or only spaces."""
+    """The content of the think block before the answer; empty if there was none, or only spaces."""
 
 
 @dataclass(frozen=True)
@@ -68,27 +67,27 @@ class ChatFormat:
     """What a tokenizer's chat template writes around an answer."""
 
     opening: str = ""
-    """What stands between the prompt for an answer and the answer."""
+    """What the template writes between the prompt and the answer."""
     end: str = ""
-    """What ends an answer; empty where the template writes nothing that could."""
+    """What the template writes to end an answer; empty if it writes nothing."""
     end_ids: frozenset[int] = frozenset()
-    """Tokens that end generation: the one that ends a turn and the tokenizer's end of sequence."""
+    """Tokens that end generation: the token that ends a turn, and the tokenizer's end of sequence."""
     stop_text: str = ""
-    """The text that ends a turn, where that is not a token of its own."""
+    """The text that ends a turn, if no single token does; else empty."""
     trailing: str = ""
-    """Spaces that the template writes between an answer and its end."""
+    """Whitespace that the template writes between an answer and its end."""
     markers: ThinkMarkers = MARKERS[0]
     overhead: int = 0
-    """Tokens that a model writes beside the answer when it does not reason."""
+    """Number of tokens that a model generates in addition to the answer if it does not reason."""
     visible: Mapping[int, str] = field(default_factory=dict)
-    """Special tokens of the markers and the opening, which decoding must not skip: id → text."""
+    """Special tokens of the markers and the opening, which decoding must keep: id → text."""
     problem: str = ""
-    """Why generation may not stop after an answer, for a person to read; empty if it does."""
+    """Why generation may not stop after an answer, as a message; empty if it does stop."""
     _tokenizer: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
-        """Find the format of a tokenizer's chat template; without one, turns end with its eos token."""
+        """Find the format of a tokenizer's chat template. Without one, turns end with the eos token."""
         eos = {tokenizer.eos_token_id} if isinstance(tokenizer.eos_token_id, int) else set()
         if not tokenizer.chat_template:
             return cls(end=str(tokenizer.eos_token or ""), end_ids=frozenset(eos), _tokenizer=tokenizer)
@@ -121,7 +120,7 @@ class ChatFormat:
         )
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens; special tokens are skipped, except those of markers and the opening."""
+        """Return the text of tokens, without special tokens except those of the markers and the opening."""
         pieces, start = [], 0
         for place, token in enumerate(tokens):
             if token in self.visible:
@@ -130,24 +129,24 @@ class ChatFormat:
         return "".join((*pieces, self._plain(tokens[start:])))
 
     def in_block(self, prompt: Sequence[int]) -> bool:
-        """Return whether the tokens of a prompt end inside a think block that it has opened."""
+        """Return whether a prompt, as tokens, ends inside a think block that it has opened."""
         return self.is_open(self.decode(prompt[-TAIL:]))
 
     def is_open(self, prompt: str) -> bool:
-        """Return whether the text of a prompt ends inside a think block that it has opened."""
+        """Return whether a prompt, as text, ends inside a think block that it has opened."""
         return _is_open(prompt, self.markers)
 
     def prompt_block(self, prompt: str) -> str:
-        """Return the think block, open or closed, that a prompt ends with; empty if there is none."""
+        """Return the empty think block, open or closed, that a prompt ends with; empty text if none."""
         opened, closed = (re.escape(marker) for marker in self.markers)
         found = re.search(rf"{opened}\s*(?:{closed}\s*)?\Z", prompt)
         return found.group() if found else ""
 
     def parse(self, text: str, *, in_block: bool = False) -> Answer:
-        """Take a whole text apart.
+        """Parse a whole generated text.
 
         Args:
-            text: what a model wrote, without the token that ended it.
+            text: what a model generated, without the token that ended it.
             in_block: whether the prompt had opened a think block.
         """
         if self.stop_text:
@@ -159,20 +158,23 @@ class ChatFormat:
 
 
 class AnswerParser:
-    """Separates the reasoning and the answer of a text that grows.
+    """Separates the reasoning and the answer of a streamed text.
 
     Text is held back as long as it may still turn out to be part of the opening or of a marker.
+
+    Args:
+        chat_format: of the model's chat template.
+        in_block: whether the prompt has opened a think block.
     """
 
     def __init__(self, chat_format: ChatFormat, *, in_block: bool = False) -> None:
-        """Begin before the first token, inside a think block if the prompt has opened one."""
         self._opening, self._markers = chat_format.opening, chat_format.markers
         self._trailing = chat_format.trailing
         self._held = ""
         self._state: Literal["start", "reasoning", "gap", "content"] = "reasoning" if in_block else "start"
         self._reasoned = False
         self.plain = False
-        """Whether the text began with the answer, without an opening or a think block."""
+        """Whether the text began with the answer itself, without an opening or a think block."""
 
     @property
     def answering(self) -> bool:
@@ -180,7 +182,12 @@ class AnswerParser:
         return self._state == "content"
 
     def push(self, text: str, *, last: bool = False) -> Answer:
-        """Take the next piece of text and return what is certain of it; with `last`, all that is left."""
+        """Add the next piece of text, and return the part of the answer and reasoning that is now certain.
+
+        Args:
+            text: the next piece; empty pieces are allowed.
+            last: whether the text ends here. Then all that was held back is returned.
+        """
         self._held += text
         reasoning = ""
         if self._state == "start":
@@ -193,7 +200,7 @@ class AnswerParser:
                 self._state = "content"
         content = ""
         if self._state == "content":
-            # Held back: spaces that may turn out to be the template's own, before the end of the answer.
+            # Hold back whitespace that may be the template's own, before the end of the answer.
             size = len(self._held) - _overlap(self._held, self._trailing)
             content, self._held = self._held[:size], self._held[size:]
             if last and self._held != self._trailing:
@@ -201,12 +208,12 @@ class AnswerParser:
         return Answer(content, reasoning)
 
     def _leave_start(self, *, last: bool) -> None:
-        """Decide whether the opening, a think block or the answer has begun."""
+        """Decide whether the text begins with the opening, a think block or the answer."""
         held, begun = self._held, self._held.lstrip()
         if self._opening and held.startswith(self._opening):
             self._state, self._held = "content", held[len(self._opening) :]
         elif last and held.strip() and self._opening.startswith(held):
-            # Cut off within the opening: nothing of the answer is there yet.
+            # The text was cut off within the opening, before the answer.
             self._state, self._held = "content", ""
         elif not last and (self._opening.startswith(held) or self._markers.open.startswith(begun)):
             return
@@ -216,14 +223,14 @@ class AnswerParser:
             self._state, self.plain = "content", True
 
     def _reason(self, *, last: bool) -> str:
-        """Return the reasoning that is certain; a think block of nothing but spaces has none."""
+        """Return the part of the reasoning that is certain. A think block of whitespace has no reasoning."""
         reasoning, close, after = self._held.partition(self._markers.close)
         if close:
             self._state, self._held = "gap", after
         elif last:
             self._held = ""
         else:
-            # Held back: what may become the closing marker, and the spaces before it.
+            # Hold back what may become the closing marker, and the whitespace before it.
             kept = reasoning[: len(reasoning) - _overlap(reasoning, self._markers.close)].rstrip()
             self._held, reasoning = reasoning[len(kept) :], kept
         if not self._reasoned:
@@ -241,10 +248,16 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     answer_next: bool = False,
 ) -> str:
-    """Lay out turns by a tokenizer's chat template.
+    """Render turns with a tokenizer's chat template.
+
+    Args:
+        tokenizer: has the template.
+        turns: messages with `role`, `content` and other keys that the template reads.
+        tools: descriptions of tools.
+        answer_next: whether to end with the prompt for an answer.
 
     Raises:
-        DataError: with the template's own reason, if it refuses them.
+        DataError: if the template refuses the turns, with its reason.
     """
     from jinja2 import TemplateError
 
@@ -274,11 +287,11 @@ def _is_open(prompt: str, markers: ThinkMarkers) -> bool:
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, closing: str) -> tuple[str, int | None, str]:
-    """Find what ends a turn in what a template writes after an answer.
+    """Find the end of a turn in the text that a template writes after an answer.
 
     Returns:
-        The text up to the end, the token that ends it (None if no token does), and the text before that token
-        (all of it if there is none).
+        The text up to and including the end, the token that ends it (None if no token does), and the text
+        before that token (the whole text if there is none).
     """
     added = _added(tokenizer)
     for token in tokenizer(closing, add_special_tokens=False)["input_ids"]:
@@ -290,19 +303,19 @@ def _end(tokenizer: PreTrainedTokenizerBase, closing: str) -> tuple[str, int | N
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """List the tokens that stand for themselves wherever they occur in a text: id → text."""
+    """Return the added tokens, which are single tokens wherever their text occurs: id → text."""
     found = getattr(tokenizer, "added_tokens_decoder", {})
-    # Gemma's line breaks are added tokens too, and end nothing.
+    # Gemma's line breaks are added tokens too, but do not end a turn.
     return {token: str(text) for token, text in found.items() if str(text).strip()}
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """List the tokens that decoding skips."""
+    """Return the special tokens, which decoding skips: id → text."""
     found = getattr(tokenizer, "added_tokens_decoder", {})
     return {token: str(text) for token, text in found.items() if text.special and str(text)}
 
 
 def _overlap(text: str, marker: str) -> int:
-    """Return how many characters at the end of a text are the beginning of a marker."""
+    """Return the number of characters at the end of a text that are the beginning of a marker."""
     longest = min(len(text), len(marker))
     return next((size for size in range(longest, 0, -1) if text.endswith(marker[:size])), 0)

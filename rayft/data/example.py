@@ -1,4 +1,4 @@
-"""One representation for every source and format: a conversation, a text with an optional class, an image."""
+"""The example: one type for all sources and formats. It is a conversation, a text or an image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["REASONING", "Example", "Image", "Message", "digest", "quoted"]
 
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""What data and chat templates call the reasoning of an answer."""
+"""The keys under which data and chat templates have the reasoning of an answer."""
 
 
 @dataclass(frozen=True)
@@ -27,28 +27,32 @@ class Message:
     role: str
     content: str
     learn: bool = True
-    """Whether the loss is taken on it; only an assistant's turn is ever learnt."""
+    """Whether the loss includes this turn. Only turns of the assistant are ever learnt."""
     extras: Mapping[str, Any] = field(default_factory=dict)
-    """What a chat template reads beside role and content, such as `tool_calls` or `reasoning_content`."""
+    """Other keys that chat templates read, such as `tool_calls` or `reasoning_content`."""
 
     def turn(self) -> dict[str, Any]:
-        """Return the turn as chat templates want it."""
+        """Return the turn as a mapping, which is what chat templates read."""
         return {"role": self.role, "content": self.content, **self.extras}
 
 
 @dataclass(frozen=True)
 class Image:
-    """An encoded image (PNG, JPEG, …): the path of its file, or its bytes where it has none of its own."""
+    """An encoded image (PNG, JPEG, …): the path of its file, or its bytes if it has no file of its own."""
 
     name: str
-    """Its file, or what messages call it."""
+    """Path of its file, or its name in messages if it has none."""
     digest: str
-    """Hash (16 hex digits) of its bytes."""
+    """Hash of its bytes (16 hex digits)."""
     data: bytes | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, name: str, data: bytes | None = None) -> Image:
-        """Describe a file, whose bytes are read for the hash and not kept, or bytes, which are.
+        """Create the description of an image. The bytes of a file are read for the hash, and not kept.
+
+        Args:
+            name: path of the file, or a name for messages.
+            data: the bytes of an image that has no file of its own.
 
         Raises:
             OSError: if the file can't be read.
@@ -57,11 +61,11 @@ class Image:
         return cls(name, hashlib.sha256(content).hexdigest()[:16], data)
 
     def read(self) -> bytes:
-        """Give its bytes.
+        """Return the encoded bytes.
 
         Raises:
-            OSError: if its file can't be read.
-            DataError: if its file has changed since it was described.
+            OSError: if the file can't be read.
+            DataError: if the file has changed since the data was read.
         """
         if self.data is not None:
             return self.data
@@ -76,11 +80,11 @@ class Image:
 
 @dataclass(frozen=True)
 class Example:
-    """One item to learn from or to score.
+    """One item to learn from or to score, of one of three kinds.
 
-    Either `messages` holds a conversation that ends with the assistant's answer (a prompt and its
-    completion are a conversation of two turns), or `text` holds raw text: to continue where `label`
-    is None, else to classify; or `image` holds an image to classify.
+    `messages` holds a conversation that ends with the assistant's answer (a prompt and its completion are a
+    conversation of two turns). Or `text` holds a text: without a label it is raw text to continue, with one
+    it is to be classified. Or `image` holds an image to classify.
     """
 
     messages: tuple[Message, ...] = ()
@@ -89,22 +93,22 @@ class Example:
     """Index into `Parts.labels`."""
     label_name: str = ""
     separator: str = "\n"
-    """What stands between two turns where a tokenizer has no chat template."""
+    """Text between two turns, for tokenizers without a chat template."""
     entry: Mapping[str, Any] | None = None
-    """reasoning-gym's item, which its scorer wants back."""
+    """The item of reasoning-gym, which its scorer needs."""
     image: Image | None = None
-    """What is classified, where that is no text."""
+    """The image to classify; None for conversations and texts."""
     tools: tuple[Mapping[str, Any], ...] = ()
     """Descriptions (JSON schemas) of the tools that the assistant may call in this conversation."""
 
     @property
     def answer(self) -> str:
-        """What a model should say: the last turn, or the label's name; empty for raw text."""
+        """The expected answer: the last turn, or the name of the label; empty for raw text."""
         return self.messages[-1].content if self.messages else self.label_name
 
     @property
     def question(self) -> str:
-        """What a model is asked: all turns but the last, or the text, or an image's name."""
+        """What the model is asked: all turns but the last, or the text, or the name of the image."""
         if self.image is not None:
             return self.image.name
         if not self.messages:
@@ -113,18 +117,18 @@ class Example:
 
     @property
     def key(self) -> str:
-        """Identify the question: examples with equal keys ask the same and must be in one part.
+        """The identity of the question: examples with equal keys ask the same, and must be in one part.
 
-        The key covers every turn before the last answer with its role, or the text, or the image's bytes.
-        Text is normalised to NFC and in no other way: that makes nothing equal but canonically equivalent
-        text, such as an é of one and of two code points. Case, width, spacing and indentation count, since a
-        question's meaning can lie in them.
+        The key covers every turn before the last answer with its role, or the text, or the bytes of the
+        image. Text is only normalised to NFC, which makes canonically equivalent texts equal, such as an é of
+        one and of two code points. Case, width, spacing and indentation count, since the meaning of a
+        question can depend on them.
         """
         return self.asked[-1]
 
     @property
     def asked(self) -> tuple[str, ...]:
-        """Return the keys of the questions whose answers are learnt, and last the one that is scored."""
+        """Keys of the questions whose answers are learnt. The last one is of the question that is scored."""
         if self.image is not None:
             return (self.image.digest,)
         hashed = hashlib.sha256()
@@ -146,19 +150,19 @@ class Example:
 
     @property
     def identity(self) -> str:
-        """Return question and answer as one text: examples of equal identity are repeats.
+        """Question and answer as one text: examples of equal identity are repeats.
 
-        It covers all that training and scoring read of an example, to the letter, but for `entry`, which
-        reasoning-gym makes from the same configuration as question and answer. A field that `digest` did
-        not always cover is added only where it differs from its default, so that the digest of other data
-        stays what it was.
+        The text covers everything that training and scoring read of an example, without normalisation. It
+        leaves out `entry`, which reasoning-gym generates from the same configuration as question and answer.
+        A field that was added to `digest` later is included only if it differs from its default, so that the
+        digest of other data stays the same.
         """
         fields = [text for message in self.messages for text in (message.role, message.content)]
         fields += [self.text, self.label_name]
         if self.image is not None:
             fields.append(self.image.digest)
         fields = [_escaped(field) for field in fields]
-        # An escaped field never holds \x1c before anything but c, d, e or f.
+        # In an escaped field, \x1c is always followed by c, d, e or f.
         if self.separator != "\n":
             fields.append("\x1cseparator=" + _escaped(self.separator))
         fields += [
@@ -172,27 +176,27 @@ class Example:
 
 
 _MARKS = re.compile("[\x1c-\x1f]")
-"""Control characters by which `digest` separates parts, examples and fields."""
+"""The control characters with which `digest` separates parts, examples and fields."""
 
 
 def _escaped(text: str) -> str:
-    """Replace each mark in the data by the first of them and a letter, so that it separates nothing."""
+    """Replace each mark in a text by the first mark and a letter, so that it does not separate anything."""
     return _MARKS.sub(lambda mark: "\x1c" + "cdef"[ord(mark[0]) - 0x1C], text)
 
 
 def _add(hashed: hashlib._Hash, text: str) -> None:
-    """Add a text to a hash, after its length, so that texts one after the other can't be confused."""
+    """Add the length of a text and the text to a hash, so that the boundaries of texts count."""
     content = unicodedata.normalize("NFC", text).encode()
     hashed.update(b"%d:" % len(content) + content)
 
 
 def quoted(text: str) -> str:
-    """Quote the start of a text for a message: on one line, without control characters, 60 at most."""
+    """Quote the start of a text for a message: 60 characters at most, with escaped control characters."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def digest(parts: Iterable[Iterable[Example]]) -> str:
-    """Hash (16 hex digits) the identities of the examples of all parts, in their order."""
+    """Return a hash (16 hex digits) of the identities of all examples of all parts, in their order."""
     total = hashlib.sha256()
     for part in parts:
         total.update(b"\x1dpart")

@@ -1,7 +1,7 @@
-"""Rows of a file or a hub set, as they are written.
+"""Read the rows of a file or a hub set, with the values as they are written.
 
-JSON lines and CSV are read with the standard library. `datasets` guesses types: of both it made
-"2024-01-01" a timestamp or 007 a 7.0, and of "NA" a missing value; and an error of its own names no line.
+JSON lines and CSV are read with the standard library, since `datasets` guesses types: in either it turned
+"2024-01-01" into a timestamp, 007 into 7.0, and "NA" into a missing value. Its errors also name no line.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ FileSource = Literal["jsonl", "csv", "parquet"]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows by column name, and how a message calls the place of each."""
+    """Rows by column name, and the place of each row in its file, for messages."""
 
     name: str
     columns: tuple[str, ...]
     rows: Sequence[dict[str, Any]]
     lines: tuple[int, ...] = ()
-    """Line in the file of each row, where lines and rows differ."""
+    """Line in the file of each row; empty if row numbers are used instead."""
     folder: Path | None = None
-    """Where relative paths in the rows begin. None for what others wrote: there a path is one of the
-    machine that wrote it, unless it is of a file that was downloaded with the set."""
+    """Folder that relative paths in the rows start from. None for hub sets, whose paths are those of the
+    machine that made the set, except for files that were downloaded with it."""
 
     def line(self, index: int) -> str:
-        """Return the place of row `index` (from 0) in the table."""
+        """Return the place of row `index` (counted from 0) in the table, for messages."""
         return f"line {self.lines[index]}" if self.lines else f"row {index + 1}"
 
     def place(self, index: int) -> str:
-        """Return the place of row `index` (from 0), with the table's name."""
+        """Return the place of row `index` (counted from 0) with the name of the table, for messages."""
         return f"{self.name}, {self.line(index)}"
 
     def file(self, name: str) -> Path | None:
-        """Find the file that a row names; None where rows can't name it."""
+        """Return the file that a row names, or None if rows of this table can't name that file."""
         return _downloaded(name) if self.folder is None else self.folder / name
 
 
@@ -56,7 +56,7 @@ def read_file(source: FileSource, name: str) -> Table:
     """Read a whole file.
 
     Raises:
-        DataError: if it is missing, has another suffix, can't be parsed or is empty.
+        DataError: if the file is missing, has a suffix of another source, can't be parsed, or is empty.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -80,7 +80,7 @@ def read_hub(name: str, split: str) -> Table:
 
     Raises:
         DataError: if the hub can't be reached, or has no such set, configuration or split.
-        DiskFullError: if there is no space for it in the caches of `datasets` and the hub.
+        DiskFullError: if there is no space in the caches of `datasets` and the hub.
     """
     import datasets
 
@@ -104,7 +104,7 @@ def read_hub(name: str, split: str) -> Table:
 
 
 def _plain_images(rows: Any) -> Any:
-    """Leave the images of a `datasets` table encoded: {bytes, path} instead of decoded pictures."""
+    """Return a `datasets` table with encoded images: {bytes, path} instead of decoded pictures."""
     import datasets
 
     for name, feature in rows.features.items():
@@ -115,7 +115,7 @@ def _plain_images(rows: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the bars of `datasets`."""
+    """Hide the progress bars of `datasets`."""
     import datasets
 
     bars = datasets.utils.logging.is_progress_bar_enabled()
@@ -128,7 +128,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _downloaded(name: str) -> Path | None:
-    """Find a file in the caches of `datasets` and the hub, where sets of loose files have their images."""
+    """Return a path if it is in the caches of `datasets` and the hub, which have the images of hub sets."""
     import datasets
 
     caches = (
@@ -147,7 +147,7 @@ def _table(name: str, rows: Any) -> Table:
     """Read all rows of a `datasets` table.
 
     Raises:
-        DataError: naming the row and the column of a text that is not UTF-8, which Arrow doesn't check.
+        DataError: with the row and column of a text that is not UTF-8, which Arrow does not check.
     """
     try:
         return Table(name, tuple(rows.column_names), rows.to_list())
@@ -165,7 +165,7 @@ def _table(name: str, rows: Any) -> Table:
 
 
 def _name_classes(features: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """Replace class numbers by their names, which only the hub's features know."""
+    """Replace class numbers by the names in the features of a hub set."""
     classes = {name: feature.names for name, feature in features.items() if hasattr(feature, "int2str")}
     for row in rows:
         for name, names in classes.items():
@@ -178,10 +178,10 @@ def _utf8_lines(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """Open a text file.
 
     Raises:
-        DataError: if it is in another encoding; naming the first line that is not UTF-8.
+        DataError: if it is in another encoding, with the first line that is not UTF-8.
     """
     with path.open("rb") as head:
-        # The first characters of JSON are ASCII, and so are those of a header, as a rule.
+        # The first characters of JSON, and usually of a header, are ASCII.
         encoding = json.detect_encoding(head.read(4))
     if not encoding.startswith("utf-8"):
         raise DataError(f"{path} is {encoding.upper()}, not UTF-8; convert it")
@@ -189,7 +189,7 @@ def _utf8_lines(path: Path, newline: str | None = None) -> Iterator[TextIO]:
         with path.open(encoding="utf-8-sig", newline=newline) as stream:
             yield stream
     except UnicodeDecodeError as error:
-        # The error tells the place in a block, not in the file.
+        # The error has the position in a block, not in the file.
         with path.open("rb") as binary:
             for number, line in enumerate(binary, start=1):
                 try:
@@ -226,7 +226,7 @@ def parse_json(text: str, place: str) -> Any:
     """Parse JSON.
 
     Raises:
-        DataError: naming the place, if it is no JSON, a key stands twice in an object, or it is nested too
+        DataError: with `place`, if the text is not JSON, a key occurs twice in an object, or it is nested too
             deeply.
     """
     try:
@@ -236,22 +236,26 @@ def parse_json(text: str, place: str) -> Any:
     except RecursionError as error:
         raise DataError(f"{place} is nested too deeply to be read; write a flatter object") from error
     except ValueError as error:
-        # A key that stands twice, or an integer of thousands of digits.
+        # A key occurs twice, or an integer has thousands of digits.
         raise DataError(f"{place} can't be read: {str(error).partition(';')[0]}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make the dictionary of a JSON object; of a key that stands twice, the last value would win silently."""
+    """Return the dictionary of a JSON object.
+
+    Raises:
+        ValueError: if a key occurs twice. `json` would silently keep the last value.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!a} stands twice in one object, so keep one of them")
+        raise ValueError(f"the key {twice!a} occurs twice in one object, so keep one of them")
     return found
 
 
 @contextmanager
 def _long_fields() -> Iterator[None]:
-    """Let a CSV field have more than 131,072 characters; the limit is one for the whole process."""
+    """Allow CSV fields of more than 131,072 characters in a block. The limit is global to the process."""
     before = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -291,7 +295,7 @@ def _read_parquet(path: Path) -> Table:
     import datasets
 
     try:
-        # A cache that outlives the call would keep a copy of every file that was ever read.
+        # A permanent cache would keep a copy of every file that was ever read.
         with room_on(Path(tempfile.gettempdir())), _quiet(), tempfile.TemporaryDirectory() as folder:
             rows = _plain_images(
                 datasets.Dataset.from_parquet(str(path), cache_dir=folder, keep_in_memory=True)

@@ -1,4 +1,4 @@
-"""A folder of images: `class/file.png`, or one such folder a part (`train/class/file.png`)."""
+"""Read a folder of images: `class/file.png`, or such a folder for each part (`train/class/file.png`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARTS = {
     "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-"""What the folder of a part may be called, in any case."""
+"""The names that the folder of a part may have, in upper or lower case."""
 
 ARCHIVES = (
     ".zip",
@@ -37,11 +37,11 @@ ARCHIVES = (
 
 
 def part_folders(name: str) -> dict[str, str]:
-    """Find the folders of the parts; the whole one is `train` where no folder is called as a part is.
+    """Return the folder of each part. If no folder has the name of a part, the whole folder is `train`.
 
     Raises:
-        DataError: if it is no folder, or only some of its folders are called as parts are, or `train` is
-            not among them, or two are the same part.
+        DataError: if `name` is not a folder, only some of its folders have names of parts, none of them is
+            `train`, or two are for the same part.
     """
     path = _folder(name)
     known = {alias: part for part, aliases in PARTS.items() for alias in aliases}
@@ -67,11 +67,11 @@ def part_folders(name: str) -> dict[str, str]:
 
 
 def read_image_folder(name: str) -> Table:
-    """List the images in a folder of class folders; the class is the uppermost folder's name.
+    """List the images in a folder of class folders. The name of the uppermost folder is the class.
 
     Raises:
-        DataError: if there are none, one lies outside a class folder, a class folder has none, or there is
-            an archive or a link to a folder, which are not entered.
+        DataError: if there is no image, an image is outside of a class folder, a class folder has no image,
+            or there is an archive or a link to a folder, neither of which is read.
     """
     root = Path(os.path.normpath(_folder(name).absolute()))
     rows = [_row(root, path) for path in sorted(_images(root), key=str)]
@@ -108,9 +108,9 @@ def _subfolders(path: Path) -> list[str]:
 def _half_divided(path: Path, parts: list[str], others: list[str]) -> DataError:
     named = ", ".join(parts)
     problem = (
-        f"{path} has folders that are called as parts are ({named}) beside others ({', '.join(others)})"
+        f"{path} has folders with the names of parts ({named}) beside others ({', '.join(others)})"
         if others
-        else f"{path} has folders that are called as parts are ({named}), and none for train"
+        else f"{path} has folders with the names of parts ({named}), and none for train"
     )
     return DataError(
         f"{problem}. If they are parts, call all of them train, val or test, or name them in data.files. If "
@@ -120,10 +120,10 @@ def _half_divided(path: Path, parts: list[str], others: list[str]) -> DataError:
 
 
 def _images(root: Path) -> Iterator[Path]:
-    """Find the images that are not hidden, at any depth.
+    """Find all images that are not hidden, at any depth.
 
-    Not by `datasets.load_dataset`, which leaves out links and folders called `__x__` without a word,
-    and lists what is in archives by where it unpacked them.
+    `datasets.load_dataset` is not used, because it silently leaves out links and folders called `__x__`, and
+    lists images in archives with the paths where it unpacked them.
     """
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
@@ -141,7 +141,7 @@ def _images(root: Path) -> Iterator[Path]:
             if path.suffix.lower() in suffixes:
                 yield path
             elif path.is_symlink() and not path.exists():
-                raise DataError(f"{path} is a link to nothing; mend or remove it")
+                raise DataError(f"{path} is a link to nothing; repair or remove it")
 
 
 def _refuse(error: OSError) -> NoReturn:

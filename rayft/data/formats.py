@@ -1,4 +1,4 @@
-"""Rows → examples: which columns there must be, and what must stand in them."""
+"""Convert rows to examples: the columns that each format needs, and the values that they may have."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = ["FORMATS", "convert", "find_format"]
 ROLES = ("system", "user", "assistant", "tool")
 
 MASKS = ("weight", "train", "loss_mask")
-"""Keys of a message that say whether it is learnt: 0, 1, false or true."""
+"""Keys of a message that decide whether it is learnt; their values are 0, 1, false or true."""
 
 EXTRAS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-"""Keys of a message that chat templates read beside role and content."""
+"""Keys of a message that chat templates read, in addition to role and content."""
 
 MEANT = (
     "audio", "audios", "chat_template_kwargs", "documents", "functions", "images", "loss_mask", "system",
     "tools", "train", "videos", "weight",
 )  # fmt: skip
-"""Columns that would change what is learnt. Those that a format doesn't read are refused, not ignored."""
+"""Columns that would change what is learnt. If a format does not read them, they are errors, not ignored."""
 
 MAX_DEPTH = 100
-"""Levels of lists and objects in a cell, far more than a conversation or a tool's schema has."""
+"""Most levels of lists and objects in a cell; conversations and tool schemas have far fewer."""
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -43,10 +43,10 @@ FORMATS: dict[str, tuple[str, ...]] = {
 
 
 def find_format(table: Table, columns: Columns) -> str:
-    """Tell the format of a table by its columns.
+    """Return the format of a table, which is found by its columns.
 
     Raises:
-        DataError: if it has the columns of none.
+        DataError: if the table does not have the columns of any format.
     """
     for name, needed in FORMATS.items():
         if all(getattr(columns, field) in table.columns for field in needed):
@@ -54,22 +54,28 @@ def find_format(table: Table, columns: Columns) -> str:
     choices = "; ".join(" + ".join(getattr(columns, f) for f in needed) for needed in FORMATS.values())
     raise DataError(
         f"{table.name} has the columns {', '.join(table.columns)}, but needs one of: {choices}. "
-        "Say what yours are called with data.columns"
+        "Set data.columns to the names of yours"
     )
 
 
 def convert(table: Table, form: str, columns: Columns, separator: str) -> list[Example]:
-    """Make an example of each row; labels stay unnumbered.
+    """Convert each row to an example. Labels have names but no numbers yet.
+
+    Args:
+        table: the rows.
+        form: a key of `FORMATS`.
+        columns: the names of the columns.
+        separator: the `separator` of the examples.
 
     Raises:
-        DataError: naming the file, row and column of the first one that is wrong.
+        DataError: with the file, row and column of the first value that is wrong.
     """
     for field in FORMATS[form]:
         column = getattr(columns, field)
         if column not in table.columns:
             raise DataError(
                 f"{table.name} has no column '{column}', which format '{form}' needs; set "
-                f"data.columns.{field} to what it is called{nearest(column, table.columns)}"
+                f"data.columns.{field} to the name of that column{nearest(column, table.columns)}"
             )
     _check_columns(table, form, columns)
     make = MAKERS[form]
@@ -77,7 +83,7 @@ def convert(table: Table, form: str, columns: Columns, separator: str) -> list[E
 
 
 def _check_columns(table: Table, form: str, columns: Columns) -> None:
-    """Refuse columns that say something about what is learnt and that the format doesn't read."""
+    """Raise an error for columns that would change what is learnt but that the format does not read."""
     if form not in ("messages", "prompt_completion"):
         return
     read = {getattr(columns, field) for field in FORMATS[form]} | ({"tools"} if form == "messages" else set())
@@ -101,14 +107,14 @@ class _Cell:
         self.table, self.index, self.columns = table, index, columns
 
     def value(self, field: str) -> Any:
-        """Get what stands in the column of a field; errors as `column`."""
+        """Return the value in the column of a field; raises the errors of `column`."""
         return self.column(getattr(self.columns, field))
 
     def column(self, name: str) -> Any:
-        """Get what stands in a column, None where there is none.
+        """Return the value in a column, or None if there is no such column.
 
         Raises:
-            DataError: if text in it is no valid Unicode, or it is nested too deeply.
+            DataError: if the value has text that is not valid Unicode, or is nested too deeply.
         """
         found = self.table.rows[self.index].get(name)
         if problem := _invalid(found):
@@ -116,12 +122,12 @@ class _Cell:
         return found
 
     def error(self, field: str, problem: str) -> DataError:
-        """Make an error that names file, row and column."""
+        """Return an error that names the file, row and column."""
         column = getattr(self.columns, field)
         return DataError(f"{self.table.place(self.index)}, column '{column}': {problem}")
 
     def text(self, field: str) -> str:
-        """Get a text that is not blank."""
+        """Return a text that is not blank."""
         value = self.value(field)
         if not isinstance(value, str):
             raise self.error(field, f"{_shown(value)} is no text; write a string")
@@ -130,7 +136,7 @@ class _Cell:
         return value
 
     def label(self) -> str:
-        """Get a class: a text, a whole number or a truth value."""
+        """Return the name of a class: a text, an integer or a boolean."""
         value = self.value("label")
         if isinstance(value, str) and value.strip():
             return value.strip()
@@ -139,7 +145,7 @@ class _Cell:
         raise self.error("label", f"{_shown(value)} is no class; write a name or a whole number")
 
     def image(self) -> Image:
-        """Get an image that Pillow knows; whether all of it is there shows when it is decoded."""
+        """Return an image whose format Pillow knows. Whether it is truncated shows when it is decoded."""
         import PIL.Image
 
         name, data = self._picture()
@@ -151,7 +157,7 @@ class _Cell:
             raise DataError(f"{name} can't be read as an image ({error}): replace or remove it") from error
 
     def _picture(self) -> tuple[str, bytes | None]:
-        """Get what an image is called and its bytes, or its path and None."""
+        """Return the name and the bytes of an image, or its path and None."""
         value = self.value("image")
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
         if data and isinstance(data, bytes):
@@ -172,7 +178,7 @@ class _Cell:
         return str(file), None
 
     def messages(self) -> tuple[Message, ...]:
-        """Return a conversation that the assistant ends."""
+        """Return a conversation whose last turn is the assistant's."""
         value = self.value("messages")
         if not isinstance(value, list) or not value:
             raise self.error(
@@ -195,7 +201,7 @@ class _Cell:
         return turns
 
     def tools(self) -> tuple[dict[str, Any], ...]:
-        """Return the descriptions of tools, from a list or its JSON text; without such a column, none."""
+        """Return the descriptions of tools from a list or its JSON text; empty if there is no such column."""
         value = self.column("tools")
         if isinstance(value, str) and value.strip():
             value = self._json("tools", value)
@@ -221,7 +227,7 @@ class _Cell:
             raise self.error("messages", f"message {number} is {_shown(turn)}, not {{role, content}} texts")
         if role not in ROLES:
             raise self.error("messages", f"message {number} has the role '{role}'{nearest(role, ROLES)}")
-        # Tables of one schema write null for every key that a message lacks.
+        # Formats with a fixed schema have null for every key that a message lacks.
         given = {key: value for key, value in turn.items() if value is not None}
         known = ("role", "content", *MASKS, *EXTRAS)
         for key in given:
@@ -239,7 +245,7 @@ class _Cell:
         return Message(role, content, self._learn(given, role, number), self._extras(given, role, number))
 
     def _learn(self, given: dict[str, Any], role: str, number: int) -> bool:
-        """Return whether a message is learnt, by its mask."""
+        """Return whether a message is learnt, which its mask decides."""
         masks = {key: given[key] for key in MASKS if key in given}
         for key, value in masks.items():
             if not isinstance(value, bool | int | float) or value not in (0, 1):
@@ -262,7 +268,7 @@ class _Cell:
         return all(masks.values())
 
     def _extras(self, given: dict[str, Any], role: str, number: int) -> dict[str, Any]:
-        """Return what chat templates read beside role and content."""
+        """Return the keys that chat templates read, in addition to role and content."""
         extras = {key: given[key] for key in EXTRAS if key in given}
         belongs = {"tool_calls": "assistant", "tool_call_id": "tool"} | dict.fromkeys(REASONING, "assistant")
         for key, value in extras.items():
@@ -280,7 +286,7 @@ class _Cell:
         return extras
 
     def _tool_calls(self, value: Any, number: int) -> list[dict[str, Any]]:
-        """Return tool calls with their arguments as objects: templates write objects as JSON."""
+        """Return tool calls with their arguments as objects, which templates write as JSON."""
         calls = []
         for entry in value if isinstance(value, list) else [None]:
             call = entry if isinstance(entry, dict) else {}
@@ -305,10 +311,10 @@ class _Cell:
 
 
 def _invalid(value: Any) -> str:
-    """Return what a cell holds that no later step can read; empty if nothing.
+    """Return a description of what no later step can read in a cell; empty if there is nothing.
 
-    That is text that is no valid Unicode, numbers inside of lists and objects that JSON doesn't have, and
-    nesting that a recursive function would fail at.
+    That is text that is not valid Unicode, numbers inside of lists and objects that JSON doesn't have, and
+    nesting that is too deep for recursive functions.
     """
     left: list[tuple[Any, str, int]] = [(value, "", 0)]
     while left:
@@ -320,7 +326,7 @@ def _invalid(value: Any) -> str:
             return f"the value is nested more than {MAX_DEPTH} deep; write a flatter one"
         elif isinstance(item, dict):
             left += ((inner, f"{where}.{name}", depth + 1) for name, inner in item.items())
-            # Looked at before the values, whose place they are part of.
+            # Check keys before values: messages about values contain the keys.
             left += ((name, where, depth) for name in item)
         elif isinstance(item, list | tuple):
             left += ((inner, f"{where}[{number}]", depth + 1) for number, inner in enumerate(item))

@@ -1,7 +1,7 @@
-"""reasoning-gym's tasks as three parts that share no question.
+"""Draw a reasoning-gym task as three parts that share no question.
 
-Item i of a data set with seed s is drawn from s + i, so two seeds give overlapping items. Each
-part therefore takes its own range of indices of one seed, and a question that was seen is passed over.
+Item i of a data set with seed s is drawn from s + i, so the items of two seeds overlap. Each part therefore
+takes its own range of indices of one seed, and questions that occurred before are skipped.
 """
 
 from __future__ import annotations
@@ -27,15 +27,25 @@ __all__ = ["build_task", "draw_parts"]
 Params = Mapping[str, int | float | str | bool]
 
 DRAWS = 4
-"""Items drawn at most for each one wanted: enough for 98% of a space of equally likely questions."""
+"""Most items drawn for each item wanted: enough to find 98% of a space of equally likely questions."""
 
 
 def draw_parts(
     name: str, params: Params, sizes: Mapping[str, int], seed: int, separator: str
 ) -> tuple[dict[str, list[Example]], tuple[Dropped, ...]]:
-    """Draw `sizes[part]` questions for each part, and tell how many were passed over since they came again.
+    """Draw `sizes[part]` different questions for each part.
 
     Parts are drawn in the order of `sizes`, each from the index where the one before it stopped.
+
+    Args:
+        name: the task.
+        params: its options.
+        sizes: part → number of examples.
+        seed: of the task.
+        separator: the `separator` of the examples.
+
+    Returns:
+        The examples of each part, and what was skipped because the question had occurred before.
 
     Raises:
         DataError: if the task is unknown, its params are wrong, or it has too few questions.
@@ -68,14 +78,14 @@ def _passed_over(name: str, again: Sequence[Example], drawn: int) -> tuple[Dropp
     if not again:
         return ()
     text = (
-        f"reasoning-gym's {name}: {len(again)} of {drawn} items that were drawn repeat a question, as few "
-        f"different ones do by chance; others took their place (the first is {shown(again[0])})"
+        f"reasoning-gym's {name}: {len(again)} of {drawn} drawn items repeated a question, since the task "
+        f"has few different ones; other items replaced them (the first is {shown(again[0])})"
     )
     return (Dropped(len(again), text),)
 
 
 def build_task(name: str, params: Params, seed: int, size: int) -> Any:
-    """Make reasoning-gym's data set of a task.
+    """Return reasoning-gym's data set of a task.
 
     Raises:
         DataError: if there is no such task or option, or an option has a wrong value.
@@ -92,7 +102,7 @@ def build_task(name: str, params: Params, seed: int, size: int) -> Any:
     make, config = DATASETS[name]
     options = _options(name, config, params)
     try:
-        # The tasks check their options with assert and raise anything for what they did not expect.
+        # The tasks check their options with assert, and may raise any other error too.
         return make(config=config(**options, seed=seed, size=size))
     except Exception as error:
         raise DataError(f"the task '{name}' refuses data.params {dict(params)}: {error}") from error
@@ -135,7 +145,7 @@ def _too_small(name: str, sizes: Mapping[str, int], found: int, drawn: int) -> D
 
 @contextmanager
 def _global_random(seed: int) -> Iterator[None]:
-    """Some tasks draw from the global generators: seed them, and leave them as they were."""
+    """Seed the global generators for a block, since some tasks draw from them, and restore them after it."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002

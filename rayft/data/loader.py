@@ -1,7 +1,7 @@
-"""Which rows each worker sees at each step: a function of the seed and the step, of nothing else.
+"""The rows that each worker trains on at each step, which depend only on the seed and the step.
 
-So a run that goes on from a checkpoint sees what it would have seen, and a run on more workers
-takes the same optimizer steps.
+So a run that continues from a checkpoint trains on the same rows as if it had not been interrupted, and a run
+on more workers takes the same optimizer steps.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ __all__ = ["Schedule"]
 
 
 class Schedule:
-    """An endless stream of rows: every epoch is shuffled and packed anew, and they follow each other.
+    """An endless stream of rows. The epochs follow each other, and each is shuffled and packed anew.
 
     Args:
-        encoded: the examples of train.
+        encoded: the examples of the train part.
         length: tokens of a row.
-        rows_per_step: rows of an optimizer step, over all workers and micro-batches.
+        rows_per_step: rows of an optimizer step, summed over all workers and micro-batches.
         seed: decides the order of each epoch.
-        packing: whether examples share rows; labelled ones and images never do.
+        packing: whether examples share rows. Labelled examples and images never do.
 
     Raises:
         DataError: if there are no examples, or one is longer than a row.
@@ -48,7 +48,7 @@ class Schedule:
         self._epochs: dict[int, list[Row]] = {}
 
     def rows(self, step: int) -> list[Row]:
-        """Give the `rows_per_step` rows of optimizer step `step` (from 0)."""
+        """Return the `rows_per_step` rows of optimizer step `step`, counted from 0."""
         first = step * self.rows_per_step
         found: list[Row] = []
         epoch = self._epoch_of(first)
@@ -60,13 +60,19 @@ class Schedule:
         return found
 
     def first_step(self, epoch: int) -> int:
-        """Give the first optimizer step whose rows are all of this epoch (from 0) or later ones."""
+        """Return the first optimizer step that has no row of an epoch before this one, counted from 0."""
         while len(self._starts) <= epoch:
             self._epoch(len(self._starts) - 1)
         return -(-self._starts[epoch] // self.rows_per_step)
 
     def share(self, step: int, rank: int, world: int, accumulation: int) -> list[list[Row]]:
-        """Give worker `rank`'s part of a step: `accumulation` micro-batches of equally many rows.
+        """Return the part of one worker in a step: `accumulation` micro-batches with the same number of rows.
+
+        Args:
+            step: optimizer step, counted from 0.
+            rank: the worker.
+            world: number of workers.
+            accumulation: number of micro-batches that a worker accumulates in a step.
 
         Raises:
             DataError: if `rows_per_step` can't be divided by `world` · `accumulation`.
@@ -81,7 +87,7 @@ class Schedule:
         return [mine[start : start + micro] for start in range(0, len(mine), micro)]
 
     def _epoch_of(self, row: int) -> int:
-        """Find the epoch that holds a row of the stream; epochs differ in their number of rows."""
+        """Return the epoch that has a row of the stream. Epochs differ in their number of rows."""
         while self._starts[-1] <= row:
             self._epoch(len(self._starts) - 1)
         return next(epoch for epoch, end in enumerate(self._starts[1:]) if row < end)
@@ -93,7 +99,7 @@ class Schedule:
             rows = rows_of(order, self.length, packing=self.packing)
             if epoch == len(self._starts) - 1:
                 self._starts.append(self._starts[-1] + len(rows))
-            # A step can reach over the end of an epoch, so the one before is kept too.
+            # A step can have rows of two epochs, so the epoch before is kept too.
             self._epochs = {number: kept for number, kept in self._epochs.items() if number == epoch - 1}
             self._epochs[epoch] = rows
         return self._epochs[epoch]

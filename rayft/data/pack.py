@@ -1,10 +1,11 @@
-"""Several examples in one row, none of which sees another.
+"""Pack several examples into one row, so that no example attends to another.
 
     input_ids      a a a b b b b 0        attention   a · · b · · ·      token i sees token j where
     position_ids   0 1 2 0 1 2 3 0                    a a · b b · ·      segment_i = segment_j and
     segments       0 0 0 1 1 1 1 -                    a a a b b b ·      j ≤ i; padding sees itself
 
-so the loss of a row is the sum of the losses of its examples. Classified texts and images have a row each.
+The loss of a row is therefore the sum of the losses of its examples. Each text or image to classify has a row
+of its own.
 
 Shapes: B rows, T tokens, N learnt tokens, C channels, H × W pixels.
 """
@@ -38,15 +39,15 @@ __all__ = [
 ]
 
 AnyEncoded = Encoded | EncodedImage
-"""What encoding an example gives."""
+"""An encoded example."""
 
 MULTIPLE = 8
-"""Several rows are padded to a multiple of this: tensor cores want it."""
+"""Batches of several rows are padded to a multiple of this, which tensor cores need."""
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Examples that share a row, in order."""
+    """Examples that share a row, in their order."""
 
     examples: tuple[Encoded, ...]
 
@@ -55,22 +56,22 @@ class PackedRow:
 
     @property
     def input_ids(self) -> list[int]:
-        """Tokens of all examples."""
+        """The tokens of all examples."""
         return [token for example in self.examples for token in example.input_ids]
 
     @property
     def labels(self) -> list[int]:
-        """Labels of all examples; see `Encoded`."""
+        """The labels of all examples; see `Encoded`."""
         return [label for example in self.examples for label in example.labels]
 
     @property
     def position_ids(self) -> list[int]:
-        """Positions, from 0 in each example."""
+        """The positions of all tokens, which start at 0 in each example."""
         return [position for example in self.examples for position in range(len(example))]
 
     @property
     def segments(self) -> list[int]:
-        """Which example each token is of."""
+        """The number of the example that each token belongs to, counted from 0."""
         return [number for number, example in enumerate(self.examples) for _ in example.input_ids]
 
 
@@ -81,9 +82,9 @@ class Batch:
     input_ids: torch.Tensor
     """(B, T) int64."""
     position_ids: torch.Tensor
-    """(B, T) int64, from 0 in each example."""
+    """(B, T) int64, starting at 0 in each example."""
     attention_mask: torch.Tensor
-    """(B, 1, T, T) bool, true where a token (third axis) sees another (fourth)."""
+    """(B, 1, T, T) bool, true where a token (third axis) attends to another (fourth)."""
     completion_index: torch.Tensor
     """(N,) int64: positions in B·T whose next token is learnt."""
     targets: torch.Tensor
@@ -123,12 +124,12 @@ class ImageBatch:
 
     @property
     def targets(self) -> torch.Tensor:
-        """(B,) int64: the classes are what is learnt."""
+        """(B,) int64: the classes, which are what is learnt."""
         return self.labels
 
     @property
     def input_ids(self) -> torch.Tensor:
-        """(B,): one item an image, so that throughput counts images where it counts tokens of texts."""
+        """(B,): one element for each image. Throughput counts elements: tokens of texts, and images."""
         return self.labels
 
     def to(self, device: torch.device | str) -> ImageBatch:
@@ -139,18 +140,18 @@ class ImageBatch:
 
 
 Row = PackedRow | EncodedImage
-"""What a schedule deals out: texts that share a row, or an image, which is its own."""
+"""A training row: texts that share it, or one image."""
 
 AnyBatch = Batch | ClassBatch | ImageBatch
 
 
 def rows_of(encoded: Sequence[AnyEncoded], length: int, *, packing: bool = True) -> list[Row]:
-    """Make rows of examples, in order: packed where nothing is classified, else one each.
+    """Return the rows of examples. Texts without labels are packed, in order; all others get a row each.
 
     Args:
-        encoded: all of one kind.
+        encoded: examples of one kind.
         length: most tokens of a packed row.
-        packing: whether texts that are not classified share rows.
+        packing: whether texts without labels share rows.
 
     Raises:
         DataError: if an example is longer than a packed row.
@@ -162,12 +163,15 @@ def rows_of(encoded: Sequence[AnyEncoded], length: int, *, packing: bool = True)
 
 
 def collate_rows(rows: Sequence[Row], pad_id: int, width: int | None = None) -> AnyBatch:
-    """Make the batch that the rows' kind wants: of images, classified texts, or packed texts.
+    """Return the batch of rows of any one kind: images, labelled texts, or packed texts.
 
-    Packed texts are padded to `width` tokens, where that is given: some callers need one shape.
+    Args:
+        rows: rows of one kind.
+        pad_id: token to pad with.
+        width: tokens to pad packed texts to, for callers that need a fixed shape.
 
     Raises:
-        DataError: as the function for that kind.
+        DataError: as the function for that kind of rows.
     """
     images = [row for row in rows if isinstance(row, EncodedImage)]
     if images:
@@ -178,13 +182,13 @@ def collate_rows(rows: Sequence[Row], pad_id: int, width: int | None = None) -> 
 
 
 def pack(encoded: Sequence[Encoded], length: int) -> list[PackedRow]:
-    """Put each example into the first row that has room for it, in the given order.
+    """Put each example, in the given order, into the first row that has room for it.
 
     Raises:
         DataError: if an example is longer than a row.
     """
     rows: list[list[Encoded]] = []
-    # One vectorised look at all rows an example: 10 000 examples take 0.1 s, not minutes.
+    # One vectorised comparison with all rows for each example: 10 000 examples take 0.1 s, not minutes.
     room = np.zeros(len(encoded), dtype=np.int64)
     for number, example in enumerate(encoded, start=1):
         if len(example) > length:
@@ -202,7 +206,14 @@ def pack(encoded: Sequence[Encoded], length: int) -> list[PackedRow]:
 
 
 def collate(rows: Sequence[PackedRow], pad_id: int, width: int | None = None) -> Batch:
-    """Make a batch of rows, padded on the right to `width`, or to the longest (several: a multiple of 8)."""
+    """Return a batch of packed rows, padded on the right.
+
+    Args:
+        rows: the rows.
+        pad_id: token to pad with.
+        width: tokens to pad to. The default is the length of the longest row, rounded up to a multiple of 8
+            if there are several rows.
+    """
     width = width or _width(rows)
     ids = _pad([row.input_ids for row in rows], width, pad_id)
     labels = _pad([row.labels for row in rows], width, IGNORED)
@@ -210,7 +221,7 @@ def collate(rows: Sequence[PackedRow], pad_id: int, width: int | None = None) ->
     segments = _pad([row.segments for row in rows], width, -1)
     same = segments.unsqueeze(2) == segments.unsqueeze(1)
     causal = torch.ones(width, width, dtype=torch.bool).tril()
-    # A row of the mask without any true would make its softmax NaN: padding sees itself, and only itself.
+    # A row of the mask that is all false would make its softmax NaN, so padding attends to itself only.
     real = (segments >= 0).unsqueeze(2) | torch.eye(width, dtype=torch.bool)
     mask = same & causal & real
     learnt = torch.zeros_like(segments, dtype=torch.bool)
@@ -220,7 +231,7 @@ def collate(rows: Sequence[PackedRow], pad_id: int, width: int | None = None) ->
 
 
 def collate_classification(rows: Sequence[PackedRow], pad_id: int) -> ClassBatch:
-    """Make a batch of rows that hold one labelled example each.
+    """Return a batch of rows that have one labelled example each.
 
     Raises:
         DataError: if an example has no class.
@@ -240,19 +251,21 @@ def collate_classification(rows: Sequence[PackedRow], pad_id: int) -> ClassBatch
 
 
 def collate_images(images: Sequence[EncodedImage]) -> ImageBatch:
-    """Make a batch of labelled images; their pixels are prepared here.
+    """Return a batch of labelled images. Their pixels are prepared here.
 
     Raises:
-        DataError: if an image has no class, can't be read, or comes out in another size than the others.
+        DataError: if an image has no class, can't be read, or differs in size after it is prepared.
     """
     labels = [image.label for image in images if image.label is not None]
     if len(labels) < len(images):
-        raise DataError("an image without a class can't train a classifier; put it into its class's folder")
+        raise DataError(
+            "an image without a class can't train a classifier; move it into the folder of its class"
+        )
     pixels = [image.pixels for image in images]
     if len({item.shape for item in pixels}) > 1:
         raise DataError(
-            "the model's image processor leaves images in different sizes, which can't share a batch; give "
-            "it a size and do_resize in preprocessor_config.json"
+            "the model's image processor returns images of different sizes, which can't share a batch; set "
+            "size and do_resize in its preprocessor_config.json"
         )
     return ImageBatch(torch.from_numpy(np.stack(pixels)), torch.tensor(labels))
 

@@ -1,4 +1,4 @@
-"""Images → what a vision model takes, by the model's own image processor.
+"""Prepare images for a vision model with the model's own image processor.
 
 Shapes: C channels, H × W pixels.
 """
@@ -23,24 +23,24 @@ Pixels = npt.NDArray[np.float32]
 """(C, H, W), resized and normalised."""
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""What Pillow calls images of that many channels of 8 bits."""
+"""Number of channels of 8 bits → Pillow's mode."""
 
 KEPT = 2**30
-"""Bytes of ready pixels that an encoder keeps, so that small data sets are decoded once."""
+"""Most bytes of prepared pixels that an encoder keeps, so that small data sets are decoded only once."""
 
 
 class ImageEncoder:
-    """Decodes images and prepares them as their model wants it.
+    """Decodes images and prepares them for a model.
 
-    Images are turned upright (EXIF), and converted to the model's number of channels: colour to grey
-    by luminance, grey to colour by repetition, transparency dropped.
+    Images are rotated as their EXIF data says, and converted to the model's number of channels: colour to
+    grey by luminance, grey to colour by repetition. Transparency is dropped.
 
     Args:
-        processor: transformers' image processor: it resizes, crops, rescales and normalises.
-        channels: of the model's input.
+        processor: image processor of transformers, which resizes, crops, rescales and normalises.
+        channels: number of channels of the model's input.
 
     Raises:
-        DataError: if no image has that many channels.
+        DataError: if no image file has that many channels.
     """
 
     def __init__(self, processor: Any, channels: int) -> None:
@@ -51,10 +51,10 @@ class ImageEncoder:
         self._room = KEPT
 
     def pixels(self, image: Image) -> Pixels:
-        """Give an image's pixels: (C, H, W) float32.
+        """Return the pixels of an image: (C, H, W) float32.
 
         Raises:
-            DataError: naming the image, if it can't be read or prepared.
+            DataError: if the image can't be read or prepared; the message names it.
         """
         found = self._kept.get(image.digest)
         if found is None:
@@ -65,7 +65,7 @@ class ImageEncoder:
         return found
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save the processor's settings beside a model."""
+        """Save the settings of the processor to the folder of a model."""
         self.processor.save_pretrained(folder)
 
     def _prepare(self, image: Image) -> Pixels:
@@ -96,7 +96,7 @@ class ImageEncoder:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image to classify: a row of its own; its pixels are made when a batch wants them."""
+    """An image to classify. It is a row of its own, and its pixels are prepared when a batch needs them."""
 
     image: Image
     label: int | None
@@ -112,10 +112,10 @@ class EncodedImage:
 
 
 def encode_images(examples: Sequence[Example], encoder: ImageEncoder) -> list[EncodedImage]:
-    """Decode the images of a part once, so that a damaged file is found before training.
+    """Decode all images of a part, so that a damaged file is found before training.
 
     Raises:
-        DataError: naming the first image that can't be read.
+        DataError: if an image can't be read; the message names the first one.
     """
     found = []
     for example in examples:

@@ -1,4 +1,4 @@
-"""How good an answer is: reasoning-gym's own scorer, or an exact match."""
+"""Score answers, with reasoning-gym's own scorer or by an exact match."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ __all__ = ["Scorer"]
 
 @dataclass
 class Scorer:
-    """Scores answers. It pickles: a process builds reasoning-gym's data set when it first needs it."""
+    """Scores answers. It can be pickled: each process creates the data set when it first scores."""
 
     task: str = ""
-    """reasoning-gym's task; empty for an exact match, spaces around and case aside."""
+    """Task of reasoning-gym; empty for an exact match that ignores case and surrounding whitespace."""
     params: Mapping[str, int | float | str | bool] = field(default_factory=dict)
     strict: bool = True
-    """Whether anything short of fully right counts as wrong."""
+    """Whether an answer that is only partly right scores 0."""
     failures: int = 0
-    """How many answers made reasoning-gym's scorer raise; each of them scored 0."""
+    """Number of answers for which reasoning-gym's scorer raised an error. They scored 0."""
     _dataset: Any = field(default=None, repr=False, compare=False)
 
     def score(self, example: Example, answer: str, expected: str | None = None) -> float:
-        """Score an answer from 0 to 1; spaces around it don't count.
+        """Return the score of an answer, from 0 to 1. Surrounding whitespace is ignored.
 
         Args:
-            example: what was asked.
-            answer: what was answered.
-            expected: the right answer of an exact match, where it differs from the example's own text.
+            example: the example with the question.
+            answer: the answer to score.
+            expected: the right answer for an exact match, if it differs from the example's own text.
         """
         answer = answer.strip()
         if not self.task:
@@ -41,7 +41,7 @@ class Scorer:
             self._dataset = build_task(self.task, self.params, seed=0, size=1)
         try:
             value = float(self._dataset.score_answer(answer=answer, entry=dict(example.entry or {})))
-        except Exception:  # noqa: BLE001  (scorers parse what a model wrote and raise whatever that causes)
+        except Exception:  # noqa: BLE001  (scorers parse what a model wrote and may raise any error)
             self.failures += 1
             return 0.0
         return float(value >= 1.0) if self.strict else value

@@ -16,87 +16,87 @@ Format = Literal["auto", "prompt_completion", "messages", "text", "classificatio
 
 
 class Columns(Section):
-    """What the columns of a data set are called."""
+    """The names of the columns of a data set."""
 
     prompt: str = "prompt"
-    """Column of what the model is asked."""
+    """Column with the question to the model."""
 
     completion: str = "completion"
-    """Column of what it should answer."""
+    """Column with the answer that the model should give."""
 
     messages: str = "messages"
-    """Column of conversations: lists of {role, content}."""
+    """Column with conversations: lists of {role, content}."""
 
     text: str = "text"
-    """Column of raw or classified text."""
+    """Column with raw texts, or with texts to classify."""
 
     image: str = "image"
-    """Column of images."""
+    """Column with images."""
 
     label: str = "label"
-    """Column of classes."""
+    """Column with classes."""
 
 
 class PartFiles(Section):
-    """Where each part is: a file, folder of images or hub split. A part left out is split off `train`."""
+    """A file, folder of images or hub split for each part. Parts without one are split off `train`."""
 
     train: PathText
-    """File, folder or split to learn from."""
+    """File, folder or split to train on."""
 
     val: PathText | None = None
-    """File, folder or split for every choice that is made."""
+    """File, folder or split for all decisions, such as early stopping and the choice of the winner."""
 
     test: PathText | None = None
-    """File, folder or split for the numbers that are reported."""
+    """File, folder or split for the scores that are reported."""
 
 
 class DataConfig(Section):
-    """Where the data is, how it is read, and how much of it."""
+    """Which data to use, how to read it, and how much of it."""
 
     source: Literal["reasoning_gym", "hub", "jsonl", "csv", "parquet", "image_folder"] = "reasoning_gym"
-    """What kind of thing `name` is."""
+    """The kind of data source that `name` refers to."""
 
     name: str = ""
     """A reasoning-gym task, a hub id (`org/set` or `org/set:config`), a file, or a folder of images.
 
-    The folder holds `class/file.png`, or `train/class/file.png` and the same in `val` and `test`.
+    A folder has images as `class/file.png`, or as `train/class/file.png` with the same in `val` and `test`.
     """
 
     files: PartFiles | None = None
-    """Files, folders or hub splits of the parts, instead of one that is split."""
+    """A file, folder or hub split for each part, instead of one that is split into parts."""
 
     params: dict[str, int | float | str | bool] = Field(default_factory=dict)
     """Options of a reasoning-gym task."""
 
     format: Format = "auto"
-    """What a row is; `auto` tells by its columns."""
+    """The kind of each example; `auto` finds it by the columns."""
 
     columns: Columns = Columns()
-    """Names of the columns of a file or hub set."""
+    """The names of the columns of a file or hub set."""
 
     train: int | None = Field(default=None, ge=1)
-    """Examples to train on; of files, all that there are where not given."""
+    """Number of examples to train on. The default for files is all that are left."""
 
     val: int | None = Field(default=None, ge=1)
-    """Examples to choose by; of files, a tenth where not given."""
+    """Number of examples for decisions. The default for files is a tenth."""
 
     test: int | None = Field(default=None, ge=1)
-    """Examples to report on; of files, a tenth where not given."""
+    """Number of examples for reported scores. The default for files is a tenth."""
 
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Decides which examples there are, and which part each is in."""
+    """Seed that decides which examples are drawn, and to which part each belongs."""
 
     max_length: int = Field(default=512, ge=8)
-    """Tokens of a row; no example may be longer."""
+    """Number of tokens in a row. An example that is longer is an error."""
 
     packing: bool = True
-    """Put several examples into one row (they never see each other)."""
+    """Whether several examples share a row. They never attend to each other."""
 
     score: Literal["strict", "native"] = "strict"
     """`strict` counts an answer only if it is fully right; `native` is reasoning-gym's partial credit."""
 
     separator: str = "\n"
-    """What stands between prompt and completion where the tokenizer has no chat template."""
+    """Text between prompt and completion, for tokenizers without a chat template."""
 
     @field_validator("name")
     @classmethod
@@ -130,7 +130,7 @@ class DataConfig(Section):
             raise ValueError(f"format '{self.format}' does not fit image_folder: leave it at auto")
         if self.format == "image_classification" and self.source in ("jsonl", "csv"):
             raise ValueError(
-                f"{self.source} holds no images; use source: image_folder, hub or parquet for them"
+                f"{self.source} holds no images; use source: image_folder, hub or parquet for images"
             )
 
     def _check_task(self) -> None:
@@ -147,7 +147,7 @@ class DataConfig(Section):
             raise ValueError(f"a reasoning-gym task has no size of its own: give {', '.join(missing)}")
 
     def located(self) -> DataConfig:
-        """Make the paths of files absolute."""
+        """Return the configuration with absolute paths of files."""
         if self.source in ("reasoning_gym", "hub"):
             return self
         name = str(Path(self.name).expanduser().absolute()) if self.name else ""

@@ -1,7 +1,8 @@
 """Read a data set into three parts that share no question.
 
-train gives gradients. val decides: learning rate, early stops, winner, squeeze floor, promotion.
-test is read once, for the numbers that are reported. `split` says what becomes of repeats.
+The train part is used for gradients. The val part decides on learning rate, early stopping, winner, squeeze
+floor and promotion. The test part is read once, for the scores that are reported. `split` explains how
+repeated examples are handled.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Parts:
-    """A data set, read. It pickles."""
+    """The three parts of a data set. They can be pickled."""
 
     train: tuple[Example, ...]
     val: tuple[Example, ...]
     test: tuple[Example, ...]
     digest: str
-    """Identity (16 hex digits) of all examples of all parts, in order."""
+    """Hash of all examples of all parts, in order (16 hex digits)."""
     scorer: Scorer
     labels: tuple[str, ...] = ()
-    """Names of the classes of a classification; their order numbers them."""
+    """Names of the classes, in the order of their numbers; empty if nothing is classified."""
     dropped: tuple[Dropped, ...] = ()
-    """What was left out, and why."""
+    """The examples that were left out, and why."""
 
     @property
     def has_images(self) -> bool:
@@ -58,11 +59,11 @@ class Parts:
 
 
 def read(config: DataConfig) -> Parts:
-    """Read what a configuration names.
+    """Read the data of a configuration and divide it into parts.
 
     Raises:
-        DataError: if anything of it is missing, wrong, or too small for its parts.
-        ResourceError: if reasoning-gym is wanted and not installed.
+        DataError: if any of it is missing, wrong, or too small for its parts.
+        ResourceError: if reasoning-gym is needed and not installed.
     """
     if config.source == "reasoning_gym":
         assert config.test is not None
@@ -80,12 +81,12 @@ def read(config: DataConfig) -> Parts:
 
 
 def majority_answer(parts: Parts) -> str:
-    """Find the answer that is most frequent in train (the first of equals)."""
+    """Return the most frequent answer in the train part; the first one if several are."""
     return Counter(example.answer for example in parts.train).most_common(1)[0][0]
 
 
 def _read_tables(config: DataConfig) -> dict[str, tuple[Table, list[Example]]]:
-    """Read the table of each part that has a file or split of its own, and its examples."""
+    """Read the table and the examples of each part that has a file or split of its own."""
     tables = {part: _table(config, name) for part, name in _places(config).items()}
     first = tables["train"]
     form = find_format(first, config.columns) if config.format == "auto" else config.format
@@ -112,13 +113,13 @@ def _table(config: DataConfig, name: str) -> Table:
 
 
 def _number_labels(parts: Mapping[str, list[Example]]) -> tuple[dict[str, list[Example]], tuple[str, ...]]:
-    """Number the classes by their names' order (numbers by value)."""
+    """Number the classes in the order of their names, which is by value if all names are integers."""
     names = {example.label_name for example in parts["train"]} - {""}
     if not names:
         return dict(parts), ()
     if len(names) < 2:
-        raise DataError(f"all train examples are of one class, '{names.pop()}'; bring two classes or more")
-    # Python converts no more digits than that.
+        raise DataError(f"all train examples are of one class, '{names.pop()}'; provide two classes or more")
+    # Python does not convert texts of more digits to integers.
     whole = all(re.fullmatch("-?[0-9]{1,4300}", name) for name in names)
     labels = tuple(sorted(names, key=(lambda name: (int(name), name)) if whole else None))
     index = {name: number for number, name in enumerate(labels)}
@@ -127,7 +128,7 @@ def _number_labels(parts: Mapping[str, list[Example]]) -> tuple[dict[str, list[E
         if unknown:
             raise DataError(
                 f"{part} has classes that train has not: {', '.join(sorted(unknown))}; correct their "
-                "spelling, or bring train examples of them"
+                "spelling, or add examples of them to train"
             )
     numbered = {
         part: [replace(example, label=index[example.label_name]) for example in examples]

@@ -1,11 +1,12 @@
 """Divide the rows of files into train, val and test, so that no question is in two of them.
 
-Within a file, only a row that says exactly what an earlier row says is a repeat: several answers to one
-question are several rows. Between parts, a question stays in test before val before train. Where one file
-is split, all rows of a question go to the same part, so none is lost.
+Within a file, a row is a repeat only if it equals an earlier row exactly: rows with the same question and
+different answers are all kept. If files of two parts have the same question, it is kept in test rather than
+in val, and in val rather than in train. If one file is split, all rows of a question go to the same part, so
+that none has to be dropped.
 
-A conversation is learnt with all its answers. It therefore belongs to the part of every row that asks one
-of the questions that it answers on the way.
+All answers of a conversation are learnt. It must therefore be in the same part as every row that asks one of
+the questions that it answers.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from rayft.numerics import derive_seed
 __all__ = ["Dropped", "shown", "split"]
 
 SHARE = 0.1
-"""Of a file that is split, the part that val and test get each, where no size is given."""
+"""The share of a file that val and test each get if the configuration does not set their sizes."""
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """Rows that were left out for one reason."""
+    """Rows that were left out for the same reason."""
 
     rows: int
-    """How many."""
+    """Number of rows."""
     text: str
-    """How many of which file, why, and one of them, in a sentence."""
+    """A sentence with the number, the file, the reason, and one of the rows."""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """An example with what it is compared by, which takes time to compute."""
+    """An example with its identity and its keys, which take time to compute."""
 
     example: Example
     index: int
@@ -52,7 +53,7 @@ class _Row:
 
 
 class _File:
-    """The rows of a file that are left; those that were dropped are added to `dropped`."""
+    """The rows of a file that are left. Rows that are dropped are added to `dropped`."""
 
     def __init__(self, table: Table, examples: Sequence[Example], seed: int, dropped: list[Dropped]) -> None:
         self.table, self.dropped, self.total = table, dropped, len(examples)
@@ -61,7 +62,7 @@ class _File:
         self._seed = seed
 
     def drop_repeats(self) -> None:
-        """Keep the first of the rows that say the same."""
+        """Keep only the first of equal rows."""
         first: dict[str, int] = {}
         for row in self.rows:
             first.setdefault(row.identity, row.index)
@@ -70,12 +71,17 @@ class _File:
         self.drop(repeats, f"whose {both} an earlier one has")
 
     def drop_asked(self, part: str, keys: Set[str]) -> None:
-        """Drop the rows that answer a question of another part."""
+        """Drop the rows that answer a question of another part.
+
+        Args:
+            part: name of the other part.
+            keys: keys of its questions.
+        """
         asking = [row for row in self.rows if not keys.isdisjoint(row.asked)]
         self.drop(asking, f"whose {self.question} is in {part}")
 
     def drop(self, rows: Sequence[_Row], which: str) -> None:
-        """Drop rows, and record which they are with the first of them."""
+        """Drop rows, and record their number, the reason `which` and the first of them."""
         if not rows:
             return
         gone = {row.index for row in rows}
@@ -85,10 +91,10 @@ class _File:
         self.dropped.append(Dropped(len(rows), text))
 
     def ordered(self) -> list[_Row]:
-        """Order the rows by the seed and what they say alone, not by where they stand in the file.
+        """Return the rows in an order that depends only on the seed and their content, not on the file.
 
-        The order ignores case, width and spacing: questions that differ in nothing else are neighbours, and
-        mostly come into the same part.
+        The order ignores case, width and spacing. Questions that differ in nothing else are therefore
+        neighbours, and are mostly put into the same part.
         """
 
         def place(row: _Row) -> tuple[int, str, str]:
@@ -107,13 +113,16 @@ class _File:
 def split(
     files: Mapping[str, tuple[Table, Sequence[Example]]], config: DataConfig
 ) -> tuple[dict[str, list[Example]], tuple[Dropped, ...]]:
-    """Give each part its examples, and tell which rows were dropped.
+    """Divide the examples into parts.
 
     Args:
         files: the table of each part that has one, with the examples of its rows. Parts without a table are
             split off `train`.
-        config: sizes and seed. A part that is split off is as large as the configuration says; where it says
-            nothing, it is a tenth of the rows or less, but one question at least.
+        config: has the sizes and the seed. If it does not set the size of a part that is split off, the part
+            gets a tenth of the rows at most, and one question at least.
+
+    Returns:
+        The examples of each part, and the rows that were dropped.
 
     Raises:
         DataError: if there are too few rows for a part.
@@ -141,7 +150,7 @@ def split(
 
 
 def shown(example: Example) -> str:
-    """Quote the start of a question, on one line and without control characters."""
+    """Quote the start of a question for a message, as `quoted` does."""
     text = example.messages[-2].content if len(example.messages) > 1 else example.question
     return quoted(text)
 
@@ -152,7 +161,7 @@ def _open(
     config: DataConfig,
     dropped: list[Dropped],
 ) -> _File:
-    """List the rows of a file that are no repeats and ask nothing that the parts before it ask."""
+    """Open a file without its repeats and without the questions of the parts before it."""
     file = _File(*source, config.seed, dropped)
     file.drop_repeats()
     for part, rows in parts.items():
@@ -161,7 +170,7 @@ def _open(
 
 
 def _words(example: Example) -> tuple[str, str, str]:
-    """Name a row of a data set, what it asks, and what answers it."""
+    """Return the words for the rows of a data set, for a question and for an answer, for messages."""
     if example.image is not None:
         return "images", "file content", "class"
     if example.messages:
@@ -170,14 +179,14 @@ def _words(example: Example) -> tuple[str, str, str]:
 
 
 def _folded(example: Example) -> str:
-    """Return the question without its case, width and spacing; of an image, the hash of its file."""
+    """Return the question without case, width and spacing, or the hash of an image."""
     if example.image is not None:
         return example.image.digest
     return " ".join(unicodedata.normalize("NFKC", example.question).casefold().split())
 
 
 def _groups(rows: Sequence[_Row]) -> list[list[_Row]]:
-    """Gather the rows that must be in one part, in the order of the first row of each group."""
+    """Group the rows that must be in the same part. Groups are ordered by their first rows."""
     from scipy.cluster.hierarchy import DisjointSet
 
     together = DisjointSet(row.key for row in rows)
@@ -197,13 +206,14 @@ def _fill(
     """Choose the first groups that fit into a part of some size.
 
     Args:
-        groups: to choose from.
-        size: rows that the part should have.
-        keep: groups to leave for other parts; then the part may be smaller, or consist of one group that is
-            larger. None if it must have exactly `size` rows; then a group is cut if no group fits.
+        groups: the groups to choose from.
+        size: number of rows that the part should have.
+        keep: number of groups to leave for other parts. The part may then be smaller than `size`, or consist
+            of one larger group. None if it must have exactly `size` rows; then a group is cut if no group
+            fits.
 
     Returns:
-        The rows of the part, those that were cut off, and the groups that are left.
+        The rows of the part, the rows that were cut off, and the groups that are left.
     """
     chosen: list[_Row] = []
     left: list[list[_Row]] = []
@@ -226,5 +236,5 @@ def _check_size(rows: Sequence[_Row], wanted: int, part: str, total: int, droppe
         why = "".join(f"; {item.text}" for item in dropped)
         raise DataError(
             f"too little data: {part} should have {wanted} examples and gets {len(rows)} of {total} "
-            f"different ones (all rows of a question are in one part{why}); ask for less"
+            f"different ones (all rows of a question are in one part{why}); reduce the sizes of the parts"
         )

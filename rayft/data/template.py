@@ -1,8 +1,8 @@
-"""Examples → tokens, with a loss on what the model should learn to say and on nothing else.
+"""Encode examples as tokens, with a loss on exactly the text that the model should learn to generate.
 
-A conversation is laid out by the tokenizer's chat template, or, where it has none, as its turns with
-`Example.separator` between them and the end-of-sequence token after each answer. What stands before an answer
-is always the very text that a model is given to answer, and what is learnt ends where a turn ends.
+A conversation is rendered with the tokenizer's chat template. Without a template, `Example.separator` is put
+between turns, and the end-of-sequence token after each answer. The text before an answer is always exactly
+the prompt that a model gets when it is asked, and the learnt text ends where the turn ends.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ UNSEEN = {
     "assistant": frozenset(REASONING),
     "tool": frozenset({"tool_call_id", "name"}),
 }
-"""Role → what a template may leave out: a tool's answer follows its call anyway, and reasoning is checked
-apart."""
+"""Role → keys that a template may leave out: the answer of a tool follows its call anyway, and reasoning has
+a check of its own."""
 
 INSTRUCTION = "Reply with nothing but the answer: no explanation, no full sentence."
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of one example; `labels[i]` is `input_ids[i]` where that token is learnt, else IGNORED."""
+    """The tokens of one example. `labels[i]` is `input_ids[i]` if that token is learnt, else IGNORED."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     label: int | None = None
-    """Class, for a classification (which learns no token)."""
+    """Number of the class if the text is classified, in which case no token is learnt."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -82,26 +82,26 @@ def encode_all(
     context: int | None = None,
     part: str = "train",
 ) -> list[Encoded] | list[EncodedImage]:
-    """Encode the examples of a part, and report all that are too long at once.
+    """Encode the examples of a part.
 
-    Learnt are: of a conversation, each assistant turn whose `learn` is true, from its prompt's end up to what
-    ends the turn; of raw text, all tokens but the first; of a classification, none. A text to classify gets
-    the special tokens that its tokenizer puts around one ([CLS] and [SEP] for BERT).
+    The learnt tokens are: of a conversation, each assistant turn whose `learn` is true, from the end of its
+    prompt up to and including the end of the turn; of raw text, all tokens but the first; of a text to
+    classify, none. A text to classify gets the special tokens of its tokenizer ([CLS] and [SEP] for BERT).
 
-    An example gives one sequence, unless its chat template lays out earlier answers differently once another
-    question follows (Qwen3 leaves out their think blocks). Then each learnt answer gets a sequence of its
-    own, in which everything before it reads as it will when the model is asked.
+    An example is encoded as one `Encoded`, unless the chat template renders earlier answers differently once
+    another question follows (Qwen3 removes their think blocks). Then each learnt answer gets an `Encoded` of
+    its own, in which the text before the answer is the prompt that the model will get.
 
     Args:
-        examples: all texts for a tokenizer, all images for an image encoder.
-        encoder: of the model that will learn them.
+        examples: texts and conversations for a tokenizer, images for an image encoder.
+        encoder: tokenizer or image encoder of the model that is trained.
         max_length: most tokens that a text may have.
-        context: most tokens that the model can take, where that is known.
-        part: what messages call the examples.
+        context: most tokens that the model supports, if that is known.
+        part: name of the examples in messages.
 
     Raises:
-        DataError: with how many are too long and how long the longest is; naming the example that the chat
-            template can't lay out; and as `encode_images`.
+        DataError: if examples are too long, with their number and the length of the longest; if the chat
+            template can't render an example, with its number; and as `encode_images`.
     """
     if isinstance(encoder, ImageEncoder):
         return encode_images(examples, encoder)
@@ -124,16 +124,17 @@ def prompt_text(
     style: Style = "as_is",
     shots: Sequence[Example] = (),
 ) -> str:
-    """Lay out a question so that the model's answer comes next.
+    """Render a question so that the model's answer comes next.
 
     Args:
-        example: a conversation; its answer is left out.
+        example: a conversation, whose last answer is left out.
         tokenizer: of the model that will answer.
-        style: `as_is`; `answer_only` asks for the answer alone; `few_shot` puts `shots` before it.
-        shots: solved examples, from train.
+        style: `as_is` changes nothing, `answer_only` requests the answer without an explanation, and
+            `few_shot` puts `shots` before the question.
+        shots: solved examples of the train part.
 
     Raises:
-        DataError: if the example asks nothing, or few_shot has no shots.
+        DataError: if the example has no question, or `few_shot` has no shots.
     """
     if not example.messages:
         raise DataError("raw text asks no question, so no answer to it can be scored; score its loss")
@@ -143,7 +144,7 @@ def prompt_text(
         turns = (*turns[:-1], replace(last, content=f"{last.content}\n{INSTRUCTION}"))
     elif style == "few_shot":
         if not shots:
-            raise DataError("few_shot wants solved examples: give some of train as shots")
+            raise DataError("few_shot needs solved examples; pass some of the train part as shots")
         system = 1 if turns[0].role == "system" else 0
         solved = tuple(turn for shot in shots for turn in shot.messages if turn.role != "system")
         turns = (*turns[:system], *solved, *turns[system:])
@@ -156,7 +157,7 @@ def prompt_ids(
     style: Style = "as_is",
     shots: Sequence[Example] = (),
 ) -> tuple[int, ...]:
-    """Return the tokens of `prompt_text`; of a classification, those that `encode_all` gives."""
+    """Return the tokens of `prompt_text`, or of a text to classify as in `encode_all`."""
     if example.label is not None:
         return _Layout(tokenizer).encode(example, "the example")[0].input_ids
     return _ids(tokenizer, prompt_text(example, tokenizer, style, shots))
@@ -165,18 +166,18 @@ def prompt_ids(
 def expected_answer(
     example: Example, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat
 ) -> tuple[Answer, int]:
-    """Return what a model that has learnt an example perfectly writes, and how many tokens it needs for that.
+    """Return what a model generates that has learnt an example perfectly, and its number of tokens.
 
-    The answer is decoded from its tokens as a model's own is, so a tokenizer that doesn't keep every
-    character changes both alike.
+    The answer is encoded and decoded again, as a generated answer is decoded. A tokenizer that does not keep
+    every character therefore changes both in the same way.
 
     Args:
         example: a conversation.
         tokenizer: of the model that answers.
-        chat_format: the tokenizer's.
+        chat_format: the format of the tokenizer's chat template.
 
     Raises:
-        DataError: if the chat template can't lay the example out.
+        DataError: if the chat template can't render the example.
     """
     prompt, answer = _Layout(tokenizer, chat_format).answer(example, len(example.messages) - 1, "the example")
     tokens = _ids(tokenizer, answer.removesuffix(chat_format.end))
@@ -185,18 +186,18 @@ def expected_answer(
 
 
 class _Layout:
-    """How one tokenizer lays examples out."""
+    """Renders and encodes examples with one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None = None) -> None:
         self.tokenizer, self._given = tokenizer, chat_format
 
     @cached_property
     def format(self) -> ChatFormat:
-        """What the chat template writes around an answer; to lay out a prompt alone, it isn't needed."""
+        """The format of the chat template, found when it is first needed; prompts alone don't need it."""
         return self._given or ChatFormat.of(self.tokenizer)
 
     def encode(self, example: Example, name: str) -> list[Encoded]:
-        """Turn an example into tokens: one sequence, or several where earlier answers are laid out anew."""
+        """Encode an example, as several `Encoded` if the template renders earlier answers differently."""
         if example.messages:
             return self._conversation(example, name)
         if example.label is not None:
@@ -216,7 +217,7 @@ class _Layout:
                 continue
             prompt, answer = self.answer(example, index, name)
             if not prompt.startswith(done):
-                # The template lays out earlier answers differently now that another question follows.
+                # The template renders earlier answers differently now that another question follows.
                 found.append(Encoded(ids, labels))
                 done, ids, labels = "", (), ()
             before = _continue(self.tokenizer, done, ids, prompt)
@@ -231,10 +232,10 @@ class _Layout:
         return [*found, Encoded(ids, labels)]
 
     def answer(self, example: Example, index: int, name: str) -> tuple[str, str]:
-        """Return the prompt for the answer at `index`, and what a model should write after it, up to its end.
+        """Return the prompt for the answer at `index`, and the text that a model should generate after it.
 
         Raises:
-            DataError: if the template can't lay it out, or leaves out or changes what should be learnt.
+            DataError: if the template can't render them, or leaves out or changes what should be learnt.
         """
         prompt = self.text(example.messages[:index], example, name, answer_next=True)
         whole = self.text(example.messages[: index + 1], example, name)
@@ -258,7 +259,14 @@ class _Layout:
         return prompt, answer
 
     def _after(self, prompt: str, whole: str, reasoning: str, where: str) -> str:
-        """Return what a laid-out answer adds to the prompt for it."""
+        """Return the text that the answer adds to its prompt.
+
+        Args:
+            prompt: the rendered prompt.
+            whole: the rendered prompt and answer.
+            reasoning: of the answer.
+            where: place of the answer, for messages.
+        """
         if whole.startswith(prompt):
             return whole[len(prompt) :]
         block = self.format.prompt_block(prompt)
@@ -272,15 +280,15 @@ class _Layout:
         answer = whole[len(before) :].lstrip("\n")
         opened, closed = self.format.markers
         if closed in block:
-            # The prompt ends with a think block that is closed: the answer follows it.
+            # The prompt ends with a closed think block, and the answer follows it.
             return answer
         if answer.startswith(opened):
             return answer[len(opened) :].lstrip("\n")
-        # The prompt opens a think block that the laid-out answer has not: close it as the model would.
+        # The prompt opens a think block that the rendered answer lacks: close it as the model would.
         return f"{reasoning}\n{closed}\n\n{answer}"
 
     def _reasoning(self, message: Message) -> str:
-        """Return the reasoning that a message holds beside its answer, or in a think block before it."""
+        """Return the reasoning of a message, from its extra keys or from a think block before the answer."""
         for key in REASONING:
             if key in message.extras:
                 return str(message.extras[key]).strip()
@@ -289,10 +297,10 @@ class _Layout:
     def text(
         self, messages: Sequence[Message], example: Example, name: str, *, answer_next: bool = False
     ) -> str:
-        """Lay turns out.
+        """Render turns.
 
         Raises:
-            DataError: if the template refuses them, or leaves out tools or other parts of a message.
+            DataError: if the template refuses them, or leaves out tools or other keys of a message.
         """
         extras = {key for message in messages for key in message.extras if key not in UNSEEN[message.role]}
         if not self.tokenizer.chat_template:
@@ -327,7 +335,7 @@ class _Layout:
         except DataError as error:
             roles = ", ".join(str(turn["role"]) for turn in turns)
             raise DataError(
-                f"{name}: the chat template can't lay out the turns {roles}: {error}; give the turns that "
+                f"{name}: the chat template can't lay out the turns {roles}: {error}; use the roles that "
                 "this model knows"
             ) from error
 
@@ -342,7 +350,7 @@ def _left_out(name: str, what: str) -> DataError:
 def _continue(
     tokenizer: PreTrainedTokenizerBase, before: str, before_ids: tuple[int, ...], after: str
 ) -> tuple[int, ...]:
-    """Tokens that `after` adds to `before`, whose tokens are kept: a model that answers starts from them."""
+    """Return the tokens that `after` adds to `before`. Models start from `before_ids`, which are kept."""
     whole = _ids(tokenizer, after)
     if whole[: len(before_ids)] == before_ids:
         return whole[len(before_ids) :]
@@ -357,7 +365,7 @@ def _plain(message: Message, tokenizer: PreTrainedTokenizerBase, example: Exampl
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The token that this tokenizer puts before any text, if it does."""
+    """Return the token that the tokenizer puts before any text; empty if it puts none."""
     ids = tokenizer("")["input_ids"]
     begins = tokenizer.bos_token_id is not None and list(ids[:1]) == [tokenizer.bos_token_id]
     return str(tokenizer.bos_token) if begins else ""

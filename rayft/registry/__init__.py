@@ -1,4 +1,4 @@
-"""Adapters by name: versions, aliases, and the gate before an alias moves."""
+"""The registry of adapters: names, versions, aliases, and the gate that a promotion must pass."""
 
 from rayft.registry.promote import Gate, Promotion, promote
 from rayft.registry.ref import AdapterRef, AdapterVersion, Registry

@@ -1,6 +1,6 @@
-"""The gate before an alias moves: better than the base, and no worse than what is served.
+"""Promotion: point an alias to a version that is better than the base and no worse than the champion.
 
-Scores of the validation part only; the test part is for the numbers that are reported.
+Only scores on the validation part count. The test part is for the numbers that are reported.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ __all__ = ["Gate", "Promotion", "promote"]
 
 
 class Gate(Section):
-    """What a candidate has to reach."""
+    """What the validation score of a candidate must reach."""
 
     tolerance: float = Field(default=0.0, ge=0)
-    """How far its validation score may be below the present champion's."""
+    """How far the validation score may be below that of the present champion."""
 
     base_score: float | None = None
-    """The base's best validation score; else the one that the candidate was registered with."""
+    """Best validation score of the base; by default the one that the candidate was registered with."""
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What a promotion did, and the validation scores that it went by (None: unknown)."""
+    """The result of a promotion, and the validation scores that decided it (None: unknown)."""
 
     name: str
     alias: str
     version: int
     previous: int | None
-    """Version that the alias pointed to before."""
+    """Version that the alias pointed to before; None if there was none."""
     score: float | None
     champion_score: float | None
     base_score: float | None
     forced: bool
-    """Whether the gate would have refused."""
+    """Whether the gate would have refused the candidate."""
 
 
 def promote(
@@ -51,10 +51,18 @@ def promote(
     *,
     force: bool = False,
 ) -> Promotion:
-    """Point `alias` to a version, if the gate lets it through or `force` is set.
+    """Point `alias` to a version, if it passes the gate or `force` is set.
+
+    Args:
+        registry: has the model.
+        name: of the registered model.
+        version: the candidate.
+        alias: the alias to move.
+        gate: what the candidate must reach.
+        force: whether to move the alias even if the candidate does not pass.
 
     Raises:
-        PromotionRefusedError: with both numbers; the alias stays where it is.
+        PromotionRefusedError: if the candidate does not pass, with both scores. The alias stays where it is.
         RegistryError: if there is no such model or version.
     """
     gate = gate or Gate()
@@ -88,14 +96,14 @@ def _refusal(
     tolerance: float,
     alias: str,
 ) -> str:
-    """Say why a candidate may not be promoted; empty if it may."""
+    """Return why a candidate does not pass the gate; empty if it passes."""
     who, score = f"{candidate.name}/{candidate.number}", candidate.score()
     anyway = "or promote with force"
     if score is None:
         return f"{who} has no validation score; score it before it is registered, {anyway}"
     if base is None:
         return f"{who} has {score:.4g}, but the base's validation score is unknown; score the base, {anyway}"
-    # Written as `not >` so that NaN is refused.
+    # `not >` also refuses NaN.
     if not score > base:
         return (
             f"{who} has a validation score of {score:.4g}, not above the base's {base:.4g}; an adapter "
@@ -116,18 +124,18 @@ def _against_champion(
     present: str,
     anyway: str,
 ) -> str:
-    rival, held = f"{champion.name}/{champion.number}", champion.score()
+    other, held = f"{champion.name}/{champion.number}", champion.score()
     if held is None:
-        return f"{who} has {score:.4g}, but {present} {rival} has no validation score; score it, {anyway}"
+        return f"{who} has {score:.4g}, but {present} {other} has no validation score; score it, {anyway}"
     data = [version.tags.get("data_digest", "") for version in (candidate, champion)]
     if all(data) and data[0] != data[1]:
         return (
-            f"{who} ({score:.4g}) and {present} {rival} ({held:.4g}) were scored on different data "
+            f"{who} ({score:.4g}) and {present} {other} ({held:.4g}) were scored on different data "
             f"({data[0]}, {data[1]}), so their scores can't be compared; score both on one, {anyway}"
         )
     if not score >= held - tolerance:
         return (
-            f"{who} has a validation score of {score:.4g}, {present} {rival} has {held:.4g}"
+            f"{who} has a validation score of {score:.4g}, {present} {other} has {held:.4g}"
             f" (tolerance {tolerance:.4g}); train a better one, widen the gate's tolerance, {anyway}"
         )
     return ""

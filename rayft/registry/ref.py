@@ -1,4 +1,4 @@
-"""What names an adapter, and the contract of what keeps them."""
+"""References to adapters, and the contract of a registry that keeps them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ SCORE_TAG = "val_score"
 """Tag of a version: its score on the validation part."""
 
 BASE_SCORE_TAG = "base_val_score"
-"""Tag of a version: the best score of the base, however prompted, on the same validation part."""
+"""Tag of a version: the best score of the base, with any prompt, on the same validation part."""
 
 _SHAPE = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@:]+))?")
 
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """A pointer to an adapter; `Registry.resolve` fills what its text leaves open."""
+    """A reference to an adapter. `Registry.resolve` fills the fields that its text does not have."""
 
     name: str
     """Name of the registered model."""
     version: int | None = None
-    """Version; the newest one where neither this nor an alias is given."""
+    """Version. If neither this nor an alias is set, the newest version is meant."""
     alias: str | None = None
-    """Alias that it was asked for by."""
+    """Alias in the text of the reference."""
     content_hash: str = ""
     """Identity of the adapter (`AdapterArtifact.content_hash`); empty until resolved."""
     uri: str = ""
@@ -38,16 +38,16 @@ class AdapterRef:
 
     @classmethod
     def parse(cls, text: str) -> AdapterRef:
-        """Read `models:/name@alias`, `models:/name/3` or `models:/name`.
+        """Parse `models:/name@alias`, `models:/name/3` or `models:/name`.
 
         Raises:
-            RegistryError: if it is none of them.
+            RegistryError: if the text has none of these forms.
         """
         found = _SHAPE.fullmatch(text)
         if found is None:
             raise RegistryError(
-                f"'{text}' names no registered adapter; write models:/name@alias, models:/name/3 "
-                "or models:/name"
+                f"'{text}' is not a reference to a registered adapter; write models:/name@alias, "
+                "models:/name/3 or models:/name"
             )
         version = int(found["version"]) if found["version"] else None
         return cls(found["name"], version, found["alias"])
@@ -65,20 +65,20 @@ class AdapterVersion:
     name: str
     """Name of the registered model."""
     number: int
-    """Version, from 1 on."""
+    """Version, counted from 1."""
     content_hash: str
     """Identity of the adapter."""
     uri: str
     """Where its files are."""
     run_id: str
-    """The run that made it."""
+    """The tracked run that trained it."""
     aliases: tuple[str, ...] = ()
-    """Aliases that point to it."""
+    """Aliases that point to this version."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """Scores, method, rank, sizes, base and data."""
+    """Scores, method, rank, sizes, base and data, as text."""
 
     def score(self, tag: str = SCORE_TAG) -> float | None:
-        """Read a score from the tags; None if it is not there."""
+        """Return a score from the tags, or None if there is no such tag."""
         try:
             return float(self.tags[tag])
         except (KeyError, ValueError):
@@ -86,39 +86,40 @@ class AdapterVersion:
 
 
 class Registry(Protocol):
-    """Keeps adapters under names."""
+    """Keeps versions of adapters under names."""
 
     def register(self, name: str, run_id: str, folder: str | Path, tags: Mapping[str, str]) -> int:
-        """Store an adapter folder as a new version, and give its number.
+        """Store an adapter folder as a new version, and return its number.
 
-        The same content under the same name is the version that there is; its tags are updated.
+        If a version under this name has the same content, no version is added: its tags are updated, and its
+        number is returned.
 
         Args:
-            name: registered model, made if missing.
-            run_id: run that the files are kept with.
+            name: the registered model, which is created if missing.
+            run_id: the tracked run that the files are stored with.
             folder: a PEFT LoRA folder.
-            tags: what to note, `SCORE_TAG` and `BASE_SCORE_TAG` for the gate.
+            tags: tags of the version; the gate reads `SCORE_TAG` and `BASE_SCORE_TAG`.
 
         Raises:
             ArtifactError: if the folder can't be loaded.
-            PromotionRefusedError: if it holds a whole model.
-            RegistryError: if the name or the run is not possible.
+            PromotionRefusedError: if the folder holds a whole model.
+            RegistryError: if the name or the run is not valid.
         """
         ...
 
     def resolve(self, ref: AdapterRef | str) -> AdapterRef:
-        """Fill in version, content hash and place.
+        """Return the reference with its version, content hash and URI.
 
         Raises:
-            RegistryError: naming the nearest name, version or alias that there is.
+            RegistryError: if there is no such name, version or alias; the message names the nearest one.
         """
         ...
 
     def fetch(self, ref: AdapterRef | str, folder: str | Path) -> Path:
-        """Give a local adapter folder, `folder`/<content hash>, downloaded if it is not there yet.
+        """Return the local adapter folder `folder`/<content hash>, and download it if it does not exist.
 
         Raises:
-            RegistryError: if it is not in the registry, or is no longer what was registered.
+            RegistryError: if the adapter is not in the registry, or its files have changed since.
         """
         ...
 
@@ -126,12 +127,12 @@ class Registry(Protocol):
         """Point an alias to a version.
 
         Raises:
-            RegistryError: if there is no such model or version, or the alias is not possible.
+            RegistryError: if there is no such model or version, or the alias is not valid.
         """
         ...
 
     def versions(self, name: str) -> Sequence[AdapterVersion]:
-        """List the versions of a model, newest first.
+        """Return the versions of a model, newest first.
 
         Raises:
             RegistryError: if there is no such model.

@@ -1,4 +1,4 @@
-"""The registry in MLflow's model registry: a version is an adapter folder among a run's artifacts."""
+"""The registry, kept in MLflow: a version is an adapter folder among the artifacts of a run."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _HASH_TAG = "content_hash"
 
 @dataclass(frozen=True)
 class MlflowRegistry:
-    """A `Registry` at an MLflow URI; picklable, it connects when it is first used."""
+    """A `Registry` at an MLflow URI. It can be pickled, and connects when it is first used."""
 
     uri: str
     """MLflow tracking URI, as in `TrackerSpec.uri`."""
     _clients: dict[int, MlflowClient] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def register(self, name: str, run_id: str, folder: str | Path, tags: Mapping[str, str]) -> int:
-        """Store an adapter folder as a new version, or find the version that has the same content."""
+        """Store an adapter folder as a new version, or return the version that has the same content."""
         folder = Path(folder)
         artifact = _checked(folder)
         noted = {**_description(artifact, folder), **{key: str(value) for key, value in tags.items()}}
@@ -55,7 +55,7 @@ class MlflowRegistry:
             return int(client.create_model_version(name, source, run_id, noted).version)
 
     def resolve(self, ref: AdapterRef | str) -> AdapterRef:
-        """Fill in version, content hash and place."""
+        """Return the reference with its version, content hash and URI."""
         ref = AdapterRef.parse(ref) if isinstance(ref, str) else ref
         versions = self.versions(ref.name)
         if not versions:
@@ -77,10 +77,10 @@ class MlflowRegistry:
         return replace(ref, version=found.number, content_hash=found.content_hash, uri=found.uri)
 
     def fetch(self, ref: AdapterRef | str, folder: str | Path) -> Path:
-        """Give a local adapter folder, `folder`/<content hash>.
+        """Return the local adapter folder `folder`/<content hash>, and download it if it does not exist.
 
         Raises:
-            RegistryError: if the version can't be found, or its files can't be had.
+            RegistryError: if there is no such version, or its files can't be downloaded.
             DiskFullError: if there is no space for them.
         """
         resolved = self.resolve(ref)
@@ -101,7 +101,7 @@ class MlflowRegistry:
             local = self._download(resolved, staging)
             _check_content(local, resolved)
             if not settle(local, target):
-                raise RegistryError(f"{target} can't be written; free it or give another folder")
+                raise RegistryError(f"{target} can't be written; remove it or choose another folder")
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -112,7 +112,7 @@ class MlflowRegistry:
             client.set_registered_model_alias(name, alias, str(version))
 
     def versions(self, name: str) -> list[AdapterVersion]:
-        """List the versions of a model, newest first."""
+        """Return the versions of a model, newest first."""
         with self._client() as client:
             return self._versions(client, name)
 
@@ -122,8 +122,8 @@ class MlflowRegistry:
                 return Path(download_artifacts(ref.uri, dst_path=str(folder), tracking_uri=self.uri))
         except (MlflowException, OSError) as error:
             raise RegistryError(
-                f"the files of {ref} can't be had from {ref.uri}; bring that place back, or register it "
-                f"again ({error})"
+                f"the files of {ref} can't be downloaded from {ref.uri}; restore them, or register it again "
+                f"({error})"
             ) from error
 
     def _versions(self, client: MlflowClient, name: str) -> list[AdapterVersion]:
@@ -145,7 +145,7 @@ class MlflowRegistry:
 
     @contextlib.contextmanager
     def _client(self) -> Iterator[MlflowClient]:
-        """Give the client; turn MLflow's errors into ours."""
+        """Yield the client of this process, and turn MLflow's errors into ours."""
         client = self._clients.get(os.getpid()) or connect(self.uri)
         self._clients[os.getpid()] = client
         try:
@@ -160,7 +160,7 @@ class MlflowRegistry:
             raise away(self.uri, error) from error
 
     def __reduce__(self) -> tuple[type[MlflowRegistry], tuple[str]]:
-        """Leave the connection behind."""
+        """Pickle the URI without the connection."""
         return (MlflowRegistry, (self.uri,))
 
 
@@ -189,8 +189,8 @@ def _description(artifact: AdapterArtifact, folder: Path) -> dict[str, str]:
 def _created(run_id: str) -> str:
     if run_id.startswith(PENDING):
         raise RegistryError(
-            f"the run {run_id} is not in MLflow yet; send what waits in the spool, with MLflow running, and "
-            "resolve its id"
+            f"the run {run_id} is not in MLflow yet; start MLflow, send the spool, and resolve the id of "
+            "the run"
         )
     return run_id
 
@@ -223,9 +223,9 @@ def _check_content(folder: Path, ref: AdapterRef) -> None:
     try:
         content = AdapterArtifact.load(folder).content_hash
     except ArtifactError as error:
-        raise RegistryError(f"{ref} can't be loaded any more, register it again ({error})") from error
+        raise RegistryError(f"{ref} can't be loaded any more; register it again ({error})") from error
     if content != ref.content_hash:
         raise RegistryError(
             f"{ref} is not what was registered (content {content}, not {ref.content_hash}): "
-            "its files were changed; register it again"
+            "its files have changed; register it again"
         )

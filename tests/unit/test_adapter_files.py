@@ -1,4 +1,4 @@
-"""Adapter files made by others: what trains beside LoRA factors, names that PEFT does not give, odd types."""
+"""Adapter files of other programs: more than LoRA factors, names that PEFT does not write, other types."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def rewritten(folder: Path, **changes: Any) -> None:
 
 
 def refused_everywhere(folder: Path, match: str) -> None:
-    """Loading, serving and squeezing share one check."""
+    """Check the error of the function that loading, serving and squeezing share."""
     out = folder.parent / "out"
     with pytest.raises(ArtifactError, match=match):
         AdapterArtifact.load(folder)
@@ -81,7 +81,9 @@ OUTSIDE: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("kind", OUTSIDE)
-def test_what_is_trained_beside_the_factors_is_named(tiny_model: Any, tmp_path: Path, kind: str) -> None:
+def test_trained_parameters_besides_the_factors_are_an_error_that_names_them(
+    tiny_model: Any, tmp_path: Path, kind: str
+) -> None:
     options, match = OUTSIDE[kind]
     folder = by_peft(tiny_model, tmp_path / "peft", **options)
     refused_everywhere(folder, rf"{match}.*not supported|trains biases")
@@ -97,7 +99,7 @@ def test_what_is_trained_beside_the_factors_is_named(tiny_model: Any, tmp_path: 
         ({"lora_bias": True}, {"lora_bias": False}, r"the bias of .*q_proj \(lora_bias\)"),
     ],
 )
-def test_tensors_tell_what_the_configuration_hides(
+def test_what_only_the_tensors_show_is_an_error_that_names_it(
     tiny_model: Any, tmp_path: Path, options: dict[str, Any], undo: dict[str, Any], match: str
 ) -> None:
     for layer in tiny_model.modules():
@@ -139,7 +141,9 @@ NAMES = {
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_names_that_peft_finds_no_place_for(tiny_model: Any, tmp_path: Path, kind: str) -> None:
+def test_tensors_whose_names_peft_would_ignore_are_an_error(
+    tiny_model: Any, tmp_path: Path, kind: str
+) -> None:
     change, match = NAMES[kind]
     folder = by_peft(tiny_model, tmp_path / "peft")
     save_file({change(key): value for key, value in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
@@ -171,7 +175,7 @@ def test_a_file_that_lacks_modules_is_refused_where_the_base_is_known(
 
 
 def write(folder: Path, kind: str, size: float) -> None:
-    """Write a safetensors file byte by byte, in a type that torch may not have, of `size` bytes."""
+    """Write a safetensors file by hand, in a type of `size` bytes that torch may lack."""
     header: dict[str, Any] = {}
     place = 0
     for key, value in load_file(folder / WEIGHTS).items():
@@ -200,7 +204,7 @@ def write(folder: Path, kind: str, size: float) -> None:
         ("F128", 16),
     ],
 )
-def test_types_that_nothing_here_computes_with(
+def test_types_that_are_not_supported_are_an_error(
     tiny_model: Any, tmp_path: Path, kind: str, size: float
 ) -> None:
     folder = by_peft(tiny_model, tmp_path / "peft")
@@ -216,13 +220,13 @@ def load_file_keys(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["F64", "F32", "F16", "BF16"])
-def test_types_that_are_read(tiny_model: Any, tmp_path: Path, kind: str) -> None:
+def test_supported_types_are_read(tiny_model: Any, tmp_path: Path, kind: str) -> None:
     folder = by_peft(tiny_model, tmp_path / "peft")
     write(folder, kind, {"F64": 8, "F32": 4}.get(kind, 2))
     assert not next(iter(AdapterArtifact.load(folder).modules.values())).b.any()
 
 
-def test_any_damage_to_the_header_is_an_error_of_ours(tiny_model: Any, tmp_path: Path) -> None:
+def test_any_damage_to_the_header_is_an_artifact_error(tiny_model: Any, tmp_path: Path) -> None:
     folder = by_peft(tiny_model, tmp_path / "peft")
     data, draw = (folder / WEIGHTS).read_bytes(), torch.Generator().manual_seed(0)
     (size,) = struct.unpack("<Q", data[:8])
@@ -242,7 +246,9 @@ def test_any_damage_to_the_header_is_an_error_of_ours(tiny_model: Any, tmp_path:
             assert str(folder) in str(error)  # noqa: PT017
 
 
-def test_a_grown_vocabulary_is_told_as_such(tiny_model: Any, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_larger_vocabulary_is_an_error_that_says_so(
+    tiny_model: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
     with torch.no_grad():
         tiny_model.model.layers[0].mlp.up_proj.weight += 0.1
     tiny_model.resize_token_embeddings(262)

@@ -1,4 +1,4 @@
-"""The adapter folder: bitwise round trips, every refusal with its reason, whole or not at all."""
+"""The adapter folder: bitwise round trips, an error for each kind of damage, and atomic writes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def selector(outputs: int, inputs: int, columns: tuple[int, ...]) -> LoraFactors
 
 
 def mixed(dtype: torch.dtype = torch.float32) -> AdapterArtifact:
-    """Modules of different ranks and scales, one path the end of another."""
+    """Return modules of different ranks and scales, where the path of one is the end of another's."""
     return AdapterArtifact(
         {
             "up": factors(7, 5, 3, 2.0, dtype),
@@ -342,7 +342,7 @@ def logs(place: Path) -> None:
         (by_peft, r"is no adapter folder of rayft's \(it has no rayft\.json\)"),
     ],
 )
-def test_what_rayft_did_not_make_is_not_replaced(
+def test_a_folder_that_rayft_did_not_write_is_not_replaced(
     tmp_path: Path, occupy: Callable[[Path], None], match: str
 ) -> None:
     occupy(tmp_path / "adapter")
@@ -403,13 +403,13 @@ def test_a_prefix_survives_the_disk(tmp_path: Path) -> None:
     assert loaded.content_hash == part.content_hash
 
 
-def test_at_rank_refusals() -> None:
+def test_at_rank_refuses_ranks_that_the_adapter_does_not_have() -> None:
     with pytest.raises(SqueezeError, match=r"rank 0 is not positive; ask for 1 to 3"):
         squeezed().at_rank(0)
     with pytest.raises(SqueezeError, match="never squeezed"):
         mixed().at_rank(1)
 
 
-def test_sizes() -> None:
+def test_parameters_and_bytes_are_counted() -> None:
     assert mixed().rank == 3
     assert mixed().parameters == 3 * 12 + 2 * 12 + 1 * 10 + 3 * 10 + 6

@@ -1,4 +1,4 @@
-"""cluster.yaml and its variants pass Ray's own validation, and what their comments promise is in them."""
+"""cluster.yaml and its variants pass Ray's own validation, and have what their comments promise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIG: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 VARIANTS = {
     name: yaml.safe_load((ROOT / "clusters" / f"{name}.yaml").read_text()) for name in ("on-premises", "gcp")
 }
-"""The same for other machines."""
+"""Name → configuration for other machines."""
 
 
 def validate(config: dict[str, Any]) -> None:
@@ -34,7 +34,7 @@ def broken(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("config", [CONFIG, *VARIANTS.values()], ids=["aws", *VARIANTS])
-def test_ray_accepts_it(config: dict[str, Any]) -> None:
+def test_ray_accepts_each_configuration(config: dict[str, Any]) -> None:
     validate(config)
 
 
@@ -86,11 +86,11 @@ def test_the_repository_is_mounted_and_installed() -> None:
 
 
 @pytest.mark.parametrize("name", [".git", ".venv", "runs", "mlruns"])
-def test_what_is_large_stays_here(name: str) -> None:
+def test_large_folders_are_not_copied_to_the_cluster(name: str) -> None:
     assert any(pattern.startswith(f"**/{name}") for pattern in CONFIG["rsync_exclude"])
 
 
-def test_every_ray_start_wants_the_token() -> None:
+def test_every_ray_start_requires_the_token() -> None:
     assert CONFIG["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
     starts = [
         command
@@ -111,7 +111,7 @@ def test_serve_deploy_finds_its_application() -> None:
 
 @pytest.mark.parametrize("config", [CONFIG, *VARIANTS.values()], ids=["aws", *VARIANTS])
 def test_no_mounted_folder_shadows_the_package(config: dict[str, Any]) -> None:
-    """A folder of the package's name beside a script is imported in its place."""
+    """A folder with the name of the package beside a script would be imported instead of it."""
     assert all(Path(remote).name != "rayft" for remote in config["file_mounts"])
 
 
@@ -130,7 +130,7 @@ def essence(config: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_does_what_cluster_yaml_does(name: str) -> None:
-    """What is tried on machines of one's own (`make cluster-test`) holds for the others."""
+    """The variants have the commands of the configuration that `make cluster-test` tries."""
     assert essence(VARIANTS[name]) == essence(CONFIG)
     for key in ("rsync_exclude", "rsync_filter"):
         assert VARIANTS[name][key] == CONFIG[key]
@@ -144,7 +144,7 @@ def test_the_tracking_server_listens_on_one_address() -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIG, VARIANTS["gcp"]], ids=["aws", "gcp"])
-def test_workers_say_when_torch_finds_no_gpu(config: dict[str, Any]) -> None:
+def test_workers_print_a_warning_if_torch_finds_no_gpu(config: dict[str, Any]) -> None:
     (command,) = config["worker_setup_commands"]
     assert command.startswith("python -c '")
     compile(command.removeprefix("python -c '").removesuffix("'"), "set-up", "exec")

@@ -1,4 +1,4 @@
-"""Strict YAML: every mistake is one ConfigError that names the path and the nearest valid key."""
+"""Strict YAML: every mistake is reported in a ConfigError with its path and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_key_of_another_member_of_the_union_is_not_suggested() -> None:
     assert text == "unknown key 'tagged.slope'; valid are kind, warmup"
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     assert message({"stepz": 1, "optim": {"lrr": 1}}).count("unknown key") == 2
 
 
@@ -128,7 +128,7 @@ def test_a_missing_key_is_named_with_its_path() -> None:
     assert message({"needy": {}}, cls=Outer) == "'needy.name' is missing and has no default"
 
 
-def test_what_may_be_widened_is() -> None:
+def test_integers_become_floats_and_lists_become_tuples() -> None:
     root = parse(Root, {"optim": {"lr": 1, "targets": ["q", "k"]}, "folder": "a/b"})
     assert root.optim.lr == 1.0
     assert isinstance(root.optim.lr, float)
@@ -136,7 +136,7 @@ def test_what_may_be_widened_is() -> None:
     assert root.folder == Path("a/b")
 
 
-def test_parse_leaves_its_argument_alone() -> None:
+def test_parse_does_not_change_its_argument() -> None:
     data: dict[str, Any] = {"optim": {"lr": 0.5}}
     assert parse(Root, data, ["optim.lr=0.25"]).optim.lr == 0.25
     assert data == {"optim": {"lr": 0.5}}
@@ -189,12 +189,12 @@ def test_an_override_fills_an_empty_section() -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("optim.lr", "'optim.lr' is no override; write section.key=value"),
-        ("=3", "'=3' is no override"),
+        ("optim.lr", "'optim.lr' is not an override; write section.key=value"),
+        ("=3", "'=3' is not an override"),
         ("optim.lrr=3", "unknown key 'optim.lrr'; did you mean 'lr'?"),
         ("steps.x=3", "steps.x: 'steps' holds a value, not a section"),
         ("optim.lr=[1", "optim.lr: the value '[1' is not valid YAML"),
-        ("optim={lr: 1, lr: 2}", "optim: line 1: the key 'lr' stands twice"),
+        ("optim={lr: 1, lr: 2}", "optim: line 1: the key 'lr' occurs twice"),
         ("steps='8'", "steps: Input should be a valid integer (got '8')"),
         ("note=\udcff", "--set: character 6 is the lone surrogate U+DCFF (in 'note=\\udcff')"),
         ("no\ud83dte=3", "--set: character 3 is the lone surrogate U+D83D"),
@@ -231,15 +231,15 @@ def test_numbers_as_people_write_them(text: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["1e", "e5", "12e03f", "1e-3x"])
-def test_words_stay_words(text: str) -> None:
+def test_words_are_not_converted(text: str) -> None:
     assert read_yaml(f"a: {text}")["a"] == text
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a: 1\nb: 2\na: 3", r"^x\.yaml, line 3: the key 'a' stands twice; keep one of them$"),
-        ("a: {b: 1, b: 2}", r"line 1: the key 'b' stands twice"),
+        ("a: 1\nb: 2\na: 3", r"^x\.yaml, line 3: the key 'a' occurs twice; keep one of them$"),
+        ("a: {b: 1, b: 2}", r"line 1: the key 'b' occurs twice"),
         ("a: [", r"^x\.yaml is not valid YAML"),
         ("- 1", r"^x\.yaml must be a mapping of sections, not list$"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
@@ -261,14 +261,14 @@ def test_load_reads_a_file(tmp_path: Path) -> None:
     assert (root.optim.lr, root.steps, root.note) == (2e-4, 7, "größer")
 
 
-def test_load_says_where_to_look(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error_that_names_the_packaged_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no configuration file at .*absent\.yaml$"):
         load(Root, tmp_path / "absent.yaml")
     with pytest.raises(ConfigError, match=r"; the packaged ones are in /there$"):
         load(Root, tmp_path / "absent.yaml", base="/there")
 
 
-def test_load_refuses_what_is_no_text(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"note: \xff\xfe")
     with pytest.raises(ConfigError, match="can't be read as UTF-8 text"):
         load(Root, tmp_path / "run.yaml")
@@ -279,13 +279,13 @@ def test_sections_are_frozen() -> None:
         Root().steps = 4
 
 
-def test_nearest() -> None:
+def test_the_nearest_name_is_suggested_or_all_are_listed() -> None:
     assert nearest("rnk", ["rank", "alpha"]) == "; did you mean 'rank'?"
     assert nearest("zzz", ["rank", "alpha"]) == "; valid are alpha, rank"
     assert nearest("zzz", []) == ""
 
 
-def test_content_hash_is_of_the_content() -> None:
+def test_the_hash_depends_on_the_content_only() -> None:
     root = Root(optim=Optim(lr=0.5))
     assert content_hash(root) == content_hash(parse(Root, {"optim": {"lr": 0.5}}))
     assert content_hash(root) == content_hash(Root(named={}, optim=Optim(lr=0.5)))
@@ -295,7 +295,7 @@ def test_content_hash_is_of_the_content() -> None:
     )
 
 
-def test_content_hash_stays_what_it_was() -> None:
+def test_the_hash_of_a_section_is_that_of_0_1_0() -> None:
     # Folder and run names hold it: a change here makes every earlier sweep unknown.
     assert content_hash(Optim()) == "cba1a58ee51f"
 
@@ -317,7 +317,7 @@ def test_the_hashes_of_configurations_are_those_of_0_1_0(name: str, sweep: str, 
     assert points(config.sweep, config.run(gpus=False))[0].key == first
 
 
-def test_how_trials_are_run_is_no_part_of_what_they_are() -> None:
+def test_how_trials_are_executed_does_not_change_their_hash() -> None:
     changes = (
         "sweep.lanes=2", "sweep.restarts=0", "sweep.hang_seconds=9", "evaluate.checkpoint_seconds=1",
     )  # fmt: skip
@@ -390,7 +390,7 @@ class LaterRoot(Root):
     limits: tuple[int, ...] = Field(default=(), json_schema_extra={SINCE: "0.2"})
 
 
-def test_a_field_that_came_later_counts_where_it_is_set() -> None:
+def test_a_later_field_is_hashed_only_if_it_is_set() -> None:
     assert content_hash(LaterRoot()) == content_hash(Root())
     given = {"optim": {"lr": 0.5}, "named": {"a": {"lr": 2.0}}}
     assert content_hash(parse(LaterRoot, given)) == content_hash(parse(Root, given))

@@ -1,4 +1,4 @@
-"""The tree in the module's docstring is the tree of the classes; errors cross process boundaries."""
+"""The tree in the docstring of the module is that of the classes, and errors can be pickled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLASSES = {
 
 
 def drawn() -> dict[str, str]:
-    """Read child → parent off the docstring: `x` hangs below the root, `+` below the last `x`."""
+    """Return child → parent as the docstring has it: `x` is below the root, `+` below the last `x`."""
     parents: dict[str, str] = {}
     above = ""
     for line in (errors.__doc__ or "").splitlines():
@@ -36,7 +36,7 @@ def test_the_drawn_tree_is_the_class_tree() -> None:
     assert drawn() == actual
 
 
-def test_all_are_exported_documented_and_ours() -> None:
+def test_all_errors_are_exported_and_documented() -> None:
     assert sorted(CLASSES) == sorted(errors.__all__)
     for name, cls in CLASSES.items():
         assert issubclass(cls, RayftError)
@@ -58,7 +58,7 @@ def test_request_errors_keep_their_param_and_status(cls: type[RequestError], par
     assert (str(again), again.param, again.status) == ("no such model", param, cls.status)
 
 
-def test_statuses() -> None:
+def test_each_request_error_has_its_status() -> None:
     assert (RequestError.status, UnknownModelError.status, BadRequestError.status) == (500, 404, 400)
     assert UnknownModelError.code == "model_not_found"
     assert BadRequestError.code == "invalid_request_error"

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locks, and full disks."""
+"""Atomic writes, locks, and errors of full disks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FULL = (
 
 
 @pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
-def test_a_full_disk_is_known_whoever_says_so(error: Exception, tmp_path: Path) -> None:
+def test_every_librarys_error_of_a_full_disk_is_recognised(error: Exception, tmp_path: Path) -> None:
     outer = RuntimeError("can't save")
     outer.__cause__ = error
     assert disk_full(error)
@@ -52,7 +52,7 @@ def test_a_full_disk_is_known_whoever_says_so(error: Exception, tmp_path: Path) 
         raise outer
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_are_not_changed(tmp_path: Path) -> None:
     with pytest.raises(PermissionError), room_on(tmp_path):
         raise PermissionError(errno.EACCES, "Permission denied")
 

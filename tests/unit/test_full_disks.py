@@ -1,4 +1,4 @@
-"""Disks that are really full, and what each library that rayft writes with says of them."""
+"""Disks that are really full, and the error of each library that rayft writes with."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ WRITERS = [
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
-def test_whoever_writes_the_error_names_the_disk(disk: Disk, write: Callable[[Path], None]) -> None:
+def test_every_writer_raises_an_error_that_names_the_full_disk(
+    disk: Disk, write: Callable[[Path], None]
+) -> None:
     disk.resize(64 * PAGE)
     with (
         pytest.raises(
@@ -114,7 +116,7 @@ def test_the_disk_that_is_full_is_named_among_several(disk: Disk, tmp_path: Path
         by_safetensors(disk.folder)
 
 
-def test_files_without_number(disk: Disk) -> None:
+def test_a_disk_without_free_inodes_is_an_error_that_says_so(disk: Disk) -> None:
     disk.hold_files(0)
     with pytest.raises(
         DiskFullError, match=r"can't hold more files \(no inodes are free, 1 bytes needed, .* are\)"
@@ -133,7 +135,7 @@ def test_a_full_disk_is_not_taken_for_a_wrong_path(disk: Disk) -> None:
         check_file(disk.folder, "output")
 
 
-def test_what_is_replaced_stays_until_the_new_is_whole(disk: Disk) -> None:
+def test_a_file_is_kept_until_the_new_one_is_complete(disk: Disk) -> None:
     path = write_file(disk.folder / "a", CONTENT)
     disk.leave(2**19)
     with pytest.raises(DiskFullError, match=r"1.0 MiB needed, 512.0 KiB free"):

@@ -1,4 +1,4 @@
-"""What is said of two identities that differ."""
+"""The differences of two identities, as sentences."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def now(**changes: object) -> Identity:
         (
             {"data": "x", "rayft": "0.3.0", "parts": {}},
             "the data has changed: /data/questions.jsonl had the digest d, now x (or rayft reads it "
-            "otherwise now: that was 0.2.0, this is 0.3.0)",
+            "differently now: that was 0.2.0, this is 0.3.0)",
         ),
         (
             {
@@ -45,23 +45,23 @@ def now(**changes: object) -> Identity:
         ({"start": "x"}, "/adapters/one has changed (content s, now x)"),
     ],
 )
-def test_a_difference_is_named(changes: dict[str, object], said: str) -> None:
+def test_a_difference_is_described(changes: dict[str, object], said: str) -> None:
     assert BEFORE.differences(now(**changes)) == [said]
     assert BEFORE.brief.differences(now(**changes))
 
 
-def test_all_differences_are_named() -> None:
+def test_all_differences_are_described() -> None:
     assert len(BEFORE.differences(now(config="x", data="x", base="x", start="x"))) == 4
 
 
-def test_what_is_unknown_or_no_part_of_it_is_no_difference() -> None:
+def test_unknown_fields_and_names_are_not_compared() -> None:
     assert BEFORE.differences(now(rayft="9", parts={}, files={})) == []
     assert BEFORE.differences(UNKNOWN) == UNKNOWN.differences(BEFORE) == []
     assert BEFORE.of_data().differences(now(base="x", fingerprint="x", config="x")) == []
     assert BEFORE.of_data().differences(now(data="x")) != []
 
 
-def test_keys_are_of_data_and_base() -> None:
+def test_keys_depend_on_data_and_base_only() -> None:
     assert BEFORE.inputs == now(config="x", start="x", fingerprint="x").inputs
     assert (
         len({BEFORE.inputs, now(data="x").inputs, now(base="x").inputs, now(data="db", base="").inputs}) == 4

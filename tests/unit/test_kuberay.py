@@ -1,4 +1,4 @@
-"""The manifests in clusters/kuberay have the fields of KubeRay's API, and pods that Kubernetes takes.
+"""The manifests in clusters/kuberay have fields of KubeRay's API, and pods that Kubernetes accepts.
 
 KubeRay's custom resource definitions are a megabyte that is made from its API types. The schema here has the
 fields of those types that a job or a service can set (apis/ray/v1 of KubeRay 1.5), without the pods: these
@@ -77,7 +77,7 @@ SPECS = {
 
 
 def check(manifest: Mapping[str, Any]) -> None:
-    """Raise for a field that KubeRay or Kubernetes does not know."""
+    """Raise an error for a field that KubeRay or Kubernetes does not know."""
     schema = fields(
         ("apiVersion", "kind", "metadata", "spec"),
         apiVersion={"const": "ray.io/v1"}, kind=TEXT, metadata=ANY, spec=SPECS[manifest["kind"]],
@@ -117,19 +117,19 @@ def test_a_misspelt_field_is_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_it_runs_the_ray_that_is_tested(name: str) -> None:
+def test_it_uses_the_version_of_ray_that_is_tested(name: str) -> None:
     assert cluster(MANIFESTS[name])["rayVersion"] == ray.__version__
     assert f"FROM rayproject/ray:{ray.__version__}-py311-gpu" in (FOLDER / "Dockerfile").read_text()
     assert cluster(MANIFESTS[name])["authOptions"] == {"mode": "token"}
 
 
-def test_the_job_runs_a_script_that_is_there() -> None:
+def test_the_job_runs_a_script_that_exists() -> None:
     words = MANIFESTS["rayjob"]["spec"]["entrypoint"].split()
     assert words[0] == "python"
     assert (ROOT / words[1]).is_file()
 
 
-def test_the_service_is_one_that_rayft_serves() -> None:
+def test_the_service_serves_an_application_of_rayft() -> None:
     deployed = ServeDeploySchema.model_validate(
         yaml.safe_load(MANIFESTS["rayservice"]["spec"]["serveConfigV2"])
     )

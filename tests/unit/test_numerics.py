@@ -1,4 +1,4 @@
-"""The tolerance rule allows what rounding explains and nothing more; seeds are the same everywhere."""
+"""The tolerance rule accepts errors of rounding and no others; seeds are the same on all machines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rayft.numerics import (
 ALL = list(DTYPES.values())
 
 
-def test_the_rule_is_what_its_docstring_says() -> None:
+def test_the_tolerance_is_that_of_its_docstring() -> None:
     eps = torch.finfo(torch.float32).eps
     assert tolerance(torch.float32, 100, depth=3) == 2 * 3 * eps + 4 * 10 * eps
     half = torch.finfo(torch.bfloat16).eps
@@ -33,14 +33,14 @@ def test_the_rule_is_what_its_docstring_says() -> None:
 
 
 @pytest.mark.parametrize("dtype", ALL)
-def test_it_grows_with_length_and_depth(dtype: torch.dtype) -> None:
+def test_the_tolerance_grows_with_length_and_depth(dtype: torch.dtype) -> None:
     assert tolerance(dtype, 4) < tolerance(dtype, 400)
     assert tolerance(dtype, 4, depth=1) < tolerance(dtype, 4, depth=2)
 
 
 @pytest.mark.parametrize("dtype", ALL)
 @pytest.mark.parametrize("length", [1, 7, 64, 1000])
-def test_rounding_stays_within_it(dtype: torch.dtype, length: int) -> None:
+def test_errors_of_rounding_stay_within_the_tolerance(dtype: torch.dtype, length: int) -> None:
     random_numbers = generator("tolerance", length)
     left = torch.empty(9, length, dtype=dtype).normal_(generator=random_numbers)
     right = torch.empty(length, 9, dtype=dtype).normal_(generator=random_numbers)
@@ -48,7 +48,7 @@ def test_rounding_stays_within_it(dtype: torch.dtype, length: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ALL)
-def test_a_wrong_term_does_not(dtype: torch.dtype) -> None:
+def test_a_wrong_term_exceeds_the_tolerance(dtype: torch.dtype) -> None:
     random_numbers = generator("wrong")
     left = torch.empty(9, 16, dtype=dtype).normal_(generator=random_numbers)
     right = torch.empty(16, 9, dtype=dtype).normal_(generator=random_numbers)

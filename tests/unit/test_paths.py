@@ -1,4 +1,4 @@
-"""Paths that users set: what is refused as text, and what is found by writing."""
+"""Paths that users set: texts that no path can have, and places that can't be written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rayft.paths import check_file, check_folder, check_text, home, read_path
         ("~rayft-nobody/runs", "a user who has none"),
     ],
 )
-def test_what_is_no_path(text: str, problem: str) -> None:
+def test_a_text_that_no_path_can_have_is_an_error(text: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         check_text(text)
     with pytest.raises(ConfigError, match=f"^--out .*{problem}"):
@@ -36,7 +36,7 @@ def test_what_is_no_path(text: str, problem: str) -> None:
 @pytest.mark.parametrize(
     "text", ["runs", "a" * 255, "ü" * 127, "s3://bucket/" + "a" * 300, "models:/a@b", "~"]
 )
-def test_what_is_one_stays_as_it_is(text: str) -> None:
+def test_the_text_of_a_path_is_returned_unchanged(text: str) -> None:
     assert check_text(text) == text
 
 
@@ -46,13 +46,13 @@ def test_the_encoding_of_a_locale_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         check_text("\udcc3\udca9")
 
 
-def test_home_is_where_a_tilde_leads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tilde_is_replaced_by_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read_path("~/runs", "output") == tmp_path / "runs"
     assert home("RAYFT_CACHE") == tmp_path
 
 
-def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_home_folder_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME")
     # A container's arbitrary user id has no entry in the list of users.
     monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)
@@ -60,13 +60,13 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
         home("RAYFT_CACHE")
 
 
-def test_a_loop_of_links(tmp_path: Path) -> None:
+def test_a_loop_of_links_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(ConfigError, match="leads back to itself"):
         read_path(tmp_path / "loop", "--out")
 
 
-def test_a_folder_that_can_be_made_is_not_left_behind(tmp_path: Path) -> None:
+def test_checking_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
     check_folder(tmp_path / "not" / "yet", "--out")
     (tmp_path / "there").mkdir()
     check_folder(tmp_path / "there", "--out")
@@ -74,7 +74,7 @@ def test_a_folder_that_can_be_made_is_not_left_behind(tmp_path: Path) -> None:
 
 
 def bad_folder(name: str, folder: Path) -> Path:
-    """Make a place that can't be a folder, for root neither."""
+    """Create a place that can't become a folder, not even for root."""
     (folder / "file").write_text("mine", encoding="utf-8")
     (folder / "dangling").symlink_to("nowhere")
     (folder / "loop").symlink_to("loop")
@@ -92,7 +92,7 @@ PLACES = ["below a file", "a file", "a dangling link", "a loop", "no real file s
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_a_folder_that_cannot_be_made(tmp_path: Path, name: str) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error_that_names_the_reason(tmp_path: Path, name: str) -> None:
     place = bad_folder(name, tmp_path)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ResourceError, match=r"can't write to .*; set --out to a folder that can be written"):
@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, name: str) -> None:
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
-def test_a_file_that_can_be_written(tmp_path: Path) -> None:
+def test_a_file_that_can_be_written_passes_unchanged(tmp_path: Path) -> None:
     check_file(tmp_path / "not" / "yet.html", "--output")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "there.html").write_text("mine", encoding="utf-8")
@@ -118,7 +118,9 @@ def test_a_file_that_can_be_written(tmp_path: Path) -> None:
         ("loop", "can't write to"),
     ],
 )
-def test_a_file_that_cannot(tmp_path: Path, place: str, problem: str) -> None:
+def test_a_file_that_cannot_be_written_is_an_error_that_names_the_reason(
+    tmp_path: Path, place: str, problem: str
+) -> None:
     bad_folder("a file", tmp_path)
     with pytest.raises(RayftError, match=problem):
         check_file(tmp_path / place, "--output")

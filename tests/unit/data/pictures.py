@@ -1,4 +1,4 @@
-"""Small images, written and configured, for the tests of image data."""
+"""Small images and folders of them, for the tests of image data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def noise(*seed: object, shape: tuple[int, ...] = (8, 8)) -> Bytes:
-    """Random pixels, another image for each seed."""
+    """Return random pixels that depend on the seed."""
     return np.random.default_rng(derive_seed(*seed)).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -33,7 +33,7 @@ def save(path: Path, pixels: Bytes) -> Path:
 
 
 def folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), each: int = 10) -> Path:
-    """`class/number.png`, no two images alike."""
+    """Write `class/number.png` with different images, and return the folder."""
     for name in classes:
         for number in range(each):
             save(root / name / f"{number}.png", noise(root.name, name, number))

@@ -1,4 +1,4 @@
-"""Small data, written and configured, for the tests of where data comes from."""
+"""Small data sets and their configurations, for the tests of data sources."""
 
 from __future__ import annotations
 

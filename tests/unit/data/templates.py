@@ -1,4 +1,4 @@
-"""Chat templates of the kinds that models have, as small as they can be, and tokenizers of bytes for them."""
+"""Small chat templates of the kinds that models have, and byte-level tokenizers for them."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ QWEN3 = (
     "}}\n</think>\n\n{% endif %}"
     "{{ content }}<|im_end|>\n{% endif %}{% endfor %}" + ASK
 )
-"""Writes a think block, empty without reasoning, before the last answer alone."""
+"""Writes a think block before the last answer only; it is empty if there is no reasoning."""
 R1 = (
     "{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}{% else %}<|Assistant|>"
     "{{ m.content.split('</think>')[-1].lstrip('\n') }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|Assistant|><think>\n{% endif %}"
 )
-"""Asks with an open think block, and writes answers without any."""
+"""Opens a think block in the prompt, and writes answers without one."""
 THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}").replace(
     "\n{{ m.content }}",
     "\n{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ "
     "m.content }}",
 )
-"""Asks with an open think block, and writes answers with one."""
+"""Opens a think block in the prompt, and writes answers with one."""
 NO_THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n{% endif %}")
-"""Asks with a closed think block, and writes answers without any."""
+"""Writes a closed think block in the prompt, and answers without one."""
 PHI3 = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
 )
-"""Ends each turn with a token of its own, and the conversation with the end of sequence."""
+"""Ends each turn with one token, and the conversation with the end of sequence."""
 LLAMA2 = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content "
     "}} "
@@ -59,12 +59,12 @@ TEXT_END = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }} [END]\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-"""Ends a turn with a text that is no token."""
+"""Ends a turn with a text that is not a single token."""
 ENDLESS = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-"""Writes nothing that could end an answer."""
+"""Writes nothing after an answer that could end it."""
 TOOLS = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor "
     "%}<|im_end|>\n{% endif %}"
@@ -74,7 +74,7 @@ TOOLS = (
     "%}"
     "<|im_end|>\n{% endfor %}" + ASK
 )
-"""Writes tools and calls of them."""
+"""Writes tools and tool calls."""
 
 SPECIAL = (
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|User|>", "<|Assistant|>", "<|user|>", "<|assistant|>",
@@ -85,7 +85,7 @@ SPECIAL = (
 def chat_tokenizer(
     template: str | None, *, eos: str = "<|endoftext|>", plain: tuple[str, ...] = ("<think>", "</think>")
 ) -> PreTrainedTokenizerBase:
-    """Make a tokenizer of bytes and the special tokens of all templates here.
+    """Return a byte-level tokenizer with the special tokens of all templates of this module.
 
     Args:
         template: the chat template.

@@ -15,7 +15,7 @@ from tests.unit.data.templates import chat_tokenizer
 
 
 def talk(*contents: str, **last: str) -> Example:
-    """Make a conversation in which user and assistant take turns; `last` is beside the last answer."""
+    """Return a conversation of alternating turns; `last` has extra keys of the last answer."""
     roles = itertools.cycle(("user", "assistant"))
     turns = [Message(role, content) for role, content in zip(roles, contents, strict=False)]
     turns[-1] = Message("assistant", contents[-1], extras=last)
@@ -23,7 +23,7 @@ def talk(*contents: str, **last: str) -> Example:
 
 
 def sequences(tokenizer, example: Example) -> list[tuple[str, str]]:
-    """Encode an example: of each sequence what it reads and what of it is learnt."""
+    """Encode an example, and return the text of each `Encoded` and the learnt part of it."""
     return [
         (
             tokenizer.decode(item.input_ids),
@@ -44,11 +44,11 @@ ONE_TURN = {
     "harmony": (templates.HARMONY, "<|channel|>final<|message|>5<|return|>", "<|return|>"),
     "text_end": (templates.TEXT_END, " 5 [END]", " [END]"),
 }
-"""Name → template, what is learnt of the answer 5, and what ends it."""
+"""Name → template, the learnt text of the answer 5, and the end of it."""
 
 
 @pytest.mark.parametrize("name", ONE_TURN)
-def test_what_is_learnt_is_what_the_prompt_asks_for(name):
+def test_the_learnt_text_follows_the_prompt_that_a_model_gets(name):
     template, learnt, end = ONE_TURN[name]
     tokenizer, example = chat_tokenizer(template), talk("2+3?", "5")
     [(whole, answer)] = sequences(tokenizer, example)
@@ -59,7 +59,7 @@ def test_what_is_learnt_is_what_the_prompt_asks_for(name):
 
 
 @pytest.mark.parametrize("name", ONE_TURN)
-def test_a_model_that_writes_what_it_learnt_has_given_the_answer(name):
+def test_the_learnt_text_is_parsed_as_the_answer(name):
     template, learnt, end = ONE_TURN[name]
     tokenizer, example = chat_tokenizer(template), talk("2+3?", "5")
     chat_format = ChatFormat.of(tokenizer)
@@ -75,7 +75,7 @@ def test_a_model_that_writes_what_it_learnt_has_given_the_answer(name):
     assert end.strip() in [*tokenizer.convert_ids_to_tokens(sorted(chat_format.end_ids)), "[END]"]
 
 
-def test_the_tokens_beside_an_answer_are_counted():
+def test_the_tokens_around_an_answer_are_counted():
     assert ChatFormat.of(chat_tokenizer(templates.CHATML)).overhead == 0
     assert ChatFormat.of(chat_tokenizer(templates.QWEN3)).overhead == len(
         ("<think>", *"\n\n", "</think>", *"\n\n")
@@ -86,7 +86,7 @@ def test_the_tokens_beside_an_answer_are_counted():
     )
 
 
-def test_a_template_that_ends_nothing_is_a_problem():
+def test_a_template_that_does_not_end_answers_is_a_problem():
     chat_format = ChatFormat.of(chat_tokenizer(templates.ENDLESS))
     assert "writes nothing after an answer that could end it" in chat_format.problem
     assert "can't lay out" in ChatFormat.of(chat_tokenizer("{{ raise_exception('never') }}")).problem
@@ -132,7 +132,7 @@ def test_an_answer_that_a_template_changes_is_refused():
         encode_all([talk("2+3?", "five")], tokenizer, 1000)
 
 
-def test_earlier_answers_that_are_laid_out_anew_get_a_sequence_of_their_own():
+def test_earlier_answers_that_a_template_renders_differently_are_encoded_apart():
     found = sequences(chat_tokenizer(templates.QWEN3), talk("a?", "one", "b?", "two"))
     block, ask = "<think>\n\n</think>\n\n", "<|im_start|>assistant\n"
     assert found == [
@@ -203,7 +203,7 @@ def test_earlier_answers_that_are_laid_out_anew_get_a_sequence_of_their_own():
     ]
 
 
-def test_all_answers_share_a_sequence_where_the_template_keeps_them():
+def test_all_answers_are_encoded_together_if_the_template_keeps_them():
     for template, learnt in (
         (templates.CHATML, "one<|im_end|>two<|im_end|>"),
         (templates.PHI3, "one<|end|>two<|end|>"),
@@ -246,7 +246,7 @@ PARSED = [
 
 @pytest.mark.parametrize(("text", "in_block", "content", "reasoning"), PARSED)
 @pytest.mark.parametrize("step", [1, 2, 3, 7, math.inf])
-def test_a_text_is_taken_apart_the_same_way_however_it_comes(text, in_block, content, reasoning, step):
+def test_a_streamed_text_is_parsed_as_the_whole_text(text, in_block, content, reasoning, step):
     chat_format = ChatFormat.of(chat_tokenizer(templates.QWEN3))
     assert chat_format.parse(text, in_block=in_block) == Answer(content, reasoning)
     parser, size = AnswerParser(chat_format, in_block=in_block), int(min(step, max(1, len(text))))
@@ -258,7 +258,7 @@ def test_a_text_is_taken_apart_the_same_way_however_it_comes(text, in_block, con
     )
 
 
-def test_text_is_given_as_soon_as_it_is_certain():
+def test_text_is_returned_as_soon_as_it_is_certain():
     parser = AnswerParser(ChatFormat.of(chat_tokenizer(templates.QWEN3)))
     given = [
         parser.push(piece)

@@ -1,4 +1,4 @@
-"""Files of each kind and format, and what is wrong with them."""
+"""Files of each kind and format, and the errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rayft.errors import DataError
 from tests.unit.data.small_data import config, lines, pairs
 
 
-def test_the_three_kinds_of_file_say_the_same(tmp_path):
+def test_the_three_kinds_of_file_are_read_as_the_same_examples(tmp_path):
     import datasets
 
     rows = [
@@ -31,7 +31,7 @@ def test_the_three_kinds_of_file_say_the_same(tmp_path):
     assert {example.answer for example in train} <= {"007", "NA", "2024-01-01", "true", "1e3"}
 
 
-def test_formats_are_told_by_their_columns(tmp_path):
+def test_formats_are_found_by_their_columns(tmp_path):
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     kinds = {
         "messages": [{"messages": [{**turns[0], "content": f"{n}"}, turns[1]]} for n in range(10)],
@@ -47,7 +47,7 @@ def test_formats_are_told_by_their_columns(tmp_path):
     assert found["text"].train[0].label is None
 
 
-def test_columns_may_be_called_otherwise(tmp_path):
+def test_columns_may_have_other_names(tmp_path):
     rows = [{"q": f"q{number}", "a": "x"} for number in range(10)]
     path = lines(tmp_path / "a.jsonl", rows)
     assert read(config(name=path, columns={"prompt": "q", "completion": "a"})).train[0].answer == "x"
@@ -93,7 +93,7 @@ GOOD = pairs(0, 5)
         ([1, 2], "auto", "line 1 is no object"),
     ],
 )
-def test_wrong_rows_are_named(tmp_path, rows, form, match):
+def test_a_wrong_row_is_an_error_that_names_it(tmp_path, rows, form, match):
     with pytest.raises(DataError, match=match):
         read(config(name=lines(tmp_path / "a.jsonl", rows), format=form))
 
@@ -122,7 +122,7 @@ def test_wrong_rows_are_named(tmp_path, rows, form, match):
         ("a.parquet", "parquet", "no parquet", "is not a readable Parquet file"),
     ],
 )
-def test_wrong_files(tmp_path, name, kind, content, match):
+def test_a_wrong_file_is_an_error_that_names_it(tmp_path, name, kind, content, match):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=match):
@@ -154,7 +154,7 @@ def test_a_folder_and_a_file_of_bytes_are_refused(tmp_path):
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
 
-def test_half_an_emoji_is_named_with_its_place(tmp_path):
+def test_half_an_emoji_is_an_error_that_names_its_place(tmp_path):
     path = tmp_path / "half_emoji.jsonl"
     path.write_text('{"prompt": "a \\ud83d b", "completion": "x"}\n{"prompt": "c", "completion": "y"}\n')
     with pytest.raises(DataError) as raised:
@@ -195,7 +195,7 @@ def test_half_an_emoji_is_named_with_its_place(tmp_path):
             {**CHAT, "tools": r'[{"description": "\ud83d"}]'},
             r"line 1, tools: at \[0\]\.description, character 1 is .*U\+D83D",
         ),
-        ({**CHAT, "tools": '[{"name": "a", "name": "b"}]'}, r"line 1, tools: .*the key 'name' stands twice"),
+        ({**CHAT, "tools": '[{"name": "a", "name": "b"}]'}, r"line 1, tools: .*the key 'name' occurs twice"),
         (
             {"messages": [{"role": "user", "content": float("nan")}]},
             r"column 'messages': at \[0\]\.content, nan is no number of JSON",
@@ -203,13 +203,13 @@ def test_half_an_emoji_is_named_with_its_place(tmp_path):
         ({"text": eval("[" * 150 + "]" * 150)}, r"column 'text': the value is nested more than 100 deep"),  # noqa: S307
     ],
 )
-def test_what_no_later_step_can_read_is_named(tmp_path, row, match):
+def test_a_value_that_no_later_step_can_read_is_an_error_that_names_it(tmp_path, row, match):
     with pytest.raises(DataError, match=match) as raised:
         read(config(name=lines(tmp_path / "a.jsonl", [row] * 10)))
     str(raised.value).encode()
 
 
-def test_whole_characters_and_columns_that_are_not_read_may_be_anything(tmp_path):
+def test_columns_that_are_not_read_may_have_any_value(tmp_path):
     rows = [
         {"prompt": f"\U0001f600 {n}", "completion": "a\0b", "note": ["\ud83d"], "score": float("nan")}
         for n in range(10)
@@ -222,10 +222,10 @@ def test_whole_characters_and_columns_that_are_not_read_may_be_anything(tmp_path
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "the key 'prompt' stands twice in one object"),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', "the key 'prompt' occurs twice in one object"),
         (
             '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
-            "the key 'content' stands twice in one object",
+            "the key 'content' occurs twice in one object",
         ),
         ('{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "is nested too deeply to be read"),
         ('{"prompt": ' + "1" * 5000 + "}", r"can't be read: Exceeds the limit \(4300 digits\)"),
@@ -233,7 +233,7 @@ def test_whole_characters_and_columns_that_are_not_read_may_be_anything(tmp_path
         ('{"prompt": "a" "completion": "b"}', "is not JSON .Expecting ',' delimiter, character 16"),
     ],
 )
-def test_lines_that_are_no_plain_object_are_named(tmp_path, line, match):
+def test_a_line_that_is_not_a_plain_object_is_an_error_that_names_it(tmp_path, line, match):
     path = lines(tmp_path / "a.jsonl", pairs(0, 5))
     with (tmp_path / "a.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")
@@ -243,7 +243,7 @@ def test_lines_that_are_no_plain_object_are_named(tmp_path, line, match):
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_other_encodings_are_named(tmp_path, kind, encoding):
+def test_another_encoding_is_an_error_that_names_it(tmp_path, kind, encoding):
     text = {"jsonl": '{"prompt": "a", "completion": "b"}\n', "csv": "prompt,completion\na,b\n"}[kind]
     (tmp_path / f"a.{kind}").write_text(text * 20, encoding=encoding)
     with pytest.raises(DataError, match=rf"a\.{kind} is {encoding.upper()}, not UTF-8; convert it"):
@@ -251,7 +251,7 @@ def test_other_encodings_are_named(tmp_path, kind, encoding):
 
 
 @pytest.mark.parametrize(("kind", "line"), [("jsonl", 4001), ("csv", 4002)])
-def test_the_line_that_is_not_utf8_is_named(tmp_path, kind, line):
+def test_a_line_that_is_not_utf8_is_an_error_that_names_it(tmp_path, kind, line):
     rows = {"jsonl": '{"prompt": "a", "completion": "b"}\n', "csv": "a,b\n"}[kind] * 4000
     path = tmp_path / f"a.{kind}"
     path.write_text(("prompt,completion\n" if kind == "csv" else "") + rows)
@@ -262,7 +262,7 @@ def test_the_line_that_is_not_utf8_is_named(tmp_path, kind, line):
 
 
 @pytest.mark.parametrize("column", ["prompt", "note"])
-def test_text_of_a_parquet_file_that_is_not_utf8_is_named(tmp_path, column):
+def test_text_of_a_parquet_file_that_is_not_utf8_is_an_error_that_names_it(tmp_path, column):
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -274,7 +274,7 @@ def test_text_of_a_parquet_file_that_is_not_utf8_is_named(tmp_path, column):
         read(config(source="parquet", name=str(tmp_path / "a.parquet")))
 
 
-def test_a_path_of_an_image_with_a_nul_is_named(tmp_path):
+def test_a_path_of_an_image_with_a_nul_is_an_error_that_names_it(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""Folders of images: which layouts there are, and what is wrong with the others."""
+"""Folders of images: the layouts that are read, and the errors for others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_folder_of_classes_is_split(tmp_path):
     assert parts.scorer.score(parts.train[0], parts.train[0].answer) == 1
 
 
-def test_the_order_is_a_function_of_the_content_and_the_seed(tmp_path):
+def test_the_order_depends_only_on_the_content_and_the_seed(tmp_path):
     root = folder(tmp_path / "pets")
     (tmp_path / "elsewhere").mkdir()
     moved = root.rename(tmp_path / "elsewhere" / "pets")
@@ -43,7 +43,7 @@ def test_the_order_is_a_function_of_the_content_and_the_seed(tmp_path):
     assert read(images(root)).digest != first.digest
 
 
-def test_an_image_that_is_replaced_after_it_was_read_is_named(tmp_path):
+def test_an_image_that_is_replaced_after_it_was_read_is_an_error(tmp_path):
     image = read(images(folder(tmp_path / "pets"))).train[0].image
     assert image.read() == Path(image.name).read_bytes()
     save(Path(image.name), noise("another"))
@@ -73,11 +73,11 @@ def test_folders_of_parts_are_found(tmp_path, train, val, test):
     assert [len(part) for part in (parts.train, parts.val, parts.test)] == [10, 2, 6]
 
 
-def test_a_class_may_be_called_as_a_part_is_where_the_configuration_or_a_folder_says_so(tmp_path):
+def test_a_class_may_have_the_name_of_a_part_if_the_parts_are_configured_or_in_folders(tmp_path):
     root = folder(tmp_path / "odd [names] *", classes=("train", "bus", "test"))
     with pytest.raises(DataError) as error:
         read(images(root))
-    assert "called as parts are (test, train) beside others (bus)" in str(error.value)
+    assert "with the names of parts (test, train) beside others (bus)" in str(error.value)
     assert f"write data.files: {{train: {root}}} instead of data.name, or move all" in str(error.value)
     named = read(config(source="image_folder", files={"train": str(root)}))
     assert named.labels == ("bus", "test", "train")
@@ -86,7 +86,7 @@ def test_a_class_may_be_called_as_a_part_is_where_the_configuration_or_a_folder_
     assert read(images(tmp_path / "moved")).digest == named.digest
 
 
-def test_a_folder_that_is_no_part_beside_those_that_are(tmp_path):
+def test_a_folder_beside_those_of_parts_is_an_error(tmp_path):
     for part in ("train", "test", "holdout"):
         folder(tmp_path / part, each=3)
     with pytest.raises(
@@ -99,7 +99,7 @@ def test_a_folder_that_is_no_part_beside_those_that_are(tmp_path):
     assert [len(part) for part in (parts.train, parts.val, parts.test)] == [6, 6, 6]
 
 
-def test_parts_without_train(tmp_path):
+def test_folders_of_parts_without_train_are_an_error(tmp_path):
     for part in ("val", "test"):
         folder(tmp_path / part, each=3)
     with pytest.raises(DataError, match=r"\(test, val\), and none for train"):
@@ -131,7 +131,7 @@ def test_a_class_may_have_any_name_but_a_hidden_one(tmp_path):
     assert read(images(root)).labels == ("__x__", "cat")
 
 
-def test_a_class_folder_without_an_image(tmp_path):
+def test_a_class_folder_without_an_image_is_an_error(tmp_path):
     root = folder(tmp_path / "pets")
     for name in ("wolf", "__pycache__", ".hidden"):
         (root / name).mkdir()
@@ -150,7 +150,7 @@ def test_an_archive_is_refused(tmp_path, place):
         read(images(root))
 
 
-def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     root = folder(tmp_path / "pets")
     scan = os.scandir
 
@@ -199,7 +199,7 @@ def test_parts_pickle_and_hold_no_pixels(tmp_path):
     assert again.train[0].image.read().startswith(b"\x89PNG")
 
 
-def test_a_folder_without_images(tmp_path):
+def test_a_folder_without_images_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"no folder at .*nowhere"):
         read(images(tmp_path / "nowhere"))
     (tmp_path / "cat").mkdir()
@@ -208,26 +208,26 @@ def test_a_folder_without_images(tmp_path):
         read(images(tmp_path))
 
 
-def test_one_class_only(tmp_path):
+def test_a_single_class_is_an_error(tmp_path):
     with pytest.raises(DataError, match="all train examples are of one class, 'cat'"):
         read(images(folder(tmp_path / "pets", classes=("cat",))))
 
 
-def test_an_image_in_no_class(tmp_path):
+def test_an_image_outside_of_a_class_folder_is_an_error(tmp_path):
     root = folder(tmp_path / "pets")
     save(root / "loose.png", noise("loose"))
     with pytest.raises(DataError, match=r"loose\.png is in no class folder"):
         read(images(root))
 
 
-def test_a_class_that_train_has_not(tmp_path):
+def test_a_class_that_train_lacks_is_an_error(tmp_path):
     folder(tmp_path / "train")
     folder(tmp_path / "test", classes=("cat", "wolf"))
     with pytest.raises(DataError, match="test has classes that train has not: wolf"):
         read(images(tmp_path))
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path):
+def test_a_file_that_is_not_an_image_is_an_error_that_names_it(tmp_path):
     root = folder(tmp_path / "pets")
     (root / "dog" / "broken.png").write_bytes(b"no image")
     with pytest.raises(
@@ -236,7 +236,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
         read(images(root))
 
 
-def test_two_folders_for_one_part(tmp_path):
+def test_two_folders_for_one_part_are_an_error(tmp_path):
     for part in ("train", "val", "Dev"):
         folder(tmp_path / part, each=2)
     with pytest.raises(DataError, match="has Dev and val for the same part, val: keep one"):

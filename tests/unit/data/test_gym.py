@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym: parts without a common question, and what is refused."""
+"""Tasks of reasoning-gym: parts share no question, and wrong tasks are errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_parts_of_a_task_share_no_question_and_no_index(name, params):
     assert max(ranges[0]) < min(ranges[1]) <= max(ranges[1]) < min(ranges[2])
 
 
-def test_repeated_questions_are_passed_over_and_counted():
+def test_repeated_questions_are_skipped_and_counted():
     params = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     parts = read(task("chain_sum", params, (40, 10, 10)))
     assert parts.digest == "b60b1f4b13b9bdbc", "which the first version gave"
@@ -41,8 +41,8 @@ def test_repeated_questions_are_passed_over_and_counted():
     last = max(example.entry["metadata"]["source_index"] for example in parts.train)
     assert again.rows == last + 1 - 60
     assert again.text.startswith(
-        f"reasoning-gym's chain_sum: {again.rows} of {last + 1} items that were drawn repeat a question, as "
-        "few different ones do by chance; others took their place (the first is '"
+        f"reasoning-gym's chain_sum: {again.rows} of {last + 1} drawn items repeated a question, since the "
+        "task has few different ones; other items replaced them (the first is '"
     )
     assert read(task("needle_haystack")).dropped == ()
 
@@ -55,7 +55,7 @@ def test_a_task_that_is_too_small_says_how_many_questions_it_has():
         read(task("chain_sum", small, (400, 10, 10)))
 
 
-def test_reading_twice_gives_the_same_and_pickles():
+def test_reading_twice_returns_equal_parts_that_can_be_pickled():
     first, second = read(task("needle_haystack")), read(task("needle_haystack"))
     assert first == second
     assert first.digest == second.digest
@@ -65,12 +65,12 @@ def test_reading_twice_gives_the_same_and_pickles():
     assert other.digest != first.digest
 
 
-def test_more_train_leaves_val_and_test_as_they_were():
+def test_a_larger_train_part_does_not_change_val_and_test():
     few, many = read(task("needle_haystack")), read(task("needle_haystack", sizes=(60, 10, 10)))
     assert (few.test, few.val) == (many.test, many.val)
 
 
-def test_reading_leaves_the_global_generators_alone():
+def test_reading_does_not_change_the_global_generators():
     import random
 
     import numpy as np
@@ -99,12 +99,12 @@ def test_reading_leaves_the_global_generators_alone():
         ("rubiks_cube", {}, "has no reference answer"),
     ],
 )
-def test_wrong_tasks(name, params, match):
+def test_a_wrong_task_is_an_error_that_names_the_problem(name, params, match):
     with pytest.raises(DataError, match=match):
         read(task(name, params))
 
 
-def test_items_are_drawn_up_to_the_stated_multiple(monkeypatch):
+def test_items_are_drawn_up_to_the_documented_multiple(monkeypatch):
     drawn = []
 
     class Constant:

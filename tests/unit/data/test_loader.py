@@ -18,7 +18,7 @@ def examples_of(rows: list[PackedRow]) -> list[Encoded]:
     return [example for row in rows for example in row.examples]
 
 
-def test_every_epoch_holds_every_example_once():
+def test_every_epoch_has_every_example_once():
     encoded = made(40)
     schedule = Schedule(encoded, 16, 1, seed=0)
     seen: list[Encoded] = []
@@ -30,7 +30,7 @@ def test_every_epoch_holds_every_example_once():
     assert seen[:40] != seen[40:]
 
 
-def test_a_resumed_run_sees_what_it_would_have_seen():
+def test_a_resumed_run_gets_the_rows_of_an_uninterrupted_run():
     straight = Schedule(made(23), 16, 4, seed=7)
     whole = [straight.rows(step) for step in range(20)]
     resumed = Schedule(made(23), 16, 4, seed=7)
@@ -52,7 +52,7 @@ def test_a_step_may_be_larger_than_an_epoch():
     assert all(Counter(row.examples) == Counter(made(3)) for row in rows)
 
 
-def test_the_seed_decides():
+def test_the_rows_depend_on_the_seed():
     assert Schedule(made(30), 16, 8, seed=1).rows(0) == Schedule(made(30), 16, 8, seed=1).rows(0)
     assert Schedule(made(30), 16, 8, seed=1).rows(0) != Schedule(made(30), 16, 8, seed=2).rows(0)
 
@@ -80,7 +80,7 @@ def test_no_examples_are_refused():
         Schedule([], 16, 4, seed=0)
 
 
-def test_labelled_examples_and_packing_off_give_a_row_each():
+def test_labelled_examples_have_a_row_each_and_so_have_all_without_packing():
     labelled = [Encoded((number, 1), (IGNORED, IGNORED), label=number % 2) for number in range(5)]
     assert all(len(row.examples) == 1 for row in Schedule(labelled, 16, 5, seed=0).rows(0))
     assert all(len(row.examples) == 1 for row in Schedule(made(9), 64, 9, seed=0, packing=False).rows(0))

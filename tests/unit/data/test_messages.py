@@ -1,4 +1,4 @@
-"""What may stand in a message, and what is made of it: nothing that was written has no effect."""
+"""The keys of messages: each has an effect, or is an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 
 
 def rows(tmp_path: Path, *given: dict[str, Any]) -> list[Example]:
-    """Read rows as train; two of another kind are val and test."""
+    """Read rows as the train part; val and test are two other rows."""
     other = [{"messages": [USER, {"role": "assistant", "content": name}]} for name in ("val", "test")]
     paths = {}
     for name, lines in (("train", given), ("val", other[:1]), ("test", other[1:])):
@@ -33,7 +33,7 @@ def rows(tmp_path: Path, *given: dict[str, Any]) -> list[Example]:
 
 
 def talk(*answers: dict[str, Any], **columns: Any) -> dict[str, Any]:
-    """Make a row in which the user asks before each answer."""
+    """Return a row in which a question of the user precedes each answer."""
     turns = []
     for number, answer in enumerate(answers):
         turns += [{"role": "user", "content": f"question {number}?"}, {"role": "assistant", **answer}]
@@ -56,18 +56,18 @@ def test_a_masked_answer_is_read_and_not_learnt(tmp_path: Path, mask: dict[str, 
     assert "WRONG-LYON" in tokenizer.decode(encode_all([example], tokenizer, 1000)[0].input_ids)
 
 
-def test_an_answer_may_be_masked_last(tmp_path: Path) -> None:
+def test_the_last_answer_may_be_masked(tmp_path: Path) -> None:
     [example] = rows(tmp_path, talk({"content": "Paris"}, {"content": "WRONG-LYON", "weight": 0}))
     assert learnt(example) == "Paris<|im_end|>"
 
 
 @pytest.mark.parametrize("mask", [{"weight": 1}, {"train": True}, {"loss_mask": 1}, {"weight": None}])
-def test_an_answer_that_is_to_be_learnt_is(tmp_path: Path, mask: dict[str, Any]) -> None:
+def test_an_unmasked_answer_is_learnt(tmp_path: Path, mask: dict[str, Any]) -> None:
     [example] = rows(tmp_path, talk({"content": "Lyon", **mask}, {"content": "Paris"}))
     assert learnt(example) == "Lyon<|im_end|>Paris<|im_end|>"
 
 
-def test_masks_tell_data_apart(tmp_path: Path) -> None:
+def test_data_with_other_masks_has_another_digest(tmp_path: Path) -> None:
     digests = set()
     for number, mask in enumerate(({}, {"weight": 0}, {"reasoning_content": "why"})):
         folder = tmp_path / str(number)
@@ -107,7 +107,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("answer", "match"), BAD, ids=[str(list(answer)) for answer, _ in BAD])
-def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, answer: dict[str, Any], match: str) -> None:
+def test_a_wrong_message_is_an_error_that_names_its_place(
+    tmp_path: Path, answer: dict[str, Any], match: str
+) -> None:
     with pytest.raises(DataError, match=rf"train\.jsonl, line 2, column 'messages': {match}|line 2, {match}"):
         rows(tmp_path, talk({"content": "fine"}), talk(answer))
 
@@ -123,7 +125,7 @@ def test_only_answers_can_be_learnt(tmp_path: Path) -> None:
     assert learnt(rows(tmp_path, row)[0]) == "a<|im_end|>"
 
 
-def test_tools_are_written_by_a_template_that_can(tmp_path: Path) -> None:
+def test_tools_are_in_the_prompt_if_the_template_writes_them(tmp_path: Path) -> None:
     answer = {"content": "Let me look.", "tool_calls": [CALL]}
     for tools in ([TOOL], json.dumps([TOOL])):
         [example] = rows(tmp_path, talk(answer, tools=tools))
@@ -138,7 +140,7 @@ def test_tools_are_written_by_a_template_that_can(tmp_path: Path) -> None:
     assert learnt(silent, templates.TOOLS) == call
 
 
-def test_tools_are_refused_by_name_where_the_template_leaves_them_out(tmp_path: Path) -> None:
+def test_tools_that_the_template_leaves_out_are_an_error_that_names_them(tmp_path: Path) -> None:
     [example] = rows(tmp_path, talk({"content": "Let me look."}, tools=[TOOL]))
     with pytest.raises(
         DataError, match="train example 1 has tools, and the model's chat template does not write it"
@@ -156,7 +158,7 @@ def test_tools_are_refused_by_name_where_the_template_leaves_them_out(tmp_path: 
         encode_all([example], tokenizer, 1000)
 
 
-def test_a_tools_answer_is_a_turn(tmp_path: Path) -> None:
+def test_the_answer_of_a_tool_is_a_turn(tmp_path: Path) -> None:
     row = talk({"content": "", "tool_calls": [CALL]}, tools=[TOOL])
     row["messages"] += [
         {"role": "tool", "content": "sunny", "tool_call_id": "1", "name": "f"},
@@ -183,5 +185,5 @@ def test_a_column_that_would_change_what_is_learnt_is_not_ignored(
     assert rows(tmp_path, talk({"content": "a"}, **{column: None}))
 
 
-def test_other_columns_may_be_there(tmp_path: Path) -> None:
+def test_other_columns_are_ignored(tmp_path: Path) -> None:
     assert len(rows(tmp_path, talk({"content": "a"}, id=7, source="hand"))) == 1

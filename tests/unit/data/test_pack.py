@@ -62,7 +62,7 @@ def separate_loss(model: LlamaForCausalLM, examples: list[Encoded]) -> torch.Ten
     return total
 
 
-def test_first_fit_in_the_given_order():
+def test_each_example_is_put_into_the_first_row_with_room():
     rows = pack(made(6, 5, 4, 3, 2), 10)
     assert [[len(example) for example in row.examples] for row in rows] == [[6, 4], [5, 3, 2]]
     assert pack([], 10) == []
@@ -73,14 +73,14 @@ def test_an_example_longer_than_a_row_is_refused():
         pack(made(3, 11), 10)
 
 
-def test_positions_and_segments_restart():
+def test_positions_and_segments_restart_in_each_example():
     row = PackedRow(tuple(made(3, 2)))
     assert row.position_ids == [0, 1, 2, 0, 1]
     assert row.segments == [0, 0, 0, 1, 1]
     assert len(row) == len(row.input_ids) == len(row.labels) == 5
 
 
-def test_the_mask_is_the_one_of_the_picture():
+def test_the_mask_is_that_of_the_drawing():
     batch = collate([PackedRow(tuple(made(3, 2))), PackedRow(tuple(made(7)))], pad_id=0)
     expected = torch.zeros(8, 8, dtype=torch.bool)
     expected[:3, :3] = torch.ones(3, 3).tril().bool()
@@ -134,7 +134,7 @@ def test_packed_loss_is_the_sum_of_the_separate_losses(model):
     assert relative_error(loss(model, both), expected) > 1e6 * allowed
 
 
-def test_padding_changes_no_loss_and_makes_no_nan(model):
+def test_padding_does_not_change_the_loss(model):
     examples = made(3, 17)
     alone = loss(model, collate([PackedRow((examples[0],))], 0)) + loss(
         model, collate([PackedRow((examples[1],))], 0)
@@ -156,6 +156,6 @@ def test_classification_is_padded_with_a_plain_mask():
         collate_classification([PackedRow(tuple(made(3)))], 0)
 
 
-def test_a_batch_moves_whole():
+def test_all_tensors_of_a_batch_are_moved():
     batch = collate([PackedRow(tuple(made(5)))], 0).to("meta")
     assert {getattr(batch, field.name).device.type for field in dataclasses.fields(batch)} == {"meta"}

@@ -1,4 +1,4 @@
-"""Images → pixels → batches, compared with arithmetic by hand."""
+"""Pixels and batches of images, compared with values computed here."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_colour_is_normalised_by_channel():
     close(encoder(3).pixels(image(pixels)), expected)
 
 
-def test_channels_are_converted():
+def test_images_are_converted_to_the_channels_of_the_model():
     grey = noise("grey")
     plain = encoder(3, image_mean=[0, 0, 0], image_std=[1, 1, 1])
     close(plain.pixels(image(grey)), np.stack([grey / 255] * 3))
@@ -64,7 +64,7 @@ def test_channels_are_converted():
     close(plain.pixels(image(clear)), colour.transpose(2, 0, 1) / 255)
 
 
-def test_images_are_resized():
+def test_images_are_resized_by_the_processor():
     blocks = np.kron(noise("blocks", shape=(4, 4)), np.ones((4, 4), dtype=np.uint8))
     # Nearest neighbour, so that the expectation needs no filter.
     found = encoder(1, size=4, resample=0, image_mean=[0], image_std=[1]).pixels(image(blocks))
@@ -81,9 +81,9 @@ def test_photographs_are_turned_upright():
 
 
 def test_pixels_are_kept_up_to_a_limit(monkeypatch):
-    made = encoder()
     first, second = image(noise("a")), image(noise("b"))
-    made._room = made.pixels(first).nbytes - 1
+    monkeypatch.setattr("rayft.data.pixels.KEPT", encoder().pixels(first).nbytes)
+    made = encoder()
     assert made.pixels(first) is made.pixels(first)
     assert made.pixels(second) is not made.pixels(second)
     assert np.array_equal(made.pixels(second), made.pixels(second))
@@ -97,12 +97,12 @@ def test_pixels_are_kept_up_to_a_limit(monkeypatch):
         (png(noise("deep").astype(np.uint16)), "holiday.png has more than 8 bits a channel"),
     ],
 )
-def test_images_that_can_not_be_read(content, match):
+def test_an_image_that_can_not_be_read_is_an_error_that_names_it(content, match):
     with pytest.raises(DataError, match=match):
         encoder().pixels(Image.of("holiday.png", content))
 
 
-def test_settings_that_do_not_fit_the_channels():
+def test_settings_that_do_not_fit_the_channels_are_an_error():
     with pytest.raises(DataError, match=r"refuses made in L: .*check image_mean"):
         encoder(1, image_mean=[0.5, 0.5, 0.5], image_std=[1, 1, 1]).pixels(image(noise("x")))
     with pytest.raises(DataError, match="takes images of 7 channels"):
@@ -115,7 +115,7 @@ def test_damaged_images_are_found_when_a_part_is_encoded():
         encode_all([good, bad], encoder(), 8)
 
 
-def test_batches_of_images():
+def test_a_batch_of_images_has_pixels_and_labels():
     examples = [example(noise(number), number % 3) for number in range(5)]
     made = encoder()
     encoded = encode_all(examples, made, 8)
@@ -129,16 +129,16 @@ def test_batches_of_images():
     assert {getattr(moved, field.name).device.type for field in dataclasses.fields(moved)} == {"meta"}
 
 
-def test_images_that_share_no_batch():
+def test_images_of_different_sizes_or_without_labels_are_an_error():
     odd = ImageEncoder(ViTImageProcessorPil(do_resize=False, image_mean=[0], image_std=[1]), 1)
     encoded = encode_all([example(noise("a")), example(noise("b", shape=(8, 9)))], odd, 8)
-    with pytest.raises(DataError, match="leaves images in different sizes"):
+    with pytest.raises(DataError, match="returns images of different sizes"):
         collate_rows(rows_of(encoded, 8), 0)
     with pytest.raises(DataError, match="an image without a class"):
         collate_rows(rows_of(encode_all([example(noise("a"), None)], odd, 8), 8), 0)
 
 
-def test_the_kind_of_rows_decides_the_batch():
+def test_the_kind_of_rows_decides_the_kind_of_batch():
     texts = [Encoded((1, 2, 3), (IGNORED, 2, 3)), Encoded((4, 5), (IGNORED, 5))]
     packed = rows_of(texts, 8)
     assert [len(row) for row in packed] == [5]
@@ -151,7 +151,7 @@ def test_the_kind_of_rows_decides_the_batch():
     assert rows_of([], 8) == []
 
 
-def test_a_schedule_deals_images_out():
+def test_images_are_rows_of_a_stream():
     encoded = encode_all([example(noise(number), number % 2) for number in range(10)], encoder(), 8)
     schedule = Schedule(encoded, 8, 4, seed=3)
     rows = [row for step in range(5) for row in schedule.rows(step)]
@@ -165,7 +165,7 @@ def test_a_schedule_deals_images_out():
     )
 
 
-def test_the_digest_sees_images_and_leaves_texts_as_they_were():
+def test_the_digest_covers_images_and_that_of_texts_is_unchanged():
     turns = Message("user", "a"), Message("assistant", "b")
     texts = [Example(messages=turns), Example(text="c", label=0, label_name="d")]
     said = b"\x1dpart\x1euser\x1fa\x1fassistant\x1fb\x1f\x1f\x1ec\x1fd"
@@ -177,7 +177,7 @@ def test_the_digest_sees_images_and_leaves_texts_as_they_were():
     assert (renamed.key, digest([[renamed]])) == (pictures[0].key, digest([pictures[:1]]))
 
 
-def test_sets_with_an_image_column(tmp_path, monkeypatch):
+def test_sets_with_an_image_column_are_read(tmp_path, monkeypatch):
     import datasets
 
     rows = [{"picture": {"bytes": png(noise(n)), "path": None}, "label": n % 2} for n in range(20)]
@@ -266,13 +266,13 @@ def test_a_hub_set_may_name_only_files_that_came_with_it(tmp_path, monkeypatch):
         "a.png",
     ],
 )
-def test_what_is_no_image(tmp_path, value):
+def test_a_value_that_is_not_an_image_is_an_error(tmp_path, value):
     name = lines(tmp_path / "a.jsonl", [{"image": value, "label": n % 2} for n in range(20)])
     with pytest.raises(DataError, match=r"line 1, column 'image': .* is no image; use source: image_folder"):
         read(config(name=name))
 
 
-def test_paths_are_no_images(tmp_path):
+def test_a_path_in_a_set_without_its_file_is_an_error(tmp_path):
     (tmp_path / "a.csv").write_text("image,label\na.png,cat\nb.png,dog\n")
     with pytest.raises(
         DataError, match=r"line 2, column 'image': 'a\.png' is no image; use source: image_fol"

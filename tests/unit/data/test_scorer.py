@@ -1,4 +1,4 @@
-"""Scores of answers."""
+"""The scores of answers, by reasoning-gym and by exact match."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rayft.data.source import Scorer, read
 from tests.unit.data.small_data import task
 
 
-def test_strict_counts_only_what_is_fully_right():
+def test_strict_scores_only_fully_right_answers():
     parts = read(task("chain_sum"))
     example = parts.test[0]
     partial = f"The answer is {example.answer}, I think"
@@ -20,7 +20,7 @@ def test_strict_counts_only_what_is_fully_right():
     assert native.score(example, example.answer) == 1
 
 
-def test_a_scorer_that_raises_gives_zero_and_is_counted(monkeypatch):
+def test_an_answer_for_which_the_scorer_raises_scores_zero_and_is_counted(monkeypatch):
     class Raising:
         def score_answer(self, answer, entry):
             raise ZeroDivisionError
@@ -31,15 +31,16 @@ def test_a_scorer_that_raises_gives_zero_and_is_counted(monkeypatch):
     assert scorer.failures == 2
 
 
-def test_a_used_scorer_pickles():
+def test_a_used_scorer_can_be_pickled():
     parts = read(task("needle_haystack"))
     assert parts.scorer.score(parts.test[0], parts.test[0].answer) == 1
-    copy = pickle.loads(pickle.dumps(parts.scorer))  # noqa: S301  (its own bytes)
-    assert copy._dataset is None
+    pickled = pickle.dumps(parts.scorer)
+    assert pickled == pickle.dumps(read(task("needle_haystack")).scorer), "without the data set"
+    copy = pickle.loads(pickled)  # noqa: S301  (its own bytes)
     assert copy.score(parts.test[0], parts.test[0].answer) == 1
 
 
-def test_files_are_scored_by_exact_match():
+def test_answers_to_questions_of_files_are_scored_by_exact_match():
     example = Example(messages=(Message("user", "?"), Message("assistant", "Straße")))
     scorer = Scorer()
     assert [scorer.score(example, text) for text in (" STRASSE\n", "Strasse!", "")] == [1.0, 0.0, 0.0]

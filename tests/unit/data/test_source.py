@@ -1,4 +1,4 @@
-"""What becomes of a source: parts, sizes, digests; the hub; configurations."""
+"""Reading a source: parts, sizes and digests; the hub; wrong configurations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from tests.unit.data.small_data import config, keys, lines, pairs
         ),
     ],
 )
-def test_wrong_configurations(values, match):
+def test_a_wrong_configuration_is_an_error(values, match):
     with pytest.raises(ConfigError, match=match):
         parse(DataConfig, values)
 
@@ -46,7 +46,7 @@ def test_the_majority_answer_is_the_most_frequent_of_train(tmp_path):
     assert majority_answer(read(config(name=lines(tmp_path / "a.jsonl", rows)))) == "yes"
 
 
-def test_one_file_is_split_by_the_seed_alone(tmp_path):
+def test_the_split_of_a_file_depends_on_the_seed_only(tmp_path):
     rows = pairs(0, 100)
     parts = read(config(name=lines(tmp_path / "a.jsonl", rows)))
     assert [len(part) for part in keys(parts)] == [80, 10, 10]
@@ -68,7 +68,7 @@ def test_a_part_without_a_file_is_split_off_train(tmp_path):
     assert len(set.union(*keys(parts))) == 60
 
 
-def test_classes_that_train_has_not_are_refused(tmp_path):
+def test_classes_that_train_lacks_are_refused(tmp_path):
     train = lines(tmp_path / "a.jsonl", [{"text": f"x{n}", "label": "ab"[n % 2]} for n in range(20)])
     test = lines(tmp_path / "b.jsonl", [{"text": "y", "label": "c"}])
     with pytest.raises(DataError, match="test has classes that train has not: c"):
@@ -99,7 +99,7 @@ def test_sizes_that_a_file_cannot_fill_are_refused(tmp_path):
         read(config(name=path, test=60))
 
 
-def test_the_hub_out_of_reach_is_told_apart(monkeypatch):
+def test_an_unreachable_hub_and_a_missing_set_are_different_errors(monkeypatch):
     import datasets
 
     def away(*_: Any, **__: Any) -> None:
@@ -126,7 +126,7 @@ def test_the_hub_out_of_reach_is_told_apart(monkeypatch):
         read(config(source="hub", name="org/set", files={"train": "tset"}))
 
 
-def test_hub_splits_become_parts_and_class_numbers_names(monkeypatch):
+def test_hub_splits_are_parts_and_class_numbers_become_names(monkeypatch):
     import datasets
 
     features = datasets.Features(
@@ -147,7 +147,7 @@ def test_hub_splits_become_parts_and_class_numbers_names(monkeypatch):
     assert [len(part) for part in keys(parts)] == [18, 2, 20]
 
 
-def test_examples_are_frozen_and_the_digest_sees_every_field():
+def test_examples_are_frozen_and_the_digest_covers_every_field():
     example = Example(messages=(Message("user", "a"), Message("assistant", "b")))
     with pytest.raises(dataclasses.FrozenInstanceError):
         example.text = "c"
@@ -164,7 +164,7 @@ def test_examples_are_frozen_and_the_digest_sees_every_field():
     assert source.digest([[separated]]) != source.digest([[example]])
 
 
-def test_the_digest_tells_fields_apart_whatever_they_hold():
+def test_the_digest_depends_on_the_boundaries_of_fields():
     separators = ("\x1c", "\x1d", "\x1e", "\x1f", "\x1cc", "\x1cf")
     for mark in separators:
         one = Example(text=f"a{mark}b", label=0, label_name="c")
@@ -192,14 +192,14 @@ FIRST = {
     "ce06c7a6891a33dd": [{"text": f"text {n}", "label": n % 2} for n in range(30)],
     "c4328fda15a3e1d7": [{"text": f"text {n}"} for n in range(30)],
 }
-"""What version 0.1.0 gave as the digest of files without repeated questions."""
+"""Digests that version 0.1.0 computed of files without repeated questions."""
 
 
 @pytest.mark.parametrize("digest", FIRST)
-def test_parts_and_digests_without_repeats_are_those_of_the_first_version(tmp_path, digest):
+def test_digests_of_data_without_repeats_are_those_of_0_1_0(tmp_path, digest):
     assert read(config(name=lines(tmp_path / "a.jsonl", FIRST[digest]))).digest == digest
 
 
-def test_class_names_of_thousands_of_digits_are_names(tmp_path):
+def test_class_names_of_thousands_of_digits_are_not_converted(tmp_path):
     rows = [{"text": f"x{n}", "label": ("1" * 5000, "2")[n % 2]} for n in range(40)]
     assert read(config(name=lines(tmp_path / "a.jsonl", rows))).labels == ("1" * 5000, "2")

@@ -1,4 +1,4 @@
-"""What is a repeat, which part a question comes into, and what is said about rows that are left out."""
+"""Which rows are repeats, which part a question is put into, and how dropped rows are reported."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def assert_apart(parts: Parts) -> None:
     assert len(set.union(*found)) == sum(map(len, found))
 
 
-def test_a_superscript_is_no_repeat(tmp_path):
+def test_questions_that_differ_in_a_superscript_are_different(tmp_path):
     parts = read(config(name=lines(tmp_path / "a.jsonl", SQUARES)))
     assert said(parts) == Counter((row["prompt"], row["completion"]) for row in SQUARES)
     assert sizes(parts) == (16, 2, 2)
@@ -75,7 +75,7 @@ def test_a_superscript_is_no_repeat(tmp_path):
         ("ª", "a"),
     ],
 )
-def test_text_that_differs_is_another_question(tmp_path, one, other):
+def test_questions_that_differ_in_any_character_are_different(tmp_path, one, other):
     rows = [{"prompt": text, "completion": "x"} for text in (one, other)]
     parts = read(config(name=lines(tmp_path / "a.jsonl", [*pairs(0, 8), *rows])))
     assert said(parts)[one, "x"] == said(parts)[other, "x"] == 1
@@ -83,7 +83,7 @@ def test_text_that_differs_is_another_question(tmp_path, one, other):
     assert Example(text=one).key != Example(text=other).key
 
 
-def test_canonically_equivalent_questions_are_one_and_both_rows_stay(tmp_path):
+def test_canonically_equivalent_questions_are_equal_and_both_rows_are_kept(tmp_path):
     rows = [
         {"prompt": f"caf{accent} {n}", "completion": "x"} for n in range(20) for accent in ("é", "e\u0301")
     ]
@@ -93,7 +93,7 @@ def test_canonically_equivalent_questions_are_one_and_both_rows_stay(tmp_path):
     assert parts.dropped == ()
 
 
-def test_turns_are_told_from_text_that_looks_like_turns():
+def test_turns_differ_from_text_that_looks_like_turns():
     def conversation(*turns: str) -> Example:
         roles = ("user", "assistant")
         return Example(messages=tuple(Message(roles[n % 2], turn) for n, turn in enumerate(turns)))
@@ -122,7 +122,7 @@ def test_several_answers_to_one_question_are_kept_and_in_one_part(tmp_path, ques
     assert turned.digest == parts.digest
 
 
-def test_a_size_that_is_asked_for_is_exact(tmp_path):
+def test_a_configured_size_is_exact(tmp_path):
     path = lines(tmp_path / "a.jsonl", answers(60, 2))
     parts = read(config(name=path, test=5, val=6, train=70))
     assert sizes(parts) == (70, 6, 5)
@@ -168,7 +168,7 @@ def test_only_equal_question_and_answer_are_a_repeat(tmp_path):
     )
 
 
-def test_what_is_said_of_a_row_is_one_short_line(tmp_path):
+def test_the_quote_of_a_row_is_one_short_line(tmp_path):
     rows = [{"text": "[red]\n\x1b[2J\u202e" + "long " * 40}] * 2
     path = lines(tmp_path / "a.jsonl", [*rows, *({"text": f"text {n}"} for n in range(20))])
     (repeats,) = read(config(name=path)).dropped
@@ -178,7 +178,7 @@ def test_what_is_said_of_a_row_is_one_short_line(tmp_path):
     )
 
 
-def test_files_of_parts_say_why_each_row_was_dropped(tmp_path):
+def test_the_reason_for_each_dropped_row_is_reported(tmp_path):
     files = {
         "train": lines(tmp_path / "train.jsonl", [*pairs(0, 30), *pairs(0, 3)]),
         "val": lines(tmp_path / "val.jsonl", pairs(20, 35)),
@@ -210,7 +210,7 @@ def test_one_large_question_leaves_the_small_ones_to_test_and_val(tmp_path):
         assert sizes(read(config(name=path, seed=seed))) == (20, 1, 1)
 
 
-def test_a_file_of_which_not_all_is_used_takes_no_more_from_the_others(tmp_path):
+def test_unused_rows_of_a_file_drop_no_rows_of_the_others(tmp_path):
     path = lines(tmp_path / "a.jsonl", pairs(0, 50))
     parts = read(config(files={"train": path, "test": path}, test=10, val=5))
     assert sizes(parts) == (35, 5, 10)
@@ -235,7 +235,7 @@ def chat(*turns: str) -> dict[str, Any]:
     }
 
 
-def test_a_question_that_a_conversation_answers_on_the_way_is_in_its_part(tmp_path):
+def test_all_questions_of_a_conversation_are_in_its_part(tmp_path):
     longer = [chat(f"question {n}", "yes", "why?", "so") for n in range(20)]
     files = {
         "train": lines(tmp_path / "a.jsonl", longer),
@@ -252,7 +252,7 @@ def test_a_question_that_a_conversation_answers_on_the_way_is_in_its_part(tmp_pa
     assert len(set.union(*first)) == sum(map(len, first)) == 20
 
 
-def test_a_turn_that_is_not_learnt_asks_nothing(tmp_path):
+def test_a_turn_that_is_not_learnt_is_not_a_question_of_the_conversation(tmp_path):
     longer = [chat(f"question {n}", "yes", "why?", "so") for n in range(20)]
     for row in longer:
         row["messages"][1]["weight"] = 0
@@ -263,7 +263,7 @@ def test_a_turn_that_is_not_learnt_asks_nothing(tmp_path):
     assert read(config(files=files)).dropped == ()
 
 
-def test_tools_calls_and_masks_make_another_example():
+def test_examples_with_other_tools_calls_or_masks_differ():
     plain = (Message("user", "a"), Message("assistant", "b"))
     call = {"tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
     same = [
@@ -306,7 +306,7 @@ def test_an_image_with_two_classes_is_kept(tmp_path):
 
 
 def rows_of(questions: list[int]) -> list[Example]:
-    """Give the answer to its place in the list, so that only whole repeats are made by repeating one."""
+    """Return a row whose answer depends on its number, so that equal rows only come from equal numbers."""
     return [
         Example(messages=(Message("user", str(question)), Message("assistant", str(place))))
         for place, question in enumerate(questions)
@@ -320,7 +320,7 @@ def rows_of(questions: list[int]) -> list[Example]:
     val=st.none() | st.integers(1, 20),
     seed=st.integers(0, 5),
 )
-def test_every_row_is_in_one_part_or_counted(questions, test, val, seed):
+def test_every_row_is_in_one_part_or_reported_as_dropped(questions, test, val, seed):
     table = Table(str(Path("a.jsonl")), ("prompt", "completion"), [{}] * len(questions))
     values = {name: size for name, size in (("test", test), ("val", val)) if size is not None}
     try:

@@ -35,13 +35,13 @@ def test_the_loss_is_on_the_answer_and_its_end_only(tokenizer):
     )
 
 
-def test_every_answer_of_a_conversation_counts(tokenizer):
+def test_every_answer_of_a_conversation_is_learnt(tokenizer):
     encoded = encode(talk("a?", "one", "b?", "two", system="be brief"), tokenizer, 200)
     assert learnt(encoded, tokenizer) == "one<|im_end|>two<|im_end|>"
     assert "b?" in tokenizer.decode(encoded.input_ids)
 
 
-def test_a_prompt_is_what_stands_before_the_answer(tokenizer, plain_tokenizer):
+def test_a_prompt_is_the_text_before_the_answer(tokenizer, plain_tokenizer):
     example = talk("a?", "one", "b?", "two")
     for each in (tokenizer, plain_tokenizer):
         encoded, prompt = encode(example, each, 200), prompt_ids(example, each)
@@ -72,7 +72,7 @@ def test_a_classification_learns_no_token(tokenizer):
     assert prompt_ids(Example(text="good film", label=1), tokenizer) == encoded.input_ids
 
 
-def test_styles_of_asking(tokenizer):
+def test_each_style_changes_the_prompt_as_documented(tokenizer):
     example, shot = talk("2+2?", "four", system="be brief"), talk("1+1?", "two", system="be long")
     assert prompt_text(example, tokenizer) == (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
@@ -83,7 +83,7 @@ def test_styles_of_asking(tokenizer):
     assert order == sorted(order)
     assert "be long" not in few
     assert "four" not in few
-    with pytest.raises(DataError, match="few_shot wants solved examples"):
+    with pytest.raises(DataError, match="few_shot needs solved examples"):
         prompt_text(example, tokenizer, "few_shot")
     with pytest.raises(DataError, match="asks no question"):
         prompt_text(Example(text="abc"), tokenizer)
@@ -110,7 +110,7 @@ def test_tokens_that_merge_over_the_border_still_start_from_the_prompt(tokenizer
     assert learnt(encoded, tokenizer) == "four<|im_end|>"
 
 
-def test_too_long_is_an_error_that_names_it(tokenizer):
+def test_an_example_that_is_too_long_is_an_error_that_names_it(tokenizer):
     with pytest.raises(
         DataError, match=r"train example 1, has \d+ tokens, above data.max_length = 20: set it to"
     ):
@@ -148,7 +148,7 @@ def test_a_template_that_refuses_a_role_is_reported(tokenizer):
         encode(talk("2+2?", "four", system="x"), strict, 200)
 
 
-def test_a_tokenizer_without_an_end_is_refused(plain_tokenizer):
+def test_a_tokenizer_without_an_end_token_is_an_error(plain_tokenizer):
     endless = copy.deepcopy(plain_tokenizer)
     endless.eos_token = None
     with pytest.raises(DataError, match="no end-of-sequence token"):
