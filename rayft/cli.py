@@ -1,4 +1,4 @@
-"""`rayft`: the commands, which parse and call `rayft.flow`."""
+"""The command line of rayft: parses options and calls `rayft.flow.commands`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ app = typer.Typer(
 console = terminal()
 
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Set a leaf of the configuration: --set sweep.trials=4")
+    list[str] | None,
+    typer.Option("--set", help="Change a setting of the configuration: --set sweep.trials=4. Repeatable."),
 ]
 
 
@@ -30,10 +31,10 @@ def demo(
     overrides: Overrides = None,
     stay: Annotated[bool, typer.Option(help="Keep serving until Ctrl-C.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a sweep with other settings in its folder.")
+        bool, typer.Option("--overwrite", help="Replace a sweep with other settings in the demo's folder.")
     ] = False,
 ) -> None:
-    """Run the whole path on this machine: sweep, squeeze, register, report, serve, ask."""
+    """Run it all on this machine, on a small model: sweep, squeeze, register, report, serve, ask."""
     from rayft.flow import commands
 
     commands.demo(overrides or [], console, stay=stay, overwrite=overwrite)
@@ -42,11 +43,11 @@ def demo(
 @app.command()
 def sweep(
     config: Annotated[
-        str, typer.Argument(help="A YAML file, or a packaged one: demo, study, tiny.")
+        str, typer.Argument(help="A YAML file, or a packaged configuration: demo, study, tiny.")
     ] = "demo",
     overrides: Overrides = None,
 ) -> None:
-    """Search, squeeze the winner, score, register and report; an interrupted sweep goes on."""
+    """Run a sweep, or continue it: search, score, squeeze the winner, register and report."""
     from rayft.flow import commands
 
     commands.sweep(config, overrides or [], console)
@@ -54,34 +55,39 @@ def sweep(
 
 @app.command()
 def squeeze(
-    adapter: Annotated[str, typer.Argument(help="An adapter folder made by anyone, or a tuned model's.")],
-    out: Annotated[str, typer.Option(help="Folder for the results: OUT/r8, OUT/e0.95, OUT/b1.5MB.")],
-    rank: Annotated[list[int] | None, typer.Option(help="A rank to squeeze to; may be repeated.")] = None,
+    adapter: Annotated[
+        str, typer.Argument(help="Folder of an adapter, whoever made it, or of a fine-tuned model.")
+    ],
+    out: Annotated[str, typer.Option(help="Folder for the results, such as OUT/r8, OUT/e0.95, OUT/b1.5MB.")],
+    rank: Annotated[list[int] | None, typer.Option(help="A rank to squeeze to. Repeatable.")] = None,
     energy: Annotated[
-        list[float] | None, typer.Option(help="A share of energy to retain; may be repeated.")
+        list[float] | None, typer.Option(help="A share of energy to retain, in (0, 1]. Repeatable.")
     ] = None,
     budget: Annotated[
-        list[str] | None, typer.Option(help="A size such as 1.5MB, ranks where they count; may be repeated.")
+        list[str] | None,
+        typer.Option(help="A size such as 1.5MB; ranks go to the modules that need them. Repeatable."),
     ] = None,
     keep_score: Annotated[
-        float | None, typer.Option(help="Share of the validation score that the smallest rank has to keep.")
+        float | None,
+        typer.Option(help="Share of the validation score that the smallest result must keep, in (0, 1]."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Train on for so many steps at the lower rank.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Train the results further for this many steps.")] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate of --steps; the trial's by default.")
+        float | None, typer.Option(help="Learning rate for --steps; that of the trial by default.")
     ] = None,
     config: Annotated[
-        str | None, typer.Option(help="A sweep's configuration: base and data to score and train on.")
+        str | None,
+        typer.Option(help="Configuration of a sweep that names base and data, to score and train with."),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="The base: checked, or what a tuned model began as.")
+        str | None, typer.Option(help="The base of the adapter, to be checked, or of the fine-tuned model.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to compute: cpu or cuda.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda or cuda:1.")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what another command of rayft made in OUT.")
+        bool, typer.Option("--overwrite", help="Replace adapters in OUT that another command of rayft made.")
     ] = False,
 ) -> None:
-    """Bring an adapter to lower ranks, exactly."""
+    """Squeeze an adapter to lower ranks by its exact SVD, or extract a LoRA from a fine-tuned model."""
     from rayft.flow import commands
 
     commands.squeeze(
@@ -99,24 +105,28 @@ def analyze(
     parts: Annotated[
         list[str] | None,
         typer.Option(
-            help="gap, bounds, spectra, sharpness, hessian, line, landscape, trajectory; by commas."
+            help="gap, bounds, spectra, sharpness, hessian, line, landscape, trajectory; separated by commas."
         ),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Set one of its numbers: --set samples=50")
+        list[str] | None,
+        typer.Option("--set", help="Change a setting of the analysis: --set samples=50. Repeatable."),
     ] = None,
     config: Annotated[
-        str | None, typer.Option(help="A sweep's configuration: base and data of a lone adapter.")
+        str | None,
+        typer.Option(
+            help="Configuration of a sweep that names base and data, for an adapter outside of any sweep."
+        ),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for analysis.json; the target by default.")] = None,
     uri: Annotated[
-        str | None, typer.Option(help="Tracking server of a run; MLFLOW_TRACKING_URI otherwise.")
+        str | None, typer.Option(help="Tracking server of the run; MLFLOW_TRACKING_URI by default.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an analysis of other adapters.")
     ] = False,
 ) -> None:
-    """Measure gap, bounds, spectra, sharpness and landscapes of adapters, and what predicts the gap."""
+    """Measure gap, bounds, spectra, sharpness and loss landscapes of adapters, and what predicts the gap."""
     from rayft.flow import commands
 
     commands.analyze(
@@ -129,11 +139,14 @@ def analyze(
 def report(
     sweep_folder: Annotated[str, typer.Argument(help="A sweep's output folder.")],
     output: Annotated[
-        str | None, typer.Option("-o", "--output", help="The HTML file; in the folder by default.")
+        str | None,
+        typer.Option("-o", "--output", help="The HTML file; report.html in the sweep's folder by default."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another sweep's report.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the report of another sweep.")
+    ] = False,
 ) -> None:
-    """Make a sweep's report again, and send what waits for the tracking server."""
+    """Make the report of a sweep again, and send the records that wait for the tracking server."""
     from rayft.flow import commands
 
     commands.report(sweep_folder, output, console, overwrite=overwrite)
@@ -141,17 +154,21 @@ def report(
 
 @app.command()
 def promote(
-    name: Annotated[str, typer.Argument(help="A registered model, by default a sweep's name.")],
+    name: Annotated[
+        str, typer.Argument(help="A registered model; sweeps register models under their own names.")
+    ],
     version: Annotated[int, typer.Argument(help="The version to promote.")],
     alias: Annotated[str, typer.Option(help="The alias to move.")] = "champion",
     sweep_folder: Annotated[
-        str | None, typer.Option("--sweep", help="Folder of the sweep whose tracking database is meant.")
+        str | None, typer.Option("--sweep", help="Folder of the sweep that registered the model.")
     ] = None,
-    uri: Annotated[str | None, typer.Option(help="MLflow's URI; MLFLOW_TRACKING_URI otherwise.")] = None,
-    tolerance: Annotated[float, typer.Option(help="How far below the champion's score it may be.")] = 0.0,
-    force: Annotated[bool, typer.Option(help="Promote whatever the gate says.")] = False,
+    uri: Annotated[str | None, typer.Option(help="URI of MLflow; MLFLOW_TRACKING_URI by default.")] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="How far the score may be below that of the present version.")
+    ] = 0.0,
+    force: Annotated[bool, typer.Option(help="Promote even if the gate refuses.")] = False,
 ) -> None:
-    """Point an alias to a version, if its validation score passes the gate."""
+    """Point an alias to a version of a registered model, if its validation score passes the gate."""
     from rayft.flow import commands
 
     commands.promote(name, version, alias, sweep_folder, uri, tolerance, force, console)
@@ -173,17 +190,23 @@ def adapters(
     action: Annotated[Action, typer.Argument(help="What to do.")] = "list",
     name: Annotated[str | None, typer.Argument(help="The served name.")] = None,
     source: Annotated[
-        str | None, typer.Argument(help="To load: a folder, models:/name@alias, models:/name/3, or a URL.")
+        str | None,
+        typer.Argument(
+            help="Where load finds the adapter: a folder, models:/name@alias, models:/name/3, or a URL."
+        ),
     ] = None,
-    server: Annotated[str, typer.Option(help="Where it listens.")] = "http://127.0.0.1:8000",
+    server: Annotated[str, typer.Option(help="URL of the server.")] = "http://127.0.0.1:8000",
     weight: Annotated[
-        float, typer.Option(help="Share of the name's traffic; below 1 it is a canary beside what is served.")
+        float,
+        typer.Option(
+            help="Share of the name's traffic; below 1 the adapter is a canary beside the present version."
+        ),
     ] = 1.0,
-    pinned: Annotated[bool, typer.Option(help="Keep it on the device.")] = False,
+    pinned: Annotated[bool, typer.Option(help="Keep the adapter on the device.")] = False,
 ) -> None:
-    """See and change what a running server serves: list, load, unload, promote, rollback.
+    """List and change the adapters of a running server: list, load, unload, promote, rollback.
 
-    The key is taken from RAYFT_KEY.
+    The environment variable RAYFT_KEY holds your key, if the server asks for one.
     """
     from rayft.flow import commands
 
@@ -194,7 +217,7 @@ def adapters(
 def doctor(
     output: Annotated[str, typer.Option(help="Folder that sweeps would write to.")] = "runs",
 ) -> None:
-    """Check versions, GPUs, Ray, DeepSpeed, MLflow, memory and disk, and say what to do."""
+    """Check versions, GPUs, Ray, DeepSpeed, MLflow, memory and disks, and name remedies."""
     from rayft.flow import commands
 
     raise typer.Exit(commands.doctor(output, console))

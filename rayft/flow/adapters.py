@@ -1,4 +1,4 @@
-"""`rayft adapters`: see and change what a running server serves, over HTTP."""
+"""`rayft adapters`: list and change the adapters of a running server, over HTTP."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["Action", "adapters_table", "call"]
 
 Action = Literal["list", "load", "unload", "promote", "rollback"]
 KEY = "RAYFT_KEY"
-"""Environment variable with the caller's key."""
+"""Environment variable that holds the caller's key."""
 SECONDS_TO_ANSWER = 10.0
-"""How long a server may take to say what it serves, which tells whether there is one."""
+"""How long a server may take to list its adapters. The list shows whether it is a server of rayft."""
 SECONDS_TO_CHANGE = 600.0
-"""How long it may take to change that: an adapter may have to be downloaded."""
+"""How long a server may take to change its adapters, since it may have to download one."""
 
 
 def call(
@@ -32,20 +32,28 @@ def call(
     weight: float = 1.0,
     pinned: bool = False,
 ) -> list[dict[str, Any]]:
-    """Do one thing, and give what is served then.
+    """Perform an action on a server, and return its adapters after that, as the server describes them.
+
+    Args:
+        server: its URL.
+        action: what to do.
+        name: the adapter's served name; needed by all actions but `list`.
+        source: where `load` finds the adapter: a folder, `models:/…` or a URL.
+        weight: share of the name's traffic that a loaded adapter gets; below 1 it is a canary.
+        pinned: whether a loaded adapter stays on the device.
 
     Raises:
         ResourceError: if the server can't be reached or refuses, with its reason.
     """
     if action != "list" and name is None:
-        raise ResourceError(f"say which: rayft adapters {action} NAME")
+        raise ResourceError(f"the name is missing: rayft adapters {action} NAME")
     if action == "load" and source is None:
-        raise ResourceError("say where it is: rayft adapters load NAME SOURCE")
+        raise ResourceError("the source is missing: rayft adapters load NAME SOURCE")
     try:
         server.encode()
         client = httpx.Client(base_url=server.rstrip("/"), headers=_headers(), timeout=SECONDS_TO_CHANGE)
     except (httpx.InvalidURL, UnicodeError) as error:
-        raise ResourceError(f"--server {server} is no URL ({error}); write http://host:port") from error
+        raise ResourceError(f"--server {server} is not a URL ({error}); write http://host:port") from error
     with client:
         found = _list(client)
         if action == "list":
@@ -66,7 +74,7 @@ def _headers() -> dict[str, str]:
     if key is None:
         return {}
     if not key.isascii() or not key.isprintable():
-        raise ResourceError(f"the key in {KEY} has characters that no header can carry; set it again")
+        raise ResourceError(f"the key in {KEY} has characters that an HTTP header can't hold; set it again")
     return {"Authorization": f"Bearer {key}"}
 
 
@@ -75,7 +83,9 @@ def _list(client: httpx.Client) -> list[dict[str, Any]]:
     try:
         return list(answer.json()["data"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ResourceError(f"{client.base_url} is no server of rayft; give its --server") from error
+        raise ResourceError(
+            f"{client.base_url} is not a server of rayft; give the right URL with --server"
+        ) from error
 
 
 def _checked(client: httpx.Client, verb: str, path: str, **options: Any) -> httpx.Response:
@@ -83,7 +93,8 @@ def _checked(client: httpx.Client, verb: str, path: str, **options: Any) -> http
         answer = client.request(verb, path, **options)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ResourceError(
-            f"{client.base_url} can't be reached ({type(error).__name__}: {error}); give its --server"
+            f"{client.base_url} can't be reached ({type(error).__name__}: {error}); give the right URL "
+            "with --server"
         ) from error
     if answer.is_success:
         return answer
@@ -96,9 +107,9 @@ def _checked(client: httpx.Client, verb: str, path: str, **options: Any) -> http
 
 
 def adapters_table(found: list[dict[str, Any]]) -> Table:
-    """Show what is served, a version a line; numbers are never cut, names may be."""
+    """Return a table with a line for each version. A narrow terminal shortens names, never numbers."""
     table = Table("adapter", "method", box=None, pad_edge=False)
-    for header in ("rank", "size", "traffic", "asked", "tokens", "errors"):
+    for header in ("rank", "size", "traffic", "requests", "tokens", "errors"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("where", no_wrap=True)
     for one in found:

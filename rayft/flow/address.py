@@ -1,4 +1,4 @@
-"""Which Ray cluster is meant, and whether it answers: Ray itself waits for minutes for one that is away."""
+"""Find the Ray cluster to join, and check within seconds that it answers. Ray itself waits for minutes."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from rayft.paths import runs_folder
 __all__ = ["default_folder", "find_address", "on_cluster", "unreachable"]
 
 SECONDS_TO_ANSWER = 8.0
-"""How long a cluster may take to answer before it counts as away."""
+"""How long a cluster may take to answer before it counts as unreachable."""
 
 
 def find_address() -> tuple[str, bool]:
-    """Find the cluster to join.
+    """Find the cluster to join, without contacting it.
 
     Returns:
-        Its address, empty if there is none, and whether RAY_ADDRESS names it.
+        Its address (`host:port` or `auto`; empty if there is none), and whether RAY_ADDRESS asks for it.
     """
     named = os.environ.get("RAY_ADDRESS", "")
     if named == "local":
@@ -39,7 +39,7 @@ def find_address() -> tuple[str, bool]:
         return named, True
     _send_own_token()
     try:
-        # Where `ray start` leaves the address; a cluster that was killed leaves it too.
+        # `ray start` writes the address here. The file stays if the cluster is killed.
         current = Path(get_ray_address_file(None)).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         current = ""
@@ -55,20 +55,20 @@ def on_cluster() -> bool:
 
 
 def default_folder(name: str) -> Path:
-    """Return the folder of a sweep that is given no `output`, as an absolute path."""
+    """Return the absolute path of the folder of a sweep whose configuration has no `output`."""
     return (runs_folder(cluster=on_cluster()) / name).absolute()
 
 
 def _send_own_token() -> None:
-    """Use this user's token with a cluster of this machine, as Ray does where it looks for one by itself.
+    """Use this user's token for a cluster on this machine, as Ray does for a cluster that it finds by itself.
 
-    To an address that is named Ray sends none unless RAY_AUTH_MODE=token says so.
+    For an address in RAY_ADDRESS, Ray sends a token only if RAY_AUTH_MODE=token is set.
     """
     logging.getLogger(maybe_enable_token_auth_if_token_available.__module__).setLevel(logging.ERROR)
     try:
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     except RayError:
-        # RAY_AUTH_TOKEN_PATH is wrong, which is told when the cluster refuses.
+        # RAY_AUTH_TOKEN_PATH is wrong. The message follows when the cluster refuses the connection.
         return
 
 
@@ -76,7 +76,7 @@ def unreachable(address: str) -> str:
     """Return why no cluster can be joined at an address; empty if one answers there.
 
     Args:
-        address: `host:port` of a head node; `auto` is for Ray to look up.
+        address: `host:port` of a head node, or `auto`, which Ray looks up and which is not checked here.
     """
     if address == "auto":
         return ""
@@ -87,24 +87,25 @@ def unreachable(address: str) -> str:
         )
     found = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%\w]+\]|[^\s:/\[\]]+):(\d{1,5})", address)
     if found is None or not 0 < int(found[1]) < 2**16:
-        return "that is no address; write host:port, such as 127.0.0.1:6379"
+        return "that is not an address; write host:port, such as 127.0.0.1:6379"
     try:
         with init_grpc_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
             NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=SECONDS_TO_ANSWER)
     except grpc.RpcError as error:
         return _refusal(error)
-    # TLS files that are not there, a token's file that can't be read.
+    # TLS files are missing, or the token's file can't be read.
     except (OSError, RuntimeError, ValueError, RayError) as error:
         return str(error)
     return ""
 
 
 def _refusal(error: grpc.RpcError) -> str:
+    """Return why a call to a head node failed, with what to do about it."""
     code, details = error.code(), " ".join(str(error.details()).split())
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         return (
-            "it refuses the token of this user: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
-            f"~/.ray/auth_token to the cluster's ({details})"
+            "it refuses the token of this user: set RAY_AUTH_MODE=token, and put the cluster's token into "
+            f"RAY_AUTH_TOKEN or ~/.ray/auth_token ({details})"
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"no answer within {SECONDS_TO_ANSWER:.0f} seconds"

@@ -1,4 +1,4 @@
-"""The Ray cluster a sweep runs on: the one that is there, or a local one for as long as it lasts."""
+"""Join the Ray cluster that exists, or start one on this machine for the length of a command."""
 
 from __future__ import annotations
 
@@ -31,27 +31,28 @@ __all__ = ["check_temporary", "check_tracking", "cluster", "has_gpus", "join", "
 JOB_FOLDER = "runtime_resources"
 """Part of the path of a Ray job's working directory."""
 SLOTS = 2
-"""CPU slots beside the workers': drivers of trials and of the serving application."""
+"""CPU slots besides those of the workers, for the drivers of trials and of the serving application."""
 RAY_PROCESSES = ("gcs_server", "raylet")
-"""Names of the processes without which a Ray cluster on this machine does not work."""
+"""Names of the processes that a Ray cluster on this machine needs."""
 RAY_DIED = (
-    "Ray's process {}, without which the cluster on this machine can't go on, has ended (killed, or the "
-    "machine ran out of memory); run the same command again: it continues from what is saved"
+    "process {} of Ray has ended, which the cluster on this machine needs: it was killed, or the machine ran "
+    "out of memory. Run the same command again: it continues from what is saved"
 )
 SOCKET_BYTES = 107
-"""Longest path of a Unix socket on Linux."""
+"""Longest path of a Unix socket on Linux, in bytes."""
 SOCKET_NAME = "session_2026-01-31_23-59-59_999999_4194304/sockets/plasma_store"
 """The longest path that Ray adds to its temporary folder for a socket."""
 
 
 def join() -> bool:
-    """Join the cluster of RAY_ADDRESS, or the one that `ray start` runs on this machine, if there is one.
+    """Join the cluster at RAY_ADDRESS, or the one that `ray start` has started on this machine.
 
     Returns:
-        False if there is none, so that one has to be started here; then it is checked that it can be.
+        Whether a cluster was joined. If not, the folder that a local cluster needs has been checked.
 
     Raises:
-        ResourceError: within ten seconds, if RAY_ADDRESS names a cluster that does not answer.
+        ResourceError: within ten seconds, if RAY_ADDRESS names a cluster that does not answer; or if a local
+            cluster could not write its folder.
     """
     if ray.is_initialized():
         return True
@@ -74,7 +75,7 @@ def join() -> bool:
             namespace="rayft",
         )
     # Ray has no common error for what can be wrong with a cluster that answers: other versions, a machine
-    # that is none of its nodes, a token that it does not know.
+    # that is not one of its nodes, an unknown token.
     except Exception as error:
         if named:
             raise ResourceError(
@@ -89,10 +90,13 @@ def join() -> bool:
 
 
 def placed(config: PipelineConfig) -> PipelineConfig:
-    """Return a configuration whose `output` is absolute: on a cluster below a folder that stays.
+    """Return a configuration with an absolute `output`.
+
+    Without an `output`, the folder is named after the sweep and lies below `runs` in the working directory,
+    or, on a cluster, below a folder that outlives the job.
 
     Raises:
-        ConfigError: if it is relative to the working directory of a Ray job, which is temporary.
+        ConfigError: if `output` lies in the working directory of a Ray job, which Ray deletes.
     """
     if config.output is None:
         return config.model_copy(update={"output": str(default_folder(config.name))})
@@ -105,10 +109,10 @@ def placed(config: PipelineConfig) -> PipelineConfig:
 
 
 def check_temporary() -> None:
-    """Check that Ray can write where a cluster on this machine keeps its sockets and logs.
+    """Check that Ray can write to the folder where a cluster on this machine keeps its sockets and logs.
 
     Raises:
-        ResourceError, ConfigError: naming the variable that says where.
+        ResourceError, ConfigError: naming the environment variable that sets the folder.
     """
     setting = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), "RAY_TMPDIR")
     if setting in os.environ:
@@ -116,25 +120,25 @@ def check_temporary() -> None:
     folder = Path(get_default_ray_temp_dir())
     if not folder.is_absolute():
         raise ResourceError(
-            f"{setting}={os.environ[setting]} is a relative path, which Ray can't use; write it whole"
+            f"{setting}={os.environ[setting]} is a relative path, which Ray can't use; write an absolute one"
         )
     if len(os.fsencode(folder / SOCKET_NAME)) > SOCKET_BYTES:
         raise ResourceError(
-            f"{folder} is too long for Ray, whose sockets lie below it and may have {SOCKET_BYTES} bytes; "
-            "set RAY_TMPDIR to a shorter path"
+            f"{folder} is too long for Ray: the paths of its sockets, which lie below it, may have "
+            f"{SOCKET_BYTES} bytes; set RAY_TMPDIR to a shorter path"
         )
     check_folder(folder, "RAY_TMPDIR or TMPDIR")
 
 
 def temporary_folders() -> list[Path]:
-    """Return the folders for what is temporary: of this process, and of a Ray cluster on this machine."""
+    """Return the folders for temporary files: of this process, and of a Ray cluster on this machine."""
     return [Path(tempfile.gettempdir()), Path(get_default_ray_temp_dir())]
 
 
 def has_gpus() -> bool | None:
-    """Whether the joined cluster has GPUs, or says by a resource `gpu_cluster` that they will come.
+    """Return whether the joined cluster has GPUs; None if no cluster is joined.
 
-    None where no cluster is joined, and this machine is all there is.
+    A cluster whose GPU nodes start later declares them by a resource `gpu_cluster`.
     """
     if not ray.is_initialized():
         return None
@@ -143,19 +147,19 @@ def has_gpus() -> bool | None:
 
 
 def _settle_environment() -> None:
-    # Idle OpenMP threads of one process would spin on the cores that another one needs: with two
-    # processes on two cores a step took minutes instead of a second and a half.
+    # Idle OpenMP threads of one process would spin on the cores that another process needs: with two
+    # processes on two cores, a step took minutes instead of a second and a half.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Packages read their own files in the locale's encoding: DeepSpeed's are UTF-8, and fail in ASCII.
+    # Packages read their own files in the locale's encoding. Those of DeepSpeed are UTF-8 and fail in ASCII.
     os.environ["PYTHONUTF8"] = "1"
 
 
 def _settle_token() -> None:
-    """Give a cluster on this machine a token where Ray can't keep one: in a read-only or missing home.
+    """Set a token for a cluster on this machine if Ray can't store one, in a read-only or missing home.
 
-    Ray starts with a token unless it is told otherwise, and keeps it in ~/.ray.
+    Ray needs a token unless RAY_AUTH_MODE turns that off, and stores it in ~/.ray.
     """
     loader = AuthenticationTokenLoader.instance()
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or loader.has_token(ignore_auth_mode=True):
@@ -172,7 +176,7 @@ def _start(cpus: int) -> None:
     try:
         _settle_token()
         ray.init(
-            # Not the one of a cluster that does not answer: Ray would look it up by itself.
+            # Otherwise Ray would look for the address of a cluster that does not answer.
             address="local",
             num_cpus=cpus,
             include_dashboard=False,
@@ -180,7 +184,7 @@ def _start(cpus: int) -> None:
             logging_level=logging.ERROR,
             namespace="rayft",
         )
-    # Ray raises a bare Exception where its processes don't come up in time.
+    # Ray raises a bare Exception if its processes don't start in time.
     except Exception as error:
         if disk_full(error):
             raise disk_full_error(error, Path(get_default_ray_temp_dir())) from error
@@ -200,13 +204,13 @@ def _alive(process: psutil.Process) -> bool:
 
 @contextmanager
 def _watched() -> Iterator[None]:
-    """End this command within seconds if the Ray cluster that it has started dies.
+    """Run a block; if the local Ray cluster dies meanwhile, end this command within seconds.
 
     Without this, Ray tries for a minute to reach its control store (`gcs_server`), and then ends the process
-    with its own message. What the command has saved is kept, as whenever it is killed.
+    with its own message. What the command has saved is kept, as after any kill.
     """
     if not interrupts.installed:
-        # Not a command but somebody's own process, which is not ours to end.
+        # This process is not a command but a user's own program, which must not be ended.
         yield
         return
     needed = [one for one in psutil.Process().children() if _alive(one) and one.name() in RAY_PROCESSES]
@@ -216,7 +220,7 @@ def _watched() -> Iterator[None]:
         while not over.wait(1.0):
             dead = next((one for one in needed if not _alive(one)), None)
             if dead is not None and interrupts.received is not None:
-                # The signal was sent to the whole process group, as `timeout` and batch systems do.
+                # The signal went to the whole process group, as `timeout` and batch systems send it.
                 interrupts.show()
                 end_at_once(interrupts.status)
             if dead is not None:
@@ -232,17 +236,15 @@ def _watched() -> Iterator[None]:
 
 @contextmanager
 def cluster(workers: int, *, device: str, gpu_share: float = 1.0) -> Iterator[None]:
-    """Join the cluster of RAY_ADDRESS (as in a Ray job), or start a local one and stop it afterwards.
+    """Join a cluster (`join`) for the length of a block, or start a local one and stop it afterwards.
 
-    The workers' logs stay in Ray's session folder, out of the terminal.
+    The logs of workers stay in Ray's session folder and are not printed. A joined cluster may lack nodes
+    that start later; the launcher of the lanes reports what waits for them.
 
     Args:
-        workers: training processes at once.
-        device: `cpu` or `cuda`, what they need.
-        gpu_share: how much of a GPU each of them takes.
-
-    A cluster that is joined may still get the nodes that are missing; the launcher of the lanes says what
-    waits for them.
+        workers: how many training processes run at once.
+        device: what each of them needs, `cpu` or `cuda`.
+        gpu_share: share of a GPU that each of them takes.
 
     Raises:
         ResourceError: if this machine can't hold the workers.
@@ -261,10 +263,10 @@ def cluster(workers: int, *, device: str, gpu_share: float = 1.0) -> Iterator[No
 
 
 def check_tracking(spec: TrackerSpec) -> None:
-    """Refuse a sqlite file where workers may run on another machine than the one that has it.
+    """Check that all workers can reach the tracking database: other machines can't reach a sqlite file.
 
     Raises:
-        TrackingError: saying how to start a server instead.
+        TrackingError: with how to start a server instead.
     """
     if spread() and spec.uri.startswith("sqlite"):
         raise TrackingError(
@@ -276,7 +278,7 @@ def check_tracking(spec: TrackerSpec) -> None:
 def _check_fit(workers: int, device: str, gpu_share: float) -> None:
     name = "GPU" if device == "cuda" else "CPU"
     there = ray.cluster_resources().get(name, 0)
-    # Two lanes of 0.6 don't fit on one GPU: shares of a worker are never split.
+    # The share of a worker is never split over GPUs: two lanes of 0.6 don't fit on one.
     per_device = int(1 / gpu_share + 1e-9) if device == "cuda" else 1
     needed = -(-workers // per_device)
     if there < needed:

@@ -1,4 +1,4 @@
-"""`PipelineConfig`: one file from question to served adapter."""
+"""`PipelineConfig`: the configuration of a sweep and of all stages after it, in one file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["PipelineConfig", "ServeSection", "load_config", "packaged"]
 
 
 class ServeSection(Section):
-    """How the result is served; the model and the adapters follow from the sweep."""
+    """How the result of a sweep is served. The model and the adapters follow from the sweep."""
 
     host: str = "127.0.0.1"
     """Address to listen on."""
@@ -36,20 +36,21 @@ class ServeSection(Section):
 
 
 class PipelineConfig(Section):
-    """A sweep and what becomes of its winner."""
+    """A sweep, and what is done with its results."""
 
     name: str = "sweep"
     """Name of the sweep, and of the registered model."""
 
     question: str = ""
-    """What the sweep is to find out; heads the report."""
+    """Question that the sweep answers, shown as the heading of the report."""
 
     output: PathText | None = None
-    """Folder for everything, on the node where the command runs; where not given, the sweep's name below
-    `runs` in the working directory, below `~/rayft-runs` on a cluster, or below RAYFT_OUTPUT."""
+    """Folder for all results, on the node where the command runs. If not given, it is named after the sweep
+    and lies below `runs` in the working directory, below `~/rayft-runs` on a cluster, or below
+    RAYFT_OUTPUT."""
 
     seed: int = Field(default=0, ge=0)
-    """Seed of what is drawn from ranges; trials have `sweep.seeds`."""
+    """Seed of the values that are drawn from ranges. The seeds of trials are `sweep.seeds`."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig
@@ -57,7 +58,7 @@ class PipelineConfig(Section):
     scale: ScaleConfig = ScaleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, JsonValue] = {}
-    """Merged over the derived DeepSpeed configuration."""
+    """Settings that override the derived DeepSpeed configuration."""
     sweep: SweepConfig
     squeeze: SqueezeConfig = SqueezeConfig()
     analyze: AnalyzeConfig = AnalyzeConfig()
@@ -74,12 +75,19 @@ class PipelineConfig(Section):
 
     @property
     def folder(self) -> Path:
-        """Where everything is written, as an absolute path."""
+        """Absolute path of the folder for all results."""
         place = runs_folder() / self.name if self.output is None else read_path(self.output, "output")
         return place.absolute()
 
     def run(self, gpus: bool | None = None) -> RunConfig:
-        """Give what all trials share: every `auto` decided, every path absolute (workers run elsewhere)."""
+        """Return the run configuration that all trials share.
+
+        Each `auto` is replaced by a value, and each path is absolute, because workers have other working
+        directories.
+
+        Args:
+            gpus: whether the cluster has GPUs; None to look at this machine.
+        """
         return RunConfig(
             model=self.model.located(),
             data=self.data.located(),
@@ -92,13 +100,17 @@ class PipelineConfig(Section):
 
 
 def packaged() -> dict[str, Path]:
-    """List the packaged configurations: name → file."""
+    """Return the packaged configurations: name → file."""
     folder = Path(str(resources.files("rayft.configs")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
-    """Load a file, or a packaged configuration by its name.
+    """Load a configuration from a file, or a packaged one by its name.
+
+    Args:
+        name: the file or the name.
+        overrides: settings such as `sweep.trials=4`.
 
     Raises:
         ConfigError: if there is no such file, or anything in it is wrong.

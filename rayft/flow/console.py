@@ -1,4 +1,4 @@
-"""The console that commands print to."""
+"""Print to the terminal: text without markup, and errors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ __all__ = ["show_error", "terminal"]
 
 
 def terminal(*, stderr: bool = False) -> Console:
-    """Return a console that prints text as it is.
+    """Return a console that prints text unchanged.
 
-    Names, answers and errors may hold brackets and colons, which rich would otherwise take for markup and
-    emoji: `[/INST]` in an answer would end the command with a MarkupError.
+    Rich would otherwise read brackets and colons in names, answers and errors as markup and emoji: `[/INST]`
+    in an answer would end the command with a MarkupError.
+
+    Args:
+        stderr: whether to print to the standard error instead of the standard output.
     """
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 

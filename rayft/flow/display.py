@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: stages, a bar for each job, the newest numbers."""
+"""Show the progress of a command: its stages, a bar for each job, and the latest losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rayft.flow.console import terminal
 __all__ = ["Display"]
 
 AT_WORK = {"score": "answering", "analyse": "measuring"}
-"""What lanes do beside training, in words; its bars go when it is done."""
+"""Kind of a job → what is shown while it runs. The bars of these jobs disappear at their end."""
 STATES = {
     "queued": "waiting",
     "running": "training",
@@ -29,11 +29,14 @@ STATES = {
 
 
 class Display:
-    """Stages and bars in a terminal; plain lines, one a change, where there is none.
+    """Shows stages and bars in a terminal, or a plain line for each change in a log.
+
+    Args:
+        console: where to print; the terminal if not given.
 
     Attributes:
-        timings: seconds of each stage.
-        undone: what failed after the results were there, and is left to the next run of the command.
+        timings: stage → seconds.
+        undone: what failed after the results were saved, and is left to the next run of the command.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -56,7 +59,7 @@ class Display:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Show a stage and keep its seconds."""
+        """Show a stage of the flow for the length of a block, and keep its seconds in `timings`."""
         started = time.monotonic()
         self.console.print(f"{name} …", style="bold" if self._live else None, highlight=False)
         try:
@@ -67,7 +70,12 @@ class Display:
 
     @contextmanager
     def watch(self, broker: Any, names: Callable[[str], str] = str) -> Iterator[None]:
-        """Follow a broker's jobs in the background."""
+        """Show the jobs of a broker for the length of a block.
+
+        Args:
+            broker: the broker, an actor of Ray.
+            names: id of a job → the name that is shown.
+        """
         done = threading.Event()
         thread = threading.Thread(target=self._follow, args=(broker, names, done), daemon=True)
         if self._live:
@@ -85,18 +93,18 @@ class Display:
                 self._progress.stop()
 
     def say(self, text: str) -> None:
-        """Print a line as it is: brackets and colons in it are no markup."""
+        """Print a line unchanged: brackets and colons in it are not markup."""
         self.console.print(f"  {text}", highlight=False, markup=False, emoji=False)
 
     def _follow(self, broker: Any, names: Callable[[str], str], done: threading.Event) -> None:
         over = False
         while not over:
-            # Once more at the end: what jobs said last must be printed too.
+            # One more round at the end prints the last notices of jobs.
             over = done.wait(0.5)
             try:
                 jobs, notices = ray.get([broker.snapshot.remote(), broker.notices.remote(self._noticed)])
             except ray.exceptions.RayError:
-                # The cluster is going down; whoever waits for a result says why.
+                # The cluster is shutting down. The error of whoever waits for a result gives the reason.
                 return
             self._noticed += len(notices)
             for text in notices:
@@ -107,7 +115,7 @@ class Display:
     def _update(self, name: str, job: dict[str, Any]) -> None:
         note = _note(job)
         if not self._live:
-            # In a log, a line for each evaluation and each change of state.
+            # A log gets a line for each evaluation and each change of state.
             key = f"{job.get('state')} {job.get('val_loss')}"
             if job["kind"] == "train" and self._said.get(name) != key:
                 self._said[name] = key

@@ -1,6 +1,6 @@
-"""Say whether this machine can run rayft, before anything is started; each problem with its remedy.
+"""`rayft doctor`: check whether this machine can run rayft, and name a remedy for each problem.
 
-Nothing here starts Ray, downloads, or allocates on a GPU.
+No check starts Ray, downloads anything, or allocates memory on a GPU.
 """
 
 from __future__ import annotations
@@ -34,33 +34,34 @@ __all__ = ["Check", "checks"]
 
 GIB = 2**30
 MIN_DISK_GIB = 2.0
-"""A converted 135 M model takes 0.6 GiB, a demo's runs and logs under 1 GiB."""
+"""A converted model of 135 M parameters takes 0.6 GiB; the runs and logs of a demo take less than 1 GiB."""
 MIN_MEMORY_GIB = 3.0
-"""Ray's processes and three workers, each with torch and transformers in memory, at 135 M parameters."""
+"""Ray's processes and three workers that each hold torch, transformers and a model of 135 M parameters."""
 MIN_SHARED_GIB = 0.5
-"""Below that Ray keeps its object store on the disk."""
+"""With less shared memory, Ray keeps its object store on the disk."""
 WAIT_SECONDS = 3.0
+"""How long a tracking server may take to answer."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
-    """What was looked at."""
+    """What was checked."""
     ok: bool | None
-    """True if it is in order, False if rayft can't run with it, None if it can with less."""
+    """True if it is in order; False if rayft can't run; None if rayft can run with restrictions."""
     found: str
     """What was found."""
     remedy: str = ""
-    """What to do; empty if it is in order."""
+    """What to do about it; empty if it is in order."""
 
 
 def checks(output: Path) -> list[Check]:
-    """Look at Python, packages, devices, Ray, DeepSpeed, MLflow, disk, memory and the demo's parts.
+    """Check Python, packages, devices, Ray, DeepSpeed, MLflow, disks, memory and what the demo needs.
 
     Args:
-        output: folder that runs will be written to (it need not exist).
+        output: folder that sweeps will write to. It need not exist.
     """
     return [
         _python(),
@@ -76,8 +77,8 @@ def checks(output: Path) -> list[Check]:
         _memory(),
         _shared_memory(Path("/dev/shm")),  # noqa: S108  (the kernel's name for it)
         _demo_weights(),
-        _importable("reasoning-gym", "reasoning_gym", "the demo's tasks are made by it"),
-        _importable("gguf", "gguf", "the demo's model is unpacked by it"),
+        _importable("reasoning-gym", "reasoning_gym", "it makes the demo's tasks"),
+        _importable("gguf", "gguf", "it unpacks the demo's model"),
     ]
 
 
@@ -88,7 +89,7 @@ def _python() -> Check:
 
 
 def _requirements() -> list[Requirement]:
-    """Read what rayft needs: from its metadata, or from pyproject.toml where it isn't installed."""
+    """Return what rayft requires, from its metadata, or from pyproject.toml if it isn't installed."""
     try:
         lines = metadata.requires("rayft") or []
     except metadata.PackageNotFoundError:
@@ -103,7 +104,7 @@ def _requirements() -> list[Requirement]:
 
 
 def _packages(needed: Iterable[Requirement]) -> list[Check]:
-    """Compare installed versions with the bounds; one check for all that fit, one for each that doesn't."""
+    """Compare installed versions with their bounds: one check for all that fit, and one for each other."""
     fitting, problems = 0, []
     for need in needed:
         fix = f"pip install '{need}'"
@@ -131,7 +132,7 @@ def _gpu() -> Check:
             f"a driver, but torch {torch.__version__} sees no GPU",
             "install torch's CUDA build (make install TORCH=...), and look at CUDA_VISIBLE_DEVICES",
         )
-    return Check("gpu", None, "none", "nothing to do for the demo; models above 1 B parameters want a GPU")
+    return Check("gpu", None, "none", "nothing to do for the demo; models above 1 B parameters need a GPU")
 
 
 def _ray_import() -> Check:
@@ -141,11 +142,13 @@ def _ray_import() -> Check:
 def _ray_cluster() -> Check:
     address, named = find_address()
     if not address:
-        return Check("ray cluster", True, "none running; one is started on this machine when it is needed")
+        return Check(
+            "ray cluster", True, "none running; a command starts one on this machine when it needs one"
+        )
     problem = unreachable(address)
     if problem:
-        fix = "start it (`ray up cluster.yaml`), or clear what names it: `unset RAY_ADDRESS; ray stop`"
-        # What `ray start` left behind is passed over.
+        fix = "start it (`ray up cluster.yaml`), or remove its address: `unset RAY_ADDRESS; ray stop`"
+        # An address that `ray start` left behind is ignored by the commands, so it is no failure.
         return Check("ray cluster", False if named else None, f"{address} does not answer ({problem})", fix)
     return Check("ray cluster", True, f"running at {address}")
 
@@ -173,7 +176,7 @@ def _deepspeed() -> Check:
 def _imported(name: str, describe: Callable[[], str]) -> Check:
     try:
         return Check(name, True, describe())
-    # A package that is broken can raise anything while it is imported, and that is what is asked here.
+    # The import of a broken package can raise anything, and this check is about that.
     except Exception as error:  # noqa: BLE001
         text = " ".join(str(error).split())
         fix = "run `make install`, or pip install rayft in a fresh environment"
@@ -191,7 +194,7 @@ def _mlflow(config: TrackingConfig, output: Path) -> Check:
         return Check("mlflow", False, str(error), "correct tracking.uri or MLFLOW_TRACKING_URI")
     if uri.startswith(("http:", "https:")):
         return _mlflow_server(uri)
-    return Check("mlflow", None, f"{redacted(uri)}, not looked at", "a database: see that it answers")
+    return Check("mlflow", None, f"{redacted(uri)}, not checked", "check yourself that this database answers")
 
 
 def _mlflow_server(uri: str) -> Check:
@@ -202,7 +205,7 @@ def _mlflow_server(uri: str) -> Check:
         return Check("mlflow", False, f"{redacted(uri)} does not answer ({error})", fix)
     if answer.status_code in (401, 403):
         fix = "set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        return Check("mlflow", None, f"{redacted(uri)} wants credentials", fix)
+        return Check("mlflow", None, f"{redacted(uri)} asks for credentials", fix)
     if answer.is_success:
         return Check("mlflow", True, f"{redacted(uri)} answers")
     return Check("mlflow", False, f"{redacted(uri)} answers {answer.status_code}", fix)
@@ -234,14 +237,14 @@ def _elsewhere(name: str) -> str:
 
 
 def _existing(folder: Path) -> Path:
-    """Go up to the first folder that exists."""
+    """Return a folder, or the nearest one above it that exists."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 
 def _memory() -> Check:
     free = psutil.virtual_memory().available / GIB
     if free < MIN_MEMORY_GIB:
-        fix = f"end other programs: the demo wants {MIN_MEMORY_GIB:.0f} GiB"
+        fix = f"end other programs: the demo needs {MIN_MEMORY_GIB:.0f} GiB"
         return Check("memory", False, f"{free:.1f} GiB available", fix)
     return Check("memory", True, f"{free:.1f} GiB available")
 

@@ -1,4 +1,4 @@
-"""One command at a time in an output folder: a lock, and who holds it."""
+"""Lock an output folder, so that only one command at a time writes to it, and record which one."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from rayft.paths import check_folder
 __all__ = ["LOCK_FILE", "command_line", "hold"]
 
 LOCK_FILE = ".lock"
-"""In an output folder while a command writes to it: who that is. The lock itself is the system's."""
+"""File in an output folder that names the command which writes to it. The system holds the lock itself."""
 
 
 @contextmanager
 def hold(folder: Path, setting: str) -> Iterator[None]:
-    """Hold an output folder, so that no other command writes to it; made if missing, and removed if unused.
+    """Lock an output folder for the length of a block.
 
-    The system releases the lock when the process ends, however it ends.
+    The folder is made if it is missing, and removed again if the block has written nothing to it. The system
+    releases the lock when the process ends, in whatever way it ends.
 
     Args:
-        folder: absolute.
-        setting: where a user sets it, for messages.
+        folder: the folder, as an absolute path.
+        setting: how a user sets the folder, for messages.
 
     Raises:
-        ConfigError: if another process holds it, naming that one.
-        ResourceError: if it can't be written; DiskFullError if the block finds the disk full.
+        ConfigError: if another process holds the folder; the message names that process.
+        ResourceError: if the folder can't be written; DiskFullError if its disk becomes full in the block.
     """
     check_folder(folder, setting)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -53,13 +54,13 @@ def hold(folder: Path, setting: str) -> Iterator[None]:
                     lock.unlink(missing_ok=True)
     finally:
         for path in missing:
-            # Not empty: something was written there, as was wanted.
+            # A folder that is not empty stays.
             with suppress(OSError):
                 path.rmdir()
 
 
 def command_line() -> str:
-    """Return the command that this process runs, as a person would write it."""
+    """Return the command line of this process, as a user would write it."""
     program = Path(sys.argv[0])
     start = ["python", str(program)] if program.suffix == ".py" else [program.name]
     return shlex.join([*start, *sys.argv[1:]])
@@ -82,5 +83,5 @@ def _refusal(folder: Path, setting: str) -> str:
         holder = "another process"
     return (
         f"{holder} is writing to {folder}; wait for it, end it, or choose another folder with {setting}. "
-        "Nothing was touched"
+        "Nothing was changed"
     )

@@ -1,4 +1,4 @@
-"""Decide what wins a sweep, what ships, what is served, and why not. Nothing else decides it.
+"""Decide which trial wins a sweep, which adapter ships, and which are served. Nothing else decides this.
 
 Everything is chosen on the validation part, by the sweep's rule (`sweep.select_by`): the least loss, or the
 best score and then the least loss. The test part is only reported.
@@ -35,7 +35,7 @@ Rule = Literal["val_loss", "val_score"]
 
 
 def _order(losses: Sequence[float], scores: Sequence[float | None], rule: Rule) -> tuple[float, float]:
-    """Return a sort key that is least for the best, from the means over some trials.
+    """Return a sort key that is smallest for the best, from the means over some trials.
 
     Args:
         losses: validation loss of each trial. A loss that is not a number counts as the worst.
@@ -145,7 +145,7 @@ def choose(
     rule: Rule,
     keep: float,
 ) -> Winner | None:
-    """Choose what a sweep ships, and say why in words: the winner, or a squeezed version of it.
+    """Choose what a sweep ships, the winner or a squeezed version of it, and give the reason in words.
 
     Args:
         winner: the best trial; None if none has finished.
@@ -177,23 +177,23 @@ def choose(
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """An adapter of a sweep that is worth serving."""
+    """An adapter of a sweep that is served."""
 
     name: str
-    """What it is served as."""
+    """Served name."""
     folder: Path
     trial: str
     """Id of the trial that it comes from."""
     registered: str
-    """Registered model that it becomes a version of."""
+    """Registered model of which it becomes a version."""
     scored: str
-    """Name of its scores: its trial's, or a squeezed adapter's."""
+    """Name under which it was scored: that of its trial or of a squeezed adapter."""
     shipped: bool = False
-    """Whether it is what the sweep ships, which is registered under the sweep's own name."""
+    """Whether it is the adapter that ships, which is registered under the sweep's own name."""
 
 
 def served_adapters(output: Path, record: SweepRecord) -> list[ServedAdapter]:
-    """List what is worth serving, the winner first.
+    """Return the adapters to serve, the winner first.
 
     The list has the winner, its squeezed version if that ships and was trained further, and the best trial of
     each other method. The winner's squeezed ranks are views of it and need no entry. If the winner has no
@@ -216,7 +216,8 @@ def served_adapters(output: Path, record: SweepRecord) -> list[ServedAdapter]:
         return []
     found: list[ServedAdapter] = []
     if viewed and ship is not None and ship.how == "cont":
-        # What was trained on is no view of the winner, so that both are served, and it has the sweep's model.
+        # An adapter that was trained further is not a view of the winner, so both are served. The one that
+        # ships is the sweep's registered model.
         own = _served_name(record.name, winner.method)
         found.append(ServedAdapter(record.name, main, winner.id, own, winner.id))
         name = f"{record.name}-{ship.name.rpartition('@')[2].replace('+', '-cont')}"
@@ -231,7 +232,7 @@ def served_adapters(output: Path, record: SweepRecord) -> list[ServedAdapter]:
 
 
 def _served_name(sweep: str, method_name: str) -> str:
-    # The name of a served or registered model holds no colon, and `peft:LoRA` does.
+    # The name of a served or registered model must not have a colon, as `peft:LoRA` has.
     return f"{sweep}-{method_name.replace(':', '-')}"
 
 

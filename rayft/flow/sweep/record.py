@@ -1,4 +1,4 @@
-"""Build the record of a sweep, from which everything is reported, out of what its stages found."""
+"""Build the record of a sweep, from which the report is made, out of the findings of its stages."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from rayft.tracking.provenance import provenance
 __all__ = ["Findings", "build_record", "with_run_ids"]
 
 REFERENCE = "lora"
-"""Method that the others are compared with, where it was tried."""
+"""Method that the others are compared with, if it is among them."""
 
 
 @dataclass
 class Findings:
-    """What a sweep has found so far."""
+    """What the stages of a sweep have found so far."""
 
     baselines: dict[str, Measured] = field(default_factory=dict)
     """Name of a baseline → its scores."""
@@ -57,11 +57,11 @@ class Findings:
 
 
 def build_record(plan: Plan, found: Findings, timings: Mapping[str, float]) -> SweepRecord:
-    """Put a sweep's findings together.
+    """Return the record of a sweep.
 
     Args:
-        plan: of the sweep.
-        found: what it found.
+        plan: the sweep's.
+        found: the findings of its stages.
         timings: stage → seconds.
     """
     config, origin, rule = plan.config, provenance(), plan.config.sweep.select_by
@@ -102,7 +102,7 @@ def build_record(plan: Plan, found: Findings, timings: Mapping[str, float]) -> S
 
 
 def with_run_ids(record: SweepRecord, tracker: TrackerSpec) -> SweepRecord:
-    """Return a record with the ids that runs which were begun while MLflow was away have by now."""
+    """Return a record with the ids that MLflow has by now for runs that started while it did not answer."""
     ids = resolve_runs(tracker, [trial.run_id for trial in record.trials])
     trials = tuple(trial.model_copy(update={"run_id": ids[trial.run_id]}) for trial in record.trials)
     return record.model_copy(update={"trials": trials})

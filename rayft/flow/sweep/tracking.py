@@ -25,8 +25,8 @@ class SweepTracking:
     """The tracked run of a sweep, and the runs below it.
 
     Args:
-        plan: of the sweep.
-        tracker: writes to MLflow; whoever made it closes it.
+        plan: the sweep's.
+        tracker: writes to MLflow. The caller closes it.
     """
 
     def __init__(self, plan: Plan, tracker: MlflowTracker) -> None:
@@ -40,7 +40,7 @@ class SweepTracking:
         return f"{self._plan.config.name}-{identity.sweep or identity.inputs}"
 
     def _start(self) -> str:
-        """Create the sweep's run, or find it again where the sweep goes on; return its id."""
+        """Create the sweep's run, or find it again if the sweep continues; return its id."""
         plan = self._plan
         flush_spool(plan.tracker)
         tags = {"rayft.kind": "sweep", **{f"rayft.{name}": value for name, value in provenance().items()}}
@@ -55,15 +55,15 @@ class SweepTracking:
         return run_id
 
     def end(self, status: RunStatus) -> None:
-        """Record how a sweep ended that did not finish.
+        """Track how a sweep ended that did not finish.
 
-        Where the disk has no space for that, the next start of the sweep does it.
+        If the disk has no space for that, the next start of the sweep does it.
         """
         with suppress(ResourceError):
             self.tracker.finish(self.run_id, status)
 
     def interrupt(self, trials: Sequence[str]) -> None:
-        """Record that the sweep's run and those of the trials that are training are interrupted.
+        """Track that the sweep and the trials that are training were interrupted.
 
         Args:
             trials: keys of the trials.
@@ -84,7 +84,7 @@ class SweepTracking:
         }
         ids = resolve_runs(self._plan.tracker, list(known.values()))
         found = {key: ids[run_id] for key, run_id in known.items()}
-        # Of a failed trial only the key is known: it may have ended before it had a run.
+        # Only the key of a failed trial is known: it may have ended before it had a run.
         lost = {t.point.key for t in trials if t.result is None and found[t.point.key].startswith(PENDING)}
         return [
             replace(trial, run_id="" if trial.point.key in lost else found[trial.point.key])
@@ -92,11 +92,11 @@ class SweepTracking:
         ]
 
     def track(self, record: SweepRecord, found: Findings) -> None:
-        """Add scores to the trials' runs; baselines and squeezed adapters get runs of their own."""
+        """Track scores in the runs of the trials, and make runs for baselines and squeezed adapters."""
         digest = {"data_digest": record.data_digest}
         for trial in record.trials:
             if trial.run_id and trial.status == "failed":
-                # Its process may have died before it could record that.
+                # Its process may have died before it could track that.
                 self.tracker.finish(trial.run_id, "failed", if_running=True)
             if trial.run_id and trial.test:
                 self.tracker.params(trial.run_id, digest)

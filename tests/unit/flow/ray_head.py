@@ -1,4 +1,4 @@
-"""What listens where a Ray cluster is looked for: a head node, something else, or nothing that answers."""
+"""Servers at the address of a Ray cluster: a head node, another server, or one that does not answer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Page(BaseHTTPRequestHandler):
 
 @contextmanager
 def head_node(token: str | None = None) -> Iterator[str]:
-    """Answer as Ray's head node does to those who look whether it is alive, by its own protocol."""
+    """Run a server that answers the health check of Ray's head node, by Ray's own protocol."""
     server = grpc.server(ThreadPoolExecutor(2))
     add_NodeInfoGcsServiceServicer_to_server(_Head(token), server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -52,14 +52,14 @@ def head_node(token: str | None = None) -> Iterator[str]:
 
 @contextmanager
 def silent() -> Iterator[str]:
-    """Take connections and say nothing."""
+    """Run a server that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
 @contextmanager
 def closed() -> Iterator[str]:
-    """Give a port that nothing listens on."""
+    """Yield an address on which nothing listens."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{bound.getsockname()[1]}"
@@ -67,7 +67,7 @@ def closed() -> Iterator[str]:
 
 @contextmanager
 def web_server() -> Iterator[str]:
-    """Answer each request with a page, as a dashboard does."""
+    """Run a server that answers each request with a page, as a dashboard does."""
     with HTTPServer(("127.0.0.1", 0), _Page) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"127.0.0.1:{running.server_port}"

@@ -1,4 +1,4 @@
-"""Which Ray cluster is meant, and that one which does not answer is told of, not waited for."""
+"""The right Ray cluster is found, and one that does not answer is reported within seconds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def left_behind(tmp_path: Path, text: str) -> None:
         ("10.0.0.2:6379", "10.0.0.1:6379", ("10.0.0.2:6379", True)),
     ],
 )
-def test_the_variable_comes_before_what_ray_start_left(
+def test_the_variable_has_precedence_over_the_file_of_ray_start(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     named: str | None,
@@ -54,7 +54,7 @@ def test_the_variable_comes_before_what_ray_start_left(
     assert find_address() == found
 
 
-def test_what_ray_start_left_may_be_no_text(tmp_path: Path) -> None:
+def test_a_file_of_ray_start_that_is_not_text_is_ignored(tmp_path: Path) -> None:
     left_behind(tmp_path, "")
     (tmp_path / "ray" / "ray_current_cluster").write_bytes(b"\xff\xfe")
     assert find_address() == ("", False)
@@ -68,21 +68,23 @@ def test_what_ray_start_left_may_be_no_text(tmp_path: Path) -> None:
         (web_server, "no Ray head node answers there"),
     ],
 )
-def test_what_is_no_cluster(listens: Callable[[], AbstractContextManager[str]], problem: str) -> None:
+def test_a_server_that_is_not_a_cluster_is_reported(
+    listens: Callable[[], AbstractContextManager[str]], problem: str
+) -> None:
     with listens() as place:
         assert re.match(problem, unreachable(place))
 
 
-def test_a_name_that_nobody_knows() -> None:
+def test_an_unknown_host_is_reported() -> None:
     assert "no Ray head node answers there" in unreachable("rayft-is-nowhere.invalid:6379")
 
 
-def test_a_head_node_answers() -> None:
+def test_a_head_node_that_answers_is_no_problem() -> None:
     with head_node() as place:
         assert unreachable(place) == ""
 
 
-def test_a_token_that_the_cluster_does_not_know() -> None:
+def test_a_token_that_the_cluster_refuses_is_reported() -> None:
     with head_node(token="another") as place:
         assert "RAY_AUTH_TOKEN" in unreachable(place)
 
@@ -100,7 +102,7 @@ def own_token(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     _raylet.Config.initialize("")
 
 
-def test_the_own_token_is_for_the_own_machine(
+def test_the_users_token_is_sent_to_a_cluster_on_this_machine_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_token: str
 ) -> None:
     with head_node(token=own_token) as place:
@@ -124,10 +126,10 @@ def test_the_own_token_is_for_the_own_machine(
         "a b:1",
     ],
 )
-def test_what_is_no_address(named: str) -> None:
+def test_a_malformed_address_is_reported(named: str) -> None:
     assert "write host:port" in unreachable(named)
 
 
 @pytest.mark.parametrize("named", ["ray://head:10001", "http://127.0.0.1:8265"])
-def test_addresses_of_other_services(named: str) -> None:
+def test_the_address_of_another_service_is_reported(named: str) -> None:
     assert "ray job submit" in unreachable(named)

@@ -1,10 +1,13 @@
-"""Which cluster is joined, and what it says of its devices."""
+"""A command joins the right cluster, or starts one, and puts its results where they stay."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray._raylet import AuthenticationTokenLoader, Config
 
 from rayft.errors import ConfigError, RayftError, ResourceError
 from rayft.flow import address, cluster
@@ -49,7 +52,7 @@ def test_the_address_of_a_running_cluster_is_taken(
 
 
 @pytest.mark.parametrize("listens", [closed, silent])
-def test_a_stale_address_is_passed_over_unless_asked_for(
+def test_a_stale_address_is_ignored_unless_the_user_has_set_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, joined: list[str], listens: type
 ) -> None:
     with listens() as place:
@@ -63,7 +66,7 @@ def test_a_stale_address_is_passed_over_unless_asked_for(
     assert joined == []
 
 
-def test_a_cluster_that_answers_and_does_not_take_us(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_answers_and_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(**_: object) -> None:
         raise RuntimeError("Version mismatch")
 
@@ -86,7 +89,7 @@ def test_a_cluster_that_answers_and_does_not_take_us(monkeypatch: pytest.MonkeyP
         ("TMPDIR", "/tmp/" + "x" * 60, ResourceError, "set RAY_TMPDIR to a shorter"),
     ],
 )
-def test_where_ray_cannot_write(
+def test_a_folder_that_ray_can_not_write_to_is_an_error(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str, error: type[RayftError], match: str
 ) -> None:
     monkeypatch.delenv("RAY_TMPDIR")
@@ -95,35 +98,56 @@ def test_where_ray_cannot_write(
         cluster.join()
 
 
-def test_a_home_that_takes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str | None]]:
+    """Tokens in the environment at each start of a local cluster, which does not really start."""
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
+    tokens: list[str | None] = []
+    monkeypatch.setattr("ray.init", lambda **_: tokens.append(os.environ.get("RAY_AUTH_TOKEN")))
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    AuthenticationTokenLoader.instance().reset_cache()
+    yield tokens
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    monkeypatch.undo()
+    AuthenticationTokenLoader.instance().reset_cache()
+    Config.initialize("")
+
+
+def test_a_local_cluster_gets_a_token_if_the_home_can_not_store_one(
+    monkeypatch: pytest.MonkeyPatch, started: list[str | None]
+) -> None:
     monkeypatch.setenv("HOME", "/proc/nothing")
-    cluster.AuthenticationTokenLoader.instance().reset_cache()
-    cluster._settle_token()
-    first = cluster.os.environ["RAY_AUTH_TOKEN"]
+    for _ in range(2):
+        with cluster.cluster(1, device="cpu"):
+            pass
+    first, second = started
+    assert first == second
+    assert first is not None
     assert len(first) == 64
-    cluster._settle_token()
-    assert cluster.os.environ["RAY_AUTH_TOKEN"] == first
-    monkeypatch.delenv("RAY_AUTH_TOKEN")
-    cluster.AuthenticationTokenLoader.instance().reset_cache()
 
 
-def test_a_home_that_takes_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
+def test_ray_makes_the_token_of_a_local_cluster_if_the_home_can_store_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, started: list[str | None]
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    cluster.AuthenticationTokenLoader.instance().reset_cache()
-    cluster._settle_token()
-    assert "RAY_AUTH_TOKEN" not in cluster.os.environ
+    with cluster.cluster(1, device="cpu"):
+        pass
+    assert started == [None]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_that_is_too_small_for_the_workers_is_refused(started: list[str | None]) -> None:
+    match = "9 workers need 9 CPUs, this machine has 8; lower scale.workers or sweep.lanes"
+    with pytest.raises(ResourceError, match=match), cluster.cluster(9, device="cpu"):
+        pass
 
 
 @pytest.mark.parametrize(
     ("resources", "device"),
     [({"CPU": 8.0}, "cpu"), ({"CPU": 8.0, "GPU": 1.0}, "cuda"), ({"gpu_cluster": 1.0}, "cuda")],
 )
-def test_auto_goes_by_the_clusters_devices(
+def test_auto_follows_the_devices_of_the_cluster(
     monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], device: str
 ) -> None:
     monkeypatch.setattr("ray.is_initialized", lambda: True)
@@ -153,7 +177,7 @@ def test_on_a_cluster_results_are_in_the_home_folder(monkeypatch: pytest.MonkeyP
     assert cluster.placed(placed) == placed
 
 
-def test_a_variable_says_where_results_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_variable_sets_the_folder_of_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAYFT_OUTPUT", str(tmp_path / "all"))
     assert cluster.placed(config()).folder == tmp_path / "all" / "tiny"
     monkeypatch.setattr("ray.is_initialized", lambda: True)

@@ -1,4 +1,4 @@
-"""What a person is told while a sweep runs."""
+"""Everything that a command prints is printed unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rayft.flow.console import terminal
 from rayft.flow.display import Display
 
 
-def test_a_line_is_printed_as_it_is() -> None:
+def test_a_line_is_printed_unchanged() -> None:
     said = io.StringIO()
     Display(Console(file=said, width=200)).say("line 3: '[red]x[/] :smile: [/nothing]'")
     assert said.getvalue() == "  line 3: '[red]x[/] :smile: [/nothing]'\n"
@@ -23,7 +23,7 @@ def test_a_line_is_printed_as_it_is() -> None:
 ODD = "[/INST] [bold]x[/bold] :smile: [Paris"
 
 
-def test_names_answers_and_errors_are_printed_as_they_are(
+def test_names_answers_and_errors_are_printed_unchanged(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")

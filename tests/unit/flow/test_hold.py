@@ -1,4 +1,4 @@
-"""One command at a time in a folder."""
+"""Only one command at a time writes to a folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ with hold(Path(sys.argv[1]), "--out"):
 """
 
 
-def test_a_second_command_is_refused_with_who_holds_the_folder(tmp_path: Path) -> None:
+def test_a_second_command_is_refused_by_naming_the_first(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     command = [sys.executable, "-c", HOLDER, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
@@ -41,7 +41,7 @@ def test_a_second_command_is_refused_with_who_holds_the_folder(tmp_path: Path) -
     assert not (folder / LOCK_FILE).exists()
 
 
-def test_a_folder_that_nothing_was_written_to_is_gone_again(tmp_path: Path) -> None:
+def test_a_folder_that_stays_empty_is_removed_again(tmp_path: Path) -> None:
     with hold(tmp_path / "a" / "b", "--out"):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -50,7 +50,7 @@ def test_a_folder_that_nothing_was_written_to_is_gone_again(tmp_path: Path) -> N
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["kept"]
 
 
-def test_a_disk_without_space_for_the_lock(disk: Disk) -> None:
+def test_a_disk_without_space_for_the_lock_is_an_error(disk: Disk) -> None:
     (disk.folder / "full").write_bytes(bytes(disk.used))
     disk.hold_files(1)
     with pytest.raises(DiskFullError, match=str(disk.folder)), hold(disk.folder / "out", "--out"):

@@ -1,4 +1,4 @@
-"""What wins, what ships, what is served, and at which settings methods are compared."""
+"""The right trial wins, the right adapter ships, the right ones are served, at the settings that compare."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_a_squeezed_version_that_could_not_be_scored_is_not_shipped() -> None:
 
 
 @pytest.mark.parametrize("extracted", [False, True])
-def test_a_winner_without_factors_says_what_becomes_of_it(extracted: bool) -> None:
+def test_the_reason_explains_what_happens_to_a_winner_without_factors(extracted: bool) -> None:
     winner, other = named("f", 0.3, method="full"), named("l", 0.5)
     made = [lower(winner, 2)] if extracted else []
     scores = {"f": Measured({"val": [0.8]}), "f@r2": Measured({"val": [0.1]})}
@@ -196,7 +196,7 @@ def test_the_winner_and_the_best_of_each_other_method_are_served(
         ]
 
 
-def test_what_was_trained_further_is_served_beside_the_winner(tmp_path: Path) -> None:
+def test_an_adapter_that_was_trained_further_is_served_beside_the_winner(tmp_path: Path) -> None:
     (tmp_path / "winner").mkdir()
     assert served(record(tmp_path, ship="w@r1+5"), tmp_path)[:2] == [
         ("sums", "winner", "sums-lora", "w", False),

@@ -1,4 +1,4 @@
-"""What a user sets and a command can't use ends in one message and starts nothing: paths, URIs, addresses."""
+"""Paths, URIs and addresses that a command can't use end it with one message, before anything starts."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def _nothing_starts(
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command line that is wrong, and give its message."""
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command line that has to fail, and return its message."""
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["rayft", *arguments])
@@ -89,15 +89,16 @@ FOLDERS: dict[str, Callable[[Path, str], list[str]]] = {
 """Setting → a command that would write into a folder."""
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("setting", FOLDERS)
-def test_folders_that_cannot_be_written(
-    told: Callable[..., str], tmp_path: Path, setting: str, place: str
+def test_a_folder_that_can_not_be_written_is_named_with_its_setting(
+    fails: Callable[..., str], tmp_path: Path, setting: str
 ) -> None:
-    bad = bad_folder(place, tmp_path)
-    message = told(*FOLDERS[setting](tmp_path, str(bad)))
-    assert "can't write to" in message or "leads back to itself" in message
-    assert setting.rpartition(" ")[2] in message
+    for place in PLACES:
+        (tmp_path / place).mkdir()
+        bad = bad_folder(place, tmp_path / place)
+        message = fails(*FOLDERS[setting](tmp_path, str(bad)))
+        assert "can't write to" in message or "leads back to itself" in message, place
+        assert setting.rpartition(" ")[2] in message, place
 
 
 READ: dict[str, Callable[[Path, str], list[str]]] = {
@@ -140,14 +141,15 @@ NO_PATHS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("what", "bad"),
-    # What is missing can be made by --out, at least by root.
-    [(what, bad) for what in READ for bad in NO_PATHS if (what, bad) != ("squeeze --out", "missing")],
-)
-def test_what_cannot_be_read(told: Callable[..., str], tmp_path: Path, what: str, bad: str) -> None:
-    told(*READ[what](tmp_path, NO_PATHS[bad]))
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("what", READ)
+def test_what_can_not_be_read_ends_in_one_message(
+    fails: Callable[..., str], tmp_path: Path, what: str
+) -> None:
+    for kind, bad in NO_PATHS.items():
+        # `--out` makes a missing folder, at least for root.
+        if (what, kind) != ("squeeze --out", "missing"):
+            fails(*READ[what](tmp_path, bad))
+            assert not (tmp_path / "out").exists(), kind
 
 
 @pytest.mark.parametrize(
@@ -163,69 +165,69 @@ def test_what_cannot_be_read(told: Callable[..., str], tmp_path: Path, what: str
         ("postgresql://me:secret@127.0.0.1:1/db", "can't be used"),
     ],
 )
-def test_tracking_that_cannot_be_used(
-    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str, problem: str
+def test_a_tracking_uri_that_can_not_be_used_is_refused(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, uri: str, problem: str
 ) -> None:
     (tmp_path / "text.db").write_text("no database " * 200, encoding="utf-8")
     place = uri.format(folder=tmp_path)
-    message = told("sweep", sweep(tmp_path, tracking={"uri": place}))
+    message = fails("sweep", sweep(tmp_path, tracking={"uri": place}))
     assert problem in message
     assert "secret" not in message
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
-    assert problem in told("sweep", sweep(tmp_path))
-    assert problem in told("promote", "tiny", "1")
+    assert problem in fails("sweep", sweep(tmp_path))
+    assert problem in fails("promote", "tiny", "1")
 
 
 @pytest.mark.parametrize("listens", [silent, closed])
-def test_a_tracking_server_that_is_away(
-    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listens: type
+def test_a_tracking_server_that_does_not_answer_is_named(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listens: type
 ) -> None:
     monkeypatch.setattr("rayft.tracking.connection.SECONDS_TO_ANSWER", 1)
     with listens() as place:
         for command in (["sweep", sweep(tmp_path)], ["promote", "tiny", "1"], ["analyze", "0" * 32]):
             monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{place}")
-            assert f"MLflow at http://{place} can't be used" in told(*command)
+            assert f"MLflow at http://{place} can't be used" in fails(*command)
 
 
 @pytest.mark.parametrize("listens", [silent, closed, web_server])
 @pytest.mark.parametrize("action", [["list"], ["load", "a", "/adapters/a"], ["unload", "a"]])
-def test_a_server_that_is_none(
-    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, listens: type, action: list[str]
+def test_an_address_without_a_server_of_rayft_is_refused(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, listens: type, action: list[str]
 ) -> None:
     monkeypatch.setattr("rayft.flow.adapters.SECONDS_TO_ANSWER", 1.0)
     with listens() as place:
-        told("adapters", *action, "--server", f"http://{place}")
+        fails("adapters", *action, "--server", f"http://{place}")
 
 
 @pytest.mark.parametrize(
     "server", ["", "nonsense", "http://[::1", "http://h:99999", os.fsdecode(b"http://\xff")]
 )
-def test_a_server_that_is_no_url(told: Callable[..., str], server: str) -> None:
-    told("adapters", "list", "--server", server)
+def test_a_server_that_is_not_a_url_is_refused(fails: Callable[..., str], server: str) -> None:
+    fails("adapters", "list", "--server", server)
 
 
 @pytest.mark.parametrize("key", ["clé", "a\nb"])
-def test_a_key_that_no_header_can_carry(
-    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, key: str
+def test_a_key_that_a_header_can_not_hold_is_refused(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("RAYFT_KEY", key)
-    assert "RAYFT_KEY" in told("adapters", "list")
+    assert "RAYFT_KEY" in fails("adapters", "list")
 
 
 @pytest.mark.parametrize("device", ["", "rubbish", "meta", "cuda:99"])
-def test_devices(told: Callable[..., str], device: str) -> None:
-    assert "--device" in told("squeeze", ".", "--rank", "2", "--out", "out", "--device", device)
+def test_an_unknown_device_is_refused(fails: Callable[..., str], device: str) -> None:
+    assert "--device" in fails("squeeze", ".", "--rank", "2", "--out", "out", "--device", device)
 
 
 @pytest.mark.parametrize("cache", ["", "/proc/nothing", "/dev/null/x", "~rayft-nobody"])
-def test_the_cache_of_models(
-    told: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: str
+def test_a_cache_that_can_not_be_written_is_named_by_its_variable(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: str
 ) -> None:
     monkeypatch.setenv("RAYFT_CACHE", cache)
     monkeypatch.setenv("HOME", "/proc/nothing")
-    assert "RAYFT_CACHE" in told("sweep", sweep(tmp_path))
-    assert "RAYFT_CACHE" in told("serve", serving(tmp_path))
+    assert "RAYFT_CACHE" in fails("sweep", sweep(tmp_path))
+    assert "RAYFT_CACHE" in fails("serve", serving(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -236,15 +238,15 @@ def test_the_cache_of_models(
         lambda folder: ["analyze", record(folder)],
     ],
 )
-def test_a_ray_cluster_that_is_away(
-    told: Callable[..., str],
+def test_a_ray_cluster_that_does_not_answer_is_named_by_its_variable(
+    fails: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     command: Callable[[Path], list[str]],
 ) -> None:
     with closed() as place:
         monkeypatch.setenv("RAY_ADDRESS", place)
-        assert f"RAY_ADDRESS={place}" in told(*command(tmp_path))
+        assert f"RAY_ADDRESS={place}" in fails(*command(tmp_path))
     assert not (tmp_path / "out").exists()
 
 
@@ -255,8 +257,8 @@ def test_a_ray_cluster_that_is_away(
         (13, "Permission denied", "ResourceError: {folder}/report.html can't be used (Permission denied)"),
     ],
 )
-def test_what_no_check_has_found(
-    told: Callable[..., str],
+def test_an_error_of_the_system_that_no_check_found_is_one_message(
+    fails: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     number: int,
@@ -267,10 +269,12 @@ def test_what_no_check_has_found(
         raise OSError(number, reason, str(tmp_path / "report.html"))
 
     monkeypatch.setattr("rayft.flow.commands.render", refuse)
-    assert told("report", record(tmp_path)).startswith(expected.format(folder=tmp_path))
+    assert fails("report", record(tmp_path)).startswith(expected.format(folder=tmp_path))
 
 
-def test_other_errors_of_the_system_are_faults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_other_errors_of_the_system_keep_their_traceback(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def broken(*_: object) -> None:
         raise OSError(9, "Bad file descriptor")
 
@@ -280,7 +284,9 @@ def test_other_errors_of_the_system_are_faults(monkeypatch: pytest.MonkeyPatch, 
         cli.main()
 
 
-def test_a_terminal_without_the_letters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_terminal_without_the_characters_shows_their_codes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii", write_through=True))
     monkeypatch.setattr(sys, "argv", ["rayft", "report", record(tmp_path)])

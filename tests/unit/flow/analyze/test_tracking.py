@@ -1,4 +1,4 @@
-"""What of an analysis goes to the tracker."""
+"""The findings of an analysis are tracked in the runs of the adapters."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def test_numbers_data_and_plots_go_to_the_adapters_run(tmp_path: Path) -> None:
     }  # fmt: skip
     assert all(content.startswith(b"\x89PNG") for name, content in files.items() if name.endswith(".png"))
     assert json.loads(files["analysis/analysis.json"])["name"] == "a/r8 s0"
-    assert (tmp_path / "a-r8-s0" / "analysis.json").is_file(), "it stays until it is sent"
+    assert (tmp_path / "a-r8-s0" / "analysis.json").is_file(), "the file stays until it is sent"
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_what_can_not_be_drawn_is_tracked_all_the_same(count: int, tmp_path: Path) -> None:
+def test_a_landscape_that_can_not_be_drawn_is_tracked_all_the_same(count: int, tmp_path: Path) -> None:
     adapters = tuple(
         AdapterAnalysis(name=f"n{n}", landscapes={"random": plane(finite=False), "line": line()})
         for n in range(count)
@@ -73,7 +73,7 @@ def test_what_can_not_be_drawn_is_tracked_all_the_same(count: int, tmp_path: Pat
         assert set(files) == {"analysis/analysis.json", "analysis/line-line.png"}
 
 
-def test_all_cores_draw_where_there_is_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_cores_of_a_cluster_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
     class Remote:
