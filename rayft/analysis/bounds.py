@@ -59,15 +59,17 @@ class LipschitzTerms:
     """The two perturbation terms of Theorem 1, as decimal logarithms; −inf where one is exactly 0."""
 
     log10_update: float
-    """Φ_ΔW: what W0's own gap grows by at most when ΔW is added."""
+    """Φ_ΔW: the most that adding ΔW can increase the gap of W0."""
     log10_base: float
-    """Φ_W0: what the gap of the network of ΔW alone grows by at most when W0 is added."""
+    """Φ_W0: the most that adding W0 can increase the gap of a network of ΔW alone."""
 
 
 def information_bound(
     numbers: int, bits: float, samples: int, sigma: float, *, loss_range: float | None = None
 ) -> Bound:
-    """Bound the expected gap by what the stored numbers can tell of the data (arXiv:2606.13767, Table 1).
+    """Bound the expected gap by the information that the stored numbers can hold on the data.
+
+    arXiv:2606.13767, Table 1.
 
     I(W; S) ≤ H(W) ≤ bits·numbers·ln2, whatever the training. Factors that are frozen must not have been
     drawn from the data.
@@ -90,7 +92,7 @@ def information_bound(
 
 
 def sigma_of_clipped(low: float, high: float) -> float:
-    """Give the σ of a loss clipped to [low, high], which is (high − low)/2 (Hoeffding's lemma).
+    """Return the σ of a loss clipped to [low, high], which is (high − low)/2 (Hoeffding's lemma).
 
     Raises:
         ReportError: if the interval is empty.
@@ -104,7 +106,7 @@ def stored_numbers(
 ) -> int:
     """Count the numbers that a method keeps over all modules: D·R·k of the paper's Table 1.
 
-    What trains beside the layers (a head; with `full` the rest of the model) is not among them.
+    What is trained besides the layers (a head, or with `full` the rest of the model) is not counted.
 
     Args:
         method: one of `rayft.methods.METHODS`.
@@ -189,9 +191,9 @@ def _log_error(
 
 
 def norm_budget(factors: LoraFactors) -> float:
-    """Give ρ = s‖B‖_F‖A‖_F of the balanced factors, which is the nuclear norm of ΔW.
+    """Return ρ = s‖B‖_F‖A‖_F of the balanced factors, which is the nuclear norm of ΔW.
 
-    It is the smallest that any factors of the same ΔW have: B → cB, A → A/c changes nothing.
+    No other factors of the same ΔW have a smaller ρ, and B → cB, A → A/c does not change it.
     """
     return float(factored_svd(factors).s.sum())
 
@@ -205,7 +207,7 @@ def norm_complexity(
     leaves √2·L/N · E sup Σᵢ⟨εᵢ, s·B·A·xᵢ⟩ with a sign for every output, and with M = Σ εᵢxᵢᵀ (O × I)
     that supremum is ρ‖M‖₂, attained at rank 1: so the rank does not enter (compare "What does the rank
     buy?", arXiv:2609.32002, of which we know the abstract alone). From there E‖M‖₂ ≤ √(E‖M‖_F²) =
-    √(O Σ‖xᵢ‖²), which loses at most a factor √(2·min(O, I, N)).
+    √(O Σ‖xᵢ‖²), which is too large by at most a factor √(2·min(O, I, N)).
 
     Args:
         budget: ρ (`norm_budget`).
@@ -239,8 +241,8 @@ def norm_bound(
 
     2·`norm_complexity` + 3·range·√(ln(2/δ)/2N) with δ = 1 − confidence (Mohri et al. 2018, Theorem 3.3),
     for independent inputs, a budget chosen before the data were seen and layers around this one that
-    were not trained on them. An adapter's measured budget is none such, so this is a diagnostic of the
-    layer and no guarantee for the model; sums over layers are no bound either.
+    were not trained on them. An adapter's measured budget is not chosen before, so this is a diagnostic
+    of the layer and no guarantee for the model; a sum over layers is no bound either.
 
     Args:
         budget: ρ (`norm_budget`).

@@ -1,7 +1,7 @@
-"""Directions in which a loss landscape is looked at, in ΔW space. Li et al. 2018, arXiv:1712.09913.
+"""Directions along which a loss landscape is evaluated, in ΔW space. Li et al. 2018, arXiv:1712.09913.
 
-A direction D (O × I a module) lives where ΔW does, not where A and B do: only ΔW enters the loss, so
-B → cB, A → A/c changes nothing. Random ones are Gaussian, each row scaled to the norm of ΔW's same
+A direction D (O × I for a module) is a direction of ΔW and not of A and B: the loss depends on ΔW alone,
+so B → cB, A → A/c changes nothing. Random ones are Gaussian, each row scaled to the norm of ΔW's same
 row, or of W0 + ΔW's (the paper's filter normalisation: a row is a linear layer's filter). Those of a
 trajectory are the principal directions of {ΔW_t − ΔW_end} (sec. 7), from factors alone:
 
@@ -34,7 +34,7 @@ Norm = Literal["update", "weight"]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The plane that a path of adapters mostly lies in, through its end."""
+    """The plane through the end of a path of adapters that most of the path lies in."""
 
     directions: tuple[Direction, Direction]
     """Orthogonal, of Frobenius norm 1 over all modules; the first point's coordinates are not negative."""
@@ -51,7 +51,7 @@ def random_directions(
     norm: Norm = "update",
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Draw Gaussian directions, each row as long as ΔW's same row, or W0 + ΔW's.
+    """Draw Gaussian directions whose rows have the norms of ΔW's rows, or of those of W0 + ΔW.
 
     Each module draws from a generator of its own, seeded by (seed, module path, number of the direction).
 
@@ -89,10 +89,10 @@ def random_directions(
 def trajectory_directions(path: Sequence[Mapping[str, LoraFactors]]) -> Trajectory:
     """Find the two leading principal directions of a path of adapters about its end.
 
-    About the end, not the mean: the plane passes through the adapter that is reported. Eigenvectors of
-    the T × T Gram matrix give the directions as combinations of the ΔW_t, whose stacked factors are
-    brought to their own rank by an SVD in float64, where differences of near points cancel harmlessly;
-    or multiplied out in float64, where the stack has more numbers than that.
+    Deviations are from the end and not from the mean, so that the plane passes through the reported adapter.
+    Eigenvectors of the T × T Gram matrix give the directions as combinations of the ΔW_t, whose stacked
+    factors are brought to their own rank by an SVD in float64, where differences of near points cancel
+    harmlessly; or multiplied out in float64, where the stack has more numbers than that.
 
     Args:
         path: adapters of the same modules and on one device, of any ranks and scales, the last one the end.
@@ -109,11 +109,11 @@ def trajectory_directions(path: Sequence[Mapping[str, LoraFactors]]) -> Trajecto
     centred[:, -1] -= 1
     values, vectors = torch.linalg.eigh(centred @ gram @ centred.t())
     values, vectors = values.flip(0)[:2], vectors.flip(1)[:, :2]
-    # The second of a line is what rounding leaves of products as large as the points themselves.
+    # On a line the second eigenvalue is the rounding error of products as large as the points themselves.
     if not float(values[1]) > tolerance(torch.float64, size) * float(gram.diagonal().max()):
         raise DataError("this trajectory is a straight line or a point: it has no plane; save more points")
     vectors = vectors * torch.where(vectors[0] < 0, -1.0, 1.0)
-    # Σ_t v_t (ΔW_t − ΔW_end) / √λ: the end gets what makes its coefficients sum to 0.
+    # Σ_t v_t (ΔW_t − ΔW_end) / √λ: the end's coefficient makes the sum of all 0.
     combined = centred.t() @ (vectors / values.sqrt())
     total = float((centred @ gram @ centred.t()).diagonal().sum())
     dtype = torch.promote_types(next(iter(path[-1].values())).a.dtype, torch.float32)
@@ -140,7 +140,7 @@ def _combined(
     coefficients: torch.Tensor,
     dtype: torch.dtype,
 ) -> Direction:
-    """Give Σ_t c_t ΔW_t: in balanced factors of no more ranks than it has, at least one, or dense."""
+    """Return Σ_t c_t ΔW_t, dense or in balanced factors of its own rank (at least 1)."""
     found: dict[str, torch.Tensor | LoraFactors] = {}
     factored = {}
     for name, (a, b, owner) in stacked.items():
@@ -151,7 +151,7 @@ def _combined(
             found[name] = weighted.delta().to(dtype)
     for name, svd in decomposed(factored).items():
         one = factored[name]
-        # Rounding makes singular values of its own, as large as the largest term's share of it.
+        # Rounding adds singular values of the size of the largest term's rounding error.
         terms = float((one.b.norm(dim=0) * one.a.norm(dim=1)).max())
         rank = max(1, int((svd.s > tolerance(torch.float64, one.rank) * terms).sum()))
         whole = sorted_factors(svd, 1.0, dtype)

@@ -1,8 +1,8 @@
-"""The generalisation gap as it is: held-out loss less training loss, on samples of equal size.
+"""The measured generalisation gap: held-out minus training loss, on samples of equal size.
 
-An example's loss is the mean over its targets, in nats, cut off at `clip`. The samples are drawn anew
-from the whole training part and from the test part, which no choice was made on. The interval is a
-percentile bootstrap over examples, both samples drawn apart (Efron & Tibshirani 1993, ch. 8 and 13).
+An example's loss is the mean over its targets, in nats, cut off at `clip`. The samples are drawn from the
+whole training part and from the test part, which no choice was made on. The interval is a percentile
+bootstrap over examples, the two samples resampled independently (Efron & Tibshirani 1993, ch. 8 and 13).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ItemT = TypeVar("ItemT")
 
 
 def sample(examples: Sequence[ItemT], count: int, *seed: object) -> list[ItemT]:
-    """Draw examples without replacement, the same for a seed."""
+    """Draw examples without replacement; the same seed draws the same ones."""
     chosen = torch.randperm(len(examples), generator=generator(*seed))[:count].tolist()
     return [examples[index] for index in chosen]
 
@@ -36,14 +36,14 @@ def sample(examples: Sequence[ItemT], count: int, *seed: object) -> list[ItemT]:
 def example_losses(
     model: nn.Module, examples: Sequence[AnyEncoded], pad_id: int, device: str, rows: int = 16
 ) -> list[float]:
-    """Give the mean loss of each example's targets (nats), in order.
+    """Return the mean loss of each example's targets (nats), in order.
 
     Args:
         model: with the adapter in it.
         examples: encoded, of one kind.
         pad_id: what short rows are padded with.
         device: the model's.
-        rows: examples of a batch, each in a row of its own.
+        rows: how many examples a batch has, each in a row of its own.
     """
     found: list[float] = []
     each = rows_of(examples, 0, packing=False)
@@ -62,12 +62,12 @@ def example_losses(
 
 
 def gap(train: Sequence[float], held_out: Sequence[float], clip: float, seed: int = 0) -> Gap:
-    """Compare losses of as many examples of both kinds.
+    """Compare the losses of equal numbers of training and held-out examples.
 
     Args:
         train: losses of training examples.
         held_out: losses of examples that nothing was chosen on.
-        clip: largest loss that counts as itself; NaN counts as this much.
+        clip: larger losses, and NaN, count as this much.
         seed: of the bootstrap.
 
     Raises:
@@ -75,8 +75,8 @@ def gap(train: Sequence[float], held_out: Sequence[float], clip: float, seed: in
     """
     if len(train) != len(held_out) or len(train) < 2:
         raise ReportError(
-            f"{len(train)} training and {len(held_out)} held-out examples; a gap needs two or more, as many "
-            "of each"
+            f"{len(train)} training and {len(held_out)} held-out examples; a gap needs equal numbers "
+            "of both, two or more"
         )
     first, second = (
         np.nan_to_num(np.asarray(values, dtype=float), nan=clip, posinf=clip).clip(max=clip)

@@ -1,4 +1,4 @@
-"""Products with the Hessian of a loss, and what is estimated from them: eigenvalues and the trace.
+"""Products with the Hessian of a loss, and estimates of its eigenvalues and trace from them.
 
     H v = ∂/∂w (gᵀ v)                               two backward passes
 
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 ONCE = ("derivative for", "once_differentiable", "not have been used in the graph")
-"""What PyTorch says where something differentiates once only."""
+"""Parts of PyTorch's messages for an operation that can be differentiated once only."""
 
 
 class HessianOperator:
@@ -36,9 +36,9 @@ class HessianOperator:
 
     Args:
         terms: computes the terms of the loss anew at each call, one graph at a time.
-        parameters: of one dtype and on one device; as they are at the first product, with `keep`.
-        keep: whether loss and gradient are computed once for all products, and what their second derivatives
-            need is held of all terms together; else anew for each `@`, and of one term.
+        parameters: of one dtype and on one device; with `keep`, they must not change after the first product.
+        keep: whether to compute loss and gradient once for all products and to hold the graphs of all terms
+            together; else they are computed anew for each `@`, and one term's graph is held at a time.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class HessianOperator:
         self.dtype, self.device = parameters[0].dtype, parameters[0].device
 
     def __matmul__(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Multiply D numbers, or D × K; the K share each term's first backward pass.
+        """Multiply by D numbers, or by D × K, whose K columns share each term's first backward pass.
 
         Raises:
             ModelError: if an operation can't be differentiated twice.
@@ -66,7 +66,7 @@ class HessianOperator:
             for gradients in self._gradients():
                 for number, column in enumerate(self._products(gradients, columns.t())):
                     found[:, number] += column
-                # Where they are not kept, the next term's take this one's place in memory.
+                # Free this term's graph before the next one is built, unless all are kept.
                 del gradients
         except RuntimeError as error:
             if not any(sign in str(error) for sign in ONCE):
@@ -75,7 +75,7 @@ class HessianOperator:
         return found.view(vectors.shape)
 
     def _gradients(self) -> Iterable[dict[int, torch.Tensor]]:
-        """Give each term's gradient: number of the parameter → what of it can be differentiated again."""
+        """Return each term's gradients that can be differentiated again: parameter's index → gradient."""
         if not self._keep:
             return map(self._gradient, self._terms())
         if self._kept is None:
@@ -96,7 +96,7 @@ class HessianOperator:
         for row in rows:
             parts = list(row.split([parameter.numel() for parameter in self._parameters]))
             along = [parts[n].view_as(self._parameters[n]) for n in gradients]
-            # Unused is an error here: behind what differentiates once only, all would silently be 0.
+            # Unused parameters are an error: behind an operation that differentiates once, all would be 0.
             second = torch.autograd.grad([*gradients.values()], parameters, along, retain_graph=True)
             products = [torch.zeros_like(part) for part in parts]
             for number, product in zip(gradients, second, strict=True):
@@ -105,16 +105,16 @@ class HessianOperator:
 
 
 class ReplayedOperator:
-    """An operator whose product with one vector is a CUDA graph: thousands of launches become one.
+    """An operator whose product with one vector is a CUDA graph, one launch instead of thousands.
 
     Args:
-        operator: on a GPU and not used yet, so that all of it runs on the capture's stream; what it reads
-            must stay where it is.
+        operator: on a GPU and not used yet, so that all of it runs on the capture's stream; the tensors that
+            it reads must stay at their addresses.
     """
 
     def __init__(self, operator: HessianOperator) -> None:
         self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
-        # It holds what a product reads.
+        # The operator holds the tensors that the graph reads.
         self._operator = operator
         self._vector = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         self._graph = torch.cuda.CUDAGraph()
@@ -122,13 +122,13 @@ class ReplayedOperator:
         stream.wait_stream(outside)
         with torch.cuda.stream(stream):
             for _ in range(2):
-                operator @ self._vector  # A capture wants everything to have run once.
+                operator @ self._vector  # Everything must have run once before a capture.
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._product = operator @ self._vector
         outside.wait_stream(stream)
 
     def __matmul__(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Multiply D numbers, or D × K, one after the other."""
+        """Multiply by D numbers, or by D × K, one column after the other."""
         found = torch.empty_like(vectors.reshape(len(vectors), -1))
         for number, column in enumerate(vectors.detach().reshape(len(vectors), -1).t()):
             self._vector.copy_(column)
@@ -140,9 +140,9 @@ class ReplayedOperator:
 def hessian_operator(
     terms: Callable[[], Iterator[torch.Tensor]], parameters: Sequence[torch.Tensor]
 ) -> HessianOperator | ReplayedOperator:
-    """Give the fastest operator that the device has room for."""
+    """Return the fastest operator that the device has memory for."""
     if parameters[0].device.type != "cuda":
-        # A CPU out of memory ends the process, so nothing is tried there.
+        # On a CPU running out of memory ends the process, so nothing larger is tried.
         return HessianOperator(terms, parameters)
     try:
         return _replayed(HessianOperator(terms, parameters, keep=True))
@@ -165,8 +165,8 @@ def _replayed(operator: HessianOperator) -> HessianOperator | ReplayedOperator:
 def top_eigenvalues(operator: HessianOperator | ReplayedOperator, count: int, seed: int) -> list[float]:
     """Find the largest eigenvalues (falling) by Lanczos.
 
-    A residual is at most √ε of its eigenvalue, ε being float32's. That bounds the eigenvalue's error; apart
-    from others it is of the order of ε.
+    A residual is at most √ε of its eigenvalue, ε being float32's. That bounds the eigenvalue's error; an
+    eigenvalue that is separated from others has an error of the order of ε.
 
     Raises:
         DataError: if `count` is not from 1 to below the operator's size.

@@ -1,6 +1,6 @@
-"""The analysis of one adapter, as a job for a lane: base and data are in its memory already.
+"""The analysis of one adapter, as a job for a lane, which has base and data in memory already.
 
-What can't be done is noted with its reason, and the rest is done.
+A part that can't be done is noted with its reason, and the other parts are done.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ __all__ = ["TRAIL", "AnalyzeRequest", "analyze"]
 TRAIL = "trail"
 """Folder of a trial with its adapter at each evaluation, for the plane of its trajectory."""
 MEASURED = 16
-"""Examples whose inputs give the norms of the bounds."""
+"""How many examples the input norms in the bounds are measured on."""
 POINTS = 64
-"""Points of a landscape in one forward, to begin with."""
+"""Points of a landscape in one forward pass; halved whenever memory runs out."""
 
 
 @dataclass(frozen=True)
 class AnalyzeRequest:
-    """Analyse an adapter (or a whole tuned model, which is then the run's base)."""
+    """A request to analyse an adapter, or a whole tuned model, which is then the run's base."""
 
     name: str
     run: str
@@ -62,12 +62,12 @@ class AnalyzeRequest:
     adapter: str | None = None
     group: str = ""
     base: str = ""
-    """Of a whole tuned model the `ModelConfig` that it started from, as JSON."""
+    """For a whole tuned model: the `ModelConfig` that it started from, as JSON."""
     expected: Identity = UNKNOWN
-    """Data and base, as the client has read them."""
+    """Data and base as the client has read them, which the lane compares with its own."""
 
     def __call__(self, session: Session, run: RunConfig) -> dict[str, Any]:
-        """Do it on the first worker; the others have nothing to add."""
+        """Run the analysis on the first worker; the other workers return nothing."""
         if session.worker.rank > 0:
             return {}
         config = AnalyzeConfig.model_validate_json(self.config)
@@ -93,16 +93,16 @@ def analyze(
     trail: Path | None = None,
     base: ModelConfig | None = None,
 ) -> AdapterAnalysis:
-    """Do all parts that a configuration asks for.
+    """Run all parts of an analysis.
 
     Args:
-        session: the base and the data; the base has no adapter in it when this returns.
+        session: the base and the data; no adapter is left in the base.
         run: what was trained.
-        artifact: the adapter; None where the session's base is the tuned model itself.
+        artifact: the adapter; None if the session's base is the tuned model itself.
         config: the parts and their sizes.
-        name: the adapter's.
-        group: its settings without the seed.
-        trail: folder with the adapter at several steps, for its trajectory.
+        name: the adapter's name.
+        group: the adapter's settings without the seed.
+        trail: folder with the adapter at several steps, for the trajectory.
         base: what a tuned model started from.
     """
     analysis = _Analysis(session, run, artifact, config, trail, base)
@@ -148,7 +148,7 @@ def _within_memory(step: Callable[[], _Found]) -> _Found:
 
 @dataclass
 class _Found:
-    """What a part has to say."""
+    """The results of a part."""
 
     measures: dict[str, float]
     more: dict[str, Any] = field(default_factory=dict)
@@ -157,7 +157,7 @@ class _Found:
 
 @dataclass
 class _Analysis:
-    """One adapter in a session."""
+    """The analysis of one adapter in a session."""
 
     session: Session
     run: RunConfig
@@ -172,7 +172,7 @@ class _Analysis:
 
     @property
     def steps(self) -> dict[Part, Callable[[], _Found]]:
-        """Say what does each part."""
+        """Return the method that runs each part."""
         return {
             "gap": self.gap, "bounds": self.bounds, "spectra": self.spectra, "sharpness": self.sharpness,
             "hessian": self.hessian, "line": self.line, "landscape": self.landscape,
@@ -181,10 +181,10 @@ class _Analysis:
 
     @cached_property
     def modules(self) -> Mapping[str, LoraFactors]:
-        """The factors, on the model's device.
+        """The adapter's factors, on the model's device.
 
         Raises:
-            MethodError: if there are none.
+            MethodError: if it has no factors.
         """
         if not isinstance(self.artifact, AdapterArtifact):
             what = "is a whole model" if self.artifact is None else "has PEFT's own layers"
@@ -196,12 +196,12 @@ class _Analysis:
 
     @cached_property
     def update(self) -> Update:
-        """An adapter's update; decomposed once for all parts."""
+        """The adapter's update, decomposed once for all parts."""
         return Update.of_adapter(self.model, self.modules)
 
     @cached_property
     def centre(self) -> Mapping[str, LoraFactors]:
-        """What stands in the layers that a landscape moves: the adapter's factors; of a whole model none."""
+        """The centre of a landscape: the adapter's factors; zeros for a whole model."""
         if self.artifact is not None or self.config.directions == "update":
             return self.modules
         wrap(self.model)
@@ -212,7 +212,7 @@ class _Analysis:
         }
 
     def gap(self) -> _Found:
-        """Compare losses on training and on held-out examples."""
+        """Measure the gap between the losses on training and on held-out examples."""
         parts, session = self.session.parts, self.session
         count = min(self.config.samples, len(session.train), len(parts.test))
         chosen = sample(parts.test, count, self.config.seed, "test")
@@ -223,7 +223,7 @@ class _Analysis:
             )
         ]  # fmt: skip
         train = sample(session.train, count, self.config.seed, "train")
-        # A conversation can give several sequences; both samples have as many.
+        # A conversation can give several examples, so the held-out sample is cut to the same number.
         seen, fresh = (
             example_losses(self.model, examples, session.pad_id, session.worker.device)
             for examples in (train, held_out[:count])
@@ -234,7 +234,7 @@ class _Analysis:
         return _Found(measures, {"gap": found})
 
     def bounds(self) -> _Found:
-        """Evaluate the bounds."""
+        """Compute the bounds."""
         sigma, samples = bounds.sigma_of_clipped(0.0, self.config.clip), len(self.session.train)
         numbers, bits = _stored(self.artifact, self.model)
         found = {"bound_information": bounds.information_bound(numbers, bits, samples, sigma)}
@@ -261,7 +261,7 @@ class _Analysis:
         return _Found(measures, {"vacuous": tuple(vacuous)})
 
     def spectra(self) -> _Found:
-        """Sum up the update's spectrum, and count intruder dimensions."""
+        """Summarise the update's spectra, and count intruder dimensions."""
         with self._update() as update:
             return _Found(*spectra(update, self.config.intruder_modules))
 
@@ -276,7 +276,7 @@ class _Analysis:
             yield Update.of_pair(pair, self.model.device)
 
     def sharpness(self) -> _Found:
-        """Take SAM's step and the adaptive one."""
+        """Measure the rise of the loss in SAM's step and in the adaptive one."""
         batches, modules, config = self._batches(), self.modules, self.config
         plain = sharpness.adapter_sharpness(self.model, batches, modules, config.rho)
         adaptive = sharpness.adapter_sharpness(
@@ -295,7 +295,7 @@ class _Analysis:
         return _Found({**values, "hessian_trace": found.trace})
 
     def line(self) -> _Found:
-        """Evaluate the line of one random direction, and of an adapter that from the base through it."""
+        """Evaluate a line in a random direction and, for an adapter, the line from the base through it."""
         points = landscape.grid_1d(self.config.grid, self.config.reach)
         random = self._measure("random", self._random(1), points)
         curves = {"line": random.to_json()}
@@ -305,7 +305,7 @@ class _Analysis:
         return _Found({"line_rise": random.rise}, {"landscapes": curves})
 
     def landscape(self) -> _Found:
-        """Evaluate the plane of two random directions."""
+        """Evaluate a plane of two random directions."""
         points = landscape.grid_2d(self.config.grid, self.config.reach)
         found = self._measure("random", self._random(2), points)
         return _Found({"landscape_rise": found.rise}, {"landscapes": {"random": found.to_json()}})
@@ -316,7 +316,7 @@ class _Analysis:
         return [*random_directions(modules, count, self.config.seed, norm, weights)]
 
     def trajectory(self) -> _Found:
-        """Evaluate the plane that the adapter's path in training lies in."""
+        """Evaluate the plane that most of the adapter's path in training lies in."""
         modules = self.modules
         folders = sorted(self.trail.iterdir()) if self.trail is not None and self.trail.is_dir() else []
         if len(folders) < 2:
@@ -354,9 +354,10 @@ class _Analysis:
         )
 
     def _batches(self, count: int | None = None) -> list[AnyBatch]:
-        """Give training examples on the device: so many one by one, so that nothing is padded.
+        """Return batches of training examples on the device.
 
-        Where no number is given, those of the sharpness and the landscapes, packed.
+        With a count, each example is a batch of its own, so that nothing is padded. Without one, the batches
+        are the packed examples for the sharpness and the landscapes.
         """
         chosen = sample(self.session.train, count or self.config.examples, self.config.seed, "train")
         data = self.run.data
@@ -365,7 +366,7 @@ class _Analysis:
 
 
 def _stored(artifact: AdapterArtifact | PeftFolder | None, model: nn.Module) -> tuple[int, int]:
-    """Count what was stored of a training: numbers, and bits of each."""
+    """Return how many numbers the training stored, and the bits of each."""
     if isinstance(artifact, AdapterArtifact):
         dtype = next(iter(artifact.modules.values())).b.dtype
         return artifact.parameters, torch.finfo(dtype).bits

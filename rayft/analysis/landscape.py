@@ -45,7 +45,7 @@ __all__ = [
 
 
 Kind = Literal["random", "update", "trajectory"]
-"""What directions are: random ones, the update itself, or the principal ones of a path."""
+"""Directions of a landscape: random ones, the update itself, or the principal directions of a path."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Landscape:
 
     kind: Kind
     norm: Norm | None
-    """What rows of random directions are scaled to."""
+    """Rows whose norms the rows of random directions have."""
     coordinates: tuple[tuple[float, ...], ...]
     """Of each point, along one or two directions."""
     losses: tuple[float, ...]
@@ -70,27 +70,27 @@ class Landscape:
 
     @property
     def finite(self) -> bool:
-        """Whether any loss is, so that there is something to draw."""
+        """Whether any loss is finite, so that there is something to draw."""
         return any(map(math.isfinite, self.losses))
 
     @property
     def rise(self) -> float:
-        """How far the mean loss of all points is above that at the adapter, the point next to 0; in nats."""
+        """Mean loss of all points minus the loss at the adapter (the point nearest to 0), in nats."""
         centre = min(range(len(self.losses)), key=lambda point: math.hypot(*self.coordinates[point]))
         return sum(self.losses) / len(self.losses) - self.losses[centre]
 
     def to_json(self) -> dict[str, Any]:
-        """Give plain JSON data; `from_json` gives exactly this landscape back."""
-        # JSON has no NaN and no infinity, which far points of 16-bit models come to.
+        """Return plain JSON data, from which `from_json` restores exactly this landscape."""
+        # JSON has no NaN and no infinity, which 16-bit models reach at far points.
         plain = [loss if math.isfinite(loss) else str(loss) for loss in self.losses]
         return {**asdict(self), "losses": plain}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Landscape:
-        """Read what `to_json` gave.
+        """Restore a landscape from the data of `to_json`.
 
         Raises:
-            DataError: if it is something else.
+            DataError: if the data is no saved landscape.
         """
         try:
             values = dict(data)
@@ -110,18 +110,18 @@ class Landscape:
 
 
 def grid_1d(size: int, extent: float) -> torch.Tensor:
-    """Give (size, 1) points from −extent to extent; an odd size has the adapter itself in the middle."""
+    """Return (size, 1) points from −extent to extent; an odd size has the adapter itself in the middle."""
     return torch.linspace(-extent, extent, size, dtype=torch.float64)[:, None]
 
 
 def grid_2d(size: int, extent: float) -> torch.Tensor:
-    """Give (size², 2) points of a square from −extent to extent; the second coordinate runs first."""
+    """Return (size², 2) points of a square from −extent to extent; the second coordinate runs first."""
     axis = grid_1d(size, extent)[:, 0]
     return torch.cartesian_prod(axis, axis)
 
 
 def grid_around(coordinates: torch.Tensor, size: int, margin: float = 0.25) -> torch.Tensor:
-    """Give (size², 2) points of a rectangle around a path (T × 2), wider by a share of it on every side."""
+    """Return (size², 2) points of a rectangle around a path (T × 2), with a margin on every side."""
     low, high = coordinates.double().amin(0), coordinates.double().amax(0)
     room = margin * (high - low)
     first, second = (
@@ -141,8 +141,8 @@ def losses(
 ) -> torch.Tensor:
     """Evaluate L(W0 + ΔW + Σ_j c_j D_j) at points: the mean over all targets of all batches, in nats.
 
-    Adapters that are in the model are put back afterwards, as are its modules' modes; a trained head
-    stays as it is in the model.
+    Adapters in the model, and the modes of its modules, are restored afterwards. A trained head takes part as
+    it is in the model.
 
     Args:
         model: the base, wrapped here if it isn't; evaluated in evaluation mode, without gradients.
@@ -150,15 +150,15 @@ def losses(
         modules: the adapter: module path → factors of ΔW.
         directions: J of them, of modules that the adapter has.
         points: c (P × J).
-        points_at_once: how many copies of a batch share a forward; halved whenever memory runs out.
+        points_at_once: how many copies of a batch share a forward pass; halved whenever memory runs out.
 
     Returns:
         (P,) float64, on the CPU.
 
     Raises:
         BaseMismatchError: if the adapter doesn't fit the model.
-        MethodError: if what is in the model can't be put aside.
-        ModelError: if a layer doesn't keep a batch's rows apart, and many points at once are asked for.
+        MethodError: if an adapter in the model can't be taken out and put back.
+        ModelError: if a layer mixes the rows of a batch, and points_at_once is above 1.
         DataError: if there are no batches, or points and directions don't match.
     """
     assert points_at_once >= 1
@@ -178,11 +178,11 @@ def losses(
 
 
 def layers_for(model: nn.Module, modules: Mapping[str, LoraFactors]) -> dict[str, AdapterLinear]:
-    """Find the layers that an adapter is for, wrapping the model if it isn't.
+    """Return the layers that an adapter is for, and wrap the model if it isn't yet.
 
     Raises:
         BaseMismatchError: if the adapter doesn't fit the model.
-        MethodError: if what is in the model can't be put aside.
+        MethodError: if an adapter in the model can't be taken out and put back.
     """
     check_fits(model, AdapterArtifact(modules))
     adapters = [getattr(layer, "adapter", None) for layer in linears(model).values()]
@@ -199,7 +199,7 @@ def layers_for(model: nn.Module, modules: Mapping[str, LoraFactors]) -> dict[str
 
 @contextmanager
 def swapped(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
-    """Have these adapters and no others in a wrapped model, in evaluation mode; then all as it was."""
+    """Put these adapters and no others into a wrapped model in evaluation mode; restore everything after."""
     layers = {n: layer for n, layer in linears(model).items() if isinstance(layer, AdapterLinear)}
     before = {name: layer.adapter for name, layer in layers.items()}
     modes = [(module, module.training) for module in model.modules()]
@@ -216,7 +216,7 @@ def swapped(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]
 
 
 def repeated(batch: AnyBatch, times: int) -> AnyBatch:
-    """Copy a batch's rows, all of them in order, `times` times; targets follow."""
+    """Repeat all rows of a batch, in order, `times` times, with their targets."""
     if isinstance(batch, ImageBatch):
         return ImageBatch(batch.pixel_values.repeat(times, 1, 1, 1), batch.labels.repeat(times))
     ids, mask = batch.input_ids, batch.attention_mask
@@ -235,10 +235,11 @@ def repeated(batch: AnyBatch, times: int) -> AnyBatch:
 
 
 class _PointsAdapter(Adapter):
-    """ΔW + Σ_j c_kj D_j for the rows of copy k; plain operations, nothing that trains.
+    """ΔW + Σ_j c_kj D_j for the rows of copy k, in plain operations; nothing in it trains.
 
-    Factored directions are stacked with ΔW's factors, h = x Aᵀ scaled by each rank's coefficient. Of
-    dense ones E_k = Σ_j c_kj D_j is formed: one product of matrices a copy, not one a direction.
+    Factored directions are stacked with ΔW's factors, h = x Aᵀ scaled by each rank's coefficient. Dense
+    directions are summed to E_k = Σ_j c_kj D_j, which takes one matrix product for each copy and not for each
+    direction.
     """
 
     def __init__(
@@ -265,8 +266,8 @@ class _PointsAdapter(Adapter):
         self.dense_JOI = torch.stack([d.to(device, dtype) for d in dense]) if dense else None
 
     def move(self, points_KJ: torch.Tensor, rows: int) -> None:
-        """Set the points of the next forward, whose batch has `rows` rows a copy."""
-        # In float32 at least: a coordinate that is rounded to bfloat16 is another point.
+        """Set the points of the next forward pass, whose batch has `rows` rows in each copy."""
+        # In float32 at least, since a coordinate rounded to bfloat16 would be another point.
         dtype = torch.promote_types(self.a_RI.dtype, torch.float32)
         self.points_KJ, self.rows = points_KJ.to(self.a_RI.device, dtype), rows
         ones = self.points_KJ.new_ones(len(points_KJ), 1)
@@ -275,12 +276,12 @@ class _PointsAdapter(Adapter):
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Compute base and updates; the updates alone without a weight."""
+        """Compute base and updates, or the updates alone if no weight is given."""
         copies = len(self.points_KJ)
         if copies > 1 and x.shape[0] % (copies * self.rows):
             raise ModelError(
-                f"{self.name} gets {x.shape[0]} rows for {copies} copies of {self.rows}: it doesn't keep a "
-                "batch's rows apart, so its copies can't be different points; use points_at_once=1"
+                f"{self.name} gets {x.shape[0]} rows for {copies} copies of {self.rows}: it mixes the "
+                "rows of a batch, so its copies can't be different points; use points_at_once=1"
             )
         x_KNI = x.reshape(copies, -1, x.shape[-1])
         h_KNR = functional.linear(x_KNI, self.a_RI)
@@ -293,7 +294,7 @@ class _PointsAdapter(Adapter):
         return y if weight is None else functional.linear(x, weight, bias) + y
 
     def to_lora(self) -> LoraFactors:
-        """Give ΔW, the point (0, 0)."""
+        """Return ΔW, the point (0, 0)."""
         return self.factors
 
 

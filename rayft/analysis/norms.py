@@ -1,4 +1,4 @@
-"""Norms that bounds need: of a base's weights, and of what goes into its layers."""
+"""Weights of a base's layers, their singular values and norms, and the norms of the layers' inputs."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ _NORMS: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 
 
 def matrix(model: nn.Module, path: str) -> torch.Tensor:
-    """Give the weight (O × I) of a wrapped layer."""
+    """Return the weight (O × I) of a wrapped layer."""
     layer = model.get_submodule(path)
     assert isinstance(layer, AdapterLinear)
     return layer.matrix
 
 
 def spectral_norms(model: nn.Module) -> dict[str, float]:
-    """Give ‖W0‖₂ of every linear layer, in the model's order."""
+    """Return ‖W0‖₂ of every linear layer, in the model's order."""
     if model not in _NORMS:
         _NORMS[model] = {path: spectral_norm(matrix(model, path)) for path in linears(model)}
     return _NORMS[model]
 
 
 def spectral_norm(weight: torch.Tensor) -> float:
-    """Give ‖W‖₂ of a matrix."""
+    """Return ‖W‖₂ of a matrix."""
     return float(singular_values(weight)[0])
 
 
 def singular_values(weight: torch.Tensor) -> torch.Tensor:
-    """Give all min(O, I) of a matrix, largest first, in float64; exact to about 1e-8 of the largest.
+    """Return the min(O, I) singular values of a matrix in float64, largest first.
 
-    They are the roots of the eigenvalues of the smaller of W Wᵀ and Wᵀ W, which takes a fraction of an SVD.
+    They are the square roots of the eigenvalues of the smaller of W Wᵀ and Wᵀ W, which takes a fraction of
+    the time of an SVD and is exact to about 1e-8 of the largest.
     """
     whole = weight.double()
     gram = whole @ whole.t() if len(whole) < whole.shape[1] else whole.t() @ whole
@@ -54,7 +55,7 @@ def singular_values(weight: torch.Tensor) -> torch.Tensor:
 def squared_norms(
     model: nn.Module, batches: Sequence[AnyBatch], modules: Iterable[str]
 ) -> dict[str, torch.Tensor]:
-    """Give ‖x‖² of every token that goes into each adapted layer, in the order in which they are called."""
+    """Return ‖x‖² of every input token of each adapted layer, in the order in which the layers are called."""
     found: dict[str, list[torch.Tensor]] = {}
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

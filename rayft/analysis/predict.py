@@ -1,13 +1,14 @@
 """Does a measure predict the generalisation gap? Rank correlations over a sweep's runs, with intervals.
 
-Kendall's τ_b and Spearman's ρ. A run that trained further has both a larger update and a larger gap, so two
-more say what a measure is worth beyond that: Spearman's partial correlation with the gap, the training
-loss held fixed, (ρxy − ρxz ρyz) / √((1 − ρxz²)(1 − ρyz²)), and ρ with the held-out loss itself.
+Kendall's τ_b and Spearman's ρ are computed with the gap. A run that trained further has both a larger update
+and a larger gap, so two more correlations show what a measure says beyond that: Spearman's partial
+correlation with the gap, the training loss held fixed, (ρxy − ρxz ρyz) / √((1 − ρxz²)(1 − ρyz²)), and ρ with
+the held-out loss itself.
 
-Intervals are percentile bootstraps that draw whole groups of runs (the seeds of one setting are no
-independent evidence), as Davison & Hinkley 1997, sec. 3.8. An interval that holds 0 says that the measure
-was not seen to predict anything. Of many measures some interval misses 0 by chance: the count of measures
-belongs beside the table.
+Intervals are percentile bootstraps that resample whole groups of runs, since the seeds of one setting are not
+independent (Davison & Hinkley 1997, sec. 3.8). If an interval contains 0, the measure was not found to
+predict anything. With many measures some intervals exclude 0 by chance, so the number of measures belongs
+beside the table.
 
 Shapes: n runs, R resamples of them, each a row of n indices.
 """
@@ -29,13 +30,13 @@ from rayft.numerics import derive_seed
 __all__ = ["LEAST", "Run", "correlations"]
 
 LEAST = 3
-"""Runs below which no correlation is given."""
+"""With fewer runs no correlation is computed."""
 LEAST_GROUPS = 6
-"""Settings below which no interval is given: three runs in perfect order are chance one time in three, and
-resampling them shows perfect order again."""
+"""With fewer settings no interval is computed: three runs are in perfect order by chance one time in three,
+and resampling them shows perfect order again."""
 RESAMPLES = 2000
 AT_ONCE = 4_000_000
-"""Pairs of runs that are compared at once."""
+"""Pairs of runs that are compared at once, which limits memory."""
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]
@@ -46,21 +47,21 @@ class Run:
     """A run's measures and its gap."""
 
     group: str
-    """What it shares with runs that differ in their seed alone."""
+    """The setting, which it shares with runs that differ in their seed alone."""
     gap: float
     measures: Mapping[str, float]
     train_loss: float = math.nan
     held_out: float = math.nan
-    """What the gap is made of; without them what is beyond the gap stays NaN."""
+    """With `train_loss` the parts of the gap; if one is NaN, the correlations beyond the gap are NaN."""
 
 
 def correlations(runs: Sequence[Run], seed: int = 0) -> list[Predictor]:
     """Correlate every measure with the gap, over the runs that have both as finite numbers.
 
-    A measure that is the same in all runs, or that fewer than three runs have, is left out.
+    A measure is left out if it is the same in all runs, or if fewer than three runs have it.
 
     Returns:
-        The strongest |ρ| first; those without an interval come last, and of them those of most runs first.
+        The strongest |ρ| first. Those without an interval come last, the ones of most runs first.
 
     Raises:
         ReportError: if there are fewer than three runs.
@@ -68,8 +69,8 @@ def correlations(runs: Sequence[Run], seed: int = 0) -> list[Predictor]:
     runs = [run for run in runs if math.isfinite(run.gap)]
     if len(runs) < LEAST:
         raise ReportError(
-            f"a correlation needs {LEAST} finished runs with a gap or more, here are {len(runs)}; train more "
-            "of them, or more seeds"
+            f"a correlation needs {LEAST} or more finished runs with a gap, and there are {len(runs)}; train "
+            "more runs, or more seeds"
         )
     found = []
     for name in dict.fromkeys(name for run in runs for name in run.measures):
@@ -82,7 +83,10 @@ def correlations(runs: Sequence[Run], seed: int = 0) -> list[Predictor]:
 
 
 def _strength(one: Predictor) -> tuple[bool, int, float]:
-    """Say what puts a measure first: three of many runs are easily in perfect order."""
+    """Return the sorting key.
+
+    Without an interval the number of runs counts before ρ, which is easily 1 for three runs.
+    """
     known = math.isfinite(one.spearman_low)
     return known, 0 if known else one.n, abs(one.spearman)
 
@@ -107,7 +111,7 @@ def _correlate(name: str, values: Array, others: Array, groups: Sequence[str], s
 
 
 def _ends(drawn: Array) -> tuple[float, float]:
-    """Give the 95 % interval; drawn runs that are all alike have no order."""
+    """Return the 95 % interval; NaN if more than half of the resamples have no correlation."""
     known = drawn[np.isfinite(drawn)]
     if len(known) < RESAMPLES // 2:
         return math.nan, math.nan
@@ -116,7 +120,7 @@ def _ends(drawn: Array) -> tuple[float, float]:
 
 
 def _statistics(values: Array, others: Array, rows: Rows) -> Array:
-    """Give τ, ρ, partial ρ with the gap and ρ with the held-out loss (4 × R); NaN where there is no order."""
+    """Return τ, ρ, partial ρ with the gap, and ρ with the held-out loss (4 × R); NaN for equal values."""
     gap, train, held_out = others
     x, y, z, h = (rankdata(each[rows], axis=1) for each in (values, gap, train, held_out))
     xy, xz, yz = _pearson(x, y), _pearson(x, z), _pearson(y, z)
@@ -132,7 +136,7 @@ def _pearson(x: Array, y: Array) -> Array:
 
 
 def _kendall(x: Array, y: Array, rows: Rows) -> Array:
-    """Give τ_b: pairs in the same order less those in the other, over the mean number that are not tied."""
+    """Return τ_b: concordant minus discordant pairs, over the geometric mean of the untied pairs."""
     signs = [np.sign(each[:, None] - each[None]).astype(np.int8) for each in (x, y)]
     found = []
     for part in np.array_split(rows, max(1, rows.size * rows.shape[1] // AT_ONCE)):

@@ -1,4 +1,4 @@
-"""What was found of a sweep's adapters: plain data, kept as analysis.json beside sweep.json."""
+"""The record of an analysis of a sweep's adapters: plain data, saved as analysis.json beside sweep.json."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["PIECES", "AdapterAnalysis", "Gap", "Intruders", "ModuleSpectrum", "P
 FILE = "analysis.json"
 PIECE = re.compile(r"[0-9a-f]{24}\.json")
 PIECES = "analysed"
-"""Folder of each adapter's findings, as long as not all are there."""
+"""Folder with the result of each adapter while an analysis is incomplete."""
 
 
 class Gap(Record):
-    """Mean losses in nats of equal samples, and their difference with its 95 % interval."""
+    """Mean losses (nats) of samples of equal size, and their difference with its 95 % interval."""
 
     train: float
     held_out: float
@@ -31,16 +31,16 @@ class Gap(Record):
     high: float
     """Interval of held_out − train."""
     n: int
-    """Examples of each."""
+    """Examples in each sample."""
 
     @property
     def value(self) -> float:
-        """The gap: held out less training."""
+        """The gap: held-out minus training loss."""
         return self.held_out - self.train
 
 
 class ModuleSpectrum(Record):
-    """Of one module's update."""
+    """The spectrum of one module's update, summarised."""
 
     effective_rank: float
     stable_rank: float
@@ -52,21 +52,21 @@ class ModuleSpectrum(Record):
 
 
 class Intruders(Record):
-    """Singular vectors of the tuned weights that are like none of the base's, mean over some modules."""
+    """Singular vectors of the tuned weights that are like none of the base's; means over some modules."""
 
     epsilons: tuple[float, ...]
     counts: tuple[float, ...]
-    """Of the `top` vectors, those whose largest |cos| is below each ε."""
+    """How many of the `top` leading vectors have a largest |cos| below each ε."""
     baseline: tuple[float, ...]
-    """How many of `top` random vectors would be."""
+    """How many of `top` random vectors have."""
     top: int
     modules: tuple[str, ...]
     shares: tuple[float, ...] = ()
-    """Of all vectors, the share whose largest |cos| is below each ε."""
+    """Share of all vectors whose largest |cos| is below each ε."""
 
 
 class AdapterAnalysis(Record):
-    """All that was found of one adapter."""
+    """The results for one adapter."""
 
     name: str
     """Its trial, or the folder's name."""
@@ -75,9 +75,9 @@ class AdapterAnalysis(Record):
     weights: str = ""
     """Hash of its files of weights."""
     inputs: str = ""
-    """Hash of data and base (`Identity.inputs`); empty where rayft 0.1.0 found it."""
+    """Hash of data and base (`Identity.inputs`); empty if rayft 0.1.0 wrote it."""
     measures: dict[str, float] = {}
-    """Every number that may predict something, also in the tracker."""
+    """Every number that may predict the gap; the tracker gets them too."""
     gap: Gap | None = None
     vacuous: tuple[str, ...] = ()
     """Bounds that say no more than the loss's range."""
@@ -88,12 +88,12 @@ class AdapterAnalysis(Record):
     landscapes: dict[str, dict[str, Any]] = {}
     """`random`, `trajectory` (planes), `line`, `update` (lines) → what `Landscape.from_json` reads."""
     notes: dict[str, str] = {}
-    """Part → why it is missing."""
+    """Part → the reason why it is missing."""
     seconds: dict[str, float] = {}
     """Part → how long it took."""
 
     def completed(self, earlier: Self) -> Self:
-        """Add what an earlier analysis of the same weights found, where this one didn't look for it."""
+        """Return this analysis with the parts that only an earlier one of the same weights has."""
         kept = {
             name: {**getattr(earlier, name), **getattr(self, name)}
             for name in ("measures", "landscapes", "seconds")
@@ -116,7 +116,7 @@ class Predictor(Record):
     spearman: float
     spearman_low: float
     spearman_high: float
-    """95 % intervals; NaN with fewer than six settings, or where too few resamples vary."""
+    """95 % intervals; NaN with fewer than six settings, or if too few resamples vary."""
     partial: float = math.nan
     partial_low: float = math.nan
     partial_high: float = math.nan
@@ -124,39 +124,39 @@ class Predictor(Record):
     held_out: float = math.nan
     held_out_low: float = math.nan
     held_out_high: float = math.nan
-    """Spearman's with the held-out loss."""
+    """Spearman's correlation with the held-out loss."""
     n: int
     groups: int
-    """Runs that have the measure, and settings among them."""
+    """`n` is the number of runs that have the measure, `groups` that of their settings."""
 
 
 class SweepAnalysis(Record):
-    """Of a sweep, or of one adapter."""
+    """The analysis of a sweep, or of one adapter."""
 
     format: int = 1
     config: AnalyzeConfig
     adapters: tuple[AdapterAnalysis, ...] = ()
     predictors: tuple[Predictor, ...] = ()
     chosen: tuple[Predictor, ...] = ()
-    """The same over each method's best setting alone: learning rates that nobody would keep are left out."""
+    """Predictors over each method's best setting alone, without learning rates that nobody would keep."""
     note: str = ""
-    """Why there is no correlation."""
+    """Why no correlation was computed."""
     angles: dict[str, tuple[float, ...]] = {}
     """`a / b` → median principal angles between two adapters' outputs, in radians, smallest first."""
 
     def covers(self, config: AnalyzeConfig) -> bool:
-        """Whether what was found then can stand beside what this finds: all settings but the parts agree."""
+        """Return whether results with `config` are comparable: all settings but the parts agree."""
         return self.config.model_copy(update={"parts": config.parts}) == config
 
     def save(self, folder: str | Path) -> Path:
-        """Write analysis.json, whole or not at all; then the pieces have served."""
+        """Write analysis.json, whole or not at all, and delete the results of single adapters."""
         path = self.write(Path(folder) / FILE)
         pieces = Path(folder) / PIECES
         for piece in pieces.glob("*.json"):
             if PIECE.fullmatch(piece.name):
                 piece.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            pieces.rmdir()  # Whatever else lies in it is not an analysis's.
+            pieces.rmdir()  # It holds files that no analysis wrote.
         return path
 
     @classmethod

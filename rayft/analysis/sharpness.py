@@ -1,13 +1,13 @@
-"""How sharp the minimum is that an adapter lies in: SAM's one step, and the Hessian.
+"""How sharp the minimum around an adapter is: the rise of the loss in SAM's step, and the Hessian.
 
     max_{‖e‖≤ρ} L(w + e) − L(w)  to first order at  e = ρ·g/‖g‖        Foret et al. 2021, arXiv:2010.01412
     max_{‖e/|w|‖≤ρ} …                               e = ρ·w²g/‖w g‖    Kwon et al. 2021, arXiv:2102.11600
     H v = ∂/∂w (gᵀ v)                               two backward passes; for eigenvalues and trace
 
-w are the numbers of A and B, balanced first: ΔW = U S Vᵀ gives B = U√S, A = √S Vᵀ, the scale in them.
-So ΔW alone decides everything here; without that B → cB, A → A/c would make any minimum look sharp.
-The adapter is one of plain operations, since rayft's own differentiate once, and at least float32.
-Attention is PyTorch's plain one meanwhile (`SDPBackend.MATH`), since the fused differentiate once too.
+w are the numbers of A and B, balanced first: ΔW = U S Vᵀ gives B = U√S, A = √S Vᵀ, with the scale in them.
+So the results depend on ΔW alone; otherwise B → cB, A → A/c could make any minimum look sharp. The adapter
+consists of plain operations in float32 or more, since rayft's own operators can be differentiated once only.
+For the same reason attention is PyTorch's plain implementation (`SDPBackend.MATH`) and not a fused one.
 
 Shapes: D numbers of the adapter.
 """
@@ -41,17 +41,17 @@ __all__ = [
 
 
 TWICE = ("eager", "sdpa")
-"""Implementations of attention that differentiate twice. Others' second derivative is silently 0."""
+"""Implementations of attention that differentiate twice; the second derivative of others is silently 0."""
 
 
 @dataclass(frozen=True)
 class Sharpness:
-    """Mean loss over the targets (nats) at an adapter and one step of ascent away from it."""
+    """Mean loss over the targets (nats) at an adapter, and after one step of ascent."""
 
     before: float
     after: float
     rho: float
-    """Length of the step, in the norm that `adaptive` says."""
+    """Length of the step; `adaptive` decides in which norm."""
     adaptive: bool
     """Whether the step is measured relative to each number (ASAM)."""
     targets: int
@@ -67,9 +67,9 @@ class Curvature:
     """The Hessian of the mean loss (nats) over an adapter's D numbers."""
 
     eigenvalues: tuple[float, ...]
-    """The largest, falling."""
+    """The largest ones, in falling order."""
     trace: float
-    """An estimate, unbiased."""
+    """An unbiased estimate."""
     parameters: int
     """D."""
     targets: int
@@ -85,20 +85,20 @@ def adapter_sharpness(
 ) -> Sharpness:
     """Measure how much the loss rises in SAM's step, or ASAM's, over the balanced factors.
 
-    The gradient is that of all batches together, and the loss afterwards that of the same batches.
-    What was in the model is put back.
+    The gradient is that of all batches together, and the loss after the step is over the same batches.
+    Adapters in the model are restored afterwards.
 
     Args:
         model: the base, wrapped here if it isn't.
         batches: on the model's device.
         modules: the adapter: module path → factors.
-        rho: ρ, the length of the step over all modules; the papers' are 0.05, and 0.5 for ASAM.
-        adaptive: whether by ASAM.
+        rho: ρ, the length of the step over all modules; the papers use 0.05, and 0.5 for ASAM.
+        adaptive: whether to take ASAM's step.
 
     Raises:
         BaseMismatchError: if the adapter doesn't fit the model.
         DataError: if there are no batches.
-        MethodError: if what is in the model can't be put aside.
+        MethodError: if an adapter in the model can't be taken out and put back.
     """
     with _balanced(model, batches, modules) as (parameters, terms, targets):
         before, gradients = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
@@ -122,7 +122,7 @@ def ascent(
     *,
     adaptive: bool = False,
 ) -> list[torch.Tensor]:
-    """Give e = ρ·g/‖g‖, or ρ·w²g/‖w g‖, the norm over all tensors together; 0 where the gradient is."""
+    """Return e = ρ·g/‖g‖, or ρ·w²g/‖w g‖, with the norm over all tensors together; 0 if the gradient is 0."""
     sizes = [p.abs() if adaptive else torch.ones_like(p) for p in parameters]
     scaled = [size * gradient for size, gradient in zip(sizes, gradients, strict=True)]
     norm = torch.stack([part.double().square().sum().cpu() for part in scaled]).sum().sqrt()
@@ -141,9 +141,9 @@ def adapter_curvature(
     """Measure the Hessian's largest eigenvalues and its trace over the balanced factors.
 
     A product with the Hessian takes about as long as three training steps over the batches; eigenvalues
-    take some 20 to 100 of them. On a GPU loss and gradient are computed once, if there is room to keep what
-    they leave, and the rest of a product is captured and replayed as a CUDA graph, if the model can be. What
-    was in the model is put back.
+    take some 20 to 100 of them. On a GPU loss and gradient are computed once if memory has room for their
+    graphs, and the rest of a product is captured and replayed as a CUDA graph if the model allows it.
+    Adapters in the model are restored afterwards.
 
     Args:
         model: the base, wrapped here if it isn't; eager or PyTorch's own ("sdpa") attention.
@@ -151,12 +151,12 @@ def adapter_curvature(
         modules: the adapter: module path → factors.
         count: how many eigenvalues.
         products: with the Hessian, for the trace: a multiple of 3.
-        seed: of the vectors that both start from.
+        seed: of the random vectors that both estimates start from.
 
     Raises:
         BaseMismatchError: if the adapter doesn't fit the model.
         DataError: if there are no batches, or `count` or `products` don't suit the adapter's size.
-        MethodError: if what is in the model can't be put aside.
+        MethodError: if an adapter in the model can't be taken out and put back.
         ModelError: if an operation of the model can't be differentiated twice.
         ResourceError: if curvlinops isn't installed.
     """
@@ -174,7 +174,7 @@ def adapter_curvature(
 
 
 class _PlainAdapter(Adapter):
-    """x (W0 + B A)ᵀ + bias by operations that differentiate any number of times; B A in A's dtype."""
+    """x (W0 + B A)ᵀ + bias in operations that can be differentiated any number of times; B A in A's dtype."""
 
     def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
         super().__init__()
@@ -183,12 +183,12 @@ class _PlainAdapter(Adapter):
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Compute base and update; the update alone without a weight."""
+        """Compute base and update, or the update alone if no weight is given."""
         y = functional.linear(functional.linear(x.to(self.a.dtype), self.a), self.b).to(x.dtype)
         return y if weight is None else functional.linear(x, weight, bias) + y
 
     def to_lora(self) -> LoraFactors:
-        """Give the balanced factors."""
+        """Return the balanced factors."""
         return LoraFactors(self.a.detach(), self.b.detach(), 1.0)
 
 
@@ -196,7 +196,7 @@ class _PlainAdapter(Adapter):
 def _balanced(
     model: nn.Module, batches: Sequence[AnyBatch], modules: Mapping[str, LoraFactors]
 ) -> Iterator[tuple[list[nn.Parameter], Callable[[], Iterator[torch.Tensor]], int]]:
-    """Put the balanced adapter in; give its numbers, what computes the mean loss's terms, and the targets."""
+    """Put the balanced adapter in; yield its parameters, the mean loss's terms, and the number of targets."""
     if not batches:
         raise DataError("a loss needs at least one batch")
     adapters: dict[str, Adapter] = {}

@@ -1,6 +1,6 @@
-"""What a training changed in each layer, whether it is there as factors or as a whole tuned model.
+"""The update of each layer, given as an adapter's factors or as a whole tuned model.
 
-Of a whole model ΔW = W_tuned − W0 is read from the files of both, one layer after the other.
+For a whole model ΔW = W_tuned − W0 is read from the files of both, one layer at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Update", "spectra"]
 
 
 class Update:
-    """A base's weights and what was added to them.
+    """A base's weights and their updates.
 
     Args:
         weights: path of each changed layer → W0 (O × I).
@@ -40,12 +40,12 @@ class Update:
 
     @classmethod
     def of_adapter(cls, model: nn.Module, modules: Mapping[str, LoraFactors]) -> Update:
-        """Take an adapter's factors and the weights of the wrapped base that they are for."""
+        """Return the update of an adapter: its factors, with the weights of the wrapped base they are for."""
         return cls(_Read(modules, lambda path: matrix(model, path)), modules)
 
     @classmethod
     def of_pair(cls, pair: Pair, device: torch.device) -> Update:
-        """Read a tuned model less its base, each layer when it is asked for."""
+        """Return the update of a tuned model, whose layers are read when they are needed."""
         return cls(
             _Read(pair.shapes, lambda path: pair.weight(path).to(device)),
             _Read(pair.shapes, lambda path: pair.update(path).to(device)),
@@ -53,7 +53,7 @@ class Update:
 
     @cached_property
     def singular_values(self) -> Mapping[str, torch.Tensor]:
-        """Of each layer's ΔW, largest first, in float64.
+        """Singular values of each layer's ΔW, largest first, in float64.
 
         Raises:
             ArtifactError: if a factor holds NaN or Inf.
@@ -70,7 +70,7 @@ class Update:
 
 
 class _Read(Mapping[str, Any]):
-    """Tensors that are made each time they are asked for, and not kept."""
+    """Tensors that are computed at each access and not kept."""
 
     def __init__(self, paths: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
         self._paths, self._read = dict.fromkeys(paths), read
@@ -86,7 +86,7 @@ class _Read(Mapping[str, Any]):
 
 
 def spectra(update: Update, intruder_modules: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Sum up an update's spectra, and count intruder dimensions in some of its layers.
+    """Summarise an update's spectra, and count intruder dimensions in some of its layers.
 
     Returns:
         The measures, and fields of `AdapterAnalysis`.
@@ -124,7 +124,7 @@ def spectra(update: Update, intruder_modules: int) -> tuple[dict[str, float], di
 
 
 def _median_spectrum(spectra: Sequence[torch.Tensor]) -> tuple[float, ...]:
-    """Give σᵢ/σ₁, the median over modules, up to the lowest rank of them."""
+    """Return the median of σᵢ/σ₁ over modules, up to the lowest rank among them."""
     relative = [values / values[0] for values in spectra if values[0] > 0]
     if not relative:
         return ()

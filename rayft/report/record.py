@@ -42,15 +42,15 @@ class Score(Record):
     high: float
     """Upper end of the interval."""
     n: int = Field(ge=0)
-    """Questions that it is the mean over."""
+    """How many questions the mean is over."""
 
     def overlaps(self, other: Score) -> bool:
-        """Tell whether the two intervals have a point in common."""
+        """Return whether the two intervals have a point in common."""
         return self.low <= other.high and other.low <= self.high
 
 
 class Baseline(Record):
-    """What is reached without training."""
+    """A score without training."""
 
     name: str
     """`base`, `answer only`, `few shot`, `majority answer`."""
@@ -61,7 +61,7 @@ class Baseline(Record):
 
 
 class TrialRecord(Record):
-    """One training run."""
+    """A trial: a point of the search space and the results of its run."""
 
     id: str
     """Unique in the sweep; the name in tables and figures."""
@@ -92,19 +92,19 @@ class TrialRecord(Record):
     test: Score | None = None
     """Score on the test part; None where it was not read."""
     trainable: int = 0
-    """Numbers that train."""
+    """How many numbers train."""
     bytes: int = 0
     """Size of the adapter's weights on disk."""
     seconds: float = 0.0
     """Training time, validation included."""
     overhead_seconds: float = 0.0
-    """Time to start, load and save."""
+    """Time for starting, loading and saving."""
     peak_memory_bytes: int | None = None
     """Most memory held by one worker's device (its process on a CPU); None where it was not measured."""
     folder: str = ""
     """Adapter folder; empty if none was written."""
     run_id: str = ""
-    """Its run in the tracker."""
+    """Id of its tracked run."""
 
     @property
     def last_val_loss(self) -> float | None:
@@ -134,7 +134,7 @@ class Squeezed(Record):
     val_loss: float | None = None
     """Loss on the validation part."""
     parameters: int = 0
-    """Numbers that it holds."""
+    """How many numbers the adapter holds."""
     bytes: int = 0
     """Size of its weights on disk."""
     seconds: float = 0.0
@@ -176,7 +176,7 @@ class MethodScore(Record):
 
 
 class Winner(Record):
-    """What the sweep chose, on the validation part."""
+    """The choice of the sweep, made on the validation part."""
 
     trial: str
     """Id of the best trial."""
@@ -198,14 +198,14 @@ class Exchange(Record):
 
 
 class Served(Record):
-    """What was put behind HTTP."""
+    """The server that was started, and what it serves."""
 
     url: str
     """Base URL of the server."""
     names: tuple[str, ...]
-    """Values of the `model` field that it answers to."""
+    """Values of the `model` field of a request that it serves."""
     exchanges: tuple[Exchange, ...] = ()
-    """Questions and answers, to look at."""
+    """Example questions and answers."""
 
 
 class Command(Record):
@@ -218,14 +218,14 @@ class Command(Record):
 
 
 class SweepRecord(Record):
-    """Everything that a sweep found; what has not happened is empty."""
+    """Everything that a sweep found; parts that did not run are empty."""
 
     format: Literal[1] = 1
     """Version of this format."""
     name: str
     """Name of the sweep."""
     question: str
-    """What it was to find out, in a sentence."""
+    """What the sweep should find out, in a sentence."""
     date: str
     """When it began, ISO 8601."""
     model: str
@@ -255,17 +255,17 @@ class SweepRecord(Record):
     trials: tuple[TrialRecord, ...] = ()
     """In the order that they were started."""
     winner: Winner | None = None
-    """None if no trial is worth shipping."""
+    """The trial to ship; None if none is worth it."""
     no_winner: str = ""
-    """Why there is none."""
+    """Why there is no winner."""
     squeezed: tuple[Squeezed, ...] = ()
     """Lower ranks of the winner."""
     comparisons: tuple[Comparison, ...] = ()
     """Paired differences on the test part."""
     methods: tuple[MethodScore, ...] = ()
-    """The best on the validation part first; none where there are not two."""
+    """The best on the validation part first; empty with fewer than two methods."""
     singular_values: dict[str, tuple[float, ...]] = {}
-    """Of the winner's update: module → values, largest first."""
+    """Singular values of the winner's update: module → values, largest first."""
     served: Served | None = None
     """What was served, if anything."""
     timings: dict[str, float] = {}

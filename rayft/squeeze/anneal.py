@@ -1,12 +1,13 @@
 """In-Squeeze: the rank falls during training. LoRA-Squeeze, Vulić et al. 2026, arXiv:2602.10993.
 
-A run trains at ranks r_0 > r_1 > … > r_n, each for a part of its steps. Between two of them ΔW = s·B·A is
-cut to its best approximation of the next rank (`factored_svd`), the scale s kept, as at a squeeze after
-training:
+A run trains at ranks r_0 > r_1 > … > r_n, each for a phase of its steps. Between two phases ΔW = s·B·A is
+truncated to its best approximation of the next rank (`factored_svd`) with the scale s kept, as in a squeeze
+after training:
 
     ΔW = u·diag(S)·vᵀ        B' = u √(S/s)  (O × K)        A' = √(S/s) vᵀ  (K × I)        the first K columns
 
-Both are linear in what they replace, A' = P_A A and B' = B P_B. Of all such maps these need no inverse:
+Both are linear in the factors that they replace, A' = P_A A and B' = B P_B. Of all such maps these need no
+inverse:
 
     P_A = √(s/S) uᵀ B  (K × R)        for  uᵀ (B A) = uᵀ ΔW / s = (S/s) vᵀ
     P_B = A v √(s/S)   (R × K)        for  (B A) v = ΔW v / s = u (S/s)
@@ -15,13 +16,13 @@ Gradients are covectors. With G = dL/dW, dL/dB = s·G Aᵀ and dL/dA = s·Bᵀ G
 
     dL/dB' = s·G A'ᵀ = dL/dB · P_Aᵀ        dL/dA' = s·B'ᵀ G = P_Bᵀ · dL/dA
 
-which maps Adam's first moment, a mean of gradients, exactly. The second is a mean of squares, of which
-the entries alone are kept: with the entries of the map squared it is right where gradients of different
-columns are uncorrelated, and never negative.
+which maps Adam's first moment, a mean of gradients, exactly. The second moment is a mean of the squares of
+the entries, without their products: mapped with the squares of the map's entries it is right if the gradients
+of different columns are uncorrelated, and it is never negative.
 
-Dead columns: where ΔW has a lower rank than K, S = 0 would make a row of A' and a column of B' zero
-together, and their gradients with them, for ever. Such a row is v's direction with the median norm of the
-living rows instead, with B' = 0: ΔW is the same, and the column can learn.
+Dead columns: if ΔW has a lower rank than K, S = 0 would make a row of A' and the column of B' zero, and their
+gradients too, for ever. Instead such a row gets the direction of v with the median norm of the living rows,
+and B' = 0: ΔW is the same, and the column can learn.
 """
 
 from __future__ import annotations
@@ -45,24 +46,24 @@ __all__ = ["AnnealConfig", "LowerRank", "Moments", "Phase", "carry", "lower_rank
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run with an engine of its own: steps `first` to `end` (excluded), counted from 0."""
+    """A span of a run with an engine of its own: steps `first` to `end` (excluded), counted from 0."""
 
     first: int
     end: int
     warmup: int
-    """Steps of linear warm-up at its start."""
+    """Steps of linear warm-up at the start of the phase."""
     rank: int
-    """Rank that it trains at."""
+    """Rank at which the phase trains."""
 
 
 class AnnealConfig(Section):
-    """Ranks that a run falls through while it trains, from `method.rank` to a lower one."""
+    """The ranks of a run that starts at `method.rank` and ends at a lower one."""
 
     rank: int = Field(ge=1)
-    """Rank at the end; modules that have a lower one by `rank_pattern` keep it."""
+    """Rank at the end; modules with a lower one by `rank_pattern` keep theirs."""
 
     stages: int | None = Field(default=None, ge=2)
-    """Ranks that are trained, the first and the last among them; as many as halving takes where not given."""
+    """Number of phases, each at a rank of its own; as many as halving takes if not given."""
 
     schedule: Literal["geometric", "linear"] = "geometric"
     """Ranks fall by equal factors, or by equal differences."""
@@ -71,20 +72,20 @@ class AnnealConfig(Section):
     """The ranks after `method.rank` one by one, ending with `rank`; instead of `stages` and `schedule`."""
 
     steps: Literal["equal", "by_rank"] = "equal"
-    """A stage's share of `optim.steps`: the same for all, or in proportion to its rank."""
+    """Each phase's share of `optim.steps`: equal shares, or in proportion to its rank."""
 
     moments: Literal["project", "reset"] = "project"
-    """What becomes of Adam's moments between two stages: carried to the new factors, or begun anew."""
+    """Whether Adam's moments are mapped to the new factors between two phases, or start again at zero."""
 
     warmup: int | None = Field(default=None, ge=0)
-    """Warm-up steps of each later stage; where not given, 0 with projected moments, else `optim.warmup`."""
+    """Warm-up steps of each later phase; if not given, 0 with projected moments, else `optim.warmup`."""
 
     @model_validator(mode="after")
     def _ranks_fall(self) -> AnnealConfig:
         if self.ranks is None:
             return self
         if self.stages is not None or self.schedule != "geometric":
-            raise ValueError("ranks stand in the place of stages and schedule; drop those, or drop ranks")
+            raise ValueError("ranks replace stages and schedule; leave those out, or leave ranks out")
         if not self.ranks or self.ranks[-1] != self.rank:
             raise ValueError(f"ranks must end with rank ({self.rank}), and are {list(self.ranks)}")
         if any(one <= other for one, other in pairwise(self.ranks)):
@@ -92,7 +93,7 @@ class AnnealConfig(Section):
         return self
 
     def ranks_from(self, source: int) -> tuple[int, ...]:
-        """List the ranks that are trained, `source` first.
+        """Return the rank of each phase, `source` first.
 
         Raises:
             ConfigError: if they would not fall from one to the next.
@@ -119,15 +120,15 @@ class AnnealConfig(Section):
         return found
 
     def plan(self, source: int, steps: int, warmup: int) -> list[Phase]:
-        """Share a run's steps out over its ranks.
+        """Divide a run's steps into phases.
 
         Args:
             source: the rank that the run begins at.
             steps: its optimizer steps.
-            warmup: its own warm-up steps, those of the first stage.
+            warmup: its own warm-up steps, which are those of the first phase.
 
         Raises:
-            ConfigError: if ranks don't fall, or a stage is shorter than a step or than its warm-up.
+            ConfigError: if ranks don't fall, or a phase is shorter than a step or than its warm-up.
         """
         ranks = self.ranks_from(source)
         weights = ranks if self.steps == "by_rank" else (1,) * len(ranks)
@@ -171,7 +172,7 @@ class LowerRank:
 
 
 def lower_rank(factors: LoraFactors, rank: int) -> LowerRank:
-    """Bring factors to a rank of at most their own, the scale kept; ΔW becomes its best approximation.
+    """Truncate factors to at most their own rank, with the scale kept; ΔW becomes its best approximation.
 
     Computed in float64; the factors keep their dtype.
     """
@@ -179,7 +180,7 @@ def lower_rank(factors: LoraFactors, rank: int) -> LowerRank:
     svd = factored_svd(factors)
     s, u, v = svd.s[:rank], svd.u[:, :rank], svd.v[:, :rank]
     best = sorted_factors(svd, factors.scale, torch.float64)
-    # What is below is the rounding of float32 factors, and no part of the update.
+    # Smaller values are the rounding of float32 factors and no part of the update.
     alive = s > svd.s[0] * factors.rank * torch.finfo(torch.float32).eps
     root = torch.where(alive, (factors.scale / s).sqrt(), 0.0)
     norm = _usual_norm(best.a[:rank][alive] if alive.any() else factors.a.double())
@@ -197,8 +198,8 @@ def lower_rank(factors: LoraFactors, rank: int) -> LowerRank:
 def carry(change: LowerRank, a: Moments, b: Moments) -> tuple[Moments, Moments]:
     """Map Adam's moments of A (R × I) and B (O × R) to those of A' and B'; their dtype is kept.
 
-    A dead column has no gradients to tell of. Its second moment is the mean of the living ones, since from
-    zero, with bias correction long past, Adam's first steps there would be 1/√(1 − β₂) too long.
+    A dead column has had no gradients. Its second moment becomes the mean of the living ones: from zero, long
+    after bias correction, Adam's first steps there would be too long by 1/√(1 − β₂).
     """
     p_a, p_b, alive = change.p_a, change.p_b, change.alive
     square_a = p_b.square().t() @ a.square.double()
@@ -214,10 +215,11 @@ def carry(change: LowerRank, a: Moments, b: Moments) -> tuple[Moments, Moments]:
 
 
 def revive(factors: LoraFactors) -> LoraFactors:
-    """Give columns that are zero in A and B alike a row of A; ΔW and the other columns stay as they are.
+    """Replace the rows of A of columns that are zero in both A and B; ΔW and other columns stay the same.
 
-    The rows are random directions, orthogonal to each other and to the living rows, with their median
-    norm. What has no such column comes back itself. The rank must be at most the inputs.
+    The new rows are random directions, orthogonal to each other and to the living rows, with the median norm
+    of the living rows. Factors without such a column are returned unchanged. The rank must not exceed the
+    number of inputs.
     """
     dead = ~(factors.a.any(1) | factors.b.any(0))
     if not dead.any():
@@ -231,7 +233,7 @@ def revive(factors: LoraFactors) -> LoraFactors:
 
 
 def _usual_norm(rows: torch.Tensor) -> float:
-    """Give the median norm of rows that are not zero; of none, that of a Kaiming-uniform row of A."""
+    """Return the median norm of the nonzero rows; without any, that of a Kaiming-uniform row of A."""
     norms = rows.norm(dim=1)
     norms = norms[norms > 0]
     return float(norms.median()) if len(norms) else 1 / math.sqrt(3)

@@ -1,13 +1,13 @@
-"""A rank for each module from one budget of bytes: singular values where they are worth their parameters.
+"""A rank for each module from one budget of bytes: the ranks go where they keep most of the update per byte.
 
 Given the singular values σ of each module's ΔW and the bytes c that one rank of it takes, choose ranks k,
-1 ≤ k ≤ R, that lose the least within the budget:
+1 ≤ k ≤ R, that lose least within the budget:
 
     minimise Σ_modules Σ_{i > k} σᵢ²        subject to Σ_modules k·c ≤ budget
 
-Values fall within a module, so taking all of them in the order of σ²/c takes each module's from the
-front: that is the optimum wherever it uses the budget up, and never farther from it than the one value
-that did not fit.
+Values fall within a module, so taking values in the order of σ²/c takes those of each module from the largest
+on. This is the optimum if it uses up the budget, and otherwise differs from it by at most the one value that
+did not fit.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", to
 
 
 def parse_bytes(text: str) -> int:
-    """Read a size such as `1.5MB`, `800 kB` or `2MiB` (a plain number is bytes).
+    """Parse a size such as `1.5MB`, `800 kB` or `2MiB` (a plain number is bytes).
 
     Raises:
-        SqueezeError: if it is no size.
+        SqueezeError: if the text is no size.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kKmMgG]i?)?[bB]?\s*", text)
     if found is None or float(found[1]) == 0:
@@ -43,7 +43,7 @@ def parse_bytes(text: str) -> int:
 def ranks_for_budget(
     spectra: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int
 ) -> dict[str, int]:
-    """Choose each module's rank so that least of Σσ² is lost within a budget.
+    """Choose each module's rank so that the least possible part of Σσ² is lost within a budget.
 
     Args:
         spectra: module → singular values of its ΔW, largest first.
@@ -60,7 +60,7 @@ def ranks_for_budget(
             f"the budget leaves {budget:,} bytes for the factors, and rank 1 in all {len(spectra)} modules "
             f"takes {budget - left:,}: raise it by {-left:,} bytes or more, or train fewer modules"
         )
-    # What is zero to rounding is not worth a byte.
+    # Values that are rounding error are not worth a byte.
     wanted = [
         (-value * value / costs[name], name)
         for name, values in spectra.items()
@@ -81,7 +81,7 @@ def ranks_for_budget(
 
 
 def weight_bytes(artifact: AdapterArtifact) -> int:
-    """Give the size of `adapter_model.safetensors` as `artifact.save` would write it."""
+    """Return the size of `adapter_model.safetensors` as `artifact.save` would write it."""
     tensors = {f"{PREFIX}{name}": head for name, head in artifact.heads.items()}
     for name, factors in artifact.modules.items():
         tensors |= {

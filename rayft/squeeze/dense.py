@@ -1,9 +1,9 @@
-"""Dense updates, one module after the other, into an adapter that is squeezed already.
+"""Squeeze dense updates, one module at a time, into an adapter.
 
     ΔW (O × I)  →  U_k S_k V_kᵀ  →  B = U_k √S_k,  A = √S_k V_kᵀ,  s = 1 (α = rank)
 
-Columns are sorted by singular value, so every prefix is the best of its rank that was found. Kept beside
-them are the k singular values and Σσ² of the others, from which the retained energy follows.
+Columns are sorted by singular value, so every prefix is the best approximation of its rank that was found.
+The k singular values and Σσ² of the others are kept too; the retained energy follows from them.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ __all__ = ["DenseSqueeze"]
 
 
 class DenseSqueeze:
-    """Takes the ΔW of each module once, and makes the adapter of them.
+    """Collects the squeezed ΔW of each module, and builds an adapter from them.
 
-    A module whose ΔW is 0 gets no factors: it is what the base is. `unchanged` names those.
+    A module whose ΔW is 0 gets no factors, since it equals the base; `unchanged` lists these modules.
 
     Args:
-        shapes: module path → (O, I), of all that will come.
-        rank: of each module; one whose min(O, I) is below keeps all of its min(O, I).
-        energy: or the share of each module's ‖ΔW‖² to retain, each at a rank of its own.
-        seed: decides the random numbers, for each module by its path: the same whatever else is squeezed.
-        device: where it is computed.
+        shapes: module path → (O, I), of all modules that will be added.
+        rank: of each module; a module with a smaller min(O, I) gets that rank.
+        energy: instead of a rank, the share of each module's ‖ΔW‖² to retain, at a rank of its own.
+        seed: of the random numbers, which depend on the module's path and not on the other modules.
+        device: where to compute.
         dtype: of the factors.
 
     Raises:
-        SqueezeError: if not one of rank and energy is given, or it is out of its range.
+        SqueezeError: if not exactly one of rank and energy is given, or it is out of its range.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class DenseSqueeze:
         self._tails: dict[str, float] = {}
 
     def add(self, module: str, delta: torch.Tensor) -> None:
-        """Squeeze one module's ΔW (O × I); nothing of its size is kept.
+        """Squeeze one module's ΔW (O × I) and keep its factors, nothing of the size of ΔW.
 
         Raises:
             SqueezeError: if it holds NaN or Inf, naming the module.
@@ -88,10 +88,10 @@ class DenseSqueeze:
         self._tails[module] = 0.0 if len(svd.s) == min(shape) else max(left, 0.0)
 
     def artifact(self, meta: ArtifactMeta, heads: Mapping[str, torch.Tensor]) -> AdapterArtifact:
-        """Make the adapter of all modules that changed, its spectrum in `meta`.
+        """Return the adapter of all modules that changed, with the spectrum in `meta`.
 
         Raises:
-            SqueezeError: if none changed.
+            SqueezeError: if no module changed.
         """
         if not self._modules:
             raise SqueezeError(

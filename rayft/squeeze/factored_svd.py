@@ -4,12 +4,12 @@
     U S Vᵀ = svd(C)    ⇒    ΔW = (Q_B U) S (Q_A V)ᵀ
 
 The R × R core carries the whole spectrum: nothing of size O × I is formed. Cost O((O + I)R² + R³).
-All in float64: in float32 the singular values err by 1e-6, and by 2.5e-4 at condition 1e6.
+All in float64: in float32 the singular values have an error of 1e-6, and of 2.5e-4 at condition 1e6.
 
-On a GPU, factors of one shape go through as one stack, and QR is Cholesky's, done twice (Yamamoto et
-al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm"): products of matrices, where
-Householder's is one small launch after the other. Where its conditions don't hold (dependent columns,
-condition above about 1e7) Householder's takes over. The cores are decomposed on the CPU.
+On a GPU, factors of one shape are decomposed as one stack, by CholeskyQR2 (Yamamoto et al. 2015, "Roundoff
+error analysis of the CholeskyQR2 algorithm"): it consists of products of matrices, while Householder's QR is
+many small launches. Householder's QR is used where CholeskyQR2 is not accurate (dependent columns, condition
+above about 1e7). The cores are decomposed on the CPU.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ __all__ = [
 ]
 
 ORTHOGONAL = 0.1
-"""What QᵀQ of the first Cholesky QR may differ from I, for the second to make Q orthogonal to rounding."""
+"""Most that QᵀQ of the first Cholesky QR may differ from I; the second then corrects Q to rounding."""
 
 STACK_BYTES = 2**28
-"""Factors in float64 that go through a GPU at once."""
+"""Bytes of factors in float64 that are decomposed on a GPU at once."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def factored_svd(factors: LoraFactors) -> FactoredSVD:
 
 
 def factored_svds(many: Sequence[LoraFactors]) -> list[FactoredSVD]:
-    """Decompose several, all of one shape and on one device, as a stack (M × O × R and M × R × I)."""
+    """Decompose factors of one shape and on one device as a stack (M × O × R and M × R × I)."""
     scales = torch.tensor([factors.scale for factors in many], dtype=torch.float64, device=many[0].b.device)
     q_b, r_b = thin_qr(torch.stack([factors.b for factors in many]).double())
     q_a, r_a = thin_qr(torch.stack([factors.a for factors in many]).double().mT)
@@ -63,7 +63,7 @@ def factored_svds(many: Sequence[LoraFactors]) -> list[FactoredSVD]:
 
 
 def decomposed(modules: Mapping[str, LoraFactors]) -> dict[str, FactoredSVD]:
-    """Decompose an adapter's modules, in their order, on their device: as stacks where that is a GPU."""
+    """Decompose an adapter's modules on their device, as stacks if it is a GPU; the order is kept."""
     found: dict[str, FactoredSVD] = {}
     for names in stacks(modules):
         found |= zip(names, factored_svds([modules[name] for name in names]), strict=True)
@@ -73,11 +73,11 @@ def decomposed(modules: Mapping[str, LoraFactors]) -> dict[str, FactoredSVD]:
 def stacks(
     modules: Mapping[str, LoraFactors], device: str | torch.device | None = None
 ) -> Iterator[list[str]]:
-    """Group modules of one shape for a GPU; on a CPU, where LAPACK takes one at a time, each is alone.
+    """Group modules of one shape for a GPU; on a CPU each is alone, since LAPACK takes one at a time.
 
     Args:
         modules: module path → factors.
-        device: where they will be decomposed; where they are, if not given.
+        device: where they will be decomposed; the factors' own device if not given.
     """
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, factors in modules.items():
@@ -96,8 +96,8 @@ def thin_qr(x: torch.Tensor, *, by_cholesky: bool | None = None) -> tuple[torch.
 
     Args:
         x: M × N × R, float64.
-        by_cholesky: whether by two Cholesky factorisations where that is accurate; on GPUs where not given.
-            R is then upper triangular too, its diagonal positive.
+        by_cholesky: whether to use two Cholesky factorisations where these are accurate; if not given, on
+            GPUs alone. R is upper triangular, and with Cholesky its diagonal is positive.
     """
     if x.is_cuda if by_cholesky is None else by_cholesky:
         found = _cholesky_twice(x)
@@ -108,7 +108,7 @@ def thin_qr(x: torch.Tensor, *, by_cholesky: bool | None = None) -> tuple[torch.
 
 
 def _cholesky_twice(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Give Q and R, or None where a matrix of the stack is too badly conditioned."""
+    """Return Q and R, or None if a matrix of the stack is too badly conditioned."""
     if x.shape[-2] < x.shape[-1]:
         return None
     first, failed = torch.linalg.cholesky_ex(x.mT @ x)
@@ -116,7 +116,7 @@ def _cholesky_twice(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None
     gram = q.mT @ q
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     second, failed_too = torch.linalg.cholesky_ex(gram)
-    # One answer for all, so that the device is waited for once. NaN is no small difference either.
+    # One test for the whole stack, so that the host waits for the device once. It fails for NaN too.
     good = ((gram - eye).abs().amax() <= ORTHOGONAL) & ~(failed.any() | failed_too.any())
     if not bool(good):
         return None
@@ -124,11 +124,11 @@ def _cholesky_twice(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None
 
 
 def sorted_factors(svd: FactoredSVD, scale: float, dtype: torch.dtype) -> LoraFactors:
-    """Write a decomposition as balanced factors with the scale kept, columns by singular value.
+    """Return a decomposition as balanced factors with the scale kept, columns sorted by singular value.
 
     B' = U √(S/s), A' = √(S/s) Vᵀ, so that ‖B'‖ = ‖A'‖ and s·B'[:, :k]·A'[:k] is the best rank-k
-    approximation of ΔW (Eckart–Young) for every k: a prefix needs no rescaling. A scale below 0 (not 0
-    itself) leaves its sign to B'.
+    approximation of ΔW (Eckart–Young) for every k: a prefix needs no rescaling. If the scale is below 0
+    (it can't be 0), B' takes the sign.
     """
     root = (svd.s / abs(scale)).sqrt()
     b = svd.u * (root if scale > 0 else -root)

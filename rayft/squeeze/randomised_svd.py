@@ -5,11 +5,11 @@
     Qᵀ ΔW = Û S Vᵀ   (L × I)    ⇒    ΔW ≈ (Q Û)_k S_k V_kᵀ
 
 Cost O(O·I·L) a product, 2 + 2·iterations of them, instead of O(O·I·min(O, I)). Oversampling 10 and 2 power
-iterations are LoRA-Squeeze's (Vulić et al. 2026, arXiv:2602.10993). What is left out is known without being
-computed: ‖ΔW − ΔW_k‖² = ‖ΔW‖² − Σ_{i≤k} σᵢ², exactly, for whatever Q was found.
+iterations are LoRA-Squeeze's (Vulić et al. 2026, arXiv:2602.10993). The error needs no computation of
+its own: ‖ΔW − ΔW_k‖² = ‖ΔW‖² − Σ_{i≤k} σᵢ² holds exactly, whatever Q was found.
 
-The range is sought in ΔW's own dtype (16-bit ones in float32), since a Q that is off by a rounding costs
-only its square; the projection QᵀΔW, whose rounding would stay, is in float64, a block of rows at a time.
+The range is computed in ΔW's own dtype (in float32 for 16-bit dtypes), since an error of Q enters the result
+squared. The projection QᵀΔW, whose rounding enters directly, is in float64, a block of rows at a time.
 4096 × 14336 in float32 at rank 64 took 1.6 s on 2 CPU cores, 4 s with all of it in float64 and 111 s as a
 dense SVD in float32. The error was 0.1 to 0.9% above the best of the rank for spectra that fall as 1/i, as
 1/√i or not at all, the same in float32 as in float64 to 8 digits.
@@ -26,9 +26,9 @@ from rayft.squeeze.rank import rank_for_energy
 __all__ = ["randomised_svd", "svd_for_energy", "total_energy"]
 
 FIRST = 16
-"""Rank that a search by energy begins with."""
+"""Rank at which a search by energy starts."""
 BLOCK = 2**22
-"""Numbers of ΔW that are in float64 at once (32 MiB)."""
+"""How many numbers of ΔW are held in float64 at once (32 MiB)."""
 
 
 def randomised_svd(
@@ -39,16 +39,16 @@ def randomised_svd(
     power_iterations: int = 2,
     generator: torch.Generator,
 ) -> FactoredSVD:
-    """Find the leading min(rank, O, I) singular values and vectors of ΔW, on its device.
+    """Return the leading min(rank, O, I) singular values and vectors of ΔW, on its device.
 
-    Exact where rank + oversampling ≥ min(O, I): that is a dense SVD, in float64.
+    If rank + oversampling ≥ min(O, I), the result is exact: a dense SVD in float64.
 
     Args:
         delta: ΔW (O × I), of any floating dtype.
         rank: how many values.
-        oversampling: columns that are tried beside them.
-        power_iterations: products with ΔW and ΔWᵀ that turn Q to the large values.
-        generator: draws Ω, on its own device: the same numbers wherever ΔW is.
+        oversampling: columns that are computed beyond the rank.
+        power_iterations: pairs of products with ΔWᵀ and ΔW that turn Q towards the large values.
+        generator: draws Ω on its own device, so that the numbers don't depend on ΔW's device.
 
     Raises:
         SqueezeError: if the rank is not positive, a setting is negative, or ΔW holds NaN or Inf.
@@ -63,7 +63,7 @@ def randomised_svd(
         u, s, vt = torch.linalg.svd(delta.double(), full_matrices=False)
         return FactoredSVD(u[:, :kept], s[:kept], vt[:kept].t())
     q = _range(delta, rank + oversampling, power_iterations, generator)
-    # In float64 Q is orthonormal to its rounding, and with it what comes out.
+    # In float64, so that Q and the result are orthonormal to float64's rounding.
     q = torch.linalg.qr(q.double()).Q
     q_v, r = torch.linalg.qr(_projected(q, delta).t())
     u, s, vt = torch.linalg.svd(r.t())
@@ -71,11 +71,11 @@ def randomised_svd(
 
 
 def svd_for_energy(delta: torch.Tensor, energy: float, *, generator: torch.Generator) -> FactoredSVD:
-    """Find as many singular values of ΔW (O × I) as retain a share of ‖ΔW‖², at least one.
+    """Return as many singular values and vectors of ΔW (O × I) as retain a share of ‖ΔW‖², at least one.
 
-    The rank is doubled until the share is there, and then cut; all trials together cost about twice the
-    last one. As the values found are never too large, the share is retained, perhaps by a rank above the
-    smallest.
+    The rank is doubled until the share is reached, and then lowered as far as possible; all attempts together
+    cost about twice the last one. The values found are never too large, so the share is retained, though
+    perhaps at a rank above the smallest possible.
 
     Raises:
         SqueezeError: if the share is not in (0, 1], or ΔW holds NaN or Inf.
@@ -99,7 +99,7 @@ def total_energy(delta: torch.Tensor) -> float:
     Raises:
         SqueezeError: if ΔW holds NaN or Inf.
     """
-    # Squares of float32 numbers fit float64, so that only NaN and Inf give what is not finite.
+    # The squares of float32 numbers fit float64, so the sum is finite unless ΔW holds NaN or Inf.
     total = sum((block.double().square().sum() for block in _blocks(delta)), torch.zeros(()))
     if not bool(torch.isfinite(total)):
         raise SqueezeError("the update holds NaN or Inf; train again with a lower learning rate")
@@ -107,9 +107,9 @@ def total_energy(delta: torch.Tensor) -> float:
 
 
 def _range(delta: torch.Tensor, columns: int, iterations: int, generator: torch.Generator) -> torch.Tensor:
-    """Find orthonormal columns (O × L) that ΔW's large singular vectors lie in, nearly.
+    """Return orthonormal columns (O × L) whose span nearly contains ΔW's leading left singular vectors.
 
-    QR after every product: without it all columns would lean to the largest value.
+    QR follows every product, since otherwise all columns would turn towards the largest singular value.
     """
     matrix = delta if delta.dtype == torch.float64 else delta.float()
     omega = torch.randn(

@@ -1,4 +1,4 @@
-"""Squeezing an adapter, and how far: by rank, by retained energy, or by a budget of bytes.
+"""Squeeze an adapter to a rank, to a share of its energy, or to a budget of bytes.
 
 Retained energy of a module at rank k is Σ_{i≤k} σᵢ² / Σ σᵢ²: the share of ‖ΔW‖² that survives.
 """
@@ -19,7 +19,7 @@ from rayft.squeeze.factored_svd import factored_svds, sorted_factors, stacks
 __all__ = ["Progress", "at_ranks", "rank_for_energy", "retained_energy", "squeeze"]
 
 Progress = Callable[[int], None]
-"""Told how many modules are done since it was told last."""
+"""Called with the number of modules finished since the last call."""
 
 
 def squeeze(
@@ -31,22 +31,22 @@ def squeeze(
     device: str | torch.device | None = None,
     progress: Progress | None = None,
 ) -> AdapterArtifact:
-    """Bring an adapter to a lower rank, exactly.
+    """Bring an adapter to a lower rank by an exact SVD.
 
-    Computed at full rank and then sliced, so `squeeze(a, rank=k)` is `squeeze(a).at_rank(k)`. Without a
-    target only the columns are sorted: the update stays the same. Beside the source and the result, memory
-    holds one module in float64 (on a GPU: a stack of at most 256 MiB).
+    The SVD is computed at full rank and then sliced, so `squeeze(a, rank=k)` equals `squeeze(a).at_rank(k)`.
+    Without a target the columns are sorted and the update stays the same. Besides the source and the result,
+    memory holds one module in float64 (on a GPU a stack of at most 256 MiB).
 
     Args:
         artifact: any adapter; its factors' dtype and device are kept.
-        rank: the same for all modules (those of a lower rank keep theirs).
-        energy: each module to the smallest rank that retains this share (0 < energy ≤ 1).
-        budget: bytes that the file of weights may have; ranks go where the singular values are.
-        device: where it is computed; where the factors are, if not given.
-        progress: told after each module.
+        rank: the rank of all modules (those of a lower rank keep theirs).
+        energy: each module gets the smallest rank that retains this share (0 < energy ≤ 1).
+        budget: bytes that the file of weights may have; modules with large singular values get higher ranks.
+        device: where to compute; the factors' own device if not given.
+        progress: called after each module.
 
     Raises:
-        SqueezeError: if more than one target is given, or one can't be met.
+        SqueezeError: if more than one target is given, or the target can't be met.
     """
     _check_request(artifact, rank, energy, budget)
     full = artifact if artifact.squeezed else _sorted(artifact, device, progress)
@@ -58,25 +58,25 @@ def squeeze(
 
 
 def rank_for_energy(singular_values: Sequence[float], energy: float, tail: float = 0.0) -> int:
-    """Give the smallest rank (at least 1) that retains a share of the energy.
+    """Return the smallest rank (at least 1) that retains a share of the energy.
 
     Args:
         singular_values: largest first.
         energy: the share, in (0, 1].
-        tail: Σσ² of values that are not among them; one more than their number is given where these
-            alone don't retain the share.
+        tail: Σσ² of the values that are not listed. If the listed values don't retain the share, the result
+            is one more than their number.
     """
     squares = torch.tensor(singular_values, dtype=torch.float64).square()
     total = float(squares.sum()) + tail
     if not total:
         return 1
-    # A sum in float64 may end a rounding below 1: energy 1.0 then means all.
+    # A sum in float64 may end slightly below 1, so a share of 1.0 needs some slack.
     rank = int((squares.cumsum(0) / total < energy - 1e-12).sum()) + 1
     return rank if tail else min(rank, len(singular_values))
 
 
 def retained_energy(artifact: AdapterArtifact) -> dict[str, float]:
-    """Give each module's retained energy at its present rank, from the spectrum of a squeeze.
+    """Return each module's retained energy at its present rank, from the spectrum of a squeeze.
 
     Raises:
         SqueezeError: if the adapter was never squeezed.
@@ -92,7 +92,7 @@ def retained_energy(artifact: AdapterArtifact) -> dict[str, float]:
 
 
 def at_ranks(artifact: AdapterArtifact, ranks: Mapping[str, int]) -> AdapterArtifact:
-    """View a squeezed adapter with a rank for each module (no number is copied)."""
+    """Return a squeezed adapter with a rank for each module, as views of the same numbers."""
     modules = {
         name: LoraFactors(f.a[: ranks[name]], f.b[:, : ranks[name]], f.scale)
         for name, f in artifact.modules.items()
@@ -137,7 +137,7 @@ def _ranks_for_energy(full: AdapterArtifact, energy: float) -> dict[str, int]:
 
 
 def _floor(share: float) -> str:
-    """Write a share so that it is never rounded up."""
+    """Format a share rounded down."""
     return f"{int(share * 1e4) / 1e4:g}"
 
 
@@ -147,7 +147,7 @@ def _ranks_for_budget(full: AdapterArtifact, budget: int) -> dict[str, int]:
         name: f.a.element_size() * f.a.shape[1] + f.b.element_size() * f.b.shape[0]
         for name, f in full.modules.items()
     }
-    # What is no factor: heads, and the file's header, which is longer where ranks have more digits.
+    # Bytes that are no factors: heads, and the file's header, which grows with the digits of the ranks.
     least = at_ranks(full, dict.fromkeys(spectra, 1))
     rest = weight_bytes(least) - sum(costs.values())
     if budget <= rest:

@@ -35,7 +35,7 @@ class ContinueConfig(Section):
     """Peak learning rate; the trial's own where not given."""
 
     warmup: int | None = Field(default=None, ge=0)
-    """Steps of linear warm-up, for the moments begin at zero again; at most 2 if not given."""
+    """Steps of linear warm-up, since the moments start at zero again; at most 2 if not given."""
 
     @model_validator(mode="after")
     def _warms_up(self) -> ContinueConfig:
@@ -47,16 +47,16 @@ class ContinueConfig(Section):
 
 
 class SqueezeConfig(Section):
-    """To which ranks a sweep's winners are brought, and when the smaller one is good enough."""
+    """The ranks that a sweep's winners are squeezed to, and when a smaller rank is good enough."""
 
     ranks: tuple[int, ...] = (8, 4, 2)
-    """Ranks to make and score; those not below a winner's rank are left out."""
+    """Ranks to squeeze to and to score; those not below a winner's rank are left out."""
 
     energy: float | None = Field(default=None, gt=0, le=1)
     """Also squeeze each module to the rank that retains this share of its energy."""
 
     budget: Size | None = None
-    """Also squeeze to a file of this size (`1.5MB`), ranks going where the singular values are."""
+    """Also squeeze to a file of at most this size (`1.5MB`); large singular values get the ranks."""
 
     keep_score: float = Field(default=0.98, ge=0, le=1)
     """A rank is good enough if it keeps this share of the winner's validation score."""
@@ -65,7 +65,7 @@ class SqueezeConfig(Section):
     """How many of the best finished trials are squeezed."""
 
     cont: ContinueConfig | None = None
-    """Train each squeezed adapter on for some steps, and score that too."""
+    """Also train each squeezed adapter for some more steps, and score the result."""
 
     @field_validator("ranks")
     @classmethod

@@ -16,7 +16,6 @@ NOT_YET = (
     *(
         f"{folder}/{package}/"
         for package in (
-            "analysis",
             "artifacts",
             "evaluate",
             "flow",
@@ -24,9 +23,7 @@ NOT_YET = (
             "methods",
             "models",
             "peft",
-            "report",
             "serving",
-            "squeeze",
             "sweep",
             "train",
         )

@@ -52,14 +52,14 @@ def of_method(name: str, bits: int = 32, links: int = 1) -> Bound:
         ("c3la rc3la rac", 6, "73.1"),
     ],
 )
-def test_the_papers_own_methods(names: str, links: int, expected: str) -> None:
+def test_the_papers_methods_have_the_papers_counts(names: str, links: int, expected: str) -> None:
     for name in names.split():
         bound = of_method(name, links=links)
         assert f"{bound.value:.3g}" == expected
         assert bound.vacuous
 
 
-def test_ratios_are_exact_roots() -> None:
+def test_bounds_of_two_sizes_differ_by_the_root_of_the_ratio() -> None:
     assert_equal(of_method("lora").value / of_method("cla").value, math.sqrt(2))
     assert_equal(of_method("c3la", links=6).value / of_method("cla").value, math.sqrt(6))
     assert_equal(of_method("cla").value / of_method("cla", bits=16).value, math.sqrt(2))
@@ -104,7 +104,7 @@ def test_a_bound_is_vacuous_from_the_loss_range_on() -> None:
     assert information_bound(100, bits, 100, 2.0, loss_range=0.9).vacuous
 
 
-def test_nothing_stored_tells_nothing() -> None:
+def test_a_method_that_stores_nothing_has_a_bound_of_0() -> None:
     bound = information_bound(0, 32, 100, 0.5)
     assert (bound.log10, bound.value, bound.vacuous) == (-math.inf, 0.0, False)
 
@@ -154,7 +154,9 @@ NETS = [([2.0, 0.5], [0.25, 3.0]), ([1.5, 0.7, 2.0], [0.3, 0.0, 1.1]), ([3.0], [
 
 @pytest.mark.parametrize(("base", "update"), NETS)
 @pytest.mark.parametrize("zero", [(0.0, 0.0, 0.0), (0.4, 1.3, 0.6)])
-def test_equals_the_sum_over_all_choices(base: list[float], update: list[float], zero: tuple[float]) -> None:
+def test_the_recursion_equals_the_sum_over_all_choices(
+    base: list[float], update: list[float], zero: tuple[float]
+) -> None:
     layers = len(base)
     activation, zeros = [1.1, 0.25, 2.0][:layers], list(zero[:layers])
     found = lipschitz_terms(
@@ -167,7 +169,7 @@ def test_equals_the_sum_over_all_choices(base: list[float], update: list[float],
 
 
 @pytest.mark.parametrize(("base", "update"), NETS)
-def test_equals_the_closed_form(base: list[float], update: list[float]) -> None:
+def test_the_recursion_equals_the_closed_form(base: list[float], update: list[float]) -> None:
     found = lipschitz_terms(base, update, 1.7, loss_lipschitz=3.0, activation_lipschitz=0.5)
     both = math.prod(a + d for a, d in zip(base, update, strict=True))
     front = 2 * 3.0 * 1.7 * 0.5 ** len(base)

@@ -21,7 +21,7 @@ def encoded(length: int, learnt: int, start: int) -> Encoded:
     return Encoded(tuple(ids), tuple([IGNORED] * (length - learnt) + ids[length - learnt :]))
 
 
-def test_each_examples_loss_is_that_of_it_alone(tiny_folder: Path) -> None:
+def test_each_examples_loss_equals_its_loss_alone(tiny_folder: Path) -> None:
     model = load_model(ModelConfig(name=str(tiny_folder)), torch.float32).model
     examples = [
         encoded(length, learnt, length) for length, learnt in ((9, 2), (21, 5), (14, 1), (30, 12), (8, 3))
@@ -63,8 +63,8 @@ def test_outliers_and_nan_count_as_the_clip() -> None:
 
 
 @pytest.mark.parametrize(("train", "held_out"), [([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([], [])])
-def test_samples_must_be_equal_and_not_tiny(train: list[float], held_out: list[float]) -> None:
-    with pytest.raises(ReportError, match="a gap needs two or more, as many of each"):
+def test_samples_must_have_equal_sizes_of_two_or_more(train: list[float], held_out: list[float]) -> None:
+    with pytest.raises(ReportError, match="a gap needs equal numbers of both, two or more"):
         gap(train, held_out, 10.0)
 
 

@@ -67,7 +67,7 @@ def found(session: Session, run: RunConfig, artifact: Path) -> AdapterAnalysis:
     return AdapterAnalysis.model_validate_json(request(session, run)["analysis"])
 
 
-def test_every_part_gives_what_it_is_for(found: AdapterAnalysis, session: Session) -> None:
+def test_every_part_gives_its_measures(found: AdapterAnalysis, session: Session) -> None:
     assert found.notes == {}
     assert set(found.seconds) == set(PARTS)
     assert (found.name, found.group) == ("mine", "group")
@@ -88,7 +88,7 @@ def test_every_part_gives_what_it_is_for(found: AdapterAnalysis, session: Sessio
     assert found.median_spectrum[0] == 1.0
 
 
-def test_the_landscapes_middle_is_the_adapters_own_loss(
+def test_a_landscape_has_the_adapters_own_loss_at_its_centre(
     found: AdapterAnalysis, session: Session, run: RunConfig, artifact: Path
 ) -> None:
     random = found.landscapes["random"]
@@ -132,13 +132,13 @@ def test_lines_pass_through_the_base_and_the_adapter(found: AdapterAnalysis, ses
     assert_close(torch.tensor(update.losses[0]), bare, torch.float32, 64, depth=16)
 
 
-def test_the_session_is_left_as_it_was(session: Session, found: AdapterAnalysis) -> None:
+def test_the_session_is_left_without_an_adapter(session: Session, found: AdapterAnalysis) -> None:
     assert not any(getattr(module, "adapter", None) for module in session.loaded.model.modules())
     assert not any(parameter.requires_grad for parameter in session.loaded.model.parameters())
 
 
 def whole(run: RunConfig, folder: Path) -> RunConfig:
-    """Say that a run tuned a whole model, which is in a folder."""
+    """Return a run that tuned a whole model, which is in a folder."""
     return run.model_copy(
         update={
             "method": run.method.model_copy(update={"name": "full"}),
@@ -169,7 +169,7 @@ def tuned(run: RunConfig, merged: Path) -> AdapterAnalysis:
     return AdapterAnalysis.model_validate_json(request(opened, model)["analysis"])
 
 
-def test_a_whole_model_measures_as_the_adapter_that_it_holds(
+def test_a_whole_model_has_the_measures_of_the_adapter_merged_into_it(
     tuned: AdapterAnalysis, found: AdapterAnalysis
 ) -> None:
     same = {
@@ -190,7 +190,7 @@ def test_a_whole_model_measures_as_the_adapter_that_it_holds(
         assert_close(torch.tensor(ours.losses), torch.tensor(theirs.losses), torch.float32, 64, depth=16)
 
 
-def test_what_needs_factors_says_so_of_a_whole_model(tuned: AdapterAnalysis) -> None:
+def test_parts_that_need_factors_are_noted_for_a_whole_model(tuned: AdapterAnalysis) -> None:
     assert set(tuned.notes) == {"sharpness", "trajectory"}
     assert (
         "'full' is a whole model, without low-rank factors: extract a LoRA first" in tuned.notes["sharpness"]
@@ -220,13 +220,11 @@ def test_rows_of_an_update_need_an_adapter(session: Session, run: RunConfig, mer
     assert not found.landscapes
 
 
-def test_the_numbers_of_a_whole_model_are_all_of_its_parameters(
-    session: Session, tuned: AdapterAnalysis
-) -> None:
+def test_a_whole_model_stores_all_of_its_parameters(session: Session, tuned: AdapterAnalysis) -> None:
     assert tuned.measures["parameters"] == sum(p.numel() for p in session.loaded.model.parameters())
 
 
-def test_no_trail_says_how_to_have_one(
+def test_without_a_trail_the_note_explains_how_to_keep_one(
     session: Session, run: RunConfig, artifact: Path, tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(update={"parts": ("trajectory",)})
@@ -236,13 +234,13 @@ def test_no_trail_says_how_to_have_one(
     assert "train with evaluate.trail: true" in found.notes["trajectory"]
 
 
-def test_only_the_first_worker_does_it(session: Session, run: RunConfig) -> None:
+def test_only_the_first_worker_analyses(session: Session, run: RunConfig) -> None:
     other = Session(session.loaded, session.parts, session.train, session.val, Worker(rank=1, world=2))
     request = AnalyzeRequest("mine", run.model_dump_json(), CONFIG.model_dump_json(), "/nowhere")
     assert request(other, run) == {}
 
 
-def test_a_part_that_runs_out_of_memory_says_so_and_the_others_are_done(
+def test_a_part_that_runs_out_of_memory_is_noted_and_the_others_are_done(
     session: Session, run: RunConfig, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def out(*_: object, **__: object) -> None:
@@ -255,7 +253,7 @@ def test_a_part_that_runs_out_of_memory_says_so_and_the_others_are_done(
     assert found.spectra
 
 
-def test_the_gap_compares_as_many_sequences_where_a_conversation_gives_several(
+def test_the_gap_compares_equal_numbers_of_examples_from_conversations(
     run: RunConfig, tmp_path: Path
 ) -> None:
     def turns(number: int, answers: int) -> list[dict[str, str]]:

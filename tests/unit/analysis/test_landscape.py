@@ -99,7 +99,7 @@ def check_points(model, batches, modules, directions, points, at_once: int = 3) 
     assert_close(found, torch.tensor(expected, dtype=torch.float64), torch.float32, 100)
 
 
-def test_points_together_are_each_point_multiplied_out(case) -> None:
+def test_points_evaluated_together_equal_updates_multiplied_out(case) -> None:
     model, batches = case
     modules = adapter_for(model)
     directions = random_directions(modules, 2, seed=3)
@@ -147,7 +147,7 @@ def test_a_path_is_found_again_at_its_own_coordinates(llama) -> None:
     assert_close(at, torch.tensor(expected, dtype=torch.float64), torch.float32, 100)
 
 
-def test_the_middle_is_the_adapter_itself(case) -> None:
+def test_the_point_0_has_the_adapters_loss(case) -> None:
     model, batches = case
     modules = adapter_for(model)
     inject(model, MethodConfig(name="lora", rank=1), seed=0)
@@ -202,7 +202,7 @@ class BrokenError(Exception):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_was_in_the_model_is_put_back(llama, monkeypatch, fails: bool) -> None:
+def test_adapters_in_the_model_are_restored(llama, monkeypatch, fails: bool) -> None:
     model, batches = llama
     inject(model, MethodConfig(name="lora", rank=3, targets=["q_proj"], dropout=0.5), seed=0)
     model.train()
@@ -316,7 +316,7 @@ def test_all_fields_of_a_batch_are_copied() -> None:
             assert torch.equal(getattr(repeated(batch, 3), field.name), torch.cat([value] * 3))
 
 
-def test_grids() -> None:
+def test_grids_have_the_adapter_in_the_middle() -> None:
     assert grid_1d(3, 2.0).tolist() == [[-2], [0], [2]]
     assert grid_2d(2, 1.0).tolist() == [[-1, -1], [-1, 1], [1, -1], [1, 1]]
     around = grid_around(torch.tensor([[0.0, 0.0], [4.0, -2.0]]), 2, margin=0.5)
@@ -356,6 +356,6 @@ def test_json_gives_back_exactly_what_was_saved() -> None:
 
 
 @pytest.mark.parametrize("change", [{"losses": [1.0]}, {"losses": None}, {"other": 1}, {"kind": "none"}])
-def test_what_is_no_landscape_is_refused(change) -> None:
+def test_data_that_is_no_landscape_is_refused(change) -> None:
     with pytest.raises(DataError, match="measure it again"):
         Landscape.from_json({**surface().to_json(), **change})

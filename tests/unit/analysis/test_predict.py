@@ -24,7 +24,7 @@ def runs(gaps: list[float], groups: int | None = None, **measures: list[float]) 
     ]
 
 
-def test_perfect_and_reversed_order() -> None:
+def test_perfect_and_reversed_order_correlate_by_1_and_minus_1() -> None:
     gaps = [0.1, 0.4, 0.2, 0.9, 0.5, 0.7]
     found = {
         c.measure: c for c in correlations(runs(gaps, same=[g**3 for g in gaps], against=[-g for g in gaps]))
@@ -36,7 +36,7 @@ def test_perfect_and_reversed_order() -> None:
         assert (one.n, one.groups) == (6, 6)
 
 
-def test_against_counting_pairs_and_squared_rank_differences() -> None:
+def test_correlations_equal_counted_pairs_and_squared_rank_differences() -> None:
     draw = np.random.default_rng(3)
     x, y = draw.normal(size=9), draw.normal(size=9)
     (found,) = correlations(runs([*y], m=[*x]))
@@ -46,7 +46,7 @@ def test_against_counting_pairs_and_squared_rank_differences() -> None:
     assert found.spearman == pytest.approx(1 - 6 * np.sum((ranks[0] - ranks[1]) ** 2) / (9 * 80))
 
 
-def test_with_ties_it_is_what_scipy_gives() -> None:
+def test_with_ties_correlations_equal_scipys() -> None:
     draw = np.random.default_rng(4)
     x, y, held = draw.integers(0, 4, 30), draw.integers(0, 5, 30), draw.integers(0, 6, 30)
     given = [
@@ -121,7 +121,7 @@ def test_few_settings_give_no_interval_however_perfect_their_order() -> None:
     assert math.isnan(found.spearman_low)
 
 
-def test_noise_is_told_from_signal() -> None:
+def test_noise_and_signal_are_distinguished() -> None:
     draw = np.random.default_rng(5)
     gaps = draw.normal(size=40)
     found = {
@@ -135,7 +135,7 @@ def test_noise_is_told_from_signal() -> None:
     assert found["signal"].kendall_low > 0.3
 
 
-def test_seeds_of_one_setting_are_no_evidence_of_their_own() -> None:
+def test_seeds_of_one_setting_count_as_one() -> None:
     draw = np.random.default_rng(7)
     setting, seeds = 8, 5
     x = np.repeat(draw.normal(size=setting), seeds)
@@ -150,7 +150,7 @@ def test_seeds_of_one_setting_are_no_evidence_of_their_own() -> None:
     assert width(together) > 1.5 * width(apart)
 
 
-def test_what_is_missing_or_the_same_everywhere_is_left_out() -> None:
+def test_measures_that_are_missing_or_constant_are_left_out() -> None:
     found = correlations(
         runs(
             [0.1, 0.2, 0.3, 0.5],
@@ -186,6 +186,6 @@ def test_few_runs_in_perfect_order_come_last() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_too_few_runs(count: int) -> None:
-    with pytest.raises(ReportError, match=f"needs 3 finished runs with a gap or more, here are {count}"):
+def test_too_few_runs_are_refused(count: int) -> None:
+    with pytest.raises(ReportError, match=f"needs 3 or more finished runs with a gap, and there are {count}"):
         correlations(runs([0.1, 0.2][:count], m=[1.0, 2.0][:count]))

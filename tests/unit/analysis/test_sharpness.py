@@ -52,7 +52,7 @@ def quadratic(eigenvalues: list[float]):
 SPECTRUM = [9.0, 4.0, 1.0, 0.5, 0.25, 0.1, -2.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
-def test_products_with_a_known_hessian() -> None:
+def test_products_equal_those_with_a_known_hessian() -> None:
     hessian, _, parameters, terms = quadratic(SPECTRUM)
     operator = HessianOperator(terms, parameters)
     columns = torch.randn(12, 5, generator=generator("v"), dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_a_gradient_that_is_kept_is_computed_once() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_largest_eigenvalues_of_a_known_hessian(count: int) -> None:
+def test_the_largest_eigenvalues_of_a_known_hessian_are_found(count: int) -> None:
     _, _, parameters, terms = quadratic(SPECTRUM)
     found = top_eigenvalues(HessianOperator(terms, parameters), count, seed=2)
     # Largest, not largest in size: −2 comes after 1.
@@ -97,7 +97,7 @@ def test_eigenvalues_that_do_not_converge_are_an_error_of_ours() -> None:
         top_eigenvalues(Noise(terms, parameters), 2, seed=0)
 
 
-def test_trace_of_a_known_hessian() -> None:
+def test_the_trace_of_a_known_hessian_is_estimated() -> None:
     # Of rank 3: three vectors span its range, and nothing is left to chance.
     low = [5.0, 2.0, -1.0] + [0.0] * 9
     _, _, parameters, terms = quadratic(low)
@@ -113,7 +113,7 @@ def test_trace_of_a_known_hessian() -> None:
     assert abs(float(mean) - sum(SPECTRUM)) < 4 * float(spread) / 40**0.5
 
 
-def test_what_can_not_be_asked_of_a_hessian() -> None:
+def test_impossible_numbers_of_eigenvalues_are_refused() -> None:
     _, _, parameters, terms = quadratic(SPECTRUM)
     operator = HessianOperator(terms, parameters)
     for count in (0, 12):
@@ -155,7 +155,7 @@ def test_the_step_is_the_best_of_many_to_first_order(adaptive: bool) -> None:
     assert float(rises.max()) > 0.67 * float(step @ flat)
 
 
-def test_where_the_gradient_is_zero_there_is_no_step() -> None:
+def test_a_zero_gradient_gives_no_step() -> None:
     (step,) = ascent([double(1.0, 2.0)], [double(0.0, 0.0)], 0.3)
     assert step.tolist() == [0, 0]
 
@@ -218,7 +218,7 @@ def test_products_with_an_adapters_hessian_are_the_dense_ones(llama) -> None:
                 assert_close(found, sign * expected @ vector, torch.float32, len(expected), depth=20)
 
 
-def test_what_differentiates_once_is_refused(llama) -> None:
+def test_an_operation_that_differentiates_once_is_refused(llama) -> None:
     model, batches = llama
     inject(model, MethodConfig(name="lora", rank=1, targets=["v_proj"]), seed=0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -290,7 +290,7 @@ def test_other_models_have_a_curvature_too(tmp_path, name: str) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("measure", [adapter_sharpness, adapter_curvature])
-def test_what_was_in_the_model_is_put_back(llama, monkeypatch, measure, fails: bool) -> None:
+def test_adapters_in_the_model_are_restored(llama, monkeypatch, measure, fails: bool) -> None:
     model, batches = llama
     inject(model, MethodConfig(name="lora", rank=2, targets=["q_proj"]), seed=0)
     model.train()

@@ -61,7 +61,7 @@ def test_each_layer_is_read_when_it_is_needed(files: Files) -> None:
     )
 
 
-def test_dense_updates_measure_as_their_factors_do() -> None:
+def test_dense_updates_have_the_measures_of_their_factors() -> None:
     weights = {path: drawn(path, "weight") for path in SHAPES}
     factors = {path: LoraFactors(drawn(path, "a")[:3], drawn(path, "b")[:, :3], 0.5) for path in SHAPES}
     dense = {path: one.delta() for path, one in factors.items()}
@@ -75,7 +75,7 @@ def test_dense_updates_measure_as_their_factors_do() -> None:
     assert ours_more["spectra"].keys() == theirs_more["spectra"].keys()
 
 
-def test_what_did_not_change_has_a_spectrum_of_zeros() -> None:
+def test_an_unchanged_layer_has_a_spectrum_of_zeros() -> None:
     weights = {path: drawn(path, "weight") for path in SHAPES}
     changes = {**{path: drawn(path, "update") for path in SHAPES}, "tall": torch.zeros(SHAPES["tall"])}
     measures, more = spectra(Update(weights, changes), 3)

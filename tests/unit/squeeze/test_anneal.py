@@ -58,10 +58,10 @@ def test_halving_never_repeats_a_rank() -> None:
 
 @pytest.mark.parametrize("steps", [4, 10, 37, 1000])
 @pytest.mark.parametrize("share", ["equal", "by_rank"])
-def test_stages_share_all_steps_out(steps: int, share: str) -> None:
+def test_phases_share_all_steps(steps: int, share: str) -> None:
     config = AnnealConfig.model_validate({"rank": 8, "stages": 2, "steps": share})
     found = config.plan(24, steps, 0)
-    assert [stage.rank for stage in found] == [24, 8]
+    assert [phase.rank for phase in found] == [24, 8]
     assert found[0].first == 0
     assert found[0].end == found[1].first
     assert found[1].end == steps
@@ -78,7 +78,9 @@ def test_stages_share_all_steps_out(steps: int, share: str) -> None:
         ({"warmup": 2}, [3, 2, 2]),
     ],
 )
-def test_which_stage_warms_up(settings: dict[str, object], warmups: list[int]) -> None:
+def test_later_phases_warm_up_with_reset_moments_or_when_asked_to(
+    settings: dict[str, object], warmups: list[int]
+) -> None:
     config = AnnealConfig.model_validate({"rank": 2, **settings})
     plan = config.plan(8, 12, 3)
     assert plan == [
@@ -92,8 +94,8 @@ def test_which_stage_warms_up(settings: dict[str, object], warmups: list[int]) -
     [
         ({"rank": 0}, "greater than or equal to 1"),
         ({"rank": 2, "stages": 1}, "greater than or equal to 2"),
-        ({"rank": 2, "ranks": [4, 2], "stages": 3}, "in the place of stages and schedule; drop those"),
-        ({"rank": 2, "ranks": [4, 2], "schedule": "linear"}, "in the place of stages and schedule"),
+        ({"rank": 2, "ranks": [4, 2], "stages": 3}, "ranks replace stages and schedule; leave those out"),
+        ({"rank": 2, "ranks": [4, 2], "schedule": "linear"}, "ranks replace stages and schedule"),
         ({"rank": 2, "ranks": [4, 3]}, r"must end with rank \(2\), and are \[4, 3\]"),
         ({"rank": 2, "ranks": []}, r"must end with rank \(2\)"),
         ({"rank": 2, "ranks": [4, 4, 2]}, r"must fall from one to the next, and are \[4, 4, 2\]"),

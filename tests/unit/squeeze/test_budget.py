@@ -59,7 +59,7 @@ def test_of_different_costs_it_is_never_farther_off_than_one_value(seed: int, bu
     assert all(costs[name] > left for name, rank in found.items() if rank < len(spectra[name]))
 
 
-def test_it_spends_where_the_values_are() -> None:
+def test_large_singular_values_get_the_ranks() -> None:
     spectra = {"loud": (5.0, 4.0, 3.0, 2.0), "quiet": (0.5, 0.4, 0.3, 0.2)}
     assert ranks_for_budget(spectra, {"loud": 10, "quiet": 10}, 50) == {"loud": 4, "quiet": 1}
     # At ten times the price a loud rank is worth less than a quiet one of a tenth of its energy or more.
@@ -73,7 +73,7 @@ def test_it_spends_where_the_values_are() -> None:
     }
 
 
-def test_nothing_is_spent_on_what_is_zero() -> None:
+def test_nothing_is_spent_on_values_of_zero() -> None:
     spectra = {"a": (1.0, 1e-9, 0.0), "b": (0.0, 0.0, 0.0)}
     assert ranks_for_budget(spectra, {"a": 10, "b": 10}, 1000) == {"a": 1, "b": 1}
 
@@ -147,6 +147,6 @@ def test_sizes_are_read_as_they_are_written(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "big", "1.5XB", "-3MB", "0", "1,5MB", "nan"])
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_a_text_that_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(SqueezeError, match=r"is no size; write it as 1\.5MB"):
         parse_bytes(text)

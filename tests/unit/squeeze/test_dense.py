@@ -28,7 +28,7 @@ def made(**settings: float) -> DenseSqueeze:
     return dense
 
 
-def test_ranks_spectra_and_tails() -> None:
+def test_ranks_spectra_and_tails_are_those_of_the_dense_svd() -> None:
     dense = made(rank=8)
     artifact = dense.artifact(ArtifactMeta(method="full"), {})
     assert {name: factors.rank for name, factors in artifact.modules.items()} == {
@@ -57,7 +57,7 @@ def test_ranks_spectra_and_tails() -> None:
     assert retained_energy(artifact)["wide"] < 1.0
 
 
-def test_it_is_cut_further_without_another_svd() -> None:
+def test_an_adapter_is_cut_further_without_another_svd() -> None:
     artifact = made(rank=8).artifact(ArtifactMeta(), {})
     again = squeeze(artifact, rank=3)
     assert again.content_hash == artifact.at_rank(3).content_hash
@@ -79,7 +79,7 @@ def test_a_module_is_the_same_whatever_comes_with_it() -> None:
     assert torch.equal(one.b, other.b)
 
 
-def test_it_survives_the_disk(tmp_path: Path) -> None:
+def test_an_adapter_is_the_same_after_saving_and_loading(tmp_path: Path) -> None:
     head = {"score.weight": torch.ones(2, 3)}
     artifact = made(rank=8).artifact(ArtifactMeta(method="full", task="sequence_classification"), head)
     loaded = AdapterArtifact.load(artifact.save(tmp_path / "adapter"))
@@ -88,7 +88,7 @@ def test_it_survives_the_disk(tmp_path: Path) -> None:
     assert loaded.at_rank(2).rank == 2
 
 
-def test_nothing_changed() -> None:
+def test_updates_of_zero_alone_are_refused() -> None:
     dense = DenseSqueeze({"still": (20, 20)}, rank=4)
     dense.add("still", torch.zeros(20, 20))
     with pytest.raises(
@@ -97,7 +97,7 @@ def test_nothing_changed() -> None:
         dense.artifact(ArtifactMeta(), {})
 
 
-def test_what_is_not_finite_is_named() -> None:
+def test_a_module_that_is_not_finite_is_named() -> None:
     dense = DenseSqueeze(SHAPES, rank=4)
     with pytest.raises(SqueezeError, match="wide: the update holds NaN or Inf"):
         dense.add("wide", torch.full(SHAPES["wide"], torch.nan))
@@ -114,6 +114,6 @@ def test_what_is_not_finite_is_named() -> None:
         ({"energy": 1.1}, r"not in \(0, 1\]"),
     ],
 )
-def test_impossible_requests(settings: dict[str, float], match: str) -> None:
+def test_impossible_requests_are_refused(settings: dict[str, float], match: str) -> None:
     with pytest.raises(SqueezeError, match=match):
         made(**settings)

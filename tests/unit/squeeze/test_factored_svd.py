@@ -21,7 +21,7 @@ def random_factors(outputs: int, inputs: int, rank: int, scale: float, dtype: to
 
 @pytest.mark.parametrize(("outputs", "inputs", "rank"), [(33, 17, 5), (8, 40, 8), (40, 8, 12), (7, 7, 1)])
 @pytest.mark.parametrize("scale", [2.0, 0.25])
-def test_equals_the_dense_svd(outputs: int, inputs: int, rank: int, scale: float) -> None:
+def test_the_result_equals_the_dense_svd(outputs: int, inputs: int, rank: int, scale: float) -> None:
     factors = random_factors(outputs, inputs, rank, scale, torch.float32)
     dense = factors.scale * (factors.b.double() @ factors.a.double())
     svd = factored_svd(factors)
@@ -30,7 +30,7 @@ def test_equals_the_dense_svd(outputs: int, inputs: int, rank: int, scale: float
     assert_close((svd.u * svd.s) @ svd.v.t(), dense, torch.float64, rank)
 
 
-def test_condition_number_of_a_million_costs_nothing() -> None:
+def test_a_condition_number_of_a_million_costs_no_accuracy() -> None:
     draw = generator("condition")
     u, _ = torch.linalg.qr(torch.randn(30, 6, generator=draw, dtype=torch.float64))
     v, _ = torch.linalg.qr(torch.randn(20, 6, generator=draw, dtype=torch.float64))
@@ -71,7 +71,7 @@ def test_cholesky_twice_is_as_good_as_householder(columns: int, condition: float
 
 
 @pytest.mark.parametrize("case", ["dependent", "zero", "wide", "condition"])
-def test_where_cholesky_fails_householder_takes_over(case: str) -> None:
+def test_householder_is_used_where_cholesky_fails(case: str) -> None:
     x = torch.randn(2, 30, 6, generator=generator(case), dtype=torch.float64)
     if case == "dependent":
         x[1, :, 5] = x[1, :, 0] - x[1, :, 3]

@@ -120,7 +120,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_the_seed_decides_and_nothing_else() -> None:
+def test_only_the_seed_decides_the_result() -> None:
     delta = matrix(SPECTRA["flat"]).float()
     once = randomised_svd(delta, 8, generator=generator(3))
     torch.manual_seed(99)
@@ -159,7 +159,7 @@ def test_no_update_has_rank_one() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_is_refused(value: float) -> None:
+def test_an_update_that_is_not_finite_is_refused(value: float) -> None:
     delta = torch.ones(40, 30)
     delta[3, 4] = value
     for find in (lambda: randomised_svd(delta, 4, generator=generator(0)),
@@ -180,12 +180,12 @@ def test_large_numbers_are_finite() -> None:
         ({"rank": 2, "power_iterations": -1}, "can't be negative"),
     ],
 )
-def test_impossible_settings(settings: dict[str, int], match: str) -> None:
+def test_impossible_settings_are_refused(settings: dict[str, int], match: str) -> None:
     with pytest.raises(SqueezeError, match=match):
         randomised_svd(torch.ones(4, 4), generator=generator(0), **settings)
 
 
 @pytest.mark.parametrize("energy", [0.0, -1.0, 1.5])
-def test_impossible_energies(energy: float) -> None:
+def test_impossible_energies_are_refused(energy: float) -> None:
     with pytest.raises(SqueezeError, match=r"not in \(0, 1\]"):
         svd_for_energy(torch.ones(4, 4), energy, generator=generator(0))

@@ -72,7 +72,9 @@ def test_a_zero_update_has_rank_one() -> None:
         ({"budget": 0}, "holds nothing"),
     ],
 )
-def test_impossible_requests(artifact: AdapterArtifact, request_: dict[str, float], match: str) -> None:
+def test_impossible_requests_are_refused(
+    artifact: AdapterArtifact, request_: dict[str, float], match: str
+) -> None:
     with pytest.raises(SqueezeError, match=match):
         squeeze(artifact, **request_)  # type: ignore[arg-type]
 
@@ -96,7 +98,7 @@ def test_an_energy_that_a_lower_rank_has_lost_is_refused(artifact: AdapterArtifa
         squeeze(small, energy=0.999)
 
 
-def test_energy_that_was_never_computed_counts(artifact: AdapterArtifact) -> None:
+def test_energy_of_values_that_were_not_computed_counts(artifact: AdapterArtifact) -> None:
     full = squeeze(artifact)
     total = sum(value * value for value in full.meta.singular_values["q"])
     meta = full.meta.model_copy(update={"tail_energy": {"q": total}})
