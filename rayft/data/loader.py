@@ -13,10 +13,10 @@ from rayft.data.pack import AnyEncoded, Row, rows_of
 from rayft.errors import DataError
 from rayft.numerics import derive_seed
 
-__all__ = ["Schedule"]
+__all__ = ["RowStream"]
 
 
-class Schedule:
+class RowStream:
     """An endless stream of rows: every epoch is shuffled and packed anew, and they follow each other.
 
     Args:
@@ -48,7 +48,7 @@ class Schedule:
         self._epochs: dict[int, list[Row]] = {}
 
     def rows(self, step: int) -> list[Row]:
-        """Give the `rows_per_step` rows of optimizer step `step` (from 0)."""
+        """Return the `rows_per_step` rows of optimizer step `step` (from 0)."""
         first = step * self.rows_per_step
         found: list[Row] = []
         epoch = self._epoch_of(first)
@@ -60,13 +60,13 @@ class Schedule:
         return found
 
     def first_step(self, epoch: int) -> int:
-        """Give the first optimizer step whose rows are all of this epoch (from 0) or later ones."""
+        """Return the first optimizer step whose rows are all of this epoch (from 0) or later ones."""
         while len(self._starts) <= epoch:
             self._epoch(len(self._starts) - 1)
         return -(-self._starts[epoch] // self.rows_per_step)
 
     def share(self, step: int, rank: int, world: int, accumulation: int) -> list[list[Row]]:
-        """Give worker `rank`'s part of a step: `accumulation` micro-batches of equally many rows.
+        """Return worker `rank`'s part of a step: `accumulation` micro-batches of equally many rows.
 
         Raises:
             DataError: if `rows_per_step` can't be divided by `world` · `accumulation`.

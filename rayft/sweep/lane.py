@@ -39,10 +39,10 @@ from rayft.sweep.transfer import find_home
 from rayft.tracking.base import Former, TrackerSpec
 from rayft.tracking.mlflow import MlflowTracker
 from rayft.tracking.runs import HASH_PARAM
-from rayft.train.context import Session, Worker, trial_folder
+from rayft.train.context import Reporter, Session, Worker, trial_folder
 from rayft.train.home import Home
-from rayft.train.loop import TrainResult, current_worker, fit
 from rayft.train.run import RunConfig
+from rayft.train.trainer import Trainer, TrainResult
 
 __all__ = ["TrainRequest", "Work", "tracking_key", "work"]
 
@@ -124,7 +124,7 @@ class _Heart:
             time.sleep(BEAT_SECONDS)
 
 
-class _LaneReporter:
+class _LaneReporter(Reporter):
     """Tells the broker and the tracker; waits for the broker's verdict."""
 
     def __init__(
@@ -268,10 +268,11 @@ class _Lane:
             if self._worker.rank == 0:
                 logger.info("loading %s", run.model.name)
             self._sessions += 1
+            torch.set_num_threads(run.scale.threads or 1)
             with self._home.within(f"session{self._sessions}"):
                 self._session = Session.open(
                     run,
-                    current_worker(run),
+                    self._worker,
                     self._home,
                     identify_base=bool(expected.base),
                     whole=whole,
@@ -310,7 +311,7 @@ class _Lane:
         tracker, run_id = self._track(request, run)
         reporter = _LaneReporter(self._broker, job.id, run.optim.steps, tracker, run_id, self._heart)
         try:
-            result = fit(run, session, reporter, folder, request.evaluate_at)
+            result = Trainer(run, session, reporter, folder, request.evaluate_at).fit()
         except RayftError as error:
             # On a full disk nothing can be recorded; the next start sets the run running again.
             if tracker and not disk_full(error):

@@ -1,11 +1,12 @@
-"""Checkpoints of a run: trainable parameters, optimizer state and the step, whole or not at all.
+"""Save and load checkpoints of a run: its trainable parameters, optimizer state and progress.
 
-checkpoint/step-000020/…           DeepSpeed's files, from all workers, frozen parameters left out
-checkpoint/step-000020/state.json  step, identity, curves, hashes of those files; written last, so it commits
+checkpoint/step-000020/…           DeepSpeed's files, from all workers, without frozen parameters
+checkpoint/step-000020/state.json  step, identity, curves and the hashes of those files
 
-A run keeps its last two checkpoints. One is used only if its files have the recorded hashes; otherwise the
-run continues from the checkpoint before it, or from the start. rayft 0.1.0 kept one checkpoint, with its
-state in checkpoint/state.json and without hashes.
+`state.json` is written last: a folder without it is no checkpoint. A run keeps its last two checkpoints. A
+checkpoint is used only if its files have the recorded hashes; otherwise the run continues from the checkpoint
+before it, or from the start. rayft 0.1.0 kept one checkpoint, with its state in checkpoint/state.json and
+without hashes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ from typing import Any
 from rayft.errors import DiskFullError, TrainError
 from rayft.files import hash_content, room_on, sync_tree, write_file
 from rayft.identity import Identity
-from rayft.train.context import Worker
-from rayft.train.deepspeed import Engine, check_written, checkpoint_bytes
-from rayft.train.home import Home
+from rayft.train.context import Session, Worker
+from rayft.train.deepspeed import DeepSpeedEngine, check_written, checkpoint_bytes
 
 __all__ = [
     "checkpoint_identity",
@@ -41,32 +41,31 @@ __all__ = [
 
 STATE_FILE = "state.json"
 KEPT = 2
-"""Checkpoints that a run keeps while it trains."""
+"""Number of checkpoints that a run keeps while it trains."""
 THREADS = 8
-"""Files that are hashed at once."""
+"""Number of files that are hashed at the same time."""
 
 
 def save(
-    folder: Path, engine: Engine, identity: Identity, worker: Worker, home: Home, state: Mapping[str, Any]
+    folder: Path, engine: DeepSpeedEngine, state: Mapping[str, Any], identity: Identity, session: Session
 ) -> None:
-    """Write a checkpoint (all workers call it), then drop those before the last two.
+    """Write a checkpoint (all workers call it), then delete all but the last two.
 
     Args:
         folder: where this node writes the run's checkpoints.
         engine: the engine to save.
+        state: the state of the run, which must be JSON-able and hold `step`.
         identity: what the run follows from.
-        worker: this process.
-        home: where the checkpoint is kept.
-        state: JSON-able; must hold `step`.
+        session: says which worker this is, and has the home that keeps the checkpoint.
 
     Raises:
-        DiskFullError: on all workers, if one of them has no space; the checkpoint before is still there.
+        DiskFullError: on all workers, if one of them has no space; the previous checkpoint stays.
     """
-    tag = f"step-{state['step']:06d}"
+    worker, home, tag = session.worker, session.home, f"step-{state['step']:06d}"
     place = folder / tag
     with worker.together():
         if worker.rank == 0:
-            # What an earlier attempt at this step left.
+            # An earlier attempt at this step may have left files.
             home.remove(place)
     try:
         with worker.together():
@@ -78,24 +77,24 @@ def save(
                 kept = identity.brief.model_dump(mode="json", exclude_defaults=True)
                 home.commit(place, {**state, "tag": tag, "identity": kept})
     except DiskFullError:
-        # Without a state it is no checkpoint, and would only take the space that others need.
+        # Without a state file it can't be used as a checkpoint, and would take space that others need.
         home.remove(place)
         raise
 
 
 def commit(place: Path, state: Mapping[str, Any]) -> None:
-    """Turn a folder with all workers' files into a checkpoint, then drop those before the last two.
+    """Turn a folder with all workers' files into a checkpoint, then delete all but the last two.
 
     Args:
         place: the checkpoint's folder.
-        state: what is kept beside the files; must hold `step`, `tag` and `identity`.
+        state: written beside the files; must hold `step`, `tag` and `identity`.
     """
     sync_tree(place)
     write_file(place / STATE_FILE, json.dumps({**state, "files": _hashes(place)}))
     prune(place.parent, KEPT)
 
 
-def _write(folder: Path, tag: str, engine: Engine) -> None:
+def _write(folder: Path, tag: str, engine: DeepSpeedEngine) -> None:
     with room_on(folder, checkpoint_bytes(engine)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
@@ -103,20 +102,21 @@ def _write(folder: Path, tag: str, engine: Engine) -> None:
 
 
 def last_state(
-    folder: Path, now: Identity, worker: Worker, tell: Callable[[str], None] = lambda _: None
+    folder: Path, now: Identity, worker: Worker, note: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any] | None:
-    """Return the state of the last checkpoint whose files are whole; None if there is none.
+    """Return the state of the last checkpoint whose files are intact; None if there is none.
 
-    All workers call it. Rank 0 chooses for all workers, and deletes the damaged checkpoints after that one.
+    All workers call it. Rank 0 chooses for all of them, and deletes the damaged checkpoints after the chosen
+    one.
 
     Args:
         folder: the run's checkpoint folder.
         now: what the run follows from.
         worker: this process.
-        tell: called on rank 0 with a sentence for each checkpoint that can't be used.
+        note: called on rank 0 with a sentence for each checkpoint that can't be used.
 
     Raises:
-        TrainError: if the checkpoint follows from something else, naming what.
+        TrainError: if the checkpoint follows from something else; the message names it.
     """
     choice: _Choice = worker.agreed(_choose(folder, now) if worker.rank == 0 else None)
     if choice.refusal:
@@ -127,14 +127,14 @@ def last_state(
         if choice.damaged and (choice.state is None or "files" in choice.state):
             (folder / STATE_FILE).unlink(missing_ok=True)
         for text in choice.notes:
-            tell(text)
+            note(text)
     return choice.state
 
 
 def last_curve(folder: Path) -> list[tuple[int, float]]:
     """Return the validation losses before the step of the last checkpoint whose state can be read.
 
-    Its files are not looked at: `last_state` may find that the checkpoint before it has to be used.
+    This does not check the checkpoint's files: `last_state` may find that an earlier checkpoint must be used.
     """
     last = _last(folder)
     if last is None:
@@ -143,7 +143,7 @@ def last_curve(folder: Path) -> list[tuple[int, float]]:
 
 
 def checkpoint_identity(folder: Path) -> Identity | None:
-    """Return what the last checkpoint in a folder follows from; None if no state in it can be read."""
+    """Return the identity recorded in the last checkpoint of a folder; None if no state can be read."""
     last = _last(folder)
     return None if last is None else last.identity
 
@@ -155,7 +155,7 @@ def last_step(folder: Path) -> int:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the last checkpoints of a folder, and what never became one.
+    """Delete all but the last checkpoints of a folder, and folders that never became a checkpoint.
 
     Args:
         folder: the run's checkpoint folder.
@@ -170,11 +170,11 @@ def prune(folder: Path, keep: int) -> None:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def restore(folder: Path, engine: Engine, state: Mapping[str, Any]) -> None:
-    """Load parameters and optimizer state of a checkpoint into an engine (all workers call it).
+def restore(folder: Path, engine: DeepSpeedEngine, state: Mapping[str, Any]) -> None:
+    """Load the parameters and the optimizer state of a checkpoint into an engine (all workers call it).
 
     Raises:
-        TrainError: if its files are gone or damaged.
+        TrainError: if the checkpoint's files are missing or damaged.
     """
     try:
         path, _ = engine.load_checkpoint(str(folder), tag=state["tag"], load_module_strict=False)
@@ -196,14 +196,14 @@ class _Checkpoint:
     step: int
     state: Mapping[str, Any] = field(default_factory=dict)
     identity: Identity | None = None
-    """What it follows from; None if its state can't be read."""
+    """What the checkpoint follows from; None if its state can't be read."""
     problem: str = ""
-    """Why its state can't be read."""
+    """Why the state can't be read."""
     old: bool = False
-    """Whether rayft 0.1.0 wrote it."""
+    """Whether rayft 0.1.0 wrote the checkpoint."""
 
     def damage(self) -> str:
-        """Return what is wrong with its files; empty if they are whole."""
+        """Return what is wrong with the checkpoint's files; empty if they are intact."""
         if self.problem:
             return self.problem
         if self.old and "files" not in self.state:
@@ -219,7 +219,7 @@ class _Checkpoint:
 
 @dataclass(frozen=True)
 class _Choice:
-    """What rank 0 has decided."""
+    """What rank 0 decided for all workers."""
 
     state: dict[str, Any] | None = None
     refusal: str = ""
@@ -228,7 +228,7 @@ class _Choice:
 
 
 def _choose(folder: Path, now: Identity) -> _Choice:
-    """Find the last checkpoint that is whole."""
+    """Find the last checkpoint whose files are intact."""
     damaged: dict[Path, str] = {}
     chosen: _Checkpoint | None = None
     for one in _checkpoints(folder):
@@ -258,7 +258,7 @@ def _checkpoints(folder: Path) -> list[_Checkpoint]:
     old = folder / STATE_FILE
     if old.is_file():
         one = _read(folder, old, old=True)
-        # Its folder is one of those above, without a state of its own.
+        # `found` has its folder too, as one without a state file.
         found = [one, *(other for other in found if other.place != one.place)]
     return sorted(found, key=lambda one: one.step, reverse=True)
 
@@ -297,7 +297,7 @@ def _hashes(place: Path) -> dict[str, str]:
 
 
 def _unpacks(place: Path) -> str:
-    """Check the sums inside files whose hashes were not recorded; return what is wrong."""
+    """Check the CRC sums inside the files of a checkpoint without recorded hashes; return what is wrong."""
     files = sorted(place.glob("*.pt"))
     if not any(path.name.endswith("model_states.pt") for path in files):
         return "it has no files"

@@ -1,6 +1,6 @@
-"""What a training loop runs in: its place among the workers, its reporter, the base and the data.
+"""What a trainer is given: its place among the workers, a reporter, and the base and the data in memory.
 
-The loop knows nothing of Ray: whoever runs it hands it a `Worker`, a `Reporter` and a `Session`.
+Training does not depend on Ray: the caller passes a `Worker`, a `Reporter` and a `Session`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from rayft.data.loader import Schedule
+from rayft.data.loader import RowStream
 from rayft.data.pack import AnyEncoded
 from rayft.data.source import Parts, read
 from rayft.data.template import encode_all
@@ -26,12 +26,15 @@ from rayft.train.home import Home
 from rayft.train.identity import identify
 from rayft.train.run import RunConfig
 
-__all__ = ["Reporter", "Session", "SilentReporter", "Worker", "check_task", "trial_folder"]
+__all__ = ["Reporter", "Session", "Worker", "check_task", "trial_folder"]
 
 
 @dataclass(frozen=True)
 class Worker:
-    """One process among those of a run."""
+    """One process of a run, and what it exchanges with the others.
+
+    All workers must call `total`, `largest`, `same`, `share`, `agreed` and `together` at the same points.
+    """
 
     rank: int = 0
     world: int = 1
@@ -39,13 +42,13 @@ class Worker:
 
     @classmethod
     def current(cls, device: str) -> Worker:
-        """Read the place from torch.distributed (alone where that is not initialised)."""
+        """Return this process's place in torch.distributed; if that is not initialised, the only worker."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size(), device)
         return cls(device=device)
 
     def total(self, *values: float) -> list[float]:
-        """Sum numbers over all workers."""
+        """Return the sums of numbers over all workers."""
         if self.world == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -53,7 +56,7 @@ class Worker:
         return [float(value) for value in tensor.tolist()]
 
     def largest(self, value: int) -> int:
-        """Give the largest of all workers' numbers."""
+        """Return the largest of all workers' numbers."""
         if self.world == 1:
             return value
         tensor = torch.tensor([value], device=self.device)
@@ -61,14 +64,17 @@ class Worker:
         return int(tensor.item())
 
     def same(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Give rank 0's tensor to all: what each computes may differ by rounding, or by a sign in an SVD."""
+        """Return rank 0's tensor on all workers.
+
+        What each worker computes may differ by rounding, or by a sign in an SVD.
+        """
         tensor = tensor.contiguous()
         if self.world > 1:
             dist.broadcast(tensor, 0)
         return tensor
 
     def share(self, value: bool) -> bool:
-        """Let rank 0 decide for all."""
+        """Return rank 0's decision on all workers."""
         if self.world == 1:
             return value
         tensor = torch.tensor([int(value)], device=self.device)
@@ -86,13 +92,13 @@ class Worker:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """End a block with an error on all workers if it ends with one on any (all workers call it).
+        """Raise an error on all workers if the block raises a `RayftError` on any of them.
 
-        Otherwise the others would wait for it without end in their next exchange. The block itself must not
-        exchange anything after what may fail.
+        Without this, the other workers would wait forever in their next exchange. The block itself must not
+        exchange anything after a statement that may fail.
 
         Raises:
-            RayftError: this worker's own, or else the first of another's.
+            RayftError: this worker's own error, or else the first one of another worker.
         """
         error: RayftError | None = None
         try:
@@ -107,50 +113,31 @@ class Worker:
             raise error
 
 
-class Reporter(Protocol):
-    """Where a run's numbers go; rank 0 alone calls it."""
+class Reporter:
+    """Receives a run's numbers, and may end the run. Only rank 0 calls it.
+
+    This class ignores all numbers and never ends a run; a subclass overrides what it needs.
+    """
 
     @property
     def interrupted(self) -> bool:
-        """Return whether the run has to save a checkpoint and end; asked after each step."""
+        """Whether the run has to save a checkpoint and end; read after each step."""
+        return False
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the numbers of a training step, without waiting."""
+        """Receive the numbers of a training step; must not block."""
 
     def report(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Take the numbers of an evaluation and say whether to go on."""
-
-    def note(self, text: str) -> None:
-        """Take a sentence that a person should read."""
-
-
-class SilentReporter:
-    """Keeps what it is told; never stops a run."""
-
-    interrupted = False
-
-    def __init__(self) -> None:
-        self.logged: list[tuple[int, dict[str, float]]] = []
-        self.reported: list[tuple[int, dict[str, float]]] = []
-        self.notes: list[str] = []
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Keep a step's numbers."""
-        self.logged.append((step, dict(metrics)))
-
-    def report(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Keep an evaluation's numbers."""
-        self.reported.append((step, dict(metrics)))
+        """Receive the numbers of an evaluation, and return whether the run continues."""
         return True
 
     def note(self, text: str) -> None:
-        """Keep a sentence."""
-        self.notes.append(text)
+        """Receive a sentence that a person should read."""
 
 
 @dataclass
 class Session:
-    """A base model and encoded data in memory; several runs may use it one after the other."""
+    """A base model and encoded data in memory, which several runs may use one after the other."""
 
     loaded: LoadedModel
     parts: Parts
@@ -158,12 +145,14 @@ class Session:
     val: list[AnyEncoded]
     worker: Worker
     identity: Identity = UNKNOWN
-    """Of the base and the data."""
-    schedules: dict[tuple[int, int], Schedule] = field(default_factory=dict)
+    """Identity of the base and the data."""
+    row_streams: dict[tuple[int, int], RowStream] = field(default_factory=dict)
+    """(seed, rows of a step) → the rows."""
     ticks: int = 0
-    """Batches that were trained or evaluated on, so that others can see that this process works."""
+    """Number of batches that were trained or evaluated on. It shows others that this process makes
+    progress."""
     home: Home = field(default_factory=Home)
-    """Where the files of the command are."""
+    """Where the command's files are."""
 
     @classmethod
     def open(
@@ -178,21 +167,22 @@ class Session:
         """Read and encode the data, load the base and wrap its linear layers.
 
         Args:
-            run: names base and data.
+            run: names the base and the data.
             worker: this process.
-            home: where the files of the command are; on this node's disk where not given.
-            identify_base: whether the base's files are hashed for `identity`.
-            whole: whether each worker gets the whole base, also where the run partitions it: without an
-                engine, nothing gathers what ZeRO-3 has partitioned.
+            home: where the command's files are; by default on this node's disk.
+            identify_base: whether to hash the base's files for `identity`.
+            whole: whether each worker loads the whole base even if the run partitions it. Without an engine,
+                nothing gathers the parameters that ZeRO-3 has partitioned.
 
         Raises:
-            DataError, ModelError: as `read`, `encode_all` and `load_model`.
+            ConfigError: if the data does not fit the model's task.
+            DataError, ModelError: as raised by `read`, `encode_all` and `load_model`.
         """
         home = home or Home()
         run = _located(run, home)
         parts = read(run.data)
         check_task(run, parts)
-        # Before it is loaded: files that are edited meanwhile are noticed by whoever compares next.
+        # Before loading: if the files change meanwhile, the next comparison of identities finds that.
         identity = identify(run, parts, with_base=identify_base)
         if run.scale.zero == 3 and worker.world > 1 and not whole:
             from rayft.train.partition import load_partitioned
@@ -208,27 +198,27 @@ class Session:
         identity = identity.model_copy(update={"fingerprint": loaded.fingerprint})
         return cls(loaded, parts, train, val, worker, identity, home=home)
 
-    def schedule(self, run: RunConfig) -> Schedule:
-        """Give the order of packed rows for a run's seed (kept, since trials share it)."""
+    def row_stream(self, run: RunConfig) -> RowStream:
+        """Return the packed rows in the order of a run's seed; they are kept, since trials share them."""
         key = (run.seed, run.optim.rows_per_step)
-        if key not in self.schedules:
-            self.schedules[key] = Schedule(
+        if key not in self.row_streams:
+            self.row_streams[key] = RowStream(
                 self.train,
                 run.data.max_length,
                 run.optim.rows_per_step,
                 run.seed,
                 packing=run.data.packing,
             )
-        return self.schedules[key]
+        return self.row_streams[key]
 
     @property
     def pad_id(self) -> int:
-        """The token that fills rows up (0 where rows are images)."""
+        """The token that pads rows (0 if rows are images)."""
         return int(getattr(self.loaded.tokenizer, "pad_token_id", None) or 0)
 
 
 def _located(run: RunConfig, home: Home) -> RunConfig:
-    """Return a run whose base and data are where this node has them."""
+    """Return the run with the paths of its base and data replaced by those on this node."""
     model, data = run.model, run.data
     model = model.model_copy(update={"name": str(home.local(model.name))})
     if data.source not in ("reasoning_gym", "hub"):
@@ -242,10 +232,10 @@ def _located(run: RunConfig, home: Home) -> RunConfig:
 
 
 def check_task(run: RunConfig, parts: Parts) -> None:
-    """Refuse data that doesn't fit what the model does.
+    """Refuse data that does not fit the model's task.
 
     Raises:
-        ConfigError: naming the setting to change.
+        ConfigError: the message names the setting to change.
     """
     labelled, task = bool(parts.labels), run.model.task
     if not labelled and task != "causal_lm":
@@ -262,5 +252,5 @@ def check_task(run: RunConfig, parts: Parts) -> None:
 
 
 def trial_folder(output: str | Path, key: str) -> Path:
-    """Where a run keeps its checkpoint and adapter."""
+    """Return the folder in which a trial keeps its checkpoints, its adapter and its result."""
     return Path(output) / "trials" / key

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from rayft.train import checkpoint
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import TrainResult, fit
+from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import RunConfig
+from rayft.train.trainer import Trainer, TrainResult
+from tests.reporter import RecordingReporter
 from tests.unit.damages import DAMAGES, half, one_bit
 from tests.unit.train.runs import DieAt, changed
 
@@ -53,17 +54,17 @@ def session(long: RunConfig, known: dict[str, Any]) -> Session:
 def whole(long: RunConfig, session: Session, cut: Path, known: dict[str, Any]) -> TrainResult:
     """The undisturbed run; beside it lies one that died at its last checkpoint."""
     if "whole" not in known:
-        known["whole"] = fit(long, session, SilentReporter(), cut / "whole")
+        known["whole"] = Trainer(long, session, Reporter(), cut / "whole").fit()
         with pytest.raises(KeyboardInterrupt):
-            fit(long, session, DieAt(STEPS[-1]), cut / "dead")
+            Trainer(long, session, DieAt(STEPS[-1]), cut / "dead").fit()
     found: TrainResult = known["whole"]
     return found
 
 
-def resumed(run: RunConfig, session: Session, folder: Path, whole: TrainResult) -> SilentReporter:
+def resumed(run: RunConfig, session: Session, folder: Path, whole: TrainResult) -> RecordingReporter:
     """Continue a run, and check that its result is that of the undisturbed one."""
-    reporter = SilentReporter()
-    result = fit(run, session, reporter, folder)
+    reporter = RecordingReporter()
+    result = Trainer(run, session, reporter, folder).fit()
     assert result.content_hash == whole.content_hash
     assert result.train_curve == whole.train_curve
     assert result.val_curve == whole.val_curve
@@ -110,7 +111,7 @@ def test_a_second_death_after_a_fallback_finds_whole_checkpoints(
     shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")
     half(tmp_path / "checkpoint" / "step-000006" / FILES[1])
     with pytest.raises(KeyboardInterrupt):
-        fit(long, session, DieAt(6), tmp_path)
+        Trainer(long, session, DieAt(6), tmp_path).fit()
     assert sorted(path.name for path in (tmp_path / "checkpoint").glob("step-*")) == [
         "step-000004",
         "step-000006",
