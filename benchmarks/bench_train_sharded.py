@@ -48,9 +48,10 @@ from rayft.models.load import ModelConfig
 from rayft.models.tiny import byte_tokenizer
 from rayft.numerics import tolerance
 from rayft.squeeze.rank import squeeze
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
-from rayft.train.trainer import Trainer
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
 
 RANK, SQUEEZED, ROWS, TOKENS, WARM = 16, 4, 8, 512, 2
 LR = 1e-4

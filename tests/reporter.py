@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rayft.train.context import Reporter
+from rayft.train.trainer import Reporter
 
 __all__ = ["RecordingReporter"]
 

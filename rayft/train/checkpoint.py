@@ -1,49 +1,28 @@
-"""Save and load checkpoints of a run: its trainable parameters, optimizer state and progress.
+"""Save a run's trainable parameters, optimizer state and progress as a checkpoint, and load them again.
 
-checkpoint/step-000020/…           DeepSpeed's files, from all workers, without frozen parameters
-checkpoint/step-000020/state.json  step, identity, curves and the hashes of those files
-
-`state.json` is written last: a folder without it is no checkpoint. A run keeps its last two checkpoints. A
-checkpoint is used only if its files have the recorded hashes; otherwise the run continues from the checkpoint
-before it, or from the start. rayft 0.1.0 kept one checkpoint, with its state in checkpoint/state.json and
-without hashes.
+If the files of the last checkpoint are damaged, the run continues from the checkpoint before it, or from the
+start. `checkpoint_folder` describes the files.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayft.errors import DiskFullError, TrainError
-from rayft.files import hash_content, room_on, sync_tree, write_file
+from rayft.files import room_on
 from rayft.identity import Identity
-from rayft.train.context import Session, Worker
+from rayft.train.checkpoint_folder import STATE_FILE, Checkpoint, checkpoints
 from rayft.train.deepspeed import DeepSpeedEngine, check_written, checkpoint_bytes
+from rayft.train.session import Session
+from rayft.train.worker import Worker
 
-__all__ = [
-    "checkpoint_identity",
-    "commit",
-    "last_curve",
-    "last_state",
-    "last_step",
-    "prune",
-    "restore",
-    "save",
-]
-
-STATE_FILE = "state.json"
-KEPT = 2
-"""Number of checkpoints that a run keeps while it trains."""
-THREADS = 8
-"""Number of files that are hashed at the same time."""
+__all__ = ["last_state", "restore", "save"]
 
 
 def save(
@@ -80,18 +59,6 @@ def save(
         # Without a state file it can't be used as a checkpoint, and would take space that others need.
         home.remove(place)
         raise
-
-
-def commit(place: Path, state: Mapping[str, Any]) -> None:
-    """Turn a folder with all workers' files into a checkpoint, then delete all but the last two.
-
-    Args:
-        place: the checkpoint's folder.
-        state: written beside the files; must hold `step`, `tag` and `identity`.
-    """
-    sync_tree(place)
-    write_file(place / STATE_FILE, json.dumps({**state, "files": _hashes(place)}))
-    prune(place.parent, KEPT)
 
 
 def _write(folder: Path, tag: str, engine: DeepSpeedEngine) -> None:
@@ -131,45 +98,6 @@ def last_state(
     return choice.state
 
 
-def last_curve(folder: Path) -> list[tuple[int, float]]:
-    """Return the validation losses before the step of the last checkpoint whose state can be read.
-
-    This does not check the checkpoint's files: `last_state` may find that an earlier checkpoint must be used.
-    """
-    last = _last(folder)
-    if last is None:
-        return []
-    return [(int(step), float(loss)) for step, loss in last.state["val_curve"] if step < last.step]
-
-
-def checkpoint_identity(folder: Path) -> Identity | None:
-    """Return the identity recorded in the last checkpoint of a folder; None if no state can be read."""
-    last = _last(folder)
-    return None if last is None else last.identity
-
-
-def last_step(folder: Path) -> int:
-    """Return the step of the last checkpoint whose state can be read; 0 if there is none."""
-    last = _last(folder)
-    return 0 if last is None else last.step
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the last checkpoints of a folder, and folders that never became a checkpoint.
-
-    Args:
-        folder: the run's checkpoint folder.
-        keep: the number of checkpoints to keep.
-    """
-    kept = [one.place for one in _checkpoints(folder) if one.identity is not None][:keep]
-    old = folder / STATE_FILE
-    if old.is_file() and not any(one.old and one.place in kept for one in _checkpoints(folder)):
-        old.unlink()
-    for place in folder.glob("step-*"):
-        if place not in kept:
-            shutil.rmtree(place, ignore_errors=True)
-
-
 def restore(folder: Path, engine: DeepSpeedEngine, state: Mapping[str, Any]) -> None:
     """Load the parameters and the optimizer state of a checkpoint into an engine (all workers call it).
 
@@ -189,35 +117,6 @@ def restore(folder: Path, engine: DeepSpeedEngine, state: Mapping[str, Any]) -> 
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
-    """A checkpoint as it is on disk."""
-
-    place: Path
-    step: int
-    state: Mapping[str, Any] = field(default_factory=dict)
-    identity: Identity | None = None
-    """What the checkpoint follows from; None if its state can't be read."""
-    problem: str = ""
-    """Why the state can't be read."""
-    old: bool = False
-    """Whether rayft 0.1.0 wrote the checkpoint."""
-
-    def damage(self) -> str:
-        """Return what is wrong with the checkpoint's files; empty if they are intact."""
-        if self.problem:
-            return self.problem
-        if self.old and "files" not in self.state:
-            return _unpacks(self.place)
-        recorded = self.state["files"]
-        lost = [name for name in recorded if not (self.place / name).is_file()]
-        if lost:
-            return f"{lost[0]} is missing"
-        found = _hashes(self.place)
-        changed = [name for name, value in recorded.items() if found[name] != value]
-        return f"{changed[0]} is not what was written" if changed else ""
-
-
-@dataclass(frozen=True)
 class _Choice:
     """What rank 0 decided for all workers."""
 
@@ -230,8 +129,8 @@ class _Choice:
 def _choose(folder: Path, now: Identity) -> _Choice:
     """Find the last checkpoint whose files are intact."""
     damaged: dict[Path, str] = {}
-    chosen: _Checkpoint | None = None
-    for one in _checkpoints(folder):
+    chosen: Checkpoint | None = None
+    for one in checkpoints(folder):
         if one.identity is not None and (changed := one.identity.differences(now)):
             return _Choice(
                 refusal=f"{folder} holds a checkpoint of another run: {'; '.join(changed)}. Put back what it "
@@ -245,67 +144,3 @@ def _choose(folder: Path, now: Identity) -> _Choice:
     instead = f"the run continues from step {chosen.step}" if chosen else "the run starts again"
     notes = [f"the checkpoint {place} can't be used ({why}): {instead}" for place, why in damaged.items()]
     return _Choice(dict(chosen.state) if chosen else None, "", tuple(notes), tuple(damaged))
-
-
-def _last(folder: Path) -> _Checkpoint | None:
-    """Return the last checkpoint whose state can be read."""
-    return next((one for one in _checkpoints(folder) if one.identity is not None), None)
-
-
-def _checkpoints(folder: Path) -> list[_Checkpoint]:
-    """List the checkpoints of a folder, the last one first."""
-    found = [_read(place, place / STATE_FILE) for place in folder.glob("step-*")]
-    old = folder / STATE_FILE
-    if old.is_file():
-        one = _read(folder, old, old=True)
-        # `found` has its folder too, as one without a state file.
-        found = [one, *(other for other in found if other.place != one.place)]
-    return sorted(found, key=lambda one: one.step, reverse=True)
-
-
-def _read(place: Path, path: Path, *, old: bool = False) -> _Checkpoint:
-    """Read the state of a checkpoint."""
-    digits = place.name.removeprefix("step-")
-    step = int(digits) if digits.isdecimal() else 0
-    if not path.is_file():
-        return _Checkpoint(place, step, problem=f"it has no {path.name}: it was not written to its end")
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        step, identity = int(state["step"]), _identity(state)
-        if old:
-            place = path.parent / str(state.get("tag", ""))
-        else:
-            dict(state["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return _Checkpoint(place, step, problem=f"{path.name} is damaged: {reason}", old=old)
-    return _Checkpoint(place, step, state, identity, old=old)
-
-
-def _identity(state: Mapping[str, Any]) -> Identity:
-    if "identity" in state:
-        return Identity.model_validate(state["identity"])
-    # rayft 0.1.0 recorded the adapter that it started from; the run's hash is in the folder's name.
-    return Identity(start=state.get("start", ""))
-
-
-def _hashes(place: Path) -> dict[str, str]:
-    """Hash the files of a checkpoint: name → hash."""
-    files = sorted(path for path in place.iterdir() if path.is_file() and path.name != STATE_FILE)
-    with ThreadPoolExecutor(THREADS) as threads:
-        return dict(zip((path.name for path in files), threads.map(hash_content, files), strict=True))
-
-
-def _unpacks(place: Path) -> str:
-    """Check the CRC sums inside the files of a checkpoint without recorded hashes; return what is wrong."""
-    files = sorted(place.glob("*.pt"))
-    if not any(path.name.endswith("model_states.pt") for path in files):
-        return "it has no files"
-    for path in files:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    return f"{path.name} is damaged"
-        except (OSError, zipfile.BadZipFile):
-            return f"{path.name} is damaged"
-    return ""

@@ -26,8 +26,8 @@ from rayft.data.pack import AnyBatch
 from rayft.errors import TrainError
 from rayft.evaluate.loss import batch_loss, targets_of
 from rayft.models.methods import method
-from rayft.train.context import Worker
 from rayft.train.run import RunConfig
+from rayft.train.worker import Worker
 
 __all__ = [
     "DeepSpeedEngine",

@@ -16,6 +16,7 @@ from typing import Any
 
 from rayft.artifacts import check_replaceable
 from rayft.files import write_file
+from rayft.train.checkpoint_folder import commit, prune
 
 __all__ = ["Home"]
 
@@ -54,8 +55,6 @@ class Home:
 
     def commit(self, place: Path, state: Mapping[str, Any]) -> None:
         """Turn a folder that all nodes have sent into a checkpoint, and delete all but the last two."""
-        from rayft.train.checkpoint import commit
-
         commit(place, state)
 
     def within(self, scope: str) -> AbstractContextManager[None]:
@@ -73,8 +72,6 @@ class Home:
 
     def prune(self, folder: Path, keep: int) -> None:
         """Delete all but the last `keep` checkpoints of a folder."""
-        from rayft.train.checkpoint import prune
-
         prune(folder, keep)
 
     def remove(self, place: Path) -> None:

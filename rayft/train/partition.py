@@ -19,9 +19,9 @@ from rayft.errors import TrainError
 from rayft.models.heads import head_parameters, recall, remembered
 from rayft.models.inject import wrap
 from rayft.models.load import LoadedModel, load_empty, load_model, weight_files
-from rayft.train.context import Worker
 from rayft.train.deepspeed import partitioner
 from rayft.train.run import RunConfig
+from rayft.train.worker import Worker
 
 __all__ = ["load_partitioned"]
 

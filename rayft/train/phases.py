@@ -17,10 +17,11 @@ from rayft.errors import ConfigError
 from rayft.methods.base import LoraFactors
 from rayft.models.inject import advance, factors_of, refit
 from rayft.squeeze.anneal import AnnealConfig, Moments, Phase, carry, lower_rank
-from rayft.train.context import Session, Worker
 from rayft.train.deepspeed import DeepSpeedEngine, gathered, kept
 from rayft.train.masters import Master, read_masters, write_masters
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.worker import Worker
 
 __all__ = ["Annealing", "Chain", "Phases", "link_steps", "phases_of"]
 

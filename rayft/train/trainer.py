@@ -1,4 +1,7 @@
-"""`Trainer`: trains one run, from fresh or given adapters or its last checkpoint, to an artifact on disk."""
+"""`Trainer`: trains one run, from fresh or given adapters or its last checkpoint, to an artifact on disk.
+
+Training does not depend on Ray: the caller passes a `Session` and a `Reporter`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,6 @@ from rayft.numerics import derive_seed, seed_everything
 from rayft.peft.folder import PeftFolder
 from rayft.squeeze.anneal import Phase, revive
 from rayft.train import checkpoint
-from rayft.train.context import Reporter, Session
 from rayft.train.deepspeed import (
     DeepSpeedEngine,
     StepResult,
@@ -44,13 +46,14 @@ from rayft.train.graphs import capture_stream, graphed
 from rayft.train.memory import PeakMemory
 from rayft.train.phases import phases_of
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
 
-__all__ = ["TrainResult", "Trainer", "validation_loss"]
+__all__ = ["Reporter", "TrainResult", "Trainer", "validation_loss"]
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The outcome of a run."""
+    """The outcome of a run. Fields with a default may be missing in files that older versions wrote."""
 
     finished: bool
     """False if the reporter stopped the run early."""
@@ -58,24 +61,24 @@ class TrainResult:
     val_loss: float
     val_curve: list[tuple[int, float]]
     """(step, nats per completion token)."""
-    train_curve: list[tuple[int, float]]
-    trainable: int
+    train_curve: list[tuple[int, float]] = field(default_factory=list)
+    trainable: int = 0
     """Number of values that train at the same time, at most: in an annealed run, those of its first phase."""
-    parameters: int
+    parameters: int = 0
     """Number of values stored in the artifact."""
-    rank: int | None
+    rank: int | None = None
     """Rank of the saved adapter; None if what was saved has no rank."""
-    bytes: int
+    bytes: int = 0
     """Size of the weights on disk."""
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(default_factory=dict)
     """Where the time went: `train` and `evaluate` include the time before the run was resumed, `overhead` and
     `total` count from then on. A trial's result also has `waiting`, the time that its lane waited for
     ASHA."""
-    peak_memory: int
+    peak_memory: int = 0
     """Bytes: the resident set of the process on a CPU, the memory allocated on the device on a GPU."""
-    tokens_per_second: float
-    folder: str
-    content_hash: str
+    tokens_per_second: float = 0.0
+    folder: str = ""
+    content_hash: str = ""
     """Of the saved adapter; empty if a whole model was saved."""
     start: str = ""
     """Content hash of the adapter that the run started from; empty if it started from fresh adapters."""
@@ -123,6 +126,28 @@ class _Saved:
     rank: int | None = None
     bytes: int = 0
     content_hash: str = ""
+
+
+class Reporter:
+    """Receives a run's numbers, and may end the run. Only rank 0 calls it.
+
+    This class ignores all numbers and never ends a run; a subclass overrides what it needs.
+    """
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run has to save a checkpoint and end; read after each step."""
+        return False
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Receive the numbers of a training step; must not block."""
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Receive the numbers of an evaluation, and return whether the run continues."""
+        return True
+
+    def note(self, text: str) -> None:
+        """Receive a sentence that a person should read."""
 
 
 class Trainer:

@@ -15,9 +15,10 @@ from rayft.data.section import DataConfig
 from rayft.methods.base import MethodConfig
 from rayft.models.load import ModelConfig
 from rayft.squeeze.anneal import AnnealConfig
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
-from rayft.train.trainer import Trainer, TrainResult
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, TrainResult
+from rayft.train.worker import Worker
 
 pytestmark = pytest.mark.gpu
 

@@ -22,9 +22,10 @@ from rayft.serving.control.sources import find
 from rayft.serving.control.state import Served, loaded
 from rayft.serving.http.schemas import ChatRequest, Message
 from rayft.serving.replica import Replica
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
-from rayft.train.trainer import Trainer
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
 from tests.unit.data import templates
 
 TEMPLATES = {

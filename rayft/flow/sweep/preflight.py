@@ -38,10 +38,10 @@ from rayft.sweep.space import Point, check_executor, points
 from rayft.tracking.base import TrackerSpec, tracker_spec
 from rayft.tracking.connection import check as check_tracker
 from rayft.tracking.mlflow import prepare
-from rayft.train.context import check_task
 from rayft.train.identity import identify
 from rayft.train.phases import link_steps
 from rayft.train.run import RunConfig
+from rayft.train.session import check_task
 
 __all__ = ["Plan", "preflight", "skeleton"]
 

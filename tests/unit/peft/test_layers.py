@@ -23,9 +23,10 @@ from rayft.models.targets import heads
 from rayft.numerics import assert_close
 from rayft.peft.folder import PeftFolder, load_adapter
 from rayft.peft.method import PeftMethod
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
-from rayft.train.trainer import Trainer
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
 from tests.reporter import RecordingReporter
 
 LAYERS = 14

@@ -22,12 +22,13 @@ from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close, generator
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.train import phases, trainer
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.deepspeed import build_engine, destroy
 from rayft.train.masters import Master, read_masters
 from rayft.train.phases import Annealing
 from rayft.train.run import RunConfig
-from rayft.train.trainer import Trainer
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
 from tests.reporter import RecordingReporter
 from tests.unit.train.curves import assert_same_losses
 from tests.unit.train.runs import StopAt, changed

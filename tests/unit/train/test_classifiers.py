@@ -20,9 +20,10 @@ from rayft.evaluate.tasks import score
 from rayft.models.inject import attach, clear
 from rayft.models.load import resolve
 from rayft.numerics import assert_close
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import RunConfig
-from rayft.train.trainer import Trainer, validation_loss
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, validation_loss
+from rayft.train.worker import Worker
 from tests.unit.data.pictures import folder, save
 from tests.unit.data.small_data import lines
 from tests.unit.train.curves import WIDEST, assert_same_losses

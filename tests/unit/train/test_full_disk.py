@@ -10,9 +10,10 @@ import pytest
 
 from rayft.errors import DiskFullError
 from rayft.peft.folder import load_adapter
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import RunConfig
-from rayft.train.trainer import Trainer, TrainResult
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, TrainResult
+from rayft.train.worker import Worker
 from tests.disks import PAGE, Disk
 from tests.reporter import RecordingReporter
 from tests.unit.train.runs import changed, with_method

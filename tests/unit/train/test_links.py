@@ -17,9 +17,9 @@ from rayft.methods import METHODS
 from rayft.methods.base import AdapterLinear, ChainConfig, LayerShape, MethodConfig
 from rayft.models.targets import linear_shapes
 from rayft.train import trainer
-from rayft.train.context import Session
 from rayft.train.phases import link_steps
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
 from rayft.train.trainer import Trainer
 from tests.reporter import RecordingReporter
 from tests.unit.train.runs import CHAINS, by_family, changed, with_method

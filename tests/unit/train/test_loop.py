@@ -14,9 +14,10 @@ from rayft.errors import ConfigError, TrainError
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import attach
 from rayft.numerics import assert_close
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import RunConfig
-from rayft.train.trainer import Trainer, validation_loss
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, validation_loss
+from rayft.train.worker import Worker
 from tests.reporter import RecordingReporter
 from tests.unit.train.curves import WIDEST, assert_same_losses
 from tests.unit.train.runs import DieAt, StopAt, by_family, changed, with_method

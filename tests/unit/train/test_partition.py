@@ -16,9 +16,10 @@ from rayft.data.source import DataConfig
 from rayft.methods.base import AdapterLinear
 from rayft.models.heads import head_parameters
 from rayft.models.load import ModelConfig, load_model
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
-from rayft.train.trainer import Trainer
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
 
 TASKS: dict[str, Any] = {
     "tiny-llama": "causal_lm",

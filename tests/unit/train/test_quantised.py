@@ -11,9 +11,10 @@ from rayft.artifacts import AdapterArtifact
 from rayft.errors import MethodError
 from rayft.models.inject import attach
 from rayft.models.targets import linear_shapes
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import RunConfig
-from rayft.train.trainer import Trainer, validation_loss
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, validation_loss
+from rayft.train.worker import Worker
 from tests.unit.train.curves import assert_same_losses
 from tests.unit.train.runs import changed, with_method
 

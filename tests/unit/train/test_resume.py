@@ -10,9 +10,10 @@ import torch
 
 from rayft.artifacts import AdapterArtifact
 from rayft.squeeze.anneal import AnnealConfig
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import RunConfig
-from rayft.train.trainer import Trainer
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
 from tests.reporter import RecordingReporter
 from tests.unit.train.runs import CHAINS, DieAt, StopAt, by_family, changed, with_method
 

@@ -10,9 +10,10 @@ import torch
 
 from rayft.errors import MethodError
 from rayft.methods.base import MethodConfig
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import RunConfig
-from rayft.train.trainer import Trainer, TrainResult, validation_loss
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, TrainResult, validation_loss
+from rayft.train.worker import Worker
 from tests.reporter import RecordingReporter
 from tests.unit.train.runs import ADAPTERS, StopAt, by_family, changed, with_method
 

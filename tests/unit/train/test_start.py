@@ -19,9 +19,10 @@ from rayft.models.inject import attach
 from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close, generator
 from rayft.squeeze.anneal import AnnealConfig
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import RunConfig
-from rayft.train.trainer import Trainer, validation_loss
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, validation_loss
+from rayft.train.worker import Worker
 from tests.unit.train.curves import WIDEST, assert_same_losses
 from tests.unit.train.runs import DieAt, changed
 

@@ -12,9 +12,10 @@ from rayft.config import parse
 from rayft.errors import MethodError
 from rayft.methods import METHODS
 from rayft.methods.base import InPlace
-from rayft.train.context import Reporter, Session, Worker
 from rayft.train.run import RunConfig
-from rayft.train.trainer import Trainer, TrainResult, validation_loss
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, TrainResult, validation_loss
+from rayft.train.worker import Worker
 from tests.unit.train.curves import assert_same_losses
 from tests.unit.train.runs import by_family, changed, with_method
 
