@@ -23,7 +23,8 @@ from rayft.analysis.job import TRAIL, analyze
 from rayft.analysis.section import PARTS, AnalyzeConfig
 from rayft.artifacts import AdapterArtifact
 from rayft.flow.analyze.source import find_items
-from rayft.train.context import Session, Worker
+from rayft.train.session import Session
+from rayft.train.worker import Worker
 
 
 def main() -> None:

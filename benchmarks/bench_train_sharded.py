@@ -48,9 +48,10 @@ from rayft.models.load import ModelConfig
 from rayft.models.tiny import byte_tokenizer
 from rayft.numerics import tolerance
 from rayft.squeeze.rank import squeeze
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import fit
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
 
 RANK, SQUEEZED, ROWS, TOKENS, WARM = 16, 4, 8, 512, 2
 LR = 1e-4
@@ -125,6 +126,17 @@ def make_run(case: Case, base: Path, data: Path, steps: int, lr: float = LR) -> 
     )
 
 
+class StepTimes(Reporter):
+    """Keep how long each step took."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep the time of a step."""
+        self.seconds.append(metrics["step_seconds"])
+
+
 def work(rank: int, run: RunConfig, folder: Path, started: Any) -> None:
     """Train as one of a case's workers, and leave what was measured in the folder."""
     world, cuda = run.scale.workers, run.scale.device == "cuda"
@@ -147,14 +159,14 @@ def work(rank: int, run: RunConfig, folder: Path, started: Any) -> None:
     loading = torch.cuda.max_memory_allocated() if cuda else 0
     worker.total(1.0)
     started.wait()
-    reporter = SilentReporter()
-    result = fit(run, session, reporter, folder / "run")
+    reporter = StepTimes()
+    result = Trainer(run, session, reporter, folder / "run").fit()
     found = {
         "loading": loading,
         "loaded_seconds": loaded,
         "peak": result.peak_memory,
         "losses": [loss for _, loss in result.train_curve] + [result.val_loss],
-        "seconds": [values["step_seconds"] for _, values in reporter.logged],
+        "seconds": reporter.seconds,
         "folder": result.folder,
     }
     (folder / f"worker{rank}.json").write_text(json.dumps(found), encoding="utf-8")

@@ -10,20 +10,19 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import ray
+from typing import Any, TypeVar
 
 from rayft.data.section import DataConfig, PartFiles
 from rayft.models.load import ModelConfig
 from rayft.models.methods import method
-from rayft.sweep.broker import Job
 from rayft.sweep.executor import LaneExecutor
-from rayft.sweep.lane import TrainRequest
+from rayft.sweep.jobs import Job
+from rayft.sweep.result import TrialResult, trial_folder
 from rayft.sweep.score import ScoreRequest
-from rayft.train.context import trial_folder
+from rayft.sweep.trial import TrainRequest
 from rayft.train.run import RunConfig, ScaleConfig
 
+ResultT = TypeVar("ResultT")
 KEPT = ("val_loss", "trainable", "parameters", "bytes", "seconds", "peak_memory", "tokens_per_second")
 TASKS: dict[str, dict[str, Any]] = {
     "needle_haystack": {"min_num_statements": 3, "max_num_statements": 5},
@@ -128,11 +127,8 @@ class LaneRunner:
             key: run for key, run in runs.items() if part is None or self.store.score(key, part) is None
         }
         untrained = {key: run for key, run in missing.items() if self.folder(key) is None}
-        requests = {
-            key: TrainRequest(key, key, run.model_dump_json(), str(self.out), ())
-            for key, run in untrained.items()
-        }
-        jobs = [Job(key, "train", {"request": request}) for key, request in requests.items()]
+        requests = {key: TrainRequest(key, key, run, str(self.out), ()) for key, run in untrained.items()}
+        jobs = [Job.of(key, request) for key, request in requests.items()]
         self._run(jobs, self._keep_result)
         if part is not None:
             self.score(
@@ -143,14 +139,14 @@ class LaneRunner:
 
     def score(self, adapters: Mapping[str, tuple[RunConfig, str | None]], part: str) -> None:
         """Score adapters (None: the base) that have no score of a part yet."""
-        jobs = []
+        jobs: list[Job[Any, dict[str, list[float]]]] = []
         for key, (run, folder) in adapters.items():
             if self.store.score(key, part) is not None:
                 continue
             if folder is not None and not method(run.method.name).exports_lora:
                 run, folder = run.model_copy(update={"model": ModelConfig(name=folder)}), None
-            request = ScoreRequest(run=run.model_dump_json(), parts=(part,), adapter=folder)  # type: ignore[arg-type]
-            jobs.append(Job(f"{key}/{part}", "score", {"request": request}))
+            request = ScoreRequest(run=run, parts=(part,), adapter=folder)  # type: ignore[arg-type]
+            jobs.append(Job.of(f"{key}/{part}", request))
         self._run(jobs, self._keep_score)
         self.store.save()
 
@@ -160,22 +156,20 @@ class LaneRunner:
         found = [folder for name in ("adapter", "model") if (folder := path / name).is_dir()]
         return str(found[0]) if found and self.store.result(key) else None
 
-    def _run(self, jobs: Sequence[Job], keep: Callable[[str, dict[str, Any]], None]) -> None:
-        self.executor.submit(jobs)
-        for job in jobs:
-            event = ray.get(self.executor.broker.next_event.remote(job.id))
-            if event.kind == "failed":
-                print(f"{job.id} failed: {event.values['error'].splitlines()[0]}", flush=True)
+    def _run(self, jobs: Sequence[Job[Any, ResultT]], keep: Callable[[str, ResultT], None]) -> None:
+        for key, outcome in self.executor.run(jobs):
+            if outcome.result is None:
+                print(f"{key} failed: {outcome.error.splitlines()[0]}", flush=True)
             else:
-                keep(job.id, dict(event.values))
+                keep(key, outcome.result)
 
-    def _keep_result(self, key: str, values: dict[str, Any]) -> None:
-        result = {name: values["result"][name] for name in KEPT}
+    def _keep_result(self, key: str, left: TrialResult) -> None:
+        result = {name: getattr(left.result, name) for name in KEPT}
         self.store.keep(key, commit=self.commit, result=result)
 
-    def _keep_score(self, job: str, values: dict[str, Any]) -> None:
+    def _keep_score(self, job: str, scores: Mapping[str, Sequence[float]]) -> None:
         key, _, part = job.rpartition("/")
-        word = "".join(str(int(value)) for value in values["scores"][part])
+        word = "".join(str(int(value)) for value in scores[part])
         self.store.keep(
             key, **{"commit": self.store.known.get(key, {}).get("commit", self.commit), part: word}
         )

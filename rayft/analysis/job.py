@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,8 +37,9 @@ from rayft.models.inject import attach, clear, wrap
 from rayft.models.load import ModelConfig
 from rayft.models.targets import linear_shapes, select
 from rayft.peft.folder import PeftFolder, load_adapter
-from rayft.train.context import Session
+from rayft.sweep.lane import Lane
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
 
 __all__ = ["TRAIL", "AnalyzeRequest", "analyze"]
 
@@ -54,32 +55,38 @@ POINTS = 64
 class AnalyzeRequest:
     """A request to analyse an adapter, or a whole tuned model, which is then the run's base."""
 
+    kind: ClassVar[str] = "analyse"
+    resumable: ClassVar[bool] = False
+    folders: ClassVar[tuple[Path, ...]] = ()
+
     name: str
-    run: str
-    """The `RunConfig` as JSON."""
-    config: str
-    """The `AnalyzeConfig` as JSON."""
+    run: RunConfig
+    config: AnalyzeConfig
     adapter: str | None = None
     group: str = ""
-    base: str = ""
-    """For a whole tuned model: the `ModelConfig` that it started from, as JSON."""
+    base: ModelConfig | None = None
+    """The model from which training started, if a whole tuned model is analysed."""
     expected: Identity = UNKNOWN
-    """Data and base as the client has read them, which the lane compares with its own."""
+    """Identity of data and base, as the driver has read them."""
 
-    def __call__(self, session: Session, run: RunConfig) -> dict[str, Any]:
-        """Run the analysis on the first worker; the other workers return nothing."""
+    def __call__(self, lane: Lane) -> AdapterAnalysis | None:
+        """Analyse on the first worker; the others return None."""
+        return self.analyse(lane.session(self.run, self.expected, whole=True))
+
+    def analyse(self, session: Session) -> AdapterAnalysis | None:
+        """Analyse with the base and the data of a session, on its first worker."""
         if session.worker.rank > 0:
-            return {}
-        config = AnalyzeConfig.model_validate_json(self.config)
+            return None
         artifact = None if self.adapter is None else load_adapter(session.home.local(self.adapter))
         trail = session.home.local(Path(self.adapter).parent / TRAIL) if self.adapter else None
-        base = ModelConfig.model_validate_json(self.base) if self.base else None
+        base = self.base
         if base is not None:
             base = base.model_copy(update={"name": str(session.home.local(base.name))})
         found = analyze(
-            session, run, artifact, config, name=self.name, group=self.group, trail=trail, base=base
+            session, self.run, artifact, self.config, name=self.name, group=self.group, trail=trail, base=base
         )
-        return {"analysis": found.model_dump_json()}
+        # As it will be read from its file: landscapes have lists there, not tuples.
+        return AdapterAnalysis.model_validate_json(found.model_dump_json())
 
 
 def analyze(

@@ -13,10 +13,10 @@ from rayft.data.pack import AnyEncoded, Row, rows_of
 from rayft.errors import DataError
 from rayft.numerics import derive_seed
 
-__all__ = ["Schedule"]
+__all__ = ["RowStream"]
 
 
-class Schedule:
+class RowStream:
     """An endless stream of rows. The epochs follow each other, and each is shuffled and packed anew.
 
     Args:

@@ -10,7 +10,7 @@ import ray.exceptions
 from rayft.errors import ResourceError
 from rayft.flow.display import Display
 from rayft.sweep.executor import Executor
-from rayft.sweep.launcher import why_ended
+from rayft.sweep.reasons import why_ended
 
 __all__ = ["use_lanes"]
 

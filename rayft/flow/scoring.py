@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import ray
 from pydantic import ValidationError
 
 from rayft.config import Record
@@ -27,10 +26,10 @@ from rayft.models.identity import base_files
 from rayft.models.methods import method
 from rayft.peft.folder import load_adapter
 from rayft.report.record import Score
-from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
+from rayft.sweep.jobs import Job, Outcome
 from rayft.sweep.score import ScoreRequest
-from rayft.sweep.tuner import Trial
+from rayft.sweep.search import Trial
 from rayft.train.run import RunConfig
 
 __all__ = [
@@ -146,7 +145,7 @@ def follows_from(request: ScoreRequest) -> dict[str, str]:
         ArtifactError: if the adapter can't be read.
         ModelError: if the tuned model can't be read.
     """
-    run = RunConfig.model_validate_json(request.run)
+    run = request.run
     if request.adapter is not None:
         content = load_adapter(request.adapter).content_hash
     else:
@@ -175,13 +174,9 @@ def score_all(
             is kept.
     """
     found, follows = _kept(requests, store) if store else ({}, {})
-    todo = [name for name in requests if name not in found]
-    executor.submit([Job.of(name, "score", requests[name]) for name in todo])
-    waiting = {executor.broker.next_event.remote(name): name for name in todo}
-    while waiting:
-        (ready,), _ = ray.wait([*waiting], num_returns=1)
-        name = waiting.pop(ready)
-        found[name] = _measured(ray.get(ready))
+    jobs = [Job.of(name, request) for name, request in requests.items() if name not in found]
+    for name, scored in executor.run(jobs):
+        found[name] = _measured(scored)
         if store and name in follows and not found[name].error:
             store.keep(name, follows[name], found[name].parts)
     return {name: found[name] for name in requests}
@@ -223,11 +218,8 @@ def say_unscored(scores: Mapping[str, Measured], say: Callable[[str], None]) -> 
             say(f"{name} can't be scored, and is left out: {measured.error.splitlines()[0]}")
 
 
-def _measured(event: Event) -> Measured:
-    event.raise_fatal()
-    if event.kind != "final":
-        return Measured(error=str(event.values.get("error", "it was interrupted")))
-    return Measured(event.values["scores"])
+def _measured(scored: Outcome[dict[str, list[float]]]) -> Measured:
+    return Measured(error=scored.error) if scored.result is None else Measured(scored.result)
 
 
 def score_baselines(plan: Plan, executor: Executor, store: ScoreStore | None = None) -> dict[str, Measured]:
@@ -249,7 +241,7 @@ def score_baselines(plan: Plan, executor: Executor, store: ScoreStore | None = N
     if plan.run.model.task == "causal_lm":
         requests = {
             name: ScoreRequest(
-                run=plan.run.model_dump_json(),
+                run=plan.run,
                 parts=("val", "test"),
                 style=style,  # type: ignore[arg-type]
                 expected=plan.identity,
@@ -276,9 +268,9 @@ def score_trials(
     for trial in trials:
         if trial.result is None:
             continue
-        run, adapter = outcome(trial.point.run, str(trial.result["folder"]))
+        run, adapter = outcome(trial.point.run, trial.result.folder)
         requests[trial.point.name] = ScoreRequest(
-            run=run.model_dump_json(),
+            run=run,
             parts=("val", "test") if trial.status == "finished" else ("test",),
             adapter=adapter,
             expected=plan.identity if adapter else plan.identity.of_data(),
@@ -303,7 +295,7 @@ def score_squeezed(
     for item in items:
         assert item.source.run is not None
         requests[item.name] = ScoreRequest(
-            run=item.source.run.model_dump_json(),
+            run=item.source.run,
             parts=parts,
             adapter=str(item.folder),
             expected=item.source.identity,

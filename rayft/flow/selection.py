@@ -18,7 +18,7 @@ from rayft.flow.scoring import Measured
 from rayft.flow.squeeze.make import SqueezedAdapter
 from rayft.models.methods import method
 from rayft.report.record import SweepRecord, TrialRecord, Winner
-from rayft.sweep.tuner import Trial
+from rayft.sweep.search import Trial
 
 __all__ = [
     "ServedAdapter",
@@ -55,7 +55,7 @@ def _order_of(trials: Sequence[Trial], scores: Mapping[str, Measured], rule: Rul
 
 def _loss(trial: Trial) -> float:
     assert trial.result is not None
-    return float(trial.result["val_loss"])
+    return trial.result.val_loss
 
 
 def best_first(trials: Sequence[Trial], scores: Mapping[str, Measured], rule: Rule) -> list[Trial]:
@@ -269,11 +269,11 @@ def why_not_served(winner: Trial, trials: Sequence[Trial], *, extracted: bool) -
     best = min(loras, key=_loss, default=None)
     instead = "run a sweep with lora beside it for one that can"
     if best is not None and best.result is not None:
-        instead = f"the best one that can is {best.point.name} in {best.result['folder']}"
+        instead = f"the best one that can is {best.point.name} in {best.result.folder}"
     if extracted:
         cant = (
             "no LoRA that was extracted from it keeps its score, so nothing is registered, promoted or served"
         )
     else:
         cant = "it can't be squeezed, registered, promoted or served here"
-    return f"{winner.point.name} {what}: it is saved in {winner.result['folder']}; {cant}; {instead}"
+    return f"{winner.point.name} {what}: it is saved in {winner.result.folder}; {cant}; {instead}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from rayft.sweep.schedule import Decision, EventLog
+from rayft.sweep.decisions import Decision, EventLog
 from rayft.sweep.space import SweepConfig
 
 __all__ = ["RecordedASHA"]
@@ -17,13 +17,13 @@ __all__ = ["RecordedASHA"]
 class RecordedASHA(ASHAScheduler):
     """ASHA on the validation loss, whose decisions are kept in an `EventLog` and repeated from it.
 
-    Trials are known by their keys, which stay the same when a sweep continues; Tune's own ids don't.
+    Trials are identified by their keys, which stay the same when a sweep continues, unlike Tune's own ids.
 
     Args:
         sweep: the search's settings.
         steps: the last step of each trial.
         log: the decisions so far.
-        stop: told of the key and the step at which a trial is stopped, once that is written down.
+        stop: called with the key of a trial that is stopped and the step, once the decision is written.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class RecordedASHA(ASHAScheduler):
             self._decide(decision.trial, decision.step, decision.val_loss)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide on an evaluation; one that was decided before gets the same decision."""
+        """Decide on an evaluation; a repeated evaluation gets the same decision again."""
         key, step, loss = str(trial.config["request"].key), int(result["step"]), float(result["val_loss"])
         decision = self._log.find(key, step)
         if decision is None:
@@ -54,13 +54,13 @@ class RecordedASHA(ASHAScheduler):
         return str(TrialScheduler.STOP)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Take nothing from a trial's end: it was evaluated at each rung before."""
+        """Ignore the end of a trial, which was evaluated at each rung before."""
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Forget nothing: what a trial reached counts, whatever becomes of it."""
+        """Keep the trial's evaluations, which count even if it fails later."""
 
     def _decide(self, key: str, step: int, loss: float) -> bool:
-        # ASHA asks for a trial's id alone, and for nothing of the controller.
+        # ASHA uses only the trial's id, and nothing of the controller.
         trial: Any = SimpleNamespace(trial_id=key)
         nobody: Any = None
         self._trial_info.setdefault(key, self._brackets[0])

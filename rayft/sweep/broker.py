@@ -1,27 +1,25 @@
 """The broker between a search and the lanes that run its jobs.
 
-A job is a request to train, to score, or work of a layer above. Clients submit jobs and wait for their
-events; lanes pull jobs, report, and are told whether to go on. `report` answers only when the client
-has asked for the next event (continue) or cancelled (stop): the search decides before the lane takes
-another step.
+Clients submit jobs (`rayft.sweep.jobs`) and wait for their events. Lanes pull jobs, do them, and report
+evaluations. `report` returns only when the client has asked for the next event (the job continues) or has
+cancelled the job (it stops), so the search decides before the lane takes another step.
 
     client:  submit → next_event … next_event → (final | failed | interrupted)   or cancel
     lane:    pull → log …, report … → finish | fail | pause → pull
 
-An event stays until its client asks for the one after it, so a client that dies loses none. The job of a
-lane that dies goes back to the head of the queue, also one that was cancelled meanwhile, and the next lane
-that is free takes it. Its checkpoint was written before each report, so the job continues from there,
-reports what it has reported before, and gets the same answers.
+An event is kept until its client asks for the next one, so a client that dies loses no event. If a lane dies,
+its job returns to the head of the queue, even if it was cancelled meanwhile, and the next free lane takes it.
+A checkpoint was written before each report, so the job continues from there, repeats its earlier reports, and
+receives the same decisions.
 
-Every worker of a lane tells the broker each second that it lives. If a worker is silent, or computes nothing,
-the broker reports it after some time, and ends it after a longer time; its lane then starts again.
+Every worker of a lane sends a sign of life each second. If a worker sends none, or computes nothing, the
+broker first notifies the user, and later kills the lane's processes; the lane then starts again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import pickle
 import signal
 import time
 from collections import deque
@@ -30,29 +28,28 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from rayft.errors import DiskFullError, ResourceError
+from rayft.sweep.jobs import Event, Job
+from rayft.sweep.reasons import NODE_LOST, UNREACHABLE
 
-__all__ = ["CLOSE", "Beat", "Broker", "Event", "Job", "Patience", "Verdict"]
+__all__ = ["CLOSE", "Beat", "Broker", "Patience", "Verdict"]
 
 CLOSE = "close"
-"""What `pull` answers when a lane should end."""
+"""What `pull` returns when a lane should end."""
 Verdict = Literal["continue", "stop", "interrupt"]
-"""What a lane is told at a report. `interrupt`: save a checkpoint, for the next command to continue from."""
+"""The answer to a report. `interrupt`: save a checkpoint, from which the next command continues."""
 
 SURE_SECONDS = 60.0
 """How long Ray may take to be sure that a node which does not answer is lost."""
-FATAL = {"disk": DiskFullError, "lanes": ResourceError}
-"""Why no job can succeed any more (the disk is full, no lane can start) → the error that ends the sweep."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a lane may be silent or stand still, in seconds."""
+    """How long a lane may send no sign of life, or compute nothing, in seconds."""
 
     warn: float = 120.0
-    """Until a person is told."""
+    """Time until the user is notified."""
     kill: float = 1800.0
-    """Until its processes are ended."""
+    """Time until the lane's processes are killed."""
 
 
 @dataclass(frozen=True)
@@ -61,76 +58,32 @@ class Beat:
 
     rank: int
     ticks: int
-    """Counts the batches that it has computed."""
+    """Number of batches that the worker has computed."""
     memory: int = 0
-    """Bytes of its resident set."""
+    """Resident set of the process, in bytes."""
     pid: int = 0
     node: str = ""
-    """Id of the Ray node that it runs on."""
+    """Id of the Ray node on which the worker runs."""
     at: float = 0.0
-    """When the broker heard it, by the broker's own clock: those of two machines can't be compared."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """Something for a lane to do."""
-
-    id: str
-    kind: str
-    """`train`, or what else a lane does (`rayft.sweep.lane.Work`): `score`, `analyse`; shown to people."""
-    payload: bytes
-    """What it is asked for, pickled: the broker, through which it goes, imports nothing that it is of."""
-    lane: str | None = None
-    """The only lane that may take it; any where not given."""
-
-    @classmethod
-    def of(cls, id: str, kind: str, request: Any) -> Job:
-        """Make a job of a request, an object of an importable module."""
-        return cls(id, kind, pickle.dumps(request))
-
-    @property
-    def request(self) -> Any:
-        """What it is asked for."""
-        # Of this cluster, as whatever Ray itself hands on.
-        return pickle.loads(self.payload)  # noqa: S301
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened to a job."""
-
-    kind: str
-    """`report`, `final`, `failed` or `interrupted`."""
-    step: int = 0
-    values: Mapping[str, Any] = field(default_factory=dict)
-    number: int = field(default=0, compare=False)
-    """Its place among the job's events, from 1."""
-
-    def raise_fatal(self) -> None:
-        """Raise what ends the whole sweep.
-
-        Raises:
-            DiskFullError, ResourceError: if the event tells of one.
-        """
-        if fatal := self.values.get("fatal"):
-            raise FATAL[fatal](str(self.values["error"]))
+    """When the broker received it, by the broker's own clock; the clocks of two machines can't be
+    compared."""
 
 
 @dataclass
 class _Entry:
-    job: Job
+    job: Job[Any, Any]
     events: deque[Event] = field(default_factory=deque)
-    """Those that the client has not acknowledged."""
+    """Events that the client has not acknowledged."""
     pushed: int = 0
     given: int = 0
-    """Number of the last event that was given to a client."""
+    """Number of the last event that a client has received."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     decision: asyncio.Future[Verdict] | None = None
-    """Of the report at `last_step`, until it is made."""
+    """The pending decision about the report at `last_step`."""
     lane: str | None = None
     stop_at: int | None = None
-    """The step at which the client has stopped it."""
-    done: bool = False
+    """The step at which the client has stopped the job."""
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     last_step: int = 0
     last: Event | None = None
     progress: dict[str, Any] = field(default_factory=dict)
@@ -142,13 +95,17 @@ class _Entry:
     deaths: list[str] = field(default_factory=list)
     """Why its lane died, each time."""
 
+    @property
+    def done(self) -> bool:
+        return self.ended.is_set()
+
 
 class Broker:
-    """An asyncio actor; see the module's text.
+    """The actor between clients and lanes; its methods are asyncio coroutines.
 
     Args:
         attempts: how often a job is given to a lane, if the lane dies each time.
-        patience: how long a lane may be silent.
+        patience: how long a lane may send no sign of life.
     """
 
     def __init__(self, attempts: int = 4, patience: Patience | None = None) -> None:
@@ -157,19 +114,19 @@ class Broker:
         self._entries: dict[str, _Entry] = {}
         self._queue: deque[str] = deque()
         self._lanes: dict[str, int] = {}
-        """Lane → how often in a row it has died without a job."""
+        """Lane → how many times in a row it has died without a job."""
         self._beats: dict[str, dict[int, Beat]] = {}
         self._notices: list[str] = []
         self._arrived = asyncio.Condition()
         self._closed = False
         self._interrupted = False
-        self._fatal: Mapping[str, str] = {}
+        self._fatal: Event | None = None
         self._watcher: asyncio.Task[None] | None = None
 
     # --- the client's side
 
-    async def submit(self, job: Job) -> None:
-        """Queue a job; one of the same id that has not ended stays as it is."""
+    async def submit(self, job: Job[Any, Any]) -> None:
+        """Queue a job, unless a job of the same id has not ended yet."""
         entry = self._entries.get(job.id)
         if entry is not None and not entry.done:
             return
@@ -182,12 +139,15 @@ class Broker:
             self._arrived.notify_all()
 
     async def next_event(self, job_id: str, after: int | None = None) -> Event:
-        """Wait for a job's next event; to ask for it acknowledges those before, and lets the job continue.
+        """Return a job's next event, as soon as there is one.
+
+        Asking for an event acknowledges the events before it, and lets the job continue after its last
+        report.
 
         Args:
             job_id: the job.
-            after: number of the last event that the client has dealt with; the last one that was given to
-                anybody, where not given.
+            after: number of the last event that the client has processed; by default that of the last event
+                that any client has received.
         """
         entry = self._entries[job_id]
         after = entry.given if after is None else after
@@ -202,11 +162,13 @@ class Broker:
         return entry.events[0]
 
     async def cancel(self, job_id: str, step: int | None = None) -> None:
-        """Stop a job at a step: its lane is told at that report. One that nobody has begun is dropped.
+        """Stop a job at a step: the lane learns it from the answer to that report.
+
+        A job that has not been started is dropped.
 
         Args:
             job_id: the job.
-            step: the step of the report that decided it; the last one reported, where not given.
+            step: the step of the report that led to the decision; by default the last reported step.
         """
         entry = self._entries.get(job_id)
         if entry is None or entry.done:
@@ -214,35 +176,35 @@ class Broker:
         entry.stop_at = entry.last_step if step is None else step
         _decide(entry, "stop")
         if entry.lane is None and not entry.stop_at:
-            entry.done = True
+            entry.ended.set()
 
     async def interrupt(self) -> list[str]:
-        """End everything where it is, and return the ids of the trials that have a checkpoint to write."""
+        """End all jobs, and return the ids of those that still have to write a checkpoint."""
         self._interrupted = True
-        training = []
+        saving = []
         for entry in self._entries.values():
             if entry.done:
                 continue
-            if entry.lane is None or entry.job.kind != "train":
+            if entry.lane is None or not entry.job.resumable:
                 self._end(entry, Event("interrupted"))
             else:
-                training.append(entry.job.id)
+                saving.append(entry.job.id)
         await self.close()
-        return training
+        return saving
 
     async def settled(self) -> None:
-        """Wait until no lane trains."""
-        while any(not entry.done for entry in self._entries.values()):
-            await asyncio.sleep(0.05)
+        """Wait until all jobs have ended."""
+        while running := [entry for entry in self._entries.values() if not entry.done]:
+            await running[0].ended.wait()
 
     # --- the lane's side
 
     async def expect(self, lane: str) -> None:
-        """Count on a lane that is being started."""
+        """Register a lane that is being started."""
         self._lanes[lane] = 0
 
-    async def pull(self, lane: str, timeout: float = 20.0) -> Job | str | None:
-        """Give a lane its next job, `CLOSE`, or None after `timeout` seconds without any."""
+    async def pull(self, lane: str, timeout: float = 20.0) -> Job[Any, Any] | str | None:
+        """Return a lane's next job, `CLOSE`, or None if there is no job for `timeout` seconds."""
         if self._watcher is None:
             self._watcher = asyncio.create_task(self._watch())
         deadline = time.monotonic() + timeout
@@ -262,22 +224,25 @@ class Broker:
                     return None
 
     async def beat(self, lane: str, beat: Beat) -> bool:
-        """Take a worker's sign of life, and return whether a trial that it trains is to be interrupted."""
+        """Receive a worker's sign of life; return whether its job is to be interrupted."""
         self._beats.setdefault(lane, {})[beat.rank] = replace(beat, at=time.monotonic())
         return self._closed
 
     async def log(self, job_id: str, progress: Mapping[str, Any]) -> None:
-        """Take a job's progress for the display."""
+        """Record a job's progress for the display."""
         self._entries[job_id].progress.update(progress)
 
-    async def tell(self, text: str) -> None:
-        """Show a line to the person who started the sweep."""
+    async def note(self, text: str) -> None:
+        """Add a line for the person who started the sweep."""
         self._notices.append(text)
 
-    async def report(self, job_id: str, step: int, values: Mapping[str, Any]) -> Verdict:
-        """Pass an evaluation on and wait for the verdict; one that was reported before gets the same."""
+    async def report(self, job_id: str, step: int, metrics: Mapping[str, float]) -> Verdict:
+        """Pass an evaluation on to the client and return its decision.
+
+        A report that is repeated, by a job that continues from a checkpoint, gets the same decision again.
+        """
         entry = self._entries[job_id]
-        entry.progress.update({"step": step, **values})
+        entry.progress.update({"step": step, **metrics})
         if self._closed:
             return "interrupt"
         if entry.stop_at is not None and step >= entry.stop_at:
@@ -285,47 +250,58 @@ class Broker:
         if step > entry.last_step:
             entry.last_step = step
             entry.decision = asyncio.get_running_loop().create_future()
-            self._push(entry, Event("report", step, values))
+            self._push(entry, Event("report", step, metrics))
         if step < entry.last_step or entry.decision is None:
             return "continue"
-        # A lane that died while it waited, and came back, waits beside its former self.
+        # Shielded, because the call of a lane that died while it waited may be cancelled, when the lane that
+        # came back waits for the same decision.
         return await asyncio.shield(entry.decision)
 
-    async def finish(self, job_id: str, step: int, values: Mapping[str, Any]) -> None:
-        """End a job with its result."""
-        self._end(self._entries[job_id], Event("final", step, values))
+    async def finish(self, job_id: str, payload: bytes) -> None:
+        """End a job with its pickled result."""
+        self._end(self._entries[job_id], Event("final", payload=payload))
 
     async def fail(self, job_id: str, error: str, *, fatal: bool = False) -> None:
         """End a job with an error; its lane continues.
 
         Args:
             job_id: the job.
-            error: what a person reads.
-            fatal: whether no other job can succeed either (the disk is full): then all end with this error.
+            error: the message for the user.
+            fatal: whether no other job can succeed either, because the disk is full; then all jobs end with
+                this error.
         """
         if fatal:
             await self.fail_all(error)
         else:
-            self._end(self._entries[job_id], Event("failed", values={"error": error}))
+            self._end(self._entries[job_id], Event("failed", error=error))
 
     async def fail_all(self, error: str, fatal: str = "disk") -> None:
-        """End every job with an error of `FATAL` after which none can succeed, and close."""
-        self._fatal = self._fatal or {"error": error, "fatal": fatal}
+        """End every job with an error after which no job can succeed, and close.
+
+        Args:
+            error: the message for the user.
+            fatal: the kind of error, a key of `jobs.FATAL`.
+        """
+        self._fatal = self._fatal or Event("failed", error=error, fatal=fatal)
         for entry in self._entries.values():
             if not entry.done:
                 self._end(entry, self._refusal())
         await self.close()
 
     async def pause(self, job_id: str, step: int) -> None:
-        """End a job that has saved a checkpoint, for the next command to continue."""
+        """End a job that has saved a checkpoint, from which the next command continues."""
         self._end(self._entries[job_id], Event("interrupted", step))
 
     async def lane_died(self, lane: str, reason: str) -> bool:
-        """Take the reason why a lane's processes ended, and return whether it should be started again.
+        """Handle the end of a lane's processes; return whether the lane should be started again.
 
-        A job whose lane has died too often fails. A lane that dies too often without a job is not started
-        again; if that is the last one, all that waits ends with an error. What ended with its node does not
-        count: another node may take it.
+        A job fails if its lane has died too often. A lane that has died too often without a job is not
+        started again; if it is the last lane, all waiting jobs end with an error. The loss of a node does not
+        count, since another node may take the job.
+
+        Args:
+            lane: the lane.
+            reason: why its processes ended.
         """
         beats = self._beats.pop(lane, {})
         memory = max((beat.memory for beat in beats.values()), default=0)
@@ -347,14 +323,14 @@ class Broker:
             entry.deaths.append(f"{reason}{used}")
         if len(entry.deaths) >= self._attempts:
             error = f"its lane died {len(entry.deaths)} times, the last time because {entry.deaths[-1]}"
-            self._end(entry, Event("failed", values={"error": error}))
+            self._end(entry, Event("failed", error=error))
         else:
             await self._again(entry)
         own = self._pinned(lane)
         return not own or any(not one.done for one in own)
 
     async def _again(self, entry: _Entry) -> None:
-        """Queue a job whose lane is gone before all others."""
+        """Return a job whose lane is gone to the head of the queue."""
         entry.lane = None
         entry.progress["state"] = "queued"
         async with self._arrived:
@@ -371,33 +347,33 @@ class Broker:
         own = self._pinned(lane)
         for entry in own:
             if not entry.done:
-                self._end(entry, Event("failed", values={"error": error}))
+                self._end(entry, Event("failed", error=error))
         if not own and not self._lanes:
             await self.fail_all(f"{error}. What is done is kept; run the same command again", "lanes")
         return False
 
     def _pinned(self, lane: str) -> list[_Entry]:
-        """Return the jobs that no other lane may take."""
+        """Return the jobs that only this lane may take."""
         return [entry for entry in self._entries.values() if entry.job.lane == lane]
 
     async def depend_on(self, launcher: Any) -> None:
-        """End with the process that holds the lanes, so that nobody waits for lanes that are gone.
+        """End this process when the launcher's process ends, so that no client waits for lanes that are gone.
 
         Args:
-            launcher: handle of the actor.
+            launcher: handle of the launcher.
         """
         from ray.exceptions import RayError
 
         try:
             await launcher.stay.remote()
         except RayError:
-            # Ray's own way out of an actor waits for the calls that wait for the lanes.
+            # Ray's own `exit_actor` waits for pending calls, which wait for the lanes.
             os._exit(1)
 
     # --- both
 
     async def snapshot(self) -> list[dict[str, Any]]:
-        """Show every job: id, kind, state, lane, its processes, step and its last numbers."""
+        """Return every job's id, kind, state, lane, processes, step and last numbers, for the display."""
         return [
             {
                 "id": entry.job.id,
@@ -409,20 +385,19 @@ class Broker:
         ]
 
     async def result(self, job_id: str) -> Event | None:
-        """Wait until a job's lane has let go of it, and give its last event (None if it never ran)."""
+        """Wait until a job has ended, and return its last event; None if it was never started."""
         entry = self._entries.get(job_id)
         if entry is None:
             return None
-        while not entry.done:
-            await asyncio.sleep(0.02)
+        await entry.ended.wait()
         return entry.last
 
     async def notices(self, after: int = 0) -> list[str]:
-        """Return what a person should read, from the notice `after` on."""
+        """Return the lines for the user, without the first `after` ones."""
         return self._notices[after:]
 
     async def close(self) -> None:
-        """Tell every lane to end when it next pulls; a trial that still trains is interrupted."""
+        """Let every lane end when it next pulls; jobs that wait for a decision are interrupted."""
         self._closed = True
         for entry in self._entries.values():
             _decide(entry, "interrupt")
@@ -430,15 +405,15 @@ class Broker:
             self._arrived.notify_all()
 
     def _refusal(self) -> Event:
-        """Return what becomes of a job that no lane will take."""
+        """Return the last event of a job that no lane will take."""
         if self._fatal:
-            return Event("failed", values=self._fatal)
+            return self._fatal
         if self._interrupted:
             return Event("interrupted")
-        return Event("failed", values={"error": "no lane is running"})
+        return Event("failed", error="no lane is running")
 
     async def _watch(self) -> None:
-        """Look for lanes that are silent or stand still."""
+        """Look for lanes that send no sign of life or compute nothing."""
         pause = min(max(self._patience.warn / 4, 0.2), 15.0)
         while not self._closed:
             await asyncio.sleep(pause)
@@ -451,8 +426,8 @@ class Broker:
         if not beats:
             return
         ticks = {rank: beat.ticks for rank, beat in beats.items()}
-        # Who waits for the search, or does what has no batches to count, does not stand still.
-        if ticks != entry.ticks or entry.decision is not None or entry.job.kind != "train":
+        # A lane that waits for the search computes nothing, and only resumable jobs count their batches.
+        if ticks != entry.ticks or entry.decision is not None or not entry.job.resumable:
             entry.ticks, entry.moved = ticks, now
         silent = max(beats.values(), key=lambda beat: now - beat.at)
         quiet = max(now - silent.at, now - entry.moved)
@@ -476,7 +451,7 @@ class Broker:
         entry.killed = entry.warned = False
         entry.progress["state"] = "running"
 
-    def _take(self, lane: str) -> Job | None:
+    def _take(self, lane: str) -> Job[Any, Any] | None:
         for job_id in list(self._queue):
             entry = self._entries[job_id]
             if entry.done:
@@ -495,9 +470,10 @@ class Broker:
     def _end(self, entry: _Entry, event: Event) -> None:
         if entry.last is not None:
             return
-        entry.done, entry.last = True, event
-        # What a full disk ends has not failed: the next command continues it.
-        state = "interrupted" if event.values.get("fatal") else event.kind
+        entry.last = event
+        entry.ended.set()
+        # A job that a full disk ends has not failed: the next command continues it.
+        state = "interrupted" if event.fatal else event.kind
         stopped = entry.stop_at is not None and event.kind == "final"
         entry.progress["state"] = "stopped" if stopped else state
         self._push(entry, event)
@@ -510,9 +486,7 @@ def _decide(entry: _Entry, verdict: Verdict) -> None:
 
 
 async def _lost(reason: str, beats: Collection[Beat]) -> str:
-    """Return that a lane's node was lost, and which one, if that is why it ended; else an empty text."""
-    from rayft.sweep.launcher import NODE_LOST, UNREACHABLE
-
+    """Return a text that names the lost node, if a lane ended because of that; otherwise an empty text."""
     deadline = time.monotonic() + (SURE_SECONDS if reason == UNREACHABLE else 0.0)
     while not (gone := _dead_nodes(beats)) and time.monotonic() < deadline:
         await asyncio.sleep(1.0)
@@ -522,7 +496,7 @@ async def _lost(reason: str, beats: Collection[Beat]) -> str:
 
 
 def _dead_nodes(beats: Collection[Beat]) -> list[str]:
-    """Return the addresses of the nodes that workers were on and that Ray has no more."""
+    """Return the addresses of the workers' nodes that are no longer alive."""
     import ray
 
     if not ray.is_initialized():
@@ -532,7 +506,7 @@ def _dead_nodes(beats: Collection[Beat]) -> list[str]:
 
 
 def _end_process(beat: Beat) -> None:
-    """End a worker on its own machine: one that is stopped hears nothing that is sent to it."""
+    """Kill a worker from another process on its node: a stopped process does not receive calls."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -1,43 +1,47 @@
-"""Who runs trials: lanes that live as long as the sweep, or a worker group for each trial.
+"""Executors run jobs in lanes that live as long as the sweep, or in a worker group for each trial.
 
-Both go through a broker and run the same worker (`rayft.sweep.lane`); they differ in how long a
-worker group lives.
+Both pass jobs through a broker and run the same worker (`rayft.sweep.lane`); they differ in how long a worker
+group lives.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayft.sweep.broker import Broker, Job, Patience
-from rayft.sweep.launcher import Group, HomeNode, LaneSettings, Launcher
+from rayft.sweep.broker import Broker, Patience
+from rayft.sweep.jobs import Event, Job, Outcome
+from rayft.sweep.launcher import Launcher
+from rayft.sweep.settings import Group, HomeNode, LaneSettings
 from rayft.train.run import ScaleConfig
 
 __all__ = ["EXECUTORS", "Executor", "IsolatedExecutor", "LaneExecutor"]
 
 
 LAUNCHING = 4
-"""Calls that the launcher answers at the same time. One of them, `stay`, never returns."""
+"""Number of calls that the launcher runs at the same time. One of them, `stay`, never returns."""
+ResultT = TypeVar("ResultT")
 
 
 class Executor(ABC):
-    """Starts worker groups for jobs; jobs and their events go through `broker`.
+    """Start worker groups for jobs; jobs and their events pass through `broker`.
 
     Args:
         scale: of each trial.
-        storage: folder for what Ray keeps.
-        lanes: trials at once.
-        restarts: how often a job is tried again whose worker group dies.
-        name: begins the lanes' names.
-        patience: how long a lane may be silent.
+        storage: folder for Ray's files.
+        lanes: number of trials that run at the same time.
+        restarts: how often a job is tried again if its worker group dies.
+        name: prefix of the lanes' names.
+        patience: how long a lane may send no sign of life.
     """
 
     def __init__(
@@ -51,7 +55,7 @@ class Executor(ABC):
     ) -> None:
         self.scale, self.storage, self.lanes, self.restarts, self.name = scale, storage, lanes, restarts, name
         group = Group(scale.workers, scale.device == "cuda", worker_resources(scale), storage)
-        # On the driver's node, without which the sweep ends anyway: no other node may end it.
+        # On the driver's node, without which the sweep ends anyway: the loss of another node must not end it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         pinned: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
         self.broker: Any = ray.remote(Broker).options(**pinned).remote(restarts + 1, patience)
@@ -64,11 +68,30 @@ class Executor(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Start what lives as long as the executor, if that is not started yet."""
+        """Start the lanes that live as long as the executor, unless they have been started."""
 
     @abstractmethod
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue jobs; their events come from the broker."""
+    def submit(self, jobs: Sequence[Job[Any, Any]]) -> None:
+        """Queue jobs; the broker has their events."""
+
+    def run(self, jobs: Sequence[Job[Any, ResultT]]) -> Iterator[tuple[str, Outcome[ResultT]]]:
+        """Submit jobs, and yield each job's id and outcome in the order in which the jobs end.
+
+        Reports in between are answered with "continue".
+
+        Raises:
+            DiskFullError, ResourceError: if no job can succeed any more.
+        """
+        self.submit(jobs)
+        waiting = {self.broker.next_event.remote(job.id): job for job in jobs}
+        while waiting:
+            (ready,), _ = ray.wait([*waiting], num_returns=1)
+            job = waiting.pop(ready)
+            event: Event = ray.get(ready)
+            if event.kind == "report":
+                waiting[self.broker.next_event.remote(job.id)] = job
+            else:
+                yield job.id, job.outcome(event)
 
     def interrupt(
         self, timeout: float = 120.0, meanwhile: Callable[[Sequence[str]], None] = lambda _: None
@@ -77,10 +100,10 @@ class Executor(ABC):
 
         Args:
             timeout: seconds to wait for the checkpoints.
-            meanwhile: called with the trials that are training before they are waited for.
+            meanwhile: called with the ids of the trials that are training, before the wait.
 
         Returns:
-            The trials that were training.
+            The ids of the trials that were training.
         """
         training: list[str] = []
         with suppress(ray.exceptions.RayError):
@@ -91,12 +114,12 @@ class Executor(ABC):
 
     def close(self, timeout: float = 30.0) -> None:
         """End all worker groups, and wait until their devices and memory are free."""
-        # One of the two may be what has died; the lanes of a broker that is gone end by themselves.
+        # One of the two actors may have died; lanes whose broker is gone end by themselves.
         with suppress(ray.exceptions.RayError):
             ray.get(self.broker.close.remote())
         with suppress(ray.exceptions.RayError):
             ray.get(self._launcher.close.remote(timeout))
-        # The broker first: without the launcher it would end by itself, as if something had gone wrong.
+        # The broker first: it ends itself with an error when the launcher is gone.
         for actor in (self.broker, self._launcher):
             ray.kill(actor)
         self._mark.unlink(missing_ok=True)
@@ -120,8 +143,8 @@ class LaneExecutor(Executor):
         for number in range(self.lanes):
             self._start_lane(f"{self.name}-lane{number}", once=False)
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue the jobs for whichever lane is free; the first jobs start the lanes."""
+    def submit(self, jobs: Sequence[Job[Any, Any]]) -> None:
+        """Queue the jobs for any free lane; the first jobs start the lanes."""
         if not jobs:
             return
         self.start()
@@ -129,17 +152,17 @@ class LaneExecutor(Executor):
 
 
 class IsolatedExecutor(Executor):
-    """A worker group for each trial, for what changes the base; one for what is scored together."""
+    """A worker group for each trial that changes the base, or for jobs that are submitted together."""
 
     def start(self) -> None:
-        """Nothing lives longer than a job."""
+        """Do nothing: no worker group lives longer than its jobs."""
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue the jobs for a worker group that is started for them and ends after the last."""
+    def submit(self, jobs: Sequence[Job[Any, Any]]) -> None:
+        """Queue the jobs for a worker group that is started for them and ends after the last one."""
         if not jobs:
             return
         lane = f"{self.name}-{jobs[0].id}"
-        own = [Job(job.id, job.kind, job.payload, lane=lane) for job in jobs]
+        own = [replace(job, lane=lane) for job in jobs]
         ray.get([self.broker.submit.remote(job) for job in own])
         self._start_lane(lane, once=True)
 
@@ -148,5 +171,5 @@ EXECUTORS: dict[str, type[Executor]] = {"lane": LaneExecutor, "isolated": Isolat
 
 
 def worker_resources(scale: ScaleConfig) -> dict[str, float]:
-    """What Ray reserves for a worker: one CPU slot (threads are set apart from it) and its share of a GPU."""
+    """Return the resources that Ray reserves for a worker. One CPU does not limit its threads."""
     return {"CPU": 1, "GPU": scale.gpu_share} if scale.device == "cuda" else {"CPU": 1}

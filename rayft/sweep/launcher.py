@@ -1,8 +1,8 @@
-"""The launcher: the process between a sweep and its workers, which starts the lanes.
+"""The launcher: the process that starts the lanes, and starts them again when they die.
 
-Ray starts it, a controller for each lane, and the workers one after the other, so what they import adds up
-before a lane takes its first job. Hence nothing of torch, DeepSpeed or MLflow is imported here:
-`lane_worker`, which Ray hands through all of them, imports the lane where it runs.
+Ray starts the launcher, a controller for each lane, and the workers one after the other, so their import
+times add up before a lane takes its first job. Therefore this module imports neither torch, DeepSpeed nor
+MLflow: `lane_worker`, which Ray passes through all these processes, imports the lane only where it runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,82 +18,28 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayft.files import disk_full, disk_full_error
+from rayft.sweep.reasons import severity, why_ended
+from rayft.sweep.settings import Group, LaneSettings
 
-__all__ = [
-    "NODE_LOST",
-    "UNREACHABLE",
-    "Group",
-    "HomeNode",
-    "LaneSettings",
-    "Launcher",
-    "lane_worker",
-    "waiting_text",
-    "why_ended",
-]
+__all__ = ["Launcher", "lane_worker", "waiting_text"]
 
-
-@dataclass(frozen=True)
-class LaneSettings:
-    """What a lane's workers are told when they start."""
-
-    name: str
-    broker: Any
-    """Handle of the broker actor."""
-    home: HomeNode
-    """Where the command's files are."""
-    once: bool = False
-    """End when no job is left for it, instead of waiting for more (isolated trials)."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """What Ray gives a lane."""
-
-    workers: int
-    cuda: bool
-    resources: Mapping[str, float]
-    """Of each worker."""
-    storage: str
-    """Folder for what Ray Train keeps."""
+WAITING_SECONDS = 20.0
+"""How long lanes may wait for a place in the cluster before the user is notified."""
+REMIND_SECONDS = 600.0
+"""Time until the user is notified again."""
+FILE_CALLS = 8
+"""Number of lanes that can send or fetch files at the same time."""
 
 
 def lane_worker(settings: LaneSettings) -> None:
-    """Work as one of a lane's workers, until the broker closes."""
-    from rayft.sweep.lane import work
+    """Run one worker of a lane, until the broker closes."""
+    from rayft.sweep.lane import serve_jobs
 
-    work(settings)
-
-
-WAITING_SECONDS = 20.0
-"""How long lanes may wait for a place in the cluster before a person is told."""
-REMIND_SECONDS = 600.0
-"""After how long a person is told again."""
-FILE_CALLS = 8
-"""Lanes that send or fetch files at the same time."""
-NODE_LOST = "its node was lost"
-"""The reason of a lane that ended with its node; neither the lane nor its trial is to blame."""
-UNREACHABLE = "its process can't be reached"
-"""The reason of a lane whose node may be lost; Ray takes some seconds to be sure of that."""
-
-
-@dataclass(frozen=True)
-class HomeNode:
-    """How a lane finds out whether it sees the disk of the node that the command runs on."""
-
-    node: str
-    """Id of the Ray node."""
-    mark: str
-    """A file that is there as long as the command runs: whoever sees it sees that disk."""
-    launcher: Any
-    """Handle of the launcher, whose `file_host` gives those the files who don't."""
-
-
-REASONS = {NODE_LOST: 0, UNREACHABLE: 1}
-"""Reasons that count before all others of a lane: if one worker is lost, the others fail as well."""
+    serve_jobs(settings)
 
 
 class Launcher:
-    """An actor that holds lanes, each a Ray Train run in a thread: trials come and go, the launcher stays."""
+    """An actor that holds the lanes, each a Ray Train run in a thread of its own."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -104,7 +49,7 @@ class Launcher:
         self._starting = threading.Lock()
 
     def start(self, settings: LaneSettings) -> None:
-        """Start a lane, and again whenever it dies, as long as the broker has work for it."""
+        """Start a lane, and start it again whenever it dies, as long as the broker has jobs for it."""
         if not self._watched:
             self._watched = True
             watch = threading.Thread(
@@ -127,11 +72,15 @@ class Launcher:
             return self._host
 
     def stay(self) -> None:
-        """Return never: whoever waits for it hears when this process has ended."""
+        """Never return: a caller that waits for it gets an error when this process ends."""
         threading.Event().wait()
 
     def close(self, timeout: float) -> None:
-        """Wait until the lanes that have started have ended; the others end with this process."""
+        """Wait until the lanes that have started have ended; the others end with this process.
+
+        Args:
+            timeout: seconds to wait at most.
+        """
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             alive = [lane for lane in self._lanes if lane.is_alive()]
@@ -140,21 +89,21 @@ class Launcher:
             alive[0].join(0.1)
 
     def _watch(self, broker: Any) -> None:
-        """Tell a person of lanes that wait for a place: what they ask for, and what is free."""
+        """Notify the user of lanes that wait for a place: what they ask for, and what is free."""
         since: float | None = None
-        told = 0.0
+        noted = 0.0
         while True:
             time.sleep(WAITING_SECONDS / 4)
             waiting, now = len(_waiting()), time.monotonic()
             if not waiting:
-                if told:
-                    broker.tell.remote("all lanes have a place")
-                since, told = None, 0.0
+                if noted:
+                    broker.note.remote("all lanes have a place")
+                since, noted = None, 0.0
                 continue
             since = since or now
-            if now - since >= WAITING_SECONDS and (not told or now - told >= REMIND_SECONDS):
-                told = now
-                broker.tell.remote(waiting_text(waiting, self._group, *_nodes()))
+            if now - since >= WAITING_SECONDS and (not noted or now - noted >= REMIND_SECONDS):
+                noted = now
+                broker.note.remote(waiting_text(waiting, self._group, *_nodes()))
 
     def _hold(self, settings: LaneSettings) -> None:
         while True:
@@ -165,12 +114,12 @@ class Launcher:
 
 
 def _run(settings: LaneSettings, group: Group) -> str:
-    """Start a worker group, wait for its end, and return why it ended; empty if its work is done."""
+    """Start a worker group, wait until it ends, and return why it ended; empty if it has done its jobs."""
     from ray.train import RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     trainer = TorchTrainer(
-        # Ray hands any one object on; its annotations say a dict.
+        # Ray passes any object on, although its annotations ask for a dict.
         lane_worker,  # type: ignore[arg-type]
         train_loop_config=settings,  # type: ignore[arg-type]
         scaling_config=ScalingConfig(
@@ -181,12 +130,12 @@ def _run(settings: LaneSettings, group: Group) -> str:
     )
     try:
         trainer.fit()
-    except Exception as error:  # noqa: BLE001  (whatever ended the group, the waiting jobs must hear it)
+    except Exception as error:  # noqa: BLE001  (the waiting jobs must learn why the group ended)
         first = error
         if isinstance(error, WorkerGroupError) and error.worker_failures:
             failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
-            # The others fail because one of them is gone.
-            first = min(failures, key=lambda one: REASONS.get(why_ended(one), len(REASONS)))
+            # One worker's end makes the others fail as well.
+            first = min(failures, key=severity)
         if disk_full(first):
             _end_all(settings, group, first)
         return why_ended(first)
@@ -194,9 +143,10 @@ def _run(settings: LaneSettings, group: Group) -> str:
 
 
 def _release() -> None:
-    """Give back the resources that Ray Train's controllers reserved for their workers before they died.
+    """Release the resources that controllers of Ray Train reserved for their workers before they died.
 
-    Ray Train has an actor for that, which needs Ray's dashboard; a cluster that rayft starts has none.
+    Ray Train has an actor for this, but it needs Ray's dashboard, which a cluster that rayft starts does not
+    have.
     """
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -206,12 +156,12 @@ def _release() -> None:
 
 
 def _waiting() -> list[Any]:
-    """Return the placement groups of this command's lanes that Ray has found no place for."""
+    """Return the placement groups of this command's lanes for which Ray has found no place."""
     return [group for group in _placement_groups() if group.state in (group.PENDING, group.RESCHEDULING)]
 
 
 def _placement_groups() -> Iterator[Any]:
-    """Return the placement groups that this command's actors have, as Ray's control store describes them."""
+    """Yield the placement groups of this command's actors, as Ray's control store describes them."""
     from ray._private.state import state
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
 
@@ -224,7 +174,7 @@ def _placement_groups() -> Iterator[Any]:
 
 
 def _nodes() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Return what each living node has, and what of it is free: address → resource → amount."""
+    """Return the resources of each living node, and the free ones: address → resource → amount."""
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
@@ -244,13 +194,13 @@ def waiting_text(
     total: Mapping[str, Mapping[str, float]],
     free: Mapping[str, Mapping[str, float]],
 ) -> str:
-    """Return what a person reads who waits for lanes that have no place.
+    """Return the message for a user whose lanes wait for a place in the cluster.
 
     Args:
-        lanes: how many wait.
-        group: what each of them asks for.
-        total: what each node has: name → resource → amount.
-        free: what of it is free.
+        lanes: the number of waiting lanes.
+        group: the resources that each of them needs.
+        total: the resources of each node: name → resource → amount.
+        free: the free ones of them.
     """
     asked = " and ".join(f"{amount:g} {name}" for name, amount in group.resources.items())
     workers = f"{group.workers} times {asked}" if group.workers > 1 else asked
@@ -267,25 +217,6 @@ def waiting_text(
 
 
 def _end_all(settings: LaneSettings, group: Group, error: Exception) -> None:
-    """End the sweep: no worker group can be started again on a full disk."""
+    """End the sweep, because no worker group can be started again on a full disk."""
     full = disk_full_error(error, Path(group.storage), Path(tempfile.gettempdir()))
     ray.get(settings.broker.fail_all.remote(str(full)))
-
-
-def why_ended(error: Exception) -> str:
-    """Return in one line why a process of Ray's ended; Ray's own text lists all processes of the machine."""
-    text = str(error)
-    if "running low on memory" in text or "OutOfMemory" in type(error).__name__:
-        return (
-            "Ray ended it because the machine ran out of memory; lower sweep.lanes, data.max_length or "
-            "optim.rows_per_step, set scale.activation_checkpointing, or take a machine with more (Ray acts "
-            "at the share of memory in RAY_memory_usage_threshold, 0.95)"
-        )
-    if "node has died" in text or "NodeDied" in type(error).__name__ or "node is dead" in text:
-        return NODE_LOST
-    if "is unavailable" in text or "failed to connect" in text.lower():
-        return UNREACHABLE
-    if "ActorDied" in type(error).__name__ or "actor is dead" in text or "actor died" in text:
-        return "its process was killed or crashed; the worker logs in Ray's session folder may say why"
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no reason was given'}"

@@ -1,10 +1,11 @@
-"""Scoring an adapter, or the base, on parts of the data: what a lane does when it doesn't train."""
+"""A job that scores an adapter, or the base, on parts of the data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import ray
 import torch.distributed as dist
@@ -14,32 +15,37 @@ from rayft.evaluate.tasks import score
 from rayft.identity import UNKNOWN, Identity
 from rayft.models.inject import attach, clear
 from rayft.peft.folder import load_adapter
-from rayft.train.context import Session
+from rayft.sweep.lane import Lane
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
 
 __all__ = ["ScoreRequest", "run_score", "spread"]
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Score an adapter (or the base) on parts of the data."""
+    """Score an adapter, or the base alone, on parts of the data."""
 
-    run: str
-    """The `RunConfig` as JSON: base, data and evaluation settings."""
+    kind: ClassVar[str] = "score"
+    resumable: ClassVar[bool] = False
+    folders: ClassVar[tuple[Path, ...]] = ()
+
+    run: RunConfig
+    """Base, data and evaluation settings."""
     parts: tuple[Literal["val", "test"], ...]
     adapter: str | None = None
-    """Adapter folder; the base alone where not given."""
+    """Folder of the adapter; by default the base alone is scored."""
     style: Literal["as_is", "answer_only", "few_shot"] = "as_is"
     expected: Identity = UNKNOWN
-    """Data and base, as the client has read them."""
+    """Identity of data and base, as the driver has read them."""
 
-    def __call__(self, session: Session, run: RunConfig) -> dict[str, Any]:
-        """Score, as a lane's work (all workers call it)."""
-        return {"scores": run_score(self, session, run)}
+    def __call__(self, lane: Lane) -> dict[str, list[float]]:
+        """Return part → the score of each example, in the order of the data (all workers call it)."""
+        return run_score(self, lane.session(self.run, self.expected, whole=True))
 
 
-def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[str, list[float]]:
-    """Give each example's score, part by part, in the order of the data (all workers call it)."""
+def run_score(request: ScoreRequest, session: Session) -> dict[str, list[float]]:
+    """Return part → the score of each example, in the order of the data (all workers call it)."""
     model, worker = session.loaded.model, session.worker
     if request.adapter is None:
         clear(model)
@@ -51,7 +57,7 @@ def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[s
         for part in request.parts:
             examples: Sequence[Example] = getattr(session.parts, part)
             mine = examples[worker.rank :: worker.world]
-            values = _score(mine, request, session, run)
+            values = _score(mine, request, session)
             found[part] = _gather(values, len(examples), session)
     finally:
         clear(model)
@@ -59,30 +65,29 @@ def run_score(request: ScoreRequest, session: Session, run: RunConfig) -> dict[s
 
 
 def spread() -> bool:
-    """Whether the joined cluster has several nodes, which see each other's files only by agreement."""
+    """Return whether the joined cluster has several nodes, which may not see each other's files."""
     return len([node for node in ray.nodes() if node["Alive"]]) > 1
 
 
-def _score(
-    examples: Sequence[Example], request: ScoreRequest, session: Session, run: RunConfig
-) -> list[float]:
+def _score(examples: Sequence[Example], request: ScoreRequest, session: Session) -> list[float]:
     if not examples:
         return []
+    evaluate = request.run.evaluate
     scores = score(
         session.loaded.model,
         session.loaded.tokenizer,
         examples,
         session.parts.scorer,
         style=request.style,
-        shots=session.parts.train[: run.evaluate.shots],
-        max_new_tokens=run.evaluate.max_new_tokens,
-        batch_size=run.evaluate.batch_size,
+        shots=session.parts.train[: evaluate.shots],
+        max_new_tokens=evaluate.max_new_tokens,
+        batch_size=evaluate.batch_size,
     )
     return list(scores.values)
 
 
 def _gather(values: list[float], total: int, session: Session) -> list[float]:
-    """Put the workers' shares back into the order of the data."""
+    """Exchange the workers' scores, and return them in the order of the data."""
     world = session.worker.world
     if world == 1:
         return values

@@ -25,7 +25,7 @@ import ray
 
 from rayft.files import locked, room_on, sync_tree
 from rayft.models.files import cache_folder
-from rayft.sweep.launcher import HomeNode
+from rayft.sweep.settings import HomeNode
 from rayft.train.home import Home
 
 __all__ = ["FileHost", "RemoteHome", "find_home"]

@@ -1,72 +1,50 @@
-"""Checkpoints of a run: trainable parameters, optimizer state and the step, whole or not at all.
+"""Save a run's trainable parameters, optimizer state and progress as a checkpoint, and load them again.
 
-checkpoint/step-000020/…           DeepSpeed's files, from all workers, frozen parameters left out
-checkpoint/step-000020/state.json  step, identity, curves, hashes of those files; written last, so it commits
-
-A run keeps its last two checkpoints. One is used only if its files have the recorded hashes; otherwise the
-run continues from the checkpoint before it, or from the start. rayft 0.1.0 kept one checkpoint, with its
-state in checkpoint/state.json and without hashes.
+If the files of the last checkpoint are damaged, the run continues from the checkpoint before it, or from the
+start. `checkpoint_folder` describes the files.
 """
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayft.errors import DiskFullError, TrainError
-from rayft.files import hash_content, room_on, sync_tree, write_file
+from rayft.files import room_on
 from rayft.identity import Identity
-from rayft.train.context import Worker
-from rayft.train.deepspeed import Engine, check_written, checkpoint_bytes
-from rayft.train.home import Home
+from rayft.train.checkpoint_folder import STATE_FILE, Checkpoint, checkpoints
+from rayft.train.deepspeed import DeepSpeedEngine, check_written, checkpoint_bytes
+from rayft.train.session import Session
+from rayft.train.worker import Worker
 
-__all__ = [
-    "checkpoint_identity",
-    "commit",
-    "last_curve",
-    "last_state",
-    "last_step",
-    "prune",
-    "restore",
-    "save",
-]
-
-STATE_FILE = "state.json"
-KEPT = 2
-"""Checkpoints that a run keeps while it trains."""
-THREADS = 8
-"""Files that are hashed at once."""
+__all__ = ["last_state", "restore", "save"]
 
 
 def save(
-    folder: Path, engine: Engine, identity: Identity, worker: Worker, home: Home, state: Mapping[str, Any]
+    folder: Path, engine: DeepSpeedEngine, state: Mapping[str, Any], identity: Identity, session: Session
 ) -> None:
-    """Write a checkpoint (all workers call it), then drop those before the last two.
+    """Write a checkpoint (all workers call it), then delete all but the last two.
 
     Args:
         folder: where this node writes the run's checkpoints.
         engine: the engine to save.
+        state: the state of the run, which must be JSON-able and hold `step`.
         identity: what the run follows from.
-        worker: this process.
-        home: where the checkpoint is kept.
-        state: JSON-able; must hold `step`.
+        session: says which worker this is, and has the home that keeps the checkpoint.
 
     Raises:
-        DiskFullError: on all workers, if one of them has no space; the checkpoint before is still there.
+        DiskFullError: on all workers, if one of them has no space; the previous checkpoint stays.
     """
-    tag = f"step-{state['step']:06d}"
+    worker, home, tag = session.worker, session.home, f"step-{state['step']:06d}"
     place = folder / tag
     with worker.together():
         if worker.rank == 0:
-            # What an earlier attempt at this step left.
+            # An earlier attempt at this step may have left files.
             home.remove(place)
     try:
         with worker.together():
@@ -78,24 +56,12 @@ def save(
                 kept = identity.brief.model_dump(mode="json", exclude_defaults=True)
                 home.commit(place, {**state, "tag": tag, "identity": kept})
     except DiskFullError:
-        # Without a state it is no checkpoint, and would only take the space that others need.
+        # Without a state file it can't be used as a checkpoint, and would take space that others need.
         home.remove(place)
         raise
 
 
-def commit(place: Path, state: Mapping[str, Any]) -> None:
-    """Turn a folder with all workers' files into a checkpoint, then drop those before the last two.
-
-    Args:
-        place: the checkpoint's folder.
-        state: what is kept beside the files; must hold `step`, `tag` and `identity`.
-    """
-    sync_tree(place)
-    write_file(place / STATE_FILE, json.dumps({**state, "files": _hashes(place)}))
-    prune(place.parent, KEPT)
-
-
-def _write(folder: Path, tag: str, engine: Engine) -> None:
+def _write(folder: Path, tag: str, engine: DeepSpeedEngine) -> None:
     with room_on(folder, checkpoint_bytes(engine)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
@@ -103,20 +69,21 @@ def _write(folder: Path, tag: str, engine: Engine) -> None:
 
 
 def last_state(
-    folder: Path, now: Identity, worker: Worker, tell: Callable[[str], None] = lambda _: None
+    folder: Path, now: Identity, worker: Worker, note: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any] | None:
-    """Return the state of the last checkpoint whose files are whole; None if there is none.
+    """Return the state of the last checkpoint whose files are intact; None if there is none.
 
-    All workers call it. Rank 0 chooses for all workers, and deletes the damaged checkpoints after that one.
+    All workers call it. Rank 0 chooses for all of them, and deletes the damaged checkpoints after the chosen
+    one.
 
     Args:
         folder: the run's checkpoint folder.
         now: what the run follows from.
         worker: this process.
-        tell: called on rank 0 with a sentence for each checkpoint that can't be used.
+        note: called on rank 0 with a sentence for each checkpoint that can't be used.
 
     Raises:
-        TrainError: if the checkpoint follows from something else, naming what.
+        TrainError: if the checkpoint follows from something else; the message names it.
     """
     choice: _Choice = worker.agreed(_choose(folder, now) if worker.rank == 0 else None)
     if choice.refusal:
@@ -127,54 +94,15 @@ def last_state(
         if choice.damaged and (choice.state is None or "files" in choice.state):
             (folder / STATE_FILE).unlink(missing_ok=True)
         for text in choice.notes:
-            tell(text)
+            note(text)
     return choice.state
 
 
-def last_curve(folder: Path) -> list[tuple[int, float]]:
-    """Return the validation losses before the step of the last checkpoint whose state can be read.
-
-    Its files are not looked at: `last_state` may find that the checkpoint before it has to be used.
-    """
-    last = _last(folder)
-    if last is None:
-        return []
-    return [(int(step), float(loss)) for step, loss in last.state["val_curve"] if step < last.step]
-
-
-def checkpoint_identity(folder: Path) -> Identity | None:
-    """Return what the last checkpoint in a folder follows from; None if no state in it can be read."""
-    last = _last(folder)
-    return None if last is None else last.identity
-
-
-def last_step(folder: Path) -> int:
-    """Return the step of the last checkpoint whose state can be read; 0 if there is none."""
-    last = _last(folder)
-    return 0 if last is None else last.step
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the last checkpoints of a folder, and what never became one.
-
-    Args:
-        folder: the run's checkpoint folder.
-        keep: the number of checkpoints to keep.
-    """
-    kept = [one.place for one in _checkpoints(folder) if one.identity is not None][:keep]
-    old = folder / STATE_FILE
-    if old.is_file() and not any(one.old and one.place in kept for one in _checkpoints(folder)):
-        old.unlink()
-    for place in folder.glob("step-*"):
-        if place not in kept:
-            shutil.rmtree(place, ignore_errors=True)
-
-
-def restore(folder: Path, engine: Engine, state: Mapping[str, Any]) -> None:
-    """Load parameters and optimizer state of a checkpoint into an engine (all workers call it).
+def restore(folder: Path, engine: DeepSpeedEngine, state: Mapping[str, Any]) -> None:
+    """Load the parameters and the optimizer state of a checkpoint into an engine (all workers call it).
 
     Raises:
-        TrainError: if its files are gone or damaged.
+        TrainError: if the checkpoint's files are missing or damaged.
     """
     try:
         path, _ = engine.load_checkpoint(str(folder), tag=state["tag"], load_module_strict=False)
@@ -189,37 +117,8 @@ def restore(folder: Path, engine: Engine, state: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
-    """A checkpoint as it is on disk."""
-
-    place: Path
-    step: int
-    state: Mapping[str, Any] = field(default_factory=dict)
-    identity: Identity | None = None
-    """What it follows from; None if its state can't be read."""
-    problem: str = ""
-    """Why its state can't be read."""
-    old: bool = False
-    """Whether rayft 0.1.0 wrote it."""
-
-    def damage(self) -> str:
-        """Return what is wrong with its files; empty if they are whole."""
-        if self.problem:
-            return self.problem
-        if self.old and "files" not in self.state:
-            return _unpacks(self.place)
-        recorded = self.state["files"]
-        lost = [name for name in recorded if not (self.place / name).is_file()]
-        if lost:
-            return f"{lost[0]} is missing"
-        found = _hashes(self.place)
-        changed = [name for name, value in recorded.items() if found[name] != value]
-        return f"{changed[0]} is not what was written" if changed else ""
-
-
-@dataclass(frozen=True)
 class _Choice:
-    """What rank 0 has decided."""
+    """What rank 0 decided for all workers."""
 
     state: dict[str, Any] | None = None
     refusal: str = ""
@@ -228,10 +127,10 @@ class _Choice:
 
 
 def _choose(folder: Path, now: Identity) -> _Choice:
-    """Find the last checkpoint that is whole."""
+    """Find the last checkpoint whose files are intact."""
     damaged: dict[Path, str] = {}
-    chosen: _Checkpoint | None = None
-    for one in _checkpoints(folder):
+    chosen: Checkpoint | None = None
+    for one in checkpoints(folder):
         if one.identity is not None and (changed := one.identity.differences(now)):
             return _Choice(
                 refusal=f"{folder} holds a checkpoint of another run: {'; '.join(changed)}. Put back what it "
@@ -245,67 +144,3 @@ def _choose(folder: Path, now: Identity) -> _Choice:
     instead = f"the run continues from step {chosen.step}" if chosen else "the run starts again"
     notes = [f"the checkpoint {place} can't be used ({why}): {instead}" for place, why in damaged.items()]
     return _Choice(dict(chosen.state) if chosen else None, "", tuple(notes), tuple(damaged))
-
-
-def _last(folder: Path) -> _Checkpoint | None:
-    """Return the last checkpoint whose state can be read."""
-    return next((one for one in _checkpoints(folder) if one.identity is not None), None)
-
-
-def _checkpoints(folder: Path) -> list[_Checkpoint]:
-    """List the checkpoints of a folder, the last one first."""
-    found = [_read(place, place / STATE_FILE) for place in folder.glob("step-*")]
-    old = folder / STATE_FILE
-    if old.is_file():
-        one = _read(folder, old, old=True)
-        # Its folder is one of those above, without a state of its own.
-        found = [one, *(other for other in found if other.place != one.place)]
-    return sorted(found, key=lambda one: one.step, reverse=True)
-
-
-def _read(place: Path, path: Path, *, old: bool = False) -> _Checkpoint:
-    """Read the state of a checkpoint."""
-    digits = place.name.removeprefix("step-")
-    step = int(digits) if digits.isdecimal() else 0
-    if not path.is_file():
-        return _Checkpoint(place, step, problem=f"it has no {path.name}: it was not written to its end")
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        step, identity = int(state["step"]), _identity(state)
-        if old:
-            place = path.parent / str(state.get("tag", ""))
-        else:
-            dict(state["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return _Checkpoint(place, step, problem=f"{path.name} is damaged: {reason}", old=old)
-    return _Checkpoint(place, step, state, identity, old=old)
-
-
-def _identity(state: Mapping[str, Any]) -> Identity:
-    if "identity" in state:
-        return Identity.model_validate(state["identity"])
-    # rayft 0.1.0 recorded the adapter that it started from; the run's hash is in the folder's name.
-    return Identity(start=state.get("start", ""))
-
-
-def _hashes(place: Path) -> dict[str, str]:
-    """Hash the files of a checkpoint: name → hash."""
-    files = sorted(path for path in place.iterdir() if path.is_file() and path.name != STATE_FILE)
-    with ThreadPoolExecutor(THREADS) as threads:
-        return dict(zip((path.name for path in files), threads.map(hash_content, files), strict=True))
-
-
-def _unpacks(place: Path) -> str:
-    """Check the sums inside files whose hashes were not recorded; return what is wrong."""
-    files = sorted(place.glob("*.pt"))
-    if not any(path.name.endswith("model_states.pt") for path in files):
-        return "it has no files"
-    for path in files:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    return f"{path.name} is damaged"
-        except (OSError, zipfile.BadZipFile):
-            return f"{path.name} is damaged"
-    return ""

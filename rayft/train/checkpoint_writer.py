@@ -1,7 +1,8 @@
-"""Write DeepSpeed's checkpoints: synced, and with an error that is kept until all workers are done.
+"""Write DeepSpeed's checkpoint files: synced to disk, with errors raised after all workers are done.
 
-DeepSpeed exchanges messages between its writes, so a worker that left at a failed one would leave the others
-waiting. `torch.save` of a path hides what the system said; of an open file it does not.
+DeepSpeed exchanges messages between its writes, so a worker that raised at a failed write would leave the
+others waiting. `torch.save` hides the system's error if it is given a path, but not if it is given an open
+file.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ __all__ = ["CheckpointWriter"]
 
 
 class CheckpointWriter(TorchCheckpointEngine):  # type: ignore[misc]
-    """DeepSpeed's own writer, which keeps the first error and writes nothing after it."""
+    """DeepSpeed's own writer, except that it keeps the first error and writes nothing after it."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._error: Exception | None = None
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Make a folder."""
+        """Create a folder."""
         try:
             if self._error is None:
                 os.makedirs(path, exist_ok=exist_ok)
@@ -38,11 +39,11 @@ class CheckpointWriter(TorchCheckpointEngine):  # type: ignore[misc]
                     torch.save(state_dict, file, _use_new_zipfile_serialization=self.zipfile_serialization)
                     file.flush()
                     os.fsync(file.fileno())
-        except Exception as error:  # noqa: BLE001  (whatever it is, `check` raises it)
+        except Exception as error:  # noqa: BLE001  (`check` raises it)
             self._error = error
 
     def check(self) -> None:
-        """Raise the error of what was written since the last call, if there was one."""
+        """Raise the first error since the last call, if there was one."""
         error, self._error = self._error, None
         if error is not None:
             raise error

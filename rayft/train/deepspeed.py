@@ -1,4 +1,4 @@
-"""DeepSpeed: its configuration derived from ours, its engine, and what ZeRO-3 needs around saving.
+"""DeepSpeed: its configuration, its engine, the optimizer step, and gathering parameters for ZeRO-3.
 
 Numerics: the loss is a sum over completion tokens divided by their number in the whole optimizer
 step. The engine averages gradients over workers and divides by the accumulation steps, so each
@@ -12,8 +12,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from rayft.data.pack import AnyBatch
 from rayft.errors import TrainError
+from rayft.evaluate.loss import batch_loss, targets_of
 from rayft.models.methods import method
 from rayft.train.run import RunConfig
+from rayft.train.worker import Worker
 
 __all__ = [
-    "Engine",
+    "DeepSpeedEngine",
+    "StepResult",
     "build_engine",
     "check_written",
     "checkpoint_bytes",
@@ -35,17 +40,30 @@ __all__ = [
     "gathered",
     "grad_norm",
     "kept",
+    "optimizer_step",
     "partitioner",
     "release",
     "set_lr",
 ]
 
-Engine = Any
-"""deepspeed.DeepSpeedEngine (the package has no types)."""
+DeepSpeedEngine = Any
+"""`deepspeed.DeepSpeedEngine`; the package has no types."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The numbers of an optimizer step."""
+
+    loss: float
+    """Mean loss, nats per completion token."""
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    """Tokens of all workers' micro-batches."""
 
 
 def engine_config(run: RunConfig) -> dict[str, Any]:
-    """Derive DeepSpeed's configuration; `run.deepspeed` is merged over it."""
+    """Derive DeepSpeed's configuration from a run's, and merge `run.deepspeed` over it."""
     scale = run.scale
     micro = run.optim.rows_per_step // (scale.workers * scale.accumulation)
     zero: dict[str, Any] = {"stage": scale.zero}
@@ -53,15 +71,15 @@ def engine_config(run: RunConfig) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": scale.device == "cuda"}
     if scale.zero == 3:
         zero["stage3_param_persistence_threshold"] = 0
-        # When DeepSpeed has seen one step, it looks so many parameters ahead of each module for a reuse, in
-        # Python: by default through the whole of a small model, which took 10 s with 30 layers.
+        # After the first step DeepSpeed searches, in Python, this number of parameters ahead of each module
+        # for a reuse: by default all of a small model, which took 10 s with 30 layers.
         zero["stage3_max_reuse_distance"] = 10**7
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": scale.accumulation,
         "gradient_clipping": run.optim.clip,
         "zero_optimization": zero,
-        # torch's AdamW: DeepSpeed's own Adam compiles C++ on the spot.
+        # We pass torch's AdamW, because DeepSpeed's own Adam compiles C++ when it is first used.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -74,11 +92,11 @@ def engine_config(run: RunConfig) -> dict[str, Any]:
     return _merge(config, run.deepspeed)
 
 
-def build_engine(run: RunConfig, model: nn.Module) -> Engine:
-    """Make an engine over the trainable parameters, in the process group that is already there.
+def build_engine(run: RunConfig, model: nn.Module) -> DeepSpeedEngine:
+    """Build an engine over the trainable parameters, in the process group that is already initialised.
 
     Raises:
-        TrainError: if DeepSpeed refuses the configuration.
+        TrainError: if DeepSpeed rejects the configuration.
     """
     deepspeed = _deepspeed(run)
     groups, optim = parameter_groups(run, model), run.optim
@@ -98,7 +116,8 @@ def build_engine(run: RunConfig, model: nn.Module) -> Engine:
         raise TrainError(
             f"DeepSpeed refused the configuration: {error}; look at scale and deepspeed"
         ) from error
-    # Its own version keeps a tied output layer, the largest matrix of a small model, in every checkpoint.
+    # DeepSpeed's own version writes a tied output layer, the largest matrix of a small model, to every
+    # checkpoint.
     engine.module_state_dict = partial(_trainable_state, engine)
     _write_checkpoints(engine)
     return engine
@@ -107,8 +126,8 @@ def build_engine(run: RunConfig, model: nn.Module) -> Engine:
 def partitioner(run: RunConfig) -> Callable[[nn.Parameter], None]:
     """Return a function that partitions a parameter as the run's engine will.
 
-    All workers call it together, for one parameter after the other, on their devices; each keeps its part of
-    what the first worker has in it.
+    All workers call the function together, for one parameter after the other, each on its device. Each worker
+    keeps its part of the first worker's values.
     """
     deepspeed, first = _deepspeed(run), list[Any]()
 
@@ -127,7 +146,7 @@ def partitioner(run: RunConfig) -> Callable[[nn.Parameter], None]:
 
 
 def _deepspeed(run: RunConfig) -> Any:
-    """Import DeepSpeed, set up for a run's device."""
+    """Import DeepSpeed and set it up for a run's device."""
     if run.scale.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -135,33 +154,34 @@ def _deepspeed(run: RunConfig) -> Any:
     if not dist.is_initialized():
         raise TrainError("torch.distributed is not initialised; run this in a Ray Train worker")
     if run.scale.device == "cpu":
-        # Compiled on first use (47 s on two cores, and a compiler must be there); gloo does the same.
+        # This communication backend is compiled on first use (47 s on two cores, and it needs a compiler);
+        # gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
 
 
-def _write_checkpoints(engine: Engine) -> None:
-    """Have our writer write an engine's checkpoints, unless `run.deepspeed` chose another of DeepSpeed's."""
+def _write_checkpoints(engine: DeepSpeedEngine) -> None:
+    """Let `CheckpointWriter` write an engine's checkpoints, unless `run.deepspeed` chose another writer."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
     from rayft.train.checkpoint_writer import CheckpointWriter
 
     if type(engine.checkpoint_engine) is TorchCheckpointEngine:
         engine.checkpoint_engine = CheckpointWriter(engine._config)
-    # Its scripts for whole models, copied into each checkpoint, are of no use for adapters.
+    # DeepSpeed copies a script for whole models into each checkpoint, which is of no use for adapters.
     engine._copy_recovery_script = lambda _folder: None
 
 
-def check_written(engine: Engine) -> None:
-    """Raise what went wrong while the engine wrote its last checkpoint."""
+def check_written(engine: DeepSpeedEngine) -> None:
+    """Raise the error of the engine's last checkpoint, if writing it failed."""
     check = getattr(engine.checkpoint_engine, "check", None)
     if check is not None:
         check()
 
 
-def checkpoint_bytes(engine: Engine) -> int:
-    """Return about how many bytes a checkpoint has: weights, and the optimizer's state of what trains."""
+def checkpoint_bytes(engine: DeepSpeedEngine) -> int:
+    """Estimate the size of a checkpoint in bytes: weights, and the optimizer state of what trains."""
     return sum(
         getattr(parameter, "ds_numel", parameter.numel())
         * (parameter.element_size() + 12 * parameter.requires_grad)
@@ -170,7 +190,7 @@ def checkpoint_bytes(engine: Engine) -> int:
 
 
 def parameter_groups(run: RunConfig, model: nn.Module) -> list[dict[str, Any]]:
-    """Split what trains by learning rate (`lr_factor` times the run's) and weight decay."""
+    """Group the trainable parameters by learning rate (`lr_factor` times the run's) and weight decay."""
     kind = method(run.method.name)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -185,41 +205,62 @@ def parameter_groups(run: RunConfig, model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def _trainable_state(engine: Engine, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
-    """Give what a checkpoint must hold: all that trains, and what adapters keep (a chain's past links)."""
+def _trainable_state(engine: DeepSpeedEngine, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint must hold: all that trains, and what adapters keep (a chain's past links)."""
     state = engine.module.state_dict(keep_vars=True)
     return {name: v.detach() for name, v in state.items() if v.requires_grad or ".adapter." in name}
 
 
 def kept(model: nn.Module) -> dict[str, nn.Parameter]:
-    """List the parameters that a run makes, by name: what trains, and what adapters hold frozen (rac's A)."""
+    """Return the parameters that a run adds or trains, by name; adapters also hold frozen ones (rac's A)."""
     return {n: p for n, p in model.named_parameters() if p.requires_grad or ".adapter." in n}
 
 
-def grad_norm(engine: Engine) -> float:
-    """Give the global gradient norm before clipping (call between backward and step for ZeRO 0)."""
+def optimizer_step(engine: DeepSpeedEngine, batches: Sequence[AnyBatch], worker: Worker) -> StepResult:
+    """Run forward, backward and update over this worker's micro-batches (all workers call it).
+
+    The gradient is that of (sum of losses) / (number of targets) over the micro-batches of all workers,
+    however the targets are distributed among them.
+    """
+    targets = sum(len(targets_of(batch)) for batch in batches)
+    tokens = sum(batch.input_ids.numel() for batch in batches)
+    targets, tokens = (int(v) for v in worker.total(targets, tokens))
+    total = 0.0
+    for batch in batches:
+        loss, _ = batch_loss(engine.module, batch, engine)
+        total += float(loss.detach())
+        engine.backward(loss * (worker.world * len(batches) / targets))
+        norm = grad_norm(engine) if engine.zero_optimization_stage() == 0 else None
+        engine.step()
+    (total,) = worker.total(total)
+    return StepResult(total / targets, grad_norm(engine) if norm is None else norm, tokens)
+
+
+def grad_norm(engine: DeepSpeedEngine) -> float:
+    """Return the global gradient norm before clipping (under ZeRO 0: call between backward and step)."""
     if engine.zero_optimization_stage() > 0:
         return float(engine.get_global_grad_norm() or math.nan)
     norms = [p.grad.norm() for p in engine.module.parameters() if p.grad is not None]
     return float(torch.stack(norms).norm()) if norms else math.nan
 
 
-def set_lr(engine: Engine, lr: float) -> None:
-    """Set the learning rate of the coming step; each group multiplies it by its own factor."""
+def set_lr(engine: DeepSpeedEngine, lr: float) -> None:
+    """Set the learning rate of the next step; each parameter group multiplies it by its own factor."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
 
 
-def destroy(engine: Engine) -> None:
-    """Take an engine's hooks and buffers off the model, so that the next one starts clean."""
+def destroy(engine: DeepSpeedEngine) -> None:
+    """Remove an engine's hooks and buffers from the model, so that the next engine starts clean."""
     engine.destroy()
     for module in engine.module.modules():
-        # ZeRO-3 (DeepSpeed 0.19) leaves these closures on the modules, and the next engine would run the
-        # backward pass through them, with the parameter trace of this one.
+        # ZeRO-3 (DeepSpeed 0.19) leaves these closures on the modules. The next engine would run its backward
+        # pass through them, with the parameter trace of this engine.
         for left in ("pre_bwd_fn", "post_bwd_fn"):
             module.__dict__.pop(left, None)
-    # These hooks of DeepSpeed's outlive `destroy` and hold the engine: its masters and moments would stay
-    # for a lane's whole life. What is left is a cycle, which must be gone before the next trial is measured.
+    # These hooks of DeepSpeed's outlive `destroy` and refer to the engine, so its master weights and moments
+    # would stay in memory as long as the lane. What remains is a reference cycle, which must be collected
+    # before the memory of the next trial is measured.
     for hook in ("module_forward_pre_hook", "module_forward_post_hook"):
         handle = getattr(engine, hook, None)
         if handle is not None:
@@ -227,19 +268,19 @@ def destroy(engine: Engine) -> None:
     gc.collect()
 
 
-def release(engine: Engine) -> None:
-    """Partition again what is whole or on its way (ZeRO-3; all workers must take part).
+def release(engine: DeepSpeedEngine) -> None:
+    """Partition parameters again that are gathered or being fetched (ZeRO-3; all workers must take part).
 
-    A forward pass without a backward one leaves parameters that were fetched ahead for a backward pass. They
-    can't be gathered once more, and those fetched in inference mode can't be trained on.
+    A forward pass that no backward pass follows leaves parameters that were prefetched for one. They can't be
+    gathered again, and those fetched in inference mode can't be trained.
     """
     if engine.zero_optimization_stage() == 3:
         engine.optimizer.empty_partition_cache()
 
 
 @contextmanager
-def gathered(engine: Engine, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Make partitioned parameters whole for a while (ZeRO-3; all workers must take part)."""
+def gathered(engine: DeepSpeedEngine, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Gather partitioned parameters for the block (ZeRO-3; all workers must take part)."""
     if engine.zero_optimization_stage() != 3:
         yield
         return

@@ -1,10 +1,10 @@
-"""The base's forward and backward as CUDA graphs: two replays a micro-batch, not thousands of launches.
+"""Run the base's forward and backward passes as CUDA graphs.
 
-Where launches dominate (small models, few tokens) a step's time is that of the host: SmolLM2-135M
-takes the same for 512 and for 16,384 tokens. The inner model (all but the output layer) is captured
-once a trial, for the one shape that its micro-batches have; gradients still arrive at the parameters
-one by one, so that DeepSpeed's hooks, clipping and steps stay as they are. Other shapes and evaluation
-run as before.
+A micro-batch then takes two replays instead of thousands of launches. Where kernel launches dominate (small
+models, few tokens), the host determines the time of a step: SmolLM2-135M takes as long for 512 tokens as for
+16,384. The inner model (all but the output layer) is captured once per trial, for the one shape of its
+micro-batches. Gradients still arrive at the parameters one by one, so DeepSpeed's hooks, clipping and steps
+work unchanged. Batches of other shapes, and evaluation, run without graphs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["capture_stream", "graphed"]
 
 
 class _Inner(nn.Module):
-    """The inner model with positional tensors in and a tensor out, as a graph needs it."""
+    """The inner model with tensors as positional inputs and as output, which graph capture requires."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
@@ -33,24 +33,24 @@ class _Inner(nn.Module):
         self._forward = inner.forward
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Give the last hidden states (B, T, H)."""
+        """Return the last hidden states (B, T, H)."""
         output = self._forward(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         return output.last_hidden_state  # type: ignore[no-any-return]
 
 
 @contextmanager
 def capture_stream() -> Iterator[None]:
-    """Run on the stream that graphs are captured on.
+    """Run the block on the stream on which graphs are captured.
 
-    An engine keeps the nodes that accumulate gradients, each bound to the stream it was made on. Were
-    that the default stream, a capture would have to wait for it, which CUDA refuses: so engine, training
-    and capture share this one.
+    An engine keeps the autograd nodes that accumulate gradients, each bound to the stream on which it was
+    created. If that were the default stream, a capture would have to wait for it, which CUDA refuses. So
+    engine, training and capture share one stream.
     """
     stream = torch.cuda.graph.default_capture_stream or torch.cuda.Stream()
     torch.cuda.graph.default_capture_stream = stream
     outside = torch.cuda.current_stream()
     stream.wait_stream(outside)
-    # Warming up, before a capture, is on another stream by design; nothing is kept of it.
+    # The warm-up before a capture uses another stream by design, and nothing of it is kept.
     torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     try:
         with torch.cuda.stream(stream):
@@ -62,15 +62,15 @@ def capture_stream() -> Iterator[None]:
 
 @contextmanager
 def graphed(model: Any, example: AnyBatch) -> Iterator[None]:
-    """Replay training passes of batches shaped like `example` as CUDA graphs, for as long as this lasts.
+    """Replay training passes of batches shaped like `example` as CUDA graphs inside the block.
 
     Args:
-        model: a causal language model on a GPU, adapters and engine in place, in training mode.
+        model: a causal language model on a GPU, in training mode, with adapters and engine.
         example: a micro-batch on the device.
 
     Raises:
-        ConfigError: if the model is no causal language model.
-        TrainError: if something in the model can't be captured.
+        ConfigError: if the model is not a causal language model.
+        TrainError: if a part of the model can't be captured.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -105,8 +105,9 @@ def graphed(model: Any, example: AnyBatch) -> Iterator[None]:
     try:
         yield
     finally:
-        # The class's own method shows again.
+        # Uncovers the method of the class.
         del inner.forward
-        # What was captured refers to itself; without this its memory would stay until the next collection.
+        # The captured graph is a reference cycle; without this its memory would stay until the next
+        # collection.
         captured.clear()
         gc.collect()

@@ -1,4 +1,4 @@
-"""The identity of what a run is given: its data, read, and the files of its base."""
+"""Compute the identity of a run's inputs: its data and the files of its base."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["identify"]
 
 
 def identify(run: RunConfig, parts: Parts, *, with_base: bool = True) -> Identity:
-    """Return the identity of a run's data and base, without the run itself and what it starts from.
+    """Return the identity of a run's data and base, without the run's configuration and its starting adapter.
 
     Args:
-        run: names both.
-        parts: its data, as it was read.
+        run: names the data and the base.
+        parts: the data, as it was read.
         with_base: whether to hash the base's files.
 
     Raises:

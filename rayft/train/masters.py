@@ -1,8 +1,8 @@
-"""What an engine's optimizer holds of each parameter: fp32 weight, Adam's moments and its count of steps.
+"""Read and write an optimizer's state of each parameter: fp32 master weight, Adam's moments, step count.
 
-Seen in DeepSpeed 0.19: ZeRO 0 leaves all of it with torch's AdamW, by parameter. ZeRO 1 and 2 keep flat
-fp32 partitions, one of each parameter group on each worker, and AdamW's state is theirs; a parameter's part
-is reached by `deepspeed.utils.safe_*`, in which all workers take part.
+In DeepSpeed 0.19, ZeRO 0 leaves this state to torch's AdamW, which keeps it for each parameter. ZeRO 1 and 2
+keep flat fp32 partitions, one of each parameter group on each worker, and AdamW's state belongs to these
+partitions. `deepspeed.utils.safe_*` reads and writes a parameter's part of them; all workers must take part.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ import torch
 from torch import nn
 
 from rayft.squeeze.anneal import Moments
-from rayft.train.deepspeed import Engine
+from rayft.train.deepspeed import DeepSpeedEngine
 
 __all__ = ["Master", "read_masters", "write_masters"]
 
 
 @dataclass(frozen=True)
 class Master:
-    """One parameter as its optimizer holds it."""
+    """The optimizer's state of one parameter."""
 
     weight: torch.Tensor
-    """In float32, whatever the model computes in."""
+    """In float32, whichever dtype the model has."""
     moments: Moments | None
-    """Adam's; none before its first step."""
+    """Adam's moments; None before its first step."""
     steps: float = 0.0
-    """Steps that Adam counts for its bias correction."""
+    """Number of steps that Adam uses for its bias correction."""
 
 
-def read_masters(engine: Engine) -> dict[str, Master]:
-    """Copy what trains out of an engine under ZeRO 0, 1 or 2, whole on every worker (all must call it)."""
+def read_masters(engine: DeepSpeedEngine) -> dict[str, Master]:
+    """Copy the state of all trainable parameters from an engine under ZeRO 0, 1 or 2.
+
+    All workers must call it, and each gets the whole state.
+    """
     read = _read_own
     if engine.zero_optimization_stage() > 0:
         _link(engine)
@@ -40,12 +43,12 @@ def read_masters(engine: Engine) -> dict[str, Master]:
     return {n: read(engine, p) for n, p in engine.module.named_parameters() if p.requires_grad}
 
 
-def write_masters(engine: Engine, masters: Mapping[str, Master]) -> None:
-    """Set weights and moments in an engine that took no step yet (all workers must call it).
+def write_masters(engine: DeepSpeedEngine, masters: Mapping[str, Master]) -> None:
+    """Set weights and moments in an engine that has taken no step yet (all workers must call it).
 
     Args:
         engine: under ZeRO 0, 1 or 2.
-        masters: parameter path → what it shall hold, in the parameter's shape.
+        masters: parameter path → its state, in the parameter's shape.
     """
     parameters = dict(engine.module.named_parameters())
     if engine.zero_optimization_stage() == 0:
@@ -64,7 +67,7 @@ def write_masters(engine: Engine, masters: Mapping[str, Master]) -> None:
             safe_set_full_optimizer_state(parameters[name], master.moments.square, "exp_avg_sq")
 
 
-def _read_own(engine: Engine, parameter: nn.Parameter) -> Master:
+def _read_own(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Master:
     weight, state = parameter.detach().float().clone(), engine.optimizer.state.get(parameter)
     if not state:
         return Master(weight, None)
@@ -72,7 +75,7 @@ def _read_own(engine: Engine, parameter: nn.Parameter) -> Master:
     return Master(weight, moments, float(state["step"]))
 
 
-def _write_own(engine: Engine, parameter: nn.Parameter, master: Master) -> None:
+def _write_own(engine: DeepSpeedEngine, parameter: nn.Parameter, master: Master) -> None:
     parameter.data.copy_(master.weight)
     if master.moments:
         engine.optimizer.state[parameter] = {
@@ -82,7 +85,7 @@ def _write_own(engine: Engine, parameter: nn.Parameter, master: Master) -> None:
         }
 
 
-def _read_partitions(engine: Engine, parameter: nn.Parameter) -> Master:
+def _read_partitions(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Master:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     weight = safe_get_full_fp32_param(parameter)
@@ -93,8 +96,8 @@ def _read_partitions(engine: Engine, parameter: nn.Parameter) -> Master:
     return Master(weight, Moments(mean, square), float(state["step"]))
 
 
-def _begin_states(engine: Engine, steps: float) -> None:
-    """Give every partition the state that AdamW would make at its first step, and let parameters find it."""
+def _begin_states(engine: DeepSpeedEngine, steps: float) -> None:
+    """Create the state that AdamW would create for each partition at its first step, and link it."""
     optimizer = engine.optimizer.optimizer
     for group in optimizer.param_groups:
         for partition in group["params"]:
@@ -106,11 +109,11 @@ def _begin_states(engine: Engine, steps: float) -> None:
     _link(engine)
 
 
-def _link(engine: Engine) -> None:
-    """Let parameters find their part of the optimizer's state.
+def _link(engine: DeepSpeedEngine) -> None:
+    """Link each parameter to its part of the optimizer's state.
 
-    DeepSpeed does it once, at the first step: of its first group, when later groups have no state yet (LoRA+
-    has two). A restored checkpoint takes the links away.
+    DeepSpeed does this once, during the first step of the first parameter group, when later groups have no
+    state yet (LoRA+ has two groups). Restoring a checkpoint removes the links.
     """
     engine.optimizer._hp_optimizer_states_linked = False
     engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,4 +1,4 @@
-"""Peak memory of one run, in a process that may run many."""
+"""Measure the peak memory of one run in a process that may train several."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["PeakMemory"]
 
 
 class PeakMemory:
-    """Watches memory from its making until `stop`.
+    """Watch the memory from construction until `stop`.
 
-    On a GPU it is the allocator's own peak. On a CPU the kernel's high-water mark never falls, so it
-    would show the worst earlier run; the resident set is sampled instead, 20 times a second.
+    On a GPU this is the allocator's own peak. On a CPU the resident set is sampled 20 times a second: the
+    kernel's high-water mark never falls, so it would show the peak of the largest earlier run.
     """
 
     def __init__(self, device: str) -> None:
@@ -28,7 +28,7 @@ class PeakMemory:
             self._thread.start()
 
     def stop(self) -> int:
-        """Stop watching and give the peak in bytes."""
+        """Stop watching and return the peak in bytes."""
         if self._cuda:
             return int(torch.cuda.max_memory_allocated())
         self._done.set()

@@ -1,8 +1,9 @@
-"""Loading a base that ZeRO-3 partitions, so that no worker ever has it whole.
+"""Load a base that ZeRO-3 partitions, so that no worker ever holds the whole base.
 
-All workers build the model without numbers. Then, one parameter after the other, the first worker reads it
-from its file and sends it to all, and each keeps its part. Files that only transformers can read, such as
-those of classifiers, the first worker loads into host memory first, the only whole copy among all workers.
+All workers build the model without values. Then, for one parameter after the other, the first worker reads
+the values from their file and broadcasts them, and each worker keeps its part. Some files, such as those of
+classifiers, can be read only by transformers; the first worker then loads the whole model into host memory,
+which is the only whole copy among all workers.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from rayft.errors import TrainError
 from rayft.models.heads import head_parameters, recall, remembered
 from rayft.models.inject import wrap
 from rayft.models.load import LoadedModel, load_empty, load_model, weight_files
-from rayft.train.context import Worker
 from rayft.train.deepspeed import partitioner
 from rayft.train.run import RunConfig
+from rayft.train.worker import Worker
 
 __all__ = ["load_partitioned"]
 
 Read = Callable[[str], torch.Tensor]
-"""Gives the numbers of a parameter by its name, on the CPU."""
+"""Returns the values of a parameter by its name, on the CPU."""
 
 
 def load_partitioned(run: RunConfig, worker: Worker) -> LoadedModel:
-    """Load a run's base in parts, its linear layers wrapped (all workers call it together).
+    """Load a run's base in parts and wrap its linear layers (all workers call it together).
 
-    Classification heads stay whole, since a trial begins by setting them.
+    Classification heads are not partitioned, because each trial begins by setting them.
 
     Raises:
-        ModelError: on all workers, if any can't find or load it.
+        ModelError: on all workers, if any of them can't find or load the base.
         TrainError: if the workers build different models.
     """
     read: Read | None = None
@@ -42,7 +43,7 @@ def load_partitioned(run: RunConfig, worker: Worker) -> LoadedModel:
         loaded = load_empty(run.model, run.scale.torch_dtype)
         if worker.rank == 0:
             loaded, read = _open(run, loaded)
-    # First, since some layers' weights are all that tells their sizes.
+    # Before the weights are partitioned, because the sizes of some layers are known from their weights alone.
     wrap(loaded.model)
     _fill(loaded.model, run, worker, read)
     recall(loaded.model, worker.agreed(remembered(loaded.model)))
@@ -50,24 +51,24 @@ def load_partitioned(run: RunConfig, worker: Worker) -> LoadedModel:
 
 
 def _open(run: RunConfig, empty: LoadedModel) -> tuple[LoadedModel, Read]:
-    """Prepare to read the base's numbers, from its files where that is possible."""
+    """Prepare to read the base's values, directly from its files if possible."""
     files = weight_files(run.model, empty.model)
     if files is not None:
         return replace(empty, fingerprint=files.fingerprint), files.read
     whole = load_model(run.model, run.scale.torch_dtype)
-    # Each is taken out when it is read, so that what has been sent is no longer in memory.
+    # `pop` removes each tensor when it is read, so that it does not stay in memory after it was sent.
     tensors = {name: tensor.data for name, tensor in whole.model.named_parameters()}
     return whole, tensors.pop
 
 
 def _fill(model: nn.Module, run: RunConfig, worker: Worker, read: Read | None) -> None:
-    """Send the first worker's numbers to all, and partition every parameter that is no head's.
+    """Broadcast the first worker's values, and partition every parameter that is not part of a head.
 
     Args:
-        model: without numbers, but for the buffers.
-        run: how it is partitioned.
+        model: the model without parameter values; its buffers have theirs.
+        run: says how the parameters are partitioned.
         worker: this process.
-        read: gives the numbers, on the first worker.
+        read: returns the values of a parameter; None on all workers but the first.
     """
     _check_same(model, worker)
     places, whole, keep_part = _places(model), head_parameters(model).keys(), partitioner(run)
@@ -95,12 +96,12 @@ def _check_same(model: nn.Module, worker: Worker) -> None:
     """Check that all workers have built the same model.
 
     Raises:
-        TrainError: if not.
+        TrainError: if they have not.
     """
     own = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _tensors(model)]
-    told = worker.agreed(own)
+    first = worker.agreed(own)
     with worker.together():
-        if told != own:
+        if first != own:
             raise TrainError(
                 "the workers build different models from the same files: install the same version of "
                 "transformers on all nodes"
@@ -113,7 +114,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Find where each parameter is: its name → modules, with its name there; several if layers are tied."""
+    """Map each parameter to the modules that have it, with its name there; tied layers have it in several."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""`RunConfig`: everything that one training run needs, and nothing it can compute."""
+"""`RunConfig`: all settings of one training run. What can be computed from others is not a setting."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["EvaluateConfig", "OptimConfig", "RunConfig", "ScaleConfig"]
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule."""
+    """Settings of AdamW and of the learning-rate schedule."""
 
     lr: float = Field(default=2e-3, gt=0)
     """Peak learning rate."""
@@ -31,30 +31,30 @@ class OptimConfig(Section):
     """Optimizer steps."""
 
     rows_per_step: int = Field(default=1, ge=1)
-    """Packed rows (of `data.max_length` tokens) in one optimizer step, over all workers."""
+    """Packed rows (of `data.max_length` tokens) of one optimizer step, over all workers."""
 
     warmup: int = Field(default=2, ge=0)
     """Steps of linear warm-up, at the start and at each link of a chain (see also `anneal.warmup`)."""
 
     schedule: Literal["constant", "linear"] = "constant"
-    """After the warm-up: stay, or fall linearly to zero at the last step."""
+    """After the warm-up, the learning rate stays constant, or falls linearly to zero at the last step."""
 
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's decay rates of its moments."""
+    """Decay rates of Adam's two moments."""
 
     clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
 
     def lr_at(self, step: int, start: int = 0, warmup: int | None = None) -> float:
-        """Give the learning rate of a step (counted from 0).
+        """Return the learning rate of a step (counted from 0).
 
         Args:
             step: the step.
-            start: where its stage (a chain's link, a rank of an annealed run) began.
-            warmup: that stage's steps of warm-up; the run's where not given.
+            start: the first step of its phase (a link of a chain, or a rank of an annealed run).
+            warmup: warm-up steps of that phase; by default those of the run.
         """
         decay, ramp = 1.0, self.warmup if warmup is None else warmup
         if self.schedule == "linear" and step >= self.warmup:
@@ -64,42 +64,42 @@ class OptimConfig(Section):
         return self.lr * decay
 
 
-# A replay hands out the same gradient buffers each time; only ZeRO-2 takes them away between micro-batches.
+# Each replay returns the same gradient buffers; only ZeRO-2 copies them away between micro-batches.
 GRAPHS_ACCUMULATE = "graphs with accumulation above 1 needs zero: 2; set that, or accumulation: 1"
 
 
 class ScaleConfig(Section):
-    """Workers, devices, precision, sharding."""
+    """Settings of workers, devices, precision and sharding."""
 
     workers: int = Field(default=1, ge=1)
-    """Processes of one run, one a GPU."""
+    """Processes of one run; on GPUs, one per GPU."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: CUDA where there is a GPU."""
+    """`auto`: CUDA if there is a GPU."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto`: bfloat16 on a GPU, on a CPU the faster one of the two (measured once)."""
+    """`auto`: bfloat16 on a GPU; on a CPU the faster of the two (measured once)."""
 
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of a worker; the machine's cores shared out where it is not given."""
+    """CPU threads of a worker; by default the machine's cores divided by the number of workers."""
 
     zero: Literal[0, 1, 2, 3] | None = None
-    """DeepSpeed's ZeRO stage; where not given, 2 in bfloat16 (its fp32 master weights) and else 0."""
+    """DeepSpeed's ZeRO stage; by default 2 in bfloat16 (for its fp32 master weights), else 0."""
 
     offload: bool = False
     """Keep optimizer states in host memory (ZeRO 1 to 3)."""
 
     accumulation: int = Field(default=1, ge=1)
-    """Micro-batches in one optimizer step of a worker."""
+    """Micro-batches of one optimizer step, per worker."""
 
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
 
     graphs: bool = False
-    """Replay training passes as CUDA graphs: for small models on a GPU (rows are padded to full length)."""
+    """Replay training passes as CUDA graphs, for small models on a GPU (rows are padded to full length)."""
 
     gpu_share: float = Field(default=1.0, gt=0, le=1)
-    """Share of a GPU that a worker reserves; below 1 several lanes, of one worker each, run on one."""
+    """Share of a GPU that a worker reserves; below 1, several lanes of one worker each share a GPU."""
 
     @model_validator(mode="after")
     def _zero_fits(self) -> ScaleConfig:
@@ -120,10 +120,10 @@ class ScaleConfig(Section):
         return self
 
     def settled(self, gpus: bool | None = None) -> ScaleConfig:
-        """Decide every `auto`, so that all trials of a sweep run alike.
+        """Return the section with every `auto` decided, so that all trials of a sweep run alike.
 
         Args:
-            gpus: whether the workers will have GPUs; as this machine, where not given.
+            gpus: whether the workers will have GPUs; by default, whether this machine has one.
         """
         device = self.device
         if device == "auto":
@@ -137,44 +137,44 @@ class ScaleConfig(Section):
         if zero is None:
             zero = 2 if dtype == "bfloat16" else 0
         elif zero == 0 and dtype == "bfloat16":
-            # `auto` found bfloat16, but stage 0 was asked for by name: it wins.
+            # `auto` chose bfloat16, but stage 0 was set explicitly, which takes precedence.
             dtype = "float32"
         on_gpu = device == "cuda"
         if on_gpu and self.graphs and self.accumulation > 1 and zero < 2:
             raise ConfigError(f"scale: {GRAPHS_ACCUMULATE}")
         update = {"device": device, "dtype": dtype, "threads": threads, "zero": zero}
-        # What is for GPUs does nothing on a CPU, where `auto` may have ended.
+        # `auto` may have chosen the CPU, where the settings for GPUs have no effect.
         return self.model_copy(
             update=update | {"graphs": self.graphs and on_gpu, "gpu_share": self.gpu_share if on_gpu else 1.0}
         )
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The compute dtype (of settled sections)."""
+        """The compute dtype; the section must be settled."""
         assert self.dtype != "auto", "settle the section first"
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
 
 class EvaluateConfig(Section):
-    """When and how a run is measured."""
+    """Settings of when and how a run is evaluated."""
 
     every: int | None = Field(default=None, ge=1)
-    """Steps between validation losses (beside those that the search needs); none where not given."""
+    """Steps between validation losses, in addition to those that the search needs; by default only those."""
 
     val_examples: int | None = Field(default=None, ge=1)
-    """Validation examples that the loss is taken over; all where not given."""
+    """Number of validation examples for the loss; by default all."""
 
     trail: bool = False
-    """Keep the adapter of every evaluation, for the plane of its trajectory (`rayft analyze`)."""
+    """Keep the adapter of every evaluation, so that `rayft analyze` can draw the plane of its trajectory."""
 
     checkpoint_seconds: float = Field(default=60.0, ge=0)
-    """Least time between two checkpoints, which are written at evaluations."""
+    """Shortest time between two checkpoints, which are written at evaluations."""
 
     max_new_tokens: int = Field(default=16, ge=1)
-    """Longest answer when a task is scored."""
+    """Longest answer, in tokens, when a task is scored."""
 
     batch_size: int = Field(default=50, ge=1)
-    """Questions answered at once when a task is scored."""
+    """Questions that are answered together when a task is scored."""
 
     shots: int = Field(default=2, ge=1)
     """Solved examples in the few-shot prompt of the base."""
@@ -187,17 +187,18 @@ class RunConfig(Section):
     data: DataConfig
     method: MethodConfig = MethodConfig()
     anneal: AnnealConfig | None = None
-    """Let the rank fall from `method.rank` while the run trains (lora, lora_plus)."""
+    """Lower the rank from `method.rank` while the run trains (lora, lora_plus)."""
     start: str | None = None
-    """Adapter folder whose factors and head the run starts from (lora, lora_plus): modules, ranks and scales
-    are its own. `method.rank`, where it is set, must be its rank; with `anneal` it must be set."""
+    """Folder of the adapter from whose factors and head the run starts (lora, lora_plus). Modules, ranks and
+    scales are those of the adapter. If `method.rank` is set, it must be the adapter's rank; with `anneal` it
+    must be set."""
     optim: OptimConfig = OptimConfig()
     scale: ScaleConfig = ScaleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, JsonValue] = {}
-    """Merged over the DeepSpeed configuration that the rest implies."""
+    """Merged over the DeepSpeed configuration that the other settings imply."""
     seed: int = Field(default=0, ge=0)
-    """Decides initial adapters, data order and dropout."""
+    """Determines initial adapters, data order and dropout."""
 
     @field_validator("deepspeed")
     @classmethod
@@ -219,7 +220,7 @@ class RunConfig(Section):
     @field_validator("start")
     @classmethod
     def _locate_start(cls, value: str | None) -> str | None:
-        # Absolute, as workers run elsewhere.
+        # Absolute, because workers run in other working directories.
         return None if value is None else str(Path(value).expanduser().absolute())
 
     @field_validator("method")
@@ -301,18 +302,18 @@ class RunConfig(Section):
 
     @property
     def hash(self) -> str:
-        """Hash of what decides the results, which does not include how often checkpoints are written."""
+        """Hash of the settings that determine the results; how often checkpoints are written does not."""
         every = {"checkpoint_seconds": EvaluateConfig.model_fields["checkpoint_seconds"].default}
         return content_hash(self.model_copy(update={"evaluate": self.evaluate.model_copy(update=every)}))
 
     @property
     def setting(self) -> str:
-        """Hash of what runs share that differ in their seed alone."""
+        """Hash of all settings but the seed."""
         return content_hash(self.model_copy(update={"seed": 0}))
 
     @property
     def final_rank(self) -> int:
-        """Rank of the adapter that comes out, where modules have none of their own."""
+        """Rank of the resulting adapter, for modules without a rank of their own."""
         return self.method.rank * self.method.links if self.anneal is None else self.anneal.rank
 
     @model_validator(mode="after")

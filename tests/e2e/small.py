@@ -16,7 +16,7 @@ from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.display import Display
 from rayft.flow.sweep.run import run_sweep
 from rayft.report.record import SweepRecord
-from rayft.sweep.schedule import EVENTS_FILE, EventLog
+from rayft.sweep.decisions import EVENTS_FILE, EventLog
 
 
 def small_config(

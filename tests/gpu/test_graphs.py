@@ -15,9 +15,10 @@ from rayft.data.section import DataConfig
 from rayft.methods.base import MethodConfig
 from rayft.models.load import ModelConfig
 from rayft.squeeze.anneal import AnnealConfig
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import TrainResult, fit
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, TrainResult
+from rayft.train.worker import Worker
 
 pytestmark = pytest.mark.gpu
 
@@ -47,7 +48,7 @@ def train(name: str, folder: Path, *, graphs: bool) -> TrainResult:
         evaluate=EvaluateConfig(every=2),
     )
     session = Session.open(run, Worker(device="cuda:0"))
-    return fit(run, session, SilentReporter(), folder / f"{name}-{graphs}")
+    return Trainer(run, session, Reporter(), folder / f"{name}-{graphs}").fit()
 
 
 @pytest.mark.usefixtures("_group")

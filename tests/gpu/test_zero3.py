@@ -16,8 +16,8 @@ from rayft.artifacts import AdapterArtifact
 from rayft.numerics import relative_error, tolerance
 from rayft.squeeze.rank import squeeze
 from rayft.sweep.executor import EXECUTORS
+from rayft.sweep.search import search
 from rayft.sweep.space import MethodSpace, SweepConfig, points
-from rayft.sweep.tuner import search
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ def pids(name: str) -> list[int]:
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            title = process.cmdline()[0]
+            title = "".join(process.cmdline()[:1])
             if title.startswith("ray::") and name in title:
                 found.append(process.pid)
     assert found

@@ -23,9 +23,10 @@ from rayft.methods.base import ChainConfig
 from rayft.models.load import ModelConfig
 from rayft.numerics import tolerance
 from rayft.sweep.executor import EXECUTORS, Executor
+from rayft.sweep.search import Trial, search
 from rayft.sweep.space import MethodSpace, SweepConfig, points
-from rayft.sweep.tuner import Trial, search
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
+from rayft.train.trainer import TrainResult
 from tests.disks import Disk
 from tests.integration.actors import pids
 
@@ -86,7 +87,7 @@ def find(
         return search(sweep, points(sweep, run), executor, output)
 
 
-def result(trial: Trial) -> dict[str, Any]:
+def result(trial: Trial) -> TrainResult:
     assert trial.result is not None, trial.error
     return trial.result
 
@@ -129,8 +130,8 @@ def in_a_lane(lane: Executor, tiny_folder: Path, tmp_path_factory: pytest.TempPa
 def test_asha_stops_the_worse_trial_and_keeps_its_adapter(in_a_lane: list[Trial]) -> None:
     good, bad = in_a_lane
     assert (good.status, bad.status) == ("finished", "stopped")
-    assert result(bad)["steps"] == 2
-    assert AdapterArtifact.load(result(bad)["folder"]).content_hash == result(bad)["content_hash"]
+    assert result(bad).steps == 2
+    assert AdapterArtifact.load(result(bad).folder).content_hash == result(bad).content_hash
 
 
 def test_a_lane_trains_as_an_isolated_worker_group_does(
@@ -140,23 +141,21 @@ def test_a_lane_trains_as_an_isolated_worker_group_does(
     with executing("isolated", run, tmp_path) as executor:
         (alone,) = find(executor, run, {"lora": MethodSpace(ranks=(4,), lr=(1e-4,))}, tmp_path)
     shared = result(in_a_lane[1])
-    steps = shared["steps"]
+    steps = shared.steps
     # The lane's trial is its second: what the first one left behind would show here.
-    assert result(alone)["train_curve"][:steps] == shared["train_curve"]
-    assert result(alone)["val_curve"][: len(shared["val_curve"])] == [
-        list(pair) for pair in shared["val_curve"]
-    ]
+    assert result(alone).train_curve[:steps] == shared.train_curve
+    assert result(alone).val_curve[: len(shared.val_curve)] == shared.val_curve
 
 
 @pytest.fixture(scope="module")
-def whole(lane: Executor, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def whole(lane: Executor, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """What the long run leaves if nobody hinders it."""
     return result(find(lane, long_run(tiny_folder), ONE, tmp_path_factory.mktemp("whole"))[0])
 
 
 @pytest.mark.parametrize("what", ["worker", "TrainController"])
 def test_a_lane_that_dies_comes_back_and_its_trial_goes_on(
-    lane: Executor, whole: dict[str, Any], tiny_folder: Path, tmp_path: Path, what: str
+    lane: Executor, whole: TrainResult, tiny_folder: Path, tmp_path: Path, what: str
 ) -> None:
     before = len(ray.get(lane.broker.notices.remote()))
 
@@ -167,9 +166,9 @@ def test_a_lane_that_dies_comes_back_and_its_trial_goes_on(
 
     (trial,) = find(lane, long_run(tiny_folder), ONE, tmp_path, kill)
     assert trial.status == "finished"
-    assert result(trial)["seconds"]["total"] < whole["seconds"]["total"] + 60
+    assert result(trial).seconds["total"] < whole.seconds["total"] + 60
     for name in ("content_hash", "train_curve", "val_curve"):
-        assert result(trial)[name] == whole[name]
+        assert getattr(result(trial), name) == getattr(whole, name)
     # The checkpoint that was being written may be told of too.
     told = ray.get(lane.broker.notices.remote(before))
     assert any("its process was killed or crashed" in text for text in told)
@@ -191,11 +190,11 @@ def on_one_worker(
     return {trial.point.run.method.name: trial for trial in trials}
 
 
-def compare(one: dict[str, Any], two: dict[str, Any], steps: int) -> None:
+def compare(one: TrainResult, two: TrainResult, steps: int) -> None:
     """Compare the losses of one worker with those of two."""
     # Rounding of the forward and backward of each step through 2 layers of 64-term sums.
     allowed = tolerance(torch.float32, 64, depth=8 * steps)
-    for (step, a), (_, b) in zip(one["train_curve"], two["train_curve"], strict=True):
+    for (step, a), (_, b) in zip(one.train_curve, two.train_curve, strict=True):
         assert abs(a - b) <= allowed * abs(a), f"step {step}: {a} and {b}"
 
 
@@ -203,14 +202,14 @@ def compare_families(on_one_worker: dict[str, Trial], trials: list[Trial]) -> No
     for both in trials:
         one, two = result(on_one_worker[both.point.run.method.name]), result(both)
         compare(one, two, STEPS)
-        first, second = (AdapterArtifact.load(each["folder"]) for each in (one, two))
+        first, second = (AdapterArtifact.load(each.folder) for each in (one, two))
         assert set(first.modules) == set(second.modules)
         assert first.rank == second.rank == (8 if both.point.run.method.chain else 4)
         assert all(part.any() for f in second.modules.values() for part in f.b.split(4, 1))
 
 
 def test_two_workers_train_as_one_and_are_interrupted_together(
-    on_one_worker: dict[str, Trial], whole: dict[str, Any], tiny_folder: Path, tmp_path: Path
+    on_one_worker: dict[str, Trial], whole: TrainResult, tiny_folder: Path, tmp_path: Path
 ) -> None:
     families = make_run(tiny_folder, steps=STEPS, workers=2)
     run = long_run(tiny_folder, workers=2)
@@ -228,7 +227,7 @@ def test_two_workers_train_as_one_and_are_interrupted_together(
     with executing("lane", make_run(tiny_folder, workers=2), tmp_path) as executor:
         (trial,) = find(executor, run, ONE, tmp_path)
     compare(whole, result(trial), LONG)
-    assert len(result(trial)["val_curve"]) == len(whole["val_curve"])
+    assert len(result(trial).val_curve) == len(whole.val_curve)
 
 
 def test_two_workers_train_as_one_under_zero_3(
@@ -252,7 +251,7 @@ def test_a_full_disk_ends_two_workers(tiny_folder: Path, tmp_path: Path, disk: D
 
 
 def test_without_its_broker_a_search_ends_and_can_go_on(
-    lane: Executor, whole: dict[str, Any], tiny_folder: Path, tmp_path: Path
+    lane: Executor, whole: TrainResult, tiny_folder: Path, tmp_path: Path
 ) -> None:
     run, others = long_run(tiny_folder), pids("Broker")
     with executing("lane", run, tmp_path) as executor:
@@ -265,7 +264,7 @@ def test_without_its_broker_a_search_ends_and_can_go_on(
         with pytest.raises(ray.exceptions.RayError):
             find(executor, run, ONE, tmp_path, kill)
     (trial,) = find(lane, run, ONE, tmp_path)
-    assert result(trial)["content_hash"] == whole["content_hash"]
+    assert result(trial).content_hash == whole.content_hash
 
 
 @pytest.fixture(autouse=True, scope="module")

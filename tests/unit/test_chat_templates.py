@@ -22,9 +22,10 @@ from rayft.serving.control.sources import find
 from rayft.serving.control.state import Served, loaded
 from rayft.serving.http.schemas import ChatRequest, Message
 from rayft.serving.replica import Replica
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import fit
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
 from tests.unit.data import templates
 
 TEMPLATES = {
@@ -60,7 +61,7 @@ def train(base: Path, folder: Path, completion: str = "5") -> tuple[Session, str
         evaluate=EvaluateConfig(max_new_tokens=2),
     )
     session = Session.open(run, Worker())
-    result = fit(run, session, SilentReporter(), folder / "trial")
+    result = Trainer(run, session, Reporter(), folder / "trial").fit()
     return session, result.folder
 
 

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-import ray
 from pydantic import ValidationError
 
 from rayft.analysis.record import FILE as ANALYSIS_FILE
@@ -23,8 +22,8 @@ from rayft.flow.display import Display
 from rayft.flow.lanes import use_lanes
 from rayft.paths import check_folder
 from rayft.report.record import SweepRecord
-from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import EXECUTORS, Executor
+from rayft.sweep.jobs import Job, Outcome
 from rayft.sweep.space import check_executor
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
 
@@ -61,23 +60,19 @@ def analyze_items(
     }
     found = {item.name: one for item in items if (one := _piece(places[item.name], item, say)) is not None}
     todo = {f"analyse {item.name}": item for item in items if item.name not in found}
-    executor.submit([Job.of(key, "analyse", item.request(config)) for key, item in todo.items()])
-    waiting = {executor.broker.next_event.remote(key): item for key, item in todo.items()}
-    while waiting:
-        (ready,), _ = ray.wait([*waiting], num_returns=1)
-        item = waiting.pop(ready)
-        one = _finding(item, config, ray.get(ready))
+    for key, analysed in executor.run([Job.of(key, item.request(config)) for key, item in todo.items()]):
+        item = todo[key]
+        one = _finding(item, config, analysed)
         one = one.model_copy(update={"weights": weights[item.name], "inputs": item.inputs})
         one.write(places[item.name])
         found[item.name] = one
     return [found[item.name] for item in items]
 
 
-def _finding(item: Item, config: AnalyzeConfig, event: Event) -> AdapterAnalysis:
-    event.raise_fatal()
-    if event.kind == "final":
-        return AdapterAnalysis.model_validate_json(event.values["analysis"])
-    why = str(event.values.get("error", "it was interrupted")).splitlines()[0]
+def _finding(item: Item, config: AnalyzeConfig, analysed: Outcome[AdapterAnalysis]) -> AdapterAnalysis:
+    if analysed.result is not None:
+        return analysed.result
+    why = analysed.error.splitlines()[0]
     return AdapterAnalysis(name=item.name, group=item.group, notes=dict.fromkeys(config.parts, why))
 
 

@@ -90,11 +90,11 @@ class Item:
         run, adapter = outcome(self.run, str(self.folder))
         return AnalyzeRequest(
             name=self.name,
-            run=run.model_dump_json(),
-            config=config.model_dump_json(),
+            run=run,
+            config=config,
             adapter=adapter,
             group=self.group,
-            base="" if adapter else self.run.model.model_dump_json(),
+            base=None if adapter else self.run.model,
             expected=self.identity if adapter else self.identity.of_data(),
         )
 

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import ray
 
 from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.errors import ArtifactError, TrainError
 from rayft.flow.squeeze.make import SqueezedAdapter, sort_columns
 from rayft.methods.base import MethodConfig
 from rayft.squeeze.section import ContinueConfig
-from rayft.sweep.broker import Event, Job
 from rayft.sweep.executor import Executor
-from rayft.sweep.lane import TrainRequest
-from rayft.sweep.result import RESULT_FILE, damage, discard, read_result, result_identity
+from rayft.sweep.jobs import Job, Outcome
+from rayft.sweep.result import RESULT_FILE, TrialResult, damage, discard, read_result, trial_folder
+from rayft.sweep.trial import TrainRequest
 from rayft.tracking.base import TrackerSpec
-from rayft.train.checkpoint import checkpoint_identity
-from rayft.train.context import trial_folder
+from rayft.train.checkpoint_folder import checkpoint_identity
 from rayft.train.run import RunConfig
+from rayft.train.trainer import TrainResult
 
 __all__ = ["continue_all", "continued_run"]
 
@@ -56,13 +54,13 @@ def continue_all(
     """
     wanted = [_continuation(item, cont, output, tracker) for item in items]
     known = {request.key: _finished(request, say) for _, request in wanted}
-    jobs = [Job.of(request.key, "train", request) for _, request in wanted if known[request.key] is None]
-    executor.submit(jobs)
+    jobs = [Job.of(request.key, request) for _, request in wanted if known[request.key] is None]
+    trained = dict(executor.run(jobs))
     made = []
     for new, request in wanted:
         try:
-            values = known[request.key] or _wait(executor, request.key)
-            made.append(_continued(new, values, cont))
+            left = known[request.key] or _result(request.key, trained[request.key])
+            made.append(_continued(new, left.result, cont))
         except (TrainError, ArtifactError) as error:
             if say is None:
                 raise
@@ -79,7 +77,7 @@ def _continuation(
         key=new.key,
         # The rank comes first because MLflow's table cuts off the end of a name.
         name=f"@{new.label} of {new.source.name}",
-        run=continued_run(item, cont).model_dump_json(),
+        run=continued_run(item, cont),
         output=str(output),
         evaluate_at=(),
         tracker=tracker,
@@ -89,7 +87,7 @@ def _continuation(
     return new, request
 
 
-def _finished(request: TrainRequest, say: Callable[[str], None] | None) -> dict[str, Any] | None:
+def _finished(request: TrainRequest, say: Callable[[str], None] | None) -> TrialResult | None:
     """Return the result that an earlier run has left for a request; None if it has to be trained.
 
     A damaged result, and one that was trained from something else, are deleted with their checkpoints.
@@ -102,8 +100,8 @@ def _finished(request: TrainRequest, say: Callable[[str], None] | None) -> dict[
         if say is not None:
             say(f"{request.name} is trained again: {problem}")
         discard(folder)
-    values = read_result(request.output, request.key)
-    if values is None:
+    earlier = read_result(request.output, request.key)
+    if earlier is None:
         left = checkpoint_identity(folder / "checkpoint")
         if left is not None and not left.data:
             raise TrainError(
@@ -111,12 +109,11 @@ def _finished(request: TrainRequest, say: Callable[[str], None] | None) -> dict[
                 "it to train from the start"
             )
         return None
-    run = RunConfig.model_validate_json(request.run)
-    assert run.start is not None
-    start = AdapterArtifact.load(run.start).content_hash
-    now = request.identity.model_copy(update={"start": start, "start_name": run.start})
-    if not result_identity(folder, values).differences(now):
-        return values
+    assert request.run.start is not None
+    start = AdapterArtifact.load(request.run.start).content_hash
+    now = request.identity.model_copy(update={"start": start, "start_name": request.run.start})
+    if not earlier.identity.differences(now):
+        return earlier
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     (folder / RESULT_FILE).unlink()
     return None
@@ -151,34 +148,29 @@ def continued_run(item: SqueezedAdapter, cont: ContinueConfig) -> RunConfig:
     return RunConfig(**sections)
 
 
-def _wait(executor: Executor, key: str) -> Mapping[str, Any]:
-    """Wait for the end of a training job, and return the values of its final event.
+def _result(key: str, trained: Outcome[TrialResult]) -> TrialResult:
+    """Return the result of a training job.
 
     Raises:
-        TrainError: if it fails.
+        TrainError: if it failed.
     """
-    event: Event = ray.get(executor.broker.next_event.remote(key))
-    while event.kind == "report":
-        event = ray.get(executor.broker.next_event.remote(key))
-    event.raise_fatal()
-    if event.kind != "final":
-        raise TrainError(f"{key} can't be trained further: {event.values.get('error', 'it was interrupted')}")
-    return event.values
+    if trained.result is None:
+        raise TrainError(f"{key} can't be trained further: {trained.error}")
+    return trained.result
 
 
-def _continued(item: SqueezedAdapter, values: Mapping[str, Any], cont: ContinueConfig) -> SqueezedAdapter:
+def _continued(item: SqueezedAdapter, result: TrainResult, cont: ContinueConfig) -> SqueezedAdapter:
     """Return an adapter that was trained further, as saved beside its start.
 
     Its columns are sorted by singular value again, so that it can be served at lower ranks too.
     """
-    result = values["result"]
     folder = item.folder.with_name(item.label)
-    full = sort_columns(result["folder"], folder, made=item.source.maker(item.label, cont))
+    full = sort_columns(result.folder, folder, made=item.source.maker(item.label, cont))
     return replace(
         item,
         folder=folder,
         parameters=full.parameters,
         bytes=folder_bytes(folder),
-        seconds=item.seconds + result["seconds"]["train"] + result["seconds"]["evaluate"],
-        val_loss=float(result["val_loss"]),
+        seconds=item.seconds + result.seconds["train"] + result.seconds["evaluate"],
+        val_loss=result.val_loss,
     )

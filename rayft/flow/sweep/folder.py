@@ -27,11 +27,10 @@ from rayft.flow.sweep.identity import IDENTITY_FILE, write_identity
 from rayft.identity import Identity
 from rayft.paths import PathText, reason
 from rayft.report.record import SweepRecord
-from rayft.sweep.result import RESULT_FILE, damage, discard
-from rayft.sweep.schedule import EVENTS_FILE
+from rayft.sweep.decisions import EVENTS_FILE
+from rayft.sweep.result import RESULT_FILE, damage, discard, trial_folder
 from rayft.sweep.space import Point
-from rayft.train.checkpoint import last_step
-from rayft.train.context import trial_folder
+from rayft.train.checkpoint_folder import last_step
 
 __all__ = [
     "STAMP_FILE",

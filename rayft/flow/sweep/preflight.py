@@ -11,7 +11,7 @@ import torch
 
 from rayft.config import content_hash
 from rayft.data.chat_format import ChatFormat
-from rayft.data.loader import Schedule
+from rayft.data.loader import RowStream
 from rayft.data.pack import AnyEncoded
 from rayft.data.source import Parts, read
 from rayft.data.template import encode_all
@@ -38,10 +38,10 @@ from rayft.sweep.space import Point, check_executor, points
 from rayft.tracking.base import TrackerSpec, tracker_spec
 from rayft.tracking.connection import check as check_tracker
 from rayft.tracking.mlflow import prepare
-from rayft.train.context import check_task
 from rayft.train.identity import identify
-from rayft.train.links import spans
+from rayft.train.phases import link_steps
 from rayft.train.run import RunConfig
+from rayft.train.session import check_task
 
 __all__ = ["Plan", "preflight", "skeleton"]
 
@@ -170,7 +170,7 @@ def _check_links(trials: Sequence[Point], train: list[AnyEncoded]) -> None:
         chain = run.method.chain
         if chain is not None and chain.epochs is not None:
             rows = run.optim.rows_per_step
-            spans(run, Schedule(train, run.data.max_length, rows, run.seed, packing=run.data.packing))
+            link_steps(run, RowStream(train, run.data.max_length, rows, run.seed, packing=run.data.packing))
 
 
 def _check_devices(run: RunConfig) -> None:

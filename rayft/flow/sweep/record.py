@@ -30,7 +30,7 @@ from rayft.report.record import (
     SweepRecord,
     TrialRecord,
 )
-from rayft.sweep.tuner import Trial
+from rayft.sweep.search import Trial
 from rayft.tracking.base import TrackerSpec, redacted
 from rayft.tracking.mlflow import resolve_runs
 from rayft.tracking.provenance import provenance
@@ -137,25 +137,25 @@ def _trial(trial: Trial, measured: Measured) -> TrialRecord:
     }
     if result is None:
         return TrialRecord(**common, reason=trial.error)  # type: ignore[arg-type]
-    behind = "" if result["finished"] else f"behind others at step {result['steps']}"
-    if ranked and not result["finished"] and result.get("rank"):
+    behind = "" if result.finished else f"behind others at step {result.steps}"
+    if ranked and not result.finished and result.rank:
         # Stopped before its last link, or before its rank had fallen all the way.
-        common["rank"] = result["rank"]
-    seconds = result["seconds"]
+        common["rank"] = result.rank
+    seconds = result.seconds
     return TrialRecord(
         **common,  # type: ignore[arg-type]
         reason=trial.error or behind,
-        steps=result["steps"],
-        val_loss=tuple((int(s), float(v)) for s, v in result["val_curve"]),
-        train_loss=tuple((int(s), float(v)) for s, v in result["train_curve"]),
+        steps=result.steps,
+        val_loss=tuple(result.val_curve),
+        train_loss=tuple(result.train_curve),
         val_score=measured.mean("val"),
         test=measured.score("test"),
-        trainable=result["trainable"],
-        bytes=result["bytes"],
+        trainable=result.trainable,
+        bytes=result.bytes,
         seconds=seconds["train"] + seconds["evaluate"],
         overhead_seconds=seconds["overhead"],
-        peak_memory_bytes=result["peak_memory"],
-        folder=result["folder"],
+        peak_memory_bytes=result.peak_memory,
+        folder=result.folder,
     )
 
 
@@ -220,7 +220,7 @@ def _compare_methods(
             settings=re.sub(rf"-s{one.trials[0].point.run.seed}$", "", one.trials[0].point.name),
             tried=one.tried,
             trials=tuple(trial.point.name for trial in one.trials),
-            val_loss=float(np.mean([float((trial.result or {})["val_loss"]) for trial in one.trials])),
+            val_loss=float(np.mean([trial.result.val_loss for trial in one.trials if trial.result])),
             test=_over_seeds(tests[one.method]),
             against=None if one.method == reference else reference,
             difference=None if one.method == reference else _over_seeds(tests[one.method], tests[reference]),

@@ -29,10 +29,9 @@ from rayft.flow.sweep.tracking import SweepTracking
 from rayft.models.methods import method
 from rayft.report.record import SweepRecord
 from rayft.sweep.executor import EXECUTORS, Executor
-from rayft.sweep.result import damage
-from rayft.sweep.tuner import Trial, search
+from rayft.sweep.result import damage, trial_folder
+from rayft.sweep.search import Trial, search
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
-from rayft.train.context import trial_folder
 
 __all__ = ["run_sweep"]
 
@@ -217,7 +216,7 @@ class _Stages:
         if not method(trial.point.run.method.name).exports_lora:
             return self._extracted(trial, source, folder)
         try:
-            full = sort_columns(trial.result["folder"], plan.output / "winner" if wins else folder / "full")
+            full = sort_columns(trial.result.folder, plan.output / "winner" if wins else folder / "full")
         except ArtifactError as error:
             self._display.say(f"{trial.point.name} can't be squeezed, and is left out: {error}")
             return []
@@ -229,7 +228,7 @@ class _Stages:
     def _extracted(self, trial: Trial, source: Source, folder: Path) -> list[SqueezedAdapter]:
         """Extract LoRAs from the update of a trial without low-rank factors; return those that succeed."""
         assert trial.result is not None
-        dense = dense_source(Path(trial.result["folder"]))
+        dense = dense_source(Path(trial.result.folder))
         wanted = targets(self._plan.config.squeeze, None)
         assert dense is not None
         made: list[SqueezedAdapter] = []
@@ -256,7 +255,7 @@ class _Stages:
         """Analyse what the finished trials have saved."""
         plan = self._plan
         items = [
-            Item(trial.point.name, trial.point.run, Path(trial.result["folder"]), trial.run_id, plan.identity)
+            Item(trial.point.name, trial.point.run, Path(trial.result.folder), trial.run_id, plan.identity)
             for trial in self._found.trials
             if trial.result and trial.status == "finished"
         ]
@@ -270,7 +269,7 @@ def _can_be_squeezed(trial: Trial) -> bool:
     assert trial.result is not None
     lora = method(trial.point.run.method.name).exports_lora
     try:
-        return lora or dense_source(Path(trial.result["folder"])) is not None
+        return lora or dense_source(Path(trial.result.folder)) is not None
     except ArtifactError:
         return False
 
@@ -279,6 +278,6 @@ def _line(trial: Trial) -> str:
     if trial.result is None or trial.error:
         return f"{trial.point.name}: failed, {trial.error.splitlines()[0]}"
     return (
-        f"{trial.point.name}: {trial.status} at step {trial.result['steps']}, "
-        f"val loss {trial.result['val_loss']:.3f}, overhead {trial.result['seconds']['overhead']:.2f} s"
+        f"{trial.point.name}: {trial.status} at step {trial.result.steps}, "
+        f"val loss {trial.result.val_loss:.3f}, overhead {trial.result.seconds['overhead']:.2f} s"
     )

@@ -22,8 +22,9 @@ from rayft.evaluate.loss import target_losses
 from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close, relative_error
-from rayft.train.context import Session, Worker
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.worker import Worker
 from tests.unit.data import templates
 from tests.unit.serving.adapters import random_adapter
 from tests.unit.test_chat_templates import save_base
@@ -61,10 +62,16 @@ def artifact(session: Session, tmp_path_factory: pytest.TempPathFactory) -> Path
     return random_adapter("end", shapes, rank=4).save(folder / "adapter")
 
 
+def analysed(request: AnalyzeRequest, session: Session) -> AdapterAnalysis:
+    found = request.analyse(session)
+    assert found is not None
+    return found
+
+
 @pytest.fixture(scope="module")
 def found(session: Session, run: RunConfig, artifact: Path) -> AdapterAnalysis:
-    request = AnalyzeRequest("mine", run.model_dump_json(), CONFIG.model_dump_json(), str(artifact), "group")
-    return AdapterAnalysis.model_validate_json(request(session, run)["analysis"])
+    request = AnalyzeRequest("mine", run, CONFIG, str(artifact), "group")
+    return analysed(request, session)
 
 
 def test_every_part_gives_its_measures(found: AdapterAnalysis, session: Session) -> None:
@@ -162,11 +169,8 @@ def merged(run: RunConfig, artifact: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def tuned(run: RunConfig, merged: Path) -> AdapterAnalysis:
     model = whole(run, merged)
-    request = AnalyzeRequest(
-        "tuned", model.model_dump_json(), CONFIG.model_dump_json(), base=run.model.model_dump_json()
-    )
-    opened = Session.open(model, Worker())
-    return AdapterAnalysis.model_validate_json(request(opened, model)["analysis"])
+    request = AnalyzeRequest("tuned", model, CONFIG, base=run.model)
+    return analysed(request, Session.open(model, Worker()))
 
 
 def test_a_whole_model_has_the_measures_of_the_adapter_merged_into_it(
@@ -229,15 +233,15 @@ def test_without_a_trail_the_note_explains_how_to_keep_one(
 ) -> None:
     config = CONFIG.model_copy(update={"parts": ("trajectory",)})
     lone = AdapterArtifact.load(artifact).save(tmp_path / "adapter")
-    request = AnalyzeRequest("lone", run.model_dump_json(), config.model_dump_json(), str(lone))
-    found = AdapterAnalysis.model_validate_json(request(session, run)["analysis"])
+    request = AnalyzeRequest("lone", run, config, str(lone))
+    found = analysed(request, session)
     assert "train with evaluate.trail: true" in found.notes["trajectory"]
 
 
 def test_only_the_first_worker_analyses(session: Session, run: RunConfig) -> None:
     other = Session(session.loaded, session.parts, session.train, session.val, Worker(rank=1, world=2))
-    request = AnalyzeRequest("mine", run.model_dump_json(), CONFIG.model_dump_json(), "/nowhere")
-    assert request(other, run) == {}
+    request = AnalyzeRequest("mine", run, CONFIG, "/nowhere")
+    assert request.analyse(other) is None
 
 
 def test_a_part_that_runs_out_of_memory_is_noted_and_the_others_are_done(

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from rayft.data.loader import Schedule
+from rayft.data.loader import RowStream
 from rayft.data.pack import PackedRow
 from rayft.data.template import IGNORED, Encoded
 from rayft.errors import DataError
@@ -20,7 +20,7 @@ def examples_of(rows: list[PackedRow]) -> list[Encoded]:
 
 def test_every_epoch_has_every_example_once():
     encoded = made(40)
-    schedule = Schedule(encoded, 16, 1, seed=0)
+    schedule = RowStream(encoded, 16, 1, seed=0)
     seen: list[Encoded] = []
     step = 0
     while len(seen) < 2 * len(encoded):
@@ -31,35 +31,35 @@ def test_every_epoch_has_every_example_once():
 
 
 def test_a_resumed_run_gets_the_rows_of_an_uninterrupted_run():
-    straight = Schedule(made(23), 16, 4, seed=7)
+    straight = RowStream(made(23), 16, 4, seed=7)
     whole = [straight.rows(step) for step in range(20)]
-    resumed = Schedule(made(23), 16, 4, seed=7)
+    resumed = RowStream(made(23), 16, 4, seed=7)
     assert [resumed.rows(step) for step in range(11, 20)] == whole[11:]
     # Going back is allowed as well.
     assert [straight.rows(step) for step in (0, 19, 3)] == [whole[0], whole[19], whole[3]]
 
 
 def test_steps_follow_each_other_without_gaps_whatever_their_size():
-    by_one = Schedule(made(23), 16, 1, seed=3)
-    by_seven = Schedule(made(23), 16, 7, seed=3)
+    by_one = RowStream(made(23), 16, 1, seed=3)
+    by_seven = RowStream(made(23), 16, 7, seed=3)
     stream = [row for step in range(42) for row in by_one.rows(step)]
     assert [row for step in range(6) for row in by_seven.rows(step)] == stream
 
 
 def test_a_step_may_be_larger_than_an_epoch():
-    rows = Schedule(made(3), 64, 5, seed=0).rows(0)
+    rows = RowStream(made(3), 64, 5, seed=0).rows(0)
     assert len(rows) == 5
     assert all(Counter(row.examples) == Counter(made(3)) for row in rows)
 
 
 def test_the_rows_depend_on_the_seed():
-    assert Schedule(made(30), 16, 8, seed=1).rows(0) == Schedule(made(30), 16, 8, seed=1).rows(0)
-    assert Schedule(made(30), 16, 8, seed=1).rows(0) != Schedule(made(30), 16, 8, seed=2).rows(0)
+    assert RowStream(made(30), 16, 8, seed=1).rows(0) == RowStream(made(30), 16, 8, seed=1).rows(0)
+    assert RowStream(made(30), 16, 8, seed=1).rows(0) != RowStream(made(30), 16, 8, seed=2).rows(0)
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 6), (2, 3), (3, 2), (4, 3)])
 def test_shares_partition_the_rows_of_a_step(world, accumulation):
-    schedule = Schedule(made(50), 16, 12, seed=0)
+    schedule = RowStream(made(50), 16, 12, seed=0)
     for step in (0, 5):
         shares = [schedule.share(step, rank, world, accumulation) for rank in range(world)]
         assert all(len(share) == accumulation for share in shares)
@@ -70,18 +70,18 @@ def test_shares_partition_the_rows_of_a_step(world, accumulation):
 
 def test_rows_that_cannot_be_shared_are_refused():
     with pytest.raises(DataError, match="12 rows a step can't be shared by 5 workers x 1"):
-        Schedule(made(50), 16, 12, seed=0).share(0, 0, 5, 1)
+        RowStream(made(50), 16, 12, seed=0).share(0, 0, 5, 1)
     with pytest.raises(DataError, match="take a multiple of 8"):
-        Schedule(made(50), 16, 4, seed=0).share(0, 0, 4, 2)
+        RowStream(made(50), 16, 4, seed=0).share(0, 0, 4, 2)
 
 
 def test_no_examples_are_refused():
     with pytest.raises(DataError, match="no examples to train on"):
-        Schedule([], 16, 4, seed=0)
+        RowStream([], 16, 4, seed=0)
 
 
 def test_labelled_examples_have_a_row_each_and_so_have_all_without_packing():
     labelled = [Encoded((number, 1), (IGNORED, IGNORED), label=number % 2) for number in range(5)]
-    assert all(len(row.examples) == 1 for row in Schedule(labelled, 16, 5, seed=0).rows(0))
-    assert all(len(row.examples) == 1 for row in Schedule(made(9), 64, 9, seed=0, packing=False).rows(0))
-    assert any(len(row.examples) > 1 for row in Schedule(made(9), 64, 9, seed=0).rows(0))
+    assert all(len(row.examples) == 1 for row in RowStream(labelled, 16, 5, seed=0).rows(0))
+    assert all(len(row.examples) == 1 for row in RowStream(made(9), 64, 9, seed=0, packing=False).rows(0))
+    assert any(len(row.examples) > 1 for row in RowStream(made(9), 64, 9, seed=0).rows(0))

@@ -13,7 +13,7 @@ import torch
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from rayft.data.example import Example, Image, Message, digest
-from rayft.data.loader import Schedule
+from rayft.data.loader import RowStream
 from rayft.data.pack import Batch, ClassBatch, ImageBatch, PackedRow, collate_rows, rows_of
 from rayft.data.pixels import ImageEncoder
 from rayft.data.source import read
@@ -153,11 +153,11 @@ def test_the_kind_of_rows_decides_the_kind_of_batch():
 
 def test_images_are_rows_of_a_stream():
     encoded = encode_all([example(noise(number), number % 2) for number in range(10)], encoder(), 8)
-    schedule = Schedule(encoded, 8, 4, seed=3)
+    schedule = RowStream(encoded, 8, 4, seed=3)
     rows = [row for step in range(5) for row in schedule.rows(step)]
     assert [len({row.image.digest for row in rows[start : start + 10]}) for start in (0, 10)] == [10, 10]
     assert [row.image for row in rows[:10]] != [row.image for row in rows[10:]]
-    again = Schedule(encoded, 8, 4, seed=3)
+    again = RowStream(encoded, 8, 4, seed=3)
     assert [row.image for row in again.rows(4)] == [row.image for row in rows[16:]]
     shares = [schedule.share(0, rank, 2, 2) for rank in range(2)]
     assert sorted(row.image.digest for share in shares for micro in share for row in micro) == sorted(

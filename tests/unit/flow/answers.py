@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 
 from rayft.artifacts import AdapterArtifact
 from rayft.flow.sweep.preflight import Plan
 from rayft.methods.base import LoraFactors
-from rayft.sweep.broker import Event, Job
-from rayft.sweep.lane import TrainRequest
+from rayft.sweep.jobs import Job, Outcome
+from rayft.sweep.trial import TrainRequest
 
 __all__ = ["ADAPTER", "CONFIG", "Lanes", "adapter", "request_of", "trial_of"]
 
@@ -40,8 +38,7 @@ def adapter(seed: int = 0) -> AdapterArtifact:
 def request_of(plan: Plan) -> TrainRequest:
     """Return the request of the plan's only trial."""
     (point,) = plan.points
-    run = point.run.model_dump_json()
-    return TrainRequest(point.key, point.name, run, str(plan.output), (), expected=plan.identity)
+    return TrainRequest(point.key, point.name, point.run, str(plan.output), (), expected=plan.identity)
 
 
 def trial_of(plan: Plan) -> Path:
@@ -53,25 +50,16 @@ class Lanes:
     """An executor whose lanes answer each job at once.
 
     Args:
-        monkeypatch: replaces the functions of Ray that wait for a future.
-        answer: name of a job → the values of its final event, or why it failed.
+        answer: id of a job → its result, or why it failed.
     """
 
-    def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], dict[str, Any] | str]
-    ) -> None:
+    def __init__(self, answer: Callable[[str], Any]) -> None:
         self.asked: list[str] = []
         self.answer = answer
-        monkeypatch.setattr("ray.nodes", list)
-        monkeypatch.setattr("ray.get", self._event)
-        monkeypatch.setattr("ray.wait", lambda events, num_returns: (events[-1:], events[:-1]))
-        self.broker = SimpleNamespace(next_event=SimpleNamespace(remote=lambda name: name))
 
-    def submit(self, jobs: list[Job]) -> None:
+    def run(self, jobs: Sequence[Job[Any, Any]]) -> Iterator[tuple[str, Outcome[Any]]]:
+        """Yield the outcomes of jobs; the last one ends first."""
         self.asked += [job.id for job in jobs]
-
-    def _event(self, name: str) -> Event:
-        values = self.answer(name)
-        if isinstance(values, str):
-            return Event("failed", values={"error": values})
-        return Event("final", values=values)
+        for job in reversed(jobs):
+            result = self.answer(job.id)
+            yield job.id, Outcome(error=result) if isinstance(result, str) else Outcome(result)

@@ -10,9 +10,10 @@ import pytest
 
 from rayft.flow.config import load_config
 from rayft.flow.sweep.preflight import Plan, preflight
-from rayft.sweep.result import write_result
+from rayft.sweep.result import TrialResult, write_result
 from rayft.tracking.base import TrackerSpec
 from rayft.tracking.mlflow import prepare
+from rayft.train.trainer import TrainResult
 from tests.unit.flow.answers import CONFIG, adapter, request_of
 
 
@@ -54,12 +55,11 @@ def kept(models: Path, server: str, tmp_path_factory: pytest.TempPathFactory) ->
     folder = plan.output / "trials" / point.key
     saved = adapter()
     saved.save(folder / "adapter")
-    identity = request_of(plan).identity.brief.model_dump(mode="json", exclude_defaults=True)
-    result = {
-        "finished": True, "steps": 2, "val_curve": [[2, 1.0]], "val_loss": 1.0,
-        "folder": str(folder / "adapter"), "content_hash": saved.content_hash,
-    }  # fmt: skip
-    write_result(folder, {"result": result, "run_id": "r", "identity": identity})
+    result = TrainResult(
+        finished=True, steps=2, val_curve=[(2, 1.0)], val_loss=1.0,
+        folder=str(folder / "adapter"), content_hash=saved.content_hash,
+    )  # fmt: skip
+    write_result(folder, TrialResult(result, "r", request_of(plan).identity.brief))
     return plan, here
 
 

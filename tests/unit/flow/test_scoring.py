@@ -10,24 +10,24 @@ from rayft.errors import TrainError
 from rayft.flow.scoring import Measured, ScoreStore, check_some, marked, score_all
 from rayft.flow.sweep.preflight import Plan
 from rayft.sweep.score import ScoreRequest
-from rayft.sweep.tuner import Trial, earlier
+from rayft.sweep.search import Trial, earlier
 from tests.unit.damages import DAMAGES, half
 from tests.unit.flow.answers import ADAPTER, Lanes, adapter, request_of, trial_of
 
-SCORES = {"scores": {"val": [1.0, 0.0], "test": [0.5]}}
+SCORES = {"val": [1.0, 0.0], "test": [0.5]}
 
 
 def requests(plan: Plan, **changes: Any) -> dict[str, ScoreRequest]:
-    run = plan.run.model_copy(update=changes).model_dump_json()
+    run = plan.run.model_copy(update=changes)
     return {
         "base": ScoreRequest(run, ("val", "test"), expected=plan.identity),
         "trial": ScoreRequest(run, ("test",), str(trial_of(plan) / "adapter"), expected=plan.identity),
     }
 
 
-def test_a_score_is_made_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_is_made_once(plan: Plan) -> None:
     said: list[str] = []
-    lanes, store = Lanes(monkeypatch, lambda _: SCORES), ScoreStore(plan.output / "scores", said.append)
+    lanes, store = Lanes(lambda _: SCORES), ScoreStore(plan.output / "scores", said.append)
     executor: Any = lanes
     first = score_all(executor, requests(plan), store)
     assert lanes.asked == ["base", "trial"]
@@ -55,10 +55,8 @@ def test_a_score_is_made_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(text.startswith("base is scored again: ") for text in said)
 
 
-def test_what_cannot_be_scored_leaves_the_other_scores_alone(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    executor: Any = Lanes(monkeypatch, lambda name: "its lane died" if name == "base" else SCORES)
+def test_what_cannot_be_scored_leaves_the_other_scores_alone(plan: Plan) -> None:
+    executor: Any = Lanes(lambda name: "its lane died" if name == "base" else SCORES)
     store = ScoreStore(plan.output / "scores", lambda _: None)
     found = score_all(executor, requests(plan), store)
     assert found["base"] == Measured(error="its lane died")
@@ -70,8 +68,8 @@ def test_what_cannot_be_scored_leaves_the_other_scores_alone(
     assert executor.asked == ["base", "trial", "base"]
     with pytest.raises(TrainError, match="base can't be scored: its lane died"):
         check_some(found)
-    values = earlier(request_of(plan))
-    assert values is not None
-    (one,) = marked([Trial(plan.points[0], values["result"], "r")], {plan.points[0].name: found["trial"]})
+    left = earlier(request_of(plan))
+    assert left is not None
+    (one,) = marked([Trial(plan.points[0], left.result, "r")], {plan.points[0].name: found["trial"]})
     assert one.status == "failed"
     assert one.error.startswith("can't be scored: ")

@@ -16,9 +16,10 @@ from rayft.flow.selection import best_first, choose, chosen_settings, served_ada
 from rayft.flow.squeeze.make import Source, SqueezedAdapter
 from rayft.methods.base import MethodConfig
 from rayft.report.record import Squeezed, SweepRecord, TrialRecord, Winner
+from rayft.sweep.search import Trial
 from rayft.sweep.space import Point
-from rayft.sweep.tuner import Trial
 from rayft.train.run import OptimConfig, RunConfig
+from rayft.train.trainer import TrainResult
 
 QUESTIONS = 40
 
@@ -31,7 +32,7 @@ def trial(method: str, lr: float, seed: int, loss: float, *, finished: bool = Tr
         seed=seed,
     )
     name = f"{method}-lr{lr:g}-s{seed}"
-    return Trial(Point(key=name, name=name, run=run), {"val_loss": loss, "finished": finished})
+    return Trial(Point(key=name, name=name, run=run), TrainResult(finished, 8, loss, []))
 
 
 def answers(share: float, seed: int) -> list[float]:
@@ -89,8 +90,8 @@ def test_a_trial_that_is_not_finished_or_not_scored_does_not_count(
 
 def named(name: str, loss: float, *, method: str = "lora", finished: bool = True) -> Trial:
     one = trial(method, 1e-3, 0, loss, finished=finished)
-    result = {**(one.result or {}), "folder": f"trials/{name}"}
-    return Trial(replace(one.point, key=name, name=name), result)
+    assert one.result is not None
+    return Trial(replace(one.point, key=name, name=name), replace(one.result, folder=f"trials/{name}"))
 
 
 @pytest.mark.parametrize(("rule", "order"), [("val_loss", ["b", "a", "c"]), ("val_score", ["c", "b", "a"])])

@@ -23,9 +23,11 @@ from rayft.models.targets import heads
 from rayft.numerics import assert_close
 from rayft.peft.folder import PeftFolder, load_adapter
 from rayft.peft.method import PeftMethod
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import fit
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
+from tests.reporter import RecordingReporter
 
 LAYERS = 14
 """Linear layers of the tiny Llama: two blocks of 32x32 (2), 16x32 (2), 64x32 (2) and 32x64 (1)."""
@@ -295,7 +297,7 @@ def trial(run: RunConfig, name: str, **scale: Any) -> RunConfig:
     )
 
 
-class Dies(SilentReporter):
+class Dies(RecordingReporter):
     """Dies after the first evaluation, as a killed process would."""
 
     def report(self, step: int, metrics: Mapping[str, float]) -> bool:
@@ -309,15 +311,15 @@ def test_it_learns_and_goes_on_from_a_checkpoint(
 ) -> None:
     before = state(session.loaded.model)
     wanted = trial(run, name)
-    whole = fit(wanted, session, SilentReporter(), tmp_path / "whole")
+    whole = Trainer(wanted, session, Reporter(), tmp_path / "whole").fit()
     assert whole.val_curve[-1][1] < whole.val_curve[0][1]
     assert whole.trainable == TRAINED[name]
     saved = load_adapter(whole.folder)
     assert (saved.content_hash, saved.parameters) == (whole.content_hash, whole.parameters)
     assert whole.bytes == (Path(whole.folder) / "adapter_model.safetensors").stat().st_size
     with pytest.raises(KeyboardInterrupt):
-        fit(wanted, session, Dies(), tmp_path / "cut")
-    resumed = fit(wanted, session, SilentReporter(), tmp_path / "cut")
+        Trainer(wanted, session, Dies(), tmp_path / "cut").fit()
+    resumed = Trainer(wanted, session, Reporter(), tmp_path / "cut").fit()
     assert resumed.train_curve == whole.train_curve
     assert resumed.content_hash == whole.content_hash
     assert_untouched(session.loaded.model, before)
@@ -329,20 +331,23 @@ def test_it_trains_in_bfloat16_under_zero_2(run: RunConfig, tmp_path: Path, name
     wanted = trial(run, name, dtype="bfloat16", zero=2)
     session = Session.open(wanted, Worker())
     before = state(session.loaded.model)
-    whole = fit(wanted, session, SilentReporter(), tmp_path / "whole")
+    whole = Trainer(wanted, session, Reporter(), tmp_path / "whole").fit()
     assert whole.val_curve[-1][1] < whole.val_curve[0][1]
     with pytest.raises(KeyboardInterrupt):
-        fit(wanted, session, Dies(), tmp_path / "cut")
-    assert fit(wanted, session, SilentReporter(), tmp_path / "cut").content_hash == whole.content_hash
+        Trainer(wanted, session, Dies(), tmp_path / "cut").fit()
+    assert Trainer(wanted, session, Reporter(), tmp_path / "cut").fit().content_hash == whole.content_hash
     assert_untouched(session.loaded.model, before)
 
 
 @pytest.mark.usefixtures("process_group")
 def test_trials_of_a_lane_are_the_same_in_any_order(run: RunConfig, session: Session, tmp_path: Path) -> None:
     names = ["peft:PiSSA", "lora", "peft:DoRA", "peft:VeRA"]
-    forth = {name: fit(trial(run, name), session, SilentReporter(), tmp_path / f"a{name}") for name in names}
+    forth = {
+        name: Trainer(trial(run, name), session, Reporter(), tmp_path / f"a{name}").fit() for name in names
+    }
     back = {
-        name: fit(trial(run, name), session, SilentReporter(), tmp_path / f"b{name}") for name in names[::-1]
+        name: Trainer(trial(run, name), session, Reporter(), tmp_path / f"b{name}").fit()
+        for name in names[::-1]
     }
     for name in names:
         assert forth[name].train_curve == back[name].train_curve
@@ -354,9 +359,9 @@ def test_trials_of_a_lane_are_the_same_in_any_order(run: RunConfig, session: Ses
 def test_activation_checkpointing_gives_the_same_run(
     run: RunConfig, session: Session, tmp_path: Path, name: str
 ) -> None:
-    kept = fit(trial(run, name), session, SilentReporter(), tmp_path / "a")
+    kept = Trainer(trial(run, name), session, Reporter(), tmp_path / "a").fit()
     again = trial(run, name, activation_checkpointing=True)
-    assert fit(again, session, SilentReporter(), tmp_path / "b").train_curve == kept.train_curve
+    assert Trainer(again, session, Reporter(), tmp_path / "b").fit().train_curve == kept.train_curve
 
 
 # FRoD makes sparse tensors, about which torch warns once.

@@ -10,7 +10,7 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler
 
 from rayft.sweep.asha import RecordedASHA
-from rayft.sweep.schedule import Decision, EventLog, rungs
+from rayft.sweep.decisions import Decision, EventLog, rungs
 from rayft.sweep.space import MethodSpace, SweepConfig
 
 STEPS = 160

@@ -11,16 +11,17 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from rayft.errors import DiskFullError, ResourceError
-from rayft.sweep.broker import CLOSE, Beat, Broker, Event, Job, Patience
-from rayft.sweep.launcher import NODE_LOST
+from rayft.sweep.broker import CLOSE, Beat, Broker, Patience
+from rayft.sweep.jobs import Event, Job
+from rayft.sweep.reasons import NODE_LOST
 
 
 def play(scene: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(scene, 10))
 
 
-def job(name: str, lane: str | None = None) -> Job:
-    return Job(name, "train", b"", lane)
+def job(name: str, lane: str | None = None) -> Job[Any, Any]:
+    return Job(name, "train", b"", resumable=True, lane=lane)
 
 
 def test_a_report_waits_for_the_decision() -> None:
@@ -35,8 +36,8 @@ def test_a_report_waits_for_the_decision() -> None:
         assert not report.done(), "the lane went on before the search had decided"
         waiting = asyncio.create_task(broker.next_event("a"))
         assert await report == "continue"
-        await broker.finish("a", 20, {"score": 3})
-        assert await waiting == Event("final", 20, {"score": 3})
+        await broker.finish("a", b"result")
+        assert await waiting == Event("final", payload=b"result")
 
     play(scene())
 
@@ -51,8 +52,8 @@ def test_cancelling_frees_the_lane_at_once() -> None:
         await broker.next_event("a")
         await broker.cancel("a")
         assert await report == "stop"
-        await broker.finish("a", 10, {"kept": True})
-        assert (await broker.result("a")) == Event("final", 10, {"kept": True})
+        await broker.finish("a", b"result")
+        assert (await broker.result("a")) == Event("final", payload=b"result")
         following = await broker.pull("lane")
         assert isinstance(following, Job)
         assert following.id == "b"
@@ -102,7 +103,7 @@ def test_the_job_of_a_lane_that_died_goes_to_the_next_free_lane_before_all_other
         await broker.pull("one")
         await broker.pull("two")
         assert await broker.lane_died("one", "it crashed")
-        await broker.finish("b", 10, {})
+        await broker.finish("b", b"")
         taken = await broker.pull("two")
         assert isinstance(taken, Job)
         assert taken.id == "a"
@@ -139,7 +140,7 @@ def test_a_lost_node_is_not_the_fault_of_the_trial_or_the_lane() -> None:
         await broker.lane_died("lane", "it crashed")
         event = await broker.next_event("a")
         assert event.kind == "failed"
-        assert "died 1 times, the last time because it crashed" in event.values["error"]
+        assert "died 1 times, the last time because it crashed" in event.error
         assert NODE_LOST in (await broker.notices())[0]
 
     play(scene())
@@ -163,8 +164,8 @@ def test_a_lane_that_dies_before_it_hears_the_verdict_stops_where_it_was_stopped
         assert isinstance(again, Job), "nobody saves what the trial has reached"
         assert await broker.report("a", 5, {}) == "continue"
         assert await broker.report("a", 10, {}) == "stop"
-        await broker.finish("a", 10, {"kept": True})
-        assert await broker.result("a") == Event("final", 10, {"kept": True})
+        await broker.finish("a", b"result")
+        assert await broker.result("a") == Event("final", payload=b"result")
 
     play(scene())
 
@@ -181,7 +182,7 @@ def test_an_event_stays_until_it_is_dealt_with() -> None:
         assert not report.done()
         following = asyncio.create_task(broker.next_event("a", event.number))
         assert await report == "continue"
-        await broker.finish("a", 20, {})
+        await broker.finish("a", b"")
         assert (await following).kind == "final"
 
     play(scene())
@@ -222,7 +223,7 @@ def test_an_interrupt_saves_what_trains_and_drops_the_rest() -> None:
             await broker.pause(name, 10)
         await settled
         for name in ("decided", "training", "queued", "scored"):
-            assert (await broker.result(name) or Event("none")).kind == "interrupted"
+            assert (await broker.result(name) or Event("failed")).kind == "interrupted"
         await broker.submit(job("late"))
         assert (await broker.next_event("late")).kind == "interrupted"
         assert await broker.pull("one") == CLOSE
@@ -316,7 +317,7 @@ def test_a_job_that_kills_its_lane_again_and_again_fails_and_the_lane_goes_on() 
                 assert await broker.lane_died("lane", "out of memory")
             event = await broker.next_event(name)
             assert event.kind == "failed"
-            assert event.values["error"] == (
+            assert event.error == (
                 "its lane died 2 times, the last time because out of memory when it used 3.0 GiB"
             )
         pulled = await broker.pull("lane")
@@ -362,7 +363,7 @@ def test_a_worker_group_of_its_own_that_cant_be_started_costs_its_jobs_alone() -
         assert not await broker.lane_died("own-a", "no GPU")
         event = await broker.next_event("a")
         event.raise_fatal()
-        assert "can't be started" in event.values["error"]
+        assert "can't be started" in event.error
         assert isinstance(await broker.pull("own-b"), Job)
         assert not await broker.lane_died("own-b", "it crashed"), (
             "a group is started for a job that has failed"

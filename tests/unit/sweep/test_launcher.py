@@ -8,9 +8,11 @@ import pytest
 import ray.exceptions
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from rayft.sweep.launcher import NODE_LOST, UNREACHABLE, Group, waiting_text, why_ended
+from rayft.sweep.launcher import waiting_text
+from rayft.sweep.reasons import NODE_LOST, UNREACHABLE, why_ended
+from rayft.sweep.search import _run_tune
+from rayft.sweep.settings import Group
 from rayft.sweep.space import MethodSpace, SweepConfig
-from rayft.sweep.tuner import _run_tune
 
 OUT_OF_MEMORY = """8 worker(s) were killed due to the node running low on memory. Memory on the node \
 (IP: 10.0.0.2, ID: 9131c1) was 11.94GB used / 23.59GB limit (0.506418)

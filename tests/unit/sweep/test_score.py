@@ -12,8 +12,9 @@ from rayft.config import parse
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import clear, export, inject
 from rayft.sweep.score import ScoreRequest, run_score
-from rayft.train.context import Session, Worker
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.worker import Worker
 
 
 @pytest.mark.parametrize("method", ["lora", "peft:DoRA"])
@@ -35,7 +36,7 @@ def test_the_base_is_scored_with_its_own_head(
     session = Session.open(run, Worker())
 
     def scored(adapter: str | None) -> list[float]:
-        return run_score(ScoreRequest(run.model_dump_json(), ("val",), adapter), session, run)["val"]
+        return run_score(ScoreRequest(run, ("val",), adapter), session)["val"]
 
     base, model = scored(None), session.loaded.model
     inject(model, MethodConfig(name=method, rank=2), seed=0)

@@ -9,7 +9,7 @@ from rayft.data.source import DataConfig
 from rayft.errors import ConfigError, MethodError
 from rayft.methods.base import ChainConfig
 from rayft.squeeze.anneal import AnnealConfig
-from rayft.sweep.schedule import rungs
+from rayft.sweep.decisions import rungs
 from rayft.sweep.space import LogUniform, MethodSpace, SweepConfig, check_executor, points
 from rayft.train.run import RunConfig, ScaleConfig
 

@@ -17,7 +17,7 @@ from rayft.errors import ArtifactError
 from rayft.methods.base import LoraFactors
 from rayft.sweep import transfer
 from rayft.sweep.transfer import FileHost, RemoteHome
-from rayft.train.checkpoint import last_step
+from rayft.train.checkpoint_folder import last_step
 from rayft.train.home import Home
 
 

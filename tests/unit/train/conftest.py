@@ -10,8 +10,9 @@ import torch
 from rayft.data.source import DataConfig
 from rayft.methods.base import MethodConfig
 from rayft.models.load import ModelConfig
-from rayft.train.context import Session, Worker
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
+from rayft.train.session import Session
+from rayft.train.worker import Worker
 
 
 @pytest.fixture(scope="session", autouse=True)

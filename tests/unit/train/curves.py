@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rayft.numerics import assert_close
-from rayft.train.loop import TrainResult
+from rayft.train.trainer import TrainResult
 
 WIDEST = 64
 """Terms of the longest sum in the tiny model, in its MLP."""

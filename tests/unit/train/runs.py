@@ -10,8 +10,8 @@ import pytest
 from rayft.config import Section
 from rayft.methods import METHODS
 from rayft.methods.base import Chain, ChainConfig, MethodConfig
-from rayft.train.context import SilentReporter
 from rayft.train.run import RunConfig
+from tests.reporter import RecordingReporter
 
 CHAINS = sorted(name for name, method in METHODS.items() if isinstance(method, Chain))
 ADAPTERS = sorted(name for name, method in METHODS.items() if method.exports_lora)
@@ -45,7 +45,7 @@ def with_method(run: RunConfig, name: str, *, links: int = 3, **sections: object
     return changed(run, optim={"lr": 1e-3}) if name == "full" else run
 
 
-class StopAt(SilentReporter):
+class StopAt(RecordingReporter):
     """Stops a run at its evaluation after a step."""
 
     def __init__(self, step: int) -> None:
@@ -58,7 +58,7 @@ class StopAt(SilentReporter):
         return step != self._step
 
 
-class DieAt(SilentReporter):
+class DieAt(RecordingReporter):
     """Dies after an evaluation, as a killed process would: nothing after it is done."""
 
     def __init__(self, step: int) -> None:

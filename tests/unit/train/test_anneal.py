@@ -21,13 +21,15 @@ from rayft.models.inject import inject
 from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close, generator
 from rayft.squeeze.anneal import AnnealConfig
-from rayft.train import loop, stages
-from rayft.train.context import Session, SilentReporter, Worker
+from rayft.train import phases, trainer
 from rayft.train.deepspeed import build_engine, destroy
-from rayft.train.loop import fit
 from rayft.train.masters import Master, read_masters
+from rayft.train.phases import Annealing
 from rayft.train.run import RunConfig
-from rayft.train.stages import Annealing
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
+from tests.reporter import RecordingReporter
 from tests.unit.train.curves import assert_same_losses
 from tests.unit.train.runs import StopAt, changed
 
@@ -64,10 +66,14 @@ class Watch:
         self.after: list[dict[str, Master]] = []
         self.rounded: list[dict[str, torch.Tensor]] = []
         self._model = session.loaded.model
-        self._step, self._read, self._write = loop.optimizer_step, stages.read_masters, stages.write_masters
-        monkeypatch.setattr(loop, "optimizer_step", self.step)
-        monkeypatch.setattr(stages, "read_masters", self.read)
-        monkeypatch.setattr(stages, "write_masters", self.write)
+        self._step, self._read, self._write = (
+            trainer.optimizer_step,
+            phases.read_masters,
+            phases.write_masters,
+        )
+        monkeypatch.setattr(trainer, "optimizer_step", self.step)
+        monkeypatch.setattr(phases, "read_masters", self.read)
+        monkeypatch.setattr(phases, "write_masters", self.write)
 
     def step(self, *args: Any) -> Any:
         self.ranks.append(ranks_in(self._model))
@@ -92,7 +98,7 @@ def test_each_stage_trains_its_rank_and_the_last_is_saved(
     own = {"q_proj": 16, "k_proj": 3, "o_proj": 1}
     run = annealed(run, method={"rank_pattern": own, "rslora": True, "dropout": 0.1})
     watch = Watch(monkeypatch, session)
-    result = fit(run, session, SilentReporter(), tmp_path)
+    result = Trainer(run, session, Reporter(), tmp_path).fit()
     assert result.finished
     for step, stage in enumerate((None, None, 4, 4, 2, 2)):
         for name, rank in watch.ranks[step].items():
@@ -129,7 +135,7 @@ def test_weights_and_moments_go_on_in_the_next_engine(
     run = annealed(run, name, scale={"dtype": dtype, "zero": zero}, evaluate={"every": None})
     session = Session.open(run, Worker())
     watch = Watch(monkeypatch, session)
-    fit(run, session, SilentReporter(), tmp_path)
+    Trainer(run, session, Reporter(), tmp_path).fit()
     for stage, (before, after) in enumerate(zip(watch.before, watch.after, strict=True)):
         assert before.keys() == after.keys()
         assert {master.steps for master in after.values()} == {2.0 * (stage + 1)}
@@ -176,8 +182,8 @@ def test_moments_can_begin_anew_with_a_warm_up(
     run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = annealed(run, anneal={"moments": "reset", "warmup": 2}, optim={"lr": 4e-3, "schedule": "linear"})
-    watch, reporter = Watch(monkeypatch, session), SilentReporter()
-    fit(run, session, reporter, tmp_path)
+    watch, reporter = Watch(monkeypatch, session), RecordingReporter()
+    Trainer(run, session, reporter, tmp_path).fit()
     assert all(master.moments for master in watch.before[0].values())
     assert not any(master.moments for master in watch.after[0].values())
     # One decay over the whole run, and within it a ramp at each stage.
@@ -189,7 +195,7 @@ def test_moments_can_begin_anew_with_a_warm_up(
 
 def test_no_zero_stage_changes_a_loss(run: RunConfig, session: Session, tmp_path: Path) -> None:
     run = annealed(run, "lora_plus", optim=GENTLE, evaluate={"every": None})
-    plain = fit(run, session, SilentReporter(), tmp_path / "0")
+    plain = Trainer(run, session, Reporter(), tmp_path / "0").fit()
     for zero in (1, 2):
         scale = {
             "zero": zero,
@@ -197,16 +203,16 @@ def test_no_zero_stage_changes_a_loss(run: RunConfig, session: Session, tmp_path
             "accumulation": zero,
             "offload": zero == 2,
         }
-        other = fit(
-            changed(run, scale=scale), Session.open(run, Worker()), SilentReporter(), tmp_path / str(zero)
-        )
+        other = Trainer(
+            changed(run, scale=scale), Session.open(run, Worker()), Reporter(), tmp_path / str(zero)
+        ).fit()
         assert_same_losses(plain, other)
         assert (other.trainable, other.parameters) == (plain.trainable, plain.parameters)
 
 
 def test_a_stopped_run_keeps_the_rank_that_it_has(run: RunConfig, session: Session, tmp_path: Path) -> None:
     for step, rank in ((2, 8), (3, 4)):
-        result = fit(annealed(run), session, StopAt(step), tmp_path / str(step), (step,))
+        result = Trainer(annealed(run), session, StopAt(step), tmp_path / str(step), (step,)).fit()
         assert not result.finished
         assert AdapterArtifact.load(result.folder).rank == result.rank == rank
 
@@ -227,7 +233,7 @@ def test_heads_go_on_as_they_are(run: RunConfig, tmp_path: Path, monkeypatch: py
     )
     session = Session.open(run, Worker())
     watch = Watch(monkeypatch, session)
-    fit(run, session, SilentReporter(), tmp_path / "run")
+    Trainer(run, session, Reporter(), tmp_path / "run").fit()
     for before, after in zip(watch.before, watch.after, strict=True):
         one, other = before["score.weight"], after["score.weight"]
         assert one.moments is not None

@@ -20,9 +20,10 @@ from rayft.evaluate.tasks import score
 from rayft.models.inject import attach, clear
 from rayft.models.load import resolve
 from rayft.numerics import assert_close
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import fit, validation_loss
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, validation_loss
+from rayft.train.worker import Worker
 from tests.unit.data.pictures import folder, save
 from tests.unit.data.small_data import lines
 from tests.unit.train.curves import WIDEST, assert_same_losses
@@ -80,7 +81,7 @@ def test_lora_reads_digits(digits: Path, tmp_path: Path) -> None:
     guess = majority_answer(parts)
     guessed = float(np.mean([parts.scorer.score(example, guess) for example in parts.test]))
     untrained = accuracy(session)
-    result = fit(run, session, SilentReporter(), tmp_path)
+    result = Trainer(run, session, Reporter(), tmp_path).fit()
     assert result.finished
     assert result.val_curve[-1][1] < result.val_curve[0][1]
     artifact = AdapterArtifact.load(result.folder)
@@ -108,7 +109,7 @@ def test_a_full_fine_tune_of_an_image_model_is_a_model_folder(
         }
     )
     session = Session.open(run, Worker())
-    result = fit(run, session, SilentReporter(), tmp_path)
+    result = Trainer(run, session, Reporter(), tmp_path).fit()
     trained = accuracy(session)
     model = run.model.model_copy(update={"name": result.folder})
     saved = Session.open(run.model_copy(update={"model": model}), Worker())
@@ -127,7 +128,7 @@ def test_an_encoder_learns_a_rule(tmp_path: Path) -> None:
     session = Session.open(run, Worker())
     first = session.train[0].input_ids
     assert session.loaded.tokenizer.convert_ids_to_tokens([first[0], first[-1]]) == ["[CLS]", "[SEP]"]
-    result = fit(run, session, SilentReporter(), tmp_path / "run")
+    result = Trainer(run, session, Reporter(), tmp_path / "run").fit()
     artifact = AdapterArtifact.load(result.folder)
     assert artifact.heads["classifier.weight"].shape == (3, 24)
     attach(session.loaded.model, artifact)
@@ -149,7 +150,7 @@ def pretrained(tmp_path: Path) -> RunConfig:
 def test_a_trial_starts_from_the_head_of_its_checkpoint(pretrained: RunConfig, tmp_path: Path) -> None:
     still = pretrained.model_copy(update={"optim": pretrained.optim.model_copy(update={"lr": 1e-12})})
     session = Session.open(still, Worker())
-    artifact = AdapterArtifact.load(fit(still, session, SilentReporter(), tmp_path / "run").folder)
+    artifact = AdapterArtifact.load(Trainer(still, session, Reporter(), tmp_path / "run").fit().folder)
     file = load_file(Path(resolve(pretrained.model)) / "model.safetensors")
     for name, value in artifact.heads.items():
         assert_close(value, file[name], torch.float32, 1)
@@ -166,8 +167,8 @@ def test_trials_of_a_classifier_are_the_same_in_any_order(
     for turn, seed in enumerate((1, 2, 1)):
         seeded = run.model_copy(update={"seed": seed})
         folder = tmp_path / str(turn)
-        again = fit(seeded, session, SilentReporter(), folder / "lane")
-        alone = fit(seeded, Session.open(run, Worker()), SilentReporter(), folder / "alone")
+        again = Trainer(seeded, session, Reporter(), folder / "lane").fit()
+        alone = Trainer(seeded, Session.open(run, Worker()), Reporter(), folder / "alone").fit()
         assert again.content_hash == alone.content_hash
         found.add(again.content_hash)
     assert len(found) == 2
@@ -175,7 +176,7 @@ def test_trials_of_a_classifier_are_the_same_in_any_order(
 
 def test_a_pretrained_head_under_zero_3(pretrained: RunConfig, tmp_path: Path) -> None:
     plain, sharded = (
-        fit(run, Session.open(run, Worker()), SilentReporter(), tmp_path / str(run.scale.zero))
+        Trainer(run, Session.open(run, Worker()), Reporter(), tmp_path / str(run.scale.zero)).fit()
         for run in (
             pretrained.model_copy(update={"scale": pretrained.scale.model_copy(update={"zero": zero})})
             for zero in (0, 3)
@@ -191,7 +192,7 @@ def test_a_quantised_base_trains_an_adapter_for_the_unquantised_one(
     data = {"source": "image_folder", "name": str(digits), "train": 600}
     run = configured({**VIT, "quantize": kind}, data, steps=60)
     session = Session.open(run, Worker())
-    result = fit(run, session, SilentReporter(), tmp_path)
+    result = Trainer(run, session, Reporter(), tmp_path).fit()
     assert result.val_curve[-1][1] < result.val_curve[0][1]
     artifact = AdapterArtifact.load(result.folder)
     plain = Session.open(configured(VIT, data), Worker())

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
-from rayft.train import checkpoint
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import TrainResult, fit
+from rayft.train import checkpoint, checkpoint_folder
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, TrainResult
+from rayft.train.worker import Worker
+from tests.reporter import RecordingReporter
 from tests.unit.damages import DAMAGES, half, one_bit
 from tests.unit.train.runs import DieAt, changed
 
@@ -53,17 +55,17 @@ def session(long: RunConfig, known: dict[str, Any]) -> Session:
 def whole(long: RunConfig, session: Session, cut: Path, known: dict[str, Any]) -> TrainResult:
     """The undisturbed run; beside it lies one that died at its last checkpoint."""
     if "whole" not in known:
-        known["whole"] = fit(long, session, SilentReporter(), cut / "whole")
+        known["whole"] = Trainer(long, session, Reporter(), cut / "whole").fit()
         with pytest.raises(KeyboardInterrupt):
-            fit(long, session, DieAt(STEPS[-1]), cut / "dead")
+            Trainer(long, session, DieAt(STEPS[-1]), cut / "dead").fit()
     found: TrainResult = known["whole"]
     return found
 
 
-def resumed(run: RunConfig, session: Session, folder: Path, whole: TrainResult) -> SilentReporter:
+def resumed(run: RunConfig, session: Session, folder: Path, whole: TrainResult) -> RecordingReporter:
     """Continue a run, and check that its result is that of the undisturbed one."""
-    reporter = SilentReporter()
-    result = fit(run, session, reporter, folder)
+    reporter = RecordingReporter()
+    result = Trainer(run, session, reporter, folder).fit()
     assert result.content_hash == whole.content_hash
     assert result.train_curve == whole.train_curve
     assert result.val_curve == whole.val_curve
@@ -110,7 +112,7 @@ def test_a_second_death_after_a_fallback_finds_whole_checkpoints(
     shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")
     half(tmp_path / "checkpoint" / "step-000006" / FILES[1])
     with pytest.raises(KeyboardInterrupt):
-        fit(long, session, DieAt(6), tmp_path)
+        Trainer(long, session, DieAt(6), tmp_path).fit()
     assert sorted(path.name for path in (tmp_path / "checkpoint").glob("step-*")) == [
         "step-000004",
         "step-000006",
@@ -155,13 +157,13 @@ def test_a_finished_run_keeps_one_checkpoint(
     long: RunConfig, session: Session, cut: Path, tmp_path: Path, whole: TrainResult
 ) -> None:
     shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")
-    checkpoint.prune(tmp_path / "checkpoint", 1)
+    checkpoint_folder.prune(tmp_path / "checkpoint", 1)
     assert [path.name for path in (tmp_path / "checkpoint").glob("step-*")] == ["step-000006"]
-    assert checkpoint.last_step(tmp_path / "checkpoint") == 6
+    assert checkpoint_folder.last_step(tmp_path / "checkpoint") == 6
     as_0 = tmp_path / "old"
     shutil.copytree(cut / "dead" / "checkpoint", as_0)
     as_0_1_0(as_0)
-    checkpoint.prune(as_0, 1)
+    checkpoint_folder.prune(as_0, 1)
     assert sorted(path.name for path in as_0.iterdir() if path.suffix != ".py") == [
         "state.json",
         "step-000006",
@@ -182,7 +184,7 @@ def test_all_workers_follow_rank_0(monkeypatch: pytest.MonkeyPatch, cut: Path, t
     monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
     shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")
     half(tmp_path / "checkpoint" / "step-000006" / FILES[1])
-    now = checkpoint.checkpoint_identity(tmp_path / "checkpoint")
+    now = checkpoint_folder.checkpoint_identity(tmp_path / "checkpoint")
     assert now is not None
     first = checkpoint.last_state(tmp_path / "checkpoint", now, Worker(0, 2))
     other = checkpoint.last_state(tmp_path / "elsewhere", now, Worker(1, 2))

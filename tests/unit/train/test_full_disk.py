@@ -10,10 +10,12 @@ import pytest
 
 from rayft.errors import DiskFullError
 from rayft.peft.folder import load_adapter
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import TrainResult, fit
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, TrainResult
+from rayft.train.worker import Worker
 from tests.disks import PAGE, Disk
+from tests.reporter import RecordingReporter
 from tests.unit.train.runs import changed, with_method
 
 
@@ -33,9 +35,9 @@ def fill_up(run: RunConfig, session: Session, folder: Path, make_room: Callable[
     reached = 0
     for attempt in range(1000):
         make_room(attempt)
-        reporter = SilentReporter()
+        reporter = RecordingReporter()
         try:
-            found = fit(run, session, reporter, folder)
+            found = Trainer(run, session, reporter, folder).fit()
         except DiskFullError as error:
             assert str(folder) in str(error)  # noqa: PT017  (of each attempt)
             assert_readable(folder)
@@ -58,7 +60,7 @@ def assert_fills_up(
     run: RunConfig, session: Session, disk: Disk, make_room: Callable[[int], None], whole: Path
 ) -> None:
     """Compare what comes out on a disk that is full again and again with an undisturbed run."""
-    undisturbed = fit(run, session, SilentReporter(), whole)
+    undisturbed = Trainer(run, session, Reporter(), whole).fit()
     found = fill_up(run, session, disk.folder / "trial", make_room)
     assert found.content_hash == undisturbed.content_hash
     assert (found.val_curve, found.train_curve) == (undisturbed.val_curve, undisturbed.train_curve)
@@ -90,7 +92,7 @@ def test_no_room_for_a_whole_model(run: RunConfig, session: Session, disk: Disk)
         with pytest.raises(
             DiskFullError, match=rf"the disk of {folder}/model is full \(.* KiB needed, .* free\)"
         ):
-            fit(run, Session.open(run, Worker()), SilentReporter(), folder)
+            Trainer(run, Session.open(run, Worker()), Reporter(), folder).fit()
         assert not (folder / "model").exists()
     disk.leave(2**24)
-    assert fit(run, Session.open(run, Worker()), SilentReporter(), folder).bytes > 16 * PAGE
+    assert Trainer(run, Session.open(run, Worker()), Reporter(), folder).fit().bytes > 16 * PAGE

@@ -11,16 +11,17 @@ import torch
 
 from rayft.artifacts import AdapterArtifact
 from rayft.config import parse
-from rayft.data.loader import Schedule
+from rayft.data.loader import RowStream
 from rayft.errors import ConfigError
 from rayft.methods import METHODS
 from rayft.methods.base import AdapterLinear, ChainConfig, LayerShape, MethodConfig
 from rayft.models.targets import linear_shapes
-from rayft.train import loop
-from rayft.train.context import Session, SilentReporter
-from rayft.train.links import spans
-from rayft.train.loop import fit
+from rayft.train import trainer
+from rayft.train.phases import link_steps
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Trainer
+from tests.reporter import RecordingReporter
 from tests.unit.train.runs import CHAINS, by_family, changed, with_method
 
 
@@ -30,18 +31,18 @@ def by_epochs(run: RunConfig, links: int, epochs: int, **optim: object) -> RunCo
 
 
 def test_what_is_no_chain_has_one_link(run: RunConfig, session: Session) -> None:
-    assert spans(run, session.schedule(run)) == [(0, 6)]
+    assert link_steps(run, session.row_stream(run)) == [(0, 6)]
 
 
 def test_links_share_the_steps(run: RunConfig, session: Session) -> None:
-    assert spans(with_method(run, "cola"), session.schedule(run)) == [(0, 2), (2, 4), (4, 6)]
-    assert spans(with_method(run, "cola", links=1), session.schedule(run)) == [(0, 6)]
+    assert link_steps(with_method(run, "cola"), session.row_stream(run)) == [(0, 2), (2, 4), (4, 6)]
+    assert link_steps(with_method(run, "cola", links=1), session.row_stream(run)) == [(0, 6)]
 
 
 def test_links_by_epochs_begin_with_rows_of_their_own(run: RunConfig, session: Session) -> None:
     run = by_epochs(run, 3, 2, steps=30)
-    schedule = session.schedule(run)
-    found = spans(run, schedule)
+    schedule = session.row_stream(run)
+    found = link_steps(run, schedule)
     # Told apart by what the steps hold: no row of the next link's epochs comes before its first step.
     rows_per_epoch = [len(schedule._epoch(epoch)) for epoch in range(6)]
     first_rows = [sum(rows_per_epoch[: 2 * link]) for link in range(3)]
@@ -51,7 +52,7 @@ def test_links_by_epochs_begin_with_rows_of_their_own(run: RunConfig, session: S
 
 def test_epochs_that_differ_in_rows_are_counted_as_they_are(session: Session) -> None:
     # Short rows pack differently in each order.
-    schedule = Schedule(session.train, 260, 1, seed=3)
+    schedule = RowStream(session.train, 260, 1, seed=3)
     counts = [schedule.first_step(epoch + 1) - schedule.first_step(epoch) for epoch in range(12)]
     assert len(set(counts)) > 1, "the data pack alike in every order; this test shows nothing"
 
@@ -61,14 +62,14 @@ def test_epochs_that_do_not_fit_are_found_before_training(
 ) -> None:
     before = {name: value.clone() for name, value in session.loaded.model.state_dict().items()}
     run = by_epochs(run, 3, 4)
-    reporter = SilentReporter()
+    reporter = RecordingReporter()
     with pytest.raises(ConfigError, match=r"link 3 of 'rac' would begin at step \d+ of 6") as caught:
-        fit(run, session, reporter, tmp_path)
+        Trainer(run, session, reporter, tmp_path).fit()
     assert not reporter.logged
     assert session.loaded.model.state_dict().keys() == before.keys()
     # What the message says to do works.
     steps = int(str(caught.value).split("raise optim.steps to ")[1].split(",")[0])
-    assert len(spans(by_epochs(run, 3, 4, steps=steps), session.schedule(run))) == 3
+    assert len(link_steps(by_epochs(run, 3, 4, steps=steps), session.row_stream(run))) == 3
 
 
 def test_a_link_shorter_than_a_step_is_refused(run: RunConfig, session: Session) -> None:
@@ -76,7 +77,7 @@ def test_a_link_shorter_than_a_step_is_refused(run: RunConfig, session: Session)
     with pytest.raises(
         ConfigError, match="less than one step of 64 rows, so a link of 'rac' would not train"
     ):
-        spans(run, session.schedule(run))
+        link_steps(run, session.row_stream(run))
 
 
 @pytest.mark.parametrize(
@@ -100,8 +101,8 @@ class _Watch:
         self.moments: list[int] = []
         self.engines: set[int] = set()
         self.past: list[dict[str, torch.Tensor]] = []
-        self._model, self._step = model, loop.optimizer_step
-        monkeypatch.setattr(loop, "optimizer_step", self)
+        self._model, self._step = model, trainer.optimizer_step
+        monkeypatch.setattr(trainer, "optimizer_step", self)
 
     def __call__(self, engine: Any, *args: Any) -> Any:
         states = engine.optimizer.state.values()
@@ -122,8 +123,8 @@ def test_links_start_afresh_and_stay_as_they_were(
     run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     run = with_method(run, name, optim={"steps": 9, "warmup": 2, "lr": 0.25e-2})
-    watch, reporter = _Watch(monkeypatch, session.loaded.model), SilentReporter()
-    result = fit(run, session, reporter, tmp_path)
+    watch, reporter = _Watch(monkeypatch, session.loaded.model), RecordingReporter()
+    result = Trainer(run, session, reporter, tmp_path).fit()
     # Moments: none before a link's first step, all of them before its second.
     tensors = 2 if name == "cola" else 1
     assert watch.moments == [0, 14 * tensors, 14 * tensors] * 3
@@ -149,9 +150,9 @@ def test_links_start_afresh_and_stay_as_they_were(
 
 def test_links_by_epochs_train(run: RunConfig, session: Session, tmp_path: Path) -> None:
     run = by_epochs(run, 2, 1, steps=12)
-    reporter = SilentReporter()
-    result = fit(changed(run, optim={"warmup": 2}), session, reporter, tmp_path)
-    second = spans(run, session.schedule(run))[1][0]
+    reporter = RecordingReporter()
+    result = Trainer(changed(run, optim={"warmup": 2}), session, reporter, tmp_path).fit()
+    second = link_steps(run, session.row_stream(run))[1][0]
     rates = [metrics["lr"] for _, metrics in reporter.logged]
     assert [step for step, lr in enumerate(rates) if lr < run.optim.lr] == [0, second]
     assert AdapterArtifact.load(result.folder).rank == 2 * 4

@@ -14,9 +14,11 @@ from rayft.errors import ConfigError, TrainError
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import attach
 from rayft.numerics import assert_close
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import fit, validation_loss
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, validation_loss
+from rayft.train.worker import Worker
+from tests.reporter import RecordingReporter
 from tests.unit.train.curves import WIDEST, assert_same_losses
 from tests.unit.train.runs import DieAt, StopAt, by_family, changed, with_method
 
@@ -26,8 +28,8 @@ def test_it_learns_and_saves_what_it_learnt(
     run: RunConfig, session: Session, tmp_path: Path, method: str
 ) -> None:
     run = changed(run, method=MethodConfig(name=method, rank=4))
-    reporter = SilentReporter()
-    result = fit(run, session, reporter, tmp_path)
+    reporter = RecordingReporter()
+    result = Trainer(run, session, reporter, tmp_path).fit()
     assert result.finished
     assert result.steps == 6
     losses = [loss for _, loss in result.train_curve]
@@ -44,12 +46,12 @@ def test_it_learns_and_saves_what_it_learnt(
 
 
 def test_full_saves_a_model_folder(run: RunConfig, session: Session, tmp_path: Path) -> None:
-    result = fit(
+    result = Trainer(
         changed(run, method=MethodConfig(name="full"), optim={"lr": 1e-3}),
         session,
-        SilentReporter(),
+        Reporter(),
         tmp_path,
-    )
+    ).fit()
     assert (Path(result.folder) / "model.safetensors").is_file()
     assert (Path(result.folder) / "tokenizer.json").is_file()
     assert result.trainable == sum(p.numel() for p in session.loaded.model.parameters())
@@ -58,16 +60,16 @@ def test_full_saves_a_model_folder(run: RunConfig, session: Session, tmp_path: P
 def test_the_same_seed_gives_the_same_run_and_another_does_not(
     run: RunConfig, session: Session, tmp_path: Path
 ) -> None:
-    first = fit(run, session, SilentReporter(), tmp_path / "a")
-    other = fit(changed(run, seed=1), session, SilentReporter(), tmp_path / "b")
-    again = fit(run, session, SilentReporter(), tmp_path / "c")
+    first = Trainer(run, session, Reporter(), tmp_path / "a").fit()
+    other = Trainer(changed(run, seed=1), session, Reporter(), tmp_path / "b").fit()
+    again = Trainer(run, session, Reporter(), tmp_path / "c").fit()
     assert first.train_curve == again.train_curve
     assert first.content_hash == again.content_hash
     assert first.train_curve != other.train_curve
 
 
 def test_a_reporter_can_stop_a_run(run: RunConfig, session: Session, tmp_path: Path) -> None:
-    result = fit(run, session, StopAt(2), tmp_path)
+    result = Trainer(run, session, StopAt(2), tmp_path).fit()
     assert not result.finished
     assert result.steps == 2
     assert AdapterArtifact.load(result.folder).rank == 4
@@ -80,11 +82,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     if dtype == "bfloat16":
         run = changed(run, scale={"dtype": dtype, "zero": 2})
         session = Session.open(run, Worker())
-    whole = fit(run, session, SilentReporter(), tmp_path / "whole")
+    whole = Trainer(run, session, Reporter(), tmp_path / "whole").fit()
     with pytest.raises(KeyboardInterrupt):
-        fit(run, session, DieAt(4), tmp_path / "cut")
-    reporter = SilentReporter()
-    resumed = fit(run, session, reporter, tmp_path / "cut")
+        Trainer(run, session, DieAt(4), tmp_path / "cut").fit()
+    reporter = RecordingReporter()
+    resumed = Trainer(run, session, reporter, tmp_path / "cut").fit()
     assert [step for step, _ in reporter.logged] == [5, 6]
     assert resumed.train_curve == whole.train_curve
     assert resumed.val_curve == whole.val_curve
@@ -100,7 +102,7 @@ def test_checkpoints_hold_the_trained_parameters_alone(
     run: RunConfig, session: Session, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        fit(run, session, DieAt(4), tmp_path)
+        Trainer(run, session, DieAt(4), tmp_path).fit()
     folders = sorted((tmp_path / "checkpoint").glob("step-*"))
     assert [json.loads((folder / "state.json").read_text())["step"] for folder in folders] == [2, 4]
     for folder in folders:
@@ -110,27 +112,27 @@ def test_checkpoints_hold_the_trained_parameters_alone(
 
 def test_a_checkpoint_of_another_run_is_refused(run: RunConfig, session: Session, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        fit(run, session, DieAt(4), tmp_path)
+        Trainer(run, session, DieAt(4), tmp_path).fit()
     with pytest.raises(TrainError, match="checkpoint of another run: the configuration has changed"):
-        fit(changed(run, seed=1), session, SilentReporter(), tmp_path)
+        Trainer(changed(run, seed=1), session, Reporter(), tmp_path).fit()
 
 
 def test_a_checkpoint_of_other_data_or_another_base_is_refused(
     run: RunConfig, session: Session, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        fit(run, session, DieAt(4), tmp_path)
+        Trainer(run, session, DieAt(4), tmp_path).fit()
     for field, said in (("data", "the data has changed"), ("base", "the base has changed")):
         identity = session.identity.model_copy(update={field: "0" * 16})
         with pytest.raises(TrainError, match=f"{said}: .*Put back what it was"):
-            fit(run, replace(session, identity=identity), SilentReporter(), tmp_path)
-    assert fit(run, session, SilentReporter(), tmp_path).finished
+            Trainer(run, replace(session, identity=identity), Reporter(), tmp_path).fit()
+    assert Trainer(run, session, Reporter(), tmp_path).fit().finished
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(run: RunConfig, session: Session, tmp_path: Path) -> None:
     # Float32 overflows in the second step.
     with pytest.raises(TrainError, match="use a lower learning rate"):
-        fit(changed(run, optim={"lr": 1e30, "clip": 1e9}), session, SilentReporter(), tmp_path)
+        Trainer(changed(run, optim={"lr": 1e30, "clip": 1e9}), session, Reporter(), tmp_path).fit()
 
 
 @pytest.mark.parametrize(
@@ -138,17 +140,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(run: RunConfig, session: Session
 )
 def test_accumulation_gives_the_same_run(run: RunConfig, session: Session, tmp_path: Path, name: str) -> None:
     run = with_method(run, name, links=2, optim={"lr": 2e-3}, evaluate={"every": None})
-    at_once = fit(run, session, SilentReporter(), tmp_path / "a")
-    in_two = fit(changed(run, scale={"accumulation": 2}), session, SilentReporter(), tmp_path / "b")
+    at_once = Trainer(run, session, Reporter(), tmp_path / "a").fit()
+    in_two = Trainer(changed(run, scale={"accumulation": 2}), session, Reporter(), tmp_path / "b").fit()
     assert_same_losses(at_once, in_two)
 
 
 def test_activation_checkpointing_gives_the_same_run(
     run: RunConfig, session: Session, tmp_path: Path
 ) -> None:
-    kept = fit(run, session, SilentReporter(), tmp_path / "a")
+    kept = Trainer(run, session, Reporter(), tmp_path / "a").fit()
     again = changed(run, scale={"activation_checkpointing": True})
-    recomputed = fit(again, session, SilentReporter(), tmp_path / "b")
+    recomputed = Trainer(again, session, Reporter(), tmp_path / "b").fit()
     assert kept.train_curve == recomputed.train_curve
 
 
@@ -173,7 +175,7 @@ def test_a_classifier_trains_with_its_head(run: RunConfig, tmp_path: Path) -> No
     run = run.model_copy(update={"data": data, "model": model})
     run = changed(run, optim={"rows_per_step": 8, "steps": 30, "lr": 5e-3})
     session = Session.open(run, Worker())
-    result = fit(run, session, SilentReporter(), tmp_path / "run")
+    result = Trainer(run, session, Reporter(), tmp_path / "run").fit()
     assert result.val_curve[-1][1] < 0.5 * result.val_curve[0][1]
     artifact = AdapterArtifact.load(result.folder)
     assert artifact.meta.task == "sequence_classification"

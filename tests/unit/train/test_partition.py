@@ -16,9 +16,10 @@ from rayft.data.source import DataConfig
 from rayft.methods.base import AdapterLinear
 from rayft.models.heads import head_parameters
 from rayft.models.load import ModelConfig, load_model
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import fit
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
 
 TASKS: dict[str, Any] = {
     "tiny-llama": "causal_lm",
@@ -102,7 +103,7 @@ def check_training(run: RunConfig, worker: Worker, folder: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AdapterLinear, "forward", noted)
         patch.setattr(deepspeed.DeepSpeedEngine, "backward", checked)
-        result = fit(run, Session.open(run, worker), SilentReporter(), folder / "run")
+        result = Trainer(run, Session.open(run, worker), Reporter(), folder / "run").fit()
     if worker.rank == 0:
         (folder / "losses.json").write_text(json.dumps(result.train_curve), encoding="utf-8")
 

@@ -11,9 +11,10 @@ from rayft.artifacts import AdapterArtifact
 from rayft.errors import MethodError
 from rayft.models.inject import attach
 from rayft.models.targets import linear_shapes
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import fit, validation_loss
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, validation_loss
+from rayft.train.worker import Worker
 from tests.unit.train.curves import assert_same_losses
 from tests.unit.train.runs import changed, with_method
 
@@ -28,7 +29,7 @@ def test_it_learns_and_exports(
     run = with_method(run, name, model={"quantize": quantize})
     quantised = Session.open(run, Worker())
     before = validation_loss(quantised)
-    result = fit(run, quantised, SilentReporter(), tmp_path)
+    result = Trainer(run, quantised, Reporter(), tmp_path).fit()
     assert [loss for _, loss in result.val_curve] == sorted((v for _, v in result.val_curve), reverse=True)
     assert result.val_loss < before
     # What it was trained with is taken out again.
@@ -46,7 +47,7 @@ def test_in_bfloat16(run: RunConfig, tmp_path: Path) -> None:
     run = with_method(run, "rc3la", model={"quantize": "nf4"}, scale={"dtype": "bfloat16", "zero": 2})
     session = Session.open(run, Worker())
     before = validation_loss(session)
-    result = fit(run, session, SilentReporter(), tmp_path)
+    result = Trainer(run, session, Reporter(), tmp_path).fit()
     assert result.val_loss < before
     assert {f.b.dtype for f in AdapterArtifact.load(result.folder).modules.values()} == {torch.bfloat16}
 
@@ -61,7 +62,7 @@ def test_what_trains_the_base_is_refused_before_it_is_loaded(run: RunConfig, nam
 def test_zero_3_changes_no_loss(run: RunConfig, tmp_path: Path, quantize: str) -> None:
     run = with_method(run, "cla", model={"quantize": quantize}, optim={"lr": 2e-3, "steps": 2})
     whole, sharded = (
-        fit(chosen, Session.open(chosen, Worker()), SilentReporter(), tmp_path / str(number))
+        Trainer(chosen, Session.open(chosen, Worker()), Reporter(), tmp_path / str(number)).fit()
         for number, chosen in enumerate((run, changed(run, scale={"zero": 3})))
     )
     assert_same_losses(whole, sharded)

@@ -10,9 +10,11 @@ import torch
 
 from rayft.artifacts import AdapterArtifact
 from rayft.squeeze.anneal import AnnealConfig
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import fit
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
+from tests.reporter import RecordingReporter
 from tests.unit.train.runs import CHAINS, DieAt, StopAt, by_family, changed, with_method
 
 NO_CHAINS = ("asym", "cla", "lora", "lora_plus", "paca", "rcla")
@@ -27,18 +29,18 @@ def assert_resumes(
     run: RunConfig, folder: Path, deaths: tuple[int, ...], session: Session | None = None
 ) -> None:
     """Kill a run after each of some steps; what comes out in the end is what comes out of a whole one."""
-    one = fit(run, session or Session.open(run, Worker()), SilentReporter(), folder / "whole", deaths)
+    one = Trainer(run, session or Session.open(run, Worker()), Reporter(), folder / "whole", deaths).fit()
     for step in deaths:
         with pytest.raises(KeyboardInterrupt):
-            fit(run, session or Session.open(run, Worker()), DieAt(step), folder / "cut", deaths)
+            Trainer(run, session or Session.open(run, Worker()), DieAt(step), folder / "cut", deaths).fit()
         assert (
             json.loads((folder / "cut" / "checkpoint" / f"step-{step:06d}" / "state.json").read_text())[
                 "step"
             ]
             == step
         )
-    reporter = SilentReporter()
-    other = fit(run, session or Session.open(run, Worker()), reporter, folder / "cut", deaths)
+    reporter = RecordingReporter()
+    other = Trainer(run, session or Session.open(run, Worker()), reporter, folder / "cut", deaths).fit()
     assert [step for step, _ in reporter.logged] == list(range(deaths[-1] + 1, 10))
     assert one.train_curve == other.train_curve
     assert one.val_curve == other.val_curve
@@ -100,7 +102,7 @@ def test_a_stopped_chain_keeps_the_links_so_far(
     run: RunConfig, session: Session, tmp_path: Path, name: str, step: int, links: int
 ) -> None:
     run = by_step(run, name)
-    result = fit(run, session, StopAt(step), tmp_path, (step,))
+    result = Trainer(run, session, StopAt(step), tmp_path, (step,)).fit()
     assert not result.finished
     assert result.steps == step
     artifact = AdapterArtifact.load(result.folder)

@@ -10,9 +10,9 @@ import pytest
 from rayft.config import parse
 from rayft.errors import ConfigError, TrainError
 from rayft.models.inject import inject
-from rayft.train.context import Session
 from rayft.train.deepspeed import build_engine, destroy, engine_config
 from rayft.train.run import OptimConfig, RunConfig, ScaleConfig
+from rayft.train.session import Session
 
 DATA = {"name": "needle_haystack", "train": 8, "val": 2, "test": 2}
 

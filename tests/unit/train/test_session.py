@@ -10,9 +10,11 @@ import torch
 
 from rayft.errors import MethodError
 from rayft.methods.base import MethodConfig
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import TrainResult, fit, validation_loss
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, TrainResult, validation_loss
+from rayft.train.worker import Worker
+from tests.reporter import RecordingReporter
 from tests.unit.train.runs import ADAPTERS, StopAt, by_family, changed, with_method
 
 
@@ -47,11 +49,11 @@ def test_trials_in_turn_equal_trials_alone(
     before, alone = weights(session), {}
     for name in names:
         fresh = Session.open(run, Worker())
-        alone[name] = fit(trial(run, name), fresh, SilentReporter(), tmp_path / "alone" / name)
+        alone[name] = Trainer(trial(run, name), fresh, Reporter(), tmp_path / "alone" / name).fit()
     assert len({result.content_hash for result in alone.values()}) == len(names)
     for order in (names, names[::-1]):
         for name in order:
-            result = fit(trial(run, name), session, SilentReporter(), tmp_path / order[0] / name)
+            result = Trainer(trial(run, name), session, Reporter(), tmp_path / order[0] / name).fit()
             assert_same(alone[name], result)
             assert_untouched(session, before)
 
@@ -60,30 +62,30 @@ def test_bfloat16_paca_gives_back_every_bit(run: RunConfig, tmp_path: Path) -> N
     run = changed(trial(run, "paca"), scale={"dtype": "bfloat16", "zero": 2})
     session = Session.open(run, Worker())
     before, loss = weights(session), validation_loss(session)
-    fit(run, session, SilentReporter(), tmp_path)
+    Trainer(run, session, Reporter(), tmp_path).fit()
     assert_untouched(session, before)
     assert validation_loss(session) == loss
 
 
 def test_a_trial_that_stops_or_fails_leaves_nothing(run: RunConfig, session: Session, tmp_path: Path) -> None:
     before = weights(session)
-    fit(trial(run, "paca"), session, StopAt(2), tmp_path / "stopped", (2,))
+    Trainer(trial(run, "paca"), session, StopAt(2), tmp_path / "stopped", (2,)).fit()
     assert_untouched(session, before)
 
-    class _Fails(SilentReporter):
+    class _Fails(RecordingReporter):
         def log(self, step: int, metrics: object) -> None:
             raise OSError
 
     for name in ("paca", "rac"):
         with pytest.raises(OSError):  # noqa: PT011
-            fit(trial(run, name), session, _Fails(), tmp_path / name)
+            Trainer(trial(run, name), session, _Fails(), tmp_path / name).fit()
         assert_untouched(session, before)
 
 
 def test_a_tied_output_layer_stays_tied_and_frozen(run: RunConfig, session: Session, tmp_path: Path) -> None:
     model = session.loaded.model
     before = model.get_output_embeddings().weight.clone()
-    fit(trial(run, "lora"), session, SilentReporter(), tmp_path / "lora")
+    Trainer(trial(run, "lora"), session, Reporter(), tmp_path / "lora").fit()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert torch.equal(model.get_output_embeddings().weight, before)
 
@@ -93,7 +95,7 @@ def test_full_trains_a_tied_layer_as_one(run: RunConfig, session: Session, tmp_p
 
     model = session.loaded.model
     before = model.get_output_embeddings().weight.clone()
-    result = fit(trial(run, "full"), session, SilentReporter(), tmp_path)
+    result = Trainer(trial(run, "full"), session, Reporter(), tmp_path).fit()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert not torch.equal(model.get_output_embeddings().weight, before)
     saved = AutoModelForCausalLM.from_pretrained(result.folder)
@@ -107,7 +109,7 @@ def test_seeds_decide_what_drops(run: RunConfig, session: Session, tmp_path: Pat
     plain = trial(run, name)
     dropping = changed(plain, method={"dropout": 0.5})
     one, again, other, none = (
-        fit(chosen, session, SilentReporter(), tmp_path / str(number))
+        Trainer(chosen, session, Reporter(), tmp_path / str(number)).fit()
         for number, chosen in enumerate((dropping, dropping, changed(dropping, seed=1), plain))
     )
     assert_same(one, again)

@@ -19,9 +19,10 @@ from rayft.models.inject import attach
 from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close, generator
 from rayft.squeeze.anneal import AnnealConfig
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import fit, validation_loss
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, validation_loss
+from rayft.train.worker import Worker
 from tests.unit.train.curves import WIDEST, assert_same_losses
 from tests.unit.train.runs import DieAt, changed
 
@@ -61,7 +62,7 @@ def test_it_starts_where_the_adapter_is(
     scale = {"zero": zero}
     run = starting(run, adapter, tmp_path, method={"name": name}, optim=STILL, scale=scale)
     session = Session.open(run, Worker()) if zero == 3 else session
-    result = fit(run, session, SilentReporter(), tmp_path / "run")
+    result = Trainer(run, session, Reporter(), tmp_path / "run").fit()
     assert_close(torch.tensor([result.val_loss]), torch.tensor([there]), torch.float32, WIDEST)
     found = AdapterArtifact.load(result.folder)
     assert found.meta.method == name
@@ -81,7 +82,7 @@ def test_it_trains_on_and_what_was_dead_learns(
     run: RunConfig, session: Session, adapter: AdapterArtifact, tmp_path: Path
 ) -> None:
     run = starting(run, adapter, tmp_path)
-    result = fit(run, session, SilentReporter(), tmp_path / "run")
+    result = Trainer(run, session, Reporter(), tmp_path / "run").fit()
     assert result.val_curve[-1][1] < result.val_curve[0][1] < result.train_curve[0][1]
     found = AdapterArtifact.load(result.folder)
     for module, factors in found.modules.items():
@@ -93,23 +94,25 @@ def test_it_trains_on_and_what_was_dead_learns(
 
 def test_zero_stages_agree(run: RunConfig, adapter: AdapterArtifact, tmp_path: Path) -> None:
     run = starting(run, adapter, tmp_path, optim={"lr": 2e-3, "steps": 3}, evaluate={"every": None})
-    plain = fit(run, Session.open(run, Worker()), SilentReporter(), tmp_path / "0")
+    plain = Trainer(run, Session.open(run, Worker()), Reporter(), tmp_path / "0").fit()
     sharded = changed(run, scale={"zero": 3})
-    assert_same_losses(plain, fit(sharded, Session.open(sharded, Worker()), SilentReporter(), tmp_path / "3"))
+    assert_same_losses(
+        plain, Trainer(sharded, Session.open(sharded, Worker()), Reporter(), tmp_path / "3").fit()
+    )
 
 
 def test_a_rank_falls_from_there(
     run: RunConfig, session: Session, adapter: AdapterArtifact, tmp_path: Path
 ) -> None:
     run = starting(run, adapter, tmp_path, anneal=AnnealConfig(rank=2))
-    result = fit(run, session, SilentReporter(), tmp_path / "run")
+    result = Trainer(run, session, Reporter(), tmp_path / "run").fit()
     found = AdapterArtifact.load(result.folder)
     assert {factors.rank for factors in found.modules.values()} == {2}
     assert {f.scale for f in found.modules.values()} == {f.scale for f in adapter.modules.values()}
     assert found.meta.parent == adapter.content_hash
     other = changed(run, method={"rank": 16})
     with pytest.raises(ConfigError, match=r"rank 5, and method\.rank is 16; set method\.rank: 5"):
-        fit(other, session, SilentReporter(), tmp_path / "other")
+        Trainer(other, session, Reporter(), tmp_path / "other").fit()
 
 
 def test_a_head_starts_from_the_adapter_s(run: RunConfig, tmp_path: Path) -> None:
@@ -122,13 +125,13 @@ def test_a_head_starts_from_the_adapter_s(run: RunConfig, tmp_path: Path) -> Non
     )
     run = changed(run, data=data, model={"task": "sequence_classification"}, optim={"steps": 2})
     session = Session.open(run, Worker())
-    first = AdapterArtifact.load(fit(run, session, SilentReporter(), tmp_path / "first").folder)
+    first = AdapterArtifact.load(Trainer(run, session, Reporter(), tmp_path / "first").fit().folder)
     still = starting(run, first, tmp_path, method={"rank": 4}, optim=STILL)
-    second = AdapterArtifact.load(fit(still, session, SilentReporter(), tmp_path / "second").folder)
+    second = AdapterArtifact.load(Trainer(still, session, Reporter(), tmp_path / "second").fit().folder)
     assert second.heads.keys() == first.heads.keys() == {"score.weight"}
     assert torch.equal(second.heads["score.weight"], first.heads["score.weight"])
     fresh = AdapterArtifact.load(
-        fit(changed(run, optim=STILL), session, SilentReporter(), tmp_path / "fresh").folder
+        Trainer(changed(run, optim=STILL), session, Reporter(), tmp_path / "fresh").fit().folder
     )
     assert not torch.equal(fresh.heads["score.weight"], first.heads["score.weight"])
 
@@ -137,18 +140,18 @@ def test_a_resumed_run_wants_the_adapter_that_it_started_from(
     run: RunConfig, session: Session, adapter: AdapterArtifact, tmp_path: Path
 ) -> None:
     run = starting(run, adapter, tmp_path, optim={"steps": 4})
-    whole = fit(run, session, SilentReporter(), tmp_path / "whole")
+    whole = Trainer(run, session, Reporter(), tmp_path / "whole").fit()
     with pytest.raises(KeyboardInterrupt):
-        fit(run, session, DieAt(2), tmp_path / "cut")
+        Trainer(run, session, DieAt(2), tmp_path / "cut").fit()
     some = next(iter(adapter.modules))
     modules = {**adapter.modules, some: replace(adapter.modules[some], scale=3.0)}
     replace(adapter, modules=modules).save(tmp_path / "start")
     with pytest.raises(
         TrainError, match=r"/start has changed \(content .* Put back what it was, .* or delete"
     ):
-        fit(run, session, SilentReporter(), tmp_path / "cut")
+        Trainer(run, session, Reporter(), tmp_path / "cut").fit()
     adapter.save(tmp_path / "start")
-    resumed = fit(run, session, SilentReporter(), tmp_path / "cut")
+    resumed = Trainer(run, session, Reporter(), tmp_path / "cut").fit()
     assert resumed.train_curve == whole.train_curve
     assert resumed.content_hash == whole.content_hash
 
@@ -184,16 +187,16 @@ def test_adapters_that_do_not_fit(
     for number, (given, error, match, method) in enumerate(cases):
         wrong = starting(run, given, tmp_path / str(number), method=method)
         with pytest.raises(error, match=match):
-            fit(wrong, session, SilentReporter(), tmp_path / "run")
+            Trainer(wrong, session, Reporter(), tmp_path / "run").fit()
     with pytest.raises(ArtifactError, match=r"has no adapter_config\.json"):
-        fit(changed(wrong, start=str(tmp_path)), session, SilentReporter(), tmp_path / "run")
+        Trainer(changed(wrong, start=str(tmp_path)), session, Reporter(), tmp_path / "run").fit()
 
 
 def test_the_default_rank_says_nothing(
     run: RunConfig, session: Session, adapter: AdapterArtifact, tmp_path: Path
 ) -> None:
     run = starting(run, adapter, tmp_path, method={"rank": MethodConfig().rank}, optim=STILL)
-    result = fit(run, session, SilentReporter(), tmp_path / "run")
+    result = Trainer(run, session, Reporter(), tmp_path / "run").fit()
     assert math.isfinite(result.val_loss)
     assert AdapterArtifact.load(result.folder).rank == 5
 

@@ -12,9 +12,10 @@ from rayft.config import parse
 from rayft.errors import MethodError
 from rayft.methods import METHODS
 from rayft.methods.base import InPlace
-from rayft.train.context import Session, SilentReporter, Worker
-from rayft.train.loop import TrainResult, fit, validation_loss
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer, TrainResult, validation_loss
+from rayft.train.worker import Worker
 from tests.unit.train.curves import assert_same_losses
 from tests.unit.train.runs import by_family, changed, with_method
 
@@ -36,7 +37,7 @@ RELEASED = {
 
 
 def trained(run: RunConfig, folder: Path) -> TrainResult:
-    return fit(run, Session.open(run, Worker()), SilentReporter(), folder)
+    return Trainer(run, Session.open(run, Worker()), Reporter(), folder).fit()
 
 
 def assert_same_artifact(one: TrainResult, other: TrainResult) -> None:
@@ -73,9 +74,9 @@ def recomputes(session: Session) -> bool:
 def test_activations_are_kept_again_by_the_next_run(run: RunConfig, session: Session, tmp_path: Path) -> None:
     short = changed(run, optim={"steps": 1})
     again = changed(short, scale={"activation_checkpointing": True})
-    fit(again, session, SilentReporter(), tmp_path / "a")
+    Trainer(again, session, Reporter(), tmp_path / "a").fit()
     assert recomputes(session)
-    fit(short, session, SilentReporter(), tmp_path / "b")
+    Trainer(short, session, Reporter(), tmp_path / "b").fit()
     assert not recomputes(session)
 
 

@@ -89,19 +89,16 @@ def item(folder: Path, name: str) -> Item:
     )
 
 
-def test_an_interrupted_analysis_continues_with_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_analysis_continues_with_what_is_missing(tmp_path: Path) -> None:
     answers: dict[str, AdapterAnalysis | str] = {}
 
-    def answer(name: str) -> dict[str, Any] | str:
+    def answer(name: str) -> AdapterAnalysis | str:
         found = answers[name.removeprefix("analyse ")]
         if found == "interrupted":
             raise KeyboardInterrupt
-        return found if isinstance(found, str) else {"analysis": found.model_dump_json()}
+        return found
 
-    lanes, config = Lanes(monkeypatch, answer), AnalyzeConfig(parts=("gap",))
-    monkeypatch.setattr(Item, "request", lambda *_: b"")
+    lanes, config = Lanes(answer), AnalyzeConfig(parts=("gap",))
     items = [item(tmp_path, name) for name in ("a", "b", "c")]
     noted = {"gap": "no test part"}
     answers |= {
@@ -135,11 +132,9 @@ def test_an_interrupted_analysis_continues_with_what_is_missing(
     assert not (tmp_path / PIECES).exists()
 
 
-def test_damaged_findings_are_made_again_and_a_missing_adapter_has_notes(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_findings_are_made_again_and_a_missing_adapter_has_notes(plan: Plan) -> None:
     made = AdapterAnalysis(name="one", measures={"gap": 1.0})
-    lanes = Lanes(monkeypatch, lambda _: {"analysis": made.model_dump_json()})
+    lanes = Lanes(lambda _: made)
     executor: Any = lanes
     only = Item("one", plan.points[0].run, trial_of(plan) / "adapter", "", plan.identity)
     wanted, reports = AnalyzeConfig(parts=("gap",)), []

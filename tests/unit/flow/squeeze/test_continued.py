@@ -14,12 +14,12 @@ from rayft.squeeze.section import ContinueConfig
 from tests.unit.flow.answers import Lanes, adapter
 
 
-def test_a_continued_training_that_fails_is_left_out(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continued_training_that_fails_is_left_out(plan: Plan) -> None:
     point = plan.points[0]
     source = Source(point.name, point.key, point.run, "", plan.identity)
     small = adapter().save(plan.output / "squeezed" / "r1")
     item = SqueezedAdapter(f"{point.name}@r1", source, "post", 2, small, 16, 100, {"q": 1.0}, 0.0)
-    executor: Any = Lanes(monkeypatch, lambda _: "its lane died")
+    executor: Any = Lanes(lambda _: "its lane died")
     said: list[str] = []
     cont = ContinueConfig(steps=1)
     assert continue_all(executor, [item], cont, plan.output, None, said.append) == []

@@ -15,8 +15,10 @@ from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.demo import clear
 from rayft.flow.sweep.folder import WRITTEN, check_stamp, discard_damaged
 from rayft.flow.sweep.preflight import Plan, preflight
-from rayft.sweep.result import damage, file_hashes, write_result
-from rayft.sweep.tuner import earlier
+from rayft.identity import UNKNOWN
+from rayft.sweep.result import TrialResult, damage, file_hashes, write_result
+from rayft.sweep.search import earlier
+from rayft.train.trainer import TrainResult
 from tests.unit.damages import DAMAGES, empty, half, one_bit
 from tests.unit.flow.answers import ADAPTER, adapter, request_of, trial_of
 from tests.unit.serving.adapters import random_adapter
@@ -142,9 +144,9 @@ def test_a_users_own_configuration_is_not_taken_for_a_demos(tmp_path: Path) -> N
 
 
 def test_a_moved_folder_is_not_damaged(plan: Plan) -> None:
-    values = earlier(request_of(plan))
-    assert values is not None
-    assert values["result"]["folder"] == str(trial_of(plan) / "adapter")
+    left = earlier(request_of(plan))
+    assert left is not None
+    assert left.result.folder == str(trial_of(plan) / "adapter")
     assert discard_damaged(plan.output, plan.points) == []
     assert earlier(request_of(plan)) is not None
 
@@ -214,9 +216,8 @@ def test_a_damaged_model_is_trained_again(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(bytes(range(200)))
-    result = {"finished": True, "steps": 2, "val_curve": [], "val_loss": 1.0, "folder": "/before/model"}
-    values = {"result": {**result, "content_hash": ""}, "run_id": "", "hashes": file_hashes(weights.parent)}
-    write_result(tmp_path, values)
+    result = TrainResult(finished=True, steps=2, val_curve=[], val_loss=1.0, folder="/before/model")
+    write_result(tmp_path, TrialResult(result, "", UNKNOWN, file_hashes(weights.parent)))
     assert damage(tmp_path) == ""
     one_bit(weights)
     assert damage(tmp_path) == f"{weights} is not what was written"

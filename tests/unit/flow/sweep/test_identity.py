@@ -17,8 +17,8 @@ from rayft.flow.sweep.identity import current_identity
 from rayft.flow.sweep.preflight import Plan, preflight
 from rayft.methods.base import LoraFactors
 from rayft.models.tiny import save_tiny_llama
-from rayft.sweep.lane import TrainRequest
-from rayft.sweep.tuner import earlier
+from rayft.sweep.search import earlier
+from rayft.sweep.trial import TrainRequest
 
 CONFIG = """
 name: answers
@@ -57,8 +57,7 @@ def config(*overrides: str) -> PipelineConfig:
 
 def request(plan: Plan) -> TrainRequest:
     (point,) = plan.points
-    run = point.run.model_dump_json()
-    return TrainRequest(point.key, point.name, run, str(plan.output), (), expected=plan.identity)
+    return TrainRequest(point.key, point.name, point.run, str(plan.output), (), expected=plan.identity)
 
 
 def finish(plan: Plan) -> None:
@@ -137,9 +136,9 @@ def test_a_sweep_continues_when_its_data_are_restored(here: Path) -> None:
     edit("train.jsonl", '"77"', '"5"')()
     again = preflight(config())
     assert again.identity == first.identity
-    values = earlier(request(again))
-    assert values is not None
-    assert values["run_id"] == "r"
+    left = earlier(request(again))
+    assert left is not None
+    assert left.run_id == "r"
 
 
 def test_a_folder_without_results_takes_any_data(here: Path) -> None:

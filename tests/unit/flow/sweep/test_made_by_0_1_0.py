@@ -35,8 +35,8 @@ from rayft.registry.store import MlflowRegistry
 from rayft.report.record import SweepRecord
 from rayft.report.render import render
 from rayft.serving.config import ServeConfig
-from rayft.sweep.lane import TrainRequest, tracking_key
-from rayft.sweep.tuner import earlier
+from rayft.sweep.search import earlier
+from rayft.sweep.trial import TrainRequest, tracking_key
 from rayft.tracking.base import Former
 from rayft.tracking.mlflow import MlflowTracker
 from tests.unit.flow.answers import Lanes
@@ -88,7 +88,7 @@ def requests(plan: Plan) -> list[TrainRequest]:
         TrainRequest(
             key=point.key,
             name=point.name,
-            run=point.run.model_dump_json(),
+            run=point.run,
             output=str(plan.output),
             evaluate_at=(),
             expected=plan.identity,
@@ -102,7 +102,7 @@ def test_finished_trials_are_used_again(config: PipelineConfig) -> None:
         plan = preflight(config)
         found = {request.name: earlier(request) for request in requests(plan)}
         assert [*found] == [*TRIALS]
-        assert all(values is not None and values["result"]["finished"] for values in found.values())
+        assert all(left is not None and left.result.finished for left in found.values())
         assert plan.former_hash
         assert not any("not used again" in text for text in plan.warnings)
 
@@ -171,10 +171,8 @@ def squeezed(plan: Plan) -> SqueezedAdapter:
     )
 
 
-def test_a_continued_training_is_used_again(
-    here: Path, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan, lanes = preflight(config), Lanes(monkeypatch, lambda _: "asked for")
+def test_a_continued_training_is_used_again(here: Path, config: PipelineConfig) -> None:
+    plan, lanes = preflight(config), Lanes(lambda _: "asked for")
     executor: Any = lanes
     assert config.squeeze.cont
     item = squeezed(plan)

@@ -34,11 +34,12 @@ from rayft.methods.base import LoraFactors
 from rayft.registry.store import MlflowRegistry
 from rayft.report.record import SweepRecord
 from rayft.serving.config import ServeConfig
-from rayft.sweep.lane import tracking_key
-from rayft.sweep.tuner import Trial
+from rayft.sweep.search import Trial
+from rayft.sweep.trial import tracking_key
 from rayft.tracking import TrackerSpec
 from rayft.tracking.connection import connect
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
+from rayft.train.trainer import TrainResult
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +101,12 @@ def sweep(checked: Plan, spec: TrackerSpec, tmp_path: Path) -> Sweep:
     plan = replace(checked, output=output, tracker=spec, points=checked.points[:2])
     best, lost = plan.points
     artifact = saved(output / "trials" / best.key / "adapter", 0)
-    result = {
-        "finished": True, "steps": 3, "rank": 2, "val_curve": [(3, 1.0)], "train_curve": [(1, 2.0)],
-        "val_loss": 1.0, "trainable": 10, "bytes": 20, "peak_memory": 30,
-        "seconds": {"train": 1.0, "evaluate": 0.5, "overhead": 0.1},
-        "folder": str(output / "trials" / best.key / "adapter"), "content_hash": artifact.content_hash,
-    }  # fmt: skip
+    result = TrainResult(
+        finished=True, steps=3, rank=2, val_curve=[(3, 1.0)], train_curve=[(1, 2.0)],
+        val_loss=1.0, trainable=10, bytes=20, peak_memory=30,
+        seconds={"train": 1.0, "evaluate": 0.5, "overhead": 0.1},
+        folder=str(output / "trials" / best.key / "adapter"), content_hash=artifact.content_hash,
+    )  # fmt: skip
     with MlflowTracker(spec) as tracker:
         for point in plan.points:
             tracker.run(point.name, tracking_key(point.key, plan.identity))
@@ -257,7 +258,9 @@ def on_cluster(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     assert (best.run.method.name, other.run.method.name) == ("lora", "cla")
     folder = sweep.plan.output / "trials" / other.key / "adapter"
     content = saved(folder, 1).content_hash
-    result = {**sweep.found.trials[0].result, "folder": str(folder), "val_loss": 1.5, "content_hash": content}
+    winner = sweep.found.trials[0].result
+    assert winner is not None
+    result = replace(winner, folder=str(folder), val_loss=1.5, content_hash=content)
     sweep.found.trials[1] = Trial(other, result, "key:" + tracking_key(other.key, sweep.plan.identity))
     sweep.found.scores[other.name] = Measured({"val": [1.0, 0.0], "test": [1.0, 1.0]})
     return sweep

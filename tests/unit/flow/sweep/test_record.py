@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,21 +18,24 @@ from rayft.flow.sweep.record import Findings, build_record
 from rayft.methods.base import MethodConfig
 from rayft.report.record import Score
 from rayft.squeeze.anneal import AnnealConfig
+from rayft.sweep.search import Trial
 from rayft.sweep.space import Point
-from rayft.sweep.tuner import Trial
 from rayft.train.run import OptimConfig, RunConfig
+from rayft.train.trainer import TrainResult
 
-RESULT: dict[str, Any] = {
-    "steps": 3,
-    "rank": 16,
-    "val_curve": [(3, 1.0)],
-    "train_curve": [(1, 2.0)],
-    "trainable": 10,
-    "bytes": 20,
-    "seconds": {"train": 1.0, "evaluate": 0.5, "overhead": 0.1},
-    "peak_memory": 30,
-    "folder": "adapter",
-}
+RESULT = TrainResult(
+    finished=True,
+    steps=3,
+    val_loss=1.0,
+    rank=16,
+    val_curve=[(3, 1.0)],
+    train_curve=[(1, 2.0)],
+    trainable=10,
+    bytes=20,
+    seconds={"train": 1.0, "evaluate": 0.5, "overhead": 0.1},
+    peak_memory=30,
+    folder="adapter",
+)
 
 
 QUESTIONS = 40
@@ -44,7 +46,7 @@ def of(method: str, seed: int, loss: float) -> Trial:
         data=DataConfig(source="jsonl", name="rows.jsonl"), method=MethodConfig(name=method), seed=seed
     )
     name = f"{method}-lr0.001-s{seed}"
-    return Trial(Point(key=name, name=name, run=run), {**RESULT, "val_loss": loss, "finished": True})
+    return Trial(Point(key=name, name=name, run=run), replace(RESULT, val_loss=loss))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def test_an_annealed_trial_that_was_stopped_has_the_rank_it_had(
         optim=OptimConfig(steps=60),
     )
     point = Point(key="lora-r32to8-1", name="lora-r32to8", run=run)
-    trial = Trial(point=point, result={**RESULT, "finished": finished})
+    trial = Trial(point=point, result=replace(RESULT, finished=finished))
     assert build_record(plan, Findings(trials=[trial]), {}).trials[0].rank == rank
 
 

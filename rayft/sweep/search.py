@@ -1,11 +1,11 @@
 """The search: Ray Tune decides which trials start and which stop; an executor runs them.
 
-A Tune trial does no work itself. Its `step` waits for the trial's next evaluation from the broker; Tune looks
-at the number and calls `step` again, which is how the lane hears that it may go on. ASHA itself tells the
-broker which trials stop, so that a search that ends for another reason stops none. A trial that ended in an
-earlier, interrupted sweep is replayed from its result, one that was under way from its checkpoint's curve, so
-nothing is trained twice; what ASHA decided then, in which order, is in the sweep's event log
-(`rayft.sweep.schedule`).
+A Tune trial computes nothing itself. Its `step` waits for the trial's next evaluation from the broker. Tune
+looks at the number and calls `step` again, which lets the lane continue. Our ASHA scheduler itself cancels
+the trials that it stops at the broker, so a search that ends for another reason stops no trial. A trial that
+ended in an earlier, interrupted sweep is replayed from its result, and a trial that was in progress from the
+curve in its checkpoint, so nothing is trained twice. ASHA's earlier decisions, and their order, are in the
+sweep's event log (`rayft.sweep.decisions`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.exceptions
@@ -25,15 +25,15 @@ from ray import tune
 from rayft.errors import TrainError
 from rayft.identity import UNKNOWN, Identity
 from rayft.sweep.asha import RecordedASHA
-from rayft.sweep.broker import Event, Job
+from rayft.sweep.decisions import EVENTS_FILE, EventLog, rungs
 from rayft.sweep.executor import Executor
-from rayft.sweep.lane import TrainRequest
-from rayft.sweep.result import read_result, result_identity
-from rayft.sweep.schedule import EVENTS_FILE, EventLog, rungs
+from rayft.sweep.jobs import Event, Job
+from rayft.sweep.result import TrialResult, read_result, trial_folder
 from rayft.sweep.space import Point, SweepConfig
+from rayft.sweep.trial import TrainRequest
 from rayft.tracking.base import TrackerSpec
-from rayft.train.checkpoint import last_curve
-from rayft.train.context import trial_folder
+from rayft.train.checkpoint_folder import last_curve
+from rayft.train.trainer import TrainResult
 
 __all__ = ["Trial", "earlier", "search"]
 
@@ -43,62 +43,77 @@ class Trial:
     """A trial that has ended."""
 
     point: Point
-    result: dict[str, Any] | None = None
-    """`TrainResult` as a mapping; None if it failed."""
+    result: TrainResult | None = None
+    """None if the trial failed."""
     run_id: str = ""
     error: str = ""
-    """Why it failed."""
+    """Why the trial failed."""
 
     @property
     def status(self) -> str:
         """`finished`, `stopped` (by the search) or `failed` (to train, or to be scored)."""
         if self.result is None or self.error:
             return "failed"
-        return "finished" if self.result["finished"] else "stopped"
+        return "finished" if self.result.finished else "stopped"
+
+
+class _Evaluation(NamedTuple):
+    step: int
+    val_loss: float
+    done: bool
 
 
 class TrialActor(tune.Trainable):
-    """A Tune trial: waits for a lane's reports."""
+    """A Tune trial, which waits for a lane's reports."""
 
     def setup(self, config: dict[str, Any], *, executor: Executor | None = None) -> None:
-        """Queue the trial, or get ready to replay it."""
+        """Queue the trial, or prepare to replay it."""
         assert executor is not None
         self._executor = executor
-        self._replay: list[Event] = []
+        self._replay: list[_Evaluation] = []
         self._seen = 0
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial in the same process: it starts in milliseconds."""
+        """Take the next trial in the same process, which takes milliseconds."""
         self._begin(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
         """Wait for the next evaluation."""
         if self._replay:
-            event = self._replay.pop(0)
-        else:
-            event = ray.get(self._broker.next_event.remote(self._key, self._seen))
-            self._seen = event.number
-        result = event.values.get("result", {})
-        # A trial that failed ends too: `_collect` says why, and Tune prints no traceback for it.
-        loss = event.values.get("val_loss", result.get("val_loss", math.nan))
-        return {"step": event.step, "val_loss": loss, "done": event.kind != "report"}
+            return self._replay.pop(0)._asdict()
+        event: Event = ray.get(self._executor.broker.next_event.remote(self._job.id, self._seen))
+        self._seen = event.number
+        return self._evaluation(event)._asdict()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Keep nothing: the lane keeps the trial's checkpoint."""
+        """Save nothing: the lane saves the trial's checkpoint."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Load nothing: the lane resumes the trial."""
 
     def _begin(self, config: dict[str, Any]) -> None:
         request: TrainRequest = config["request"]
-        self._broker, self._key = self._executor.broker, request.key
+        self._job = Job.of(request.key, request)
         self._seen = 0
-        ended = _ended(request)
-        self._replay = ended or _half_way(request)
-        if not ended:
-            self._executor.submit([Job.of(request.key, "train", request)])
+        left = earlier(request)
+        if left is not None:
+            self._replay = _whole_curve(left.result)
+            return
+        # A checkpoint's lane reports the evaluation of the checkpoint's own step again.
+        curve = last_curve(trial_folder(request.output, request.key) / "checkpoint")
+        self._replay = [_Evaluation(step, loss, done=False) for step, loss in curve]
+        self._executor.submit([self._job])
+
+    def _evaluation(self, event: Event) -> _Evaluation:
+        if event.kind == "report":
+            return _Evaluation(event.step, event.metrics["val_loss"], done=False)
+        if event.kind == "final":
+            result = self._job.result(event).result
+            return _Evaluation(result.steps, result.val_loss, done=True)
+        # To Tune, a trial that failed has ended too, so it prints no traceback; `_collect` reads the reason.
+        return _Evaluation(event.step, math.nan, done=True)
 
 
 def search(
@@ -112,20 +127,20 @@ def search(
     identity: Identity = UNKNOWN,
     check: Callable[[], None] = lambda: None,
 ) -> list[Trial]:
-    """Run the trials under ASHA and give what became of each, in the order of `trials`.
+    """Run the trials under ASHA and return them as they ended, in the order of `trials`.
 
     The decisions of an earlier, interrupted search in `output` are repeated.
 
     Args:
         sweep: the search's settings.
         trials: the points of the space.
-        executor: started.
+        executor: runs the trials; it is started if there is something to train.
         output: the sweep's folder.
-        tracker: where the lanes track; not at all where not given.
-        parent: tracking run of the sweep.
-        identity: of data and base, which the lanes and earlier results are compared with; not compared where
-            not given.
-        check: called between the search's own steps; what it raises ends the search.
+        tracker: where the lanes track the trials; by default nowhere.
+        parent: tracked run of the sweep.
+        identity: identity of data and base, with which the lanes' own and those of earlier results are
+            compared; by default they are not compared.
+        check: called between the search's own steps; an exception that it raises ends the search.
 
     Raises:
         ResourceError: if no trial can go on, because the disk is full.
@@ -156,7 +171,7 @@ def _request(
     return TrainRequest(
         key=point.key,
         name=point.name,
-        run=point.run.model_dump_json(),
+        run=point.run,
         output=str(output),
         evaluate_at=tuple(rungs(sweep, point.run.optim.steps)),
         tracker=tracker,
@@ -166,7 +181,7 @@ def _request(
 
 
 class _Watch(tune.Callback):
-    """Ends the search when it is interrupted, or when the broker has died, without which no trial goes on."""
+    """Ends the search when it is interrupted, or when the broker, which every trial needs, has died."""
 
     def __init__(self, broker: Any, check: Callable[[], None]) -> None:
         self._broker, self._check = broker, check
@@ -186,7 +201,8 @@ def _tuner(
     check: Callable[[], None],
 ) -> tune.Tuner:
     _quiet_tune()
-    # No CPU, which the lanes may have taken all; and no other node than this one, which could be lost.
+    # Tune's trials take no CPU, since the lanes may have reserved all of them, and run on this node, since
+    # another one may be lost.
     here = f"node:{ray.util.get_node_ip_address()}"
     trainable = tune.with_resources(
         tune.with_parameters(TrialActor, executor=executor), {"cpu": 0, here: 1e-3}
@@ -204,7 +220,7 @@ def _tuner(
             storage_path=executor.storage,
             verbose=0,
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            # A trial's own failure is an event; this is for its process in Tune, which holds nothing.
+            # The failure of a trial is an event; this is for its process in Tune, which has no state.
             failure_config=tune.FailureConfig(max_failures=sweep.restarts),
             callbacks=[_Watch(executor.broker, check)],
         ),
@@ -212,18 +228,18 @@ def _tuner(
 
 
 def _run_tune(sweep: SweepConfig, tuner: Callable[[], tune.Tuner]) -> None:
-    """Run Tune, and again if it ends because Ray's memory monitor has killed the process of a Tune trial.
+    """Run Tune, and run it again if it ends because Ray's memory monitor has killed a Tune trial's process.
 
-    The lanes continue training meanwhile, and the decisions that were recorded are repeated.
+    The lanes continue training meanwhile, and the recorded decisions are repeated.
 
     Raises:
-        ray.exceptions.OutOfMemoryError: if that has happened more often than `sweep.restarts` times.
+        ray.exceptions.OutOfMemoryError: if this happens more than `sweep.restarts` times.
     """
     for attempt in range(sweep.restarts + 1):
         try:
             tuner().fit()
         except RuntimeError as error:
-            # Tune starts a trial's process again if it dies for any other reason.
+            # If a trial's process dies for any other reason, Tune itself starts it again.
             cause = error.__cause__
             if not isinstance(cause, ray.exceptions.OutOfMemoryError):
                 raise
@@ -234,73 +250,60 @@ def _run_tune(sweep: SweepConfig, tuner: Callable[[], tune.Tuner]) -> None:
 
 
 def _collect(point: Point, request: TrainRequest, executor: Executor, output: Path) -> Trial:
-    """Wait until a trial's lane has let go of it, and read its result."""
+    """Wait until a trial has ended, and read its result."""
     try:
-        values = earlier(request)
+        left = earlier(request)
     except TrainError as changed:
         return Trial(point, error=str(changed))
-    if values is None:
+    if left is None:
         event: Event | None = ray.get(executor.broker.result.remote(point.key))
         if event is None or event.kind != "final":
             if event is not None:
                 event.raise_fatal()
-            error = str(event.values.get("error", "interrupted")) if event else "it was never started"
+            error = event.error or "interrupted" if event else "it was never started"
             return Trial(point, error=error)
-        values = read_result(str(output), point.key)
-        assert values is not None
-    return Trial(point, result=values["result"], run_id=values["run_id"])
+        left = read_result(str(output), point.key)
+        assert left is not None
+    return Trial(point, result=left.result, run_id=left.run_id)
 
 
-def earlier(request: TrainRequest) -> dict[str, Any] | None:
-    """Read what a trial has left, if it has ended.
+def earlier(request: TrainRequest) -> TrialResult | None:
+    """Read the result of a trial that ended earlier; return None if there is none.
 
     Raises:
-        TrainError: if that follows from something else than the request.
+        TrainError: if the result follows from something else than the request.
     """
-    values = read_result(request.output, request.key)
-    if values is None:
+    left = read_result(request.output, request.key)
+    if left is None:
         return None
-    folder = trial_folder(request.output, request.key)
-    changed = result_identity(folder, values).differences(request.identity)
+    changed = left.identity.differences(request.identity)
     if changed:
+        folder = trial_folder(request.output, request.key)
         raise TrainError(f"{folder} holds a result that can't be used again: {'; '.join(changed)}")
-    return values
+    return left
 
 
 def _unfinished(request: TrainRequest) -> bool:
-    """Return whether something is left to be done for a trial."""
+    """Return whether a trial still has to be trained."""
     try:
         return earlier(request) is None
     except TrainError:
-        # Its result follows from something else; the trial fails with the reason.
+        # Its result follows from something else; `_collect` makes the trial fail with the reason.
         return False
 
 
-def _ended(request: TrainRequest) -> list[Event]:
-    """Return the events of a trial that has ended; none if it has not."""
-    values = earlier(request)
-    if values is None:
-        return []
-    result = values["result"]
-    before = [(step, loss) for step, loss in result["val_curve"] if step < result["steps"]]
-    return [*_reports(before), Event("final", result["steps"], {"result": result})]
-
-
-def _half_way(request: TrainRequest) -> list[Event]:
-    """Return the evaluations before a trial's checkpoint, at which its lane reports the next one."""
-    return _reports(last_curve(trial_folder(request.output, request.key) / "checkpoint"))
-
-
-def _reports(curve: Sequence[tuple[int, float]]) -> list[Event]:
-    return [Event("report", step, {"val_loss": loss}) for step, loss in curve]
+def _whole_curve(result: TrainResult) -> list[_Evaluation]:
+    """Return the evaluations of a trial that has ended."""
+    before = [_Evaluation(step, loss, done=False) for step, loss in result.val_curve if step < result.steps]
+    return [*before, _Evaluation(result.steps, result.val_loss, done=True)]
 
 
 def _quiet_tune() -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    # An interrupt is not a stop: `rayft.flow.interrupt` takes it.
+    # `rayft.flow.interrupt` handles the signal, because an interrupted trial is not a stopped one.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     for name in ("ray.tune", "ray.train", "ray.train.v2"):
-        # What Tune and Train log as errors (a trial or a worker group that failed) is told by the broker.
+        # The broker reports the errors that Tune and Train log (a trial or a worker group that failed).
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,8 +1,9 @@
-"""When trials are compared, and what was decided: the rungs of ASHA and the log of its decisions.
+"""ASHA's rungs, at which trials are compared, and the log of its decisions.
 
-ASHA (Li et al. 2020, arXiv:1810.05934) is asynchronous: a verdict depends on which evaluations came before.
-So each is written down, in the order in which the search took them, before a trial hears of its verdict.
-A sweep that continues feeds them to ASHA again and gives the same verdicts, whatever was trained again.
+ASHA (Li et al. 2020, arXiv:1810.05934) is asynchronous: a decision depends on the evaluations that came
+before. So each decision is written to a file, in the order in which the search made it, before the trial
+learns of it. A sweep that continues replays the file to ASHA and so makes the same decisions, whatever is
+trained again.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from rayft.sweep.space import SweepConfig
 __all__ = ["EVENTS_FILE", "Decision", "EventLog", "rungs"]
 
 EVENTS_FILE = "events.jsonl"
-"""In a sweep's folder: a `Decision` a line, in order."""
+"""File in a sweep's folder: a `Decision` per line, in order."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the search made of an evaluation."""
+    """The search's decision on an evaluation."""
 
     trial: str
     """Key of the trial."""
@@ -34,10 +35,10 @@ class Decision:
 
 
 class EventLog:
-    """The decisions of a sweep, as a file that is only appended to.
+    """The decisions of a sweep, in a file that is only appended to.
 
     Args:
-        path: of the file; made with the first decision.
+        path: the file; it is created with the first decision.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,24 +47,24 @@ class EventLog:
         content = path.read_bytes() if path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]
         for line in whole.splitlines():
-            # What can't be read is decided anew, as an evaluation that was never written down.
+            # A line that can't be read is skipped, and its evaluation is decided anew.
             with suppress(ValueError, TypeError):
                 self.decisions.append(Decision(**json.loads(line)))
         self._known = {(one.trial, one.step): one for one in self.decisions}
         self._end = len(whole)
 
     def find(self, trial: str, step: int) -> Decision | None:
-        """Return what was decided at a step of a trial, or None."""
+        """Return the decision at a step of a trial, or None."""
         return self._known.get((trial, step))
 
     def append(self, decision: Decision) -> None:
-        """Write a decision down; when this returns it is on the disk.
+        """Write a decision; when this returns, it is on the disk.
 
         Raises:
             DiskFullError: if there is no space.
         """
         with room_on(self._path.parent), self._path.open("ab") as file:
-            # What a crash left after the last whole line goes.
+            # Removes an incomplete line that a crash has left.
             file.truncate(self._end)
             line = json.dumps(asdict(decision)).encode() + b"\n"
             file.write(line)
@@ -75,7 +76,7 @@ class EventLog:
 
 
 def rungs(sweep: SweepConfig, steps: int) -> list[int]:
-    """Give the steps at which a trial is compared: grace, grace·reduction, … below the last step."""
+    """Return the steps at which a trial is compared: grace, grace·reduction, … below the last step."""
     found, step = [], sweep.grace
     while step < steps:
         found.append(step)

@@ -1,0 +1,213 @@
+"""A trial's job: train the run in a lane, report to the search and the tracker, and keep the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import ray
+
+from rayft.config import leaves
+from rayft.errors import InterruptedRunError, RayftError
+from rayft.files import disk_full
+from rayft.identity import UNKNOWN, Identity
+from rayft.models.methods import method
+from rayft.sweep.broker import Verdict
+from rayft.sweep.lane import Lane
+from rayft.sweep.result import TrialResult, file_hashes, trial_folder, write_result
+from rayft.tracking.base import Former, RunStatus, TrackerSpec
+from rayft.tracking.mlflow import MlflowTracker
+from rayft.tracking.runs import HASH_PARAM
+from rayft.train.run import RunConfig
+from rayft.train.trainer import Reporter, Trainer, TrainResult
+
+__all__ = ["TrainRequest", "tracking_key"]
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Train a run as a trial of a sweep."""
+
+    kind: ClassVar[str] = "train"
+    resumable: ClassVar[bool] = True
+
+    key: str
+    """Id of the job, and name of the trial's folder."""
+    name: str
+    run: RunConfig
+    output: str
+    """Folder of the sweep."""
+    evaluate_at: tuple[int, ...]
+    """Steps after which the search needs a validation loss."""
+    tracker: TrackerSpec | None = None
+    parent: str | None = None
+    """Tracked run whose child the trial's tracked run is."""
+    expected: Identity = UNKNOWN
+    """Identity of data and base, as the driver has read them."""
+
+    @property
+    def identity(self) -> Identity:
+        """What the result will follow from."""
+        return self.expected.model_copy(update={"config": self.run.hash})
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folder of the sweep."""
+        return (Path(self.output),)
+
+    def __call__(self, lane: Lane) -> TrialResult | None:
+        """Train, and write result.json (all workers call it); the first worker returns the result.
+
+        Raises:
+            RayftError: as `Trainer.fit`.
+        """
+        started, fresh = time.perf_counter(), not lane.loaded
+        session = lane.session(self.run, self.expected)
+        loaded = time.perf_counter()
+        home_folder = trial_folder(self.output, self.key)
+        folder, kind = lane.home.place(home_folder), method(self.run.method.name)
+        with lane.worker.together():
+            if lane.worker.rank == 0 and not kind.saves_model:
+                lane.home.check(home_folder / "adapter")
+        tracked = _TrackedRun.begin(self, lane) if lane.worker.rank == 0 else None
+        reporter = _LaneReporter(lane, self, tracked)
+        try:
+            result = Trainer(self.run, session, reporter, folder, self.evaluate_at).fit()
+        except RayftError as error:
+            # On a full disk nothing can be recorded; the next start sets the tracked run running again.
+            if tracked and not disk_full(error):
+                tracked.end("interrupted" if isinstance(error, InterruptedRunError) else "failed")
+            raise
+        finally:
+            if not kind.shares_base:
+                # The run has changed the base, so the next trial can't use it. Loading it again takes
+                # seconds, a new worker group half a minute.
+                lane.forget()
+        if lane.worker.rank > 0:
+            return None
+        left = TrialResult(
+            result=replace(result, folder=str(home_folder / Path(result.folder).name)),
+            run_id=tracked.run_id if tracked else "",
+            identity=session.identity.brief.model_copy(
+                update={"config": self.run.hash, "start": result.start}
+            ),
+            hashes=file_hashes(Path(result.folder)) if kind.saves_model else {},
+        )
+        if tracked:
+            tracked.finish(result)
+        # If the run is tracked, the adapter may be sent to the tracking server later.
+        lane.home.send(Path(result.folder), keep=tracked is not None and bool(result.content_hash))
+        write_result(folder, left, lane.home)
+        spent = result.seconds["total"] - result.seconds["overhead"]
+        # All time that the lane spent on the trial beyond its steps and evaluations. Loading the base is part
+        # of the lane's own start, which is paid once.
+        overhead = time.perf_counter() - (loaded if fresh else started) - spent
+        left = left.with_seconds(overhead=overhead, waiting=reporter.waited)
+        write_result(folder, left, lane.home)
+        # The last checkpoint stays: the trial is trained again from it if its adapter should be damaged.
+        lane.home.prune(folder / "checkpoint", 1)
+        return left
+
+
+class _TrackedRun:
+    """A trial's run in the tracker."""
+
+    def __init__(self, tracker: MlflowTracker, run_id: str) -> None:
+        self._tracker, self.run_id = tracker, run_id
+
+    @classmethod
+    def begin(cls, request: TrainRequest, lane: Lane) -> _TrackedRun | None:
+        """Begin or continue the tracked run of a request; return None if it is not tracked."""
+        if request.tracker is None:
+            return None
+        tracker, run = lane.tracker(request.tracker), request.run
+        tags = {
+            "rayft.kind": "trial",
+            "rayft.method": run.method.name,
+            "rayft.rank": str(run.method.rank),
+            "rayft.lane": lane.name,
+        }
+        key = tracking_key(request.key, request.expected)
+        former = Former(request.key) if request.parent else None
+        run_id = tracker.run(request.name, key, parent=request.parent, tags=tags, former=former)
+        tracker.params(run_id, leaves(run))
+        return cls(tracker, run_id)
+
+    def metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record the numbers of a step."""
+        self._tracker.metrics(self.run_id, metrics, step)
+
+    def finish(self, result: TrainResult) -> None:
+        """Record the result, and end the run."""
+        found = {
+            "best_val_loss": min((value for _, value in result.val_curve), default=float("nan")),
+            "trainable_parameters": result.trainable,
+            "adapter_bytes": result.bytes,
+        }
+        self._tracker.metrics(self.run_id, found)
+        # At step 0: if the end of a run is trained again because its result was lost, the first values stay.
+        taken = {
+            "peak_memory_gib": result.peak_memory / 2**30,
+            "train_tokens_per_second": result.tokens_per_second,
+            "train_seconds": result.seconds["train"],
+            "overhead_seconds": result.seconds["overhead"],
+        }
+        self._tracker.metrics(self.run_id, taken, 0)
+        if result.content_hash:
+            self._tracker.params(self.run_id, {HASH_PARAM: result.content_hash})
+            self._tracker.artifact(self.run_id, result.folder, "adapter")
+        self.end("finished" if result.finished else "stopped")
+
+    def end(self, status: RunStatus) -> None:
+        """End the run with a status."""
+        self._tracker.finish(self.run_id, status)
+
+
+class _LaneReporter(Reporter):
+    """Passes a run's numbers on to the broker and the tracker, and waits for the search's decisions."""
+
+    def __init__(self, lane: Lane, request: TrainRequest, tracked: _TrackedRun | None) -> None:
+        self._lane, self._tracked = lane, tracked
+        self._key, self._steps = request.key, request.run.optim.steps
+        self._must_end = False
+        self.waited = 0.0
+        """Seconds that the run waited for decisions."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the sweep was interrupted."""
+        return self._must_end or self._lane.interrupted
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Pass the numbers of a step on without waiting."""
+        progress = {"step": step, "steps": self._steps, "train_loss": metrics["train_loss"]}
+        self._lane.broker.log.remote(self._key, progress)
+        if self._tracked:
+            self._tracked.metrics(metrics, step)
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Pass an evaluation on and wait for the search's decision."""
+        if self._tracked:
+            self._tracked.metrics(metrics, step)
+        if step >= self._steps:
+            # There is nothing to decide after the last step; the result carries the number.
+            self._lane.broker.log.remote(self._key, {"step": step, **metrics})
+            return True
+        started = time.perf_counter()
+        verdict: Verdict = ray.get(self._lane.broker.report.remote(self._key, step, dict(metrics)))
+        self.waited += time.perf_counter() - started
+        self._must_end = verdict == "interrupt"
+        return verdict != "stop"
+
+    def note(self, text: str) -> None:
+        """Pass a sentence on to the person who watches the sweep."""
+        self._lane.broker.note.remote(f"{self._key}: {text}")
+
+
+def tracking_key(key: str, identity: Identity) -> str:
+    """Return the key of a tracked run, which depends on the sweep, the data and the base."""
+    suffix = identity.sweep or (identity.inputs if identity.data else "")
+    return f"{key}-{suffix}" if suffix else key

@@ -1,0 +1,557 @@
+"""`Trainer`: trains one run, from fresh or given adapters or its last checkpoint, to an artifact on disk.
+
+Training does not depend on Ray: the caller passes a `Session` and a `Reporter`.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayft.artifacts import AdapterArtifact, ArtifactMeta, folder_bytes
+from rayft.data.pack import AnyBatch, AnyEncoded, Row, collate_rows, rows_of
+from rayft.errors import ConfigError, InterruptedRunError, TrainError
+from rayft.evaluate.loss import mean_loss
+from rayft.files import room_on, sync_tree
+from rayft.identity import Identity
+from rayft.methods.base import LayerShape, LoraFactors, MethodConfig
+from rayft.models.heads import reset_heads
+from rayft.models.inject import check_fits, clear, export, inject
+from rayft.models.methods import method
+from rayft.models.targets import linear_shapes
+from rayft.numerics import derive_seed, seed_everything
+from rayft.peft.folder import PeftFolder
+from rayft.squeeze.anneal import Phase, revive
+from rayft.train import checkpoint
+from rayft.train.deepspeed import (
+    DeepSpeedEngine,
+    StepResult,
+    build_engine,
+    destroy,
+    gathered,
+    kept,
+    optimizer_step,
+    release,
+    set_lr,
+)
+from rayft.train.graphs import capture_stream, graphed
+from rayft.train.memory import PeakMemory
+from rayft.train.phases import phases_of
+from rayft.train.run import RunConfig
+from rayft.train.session import Session
+
+__all__ = ["Reporter", "TrainResult", "Trainer", "validation_loss"]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The outcome of a run. Fields with a default may be missing in files that older versions wrote."""
+
+    finished: bool
+    """False if the reporter stopped the run early."""
+    steps: int
+    val_loss: float
+    val_curve: list[tuple[int, float]]
+    """(step, nats per completion token)."""
+    train_curve: list[tuple[int, float]] = field(default_factory=list)
+    trainable: int = 0
+    """Number of values that train at the same time, at most: in an annealed run, those of its first phase."""
+    parameters: int = 0
+    """Number of values stored in the artifact."""
+    rank: int | None = None
+    """Rank of the saved adapter; None if what was saved has no rank."""
+    bytes: int = 0
+    """Size of the weights on disk."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Where the time went: `train` and `evaluate` include the time before the run was resumed, `overhead` and
+    `total` count from then on. A trial's result also has `waiting`, the time that its lane waited for
+    ASHA."""
+    peak_memory: int = 0
+    """Bytes: the resident set of the process on a CPU, the memory allocated on the device on a GPU."""
+    tokens_per_second: float = 0.0
+    folder: str = ""
+    content_hash: str = ""
+    """Of the saved adapter; empty if a whole model was saved."""
+    start: str = ""
+    """Content hash of the adapter that the run started from; empty if it started from fresh adapters."""
+
+
+@dataclass
+class Progress:
+    """The state of a run between two steps, which a checkpoint keeps."""
+
+    step: int = 0
+    val_curve: list[tuple[int, float]] = field(default_factory=list)
+    train_curve: list[tuple[int, float]] = field(default_factory=list)
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    tokens: int = 0
+    start: str = ""
+    """Content hash of the adapter that the run started from; empty if it started from fresh adapters."""
+    saved_at: float = field(default_factory=time.monotonic)
+    """When this process began or last saved a checkpoint; not kept in the checkpoint."""
+    saved_step: int = 0
+    """The step of the last checkpoint; not kept in the checkpoint."""
+    saved_seconds: float = 0.0
+    """Time that earlier processes spent on training and evaluating; not kept in the checkpoint."""
+
+    @classmethod
+    def resumed(cls, state: Mapping[str, Any]) -> Progress:
+        """Read the progress from the state of a checkpoint."""
+        values = {name: state[name] for name in cls().state()}
+        for curve in ("val_curve", "train_curve"):
+            values[curve] = [(int(step), float(value)) for step, value in values[curve]]
+        spent = values["train_seconds"] + values["evaluate_seconds"]
+        return cls(**values, saved_step=values["step"], saved_seconds=spent)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("saved_")}
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a run left on disk."""
+
+    folder: Path
+    parameters: int
+    rank: int | None = None
+    bytes: int = 0
+    content_hash: str = ""
+
+
+class Reporter:
+    """Receives a run's numbers, and may end the run. Only rank 0 calls it.
+
+    This class ignores all numbers and never ends a run; a subclass overrides what it needs.
+    """
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the run has to save a checkpoint and end; read after each step."""
+        return False
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Receive the numbers of a training step; must not block."""
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Receive the numbers of an evaluation, and return whether the run continues."""
+        return True
+
+    def note(self, text: str) -> None:
+        """Receive a sentence that a person should read."""
+
+
+class Trainer:
+    """Train one run. All workers of the run make a trainer and call `fit` together.
+
+    Args:
+        run: settled (no `auto` left).
+        session: the base and the data in memory; the trainer replaces the adapters in the base.
+        reporter: receives the numbers of each step, and decides at each evaluation whether the run continues.
+            A run that is resumed at an evaluation reports that evaluation again, because the process that
+            received the decision may have ended before it could act on it.
+        folder: where this node writes the files of the run's folder (`Home.place`). The run continues from
+            the last checkpoint that the home has of this folder.
+        evaluate_at: steps after which the search needs a validation loss. The last step is always evaluated.
+
+    Raises:
+        ConfigError: if a link of a chain would have no steps.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        session: Session,
+        reporter: Reporter,
+        folder: Path,
+        evaluate_at: Sequence[int] = (),
+    ) -> None:
+        self.run, self.session, self.reporter, self.folder = run, session, reporter, folder
+        self.worker, self.model = session.worker, session.loaded.model
+        self.phases = phases_of(run, session)
+        self.progress = Progress()
+        self.engine: DeepSpeedEngine = None
+        """The engine of the current phase; None outside of `fit`."""
+        self._evaluate_at = _evaluation_steps(run, evaluate_at)
+        self._trainable = 0
+
+    def fit(self) -> TrainResult:
+        """Train the run, or what is left of it, and save its artifact in `folder`.
+
+        Raises:
+            ConfigError: if the adapter to start from does not fit.
+            ArtifactError: if the adapter to start from can't be read or was made for another base, or if the
+                folder of the result holds anything but an adapter written by rayft.
+            TrainError: if a loss is not finite, or a checkpoint does not fit.
+            InterruptedRunError: if the reporter was interrupted; a checkpoint of the last step was saved.
+            DiskFullError: if there is no space for a checkpoint or the result; earlier files stay.
+        """
+        started = time.perf_counter()
+        self._fetch_checkpoints()
+        start = read_start(self.run, self.session)
+        self.progress.start = start.content_hash
+        memory = PeakMemory(self.worker.device)
+        self._trainable = inject(self.model, self.run.method, self.run.seed, start.modules).trainable
+        reset_heads(self.model, self.run.seed, start.heads)
+        try:
+            with capture_stream() if self.run.scale.graphs else nullcontext():
+                finished, saved = self._train_phases()
+        finally:
+            peak = memory.stop()
+            if method(self.run.method.name).shares_base:
+                clear(self.model)
+        return self._result(saved, finished, peak, time.perf_counter() - started)
+
+    # --- phases
+
+    def _train_phases(self) -> tuple[bool, _Saved]:
+        """Train one phase after the other, each with its own engine, and save the result.
+
+        Returns:
+            Whether the run reached its last step, and what was saved.
+        """
+        state = checkpoint.last_state(
+            self.folder / "checkpoint", self._identity, self.worker, self.reporter.note
+        )
+        for number, phase in enumerate(self.phases.plan):
+            if state is not None and phase.end < state["step"]:
+                self.phases.skip(self.model, number + 1)
+                continue
+            with self._new_engine():
+                if state is not None:
+                    go_on, state = self._resume(state), None
+                else:
+                    self.phases.enter(self.engine)
+                    go_on = True
+                with self._graphs():
+                    go_on = go_on and self._train(phase)
+                finished = self.progress.step >= self.run.optim.steps
+                if finished or not go_on:
+                    return finished, self._save()
+                self.phases.leave(self.engine, self.model, number + 1)
+        raise AssertionError("the last phase ends with the run")
+
+    @contextmanager
+    def _new_engine(self) -> Iterator[None]:
+        """Build an engine over the model for the block, and destroy it after the block."""
+        self.engine = build_engine(self.run, self.model)
+        try:
+            yield
+        finally:
+            engine, self.engine = self.engine, None
+            destroy(engine)
+
+    @contextmanager
+    def _graphs(self) -> Iterator[None]:
+        """Train with CUDA graphs in the block, if the run asks for them."""
+        if not self.run.scale.graphs:
+            yield
+            return
+        self.model.train()
+        with graphed(self.model, self._micro_batches(self.progress.step)[0]):
+            yield
+
+    # --- steps
+
+    def _train(self, phase: Phase) -> bool:
+        """Take the steps of a phase; return whether the run may continue after it."""
+        _recompute_activations(self.model, self.run.scale.activation_checkpointing)
+        while self.progress.step < phase.end:
+            self._step(phase)
+            if self.progress.step in self._evaluate_at and not self._evaluate():
+                return False
+            if self._interrupted():
+                self._save_checkpoint()
+                step = self.progress.step
+                raise InterruptedRunError(f"interrupted after step {step}", step)
+        return True
+
+    def _step(self, phase: Phase) -> None:
+        """Take one optimizer step and report its numbers."""
+        progress, optim, started = self.progress, self.run.optim, time.perf_counter()
+        step = progress.step
+        batches = self._micro_batches(step)
+        seed_everything(derive_seed(self.run.seed, step, self.worker.rank))
+        self.model.train()
+        lr = optim.lr_at(step, phase.first, phase.warmup)
+        set_lr(self.engine, lr)
+        result = optimizer_step(self.engine, batches, self.worker)
+        if not math.isfinite(result.loss):
+            raise TrainError(
+                f"the loss is {result.loss} at step {step + 1} with lr {optim.lr:g}; use a lower "
+                "learning rate, a longer warm-up, or float32"
+            )
+        self.session.ticks += 1
+        progress.step = step + 1
+        progress.tokens += result.tokens
+        seconds = time.perf_counter() - started
+        progress.train_seconds += seconds
+        progress.train_curve.append((progress.step, result.loss))
+        if self.worker.rank == 0:
+            self.reporter.log(progress.step, _step_metrics(lr, result, seconds))
+
+    def _micro_batches(self, step: int) -> list[AnyBatch]:
+        """Return this worker's share of an optimizer step, on its device."""
+        worker, scale = self.worker, self.run.scale
+        width = self.run.data.max_length if scale.graphs else None
+        share = self.session.row_stream(self.run).share(step, worker.rank, worker.world, scale.accumulation)
+        return [collate_rows(rows, self.session.pad_id, width).to(worker.device) for rows in share]
+
+    def _interrupted(self) -> bool:
+        """Return, on all workers alike, whether the run has to save a checkpoint and end."""
+        if self.progress.step >= self.run.optim.steps:
+            return False
+        return self.worker.share(self.worker.rank == 0 and self.reporter.interrupted)
+
+    # --- evaluations
+
+    def _evaluate(self) -> bool:
+        """Measure the validation loss, save a checkpoint if one is due, and report the loss.
+
+        Returns:
+            Whether the run may continue.
+        """
+        progress, started = self.progress, time.perf_counter()
+        value = validation_loss(self.session)
+        release(self.engine)
+        if not math.isfinite(value):
+            raise TrainError(
+                f"the validation loss is {value} after step {progress.step} with lr {self.run.optim.lr:g}; "
+                "use a lower learning rate, a longer warm-up, or float32"
+            )
+        progress.val_curve.append((progress.step, value))
+        progress.evaluate_seconds += time.perf_counter() - started
+        # Before the checkpoint, because a run that fails here continues from the checkpoint, after this step.
+        if self.run.evaluate.trail and not method(self.run.method.name).saves_model:
+            trail = self.folder / "trail" / f"step-{progress.step:06d}"
+            self._save_adapter(trail)
+            with self.worker.together():
+                self.session.home.send(trail)
+        # Before the report, so that nothing is lost if the process ends while the search decides.
+        if progress.step < self.run.optim.steps and self._checkpoint_due():
+            self._save_checkpoint()
+        return self._report(progress.step, value)
+
+    def _report(self, step: int, val_loss: float) -> bool:
+        """Report an evaluation; return, on all workers alike, whether the run may continue."""
+        return self.worker.share(self.worker.rank == 0 and self.reporter.report(step, {"val_loss": val_loss}))
+
+    # --- checkpoints
+
+    @property
+    def _identity(self) -> Identity:
+        """What the run's result follows from."""
+        start, name = self.progress.start, self.run.start or ""
+        known = {"config": self.run.hash, "start": start, "start_name": name}
+        return self.session.identity.model_copy(update=known)
+
+    def _fetch_checkpoints(self) -> None:
+        """Fetch from the home what an earlier lane has left there, on whichever node that lane was."""
+        with self.worker.together():
+            self.session.home.bring(self.folder / "checkpoint")
+
+    def _checkpoint_due(self) -> bool:
+        """Decide, for all workers alike, whether the last checkpoint is old enough for another one."""
+        age = time.monotonic() - self.progress.saved_at
+        return self.worker.share(age >= self.run.evaluate.checkpoint_seconds)
+
+    def _save_checkpoint(self) -> None:
+        """Save a checkpoint, unless there is one of this step."""
+        progress = self.progress
+        if progress.saved_step == progress.step:
+            return
+        place = self.folder / "checkpoint"
+        checkpoint.save(place, self.engine, progress.state(), self._identity, self.session)
+        progress.saved_at, progress.saved_step = time.monotonic(), progress.step
+
+    def _resume(self, state: Mapping[str, Any]) -> bool:
+        """Continue from a checkpoint; return whether the run may continue after its last evaluation."""
+        checkpoint.restore(self.folder / "checkpoint", self.engine, state)
+        self.progress = Progress.resumed(state)
+        curve = self.progress.val_curve
+        if not curve or curve[-1][0] != self.progress.step:
+            return True
+        return self._report(*curve[-1])
+
+    # --- the result
+
+    def _save(self) -> _Saved:
+        """Save what was trained: an adapter, or a whole model if the method trains that."""
+        if not method(self.run.method.name).saves_model:
+            folder = self.folder / "adapter"
+            artifact = self._save_adapter(folder)
+            if artifact is None:
+                return _Saved(folder, self._trainable)
+            rank = artifact.rank if isinstance(artifact, AdapterArtifact) else None
+            return _Saved(folder, artifact.parameters, rank, folder_bytes(folder), artifact.content_hash)
+        saved = _Saved(self.folder / "model", self._trainable)
+        with self.worker.together(), gathered(self.engine, self.model.parameters()):
+            if self.worker.rank > 0:
+                return saved
+            self._save_model(saved.folder)
+            size = sum(file.stat().st_size for file in saved.folder.glob("*.safetensors"))
+            return replace(saved, bytes=size)
+
+    def _save_adapter(self, folder: Path) -> AdapterArtifact | PeftFolder | None:
+        """Write the adapters as they are now, and return them (None on other workers than rank 0).
+
+        Rank 0 writes. All workers take part, since ZeRO-3 partitions frozen factors too.
+        """
+        with self.worker.together(), gathered(self.engine, kept(self.model).values()):
+            if self.worker.rank > 0:
+                return None
+            run, session = self.run, self.session
+            meta = ArtifactMeta(
+                method=run.method.name,
+                task=run.model.task,
+                base_model=run.model.name,
+                base_fingerprint=session.loaded.fingerprint,
+                data_digest=session.parts.digest,
+                parent=self.progress.start,
+            )
+            artifact = export(self.model, meta)
+            artifact.save(folder)
+            return artifact
+
+    def _save_model(self, folder: Path) -> None:
+        """Write the whole model as a folder that transformers loads; leave nothing if there is no space."""
+        with room_on(folder, sum(parameter.nbytes for parameter in self.model.parameters())):
+            try:
+                self.model.save_pretrained(folder)
+                self.session.loaded.tokenizer.save_pretrained(folder)
+                sync_tree(folder)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+
+    def _result(self, saved: _Saved, finished: bool, peak_memory: int, seconds: float) -> TrainResult:
+        progress = self.progress
+        spent = progress.train_seconds + progress.evaluate_seconds - progress.saved_seconds
+        return TrainResult(
+            finished=finished,
+            steps=progress.step,
+            val_loss=progress.val_curve[-1][1] if progress.val_curve else math.nan,
+            val_curve=progress.val_curve,
+            train_curve=progress.train_curve,
+            trainable=self._trainable,
+            parameters=saved.parameters,
+            rank=saved.rank,
+            bytes=saved.bytes,
+            seconds={
+                "train": progress.train_seconds,
+                "evaluate": progress.evaluate_seconds,
+                "overhead": seconds - spent,
+                "total": seconds,
+            },
+            peak_memory=peak_memory,
+            tokens_per_second=progress.tokens / max(progress.train_seconds, 1e-9),
+            folder=str(saved.folder),
+            content_hash=saved.content_hash,
+            start=progress.start,
+        )
+
+
+def validation_loss(session: Session) -> float:
+    """Return the mean loss over the validation part (nats per target); the workers share the examples."""
+    worker, model = session.worker, session.loaded.model
+    model.eval()
+    rows = _eval_rows(session.val[worker.rank :: worker.world])
+    loss, count = worker.total(*mean_loss(model, _eval_batches(session, rows)))
+    # Under ZeRO-3 all workers must take part in each forward pass: those with fewer batches run additional
+    # ones, which don't count.
+    for _ in range(worker.largest(len(rows)) - len(rows)):
+        mean_loss(model, _eval_batches(session, _eval_rows(session.val[:1])))
+    return loss / max(count, 1)
+
+
+def _eval_rows(encoded: list[AnyEncoded]) -> list[list[Row]]:
+    """Pack examples into rows, and group the rows into batches."""
+    rows = rows_of(encoded, max([512, *map(len, encoded)]))
+    at_once = 4 if any(example.label is None for example in encoded) else 16
+    return [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
+
+
+def _eval_batches(session: Session, batches: list[list[Row]]) -> Iterator[AnyBatch]:
+    for rows in batches:
+        session.ticks += 1
+        yield collate_rows(rows, session.pad_id).to(session.worker.device)
+
+
+def _evaluation_steps(run: RunConfig, evaluate_at: Sequence[int]) -> set[int]:
+    every = run.evaluate.every
+    regular = range(every, run.optim.steps, every) if every else ()
+    return {step for step in (*evaluate_at, *regular) if step < run.optim.steps} | {run.optim.steps}
+
+
+def _step_metrics(lr: float, result: StepResult, seconds: float) -> dict[str, float]:
+    return {
+        "train_loss": result.loss,
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "tokens_per_second": result.tokens / seconds,
+        "step_seconds": seconds,
+    }
+
+
+def _recompute_activations(model: Any, wanted: bool) -> None:
+    """Turn activation checkpointing on or off; the trial before may have had the other setting."""
+    # Before transformers 5.23 both methods have their older names only.
+    if wanted:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        disable = getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)
+        disable()
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: fresh adapters (all fields empty), or an adapter folder (`RunConfig.start`)."""
+
+    modules: Mapping[str, LoraFactors] | None = None
+    """Module path → factors."""
+    heads: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Parameter path → value of a classification head."""
+    content_hash: str = ""
+    """Content hash of the adapter on disk."""
+
+
+def read_start(run: RunConfig, session: Session) -> Start:
+    """Read the adapter that a run starts from, if it names one, and check that it fits.
+
+    Columns that are zero in both factors would never learn; `revive` gives them a row of A.
+
+    Raises:
+        ArtifactError: if the adapter can't be read, or was made for another base.
+        ConfigError: if its rank is not `method.rank`, or is more than a layer can hold.
+    """
+    if run.start is None:
+        return Start()
+    artifact, model = AdapterArtifact.load(session.home.local(run.start)), session.loaded.model
+    check_fits(model, artifact, session.loaded.fingerprint)
+    shapes, kind = linear_shapes(model), method(run.method.name)
+    for name, factors in artifact.modules.items():
+        most = kind.max_rank(LayerShape(*shapes[name]))
+        if factors.rank > most:
+            raise ConfigError(
+                f"start: {run.start} has rank {factors.rank} at {name}, which needs no more than {most}: "
+                f"bring it to rank {most} by `rayft squeeze` first"
+            )
+    # A rank that equals the default counts as not set, except for annealing, which must know its first rank.
+    rank_is_set = run.method.rank != MethodConfig().rank or run.anneal is not None
+    if rank_is_set and artifact.rank != run.method.rank:
+        raise ConfigError(
+            f"start: {run.start} has rank {artifact.rank}, and method.rank is {run.method.rank}; set "
+            f"method.rank: {artifact.rank}"
+        )
+    modules = {name: revive(factors) for name, factors in artifact.modules.items()}
+    return Start(modules, artifact.heads, artifact.content_hash)
