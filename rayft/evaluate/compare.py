@@ -1,7 +1,7 @@
-"""How sure a score is, and whether two scores differ.
+"""Confidence intervals of scores, and tests of whether two scores differ.
 
-Scores of one item are 0 or 1 (right, wrong) or anything between (partial credit); the two kinds have
-their own exact or nearly exact methods. n is the number of items.
+The score of one item is 0 or 1 (wrong or right), or anything between (partial credit). Both kinds have their
+own exact or nearly exact methods. n is the number of items.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["Mean", "Paired", "interval", "over_seeds", "paired"]
 
 RESAMPLES = 10_000
 BLOCK = 2_000_000
-"""Numbers that a block of resamples holds at most (16 MB)."""
+"""Largest number of values in a block of resamples (16 MB)."""
 
 EXACT = 12
-"""Differences up to which all 2ⁿ signs are tried."""
+"""Largest number of differences for which all 2ⁿ signs are tried."""
 
 Z = 1.959963984540054
 """97.5% quantile of the normal distribution."""
@@ -30,15 +30,15 @@ Z = 1.959963984540054
 
 @dataclass(frozen=True)
 class Paired:
-    """Whether two models differ on the same items."""
+    """A comparison of two models on the same items."""
 
     difference: float
-    """Mean of the first less mean of the second."""
+    """Mean of the first minus mean of the second."""
     ci_low: float
     ci_high: float
     """95% interval of the difference."""
     p_value: float
-    """Probability of a difference at least this large, if there were none; two-sided."""
+    """Probability of a difference at least this large if the models were equally good; two-sided."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Mean:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Give the 95% interval of a mean.
+    """Return the 95% interval of a mean.
 
-    Of 0/1 values it is Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), which holds for few items
-    and near 0 or 1, where the normal one does not; of others the percentile bootstrap (Efron &
-    Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13), with a fixed seed.
+    For 0/1 values it is Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), which is valid for few items
+    and near 0 or 1, where the normal interval is not. For other values it is the percentile bootstrap (Efron
+    & Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13), with a fixed seed.
 
     Raises:
         DataError: if there are no values.
@@ -68,12 +68,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
     """Compare two models' scores of the same items, in the same order.
 
-    The interval is the percentile bootstrap of the items' differences. The p-value is McNemar's exact
-    test (Psychometrika 12, 1947: of the items on which just one is right, each model should get half)
-    for 0/1 scores, else the sign-flip permutation test (Fisher, The Design of Experiments, 1935, §21).
+    The interval is the percentile bootstrap of the items' differences. The p-value is that of McNemar's exact
+    test for 0/1 scores (Psychometrika 12, 1947: of the items on which only one model is right, each model
+    should get half), and otherwise that of the sign-flip permutation test (Fisher, The Design of Experiments,
+    1935, §21).
 
     Raises:
-        DataError: if there are no scores, or not equally many.
+        DataError: if there are no scores, or the two models have different numbers of them.
     """
     first, second = _array(a), _array(b)
     if first.shape != second.shape:
@@ -90,16 +91,17 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
 def over_seeds(
     first: Sequence[NDArray[np.float64]], second: Sequence[NDArray[np.float64]] | None = None
 ) -> Mean:
-    """Give the mean score over tasks, or two methods' difference, with an interval for another draw of both.
+    """Return the mean score over tasks, or the difference of two methods, for new draws of seeds and items.
 
-    Seeds and items are resampled, crossed (Owen, Ann. Appl. Stat. 1, 2007), each task on its own: the
-    percentile bootstrap. Of S seeds S - 1 are drawn, which makes the seeds' part of the variance unbiased
-    (Rao & Wu, J. Am. Stat. Assoc. 83, 1988); with one seed it is left out. Of two methods the items are
-    paired and the seeds are not, since another method draws other numbers from the same seed.
+    The interval is the percentile bootstrap: for each task, seeds and items are resampled, crossed (Owen,
+    Ann. Appl. Stat. 1, 2007). Of S seeds S - 1 are drawn, which makes the seeds' part of the variance
+    unbiased (Rao & Wu, J. Am. Stat. Assoc. 83, 1988); with one seed, that part is left out. Between two
+    methods the items are paired and the seeds are not, because different methods draw different numbers from
+    the same seed.
 
     Args:
-        first: for each task its scores, shape (seeds, items).
-        second: those of what it is compared with, on the same tasks and items.
+        first: for each task the scores, shape (seeds, items).
+        second: the scores of the other method, on the same tasks and items.
 
     Raises:
         DataError: if there are no scores, or they are not on the same items.
@@ -145,7 +147,7 @@ def _wilson(array: NDArray[np.float64]) -> tuple[float, float]:
     n, share = len(array), float(array.mean())
     centre = share + Z**2 / (2 * n)
     half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    # At 0 and n right answers the limits are 0 and 1, which rounding would miss.
+    # With 0 or n right answers a limit is exactly 0 or 1, which rounding would miss.
     low = 0.0 if share == 0 else (centre - half) / (1 + Z**2 / n)
     high = 1.0 if share == 1 else (centre + half) / (1 + Z**2 / n)
     return low, high
@@ -174,7 +176,7 @@ def _sign_flip(difference: NDArray[np.float64]) -> float:
     moved = difference[difference != 0]
     n = len(moved)
     observed = abs(moved.sum())
-    # Sums that are equal but for rounding count as equal.
+    # Sums that differ only by rounding count as equal.
     reached = observed * (1 - 1e-12)
     if n <= EXACT:
         signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
@@ -185,5 +187,5 @@ def _sign_flip(difference: NDArray[np.float64]) -> float:
     for start in range(0, RESAMPLES, rows):
         signs = rng.integers(0, 2, (min(rows, RESAMPLES - start), n)) * 2 - 1
         count += int((np.abs(signs @ moved) >= reached).sum())
-    # The observed signs are one of the possible ones, so p is never 0 (Phipson & Smyth, 2010).
+    # The observed signs count as one of the samples, so p is never 0 (Phipson & Smyth, 2010).
     return (count + 1) / (RESAMPLES + 1)

@@ -1,8 +1,8 @@
-"""Loss on the completion, with logits only where there is something to predict.
+"""The loss on completions and classes; logits are computed only at the positions that have a target.
 
-The output layer of a language model is its widest product (SmolLM2: 49,152 × 576); a prompt's
-positions need none of it. A hook hands the output layer just the chosen positions, so whatever a
-model does to its logits afterwards (soft-capping, scaling) still applies.
+The output layer of a language model is its widest product (SmolLM2: 49,152 × 576), and the positions of a
+prompt do not need it. A hook passes only the chosen positions to the output layer, so anything that a model
+does to its logits afterwards (soft-capping, scaling) still applies.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["batch_loss", "class_logits", "mean_loss", "target_losses", "targets_
 def batch_loss(
     model: nn.Module, batch: AnyBatch, forward: Callable[..., Any] | None = None
 ) -> tuple[torch.Tensor, int]:
-    """Sum the negative log-likelihood (nats) of a batch's targets; give it with their number.
+    """Return the summed negative log-likelihood (nats) of a batch's targets, and their number.
 
     Args:
         model: a causal language model, a sequence classifier for a `ClassBatch`, or an image classifier
             for an `ImageBatch`, whose pixels are cast to the model's dtype.
         batch: on the model's device.
-        forward: what to call instead of the model (an engine that wraps it).
+        forward: called instead of the model, for an engine that wraps it.
     """
     loss = _cross_entropy(model, batch, forward, "sum")
     return loss, len(targets_of(batch))
@@ -37,16 +37,16 @@ def batch_loss(
 def target_losses(
     model: nn.Module, batch: AnyBatch, forward: Callable[..., Any] | None = None
 ) -> torch.Tensor:
-    """Give the negative log-likelihood of each target of a batch: (targets,), nats, float32.
+    """Return the negative log-likelihood of each target of a batch: (targets,), nats, float32.
 
-    They come in the order of the batch's targets or labels; arguments as for `batch_loss`.
+    The order is that of the batch's targets or labels. The arguments are those of `batch_loss`.
     """
     return _cross_entropy(model, batch, forward, "none")
 
 
 @torch.inference_mode()
 def mean_loss(model: nn.Module, batches: Iterable[AnyBatch]) -> tuple[float, int]:
-    """Sum loss and targets over batches without gradients: (sum in nats, number of targets)."""
+    """Return the summed loss (nats) and the number of targets of batches, without gradients."""
     total, count = 0.0, 0
     for batch in batches:
         loss, targets = batch_loss(model, batch)
@@ -58,7 +58,7 @@ def mean_loss(model: nn.Module, batches: Iterable[AnyBatch]) -> tuple[float, int
 def class_logits(
     model: nn.Module, batch: ClassBatch | ImageBatch, forward: Callable[..., Any] | None = None
 ) -> torch.Tensor:
-    """Give the logits (B, classes) of a classifier for a batch on its device."""
+    """Return the logits (B, classes) of a classifier for a batch on its device."""
     call = forward or model
     if isinstance(batch, ImageBatch):
         dtype: torch.dtype = model.dtype  # type: ignore[assignment]
@@ -68,7 +68,7 @@ def class_logits(
 
 
 def targets_of(batch: AnyBatch) -> torch.Tensor:
-    """Give what a batch's losses are of: (targets,) int64, tokens or classes."""
+    """Return the targets of a batch, tokens or classes: (targets,) int64."""
     return batch.labels if isinstance(batch, ClassBatch) else batch.targets
 
 

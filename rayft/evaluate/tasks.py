@@ -1,4 +1,4 @@
-"""Let a model answer, and score its answers."""
+"""Generate a model's answers, or predict classes, and score them."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class Scores:
     n: int
     ci_low: float
     ci_high: float
-    """95% interval of the mean; see `compare.interval`."""
+    """95% interval of the mean (`compare.interval`)."""
     seconds: float
     failures: int
-    """Answers that made the scorer raise; each counts as 0."""
+    """Number of answers for which the scorer raised an error; each of them scores 0."""
 
 
 class PerfectAnswer(NamedTuple):
-    """What a model would get that gives an example's own answer."""
+    """The score of a model that would write exactly an example's own answer."""
 
     score: float
-    """Below 1 if the scorer doesn't accept the data's own answer."""
+    """Below 1 if the scorer does not accept the data's own answer."""
     tokens: int
-    """Least `max_new_tokens` that it takes."""
+    """Smallest `max_new_tokens` with which the model could write it."""
 
 
 def score(
@@ -60,22 +60,22 @@ def score(
     max_new_tokens: int = 16,
     batch_size: int = 32,
 ) -> Scores:
-    """Score a model's answers, or a classifier's classes.
+    """Score the answers of a language model, or the classes that a classifier predicts.
 
     Args:
         model: a causal language model, or a classifier of texts or images if the examples have labels.
-        tokenizer: the model's, of an image classifier its image encoder.
+        tokenizer: the model's tokenizer, or the image encoder of an image classifier.
         examples: of one part, usually val or test.
         scorer: `Parts.scorer`.
-        style: how the question is asked; see `data.template.prompt_text`.
-        shots: solved examples for few_shot.
-        max_new_tokens: where an answer is cut off; what the chat template makes a model write before it is
-            not counted.
-        batch_size: sequences or images that run together.
+        style: how the question is asked (`data.template.prompt_text`).
+        shots: solved examples for `few_shot`.
+        max_new_tokens: longest answer; what the chat template makes a model write before its answer does not
+            count.
+        batch_size: number of sequences or images that run together.
 
     Raises:
-        DataError: if there are no examples, they ask nothing, they are images for a model of texts, or a
-            prompt does not fit the model.
+        DataError: if there are no examples, a prompt is empty or does not fit the model, or images are given
+            to a model of texts.
     """
     if not examples:
         raise DataError("there are no examples to score")
@@ -109,9 +109,9 @@ def _score_answers(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[float]:
-    """Let a model answer prompts, and score what it writes after its reasoning."""
+    """Generate answers to prompts, and score what the model writes after its reasoning."""
     chat_format = ChatFormat.of(tokenizer)
-    # What a template makes a model write before its answer must not use up the answer's tokens.
+    # Tokens that a template makes a model write before its answer must not count as tokens of the answer.
     limit = max_new_tokens + chat_format.overhead
     texts = generate(model, tokenizer, prompts, limit, batch_size)
     values = []
@@ -130,9 +130,9 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
 ) -> list[str]:
-    """Continue prompts greedily, each up to what ends a turn (or a sequence) or `max_new_tokens`.
+    """Continue prompts greedily, each until a turn or sequence ends, or for `max_new_tokens` tokens.
 
-    Prompts of like length run together, padded on the left; a row leaves its batch when it is done.
+    Prompts of similar length run together, padded on the left. A sequence leaves its batch when it is done.
 
     Raises:
         DataError: if a prompt and its answer don't fit the model's context.
@@ -158,11 +158,11 @@ def generate(
 def perfect_answers(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, scorer: Scorer
 ) -> list[PerfectAnswer]:
-    """Score the examples' own answers, as a model would be scored that writes exactly them.
+    """Score the examples' own answers, as if a model had written exactly those.
 
     Args:
         examples: conversations.
-        tokenizer: of the model that is to answer.
+        tokenizer: the tokenizer of the model that is to answer.
         scorer: `Parts.scorer`.
     """
     chat_format = ChatFormat.of(tokenizer)
@@ -175,13 +175,13 @@ def perfect_answers(
 
 
 def _contiguous(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    # The last position of each row is a strided view, for which the CPU's product copies the whole
-    # output matrix once a row: 3.4 of 5.1 s of reading 50 questions with SmolLM2 on two cores.
+    # The last positions are a strided view. For such a view the CPU's product copies the whole output matrix
+    # once per sequence, which took 3.4 of the 5.1 s of reading 50 questions with SmolLM2 on two cores.
     return (args[0].contiguous(), *args[1:])
 
 
 def _by_length(sequences: Sequence[Sized], batch_size: int) -> Iterator[list[int]]:
-    """Give batches of indices, longest first: what does not fit in memory fails at once."""
+    """Yield batches of indices, longest sequences first, so that a lack of memory shows at once."""
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
@@ -194,7 +194,7 @@ def _continue_batch(
 
     width = max(map(len, prompts))
     device = model.device
-    # Any token will do for padding: the mask hides it.
+    # Any token can be used for padding, since the mask hides it.
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)

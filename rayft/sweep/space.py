@@ -1,8 +1,8 @@
 """The search space: methods × ranks × learning rates × seeds, each point a whole `RunConfig`.
 
-A learning rate belongs to a method: the best ones differ by more than the methods do. Lists make a
-grid; a `{low, high}` range is drawn from log-uniformly. Every point is built, and so checked, before
-anything starts.
+Each method has its own learning rates, because the best learning rates differ by more than the methods do.
+Lists make a grid; a `{low, high}` range is sampled log-uniformly. Every point is built, and so validated,
+before anything starts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["LogUniform", "MethodSpace", "Point", "SweepConfig", "check_executor"
 
 
 class LogUniform(Section):
-    """A range drawn from log-uniformly."""
+    """A range that is sampled log-uniformly."""
 
     low: float = Field(gt=0)
     high: float = Field(gt=0)
@@ -40,19 +40,19 @@ class LogUniform(Section):
 
 
 class MethodSpace(Section):
-    """What is tried of one method."""
+    """The settings that are tried of one method."""
 
     ranks: tuple[int, ...] = (16,)
-    """Ranks to train at. Lower ones are cheaper by squeezing than by training again."""
+    """Ranks to train at. Squeezing to a lower rank is cheaper than training again."""
 
     lr: tuple[float, ...] | LogUniform = (2e-3,)
-    """Learning rates: a list, or a range to draw from."""
+    """Learning rates: a list, or a range to sample from."""
 
     alpha: float | None = Field(default=None, gt=0)
-    """Scale numerator α; 2·rank where not given."""
+    """Scale numerator α; by default 2·rank."""
 
     rslora: bool = False
-    """Scale by α/√rank."""
+    """Scale by α/√rank instead of α/rank."""
 
     targets: str | tuple[str, ...] = "all-linear"
     """As in `method.targets`."""
@@ -73,7 +73,7 @@ class MethodSpace(Section):
     """As in `method.options`."""
 
     anneal: AnnealConfig | None = None
-    """Let the rank fall from each of `ranks` while a trial trains."""
+    """Lower the rank from each of `ranks` while a trial trains."""
 
     @field_validator("ranks")
     @classmethod
@@ -91,44 +91,45 @@ class MethodSpace(Section):
 
 
 class SweepConfig(Section):
-    """What to try and when to give up on it."""
+    """What to try, and when to stop trying it."""
 
     methods: dict[str, MethodSpace]
-    """Method name → what is tried of it."""
+    """Method name → the settings that are tried of it."""
 
     seeds: tuple[int, ...] = (0,)
-    """Each point is run once a seed."""
+    """Each point is run once with each seed."""
 
     trials: int | None = Field(default=None, ge=1)
-    """At most so many trials; with ranges, how many are drawn."""
+    """Largest number of trials; with ranges, the number that is sampled."""
 
     grace: int = Field(default=10, ge=1)
-    """Steps before a trial can be stopped: ASHA's first rung."""
+    """Number of steps before a trial can be stopped: ASHA's first rung."""
 
     reduction: int = Field(default=2, ge=2)
-    """ASHA keeps about one in so many at each rung; rungs are this factor apart."""
+    """ASHA keeps about one of this many trials at each rung; the rungs are this factor apart."""
 
     select_by: Literal["val_loss", "val_score"] = "val_loss"
-    """What makes the winner, on the validation part."""
+    """The measure on the validation part that decides the winner."""
 
     executor: Literal["auto", "lane", "isolated"] = "auto"
-    """`lane`: trials share a base in memory; `isolated`: a worker group each; `auto`: lane where it can."""
+    """`lane`: trials share a base in memory; `isolated`: a worker group for each; `auto`: lane if
+    possible."""
 
     lanes: int = Field(default=1, ge=1)
-    """Trials at once, each in a lane (or worker group) of `scale.workers` workers."""
+    """Number of trials at the same time, each in a lane (or worker group) of `scale.workers` workers."""
 
     restarts: int = Field(default=3, ge=0)
-    """How often a trial is tried again whose lane died."""
+    """How often a trial is tried again if its lane dies."""
 
     silence_seconds: float = Field(default=120.0, gt=0, json_schema_extra={SINCE: "0.2"})
-    """Seconds without a sign of life, or without a batch, after which a lane is reported."""
+    """Seconds without a sign of life or without a batch after which the user is notified."""
 
     hang_seconds: float = Field(default=1800.0, gt=0, json_schema_extra={SINCE: "0.2"})
-    """Seconds of that after which its processes are ended and started again."""
+    """Seconds of the same after which the lane's processes are killed and started again."""
 
     @property
     def patience(self) -> Patience:
-        """Return how long a lane may be silent."""
+        """How long a lane may send no sign of life, or compute nothing."""
         return Patience(self.silence_seconds, self.hang_seconds)
 
     @field_validator("methods")
@@ -153,7 +154,7 @@ class SweepConfig(Section):
 
 @dataclass(frozen=True)
 class Point:
-    """One trial to be: its key (the same whenever the sweep is started again) and its run."""
+    """A trial to run. Its key stays the same when the sweep is started again."""
 
     key: str
     name: str
@@ -161,14 +162,14 @@ class Point:
 
 
 def points(sweep: SweepConfig, run: RunConfig) -> list[Point]:
-    """List the trials of a sweep, methods taking turns, so that a cap treats them alike.
+    """List the trials of a sweep; the methods alternate, so that a cap on the trials treats them alike.
 
     Args:
-        sweep: the space.
-        run: what all trials share, settled.
+        sweep: the search space.
+        run: the settings that all trials share, settled.
 
     Raises:
-        ConfigError: if a cap is too small to give each method one trial.
+        ConfigError: if the cap is too small for one trial of each method.
     """
     families = [list(_family(name, space, sweep, run)) for name, space in sweep.methods.items()]
     turns = [family[i] for i in range(max(map(len, families))) for family in families if i < len(family)]
@@ -181,10 +182,10 @@ def points(sweep: SweepConfig, run: RunConfig) -> list[Point]:
 
 
 def check_executor(sweep: SweepConfig, run: RunConfig) -> Literal["lane", "isolated"]:
-    """Decide the executor.
+    """Return the executor for a sweep.
 
     Raises:
-        ConfigError: if a lane is asked for and its base would not be whole.
+        ConfigError: if the configuration asks for lanes and ZeRO-3 partitions the base.
     """
     partitioned = run.scale.zero == 3
     if sweep.executor == "lane" and partitioned:
@@ -216,7 +217,7 @@ def _family(name: str, space: MethodSpace, sweep: SweepConfig, run: RunConfig) -
 
 def _point(config: MethodConfig, anneal: AnnealConfig | None, lr: float, seed: int, run: RunConfig) -> Point:
     optim = run.optim.model_copy(update={"lr": lr})
-    # Built anew, not copied: what doesn't fit together must be found before anything starts.
+    # Built anew, not copied, because settings that don't fit together must be found before anything starts.
     whole = _checked(run, {"method": config, "anneal": anneal, "optim": optim, "seed": seed})
     config = whole.method
     rank = method(config.name).rank(config)

@@ -1,12 +1,12 @@
-"""Files between the node on which a command runs, its home, and lanes on nodes with disks of their own.
+"""Transfer files between the home, the node on which a command runs, and lanes on nodes with other disks.
 
-The files at home are the ones that count. A lane elsewhere reads copies, which it fetches when it needs
-them, and writes into a folder of its own. Checkpoints, adapters and results are sent home before they are
-reported, so a trial whose node is lost continues on another one. All of it goes through Ray's object store
-in parts of `PART` bytes.
+Only the files at home count. A lane on another disk reads copies, which it fetches when it needs them, and
+writes into a folder of its own. Checkpoints, adapters and results are sent home before they are reported, so
+a trial whose node is lost continues on another node. All files travel through Ray's object store in parts of
+`PART` bytes.
 
-    <cache>/lanes/<lane>/copies/<job>/…     what the lane reads
-    <cache>/lanes/<lane>/made/<path>        what it writes, under the path that it has at home
+    <cache>/lanes/<lane>/copies/<job>/…     files that the lane reads
+    <cache>/lanes/<lane>/made/<path>        files that it writes, under the path that they have at home
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from rayft.train.home import Home
 __all__ = ["FileHost", "RemoteHome", "find_home"]
 
 PART = 2**25
-"""Bytes that travel at once."""
+"""Bytes that are transferred in one call."""
 STALE_SECONDS = 600.0
-"""After how long without a sign of life the folder of a lane counts as left behind."""
+"""Time without a sign of life after which the folder of a lane counts as abandoned."""
 
 
 class FileHost:
-    """An actor on the home's node that reads and writes files for lanes elsewhere."""
+    """An actor on the home's node that reads and writes files for lanes on other disks."""
 
     def files(self, path: str) -> dict[str, int] | None:
-        """List the files at a path: name below it → bytes; None if nothing is there.
+        """Return the files at a path: name relative to the path → bytes; None if nothing is there.
 
-        Where the path is a file, its name is empty.
+        If the path itself is a file, its relative name is empty.
         """
         top = Path(path)
         if top.is_file():
@@ -53,30 +53,31 @@ class FileHost:
         return {str(one.relative_to(top)): one.stat().st_size for one in found}
 
     def read(self, path: str, start: int) -> bytes:
-        """Return a part of a file."""
+        """Return the part of a file that begins at a byte."""
         with open(path, "rb") as file:
             file.seek(start)
             return file.read(PART)
 
     def begin(self, target: str) -> str:
-        """Make a folder beside a target that is filled before it takes the target's place."""
+        """Create a folder beside a target; `settle` moves its files to the target once all have arrived."""
         above = Path(target).parent
         with room_on(above):
             above.mkdir(parents=True, exist_ok=True)
-            # Named as what `write_whole` fills, so the next command deletes what a killed lane left.
+            # Named like the folders of `write_whole`, so the next command deletes what a killed lane has
+            # left.
             staging = Path(tempfile.mkdtemp(prefix=f".{Path(target).name}-", dir=above)) / "new"
             staging.mkdir()
             return str(staging)
 
     def append(self, path: str, part: bytes) -> None:
-        """Add a part to a file."""
+        """Append a part to a file."""
         with room_on(Path(path).parent, len(part)):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab") as file:
                 file.write(part)
 
     def settle(self, staging: str, target: str) -> None:
-        """Put what was filled in the target's place, beside what another node has sent for it."""
+        """Move the files of a folder from `begin` to the target, beside what other nodes have sent."""
         with room_on(Path(target).parent):
             sync_tree(Path(staging))
             goal = Path(target)
@@ -89,18 +90,18 @@ class FileHost:
         shutil.rmtree(Path(staging).parent, ignore_errors=True)
 
     def do(self, verb: str, path: str, *arguments: Any) -> None:
-        """Do at home what `Home` does where its disk is seen: check, commit, prune, remove, write."""
+        """Call a method of `Home` at home: check, commit, prune, remove or write."""
         getattr(Home(), verb)(Path(path), *arguments)
 
 
 class RemoteHome(Home):
-    """The home of workers that do not see its disk.
+    """Access for workers that do not see the home's disk.
 
-    All workers of a lane on one node share a folder. What several of them ask for is brought once.
+    All workers of a lane on one node share a folder. A file that several of them ask for is fetched once.
 
     Args:
         host: handle of the `FileHost`.
-        lane: names this start of the lane; the same on all its workers.
+        lane: identifies this start of the lane; the same on all its workers.
     """
 
     seen = False
@@ -115,17 +116,17 @@ class RemoteHome(Home):
         self._scope = "lane"
 
     def alive(self) -> None:
-        """Mark the folder as in use."""
+        """Mark this lane's folder as in use."""
         with suppress(OSError):
             os.utime(self._root)
 
     def close(self) -> None:
-        """Delete the folder."""
+        """Delete this lane's folder."""
         shutil.rmtree(self._root, ignore_errors=True)
 
     @contextmanager
     def within(self, scope: str) -> Iterator[None]:
-        """Let the copies that the block fetches belong to a scope, with which they are dropped."""
+        """Assign the copies that the block fetches to a scope; `drop` deletes the copies of a scope."""
         before, self._scope = self._scope, scope
         try:
             yield
@@ -133,11 +134,11 @@ class RemoteHome(Home):
             self._scope = before
 
     def drop(self, scope: str) -> None:
-        """Delete the copies of a scope."""
+        """Delete the copies that were fetched within a scope."""
         shutil.rmtree(self._root / "copies" / scope, ignore_errors=True)
 
     def local(self, path: str | Path) -> Path:
-        """Return this node's copy of a file or folder; the path itself where this node has one of its own."""
+        """Return this node's copy of a file or folder, or the path itself if it exists on this node."""
         path = Path(path)
         if path.exists() or not path.is_absolute():
             return path
@@ -146,19 +147,19 @@ class RemoteHome(Home):
         return copy if self._fetch(path, copy) else path
 
     def place(self, folder: Path) -> Path:
-        """Return the folder of this node that stands for one of the home."""
+        """Return the folder in which this node writes the files of a folder of the home."""
         return self._made / folder.relative_to("/")
 
     def check(self, folder: Path) -> None:
-        """Refuse a folder of the home that an adapter can't be written to."""
+        """Refuse a folder of the home to which no adapter can be written."""
         self._do("check", folder)
 
     def bring(self, place: Path) -> None:
-        """Fetch what the home has of a folder."""
+        """Fetch the files that the home has for a folder."""
         self._fetch(self._home(place), place)
 
     def send(self, place: Path, *, keep: bool = False) -> None:
-        """Send a folder's files home, and delete them here unless they are kept."""
+        """Send a folder's files home, and delete them on this node unless they are kept."""
         with locked(_lock(place)):
             files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
             if not files:
@@ -174,16 +175,16 @@ class RemoteHome(Home):
                 shutil.rmtree(place)
 
     def commit(self, place: Path, state: Mapping[str, Any]) -> None:
-        """Turn a folder of the home into a checkpoint."""
+        """Turn a folder at home into a checkpoint."""
         self._do("commit", self._home(place), dict(state))
 
     def prune(self, folder: Path, keep: int) -> None:
-        """Delete all but the last checkpoints of a folder of the home."""
+        """Delete all but the last checkpoints of a folder, at home; delete all of them on this node."""
         shutil.rmtree(folder, ignore_errors=True)
         self._do("prune", self._home(folder), keep)
 
     def remove(self, place: Path) -> None:
-        """Delete a folder, here and at home."""
+        """Delete a folder on this node and at home."""
         super().remove(place)
         self._do("remove", self._home(place))
 
@@ -198,7 +199,7 @@ class RemoteHome(Home):
         return Path("/") / place.relative_to(self._made)
 
     def _fetch(self, path: Path, copy: Path) -> bool:
-        """Copy a file or folder of the home, unless that was done; return whether there is one."""
+        """Copy a file or folder of the home, unless there is a copy; return whether the home has it."""
         with locked(_lock(copy)):
             if copy.exists():
                 return True
@@ -222,11 +223,11 @@ class RemoteHome(Home):
 
 
 def find_home(home: HomeNode, lane: str) -> Home:
-    """Return the home as this worker sees it.
+    """Return this worker's access to the home.
 
     Args:
         home: how to find it.
-        lane: names this start of the lane; the same on all its workers.
+        lane: identifies this start of the lane; the same on all its workers.
     """
     if home.node == ray.get_runtime_context().get_node_id() or Path(home.mark).is_file():
         return Home()
@@ -246,7 +247,7 @@ def _lock(path: Path) -> Path:
 
 
 def _remove_stale(above: Path) -> None:
-    """Delete what lanes left behind that were killed with their node."""
+    """Delete the folders of lanes that were killed together with their node."""
     for path in above.glob("*") if above.is_dir() else ():
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
