@@ -1,1 +1,1 @@
-"""Benchmarks: each writes its results to `results/`, from which the README's tables are made."""
+"""Benchmarks. Each writes its results to `results/`, from which the tables of the documentation are made."""

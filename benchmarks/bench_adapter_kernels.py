@@ -1,24 +1,24 @@
-"""What many adapters in one batch cost beside the base's own linears, in one run on one GPU.
+"""Measure the cost of many adapters in one batch, relative to the base's own linears, in one run on one GPU.
 
     python benchmarks/bench_adapter_kernels.py [--loads decode32x8,…] [--commit HASH]
     python benchmarks/bench_adapter_kernels.py --tune [--loads decode32x32]
 
-All linears of a 1.0 B Llama shape (16 layers of q, k, v, o, gate, up, down; bfloat16, random numbers),
-adapters of ranks 4, 8, 16, 64 in turn on each. Everything is captured once and replayed as a CUDA
-graph; cases take turns, `ROUNDS` times. Layers share buffers of x and y, as a model's do; weights and
-factors are each layer's own, more than a GPU's cache holds.
+The benchmark has all linears of a Llama shape of 1.0 B parameters (16 layers of q, k, v, o, gate, up, down;
+bfloat16, random numbers), with adapters of ranks 4, 8, 16, 64 in turn on each. Each case is captured once and
+replayed as a CUDA graph. The cases take turns, `ROUNDS` times. Layers share buffers of x and y, as in a
+model. Each layer has its own weights and factors, which together are larger than a GPU's cache.
 
     base                  the linears alone
     N_adapters            the adapters alone, added to y by our kernels (and the batch's preparation)
     padded_N              the adapters alone, all padded to rank 64 and multiplied as one batch
     peft_N                the adapters alone, one after the other: PEFT's way with a mixed batch, but
-                          without its Python, since it is replayed
+                          without its Python overhead, since it is replayed
     base_then_N_adapters  the linears, then the adapters
     N_adapters_then_base  the adapters first, the linears' products accumulated onto them
-    limit_N               what the factors, x and y take at `BANDWIDTH`; limit_factors_N, the factors alone.
-                          `bytes_over_limit` is the time over limit_N
+    limit_N               the time to transfer the factors, x and y at `BANDWIDTH`; limit_factors_N, of the
+                          factors alone. `bytes_over_limit` is the time over limit_N
 
-`--tune` tries other constants and prints what they give.
+`--tune` tries other constants and prints their times.
 """
 
 from __future__ import annotations
@@ -54,31 +54,31 @@ KINDS = {
 RANKS, WIDEST, SLOTS = (4, 8, 16, 64), 64, 33
 ROUNDS, SAMPLES = 3, 10
 BANDWIDTH = 3.0e12
-"""Bytes a second that an H100's memory gives in practice."""
+"""Bytes per second that the memory of an H100 reaches in practice."""
 
 Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class Load:
-    """Rows of a batch and the adapters that they take in turn (decoding) or in a run each (prefill)."""
+    """The rows of a batch and their adapters: in turn (decoding), or a block of rows each (prefill)."""
 
     rows: int
     adapters: int
 
     @property
     def place(self) -> str:
-        """Name the shape of it in results."""
+        """The name of the shape in results."""
         return f"1b/{self.rows}{'rows' if self.rows <= DECODE else 'tokens'}"
 
     def slots(self) -> torch.Tensor:
-        """Give each row's slot."""
+        """Return the slot of each row."""
         turns = torch.arange(self.rows) % self.adapters + 1
         return (turns if self.rows <= DECODE else turns.sort().values).int()
 
 
 SUMS = ("base_then_{}_adapters", "{}_adapters_then_base")
-"""Cases that hold the base's products too."""
+"""Cases that include the products with the base."""
 LOADS = {"decode32x8": Load(32, 8), "decode32x32": Load(32, 32), "prefill4096x8": Load(4096, 8)}
 CHANGES: dict[str, list[dict[str, Any]]] = {
     "decode": [
@@ -95,7 +95,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
 
 
 class Linears:
-    """Weights of all linears, the adapters' factors, and buffers of x and y for a load."""
+    """The weights of all linears, the factors of the adapters, and buffers of x and y for a load."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ class Linears:
         self.buffers(LOADS["decode32x8"])
 
     def buffers(self, load: Load) -> None:
-        """Make x and y for a load; they are the same for the groups of one kind."""
+        """Create x and y for a load. Groups of the same kind share them."""
         self.load, self.slots = load, load.slots().cuda()
         x = {size: normal(load.rows, size) for size in (HIDDEN, FFN)}
         ys = [
@@ -124,13 +124,13 @@ class Linears:
         self.ys = [y for _ in range(LAYERS) for y in ys]
 
     def rows(self, tuning: Tuning | None = None) -> Rows:
-        """Give the load's rows for the kernels."""
+        """Return the rows of the load in the form of the kernels."""
         rows = Rows(self.table, self.load.rows, tuning)
         rows.slots.copy_(self.slots)
         return rows
 
     def each(self) -> Iterator[tuple[int, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]]:
-        """Go through the groups: index, x, the outputs, the weights."""
+        """Yield index, x, outputs and weights of each group."""
         yield from zip(range(len(self.x)), self.x, self.ys, self.weights, strict=True)
 
 
@@ -143,7 +143,7 @@ def factors(rank: int, outputs: int, inputs: int) -> SlotFactors:
 
 
 def grouped(linears: Linears, rows: Rows, *, before: bool = False, after: bool = False) -> None:
-    """Our kernels, with the base's products before them, after them or without any."""
+    """Run our kernels, with the products of the base before them, after them or without them."""
     rows.prepare()
     for group, x, ys, weights in linears.each():
         if before:
@@ -167,7 +167,7 @@ def all_base(linears: Linears) -> None:
 
 
 def loop(linears: Linears, members: dict[int, torch.Tensor]) -> None:
-    """PEFT's mixed batch: for each adapter its rows are taken out, multiplied and added."""
+    """Run PEFT's mixed batch: for each adapter, its rows are gathered, multiplied and added."""
     for group, x, ys, _ in linears.each():
         for part, y in enumerate(ys):
             table = linears.table.layer(group, part)
@@ -182,7 +182,7 @@ Stacks = list[list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def stacks(linears: Linears) -> Stacks:
-    """Give the load's adapters of every linear as A (S × R × I) and B (S × O × R), padded to one rank."""
+    """Return the adapters of every linear as A (S × R × I) and B (S × O × R), padded to one rank."""
     made: Stacks = []
     for group, x, ys, _ in linears.each():
         made.append([])
@@ -198,7 +198,7 @@ def stacks(linears: Linears) -> Stacks:
 
 
 def padded(linears: Linears, made: Stacks) -> None:
-    """One batched product for all: rows gather their factors (decoding), or make runs of one length."""
+    """Run one batched product: rows gather their factors (decoding) or are equal blocks (prefill)."""
     index, load = linears.slots - 1, linears.load
     for group, x, ys, _ in linears.each():
         for (a, b), y in zip(made[group], ys, strict=True):
@@ -211,7 +211,7 @@ def padded(linears: Linears, made: Stacks) -> None:
 
 
 def replay(graph: torch.cuda.CUDAGraph, samples: int = SAMPLES, budget: float = 20.0) -> list[float]:
-    """Time replays, each sample so many in a row as fit into `budget` milliseconds: ms of one."""
+    """Return milliseconds of a replay, for samples of as many replays as fit into `budget` milliseconds."""
 
     def sample(times: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -228,7 +228,7 @@ def replay(graph: torch.cuda.CUDAGraph, samples: int = SAMPLES, budget: float = 
 
 
 def check(linears: Linears, rows: Rows, members: dict[int, torch.Tensor]) -> None:
-    """Stop if the kernels and the loop disagree: times of wrong results are worth nothing."""
+    """Raise an error if the kernels and the loop disagree, since times of wrong results mean nothing."""
     results = []
     for step in (partial(loop, linears, members), partial(grouped, linears, rows)):
         for y in itertools.chain(*linears.ys):
@@ -241,7 +241,7 @@ def check(linears: Linears, rows: Rows, members: dict[int, torch.Tensor]) -> Non
 
 
 def steps(linears: Linears) -> dict[str, Step]:
-    """Give what is measured for the load whose buffers there are."""
+    """Return the cases for the load of the present buffers."""
     members = {
         slot: (linears.slots == slot).nonzero().flatten() for slot in range(1, linears.load.adapters + 1)
     }
@@ -258,7 +258,7 @@ def steps(linears: Linears) -> dict[str, Step]:
 
 
 def bound(linears: Linears) -> tuple[float, float]:
-    """Give the bytes of the load's factors, and with x read and y read and written."""
+    """Return the bytes of the factors of the load, and the bytes with x read and y read and written."""
     load = linears.load
     sizes = [(rank, *shape) for shape in linears.table.shapes.values() for rank in RANKS]
     weights = sum(2 * rank * (outputs + inputs) for rank, outputs, inputs in sizes)
@@ -301,7 +301,7 @@ def run(linears: Linears, name: str) -> list[dict[str, Any]]:
 
 
 def tune(linears: Linears, name: str) -> None:
-    """Try other constants for a load, one change at a time."""
+    """Try other constants for a load, and change one at a time."""
     linears.buffers(LOADS[name])
     decoding = linears.load.rows <= DECODE
     start = Tuning.choose(linears.load.rows, "cuda")
@@ -314,9 +314,10 @@ def tune(linears: Linears, name: str) -> None:
 
 
 def attempt(linears: Linears, start: Tuning, change: dict[str, Any]) -> float:
-    """Time with some constants changed: the adapters alone, in a prefill written before the base's products.
+    """Return the milliseconds of the adapters alone with some constants changed.
 
-    Infinity where the device refuses them.
+    In a prefill, the adapters are written before the products of the base. The result is infinity if the
+    device refuses the constants.
     """
     try:
         rows = linears.rows(replace(start, **change))
@@ -331,8 +332,8 @@ def attempt(linears: Linears, start: Tuning, change: dict[str, Any]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--loads", default=",".join(LOADS), help="of " + ", ".join(LOADS))
-    parser.add_argument("--tune", action="store_true", help="try other constants instead")
+    parser.add_argument("--loads", default=",".join(LOADS), help="which to measure, of " + ", ".join(LOADS))
+    parser.add_argument("--tune", action="store_true", help="try other constants instead of measuring")
     parser.add_argument("--commit")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -343,7 +344,7 @@ def main() -> None:
             tune(linears, name)
             continue
         rows += [{**row, "commit": arguments.commit or row["commit"]} for row in run(linears, name)]
-        # After each, so that a run that is cut short loses one load at most.
+        # Save after each load, so that an interrupted run loses one load at most.
         save("adapter_kernels", rows)
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,9 +1,10 @@
-"""What the parts of an analysis take for one adapter that has the device to itself.
+"""Measure the time of each part of an analysis, for one adapter on a device that nothing else uses.
 
     python benchmarks/bench_analysis.py SWEEP TRIAL [--grid 25] [--commit HASH]
 
-SWEEP is the folder of a finished sweep, TRIAL the name of one of its trials. On a GPU the Hessian is measured
-by CUDA graph and without. Each part runs once: the first forwards of a process are in `gap`.
+SWEEP is the folder of a finished sweep, TRIAL the name of one of its trials. On a GPU, the Hessian is
+measured with and without a CUDA graph. Each part runs once, so `gap` includes the first forwards of the
+process.
 """
 
 from __future__ import annotations

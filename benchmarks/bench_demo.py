@@ -1,7 +1,7 @@
-"""Run `rayft demo`, watch its memory, and keep its scores, sizes, times and overheads as results.
+"""Run `rayft demo`, measure its memory, and save its scores, sizes, times and overheads as results.
 
 python benchmarks/bench_demo.py            # runs the demo
-python benchmarks/bench_demo.py --read DIR # takes a sweep's folder as it is (no memory, no total)
+python benchmarks/bench_demo.py --read DIR # reads the folder of a finished sweep (no memory, no total)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rayft.report.record import SweepRecord
 
 
 def run_demo() -> tuple[float, float]:
-    """Run the demo; give its seconds and the peak of its processes' proportional set size in GiB."""
+    """Run the demo; return its seconds, and the peak proportional set size of its processes in GiB."""
     started, peak = time.monotonic(), 0
     process = subprocess.Popen([sys.executable, "-m", "rayft.cli", "demo"])
     while process.poll() is None:
@@ -49,7 +49,7 @@ def _memory(pid: int) -> int:
 
 
 def results(sweep: SweepRecord, bench: str) -> list[dict[str, Any]]:
-    """Turn a sweep's record into results."""
+    """Return the results of the record of a sweep."""
     known = {"device": sweep.device, "versions": sweep.versions}
     found = []
 
@@ -73,7 +73,7 @@ def results(sweep: SweepRecord, bench: str) -> list[dict[str, Any]]:
 
 
 def overheads(sweep: SweepRecord, place: str) -> list[dict[str, Any]]:
-    """Give what a lane spends on a trial beyond its steps and evaluations: the first one and later ones."""
+    """Return the seconds of a lane's trials without steps and evaluations: of the first, and of others."""
     known = {"device": sweep.device, "versions": sweep.versions}
     spent = [trial.overhead_seconds for trial in sweep.trials if trial.status != "failed"]
     first, later = max(spent), sorted(spent)[:-1]
@@ -88,7 +88,7 @@ def overheads(sweep: SweepRecord, place: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run or read, and save."""
+    """Run the demo or read a sweep, and save the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--read", type=Path)
     parser.add_argument("--bench", default="demo")

@@ -1,16 +1,17 @@
-"""All methods on real tasks: which adapter is best at equal rank, and at equal stored parameters?
+"""Compare all methods on real tasks: which is best at equal rank, and at equal stored parameters?
 
-    python benchmarks/bench_methods_quality.py --prepare DATA         # the tasks as JSONL, by reasoning-gym
-    python benchmarks/bench_methods_quality.py --data DATA --out OUT  # trains and scores, or goes on
-    python benchmarks/bench_methods_quality.py --report               # results anew from finished trials
+    python benchmarks/bench_methods_quality.py --prepare DATA         # writes the tasks of reasoning-gym as
+    JSONL python benchmarks/bench_methods_quality.py --data DATA --out OUT  # trains and scores, or continues
+    python benchmarks/bench_methods_quality.py --report               # writes results of finished trials
 
-SmolLM2-135M-Instruct, four reasoning-gym tasks. For each method, task and budget the learning rate is
-chosen on the validation part at one seed, then two more seeds train at it; the three are scored on the
-test part, and so is the base as it is. Budgets: `equal_rank`, rank 16 (of a chain: of each of its 4 links),
-and `equal_params`, the rank whose stored numbers over the whole model (all links) come nearest to LoRA's at
-rank 16. Trials run in lanes, several on one GPU. What each finished trial left and scored is kept in
-`results/methods_quality_trials.json`, so a run that was cut short goes on where it stopped, on another
-machine too; a trial whose adapter is gone and whose test score is missing is trained again.
+The base is SmolLM2-135M-Instruct, and the tasks are four of reasoning-gym. For each method, task and budget,
+the learning rate is chosen on the validation part with one seed. Two more seeds are trained at that rate, and
+all three are scored on the test part, as is the base without an adapter. The budgets are `equal_rank`, rank
+16 (for a chain, of each of its 4 links), and `equal_params`, the rank at which the stored parameters of the
+whole model (of all links) are nearest to those of LoRA at rank 16. Trials run in lanes, several on one GPU.
+The result and the scores of each finished trial are saved in `results/methods_quality_trials.json`. An
+interrupted run therefore continues where it stopped, also on another machine; a trial without its adapter and
+test score is trained again.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 MODEL = "smollm2-135m-instruct"
 RANK, LINKS, SEEDS = 16, 4, (0, 1, 2)
 TRIALS = RESULTS / "methods_quality_trials.json"
-"""Every trial: what its training left, and its scores."""
+"""File of all trials: the result of training, and the scores."""
 LR = {
     "full": (2e-5, 6e-5, 2e-4),
     "lora": (5e-4, 1.5e-3, 4e-3),
@@ -53,15 +54,15 @@ LR = {
     "c3la": (5e-4, 1.5e-3, 5e-3),
     "rc3la": (5e-4, 1.5e-3, 5e-3),
 }
-"""Learning rates tried, about a factor of three apart; paca's are twice cla's, since s = 2.
+"""Learning rates to try, about a factor of three apart. Those of paca are twice those of cla, since s = 2.
 
-Where the lowest or the highest is best, one beyond it is tried too.
+If the lowest or the highest is the best, one rate beyond it is tried too.
 """
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A method at a rank on a task."""
+    """A method with a rank on a task."""
 
     method: str
     task: str
@@ -71,14 +72,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run, and on what."""
+    """How much to run, and on which device."""
 
     steps: int
     lanes: int
     lrs: int
     device: str
     name: str
-    """The device's, in results."""
+    """Name of the device in results."""
     commit: str | None
     model: str
     data: Path
@@ -87,10 +88,10 @@ class Scale:
 
 
 def settings(scale: Scale, tasks: Sequence[str], names: Sequence[str]) -> list[Setting]:
-    """List what is compared: each method at both budgets, once where they are the same."""
+    """Return the settings to compare: each method at both budgets, or once if both have the same rank."""
     shapes, _, _ = skeleton(ModelConfig(name=scale.model))
     layers = [LayerShape(*shape) for shape in shapes.values()]
-    # What changes the base comes last: after it a lane loads the base again.
+    # Methods that change the base come last, since a lane loads the base again after them.
     names = sorted(names, key=lambda name: name == "full")
     near = {name: matching_rank(name, layers) for name in names if name != "full"}
     found = []
@@ -103,20 +104,20 @@ def settings(scale: Scale, tasks: Sequence[str], names: Sequence[str]) -> list[S
 
 
 def matching_rank(name: str, layers: Sequence[LayerShape]) -> int:
-    """Give the rank at which a method stores nearest to what LoRA does at `RANK`."""
+    """Return the rank at which a method stores nearly as many parameters as LoRA at rank `RANK`."""
     target = stored("lora", RANK, layers)
     ranks = range(1, min(METHODS[name].max_rank(layer) for layer in layers) + 1)
     return min(ranks, key=lambda rank: abs(stored(name, rank, layers) - target))
 
 
 def stored(name: str, rank: int, layers: Sequence[LayerShape]) -> int:
-    """Count what an adapter stores over the whole model."""
+    """Return the number of parameters that an adapter stores over the whole model."""
     links = LINKS if isinstance(METHODS[name], Chain) else 1
     return sum(METHODS[name].stored(layer, rank, links) for layer in layers)
 
 
 def make_run(setting: Setting, lr: float, seed: int, scale: Scale) -> RunConfig:
-    """Give the run of a setting."""
+    """Return the run of a setting."""
     chain = ChainConfig(links=LINKS) if isinstance(METHODS[setting.method], Chain) else None
     gpu = scale.device == "cuda"
     return RunConfig(
@@ -136,19 +137,19 @@ def make_run(setting: Setting, lr: float, seed: int, scale: Scale) -> RunConfig:
 
 
 class Trials:
-    """What finished trials left, looked up by setting, learning rate and seed."""
+    """Results of finished trials, by setting, learning rate and seed."""
 
     def __init__(self, scale: Scale) -> None:
         self.scale = scale
         self.store = TrialStore(scale.trials, scale.name)
 
     def key(self, setting: Setting, lr: float, seed: int) -> str:
-        """Name a trial; the same settings have the same name in every run."""
+        """Return the name of a trial, which depends only on its settings."""
         trial = f"{setting.method}-r{setting.rank}-lr{lr:g}-s{seed}-n{self.scale.steps}"
         return f"{self._model()}/{setting.task}/{trial}"
 
     def best_lr(self, setting: Setting) -> float | None:
-        """Choose the learning rate with the best validation score (of equals the lower loss)."""
+        """Return the learning rate with the best validation score, or the lower loss if scores are equal."""
         found = []
         for lr in (*self.grid(setting), *self.beyond(setting)):
             key = self.key(setting, lr, SEEDS[0])
@@ -158,20 +159,20 @@ class Trials:
         return max(found)[2] if found else None
 
     def grid(self, setting: Setting) -> tuple[float, ...]:
-        """Give the learning rates that are tried first."""
+        """Return the learning rates to try first."""
         return LR[setting.method][: self.scale.lrs]
 
     def beyond(self, setting: Setting) -> tuple[float, float]:
-        """Give those tried next where the best is the lowest or the highest: a third, and three times it."""
+        """Return the rates beyond the grid: a third of the lowest, and three times the highest."""
         grid = self.grid(setting)
         return float(f"{grid[0] / 3:.1g}"), float(f"{grid[-1] * 3:.2g}")
 
     def base_key(self, task: str) -> str:
-        """Name the base's scores on a task."""
+        """Return the name of the scores of the base on a task."""
         return f"{self._model()}/{task}/base"
 
     def matrix(self, setting: Setting) -> np.ndarray[Any, np.dtype[np.float64]] | None:
-        """Give a setting's test scores at its best learning rate, (seeds, questions); None if not all."""
+        """Return the test scores at the best learning rate, (seeds, questions); None if some are missing."""
         lr = self.best_lr(setting)
         scores = [self.store.score(self.key(setting, lr, seed), "test") for seed in SEEDS] if lr else []
         return np.array(scores) if scores and all(scores) else None
@@ -181,7 +182,7 @@ class Trials:
 
 
 class Bench(Trials):
-    """Runs trials and scores in lanes, and keeps what came out."""
+    """Trains and scores in lanes, and saves the results."""
 
     def __init__(self, scale: Scale) -> None:
         super().__init__(scale)
@@ -189,11 +190,11 @@ class Bench(Trials):
         self.runner = LaneRunner(self.store, run.scale, scale.out, scale.lanes, "quality", scale.commit)
 
     def train(self, wanted: Sequence[tuple[Setting, float, int]], part: str) -> None:
-        """Train what is missing, and score it on a part."""
+        """Train the trials that are missing, and score them on a part."""
         self.runner.train({self.key(*trial): make_run(*trial, self.scale) for trial in wanted}, part)
 
     def score_bases(self, tasks: Sequence[str]) -> None:
-        """Score the base as it is on the tasks' test parts."""
+        """Score the base without an adapter on the test parts of the tasks."""
         runs = {
             task: make_run(Setting("lora", task, "equal_rank", RANK), 1e-3, 0, self.scale) for task in tasks
         }
@@ -201,7 +202,7 @@ class Bench(Trials):
 
 
 def run_all(bench: Bench, wanted: Sequence[Setting], deadline: float) -> None:
-    """Go task by task: learning rates at the first seed, then the other seeds at the best one."""
+    """Run each task: all learning rates with the first seed, then the other seeds at the best rate."""
     tasks = list(dict.fromkeys(setting.task for setting in wanted))
     bench.score_bases(tasks)
     for task in tasks:
@@ -224,13 +225,13 @@ def run_all(bench: Bench, wanted: Sequence[Setting], deadline: float) -> None:
 
 
 def _edge(bench: Trials, setting: Setting) -> list[float]:
-    """Give the learning rate beyond the grid that is worth a trial, if its end was best."""
+    """Return the learning rate beyond the grid to try, if the best one is at the end of the grid."""
     best, grid, (below, above) = bench.best_lr(setting), bench.grid(setting), bench.beyond(setting)
     return [beyond for end, beyond in ((grid[0], below), (grid[-1], above)) if best == end]
 
 
 def records(trials: Trials, wanted: Sequence[Setting]) -> list[dict[str, Any]]:
-    """Turn trials into results: for each method, task and budget, then over tasks and against LoRA."""
+    """Return the results of trials: for each method, task and budget, then over tasks and against LoRA."""
     layers = [LayerShape(*shape) for shape in skeleton(ModelConfig(name=trials.scale.model))[0].values()]
     rows, matrices = [], {}
     for setting in wanted:
@@ -252,7 +253,7 @@ def records(trials: Trials, wanted: Sequence[Setting]) -> list[dict[str, Any]]:
 
 
 def _budgets(setting: Setting) -> list[str]:
-    """Say which tables a setting is in; LoRA at rank 16 is what both are made equal to."""
+    """Return the tables that a setting is in. LoRA at rank 16 is the reference of both, so it is in both."""
     same = setting.budget == "equal_rank" and setting.rank == RANK and setting.method in ("lora", "lora_plus")
     return [setting.budget, *(["equal_params"] if same else [])]
 
@@ -277,12 +278,12 @@ def _records_of(
         ("gib", min(result["peak_memory"] for result in results) / 2**30, "GiB"),
     ):  # fmt: skip
         rows.append(record("methods_quality", case, metric, value, unit, **known))
-    # The trials' own: they may be older than what writes them down.
+    # The commit and versions of the trials, which may be older than this run.
     return [{**row, **trials.store.origin(keys)} for row in rows]
 
 
 def _over_tasks(trials: Trials, matrices: dict[tuple[str, str, str], Any]) -> list[dict[str, Any]]:
-    """Average each method over the tasks that all have finished, and compare it with LoRA."""
+    """Average each method over the tasks that all methods have finished, and compare it with LoRA."""
     rows, origin = [], trials.store.origin(trials.store.known)
     names = list(dict.fromkeys((name, budget) for name, budget, _ in matrices))
     tasks = [
@@ -302,7 +303,7 @@ def _over_tasks(trials: Trials, matrices: dict[tuple[str, str, str], Any]) -> li
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Write the results of all kept trials, whatever was run now."""
+    """Write the results of all saved trials, including those of earlier runs."""
     scale = Scale(
         arguments.steps, arguments.lanes, arguments.lrs, "cpu", device_kind(arguments.trials), None,
         arguments.model, Path(), Path(), arguments.trials,
@@ -324,9 +325,11 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, default=4)
     parser.add_argument("--lrs", type=int, default=3)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no task after that")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start no task after this many seconds"
+    )
     parser.add_argument("--commit")
-    parser.add_argument("--report", action="store_true", help="write results from finished trials")
+    parser.add_argument("--report", action="store_true", help="write the results of finished trials")
     arguments = parser.parse_args()
     if arguments.report:
         report(arguments)

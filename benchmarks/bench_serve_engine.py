@@ -1,19 +1,22 @@
-"""What adapters cost in the engine on one GPU: a decoding step, a prefill, and tokens a second with many.
+"""Measure the cost of adapters in the engine on one GPU: decoding, prefill, and throughput with many.
 
-    python benchmarks/bench_serve_engine.py [--parts step,prefill,peft,many,rival] [--commit HASH]
+    python benchmarks/bench_serve_engine.py [--parts step,prefill,peft,many,engines] [--commit HASH]
 
-A 1.0 B Llama shape (random weights, bfloat16), the packed engine. Its forwards are timed as the engine runs
-them, layout on the host and the wait for the logits included. Cases take turns, `ROUNDS` times.
+The model is a Llama shape of 1.0 B parameters (random weights, bfloat16) in the packed engine. Its forwards
+are timed as the engine runs them, including the layout on the host and the wait for the logits. Cases take
+turns, `ROUNDS` times.
 
-    step     32 requests with 128 tokens behind them each read one more: all of them the base's, on an engine
-             that has no adapter and on one that has 32; over 8 and over 32 adapters of ranks 4, 8, 16, 64.
-             By CUDA graph and without
-    prefill  8 prompts of 512 tokens: the base's, and over 8 adapters; and one of them beside 31 requests that
-             decode. By CUDA graph and without
-    peft     the step by transformers and PEFT (`adapter_names`, 8 adapters), against transformers' own base
-    many     tokens a second of 512 requests, 128 at once, 64 tokens each, over 1, 8, 32, 128, 512 adapters of
-             rank 16, through the engine's queue; and of the base
-    rival    the same with 128 requests over 8 adapters by both engines, transformers' own batching the other
+    step     32 requests that have 128 tokens each process one more: all of the base, on an engine without
+             adapters and on one with 32; with 8 and with 32 adapters of ranks 4, 8, 16, 64. Each with and
+             without a CUDA graph
+    prefill  8 prompts of 512 tokens of the base, and with 8 adapters; and one prompt beside 31 requests that
+             decode. Each with and without a CUDA graph
+    peft     the same step with transformers and PEFT (`adapter_names`, 8 adapters), against the base in
+             transformers
+    many     tokens per second of 512 requests, 128 at a time, 64 tokens each, with 1, 8, 32, 128, 512
+    adapters
+             of rank 16, through the engine's queue; and of the base
+    engines  the same for 128 requests with 8 adapters, in this engine and in transformers' own batching
 """
 
 from __future__ import annotations
@@ -56,13 +59,13 @@ Shapes = dict[str, tuple[int, int]]
 
 
 class NoTokenizer:
-    """Random weights speak no language."""
+    """A tokenizer for a model with random weights, which generates no real text."""
 
     chat_template = eos_token = eos_token_id = None
 
 
 def base() -> LoadedModel:
-    """Make the random model, without tokens that end a text."""
+    """Return a model with random weights, whose texts have no end token."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -74,7 +77,7 @@ def base() -> LoadedModel:
 
 
 def adapter(shapes: Shapes, rank: int) -> dict[str, LoraFactors]:
-    """Make a random adapter on the device."""
+    """Return a random adapter on the device."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).mul_(0.02)
@@ -83,7 +86,7 @@ def adapter(shapes: Shapes, rank: int) -> dict[str, LoraFactors]:
 
 
 class Bed:
-    """An engine whose forwards are run by hand; its own thread has nothing to do."""
+    """An engine whose forwards are called from here, while its own thread is idle."""
 
     def __init__(self, adapters: int, *, tokens: int = 65536) -> None:
         loaded = base()
@@ -95,7 +98,7 @@ class Bed:
         self.forward: PagedForward = self.engine._forward
 
     def rows(self, count: int, length: int, adapters: int) -> list[Row]:
-        """Make requests, each with an adapter in turn (0: the base)."""
+        """Return requests with the adapters in turn (0: the base)."""
         names = [f"a{number % adapters}" if adapters else None for number in range(count)]
         return [
             Row(
@@ -106,7 +109,7 @@ class Bed:
         ]  # fmt: skip
 
     def read(self, rows: Sequence[Row]) -> float:
-        """Run the forward of what rows have not read: its milliseconds."""
+        """Run a forward of the unprocessed tokens of all rows, and return its milliseconds."""
         parts, start = [], 0
         for row in rows:
             parts.append(Part(row, start, start + row.unread))
@@ -120,14 +123,14 @@ class Bed:
 
     @contextmanager
     def graphs(self, on: bool) -> Iterator[None]:
-        """Let forwards be replayed, or not."""
+        """Set whether forwards are replayed as CUDA graphs."""
         known = self.forward._graphs
         self.forward._graphs = (known or {}) if on else None
         yield
         self.forward._graphs = known
 
     def steps(self, rows: Sequence[Row], *, graphs: bool) -> list[float]:
-        """Decode some tokens, then take them back."""
+        """Decode some tokens, then remove them again."""
         found = []
         with self.graphs(graphs):
             for _ in range(STEPS + 5):
@@ -140,7 +143,7 @@ class Bed:
         return found[5:]
 
     def prefill(self, adapters: int, *, graphs: bool) -> list[float]:
-        """Read prompts, and forget them."""
+        """Process prompts, then remove them again."""
         rows, found = self.rows(PROMPTS, PROMPT, adapters), []
         with self.graphs(graphs):
             for _ in range(15):
@@ -152,7 +155,7 @@ class Bed:
         return found[5:]
 
     def mixed(self, adapters: int, *, graphs: bool) -> list[float]:
-        """Read a prompt beside rows that decode, and take it all back."""
+        """Process a prompt beside rows that decode, then remove all new tokens again."""
         rows, found = self.rows(ROWS, BEHIND, adapters), []
         self.read(rows)
         rows[0].tokens = [*rows[0].tokens, *[1] * (PROMPT - BEHIND)]
@@ -170,7 +173,7 @@ class Bed:
 def measure(
     bench: str, cases: dict[str, Callable[[], list[float]]], floors: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Let cases take turns, and give each one's milliseconds and ratio to its floor."""
+    """Time cases in turns, and return the milliseconds of each and its ratio to its floor."""
     found: dict[str, list[float]] = {case: [] for case in cases}
     for _ in range(ROUNDS):
         for case, run in cases.items():
@@ -224,7 +227,7 @@ def prefill_part() -> list[dict[str, Any]]:
 
 
 def peft_part() -> list[dict[str, Any]]:
-    """Time the step by transformers and PEFT."""
+    """Time the step with transformers and PEFT."""
     from peft import LoraConfig, get_peft_model
 
     model: Any = base().model
@@ -260,12 +263,12 @@ def peft_part() -> list[dict[str, Any]]:
 
 
 def many_part() -> list[dict[str, Any]]:
-    """Count tokens a second through the packed engine."""
+    """Measure tokens per second of the packed engine."""
     return _rates("serve_many", Bed(0).engine, "", COUNTS, REQUESTS)
 
 
-def rival_part() -> list[dict[str, Any]]:
-    """Count tokens a second through both engines, with fewer requests and adapters."""
+def engines_part() -> list[dict[str, Any]]:
+    """Measure tokens per second of both engines, with fewer requests and adapters."""
     rows = []
     for name, kind in (("packed", PackedEngine), ("transformers", TransformersEngine)):
         engine = kind(base(), EngineLimits(AT_ONCE, PROMPTS * PROMPT, 65536))
@@ -317,7 +320,7 @@ PARTS = {
     "prefill": prefill_part,
     "peft": peft_part,
     "many": many_part,
-    "rival": rival_part,
+    "engines": engines_part,
 }
 
 
@@ -330,7 +333,7 @@ def main() -> None:
         raise SystemExit("this benchmark needs a GPU")
     for name in arguments.parts.split(","):
         rows = [{**row, "commit": arguments.commit or row["commit"]} for row in PARTS[name]()]
-        # After each, so that a run that is cut short loses one part at most.
+        # Save after each part, so that an interrupted run loses one part at most.
         save(rows[0]["bench"], rows)
         gc.collect()
         torch.cuda.empty_cache()

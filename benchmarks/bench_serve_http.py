@@ -1,11 +1,12 @@
-"""Serving over HTTP against `model.generate` on the same prompts, in the same run.
+"""Compare serving over HTTP with `model.generate` on the same prompts, in the same run.
 
     python benchmarks/bench_serve_http.py [--clients 1,4,16] [--tokens 64] [--engine packed|transformers]
 
-SmolLM2-135M-Instruct on the CPU, greedy. Each client streams one chat; all begin at once. `generate` gets the
-same prompts as one padded batch, with the same limit and end tokens. Rounds of both take turns (the server is
-idle while `generate` runs in this process, with the same number of threads). Tokens are those that were
-generated, over the time until the last answer ended; the first token's time is a client's own.
+The model is SmolLM2-135M-Instruct on the CPU, with greedy decoding. Each client streams one chat, and all
+start at the same time. `generate` gets the same prompts as one padded batch, with the same limit and end
+tokens. Both take turns: the server is idle while `generate` runs in this process, with the same number of
+threads. Throughput is the number of generated tokens over the time until the last answer ends. The time to
+the first token is measured for each client.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ ROUNDS, THREADS, PORT = 3, 2, 8765
 
 
 def prompts(count: int) -> list[str]:
-    """Make questions of different lengths."""
+    """Return questions of different lengths."""
     return [f"Question {i}: tell me {'many ' * (i % 5)}things about the number {i}." for i in range(count)]
 
 
 def generate(loaded: Any, texts: list[str], limit: int) -> tuple[int, float]:
-    """Answer as one batch: tokens that were generated, seconds."""
+    """Answer all prompts as one batch, and return the number of generated tokens and the seconds."""
     tokenizer, model = loaded.tokenizer, loaded.model
     chats = [
         tokenizer.apply_chat_template(
@@ -61,7 +62,7 @@ def generate(loaded: Any, texts: list[str], limit: int) -> tuple[int, float]:
 
 
 def ask(client: httpx.Client, text: str, limit: int) -> tuple[int, float]:
-    """Stream one answer: its tokens, seconds to the first of them."""
+    """Stream one answer, and return its number of tokens and the seconds to the first one."""
     body = {
         "model": "base", "messages": [{"role": "user", "content": text}], "max_tokens": limit,
         "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
@@ -78,7 +79,7 @@ def ask(client: httpx.Client, text: str, limit: int) -> tuple[int, float]:
 
 
 def serve(client: httpx.Client, texts: list[str], limit: int) -> tuple[int, float, list[float]]:
-    """Let clients ask at once: all tokens, seconds until the last answer, each one's first token."""
+    """Let all clients ask at once; return the tokens, the seconds in all, and those to each first token."""
     started = time.perf_counter()
     with ThreadPoolExecutor(len(texts)) as pool:
         found = list(pool.map(lambda text: ask(client, text, limit), texts))
@@ -87,7 +88,7 @@ def serve(client: httpx.Client, texts: list[str], limit: int) -> tuple[int, floa
 
 
 def main() -> None:
-    """Measure and save."""
+    """Measure, and save the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", default="1,4,16")
     parser.add_argument("--tokens", type=int, default=64)
@@ -106,24 +107,25 @@ def main() -> None:
     with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=600, limits=httpx.Limits()) as client:
         serve(client, prompts(1), 4)
         for count in map(int, arguments.clients.split(",")):
-            texts, own, rival, firsts = prompts(count), [], [], []
+            texts, own, generated, firsts = prompts(count), [], [], []
             for _ in range(ROUNDS):
                 tokens, seconds = generate(loaded, texts, arguments.tokens)
-                rival.append(tokens / seconds)
+                generated.append(tokens / seconds)
                 tokens, seconds, first = serve(client, texts, arguments.tokens)
                 own.append(tokens / seconds)
                 firsts += first
-            ratios = [mine / theirs for mine, theirs in zip(own, rival, strict=True)]
+            ratios = [mine / theirs for mine, theirs in zip(own, generated, strict=True)]
             case = f"{prefix}{count}_clients/cpu"
             for metric, values, unit in (
-                ("tokens_per_second", own, "tokens/s"), ("generate_tokens_per_second", rival, "tokens/s"),
+                ("tokens_per_second", own, "tokens/s"), ("generate_tokens_per_second", generated, "tokens/s"),
                 ("over_generate", ratios, "ratio"), ("ttft_ms", [1e3 * first for first in firsts], "ms"),
             ):  # fmt: skip
                 spread = {"p20": min(values), "p80": max(values), "n": len(values)}
                 rows.append(record("serve_http", case, metric, statistics.median(values), unit, **spread))
             print(
-                f"{case}: {statistics.median(own):.1f} tokens/s, generate {statistics.median(rival):.1f}, "
-                f"ratio {statistics.median(ratios):.2f}, first token {statistics.median(firsts):.2f} s",
+                f"{case}: {statistics.median(own):.1f} tokens/s, "
+                f"generate {statistics.median(generated):.1f}, ratio {statistics.median(ratios):.2f}, "
+                f"first token {statistics.median(firsts):.2f} s",
                 flush=True,
             )
     save("serve_http", rows)

@@ -1,15 +1,16 @@
-"""A server under load for minutes, while adapters come and go and replicas are killed.
+"""Run a server under load for minutes, while adapters are loaded and unloaded and replicas are killed.
 
     python benchmarks/bench_serve_soak.py [--minutes 10] [--clients 16] [--kills 2]
 
-Two replicas of the tiny random Llama in float32 on the CPU. Each client asks without a pause, greedy, the
-base or an adapter, and compares each answer with the one that was given before the load began for the content
-that its `system_fingerprint` names, which must be one that was served under the name. Meanwhile one name is
-replaced and another is loaded and unloaded, over HTTP, and at even distances a replica is killed by SIGKILL.
-Recovered is a server whose replicas all answer again. Failures that begin before a recovery are counted apart
-from others. Memory is each replica's resident set.
+The server has two replicas of the tiny random Llama in float32 on the CPU. Each client sends greedy requests
+to the base or an adapter without a pause. The `system_fingerprint` of an answer names the content that
+answered, which must be one that was served under the name; the answer must equal the one that this content
+gave before the load started. Meanwhile the adapter of one name is replaced and another is loaded and
+unloaded, over HTTP, and replicas are killed with SIGKILL at regular intervals. The server has recovered when
+all replicas answer again. Failures before a recovery are counted apart from others. Memory is the resident
+set of each replica.
 
-Exits with 1 if an answer was wrong, or a request failed that no kill explains.
+The exit code is 1 if an answer was wrong, or if a request failed and no kill explains it.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ PROMPTS = ("hello", "the capital of France is", "one two three " * 8)
 TOKENS = 16
 SAMPLE_SECONDS = 2.0
 Key = tuple[str | None, str]
-"""The fingerprint of an answer, the prompt."""
+"""Fingerprint of an answer, and the prompt."""
 
 
 def adapters(folder: Path, model: Path) -> dict[str, str]:
-    """Save random adapters, each large enough to write another text: name → folder."""
+    """Save random adapters that are large enough to change the generated text, and return name → folder."""
     base = load_model(ModelConfig(name=str(model)), torch.float32)
     meta = ArtifactMeta(base_model="tiny", base_fingerprint=base.fingerprint)
     made = {}
@@ -72,30 +73,30 @@ def adapters(folder: Path, model: Path) -> dict[str, str]:
 
 @dataclass
 class Soak:
-    """What was asked, and what came of it; the threads of clients share it."""
+    """The requests and their outcomes, shared by the threads of the clients."""
 
     url: str
     folders: dict[str, str]
     right: dict[Key, str] = field(default_factory=dict)
     contents: dict[str | None, str] = field(default_factory=dict)
-    """Fingerprint → the content that it is of."""
+    """Fingerprint → content."""
     latencies: list[float] = field(default_factory=list)
-    """Seconds of each request that was answered."""
+    """Seconds of each answered request."""
     failures: Counter[tuple[str, bool]] = field(default_factory=Counter)
-    """(Kind, whether a replica was down) → how many."""
+    """(Kind of failure, whether a replica was down) → number of requests."""
     wrong: list[Any] = field(default_factory=list)
     other: list[Any] = field(default_factory=list)
-    """Answers of a content that was never served under the name."""
+    """Number of answers by content that was never served under the name."""
     changes: Counter[str] = field(default_factory=Counter)
     memory: list[tuple[float, int, int]] = field(default_factory=list)
-    """(Seconds since the start, process, bytes)."""
+    """Memory as (seconds since the start, process, bytes)."""
     recoveries: list[float] = field(default_factory=list)
     down: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def learn(self) -> None:
-        """Ask, without load, for the answers of all contents; each must come twice alike."""
+        """Record the answers of all contents without load. Each is requested twice and must be the same."""
         with httpx.Client(base_url=self.url, timeout=60) as client:
             for name in ("base", *RANKS):
                 if name != "base":
@@ -111,16 +112,16 @@ class Soak:
             self.load(client, "turning", TURNING[0])
 
     def load(self, client: httpx.Client, name: str, content: str) -> httpx.Response:
-        """Serve a content under a name."""
+        """Load a content under a name."""
         return client.post("/v1/adapters", json={"name": name, "source": self.folders[content]})
 
     def post(self, client: httpx.Client, model: str, prompt: str) -> httpx.Response:
-        """Ask."""
+        """Send a request, and return the answer."""
         body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
         return client.post("/v1/completions", json=body)
 
     def ask(self, seed: int) -> None:
-        """Ask until the end, and compare."""
+        """Send requests until the end, and compare the answers."""
         draw = random.Random(seed)
         with httpx.Client(base_url=self.url, timeout=60) as client:
             while not self.ended.is_set():
@@ -148,12 +149,12 @@ class Soak:
                     self.wrong.append((model, prompt, body))
 
     def failed(self, kind: str, down: bool) -> None:
-        """Count a request that was not answered."""
+        """Count a failed request."""
         with self.lock:
             self.failures[kind, down or self.down.is_set()] += 1
 
     def change(self) -> None:
-        """Replace one adapter, load and unload another, until the end."""
+        """Replace one adapter, and load and unload another, until the end."""
         turn = 0
         with httpx.Client(base_url=self.url, timeout=120) as client:
             while not self.ended.is_set():
@@ -176,7 +177,7 @@ class Soak:
 
 
 def replica_pids() -> set[int]:
-    """Ask all replicas for their processes; those that don't answer are not among them."""
+    """Return the processes of all replicas that answer."""
     import ray.serve as ray_serve
 
     handle: Any = ray_serve.get_deployment_handle("Replica", APPLICATION)
@@ -188,7 +189,7 @@ def replica_pids() -> set[int]:
 
 
 def resident(pids: set[int]) -> dict[int, int]:
-    """Give each living process's resident set in bytes."""
+    """Return the resident set of each living process in bytes."""
     found = {}
     for pid in pids:
         try:
@@ -199,7 +200,7 @@ def resident(pids: set[int]) -> dict[int, int]:
 
 
 def watch(soak: Soak, minutes: float, kills: int) -> None:
-    """Measure memory, kill at even distances, and time what follows."""
+    """Measure memory, kill replicas at regular intervals, and time the recoveries."""
     started, pids, killed, victim = time.monotonic(), replica_pids(), 0.0, 0
     ends = started + minutes * 60
     due = [started + minutes * 60 * (i + 1) / (kills + 1) for i in range(kills)]
@@ -221,7 +222,7 @@ def watch(soak: Soak, minutes: float, kills: int) -> None:
 
 
 def results(soak: Soak, minutes: float, clients: int) -> list[dict[str, Any]]:
-    """Turn what was seen into records."""
+    """Return the results of a run."""
     rows = []
 
     def add(metric: str, value: float, unit: str, **more: Any) -> None:
@@ -259,7 +260,7 @@ def results(soak: Soak, minutes: float, clients: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Serve, load, kill, and save what was seen."""
+    """Run the server, the load and the kills, and save the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -276,7 +277,7 @@ def main() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
-        # Replicas share the cores with their clients; their logical CPUs are more.
+        # Replicas and clients share the cores, so Ray gets more logical CPUs than there are cores.
         ray.init(num_cpus=2 * REPLICAS, include_dashboard=False, log_to_driver=False)
         run(
             ServeConfig(

@@ -1,12 +1,13 @@
-"""Squeezing: how exact, how fast, and against PEFT's own conversion of the same factors.
+"""Measure how exact and how fast squeezing is, and compare it with PEFT's conversion of the same factors.
 
     python benchmarks/bench_squeeze.py [--device cpu|cuda] [--adapter FOLDER …] [--layers 32] [--commit HASH]
 
-Exactness: singular values and ΔW at several ranks against a dense SVD in float64, relative to the largest
-value and to ‖ΔW‖; random factors of condition 1 to 1e6, and adapters that were trained. Speed: an adapter of
-Llama-3.1-8B's shapes, rank 64, all 224 linears, to rank 16; PEFT's `convert_to_lora` on the same factors of
-some of its modules (a dense SVD of each takes long), compared with ours on those modules in the same run.
-Memory: how far the process (on a GPU: its allocator) went above what the source took.
+Exactness: singular values, and ΔW at several ranks, are compared with a dense SVD in float64. Errors are
+relative to the largest singular value and to ‖ΔW‖. The factors are random ones of condition 1 to 1e6, and
+those of trained adapters. Speed: an adapter with the shapes of Llama-3.1-8B, rank 64, all 224 linears, is
+squeezed to rank 16. PEFT's `convert_to_lora` converts the same factors of some of its modules (a dense SVD of
+each takes long), and is compared with ours on those modules in the same run. Memory: the peak of the process
+(on a GPU, of its allocator) above the memory of the source.
 """
 
 from __future__ import annotations
@@ -37,24 +38,24 @@ LAYER = {
     "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }  # fmt: skip
-"""Outputs and inputs of the linears of one layer of Llama-3.1-8B, which has 32 of them."""
+"""Outputs and inputs of the linears of one layer of Llama-3.1-8B, which has 32 layers."""
 SOURCE, TARGET = 64, 16
 SIZES = ((96, 64, 16), (300, 700, 32), (1024, 256, 64))
 CONDITIONS = (1.0, 1e3, 1e6)
 ROUNDS = 5
 TIE = 1e-6
-"""Difference of two singular values, of the largest, below which the best approximation is not unique."""
+"""Relative difference of two singular values below which the best approximation is not unique."""
 
 
 def random_factors(outputs: int, inputs: int, rank: int, dtype: torch.dtype, *seed: object) -> LoraFactors:
-    """Draw factors of a trained adapter's size: B and A of small numbers."""
+    """Return random B and A with the size of a trained adapter's factors."""
     draw = generator("bench", *seed)
     a, b = torch.randn(rank, inputs, generator=draw), torch.randn(outputs, rank, generator=draw)
     return LoraFactors((a / inputs**0.5).to(dtype), (0.1 * b / outputs**0.5).to(dtype), 2.0)
 
 
 def conditioned(outputs: int, inputs: int, rank: int, condition: float, dtype: torch.dtype) -> LoraFactors:
-    """Make factors whose ΔW has singular values from 1 down to 1/condition, shared unevenly by B and A."""
+    """Return factors whose ΔW has singular values from 1 down to 1/condition, shared unevenly by B and A."""
     draw = generator("condition", outputs, inputs, rank, condition)
     u, v = (
         torch.linalg.qr(torch.randn(size, rank, generator=draw, dtype=torch.float64))[0]
@@ -67,7 +68,7 @@ def conditioned(outputs: int, inputs: int, rank: int, condition: float, dtype: t
 
 
 def relative_errors(factors: LoraFactors, device: str) -> tuple[float, float]:
-    """Compare with a dense SVD in float64: the worst of the singular values, the worst of ΔW over ranks."""
+    """Return the largest errors of singular values and of ΔW over ranks, against a dense SVD in float64."""
     dense = factors.scale * (factors.b.double() @ factors.a.double())
     u, s, vt = torch.linalg.svd(dense, full_matrices=False)
     moved = LoraFactors(factors.a.to(device), factors.b.to(device), factors.scale)
@@ -82,7 +83,7 @@ def relative_errors(factors: LoraFactors, device: str) -> tuple[float, float]:
         if rank == len(s) or float(s[rank - 1] - s[rank]) > TIE * float(s[0]):
             error = float((delta - best).norm() / best.norm())
         else:
-            # Of two values that are the same, either may be cut: what is lost must be the least.
+            # If two singular values are equal, either may be cut, so compare the error that remains.
             lost, least = float((dense - delta).norm()), float((dense - best).norm())
             error = abs(lost - least) / float(dense.norm())
         worst = max(worst, error)
@@ -90,7 +91,7 @@ def relative_errors(factors: LoraFactors, device: str) -> tuple[float, float]:
 
 
 def exactness(device: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Take the worst error of each dtype of the factors, over all cases."""
+    """Return the largest error over all cases, for each dtype of the factors."""
     rows = []
     for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
         cases = [random_factors(*size, dtype, *size) for size in SIZES]
@@ -110,7 +111,7 @@ def exactness(device: str, folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def llama(layers: int, device: str) -> AdapterArtifact:
-    """Make an adapter of the 8 B model's shapes, in float32."""
+    """Return an adapter with the shapes of the 8 B model, in float32."""
     return AdapterArtifact(
         {
             f"model.layers.{layer}.{name}": _to(
@@ -127,7 +128,7 @@ def _to(factors: LoraFactors, device: str) -> LoraFactors:
 
 
 def timed(run: Callable[[], object], device: str, rounds: int) -> list[float]:
-    """Time a call some times, after one to warm up where there is more than one."""
+    """Return the seconds of several calls, after one warm-up call unless there is only one."""
     seconds = []
     for _ in range(rounds + (rounds > 1)):
         started = time.perf_counter()
@@ -140,7 +141,7 @@ def timed(run: Callable[[], object], device: str, rounds: int) -> list[float]:
 
 @contextmanager
 def peak(device: str) -> Iterator[dict[str, float]]:
-    """Measure how far memory went above where it was: `gib` of what this yields."""
+    """Measure the peak of memory in a block above the memory before it; `gib` of the yielded object."""
     found: dict[str, float] = {}
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -167,7 +168,7 @@ def peak(device: str) -> Iterator[dict[str, float]]:
 
 
 def peft_model(modules: Mapping[str, LoraFactors], device: str) -> Any:
-    """Put factors into PEFT's own LoRA layers, over base weights of zeros that nobody reads."""
+    """Return PEFT's LoRA layers with these factors, over base weights of zeros that are not read."""
     from peft import LoraConfig, get_peft_model
 
     class Base(torch.nn.Module):
@@ -188,8 +189,8 @@ def peft_model(modules: Mapping[str, LoraFactors], device: str) -> Any:
     return model
 
 
-def rival(artifact: AdapterArtifact, device: str, names: Sequence[str]) -> tuple[float, float, float]:
-    """Convert some modules by PEFT and by us: PEFT's seconds, ours, PEFT's GiB above the model."""
+def convert_both(artifact: AdapterArtifact, device: str, names: Sequence[str]) -> tuple[float, float, float]:
+    """Convert some modules with PEFT and with rayft; return PEFT's seconds, ours, and PEFT's GiB."""
     from peft import convert_to_lora
 
     some = {name: factors for name, factors in artifact.modules.items() if name.endswith(tuple(names))}
@@ -206,7 +207,7 @@ def rival(artifact: AdapterArtifact, device: str, names: Sequence[str]) -> tuple
 
 
 def speed(device: str, layers: int, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Time the whole adapter, and PEFT on a part of it."""
+    """Time the whole adapter, and PEFT's conversion of some of its modules."""
     place = "gpu" if device == "cuda" else "cpu"
     artifact = llama(layers, device)
     with peak(device) as memory:
@@ -217,7 +218,7 @@ def speed(device: str, layers: int, names: Sequence[str]) -> list[dict[str, Any]
         f"{len(artifact.modules)} modules: {middle:.2f} s, {memory['gib']:.2f} GiB above the source",
         flush=True,
     )
-    theirs, ours, their_gib = rival(artifact, device, names)
+    theirs, ours, their_gib = convert_both(artifact, device, names)
     case = f"llama8b_r64_to_r16/{place}"
     spread = {"p20": seconds[0], "p80": seconds[-1], "n": len(seconds)}
     rows = [
@@ -229,7 +230,7 @@ def speed(device: str, layers: int, names: Sequence[str]) -> list[dict[str, Any]
         record("squeeze_speed", f"ours_{len(names)}_modules/{place}", "seconds", ours, "s"),
     ]
     if device == "cuda":
-        # What the two ways of QR cost on this device, all modules of one shape as a stack.
+        # Time both kinds of QR on this device, with all modules of one shape as a stack.
         stack = torch.stack(
             [artifact.modules[n].b for n in artifact.modules if n.endswith("up_proj")]
         ).double()
@@ -241,17 +242,17 @@ def speed(device: str, layers: int, names: Sequence[str]) -> list[dict[str, Any]
 
 
 def main() -> None:
-    """Measure and save."""
+    """Measure, and save the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--adapter", type=Path, action="append", default=[], help="a trained adapter's folder"
+        "--adapter", type=Path, action="append", default=[], help="folder of a trained adapter"
     )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument(
-        "--peft", default="q_proj,k_proj,gate_proj", help="linears of a layer that PEFT converts"
+        "--peft", default="q_proj,k_proj,gate_proj", help="linears of a layer for PEFT to convert"
     )
-    parser.add_argument("--commit", help="where the checkout has no git")
+    parser.add_argument("--commit", help="commit to record, if the checkout has no git")
     arguments = parser.parse_args()
     rows = [
         *exactness(arguments.device, arguments.adapter),

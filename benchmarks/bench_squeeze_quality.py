@@ -1,23 +1,25 @@
-"""Learn at a high rank and squeeze, or train at the low one? LoRA-Squeeze's claim, at an equal step budget.
+"""Train at a high rank and squeeze, or train at the low rank? A test of LoRA-Squeeze, with equal steps.
 
-    python benchmarks/bench_squeeze_quality.py --prepare DATA         # the tasks as JSONL, by reasoning-gym
-    python benchmarks/bench_squeeze_quality.py --data DATA --out OUT  # trains and scores, or goes on
-    python benchmarks/bench_squeeze_quality.py --report               # results anew from finished trials
+    python benchmarks/bench_squeeze_quality.py --prepare DATA         # writes the tasks of reasoning-gym as
+    JSONL python benchmarks/bench_squeeze_quality.py --data DATA --out OUT  # trains and scores, or continues
+    python benchmarks/bench_squeeze_quality.py --report               # writes results of finished trials
 
-SmolLM2-135M-Instruct, four reasoning-gym tasks, ranks 1, 2, 4 and 8, three seeds. Every way has the same
-number of optimizer steps:
+The base is SmolLM2-135M-Instruct, with four tasks of reasoning-gym, ranks 1, 2, 4 and 8, and three seeds. All
+ways to a rank have the same number of optimizer steps:
 
-    direct   trained at the rank; its learning rate chosen for each rank
-    post     trained at rank 64 (learning rate chosen there), squeezed; also to rank 16, for the server's cap
-    budget   the same, squeezed to the bytes of `post`, with a rank for each module
-    cont     trained at rank 64 for three quarters of the steps, squeezed, the rest at the rank
-    in       the rank falls from 64 during training, in equal stages, Adam's moments projected
+    direct   trained at the rank; the learning rate is chosen for each rank post     trained at rank 64 (the
+    learning rate is chosen there) and squeezed; also to rank 16, the limit of a
+             server
+    budget   the same, but squeezed to the bytes of `post` with a rank for each module
+    cont     trained at rank 64 for three quarters of the steps, squeezed, then trained at the rank
+    in       the rank falls from 64 during training, in equal phases, and Adam's moments are projected
 
-The learning rate is chosen on the validation part at the first seed, for each task: three for `direct` and
-the source, and one beyond where the end of the three is best; two for `cont` and `in`: the source's and that
-of `direct` at the rank (a third of it where they are the same). The test part is scored at the chosen one,
-three seeds, with an interval over seeds and questions, and the difference to `direct` with one. What trials
-left is kept in `results/squeeze_quality_trials.json`; a run that was cut short goes on where it stopped.
+The learning rate is chosen for each task on the validation part with the first seed. Three rates are tried
+for `direct` and the source, and one beyond if the best is at the end of the three. Two are tried for `cont`
+and `in`: that of the source, and that of `direct` at the rank (a third of it if both are equal). The test
+part is scored at the chosen rate with three seeds. Scores and differences to `direct` have an interval over
+seeds and questions. The results of trials are saved in `results/squeeze_quality_trials.json`, so that an
+interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -51,9 +53,9 @@ SOURCE, RANKS, SEEDS = 64, (1, 2, 4, 8), (0, 1, 2)
 WAYS = ("direct", "post", "budget", "cont", "in")
 SQUEEZED = ("post", "budget")
 CAP = 16
-"""The rank that a server takes at most: vLLM's default (`max_lora_rank`)."""
+"""The largest rank that a server supports: vLLM's default (`max_lora_rank`)."""
 LR = (5e-4, 1.5e-3, 4e-3)
-"""Learning rates tried for `direct` and for the source, a factor of three apart."""
+"""Learning rates to try for `direct` and for the source, a factor of three apart."""
 TRIALS = RESULTS / "squeeze_quality_trials.json"
 
 Matrix = NDArray[np.float64]
@@ -61,7 +63,7 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Cell:
-    """A way to a rank on a task; rank 64 is the source."""
+    """A way to a rank on a task. Rank 64 is the source."""
 
     way: str
     task: str
@@ -69,25 +71,25 @@ class Cell:
 
 
 class Bench:
-    """The trials of all cells: their names, their runs, their choices."""
+    """The trials of all cells: their names, runs and learning rates."""
 
     def __init__(self, arguments: argparse.Namespace, device: str, store: TrialStore) -> None:
         self.arguments, self.device, self.store = arguments, device, store
         self.steps: int = arguments.steps
         self.rest = self.steps // 4
-        """Steps of `cont` after the squeeze."""
+        """Number of steps of `cont` after the squeeze."""
 
     def key(self, cell: Cell, lr: float, seed: int) -> str:
-        """Name a trial; the same settings have the same name in every run."""
+        """Return the name of a trial, which depends only on its settings."""
         model = Path(self.arguments.model).stem.lower().partition("-")[0]
         return f"{model}/{cell.task}/{cell.way}-r{cell.rank}-lr{lr:g}-s{seed}-n{self.steps}"
 
     def source(self, task: str) -> Cell:
-        """Give the cell of the source of `post` and of `in`'s learning rates."""
+        """Return the cell of the source, which `post` squeezes and whose learning rate `in` tries."""
         return Cell("direct", task, SOURCE)
 
     def grid(self, cell: Cell) -> tuple[float, ...]:
-        """List the learning rates that are tried first."""
+        """Return the learning rates to try first."""
         if cell.way == "direct":
             return LR
         best = self.best_lr(self.source(cell.task))
@@ -97,7 +99,7 @@ class Bench:
         return (best, float(f"{best / 3:.1g}") if direct in (None, best) else direct)  # type: ignore[return-value]
 
     def edge(self, cell: Cell) -> list[float]:
-        """Give the learning rate beyond the grid that is worth a trial, if its end was best."""
+        """Return the learning rate beyond the grid to try, if the best one is at the end of the grid."""
         best, ends = (
             self.best_lr(cell),
             {LR[0]: float(f"{LR[0] / 3:.1g}"), LR[-1]: float(f"{3 * LR[-1]:.2g}")},
@@ -105,7 +107,7 @@ class Bench:
         return [ends[best]] if cell.way == "direct" and best in ends else []
 
     def best_lr(self, cell: Cell) -> float | None:
-        """Choose the learning rate with the best validation score (of equals the lower loss)."""
+        """Return the learning rate with the best validation score, or the lower loss if scores are equal."""
         ends = (float(f"{LR[0] / 3:.1g}"), float(f"{3 * LR[-1]:.2g}")) if cell.way == "direct" else ()
         found = []
         for lr in (*self.grid(cell), *ends):
@@ -116,13 +118,13 @@ class Bench:
         return max(found)[2] if found else None
 
     def matrix(self, cell: Cell) -> Matrix | None:
-        """Give a cell's test scores, (seeds, questions); None if not all are there."""
+        """Return the test scores of a cell, (seeds, questions), or None if some are missing."""
         lr = self.best_lr(cell)
         scores = [self.store.score(self.key(cell, lr, seed), "test") for seed in SEEDS] if lr else []
         return np.array(scores) if scores and all(scores) else None
 
     def run(self, cell: Cell, lr: float, seed: int, start: str | None = None) -> RunConfig:
-        """Give the run of a trial; `start` is the squeezed adapter that `cont` goes on from."""
+        """Return the run of a trial. `start` is the squeezed adapter that `cont` continues from."""
         gpu = self.device == "cuda"
         steps = {"cont": self.rest, "short": self.steps - self.rest}.get(cell.way, self.steps)
         rank = SOURCE if cell.way in ("in", "short") else cell.rank
@@ -145,7 +147,7 @@ class Bench:
 
 
 def run_task(bench: Bench, runner: LaneRunner, task: str) -> None:
-    """Run all ways of one task."""
+    """Run all ways to all ranks on one task."""
     source = bench.source(task)
     direct = [Cell("direct", task, rank) for rank in RANKS]
     chosen_on_val(bench, runner, [source, *direct])
@@ -165,7 +167,7 @@ def run_task(bench: Bench, runner: LaneRunner, task: str) -> None:
 
 
 def chosen_on_val(bench: Bench, runner: LaneRunner, wanted: Sequence[Cell]) -> None:
-    """Choose learning rates at the first seed, then train the other seeds and score the test part."""
+    """Choose learning rates with the first seed, then train the other seeds and score the test part."""
     runner.train(
         {bench.key(c, lr, SEEDS[0]): bench.run(c, lr, SEEDS[0]) for c in wanted for lr in bench.grid(c)},
         "val",
@@ -195,7 +197,7 @@ def squeezed(bench: Bench, runner: LaneRunner, task: str, lr: float) -> None:
 
 
 def trained_on(bench: Bench, runner: LaneRunner, task: str, lr: float) -> None:
-    """Train shorter sources, squeeze them, train on at the rank (`cont`)."""
+    """Train shorter sources, squeeze them, and continue training at the rank (`cont`)."""
     short, wanted = Cell("short", task, SOURCE), [Cell("cont", task, rank) for rank in RANKS]
 
     def go(trials: Sequence[tuple[Cell, float, int]], part: str) -> None:
@@ -215,7 +217,7 @@ def trained_on(bench: Bench, runner: LaneRunner, task: str, lr: float) -> None:
 
 
 def lower(bench: Bench, runner: LaneRunner, source: str, key: str, cell: Cell) -> str:
-    """Squeeze a trained adapter, keep the energy it retains, and give the folder."""
+    """Squeeze a trained adapter, save the energy that it retains, and return its folder."""
     folder = runner.folder(source)
     assert folder is not None, f"{source} left no adapter"
     full = squeeze(AdapterArtifact.load(folder))
@@ -228,14 +230,14 @@ def lower(bench: Bench, runner: LaneRunner, source: str, key: str, cell: Cell) -
 
 
 def energy(small: AdapterArtifact) -> float:
-    """Give the share of the whole update's ‖ΔW‖² that is retained, all modules together."""
+    """Return the share of the whole update's ‖ΔW‖², over all modules, that is retained."""
     spectra = {name: np.square(values) for name, values in small.meta.singular_values.items()}
     kept = sum(float(spectra[name][: factors.rank].sum()) for name, factors in small.modules.items())
     return kept / sum(float(values.sum()) for values in spectra.values())
 
 
 def cells(task: str) -> list[Cell]:
-    """List the cells of a task, the source first."""
+    """Return the cells of a task, the source first."""
     squeezed_only = [Cell(way, task, CAP) for way in SQUEEZED]
     return [
         Cell("direct", task, SOURCE),
@@ -245,7 +247,7 @@ def cells(task: str) -> list[Cell]:
 
 
 def records(bench: Bench, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """Turn trials into results: each cell, its difference to `direct`, and both over all finished tasks."""
+    """Return the results of trials: each cell, its difference to `direct`, and both over finished tasks."""
     rows = []
     found = {
         cell: scores for task in tasks for cell in cells(task) if (scores := bench.matrix(cell)) is not None
@@ -275,7 +277,7 @@ def _rows(
     if way != "direct" and len(direct) == len(mine):
         means["over_direct"] = over_seeds(scores, direct)
     if way in SQUEEZED:
-        # Each was made from the source of the same seed, so seeds are paired as well as questions.
+        # Each comes from the source of the same seed, so both seeds and questions are paired.
         means["over_source"] = over_seeds(
             [s - found[bench.source(c.task)] for s, c in zip(scores, mine, strict=True)]
         )
@@ -300,7 +302,7 @@ def _rows(
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw score by rank, one panel a task."""
+    """Draw the score by rank, with one panel for each task."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -336,7 +338,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Prepare, run or report."""
+    """Write the tasks, run them, or write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prepare", type=Path)
     parser.add_argument("--data", type=Path, default=Path())
@@ -346,9 +348,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lanes", type=int, default=6)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no task after that")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start no task after this many seconds"
+    )
     parser.add_argument("--commit")
-    parser.add_argument("--report", action="store_true", help="write results from finished trials")
+    parser.add_argument("--report", action="store_true", help="write the results of finished trials")
     arguments = parser.parse_args()
     tasks = arguments.tasks.split(",")
     if arguments.prepare:
@@ -361,7 +365,7 @@ def main() -> None:
 
 
 def run_all(arguments: argparse.Namespace, tasks: Sequence[str]) -> None:
-    """Go task by task."""
+    """Run one task after the other."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -384,7 +388,7 @@ def run_all(arguments: argparse.Namespace, tasks: Sequence[str]) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Write the results of all kept trials, whatever was run now."""
+    """Write the results of all saved trials, including those of earlier runs."""
     kind = device_kind(TRIALS)
     rows = records(Bench(arguments, kind, TrialStore(TRIALS, kind)), list(TASKS))
     save("squeeze_quality", rows, anew=True)

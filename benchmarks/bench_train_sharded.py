@@ -1,19 +1,19 @@
-"""A base of 8 B parameters trained on several GPUs under ZeRO-2 and ZeRO-3, against one GPU.
+"""Measure training of a base of 8 B parameters on several GPUs with ZeRO-2 and ZeRO-3, against one GPU.
 
     python benchmarks/bench_train_sharded.py [--gpus 2] [--shape 8b] [--steps 10] [--folder FOLDER]
                                              [--commit HASH]
 
 Each case loads the base, trains lora of rank 16 on rows of 512 tokens, evaluates, saves the adapter and
-squeezes it, in one process a GPU; every case takes the same 8 rows a step. Recorded are
+squeezes it, with one process for each GPU. All cases take the same 8 rows in each step. The results are
 
     ms_per_step            median over the steps after the second
-    gib_per_gpu            the allocator's peak, the largest of all GPUs, training and evaluating
-    loss_relative_error    largest difference from one GPU's losses, of all steps and the validation
-    gib_loading            the allocator's peak while the base is loaded, the largest of all GPUs
+    gib_per_gpu            peak of the allocator while training and evaluating, the largest of all GPUs
+    loss_relative_error    largest difference to the losses of one GPU, over all steps and the validation
+    gib_loading            peak of the allocator while the base is loaded, the largest of all GPUs
     host_gib_loading       largest sum over all processes of the proportional set size while they load, less
-                           what they have before
+                           the sum before
 
-A base with random weights is written to FOLDER first, unless one is there.
+A base with random weights is written to FOLDER first, unless there is one.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from rayft.train.worker import Worker
 
 RANK, SQUEEZED, ROWS, TOKENS, WARM = 16, 4, 8, 512, 2
 LR = 1e-4
-"""At ten times this rate the 8 B base's losses jump up and down, which multiplies what rounding changes."""
+"""At ten times this rate the losses of the 8 B base are unstable, which multiplies rounding errors."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The case's name in the results."""
+        """Name of the case in the results."""
         return f"{self.shape}/zero{self.zero}/{self.gpus}gpu{'s' if self.gpus > 1 else ''}"
 
 
 def write_base(shape: str, folder: Path) -> Path:
-    """Write a Llama with random weights in bfloat16, made on the device, and a tokenizer of bytes."""
+    """Write a Llama with random bfloat16 weights, created on the device, and a byte-level tokenizer."""
     if (folder / "config.json").is_file():
         return folder
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -96,7 +96,7 @@ def write_base(shape: str, folder: Path) -> Path:
 
 
 def write_data(folder: Path) -> Path:
-    """Write sentences of made-up words, which an adapter learns to repeat."""
+    """Write sentences of random words, which an adapter learns to repeat."""
     file, draw = folder / "repeat.jsonl", random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(400)]
     lines = []
@@ -108,7 +108,7 @@ def write_data(folder: Path) -> Path:
 
 
 def make_run(case: Case, base: Path, data: Path, steps: int, lr: float = LR) -> RunConfig:
-    """Describe a case's run."""
+    """Return the run of a case."""
     cuda = torch.cuda.is_available()
     return RunConfig(
         model=ModelConfig(name=str(base)),
@@ -127,18 +127,18 @@ def make_run(case: Case, base: Path, data: Path, steps: int, lr: float = LR) -> 
 
 
 class StepTimes(Reporter):
-    """Keep how long each step took."""
+    """Records the seconds of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Keep the time of a step."""
+        """Record the seconds of a step."""
         self.seconds.append(metrics["step_seconds"])
 
 
-def work(rank: int, run: RunConfig, folder: Path, started: Any) -> None:
-    """Train as one of a case's workers, and leave what was measured in the folder."""
+def train_worker(rank: int, run: RunConfig, folder: Path, started: Any) -> None:
+    """Train as one of the workers of a case, and write the measurements to the folder."""
     world, cuda = run.scale.workers, run.scale.device == "cuda"
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     if cuda:
@@ -147,7 +147,7 @@ def work(rank: int, run: RunConfig, folder: Path, started: Any) -> None:
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     worker = Worker.current(f"cuda:{rank}" if cuda else "cpu")
-    # What loading imports, and the communicator, are in memory before the measurement begins.
+    # Import what loading needs and create the communicator before the measurement begins.
     import deepspeed  # noqa: F401
     import transformers  # noqa: F401
 
@@ -174,17 +174,17 @@ def work(rank: int, run: RunConfig, folder: Path, started: Any) -> None:
 
 
 def measure(case: Case, base: Path, data: Path, steps: int) -> dict[str, Any]:
-    """Run a case in processes of its own."""
+    """Run a case in new processes."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, context = Path(temporary), mp.get_context("spawn")
         started = context.Barrier(case.gpus + 1)
         run = make_run(case, base, data, steps)
-        group = mp.spawn(work, (run, folder, started), nprocs=case.gpus, join=False)
+        group = mp.spawn(train_worker, (run, folder, started), nprocs=case.gpus, join=False)
         assert group is not None
         with suppress(threading.BrokenBarrierError):
             started.wait(300)
             before = peak = host_bytes(group.pids())
-            # The workers wait at the barrier's second turn once all have loaded.
+            # Once all workers have loaded, they wait at the barrier for the second time.
             while started.n_waiting < case.gpus and all(process.is_alive() for process in group.processes):
                 peak = max(peak, host_bytes(group.pids()))
                 time.sleep(0.02)
@@ -208,7 +208,7 @@ def measure(case: Case, base: Path, data: Path, steps: int) -> dict[str, Any]:
 
 
 def host_bytes(pids: list[int]) -> int:
-    """Add up the processes' proportional set sizes: pages that several map count once."""
+    """Return the sum of the proportional set sizes of processes, in which shared pages count once."""
     total = 0
     for pid in pids:
         with suppress(OSError):
@@ -224,7 +224,7 @@ def _squeeze(artifact: AdapterArtifact, folder: Path) -> None:
 
 
 def records(case: Case, found: Mapping[str, Any], one: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Turn what was measured into results; `one` is one GPU's."""
+    """Return the results of measurements; `one` has those of one GPU."""
     cuts = statistics.quantiles(found["ms"], n=10)
     spread = {"p20": cuts[1], "p80": cuts[7], "n": len(found["ms"])}
     pairs = zip(found["losses"], one["losses"], strict=True)
@@ -256,7 +256,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     one: dict[str, Any] = {}
     apart: list[str] = []
-    # One GPU holds the fp32 masters of the adapters alone, so that ZeRO-2 is what trains without sharding.
+    # On one GPU, ZeRO-2 only adds fp32 masters of the adapters, so it is the case without sharding.
     for zero, gpus in ((2, 1), (2, arguments.gpus), (3, arguments.gpus)):
         case = Case(arguments.shape, zero, gpus)
         found = measure(case, base, data, arguments.steps)

@@ -1,14 +1,14 @@
-"""One training step of every method against its floor and against PEFT, in one run on one GPU.
+"""Measure a training step of every method, relative to its floor and to PEFT, in one run on one GPU.
 
     python benchmarks/bench_train_step.py [--shapes 135m,1b,8b] [--cases cla,lora,…] [--commit HASH]
     python benchmarks/bench_train_step.py --profile [--shapes 1b] [--cases floor,lora]
 
-The floor is the frozen base: forward, and backward down to its input. A method's step is forward,
-backward, AdamW (fused) over what trains. Random weights in bfloat16, rank 16, all linears, no
-activation checkpointing, the loss over all tokens. Cases take turns, `ROUNDS` times, so that a clock
-that drifts meets all of them. `…/graph`: the whole step captured once and replayed as a CUDA graph,
-the floor too; that is how a step costs where launches dominate. `--profile` says which kernels a replayed
-step spends its time in, against the floor's.
+The floor is the frozen base: forward, and backward to its input. The step of a method is forward, backward,
+and fused AdamW over the trained parameters. The weights are random in bfloat16, the rank is 16 on all
+linears, there is no activation checkpointing, and the loss is over all tokens. Cases take turns, `ROUNDS`
+times, so that a drifting clock affects all of them. In `…/graph` the whole step, also of the floor, is
+captured once and replayed as a CUDA graph; elsewhere the launches of kernels dominate small steps.
+`--profile` lists the kernels that a replayed step spends its time in, compared with the floor.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 BATCHES = {"135m": [(4, 512), (16, 512)], "1b": [(4, 512), (16, 512)], "8b": [(4, 512)]}
 FEW = ("lora", "asym", "paca", "cla", "rcla", "c3la")
-"""Of ours, what is measured beside the 1 B shape."""
+"""The methods that are measured at shapes other than 1 B."""
 OURS = ("lora", "lora_plus", "asym", "cola", "rac", "paca", "cla", "rcla", "c3la", "c3la_link4", "rc3la")
-RIVALS = ("peft_lora", "peft_lora_bf16")
+PEFT_CASES = ("peft_lora", "peft_lora_bf16")
 
 Step = Callable[[], None]
 
@@ -61,7 +61,7 @@ class Timings:
 
 
 def build(shape: str) -> Any:
-    """Make a random Llama on the device."""
+    """Return a random Llama on the device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -76,10 +76,10 @@ def build(shape: str) -> Any:
 
 @contextmanager
 def prepared(model: Any, case: str) -> Iterator[list[torch.nn.Parameter]]:
-    """Put a case's adapters in, give what trains, and take them out again."""
+    """Insert the adapters of a case, yield the trained parameters, and remove the adapters again."""
     if case == "floor":
         yield []
-    elif case in RIVALS:
+    elif case in PEFT_CASES:
         with with_peft(model, case) as trainable:
             yield trainable
     else:
@@ -97,7 +97,7 @@ def prepared(model: Any, case: str) -> Iterator[list[torch.nn.Parameter]]:
 
 @contextmanager
 def with_peft(model: Any, case: str) -> Iterator[list[torch.nn.Parameter]]:
-    """PEFT's own layers over plain linears that share the base's weights."""
+    """Insert PEFT's layers over plain linears that share the weights of the base."""
     from peft import LoraConfig, inject_adapter_in_model
 
     wrapped = {name: m for name, m in model.named_modules() if type(m).__name__ == "AdapterLinear"}
@@ -111,7 +111,7 @@ def with_peft(model: Any, case: str) -> Iterator[list[torch.nn.Parameter]]:
     )
     inject_adapter_in_model(config, model)
     if case == "peft_lora":
-        # What get_peft_model does by default (autocast_adapter_dtype): adapters in float32.
+        # The default of get_peft_model (autocast_adapter_dtype) has adapters in float32.
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()
@@ -126,7 +126,7 @@ def with_peft(model: Any, case: str) -> Iterator[list[torch.nn.Parameter]]:
 
 
 def make_step(model: Any, ids: torch.Tensor, trainable: list[torch.nn.Parameter], *, graph: bool) -> Step:
-    """Give one training step, or its replay."""
+    """Return a function that runs one training step, or replays it."""
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_(True)
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True, capturable=graph) if trainable else None
 
@@ -144,7 +144,7 @@ def make_step(model: Any, ids: torch.Tensor, trainable: list[torch.nn.Parameter]
 def measure(
     model: Any, case: str, batch: tuple[int, int], steps: int, found: Timings, *, graph: bool
 ) -> None:
-    """Time a case's step `steps` times after warming up."""
+    """Time `steps` steps of a case after warming up."""
     ids = torch.randint(0, model.config.vocab_size, batch, device="cuda")
     with prepared(model, case) as trainable:
         step = make_step(model, ids, trainable, graph=graph)
@@ -169,7 +169,7 @@ def measure(
 def run_shape(
     shape: str, cases: list[str], steps: int, places: str
 ) -> Iterator[dict[tuple[str, str], Timings]]:
-    """Measure all cases of one shape: for each batch, with and without a graph, (case, place) → timings."""
+    """Yield the timings of all cases of one shape, for each batch: (case, place) → timings."""
     model = build(shape)
     for batch in BATCHES[shape]:
         name = f"{shape}/{batch[0]}x{batch[1]}"
@@ -204,7 +204,7 @@ def _show(found: dict[tuple[str, str], Timings], name: str) -> None:
 
 
 def profile(shape: str, cases: list[str], replays: int = 5) -> list[dict[str, Any]]:
-    """Take a replayed step apart by kernel at the smallest batch: milliseconds and launches of each."""
+    """Print the milliseconds and launches of each kernel in a replayed step of the smallest batch."""
     model, batch, rows = build(shape), BATCHES[shape][0], []
     ids = torch.randint(0, model.config.vocab_size, batch, device="cuda")
     for case in cases:
@@ -236,7 +236,7 @@ def profile(shape: str, cases: list[str], replays: int = 5) -> list[dict[str, An
 
 
 def records(found: dict[tuple[str, str], Timings], commit: str | None) -> list[dict[str, Any]]:
-    """Turn timings into results."""
+    """Return the results of timings."""
     rows = []
     for (case, place), timings in found.items():
         floor = found.get(("floor", place))
@@ -257,12 +257,12 @@ def records(found: dict[tuple[str, str], Timings], commit: str | None) -> list[d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", default="135m,1b,8b")
-    parser.add_argument("--cases", help="all where not given, at shapes other than 1b those of FEW")
+    parser.add_argument("--cases", help="default: all at the 1b shape, and those of FEW at the others")
     parser.add_argument(
-        "--places", default="*", help="a pattern of what is measured, such as 1b/16x512/graph"
+        "--places", default="*", help="pattern of the places to measure, such as 1b/16x512/graph"
     )
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--profile", action="store_true", help="take steps apart by kernel")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of a step")
     parser.add_argument("--commit")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -277,10 +277,10 @@ def main() -> None:
                 [{**row, "commit": arguments.commit or row["commit"]} for row in kernels],
             )
             continue
-        cases = given or ["floor", *RIVALS, *(OURS if shape == "1b" else FEW)]
+        cases = given or ["floor", *PEFT_CASES, *(OURS if shape == "1b" else FEW)]
         for found in run_shape(shape, cases, arguments.steps, arguments.places):
             rows += records(found, arguments.commit)
-            # After each, so that a run that is cut short loses one batch at most.
+            # Save after each batch, so that an interrupted run loses one batch at most.
             save("train_step", rows)
         gc.collect()
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A step as a CUDA graph, for benchmarks."""
+"""Capture a step as a CUDA graph, for benchmarks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["capture"]
 
 
 def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Run a step three times aside, then capture it."""
+    """Run a step three times on a side stream, then capture it, and return the graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -29,7 +29,7 @@ EMPTY: dict[str, Any] = dict.fromkeys(("p20", "p80", "n", "ci_low", "ci_high", "
 
 
 def record(bench: str, case: str, metric: str, value: float, unit: str, **known: Any) -> dict[str, Any]:
-    """Make one result; what has no interval or spread stays null."""
+    """Return one result. Intervals and spreads that it does not have are null."""
     origin = _origin()
     versions = {k.removeprefix("version."): v for k, v in origin.items() if k.startswith("version.")}
     return {
@@ -47,7 +47,13 @@ def _origin() -> dict[str, str]:
 
 
 def save(bench: str, records: Iterable[Mapping[str, Any]], *, anew: bool = False) -> Path:
-    """Write a bench's results: one for each device, case and metric, the newest (`anew`: these alone)."""
+    """Write results of a benchmark in place of older ones of the same device, case and metric.
+
+    Args:
+        bench: name of the benchmark.
+        records: the new results.
+        anew: whether to delete all older results.
+    """
     path = RESULTS / f"{bench}.json"
     before = [] if anew else load(bench)
     found = {(item["device"], item["case"], item["metric"]): item for item in before}
@@ -58,7 +64,7 @@ def save(bench: str, records: Iterable[Mapping[str, Any]], *, anew: bool = False
 
 
 def load(bench: str) -> list[dict[str, Any]]:
-    """Read a bench's results; none if it has not run."""
+    """Return the results of a benchmark; none if it was never run."""
     path = RESULTS / f"{bench}.json"
     return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
 
@@ -128,7 +134,7 @@ def _cell(metrics: Mapping[str, Mapping[str, Any]], name: str, form: str) -> str
 
 
 def cases(bench: str, *, everywhere: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
-    """Index a bench's results on the device of the newest (`everywhere`: on all): case → metric → record."""
+    """Return case → metric → result, of the device of the newest result, or of all devices (`everywhere`)."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     items = load(bench)
     newest = max(items, key=lambda item: str(item["date"]), default={"device": None})
@@ -217,7 +223,7 @@ def _interval(metrics: Mapping[str, Mapping[str, Any]], name: str, form: str) ->
 def _all(
     items: list[dict[str, dict[str, Any]]], name: str, form: str, reduce: Callable[[list[float]], float]
 ) -> str:
-    """Reduce a metric over all cases that have it; empty if none has."""
+    """Reduce a metric over all cases that have it; empty if there is none."""
     values = [item[name]["value"] for item in items if name in item]
     return form.format(reduce(values)) if values else ""
 
@@ -296,7 +302,7 @@ def serving_gpu_table() -> str:
         ("1b/4096tokens", 8, "4,096 tokens over 8 adapters"),
     ):  # fmt: skip
         base = kernels[f"base/{place}"]["ms_per_step"]["value"]
-        # A prefill is served with the adapters written first and the base's products added onto them.
+        # In a prefill, the engine writes the adapters first and adds the products of the base to them.
         first = base * kernels[f"{count}_adapters_then_base/{place}"]["adapters_over_base"]["value"]
         alone, padded, peft = (
             kernels[f"{way.format(count)}/{place}"]["ms_per_step"]["value"]

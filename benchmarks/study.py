@@ -1,4 +1,4 @@
-"""Tables of the study's page, made of the data beside it."""
+"""Make the tables on the page of the study from the data beside it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ MEASURES = {
     "SAM": ("sam_sharpness", 3), "Hessian's trace": ("hessian_trace", 0),
     "intruders": ("intruder_share_below_0.9", 3),
 }  # fmt: skip
-"""Columns of adapters: which measure, and digits."""
+"""Columns of adapters: the measure and the number of digits."""
 LOSSES = {"training loss": ("sample_train_loss", 2), "held-out loss": ("sample_test_loss", 2)}
 FULL = LOSSES | {
     "gap": MEASURES["gap"], "‖ΔW‖": MEASURES["‖ΔW‖"], "largest ‖ΔW‖₂": ("update_spectral_max", 2),
     "stable rank": ("stable_rank_mean", 1), "effective rank": ("effective_rank_mean", 0),
     "rise along a line": ("line_rise", 2), "intruders": MEASURES["intruders"],
 }  # fmt: skip
-"""Columns of the runs that trained the whole model."""
+"""Columns of runs that trained the whole model."""
 SHOWN = (
     "bound_information_log10", "bound_lipschitz_log10", "bound_norm_log10", "update_norm",
     "intruder_share_below_0.9", "effective_rank_mean", "stable_rank_mean", "landscape_rise", "line_rise",
@@ -36,16 +36,16 @@ SHOWN = (
 )  # fmt: skip
 NAMES = {"hessian_eigenvalue_1": "largest eigenvalue of the Hessian", "intruder_share_below_0.9": "intruders"}
 CHAINS = (("cola", "lora"), ("rac", "asym"), ("c3la", "cla"), ("rc3la", "rcla"))
-"""A chain, and one link of it."""
+"""A chained method → the method of one of its links."""
 
 
 def read(name: str, folder: Path = STUDY) -> Any:
-    """Read a file of the study."""
+    """Return the content of a file of the study."""
     return json.loads(gzip.decompress((folder / f"{name}.json.gz").read_bytes()))
 
 
 def study_methods_table() -> str:
-    """Each method at its best setting: scores, losses, and what was measured of its adapters."""
+    """Return the table of methods at their best settings: scores, losses, and measures of the adapters."""
     record, analysis = _study()
     found = {one.name: one for one in analysis.adapters}
     columns = LOSSES | MEASURES
@@ -58,7 +58,7 @@ def study_methods_table() -> str:
 
 
 def study_predictors_table() -> str:
-    """What goes with the gap: over all runs, among best settings, at equal training loss; the other task."""
+    """Return the table of correlations with the gap: of all runs, of best settings, and of the other task."""
     analysis = SweepAnalysis.model_validate(read("analysis"))
     other = SweepAnalysis.model_validate(read("analysis", STUDY / "number_format"))
     every, chosen, second = (
@@ -82,7 +82,7 @@ def study_predictors_table() -> str:
 
 
 def study_chains_table() -> str:
-    """Chains beside one link of them, where both were trained at a learning rate: means of three seeds."""
+    """Return the table of chains and single links at the same learning rate, as means of three seeds."""
     record, analysis = _study()
     groups: dict[tuple[str, float], list[AdapterAnalysis]] = {}
     trials = {trial.id: trial for trial in record.trials}
@@ -99,7 +99,7 @@ def study_chains_table() -> str:
 
 
 def study_full_table() -> str:
-    """What training the whole model changed, beside LoRA; means of three seeds, on a CPU."""
+    """Return the table of changes by training the whole model and by LoRA; means of three seeds, on a CPU."""
     record, analysis = _study(STUDY / "full")
     found = {one.name: one for one in analysis.adapters}
     lines = [
@@ -128,7 +128,7 @@ def _runs(predictors: Mapping[str, Predictor]) -> str:
 
 
 def _means(adapters: Sequence[AdapterAnalysis], columns: Mapping[str, tuple[str, int]]) -> list[str]:
-    """Give each column's measure, mean over adapters; empty where one hasn't got it."""
+    """Return the mean of each column over adapters; empty if an adapter lacks the measure."""
     found = []
     for name, digits in columns.values():
         known = [one.measures.get(name, math.nan) for one in adapters]

@@ -1,7 +1,7 @@
-"""Trials of a quality benchmark: what each left and scored, kept in a file, and the lanes that run them.
+"""Trials of a quality benchmark: a file with their results and scores, and the lanes that run them.
 
-A run that was cut short goes on where it stopped, on another machine too: an adapter that is gone and
-whose score is missing is trained again.
+An interrupted run continues where it stopped, also on another machine. An adapter that is missing there and
+has no score is trained again.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ SIZES = {"train": 1200, "val": 100, "test": 200}
 
 
 def device_kind(path: Path) -> str:
-    """Say whose trials a report is of: GPUs' where there are any."""
+    """Return the device whose trials are reported: the GPU if any trial ran on one."""
     found = {trial["device"] for trial in json.loads(path.read_text(encoding="utf-8")).values()}
     return "cpu" if found <= {"cpu"} else "gpu"
 
 
 def prepare(folder: Path) -> None:
-    """Write each task's parts as JSONL."""
+    """Write the parts of each task as JSONL."""
     from rayft.data.source import read
 
     for task, params in TASKS.items():
@@ -59,34 +59,34 @@ def prepare(folder: Path) -> None:
 
 
 def task_data(folder: Path, task: str) -> DataConfig:
-    """Give a prepared task's data section."""
+    """Return the data section of a task that was written."""
     files = {part: str((folder / task / f"{part}.jsonl").absolute()) for part in SIZES}
     return DataConfig(source="jsonl", files=PartFiles(**files), max_length=512)
 
 
 class TrialStore:
-    """What finished trials left; a score is a word of 1 and 0, one for each question."""
+    """The results of finished trials. Scores are saved as a text of a 1 or 0 for each question."""
 
     def __init__(self, path: Path, device: str) -> None:
         self.path, self.device = path, device
         every: dict[str, dict[str, Any]] = (
             json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         )
-        # A CPU's trial has smaller batches: not gone on with on a GPU, nor lost. Between GPUs trials go on.
+        # Trials on a CPU have smaller batches: a GPU does not reuse them, but keeps them. GPUs share trials.
         self.others = {k: v for k, v in every.items() if (v["device"] == "cpu") != (device == "cpu")}
         self.known = {k: v for k, v in every.items() if k not in self.others}
 
     def score(self, key: str, part: str) -> list[float] | None:
-        """Give a trial's scores of a part, one a question; None if there are none yet."""
+        """Return the scores of a trial on a part, one for each question, or None if there are none yet."""
         found = self.known.get(key, {}).get(part)
         return None if found is None else [float(value) for value in found]
 
     def result(self, key: str) -> dict[str, Any] | None:
-        """Give what a trial's training left."""
+        """Return the result of a trial's training."""
         return self.known.get(key, {}).get("result")
 
     def origin(self, keys: Iterable[str]) -> dict[str, str]:
-        """Say where trials ran and at which commits: what their results carry."""
+        """Return the devices and commits of trials, for their results."""
         mine = [self.known[key] for key in keys if key in self.known]
         return {
             what: ", ".join(sorted({one[what] for one in mine if one.get(what)}))
@@ -94,11 +94,11 @@ class TrialStore:
         }
 
     def keep(self, key: str, **values: Any) -> None:
-        """Keep something of a trial."""
+        """Save a value of a trial."""
         self.known[key] = {**self.known.get(key, {}), "device": self.device, **values}
 
     def save(self) -> None:
-        """Write all that is known, whole or not at all."""
+        """Write all values to the file, atomically."""
         staging = self.path.with_suffix(".tmp")
         every = sorted({**self.others, **self.known}.items())
         lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in every]
@@ -107,7 +107,7 @@ class TrialStore:
 
 
 class LaneRunner:
-    """Trains and scores in lanes, and keeps what came out."""
+    """Trains and scores in lanes, and saves the results."""
 
     def __init__(
         self, store: TrialStore, scale: ScaleConfig, out: Path, lanes: int, name: str, commit: str | None
@@ -122,7 +122,10 @@ class LaneRunner:
         return time.monotonic() - self.started
 
     def train(self, runs: Mapping[str, RunConfig], part: str | None) -> None:
-        """Train what is missing, and score it on a part (None: train what has no adapter here)."""
+        """Train the runs that have neither an adapter here nor a score on `part`, then score them on it.
+
+        With `part` None, train all runs that have no adapter here, and score none.
+        """
         missing = {
             key: run for key, run in runs.items() if part is None or self.store.score(key, part) is None
         }
@@ -138,7 +141,7 @@ class LaneRunner:
         print(f"{self.spent:5.0f} s: {len(jobs)} trained, {part or 'no part'} scored", flush=True)
 
     def score(self, adapters: Mapping[str, tuple[RunConfig, str | None]], part: str) -> None:
-        """Score adapters (None: the base) that have no score of a part yet."""
+        """Score the adapters (None: the base) that have no score on a part yet."""
         jobs: list[Job[Any, dict[str, list[float]]]] = []
         for key, (run, folder) in adapters.items():
             if self.store.score(key, part) is not None:
@@ -151,7 +154,7 @@ class LaneRunner:
         self.store.save()
 
     def folder(self, key: str) -> str | None:
-        """Find a trial's adapter (of `full`: model), if it is on this machine."""
+        """Return the adapter of a trial (for `full`, the model), if it is on this machine."""
         path = trial_folder(self.out, key)
         found = [folder for name in ("adapter", "model") if (folder := path / name).is_dir()]
         return str(found[0]) if found and self.store.result(key) else None

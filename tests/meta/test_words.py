@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from tests.meta.source import ROOT, Source, check_none, everything
 
 NOT_YET = (
-    "benchmarks/",
     "docs/adding-a-kernel.md",
     "docs/methods/",
     "serve/",
