@@ -1,4 +1,4 @@
-"""A sweep of a module's `config`, and what it said; and one that other modules hinder."""
+"""The record and the output of a sweep of a module's `config`; and a longer sweep to interrupt."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def record(local_ray: None, config: PipelineConfig, said: io.StringIO) -> SweepR
 
 @pytest.fixture(scope="session")
 def long_config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
-    """A sweep of three trials that write all that trials can, at every second of 12 steps."""
+    """A sweep of three trials that write everything a trial can write, at every second of 12 steps."""
     folder = tmp_path_factory.mktemp("long")
     tiny = load_config("tiny", [f"output={folder / 'whole'}"]).model_dump(mode="json")
     tiny["data"] |= {"train": 24, "val": 4, "test": 4}
@@ -43,6 +43,6 @@ def long_config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
 
 @pytest.fixture(scope="session")
 def uninterrupted(local_ray: None, long_config: PipelineConfig) -> Path:
-    """What that sweep leaves if nobody hinders it."""
+    """The folder of that sweep, run without interruption."""
     run(long_config)
     return long_config.folder

@@ -1,4 +1,4 @@
-"""Sweeps of the tiny model that are as short as can be, and what they leave."""
+"""Run sweeps of the tiny model that are as short as possible, and read what they leave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rayft.sweep.decisions import EVENTS_FILE, EventLog
 def small_config(
     folder: Path, methods: Mapping[str, Any], squeeze: Mapping[str, Any] | None = None
 ) -> PipelineConfig:
-    """Write the shipped `tiny` with other methods and four steps, and read it back."""
+    """Write the packaged `tiny` with other methods and four steps to a file, and load that."""
     tiny = load_config("tiny", [f"output={folder / 'out'}"]).model_dump(mode="json")
     tiny["optim"]["steps"] = tiny["sweep"]["grace"] = 4
     tiny["data"] |= {"train": 24, "val": 4, "test": 4}
@@ -33,17 +33,19 @@ def small_config(
 
 
 def run(config: PipelineConfig) -> tuple[SweepRecord, str]:
+    """Run a sweep; return its record and what it printed."""
     said = io.StringIO()
     return run_sweep(config, Display(Console(file=said, width=1000))), said.getvalue()
 
 
 def events(folder: Path) -> list[tuple[str, int, float, bool]]:
+    """Return the decisions of the search in their order: trial, step, loss, whether the trial goes on."""
     log = EventLog(folder / EVENTS_FILE)
     return [(one.trial, one.step, one.val_loss, one.go_on) for one in log.decisions]
 
 
 def adapters(folder: Path) -> dict[str, tuple[bool, int, str]]:
-    """What each trial left: whether it finished, its last step, the hash of its adapter."""
+    """Return what each trial has left: whether it finished, its last step, the hash of its adapter."""
     results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trials/*/result.json")}
     return {
         key: tuple(values["result"][name] for name in ("finished", "steps", "content_hash"))  # type: ignore[misc]
@@ -52,7 +54,7 @@ def adapters(folder: Path) -> dict[str, tuple[bool, int, str]]:
 
 
 def histories(folder: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Every metric of every tracked trial, in MLflow's order, but those that clocks decide."""
+    """Return the metrics of each tracked trial in MLflow's order, without those that depend on clocks."""
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     (experiment,) = [one for one in client.search_experiments() if one.name == "rayft"]
     found = {}

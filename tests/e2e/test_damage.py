@@ -1,4 +1,4 @@
-"""A sweep whose files are damaged between two commands, or while one runs."""
+"""Files of a sweep that are damaged between two commands, or while one runs, are made again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
 
 
 def found(record: SweepRecord) -> dict[str, Any]:
-    """What a sweep found, without clocks."""
+    """Return what a sweep has found, without anything that depends on clocks."""
     kept = record.model_dump(include={"baselines", "winner", "comparisons", "singular_values"})
     kept["trials"] = [(one.id, one.status, one.val_loss, one.train_loss, one.test) for one in record.trials]
     kept["squeezed"] = [(one.name, one.energy_mean, one.test, one.val_score) for one in record.squeezed]
@@ -39,7 +39,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {key: values["result"]["content_hash"] for key, values in results.items()}
 
 
-def test_damage_is_mended_and_costs_nothing_else(
+def test_damaged_files_are_made_again_and_nothing_else(
     record: SweepRecord, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, first = config.folder, hashes(config.folder)
@@ -49,7 +49,7 @@ def test_damage_is_mended_and_costs_nothing_else(
     best = next(Path(one.folder) for one in record.trials if record.winner.trial == one.id)
 
     def refuse(_executor: LaneExecutor) -> None:
-        pytest.fail("a lane was started, and nothing was left to be done")
+        pytest.fail("a lane was started, although nothing was left to do")
 
     with monkeypatch.context() as patch:
         patch.setattr(LaneExecutor, "start", refuse)
@@ -69,7 +69,7 @@ def test_damage_is_mended_and_costs_nothing_else(
     assert {path: path.stat().st_mtime_ns for path in folder.glob("scores/*.json")} == scores
 
 
-def test_an_adapter_that_is_lost_meanwhile_costs_its_trial_alone(
+def test_an_adapter_that_is_damaged_meanwhile_fails_only_its_own_trial(
     record: SweepRecord, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert record.winner

@@ -1,4 +1,4 @@
-"""A sweep of `lora` and `full` on the tiny model, which `full` wins: LoRAs are extracted from it."""
+"""LoRAs are extracted from the winner of a sweep that is a whole model (`full`, on the tiny model)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep whose disk fills up while it trains, and again when it has trained: one error, and it continues."""
+"""A sweep whose disk becomes full ends with one error, and continues when there is room again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.e2e.small import adapters, events, histories
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 ROOMY = 4 * 2**30
-"""Bytes of a disk on which a sweep may start; what is not written takes no memory."""
+"""Bytes of a disk on which a sweep may start. Unused bytes take no memory."""
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def sweep(config: Path, folder: Path, fill: Callable[[], bool] | None = None) -> tuple[int, str]:
-    """Run the command, calling `fill` until it has filled the disk; return its status and what it said."""
+    """Run the command, calling `fill` until that has filled the disk; return the status and the output."""
     process = subprocess.Popen(
         [sys.executable, "-m", "rayft.cli", "sweep", str(config), "--set", f"output={folder}"],
         env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "COLUMNS": "1000"},
@@ -56,7 +56,7 @@ def test_a_sweep_continues_when_there_is_room_again(
             try:
                 disk.leave(0)
             except subprocess.CalledProcessError:
-                return False  # It has grown meanwhile.
+                return False  # More has been written meanwhile.
             return True
 
         return fill

@@ -1,4 +1,4 @@
-"""Data that is edited: while a sweep runs, and after it."""
+"""Data that are edited while a sweep runs, or after it, are noticed."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ def write(answer: str) -> None:
     Path("answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-def test_answers_are_learnt_anew_or_nothing_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edited_answers_are_refused_in_the_same_folder_and_learnt_in_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    # One server for both folders, so that a run could be taken for another's.
+    # One server for both folders, so that the run of one sweep could be mistaken for that of the other.
     server = f"sqlite:///{tmp_path}/mlflow.db"
     Path("answers.yaml").write_text(CONFIG)
     config, other = (

@@ -1,4 +1,4 @@
-"""Interrupted and killed sweeps that continue: nothing is lost, decided otherwise or trained otherwise."""
+"""Interrupted and killed sweeps continue: they lose nothing, and decide and train as if uninterrupted."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from tests.e2e.small import adapters, events, histories, run
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 EVENTS = 14
-"""Evaluations of a whole sweep: two trials to the end, the third stopped at its second one."""
+"""Evaluations of an uninterrupted sweep: of two whole trials, and of a third that stops at its second."""
 
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
-    """Put the signals' handlers back."""
+    """Restore the handlers of the signals after the test."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -49,7 +49,7 @@ def elsewhere(config: PipelineConfig, name: str, **sweep: Any) -> PipelineConfig
 
 @contextmanager
 def when(ready: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
-    """Do something once, as soon as a condition holds."""
+    """Call `act` once, as soon as a condition holds."""
     done = threading.Event()
 
     def watch() -> None:
@@ -69,7 +69,7 @@ def when(ready: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def signalled(folder: Path, after: int, number: signal.Signals) -> Iterator[None]:
-    """Send this process a signal after so many evaluations."""
+    """Send this process a signal after a number of evaluations."""
     interrupts.install()
     with (
         when(lambda: len(events(folder)) >= after, lambda: os.kill(os.getpid(), number)),
@@ -80,7 +80,7 @@ def signalled(folder: Path, after: int, number: signal.Signals) -> Iterator[None
     interrupts.forget()
 
 
-def test_an_interrupted_sweep_ends_as_one_that_was_not(
+def test_an_interrupted_sweep_ends_like_an_uninterrupted_one(
     long_config: PipelineConfig, uninterrupted: Path
 ) -> None:
     again = elsewhere(long_config, "interrupted")
@@ -134,7 +134,7 @@ def test_a_killed_sweep_with_two_lanes_decides_by_its_recorded_order(
     order = [event[:2] for event in events(folder)]
 
     class Ordered(Broker):
-        """Lets trials report in a given order alone."""
+        """A broker that lets trials report only in a given order."""
 
         def __init__(self, attempts: int, patience: Patience) -> None:
             super().__init__(attempts, patience)
@@ -168,7 +168,7 @@ def test_the_command_exits_as_a_shell_expects(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_a_signal_that_a_command_waits_for_is_no_interruption() -> None:
+def test_a_signal_that_a_command_waits_for_is_not_an_interrupt() -> None:
     script = """
 import os, signal, threading
 from rayft.flow import commands

@@ -1,4 +1,4 @@
-"""The whole path on the tiny model: sweep, squeeze, register, report, serve, ask; then once more, resumed."""
+"""The demo on the tiny model: sweep, squeeze, register, report, serve, ask; then the sweep continues."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def squeezed(record: SweepRecord) -> list[tuple[str, str, str]]:
     return [(item.trial, item.how, item.name.rpartition("@")[2]) for item in record.squeezed]
 
 
-def test_every_stage_left_its_result(record: SweepRecord, config: PipelineConfig) -> None:
+def test_every_stage_leaves_its_result(record: SweepRecord, config: PipelineConfig) -> None:
     output = Path(config.output)
     assert [base.name for base in record.baselines] == ["base", "answer only", "few shot", "majority answer"]
     assert len(record.trials) == 3
@@ -61,7 +61,7 @@ def test_every_stage_left_its_result(record: SweepRecord, config: PipelineConfig
     assert set(record.singular_values) == set(winner.modules)
 
 
-def test_http_answered_for_the_base_and_three_ranks(record: SweepRecord) -> None:
+def test_the_server_answers_for_the_base_and_three_ranks(record: SweepRecord) -> None:
     assert record.served
     assert len(record.served.exchanges) == 3
     for exchange in record.served.exchanges:
@@ -92,7 +92,9 @@ def runs(config: PipelineConfig) -> list[object]:
     return list(client.search_runs([experiment.experiment_id]))
 
 
-def test_tracking_and_registry(record: SweepRecord, config: PipelineConfig) -> None:
+def test_every_run_is_tracked_and_the_winner_is_registered(
+    record: SweepRecord, config: PipelineConfig
+) -> None:
     found = runs(config)
     kinds = sorted(run.data.tags["rayft.kind"] for run in found)  # type: ignore[attr-defined]
     assert kinds == ["baseline"] * 4 + ["squeezed"] * 12 + ["sweep"] + ["trial"] * 3
@@ -105,7 +107,9 @@ def test_tracking_and_registry(record: SweepRecord, config: PipelineConfig) -> N
     assert int(client.get_model_version_by_alias("tiny", "champion").version) == 1
 
 
-def test_a_squeeze_is_a_child_of_its_trial(record: SweepRecord, config: PipelineConfig) -> None:
+def test_a_squeezed_adapter_is_tracked_as_a_child_of_its_trial(
+    record: SweepRecord, config: PipelineConfig
+) -> None:
     client = MlflowClient(f"sqlite:///{config.output}/mlflow.db")
     trials = {trial.id: trial for trial in record.trials}
     modules = AdapterArtifact.load(Path(config.output) / "winner").modules
@@ -130,7 +134,9 @@ def test_a_squeeze_is_a_child_of_its_trial(record: SweepRecord, config: Pipeline
             assert len(client.get_metric_history(run.info.run_id, "train_loss")) == 2  # type: ignore[attr-defined]
 
 
-def test_what_was_trained_on_differs_from_its_start_and_has_prefixes(record: SweepRecord) -> None:
+def test_an_adapter_that_was_trained_further_differs_from_its_start_and_has_prefixes(
+    record: SweepRecord,
+) -> None:
     folders = {item.name: Path(item.folder) for item in record.squeezed}
     for item in record.squeezed:
         if item.how == "cont":
@@ -142,13 +148,13 @@ def test_what_was_trained_on_differs_from_its_start_and_has_prefixes(record: Swe
             }
 
 
-def test_started_again_it_trains_nothing_twice_and_has_its_winner_before_the_analysis(
+def test_a_sweep_that_continues_trains_nothing_twice_and_publishes_before_the_analysis(
     record: SweepRecord, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = Path(config.output)
     results = {path: path.stat().st_mtime_ns for path in output.glob("trials/*/result.json")}
     before = len(runs(config))
-    # As if it had been cut off in the second trial.
+    # As if the sweep had been killed in the second trial.
     lost = output / "trials" / next(t.name for t in (output / "trials").iterdir() if t.name.startswith("cla"))
     (lost / "result.json").unlink()
     for name in ("sweep.json", "report.html", "serve.yaml"):

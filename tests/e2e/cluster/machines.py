@@ -1,9 +1,9 @@
-"""Machines of their own on this one: each has its network, its files, its processes and an SSH server.
+"""Virtual machines on this one: each has its own network, files, processes and SSH server.
 
-A machine is a set of Linux namespaces. All are plugged into one switch, a bridge in a namespace of its
-own, so they reach nothing of this host's network, and this host reaches nothing of theirs. Beside the
-system's folders they share the installed packages: the environment of these tests, over which each machine
-writes changes of its own. The repository is hidden from them.
+A machine is a set of Linux namespaces. All machines are connected to one switch, a bridge in its own
+namespace, so they can't reach this host's network, and this host can't reach theirs. Besides the system's
+folders they share the installed packages, which are the environment of these tests; each machine keeps its
+changes to them to itself. The repository is hidden from the machines.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pathlib import Path
 __all__ = ["Machine", "Network", "missing", "network"]
 
 NEEDED = ("unshare", "nsenter", "ip", "mount", "sshd", "ssh", "ssh-keygen", "rsync", "git", "curl")
-"""Programs, most of them of Debian's packages openssh-server, openssh-client, rsync, iproute2, util-linux."""
+"""Required programs. Most come with Debian's openssh-server, openssh-client, rsync, iproute2, util-linux."""
 PREFIX = "10.77.0"
-"""Of the network, which exists only between the machines."""
+"""Prefix of the addresses. The network exists only between the machines."""
 
 BOOT = r"""
 set -e
@@ -52,11 +52,11 @@ ip link set lo up
 while ! ip link show eth0 > /dev/null 2>&1; do sleep 0.05; done
 ip address add {address}/24 dev eth0
 ip link set eth0 up
-# Nobody is there, but programs find their own address by asking which one they would leave from.
+# There is no gateway, but programs find their own address by asking for the route to one.
 ip route add default via {gateway}
 {sshd} -f /run/sshd_config
 touch /run/booted
-# This shell is the machine's first process, and takes over what others leave behind.
+# This shell is the first process of the machine, and adopts the orphans of the others.
 while true; do sleep 1; done
 """
 SSHD = """
@@ -79,7 +79,7 @@ export HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
 
 
 def missing() -> str:
-    """Return what these machines can't be made without; empty if all is there."""
+    """Return what is missing to make these machines; empty if nothing is."""
     if os.geteuid() != 0:
         return "namespaces with networks of their own need root"
     if lost := [name for name in NEEDED if shutil.which(name) is None]:
@@ -90,26 +90,26 @@ def missing() -> str:
 
 @dataclass
 class Machine:
-    """One machine; `boot` starts it, `lose` is a power cut, after which it can boot again with its disk."""
+    """One machine. `boot` starts it; `lose` is a power cut, after which it can boot again with its disk."""
 
     name: str
     address: str
     disk: Path
     switch: int
-    """Process in the switch's network namespace."""
+    """Id of a process in the switch's network namespace."""
     key: str
-    """Public key that may log in."""
+    """Public key that may log in to it."""
     repository: Path
     boots: int = 0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
     def home(self) -> Path:
-        """Its home folder, as this host sees it."""
+        """Path of its home folder on this host."""
         return self.disk / "root"
 
     def boot(self) -> None:
-        """Start it and wait for its SSH server."""
+        """Start the machine and wait for its SSH server."""
         self._furnish()
         script = BOOT.format(
             name=self.name, disk=self.disk, environment=sys.prefix, python=sys.base_prefix,
@@ -132,7 +132,7 @@ class Machine:
         _wait(booted.is_file, 30, f"{self.name} did not boot; see {self.disk}/console.log")
 
     def lose(self) -> None:
-        """End all its processes at once and unplug it."""
+        """Kill all its processes at once and disconnect it."""
         if self.process is not None:
             with_init = self._first()
             os.kill(with_init, signal.SIGKILL)
@@ -143,7 +143,7 @@ class Machine:
     def start(
         self, command: str, log: Path, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start a command in a login shell, its output in a file of this host."""
+        """Start a command in a login shell, and write its output to a file on this host."""
         with log.open("ab") as output:
             return subprocess.Popen(
                 self._entered(command, environment),
@@ -177,14 +177,14 @@ class Machine:
         ]  # fmt: skip
 
     def _first(self) -> int:
-        """Return the pid of its first process, as this host numbers it."""
+        """Return the id of its first process on this host."""
         assert self.process is not None, f"{self.name} is off"
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         _wait(lambda: bool(children.read_text().split()), 10, f"{self.name} has no first process")
         return int(children.read_text().split()[0])
 
     def _furnish(self) -> None:
-        """Give it what a fresh machine has."""
+        """Write the files that a new machine has."""
         ssh = self.home / ".ssh"
         if ssh.is_dir():
             return
@@ -192,7 +192,7 @@ class Machine:
         (ssh / "authorized_keys").write_text(self.key)
         (self.home / ".bashrc").write_text(PROFILE)
         (self.home / ".profile").write_text(". ~/.bashrc\n")
-        # An environment with Python, as a machine of one's own has; `ray up` installs rayft into it.
+        # An environment with Python, as a user's machine has. `ray up` installs rayft into it.
         (self.home / "rayft-env").symlink_to(sys.prefix)
         run = self.disk / "run"
         run.mkdir(parents=True)
@@ -214,7 +214,7 @@ class Network:
 
 @contextmanager
 def network(root: Path, repository: Path, names: tuple[str, ...]) -> Iterator[Network]:
-    """Boot machines that reach each other, and end them afterwards.
+    """Boot machines that can reach each other, and stop them after the block.
 
     The first may log in to all others: its ~/.ssh/id_ed25519 is the key.
 
@@ -269,7 +269,7 @@ def _wait(ready: object, seconds: float, message: str) -> None:
 
 
 def copy_repository(repository: Path, target: Path) -> None:
-    """Copy what the repository tracks, and what it does not ignore, as a person's checkout has it."""
+    """Copy the files of the repository that are tracked or not ignored, as in a user's checkout."""
     listed = ["git", "-C", str(repository), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listed, capture_output=True, check=True).stdout
     target.mkdir(parents=True)

@@ -1,8 +1,8 @@
-"""The cluster of docs/deploying.md over SSH, on four machines: a laptop, a head and two workers.
+"""The cluster of docs/deploying.md over SSH works on four machines: a laptop, a head and two workers.
 
-Everything runs as a person would run it: `ray up`, `ray submit`, `ray job`, `serve deploy`, `ray down`, with
+Everything runs as a user would run it: `ray up`, `ray submit`, `ray job`, `serve deploy`, `ray down`, with
 clusters/on-premises.yaml. Only what these machines lack is left out of that file: a GPU, and a package index.
-The tests of this file follow one another on the same machines.
+The tests in this file run in their order on the same machines.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LONG = {
         "grace": 400,
     },
 }
-"""Added to the packaged `tiny`: trials that are still training when something happens to them."""
+"""Settings on top of the packaged `tiny`, with trials that take long enough to be interrupted."""
 
 NODES = """
 import json, ray
@@ -86,14 +86,14 @@ def until(ready: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def nodes(net: Network) -> list[str]:
-    """Return the addresses of the nodes that Ray has, as the head tells."""
+    """Return the addresses of the nodes of the cluster, according to its head."""
     (net["head"].home / "nodes.py").write_text(NODES)
     printed = net["head"].run("python ~/nodes.py 2> /dev/null", check=False).strip().splitlines()
     return sorted(json.loads(printed[-1])) if printed else []
 
 
 def runs(net: Network, kind: str) -> list[dict[str, Any]]:
-    """Return the tracked runs of a kind, as the server tells: name, status, sweep, last step of the loss."""
+    """Return the tracked runs of a kind: name, status, and steps of the training loss."""
     script = f"""
 import json, mlflow
 client = mlflow.MlflowClient('http://{net["head"].address}:5000')
@@ -108,7 +108,7 @@ print(json.dumps([
 
 
 def plain(text: str) -> str:
-    """Return a terminal's text in one line, without colours."""
+    """Return the text of a terminal as one line without colours."""
     return " ".join(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).split())
 
 
@@ -129,7 +129,7 @@ def test_the_tracking_server_listens_on_the_private_address_alone(net: Network) 
     assert not re.search(r"(0\.0\.0\.0|\*):5000", head.run("ss -tln"))
 
 
-def test_another_token_is_refused(net: Network) -> None:
+def test_a_wrong_token_is_refused(net: Network) -> None:
     settings = f"RAY_ADDRESS={net['head'].address}:6379 RAY_AUTH_MODE=token RAY_AUTH_TOKEN={'0' * 64}"
     said = net["one"].run(
         f"{settings} rayft sweep tiny 2>&1; echo rc $?",
@@ -164,7 +164,7 @@ def test_a_sweep_survives_the_loss_of_a_worker(net: Network) -> None:
         lambda: "its node was lost" in plain(log.read_text()) and plain(log.read_text()), 90, "the news"
     )
     assert lost.address in said
-    # What has no place is said, with what is free; a machine that comes back is used again.
+    # The sweep reports that a lane waits for a place. It uses the machine when that is back.
     until(lambda: "for a place in the cluster" in plain(log.read_text()), 60, "that it waits")
     lost.boot()
     assert sweep.wait(400) == 0, plain(log.read_text())[-4000:]
@@ -179,11 +179,11 @@ def test_a_sweep_survives_the_loss_of_a_worker(net: Network) -> None:
         assert run["steps"] == sorted(set(run["steps"])), "a step was tracked twice"
 
 
-def test_the_lost_worker_comes_back(net: Network) -> None:
+def test_the_lost_worker_joins_again(net: Network) -> None:
     until(lambda: len(nodes(net)) == 3, 240, "the worker's return")
 
 
-def test_results_come_home(net: Network) -> None:
+def test_results_can_be_copied_to_the_laptop(net: Network) -> None:
     net["laptop"].run(f"ray rsync-down mine.yaml {RUNS}/own/ own/")
     assert (net["laptop"].home / "rayft/own/winner/adapter_config.json").is_file()
     assert (net["laptop"].home / "rayft/own/report.html").is_file()
