@@ -1,4 +1,4 @@
-"""Lanes and isolated trials with real Ray Train worker groups over gloo."""
+"""Lanes and isolated trials, with real Ray Train worker groups over gloo."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def executing(kind: str, run: RunConfig, folder: Path) -> Iterator[Executor]:
 
 @contextmanager
 def meanwhile(act: Callable[[], None] | None) -> Iterator[None]:
-    """Do something in a thread while the block runs."""
+    """Call a function in a thread while the block runs."""
     if act is None:
         yield
         return
@@ -81,7 +81,7 @@ def find(
     *,
     grace: int = 2,
 ) -> list[Trial]:
-    """Search with an executor, and do something meanwhile."""
+    """Search with an executor, and call a function meanwhile."""
     sweep = SweepConfig(methods=dict(space), grace=grace)
     with meanwhile(during):
         return search(sweep, points(sweep, run), executor, output)
@@ -93,7 +93,7 @@ def result(trial: Trial) -> TrainResult:
 
 
 def half_way(executor: Executor) -> list[int]:
-    """Wait until a trial trains that is to be hindered, and return its lane's processes."""
+    """Wait until a long run has taken a quarter of its steps, and return its lane's processes."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         for job in ray.get(executor.broker.snapshot.remote()):
@@ -106,18 +106,18 @@ def half_way(executor: Executor) -> list[int]:
 LORA = {"lora": MethodSpace(ranks=(4,), lr=(1e-2, 1e-4))}
 ONE = {"lora": MethodSpace(ranks=(4,), lr=(1e-2,))}
 LONG = 24
-"""Steps of a run that is hindered in the middle."""
+"""Number of steps of a run that is disturbed in the middle."""
 
 
 def long_run(folder: Path, **scale: Any) -> RunConfig:
-    """A run that is evaluated and saved again and again."""
+    """Return a run with many evaluations and checkpoints."""
     run = make_run(folder, steps=LONG, **scale)
     return run.model_copy(update={"evaluate": EvaluateConfig(checkpoint_seconds=0, every=3)})
 
 
 @pytest.fixture(scope="module")
 def lane(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
-    """A lane that tests share, one search after the other, as a sweep's trials do."""
+    """A lane in which tests search one after the other, like the trials of a sweep."""
     with executing("lane", make_run(tiny_folder), tmp_path_factory.mktemp("lane")) as executor:
         yield executor
 
@@ -134,7 +134,7 @@ def test_asha_stops_the_worse_trial_and_keeps_its_adapter(in_a_lane: list[Trial]
     assert AdapterArtifact.load(result(bad).folder).content_hash == result(bad).content_hash
 
 
-def test_a_lane_trains_as_an_isolated_worker_group_does(
+def test_a_lane_trains_like_an_isolated_worker_group(
     in_a_lane: list[Trial], tiny_folder: Path, tmp_path: Path
 ) -> None:
     run = make_run(tiny_folder)
@@ -142,19 +142,19 @@ def test_a_lane_trains_as_an_isolated_worker_group_does(
         (alone,) = find(executor, run, {"lora": MethodSpace(ranks=(4,), lr=(1e-4,))}, tmp_path)
     shared = result(in_a_lane[1])
     steps = shared.steps
-    # The lane's trial is its second: what the first one left behind would show here.
+    # It is the lane's second trial, so anything that the first one left behind would show here.
     assert result(alone).train_curve[:steps] == shared.train_curve
     assert result(alone).val_curve[: len(shared.val_curve)] == shared.val_curve
 
 
 @pytest.fixture(scope="module")
 def whole(lane: Executor, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    """What the long run leaves if nobody hinders it."""
+    """The result of the long run if nothing disturbs it."""
     return result(find(lane, long_run(tiny_folder), ONE, tmp_path_factory.mktemp("whole"))[0])
 
 
 @pytest.mark.parametrize("what", ["worker", "TrainController"])
-def test_a_lane_that_dies_comes_back_and_its_trial_goes_on(
+def test_a_lane_that_dies_is_restarted_and_its_trial_resumes(
     lane: Executor, whole: TrainResult, tiny_folder: Path, tmp_path: Path, what: str
 ) -> None:
     before = len(ray.get(lane.broker.notices.remote()))
@@ -169,9 +169,9 @@ def test_a_lane_that_dies_comes_back_and_its_trial_goes_on(
     assert result(trial).seconds["total"] < whole.seconds["total"] + 60
     for name in ("content_hash", "train_curve", "val_curve"):
         assert getattr(result(trial), name) == getattr(whole, name)
-    # The checkpoint that was being written may be told of too.
-    told = ray.get(lane.broker.notices.remote(before))
-    assert any("its process was killed or crashed" in text for text in told)
+    # There may be a notice of the checkpoint that was being written, too.
+    notices = ray.get(lane.broker.notices.remote(before))
+    assert any("its process was killed or crashed" in text for text in notices)
 
 
 STEPS = 4
@@ -191,8 +191,8 @@ def on_one_worker(
 
 
 def compare(one: TrainResult, two: TrainResult, steps: int) -> None:
-    """Compare the losses of one worker with those of two."""
-    # Rounding of the forward and backward of each step through 2 layers of 64-term sums.
+    """Assert that two workers have the losses of one."""
+    # Rounding of the forward and backward pass of each step, through 2 layers of 64-term sums.
     allowed = tolerance(torch.float32, 64, depth=8 * steps)
     for (step, a), (_, b) in zip(one.train_curve, two.train_curve, strict=True):
         assert abs(a - b) <= allowed * abs(a), f"step {step}: {a} and {b}"
@@ -208,49 +208,71 @@ def compare_families(on_one_worker: dict[str, Trial], trials: list[Trial]) -> No
         assert all(part.any() for f in second.modules.values() for part in f.b.split(4, 1))
 
 
-def test_two_workers_train_as_one_and_are_interrupted_together(
-    on_one_worker: dict[str, Trial], whole: TrainResult, tiny_folder: Path, tmp_path: Path
-) -> None:
-    families = make_run(tiny_folder, steps=STEPS, workers=2)
-    run = long_run(tiny_folder, workers=2)
-    told: list[str] = []
-    with executing("lane", make_run(tiny_folder, workers=2), tmp_path) as executor:
-        compare_families(on_one_worker, find(executor, families, FAMILIES, tmp_path, grace=STEPS))
+@pytest.fixture(scope="module")
+def interrupted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Trial], Path]:
+    """Two workers train methods of each family, and are interrupted in the middle of a long run.
+
+    Returns:
+        The trials of the families, and the folder of the long run.
+    """
+    families, run = make_run(tiny_folder, steps=STEPS, workers=2), long_run(tiny_folder, workers=2)
+    folder, saving = tmp_path_factory.mktemp("two-workers"), list[str]()
+    with executing("lane", run, folder) as executor:
+        trials = find(executor, families, FAMILIES, folder, grace=STEPS)
 
         def interrupt() -> None:
             half_way(executor)
-            told.extend(executor.interrupt())
+            saving.extend(executor.interrupt())
 
-        (trial,) = find(executor, run, ONE, tmp_path, interrupt)
-    assert told == [trial.point.key]
+        (trial,) = find(executor, run, ONE, folder, interrupt)
+    assert saving == [trial.point.key]
     assert trial.result is None
-    with executing("lane", make_run(tiny_folder, workers=2), tmp_path) as executor:
-        (trial,) = find(executor, run, ONE, tmp_path)
+    return trials, folder
+
+
+@pytest.fixture(scope="module")
+def two_workers(
+    interrupted: tuple[list[Trial], Path], tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Executor]:
+    """A lane of two workers that is started after the interruption."""
+    with executing("lane", long_run(tiny_folder, workers=2), tmp_path_factory.mktemp("second")) as executor:
+        yield executor
+
+
+def test_two_workers_train_like_one(
+    on_one_worker: dict[str, Trial], interrupted: tuple[list[Trial], Path]
+) -> None:
+    compare_families(on_one_worker, interrupted[0])
+
+
+def test_two_workers_that_were_interrupted_continue_together(
+    interrupted: tuple[list[Trial], Path], two_workers: Executor, whole: TrainResult, tiny_folder: Path
+) -> None:
+    (trial,) = find(two_workers, long_run(tiny_folder, workers=2), ONE, interrupted[1])
     compare(whole, result(trial), LONG)
     assert len(result(trial).val_curve) == len(whole.val_curve)
 
 
-def test_two_workers_train_as_one_under_zero_3(
+def test_a_full_disk_ends_both_workers(two_workers: Executor, tiny_folder: Path, disk: Disk) -> None:
+    def fill() -> None:
+        half_way(two_workers)
+        disk.leave(0)
+
+    # After this error the lane takes no other job, so no test uses it afterwards.
+    with pytest.raises(DiskFullError, match=str(disk.folder)):
+        find(two_workers, long_run(tiny_folder, workers=2), ONE, disk.folder / "out", fill)
+
+
+def test_two_workers_under_zero_3_train_like_one(
     on_one_worker: dict[str, Trial], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    # A chain, whose frozen A's are partitioned too, and an engine for each link.
+    # A chain has frozen A's, which are partitioned too, and an engine for each link.
     run = make_run(tiny_folder, steps=STEPS, workers=2, zero=3)
     with executing("isolated", run, tmp_path) as executor:
         compare_families(on_one_worker, find(executor, run, {"rac": FAMILIES["rac"]}, tmp_path, grace=STEPS))
 
 
-def test_a_full_disk_ends_two_workers(tiny_folder: Path, tmp_path: Path, disk: Disk) -> None:
-    with executing("lane", make_run(tiny_folder, workers=2), tmp_path) as executor:
-
-        def fill() -> None:
-            half_way(executor)
-            disk.leave(0)
-
-        with pytest.raises(DiskFullError, match=str(disk.folder)):
-            find(executor, long_run(tiny_folder, workers=2), ONE, disk.folder / "out", fill)
-
-
-def test_without_its_broker_a_search_ends_and_can_go_on(
+def test_a_search_without_its_broker_ends_and_can_be_continued(
     lane: Executor, whole: TrainResult, tiny_folder: Path, tmp_path: Path
 ) -> None:
     run, others = long_run(tiny_folder), pids("Broker")
@@ -269,7 +291,7 @@ def test_without_its_broker_a_search_ends_and_can_go_on(
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_leaks(local_ray: None) -> Iterator[None]:
-    """Worker groups must have given back what they held when the executors are closed."""
+    """Check that worker groups have released their resources when the executors are closed."""
     before = ray.available_resources().get("CPU", 0)
     yield
     deadline = time.monotonic() + 20

@@ -1,4 +1,4 @@
-"""A sweep whose lane runs on a node that has nothing of the command's files on its disk."""
+"""A sweep whose lane runs on a node with another disk, which has none of the command's files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def answers(url: str) -> bool:
 
 
 def configure(nodes: Nodes, tiny_folder: Path) -> Path:
-    """Write a sweep of an adapter and of the whole model, whose base and data lie on the head alone."""
+    """Configure a sweep of an adapter and of the whole model; only the head has the base and the data."""
     private = nodes.root / "private"
     shutil.copytree(tiny_folder, private / "base")
     rows = [{"prompt": f"{one} + {one} =", "completion": f" {2 * one}"} for one in range(40)]
@@ -46,7 +46,7 @@ def configure(nodes: Nodes, tiny_folder: Path) -> Path:
     return nodes.root / "own.yaml"
 
 
-def test_base_data_adapters_checkpoints_and_models_travel(tiny_folder: Path) -> None:
+def test_base_data_adapters_checkpoints_and_models_are_transferred(tiny_folder: Path) -> None:
     with two_nodes(("private", "out", "cache")) as nodes:
         config, out, url = (
             configure(nodes, tiny_folder),
@@ -86,7 +86,7 @@ def test_base_data_adapters_checkpoints_and_models_travel(tiny_folder: Path) -> 
                 ]  # fmt: skip
             (checkpoint,) = (folder.parent / "checkpoint").glob("step-*")
             assert (checkpoint / "state.json").is_file()
-        # The node kept what it had tracked alone, and what is served has names that every node can reach.
+        # Only the tracking spool stays on the node, and served adapters have names that every node can read.
         assert {path.name for path in nodes.there(out).iterdir()} <= {"spool"}
         assert not [*nodes.there(nodes.root / "cache").glob("lanes/*")]
         served = yaml.safe_load((out / "serve.yaml").read_text())

@@ -1,4 +1,4 @@
-"""A command whose own Ray cluster dies ends within seconds, with an error that says what to do."""
+"""If the Ray cluster of a command dies, the command soon ends with an error that says what to do."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ with cluster(1, device="cpu"):
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # A token, which the environment of other tests turns off, is what people have.
+    # Users have Ray's token authentication, which the environment of other tests turns off.
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     environment["RAY_ADDRESS"] = "local"
     return subprocess.run(

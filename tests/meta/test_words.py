@@ -16,15 +16,12 @@ NOT_YET = (
         f"{folder}/{package}/"
         for package in (
             "artifacts",
-            "evaluate",
             "flow",
             "kernels",
             "methods",
             "models",
             "peft",
             "serving",
-            "sweep",
-            "train",
         )
         for folder in ("rayft", "tests/unit")
     ),

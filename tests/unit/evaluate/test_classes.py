@@ -45,7 +45,7 @@ def test_the_loss_of_images_is_the_models_own(vit_folder, dtype):
     loaded = loaded_as(vit_folder, "image_classification", dtype)
     examples = [example(noise(number), number % 3) for number in range(5)]
     batch = collate_rows(rows_of(encode_all(examples, loaded.tokenizer, 8), 8), 0)
-    # Pixels stay float32 until the model's dtype is known.
+    # Pixels are float32 until the model's dtype is known.
     assert batch.pixel_values.dtype == torch.float32
     loss, count = batch_loss(loaded.model, batch)
     assert count == 5
@@ -59,7 +59,7 @@ def test_the_loss_of_images_is_the_models_own(vit_folder, dtype):
 def test_images_are_scored_by_their_classes(vit, batch_size):
     examples = [example(noise(number)) for number in range(8)]
     pixels = torch.stack([torch.from_numpy(vit.tokenizer.pixels(item.image)) for item in examples])
-    # A head that spreads: the fresh one gives all images the same class.
+    # The fresh head predicts the same class for all images, so this one is scaled.
     with torch.no_grad():
         vit.model.classifier.weight.normal_(generator=torch.Generator().manual_seed(1))
         said = vit.model(pixel_values=pixels).logits.argmax(-1).tolist()
@@ -71,7 +71,7 @@ def test_images_are_scored_by_their_classes(vit, batch_size):
     assert found.values == (1, 1, 1, 1, 1, 0, 1, 1)
 
 
-def test_images_and_texts_are_not_mixed_up(vit, bert):
+def test_images_for_a_model_of_texts_are_refused_and_vice_versa(vit, bert):
     text, picture = Example(text="a", label=0, label_name="x"), example(noise("a"))
     for loaded, item in ((vit, text), (bert, picture)):
         with pytest.raises(DataError, match="images are scored with an image classifier"):
@@ -87,7 +87,7 @@ def test_a_text_to_classify_gets_the_tokenizers_special_tokens(bert, tiny_tokeni
     assert bert.tokenizer.convert_ids_to_tokens(encoded.input_ids) == ["[CLS]", "a", "b", "[SEP]"]
     assert encoded.labels == (IGNORED,) * 4
     assert prompt_ids(item, bert.tokenizer) == encoded.input_ids
-    # A decoder's tokenizer that adds nothing still adds nothing.
+    # A decoder's tokenizer that adds no special tokens still adds none.
     plain = encode_all([item], tiny_tokenizer, 16)[0]
     assert tiny_tokenizer.convert_ids_to_tokens(plain.input_ids) == ["a", "b"]
 
@@ -100,6 +100,6 @@ def test_padding_changes_no_class_of_an_encoder(bert):
     with torch.no_grad():
         padded = bert.model(input_ids=together.input_ids, attention_mask=together.attention_mask).logits
         alone = torch.cat([bert.model(input_ids=torch.tensor([item.input_ids])).logits for item in encoded])
-    # Two layers of attention and feed-forward, each some eight products deep.
+    # Two layers of attention and feed-forward, each about eight products deep.
     assert_close(padded, alone, torch.float32, 56, depth=32)
     assert len({tuple(row) for row in alone.tolist()}) == 3

@@ -15,7 +15,7 @@ def close(actual: float, expected: float, terms: int) -> None:
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (10, 10), (1, 7), (50, 100), (84, 100), (3, 1000)])
-def test_wilson_is_scipys(right, n):
+def test_the_wilson_interval_is_scipys(right, n):
     expected = binomtest(right, n).proportion_ci(method="wilson")
     low, high = interval([1.0] * right + [0.0] * (n - right))
     close(low, expected.low, n)
@@ -23,7 +23,7 @@ def test_wilson_is_scipys(right, n):
     assert 0 <= low <= right / n <= high <= 1
 
 
-def test_the_bootstrap_covers_a_mean_about_as_often_as_it_says():
+def test_the_bootstrap_interval_covers_the_mean_in_about_95_percent_of_cases():
     rng = np.random.default_rng(3)
     hits = 0
     for _ in range(60):
@@ -34,15 +34,15 @@ def test_the_bootstrap_covers_a_mean_about_as_often_as_it_says():
     assert interval([0.2, 0.5, 0.9]) == interval([0.2, 0.5, 0.9])
 
 
-def test_the_bootstrap_interval_is_that_of_the_normal_where_n_is_large():
+def test_the_bootstrap_interval_is_the_normal_one_for_large_n():
     values = np.random.default_rng(0).uniform(size=4000)
     low, high = interval(values.tolist())
     width = 2 * 1.96 * values.std() / np.sqrt(len(values))
     assert 0.9 * width < high - low < 1.1 * width
 
 
-def test_mcnemar_by_hand():
-    # 5 items only the first gets right, 1 only the second: p = 2·(C(6,0) + C(6,1))/2⁶ = 14/64.
+def test_mcnemars_p_value_equals_one_computed_by_hand():
+    # 5 items are right only in the first, 1 only in the second: p = 2·(C(6,0) + C(6,1))/2⁶ = 14/64.
     first = [1, 1, 1, 1, 1, 0, 1, 0]
     second = [0, 0, 0, 0, 0, 1, 1, 0]
     found = paired(first, second)
@@ -60,14 +60,14 @@ def test_equal_models_do_not_differ():
     assert paired([0.5, 0.2], [0.5, 0.2]).p_value == 1
 
 
-def test_sign_flips_by_hand():
+def test_the_sign_flip_p_value_equals_one_computed_by_hand():
     # Differences .1, .2, .3: of 8 sign patterns only +++ and --- reach a sum of .6.
     close(paired([0.5, 0.5, 0.5], [0.4, 0.3, 0.2]).p_value, 2 / 8, 8)
     # .1, .2, -.3 sum to 0, which every pattern reaches.
     close(paired([0.5, 0.5, 0.2], [0.4, 0.3, 0.5]).p_value, 1.0, 8)
 
 
-def test_many_sign_flips_agree_with_the_normal_approximation():
+def test_sampled_sign_flips_agree_with_the_normal_approximation():
     rng = np.random.default_rng(1)
     difference = rng.normal(0.02, 0.1, size=200)
     base = rng.uniform(0.3, 0.6, size=200)
@@ -75,7 +75,7 @@ def test_many_sign_flips_agree_with_the_normal_approximation():
     from scipy.stats import norm
 
     expected = 2 * norm.sf(abs(difference.sum()) / np.sqrt((difference**2).sum()))
-    # Standard error of a share of 10 000 draws, four times.
+    # Four standard errors of a share of 10,000 draws.
     assert abs(found.p_value - expected) < 4 * np.sqrt(expected / 10_000) + 1 / 10_000
 
 
@@ -89,7 +89,7 @@ def test_pairing_narrows_the_interval():
     assert found.p_value < 0.01
 
 
-def test_scores_that_do_not_pair_are_refused():
+def test_scores_of_different_numbers_of_items_are_refused():
     with pytest.raises(DataError, match="2 and 3 scores can't be paired"):
         paired([1, 0], [1, 0, 1])
     with pytest.raises(DataError, match="no scores"):
@@ -103,8 +103,9 @@ def drawn(rng, seeds, items, spread, shift=0.0):
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 1.0])
-def test_an_interval_over_seeds_covers_whatever_varies(spread):
-    # 3 seeds alone make it a few points short where they vary most: a t-distribution's tails are missing.
+def test_an_interval_over_seeds_covers_the_mean_whichever_effect_varies(spread):
+    # With only 3 seeds, the coverage is a few points too low where seeds vary most, because the tails of a
+    # t-distribution are missing.
     rng = np.random.default_rng(5)
     hits = 0
     for _ in range(50):
@@ -121,7 +122,7 @@ def test_two_methods_are_paired_by_items_and_not_by_seeds():
     assert found.ci_low < -0.5 < found.ci_high < 0
     alone = over_seeds([one])
     assert found.ci_high - found.ci_low < alone.ci_high - alone.ci_low
-    # One bad seed of the first: its difference is no longer sure.
+    # With one bad seed of the first method, the difference is no longer significant.
     unsure = over_seeds([one + np.array([[0.0], [0.0], [3.0]])], [other])
     assert unsure.ci_low < 0 < unsure.ci_high
 

@@ -1,4 +1,4 @@
-"""The loss of each target against the sum of all."""
+"""The losses of single targets, and their sum."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_losses_of_targets_are_those_of_their_logits_and_sum_to_the_batchs(t
     ).logits
     chosen = logits.flatten(0, 1)[batch.completion_index].log_softmax(-1)
     expected = -chosen.gather(1, batch.targets[:, None]).squeeze(1)
-    # Two layers, each some eight products deep.
+    # Two layers, each about eight products deep.
     assert_close(losses, expected, torch.float32, 64, depth=16)
     total, count = batch_loss(tiny_model, batch)
     assert count == len(losses)

@@ -37,7 +37,7 @@ def prompts(loaded):
 
 
 def one_by_one(model, prompt: list[int], new: int, ends: set[int]) -> list[int]:
-    """Greedy without cache, batch or padding."""
+    """Generate greedily without cache, batch or padding."""
     ids, found = list(prompt), []
     for _ in range(new):
         with torch.no_grad():
@@ -50,7 +50,7 @@ def one_by_one(model, prompt: list[int], new: int, ends: set[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_batches_answer_as_single_prompts_do(loaded, prompts, batch_size):
+def test_a_batch_gives_the_answers_of_single_prompts(loaded, prompts, batch_size):
     model, tokenizer = loaded
     expected = [
         tokenizer.decode(one_by_one(model, p, 12, {tokenizer.eos_token_id}), skip_special_tokens=True)
@@ -60,8 +60,8 @@ def test_batches_answer_as_single_prompts_do(loaded, prompts, batch_size):
     assert generate(model, tokenizer, prompts, 12, batch_size) == expected
 
 
-def test_padding_moves_no_learnt_position(loaded, prompts):
-    # Rotary positions are relative, so only a model with learnt ones tells whether padding shifts them.
+def test_padding_shifts_no_learnt_position(loaded, prompts):
+    # Rotary positions are relative, so only a model with learnt positions shows whether padding shifts them.
     _, tokenizer = loaded
     torch.manual_seed(0)
     config = GPT2Config(
@@ -75,10 +75,10 @@ def test_padding_moves_no_learnt_position(loaded, prompts):
     assert generate(model, tokenizer, prompts, 8, 5) == expected
 
 
-def test_a_row_stops_at_its_end_and_the_others_go_on(loaded, prompts, monkeypatch):
+def test_a_sequence_stops_at_its_end_and_the_others_continue(loaded, prompts, monkeypatch):
     model, tokenizer = loaded
     free = [one_by_one(model, prompt, 12, set()) for prompt in prompts]
-    # A token that ends some answers early and not all: chosen among those that the model does say.
+    # A token that ends some answers early, but not all of them, chosen among those that the model writes.
     end = free[1][3]
     expected = [one_by_one(model, prompt, 12, {end, tokenizer.eos_token_id}) for prompt in prompts]
     assert len({len(tokens) for tokens in expected}) > 1
@@ -87,7 +87,7 @@ def test_a_row_stops_at_its_end_and_the_others_go_on(loaded, prompts, monkeypatc
     assert generate(model, tokenizer, prompts, 12, 5) == texts
 
 
-def test_a_batch_ends_when_all_its_rows_have(loaded, prompts, monkeypatch):
+def test_a_batch_ends_when_all_its_sequences_have_ended(loaded, prompts, monkeypatch):
     model, tokenizer = loaded
     first = [tokens[0] for tokens in (one_by_one(model, prompt, 1, set()) for prompt in prompts)]
     monkeypatch.setattr(model.generation_config, "eos_token_id", first)
@@ -100,7 +100,7 @@ def test_a_batch_ends_when_all_its_rows_have(loaded, prompts, monkeypatch):
     assert len(calls) == 1
 
 
-def test_the_mode_of_the_model_is_given_back(loaded, prompts):
+def test_the_mode_of_the_model_is_restored(loaded, prompts):
     model, tokenizer = loaded
     model.train()
     try:
@@ -110,7 +110,7 @@ def test_the_mode_of_the_model_is_given_back(loaded, prompts):
         model.eval()
 
 
-def test_what_does_not_fit_is_refused(loaded):
+def test_prompts_that_do_not_fit_are_refused(loaded):
     model, tokenizer = loaded
     with pytest.raises(
         DataError, match="prompt 2 has 1020 tokens; with 5 more it exceeds the model's context of 1024"
@@ -139,7 +139,7 @@ def test_scores_are_those_of_the_answers_in_the_order_of_the_examples(loaded):
     assert found.seconds > 0
 
 
-def test_failures_are_those_of_this_scoring(loaded, monkeypatch):
+def test_only_failures_of_this_scoring_are_counted(loaded, monkeypatch):
     model, tokenizer = loaded
     monkeypatch.setattr("rayft.data.scorer.build_task", lambda *_, **__: None)
     scorer = Scorer("chain_sum", failures=4)
@@ -147,7 +147,7 @@ def test_failures_are_those_of_this_scoring(loaded, monkeypatch):
     assert score(model, tokenizer, [example], scorer, max_new_tokens=1).failures == 1
 
 
-def test_nothing_to_score_is_refused(loaded):
+def test_an_empty_list_of_examples_is_refused(loaded):
     model, tokenizer = loaded
     with pytest.raises(DataError, match="no examples to score"):
         score(model, tokenizer, [], Scorer())

@@ -1,4 +1,4 @@
-"""ASHA's decisions, written down and repeated."""
+"""ASHA's decisions are recorded and repeated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ask(scheduler: RecordedASHA, key: str, step: int, loss: float) -> str:
 
 
 def events(seed: int) -> list[tuple[str, int, float]]:
-    """Evaluations of eight trials in the order of three lanes, at rungs and between them."""
+    """Return evaluations of eight trials in the order of three lanes, at rungs and between them."""
     draw = random.Random(seed)
     left = {f"t{number}": list(range(10, STEPS, 10)) for number in range(8)}
     order = []
@@ -38,7 +38,7 @@ def events(seed: int) -> list[tuple[str, int, float]]:
     return order
 
 
-def test_it_decides_as_tunes_own(tmp_path: Path) -> None:
+def test_it_decides_like_tunes_own_asha(tmp_path: Path) -> None:
     ours = RecordedASHA(SWEEP, STEPS, EventLog(tmp_path / "events.jsonl"), lambda *_: None)
     theirs = ASHAScheduler(
         time_attr="step", metric="val_loss", mode="min", max_t=STEPS, grace_period=10, reduction_factor=2
@@ -58,7 +58,7 @@ def test_it_decides_as_tunes_own(tmp_path: Path) -> None:
     assert rungs(SWEEP, STEPS) == [10, 20, 40, 80]
 
 
-def test_a_sweep_that_continues_decides_as_one_that_was_not_interrupted(tmp_path: Path) -> None:
+def test_a_continued_sweep_decides_like_an_uninterrupted_one(tmp_path: Path) -> None:
     order = events(1)
     whole = RecordedASHA(SWEEP, STEPS, EventLog(tmp_path / "whole.jsonl"), lambda *_: None)
     expected = [ask(whole, *event) for event in order]
@@ -70,7 +70,7 @@ def test_a_sweep_that_continues_decides_as_one_that_was_not_interrupted(tmp_path
             ask(first, *event)
         stopped: set[tuple[str, int]] = set()
         second = RecordedASHA(SWEEP, STEPS, EventLog(path), lambda *event, into=stopped: into.add(event))
-        # Trials report again what they had reported, in another order, then the rest comes.
+        # Trials repeat their earlier reports in another order, before the remaining ones.
         again = sorted(order[:cut])
         assert [ask(second, *event) for event in again] == [expected[order.index(event)] for event in again]
         assert [ask(second, *event) for event in order[cut:]] == expected[cut:]
@@ -78,7 +78,7 @@ def test_a_sweep_that_continues_decides_as_one_that_was_not_interrupted(tmp_path
         assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_a_decision_that_was_cut_off_is_made_anew(tmp_path: Path) -> None:
+def test_a_decision_that_was_not_fully_written_is_made_again(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     log = EventLog(path)
     kept = [Decision("a", 10, 1.0, True), Decision("b", 10, 2.0, False)]

@@ -1,4 +1,4 @@
-"""The broker's promises, without Ray: it is plain asyncio."""
+"""The broker, tested as plain asyncio without Ray."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_report_waits_for_the_decision() -> None:
         report = asyncio.create_task(broker.report("a", 10, {"val_loss": 1.0}))
         assert await broker.next_event("a") == Event("report", 10, {"val_loss": 1.0})
         await asyncio.sleep(0.05)
-        assert not report.done(), "the lane went on before the search had decided"
+        assert not report.done(), "the lane continued before the search had decided"
         waiting = asyncio.create_task(broker.next_event("a"))
         assert await report == "continue"
         await broker.finish("a", b"result")
@@ -42,7 +42,7 @@ def test_a_report_waits_for_the_decision() -> None:
     play(scene())
 
 
-def test_cancelling_frees_the_lane_at_once() -> None:
+def test_a_cancelled_job_frees_its_lane_at_once() -> None:
     async def scene() -> None:
         broker = Broker()
         await broker.submit(job("a"))
@@ -71,7 +71,7 @@ def test_a_job_cancelled_in_the_queue_is_never_run() -> None:
     play(scene())
 
 
-def test_a_lane_that_comes_back_gets_its_job_and_reports_once() -> None:
+def test_a_restarted_lane_gets_its_job_and_each_report_is_passed_on_once() -> None:
     async def scene() -> None:
         broker = Broker()
         await broker.submit(job("a"))
@@ -84,7 +84,7 @@ def test_a_lane_that_comes_back_gets_its_job_and_reports_once() -> None:
         assert again.id == "a"
         repeated = asyncio.create_task(broker.report("a", 10, {"val_loss": 1.0}))
         await asyncio.sleep(0.05)
-        assert not repeated.done(), "the lane went on before the search had decided"
+        assert not repeated.done(), "the lane continued before the search had decided"
         following = asyncio.create_task(broker.next_event("a"))
         assert await repeated == await lost == "continue"
         assert await broker.report("a", 10, {"val_loss": 1.0}) == "continue"
@@ -95,7 +95,7 @@ def test_a_lane_that_comes_back_gets_its_job_and_reports_once() -> None:
     play(scene())
 
 
-def test_the_job_of_a_lane_that_died_goes_to_the_next_free_lane_before_all_others() -> None:
+def test_the_job_of_a_dead_lane_goes_to_the_next_free_lane_before_all_others() -> None:
     async def scene() -> None:
         broker = Broker()
         for name in ("a", "b", "c"):
@@ -114,7 +114,7 @@ def test_the_job_of_a_lane_that_died_goes_to_the_next_free_lane_before_all_other
     play(scene())
 
 
-def test_a_job_of_one_lane_alone_waits_until_that_is_back() -> None:
+def test_a_job_for_one_lane_waits_until_that_lane_is_back() -> None:
     async def scene() -> None:
         broker = Broker()
         await broker.submit(job("a", lane="own"))
@@ -126,7 +126,7 @@ def test_a_job_of_one_lane_alone_waits_until_that_is_back() -> None:
     play(scene())
 
 
-def test_a_lost_node_is_not_the_fault_of_the_trial_or_the_lane() -> None:
+def test_a_lost_node_counts_neither_against_the_trial_nor_the_lane() -> None:
     async def scene() -> None:
         broker = Broker(attempts=1)
         await broker.expect("lane")
@@ -146,7 +146,7 @@ def test_a_lost_node_is_not_the_fault_of_the_trial_or_the_lane() -> None:
     play(scene())
 
 
-def test_a_lane_that_dies_before_it_hears_the_verdict_stops_where_it_was_stopped() -> None:
+def test_a_lane_that_dies_before_it_learns_of_a_stop_stops_at_the_same_step() -> None:
     async def scene() -> None:
         broker = Broker()
         await broker.submit(job("a"))
@@ -161,7 +161,7 @@ def test_a_lane_that_dies_before_it_hears_the_verdict_stops_where_it_was_stopped
         await broker.cancel("a", 10)
         assert await broker.lane_died("lane", "it crashed")
         again = await broker.pull("lane")
-        assert isinstance(again, Job), "nobody saves what the trial has reached"
+        assert isinstance(again, Job), "no lane saves the trial's adapter"
         assert await broker.report("a", 5, {}) == "continue"
         assert await broker.report("a", 10, {}) == "stop"
         await broker.finish("a", b"result")
@@ -170,14 +170,14 @@ def test_a_lane_that_dies_before_it_hears_the_verdict_stops_where_it_was_stopped
     play(scene())
 
 
-def test_an_event_stays_until_it_is_dealt_with() -> None:
+def test_an_event_is_kept_until_the_client_has_processed_it() -> None:
     async def scene() -> None:
         broker = Broker()
         await broker.submit(job("a"))
         await broker.pull("lane")
         report = asyncio.create_task(broker.report("a", 10, {}))
         event = await broker.next_event("a", 0)
-        # The client dies, and another one in its place asks again.
+        # The client dies, and another client asks again in its place.
         assert await broker.next_event("a", 0) == event
         assert not report.done()
         following = asyncio.create_task(broker.next_event("a", event.number))
@@ -188,7 +188,7 @@ def test_an_event_stays_until_it_is_dealt_with() -> None:
     play(scene())
 
 
-def test_a_trial_stopped_at_a_former_checkpoint_is_still_saved() -> None:
+def test_a_trial_that_was_stopped_at_an_earlier_checkpoint_is_still_saved() -> None:
     async def scene() -> None:
         broker = Broker()
         await broker.submit(job("a"))
@@ -199,7 +199,7 @@ def test_a_trial_stopped_at_a_former_checkpoint_is_still_saved() -> None:
     play(scene())
 
 
-def test_an_interrupt_saves_what_trains_and_drops_the_rest() -> None:
+def test_an_interrupt_waits_for_resumable_jobs_and_drops_the_others() -> None:
     async def scene() -> None:
         broker = Broker()
         for name in ("decided", "training"):
@@ -218,7 +218,7 @@ def test_an_interrupt_saves_what_trains_and_drops_the_rest() -> None:
         assert await broker.report("training", 10, {}) == "interrupt"
         settled = asyncio.create_task(broker.settled())
         await asyncio.sleep(0.1)
-        assert not settled.done(), "nobody waits for the checkpoints"
+        assert not settled.done(), "the interrupt does not wait for the checkpoints"
         for name in ("decided", "training"):
             await broker.pause(name, 10)
         await settled
@@ -250,7 +250,7 @@ def test_a_full_disk_ends_all_jobs_with_one_error() -> None:
     play(scene())
 
 
-def test_a_silent_lane_is_told_of_and_then_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_lane_is_reported_and_later_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr("rayft.sweep.broker._end_process", lambda beat: ended.append(beat.pid))
 
@@ -258,7 +258,7 @@ def test_a_silent_lane_is_told_of_and_then_ended(monkeypatch: pytest.MonkeyPatch
         broker = Broker(patience=Patience(warn=0.3, kill=1.2))
         await broker.submit(job("a"))
         await broker.pull("lane")
-        # One of two workers stands still, and the other one waits for it.
+        # One of two workers hangs, and the other one waits for it.
         await broker.beat("lane", Beat(1, 5, pid=77))
         while not ended:
             await broker.beat("lane", Beat(0, 5, pid=76))
@@ -271,7 +271,7 @@ def test_a_silent_lane_is_told_of_and_then_ended(monkeypatch: pytest.MonkeyPatch
     play(scene())
 
 
-def test_clocks_of_other_machines_do_not_count() -> None:
+def test_the_clocks_of_other_machines_are_ignored() -> None:
     async def scene() -> None:
         broker = Broker(patience=Patience(warn=0.3, kill=0.6))
         await broker.submit(job("a"))
@@ -284,7 +284,7 @@ def test_clocks_of_other_machines_do_not_count() -> None:
     play(scene())
 
 
-def test_a_lane_that_computes_or_waits_for_the_search_is_left_alone() -> None:
+def test_a_lane_that_computes_or_waits_for_the_search_is_not_reported() -> None:
     async def scene() -> None:
         broker = Broker(patience=Patience(warn=0.3, kill=0.6))
         for name in ("computes", "waits"):
@@ -302,7 +302,7 @@ def test_a_lane_that_computes_or_waits_for_the_search_is_left_alone() -> None:
     play(scene())
 
 
-def test_a_job_that_kills_its_lane_again_and_again_fails_and_the_lane_goes_on() -> None:
+def test_a_job_that_repeatedly_kills_its_lane_fails_and_the_lane_continues() -> None:
     async def scene() -> None:
         broker = Broker(attempts=2)
         await broker.expect("lane")
@@ -327,7 +327,7 @@ def test_a_job_that_kills_its_lane_again_and_again_fails_and_the_lane_goes_on() 
     play(scene())
 
 
-def test_without_a_lane_that_can_be_started_all_ends_with_one_error() -> None:
+def test_if_no_lane_can_be_started_all_jobs_end_with_one_error() -> None:
     async def scene() -> None:
         broker = Broker(attempts=2)
         for lane in ("one", "two"):
@@ -354,7 +354,7 @@ def test_without_a_lane_that_can_be_started_all_ends_with_one_error() -> None:
     play(scene())
 
 
-def test_a_worker_group_of_its_own_that_cant_be_started_costs_its_jobs_alone() -> None:
+def test_a_worker_group_that_cant_be_started_fails_only_its_own_jobs() -> None:
     async def scene() -> None:
         broker = Broker(attempts=1)
         for name in ("a", "b"):
@@ -381,17 +381,6 @@ def test_a_broker_ends_with_the_process_that_holds_the_lanes(monkeypatch: pytest
 
     play(Broker().depend_on(SimpleNamespace(stay=SimpleNamespace(remote=stay))))
     assert ended == [1]
-
-
-def test_a_job_for_one_lane_is_not_given_to_another() -> None:
-    async def scene() -> None:
-        broker = Broker()
-        await broker.submit(job("a", lane="own"))
-        assert await broker.pull("other", timeout=0.05) is None
-        pulled = await broker.pull("own")
-        assert isinstance(pulled, Job)
-
-    play(scene())
 
 
 def test_closing_ends_every_lane() -> None:

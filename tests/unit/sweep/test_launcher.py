@@ -1,4 +1,5 @@
-"""Why a process of Ray's ended, in a line; and a search that outlives Ray's memory monitor."""
+"""The reasons for the end of Ray's processes, the message of waiting lanes, and a search that Ray's memory
+monitor interrupts."""
 
 from __future__ import annotations
 
@@ -44,13 +45,13 @@ AWAY = (
         (ValueError(), "ValueError: no reason was given"),
     ],
 )
-def test_a_reason_is_one_line(error: Exception, words: str) -> None:
+def test_the_reason_for_an_end_is_one_line(error: Exception, words: str) -> None:
     assert words in why_ended(error)
     assert "\n" not in why_ended(error)
 
 
 class Tuner:
-    """Ends as Tune does in the order of `ends`."""
+    """A tuner whose calls of `fit` end as `ends` says."""
 
     def __init__(self, ends: Iterator[Exception | None]) -> None:
         self._ends = ends
@@ -60,7 +61,7 @@ class Tuner:
             raise RuntimeError("Tune ended") from end
 
 
-def test_what_waits_says_what_it_needs_and_what_is_free() -> None:
+def test_waiting_lanes_report_what_they_need_and_what_is_free() -> None:
     group = Group(2, True, {"CPU": 1, "GPU": 0.5}, "/runs")
     total = {"head (10.0.0.1)": {"CPU": 4.0}, "one (10.0.0.2)": {"CPU": 8.0, "GPU": 1.0}}
     free = {"head (10.0.0.1)": {"CPU": 4.0}, "one (10.0.0.2)": {"CPU": 7.0, "GPU": 0.5}}
@@ -70,7 +71,7 @@ def test_what_waits_says_what_it_needs_and_what_is_free() -> None:
     assert waiting_text(3, group, total, free).startswith("3 lanes wait ")
 
 
-def test_a_search_goes_on_after_ray_has_killed_a_trials_process_for_memory() -> None:
+def test_a_search_continues_after_ray_killed_a_trials_process_for_memory() -> None:
     full = ray.exceptions.OutOfMemoryError(OUT_OF_MEMORY)
     sweep = SweepConfig(methods={"lora": MethodSpace()}, restarts=2)
 

@@ -1,4 +1,4 @@
-"""Scoring in a lane: adapters that travel there, and a base that none of them changes."""
+"""Scoring an adapter leaves the base and its head unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search space: every point a whole, checked run."""
+"""The search space: every point is a complete, validated run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run() -> RunConfig:
     return RunConfig(data=data, scale=ScaleConfig(device="cpu", dtype="float32", zero=0))
 
 
-def test_a_grid_with_a_learning_rate_for_each_method(run: RunConfig) -> None:
+def test_a_grid_has_each_methods_own_learning_rates(run: RunConfig) -> None:
     sweep = SweepConfig(
         methods={
             "lora": MethodSpace(ranks=(4, 8), lr=(1e-3, 2e-3)),
@@ -42,7 +42,7 @@ def test_a_grid_with_a_learning_rate_for_each_method(run: RunConfig) -> None:
     assert cla.name == "cla-r16-lr0.01-s0"
 
 
-def test_a_cap_treats_methods_alike_and_keys_stay(run: RunConfig) -> None:
+def test_a_cap_treats_methods_alike_and_keys_are_stable(run: RunConfig) -> None:
     spaces = {"lora": MethodSpace(lr=(1e-3, 2e-3, 4e-3)), "cla": MethodSpace(lr=(1e-3, 2e-3, 4e-3))}
     every = points(SweepConfig(methods=spaces), run)
     some = points(SweepConfig(methods=spaces, trials=4), run)
@@ -52,7 +52,7 @@ def test_a_cap_treats_methods_alike_and_keys_stay(run: RunConfig) -> None:
         points(SweepConfig(methods=spaces, trials=1), run)
 
 
-def test_a_range_is_drawn_from_log_uniformly_and_again_the_same(run: RunConfig) -> None:
+def test_a_range_is_sampled_log_uniformly_and_reproducibly(run: RunConfig) -> None:
     space = MethodSpace(lr=LogUniform(low=1e-4, high=1e-2))
     sweep = SweepConfig(methods={"lora": space}, trials=40)
     rates = [p.run.optim.lr for p in points(sweep, run)]
@@ -73,12 +73,12 @@ def test_a_range_is_drawn_from_log_uniformly_and_again_the_same(run: RunConfig) 
         ({"methods": {"lora": {}}, "seeds": [1, 1]}, "none twice"),
     ],
 )
-def test_spaces_that_make_no_sense(change: dict[str, object], match: str) -> None:
+def test_search_spaces_that_make_no_sense_are_refused(change: dict[str, object], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         parse(SweepConfig, change)
 
 
-def test_every_setting_of_a_method_comes_through(run: RunConfig) -> None:
+def test_every_setting_of_a_method_reaches_its_runs(run: RunConfig) -> None:
     methods = {
         "rc3la": MethodSpace(ranks=(4, 8), chain=ChainConfig(links=5), dropout=0.1),
         "cola": MethodSpace(chain=ChainConfig(links=2, epochs=3), rslora=True, targets=("q_proj", "v_proj")),
@@ -106,7 +106,7 @@ def test_every_setting_of_a_method_comes_through(run: RunConfig) -> None:
     assert not keys[0] & keys[1]
 
 
-def test_annealing_goes_to_every_point_and_shows_in_its_name(run: RunConfig) -> None:
+def test_annealing_reaches_every_point_and_its_name(run: RunConfig) -> None:
     anneal = AnnealConfig(rank=8)
     methods = {"lora": MethodSpace(ranks=(64, 32), anneal=anneal), "cla": MethodSpace(ranks=(64,))}
     found = {point.name: point.run for point in points(SweepConfig(methods=methods), run)}
@@ -149,14 +149,14 @@ def test_annealing_goes_to_every_point_and_shows_in_its_name(run: RunConfig) -> 
         ),
     ],
 )
-def test_settings_that_would_do_nothing(
+def test_settings_without_effect_are_refused(
     run: RunConfig, name: str, space: MethodSpace, error: type[Exception], match: str
 ) -> None:
     with pytest.raises(error, match=match):
         points(SweepConfig(methods={name: space}), run)
 
 
-def test_who_can_use_a_lane(run: RunConfig) -> None:
+def test_lanes_are_used_unless_zero_3_partitions_the_base(run: RunConfig) -> None:
     lora = {"lora": MethodSpace()}
     assert check_executor(SweepConfig(methods=lora), run) == "lane"
     full = {**lora, "full": MethodSpace()}

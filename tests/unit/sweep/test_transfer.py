@@ -1,4 +1,4 @@
-"""Files between a command's node and lanes with disks of their own, without Ray between the two."""
+"""File transfer between a command's node and lanes on other disks, without Ray."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rayft.train.home import Home
 
 
 class Direct:
-    """The host, called at once in this process as if it were an actor elsewhere."""
+    """The file host, called directly in this process instead of as an actor."""
 
     def __init__(self, home: Path) -> None:
         self._host, self._home = FileHost(), home
@@ -40,7 +40,7 @@ class Direct:
 
 @pytest.fixture
 def home_folder(tmp_path: Path) -> Path:
-    """Make a folder that only the host sees: it has this name while the host is called."""
+    """Return a folder that only the host sees: it has this name only during a call of the host."""
     (tmp_path / "away").mkdir()
     return tmp_path / "home"
 
@@ -53,7 +53,7 @@ def remote(home_folder: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteHome:
     return RemoteHome(Direct(home_folder), "lane0")
 
 
-def test_a_file_and_a_folder_are_fetched_as_they_are(remote: RemoteHome, home_folder: Path) -> None:
+def test_files_and_folders_are_fetched_unchanged(remote: RemoteHome, home_folder: Path) -> None:
     away = home_folder.with_name("away")
     (away / "base" / "sub").mkdir(parents=True)
     (away / "base" / "weights").write_bytes(os.urandom(3500))
@@ -70,12 +70,12 @@ def test_a_file_and_a_folder_are_fetched_as_they_are(remote: RemoteHome, home_fo
     assert remote.local("tiny-llama") == Path("tiny-llama"), "a name is no path"
 
 
-def test_what_this_node_has_itself_is_not_fetched(remote: RemoteHome, tmp_path: Path) -> None:
+def test_a_file_that_this_node_has_is_not_fetched(remote: RemoteHome, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     assert remote.local(tmp_path / "own") == tmp_path / "own"
 
 
-def test_copies_end_with_their_scope(remote: RemoteHome, home_folder: Path) -> None:
+def test_copies_are_deleted_with_their_scope(remote: RemoteHome, home_folder: Path) -> None:
     (home_folder.with_name("away") / "one").write_text("1")
     with remote.within("session1"):
         base = remote.local(home_folder / "one")
@@ -88,7 +88,7 @@ def test_copies_end_with_their_scope(remote: RemoteHome, home_folder: Path) -> N
     assert not base.exists()
 
 
-def test_a_checkpoint_of_two_nodes_is_whole_at_home(remote: RemoteHome, home_folder: Path) -> None:
+def test_a_checkpoint_of_two_nodes_is_complete_at_home(remote: RemoteHome, home_folder: Path) -> None:
     away = home_folder.with_name("away")
     other = RemoteHome(remote._host, "lane0-on-another-node")
     for step in (1, 2, 3):
@@ -109,7 +109,7 @@ def test_a_checkpoint_of_two_nodes_is_whole_at_home(remote: RemoteHome, home_fol
     assert set(state["files"]) == {"rank0.pt", "rank1.pt"}
     assert last_step(checkpoint) == 3
 
-    # A lane on a third node continues from it.
+    # A lane on a third node continues from this checkpoint.
     third = RemoteHome(remote._host, "lane1")
     place = third.place(home_folder / "trials" / "a" / "checkpoint")
     third.bring(place)
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_two_nodes_is_whole_at_home(remote: RemoteHome, home_fol
     assert [path.name for path in checkpoint.iterdir() if path.is_dir()] == ["step-000003"]
 
 
-def test_an_adapter_arrives_as_it_was_saved(remote: RemoteHome, home_folder: Path) -> None:
+def test_an_adapter_arrives_unchanged(remote: RemoteHome, home_folder: Path) -> None:
     folder = home_folder / "trials" / "a"
     sent = AdapterArtifact({"q": LoraFactors(torch.randn(2, 6), torch.randn(4, 2), 1.0)})
     sent.save(remote.place(folder) / "adapter")
@@ -131,7 +131,7 @@ def test_an_adapter_arrives_as_it_was_saved(remote: RemoteHome, home_folder: Pat
     assert (home_folder.with_name("away") / "trials" / "a" / "result.json").read_text() == "{}"
 
 
-def test_a_strangers_folder_at_home_is_not_replaced(remote: RemoteHome, home_folder: Path) -> None:
+def test_a_folder_at_home_with_other_files_is_not_replaced(remote: RemoteHome, home_folder: Path) -> None:
     adapter = home_folder.with_name("away") / "trials" / "a" / "adapter"
     adapter.mkdir(parents=True)
     (adapter / "thesis.tex").touch()
@@ -139,14 +139,14 @@ def test_a_strangers_folder_at_home_is_not_replaced(remote: RemoteHome, home_fol
         remote.check(home_folder / "trials" / "a" / "adapter")
 
 
-def test_what_a_killed_lane_had_begun_to_send_is_deleted_by_the_next_command(tmp_path: Path) -> None:
+def test_the_next_command_deletes_what_a_killed_lane_had_begun_to_send(tmp_path: Path) -> None:
     host, target = FileHost(), tmp_path / "trials" / "a" / "adapter"
     host.append(f"{host.begin(str(target))}/adapter_model.safetensors", b"half")
     (left,) = target.parent.iterdir()
     assert is_staged_folder(left)
 
 
-def test_what_a_killed_lane_left_is_deleted(remote: RemoteHome, tmp_path: Path) -> None:
+def test_the_folder_of_a_killed_lane_is_deleted(remote: RemoteHome, tmp_path: Path) -> None:
     old = tmp_path / "cache" / "lanes" / "old"
     old.mkdir()
     os.utime(old, (0, 0))
@@ -157,7 +157,7 @@ def test_what_a_killed_lane_left_is_deleted(remote: RemoteHome, tmp_path: Path) 
     assert not (tmp_path / "cache" / "lanes" / "lane0").exists()
 
 
-def test_on_a_disk_that_is_seen_every_path_is_itself(tmp_path: Path) -> None:
+def test_on_a_shared_disk_every_path_is_used_as_it_is(tmp_path: Path) -> None:
     home = Home()
     assert home.local(tmp_path) == home.place(tmp_path) == tmp_path
     home.write(tmp_path / "small", "text")

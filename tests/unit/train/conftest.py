@@ -1,4 +1,4 @@
-"""One process as a process group, and a small run on the tiny model."""
+"""A process group of this process alone, and a small run on the tiny model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rayft.train.worker import Worker
 
 @pytest.fixture(scope="session", autouse=True)
 def _group(process_group: None) -> None:
-    """Every test here trains, or may."""
+    """Initialise the process group, since almost every test here trains."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""When two loss curves are the same run's."""
+"""Compare the loss curves of two runs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from rayft.numerics import assert_close
 from rayft.train.trainer import TrainResult
 
 WIDEST = 64
-"""Terms of the longest sum in the tiny model, in its MLP."""
+"""Number of terms of the longest sum in the tiny model, which is in its MLP."""
 
 
 def assert_same_losses(one: TrainResult, other: TrainResult) -> None:
-    """Assert that two float32 runs saw the same losses but for rounding, once in each step."""
+    """Assert that the losses of two float32 runs differ only by the rounding of their steps."""
     assert [step for step, _ in one.train_curve] == [step for step, _ in other.train_curve]
     expected, actual = (torch.tensor([loss for _, loss in run.train_curve]) for run in (one, other))
     assert_close(actual, expected, torch.float32, WIDEST, depth=len(one.train_curve))

@@ -1,4 +1,4 @@
-"""Variants of a small run, and reporters that end it."""
+"""Variants of a small run, and reporters that end a run."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ ADAPTERS = sorted(name for name, method in METHODS.items() if method.exports_lor
 
 
 FAMILIES = ("lora_plus", "rc3la", "paca", "full")
-"""Factors, a chain of selectors, what changes the base, and the base itself: what the default suite tries
-where all are alike."""
+"""Methods that the default suite tries where all methods behave alike: factors, a chain of selectors, one
+that changes the base, and the base itself."""
 
 
 def by_family(names: Iterable[str], first: Iterable[str] = FAMILIES) -> list[Any]:
-    """List methods for a test: those of `first` always, the others with `-m exhaustive`."""
+    """Return the methods for a test: those of `first` always, the others only with `-m exhaustive`."""
     chosen = set(first)
     return [name if name in chosen else pytest.param(name, marks=pytest.mark.exhaustive) for name in names]
 
 
 def changed(run: RunConfig, **sections: object) -> RunConfig:
-    """Change settings by section; what does not fit together is an error, as in a configuration."""
+    """Return a run with other settings; settings that do not fit together raise, as in a configuration."""
     update: dict[str, object] = dict(sections)
     for name, values in sections.items():
         known = getattr(run, name)
@@ -39,34 +39,34 @@ def changed(run: RunConfig, **sections: object) -> RunConfig:
 
 
 def with_method(run: RunConfig, name: str, *, links: int = 3, **sections: object) -> RunConfig:
-    """Take another method at rank 4; a chain gets three links, `full` a learning rate that it bears."""
+    """Return a run of another method at rank 4; a chain has three links, and `full` a lower learning rate."""
     chain = ChainConfig(links=links) if isinstance(METHODS[name], Chain) else None
     run = changed(run, method=MethodConfig(name=name, rank=4, chain=chain), **sections)
     return changed(run, optim={"lr": 1e-3}) if name == "full" else run
 
 
 class StopAt(RecordingReporter):
-    """Stops a run at its evaluation after a step."""
+    """Stop a run at the evaluation after a step."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
         self._step = step
 
     def report(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Keep the numbers, and say stop when it is time."""
+        """Keep the numbers, and return False at the step."""
         super().report(step, metrics)
         return step != self._step
 
 
 class DieAt(RecordingReporter):
-    """Dies after an evaluation, as a killed process would: nothing after it is done."""
+    """Raise after an evaluation, like a killed process: nothing after it is done."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
         self._step = step
 
     def report(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Keep the numbers, and die when it is time."""
+        """Keep the numbers, and raise at the step."""
         super().report(step, metrics)
         if step == self._step:
             raise KeyboardInterrupt

@@ -1,16 +1,13 @@
-"""Annealed runs: the rank falls between engines, and what the optimizer holds goes on."""
+"""Annealed runs: the rank falls between engines, and the optimizer's state is carried over."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from rayft.artifacts import AdapterArtifact
 from rayft.config import parse
@@ -32,6 +29,7 @@ from rayft.train.worker import Worker
 from tests.reporter import RecordingReporter
 from tests.unit.train.curves import assert_same_losses
 from tests.unit.train.runs import StopAt, changed
+from tests.unit.train.workers import in_two_workers
 
 GENTLE = {"lr": 2e-3}
 
@@ -39,7 +37,7 @@ GENTLE = {"lr": 2e-3}
 def annealed(
     run: RunConfig, name: str = "lora", *, method: Mapping[str, Any] = {}, **sections: Any
 ) -> RunConfig:
-    """Make a run of six steps through ranks 8, 4 and 2."""
+    """Return a run of six steps at ranks 8, 4 and 2."""
     anneal = sections.pop("anneal", {})
     return changed(
         run,
@@ -58,7 +56,7 @@ def ranks_in(model: torch.nn.Module) -> dict[str, int]:
 
 
 class Watch:
-    """Sees what trains at each step, and what is read from one engine and lies in the next."""
+    """Records the ranks at each step, and the state that is read from one engine and set in the next."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, session: Session) -> None:
         self.ranks: list[dict[str, int]] = []
@@ -85,14 +83,14 @@ class Watch:
 
     def write(self, engine: Any, masters: Mapping[str, Master]) -> None:
         self._write(engine, masters)
-        # As the engine has it, not as it was told.
+        # Read back from the engine, instead of trusting the argument.
         self.after.append(read_masters(engine))
         self.rounded.append(
             {n: p.detach().clone() for n, p in self._model.named_parameters() if p.requires_grad}
         )
 
 
-def test_each_stage_trains_its_rank_and_the_last_is_saved(
+def test_each_phase_trains_at_its_rank_and_the_last_one_is_saved(
     run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = {"q_proj": 16, "k_proj": 3, "o_proj": 1}
@@ -107,15 +105,15 @@ def test_each_stage_trains_its_rank_and_the_last_is_saved(
     artifact = AdapterArtifact.load(result.folder)
     assert artifact.meta.method == "lora"
     assert {name: factors.rank for name, factors in artifact.modules.items()} == watch.ranks[-1]
-    # The scale stays that of the first rank: α/√R with α = 2·R.
+    # The scale remains that of the first rank: α/√R with α = 2·R.
     for name, factors in artifact.modules.items():
         assert factors.scale == pytest.approx(2 * own.get(name.rsplit(".", 1)[-1], 8) ** 0.5)
     shapes = linear_shapes(session.loaded.model)
-    first_stage = sum(
+    first_phase = sum(
         METHODS["lora"].trained(LayerShape(*shapes[name]), rank) for name, rank in watch.ranks[0].items()
     )
-    assert result.trainable == first_stage
-    assert result.parameters == artifact.parameters < first_stage
+    assert result.trainable == first_phase
+    assert result.parameters == artifact.parameters < first_phase
     losses = [loss for _, loss in result.train_curve]
     assert losses[-1] < losses[0]
 
@@ -129,31 +127,31 @@ def test_each_stage_trains_its_rank_and_the_last_is_saved(
         ("bfloat16", 2, "lora_plus"),
     ],
 )
-def test_weights_and_moments_go_on_in_the_next_engine(
+def test_weights_and_moments_continue_in_the_next_engine(
     run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, zero: int, name: str
 ) -> None:
     run = annealed(run, name, scale={"dtype": dtype, "zero": zero}, evaluate={"every": None})
     session = Session.open(run, Worker())
     watch = Watch(monkeypatch, session)
     Trainer(run, session, Reporter(), tmp_path).fit()
-    for stage, (before, after) in enumerate(zip(watch.before, watch.after, strict=True)):
+    for phase, (before, after) in enumerate(zip(watch.before, watch.after, strict=True)):
         assert before.keys() == after.keys()
-        assert {master.steps for master in after.values()} == {2.0 * (stage + 1)}
+        assert {master.steps for master in after.values()} == {2.0 * (phase + 1)}
         for module in watch.ranks[0]:
             one, other = f"{module}.adapter.lora_A", f"{module}.adapter.lora_B"
-            assert_squeezed(before[one], before[other], after[one], after[other], (4, 2)[stage])
-        for key, parameter in watch.rounded[stage].items():
+            assert_squeezed(before[one], before[other], after[one], after[other], (4, 2)[phase])
+        for key, parameter in watch.rounded[phase].items():
             master = after[key].weight
             assert master.dtype == torch.float32
             assert torch.equal(parameter, master.to(parameter.dtype))
-            # The optimizer goes on from more digits than the model has.
+            # The optimizer continues with more digits than the model has.
             assert torch.equal(master, master.bfloat16().float()) == (
                 dtype == "bfloat16" and not master.any()
             )
 
 
 def assert_squeezed(a: Master, b: Master, new_a: Master, new_b: Master, rank: int) -> None:
-    """Assert that an adapter became the best of its rank, and its moments what dense maps make of them."""
+    """Assert that an adapter became the best one of its rank, and its moments were mapped accordingly."""
     assert a.moments
     assert b.moments
     assert new_a.moments
@@ -178,7 +176,7 @@ def assert_squeezed(a: Master, b: Master, new_a: Master, new_b: Master, rank: in
         assert_close(found, expected.float(), torch.float32, width, depth=8)
 
 
-def test_moments_can_begin_anew_with_a_warm_up(
+def test_moments_can_be_reset_with_a_warm_up_at_each_phase(
     run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = annealed(run, anneal={"moments": "reset", "warmup": 2}, optim={"lr": 4e-3, "schedule": "linear"})
@@ -186,14 +184,16 @@ def test_moments_can_begin_anew_with_a_warm_up(
     Trainer(run, session, reporter, tmp_path).fit()
     assert all(master.moments for master in watch.before[0].values())
     assert not any(master.moments for master in watch.after[0].values())
-    # One decay over the whole run, and within it a ramp at each stage.
+    # One decay over the whole run, with a ramp at each phase.
     decay = [1.0, 1.0, 0.8, 0.6, 0.4, 0.2]
     ramp = [1.0, 1.0, 0.5, 1.0, 0.5, 1.0]
     rates = [metrics["lr"] for _, metrics in reporter.logged]
     assert rates == pytest.approx([4e-3 * d * r for d, r in zip(decay, ramp, strict=True)])
 
 
-def test_no_zero_stage_changes_a_loss(run: RunConfig, session: Session, tmp_path: Path) -> None:
+def test_annealing_gives_the_same_losses_under_each_zero_stage(
+    run: RunConfig, session: Session, tmp_path: Path
+) -> None:
     run = annealed(run, "lora_plus", optim=GENTLE, evaluate={"every": None})
     plain = Trainer(run, session, Reporter(), tmp_path / "0").fit()
     for zero in (1, 2):
@@ -210,14 +210,16 @@ def test_no_zero_stage_changes_a_loss(run: RunConfig, session: Session, tmp_path
         assert (other.trainable, other.parameters) == (plain.trainable, plain.parameters)
 
 
-def test_a_stopped_run_keeps_the_rank_that_it_has(run: RunConfig, session: Session, tmp_path: Path) -> None:
+def test_a_stopped_run_saves_the_rank_of_its_phase(run: RunConfig, session: Session, tmp_path: Path) -> None:
     for step, rank in ((2, 8), (3, 4)):
         result = Trainer(annealed(run), session, StopAt(step), tmp_path / str(step), (step,)).fit()
         assert not result.finished
         assert AdapterArtifact.load(result.folder).rank == result.rank == rank
 
 
-def test_heads_go_on_as_they_are(run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_keep_their_weights_and_moments_between_phases(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "colours.jsonl"
     words = ("red", "green", "blue")
     file.write_text(
@@ -259,7 +261,7 @@ REST = {"data": {"name": "needle_haystack", "train": 8, "val": 2, "test": 2}, "a
         ("peft:VeraConfig", "its layers are PEFT's own"),
     ],
 )
-def test_methods_whose_factors_are_not_free(name: str, why: str) -> None:
+def test_methods_whose_factors_are_not_free_can_not_be_annealed(name: str, why: str) -> None:
     with pytest.raises(
         MethodError, match=f"anneal is for lora and lora_plus, not for '.*': .*{why}.*squeeze"
     ):
@@ -276,13 +278,13 @@ def test_methods_whose_factors_are_not_free(name: str, why: str) -> None:
         ({"anneal": {"rank": 4, "stage": 2}}, "unknown key 'anneal.stage'; did you mean 'stages'"),
     ],
 )
-def test_annealing_that_does_not_fit(change: dict[str, object], match: str) -> None:
+def test_settings_that_do_not_fit_annealing_are_refused(change: dict[str, object], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         parse(RunConfig, {**REST, **change})
 
 
 def annealed_layers(run: RunConfig) -> list[dict[str, Master]]:
-    """Anneal two layers in the process group that is there; give what the optimizer held at each change."""
+    """Anneal two layers in the current process group; return the optimizer's state at each change of rank."""
     model = torch.nn.ModuleDict({name: torch.nn.Linear(15, 11, bias=False) for name in ("one", "other")})
     for name, parameter in model.named_parameters():
         parameter.data.normal_(generator=generator(name)).requires_grad_(False)
@@ -291,12 +293,12 @@ def annealed_layers(run: RunConfig) -> list[dict[str, Master]]:
     assert run.anneal is not None
     plan = run.anneal.plan(8, 6, 0)
     parts, seen = Annealing(plan, run.anneal, Worker.current("cpu")), []
-    for number, stage in enumerate(plan):
+    for number, phase in enumerate(plan):
         engine = build_engine(run, model)
         parts.enter(engine)
         if number:
             seen.append(read_masters(engine))
-        for _ in range(stage.first, stage.end):
+        for _ in range(phase.first, phase.end):
             engine.backward(sum((layer(x) - wanted).square().mean() for layer in engine.module.values()))
             engine.step()
         if number + 1 < len(plan):
@@ -306,33 +308,17 @@ def annealed_layers(run: RunConfig) -> list[dict[str, Master]]:
     return seen
 
 
-HEAVY = [
-    "torch._dynamo",
-    "transformers.pytorch_utils",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    __name__,
-]
-
-
-def _work(rank: int, run: RunConfig, folder: Path) -> None:
-    """Be one of two workers."""
-    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
-    torch.save(
-        [{n: vars(m) for n, m in seen.items()} for seen in annealed_layers(run)], folder / f"{rank}.pt"
-    )
-    dist.destroy_process_group()
+def save_layers(rank: int, run: RunConfig, folder: Path) -> None:
+    layers = [{name: vars(master) for name, master in seen.items()} for seen in annealed_layers(run)]
+    torch.save(layers, folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
-def test_two_workers_hold_what_one_holds(run: RunConfig, tmp_path: Path) -> None:
-    # LoRA+ under ZeRO-2: two groups of parameters, each cut in two in the middle of a factor.
+def test_two_workers_have_the_optimizer_state_of_one(run: RunConfig, tmp_path: Path) -> None:
+    # LoRA+ under ZeRO-2 has two groups of parameters, each cut in two in the middle of a factor.
     run = annealed(run, "lora_plus", optim=GENTLE, scale={"zero": 2, "threads": 1})
     both = changed(run, scale={"workers": 2})
-    # What takes seconds to import is imported once, and then forked.
-    mp.get_context("forkserver").set_forkserver_preload(HEAVY)
-    mp.start_processes(_work, (both, tmp_path), nprocs=2, start_method="forkserver")
+    in_two_workers(save_layers, tmp_path, both, tmp_path)
     workers = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     for alone, *seen in zip(annealed_layers(run), *workers, strict=True):
         for name, master in alone.items():

@@ -72,7 +72,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 VIT = {"name": "tiny-vit", "task": "image_classification", "num_labels": 10}
 
 
-def test_lora_reads_digits(digits: Path, tmp_path: Path) -> None:
+def test_lora_learns_to_read_digits(digits: Path, tmp_path: Path) -> None:
     run = configured(VIT, {"source": "image_folder", "name": str(digits)})
     session = Session.open(run, Worker())
     parts = session.parts
@@ -89,7 +89,7 @@ def test_lora_reads_digits(digits: Path, tmp_path: Path) -> None:
     assert artifact.meta.data_digest == parts.digest
     assert set(artifact.heads) == {"classifier.weight", "classifier.bias"}
     attach(session.loaded.model, artifact)
-    # 0.95 when this was written; a tenth is chance, and the best constant answer gets about that.
+    # It was 0.95 when this was written. Chance, and the best constant answer, reach about a tenth.
     assert accuracy(session) >= 0.85
     assert max(guessed, untrained) < 0.3
     again, before = torch.tensor([validation_loss(session)]), torch.tensor([result.val_loss])
@@ -117,7 +117,7 @@ def test_a_full_fine_tune_of_an_image_model_is_a_model_folder(
 
 
 def test_an_encoder_learns_a_rule(tmp_path: Path) -> None:
-    # The class is the first letter, and [CLS] alone is read: attention has to carry it there.
+    # The class is the first letter, and only [CLS] is read, so attention has to carry the letter there.
     rows = [{"text": f"{letter}{number:03d}", "label": letter} for letter in "abc" for number in range(60)]
     run = configured(
         {"name": "tiny-bert", "task": "sequence_classification", "num_labels": 3},
@@ -137,7 +137,7 @@ def test_an_encoder_learns_a_rule(tmp_path: Path) -> None:
 
 @pytest.fixture
 def pretrained(tmp_path: Path) -> RunConfig:
-    """Train the tiny BERT, which has a head of two classes, on as many."""
+    """Train the tiny BERT, which has a head of two classes, on two classes."""
     rows = [{"text": f"{letter}{number:03d}", "label": letter} for letter in "ab" for number in range(30)]
     return configured(
         {"name": "tiny-bert", "task": "sequence_classification", "num_labels": 2},
@@ -160,7 +160,7 @@ def test_a_trial_starts_from_the_head_of_its_checkpoint(pretrained: RunConfig, t
 def test_trials_of_a_classifier_are_the_same_in_any_order(
     pretrained: RunConfig, tmp_path: Path, source: str
 ) -> None:
-    # One checkpoint has a head, of the other it is drawn.
+    # One model has a head in its checkpoint; the head of the other one is initialised at random.
     run = pretrained.model_copy(update={"model": pretrained.model.model_copy(update={"name": source})})
     session = Session.open(run, Worker())
     found = set()
@@ -201,7 +201,7 @@ def test_a_quantised_base_trains_an_adapter_for_the_unquantised_one(
     assert accuracy(plain) >= 0.5
 
 
-def test_task_and_data_must_agree(tmp_path: Path) -> None:
+def test_a_task_that_does_not_fit_the_data_is_refused(tmp_path: Path) -> None:
     images = {"source": "image_folder", "name": str(folder(tmp_path / "pets"))}
     texts = {"source": "jsonl", "name": str(tmp_path / "texts.jsonl")}
     rows = [{"text": f"text {number}", "label": number % 2} for number in range(20)]

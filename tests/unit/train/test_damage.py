@@ -1,4 +1,4 @@
-"""A damaged checkpoint is never used: the run continues from the one before, and its result is the same."""
+"""A damaged checkpoint is never used: the run continues from the one before, with the same result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.damages import DAMAGES, half, one_bit
 from tests.unit.train.runs import DieAt, changed
 
 STEPS = (2, 4, 6)
-"""Steps with an evaluation, and so a checkpoint, of a run of eight steps that dies at the last of them."""
+"""Steps with an evaluation and a checkpoint, of a run of eight steps that dies at the last of these."""
 
 
 FILES = ("state.json", "mp_rank_00_model_states.pt")
@@ -38,13 +38,13 @@ def long(run: RunConfig) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def known() -> dict[str, Any]:
-    """What all tests of this module share."""
+    """Objects that all tests of this module share."""
     return {}
 
 
 @pytest.fixture
 def session(long: RunConfig, known: dict[str, Any]) -> Session:
-    """One session for all tests."""
+    """The session of all tests of this module."""
     if "session" not in known:
         known["session"] = Session.open(long, Worker())
     found: Session = known["session"]
@@ -53,7 +53,7 @@ def session(long: RunConfig, known: dict[str, Any]) -> Session:
 
 @pytest.fixture
 def whole(long: RunConfig, session: Session, cut: Path, known: dict[str, Any]) -> TrainResult:
-    """The undisturbed run; beside it lies one that died at its last checkpoint."""
+    """The result of an undisturbed run; a run that died at its last checkpoint is saved beside it."""
     if "whole" not in known:
         known["whole"] = Trainer(long, session, Reporter(), cut / "whole").fit()
         with pytest.raises(KeyboardInterrupt):
@@ -72,7 +72,7 @@ def resumed(run: RunConfig, session: Session, folder: Path, whole: TrainResult) 
     return reporter
 
 
-def test_every_damage_to_every_file_goes_back_one_checkpoint(
+def test_with_any_damage_to_any_file_a_run_continues_one_checkpoint_earlier(
     long: RunConfig, session: Session, cut: Path, tmp_path: Path, whole: TrainResult
 ) -> None:
     for damage in (*DAMAGES, one_bit):
@@ -88,7 +88,7 @@ def test_every_damage_to_every_file_goes_back_one_checkpoint(
 
 
 @pytest.mark.parametrize("damage", [half, shutil.rmtree])
-def test_without_a_whole_checkpoint_it_starts_again(
+def test_without_an_intact_checkpoint_a_run_starts_again(
     long: RunConfig,
     session: Session,
     cut: Path,
@@ -106,7 +106,7 @@ def test_without_a_whole_checkpoint_it_starts_again(
     assert all("the run starts again" in note for note in reporter.notes)
 
 
-def test_a_second_death_after_a_fallback_finds_whole_checkpoints(
+def test_a_second_death_after_a_fallback_finds_intact_checkpoints(
     long: RunConfig, session: Session, cut: Path, tmp_path: Path, whole: TrainResult
 ) -> None:
     shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")
@@ -123,7 +123,7 @@ def test_a_second_death_after_a_fallback_finds_whole_checkpoints(
 
 
 def as_0_1_0(folder: Path) -> None:
-    """Rewrite checkpoints as rayft 0.1.0 had them: the last alone, its state beside it, without hashes."""
+    """Rewrite checkpoints as rayft 0.1.0 wrote them: only the last, its state beside it, without hashes."""
     shutil.rmtree(folder / "step-000004")
     place = folder / "step-000006"
     state = json.loads((place / "state.json").read_text())
@@ -171,15 +171,17 @@ def test_a_finished_run_keeps_one_checkpoint(
     assert resumed(long, session, tmp_path, whole).notes == []
 
 
-def test_all_workers_follow_rank_0(monkeypatch: pytest.MonkeyPatch, cut: Path, tmp_path: Path) -> None:
-    """A worker that sees other files than rank 0 uses what rank 0 has chosen."""
-    told: list[object] = []
+def test_all_workers_use_the_checkpoint_that_rank_0_chooses(
+    monkeypatch: pytest.MonkeyPatch, cut: Path, tmp_path: Path
+) -> None:
+    """A worker that sees other files than rank 0 uses the checkpoint that rank 0 has chosen."""
+    sent: list[object] = []
 
     def broadcast(box: list[object], source: int) -> None:
         assert source == 0
-        told.extend(box)
+        sent.extend(box)
         if box[0] is None:
-            box[:] = told[:1]
+            box[:] = sent[:1]
 
     monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
     shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")

@@ -1,4 +1,4 @@
-"""A disk that is full at each single write of a run: one error each time, and in the end the same adapter."""
+"""If the disk is full at any write of a run, the run raises one error, and later gives the same adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.unit.train.runs import changed, with_method
 
 
 def assert_readable(folder: Path) -> None:
-    """Check that whatever a run has left so far is whole, and that nothing else takes space."""
+    """Check that all files that a run has left are complete, and that no other files take space."""
     for place in folder.glob("checkpoint/step-*"):
         state = json.loads((place / "state.json").read_text())
         assert {*state["files"], "state.json"} == {path.name for path in place.iterdir()}
@@ -30,7 +30,7 @@ def assert_readable(folder: Path) -> None:
 
 
 def fill_up(run: RunConfig, session: Session, folder: Path, make_room: Callable[[int], None]) -> TrainResult:
-    """Run again and again, with a little more room each time, and give what comes out in the end."""
+    """Repeat a run, each time with a little more space, until it ends; return its result."""
     folder.mkdir()
     reached = 0
     for attempt in range(1000):
@@ -44,7 +44,7 @@ def fill_up(run: RunConfig, session: Session, folder: Path, make_room: Callable[
         else:
             assert attempt > 10
             return found
-        # What was saved is never lost: each attempt begins where the best one before has saved.
+        # Nothing that was saved is lost: each attempt begins at the last checkpoint of all earlier ones.
         first = reporter.logged[0][0] if reporter.logged else reached
         assert first >= reached
         reached = first
@@ -52,14 +52,14 @@ def fill_up(run: RunConfig, session: Session, folder: Path, make_room: Callable[
 
 
 def short(run: RunConfig) -> RunConfig:
-    """Take three steps, with all that a run can write after each."""
+    """Return a run of three steps that writes everything that a run can write after each step."""
     return changed(run, optim={"steps": 3}, evaluate={"every": 1, "trail": True})
 
 
 def assert_fills_up(
     run: RunConfig, session: Session, disk: Disk, make_room: Callable[[int], None], whole: Path
 ) -> None:
-    """Compare what comes out on a disk that is full again and again with an undisturbed run."""
+    """Compare the result on a disk that is repeatedly full with that of an undisturbed run."""
     undisturbed = Trainer(run, session, Reporter(), whole).fit()
     found = fill_up(run, session, disk.folder / "trial", make_room)
     assert found.content_hash == undisturbed.content_hash
@@ -72,19 +72,25 @@ def assert_fills_up(
     assert len(trails[0]) == 3
 
 
-def test_no_room_at_each_write(run: RunConfig, session: Session, disk: Disk, tmp_path: Path) -> None:
+def test_a_run_survives_a_full_disk_at_each_write(
+    run: RunConfig, session: Session, disk: Disk, tmp_path: Path
+) -> None:
     assert_fills_up(
         short(run), session, disk, lambda attempt: disk.resize(attempt * 4 * PAGE), tmp_path / "whole"
     )
 
 
-def test_no_room_for_each_file(run: RunConfig, session: Session, disk: Disk, tmp_path: Path) -> None:
+def test_a_run_survives_a_lack_of_inodes_at_each_file(
+    run: RunConfig, session: Session, disk: Disk, tmp_path: Path
+) -> None:
     assert_fills_up(
         short(run), session, disk, lambda attempt: disk.hold_files(attempt + 1), tmp_path / "whole"
     )
 
 
-def test_no_room_for_a_whole_model(run: RunConfig, session: Session, disk: Disk) -> None:
+def test_without_space_for_a_whole_model_nothing_is_left_of_it(
+    run: RunConfig, session: Session, disk: Disk
+) -> None:
     run = with_method(changed(run, optim={"steps": 1}, evaluate={"every": None}), "full")
     folder = disk.folder / "trial"
     for pages in (0, 1, 16):

@@ -1,4 +1,4 @@
-"""Two processes with parts of a base each, as ZeRO-3 has them."""
+"""Two workers load and train a base that ZeRO-3 partitions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from rayft.data.source import DataConfig
 from rayft.methods.base import AdapterLinear
@@ -20,6 +18,7 @@ from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer
 from rayft.train.worker import Worker
+from tests.unit.train.workers import in_two_workers
 
 TASKS: dict[str, Any] = {
     "tiny-llama": "causal_lm",
@@ -27,7 +26,7 @@ TASKS: dict[str, Any] = {
     "tiny-bert": "sequence_classification",
     "tiny-vit": "image_classification",
 }
-# So small a model would be whole all the time: no more is fetched ahead or kept than about a layer.
+# Without these limits, such a small model would stay gathered all the time; with them, about one layer is.
 SMALL: dict[str, Any] = {
     "zero_optimization": {
         "stage3_max_live_parameters": 16000,
@@ -48,20 +47,16 @@ def make_run(name: str, data: str) -> RunConfig:
     )
 
 
-def worker(rank: int, folder: str, data: str) -> None:
-    """Load and train as one of two."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu")
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def check(rank: int, folder: str, data: str, cache: str) -> None:
+    """Load and train as one of two workers."""
+    os.environ["RAYFT_CACHE"] = cache
     for name in TASKS:
         check_parts(make_run(name, data), Worker(rank, 2))
     check_training(make_run("tiny-llama", data), Worker(rank, 2), Path(folder))
-    dist.destroy_process_group()
 
 
 def check_parts(run: RunConfig, worker: Worker) -> None:
-    """Compare the parts, put together, with the base."""
+    """Compare the gathered parts with the whole base."""
     import deepspeed
 
     from rayft.train.partition import load_partitioned
@@ -83,7 +78,7 @@ def check_parts(run: RunConfig, worker: Worker) -> None:
 
 
 def check_training(run: RunConfig, worker: Worker, folder: Path) -> None:
-    """Train, evaluate and save; between forward and backward pass no layer's weight may be in memory."""
+    """Train, evaluate and save; at most half of the weights may be in memory before the backward pass."""
     import deepspeed
     from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -108,12 +103,11 @@ def check_training(run: RunConfig, worker: Worker, folder: Path) -> None:
         (folder / "losses.json").write_text(json.dumps(result.train_curve), encoding="utf-8")
 
 
-def test_two_workers_hold_a_base_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_workers_load_and_train_a_partitioned_base(tmp_path: Path) -> None:
     data = tmp_path / "sums.jsonl"
     lines = [{"prompt": f"{i}+{j}=", "completion": str(i + j)} for i in range(8) for j in range(8)]
     data.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    # Made by whichever worker is first, rank 0 or not.
-    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path / "cache"))
-    mp.spawn(worker, (str(tmp_path), str(data)), nprocs=2)
+    # In an empty cache the first worker saves the tiny models, rank 0 or not.
+    in_two_workers(check, tmp_path, str(tmp_path), str(data), str(tmp_path / "cache"))
     losses = [loss for _, loss in json.loads((tmp_path / "losses.json").read_text(encoding="utf-8"))]
     assert losses[-1] < losses[0]

@@ -1,4 +1,4 @@
-"""Runs on a base in 4 or 8 bits: they learn, and leave an adapter for the unquantised base."""
+"""Runs on a base in 4 or 8 bits learn, and save an adapter for the unquantised base."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytest.importorskip("bitsandbytes")
 
 @pytest.mark.parametrize("name", ["lora", "cla", "c3la"])
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_it_learns_and_exports(
+def test_a_run_on_a_quantised_base_learns_and_exports(
     run: RunConfig, session: Session, tmp_path: Path, name: str, quantize: str
 ) -> None:
     run = with_method(run, name, model={"quantize": quantize})
@@ -32,18 +32,18 @@ def test_it_learns_and_exports(
     result = Trainer(run, quantised, Reporter(), tmp_path).fit()
     assert [loss for _, loss in result.val_curve] == sorted((v for _, v in result.val_curve), reverse=True)
     assert result.val_loss < before
-    # What it was trained with is taken out again.
+    # The adapter is removed from the base after the run.
     assert validation_loss(quantised) == before
     artifact = AdapterArtifact.load(result.folder)
     artifact.check_base(session.loaded.fingerprint, linear_shapes(session.loaded.model))
     plain = validation_loss(session)
     attach(session.loaded.model, artifact)
     learnt = validation_loss(session)
-    # On the unquantised base the adapter does most of what it did on its own.
+    # On the unquantised base the adapter has most of the effect that it has on the quantised one.
     assert plain - learnt > (before - result.val_loss) / 2
 
 
-def test_in_bfloat16(run: RunConfig, tmp_path: Path) -> None:
+def test_a_quantised_base_trains_in_bfloat16(run: RunConfig, tmp_path: Path) -> None:
     run = with_method(run, "rc3la", model={"quantize": "nf4"}, scale={"dtype": "bfloat16", "zero": 2})
     session = Session.open(run, Worker())
     before = validation_loss(session)
@@ -53,13 +53,13 @@ def test_in_bfloat16(run: RunConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["full", "paca"])
-def test_what_trains_the_base_is_refused_before_it_is_loaded(run: RunConfig, name: str) -> None:
+def test_a_method_that_trains_the_base_is_refused_before_loading(run: RunConfig, name: str) -> None:
     with pytest.raises(MethodError, match=rf"'{name}' trains the base's own weights.*drop model\.quantize"):
         with_method(run, name, model={"quantize": "nf4"})
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_zero_3_changes_no_loss(run: RunConfig, tmp_path: Path, quantize: str) -> None:
+def test_zero_3_changes_no_loss_on_a_quantised_base(run: RunConfig, tmp_path: Path, quantize: str) -> None:
     run = with_method(run, "cla", model={"quantize": quantize}, optim={"lr": 2e-3, "steps": 2})
     whole, sharded = (
         Trainer(chosen, Session.open(chosen, Worker()), Reporter(), tmp_path / str(number)).fit()

@@ -1,4 +1,4 @@
-"""Runs that were killed go on as if nothing had happened; those that were stopped keep what they have."""
+"""A killed run continues with the same result; a stopped run keeps what it has trained."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ NO_CHAINS = ("asym", "cla", "lora", "lora_plus", "paca", "rcla")
 
 
 def by_step(run: RunConfig, name: str, **sections: object) -> RunConfig:
-    """Make a run of nine steps, three links of three."""
+    """Return a run of nine steps; a chain has three links of three steps."""
     return with_method(run, name, optim={"steps": 9}, evaluate={"every": None}, **sections)
 
 
 def assert_resumes(
     run: RunConfig, folder: Path, deaths: tuple[int, ...], session: Session | None = None
 ) -> None:
-    """Kill a run after each of some steps; what comes out in the end is what comes out of a whole one."""
+    """Kill a run after each of some steps, and compare its result with that of an uninterrupted run."""
     one = Trainer(run, session or Session.open(run, Worker()), Reporter(), folder / "whole", deaths).fit()
     for step in deaths:
         with pytest.raises(KeyboardInterrupt):
@@ -49,38 +49,40 @@ def assert_resumes(
 
 
 @pytest.mark.parametrize("name", by_family(CHAINS))
-def test_a_chain_goes_on_wherever_it_was_killed(
+def test_a_chain_resumes_wherever_it_was_killed(
     run: RunConfig, session: Session, tmp_path: Path, name: str
 ) -> None:
-    # Within the first link, at its end, inside the second, at its end.
+    # Inside the first link, at its end, inside the second link, at its end.
     assert_resumes(by_step(run, name), tmp_path, (2, 3, 5, 6), session)
 
 
 @pytest.mark.parametrize("name", by_family(NO_CHAINS))
-def test_the_others_go_on_too(run: RunConfig, session: Session, tmp_path: Path, name: str) -> None:
+def test_methods_that_are_no_chains_resume(
+    run: RunConfig, session: Session, tmp_path: Path, name: str
+) -> None:
     assert_resumes(by_step(run, name), tmp_path, (5,), session)
 
 
 @pytest.mark.parametrize("name", by_family(["cola", "rc3la", "lora_plus", "paca"], ["rc3la", "paca"]))
-def test_in_bfloat16_with_its_float32_weights(run: RunConfig, tmp_path: Path, name: str) -> None:
+def test_a_bfloat16_run_resumes_with_its_float32_weights(run: RunConfig, tmp_path: Path, name: str) -> None:
     run = by_step(run, name, scale={"dtype": "bfloat16", "zero": 2})
     assert_resumes(run, tmp_path, (5, 6), Session.open(run, Worker()))
 
 
 @pytest.mark.parametrize("name", by_family(["rac", "c3la"], ["c3la"]))
-def test_sharded_by_zero_3(run: RunConfig, tmp_path: Path, name: str) -> None:
+def test_a_chain_resumes_under_zero_3(run: RunConfig, tmp_path: Path, name: str) -> None:
     assert_resumes(by_step(run, name, scale={"zero": 3}), tmp_path, (5, 6))
 
 
 @pytest.mark.parametrize(
     ("name", "scale", "deaths"),
     [
-        # At the end of the first stage, inside the second, at its end.
+        # At the end of the first phase, inside the second phase, at its end.
         ("lora", {}, (3, 5, 6)),
         ("lora_plus", {"dtype": "bfloat16", "zero": 2}, (3, 5)),
     ],
 )
-def test_an_annealed_run_goes_on_wherever_it_was_killed(
+def test_an_annealed_run_resumes_wherever_it_was_killed(
     run: RunConfig, tmp_path: Path, name: str, scale: dict[str, object], deaths: tuple[int, ...]
 ) -> None:
     run = changed(
@@ -91,14 +93,14 @@ def test_an_annealed_run_goes_on_wherever_it_was_killed(
     assert_resumes(run, tmp_path, deaths, Session.open(run, Worker()))
 
 
-def test_with_dropout(run: RunConfig, session: Session, tmp_path: Path) -> None:
+def test_a_run_with_dropout_resumes(run: RunConfig, session: Session, tmp_path: Path) -> None:
     run = by_step(run, "c3la")
     assert_resumes(changed(run, method={"dropout": 0.5}), tmp_path, (5,), session)
 
 
 @pytest.mark.parametrize("name", by_family(CHAINS))
 @pytest.mark.parametrize(("step", "links"), [(3, 1), (5, 2)])
-def test_a_stopped_chain_keeps_the_links_so_far(
+def test_a_stopped_chain_saves_its_trained_links(
     run: RunConfig, session: Session, tmp_path: Path, name: str, step: int, links: int
 ) -> None:
     run = by_step(run, name)

@@ -1,4 +1,4 @@
-"""Settings of a run, and the DeepSpeed configuration that follows from them."""
+"""The settings of a run, and the DeepSpeed configuration that is derived from them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from rayft.train.session import Session
 DATA = {"name": "needle_haystack", "train": 8, "val": 2, "test": 2}
 
 
-def test_the_schedule_of_the_learning_rate() -> None:
+def test_the_learning_rate_warms_up_and_decays() -> None:
     constant = OptimConfig(lr=1.0, warmup=4, steps=8)
     assert [constant.lr_at(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     linear = OptimConfig(lr=1.0, warmup=0, steps=4, schedule="linear")
     assert [linear.lr_at(step) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
 
 
-def test_the_engine_configuration_follows(run: RunConfig) -> None:
+def test_the_engine_configuration_follows_from_the_settings(run: RunConfig) -> None:
     scale = ScaleConfig(workers=2, accumulation=2, zero=2, dtype="bfloat16", device="cpu", offload=True)
     optim = OptimConfig(rows_per_step=8, clip=0.5)
     config = engine_config(
@@ -74,7 +74,7 @@ def test_the_engine_configuration_follows(run: RunConfig) -> None:
         ({"optim": {"steps": 2.5}}, "optim.steps"),
     ],
 )
-def test_settings_that_contradict(change: dict[str, object], match: str) -> None:
+def test_contradicting_settings_are_refused(change: dict[str, object], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         parse(RunConfig, {"data": DATA, **change})
 
@@ -88,14 +88,14 @@ def test_settling_decides_every_auto() -> None:
     assert ScaleConfig(zero=0).settled().dtype == "float32"
 
 
-def test_graphs_that_would_add_up_one_buffer_are_refused_when_zero_is_settled() -> None:
+def test_graphs_with_accumulation_are_refused_once_the_zero_stage_is_known() -> None:
     scale = ScaleConfig(device="cuda", dtype="float32", graphs=True, accumulation=2)
     with pytest.raises(ConfigError, match="needs zero: 2"):
         scale.settled()
     assert ScaleConfig(device="cuda", dtype="bfloat16", graphs=True, accumulation=2).settled().graphs
 
 
-def test_a_destroyed_engine_is_gone(run: RunConfig, session: Session) -> None:
+def test_a_destroyed_engine_is_freed(run: RunConfig, session: Session) -> None:
     inject(session.loaded.model, run.method, 0)
     for zero in (0, 2):
         scaled = run.model_copy(update={"scale": run.scale.model_copy(update={"zero": zero})})
@@ -108,7 +108,9 @@ def test_a_destroyed_engine_is_gone(run: RunConfig, session: Session) -> None:
         assert not session.loaded.model._forward_pre_hooks
 
 
-def test_what_deepspeed_refuses_is_a_train_error(run: RunConfig, session: Session) -> None:
+def test_a_configuration_that_deepspeed_refuses_raises_a_train_error(
+    run: RunConfig, session: Session
+) -> None:
     session.loaded.model.requires_grad_(True)
     wrong = run.model_copy(update={"deepspeed": {"zero_optimization": {"stage": 9}}})
     with pytest.raises(TrainError, match="DeepSpeed refused"):

@@ -1,4 +1,4 @@
-"""One base in memory serves trial after trial: none leaves a trace, and their order does not matter."""
+"""Trials share one base in memory: none leaves a trace, and their order does not matter."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_trials_in_turn_equal_trials_alone(
             assert_untouched(session, before)
 
 
-def test_bfloat16_paca_gives_back_every_bit(run: RunConfig, tmp_path: Path) -> None:
+def test_paca_in_bfloat16_restores_the_base_bitwise(run: RunConfig, tmp_path: Path) -> None:
     run = changed(trial(run, "paca"), scale={"dtype": "bfloat16", "zero": 2})
     session = Session.open(run, Worker())
     before, loss = weights(session), validation_loss(session)
@@ -67,7 +67,9 @@ def test_bfloat16_paca_gives_back_every_bit(run: RunConfig, tmp_path: Path) -> N
     assert validation_loss(session) == loss
 
 
-def test_a_trial_that_stops_or_fails_leaves_nothing(run: RunConfig, session: Session, tmp_path: Path) -> None:
+def test_a_trial_that_stops_or_fails_leaves_the_base_unchanged(
+    run: RunConfig, session: Session, tmp_path: Path
+) -> None:
     before = weights(session)
     Trainer(trial(run, "paca"), session, StopAt(2), tmp_path / "stopped", (2,)).fit()
     assert_untouched(session, before)
@@ -90,7 +92,7 @@ def test_a_tied_output_layer_stays_tied_and_frozen(run: RunConfig, session: Sess
     assert torch.equal(model.get_output_embeddings().weight, before)
 
 
-def test_full_trains_a_tied_layer_as_one(run: RunConfig, session: Session, tmp_path: Path) -> None:
+def test_a_full_fine_tune_keeps_tied_layers_tied(run: RunConfig, session: Session, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = session.loaded.model
@@ -105,7 +107,9 @@ def test_full_trains_a_tied_layer_as_one(run: RunConfig, session: Session, tmp_p
 
 
 @pytest.mark.parametrize("name", by_family(["lora", "asym", "cla", "c3la"], ["asym", "c3la"]))
-def test_seeds_decide_what_drops(run: RunConfig, session: Session, tmp_path: Path, name: str) -> None:
+def test_the_seed_decides_what_dropout_drops(
+    run: RunConfig, session: Session, tmp_path: Path, name: str
+) -> None:
     plain = trial(run, name)
     dropping = changed(plain, method={"dropout": 0.5})
     one, again, other, none = (
@@ -113,13 +117,13 @@ def test_seeds_decide_what_drops(run: RunConfig, session: Session, tmp_path: Pat
         for number, chosen in enumerate((dropping, dropping, changed(dropping, seed=1), plain))
     )
     assert_same(one, again)
-    # B starts at 0, so the first step's loss can't tell; the second's can.
+    # B starts at 0, so dropout shows in the loss of the second step, not of the first.
     assert one.train_curve[0] == none.train_curve[0]
     assert one.train_curve[1] != none.train_curve[1]
     assert one.content_hash != other.content_hash
 
 
 @pytest.mark.parametrize("name", ["full", "paca"])
-def test_what_trains_the_base_drops_nothing(run: RunConfig, name: str) -> None:
+def test_dropout_is_refused_for_methods_that_train_the_base(run: RunConfig, name: str) -> None:
     with pytest.raises(MethodError, match=f"'{name}' trains the base's own weights.*set dropout: 0"):
         changed(run, method=MethodConfig(name=name, dropout=0.1))

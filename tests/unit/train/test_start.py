@@ -27,13 +27,13 @@ from tests.unit.train.curves import WIDEST, assert_same_losses
 from tests.unit.train.runs import DieAt, changed
 
 STILL = {"lr": 1e-300, "steps": 1}
-"""A step of nothing: in float32 this rate is zero."""
+"""A learning rate that is zero in float32, so that a step changes nothing."""
 RANKS = {"q_proj": 5, "down_proj": 2, "v_proj": 3}
 
 
 @pytest.fixture
 def adapter(session: Session) -> AdapterArtifact:
-    """An adapter of some modules only, each of a rank and scale of its own; one column of q_proj is dead."""
+    """An adapter of some modules only, each with its own rank and scale; one column of q_proj is dead."""
     modules = {}
     for name, (outputs, inputs) in linear_shapes(session.loaded.model).items():
         last = name.rsplit(".", 1)[-1]
@@ -54,7 +54,7 @@ def starting(run: RunConfig, adapter: AdapterArtifact, folder: Path, **sections:
 
 
 @pytest.mark.parametrize(("zero", "name"), [(0, "lora"), (2, "lora_plus"), (3, "lora")])
-def test_it_starts_where_the_adapter_is(
+def test_a_run_starts_with_the_outputs_of_its_adapter(
     run: RunConfig, session: Session, adapter: AdapterArtifact, tmp_path: Path, zero: int, name: str
 ) -> None:
     attach(session.loaded.model, adapter)
@@ -73,12 +73,12 @@ def test_it_starts_where_the_adapter_is(
         assert torch.equal(found.modules[module].b, factors.b)
         living = factors.a.any(1)
         assert torch.equal(found.modules[module].a[living], factors.a[living])
-        # What could never learn has a row again.
+        # The column that could never learn has a row of A again.
         assert found.modules[module].a.any(1).all()
     assert result.trainable == sum(f.a.numel() + f.b.numel() for f in adapter.modules.values())
 
 
-def test_it_trains_on_and_what_was_dead_learns(
+def test_a_run_trains_its_adapter_further_and_dead_columns_learn(
     run: RunConfig, session: Session, adapter: AdapterArtifact, tmp_path: Path
 ) -> None:
     run = starting(run, adapter, tmp_path)
@@ -88,11 +88,13 @@ def test_it_trains_on_and_what_was_dead_learns(
     for module, factors in found.modules.items():
         assert factors.b.any(0).all()
         assert not torch.equal(factors.a, adapter.modules[module].a)
-    # What is on disk is what it was.
+    # The adapter on disk is unchanged.
     assert AdapterArtifact.load(tmp_path / "start").content_hash == adapter.content_hash
 
 
-def test_zero_stages_agree(run: RunConfig, adapter: AdapterArtifact, tmp_path: Path) -> None:
+def test_zero_3_gives_the_same_losses_from_an_adapter(
+    run: RunConfig, adapter: AdapterArtifact, tmp_path: Path
+) -> None:
     run = starting(run, adapter, tmp_path, optim={"lr": 2e-3, "steps": 3}, evaluate={"every": None})
     plain = Trainer(run, Session.open(run, Worker()), Reporter(), tmp_path / "0").fit()
     sharded = changed(run, scale={"zero": 3})
@@ -101,7 +103,7 @@ def test_zero_stages_agree(run: RunConfig, adapter: AdapterArtifact, tmp_path: P
     )
 
 
-def test_a_rank_falls_from_there(
+def test_an_annealed_run_starts_at_the_rank_of_its_adapter(
     run: RunConfig, session: Session, adapter: AdapterArtifact, tmp_path: Path
 ) -> None:
     run = starting(run, adapter, tmp_path, anneal=AnnealConfig(rank=2))
@@ -115,7 +117,7 @@ def test_a_rank_falls_from_there(
         Trainer(other, session, Reporter(), tmp_path / "other").fit()
 
 
-def test_a_head_starts_from_the_adapter_s(run: RunConfig, tmp_path: Path) -> None:
+def test_a_head_starts_from_the_adapters_head(run: RunConfig, tmp_path: Path) -> None:
     file = tmp_path / "words.jsonl"
     file.write_text(
         "\n".join(f'{{"text": "{w} {i}", "label": "{w}"}}' for w in ("red", "blue") for i in range(8))
@@ -136,7 +138,7 @@ def test_a_head_starts_from_the_adapter_s(run: RunConfig, tmp_path: Path) -> Non
     assert not torch.equal(fresh.heads["score.weight"], first.heads["score.weight"])
 
 
-def test_a_resumed_run_wants_the_adapter_that_it_started_from(
+def test_a_resumed_run_needs_the_adapter_that_it_started_from(
     run: RunConfig, session: Session, adapter: AdapterArtifact, tmp_path: Path
 ) -> None:
     run = starting(run, adapter, tmp_path, optim={"steps": 4})
@@ -156,7 +158,7 @@ def test_a_resumed_run_wants_the_adapter_that_it_started_from(
     assert resumed.content_hash == whole.content_hash
 
 
-def test_adapters_that_do_not_fit(
+def test_an_adapter_that_does_not_fit_is_refused(
     run: RunConfig, session: Session, adapter: AdapterArtifact, tmp_path: Path
 ) -> None:
     some, factors = next(iter(adapter.modules.items()))
@@ -192,7 +194,7 @@ def test_adapters_that_do_not_fit(
         Trainer(changed(wrong, start=str(tmp_path)), session, Reporter(), tmp_path / "run").fit()
 
 
-def test_the_default_rank_says_nothing(
+def test_a_rank_that_equals_the_default_counts_as_not_set(
     run: RunConfig, session: Session, adapter: AdapterArtifact, tmp_path: Path
 ) -> None:
     run = starting(run, adapter, tmp_path, method={"rank": MethodConfig().rank}, optim=STILL)
@@ -212,7 +214,7 @@ def test_the_default_rank_says_nothing(
         ({"name": "rac"}, MethodError, "not for 'rac': .*Drop start, or set method.name to lora"),
     ],
 )
-def test_settings_that_the_adapter_decides(
+def test_settings_that_the_adapter_determines_are_refused(
     method: dict[str, object], error: type[Exception], match: str
 ) -> None:
     rest = {"data": {"name": "needle_haystack", "train": 8, "val": 2, "test": 2}, "start": "adapter"}
@@ -220,7 +222,9 @@ def test_settings_that_the_adapter_decides(
         parse(RunConfig, {**rest, "method": method})
 
 
-def test_the_folder_is_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_adapters_folder_is_found_from_any_working_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     rest = {"data": {"name": "needle_haystack", "train": 8, "val": 2, "test": 2}}
     assert parse(RunConfig, {**rest, "start": "some/adapter"}).start == str(tmp_path / "some" / "adapter")

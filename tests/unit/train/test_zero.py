@@ -1,4 +1,4 @@
-"""ZeRO's stages train the same adapters (one process; the stages' sharding needs Ray, see integration)."""
+"""All ZeRO stages train the same adapters (in one process; tests/integration shards over several)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from rayft.train.worker import Worker
 from tests.unit.train.curves import assert_same_losses
 from tests.unit.train.runs import by_family, changed, with_method
 
-# Adam's first step of a link is lr wide in every number, however small its gradient: rounding shows
-# in the loss at 1e-2, three links on.
+# Adam's first step of a link changes every value by about lr, however small its gradient is. At lr 1e-2,
+# rounding shows in the loss three links later.
 GENTLE = {"lr": 2e-3}
 
-# So small a model would stay whole all the time: nothing may live longer than its layer's turn.
+# Without these limits, such a small model would stay gathered all the time; with them, no layer outlives its
+# use.
 RELEASED = {
     "deepspeed": {
         "zero_optimization": {
@@ -53,13 +54,15 @@ def assert_same_artifact(one: TrainResult, other: TrainResult) -> None:
 
 
 @pytest.mark.parametrize("name", by_family(METHODS))
-def test_no_stage_and_no_recomputing_changes_a_loss(run: RunConfig, tmp_path: Path, name: str) -> None:
+def test_neither_zero_nor_recomputed_activations_change_a_loss(
+    run: RunConfig, tmp_path: Path, name: str
+) -> None:
     run = with_method(run, name, links=2, optim=GENTLE | {"steps": 4}, evaluate={"every": None})
     plain = trained(run, tmp_path / "0")
     for zero in (1, 2, 3):
         if zero == 3 and isinstance(METHODS[name], InPlace):
             continue
-        # Stage by stage in turn with activations kept and recomputed.
+        # Activations are recomputed at stages 1 and 3, and kept at stage 2.
         scale = {"zero": zero, "activation_checkpointing": zero != 2}
         sharded = trained(changed(run, scale=scale, **(RELEASED if zero == 3 else {})), tmp_path / str(zero))
         assert_same_losses(plain, sharded)
@@ -71,7 +74,7 @@ def recomputes(session: Session) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in session.loaded.model.modules())
 
 
-def test_activations_are_kept_again_by_the_next_run(run: RunConfig, session: Session, tmp_path: Path) -> None:
+def test_the_next_run_keeps_its_activations_again(run: RunConfig, session: Session, tmp_path: Path) -> None:
     short = changed(run, optim={"steps": 1})
     again = changed(short, scale={"activation_checkpointing": True})
     Trainer(again, session, Reporter(), tmp_path / "a").fit()
@@ -81,7 +84,7 @@ def test_activations_are_kept_again_by_the_next_run(run: RunConfig, session: Ses
 
 
 @pytest.mark.parametrize("name", by_family(METHODS))
-def test_it_learns_in_bfloat16(run: RunConfig, tmp_path: Path, name: str) -> None:
+def test_a_run_learns_in_bfloat16(run: RunConfig, tmp_path: Path, name: str) -> None:
     run = with_method(run, name, scale={"dtype": "bfloat16", "zero": 2})
     result = trained(run, tmp_path)
     assert result.val_curve[-1][1] < result.val_curve[0][1] < result.train_curve[0][1]
@@ -91,7 +94,7 @@ def test_it_learns_in_bfloat16(run: RunConfig, tmp_path: Path, name: str) -> Non
         assert {factors.b.dtype for factors in artifact.modules.values()} == {wide}
 
 
-def test_with_dropout_under_zero_3(run: RunConfig, tmp_path: Path) -> None:
+def test_dropout_is_the_same_under_zero_3(run: RunConfig, tmp_path: Path) -> None:
     for name in ("lora", "cla"):
         run = changed(with_method(run, name, optim=GENTLE | {"steps": 2}), method={"dropout": 0.25})
         plain = trained(run, tmp_path / name)
@@ -106,7 +109,7 @@ def test_paca_is_refused_under_zero_3_before_anything_starts(run: RunConfig) -> 
 
 
 class _Elsewhere(Worker):
-    """One of two workers, of which the other has more to do."""
+    """One of two workers, the other of which has two more batches."""
 
     def total(self, *values: float) -> list[float]:
         return list(values)
@@ -115,7 +118,7 @@ class _Elsewhere(Worker):
         return value + 2
 
 
-def test_a_worker_with_fewer_batches_takes_part_in_all_forwards(session: Session) -> None:
+def test_a_worker_with_fewer_batches_takes_part_in_all_forward_passes(session: Session) -> None:
     calls: list[int] = []
     handle = session.loaded.model.register_forward_hook(lambda *_: calls.append(1))
     alone = validation_loss(session)

@@ -1,4 +1,4 @@
-"""Chains: which steps a link trains, how it starts, and what becomes of the links before it."""
+"""Chains: which steps each link trains, how a link starts, and that earlier links stay unchanged."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ def by_epochs(run: RunConfig, links: int, epochs: int, **optim: object) -> RunCo
     return changed(run, method=method, optim=optim)
 
 
-def test_what_is_no_chain_has_one_link(run: RunConfig, session: Session) -> None:
+def test_a_method_that_is_no_chain_has_one_link(run: RunConfig, session: Session) -> None:
     assert link_steps(run, session.row_stream(run)) == [(0, 6)]
 
 
-def test_links_share_the_steps(run: RunConfig, session: Session) -> None:
+def test_links_divide_the_steps_equally(run: RunConfig, session: Session) -> None:
     assert link_steps(with_method(run, "cola"), session.row_stream(run)) == [(0, 2), (2, 4), (4, 6)]
     assert link_steps(with_method(run, "cola", links=1), session.row_stream(run)) == [(0, 6)]
 
 
-def test_links_by_epochs_begin_with_rows_of_their_own(run: RunConfig, session: Session) -> None:
+def test_links_by_epochs_begin_with_rows_of_their_own_epochs(run: RunConfig, session: Session) -> None:
     run = by_epochs(run, 3, 2, steps=30)
     schedule = session.row_stream(run)
     found = link_steps(run, schedule)
-    # Told apart by what the steps hold: no row of the next link's epochs comes before its first step.
+    # No row of a link's epochs may come before its first step.
     rows_per_epoch = [len(schedule._epoch(epoch)) for epoch in range(6)]
     first_rows = [sum(rows_per_epoch[: 2 * link]) for link in range(3)]
     assert [start for start, _ in found] == [-(-row // 2) for row in first_rows]
     assert [end for _, end in found] == [*(start for start, _ in found[1:]), 30]
 
 
-def test_epochs_that_differ_in_rows_are_counted_as_they_are(session: Session) -> None:
-    # Short rows pack differently in each order.
+def test_epochs_with_different_numbers_of_rows_are_counted_exactly(session: Session) -> None:
+    # Examples pack into short rows differently in each order.
     schedule = RowStream(session.train, 260, 1, seed=3)
     counts = [schedule.first_step(epoch + 1) - schedule.first_step(epoch) for epoch in range(12)]
     assert len(set(counts)) > 1, "the data pack alike in every order; this test shows nothing"
 
 
-def test_epochs_that_do_not_fit_are_found_before_training(
+def test_epochs_that_exceed_the_steps_are_refused_before_training(
     run: RunConfig, session: Session, tmp_path: Path
 ) -> None:
     before = {name: value.clone() for name, value in session.loaded.model.state_dict().items()}
@@ -67,7 +67,7 @@ def test_epochs_that_do_not_fit_are_found_before_training(
         Trainer(run, session, reporter, tmp_path).fit()
     assert not reporter.logged
     assert session.loaded.model.state_dict().keys() == before.keys()
-    # What the message says to do works.
+    # The number of steps that the message recommends works.
     steps = int(str(caught.value).split("raise optim.steps to ")[1].split(",")[0])
     assert len(link_steps(by_epochs(run, 3, 4, steps=steps), session.row_stream(run))) == 3
 
@@ -87,7 +87,9 @@ def test_a_link_shorter_than_a_step_is_refused(run: RunConfig, session: Session)
         (9, 4, r"9 links \('c3la'\) doesn't divide optim.steps \(4\): take 4 links, or 9 steps"),
     ],
 )
-def test_a_chain_that_does_not_divide_the_steps(links: int, steps: int, match: str) -> None:
+def test_a_number_of_links_that_does_not_divide_the_steps_is_refused(
+    links: int, steps: int, match: str
+) -> None:
     rest = {"data": {"name": "needle_haystack", "train": 8, "val": 2, "test": 2}, "optim": {"steps": steps}}
     with pytest.raises(ConfigError, match=match):
         parse(RunConfig, {**rest, "method": {"name": "c3la", "chain": {"links": links}}})
@@ -95,7 +97,7 @@ def test_a_chain_that_does_not_divide_the_steps(links: int, steps: int, match: s
 
 
 class _Watch:
-    """Looks at the optimizer before each step, and at the links that are past."""
+    """Records, before each step, the optimizer's moments and the earlier links."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
         self.moments: list[int] = []
@@ -119,18 +121,18 @@ class _Watch:
 
 
 @pytest.mark.parametrize("name", by_family(CHAINS))
-def test_links_start_afresh_and_stay_as_they_were(
+def test_links_start_with_a_new_optimizer_and_stay_unchanged_afterwards(
     run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     run = with_method(run, name, optim={"steps": 9, "warmup": 2, "lr": 0.25e-2})
     watch, reporter = _Watch(monkeypatch, session.loaded.model), RecordingReporter()
     result = Trainer(run, session, reporter, tmp_path).fit()
-    # Moments: none before a link's first step, all of them before its second.
+    # No parameter has moments before a link's first step; all have them before its second.
     tensors = 2 if name == "cola" else 1
     assert watch.moments == [0, 14 * tensors, 14 * tensors] * 3
-    # Warm-up at each link.
+    # Each link has its own warm-up.
     assert [metrics["lr"] for _, metrics in reporter.logged] == [0.125e-2, 0.25e-2, 0.25e-2] * 3
-    # Past links: nothing changes them, not by a bit.
+    # Earlier links stay bitwise equal.
     for link in range(3):
         first, *others = watch.past[3 * link : 3 * link + 3]
         assert all(torch.equal(first[key], other[key]) for other in others for key in first)
@@ -148,7 +150,9 @@ def test_links_start_afresh_and_stay_as_they_were(
     assert result.parameters == 3 * once + frozen_a == artifact.parameters
 
 
-def test_links_by_epochs_train(run: RunConfig, session: Session, tmp_path: Path) -> None:
+def test_links_by_epochs_warm_up_at_their_first_steps(
+    run: RunConfig, session: Session, tmp_path: Path
+) -> None:
     run = by_epochs(run, 2, 1, steps=12)
     reporter = RecordingReporter()
     result = Trainer(changed(run, optim={"warmup": 2}), session, reporter, tmp_path).fit()
