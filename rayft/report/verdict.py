@@ -68,7 +68,7 @@ def _squeezing(record: SweepRecord, ship: TableRow, winner: TableRow) -> list[st
         f"{100 * item.energy_mean:.1f} % of the update's energy"
     )
     if item.how == "cont":
-        sentence += ", and trained on"
+        sentence += ", and trained for more steps"
     if ship.test is None or winner.test is None:
         return [sentence + "."]
     apart = _told_apart(record, ship.name, ship.test, winner.name, winner.test)

@@ -57,7 +57,7 @@ def test_the_sweep_analyses_tracks_and_reports(record: SweepRecord, config: Pipe
         }  # fmt: skip
 
 
-def test_a_tracked_run_is_analysed_from_what_the_server_has(
+def test_a_tracked_run_is_analysed_from_the_trackers_files(
     record: SweepRecord, config: PipelineConfig, tmp_path: Path
 ) -> None:
     uri = f"sqlite:///{Path(config.output) / 'mlflow.db'}"
@@ -75,11 +75,11 @@ def test_a_tracked_run_is_analysed_from_what_the_server_has(
     assert one.gap == before.gap, "the same examples for the same seed"
     assert math.isfinite(one.measures["effective_rank_mean"])
     assert math.isfinite(one.measures["hessian_trace"])
-    assert "3 finished runs with a gap or more, here are 1" in found.note
+    assert "3 or more finished runs with a gap, and there are 1" in found.note
     assert (folder / "analysis.json").is_file()
 
 
-def test_what_cant_be_analysed_is_refused_with_the_way_out(
+def test_a_target_that_cant_be_analysed_is_refused_with_a_hint(
     record: SweepRecord, config: PipelineConfig, tmp_path: Path
 ) -> None:
     uri = f"sqlite:///{Path(config.output) / 'mlflow.db'}"

@@ -23,7 +23,11 @@ def analysis() -> SweepAnalysis:
 
 
 @pytest.mark.usefixtures("bare")
-def test_what_a_measure_is_worth_beyond_the_training_loss_is_described(analysis: SweepAnalysis) -> None:
+def test_what_a_measure_is_worth_beyond_the_training_loss_is_described(
+    analysis: SweepAnalysis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayft.report.render.analysis_figures", lambda *_: [])
+
     def with_more(one: Predictor, partial: float, held_out: float) -> Predictor:
         known = {"partial": partial, "held_out": held_out}
         ends = {f"{name}_{end}": value + step for name, value in known.items()
