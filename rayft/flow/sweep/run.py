@@ -112,7 +112,7 @@ def _run_stages(plan: Plan, display: Display, tracking: SweepTracking) -> SweepR
             with display.stage("register and report"):
                 record = publisher.publish(found)
             if plan.config.analyze.parts and found.winner:
-                with display.stage("analyse"), display.watch(executor.broker):
+                with display.stage("analyse"), display.watch(executor.broker, stages.name):
                     analysis = stages.analyze(record)
         if analysis is not None:
             with display.stage("report the analysis"):
@@ -135,18 +135,19 @@ class _Stages:
         self._search()
         ranking = self._score_trials()
         if self._found.winner and _can_be_squeezed(self._found.winner):
-            with self._display.stage("squeeze"), self._display.watch(self._executor.broker, self._name):
+            with self._display.stage("squeeze"), self._display.watch(self._executor.broker, self.name):
                 self._squeeze(ranking)
         return self._found
 
-    def _name(self, key: str) -> str:
+    def name(self, key: str) -> str:
+        """Return the name of the trial with a key; any other key as it is."""
         return self._names.get(key, key)
 
     def _score_base(self) -> None:
         display = self._display
         with (
             display.stage("start workers, score the base"),
-            display.watch(self._executor.broker, self._name),
+            display.watch(self._executor.broker, self.name),
         ):
             self._found.baselines = scoring.score_baselines(self._plan, self._executor, self._store)
         scoring.say_unscored(self._found.baselines, display.say)
@@ -155,7 +156,7 @@ class _Stages:
         plan, display = self._plan, self._display
         with (
             display.stage(f"search ({len(plan.points)} trials)"),
-            display.watch(self._executor.broker, self._name),
+            display.watch(self._executor.broker, self.name),
         ):
             trials = search(
                 plan.config.sweep, plan.points, self._executor, plan.output, tracker=plan.tracker,
@@ -168,7 +169,7 @@ class _Stages:
     def _score_trials(self) -> list[Trial]:
         """Score the trials and choose the winner; return the finished trials, the best first."""
         plan, display, found = self._plan, self._display, self._found
-        with display.stage("score the trials"), display.watch(self._executor.broker):
+        with display.stage("score the trials"), display.watch(self._executor.broker, self.name):
             found.scores = scoring.score_trials(plan, self._executor, found.trials, self._store)
             found.trials = scoring.marked(found.trials, found.scores)
             ranking = self._intact(best_first(found.trials, found.scores, plan.config.sweep.select_by))
