@@ -169,9 +169,9 @@ def test_a_lane_that_dies_comes_back_and_its_trial_goes_on(
     assert result(trial).seconds["total"] < whole.seconds["total"] + 60
     for name in ("content_hash", "train_curve", "val_curve"):
         assert getattr(result(trial), name) == getattr(whole, name)
-    # The checkpoint that was being written may be told of too.
-    told = ray.get(lane.broker.notices.remote(before))
-    assert any("its process was killed or crashed" in text for text in told)
+    # The checkpoint that was being written may be reported too.
+    notices = ray.get(lane.broker.notices.remote(before))
+    assert any("its process was killed or crashed" in text for text in notices)
 
 
 STEPS = 4
@@ -213,16 +213,16 @@ def test_two_workers_train_as_one_and_are_interrupted_together(
 ) -> None:
     families = make_run(tiny_folder, steps=STEPS, workers=2)
     run = long_run(tiny_folder, workers=2)
-    told: list[str] = []
+    interrupted: list[str] = []
     with executing("lane", make_run(tiny_folder, workers=2), tmp_path) as executor:
         compare_families(on_one_worker, find(executor, families, FAMILIES, tmp_path, grace=STEPS))
 
         def interrupt() -> None:
             half_way(executor)
-            told.extend(executor.interrupt())
+            interrupted.extend(executor.interrupt())
 
         (trial,) = find(executor, run, ONE, tmp_path, interrupt)
-    assert told == [trial.point.key]
+    assert interrupted == [trial.point.key]
     assert trial.result is None
     with executing("lane", make_run(tiny_folder, workers=2), tmp_path) as executor:
         (trial,) = find(executor, run, ONE, tmp_path)
