@@ -125,5 +125,8 @@ def test_the_seed_decides_what_dropout_drops(
 
 @pytest.mark.parametrize("name", ["full", "paca"])
 def test_dropout_is_refused_for_methods_that_train_the_base(run: RunConfig, name: str) -> None:
-    with pytest.raises(MethodError, match=f"'{name}' trains the base's own weights.*set dropout: 0"):
+    with pytest.raises(
+        MethodError,
+        match=f"'{name}' trains the base's own weights, .*so method.dropout does nothing: drop it",
+    ):
         changed(run, method=MethodConfig(name=name, dropout=0.1))
