@@ -126,11 +126,11 @@ def browser(binary: str, profile: Path) -> Iterator[Page]:
 
 def target(process: subprocess.Popen[bytes], profile: Path) -> str:
     """Wait for the browser, and give the address of its tab."""
-    until, told = time.monotonic() + DEADLINE, profile / "DevToolsActivePort"
+    until, port_file = time.monotonic() + DEADLINE, profile / "DevToolsActivePort"
     while time.monotonic() < until:
         assert process.poll() is None, f"{process.args} ended with {process.returncode}"
         # Its first line is the port.
-        if told.is_file() and (lines := told.read_text().splitlines()):
+        if port_file.is_file() and (lines := port_file.read_text().splitlines()):
             tabs = httpx.get(f"http://127.0.0.1:{lines[0]}/json/list", trust_env=False).json()
             for tab in tabs:
                 if tab["type"] == "page":

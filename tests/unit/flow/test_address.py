@@ -91,7 +91,7 @@ def test_a_token_that_the_cluster_refuses_is_reported() -> None:
 
 @pytest.fixture
 def own_token(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Give this user a token, and leave open whether it is used."""
+    """Set a token for this user, without deciding whether it is used."""
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     _raylet.AuthenticationTokenLoader.instance().reset_cache()

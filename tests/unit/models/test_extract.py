@@ -1,4 +1,4 @@
-"""A full fine-tune becomes a LoRA: what is in it is the tuned model, and what is not is told."""
+"""A full fine-tune becomes a LoRA: what is in it is the tuned model, and what is not is reported."""
 
 from __future__ import annotations
 
@@ -250,15 +250,15 @@ def test_an_energy_gives_each_module_its_rank(tmp_path: Path) -> None:
     assert set(full.meta.tail_energy.values()) == {0.0}
 
 
-def test_the_seed_decides_and_the_modules_are_told(tuned: Path) -> None:
-    told: list[tuple[str, int, int]] = []
+def test_the_seed_decides_and_each_module_is_reported(tuned: Path) -> None:
+    reported: list[tuple[str, int, int]] = []
 
     def tell(name: str, done: int, of: int) -> None:
-        told.append((name, done, of))
+        reported.append((name, done, of))
 
     one = extract_full(config(), tuned, rank=2, progress=tell).artifact
-    assert [name for name, *_ in told] == list(one.modules)
-    assert [(done, of) for _, done, of in told] == [(n, 14) for n in range(1, 15)]
+    assert [name for name, *_ in reported] == list(one.modules)
+    assert [(done, of) for _, done, of in reported] == [(n, 14) for n in range(1, 15)]
     assert extract_full(config(), tuned, rank=2).artifact.content_hash == one.content_hash
     part = extract_full(config(), tuned, rank=2, targets=("down_proj",)).artifact.modules
     assert all(torch.equal(factors.a, one.modules[name].a) for name, factors in part.items())

@@ -155,7 +155,7 @@ def fail(error: Exception) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("where", "what", "told"),
+    ("where", "what", "expected"),
     [
         ("publish.MlflowRegistry.register", "register", "not registered: MLflow refuses"),
         ("publish.promote", "promote", "registered as tiny version 1, not promoted: MLflow refuses"),
@@ -165,17 +165,17 @@ def fail(error: Exception) -> Any:
     ],
 )
 def test_a_late_failure_costs_nothing_else_and_the_next_run_repairs_it(
-    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, where: str, what: str, told: str
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, where: str, what: str, expected: str
 ) -> None:
-    error = RegistryError("MLflow refuses") if "MLflow refuses" in told else RuntimeError("no\nfont")
+    error = RegistryError("MLflow refuses") if "MLflow refuses" in expected else RuntimeError("no\nfont")
     with monkeypatch.context() as patch:
         patch.setattr(f"rayft.flow.sweep.{where}", fail(error))
         record = sweep.report()
     output, name = sweep.plan.output, sweep.plan.config.name
-    with pytest.raises(UnfinishedError, match=told.partition(":")[0]):
+    with pytest.raises(UnfinishedError, match=expected.partition(":")[0]):
         check_complete(record, sweep.display.undone)
     (line,) = [line for line in sweep.said.getvalue().splitlines() if "run the sweep again" in line]
-    assert told.replace("\n", " ") in line
+    assert expected.replace("\n", " ") in line
     assert f"Everything else is in {output}" in line
     assert SweepRecord.load(output) == record
 
