@@ -30,7 +30,9 @@ class LogUniform(Section):
     """A range that is sampled log-uniformly."""
 
     low: float = Field(gt=0)
+    """Smallest value."""
     high: float = Field(gt=0)
+    """Largest value."""
 
     @model_validator(mode="after")
     def _ordered(self) -> LogUniform:

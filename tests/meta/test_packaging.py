@@ -24,6 +24,7 @@ EXTRAS = {
 WITH_OTHERS = {
     "accelerate": "peft",
     "alembic": "mlflow",
+    "annotated_types": "pydantic",
     "markupsafe": "jinja2",
     "pyarrow": "datasets",
     "pydantic_core": "pydantic",
