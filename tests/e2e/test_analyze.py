@@ -85,9 +85,9 @@ def test_a_target_that_cant_be_analysed_is_refused_with_a_hint(
     uri = f"sqlite:///{Path(config.output) / 'mlflow.db'}"
     client = MlflowClient(uri)
     sweep = client.get_run(record.trials[0].run_id).data.tags["mlflow.parentRunId"]
-    with pytest.raises(ReportError, match=r"has stored no adapter.*give a trial's run"):
+    with pytest.raises(ReportError, match=r"has stored no adapter.*give the run of a trial"):
         analyze_target(sweep, QUIET, uri=uri)
     with pytest.raises(TrackingError, match=r"no run 0{32} can be read"):
         analyze_target("0" * 32, QUIET, uri=uri)
-    with pytest.raises(ReportError, match="no folder and no run id; give a sweep's output folder"):
+    with pytest.raises(ReportError, match="neither a folder nor a run id; give a sweep's output folder"):
         commands.analyze(str(tmp_path / "nowhere"), Console(file=io.StringIO()))
