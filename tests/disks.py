@@ -1,7 +1,8 @@
-"""Disks that are really full: file systems in memory, whose size a test sets."""
+"""Full disks: file systems in memory, whose size a test sets, and functions that fail as on a full disk."""
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -55,3 +57,13 @@ def mounted(folder: Path, size: int) -> Iterator[Disk]:
     finally:
         # Lazily: a library may still hold a file of it open.
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def full_disk(*_args: object, **_options: object) -> None:
+    """Fail as Python's file functions do when the disk is full."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_disk_in_rust(*_args: object, **_options: object) -> None:
+    """Fail as safetensors, which writes its files in Rust, does when the disk is full."""
+    raise SafetensorError('I/O error: Os { code: 28, message: "No space left on device (os error 28)" }')

@@ -28,7 +28,7 @@ from rayft.methods.base import (
     unaliased,
 )
 
-__all__ = ["METHOD", "FullAdapter"]
+__all__ = ["METHOD", "FullAdapter", "any_rank"]
 
 
 class FullAdapter(Adapter):

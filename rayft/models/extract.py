@@ -14,7 +14,7 @@ users of the adapter know what it lacks. Heads travel whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,9 +203,7 @@ def _check_peft_base(saved: PeftFolder, model: nn.Module, fingerprint: str, fold
         )
     leaves = {name for name, module in model.named_modules() if not next(module.children(), None)}
     adapted = {key.removeprefix(BASE).rsplit(".", depth)[0] for key in saved.adapter for depth in (1, 2)}
-    outside = sorted((adapted & leaves) - linear_shapes(model).keys())
-    if outside:
-        raise no_lora(folder, saved, f"it adapts {outside[0]}, which is no linear layer inside the model")
+    _check_linear(adapted & leaves, saved, model, folder)
     lacking = sorted(saved.heads.keys() - head_parameters(model).keys())
     if lacking:
         modules = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in lacking))
@@ -226,7 +224,11 @@ def _put_in(model: nn.Module, saved: PeftFolder, folder: Path) -> dict[str, nn.M
     except (MethodError, TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise ArtifactError(f"{folder / CONFIG_FILE} does not make an adapter: {error}") from error
     layers = layers_inside(model)
-    outside = sorted(layers.keys() - linear_shapes(model).keys())
+    _check_linear(layers.keys(), saved, model, folder)
+    return layers
+
+
+def _check_linear(adapted: Set[str], saved: PeftFolder, model: nn.Module, folder: Path) -> None:
+    outside = sorted(adapted - linear_shapes(model).keys())
     if outside:
         raise no_lora(folder, saved, f"it adapts {outside[0]}, which is no linear layer inside the model")
-    return layers

@@ -18,18 +18,17 @@ from torch import nn
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.errors import BaseMismatchError, MethodError
-from rayft.methods.base import AdapterLinear, LayerShape, LoraFactors, Method, MethodConfig
+from rayft.methods.base import Adapter, AdapterLinear, LayerShape, LoraFactors, Method, MethodConfig
 from rayft.methods.lora import LoraAdapter
 from rayft.models.heads import head_parameters, restore
 from rayft.models.methods import method
 from rayft.models.targets import check, linear_shapes, linears
 from rayft.numerics import generator
-from rayft.peft.folder import PeftFolder
+from rayft.peft.folder import Artifact, PeftFolder
 from rayft.peft.layers import PeftLayers
 from rayft.peft.method import PeftMethod
 
 __all__ = [
-    "Artifact",
     "Injected",
     "Layers",
     "advance",
@@ -42,9 +41,6 @@ __all__ = [
     "refit",
     "wrap",
 ]
-
-Artifact = AdapterArtifact | PeftFolder
-"""A trained adapter: as LoRA factors, or in PEFT's own format."""
 
 
 class Layers(Protocol):
@@ -139,14 +135,13 @@ def advance(model: nn.Module, seed: int, link: int) -> None:
     Raises:
         MethodError: if the adapters are no chains.
     """
-    for name, layer in _adapted(model).items():
-        assert layer.adapter is not None
-        layer.adapter.advance(generator(seed, name, "link", link))
+    for name, adapter in _adapters(model).items():
+        adapter.advance(generator(seed, name, "link", link))
 
 
 def factors_of(model: nn.Module) -> dict[str, LoraFactors]:
     """Return the factors of the adapters in a model: path of each adapted module → factors, detached."""
-    return {name: layer.adapter.to_lora() for name, layer in _adapted(model).items() if layer.adapter}
+    return {name: adapter.to_lora() for name, adapter in _adapters(model).items()}
 
 
 def refit(model: nn.Module, modules: Mapping[str, LoraFactors]) -> None:
@@ -281,9 +276,9 @@ def _layers(of: Method | Artifact) -> Layers:
     return PEFT if isinstance(of, PeftMethod | PeftFolder) else OWN
 
 
-def _adapted(model: nn.Module) -> dict[str, AdapterLinear]:
+def _adapters(model: nn.Module) -> dict[str, Adapter]:
     return {
-        name: layer
+        name: layer.adapter
         for name, layer in linears(model).items()
         if isinstance(layer, AdapterLinear) and layer.adapter is not None
     }

@@ -31,13 +31,11 @@ from rayft.artifacts import (
 )
 from rayft.artifacts import PREFIX as BASE
 from rayft.artifacts.lora_settings import read_json
+from rayft.artifacts.meta import TASK_TYPES
 from rayft.artifacts.read import FLOATS, INDICES, read_meta, read_weights
 from rayft.errors import ArtifactError, BaseMismatchError
 
-__all__ = ["PeftFolder", "load_adapter"]
-
-TASKS = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
-"""Task of the model → PEFT's name of it, for the tasks that PEFT has a name for."""
+__all__ = ["Artifact", "PeftFolder", "load_adapter"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class PeftFolder:
             meta: the content of `rayft.json`.
         """
         config = {**settings.to_dict(), "inference_mode": True, "base_model_name_or_path": meta.base_model}
-        config["task_type"] = TASKS.get(meta.task)
+        config["task_type"] = TASK_TYPES[meta.task]
         adapted = (name.removeprefix(BASE) for name in tensors)
         config["modules_to_save"] = saved_whole(adapted, heads) or None
         config.pop("runtime_config", None)
@@ -159,7 +157,11 @@ class PeftFolder:
         (folder / META_FILE).write_text(self.meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def load_adapter(folder: str | Path) -> AdapterArtifact | PeftFolder:
+Artifact = AdapterArtifact | PeftFolder
+"""A trained adapter: as LoRA factors, or in PEFT's own format."""
+
+
+def load_adapter(folder: str | Path) -> Artifact:
     """Read an adapter folder of a trial: as LoRA factors, or in PEFT's own format.
 
     Raises:

@@ -26,7 +26,7 @@ from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.errors import BaseMismatchError, MethodError
 from rayft.methods.base import AdapterLinear, LoraFactors, MethodConfig
 from rayft.numerics import derive_seed, seed_everything
-from rayft.peft.folder import PeftFolder
+from rayft.peft.folder import Artifact, PeftFolder
 from rayft.peft.method import peft_method
 
 __all__ = ["PeftLayers", "layers_inside", "put_aside", "stated_delta"]
@@ -118,7 +118,7 @@ class PeftLayers:
         """Take PEFT's layers out, if there are any; the base is then what it was, bit by bit."""
         _take_out(model)
 
-    def attach(self, model: nn.Module, artifact: AdapterArtifact | PeftFolder) -> None:
+    def attach(self, model: nn.Module, artifact: Artifact) -> None:
         """Put a saved adapter in, frozen, as PEFT reads it.
 
         Raises:
@@ -149,9 +149,7 @@ class PeftLayers:
             set_peft_model_state_dict(_Root(tuner), given, ADAPTER)
         model.requires_grad_(False)
 
-    def export(
-        self, model: nn.Module, heads: Mapping[str, torch.Tensor], meta: ArtifactMeta
-    ) -> AdapterArtifact | PeftFolder:
+    def export(self, model: nn.Module, heads: Mapping[str, torch.Tensor], meta: ArtifactMeta) -> Artifact:
         """Copy PEFT's layers to the CPU: as factors if they have some, else as PEFT saves them."""
         inside: _Inside = getattr(model, INSIDE)
         kind = peft_method(meta.method)

@@ -25,7 +25,7 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,9 @@ from rayft.artifacts.lora_settings import NOT_PLAIN
 from rayft.config import nearest
 from rayft.errors import MethodError
 from rayft.methods.base import Adapter, AdapterLinear, LayerShape, Method, MethodConfig, no_factors
+from rayft.methods.cla import any_columns
+from rayft.methods.full import any_rank
+from rayft.methods.lora import low_rank, trained
 
 __all__ = ["PREFIX", "PeftMethod", "peft_method"]
 
@@ -99,6 +102,14 @@ INITS: Mapping[str, tuple[Any, ...]] = {
     "MiSS": (True, False, "mini"),
 }
 """Starts that can be chosen. LoftQ, EVA, CorDA and LoRA-GA need data, and MiSS's `bat` has no factors."""
+
+MAX_RANKS: Mapping[str, Callable[[LayerShape], int]] = {
+    "LoRA": low_rank,
+    "DoRA": low_rank,
+    "PiSSA": low_rank,
+    "MiSS": any_columns,
+}
+"""Largest rank of a layer. Where other classes have a limit, PEFT raises its own error."""
 
 
 @dataclass(frozen=True)
@@ -291,8 +302,8 @@ def _found(short: str) -> PeftMethod:
     return PeftMethod(
         name=PREFIX + short,
         build=_no_layer,
-        trained=_as_lora,
-        max_rank=_max_rank(short),
+        trained=trained,  # LoRA's count, as an estimate until PEFT's layers exist
+        max_rank=MAX_RANKS.get(short, any_rank),
         exports=short in EXPORTS,
         ranked=ranked,
         config_class=config_class,
@@ -343,17 +354,3 @@ def _divisor(sizes: list[int], default: int) -> int:
 def _no_layer(layer: AdapterLinear, config: MethodConfig, generator: Any) -> Adapter:
     # Two of PEFT's classes share tensors between layers, so PEFT must make all layers at once.
     raise no_factors(config.name)
-
-
-def _as_lora(shape: LayerShape, rank: int) -> int:
-    """Count R(I + O), LoRA's count, as an estimate until PEFT's layers exist."""
-    return rank * (shape.inputs + shape.outputs)
-
-
-def _max_rank(short: str) -> Any:
-    if short in ("LoRA", "DoRA", "PiSSA"):
-        return lambda shape: min(shape.inputs, shape.outputs)
-    if short == "MiSS":
-        return lambda shape: shape.inputs
-    # Where PEFT has a limit of its own, PEFT raises its own error.
-    return lambda shape: max(shape.inputs, shape.outputs) * 2**20

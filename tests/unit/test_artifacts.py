@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta, adapter, folder_bytes
 from rayft.errors import ArtifactError, BaseMismatchError, DiskFullError, ResourceError, SqueezeError
 from rayft.methods.base import LoraFactors
 from rayft.numerics import DTYPES, generator
+from tests.disks import full_disk, full_disk_in_rust
 
 CONFIG, WEIGHTS, META = "adapter_config.json", "adapter_model.safetensors", "rayft.json"
 
@@ -261,15 +261,7 @@ def test_an_empty_adapter_is_not_written(tmp_path: Path) -> None:
         AdapterArtifact({}).save(tmp_path / "adapter")
 
 
-def _full_disk(*args: object, **kwargs: object) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def _full_disk_in_rust(*args: object, **kwargs: object) -> None:
-    raise SafetensorError('I/O error: Os { code: 28, message: "No space left on device (os error 28)" }')
-
-
-@pytest.mark.parametrize("full", [_full_disk, _full_disk_in_rust])
+@pytest.mark.parametrize("full", [full_disk, full_disk_in_rust])
 def test_a_full_disk_leaves_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Callable[..., None]
 ) -> None:

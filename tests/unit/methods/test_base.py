@@ -17,6 +17,7 @@ from rayft.methods.base import Adapter, AdapterLinear, LayerShape, LoraFactors, 
 from rayft.methods.lora import LoraAdapter
 from rayft.models.methods import method
 from rayft.numerics import assert_close, generator
+from tests.contract.cases import Quantised
 
 
 @pytest.mark.parametrize(
@@ -105,19 +106,8 @@ def test_gpt2s_conv1d_is_a_linear_layer_stored_transposed() -> None:
     assert_close(layer(x), conv(x), torch.float32, 5)
 
 
-class Quantised(nn.Linear):
-    """A stand-in for a quantised layer: its weight holds codes, and it computes its own product."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs)
-        self.weight = nn.Parameter(torch.ones(outputs, inputs, dtype=torch.int8), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, 3.0 * self.weight, self.bias)
-
-
 def test_a_quantised_layer_computes_its_own_product() -> None:
-    base = Quantised(5, 7).requires_grad_(False)
+    base = Quantised(nn.Linear(5, 7).requires_grad_(False))
     layer = AdapterLinear(base, dtype=torch.bfloat16)
     x = torch.randn(3, 5)
     assert torch.equal(layer(x), base(x))
@@ -131,7 +121,7 @@ def test_a_quantised_layer_computes_its_own_product() -> None:
 
 
 def test_without_a_matrix_the_model_names_the_dtype() -> None:
-    assert AdapterLinear(Quantised(5, 7)).dtype == torch.get_default_dtype()
+    assert AdapterLinear(Quantised(nn.Linear(5, 7))).dtype == torch.get_default_dtype()
     assert AdapterLinear(nn.Linear(5, 7, dtype=torch.float64)).dtype == torch.float64
 
 

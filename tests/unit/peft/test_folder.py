@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from rayft.artifacts import ArtifactMeta
 from rayft.errors import DiskFullError
 from rayft.peft import folder as module
 from rayft.peft.folder import PeftFolder
+from tests.disks import full_disk, full_disk_in_rust
 
 META = ArtifactMeta(method="peft:C3A")
 
@@ -31,15 +31,7 @@ def test_tensors_that_are_not_contiguous(tmp_path: Path) -> None:
     assert loaded.content_hash == folder.content_hash
 
 
-def _full_disk(*args: object, **kwargs: object) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def _full_disk_in_rust(*args: object, **kwargs: object) -> None:
-    raise SafetensorError('I/O error: Os { code: 28, message: "No space left on device (os error 28)" }')
-
-
-@pytest.mark.parametrize("full", [_full_disk, _full_disk_in_rust])
+@pytest.mark.parametrize("full", [full_disk, full_disk_in_rust])
 def test_a_full_disk_leaves_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Callable[..., None]
 ) -> None:
