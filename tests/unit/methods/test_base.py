@@ -31,7 +31,7 @@ from tests.contract.cases import Quantised
         ({"rank": 3, "alpha": 1.0, "rslora": True}, 1 / math.sqrt(3)),
     ],
 )
-def test_scale(options: dict[str, float], scale: float) -> None:
+def test_the_scale_is_alpha_over_the_rank_or_its_root(options: dict[str, float], scale: float) -> None:
     assert MethodConfig.model_validate(options).scale == scale
 
 
@@ -48,7 +48,7 @@ def test_settings_are_frozen() -> None:
         MethodConfig().rank = 3
 
 
-def test_lookup() -> None:
+def test_a_method_is_found_by_its_name() -> None:
     assert method("cla") is METHODS["cla"]
     with pytest.raises(MethodError, match=r"^unknown method 'lroa'; did you mean 'lora'\?$"):
         method("lroa")
@@ -85,7 +85,7 @@ def test_an_adapter_can_be_taken_out_again() -> None:
     assert torch.equal(layer(x), linear(x))
 
 
-def test_factors() -> None:
+def test_factors_multiply_to_the_scaled_delta() -> None:
     factors = LoraFactors(a=torch.tensor([[1.0, 2.0]]), b=torch.tensor([[3.0], [4.0]]), scale=0.5)
     assert factors.rank == 1
     assert torch.equal(factors.delta(), torch.tensor([[1.5, 3.0], [2.0, 4.0]]))
@@ -120,18 +120,18 @@ def test_a_quantised_layer_computes_its_own_product() -> None:
     assert_close(layer(x), base(x) + x.sum(1, keepdim=True), torch.float32, 5, depth=4)
 
 
-def test_without_a_matrix_the_model_names_the_dtype() -> None:
+def test_a_quantised_layer_computes_in_the_default_dtype_unless_given() -> None:
     assert AdapterLinear(Quantised(nn.Linear(5, 7))).dtype == torch.get_default_dtype()
     assert AdapterLinear(nn.Linear(5, 7, dtype=torch.float64)).dtype == torch.float64
 
 
-def test_what_is_no_chain_has_no_next_link() -> None:
+def test_an_adapter_that_is_no_chain_has_no_next_link() -> None:
     adapter = LoraAdapter(torch.ones(2, 5), torch.ones(7, 2), 0.5)
     with pytest.raises(MethodError, match="LoraAdapter is no chain, so it has no next link"):
         adapter.advance(generator(0))
 
 
-def test_a_method_needs_both_of_its_methods() -> None:
+def test_an_adapter_must_implement_forward() -> None:
     class Half(Adapter):
         def to_lora(self) -> LoraFactors:
             raise AssertionError

@@ -33,7 +33,7 @@ def test_only_b_is_a_parameter() -> None:
 
 
 @pytest.mark.parametrize("columns", [[5, 0, 3], [4]])
-def test_any_columns(columns: list[int]) -> None:
+def test_any_choice_of_columns_computes_w_plus_delta(columns: list[int]) -> None:
     layer = layer_with(columns)
     x = torch.randn(7, 6, dtype=torch.float64)
     assert layer.adapter is not None

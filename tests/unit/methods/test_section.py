@@ -22,7 +22,7 @@ from rayft.models.methods import check_settings, settled
         ("layers.7.attn.o_proj", 5),
     ],
 )
-def test_ranks_of_single_modules(module: str, rank: int) -> None:
+def test_a_rank_pattern_sets_the_rank_of_the_modules_that_it_fits(module: str, rank: int) -> None:
     pattern = {"q_proj": 2, "layers.1.mlp.up_proj": 3, r"layers\.\d\.attn\..*": 5}
     assert MethodConfig(rank_pattern=pattern).of(module).rank == rank
 
@@ -38,7 +38,7 @@ def test_alpha_follows_the_modules_rank_unless_it_is_given() -> None:
     assert MethodConfig(rank=8, rank_pattern={"q": 2}, alpha=8.0).of("q").scale == 4
 
 
-def test_links() -> None:
+def test_a_chain_has_the_default_number_of_links_unless_given() -> None:
     assert MethodConfig().links == 1
     assert MethodConfig(name="cola", chain=ChainConfig(links=3)).links == 3
     assert settled(MethodConfig(name="c3la")).links == ChainConfig().links

@@ -135,7 +135,7 @@ def test_every_prefix_is_the_best_of_its_rank(tuned: Path) -> None:
         assert 1 - retained_energy(made.artifact)[name] <= tolerance(torch.float32, WIDEST) ** 2
 
 
-def test_shards_and_16_bits(tuned: Path, tmp_path: Path) -> None:
+def test_shards_and_16_bit_checkpoints_are_extracted_alike(tuned: Path, tmp_path: Path) -> None:
     whole = extract_full(config(), tuned, rank=3).artifact
     sharded = tune(tmp_path / "sharded", config(), low_rank, max_shard_size="30KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
@@ -150,7 +150,7 @@ def test_shards_and_16_bits(tuned: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
-def test_a_pair_gives_outputs_by_inputs(name: str, tmp_path: Path) -> None:
+def test_a_pair_returns_each_weight_and_update_as_outputs_by_inputs(name: str, tmp_path: Path) -> None:
     base, folder = config(name), tune(tmp_path / "tuned", config(name), low_rank)
     model = load_model(base, torch.float32).model
     tuned = type(model).from_pretrained(folder, dtype=torch.float32)
@@ -167,7 +167,7 @@ def test_a_pair_gives_outputs_by_inputs(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_rounding_alone_changed_is_no_update(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_layers_that_differ_by_rounding_alone_have_no_update(dtype: torch.dtype, tmp_path: Path) -> None:
     def one_layer(name: str, weight: torch.Tensor) -> torch.Tensor:
         return low_rank(name, weight) if name == "model.layers.1.mlp.up_proj.weight" else weight
 
@@ -179,7 +179,7 @@ def test_what_rounding_alone_changed_is_no_update(dtype: torch.dtype, tmp_path: 
         extract_full(config(), untouched, rank=3)
 
 
-def test_a_head_travels_whole(tmp_path: Path) -> None:
+def test_a_head_is_copied_whole(tmp_path: Path) -> None:
     base = config("tiny-llama", task="sequence_classification", num_labels=3)
     folder = tune(
         tmp_path / "tuned", base, lambda name, weight: low_rank(name, weight) + 1.0 * ("score" in name)
@@ -319,7 +319,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (UP, torch.ones(64, 32, dtype=torch.int8), ModelError, r"up_proj.* is of type I8.*float32, float16"),
     ],
 )  # fmt: skip
-def test_checkpoints_that_cannot_be_used(
+def test_an_unusable_checkpoint_is_refused_with_the_reason(
     tuned: Path, tmp_path: Path, name: str, value: Any, error: type[RayftError], match: str
 ) -> None:
     folder = damaged(tuned, tmp_path / "broken", name, value)
@@ -327,13 +327,13 @@ def test_checkpoints_that_cannot_be_used(
         extract_full(config(), folder, rank=2)
 
 
-def test_a_base_that_lacks_a_layer(tuned: Path, tmp_path: Path) -> None:
+def test_a_base_that_lacks_a_layer_is_refused(tuned: Path, tmp_path: Path) -> None:
     base = config(damaged(Path(resolve(config())), tmp_path / "base", UP, None))
     with pytest.raises(ModelError, match=r"base has no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
         extract_full(base, tuned, rank=2)
 
 
-def test_a_truncated_file_and_a_missing_shard(tmp_path: Path) -> None:
+def test_truncated_files_and_missing_shards_are_refused(tmp_path: Path) -> None:
     folder = tune(tmp_path / "tuned", config(), low_rank, max_shard_size="30KB")
     shard = sorted(folder.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-10])
@@ -348,7 +348,7 @@ def test_a_truncated_file_and_a_missing_shard(tmp_path: Path) -> None:
         extract_full(config(), single.parent, rank=2)
 
 
-def test_folders_that_hold_no_model(tuned: Path, tmp_path: Path) -> None:
+def test_folders_that_hold_no_model_are_refused(tuned: Path, tmp_path: Path) -> None:
     extract_full(config(), tuned, rank=2).artifact.save(tmp_path / "adapter")
     with pytest.raises(ModelError, match=r"is an adapter folder.*squeeze the adapter itself"):
         extract_full(config(), tmp_path / "adapter", rank=2)
@@ -362,7 +362,7 @@ def test_folders_that_hold_no_model(tuned: Path, tmp_path: Path) -> None:
         extract_full(config(), "nobody/nothing", rank=2)
 
 
-def test_a_head_that_the_tuned_model_has_not(tuned: Path) -> None:
+def test_a_tuned_model_without_the_tasks_head_is_refused(tuned: Path) -> None:
     with pytest.raises(ModelError, match=r"has no classification head score\.weight.*Set model\.task"):
         extract_full(config(task="sequence_classification"), tuned, rank=2)
 
@@ -378,12 +378,14 @@ def test_a_head_that_the_tuned_model_has_not(tuned: Path) -> None:
         ({"rank": 2, "targets": ("upp_proj",)}, TargetError, "did you mean 'up_proj'"),
     ],
 )
-def test_impossible_requests(tuned: Path, settings: Any, error: type[RayftError], match: str) -> None:
+def test_impossible_ranks_energies_and_targets_are_refused(
+    tuned: Path, settings: Any, error: type[RayftError], match: str
+) -> None:
     with pytest.raises(error, match=match):
         extract_full(config(), tuned, **settings)
 
 
-def test_smaller_layers_keep_all_they_have(tuned: Path) -> None:
+def test_layers_smaller_than_the_rank_keep_their_full_rank(tuned: Path) -> None:
     made: Extraction = extract_full(config(), tuned, rank=20)
     ranks = {name.rsplit(".", 1)[-1]: factors.rank for name, factors in made.artifact.modules.items()}
     assert ranks["k_proj"] == ranks["v_proj"] == 16

@@ -102,7 +102,7 @@ def test_only_what_the_checkpoint_lacks_is_drawn(deberta: Path, tiny_folder: Pat
     assert not equal(head(language), once)
 
 
-def test_a_full_fine_tunes_folder_goes_on_from_its_head(bert: Path, tmp_path: Path) -> None:
+def test_training_from_a_fully_tuned_folder_starts_from_its_head(bert: Path, tmp_path: Path) -> None:
     model = load(bert, labels=3)
     inject(model, MethodConfig(name="full"), seed=0)
     move(model)
@@ -154,7 +154,7 @@ def test_an_adapter_of_another_model_changes_nothing(
 
 
 @pytest.mark.parametrize("method", OTHERS)
-def test_a_head_of_other_classes_is_not_spread(bert: Path, method: str) -> None:
+def test_a_head_for_another_number_of_classes_is_refused(bert: Path, method: str) -> None:
     made, model = artifact(load(bert, labels=3), method), load(bert)
     attach(model, artifact(model, "lora"))
     before = state(model)
@@ -165,7 +165,7 @@ def test_a_head_of_other_classes_is_not_spread(bert: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", OTHERS)
-def test_a_head_of_one_number_is_not_broadcast(bert: Path, method: str) -> None:
+def test_a_head_of_one_number_is_refused_instead_of_broadcast(bert: Path, method: str) -> None:
     model = load(bert)
     made = artifact(model, method)
     before = state(model)
@@ -175,7 +175,7 @@ def test_a_head_of_one_number_is_not_broadcast(bert: Path, method: str) -> None:
     assert equal(state(model), before)
 
 
-def test_what_is_no_head_is_not_written_over(tiny_model: Any) -> None:
+def test_a_parameter_that_is_no_head_is_not_overwritten(tiny_model: Any) -> None:
     made = artifact(tiny_model, "lora")
     assert isinstance(made, AdapterArtifact)
     before = state(tiny_model)
@@ -188,7 +188,9 @@ def test_what_is_no_head_is_not_written_over(tiny_model: Any) -> None:
 @pytest.mark.parametrize(
     ("method", "match"), [("lora", "is 24x24 in the base"), ("peft:DoRA", "has no place")]
 )
-def test_layers_of_another_size(bert: Path, tmp_path: Path, method: str, match: str) -> None:
+def test_an_adapter_for_layers_of_another_size_is_refused(
+    bert: Path, tmp_path: Path, method: str, match: str
+) -> None:
     config = transformers.AutoConfig.from_pretrained(bert)
     config.hidden_size = 48
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)

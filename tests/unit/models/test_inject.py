@@ -45,7 +45,9 @@ def test_wrapping_changes_neither_output_nor_state_dict(loaded: LoadedModel) -> 
 
 
 @pytest.mark.parametrize("name", ["lora", "cla"])
-def test_counts_and_identity(loaded: LoadedModel, name: str) -> None:
+def test_the_formula_counts_what_trains_and_fresh_adapters_change_nothing(
+    loaded: LoadedModel, name: str
+) -> None:
     before = logits(loaded)
     injected = inject(loaded.model, MethodConfig(name=name, rank=3), seed=1)
     shapes = linear_shapes(loaded.model)
@@ -89,7 +91,7 @@ def test_exported_and_attached_gives_the_same_logits(loaded: LoadedModel, name: 
     assert not any(p.requires_grad for p in loaded.model.parameters())
 
 
-def test_classification_heads_train_and_travel(tiny_folder: Path) -> None:
+def test_classification_heads_train_and_are_saved_with_the_adapter(tiny_folder: Path) -> None:
     config = ModelConfig(name=str(tiny_folder), task="sequence_classification", num_labels=3)
     loaded = load_model(config, torch.float32)
     reset_heads(loaded.model, seed=3)
@@ -110,7 +112,7 @@ def test_classification_heads_train_and_travel(tiny_folder: Path) -> None:
 SHAPES = {"model.layers.0.self_attn.q_proj": (4, 4), "model.layers.1.mlp.up_proj": (8, 4)}
 
 
-def test_targets() -> None:
+def test_targets_select_all_layers_last_parts_of_names_or_a_regular_expression() -> None:
     assert select(SHAPES, "all-linear") == list(SHAPES)
     assert select(SHAPES, ("up_proj",)) == ["model.layers.1.mlp.up_proj"]
     assert select(SHAPES, r".*layers\.0\..*") == ["model.layers.0.self_attn.q_proj"]
@@ -124,11 +126,11 @@ def test_targets() -> None:
         ("(", "no regular expression"),
     ],
 )
-def test_targets_that_match_nothing(targets: str | tuple[str, ...], match: str) -> None:
+def test_targets_that_match_nothing_are_refused(targets: str | tuple[str, ...], match: str) -> None:
     with pytest.raises(TargetError, match=match):
         select(SHAPES, targets)
 
 
-def test_a_rank_above_a_layer(loaded: LoadedModel) -> None:
+def test_a_rank_above_a_layers_limit_is_refused(loaded: LoadedModel) -> None:
     with pytest.raises(TargetError, match=r"k_proj \(16x32\) can hold with 'lora': use a rank of at most 16"):
         inject(loaded.model, MethodConfig(rank=17), seed=0)

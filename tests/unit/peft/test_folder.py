@@ -23,7 +23,7 @@ def made(value: float = 1.0) -> PeftFolder:
     return PeftFolder({"peft_type": "C3A", "modules_to_save": None}, tensors, META)
 
 
-def test_tensors_that_are_not_contiguous(tmp_path: Path) -> None:
+def test_tensors_that_are_not_contiguous_are_saved_and_loaded(tmp_path: Path) -> None:
     turned = torch.arange(6.0).reshape(2, 3).t()
     folder = PeftFolder({"peft_type": "C3A"}, {"base_model.model.up.c3a_kernel": turned}, META)
     loaded = PeftFolder.load(folder.save(tmp_path / "adapter"))

@@ -181,7 +181,7 @@ def test_a_method_of_peft_draws_from_its_seed_alone(tiny_model: Any) -> None:
     assert torch.equal(left, torch.rand(1))
 
 
-def test_patterns_of_ranks_and_targets(tiny_model: Any) -> None:
+def test_rank_patterns_and_targets_reach_peft_and_are_exported(tiny_model: Any) -> None:
     config = MethodConfig(name="peft:LoRA", rank=4, rank_pattern={"k_proj": 2}, targets=("q_proj", "k_proj"))
     assert inject(tiny_model, config, seed=0).trainable == 2 * (4 * 64 + 2 * 48)
     perturb(tiny_model)
@@ -194,7 +194,7 @@ def test_patterns_of_ranks_and_targets(tiny_model: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["peft:LoRA", "peft:DoRA", "peft:PiSSA", "peft:VeRA"])
-def test_on_conv1d(gpt2: Any, tmp_path: Path, name: str) -> None:
+def test_conv1d_layers_are_adapted_saved_and_restored(gpt2: Any, tmp_path: Path, name: str) -> None:
     wrap(gpt2)
     before = state(gpt2)
     config = settings(name, targets=("c_attn", "c_fc"))
@@ -210,7 +210,7 @@ def test_on_conv1d(gpt2: Any, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["peft:MiSS", "peft:C3A"])
-def test_what_peft_has_not_for_conv1d_leaves_the_model_as_it_was(gpt2: Any, name: str) -> None:
+def test_a_class_without_conv1d_layers_is_refused_and_changes_nothing(gpt2: Any, name: str) -> None:
     wrap(gpt2)
     before = state(gpt2)
     with pytest.raises(MethodError, match=f"PEFT can't put '{name}' into this model: .*Conv1D"):
@@ -219,13 +219,15 @@ def test_what_peft_has_not_for_conv1d_leaves_the_model_as_it_was(gpt2: Any, name
     assert all(type(layer) is AdapterLinear for layer in gpt2.modules() if hasattr(layer, "adapter"))
 
 
-def test_a_block_that_divides_no_layer(tiny_model: Any) -> None:
+def test_a_block_size_that_divides_no_layer_is_refused(tiny_model: Any) -> None:
     with pytest.raises(MethodError, match="block size should be a factor"):
         inject(tiny_model, settings("peft:C3A", options={"block_size": 5}), seed=0)
 
 
 @pytest.mark.parametrize("name", ["peft:LoRA", "peft:DoRA"])
-def test_classification_heads_train_and_travel(tiny_folder: Path, tmp_path: Path, name: str) -> None:
+def test_classification_heads_train_and_are_saved_with_the_adapter(
+    tiny_folder: Path, tmp_path: Path, name: str
+) -> None:
     config = ModelConfig(name=str(tiny_folder), task="sequence_classification", num_labels=3)
     model = load_model(config, torch.float32).model
     reset_heads(model, seed=3)
@@ -243,7 +245,7 @@ def test_classification_heads_train_and_travel(tiny_folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(("name", "match"), [("peft:DoRA", "DoRA adapter"), ("peft:C3A", "'C3A' adapter")])
-def test_what_has_no_factors_is_refused_where_factors_are_needed(
+def test_an_adapter_without_factors_is_refused_where_factors_are_needed(
     tiny_model: Any, tmp_path: Path, name: str, match: str
 ) -> None:
     inject(tiny_model, settings(name), seed=0)
@@ -252,7 +254,7 @@ def test_what_has_no_factors_is_refused_where_factors_are_needed(
         AdapterArtifact.load(folder)
 
 
-def test_a_damaged_folder(tiny_model: Any, tmp_path: Path) -> None:
+def test_a_damaged_folder_and_nan_are_refused(tiny_model: Any, tmp_path: Path) -> None:
     inject(tiny_model, settings("peft:C3A"), seed=0)
     folder = export(tiny_model, ArtifactMeta(method="peft:C3A")).save(tmp_path / "adapter")
     (folder / "adapter_model.safetensors").write_bytes(b"x")
