@@ -36,7 +36,7 @@ from rayft.models.difference import open_pair
 from rayft.models.inject import attach, clear, wrap
 from rayft.models.load import ModelConfig
 from rayft.models.targets import linear_shapes, select
-from rayft.peft.folder import PeftFolder, load_adapter
+from rayft.peft.folder import Artifact, load_adapter
 from rayft.sweep.lane import Lane
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
@@ -92,7 +92,7 @@ class AnalyzeRequest:
 def analyze(
     session: Session,
     run: RunConfig,
-    artifact: AdapterArtifact | PeftFolder | None,
+    artifact: Artifact | None,
     config: AnalyzeConfig,
     *,
     name: str,
@@ -168,7 +168,7 @@ class _Analysis:
 
     session: Session
     run: RunConfig
-    artifact: AdapterArtifact | PeftFolder | None
+    artifact: Artifact | None
     config: AnalyzeConfig
     trail: Path | None
     base: ModelConfig | None
@@ -372,7 +372,7 @@ class _Analysis:
         return [collate_rows([row], self.session.pad_id).to(self.session.worker.device) for row in rows]
 
 
-def _stored(artifact: AdapterArtifact | PeftFolder | None, model: nn.Module) -> tuple[int, int]:
+def _stored(artifact: Artifact | None, model: nn.Module) -> tuple[int, int]:
     """Return how many numbers the training stored, and the bits of each."""
     if isinstance(artifact, AdapterArtifact):
         dtype = next(iter(artifact.modules.values())).b.dtype

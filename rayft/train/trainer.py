@@ -28,7 +28,7 @@ from rayft.models.inject import check_fits, clear, export, inject
 from rayft.models.methods import method
 from rayft.models.targets import linear_shapes
 from rayft.numerics import derive_seed, seed_everything
-from rayft.peft.folder import PeftFolder
+from rayft.peft.folder import Artifact
 from rayft.squeeze.anneal import Phase, revive
 from rayft.train import checkpoint
 from rayft.train.deepspeed import (
@@ -401,7 +401,7 @@ class Trainer:
             size = sum(file.stat().st_size for file in saved.folder.glob("*.safetensors"))
             return replace(saved, bytes=size)
 
-    def _save_adapter(self, folder: Path) -> AdapterArtifact | PeftFolder | None:
+    def _save_adapter(self, folder: Path) -> Artifact | None:
         """Write the adapters as they are now, and return them (None on other workers than rank 0).
 
         Rank 0 writes. All workers take part, since ZeRO-3 partitions frozen factors too.
