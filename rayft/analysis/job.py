@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,9 +37,11 @@ from rayft.models.inject import attach, clear, wrap
 from rayft.models.load import ModelConfig
 from rayft.models.targets import linear_shapes, select
 from rayft.peft.folder import Artifact, load_adapter
-from rayft.sweep.lane import Lane
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
+
+if TYPE_CHECKING:
+    from rayft.sweep.lane import Lane
 
 __all__ = ["TRAIL", "AnalyzeRequest", "analyze"]
 

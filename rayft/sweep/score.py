@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import ray
 import torch.distributed as dist
@@ -15,9 +15,11 @@ from rayft.evaluate.tasks import score
 from rayft.identity import UNKNOWN, Identity
 from rayft.models.inject import attach, clear
 from rayft.peft.folder import load_adapter
-from rayft.sweep.lane import Lane
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
+
+if TYPE_CHECKING:
+    from rayft.sweep.lane import Lane
 
 __all__ = ["ScoreRequest", "run_score", "spread"]
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import ray
 
@@ -16,13 +16,15 @@ from rayft.files import disk_full
 from rayft.identity import UNKNOWN, Identity
 from rayft.models.methods import method
 from rayft.sweep.broker import Verdict
-from rayft.sweep.lane import Lane
 from rayft.sweep.result import TrialResult, file_hashes, trial_folder, write_result
 from rayft.tracking.base import Former, RunStatus, TrackerSpec
-from rayft.tracking.mlflow import MlflowTracker
 from rayft.tracking.runs import HASH_PARAM
 from rayft.train.run import RunConfig
 from rayft.train.trainer import Reporter, Trainer, TrainResult
+
+if TYPE_CHECKING:
+    from rayft.sweep.lane import Lane
+    from rayft.tracking.mlflow import MlflowTracker
 
 __all__ = ["TrainRequest", "tracking_key"]
 

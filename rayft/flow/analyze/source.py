@@ -139,10 +139,8 @@ def find_items(target: str, config: Path | None, uri: str | None, scratch: Path)
 def _of_sweep(path: Path) -> Sources:
     record, settings = SweepRecord.load(path), load_config(path / STAMP_FILE)
     run = settings.run(has_gpus())
-    runs, identity = (
-        {point.name: point.run for point in points(settings.sweep, run)},
-        current_identity(run, path),
-    )
+    runs = {point.name: point.run for point in points(settings.sweep, run)}
+    identity = current_identity(run, path)
     tracker = prepare(tracker_spec(settings.tracking, path))
     ids = resolve_runs(tracker, [trial.run_id for trial in record.trials])
     items = [

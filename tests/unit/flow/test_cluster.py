@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +34,13 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
     monkeypatch.setattr("ray.init", lambda address, **_: asked.append(address))
     return asked
+
+
+def test_a_command_that_needs_a_cluster_does_not_import_what_only_its_workers_need() -> None:
+    unwanted = ("rayft.sweep.lane", "ray.train.torch", "deepspeed", "mlflow")
+    program = f"import sys, rayft.flow.cluster; print(*(name for name in {unwanted} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_without_a_cluster_nothing_is_joined(joined: list[str]) -> None:
