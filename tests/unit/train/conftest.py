@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,19 @@ from rayft.models.load import ModelConfig
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 from rayft.train.session import Session
 from rayft.train.worker import Worker
+from tests.unit.train.runs import restored_linear
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _group(process_group: None) -> None:
     """Initialise the process group, since almost every test here trains."""
+
+
+@pytest.fixture(autouse=True)
+def _linear() -> Iterator[None]:
+    """Restore what ZeRO-3 replaces, since later tests in this process measure layers without it."""
+    with restored_linear():
+        yield
 
 
 @pytest.fixture

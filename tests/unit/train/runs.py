@@ -1,11 +1,13 @@
-"""Variants of a small run, and reporters that end a run."""
+"""Variants of a small run, reporters that end a run, and torch as it was before a run under ZeRO-3."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from torch.nn import functional
 
 from rayft.config import Section
 from rayft.methods import METHODS
@@ -43,6 +45,20 @@ def with_method(run: RunConfig, name: str, *, links: int = 3, **sections: object
     chain = ChainConfig(links=links) if isinstance(METHODS[name], Chain) else None
     run = changed(run, method=MethodConfig(name=name, rank=4, chain=chain), **sections)
     return changed(run, optim={"lr": 1e-3}) if name == "full" else run
+
+
+@contextmanager
+def restored_linear() -> Iterator[None]:
+    """Restore `torch.nn.functional.linear` after the block.
+
+    DeepSpeed replaces it for the rest of the process when ZeRO-3 partitions the first parameter, and a lane
+    needs the replacement as long as its base is partitioned. It keeps other tensors for the backward pass.
+    """
+    linear = functional.linear
+    try:
+        yield
+    finally:
+        functional.linear = linear
 
 
 class StopAt(RecordingReporter):

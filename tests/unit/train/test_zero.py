@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from rayft.artifacts import AdapterArtifact
 from rayft.config import parse
@@ -17,7 +18,7 @@ from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, TrainResult, validation_loss
 from rayft.train.worker import Worker
 from tests.unit.train.curves import assert_same_losses
-from tests.unit.train.runs import by_family, changed, with_method
+from tests.unit.train.runs import by_family, changed, restored_linear, with_method
 
 # Adam's first step of a link changes every value by about lr, however small its gradient is. At lr 1e-2,
 # rounding shows in the loss three links later.
@@ -99,6 +100,14 @@ def test_dropout_is_the_same_under_zero_3(run: RunConfig, tmp_path: Path) -> Non
         run = changed(with_method(run, name, optim=GENTLE | {"steps": 2}), method={"dropout": 0.25})
         plain = trained(run, tmp_path / name)
         assert_same_losses(plain, trained(changed(run, scale={"zero": 3}), tmp_path / f"{name}-3"))
+
+
+def test_a_run_under_zero_3_leaves_torch_as_it_was_for_later_tests(run: RunConfig, tmp_path: Path) -> None:
+    linear = functional.linear
+    with restored_linear():
+        trained(changed(run, scale={"zero": 3}, optim={"steps": 1}), tmp_path)
+        assert functional.linear is not linear
+    assert functional.linear is linear
 
 
 def test_paca_is_refused_under_zero_3_before_anything_starts(run: RunConfig) -> None:
