@@ -11,7 +11,8 @@ import torch
 from rayft.analysis.intruders import count_below, max_cosines, random_baseline
 from rayft.errors import ArtifactError, BaseMismatchError, ReportError
 from rayft.methods.base import LoraFactors
-from rayft.numerics import assert_close, generator
+from rayft.numerics import assert_close
+from tests.unit.analysis.matrices import assert_equal, gaussian, orthonormal
 
 
 def intruders(weight0, update, epsilons, top=10) -> dict[float, int]:
@@ -19,19 +20,6 @@ def intruders(weight0, update, epsilons, top=10) -> dict[float, int]:
 
 
 EPSILONS = [0.2, 0.4, 0.6, 0.8, 0.95, 1.0]
-
-
-def gaussian(*size: int) -> torch.Tensor:
-    return torch.randn(*size, generator=generator("spectral", *size), dtype=torch.float64)
-
-
-def orthonormal(outputs: int, columns: int) -> torch.Tensor:
-    return torch.linalg.qr(gaussian(outputs, columns))[0]
-
-
-def assert_equal(actual: float, expected: float, roundings: int = 40) -> None:
-    wide = torch.float64
-    assert_close(torch.tensor(actual, dtype=wide), torch.tensor(expected, dtype=wide), wide, roundings)
 
 
 def weight(outputs: int, inputs: int) -> torch.Tensor:

@@ -20,20 +20,8 @@ from rayft.analysis.spectral import (
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, BaseMismatchError, ReportError
 from rayft.methods.base import LoraFactors
-from rayft.numerics import assert_close, generator, tolerance
-
-
-def gaussian(*size: int) -> torch.Tensor:
-    return torch.randn(*size, generator=generator("spectral", *size), dtype=torch.float64)
-
-
-def orthonormal(outputs: int, columns: int) -> torch.Tensor:
-    return torch.linalg.qr(gaussian(outputs, columns))[0]
-
-
-def assert_equal(actual: float, expected: float, roundings: int = 40) -> None:
-    wide = torch.float64
-    assert_close(torch.tensor(actual, dtype=wide), torch.tensor(expected, dtype=wide), wide, roundings)
+from rayft.numerics import assert_close, tolerance
+from tests.unit.analysis.matrices import assert_equal, gaussian, orthonormal
 
 
 def numbers(found: SpectralSummary) -> torch.Tensor:
