@@ -17,7 +17,9 @@ def methods_words(record: SweepRecord) -> str:
     better = [row.method for row in rows if row.difference and row.difference.low > 0]
     worse = [row.method for row in rows if row.difference and row.difference.high < 0]
     if not better and not worse:
-        return f"None of {len(rows)} methods can be told apart from {rows[0].against} on the test part."
+        one = len(rows) == 1
+        which = f"{rows[0].method} can't" if one else f"None of {len(rows)} methods can"
+        return f"{which} be told apart from {rows[0].against} on the test part."
     known = f"better: {', '.join(better) or 'none'}; worse: {', '.join(worse) or 'none'}"
     return f"Of {len(rows)} methods compared with {rows[0].against} on the test part, {known}."
 

@@ -104,7 +104,7 @@ def test_methods_better_and_worse_than_the_one_compared_with_are_listed() -> Non
     better, worse = against_lora("rac", 0.01, 0.1), against_lora("paca", -0.3, -0.2)
     assert methods_words(example()) == ""
     assert methods_words(changed(methods=[lora, same])) == (
-        "None of 1 methods can be told apart from lora on the test part."
+        "cla can't be told apart from lora on the test part."
     )
     assert methods_words(changed(methods=[better, lora, same])) == (
         "Of 2 methods compared with lora on the test part, better: rac; worse: none."
