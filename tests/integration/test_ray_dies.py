@@ -50,9 +50,9 @@ def test_a_process_of_ray_that_dies_ends_the_command(name: str) -> None:
     done = run(name)
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ResourceError: Ray's process ")
-    assert "has ended" in last
-    assert "run the same command again" in last
+    assert last.startswith("ResourceError: process ")
+    assert "of Ray has ended" in last
+    assert "Run the same command again" in last
 
 
 def test_a_signal_that_ends_ray_too_is_an_interruption() -> None:

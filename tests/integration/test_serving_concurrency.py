@@ -93,14 +93,14 @@ class Load:
 
     async def _whole(self, http: httpx.AsyncClient, body: dict[str, Any]) -> None:
         answer = await http.post("/v1/completions", json=body)
-        if self._accepted(answer, body):
+        if await self._accepted(answer, body):
             made = answer.json()
             self._compare(body, made["system_fingerprint"], made["choices"][0]["text"])
 
     async def _stream(self, http: httpx.AsyncClient, body: dict[str, Any], *, leave: bool) -> None:
         text, chunk = "", None
         async with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
-            if not self._accepted(answer, body):
+            if not await self._accepted(answer, body):
                 return
             async for line in answer.aiter_lines():
                 if not line or line == "data: [DONE]":
@@ -114,12 +114,12 @@ class Load:
         elif not leave:
             self._compare(body, chunk["system_fingerprint"], text)
 
-    def _accepted(self, answer: httpx.Response, body: dict[str, Any]) -> bool:
+    async def _accepted(self, answer: httpx.Response, body: dict[str, Any]) -> bool:
         self.statuses[answer.status_code] += 1
         # 429 asks the client to try again, and the adapter that is loaded and unloaded may be missing.
         known = {200, 429, 404} if body["model"] == PASSING else {200, 429}
         if answer.status_code not in known:
-            self.wrong.append((body, answer.status_code))
+            self.wrong.append((body, answer.status_code, (await answer.aread()).decode()))
         return answer.status_code == 200
 
     def _compare(self, body: dict[str, Any], fingerprint: str | None, text: str) -> None:

@@ -200,7 +200,7 @@ def test_methods_stand_beside_each_other(page: Page) -> None:
         "difference to lora",
         "cla<r8>",
         "−0.02 [−0.10, +0.06]",
-        "can be told apart",
+        "cla can't be told apart from lora",
         "another draw of seeds and",
     ):
         assert wanted in text
