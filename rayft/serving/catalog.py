@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
 
@@ -94,6 +94,17 @@ class _Entry:
         return "disk" if self.artifact is None else "host"
 
 
+@dataclass(eq=False)
+class _Change:
+    """What is to be served, and what was read for it."""
+
+    served: Served
+    entries: dict[str, _Entry] = field(default_factory=dict)
+    """Id → entry of each version that can be served; entries of what is served already are reused."""
+    problems: dict[str, str] = field(default_factory=dict)
+    """Id → reason of each version that can't be served."""
+
+
 def ignore_event(_deployed: Deployed, _what: str) -> None:
     """Do nothing on a load or an eviction."""
 
@@ -133,74 +144,111 @@ class Catalog:
         self._limits = limits or Limits()
         self._entries: dict[str, _Entry] = {}
         self._problems: dict[str, str] = {}
-        self._prepared: dict[int, tuple[Served, list[_Entry]]] = {}
+        self._prepared: dict[int, _Change] = {}
+        self._preparing: set[_Change] = set()
         self._taken = 0
         self._numbers, self._uses = count(), count(1)
         self._freed = asyncio.Event()
         self.served = Served()
         """What is served now."""
 
-    async def prepare(self, served: Served, *, all_or_none: bool = True) -> None:
+    async def prepare(self, served: Served) -> None:
         """Read and check all new adapters; what is served does not change yet.
 
         An adapter that was to be served before and could not be loaded is tried again, and may fail again.
 
         Args:
             served: what is to be served.
-            all_or_none: whether all new adapters must load; otherwise those that can be loaded are served.
 
         Raises:
             ArtifactError: as `check_adapter`, or if the content of a folder has changed.
             ResourceError: if there is no room for a pinned adapter.
         """
-        await self.abandon(served.number)
-        made: list[_Entry] = []
-        self._prepared[served.number] = (served, made)
-        try:
-            for deployed in served.versions:
-                if self._has(deployed):
-                    continue
-                try:
-                    made.append(await self._entry(deployed))
-                except Exception as error:
-                    if all_or_none and not self._is_served(deployed):
-                        raise
-                    self._missing(deployed, error)
-        except BaseException:
-            await self.abandon(served.number)
-            raise
+        change = await self._change(served, all_or_none=True)
+        former = self._prepared.get(served.number)
+        self._prepared[served.number] = change
+        if former:
+            self._free(former.entries)
 
     async def commit(self, number: int) -> None:
         """Serve the change with this number; do nothing if it was not prepared."""
-        served, made = self._prepared.pop(number, (None, []))
-        if served is None:
-            return
-        self.served = served
-        fresh = {entry.deployed.id: entry for entry in made}
-        kept = {deployed.id for deployed in served.versions}
-        for name in list(self._entries):
-            if name in fresh or name not in kept:
-                self._retire(self._entries.pop(name))
-        self._entries |= fresh
-        self._problems = {name: why for name, why in self._problems.items() if name in kept - fresh.keys()}
-        for deployed in served.versions:
-            if entry := self._entries.get(deployed.id):
-                entry.deployed = deployed
-                entry.card = replace(entry.card, aliases=deployed.aliases, pinned=deployed.pinned)
+        if change := self._prepared.pop(number, None):
+            self._serve(change)
 
     async def abandon(self, number: int) -> None:
         """Free what was prepared for the change with this number."""
-        _, made = self._prepared.pop(number, (None, []))
-        for entry in made:
-            self._retire(entry)
+        if change := self._prepared.pop(number, None):
+            self._free(change.entries)
+
+    async def catch_up(self, served: Served, *, all_or_none: bool = False) -> None:
+        """Prepare a change and serve it, unless another one was committed meanwhile.
+
+        Args:
+            served: what is to be served.
+            all_or_none: whether all adapters must load; otherwise those that can be loaded are served.
+
+        Raises:
+            ArtifactError: if all adapters must load and one can't; what was served before remains.
+        """
+        before = self.served
+        change = await self._change(served, all_or_none=all_or_none)
+        if self.served is before:
+            self._serve(change)
+        else:
+            self._free(change.entries)
+
+    async def _change(self, served: Served, *, all_or_none: bool) -> _Change:
+        """Read and check the adapters of a change; another change may be served meanwhile."""
+        change = _Change(served)
+        self._preparing.add(change)
+        try:
+            for deployed in served.versions:
+                try:
+                    change.entries[deployed.id] = self._same(deployed) or await self._entry(deployed)
+                except Exception as error:
+                    if all_or_none and not self._is_served(deployed):
+                        raise
+                    change.problems[deployed.id] = self._missing(deployed, error)
+        except BaseException:
+            self._preparing.discard(change)
+            self._free(change.entries)
+            raise
+        self._preparing.discard(change)
+        return change
+
+    def _serve(self, change: _Change) -> None:
+        for deployed in change.served.versions:
+            # One that could not be loaded for the change may have been loaded by `retry` meanwhile.
+            if deployed.id in change.problems and (entry := self._same(deployed)):
+                change.entries[deployed.id] = entry
+                del change.problems[deployed.id]
+        former, self._entries, self.served = self._entries, change.entries, change.served
+        reused = {name for name, entry in self._entries.items() if entry is former.get(name)}
+        known = {name: why for name, why in self._problems.items() if name in reused}
+        self._problems = known | change.problems
+        self._free(former)
+        for deployed in change.served.versions:
+            if entry := self._entries.get(deployed.id):
+                entry.deployed = deployed
+                entry.card["aliases"], entry.card["pinned"] = list(deployed.aliases), deployed.pinned
+
+    def _free(self, entries: Mapping[str, _Entry]) -> None:
+        """Retire entries that are neither served nor part of a change that may be served."""
+        changes = (*self._preparing, *self._prepared.values())
+        held = {id(entry) for one in (self._entries, *(c.entries for c in changes)) for entry in one.values()}
+        for entry in entries.values():
+            if id(entry) not in held:
+                self._retire(entry)
 
     def cards(self) -> list[ModelCard]:
         """Describe the base and each version of each adapter."""
-        cards = [ModelCard(id=BASE_NAME, root=self._base.name)]
+        cards: list[ModelCard] = [{"id": BASE_NAME, "root": self._base.name}]
         for deployed in self.served.versions:
             entry = self._entries.get(deployed.id)
-            card = entry.card if entry else self._card(deployed)
-            cards.append(replace(card, unavailable=self._problems.get(deployed.id)))
+            card = entry.card.copy() if entry else self._card(deployed)
+            if deployed.id in self._problems:
+                card["unavailable"] = self._problems[deployed.id]
+            cards.append(card)
         return cards
 
     def tiers(self) -> dict[str, str]:
@@ -224,9 +272,10 @@ class Catalog:
                     continue
                 entry = await self._entry(deployed)
             except Exception as error:  # noqa: BLE001  (any error is the reason)
-                self._missing(deployed, error)
+                if self._is_served(deployed):
+                    self._problems[deployed.id] = self._missing(deployed, error)
                 continue
-            if self._has(deployed) or not self._is_served(deployed):
+            if self._same(deployed) or not self._is_served(deployed):
                 # What is served has changed meanwhile.
                 self._retire(entry)
             else:
@@ -290,20 +339,21 @@ class Catalog:
         """Return the `model`s that denote the base; its own name does so unless an adapter has that name."""
         return (BASE_NAME,) if self.served.of(self._base.name) else (BASE_NAME, self._base.name)
 
-    def _has(self, deployed: Deployed) -> bool:
+    def _same(self, deployed: Deployed) -> _Entry | None:
+        """Return the entry of a version that is served with the same content."""
         entry = self._entries.get(deployed.id)
-        return entry is not None and entry.deployed.content_hash == deployed.content_hash
+        return entry if entry and entry.deployed.content_hash == deployed.content_hash else None
 
     def _is_served(self, deployed: Deployed) -> bool:
         same = (one for one in self.served.versions if one.id == deployed.id)
         return any(one.content_hash == deployed.content_hash for one in same)
 
-    def _missing(self, deployed: Deployed, error: Exception) -> None:
-        """Record why a version can't be served."""
+    def _missing(self, deployed: Deployed, error: Exception) -> str:
+        """Return why a version can't be served, and log it if it is new."""
         why = str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
         if self._problems.get(deployed.id) != why:
             logger.warning("%s can't be served: %s", deployed.id, why)
-        self._problems[deployed.id] = why
+        return why
 
     async def _entry(self, deployed: Deployed) -> _Entry:
         """Read an adapter, and load it onto the device if it is pinned or there is room."""
@@ -354,7 +404,7 @@ class Catalog:
                 try:
                     artifact = await self._read(entry.deployed)
                 except Exception as error:
-                    self._missing(entry.deployed, error)
+                    self._problems[entry.deployed.id] = self._missing(entry.deployed, error)
                     raise
                 self._problems.pop(entry.deployed.id, None)
             await self._make_room(entry)
@@ -454,28 +504,27 @@ class Catalog:
         self, deployed: Deployed, artifact: AdapterArtifact | None = None, size: int | None = None
     ) -> ModelCard:
         """Describe a version; without its artifact, leave out what is read from the files."""
-        card = ModelCard(
-            id=deployed.name,
-            root=deployed.folder,
-            base=self._base.name,
-            content_hash=deployed.content_hash,
-            version=deployed.version,
-            aliases=deployed.aliases,
-            source=deployed.source,
-            pinned=deployed.pinned,
-            score=deployed.score,
-        )
+        card: ModelCard = {
+            "id": deployed.name,
+            "root": deployed.folder,
+            "base": self._base.name,
+            "content_hash": deployed.content_hash,
+            "version": deployed.version,
+            "aliases": list(deployed.aliases),
+            "source": deployed.source,
+            "pinned": deployed.pinned,
+        }
+        if deployed.score is not None:
+            card["score"] = deployed.score
         if artifact is None:
             return card
-        return replace(
-            card,
-            rank=artifact.rank,
-            method=artifact.meta.method,
-            parameters=artifact.parameters,
-            bytes=size,
-            parent=artifact.meta.parent or None,
-            squeezed=artifact.squeezed,
-        )
+        card["rank"], card["squeezed"] = artifact.rank, artifact.squeezed
+        card["method"], card["parameters"] = artifact.meta.method, artifact.parameters
+        if size is not None:
+            card["bytes"] = size
+        if artifact.meta.parent:
+            card["parent"] = artifact.meta.parent
+        return card
 
 
 def _check_rank(entry: _Entry, asked: Asked) -> None:
@@ -483,6 +532,6 @@ def _check_rank(entry: _Entry, asked: Asked) -> None:
     if asked.rank is None:
         return
     try:
-        check_prefix(asked.rank, entry.card.rank or 0, squeezed=bool(entry.card.squeezed))
+        check_prefix(asked.rank, entry.card["rank"], squeezed=entry.card["squeezed"])
     except SqueezeError as error:
         raise UnknownModelError(f"'{asked.text}' can't be served: {error}", param="model") from error

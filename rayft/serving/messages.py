@@ -7,15 +7,22 @@ some seconds at every start.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, NotRequired
 
-__all__ = ["BASE_NAME", "NAME", "Delta", "ModelCard", "TokenScore"]
+from pydantic import Field
+
+# pydantic wants this one's before Python 3.12.
+from typing_extensions import TypedDict
+
+__all__ = ["BASE_NAME", "NAME", "Count", "Delta", "ModelCard", "TokenScore"]
 
 BASE_NAME = "base"
 """The `model` of a request without an adapter; the base's own name denotes the same."""
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 """Regular expression of the names that an adapter may have."""
+
+Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -54,39 +61,38 @@ class Delta:
     """In the first delta: content hash of the adapter that answers; empty for the base."""
 
 
-@dataclass(frozen=True)
-class ModelCard:
-    """Description of one model in `/v1/models`; None where something is unknown or does not apply."""
+class ModelCard(TypedDict):
+    """Description of one model in `/v1/models`; a field that is unknown or does not apply is left out."""
 
     id: str
     """Name to put into the `model` field."""
     root: str
     """The base's name, or the adapter's folder."""
-    base: str | None = None
-    """The base of an adapter; None for the base itself."""
-    rank: int | None = None
+    base: NotRequired[str]
+    """The base of an adapter; the base itself lacks this field."""
+    rank: NotRequired[Count]
     """Largest rank among the adapter's modules."""
-    method: str | None = None
+    method: NotRequired[str]
     """The method that trained it."""
-    parameters: int | None = None
+    parameters: NotRequired[Count]
     """Number of values in its factors."""
-    bytes: int | None = None
+    bytes: NotRequired[Count]
     """Size of its weights on disk."""
-    content_hash: str | None = None
+    content_hash: NotRequired[str]
     """Content hash of its factors."""
-    parent: str | None = None
+    parent: NotRequired[str]
     """Content hash of the adapter that it was squeezed from."""
-    squeezed: bool | None = None
+    squeezed: NotRequired[bool]
     """Whether it can be served at a lower rank K, as `id@rK`."""
-    version: int | None = None
+    version: NotRequired[Annotated[int, Field(ge=1)]]
     """Number of the version, which `id@version` always denotes."""
-    aliases: tuple[str, ...] = ()
+    aliases: NotRequired[list[str]]
     """Aliases that the registry has for the version, for `id@alias`."""
-    source: str | None = None
+    source: NotRequired[str]
     """Where it was loaded from."""
-    pinned: bool | None = None
+    pinned: NotRequired[bool]
     """Whether it stays on the device."""
-    score: float | None = None
+    score: NotRequired[float]
     """Validation score, if the registry has one."""
-    unavailable: str | None = None
-    """Why it can't be served; None if it can."""
+    unavailable: NotRequired[str]
+    """Why it can't be served."""

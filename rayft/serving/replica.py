@@ -122,17 +122,9 @@ class Replica:
             )
 
     async def catch_up(self, served: Served, *, all_or_none: bool = False) -> None:
-        """Prepare and commit a change on this replica alone.
-
-        Args:
-            served: what is to be served.
-            all_or_none: whether all adapters must load; otherwise those that can be loaded are served.
-
-        Raises:
-            ArtifactError: if all adapters must load and one can't; what was served before remains.
-        """
-        await self._catalog.prepare(served, all_or_none=all_or_none)
-        await self.commit(served.number)
+        """Prepare and serve a change on this replica alone (see `Catalog.catch_up`)."""
+        await self._catalog.catch_up(served, all_or_none=all_or_none)
+        self._count_served()
 
     async def prepare(self, served: Served) -> None:
         """Prepare a change (see `Catalog.prepare`)."""
@@ -141,6 +133,10 @@ class Replica:
     async def commit(self, number: int) -> None:
         """Serve a prepared change."""
         await self._catalog.commit(number)
+        self._count_served()
+
+    def _count_served(self) -> None:
+        """Adapt the metrics to what is served."""
         served = self._catalog.served
         # Keep the counts of versions that a rollback can serve again.
         self._metrics.keep({one.id for one in (*served.versions, *served.previous.values())})

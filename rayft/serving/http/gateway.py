@@ -6,8 +6,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
@@ -23,7 +22,7 @@ from rayft.errors import (
 )
 from rayft.serving.control.state import Deployed, Served, parse_model
 from rayft.serving.http.auth import Caller
-from rayft.serving.http.responses import AdapterEntry, AdapterList, ModelEntry, Readiness
+from rayft.serving.http.responses import AdapterEntry, AdapterList, Listed, ModelEntry, Readiness
 from rayft.serving.http.schemas import TextRequest
 from rayft.serving.messages import BASE_NAME, Delta, ModelCard
 from rayft.serving.presence import Waiting
@@ -84,7 +83,7 @@ class Gateway:
 
     async def models(self, caller: Caller) -> list[ModelEntry]:
         """Describe the base and all versions of adapters that the caller may use."""
-        return [self._model(card) for card in await self._cards(caller)]
+        return [{**self._listed(card), "object": "model"} for card in await self._cards(caller)]
 
     async def adapters(self, caller: Caller) -> AdapterList:
         """Describe all versions of adapters that the caller may use, with their tiers and traffic."""
@@ -165,38 +164,41 @@ class Gateway:
     async def _cards(self, caller: Caller) -> list[ModelCard]:
         """Describe what a caller may use; a version counts as unavailable if no replica can serve it."""
         found: list[ModelCard] = await self._of_replica("models")
-        cards = [card for card in found if caller.may_ask(card.id)]
-        if not any(card.unavailable for card in cards):
+        cards = [card for card in found if caller.may_ask(card["id"])]
+        if not any("unavailable" in card for card in cards):
             return cards
         everywhere = [card for found in await self._of_each("models") for card in found]
-        loaded = {(card.id, card.version): card for card in everywhere if not card.unavailable}
-        return [loaded.get((card.id, card.version), card) for card in cards]
+        loaded = {(card["id"], card.get("version")): card for card in everywhere if "unavailable" not in card}
+        return [loaded.get((card["id"], card.get("version")), card) for card in cards]
 
     async def _described(self, caller: Caller, served: Served) -> list[AdapterEntry]:
         """Describe each version of an adapter that a caller may use."""
         replicas = await self._of_each("stats")
         found: list[AdapterEntry] = []
         for card in await self._cards(caller):
-            if card.id == BASE_NAME:
+            name, version = card["id"], card.get("version")
+            if name == BASE_NAME:
                 continue
-            key = f"{card.id}@{card.version}"
-            traffic = [one["traffic"].get(key, {}) for one in replicas]
-            share = served.weights.get(card.id)
-            newest = served.of(card.id)[-1:]
-            if share is not None and newest and newest[0].version != card.version:
+            key = f"{name}@{version}"
+            counts = [one["traffic"].get(key, {}) for one in replicas]
+            traffic: Any = {what: sum(one.get(what, 0) for one in counts) for what in TRAFFIC}
+            share = served.weights.get(name)
+            newest = served.of(name)[-1:]
+            if share is not None and newest and newest[0].version != version:
                 share = 1 - share
-            reasons = [one["problems"][key] for one in replicas if key in one["problems"]]
-            about = self._model(replace(card, unavailable=next(iter(reasons), None)))
-            entry: Any = {
-                **about, "object": "adapter", "weight": 1.0 if share is None else share,
-                "tiers": [one["tiers"].get(key, "disk") for one in replicas],
-                "traffic": {what: sum(one.get(what, 0) for one in traffic) for what in TRAFFIC},
+            entry: AdapterEntry = {
+                **self._listed(card), "object": "adapter", "weight": 1.0 if share is None else share,
+                "tiers": [one["tiers"].get(key, "disk") for one in replicas], "traffic": traffic,
             }  # fmt: skip
+            entry.pop("unavailable", None)
+            if reasons := [one["problems"][key] for one in replicas if key in one["problems"]]:
+                entry["unavailable"] = reasons[0]
             found.append(entry)
         return found
 
-    def _model(self, card: ModelCard) -> ModelEntry:
-        """Return a card as clients see it, without what is unknown."""
-        known = {key: value for key, value in asdict(card).items() if value not in (None, ())}
-        entry: Any = {**known, "object": "model", "created": self._created, "owned_by": "rayft"}
-        return cast(ModelEntry, entry)
+    def _listed(self, card: ModelCard) -> Listed:
+        """Return a card as an entry of a list, without empty aliases."""
+        entry: Listed = {**card, "created": self._created, "owned_by": "rayft"}
+        if not entry.get("aliases"):
+            entry.pop("aliases", None)
+        return entry

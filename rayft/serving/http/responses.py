@@ -9,6 +9,8 @@ from pydantic import Field
 # pydantic wants this one's before Python 3.12.
 from typing_extensions import TypedDict
 
+from rayft.serving.messages import Count, ModelCard
+
 __all__ = [
     "AdapterDeleted",
     "AdapterEntry",
@@ -18,6 +20,7 @@ __all__ = [
     "Completion",
     "ErrorAnswer",
     "Health",
+    "Listed",
     "ModelEntry",
     "ModelList",
     "NotReady",
@@ -25,7 +28,6 @@ __all__ = [
     "Usage",
 ]
 
-Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -140,31 +142,15 @@ class Completion(Generated):
     choices: Annotated[list[TextChoice], Field(min_length=1)]
 
 
-class Card(TypedDict):
-    """The description of the base or of an adapter; unknown fields are omitted."""
+class Listed(ModelCard):
+    """The fields that the entries of both lists share."""
 
-    id: str
-    root: str
     created: Count
+    """Seconds since 1970."""
     owned_by: str
-    base: NotRequired[str]
-    rank: NotRequired[Count]
-    method: NotRequired[str]
-    parameters: NotRequired[Count]
-    bytes: NotRequired[Count]
-    content_hash: NotRequired[str]
-    parent: NotRequired[str]
-    squeezed: NotRequired[bool]
-    version: NotRequired[Annotated[int, Field(ge=1)]]
-    aliases: NotRequired[list[str]]
-    source: NotRequired[str]
-    pinned: NotRequired[bool]
-    score: NotRequired[float]
-    unavailable: NotRequired[str]
-    """Why it can't be served."""
 
 
-class ModelEntry(Card):
+class ModelEntry(Listed):
     """An entry of `/v1/models`."""
 
     object: Literal["model"]
@@ -185,7 +171,7 @@ class Traffic(TypedDict):
     errors: Count
 
 
-class AdapterEntry(Card):
+class AdapterEntry(Listed):
     """One version of an adapter."""
 
     object: Literal["adapter"]

@@ -65,7 +65,7 @@ class Server:
         self.state = state
 
     def names(self) -> list[str]:
-        return [card.id for card in self.catalog.cards()]
+        return [card["id"] for card in self.catalog.cards()]
 
     def keys(self, *models: str) -> list[str | None]:
         """Lease models one after the other, and return the engine's names of their adapters."""
@@ -100,8 +100,8 @@ def test_names_resolve_to_base_and_adapters(served: Server, tmp_path: Path) -> N
     assert set(keys[2:]) == set(served.engine.loaded)
     assert served.names() == ["base", "a", "b"]
     card = served.catalog.cards()[2]
-    assert (card.rank, card.base, card.method, card.squeezed) == (2, "org/tiny", "lora", False)
-    assert card.bytes == (tmp_path / "b" / "adapter_model.safetensors").stat().st_size
+    assert (card["rank"], card["base"], card["method"], card["squeezed"]) == (2, "org/tiny", "lora", False)
+    assert card["bytes"] == (tmp_path / "b" / "adapter_model.safetensors").stat().st_size
 
 
 def test_an_adapter_with_the_name_of_the_base_takes_precedence(tmp_path: Path) -> None:
@@ -241,6 +241,67 @@ def test_a_change_is_visible_once_it_is_committed_and_gone_once_it_is_abandoned(
     assert len(served.engine.loaded) == 2
 
 
+def test_a_replica_that_catches_up_while_the_change_is_committed_serves_all_of_it(
+    served: Server, tmp_path: Path
+) -> None:
+    served.sync({"a": save(tmp_path)})
+    b = find("b", save(tmp_path, "b"), None, tmp_path, "1GB", pinned=False)
+    wanted = loaded(served.state, b)
+
+    async def scenario() -> None:
+        await served.catalog.prepare(wanted)
+        reading = asyncio.create_task(served.catalog.catch_up(wanted))
+        await asyncio.sleep(0)
+        await served.catalog.commit(wanted.number)
+        for _ in range(2):
+            async with served.catalog.lease("b") as lease:
+                assert lease.adapter in served.engine.loaded
+            await reading
+        assert len(served.engine.loaded) == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_catches_up_late_keeps_the_later_change(served: Server, tmp_path: Path) -> None:
+    served.sync({"a": save(tmp_path)})
+    b = find("b", save(tmp_path, "b"), None, tmp_path, "1GB", pinned=False)
+    earlier = loaded(served.state, b)
+    later = unloaded(earlier, "b")
+
+    async def scenario() -> None:
+        reading = asyncio.create_task(served.catalog.catch_up(earlier))
+        await asyncio.sleep(0)
+        await served.catalog.prepare(later)
+        await served.catalog.commit(later.number)
+        await reading
+        assert served.names() == ["base", "a"]
+        assert len(served.engine.loaded) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_prepared_change_keeps_the_adapters_that_another_one_removes(
+    served: Server, tmp_path: Path
+) -> None:
+    served.sync({"a": save(tmp_path)})
+    without = unloaded(served.state, "a")
+    b = find("b", save(tmp_path, "b"), None, tmp_path, "1GB", pinned=False)
+    both = replace(loaded(served.state, b), number=without.number + 1)
+
+    async def scenario() -> None:
+        await served.catalog.prepare(both)
+        await served.catalog.catch_up(without)
+        assert served.names() == ["base"]
+        await served.catalog.commit(both.number)
+        for model in "ab":
+            async with served.catalog.lease(model) as lease:
+                assert lease.adapter in served.engine.loaded
+        await served.catalog.catch_up(replace(without, number=both.number + 1))
+        assert not served.engine.loaded
+
+    asyncio.run(scenario())
+
+
 def test_a_folder_whose_content_has_changed_is_not_served(served: Server, tmp_path: Path) -> None:
     folder = save(tmp_path)
     deployed = find("a", folder, None, tmp_path, "1GB", pinned=False)
@@ -260,14 +321,13 @@ def test_a_starting_replica_serves_what_it_can_load_and_retries_the_rest(
     shutil.move(tmp_path / "b", tmp_path / "away")
     with pytest.raises(ArtifactError, match="'b' is not served"):
         asyncio.run(served.catalog.prepare(state))
-    asyncio.run(served.catalog.prepare(state, all_or_none=False))
-    asyncio.run(served.catalog.commit(state.number))
+    asyncio.run(served.catalog.catch_up(state))
     assert served.catalog.tiers() == {"a@1": "device", "b@1": "unavailable", "c@1": "device"}
     assert set(served.catalog.lacking()) == {"b", "b@1"}
     assert "b" not in served.catalog.warm()
-    card = next(card for card in served.catalog.cards() if card.id == "b")
-    assert (card.version, card.pinned, card.rank) == (1, True, None)
-    assert "adapter_config.json" in str(card.unavailable)
+    card = next(card for card in served.catalog.cards() if card["id"] == "b")
+    assert (card["version"], card["pinned"], card.get("rank")) == (1, True, None)
+    assert "adapter_config.json" in card["unavailable"]
     with pytest.raises(ArtifactError, match="'b' is not served"):
         served.keys("b")
     # It does not prevent changes of other adapters, and is loaded once that is possible.
