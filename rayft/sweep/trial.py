@@ -17,8 +17,7 @@ from rayft.identity import UNKNOWN, Identity
 from rayft.models.methods import method
 from rayft.sweep.broker import Verdict
 from rayft.sweep.result import TrialResult, file_hashes, trial_folder, write_result
-from rayft.tracking.base import Former, RunStatus, TrackerSpec
-from rayft.tracking.runs import HASH_PARAM
+from rayft.tracking.base import HASH_PARAM, Former, RunStatus, TrackerSpec
 from rayft.train.run import RunConfig
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 

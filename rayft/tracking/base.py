@@ -20,6 +20,7 @@ from rayft.errors import TrackingError
 from rayft.paths import PathText, check_text, read_path
 
 __all__ = [
+    "HASH_PARAM",
     "PENDING",
     "Former",
     "RunStatus",
@@ -34,6 +35,9 @@ __all__ = [
 
 RunStatus = Literal["finished", "stopped", "interrupted", "failed"]
 """How a run ended. Before its last step, the scheduler stops a run, and a person interrupts it."""
+
+HASH_PARAM = "adapter_hash"
+"""Parameter of a trial's run: the content hash of the adapter that it trained."""
 
 PENDING = "key:"
 """Prefix of the id of a run that the server does not have yet. The key of the run follows it."""

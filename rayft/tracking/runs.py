@@ -11,15 +11,13 @@ from mlflow.exceptions import MlflowException
 
 from rayft.errors import TrackingError
 from rayft.files import room_on
-from rayft.tracking.base import Former, redacted
+from rayft.tracking.base import HASH_PARAM, Former, redacted
 from rayft.tracking.connection import away, connect
 
-__all__ = ["HASH_PARAM", "KEY_TAG", "StoredRun", "find_former", "find_run", "find_trained", "read_run"]
+__all__ = ["KEY_TAG", "StoredRun", "find_former", "find_run", "find_trained", "read_run"]
 
 KEY_TAG = "rayft.key"
 """Tag that holds the key of a run, by which the run is found again."""
-HASH_PARAM = "adapter_hash"
-"""Parameter of a trial's run: the content hash of the adapter that it trained."""
 
 
 def find_run(client: MlflowClient, experiment_id: str, key: str) -> str | None:

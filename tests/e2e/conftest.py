@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,19 @@ from rayft.flow.display import Display
 from rayft.flow.sweep.run import run_sweep
 from rayft.report.record import SweepRecord
 from tests.e2e.small import run
+from tests.e2e.warm import WarmWorkers
+
+
+@pytest.fixture(scope="session")
+def warm_workers(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> WarmWorkers:
+    return WarmWorkers(tmp_path_factory.mktemp("warm"))
+
+
+@pytest.fixture(scope="module")
+def in_warm_workers(warm_workers: WarmWorkers) -> Iterator[None]:
+    """Run the lanes of all tests of a module in workers that stay (see `tests.e2e.warm`)."""
+    with warm_workers.used():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +56,8 @@ def long_config(tmp_path_factory: pytest.TempPathFactory) -> PipelineConfig:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(local_ray: None, long_config: PipelineConfig) -> Path:
+def uninterrupted(warm_workers: WarmWorkers, long_config: PipelineConfig) -> Path:
     """The folder of that sweep, run without interruption."""
-    run(long_config)
+    with warm_workers.used():
+        run(long_config)
     return long_config.folder

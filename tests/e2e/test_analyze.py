@@ -19,7 +19,7 @@ from rayft.flow.display import Display
 from rayft.report.record import SweepRecord
 from tests.e2e.small import small_config
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("in_warm_workers")]
 
 QUIET = Display(Console(file=io.StringIO()))
 

@@ -15,7 +15,7 @@ from rayft.sweep.executor import LaneExecutor
 from tests.e2e.small import run, small_config
 from tests.unit.damages import half
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("in_warm_workers")]
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -20,7 +20,7 @@ from rayft.numerics import relative_error
 from rayft.report.record import SweepRecord
 from tests.e2e.small import small_config
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("in_warm_workers")]
 
 
 @pytest.fixture(scope="module")

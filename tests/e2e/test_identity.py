@@ -14,7 +14,7 @@ from rayft.flow.config import PipelineConfig, load_config
 from rayft.flow.sweep import run as flow
 from tests.e2e.small import run
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("in_warm_workers")]
 
 CONFIG = """
 name: answers

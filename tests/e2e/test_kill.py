@@ -25,6 +25,7 @@ from rayft.flow.interrupt import SIGNALS, interrupts
 from rayft.sweep import executor as executors
 from rayft.sweep.broker import Broker, Patience, Verdict
 from tests.e2e.small import adapters, events, histories, run
+from tests.e2e.warm import WarmWorkers
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -80,6 +81,13 @@ def signalled(folder: Path, after: int, number: signal.Signals) -> Iterator[None
     interrupts.forget()
 
 
+@pytest.fixture
+def in_warm_workers(warm_workers: WarmWorkers) -> Iterator[None]:
+    with warm_workers.used():
+        yield
+
+
+@pytest.mark.usefixtures("in_warm_workers")
 def test_an_interrupted_sweep_ends_like_an_uninterrupted_one(
     long_config: PipelineConfig, uninterrupted: Path
 ) -> None:
@@ -109,7 +117,7 @@ def test_an_interrupted_sweep_ends_like_an_uninterrupted_one(
 
 
 def test_a_killed_sweep_with_two_lanes_decides_by_its_recorded_order(
-    long_config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+    long_config: PipelineConfig, warm_workers: WarmWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed = elsewhere(long_config, "killed", lanes=2)
     folder = killed.folder
@@ -151,7 +159,8 @@ def test_a_killed_sweep_with_two_lanes_decides_by_its_recorded_order(
 
     monkeypatch.setattr(executors, "Broker", Ordered)
     replayed = elsewhere(long_config, "replayed", lanes=2)
-    run(replayed)
+    with warm_workers.used():
+        run(replayed)
     assert events(replayed.folder) == events(folder)
     assert adapters(replayed.folder) == adapters(folder)
     assert histories(replayed.folder) == histories(folder)

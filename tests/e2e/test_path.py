@@ -22,6 +22,7 @@ from rayft.models.inject import attach
 from rayft.models.load import ModelConfig, load_model
 from rayft.numerics import assert_close
 from rayft.report.record import SweepRecord
+from tests.e2e.warm import WarmWorkers
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -149,7 +150,10 @@ def test_an_adapter_that_was_trained_further_differs_from_its_start_and_has_pref
 
 
 def test_a_sweep_that_continues_trains_nothing_twice_and_publishes_before_the_analysis(
-    record: SweepRecord, config: PipelineConfig, monkeypatch: pytest.MonkeyPatch
+    record: SweepRecord,
+    config: PipelineConfig,
+    warm_workers: WarmWorkers,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = Path(config.output)
     results = {path: path.stat().st_mtime_ns for path in output.glob("trials/*/result.json")}
@@ -164,7 +168,7 @@ def test_a_sweep_that_continues_trains_nothing_twice_and_publishes_before_the_an
         raise KeyboardInterrupt
 
     monkeypatch.setattr(flow, "analyze_items", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with warm_workers.used(), pytest.raises(KeyboardInterrupt):
         run_sweep(config, Display(Console(quiet=True)))
     again = SweepRecord.load(output)
     assert len(runs(config)) == before

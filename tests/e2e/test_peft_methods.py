@@ -21,7 +21,7 @@ from rayft.peft.folder import PeftFolder, load_adapter
 from rayft.report.record import SweepRecord
 from tests.e2e.small import small_config
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("in_warm_workers")]
 
 METHODS = {
     "lora": {"ranks": [2], "lr": [1e-7]},

@@ -153,7 +153,7 @@ def whole(lane: Executor, tiny_folder: Path, tmp_path_factory: pytest.TempPathFa
     return result(find(lane, long_run(tiny_folder), ONE, tmp_path_factory.mktemp("whole"))[0])
 
 
-@pytest.mark.parametrize("what", ["worker", "TrainController"])
+@pytest.mark.parametrize("what", ["worker", pytest.param("TrainController", marks=pytest.mark.exhaustive)])
 def test_a_lane_that_dies_is_restarted_and_its_trial_resumes(
     lane: Executor, whole: TrainResult, tiny_folder: Path, tmp_path: Path, what: str
 ) -> None:
