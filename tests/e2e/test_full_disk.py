@@ -17,7 +17,14 @@ from tests.disks import Disk, mounted
 from tests.e2e.small import adapters, events, histories, run
 from tests.e2e.warm import WarmWorkers
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+# What a lane, a run and the tracker do on a full disk is tested where they are.
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.exhaustive,
+    pytest.mark.usefixtures("local_ray"),
+]
 
 ROOMY = 4 * 2**30
 """Bytes of a disk on which a sweep may start. Unused bytes take no memory."""
@@ -44,7 +51,7 @@ def sweep(config: Path, folder: Path, fill: Callable[[], bool]) -> tuple[int, st
     return process.returncode, said
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("times", [1, 2])
 def test_a_sweep_continues_when_there_is_room_again(
     long_config: PipelineConfig,
     uninterrupted: Path,

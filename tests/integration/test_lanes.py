@@ -263,6 +263,8 @@ def test_a_full_disk_ends_both_workers(two_workers: Executor, tiny_folder: Path,
         find(two_workers, long_run(tiny_folder, workers=2), ONE, disk.folder / "out", fill)
 
 
+# tests/unit/train/test_partition.py has two workers under ZeRO-3, without Ray.
+@pytest.mark.exhaustive
 def test_two_workers_under_zero_3_train_like_one(
     on_one_worker: dict[str, Trial], tiny_folder: Path, tmp_path: Path
 ) -> None:
