@@ -69,15 +69,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scopes(config, log)
 
 
-def pytest_collection_finish() -> None:
-    """Exclude all imported objects from the garbage collection that each training run ends with."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _freeze() -> None:
-    """Exclude what the tests before have imported and left, too."""
+    """Exclude what is imported, and what earlier modules left, from the collection that ends each run."""
     gc.collect()
     gc.freeze()
 

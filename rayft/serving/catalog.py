@@ -208,7 +208,7 @@ class Catalog:
                 except Exception as error:
                     if all_or_none and not self._is_served(deployed):
                         raise
-                    change.problems[deployed.id] = self._missing(deployed, error)
+                    change.problems[deployed.id] = self._reason(deployed, error)
         except BaseException:
             self._preparing.discard(change)
             self._free(change.entries)
@@ -217,6 +217,7 @@ class Catalog:
         return change
 
     def _serve(self, change: _Change) -> None:
+        """Make a change visible to requests, and free what is no longer served."""
         for deployed in change.served.versions:
             # One that could not be loaded for the change may have been loaded by `retry` meanwhile.
             if deployed.id in change.problems and (entry := self._same(deployed)):
@@ -235,9 +236,9 @@ class Catalog:
     def _free(self, entries: Mapping[str, _Entry]) -> None:
         """Retire entries that are neither served nor part of a change that may be served."""
         changes = (*self._preparing, *self._prepared.values())
-        held = {id(entry) for one in (self._entries, *(c.entries for c in changes)) for entry in one.values()}
+        held = {*self._entries.values(), *(entry for change in changes for entry in change.entries.values())}
         for entry in entries.values():
-            if id(entry) not in held:
+            if entry not in held:
                 self._retire(entry)
 
     def cards(self) -> list[ModelCard]:
@@ -273,7 +274,7 @@ class Catalog:
                 entry = await self._entry(deployed)
             except Exception as error:  # noqa: BLE001  (any error is the reason)
                 if self._is_served(deployed):
-                    self._problems[deployed.id] = self._missing(deployed, error)
+                    self._problems[deployed.id] = self._reason(deployed, error)
                 continue
             if self._same(deployed) or not self._is_served(deployed):
                 # What is served has changed meanwhile.
@@ -348,7 +349,7 @@ class Catalog:
         same = (one for one in self.served.versions if one.id == deployed.id)
         return any(one.content_hash == deployed.content_hash for one in same)
 
-    def _missing(self, deployed: Deployed, error: Exception) -> str:
+    def _reason(self, deployed: Deployed, error: Exception) -> str:
         """Return why a version can't be served, and log it if it is new."""
         why = str(error) if isinstance(error, RayftError) else f"{type(error).__name__}: {error}"
         if self._problems.get(deployed.id) != why:
@@ -404,7 +405,7 @@ class Catalog:
                 try:
                     artifact = await self._read(entry.deployed)
                 except Exception as error:
-                    self._problems[entry.deployed.id] = self._missing(entry.deployed, error)
+                    self._problems[entry.deployed.id] = self._reason(entry.deployed, error)
                     raise
                 self._problems.pop(entry.deployed.id, None)
             await self._make_room(entry)

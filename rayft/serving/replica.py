@@ -124,7 +124,7 @@ class Replica:
     async def catch_up(self, served: Served, *, all_or_none: bool = False) -> None:
         """Prepare and serve a change on this replica alone (see `Catalog.catch_up`)."""
         await self._catalog.catch_up(served, all_or_none=all_or_none)
-        self._count_served()
+        self._update_metrics()
 
     async def prepare(self, served: Served) -> None:
         """Prepare a change (see `Catalog.prepare`)."""
@@ -133,9 +133,9 @@ class Replica:
     async def commit(self, number: int) -> None:
         """Serve a prepared change."""
         await self._catalog.commit(number)
-        self._count_served()
+        self._update_metrics()
 
-    def _count_served(self) -> None:
+    def _update_metrics(self) -> None:
         """Adapt the metrics to what is served."""
         served = self._catalog.served
         # Keep the counts of versions that a rollback can serve again.

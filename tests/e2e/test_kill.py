@@ -81,20 +81,13 @@ def signalled(folder: Path, after: int, number: signal.Signals) -> Iterator[None
     interrupts.forget()
 
 
-@pytest.fixture
-def in_warm_workers(warm_workers: WarmWorkers) -> Iterator[None]:
-    with warm_workers.used():
-        yield
-
-
-@pytest.mark.usefixtures("in_warm_workers")
 def test_an_interrupted_sweep_ends_like_an_uninterrupted_one(
-    long_config: PipelineConfig, uninterrupted: Path
+    long_config: PipelineConfig, uninterrupted: Path, warm_workers: WarmWorkers
 ) -> None:
     again = elsewhere(long_config, "interrupted")
     folder = again.folder
     assert len(events(uninterrupted)) >= EVENTS - 4
-    with signalled(folder, 3, signal.SIGINT):
+    with warm_workers.used(), signalled(folder, 3, signal.SIGINT):
         run(again)
     assert adapters(folder) == {}, "an interrupted trial is recorded as one that has ended"
     state = max(folder.glob("trials/*/checkpoint/*/state.json"))
@@ -105,12 +98,13 @@ def test_an_interrupted_sweep_ends_like_an_uninterrupted_one(
     assert {one.data.tags["rayft.status"] for one in runs if "rayft.status" in one.data.tags} == {
         "interrupted"
     }
-    with signalled(folder, 8, signal.SIGTERM):
+    with warm_workers.used(), signalled(folder, 8, signal.SIGTERM):
         run(again)
     assert not (folder / "report.html").exists()
 
     # With other lanes and restarts, which change no result.
-    run(elsewhere(long_config, "interrupted", restarts=1))
+    with warm_workers.used():
+        run(elsewhere(long_config, "interrupted", restarts=1))
     assert events(folder) == events(uninterrupted)
     assert adapters(folder) == adapters(uninterrupted)
     assert histories(folder) == histories(uninterrupted)

@@ -54,7 +54,7 @@ class WarmWorkers:
     def used(self) -> Iterator[None]:
         """Run all lanes that start within the block in these workers."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Executor, "_start_lane", lambda *args, **options: self._start(*args, **options))
+            patch.setattr(Executor, "_start_lane", lambda *lane, **how: self._start(*lane, **how))
             yield
 
     def _start(self, executor: Executor, lane: str, *, once: bool) -> None:

@@ -32,7 +32,7 @@ def adapter_folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     return save_adapters(tmp_path_factory.mktemp("adapters"), linear_shapes(base.model), base.fingerprint)
 
 
-@pytest.fixture(params=["packed", "paged", pytest.param("transformers", marks=pytest.mark.exhaustive)])
+@pytest.fixture(params=ENGINES)
 def make_engine(loaded: LoadedModel, request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
     made: list[Engine] = []
 

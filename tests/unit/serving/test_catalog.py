@@ -302,6 +302,38 @@ def test_a_prepared_change_keeps_the_adapters_that_another_one_removes(
     asyncio.run(scenario())
 
 
+def test_an_adapter_that_is_loaded_again_while_a_change_fails_to_load_it_stays_served(tmp_path: Path) -> None:
+    fails = asyncio.Event()
+
+    async def fetch(_deployed: Deployed) -> bool:
+        await fails.wait()
+        return False
+
+    async def scenario() -> None:
+        catalog = Catalog(
+            BASE, RecordingEngine(), torch.float32, "cpu", fetch=fetch,  # type: ignore[arg-type]
+        )  # fmt: skip
+        state = Served()
+        for name in "bc":
+            state = loaded(state, find(name, save(tmp_path, name), None, tmp_path, "1GB", pinned=False))
+        only = unloaded(state, "c")
+        shutil.move(tmp_path / "b", tmp_path / "away")
+        fails.set()
+        await catalog.catch_up(only)
+        assert set(catalog.problems()) == {"b@1"}
+        fails.clear()
+        reading = asyncio.create_task(catalog.catch_up(replace(state, number=only.number + 1)))
+        await asyncio.sleep(0.1)
+        shutil.move(tmp_path / "away", tmp_path / "b")
+        await catalog.retry()
+        fails.set()
+        await reading
+        assert catalog.problems() == {}
+        assert catalog.tiers() == {"b@1": "device", "c@1": "device"}
+
+    asyncio.run(scenario())
+
+
 def test_a_folder_whose_content_has_changed_is_not_served(served: Server, tmp_path: Path) -> None:
     folder = save(tmp_path)
     deployed = find("a", folder, None, tmp_path, "1GB", pinned=False)
