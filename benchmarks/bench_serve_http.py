@@ -1,6 +1,6 @@
 """Compare serving over HTTP with `model.generate` on the same prompts, in the same run.
 
-    python benchmarks/bench_serve_http.py [--clients 1,4,16] [--tokens 64] [--engine packed|transformers]
+    python benchmarks/bench_serve_http.py [--clients 1,4,16] [--tokens 64]
 
 The model is SmolLM2-135M-Instruct on the CPU, with greedy decoding. Each client streams one chat, and all
 start at the same time. `generate` gets the same prompts as one padded batch, with the same limit and end
@@ -92,18 +92,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", default="1,4,16")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--engine", default="packed", choices=("packed", "transformers"))
     arguments = parser.parse_args()
-    prefix = "" if arguments.engine == "packed" else f"{arguments.engine}/"
     torch.set_num_threads(THREADS)
     dtype = fastest_cpu_dtype()
     loaded = load_model(ModelConfig(name=MODEL), dtype, "cpu")
     started = time.perf_counter()
     run(
-        ServeConfig(port=PORT, cpus=THREADS, engine=arguments.engine, dtype=str(dtype).split(".")[1]),  # type: ignore[arg-type]
+        ServeConfig(port=PORT, cpus=THREADS, engine="cpu", dtype=str(dtype).split(".")[1]),  # type: ignore[arg-type]
         blocking=False,
     )
-    rows = [record("serve_http", f"{prefix}start/cpu", "seconds", time.perf_counter() - started, "s")]
+    rows = [record("serve_http", "start/cpu", "seconds", time.perf_counter() - started, "s")]
     with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=600, limits=httpx.Limits()) as client:
         serve(client, prompts(1), 4)
         for count in map(int, arguments.clients.split(",")):
@@ -115,7 +113,7 @@ def main() -> None:
                 own.append(tokens / seconds)
                 firsts += first
             ratios = [mine / theirs for mine, theirs in zip(own, generated, strict=True)]
-            case = f"{prefix}{count}_clients/cpu"
+            case = f"{count}_clients/cpu"
             for metric, values, unit in (
                 ("tokens_per_second", own, "tokens/s"), ("generate_tokens_per_second", generated, "tokens/s"),
                 ("over_generate", ratios, "ratio"), ("ttft_ms", [1e3 * first for first in firsts], "ms"),

@@ -72,7 +72,7 @@ def load(bench: str) -> list[dict[str, Any]]:
 def headline_table() -> str:
     """Return the README's small table: what rayft reaches, beside what it is compared with."""
     demo, step, squeeze = cases("demo"), cases("train_step"), cases("squeeze_speed", everywhere=True)
-    engines, http = cases("serve_engines"), cases("serve_http")["16_clients/cpu"]
+    vllm, http = cases("serve_vllm"), cases("serve_http")["16_clients/cpu"]
     squeezed = [case for case in demo if "@r" in case]
     smallest = min(squeezed, key=lambda case: demo[case]["mb"]["value"])
     winner, _, rank = smallest.partition("@r")
@@ -86,9 +86,14 @@ def headline_table() -> str:
     }
     gpu = squeeze["llama8b_r64_to_r16/gpu"]
     rate = "{:,.0f} tokens/s"
+    mixed = "32_adapters/1b/32rows/inprocess"
     served = {
-        name: _cell(engines[f"{name}/8_adapters/1b"], "tokens_per_second", rate)
-        for name in ("packed", "transformers")
+        name: _cell(vllm[case], "tokens_per_s", rate)
+        for name, case in (
+            ("rayft", mixed),
+            ("stock", f"stock/{mixed}"),
+            ("base", "vllm/base/1b/32rows/inprocess"),
+        )
     }
     rows = [
         (f"Demo's winner squeezed to rank {rank}", scored[smallest], f"as trained: {scored[winner]}"),
@@ -100,7 +105,10 @@ def headline_table() -> str:
             "Squeezing an 8 B model's adapter, H100", _cell(gpu, "seconds", "{:.1f} s"),
             f"PEFT's conversion: {_cell(gpu, 'speedup_over_peft', '{:.0f}')} times as long",
         ),
-        ("8 adapters on one 1 B model, H100", served["packed"], f"transformers: {served['transformers']}"),
+        (
+            "32 adapters in a batch, 1 B model, H100", served["rayft"],
+            f"vLLM's own LoRA: {served['stock']}; vLLM without adapters: {served['base']}",
+        ),
         (
             "16 clients on two CPU threads", _cell(http, "tokens_per_second", rate),
             f"`generate` in one batch: {_cell(http, 'generate_tokens_per_second', rate)}",
@@ -291,7 +299,7 @@ def serving_table() -> str:
 
 
 def serving_gpu_table() -> str:
-    """Return the tables of serving on a GPU: the kernels beside the linears, then the engine's forwards."""
+    """Return the tables of serving on a GPU: the kernels beside the linears, then vLLM with adapters."""
     kernels = cases("adapter_kernels")
     lines = [
         "| all linears alone, by graph | base | adapters: grouped kernels | padded to rank 64 | one by one |",
@@ -310,62 +318,29 @@ def serving_gpu_table() -> str:
         )
         cells = [f"{ms:.2f} ms" for ms in (base, min(alone, first), padded, peft)]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines += ["", "| a forward of the engine | base | this | × base |", "| --- | --- | --- | --- |"]
-    for bench, base, case, title in FORWARDS:
-        found = cases(bench)
-        if case in found:
-            cells = [_cell(found[one], "ms", "{:.1f} ms") for one in (base, case)]
-            cells.append(_cell(found[case], "time_over_base", "{:.2f}"))
-            lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_rates()])
-
-
-def _rates() -> list[str]:
-    """Return the table of tokens a second through the engine's queue."""
-    many, engines = cases("serve_many"), cases("serve_engines")
-    named = {"base/1b": "the base", "1_adapters/1b": "1 adapter"}
-    named |= {f"{n}_adapters/1b": f"{n} adapters" for n in (8, 32, 128, 512)}
-    lines = [
-        "| tokens a second, rank 16 | " + " | ".join(named.values()) + " |",
-        "| --- |" + " --- |" * len(named),
-        "| 512 requests, 128 at once | "
-        + " | ".join(_cell(many[case], "tokens_per_second", "{:,.0f}") for case in named) + " |",
-    ]  # fmt: skip
-    for engine, title in (
-        ("packed", "128 requests at once"),
-        ("transformers", "the same by transformers' batching"),
+    vllm = cases("serve_vllm")
+    lines += [
+        "",
+        "| vLLM, 32 rows, 128 tokens in and 256 out | a decode step | × vLLM without LoRA | tokens/s | "
+        "vLLM's own LoRA, tokens/s |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    base = _cell(vllm["vllm/base/1b/32rows/inprocess"], "tokens_per_s", "{:,.0f}")
+    lines.append(f"| vLLM without LoRA | | 1 | {base} | |")
+    for name, title in (
+        ("base", "rows of the base"),
+        ("8_adapters", "8 adapters"),
+        ("32_adapters", "32 adapters"),
     ):
-        known = [engines.get(f"{engine}/{case}") for case in named]
-        cells = [_cell(one, "tokens_per_second", "{:,.0f}") if one else "" for one in known]
+        case = f"{name}/1b/32rows/inprocess"
+        cells = [
+            _cell(vllm[case], "step_ms", "{:.2f} ms"), _cell(vllm[case], "step_over_vllm", "{:.2f}"),
+            _cell(vllm[case], "tokens_per_s", "{:,.0f}"),
+            _cell(vllm[f"stock/{case}"], "tokens_per_s", "{:,.0f}"),
+        ]  # fmt: skip
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return lines
+    return "\n".join(lines)
 
-
-DECODE, PREFILL, MIXED = "1b/32rows", "1b/4096tokens", "1b/31rows+512tokens"
-FORWARDS = (
-    (
-        "serve_decode",
-        f"base/{DECODE}",
-        f"base_only_loaded/{DECODE}",
-        "decoding 32 rows, the base's, 32 loaded",
-    ),
-    ("serve_decode", f"base/{DECODE}", f"8_adapters/{DECODE}", "decoding 32 rows over 8 adapters"),
-    ("serve_decode", f"base/{DECODE}", f"32_adapters/{DECODE}", "decoding 32 rows over 32 adapters"),
-    ("serve_decode", f"peft_base/{DECODE}", f"peft_mixed/{DECODE}", "the same by transformers and PEFT, 8"),
-    ("serve_prefill", f"base/{PREFILL}", f"8_adapters/{PREFILL}", "8 prompts of 512 tokens over 8 adapters"),
-    (
-        "serve_prefill",
-        f"base/{MIXED}",
-        f"8_adapters/{MIXED}",
-        "31 rows decoding beside a prompt of 512 tokens",
-    ),
-    (
-        "serve_prefill",
-        f"base/{MIXED}/eager",
-        f"8_adapters/{MIXED}/eager",
-        "the same, launched kernel by kernel",
-    ),
-)
 
 TABLES = {
     "headline": headline_table,

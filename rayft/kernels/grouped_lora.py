@@ -4,7 +4,7 @@ Semantics:
 
     for n in range(N):
         s = slots[n]                                    # slot 0 is the base
-        for y, layer in zip(outputs, group):            # up to three linears that read x, as q, k and v do
+        for y, layer in zip(outputs, group):            # up to four linears that read x, as q, k and v do
             if the table has factors of s in layer:
                 h_R = x[n, columns]         if s selects inputs      else x[n] @ A.T
                 y[n] += scale * (h_R @ B.T)             # `=` where the group is written first, see below
@@ -63,7 +63,7 @@ FIELDS = 8
 ones, which hold a tile's first row and number of rows in the entries that `Rows.prepare` copies."""
 ALIGNED, UNIT = 16, 8
 """Factors begin at multiples of 16 bytes, and rows of B at multiples of 8 numbers; see `place`."""
-SLICES = 3
+SLICES = 4
 """The most linears in a group."""
 DECODE = 256
 """The most rows of a batch that is treated as decoding, with few rows for each slot."""
@@ -123,6 +123,8 @@ class Tuning:
         """Return the inputs of one part, a multiple of `self.inputs`, so that the parts fill the device."""
         programs = -(-n_rows // self.tile) * slices
         parts = max(1, min(self.programs // programs, self.parts, inputs // self.least))
+        # A power of 2, because the kernels are compiled for each number of parts.
+        parts = 1 << (parts.bit_length() - 1)
         return -(-inputs // (parts * self.inputs)) * self.inputs
 
 
@@ -295,13 +297,13 @@ class Plan:
 
     def _expand(self, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:
         known, tuning, parts = self._table.groups[group], self._tuning, self._parts[group]
-        # The kernel takes three outputs, and does not touch those beyond the group's number.
-        three = [*ys, *[ys[0]] * (SLICES - len(ys))]
+        # The kernel takes four outputs, and does not touch those beyond the group's number.
+        four = [*ys, *[ys[0]] * (SLICES - len(ys))]
         padded = 1 << (parts - 1).bit_length()
         self._kernels.launcher("expand", tuning.expand_warps, 1, tuning.overlap)(
             (sum(-(-size // tuning.outputs) for size in known.outputs.values()), self._n_tiles, 1),
-            (*three, *self._places(group)),
-            (self._n_rows, *(y.shape[1] for y in three), *(y.stride(0) for y in three), self._n_tiles),
+            (*four, *self._places(group)),
+            (self._n_rows, *(y.shape[1] for y in four), *(y.stride(0) for y in four), self._n_tiles),
             (*self._shape(group), tuning.outputs, tuning.ranks, parts, padded, accumulate, tuning.overlap),
         )
 

@@ -200,9 +200,9 @@ def _expand_ranks(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def expand(
-    y0_ptr, y1_ptr, y2_ptr, tiles_ptr, rows_ptr, h_ptr,
-    n_rows, outputs_0, outputs_1, outputs_2, y0_stride, y1_stride, y2_stride, n_tiles,
+def expand(  # noqa: C901  (a branch for each output)
+    y0_ptr, y1_ptr, y2_ptr, y3_ptr, tiles_ptr, rows_ptr, h_ptr,
+    n_rows, outputs_0, outputs_1, outputs_2, outputs_3, y0_stride, y1_stride, y2_stride, y3_stride, n_tiles,
     FIELDS: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, T: tl.constexpr, BO: tl.constexpr,
     BR: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -220,6 +220,11 @@ def expand(
                 if block >= blocks:
                     block, of = block - blocks, of + 1
                     y_ptr, y_stride, n_outputs = y2_ptr, y2_stride, outputs_2
+                    if SLICES > 3:
+                        blocks = tl.cdiv(outputs_2, BO)
+                        if block >= blocks:
+                            block, of = block - blocks, of + 1
+                            y_ptr, y_stride, n_outputs = y3_ptr, y3_stride, outputs_3
     entry, columns, rank, place, row, in_n = _read(tiles_ptr, rows_ptr, of, tile, n_tiles, FIELDS, T)
     b_ptr = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(y_ptr.dtype.element_ty)), 16)
     b_stride = tl.multiple_of(tl.load(entry + 4).to(tl.int32), 8)

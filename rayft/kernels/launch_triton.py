@@ -2,8 +2,8 @@
 
 `kernel[grid](…)` binds and specialises every argument anew, which takes tens of microseconds a launch; with
 some hundred layers that is a good part of a step. `Launcher` looks the compiled kernel up by everything
-that Triton specialises on: dtypes, integers, constants, alignment. A combination that is new, or tensors
-that are not aligned, are launched by Triton itself.
+that Triton specialises on: dtypes, constants, alignment, and of integers whether they are 1 or multiples of
+16. A combination that is new, or tensors that are not aligned, are launched by Triton itself.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Launcher:
         Args:
             grid: numbers of programs.
             tensors: the kernel's first arguments.
-            numbers: integers, passed after the tensors.
+            numbers: integers below 2³¹, passed after the tensors.
             constants: compile-time constants, passed last.
             factor: floats, passed after the integers, on which Triton does not specialise.
         """
@@ -64,7 +64,8 @@ class Launcher:
         if any(tensor.data_ptr() % ALIGNED for tensor in tensors):
             self._kernel[grid](*arguments, **self._options)
             return
-        key = (tensors[0].device, *[tensor.dtype for tensor in tensors], numbers, constants)
+        kinds = [number if number == 1 else -(number % ALIGNED == 0) for number in numbers]
+        key = (tensors[0].device, *[tensor.dtype for tensor in tensors], *kinds, constants)
         compiled = self._known.get(key)
         if compiled is None:
             with _alone(getattr(self._kernel, "__name__", "kernel")):

@@ -18,25 +18,23 @@ from ray.serve.config import RequestRouterConfig
 
 from rayft.config import parse
 from rayft.errors import ResourceError
-from rayft.models.load import load_model, load_skeleton
-from rayft.models.targets import linear_shapes
+from rayft.models.load import load_skeleton
 from rayft.paths import check_folder
 from rayft.registry.store import MlflowRegistry
 from rayft.serving.config import ServeConfig
-from rayft.serving.control.admission import BaseModel
 from rayft.serving.control.director import DirectorDeployment, initial
 from rayft.serving.control.sources import check_source
 from rayft.serving.deployment import APPLICATION, PROXY_ENVIRONMENT
+from rayft.serving.engine.start import EngineName, check_engine, describe
 from rayft.serving.http.app import IngressDeployment
 from rayft.serving.http.auth import resolved
 from rayft.serving.presence import Called, start_error
 from rayft.serving.replica import ReplicaDeployment
 from rayft.serving.router import AdapterRouter
-from rayft.serving.slots import widest_rank
 from rayft.squeeze.budget import parse_bytes
 from rayft.tracking.base import check_uri
 
-__all__ = ["APPLICATION", "app", "build_app", "check", "preflight", "run", "stop"]
+__all__ = ["APPLICATION", "app", "build_app", "check", "engine_of", "preflight", "run", "stop"]
 
 WAITING_PER_RUNNING = 4
 """Waiting requests in a replica for each running one, so that a free place is filled at the next step."""
@@ -70,7 +68,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
     Raises:
         ConfigError: if a key is missing or can't be used.
     """
-    device = _device(config)
+    engine = engine_of(config)
     config = _absolute(config)
     # Identifies this server: a director that replaces a lost one finds the server's record by it.
     server = uuid.uuid4().hex
@@ -79,11 +77,11 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         max_ongoing_requests=config.max_running * (1 + WAITING_PER_RUNNING),
         max_queued_requests=config.max_queued,
         request_router_config=_routing(config, "Replica"),
-        ray_actor_options={"num_cpus": config.cpus, "num_gpus": 1 if device == "cuda" else 0},
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus if engine == "vllm" else 0},
         # With a `user_config` Ray Serve calls `reconfigure` when a replica starts.
         user_config={},
         graceful_shutdown_timeout_s=config.drain_seconds,
-    ).bind(config, device, server)
+    ).bind(config, engine, server)
     director = DirectorDeployment.options(
         num_replicas=1,
         max_ongoing_requests=1000,
@@ -119,11 +117,7 @@ def preflight(config: ServeConfig) -> None:
     config = _absolute(config)
     if not config.adapters:
         return
-    loaded = load_model(config.model, torch.bfloat16)
-    base = BaseModel(
-        config.model.name, loaded.fingerprint, linear_shapes(loaded.model), widest_rank(_device(config))
-    )
-    initial(config, base)
+    initial(config, describe(config, engine_of(config)))
 
 
 def check(config: ServeConfig) -> None:
@@ -134,7 +128,8 @@ def check(config: ServeConfig) -> None:
     """
     _check_port(config.host, config.port)
     resolved(config.keys)
-    _check_device(config)
+    check_engine(config, engine_of(config))
+    _check_gpus(config)
     located = _absolute(config)
     registry = MlflowRegistry(located.registry) if located.registry else None
     check_folder(Path(located.fetched), "fetched")
@@ -143,13 +138,25 @@ def check(config: ServeConfig) -> None:
     load_skeleton(config.model)
 
 
-def _check_device(config: ServeConfig) -> None:
-    """Refuse `device: cuda` where there is no GPU: a replica would wait for one forever."""
-    if config.device != "cuda":
+def _check_gpus(config: ServeConfig) -> None:
+    """Refuse vLLM where there are too few GPUs: a replica would wait for them forever."""
+    if engine_of(config) != "vllm":
         return
-    resources = ray.cluster_resources() if ray.is_initialized() else {}
-    if not (resources.get("GPU", 0) or resources.get("gpu_cluster", 0) or torch.cuda.is_available()):
-        raise ResourceError("device is cuda, but there is no GPU; set device: cpu or auto")
+    there = _gpus()
+    if there < config.gpus:
+        raise ResourceError(
+            f"engine is vllm and gpus is {config.gpus}, but there are {there} GPUs; set engine: cpu, or "
+            "lower gpus"
+        )
+
+
+def _gpus() -> int:
+    """Return the number of GPUs of the cluster, or of this machine if no cluster runs."""
+    if not ray.is_initialized():
+        return torch.cuda.device_count()
+    resources = ray.cluster_resources()
+    # A cluster that scales declares `gpu_cluster` while no worker with a GPU is up.
+    return int(resources.get("GPU", 0)) or int(resources.get("gpu_cluster", 0) > 0) * 1024
 
 
 def run(config: ServeConfig, *, blocking: bool = True) -> None:
@@ -243,12 +250,11 @@ def _wait_for_interrupt() -> None:
         stop()
 
 
-def _device(config: ServeConfig) -> str:
-    if config.device != "auto":
-        return config.device
-    if ray.is_initialized():
-        return "cuda" if ray.cluster_resources().get("GPU", 0) >= 1 else "cpu"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def engine_of(config: ServeConfig) -> EngineName:
+    """Return the engine that serves: the configured one, or vLLM where there are GPUs."""
+    if config.engine != "auto":
+        return config.engine
+    return "vllm" if _gpus() >= 1 else "cpu"
 
 
 def _check_port(host: str, port: int) -> None:

@@ -5,7 +5,7 @@ the new adapters, and loads them onto the device as far as there is room; `commi
 requests. A request keeps the adapter that it started with. A replaced adapter is freed when its last request
 ends.
 
-The memory on the device and in the host (pinned, for a GPU) is limited in bytes. If a limit is exceeded, the
+The memory on the device and in the host (for a GPU) is limited in bytes. If a limit is exceeded, the
 least recently used adapter is moved to the next tier, but never one that a request is using or that is
 pinned.
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
@@ -27,10 +27,9 @@ import torch
 
 from rayft.artifacts import AdapterArtifact, check_prefix, folder_bytes
 from rayft.errors import ArtifactError, RayftError, ResourceError, SqueezeError, UnknownModelError
-from rayft.methods.base import LoraFactors
 from rayft.serving.control.admission import BaseModel, check_adapter
 from rayft.serving.control.state import Asked, Deployed, Served, parse_model
-from rayft.serving.engine import Engine
+from rayft.serving.engine.api import Engine, NoRoomError
 from rayft.serving.messages import BASE_NAME, ModelCard
 
 __all__ = ["Catalog", "Lease", "Limits"]
@@ -57,6 +56,8 @@ class Lease:
     """Name of the adapter in the engine; None for the base."""
     name: str
     """Served name, for metrics."""
+    rank: int | None = None
+    """Lower rank that was asked for; None for the adapter's own."""
     version: str = ""
     """Version; empty for the base."""
     content_hash: str = ""
@@ -75,10 +76,8 @@ class _Entry:
     """The factors in host memory."""
     bytes: int
     """Size on the device."""
-    placed: AdapterArtifact | None = None
-    """The factors on the device, which the engine uses."""
-    keys: set[str] = field(default_factory=set)
-    """Names under which the engine has it: its own, and one for each lower rank."""
+    on_device: bool = False
+    """Whether the engine has it."""
     leases: int = 0
     """Number of requests that use it."""
     retired: bool = False
@@ -89,7 +88,7 @@ class _Entry:
 
     @property
     def tier(self) -> Literal["device", "host", "disk"]:
-        if self.placed is not None:
+        if self.on_device:
             return "device"
         return "disk" if self.artifact is None else "host"
 
@@ -122,7 +121,8 @@ class Catalog:
         base: BaseModel,
         engine: Engine,
         dtype: torch.dtype,
-        device: str,
+        *,
+        keeps: bool = False,
         limits: Limits | None = None,
         on_event: Callable[[Deployed, str], None] = ignore_event,
         fetch: Callable[[Deployed], Awaitable[bool]] = fetch_nothing,
@@ -133,14 +133,15 @@ class Catalog:
             base: the base that adapters must match.
             engine: generates the answers.
             dtype: dtype of the factors on the device.
-            device: device of the engine.
+            keeps: whether factors on the device are kept in host memory too, within the limit; on a CPU both
+                are the same memory.
             limits: limits on the memory of adapters.
             on_event: called at each `load` and `eviction` of a version.
             fetch: called with a version whose folder can't be read; copies the version to this node, or
                 returns False if the copy on this node is complete.
         """
         self._base, self._engine, self._on_event, self._fetch = base, engine, on_event, fetch
-        self._dtype, self._device = dtype, device
+        self._dtype, self._keeps = dtype, keeps
         self._limits = limits or Limits()
         self._entries: dict[str, _Entry] = {}
         self._problems: dict[str, str] = {}
@@ -328,8 +329,7 @@ class Catalog:
         entry.used = next(self._uses)
         try:
             await self._bring(entry)
-            key = self._at_rank(entry, asked.rank)
-            yield Lease(key, deployed.name, str(deployed.version), deployed.content_hash)
+            yield Lease(entry.key, deployed.name, asked.rank, str(deployed.version), deployed.content_hash)
         finally:
             entry.leases -= 1
             self._freed.set()
@@ -365,21 +365,22 @@ class Catalog:
         entry = _Entry(deployed, card, key, artifact, size * self._dtype.itemsize)
         limit = self._limits.device
         if deployed.pinned or limit is None or self._taken + entry.bytes <= limit:
-            await self._bring(entry)
-        else:
-            self._fit_host()
+            # Without room in the engine it stays in host memory until a request asks for it.
+            with suppress(NoRoomError):
+                await self._bring(entry, evict=deployed.pinned)
+        self._fit_host()
         return entry
 
     async def _read(self, deployed: Deployed) -> AdapterArtifact:
         """Read an adapter; if its copy on this node is missing or damaged, fetch the copy first."""
         try:
-            return await asyncio.to_thread(self._load, deployed)
+            return await asyncio.to_thread(self._checked, deployed)
         except ArtifactError:
             if not await self._fetch(deployed):
                 raise
-            return await asyncio.to_thread(self._load, deployed)
+            return await asyncio.to_thread(self._checked, deployed)
 
-    def _load(self, deployed: Deployed) -> AdapterArtifact:
+    def _checked(self, deployed: Deployed) -> AdapterArtifact:
         artifact = check_adapter(deployed.name, deployed.folder, self._base)
         content = artifact.content_hash
         if content != deployed.content_hash:
@@ -387,18 +388,12 @@ class Catalog:
                 f"{deployed.folder} has the content {content} now, not {deployed.content_hash} as when "
                 f"'{deployed.name}' was loaded; load it again"
             )
-        if not self._device.startswith("cuda"):
-            return artifact
-        pinned = {
-            name: LoraFactors(f.a.pin_memory(), f.b.pin_memory(), f.scale, f.columns)
-            for name, f in artifact.modules.items()
-        }
-        return AdapterArtifact(pinned, meta=artifact.meta)
+        return artifact
 
-    async def _bring(self, entry: _Entry) -> None:
-        """Load an entry onto the device; concurrent calls for it wait for the same load."""
+    async def _bring(self, entry: _Entry, *, evict: bool = True) -> None:
+        """Load an entry onto the device (see `_place`); concurrent calls for it wait for the same load."""
         async with entry.lock:
-            if entry.placed is not None:
+            if entry.on_device:
                 return
             artifact = entry.artifact
             if artifact is None:
@@ -408,51 +403,64 @@ class Catalog:
                     self._problems[entry.deployed.id] = self._reason(entry.deployed, error)
                     raise
                 self._problems.pop(entry.deployed.id, None)
-            await self._make_room(entry)
-            self._taken += entry.bytes
-            try:
-                placed = await asyncio.to_thread(self._place, artifact)
-                await asyncio.to_thread(self._engine.load, entry.key, placed.modules)
-            except BaseException:
-                self._taken -= entry.bytes
-                raise
-            entry.placed = placed
-            entry.keys.add(entry.key)
-            # On a CPU the factors in the host and on the device share their memory.
-            entry.artifact = artifact if self._device.startswith("cuda") else None
+            await self._place(entry, artifact, evict=evict)
+            entry.artifact = artifact if self._keeps else None
             self._on_event(entry.deployed, "load")
             self._fit_host()
 
-    async def _make_room(self, entry: _Entry) -> None:
+    async def _place(self, entry: _Entry, artifact: AdapterArtifact, *, evict: bool) -> None:
+        """Load an adapter into the engine; without room, evict others or wait for them to become idle.
+
+        Raises:
+            NoRoomError: if the engine has no room, and `evict` is false.
+            ResourceError: if there is no room for it.
+        """
         limit = self._limits.device
-        if limit is None:
-            return
-        if entry.bytes > limit:
+        if limit is not None and entry.bytes > limit:
             raise ResourceError(
                 f"'{entry.deployed.name}' takes {entry.bytes:,} bytes, more than the {limit:,} that adapters "
                 "may have on the device; squeeze it, or raise device_bytes"
             )
         deadline = asyncio.get_running_loop().time() + ROOM_SECONDS
-        while self._taken + entry.bytes > limit:
-            idle = [
-                other
-                for other in self._entries.values()
-                if other.placed is not None and not other.leases and not other.deployed.pinned
-            ]
-            if idle:
-                victim = min(idle, key=lambda other: other.used)
-                self._off_device(victim)
-                self._on_event(victim.deployed, "eviction")
-                continue
-            self._freed.clear()
-            left = deadline - asyncio.get_running_loop().time()
-            try:
-                await asyncio.wait_for(self._freed.wait(), max(left, 0.001))
-            except TimeoutError as error:
-                raise ResourceError(
-                    f"there is no room for '{entry.deployed.name}' on the device: all adapters there are in "
-                    "use or pinned; try again, or raise device_bytes"
-                ) from error
+        while True:
+            if limit is None or self._taken + entry.bytes <= limit:
+                self._taken += entry.bytes
+                try:
+                    await self._engine.load(entry.key, artifact)
+                except NoRoomError:
+                    # The engine's memory may be in pieces that are too small, or its slots be in use.
+                    self._taken -= entry.bytes
+                    if not evict:
+                        raise
+                except BaseException:
+                    self._taken -= entry.bytes
+                    raise
+                else:
+                    entry.on_device = True
+                    return
+            await self._make_room(entry, deadline)
+
+    async def _make_room(self, entry: _Entry, deadline: float) -> None:
+        """Evict the least recently used adapter, or wait for one to become idle."""
+        idle = [
+            other
+            for other in self._entries.values()
+            if other.on_device and not other.leases and not other.deployed.pinned
+        ]
+        if idle:
+            victim = min(idle, key=lambda other: other.used)
+            self._off_device(victim)
+            self._on_event(victim.deployed, "eviction")
+            return
+        self._freed.clear()
+        left = deadline - asyncio.get_running_loop().time()
+        try:
+            await asyncio.wait_for(self._freed.wait(), max(left, 0.001))
+        except TimeoutError as error:
+            raise ResourceError(
+                f"there is no room for '{entry.deployed.name}' on the device: all adapters there are in "
+                "use or pinned; try again, or raise device_bytes"
+            ) from error
 
     def _fit_host(self) -> None:
         """Drop the least recently used factors in host memory beyond the limit; the copy on disk remains."""
@@ -464,40 +472,16 @@ class Catalog:
         while limit is not None and held and sum(entry.bytes for entry in held) > limit:
             held.pop(0).artifact = None
 
-    def _place(self, artifact: AdapterArtifact) -> AdapterArtifact:
-        """Copy factors to the device, once for all ranks: lower ranks are views of them."""
-        modules = {}
-        for name, f in artifact.modules.items():
-            # The engine uses the columns of a selector, so its dense A is not copied.
-            a = f.a if f.columns else f.a.to(self._device, self._dtype, non_blocking=True)
-            modules[name] = LoraFactors(
-                a, f.b.to(self._device, self._dtype, non_blocking=True), f.scale, f.columns
-            )
-        if self._device.startswith("cuda"):
-            torch.cuda.current_stream().synchronize()
-        return AdapterArtifact(modules, meta=artifact.meta)
-
-    def _at_rank(self, entry: _Entry, rank: int | None) -> str:
-        assert entry.placed is not None
-        if rank is None or rank >= entry.placed.rank:
-            return entry.key
-        key = f"{entry.key}@r{rank}"
-        if key not in entry.keys:
-            self._engine.load(key, entry.placed.at_rank(rank).modules)
-            entry.keys.add(key)
-        return key
-
     def _retire(self, entry: _Entry) -> None:
         entry.retired = True
         if not entry.leases:
             self._off_device(entry)
 
     def _off_device(self, entry: _Entry) -> None:
-        if entry.placed is None:
+        if not entry.on_device:
             return
-        while entry.keys:
-            self._engine.unload(entry.keys.pop())
-        entry.placed = None
+        self._engine.unload(entry.key)
+        entry.on_device = False
         self._taken -= entry.bytes
         self._freed.set()
 

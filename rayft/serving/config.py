@@ -54,11 +54,11 @@ class ServeConfig(Section):
 
     device_bytes: Size | None = None
     """Limit on the memory of adapters on the device (on a CPU: in memory); beyond it the least recently used
-    adapter is evicted. None is no limit."""
+    adapter is evicted. None: no limit on a CPU, 2 GB on a GPU, where the memory is taken at the start."""
 
     host_bytes: Size | None = None
-    """Limit on the memory of adapters in pinned host memory, for a GPU; adapters beyond it are read from disk
-    again when they are needed. None is no limit."""
+    """Limit on the memory of adapters in host memory, for a GPU; adapters beyond it are read from disk again
+    when they are needed. None is no limit."""
 
     keys: tuple[KeyConfig, ...] = ()
     """The callers' keys. Without keys anyone may call, so `host` must be an address of this machine alone."""
@@ -73,12 +73,20 @@ class ServeConfig(Section):
     """Dtype of weights and arithmetic; auto: bfloat16 on a GPU, and on a CPU the one that is measured to be
     faster."""
 
-    engine: Literal["auto", "packed", "transformers"] = "auto"
-    """The engine: rayft's own (packed) or transformers' continuous batching; auto: packed, except on a GPU in
-    float32."""
+    engine: Literal["auto", "vllm", "cpu"] = "auto"
+    """The engine: vLLM, on GPUs, or rayft's own, on CPUs; auto: vLLM if the Ray cluster has a GPU."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of a replica; auto: a GPU if the Ray cluster has one."""
+    gpus: int = Field(default=1, ge=1, json_schema_extra={SINCE: "0.2"})
+    """Number of GPUs of each replica, which share the base (tensor parallelism of vLLM)."""
+
+    gpu_memory: float = Field(default=0.9, gt=0, le=1, json_schema_extra={SINCE: "0.2"})
+    """Share of each GPU's memory that vLLM takes for the base, adapters and the KV cache."""
+
+    fp8: bool = Field(default=False, json_schema_extra={SINCE: "0.2"})
+    """Whether vLLM quantises the base's linear layers to fp8 when it loads them."""
+
+    vllm_untested: bool = Field(default=False, json_schema_extra={SINCE: "0.2"})
+    """Whether to serve with a release of vLLM that was not tried on a GPU."""
 
     replicas: int = Field(default=1, ge=1)
     """Number of replicas, each with the base and the adapters. A request goes to a replica that has its
@@ -107,12 +115,13 @@ class ServeConfig(Section):
     drain_seconds: float = Field(default=30.0, gt=0)
     """Time that a server or replica that is being stopped has to finish its running requests."""
 
-    max_batch_tokens: int = Field(default=512, ge=1)
+    max_batch_tokens: int | None = Field(default=None, ge=1)
     """Largest number of tokens in one forward; longer prompts are processed in parts, between the steps of
-    other requests."""
+    other requests. None: 512 on a CPU, what vLLM chooses on a GPU."""
 
-    cache_tokens: int = Field(default=8192, ge=64)
-    """Size of a replica's KV cache for all its running requests, in tokens."""
+    cache_tokens: int | None = Field(default=None, ge=64)
+    """Size of a replica's KV cache for all its running requests, in tokens. None: 8192 on a CPU, what the
+    memory holds on a GPU."""
 
     max_new_tokens: int = Field(default=1024, ge=1)
     """Largest number of tokens that one request may generate."""

@@ -27,14 +27,14 @@ Count = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class TokenScore:
-    """A token of an answer and its log-probability."""
+    """A token and its log-probability."""
 
     text: str
     """The token as text."""
     bytes: tuple[int, ...]
     """The token as bytes: it may be a part of a character."""
-    logprob: float
-    """Natural logarithm of its probability."""
+    logprob: float | None
+    """Natural logarithm of its probability; None for the first token of a prompt, which has none."""
     top: tuple[TokenScore, ...] = ()
     """The most likely tokens at its position."""
 
@@ -44,7 +44,7 @@ class Delta:
     """A part of an answer; the first one of an accepted request has no text."""
 
     text: str
-    """New text."""
+    """New text; the first of a choice begins with the prompt if the request asked for that."""
     prompt_tokens: int
     """Number of tokens in the prompts."""
     completion_tokens: int
@@ -54,7 +54,7 @@ class Delta:
     index: int = 0
     """Index of the choice that it belongs to."""
     scores: tuple[TokenScore, ...] = ()
-    """Log-probabilities of the new tokens, if the request asked for them."""
+    """Log-probabilities of the tokens of `text`, if the request asked for them."""
     reasoning: str = ""
     """New text of the reasoning before the answer of a chat."""
     fingerprint: str = ""

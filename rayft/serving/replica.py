@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from socket import gethostname
 from typing import Any
 
@@ -19,27 +18,22 @@ from ray.exceptions import RayError
 
 from rayft.data.chat_format import AnswerParser, ChatFormat
 from rayft.errors import BadRequestError, ModelError, RayftError, RequestTimeoutError, ResourceError
-from rayft.models.load import LoadedModel, ModelConfig, load_model
-from rayft.models.targets import linear_shapes
-from rayft.numerics import derive_seed, fastest_cpu_dtype
-from rayft.serving.catalog import Catalog, Limits
+from rayft.numerics import derive_seed
+from rayft.serving.catalog import Catalog, Lease, Limits
 from rayft.serving.config import ServeConfig
-from rayft.serving.control.admission import BaseModel
 from rayft.serving.control.copies import TOUCH_SECONDS, Copies
 from rayft.serving.control.state import Deployed, Served
 from rayft.serving.control.transfer import receive
-from rayft.serving.engine import Engine, EngineLimits, GenerationRequest
+from rayft.serving.engine.api import GenerationRequest, Progress
+from rayft.serving.engine.start import EngineName, Started, start_engine
 from rayft.serving.http.schemas import ChatRequest, CompletionRequest
 from rayft.serving.messages import Delta, ModelCard
 from rayft.serving.metrics import Metrics
-from rayft.serving.packed_engine import PackedEngine
 from rayft.serving.presence import ending
-from rayft.serving.slots import widest_rank
-from rayft.serving.text import TextStream, chat_tokens, check_tokens, prompt_tokens, score
-from rayft.serving.transformers_engine import TransformersEngine
+from rayft.serving.text import TextStream, chat_tokens, check_tokens, prompt_scores, prompt_tokens, score
 from rayft.squeeze.budget import parse_bytes
 
-__all__ = ["Replica", "ReplicaDeployment", "compute_dtype"]
+__all__ = ["Replica", "ReplicaDeployment"]
 
 
 logger = logging.getLogger("ray.serve")
@@ -51,6 +45,9 @@ tokenizer."""
 WATCH_SECONDS = 1.0
 """Interval at which a replica asks the director whether it missed a change."""
 
+MERGED_SECONDS = 0.02
+"""Time for which the tokens of an answer are collected before they are sent; the first is sent at once."""
+
 RETRY_SECONDS = 5.0
 """Interval at which a replica tries again to load the adapters that it could not load."""
 
@@ -58,36 +55,36 @@ RETRY_SECONDS = 5.0
 class Replica:
     """Answers requests; Ray Serve creates and calls it."""
 
-    def __init__(self, config: ServeConfig, device: str, server: str) -> None:
+    def __init__(self, config: ServeConfig, engine: EngineName, server: str) -> None:
         """Load the base; `reconfigure` then gets the adapters from the director.
 
         Args:
             config: the server's configuration.
-            device: device of the model.
+            engine: which engine generates.
             server: identifies the server, as in `Director`.
 
         Raises:
             ModelError: if the base can't be loaded on this node, which the message names.
+            ResourceError: if the engine can't be started.
         """
         # Ray sets OMP_NUM_THREADS for its workers, but torch may have been imported with another value.
         torch.set_num_threads(config.cpus)
-        dtype = compute_dtype(config, device)
-        loaded = _load_base(config.model, dtype, device)
-        if device == "cpu" and config.model.quantize is None:
-            _own_memory(loaded.model)
-        base = BaseModel(
-            config.model.name, loaded.fingerprint, linear_shapes(loaded.model), widest_rank(device)
-        )
-        limits = EngineLimits(config.max_running, config.max_batch_tokens, config.cache_tokens)
-        self._config, self._tokenizer, self._fingerprint = config, loaded.tokenizer, loaded.fingerprint
-        self._format = ChatFormat.of(loaded.tokenizer)
+        started = _started(config, engine)
+        self._config, self._tokenizer, self._engine = config, started.tokenizer, started.engine
+        self._fingerprint, self._room = started.base.fingerprint, started.context
+        self._format = ChatFormat.of(started.tokenizer)
         if self._format.problem:
             logger.warning("answers to chats may not end by themselves: %s", self._format.problem)
-        self._room = min(loaded.context, config.cache_tokens)
-        self._engine: Engine = engine_class(config, device, dtype)(loaded, limits)
         self._metrics = Metrics()
-        room = Limits(_bytes(config.device_bytes), _bytes(config.host_bytes))
-        self._catalog = Catalog(base, self._engine, dtype, device, room, self._metrics.on_event, self._fetch)
+        self._catalog = Catalog(
+            started.base,
+            started.engine,
+            started.dtype,
+            keeps=engine == "vllm",
+            limits=Limits(started.device_bytes, _bytes(config.host_bytes)),
+            on_event=self._metrics.on_event,
+            fetch=self._fetch,
+        )
         self._copies = Copies(config.fetched, server)
         self._copies.remove_stale()
         self._director: Any = None
@@ -227,17 +224,28 @@ class Replica:
         """
         started = time.monotonic()
         async with self._catalog.lease(request.model, draw) as lease:
-            jobs = await self._jobs(request, lease.adapter)
+            jobs = await self._jobs(request, lease)
             total = sum(len(job.prompt) for job in jobs) // request.choices
+            # Before the request is accepted, so that one that the engine refuses is answered 400.
+            steps = [self._engine.submit(job) for job in jobs]
             yield Delta("", total, 0, fingerprint=lease.content_hash)
             meter = self._metrics.meter(lease.name, lease.version, total, started)
             failed = True
             try:
-                choices = [self._choice(job, request, index, total) for index, job in enumerate(jobs)]
+                choices = [
+                    self._choice(job, each, request, index, total)
+                    for index, (job, each) in enumerate(zip(jobs, steps, strict=True))
+                ]
+                whole: dict[int, list[Delta]] = {}
                 async with aclosing(bounded(merged(choices), self._config.max_seconds)) as deltas:
                     async for delta in deltas:
                         meter.progress(delta.index, delta.completion_tokens)
-                        yield delta
+                        if request.stream:
+                            yield delta
+                        else:
+                            whole.setdefault(delta.index, []).append(delta)
+                for parts in whole.values():
+                    yield joined(parts)
                 failed = False
             except (asyncio.CancelledError, GeneratorExit):
                 # The client has left, which is not an error of the adapter.
@@ -246,9 +254,7 @@ class Replica:
             finally:
                 meter.end(failed=failed)
 
-    async def _jobs(
-        self, request: ChatRequest | CompletionRequest, adapter: str | None
-    ) -> list[GenerationRequest]:
+    async def _jobs(self, request: ChatRequest | CompletionRequest, lease: Lease) -> list[GenerationRequest]:
         """Return the engine's requests: one for each choice of each prompt."""
         stop_tokens = frozenset(request.stop_token_ids or ())
         check_tokens(self._tokenizer, sorted(stop_tokens), "stop_token_ids")
@@ -256,7 +262,8 @@ class Replica:
             GenerationRequest(
                 prompt=prompt,
                 max_tokens=self._limit(request, len(prompt)),
-                adapter=adapter,
+                adapter=lease.adapter,
+                rank=lease.rank,
                 temperature=1.0 if request.temperature is None else request.temperature,
                 top_p=1.0 if request.top_p is None else request.top_p,
                 top_k=max(request.top_k or 0, 0),
@@ -265,30 +272,54 @@ class Replica:
                 stop_tokens=stop_tokens,
                 seed=seed,
                 logprobs=request.scored,
+                score_prompt=request.echoes and request.scored is not None,
+                json_schema=request.json_schema,
             )
             for prompt in await self._prompts(request)
             for seed in _seeds(request.seed, request.choices)
         ]
 
     async def _choice(
-        self, job: GenerationRequest, request: ChatRequest | CompletionRequest, index: int, prompt_tokens: int
+        self,
+        job: GenerationRequest,
+        steps: AsyncGenerator[Progress, None],
+        request: ChatRequest | CompletionRequest,
+        index: int,
+        prompt_tokens: int,
     ) -> AsyncGenerator[Delta, None]:
         """Generate one choice."""
-        text, reported = self._text(request, job.prompt), 0
-        async with aclosing(self._engine.submit(job)) as steps:
+        text, reported, echo = self._text(request, job.prompt), 0, self._echo(request, job, index)
+        async with aclosing(steps):
             async for step in steps:
                 new = text.push(step.tokens, last=step.finish is not None)
                 finish = "stop" if text.stopped else step.finish
                 if any(new) or finish:
                     # The tokens before the answer are omitted, as their text is.
-                    fresh = step.logprobs[max(reported, text.skipped) :] if text.answering else ()
-                    scores = tuple(score(self._tokenizer, entry) for entry in fresh)
+                    fresh = step.logprobs[max(reported, text.skipped) : text.used] if text.answering else ()
+                    scores = [score(self._tokenizer, entry) for entry in fresh]
                     reported = len(step.logprobs)
-                    yield Delta(
-                        new.content, prompt_tokens, step.generated, finish, index, scores, new.reasoning
-                    )
+                    if echo is not None:
+                        scores = [*prompt_scores(self._tokenizer, job.prompt, step.prompt), *scores]
+                    if request.echoes and step.end is not None:
+                        scores.append(score(self._tokenizer, step.end))
+                    content, echo = (echo or "") + new.content, None
+                    # After a stop string the engine may have generated more than was asked for.
+                    made = text.used if text.stopped else step.generated
+                    yield Delta(content, prompt_tokens, made, finish, index, tuple(scores), new.reasoning)
                 if text.stopped:
                     return
+                if step.finish is None:
+                    # What the engine generates meanwhile comes as one step: each costs time on the way.
+                    await asyncio.sleep(MERGED_SECONDS)
+
+    def _echo(
+        self, request: ChatRequest | CompletionRequest, job: GenerationRequest, index: int
+    ) -> str | None:
+        """Return the prompt of a choice as text; None if the answer does not begin with it."""
+        if not isinstance(request, CompletionRequest) or not request.echo:
+            return None
+        prompt = request.prompts[index // request.choices]
+        return prompt if isinstance(prompt, str) else str(self._tokenizer.decode(list(job.prompt)))
 
     def _text(self, request: ChatRequest | CompletionRequest, prompt: Sequence[int]) -> TextStream:
         """Return the stream that turns the tokens of a choice into text; a chat's separates the reasoning."""
@@ -335,7 +366,7 @@ class Replica:
                 f"{asked or 1} are to be generated; shorten the prompt or lower max_tokens",
                 param=param,
             )
-        return asked or min(request.default_max_tokens or most, most, self._room - prompt)
+        return min(request.default_max_tokens or most, most, self._room - prompt) if asked is None else asked
 
     def __del__(self) -> None:
         engine, copies = getattr(self, "_engine", None), getattr(self, "_copies", None)
@@ -343,6 +374,16 @@ class Replica:
             engine.stop()
         if copies is not None and ending():
             copies.remove()
+
+
+def joined(parts: Sequence[Delta]) -> Delta:
+    """Return the parts of one choice as one."""
+    return replace(
+        parts[-1],
+        text="".join(part.text for part in parts),
+        reasoning="".join(part.reasoning for part in parts),
+        scores=tuple(score for part in parts for score in part.scores),
+    )
 
 
 async def merged(parts: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:
@@ -395,52 +436,26 @@ async def bounded(deltas: AsyncGenerator[Delta, None], seconds: float) -> AsyncG
             yield delta
 
 
-def _load_base(config: ModelConfig, dtype: torch.dtype, device: str) -> LoadedModel:
-    """Load the base; an error names this node, which may not be the one where the server was started."""
+def _started(config: ServeConfig, engine: EngineName) -> Started:
+    """Start the engine; an error names this node, which may not be the one where the server was started."""
     try:
-        return load_model(config, dtype, device)
+        return start_engine(config, engine)
     except ModelError as error:
         raise type(error)(
             f"on {gethostname()}: {error}; every node that runs a replica needs the base"
         ) from error
 
 
-def _own_memory(model: torch.nn.Module) -> None:
-    """Copy the weights out of the memory maps of the base's files.
-
-    A map shows what is written into the file later, and a process that reads the map of a truncated file is
-    killed (SIGBUS).
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-
-
 def _bytes(size: str | None) -> int | None:
     return None if size is None else parse_bytes(size)
 
 
-def _seeds(seed: int | None, choices: int) -> list[int]:
-    """Return a seed for each choice; the first choice has the request's own seed."""
-    first = random.getrandbits(63) if seed is None else seed
-    return [derive_seed(first, "choice", index) if index else first for index in range(choices)]
+def _seeds(seed: int | None, choices: int) -> list[int | None]:
+    """Return a seed for each choice, or None without one; the first choice has the request's own seed."""
+    if seed is None:
+        return [None] * choices
+    return [derive_seed(seed, "choice", index) if index else seed for index in range(choices)]
 
 
 ReplicaDeployment = ray_serve.deployment(name="Replica")(Replica)
 """What Ray Serve runs; `rayft.serving.build` sets its size and resources."""
-
-
-def compute_dtype(config: ServeConfig, device: str) -> torch.dtype:
-    """Return the dtype of weights and arithmetic."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.startswith("cuda") else fastest_cpu_dtype()
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-
-
-def engine_class(
-    config: ServeConfig, device: str, dtype: torch.dtype
-) -> type[PackedEngine] | type[TransformersEngine]:
-    """Return the class of the engine."""
-    # The packed engine uses PyTorch's variable-length attention on GPUs, which supports only 16-bit dtypes.
-    wide = device.startswith("cuda") and dtype == torch.float32
-    theirs = config.engine == "transformers" or (config.engine == "auto" and wide)
-    return TransformersEngine if theirs else PackedEngine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,14 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from rayft.data.chat_format import Answer, AnswerParser
 from rayft.errors import BadRequestError
-from rayft.serving.engine import TokenLogprob
+from rayft.serving.engine.api import TokenLogprob
 from rayft.serving.http.body import where
 from rayft.serving.messages import TokenScore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TextStream", "chat_tokens", "prompt_tokens", "score"]
+__all__ = ["TextStream", "chat_tokens", "check_tokens", "prompt_scores", "prompt_tokens", "score"]
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """The character that a tokenizer writes for bytes that are not a complete character."""
@@ -108,6 +109,16 @@ def score(tokenizer: PreTrainedTokenizerBase, entry: TokenLogprob) -> TokenScore
     return TokenScore(*_spelled(tokenizer, entry.token), entry.logprob, top)
 
 
+def prompt_scores(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], entries: Sequence[TokenLogprob | None]
+) -> list[TokenScore]:
+    """Return the log-probabilities of a prompt's tokens as `score` does; none if there are no entries."""
+    return [
+        TokenScore(*_spelled(tokenizer, token), None) if entry is None else score(tokenizer, entry)
+        for token, entry in zip(prompt, entries, strict=bool(entries))
+    ]
+
+
 def _spelled(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, tuple[int, ...]]:
     text = str(tokenizer.decode([token]))
     piece: Any = tokenizer.convert_ids_to_tokens(token)
@@ -155,6 +166,8 @@ class TextStream:
         """Whether a stop string was found, so that no text follows."""
         self.skipped = 0
         """Number of tokens before the answer: the template's opening and the reasoning."""
+        self.used = 0
+        """Number of tokens of the text: up to the one that completes a stop string, or all."""
 
     @property
     def answering(self) -> bool:
@@ -168,6 +181,27 @@ class TextStream:
             tokens: all tokens so far.
             last: whether no more follow.
         """
+        before = self._copy() if self._stop else None
+        new = self._push(tokens, last=last)
+        self.used = len(tokens)
+        if self.stopped and before is not None:
+            # Several tokens may have come at once.
+            ends = range(before._pushed + 1, len(tokens))
+            self.used = next((end for end in ends if before._stops(tokens[:end])), len(tokens))
+        return new
+
+    def _copy(self) -> TextStream:
+        """Return a stream in the same state."""
+        copied = copy(self)
+        copied._parser = copy(self._parser)
+        return copied
+
+    def _stops(self, tokens: Sequence[int]) -> bool:
+        """Return whether the text ends at a stop string among these tokens."""
+        self._push(tokens, last=False)
+        return self.stopped
+
+    def _push(self, tokens: Sequence[int], *, last: bool) -> Answer:
         reasoning = ""
         # One token at a time until the answer has begun, to find out which token it begins with.
         single = range(self._pushed + 1, len(tokens)) if not self.answering else ()

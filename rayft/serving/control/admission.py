@@ -23,6 +23,8 @@ class BaseModel:
     """Shapes of its linear layers."""
     widest: int | None = None
     """Largest rank that can be served; None for no limit."""
+    unserved: frozenset[str] = frozenset()
+    """Linear layers that can't have adapters in the engine."""
 
 
 def check_adapter(name: str, folder: str, base: BaseModel | None) -> AdapterArtifact:
@@ -34,8 +36,8 @@ def check_adapter(name: str, folder: str, base: BaseModel | None) -> AdapterArti
         base: the base that it must match; None if it is not loaded yet.
 
     Raises:
-        ArtifactError: if the adapter is missing or damaged, contains NaN, has a classification head, or has
-            too large a rank.
+        ArtifactError: if the adapter is missing or damaged, contains NaN, has a classification head, has too
+            large a rank, or is for layers that the engine does not adapt.
         BaseMismatchError: if it was trained on another base.
     """
     try:
@@ -44,6 +46,7 @@ def check_adapter(name: str, folder: str, base: BaseModel | None) -> AdapterArti
         if base is not None:
             artifact.check_base(base.fingerprint, base.shapes)
             _check_ranks(artifact, folder, base.widest)
+            _check_layers(artifact, folder, base.unserved)
     except ArtifactError as error:
         raise type(error)(f"adapter '{name}' is not served: {error}") from error
     return artifact
@@ -80,3 +83,11 @@ def _check_ranks(artifact: AdapterArtifact, folder: str, widest: int | None) -> 
                 f"{folder}: {path} has rank {factors.rank}, but GPUs serve ranks up to {widest}; reduce it "
                 f"by `rayft squeeze {folder} --rank {widest} --out DIR`"
             )
+
+
+def _check_layers(artifact: AdapterArtifact, folder: str, unserved: frozenset[str]) -> None:
+    if lacking := sorted(unserved & artifact.modules.keys()):
+        raise ArtifactError(
+            f"{folder}: vLLM can't add an adapter to {lacking[0]} of this model; train the adapter for other "
+            "layers, or serve it with engine: cpu"
+        )

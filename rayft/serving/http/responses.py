@@ -77,11 +77,11 @@ class ChatScores(TypedDict):
 
 
 class TextScores(TypedDict):
-    """The log-probabilities of a text, as one list for each field."""
+    """The log-probabilities of a text, as one list for each field; null for the first token of a prompt."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[Count]
 
 

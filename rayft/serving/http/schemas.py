@@ -55,7 +55,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     # OpenAI's.
     "audio": (),
     "best_of": (1,),
-    "echo": (False,),
     "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
@@ -64,7 +63,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "moderation": (),
     "presence_penalty": (0,),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -102,6 +100,10 @@ Null is always accepted.
 """
 
 
+MAX_SCHEMA = 64 * 1024
+"""Size of the largest JSON schema that is accepted, in bytes."""
+
+
 class Strict(BaseModel):
     """Base of all objects in requests: it refuses unknown fields and converts no values."""
 
@@ -123,14 +125,14 @@ class Strict(BaseModel):
         """Refuse unknown and unsupported fields, and drop the ignored ones."""
         if not isinstance(data, dict):
             return data
-        kept = {}
+        kept, fields = {}, {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in data.items():
-            if name in cls.model_fields:
+            if name in fields:
                 kept[name] = value
             elif name in cls.neutral:
                 cls._check_neutral(name, value)
             elif name not in cls.harmless:
-                raise _problem(name, f"there is no such field{nearest(name, cls.model_fields)}")
+                raise _problem(name, f"there is no such field{nearest(name, fields)}")
         return kept
 
     @classmethod
@@ -166,6 +168,41 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     """End the stream with a chunk that has the number of tokens."""
+
+
+class JsonSchema(Strict):
+    """A named JSON schema."""
+
+    # The answer always follows the schema strictly, and the model does not see the schema.
+    harmless = ("description", "strict")
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    """The schema itself."""
+
+    @model_validator(mode="after")
+    def _small(self) -> JsonSchema:
+        if (size := len(self.text)) > MAX_SCHEMA:
+            raise _problem("schema", f"this has {size:,} bytes as JSON; at most {MAX_SCHEMA:,} are accepted")
+        return self
+
+    @property
+    def text(self) -> str:
+        """The schema as JSON text."""
+        return json.dumps(self.schema_)
+
+
+class ResponseFormat(Strict):
+    """The form of an answer: any text, a JSON object, or JSON that follows a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise _problem("json_schema", "this belongs to 'type': 'json_schema', which needs it")
+        return self
 
 
 def _text_or_list(value: object) -> str | None:
@@ -221,6 +258,8 @@ class TextRequest(Strict):
     """Strings that end the text and are not part of it; at most four, as in OpenAI's interface."""
     stop_token_ids: Annotated[list[Token], Field(max_length=1024)] | None = None
     """Tokens that end the text and are not part of it, in addition to the model's own."""
+    response_format: ResponseFormat | None = None
+    """Form of the answer: `text`, or one of JSON, which the engine on GPUs supports."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TextRequest:
@@ -239,6 +278,19 @@ class TextRequest(Strict):
     def scored(self) -> int | None:
         """Number of most likely tokens to return beside each token's log-probability; None for neither."""
         raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
+    @property
+    def json_schema(self) -> str | None:
+        """JSON schema, as JSON text, that the answer has to follow; None for any text."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return '{"type": "object"}' if form.json_schema is None else form.json_schema.text
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -332,6 +384,8 @@ class Message(Strict):
 class ChatRequest(TextRequest):
     """The body of `/v1/chat/completions`."""
 
+    neutral = {**NEUTRAL, "echo": (False,)}
+
     messages: Annotated[list[Message], Field(min_length=1)]
     """The conversation so far."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -396,6 +450,21 @@ class CompletionRequest(TextRequest):
     """One prompt or several, each a text or a list of token ids."""
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     """Return the log-probability of each token, and those of this number of most likely tokens."""
+    echo: bool | None = None
+    """Begin the text with the prompt, and the log-probabilities with those of the prompt's tokens."""
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Largest number of tokens to generate; 0 only with `echo`."""
+
+    @model_validator(mode="after")
+    def _generates(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise _problem("max_tokens", "this must be at least 1, or 0 with 'echo': true")
+        return self
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return bool(self.echo)
 
     @property
     def scored(self) -> int | None:

@@ -120,7 +120,7 @@ class TextForm(Form):
         return {
             "tokens": [one.text for one in scores],
             "token_logprobs": [one.logprob for one in scores],
-            "top_logprobs": [{top.text: top.logprob for top in one.top} for one in scores],
+            "top_logprobs": [_most_likely(one) for one in scores],
             "text_offset": list(starts),
         }
 
@@ -183,6 +183,18 @@ def usage(choices: Mapping[int, Delta]) -> Usage:
 
 def _score(one: TokenScore) -> dict[str, Any]:
     return {"token": one.text, "logprob": one.logprob, "bytes": list(one.bytes)}
+
+
+def _most_likely(one: TokenScore) -> dict[str, float] | None:
+    """Return the log-probabilities of the most likely tokens and of the token itself."""
+    if one.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for entry in (*one.top, one):
+        # Tokens that are parts of characters may have the same text; the most likely one of them stays.
+        if entry.logprob is not None:
+            found.setdefault(entry.text, entry.logprob)
+    return found
 
 
 def _event(body: Mapping[str, Any]) -> str:

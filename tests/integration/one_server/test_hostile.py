@@ -54,6 +54,7 @@ FULL: dict[str, Any] = {
     "n": 1,
     "stop": ["a"],
     "stop_token_ids": [3],
+    "response_format": {"type": "text", "json_schema": None},
     "user": "me",
     "metadata": {"a": "b"},
     "tools": [],
@@ -71,7 +72,7 @@ FULL_BODIES: dict[str, dict[str, Any]] = {
         "top_logprobs": 1,
         "chat_template_kwargs": {"enable_thinking": False, "a": ["b"]},
     },
-    "completions": {**FULL, "prompt": ["hi", "ho"], "logprobs": 1},
+    "completions": {**FULL, "prompt": ["hi", "ho"], "logprobs": 1, "echo": True},
     "adapters": {"name": "fresh", "source": "/nowhere", "weight": 0.5, "pinned": False},
 }
 ODD: tuple[Any, ...] = (

@@ -89,7 +89,8 @@ def test_the_chunks_of_a_chat_join_to_its_answer(server: Server) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == server.ask("small")
-    assert len(chunks) > 5
+    # Tokens of 20 ms come in one chunk, but never the first.
+    assert len(chunks) > 3
     assert chunks[-2].choices[0].finish_reason in ("stop", "length")
     usage = chunks[-1].usage
     assert usage is not None

@@ -8,17 +8,15 @@ import torch
 
 from rayft.models.load import LoadedModel, ModelConfig, load_model
 from rayft.models.targets import linear_shapes
-from rayft.serving.engine import Engine, EngineLimits
-from rayft.serving.packed_engine import PackedEngine
-from rayft.serving.transformers_engine import TransformersEngine
+from rayft.serving.engine.api import Engine, EngineLimits, end_tokens
+from rayft.serving.engine.cpu.engine import CpuEngine
 from tests.unit.serving.adapters import save_adapters
 
 MakeEngine = Callable[..., Engine]
-ENGINES: dict[str, Callable[[LoadedModel, EngineLimits], Engine]] = {
-    "packed": PackedEngine,
-    "paged": lambda loaded, limits: PackedEngine(loaded, limits, paged=True),
-    "transformers": TransformersEngine,
-}
+
+
+def cpu_engine(loaded: LoadedModel, limits: EngineLimits) -> CpuEngine:
+    return CpuEngine(loaded.model, end_tokens(loaded.model.generation_config, loaded.tokenizer), limits)
 
 
 @pytest.fixture
@@ -32,13 +30,12 @@ def adapter_folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     return save_adapters(tmp_path_factory.mktemp("adapters"), linear_shapes(base.model), base.fingerprint)
 
 
-@pytest.fixture(params=ENGINES)
-def make_engine(loaded: LoadedModel, request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
+@pytest.fixture
+def make_engine(loaded: LoadedModel) -> Iterator[MakeEngine]:
     made: list[Engine] = []
 
     def make(max_running: int = 8, max_batch_tokens: int = 64, cache_tokens: int = 2048) -> Engine:
-        limits = EngineLimits(max_running, max_batch_tokens, cache_tokens)
-        made.append(ENGINES[request.param](loaded, limits))
+        made.append(cpu_engine(loaded, EngineLimits(max_running, max_batch_tokens, cache_tokens)))
         return made[-1]
 
     yield make

@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 import socket
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rayft.config import parse
 from rayft.errors import ArtifactError, BaseMismatchError, ConfigError, ModelError, ResourceError
 from rayft.models.load import ModelConfig
 from rayft.models.tiny import save_tiny_llama
-from rayft.serving.build import ROUTING_SECONDS, app, build_app, preflight, run
+from rayft.serving.build import ROUTING_SECONDS, app, build_app, check, engine_of, preflight, run
 from rayft.serving.config import ServeConfig
 from rayft.serving.deployment import deployment
 from rayft.serving.router import RECENT_SECONDS
@@ -46,10 +47,10 @@ def test_adapters_that_match_the_base_pass(
     preflight(config(tiny_folder, free_port, **adapter_folders))
 
 
-@pytest.mark.parametrize("check", [preflight, run])
-def test_the_error_about_a_port_in_use_names_another(check: Any, tiny_folder: Path, taken_port: int) -> None:
+@pytest.mark.parametrize("start", [preflight, run])
+def test_the_error_about_a_port_in_use_names_another(start: Any, tiny_folder: Path, taken_port: int) -> None:
     with pytest.raises(ResourceError, match=rf"port {taken_port} .*in use.*--set port={taken_port + 1}"):
-        check(config(tiny_folder, taken_port))
+        start(config(tiny_folder, taken_port))
 
 
 def test_an_unknown_base_is_refused_before_anything_starts(free_port: int) -> None:
@@ -103,7 +104,7 @@ def test_a_wrong_option_is_an_error_that_names_it(data: dict[str, Any], word: st
 
 def test_the_number_of_replicas_is_fixed_or_follows_the_traffic() -> None:
     def replicas(**options: Any) -> Any:
-        application = build_app(ServeConfig(device="cpu", **options))
+        application = build_app(ServeConfig(engine="cpu", **options))
         return application._bound_deployment.init_args[0]._bound_deployment._deployment_config
 
     fixed, scaled = replicas(replicas=3), replicas(replicas=1, max_replicas=4, max_running=8)
@@ -114,7 +115,7 @@ def test_the_number_of_replicas_is_fixed_or_follows_the_traffic() -> None:
 
 def test_requests_are_routed_by_adapter_with_half_a_batch_of_slack() -> None:
     for most, slack in ((8, 4), (1, 1)):
-        application = build_app(ServeConfig(device="cpu", max_running=most))
+        application = build_app(ServeConfig(engine="cpu", max_running=most))
         routing = application._bound_deployment.init_args[0]._bound_deployment._deployment_config
         config = routing.request_router_config
         assert config.get_request_router_class().__name__ == "AdapterRouter"
@@ -125,7 +126,7 @@ def test_requests_are_routed_by_adapter_with_half_a_batch_of_slack() -> None:
 
 def test_the_application_in_files_for_serve_deploy_can_be_built() -> None:
     packaged = yaml.safe_load(Path("serve/config.yaml").read_text())
-    made = deployment({"host": "127.0.0.1", "port": 8000, "device": "cpu"})
+    made = deployment({"host": "127.0.0.1", "port": 8000, "engine": "cpu"})
     for file in (packaged, made):
         application = ServeDeploySchema.model_validate(file).applications[0]
         built = import_attr(application.import_path)(application.args)
@@ -138,9 +139,44 @@ def test_the_application_in_files_for_serve_deploy_can_be_built() -> None:
 
 
 def test_ingress_and_director_are_placed_on_the_head() -> None:
-    ingress = build_app(ServeConfig(device="cpu"))._bound_deployment
+    ingress = build_app(ServeConfig(engine="cpu"))._bound_deployment
     replica, director = (one._bound_deployment for one in ingress.init_args[:2])
     for one in (ingress, director):
         assert one.ray_actor_options == {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
     assert "resources" not in replica.ray_actor_options
     assert director._deployment_config.request_router_config.request_router_kwargs["called"] == "Director"
+
+
+@pytest.mark.parametrize(("gpus", "engine"), [(0, "cpu"), (1, "vllm"), (8, "vllm")])
+def test_the_engine_follows_the_gpus(monkeypatch: pytest.MonkeyPatch, gpus: int, engine: str) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert engine_of(ServeConfig()) == engine
+    assert engine_of(ServeConfig(engine="cpu")) == "cpu"
+    assert engine_of(ServeConfig(engine="vllm")) == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("release", "options", "gpus", "error", "word"),
+    [
+        (None, {}, 1, ResourceError, r"not installed; run `pip install 'rayft\[vllm\]'`, or set engine"),
+        ("0.25.1", {"vllm_untested": True}, 1, ResourceError, "0.25.1 is not supported; install vllm>=0.26"),
+        ("0.31.0", {}, 1, ResourceError, "0.31.0 was not tried on a GPU.*vllm_untested: true"),
+        ("0.26.1", {"gpus": 2}, 1, ResourceError, "gpus is 2, but there are 1 GPUs"),
+        ("0.26.1", {"model": {"quantize": "nf4"}}, 1, ConfigError, "nf4 is not served by vLLM.*fp8"),
+        (None, {"fp8": True, "engine": "cpu"}, 1, ConfigError, "fp8 is a setting of vLLM"),
+    ],
+)  # fmt: skip
+def test_what_vllm_can_not_serve_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, free_port: int, tiny_folder: Path,
+    release: str | None, options: dict[str, Any], gpus: int, error: type[Exception], word: str,
+) -> None:  # fmt: skip
+    def version(_: str) -> str:
+        if release is None:
+            raise PackageNotFoundError
+        return release
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    model = {"name": str(tiny_folder), **options.pop("model", {})}
+    with pytest.raises(error, match=word):
+        check(parse(ServeConfig, {"port": free_port, "model": model, **options}))

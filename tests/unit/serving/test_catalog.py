@@ -17,6 +17,7 @@ from rayft.serving.catalog import Catalog, Limits
 from rayft.serving.control.admission import BaseModel, check_adapter
 from rayft.serving.control.sources import find
 from rayft.serving.control.state import Deployed, Served, loaded, unloaded
+from rayft.serving.engine.api import NoRoomError
 from tests.unit.serving.adapters import random_adapter
 
 SHAPES = {"layer.q_proj": (6, 4), "layer.v_proj": (3, 4)}
@@ -24,14 +25,18 @@ BASE = BaseModel(name="org/tiny", fingerprint="f" * 16, shapes=SHAPES)
 
 
 class RecordingEngine:
-    """Records which adapters are loaded."""
+    """Records which adapters are loaded, and has room for a number of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 1000) -> None:
         self.loaded: dict[str, Mapping[str, LoraFactors]] = {}
+        self.room = room
 
-    def load(self, name: str, factors: Mapping[str, LoraFactors]) -> None:
+    async def load(self, name: str, artifact: AdapterArtifact) -> None:
         assert name not in self.loaded
-        self.loaded[name] = factors
+        await asyncio.sleep(0)
+        if len(self.loaded) >= self.room:
+            raise NoRoomError("the engine is full")
+        self.loaded[name] = artifact.modules
 
     def unload(self, name: str) -> None:
         del self.loaded[name]
@@ -40,13 +45,19 @@ class RecordingEngine:
 class Server:
     """A catalog with its engine, and the events of the catalog."""
 
-    def __init__(self, base: BaseModel = BASE, **limits: int) -> None:
-        self.engine = RecordingEngine()
+    def __init__(
+        self, base: BaseModel = BASE, *, room: int = 1000, keeps: bool = False, **limits: int
+    ) -> None:
+        self.engine = RecordingEngine(room)
         self.events: list[tuple[str, str]] = []
         self.catalog = Catalog(
-            base, self.engine, torch.float32, "cpu", Limits(**limits),  # type: ignore[arg-type]
-            lambda deployed, what: self.events.append((deployed.name, what)),
-        )  # fmt: skip
+            base,
+            self.engine,  # type: ignore[arg-type]
+            torch.float32,
+            keeps=keeps,
+            limits=Limits(**limits),
+            on_event=lambda deployed, what: self.events.append((deployed.name, what)),
+        )
         self.state = Served()
 
     def sync(self, adapters: dict[str, str], pinned: tuple[str, ...] = ()) -> None:
@@ -122,22 +133,19 @@ def test_unknown_names_list_what_is_served(served: Server, tmp_path: Path, model
     assert caught.value.param == "model"
 
 
-def test_a_squeezed_adapter_is_served_at_lower_ranks_from_the_same_memory(
-    served: Server, tmp_path: Path
-) -> None:
+def test_a_lease_has_the_rank_that_was_asked_for(served: Server, tmp_path: Path) -> None:
     served.sync({"a": save(tmp_path, rank=4, squeezed=True)})
-    full, low = served.keys("a", "a@r2")
-    assert full is not None
-    assert low is not None
-    for path in SHAPES:
-        whole, part = served.engine.loaded[full][path], served.engine.loaded[low][path]
-        assert torch.equal(part.b, whole.b[:, :2])
-        assert torch.equal(part.a, whole.a[:2])
-        assert part.scale == whole.scale
-        assert part.b.data_ptr() == whole.b.data_ptr()
-        assert part.a.data_ptr() == whole.a.data_ptr()
-    assert served.keys("a@r2", "a@r99", "a@1@r2") == [low, full, low]
-    assert len(served.engine.loaded) == 2
+
+    async def leases() -> list[tuple[str | None, int | None]]:
+        found = []
+        for model in ("a", "a@r2", "a@r99", "a@1@r2", "base"):
+            async with served.catalog.lease(model) as lease:
+                found.append((lease.adapter, lease.rank))
+        return found
+
+    (key,) = served.engine.loaded
+    assert asyncio.run(leases()) == [(key, None), (key, 2), (key, 99), (key, 2), (None, None)]
+    assert set(served.engine.loaded) == {key}
 
 
 @pytest.mark.parametrize(
@@ -310,9 +318,7 @@ def test_an_adapter_that_is_loaded_again_while_a_change_fails_to_load_it_stays_s
         return False
 
     async def scenario() -> None:
-        catalog = Catalog(
-            BASE, RecordingEngine(), torch.float32, "cpu", fetch=fetch,  # type: ignore[arg-type]
-        )  # fmt: skip
+        catalog = Catalog(BASE, RecordingEngine(), torch.float32, fetch=fetch)  # type: ignore[arg-type]
         state = Served()
         for name in "bc":
             state = loaded(state, find(name, save(tmp_path, name), None, tmp_path, "1GB", pinned=False))
@@ -450,6 +456,58 @@ def test_pinned_adapters_and_those_in_use_are_not_evicted(
     asyncio.run(scenario())
 
 
+def test_if_the_engine_has_no_room_the_least_recently_used_adapter_is_evicted(tmp_path: Path) -> None:
+    served = Server(room=2)
+    served.sync({name: save(tmp_path, name) for name in "abc"}, pinned=("b",))
+    # A change loads what there is room for, and evicts nothing for an adapter that is not pinned.
+    assert served.catalog.tiers() == {"a@1": "device", "b@1": "device", "c@1": "host"}
+    served.keys("c")
+    assert served.catalog.tiers() == {"a@1": "disk", "b@1": "device", "c@1": "device"}
+    served.keys("a")
+    assert served.catalog.tiers() == {"a@1": "device", "b@1": "device", "c@1": "disk"}
+    assert served.events[-2:] == [("c", "eviction"), ("a", "load")]
+    assert len(served.engine.loaded) == 2
+
+
+def test_if_the_engine_has_no_room_and_all_is_in_use_a_request_waits_and_then_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayft.serving.catalog.ROOM_SECONDS", 0.2)
+    served = Server(room=1)
+    adapters = {name: save(tmp_path, name) for name in "ab"}
+
+    async def scenario() -> None:
+        await served.async_sync(adapters)
+        async with served.catalog.lease("a"):
+            with pytest.raises(ResourceError, match=r"no room for 'b' .* in use or pinned"):
+                async with served.catalog.lease("b"):
+                    pass
+
+            async def later() -> None:
+                async with served.catalog.lease("b") as lease:
+                    assert set(served.engine.loaded) == {lease.adapter}
+
+            waits = asyncio.create_task(later())
+            await asyncio.sleep(0.05)
+            assert served.catalog.tiers() == {"a@1": "device", "b@1": "host"}
+        # There is room now.
+        await waits
+        assert served.catalog.tiers() == {"a@1": "disk", "b@1": "device"}
+
+    asyncio.run(scenario())
+
+
+def test_factors_on_the_device_are_kept_in_host_memory_too_within_the_limit(tmp_path: Path) -> None:
+    served = Server(keeps=True, device=ONE, host=ONE)
+    served.sync({name: save(tmp_path, name) for name in "ab"})
+    served.keys("b")
+    assert served.catalog.tiers() == {"a@1": "disk", "b@1": "device"}
+    shutil.rmtree(tmp_path / "b")
+    served.keys("a", "a")
+    # The host's memory holds one of the two, the one that was used last.
+    assert served.catalog.tiers() == {"a@1": "device", "b@1": "disk"}
+
+
 def test_an_adapter_that_never_fits_is_refused_and_concurrent_requests_load_one_once(tmp_path: Path) -> None:
     small = Server(device=ONE - 1)
     small.sync({"a": save(tmp_path)})
@@ -499,6 +557,13 @@ def test_a_rank_that_the_device_does_not_serve_is_refused(tmp_path: Path) -> Non
         check_adapter("a", folder, replace(BASE, widest=3))
 
 
+def test_an_adapter_of_a_layer_that_the_engine_does_not_adapt_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    assert check_adapter("a", folder, replace(BASE, unserved=frozenset({"layer.o_proj"}))).modules
+    with pytest.raises(ArtifactError, match=r"can't add an adapter to layer.v_proj .*engine: cpu"):
+        check_adapter("a", folder, replace(BASE, unserved=frozenset({"layer.v_proj"})))
+
+
 def test_an_adapter_with_nan_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -541,14 +606,8 @@ def test_a_copy_that_is_missing_on_this_node_is_fetched_whenever_it_is_read(tmp_
         return True
 
     async def scenario() -> None:
-        catalog = Catalog(
-            BASE,
-            RecordingEngine(),
-            torch.float32,
-            "cpu",
-            Limits(device=ONE),
-            fetch=fetch,  # type: ignore[arg-type]
-        )
+        engine, room = RecordingEngine(), Limits(device=ONE)
+        catalog = Catalog(BASE, engine, torch.float32, limits=room, fetch=fetch)  # type: ignore[arg-type]
         (found,) = loaded(Served(), find("a", str(head), None, head, "1GB", pinned=False)).versions
         state = Served(1, (replace(found, folder=str(node)),))
         state = loaded(state, find("b", save(tmp_path, "b"), None, tmp_path, "1GB", pinned=False))

@@ -16,12 +16,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rayft.artifacts import AdapterArtifact
-from rayft.errors import RequestError, ResourceError
+from rayft.errors import BadRequestError, RequestError, ResourceError
 from rayft.methods.base import LoraFactors
 from rayft.models.load import LoadedModel
 from rayft.models.targets import linear_shapes
 from rayft.numerics import assert_close
-from rayft.serving.engine import Engine, GenerationRequest, Progress
+from rayft.serving.engine.api import Engine, GenerationRequest, Progress
 from tests.unit.serving.adapters import LENGTH, chain_of, expected, generated, random_adapter, reference
 from tests.unit.serving.conftest import MakeEngine
 
@@ -50,7 +50,7 @@ def ask_all(engine: Engine, wanted: Sequence[GenerationRequest]) -> list[Progres
 
 def load_all(engine: Engine, folders: dict[str, str]) -> None:
     for name, folder in folders.items():
-        engine.load(name, AdapterArtifact.load(folder).modules)
+        asyncio.run(engine.load(name, AdapterArtifact.load(folder)))
 
 
 def tokens_of(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ def test_eight_ranks_two_selectors_and_a_chain_share_a_batch(
         assert step.tokens == expected(tiny_folder, folders.get(name or ""), prompt), name
 
 
-def test_prompts_that_are_read_in_parts_are_answered_right(
+def test_prompts_that_are_processed_in_chunks_are_answered_right(
     make_engine: MakeEngine, tiny_folder: Path, tiny_tokenizer: Any, adapter_folders: dict[str, str]
 ) -> None:
     engine = make_engine(max_batch_tokens=16)
@@ -109,7 +109,7 @@ def test_prompts_that_are_read_in_parts_are_answered_right(
         assert step.tokens == expected(tiny_folder, adapter_folders.get(name or ""), prompt)
 
 
-def test_requests_that_lose_their_place_in_the_cache_are_answered_right(
+def test_preempted_requests_are_answered_right(
     make_engine: MakeEngine, tiny_folder: Path, tiny_tokenizer: Any, adapter_folders: dict[str, str]
 ) -> None:
     # Each grows to 125 tokens, so the cache holds two of the four to their end.
@@ -121,7 +121,7 @@ def test_requests_that_lose_their_place_in_the_cache_are_answered_right(
     found = ask_all(engine, greedy)
     for name, step in zip(names, found, strict=True):
         assert step.tokens == expected(tiny_folder, adapter_folders.get(name or ""), prompt, 120)
-    # More tokens went through the model than they have: some were read again.
+    # The model processed more tokens than they have: some were preempted.
     assert engine.stats().tokens > len(names) * (len(prompt) + 119)
     sampled = [
         GenerationRequest(prompt, 120, name, temperature=0.8, seed=3, repetition_penalty=penalty)
@@ -241,7 +241,7 @@ def test_an_adapter_that_overflows_spoils_no_other_row(
     huge = {path: LoraFactors(1e20 * f.a, 1e5 * f.b, 1.0) for path, f in factors.items()}
     engine = make_engine()
     load_all(engine, adapter_folders)
-    engine.load("huge", huge)
+    asyncio.run(engine.load("huge", AdapterArtifact(huge)))
     prompt = tokens_of(tiny_tokenizer, "hello")
     good = [GenerationRequest(prompt, LENGTH, name) for name in (None, "small", "picks")]
     alone = ask_all(engine, good)
@@ -289,7 +289,7 @@ def test_an_unloaded_adapter_is_gone(
     engine = make_engine()
     adapter = random_adapter("passing", linear_shapes(loaded.model), rank=8)
     held = [weakref.ref(factors.b) for factors in adapter.modules.values()]
-    engine.load("passing", adapter.modules)
+    asyncio.run(engine.load("passing", adapter))
     prompt = tokens_of(tiny_tokenizer, "a")
     ask_all(engine, [GenerationRequest(prompt, 2, "passing")])
     del adapter
@@ -300,6 +300,13 @@ def test_an_unloaded_adapter_is_gone(
     assert not any(found() is not None for found in held)
     with pytest.raises(KeyError):
         ask_all(engine, [GenerationRequest(prompt, 2, "passing")])
+
+
+def test_a_json_schema_is_refused(make_engine: MakeEngine, tiny_tokenizer: Any) -> None:
+    request = GenerationRequest(tokens_of(tiny_tokenizer, "a"), 2, json_schema='{"type": "object"}')
+    with pytest.raises(BadRequestError, match=r"can't make an answer follow .* engine: vllm") as caught:
+        ask_all(make_engine(), [request])
+    assert caught.value.param == "response_format"
 
 
 def test_log_probabilities_are_the_models_own(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from rayft.errors import (
     ArtifactError,
@@ -23,15 +25,18 @@ from rayft.errors import (
     UnknownModelError,
 )
 from rayft.models.load import ModelConfig
+from rayft.numerics import assert_close
 from rayft.serving import replica as replica_module
 from rayft.serving.config import ServeConfig
 from rayft.serving.control.sources import find
 from rayft.serving.control.state import Served, loaded
+from rayft.serving.engine.cpu.engine import CpuEngine
+from rayft.serving.http.responses import Completion
 from rayft.serving.http.schemas import ChatRequest, CompletionRequest, Message
+from rayft.serving.http.streaming import TextForm, collected, events
 from rayft.serving.messages import Delta
-from rayft.serving.packed_engine import PackedEngine
-from rayft.serving.replica import Replica, engine_class
-from rayft.serving.transformers_engine import TransformersEngine
+from rayft.serving.replica import Replica
+from tests.unit.serving.adapters import expected, reference
 
 
 @pytest.fixture(scope="module")
@@ -219,15 +224,169 @@ def test_the_tokens_of_the_scores_join_to_the_answer(replica: Replica) -> None:
         assert one.logprob <= 0
 
 
-def test_one_choice_that_fails_fails_the_request(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = PackedEngine.submit
+def completion(replica: Replica, request: CompletionRequest) -> dict[str, Any]:
+    """Return the body of the answer."""
 
-    def failing(engine: PackedEngine, job: Any) -> Any:
+    async def written() -> dict[str, Any]:
+        deltas = replica.generate(request)
+        return TextForm(request.model).whole(await collected(await anext(deltas), deltas))
+
+    body = asyncio.run(written())
+    TypeAdapter(Completion).validate_python(body)
+    return body
+
+
+def chunks(replica: Replica, request: CompletionRequest) -> list[dict[str, Any]]:
+    """Return the choices in the chunks of a streamed answer."""
+
+    async def written() -> list[str]:
+        deltas = replica.generate(request)
+        first = await anext(deltas)
+        return [event async for event in events(TextForm(request.model), first, deltas, counts=False)]
+
+    *data, _ = asyncio.run(written())
+    return [json.loads(event.removeprefix("data: "))["choices"][0] for event in data]
+
+
+def assert_same(found: list[float], wanted: list[float]) -> None:
+    """Compare log-probabilities up to rounding, which depends on what else is in the batch."""
+    assert_close(torch.tensor(found), torch.tensor(wanted), torch.float32, 64, 8)
+
+
+@pytest.mark.parametrize("model", ["base", "small", "picks"])
+def test_log_likelihoods_are_those_that_lm_eval_reads(
+    replica: Replica, tiny_folder: Path, tiny_tokenizer: Any, adapter_folders: dict[str, str], model: str
+) -> None:
+    questions = [("the capital of France is", " Paris"), ("a", "b"), ("2 + 2 =", " 4, of course")]
+    pairs = [[tiny_tokenizer(part)["input_ids"] for part in pair] for pair in questions]
+    plain = reference(tiny_folder, adapter_folders.get(model))
+    # A continuation that the model itself would write.
+    greedy = expected(tiny_folder, adapter_folders.get(model), pairs[1][0], 3)
+    pairs.append([pairs[1][0], list(greedy)])
+    prompts = [context + continuation for context, continuation in pairs]
+    request = text(prompts, model, max_tokens=1, logprobs=1, echo=True, seed=1234)
+    body = completion(replica, request)
+    for (context, continuation), choice in zip(pairs, body["choices"], strict=True):
+        # As lm_eval.models.openai_completions.LocalCompletionsAPI.parse_logprobs does.
+        values = choice["logprobs"]["token_logprobs"][len(context) : -1]
+        top = choice["logprobs"]["top_logprobs"][len(context) : -1]
+        is_greedy = all(value == max(tops.values()) for value, tops in zip(values, top, strict=True))
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
+        wanted = logits.log_softmax(-1)[range(len(continuation)), continuation]
+        assert_close(torch.tensor(values), wanted, torch.float32, 64, 8)
+        assert is_greedy == (logits.argmax(-1).tolist() == continuation)
+        assert len(values) == len(continuation)
+    assert is_greedy
+    assert body["usage"]["prompt_tokens"] == sum(map(len, prompts))
+    assert body["usage"]["completion_tokens"] == len(prompts)
+
+
+def test_an_echo_begins_the_text_and_the_scores_with_the_prompt(
+    replica: Replica, tiny_tokenizer: Any
+) -> None:
+    written = ["<|im_start|>caf\u00e9", "hello"]
+    tokens = [tiny_tokenizer(one)["input_ids"] for one in written]
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 3, "n": 2, "max_tokens": 4, "model": "small"}
+    silent = completion(replica, text(written, **options, logprobs=2))
+    for prompts in (written, tokens):
+        for asked in (None, 2):
+            body = completion(replica, text(prompts, **options, logprobs=asked, echo=True))
+            assert body["usage"] == silent["usage"]
+            for index, (choice, plain) in enumerate(zip(body["choices"], silent["choices"], strict=True)):
+                prompt = tokens[index // 2]
+                assert choice["text"] == written[index // 2] + plain["text"]
+                if asked is None:
+                    assert choice["logprobs"] is None
+                    continue
+                scores = choice["logprobs"]
+                assert {len(values) for values in scores.values()} == {len(prompt) + 4}
+                assert scores["tokens"][: len(prompt)] == [tiny_tokenizer.decode([one]) for one in prompt]
+                assert scores["tokens"][len(prompt) :] == plain["logprobs"]["tokens"]
+                assert_same(scores["token_logprobs"][len(prompt) :], plain["logprobs"]["token_logprobs"])
+                assert scores["token_logprobs"][0] is scores["top_logprobs"][0] is None
+                assert scores["text_offset"][0] == 0
+                values = zip(scores["tokens"], scores["token_logprobs"], scores["top_logprobs"], strict=True)
+                for token, value, top in list(values)[1:]:
+                    assert token in top
+                    assert top[token] >= value
+                    assert len(top) <= 3
+
+
+def test_a_streamed_echo_comes_first(replica: Replica) -> None:
+    request = text(["hello", "hi"], max_tokens=5, logprobs=1, echo=True)
+    whole = completion(replica, request)["choices"]
+    parts = chunks(replica, request)
+    for index, prompt in enumerate(["hello", "hi"]):
+        mine = [part for part in parts if part["index"] == index]
+        assert mine[0]["text"].startswith(prompt)
+        assert "".join(part["text"] for part in mine) == whole[index]["text"]
+        lists = {
+            name: [one for part in mine if part["logprobs"] for one in part["logprobs"][name]]
+            for name in whole[index]["logprobs"]
+        }
+        assert lists["tokens"] == whole[index]["logprobs"]["tokens"]
+        assert lists["text_offset"] == whole[index]["logprobs"]["text_offset"]
+        assert lists["token_logprobs"][0] is lists["top_logprobs"][0] is None
+        assert_same(lists["token_logprobs"][1:], whole[index]["logprobs"]["token_logprobs"][1:])
+
+
+@pytest.mark.parametrize("logprobs", [None, 0, 1])
+def test_an_echo_may_generate_nothing(replica: Replica, logprobs: int | None) -> None:
+    body = completion(replica, text(["hello", "x"], max_tokens=0, echo=True, logprobs=logprobs))
+    assert [(one["text"], one["finish_reason"]) for one in body["choices"]] == [
+        ("hello", "length"), ("x", "length"),
+    ]  # fmt: skip
+    assert body["usage"]["completion_tokens"] == 0
+    if logprobs is not None:
+        assert [len(one["logprobs"]["tokens"]) for one in body["choices"]] == [5, 1]
+        for top in body["choices"][0]["logprobs"]["top_logprobs"][1:]:
+            assert 1 <= len(top) <= logprobs + 1
+
+
+def test_an_echo_has_the_end_token_among_its_scores(
+    replica: Replica, tiny_folder: Path, tiny_tokenizer: Any
+) -> None:
+    prompt = tiny_tokenizer("hello")["input_ids"]
+    free = expected(tiny_folder, None, prompt, 6)
+    cut = free.index(free[3])
+    plain = completion(replica, text(prompt, max_tokens=6, logprobs=1))["choices"][0]["logprobs"]
+    body = completion(replica, text(prompt, max_tokens=6, logprobs=1, stop_token_ids=[free[3]], echo=True))
+    (choice,) = body["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert len(choice["logprobs"]["tokens"]) == body["usage"]["total_tokens"] == len(prompt) + cut + 1
+    assert choice["logprobs"]["tokens"][-1] == tiny_tokenizer.decode([free[3]])
+    assert_same(choice["logprobs"]["token_logprobs"][len(prompt) :], plain["token_logprobs"][: cut + 1])
+    assert choice["text"] == "hello" + tiny_tokenizer.decode(list(free[:cut]))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_in_a_form_that_the_engine_does_not_know_is_refused_before_it_begins(
+    replica: Replica, stream: bool
+) -> None:
+    forms: Any = [
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array"}}},
+    ]
+    for form in forms:
+        before = asyncio.run(replica.stats())["traffic"].get("base", {}).get("requests")
+        request = text(response_format=form, stream=stream)
+        with pytest.raises(BadRequestError, match="can't make an answer follow a JSON schema") as caught:
+            asyncio.run(anext(replica.generate(request)))
+        assert caught.value.param == "response_format"
+        assert asyncio.run(replica.stats())["traffic"].get("base", {}).get("requests") == before
+    assert answer(replica, text(response_format={"type": "text"}))[-1].finish
+
+
+def test_one_choice_that_fails_fails_the_request(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = CpuEngine.submit
+
+    def failing(engine: CpuEngine, job: Any) -> Any:
         if job.seed == 3:
             raise ResourceError("the engine has stopped")
         return submit(engine, job)
 
-    monkeypatch.setattr(PackedEngine, "submit", failing)
+    monkeypatch.setattr(CpuEngine, "submit", failing)
     with pytest.raises(ResourceError, match="stopped"):
         answer(replica, text(n=3, seed=3, max_tokens=3))
     monkeypatch.undo()
@@ -365,23 +524,6 @@ def test_the_traffic_of_removed_versions_is_deleted(
     assert {key: did["requests"] for key, did in traffic.items()} == {
         "turning@2": 1, "turning@3": 1, "base": 1,
     }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("engine", "device", "dtype", "expected"),
-    [
-        ("auto", "cpu", torch.float32, PackedEngine),
-        ("auto", "cuda", torch.bfloat16, PackedEngine),
-        ("auto", "cuda", torch.float32, TransformersEngine),
-        ("packed", "cuda", torch.float32, PackedEngine),
-        ("transformers", "cpu", torch.float32, TransformersEngine),
-    ],
-)
-def test_the_engine_is_chosen_by_device_and_dtype(
-    engine: Any, device: str, dtype: torch.dtype, expected: type[Any]
-) -> None:
-    config = ServeConfig(model=ModelConfig(name="any"), engine=engine)
-    assert engine_class(config, device, dtype) is expected
 
 
 def test_the_error_about_a_missing_base_names_the_node(

@@ -206,3 +206,17 @@ def test_a_prompt_that_is_empty_or_has_unknown_ids_is_refused(tiny_tokenizer: An
     with pytest.raises(BadRequestError) as caught:
         prompt_tokens(tiny_tokenizer, prompt)
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("step", [1, 3, 100])
+def test_the_tokens_up_to_a_stop_string_are_counted_also_if_several_come_at_once(
+    tiny_tokenizer: Any, step: int
+) -> None:
+    tokens = tiny_tokenizer("some text STOP and more of it")["input_ids"]
+    text = TextStream(decoded(tiny_tokenizer), ("STOP",))
+    ends = [*range(step, len(tokens), step), len(tokens)]
+    next(end for end in ends if text.push(tokens[:end], last=end == len(tokens)) and text.stopped)
+    assert decoded(tiny_tokenizer)(tokens[: text.used]).endswith("STOP")
+    whole = TextStream(decoded(tiny_tokenizer), ("never",))
+    whole.push(tokens, last=True)
+    assert whole.used == len(tokens)

@@ -10,7 +10,7 @@ from openai.types.completion_create_params import CompletionCreateParamsStreamin
 
 from rayft.errors import BadRequestError
 from rayft.serving.http.app import create_app
-from rayft.serving.http.schemas import HARMLESS, NEUTRAL, ChatRequest, CompletionRequest
+from rayft.serving.http.schemas import HARMLESS, ChatRequest, CompletionRequest, JsonSchema
 from tests.unit.serving.http.recording import RecordingGateway
 
 GATEWAY = RecordingGateway()
@@ -18,6 +18,8 @@ CLIENT = TestClient(create_app(GATEWAY))  # type: ignore[arg-type]
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
 PART = {"type": "text", "text": "a"}
+SCHEMA: dict[str, Any] = {"name": "a", "schema": {"type": "array"}}
+FORM: dict[str, Any] = {"type": "json_schema", "json_schema": SCHEMA}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 
 
@@ -94,7 +96,26 @@ def text(**extra: Any) -> CompletionRequest:
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": "json_object"}, "response_format"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type"),
+        ({"response_format": {"schema": {}}}, "response_format.schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "text", "json_schema": SCHEMA}}, "response_format.json_schema"),
+        ({"response_format": {**FORM, "json_schema": {"schema": {}}}}, "response_format.json_schema.name"),
+        ({"response_format": {**FORM, "json_schema": {"name": "a"}}}, "response_format.json_schema.schema"),
+        (
+            {"response_format": {**FORM, "json_schema": {"name": "a", "schema": [1]}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {**FORM, "json_schema": {"name": "a", "schema": {"title": "x" * 65_536}}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {**FORM, "json_schema": {**SCHEMA, "schema_": {}}}},
+            "response_format.json_schema.schema_",
+        ),
+        ({"echo": True}, "echo"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"top_k": -2}, "top_k"),
@@ -189,9 +210,9 @@ def test_logprobs_is_a_number_in_completions_and_a_boolean_in_chat_completions()
         text(logprobs=6)
 
 
-@pytest.mark.parametrize("field", sorted(NEUTRAL))
+@pytest.mark.parametrize("field", sorted(ChatRequest.neutral))
 def test_an_unsupported_field_is_accepted_with_its_default(field: str) -> None:
-    for value in (*NEUTRAL[field], None):
+    for value in (*ChatRequest.neutral[field], None):
         assert chat(**{field: value}) == chat()
 
 
@@ -202,15 +223,18 @@ def test_ignored_fields_are_accepted_with_any_value(value: Any) -> None:
 
 def test_every_field_of_openais_client_is_known() -> None:
     for kind, theirs in ((ChatRequest, ChatParams), (CompletionRequest, TextParams)):
-        known = {*kind.model_fields, *HARMLESS, *NEUTRAL}
+        known = {*kind.model_fields, *HARMLESS, *kind.neutral}
         assert set(theirs.__annotations__) <= known
 
 
 def test_the_schema_lists_ignored_and_unsupported_fields() -> None:
-    schema = ChatRequest.model_json_schema()
-    assert not schema["additionalProperties"]
-    assert {*HARMLESS, *NEUTRAL, *ChatRequest.model_fields} == set(schema["properties"])
-    assert schema["properties"]["tool_choice"]["enum"] == ["none", "auto", None]
+    for kind in (ChatRequest, CompletionRequest):
+        schema = kind.model_json_schema()
+        assert not schema["additionalProperties"]
+        assert {*HARMLESS, *kind.neutral, *kind.model_fields} == set(schema["properties"])
+        assert not kind.model_fields.keys() & {*HARMLESS, *kind.neutral}
+        assert schema["properties"]["tool_choice"]["enum"] == ["none", "auto", None]
+    assert set(JsonSchema.model_json_schema()["properties"]) == {"name", "schema", "description", "strict"}
 
 
 def test_the_token_limit_has_two_names_in_chat_completions() -> None:
@@ -218,6 +242,27 @@ def test_the_token_limit_has_two_names_in_chat_completions() -> None:
     assert (text().limit, text(max_tokens=5).limit) == (None, 5)
     assert (chat().default_max_tokens, text().default_max_tokens) == (None, 16)
     assert chat(max_tokens=3, max_completion_tokens=4).limit == 4
+
+
+def test_only_a_completion_that_echoes_its_prompt_may_generate_nothing() -> None:
+    assert (text(echo=True, max_tokens=0).limit, text(echo=True).limit) == (0, None)
+    assert [text(echo=value).echoes for value in (True, False, None)] == [True, False, False]
+    assert not chat().echoes
+    for body in ({"max_tokens": 0}, {"max_tokens": 0, "echo": False}, {"max_tokens": -1, "echo": True}):
+        with pytest.raises(BadRequestError, match=r"max_tokens.* (at least|greater than or equal)") as caught:
+            text(**body)
+        assert caught.value.param == "max_tokens"
+
+
+def test_a_response_format_becomes_a_json_schema() -> None:
+    for send in (chat, text):
+        assert [send(response_format=form).json_schema for form in (None, {"type": "text"})] == [None, None]
+        assert send(response_format={"type": "json_object"}).json_schema == '{"type": "object"}'
+        assert send(response_format=FORM).json_schema == '{"type": "array"}'
+        named = {**SCHEMA, "strict": True, "description": "a list"}
+        assert send(response_format={**FORM, "json_schema": named}) == send(response_format=FORM)
+    with pytest.raises(BadRequestError, match=r"has 65,5\d\d bytes as JSON; at most 65,536 are accepted"):
+        chat(response_format={**FORM, "json_schema": {"name": "a", "schema": {"title": "x" * 65_536}}})
 
 
 def test_stop_is_a_string_or_a_list_of_strings() -> None:

@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rayft.serving.sampling import Draw, Seen, choose, uniform
+from rayft.serving.engine.cpu.sampling import Draw, Seen, choose, uniform
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.0, -3.0]])
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+from rayft.artifacts import AdapterArtifact
 from rayft.data.chat_format import ChatFormat
-from rayft.methods.base import LoraFactors
-from rayft.models.load import LoadedModel
+from rayft.errors import ResourceError
 
 __all__ = [
     "Engine",
     "EngineLimits",
     "EngineStats",
     "GenerationRequest",
+    "NoRoomError",
     "Progress",
     "TokenLogprob",
     "end_tokens",
@@ -28,9 +29,11 @@ class GenerationRequest:
     prompt: tuple[int, ...]
     """Ids of the prompt's tokens, at least one."""
     max_tokens: int
-    """Largest number of tokens to generate."""
+    """Largest number of tokens to generate; 0 only reads the prompt."""
     adapter: str | None = None
     """Name of a loaded adapter; None for the base."""
+    rank: int | None = None
+    """Lower rank at which a squeezed adapter is used; None for its own."""
     temperature: float = 0.0
     """Temperature; 0 always takes the most likely token."""
     top_p: float = 1.0
@@ -43,13 +46,22 @@ class GenerationRequest:
     """Divides positive logits of tokens in the prompt and the text so far, and multiplies negative ones."""
     stop_tokens: frozenset[int] = frozenset()
     """Tokens that end this request, in addition to those that end every request."""
-    seed: int = 0
-    """Seed of all sampling: the same request with the same seed gives the same tokens."""
+    seed: int | None = None
+    """Seed of all sampling: the same request with the same seed gives the same tokens. None: the engine draws
+    one."""
     logprobs: int | None = None
     """Number of most likely tokens to report beside each token's log-probability; None for neither."""
+    score_prompt: bool = False
+    """Whether to report the log-probabilities of the prompt's tokens too; this needs `logprobs`."""
+    json_schema: str | None = None
+    """JSON schema, as JSON text, that the answer has to follow; None for any text."""
 
 
 STOPPED = "the engine has stopped, and its replica is being replaced; try again"
+NO_SCHEMA = (
+    "this server's engine can't make an answer follow a JSON schema; leave response_format out, or serve "
+    "with engine: vllm on a GPU"
+)
 NOT_FINITE = "the model computed NaN or Inf for this prompt; use another adapter, or serve with dtype float32"
 
 
@@ -89,6 +101,11 @@ class Progress:
     """Why the request ended: an end token or the limit; None while it is running."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """Log-probabilities of `tokens`, if the request asked for them."""
+    prompt: tuple[TokenLogprob | None, ...] = ()
+    """Log-probabilities of the prompt's tokens, if the request asked for them, once the prompt was read; the
+    first one has none."""
+    end: TokenLogprob | None = None
+    """Log-probability of the end token, if the request ended with one and asked for them."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,10 @@ class EngineStats:
     """Largest number of different adapters, counting the base as one, that shared one forward."""
 
 
+class NoRoomError(ResourceError):
+    """An adapter does not fit beside those that are loaded."""
+
+
 class Engine(Protocol):
     """Generates for many requests at once; an engine is ready when its constructor returns."""
 
@@ -116,14 +137,19 @@ class Engine(Protocol):
         """Generate, and yield the progress after each step; closing the iterator ends the request.
 
         Raises:
+            BadRequestError: at once or during the iteration, if the engine can't do what is asked for.
             RequestError: during the iteration, if the engine fails.
         """
 
-    def load(self, name: str, factors: Mapping[str, LoraFactors]) -> None:
-        """Make an adapter usable under a new name."""
+    async def load(self, name: str, artifact: AdapterArtifact) -> None:
+        """Make an adapter usable under a new name, at its own rank and, if it was squeezed, at lower ones.
+
+        Raises:
+            NoRoomError: if another adapter has to be unloaded first.
+        """
 
     def unload(self, name: str) -> None:
-        """Free an adapter that no running request uses."""
+        """Free an adapter that no running request uses, at all its ranks."""
 
     def stats(self) -> EngineStats:
         """Return whether the engine is alive, and its counts."""
@@ -132,8 +158,8 @@ class Engine(Protocol):
         """Fail all running requests, and free the model."""
 
 
-def end_tokens(loaded: LoadedModel) -> list[int]:
+def end_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
     """Return the tokens that end a text: those of generation config, tokenizer and chat template."""
-    configured = getattr(loaded.model.generation_config, "eos_token_id", None)
+    configured = getattr(generation_config, "eos_token_id", None)
     found = set(configured if isinstance(configured, list) else [configured])
-    return sorted({token for token in found if token is not None} | ChatFormat.of(loaded.tokenizer).end_ids)
+    return sorted({token for token in found if token is not None} | ChatFormat.of(tokenizer).end_ids)

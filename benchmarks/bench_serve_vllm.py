@@ -1,0 +1,671 @@
+"""Measure adapters in vLLM on one GPU, beside vLLM without LoRA and vLLM's own LoRA of the same release.
+
+    python benchmarks/bench_serve_vllm.py [--parts inprocess,many,kernels,async,load,http] [--commit HASH]
+
+Also `--parts profile`, and `few` to leave `stock` out.
+
+The model is a Llama shape of 1.0 B parameters (random weights, bfloat16); adapters have the ranks 4, 8, 16
+and 64 in turn, on all linear layers. Three processes hold one engine each on the same GPU and take turns,
+`ROUNDS` times: `base` (no LoRA), `stock` (vLLM's LoRA, max_loras 32, max_lora_rank 64) and `rayft`. While
+one works the others wait. Ratios are of the same round; a result is their median with its 95 % bootstrap
+interval.
+
+    inprocess  vLLM's `LLM` in one process: 32 requests of 128 tokens in and 256 out, of the base, with 8 and
+               with 32 adapters: tokens per second, milliseconds of a decode step, and of the prefill
+    many       rayft alone: the decode step with 8 active adapters of rank 4, and 8, 256, 2048 on the device
+    kernels    names and counts of the GPU kernels in a decode step of base rows, for `base` and `rayft`
+    async      the same as `inprocess`, tokens per second, through AsyncLLM (`rayft`: through `VllmEngine`)
+    profile    GPU time of a prefill by kernel, for `base` and `rayft`
+    load       time to load an adapter of 100 MB, to the first token of one that has to be loaded, and between
+               tokens of 32 requests while one is loaded each second
+    http       64 clients, 128 tokens in and out, against `vllm serve` without adapters and `rayft serve`
+               (base rows, and 32 adapters), streaming and not: tokens per second, time to the first token
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.bench_train_step import SHAPES
+from benchmarks.records import record, save
+
+ROUNDS, SERVED_ROUNDS = 7, 5
+ROWS, PROMPT, NEW = 32, 128, 256
+RANKS = (4, 8, 16, 64)
+KINDS = ("base", "stock", "rayft")
+CASES = (0, 8, 32)
+MANY = (8, 256, 2048)
+MEMORY = {"base": 0.15, "stock": 0.2, "rayft": 0.45}
+ARENA = 22 * 10**9
+WORK = Path("/tmp/rayft-bench-vllm")  # noqa: S108
+CLIENTS = 64
+PORTS = {"vllm": 9001, "rayft": 9002}
+SERVED = [("vllm", "base"), ("rayft", "base"), ("rayft", "32_adapters")]
+NAMES = {0: "base", 8: "8_adapters", 32: "32_adapters"}
+
+
+def prepare() -> None:
+    """Write the base and the adapters, once."""
+    if (WORK / "ready").exists():
+        return
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rayft.models.targets import linear_shapes
+
+    shutil.rmtree(WORK, ignore_errors=True)
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES["1b"], max_position_embeddings=4096, eos_token_id=None)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(WORK / "base")
+    tokenizer().save_pretrained(WORK / "base")
+    shapes = linear_shapes(model)
+    del model
+    for number in range(32):
+        adapter(shapes, RANKS[number % len(RANKS)]).save(WORK / f"a{number}")
+    adapter(shapes, 4).save(WORK / "rank4")
+    adapter(shapes, 72).save(WORK / "large")
+    torch.cuda.empty_cache()
+    (WORK / "ready").touch()
+
+
+def tokenizer() -> Any:
+    """Return a tokenizer with a word for each of the model's tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(SHAPES["1b"]["vocab_size"])}
+    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", pad_token="w1")
+
+
+def adapter(shapes: dict[str, tuple[int, int]], rank: int) -> Any:
+    """Return a random adapter."""
+    from rayft.artifacts import AdapterArtifact, ArtifactMeta
+    from rayft.methods.base import LoraFactors
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).mul_(0.02).cpu()
+
+    modules = {path: LoraFactors(normal(rank, i), normal(o, rank), 1.0) for path, (o, i) in shapes.items()}
+    return AdapterArtifact(modules, meta=ArtifactMeta(base_model="1b"))
+
+
+def prompts() -> list[list[int]]:
+    """Return the same prompts in every process."""
+    chosen = random.Random(0)
+    return [[chosen.randrange(5, 32000) for _ in range(PROMPT)] for _ in range(ROWS)]
+
+
+def options(kind: str) -> dict[str, Any]:
+    """Return vLLM's arguments."""
+    known: dict[str, Any] = {
+        "model": str(WORK / "base"),
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "max_model_len": 1024,
+        "max_num_seqs": ROWS,
+        "gpu_memory_utilization": MEMORY[kind],
+        "enable_prefix_caching": False,
+        "seed": 0,
+    }
+    if kind != "base":
+        known |= {"enable_lora": True, "max_loras": 32, "max_lora_rank": 64}
+    if kind == "rayft":
+        known["additional_config"] = {"rayft": {"adapter_bytes": ARENA}}
+        known["worker_extension_cls"] = "rayft.serving.engine.vllm.worker.WorkerExtension"
+    return known
+
+
+class InProcess:
+    """vLLM's `LLM`, its engine in the same process."""
+
+    def __init__(self, kind: str) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        self._llm = LLM(**options(kind))
+        self._requests = [LoRARequest(f"a{n}", n + 1, str(WORK / f"a{n}")) for n in range(32)]
+        if kind != "base":
+            for request in self._requests:
+                self._llm.llm_engine.add_lora(request)
+        self._request: Callable[..., Any] = LoRARequest
+
+    def close(self) -> None:
+        """Do nothing: the process ends."""
+
+    def measure(self, adapters: int) -> dict[str, float]:
+        """Measure a case: tokens/s, milliseconds of a decode step and of the prefill."""
+        chosen = [self._requests[n % adapters] for n in range(ROWS)] if adapters else None
+        return self._timed(chosen)
+
+    def many(self, _: int) -> dict[str, float]:
+        """Measure the decode step with 8 active adapters of rank 4 and more and more on the device."""
+        from rayft.artifacts import AdapterArtifact
+        from rayft.serving.engine.vllm.files import written
+
+        found = {}
+        every: list[Any] = []
+        self._llm.collective_rpc("rayft_unload", args=([request.lora_int_id for request in self._requests],))
+        with written(AdapterArtifact.load(WORK / "rank4"), torch.bfloat16) as path:
+            for count in MANY:
+                for number in range(len(every), count):
+                    every.append(self._request(f"m{number}", 1000 + number, str(path)))
+                    self._llm.llm_engine.add_lora(every[-1])
+                # Spread over all that are there.
+                active = [every[(n % 8) * (count // 8)] for n in range(ROWS)]
+                found[f"{count}"] = statistics.median(self._timed(active)["step"] for _ in range(5))
+        return found
+
+    def profile(self, adapters: int) -> dict[str, float]:
+        """Sum up the GPU time of a prefill by kernel, in milliseconds, and the time of the whole."""
+        chosen = [self._requests[n % adapters] for n in range(ROWS)] if adapters else None
+        self._generate(chosen, 1)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            took, _ = self._generate(chosen, 1)
+            torch.cuda.synchronize()
+        spent: collections.Counter[str] = collections.Counter()
+        for event in profile.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                spent[event.name[:60]] += event.device_time / 1e3
+        return {"whole": took * 1e3, "gpu": sum(spent.values()), **dict(spent.most_common(14))}
+
+    def kernels(self, _: int) -> dict[str, float]:
+        """Count the GPU kernels of base rows by name, over a short generation."""
+        self._generate(None, 8)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self._generate(None, 8)
+            torch.cuda.synchronize()
+        # Inductor names a kernel after the operators around it.
+        names = (event.name.replace("adapted_linear_", "") for event in profile.events())
+        kinds = [name.rsplit("_", 1)[0] if name.startswith("triton_") else name for name in names]
+        return dict(collections.Counter(kind for kind in kinds if "Memcpy" not in kind))
+
+    def _timed(self, chosen: list[Any] | None) -> dict[str, float]:
+        first = statistics.median(self._generate(chosen, 1)[0] for _ in range(3))
+        whole, made = self._generate(chosen, NEW)
+        return {"tokens": made / whole, "step": (whole - first) / (NEW - 1) * 1e3, "prefill": first * 1e3}
+
+    def _generate(self, chosen: list[Any] | None, tokens: int) -> tuple[float, int]:
+        from vllm import SamplingParams
+
+        asked = [{"prompt_token_ids": ids} for ids in prompts()]
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0, detokenize=False)
+        begin = time.perf_counter()
+        outputs = self._llm.generate(asked, params, lora_request=chosen, use_tqdm=False)
+        took = time.perf_counter() - begin
+        return took, sum(len(output.outputs[0].token_ids) for output in outputs)
+
+
+class Async:
+    """AsyncLLM, its engine in another process; rayft's through `VllmEngine`."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._runner = asyncio.Runner()
+        self._runner.run(self._start())
+
+    async def _start(self) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        if self._kind == "rayft":
+            from rayft.artifacts import AdapterArtifact
+            from rayft.serving.engine.api import EngineLimits
+            from rayft.serving.engine.vllm.engine import VllmEngine, VllmOptions
+
+            known = options("rayft")
+            extra = {name: known[name] for name in ("skip_tokenizer_init", "max_model_len", "seed")}
+            extra["enable_prefix_caching"] = False
+            made = VllmOptions(
+                known["model"], None, torch.bfloat16, ARENA // 4, memory=MEMORY["rayft"], extra=extra
+            )
+            self._engine: Any = VllmEngine(made, EngineLimits(ROWS, 0, 0), [])
+            self._large = AdapterArtifact.load(WORK / "large")
+            begin = time.perf_counter()
+            for number in range(32):
+                await self._engine.load(f"a{number}", AdapterArtifact.load(WORK / f"a{number}"))
+            print(f"rayft: 32 adapters read and loaded in {time.perf_counter() - begin:.1f} s", flush=True)
+            return
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options(self._kind)))
+        self._requests = [LoRARequest(f"a{n}", n + 1, str(WORK / f"a{n}")) for n in range(32)]
+        if self._kind == "stock":
+            for request in self._requests:
+                await self._engine.add_lora(request)
+
+    def close(self) -> None:
+        """End the engine's process."""
+        (self._engine.stop if self._kind == "rayft" else self._engine.shutdown)()
+
+    def measure(self, adapters: int) -> dict[str, float]:
+        """Measure a case: tokens/s."""
+        return self._runner.run(self._measure(adapters))
+
+    async def _measure(self, adapters: int) -> dict[str, float]:
+        begin = time.perf_counter()
+        await asyncio.gather(*[self._one(n, n % adapters if adapters else None) for n in range(ROWS)])
+        return {"tokens": ROWS * NEW / (time.perf_counter() - begin)}
+
+    async def _one(self, row: int, adapter: int | None, tokens: int = NEW) -> list[float]:
+        """Generate for one row; return when each part came."""
+        times: list[float] = []
+        if self._kind == "rayft":
+            from rayft.serving.engine.api import GenerationRequest
+
+            job = GenerationRequest(
+                tuple(prompts_once()[row]), tokens, None if adapter is None else f"a{adapter}"
+            )
+            async for _ in self._engine.submit(job):
+                times.append(time.perf_counter())
+            return times
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=tokens, ignore_eos=True, temperature=0, detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )  # fmt: skip
+        async for _ in self._engine.generate(
+            {"prompt_token_ids": prompts_once()[row]}, params, f"{time.perf_counter_ns()}-{row}",
+            lora_request=None if adapter is None else self._requests[adapter],
+        ):  # fmt: skip
+            times.append(time.perf_counter())
+        return times
+
+    def load(self, _: int) -> dict[str, float]:
+        """Measure loads, and the time between tokens without and with one each second."""
+        return self._runner.run(self._load())
+
+    async def _load(self) -> dict[str, float]:
+        from rayft.serving.engine.api import GenerationRequest
+
+        found: dict[str, float] = {}
+        took, first = [], []
+        for number in range(6):
+            begin = time.perf_counter()
+            await self._engine.load(f"large{number}", self._large)
+            took.append(time.perf_counter() - begin)
+            async for _ in self._engine.submit(GenerationRequest(tuple(range(5, 133)), 1, f"large{number}")):
+                first.append(time.perf_counter() - begin)
+                break
+            self._engine.unload(f"large{number}")
+        size = sum(f.a.nbytes + f.b.nbytes for f in self._large.modules.values())
+        found |= {"mb": size / 1e6, "ms": statistics.median(took) * 1e3}
+        found["first_token_ms"] = statistics.median(first) * 1e3
+
+        async def gaps() -> list[float]:
+            rows = await asyncio.gather(*[self._one(n, n, 800) for n in range(ROWS)])
+            return sorted(b - a for row in rows for a, b in pairwise(row[20:]))
+
+        async def turning() -> None:
+            number = 0
+            while True:
+                begin = time.perf_counter()
+                name = f"turning{number}"
+                await self._engine.load(name, self._large)
+                self._engine.unload(name)
+                number += 1
+                await asyncio.sleep(max(0, 1 - (time.perf_counter() - begin)))
+
+        for turn in range(3):
+            quiet = await gaps()
+            task = asyncio.create_task(turning())
+            busy = await gaps()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            for name, values in (("quiet", quiet), ("loading", busy)):
+                for share in (50, 99):
+                    key = f"{name}_p{share}_ms/{turn}"
+                    found[key] = values[min(len(values) - 1, len(values) * share // 100)] * 1e3
+        return found
+
+
+_prompts: list[list[int]] = []
+
+
+def prompts_once() -> list[list[int]]:
+    """Return the prompts, made once in each process."""
+    if not _prompts:
+        _prompts.extend(prompts())
+    return _prompts
+
+
+def child(kind: str, how: str, pipe: Connection) -> None:
+    """Hold one engine, and measure what the parent asks for."""
+    engine = (InProcess if how == "inprocess" else Async)(kind)
+    # Once without measuring: what is compiled at first use.
+    for case in CASES if kind != "base" else (0,):
+        engine.measure(case)
+    pipe.send("ready")
+    while (asked := pipe.recv()) is not None:
+        what, case = asked
+        pipe.send(getattr(engine, what)(case))
+    engine.close()
+
+
+class Children:
+    """The processes with an engine each."""
+
+    def __init__(self, how: str, kinds: Sequence[str] = KINDS) -> None:
+        context = get_context("spawn")
+        self.kinds = tuple(kinds)
+        self._pipes: dict[str, Connection] = {}
+        self._processes = []
+        for kind in kinds:
+            mine, theirs = context.Pipe()
+            process = context.Process(target=child, args=(kind, how, theirs))
+            process.start()
+            self._pipes[kind] = mine
+            self._processes.append(process)
+            # One after the other, since vLLM measures how much memory is free while it starts.
+            self._wait(kind, process)
+
+    def _wait(self, kind: str, process: Any) -> None:
+        while not self._pipes[kind].poll(1):
+            if not process.is_alive():
+                raise SystemExit(f"{kind} ended with {process.exitcode}")
+        print(f"{kind}: {self._pipes[kind].recv()}", flush=True)
+
+    def ask(self, kind: str, what: str, case: int = 0) -> dict[str, Any]:
+        """Let one measure."""
+        self._pipes[kind].send((what, case))
+        found: dict[str, Any] = self._pipes[kind].recv()
+        return found
+
+    def close(self) -> None:
+        """End all processes."""
+        for pipe, process in zip(self._pipes.values(), self._processes, strict=True):
+            pipe.send(None)
+            process.join(30)
+            if process.is_alive():
+                process.kill()
+
+
+def rounds(children: Children) -> dict[tuple[str, int], list[dict[str, float]]]:
+    """Measure all cases of all engines, in turn."""
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    pairs = [(kind, case) for kind in children.kinds for case in CASES if kind != "base" or case == 0]
+    order = random.Random(0)
+    for _ in range(ROUNDS):
+        order.shuffle(pairs)
+        for kind, case in pairs:
+            found.setdefault((kind, case), []).append(children.ask(kind, "measure", case))
+    return found
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Return the 95 % bootstrap interval of a median."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2000))
+    return {"ci_low": medians[50], "ci_high": medians[-51], "n": len(values)}
+
+
+def compared(how: str, found: dict[tuple[str, int], list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """Turn the rounds into results, and print them."""
+    records: list[dict[str, Any]] = []
+
+    def put(case: str, metric: str, values: Sequence[float], unit: str) -> None:
+        middle = statistics.median(values)
+        records.append(record("serve_vllm", case, metric, round(middle, 4), unit, **interval(values)))
+        print(f"{case:40} {metric:22} {middle:10.3f} {unit}", flush=True)
+
+    base = found["base", 0]
+    put(f"vllm/base/1b/{ROWS}rows/{how}", "tokens_per_s", [one["tokens"] for one in base], "1/s")
+    for (kind, case), values in found.items():
+        if kind == "base":
+            continue
+        name = f"{NAMES[case]}/1b/{ROWS}rows/{how}"
+        if kind == "stock":
+            put(f"stock/{name}", "tokens_per_s", [one["tokens"] for one in values], "1/s")
+            continue
+        put(name, "tokens_per_s", [one["tokens"] for one in values], "1/s")
+        for metric in ("step", "prefill"):
+            if metric in values[0]:
+                put(name, f"{metric}_ms", [one[metric] for one in values], "ms")
+                ratios = [mine[metric] / theirs[metric] for mine, theirs in zip(values, base, strict=True)]
+                put(name, f"{metric}_over_vllm", ratios, "x")
+        ratios = [theirs["tokens"] / mine["tokens"] for mine, theirs in zip(values, base, strict=True)]
+        put(name, "time_over_vllm", ratios, "x")
+        if ("stock", case) not in found:
+            continue
+        stock = found["stock", case]
+        ratios = [mine["tokens"] / theirs["tokens"] for mine, theirs in zip(values, stock, strict=True)]
+        put(name, "tokens_over_stock", ratios, "x")
+    return records
+
+
+def inprocess(parts: Sequence[str]) -> list[dict[str, Any]]:
+    """Run the parts with vLLM's `LLM`."""
+    children, records = Children("inprocess", ("base", "rayft") if "few" in parts else KINDS), []
+    if "inprocess" in parts:
+        records += compared("inprocess", rounds(children))
+    if "profile" in parts:
+        for kind, case in (("base", 0), ("rayft", 0), ("rayft", 8), ("rayft", 32)):
+            print(f"prefill of {kind}, {case} adapters:", flush=True)
+            for name, spent in children.ask(kind, "profile", case).items():
+                print(f"    {name:62} {spent:8.3f} ms", flush=True)
+    if "kernels" in parts:
+        base, rayft = (children.ask(kind, "kernels") for kind in ("base", "rayft"))
+        more = {name: (base.get(name, 0), rayft.get(name, 0)) for name in {*base, *rayft}}
+        differing = {name: counts for name, counts in more.items() if counts[0] != counts[1]}
+        print("kernels of base rows that differ:", json.dumps(differing, indent=1)[:4000], flush=True)
+        records.append(record("serve_vllm", "base/kernels", "differing", len(differing), "kernels"))
+    if "many" in parts:
+        steps = children.ask("rayft", "many")
+        for count, step in steps.items():
+            case = f"{count}_on_device/1b/{ROWS}rows"
+            records.append(record("serve_vllm", case, "step_ms", round(step, 4), "ms"))
+            records.append(record("serve_vllm", case, "over_8", round(step / steps[str(MANY[0])], 4), "x"))
+            print(f"{case:40} step {step:.3f} ms", flush=True)
+    children.close()
+    return records
+
+
+def asynchronous(parts: Sequence[str]) -> list[dict[str, Any]]:
+    """Run the parts with AsyncLLM."""
+    children, records = Children("async", KINDS if "async" in parts else ("rayft",)), []
+    if "async" in parts:
+        records += compared("async", rounds(children))
+    if "load" in parts:
+        for name, value in children.ask("rayft", "load").items():
+            print(f"load {name:30} {value:.3f}", flush=True)
+            unit = "MB" if name == "mb" else "ms"
+            records.append(record("serve_vllm", "load", name, round(value, 4), unit))
+    children.close()
+    return records
+
+
+def rayft_server() -> None:
+    """Serve with rayft until the process is ended."""
+    import ray
+
+    from rayft.models.load import ModelConfig
+    from rayft.serving.build import run
+    from rayft.serving.config import ServeConfig
+
+    ray.init(namespace="rayft", include_dashboard=False)
+    config = ServeConfig(
+        model=ModelConfig(name=str(WORK / "base")),
+        engine="vllm",
+        adapters={f"a{n}": str(WORK / f"a{n}") for n in range(32)},
+        port=PORTS["rayft"],
+        gpu_memory=0.4,
+        max_running=CLIENTS,
+        device_bytes="2GB",
+        fetched=str(WORK / "fetched"),
+    )
+    run(config)
+
+
+def vllm_server() -> list[str]:
+    """Return the command of vLLM's own server."""
+    return [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(WORK / "base"),
+        "--served-model-name", "base", "--port", str(PORTS["vllm"]), "--max-model-len", "1024",
+        "--max-num-seqs", str(CLIENTS), "--gpu-memory-utilization", "0.3", "--dtype", "bfloat16",
+    ]  # fmt: skip
+
+
+async def clients(kind: str, models: Sequence[str], stream: bool, seed: int) -> list[tuple[float, float]]:
+    """Send a request for each model at once; return when each began to be answered and when it ended."""
+    import aiohttp
+
+    chosen = random.Random(seed)
+    url = f"http://127.0.0.1:{PORTS[kind]}/v1/completions"
+
+    async def one(session: aiohttp.ClientSession, model: str) -> tuple[float, float]:
+        ids = [chosen.randrange(5, 32000) for _ in range(PROMPT)]
+        body = {"model": model, "prompt": ids, "max_tokens": PROMPT, "temperature": 0, "stream": stream}
+        begin, first = time.perf_counter(), 0.0
+        async with session.post(url, json=body) as answer:
+            assert answer.status == 200, await answer.text()
+            if not stream:
+                used = (await answer.json())["usage"]
+                assert used["completion_tokens"] == PROMPT, used
+                return 0.0, time.perf_counter() - begin
+            async for line in answer.content:
+                if not first and line.startswith(b"data: {") and json.loads(line[6:])["choices"][0]["text"]:
+                    first = time.perf_counter() - begin
+        return first, time.perf_counter() - begin
+
+    timeout = aiohttp.ClientTimeout(total=120)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+        return list(await asyncio.gather(*[one(session, model) for model in models]))
+
+
+def client(pipe: Connection) -> None:
+    """Be some of the clients."""
+    while (asked := pipe.recv()) is not None:
+        pipe.send(asyncio.run(clients(*asked)))
+
+
+def http() -> list[dict[str, Any]]:
+    """Compare the two servers."""
+    context = get_context("spawn")
+    servers = [subprocess.Popen(vllm_server()), subprocess.Popen([sys.executable, __file__, "--serve"])]
+    for kind, port in PORTS.items():
+        wait_for(port)
+        print(f"{kind} answers", flush=True)
+    pipes = []
+    for _ in range(8):
+        mine, other = context.Pipe()
+        context.Process(target=client, args=(other,), daemon=True).start()
+        pipes.append(mine)
+    found: dict[tuple[str, str, bool], list[dict[str, float]]] = {}
+    # The first round warms up.
+    for turn in range(SERVED_ROUNDS + 1):
+        for stream in (False, True):
+            for kind, case in SERVED[turn % 3 :] + SERVED[: turn % 3]:
+                values = requests(pipes, kind, case, stream=stream, seed=1000 * turn)
+                if turn:
+                    found.setdefault((kind, case, stream), []).append(values)
+    for server in servers:
+        server.terminate()
+    return served(found)
+
+
+def wait_for(port: int) -> None:
+    """Wait until a server answers."""
+    until = time.monotonic() + 240
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=2).read()
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
+        else:
+            return
+
+
+def requests(
+    pipes: Sequence[Connection], kind: str, case: str, *, stream: bool, seed: int
+) -> dict[str, float]:
+    """Let all clients send a request at once, and wait for all answers."""
+    names = [f"a{n % 32}" if case == "32_adapters" else "base" for n in range(CLIENTS)]
+    share = CLIENTS // len(pipes)
+    begin = time.perf_counter()
+    for index, pipe in enumerate(pipes):
+        mine = names[index * share : (index + 1) * share]
+        pipe.send((kind, mine, stream, seed + index + 50 * stream))
+    answers = [one for pipe in pipes for one in pipe.recv()]
+    took = time.perf_counter() - begin
+    first = statistics.median(one[0] for one in answers)
+    return {"tokens": CLIENTS * PROMPT / took, "first": first * 1e3}
+
+
+def served(found: dict[tuple[str, str, bool], list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """Turn the rounds into results, and print them."""
+    records = []
+    for (kind, case, stream), values in found.items():
+        base = found["vllm", "base", stream]
+        name = f"http/{kind}/{case}/{'stream' if stream else 'whole'}/{CLIENTS}clients"
+
+        def over(metric: str, mine: Any = values, theirs: Any = base) -> list[float]:
+            return [one[metric] / other[metric] for one, other in zip(mine, theirs, strict=True)]
+
+        metrics = {"tokens_per_s": [one["tokens"] for one in values], "rate_over_vllm": over("tokens")}
+        if stream:
+            metrics["first_token_ms"] = [one["first"] for one in values]
+            metrics["first_token_over_vllm"] = over("first")
+        for metric, each in metrics.items():
+            unit = "x" if "over" in metric else "ms" if "ms" in metric else "1/s"
+            middle = statistics.median(each)
+            records.append(record("serve_vllm", name, metric, round(middle, 4), unit, **interval(each)))
+            print(f"{name:48} {metric:22} {middle:10.3f} {unit}", flush=True)
+    return records
+
+
+def main() -> None:
+    """Run the parts, and save the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", default="inprocess,many,kernels,async,load,http")
+    parser.add_argument("--commit", help="commit that is measured, where there is no git")
+    parser.add_argument("--serve", action="store_true", help="serve with rayft (used by the part http)")
+    arguments = parser.parse_args()
+    if arguments.serve:
+        rayft_server()
+        return
+    parts = arguments.parts.split(",")
+    prepare()
+    for known, run in ((("inprocess", "many", "kernels"), inprocess), (("async", "load"), asynchronous)):
+        if set(known) & set(parts):
+            keep(run(parts), arguments.commit)
+    if "http" in parts:
+        keep(http(), arguments.commit)
+
+
+def keep(records: list[dict[str, Any]], commit: str | None) -> None:
+    """Save results."""
+    save("serve_vllm", [{**item, "commit": commit} for item in records] if commit else records)
+
+
+if __name__ == "__main__":
+    main()

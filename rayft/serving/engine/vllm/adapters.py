@@ -1,0 +1,191 @@
+"""Adds each token's adapter to a linear layer's product, in compiled models and in captured CUDA graphs.
+
+A layer calls one operator that torch.compile does not look into, and that returns a new tensor, so the
+compiler copies nothing and sees no branch on whether a step has adapters. Inside, Python decides: a step
+without adapters launches nothing more than the base. A graph holds what was decided when it was captured, so
+the caller must keep graphs of steps with and without adapters apart, as vLLM does.
+
+What changes from step to step is read from fixed addresses: the slot of each token (`Batch.slots`), and the
+factors of each slot (`AdapterTable.entries`). The first layer of a step sorts the tokens and looks up their
+factors, which is part of the graph.
+
+Shapes: N tokens, I inputs, O outputs of a fused layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rayft.kernels.grouped_lora import DECODE, AdapterTable, Rows, Tuning, grouped_lora
+from rayft.kernels.segment_lora import BASE_SLOT
+from rayft.serving.engine.vllm.shard import Part
+
+__all__ = ["AdaptedLinear", "Batch", "Product", "Site"]
+
+Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Computes the base's product (N × O) from the input (N × I) and the bias (O,)."""
+
+
+@dataclass(eq=False)
+class Site:
+    """A linear layer of the engine, which may fuse several of the model's files, such as q, k and v."""
+
+    group: int
+    """Its index in the table's groups."""
+    parts: tuple[Part, ...]
+    """What it fuses, in the order of its outputs."""
+    product: Product
+    weight: Callable[[], torch.Tensor] | None = None
+    """Returns the base's weight (O × I); None if it is quantised."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of outputs of each part."""
+        return [part.size for part in self.parts]
+
+
+class Batch:
+    """The tokens of the step that runs now: which slot each of them uses."""
+
+    def __init__(self, table: AdapterTable, tokens: int, requests: int, captured: Collection[int]) -> None:
+        """Begin with a step without adapters.
+
+        Args:
+            table: the adapters.
+            tokens: largest number of tokens in a step.
+            requests: largest number of requests in a step.
+            captured: numbers of tokens for which graphs may be captured.
+        """
+        self._table, self._requests = table, requests
+        self._captured = frozenset(captured)
+        self._padded = max(self._captured, default=0)
+        self.slots = torch.zeros(max(tokens, self._padded), dtype=torch.int32, device=table.entries.device)
+        """Slot of each token, then the base's up to the largest captured number of tokens: (N,), int32."""
+        self._last = np.zeros(0, dtype=np.int32)
+        self._kept: dict[int, Rows] = {}
+        self._rows: Rows | None = None
+        self._first: Site | None = None
+        self.active = False
+        """Whether the step has a request with an adapter."""
+
+    def assign(self, slots: np.ndarray | None) -> None:
+        """Set the slot of each token (N,), int32, of the next step; None if no request has an adapter."""
+        self.active = slots is not None
+        if slots is None:
+            if len(self._last):
+                # In case a graph with adapters is replayed for this step too.
+                self.slots.zero_()
+                self._last = self._last[:0]
+            return
+        if np.array_equal(slots, self._last):
+            return
+        padded = np.full(max(len(slots), self._padded), BASE_SLOT, dtype=np.int32)
+        padded[: len(slots)] = slots
+        host = torch.from_numpy(padded)
+        if self.slots.is_cuda:
+            # PyTorch reuses pinned memory only when the copy out of it is done.
+            host = host.pin_memory()
+        self.slots[: len(padded)].copy_(host, non_blocking=True)
+        self._last = slots
+
+    def compute(self, site: Site, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Compute a layer's output (…, O) from its input (…, I), with the adapters of its tokens."""
+        if not self.active:
+            return site.product(x, bias)
+        x_NI = x.reshape(-1, x.shape[-1])
+        self._first = self._first or site
+        if site is self._first or self._rows is None or self._rows.count != len(x_NI):
+            self._rows = self._buffers(len(x_NI))
+            self._rows.prepare()
+        if site.weight is not None and len(x_NI) > DECODE:
+            # The adapters write y first, and the base's product is added to it, which saves a pass over y.
+            y_NO = x_NI.new_empty(len(x_NI), sum(site.sizes))
+            grouped_lora(x_NI, y_NO.split(site.sizes, dim=1), self._rows, site.group, accumulate=False)
+            y_NO.addmm_(x_NI, site.weight().t())
+            if bias is not None:
+                y_NO.add_(bias)
+            return y_NO.view(*x.shape[:-1], y_NO.shape[1])
+        y = site.product(x, bias)
+        ys = y.view(-1, y.shape[-1]).split(site.sizes, dim=1)
+        grouped_lora(x_NI, ys, self._rows, site.group)
+        return y
+
+    def warm_up(self) -> None:
+        """Compile the kernels for all numbers of tokens; otherwise a request would wait for that."""
+        table, known = self._table, set()
+        if not table.entries.is_cuda:
+            return
+        shapes = {(group.inputs, tuple(group.outputs.values())): n for n, group in enumerate(table.groups)}
+        for count in range(1, len(self.slots) + 1):
+            tuning = Tuning.choose(count, table.entries.device)
+            chunks = tuple(tuning.chunk(count, inputs, len(outputs)) for inputs, outputs in shapes)
+            kind = tuning, chunks, min(256, max(16, 1 << (count - 1).bit_length()))
+            if kind in known:
+                continue
+            known.add(kind)
+            rows = self._buffers(count)
+            rows.prepare()
+            for (inputs, outputs), group in shapes.items():
+                x_NI = torch.zeros(count, inputs, dtype=table.dtype, device=table.entries.device)
+                ys = x_NI.new_zeros(count, sum(outputs)).split(outputs, dim=1)
+                grouped_lora(x_NI, ys, rows, group)
+                if count > DECODE:
+                    grouped_lora(x_NI, ys, rows, group, accumulate=False)
+
+    def _buffers(self, count: int) -> Rows:
+        if count in self._kept:
+            return self._kept[count]
+        distinct = min(count, self._requests) + 1
+        rows = Rows(self._table, count, slots=self.slots[:count], distinct=distinct)
+        if count in self._captured:
+            # Graphs hold the addresses of these buffers.
+            self._kept[count] = rows
+        return rows
+
+
+class AdaptedLinear:
+    """Computes a layer's product with the adapters of the step that runs now."""
+
+    _known: list[tuple[Site, Batch, torch.Tensor]] = []
+    _numbers: dict[int, int] = {}
+
+    def __init__(self, site: Site, batch: Batch) -> None:
+        # A tensor stands for the layer, so that layers that are otherwise alike share one compiled graph. It
+        # is on the device, because Inductor takes the output of an operator with an input on the CPU for
+        # unaligned, and compiles slower kernels for what reads it. It is known by its address, which is read
+        # without waiting for the device.
+        self._handle = torch.tensor([len(self._known)], device=batch.slots.device)
+        self._numbers[self._handle.data_ptr()] = len(self._known)
+        # Kept, so that no other tensor gets the address.
+        self._known.append((site, batch, self._handle))
+        self._outputs = sum(site.sizes)
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute (N × I) → (N × O)."""
+        found: torch.Tensor = torch.ops.rayft.adapted_linear(x, self._handle, bias, self._outputs)
+        return found
+
+
+def _adapted_linear(
+    x: torch.Tensor, handle: torch.Tensor, bias: torch.Tensor | None, outputs: int
+) -> torch.Tensor:
+    number = AdaptedLinear._numbers.get(handle.data_ptr())
+    site, batch, _ = AdaptedLinear._known[int(handle) if number is None else number]
+    return batch.compute(site, x, bias)
+
+
+def _shape_only(
+    x: torch.Tensor, handle: torch.Tensor, bias: torch.Tensor | None, outputs: int
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+_library = torch.library.Library("rayft", "FRAGMENT")
+_library.define("adapted_linear(Tensor x, Tensor handle, Tensor? bias, int outputs) -> Tensor")
+for _key in ("CPU", "CUDA"):
+    _library.impl("adapted_linear", _adapted_linear, _key)
+torch.library.register_fake("rayft::adapted_linear", _shape_only, lib=_library)
