@@ -48,6 +48,7 @@ __all__ = [
     "DECODE",
     "FIELDS",
     "SLICES",
+    "WIDEST",
     "AdapterTable",
     "Group",
     "Rows",
@@ -56,6 +57,7 @@ __all__ = [
     "place",
     "reference",
     "tile_bound",
+    "variant",
 ]
 
 FIELDS = 8
@@ -65,6 +67,8 @@ ALIGNED, UNIT = 16, 8
 """Factors begin at multiples of 16 bytes, and rows of B at multiples of 8 numbers; see `place`."""
 SLICES = 4
 """The most linears in a group."""
+WIDEST = 256
+"""The largest rank in a table, unless the table is made for another one."""
 DECODE = 256
 """The most rows of a batch that is treated as decoding, with few rows for each slot."""
 
@@ -134,6 +138,18 @@ def tile_bound(n_rows: int, n_slots: int, tile: int) -> int:
     return distinct + (n_rows - distinct) // tile
 
 
+def _rows_at_once(n_rows: int) -> int:
+    """Return how many rows `describe` reads at once."""
+    return min(256, max(16, 1 << (n_rows - 1).bit_length()))
+
+
+def variant(n_rows: int, groups: Sequence[Group], device: torch.device | str) -> tuple[object, ...]:
+    """Return what the kernels are compiled for: equal for numbers of rows that need no other kernels."""
+    tuning = Tuning.choose(n_rows, device)
+    chunks = [tuning.chunk(n_rows, group.inputs, len(group.outputs)) for group in groups]
+    return tuning, _rows_at_once(n_rows), *chunks
+
+
 class AdapterTable:
     """The factors of every slot in every layer, and their addresses, for the kernels to read.
 
@@ -148,7 +164,7 @@ class AdapterTable:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-        widest: int = 256,
+        widest: int = WIDEST,
     ) -> None:
         """Make an empty table.
 
@@ -275,7 +291,7 @@ class Plan:
             (self._tiles.shape[0], 1, 1),
             (self._sorted, self._table.entries, self._tiles, self._rows),
             (n_rows, self._n_tiles),
-            (FIELDS, tile, min(256, max(16, 1 << (n_rows - 1).bit_length()))),
+            (FIELDS, tile, _rows_at_once(n_rows)),
         )
 
     def add(self, x: torch.Tensor, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 import socket
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -128,8 +129,10 @@ def check(config: ServeConfig) -> None:
     """
     _check_port(config.host, config.port)
     resolved(config.keys)
-    check_engine(config, engine_of(config))
-    _check_gpus(config)
+    engine = engine_of(config)
+    check_engine(config, engine)
+    if engine == "vllm":
+        _check_gpus(config.gpus)
     located = _absolute(config)
     registry = MlflowRegistry(located.registry) if located.registry else None
     check_folder(Path(located.fetched), "fetched")
@@ -138,15 +141,12 @@ def check(config: ServeConfig) -> None:
     load_skeleton(config.model)
 
 
-def _check_gpus(config: ServeConfig) -> None:
+def _check_gpus(wanted: int) -> None:
     """Refuse vLLM where there are too few GPUs: a replica would wait for them forever."""
-    if engine_of(config) != "vllm":
-        return
     there = _gpus()
-    if there < config.gpus:
+    if there < wanted:
         raise ResourceError(
-            f"engine is vllm and gpus is {config.gpus}, but there are {there} GPUs; set engine: cpu, or "
-            "lower gpus"
+            f"engine is vllm and gpus is {wanted}, but there are {there} GPUs; set engine: cpu, or lower gpus"
         )
 
 
@@ -155,8 +155,10 @@ def _gpus() -> int:
     if not ray.is_initialized():
         return torch.cuda.device_count()
     resources = ray.cluster_resources()
-    # A cluster that scales declares `gpu_cluster` while no worker with a GPU is up.
-    return int(resources.get("GPU", 0)) or int(resources.get("gpu_cluster", 0) > 0) * 1024
+    if there := int(resources.get("GPU", 0)):
+        return there
+    # A cluster that declares `gpu_cluster` starts workers with GPUs when they are needed.
+    return sys.maxsize if resources.get("gpu_cluster", 0) else 0
 
 
 def run(config: ServeConfig, *, blocking: bool = True) -> None:

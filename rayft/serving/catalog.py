@@ -429,15 +429,14 @@ class Catalog:
                     await self._engine.load(entry.key, artifact)
                 except NoRoomError:
                     # The engine's memory may be in pieces that are too small, or its slots be in use.
-                    self._taken -= entry.bytes
                     if not evict:
                         raise
-                except BaseException:
-                    self._taken -= entry.bytes
-                    raise
                 else:
                     entry.on_device = True
                     return
+                finally:
+                    if not entry.on_device:
+                        self._taken -= entry.bytes
             await self._make_room(entry, deadline)
 
     async def _make_room(self, entry: _Entry, deadline: float) -> None:

@@ -6,7 +6,8 @@ some seconds at every start.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NotRequired
 
 from pydantic import Field
@@ -14,7 +15,7 @@ from pydantic import Field
 # pydantic wants this one's before Python 3.12.
 from typing_extensions import TypedDict
 
-__all__ = ["BASE_NAME", "NAME", "Count", "Delta", "ModelCard", "TokenScore"]
+__all__ = ["BASE_NAME", "NAME", "Count", "Delta", "ModelCard", "TokenScore", "joined"]
 
 BASE_NAME = "base"
 """The `model` of a request without an adapter; the base's own name denotes the same."""
@@ -59,6 +60,16 @@ class Delta:
     """New text of the reasoning before the answer of a chat."""
     fingerprint: str = ""
     """In the first delta: content hash of the adapter that answers; empty for the base."""
+
+
+def joined(parts: Sequence[Delta]) -> Delta:
+    """Return the parts of one choice as one: the whole text, and the counts and the finish of the last."""
+    return replace(
+        parts[-1],
+        text="".join(part.text for part in parts),
+        reasoning="".join(part.reasoning for part in parts),
+        scores=tuple(score for part in parts for score in part.scores),
+    )
 
 
 class ModelCard(TypedDict):

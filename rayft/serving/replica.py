@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from socket import gethostname
 from typing import Any
 
@@ -27,7 +27,7 @@ from rayft.serving.control.transfer import receive
 from rayft.serving.engine.api import GenerationRequest, Progress
 from rayft.serving.engine.start import EngineName, Started, start_engine
 from rayft.serving.http.schemas import ChatRequest, CompletionRequest
-from rayft.serving.messages import Delta, ModelCard
+from rayft.serving.messages import Delta, ModelCard, joined
 from rayft.serving.metrics import Metrics
 from rayft.serving.presence import ending
 from rayft.serving.text import TextStream, chat_tokens, check_tokens, prompt_scores, prompt_tokens, score
@@ -374,16 +374,6 @@ class Replica:
             engine.stop()
         if copies is not None and ending():
             copies.remove()
-
-
-def joined(parts: Sequence[Delta]) -> Delta:
-    """Return the parts of one choice as one."""
-    return replace(
-        parts[-1],
-        text="".join(part.text for part in parts),
-        reasoning="".join(part.reasoning for part in parts),
-        scores=tuple(score for part in parts for score in part.scores),
-    )
 
 
 async def merged(parts: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

@@ -247,21 +247,28 @@ def mixed(*, tokens: int = 24) -> list[tuple[AdapterArtifact | None, GenerationR
     return jobs
 
 
+def answered(
+    runner: asyncio.Runner, engine: VllmEngine, requests: Sequence[GenerationRequest]
+) -> list[Progress]:
+    """Load all adapters, answer requests together, and stop the engine."""
+
+    async def scenario() -> list[Progress]:
+        async with loaded(engine, known_adapters()):
+            return await asyncio.gather(*[ask(engine, request) for request in requests])
+
+    try:
+        return runner.run(scenario())
+    finally:
+        runner.run(stopped(engine))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_mixed_batch_has_the_log_probabilities_of_float64(
     folder: Path, runner: asyncio.Runner, reference: Reference, mode: str
 ) -> None:
     engine = make(folder, runner, extra=MODES[mode])
     jobs = mixed()
-
-    async def scenario() -> list[Progress]:
-        async with loaded(engine, known_adapters()):
-            return await asyncio.gather(*[ask(engine, request) for _, request in jobs])
-
-    try:
-        found = runner.run(scenario())
-    finally:
-        runner.run(stopped(engine))
+    found = answered(runner, engine, [request for _, request in jobs])
     for (adapter, request), progress in zip(jobs, found, strict=True):
         assert progress.finish in {"length", "stop"}
         check(reference, adapter, request, progress)
@@ -276,15 +283,7 @@ def test_requests_that_are_preempted_are_answered_right(
     known = known_adapters()
     names = [None, *known]
     jobs = [GenerationRequest(prompt_of(i, 150), 140, names[i % len(names)], logprobs=1) for i in range(24)]
-
-    async def scenario() -> list[Progress]:
-        async with loaded(engine, known):
-            return await asyncio.gather(*[ask(engine, job) for job in jobs])
-
-    try:
-        found = runner.run(scenario())
-    finally:
-        runner.run(stopped(engine))
+    found = answered(runner, engine, jobs)
     for job, progress in zip(jobs[:8], found, strict=False):
         check(reference, known[job.adapter] if job.adapter else None, job, progress)
 
@@ -462,15 +461,7 @@ def test_two_gpus_give_the_log_probabilities_of_float64(
 ) -> None:
     engine = make(folder, runner, gpus=2)
     jobs = mixed()
-
-    async def scenario() -> list[Progress]:
-        async with loaded(engine, known_adapters()):
-            return await asyncio.gather(*[ask(engine, request) for _, request in jobs])
-
-    try:
-        found = runner.run(scenario())
-    finally:
-        runner.run(stopped(engine))
+    found = answered(runner, engine, [request for _, request in jobs])
     for (adapter, request), progress in zip(jobs, found, strict=True):
         check(reference, adapter, request, progress)
 

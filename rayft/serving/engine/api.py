@@ -6,9 +6,13 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
+
 from rayft.artifacts import AdapterArtifact
 from rayft.data.chat_format import ChatFormat
 from rayft.errors import ResourceError
+from rayft.kernels.segment_lora import SlotFactors
+from rayft.methods.base import LoraFactors
 
 __all__ = [
     "Engine",
@@ -19,6 +23,7 @@ __all__ = [
     "Progress",
     "TokenLogprob",
     "end_tokens",
+    "slot_factors",
 ]
 
 
@@ -163,3 +168,10 @@ def end_tokens(generation_config: Any, tokenizer: Any) -> list[int]:
     configured = getattr(generation_config, "eos_token_id", None)
     found = set(configured if isinstance(configured, list) else [configured])
     return sorted({token for token in found if token is not None} | ChatFormat.of(tokenizer).end_ids)
+
+
+def slot_factors(factors: LoraFactors) -> SlotFactors:
+    """Return what the kernels use of a layer's factors: B, and A or, for a selector, its columns."""
+    if factors.columns is not None:
+        return SlotFactors(b=factors.b, scale=factors.scale, columns=torch.tensor(factors.columns))
+    return SlotFactors(b=factors.b, scale=factors.scale, a=factors.a)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from rayft.artifacts import ModuleShapes
 from rayft.errors import ConfigError, ModelError
+from rayft.kernels.grouped_lora import WIDEST
 from rayft.models.fingerprint import source_fingerprint
 from rayft.models.load import context_length, load_encoder, load_model, load_skeleton, resolve
 from rayft.models.targets import linear_shapes
@@ -18,14 +20,12 @@ from rayft.serving.control.admission import BaseModel
 from rayft.serving.engine.api import Engine, EngineLimits, end_tokens
 from rayft.squeeze.budget import parse_bytes
 
-__all__ = ["EngineName", "Started", "check_engine", "compute_dtype", "describe", "start_engine"]
+__all__ = ["EngineName", "Started", "check_engine", "describe", "start_engine"]
 
 EngineName = Literal["vllm", "cpu"]
 
 ON_CPU = {"max_batch_tokens": 512, "cache_tokens": 8192}
 """Limits of the engine on CPUs that the configuration leaves open. vLLM chooses its own."""
-LARGEST_RANK = 256
-"""The largest rank that vLLM serves; on a CPU there is none."""
 DEVICE_BYTES = 2 * 10**9
 """Memory for adapters on a GPU if the configuration sets no limit."""
 
@@ -45,7 +45,7 @@ class Started:
     """Memory for adapters on the device; None for no limit."""
 
 
-def compute_dtype(config: ServeConfig, engine: EngineName) -> torch.dtype:
+def _compute_dtype(config: ServeConfig, engine: EngineName) -> torch.dtype:
     """Return the dtype of weights and arithmetic."""
     if config.dtype == "auto":
         return torch.bfloat16 if engine == "vllm" else fastest_cpu_dtype()
@@ -75,15 +75,19 @@ def check_engine(config: ServeConfig, engine: EngineName) -> None:
         )
 
 
-def describe(config: ServeConfig, engine: EngineName) -> BaseModel:
+def describe(config: ServeConfig, engine: EngineName, skeleton: nn.Module | None = None) -> BaseModel:
     """Describe the base, reading no more than the headers and some rows of its files.
+
+    Args:
+        config: names the base.
+        engine: the engine that serves it.
+        skeleton: the base without its weights; made here by default.
 
     Raises:
         ModelError: if the base can't be found, or its files lack its parameters.
     """
-    skeleton = load_skeleton(config.model)
-    source = resolve(config.model)
-    identity = source_fingerprint(skeleton, source, config.model.revision)
+    skeleton = skeleton or load_skeleton(config.model)
+    identity = source_fingerprint(skeleton, resolve(config.model), config.model.revision)
     if identity is None:
         if engine == "vllm":
             raise ModelError(
@@ -91,7 +95,7 @@ def describe(config: ServeConfig, engine: EngineName) -> BaseModel:
                 "transformers; load it there and save it by save_pretrained, then serve that folder"
             )
         identity = load_model(config.model, torch.bfloat16).fingerprint
-    widest = LARGEST_RANK if engine == "vllm" else None
+    widest = WIDEST if engine == "vllm" else None
     return BaseModel(config.model.name, identity, linear_shapes(skeleton), widest)
 
 
@@ -108,7 +112,7 @@ def start_engine(config: ServeConfig, engine: EngineName) -> Started:
 def _on_cpu(config: ServeConfig) -> Started:
     from rayft.serving.engine.cpu.engine import CpuEngine
 
-    dtype = compute_dtype(config, "cpu")
+    dtype = _compute_dtype(config, "cpu")
     loaded = load_model(config.model, dtype, "cpu")
     if config.model.quantize is None:
         _own_memory(loaded.model)
@@ -130,13 +134,14 @@ def _on_gpu(config: ServeConfig) -> Started:
     from rayft.serving.engine.vllm.engine import VllmEngine, VllmOptions
 
     check_engine(config, "vllm")
-    base, skeleton, source = describe(config, "vllm"), load_skeleton(config.model), resolve(config.model)
+    skeleton, source = load_skeleton(config.model), resolve(config.model)
+    base = describe(config, "vllm", skeleton)
     tokenizer = load_encoder(config.model, skeleton.config)
     try:
         generation = GenerationConfig.from_pretrained(source, revision=config.model.revision or "main")
     except OSError:
         generation = skeleton.generation_config
-    dtype = compute_dtype(config, "vllm")
+    dtype = _compute_dtype(config, "vllm")
     room = DEVICE_BYTES if config.device_bytes is None else parse_bytes(config.device_bytes)
     options = VllmOptions(
         source,
@@ -155,12 +160,10 @@ def _on_gpu(config: ServeConfig) -> Started:
     return Started(engine, served, tokenizer, context, dtype, room)
 
 
-def _served(base: BaseModel, linears: Any) -> BaseModel:
-    """Add which layers can't have adapters in the engine."""
-    lacking: Sequence[str] = [
-        name for name, shape in base.shapes.items() if tuple(linears.get(name, ())) != tuple(shape)
-    ]
-    return BaseModel(base.name, base.fingerprint, base.shapes, base.widest, frozenset(lacking))
+def _served(base: BaseModel, linears: ModuleShapes) -> BaseModel:
+    """Add which layers can't have adapters in the engine: those that it lacks, or has in another shape."""
+    lacking = {name for name, shape in base.shapes.items() if linears.get(name) != tuple(shape)}
+    return replace(base, unserved=frozenset(lacking))
 
 
 def _own_memory(model: torch.nn.Module) -> None:

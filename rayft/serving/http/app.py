@@ -172,7 +172,7 @@ async def _answer(
     first, deltas = await gateway.generate(caller, request)
     form.fingerprint = first.fingerprint
     if not request.stream:
-        return form.whole(await collected(first, deltas))
+        return form.whole(await collected(deltas))
     counts = request.stream_options is not None and request.stream_options.include_usage
     return StreamingResponse(
         events(form, first, deltas, counts),

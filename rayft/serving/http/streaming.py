@@ -8,13 +8,12 @@ import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 from rayft.serving.http.errors import describe_error
 from rayft.serving.http.responses import Usage
-from rayft.serving.messages import Delta, TokenScore
+from rayft.serving.messages import Delta, TokenScore, joined
 
 __all__ = ["ChatForm", "Form", "TextForm", "collected", "events", "usage"]
 
@@ -125,26 +124,19 @@ class TextForm(Form):
         }
 
 
-async def collected(first: Delta, deltas: AsyncIterator[Delta]) -> dict[int, Delta]:
+async def collected(deltas: AsyncIterator[Delta]) -> dict[int, Delta]:
     """Join the deltas of each choice.
 
     Args:
-        first: the delta that accepts the request, which has no text.
-        deltas: those that follow.
+        deltas: those that follow the one that accepts the request.
 
     Returns:
         Index of a choice → its last delta, with the choice's whole text, reasoning and scores.
     """
-    whole: dict[int, Delta] = {}
+    parts: dict[int, list[Delta]] = {}
     async for delta in deltas:
-        before = whole.get(delta.index, first)
-        whole[delta.index] = replace(
-            delta,
-            text=before.text + delta.text,
-            scores=before.scores + delta.scores,
-            reasoning=before.reasoning + delta.reasoning,
-        )
-    return whole
+        parts.setdefault(delta.index, []).append(delta)
+    return {index: joined(each) for index, each in parts.items()}
 
 
 async def events(form: Form, first: Delta, deltas: AsyncIterator[Delta], counts: bool) -> AsyncIterator[str]:

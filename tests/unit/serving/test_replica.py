@@ -229,7 +229,8 @@ def completion(replica: Replica, request: CompletionRequest) -> dict[str, Any]:
 
     async def written() -> dict[str, Any]:
         deltas = replica.generate(request)
-        return TextForm(request.model).whole(await collected(await anext(deltas), deltas))
+        await anext(deltas)
+        return TextForm(request.model).whole(await collected(deltas))
 
     body = asyncio.run(written())
     TypeAdapter(Completion).validate_python(body)

@@ -122,8 +122,8 @@ class Runner:
             raise
         except Exception as problem:
             raise _unsupported(f"{name} has a forward that fails ({problem!r})") from problem
-        # The limits are 7e-4 in float32 and 0.2 in bfloat16. Rounding makes 1e-5 and 1e-2 with SmolLM2-135M.
-        # Wrong positions, or a state that sequences share, make 0.1 to 1.3 in random models of 25 kinds.
+        # The limits are 7e-4 in float32 and 0.2 in bfloat16. With SmolLM2-135M rounding makes 1e-5 and
+        # 1e-2.
         if error > 2 * math.sqrt(torch.finfo(self._model.dtype).eps):
             raise _unsupported(f"{name} has other logits if sequences are packed into a batch")
         if any(kind == SLIDING and windows.get(layer) is None for layer, kind in enumerate(types)):

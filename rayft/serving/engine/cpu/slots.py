@@ -20,6 +20,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.kernels.segment_lora import BASE_SLOT, Segment, SlotFactors, segment_lora, segments
 from rayft.methods.base import LoraFactors
 from rayft.models.targets import linears
+from rayft.serving.engine.api import slot_factors
 
 __all__ = ["Slots"]
 
@@ -91,16 +92,10 @@ class Slots:
         """Put an adapter into a new slot."""
         slot = next(self._numbers)
         for path, factors in adapter.modules.items():
-            self._tables[path][slot] = _slot_factors(factors)
+            self._tables[path][slot] = slot_factors(factors)
         return slot
 
     def _cast(self, factors: LoraFactors) -> LoraFactors:
         """Cast factors; a selector's A is not cast, because its columns are used instead."""
         a = factors.a if factors.columns is not None else factors.a.to(self._dtype)
         return LoraFactors(a, factors.b.to(self._dtype), factors.scale, factors.columns)
-
-
-def _slot_factors(factors: LoraFactors) -> SlotFactors:
-    if factors.columns is not None:
-        return SlotFactors(b=factors.b, scale=factors.scale, columns=torch.tensor(factors.columns))
-    return SlotFactors(b=factors.b, scale=factors.scale, a=factors.a)

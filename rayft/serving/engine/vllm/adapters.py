@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from rayft.kernels.grouped_lora import DECODE, AdapterTable, Rows, Tuning, grouped_lora
+from rayft.kernels.grouped_lora import DECODE, AdapterTable, Rows, grouped_lora, variant
 from rayft.kernels.segment_lora import BASE_SLOT
 from rayft.serving.engine.vllm.shard import Part
 
@@ -42,7 +43,7 @@ class Site:
     weight: Callable[[], torch.Tensor] | None = None
     """Returns the base's weight (O × I); None if it is quantised."""
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """Number of outputs of each part."""
         return [part.size for part in self.parts]
@@ -119,22 +120,22 @@ class Batch:
         table, known = self._table, set()
         if not table.entries.is_cuda:
             return
-        shapes = {(group.inputs, tuple(group.outputs.values())): n for n, group in enumerate(table.groups)}
+        device = table.entries.device
+        # One group of each shape: the others use the same kernels.
+        shapes = {(group.inputs, *group.outputs.values()): index for index, group in enumerate(table.groups)}
         for count in range(1, len(self.slots) + 1):
-            tuning = Tuning.choose(count, table.entries.device)
-            chunks = tuple(tuning.chunk(count, inputs, len(outputs)) for inputs, outputs in shapes)
-            kind = tuning, chunks, min(256, max(16, 1 << (count - 1).bit_length()))
+            kind = variant(count, [table.groups[index] for index in shapes.values()], device)
             if kind in known:
                 continue
             known.add(kind)
             rows = self._buffers(count)
             rows.prepare()
-            for (inputs, outputs), group in shapes.items():
-                x_NI = torch.zeros(count, inputs, dtype=table.dtype, device=table.entries.device)
+            for (inputs, *outputs), index in shapes.items():
+                x_NI = torch.zeros(count, inputs, dtype=table.dtype, device=device)
                 ys = x_NI.new_zeros(count, sum(outputs)).split(outputs, dim=1)
-                grouped_lora(x_NI, ys, rows, group)
+                grouped_lora(x_NI, ys, rows, index)
                 if count > DECODE:
-                    grouped_lora(x_NI, ys, rows, group, accumulate=False)
+                    grouped_lora(x_NI, ys, rows, index, accumulate=False)
 
     def _buffers(self, count: int) -> Rows:
         if count in self._kept:

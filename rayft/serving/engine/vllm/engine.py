@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from rayft.artifacts import AdapterArtifact, ModuleShapes
 from rayft.errors import ArtifactError, BadRequestError, ModelError, RayftError, RequestError, ResourceError
+from rayft.kernels.grouped_lora import WIDEST
 from rayft.serving.engine.api import (
     STOPPED,
     EngineLimits,
@@ -34,7 +35,6 @@ __all__ = ["VllmEngine", "VllmOptions", "installed"]
 EXTENSION = "rayft.serving.engine.vllm.worker.WorkerExtension"
 POLL_SECONDS = 0.01
 """Interval at which workers are asked whether an adapter has been read."""
-LARGEST_RANK: Any = 256
 BLOCK = 16
 """Tokens in a block of the KV cache."""
 NO_MEMORY = (
@@ -194,20 +194,18 @@ class VllmEngine:
         number = next(self._numbers)
         # One at a time, since the workers copy one at a time.
         async with self._loading:
-            writing = written(artifact, self._dtype)
-            path = await asyncio.to_thread(writing.__enter__)
-            try:
-                await self._call("rayft_load", number, str(path))
-                problems = await self._until_read(number)
-            except BaseException:
-                self._free([number])
-                raise
-            finally:
-                writing.__exit__(None, None, None)
-        if problem := next((found for found in problems if found), None):
+            with ExitStack() as stack:
+                path = await asyncio.to_thread(stack.enter_context, written(artifact, self._dtype))
+                try:
+                    await self._call("rayft_load", number, str(path))
+                    problems = await self._until_read(number)
+                except BaseException:
+                    self._free([number])
+                    raise
+        if any(problems):
             # Another worker may have had room.
             await self._call("rayft_unload", [number])
-            raise ERRORS.get(problem[0], ResourceError)(problem[1])
+        _check(problems)
         self._adapters[name] = _Loaded(artifact, _lora_request(artifact.content_hash, number, str(path)))
 
     def unload(self, name: str) -> None:
@@ -234,9 +232,7 @@ class VllmEngine:
         async with loaded.lock:
             if rank not in loaded.views:
                 number = next(self._numbers)
-                for problem in await self._call("rayft_view", number, loaded.request.lora_int_id, rank):
-                    if problem:
-                        raise ERRORS.get(problem[0], ResourceError)(problem[1])
+                _check(await self._call("rayft_view", number, loaded.request.lora_int_id, rank))
                 name = f"{loaded.artifact.content_hash}@r{rank}"
                 loaded.views[rank] = _lora_request(name, number, loaded.request.lora_path)
         return loaded.views[rank]
@@ -270,7 +266,6 @@ class VllmEngine:
         answers: list[list[str] | None] = [None]
         while None in answers:
             await asyncio.sleep(POLL_SECONDS)
-            # A worker that has answered forgets the load, so it is asked only while another still reads.
             answers = await self._call("rayft_loaded", number)
         return [answer for answer in answers if answer is not None]
 
@@ -349,6 +344,12 @@ class _Answer:
         return TokenLogprob(token, found[token].logprob, tuple((other, value) for _, other, value in top))
 
 
+def _check(problems: Sequence[list[str]]) -> None:
+    """Raise the first error with which a worker has answered (class and message, or nothing)."""
+    for problem in filter(None, problems):
+        raise ERRORS.get(problem[0], ResourceError)(problem[1])
+
+
 def _start(options: VllmOptions, limits: EngineLimits, folder: str, record: Any) -> Any:
     """Start vLLM.
 
@@ -401,7 +402,7 @@ def _start(options: VllmOptions, limits: EngineLimits, folder: str, record: Any)
         "enable_lora": True,
         # Neither costs anything here: no memory is kept for so many adapters or so high a rank.
         "max_loras": limits.max_running,
-        "max_lora_rank": LARGEST_RANK,
+        "max_lora_rank": WIDEST,
         "worker_extension_cls": EXTENSION,
         # It is part of the key under which vLLM keeps compiled graphs, so its own are never used here.
         "additional_config": {

@@ -22,22 +22,15 @@ from safetensors import safe_open
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ResourceError
 from rayft.kernels.segment_lora import SlotFactors
-from rayft.methods.base import LoraFactors
+from rayft.serving.engine.api import slot_factors
 
-__all__ = ["read", "slot_factors", "written"]
+__all__ = ["read", "written"]
 
 SHARED = Path("/dev/shm")  # noqa: S108  (the name of POSIX shared memory on Linux)
 SCALES = "scales"
 LENGTH, ALIGNED = struct.Struct("<Q"), 64
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
 """What safetensors calls the dtypes."""
-
-
-def slot_factors(factors: LoraFactors) -> SlotFactors:
-    """Return what the kernels use of a layer's factors."""
-    if factors.columns is not None:
-        return SlotFactors(b=factors.b, scale=factors.scale, columns=torch.tensor(factors.columns))
-    return SlotFactors(b=factors.b, scale=factors.scale, a=factors.a)
 
 
 @contextmanager

@@ -26,10 +26,10 @@ ERROR_FILE = "error.txt"
 CONFIG = "rayft"
 """Key of rayft's part in vLLM's `additional_config`."""
 KNOWN = (Version("0.26"), Version("0.33"))
-"""The first release of vLLM in which the plugin works, and the first that was not read: releases before 0.26
-may answer with another adapter than the one that was asked for (vLLM issue 47724)."""
+"""The releases of vLLM in which the plugin works by their source: the first, and the first after the last.
+Releases before 0.26 may answer with another adapter than the one that was asked for (vLLM issue 47724)."""
 TRIED = (Version("0.26"), Version("0.27"))
-"""The same for releases with which it was run on a GPU."""
+"""The releases with which the plugin was run on a GPU: the first, and the first after the last."""
 
 
 def check_release(version: str, *, untested: bool) -> None:

@@ -30,7 +30,7 @@ from vllm.model_executor.layers.linear import (
 
 from rayft.errors import ArtifactError, RayftError, ResourceError
 from rayft.files import write_file
-from rayft.kernels.grouped_lora import SLICES, UNIT, AdapterTable, Group
+from rayft.kernels.grouped_lora import SLICES, UNIT, WIDEST, AdapterTable, Group
 from rayft.kernels.segment_lora import BASE_SLOT, SlotFactors
 from rayft.serving.engine.api import NoRoomError
 from rayft.serving.engine.vllm.adapters import AdaptedLinear, Batch, Product, Site
@@ -41,7 +41,7 @@ from rayft.serving.engine.vllm.shard import Part, shard
 
 __all__ = ["WorkerExtension", "WorkerManager"]
 
-SLOTS, WIDEST = 4096, 256
+SLOTS = 4096
 STAGING = 32 * 2**20
 """Bytes that are copied to the device at once."""
 
@@ -96,7 +96,7 @@ class WorkerManager:
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         # While an adapter is read, the thread that generates waits no longer than this for the interpreter.
         sys.setswitchinterval(SWITCH_SECONDS)
-        self._config, self._device = vllm_config, torch.device(device)
+        self._device = torch.device(device)
         self._free = list(range(SLOTS - 1, BASE_SLOT, -1))
         self._slots: dict[int, int] = {}
         self._slot_of = np.full(1024, BASE_SLOT, dtype=np.int32)
@@ -120,7 +120,7 @@ class WorkerManager:
         groups = [Group(inputs, {part.name: part.size for part in parts}) for _, inputs, parts in found]
         try:
             self._table = AdapterTable(
-                SLOTS, groups, dtype=vllm_config.model_config.dtype, device=self._device, widest=WIDEST
+                SLOTS, groups, dtype=vllm_config.model_config.dtype, device=self._device
             )
             self._arena = Arena(int(options["adapter_bytes"]), self._device)
         except torch.OutOfMemoryError as error:

@@ -33,7 +33,7 @@ async def deltas() -> AsyncIterator[Delta]:
 
 
 def whole() -> dict[str, Any]:
-    body = TextForm("m").whole(asyncio.run(collected(FIRST, deltas())))
+    body = TextForm("m").whole(asyncio.run(collected(deltas())))
     TypeAdapter(Completion).validate_python(body)
     return body
 
