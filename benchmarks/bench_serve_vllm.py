@@ -18,7 +18,7 @@ interval.
     profile    GPU time of a prefill by kernel, for `base` and `rayft`
     load       time to load an adapter of 100 MB, to the first token of one that has to be loaded, and between
                tokens of 32 requests while one is loaded each second
-    http       64 clients, 128 tokens in and out, against `vllm serve` without adapters and `rayft serve`
+    http       64 clients, 128 tokens in and 256 out, against `vllm serve` without adapters and `rayft serve`
                (base rows, and 32 adapters), streaming and not: tokens per second, time to the first token
 """
 
@@ -59,7 +59,7 @@ MANY = (8, 256, 2048)
 MEMORY = {"base": 0.15, "stock": 0.2, "rayft": 0.45}
 ARENA = 22 * 10**9
 WORK = Path("/tmp/rayft-bench-vllm")  # noqa: S108
-CLIENTS = 64
+CLIENTS, TURNS = 64, 3
 PORTS = {"vllm": 9001, "rayft": 9002}
 SERVED = [("vllm", "base"), ("rayft", "base"), ("rayft", "32_adapters")]
 NAMES = {0: "base", 8: "8_adapters", 32: "32_adapters"}
@@ -532,21 +532,28 @@ def vllm_server() -> list[str]:
 
 
 async def clients(kind: str, models: Sequence[str], stream: bool, seed: int) -> list[tuple[float, float]]:
-    """Send a request for each model at once; return when each began to be answered and when it ended."""
+    """Let one client for each model send requests, each after the answer to the one before.
+
+    Returns:
+        For each request, the seconds until it began to be answered and until it ended.
+    """
     import aiohttp
 
     chosen = random.Random(seed)
     url = f"http://127.0.0.1:{PORTS[kind]}/v1/completions"
 
-    async def one(session: aiohttp.ClientSession, model: str) -> tuple[float, float]:
+    async def one(session: aiohttp.ClientSession, model: str) -> list[tuple[float, float]]:
+        return [await ask(session, model) for _ in range(TURNS)]
+
+    async def ask(session: aiohttp.ClientSession, model: str) -> tuple[float, float]:
         ids = [chosen.randrange(5, 32000) for _ in range(PROMPT)]
-        body = {"model": model, "prompt": ids, "max_tokens": PROMPT, "temperature": 0, "stream": stream}
+        body = {"model": model, "prompt": ids, "max_tokens": NEW, "temperature": 0, "stream": stream}
         begin, first = time.perf_counter(), 0.0
         async with session.post(url, json=body) as answer:
             assert answer.status == 200, await answer.text()
             if not stream:
                 used = (await answer.json())["usage"]
-                assert used["completion_tokens"] == PROMPT, used
+                assert used["completion_tokens"] == NEW, used
                 return 0.0, time.perf_counter() - begin
             async for line in answer.content:
                 if not first and line.startswith(b"data: {") and json.loads(line[6:])["choices"][0]["text"]:
@@ -555,7 +562,8 @@ async def clients(kind: str, models: Sequence[str], stream: bool, seed: int) -> 
 
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
-        return list(await asyncio.gather(*[one(session, model) for model in models]))
+        found = await asyncio.gather(*[one(session, model) for model in models])
+        return [answer for each in found for answer in each]
 
 
 def client(pipe: Connection) -> None:
@@ -606,7 +614,7 @@ def wait_for(port: int) -> None:
 def requests(
     pipes: Sequence[Connection], kind: str, case: str, *, stream: bool, seed: int
 ) -> dict[str, float]:
-    """Let all clients send a request at once, and wait for all answers."""
+    """Let all clients send their requests, and wait for all answers."""
     names = [f"a{n % 32}" if case == "32_adapters" else "base" for n in range(CLIENTS)]
     share = CLIENTS // len(pipes)
     begin = time.perf_counter()
@@ -616,7 +624,7 @@ def requests(
     answers = [one for pipe in pipes for one in pipe.recv()]
     took = time.perf_counter() - begin
     first = statistics.median(one[0] for one in answers)
-    return {"tokens": CLIENTS * PROMPT / took, "first": first * 1e3}
+    return {"tokens": CLIENTS * TURNS * NEW / took, "first": first * 1e3}
 
 
 def served(found: dict[tuple[str, str, bool], list[dict[str, float]]]) -> list[dict[str, Any]]:

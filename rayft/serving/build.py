@@ -25,9 +25,9 @@ from rayft.registry.store import MlflowRegistry
 from rayft.serving.config import ServeConfig
 from rayft.serving.control.director import DirectorDeployment, initial
 from rayft.serving.control.sources import check_source
-from rayft.serving.deployment import APPLICATION, PROXY_ENVIRONMENT
+from rayft.serving.deployment import APPLICATION
 from rayft.serving.engine.start import EngineName, check_engine, describe
-from rayft.serving.http.app import IngressDeployment
+from rayft.serving.http.app import IngressDeployment, IngressOptions
 from rayft.serving.http.auth import resolved
 from rayft.serving.presence import Called, start_error
 from rayft.serving.replica import ReplicaDeployment
@@ -39,9 +39,6 @@ __all__ = ["APPLICATION", "app", "build_app", "check", "engine_of", "preflight",
 
 WAITING_PER_RUNNING = 4
 """Waiting requests in a replica for each running one, so that a free place is filled at the next step."""
-
-SPARE = 1000
-"""Room in the ingress for requests that generate no text: refusals, lists, health."""
 
 ON_HEAD = {"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
 """Resources that place ingress and director on the head node, beside Ray Serve's controller, so that the loss
@@ -92,18 +89,19 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         user_config={},
         graceful_shutdown_timeout_s=config.drain_seconds,
     ).bind(config, replica, server)
-    most = config.max_replicas or config.replicas
     ingress = IngressDeployment.options(
-        # All requests that may run or wait, and room for those that are refused.
-        max_ongoing_requests=most * config.max_running * (1 + WAITING_PER_RUNNING)
-        + config.max_queued
-        + SPARE,
-        ray_actor_options=ON_HEAD,
-        graceful_shutdown_timeout_s=config.drain_seconds,
+        num_replicas=1, ray_actor_options=ON_HEAD, graceful_shutdown_timeout_s=config.drain_seconds
     )
-    most_bytes = parse_bytes(config.max_body_bytes)
-    waiting = (config.wait_seconds, config.max_seconds)
-    return ingress.bind(replica, director, resolved(config.keys), config.roots, most_bytes, waiting)
+    options = IngressOptions(
+        host=config.host,
+        port=config.port,
+        drain_seconds=config.drain_seconds,
+        waiting=(config.wait_seconds, config.max_seconds),
+        keys=resolved(config.keys),
+        roots=config.roots,
+        max_body_bytes=parse_bytes(config.max_body_bytes),
+    )
+    return ingress.bind(replica, director, options)
 
 
 def preflight(config: ServeConfig) -> None:
@@ -175,19 +173,17 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
     preflight(config)
     if not ray.is_initialized():
         ray.init(namespace=APPLICATION)
-    http: dict[str, Any] = {"host": config.host, "port": config.port}
-    ray_serve.start(http_options=http, controller_options={"runtime_env": {"env_vars": PROXY_ENVIRONMENT}})
+    ray_serve.start(proxy_location="Disabled")
     try:
-        ray_serve.run(build_app(config), name=APPLICATION, route_prefix="/", blocking=False)
+        ray_serve.run(build_app(config), name=APPLICATION, route_prefix=None, blocking=False)
     except RuntimeError as error:
         cause = start_error() or str(error)
         ray_serve.delete(APPLICATION)
         raise ResourceError(f"the application did not start: {cause}") from error
     if not _listens(config.host, config.port):
         raise ResourceError(
-            f"nothing listens on {config.host}:{config.port} here. Either Ray Serve already runs in this "
-            "cluster with another address (use that one, or stop it by `serve shutdown`), or this machine "
-            "is not the head of the cluster, which receives the requests"
+            f"nothing listens on {config.host}:{config.port} here; this machine is not the head of the "
+            "cluster, which receives the requests"
         )
     if blocking:
         _wait_for_interrupt()

@@ -64,10 +64,10 @@ class ServeConfig(Section):
     """The callers' keys. Without keys anyone may call, so `host` must be an address of this machine alone."""
 
     host: str = "127.0.0.1"
-    """Address to listen on (`serve deploy` takes it from `http_options` in its file instead)."""
+    """Address to listen on, of the cluster's head."""
 
     port: int = Field(default=8000, ge=1, le=65535)
-    """Port to listen on (as `host`)."""
+    """Port to listen on."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of weights and arithmetic; auto: bfloat16 on a GPU, and on a CPU the one that is measured to be

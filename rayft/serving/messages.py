@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NotRequired
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 # pydantic wants this one's before Python 3.12.
 from typing_extensions import TypedDict
@@ -29,6 +29,9 @@ Count = Annotated[int, Field(ge=0)]
 @dataclass(frozen=True)
 class TokenScore:
     """A token and its log-probability."""
+
+    # In JSON too, a probability may be 0.
+    __pydantic_config__ = ConfigDict(ser_json_inf_nan="constants")
 
     text: str
     """The token as text."""

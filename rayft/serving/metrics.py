@@ -76,7 +76,7 @@ class Meter:
     """Measures one request."""
 
     def __init__(self, metrics: Metrics, name: str, version: str, prompt_tokens: int, started: float) -> None:
-        self._metrics, self._started = metrics, started
+        self._metrics, self._started, self._accepted = metrics, started, time.monotonic()
         self._tags = {"adapter": name, "version": version}
         self._first: float | None = None
         self._tokens: dict[int, int] = {}
@@ -85,13 +85,14 @@ class Meter:
         )
         metrics.requests.inc(tags=self._tags)
         metrics.prompt_tokens.inc(prompt_tokens, tags=self._tags)
-        metrics.queue.observe(time.monotonic() - started, tags=self._tags)
+        metrics.queue.observe(self._accepted - started, tags=self._tags)
         self._traffic["requests"] += 1
 
-    def progress(self, choice: int, tokens: int) -> None:
-        """Record the number of tokens that a choice has."""
+    def progress(self, choice: int, tokens: int, first_token_seconds: float | None) -> None:
+        """Record how many tokens a choice has, and how long its first one took, if that is known."""
         if self._first is None and tokens:
-            self._first = time.monotonic()
+            now = time.monotonic()
+            self._first = now if first_token_seconds is None else self._accepted + first_token_seconds
             self._metrics.first.observe(self._first - self._started, tags=self._tags)
         self._tokens[choice] = tokens
 

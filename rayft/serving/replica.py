@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from socket import gethostname
@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from rayft.data.chat_format import AnswerParser, ChatFormat
 from rayft.errors import BadRequestError, ModelError, RayftError, RequestTimeoutError, ResourceError
 from rayft.numerics import derive_seed
+from rayft.serving.answers import Outbox, Ticket
 from rayft.serving.catalog import Catalog, Lease, Limits
 from rayft.serving.config import ServeConfig
 from rayft.serving.control.copies import TOUCH_SECONDS, Copies
@@ -28,7 +29,7 @@ from rayft.serving.engine.api import GenerationRequest, Progress
 from rayft.serving.engine.start import EngineName, Started, start_engine
 from rayft.serving.http.schemas import ChatRequest, CompletionRequest
 from rayft.serving.messages import Delta, ModelCard, joined
-from rayft.serving.metrics import Metrics
+from rayft.serving.metrics import Meter, Metrics
 from rayft.serving.presence import ending
 from rayft.serving.text import TextStream, chat_tokens, check_tokens, prompt_scores, prompt_tokens, score
 from rayft.squeeze.budget import parse_bytes
@@ -46,7 +47,8 @@ WATCH_SECONDS = 1.0
 """Interval at which a replica asks the director whether it missed a change."""
 
 MERGED_SECONDS = 0.02
-"""Time for which the tokens of an answer are collected before they are sent; the first is sent at once."""
+"""Longest time for which the tokens of an answer are collected before they are sent; the first is sent at
+once."""
 
 RETRY_SECONDS = 5.0
 """Interval at which a replica tries again to load the adapters that it could not load."""
@@ -87,6 +89,7 @@ class Replica:
         )
         self._copies = Copies(config.fetched, server)
         self._copies.remove_stale()
+        self._outbox = Outbox()
         self._director: Any = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._tokenizing = asyncio.Lock()
@@ -208,9 +211,22 @@ class Replica:
         """Return the warm and the lacking `model`s for the routers; Ray Serve calls this regularly."""
         return {"warm": self._catalog.warm(), "lacking": self._catalog.lacking()}
 
+    async def answer(self, request: ChatRequest | CompletionRequest, draw: float, ticket: Ticket) -> None:
+        """Answer a request, and send the answer in parts to the ingress.
+
+        Args:
+            request: the request.
+            draw: as in `generate`.
+            ticket: where to send them.
+
+        Raises:
+            RayftError: as `generate`, or if the ingress can't be reached.
+        """
+        await self._outbox.send(ticket, self.generate(request, draw))
+
     async def generate(
         self, request: ChatRequest | CompletionRequest, draw: float | None = None
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Answer a request, and yield the answer in parts.
 
         Args:
@@ -233,13 +249,12 @@ class Replica:
             failed = True
             try:
                 choices = [
-                    self._choice(job, each, request, index, total)
+                    self._choice(job, each, request, index, total, meter)
                     for index, (job, each) in enumerate(zip(jobs, steps, strict=True))
                 ]
                 whole: dict[int, list[Delta]] = {}
                 async with aclosing(bounded(merged(choices), self._config.max_seconds)) as deltas:
                     async for delta in deltas:
-                        meter.progress(delta.index, delta.completion_tokens)
                         if request.stream:
                             yield delta
                         else:
@@ -256,6 +271,8 @@ class Replica:
 
     async def _jobs(self, request: ChatRequest | CompletionRequest, lease: Lease) -> list[GenerationRequest]:
         """Return the engine's requests: one for each choice of each prompt."""
+        # A stop string can only be found while the text grows.
+        progress = request.stream or bool(self._stops(request))
         stop_tokens = frozenset(request.stop_token_ids or ())
         check_tokens(self._tokenizer, sorted(stop_tokens), "stop_token_ids")
         return [
@@ -273,6 +290,7 @@ class Replica:
                 seed=seed,
                 logprobs=request.scored,
                 score_prompt=request.echoes and request.scored is not None,
+                progress=progress,
                 json_schema=request.json_schema,
             )
             for prompt in await self._prompts(request)
@@ -286,6 +304,7 @@ class Replica:
         request: ChatRequest | CompletionRequest,
         index: int,
         prompt_tokens: int,
+        meter: Meter,
     ) -> AsyncGenerator[Delta, None]:
         """Generate one choice."""
         text, reported, echo = self._text(request, job.prompt), 0, self._echo(request, job, index)
@@ -305,12 +324,13 @@ class Replica:
                     content, echo = (echo or "") + new.content, None
                     # After a stop string the engine may have generated more than was asked for.
                     made = text.used if text.stopped else step.generated
+                    meter.progress(index, made, step.first_token_seconds)
                     yield Delta(content, prompt_tokens, made, finish, index, tuple(scores), new.reasoning)
                 if text.stopped:
                     return
                 if step.finish is None:
                     # What the engine generates meanwhile comes as one step: each costs time on the way.
-                    await asyncio.sleep(MERGED_SECONDS)
+                    await until_beat(MERGED_SECONDS)
 
     def _echo(
         self, request: ChatRequest | CompletionRequest, job: GenerationRequest, index: int
@@ -326,12 +346,15 @@ class Replica:
         if not isinstance(request, ChatRequest):
             return TextStream(
                 lambda tokens: str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)),
-                request.stops,
+                self._stops(request),
             )
-        end = self._format.stop_text
-        stops = (*request.stops, self._format.trailing + end, end) if end else request.stops
         parser = AnswerParser(self._format, in_block=self._format.in_block(prompt))
-        return TextStream(self._format.decode, stops, parser)
+        return TextStream(self._format.decode, self._stops(request), parser)
+
+    def _stops(self, request: ChatRequest | CompletionRequest) -> tuple[str, ...]:
+        """Return the strings that end an answer."""
+        end = self._format.stop_text if isinstance(request, ChatRequest) else ""
+        return (*request.stops, self._format.trailing + end, end) if end else tuple(request.stops)
 
     async def _prompts(self, request: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
         """Tokenize the prompts; long ones in another thread, so that other requests continue meanwhile."""
@@ -374,6 +397,14 @@ class Replica:
             engine.stop()
         if copies is not None and ending():
             copies.remove()
+
+
+async def until_beat(seconds: float) -> None:
+    """Wait until the next multiple of an interval.
+
+    All that wait wake at the same moment, so that what they send then travels together.
+    """
+    await asyncio.sleep(seconds - asyncio.get_running_loop().time() % seconds)
 
 
 async def merged(parts: Sequence[AsyncGenerator[Delta, None]]) -> AsyncGenerator[Delta, None]:

@@ -61,7 +61,7 @@ def ranked(standings: Mapping[Key, Standing], slack: int) -> list[Key]:
 
 
 class AdapterRouter(RequestRouter):
-    """Routes `generate` by the request's adapter, and everything else to the least busy replica."""
+    """Routes `answer` by the request's adapter, and everything else to the least busy replica."""
 
     def initialize_state(self, **kwargs: Any) -> None:
         """Receive the settings from Ray Serve.
@@ -157,6 +157,6 @@ def _telling(
 def _asked(pending: PendingRequest | None) -> tuple[str | None, float]:
     """Return a request's `model` without the rank, and its draw; (None, 0) for other calls."""
     match pending.args if pending else ():
-        case [ChatRequest() | CompletionRequest() as request, float() as draw]:
+        case [ChatRequest() | CompletionRequest() as request, float() as draw, *_]:
             return parse_model(request.model).model, draw
     return None, 0.0

@@ -54,6 +54,12 @@ class Base:
         return str(artifact.save(self.root / name))
 
 
+def configured(base: Base, port: int, **settings: Any) -> ServeConfig:
+    """Return the configuration of a server of the tiny model in float32."""
+    model, fetched = ModelConfig(name=str(base.model)), str(base.root / "fetched")
+    return ServeConfig(**{"model": model, "port": port, "fetched": fetched, "dtype": "float32", **settings})
+
+
 @contextmanager
 def serving(base: Base, *, roots: Sequence[str] = (), **settings: Any) -> Iterator[str]:
     """Serve the tiny model in float32, and yield the server's URL.
@@ -68,9 +74,7 @@ def serving(base: Base, *, roots: Sequence[str] = (), **settings: Any) -> Iterat
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    model, allowed = ModelConfig(name=str(base.model)), (str(base.root), *roots)
-    settings = {"fetched": str(base.root / "fetched"), "dtype": "float32", **settings}
-    run(ServeConfig(model=model, roots=allowed, port=port, **settings), blocking=False)
+    run(configured(base, port, roots=(str(base.root), *roots), **settings), blocking=False)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:

@@ -201,7 +201,7 @@ def test_after_the_director_was_killed_the_same_is_served(server: Server) -> Non
     assert server.answers() == server.first
 
 
-@pytest.mark.parametrize("name", ["ServeController", "ProxyActor", "Ingress"])
+@pytest.mark.parametrize("name", ["ServeController", "Ingress"])
 def test_a_process_between_clients_and_replicas_that_is_killed_comes_back(server: Server, name: str) -> None:
     def answers() -> bool:
         try:

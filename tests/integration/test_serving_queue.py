@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rayft.serving.build import stop
-from tests.integration.serving import Base, serving
+from rayft.serving.build import build_app, stop
+from rayft.serving.deployment import APPLICATION
+from tests.integration.serving import Base, configured, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -22,8 +23,12 @@ TAKEN = 5 * RUNNING
 
 
 @pytest.fixture(scope="module")
-def url(local_ray: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    base = Base.read(tiny_folder, tmp_path_factory.mktemp("adapters"))
+def base(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return Base.read(tiny_folder, tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="module")
+def url(local_ray: None, base: Base) -> Iterator[str]:
     with serving(base, max_running=RUNNING, max_queued=QUEUED) as found:
         yield found
 
@@ -46,6 +51,20 @@ def test_requests_beyond_the_queue_are_refused_at_once_and_the_others_are_answer
     assert slowest < max(answer.elapsed for answer in found if answer.status_code == 200)
     assert ask(0).status_code == 200, "there is room again afterwards"
     assert httpx.get(f"{url}/healthz").status_code == 200
+
+
+def test_a_server_with_other_settings_takes_over_the_address(url: str, base: Base) -> None:
+    import ray.serve as ray_serve
+
+    def answer(tokens: int) -> httpx.Response:
+        body = {"model": "base", "prompt": "a", "max_tokens": tokens, "temperature": 0}
+        return httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+
+    assert answer(410).status_code == 200
+    # What `serve deploy` does: the new processes start while the old ones end.
+    config = configured(base, httpx.URL(url).port or 0, max_running=RUNNING, max_new_tokens=405)
+    ray_serve.run(build_app(config), name=APPLICATION, route_prefix=None)
+    assert (answer(410).status_code, answer(10).status_code) == (400, 200)
 
 
 def test_a_server_that_stops_first_answers_running_requests(url: str) -> None:

@@ -139,6 +139,7 @@ def test_the_service_serves_an_application_of_rayft() -> None:
     config = parse(ServeConfig, application.args)
     key = config.keys[0]
     assert key.role == "admin"
-    assert deployed.http_options.host == config.host == "0.0.0.0"  # noqa: S104
+    assert config.host == "0.0.0.0"  # noqa: S104
+    assert deployed.proxy_location == "Disabled"
     for _, template in pods(MANIFESTS["rayservice"]):
         assert key.env in {one["name"] for one in template["spec"]["containers"][0]["env"]}

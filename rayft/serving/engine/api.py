@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -58,6 +58,8 @@ class GenerationRequest:
     """Number of most likely tokens to report beside each token's log-probability; None for neither."""
     score_prompt: bool = False
     """Whether to report the log-probabilities of the prompt's tokens too; this needs `logprobs`."""
+    progress: bool = True
+    """Whether to yield the progress while the request runs; otherwise only the end, which costs less."""
     json_schema: str | None = None
     """JSON schema, as JSON text, that the answer has to follow; None for any text."""
 
@@ -111,6 +113,8 @@ class Progress:
     first one has none."""
     end: TokenLogprob | None = None
     """Log-probability of the end token, if the request ended with one and asked for them."""
+    first_token_seconds: float | None = field(default=None, compare=False)
+    """Time from the submission to the first token; None if the engine does not know it."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class Engine(Protocol):
     """Generates for many requests at once; an engine is ready when its constructor returns."""
 
     def submit(self, request: GenerationRequest) -> AsyncGenerator[Progress, None]:
-        """Generate, and yield the progress after each step; closing the iterator ends the request.
+        """Generate, and yield the progress or the end; closing the iterator ends the request.
 
         Raises:
             BadRequestError: at once or during the iteration, if the engine can't do what is asked for.

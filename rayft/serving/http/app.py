@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Annotated, Any
 
 import ray.serve as ray_serve
 from fastapi import APIRouter, Depends, FastAPI, Path, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
+from starlette.types import Receive, Scope, Send
 
 from rayft import __version__
 from rayft.errors import RayftError, RequestError, UnknownModelError
+from rayft.serving.answers import Inbox, Incoming
 from rayft.serving.control.state import Deployed
 from rayft.serving.http.auth import Administrator, Caller, KeyConfig, KnownCaller, identify
 from rayft.serving.http.body import GuardedRoute
@@ -34,11 +38,12 @@ from rayft.serving.http.responses import (
     Readiness,
 )
 from rayft.serving.http.schemas import ChatRequest, CompletionRequest, LoadRequest
+from rayft.serving.http.server import HttpServer
 from rayft.serving.http.streaming import ChatForm, Form, TextForm, collected, events
 from rayft.serving.messages import NAME
 from rayft.serving.presence import NoReplicaError
 
-__all__ = ["Ingress", "IngressDeployment", "create_app"]
+__all__ = ["Ingress", "IngressDeployment", "IngressOptions", "create_app"]
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": what}
@@ -82,6 +87,12 @@ async def page() -> HTMLResponse:
     return HTMLResponse(files("rayft.serving.http").joinpath("page.html").read_text(encoding="utf-8"))
 
 
+@router.get("/-/healthz", include_in_schema=False)
+async def alive() -> PlainTextResponse:
+    """Answer what Ray Serve's proxies answer, by which KubeRay finds the pods that take requests."""
+    return PlainTextResponse("success")
+
+
 @router.get("/healthz")
 async def healthz(gateway: Replicas) -> Health:
     """Report that this process is alive and, if a replica is up, what its engine has done."""
@@ -116,15 +127,19 @@ async def describe_model(caller: KnownCaller, gateway: Replicas, name: ModelName
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM)
-async def chat_completions(caller: KnownCaller, gateway: Replicas, body: ChatRequest) -> Any:
+async def chat_completions(
+    request: Request, caller: KnownCaller, gateway: Replicas, body: ChatRequest
+) -> Response:
     """Continue a conversation."""
-    return await _answer(gateway, caller, body, ChatForm(body.model))
+    return await _until_left(request, _answer(gateway, caller, body, ChatForm(body.model)))
 
 
 @router.post("/v1/completions", response_model=Completion, responses=STREAM)
-async def completions(caller: KnownCaller, gateway: Replicas, body: CompletionRequest) -> Any:
+async def completions(
+    request: Request, caller: KnownCaller, gateway: Replicas, body: CompletionRequest
+) -> Response:
     """Continue a text."""
-    return await _answer(gateway, caller, body, TextForm(body.model))
+    return await _until_left(request, _answer(gateway, caller, body, TextForm(body.model)))
 
 
 @router.get("/v1/adapters")
@@ -165,20 +180,46 @@ async def roll_back_adapter(_: Administrator, gateway: Replicas, name: AdapterNa
     return await gateway.change("rollback", name)
 
 
+async def _until_left(request: Request, answer: Awaitable[Response]) -> Response:
+    """Wait for an answer, or until the client leaves, which cancels it."""
+    answering = asyncio.ensure_future(answer)
+    leaving = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        # Nobody reads the status: 499 is what web servers write into their logs for it.
+        return answering.result() if answering.done() else Response(status_code=499)
+    finally:
+        leaving.cancel()
+        answering.cancel()
+
+
 async def _answer(
     gateway: Gateway, caller: Caller, request: ChatRequest | CompletionRequest, form: Form
-) -> Response | dict[str, Any]:
+) -> Response:
     """Answer a request whole, or as a stream."""
     first, deltas = await gateway.generate(caller, request)
     form.fingerprint = first.fingerprint
-    if not request.stream:
-        return form.whole(await collected(deltas))
-    counts = request.stream_options is not None and request.stream_options.include_usage
-    return StreamingResponse(
-        events(form, first, deltas, counts),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-cache"},
-    )
+    if request.stream:
+        counts = request.stream_options is not None and request.stream_options.include_usage
+        return _EventStream(events(form, first, deltas, counts), deltas)
+    try:
+        return JSONResponse(form.whole(await collected(deltas)))
+    finally:
+        deltas.close()
+
+
+class _EventStream(StreamingResponse):
+    """Sends an answer as server-sent events, and closes it, also if the client has left before the first."""
+
+    def __init__(self, events: AsyncIterator[str], deltas: Incoming) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._deltas = deltas
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._deltas.close()
 
 
 def _reason(request: Request, error: Exception) -> str:
@@ -224,25 +265,72 @@ def create_app(
     return app
 
 
-class Ingress:
-    """The deployment of Ray Serve that clients talk to."""
+@dataclass(frozen=True)
+class IngressOptions:
+    """The ingress's part of a server's configuration."""
 
-    def __init__(
+    host: str
+    port: int
+    drain_seconds: float
+    """Time that running requests have when the server stops."""
+    waiting: tuple[float, float]
+    """Seconds that a call waits while no replica is up, and in any case."""
+    keys: tuple[KeyConfig, ...]
+    """The callers' keys, as hashes."""
+    roots: tuple[str, ...]
+    """Folders and URL prefixes below which adapters may be loaded."""
+    max_body_bytes: int
+    """Size of the largest body that is accepted."""
+
+
+class Ingress:
+    """The process that clients talk to; Ray Serve starts it, and replaces it if it is lost.
+
+    It listens itself: with Ray Serve's proxy in front, each request and each part of an answer would pass
+    through one process more.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it.
         self,
         replica: DeploymentHandle[Any],
         director: DeploymentHandle[Any],
-        keys: tuple[KeyConfig, ...],
-        roots: tuple[str, ...],
-        max_body_bytes: int,
-        waiting: tuple[float, float],
+        options: IngressOptions,
     ) -> None:
-        """Create the application; the arguments are those of `create_app` and `Gateway`."""
-        self._app = create_app(Gateway(replica, director, waiting), keys, roots, max_body_bytes)
+        """Start to listen.
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """Return the application; Ray Serve calls this once, in the process that answers."""
-        return self._app
+        Args:
+            replica: handle of the replicas.
+            director: handle of the director.
+            options: the ingress's part of the server's configuration.
+
+        Raises:
+            ResourceError: if the address can't be listened on.
+        """
+        self._inbox = await Inbox.open()
+        gateway = Gateway(replica, director, options.waiting, self._inbox)
+        app = create_app(gateway, options.keys, options.roots, options.max_body_bytes)
+        self._server: HttpServer | None = await HttpServer.start(
+            app, options.host, options.port, options.drain_seconds
+        )
+
+    def check_health(self) -> None:
+        """Let Ray Serve replace the ingress if its server has ended.
+
+        Raises:
+            ResourceError: if it has ended.
+        """
+        if self._server is not None:
+            self._server.check()
+
+    async def _stop(self, server: HttpServer) -> None:
+        await server.stop()
+        self._inbox.close()
+
+    def __del__(self) -> Awaitable[None] | None:
+        """Stop listening, and answer running requests; Ray Serve awaits this before it ends the process."""
+        server, self._server = getattr(self, "_server", None), None
+        return None if server is None else self._stop(server)
 
 
-IngressDeployment = ray_serve.deployment(name="Ingress")(ray_serve.ingress()(Ingress))
+IngressDeployment = ray_serve.deployment(name="Ingress")(Ingress)
 """What Ray Serve runs; `rayft.serving.build` sets its size and resources."""

@@ -73,7 +73,9 @@ class _JsonRequest(Request):
                 )
         # FastAPI parses only what is declared as JSON; `curl -d` and others declare something else.
         headers = [(name, value) for name, value in request.headers.raw if name != b"content-type"]
-        made = cls({**request.scope, "headers": [*headers, (b"content-type", b"application/json")]})
+        scope = {**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}
+        # What follows the body is only that the client leaves.
+        made = cls(scope, request.receive)
         made._read, made._parsed = bytes(body), read_json(bytes(body))
         return made
 

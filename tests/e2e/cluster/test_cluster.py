@@ -197,9 +197,8 @@ def test_the_result_is_served_from_the_registry_to_callers_with_a_key(net: Netwo
     key = "a-key-of-this-test-alone"
     digest = hashlib.sha256(key.encode()).hexdigest()
     arguments |= {"host": "0.0.0.0", "keys": [{"name": "me", "sha256": digest}]}  # noqa: S104
-    deployed["http_options"]["host"] = "0.0.0.0"  # noqa: S104
     (head.home / "serve.yaml").write_text(yaml.safe_dump(deployed))
-    url = f"http://{head.address}:{deployed['http_options']['port']}"
+    url = f"http://{head.address}:{arguments['port']}"
     body = json.dumps({"model": "own", "prompt": "hello", "max_tokens": 4, "temperature": 0})
     (laptop.home / "body.json").write_text(body)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -57,7 +58,7 @@ class CpuEngine:
         self._thread.start()
 
     def submit(self, request: GenerationRequest) -> AsyncGenerator[Progress, None]:
-        """Generate, and yield the progress after each step; closing the iterator ends the request.
+        """Generate, and yield the progress after each step, or the end; closing it ends the request.
 
         Raises:
             BadRequestError: at once, if a JSON schema is to be followed.
@@ -156,7 +157,9 @@ class CpuEngine:
         self._count(batch)
         for sequence, token, good, entry in zip(complete, tokens, finite, entries, strict=True):
             if good and sequence.finite:
-                sequence.deliver(self._append(sequence, token, entry))
+                progress = self._append(sequence, token, entry)
+                if sequence.request.progress or progress.finish is not None:
+                    sequence.deliver(progress)
             else:
                 sequence.ended = True
                 sequence.deliver(RequestError(api.NOT_FINITE))
@@ -168,6 +171,8 @@ class CpuEngine:
             sequence.ended = True
             return Progress((), 0, "length", prompt=prompt)
         sequence.tokens.append(token)
+        if sequence.first_token_seconds is None:
+            sequence.first_token_seconds = time.monotonic() - sequence.submitted
         if sequence.seen is not None:
             sequence.seen.add(token)
         ended = token in self._ends or token in request.stop_tokens
@@ -185,6 +190,7 @@ class CpuEngine:
             tuple(sequence.logprobs),
             prompt,
             entry if ended else None,
+            sequence.first_token_seconds,
         )
 
     def _count(self, batch: list[Chunk]) -> None:

@@ -7,6 +7,7 @@ preempted: its keys and values are freed, and it waits until there is room to pr
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -44,6 +45,10 @@ class Sequence:
     none."""
     finite: bool = True
     """Whether all of `prompt_logprobs` are finite."""
+    submitted: float = field(default_factory=time.monotonic)
+    """When it was created, in seconds of the monotonic clock."""
+    first_token_seconds: float | None = None
+    """Time from then to its first token."""
     ended: bool = False
     """Whether it is finished, or its client has left."""
 

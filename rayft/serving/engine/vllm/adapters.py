@@ -44,9 +44,9 @@ class Site:
     """Returns the base's weight (O × I); None if it is quantised."""
 
     @cached_property
-    def sizes(self) -> list[int]:
-        """Number of outputs of each part."""
-        return [part.size for part in self.parts]
+    def outputs(self) -> int:
+        """Number of outputs of all parts."""
+        return sum(part.size for part in self.parts)
 
 
 class Batch:
@@ -97,22 +97,22 @@ class Batch:
         """Compute a layer's output (…, O) from its input (…, I), with the adapters of its tokens."""
         if not self.active:
             return site.product(x, bias)
-        x_NI = x.reshape(-1, x.shape[-1])
+        x_NI = x if x.dim() == 2 else x.reshape(-1, x.size(-1))
+        count, rows = x_NI.size(0), self._rows
         self._first = self._first or site
-        if site is self._first or self._rows is None or self._rows.count != len(x_NI):
-            self._rows = self._buffers(len(x_NI))
-            self._rows.prepare()
-        if site.weight is not None and len(x_NI) > DECODE:
+        if rows is None or site is self._first or rows.count != count:
+            self._rows = rows = self._buffers(count)
+            rows.prepare()
+        if site.weight is not None and count > DECODE:
             # The adapters write y first, and the base's product is added to it, which saves a pass over y.
-            y_NO = x_NI.new_empty(len(x_NI), sum(site.sizes))
-            grouped_lora(x_NI, y_NO.split(site.sizes, dim=1), self._rows, site.group, accumulate=False)
+            y_NO = x_NI.new_empty((count, site.outputs))
+            grouped_lora(x_NI, y_NO, rows, site.group, accumulate=False)
             y_NO.addmm_(x_NI, site.weight().t())
             if bias is not None:
                 y_NO.add_(bias)
-            return y_NO.view(*x.shape[:-1], y_NO.shape[1])
+            return y_NO if x.dim() == 2 else y_NO.view(*x.shape[:-1], site.outputs)
         y = site.product(x, bias)
-        ys = y.view(-1, y.shape[-1]).split(site.sizes, dim=1)
-        grouped_lora(x_NI, ys, self._rows, site.group)
+        grouped_lora(x_NI, y if y.dim() == 2 else y.view(count, -1), rows, site.group)
         return y
 
     def warm_up(self) -> None:
@@ -132,10 +132,10 @@ class Batch:
             rows.prepare()
             for (inputs, *outputs), index in shapes.items():
                 x_NI = torch.zeros(count, inputs, dtype=table.dtype, device=device)
-                ys = x_NI.new_zeros(count, sum(outputs)).split(outputs, dim=1)
-                grouped_lora(x_NI, ys, rows, index)
+                y_NO = x_NI.new_zeros(count, sum(outputs))
+                grouped_lora(x_NI, y_NO, rows, index)
                 if count > DECODE:
-                    grouped_lora(x_NI, ys, rows, index, accumulate=False)
+                    grouped_lora(x_NI, y_NO, rows, index, accumulate=False)
 
     def _buffers(self, count: int) -> Rows:
         if count in self._kept:
@@ -163,7 +163,7 @@ class AdaptedLinear:
         self._numbers[self._handle.data_ptr()] = len(self._known)
         # Kept, so that no other tensor gets the address.
         self._known.append((site, batch, self._handle))
-        self._outputs = sum(site.sizes)
+        self._outputs = site.outputs
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Compute (N × I) → (N × O)."""

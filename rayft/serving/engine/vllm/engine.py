@@ -134,7 +134,7 @@ class VllmEngine:
         """Longest sequence that fits into the KV cache and the model's context, in tokens."""
 
     def submit(self, request: GenerationRequest) -> AsyncGenerator[Progress, None]:
-        """Generate, and yield the progress as it comes; closing the iterator ends the request.
+        """Generate, and yield the progress as it comes, or the end; closing it ends the request.
 
         Raises:
             BadRequestError: if vLLM refuses the request, at once or during the iteration.
@@ -257,7 +257,7 @@ class VllmEngine:
             stop_token_ids=sorted({*self._ends, *request.stop_tokens}),
             ignore_eos=True,
             detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
+            output_kind=RequestOutputKind.DELTA if request.progress else RequestOutputKind.FINAL_ONLY,
             structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
         )
 
@@ -334,7 +334,13 @@ class _Answer:
         end = self._scored[shown] if reason == "stop" and self._scored else None
         scored = tuple(self._scored[:shown])
         return Progress(
-            tuple(self._ids[:shown]), len(self._ids), reason, scored, prompt=self._prompt, end=end
+            tuple(self._ids[:shown]),
+            len(self._ids),
+            reason,
+            scored,
+            prompt=self._prompt,
+            end=end,
+            first_token_seconds=output.metrics.first_token_latency if output.metrics else None,
         )
 
     def _score(self, token: int, found: Mapping[int, Any]) -> TokenLogprob:

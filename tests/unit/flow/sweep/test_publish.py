@@ -272,7 +272,8 @@ def served(sweep: Sweep) -> dict[str, str]:
     deploy = ServeDeploySchema.model_validate(yaml.safe_load((sweep.plan.output / "deploy.yaml").read_text()))
     (application,) = deploy.applications
     assert parse(ServeConfig, application.args) == serve
-    assert deploy.http_options.port == serve.port == sweep.plan.config.serve.port
+    assert serve.port == sweep.plan.config.serve.port
+    assert deploy.proxy_location == "Disabled"
     assert serve.registry == sweep.plan.tracker.uri
     assert serve.fetched == str(Path.home() / "rayft-runs/serving/adapters")
     return dict(serve.adapters)

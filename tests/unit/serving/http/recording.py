@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
+from rayft.serving.answers import Incoming, Ticket
 from rayft.serving.http.auth import Caller
 from rayft.serving.http.schemas import TextRequest
 from rayft.serving.messages import Delta
@@ -18,13 +18,13 @@ class RecordingGateway:
     def __init__(self) -> None:
         self.requests: list[Any] = []
 
-    async def generate(self, caller: Caller, request: TextRequest) -> tuple[Delta, AsyncIterator[Delta]]:
+    async def generate(self, caller: Caller, request: TextRequest) -> tuple[Delta, Incoming]:
         self.requests.append(request)
-
-        async def deltas() -> AsyncIterator[Delta]:
-            yield Delta("hi", 1, 1, "stop")
-
-        return Delta("", 1, 0), deltas()
+        waiting: dict[int, Incoming] = {}
+        waiting[0] = Incoming(Ticket("", 0, "", 0), waiting)
+        waiting[0].take(Delta("hi", 1, 1, "stop"))
+        waiting[0].take(None)
+        return Delta("", 1, 0), waiting[0]
 
     async def change(self, method: str, *arguments: Any) -> Any:
         raise AssertionError("no test changes what is served")

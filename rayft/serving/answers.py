@@ -1,0 +1,233 @@
+"""Carries the parts of answers from the replicas to the ingress.
+
+Ray Serve passes each part of a stream as an object of its own, which costs both processes more time than the
+part itself. Here each replica has one connection to the ingress for all its answers, and parts that arise at
+the same time travel together. The request travels by Ray Serve, which chooses the replica.
+
+On a connection, a replica sends the ingress's token first, and then lines of JSON: lists of parts, each with
+the number of its answer. The ingress sends back the numbers of answers that nobody waits for any more, one in
+a line; the replica then stops generating them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import ray
+from pydantic import TypeAdapter
+
+from rayft.errors import ResourceError
+from rayft.serving.messages import Delta
+
+__all__ = ["Inbox", "Incoming", "Outbox", "Ticket"]
+
+LONGEST_LINE = 2**30
+"""Most bytes of a line; the log-probabilities of a long prompt take megabytes."""
+
+HANDSHAKE_SECONDS = 10
+"""Time that a new connection has to send the token."""
+
+PARTS: TypeAdapter[list[tuple[int, Delta | None]]] = TypeAdapter(list[tuple[int, Delta | None]])
+"""A line: numbers of answers, each with a part, or None after the last part."""
+
+LOST = "the replica that was to answer was lost; try again"
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """Where the parts of one answer are to be sent."""
+
+    host: str
+    port: int
+    token: str
+    number: int
+
+
+class Inbox:
+    """Receives the parts of answers; the ingress has one."""
+
+    def __init__(self, host: str, server: asyncio.Server, token: str, waiting: dict[int, Incoming]) -> None:
+        self._server, self._waiting, self._numbers = server, waiting, count()
+        self._host, self._port, self._token = host, int(server.sockets[0].getsockname()[1]), token
+
+    @classmethod
+    async def open(cls, host: str | None = None) -> Inbox:
+        """Listen at a free port of this node's address.
+
+        Args:
+            host: another address to listen on.
+        """
+        token, waiting = secrets.token_hex(16), dict[int, Incoming]()
+
+        async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                await _receive(reader, writer, token, waiting)
+            except (OSError, EOFError, ValueError):
+                # Not a replica, or one that was lost; a time limit is an OSError too.
+                pass
+            finally:
+                for one in [one for one in waiting.values() if one.writer is writer]:
+                    one.fail(ResourceError(LOST))
+                writer.close()
+
+        host = host or ray.util.get_node_ip_address()
+        return cls(host, await asyncio.start_server(receive, host, 0, limit=LONGEST_LINE), token, waiting)
+
+    def expect(self) -> Incoming:
+        """Prepare to receive one answer."""
+        ticket = Ticket(self._host, self._port, self._token, next(self._numbers))
+        self._waiting[ticket.number] = Incoming(ticket, self._waiting)
+        return self._waiting[ticket.number]
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.close()
+
+
+async def _receive(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: str, waiting: dict[int, Incoming]
+) -> None:
+    """Receive what one replica sends, until it closes the connection."""
+    async with asyncio.timeout(HANDSHAKE_SECONDS):
+        first = await reader.readexactly(len(token) + 1)
+    if not hmac.compare_digest(first, f"{token}\n".encode()):
+        return
+    while line := await reader.readline():
+        for number, delta in PARTS.validate_json(line):
+            if number in waiting:
+                waiting[number].take(delta, writer)
+            elif delta is not None:
+                writer.write(b"%d\n" % number)
+
+
+class Incoming:
+    """One answer that is being received: an iterator of its parts, which has to be closed."""
+
+    def __init__(self, ticket: Ticket, waiting: dict[int, Incoming]) -> None:
+        self.ticket = ticket
+        self.writer: asyncio.StreamWriter | None = None
+        """The connection to the replica, once a part has come."""
+        self._waiting = waiting
+        self._parts: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+
+    def take(self, delta: Delta | None, writer: asyncio.StreamWriter | None = None) -> None:
+        """Add a part that was received on a connection, or None after the last one."""
+        self.writer = writer
+        self._parts.put_nowait(delta)
+
+    def fail(self, error: Exception) -> None:
+        """Let the iteration end with an error, after the parts that were received."""
+        self._parts.put_nowait(error)
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self
+
+    async def __anext__(self) -> Delta:
+        """Return the next part.
+
+        Raises:
+            ResourceError: if the replica was lost.
+            Exception: what `fail` was called with.
+        """
+        part = await self._parts.get()
+        if isinstance(part, Delta):
+            return part
+        del self._waiting[self.ticket.number]
+        if part is None:
+            raise StopAsyncIteration
+        raise part
+
+    def close(self) -> None:
+        """Stop to wait for the answer; the replica stops generating it."""
+        if self._waiting.pop(self.ticket.number, None) and self.writer is not None:
+            self.writer.write(b"%d\n" % self.ticket.number)
+
+
+@dataclass
+class _Line:
+    """A replica's connection to an ingress."""
+
+    writer: asyncio.StreamWriter
+    reading: asyncio.Task[None] | None = None
+    tasks: dict[int, asyncio.Task[Any]] = field(default_factory=dict)
+    """Number of an answer → the task that generates it."""
+    parts: list[tuple[int, Delta | None]] = field(default_factory=list)
+    """What the next line will contain."""
+
+    def put(self, number: int, delta: Delta | None) -> None:
+        if not self.parts:
+            # Parts that arise in the same round of the loop travel together.
+            asyncio.get_running_loop().call_soon(self._flush)
+        self.parts.append((number, delta))
+
+    def _flush(self) -> None:
+        parts, self.parts = self.parts, []
+        self.writer.write(PARTS.dump_json(parts) + b"\n")
+
+
+class Outbox:
+    """Sends the parts of answers; each replica has one."""
+
+    def __init__(self) -> None:
+        self._lines: dict[tuple[str, int, str], _Line] = {}
+        self._connecting = asyncio.Lock()
+
+    async def send(self, ticket: Ticket, deltas: AsyncGenerator[Delta, None]) -> None:
+        """Send the parts of an answer as they come.
+
+        Args:
+            ticket: where to.
+            deltas: the parts; closed in any case.
+
+        Raises:
+            ResourceError: if the ingress can't be reached.
+            asyncio.CancelledError: if nobody waits for the answer any more, or the ingress was lost.
+        """
+        try:
+            line, task = await self._line(ticket), asyncio.current_task()
+            assert task is not None
+            line.tasks[ticket.number] = task
+            try:
+                async for delta in deltas:
+                    line.put(ticket.number, delta)
+                line.put(ticket.number, None)
+            finally:
+                del line.tasks[ticket.number]
+        finally:
+            await deltas.aclose()
+
+    async def _line(self, ticket: Ticket) -> _Line:
+        key = (ticket.host, ticket.port, ticket.token)
+        if key in self._lines:
+            return self._lines[key]
+        async with self._connecting:
+            if key not in self._lines:
+                try:
+                    reader, writer = await asyncio.open_connection(ticket.host, ticket.port)
+                except OSError as error:
+                    raise ResourceError(
+                        f"the replica can't send its answer to {ticket.host}:{ticket.port} ({error}); allow "
+                        "connections between the cluster's nodes at all ports"
+                    ) from error
+                writer.write(f"{ticket.token}\n".encode())
+                line = self._lines[key] = _Line(writer)
+                line.reading = asyncio.create_task(self._read(key, line, reader))
+        return self._lines[key]
+
+    async def _read(self, key: tuple[str, int, str], line: _Line, reader: asyncio.StreamReader) -> None:
+        """End the answers that the ingress no longer waits for, and all if it is lost."""
+        with suppress(OSError):
+            while number := await reader.readline():
+                if task := line.tasks.get(int(number)):
+                    task.cancel()
+        del self._lines[key]
+        for task in line.tasks.values():
+            task.cancel()
+        line.writer.close()

@@ -1,0 +1,104 @@
+"""The HTTP server in the ingress's process."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import time
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from rayft.errors import ResourceError
+
+__all__ = ["HttpServer"]
+
+RETRY_SECONDS = 0.2
+"""Interval at which an address that is in use is tried again."""
+
+KEEP_SECONDS = 75
+"""Time for which a connection without requests is kept."""
+
+
+class HttpServer:
+    """Serves an application at an address until it is stopped."""
+
+    def __init__(self, server: uvicorn.Server, task: asyncio.Task[None]) -> None:
+        self._server, self._task = server, task
+
+    @classmethod
+    async def start(cls, app: ASGIApp, host: str, port: int, drain_seconds: float) -> HttpServer:
+        """Listen at an address.
+
+        Args:
+            app: the application.
+            host: address to listen on.
+            port: port to listen on.
+            drain_seconds: time that running requests have when the server stops. A server that is being
+                replaced may have the address that long, so an address in use is tried again for as long.
+
+        Raises:
+            ResourceError: if the address can't be listened on.
+        """
+        listener = await _listener(host, port, drain_seconds)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_SECONDS,
+                timeout_graceful_shutdown=max(1, round(drain_seconds)),
+            )
+        )
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started and not task.done():
+            await asyncio.sleep(0.01)
+        found = cls(server, task)
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """Check that the server runs.
+
+        Raises:
+            ResourceError: if it has ended.
+        """
+        if self._task.done():
+            raise ResourceError("the HTTP server has ended; see the log of the ingress")
+
+    async def stop(self) -> None:
+        """Stop listening, and wait until running requests are answered."""
+        self._server.should_exit = True
+        await asyncio.wait([self._task])
+
+
+async def _listener(host: str, port: int, seconds: float) -> socket.socket:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            return _bound(family, address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
+                raise ResourceError(
+                    f"can't listen on {host}:{port} ({error}); set another port, or stop what listens there. "
+                    "If that is Ray Serve's own proxy, set proxy_location: Disabled in the file for `serve "
+                    "deploy`"
+                ) from error
+            await asyncio.sleep(RETRY_SECONDS)
+
+
+def _bound(family: int, address: object) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)  # type: ignore[arg-type]
+        made.listen(2048)
+    except OSError:
+        made.close()
+        raise
+    return made

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import httpx
+import pytest
+
+from rayft.errors import ResourceError
+from rayft.serving.http.server import HttpServer
+
+
+async def application(scope: Any, receive: Any, send: Any) -> None:
+    if scope["path"] == "/slow":
+        await asyncio.sleep(0.5)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"hello"})
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_server_that_stops_first_answers_what_it_has_received(port: int) -> None:
+    async def scenario() -> None:
+        server = await HttpServer.start(application, "127.0.0.1", port, 5)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            asked = asyncio.create_task(client.get("/slow"))
+            await asyncio.sleep(0.2)
+            await server.stop()
+            assert (await asked).text == "hello"
+            with pytest.raises(httpx.ConnectError):
+                await client.get("/")
+        with pytest.raises(ResourceError, match="has ended"):
+            server.check()
+
+    asyncio.run(scenario())
+
+
+def test_it_takes_over_the_address_of_a_server_that_is_being_replaced(port: int) -> None:
+    async def scenario() -> None:
+        old = await HttpServer.start(application, "127.0.0.1", port, 5)
+        starting = asyncio.create_task(HttpServer.start(application, "127.0.0.1", port, 5))
+        await asyncio.sleep(0.1)
+        assert not starting.done()
+        await old.stop()
+        new = await starting
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"http://127.0.0.1:{port}/")).text == "hello"
+        await new.stop()
+
+    asyncio.run(scenario())
+
+
+def test_an_address_that_stays_in_use_is_named_with_what_to_do(port: int) -> None:
+    async def scenario() -> None:
+        old = await HttpServer.start(application, "127.0.0.1", port, 5)
+        with pytest.raises(
+            ResourceError, match=rf"127.0.0.1:{port} .*another port.*proxy_location: Disabled"
+        ):
+            await HttpServer.start(application, "127.0.0.1", port, 0.3)
+        await old.stop()
+
+    asyncio.run(scenario())
+
+
+def test_an_address_of_another_machine_is_refused_at_once(port: int) -> None:
+    with pytest.raises(ResourceError, match=f"can't listen on 192.0.2.1:{port}"):
+        asyncio.run(HttpServer.start(application, "192.0.2.1", port, 60))

@@ -1,0 +1,227 @@
+"""Answers over real connections between an inbox and outboxes of one process."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rayft.errors import ResourceError
+from rayft.serving.answers import Inbox, Incoming, Outbox
+from rayft.serving.messages import Delta, TokenScore
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(20):
+            await scenario
+
+    asyncio.run(limited())
+
+
+@asynccontextmanager
+async def opened() -> AsyncIterator[tuple[Inbox, Outbox]]:
+    inbox = await Inbox.open("127.0.0.1")
+    yield inbox, Outbox()
+    inbox.close()
+
+
+class Source:
+    """Parts of an answer that is generated; counts what was taken, and knows whether it was closed."""
+
+    def __init__(self, *parts: Delta, endless: bool = False) -> None:
+        self.parts, self.endless = parts, endless
+        self.closed = asyncio.Event()
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        try:
+            for part in self.parts:
+                yield part
+                await asyncio.sleep(0)
+            while self.endless:
+                await asyncio.sleep(3600)
+        finally:
+            self.closed.set()
+
+
+def part(text: str, index: int = 0, **more: Any) -> Delta:
+    return Delta(text, 3, len(text), index=index, **more)
+
+
+async def received(incoming: Incoming) -> list[Delta]:
+    return [delta async for delta in incoming]
+
+
+def test_every_part_arrives_unchanged_and_in_order() -> None:
+    scores = (
+        TokenScore("a", (97,), None),
+        TokenScore("é", (195, 169), -math.inf, (TokenScore("b", (98,), -0.1),)),
+    )
+    parts = [
+        part("", fingerprint="f" * 16),
+        part("line\nbreak \u2028 \N{GRINNING FACE} \x00", scores=scores),
+        part("x", 1, reasoning="because", finish="length"),
+        part("y", finish="stop"),
+    ]
+
+    async def scenario() -> None:
+        async with opened() as (inbox, outbox):
+            expected = inbox.expect()
+            _, found = await asyncio.gather(
+                outbox.send(expected.ticket, Source(*parts).deltas()), received(expected)
+            )
+            assert found == parts
+
+    run(scenario())
+
+
+def test_answers_at_the_same_time_reach_those_who_wait_for_them() -> None:
+    async def scenario() -> None:
+        async with opened() as (inbox, outbox):
+            other = Outbox()
+            waiting = [inbox.expect() for _ in range(50)]
+            sent = [
+                (outbox if number % 2 else other).send(
+                    one.ticket, Source(*(part(f"{number}.{turn}") for turn in range(20))).deltas()
+                )
+                for number, one in enumerate(waiting)
+            ]
+            *found, _ = await asyncio.gather(*map(received, waiting), asyncio.gather(*sent))
+            for number, deltas in enumerate(found):
+                assert [delta.text for delta in deltas] == [f"{number}.{turn}" for turn in range(20)]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("parts", [0, 1])
+def test_an_answer_that_nobody_waits_for_is_no_longer_generated(parts: int) -> None:
+    """Whether its first part had come before that or not."""
+
+    async def scenario() -> None:
+        async with opened() as (inbox, outbox):
+            incoming, kept = inbox.expect(), inbox.expect()
+            source, other = Source(part("a"), endless=True), Source(part("b"), endless=True)
+            if not parts:
+                incoming.close()
+            sending = asyncio.create_task(outbox.send(incoming.ticket, source.deltas()))
+            staying = asyncio.create_task(outbox.send(kept.ticket, other.deltas()))
+            if parts:
+                assert (await anext(incoming)).text == "a"
+                incoming.close()
+            await source.closed.wait()
+            with pytest.raises(asyncio.CancelledError):
+                await sending
+            assert (await anext(kept)).text == "b"
+            assert not other.closed.is_set()
+            incoming.close()
+            kept.close()
+            with suppress(asyncio.CancelledError):
+                await staying
+            assert not inbox._waiting
+
+    run(scenario())
+
+
+def test_a_lost_replica_fails_its_answers_alone() -> None:
+    async def scenario() -> None:
+        async with opened() as (inbox, outbox):
+            lost, kept = inbox.expect(), inbox.expect()
+            sending = asyncio.create_task(outbox.send(lost.ticket, Source(part("a"), endless=True).deltas()))
+            other = asyncio.create_task(Outbox().send(kept.ticket, Source(part("b"), endless=True).deltas()))
+            assert (await anext(lost)).text == "a"
+            assert (await anext(kept)).text == "b"
+            (line,) = outbox._lines.values()
+            line.writer.transport.abort()
+            with pytest.raises(ResourceError, match="was lost; try again"):
+                await anext(lost)
+            assert not other.done()
+            for task in (sending, other):
+                task.cancel()
+
+    run(scenario())
+
+
+def test_a_lost_ingress_ends_what_is_generated_for_it() -> None:
+    async def scenario() -> None:
+        async with opened() as (inbox, outbox):
+            incoming, source = inbox.expect(), Source(part("a"), endless=True)
+            sending = asyncio.create_task(outbox.send(incoming.ticket, source.deltas()))
+            await anext(incoming)
+            assert incoming.writer is not None
+            incoming.writer.transport.abort()
+            await source.closed.wait()
+            with pytest.raises(asyncio.CancelledError):
+                await sending
+            # The next answer makes a new connection.
+            again = inbox.expect()
+            _, found = await asyncio.gather(
+                outbox.send(again.ticket, Source(part("b")).deltas()), received(again)
+            )
+            assert [delta.text for delta in found] == ["b"]
+
+    run(scenario())
+
+
+def test_an_answer_fails_after_the_parts_that_have_come() -> None:
+    async def scenario() -> None:
+        async with opened() as (inbox, _):
+            incoming = inbox.expect()
+            incoming.take(part("a"))
+            incoming.fail(ValueError("late"))
+            assert (await anext(incoming)).text == "a"
+            with pytest.raises(ValueError, match="late"):
+                await anext(incoming)
+            assert not inbox._waiting
+
+    run(scenario())
+
+
+def test_an_ingress_that_can_not_be_reached_is_named() -> None:
+    async def scenario() -> None:
+        async with opened() as (inbox, outbox):
+            inbox.close()
+            ticket, source = inbox.expect().ticket, Source(part("a"))
+            with pytest.raises(ResourceError, match=rf"127.0.0.1:{ticket.port} .*allow connections"):
+                await outbox.send(ticket, source.deltas())
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 200, b"\n" * 40, b"[[0,null]]\n", b"\xff" * 33])
+def test_a_stranger_can_send_no_parts(data: bytes) -> None:
+    async def scenario() -> None:
+        async with opened() as (inbox, outbox):
+            incoming = inbox.expect()
+            reader, writer = await asyncio.open_connection("127.0.0.1", incoming.ticket.port)
+            writer.write(data)
+            writer.write_eof()
+            assert await reader.read() == b""
+            # Nor with a wrong token.
+            wrong = replace(incoming.ticket, token="0" * 32)
+            with suppress(asyncio.CancelledError):
+                await outbox.send(wrong, Source(part("forged"), endless=True).deltas())
+            assert incoming._parts.empty()
+
+    run(scenario())
+
+
+def test_parts_that_arise_at_once_travel_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with opened() as (inbox, outbox):
+            first = inbox.expect()
+            await outbox.send(first.ticket, Source().deltas())
+            (line,) = outbox._lines.values()
+            lines: list[bytes] = []
+            monkeypatch.setattr(line.writer, "write", lines.append)
+            await asyncio.gather(
+                *(outbox.send(inbox.expect().ticket, Source(part("a")).deltas()) for _ in range(30))
+            )
+            await asyncio.sleep(0)
+            assert len(lines) <= 4
+
+    run(scenario())
