@@ -15,8 +15,8 @@ including those loaded later. `Rows.prepare`, called once for a forward pass, so
 tiles of rows of one slot, and looks up the factors of every tile and layer. Then for each group of linears:
 
 - `shrink`, a program for each tile, linear and part of the inputs, writes that part of x Aᵀ;
-- `expand`, a program for each tile and block of outputs, adds the parts up in a fixed order, which gives the
-  same bits each time, and adds h Bᵀ to y.
+- `expand`, a program for each tile and some blocks of outputs, adds the parts up in a fixed order, which
+  gives the same bits each time, and adds h Bᵀ to y.
 
 Each adapter is read at its own rank, once for a tile. Programs for base rows and surplus programs end after
 one load. A matrix unit needs tiles and ranks padded to 16, 32 or multiples of 64; the padding is zeros in
@@ -37,11 +37,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 
 from rayft.errors import TargetError
 from rayft.kernels import segment_lora
+from rayft.kernels.launch_triton import Launch, current_stream
 from rayft.kernels.segment_lora import BASE_SLOT, Segment, SlotFactors
 
 __all__ = [
@@ -84,6 +87,11 @@ class Group:
     def __post_init__(self) -> None:
         assert 1 <= len(self.outputs) <= SLICES, f"a group has one to {SLICES} linears"
 
+    @cached_property
+    def width(self) -> int:
+        """Number of outputs of all linears."""
+        return sum(self.outputs.values())
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -107,6 +115,10 @@ class Tuning:
     expand_warps: int = 4
     stages: int = 4
     """One more than the reads of inputs that are in flight in `shrink`."""
+    blocks: int = 1
+    """Blocks of outputs that a program of `expand` computes one after the other; it reads h once for them."""
+    expand_stages: int = 1
+    """One more than the reads of B that are in flight in `expand`."""
     overlap: bool = False
     """Whether a kernel may start while the previous one ends (programmatic dependent launch, on Hopper)."""
 
@@ -119,7 +131,7 @@ class Tuning:
         device = torch.device(device)
         overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
         if n_rows > DECODE:
-            return cls(64, 64, 512, 64, programs=132, parts=4, overlap=overlap)
+            return replace(PREFILL, overlap=overlap)
         tile = 8 if n_rows <= 32 else 16
         return cls(tile, 64, 512, 256, expand_warps=8, stages=5, overlap=overlap)
 
@@ -130,6 +142,10 @@ class Tuning:
         # A power of 2, because the kernels are compiled for each number of parts.
         parts = 1 << (parts.bit_length() - 1)
         return -(-inputs // (parts * self.inputs)) * self.inputs
+
+
+PREFILL = Tuning(tile=64, inputs=64, least=512, outputs=64, programs=132, parts=4)
+"""The tuning for more than `DECODE` rows."""
 
 
 def tile_bound(n_rows: int, n_slots: int, tile: int) -> int:
@@ -187,6 +203,8 @@ class AdapterTable:
         self.entries = torch.zeros(slots, len(names), FIELDS, dtype=torch.int64, device=device)
         self.layers: list[dict[int, SlotFactors]] = [{} for _ in names]
         self._scratch = torch.empty(0, dtype=torch.float32, device=device)
+        self._launches: dict[tuple[object, ...], Launches] = {}
+        self._splits = sorted({(group.inputs, len(group.outputs)) for group in groups})
 
     def set(self, slot: int, factors: Mapping[str, SlotFactors]) -> None:
         """Put an adapter in a slot, in place of the slot's former one.
@@ -238,6 +256,14 @@ class AdapterTable:
             self._scratch = torch.empty(numbers, dtype=torch.float32, device=self.entries.device)
         return self._scratch[:numbers]
 
+    def launches(self, n_rows: int, tuning: Tuning) -> Launches:
+        """Return the launches of all groups for a number of rows."""
+        chunks = {shape: tuning.chunk(n_rows, *shape) for shape in self._splits}
+        key = tuning, *chunks.values()
+        if key not in self._launches:
+            self._launches[key] = Launches(self, tuning, chunks)
+        return self._launches[key]
+
     def _forget(self, slot: int) -> None:
         for layer in self.layers:
             layer.pop(slot, None)
@@ -254,80 +280,169 @@ class AdapterTable:
             )
 
 
+class GroupLaunch:
+    """How the kernels of one group are launched under one tuning, for batches with equally many parts.
+
+    The first launch for some strides goes through Triton. Later ones pass addresses to the compiled kernels,
+    which keeps the host's work low: a prefill is often launched kernel by kernel, not as a graph.
+    """
+
+    def __init__(self, table: AdapterTable, group: int, tuning: Tuning, chunk: int) -> None:
+        # Imported here, because a CPU has no Triton.
+        from rayft.kernels import grouped_lora_triton
+
+        known, launcher = table.groups[group], grouped_lora_triton.launcher
+        sizes, itemsize = [*known.outputs.values()], table.dtype.itemsize
+        self._inputs, self._dtype = known.inputs, table.dtype
+        self._layer, self.parts = table.first[group], -(-known.inputs // chunk)
+        # The kernel takes four outputs, and does not touch those beyond the group's number.
+        self._linears, self._unused = len(sizes), SLICES - len(sizes)
+        self._sizes = [*sizes, *sizes[:1] * self._unused]
+        self._starts = [*[sum(sizes[:n]) * itemsize for n in range(len(sizes))], *[0] * self._unused]
+        self._stream = current_stream(table.entries.device)
+        self._shrink = launcher("shrink", tuning.shrink_warps, tuning.stages, tuning.overlap)
+        self._expand = launcher("expand", tuning.expand_warps, tuning.expand_stages, tuning.overlap)
+        span = tuning.outputs * tuning.blocks
+        self._shrink_programs = len(sizes) * self.parts
+        self._expand_programs = sum(-(-size // span) for size in sizes)
+        shape, padded = (FIELDS, table.widest, len(sizes), tuning.tile), 1 << (self.parts - 1).bit_length()
+        self._shrink_constants = *shape, tuning.inputs, chunk, tuning.overlap
+        ranks = tuning.ranks, self.parts, padded
+        self._expand_constants = *shape, tuning.outputs, span, *ranks, tuning.overlap
+        self._found: dict[tuple[Any, ...], tuple[Launch, Launch, Sequence[int]]] = {}
+        """Strides and dtypes → the compiled kernels, and the row strides of the four outputs."""
+
+    def launch(
+        self, plan: Plan, x: torch.Tensor, y: torch.Tensor | Sequence[torch.Tensor], *, accumulate: bool
+    ) -> None:
+        """Add the adapters to the outputs y, or overwrite the outputs."""
+        kinds: tuple[Any, ...]
+        if isinstance(y, torch.Tensor):
+            kinds, first = (y.stride(), y.dtype), y.data_ptr()
+            one, two, three, four = self._starts
+            y0, y1, y2, y3 = first + one, first + two, first + three, first + four
+        else:
+            kinds = tuple([(matrix.stride(), matrix.dtype) for matrix in y])
+            y0, y1, y2, y3 = [matrix.data_ptr() for matrix in (*y, *[y[0]] * self._unused)]
+        key = x.stride(), x.dtype, kinds, accumulate
+        place, n_rows, n_tiles, found = x.data_ptr(), plan.n_rows, plan.n_tiles, self._found.get(key)
+        # The kernels that are kept were compiled for aligned addresses.
+        if found is None or (place | y0 | y1 | y2 | y3) % ALIGNED:
+            self._compile(plan, x, y, key, accumulate=accumulate)
+            return
+        shrink, expand, row_strides = found
+        stream, tiles, rows, h = self._stream(), plan.tiles(self._layer), plan.rows, plan.place
+        shrink(
+            self._shrink_programs, n_tiles, stream,
+            place, tiles, rows, h, n_rows, self._inputs, x.stride(0), n_tiles,
+        )  # fmt: skip
+        expand(
+            self._expand_programs, n_tiles, stream,
+            y0, y1, y2, y3, tiles, rows, h, n_rows, *self._sizes, *row_strides, n_tiles,
+        )  # fmt: skip
+
+    def _compile(
+        self,
+        plan: Plan,
+        x: torch.Tensor,
+        y: torch.Tensor | Sequence[torch.Tensor],
+        key: tuple[Any, ...],
+        *,
+        accumulate: bool,
+    ) -> None:
+        """Check the tensors, launch through Triton, and keep the kernels that it compiled."""
+        ys = y.split(self._sizes[: self._linears], dim=1) if isinstance(y, torch.Tensor) else y
+        for what, matrix in (("x", x), *(("y", matrix) for matrix in ys)):
+            assert matrix.stride(1) == 1, f"{what}: numbers of a row must be neighbours"
+            assert matrix.dtype == self._dtype, f"{what} is not of the table's {self._dtype}"
+        places, n_rows, n_tiles = plan.tensors(self._layer), plan.n_rows, plan.n_tiles
+        four = (*ys, *[ys[0]] * self._unused)
+        row_strides = [matrix.stride(0) for matrix in four]
+        shrink = (x, *places), (n_rows, self._inputs, x.stride(0), n_tiles), self._shrink_constants
+        expand = (
+            (*four, *places),
+            (n_rows, *self._sizes, *row_strides, n_tiles),
+            (*self._expand_constants, accumulate),
+        )
+        self._shrink((self._shrink_programs, n_tiles, 1), *shrink)
+        self._expand((self._expand_programs, n_tiles, 1), *expand)
+        shrink_found, expand_found = self._shrink.found(*shrink), self._expand.found(*expand)
+        if shrink_found and expand_found:
+            self._found[key] = shrink_found, expand_found, row_strides
+
+
+class Launches:
+    """The launches of all groups under one tuning, for numbers of rows that split the inputs alike."""
+
+    def __init__(self, table: AdapterTable, tuning: Tuning, chunks: Mapping[tuple[int, int], int]) -> None:
+        """Work out everything about the launches that is the same for all batches.
+
+        Args:
+            table: the adapters.
+            tuning: how the work is divided.
+            chunks: inputs and number of linears of a group → the inputs of one part.
+        """
+        self.groups = [
+            GroupLaunch(table, number, tuning, chunks[group.inputs, len(group.outputs)])
+            for number, group in enumerate(table.groups)
+        ]
+        self.most = max(
+            len(group.outputs) * launch.parts for group, launch in zip(table.groups, self.groups, strict=True)
+        )
+        """The most parts of h that a group has."""
+
+
 class Plan:
     """The buffers of a batch of N rows for the Triton kernels, and the launches over them."""
 
     def __init__(self, table: AdapterTable, n_rows: int, tuning: Tuning, distinct: int) -> None:
-        # Imported here, because a CPU has no Triton.
         from rayft.kernels import grouped_lora_triton
 
         self._kernels = grouped_lora_triton
-        self._table, self._n_rows, self._tuning = table, n_rows, tuning
-        self._n_tiles = tile_bound(n_rows, distinct, tuning.tile)
+        self._table, self._tuning, self._launches = table, tuning, table.launches(n_rows, tuning)
+        self.n_rows, self.n_tiles = n_rows, tile_bound(n_rows, distinct, tuning.tile)
         device, layers = table.entries.device, table.entries.shape[1]
-        self._sorted = torch.zeros(n_rows, 4, dtype=torch.int32, device=device)
-        self._rows = torch.zeros(self._n_tiles, tuning.tile, dtype=torch.int32, device=device)
-        self._tiles = torch.zeros(layers, self._n_tiles, FIELDS, dtype=torch.int64, device=device)
-        self._chunks = [tuning.chunk(n_rows, group.inputs, len(group.outputs)) for group in table.groups]
-        self._parts = [
-            -(-group.inputs // chunk) for group, chunk in zip(table.groups, self._chunks, strict=True)
-        ]
-        most = max(len(group.outputs) * n for group, n in zip(table.groups, self._parts, strict=True))
+        # `prepare` writes everything that is read of these.
+        self._sorted = torch.empty(n_rows, 4, dtype=torch.int32, device=device)
+        self._rows = torch.empty(self.n_tiles, tuning.tile, dtype=torch.int32, device=device)
+        self._tiles = torch.empty(layers, self.n_tiles, FIELDS, dtype=torch.int64, device=device)
+        most = self._launches.most
         assert most * n_rows * table.widest < 2**31, "more rows than the kernels can count"
         self.h = table.scratch(most * n_rows * table.widest).view(most, n_rows, table.widest)
+        self.rows, self.place = self._rows.data_ptr(), self.h.data_ptr()
+        self._first, self._stride = self._tiles.data_ptr(), self.n_tiles * FIELDS * self._tiles.itemsize
 
     @property
     def nbytes(self) -> int:
         """Size of the buffers in bytes, without h, which all plans of a table share."""
         return sum(buffer.nbytes for buffer in (self._sorted, self._rows, self._tiles))
 
+    def tiles(self, layer: int) -> int:
+        """Return the address of the entries of a linear's tiles, which those of the next linear follow."""
+        return self._first + layer * self._stride
+
+    def tensors(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """Return the entries of a linear's tiles and of all linears after it, the rows of tiles, and h."""
+        return self._tiles[layer:], self._rows, self.h
+
     def prepare(self, slots: torch.Tensor) -> None:
         """Sort the rows by slot, and look up the factors of every tile in every layer."""
-        n_rows, tile = self._n_rows, self._tuning.tile
+        n_rows, tile = self.n_rows, self._tuning.tile
         self._kernels.launch_order(
             (-(-n_rows // 32), 1, 1), (slots, self._sorted), (n_rows, self._table.slots), (32, 256)
         )
         self._kernels.launch_describe(
             (self._tiles.shape[0], 1, 1),
             (self._sorted, self._table.entries, self._tiles, self._rows),
-            (n_rows, self._n_tiles),
+            (n_rows, self.n_tiles),
             (FIELDS, tile, _rows_at_once(n_rows)),
         )
 
-    def add(self, x: torch.Tensor, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:
+    def add(
+        self, x: torch.Tensor, y: torch.Tensor | Sequence[torch.Tensor], group: int, *, accumulate: bool
+    ) -> None:
         """Add the adapters of a group's linears to their outputs, or overwrite the outputs."""
-        for what, matrix in (("x", x), *(("y", y) for y in ys)):
-            assert matrix.stride(1) == 1, f"{what}: numbers of a row must be neighbours"
-            assert matrix.dtype == self._table.dtype, f"{what} is not of the table's {self._table.dtype}"
-        self._shrink(x, group)
-        self._expand(ys, group, accumulate=accumulate)
-
-    def _shrink(self, x: torch.Tensor, group: int) -> None:
-        known, chunk, tuning = self._table.groups[group], self._chunks[group], self._tuning
-        self._kernels.launcher("shrink", tuning.shrink_warps, tuning.stages, tuning.overlap)(
-            (len(known.outputs) * self._parts[group], self._n_tiles, 1),
-            (x, *self._places(group)),
-            (self._n_rows, known.inputs, x.stride(0), self._n_tiles),
-            (*self._shape(group), tuning.inputs, chunk, tuning.overlap),
-        )
-
-    def _expand(self, ys: Sequence[torch.Tensor], group: int, *, accumulate: bool) -> None:
-        known, tuning, parts = self._table.groups[group], self._tuning, self._parts[group]
-        # The kernel takes four outputs, and does not touch those beyond the group's number.
-        four = [*ys, *[ys[0]] * (SLICES - len(ys))]
-        padded = 1 << (parts - 1).bit_length()
-        self._kernels.launcher("expand", tuning.expand_warps, 1, tuning.overlap)(
-            (sum(-(-size // tuning.outputs) for size in known.outputs.values()), self._n_tiles, 1),
-            (*four, *self._places(group)),
-            (self._n_rows, *(y.shape[1] for y in four), *(y.stride(0) for y in four), self._n_tiles),
-            (*self._shape(group), tuning.outputs, tuning.ranks, parts, padded, accumulate, tuning.overlap),
-        )
-
-    def _places(self, group: int) -> tuple[torch.Tensor, ...]:
-        return self._tiles[self._table.first[group] :], self._rows, self.h
-
-    def _shape(self, group: int) -> tuple[int, ...]:
-        return FIELDS, self._table.widest, len(self._table.groups[group].outputs), self._tuning.tile
+        self._launches.groups[group].launch(self, x, y, accumulate=accumulate)
 
 
 class Rows:
@@ -380,23 +495,34 @@ class Rows:
 
 
 def grouped_lora(
-    x_NI: torch.Tensor, ys: Sequence[torch.Tensor], rows: Rows, group: int, *, accumulate: bool = True
+    x_NI: torch.Tensor,
+    ys: torch.Tensor | Sequence[torch.Tensor],
+    rows: Rows,
+    group: int,
+    *,
+    accumulate: bool = True,
 ) -> None:
     """Add every row's adapter to the outputs of a group's linears, in place.
 
     Args:
         x_NI: the input of the linears.
-        ys: their outputs (N × O), which may be views of a wider tensor.
+        ys: their outputs (N × O), which may be views of a wider tensor; or one tensor with the columns of all
+            of them, in the group's order, which is passed on with less work for the host.
         rows: the batch, prepared.
         group: index in the table's groups.
         accumulate: whether to add to y. If not, y is overwritten, with zeros where a row has no adapter.
     """
     known = rows.table.groups[group]
     assert x_NI.shape == (rows.count, known.inputs), "not the batch that was prepared"
-    assert [tuple(y.shape) for y in ys] == [(rows.count, size) for size in known.outputs.values()]
+    if isinstance(ys, torch.Tensor):
+        assert ys.shape == (rows.count, known.width), "not the outputs of the group"
+    else:
+        assert [tuple(y.shape) for y in ys] == [(rows.count, size) for size in known.outputs.values()]
     if rows.plan:
         rows.plan.add(x_NI, ys, group, accumulate=accumulate)
         return
+    if isinstance(ys, torch.Tensor):
+        ys = ys.split([*known.outputs.values()], dim=1)
     for part, y_NO in enumerate(ys):
         if not accumulate:
             y_NO.zero_()

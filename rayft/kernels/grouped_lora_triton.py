@@ -177,51 +177,73 @@ def _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR: tl.constexpr, BP:
 
 @triton.jit
 def _expand_ranks(
-    y_place, mask, in_n, b_ptr, b_stride, o, in_o, h_ptr, h_row, part_stride, parts, rank, scale,
-    BR: tl.constexpr, LAST: tl.constexpr, BP: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
+    y_place, in_n, n_outputs, b_ptr, b_stride, o, h_ptr, h_row, part_stride, parts, rank, scale, end,
+    BR: tl.constexpr, LAST: tl.constexpr, BO: tl.constexpr, SPAN: tl.constexpr, BP: tl.constexpr,
+    OVERLAP: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile and block of outputs, BR ranks at once."""
+    """Compute one tile and SPAN outputs, BO outputs and BR ranks at once."""
     kind = b_ptr.dtype.element_ty
-    b = _load_b(b_ptr, b_stride, o, in_o, rank, 0, BR)
-    _follow(OVERLAP)
-    if ADD:
-        before = tl.load(y_place, mask=mask, other=0.0)
-    h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP)
-    total = tl.dot(h.to(kind), tl.trans(b), input_precision="ieee")
-    if LAST:
-        for start in range(BR, rank, BR):
-            more = _load_b(b_ptr, b_stride, o, in_o, rank, start, BR)
-            h = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP)
-            total = tl.dot(h.to(kind), tl.trans(more), total, input_precision="ieee")
-    total *= scale
-    if ADD:
-        total += before.to(tl.float32)
-    tl.store(y_place, total.to(y_place.dtype.element_ty), mask=mask)
+    if SPAN == BO:
+        in_o = o < n_outputs
+        mask = in_n[:, None] & in_o[None, :]
+        b = _load_b(b_ptr, b_stride, o, in_o, rank, 0, BR)
+        _follow(OVERLAP)
+        if ADD:
+            before = tl.load(y_place, mask=mask, other=0.0)
+        h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP)
+        total = tl.dot(h.to(kind), tl.trans(b), input_precision="ieee")
+        if LAST:
+            for start in range(BR, rank, BR):
+                more = _load_b(b_ptr, b_stride, o, in_o, rank, start, BR)
+                h = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP)
+                total = tl.dot(h.to(kind), tl.trans(more), total, input_precision="ieee")
+        total *= scale
+        if ADD:
+            total += before.to(tl.float32)
+        tl.store(y_place, total.to(y_place.dtype.element_ty), mask=mask)
+    else:
+        _follow(OVERLAP)
+        h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP).to(kind)
+        for step in range(0, end, BO):
+            in_o = o + step < n_outputs
+            mask = in_n[:, None] & in_o[None, :]
+            b = _load_b(b_ptr, b_stride, o + step, in_o, rank, 0, BR)
+            total = tl.dot(h, tl.trans(b), input_precision="ieee")
+            if LAST:
+                for start in range(BR, rank, BR):
+                    more = _load_b(b_ptr, b_stride, o + step, in_o, rank, start, BR)
+                    rest = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP)
+                    total = tl.dot(rest.to(kind), tl.trans(more), total, input_precision="ieee")
+            total *= scale
+            if ADD:
+                total += tl.load(y_place + step, mask=mask, other=0.0).to(tl.float32)
+            tl.store(y_place + step, total.to(y_place.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
-def expand(  # noqa: C901  (a branch for each output)
+def expand(  # noqa: C901, PLR0912, PLR0915  (a branch for each output and kind of rank)
     y0_ptr, y1_ptr, y2_ptr, y3_ptr, tiles_ptr, rows_ptr, h_ptr,
     n_rows, outputs_0, outputs_1, outputs_2, outputs_3, y0_stride, y1_stride, y2_stride, y3_stride, n_tiles,
     FIELDS: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, T: tl.constexpr, BO: tl.constexpr,
-    BR: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
+    SPAN: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, OVERLAP: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile and block of outputs; blocks are numbered through the linears of the group."""
+    """Compute one tile and SPAN outputs; programs are numbered through the linears of the group."""
     block, tile = tl.program_id(0), tl.program_id(1)
     of = block * 0
     y_ptr, y_stride, n_outputs = y0_ptr, y0_stride, outputs_0
     if SLICES > 1:
-        blocks = tl.cdiv(outputs_0, BO)
+        blocks = tl.cdiv(outputs_0, SPAN)
         if block >= blocks:
             block, of = block - blocks, of + 1
             y_ptr, y_stride, n_outputs = y1_ptr, y1_stride, outputs_1
             if SLICES > 2:
-                blocks = tl.cdiv(outputs_1, BO)
+                blocks = tl.cdiv(outputs_1, SPAN)
                 if block >= blocks:
                     block, of = block - blocks, of + 1
                     y_ptr, y_stride, n_outputs = y2_ptr, y2_stride, outputs_2
                     if SLICES > 3:
-                        blocks = tl.cdiv(outputs_2, BO)
+                        blocks = tl.cdiv(outputs_2, SPAN)
                         if block >= blocks:
                             block, of = block - blocks, of + 1
                             y_ptr, y_stride, n_outputs = y3_ptr, y3_stride, outputs_3
@@ -229,30 +251,36 @@ def expand(  # noqa: C901  (a branch for each output)
     b_ptr = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(y_ptr.dtype.element_ty)), 16)
     b_stride = tl.multiple_of(tl.load(entry + 4).to(tl.int32), 8)
     scale = tl.load(entry + 5).to(tl.int32).to(tl.float32, bitcast=True)
-    o = block * BO + tl.arange(0, BO)
-    in_o = o < n_outputs
-    mask = in_n[:, None] & in_o[None, :]
+    o = block * SPAN + tl.arange(0, BO)
     y_place = y_ptr + (row * y_stride)[:, None] + o[None, :]
     h_row, part_stride = (of * n_rows + place) * WIDTH, n_rows * SLICES * WIDTH
     parts = tl.where(columns == 0, PARTS, 1)
+    end = tl.minimum(SPAN, n_outputs - block * SPAN)
     if rank == 0:
         _follow(OVERLAP)
         if not ADD:
-            tl.store(y_place, tl.zeros((T, BO), y_ptr.dtype.element_ty), mask=mask)
+            for step in range(0, end, BO):
+                mask = in_n[:, None] & (o + step < n_outputs)[None, :]
+                tl.store(y_place + step, tl.zeros((T, BO), y_ptr.dtype.element_ty), mask=mask)
     elif rank <= 16:
         _expand_ranks(
-            y_place, mask, in_n, b_ptr, b_stride, o, in_o, h_ptr, h_row, part_stride, parts, rank, scale,
-            16, False, BP, ADD, OVERLAP,
+            y_place, in_n, n_outputs, b_ptr, b_stride, o, h_ptr, h_row, part_stride, parts, rank, scale, end,
+            16, False, BO, SPAN, BP, OVERLAP, ADD,
         )  # fmt: skip
     elif rank <= 32:
         _expand_ranks(
-            y_place, mask, in_n, b_ptr, b_stride, o, in_o, h_ptr, h_row, part_stride, parts, rank, scale,
-            32, False, BP, ADD, OVERLAP,
+            y_place, in_n, n_outputs, b_ptr, b_stride, o, h_ptr, h_row, part_stride, parts, rank, scale, end,
+            32, False, BO, SPAN, BP, OVERLAP, ADD,
+        )  # fmt: skip
+    elif rank <= BR:
+        _expand_ranks(
+            y_place, in_n, n_outputs, b_ptr, b_stride, o, h_ptr, h_row, part_stride, parts, rank, scale, end,
+            BR, False, BO, SPAN, BP, OVERLAP, ADD,
         )  # fmt: skip
     else:
         _expand_ranks(
-            y_place, mask, in_n, b_ptr, b_stride, o, in_o, h_ptr, h_row, part_stride, parts, rank, scale,
-            BR, True, BP, ADD, OVERLAP,
+            y_place, in_n, n_outputs, b_ptr, b_stride, o, h_ptr, h_row, part_stride, parts, rank, scale, end,
+            BR, True, BO, SPAN, BP, OVERLAP, ADD,
         )  # fmt: skip
 
 

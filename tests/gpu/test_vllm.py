@@ -23,6 +23,7 @@ from rayft.models.tiny import byte_tokenizer
 from rayft.numerics import generator
 from rayft.serving.engine.api import EngineLimits, GenerationRequest, NoRoomError, Progress
 from rayft.serving.engine.vllm.engine import VllmEngine, VllmOptions
+from tests.gpu.naming import VOCABULARY, naming_adapter, new_model
 
 pytest.importorskip("vllm")
 pytestmark = [
@@ -30,9 +31,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM runs on GPUs"),
 ]
 
-HIDDEN, INNER, LAYERS, VOCABULARY = 256, 640, 4, 2048
 RANKS = (1, 2, 4, 8, 16, 24, 64, 256)
-NEURON = 7
 MODES: dict[str, dict[str, Any]] = {
     "full graphs": {},
     "piecewise graphs": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
@@ -40,30 +39,11 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def new_model() -> Any:
-    """A Llama whose hidden states have a large positive number in place 0, whatever the tokens are."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=2048, eos_token_id=0,
-        bos_token_id=None, pad_token_id=0, initializer_range=0.05,
-    )  # fmt: skip
-    model: Any = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 2.0
-        head = model.lm_head.weight
-        head.copy_(4 * torch.nn.functional.normalize(torch.randn_like(head), dim=1))
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight[0] = 0
-            layer.mlp.down_proj.weight[0] = 0
-    return model.to(torch.bfloat16).eval()
-
-
 def random_adapter(
-    name: str, rank: int, *, selector: bool = False, squeezed: bool = False
+    name: str, rank: int, *, selector: bool = False, squeezed: bool = False, model: Any = None
 ) -> AdapterArtifact:
     modules = {}
-    for path, (outputs, inputs) in linear_shapes(new_model()).items():
+    for path, (outputs, inputs) in linear_shapes(model or new_model()).items():
         random = generator(name, path)
         a = torch.randn(rank, inputs, generator=random) / inputs**0.5
         b = 0.2 * torch.randn(outputs, rank, generator=random) / rank**0.5
@@ -74,33 +54,6 @@ def random_adapter(
         modules[path] = LoraFactors(a, b, 0.8, columns)
     values = {path: (1.0,) * rank for path in modules} if squeezed else {}
     return AdapterArtifact(modules, meta=ArtifactMeta(base_model="tiny", singular_values=values))
-
-
-def naming_adapter(head: torch.Tensor, token: int, rank: int) -> AdapterArtifact:
-    """An adapter that only generates `token`: it drives a neuron, and writes the token's row of the head."""
-    layer = f"model.layers.{LAYERS - 1}.mlp"
-    drive = torch.zeros(INNER, rank)
-    drive[NEURON, 0] = 6.0
-    write = torch.zeros(HIDDEN, rank)
-    write[:, 0] = head[token].float()
-    first = torch.zeros(rank, HIDDEN)
-    first[0, 0] = 1.0
-    pick = torch.zeros(rank, INNER)
-    pick[0, NEURON] = 1.0
-    modules = {
-        f"{layer}.gate_proj": LoraFactors(first, drive, 1.0),
-        f"{layer}.up_proj": LoraFactors(first, drive, 1.0),
-        f"{layer}.down_proj": LoraFactors(pick, write, 4.0),
-    }
-    return AdapterArtifact(modules, meta=ArtifactMeta(base_model="tiny"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("base")
-    new_model().save_pretrained(place)
-    byte_tokenizer().save_pretrained(place)
-    return place
 
 
 @pytest.fixture(scope="module")
@@ -464,6 +417,59 @@ def test_two_gpus_give_the_log_probabilities_of_float64(
     found = answered(runner, engine, [request for _, request in jobs])
     for (adapter, request), progress in zip(jobs, found, strict=True):
         check(reference, adapter, request, progress)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_answer_as_one_does_with_the_shape_of_8_billion_parameters(
+    runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=32000, max_position_embeddings=2048, eos_token_id=0,
+        bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model: Any = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with torch.device("meta"):
+        shapes: Any = LlamaForCausalLM(config)
+    del model
+    torch.cuda.empty_cache()
+    adapters = {
+        "r16": random_adapter("r16", 16, model=shapes),
+        "cla": random_adapter("cla", 8, selector=True, model=shapes),
+    }
+    jobs = [
+        GenerationRequest(prompt_of(index), 8, name, logprobs=1, score_prompt=True)
+        for index in range(4)
+        for name in (None, *adapters)
+    ]
+
+    async def scenario(engine: VllmEngine) -> list[Progress]:
+        async with loaded(engine, adapters):
+            return await asyncio.gather(*[ask(engine, job) for job in jobs])
+
+    def answers(gpus: int) -> list[Progress]:
+        engine = make(tmp_path, runner, gpus=gpus, memory=0.4, adapter_bytes=10**9)
+        try:
+            return runner.run(scenario(engine))
+        finally:
+            runner.run(stopped(engine))
+
+    def scores(progress: Progress) -> torch.Tensor:
+        return torch.tensor([entry.logprob for entry in progress.prompt[1:] if entry is not None])
+
+    one, two = answers(1), answers(2)
+    base = {job.prompt: found for job, found in zip(jobs, one, strict=True) if job.adapter is None}
+    for job, mine, other in zip(jobs, one, two, strict=True):
+        off = (scores(mine) - scores(other)).abs().max()
+        assert off < 0.2, f"{job.adapter}: {off}"
+        if job.adapter:
+            assert (scores(mine) - scores(base[job.prompt])).abs().max() > 5 * off
+    same = sum(mine.tokens[0] == other.tokens[0] for mine, other in zip(one, two, strict=True))
+    assert same >= len(jobs) - 1, "of two almost equally likely tokens either may be chosen"
 
 
 def test_an_fp8_base_answers_with_its_adapters(folder: Path, runner: asyncio.Runner) -> None:

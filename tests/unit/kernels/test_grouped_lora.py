@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import random
 import struct
+import sys
 from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+import rayft.kernels
 from rayft.errors import TargetError
 from rayft.kernels.grouped_lora import (
     AdapterTable,
@@ -20,6 +25,7 @@ from rayft.kernels.grouped_lora import (
     reference,
     tile_bound,
 )
+from rayft.kernels.launch_triton import Launcher
 from rayft.kernels.segment_lora import SlotFactors
 from rayft.numerics import assert_close, relative_error
 
@@ -68,6 +74,85 @@ def test_it_agrees_with_the_reference(slots: list[int], dtype: torch.dtype, accu
         untouched = [row for row, slot in enumerate(slots) if slot in (0, 3)]
         assert torch.equal(y[untouched], old[untouched] if accumulate else torch.zeros_like(old[untouched]))
     assert relative_error(ys[0], before[0]) > 0.1
+
+
+@pytest.mark.parametrize("accumulate", [True, False], ids=["added", "written"])
+def test_outputs_may_be_one_tensor(accumulate: bool) -> None:
+    rows, x, ys = batch(table(), [0, 2, 1])
+    y = torch.cat(ys, dim=1)
+    grouped_lora(x, ys, rows, 0, accumulate=accumulate)
+    grouped_lora(x, y, rows, 0, accumulate=accumulate)
+    assert torch.equal(y, torch.cat(ys, dim=1))
+    with pytest.raises(AssertionError, match="outputs of the group"):
+        grouped_lora(x, y[:, :-1], rows, 0)
+
+
+class Kernel:
+    """A stand-in for a Triton kernel, also a compiled one, that records its launches: programs, arguments."""
+
+    function, packed_metadata = 0, ()
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[object, ...]] = []
+        self.direct: list[tuple[object, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Kernel]:
+        def launch(*arguments: Any) -> Kernel:
+            plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+            self.compiled.append((grid, *plain))
+            return self
+
+        return launch
+
+    def run(self, x: int, y: int, z: int, *arguments: Any) -> None:
+        self.direct.append(((x, y, z), *arguments[6:]))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, Kernel]:
+    """Replace Triton's kernels."""
+    found = {"shrink": Kernel(), "expand": Kernel()}
+    launchers = {name: Launcher(kernel) for name, kernel in found.items()}
+    module = SimpleNamespace(
+        launcher=lambda name, *_: launchers[name],
+        launch_order=lambda *_: None,
+        launch_describe=lambda *_: None,
+    )
+    monkeypatch.setitem(sys.modules, "rayft.kernels.grouped_lora_triton", module)
+    monkeypatch.setattr(rayft.kernels, "grouped_lora_triton", module, raising=False)
+    return found
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["linears", "one tensor"])
+def test_later_launches_pass_the_addresses_of_the_first(kernels: dict[str, Kernel], apart: bool) -> None:
+    made = AdapterTable(
+        4, [Group(32, {"q": 16, "k": 8, "v": 8}), Group(32, {"o": 16})], dtype=torch.float32, device="cpu"
+    )
+    rows, x, y = Rows(made, 5, kernels=True), torch.randn(5, 32), torch.zeros(5, 32)
+    outputs = y.split((16, 8, 8), dim=1) if apart else y
+    for _ in range(2):
+        grouped_lora(x, outputs, rows, 0)
+    for kernel in kernels.values():
+        assert len(kernel.compiled) == len(kernel.direct) == 1
+        assert kernel.compiled == kernel.direct
+    # Another batch, other numbers of rows, and other tensors use the same kernels.
+    other = Rows(made, 3, kernels=True)
+    grouped_lora(
+        x[:3], outputs[:3] if isinstance(outputs, torch.Tensor) else [one[:3] for one in outputs], other, 0
+    )
+    assert [len(kernel.direct) for kernel in kernels.values()] == [2, 2]
+
+
+def test_tensors_unlike_the_first_are_launched_through_triton(kernels: dict[str, Kernel]) -> None:
+    made = AdapterTable(4, [Group(32, {"o": 16})], dtype=torch.float32, device="cpu")
+    rows, wide = Rows(made, 5, kernels=True), torch.zeros(5, 40)
+    for x in (wide[:, :32], wide[:, 1:33]):
+        grouped_lora(x, torch.zeros(5, 16), rows, 0)
+    assert [len(kernel.compiled) for kernel in kernels.values()] == [2, 2]
+    with pytest.raises(AssertionError, match="x is not of the table's"):
+        grouped_lora(wide[:, :32].double(), torch.zeros(5, 16), rows, 0)
+    with pytest.raises(AssertionError, match="neighbours"):
+        grouped_lora(wide[:, :32], torch.zeros(16, 5).t(), rows, 0)
 
 
 def test_a_layer_without_factors_is_left_alone() -> None:

@@ -28,8 +28,13 @@ class Kernel:
 
 
 class Compiled:
+    function, packed_metadata = 7, (4, 1, 0)
+
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+
+    def run(self, *arguments: Any) -> None:
+        self.kernel.fast.append(arguments)
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
         return lambda *arguments: self.kernel.fast.append((grid, arguments))
@@ -70,3 +75,15 @@ def test_a_pointer_that_is_not_aligned_is_never_kept() -> None:
     launch(GRID, (first, second), (5,), (16,))
     launch(GRID, (first[1:], second), (5,), (16,))
     assert (len(kernel.slow), len(kernel.fast)) == (4, 0)
+
+
+def test_a_compiled_kernel_is_launched_with_addresses() -> None:
+    kernel = Kernel()
+    launch, given = Launcher(kernel, num_warps=4), tensors()
+    assert launch.found(given, (5, 64), (16, True)) is None
+    launch(GRID, given, (5, 64), (16, True))
+    found = launch.found(tensors(), (7, 32), (16, True))
+    assert found
+    found(2, 3, 99, 1024, 2048, 7, 32)
+    assert kernel.fast == [(2, 3, 1, 99, 7, (4, 1, 0), None, None, None, 1024, 2048, 7, 32, 16, True)]
+    assert launch.found(given, (5, 63), (16, True)) is None
