@@ -144,7 +144,7 @@ class Tuning:
         return -(-inputs // (parts * self.inputs)) * self.inputs
 
 
-PREFILL = Tuning(tile=64, inputs=64, least=512, outputs=64, programs=132, parts=4)
+PREFILL = Tuning(tile=64, inputs=64, least=1024, outputs=64, ranks=64, programs=1056, parts=4, blocks=8)
 """The tuning for more than `DECODE` rows."""
 
 

@@ -140,23 +140,24 @@ def check(config: ServeConfig) -> None:
 
 
 def _check_gpus(wanted: int) -> None:
-    """Refuse vLLM where there are too few GPUs: a replica would wait for them forever."""
+    """Refuse vLLM where no node has enough GPUs: a replica would wait for them forever."""
     there = _gpus()
     if there < wanted:
         raise ResourceError(
-            f"engine is vllm and gpus is {wanted}, but there are {there} GPUs; set engine: cpu, or lower gpus"
+            f"engine is vllm and gpus is {wanted}, but no node has more than {there} GPUs; set engine: cpu, "
+            "or lower gpus. On a cluster that starts nodes with GPUs when they are needed, give the head the "
+            "resource gpu_cluster"
         )
 
 
 def _gpus() -> int:
-    """Return the number of GPUs of the cluster, or of this machine if no cluster runs."""
+    """Return the most GPUs of a node of the cluster, or of this machine if no cluster runs."""
     if not ray.is_initialized():
         return torch.cuda.device_count()
-    resources = ray.cluster_resources()
-    if there := int(resources.get("GPU", 0)):
-        return there
     # A cluster that declares `gpu_cluster` starts workers with GPUs when they are needed.
-    return sys.maxsize if resources.get("gpu_cluster", 0) else 0
+    if ray.cluster_resources().get("gpu_cluster", 0):
+        return sys.maxsize
+    return max((int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
 
 
 def run(config: ServeConfig, *, blocking: bool = True) -> None:

@@ -206,6 +206,7 @@ class Catalog:
             for deployed in served.versions:
                 try:
                     change.entries[deployed.id] = self._same(deployed) or await self._entry(deployed)
+                    self._fit_host()
                 except Exception as error:
                     if all_or_none and not self._is_served(deployed):
                         raise
@@ -236,11 +237,16 @@ class Catalog:
 
     def _free(self, entries: Mapping[str, _Entry]) -> None:
         """Retire entries that are neither served nor part of a change that may be served."""
-        changes = (*self._preparing, *self._prepared.values())
-        held = {*self._entries.values(), *(entry for change in changes for entry in change.entries.values())}
+        held = self._all()
         for entry in entries.values():
             if entry not in held:
                 self._retire(entry)
+
+    def _all(self) -> list[_Entry]:
+        """Return the entries that are served, and those of changes that may be served."""
+        changes = (*self._preparing, *self._prepared.values())
+        wanted = [entry for change in changes for entry in change.entries.values()]
+        return list(dict.fromkeys((*self._entries.values(), *wanted)))
 
     def cards(self) -> list[ModelCard]:
         """Describe the base and each version of each adapter."""
@@ -283,6 +289,7 @@ class Catalog:
             else:
                 self._entries[deployed.id] = entry
                 self._problems.pop(deployed.id, None)
+                self._fit_host()
 
     def warm(self) -> dict[str, tuple[float, float]]:
         """Return the `model`s that are on the device, and for which draws (see `Served.models`)."""
@@ -368,7 +375,6 @@ class Catalog:
             # Without room in the engine it stays in host memory until a request asks for it.
             with suppress(NoRoomError):
                 await self._bring(entry, evict=deployed.pinned)
-        self._fit_host()
         return entry
 
     async def _read(self, deployed: Deployed) -> AdapterArtifact:
@@ -465,7 +471,7 @@ class Catalog:
         """Drop the least recently used factors in host memory beyond the limit; the copy on disk remains."""
         limit = self._limits.host
         held = sorted(
-            (entry for entry in self._entries.values() if entry.artifact is not None),
+            (entry for entry in self._all() if entry.artifact is not None),
             key=lambda entry: entry.used,
         )
         while limit is not None and held and sum(entry.bytes for entry in held) > limit:

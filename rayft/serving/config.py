@@ -57,8 +57,9 @@ class ServeConfig(Section):
     adapter is evicted. None: no limit on a CPU, 2 GB on a GPU, where the memory is taken at the start."""
 
     host_bytes: Size | None = None
-    """Limit on the memory of adapters in host memory, for a GPU; adapters beyond it are read from disk again
-    when they are needed. None is no limit."""
+    """Limit on the memory of adapters that are kept in host memory: on a GPU all of them, on a CPU those that
+    `device_bytes` had no room for when they were loaded. Adapters beyond it are read from disk again when
+    they are needed. None is no limit."""
 
     keys: tuple[KeyConfig, ...] = ()
     """The callers' keys. Without keys anyone may call, so `host` must be an address of this machine alone."""

@@ -31,16 +31,20 @@ MEMBERS = {
     ): "input_size output_size input_size_per_partition quant_method tp_rank tp_size",
     ("lora/layers/utils.py", "LoRAMapping"): "index_mapping",
     ("lora/request.py", "LoRARequest"): "lora_name lora_int_id lora_path",
-    ("config/vllm.py", "VllmConfig"): ("additional_config model_config scheduler_config compilation_config"),
+    ("config/vllm.py", "VllmConfig"): (
+        "additional_config model_config scheduler_config compilation_config speculative_config "
+        "structured_outputs_config"
+    ),
     ("config/model.py", "ModelConfig"): "dtype max_model_len",
     ("config/scheduler.py", "SchedulerConfig"): "max_num_batched_tokens max_num_seqs",
     ("config/compilation.py", "CompilationConfig"): "cudagraph_capture_sizes",
     ("config/parallel.py", "ParallelConfig"): "worker_extension_cls",
     ("v1/worker/gpu_worker.py", "Worker"): "model_runner",
-    ("v1/engine/async_llm.py", "AsyncLLM"): "model_config errored shutdown",
+    ("v1/engine/async_llm.py", "AsyncLLM"): "model_config vllm_config errored shutdown get_tokenizer",
     ("v1/metrics/stats.py", "SchedulerStats"): "running_lora_adapters num_running_reqs",
     ("v1/metrics/stats.py", "IterationStats"): "num_prompt_tokens num_generation_tokens",
-    ("outputs.py", "RequestOutput"): "prompt_logprobs outputs",
+    ("v1/metrics/stats.py", "RequestStateStats"): "first_token_latency is_corrupted",
+    ("outputs.py", "RequestOutput"): "prompt_logprobs outputs metrics",
     ("outputs.py", "CompletionOutput"): "token_ids logprobs finish_reason",
     ("logprobs.py", "Logprob"): "logprob rank",
 }
@@ -50,6 +54,9 @@ PARAMETERS = {
     ("v1/engine/async_llm.py", "AsyncLLM", "from_engine_args"): "cls engine_args stat_loggers",
     ("v1/engine/async_llm.py", "AsyncLLM", "generate"): "self prompt sampling_params request_id lora_request",
     ("v1/engine/async_llm.py", "AsyncLLM", "collective_rpc"): "self method args",
+    ("sampling_params.py", "SamplingParams", "verify"): (
+        "self model_config speculative_config structured_outputs_config tokenizer"
+    ),
     ("v1/metrics/loggers.py", "StatLoggerBase", "__init__"): "self vllm_config engine_index",
     ("v1/metrics/loggers.py", "StatLoggerBase", "record"): (
         "self scheduler_stats iteration_stats mm_cache_stats engine_idx"
@@ -97,6 +104,8 @@ class Release:
         for file in (f"{place}.py", f"{place}/__init__.py".removeprefix("/")):
             for node in ast.walk(self.tree(file)):
                 if name in (getattr(node, "name", None), getattr(node, "asname", None)):
+                    return True
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id == name:
                     return True
                 # Packages import some names only when they are used, and list them as strings.
                 listed = node.value if isinstance(node, ast.Constant) else None
@@ -249,4 +258,4 @@ def _engine(release: Release) -> Iterator[str]:
 
 if __name__ == "__main__":
     lacking = [f"{folder}: {line}" for folder in sys.argv[1:] for line in missing(Path(folder))]
-    sys.exit("\n".join(lacking))
+    sys.exit("\n".join(lacking) or None)

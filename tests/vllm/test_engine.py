@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -11,18 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, BadRequestError, ModelError, RequestError, ResourceError
+from rayft.kernels.grouped_lora import WIDEST
 from rayft.serving.engine.api import EngineLimits, GenerationRequest, NoRoomError, Progress, TokenLogprob
 from rayft.serving.engine.vllm import engine as engines
 from rayft.serving.engine.vllm.engine import VllmEngine, VllmOptions, _Answer, _start_error
 from rayft.serving.engine.vllm.plugin import ANSWERS, ERROR_FILE
 from tests.unit.serving.adapters import random_adapter
-from tests.vllm.layers import BYTES, SHAPES, configuration, managed, new_model, new_weights, worker
+from tests.vllm.layers import BYTES, MLP, SHAPES, configuration, managed, new_model, new_weights, worker
 
 arg_utils = pytest.importorskip("vllm.engine.arg_utils")
 AsyncLLM = pytest.importorskip("vllm.v1.engine.async_llm").AsyncLLM
@@ -45,7 +49,18 @@ Start = Callable[[], VllmEngine]
 class Llm:
     """What the engine uses of AsyncLLM, over workers in this process."""
 
-    model_config = SimpleNamespace(max_model_len=128)
+    # The limits by which vLLM checks requests.
+    model_config = SimpleNamespace(
+        max_model_len=128,
+        max_logprobs=20,
+        logits_processors=None,
+        is_diffusion=False,
+        get_vocab_size=lambda: 64,
+    )
+    vllm_config = SimpleNamespace(
+        speculative_config=None,
+        structured_outputs_config=SimpleNamespace(backend="xgrammar", enable_in_reasoning=False),
+    )
 
     def __init__(self, arguments: Any, stat_loggers: Sequence[Any]) -> None:
         self.arguments, self.stat_loggers = arguments, stat_loggers
@@ -64,6 +79,9 @@ class Llm:
         self.answers: list[Any] = []
         """What requests are answered with; an exception is raised."""
 
+    def get_tokenizer(self) -> Any:
+        return object()
+
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         if self.errored:
             raise EngineDeadError
@@ -77,6 +95,9 @@ class Llm:
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, *, lora_request: Any = None
     ) -> AsyncIterator[Any]:
+        # As vLLM does when it is awaited.
+        config = self.vllm_config.structured_outputs_config
+        sampling_params.verify(self.model_config, None, config, self.get_tokenizer())
         self.asked.append({"prompt": prompt, "params": sampling_params, "lora": lora_request})
         try:
             for answer in self.answers:
@@ -276,9 +297,14 @@ def test_a_lower_rank_is_made_once_and_leaves_with_its_adapter(start: Start) -> 
     ("artifact", "error", "message"),
     [
         (random_adapter("elsewhere", {"elsewhere": (4, 4)}), ArtifactError, "no linear layer elsewhere"),
+        (random_adapter("experts", {f"{MLP}.experts.0.w1": (48, 32)}), ArtifactError, "no linear layer .*w1"),
+        (random_adapter("output", {"lm_head": (64, 32)}), ArtifactError, "no linear layer lm_head"),
+        (random_adapter("narrow", {f"{MLP}.down_proj": (32, 40)}), ArtifactError, "is 32x48 in vLLM's model"),
+        # It is too large for the memory too, but that is not looked at.
+        (random_adapter("wide", SHAPES, rank=WIDEST + 1), ArtifactError, f"ranks up to {WIDEST}"),
         (random_adapter("large", SHAPES, rank=255), NoRoomError, "does not fit"),
     ],
-    ids=["layer", "room"],
+    ids=["layer", "experts", "output", "shape", "rank", "room"],
 )
 def test_an_adapter_that_one_worker_refuses_is_in_none(
     artifact: AdapterArtifact, error: type[Exception], message: str, start: Start
@@ -368,6 +394,39 @@ def test_parameters_that_vllm_refuses_are_a_bad_request(start: Start) -> None:
     async def scenario(engine: VllmEngine, _: Any) -> None:
         with pytest.raises(BadRequestError, match=r"refuses the request.*top_p"):
             engine.submit(GenerationRequest((1,), 1, temperature=1.0, top_p=1.5))
+
+    run(start, scenario)
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "param"),
+    [
+        ({"json_schema": '{"type": "strng"}'}, 'Unsupported type "strng"', "response_format"),
+        ({"json_schema": '{"not": {}}'}, "'not', which is not supported", "response_format"),
+        ({"logprobs": 21}, "logprobs", None),
+    ],
+    ids=["schema", "part of a schema", "option"],
+)
+def test_what_vllm_would_refuse_later_is_refused_before_the_request_is_accepted(
+    options: dict[str, Any], message: str, param: str | None, start: Start
+) -> None:
+    async def scenario(engine: VllmEngine, llm: Any) -> None:
+        with pytest.raises(BadRequestError, match=message) as caught:
+            engine.submit(GenerationRequest((1,), 1, **options))
+        assert caught.value.param == param
+        assert llm.asked == []
+
+    run(start, scenario)
+
+
+def test_a_request_with_a_schema_reaches_vllm(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    # vLLM imports what it needs for every backend.
+    monkeypatch.setitem(sys.modules, "lmformatenforcer", MagicMock())
+
+    async def scenario(engine: VllmEngine, llm: Any) -> None:
+        llm.answers = [output([5], "length")]
+        await ask(engine, GenerationRequest((1,), 1, json_schema='{"type": "object"}'))
+        assert llm.asked[0]["params"].structured_outputs.json == '{"type": "object"}'
 
     run(start, scenario)
 
@@ -475,6 +534,23 @@ def test_without_tokens_to_generate_vllms_one_is_dropped(reason: str) -> None:
     found = answer.take(output([5], reason, prompt_logprobs=scores, logprobs=[{5: Logprob(-1.0, 1)}]))
     assert (found.tokens, found.generated, found.finish, found.logprobs) == ((), 0, "length", ())
     assert len(found.prompt) == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"logprobs": [{5: Logprob(math.nan, 1)}]},
+        {"prompt_logprobs": [None, {12: Logprob(math.nan, 1)}]},
+        # vLLM says so if it counts NaN.
+        {"metrics": stats.RequestStateStats(is_corrupted=True)},
+    ],
+    ids=["token", "prompt", "counted"],
+)
+def test_nan_is_an_error_as_on_a_cpu(given: dict[str, Any]) -> None:
+    scored = replace(REQUEST, logprobs=1, score_prompt=True)
+    _Answer(scored).take(output([5], logprobs=[{5: Logprob(-1.0, 1)}], metrics=stats.RequestStateStats()))
+    with pytest.raises(RequestError, match=r"computed NaN or Inf .* dtype float32"):
+        _Answer(scored).take(output([5], **given))
 
 
 @pytest.mark.parametrize("reason", ["abort", "error"])

@@ -371,6 +371,13 @@ def test_the_extension_calls_the_runners_adapters() -> None:
     assert extension.rayft_unload([5, 6]) == BYTES
 
 
+class _OwnForward(linear.ReplicatedLinear):  # type: ignore[misc, name-defined]
+    """A layer that reads its weight itself."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x @ self.weight.T
+
+
 def test_layers_that_can_not_have_adapters_are_left_out(play: Callable[[int, int], None]) -> None:
     names = [f"in_{part}" for part in range(5)]
     for workers, expected in ((1, {"unlisted": 16, "plain": 8}), (2, {"plain": 4})):
@@ -382,6 +389,11 @@ def test_layers_that_can_not_have_adapters_are_left_out(play: Callable[[int, int
         model.unlisted = linear.MergedColumnParallelLinear(8, [8, 8], bias=False)
         model.plain = linear.ColumnParallelLinear(8, 8, bias=False)
         model.other = nn.Linear(8, 8)
+        model.own = _OwnForward(8, 8, bias=False)
+        # As attention over a latent has it.
+        model.attention = nn.Module()
+        model.attention.kv_lora_rank = 4  # type: ignore[assignment]
+        model.attention.kv_b_proj = linear.ColumnParallelLinear(8, 8, bias=False)
         found = {part.name: part.size for _, _, parts in worker.fused_layers(model) for part in parts}
         assert found == expected
 

@@ -26,6 +26,8 @@ EngineName = Literal["vllm", "cpu"]
 
 ON_CPU = {"max_batch_tokens": 512, "cache_tokens": 8192}
 """Limits of the engine on CPUs that the configuration leaves open. vLLM chooses its own."""
+OF_VLLM = ("gpus", "gpu_memory", "fp8", "vllm_untested")
+"""Settings that mean nothing to the engine on CPUs."""
 DEVICE_BYTES = 2 * 10**9
 """Memory for adapters on a GPU if the configuration sets no limit."""
 
@@ -59,8 +61,12 @@ def check_engine(config: ServeConfig, engine: EngineName) -> None:
         ConfigError: if a setting does not go with the engine.
         ResourceError: if the engine is vLLM, which is not installed or of a release that is not supported.
     """
+    if config.model.task != "causal_lm":
+        raise ConfigError(
+            f"model.task: {config.model.task} is not served, only language models are; leave model.task out"
+        )
     if engine == "cpu":
-        for name in ("fp8", "gpus"):
+        for name in OF_VLLM:
             if getattr(config, name) != ServeConfig.model_fields[name].default:
                 raise ConfigError(f"{name} is a setting of vLLM, which serves on GPUs; leave it out on a CPU")
         return
@@ -103,9 +109,11 @@ def start_engine(config: ServeConfig, engine: EngineName) -> Started:
     """Load the base and start the engine.
 
     Raises:
+        ConfigError: if a setting does not go with the engine.
         ModelError: if the base can't be loaded, or not be run by the engine.
         ResourceError: if vLLM can't be used, or memory is lacking.
     """
+    check_engine(config, engine)
     return (_on_gpu if engine == "vllm" else _on_cpu)(config)
 
 
@@ -133,7 +141,6 @@ def _on_gpu(config: ServeConfig) -> Started:
 
     from rayft.serving.engine.vllm.engine import VllmEngine, VllmOptions
 
-    check_engine(config, "vllm")
     skeleton, source = load_skeleton(config.model), resolve(config.model)
     base = describe(config, "vllm", skeleton)
     tokenizer = load_encoder(config.model, skeleton.config)

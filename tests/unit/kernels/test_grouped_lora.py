@@ -278,6 +278,6 @@ def test_parts_cover_the_inputs(inputs: int, n_rows: int, slices: int) -> None:
     assert parts == 1 or chunk >= tuning.least
 
 
-def test_few_rows_are_spread_over_the_device_and_many_are_not_split() -> None:
+def test_rows_are_spread_over_the_device_unless_they_fill_it() -> None:
     assert 2048 // Tuning.choose(32).chunk(32, 2048, 3) == 4
-    assert Tuning.choose(4096).chunk(4096, 2048, 3) == 2048
+    assert Tuning.choose(16384).chunk(16384, 2048, 3) == 2048

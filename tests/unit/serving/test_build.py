@@ -16,7 +16,7 @@ from rayft.config import parse
 from rayft.errors import ArtifactError, BaseMismatchError, ConfigError, ModelError, ResourceError
 from rayft.models.load import ModelConfig
 from rayft.models.tiny import save_tiny_llama
-from rayft.serving.build import ROUTING_SECONDS, app, build_app, check, engine_of, preflight, run
+from rayft.serving.build import ROUTING_SECONDS, _check_gpus, app, build_app, check, engine_of, preflight, run
 from rayft.serving.config import ServeConfig
 from rayft.serving.deployment import deployment
 from rayft.serving.router import RECENT_SECONDS
@@ -155,13 +155,31 @@ def test_the_engine_follows_the_gpus(monkeypatch: pytest.MonkeyPatch, gpus: int,
     assert engine_of(ServeConfig(engine="vllm")) == "vllm"
 
 
+def test_a_replica_needs_its_gpus_on_one_node_unless_nodes_are_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = [
+        {"Alive": alive, "Resources": {"CPU": 4.0, "GPU": gpus}}
+        for alive, gpus in ((True, 2.0), (False, 8.0))
+    ]
+    resources = {"GPU": 3.0}
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.nodes", lambda: [*nodes, {"Alive": True, "Resources": {"GPU": 1.0}}])
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
+    _check_gpus(2)
+    with pytest.raises(ResourceError, match="gpus is 3, but no node has more than 2"):
+        _check_gpus(3)
+    resources["gpu_cluster"] = 1.0
+    _check_gpus(8)
+
+
 @pytest.mark.parametrize(
     ("release", "options", "gpus", "error", "word"),
     [
         (None, {}, 1, ResourceError, r"not installed; run `pip install 'rayft\[vllm\]'`, or set engine"),
         ("0.25.1", {"vllm_untested": True}, 1, ResourceError, "0.25.1 is not supported; install vllm>=0.26"),
         ("0.31.0", {}, 1, ResourceError, "0.31.0 was not tried on a GPU.*vllm_untested: true"),
-        ("0.26.1", {"gpus": 2}, 1, ResourceError, "gpus is 2, but there are 1 GPUs"),
+        ("0.26.1", {"gpus": 2}, 1, ResourceError, "gpus is 2, but no node has more than 1 GPUs.*gpu_cluster"),
         ("0.26.1", {"model": {"quantize": "nf4"}}, 1, ConfigError, "nf4 is not served by vLLM.*fp8"),
         (None, {"fp8": True, "engine": "cpu"}, 1, ConfigError, "fp8 is a setting of vLLM"),
     ],

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -508,6 +510,12 @@ def test_factors_on_the_device_are_kept_in_host_memory_too_within_the_limit(tmp_
     assert served.catalog.tiers() == {"a@1": "device", "b@1": "disk"}
 
 
+def test_on_a_cpu_the_host_limit_is_for_what_the_device_had_no_room_for(tmp_path: Path) -> None:
+    served = Server(device=ONE, host=ONE)
+    served.sync({name: save(tmp_path, name) for name in "abc"})
+    assert served.catalog.tiers() == {"a@1": "device", "b@1": "disk", "c@1": "host"}
+
+
 def test_an_adapter_that_never_fits_is_refused_and_concurrent_requests_load_one_once(tmp_path: Path) -> None:
     small = Server(device=ONE - 1)
     small.sync({"a": save(tmp_path)})
@@ -562,6 +570,71 @@ def test_an_adapter_of_a_layer_that_the_engine_does_not_adapt_is_refused(tmp_pat
     assert check_adapter("a", folder, replace(BASE, unserved=frozenset({"layer.o_proj"}))).modules
     with pytest.raises(ArtifactError, match=r"can't add an adapter to layer.v_proj .*engine: cpu"):
         check_adapter("a", folder, replace(BASE, unserved=frozenset({"layer.v_proj"})))
+
+
+def changed(folder: str, tensors: dict[str, torch.Tensor] | None = None, **settings: Any) -> str:
+    """Add settings of PEFT and tensors to an adapter's files."""
+    from safetensors.torch import load_file, save_file
+
+    config, weights = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+    save_file({**load_file(weights), **(tensors or {})}, weights)
+    return folder
+
+
+EXPERTS = "layer.experts.0.up_proj"
+ON_GPU = replace(
+    BASE, shapes={**SHAPES, EXPERTS: (6, 4), "layer.fused": (6, 4)}, widest=8,
+    unserved=frozenset({EXPERTS, "layer.fused"}),
+)  # fmt: skip
+"""A base in vLLM, which has the experts' weights, and one more layer, in a form that adapters are not for."""
+PART = "base_model.model.layer.q_proj"
+VECTOR = torch.ones(6)
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, r"is a DoRA adapter \(use_dora\)"),
+    "magnitudes": ({"tensors": {f"{PART}.lora_magnitude_vector": VECTOR}}, r"the magnitude of layer\.q_proj"),
+    "biases": ({"bias": "lora_only"}, "trains biases"),
+    "a bias": ({"tensors": {f"{PART}.bias": VECTOR}}, r"the bias of layer\.q_proj"),
+    "bias of B": ({"tensors": {f"{PART}.lora_B.bias": VECTOR}}, r"the bias of layer\.q_proj \(lora_bias\)"),
+    "output layer": ({"modules_to_save": ["lm_head"]}, r"trains lm_head whole"),
+    "embedding": ({"modules_to_save": ["embed_tokens"]}, "trains embed_tokens whole"),
+    "rows of an embedding": ({"trainable_token_indices": [1]}, "trains rows of an embedding"),
+    "expert weights": ({"target_parameters": ["experts.up"]}, r"trains experts\.up \(target_parameters\)"),
+}
+LAYERS: dict[str, tuple[dict[str, tuple[int, int]], int, str]] = {
+    "experts": ({EXPERTS: (6, 4)}, 4, rf"vLLM can't add an adapter to {EXPERTS} .* engine: cpu"),
+    "a fused layer": ({**SHAPES, "layer.fused": (6, 4)}, 4, r"can't add an adapter to layer\.fused"),
+    "LoRA of the output layer": ({"lm_head": (6, 4)}, 4, r"trains lm_head \(LoRA\)"),
+    "another layer": ({"layer.w_proj": (6, 4)}, 4, r"has no linear layer layer\.w_proj"),
+    "another shape": ({"layer.q_proj": (6, 5)}, 4, r"is 6x4 in the base and 6x5"),
+    "rank": (SHAPES, 9, "has rank 9, but GPUs serve ranks up to 8"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_that_is_more_than_factors_never_reaches_the_engine(kind: str, tmp_path: Path) -> None:
+    change, match = KINDS[kind]
+    never_loaded(changed(save(tmp_path), **change), match)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_an_adapter_that_does_not_go_with_the_engine_never_reaches_it(kind: str, tmp_path: Path) -> None:
+    shapes, rank, match = LAYERS[kind]
+    artifact = random_adapter("a", shapes, BASE.fingerprint, rank=rank)
+    never_loaded(str(artifact.save(tmp_path / "a")), match)
+
+
+def never_loaded(folder: str, match: str) -> None:
+    """Check that an adapter is refused with a reason, pinned or not, and that the engine is not asked."""
+    served = Server(ON_GPU)
+    for pinned in ((), ("a",)):
+        with pytest.raises(ArtifactError, match=rf"adapter 'a' is not served: .*{match}"):
+            served.sync({"a": folder}, pinned)
+    # A replica that starts serves the others, and has the reason.
+    one = Deployed("a", 1, folder, "", folder)
+    asyncio.run(served.catalog.catch_up(Served(number=1, versions=(one,))))
+    assert re.search(match, served.catalog.problems()["a@1"])
+    assert served.engine.loaded == {}
 
 
 def test_an_adapter_with_nan_is_refused(tmp_path: Path) -> None:

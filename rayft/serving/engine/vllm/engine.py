@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rayft.artifacts import AdapterArtifact, ModuleShapes
 from rayft.errors import ArtifactError, BadRequestError, ModelError, RayftError, RequestError, ResourceError
 from rayft.kernels.grouped_lora import WIDEST
 from rayft.serving.engine.api import (
+    NOT_FINITE,
     STOPPED,
     EngineLimits,
     EngineStats,
@@ -29,6 +31,7 @@ from rayft.serving.engine.api import (
 )
 from rayft.serving.engine.vllm.files import written
 from rayft.serving.engine.vllm.plugin import ANSWERS, CONFIG, ERROR_FILE, check_release
+from rayft.serving.engine.vllm.schemas import check_schema
 
 __all__ = ["VllmEngine", "VllmOptions", "installed"]
 
@@ -137,14 +140,25 @@ class VllmEngine:
         """Generate, and yield the progress as it comes, or the end; closing it ends the request.
 
         Raises:
-            BadRequestError: if vLLM refuses the request, at once or during the iteration.
+            BadRequestError: at once, if vLLM refuses the request's options or can't follow its JSON schema;
+                during the iteration, if it refuses the prompt.
             ResourceError: during the iteration, if the engine has stopped.
             RequestError: during the iteration, if vLLM fails.
         """
         from vllm.exceptions import VLLMValidationError
 
+        if request.json_schema is not None:
+            check_schema(request.json_schema)
+        config = self._llm.vllm_config
         try:
             params = self._params(request)
+            # vLLM does this again, but only when the answer is awaited, and so after it was accepted.
+            params.verify(
+                self._llm.model_config,
+                config.speculative_config,
+                config.structured_outputs_config,
+                self._llm.get_tokenizer(),
+            )
         except (ValueError, VLLMValidationError) as error:
             raise BadRequestError(f"the engine refuses the request: {error}") from error
         return self._generate(request, params)
@@ -314,8 +328,11 @@ class _Answer:
         """Add what vLLM has sent.
 
         Raises:
-            RequestError: if vLLM has given the request up.
+            RequestError: if vLLM has given the request up, or the model has computed NaN.
         """
+        # Only known if VLLM_COMPUTE_NANS_IN_LOGITS is set, which costs time in each step.
+        if output.metrics is not None and output.metrics.is_corrupted:
+            raise RequestError(NOT_FINITE)
         if self._request.score_prompt and output.prompt_logprobs and not self._prompt:
             pairs = zip(self._request.prompt, output.prompt_logprobs, strict=True)
             self._prompt = tuple(self._score(token, found) if found else None for token, found in pairs)
@@ -344,6 +361,8 @@ class _Answer:
         )
 
     def _score(self, token: int, found: Mapping[int, Any]) -> TokenLogprob:
+        if isnan(found[token].logprob):
+            raise RequestError(NOT_FINITE)
         asked = self._request.logprobs or 0
         # vLLM adds the token itself to the most likely ones.
         top = sorted((one.rank, other, one.logprob) for other, one in found.items() if one.rank <= asked)

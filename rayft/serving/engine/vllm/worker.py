@@ -24,6 +24,7 @@ from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
     QKVParallelLinear,
+    ReplicatedLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
@@ -435,17 +436,29 @@ class _Layout:
         return begin
 
 
+FORWARDS = tuple(kind.forward for kind in (ReplicatedLinear, ColumnParallelLinear, RowParallelLinear))
+"""The forwards that compute the product by the layer's `quant_method`, which has the adapters; others may use
+the weight itself."""
+
+
 def fused_layers(model: Any) -> list[tuple[Any, int, tuple[Part, ...]]]:
     """Find the linear layers of vLLM's model: each with its inputs here, and what it fuses.
 
     Layers that can't have adapters here are left out: more fused layers than the kernels take, one layer of
-    the files that several GPUs divide otherwise than its outputs or inputs, and the output layer.
+    the files that several GPUs divide otherwise than its outputs or inputs, the output layer, and
+    layers whose weight vLLM also reads elsewhere than in their product.
     """
+    # Attention over a latent (MLA) splits the weight of this layer, and calls the layer for prompts only.
+    absorbed = {
+        one.kv_b_proj for one in model.modules() if hasattr(one, "kv_b_proj") and hasattr(one, "kv_lora_rank")
+    }
     packed: Mapping[str, Sequence[str]] = getattr(model, "packed_modules_mapping", {})
     found = []
     for path, layer in model.named_modules():
         parent, _, child = path.rpartition(".")
-        if not isinstance(layer, LinearBase) or child == "lm_head":
+        if not isinstance(layer, LinearBase) or child == "lm_head" or layer in absorbed:
+            continue
+        if type(layer).forward not in FORWARDS:
             continue
         names = [f"{parent}.{name}" if parent else name for name in packed.get(child, [child])]
         sizes = getattr(layer, "output_sizes", None)
