@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import importlib
 import json
 import os
 import random
@@ -50,6 +51,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.bench_train_step import SHAPES
 from benchmarks.records import record, save
 
+START = time.monotonic()
 ROUNDS, SERVED_ROUNDS = 7, 5
 ROWS, PROMPT, NEW = 32, 128, 256
 RANKS = (4, 8, 16, 64)
@@ -357,6 +359,9 @@ def prompts_once() -> list[list[int]]:
 
 def child(kind: str, how: str, pipe: Connection) -> None:
     """Hold one engine, and measure what the parent asks for."""
+    # All import at the same time, and then start in turn.
+    importlib.import_module("vllm.v1.engine.async_llm")
+    pipe.recv()
     engine = (InProcess if how == "inprocess" else Async)(kind)
     # Once without measuring: what is compiled at first use.
     for case in CASES if kind != "base" else (0,):
@@ -382,14 +387,16 @@ class Children:
             process.start()
             self._pipes[kind] = mine
             self._processes.append(process)
+        for kind, process in zip(kinds, self._processes, strict=True):
             # One after the other, since vLLM measures how much memory is free while it starts.
+            self._pipes[kind].send("start")
             self._wait(kind, process)
 
     def _wait(self, kind: str, process: Any) -> None:
         while not self._pipes[kind].poll(1):
             if not process.is_alive():
                 raise SystemExit(f"{kind} ended with {process.exitcode}")
-        print(f"{kind}: {self._pipes[kind].recv()}", flush=True)
+        print(f"{kind}: {self._pipes[kind].recv()} after {time.monotonic() - START:.0f} s", flush=True)
 
     def ask(self, kind: str, what: str, case: int = 0) -> dict[str, Any]:
         """Let one measure."""

@@ -126,7 +126,7 @@ class Tuning:
     def choose(cls, n_rows: int, device: torch.device | str = "cpu") -> Tuning:
         """Return the tuning for a number of rows: small tiles for decoding, larger ones for a prefill.
 
-        The values were measured on an H100 (`benchmarks/bench_adapter_kernels.py --tune`).
+        The values were measured on H100s and H200s (`benchmarks/bench_adapter_kernels.py --tune`).
         """
         device = torch.device(device)
         overlap = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -13,6 +13,7 @@ passes it addresses, which takes 2 µs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 
 from rayft.files import locked
 
-__all__ = ["Launch", "Launcher", "aligned", "current_stream"]
+__all__ = ["Launch", "Launcher", "aligned", "compiling_ahead", "current_stream"]
 
 Launch = Callable[..., None]
 """Launches a compiled kernel: (programs along x, programs along y, stream, *addresses, *numbers). Triton must
@@ -70,6 +71,9 @@ class Launcher:
             factor: floats, passed after the integers, on which Triton does not specialise.
         """
         arguments = (*tensors, *numbers, *factor, *constants)
+        if _ahead:
+            self._kernel.warmup(*arguments, grid=grid, **self._options)
+            return
         if any(tensor.data_ptr() % ALIGNED for tensor in tensors):
             self._kernel[grid](*arguments, **self._options)
             return
@@ -101,6 +105,24 @@ class Launcher:
             run(x, y, 1, stream, function, metadata, None, None, None, *arguments, *constants)
 
         return launch
+
+
+_ahead: list[bool] = []
+"""Not empty while kernels are compiled ahead."""
+
+
+@contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """Compile what is launched here in several threads, into Triton's cache, and launch nothing."""
+    import triton
+
+    # Triton compiles a kernel at the latest when its mode ends.
+    with _alone("ahead"), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        _ahead.append(True)
+        try:
+            yield
+        finally:
+            _ahead.clear()
 
 
 def current_stream(device: torch.device) -> Callable[[], int]:

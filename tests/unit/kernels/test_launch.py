@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from rayft.kernels.launch_triton import Launcher
+from rayft.kernels import launch_triton
+from rayft.kernels.launch_triton import Launcher, compiling_ahead
 
 GRID = (2, 3, 1)
 
@@ -17,6 +22,7 @@ class Kernel:
     def __init__(self) -> None:
         self.slow: list[tuple[Any, ...]] = []
         self.fast: list[tuple[Any, ...]] = []
+        self.ahead: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
         def launch(*arguments: Any, **options: int) -> Compiled:
@@ -25,6 +31,10 @@ class Kernel:
             return Compiled(self)
 
         return launch
+
+    def warmup(self, *arguments: Any, grid: tuple[int, int, int], **options: int) -> None:
+        assert options == {"num_warps": 4}
+        self.ahead.append((grid, arguments))
 
 
 class Compiled:
@@ -87,3 +97,22 @@ def test_a_compiled_kernel_is_launched_with_addresses() -> None:
     found(2, 3, 99, 1024, 2048, 7, 32)
     assert kernel.fast == [(2, 3, 1, 99, 7, (4, 1, 0), None, None, None, 1024, 2048, 7, 32, 16, True)]
     assert launch.found(given, (5, 63), (16, True)) is None
+
+
+def test_what_is_compiled_ahead_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[Any] = []
+
+    def mode(pool: Any) -> Any:
+        threads.append(pool)
+        return nullcontext()
+
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(AsyncCompileMode=mode))
+    monkeypatch.setattr(launch_triton, "_cache", lambda: None)
+    kernel, given = Kernel(), tensors()
+    launch = Launcher(kernel, num_warps=4)
+    with compiling_ahead():
+        launch(GRID, given, (5, 64), (16, True))
+    assert kernel.ahead == [(GRID, (*given, 5, 64, 16, True))]
+    assert (len(threads), kernel.slow, kernel.fast) == (1, [], [])
+    launch(GRID, given, (5, 64), (16, True))
+    assert len(kernel.slow) == len(kernel.ahead) == 1

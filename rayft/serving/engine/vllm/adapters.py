@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from rayft.kernels.grouped_lora import DECODE, AdapterTable, Rows, grouped_lora, variant
+from rayft.kernels.launch_triton import compiling_ahead
 from rayft.kernels.segment_lora import BASE_SLOT
 from rayft.serving.engine.vllm.shard import Part
 
@@ -117,9 +118,14 @@ class Batch:
 
     def warm_up(self) -> None:
         """Compile the kernels for all numbers of tokens; otherwise a request would wait for that."""
+        if self._table.entries.is_cuda:
+            with compiling_ahead():
+                self._launch_all()
+            self._launch_all()
+
+    def _launch_all(self) -> None:
+        """Launch each kernel once."""
         table, known = self._table, set()
-        if not table.entries.is_cuda:
-            return
         device = table.entries.device
         # One group of each shape: the others use the same kernels.
         shapes = {(group.inputs, *group.outputs.values()): index for index, group in enumerate(table.groups)}
