@@ -15,9 +15,8 @@ from statistics import mode
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from rayft.artifacts.folder import saved_whole, write_whole
+from rayft.artifacts.folder import saved_whole, write_weights, write_whole
 from rayft.artifacts.lora_settings import LoraSettings, read_settings
 from rayft.artifacts.meta import (
     CONFIG_FILE,
@@ -162,7 +161,7 @@ class AdapterArtifact:
         return artifact
 
     def _write(self, folder: Path) -> None:
-        save_file(self._tensors(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_weights(folder, self._tensors())
         (folder / CONFIG_FILE).write_text(json.dumps(self._peft_config(), indent=2) + "\n", encoding="utf-8")
         columns = {name: factors.columns for name, factors in self.modules.items() if factors.columns}
         meta = self.meta.model_copy(update={"columns": columns})
@@ -179,10 +178,10 @@ class AdapterArtifact:
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {}
         for name, factors in self.modules.items():
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.a.detach().cpu().contiguous()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.b.detach().cpu().contiguous()
+            tensors[f"{PREFIX}{name}.lora_A.weight"] = factors.a.detach()
+            tensors[f"{PREFIX}{name}.lora_B.weight"] = factors.b.detach()
         for name, head in self.heads.items():
-            tensors[PREFIX + name] = head.detach().cpu().contiguous()
+            tensors[PREFIX + name] = head.detach()
         return tensors
 
     def _peft_config(self) -> dict[str, Any]:

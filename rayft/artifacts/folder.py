@@ -8,15 +8,26 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 from rayft.artifacts.meta import CONFIG_FILE, META_FILE, WEIGHTS_FILE
 from rayft.errors import ArtifactError, ResourceError
 from rayft.files import room_on, sync_tree
 
-__all__ = ["check_replaceable", "contains", "is_staged_folder", "saved_whole", "settle", "write_whole"]
+__all__ = [
+    "check_replaceable",
+    "contains",
+    "is_staged_folder",
+    "saved_whole",
+    "settle",
+    "write_weights",
+    "write_whole",
+]
 
 FILES = {CONFIG_FILE, WEIGHTS_FILE, META_FILE}
 """The files of an adapter folder that rayft wrote."""
@@ -148,3 +159,15 @@ def _swap(new: Path, folder: Path, old: Path) -> None:
     finally:
         if not folder.exists() and old.exists():
             old.rename(folder)
+
+
+def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write an adapter folder's tensors; ones that share memory are written as often as they have names."""
+    written: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        made = tensor.detach().cpu().contiguous()
+        # safetensors refuses tensors of one memory.
+        written[name] = made.clone() if made.untyped_storage().data_ptr() in seen else made
+        seen.add(made.untyped_storage().data_ptr())
+    save_file(written, folder / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from rayft.artifacts import (
     CONFIG_FILE,
     META_FILE,
-    WEIGHTS_FILE,
     AdapterArtifact,
     ArtifactMeta,
     ModuleShapes,
@@ -30,6 +28,7 @@ from rayft.artifacts import (
     write_whole,
 )
 from rayft.artifacts import PREFIX as BASE
+from rayft.artifacts.folder import write_weights
 from rayft.artifacts.lora_settings import read_json
 from rayft.artifacts.meta import TASK_TYPES
 from rayft.artifacts.read import FLOATS, INDICES, read_meta, read_weights
@@ -151,8 +150,7 @@ class PeftFolder:
         return cls(config, read_weights(folder, (*FLOATS, *INDICES)), read_meta(folder, config))
 
     def _write(self, folder: Path) -> None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_weights(folder, self.tensors)
         (folder / CONFIG_FILE).write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
         (folder / META_FILE).write_text(self.meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
 

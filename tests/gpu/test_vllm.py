@@ -66,7 +66,8 @@ def make(
     folder: Path, runner: asyncio.Runner, limits: EngineLimits | None = None, **given: Any
 ) -> VllmEngine:
     async def start() -> VllmEngine:
-        options = {"adapter_bytes": 200_000_000, "memory": 0.25, **given}
+        end = byte_tokenizer().eos_token_id
+        options = {"adapter_bytes": 200_000_000, "memory": 0.25, "end": end, **given}
         made = VllmOptions(str(folder), None, torch.bfloat16, **options)
         return VllmEngine(made, limits or EngineLimits(64, 2048, 32768), [0])
 

@@ -76,6 +76,20 @@ def test_save_and_load_are_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
     assert loaded.content_hash == original.content_hash
 
 
+def test_tensors_that_share_memory_are_written_each(tmp_path: Path) -> None:
+    one, whole = factors(5, 5, 2, 1.0), factors(5, 10, 2, 1.0)
+    made = AdapterArtifact(
+        {
+            "gate": one,
+            "up": one,
+            "part": LoraFactors(whole.a[:, :5], whole.b, 1.0),
+            "rest": LoraFactors(whole.a[:, 5:], whole.b, 1.0),
+            "turned": LoraFactors(one.b.T, one.a.T, 1.0),
+        }
+    )
+    assert same(made, AdapterArtifact.load(made.save(tmp_path / "shared")))
+
+
 def test_columns_and_metadata_are_kept(tmp_path: Path) -> None:
     meta = ArtifactMeta(
         method="cla", parent="abc", singular_values={"up": (2.0, 1.0)}, metrics={"score": 0.5}

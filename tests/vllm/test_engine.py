@@ -39,7 +39,7 @@ sampling = pytest.importorskip("vllm.sampling_params")
 stats = pytest.importorskip("vllm.v1.metrics.stats")
 
 SMALL = BYTES // 4
-OPTIONS = VllmOptions("base", None, torch.float32, SMALL)
+OPTIONS = VllmOptions("base", None, torch.float32, SMALL, end=7)
 LIMITS = EngineLimits(max_running=8, max_batch_tokens=256, cache_tokens=1000)
 END = 2
 
@@ -483,6 +483,11 @@ def test_a_schema_is_vllms(start: Start) -> None:
     async def scenario(engine: VllmEngine, _: Any) -> None:
         params = engine._params(GenerationRequest((1,), 7, json_schema='{"type": "object"}'))
         assert params.structured_outputs.json == '{"type": "object"}'
+        # What ends an answer is what xgrammar takes for the end, and what the request asks for.
+        assert params.stop_token_ids == [OPTIONS.end]
+        stops = frozenset({3})
+        asked = engine._params(GenerationRequest((1,), 7, json_schema="{}", stop_tokens=stops))
+        assert asked.stop_token_ids == [3, OPTIONS.end]
 
     run(start, scenario)
 

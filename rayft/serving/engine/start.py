@@ -158,6 +158,7 @@ def _on_gpu(config: ServeConfig) -> Started:
         gpus=config.gpus,
         memory=config.gpu_memory,
         fp8=config.fp8,
+        end=tokenizer.eos_token_id,
         untested=config.vllm_untested,
     )
     limits = EngineLimits(config.max_running, config.max_batch_tokens or 0, config.cache_tokens or 0)

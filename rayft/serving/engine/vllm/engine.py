@@ -72,6 +72,8 @@ class VllmOptions:
     """Share of each GPU's memory that the engine takes."""
     fp8: bool = False
     """Whether the base's linear layers are quantised to fp8 when it is loaded."""
+    end: int | None = None
+    """The tokenizer's token for the end of a sequence."""
     untested: bool = False
     """Whether releases of vLLM are allowed that were not tried on a GPU."""
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -112,7 +114,7 @@ class VllmEngine:
         """
         version = installed()
         check_release(version, untested=options.untested)
-        self._ends, self._dtype = list(ends), options.dtype
+        self._ends, self._end, self._dtype = list(ends), options.end, options.dtype
         self._numbers, self._names = count(1), count()
         self._adapters: dict[str, _Loaded] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -256,6 +258,10 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         drawn = request.temperature > 0
+        ends = self._ends
+        if request.json_schema is not None and self._end is not None:
+            # The only token that xgrammar knows as the end: others may be text in a string, and end it early.
+            ends = [self._end]
         schema = request.json_schema
         return SamplingParams(
             max_tokens=max(request.max_tokens, 1),
@@ -268,7 +274,7 @@ class VllmEngine:
             seed=request.seed if drawn else None,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.score_prompt else None,
-            stop_token_ids=sorted({*self._ends, *request.stop_tokens}),
+            stop_token_ids=sorted({*ends, *request.stop_tokens}),
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if request.progress else RequestOutputKind.FINAL_ONLY,
