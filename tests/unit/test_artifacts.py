@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rayft.artifacts import AdapterArtifact, ArtifactMeta, adapter, folder_bytes
+from rayft.artifacts import AdapterArtifact, ArtifactMeta, folder_bytes
+from rayft.artifacts import folder as folder_module
 from rayft.errors import ArtifactError, BaseMismatchError, DiskFullError, ResourceError, SqueezeError
 from rayft.methods.base import LoraFactors
 from rayft.numerics import DTYPES, generator
@@ -80,10 +81,10 @@ def test_tensors_that_share_memory_are_written_each(tmp_path: Path) -> None:
     one, whole = factors(5, 5, 2, 1.0), factors(5, 10, 2, 1.0)
     made = AdapterArtifact(
         {
-            "gate": one,
-            "up": one,
+            "first": one,
             "part": LoraFactors(whole.a[:, :5], whole.b, 1.0),
             "rest": LoraFactors(whole.a[:, 5:], whole.b, 1.0),
+            "same": one,
             "turned": LoraFactors(one.b.T, one.a.T, 1.0),
         }
     )
@@ -281,7 +282,7 @@ def test_a_full_disk_leaves_the_old_folder(
 ) -> None:
     old = AdapterArtifact({"up": factors(4, 4, 2, 1.0)})
     old.save(tmp_path / "adapter")
-    monkeypatch.setattr(adapter, "save_file", full)
+    monkeypatch.setattr(folder_module, "save_file", full)
     with pytest.raises(DiskFullError, match=rf"the disk of {tmp_path} is full \(.* needed, .* free\)"):
         mixed().save(tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

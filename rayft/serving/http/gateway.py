@@ -57,6 +57,8 @@ class Gateway:
             waiting: seconds that a call waits while no replica is up, and in any case.
             inbox: receives the answers.
         """
+        # The router in this loop: in a thread of its own each call would cross to it and back.
+        replica._init(_run_router_in_separate_loop=False)
         self._replica, self._director = replica, director
         # By gRPC, which costs half of what Ray's objects cost. With Ray 2.60 it loses some cancellations, but
         # the inbox cancels requests itself.
