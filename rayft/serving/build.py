@@ -45,6 +45,10 @@ ON_HEAD = {"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
 """Resources that place ingress and director on the head node, beside Ray Serve's controller, so that the loss
 of a worker node does not affect them. They reserve no core, which the replicas need."""
 
+QUIET = LoggingConfig(enable_access_log=False)
+"""No line in the log for each request, which would cost a tenth of a replica's time, and none for each time
+that a replica asks the director for changes."""
+
 ROUTING_SECONDS = 1.0
 """Interval at which replicas report to the routers which adapters they have on the device."""
 
@@ -79,8 +83,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus if engine == "vllm" else 0},
         # With a `user_config` Ray Serve calls `reconfigure` when a replica starts.
         user_config={},
-        # A line for each request would cost a tenth of the replica's time.
-        logging_config=LoggingConfig(enable_access_log=False),
+        logging_config=QUIET,
         graceful_shutdown_timeout_s=config.drain_seconds,
     ).bind(config, engine, server)
     director = DirectorDeployment.options(
@@ -89,6 +92,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         request_router_config=_routing(config, "Director"),
         # On the head the folder of copies outlives a director, so another one continues from the record.
         ray_actor_options=ON_HEAD,
+        logging_config=QUIET,
         user_config={},
         graceful_shutdown_timeout_s=config.drain_seconds,
     ).bind(config, replica, server)
