@@ -219,16 +219,18 @@ def repeated(batch: AnyBatch, times: int) -> AnyBatch:
     """Repeat all rows of a batch, in order, `times` times, with their targets."""
     if isinstance(batch, ImageBatch):
         return ImageBatch(batch.pixel_values.repeat(times, 1, 1, 1), batch.labels.repeat(times))
-    ids, mask = batch.input_ids, batch.attention_mask
-    ids_and_mask = ids.repeat(times, 1), mask.repeat(times, *(1 for _ in mask.shape[1:]))
+    ids = batch.input_ids
     if isinstance(batch, ClassBatch):
-        return ClassBatch(*ids_and_mask, batch.labels.repeat(times))
+        return ClassBatch(
+            ids.repeat(times, 1), batch.attention_mask.repeat(times, 1), batch.labels.repeat(times)
+        )
     # The index is into the flattened B·T tokens, so that copy k begins at k·B·T.
     starts = torch.arange(times, device=ids.device)[:, None] * ids.numel()
     return Batch(
-        input_ids=ids_and_mask[0],
+        input_ids=ids.repeat(times, 1),
         position_ids=batch.position_ids.repeat(times, 1),
-        attention_mask=ids_and_mask[1],
+        # Copy k begins where copy k − 1 ends.
+        offsets=torch.cat([batch.offsets[:1], (batch.offsets[1:] + starts.int()).flatten()]),
         completion_index=(batch.completion_index + starts).flatten(),
         targets=batch.targets.repeat(times),
     )

@@ -29,6 +29,7 @@ from rayft.data.pack import AnyBatch
 from rayft.errors import DataError, ModelError
 from rayft.evaluate.loss import batch_loss, targets_of
 from rayft.methods.base import Adapter, LoraFactors
+from rayft.models.attention import NAME as SEGMENTS
 from rayft.squeeze.factored_svd import decomposed, sorted_factors
 
 __all__ = [
@@ -40,7 +41,7 @@ __all__ = [
 ]
 
 
-TWICE = ("eager", "sdpa")
+TWICE = ("eager", "sdpa", SEGMENTS)
 """Implementations of attention that differentiate twice; the second derivative of others is silently 0."""
 
 
@@ -161,10 +162,10 @@ def adapter_curvature(
         ResourceError: if curvlinops isn't installed.
     """
     require_curvlinops()
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
-    if attention not in TWICE:
+    kind = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
+    if kind not in TWICE:
         raise ModelError(
-            f"{attention} can't be differentiated twice: call model.set_attn_implementation('sdpa') first"
+            f"{kind} can't be differentiated twice: call model.set_attn_implementation('sdpa') first"
         )
     with _balanced(model, batches, modules) as (parameters, terms, targets), sdpa_kernel(SDPBackend.MATH):
         operator = hessian_operator(terms, parameters)

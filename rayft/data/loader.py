@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import cached_property
 
 from rayft.data.pack import AnyEncoded, Row, rows_of
+from rayft.data.template import Encoded
 from rayft.errors import DataError
 from rayft.numerics import derive_seed
 
@@ -46,6 +48,12 @@ class RowStream:
         self.packing = packing
         self._starts = [0]
         self._epochs: dict[int, list[Row]] = {}
+
+    @cached_property
+    def most_segments(self) -> int:
+        """The most segments that a packed row can have: as many examples as the shortest, and the padding."""
+        lengths = [len(example) for example in self.encoded if isinstance(example, Encoded)]
+        return self.length // max(1, min(lengths, default=self.length)) + 1
 
     def rows(self, step: int) -> list[Row]:
         """Return the `rows_per_step` rows of optimizer step `step`, counted from 0."""

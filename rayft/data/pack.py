@@ -2,7 +2,8 @@
 
     input_ids      a a a b b b b 0        attention   a · · b · · ·      token i sees token j where
     position_ids   0 1 2 0 1 2 3 0                    a a · b b · ·      segment_i = segment_j and
-    segments       0 0 0 1 1 1 1 -                    a a a b b b ·      j ≤ i; padding sees itself
+    segments       0 0 0 1 1 1 1 2                    a a a b b b ·      j ≤ i; padding is a segment
+    offsets        0 3 7 8
 
 The loss of a row is therefore the sum of the losses of its examples. Each text or image to classify has a row
 of its own.
@@ -69,11 +70,6 @@ class PackedRow:
         """The positions of all tokens, which start at 0 in each example."""
         return [position for example in self.examples for position in range(len(example))]
 
-    @property
-    def segments(self) -> list[int]:
-        """The number of the example that each token belongs to, counted from 0."""
-        return [number for number, example in enumerate(self.examples) for _ in example.input_ids]
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -83,8 +79,9 @@ class Batch:
     """(B, T) int64."""
     position_ids: torch.Tensor
     """(B, T) int64, starting at 0 in each example."""
-    attention_mask: torch.Tensor
-    """(B, 1, T, T) bool, true where a token (third axis) attends to another (fourth)."""
+    offsets: torch.Tensor
+    """(S + 1,) int32: where each segment begins in the B·T tokens, and B·T. A segment is an example, or the
+    padding of a row; each token attends to its own segment only, up to itself."""
     completion_index: torch.Tensor
     """(N,) int64: positions in B·T whose next token is learnt."""
     targets: torch.Tensor
@@ -162,13 +159,16 @@ def rows_of(encoded: Sequence[AnyEncoded], length: int, *, packing: bool = True)
     return [PackedRow((example,)) if isinstance(example, Encoded) else example for example in encoded]
 
 
-def collate_rows(rows: Sequence[Row], pad_id: int, width: int | None = None) -> AnyBatch:
+def collate_rows(
+    rows: Sequence[Row], pad_id: int, width: int | None = None, segments: int | None = None
+) -> AnyBatch:
     """Return the batch of rows of any one kind: images, labelled texts, or packed texts.
 
     Args:
         rows: rows of one kind.
         pad_id: token to pad with.
         width: tokens to pad packed texts to, for callers that need a fixed shape.
+        segments: their number of segments, as in `collate`.
 
     Raises:
         DataError: as the function for that kind of rows.
@@ -178,7 +178,7 @@ def collate_rows(rows: Sequence[Row], pad_id: int, width: int | None = None) -> 
         return collate_images(images)
     texts = [row for row in rows if isinstance(row, PackedRow)]
     labelled = texts[0].examples[0].label is not None
-    return collate_classification(texts, pad_id) if labelled else collate(texts, pad_id, width)
+    return collate_classification(texts, pad_id) if labelled else collate(texts, pad_id, width, segments)
 
 
 def pack(encoded: Sequence[Encoded], length: int) -> list[PackedRow]:
@@ -205,7 +205,9 @@ def pack(encoded: Sequence[Encoded], length: int) -> list[PackedRow]:
     return [PackedRow(tuple(row)) for row in rows]
 
 
-def collate(rows: Sequence[PackedRow], pad_id: int, width: int | None = None) -> Batch:
+def collate(
+    rows: Sequence[PackedRow], pad_id: int, width: int | None = None, segments: int | None = None
+) -> Batch:
     """Return a batch of packed rows, padded on the right.
 
     Args:
@@ -213,21 +215,18 @@ def collate(rows: Sequence[PackedRow], pad_id: int, width: int | None = None) ->
         pad_id: token to pad with.
         width: tokens to pad to. The default is the length of the longest row, rounded up to a multiple of 8
             if there are several rows.
+        segments: number of segments, for callers that need a fixed shape; those that are too many are empty.
     """
     width = width or _width(rows)
     ids = _pad([row.input_ids for row in rows], width, pad_id)
     labels = _pad([row.labels for row in rows], width, IGNORED)
     positions = _pad([row.position_ids for row in rows], width, 0)
-    segments = _pad([row.segments for row in rows], width, -1)
-    same = segments.unsqueeze(2) == segments.unsqueeze(1)
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    # A row of the mask that is all false would make its softmax NaN, so padding attends to itself only.
-    real = (segments >= 0).unsqueeze(2) | torch.eye(width, dtype=torch.bool)
-    mask = same & causal & real
-    learnt = torch.zeros_like(segments, dtype=torch.bool)
-    learnt[:, :-1] = (labels[:, 1:] != IGNORED) & (segments[:, 1:] == segments[:, :-1])
+    learnt = torch.zeros_like(ids, dtype=torch.bool)
+    # The first token of an example is not learnt: nothing in its segment precedes it.
+    learnt[:, :-1] = (labels[:, 1:] != IGNORED) & (positions[:, 1:] > 0)
     index = learnt.flatten().nonzero().squeeze(1)
-    return Batch(ids, positions, mask.unsqueeze(1), index, labels.flatten()[index + 1])
+    lengths = [[len(example) for example in row.examples] for row in rows]
+    return Batch(ids, positions, _offsets(lengths, width, segments), index, labels.flatten()[index + 1])
 
 
 def collate_classification(rows: Sequence[PackedRow], pad_id: int) -> ClassBatch:
@@ -277,3 +276,22 @@ def _width(rows: Sequence[PackedRow]) -> int:
 
 def _pad(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def _offsets(lengths: Sequence[Sequence[int]], width: int, count: int | None) -> torch.Tensor:
+    """Return the offsets of rows of segments: (S + 1,) int32; the padding of a row is a segment too.
+
+    Args:
+        lengths: for each row, the lengths of its segments.
+        width: T.
+        count: S, for a fixed shape; the segments that are too many are empty.
+    """
+    ends = [0]
+    for number, row in enumerate(lengths, start=1):
+        for length in row:
+            ends.append(ends[-1] + length)
+        if ends[-1] < number * width:
+            ends.append(number * width)
+    if count is not None:
+        ends += [ends[-1]] * (count + 1 - len(ends))
+    return torch.tensor(ends, dtype=torch.int32)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from rayft.data.pack import AnyBatch, Batch, ClassBatch, ImageBatch
+from rayft.models.attention import mask_for
 
 __all__ = ["batch_loss", "class_logits", "mean_loss", "target_losses", "targets_of"]
 
@@ -95,7 +96,7 @@ def _completion_logits(model: nn.Module, batch: Batch, call: Callable[..., Any])
     try:
         output = call(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=mask_for(model, batch.offsets, *batch.input_ids.shape),
             position_ids=batch.position_ids,
             use_cache=False,
         )

@@ -21,6 +21,7 @@ from rayft.config import Section, nearest
 from rayft.data.pixels import ImageEncoder
 from rayft.errors import ModelError, RayftError
 from rayft.files import disk_full, disk_full_error, room_on, sync_tree
+from rayft.models.attention import attend_by_segments
 from rayft.models.files import cache_folder, hash_file, hub_cache, save_model
 from rayft.models.fingerprint import fingerprint, names_in_files, places, source_fingerprint
 from rayft.models.heads import remember
@@ -242,7 +243,7 @@ def load_empty(config: ModelConfig, dtype: torch.dtype) -> LoadedModel:
     with loading(config):
         settings = _settings(config, source)
         with init_empty_weights(include_buffers=False):
-            model = _auto_class(config).from_config(settings, dtype=dtype, **_attention(config))
+            model = _auto_class(config).from_config(settings, dtype=dtype)
         # Each assignment made a new parameter.
         model.tie_weights()
         _check_kinds(config, model, source)
@@ -274,6 +275,8 @@ def weight_files(config: ModelConfig, model: nn.Module) -> WeightFiles | None:
 def _loaded(config: ModelConfig, model: Any, encoder: Any, identity: str) -> LoadedModel:
     if config.task != "image_classification":
         model.config.pad_token_id = encoder.pad_token_id
+    if config.task == "causal_lm":
+        attend_by_segments(model)
     model.requires_grad_(False)
     model.eval()
     return LoadedModel(model, encoder, identity, context_length(config, model.config, encoder))
@@ -289,7 +292,7 @@ def load_skeleton(config: ModelConfig) -> Any:
     with loading(config):
         settings = _settings(config, source)
         with torch.device("meta"):
-            model = _auto_class(config).from_config(settings, **_attention(config))
+            model = _auto_class(config).from_config(settings)
         _check_kinds(config, model, source)
         return model
 
@@ -390,7 +393,6 @@ def _encoder(config: ModelConfig, source: str, settings: Any) -> Any:
 
 def _weights(config: ModelConfig, source: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
     """Load a model; its files may lack a classifier's head, or have one for other classes."""
-    options = {**options, **_attention(config)}
     if config.task != "causal_lm":
         options = {**options, **_labels(config), "ignore_mismatched_sizes": True}
     with torch.random.fork_rng(devices=[]):
@@ -438,11 +440,6 @@ def _pickled(config: ModelConfig) -> ModelError:
         "is never read, since it can run code: where you trust it, convert it once by "
         f"transformers.{kind}.from_pretrained('{config.name}').save_pretrained(folder) and give that folder"
     )
-
-
-def _attention(config: ModelConfig) -> dict[str, Any]:
-    """Choose the attention: packed rows need a mask of their own, which eager attention and SDPA accept."""
-    return {"attn_implementation": "sdpa"} if config.task == "causal_lm" else {}
 
 
 def _labels(config: ModelConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import nn
 
 from rayft.data.pack import AnyBatch, Batch
 from rayft.errors import ConfigError, TrainError
+from rayft.models.attention import mask_for
 
 __all__ = ["capture_stream", "graphed"]
 
@@ -78,7 +79,8 @@ def graphed(model: Any, example: AnyBatch) -> Iterator[None]:
         raise ConfigError("scale.graphs is for causal language models; set it to false")
     inner = model.base_model
     eager = inner.forward
-    samples = (example.input_ids, example.attention_mask, example.position_ids)
+    mask = mask_for(model, example.offsets, *example.input_ids.shape)
+    samples = (example.input_ids, mask, example.position_ids)
     logging.getLogger(__name__).info("capturing %s", tuple(example.input_ids.shape))
     try:
         captured: list[Any] = [

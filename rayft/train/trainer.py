@@ -302,9 +302,12 @@ class Trainer:
     def _micro_batches(self, step: int) -> list[AnyBatch]:
         """Return this worker's share of an optimizer step, on its device."""
         worker, scale = self.worker, self.run.scale
+        stream = self.session.row_stream(self.run)
+        share = stream.share(step, worker.rank, worker.world, scale.accumulation)
+        # CUDA graphs need the same shapes in every step.
         width = self.run.data.max_length if scale.graphs else None
-        share = self.session.row_stream(self.run).share(step, worker.rank, worker.world, scale.accumulation)
-        return [collate_rows(rows, self.session.pad_id, width).to(worker.device) for rows in share]
+        segments = len(share[0]) * stream.most_segments if scale.graphs else None
+        return [collate_rows(rows, self.session.pad_id, width, segments).to(worker.device) for rows in share]
 
     def _interrupted(self) -> bool:
         """Return, on all workers alike, whether the run has to save a checkpoint and end."""

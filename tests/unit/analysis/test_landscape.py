@@ -298,7 +298,7 @@ def test_all_fields_of_a_batch_are_copied() -> None:
     packed = Batch(
         input_ids=torch.arange(6).view(2, 3),
         position_ids=torch.tensor([[0, 1, 0], [0, 1, 2]]),
-        attention_mask=torch.arange(18).view(2, 1, 3, 3) % 2 == 0,
+        offsets=torch.tensor([0, 2, 3, 6], dtype=torch.int32),
         completion_index=torch.tensor([0, 4]),
         targets=torch.tensor([1, 5]),
     )
@@ -306,7 +306,8 @@ def test_all_fields_of_a_batch_are_copied() -> None:
     assert copies.completion_index.tolist() == [0, 4, 6, 10]
     assert copies.targets.tolist() == [1, 5, 1, 5]
     assert torch.equal(copies.input_ids.flatten()[copies.completion_index + 1], copies.targets)
-    for field in ("input_ids", "position_ids", "attention_mask"):
+    assert copies.offsets.tolist() == [0, 2, 3, 6, 8, 9, 12]
+    for field in ("input_ids", "position_ids"):
         assert torch.equal(getattr(copies, field), torch.cat([getattr(packed, field)] * 2))
     texts = ClassBatch(torch.arange(6).view(2, 3), torch.ones(2, 3).long(), torch.tensor([0, 2]))
     images = ImageBatch(torch.rand(2, 1, 4, 5), torch.tensor([1, 0]))

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from rayft.data.loader import RowStream
-from rayft.data.pack import PackedRow
+from rayft.data.pack import PackedRow, collate
 from rayft.data.template import IGNORED, Encoded
 from rayft.errors import DataError
 
@@ -85,3 +85,13 @@ def test_labelled_examples_have_a_row_each_and_so_have_all_without_packing():
     assert all(len(row.examples) == 1 for row in RowStream(labelled, 16, 5, seed=0).rows(0))
     assert all(len(row.examples) == 1 for row in RowStream(made(9), 64, 9, seed=0, packing=False).rows(0))
     assert any(len(row.examples) > 1 for row in RowStream(made(9), 64, 9, seed=0).rows(0))
+
+
+def test_rows_have_at_most_as_many_segments_as_the_stream_says():
+    stream = RowStream(made(60), 32, 4, seed=3)
+    batches = [
+        collate(examples, 0, width=32, segments=len(examples) * stream.most_segments)
+        for examples in (stream.rows(step) for step in range(12))
+    ]
+    assert {len(batch.offsets) for batch in batches} == {4 * (32 // 3 + 1) + 1}
+    assert all(batch.offsets[-1] == 4 * 32 for batch in batches)

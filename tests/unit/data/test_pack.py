@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rayft.data.pack import Batch, PackedRow, collate, collate_classification, pack
 from rayft.data.template import IGNORED, Encoded
 from rayft.errors import DataError
+from rayft.models.attention import dense_mask
 from rayft.numerics import assert_close, generator, relative_error, tolerance
 
 VOCABULARY = 50
@@ -44,10 +45,9 @@ def made(*lengths: int) -> list[Encoded]:
 
 
 def loss(model: LlamaForCausalLM, batch: Batch) -> torch.Tensor:
+    mask = dense_mask(batch.offsets, *batch.input_ids.shape)
     with torch.no_grad():
-        logits = model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.attention_mask
-        ).logits
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask).logits
     chosen = logits.flatten(0, 1)[batch.completion_index]
     return functional.cross_entropy(chosen, batch.targets, reduction="sum")
 
@@ -73,10 +73,9 @@ def test_an_example_longer_than_a_row_is_refused():
         pack(made(3, 11), 10)
 
 
-def test_positions_and_segments_restart_in_each_example():
+def test_positions_restart_in_each_example():
     row = PackedRow(tuple(made(3, 2)))
     assert row.position_ids == [0, 1, 2, 0, 1]
-    assert row.segments == [0, 0, 0, 1, 1]
     assert len(row) == len(row.input_ids) == len(row.labels) == 5
 
 
@@ -85,11 +84,14 @@ def test_the_mask_is_that_of_the_drawing():
     expected = torch.zeros(8, 8, dtype=torch.bool)
     expected[:3, :3] = torch.ones(3, 3).tril().bool()
     expected[3:5, 3:5] = torch.ones(2, 2).tril().bool()
-    for padding in (5, 6, 7):
-        expected[padding, padding] = True
-    assert torch.equal(batch.attention_mask[0, 0], expected)
-    assert batch.attention_mask.shape == (2, 1, 8, 8)
-    assert batch.attention_mask.any(-1).all()
+    expected[5:, 5:] = torch.ones(3, 3).tril().bool()
+    mask = dense_mask(batch.offsets, *batch.input_ids.shape)
+    assert torch.equal(mask[0, 0], expected)
+    assert mask.shape == (2, 1, 8, 8)
+    assert mask.any(-1).all()
+    assert batch.offsets.tolist() == [0, 3, 5, 8, 15, 16]
+    fixed = collate([PackedRow(tuple(made(3, 2)))], 0, width=8, segments=6)
+    assert fixed.offsets.tolist() == [0, 3, 5, 8, 8, 8, 8]
     assert batch.input_ids[0].tolist()[5:] == [0, 0, 0]
 
 
@@ -125,12 +127,12 @@ def test_packed_loss_is_the_sum_of_the_separate_losses(model):
     # What the mask and the positions are for: without either the loss is another one.
     allowed = tolerance(torch.float64, VOCABULARY * HIDDEN, depth)
     width = batch.input_ids.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool).tril().expand_as(batch.attention_mask)
+    whole = torch.arange(0, batch.input_ids.numel() + 1, width, dtype=torch.int32)
     running = torch.arange(width).expand_as(batch.position_ids)
-    leaky = dataclasses.replace(batch, attention_mask=causal)
+    leaky = dataclasses.replace(batch, offsets=whole)
     assert relative_error(loss(model, leaky), expected) > 1e6 * allowed
     # Rotary positions are relative, so only the mask decides; both together must differ as well.
-    both = dataclasses.replace(batch, attention_mask=causal, position_ids=running)
+    both = dataclasses.replace(batch, offsets=whole, position_ids=running)
     assert relative_error(loss(model, both), expected) > 1e6 * allowed
 
 

@@ -8,6 +8,7 @@ from rayft.data.example import Example, Message
 from rayft.data.pack import collate_rows, rows_of
 from rayft.data.template import encode_all
 from rayft.evaluate.loss import batch_loss, target_losses
+from rayft.models.attention import dense_mask
 from rayft.numerics import assert_close
 
 
@@ -19,8 +20,9 @@ def test_the_losses_of_targets_are_those_of_their_logits_and_sum_to_the_batchs(t
     losses = target_losses(tiny_model, batch)
     assert losses.shape == batch.targets.shape
     assert losses.dtype == torch.float32
+    mask = dense_mask(batch.offsets, *batch.input_ids.shape)
     logits = tiny_model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids
+        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids
     ).logits
     chosen = logits.flatten(0, 1)[batch.completion_index].log_softmax(-1)
     expected = -chosen.gather(1, batch.targets[:, None]).squeeze(1)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rayft.artifacts import ArtifactMeta
+from rayft.artifacts import folder as adapter_folder
 from rayft.errors import DiskFullError
-from rayft.peft import folder as module
 from rayft.peft.folder import PeftFolder
 from tests.disks import full_disk, full_disk_in_rust
 
@@ -36,7 +36,7 @@ def test_a_full_disk_leaves_the_old_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: Callable[..., None]
 ) -> None:
     made(1.0).save(tmp_path / "adapter")
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(adapter_folder, "save_file", full)
     with pytest.raises(DiskFullError, match=rf"the disk of {tmp_path} is full \(.* needed, .* free\)"):
         made(2.0).save(tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -1,0 +1,247 @@
+"""Attention within the segments of packed rows, without a mask of T × T.
+
+transformers hands a mask of four dimensions on to the attention function as it is. Instead of a mask, packed
+rows have the offsets of their segments there. On GPUs PyTorch's attention for sequences of various lengths
+(FlashAttention) takes them; elsewhere each segment has a call of its own. Without offsets, as in generation,
+attention is transformers' for SDPA.
+
+Shapes: B rows, T tokens, H heads, G heads of keys and values, D numbers per head, S segments.
+"""
+
+from __future__ import annotations
+
+import logging
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from rayft.errors import ModelError
+
+__all__ = ["NAME", "attend_by_segments", "dense_mask", "mask_for"]
+
+NAME = "rayft_segments"
+"""The name of this attention among transformers' implementations."""
+
+HALF = (torch.float16, torch.bfloat16)
+LARGEST_HEAD = 256
+"""The most numbers per head that FlashAttention takes."""
+IGNORED = {
+    "cache_position", "is_causal", "output_attentions", "output_router_logits", "position_ids", "use_cache",
+}  # fmt: skip
+"""Options of attention functions that change nothing here."""
+
+logger = logging.getLogger(__name__)
+
+
+def attend_by_segments(model: Any) -> None:
+    """Let a causal language model attend by segments, if it calls transformers' attention functions.
+
+    Other models keep their own attention, which is given a mask.
+    """
+    if model._supports_attention_backend:
+        model.set_attn_implementation(NAME)
+    else:
+        logger.info(
+            "%s has attention of its own, so packed rows take a mask of all pairs of tokens",
+            type(model).__name__,
+        )
+
+
+def mask_for(model: Any, offsets: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+    """Return what a model takes as `attention_mask` for packed rows.
+
+    Args:
+        model: a causal language model.
+        offsets: (S + 1,) int32: where the segments begin in the B·T tokens, and B·T.
+        rows: B.
+        width: T.
+
+    Returns:
+        The offsets, (1, 1, 1, S + 1), or else the mask (B, 1, T, T).
+    """
+    if model.config._attn_implementation == NAME:
+        return offsets.view(1, 1, 1, -1)
+    return dense_mask(offsets, rows, width)
+
+
+def dense_mask(offsets: torch.Tensor, rows: int, width: int, window: int | None = None) -> torch.Tensor:
+    """Return the mask of packed rows: (B, 1, T, T) bool, true where a token (third axis) attends to another.
+
+    Args:
+        offsets: (S + 1,), as in `mask_for`.
+        rows: B.
+        width: T.
+        window: number of last tokens that a token attends to, itself included; None for all.
+    """
+    place = torch.arange(rows * width, device=offsets.device)
+    segment = torch.searchsorted(offsets, place, right=True).view(rows, width)
+    column = place[:width]
+    distance = column[:, None] - column
+    near = (distance >= 0) & (distance < (window or width))
+    return ((segment[:, :, None] == segment[:, None, :]) & near).unsqueeze(1)
+
+
+def segment_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each segment, or by a mask; the interface is that of transformers' attention functions.
+
+    Args:
+        module: the attention layer.
+        query: (B, H, T, D).
+        key: (B, G, T, D).
+        value: (B, G, T, D or another size).
+        attention_mask: offsets (1, 1, 1, S + 1) int32, or a mask (B, 1, T, keys), or None.
+        scaling: factor of the scores; 1/√D by default.
+        dropout: probability with which a weight becomes 0.
+        sliding_window: number of last tokens that a token attends to, itself included; None for all.
+        softcap: bound of the scores; None for none.
+        s_aux: (H,): scores of attention sinks; None for none.
+        options: further options.
+
+    Returns:
+        The output (B, T, H, size of a value), and no weights.
+
+    Raises:
+        ModelError: for an option that would change the result and is not known here.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    plain = softcap is None and s_aux is None
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        if plain:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+            )
+        given = _causal(query, key) if attention_mask is None else attention_mask
+        return _explicit(query, key, value, given, scale, dropout, softcap, s_aux).transpose(1, 2), None
+    _check(module, options)
+    offsets = attention_mask.view(-1)
+    if plain and not dropout and _flash(query, value):
+        return _varlen(query, key, value, offsets, scale, sliding_window), None
+    bounds = offsets.tolist()
+    sizes = [end - begin for begin, end in pairwise(bounds)]
+    rows, _, width, _ = query.shape
+    # One row of all tokens: (1, H, B·T, D). `split` joins the gradients of all segments at once.
+    split = [
+        matrix.transpose(0, 1).flatten(1, 2).unsqueeze(0).split(sizes, dim=2)
+        for matrix in (query, key, value)
+    ]
+    found = []
+    for q, k, v in zip(*split, strict=True):
+        length = q.shape[2]
+        if not length:
+            continue
+        if not plain:
+            near = _causal(q, k, sliding_window)
+            found.append(_explicit(q, k, v, near, scale, dropout, softcap, s_aux))
+            continue
+        # The fused kernels know causal attention, but no window.
+        windowed = sliding_window is not None and sliding_window < length
+        mask = _causal(q, k, sliding_window) if windowed else None
+        grouped = q.shape[1] != k.shape[1]
+        found.append(
+            functional.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
+            )
+        )
+    together = torch.cat(found, dim=2)[0]
+    return together.unflatten(1, (rows, width)).permute(1, 2, 0, 3).contiguous(), None
+
+
+def _flash(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether FlashAttention applies; who differentiates twice, which it can't, switches it off."""
+    return (
+        query.is_cuda
+        and query.dtype in HALF
+        and query.shape[-1] == value.shape[-1] <= LARGEST_HEAD
+        and torch.backends.cuda.flash_sdp_enabled()
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, heads, width, _ = query.shape
+    q, k, v = (matrix.transpose(1, 2).flatten(0, 1) for matrix in (query, key, value))
+    # No segment is longer than a row; its true length would have to be waited for.
+    found: Any = varlen_attn(
+        q, k, v, offsets, offsets, width, width, scale=scale,
+        window_size=(-1 if window is None else window - 1, 0), enable_gqa=heads != key.shape[1],
+    )  # fmt: skip
+    attended: torch.Tensor = found.unflatten(0, (rows, width))
+    return attended
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """Return which keys the last tokens attend to: (queries, keys) bool."""
+    new, length = query.shape[2], key.shape[2]
+    place = torch.arange(length, device=query.device)
+    distance = place[length - new :, None] - place
+    return (distance >= 0) & (distance < (window or length))
+
+
+def _explicit(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend by plain operations, with bounded scores and attention sinks: (B, H, T, size of a value)."""
+    key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], 1) for one in (key, value))
+    scores = query @ key.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return functional.dropout(weights.to(value.dtype), dropout) @ value
+
+
+def _check(module: Any, options: dict[str, Any]) -> None:
+    """Refuse options that would change what attention computes."""
+    unknown = [name for name, given in options.items() if given is not None and name not in IGNORED]
+    if options.get("is_causal") is False:
+        unknown.append("is_causal=False")
+    if unknown:
+        raise ModelError(
+            f"{type(module).__name__} has attention with {unknown[0]}, which packed rows do not support; "
+            "choose another base"
+        )
+
+
+AttentionInterface.register(NAME, segment_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,164 @@
+"""Attention by segments against a mask of all pairs and against each segment alone, with gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from rayft.errors import ModelError
+from rayft.models.attention import NAME, attend_by_segments, dense_mask, mask_for, segment_attention
+from rayft.numerics import assert_close
+
+LENGTHS = (5, 1, 9, 3, 6)
+ROWS, WIDTH = 2, 12
+OFFSETS = torch.tensor([0, 5, 6, 12, 12, 15, 21, 24, 24, 24], dtype=torch.int32)
+"""Two rows of 12 tokens: segments of 5, 1, 6, an empty one, then 3, 6, 3, and two empty ones at the end."""
+
+
+class Layer(torch.nn.Module):
+    """What attention functions read of a layer."""
+
+    num_key_value_groups, layer_idx, is_causal = 2, 0, True
+
+
+def inputs(value_size: int = 8) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    sizes = ((ROWS, 4, WIDTH, 8), (ROWS, 2, WIDTH, 8), (ROWS, 2, WIDTH, value_size))
+    return [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+
+def plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, softcap: float | None, sinks: Any
+) -> torch.Tensor:
+    k, v = (one.repeat_interleave(2, 1) for one in (k, v))
+    scores = q @ k.transpose(2, 3) * 0.3
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.exp()
+    rest = 0 if sinks is None else sinks.exp().view(1, -1, 1, 1)
+    return ((weights / (weights.sum(-1, keepdim=True) + rest)) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 50])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("value_size", [8, 5])
+def test_segments_are_what_a_mask_of_all_pairs_computes(
+    window: int | None, softcap: float | None, sinks: bool, value_size: int
+) -> None:
+    aux = torch.linspace(-1, 1, 4, dtype=torch.float64) if sinks else None
+    given = inputs(value_size)
+    found, _ = segment_attention(
+        Layer(), *given, OFFSETS.view(1, 1, 1, -1), 0.3, sliding_window=window, softcap=softcap, s_aux=aux
+    )
+    mask = dense_mask(OFFSETS, ROWS, WIDTH, window)
+    expected = plain(*given, mask, softcap, aux)
+    assert found.shape == expected.shape
+    assert_close(found, expected, torch.float64, 8, depth=4)
+    direction = torch.randn_like(expected)
+    mine = torch.autograd.grad((found * direction).sum(), given)
+    others = torch.autograd.grad((expected * direction).sum(), given)
+    for one, other in zip(mine, others, strict=True):
+        # With one key, scores have no gradient.
+        assert_close(one + direction.norm(), other + direction.norm(), torch.float64, 64, depth=4)
+    # A segment that saw the one before it would be noticed.
+    leaky = plain(*given, dense_mask(torch.tensor([0, 12, 24]), ROWS, WIDTH, window), softcap, aux)
+    assert window == 1 or (leaky - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (0.7, False), (0.7, True)])
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_without_segments_it_is_attention_by_a_mask(softcap: float | None, sinks: bool, mask: str) -> None:
+    aux = torch.linspace(-1, 1, 4, dtype=torch.float64) if sinks else None
+    given = inputs()
+    allowed = dense_mask(torch.tensor([0, 12, 24]), ROWS, WIDTH)
+    lowest = torch.finfo(torch.float64).min
+    masks = {"none": None, "bool": allowed, "float": torch.zeros(1).double().where(allowed, lowest)}
+    found, _ = segment_attention(Layer(), *given, masks[mask], 0.3, softcap=softcap, s_aux=aux)
+    assert_close(found, plain(*given, allowed, softcap, aux), torch.float64, 8, depth=4)
+
+
+@pytest.mark.parametrize("options", [{"position_bias": torch.zeros(1)}, {"is_causal": False}])
+def test_an_option_that_is_not_known_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=rf"Layer has attention with {next(iter(options))}"):
+        segment_attention(Layer(), *inputs(), OFFSETS.view(1, 1, 1, -1), **options)
+
+
+def test_it_can_be_differentiated_twice() -> None:
+    q, k, v = (one.detach()[:1, :2, :6].requires_grad_() for one in inputs())
+    offsets = torch.tensor([0, 4, 6], dtype=torch.int32).view(1, 1, 1, -1)
+
+    def attend(*given: torch.Tensor) -> torch.Tensor:
+        return segment_attention(Layer(), *given, offsets)[0]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(attend, (q, k, v))
+
+
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 8},
+    "phi3": {},
+    "gpt_neox": {"num_key_value_heads": 4},
+    "gpt_oss": {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": {},
+}
+"""Types of models, with what their configuration needs beside `SMALL`."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_examples_have_the_logits_and_gradients_that_each_has_alone(
+    kind: str, checkpointing: bool
+) -> None:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**SMALL | KINDS[kind])
+    model = AutoModelForCausalLM.from_config(config).float()
+    attend_by_segments(model)
+    assert model.config._attn_implementation == NAME
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(1, 64, (1, sum(LENGTHS)))
+    ends = torch.tensor(LENGTHS).cumsum(0)
+    offsets = torch.cat([torch.zeros(1), ends]).int()
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    mask = mask_for(model, offsets, *ids.shape)
+    assert mask.numel() == len(LENGTHS) + 1
+
+    def gradients(logits: torch.Tensor) -> list[torch.Tensor]:
+        return list(
+            torch.autograd.grad(logits.sin().sum(), weights, allow_unused=True, materialize_grads=True)
+        )
+
+    packed = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits[0]
+    found = gradients(packed)
+    expected = [torch.zeros_like(one) for one in weights]
+    model.set_attn_implementation("eager")
+    for piece, logits in zip(ids[0].split(LENGTHS), packed.split(LENGTHS), strict=True):
+        alone = model(input_ids=piece[None], use_cache=False).logits[0]
+        assert_close(logits, alone, torch.float32, 64, depth=32)
+        expected = [before + one for before, one in zip(expected, gradients(alone), strict=True)]
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, torch.float32, 64 * sum(LENGTHS), depth=32)
+
+
+def test_a_model_with_attention_of_its_own_gets_a_mask() -> None:
+    config = CONFIG_MAPPING["bloom"](vocab_size=64, hidden_size=16, n_layer=1, n_head=2)
+    model = AutoModelForCausalLM.from_config(config)
+    attend_by_segments(model)
+    assert model.config._attn_implementation != NAME
+    assert mask_for(model, OFFSETS, ROWS, WIDTH).shape == (ROWS, 1, WIDTH, WIDTH)
