@@ -13,6 +13,7 @@ Shapes: B rows, T tokens, N learnt tokens, C channels, H × W pixels.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -41,6 +42,9 @@ __all__ = [
 
 AnyEncoded = Encoded | EncodedImage
 """An encoded example."""
+
+NO_ROW = 2**62
+"""Greater than the index of any row."""
 
 MULTIPLE = 8
 """Batches of several rows are padded to a multiple of this, which tensor cores need."""
@@ -188,21 +192,64 @@ def pack(encoded: Sequence[Encoded], length: int) -> list[PackedRow]:
         DataError: if an example is longer than a row.
     """
     rows: list[list[Encoded]] = []
-    # One vectorised comparison with all rows for each example: 10 000 examples take 0.1 s, not minutes.
-    room = np.zeros(len(encoded), dtype=np.int64)
+    rooms = _Rooms(length)
     for number, example in enumerate(encoded, start=1):
         if len(example) > length:
             raise DataError(
                 f"example {number} has {len(example)} tokens, a row {length}: raise data.max_length"
             )
-        fits = room[: len(rows)] >= len(example)
-        index = int(fits.argmax()) if fits.any() else len(rows)
-        if index == len(rows):
+        index, room = rooms.take(len(example))
+        if index is None:
+            index, room = len(rows), length
             rows.append([])
-            room[index] = length
         rows[index].append(example)
-        room[index] -= len(example)
+        rooms.put(index, room - len(example))
     return [PackedRow(tuple(row)) for row in rows]
+
+
+class _Rooms:
+    """The rows that are being filled; finds the first with enough room in time logarithmic in a row's length.
+
+    Rows with equal room are in a heap. A tree over the amounts of room, its root at 1 and the leaf of an
+    amount at the tree's width plus that amount, has the first row below each node.
+    """
+
+    def __init__(self, length: int) -> None:
+        self._width = 1 << length.bit_length()
+        self._first = [NO_ROW] * (2 * self._width)
+        self._heaps: list[list[int]] = [[] for _ in range(self._width)]
+        self._room: list[int] = []
+
+    def take(self, tokens: int) -> tuple[int | None, int]:
+        """Take out the first row with room for some tokens; return its index and room, or None and 0."""
+        first, found = self._first, NO_ROW
+        # All nodes that together cover the leaves from `tokens` on.
+        low, high = self._width + tokens, 2 * self._width
+        while low < high:
+            if low & 1:
+                found = min(found, first[low])
+                low += 1
+            low, high = low >> 1, high >> 1
+        if found == NO_ROW:
+            return None, 0
+        room = self._room[found]
+        heapq.heappop(self._heaps[room])
+        self._update(room)
+        return found, room
+
+    def put(self, row: int, room: int) -> None:
+        """Add a row that was taken out, or a new one, whose index is the number of rows before it."""
+        if row == len(self._room):
+            self._room.append(room)
+        self._room[row] = room
+        heapq.heappush(self._heaps[room], row)
+        self._update(room)
+
+    def _update(self, room: int) -> None:
+        first, place = self._first, self._width + room
+        first[place] = self._heaps[room][0] if self._heaps[room] else NO_ROW
+        while place := place >> 1:
+            first[place] = min(first[2 * place], first[2 * place + 1])
 
 
 def collate(

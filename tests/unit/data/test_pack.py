@@ -68,6 +68,21 @@ def test_each_example_is_put_into_the_first_row_with_room():
     assert pack([], 10) == []
 
 
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 64, 100])
+def test_each_of_many_examples_is_put_into_the_first_row_with_room(length):
+    random = generator("pack", length)
+    sizes = torch.randint(1, length + 1, (700,), generator=random).tolist()
+    expected: list[list[int]] = []
+    for size in sizes:
+        row = next((row for row in expected if sum(row) + size <= length), None)
+        if row is None:
+            expected.append([size])
+        else:
+            row.append(size)
+    rows = pack([Encoded((1,) * size, (1,) * size) for size in sizes], length)
+    assert [[len(example) for example in row.examples] for row in rows] == expected
+
+
 def test_an_example_longer_than_a_row_is_refused():
     with pytest.raises(DataError, match="example 2 has 11 tokens, a row 10"):
         pack(made(3, 11), 10)
