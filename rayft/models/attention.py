@@ -10,19 +10,30 @@ Shapes: B rows, T tokens, H heads, G heads of keys and values, D numbers per hea
 
 from __future__ import annotations
 
+import inspect
 import logging
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rayft.errors import ModelError
 
-__all__ = ["NAME", "attend_by_segments", "dense_mask", "mask_for"]
+__all__ = ["NAME", "attend_by_segments", "check_packing", "dense_mask", "fits_graphs", "mask_for"]
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+"""The types of layers, in a configuration of transformers, that pass information by attention alone."""
+MIXING = {"minimax", "recurrent_gemma", "lfm2", "lfm2_moe", "lfm3"}
+"""Types of models with convolutions or recurrence that nothing else in transformers tells."""
+MASKED_WINDOWS = {
+    "llama4_text": "attention_chunk_size", "phimoe": "sliding_window", "qwen2_moe": "sliding_window",
+}  # fmt: skip
+"""Types of models whose windows are in the mask alone → the setting with their size."""
 
 NAME = "rayft_segments"
 """The name of this attention among transformers' implementations."""
@@ -35,21 +46,54 @@ IGNORED = {
 }  # fmt: skip
 """Options of attention functions that change nothing here."""
 
+GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Whether PyTorch's function takes fewer heads of keys than of queries, as it does from 2.12 on."""
+
 logger = logging.getLogger(__name__)
 
 
 def attend_by_segments(model: Any) -> None:
     """Let a causal language model attend by segments, if it calls transformers' attention functions.
 
-    Other models keep their own attention, which is given a mask.
+    Other models keep SDPA, which is given a mask.
+
+    Raises:
+        ModelError: if the model has neither.
     """
     if model._supports_attention_backend:
         model.set_attn_implementation(NAME)
+        return
+    name = type(model).__name__
+    if model.config._attn_implementation != "sdpa":
+        raise ModelError(f"{name} has attention that rayft does not know; choose another base")
+    logger.info("%s has attention of its own, so packed rows take a mask of all pairs of tokens", name)
+
+
+def check_packing(model: Any, length: int) -> None:
+    """Refuse a causal language model in which examples that share a row would see one another.
+
+    Args:
+        model: the model.
+        length: the longest segment.
+
+    Raises:
+        ModelError: if not only attention passes information between tokens, or windows of attention are
+            given to it in masks alone.
+    """
+    config = model.config.get_text_config()
+    kinds = {*(getattr(config, "layer_types", None) or ())} - LAYER_TYPES
+    mixes = sorted(kinds) or (["a state"] if getattr(model, "_is_stateful", False) else [])
+    if mixes or config.model_type in MIXING:
+        what = f"has layers of another kind than attention ({mixes[0] if mixes else config.model_type})"
     else:
-        logger.info(
-            "%s has attention of its own, so packed rows take a mask of all pairs of tokens",
-            type(model).__name__,
-        )
+        size = getattr(config, MASKED_WINDOWS.get(config.model_type, ""), None)
+        if size is None or size >= length or not getattr(config, "use_sliding_window", True):
+            return
+        what = f"attends to {size} tokens at most, which is less than data.max_length ({length})"
+    raise ModelError(
+        f"{type(model).__name__} {what}, so examples that share a row would be computed wrongly; set "
+        "data.packing: false, or choose another base"
+    )
 
 
 def mask_for(model: Any, offsets: torch.Tensor, rows: int, width: int) -> torch.Tensor:
@@ -67,6 +111,24 @@ def mask_for(model: Any, offsets: torch.Tensor, rows: int, width: int) -> torch.
     if model.config._attn_implementation == NAME:
         return offsets.view(1, 1, 1, -1)
     return dense_mask(offsets, rows, width)
+
+
+def fits_graphs(model: Any, device: torch.device) -> bool:
+    """Return whether a model's attention takes offsets in CUDA graphs, where their values can't be read."""
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = not any(
+        getattr(config, name, None)
+        for name in ("attn_logit_softcapping", "kv_lora_rank", "attention_dropout")
+    )
+    return (
+        plain
+        and config.model_type != "gpt_oss"
+        and model.dtype in HALF
+        and size % 8 == 0
+        and size <= LARGEST_HEAD
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def dense_mask(offsets: torch.Tensor, rows: int, width: int, window: int | None = None) -> torch.Tensor:
@@ -169,6 +231,7 @@ def _flash(query: torch.Tensor, value: torch.Tensor) -> bool:
         query.is_cuda
         and query.dtype in HALF
         and query.shape[-1] == value.shape[-1] <= LARGEST_HEAD
+        and query.shape[-1] % 8 == 0
         and torch.backends.cuda.flash_sdp_enabled()
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )
@@ -182,15 +245,19 @@ def _varlen(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     rows, heads, width, _ = query.shape
+    options: dict[str, Any] = {}
+    if heads != key.shape[1]:
+        if GROUPED:
+            options = {"enable_gqa": True}
+        else:
+            key, value = (one.repeat_interleave(heads // one.shape[1], 1) for one in (key, value))
     q, k, v = (matrix.transpose(1, 2).flatten(0, 1) for matrix in (query, key, value))
+    past = -1 if window is None else window - 1
     # No segment is longer than a row; its true length would have to be waited for.
     found: Any = varlen_attn(
-        q, k, v, offsets, offsets, width, width, scale=scale,
-        window_size=(-1 if window is None else window - 1, 0), enable_gqa=heads != key.shape[1],
-    )  # fmt: skip
+        q, k, v, offsets, offsets, width, width, scale=scale, window_size=(past, 0), **options
+    )
     attended: torch.Tensor = found.unflatten(0, (rows, width))
     return attended
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from pydantic import TypeAdapter
 from rayft.errors import ResourceError
 from rayft.serving.messages import Delta
 
-__all__ = ["Inbox", "Incoming", "Outbox", "Ticket"]
+__all__ = ["LOST", "Inbox", "Incoming", "Outbox", "Ticket"]
 
 LONGEST_LINE = 2**30
 """Most bytes of a line; the log-probabilities of a long prompt take megabytes."""
@@ -36,6 +37,15 @@ HANDSHAKE_SECONDS = 10
 
 PARTS: TypeAdapter[list[tuple[int, Delta | None]]] = TypeAdapter(list[tuple[int, Delta | None]])
 """A line: numbers of answers, each with a part, or None after the last part."""
+
+KEPT = {
+    "SO_KEEPALIVE": 1,
+    "TCP_KEEPIDLE": 10,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 25_000,
+}
+"""Options by which a connection to a node that has lost its power ends after 25 seconds."""
 
 LOST = "the replica that was to answer was lost; try again"
 
@@ -67,6 +77,7 @@ class Inbox:
         token, waiting = secrets.token_hex(16), dict[int, Incoming]()
 
         async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            _watch(writer)
             try:
                 await _receive(reader, writer, token, waiting)
             except (OSError, EOFError, ValueError):
@@ -105,6 +116,19 @@ async def _receive(
                 waiting[number].take(delta, writer)
             elif delta is not None:
                 writer.write(b"%d\n" % number)
+
+
+def _watch(writer: asyncio.StreamWriter) -> None:
+    """Let a connection end if the other node does not answer."""
+    own = writer.get_extra_info("socket")
+    for name, value in KEPT.items():
+        # Some are Linux's only.
+        if hasattr(socket, name):
+            own.setsockopt(
+                socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP,
+                getattr(socket, name),
+                value,
+            )
 
 
 class Incoming:
@@ -199,7 +223,7 @@ class Outbox:
                     line.put(ticket.number, delta)
                 line.put(ticket.number, None)
             finally:
-                del line.tasks[ticket.number]
+                line.tasks.pop(ticket.number, None)
         finally:
             await deltas.aclose()
 
@@ -216,6 +240,7 @@ class Outbox:
                         f"the replica can't send its answer to {ticket.host}:{ticket.port} ({error}); allow "
                         "connections between the cluster's nodes at all ports"
                     ) from error
+                _watch(writer)
                 writer.write(f"{ticket.token}\n".encode())
                 line = self._lines[key] = _Line(writer)
                 line.reading = asyncio.create_task(self._read(key, line, reader))
@@ -225,7 +250,8 @@ class Outbox:
         """End the answers that the ingress no longer waits for, and all if it is lost."""
         with suppress(OSError):
             while number := await reader.readline():
-                if task := line.tasks.get(int(number)):
+                # Once: a second time would interrupt what the first one ends.
+                if task := line.tasks.pop(int(number), None):
                     task.cancel()
         del self._lines[key]
         for task in line.tasks.values():

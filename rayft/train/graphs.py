@@ -20,7 +20,7 @@ from torch import nn
 
 from rayft.data.pack import AnyBatch, Batch
 from rayft.errors import ConfigError, TrainError
-from rayft.models.attention import mask_for
+from rayft.models.attention import dense_mask, fits_graphs, mask_for
 
 __all__ = ["capture_stream", "graphed"]
 
@@ -79,8 +79,18 @@ def graphed(model: Any, example: AnyBatch) -> Iterator[None]:
         raise ConfigError("scale.graphs is for causal language models; set it to false")
     inner = model.base_model
     eager = inner.forward
-    mask = mask_for(model, example.offsets, *example.input_ids.shape)
-    samples = (example.input_ids, mask, example.position_ids)
+    shape = example.input_ids.shape
+    dense = not fits_graphs(model, example.input_ids.device)
+    if dense and getattr(model.config.get_text_config(), "sliding_window", None):
+        raise ConfigError(
+            "this model's attention has windows, and in this dtype or on this GPU it can't be captured as a "
+            "CUDA graph; set scale.graphs: false"
+        )
+
+    def mask_of(offsets: torch.Tensor) -> torch.Tensor:
+        return dense_mask(offsets.flatten(), *shape) if dense else mask_for(model, offsets.flatten(), *shape)
+
+    samples = (example.input_ids, mask_of(example.offsets), example.position_ids)
     logging.getLogger(__name__).info("capturing %s", tuple(example.input_ids.shape))
     try:
         captured: list[Any] = [
@@ -94,7 +104,16 @@ def graphed(model: Any, example: AnyBatch) -> Iterator[None]:
         ) from error
 
     def forward(**arguments: Any) -> Any:
-        given = tuple(arguments.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        if (
+            dense
+            and mask is not None
+            and mask.dtype == torch.int32
+            and ids is not None
+            and ids.shape == shape
+        ):
+            mask = mask_of(mask)
+        given = (ids, mask, arguments.get("position_ids"))
         fits = all(
             isinstance(value, torch.Tensor) and value.shape == sample.shape
             for value, sample in zip(given, samples, strict=True)

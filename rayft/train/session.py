@@ -10,6 +10,7 @@ from rayft.data.source import Parts, read
 from rayft.data.template import encode_all
 from rayft.errors import ConfigError
 from rayft.identity import UNKNOWN, Identity
+from rayft.models.attention import check_packing
 from rayft.models.inject import wrap
 from rayft.models.load import LoadedModel, load_model
 from rayft.train.home import Home
@@ -39,6 +40,8 @@ class Session:
     progress."""
     home: Home = field(default_factory=Home)
     """Where the command's files are."""
+    packing: bool = True
+    """Whether texts share rows."""
 
     @classmethod
     def open(
@@ -62,7 +65,8 @@ class Session:
 
         Raises:
             ConfigError: if the data does not fit the model's task.
-            DataError, ModelError: as raised by `read`, `encode_all` and `load_model`.
+            DataError, ModelError: as raised by `read`, `encode_all` and `load_model`, or if examples of the
+                base can't share rows.
         """
         home = home or Home()
         run = _located(run, home)
@@ -75,12 +79,14 @@ class Session:
         else:
             loaded = load_model(run.model, run.scale.torch_dtype, worker.device)
             wrap(loaded.model)
+        if run.data.packing and run.model.task == "causal_lm":
+            check_packing(loaded.model, run.data.max_length)
         train, val = (
             [*encode_all(part, loaded.tokenizer, run.data.max_length, context=loaded.context, part=name)]
             for name, part in (("train", parts.train), ("val", parts.val[: run.evaluate.val_examples]))
         )
         identity = identity.model_copy(update={"fingerprint": loaded.fingerprint})
-        return cls(loaded, parts, train, val, worker, identity, home=home)
+        return cls(loaded, parts, train, val, worker, identity, home=home, packing=run.data.packing)
 
     def row_stream(self, run: RunConfig) -> RowStream:
         """Return the packed rows in the order of a run's seed; they are kept, since trials share them."""

@@ -467,18 +467,18 @@ def validation_loss(session: Session) -> float:
     """Return the mean loss over the validation part (nats per target); the workers share the examples."""
     worker, model = session.worker, session.loaded.model
     model.eval()
-    rows = _eval_rows(session.val[worker.rank :: worker.world])
+    rows = _eval_rows(session.val[worker.rank :: worker.world], packing=session.packing)
     loss, count = worker.total(*mean_loss(model, _eval_batches(session, rows)))
     # Under ZeRO-3 all workers must take part in each forward pass: those with fewer batches run additional
     # ones, which don't count.
     for _ in range(worker.largest(len(rows)) - len(rows)):
-        mean_loss(model, _eval_batches(session, _eval_rows(session.val[:1])))
+        mean_loss(model, _eval_batches(session, _eval_rows(session.val[:1], packing=session.packing)))
     return loss / max(count, 1)
 
 
-def _eval_rows(encoded: list[AnyEncoded]) -> list[list[Row]]:
+def _eval_rows(encoded: list[AnyEncoded], *, packing: bool) -> list[list[Row]]:
     """Pack examples into rows, and group the rows into batches."""
-    rows = rows_of(encoded, max([512, *map(len, encoded)]))
+    rows = rows_of(encoded, max([512, *map(len, encoded)]), packing=packing)
     at_once = 4 if any(example.label is None for example in encoded) else 16
     return [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
 

@@ -66,7 +66,7 @@ def test_a_server_with_other_settings_takes_over_the_address(url: str, base: Bas
     config = configured(base, httpx.URL(url).port or 0, max_running=RUNNING, max_new_tokens=405)
     ray_serve.run(build_app(config), name=APPLICATION, route_prefix=None)
     # For a moment the ingress may know the former replicas.
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     while (found := answer(410).status_code) == 200 and time.monotonic() < until:
         time.sleep(0.2)
     assert (found, answer(10).status_code) == (400, 200)

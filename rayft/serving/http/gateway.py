@@ -20,7 +20,7 @@ from rayft.errors import (
     TooManyRequestsError,
     UnknownModelError,
 )
-from rayft.serving.answers import Inbox, Incoming
+from rayft.serving.answers import LOST, Inbox, Incoming
 from rayft.serving.control.state import Deployed, Served, parse_model
 from rayft.serving.http.auth import Caller
 from rayft.serving.http.responses import AdapterEntry, AdapterList, Listed, ModelEntry, Readiness
@@ -34,6 +34,12 @@ TRAFFIC = ("requests", "tokens", "errors")
 
 DIRECTOR_SECONDS = 10.0
 """Time limit for the director to report what is served."""
+
+LAST_SECONDS = 10.0
+"""Time that the last part of an answer may take after the replica has ended."""
+
+LARGE = 250_000
+"""Characters or tokens from which a request is passed by Ray's objects; by gRPC it may have 4 MiB at most."""
 
 EACH_SECONDS = 10.0
 """Time limit for all replicas to answer a call that goes to each of them."""
@@ -138,7 +144,8 @@ class Gateway:
             raise UnknownModelError(f"no model '{request.model}' is served here", param="model")
         # Drawn here, so that router and replica choose the same version during a canary.
         deltas = self._inbox.expect()
-        call: Any = self._by_value.answer.remote(request, random.random(), deltas.ticket)
+        handle = self._replica if request.size >= LARGE else self._by_value
+        call: Any = handle.answer.remote(request, random.random(), deltas.ticket)
         following = asyncio.create_task(_follow(call, deltas))
         self._following.add(following)
         following.add_done_callback(self._following.discard)
@@ -223,5 +230,12 @@ async def _follow(call: Any, deltas: Incoming) -> None:
     """Wait until a replica has answered; if it fails, so does the answer."""
     try:
         await call
+    except asyncio.CancelledError:
+        # Also if the replica has cancelled it, because its connection was lost.
+        deltas.fail(ResourceError(LOST))
+        raise
     except Exception as error:  # noqa: BLE001  (whoever reads the answer handles it)
         deltas.fail(error)
+    else:
+        # In case that the last part is lost on its way; an answer that has ended ignores this.
+        asyncio.get_running_loop().call_later(LAST_SECONDS, deltas.fail, ResourceError(LOST))

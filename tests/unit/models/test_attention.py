@@ -10,7 +10,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rayft.errors import ModelError
-from rayft.models.attention import NAME, attend_by_segments, dense_mask, mask_for, segment_attention
+from rayft.models.attention import (
+    NAME,
+    attend_by_segments,
+    check_packing,
+    dense_mask,
+    mask_for,
+    segment_attention,
+)
 from rayft.numerics import assert_close
 
 LENGTHS = (5, 1, 9, 3, 6)
@@ -156,9 +163,44 @@ def test_packed_examples_have_the_logits_and_gradients_that_each_has_alone(
         assert_close(one, other, torch.float32, 64 * sum(LENGTHS), depth=32)
 
 
+def small(kind: str, **more: Any) -> Any:
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SMALL | more))
+
+
 def test_a_model_with_attention_of_its_own_gets_a_mask() -> None:
-    config = CONFIG_MAPPING["bloom"](vocab_size=64, hidden_size=16, n_layer=1, n_head=2)
+    config = CONFIG_MAPPING["falcon"](
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     model = AutoModelForCausalLM.from_config(config)
     attend_by_segments(model)
-    assert model.config._attn_implementation != NAME
+    assert model.config._attn_implementation == "sdpa"
     assert mask_for(model, OFFSETS, ROWS, WIDTH).shape == (ROWS, 1, WIDTH, WIDTH)
+
+
+def test_a_model_that_takes_no_mask_of_all_pairs_is_refused() -> None:
+    config = CONFIG_MAPPING["xglm"](vocab_size=64, d_model=16, num_layers=1, attention_heads=2, ffn_dim=16)
+    with pytest.raises(ModelError, match="XGLMForCausalLM has attention that rayft does not know"):
+        attend_by_segments(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "length", "what"),
+    [
+        ("mamba2", {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8}, 9, "linear_attention"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, 9, "conv"),
+        ("phimoe", {"sliding_window": 8, "num_local_experts": 2}, 9, "8 tokens at most, .* data.max_length"),
+    ],
+)
+def test_models_whose_examples_would_see_one_another_are_refused(
+    kind: str, more: dict[str, Any], length: int, what: str
+) -> None:
+    with pytest.raises(ModelError, match=rf"{what}.*data.packing: false"):
+        check_packing(small(kind, **more), length)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("llama", {}), ("gemma2", {}), ("phimoe", {"sliding_window": 9, "num_local_experts": 2})],
+)
+def test_models_whose_examples_see_only_themselves_are_not_refused(kind: str, more: dict[str, Any]) -> None:
+    check_packing(small(kind, **more), 9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -223,5 +224,52 @@ def test_parts_that_arise_at_once_travel_in_one_line(monkeypatch: pytest.MonkeyP
             )
             await asyncio.sleep(0)
             assert len(lines) <= 4
+
+    run(scenario())
+
+
+def test_what_is_ended_is_not_interrupted_again() -> None:
+    """However many of its parts are on their way when nobody waits for it any more."""
+    ended: list[str] = []
+
+    async def deltas(go: asyncio.Event) -> AsyncGenerator[Delta, None]:
+        try:
+            yield part("first")
+            await go.wait()
+            while True:
+                yield part("more")
+                await asyncio.sleep(0.001)
+        finally:
+            try:
+                await asyncio.sleep(0.1)
+                ended.append("whole")
+            except asyncio.CancelledError:
+                ended.append("interrupted")
+
+    async def scenario() -> None:
+        async with opened() as (inbox, outbox):
+            incoming, go = inbox.expect(), asyncio.Event()
+            sending = asyncio.create_task(outbox.send(incoming.ticket, deltas(go)))
+            await anext(incoming)
+            incoming.close()
+            go.set()
+            with pytest.raises(asyncio.CancelledError):
+                await sending
+            assert ended == ["whole"]
+
+    run(scenario())
+
+
+def test_a_connection_to_a_silent_node_ends() -> None:
+    async def scenario() -> None:
+        async with opened() as (inbox, outbox):
+            incoming = inbox.expect()
+            await asyncio.gather(outbox.send(incoming.ticket, Source(part("a")).deltas()), received(incoming))
+            (line,) = outbox._lines.values()
+            assert incoming.writer is not None
+            for writer in (line.writer, incoming.writer):
+                own = writer.get_extra_info("socket")
+                assert own.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                assert own.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 25_000
 
     run(scenario())
