@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from rayft.serving.build import build_app, stop
-from rayft.serving.deployment import APPLICATION
-from tests.integration.serving import Base, configured, serving
+from rayft.serving.build import stop
+from tests.integration.serving import Base, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -52,24 +50,6 @@ def test_requests_beyond_the_queue_are_refused_at_once_and_the_others_are_answer
     assert slowest < max(answer.elapsed for answer in found if answer.status_code == 200)
     assert ask(0).status_code == 200, "there is room again afterwards"
     assert httpx.get(f"{url}/healthz").status_code == 200
-
-
-def test_a_server_with_other_settings_takes_over_the_address(url: str, base: Base) -> None:
-    import ray.serve as ray_serve
-
-    def answer(tokens: int) -> httpx.Response:
-        body = {"model": "base", "prompt": "a", "max_tokens": tokens, "temperature": 0}
-        return httpx.post(f"{url}/v1/completions", json=body, timeout=120)
-
-    assert answer(410).status_code == 200
-    # What `serve deploy` does: the new processes start while the old ones end.
-    config = configured(base, httpx.URL(url).port or 0, max_running=RUNNING, max_new_tokens=405)
-    ray_serve.run(build_app(config), name=APPLICATION, route_prefix=None)
-    # For a moment the ingress may know the former replicas.
-    until = time.monotonic() + 120
-    while (found := answer(410).status_code) == 200 and time.monotonic() < until:
-        time.sleep(0.2)
-    assert (found, answer(10).status_code) == (400, 200)
 
 
 def test_a_server_that_stops_first_answers_running_requests(url: str) -> None:
