@@ -162,10 +162,10 @@ def adapter_curvature(
         ResourceError: if curvlinops isn't installed.
     """
     require_curvlinops()
-    kind = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
-    if kind not in TWICE:
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", "eager")
+    if attention not in TWICE:
         raise ModelError(
-            f"{kind} can't be differentiated twice: call model.set_attn_implementation('sdpa') first"
+            f"{attention} can't be differentiated twice: call model.set_attn_implementation('sdpa') first"
         )
     with _balanced(model, batches, modules) as (parameters, terms, targets), sdpa_kernel(SDPBackend.MATH):
         operator = hessian_operator(terms, parameters)

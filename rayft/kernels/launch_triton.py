@@ -5,9 +5,8 @@ some hundred layers that is a good part of a step. `Launcher` looks the compiled
 that Triton specialises on: dtypes, constants, alignment, and of integers whether they are 1 or multiples of
 16. A combination that is new, or tensors that are not aligned, are launched by Triton itself.
 
-That still takes some 9 µs a launch, because each call finds out again what the arguments are. A caller that
-knows that they are specialised like those of an earlier launch gets its kernel from `Launcher.found`, and
-passes it addresses, which takes 2 µs.
+Each call still has to find out what the arguments are. A caller that knows that they are specialised like
+those of an earlier launch gets its kernel from `Launcher.found`, and passes it addresses, which takes less.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +25,18 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rayft.errors import ModelError
 
-__all__ = ["NAME", "attend_by_segments", "check_packing", "dense_mask", "fits_graphs", "mask_for"]
+__all__ = [
+    "LAYER_TYPES",
+    "NAME",
+    "attend_by_segments",
+    "causal_mask",
+    "check_packing",
+    "dense_mask",
+    "fits_graphs",
+    "mask_for",
+    "plain_attention",
+    "unknown_options",
+]
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 """The types of layers, in a configuration of transformers, that pass information by attention alone."""
@@ -121,14 +133,7 @@ def fits_graphs(model: Any, device: torch.device) -> bool:
         getattr(config, name, None)
         for name in ("attn_logit_softcapping", "kv_lora_rank", "attention_dropout")
     )
-    return (
-        plain
-        and config.model_type != "gpt_oss"
-        and model.dtype in HALF
-        and size % 8 == 0
-        and size <= LARGEST_HEAD
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    return plain and config.model_type != "gpt_oss" and _fits_flash(model.dtype, size, device)
 
 
 def dense_mask(offsets: torch.Tensor, rows: int, width: int, window: int | None = None) -> torch.Tensor:
@@ -142,9 +147,7 @@ def dense_mask(offsets: torch.Tensor, rows: int, width: int, window: int | None 
     """
     place = torch.arange(rows * width, device=offsets.device)
     segment = torch.searchsorted(offsets, place, right=True).view(rows, width)
-    column = place[:width]
-    distance = column[:, None] - column
-    near = (distance >= 0) & (distance < (window or width))
+    near = causal_mask(width, width, window, offsets.device)
     return ((segment[:, :, None] == segment[:, None, :]) & near).unsqueeze(1)
 
 
@@ -189,8 +192,12 @@ def segment_attention(
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
             )
-        given = _causal(query, key) if attention_mask is None else attention_mask
-        return _explicit(query, key, value, given, scale, dropout, softcap, s_aux).transpose(1, 2), None
+        given = (
+            causal_mask(query.shape[2], key.shape[2], device=query.device)
+            if attention_mask is None
+            else attention_mask
+        )
+        return plain_attention(query, key, value, given, scale, softcap, s_aux, dropout).transpose(1, 2), None
     _check(module, options)
     offsets = attention_mask.view(-1)
     if plain and not dropout and _flash(query, value):
@@ -209,12 +216,12 @@ def segment_attention(
         if not length:
             continue
         if not plain:
-            near = _causal(q, k, sliding_window)
-            found.append(_explicit(q, k, v, near, scale, dropout, softcap, s_aux))
+            near = causal_mask(length, length, sliding_window, q.device)
+            found.append(plain_attention(q, k, v, near, scale, softcap, s_aux, dropout))
             continue
         # The fused kernels know causal attention, but no window.
         windowed = sliding_window is not None and sliding_window < length
-        mask = _causal(q, k, sliding_window) if windowed else None
+        mask = causal_mask(length, length, sliding_window, q.device) if windowed else None
         grouped = q.shape[1] != k.shape[1]
         found.append(
             functional.scaled_dot_product_attention(
@@ -226,14 +233,23 @@ def segment_attention(
 
 
 def _flash(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Return whether FlashAttention applies; who differentiates twice, which it can't, switches it off."""
+    """Return whether FlashAttention applies; callers that need a second derivative disable it."""
+    size = query.shape[-1]
     return (
-        query.is_cuda
-        and query.dtype in HALF
-        and query.shape[-1] == value.shape[-1] <= LARGEST_HEAD
-        and query.shape[-1] % 8 == 0
+        size == value.shape[-1]
         and torch.backends.cuda.flash_sdp_enabled()
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _fits_flash(query.dtype, size, query.device)
+    )
+
+
+def _fits_flash(dtype: torch.dtype, size: int, device: torch.device) -> bool:
+    """Return whether FlashAttention computes in a dtype, with heads of a size, on a device."""
+    return (
+        device.type == "cuda"
+        and dtype in HALF
+        and size <= LARGEST_HEAD
+        and size % 8 == 0
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
@@ -262,33 +278,52 @@ def _varlen(
     return attended
 
 
-def _causal(query: torch.Tensor, key: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    """Return which keys the last tokens attend to: (queries, keys) bool."""
-    new, length = query.shape[2], key.shape[2]
-    place = torch.arange(length, device=query.device)
+def causal_mask(new: int, length: int, window: int | None = None, device: Any = None) -> torch.Tensor:
+    """Return which of `length` tokens each of the last `new` ones attends to: (new, length) bool.
+
+    Args:
+        new: number of tokens that attend.
+        length: number of tokens.
+        window: number of last tokens that a token attends to, itself included; None for all.
+        device: of the result.
+    """
+    place = torch.arange(length, device=device)
     distance = place[length - new :, None] - place
     return (distance >= 0) & (distance < (window or length))
 
 
-def _explicit(
+def plain_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     scale: float,
-    dropout: float,
     softcap: float | None,
-    sinks: torch.Tensor | None,
+    sinks: torch.Tensor | None = None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attend by plain operations, with bounded scores and attention sinks: (B, H, T, size of a value)."""
+    """Attend by plain operations, with bounded scores and attention sinks.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, G, keys, D).
+        value: (B, G, keys, D or another size).
+        mask: where a query attends to a key (bool), or what is added to the scores; None for everywhere.
+        scale: factor of the scores.
+        softcap: bound of the scores; None for none.
+        sinks: (H,): scores of attention sinks; None for none.
+        dropout: probability with which a weight becomes 0.
+
+    Returns:
+        (B, H, T, size of a value).
+    """
     key, value = (one.repeat_interleave(query.shape[1] // one.shape[1], 1) for one in (key, value))
     scores = query @ key.transpose(2, 3) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    else:
-        scores = scores + mask
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if sinks is not None:
         column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -298,12 +333,14 @@ def _explicit(
     return functional.dropout(weights.to(value.dtype), dropout) @ value
 
 
-def _check(module: Any, options: dict[str, Any]) -> None:
-    """Refuse options that would change what attention computes."""
+def unknown_options(options: Mapping[str, Any]) -> list[str]:
+    """Return the options of an attention function that are not known here and would change its result."""
     unknown = [name for name, given in options.items() if given is not None and name not in IGNORED]
-    if options.get("is_causal") is False:
-        unknown.append("is_causal=False")
-    if unknown:
+    return [*unknown, *(["is_causal=False"] if options.get("is_causal") is False else [])]
+
+
+def _check(module: Any, options: Mapping[str, Any]) -> None:
+    if unknown := unknown_options(options):
         raise ModelError(
             f"{type(module).__name__} has attention with {unknown[0]}, which packed rows do not support; "
             "choose another base"

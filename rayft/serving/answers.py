@@ -16,7 +16,7 @@ import hmac
 import secrets
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -63,9 +63,13 @@ class Ticket:
 class Inbox:
     """Receives the parts of answers; the ingress has one."""
 
-    def __init__(self, host: str, server: asyncio.Server, token: str, waiting: dict[int, Incoming]) -> None:
-        self._server, self._waiting, self._numbers = server, waiting, count()
-        self._host, self._port, self._token = host, int(server.sockets[0].getsockname()[1]), token
+    _server: asyncio.Server
+    _port: int
+
+    def __init__(self, host: str) -> None:
+        self._host, self._token = host, secrets.token_hex(16)
+        self._waiting: dict[int, Incoming] = {}
+        self._numbers = count()
 
     @classmethod
     async def open(cls, host: str | None = None) -> Inbox:
@@ -74,22 +78,10 @@ class Inbox:
         Args:
             host: another address to listen on.
         """
-        token, waiting = secrets.token_hex(16), dict[int, Incoming]()
-
-        async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            _watch(writer)
-            try:
-                await _receive(reader, writer, token, waiting)
-            except (OSError, EOFError, ValueError):
-                # Not a replica, or one that was lost; a time limit is an OSError too.
-                pass
-            finally:
-                for one in [one for one in waiting.values() if one.writer is writer]:
-                    one.fail(ResourceError(LOST))
-                writer.close()
-
-        host = host or ray.util.get_node_ip_address()
-        return cls(host, await asyncio.start_server(receive, host, 0, limit=LONGEST_LINE), token, waiting)
+        inbox = cls(host or ray.util.get_node_ip_address())
+        inbox._server = await asyncio.start_server(inbox._connected, inbox._host, 0, limit=LONGEST_LINE)
+        inbox._port = int(inbox._server.sockets[0].getsockname()[1])
+        return inbox
 
     def expect(self) -> Incoming:
         """Prepare to receive one answer."""
@@ -101,21 +93,31 @@ class Inbox:
         """Stop listening."""
         self._server.close()
 
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection; the answers that it carries fail if it ends."""
+        _watch(writer)
+        try:
+            await self._receive(reader, writer)
+        except (OSError, EOFError, ValueError):
+            # Not a replica, or one that was lost; a time limit is an OSError too.
+            pass
+        finally:
+            for one in [one for one in self._waiting.values() if one.writer is writer]:
+                one.fail(ResourceError(LOST))
+            writer.close()
 
-async def _receive(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: str, waiting: dict[int, Incoming]
-) -> None:
-    """Receive what one replica sends, until it closes the connection."""
-    async with asyncio.timeout(HANDSHAKE_SECONDS):
-        first = await reader.readexactly(len(token) + 1)
-    if not hmac.compare_digest(first, f"{token}\n".encode()):
-        return
-    while line := await reader.readline():
-        for number, delta in PARTS.validate_json(line):
-            if number in waiting:
-                waiting[number].take(delta, writer)
-            elif delta is not None:
-                writer.write(b"%d\n" % number)
+    async def _receive(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Receive what one replica sends, until it closes the connection."""
+        async with asyncio.timeout(HANDSHAKE_SECONDS):
+            first = await reader.readexactly(len(self._token) + 1)
+        if not hmac.compare_digest(first, f"{self._token}\n".encode()):
+            return
+        while line := await reader.readline():
+            for number, delta in PARTS.validate_json(line):
+                if number in self._waiting:
+                    self._waiting[number].take(delta, writer)
+                elif delta is not None:
+                    writer.write(b"%d\n" % number)
 
 
 def _watch(writer: asyncio.StreamWriter) -> None:
@@ -163,13 +165,13 @@ class Incoming:
         part = await self._parts.get()
         if isinstance(part, Delta):
             return part
-        del self._waiting[self.ticket.number]
+        self._waiting.pop(self.ticket.number, None)
         if part is None:
             raise StopAsyncIteration
         raise part
 
     def close(self) -> None:
-        """Stop to wait for the answer; the replica stops generating it."""
+        """Stop waiting for the answer; the replica stops generating it."""
         if self._waiting.pop(self.ticket.number, None) and self.writer is not None:
             self.writer.write(b"%d\n" % self.ticket.number)
 
@@ -214,7 +216,7 @@ class Outbox:
             ResourceError: if the ingress can't be reached.
             asyncio.CancelledError: if nobody waits for the answer any more, or the ingress was lost.
         """
-        try:
+        async with aclosing(deltas):
             line, task = await self._line(ticket), asyncio.current_task()
             assert task is not None
             line.tasks[ticket.number] = task
@@ -224,8 +226,6 @@ class Outbox:
                 line.put(ticket.number, None)
             finally:
                 line.tasks.pop(ticket.number, None)
-        finally:
-            await deltas.aclose()
 
     async def _line(self, ticket: Ticket) -> _Line:
         key = (ticket.host, ticket.port, ticket.token)

@@ -30,6 +30,7 @@ from rayft.serving.deployment import APPLICATION
 from rayft.serving.engine.start import EngineName, check_engine, describe
 from rayft.serving.http.app import IngressDeployment, IngressOptions
 from rayft.serving.http.auth import resolved
+from rayft.serving.http.server import bound
 from rayft.serving.presence import Called, start_error
 from rayft.serving.replica import ReplicaDeployment
 from rayft.serving.router import AdapterRouter
@@ -46,8 +47,8 @@ ON_HEAD = {"num_cpus": 0, "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
 of a worker node does not affect them. They reserve no core, which the replicas need."""
 
 QUIET = LoggingConfig(enable_access_log=False)
-"""No line in the log for each request, which would cost a tenth of a replica's time, and none for each time
-that a replica asks the director for changes."""
+"""No line in the log for each request, which would take a replica time, and none for each time that a replica
+asks the director for changes."""
 
 ROUTING_SECONDS = 1.0
 """Interval at which replicas report to the routers which adapters they have on the device."""
@@ -265,23 +266,16 @@ def engine_of(config: ServeConfig) -> EngineName:
 
 def _check_port(host: str, port: int) -> None:
     try:
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
+        bound(host, port).close()
+    except socket.gaierror as error:
         raise ResourceError(f"{host} is not an address of this machine ({error}); set host to one") from error
-    with socket.socket(address[0], socket.SOCK_STREAM) as probe:
-        # Servers set this too: an address whose last connection has just ended counts as free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address[4])
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ResourceError(
-                    f"port {port} on {host} is in use; stop the process that listens there (`serve shutdown` "
-                    f"for an earlier deployment) or choose another port: --set port={port + 1}"
-                ) from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
             raise ResourceError(
-                f"can't listen on {host}:{port} ({error}); set another host or port"
+                f"port {port} on {host} is in use; stop the process that listens there (`serve shutdown` "
+                f"for an earlier deployment) or choose another port: --set port={port + 1}"
             ) from error
+        raise ResourceError(f"can't listen on {host}:{port} ({error}); set another host or port") from error
 
 
 def _listens(host: str, port: int) -> bool:

@@ -237,7 +237,7 @@ class Catalog:
 
     def _free(self, entries: Mapping[str, _Entry]) -> None:
         """Retire entries that are neither served nor part of a change that may be served."""
-        held = self._all()
+        held = {*self._all()}
         for entry in entries.values():
             if entry not in held:
                 self._retire(entry)

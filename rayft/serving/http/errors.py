@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from rayft.errors import BadRequestError, RayftError, RequestError
+from rayft.serving.answers import LOST
 from rayft.serving.http.body import where
 from rayft.serving.http.responses import ErrorAnswer
 
@@ -55,7 +56,7 @@ def describe_error(error: Exception) -> tuple[int, ErrorAnswer]:
     if isinstance(cause, RayftError):
         return 503, _body(503, str(cause), None, "unavailable")
     if isinstance(cause, (RayActorError, DeploymentUnavailableError)):
-        return 503, _body(503, "the replica that was to answer was lost; try again", None, "unavailable")
+        return 503, _body(503, LOST, None, "unavailable")
     message = f"{type(cause).__name__} inside the server; see its log"
     return 500, _body(500, message, None, "internal_error")
 

@@ -142,9 +142,9 @@ class Gateway:
         if not caller.may_ask(parse_model(request.model).name):
             # The same answer as for a name that does not exist: a key reveals nothing about others' adapters.
             raise UnknownModelError(f"no model '{request.model}' is served here", param="model")
-        # Drawn here, so that router and replica choose the same version during a canary.
         deltas = self._inbox.expect()
         handle = self._replica if request.size >= LARGE else self._by_value
+        # Drawn here, so that router and replica choose the same version during a canary.
         call: Any = handle.answer.remote(request, random.random(), deltas.ticket)
         following = asyncio.create_task(_follow(call, deltas))
         self._following.add(following)

@@ -12,10 +12,13 @@ from starlette.types import ASGIApp
 
 from rayft.errors import ResourceError
 
-__all__ = ["HttpServer"]
+__all__ = ["HttpServer", "bound"]
 
 RETRY_SECONDS = 0.2
 """Interval at which an address that is in use is tried again."""
+
+WAITING = 2048
+"""Most connections that wait to be accepted."""
 
 KEEP_SECONDS = 75
 """Time for which a connection without requests is kept."""
@@ -80,8 +83,8 @@ async def _listener(host: str, port: int, seconds: float) -> socket.socket:
     deadline = time.monotonic() + seconds
     while True:
         try:
-            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            return _bound(family, address)
+            made = bound(host, port)
+            made.listen(WAITING)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() >= deadline:
                 raise ResourceError(
@@ -90,14 +93,23 @@ async def _listener(host: str, port: int, seconds: float) -> socket.socket:
                     "deploy`"
                 ) from error
             await asyncio.sleep(RETRY_SECONDS)
+        else:
+            return made
 
 
-def _bound(family: int, address: object) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket with an address, as servers bind it.
+
+    Raises:
+        socket.gaierror: if there is no such address.
+        OSError: if the address can't be had.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
+        # An address whose last connection has just ended counts as free.
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)  # type: ignore[arg-type]
-        made.listen(2048)
+        made.bind(address)
     except OSError:
         made.close()
         raise

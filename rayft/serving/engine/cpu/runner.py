@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 
 from rayft.errors import ModelError
 from rayft.kernels.segment_lora import BASE_SLOT
+from rayft.models.attention import LAYER_TYPES, causal_mask, plain_attention, unknown_options
 from rayft.numerics import relative_error
 from rayft.serving.engine.api import GenerationRequest
 from rayft.serving.engine.cpu.sampling import logprobs
@@ -36,12 +37,8 @@ __all__ = ["Runner"]
 ATTENTION = "rayft_cpu"
 """Name under which transformers knows the attention function."""
 SLIDING = "sliding_attention"
-LAYER_TYPES = {"full_attention", SLIDING}
-"""The types of layers, in a config of transformers, that this engine computes."""
 FEATURES = {"s_aux": "attention sinks", "sinks": "attention sinks", "position_bias": "a position bias"}
 """Options of attention functions that are not supported, and what they are called."""
-IGNORED = {"dropout", "is_causal", "output_attentions", "output_router_logits", "position_ids", "use_cache"}
-"""Options that change nothing here."""
 TRIED = 8
 """Number of tokens with which a model is checked at the start."""
 
@@ -225,7 +222,7 @@ def _attention(
             out[0, chunk.start] = _attend(q, k, v, None, scale, softcap).view(heads, size)
             continue
         k, v = (one.repeat_interleave(heads // key_heads, 1) for one in (k, v))
-        mask = _mask(chunk.size, k.shape[2], sliding_window)
+        mask = causal_mask(chunk.size, k.shape[2], sliding_window)
         out[0, here] = _attend(query[:, :, here], k, v, mask, scale, softcap)[0].transpose(0, 1)
     return out[..., :value_size], None
 
@@ -241,26 +238,16 @@ def _attend(
     """Attend with as many heads of queries as of keys; where `mask` (queries × keys) is False, not at all."""
     if softcap is None:
         return functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
-
-
-def _mask(new: int, length: int, window: int | None) -> torch.Tensor:
-    """Return which of `length` tokens each of the last `new` ones attends to (new × length)."""
-    positions = torch.arange(length)
-    distance = positions[length - new :, None] - positions
-    return (distance >= 0) & (distance < (window or length))
+    return plain_attention(q, k, v, mask, scale, softcap)
 
 
 def _check_options(module: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that would change what attention computes."""
+    """Refuse options that would change what attention computes; dropout has no effect in evaluation."""
+    unknown = unknown_options({name: given for name, given in options.items() if name != "dropout"})
     if options.get("is_causal") is False:
         raise _unsupported(f"{module} has attention to later tokens")
-    for name, value in options.items():
-        if value is not None and name not in IGNORED:
-            raise _unsupported(f"{module} has {FEATURES.get(name, name)}")
+    if unknown:
+        raise _unsupported(f"{module} has {FEATURES.get(unknown[0], unknown[0])}")
 
 
 def _unsupported(what: str) -> ModelError:
