@@ -24,7 +24,8 @@ registers and in h. The rows of h are `AdapterTable.widest` numbers apart, and o
 
 Adding to y costs a read and a write of it. Where that counts, in a prefill, let the adapters write y first
 (`accumulate=False`, which writes zeros where there is no adapter) and the base's product accumulate onto
-it: the product's read of y is hidden behind the arithmetic.
+it: the product's read of y is hidden behind the arithmetic. `grouped_linear` does that, for some outputs at a
+time where the tuning says so (`Tuning.slab`).
 
 Without a GPU, `segment_lora` computes the same.
 
@@ -56,6 +57,7 @@ __all__ = [
     "Group",
     "Rows",
     "Tuning",
+    "grouped_linear",
     "grouped_lora",
     "place",
     "reference",
@@ -116,9 +118,21 @@ class Tuning:
     stages: int = 4
     """One more than the reads of inputs that are in flight in `shrink`."""
     blocks: int = 1
-    """Blocks of outputs that a program of `expand` computes one after the other; it reads h once for them."""
+    """The most blocks of outputs that a program of `expand` computes one after the other; it reads h once."""
     expand_stages: int = 1
     """One more than the reads of B that are in flight in `expand`."""
+    expand_programs: int = 0
+    """Programs that `expand` aims at with fewer blocks in each; 0: all have `blocks`."""
+    shrink_registers: int = 0
+    """The most registers of a thread of `shrink`, so that more programs run at a time; 0: no limit."""
+    expand_registers: int = 0
+    together: bool = False
+    """Whether `shrink` reads x once for all linears of a group where none has a rank above 16."""
+    slab: int = 0
+    """Bytes of y that `grouped_linear` has the adapters write before the product is added to them: few
+    enough to stay in the L2 cache until then. 0: all of y."""
+    after: int = 0
+    """Bytes of y up to which `grouped_linear` adds the adapters to the product instead."""
     overlap: bool = False
     """Whether a kernel may start while the previous one ends (programmatic dependent launch, on Hopper)."""
 
@@ -280,6 +294,14 @@ class AdapterTable:
             )
 
 
+Cut = tuple[int, list[int]]
+"""Outputs of a program of `expand`, and for each program its last output plus 1, counted through all linears
+of the group."""
+Slab = tuple[int, int, int, int]
+"""Some outputs of a group: the first program of `expand` that computes them, the number of programs, and the
+first output and the last one plus 1, counted through all linears of the group."""
+
+
 class GroupLaunch:
     """How the kernels of one group are launched under one tuning, for batches with equally many parts.
 
@@ -300,23 +322,40 @@ class GroupLaunch:
         self._sizes = [*sizes, *sizes[:1] * self._unused]
         self._starts = [*[sum(sizes[:n]) * itemsize for n in range(len(sizes))], *[0] * self._unused]
         self._stream = current_stream(table.entries.device)
-        self._shrink = launcher("shrink", tuning.shrink_warps, tuning.stages, tuning.overlap)
-        self._expand = launcher("expand", tuning.expand_warps, tuning.expand_stages, tuning.overlap)
-        span = tuning.outputs * tuning.blocks
-        self._shrink_programs = len(sizes) * self.parts
-        self._expand_programs = sum(-(-size // span) for size in sizes)
+        self._shrink = launcher(
+            "shrink", tuning.shrink_warps, tuning.stages, tuning.shrink_registers, tuning.overlap
+        )
+        self._expand = launcher(
+            "expand", tuning.expand_warps, tuning.expand_stages, tuning.expand_registers, tuning.overlap
+        )
+        self._shrink_programs, self._tuning = len(sizes) * self.parts, tuning
+        self._blocks = sum(-(-size // tuning.outputs) for size in sizes)
+        self._cuts: dict[int, Cut] = {}
+        self._slabs: dict[tuple[int, int], list[Slab]] = {}
         shape, padded = (FIELDS, table.widest, len(sizes), tuning.tile), 1 << (self.parts - 1).bit_length()
-        self._shrink_constants = *shape, tuning.inputs, chunk, tuning.overlap
+        together = 1 << (len(sizes) - 1).bit_length() if tuning.together else 1
+        self._shrink_constants = *shape, tuning.inputs, chunk, together, tuning.overlap
         ranks = tuning.ranks, self.parts, padded
-        self._expand_constants = *shape, tuning.outputs, span, *ranks, tuning.overlap
+        self._expand_constants = *shape, tuning.outputs, tuning.blocks > 1, *ranks, tuning.overlap
         self._found: dict[tuple[Any, ...], tuple[Launch, Launch, Sequence[int]]] = {}
         """Strides and dtypes → the compiled kernels, and the row strides of the four outputs."""
 
     def launch(
-        self, plan: Plan, x: torch.Tensor, y: torch.Tensor | Sequence[torch.Tensor], *, accumulate: bool
+        self,
+        plan: Plan,
+        x: torch.Tensor,
+        y: torch.Tensor | Sequence[torch.Tensor],
+        *,
+        accumulate: bool,
+        slab: Slab | None = None,
     ) -> None:
-        """Add the adapters to the outputs y, or overwrite the outputs."""
+        """Add the adapters to the outputs y, or overwrite the outputs: all, or those of a slab.
+
+        The first slab computes h, which the others only read.
+        """
         kinds: tuple[Any, ...]
+        span, ends = self._cut(plan.n_rows)
+        start, programs = slab[:2] if slab else (0, len(ends))
         if isinstance(y, torch.Tensor):
             kinds, first = (y.stride(), y.dtype), y.data_ptr()
             one, two, three, four = self._starts
@@ -328,18 +367,50 @@ class GroupLaunch:
         place, n_rows, n_tiles, found = x.data_ptr(), plan.n_rows, plan.n_tiles, self._found.get(key)
         # The kernels that are kept were compiled for aligned addresses.
         if found is None or (place | y0 | y1 | y2 | y3) % ALIGNED:
-            self._compile(plan, x, y, key, accumulate=accumulate)
+            self._compile(plan, x, y, key, (span, start, programs), accumulate=accumulate)
             return
         shrink, expand, row_strides = found
         stream, tiles, rows, h = self._stream(), plan.tiles(self._layer), plan.rows, plan.place
-        shrink(
-            self._shrink_programs, n_tiles, stream,
-            place, tiles, rows, h, n_rows, self._inputs, x.stride(0), n_tiles,
-        )  # fmt: skip
+        if start == 0:
+            shrink(
+                self._shrink_programs, n_tiles, stream,
+                place, tiles, rows, h, n_rows, self._inputs, x.stride(0), n_tiles,
+            )  # fmt: skip
         expand(
-            self._expand_programs, n_tiles, stream,
-            y0, y1, y2, y3, tiles, rows, h, n_rows, *self._sizes, *row_strides, n_tiles,
+            programs, n_tiles, stream,
+            y0, y1, y2, y3, tiles, rows, h, n_rows, *self._sizes, *row_strides, n_tiles, span, start,
         )  # fmt: skip
+
+    def slabs(self, n_rows: int) -> list[Slab]:
+        """Cut the outputs of all linears into slabs of about equal size (see `Tuning.slab`)."""
+        span, ends = self._cut(n_rows)
+        most = self._tuning.slab // (n_rows * span * self._dtype.itemsize) if self._tuning.slab else len(ends)
+        key = span, max(1, most)
+        if key not in self._slabs:
+            each = -(-len(ends) // -(-len(ends) // key[1]))
+            bounds = [(start, min(start + each, len(ends))) for start in range(0, len(ends), each)]
+            self._slabs[key] = [
+                (start, end - start, ends[start - 1] if start else 0, ends[end - 1]) for start, end in bounds
+            ]
+        return self._slabs[key]
+
+    def _cut(self, n_rows: int) -> Cut:
+        """Return how the outputs are divided among the programs of `expand`."""
+        tuning, blocks = self._tuning, self._tuning.blocks
+        if tuning.expand_programs:
+            fitting = -(-n_rows // tuning.tile) * self._blocks // tuning.expand_programs
+            blocks = 1 << (max(1, min(blocks, fitting)).bit_length() - 1)
+        if blocks not in self._cuts:
+            sizes, span = self._sizes[: self._linears], tuning.outputs * blocks
+            self._cuts[blocks] = (
+                span,
+                [
+                    sum(sizes[:n]) + min(start + span, size)
+                    for n, size in enumerate(sizes)
+                    for start in range(0, size, span)
+                ],
+            )
+        return self._cuts[blocks]
 
     def _compile(
         self,
@@ -347,6 +418,7 @@ class GroupLaunch:
         x: torch.Tensor,
         y: torch.Tensor | Sequence[torch.Tensor],
         key: tuple[Any, ...],
+        cut: tuple[int, int, int],
         *,
         accumulate: bool,
     ) -> None:
@@ -356,16 +428,17 @@ class GroupLaunch:
             assert matrix.stride(1) == 1, f"{what}: numbers of a row must be neighbours"
             assert matrix.dtype == self._dtype, f"{what} is not of the table's {self._dtype}"
         places, n_rows, n_tiles = plan.tensors(self._layer), plan.n_rows, plan.n_tiles
-        four = (*ys, *[ys[0]] * self._unused)
+        four, (span, start, programs) = (*ys, *[ys[0]] * self._unused), cut
         row_strides = [matrix.stride(0) for matrix in four]
         shrink = (x, *places), (n_rows, self._inputs, x.stride(0), n_tiles), self._shrink_constants
         expand = (
             (*four, *places),
-            (n_rows, *self._sizes, *row_strides, n_tiles),
+            (n_rows, *self._sizes, *row_strides, n_tiles, span, start),
             (*self._expand_constants, accumulate),
         )
-        self._shrink((self._shrink_programs, n_tiles, 1), *shrink)
-        self._expand((self._expand_programs, n_tiles, 1), *expand)
+        if start == 0:
+            self._shrink((self._shrink_programs, n_tiles, 1), *shrink)
+        self._expand((programs, n_tiles, 1), *expand)
         shrink_found, expand_found = self._shrink.found(*shrink), self._expand.found(*expand)
         if shrink_found and expand_found:
             self._found[key] = shrink_found, expand_found, row_strides
@@ -439,10 +512,20 @@ class Plan:
         )
 
     def add(
-        self, x: torch.Tensor, y: torch.Tensor | Sequence[torch.Tensor], group: int, *, accumulate: bool
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor | Sequence[torch.Tensor],
+        group: int,
+        *,
+        accumulate: bool,
+        slab: Slab | None = None,
     ) -> None:
         """Add the adapters of a group's linears to their outputs, or overwrite the outputs."""
-        self._launches.groups[group].launch(self, x, y, accumulate=accumulate)
+        self._launches.groups[group].launch(self, x, y, accumulate=accumulate, slab=slab)
+
+    def slabs(self, group: int) -> list[Slab]:
+        """Return the slabs of a group's outputs."""
+        return self._launches.groups[group].slabs(self.n_rows)
 
 
 class Rows:
@@ -527,6 +610,28 @@ def grouped_lora(
         if not accumulate:
             y_NO.zero_()
         segment_lora.segment_lora(x_NI, y_NO, rows.segments, rows.table.layer(group, part))
+
+
+def grouped_linear(
+    x_NI: torch.Tensor, y_NO: torch.Tensor, weight_OI: torch.Tensor, rows: Rows, group: int
+) -> None:
+    """Compute y = x Wᵀ and every row's adapter, for a group's linears, whose outputs are neighbours in y.
+
+    For a prefill; where there are few rows, call `grouped_lora` after the product.
+    """
+    assert y_NO.shape == (rows.count, rows.table.groups[group].width), "not the outputs of the group"
+    plan = rows.plan
+    if y_NO.numel() * y_NO.itemsize <= rows.tuning.after:
+        torch.mm(x_NI, weight_OI.t(), out=y_NO)
+        grouped_lora(x_NI, y_NO, rows, group)
+    elif plan is None or len(slabs := plan.slabs(group)) == 1:
+        grouped_lora(x_NI, y_NO, rows, group, accumulate=False)
+        y_NO.addmm_(x_NI, weight_OI.t())
+    else:
+        for slab in slabs:
+            _, _, begin, end = slab
+            plan.add(x_NI, y_NO, group, accumulate=False, slab=slab)
+            y_NO[:, begin:end].addmm_(x_NI, weight_OI[begin:end].t())
 
 
 def reference(

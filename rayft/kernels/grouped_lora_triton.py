@@ -18,7 +18,7 @@ from rayft.kernels.launch_triton import Launcher
 __all__ = ["launch_describe", "launch_order", "launcher"]
 
 # Sizes of the batch. No load's alignment depends on them, so no kernel is compiled for a value of theirs.
-SIZES = ["n_rows", "n_tiles"]
+SIZES = ["n_rows", "n_tiles", "span", "first"]
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -46,7 +46,7 @@ def order(slots_ptr, sorted_ptr, n_rows, n_slots, BN: tl.constexpr, BM: tl.const
     tl.store(place + 3, same - earlier, mask=n < n_rows)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES[:2])
 def describe(
     sorted_ptr, entries_ptr, tiles_ptr, rows_ptr, n_rows, n_tiles,
     FIELDS: tl.constexpr, T: tl.constexpr, BP: tl.constexpr,
@@ -128,13 +128,41 @@ def _shrink_ranks(
     tl.store(h_row[:, None] + r[None, :], h, mask=in_n[:, None])
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def _shrink_low_ranks(
+    x_row, in_n, tiles_ptr, tile, n_tiles, h_ptr, place, part, n_rows, n_inputs,
+    FIELDS: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, PADDED: tl.constexpr, T: tl.constexpr,
+    BI: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Compute one part of h of one tile for all linears, of which none has a rank above 16; read x once."""
+    j = tl.arange(0, 16 * PADDED)
+    of, r, i, begin = j // 16, j % 16, tl.arange(0, BI), part * CHUNK
+    known = of < SLICES
+    entry = tiles_ptr + (of * n_tiles + tile) * FIELDS
+    in_r = r < tl.load(entry + 3, mask=known, other=0)
+    a_row = tl.load(entry, mask=known, other=0).to(tl.pointer_type(x_row.dtype.element_ty))
+    a_place = tl.multiple_of(a_row, 16)[:, None] + ((r * n_inputs)[:, None] + (begin + i)[None, :])
+    x_place = x_row[:, None] + (begin + i)[None, :]
+    h = tl.zeros((T, 16 * PADDED), tl.float32)
+    for step in range(0, CHUNK, BI):
+        in_i = i < n_inputs - begin - step
+        x = tl.load(x_place + step, mask=in_n[:, None] & in_i[None, :], other=0.0)
+        a = tl.load(a_place + step, mask=in_r[:, None] & in_i[None, :], other=0.0)
+        h = tl.dot(x, tl.trans(a), h, input_precision="ieee")
+    h_place = ((part * SLICES + of) * n_rows * WIDTH + r)[None, :] + (place * WIDTH)[:, None]
+    tl.store(h_ptr + h_place, h, mask=in_n[:, None] & known[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES[:2])
 def shrink(
     x_ptr, tiles_ptr, rows_ptr, h_ptr, n_rows, n_inputs, x_stride, n_tiles,
     FIELDS: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, T: tl.constexpr, BI: tl.constexpr,
-    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+    CHUNK: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Compute one part of h for one tile and one linear; the first part gathers all selected inputs."""
+    """Compute one part of h for one tile and one linear; the first part gathers all selected inputs.
+
+    With PADDED, the number of linears as a power of 2, the first linear's program computes low ranks of all.
+    """
     number, tile = tl.program_id(0), tl.program_id(1)
     of, part = number % SLICES, number // SLICES
     _follow(OVERLAP)
@@ -143,6 +171,18 @@ def shrink(
     x_row = x_ptr + row * x_stride
     h_row = h_ptr + ((part * SLICES + of) * n_rows + place) * WIDTH
     begin = part * CHUNK
+    if PADDED > 1:
+        every = tl.arange(0, PADDED)
+        each = tiles_ptr + (every * n_tiles + tile) * FIELDS
+        selecting = tl.max((tl.load(each + 2, mask=every < SLICES, other=0) != 0).to(tl.int32), 0)
+        highest = tl.max(tl.load(each + 3, mask=every < SLICES, other=0).to(tl.int32), 0)
+        if (selecting == 0) & (highest <= 16):
+            rank = 0
+            if (of == 0) & (highest > 0):
+                _shrink_low_ranks(
+                    x_row, in_n, tiles_ptr, tile, n_tiles, h_ptr, place, part, n_rows, n_inputs,
+                    FIELDS, WIDTH, SLICES, PADDED, T, BI, CHUNK,
+                )  # fmt: skip
     # h is written in whole blocks of ranks, because `expand` reads whole blocks.
     if (columns == 0) | (part == 0):
         if rank > 32:
@@ -167,8 +207,17 @@ def _load_b(b_ptr, b_stride, o, in_o, rank, start, BR: tl.constexpr):
 
 
 @triton.jit
-def _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR: tl.constexpr, BP: tl.constexpr):
+def _load_h(
+    h_ptr, h_row, in_n, part_stride, parts, start, BR: tl.constexpr, BP: tl.constexpr, LOOP: tl.constexpr
+):
     """Load the parts of h and add them up; h is written in whole blocks of ranks."""
+    if LOOP and BP > 2:
+        # So many parts of a large tile don't fit into the registers at once.
+        one = h_row[:, None] + (start + tl.arange(0, BR))[None, :]
+        h = tl.load(h_ptr + one, mask=in_n[:, None], other=0.0)
+        for part in tl.static_range(1, BP):
+            h += tl.load(h_ptr + part * part_stride + one, mask=in_n[:, None] & (part < parts), other=0.0)
+        return h
     # In one load: with single loads in a loop, each would wait for the one before it.
     part = tl.arange(0, BP)[:, None, None]
     place = part * part_stride + (h_row[:, None] + (start + tl.arange(0, BR))[None, :])[None, :, :]
@@ -178,24 +227,25 @@ def _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR: tl.constexpr, BP:
 @triton.jit
 def _expand_ranks(
     y_place, in_n, n_outputs, b_ptr, b_stride, o, h_ptr, h_row, part_stride, parts, rank, scale, end,
-    BR: tl.constexpr, LAST: tl.constexpr, BO: tl.constexpr, SPAN: tl.constexpr, BP: tl.constexpr,
+    BR: tl.constexpr, LAST: tl.constexpr, BO: tl.constexpr, LOOP: tl.constexpr, BP: tl.constexpr,
     OVERLAP: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile and SPAN outputs, BO outputs and BR ranks at once."""
+    """Compute one tile and BO outputs, BR ranks at once; or all outputs before `end`, BO at once."""
     kind = b_ptr.dtype.element_ty
-    if SPAN == BO:
+    if not LOOP:
         in_o = o < n_outputs
         mask = in_n[:, None] & in_o[None, :]
         b = _load_b(b_ptr, b_stride, o, in_o, rank, 0, BR)
         _follow(OVERLAP)
         if ADD:
             before = tl.load(y_place, mask=mask, other=0.0)
-        h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP)
+        h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP, LOOP)
         total = tl.dot(h.to(kind), tl.trans(b), input_precision="ieee")
         if LAST:
-            for start in range(BR, rank, BR):
+            # Buffers for several reads here would leave room for fewer programs, also where ranks are small.
+            for start in tl.range(BR, rank, BR, num_stages=1):
                 more = _load_b(b_ptr, b_stride, o, in_o, rank, start, BR)
-                h = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP)
+                h = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP, LOOP)
                 total = tl.dot(h.to(kind), tl.trans(more), total, input_precision="ieee")
         total *= scale
         if ADD:
@@ -203,16 +253,16 @@ def _expand_ranks(
         tl.store(y_place, total.to(y_place.dtype.element_ty), mask=mask)
     else:
         _follow(OVERLAP)
-        h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP).to(kind)
+        h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP, LOOP).to(kind)
         for step in range(0, end, BO):
             in_o = o + step < n_outputs
             mask = in_n[:, None] & in_o[None, :]
             b = _load_b(b_ptr, b_stride, o + step, in_o, rank, 0, BR)
             total = tl.dot(h, tl.trans(b), input_precision="ieee")
             if LAST:
-                for start in range(BR, rank, BR):
+                for start in tl.range(BR, rank, BR, num_stages=1):
                     more = _load_b(b_ptr, b_stride, o + step, in_o, rank, start, BR)
-                    rest = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP)
+                    rest = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP, LOOP)
                     total = tl.dot(rest.to(kind), tl.trans(more), total, input_precision="ieee")
             total *= scale
             if ADD:
@@ -224,26 +274,27 @@ def _expand_ranks(
 def expand(  # noqa: C901, PLR0912, PLR0915  (a branch for each output and kind of rank)
     y0_ptr, y1_ptr, y2_ptr, y3_ptr, tiles_ptr, rows_ptr, h_ptr,
     n_rows, outputs_0, outputs_1, outputs_2, outputs_3, y0_stride, y1_stride, y2_stride, y3_stride, n_tiles,
+    span, first,
     FIELDS: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr, T: tl.constexpr, BO: tl.constexpr,
-    SPAN: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, OVERLAP: tl.constexpr,
+    LOOP: tl.constexpr, BR: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, OVERLAP: tl.constexpr,
     ADD: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile and SPAN outputs; programs are numbered through the linears of the group."""
-    block, tile = tl.program_id(0), tl.program_id(1)
+    """Compute one tile and `span` outputs; spans are numbered through the linears, from `first` on."""
+    block, tile = first + tl.program_id(0), tl.program_id(1)
     of = block * 0
     y_ptr, y_stride, n_outputs = y0_ptr, y0_stride, outputs_0
     if SLICES > 1:
-        blocks = tl.cdiv(outputs_0, SPAN)
+        blocks = tl.cdiv(outputs_0, span)
         if block >= blocks:
             block, of = block - blocks, of + 1
             y_ptr, y_stride, n_outputs = y1_ptr, y1_stride, outputs_1
             if SLICES > 2:
-                blocks = tl.cdiv(outputs_1, SPAN)
+                blocks = tl.cdiv(outputs_1, span)
                 if block >= blocks:
                     block, of = block - blocks, of + 1
                     y_ptr, y_stride, n_outputs = y2_ptr, y2_stride, outputs_2
                     if SLICES > 3:
-                        blocks = tl.cdiv(outputs_2, SPAN)
+                        blocks = tl.cdiv(outputs_2, span)
                         if block >= blocks:
                             block, of = block - blocks, of + 1
                             y_ptr, y_stride, n_outputs = y3_ptr, y3_stride, outputs_3
@@ -251,11 +302,12 @@ def expand(  # noqa: C901, PLR0912, PLR0915  (a branch for each output and kind 
     b_ptr = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(y_ptr.dtype.element_ty)), 16)
     b_stride = tl.multiple_of(tl.load(entry + 4).to(tl.int32), 8)
     scale = tl.load(entry + 5).to(tl.int32).to(tl.float32, bitcast=True)
-    o = block * SPAN + tl.arange(0, BO)
+    start = tl.multiple_of(block * span, BO)
+    o = start + tl.arange(0, BO)
     y_place = y_ptr + (row * y_stride)[:, None] + o[None, :]
     h_row, part_stride = (of * n_rows + place) * WIDTH, n_rows * SLICES * WIDTH
     parts = tl.where(columns == 0, PARTS, 1)
-    end = tl.minimum(SPAN, n_outputs - block * SPAN)
+    end = tl.minimum(span, n_outputs - start)
     if rank == 0:
         _follow(OVERLAP)
         if not ADD:
@@ -265,22 +317,22 @@ def expand(  # noqa: C901, PLR0912, PLR0915  (a branch for each output and kind 
     elif rank <= 16:
         _expand_ranks(
             y_place, in_n, n_outputs, b_ptr, b_stride, o, h_ptr, h_row, part_stride, parts, rank, scale, end,
-            16, False, BO, SPAN, BP, OVERLAP, ADD,
+            16, False, BO, LOOP, BP, OVERLAP, ADD,
         )  # fmt: skip
     elif rank <= 32:
         _expand_ranks(
             y_place, in_n, n_outputs, b_ptr, b_stride, o, h_ptr, h_row, part_stride, parts, rank, scale, end,
-            32, False, BO, SPAN, BP, OVERLAP, ADD,
+            32, False, BO, LOOP, BP, OVERLAP, ADD,
         )  # fmt: skip
     elif rank <= BR:
         _expand_ranks(
             y_place, in_n, n_outputs, b_ptr, b_stride, o, h_ptr, h_row, part_stride, parts, rank, scale, end,
-            BR, False, BO, SPAN, BP, OVERLAP, ADD,
+            BR, False, BO, LOOP, BP, OVERLAP, ADD,
         )  # fmt: skip
     else:
         _expand_ranks(
             y_place, in_n, n_outputs, b_ptr, b_stride, o, h_ptr, h_row, part_stride, parts, rank, scale, end,
-            BR, True, BO, SPAN, BP, OVERLAP, ADD,
+            BR, True, BO, LOOP, BP, OVERLAP, ADD,
         )  # fmt: skip
 
 
@@ -289,9 +341,9 @@ launch_describe = Launcher(describe, num_warps=4)
 
 
 @lru_cache(maxsize=64)
-def launcher(kernel: str, warps: int, stages: int, overlap: bool) -> Launcher:
+def launcher(kernel: str, warps: int, stages: int, registers: int, overlap: bool) -> Launcher:
     """Return the launcher of `shrink` or `expand` for some launch options."""
-    options = {"launch_pdl": True} if overlap else {}
+    options = ({"launch_pdl": True} if overlap else {}) | ({"maxnreg": registers} if registers else {})
     return Launcher(
         {"shrink": shrink, "expand": expand}[kernel], num_warps=warps, num_stages=stages, **options
     )

@@ -20,6 +20,7 @@ from rayft.kernels.grouped_lora import (
     Group,
     Rows,
     Tuning,
+    grouped_linear,
     grouped_lora,
     reference,
     tile_bound,
@@ -56,6 +57,10 @@ TUNINGS = [
     pytest.param(
         Tuning(tile=64, inputs=64, least=64, outputs=32, ranks=64, blocks=2, expand_stages=3),
         id="several blocks and parts, ranks by 64",
+    ),
+    pytest.param(
+        Tuning(16, 64, 64, 32, blocks=4, expand_programs=12, expand_registers=128, together=True),
+        id="low ranks of all linears at once, two of four blocks",
     ),
 ]
 if not INTERPRETED:
@@ -137,8 +142,9 @@ def test_it_agrees_with_the_reference(
 @pytest.mark.parametrize("accumulate", [True, False], ids=["added", "written"])
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_every_cut_of_the_work_gives_the_same(tuning: Tuning, accumulate: bool) -> None:
-    _, rows, x, ys = make(70, 192, (72, 40), torch.bfloat16, tuning)
-    check(x, ys, rows, accumulate=accumulate)
+    for outputs in ((72, 40), (40, 16, 24)):
+        _, rows, x, ys = make(70, 192, outputs, torch.bfloat16, tuning)
+        check(x, ys, rows, accumulate=accumulate)
 
 
 @pytest.mark.parametrize("accumulate", [True, False], ids=["added", "written"])
@@ -154,6 +160,30 @@ def test_outputs_in_one_tensor_are_those_of_the_linears(accumulate: bool) -> Non
         grouped_lora(x, y, rows, 1, accumulate=accumulate)
         assert torch.equal(y, torch.cat(apart, 1))
         assert torch.equal(wider[:, [*range(start), *range(start + 112, 120)]], rest)
+
+
+@pytest.mark.parametrize(
+    ("change", "slabs"),
+    [({}, 1), ({"slab": 70 * 32 * 2}, 5), ({"slab": 70 * 64 * 2}, 3), ({"after": 1 << 20}, 1)],
+    ids=str,
+)
+@pytest.mark.parametrize("start", [0, 1], ids=["aligned", "not aligned"])
+def test_the_product_is_added_in_slabs(change: dict[str, int], slabs: int, start: int) -> None:
+    tuning = Tuning(tile=16, inputs=64, least=64, outputs=16, blocks=2, together=True, **change)
+    _, rows, x, _ = make(70, 192, (72, 24, 16), torch.bfloat16, tuning)
+    assert rows.plan
+    assert len(rows.plan.slabs(1)) == slabs
+    weight = random(112, 192, dtype=torch.bfloat16) / 8
+    products = (x.double() @ weight.double().t()).split((72, 24, 16), 1)
+    exact = reference(x, products, rows, 1)
+    wide = torch.full((70, 120), torch.nan, device=DEVICE, dtype=torch.bfloat16)
+    # The second time, h of the first is overwritten before it is read.
+    for _ in range(2):
+        y = wide[:, start : start + 112]
+        grouped_linear(x, y, weight, rows, 1)
+        rows.plan.h.fill_(torch.nan)
+        assert_close(y, torch.cat(exact, 1), torch.bfloat16, 192 + 256, depth=3)
+        assert wide.isnan().sum() == 70 * 8
 
 
 def test_other_rows_use_the_same_launches() -> None:

@@ -7,8 +7,9 @@ import struct
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from rayft.kernels.grouped_lora import (
     Group,
     Rows,
     Tuning,
+    grouped_linear,
     grouped_lora,
     place,
     reference,
@@ -153,6 +155,46 @@ def test_tensors_unlike_the_first_are_launched_through_triton(kernels: dict[str,
         grouped_lora(wide[:, :32].double(), torch.zeros(5, 16), rows, 0)
     with pytest.raises(AssertionError, match="neighbours"):
         grouped_lora(wide[:, :32], torch.zeros(16, 5).t(), rows, 0)
+
+
+@pytest.mark.parametrize("after", [0, 10**6], ids=["before", "after"])
+def test_the_product_and_the_adapters_are_added_up(after: int) -> None:
+    rows, x, _ = batch(table(), [0, 2, 2, 1])
+    rows.tuning = replace(rows.tuning, after=after)
+    weight, y = torch.randn(33, 24), torch.full((4, 33), torch.nan)
+    exact = torch.cat(reference(x, (x @ weight.t()).split((16, 8, 9), dim=1), rows, 0), dim=1)
+    grouped_linear(x, y, weight, rows, 0)
+    assert_close(y, exact, torch.float32, 24, depth=3)
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+@pytest.mark.parametrize("slab", [0, 1, 1000, 4000, 10**6])
+def test_slabs_compute_each_output_once(kernels: dict[str, Kernel], slab: int, n: int) -> None:
+    made = AdapterTable(2, [Group(32, {"q": 40, "k": 8, "v": 12})], dtype=torch.float32, device="cpu")
+    rows = Rows(made, n, Tuning(16, 16, 16, outputs=16, slab=slab), kernels=True)
+    assert rows.plan
+    slabs = rows.plan.slabs(0)
+    assert len(slabs) == 1 if slab in (0, 10**6) else len(slabs) > 1 or n < 40
+    widths = [end - begin for _, _, begin, end in slabs]
+    assert max(widths) * n * 4 <= max(slab, 16 * n * 4) or slab == 0
+    assert [begin for _, _, begin, _ in slabs] == [0, *[end for *_, end in slabs[:-1]]]
+    x, y, weight = torch.randn(n, 32), torch.zeros(n, 60), torch.randn(60, 32)
+    grouped_linear(x, y, weight, rows, 0)
+    assert_close(y, x.double() @ weight.double().t(), torch.float32, 32)
+    # The fake kernel computes nothing; the last argument before the constants is the first block.
+    assert len(kernels["shrink"].compiled) + len(kernels["shrink"].direct) == 1
+    launched: list[Any] = [*kernels["expand"].compiled, *kernels["expand"].direct]
+    blocks = [arguments[18] + block for (count, *_), *arguments in launched for block in range(count)]
+    assert sorted(blocks) == [*range(5)]
+
+
+@pytest.mark.parametrize(("n", "blocks"), [(16, 1), (64, 2), (100, 2), (150, 4), (4000, 4)])
+def test_few_rows_are_cut_into_more_programs(kernels: dict[str, Kernel], n: int, blocks: int) -> None:
+    made = AdapterTable(2, [Group(32, {"q": 256, "k": 64})], dtype=torch.float32, device="cpu")
+    rows = Rows(made, n, Tuning(16, 16, 16, outputs=16, blocks=7, expand_programs=40), kernels=True)
+    grouped_lora(torch.zeros(n, 32), torch.zeros(n, 320), rows, 0)
+    (programs, _, _), *_ = cast("Any", kernels["expand"].compiled[0])
+    assert programs == 20 // blocks
 
 
 def test_a_layer_without_factors_is_left_alone() -> None:
