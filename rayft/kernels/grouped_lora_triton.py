@@ -167,8 +167,17 @@ def _load_b(b_ptr, b_stride, o, in_o, rank, start, BR: tl.constexpr):
 
 
 @triton.jit
-def _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR: tl.constexpr, BP: tl.constexpr):
+def _load_h(
+    h_ptr, h_row, in_n, part_stride, parts, start, BR: tl.constexpr, BP: tl.constexpr, LOOP: tl.constexpr
+):
     """Load the parts of h and add them up; h is written in whole blocks of ranks."""
+    if LOOP and BP > 2:
+        # So many parts of a large tile don't fit into the registers at once.
+        one = h_row[:, None] + (start + tl.arange(0, BR))[None, :]
+        h = tl.load(h_ptr + one, mask=in_n[:, None], other=0.0)
+        for part in tl.static_range(1, BP):
+            h += tl.load(h_ptr + part * part_stride + one, mask=in_n[:, None] & (part < parts), other=0.0)
+        return h
     # In one load: with single loads in a loop, each would wait for the one before it.
     part = tl.arange(0, BP)[:, None, None]
     place = part * part_stride + (h_row[:, None] + (start + tl.arange(0, BR))[None, :])[None, :, :]
@@ -190,12 +199,13 @@ def _expand_ranks(
         _follow(OVERLAP)
         if ADD:
             before = tl.load(y_place, mask=mask, other=0.0)
-        h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP)
+        h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP, SPAN > BO)
         total = tl.dot(h.to(kind), tl.trans(b), input_precision="ieee")
         if LAST:
-            for start in range(BR, rank, BR):
+            # Buffers for several reads here would leave room for fewer programs, also where ranks are small.
+            for start in tl.range(BR, rank, BR, num_stages=1):
                 more = _load_b(b_ptr, b_stride, o, in_o, rank, start, BR)
-                h = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP)
+                h = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP, SPAN > BO)
                 total = tl.dot(h.to(kind), tl.trans(more), total, input_precision="ieee")
         total *= scale
         if ADD:
@@ -203,16 +213,16 @@ def _expand_ranks(
         tl.store(y_place, total.to(y_place.dtype.element_ty), mask=mask)
     else:
         _follow(OVERLAP)
-        h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP).to(kind)
+        h = _load_h(h_ptr, h_row, in_n, part_stride, parts, 0, BR, BP, SPAN > BO).to(kind)
         for step in range(0, end, BO):
             in_o = o + step < n_outputs
             mask = in_n[:, None] & in_o[None, :]
             b = _load_b(b_ptr, b_stride, o + step, in_o, rank, 0, BR)
             total = tl.dot(h, tl.trans(b), input_precision="ieee")
             if LAST:
-                for start in range(BR, rank, BR):
+                for start in tl.range(BR, rank, BR, num_stages=1):
                     more = _load_b(b_ptr, b_stride, o + step, in_o, rank, start, BR)
-                    rest = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP)
+                    rest = _load_h(h_ptr, h_row, in_n, part_stride, parts, start, BR, BP, SPAN > BO)
                     total = tl.dot(rest.to(kind), tl.trans(more), total, input_precision="ieee")
             total *= scale
             if ADD:
@@ -289,9 +299,9 @@ launch_describe = Launcher(describe, num_warps=4)
 
 
 @lru_cache(maxsize=64)
-def launcher(kernel: str, warps: int, stages: int, overlap: bool) -> Launcher:
+def launcher(kernel: str, warps: int, stages: int, registers: int, overlap: bool) -> Launcher:
     """Return the launcher of `shrink` or `expand` for some launch options."""
-    options = {"launch_pdl": True} if overlap else {}
+    options = ({"launch_pdl": True} if overlap else {}) | ({"maxnreg": registers} if registers else {})
     return Launcher(
         {"shrink": shrink, "expand": expand}[kernel], num_warps=warps, num_stages=stages, **options
     )
