@@ -69,7 +69,9 @@ def make(
 ) -> VllmEngine:
     async def start() -> VllmEngine:
         end = byte_tokenizer().eos_token_id
-        options = {"adapter_bytes": 200_000_000, "memory": 0.25, "end": end, **given}
+        # With a given size of the cache, other tests may take memory of the GPU meanwhile.
+        extra = {"kv_cache_memory_bytes": 10**9, **given.pop("extra", {})}
+        options = {"adapter_bytes": 200_000_000, "memory": 0.25, "end": end, "extra": extra, **given}
         made = VllmOptions(str(folder), None, torch.bfloat16, **options)
         return VllmEngine(made, limits or EngineLimits(64, 2048, 32768), [0])
 
