@@ -236,6 +236,7 @@ class Async:
     async def _start(self) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         if self._kind == "rayft":
@@ -259,7 +260,9 @@ class Async:
                 await self._engine.load(f"a{number}", AdapterArtifact.load(WORK / f"a{number}"))
             print(f"rayft: 32 adapters read and loaded in {time.perf_counter() - begin:.1f} s", flush=True)
             return
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options(self._kind)))
+        self._engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**options(self._kind)), usage_context=UsageContext.OPENAI_API_SERVER
+        )
         self._requests = [LoRARequest(f"a{n}", n + 1, str(WORK / f"a{n}")) for n in range(32)]
         if self._kind == "stock":
             for request in self._requests:

@@ -25,7 +25,7 @@ from rayft.serving.config import ServeConfig
 from rayft.serving.control.copies import TOUCH_SECONDS, Copies
 from rayft.serving.control.state import Deployed, Served
 from rayft.serving.control.transfer import receive
-from rayft.serving.engine.api import GenerationRequest, Progress
+from rayft.serving.engine.api import STOPPED, GenerationRequest, Progress
 from rayft.serving.engine.start import EngineName, Started, start_engine
 from rayft.serving.http.schemas import ChatRequest, CompletionRequest
 from rayft.serving.messages import Delta, ModelCard, joined
@@ -186,14 +186,19 @@ class Replica:
             ResourceError: if the engine has stopped.
         """
         if not self._engine.stats().alive:
-            raise ResourceError("the engine has stopped; see the replica's log")
+            raise ResourceError(STOPPED)
 
     async def models(self) -> list[ModelCard]:
         """Describe what is served."""
         return self._catalog.cards()
 
     async def problems(self) -> dict[str, str]:
-        """Return why versions can't be served by this replica: id → reason."""
+        """Return why versions can't be served by this replica: id → reason.
+
+        Raises:
+            ResourceError: if the engine has stopped, so that nothing can be served.
+        """
+        self.check_health()
         return self._catalog.problems()
 
     async def stats(self) -> dict[str, Any]:

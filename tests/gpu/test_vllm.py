@@ -467,12 +467,16 @@ def test_two_gpus_answer_as_one_does_with_the_shape_of_8_billion_parameters(
         return torch.tensor([entry.logprob for entry in progress.prompt[1:] if entry is not None])
 
     one, two = answers(1), answers(2)
-    base = {job.prompt: found for job, found in zip(jobs, one, strict=True) if job.adapter is None}
-    for job, mine, other in zip(jobs, one, two, strict=True):
-        off = (scores(mine) - scores(other)).abs().max()
-        assert off < 0.2, f"{job.adapter}: {off}"
+    pairs = [(job, scores(mine), scores(other)) for job, mine, other in zip(jobs, one, two, strict=True)]
+    off = {job: float((mine - other).abs().max()) for job, mine, other in pairs}
+    base = {job.prompt: mine for job, mine, _ in pairs if job.adapter is None}
+    # The sums of two halves are rounded otherwise than one sum, for the base too.
+    rounding = max(off[job] for job in jobs if job.adapter is None)
+    assert 0 < rounding < 0.3
+    for job, mine, _ in pairs:
+        assert off[job] <= 2 * rounding, job.adapter
         if job.adapter:
-            assert (scores(mine) - scores(base[job.prompt])).abs().max() > 5 * off
+            assert (mine - base[job.prompt]).abs().max() > 5 * rounding
     same = sum(mine.tokens[0] == other.tokens[0] for mine, other in zip(one, two, strict=True))
     assert same >= len(jobs) - 1, "of two almost equally likely tokens either may be chosen"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -18,6 +17,7 @@ from rayft.squeeze.rank import squeeze
 from rayft.sweep.executor import EXECUTORS
 from rayft.sweep.search import search
 from rayft.sweep.space import MethodSpace, SweepConfig, points
+from rayft.train.trainer import TrainResult
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,7 +35,7 @@ def _cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def train(zero: int, gpus: int, folder: Path) -> dict[str, Any]:
+def train(zero: int, gpus: int, folder: Path) -> TrainResult:
     """Train with a worker group of its own, and return its result."""
     base, data = write_base(SHAPE, folder / "base"), write_data(folder)
     run = make_run(Case(SHAPE, zero, gpus), base, data, STEPS, lr=1e-3)
@@ -52,14 +52,14 @@ def train(zero: int, gpus: int, folder: Path) -> dict[str, Any]:
 @pytest.mark.usefixtures("_cluster")
 def test_two_gpus_train_as_one(tmp_path: Path) -> None:
     whole, parts = train(2, 1, tmp_path), train(3, 2, tmp_path)
-    losses = [torch.tensor([*dict(run["train_curve"]).values(), run["val_loss"]]) for run in (whole, parts)]
+    losses = [torch.tensor([*dict(run.train_curve).values(), run.val_loss]) for run in (whole, parts)]
     assert losses[0].isfinite().all()
     assert relative_error(losses[1], losses[0]) <= tolerance(
         torch.bfloat16, SHAPES[SHAPE]["intermediate_size"]
     )
     assert losses[0][-1] < 0.9 * losses[0][0], "nothing was learnt, so any two runs would agree"
-    assert parts["seconds"]["train"] < FIRST_STEP + STEPS
-    adapter = AdapterArtifact.load(parts["folder"])
+    assert parts.seconds["train"] < FIRST_STEP + STEPS
+    adapter = AdapterArtifact.load(parts.folder)
     squeezed = squeeze(adapter, rank=4)
     assert (adapter.rank, squeezed.rank) == (16, 4)
     assert all(factors.b.any() and factors.b.isfinite().all() for factors in adapter.modules.values())

@@ -51,7 +51,7 @@ MEMBERS = {
 """What rayft reads of vLLM's objects: file and class → attributes, fields and methods."""
 
 PARAMETERS = {
-    ("v1/engine/async_llm.py", "AsyncLLM", "from_engine_args"): "cls engine_args stat_loggers",
+    ("v1/engine/async_llm.py", "AsyncLLM", "from_engine_args"): "cls engine_args usage_context stat_loggers",
     ("v1/engine/async_llm.py", "AsyncLLM", "generate"): "self prompt sampling_params request_id lora_request",
     ("v1/engine/async_llm.py", "AsyncLLM", "collective_rpc"): "self method args",
     ("sampling_params.py", "SamplingParams", "verify"): (

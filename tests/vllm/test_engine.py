@@ -37,6 +37,7 @@ loggers = pytest.importorskip("vllm.v1.metrics.loggers")
 outputs = pytest.importorskip("vllm.outputs")
 sampling = pytest.importorskip("vllm.sampling_params")
 stats = pytest.importorskip("vllm.v1.metrics.stats")
+UsageContext = pytest.importorskip("vllm.usage.usage_lib").UsageContext
 
 SMALL = BYTES // 4
 OPTIONS = VllmOptions("base", None, torch.float32, SMALL, end=7)
@@ -131,7 +132,9 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
         # vLLM looks for a model that is no folder.
         return VllmEngine(replace(OPTIONS, model=str(tmp_path)), LIMITS, [END])
 
-    def from_engine_args(arguments: Any, stat_loggers: Any = None) -> Llm:
+    def from_engine_args(arguments: Any, usage_context: Any, stat_loggers: Any = None) -> Llm:
+        # vLLM chooses the size of a step by it.
+        assert usage_context is UsageContext.OPENAI_API_SERVER
         return Llm(arguments, stat_loggers)
 
     monkeypatch.setattr(AsyncLLM, "from_engine_args", from_engine_args)
@@ -196,7 +199,7 @@ def test_the_counts_of_steps_are_vllms(start: Start) -> None:
 def test_without_the_plugin_it_does_not_start(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Llm] = []
 
-    def deaf(arguments: Any, stat_loggers: Any = None) -> Llm:
+    def deaf(arguments: Any, usage_context: Any, stat_loggers: Any = None) -> Llm:
         with monkeypatch.context() as context:
             context.delenv(ANSWERS)
             made.append(Llm(arguments, stat_loggers))

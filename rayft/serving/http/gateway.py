@@ -93,6 +93,9 @@ class Gateway:
         number = await self._of_director("number")
         await self._of_replica("serving")
         problems = await self._of_each("problems")
+        if not problems:
+            # All are busy, or the engine of each has stopped: then this says so.
+            await self._of_replica("check_health")
         return {"status": "ready", "change": number, "unavailable": len(set().union(*problems))}
 
     async def models(self, caller: Caller) -> list[ModelEntry]:

@@ -508,6 +508,8 @@ def test_a_dead_engine_is_unhealthy(make_replica: Callable[..., Replica]) -> Non
     replica.__del__()
     with pytest.raises(ResourceError, match="stopped"):
         replica.check_health()
+    with pytest.raises(ResourceError, match="stopped"):
+        asyncio.run(replica.problems())
 
 
 def test_the_traffic_of_removed_versions_is_deleted(

@@ -390,6 +390,7 @@ def _start(options: VllmOptions, limits: EngineLimits, folder: str, record: Any)
     """
     import ray
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.metrics.loggers import StatLoggerBase
 
@@ -439,7 +440,7 @@ def _start(options: VllmOptions, limits: EngineLimits, folder: str, record: Any)
         "additional_config": {
             CONFIG: {"adapter_bytes": options.adapter_bytes, "untested": options.untested, "version": 1}
         },
-        # Compact JSON: some models otherwise write white space without an end.
+        # On one line: some models otherwise write white space without an end.
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
         "disable_log_stats": True,
         "enable_log_requests": False,
@@ -449,7 +450,10 @@ def _start(options: VllmOptions, limits: EngineLimits, folder: str, record: Any)
     # A copy of this process, with its threads and CUDA, may hang or fail.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     try:
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=loggers)
+        # As `vllm serve` does: in other contexts a step has at most 2048 tokens, whatever the GPU.
+        return AsyncLLM.from_engine_args(
+            AsyncEngineArgs(**arguments), usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=loggers
+        )
     except Exception as error:
         reason = Path(folder) / ERROR_FILE
         raise _start_error(

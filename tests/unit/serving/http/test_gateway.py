@@ -107,3 +107,48 @@ def test_large_requests_are_passed_by_reference(
 
     handle, _, _ = asyncio.run(asyncio.wait_for(asked(silent, request(prompt)), 10))
     assert handle.calls == [how]
+
+
+STOPPED = ResourceError("the engine has stopped")
+
+
+@pytest.mark.parametrize(
+    ("replicas", "found"),
+    [
+        ([{}], {"status": "ready", "change": 3, "unavailable": 0}),
+        (
+            [{"a@1": "deleted"}, {"b@1": "deleted", "a@1": "deleted"}],
+            {"status": "ready", "change": 3, "unavailable": 2},
+        ),
+        ([STOPPED, {"a@1": "deleted"}], {"status": "ready", "change": 3, "unavailable": 1}),
+        ([STOPPED], "the engine has stopped"),
+        ([STOPPED, STOPPED], "the engine has stopped"),
+    ],
+)
+def test_it_is_ready_while_the_engine_of_a_replica_runs(replicas: list[Any], found: object) -> None:
+    async def returned(value: Any) -> Any:
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def method(value: Any) -> SimpleNamespace:
+        return SimpleNamespace(remote=lambda: _Call(asyncio.ensure_future(returned(value))))
+
+    async def readiness() -> object:
+        inbox = await Inbox.open("127.0.0.1")
+        replica: Any = SimpleNamespace(
+            _init=lambda **_: None,
+            options=lambda **_: None,
+            serving=method(None),
+            check_health=method(replicas[0]),
+            broadcast=lambda _: SimpleNamespace(results_async=lambda **_: returned(replicas)),
+        )
+        director: Any = SimpleNamespace(number=method(3))
+        try:
+            return await Gateway(replica, director, (1.0, 20.0), inbox).readiness()
+        except ResourceError as error:
+            return str(error)
+        finally:
+            inbox.close()
+
+    assert asyncio.run(readiness()) == found
