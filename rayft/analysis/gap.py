@@ -16,6 +16,7 @@ from torch import nn
 
 from rayft.analysis.record import Gap
 from rayft.data.pack import AnyEncoded, Batch, collate_rows, rows_of
+from rayft.data.texts import gather
 from rayft.errors import ReportError
 from rayft.evaluate.loss import target_losses
 from rayft.numerics import derive_seed, generator
@@ -29,7 +30,7 @@ ItemT = TypeVar("ItemT")
 def sample(examples: Sequence[ItemT], count: int, *seed: object) -> list[ItemT]:
     """Draw examples without replacement; the same seed draws the same ones."""
     chosen = torch.randperm(len(examples), generator=generator(*seed))[:count].tolist()
-    return [examples[index] for index in chosen]
+    return gather(examples, chosen)
 
 
 @torch.inference_mode()

@@ -27,7 +27,6 @@ from rayft.analysis.section import AnalyzeConfig, Part
 from rayft.analysis.updates import Update, spectra
 from rayft.artifacts import AdapterArtifact
 from rayft.data.pack import AnyBatch, collate_rows, rows_of
-from rayft.data.template import encode_all
 from rayft.errors import DiskFullError, MethodError, RayftError, ResourceError
 from rayft.evaluate.loss import targets_of
 from rayft.identity import UNKNOWN, Identity
@@ -222,20 +221,17 @@ class _Analysis:
 
     def gap(self) -> _Found:
         """Measure the gap between the losses on training and on held-out examples."""
-        parts, session = self.session.parts, self.session
-        count = min(self.config.samples, len(session.train), len(parts.test))
-        chosen = sample(parts.test, count, self.config.seed, "test")
-        held_out = [
-            *encode_all(
-                chosen, session.loaded.tokenizer, self.run.data.max_length,
-                context=session.loaded.context, part="test",
-            )
-        ]  # fmt: skip
-        train = sample(session.train, count, self.config.seed, "train")
-        # A conversation can give several examples, so the held-out sample is cut to the same number.
+        session, count = self.session, self.config.samples
+        test = session.prepared.encoded("test", session.loaded.context)
+        count = min(count, len(session.train), len(test))
         seen, fresh = (
-            example_losses(self.model, examples, session.pad_id, session.worker.device)
-            for examples in (train, held_out[:count])
+            example_losses(
+                self.model,
+                sample(texts, count, self.config.seed, part),
+                session.pad_id,
+                session.worker.device,
+            )
+            for part, texts in (("train", session.train), ("test", test))
         )
         found = gap(seen, fresh, self.config.clip, self.config.seed)
         measures = {"gap": found.value, "gap_low": found.low, "gap_high": found.high}

@@ -174,6 +174,34 @@ class Example:
             fields.append("\x1ctools=" + json.dumps(list(map(dict, self.tools)), default=str))
         return "\x1f".join(fields)
 
+    def to_json(self) -> str:
+        """Return everything but `image` and `entry` as JSON.
+
+        Raises:
+            DataError: if a message has a value that JSON has no form for.
+        """
+        messages = [[one.role, one.content, one.learn, dict(one.extras)] for one in self.messages]
+        tools = list(map(dict, self.tools))
+        try:
+            return json.dumps([messages, self.text, self.label, self.label_name, self.separator, tools])
+        except TypeError as error:
+            raise DataError(
+                f"{quoted(self.question)}: {error}; write such values of messages and tools as text"
+            ) from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Example:
+        """Return the example that `to_json` wrote."""
+        messages, content, label, label_name, separator, tools = json.loads(text)
+        return cls(
+            messages=tuple(Message(*message) for message in messages),
+            text=content,
+            label=label,
+            label_name=label_name,
+            separator=separator,
+            tools=tuple(tools),
+        )
+
 
 _MARKS = re.compile("[\x1c-\x1f]")
 """The control characters with which `digest` separates parts, examples and fields."""

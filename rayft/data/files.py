@@ -21,7 +21,7 @@ from rayft.config import lone_surrogate
 from rayft.errors import DataError
 from rayft.files import room_on
 
-__all__ = ["Table", "parse_json", "read_file", "read_hub"]
+__all__ = ["Table", "load_hub", "parse_json", "quiet", "read_file", "read_hub"]
 
 FileSource = Literal["jsonl", "csv", "parquet"]
 
@@ -75,8 +75,8 @@ def read_file(source: FileSource, name: str) -> Table:
     return replace(table, folder=path.absolute().parent)
 
 
-def read_hub(name: str, split: str) -> Table:
-    """Download one split of a hub set: `org/set`, or `org/set:config`.
+def load_hub(name: str, split: str) -> Any:
+    """Download one split of a hub set, `org/set` or `org/set:config`, as a table of `datasets`.
 
     Raises:
         DataError: if the hub can't be reached, or has no such set, configuration or split.
@@ -98,6 +98,12 @@ def read_hub(name: str, split: str) -> Table:
         ) from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"can't load split '{split}' of '{name}' from the hub: {error}") from error
+    return rows
+
+
+def read_hub(name: str, split: str) -> Table:
+    """Read one split of a hub set; raises the errors of `load_hub`."""
+    rows = load_hub(name, split)
     table = _table(f"{name} [{split}]", _plain_images(rows))
     _name_classes(rows.features, table.rows)
     return table
@@ -114,7 +120,7 @@ def _plain_images(rows: Any) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide the progress bars of `datasets`."""
     import datasets
 
@@ -296,7 +302,7 @@ def _read_parquet(path: Path) -> Table:
 
     try:
         # A permanent cache would keep a copy of every file that was ever read.
-        with room_on(Path(tempfile.gettempdir())), _quiet(), tempfile.TemporaryDirectory() as folder:
+        with room_on(Path(tempfile.gettempdir())), quiet(), tempfile.TemporaryDirectory() as folder:
             rows = _plain_images(
                 datasets.Dataset.from_parquet(str(path), cache_dir=folder, keep_in_memory=True)
             )

@@ -10,8 +10,8 @@ import random
 from collections.abc import Sequence
 from functools import cached_property
 
-from rayft.data.pack import AnyEncoded, Row, rows_of
-from rayft.data.template import Encoded
+from rayft.data.pack import AnyEncoded, Row, Rows, rows_of
+from rayft.data.texts import lengths_of
 from rayft.errors import DataError
 from rayft.numerics import derive_seed
 
@@ -47,13 +47,12 @@ class RowStream:
         self.rows_per_step = rows_per_step
         self.packing = packing
         self._starts = [0]
-        self._epochs: dict[int, list[Row]] = {}
+        self._epochs: dict[int, Rows] = {}
 
     @cached_property
     def most_segments(self) -> int:
         """The most segments that a packed row can have: as many examples as the shortest, and the padding."""
-        lengths = [len(example) for example in self.encoded if isinstance(example, Encoded)]
-        return self.length // max(1, min(lengths, default=self.length)) + 1
+        return self.length // max(1, int(lengths_of(self.encoded).min())) + 1
 
     def rows(self, step: int) -> list[Row]:
         """Return the `rows_per_step` rows of optimizer step `step`, counted from 0."""
@@ -66,6 +65,12 @@ class RowStream:
             found += rows[skip : skip + self.rows_per_step - len(found)]
             epoch += 1
         return found
+
+    def epoch(self, number: int) -> Rows:
+        """Return the rows of an epoch, counted from 0."""
+        while len(self._starts) <= number:
+            self._epoch(len(self._starts) - 1)
+        return self._epoch(number)
 
     def first_step(self, epoch: int) -> int:
         """Return the first optimizer step that has no row of an epoch before this one, counted from 0."""
@@ -100,11 +105,11 @@ class RowStream:
             self._epoch(len(self._starts) - 1)
         return next(epoch for epoch, end in enumerate(self._starts[1:]) if row < end)
 
-    def _epoch(self, epoch: int) -> list[Row]:
+    def _epoch(self, epoch: int) -> Rows:
         if epoch not in self._epochs:
-            order = list(self.encoded)
+            order = list(range(len(self.encoded)))
             random.Random(derive_seed(self.seed, epoch)).shuffle(order)
-            rows = rows_of(order, self.length, packing=self.packing)
+            rows = rows_of(self.encoded, self.length, packing=self.packing, order=order)
             if epoch == len(self._starts) - 1:
                 self._starts.append(self._starts[-1] + len(rows))
             # A step can have rows of two epochs, so the epoch before is kept too.

@@ -16,12 +16,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
+from typing import overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from rayft.data.pixels import EncodedImage
 from rayft.data.template import IGNORED, Encoded
+from rayft.data.texts import gather, lengths_of
 from rayft.errors import DataError
 
 __all__ = [
@@ -32,11 +36,12 @@ __all__ = [
     "ImageBatch",
     "PackedRow",
     "Row",
+    "Rows",
     "collate",
     "collate_classification",
     "collate_images",
     "collate_rows",
-    "pack",
+    "padded",
     "rows_of",
 ]
 
@@ -146,21 +151,73 @@ Row = PackedRow | EncodedImage
 AnyBatch = Batch | ClassBatch | ImageBatch
 
 
-def rows_of(encoded: Sequence[AnyEncoded], length: int, *, packing: bool = True) -> list[Row]:
+class Rows(Sequence[Row]):
+    """The rows of examples, each made when it is asked for."""
+
+    def __init__(self, encoded: Sequence[AnyEncoded], members: Sequence[Sequence[int]]) -> None:
+        """Keep which examples each row has.
+
+        Args:
+            encoded: examples of one kind.
+            members: for each row, the indices of its examples in `encoded`.
+        """
+        self._encoded = encoded
+        # Two arrays: a million lists would take ten times their memory.
+        self._members = np.fromiter((index for row in members for index in row), np.int32)
+        self._ends = np.cumsum(np.fromiter(map(len, members), np.int64, len(members)))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if not isinstance(index, slice):
+            row = range(len(self))[index]
+            return self[row : row + 1][0]
+        numbers = range(*index.indices(len(self)))
+        places = [range(self._ends[row - 1] if row else 0, self._ends[row]) for row in numbers]
+        found = iter(gather(self._encoded, [int(self._members[place]) for row in places for place in row]))
+        return [self._row([*islice(found, len(row))]) for row in places]
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """Number of tokens of each row: (rows,)."""
+        starts = np.concatenate(([0], self._ends[:-1]))
+        found: npt.NDArray[np.int64] = np.add.reduceat(lengths_of(self._encoded)[self._members], starts)
+        return found
+
+    @staticmethod
+    def _row(examples: list[AnyEncoded]) -> Row:
+        if isinstance(examples[0], EncodedImage):
+            return examples[0]
+        return PackedRow(tuple(example for example in examples if isinstance(example, Encoded)))
+
+
+def rows_of(
+    encoded: Sequence[AnyEncoded], length: int, *, packing: bool = True, order: Sequence[int] | None = None
+) -> Rows:
     """Return the rows of examples. Texts without labels are packed, in order; all others get a row each.
+
+    A text is put into the first row that has room for it.
 
     Args:
         encoded: examples of one kind.
         length: most tokens of a packed row.
         packing: whether texts without labels share rows.
+        order: indices of examples; by default all, in their order.
 
     Raises:
         DataError: if an example is longer than a packed row.
     """
-    texts = [example for example in encoded if isinstance(example, Encoded)]
-    if packing and len(texts) == len(encoded) and all(text.label is None for text in texts):
-        return [*pack(texts, length)]
-    return [PackedRow((example,)) if isinstance(example, Encoded) else example for example in encoded]
+    order = range(len(encoded)) if order is None else order
+    if packing and len(encoded) and isinstance(encoded[0], Encoded) and encoded[0].label is None:
+        return Rows(encoded, _packed(lengths_of(encoded).tolist(), order, length))
+    return Rows(encoded, [(index,) for index in order])
 
 
 def collate_rows(
@@ -185,26 +242,27 @@ def collate_rows(
     return collate_classification(texts, pad_id) if labelled else collate(texts, pad_id, width, segments)
 
 
-def pack(encoded: Sequence[Encoded], length: int) -> list[PackedRow]:
-    """Put each example, in the given order, into the first row that has room for it.
+def _packed(lengths: Sequence[int], order: Sequence[int], length: int) -> list[list[int]]:
+    """Put each example into the first row that has room for it; return the indices of each row's examples.
 
     Raises:
         DataError: if an example is longer than a row.
     """
-    rows: list[list[Encoded]] = []
+    rows: list[list[int]] = []
     rooms = _Rooms(length)
-    for number, example in enumerate(encoded, start=1):
-        if len(example) > length:
+    for example in order:
+        tokens = lengths[example]
+        if tokens > length:
             raise DataError(
-                f"example {number} has {len(example)} tokens, a row {length}: raise data.max_length"
+                f"example {example + 1} has {tokens} tokens, a row {length}: raise data.max_length"
             )
-        index, room = rooms.take(len(example))
+        index, room = rooms.take(tokens)
         if index is None:
             index, room = len(rows), length
             rows.append([])
         rows[index].append(example)
-        rooms.put(index, room - len(example))
-    return [PackedRow(tuple(row)) for row in rows]
+        rooms.put(index, room - tokens)
+    return rows
 
 
 class _Rooms:
@@ -317,8 +375,13 @@ def collate_images(images: Sequence[EncodedImage]) -> ImageBatch:
 
 
 def _width(rows: Sequence[PackedRow]) -> int:
-    longest = max(map(len, rows))
-    return longest if len(rows) == 1 else -(-longest // MULTIPLE) * MULTIPLE
+    return padded([*map(len, rows)])
+
+
+def padded(lengths: Sequence[int]) -> int:
+    """Return the width of a batch of rows of some lengths."""
+    longest = max(lengths)
+    return longest if len(lengths) == 1 else -(-longest // MULTIPLE) * MULTIPLE
 
 
 def _pad(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayft.config import Section
+from rayft.config import SINCE, Section
 from rayft.paths import PathText, check_text
 
 __all__ = ["Columns", "DataConfig", "PartFiles"]
@@ -87,7 +87,11 @@ class DataConfig(Section):
     """Seed that decides which examples are drawn, and to which part each belongs."""
 
     max_length: int = Field(default=512, ge=8)
-    """Number of tokens in a row. An example that is longer is an error."""
+    """Number of tokens in a row."""
+
+    too_long: Literal["error", "drop", "cut"] = Field(default="error", json_schema_extra={SINCE: "0.2"})
+    """What to do with examples that are longer than a row. `cut` keeps the end of a conversation, so that
+    answers stay whole, divides raw text into pieces, and keeps the start of a text to classify."""
 
     packing: bool = True
     """Whether several examples share a row. They never attend to each other."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rayft.data.example import Example, Image, Message, digest
@@ -23,6 +23,7 @@ from rayft.data.split import Dropped, split
 from rayft.errors import DataError
 
 __all__ = [
+    "PARTS",
     "Columns",
     "DataConfig",
     "Dropped",
@@ -33,19 +34,25 @@ __all__ = [
     "Parts",
     "Scorer",
     "majority_answer",
+    "places",
     "read",
 ]
+
+
+PARTS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class Parts:
     """The three parts of a data set. They can be pickled."""
 
-    train: tuple[Example, ...]
-    val: tuple[Example, ...]
-    test: tuple[Example, ...]
+    train: Sequence[Example]
+    val: Sequence[Example]
+    test: Sequence[Example]
     digest: str
     """Hash of all examples of all parts, in order (16 hex digits)."""
+    digests: Mapping[str, str]
+    """The same of each part alone."""
     scorer: Scorer
     labels: tuple[str, ...] = ()
     """Names of the classes, in the order of their numbers; empty if nothing is classified."""
@@ -76,8 +83,9 @@ def read(config: DataConfig) -> Parts:
         found, dropped = split(_read_tables(config), config)
         scorer = Scorer()
     found, labels = _number_labels(found)
-    train, val, test = (tuple(found[part]) for part in ("train", "val", "test"))
-    return Parts(train, val, test, digest((train, val, test)), scorer, labels, dropped)
+    train, val, test = (tuple(found[part]) for part in PARTS)
+    digests = {part: digest((found[part],)) for part in PARTS}
+    return Parts(train, val, test, digest((train, val, test)), digests, scorer, labels, dropped)
 
 
 def majority_answer(parts: Parts) -> str:
@@ -87,7 +95,7 @@ def majority_answer(parts: Parts) -> str:
 
 def _read_tables(config: DataConfig) -> dict[str, tuple[Table, list[Example]]]:
     """Read the table and the examples of each part that has a file or split of its own."""
-    tables = {part: _table(config, name) for part, name in _places(config).items()}
+    tables = {part: _table(config, name) for part, name in places(config).items()}
     first = tables["train"]
     form = find_format(first, config.columns) if config.format == "auto" else config.format
     return {
@@ -96,7 +104,8 @@ def _read_tables(config: DataConfig) -> dict[str, tuple[Table, list[Example]]]:
     }
 
 
-def _places(config: DataConfig) -> dict[str, str]:
+def places(config: DataConfig) -> dict[str, str]:
+    """Return the file, folder or hub split of each part that has one."""
     if config.files is None:
         if config.source == "image_folder":
             return part_folders(config.name)

@@ -7,7 +7,7 @@ the prompt that a model gets when it is asked, and the learnt text ends where th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -20,7 +20,17 @@ from rayft.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Encoded", "Style", "encode_all", "expected_answer", "prompt_ids", "prompt_text"]
+__all__ = [
+    "IGNORED",
+    "Encoded",
+    "Style",
+    "check_lengths",
+    "encode_all",
+    "encode_numbered",
+    "expected_answer",
+    "prompt_ids",
+    "prompt_text",
+]
 
 IGNORED = -100
 """Label of a token that is not learnt."""
@@ -105,17 +115,32 @@ def encode_all(
     """
     if isinstance(encoder, ImageEncoder):
         return encode_images(examples, encoder)
-    tokenizer = encoder
-    layout = _Layout(tokenizer)
-    encoded: list[Encoded] = []
-    names: list[str] = []
-    for number, example in enumerate(examples, start=1):
-        name = f"{part} example {number}"
-        sequences = layout.encode(example, name)
-        encoded += sequences
-        names += [name] * len(sequences)
-    _check_lengths([len(item) for item in encoded], max_length, context, names)
+    numbered = [*encode_numbered(enumerate(examples), encoder, part)]
+    encoded = [text for _, text in numbered]
+    check_lengths([len(text) for text in encoded], max_length, context, part, [n for n, _ in numbered])
     return encoded
+
+
+def encode_numbered(
+    examples: Iterable[tuple[int, Example]], tokenizer: PreTrainedTokenizerBase, part: str
+) -> Iterator[tuple[int, Encoded]]:
+    """Encode texts and conversations of any length, as `encode_all` does.
+
+    Args:
+        examples: the examples with their index in the part.
+        tokenizer: of the model that is trained.
+        part: name of the examples in messages.
+
+    Yields:
+        The index of an example, and one `Encoded` of it.
+
+    Raises:
+        DataError: if the chat template can't render an example, with its number.
+    """
+    layout = _Layout(tokenizer)
+    for index, example in examples:
+        for text in layout.encode(example, f"{part} example {index + 1}"):
+            yield index, text
 
 
 def prompt_text(
@@ -382,19 +407,32 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _check_lengths(
-    lengths: Sequence[int], max_length: int, context: int | None, names: Sequence[str]
+def check_lengths(
+    lengths: Sequence[int], max_length: int, context: int | None, part: str, indices: Sequence[int]
 ) -> None:
+    """Refuse texts that are too long.
+
+    Args:
+        lengths: number of tokens of each text.
+        max_length: most tokens that a text may have.
+        context: most tokens that the model supports, if that is known.
+        part: name of the examples in the message.
+        indices: index of the example of each text.
+
+    Raises:
+        DataError: with their number, and the length of the longest.
+    """
     limit = max_length if context is None else min(max_length, context)
-    over = [(length, name) for length, name in zip(lengths, names, strict=True) if length > limit]
+    over = [(length, -place) for place, length in enumerate(lengths) if length > limit]
     if not over:
         return
-    longest, name = max(over)
+    longest, place = max(over)
     count = f"{len(over)} of {len(lengths)} examples are too long; the longest, " if len(lengths) > 1 else ""
     if context is not None and longest > context:
-        remedy = (
-            f"above the model's context of {context}: shorten or drop it, or take a model of a longer context"
-        )
+        remedy = f"above the model's context of {context}: take a model of a longer context, or"
     else:
-        remedy = f"above data.max_length = {max_length}: set it to {longest}, or shorten or drop the example"
-    raise DataError(f"{count}{name}, has {longest} tokens, {remedy}")
+        remedy = f"above data.max_length = {max_length}: set it to {longest}, or"
+    raise DataError(
+        f"{count}{part} example {indices[-place] + 1}, has {longest} tokens, {remedy} set data.too_long to "
+        "drop such examples or to cut their prompts"
+    )

@@ -350,19 +350,19 @@ def _check_kinds(config: ModelConfig, model: Any, source: str) -> None:
                     )
 
 
-def load_encoder(config: ModelConfig, settings: Any) -> Any:
+def load_encoder(config: ModelConfig, settings: Any = None) -> Any:
     """Load a model's tokenizer (with a padding token), or the `ImageEncoder` of an image model.
 
     Args:
         config: which model.
-        settings: transformers' config of it.
+        settings: transformers' config of it, if it was read.
 
     Raises:
         ModelError: if there is none.
     """
     source = resolve(config)
     with loading(config):
-        return _encoder(config, source, settings)
+        return _encoder(config, source, settings or _settings(config, source))
 
 
 def context_length(config: ModelConfig, settings: Any, encoder: Any) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rayft import __version__
-from rayft.data.example import digest
 from rayft.data.source import Parts
 from rayft.identity import Identity
 from rayft.models.identity import BaseFiles, base_files
@@ -31,6 +30,6 @@ def identify(run: RunConfig, parts: Parts, *, with_base: bool = True) -> Identit
         base=base.identity,
         data_name=", ".join([run.data.name, *files] if run.data.name else files),
         base_name=run.model.name,
-        parts={name: digest((getattr(parts, name),)) for name in ("train", "val", "test")},
+        parts=dict(parts.digests),
         files=base.files,
     )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rayft.data.loader import RowStream
 from rayft.data.pack import AnyEncoded
-from rayft.data.source import Parts, read
-from rayft.data.template import encode_all
+from rayft.data.prepared import Prepared, prepare
+from rayft.data.source import Parts
 from rayft.errors import ConfigError
 from rayft.identity import UNKNOWN, Identity
 from rayft.models.attention import check_packing
+from rayft.models.files import cache_folder
 from rayft.models.inject import wrap
-from rayft.models.load import LoadedModel, load_model
+from rayft.models.load import LoadedModel, load_encoder, load_model
 from rayft.train.home import Home
 from rayft.train.identity import identify
 from rayft.train.partition import load_partitioned
@@ -27,9 +29,10 @@ class Session:
     """A base model and encoded data in memory, which several runs may use one after the other."""
 
     loaded: LoadedModel
-    parts: Parts
-    train: list[AnyEncoded]
-    val: list[AnyEncoded]
+    prepared: Prepared
+    """The data."""
+    train: Sequence[AnyEncoded]
+    val: Sequence[AnyEncoded]
     worker: Worker
     identity: Identity = UNKNOWN
     """Identity of the base and the data."""
@@ -53,7 +56,7 @@ class Session:
         identify_base: bool = True,
         whole: bool = False,
     ) -> Session:
-        """Read and encode the data, load the base and wrap its linear layers.
+        """Prepare the data, load the base and wrap its linear layers.
 
         Args:
             run: names the base and the data.
@@ -65,12 +68,13 @@ class Session:
 
         Raises:
             ConfigError: if the data does not fit the model's task.
-            DataError, ModelError: as raised by `read`, `encode_all` and `load_model`, or if examples of the
-                base can't share rows.
+            DataError, ModelError: as raised by `prepare`, `Prepared.encoded` and `load_model`, or if examples
+                of the base can't share rows.
         """
         home = home or Home()
         run = _located(run, home)
-        parts = read(run.data)
+        prepared = prepare(run.data, load_encoder(run.model), cache_folder())
+        parts = prepared.parts
         check_task(run, parts)
         # Before loading: if the files change meanwhile, the next comparison of identities finds that.
         identity = identify(run, parts, with_base=identify_base)
@@ -81,12 +85,15 @@ class Session:
             wrap(loaded.model)
         if run.data.packing and run.model.task == "causal_lm":
             check_packing(loaded.model, run.data.max_length)
-        train, val = (
-            [*encode_all(part, loaded.tokenizer, run.data.max_length, context=loaded.context, part=name)]
-            for name, part in (("train", parts.train), ("val", parts.val[: run.evaluate.val_examples]))
-        )
+        train = prepared.encoded("train", loaded.context)
+        val = prepared.encoded("val", loaded.context, run.evaluate.val_examples)
         identity = identity.model_copy(update={"fingerprint": loaded.fingerprint})
-        return cls(loaded, parts, train, val, worker, identity, home=home, packing=run.data.packing)
+        return cls(loaded, prepared, train, val, worker, identity, home=home, packing=run.data.packing)
+
+    @property
+    def parts(self) -> Parts:
+        """The examples."""
+        return self.prepared.parts
 
     def row_stream(self, run: RunConfig) -> RowStream:
         """Return the packed rows in the order of a run's seed; they are kept, since trials share them."""

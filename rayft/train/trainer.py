@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta, folder_bytes
-from rayft.data.pack import AnyBatch, AnyEncoded, Row, collate_rows, rows_of
+from rayft.data.pack import AnyBatch, Rows, collate_rows, rows_of
+from rayft.data.texts import lengths_of
 from rayft.errors import ConfigError, InterruptedRunError, TrainError
 from rayft.evaluate.loss import mean_loss
 from rayft.files import room_on, sync_tree
@@ -257,7 +258,7 @@ class Trainer:
             yield
             return
         self.model.train()
-        with graphed(self.model, self._micro_batches(self.progress.step)[0]):
+        with graphed(self.model, self._micro_batches(self.progress.step)[0][0]):
             yield
 
     # --- steps
@@ -279,7 +280,7 @@ class Trainer:
         """Take one optimizer step and report its numbers."""
         progress, optim, started = self.progress, self.run.optim, time.perf_counter()
         step = progress.step
-        batches = self._micro_batches(step)
+        batches, padding = self._micro_batches(step)
         seed_everything(derive_seed(self.run.seed, step, self.worker.rank))
         self.model.train()
         lr = optim.lr_at(step, phase.first, phase.warmup)
@@ -297,17 +298,20 @@ class Trainer:
         progress.train_seconds += seconds
         progress.train_curve.append((progress.step, result.loss))
         if self.worker.rank == 0:
-            self.reporter.log(progress.step, _step_metrics(lr, result, seconds))
+            self.reporter.log(progress.step, _step_metrics(lr, result, seconds) | {"padding": padding})
 
-    def _micro_batches(self, step: int) -> list[AnyBatch]:
-        """Return this worker's share of an optimizer step, on its device."""
+    def _micro_batches(self, step: int) -> tuple[list[AnyBatch], float]:
+        """Return this worker's share of an optimizer step, on its device, and the share of padding in it."""
         worker, scale = self.worker, self.run.scale
         stream = self.session.row_stream(self.run)
         share = stream.share(step, worker.rank, worker.world, scale.accumulation)
         # CUDA graphs need the same shapes in every step.
         width = self.run.data.max_length if scale.graphs else None
         segments = len(share[0]) * stream.most_segments if scale.graphs else None
-        return [collate_rows(rows, self.session.pad_id, width, segments).to(worker.device) for rows in share]
+        batches = [collate_rows(rows, self.session.pad_id, width, segments) for rows in share]
+        tokens = sum(len(row) for rows in share for row in rows)
+        padding = 1 - tokens / sum(batch.input_ids.numel() for batch in batches)
+        return [batch.to(worker.device) for batch in batches], padding
 
     def _interrupted(self) -> bool:
         """Return, on all workers alike, whether the run has to save a checkpoint and end."""
@@ -467,26 +471,32 @@ def validation_loss(session: Session) -> float:
     """Return the mean loss over the validation part (nats per target); the workers share the examples."""
     worker, model = session.worker, session.loaded.model
     model.eval()
-    rows = _eval_rows(session.val[worker.rank :: worker.world], packing=session.packing)
+    rows = _eval_rows(session, range(worker.rank, len(session.val), worker.world))
     loss, count = worker.total(*mean_loss(model, _eval_batches(session, rows)))
     # Under ZeRO-3 all workers must take part in each forward pass: those with fewer batches run additional
     # ones, which don't count.
-    for _ in range(worker.largest(len(rows)) - len(rows)):
-        mean_loss(model, _eval_batches(session, _eval_rows(session.val[:1], packing=session.packing)))
+    batches = -(-len(rows) // _at_once(session))
+    for _ in range(worker.largest(batches) - batches):
+        mean_loss(model, _eval_batches(session, _eval_rows(session, range(1))))
     return loss / max(count, 1)
 
 
-def _eval_rows(encoded: list[AnyEncoded], *, packing: bool) -> list[list[Row]]:
-    """Pack examples into rows, and group the rows into batches."""
-    rows = rows_of(encoded, max([512, *map(len, encoded)]), packing=packing)
-    at_once = 4 if any(example.label is None for example in encoded) else 16
-    return [rows[start : start + at_once] for start in range(0, len(rows), at_once)]
+def _eval_rows(session: Session, chosen: Sequence[int]) -> Rows:
+    """Pack some validation examples into rows."""
+    length = max(512, int(lengths_of(session.val).max()))
+    return rows_of(session.val, length, packing=session.packing, order=chosen)
 
 
-def _eval_batches(session: Session, batches: list[list[Row]]) -> Iterator[AnyBatch]:
-    for rows in batches:
+def _at_once(session: Session) -> int:
+    """Return the number of rows in a batch of the validation."""
+    return 4 if session.val[0].label is None else 16
+
+
+def _eval_batches(session: Session, rows: Rows) -> Iterator[AnyBatch]:
+    for start in range(0, len(rows), _at_once(session)):
         session.ticks += 1
-        yield collate_rows(rows, session.pad_id).to(session.worker.device)
+        batch = rows[start : start + _at_once(session)]
+        yield collate_rows(batch, session.pad_id).to(session.worker.device)
 
 
 def _evaluation_steps(run: RunConfig, evaluate_at: Sequence[int]) -> set[int]:

@@ -13,11 +13,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rayft.config import leaves
-from rayft.data.source import read
+from rayft.data.prepared import prepare
 from rayft.errors import ConfigError, ReportError
 from rayft.identity import Identity
+from rayft.models.files import cache_folder
 from rayft.models.fingerprint import source_fingerprint
-from rayft.models.load import ModelConfig, load_skeleton, resolve
+from rayft.models.load import ModelConfig, load_encoder, load_skeleton, resolve
 from rayft.report.record import SweepRecord
 from rayft.sweep.result import left_identity
 from rayft.sweep.space import Point
@@ -99,7 +100,7 @@ def current_identity(run: RunConfig, sweep: Path | None = None) -> Identity:
         ConfigError: if the sweep's results come from other data or another base.
         DataError, ModelError: if one of them can't be read.
     """
-    now = identify(run, read(run.data))
+    now = identify(run, prepare(run.data, load_encoder(run.model), cache_folder()).parts)
     if sweep is not None:
         now = check_identity(sweep, now, run.model, "or name other data or another base with --config")
     if not now.fingerprint:

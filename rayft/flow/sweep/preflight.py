@@ -13,8 +13,9 @@ from rayft.config import content_hash
 from rayft.data.chat_format import ChatFormat
 from rayft.data.loader import RowStream
 from rayft.data.pack import AnyEncoded
-from rayft.data.source import Parts, read
-from rayft.data.template import encode_all
+from rayft.data.prepared import prepare
+from rayft.data.source import PARTS, Parts
+from rayft.data.texts import notes
 from rayft.errors import ResourceError
 from rayft.evaluate.tasks import perfect_answers
 from rayft.flow.cluster import has_gpus
@@ -30,6 +31,7 @@ from rayft.flow.sweep.folder import (
 from rayft.flow.sweep.identity import begun_by, check_identity, not_used, sweep_id
 from rayft.identity import Identity
 from rayft.methods.base import LayerShape
+from rayft.models.files import cache_folder
 from rayft.models.load import ModelConfig, context_length, load_encoder, load_skeleton
 from rayft.models.methods import method
 from rayft.models.targets import check_pattern, linear_shapes, select
@@ -37,7 +39,7 @@ from rayft.paths import check_folder
 from rayft.sweep.space import Point, check_executor, points
 from rayft.tracking.base import TrackerSpec, tracker_spec
 from rayft.tracking.connection import check as check_tracker
-from rayft.tracking.mlflow import prepare
+from rayft.tracking.mlflow import prepare as prepare_tracker
 from rayft.train.identity import identify
 from rayft.train.phases import link_steps
 from rayft.train.run import RunConfig
@@ -89,14 +91,11 @@ def preflight(config: PipelineConfig) -> Plan:
     _check_devices(run)
     shapes, encoder, context = skeleton(run.model)
     _check_ranks(trials, shapes)
-    parts = read(config.data)
+    prepared = prepare(config.data, encoder, cache_folder())
+    parts = prepared.parts
     check_task(run, parts)
-    for name in ("train", "val", "test"):
-        encoded = encode_all(
-            getattr(parts, name), encoder, config.data.max_length, context=context, part=name
-        )
-        if name == "train":
-            _check_links(trials, encoded)
+    encoded = {part: prepared.encoded(part, context) for part in PARTS}
+    _check_links(trials, encoded["train"])
     trials = known_keys(trials, begun, output)
     identity = check_identity(output, identify(run, parts), run.model)
     identity = identity.model_copy(update={"sweep": sweep_id(output, identity)})
@@ -105,8 +104,8 @@ def preflight(config: PipelineConfig) -> Plan:
     damaged = discard_damaged(output, trials)
     check_disk(output, trial_bytes(trials, shapes, config.sweep.lanes), derived_bytes(config, trials, shapes))
     full = check_other_disks(output)
-    tracker = prepare(spec)
-    warnings = (*_doubts(run, parts, encoder), *unused, *damaged, *full)
+    tracker = prepare_tracker(spec)
+    warnings = (*notes(encoded), *_doubts(run, parts, encoder), *unused, *damaged, *full)
     former = "" if begun_by(output) else former_hash(begun or config)
     return Plan(config, run, trials, executor, tracker, parts, output, identity, former, warnings)
 
@@ -164,7 +163,7 @@ def _check_ranks(trials: Sequence[Point], shapes: dict[str, tuple[int, int]]) ->
             kind.check(LayerShape(*shapes[name]), config.of(name).rank, name, config.links)
 
 
-def _check_links(trials: Sequence[Point], train: list[AnyEncoded]) -> None:
+def _check_links(trials: Sequence[Point], train: Sequence[AnyEncoded]) -> None:
     """Check that each chain whose links are counted in epochs has steps for all of its links."""
     for run in (point.run for point in trials):
         chain = run.method.chain

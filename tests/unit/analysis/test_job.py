@@ -239,7 +239,7 @@ def test_without_a_trail_the_note_explains_how_to_keep_one(
 
 
 def test_only_the_first_worker_analyses(session: Session, run: RunConfig) -> None:
-    other = Session(session.loaded, session.parts, session.train, session.val, Worker(rank=1, world=2))
+    other = Session(session.loaded, session.prepared, session.train, session.val, Worker(rank=1, world=2))
     request = AnalyzeRequest("mine", run, CONFIG, "/nowhere")
     assert request.analyse(other) is None
 

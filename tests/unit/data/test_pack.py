@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rayft.data.pack import Batch, PackedRow, collate, collate_classification, pack
+from rayft.data.pack import Batch, PackedRow, collate, collate_classification, rows_of
 from rayft.data.template import IGNORED, Encoded
 from rayft.errors import DataError
 from rayft.models.attention import dense_mask
@@ -63,9 +63,9 @@ def separate_loss(model: LlamaForCausalLM, examples: list[Encoded]) -> torch.Ten
 
 
 def test_each_example_is_put_into_the_first_row_with_room():
-    rows = pack(made(6, 5, 4, 3, 2), 10)
+    rows = rows_of(made(6, 5, 4, 3, 2), 10)
     assert [[len(example) for example in row.examples] for row in rows] == [[6, 4], [5, 3, 2]]
-    assert pack([], 10) == []
+    assert len(rows_of([], 10)) == 0
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 64, 100])
@@ -79,13 +79,13 @@ def test_each_of_many_examples_is_put_into_the_first_row_with_room(length):
             expected.append([size])
         else:
             row.append(size)
-    rows = pack([Encoded((1,) * size, (1,) * size) for size in sizes], length)
+    rows = rows_of([Encoded((1,) * size, (1,) * size) for size in sizes], length)
     assert [[len(example) for example in row.examples] for row in rows] == expected
 
 
 def test_an_example_longer_than_a_row_is_refused():
     with pytest.raises(DataError, match="example 2 has 11 tokens, a row 10"):
-        pack(made(3, 11), 10)
+        rows_of(made(3, 11), 10)
 
 
 def test_positions_restart_in_each_example():
@@ -117,8 +117,8 @@ def test_one_row_is_not_padded_and_several_are_padded_to_eight():
 
 def test_targets_are_the_learnt_tokens_in_order():
     examples = made(5, 4, 6)
-    batch = collate(pack(examples, 9), 0)
-    rows = pack(examples, 9)
+    batch = collate(rows_of(examples, 9), 0)
+    rows = rows_of(examples, 9)
     expected = [
         label for row in rows for example in row.examples for label in example.labels if label != IGNORED
     ]
@@ -134,7 +134,7 @@ def test_the_first_token_of_an_example_is_never_a_target():
 
 def test_packed_loss_is_the_sum_of_the_separate_losses(model):
     examples = made(6, 9, 4, 11, 5)
-    batch = collate(pack(examples, 20), 0)
+    batch = collate(rows_of(examples, 20), 0)
     expected = separate_loss(model, examples)
     depth = 16 * LAYERS
     assert_close(loss(model, batch), expected, torch.float64, VOCABULARY * HIDDEN, depth)

@@ -148,7 +148,7 @@ def test_the_kind_of_rows_decides_the_kind_of_batch():
     rows = rows_of(classes, 8)
     assert all(isinstance(row, PackedRow) and len(row.examples) == 1 for row in rows)
     assert isinstance(collate_rows(rows, 0), ClassBatch)
-    assert rows_of([], 8) == []
+    assert len(rows_of([], 8)) == 0
 
 
 def test_images_are_rows_of_a_stream():

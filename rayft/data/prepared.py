@@ -1,0 +1,431 @@
+"""Read, divide and encode a data set once, keep it on disk, and let all processes of a machine map it.
+
+A prepared set is a folder below `data` in the cache, whose name is a hash of everything that it follows from:
+the content of the files, the settings, the tokenizer, and the code that prepared it. It is made in a process
+of its own, with as many processes for encoding as there are cores, so that the memory for it is given back,
+and appears under its name when it is complete.
+
+Images, reasoning-gym tasks and small files are not kept: each process reads and encodes them itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from rayft.data.example import Example
+from rayft.data.files import load_hub, quiet
+from rayft.data.pack import AnyEncoded
+from rayft.data.pixels import ImageEncoder
+from rayft.data.section import DataConfig
+from rayft.data.source import PARTS, Dropped, Parts, Scorer, places, read
+from rayft.data.template import Encoded, check_lengths, encode_all, encode_numbered
+from rayft.data.texts import Mapped, Shape, Texts, first_learnt
+from rayft.errors import RayftError, ResourceError
+from rayft.files import hash_content, locked, room_on, sync_tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["COLUMNS", "MANIFEST", "SMALL", "Prepared", "prepare"]
+
+SMALL = 2**20
+"""Bytes of data that each process rather reads and encodes itself."""
+MANIFEST = "manifest.json"
+"""File of a complete prepared set; the time of its last change is that of the set's last use."""
+COLUMNS = {
+    "ids": "int32",
+    "learnt": "bool",
+    "label": "int64",
+    "length": "int64",
+    "first": "int64",
+    "example": "int64",
+}
+"""Columns of encoded texts: `ids` and `learnt` have a list for each text; the others are those of `Shape`."""
+EXAMPLES_A_PROCESS = 2000
+"""Examples from which another process for encoding takes less time than it costs."""
+BATCH = 256
+"""Examples that are encoded, and rows that are written, at once."""
+
+
+class Prepared:
+    """A data set that is divided into parts and encoded."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        config: DataConfig,
+        encoder: PreTrainedTokenizerBase | ImageEncoder,
+        mapped: Mapping[str, tuple[Mapped, Shape]] | None = None,
+    ) -> None:
+        """Keep what was prepared.
+
+        Args:
+            parts: the examples.
+            config: says what to do with texts that are too long.
+            encoder: tokenizer or image encoder of the model.
+            mapped: the encoded texts of each part, if they are on disk.
+        """
+        self.parts, self._config, self._encoder, self._mapped = parts, config, encoder, mapped
+
+    def encoded(self, part: str, context: int | None, count: int | None = None) -> Sequence[AnyEncoded]:
+        """Return the encoded examples of a part; of texts, as many tokens as `data.max_length` allows.
+
+        Args:
+            part: train, val or test.
+            context: most tokens that the model supports, if that is known.
+            count: number of examples, from the first; all by default.
+
+        Raises:
+            DataError: if texts are too long and are to be neither dropped nor cut, and as `Texts`.
+        """
+        config, limit = self._config, self._config.max_length
+        if self._mapped is None:
+            examples = getattr(self.parts, part)[:count]
+            if isinstance(self._encoder, ImageEncoder):
+                return encode_all(examples, self._encoder, limit, part=part)
+            numbered = [*encode_numbered(enumerate(examples), self._encoder, part)]
+            texts: Sequence[Encoded] = [text for _, text in numbered]
+            shape = _shape(numbered, raw=_is_raw(examples))
+        else:
+            texts, shape = self._mapped[part]
+            if count is not None:
+                shape = shape.before(count)
+        if config.too_long == "error":
+            check_lengths(shape.lengths.tolist(), limit, context, part, shape.example.tolist())
+        if self._mapped is None and shape.lengths.max() <= limit:
+            return texts
+        return Texts(texts, shape, limit if context is None else min(limit, context), config.too_long, part)
+
+
+def prepare(
+    config: DataConfig, encoder: PreTrainedTokenizerBase | ImageEncoder, cache_folder: Path
+) -> Prepared:
+    """Read and divide the data of a configuration; encode texts, or find them encoded.
+
+    Args:
+        config: of the data.
+        encoder: tokenizer or image encoder of the model that is trained.
+        cache_folder: where prepared sets are kept.
+
+    Raises:
+        DataError: as `read`, and if an example can't be encoded.
+        DiskFullError: if there is no space for it; nothing is left of it then.
+        ResourceError: if the process that prepares it was killed.
+    """
+    content = None if isinstance(encoder, ImageEncoder) else _content(config)
+    if content is None or isinstance(encoder, ImageEncoder):
+        return Prepared(read(config), config, encoder)
+    key = _key(config, encoder, content)
+    folder = cache_folder / "data" / key
+    with room_on(cache_folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_suffix(".lock")):
+            if not (folder / MANIFEST).is_file():
+                _make(config, encoder, folder)
+    os.utime(folder / MANIFEST)
+    return _opened(folder, config, encoder)
+
+
+# --- what a prepared set follows from
+
+
+def _content(config: DataConfig) -> dict[str, str] | None:
+    """Return a hash of what is read for each part; None if the set is not kept."""
+    named = places(config) if config.source in ("jsonl", "csv", "parquet", "hub") else {}
+    if not named or config.format == "image_classification":
+        return None
+    if config.source == "hub":
+        return _hub_content({part: load_hub(config.name, split) for part, split in named.items()})
+    files = {part: Path(name).expanduser() for part, name in named.items()}
+    if not all(file.is_file() for file in files.values()) or _small(
+        sum(file.stat().st_size for file in files.values())
+    ):
+        return None
+    if config.source == "parquet" and any(_has_column(file, config.columns.image) for file in files.values()):
+        return None
+    return {part: hash_content(file) for part, file in files.items()}
+
+
+def _hub_content(tables: Mapping[str, Any]) -> dict[str, str] | None:
+    import datasets
+
+    kinds = [kind for table in tables.values() for kind in table.features.values()]
+    if any(isinstance(kind, datasets.Image) for kind in kinds):
+        return None
+    if _small(sum(table.data.nbytes for table in tables.values())):
+        return None
+    return {part: str(table._fingerprint) for part, table in tables.items()}
+
+
+def _small(size: int) -> bool:
+    return size < SMALL
+
+
+def _has_column(file: Path, name: str) -> bool:
+    """Return whether a Parquet file has a column; also if it can't be read, which `read` explains."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return name in pq.read_schema(file).names
+    except (pa.ArrowException, OSError):
+        return True
+
+
+def _key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, content: Mapping[str, str]) -> str:
+    """Return the name of a prepared set (24 hex digits)."""
+    settings = config.model_dump(
+        mode="json", exclude={"name", "files", "max_length", "too_long", "packing", "score"}
+    )
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = tokenizer.get_vocab() if backend is None else backend.to_str()
+    given = {
+        name: value
+        for name, value in tokenizer.init_kwargs.items()
+        if isinstance(value, str | int | float | bool | None) and not _is_place(name)
+    }
+    parts = [
+        content,
+        settings,
+        [type(tokenizer).__name__, words, tokenizer.chat_template, tokenizer.special_tokens_map, given],
+        [_code(), version("transformers"), version("tokenizers")],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _is_place(name: str) -> bool:
+    """Return whether an argument of a tokenizer says where it was read."""
+    return name.endswith(("_file", "_path", "_dir", "_name_or_path", "revision", "_hash"))
+
+
+@cache
+def _code() -> str:
+    """Return a hash of the code that reads, divides and encodes."""
+    total = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+# --- making it
+
+
+def _make(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Make a prepared set in another process, which this one waits for."""
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
+    staging.mkdir()
+    try:
+        _run(pickle.dumps((config, tokenizer, staging)))
+        sync_tree(staging)
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _run(asked: bytes) -> None:
+    """Let a new process write a prepared set; raise its error here."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rayft.data.prepared"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        answer, errors = process.communicate(asked)
+    except BaseException:
+        # Its own processes are in its session too.
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    if process.returncode < 0:
+        raise ResourceError(
+            f"the process that prepares the data was ended by signal {-process.returncode}, as the system "
+            "does when memory is short; close other programs, or use less data (data.train)"
+        )
+    if not answer:
+        raise ResourceError(f"the process that prepares the data failed: {errors.decode(errors='replace')}")
+    if (error := pickle.loads(answer)) is not None:  # noqa: S301  (from our own process)
+        raise error
+
+
+def main() -> None:
+    """Write the prepared set that the standard input asks for; the standard output tells how that went."""
+    config, tokenizer, folder = pickle.load(sys.stdin.buffer)  # noqa: S301  (from our own process)
+    # What libraries print must not be taken for the answer.
+    answer, sys.stdout = sys.stdout.buffer, sys.stderr
+    error: Exception | None = None
+    try:
+        with room_on(folder):
+            write(config, tokenizer, folder)
+    except RayftError as found:
+        error = found
+    except Exception:  # noqa: BLE001  (what another process could not read)
+        error = ResourceError(f"the data could not be prepared: {traceback.format_exc()}")
+    answer.write(pickle.dumps(error))
+
+
+def write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Read, divide and encode a data set, and write it to an empty folder."""
+    parts = read(config)
+    files = {part: str(Path(name).expanduser()) for part, name in places(config).items()}
+    manifest: dict[str, Any] = {
+        "name": config.name or ", ".join(files.values()),
+        "digest": parts.digest,
+        "digests": dict(parts.digests),
+        "labels": parts.labels,
+        "dropped": [_dropped(one, files) for one in parts.dropped],
+        "raw": _is_raw(parts.train),
+        "texts": {},
+    }
+    for part in PARTS:
+        _write_examples(getattr(parts, part), folder / f"{part}-examples.arrow")
+    # Their memory would be copied by the processes that encode.
+    del parts
+    for part in PARTS:
+        manifest["texts"][part] = _write_texts(folder, part, tokenizer)
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def _dropped(dropped: Dropped, files: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the manifest has of dropped rows; the same content may have another name later."""
+    part = next((part for part, name in files.items() if dropped.text.startswith(f"{name}: ")), "")
+    return {"rows": dropped.rows, "part": part, "text": dropped.text[len(files.get(part, "")) :]}
+
+
+def _write_examples(examples: Sequence[Example], file: Path) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema([("example", pa.large_string())])
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for start in range(0, len(examples), BATCH):
+            texts = [example.to_json() for example in examples[start : start + BATCH]]
+            writer.write_batch(pa.record_batch([texts], schema=schema))
+
+
+def _write_texts(folder: Path, part: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Encode the examples of a part; return the names of the files, in order."""
+    import datasets
+
+    examples = datasets.Dataset.from_file(str(folder / f"{part}-examples.arrow"))
+    lists = {name: datasets.List(datasets.Value(COLUMNS[name])) for name in ("ids", "learnt")}
+    numbers = {name: datasets.Value(kind) for name, kind in COLUMNS.items() if name not in lists}
+
+    def encode(batch: Mapping[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
+        given = zip(indices, map(Example.from_json, batch["example"]), strict=True)
+        found: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        for index, text in encode_numbered(given, tokenizer, part):
+            row = (
+                text.input_ids, [label >= 0 for label in text.labels], text.label,
+                len(text), first_learnt(text), index,
+            )  # fmt: skip
+            for name, value in zip(COLUMNS, row, strict=True):
+                found[name].append(value)
+        return found
+
+    processes = min(len(os.sched_getaffinity(0)), len(examples) // EXAMPLES_A_PROCESS)
+    with quiet():
+        made = examples.map(
+            encode,
+            batched=True,
+            batch_size=BATCH,
+            writer_batch_size=BATCH,
+            with_indices=True,
+            remove_columns=["example"],
+            features=datasets.Features({name: {**lists, **numbers}[name] for name in COLUMNS}),
+            num_proc=processes if processes > 1 else None,
+            cache_file_name=str(folder / f"{part}.arrow"),
+            # It would take long to compute, and nothing reads it.
+            new_fingerprint=part,
+        )
+    return [Path(file["filename"]).name for file in made.cache_files]
+
+
+def _is_raw(examples: Sequence[Example]) -> bool:
+    return not examples[0].messages and examples[0].label is None
+
+
+def _shape(numbered: Sequence[tuple[int, Encoded]], *, raw: bool) -> Shape:
+    rows = np.array([(len(text), first_learnt(text), index) for index, text in numbered], np.int64)
+    lengths, first, example = rows.reshape(-1, 3).T
+    return Shape(lengths, first, example, raw)
+
+
+# --- using it
+
+
+class _Examples(Sequence[Example]):
+    """Examples that are read from an Arrow file when they are asked for."""
+
+    def __init__(self, file: Path) -> None:
+        import datasets
+
+        self._rows = datasets.Dataset.from_file(str(file))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        found = self._rows[index]["example"]
+        return [*map(Example.from_json, found)] if isinstance(index, slice) else Example.from_json(found)
+
+    def __iter__(self) -> Iterator[Example]:
+        for start in range(0, len(self), BATCH):
+            yield from self[start : start + BATCH]
+
+
+def _opened(folder: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Map a prepared set."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    files = {part: str(Path(name).expanduser()) for part, name in places(config).items()}
+    dropped = tuple(
+        Dropped(one["rows"], files.get(one["part"], "") + one["text"]) for one in manifest["dropped"]
+    )
+    train, val, test = (_Examples(folder / f"{part}-examples.arrow") for part in PARTS)
+    parts = Parts(
+        train,
+        val,
+        test,
+        manifest["digest"],
+        manifest["digests"],
+        Scorer(),
+        tuple(manifest["labels"]),
+        dropped,
+    )
+    mapped = {}
+    for part, names in manifest["texts"].items():
+        texts = Mapped([folder / name for name in names])
+        columns = {name: texts.column(name) for name in ("first", "example")}
+        mapped[part] = texts, Shape(texts.lengths, **columns, raw=manifest["raw"])
+    return Prepared(parts, config, tokenizer, mapped)
+
+
+if __name__ == "__main__":
+    main()

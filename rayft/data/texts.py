@@ -1,0 +1,218 @@
+"""Encoded texts in memory, or mapped from files that all workers of a machine share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from rayft.data.template import IGNORED, Encoded
+from rayft.errors import DataError
+
+__all__ = ["Mapped", "Shape", "Texts", "TooLong", "first_learnt", "gather", "lengths_of", "notes"]
+
+TooLong = Literal["error", "drop", "cut"]
+
+Numbers = npt.NDArray[np.int64]
+Item = TypeVar("Item")
+
+
+def lengths_of(encoded: Sequence[Any]) -> Numbers:
+    """Return the number of tokens of each text (1 for an image): (N,)."""
+    if isinstance(encoded, Texts | Mapped):
+        return encoded.lengths
+    return np.fromiter(map(len, encoded), np.int64, len(encoded))
+
+
+def first_learnt(text: Encoded) -> int:
+    """Return the index of the first token that is learnt, or the number of tokens if none is."""
+    return next((place for place, label in enumerate(text.labels) if label != IGNORED), len(text))
+
+
+def gather(encoded: Sequence[Item], indices: Sequence[int]) -> list[Item]:
+    """Return some items by their indices; of mapped texts, all by one read."""
+    if isinstance(encoded, Texts | Mapped):
+        return encoded.gather(indices)  # type: ignore[return-value]
+    return [encoded[index] for index in indices]
+
+
+class Mapped(Sequence[Encoded]):
+    """The rows of Arrow files with the columns of `prepared.COLUMNS`, read when they are asked for."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Map the files.
+
+        Raises:
+            OSError: if one can't be read.
+        """
+        import datasets
+
+        found = [datasets.Dataset.from_file(str(file)) for file in files]
+        self._rows = datasets.concatenate_datasets(found).with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @cached_property
+    def lengths(self) -> Numbers:
+        """Number of tokens of each text: (N,)."""
+        return self.column("length")
+
+    def column(self, name: str) -> Numbers:
+        """Return a column of numbers: (N,)."""
+        found: Numbers = self._rows.data.column(name).to_numpy().astype(np.int64)
+        return found
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return self.gather(range(*index.indices(len(self))))
+        return self.gather([range(len(self))[index]])[0]
+
+    def gather(self, indices: Sequence[int]) -> list[Encoded]:
+        """Return the texts of some rows."""
+        if not len(indices):
+            return []
+        table = self._rows[[*map(int, indices)]]
+        found: list[Encoded] = []
+        for batch in table.to_batches():
+            ids, learnt = batch.column("ids"), batch.column("learnt")
+            tokens = ids.flatten().to_numpy()
+            labels = np.where(learnt.flatten().to_numpy(zero_copy_only=False), tokens, IGNORED)
+            ends = np.cumsum(ids.value_lengths().to_numpy())
+            for start, end, label in zip(
+                [0, *ends[:-1]], ends, batch.column("label").to_pylist(), strict=True
+            ):
+                found.append(
+                    Encoded(tuple(tokens[start:end].tolist()), tuple(labels[start:end].tolist()), label)
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is known of N texts without reading them."""
+
+    lengths: Numbers
+    """Number of tokens: (N,)."""
+    first: Numbers
+    """Index of the first token that is learnt, or the number of tokens if none is: (N,)."""
+    example: Numbers
+    """Index of the example that the text is of: (N,), ascending."""
+    raw: bool
+    """Whether the texts are neither conversations nor classified."""
+
+    def before(self, example: int) -> Shape:
+        """Return the shape of the texts of the first examples."""
+        end = int(np.searchsorted(self.example, example))
+        return Shape(self.lengths[:end], self.first[:end], self.example[:end], self.raw)
+
+
+class Texts(Sequence[Encoded]):
+    """Texts, or pieces of them, that are no longer than a limit.
+
+    `drop` leaves out the texts that are too long. `cut` divides raw text into pieces; of a conversation it
+    keeps the end, so that the learnt answers stay whole; of a text to classify the start and the last token,
+    which may be special.
+    """
+
+    def __init__(self, source: Sequence[Encoded], shape: Shape, limit: int, how: TooLong, part: str) -> None:
+        """Choose what is left of each text.
+
+        Args:
+            source: the texts; those beyond the shape's are not used.
+            shape: of the texts.
+            limit: most tokens of a text.
+            how: what to do with longer ones; with `error` there must be none.
+            part: name of the texts in messages.
+
+        Raises:
+            DataError: if all would be dropped, or cutting would cut an answer.
+        """
+        self._source, whole = source, shape.lengths
+        over = np.flatnonzero(whole > limit)
+        rows, starts, lengths = np.arange(len(whole)), np.zeros_like(whole), whole
+        self.note = ""
+        """What was dropped or cut, as a sentence."""
+        which = f"of {len(whole)} examples with more than {limit} tokens"
+        if not len(over):
+            pass
+        elif how == "drop":
+            rows = np.flatnonzero(whole <= limit)
+            if not len(rows):
+                raise DataError(
+                    f"{part}: each of the {len(whole)} examples has more than {limit} tokens, so none is "
+                    f"left; raise data.max_length, the shortest has {whole.min()}"
+                )
+            starts, lengths = starts[rows], whole[rows]
+            self.note = f"{part}: dropped {len(over)} {which} (the longest has {whole.max()})"
+        elif shape.raw:
+            pieces = -(-whole // limit)
+            rows = np.repeat(rows, pieces)
+            starts = (np.arange(len(rows)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * limit
+            lengths = np.minimum(whole[rows] - starts, limit)
+            self.note = f"{part}: divided {len(over)} {which} into pieces"
+        else:
+            answers = whole - shape.first
+            worst = over[answers[over].argmax()]
+            if answers[worst] >= limit:
+                raise DataError(
+                    f"{part} example {shape.example[worst] + 1}: its answers alone have {answers[worst]} "
+                    f"tokens, so they can't be kept whole in {limit}: raise data.max_length, or set "
+                    "data.too_long: drop"
+                )
+            lengths = np.minimum(whole, limit)
+            starts = whole - lengths
+            self.note = f"{part}: cut {len(over)} {which} (the longest had {whole.max()})"
+        self._rows, self._starts, self.lengths = rows, starts, lengths
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return self.gather(range(*index.indices(len(self))))
+        return self.gather([range(len(self))[index]])[0]
+
+    def gather(self, indices: Sequence[int]) -> list[Encoded]:
+        """Return some of the texts."""
+        chosen = np.asarray(indices, np.int64)
+        places = zip(self._starts[chosen].tolist(), self.lengths[chosen].tolist(), strict=True)
+        whole = gather(self._source, self._rows[chosen].tolist())
+        return [_piece(text, *place) for text, place in zip(whole, places, strict=True)]
+
+
+def notes(encoded: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Return what was dropped or cut of each part, except of `test`, all of whose questions are scored."""
+    return [
+        texts.note
+        for part, texts in encoded.items()
+        if part != "test" and isinstance(texts, Texts) and texts.note
+    ]
+
+
+def _piece(text: Encoded, start: int, length: int) -> Encoded:
+    """Return some tokens of a text."""
+    if length == len(text):
+        return text
+    if text.label is not None:
+        ids = (*text.input_ids[: length - 1], text.input_ids[-1])
+        return Encoded(ids, (IGNORED,) * length, text.label)
+    end = start + length
+    return Encoded(text.input_ids[start:end], (IGNORED, *text.labels[start + 1 : end]))

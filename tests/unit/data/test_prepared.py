@@ -1,0 +1,278 @@
+"""A prepared set on disk is what is read and encoded in memory, and is made again if anything differs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayft.data import prepared as module
+from rayft.data.example import Example, Message
+from rayft.data.prepared import MANIFEST, Prepared, prepare
+from rayft.data.source import PARTS
+from rayft.errors import DataError, DiskFullError, ResourceError
+from tests.disks import PAGE, Disk
+from tests.unit.data.small_data import config, lines, pairs
+from tests.unit.data.templates import QWEN3, chat_tokenizer
+
+DUPLICATE = {"prompt": "question 3", "completion": "answer 3"}
+
+
+def in_a_process(test: Any) -> Any:
+    """Mark a test in which data is prepared as in commands, by a new process, which takes three seconds."""
+    test.in_a_process = True
+    return test
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALL", 0)
+    if not hasattr(request.function, "in_a_process"):
+        monkeypatch.setattr(module, "_run", lambda asked: module.write(*pickle.loads(asked)))  # noqa: S301
+
+
+@pytest.fixture
+def no_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function that forbids to prepare anything from now on."""
+
+    def forbid() -> None:
+        monkeypatch.setattr(module, "_run", lambda _: pytest.fail("prepared again"))
+
+    return forbid
+
+
+def in_memory(settings: Any, tokenizer: Any) -> Prepared:
+    return Prepared(module.read(settings), settings, tokenizer)
+
+
+def assert_same(found: Prepared, expected: Prepared) -> None:
+    for part in PARTS:
+        assert [*getattr(found.parts, part)] == [*getattr(expected.parts, part)]
+        assert [*found.encoded(part, None)] == [*expected.encoded(part, None)]
+    for name in ("digest", "digests", "labels", "dropped", "scorer", "has_images"):
+        assert getattr(found.parts, name) == getattr(expected.parts, name)
+
+
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+CHAT = [
+    {"role": "user", "content": "a \ud83d\ude00"},
+    {"role": "assistant", "content": "b", "weight": 0},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
+SETS: dict[str, list[dict[str, Any]]] = {
+    "pairs": [*pairs(0, 30), DUPLICATE],
+    "chats": [{"messages": [{"role": "user", "content": f"q {n}"}, *CHAT[1:]]} for n in range(20)],
+    "texts": [{"text": f"text of number {n} " * (n + 1)} for n in range(20)],
+    "classes": [{"text": f"text {n}", "label": n % 3} for n in range(30)],
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_it_is_what_is_read_and_encoded_in_memory(name, tokenizer, tmp_path):
+    settings = config(name=lines(tmp_path / "a.jsonl", SETS[name]), max_length=1024, val=4, test=3)
+    found = prepare(settings, tokenizer, tmp_path / "cache")
+    assert_same(found, in_memory(settings, tokenizer))
+    assert bool(found.parts.dropped) == (name == "pairs")
+    assert [*found.encoded("val", None, 2)] == [*found.encoded("val", None)][:2]
+
+
+def test_an_example_that_is_encoded_as_several_texts(tmp_path):
+    tokenizer = chat_tokenizer(QWEN3)
+    chat = [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]
+    chat[1]["reasoning_content"] = "because"
+    rows = [{"messages": [{"role": "system", "content": str(n)}, *chat]} for n in range(12)]
+    settings = config(name=lines(tmp_path / "a.jsonl", rows), val=3, test=3)
+    found = prepare(settings, tokenizer, tmp_path / "cache")
+    assert_same(found, in_memory(settings, tokenizer))
+    assert len(found.encoded("train", None)) == 2 * len(found.parts.train) == 12
+    assert len(found.encoded("train", None, 2)) == 4
+
+
+@in_a_process
+def test_many_examples_are_encoded_by_several_processes_in_order(tokenizer, tmp_path):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 4500)), val=10, test=10)
+    found = prepare(settings, tokenizer, tmp_path / "cache")
+    assert_same(found, in_memory(settings, tokenizer))
+    if len(os.sched_getaffinity(0)) > 1:
+        (folder,) = (tmp_path / "cache" / "data").glob("*/")
+        assert len(json.loads((folder / MANIFEST).read_text())["texts"]["train"]) == 2
+
+
+def test_it_is_used_again_under_another_name_and_for_other_lengths(tokenizer, tmp_path, no_process):
+    rows = [*pairs(0, 30), DUPLICATE]
+    settings = config(name=lines(tmp_path / "a.jsonl", rows))
+    first = prepare(settings, tokenizer, tmp_path / "cache")
+    no_process()
+    shutil.move(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    changed = {"name": str(tmp_path / "b.jsonl"), "max_length": 300, "packing": False, "too_long": "drop"}
+    second = prepare(settings.model_copy(update=changed), tokenizer, tmp_path / "cache")
+    assert [*second.encoded("train", None)] == [*first.encoded("train", None)]
+    (dropped,) = second.parts.dropped
+    assert dropped.text == first.parts.dropped[0].text.replace("a.jsonl", "b.jsonl")
+
+
+def changed_tokenizer(tokenizer: Any, change: Callable[[Any], None]) -> Any:
+    from copy import deepcopy
+
+    other = deepcopy(tokenizer)
+    change(other)
+    return other
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1}, {"val": 5}, {"train": 7}, {"separator": " "}, {"format": "prompt_completion"},
+        "content", "template", "token", "code",
+    ],
+    ids=str,
+)  # fmt: skip
+def test_it_is_made_again_if_anything_else_differs(change, tokenizer, tmp_path, monkeypatch):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
+    prepare(settings, tokenizer, tmp_path / "cache")
+    if change == "content":
+        lines(tmp_path / "a.jsonl", pairs(1, 31))
+    elif change == "template":
+        tokenizer = changed_tokenizer(
+            tokenizer, lambda other: setattr(other, "chat_template", "{# #}" + tokenizer.chat_template)
+        )
+    elif change == "token":
+        tokenizer = changed_tokenizer(tokenizer, lambda other: other.add_tokens(["question"]))
+    elif change == "code":
+        monkeypatch.setattr(module, "_code", lambda: "other")
+    else:
+        settings = settings.model_copy(update=change)
+    found = prepare(settings, tokenizer, tmp_path / "cache")
+    assert len([*(tmp_path / "cache" / "data").glob("*/")]) == 2
+    assert_same(found, in_memory(settings, tokenizer))
+
+
+def test_texts_that_are_too_long_are_refused_dropped_or_cut(tokenizer, tmp_path):
+    rows = [{"prompt": "q" * size, "completion": f"a{size}"} for size in range(40, 70)]
+    settings = config(name=lines(tmp_path / "a.jsonl", rows), max_length=80, val=3, test=3)
+    kept = prepare(settings, tokenizer, tmp_path / "cache")
+    message = r"of 24 examples are too long; the longest, train example \d+, has \d+ tokens.*data.too_long"
+    for found in (kept, in_memory(settings, tokenizer)):
+        with pytest.raises(DataError, match=message):
+            found.encoded("train", None)
+    for how in ("drop", "cut"):
+        other = settings.model_copy(update={"too_long": how})
+        found, expected = prepare(other, tokenizer, tmp_path / "cache"), in_memory(other, tokenizer)
+        assert_same(found, expected)
+        assert found.encoded("train", None).note == expected.encoded("train", None).note != ""
+        assert found.encoded("train", 70).lengths.max() <= 70
+
+
+@in_a_process
+def test_errors_in_the_data_are_those_of_reading_it(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2 is not JSON"):
+        prepare(config(name=str(tmp_path / "a.jsonl")), tokenizer, tmp_path / "cache")
+    rows = [{"messages": [{"role": "user", "content": f"q{n}"}, {**CHAT[3], "name": "x"}]} for n in range(9)]
+    with pytest.raises(DataError, match=r"train example 1 has name.*does not write it"):
+        prepare(config(name=lines(tmp_path / "b.jsonl", rows)), tokenizer, tmp_path / "cache")
+    assert not [*(tmp_path / "cache" / "data").glob("**/*.arrow")]
+    with pytest.raises(DataError, match="no file at"):
+        prepare(config(name=str(tmp_path / "missing.jsonl")), tokenizer, tmp_path / "cache")
+
+
+@in_a_process
+def test_a_killed_process_leaves_nothing(tokenizer, tmp_path, monkeypatch):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
+    started = subprocess.Popen
+
+    def killed(command: list[str], **options: Any) -> Any:
+        code = "import os, sys; sys.stdin.buffer.read(); os.kill(os.getpid(), 9)"
+        return started([command[0], "-c", code], **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(module.subprocess, "Popen", killed)
+        with pytest.raises(ResourceError, match="ended by signal 9, as the system does when memory is short"):
+            prepare(settings, tokenizer, tmp_path / "cache")
+    assert not [*(tmp_path / "cache" / "data").glob("*/")]
+    assert_same(prepare(settings, tokenizer, tmp_path / "cache"), in_memory(settings, tokenizer))
+
+
+def test_what_a_killed_command_left_is_deleted(tokenizer, tmp_path):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
+    prepare(settings, tokenizer, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache" / "data").glob("*/")
+    # Killed while it wrote: the first has no manifest, the second has another name.
+    (folder / MANIFEST).unlink()
+    (folder.parent / f".{folder.name}.123").mkdir()
+    assert_same(prepare(settings, tokenizer, tmp_path / "cache"), in_memory(settings, tokenizer))
+    assert [*folder.parent.glob("*/")] == [folder]
+
+
+def test_processes_that_need_the_same_set_make_it_once(tokenizer, tmp_path, monkeypatch):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
+    made = []
+    run = module._run
+    monkeypatch.setattr(module, "_run", lambda asked: (made.append(1), run(asked)))
+    with ThreadPoolExecutor(3) as threads:
+        found = [*threads.map(lambda _: prepare(settings, tokenizer, tmp_path / "cache"), range(3))]
+    assert len(made) == 1
+    for one in found:
+        assert_same(one, in_memory(settings, tokenizer))
+
+
+@in_a_process
+@pytest.mark.parametrize("pages", [0, 12])
+def test_a_full_disk_leaves_nothing(pages, tokenizer, tmp_path, disk: Disk):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 300)))
+    cache = disk.folder / "cache"
+    disk.leave(pages * PAGE)
+    with pytest.raises(DiskFullError):
+        prepare(settings, tokenizer, cache)
+    assert not [*cache.glob("data/*/*")]
+    disk.leave(2**24)
+    assert_same(prepare(settings, tokenizer, cache), in_memory(settings, tokenizer))
+
+
+def test_small_files_are_not_kept(tokenizer, tmp_path, monkeypatch, no_process):
+    monkeypatch.setattr(module, "SMALL", 10**6)
+    no_process()
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
+    assert_same(prepare(settings, tokenizer, tmp_path / "cache"), in_memory(settings, tokenizer))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_example_as_json_is_the_same_example():
+    message = Message("assistant", "b", learn=False, extras={"tool_calls": [{"a": [1, None, True]}]})
+    for example in (
+        Example((Message("user", "a\u2028\x1f"), message), separator="\t", tools=({"name": "f"},)),
+        Example(text="text", label=2, label_name="two"),
+    ):
+        assert Example.from_json(example.to_json()) == example
+    with pytest.raises(DataError, match="not JSON serializable; write such values"):
+        Example((Message("user", "a", extras={"x": object()}),)).to_json()
+
+
+def test_a_prepared_set_can_be_read_in_another_process(tokenizer, tmp_path):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
+    found = prepare(settings, tokenizer, tmp_path / "cache")
+    code = "import pickle, sys; print([len(part) for part in pickle.load(sys.stdin.buffer)])"
+    parts = [found.parts.train, found.parts.val, found.parts.test]
+    answer = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(parts), capture_output=True, check=True
+    )
+    assert json.loads(answer.stdout) == [len(part) for part in parts]
+
+
+def test_the_folder_is_touched_when_it_is_used(tokenizer, tmp_path):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
+    prepare(settings, tokenizer, tmp_path / "cache")
+    (manifest,) = Path(tmp_path / "cache" / "data").glob(f"*/{MANIFEST}")
+    os.utime(manifest, (1, 1))
+    prepare(settings, tokenizer, tmp_path / "cache")
+    assert manifest.stat().st_mtime > 10**9

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from rayft.data.template import IGNORED, Encoded
+from rayft.data.texts import Shape, Texts, first_learnt, gather, lengths_of, notes
+from rayft.errors import DataError
+
+
+def conversation(prompt: int, answer: int) -> Encoded:
+    tokens = tuple(range(100, 100 + prompt + answer))
+    return Encoded(tokens, (IGNORED,) * prompt + tokens[prompt:])
+
+
+def raw(size: int) -> Encoded:
+    tokens = tuple(range(100, 100 + size))
+    return Encoded(tokens, (IGNORED, *tokens[1:]))
+
+
+def labelled(size: int) -> Encoded:
+    return Encoded(tuple(range(100, 100 + size)), (IGNORED,) * size, label=1)
+
+
+def fitted(texts: list[Encoded], limit: int, how: str, *, is_raw: bool = False) -> Texts:
+    shape = Shape(lengths_of(texts), np.array([*map(first_learnt, texts)]), np.arange(len(texts)) * 2, is_raw)
+    return Texts(texts, shape, limit, how, "train")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["error", "drop", "cut"])
+def test_texts_of_the_limit_stay_as_they_are(how):
+    texts = [conversation(3, 5), conversation(1, 2)]
+    found = fitted(texts, 8, how)
+    assert [*found] == texts
+    assert (found.note, found.lengths.tolist()) == ("", [8, 3])
+
+
+def test_longer_texts_are_dropped():
+    texts = [conversation(3, 5), conversation(2, 1), conversation(4, 5), conversation(1, 1)]
+    found = fitted(texts, 7, "drop")
+    assert [*found] == [texts[1], texts[3]]
+    assert found.note == "train: dropped 2 of 4 examples with more than 7 tokens (the longest has 9)"
+    assert found.lengths.tolist() == [3, 2]
+    assert found[-1] == texts[3]
+    assert found[0:9] == gather(found, [0, 1])
+
+
+def test_of_a_longer_conversation_the_end_is_left_with_the_whole_answer():
+    texts = [conversation(6, 4), conversation(2, 2)]
+    found = fitted(texts, 5, "cut")
+    assert found[0].input_ids == texts[0].input_ids[-5:]
+    assert found[0].labels == (IGNORED, *texts[0].labels[-4:])
+    assert found[1] == texts[1]
+    assert found.note == "train: cut 1 of 2 examples with more than 5 tokens (the longest had 10)"
+
+
+@pytest.mark.parametrize("size", [5, 6])
+def test_an_answer_is_never_cut(size):
+    with pytest.raises(DataError, match=f"train example 3: its answers alone have {size} tokens"):
+        fitted([conversation(9, 1), conversation(2, size)], 5, "cut")
+
+
+def test_an_earlier_answer_is_not_cut_either():
+    tokens = tuple(range(10))
+    text = Encoded(tokens, (IGNORED, 1, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, 8, 9))
+    with pytest.raises(DataError, match="answers alone have 9 tokens"):
+        fitted([text], 6, "cut")
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 9, 10, 11])
+def test_longer_raw_text_is_divided_into_pieces(size):
+    text = raw(size)
+    found = fitted([raw(3), text, raw(2)], 5, "cut", is_raw=True)
+    pieces = [*found][1:-1]
+    assert tuple(token for piece in pieces for token in piece.input_ids) == text.input_ids
+    assert all(len(piece) == 5 for piece in pieces[:-1])
+    assert all(piece.labels == (IGNORED, *piece.input_ids[1:]) for piece in pieces)
+    assert found.lengths.tolist() == [len(one) for one in found]
+
+
+def test_a_longer_text_to_classify_keeps_its_start_and_its_last_token():
+    (found,) = fitted([labelled(9)], 4, "cut")
+    assert found == Encoded((100, 101, 102, 108), (IGNORED,) * 4, label=1)
+
+
+def test_nothing_left_is_an_error():
+    with pytest.raises(DataError, match=r"each of the 2 examples has more than 4 tokens.*shortest has 6"):
+        fitted([conversation(3, 3), conversation(5, 5)], 4, "drop")
+
+
+def test_the_shape_of_the_first_examples():
+    shape = Shape(np.array([3, 4, 5, 6]), np.zeros(4), np.array([0, 0, 1, 3]), raw=False)
+    assert [shape.before(count).lengths.tolist() for count in (0, 1, 2, 3, 4, 9)] == [
+        [], [3, 4], [3, 4, 5], [3, 4, 5], [3, 4, 5, 6], [3, 4, 5, 6],
+    ]  # fmt: skip
+
+
+def test_the_notes_are_those_of_the_parts_that_are_learnt_or_decide():
+    long = fitted([conversation(3, 5), conversation(1, 1)], 4, "drop")
+    assert notes({"train": long, "val": [raw(2)], "test": long}) == [long.note]
