@@ -7,9 +7,11 @@ the prompt that a model gets when it is asked, and the learnt text ends where th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from rayft.data.chat_format import Answer, ChatFormat, render
@@ -45,6 +47,9 @@ UNSEEN = {
 }
 """Role → keys that a template may leave out: the answer of a tool follows its call anyway, and reasoning has
 a check of its own."""
+
+MOST_PIECES = 1000
+"""Pieces of texts whose tokens are kept for the next texts."""
 
 INSTRUCTION = "Reply with nothing but the answer: no explanation, no full sentence."
 
@@ -215,6 +220,7 @@ class _Layout:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None = None) -> None:
         self.tokenizer, self._given = tokenizer, chat_format
+        self._tokens = _Tokens(tokenizer)
 
     @cached_property
     def format(self) -> ChatFormat:
@@ -241,13 +247,14 @@ class _Layout:
             if turn.role != "assistant" or not turn.learn:
                 continue
             prompt, answer = self.answer(example, index, name)
+            self._tokens.learn(prompt, prompt + answer)
             if not prompt.startswith(done):
                 # The template renders earlier answers differently now that another question follows.
                 found.append(Encoded(ids, labels))
                 done, ids, labels = "", (), ()
-            before = _continue(self.tokenizer, done, ids, prompt)
+            before = self._continue(done, ids, prompt)
             ids, labels = (*ids, *before), (*labels, *(IGNORED for _ in before))
-            learnt = _continue(self.tokenizer, prompt, ids, prompt + answer)
+            learnt = self._continue(prompt, ids, prompt + answer)
             ids, labels = (*ids, *learnt), (*labels, *learnt)
             done = prompt + answer
         if not ids:
@@ -255,6 +262,13 @@ class _Layout:
                 f"{name}: no answer is left to learn from; let one of the assistant's turns be learnt"
             )
         return [*found, Encoded(ids, labels)]
+
+    def _continue(self, before: str, before_ids: tuple[int, ...], after: str) -> tuple[int, ...]:
+        """Return the tokens that `after` adds to `before`. Models start from `before_ids`, which are kept."""
+        whole = self._tokens.of(after)
+        if whole[: len(before_ids)] == before_ids:
+            return whole[len(before_ids) :]
+        return _ids(self.tokenizer, after[len(before) :])
 
     def answer(self, example: Example, index: int, name: str) -> tuple[str, str]:
         """Return the prompt for the answer at `index`, and the text that a model should generate after it.
@@ -365,21 +379,50 @@ class _Layout:
             ) from error
 
 
+class _Tokens:
+    """Encodes texts that begin alike, such as a prompt and the same prompt with its answer.
+
+    A tokenizer divides a text at its special tokens, and encodes what is between two of them by itself. So
+    a text is encoded in pieces, each of which begins with a special token, and each different piece once.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._known = tokenizer, dict[str, tuple[int, ...]]()
+        self._divide: re.Pattern[str] | None = None
+        if not getattr(tokenizer, "is_fast", False) or getattr(tokenizer, "split_special_tokens", False):
+            return
+        # Those that are not normalised are found in the text as it is.
+        added = [token for token in tokenizer.added_tokens_decoder.values() if not token.normalized]
+        if added and not any(token.lstrip or token.single_word for token in added):
+            longest_first = sorted((token.content for token in added), key=len, reverse=True)
+            self._divide = re.compile("|".join(map(re.escape, longest_first)))
+
+    def learn(self, *texts: str) -> None:
+        """Encode several texts at once, so that `of` knows their pieces."""
+        new = [*{piece: None for text in texts for piece in self._pieces(text) if piece not in self._known}]
+        if len(self._known) > MOST_PIECES:
+            self._known.clear()
+            new = [*{piece: None for text in texts for piece in self._pieces(text)}]
+        if new:
+            found = self._tokenizer(new, add_special_tokens=False)["input_ids"]
+            self._known |= zip(new, map(tuple, found), strict=True)
+
+    def of(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of a text that was learnt."""
+        return tuple(chain.from_iterable(self._known[piece] for piece in self._pieces(text)))
+
+    def _pieces(self, text: str) -> list[str]:
+        if self._divide is None:
+            return [text]
+        starts = [0, *[match.start() for match in self._divide.finditer(text) if match.start()]]
+        return [text[start:end] for start, end in pairwise([*starts, len(text)])]
+
+
 def _left_out(name: str, what: str) -> DataError:
     return DataError(
         f"{name} has {what}, and the model's chat template does not write it, so it would not be learnt; use "
         f"a model whose template writes {what}, or remove it from the data"
     )
-
-
-def _continue(
-    tokenizer: PreTrainedTokenizerBase, before: str, before_ids: tuple[int, ...], after: str
-) -> tuple[int, ...]:
-    """Return the tokens that `after` adds to `before`. Models start from `before_ids`, which are kept."""
-    whole = _ids(tokenizer, after)
-    if whole[: len(before_ids)] == before_ids:
-        return whole[len(before_ids) :]
-    return _ids(tokenizer, after[len(before) :])
 
 
 def _plain(message: Message, tokenizer: PreTrainedTokenizerBase, example: Example) -> str:

@@ -71,7 +71,7 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
 
 def _check(config: PipelineConfig, display: Display) -> Plan:
     """Check everything that can be checked before workers start, and show the warnings."""
-    with display.stage("checks"):
+    with display.stage("check, and prepare the data"):
         # Joining an existing cluster costs nothing, and shows which devices it has.
         join()
         plan = preflight(config)
