@@ -298,6 +298,31 @@ def serving_table() -> str:
     return "\n".join([*lines, "", f"On {device}."]) if len(lines) > 2 else "\n".join(lines)
 
 
+def data_prepare_table() -> str:
+    """Return the table of how long data takes to be prepared."""
+    cases: dict[str, dict[str, float]] = {}
+    for item in load("data_prepare"):
+        cases.setdefault(item["case"], {})[item["metric"]] = item["value"]
+    rows = []
+    for case, found in sorted(cases.items(), key=lambda item: int(item[0].partition("x")[0])):
+        count, cores = int(case.partition("x")[0]), case.rpartition("/")[2].removesuffix("cores")
+        rows.append(
+            f"| {count:,}, {cores} cores "
+            f"| {found['alone_ms_a_row']:.2f} ms, {found['alone_own_kib_a_row']:.0f} KiB "
+            f"| {found['first_ms_a_row']:.2f} ms | {found['second_seconds']:.1f} s "
+            f"| {found['worker_own']:.0f} MiB "
+            f"| {found['on_disk']:.2f} GiB |"
+        )
+    return "\n".join(
+        [
+            "| rows | a worker that reads for itself: time, memory a row | the first start, a row "
+            "| the next start | memory of a worker | on disk |",
+            "| --- | --- | --- | --- | --- | --- |",
+            *rows,
+        ]
+    )
+
+
 def serving_gpu_table() -> str:
     """Return the tables of serving on a GPU: the kernels beside the linears, then vLLM with adapters."""
     kernels = cases("adapter_kernels")
@@ -347,6 +372,7 @@ TABLES = {
     "demo_figure": lambda: demo_image(cases("demo")),
     "serving": serving_table,
     "serving_gpu": serving_gpu_table,
+    "data_prepare": data_prepare_table,
     "demo": demo_table,
     "train_step": train_step_table,
     "methods_quality": methods_quality_table,
@@ -357,7 +383,10 @@ TABLES = {
     "study_chains": study_chains_table,
     "study_full": study_full_table,
 }
-PAGES = ("README.md", "docs/results.md", "docs/squeezing.md", "docs/serving.md", "docs/study/README.md")
+PAGES = (
+    "README.md", "docs/data-and-models.md", "docs/results.md", "docs/squeezing.md", "docs/serving.md",
+    "docs/study/README.md",
+)  # fmt: skip
 """The pages that have tables, each between its markers."""
 
 

@@ -54,6 +54,20 @@ def sweep(
 
 
 @app.command()
+def data(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or a packaged configuration: demo, study, tiny.")
+    ] = "demo",
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=0, help="Number of training rows to print as text.")] = 1,
+) -> None:
+    """Show what the model will see: lengths, padding, what was dropped, and rows with what is learnt."""
+    from rayft.flow import commands
+
+    commands.data(config, overrides or [], rows, console)
+
+
+@app.command()
 def squeeze(
     adapter: Annotated[
         str, typer.Argument(help="Folder of an adapter, whoever made it, or of a fine-tuned model.")

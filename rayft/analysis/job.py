@@ -27,7 +27,7 @@ from rayft.analysis.section import AnalyzeConfig, Part
 from rayft.analysis.updates import Update, spectra
 from rayft.artifacts import AdapterArtifact
 from rayft.data.pack import AnyBatch, collate_rows, rows_of
-from rayft.errors import DiskFullError, MethodError, RayftError, ResourceError
+from rayft.errors import DataError, DiskFullError, MethodError, RayftError, ResourceError
 from rayft.evaluate.loss import targets_of
 from rayft.identity import UNKNOWN, Identity
 from rayft.methods.base import LoraFactors
@@ -223,6 +223,10 @@ class _Analysis:
         """Measure the gap between the losses on training and on held-out examples."""
         session, count = self.session, self.config.samples
         test = session.prepared.encoded("test", session.loaded.context)
+        if not len(test):
+            raise DataError(
+                "no test example is short enough for data.max_length; raise it to measure the gap"
+            )
         count = min(count, len(session.train), len(test))
         seen, fresh = (
             example_losses(

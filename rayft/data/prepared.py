@@ -35,7 +35,7 @@ from rayft.data.section import DataConfig
 from rayft.data.source import PARTS, Dropped, Parts, Scorer, places, read
 from rayft.data.template import Encoded, check_lengths, encode_all, encode_numbered
 from rayft.data.texts import Mapped, Shape, Texts, first_learnt
-from rayft.errors import RayftError, ResourceError
+from rayft.errors import DataError, RayftError, ResourceError
 from rayft.files import hash_content, locked, room_on, sync_tree
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ class Prepared:
             count: number of examples, from the first; all by default.
 
         Raises:
-            DataError: if texts are too long and are to be neither dropped nor cut, and as `Texts`.
+            DataError: if texts are too long and are to be neither dropped nor cut; if none is left to learn
+                from or to decide by; and as `Texts`.
         """
         config, limit = self._config, self._config.max_length
         if self._mapped is None:
@@ -109,7 +110,14 @@ class Prepared:
             check_lengths(shape.lengths.tolist(), limit, context, part, shape.example.tolist())
         if self._mapped is None and shape.lengths.max() <= limit:
             return texts
-        return Texts(texts, shape, limit if context is None else min(limit, context), config.too_long, part)
+        limit = limit if context is None else min(limit, context)
+        found = Texts(texts, shape, limit, config.too_long, part)
+        if not len(found) and part != "test":
+            raise DataError(
+                f"{part}: each of the {len(shape.lengths)} examples has more than {limit} tokens, so none is "
+                f"left; raise data.max_length, the shortest has {shape.lengths.min()}"
+            )
+        return found
 
 
 def prepare(

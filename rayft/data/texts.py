@@ -137,7 +137,7 @@ class Texts(Sequence[Encoded]):
             part: name of the texts in messages.
 
         Raises:
-            DataError: if all would be dropped, or cutting would cut an answer.
+            DataError: if cutting would cut an answer.
         """
         self._source, whole = source, shape.lengths
         over = np.flatnonzero(whole > limit)
@@ -149,11 +149,6 @@ class Texts(Sequence[Encoded]):
             pass
         elif how == "drop":
             rows = np.flatnonzero(whole <= limit)
-            if not len(rows):
-                raise DataError(
-                    f"{part}: each of the {len(whole)} examples has more than {limit} tokens, so none is "
-                    f"left; raise data.max_length, the shortest has {whole.min()}"
-                )
             starts, lengths = starts[rows], whole[rows]
             self.note = f"{part}: dropped {len(over)} {which} (the longest has {whole.max()})"
         elif shape.raw:

@@ -46,6 +46,7 @@ from rayft.tracking.mlflow import flush_spool, prepare
 __all__ = [
     "adapters",
     "analyze",
+    "data",
     "demo",
     "doctor",
     "guarded",
@@ -331,6 +332,44 @@ def serve(config: str, overrides: Sequence[str], console: Console) -> None:
     console.print(f"starting {names} on http://{settings.host}:{settings.port}/v1", highlight=False)
     with cluster(settings.replicas * settings.cpus, device="cpu"):
         run(settings)
+
+
+def data(config: str | Path, overrides: Sequence[str], rows: int, console: Console) -> None:
+    """Print what the model of a configuration will see of its data.
+
+    Args:
+        config: a file, or the name of a packaged configuration.
+        overrides: settings of the configuration.
+        rows: number of training rows to print as text.
+        console: for the output.
+
+    Raises:
+        RayftError: if model or data can't be read, or don't fit each other.
+    """
+    from rayft.flow.data import look
+
+    found = look(load_config(config, overrides), rows)
+    table = Table("part", "examples", "tokens", "learnt", "median", "95 %", "longest")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in found.parts:
+        numbers = (part.examples, part.tokens, f"{part.learnt:.0%}", part.median, part.most, part.longest)
+        table.add_row(part.name, *(f"{one:,}" if isinstance(one, int) else one for one in numbers))
+    console.print(table)
+    console.print(
+        f"an epoch: {found.rows:,} rows, {found.steps:,.4g} steps; padding is {found.padding:.1%} of the "
+        "batches"
+    )
+    for note in found.notes:
+        console.print(note, style="yellow", soft_wrap=True)
+    for number, examples in enumerate(found.examples, start=1):
+        for index, runs in enumerate(examples, start=1):
+            which = f", example {index} of {len(examples)}" if len(examples) > 1 else ""
+            console.print(f"\nrow {number}{which}, learnt is what stands in [ ]", style="bold")
+            text = Text()
+            for run in runs:
+                text.append(f"[{run.text}]" if run.learnt else run.text, "green" if run.learnt else "")
+            console.print(text, soft_wrap=True)
 
 
 def doctor(output: str, console: Console) -> int:

@@ -173,6 +173,16 @@ def test_texts_that_are_too_long_are_refused_dropped_or_cut(tokenizer, tmp_path)
         assert found.encoded("train", 70).lengths.max() <= 70
 
 
+def test_none_left_to_learn_from_is_an_error(tokenizer, tmp_path):
+    source = lines(tmp_path / "a.jsonl", pairs(0, 30))
+    settings = config(name=source, max_length=8, too_long="drop", val=3, test=3)
+    for found in (prepare(settings, tokenizer, tmp_path / "cache"), in_memory(settings, tokenizer)):
+        for part in ("train", "val"):
+            with pytest.raises(DataError, match=rf"{part}: each of the .*more than 8 tokens.*shortest has 3"):
+                found.encoded(part, None)
+        assert len(found.encoded("test", None)) == 0
+
+
 @in_a_process
 def test_errors_in_the_data_are_those_of_reading_it(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
