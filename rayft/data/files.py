@@ -21,7 +21,7 @@ from rayft.config import lone_surrogate
 from rayft.errors import DataError
 from rayft.files import room_on
 
-__all__ = ["Table", "load_hub", "parse_json", "quiet", "read_file", "read_hub"]
+__all__ = ["Table", "hub_revision", "load_hub", "parse_json", "quiet", "read_file", "read_hub"]
 
 FileSource = Literal["jsonl", "csv", "parquet"]
 
@@ -75,8 +75,13 @@ def read_file(source: FileSource, name: str) -> Table:
     return replace(table, folder=path.absolute().parent)
 
 
-def load_hub(name: str, split: str) -> Any:
+def load_hub(name: str, split: str, first: int | None = None) -> Any:
     """Download one split of a hub set, `org/set` or `org/set:config`, as a table of `datasets`.
+
+    Args:
+        name: of the set.
+        split: name of the split.
+        first: number of rows to read; they are streamed, so that no more is downloaded. All by default.
 
     Raises:
         DataError: if the hub can't be reached, or has no such set, configuration or split.
@@ -85,10 +90,33 @@ def load_hub(name: str, split: str) -> Any:
     import datasets
 
     path, _, config = name.partition(":")
+    with _of_hub(name, split):
+        rows = datasets.load_dataset(path, config or None, split=split, streaming=first is not None)
+        if first is None:
+            return rows
+        stream = _plain_images(rows) if rows.features else rows
+        return datasets.Dataset.from_list([*stream.take(first)], features=stream.features)
+
+
+def hub_revision(name: str) -> str:
+    """Return a hash of the files of a hub set; raises the errors of `load_hub`."""
+    import datasets
+
+    path, _, config = name.partition(":")
+    with _of_hub(name, "train"):
+        return str(datasets.load_dataset_builder(path, config or None).hash)
+
+
+@contextmanager
+def _of_hub(name: str, split: str) -> Iterator[None]:
+    """Turn the errors of `datasets` about a hub set into ours; see `load_hub`."""
+    import datasets
+
+    path = name.partition(":")[0]
     caches = [Path(datasets.config.HF_DATASETS_CACHE), Path(datasets.config.constants.HF_HUB_CACHE)]
     try:
         with room_on(caches[0], others=caches[1:]):
-            rows = datasets.load_dataset(path, config or None, split=split)
+            yield
     except (ConnectionError, OSError) as error:
         if isinstance(error, FileNotFoundError) and "Couldn't reach" not in str(error):
             raise DataError(f"the hub has no data set '{path}' that can be read: {error}") from error
@@ -98,12 +126,11 @@ def load_hub(name: str, split: str) -> Any:
         ) from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"can't load split '{split}' of '{name}' from the hub: {error}") from error
-    return rows
 
 
-def read_hub(name: str, split: str) -> Table:
-    """Read one split of a hub set; raises the errors of `load_hub`."""
-    rows = load_hub(name, split)
+def read_hub(name: str, split: str, first: int | None = None) -> Table:
+    """Read one split of a hub set; arguments and errors are those of `load_hub`."""
+    rows = load_hub(name, split, first)
     table = _table(f"{name} [{split}]", _plain_images(rows))
     _name_classes(rows.features, table.rows)
     return table

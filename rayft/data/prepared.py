@@ -26,14 +26,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from rayft.data.example import Example
-from rayft.data.files import load_hub, quiet
+from rayft.data.files import hub_revision, load_hub, quiet
 from rayft.data.pack import AnyEncoded
 from rayft.data.pixels import ImageEncoder
 from rayft.data.section import DataConfig
 from rayft.data.source import PARTS, Dropped, Parts, Scorer, places, read
-from rayft.data.template import Encoded, check_lengths, encode_all, encode_numbered
+from rayft.data.template import IGNORED, Encoded, check_lengths, encode_all, encode_numbered
 from rayft.data.texts import Mapped, Shape, Texts, first_learnt
 from rayft.errors import DataError, RayftError, ResourceError
 from rayft.files import hash_content, locked, room_on, sync_tree
@@ -41,25 +42,18 @@ from rayft.files import hash_content, locked, room_on, sync_tree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["COLUMNS", "MANIFEST", "SMALL", "Prepared", "prepare"]
+__all__ = ["MANIFEST", "SMALL", "Prepared", "prepare"]
 
 SMALL = 2**20
 """Bytes of data that each process rather reads and encodes itself."""
 MANIFEST = "manifest.json"
 """File of a complete prepared set; the time of its last change is that of the set's last use."""
-COLUMNS = {
-    "ids": "int32",
-    "learnt": "bool",
-    "label": "int64",
-    "length": "int64",
-    "first": "int64",
-    "example": "int64",
-}
-"""Columns of encoded texts: `ids` and `learnt` have a list for each text; the others are those of `Shape`."""
 EXAMPLES_A_PROCESS = 2000
 """Examples from which another process for encoding takes less time than it costs."""
 BATCH = 256
-"""Examples that are encoded, and rows that are written, at once."""
+"""Examples that are encoded at once."""
+ROWS_A_PIECE = 2000
+"""Rows that are written at once. Mapping a file reads a little of each piece."""
 
 
 class Prepared:
@@ -158,7 +152,7 @@ def _content(config: DataConfig) -> dict[str, str] | None:
     if not named or config.format == "image_classification":
         return None
     if config.source == "hub":
-        return _hub_content({part: load_hub(config.name, split) for part, split in named.items()})
+        return _hub_content(config, named)
     files = {part: Path(name).expanduser() for part, name in named.items()}
     if not all(file.is_file() for file in files.values()) or _small(
         sum(file.stat().st_size for file in files.values())
@@ -169,12 +163,18 @@ def _content(config: DataConfig) -> dict[str, str] | None:
     return {part: hash_content(file) for part, file in files.items()}
 
 
-def _hub_content(tables: Mapping[str, Any]) -> dict[str, str] | None:
+def _hub_content(config: DataConfig, splits: Mapping[str, str]) -> dict[str, str] | None:
     import datasets
 
+    # Of a set that is streamed, one row tells what its columns are.
+    first = None if config.rows is None else 1
+    tables = {part: load_hub(config.name, split, first) for part, split in splits.items()}
     kinds = [kind for table in tables.values() for kind in table.features.values()]
     if any(isinstance(kind, datasets.Image) for kind in kinds):
         return None
+    if config.rows is not None:
+        revision = hub_revision(config.name)
+        return {part: f"{config.name} {split} {revision}" for part, split in splits.items()}
     if _small(sum(table.data.nbytes for table in tables.values())):
         return None
     return {part: str(table._fingerprint) for part, table in tables.items()}
@@ -312,7 +312,9 @@ def write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) 
     # Their memory would be copied by the processes that encode.
     del parts
     for part in PARTS:
-        manifest["texts"][part] = _write_texts(folder, part, tokenizer)
+        manifest["texts"][part], shape = _write_texts(folder, part, tokenizer)
+        # Apart from the texts: to read a column of their files, nearly all of a file is read.
+        np.save(folder / f"{part}-shape.npy", shape)
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
@@ -332,23 +334,32 @@ def _write_examples(examples: Sequence[Example], file: Path) -> None:
             writer.write_batch(pa.record_batch([texts], schema=schema))
 
 
-def _write_texts(folder: Path, part: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Encode the examples of a part; return the names of the files, in order."""
+def _write_texts(
+    folder: Path, part: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[str], npt.NDArray[np.int32]]:
+    """Encode the examples of a part.
+
+    Returns:
+        The names of the files, in order; and for each text its length, `first_learnt`, and the index of its
+        example: (3, N).
+    """
     import datasets
 
     examples = datasets.Dataset.from_file(str(folder / f"{part}-examples.arrow"))
-    lists = {name: datasets.List(datasets.Value(COLUMNS[name])) for name in ("ids", "learnt")}
-    numbers = {name: datasets.Value(kind) for name, kind in COLUMNS.items() if name not in lists}
+    numbers = ("length", "first", "example")
+    features = {
+        "ids": datasets.List(datasets.Value("int32")),
+        "learnt": datasets.List(datasets.Value("bool")),
+        **{name: datasets.Value("int32") for name in ("label", *numbers)},
+    }
 
     def encode(batch: Mapping[str, list[str]], indices: list[int]) -> dict[str, list[Any]]:
         given = zip(indices, map(Example.from_json, batch["example"]), strict=True)
-        found: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        found: dict[str, list[Any]] = {name: [] for name in features}
         for index, text in encode_numbered(given, tokenizer, part):
-            row = (
-                text.input_ids, [label >= 0 for label in text.labels], text.label,
-                len(text), first_learnt(text), index,
-            )  # fmt: skip
-            for name, value in zip(COLUMNS, row, strict=True):
+            learnt = [label != IGNORED for label in text.labels]
+            row = text.input_ids, learnt, text.label, len(text), first_learnt(text), index
+            for name, value in zip(features, row, strict=True):
                 found[name].append(value)
         return found
 
@@ -358,16 +369,17 @@ def _write_texts(folder: Path, part: str, tokenizer: PreTrainedTokenizerBase) ->
             encode,
             batched=True,
             batch_size=BATCH,
-            writer_batch_size=BATCH,
+            writer_batch_size=ROWS_A_PIECE,
             with_indices=True,
             remove_columns=["example"],
-            features=datasets.Features({name: {**lists, **numbers}[name] for name in COLUMNS}),
+            features=datasets.Features(features),
             num_proc=processes if processes > 1 else None,
             cache_file_name=str(folder / f"{part}.arrow"),
             # It would take long to compute, and nothing reads it.
             new_fingerprint=part,
         )
-    return [Path(file["filename"]).name for file in made.cache_files]
+    shape = np.stack([made.data.column(name).to_numpy() for name in numbers])
+    return [Path(file["filename"]).name for file in made.cache_files], shape
 
 
 def _is_raw(examples: Sequence[Example]) -> bool:
@@ -429,9 +441,9 @@ def _opened(folder: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase
     )
     mapped = {}
     for part, names in manifest["texts"].items():
-        texts = Mapped([folder / name for name in names])
-        columns = {name: texts.column(name) for name in ("first", "example")}
-        mapped[part] = texts, Shape(texts.lengths, **columns, raw=manifest["raw"])
+        lengths, first, example = np.load(folder / f"{part}-shape.npy").astype(np.int64)
+        texts = Mapped([folder / name for name in names], lengths)
+        mapped[part] = texts, Shape(lengths, first, example, raw=manifest["raw"])
     return Prepared(parts, config, tokenizer, mapped)
 
 

@@ -74,6 +74,10 @@ class DataConfig(Section):
     columns: Columns = Columns()
     """The names of the columns of a file or hub set."""
 
+    rows: int | None = Field(default=None, ge=1, json_schema_extra={SINCE: "0.2"})
+    """Number of rows to read of each file or hub split, from the first. A hub set is then streamed, so that
+    no more of it is downloaded."""
+
     train: int | None = Field(default=None, ge=1)
     """Number of examples to train on. The default for files is all that are left."""
 
@@ -119,6 +123,10 @@ class DataConfig(Section):
         if self.score == "native":
             raise ValueError("score: native is for source: reasoning_gym; write strict")
         self._check_images()
+        if self.rows is not None and self.source == "image_folder":
+            raise ValueError(
+                "rows are those of files and hub sets; limit a folder of images by train, val, test"
+            )
         if self.source == "hub":
             if not self.name:
                 raise ValueError("name is missing; write a hub id such as org/set")
@@ -146,6 +154,8 @@ class DataConfig(Section):
             )
         if self.format not in ("auto", "prompt_completion"):
             raise ValueError(f"format '{self.format}' does not fit reasoning-gym: leave it at auto")
+        if self.rows is not None:
+            raise ValueError("rows are those of files and hub sets; give a task train, val and test")
         missing = [part for part in ("train", "val", "test") if getattr(self, part) is None]
         if missing:
             raise ValueError(f"a reasoning-gym task has no size of its own: give {', '.join(missing)}")

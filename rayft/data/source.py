@@ -118,7 +118,10 @@ def _table(config: DataConfig, name: str) -> Table:
     assert config.source != "reasoning_gym"
     if config.source == "image_folder":
         return read_image_folder(name)
-    return read_hub(config.name, name) if config.source == "hub" else read_file(config.source, name)
+    if config.source == "hub":
+        return read_hub(config.name, name, config.rows)
+    table = read_file(config.source, name)
+    return replace(table, rows=table.rows[: config.rows], lines=table.lines[: config.rows])
 
 
 def _number_labels(parts: Mapping[str, list[Example]]) -> tuple[dict[str, list[Example]], tuple[str, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -42,10 +41,17 @@ def gather(encoded: Sequence[Item], indices: Sequence[int]) -> list[Item]:
 
 
 class Mapped(Sequence[Encoded]):
-    """The rows of Arrow files with the columns of `prepared.COLUMNS`, read when they are asked for."""
+    """Texts in Arrow files, which are read when they are asked for.
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    The columns are `ids` and `learnt`, a list for each text, and `label`.
+    """
+
+    def __init__(self, files: Sequence[Path], lengths: Numbers) -> None:
         """Map the files.
+
+        Args:
+            files: the files, in order.
+            lengths: number of tokens of each text: (N,).
 
         Raises:
             OSError: if one can't be read.
@@ -54,19 +60,10 @@ class Mapped(Sequence[Encoded]):
 
         found = [datasets.Dataset.from_file(str(file)) for file in files]
         self._rows = datasets.concatenate_datasets(found).with_format("arrow")
+        self.lengths = lengths
 
     def __len__(self) -> int:
-        return len(self._rows)
-
-    @cached_property
-    def lengths(self) -> Numbers:
-        """Number of tokens of each text: (N,)."""
-        return self.column("length")
-
-    def column(self, name: str) -> Numbers:
-        """Return a column of numbers: (N,)."""
-        found: Numbers = self._rows.data.column(name).to_numpy().astype(np.int64)
-        return found
+        return len(self.lengths)
 
     @overload
     def __getitem__(self, index: int) -> Encoded: ...

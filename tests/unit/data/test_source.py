@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import datasets
 import pytest
 
 from rayft.config import parse
 from rayft.data import source
 from rayft.data.example import Example, Message
-from rayft.data.source import DataConfig, majority_answer, read
+from rayft.data.source import PARTS, DataConfig, majority_answer, read
 from rayft.errors import ConfigError, DataError
 from tests.unit.data.small_data import config, keys, lines, pairs
 
@@ -34,6 +35,8 @@ from tests.unit.data.small_data import config, keys, lines, pairs
             {"source": "reasoning_gym", "name": "x", "format": "text", "train": 1, "val": 1, "test": 1},
             "format 'text' does not fit",
         ),
+        ({"source": "image_folder", "name": "a", "rows": 3}, "limit a folder of images by train, val, test"),
+        ({"name": "x", "rows": 3, "train": 1, "val": 1, "test": 1}, "give a task train, val and test"),
     ],
 )
 def test_a_wrong_configuration_is_an_error(values, match):
@@ -100,8 +103,6 @@ def test_sizes_that_a_file_cannot_fill_are_refused(tmp_path):
 
 
 def test_an_unreachable_hub_and_a_missing_set_are_different_errors(monkeypatch):
-    import datasets
-
     def away(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach 'org/set' on the Hub (LocalEntryNotFoundError)")
 
@@ -126,15 +127,41 @@ def test_an_unreachable_hub_and_a_missing_set_are_different_errors(monkeypatch):
         read(config(source="hub", name="org/set", files={"train": "tset"}))
 
 
-def test_hub_splits_are_parts_and_class_numbers_become_names(monkeypatch):
-    import datasets
+def test_the_first_rows_of_a_hub_set_are_streamed(monkeypatch, tmp_path):
+    rows = [{"text": f"text {n}", "label": n % 2} for n in range(40)]
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    table = datasets.Dataset.from_list(rows, features=features)
+    read_rows = []
 
+    def load(path, name=None, *, split, streaming):
+        assert streaming
+        return table.to_iterable_dataset().map(lambda row: read_rows.append(1) or row, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    parts = read(config(source="hub", name="org/set", rows=30))
+    assert len(read_rows) < 40
+    assert (len(parts.train), len(parts.val), len(parts.test)) == (24, 3, 3)
+    assert {one.text for part in PARTS for one in getattr(parts, part)} == {row["text"] for row in rows[:30]}
+    assert parts.labels == ("no", "yes")
+
+
+def test_only_the_first_rows_of_a_file_are_read(tmp_path):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 40)), rows=20)
+    found = read(settings)
+    asked = {one.question for part in PARTS for one in getattr(found, part)}
+    assert asked == {f"user: question {number}" for number in range(20)}
+
+
+def test_hub_splits_are_parts_and_class_numbers_become_names(monkeypatch):
     features = datasets.Features(
         text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"])
     )
     asked = []
 
-    def load(path: str, name: str | None, split: str) -> datasets.Dataset:
+    def load(path: str, name: str | None, split: str, streaming: bool) -> datasets.Dataset:
+        assert not streaming
         asked.append((path, name, split))
         rows = [{"text": f"{split} {n}", "label": n % 2} for n in range(20)]
         return datasets.Dataset.from_list(rows, features=features)
