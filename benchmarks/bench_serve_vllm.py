@@ -452,6 +452,8 @@ def compared(how: str, found: dict[tuple[str, int], list[dict[str, float]]]) -> 
         name = f"{NAMES[case]}/1b/{ROWS}rows/{how}"
         if kind == "stock":
             put(f"stock/{name}", "tokens_per_s", [one["tokens"] for one in values], "1/s")
+            if "prefill" in values[0]:
+                put(f"stock/{name}", "prefill_ms", [one["prefill"] for one in values], "ms")
             continue
         put(name, "tokens_per_s", [one["tokens"] for one in values], "1/s")
         for metric in ("step", "prefill"):
