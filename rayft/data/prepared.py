@@ -10,8 +10,10 @@ Images, reasoning-gym tasks and small files are not kept: each process reads and
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 
 __all__ = ["MANIFEST", "SMALL", "Prepared", "prepare"]
 
+logger = logging.getLogger(__name__)
+
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 SMALL = 2**20
 """Bytes of data that each process rather reads and encodes itself."""
 MANIFEST = "manifest.json"
@@ -134,12 +139,20 @@ def prepare(
         return Prepared(read(config), config, encoder)
     key = _key(config, encoder, content)
     folder = cache_folder / "data" / key
-    with room_on(cache_folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.with_suffix(".lock")):
-            if not (folder / MANIFEST).is_file():
-                _make(config, encoder, folder)
-    os.utime(folder / MANIFEST)
+    try:
+        with room_on(cache_folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder.with_suffix(".lock")):
+                if not (folder / MANIFEST).is_file():
+                    _make(config, encoder, folder)
+        os.utime(folder / MANIFEST)
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        logger.warning(
+            "nothing can be kept in %s (%s), so each process prepares the data", folder.parent, error
+        )
+        return Prepared(read(config), config, encoder)
     return _opened(folder, config, encoder)
 
 

@@ -290,6 +290,22 @@ def test_small_files_are_not_kept(tokenizer, tmp_path, monkeypatch, no_process):
     assert not (tmp_path / "cache").exists()
 
 
+def test_without_a_cache_that_can_be_written_each_process_prepares_it(
+    tokenizer, tmp_path, monkeypatch, caplog, no_process
+):
+    no_process()
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
+
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "mkdir", refuse)
+        found = prepare(settings, tokenizer, tmp_path / "cache")
+    assert_same(found, in_memory(settings, tokenizer))
+    assert "nothing can be kept in" in caplog.text
+
+
 def test_an_example_as_json_is_the_same_example():
     message = Message("assistant", "b", learn=False, extras={"tool_calls": [{"a": [1, None, True]}]})
     for example in (
