@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from rayft.errors import ConfigError
 from rayft.flow.console import terminal
 
 __all__ = ["app", "main"]
@@ -18,8 +19,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Search fine-tuning methods and ranks, squeeze the winners, serve many of them at once.",
 )
+cached = typer.Typer()
+app.add_typer(cached, name="cache")
 console = terminal()
 
+Kind = Annotated[str, typer.Argument(help="data, models, hashes, lanes, kernels or all.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting of the configuration: --set sweep.trials=4. Repeatable."),
@@ -235,6 +239,42 @@ def doctor(
     from rayft.flow import commands
 
     raise typer.Exit(commands.doctor(output, console))
+
+
+@cached.callback(invoke_without_command=True)
+def cache(
+    context: typer.Context,
+    limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Delete the data and models that were used least recently, until the rest has at most this "
+            "size, such as 20GB."
+        ),
+    ] = None,
+) -> None:
+    """Show how much prepared data, converted models and compiled kernels are kept; bound it, or delete it."""
+    from rayft.flow import commands
+
+    if context.invoked_subcommand is None:
+        commands.cache(limit, console)
+    elif limit is not None:
+        raise ConfigError("--limit needs no command after it: write `rayft cache --limit 20GB`")
+
+
+@cached.command("list")
+def list_cache(kind: Kind = "all") -> None:
+    """List what is kept, each entry with its size and its last use."""
+    from rayft.flow import commands
+
+    commands.list_cache(kind, console)
+
+
+@cached.command("clear")
+def clear_cache(kind: Kind) -> None:
+    """Delete what is kept, except what is in use. It is made again when it is needed."""
+    from rayft.flow import commands
+
+    commands.clear_cache(kind, console)
 
 
 def main() -> None:

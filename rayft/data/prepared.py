@@ -145,15 +145,16 @@ def prepare(
             with locked(folder.with_suffix(".lock")):
                 if not (folder / MANIFEST).is_file():
                     _make(config, encoder, folder)
-        os.utime(folder / MANIFEST)
+                # With the lock, because `rayft cache` may delete the set. What is mapped stays readable.
+                os.utime(folder / MANIFEST)
+                return _opened(folder, config, encoder)
     except OSError as error:
         if error.errno not in READ_ONLY:
             raise
         logger.warning(
             "nothing can be kept in %s (%s), so each process prepares the data", folder.parent, error
         )
-        return Prepared(read(config), config, encoder)
-    return _opened(folder, config, encoder)
+    return Prepared(read(config), config, encoder)
 
 
 # --- what a prepared set follows from

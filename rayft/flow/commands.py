@@ -21,16 +21,18 @@ from rich.text import Text
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import load
-from rayft.errors import RayftError, RegistryError, ResourceError
+from rayft.errors import ConfigError, RayftError, RegistryError, ResourceError, SqueezeError
 from rayft.files import disk_full, disk_full_error
 from rayft.flow.adapters import Action, adapters_table, call
 from rayft.flow.address import on_cluster
+from rayft.flow.cache import KINDS, Entry, Outcome, delete_all, entries, of_kind, shrink
 from rayft.flow.config import load_config
 from rayft.flow.console import show_error
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
 from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
+from rayft.kernels.launch_triton import kernel_cache
 from rayft.models.files import cache_folder, hub_cache
 from rayft.paths import check_file, check_folder, checked_text, read_path
 from rayft.registry.promote import Gate
@@ -40,16 +42,21 @@ from rayft.report.analysis import gap_rows
 from rayft.report.record import SweepRecord
 from rayft.report.render import check_report, render
 from rayft.report.terminal import terminal_table
+from rayft.report.text import ago_text, human_bytes
+from rayft.squeeze.budget import parse_bytes
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import flush_spool, prepare
 
 __all__ = [
     "adapters",
     "analyze",
+    "cache",
+    "clear_cache",
     "data",
     "demo",
     "doctor",
     "guarded",
+    "list_cache",
     "promote",
     "report",
     "serve",
@@ -383,6 +390,77 @@ def doctor(output: str, console: Console) -> int:
     return int(any(check.ok is False for check in found))
 
 
+def cache(limit: str | None, console: Console) -> None:
+    """Print how much is kept on this machine; or delete the data and models that were used least recently.
+
+    Args:
+        limit: size that the data and models may have, such as `20GB`; None deletes nothing.
+        console: for the output.
+
+    Raises:
+        ConfigError: if `limit` is no size.
+        ResourceError: if the cache can't be read, or something can't be deleted.
+    """
+    found = _kept()
+    if limit is not None:
+        try:
+            most = parse_bytes(limit)
+        except SqueezeError as error:
+            raise ConfigError(f"--limit: {error}") from error
+        outcome, size = shrink(found, most)
+        rest = f"; data and models have {human_bytes(size)} now, and may have {human_bytes(most)}"
+        _show_deleted(outcome, console, rest)
+        return
+    table = Table("kind", "entries", "size", "last used", show_footer=True)
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    for kind in KINDS:
+        if here := of_kind(found, kind):
+            count = sum(len(entry.paths) for entry in here)
+            unfinished = sum(not entry.whole for entry in here)
+            table.add_row(
+                kind,
+                f"{count} ({unfinished} unfinished)" if unfinished else str(count),
+                human_bytes(sum(entry.size for entry in here)),
+                _ago(max(entry.used for entry in here)),
+            )
+    table.columns[0].footer = "all"
+    table.columns[2].footer = human_bytes(sum(entry.size for entry in found))
+    _show_kept(table, console)
+
+
+def list_cache(kind: str, console: Console) -> None:
+    """Print what is kept on this machine.
+
+    Args:
+        kind: data, models, hashes, lanes, kernels or all.
+        console: for the output.
+
+    Raises:
+        ConfigError: if there is no such kind.
+        ResourceError: if the cache can't be read.
+    """
+    table = Table("kind", "name", "size", "last used")
+    table.columns[2].justify = "right"
+    for entry in of_kind(_kept(), kind):
+        table.add_row(entry.kind, _named(entry), human_bytes(entry.size), _ago(entry.used))
+    _show_kept(table, console)
+
+
+def clear_cache(kind: str, console: Console) -> None:
+    """Delete what is kept on this machine, except what is in use.
+
+    Args:
+        kind: data, models, hashes, lanes, kernels or all.
+        console: for the output.
+
+    Raises:
+        ConfigError: if there is no such kind.
+        ResourceError: if the cache can't be read, or something can't be deleted.
+    """
+    _show_deleted(delete_all(of_kind(_kept(), kind)), console)
+
+
 def guarded(command: Callable[[], object]) -> None:
     """Run a command. An error that a user can correct ends it with one message and exit code 1, no traceback.
 
@@ -428,6 +506,48 @@ def _written_to() -> list[Path]:
 def _end(error: RayftError) -> None:
     show_error(error)
     sys.exit(1)
+
+
+def _kept() -> list[Entry]:
+    return entries(cache_folder(), kernel_cache())
+
+
+def _show_kept(table: Table, console: Console) -> None:
+    """Print a table of what is kept, if it has rows, and where that is."""
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print("nothing is kept", highlight=False)
+    console.print(f"cache: {cache_folder()}", highlight=False, soft_wrap=True)
+    if kernels := kernel_cache():
+        console.print(f"kernels: {kernels}", highlight=False, soft_wrap=True)
+
+
+def _show_deleted(outcome: Outcome, console: Console, rest: str = "") -> None:
+    """Print what a deletion did, and raise an error if the system has refused a part of it."""
+    for entry in outcome.deleted:
+        text = f"deleted {entry.kind}: {_named(entry)}, {human_bytes(entry.size)}, used {_ago(entry.used)}"
+        console.print(text, highlight=False, soft_wrap=True)
+    for entry, why in outcome.left:
+        text = f"left {entry.kind}: {_named(entry)}, {human_bytes(entry.size)}: {why}"
+        console.print(text, style="yellow", highlight=False, soft_wrap=True)
+    console.print(f"freed {human_bytes(outcome.freed)}{rest}", highlight=False, soft_wrap=True)
+    if outcome.refused:
+        entry, error = outcome.refused[0]
+        others = f" and {len(outcome.refused) - 1} more" if len(outcome.refused) > 1 else ""
+        raise ResourceError(
+            f"can't delete {entry.paths[0]}{others} ({error.strerror}: {error.filename}); correct their "
+            "permissions, or delete them as the user who owns them"
+        )
+
+
+def _named(entry: Entry) -> str:
+    count = f"{len(entry.paths)} " if len(entry.paths) > 1 else ""
+    return f"{count}{entry.name}{'' if entry.whole else ' (unfinished)'}"
+
+
+def _ago(moment: float) -> str:
+    return ago_text(time.time() - moment)
 
 
 def _optional(path: str | None, setting: str) -> Path | None:

@@ -22,7 +22,7 @@ import torch
 
 from rayft.files import locked
 
-__all__ = ["Launch", "Launcher", "aligned", "compiling_ahead", "current_stream"]
+__all__ = ["Launch", "Launcher", "aligned", "compiling_ahead", "current_stream", "kernel_cache"]
 
 Launch = Callable[..., None]
 """Launches a compiled kernel: (programs along x, programs along y, stream, *addresses, *numbers). Triton must
@@ -141,8 +141,8 @@ def _key(
     return (tensors[0].device, *[tensor.dtype for tensor in tensors], *kinds, constants)
 
 
-def _cache() -> Path | None:
-    """Return the folder of Triton's cache, which all processes of a user share."""
+def kernel_cache() -> Path | None:
+    """Return the folder of Triton's cache, which all processes of a user share; None without Triton."""
     try:
         from triton import knobs
     except ImportError:
@@ -156,7 +156,7 @@ def _alone(kernel: str) -> Iterator[None]:
 
     If there is no cache, or its files can't be locked, each process compiles the kernel for itself.
     """
-    folder = _cache()
+    folder = kernel_cache()
     with ExitStack() as held:
         if folder is not None:
             with suppress(OSError):

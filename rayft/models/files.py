@@ -1,12 +1,14 @@
-"""Files of models: where they are kept, and their hashes, which are cached while the files don't change."""
+"""Files of models: where they are kept, which of them are in use, and their hashes, which are cached."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,19 @@ from rayft.errors import DiskFullError
 from rayft.files import hash_content, write_file
 from rayft.paths import home, read_path
 
-__all__ = ["cache_folder", "hash_file", "hub_cache", "save_model"]
+__all__ = ["cache_folder", "hash_file", "hub_cache", "save_model", "unused", "use"]
 
 LARGE = 2**24
 """Size in bytes from which a file's hash is cached; smaller files are read again."""
 SETTLED = 2.0
 """Age in seconds of a change after which a later change gets another time stamp on every file system."""
 
+_used: dict[Path, int] = {}
+"""Models of the cache that this process uses → descriptors, which hold shared locks of their folders."""
+
 
 def cache_folder() -> Path:
-    """Return the folder of converted models and cached hashes: $RAYFT_CACHE, or ~/.cache/rayft."""
+    """Return the folder of prepared data, converted models and hashes: $RAYFT_CACHE, or ~/.cache/rayft."""
     given = os.environ.get("RAYFT_CACHE")
     return read_path(given, "RAYFT_CACHE") if given else home("RAYFT_CACHE") / ".cache" / "rayft"
 
@@ -33,6 +38,45 @@ def hub_cache() -> Path:
     import datasets
 
     return Path(datasets.config.constants.HF_HUB_CACHE)
+
+
+def use(folder: Path) -> None:
+    """Mark a model of the cache as in use until this process ends, so that `rayft cache` does not delete it.
+
+    The folder's time of modification becomes that of its last use. If the folder is missing, nothing happens.
+    """
+    # Without a lock, a model that is deleted while it is loaded has to be loaded again.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        finally:
+            # Another folder may have had this path before.
+            before = _used.pop(folder, None)
+            _used[folder] = descriptor
+            if before is not None:
+                os.close(before)
+    with contextlib.suppress(OSError):
+        os.utime(folder)
+
+
+@contextlib.contextmanager
+def unused(folder: Path) -> Iterator[bool]:
+    """Yield whether no process uses a model of the cache. During the block, none begins to use it.
+
+    Raises:
+        OSError: if the folder is missing, or can't be locked.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -22,7 +22,7 @@ from rayft.data.pixels import ImageEncoder
 from rayft.errors import ModelError, RayftError
 from rayft.files import disk_full, disk_full_error, room_on, sync_tree
 from rayft.models.attention import attend_by_segments
-from rayft.models.files import cache_folder, hash_file, hub_cache, save_model
+from rayft.models.files import cache_folder, hash_file, hub_cache, save_model, use
 from rayft.models.fingerprint import fingerprint, names_in_files, places, source_fingerprint
 from rayft.models.heads import remember
 from rayft.models.quantize import Quantize, prepare, quantization
@@ -511,6 +511,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
 def _cached(name: str, write: Callable[[Path], object]) -> Path:
     """Return a folder of the cache, which is written if it is missing or damaged."""
     folder = cache_folder() / "models" / name
+    use(folder)
     if _whole(folder):
         return folder
     check_folder(folder.parent, "RAYFT_CACHE")
@@ -535,6 +536,7 @@ def _cached(name: str, write: Callable[[Path], object]) -> Path:
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    use(folder)
     return folder
 
 

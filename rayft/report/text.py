@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rayft.report.record import Score
 
 __all__ = [
+    "ago_text",
     "difference_text",
     "human_bytes",
     "human_count",
@@ -72,6 +73,14 @@ def human_seconds(seconds: float | None) -> str:
     if minutes < 60:
         return f"{minutes}m {rest:02d}s"
     return f"{minutes // 60}h {minutes % 60:02d}m"
+
+
+def ago_text(seconds: float) -> str:
+    """Format the time that has passed since something: 5 min ago, 3 h ago, 12 d ago."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit} ago"
+    return "just now"
 
 
 def _scaled(value: float | None, units: Sequence[str], gap: str) -> str:

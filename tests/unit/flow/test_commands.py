@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from rayft.cli import app
-from rayft.errors import DataError, ReportError
+from rayft.errors import ConfigError, DataError, ReportError, ResourceError
+from rayft.files import locked
 from rayft.flow.commands import guarded
 from rayft.report.render import check_report, render
 from tests.disks import Disk
@@ -63,3 +66,85 @@ def test_a_full_disk_ends_a_command_with_one_message(
     said = capsys.readouterr().err
     assert said.startswith(f"DiskFullError: the disk of {disk.folder} is full (")
     assert said.count("\n") == 1
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache with three prepared sets of 1 MB; the first was used last."""
+    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path))
+    monkeypatch.setattr("rayft.flow.commands.kernel_cache", lambda: None)
+    for age, letter in enumerate("abc"):
+        folder = tmp_path / "data" / (24 * letter)
+        folder.mkdir(parents=True)
+        manifest = folder / "manifest.json"
+        manifest.write_text(json.dumps({"name": f"{letter}.jsonl"}))
+        os.utime(manifest, (1e9 - age, 1e9 - age))
+        (folder / "train.arrow").write_bytes(bytes(10**6 - manifest.stat().st_size))
+    return tmp_path
+
+
+def run(*arguments: str) -> str:
+    """Run a command line that has to succeed, and return what it prints."""
+    shown = CliRunner().invoke(app, [*arguments])
+    assert shown.exit_code == 0, shown
+    return shown.output
+
+
+def test_the_cache_is_listed(cache: Path) -> None:
+    shown = run("cache")
+    assert [line.split()[1:7:2] for line in shown.splitlines() if "data" in line] == [["data", "3", "3"]]
+    assert f"cache: {cache}" in shown
+    shown = run("cache", "list", "data")
+    assert [shown.index(f"{letter}.jsonl") for letter in "abc"] == sorted(
+        shown.index(f"{letter}.jsonl") for letter in "abc"
+    )
+    assert "nothing is kept" in run("cache", "list", "models")
+    assert len([*(cache / "data").iterdir()]) == 3
+
+
+def test_the_cache_is_bounded(cache: Path) -> None:
+    shown = run("cache", "--limit", "2MB")
+    assert "deleted data: c.jsonl, 1 MB" in shown
+    assert "freed 1 MB; data and models have 2 MB now, and may have 2 MB" in shown
+    assert run("cache", "--limit", "2MB").startswith("freed 0 B;")
+
+
+def test_the_cache_is_cleared_except_for_what_is_in_use(cache: Path) -> None:
+    with locked(cache / "data" / f"{24 * 'b'}.lock"):
+        shown = run("cache", "clear", "all")
+    assert "left data: b.jsonl, 1 MB: a process is using it" in shown
+    assert "freed 2 MB" in shown
+    assert "freed 1 MB" in run("cache", "clear", "data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--limit", "lots"], "--limit: 'lots' is no size"),
+        (["--limit", "1GB", "list"], "needs no command after it"),
+        (["list", "date"], "no 'date'; did you mean 'data'"),
+        (["clear", "date"], "no 'date'; did you mean 'data'"),
+    ],
+)
+def test_a_wrong_option_deletes_nothing(cache: Path, arguments: list[str], match: str) -> None:
+    shown = CliRunner().invoke(app, ["cache", *arguments])
+    assert isinstance(shown.exception, ConfigError)
+    assert match in str(shown.exception)
+    assert len([*(cache / "data").iterdir()]) == 3
+
+
+def test_what_can_not_be_deleted_is_named_after_the_rest(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name[0] in "ab":
+            raise PermissionError(13, "Permission denied", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    shown = CliRunner().invoke(app, ["cache", "clear", "all"])
+    assert "freed 1 MB" in shown.output
+    assert isinstance(shown.exception, ResourceError)
+    assert f"can't delete {cache / 'data' / (24 * 'a')} and 1 more (Permission denied" in str(shown.exception)

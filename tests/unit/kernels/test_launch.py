@@ -107,7 +107,7 @@ def test_what_is_compiled_ahead_is_not_launched(monkeypatch: pytest.MonkeyPatch)
         return nullcontext()
 
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(AsyncCompileMode=mode))
-    monkeypatch.setattr(launch_triton, "_cache", lambda: None)
+    monkeypatch.setattr(launch_triton, "kernel_cache", lambda: None)
     kernel, given = Kernel(), tensors()
     launch = Launcher(kernel, num_warps=4)
     with compiling_ahead():

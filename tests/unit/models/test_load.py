@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from rayft.errors import ModelError
 from rayft.methods.base import MethodConfig
+from rayft.models.files import unused
 from rayft.models.inject import inject
 from rayft.models.load import LoadedModel, ModelConfig, fingerprint, load_model, load_skeleton, resolve
 from tests.unit.damages import empty, half
@@ -31,6 +33,15 @@ def test_a_registered_model_is_made_once() -> None:
     assert Path(resolve(ModelConfig(name="tiny-llama"))) == first
     assert (first / "config.json").stat().st_mtime_ns == stamp
     assert [path.name for path in first.parent.iterdir()] == ["tiny-llama"]
+
+
+def test_a_model_of_the_cache_is_in_use_from_the_time_when_it_is_resolved() -> None:
+    folder = Path(resolve(ModelConfig(name="tiny-llama")))
+    with unused(folder) as free:
+        assert not free
+    os.utime(folder, (0, 0))
+    resolve(ModelConfig(name="tiny-llama"))
+    assert folder.stat().st_mtime > 0
 
 
 def test_a_damaged_model_of_the_cache_is_made_again() -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from rayft.report.table import pareto, table_rows
-from rayft.report.text import human_bytes, human_count, human_seconds, loss_text
+from rayft.report.text import ago_text, human_bytes, human_count, human_seconds, loss_text
 from tests.unit.report.example import example
 
 
@@ -54,6 +54,12 @@ def test_nothing_beats_the_front_and_the_front_beats_all_else() -> None:
 )
 def test_sizes(number: float | None, text: str) -> None:
     assert human_bytes(number) == text
+
+
+def test_times_that_have_passed() -> None:
+    assert [ago_text(s) for s in (-5, 59, 60, 7199, 7200, 86399, 86400, 1e8)] == [
+        *("just now", "just now", "1 min ago", "1 h ago", "2 h ago", "23 h ago", "1 d ago", "1157 d ago")
+    ]
 
 
 def test_counts_durations_losses() -> None:
