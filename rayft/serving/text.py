@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -181,39 +180,22 @@ class TextStream:
             tokens: all tokens so far.
             last: whether no more follow.
         """
-        before = self._copy() if self._stop else None
-        new = self._push(tokens, last=last)
-        self.used = len(tokens)
-        if self.stopped and before is not None:
-            # Several tokens may have come at once.
-            ends = range(before._pushed + 1, len(tokens))
-            self.used = next((end for end in ends if before._stops(tokens[:end])), len(tokens))
-        return new
-
-    def _copy(self) -> TextStream:
-        """Return a stream in the same state."""
-        copied = copy(self)
-        copied._parser = copy(self._parser)
-        return copied
-
-    def _stops(self, tokens: Sequence[int]) -> bool:
-        """Return whether the text ends at a stop string among these tokens."""
-        self._push(tokens, last=False)
-        return self.stopped
-
-    def _push(self, tokens: Sequence[int], *, last: bool) -> Answer:
-        reasoning = ""
-        # One token at a time until the answer has begun, to find out which token it begins with.
-        single = range(self._pushed + 1, len(tokens)) if not self.answering else ()
-        for end in (*single, len(tokens)):
-            waiting = not self.answering
-            piece = self._take(tokens[:end], last=last and end == len(tokens))
+        content = reasoning = ""
+        # Several tokens may have come at once. They are taken one at a time where it matters which of them
+        # completes a stop string, or begins the answer.
+        alone = range(self._pushed + 1, len(tokens)) if self._stop or not self.answering else ()
+        for end in (*alone, len(tokens)):
+            waiting, ending = not self.answering, last and end == len(tokens)
+            piece = self._take(tokens[:end], last=ending)
             reasoning += piece.reasoning
             if waiting:
                 begins_plainly = self._parser is not None and self._parser.plain
                 self.skipped = 0 if begins_plainly else end - bool(piece.content)
-        self._pushed = len(tokens)
-        return Answer(self._content(last=last), reasoning)
+            content += self._content(last=ending)
+            self._pushed = self.used = end
+            if self.stopped:
+                break
+        return Answer(content, reasoning)
 
     def _content(self, *, last: bool) -> str:
         """Return the new text of the answer, up to the first stop string."""

@@ -208,6 +208,15 @@ def test_a_prompt_that_is_empty_or_has_unknown_ids_is_refused(tiny_tokenizer: An
     assert caught.value.param == "prompt"
 
 
+def test_a_stop_string_is_found_before_bytes_that_are_no_character_yet(tiny_tokenizer: Any) -> None:
+    tokens = tiny_tokenizer("abSTOPé", add_special_tokens=False)["input_ids"]
+    # All but the last byte of é come at once, then that byte.
+    text = TextStream(decoded(tiny_tokenizer), ["STOP"])
+    answer = text.push(tokens[:-1], last=False)
+    assert (answer.content, text.stopped) == ("ab", True)
+    assert decoded(tiny_tokenizer)(tokens[: text.used]).endswith("STOP")
+
+
 @pytest.mark.parametrize("step", [1, 3, 100])
 def test_the_tokens_up_to_a_stop_string_are_counted_also_if_several_come_at_once(
     tiny_tokenizer: Any, step: int
