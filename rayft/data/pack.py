@@ -17,7 +17,6 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ import torch
 
 from rayft.data.pixels import EncodedImage
 from rayft.data.template import IGNORED, Encoded
-from rayft.data.texts import gather, lengths_of
+from rayft.data.texts import Gathered, gather, lengths_of
 from rayft.errors import DataError
 
 __all__ = [
@@ -151,7 +150,7 @@ Row = PackedRow | EncodedImage
 AnyBatch = Batch | ClassBatch | ImageBatch
 
 
-class Rows(Sequence[Row]):
+class Rows(Gathered[Row]):
     """The rows of examples, each made when it is asked for."""
 
     def __init__(self, encoded: Sequence[AnyEncoded], members: Sequence[Sequence[int]]) -> None:
@@ -169,18 +168,9 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if not isinstance(index, slice):
-            row = range(len(self))[index]
-            return self[row : row + 1][0]
-        numbers = range(*index.indices(len(self)))
-        places = [range(self._ends[row - 1] if row else 0, self._ends[row]) for row in numbers]
+    def gather(self, indices: Sequence[int]) -> list[Row]:
+        """Return some rows."""
+        places = [range(self._ends[row - 1] if row else 0, self._ends[row]) for row in indices]
         found = iter(gather(self._encoded, [int(self._members[place]) for row in places for place in row]))
         return [self._row([*islice(found, len(row))]) for row in places]
 

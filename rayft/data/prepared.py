@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ from rayft.data.pixels import ImageEncoder
 from rayft.data.section import DataConfig
 from rayft.data.source import PARTS, Dropped, Parts, Scorer, places, read
 from rayft.data.template import IGNORED, Encoded, check_lengths, encode_all, encode_numbered
-from rayft.data.texts import Mapped, Shape, Texts, first_learnt
+from rayft.data.texts import Gathered, Mapped, Shape, Texts, first_learnt
 from rayft.errors import DataError, RayftError, ResourceError
 from rayft.files import hash_content, locked, room_on, sync_tree
 
@@ -409,7 +409,7 @@ def _shape(numbered: Sequence[tuple[int, Encoded]], *, raw: bool) -> Shape:
 # --- using it
 
 
-class _Examples(Sequence[Example]):
+class _Examples(Gathered[Example]):
     """Examples that are read from an Arrow file when they are asked for."""
 
     def __init__(self, file: Path) -> None:
@@ -420,15 +420,9 @@ class _Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        found = self._rows[index]["example"]
-        return [*map(Example.from_json, found)] if isinstance(index, slice) else Example.from_json(found)
+    def gather(self, indices: Sequence[int]) -> list[Example]:
+        """Return some examples."""
+        return [*map(Example.from_json, self._rows[[*indices]]["example"])]
 
     def __iter__(self) -> Iterator[Example]:
         for start in range(0, len(self), BATCH):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from rayft.data.template import IGNORED, Encoded
 from rayft.errors import DataError
 
-__all__ = ["Mapped", "Shape", "Texts", "TooLong", "first_learnt", "gather", "lengths_of", "notes"]
+__all__ = ["Gathered", "Mapped", "Shape", "Texts", "TooLong", "first_learnt", "gather", "lengths_of", "notes"]
 
 TooLong = Literal["error", "drop", "cut"]
 
@@ -35,12 +36,30 @@ def first_learnt(text: Encoded) -> int:
 
 def gather(encoded: Sequence[Item], indices: Sequence[int]) -> list[Item]:
     """Return some items by their indices; of mapped texts, all by one read."""
-    if isinstance(encoded, Texts | Mapped):
-        return encoded.gather(indices)  # type: ignore[return-value]
+    if isinstance(encoded, Gathered):
+        return encoded.gather(indices)
     return [encoded[index] for index in indices]
 
 
-class Mapped(Sequence[Encoded]):
+class Gathered(Sequence[Item]):
+    """A sequence whose items are made when they are asked for, several at once."""
+
+    @abstractmethod
+    def gather(self, indices: Sequence[int]) -> list[Item]:
+        """Return some items by their indices."""
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        numbers = range(len(self))[index]
+        return self.gather(numbers) if isinstance(numbers, range) else self.gather([numbers])[0]
+
+
+class Mapped(Gathered[Encoded]):
     """Texts in Arrow files, which are read when they are asked for.
 
     The columns are `ids` and `learnt`, a list for each text, and `label`.
@@ -64,17 +83,6 @@ class Mapped(Sequence[Encoded]):
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(index, slice):
-            return self.gather(range(*index.indices(len(self))))
-        return self.gather([range(len(self))[index]])[0]
 
     def gather(self, indices: Sequence[int]) -> list[Encoded]:
         """Return the texts of some rows."""
@@ -115,7 +123,7 @@ class Shape:
         return Shape(self.lengths[:end], self.first[:end], self.example[:end], self.raw)
 
 
-class Texts(Sequence[Encoded]):
+class Texts(Gathered[Encoded]):
     """Texts, or pieces of them, that are no longer than a limit.
 
     `drop` leaves out the texts that are too long. `cut` divides raw text into pieces; of a conversation it
@@ -170,17 +178,6 @@ class Texts(Sequence[Encoded]):
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
-        if isinstance(index, slice):
-            return self.gather(range(*index.indices(len(self))))
-        return self.gather([range(len(self))[index]])[0]
 
     def gather(self, indices: Sequence[int]) -> list[Encoded]:
         """Return some of the texts."""
