@@ -175,11 +175,13 @@ class Example:
         return "\x1f".join(fields)
 
     def to_json(self) -> str:
-        """Return everything but `image` and `entry` as JSON.
+        """Return the example as JSON; images and items of reasoning-gym have no such form.
 
         Raises:
             DataError: if a message has a value that JSON has no form for.
         """
+        assert self.image is None, "an image is not text"
+        assert self.entry is None, "an item may have values of any type"
         messages = [[one.role, one.content, one.learn, dict(one.extras)] for one in self.messages]
         tools = list(map(dict, self.tools))
         try:

@@ -54,16 +54,17 @@ class RowStream:
         """The most segments that a packed row can have: as many examples as the shortest, and the padding."""
         return self.length // max(1, int(lengths_of(self.encoded).min())) + 1
 
-    def rows(self, step: int) -> list[Row]:
-        """Return the `rows_per_step` rows of optimizer step `step`, counted from 0."""
+    def rows(self, step: int, rank: int = 0, world: int = 1) -> list[Row]:
+        """Return the rows of optimizer step `step`, counted from 0, or every `world`-th of them."""
         first = step * self.rows_per_step
         found: list[Row] = []
-        epoch = self._epoch_of(first)
-        while len(found) < self.rows_per_step:
+        taken, epoch = 0, self._epoch_of(first)
+        while taken < self.rows_per_step:
             rows = self._epoch(epoch)
             skip = max(0, first - self._starts[epoch])
-            found += rows[skip : skip + self.rows_per_step - len(found)]
-            epoch += 1
+            end = min(len(rows), skip + self.rows_per_step - taken)
+            found += rows[skip + (rank - taken) % world : end : world]
+            taken, epoch = taken + end - skip, epoch + 1
         return found
 
     def epoch(self, number: int) -> Rows:
@@ -96,7 +97,7 @@ class RowStream:
                 f"{self.rows_per_step} rows a step can't be shared by {world} workers x {accumulation} "
                 f"accumulation steps: take a multiple of {world * accumulation}"
             )
-        mine = self.rows(step)[rank::world]
+        mine = self.rows(step, rank, world)
         return [mine[start : start + micro] for start in range(0, len(mine), micro)]
 
     def _epoch_of(self, row: int) -> int:

@@ -10,7 +10,6 @@ Images, reasoning-gym tasks and small files are not kept: each process reads and
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -20,8 +19,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from rayft import numerics
 from rayft.data.example import Example
 from rayft.data.files import hub_revision, load_hub, quiet
 from rayft.data.pack import AnyEncoded
@@ -48,7 +50,6 @@ __all__ = ["MANIFEST", "SMALL", "Prepared", "prepare"]
 
 logger = logging.getLogger(__name__)
 
-READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 SMALL = 2**20
 """Bytes of data that each process rather reads and encodes itself."""
 MANIFEST = "manifest.json"
@@ -107,9 +108,9 @@ class Prepared:
                 shape = shape.before(count)
         if config.too_long == "error":
             check_lengths(shape.lengths.tolist(), limit, context, part, shape.example.tolist())
+        limit = limit if context is None else min(limit, context)
         if self._mapped is None and shape.lengths.max() <= limit:
             return texts
-        limit = limit if context is None else min(limit, context)
         found = Texts(texts, shape, limit, config.too_long, part)
         if not len(found) and part != "test":
             raise DataError(
@@ -135,7 +136,7 @@ def prepare(
         ResourceError: if the process that prepares it was killed.
     """
     content = None if isinstance(encoder, ImageEncoder) else _content(config)
-    if content is None or isinstance(encoder, ImageEncoder):
+    if content is None or isinstance(encoder, ImageEncoder) or _changes_daily(encoder):
         return Prepared(read(config), config, encoder)
     key = _key(config, encoder, content)
     folder = cache_folder / "data" / key
@@ -144,13 +145,11 @@ def prepare(
             folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder.with_suffix(".lock")):
                 if not (folder / MANIFEST).is_file():
-                    _make(config, encoder, folder)
+                    _make(config, encoder, folder, content)
                 # With the lock, because `rayft cache` may delete the set. What is mapped stays readable.
                 os.utime(folder / MANIFEST)
                 return _opened(folder, config, encoder)
     except OSError as error:
-        if error.errno not in READ_ONLY:
-            raise
         logger.warning(
             "nothing can be kept in %s (%s), so each process prepares the data", folder.parent, error
         )
@@ -184,7 +183,8 @@ def _hub_content(config: DataConfig, splits: Mapping[str, str]) -> dict[str, str
     first = None if config.rows is None else 1
     tables = {part: load_hub(config.name, split, first) for part, split in splits.items()}
     kinds = [kind for table in tables.values() for kind in table.features.values()]
-    if any(isinstance(kind, datasets.Image) for kind in kinds):
+    named = any(config.columns.image in table.column_names for table in tables.values())
+    if named or any(isinstance(kind, datasets.Image) for kind in kinds):
         return None
     if config.rows is not None:
         revision = hub_revision(config.name)
@@ -192,6 +192,11 @@ def _hub_content(config: DataConfig, splits: Mapping[str, str]) -> dict[str, str
     if _small(sum(table.data.nbytes for table in tables.values())):
         return None
     return {part: str(table._fingerprint) for part, table in tables.items()}
+
+
+def _changes_daily(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a chat template writes the date."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
 def _small(size: int) -> bool:
@@ -225,7 +230,7 @@ def _key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, content: Mappin
         content,
         settings,
         [type(tokenizer).__name__, words, tokenizer.chat_template, tokenizer.special_tokens_map, given],
-        [_code(), version("transformers"), version("tokenizers")],
+        [_code(), *map(version, ("transformers", "tokenizers", "datasets", "pyarrow"))],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
@@ -239,7 +244,7 @@ def _is_place(name: str) -> bool:
 def _code() -> str:
     """Return a hash of the code that reads, divides and encodes."""
     total = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in (*sorted(Path(__file__).parent.glob("*.py")), Path(str(numerics.__file__))):
         total.update(file.read_bytes())
     return total.hexdigest()
 
@@ -247,7 +252,9 @@ def _code() -> str:
 # --- making it
 
 
-def _make(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _make(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, content: Mapping[str, str]
+) -> None:
     """Make a prepared set in another process, which this one waits for."""
     for left in folder.parent.glob(f".{folder.name}.*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -256,6 +263,8 @@ def _make(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) 
     staging.mkdir()
     try:
         _run(pickle.dumps((config, tokenizer, staging)))
+        if _content(config) != content:
+            raise DataError("the data changed while it was read: leave it alone, and run the command again")
         sync_tree(staging)
         staging.rename(folder)
     finally:
@@ -266,28 +275,34 @@ def _run(asked: bytes) -> None:
     """Let a new process write a prepared set; raise its error here."""
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rayft.data.prepared"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        answer, errors = process.communicate(asked)
-    except BaseException:
-        # Its own processes are in its session too.
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
+    # Files, because the processes that encode have the same ends of pipes, and may live longer.
+    with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            # Without the working directory among the places of modules.
+            [sys.executable, "-P", "-m", "rayft.data.prepared"],
+            stdin=subprocess.PIPE,
+            stdout=answers,
+            stderr=errors,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            process.communicate(asked)
+        finally:
+            # Whatever it has started is in its session.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        answers.seek(0)
+        errors.seek(0)
+        answer, said = answers.read(), errors.read().decode(errors="replace")
     if process.returncode < 0:
         raise ResourceError(
             f"the process that prepares the data was ended by signal {-process.returncode}, as the system "
             "does when memory is short; close other programs, or use less data (data.train)"
         )
     if not answer:
-        raise ResourceError(f"the process that prepares the data failed: {errors.decode(errors='replace')}")
+        raise ResourceError(f"the process that prepares the data failed: {said}")
     if (error := pickle.loads(answer)) is not None:  # noqa: S301  (from our own process)
         raise error
 

@@ -86,21 +86,33 @@ class Mapped(Gathered[Encoded]):
 
     def gather(self, indices: Sequence[int]) -> list[Encoded]:
         """Return the texts of some rows."""
+        return self.pieces(indices, [0] * len(indices), self.lengths[np.asarray(indices, np.int64)].tolist())
+
+    def pieces(self, indices: Sequence[int], starts: Sequence[int], lengths: Sequence[int]) -> list[Encoded]:
+        """Return pieces of the texts of some rows (see `_piece`), without reading the rest.
+
+        Args:
+            indices: the rows.
+            starts: first token of each piece.
+            lengths: number of tokens of each piece.
+        """
         if not len(indices):
             return []
-        table = self._rows[[*map(int, indices)]]
         found: list[Encoded] = []
-        for batch in table.to_batches():
-            ids, learnt = batch.column("ids"), batch.column("learnt")
-            tokens = ids.flatten().to_numpy()
-            labels = np.where(learnt.flatten().to_numpy(zero_copy_only=False), tokens, IGNORED)
-            ends = np.cumsum(ids.value_lengths().to_numpy())
-            for start, end, label in zip(
-                [0, *ends[:-1]], ends, batch.column("label").to_pylist(), strict=True
-            ):
-                found.append(
-                    Encoded(tuple(tokens[start:end].tolist()), tuple(labels[start:end].tolist()), label)
-                )
+        places = iter(zip(starts, lengths, strict=True))
+        for batch in self._rows[[*map(int, indices)]].to_batches():
+            for row, label in enumerate(batch.column("label").to_pylist()):
+                start, length = next(places)
+                ids = batch.column("ids")[row].values.to_numpy()
+                # Of a text to classify the last token is needed too.
+                first, end = (start, start + length) if label is None else (0, len(ids))
+                tokens = ids[first:end]
+                learnt = batch.column("learnt")[row].values.slice(first, end - first)
+                labels = np.where(learnt.to_numpy(zero_copy_only=False), tokens, IGNORED)
+                if first:
+                    labels[0] = IGNORED
+                text = Encoded(tuple(tokens.tolist()), tuple(labels.tolist()), label)
+                found.append(_piece(text, 0, length))
         return found
 
 
@@ -161,6 +173,9 @@ class Texts(Gathered[Encoded]):
             rows = np.repeat(rows, pieces)
             starts = (np.arange(len(rows)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * limit
             lengths = np.minimum(whole[rows] - starts, limit)
+            # Of a piece of one token nothing would be learnt.
+            kept = (lengths > 1) | (starts == 0)
+            rows, starts, lengths = rows[kept], starts[kept], lengths[kept]
             self.note = f"{part}: divided {len(over)} {which} into pieces"
         else:
             answers = whole - shape.first
@@ -182,9 +197,13 @@ class Texts(Gathered[Encoded]):
     def gather(self, indices: Sequence[int]) -> list[Encoded]:
         """Return some of the texts."""
         chosen = np.asarray(indices, np.int64)
-        places = zip(self._starts[chosen].tolist(), self.lengths[chosen].tolist(), strict=True)
-        whole = gather(self._source, self._rows[chosen].tolist())
-        return [_piece(text, *place) for text, place in zip(whole, places, strict=True)]
+        rows, starts, lengths = (of[chosen].tolist() for of in (self._rows, self._starts, self.lengths))
+        if isinstance(self._source, Mapped):
+            return self._source.pieces(rows, starts, lengths)
+        return [
+            _piece(text, start, length)
+            for text, start, length in zip(gather(self._source, rows), starts, lengths, strict=True)
+        ]
 
 
 def notes(encoded: Mapping[str, Sequence[Any]]) -> list[str]:
@@ -197,7 +216,7 @@ def notes(encoded: Mapping[str, Sequence[Any]]) -> list[str]:
 
 
 def _piece(text: Encoded, start: int, length: int) -> Encoded:
-    """Return some tokens of a text."""
+    """Return some tokens of a text, whose first is not learnt, since nothing precedes it."""
     if length == len(text):
         return text
     if text.label is not None:

@@ -73,7 +73,9 @@ class Session:
         """
         home = home or Home()
         run = _located(run, home)
-        prepared = prepare(run.data, load_encoder(run.model), cache_folder())
+        # One of the workers of a machine may prepare it alone, and alone fail.
+        with worker.together():
+            prepared = prepare(run.data, load_encoder(run.model), cache_folder())
         parts = prepared.parts
         check_task(run, parts)
         # Before loading: if the files change meanwhile, the next comparison of identities finds that.

@@ -95,3 +95,11 @@ def test_rows_have_at_most_as_many_segments_as_the_stream_says():
     ]
     assert {len(batch.offsets) for batch in batches} == {4 * (32 // 3 + 1) + 1}
     assert all(batch.offsets[-1] == 4 * 32 for batch in batches)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_the_rows_of_a_rank_are_every_world_th_across_epochs(world):
+    whole, own = RowStream(made(23), 16, 7, seed=1), RowStream(made(23), 16, 7, seed=1)
+    for step in range(12):
+        for rank in range(world):
+            assert own.rows(step, rank, world) == whole.rows(step)[rank::world]

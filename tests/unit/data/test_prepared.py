@@ -8,11 +8,13 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rayft.data import prepared as module
@@ -170,7 +172,37 @@ def test_texts_that_are_too_long_are_refused_dropped_or_cut(tokenizer, tmp_path)
         found, expected = prepare(other, tokenizer, tmp_path / "cache"), in_memory(other, tokenizer)
         assert_same(found, expected)
         assert found.encoded("train", None).note == expected.encoded("train", None).note != ""
-        assert found.encoded("train", 70).lengths.max() <= 70
+        for one in (found, expected):
+            assert one.encoded("train", 70).lengths.max() <= 70
+
+
+def test_pieces_of_raw_text_are_the_same_from_disk(tokenizer, tmp_path):
+    rows = [{"text": f"text of number {n} " * (n + 1)} for n in range(20)]
+    settings = config(name=lines(tmp_path / "a.jsonl", rows), max_length=50, too_long="cut")
+    assert_same(prepare(settings, tokenizer, tmp_path / "cache"), in_memory(settings, tokenizer))
+
+
+def test_a_template_that_writes_the_date_is_not_kept(tokenizer, tmp_path, no_process):
+    no_process()
+    dated = changed_tokenizer(
+        tokenizer,
+        lambda other: setattr(other, "chat_template", "{# strftime_now #}" + tokenizer.chat_template),
+    )
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
+    assert_same(prepare(settings, dated, tmp_path / "cache"), in_memory(settings, dated))
+
+
+def test_data_that_changes_while_it_is_read_is_not_kept(tokenizer, tmp_path, monkeypatch):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
+
+    def changing(asked: bytes) -> None:
+        lines(tmp_path / "a.jsonl", pairs(1, 31))
+        module.write(*pickle.loads(asked))  # noqa: S301
+
+    monkeypatch.setattr(module, "_run", changing)
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(settings, tokenizer, tmp_path / "cache")
+    assert not [*(tmp_path / "cache" / "data").glob("*/")]
 
 
 def test_none_left_to_learn_from_is_an_error(tokenizer, tmp_path):
@@ -213,6 +245,26 @@ def test_a_killed_process_leaves_nothing(tokenizer, tmp_path, monkeypatch):
             prepare(settings, tokenizer, tmp_path / "cache")
     assert not [*(tmp_path / "cache" / "data").glob("*/")]
     assert_same(prepare(settings, tokenizer, tmp_path / "cache"), in_memory(settings, tokenizer))
+
+
+@in_a_process
+def test_a_process_that_is_killed_while_others_encode_for_it_ends_with_them(tokenizer, tmp_path):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 60_000)))
+
+    def children() -> list[psutil.Process]:
+        return [
+            one for one in psutil.Process().children(recursive=True) if "prepared" in " ".join(one.cmdline())
+        ]
+
+    with ThreadPoolExecutor(1) as threads:
+        preparing = threads.submit(prepare, settings, tokenizer, tmp_path / "cache")
+        while len(found := children()) < 2 and not preparing.done():
+            time.sleep(0.05)
+        found[0].kill()
+        with pytest.raises(ResourceError, match="ended by signal 9"):
+            preparing.result(timeout=60)
+    assert not children()
+    assert not [*(tmp_path / "cache" / "data").glob("*/")]
 
 
 def test_what_a_killed_command_left_is_deleted(tokenizer, tmp_path):

@@ -72,7 +72,9 @@ def test_longer_raw_text_is_divided_into_pieces(size):
     text = raw(size)
     found = fitted([raw(3), text, raw(2)], 5, "cut", is_raw=True)
     pieces = [*found][1:-1]
-    assert tuple(token for piece in pieces for token in piece.input_ids) == text.input_ids
+    # Of a last piece of one token nothing would be learnt.
+    left = text.input_ids[: -1 if size > 5 and size % 5 == 1 else None]
+    assert tuple(token for piece in pieces for token in piece.input_ids) == left
     assert all(len(piece) == 5 for piece in pieces[:-1])
     assert all(piece.labels == (IGNORED, *piece.input_ids[1:]) for piece in pieces)
     assert found.lengths.tolist() == [len(one) for one in found]
