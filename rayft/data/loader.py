@@ -60,23 +60,17 @@ class RowStream:
         found: list[Row] = []
         taken, epoch = 0, self._epoch_of(first)
         while taken < self.rows_per_step:
-            rows = self._epoch(epoch)
+            rows = self.epoch(epoch)
             skip = max(0, first - self._starts[epoch])
             end = min(len(rows), skip + self.rows_per_step - taken)
             found += rows[skip + (rank - taken) % world : end : world]
             taken, epoch = taken + end - skip, epoch + 1
         return found
 
-    def epoch(self, number: int) -> Rows:
-        """Return the rows of an epoch, counted from 0."""
-        while len(self._starts) <= number:
-            self._epoch(len(self._starts) - 1)
-        return self._epoch(number)
-
     def first_step(self, epoch: int) -> int:
         """Return the first optimizer step that has no row of an epoch before this one, counted from 0."""
         while len(self._starts) <= epoch:
-            self._epoch(len(self._starts) - 1)
+            self.epoch(len(self._starts) - 1)
         return -(-self._starts[epoch] // self.rows_per_step)
 
     def share(self, step: int, rank: int, world: int, accumulation: int) -> list[list[Row]]:
@@ -103,10 +97,11 @@ class RowStream:
     def _epoch_of(self, row: int) -> int:
         """Return the epoch that has a row of the stream. Epochs differ in their number of rows."""
         while self._starts[-1] <= row:
-            self._epoch(len(self._starts) - 1)
+            self.epoch(len(self._starts) - 1)
         return next(epoch for epoch, end in enumerate(self._starts[1:]) if row < end)
 
-    def _epoch(self, epoch: int) -> Rows:
+    def epoch(self, epoch: int) -> Rows:
+        """Return the rows of an epoch, counted from 0."""
         if epoch not in self._epochs:
             order = list(range(len(self.encoded)))
             random.Random(derive_seed(self.seed, epoch)).shuffle(order)

@@ -5,7 +5,8 @@ the content of the files, the settings, the tokenizer, and the code that prepare
 of its own, with as many processes for encoding as there are cores, so that the memory for it is given back,
 and appears under its name when it is complete.
 
-Images, reasoning-gym tasks and small files are not kept: each process reads and encodes them itself.
+Not kept are images, reasoning-gym tasks, small files, and what a chat template writes the date into: each
+process reads and encodes these itself.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from rayft import numerics
 from rayft.data.example import Example
 from rayft.data.files import hub_revision, load_hub, quiet
 from rayft.data.pack import AnyEncoded
-from rayft.data.pixels import ImageEncoder
+from rayft.data.pixels import ImageEncoder, encode_images
 from rayft.data.section import DataConfig
 from rayft.data.source import PARTS, Dropped, Parts, Scorer, places, read
-from rayft.data.template import IGNORED, Encoded, check_lengths, encode_all, encode_numbered
+from rayft.data.template import IGNORED, Encoded, check_lengths, encode_numbered
 from rayft.data.texts import Gathered, Mapped, Shape, Texts, first_learnt
 from rayft.errors import DataError, RayftError, ResourceError
 from rayft.files import hash_content, locked, room_on, sync_tree
@@ -98,7 +99,7 @@ class Prepared:
         if self._mapped is None:
             examples = getattr(self.parts, part)[:count]
             if isinstance(self._encoder, ImageEncoder):
-                return encode_all(examples, self._encoder, limit, part=part)
+                return encode_images(examples, self._encoder)
             numbered = [*encode_numbered(enumerate(examples), self._encoder, part)]
             texts: Sequence[Encoded] = [text for _, text in numbered]
             shape = _shape(numbered, raw=_is_raw(examples))
@@ -166,10 +167,9 @@ def _content(config: DataConfig) -> dict[str, str] | None:
         return None
     if config.source == "hub":
         return _hub_content(config, named)
-    files = {part: Path(name).expanduser() for part, name in named.items()}
-    if not all(file.is_file() for file in files.values()) or _small(
-        sum(file.stat().st_size for file in files.values())
-    ):
+    files = _files(config)
+    there = all(file.is_file() for file in files.values())
+    if not there or sum(file.stat().st_size for file in files.values()) < SMALL:
         return None
     if config.source == "parquet" and any(_has_column(file, config.columns.image) for file in files.values()):
         return None
@@ -189,7 +189,7 @@ def _hub_content(config: DataConfig, splits: Mapping[str, str]) -> dict[str, str
     if config.rows is not None:
         revision = hub_revision(config.name)
         return {part: f"{config.name} {split} {revision}" for part, split in splits.items()}
-    if _small(sum(table.data.nbytes for table in tables.values())):
+    if sum(table.data.nbytes for table in tables.values()) < SMALL:
         return None
     return {part: str(table._fingerprint) for part, table in tables.items()}
 
@@ -199,12 +199,16 @@ def _changes_daily(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "strftime_now" in str(tokenizer.chat_template)
 
 
-def _small(size: int) -> bool:
-    return size < SMALL
+def _files(config: DataConfig) -> dict[str, Path]:
+    """Return the file of each part that has one; of a hub set, the names of splits."""
+    return {part: Path(name).expanduser() for part, name in places(config).items()}
 
 
 def _has_column(file: Path, name: str) -> bool:
-    """Return whether a Parquet file has a column; also if it can't be read, which `read` explains."""
+    """Return whether a Parquet file has a column.
+
+    If the file can't be read, the answer is yes: `read` then raises the error that explains it.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -275,10 +279,10 @@ def _run(asked: bytes) -> None:
     """Let a new process write a prepared set; raise its error here."""
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
-    # Files, because the processes that encode have the same ends of pipes, and may live longer.
+    # Files, not pipes: a pipe stays open until the last of the processes that encode has ended.
     with tempfile.TemporaryFile() as answers, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
-            # Without the working directory among the places of modules.
+            # -P: modules in the working directory are not imported.
             [sys.executable, "-P", "-m", "rayft.data.prepared"],
             stdin=subprocess.PIPE,
             stdout=answers,
@@ -318,7 +322,7 @@ def main() -> None:
             write(config, tokenizer, folder)
     except RayftError as found:
         error = found
-    except Exception:  # noqa: BLE001  (what another process could not read)
+    except Exception:  # noqa: BLE001  (the waiting process may not be able to unpickle it)
         error = ResourceError(f"the data could not be prepared: {traceback.format_exc()}")
     answer.write(pickle.dumps(error))
 
@@ -326,7 +330,7 @@ def main() -> None:
 def write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Read, divide and encode a data set, and write it to an empty folder."""
     parts = read(config)
-    files = {part: str(Path(name).expanduser()) for part, name in places(config).items()}
+    files = {part: str(file) for part, file in _files(config).items()}
     manifest: dict[str, Any] = {
         "name": config.name or ", ".join(files.values()),
         "digest": parts.digest,
@@ -342,7 +346,7 @@ def write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) 
     del parts
     for part in PARTS:
         manifest["texts"][part], shape = _write_texts(folder, part, tokenizer)
-        # Apart from the texts: to read a column of their files, nearly all of a file is read.
+        # In a file of its own: to read a column of the texts' files, nearly all of them would be read.
         np.save(folder / f"{part}-shape.npy", shape)
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
@@ -447,20 +451,20 @@ class _Examples(Gathered[Example]):
 def _opened(folder: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Map a prepared set."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    files = {part: str(Path(name).expanduser()) for part, name in places(config).items()}
+    files = {part: str(file) for part, file in _files(config).items()}
     dropped = tuple(
         Dropped(one["rows"], files.get(one["part"], "") + one["text"]) for one in manifest["dropped"]
     )
     train, val, test = (_Examples(folder / f"{part}-examples.arrow") for part in PARTS)
     parts = Parts(
-        train,
-        val,
-        test,
-        manifest["digest"],
-        manifest["digests"],
-        Scorer(),
-        tuple(manifest["labels"]),
-        dropped,
+        train=train,
+        val=val,
+        test=test,
+        digest=manifest["digest"],
+        digests=manifest["digests"],
+        scorer=Scorer(),
+        labels=tuple(manifest["labels"]),
+        dropped=dropped,
     )
     mapped = {}
     for part, names in manifest["texts"].items():

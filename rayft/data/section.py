@@ -10,8 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from rayft.config import SINCE, Section
 from rayft.paths import PathText, check_text
 
-__all__ = ["Columns", "DataConfig", "PartFiles"]
+__all__ = ["Columns", "DataConfig", "PartFiles", "TooLong"]
 
+TooLong = Literal["error", "drop", "cut"]
 Format = Literal["auto", "prompt_completion", "messages", "text", "classification", "image_classification"]
 
 
@@ -75,7 +76,7 @@ class DataConfig(Section):
     """The names of the columns of a file or hub set."""
 
     rows: int | None = Field(default=None, ge=1, json_schema_extra={SINCE: "0.2"})
-    """Number of rows to read of each file or hub split, from the first. A hub set is then streamed, so that
+    """Number of rows to use of each file or hub split, from the first. A hub set is then streamed, so that
     no more of it is downloaded."""
 
     train: int | None = Field(default=None, ge=1)
@@ -93,7 +94,7 @@ class DataConfig(Section):
     max_length: int = Field(default=512, ge=8)
     """Number of tokens in a row."""
 
-    too_long: Literal["error", "drop", "cut"] = Field(default="error", json_schema_extra={SINCE: "0.2"})
+    too_long: TooLong = Field(default="error", json_schema_extra={SINCE: "0.2"})
     """What to do with examples that are longer than a row. `cut` keeps the end of a conversation, so that
     answers stay whole, divides raw text into pieces, and keeps the start of a text to classify."""
 

@@ -399,10 +399,9 @@ class _Tokens:
 
     def learn(self, *texts: str) -> None:
         """Encode several texts at once, so that `of` knows their pieces."""
-        new = [*{piece: None for text in texts for piece in self._pieces(text) if piece not in self._known}]
         if len(self._known) > MOST_PIECES:
             self._known.clear()
-            new = [*{piece: None for text in texts for piece in self._pieces(text)}]
+        new = [*{piece: None for text in texts for piece in self._pieces(text) if piece not in self._known}]
         if new:
             found = self._tokenizer(new, add_special_tokens=False)["input_ids"]
             self._known |= zip(new, map(tuple, found), strict=True)

@@ -6,17 +6,16 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from rayft.data.section import TooLong
 from rayft.data.template import IGNORED, Encoded
 from rayft.errors import DataError
 
-__all__ = ["Gathered", "Mapped", "Shape", "Texts", "TooLong", "first_learnt", "gather", "lengths_of", "notes"]
-
-TooLong = Literal["error", "drop", "cut"]
+__all__ = ["Gathered", "Mapped", "Shape", "Texts", "first_learnt", "gather", "lengths_of", "notes"]
 
 Numbers = npt.NDArray[np.int64]
 Item = TypeVar("Item")
@@ -35,7 +34,7 @@ def first_learnt(text: Encoded) -> int:
 
 
 def gather(encoded: Sequence[Item], indices: Sequence[int]) -> list[Item]:
-    """Return some items by their indices; of mapped texts, all by one read."""
+    """Return some items by their indices; items that lie on disk are read together."""
     if isinstance(encoded, Gathered):
         return encoded.gather(indices)
     return [encoded[index] for index in indices]

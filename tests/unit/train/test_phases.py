@@ -44,7 +44,7 @@ def test_links_by_epochs_begin_with_rows_of_their_own_epochs(run: RunConfig, ses
     schedule = session.row_stream(run)
     found = link_steps(run, schedule)
     # No row of a link's epochs may come before its first step.
-    rows_per_epoch = [len(schedule._epoch(epoch)) for epoch in range(6)]
+    rows_per_epoch = [len(schedule.epoch(epoch)) for epoch in range(6)]
     first_rows = [sum(rows_per_epoch[: 2 * link]) for link in range(3)]
     assert [start for start, _ in found] == [-(-row // 2) for row in first_rows]
     assert [end for _, end in found] == [*(start for start, _ in found[1:]), 30]
