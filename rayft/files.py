@@ -166,11 +166,19 @@ def locked(path: Path, wait: float | None = None) -> Iterator[int | None]:
                 yield None
                 return
             # The last holder may have deleted the file. Then this lock is of a file that nobody else opens.
-            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+            if _opens(path, descriptor):
                 yield descriptor
                 return
         finally:
             os.close(descriptor)
+
+
+def _opens(path: Path, descriptor: int) -> bool:
+    """Return whether a path still names the file of a descriptor."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _lock(descriptor: int, deadline: float | None) -> bool:

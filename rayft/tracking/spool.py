@@ -120,15 +120,14 @@ class Spool:
             while path.exists():
                 offset = _offset(_sidecar(path), path)
                 lines, end = _read(path, offset)
-                if not lines and not (remove and _remove_or_close_tail(path, offset)):
+                if not lines and not (remove and _remove_or_close_tail(path, offset, lock)):
                     break
                 try:
                     done += self._deliver(lines, deliver)
                 except UndeliveredError as error:
                     return done + Drained(pending=self.pending(path), reason=str(error))
                 if lines:
-                    text = f"{path.stat().st_ino} {end}".encode().ljust(48)
-                    os.pwrite(lock, text, 0)
+                    _record(lock, path.stat().st_ino, end)
             if not path.exists():
                 _sidecar(path).unlink(missing_ok=True)
         return done
@@ -191,6 +190,10 @@ def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".sent")
 
 
+def _record(sidecar: int, inode: int, offset: int) -> None:
+    os.pwrite(sidecar, f"{inode} {offset}".encode().ljust(48), 0)
+
+
 def _offset(sidecar: Path, path: Path) -> int:
     try:
         inode, offset = sidecar.read_text(encoding="utf-8").split()
@@ -215,17 +218,24 @@ def _read(path: Path, offset: int) -> tuple[list[bytes], int]:
     return lines, offset
 
 
-def _remove_or_close_tail(path: Path, offset: int) -> bool:
+def _remove_or_close_tail(path: Path, offset: int, sidecar: int) -> bool:
     """Delete a file that was delivered to its end.
 
     If its last line is torn, end that line instead, and return True: there is one more line to deliver.
+
+    Args:
+        path: the file.
+        offset: up to where it was delivered.
+        sidecar: the descriptor of its sidecar, whose lock is held. The sidecar stays, since a second sender
+            that could lock a new one would still find the file.
     """
     with locked(path) as descriptor:
         assert descriptor is not None
         size = os.lseek(descriptor, 0, os.SEEK_END)
         if size == offset:
-            # The sidecar goes first: a crash in between causes a repeat. The other order would cause a loss.
-            _sidecar(path).unlink(missing_ok=True)
+            # The offset goes first: a crash in between causes a repeat. The other order could cause a loss,
+            # since the next file may get the same inode.
+            _record(sidecar, 0, 0)
             path.unlink()
             return False
         # Writers hold this lock while they append, so the writer of a line without an end is gone.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,23 @@ def test_a_lock_has_one_holder(tmp_path: Path) -> None:
             assert second is None
     with locked(path, wait=0) as again:
         assert again is not None
+
+
+def test_a_file_that_each_holder_deletes_has_one_holder_at_a_time(tmp_path: Path) -> None:
+    path, inside = tmp_path / "lock", 0
+    seen: list[int] = []
+
+    def hold() -> None:
+        nonlocal inside
+        for _ in range(300):
+            with locked(path) as descriptor:
+                assert descriptor is not None
+                inside += 1
+                seen.append(inside)
+                inside -= 1
+                path.unlink()
+
+    with ThreadPoolExecutor(4) as pool:
+        for held in [pool.submit(hold) for _ in range(4)]:
+            held.result(timeout=60)
+    assert seen == [1] * 1200

@@ -3,6 +3,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,25 @@ def test_appending_and_removing_at_the_same_time_loses_nothing(tmp_path: Path) -
     spool.drain(tmp_path / "shared.jsonl", receiver, remove=True)
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert sorted(receiver.got) == [*range(1000, 1300), *range(2000, 2300)]
+
+
+def test_many_senders_of_one_file_send_each_record_once(tmp_path: Path) -> None:
+    spool, receiver = Spool(tmp_path), Receiver(batches=10**9)
+    done = threading.Event()
+
+    def send() -> None:
+        while not done.is_set():
+            spool.drain(spool.path("run"), receiver, wait=1.0, remove=True)
+
+    with ThreadPoolExecutor(4) as pool:
+        senders = [pool.submit(send) for _ in range(4)]
+        for n in range(200):
+            spool.append("run", {"n": n + 100})
+        while len(receiver.got) < 200 and not any(sender.done() for sender in senders):
+            time.sleep(0.01)
+        done.set()
+        for sender in senders:
+            sender.result(timeout=60)
+    assert receiver.got == [*range(100, 300)]
+    spool.drain(spool.path("run"), receiver, remove=True)
+    assert list(tmp_path.iterdir()) == []
