@@ -8,6 +8,8 @@ and fused AdamW over the trained parameters. The weights are random in bfloat16,
 linears, there is no activation checkpointing, and the loss is over all tokens. Cases take turns, `ROUNDS`
 times, so that a drifting clock affects all of them. In `…/graph` the whole step, also of the floor, is
 captured once and replayed as a CUDA graph; elsewhere the launches of kernels dominate small steps.
+In `1x8192` and `1x16384` a row has 8 examples of equal length, which attend by segments. Beside them are LoRA
+and PEFT's LoRA with a mask of all pairs of tokens, and PEFT's with a row for each example (`…_unpacked`).
 `--profile` lists the kernels that a replayed step spends its time in, compared with the floor.
 """
 
@@ -32,6 +34,7 @@ from benchmarks.capture import capture
 from benchmarks.records import record, save
 from rayft.methods import METHODS
 from rayft.methods.base import Chain, ChainConfig, MethodConfig
+from rayft.models.attention import attend_by_segments, dense_mask, mask_for
 from rayft.models.inject import advance, clear, inject, wrap
 
 RANK, ROUNDS, LINKS = 16, 2, 4
@@ -43,7 +46,13 @@ SHAPES: dict[str, dict[str, int]] = {
     "8b": {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
-BATCHES = {"135m": [(4, 512), (16, 512)], "1b": [(4, 512), (16, 512)], "8b": [(4, 512)]}
+BATCHES = {
+    "135m": [(4, 512), (16, 512)], "1b": [(4, 512), (16, 512), (1, 8192), (1, 16384)], "8b": [(4, 512)],
+}  # fmt: skip
+EXAMPLES = 8
+"""Examples in the only row of a batch."""
+LONG = ("floor", "lora", "cla", "lora_masked", "peft_lora_bf16_masked", "peft_lora_bf16_unpacked")
+"""The cases of batches of one row."""
 FEW = ("lora", "asym", "paca", "cla", "rcla", "c3la")
 """The methods that are measured at shapes other than 1 B."""
 OURS = ("lora", "lora_plus", "asym", "cola", "rac", "paca", "cla", "rcla", "c3la", "c3la_link4", "rc3la")
@@ -65,18 +74,20 @@ def build(shape: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, attn_implementation="sdpa")
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2**14, attn_implementation="sdpa")
     with torch.device("cuda"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.requires_grad_(False)
     model.train()
     wrap(model)
+    attend_by_segments(model)
     return model
 
 
 @contextmanager
 def prepared(model: Any, case: str) -> Iterator[list[torch.nn.Parameter]]:
     """Insert the adapters of a case, yield the trained parameters, and remove the adapters again."""
+    case = case.removesuffix("_masked").removesuffix("_unpacked")
     if case == "floor":
         yield []
     elif case in PEFT_CASES:
@@ -125,8 +136,29 @@ def with_peft(model: Any, case: str) -> Iterator[list[torch.nn.Parameter]]:
         model.requires_grad_(False)
 
 
-def make_step(model: Any, ids: torch.Tensor, trainable: list[torch.nn.Parameter], *, graph: bool) -> Step:
+def packed(model: Any, case: str, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the tokens of a batch in the form of a case, and what else the model is given.
+
+    Batches of several rows are one example a row, without anything else.
+    """
+    rows, tokens = ids.shape
+    if rows > 1:
+        return ids, {}
+    if case.endswith("_unpacked"):
+        return ids.view(EXAMPLES, -1), {}
+    length = tokens // EXAMPLES
+    offsets = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=ids.device)
+    masked = case.endswith("_masked")
+    mask = dense_mask(offsets, 1, tokens) if masked else mask_for(model, offsets, 1, tokens)
+    positions = torch.arange(length, device=ids.device).repeat(1, EXAMPLES)
+    return ids, {"attention_mask": mask, "position_ids": positions}
+
+
+def make_step(
+    model: Any, case: str, ids: torch.Tensor, trainable: list[torch.nn.Parameter], *, graph: bool
+) -> Step:
     """Return a function that runs one training step, or replays it."""
+    ids, given = packed(model, case, ids)
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_(True)
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True, capturable=graph) if trainable else None
 
@@ -134,7 +166,7 @@ def make_step(model: Any, ids: torch.Tensor, trainable: list[torch.nn.Parameter]
         embeddings.grad = None
         if optimizer:
             optimizer.zero_grad(set_to_none=True)
-        model(inputs_embeds=embeddings, labels=ids, use_cache=False).loss.backward()
+        model(inputs_embeds=embeddings, labels=ids, use_cache=False, **given).loss.backward()
         if optimizer:
             optimizer.step()
 
@@ -147,7 +179,7 @@ def measure(
     """Time `steps` steps of a case after warming up."""
     ids = torch.randint(0, model.config.vocab_size, batch, device="cuda")
     with prepared(model, case) as trainable:
-        step = make_step(model, ids, trainable, graph=graph)
+        step = make_step(model, case, ids, trainable, graph=graph)
         for _ in range(3):
             step()
         torch.cuda.synchronize()
@@ -177,9 +209,11 @@ def run_shape(
             place = name + ("/graph" if graph else "")
             if not fnmatch(place, places):
                 continue
+            if graph and batch[0] == 1:
+                continue
             found: dict[tuple[str, str], Timings] = {}
             for _ in range(ROUNDS):
-                for case in cases:
+                for case in cases if batch[0] > 1 else LONG:
                     key = (case, place)
                     timings = found.setdefault(key, Timings())
                     try:
@@ -209,7 +243,7 @@ def profile(shape: str, cases: list[str], replays: int = 5) -> list[dict[str, An
     ids = torch.randint(0, model.config.vocab_size, batch, device="cuda")
     for case in cases:
         with prepared(model, case) as trainable:
-            step = make_step(model, ids, trainable, graph=True)
+            step = make_step(model, case, ids, trainable, graph=True)
             step()
             torch.cuda.synchronize()
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:

@@ -19,13 +19,13 @@ from typing import Any, TypeVar, Union
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic.fields import FieldInfo
 
 from rayft.errors import ConfigError
 from rayft.files import write_file
 from rayft.paths import read_path
 
 __all__ = [
+    "FORMER",
     "SINCE",
     "Record",
     "Section",
@@ -42,6 +42,8 @@ SectionT = TypeVar("SectionT", bound="Section")
 
 SINCE = "since"
 """Key in a field's `json_schema_extra`: the version that added the field, if it was added after 0.1.0."""
+FORMER = "former"
+"""Key in a field's `json_schema_extra`: the default that the field had before, if that has changed."""
 
 
 class Section(BaseModel):
@@ -299,7 +301,8 @@ def content_hash(section: Section) -> str:
 
     Folders and tracked runs are found again by this hash, so it must stay what earlier versions computed. A
     field that was added later is marked with the version that added it,
-    `Field(default=…, json_schema_extra={SINCE: "0.2"})`, and is hashed only if it differs from its default.
+    `Field(default=…, json_schema_extra={SINCE: "0.2"})`, and is hashed only if it differs from its default. A
+    default that was replaced by one with equal results is hashed as it was: `json_schema_extra={FORMER: 1}`.
     """
     text = json.dumps(_hashed(section, section.model_dump(mode="json")), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -308,20 +311,19 @@ def content_hash(section: Section) -> str:
 def _hashed(value: Any, dumped: Any) -> Any:
     """Remove the fields that were added later and hold their defaults from a dump, at any depth."""
     if isinstance(value, Section):
-        return {
-            name: _hashed(getattr(value, name), dumped[name])
-            for name, field in type(value).model_fields.items()
-            if not (_later(field) and getattr(value, name) == field.get_default(call_default_factory=True))
-        }
+        found = {}
+        for name, field in type(value).model_fields.items():
+            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            if getattr(value, name) != field.get_default(call_default_factory=True):
+                found[name] = _hashed(getattr(value, name), dumped[name])
+            elif SINCE not in extra:
+                found[name] = extra.get(FORMER, _hashed(getattr(value, name), dumped[name]))
+        return found
     if isinstance(value, Mapping):
         return {key: _hashed(inner, dumped[str(key)]) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_hashed(inner, other) for inner, other in zip(value, dumped, strict=True)]
     return dumped
-
-
-def _later(field: FieldInfo) -> bool:
-    return isinstance(field.json_schema_extra, dict) and SINCE in field.json_schema_extra
 
 
 def leaves(section: Section) -> dict[str, str]:

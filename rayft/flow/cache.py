@@ -5,6 +5,7 @@
     <cache>/models/<name>/        a converted model; the processes that use it hold a lock of the folder
     <cache>/models/.<name>-<…>/   the same, unfinished
     <cache>/hashes/<hash>.json    the hash of a large file
+    <cache>/probes/<key>.json     how the steps of a kind of run use a GPU best
     <cache>/lanes/<lane>/         a lane's copies of files, on a node that does not share the home's disk
     <Triton's cache>/<key>/       a compiled kernel, of rayft or of another program
 
@@ -207,6 +208,10 @@ def _hashes(paths: Sequence[Path]) -> Iterator[Entry]:
     return _entry("hashes", "hashes of large files", [path for path in paths if _HASH.fullmatch(path.name)])
 
 
+def _probes(paths: Sequence[Path]) -> Iterator[Entry]:
+    return _entry("probes", "settings tried on GPUs", [path for path in paths if _HASH.fullmatch(path.name)])
+
+
 def _lanes(paths: Sequence[Path]) -> Iterator[Entry]:
     for path in paths:
         if path.is_dir() and not _DELETED.fullmatch(path.name):
@@ -226,6 +231,7 @@ _SCANS: dict[str, Callable[[Sequence[Path]], Iterator[Entry]]] = {
     "data": _sets,
     "models": _models,
     "hashes": _hashes,
+    "probes": _probes,
     "lanes": _lanes,
     "kernels": _kernels,
 }

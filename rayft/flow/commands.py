@@ -433,7 +433,7 @@ def list_cache(kind: str, console: Console) -> None:
     """Print what is kept on this machine.
 
     Args:
-        kind: data, models, hashes, lanes, kernels or all.
+        kind: data, models, hashes, probes, lanes, kernels or all.
         console: for the output.
 
     Raises:
@@ -451,7 +451,7 @@ def clear_cache(kind: str, console: Console) -> None:
     """Delete what is kept on this machine, except what is in use.
 
     Args:
-        kind: data, models, hashes, lanes, kernels or all.
+        kind: data, models, hashes, probes, lanes, kernels or all.
         console: for the output.
 
     Raises:

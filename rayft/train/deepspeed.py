@@ -64,8 +64,8 @@ class StepResult:
 
 def engine_config(run: RunConfig) -> dict[str, Any]:
     """Derive DeepSpeed's configuration from a run's, and merge `run.deepspeed` over it."""
-    scale = run.scale
-    micro = run.optim.rows_per_step // (scale.workers * scale.accumulation)
+    scale, accumulation = run.scale, run.scale.accumulation or 1
+    micro = run.optim.rows_per_step // (scale.workers * accumulation)
     zero: dict[str, Any] = {"stage": scale.zero}
     if scale.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": scale.device == "cuda"}
@@ -76,7 +76,7 @@ def engine_config(run: RunConfig) -> dict[str, Any]:
         zero["stage3_max_reuse_distance"] = 10**7
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": scale.accumulation,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": run.optim.clip,
         "zero_optimization": zero,
         # We pass torch's AdamW, because DeepSpeed's own Adam compiles C++ when it is first used.
@@ -253,6 +253,9 @@ def set_lr(engine: DeepSpeedEngine, lr: float) -> None:
 def destroy(engine: DeepSpeedEngine) -> None:
     """Remove an engine's hooks and buffers from the model, so that the next engine starts clean."""
     engine.destroy()
+    # An engine is collected at some later time, and destroys itself again then. That would unlink the model's
+    # parameters from the next engine, whose masters and moments would be read as zeros.
+    engine.destroy = lambda: None
     for module in engine.module.modules():
         # ZeRO-3 (DeepSpeed 0.19) leaves these closures on the modules. The next engine would run its backward
         # pass through them, with the parameter trace of this engine.

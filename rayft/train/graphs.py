@@ -72,6 +72,7 @@ def graphed(model: Any, example: AnyBatch) -> Iterator[None]:
     Raises:
         ConfigError: if the model is not a causal language model.
         TrainError: if a part of the model can't be captured.
+        torch.OutOfMemoryError: if the graphs do not fit into the device's memory.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -98,6 +99,8 @@ def graphed(model: Any, example: AnyBatch) -> Iterator[None]:
                 _Inner(inner).train(), tuple(sample.clone() for sample in samples), allow_unused_input=True
             )
         ]
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise TrainError(
             f"the model can't be captured as a CUDA graph: {error}; set scale.graphs: false"

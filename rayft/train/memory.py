@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Self
 
 import psutil
 import torch
@@ -11,33 +12,38 @@ __all__ = ["PeakMemory"]
 
 
 class PeakMemory:
-    """Watch the memory from construction until `stop`.
+    """Watch the memory in a block.
 
     On a GPU this is the allocator's own peak. On a CPU the resident set is sampled 20 times a second: the
     kernel's high-water mark never falls, so it would show the peak of the largest earlier run.
+
+    Attributes:
+        peak: the most memory so far, in bytes.
     """
 
     def __init__(self, device: str) -> None:
+        self.peak = 0
         self._cuda = device.startswith("cuda")
-        self._peak = 0
         self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
+        return self
 
-    def stop(self) -> int:
-        """Stop watching and return the peak in bytes."""
+    def __exit__(self, *_: object) -> None:
         if self._cuda:
-            return int(torch.cuda.max_memory_allocated())
-        self._done.set()
-        self._thread.join()
-        return self._peak
+            self.peak = int(torch.cuda.max_memory_allocated())
+        else:
+            self._done.set()
+            self._thread.join()
 
     def _watch(self) -> None:
         process = psutil.Process()
         while True:
-            self._peak = max(self._peak, process.memory_info().rss)
+            self.peak = max(self.peak, process.memory_info().rss)
             if self._done.wait(0.05):
                 return

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from rayft.config import Section, content_hash
+from rayft.config import FORMER, Section, content_hash
 from rayft.data.source import DataConfig
 from rayft.errors import ConfigError
 from rayft.methods.base import MethodConfig
@@ -89,14 +89,17 @@ class ScaleConfig(Section):
     offload: bool = False
     """Keep optimizer states in host memory (ZeRO 1 to 3)."""
 
-    accumulation: int = Field(default=1, ge=1)
-    """Micro-batches of one optimizer step, per worker."""
+    accumulation: int | None = Field(default=None, ge=1, json_schema_extra={FORMER: 1})
+    """Micro-batches of one optimizer step, per worker; by default as few as fit into a GPU's memory, and 1 on
+    CPUs and under ZeRO-3."""
 
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
+    activation_checkpointing: bool | None = Field(default=None, json_schema_extra={FORMER: False})
+    """Recompute activations in the backward pass instead of keeping them; by default if a step does not fit
+    into a GPU's memory otherwise and this is faster than more micro-batches."""
 
-    graphs: bool = False
-    """Replay training passes as CUDA graphs, for small models on a GPU (rows are padded to full length)."""
+    graphs: bool | None = Field(default=None, json_schema_extra={FORMER: False})
+    """Replay training passes as CUDA graphs (rows are padded to full length); by default if a pass is faster
+    so, as it is where launching kernels takes longer than running them."""
 
     gpu_share: float = Field(default=1.0, gt=0, le=1)
     """Share of a GPU that a worker reserves; below 1, several lanes of one worker each share a GPU."""
@@ -109,7 +112,7 @@ class ScaleConfig(Section):
             raise ValueError(
                 "graphs needs a GPU, ZeRO 0 to 2, and no activation_checkpointing; drop it, or change those"
             )
-        if self.graphs and self.accumulation > 1 and self.zero in (0, 1):
+        if self.graphs and (self.accumulation or 1) > 1 and self.zero in (0, 1):
             raise ValueError(GRAPHS_ACCUMULATE)
         if self.gpu_share < 1 and (self.device == "cpu" or self.workers > 1):
             raise ValueError("gpu_share below 1 is for GPU lanes of one worker; set workers: 1, or drop it")
@@ -140,13 +143,20 @@ class ScaleConfig(Section):
             # `auto` chose bfloat16, but stage 0 was set explicitly, which takes precedence.
             dtype = "float32"
         on_gpu = device == "cuda"
-        if on_gpu and self.graphs and self.accumulation > 1 and zero < 2:
+        if on_gpu and self.graphs and (self.accumulation or 1) > 1 and zero < 2:
             raise ConfigError(f"scale: {GRAPHS_ACCUMULATE}")
-        update = {"device": device, "dtype": dtype, "threads": threads, "zero": zero}
-        # `auto` may have chosen the CPU, where the settings for GPUs have no effect.
-        return self.model_copy(
-            update=update | {"graphs": self.graphs and on_gpu, "gpu_share": self.gpu_share if on_gpu else 1.0}
-        )
+        update: dict[str, object] = {"device": device, "dtype": dtype, "threads": threads, "zero": zero}
+        if not on_gpu:
+            # `auto` may have chosen the CPU, where the settings for GPUs have no effect.
+            update |= {"graphs": False, "gpu_share": 1.0}
+        if not on_gpu or zero == 3:
+            # Nothing is tried there. On a GPU, the workers decide what is left open.
+            update |= {
+                "accumulation": self.accumulation or 1,
+                "activation_checkpointing": bool(self.activation_checkpointing),
+                "graphs": False,
+            }
+        return self.model_copy(update=update)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -318,10 +328,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _rows_divide(self) -> RunConfig:
-        parts = self.scale.workers * self.scale.accumulation
-        if self.optim.rows_per_step % parts:
+        accumulation = self.scale.accumulation or 1
+        if self.optim.rows_per_step % (self.scale.workers * accumulation):
             raise ValueError(
                 f"optim.rows_per_step ({self.optim.rows_per_step}) must be a multiple of scale.workers x "
-                f"scale.accumulation ({self.scale.workers} x {self.scale.accumulation})"
+                f"scale.accumulation ({self.scale.workers} x {accumulation})"
             )
         return self

@@ -5,12 +5,13 @@ Training does not depend on Ray: the caller passes a `Session` and a `Reporter`.
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,26 @@ from rayft.train.deepspeed import (
     set_lr,
 )
 from rayft.train.graphs import capture_stream, graphed
+from rayft.train.masters import Master, read_masters, write_masters
 from rayft.train.memory import PeakMemory
 from rayft.train.phases import phases_of
+from rayft.train.placement import (
+    Placement,
+    keep,
+    out_of_memory,
+    place,
+    placed,
+    recompute_activations,
+    smaller,
+)
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 
 __all__ = ["Reporter", "TrainResult", "Trainer", "validation_loss"]
+
+
+MOST_TOKENS = 2**15
+"""Most tokens in a batch of the validation, unless a single row has more."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,8 @@ class TrainResult:
     """Of the saved adapter; empty if a whole model was saved."""
     start: str = ""
     """Content hash of the adapter that the run started from; empty if it started from fresh adapters."""
+    placement: dict[str, int] = field(default_factory=dict)
+    """How the last step used its device: the fields of a `Placement`."""
 
 
 @dataclass
@@ -180,6 +197,8 @@ class Trainer:
         self.worker, self.model = session.worker, session.loaded.model
         self.phases = phases_of(run, session)
         self.progress = Progress()
+        self.placement = Placement()
+        """How steps use the device; decided in `fit`."""
         self.engine: DeepSpeedEngine = None
         """The engine of the current phase; None outside of `fit`."""
         self._evaluate_at = _evaluation_steps(run, evaluate_at)
@@ -200,17 +219,18 @@ class Trainer:
         self._fetch_checkpoints()
         start = read_start(self.run, self.session)
         self.progress.start = start.content_hash
-        memory = PeakMemory(self.worker.device)
         self._trainable = inject(self.model, self.run.method, self.run.seed, start.modules).trainable
         reset_heads(self.model, self.run.seed, start.heads)
         try:
-            with capture_stream() if self.run.scale.graphs else nullcontext():
+            self.placement = place(self.run, self.session)
+            # What was tried for the placement does not count.
+            stream = capture_stream() if self.placement.graphs else nullcontext()
+            with PeakMemory(self.worker.device) as memory, stream:
                 finished, saved = self._train_phases()
         finally:
-            peak = memory.stop()
             if method(self.run.method.name).shares_base:
                 clear(self.model)
-        return self._result(saved, finished, peak, time.perf_counter() - started)
+        return self._result(saved, finished, memory.peak, time.perf_counter() - started)
 
     # --- phases
 
@@ -227,47 +247,80 @@ class Trainer:
             if state is not None and phase.end < state["step"]:
                 self.phases.skip(self.model, number + 1)
                 continue
+            saved = self._train_phase(number, phase, state)
+            state = None
+            if saved is not None:
+                return self.progress.step >= self.run.optim.steps, saved
+        raise AssertionError("the last phase ends with the run")
+
+    def _train_phase(self, number: int, phase: Phase, state: Mapping[str, Any] | None) -> _Saved | None:
+        """Train a phase, from its start or a checkpoint's state.
+
+        If a step does not fit into the device's memory, the phase goes on with a smaller placement: weights
+        and moments move to a new engine.
+
+        Returns:
+            What was saved, if the run ends with this phase; otherwise the next phase is prepared.
+        """
+        masters: Mapping[str, Master] | None = None
+        while True:
             with self._new_engine():
-                if state is not None:
-                    go_on, state = self._resume(state), None
+                go_on: bool | None = True
+                if masters is not None:
+                    write_masters(self.engine, masters)
+                elif state is not None:
+                    go_on = self._resume(state)
                 else:
                     self.phases.enter(self.engine)
-                    go_on = True
-                with self._graphs():
-                    go_on = go_on and self._train(phase)
-                finished = self.progress.step >= self.run.optim.steps
-                if finished or not go_on:
-                    return finished, self._save()
+                if go_on:
+                    with ExitStack() as graphs:
+                        go_on = self._captured(graphs) and self._train(phase)
+                if go_on is None:
+                    for parameter in self.model.parameters():
+                        parameter.grad = None
+                    gc.collect()
+                    masters = read_masters(self.engine)
+                    continue
+                if not go_on or self.progress.step >= self.run.optim.steps:
+                    return self._save()
                 self.phases.leave(self.engine, self.model, number + 1)
-        raise AssertionError("the last phase ends with the run")
+                return None
 
     @contextmanager
     def _new_engine(self) -> Iterator[None]:
         """Build an engine over the model for the block, and destroy it after the block."""
-        self.engine = build_engine(self.run, self.model)
+        self.engine = build_engine(placed(self.run, self.placement), self.model)
         try:
             yield
         finally:
             engine, self.engine = self.engine, None
             destroy(engine)
 
-    @contextmanager
-    def _graphs(self) -> Iterator[None]:
-        """Train with CUDA graphs in the block, if the run asks for them."""
-        if not self.run.scale.graphs:
-            yield
-            return
-        self.model.train()
-        with graphed(self.model, self._micro_batches(self.progress.step)[0][0]):
-            yield
+    def _captured(self, graphs: ExitStack) -> bool | None:
+        """Capture the passes as CUDA graphs until `graphs` is closed, if the placement has them.
+
+        Returns None if they did not fit into the device's memory; a smaller placement is set then.
+        """
+        if self.placement.graphs:
+            self.model.train()
+            try:
+                graphs.enter_context(graphed(self.model, self._micro_batches(self.progress.step)[0][0]))
+            except torch.OutOfMemoryError:
+                self._lower()
+                return None
+        return True
 
     # --- steps
 
-    def _train(self, phase: Phase) -> bool:
-        """Take the steps of a phase; return whether the run may continue after it."""
-        _recompute_activations(self.model, self.run.scale.activation_checkpointing)
+    def _train(self, phase: Phase) -> bool | None:
+        """Take the steps of a phase; return whether the run may continue after it.
+
+        Returns None if a step did not fit into the device's memory; a smaller placement is set then.
+        """
+        recompute_activations(self.model, wanted=self.placement.activation_checkpointing)
         while self.progress.step < phase.end:
-            self._step(phase)
+            if not self._step(phase):
+                return None
             if self.progress.step in self._evaluate_at and not self._evaluate():
                 return False
             if self._interrupted():
@@ -276,8 +329,8 @@ class Trainer:
                 raise InterruptedRunError(f"interrupted after step {step}", step)
         return True
 
-    def _step(self, phase: Phase) -> None:
-        """Take one optimizer step and report its numbers."""
+    def _step(self, phase: Phase) -> bool:
+        """Take one optimizer step and report its numbers; return whether it fitted into memory."""
         progress, optim, started = self.progress, self.run.optim, time.perf_counter()
         step = progress.step
         batches, padding = self._micro_batches(step)
@@ -285,7 +338,11 @@ class Trainer:
         self.model.train()
         lr = optim.lr_at(step, phase.first, phase.warmup)
         set_lr(self.engine, lr)
-        result = optimizer_step(self.engine, batches, self.worker)
+        try:
+            result = optimizer_step(self.engine, batches, self.worker)
+        except torch.OutOfMemoryError:
+            self._lower()
+            return False
         if not math.isfinite(result.loss):
             raise TrainError(
                 f"the loss is {result.loss} at step {step + 1} with lr {optim.lr:g}; use a lower "
@@ -299,15 +356,34 @@ class Trainer:
         progress.train_curve.append((progress.step, result.loss))
         if self.worker.rank == 0:
             self.reporter.log(progress.step, _step_metrics(lr, result, seconds) | {"padding": padding})
+        return True
+
+    def _lower(self) -> None:
+        """Set a smaller placement, because a step did not fit into the device's memory.
+
+        Raises:
+            TrainError: if the settings allow none, or this is one of several workers: the others may have
+                had room, and wait in an exchange.
+        """
+        rows = self.run.optim.rows_per_step // self.worker.world
+        if self.worker.world > 1 or self.run.scale.zero == 3:
+            raise out_of_memory(self.run, self.placement)
+        before, self.placement = self.placement, smaller(self.run, self.placement)
+        keep(self.run, self.session, self.placement)
+        how = "recomputes activations" if self.placement.activation_checkpointing else "goes on"
+        self.reporter.note(
+            f"step {self.progress.step + 1} with {rows // before.accumulation} row(s) at a time did not fit "
+            f"into the device's memory; the run {how} with {rows // self.placement.accumulation}"
+        )
 
     def _micro_batches(self, step: int) -> tuple[list[AnyBatch], float]:
         """Return this worker's share of an optimizer step, on its device, and the share of padding in it."""
-        worker, scale = self.worker, self.run.scale
+        worker, graphs = self.worker, self.placement.graphs
         stream = self.session.row_stream(self.run)
-        share = stream.share(step, worker.rank, worker.world, scale.accumulation)
+        share = stream.share(step, worker.rank, worker.world, self.placement.accumulation)
         # CUDA graphs need the same shapes in every step.
-        width = self.run.data.max_length if scale.graphs else None
-        segments = len(share[0]) * stream.most_segments if scale.graphs else None
+        width = self.run.data.max_length if graphs else None
+        segments = len(share[0]) * stream.most_segments if graphs else None
         batches = [collate_rows(rows, self.session.pad_id, width, segments) for rows in share]
         tokens = sum(len(row) for rows in share for row in rows)
         padding = 1 - tokens / sum(batch.input_ids.numel() for batch in batches)
@@ -464,6 +540,7 @@ class Trainer:
             folder=str(saved.folder),
             content_hash=saved.content_hash,
             start=progress.start,
+            placement=asdict(self.placement),
         )
 
 
@@ -488,8 +565,9 @@ def _eval_rows(session: Session, chosen: Sequence[int]) -> Rows:
 
 
 def _at_once(session: Session) -> int:
-    """Return the number of rows in a batch of the validation."""
-    return 4 if session.val[0].label is None else 16
+    """Return the number of rows in a batch of the validation: one, if rows are long."""
+    rows = 4 if session.val[0].label is None else 16
+    return max(1, min(rows, MOST_TOKENS // int(lengths_of(session.val).max())))
 
 
 def _eval_batches(session: Session, rows: Rows) -> Iterator[AnyBatch]:
@@ -513,17 +591,6 @@ def _step_metrics(lr: float, result: StepResult, seconds: float) -> dict[str, fl
         "tokens_per_second": result.tokens / seconds,
         "step_seconds": seconds,
     }
-
-
-def _recompute_activations(model: Any, wanted: bool) -> None:
-    """Turn activation checkpointing on or off; the trial before may have had the other setting."""
-    # Before transformers 5.23 both methods have their older names only.
-    if wanted:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        disable = getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)
-        disable()
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from rayft.data.section import DataConfig
 from rayft.methods.base import MethodConfig
@@ -21,16 +18,6 @@ from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def _group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
-    torch.cuda.set_device(0)
-    store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    dist.init_process_group("nccl", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def train(name: str, folder: Path, *, graphs: bool) -> TrainResult:
@@ -51,7 +38,7 @@ def train(name: str, folder: Path, *, graphs: bool) -> TrainResult:
     return Trainer(run, session, Reporter(), folder / f"{name}-{graphs}").fit()
 
 
-@pytest.mark.usefixtures("_group")
+@pytest.mark.usefixtures("nccl_group")
 @pytest.mark.parametrize("name", ["cla", "asym", "c3la", "paca", "lora", "lora_plus", "full"])
 def test_the_losses_are_equal(name: str, tmp_path: Path) -> None:
     eager, graphs = (train(name, tmp_path, graphs=graphs) for graphs in (False, True))

@@ -112,6 +112,8 @@ def test_each_kind_is_listed_with_its_size_and_its_last_use(cache: Path, tmp_pat
     (cache / "hashes").mkdir()
     for number in range(2):
         (cache / "hashes" / f"{number:024x}.json").write_text("{}")
+    (cache / "probes").mkdir()
+    (cache / "probes" / f"{0:024x}.json").write_text("{}")
     lane(cache, 60)
     found = entries(cache, kernels(tmp_path / "triton"))
     assert [(entry.kind, entry.name, len(entry.paths), entry.size) for entry in found] == [
@@ -119,12 +121,13 @@ def test_each_kind_is_listed_with_its_size_and_its_last_use(cache: Path, tmp_pat
         ("data", "questions.jsonl", 1, 1000),
         ("models", "mine", 1, 5000),
         ("hashes", "hashes of large files", 2, 4),
+        ("probes", "settings tried on GPUs", 1, 2),
         ("lanes", "lane-60", 1, 0),
         ("kernels", "compiled kernels", 1, 50),
     ]
     assert all(entry.whole for entry in found)
     ages = [round((time.time() - entry.used) / DAY) for entry in found]
-    assert ages == [1, 2, 3, 0, 0, 0]
+    assert ages == [1, 2, 3, 0, 0, 0, 0]
     assert {entry.kind for entry in found} == set(KINDS)
     assert of_kind(found, "all") == found
     assert names(of_kind(found, "models")) == ["mine"]

@@ -1,0 +1,323 @@
+"""How the steps of a run use their device: micro-batches, activation checkpointing, CUDA graphs.
+
+None of these changes what is learnt, but by rounding and by which values dropout drops. What the settings
+leave open is found by trying it on a GPU: the longest row that the run can meet, as often as a micro-batch
+may have it, forward and backward. What was found is kept in the cache, by everything that it depends on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rayft import __version__
+from rayft.data.pack import AnyBatch, Row, collate_rows
+from rayft.data.texts import first_learnt
+from rayft.errors import ConfigError, TrainError
+from rayft.evaluate.loss import batch_loss, targets_of
+from rayft.files import write_file
+from rayft.models.files import cache_folder
+from rayft.train.graphs import capture_stream, graphed
+from rayft.train.run import RunConfig
+from rayft.train.session import Session
+
+__all__ = [
+    "Placement",
+    "keep",
+    "out_of_memory",
+    "place",
+    "placed",
+    "recompute_activations",
+    "smaller",
+]
+
+logger = logging.getLogger(__name__)
+
+SAMPLED = 256
+"""Rows of the first epoch among which the one with the most targets is looked for."""
+SPARE = 0.05
+"""Share of a device's memory that a probe leaves free: the sizes of later tensors differ, and leave gaps."""
+GAIN = 0.97
+"""Graphs are used if a pass takes less than this share of its time without them."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the steps of a run use their device."""
+
+    accumulation: int = 1
+    """Micro-batches of one optimizer step, per worker."""
+    activation_checkpointing: bool = False
+    graphs: bool = False
+
+
+def placed(run: RunConfig, placement: Placement) -> RunConfig:
+    """Return a run whose settings are those of a placement."""
+    return run.model_copy(update={"scale": run.scale.model_copy(update=dataclasses.asdict(placement))})
+
+
+def place(run: RunConfig, session: Session) -> Placement:
+    """Decide what a run's settings leave open (all workers call it).
+
+    On a CPU, and under ZeRO-3, whose passes need an engine, nothing is tried: a step is one micro-batch.
+
+    Args:
+        run: settled.
+        session: the base with the run's adapters, and the data.
+    """
+    scale = run.scale
+    given = (scale.accumulation, scale.activation_checkpointing, scale.graphs)
+    if scale.device != "cuda" or scale.zero == 3 or None not in given:
+        return Placement(scale.accumulation or 1, bool(scale.activation_checkpointing), bool(scale.graphs))
+    probe = _Probe(run, session)
+    kept = session.worker.agreed(_kept(probe.file))
+    found = kept or probe.find()
+    if kept is None:
+        keep(run, session, found)
+    return found
+
+
+def keep(run: RunConfig, session: Session, placement: Placement) -> None:
+    """Keep a placement for the next run that is alike. Without a writable cache, each run tries anew."""
+    if run.scale.device == "cuda" and session.worker.rank == 0:
+        with contextlib.suppress(OSError):
+            write_file(_Probe(run, session).file, json.dumps(dataclasses.asdict(placement)))
+
+
+def smaller(run: RunConfig, placement: Placement) -> Placement:
+    """Return a placement that takes less memory, for a run whose step did not fit.
+
+    Raises:
+        TrainError: if the settings allow none.
+    """
+    scale = run.scale
+    rows = run.optim.rows_per_step // scale.workers
+    more = [count for count in _divisors(rows) if count > placement.accumulation]
+    if scale.accumulation is None and more and not (scale.graphs and (scale.zero or 0) < 2):
+        graphs = placement.graphs and (scale.zero or 0) >= 2
+        return replace(placement, accumulation=more[0], graphs=graphs)
+    if scale.activation_checkpointing is None and not placement.activation_checkpointing and not scale.graphs:
+        return replace(placement, activation_checkpointing=True, graphs=False)
+    raise out_of_memory(run, placement)
+
+
+def out_of_memory(run: RunConfig, placement: Placement) -> TrainError:
+    """Return the error for a run whose step did not fit into the device's memory; it says what to change."""
+    scale, ways = run.scale, []
+    rows = run.optim.rows_per_step // scale.workers
+    if placement.graphs and scale.graphs:
+        ways.append("set scale.graphs: false")
+    if not placement.activation_checkpointing:
+        ways.append("set scale.activation_checkpointing: true")
+    if placement.accumulation < rows:
+        ways.append("raise scale.accumulation")
+    if scale.gpu_share < 1:
+        ways.append("let fewer lanes share a GPU (scale.gpu_share)")
+    ways += ["lower data.max_length", "shard the base over more workers (scale.zero: 3)"]
+    return TrainError(
+        f"{rows // placement.accumulation} row(s) of {run.data.max_length} tokens do not fit into the "
+        f"device's memory at once: {', or '.join(ways)}"
+    )
+
+
+def recompute_activations(model: Any, *, wanted: bool) -> None:
+    """Turn activation checkpointing on or off; the trial before may have had the other setting."""
+    # Before transformers 5.23 both methods have their older names only.
+    if wanted:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        disable = getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)
+        disable()
+
+
+def _kept(file: Path) -> Placement | None:
+    try:
+        return Placement(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _divisors(number: int) -> list[int]:
+    return [count for count in range(1, number + 1) if number % count == 0]
+
+
+class _Probe:
+    """Tries placements of a run on its device."""
+
+    def __init__(self, run: RunConfig, session: Session) -> None:
+        self._run, self._session = run, session
+        self._model, self._worker = session.loaded.model, session.worker
+        self._share = run.optim.rows_per_step // run.scale.workers
+        self._trainable = [p for p in self._model.parameters() if p.requires_grad]
+
+    @cached_property
+    def file(self) -> Path:
+        """Where the placement is kept, named by all that it follows from."""
+        run, device = self._run, torch.cuda.get_device_properties(self._worker.device)
+        batch = self._batch(1)
+        found = {
+            "base": self._session.loaded.fingerprint,
+            "method": run.method.model_dump(mode="json"),
+            "trainable": sum(p.numel() for p in self._trainable),
+            "anneal": run.anneal is not None,
+            "rows": run.optim.rows_per_step,
+            "shape": [*batch.input_ids.shape],
+            "targets": len(targets_of(batch)),
+            "scale": run.scale.model_dump(mode="json"),
+            "deepspeed": run.deepspeed,
+            "device": [device.name, device.total_memory],
+            "versions": [__version__, torch.__version__],
+        }
+        key = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:24]
+        return cache_folder() / "probes" / f"{key}.json"
+
+    def find(self) -> Placement:
+        """Return the fastest placement that fits; the one that takes the least memory if none does."""
+        scale, found = self._run.scale, dict[Placement, float]()
+        for recompute in self._recompute:
+            for accumulation in self._accumulations:
+                candidate = Placement(accumulation, recompute)
+                seconds = self._seconds(candidate)
+                if seconds is not None:
+                    found[candidate] = seconds * accumulation
+                    break
+            if any(placement.accumulation == 1 for placement in found):
+                # The whole step fits. Recomputing would only cost time.
+                break
+        if not found:
+            return Placement(self._accumulations[-1], self._recompute[-1], bool(scale.graphs))
+        best = min(found, key=found.__getitem__)
+        graphs = scale.graphs if scale.graphs is not None else self._faster(best, found[best])
+        logger.info("%s: %s", self._run.method.name, replace(best, graphs=graphs))
+        return replace(best, graphs=graphs)
+
+    @property
+    def _recompute(self) -> tuple[bool, ...]:
+        """Whether activations may be recomputed."""
+        given = False if self._run.scale.graphs else self._run.scale.activation_checkpointing
+        return (False, True) if given is None else (given,)
+
+    @property
+    def _accumulations(self) -> list[int]:
+        """The numbers of micro-batches that a step may have, the fewest first."""
+        scale = self._run.scale
+        if scale.graphs and (scale.zero or 0) < 2:
+            # Each replay returns the same gradient buffers, which only ZeRO-2 copies away.
+            return [scale.accumulation or 1]
+        return [scale.accumulation] if scale.accumulation else _divisors(self._share)
+
+    def _faster(self, placement: Placement, seconds: float) -> bool:
+        """Return whether graphs make the passes of a step faster, by capturing one and replaying it."""
+        run, scale = self._run, self._run.scale
+        if (
+            run.model.task != "causal_lm"
+            or placement.activation_checkpointing
+            or not run.data.packing
+            or (placement.accumulation > 1 and (scale.zero or 0) < 2)
+        ):
+            return False
+        replayed = self._seconds(replace(placement, graphs=True))
+        return replayed is not None and replayed * placement.accumulation < GAIN * seconds
+
+    def _seconds(self, placement: Placement) -> float | None:
+        """Return the time of a micro-batch's forward and backward pass; None if some worker has no room."""
+        seconds = None
+        try:
+            seconds = self._measure(placement)
+        except torch.OutOfMemoryError:
+            logger.info("%s does not fit", placement)
+        except (ConfigError, TrainError) as error:
+            # This model can't be captured.
+            logger.info("%s: %s", placement, error)
+        finally:
+            recompute_activations(self._model, wanted=False)
+            for parameter in self._trainable:
+                parameter.grad = None
+            gc.collect()
+            torch.cuda.empty_cache()
+        if self._worker.largest(int(seconds is None)):
+            return None
+        return float(self._worker.agreed(seconds))
+
+    def _measure(self, placement: Placement) -> float:
+        """Take two passes, and return the seconds of the second; the first compiles kernels.
+
+        Raises:
+            torch.OutOfMemoryError: if they do not fit beside what the optimizer will need.
+            ConfigError, TrainError: if the model can't be captured.
+        """
+        device = self._worker.device
+        with _limited(device, self._run.scale.gpu_share):
+            optimizer = torch.empty(self._optimizer_bytes(), dtype=torch.uint8, device=device)
+            batch = self._batch(self._share // placement.accumulation).to(device)
+            recompute_activations(self._model, wanted=placement.activation_checkpointing)
+            self._model.train()
+            with contextlib.ExitStack() as graphs:
+                if placement.graphs:
+                    graphs.enter_context(capture_stream())
+                    graphs.enter_context(graphed(self._model, batch))
+                times = [self._pass(batch) for _ in range(3)]
+            del optimizer
+        return min(times[1:])
+
+    def _pass(self, batch: AnyBatch) -> float:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        loss, targets = batch_loss(self._model, batch)
+        (loss / max(targets, 1)).backward()
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def _optimizer_bytes(self) -> int:
+        """Return the most that an engine will take beside model and gradients."""
+        scale, count = self._run.scale, sum(parameter.numel() for parameter in self._trainable)
+        if not scale.zero:
+            return 8 * count  # Adam's moments
+        # Gradients in float32; masters and moments, partitioned.
+        return 4 * count + (0 if scale.offload else 12 * count // scale.workers)
+
+    def _batch(self, rows: int) -> AnyBatch:
+        """Return a micro-batch of the row that takes the most memory, on the CPU."""
+        data, stream = self._run.data, self._session.row_stream(self._run)
+        packed = data.packing and self._run.model.task == "causal_lm"
+        return collate_rows(
+            [self._widest] * rows,
+            self._session.pad_id,
+            data.max_length if packed else None,
+            rows * stream.most_segments if packed else None,
+        )
+
+    @cached_property
+    def _widest(self) -> Row:
+        """The longest row; of packed rows, all of which are long, the one with the most targets of some."""
+        rows = self._session.row_stream(self._run).epoch(0)
+        if self._run.model.task != "causal_lm" or not self._run.data.packing:
+            return rows[int(rows.tokens.argmax())]
+        return max(rows[:SAMPLED], key=_targets)
+
+
+def _targets(row: Row) -> int:
+    return sum(len(text) - first_learnt(text) for text in getattr(row, "examples", ()))
+
+
+@contextlib.contextmanager
+def _limited(device: str, share: float) -> Iterator[None]:
+    """Limit this process to its share of a GPU's memory in the block, less what must stay free."""
+    torch.cuda.set_per_process_memory_fraction((1 - SPARE) * share, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
