@@ -254,9 +254,13 @@ def score_baselines(plan: Plan, executor: Executor, store: ScoreStore | None = N
 
 
 def score_trials(
-    plan: Plan, executor: Executor, trials: Sequence[Trial], store: ScoreStore | None = None
+    plan: Plan,
+    executor: Executor,
+    trials: Sequence[Trial],
+    can_win: Sequence[Trial],
+    store: ScoreStore | None = None,
 ) -> dict[str, Measured]:
-    """Score what each trial saved: finished trials on val and test, stopped ones on test alone.
+    """Score what each trial saved: those that can win on val and test, the others on test alone.
 
     Returns:
         Name of a trial → its scores. Failed trials are missing.
@@ -264,14 +268,14 @@ def score_trials(
     Raises:
         TrainError: if none of them can be scored.
     """
-    requests = {}
+    requests, able = {}, {trial.point.name for trial in can_win}
     for trial in trials:
         if trial.result is None:
             continue
         run, adapter = outcome(trial.point.run, trial.result.folder)
         requests[trial.point.name] = ScoreRequest(
             run=run,
-            parts=("val", "test") if trial.status == "finished" else ("test",),
+            parts=("val", "test") if trial.point.name in able else ("test",),
             adapter=adapter,
             expected=plan.identity if adapter else plan.identity.of_data(),
         )

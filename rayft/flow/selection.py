@@ -23,6 +23,7 @@ from rayft.sweep.search import Trial
 __all__ = [
     "ServedAdapter",
     "best_first",
+    "candidates",
     "choose",
     "chosen_settings",
     "keeps",
@@ -59,15 +60,22 @@ def _loss(trial: Trial) -> float:
 
 
 def best_first(trials: Sequence[Trial], scores: Mapping[str, Measured], rule: Rule) -> list[Trial]:
-    """Sort the finished trials; the first is the winner.
+    """Sort the trials that can win; the first is the winner.
 
     Args:
         trials: of the sweep.
         scores: name of a trial → its scores.
         rule: the sweep's rule.
     """
-    finished = [trial for trial in trials if trial.result is not None and trial.status == "finished"]
-    return sorted(finished, key=lambda trial: _order_of([trial], scores, rule))
+    return sorted(candidates(trials), key=lambda trial: _order_of([trial], scores, rule))
+
+
+def candidates(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that can win: the finished ones, and stopped ones with a loss below all of theirs."""
+    finished = [trial for trial in trials if trial.status == "finished"]
+    least = min((loss for trial in finished if not math.isnan(loss := _loss(trial))), default=math.inf)
+    stopped = [trial for trial in trials if trial.status == "stopped" and _loss(trial) < least]
+    return finished + stopped
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,7 @@ def choose(
     """Choose what a sweep ships, the winner or a squeezed version of it, and give the reason in words.
 
     Args:
-        winner: the best trial; None if none has finished.
+        winner: the best trial; None if all have failed.
         squeezed: all squeezed adapters of the sweep.
         scores: name of a trial or squeezed adapter → its scores.
         rule: the sweep's rule.
@@ -156,7 +164,7 @@ def choose(
     """
     if winner is None:
         return None
-    name, best = winner.point.name, f"best {rule.replace('_', ' ')} among the trials that finished"
+    name, best = winner.point.name, f"best {rule.replace('_', ' ')} of all trials"
     reached = scores[name].mean("val")
     mine = [item for item in squeezed if item.source.name == name]
     small = smallest_good(mine, scores, reached, keep) if reached else None
@@ -241,7 +249,7 @@ def _best_of_others(record: SweepRecord, winner: TrialRecord) -> list[TrialRecor
     best: dict[str, TrialRecord] = {}
 
     def order(trial: TrialRecord) -> tuple[float, float]:
-        loss = trial.last_val_loss
+        loss = trial.kept_val_loss
         return _order([math.inf if loss is None else loss], [trial.val_score], record.select_by)
 
     for trial in sorted(record.trials, key=order):

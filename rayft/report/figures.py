@@ -215,6 +215,12 @@ def _learning(record: SweepRecord) -> Drawing | None:
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("validation loss")
     extra = []
+    if any(trial.kept_step is not None for trial in trials):
+        extra.append(
+            Line2D(
+                [], [], color=INK, marker="o", markersize=8, fillstyle="none", linestyle="none", label="kept"
+            )
+        )
     if any(trial.status != "finished" for trial in trials):
         extra.append(
             Line2D([], [], color=INK, marker="x", markeredgewidth=2, linestyle="none", label="ended early")
@@ -230,8 +236,9 @@ def _learning(record: SweepRecord) -> Drawing | None:
         key="learning",
         title="Learning curves",
         caption=(
-            "Validation loss of every trial. A cross marks where the scheduler stopped a trial, or where "
-            "it failed." + above
+            "Validation loss of every trial. A circle marks the evaluation whose weights were kept, where "
+            "that is not the last one. A cross marks where the scheduler stopped a trial, or where it failed."
+            + above
         ),
         alt=f"Validation loss over steps: {words}.",
         svg=svg(figure, "learning"),
@@ -268,6 +275,18 @@ def _curve(axes: Axes, trial: TrialRecord, colour: str, marker: str, *, wins: bo
         steps, losses, color=colour, marker=marker, markersize=3.5, linewidth=width, zorder=front
     )
     tip(line, _curve_text(trial))
+    if trial.kept_step is not None:
+        kept = dict(trial.val_loss)[trial.kept_step]
+        axes.plot(
+            trial.kept_step,
+            kept,
+            "o",
+            color=colour,
+            markersize=11,
+            markeredgewidth=2,
+            fillstyle="none",
+            zorder=5,
+        )
     if trial.status != "finished":
         step, loss = _last_finite(trial)
         seen = min(loss, axes.get_ylim()[1])
@@ -289,7 +308,8 @@ def _name_curves(axes: Axes, trials: Sequence[TrialRecord], winner: str) -> None
 def _curve_text(trial: TrialRecord) -> str:
     step, loss = _last_finite(trial)
     how = "" if trial.status == "finished" else f" ({trial.status})"
-    return f"{trial.id} {loss:.2f} at step {step}{how}"
+    kept = "" if trial.kept_step is None else f", kept {trial.kept_val_loss:.2f} of step {trial.kept_step}"
+    return f"{trial.id} {loss:.2f} at step {step}{how}{kept}"
 
 
 def _squeeze(record: SweepRecord) -> Drawing | None:

@@ -106,10 +106,15 @@ class TrialRecord(Record):
     run_id: str = ""
     """Id of its tracked run."""
 
+    kept_step: int | None = None
+    """The step whose weights were kept; None if they are the last ones."""
+
     @property
-    def last_val_loss(self) -> float | None:
-        """The validation loss at the end."""
-        return self.val_loss[-1][1] if self.val_loss else None
+    def kept_val_loss(self) -> float | None:
+        """The validation loss of the weights that were kept."""
+        if not self.val_loss:
+            return None
+        return self.val_loss[-1][1] if self.kept_step is None else dict(self.val_loss)[self.kept_step]
 
 
 class Squeezed(Record):

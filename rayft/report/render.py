@@ -134,8 +134,8 @@ def _markup(drawing: Drawing) -> tuple[Drawing, Markup]:
 def _typical(record: SweepRecord) -> list[str]:
     """Return the id of each method's best trial by validation loss: these are drawn before others."""
     best: dict[str, TrialRecord] = {}
-    known = [one for one in record.trials if one.last_val_loss is not None and one.status == "finished"]
-    for trial in sorted(known, key=lambda one: (one.last_val_loss, one.id)):
+    known = [one for one in record.trials if one.kept_val_loss is not None and one.status == "finished"]
+    for trial in sorted(known, key=lambda one: (one.kept_val_loss, one.id)):
         best.setdefault(trial.method, trial)
     return [trial.id for trial in best.values()]
 

@@ -48,7 +48,7 @@ def table_rows(record: SweepRecord) -> list[TableRow]:
     for trial in sorted(record.trials, key=_by_score):
         found.append(
             TableRow(
-                trial.id, "trial", trial.method, trial.test, trial.val_score, trial.last_val_loss,
+                trial.id, "trial", trial.method, trial.test, trial.val_score, trial.kept_val_loss,
                 trial.trainable, trial.bytes or None, trial.seconds, trial.peak_memory_bytes, trial.status,
                 trial.rank, trial.id == winner, trial.id == ship,
             )
@@ -85,7 +85,7 @@ def pareto(
 
 
 def _by_score(trial: TrialRecord) -> tuple[bool, float, float]:
-    loss = trial.last_val_loss
+    loss = trial.kept_val_loss
     return (
         trial.test is None,
         -trial.test.value if trial.test else 0.0,

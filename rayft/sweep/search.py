@@ -72,6 +72,8 @@ class TrialActor(tune.Trainable):
         self._executor = executor
         self._replay: list[_Evaluation] = []
         self._seen = 0
+        self._least = math.inf
+        self._keeps_best = False
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -82,10 +84,16 @@ class TrialActor(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Wait for the next evaluation."""
         if self._replay:
-            return self._replay.pop(0)._asdict()
-        event: Event = ray.get(self._executor.broker.next_event.remote(self._job.id, self._seen))
-        self._seen = event.number
-        return self._evaluation(event)._asdict()
+            found = self._replay.pop(0)
+        else:
+            event: Event = ray.get(self._executor.broker.next_event.remote(self._job.id, self._seen))
+            self._seen = event.number
+            found = self._evaluation(event)
+        if self._keeps_best and not math.isnan(found.val_loss):
+            # The trial is as good as the weights that it keeps.
+            self._least = min(self._least, found.val_loss)
+            found = found._replace(val_loss=self._least)
+        return found._asdict()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Save nothing: the lane saves the trial's checkpoint."""
@@ -97,6 +105,9 @@ class TrialActor(tune.Trainable):
         request: TrainRequest = config["request"]
         self._job = Job.of(request.key, request)
         self._seen = 0
+        self._least = math.inf
+        # An annealed trial can't keep what it found at a higher rank.
+        self._keeps_best = request.run.evaluate.keep == "best" and request.run.anneal is None
         left = earlier(request)
         if left is not None:
             self._replay = _whole_curve(left.result)

@@ -17,6 +17,7 @@ from typing import Any
 from rayft.errors import DiskFullError, TrainError
 from rayft.files import room_on
 from rayft.identity import Identity
+from rayft.train.best import BEST, Kept
 from rayft.train.checkpoint_folder import STATE_FILE, Checkpoint, checkpoints
 from rayft.train.deepspeed import DeepSpeedEngine, check_written, checkpoint_bytes
 from rayft.train.session import Session
@@ -26,7 +27,12 @@ __all__ = ["last_state", "restore", "save"]
 
 
 def save(
-    folder: Path, engine: DeepSpeedEngine, state: Mapping[str, Any], identity: Identity, session: Session
+    folder: Path,
+    engine: DeepSpeedEngine,
+    state: Mapping[str, Any],
+    identity: Identity,
+    session: Session,
+    best: Kept | None = None,
 ) -> None:
     """Write a checkpoint (all workers call it), then delete all but the last two.
 
@@ -36,6 +42,7 @@ def save(
         state: the state of the run, which must be JSON-able and hold `step`.
         identity: what the run follows from.
         session: says which worker this is, and has the home that keeps the checkpoint.
+        best: on rank 0, what the best evaluation left, unless that is what the engine has.
 
     Raises:
         DiskFullError: on all workers, if one of them has no space; the previous checkpoint stays.
@@ -49,6 +56,9 @@ def save(
     try:
         with worker.together():
             _write(folder, tag, engine)
+            if best is not None:
+                with room_on(folder, best.bytes):
+                    best.save(place / BEST)
         with worker.together():
             home.send(place)
         with worker.together(), room_on(folder):

@@ -1,6 +1,7 @@
 """The folder in which a run keeps its checkpoints, as it is on disk.
 
 checkpoint/step-000020/…           DeepSpeed's files, from all workers, without frozen parameters
+checkpoint/step-000020/best/       what the best evaluation before it left, if it was an earlier one
 checkpoint/step-000020/state.json  step, identity, curves and the hashes of those files
 
 `state.json` is written last: a folder without it is no checkpoint. A run keeps its last two checkpoints. A
@@ -163,10 +164,11 @@ def _identity(state: Mapping[str, Any]) -> Identity:
 
 
 def _hashes(place: Path) -> dict[str, str]:
-    """Hash the files of a checkpoint: name → hash."""
-    files = sorted(path for path in place.iterdir() if path.is_file() and path.name != STATE_FILE)
+    """Hash the files of a checkpoint: path in its folder → hash."""
+    files = sorted(path for path in place.rglob("*") if path.is_file() and path != place / STATE_FILE)
+    names = (str(path.relative_to(place)) for path in files)
     with ThreadPoolExecutor(THREADS) as threads:
-        return dict(zip((path.name for path in files), threads.map(hash_content, files), strict=True))
+        return dict(zip(names, threads.map(hash_content, files), strict=True))
 
 
 def _unpacks(place: Path) -> str:

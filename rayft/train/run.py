@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from rayft.config import FORMER, Section, content_hash
+from rayft.config import FORMER, SINCE, Section, content_hash
 from rayft.data.source import DataConfig
 from rayft.errors import ConfigError
 from rayft.methods.base import MethodConfig
@@ -173,6 +173,14 @@ class EvaluateConfig(Section):
 
     val_examples: int | None = Field(default=None, ge=1)
     """Number of validation examples for the loss; by default all."""
+
+    keep: Literal["best", "last"] = Field(default="best", json_schema_extra={SINCE: "0.2"})
+    """Which weights a run keeps: those of the evaluation with the least validation loss, or the last ones. An
+    annealed run keeps the best of its last rank."""
+
+    patience: int | None = Field(default=None, ge=1, json_schema_extra={SINCE: "0.2"})
+    """End a run after this number of evaluations without a new least loss; by default never. A chain ends
+    only in its last link, an annealed run at its last rank."""
 
     trail: bool = False
     """Keep the adapter of every evaluation, so that `rayft analyze` can draw the plane of its trajectory."""

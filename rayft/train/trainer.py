@@ -33,6 +33,7 @@ from rayft.numerics import derive_seed, seed_everything
 from rayft.peft.folder import Artifact
 from rayft.squeeze.anneal import Phase, revive
 from rayft.train import checkpoint
+from rayft.train.best import BEST, Kept
 from rayft.train.deepspeed import (
     DeepSpeedEngine,
     StepResult,
@@ -75,6 +76,7 @@ class TrainResult:
     """False if the reporter stopped the run early."""
     steps: int
     val_loss: float
+    """Of the weights that were kept."""
     val_curve: list[tuple[int, float]]
     """(step, nats per completion token)."""
     train_curve: list[tuple[int, float]] = field(default_factory=list)
@@ -98,6 +100,8 @@ class TrainResult:
     """Of the saved adapter; empty if a whole model was saved."""
     start: str = ""
     """Content hash of the adapter that the run started from; empty if it started from fresh adapters."""
+    kept_step: int | None = None
+    """The step whose weights were kept; None if they are the last ones."""
     placement: dict[str, int] = field(default_factory=dict)
     """How the last step used its device: the fields of a `Placement`."""
 
@@ -112,6 +116,9 @@ class Progress:
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     tokens: int = 0
+    best_step: int = 0
+    """The step of the least validation loss so far; 0 before the first evaluation."""
+    best_loss: float = math.inf
     start: str = ""
     """Content hash of the adapter that the run started from; empty if it started from fresh adapters."""
     saved_at: float = field(default_factory=time.monotonic)
@@ -124,7 +131,8 @@ class Progress:
     @classmethod
     def resumed(cls, state: Mapping[str, Any]) -> Progress:
         """Read the progress from the state of a checkpoint."""
-        values = {name: state[name] for name in cls().state()}
+        # Earlier versions did not keep the best evaluation.
+        values = {name: state[name] for name in cls().state() if name in state}
         for curve in ("val_curve", "train_curve"):
             values[curve] = [(int(step), float(value)) for step, value in values[curve]]
         spent = values["train_seconds"] + values["evaluate_seconds"]
@@ -203,6 +211,10 @@ class Trainer:
         """The engine of the current phase; None outside of `fit`."""
         self._evaluate_at = _evaluation_steps(run, evaluate_at)
         self._trainable = 0
+        self._ended = False
+        """Whether the run ended before its last step by its own rule."""
+        self._best: Kept | None = None
+        """On rank 0, what the best evaluation left, once training has gone on after it."""
 
     def fit(self) -> TrainResult:
         """Train the run, or what is left of it, and save its artifact in `folder`.
@@ -250,7 +262,7 @@ class Trainer:
             saved = self._train_phase(number, phase, state)
             state = None
             if saved is not None:
-                return self.progress.step >= self.run.optim.steps, saved
+                return self._finished, saved
         raise AssertionError("the last phase ends with the run")
 
     def _train_phase(self, number: int, phase: Phase, state: Mapping[str, Any] | None) -> _Saved | None:
@@ -281,10 +293,17 @@ class Trainer:
                     gc.collect()
                     masters = read_masters(self.engine)
                     continue
-                if not go_on or self.progress.step >= self.run.optim.steps:
+                if not go_on or self._finished:
                     return self._save()
                 self.phases.leave(self.engine, self.model, number + 1)
+                if self.run.anneal is not None:
+                    # What was found at a higher rank can't be kept.
+                    self.progress.best_step, self.progress.best_loss, self._best = 0, math.inf, None
                 return None
+
+    @property
+    def _finished(self) -> bool:
+        return self._ended or self.progress.step >= self.run.optim.steps
 
     @contextmanager
     def _new_engine(self) -> Iterator[None]:
@@ -412,6 +431,10 @@ class Trainer:
                 "use a lower learning rate, a longer warm-up, or float32"
             )
         progress.val_curve.append((progress.step, value))
+        if value < progress.best_loss:
+            progress.best_step, progress.best_loss = progress.step, value
+            if self._keeps_best and progress.step < self.run.optim.steps:
+                self._best = self._copy()
         progress.evaluate_seconds += time.perf_counter() - started
         # Before the checkpoint, because a run that fails here continues from the checkpoint, after this step.
         if self.run.evaluate.trail and not method(self.run.method.name).saves_model:
@@ -426,7 +449,40 @@ class Trainer:
 
     def _report(self, step: int, val_loss: float) -> bool:
         """Report an evaluation; return, on all workers alike, whether the run may continue."""
-        return self.worker.share(self.worker.rank == 0 and self.reporter.report(step, {"val_loss": val_loss}))
+        wanted = self.worker.rank == 0 and self.reporter.report(step, {"val_loss": val_loss})
+        if not self.worker.share(wanted):
+            return False
+        self._ended = self._without_hope()
+        return not self._ended
+
+    def _without_hope(self) -> bool:
+        """Return whether as many evaluations as `evaluate.patience` have brought no new least loss."""
+        patience, last, progress = self.run.evaluate.patience, self.phases.plan[-1], self.progress
+        since = [step for step, _ in progress.val_curve if step > max(last.first, progress.best_step)]
+        return patience is not None and len(since) >= patience
+
+    # --- the best evaluation
+
+    @property
+    def _keeps_best(self) -> bool:
+        return self.run.evaluate.keep == "best"
+
+    @property
+    def _kept_step(self) -> int | None:
+        """The step whose weights the run keeps; None if they are the last ones."""
+        best = self.progress.best_step
+        return best if self._keeps_best and best not in (0, self.progress.step) else None
+
+    def _copy(self) -> Kept | None:
+        """Copy what is trained to the CPU of rank 0 (all workers call it; the others get None)."""
+        whole = method(self.run.method.name).saves_model
+        parameters = dict(self.model.named_parameters()) if whole else kept(self.model)
+        with gathered(self.engine, parameters.values()):
+            if self.worker.rank > 0:
+                return None
+            if not whole:
+                return Kept(artifact=self._export())
+            return Kept(weights={name: value.detach().cpu().clone() for name, value in parameters.items()})
 
     # --- checkpoints
 
@@ -453,13 +509,20 @@ class Trainer:
         if progress.saved_step == progress.step:
             return
         place = self.folder / "checkpoint"
-        checkpoint.save(place, self.engine, progress.state(), self._identity, self.session)
+        best = self._best if self._kept_step is not None else None
+        checkpoint.save(place, self.engine, progress.state(), self._identity, self.session, best)
         progress.saved_at, progress.saved_step = time.monotonic(), progress.step
 
     def _resume(self, state: Mapping[str, Any]) -> bool:
         """Continue from a checkpoint; return whether the run may continue after its last evaluation."""
         checkpoint.restore(self.folder / "checkpoint", self.engine, state)
         self.progress = Progress.resumed(state)
+        if self._kept_step is not None:
+            with self.worker.together():
+                if self.worker.rank == 0:
+                    self._best = Kept.load(self.folder / "checkpoint" / state["tag"] / BEST)
+        elif self._keeps_best and self.progress.best_step:
+            self._best = self._copy()
         curve = self.progress.val_curve
         if not curve or curve[-1][0] != self.progress.step:
             return True
@@ -468,10 +531,17 @@ class Trainer:
     # --- the result
 
     def _save(self) -> _Saved:
-        """Save what was trained: an adapter, or a whole model if the method trains that."""
+        """Save what the run keeps: an adapter, or a whole model if the method trains that."""
+        best = self._best if self._kept_step is not None else None
         if not method(self.run.method.name).saves_model:
             folder = self.folder / "adapter"
-            artifact = self._save_adapter(folder)
+            if self._kept_step is None:
+                artifact = self._save_adapter(folder)
+            else:
+                with self.worker.together():
+                    artifact = best.artifact if best else None
+                    if artifact is not None:
+                        artifact.save(folder)
             if artifact is None:
                 return _Saved(folder, self._trainable)
             rank = artifact.rank if isinstance(artifact, AdapterArtifact) else None
@@ -480,6 +550,10 @@ class Trainer:
         with self.worker.together(), gathered(self.engine, self.model.parameters()):
             if self.worker.rank > 0:
                 return saved
+            if best is not None:
+                # The lane loads its base again after such a run.
+                for name, parameter in self.model.named_parameters():
+                    parameter.data.copy_(best.weights[name])
             self._save_model(saved.folder)
             size = sum(file.stat().st_size for file in saved.folder.glob("*.safetensors"))
             return replace(saved, bytes=size)
@@ -492,18 +566,22 @@ class Trainer:
         with self.worker.together(), gathered(self.engine, kept(self.model).values()):
             if self.worker.rank > 0:
                 return None
-            run, session = self.run, self.session
-            meta = ArtifactMeta(
-                method=run.method.name,
-                task=run.model.task,
-                base_model=run.model.name,
-                base_fingerprint=session.loaded.fingerprint,
-                data_digest=session.parts.digest,
-                parent=self.progress.start,
-            )
-            artifact = export(self.model, meta)
+            artifact = self._export()
             artifact.save(folder)
             return artifact
+
+    def _export(self) -> Artifact:
+        """Return the adapters as they are now, copied to the CPU; their parameters must be gathered."""
+        run, session = self.run, self.session
+        meta = ArtifactMeta(
+            method=run.method.name,
+            task=run.model.task,
+            base_model=run.model.name,
+            base_fingerprint=session.loaded.fingerprint,
+            data_digest=session.parts.digest,
+            parent=self.progress.start,
+        )
+        return export(self.model, meta)
 
     def _save_model(self, folder: Path) -> None:
         """Write the whole model as a folder that transformers loads; leave nothing if there is no space."""
@@ -522,7 +600,7 @@ class Trainer:
         return TrainResult(
             finished=finished,
             steps=progress.step,
-            val_loss=progress.val_curve[-1][1] if progress.val_curve else math.nan,
+            val_loss=self._kept_loss,
             val_curve=progress.val_curve,
             train_curve=progress.train_curve,
             trainable=self._trainable,
@@ -540,8 +618,16 @@ class Trainer:
             folder=str(saved.folder),
             content_hash=saved.content_hash,
             start=progress.start,
+            kept_step=self._kept_step,
             placement=asdict(self.placement),
         )
+
+    @property
+    def _kept_loss(self) -> float:
+        """The validation loss of the weights that the run keeps."""
+        if self._kept_step is not None:
+            return self.progress.best_loss
+        return self.progress.val_curve[-1][1] if self.progress.val_curve else math.nan
 
 
 def validation_loss(session: Session) -> float:

@@ -143,10 +143,12 @@ def _of_sweep(path: Path) -> Sources:
     identity = current_identity(run, path)
     tracker = prepare(tracker_spec(settings.tracking, path))
     ids = resolve_runs(tracker, [trial.run_id for trial in record.trials])
+    winner = record.winner.trial if record.winner else ""
     items = [
         Item(trial.id, runs[trial.id], Path(trial.folder), ids[trial.run_id], identity)
         for trial in record.trials
-        if trial.status == "finished" and trial.folder and trial.id in runs and Path(trial.folder).is_dir()
+        if trial.status == "finished" or trial.id == winner
+        if trial.folder and trial.id in runs and Path(trial.folder).is_dir()
     ]
     if not items:
         raise ReportError(

@@ -76,7 +76,7 @@ def known(record: SweepRecord) -> tuple[dict[str, float], set[str]]:
     Returns:
         Name of a trial → its validation loss; and the names of the trials at each method's best settings.
     """
-    losses = {trial.id: trial.last_val_loss for trial in record.trials if trial.last_val_loss is not None}
+    losses = {trial.id: trial.kept_val_loss for trial in record.trials if trial.kept_val_loss is not None}
     return losses, {name for one in record.methods for name in one.trials}
 
 

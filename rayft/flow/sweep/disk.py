@@ -24,8 +24,9 @@ from rayft.train.run import RunConfig
 
 __all__ = ["check_disk", "check_other_disks", "derived_bytes", "trial_bytes"]
 
-CHECKPOINT = 16
-"""Bytes in a checkpoint for each trained number: the weight, its fp32 master and two moments."""
+CHECKPOINT = 20
+"""Bytes in a checkpoint for each trained number: the weight, its fp32 master, two moments, and the weight of
+the best evaluation."""
 MARGIN = 2**30
 """Bytes of the output folder's disk that must stay free."""
 SCRATCH = 2**28

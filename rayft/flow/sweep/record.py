@@ -147,6 +147,7 @@ def _trial(trial: Trial, measured: Measured) -> TrialRecord:
         reason=trial.error or behind,
         steps=result.steps,
         val_loss=tuple(result.val_curve),
+        kept_step=result.kept_step,
         train_loss=tuple(result.train_curve),
         val_score=measured.mean("val"),
         test=measured.score("test"),

@@ -18,7 +18,7 @@ from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
 from rayft.flow.lanes import use_lanes
 from rayft.flow.scoring import Measured, ScoreStore
-from rayft.flow.selection import best_first
+from rayft.flow.selection import best_first, candidates
 from rayft.flow.squeeze.continued import continue_all
 from rayft.flow.squeeze.dense import dense_source, extract, lost_text
 from rayft.flow.squeeze.make import Source, SqueezedAdapter, make, sort_columns, targets
@@ -167,10 +167,11 @@ class _Stages:
             display.say(_line(trial))
 
     def _score_trials(self) -> list[Trial]:
-        """Score the trials and choose the winner; return the finished trials, the best first."""
+        """Score the trials and choose the winner; return the trials that can win, the best first."""
         plan, display, found = self._plan, self._display, self._found
         with display.stage("score the trials"), display.watch(self._executor.broker, self.name):
-            found.scores = scoring.score_trials(plan, self._executor, found.trials, self._store)
+            able = candidates(found.trials)
+            found.scores = scoring.score_trials(plan, self._executor, found.trials, able, self._store)
             found.trials = scoring.marked(found.trials, found.scores)
             ranking = self._intact(best_first(found.trials, found.scores, plan.config.sweep.select_by))
             found.winner = ranking[0] if ranking else None
@@ -253,12 +254,12 @@ class _Stages:
         return made
 
     def analyze(self, record: SweepRecord) -> SweepAnalysis:
-        """Analyse what the finished trials have saved."""
+        """Analyse what the trials that can win have saved."""
         plan = self._plan
         items = [
             Item(trial.point.name, trial.point.run, Path(trial.result.folder), trial.run_id, plan.identity)
-            for trial in self._found.trials
-            if trial.result and trial.status == "finished"
+            for trial in candidates(self._found.trials)
+            if trial.result
         ]
         config = plan.config.analyze
         found = analyze_items(self._executor, items, config, plan.output, self._display.say)

@@ -12,7 +12,14 @@ import pytest
 
 from rayft.data.section import DataConfig
 from rayft.flow.scoring import Measured
-from rayft.flow.selection import best_first, choose, chosen_settings, served_adapters, why_not_served
+from rayft.flow.selection import (
+    best_first,
+    candidates,
+    choose,
+    chosen_settings,
+    served_adapters,
+    why_not_served,
+)
 from rayft.flow.squeeze.make import Source, SqueezedAdapter
 from rayft.methods.base import MethodConfig
 from rayft.report.record import Squeezed, SweepRecord, TrialRecord, Winner
@@ -94,12 +101,17 @@ def named(name: str, loss: float, *, method: str = "lora", finished: bool = True
     return Trial(replace(one.point, key=name, name=name), replace(one.result, folder=f"trials/{name}"))
 
 
-@pytest.mark.parametrize(("rule", "order"), [("val_loss", ["b", "a", "c"]), ("val_score", ["c", "b", "a"])])
+@pytest.mark.parametrize(
+    ("rule", "order"), [("val_loss", ["early", "b", "a", "c"]), ("val_score", ["c", "b", "a", "early"])]
+)
 def test_the_winner_is_the_best_by_the_rule_of_the_sweep(rule: Any, order: list[str]) -> None:
     # A loss that is not a number is the worst; the same score is decided by the loss.
     losses, scored = {"a": 0.5, "b": 0.4, "c": math.nan}, {"a": 0.25, "b": 0.25, "c": 1.0}
-    every = [*(named(*item) for item in losses.items()), named("stopped", 0.0, finished=False)]
+    every = [*(named(*item) for item in losses.items()), named("stopped", 0.4, finished=False)]
+    # One that was stopped can win only if it is better than all that have finished.
+    every.append(named("early", 0.3, finished=False))
     scores = {name: Measured({"val": [score]}) for name, score in scored.items()}
+    assert [one.point.name for one in candidates(every)] == ["a", "b", "c", "early"]
     assert [one.point.name for one in best_first(every, scores, rule)] == order
 
 
@@ -123,7 +135,7 @@ def test_the_smallest_version_that_keeps_the_score_ships() -> None:
     assert chosen.why.startswith("the smallest version of w that keeps 90 % of its validation score; w has ")
     kept = choose(winner, made, scores, "val_loss", keep=2.0)
     assert kept is not None
-    assert (kept.ship, kept.why) == ("w", "best val loss among the trials that finished")
+    assert (kept.ship, kept.why) == ("w", "best val loss of all trials")
     assert choose(None, made, scores, "val_loss", keep=0.9) is None
 
 

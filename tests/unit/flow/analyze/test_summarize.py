@@ -62,6 +62,6 @@ def test_each_methods_best_settings_are_correlated_alone_too() -> None:
 def test_a_sweep_gives_the_losses_of_its_trials_and_the_best_settings() -> None:
     record = example()
     losses, chosen = known(record)
-    expected = {one.id: one.last_val_loss for one in record.trials if one.last_val_loss is not None}
+    expected = {one.id: one.kept_val_loss for one in record.trials if one.kept_val_loss is not None}
     assert losses == pytest.approx(expected, nan_ok=True)
     assert chosen == {name for one in record.methods for name in one.trials}
