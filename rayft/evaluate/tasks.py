@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -59,6 +59,7 @@ def score(
     shots: Sequence[Example] = (),
     max_new_tokens: int = 16,
     batch_size: int = 32,
+    scored: Callable[[int], None] = lambda _: None,
 ) -> Scores:
     """Score the answers of a language model, or the classes that a classifier predicts.
 
@@ -72,6 +73,7 @@ def score(
         max_new_tokens: longest answer; what the chat template makes a model write before its answer does not
             count.
         batch_size: number of sequences or images that run together.
+        scored: called after each batch with its number of examples.
 
     Raises:
         DataError: if there are no examples, a prompt is empty or does not fit the model, or images are given
@@ -81,13 +83,15 @@ def score(
         raise DataError("there are no examples to score")
     start, failures = time.perf_counter(), scorer.failures
     if examples[0].label is not None:
-        classes = _classify(model, tokenizer, examples, batch_size)
+        classes = _classify(model, tokenizer, examples, batch_size, scored)
         values = [float(found == example.label) for found, example in zip(classes, examples, strict=True)]
     else:
         if isinstance(tokenizer, ImageEncoder):
             raise DataError("an image classifier is scored on labelled images, and these have no class")
         prompts = [prompt_ids(example, tokenizer, style, shots) for example in examples]
-        values = _score_answers(model, tokenizer, examples, prompts, scorer, max_new_tokens, batch_size)
+        values = _score_answers(
+            model, tokenizer, examples, prompts, scorer, max_new_tokens, batch_size, scored
+        )
     low, high = interval(values)
     return Scores(
         values=tuple(values),
@@ -108,12 +112,13 @@ def _score_answers(
     scorer: Scorer,
     max_new_tokens: int,
     batch_size: int,
+    scored: Callable[[int], None],
 ) -> list[float]:
     """Generate answers to prompts, and score what the model writes after its reasoning."""
     chat_format = ChatFormat.of(tokenizer)
     # Tokens that a template makes a model write before its answer must not count as tokens of the answer.
     limit = max_new_tokens + chat_format.overhead
-    texts = generate(model, tokenizer, prompts, limit, batch_size)
+    texts = generate(model, tokenizer, prompts, limit, batch_size, scored)
     values = []
     for example, prompt, text in zip(examples, prompts, texts, strict=True):
         answer = chat_format.parse(text, in_block=chat_format.in_block(prompt)).content
@@ -129,10 +134,12 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int = 32,
+    answered: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """Continue prompts greedily, each until a turn or sequence ends, or for `max_new_tokens` tokens.
 
     Prompts of similar length run together, padded on the left. A sequence leaves its batch when it is done.
+    After each batch, `answered` is called with its number of prompts.
 
     Raises:
         DataError: if a prompt and its answer don't fit the model's context.
@@ -149,6 +156,7 @@ def generate(
             found = _continue_batch(model, [prompts[index] for index in batch], max_new_tokens, ends)
             for index, tokens in zip(batch, found, strict=True):
                 answers[index] = tokens
+            answered(len(batch))
     finally:
         handle.remove()
         model.train(training)
@@ -253,6 +261,7 @@ def _classify(
     encoder: PreTrainedTokenizerBase | ImageEncoder,
     examples: Sequence[Example],
     batch_size: int,
+    classified: Callable[[int], None],
 ) -> list[int]:
     if isinstance(encoder, ImageEncoder) != (examples[0].image is not None):
         raise DataError("images are scored with an image classifier, and texts with a model of texts")
@@ -267,5 +276,6 @@ def _classify(
         logits = class_logits(model, tensors.to(model.device))
         for index, found in zip(batch, logits.argmax(-1).tolist(), strict=True):
             classes[index] = found
+        classified(len(batch))
     model.train(training)
     return classes

@@ -14,11 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from rayft.flow.console import terminal
+from rayft.report.text import human_seconds
 
 __all__ = ["Display"]
 
 AT_WORK = {"score": "answering", "analyse": "measuring"}
 """Kind of a job → what is shown while it runs. The bars of these jobs disappear at their end."""
+WORTH_SAYING = 20.0
+"""Seconds from which a job that is not a training gets a line in a log."""
 STATES = {
     "queued": "waiting",
     "running": "training",
@@ -120,6 +123,10 @@ class Display:
             if job["kind"] == "train" and self._said.get(name) != key:
                 self._said[name] = key
                 self.say(f"{name}: step {job.get('step', 0)}, {note}")
+            # Other jobs get one line, when it is known how long they take, if that is long.
+            if job["kind"] in AT_WORK and name not in self._said and _left(job) > WORTH_SAYING:
+                self._said[name] = note
+                self.say(f"{name}: {note}")
             return
         if job.get("state") == "final" and job["kind"] in AT_WORK:
             if name in self._tasks:
@@ -132,10 +139,17 @@ class Display:
         )
 
 
+def _left(job: dict[str, Any]) -> float:
+    """Return the seconds that a job still takes; 0 if that is not known."""
+    done, total = job.get("step", 0), job.get("steps", 0)
+    return float(job["seconds"]) / done * (total - done) if done and "seconds" in job else 0.0
+
+
 def _note(job: dict[str, Any]) -> str:
     state = str(job.get("state"))
     if job["kind"] in AT_WORK:
-        return {"running": AT_WORK[job["kind"]], "queued": "waiting"}.get(state, state)
+        left = f", {human_seconds(_left(job))} left" if _left(job) else ""
+        return {"running": AT_WORK[job["kind"]] + left, "queued": "waiting"}.get(state, state)
     parts = [STATES.get(state, state)]
     if "train_loss" in job:
         parts.append(f"loss {job['train_loss']:.3f}")

@@ -35,6 +35,7 @@ from rayft.train.run import RunConfig
 __all__ = [
     "Measured",
     "ScoreStore",
+    "base_sample",
     "check_some",
     "follows_from",
     "marked",
@@ -151,13 +152,14 @@ def follows_from(request: ScoreRequest) -> dict[str, str]:
     else:
         # A tuned model is loaded as a base, so its content is that of the base's files.
         content = "" if request.expected.base else base_files(run.model).identity
-    return {
+    found = {
         "adapter": content,
         "base": request.expected.base,
         "data": request.expected.data,
         "style": request.style,
         "settings": json.dumps(run.model_dump(mode="json", include=SETTINGS), sort_keys=True),
     }
+    return found if request.examples is None else {**found, "examples": str(request.examples)}
 
 
 def score_all(
@@ -225,6 +227,8 @@ def _measured(scored: Outcome[dict[str, list[float]]]) -> Measured:
 def score_baselines(plan: Plan, executor: Executor, store: ScoreStore | None = None) -> dict[str, Measured]:
     """Score the baselines: the base prompted in three ways, and the majority answer.
 
+    The base answers a sample of a part that has more than `evaluate.base_examples`.
+
     Returns:
         Name of a baseline → its scores on val and test.
 
@@ -245,12 +249,19 @@ def score_baselines(plan: Plan, executor: Executor, store: ScoreStore | None = N
                 parts=("val", "test"),
                 style=style,  # type: ignore[arg-type]
                 expected=plan.identity,
+                examples=base_sample(plan),
             )
             for name, style in STYLES.items()
         }
         found = score_all(executor, requests, store)
         check_some(found)
     return {**found, "majority answer": Measured(guessed)}
+
+
+def base_sample(plan: Plan) -> int | None:
+    """Return the most questions of a part that the base answers; None if it answers all."""
+    most = plan.run.evaluate.base_examples
+    return most if most < max(len(plan.parts.val), len(plan.parts.test)) else None
 
 
 def score_trials(

@@ -77,6 +77,7 @@ def html(record: SweepRecord, analysis: SweepAnalysis | None = None) -> str:
         methods_words=methods_words(record),
         figures=figures,
         settings=_settings,
+        sampled=_sampled(record),
         facts=_facts(record),
         epilogue=_epilogue(record),
         light=LIGHT,
@@ -129,6 +130,14 @@ def check_report(record: SweepRecord, path: Path, *, overwrite: bool = False) ->
 
 def _markup(drawing: Drawing) -> tuple[Drawing, Markup]:
     return drawing, Markup(drawing.svg)  # noqa: S704  (drawn here, no text of a user)
+
+
+def _sampled(record: SweepRecord) -> str:
+    """Return how many of the test questions the base answered; empty if it answered all."""
+    base = [item.test.n for item in record.baselines if "majority" not in item.name]
+    every = [item.test.n for item in record.baselines] + [item.test.n for item in record.trials if item.test]
+    fewest, most = min(base, default=0), max(every, default=0)
+    return f"{fewest} of the {most} questions" if base and fewest < most else ""
 
 
 def _typical(record: SweepRecord) -> list[str]:

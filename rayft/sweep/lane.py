@@ -102,7 +102,7 @@ class Lane:
 
     def run(self, job: Job[Any, Any]) -> None:
         """Do a job; an error that a user can fix ends the job, not the lane."""
-        self._jobs += 1
+        self._jobs, self._job = self._jobs + 1, job.id
         scope = f"job{self._jobs}"
         with self.home.within(scope):
             self._run(job)
@@ -132,6 +132,11 @@ class Lane:
                 "Leave data and base alone while it runs, let all machines read the same, and run it again"
             )
         return self._session
+
+    def progress(self, done: int, total: int, seconds: float) -> None:
+        """Show how far the job is: steps or examples that are done, of all, and the seconds they took."""
+        if self.worker.rank == 0:
+            self.broker.log.remote(self._job, {"step": done, "steps": total, "seconds": seconds})
 
     def forget(self) -> None:
         """Free the base, including the reference cycles that it is part of."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -21,7 +22,7 @@ from rayft.train.session import Session
 if TYPE_CHECKING:
     from rayft.sweep.lane import Lane
 
-__all__ = ["ScoreRequest", "run_score", "spread"]
+__all__ = ["ScoreRequest", "run_score", "sample", "spread"]
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,30 @@ class ScoreRequest:
     style: Literal["as_is", "answer_only", "few_shot"] = "as_is"
     expected: Identity = UNKNOWN
     """Identity of data and base, as the driver has read them."""
+    examples: int | None = None
+    """Most examples of a part that are scored (`sample`); by default all."""
 
     def __call__(self, lane: Lane) -> dict[str, list[float]]:
         """Return part → the score of each example, in the order of the data (all workers call it)."""
-        return run_score(self, lane.session(self.run, self.expected, whole=True))
+        return run_score(self, lane.session(self.run, self.expected, whole=True), lane.progress)
 
 
-def run_score(request: ScoreRequest, session: Session) -> dict[str, list[float]]:
-    """Return part → the score of each example, in the order of the data (all workers call it)."""
+def sample(total: int, most: int | None) -> list[int]:
+    """Return the indices of at most `most` of `total` examples, at equal distances."""
+    count = total if most is None else min(most, total)
+    return [index * total // count for index in range(count)]
+
+
+def run_score(
+    request: ScoreRequest, session: Session, progress: Callable[[int, int, float], None] | None = None
+) -> dict[str, list[float]]:
+    """Return part → the score of each example, in the order of the data (all workers call it).
+
+    Args:
+        request: what is scored.
+        session: its base and data.
+        progress: called with the number of examples that are scored, that of all, and the seconds so far.
+    """
     model, worker = session.loaded.model, session.worker
     if request.adapter is None:
         clear(model)
@@ -56,10 +73,10 @@ def run_score(request: ScoreRequest, session: Session) -> dict[str, list[float]]
     model.eval()
     found: dict[str, list[float]] = {}
     try:
-        for part in request.parts:
-            examples: Sequence[Example] = getattr(session.parts, part)
-            mine = examples[worker.rank :: worker.world]
-            values = _score(mine, request, session)
+        chosen = {part: _chosen(getattr(session.parts, part), request.examples) for part in request.parts}
+        watch = _Watch(sum(map(len, chosen.values())), worker.world, progress)
+        for part, examples in chosen.items():
+            values = _score(examples[worker.rank :: worker.world], request, session, watch.add)
             found[part] = _gather(values, len(examples), session)
     finally:
         clear(model)
@@ -71,7 +88,28 @@ def spread() -> bool:
     return len([node for node in ray.nodes() if node["Alive"]]) > 1
 
 
-def _score(examples: Sequence[Example], request: ScoreRequest, session: Session) -> list[float]:
+class _Watch:
+    """Counts the examples that this worker has scored, and passes on those of all workers."""
+
+    def __init__(self, total: int, world: int, progress: Callable[[int, int, float], None] | None) -> None:
+        self._total, self._world, self._progress = total, world, progress
+        self._done, self._started = 0, time.perf_counter()
+
+    def add(self, count: int) -> None:
+        """Count some more."""
+        self._done += count
+        if self._progress is not None:
+            done = min(self._done * self._world, self._total)
+            self._progress(done, self._total, time.perf_counter() - self._started)
+
+
+def _chosen(examples: Sequence[Example], most: int | None) -> list[Example]:
+    return [examples[index] for index in sample(len(examples), most)]
+
+
+def _score(
+    examples: Sequence[Example], request: ScoreRequest, session: Session, add: Callable[[int], None]
+) -> list[float]:
     if not examples:
         return []
     evaluate = request.run.evaluate
@@ -84,6 +122,7 @@ def _score(examples: Sequence[Example], request: ScoreRequest, session: Session)
         shots=session.parts.train[: evaluate.shots],
         max_new_tokens=evaluate.max_new_tokens,
         batch_size=evaluate.batch_size,
+        scored=add,
     )
     return list(scores.values)
 

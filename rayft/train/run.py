@@ -191,6 +191,9 @@ class EvaluateConfig(Section):
     max_new_tokens: int = Field(default=16, ge=1)
     """Longest answer, in tokens, when a task is scored."""
 
+    base_examples: int = Field(default=200, ge=1, json_schema_extra={SINCE: "0.2"})
+    """Most questions of a part that the base answers in each of the three ways in which it is asked."""
+
     batch_size: int = Field(default=50, ge=1)
     """Questions that are answered together when a task is scored."""
 

@@ -30,6 +30,7 @@ from rayft.report.record import (
     SweepRecord,
     TrialRecord,
 )
+from rayft.sweep.score import sample
 from rayft.sweep.search import Trial
 from rayft.tracking.base import TrackerSpec, redacted
 from rayft.tracking.mlflow import resolve_runs
@@ -197,8 +198,11 @@ def _comparisons(found: Findings) -> tuple[Comparison, ...]:
 
 
 def _compare(name: str, one: Measured, against: str, other: Measured) -> Comparison:
-    found = paired(one.parts["test"], other.parts["test"])
-    n = len(one.parts["test"])
+    ones, others = one.parts["test"], other.parts["test"]
+    n = min(len(ones), len(others))
+    # The base may have answered a sample of the questions.
+    ones, others = ([values[index] for index in sample(len(values), n)] for values in (ones, others))
+    found = paired(ones, others)
     difference = Score(value=found.difference, low=found.ci_low, high=found.ci_high, n=n)
     return Comparison(name=name, against=against, difference=difference)
 

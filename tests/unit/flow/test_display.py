@@ -40,3 +40,14 @@ def test_names_answers_and_errors_are_printed_unchanged(
     with pytest.raises(SystemExit):
         guarded(fails)
     assert capsys.readouterr().err == f"DataError: {ODD}\n"
+
+
+def test_a_log_says_how_long_answering_takes_if_that_is_long() -> None:
+    said = io.StringIO()
+    display = Display(Console(file=said, width=200))
+    job = {"kind": "score", "state": "running"}
+    display._update("base", job)
+    display._update("base", job | {"step": 50, "steps": 400, "seconds": 12.0})
+    display._update("base", job | {"step": 100, "steps": 400, "seconds": 24.0})
+    display._update("short", job | {"step": 50, "steps": 100, "seconds": 1.0})
+    assert said.getvalue() == "  base: answering, 1m 24s left\n"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from rayft.errors import TrainError
-from rayft.flow.scoring import Measured, ScoreStore, check_some, marked, score_all
+from rayft.flow.scoring import Measured, ScoreStore, check_some, marked, score_all, score_baselines
 from rayft.flow.sweep.preflight import Plan
 from rayft.sweep.score import ScoreRequest
 from rayft.sweep.search import Trial, earlier
@@ -73,3 +74,24 @@ def test_what_cannot_be_scored_leaves_the_other_scores_alone(plan: Plan) -> None
     (one,) = marked([Trial(plan.points[0], left.result, "r")], {plan.points[0].name: found["trial"]})
     assert one.status == "failed"
     assert one.error.startswith("can't be scored: ")
+
+
+def test_the_base_answers_a_sample_of_long_parts(plan: Plan) -> None:
+    asked: dict[str, ScoreRequest] = {}
+
+    class Recording(Lanes):
+        def run(self, jobs: Any) -> Any:
+            asked.update({job.id: job.request for job in jobs})
+            return super().run(jobs)
+
+    executor: Any = Recording(lambda _: SCORES)
+    store = ScoreStore(plan.output / "scores", lambda _: None)
+    score_baselines(plan, executor, store)
+    assert [request.examples for request in asked.values()] == [None] * 3
+    few = plan.run.evaluate.model_copy(update={"base_examples": 1})
+    sampled = replace(plan, run=plan.run.model_copy(update={"evaluate": few}))
+    found = score_baselines(sampled, executor, store)
+    assert [request.examples for request in asked.values()] == [1] * 3
+    assert len(executor.asked) == 6
+    # The majority answer costs nothing.
+    assert len(found["majority answer"].parts["test"]) == 2

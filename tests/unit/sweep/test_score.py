@@ -11,7 +11,7 @@ from rayft.artifacts import ArtifactMeta
 from rayft.config import parse
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import clear, export, inject
-from rayft.sweep.score import ScoreRequest, run_score
+from rayft.sweep.score import ScoreRequest, run_score, sample
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 from rayft.train.worker import Worker
@@ -46,3 +46,16 @@ def test_the_base_is_scored_with_its_own_head(
     clear(model)
     assert scored(str(folder)) == [1 - value for value in base]
     assert scored(None) == base
+    # Of a sample, each example's score is that which it has among all, and the numbers of those done rise.
+    done: list[tuple[int, int]] = []
+    request = ScoreRequest(run, ("val", "test"), examples=4)
+    few = run_score(request, session, lambda count, total, _: done.append((count, total)))
+    assert few["val"] == [base[0], base[2], base[5], base[7]]
+    assert done == [(4, 8), (8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("total", "most", "found"), [(5, None, [0, 1, 2, 3, 4]), (5, 9, [0, 1, 2, 3, 4]), (7, 3, [0, 2, 4])]
+)
+def test_a_sample_has_equal_distances(total: int, most: int | None, found: list[int]) -> None:
+    assert sample(total, most) == found

@@ -17,6 +17,7 @@ from rayft.flow.sweep.preflight import Plan, preflight
 from rayft.flow.sweep.record import Findings, build_record
 from rayft.methods.base import MethodConfig
 from rayft.report.record import Score
+from rayft.report.render import html
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep.search import Trial
 from rayft.sweep.space import Point
@@ -87,6 +88,18 @@ def test_methods_are_compared_over_seeds_and_questions(plan: Plan) -> None:
         value=expected.value, low=expected.ci_low, high=expected.ci_high, n=QUESTIONS
     )
     assert cla.difference.low > 0
+
+
+def test_a_sampled_baseline_is_compared_on_the_questions_that_it_answered(plan: Plan) -> None:
+    found = findings(lora=0.6, cla=0.4)
+    name = found.trials[0].point.name
+    asked = found.scores[name].parts["test"][::4]
+    found.baselines["base"] = Measured({"val": [0.0], "test": [*asked]})
+    record = build_record(plan, found, {})
+    (same,) = [one for one in record.comparisons if (one.name, one.against) == (name, "base")]
+    assert (same.difference.value, same.difference.n) == (0.0, 10)
+    assert "The base answered 10 of the 40 questions." in html(record)
+    assert "The base answered" not in html(build_record(plan, findings(lora=0.6), {}))
 
 
 def test_without_lora_the_methods_are_compared_with_the_best(plan: Plan) -> None:
