@@ -88,7 +88,9 @@ class AdapterVersion:
 class Registry(Protocol):
     """Keeps versions of adapters under names."""
 
-    def register(self, name: str, run_id: str, folder: str | Path, tags: Mapping[str, str]) -> int:
+    def register(
+        self, name: str, run_id: str, folder: str | Path, tags: Mapping[str, str], about: str = ""
+    ) -> int:
         """Store an adapter folder as a new version, and return its number.
 
         If a version under this name has the same content, no version is added: its tags are updated, and its
@@ -99,6 +101,7 @@ class Registry(Protocol):
             run_id: the tracked run that the files are stored with.
             folder: a PEFT LoRA folder.
             tags: tags of the version; the gate reads `SCORE_TAG` and `BASE_SCORE_TAG`.
+            about: what the version is, in words, for people.
 
         Raises:
             ArtifactError: if the folder can't be loaded.

@@ -36,7 +36,9 @@ class MlflowRegistry:
     """MLflow tracking URI, as in `TrackerSpec.uri`."""
     _clients: dict[int, MlflowClient] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def register(self, name: str, run_id: str, folder: str | Path, tags: Mapping[str, str]) -> int:
+    def register(
+        self, name: str, run_id: str, folder: str | Path, tags: Mapping[str, str], about: str = ""
+    ) -> int:
         """Store an adapter folder as a new version, or return the version that has the same content."""
         folder = Path(folder)
         artifact = _checked(folder)
@@ -52,7 +54,7 @@ class MlflowRegistry:
             run = client.get_run(_created(run_id))
             client.log_artifacts(run_id, str(folder), place)
             source = f"{run.info.artifact_uri}/{place}"
-            return int(client.create_model_version(name, source, run_id, noted).version)
+            return int(client.create_model_version(name, source, run_id, noted, description=about).version)
 
     def resolve(self, ref: AdapterRef | str) -> AdapterRef:
         """Return the reference with its version, content hash and URI."""

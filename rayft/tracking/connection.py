@@ -22,6 +22,7 @@ from rayft.errors import RayftError, TrackingError
 from rayft.files import disk_full, disk_full_error, locked
 from rayft.paths import check_file, check_folder
 from rayft.tracking.base import TrackerSpec, redacted
+from rayft.tracking.view import EXPERIMENT_TAGS
 
 __all__ = [
     "SECONDS_TO_ANSWER",
@@ -163,7 +164,7 @@ def experiment_id(client: MlflowClient, name: str, location: str | None = None) 
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, location))
+            return str(client.create_experiment(name, location, EXPERIMENT_TAGS))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

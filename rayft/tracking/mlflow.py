@@ -191,6 +191,23 @@ class MlflowTracker:
             raise TrackingError(f"there is no file or folder at {path} to track; write it first")
         self._write(run_id, {"op": "artifact", "path": str(path), "folder": folder})
 
+    def data(self, run_id: str, name: str, source: str, parts: Mapping[str, tuple[str, int]]) -> None:
+        """Record the data that a run uses.
+
+        Args:
+            run_id: the run.
+            name: of the data.
+            source: where it is from, in one word.
+            parts: `train`, `val`, `test` → digest and number of examples.
+        """
+        # MLflow takes names of up to 500 characters, and the end of a path says more than its beginning.
+        record = {"op": "data", "name": name[-500:], "source": source, "parts": dict(parts)}
+        self._write(run_id, record)
+
+    def view(self, run_id: str, name: str) -> None:
+        """Let MLflow's UI show the runs below a run as a table, under a name (see `rayft.tracking.view`)."""
+        self._write(run_id, {"op": "view", "name": name})
+
     def finish(self, run_id: str, status: RunStatus = "finished", *, if_running: bool = False) -> None:
         """Record how the run ended, and send that without waiting for the interval."""
         self._write(run_id, {"op": "finish", "status": status, "if_running": if_running})

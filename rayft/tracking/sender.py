@@ -29,6 +29,7 @@ from rayft.tracking.base import PENDING, Former, TrackerSpec, same_number
 from rayft.tracking.connection import connect, experiment_id, local_folder
 from rayft.tracking.runs import KEY_TAG, find_former, find_run
 from rayft.tracking.spool import Record, UndeliveredError, slug
+from rayft.tracking.view import VIEW_TAG, dataset_inputs, view
 
 __all__ = ["Sender"]
 
@@ -194,8 +195,18 @@ class Sender:
             self._params(client, run_id, record["values"])
         elif record["op"] == "artifact":
             self._artifact(client, run_id, Path(record["path"]), record["folder"] or None)
+        elif record["op"] == "data":
+            client.log_inputs(run_id, dataset_inputs(record))
+        elif record["op"] == "view":
+            self._view(client, run_id, record)
         elif record["op"] == "finish":
             self._finish(client, run_id, record)
+
+    def _view(self, client: MlflowClient, run_id: str, record: Record) -> None:
+        """Keep the view of a run, unless there is one, which a user may have changed."""
+        experiment, tag = self._experiment_id(), VIEW_TAG + run_id
+        if tag not in client.get_experiment(experiment).tags:
+            client.set_experiment_tag(experiment, tag, view(run_id, record["name"], record["time"]))
 
     def _params(self, client: MlflowClient, run_id: str, values: Mapping[str, str]) -> None:
         try:

@@ -29,7 +29,7 @@ from rayft.flow.analyze.tracking import track_analysis
 from rayft.flow.display import Display
 from rayft.flow.selection import ServedAdapter, served_adapters, why_not_served
 from rayft.flow.sweep.preflight import Plan
-from rayft.flow.sweep.record import Findings, build_record, with_run_ids
+from rayft.flow.sweep.record import Findings, build_record, described, with_run_ids
 from rayft.flow.sweep.tracking import SweepTracking
 from rayft.paths import runs_folder
 from rayft.registry.promote import promote
@@ -97,7 +97,7 @@ class Publisher:
             DiskFullError: if the disk is full. What was done before that is kept.
         """
         plan = self._plan
-        record = build_record(plan, found, self._display.timings)
+        record = build_record(plan, found, self._display.timings, self._tracking.run_id)
         record.save(plan.output / "sweep.json")
         served, several_nodes = served_adapters(plan.output, record), on_several_nodes()
         if not several_nodes:
@@ -221,12 +221,14 @@ class Publisher:
             # If a baseline could not be scored, the gate gets no baseline to compare with.
             best = max((base.val_score or 0.0 for base in record.baselines), default=0.0)
             tags[BASE_SCORE_TAG] = repr(best)
-        run_id = next(trial.run_id for trial in record.trials if trial.id == item.trial)
+        trial = next(trial for trial in record.trials if trial.id == item.trial)
+        run_id = trial.run_id
         if run_id.startswith(PENDING):
             raise TrackingError(
                 f"MLflow does not have the run of {item.trial} yet, which started while MLflow did not answer"
             )
-        return MlflowRegistry(self._plan.tracker.uri).register(item.registered, run_id, item.folder, tags)
+        registry, about = MlflowRegistry(self._plan.tracker.uri), described(item, record)
+        return registry.register(item.registered, run_id, item.folder, tags, about)
 
     def _serve_from_registry(
         self, served: list[ServedAdapter], record: SweepRecord, found: Findings, shipped: str

@@ -16,7 +16,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.config import leaves
 from rayft.evaluate.compare import over_seeds, paired
 from rayft.flow.scoring import Measured
-from rayft.flow.selection import ChosenSettings, choose, chosen_settings, served_adapters
+from rayft.flow.selection import ChosenSettings, ServedAdapter, choose, chosen_settings, served_adapters
 from rayft.flow.squeeze.make import SqueezedAdapter
 from rayft.flow.sweep.preflight import Plan
 from rayft.models.methods import method as find_method
@@ -30,13 +30,15 @@ from rayft.report.record import (
     SweepRecord,
     TrialRecord,
 )
+from rayft.report.text import score_text
 from rayft.sweep.score import sample
 from rayft.sweep.search import Trial
-from rayft.tracking.base import TrackerSpec, redacted
+from rayft.tracking.base import PENDING, TrackerSpec, redacted
 from rayft.tracking.mlflow import resolve_runs
 from rayft.tracking.provenance import provenance
+from rayft.tracking.view import place
 
-__all__ = ["Findings", "build_record", "with_run_ids"]
+__all__ = ["Findings", "build_record", "described", "with_run_ids"]
 
 REFERENCE = "lora"
 """Method that the others are compared with, if it is among them."""
@@ -57,13 +59,20 @@ class Findings:
     squeezed: list[SqueezedAdapter] = field(default_factory=list)
 
 
-def build_record(plan: Plan, found: Findings, timings: Mapping[str, float]) -> SweepRecord:
+UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` listens."""
+
+
+def build_record(
+    plan: Plan, found: Findings, timings: Mapping[str, float], run_id: str = PENDING
+) -> SweepRecord:
     """Return the record of a sweep.
 
     Args:
         plan: the sweep's.
         found: the findings of its stages.
         timings: stage → seconds.
+        run_id: tracked run of the sweep.
     """
     config, origin, rule = plan.config, provenance(), plan.config.sweep.select_by
     versions = {
@@ -99,7 +108,20 @@ def build_record(plan: Plan, found: Findings, timings: Mapping[str, float]) -> S
         timings=dict(timings),
     )
     served = config.model.task == "causal_lm" and bool(served_adapters(plan.output, record))
-    return record.model_copy(update={"commands": _commands(plan, served=served)})
+    return record.model_copy(update={"commands": _commands(plan, run_id, served=served)})
+
+
+def described(item: ServedAdapter, record: SweepRecord) -> str:
+    """Return what a registered adapter is, in words: what it was trained on, how, and how well it answers."""
+    trial = next(trial for trial in record.trials if trial.id == item.trial)
+    squeezed = next((one for one in record.squeezed if one.name == item.scored), None)
+    test = squeezed.test if squeezed else trial.test
+    score = f" It scores {score_text(test)} ({record.metric}, {test.n} test questions)." if test else ""
+    rank = squeezed.rank if squeezed else trial.rank
+    return (
+        f"{trial.method} adapter of rank {rank} for {record.model}, trained on {record.task} in the sweep "
+        f"{record.name} (trial {trial.id}{', squeezed' if squeezed else ''}).{score}"
+    )
 
 
 def with_run_ids(record: SweepRecord, tracker: TrackerSpec) -> SweepRecord:
@@ -244,26 +266,33 @@ def _over_seeds(one: NDArray[np.float64], other: NDArray[np.float64] | None = No
     return Score(value=found.value, low=found.ci_low, high=found.ci_high, n=one.shape[1])
 
 
-def _commands(plan: Plan, *, served: bool) -> tuple[Command, ...]:
+def _commands(plan: Plan, run_id: str, *, served: bool) -> tuple[Command, ...]:
     output = shlex.quote(_short(plan.output))
+    shown = "" if run_id.startswith(PENDING) else f"/{place(plan.tracker.experiment_id, run_id)}"
+    compare = _compare_command(plan.tracker.uri, shown)
     commands = {
         "Run the sweep again": f"rayft sweep {output}/config.yaml",
-        "Compare the runs": _compare_command(plan.tracker.uri),
+        "Compare the runs": compare,
+        "  and open": UI + shown if compare.startswith("mlflow ui") and shown else "",
         "Serve the result": f"rayft serve {output}/serve.yaml" if served else "",
         "Make this report again": f"rayft report {output}",
     }
     return tuple(Command(what=what, command=command) for what, command in commands.items() if command)
 
 
-def _compare_command(uri: str) -> str:
+def _compare_command(uri: str, shown: str = "") -> str:
     """Return the command that shows the runs in MLflow's UI, without any password.
 
     A database needs a server to be started for it; a tracking server has its own page.
+
+    Args:
+        uri: of the tracking server or database.
+        shown: what to show, to be put behind the address of a server.
     """
     if uri.startswith("databricks"):
         return ""
     if uri.startswith("http"):
-        return f"python -m webbrowser {shlex.quote(redacted(uri))}"
+        return f"python -m webbrowser {shlex.quote(redacted(uri).rstrip('/') + shown)}"
     short = redacted(uri).replace(f"{Path.cwd()}/", "") if uri.startswith("sqlite") else redacted(uri)
     return f"mlflow ui --backend-store-uri {shlex.quote(short)}"
 

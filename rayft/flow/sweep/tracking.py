@@ -52,7 +52,14 @@ class SweepTracking:
         if plan.parts.dropped:
             data["data_dropped"] = "\n".join(item.text for item in plan.parts.dropped)
         self.tracker.params(run_id, leaves(plan.config) | data)
+        self.tracker.view(run_id, plan.config.name)
+        self._track_data(run_id)
         return run_id
+
+    def _track_data(self, run_id: str) -> None:
+        plan, parts = self._plan, self._plan.parts
+        sizes = {part: (digest, len(getattr(parts, part))) for part, digest in parts.digests.items()}
+        self.tracker.data(run_id, plan.identity.data_name, plan.run.data.source, sizes)
 
     def end(self, status: RunStatus) -> None:
         """Track how a sweep ended that did not finish.
@@ -100,6 +107,7 @@ class SweepTracking:
                 self.tracker.finish(trial.run_id, "failed", if_running=True)
             if trial.run_id and trial.test:
                 self.tracker.params(trial.run_id, digest)
+                self._track_data(trial.run_id)
                 self.tracker.metrics(trial.run_id, score_metrics(found.scores[trial.id]))
         self._track_baselines(record, found)
         settings = {trial.id: trial.settings for trial in record.trials}
@@ -133,5 +141,6 @@ class SweepTracking:
                 former=Former(f"{self.run_id}-{base.name}"), restart=False,
             )  # fmt: skip
             self.tracker.params(run, {**shared, "data_digest": record.data_digest, "method.name": base.name})
+            self._track_data(run)
             self.tracker.metrics(run, score_metrics(found.baselines[base.name]))
             self.tracker.finish(run, "finished")

@@ -61,9 +61,9 @@ LORA, FULL = "lora: {ranks: [4], lr: [1e-2]}", "full: {lr: [1e-4]}"
 def test_each_trial_writes_its_own_bytes() -> None:
     (lora, lora_copies), (full, full_copies) = written(f"{{{LORA}}}"), written(f"{{{FULL}}}")
     together, copies = written(f"{{{LORA}, {FULL}}}")
-    # A trial keeps 4 bytes of an adapter and 16 of a checkpoint for each number; the lane 32 of two more.
-    lora_numbers, full_numbers = lora // 52, full // 52
-    assert together == 20 * (lora_numbers + full_numbers) + 32 * full_numbers
+    # A trial keeps 4 bytes of an adapter and 20 of a checkpoint for each number; the lane 40 of two more.
+    lora_numbers, full_numbers = lora // 64, full // 64
+    assert together == 24 * (lora_numbers + full_numbers) + 40 * full_numbers
     assert full > 2 * lora
     # A tracked copy of the trial; the winner and two squeezed adapters, twice; the registered one.
     assert lora_copies == 4 * lora_numbers * (1 + 2 * 3 + 1)
@@ -76,5 +76,5 @@ def test_a_trail_of_adapters_is_counted_and_whole_models_leave_none() -> None:
     trail = ("evaluate.trail=true", "evaluate.every=2")
     lora, _ = written(f"{{{LORA}}}")
     # Eight steps have four evaluations: five adapters are written, not one, beside the checkpoints.
-    assert written(f"{{{LORA}}}", *trail)[0] == lora + 4 * 4 * (lora // 52)
+    assert written(f"{{{LORA}}}", *trail)[0] == lora + 4 * 4 * (lora // 64)
     assert written(f"{{{FULL}}}", *trail)[0] == written(f"{{{FULL}}}")[0]

@@ -167,3 +167,11 @@ def test_the_command_that_shows_the_runs_has_no_password(plan: Plan, uri: str, c
     at = replace(plan, tracker=replace(plan.tracker, uri=uri))
     commands = {one.what: one.command for one in build_record(at, findings(cla=0.9), {}).commands}
     assert commands.get("Compare the runs", "") == command
+    shown = "#/experiments/7/runs?viewStateShareKey=abc&workflowType=machine_learning"
+    at = replace(at, tracker=replace(at.tracker, experiment_id="7"))
+    commands = {one.what: one.command for one in build_record(at, findings(cla=0.9), {}, "abc").commands}
+    if uri.startswith("http"):
+        assert commands["Compare the runs"] == f"python -m webbrowser 'http://tracking:5000/{shown}'"
+    elif command:
+        assert commands["Compare the runs"] == command
+        assert commands["  and open"] == f"http://127.0.0.1:5000/{shown}"
