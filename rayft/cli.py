@@ -57,6 +57,25 @@ def sweep(
     commands.sweep(config, overrides or [], console)
 
 
+@app.command("config")
+def show_config(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or a packaged configuration: demo, study, tiny.")
+    ] = "demo",
+    overrides: Overrides = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of configurations, for editors.")
+    ] = False,
+) -> None:
+    """Show the settings in force, and where each comes from; or the JSON Schema of configurations."""
+    from rayft.flow import commands
+
+    if schema:
+        commands.schema(console)
+    else:
+        commands.config(config, overrides or [], console)
+
+
 @app.command()
 def data(
     config: Annotated[

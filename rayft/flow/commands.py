@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import shlex
 import socket
@@ -52,6 +53,7 @@ __all__ = [
     "analyze",
     "cache",
     "clear_cache",
+    "config",
     "data",
     "demo",
     "doctor",
@@ -59,6 +61,7 @@ __all__ = [
     "list_cache",
     "promote",
     "report",
+    "schema",
     "serve",
     "squeeze",
     "sweep",
@@ -377,6 +380,34 @@ def data(config: str | Path, overrides: Sequence[str], rows: int, console: Conso
             for run in runs:
                 text.append(f"[{run.text}]" if run.learnt else run.text, "green" if run.learnt else "")
             console.print(text, soft_wrap=True)
+
+
+def config(name: str | Path, overrides: Sequence[str], console: Console) -> None:
+    """Print the settings in force as YAML, each with the place that it comes from as a comment.
+
+    Args:
+        name: a file, or the name of a packaged configuration.
+        overrides: settings of the configuration.
+        console: for the output.
+
+    Raises:
+        ConfigError: if there is no such file, or anything in it is wrong.
+    """
+    from rayft.flow.settings import DEFAULT, settings
+
+    found = settings(name, overrides)
+    width = min(56, max(len(line.text) for line in found))
+    for line in found:
+        style = "bold" if not line.source else "dim" if line.source == DEFAULT else ""
+        comment = f"{line.text:<{width}}  # {line.source}" if line.source else line.text
+        console.print(comment, style=style or None, soft_wrap=True)
+
+
+def schema(console: Console) -> None:
+    """Print the JSON Schema of a configuration."""
+    from rayft.flow.settings import schema as found
+
+    console.print(json.dumps(found(), indent=1), soft_wrap=True)
 
 
 def doctor(output: str, console: Console) -> int:
