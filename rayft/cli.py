@@ -57,6 +57,22 @@ def sweep(
     commands.sweep(config, overrides or [], console)
 
 
+@app.command()
+def train(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or a packaged configuration: demo, study, tiny.")
+    ],
+    overrides: Overrides = None,
+    start: Annotated[
+        str | None, typer.Option(help="Folder of a LoRA to go on from, by rayft or PEFT.")
+    ] = None,
+) -> None:
+    """Train one run without a search, or continue it: method, optim and seed of the configuration."""
+    from rayft.flow import commands
+
+    commands.train(config, overrides or [], console, start=start)
+
+
 @app.command("config")
 def show_config(
     config: Annotated[

@@ -27,7 +27,7 @@ from rayft.files import disk_full, disk_full_error
 from rayft.flow.adapters import Action, adapters_table, call
 from rayft.flow.address import on_cluster
 from rayft.flow.cache import KINDS, Entry, Outcome, delete_all, entries, of_kind, shrink
-from rayft.flow.config import load_config
+from rayft.flow.config import load_config, load_train_config
 from rayft.flow.console import show_error
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
@@ -43,7 +43,7 @@ from rayft.report.analysis import gap_rows
 from rayft.report.record import SweepRecord
 from rayft.report.render import check_report, render
 from rayft.report.terminal import terminal_table
-from rayft.report.text import ago_text, human_bytes
+from rayft.report.text import ago_text, human_bytes, human_count, score_text
 from rayft.squeeze.budget import parse_bytes
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import flush_spool, prepare
@@ -65,6 +65,7 @@ __all__ = [
     "serve",
     "squeeze",
     "sweep",
+    "train",
 ]
 
 
@@ -136,6 +137,36 @@ def sweep(config: str | Path, overrides: Sequence[str], console: Console) -> Swe
     _show_next(record, settings.folder, console)
     check_complete(record, display.undone)
     return record
+
+
+def train(
+    config: str | Path, overrides: Sequence[str], console: Console, *, start: str | None = None
+) -> None:
+    """Train one run, or continue it, and print what it reached.
+
+    Args:
+        config: a file, or the name of a packaged configuration. It needs no `sweep`.
+        overrides: settings of the configuration, such as `optim.lr=1e-3`.
+        console: for the output.
+        start: folder of the adapter to start from, in place of the configuration's.
+
+    Raises:
+        RayftError: as `train_run`.
+    """
+    from rayft.flow.train import train_run
+
+    settings = load_train_config(config, overrides)
+    if start is not None:
+        settings = settings.model_copy(update={"start": str(read_path(start, "--start"))})
+    done = train_run(settings, Display(console))
+    result, table = done.result, Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("steps", f"{result.steps}, {human_count(result.trainable)} trained parameters")
+    table.add_row("val loss", f"{result.val_loss:.4f}")
+    for part in done.scores.parts:
+        table.add_row(f"{part} score", score_text(done.scores.score(part)))
+    table.add_row("adapter", str(done.adapter))
+    table.add_row("tracked run", done.run_id)
+    console.print(table, soft_wrap=True)
 
 
 def squeeze(
@@ -358,7 +389,7 @@ def data(config: str | Path, overrides: Sequence[str], rows: int, console: Conso
     """
     from rayft.flow.data import look
 
-    found = look(load_config(config, overrides), rows)
+    found = look(load_train_config(config, overrides), rows)
     table = Table("part", "examples", "tokens", "learnt", "median", "95 %", "longest")
     for column in table.columns[1:]:
         column.justify = "right"

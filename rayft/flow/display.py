@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ __all__ = ["Display"]
 
 AT_WORK = {"score": "answering", "analyse": "measuring"}
 """Kind of a job → what is shown while it runs. The bars of these jobs disappear at their end."""
+POLL_SECONDS = 0.5
+"""Time between two looks at the jobs."""
 STATES = {
     "queued": "waiting",
     "running": "training",
@@ -100,7 +103,7 @@ class Display:
         over = False
         while not over:
             # One more round at the end prints the last notices of jobs.
-            over = done.wait(0.5)
+            over = done.wait(POLL_SECONDS)
             try:
                 jobs, notices = ray.get([broker.snapshot.remote(), broker.notices.remote(self._noticed)])
             except ray.exceptions.RayError:
@@ -113,13 +116,7 @@ class Display:
                 self._update(names(job["id"]), job)
 
     def _update(self, name: str, job: dict[str, Any]) -> None:
-        note = _note(job)
-        if not self._live:
-            # A log gets a line for each evaluation and each change of state.
-            key = f"{job.get('state')} {job.get('val_loss')}"
-            if job["kind"] == "train" and self._said.get(name) != key:
-                self._said[name] = key
-                self.say(f"{name}: step {job.get('step', 0)}, {note}")
+        if not self._live and job["kind"] != "train":
             return
         if job.get("state") == "final" and job["kind"] in AT_WORK:
             if name in self._tasks:
@@ -127,18 +124,36 @@ class Display:
             return
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=None, note="")
-        self._progress.update(
-            self._tasks[name], total=job.get("steps"), completed=job.get("step", 0), note=note
-        )
+        number = self._tasks[name]
+        self._progress.update(number, total=job.get("steps"), completed=job.get("step", 0))
+        # The bars are kept in a log too, although nobody sees them: they estimate the time that is left.
+        left = next(task for task in self._progress.tasks if task.id == number).time_remaining
+        note = _note(job, left)
+        self._progress.update(number, note=note)
+        # A log gets a line for each evaluation and each change of state.
+        key = f"{job.get('state')} {job.get('val_loss')}"
+        if not self._live and self._said.get(name) != key:
+            self._said[name] = key
+            self.say(f"{name}: {note}")
 
 
-def _note(job: dict[str, Any]) -> str:
+def _note(job: dict[str, Any], left: float | None) -> str:
+    """Return the state of a job in words.
+
+    Args:
+        job: as the broker describes it.
+        left: estimate of the seconds until a training ends; None if there is none.
+    """
     state = str(job.get("state"))
     if job["kind"] in AT_WORK:
         return {"running": AT_WORK[job["kind"]], "queued": "waiting"}.get(state, state)
-    parts = [STATES.get(state, state)]
+    parts = [f"step {job.get('step', 0)}", STATES.get(state, state)]
     if "train_loss" in job:
         parts.append(f"loss {job['train_loss']:.3f}")
     if "val_loss" in job:
         parts.append(f"val {job['val_loss']:.3f}")
+    if state == "running" and "tokens_per_second" in job:
+        parts.append(f"{job['tokens_per_second']:,.0f} tokens/s")
+        if left:
+            parts.append(f"{dt.timedelta(seconds=round(left))} left")
     return "  ".join(parts)
