@@ -73,6 +73,24 @@ def train(
     commands.train(config, overrides or [], console, start=start)
 
 
+@app.command()
+def init(
+    data: Annotated[
+        str | None,
+        typer.Argument(help="A file of JSON lines, CSV or Parquet; the only one in this folder by default."),
+    ] = None,
+    out: Annotated[str, typer.Option(help="The file to write.")] = "my.yaml",
+    model: Annotated[
+        str | None, typer.Option(help="The base; by default one that is on this machine.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
+) -> None:
+    """Write a configuration for a data file: one that runs as it is, with comments."""
+    from rayft.flow import commands
+
+    commands.init(data, out, model, console, overwrite=overwrite)
+
+
 @app.command("config")
 def show_config(
     config: Annotated[

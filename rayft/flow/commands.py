@@ -58,6 +58,7 @@ __all__ = [
     "demo",
     "doctor",
     "guarded",
+    "init",
     "list_cache",
     "promote",
     "report",
@@ -411,6 +412,29 @@ def data(config: str | Path, overrides: Sequence[str], rows: int, console: Conso
             for run in runs:
                 text.append(f"[{run.text}]" if run.learnt else run.text, "green" if run.learnt else "")
             console.print(text, soft_wrap=True)
+
+
+def init(data: str | None, out: str, model: str | None, console: Console, *, overwrite: bool = False) -> None:
+    """Write a configuration for a data file, and print it.
+
+    Args:
+        data: the file; None for the only data file in the working directory.
+        out: the file to write.
+        model: the base; None for one that is on this machine.
+        console: for the output.
+        overwrite: whether a file at `out` is replaced.
+
+    Raises:
+        RayftError: as `write_configuration`.
+    """
+    from rayft.flow.init import find_data, write_configuration
+
+    if model is not None:
+        checked_text(model, "--model")
+    source = find_data(Path.cwd()) if data is None else read_path(data, "the data")
+    path = read_path(out, "--out")
+    console.print(write_configuration(source, path, model, overwrite=overwrite), soft_wrap=True)
+    console.print(f"wrote {path}; next: rayft data {shlex.quote(str(path))}", soft_wrap=True)
 
 
 def config(name: str | Path, overrides: Sequence[str], console: Console) -> None:
