@@ -285,6 +285,38 @@ def adapters(
 
 
 @app.command()
+def chat(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A base, or the folder of an adapter, sweep or run, perhaps at a rank: runs/mine@r8; with "
+            "--url, a name on that server."
+        ),
+    ],
+    other: Annotated[
+        str | None, typer.Argument(help="Another one, to compare: asked the same, beside it.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="URL of a running server to ask.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base of an adapter, if it names none.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="0 always takes the most likely token.")
+    ] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+) -> None:
+    """Talk to a base, an adapter, or two of them side by side, here or on a server.
+
+    The environment variable RAYFT_KEY holds your key, if the server asks for one.
+    """
+    from rayft.flow import commands
+
+    commands.chat(
+        name, other, console, url=url, base=base, system=system, temperature=temperature,
+        max_tokens=max_tokens,
+    )  # fmt: skip
+
+
+@app.command()
 def doctor(
     output: Annotated[str, typer.Option(help="Folder that sweeps would write to.")] = "runs",
 ) -> None:

@@ -52,6 +52,7 @@ __all__ = [
     "adapters",
     "analyze",
     "cache",
+    "chat",
     "clear_cache",
     "config",
     "data",
@@ -412,6 +413,42 @@ def data(config: str | Path, overrides: Sequence[str], rows: int, console: Conso
             for run in runs:
                 text.append(f"[{run.text}]" if run.learnt else run.text, "green" if run.learnt else "")
             console.print(text, soft_wrap=True)
+
+
+def chat(
+    name: str,
+    other: str | None,
+    console: Console,
+    *,
+    url: str | None = None,
+    base: str | None = None,
+    system: str | None = None,
+    temperature: float = 0.7,
+    max_tokens: int = 512,
+) -> None:
+    """Hold a conversation with a model, or with two side by side.
+
+    Args:
+        name: a base or an adapter's folder, or with `url` a name on that server.
+        other: the same of another model; None for one model alone.
+        console: for the output.
+        url: a running server; None to load the models into this process.
+        base: the base of adapters that name none.
+        system: system prompt.
+        temperature: temperature of sampling.
+        max_tokens: most tokens of an answer.
+
+    Raises:
+        RayftError: if a model can't be loaded, or the server not be reached.
+    """
+    from rayft.flow.chat.models import Options, open_local, open_served
+    from rayft.flow.chat.talk import talk
+
+    names = [checked_text(each, "the model") for each in (name, other) if each is not None]
+    if url is not None and base is not None:
+        raise ConfigError("--base is for models in this process; a server has its own base: leave it out")
+    models = open_local(names, base) if url is None else open_served(url, names)
+    talk(models, console, Options(temperature, max_tokens), system)
 
 
 def init(data: str | None, out: str, model: str | None, console: Console, *, overwrite: bool = False) -> None:

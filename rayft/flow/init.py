@@ -122,7 +122,7 @@ def configuration(data: Path, out: Path, model: str | None) -> str:
             f"{data} is not called {ends}; give such a file, or write the configuration by hand for images "
             "and hub sets (docs/data-and-models.md)"
         )
-    table = read_file(source, str(data))  # type: ignore[arg-type]
+    table = read_file(source, str(data))
     layout = find_layout(table)
     task: Task = "sequence_classification" if layout.form == "classification" else "causal_lm"
     base = _base(model, task)
@@ -130,7 +130,7 @@ def configuration(data: Path, out: Path, model: str | None) -> str:
     encoder = load_encoder(base, skeleton.config)
     context = context_length(base, skeleton.config, encoder)
     config = DataConfig(
-        source=source,  # type: ignore[arg-type]
+        source=source,
         name=str(data),
         format=layout.form,  # type: ignore[arg-type]
         columns=Columns(**layout.columns),
