@@ -447,8 +447,9 @@ def chat(
     names = [checked_text(each, "the model") for each in (name, other) if each is not None]
     if url is not None and base is not None:
         raise ConfigError("--base is for models in this process; a server has its own base: leave it out")
-    models = open_local(names, base) if url is None else open_served(url, names)
-    talk(models, console, Options(temperature, max_tokens), system)
+    opened = open_local(names, base) if url is None else nullcontext(open_served(url, names))
+    with opened as models:
+        talk(models, console, Options(temperature, max_tokens), system)
 
 
 def init(data: str | None, out: str, model: str | None, console: Console, *, overwrite: bool = False) -> None:

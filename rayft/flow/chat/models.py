@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 import httpx
 
@@ -165,8 +166,9 @@ class LocalModel:
                     return
 
 
-def open_local(names: Sequence[str], base: str | None = None) -> list[ChatModel]:
-    """Load models into this process, where rayft's own engine runs them on the CPU.
+@contextmanager
+def open_local(names: Sequence[str], base: str | None = None) -> Iterator[list[ChatModel]]:
+    """Load models into this process for the length of a block; rayft's own engine runs them on the CPU.
 
     Models on the same base share it.
 
@@ -180,29 +182,33 @@ def open_local(names: Sequence[str], base: str | None = None) -> list[ChatModel]
     """
     asked = [_asked(name, base) for name in names]
     known = next((one.base for one in asked if one.base), None)
+    if known is None:
+        raise ConfigError(
+            f"'{BASE_NAME}' is the base of the other model; name that one, or a base such as "
+            f"{ModelConfig().name}"
+        )
     engines: dict[str, Started] = {}
-    found: list[ChatModel] = []
-    for number, one in enumerate(asked):
-        where = one.base or known
-        if not where:
-            raise ConfigError(
-                f"'{BASE_NAME}' is the base of the other model; name that one, or a base such as "
-                f"{ModelConfig().name}"
-            )
-        if where not in engines:
-            engines[where] = start_engine(ServeConfig(model=ModelConfig(name=where)), "cpu")
-        started = engines[where]
-        if one.folder is None:
-            found.append(LocalModel(one.name, started))
-            continue
-        artifact = check_adapter(one.name, str(one.folder), started.base)
-        if one.rank is not None:
-            # Only sorted columns have prefixes.
-            artifact = squeeze(artifact, rank=one.rank)
-        adapter = f"{number}"
-        asyncio.run(started.engine.load(adapter, artifact))
-        found.append(LocalModel(one.name, started, adapter))
-    return found
+    try:
+        yield [_opened(one, one.base or known, engines) for one in asked]
+    finally:
+        for started in engines.values():
+            started.engine.stop()
+
+
+def _opened(one: _Asked, base: str, engines: dict[str, Started]) -> LocalModel:
+    """Load a model into the engine of its base, which is started if it is not among `engines`."""
+    if base not in engines:
+        engines[base] = start_engine(ServeConfig(model=ModelConfig(name=base)), "cpu")
+    started = engines[base]
+    if one.folder is None:
+        return LocalModel(one.name, started)
+    artifact = check_adapter(one.name, str(one.folder), started.base)
+    if one.rank is not None:
+        # Only sorted columns have prefixes.
+        artifact = squeeze(artifact, rank=one.rank)
+    adapter = uuid4().hex
+    asyncio.run(started.engine.load(adapter, artifact))
+    return LocalModel(one.name, started, adapter)
 
 
 @dataclass(frozen=True)

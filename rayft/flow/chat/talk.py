@@ -89,7 +89,9 @@ def talk(models: Sequence[ChatModel], console: Console, options: Options, system
                 for side in sides:
                     side.reset()
             elif line.startswith("/"):
-                console.print(f"there is no command {line.split()[0]}: {COMMANDS}", style="yellow")
+                console.print(
+                    f"there is no command {line.split()[0]}: {COMMANDS}", style="yellow", soft_wrap=True
+                )
             else:
                 _exchange(line, sides, console, options)
 
