@@ -237,28 +237,55 @@ def squeeze(
     path: str | PathLike[str],
     ranks: Sequence[int] = (),
     *,
+    energies: Sequence[float] = (),
+    budgets: Sequence[str] = (),
+    keep_score: float | None = None,
+    steps: int | None = None,
+    lr: float | None = None,
+    config: str | PathLike[str] | None = None,
+    base: str | None = None,
+    device: str | None = None,
     out: str | PathLike[str] | None = None,
+    overwrite: bool = False,
     quiet: bool = False,
-    **options: Any,
 ) -> Squeezed:
     """Bring an adapter to lower ranks, or extract LoRAs from a fine-tuned model, as `rayft squeeze` does.
 
     Args:
         path: folder of an adapter, of a model, or an output folder of `train` or `sweep`.
         ranks: ranks to squeeze to.
-        out: folder for the results; by default `path` with `-squeezed` after it.
+        energies: shares of energy to retain, in (0, 1].
+        budgets: sizes such as `1.5MB`; ranks go to the modules that need them.
+        keep_score: share of the validation score that the smallest result must keep, in (0, 1].
+        steps: optimizer steps of further training.
+        lr: learning rate of further training; by default that of the source.
+        config: file of a configuration that names base and data; by default that of the source's folder.
+        base: name of the base, which the adapter is checked against or a model compared with.
+        device: where to compute, `cpu`, `cuda` or `cuda:1`.
+        out: folder for the results; by default that of the source with `-squeezed` after its name.
+        overwrite: whether adapters that another command of rayft made are replaced.
         quiet: whether to print nothing.
-        options: `energies`, `budgets`, `keep_score`, `steps`, `lr`, `config`, `base`, `device` and
-            `overwrite`, as in `rayft.flow.squeeze.request.squeeze_request`.
 
     Raises:
         SqueezeError, ArtifactError, ConfigError: naming what is wrong. The source stays as it is.
     """
     source = find_folder(read_path(Path(path), "path"))
     place = source.with_name(f"{source.name}-squeezed") if out is None else read_path(Path(out), "out")
-    if options.get("config") is not None:
-        options["config"] = read_path(Path(options["config"]), "config")
-    found = squeeze_folder(squeeze_request(source, place, ranks=ranks, **options), _console(quiet))
+    request = squeeze_request(
+        source,
+        place,
+        ranks=ranks,
+        energies=energies,
+        budgets=budgets,
+        keep_score=keep_score,
+        steps=steps,
+        lr=lr,
+        config=None if config is None else read_path(Path(config), "config"),
+        base=base,
+        device=device,
+        overwrite=overwrite,
+    )
+    found = squeeze_folder(request, _console(quiet))
     labels = {found.source.name: "source", **{item.name: item.folder.name for item in found.made}}
     return Squeezed(
         place,

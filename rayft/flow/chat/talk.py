@@ -128,13 +128,14 @@ def _beside(sides: Sequence[_Side], console: Console, options: Options) -> None:
             console.print(f"{side.model.name}: {shown}", soft_wrap=True)
         return
     with Live(console=console, transient=True, refresh_per_second=10) as live:
-        _run(sides, options, lambda *_: live.update(_columns(sides)))
+        _run(sides, options, lambda *_: live.update(_columns(sides, console)))
     # While it grows, a table is cut off at the height of the terminal; this one is whole.
-    console.print(_columns(sides))
+    console.print(_columns(sides, console))
 
 
-def _columns(sides: Sequence[_Side]) -> Table:
-    table = Table(*(side.model.name for side in sides), expand=True)
+def _columns(sides: Sequence[_Side], console: Console) -> Table:
+    # So narrow that the terminal's own ^C fits beside it; on a line of its own it would shift the table.
+    table = Table(*(side.model.name for side in sides), width=console.width - 4)
     for column in table.columns:
         column.ratio, column.overflow = 1, "fold"
     cells = [

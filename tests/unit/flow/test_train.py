@@ -12,6 +12,7 @@ from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.config import parse, read_yaml
 from rayft.errors import BaseMismatchError, ConfigError, MethodError
 from rayft.flow.config import TrainConfig
+from rayft.flow.data import look
 from rayft.flow.sweep.preflight import preflight, skeleton
 from rayft.flow.train import as_sweep, ignored_space
 from rayft.methods.base import LoraFactors
@@ -77,6 +78,10 @@ def test_a_space_of_several_trials_needs_a_method() -> None:
     assert as_sweep(chosen).sweep.executor == "isolated"
     assert "sweep is not used" in ignored_space(chosen)
     assert ignored_space(config()) == ""
+
+
+def test_rayft_data_needs_no_sweep(prepared: None) -> None:
+    assert look(config(), 0).rows > 0
 
 
 def test_a_mistake_is_found_before_anything_starts() -> None:
