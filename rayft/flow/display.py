@@ -20,6 +20,8 @@ __all__ = ["Display"]
 
 AT_WORK = {"score": "answering", "analyse": "measuring"}
 """Kind of a job → what is shown while it runs. The bars of these jobs disappear at their end."""
+WIDE = 120
+"""Columns of a terminal from which bars and elapsed times are shown beside the numbers."""
 POLL_SECONDS = 0.5
 """Time between two looks at the jobs."""
 STATES = {
@@ -47,12 +49,13 @@ class Display:
         self.timings: dict[str, float] = {}
         self.undone: list[str] = []
         self._live = self.console.is_terminal
+        wide = self.console.width >= WIDE
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description:<28}", markup=False),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description}", markup=False),
+            *((BarColumn(bar_width=24),) if wide else ()),
             TextColumn("{task.fields[note]}", markup=False),
-            TimeElapsedColumn(),
+            *((TimeElapsedColumn(),) if wide else ()),
             console=self.console,
             transient=True,
         )
@@ -148,12 +151,12 @@ def _note(job: dict[str, Any], left: float | None) -> str:
     if job["kind"] in AT_WORK:
         return {"running": AT_WORK[job["kind"]], "queued": "waiting"}.get(state, state)
     parts = [f"step {job.get('step', 0)}", STATES.get(state, state)]
+    if state == "running" and left:
+        parts.append(f"{dt.timedelta(seconds=round(left))} left")
     if "train_loss" in job:
         parts.append(f"loss {job['train_loss']:.3f}")
     if "val_loss" in job:
         parts.append(f"val {job['val_loss']:.3f}")
     if state == "running" and "tokens_per_second" in job:
         parts.append(f"{job['tokens_per_second']:,.0f} tokens/s")
-        if left:
-            parts.append(f"{dt.timedelta(seconds=round(left))} left")
     return "  ".join(parts)

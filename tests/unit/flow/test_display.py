@@ -76,5 +76,5 @@ def test_a_log_has_a_line_for_each_evaluation_of_a_run(monkeypatch: pytest.Monke
             time.sleep(0.01)
     lines = [line.strip() for line in said.getvalue().splitlines()]
     assert lines[0] == "mine: step 10  training  loss 2.000  1,234 tokens/s"
-    assert re.fullmatch(r"mine: step 20  training  val 1\.500  1,234 tokens/s  \d:\d\d:\d\d left", lines[1])
+    assert re.fullmatch(r"mine: step 20  training  \d:\d\d:\d\d left  val 1\.500  1,234 tokens/s", lines[1])
     assert lines[2:] == ["mine: step 100  done"]
