@@ -58,6 +58,59 @@ def sweep(
 
 
 @app.command()
+def train(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or a packaged configuration: demo, study, tiny.")
+    ],
+    overrides: Overrides = None,
+    start: Annotated[
+        str | None, typer.Option(help="Folder of a LoRA to go on from, by rayft or PEFT.")
+    ] = None,
+) -> None:
+    """Train one run without a search, or continue it: method, optim and seed of the configuration."""
+    from rayft.flow import commands
+
+    commands.train(config, overrides or [], console, start=start)
+
+
+@app.command()
+def init(
+    data: Annotated[
+        str | None,
+        typer.Argument(help="A file of JSON lines, CSV or Parquet; the only one in this folder by default."),
+    ] = None,
+    out: Annotated[str, typer.Option(help="The file to write.")] = "my.yaml",
+    model: Annotated[
+        str | None, typer.Option(help="The base; by default one that is on this machine.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
+) -> None:
+    """Write a configuration for a data file: one that runs as it is, with comments."""
+    from rayft.flow import commands
+
+    commands.init(data, out, model, console, overwrite=overwrite)
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or a packaged configuration: demo, study, tiny.")
+    ] = "demo",
+    overrides: Overrides = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of configurations, for editors.")
+    ] = False,
+) -> None:
+    """Show the settings in force, and where each comes from; or the JSON Schema of configurations."""
+    from rayft.flow import commands
+
+    if schema:
+        commands.schema(console)
+    else:
+        commands.config(config, overrides or [], console)
+
+
+@app.command()
 def data(
     config: Annotated[
         str, typer.Argument(help="A YAML file, or a packaged configuration: demo, study, tiny.")
@@ -229,6 +282,38 @@ def adapters(
     from rayft.flow import commands
 
     commands.adapters(server, action, name, source, weight, pinned, console)
+
+
+@app.command()
+def chat(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A base, or the folder of an adapter, sweep or run, perhaps at a rank: runs/mine@r8; with "
+            "--url, a name on that server."
+        ),
+    ],
+    other: Annotated[
+        str | None, typer.Argument(help="Another one, to compare: asked the same, beside it.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="URL of a running server to ask.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base of an adapter, if it names none.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="0 always takes the most likely token.")
+    ] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+) -> None:
+    """Talk to a base, an adapter, or two of them side by side, here or on a server.
+
+    The environment variable RAYFT_KEY holds your key, if the server asks for one.
+    """
+    from rayft.flow import commands
+
+    commands.chat(
+        name, other, console, url=url, base=base, system=system, temperature=temperature,
+        max_tokens=max_tokens,
+    )  # fmt: skip
 
 
 @app.command()

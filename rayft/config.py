@@ -29,11 +29,14 @@ __all__ = [
     "SINCE",
     "Record",
     "Section",
+    "config_text",
     "content_hash",
+    "flatten",
     "leaves",
     "load",
     "lone_surrogate",
     "nearest",
+    "overridden",
     "parse",
     "read_yaml",
 ]
@@ -126,14 +129,18 @@ def load(
         ConfigError: if the file is missing, or anything in it or in an override is wrong.
     """
     path = read_path(path, "the configuration")
+    return parse(cls, read_yaml(config_text(path, base=base), str(path)), overrides)
+
+
+def config_text(path: Path, *, base: str | None = None) -> str:
+    """Read the text of a configuration file; arguments and errors are those of `load`."""
     try:
         if not path.is_file():
             hint = f"; the packaged ones are in {base}" if base else ""
             raise ConfigError(f"no configuration file at {path}{hint}")
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} can't be read as UTF-8 text: {error}") from error
-    return parse(cls, read_yaml(text, str(path)), overrides)
 
 
 def parse(cls: type[SectionT], data: Mapping[str, Any], overrides: Sequence[str] = ()) -> SectionT:
@@ -142,15 +149,25 @@ def parse(cls: type[SectionT], data: Mapping[str, Any], overrides: Sequence[str]
     Raises:
         ConfigError: with one line for each problem.
     """
-    merged = _plain(data)
-    for override in overrides:
-        _apply(merged, override)
+    merged = overridden(data, overrides)
     try:
         # Validation as JSON is strict about scalars, but accepts a list for a tuple and a string for a path.
         return cls.model_validate_json(json.dumps(merged), strict=True)
     except ValidationError as error:
         problems = [_describe(cls, merged, problem) for problem in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(problems))) from error
+
+
+def overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a mapping as values of JSON, after applying `overrides` to it.
+
+    Raises:
+        ConfigError: if a text is not valid Unicode, or an override can't be applied.
+    """
+    merged: dict[str, Any] = _plain(data)
+    for override in overrides:
+        _apply(merged, override)
+    return merged
 
 
 def _plain(value: Any, where: str = "") -> Any:
@@ -328,14 +345,18 @@ def _hashed(value: Any, dumped: Any) -> Any:
 
 def leaves(section: Section) -> dict[str, str]:
     """Flatten a section to dotted key → text, the form of tracked parameters."""
-    found: dict[str, str] = {}
+    return {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in flatten(section.model_dump(mode="json")).items()
+    }
 
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), inner)
+
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten nested mappings to dotted key → value; an empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= {f"{key}.{inner}": below for inner, below in flatten(value).items()}
         else:
-            found[prefix] = value if isinstance(value, str) else json.dumps(value)
-
-    walk("", section.model_dump(mode="json"))
+            found[str(key)] = value
     return found

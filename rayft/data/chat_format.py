@@ -119,6 +119,11 @@ class ChatFormat:
             _tokenizer=tokenizer,
         )
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end an answer, besides the tokens that do."""
+        return (self.trailing + self.stop_text, self.stop_text) if self.stop_text else ()
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, without special tokens except those of the markers and the opening."""
         pieces, start = [], 0

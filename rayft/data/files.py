@@ -21,7 +21,7 @@ from rayft.config import lone_surrogate
 from rayft.errors import DataError
 from rayft.files import room_on
 
-__all__ = ["Table", "hub_revision", "load_hub", "parse_json", "quiet", "read_file", "read_hub"]
+__all__ = ["READERS", "Table", "hub_revision", "load_hub", "parse_json", "quiet", "read_file", "read_hub"]
 
 FileSource = Literal["jsonl", "csv", "parquet"]
 
@@ -338,8 +338,9 @@ def _read_parquet(path: Path) -> Table:
     return _table(str(path), rows)
 
 
-READERS: dict[str, tuple[tuple[str, ...], Callable[[Path], Table]]] = {
+READERS: dict[FileSource, tuple[tuple[str, ...], Callable[[Path], Table]]] = {
     "jsonl": ((".jsonl", ".ndjson", ".json"), _read_jsonl),
     "csv": ((".csv",), _read_csv),
     "parquet": ((".parquet",), _read_parquet),
 }
+"""Kind of file → its suffixes, and the function that reads it."""

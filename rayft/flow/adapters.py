@@ -12,7 +12,7 @@ from rich.table import Table
 from rayft.errors import ResourceError
 from rayft.report.text import human_bytes
 
-__all__ = ["Action", "adapters_table", "call"]
+__all__ = ["Action", "adapters_table", "call", "checked", "headers", "reason"]
 
 Action = Literal["list", "load", "unload", "promote", "rollback"]
 KEY = "RAYFT_KEY"
@@ -51,7 +51,7 @@ def call(
         raise ResourceError("the source is missing: rayft adapters load NAME SOURCE")
     try:
         server.encode()
-        client = httpx.Client(base_url=server.rstrip("/"), headers=_headers(), timeout=SECONDS_TO_CHANGE)
+        client = httpx.Client(base_url=server.rstrip("/"), headers=headers(), timeout=SECONDS_TO_CHANGE)
     except (httpx.InvalidURL, UnicodeError) as error:
         raise ResourceError(f"--server {server} is not a URL ({error}); write http://host:port") from error
     with client:
@@ -61,15 +61,20 @@ def call(
         path = f"/v1/adapters/{quote(name or '', safe='')}"
         if action == "load":
             body = {"name": name, "source": source, "weight": weight, "pinned": pinned}
-            _checked(client, "POST", "/v1/adapters", json=body)
+            checked(client, "POST", "/v1/adapters", json=body)
         elif action == "unload":
-            _checked(client, "DELETE", path)
+            checked(client, "DELETE", path)
         else:
-            _checked(client, "POST", f"{path}/{action}")
+            checked(client, "POST", f"{path}/{action}")
         return _list(client)
 
 
-def _headers() -> dict[str, str]:
+def headers() -> dict[str, str]:
+    """Return the headers with the caller's key, if there is one.
+
+    Raises:
+        ResourceError: if no header can hold the key.
+    """
     key = os.environ.get(KEY)
     if key is None:
         return {}
@@ -79,7 +84,7 @@ def _headers() -> dict[str, str]:
 
 
 def _list(client: httpx.Client) -> list[dict[str, Any]]:
-    answer = _checked(client, "GET", "/v1/adapters", timeout=SECONDS_TO_ANSWER)
+    answer = checked(client, "GET", "/v1/adapters", timeout=SECONDS_TO_ANSWER)
     try:
         return list(answer.json()["data"])
     except (ValueError, KeyError, TypeError) as error:
@@ -88,22 +93,40 @@ def _list(client: httpx.Client) -> list[dict[str, Any]]:
         ) from error
 
 
-def _checked(client: httpx.Client, verb: str, path: str, **options: Any) -> httpx.Response:
+def checked(
+    client: httpx.Client, verb: str, path: str, *, option: str = "--server", **options: Any
+) -> httpx.Response:
+    """Send a request, and return the answer.
+
+    Args:
+        client: sends it.
+        verb: `GET`, `POST` or `DELETE`.
+        path: path on the server.
+        option: how a user sets the server's URL, for the message.
+        options: as those of `httpx.Client.request`.
+
+    Raises:
+        ResourceError: if the server can't be reached or refuses, with its reason.
+    """
     try:
         answer = client.request(verb, path, **options)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ResourceError(
             f"{client.base_url} can't be reached ({type(error).__name__}: {error}); give the right URL "
-            "with --server"
+            f"with {option}"
         ) from error
     if answer.is_success:
         return answer
-    try:
-        reason = answer.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        reason = answer.text[:200]
     hint = f"; put a key of this server into {KEY}" if answer.status_code == 401 else ""
-    raise ResourceError(f"the server refuses ({answer.status_code}): {reason}{hint}")
+    raise ResourceError(f"the server refuses ({answer.status_code}): {reason(answer)}{hint}")
+
+
+def reason(answer: httpx.Response) -> str:
+    """Return the reason that a server gives for a refusal."""
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text[:200]
 
 
 def adapters_table(found: list[dict[str, Any]]) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import logging
 import shlex
 import socket
@@ -26,7 +27,7 @@ from rayft.files import disk_full, disk_full_error
 from rayft.flow.adapters import Action, adapters_table, call
 from rayft.flow.address import on_cluster
 from rayft.flow.cache import KINDS, Entry, Outcome, delete_all, entries, of_kind, shrink
-from rayft.flow.config import load_config
+from rayft.flow.config import load_config, load_train_config
 from rayft.flow.console import show_error
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
@@ -42,7 +43,7 @@ from rayft.report.analysis import gap_rows
 from rayft.report.record import SweepRecord
 from rayft.report.render import check_report, render
 from rayft.report.terminal import terminal_table
-from rayft.report.text import ago_text, human_bytes
+from rayft.report.text import ago_text, human_bytes, human_count, score_text
 from rayft.squeeze.budget import parse_bytes
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import flush_spool, prepare
@@ -51,17 +52,22 @@ __all__ = [
     "adapters",
     "analyze",
     "cache",
+    "chat",
     "clear_cache",
+    "config",
     "data",
     "demo",
     "doctor",
     "guarded",
+    "init",
     "list_cache",
     "promote",
     "report",
+    "schema",
     "serve",
     "squeeze",
     "sweep",
+    "train",
 ]
 
 
@@ -133,6 +139,36 @@ def sweep(config: str | Path, overrides: Sequence[str], console: Console) -> Swe
     _show_next(record, settings.folder, console)
     check_complete(record, display.undone)
     return record
+
+
+def train(
+    config: str | Path, overrides: Sequence[str], console: Console, *, start: str | None = None
+) -> None:
+    """Train one run, or continue it, and print what it reached.
+
+    Args:
+        config: a file, or the name of a packaged configuration. It needs no `sweep`.
+        overrides: settings of the configuration, such as `optim.lr=1e-3`.
+        console: for the output.
+        start: folder of the adapter to start from, in place of the configuration's.
+
+    Raises:
+        RayftError: as `train_run`.
+    """
+    from rayft.flow.train import train_run
+
+    settings = load_train_config(config, overrides)
+    if start is not None:
+        settings = settings.model_copy(update={"start": str(read_path(start, "--start"))})
+    done = train_run(settings, Display(console))
+    result, table = done.result, Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("steps", f"{result.steps}, {human_count(result.trainable)} trained parameters")
+    table.add_row("val loss", f"{result.val_loss:.4f}")
+    for part in done.scores.parts:
+        table.add_row(f"{part} score", score_text(done.scores.score(part)))
+    table.add_row("adapter", str(done.adapter))
+    table.add_row("tracked run", done.run_id)
+    console.print(table, soft_wrap=True)
 
 
 def squeeze(
@@ -355,7 +391,7 @@ def data(config: str | Path, overrides: Sequence[str], rows: int, console: Conso
     """
     from rayft.flow.data import look
 
-    found = look(load_config(config, overrides), rows)
+    found = look(load_train_config(config, overrides), rows)
     table = Table("part", "examples", "tokens", "learnt", "median", "95 %", "longest")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -377,6 +413,94 @@ def data(config: str | Path, overrides: Sequence[str], rows: int, console: Conso
             for run in runs:
                 text.append(f"[{run.text}]" if run.learnt else run.text, "green" if run.learnt else "")
             console.print(text, soft_wrap=True)
+
+
+def chat(
+    name: str,
+    other: str | None,
+    console: Console,
+    *,
+    url: str | None = None,
+    base: str | None = None,
+    system: str | None = None,
+    temperature: float = 0.7,
+    max_tokens: int = 512,
+) -> None:
+    """Hold a conversation with a model, or with two side by side.
+
+    Args:
+        name: a base or an adapter's folder, or with `url` a name on that server.
+        other: the same of another model; None for one model alone.
+        console: for the output.
+        url: a running server; None to load the models into this process.
+        base: the base of adapters that name none.
+        system: system prompt.
+        temperature: temperature of sampling.
+        max_tokens: most tokens of an answer.
+
+    Raises:
+        RayftError: if a model can't be loaded, or the server not be reached.
+    """
+    from rayft.flow.chat.models import Options, open_local, open_served
+    from rayft.flow.chat.talk import talk
+
+    names = [checked_text(each, "the model") for each in (name, other) if each is not None]
+    if url is not None and base is not None:
+        raise ConfigError("--base is for models in this process; a server has its own base: leave it out")
+    opened = open_local(names, base) if url is None else nullcontext(open_served(url, names))
+    with opened as models:
+        talk(models, console, Options(temperature, max_tokens), system)
+
+
+def init(data: str | None, out: str, model: str | None, console: Console, *, overwrite: bool = False) -> None:
+    """Write a configuration for a data file, and print it.
+
+    Args:
+        data: the file; None for the only data file in the working directory.
+        out: the file to write.
+        model: the base; None for one that is on this machine.
+        console: for the output.
+        overwrite: whether a file at `out` is replaced.
+
+    Raises:
+        RayftError: as `write_configuration`.
+    """
+    from rayft.flow.init import find_data, write_configuration
+
+    if model is not None:
+        checked_text(model, "--model")
+    source = find_data(Path.cwd()) if data is None else read_path(data, "the data")
+    path = read_path(out, "--out")
+    console.print(write_configuration(source, path, model, overwrite=overwrite), soft_wrap=True)
+    console.print(f"wrote {path}; next: rayft data {shlex.quote(str(path))}", soft_wrap=True)
+
+
+def config(name: str | Path, overrides: Sequence[str], console: Console) -> None:
+    """Print the settings in force as YAML, each with the place that it comes from as a comment.
+
+    Args:
+        name: a file, or the name of a packaged configuration.
+        overrides: settings of the configuration.
+        console: for the output.
+
+    Raises:
+        ConfigError: if there is no such file, or anything in it is wrong.
+    """
+    from rayft.flow.settings import DEFAULT, settings
+
+    found = settings(name, overrides)
+    width = min(56, max(len(line.text) for line in found))
+    for line in found:
+        style = "bold" if not line.source else "dim" if line.source == DEFAULT else ""
+        comment = f"{line.text:<{width}}  # {line.source}" if line.source else line.text
+        console.print(comment, style=style or None, soft_wrap=True)
+
+
+def schema(console: Console) -> None:
+    """Print the JSON Schema of a configuration."""
+    from rayft.flow.settings import schema as found
+
+    console.print(json.dumps(found(), indent=1), soft_wrap=True)
 
 
 def doctor(output: str, console: Console) -> int:

@@ -1,4 +1,4 @@
-"""`PipelineConfig`: the configuration of a sweep and of all stages after it, in one file."""
+"""The configuration file: `PipelineConfig` as a sweep reads it, and `TrainConfig` as `rayft train` does."""
 
 from __future__ import annotations
 
@@ -9,17 +9,28 @@ from pathlib import Path
 from pydantic import Field, JsonValue, field_validator
 
 from rayft.analysis.section import AnalyzeConfig
-from rayft.config import Section, load
+from rayft.config import SINCE, Section, load
 from rayft.data.section import DataConfig
+from rayft.methods.section import MethodConfig
 from rayft.models.load import ModelConfig
 from rayft.paths import PathText, read_path, runs_folder
 from rayft.registry.promote import Gate
+from rayft.squeeze.anneal import AnnealConfig
 from rayft.squeeze.section import SqueezeConfig
 from rayft.sweep.space import SweepConfig
 from rayft.tracking.base import TrackingConfig
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 
-__all__ = ["PipelineConfig", "ServeSection", "load_config", "packaged"]
+__all__ = [
+    "PipelineConfig",
+    "ServeSection",
+    "TrainConfig",
+    "config_file",
+    "load_config",
+    "load_train_config",
+    "package_names",
+    "packaged",
+]
 
 
 class ServeSection(Section):
@@ -35,11 +46,11 @@ class ServeSection(Section):
     """CPU cores of the replica."""
 
 
-class PipelineConfig(Section):
-    """A sweep, and what is done with its results."""
+class TrainConfig(Section):
+    """One run or a sweep, and what is done with the results."""
 
     name: str = "sweep"
-    """Name of the sweep, and of the registered model."""
+    """Name of the sweep or run, and of the registered model."""
 
     question: str = ""
     """Question that the sweep answers, shown as the heading of the report."""
@@ -59,7 +70,20 @@ class PipelineConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     deepspeed: dict[str, JsonValue] = {}
     """Settings that override the derived DeepSpeed configuration."""
-    sweep: SweepConfig
+    method: MethodConfig | None = Field(default=None, json_schema_extra={SINCE: "0.2"})
+    """What `rayft train` trains, with `optim` and `seed`; `lora` at rank 16 if there is neither this section
+    nor `sweep`. A sweep has its methods in `sweep.methods`."""
+
+    anneal: AnnealConfig | None = Field(default=None, json_schema_extra={SINCE: "0.2"})
+    """How the rank of that run falls from `method.rank` while it trains. A sweep's methods have their own."""
+
+    start: PathText | None = Field(default=None, json_schema_extra={SINCE: "0.2"})
+    """Folder of a LoRA, by rayft or PEFT, from which the run or each trial starts. The method must be `lora`
+    or `lora_plus`, and the rank that of the adapter."""
+
+    sweep: SweepConfig | None = None
+    """What a sweep tries. `rayft train` reads it only if there is no `method`, and it has a single trial."""
+
     squeeze: SqueezeConfig = SqueezeConfig()
     analyze: AnalyzeConfig = AnalyzeConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -95,14 +119,30 @@ class PipelineConfig(Section):
             scale=self.scale.settled(gpus),
             evaluate=self.evaluate,
             deepspeed=self.deepspeed,
+            start=self.start,
             seed=self.seed,
         )
+
+
+class PipelineConfig(TrainConfig):
+    """A sweep, and what is done with its results."""
+
+    sweep: SweepConfig
 
 
 def packaged() -> dict[str, Path]:
     """Return the packaged configurations: name → file."""
     folder = Path(str(resources.files("rayft.configs")))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def config_file(name: str | Path) -> Path:
+    """Return the file of a packaged configuration, or the path that a user wrote.
+
+    Raises:
+        ConfigError: if the path can't be one.
+    """
+    return packaged().get(str(name)) or read_path(name, "the configuration")
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
@@ -115,6 +155,14 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> PipelineConf
     Raises:
         ConfigError: if there is no such file, or anything in it is wrong.
     """
-    known = packaged()
-    path = known.get(str(name)) or read_path(name, "the configuration")
-    return load(PipelineConfig, path, overrides, base=f"rayft: {', '.join(known)}")
+    return load(PipelineConfig, config_file(name), overrides, base=package_names())
+
+
+def load_train_config(name: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Load a configuration that may lack a `sweep`; arguments and errors are those of `load_config`."""
+    return load(TrainConfig, config_file(name), overrides, base=package_names())
+
+
+def package_names() -> str:
+    """Return the names of the packaged configurations, for messages."""
+    return f"rayft: {', '.join(packaged())}"

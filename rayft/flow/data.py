@@ -15,7 +15,7 @@ from rayft.data.prepared import prepare
 from rayft.data.source import PARTS
 from rayft.data.template import IGNORED, Encoded
 from rayft.data.texts import lengths_of, notes
-from rayft.flow.config import PipelineConfig
+from rayft.flow.config import TrainConfig
 from rayft.models.files import cache_folder
 from rayft.models.load import context_length, load_encoder, load_skeleton
 from rayft.train.session import check_task
@@ -68,7 +68,7 @@ class DataView:
     """For each row that is shown, its examples, as text."""
 
 
-def look(config: PipelineConfig, rows: int) -> DataView:
+def look(config: TrainConfig, rows: int) -> DataView:
     """Prepare the data of a configuration, and describe it.
 
     Args:

@@ -20,6 +20,10 @@ __all__ = ["Display"]
 
 AT_WORK = {"score": "answering", "analyse": "measuring"}
 """Kind of a job → what is shown while it runs. The bars of these jobs disappear at their end."""
+WIDE = 120
+"""Columns of a terminal from which bars and elapsed times are shown beside the numbers."""
+POLL_SECONDS = 0.5
+"""Time between two looks at the jobs."""
 WORTH_SAYING = 20.0
 """Seconds from which a job that is not a training gets a line in a log."""
 STATES = {
@@ -47,12 +51,13 @@ class Display:
         self.timings: dict[str, float] = {}
         self.undone: list[str] = []
         self._live = self.console.is_terminal
+        wide = self.console.width >= WIDE
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description:<28}", markup=False),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description}", markup=False),
+            *((BarColumn(bar_width=24),) if wide else ()),
             TextColumn("{task.fields[note]}", markup=False),
-            TimeElapsedColumn(),
+            *((TimeElapsedColumn(),) if wide else ()),
             console=self.console,
             transient=True,
         )
@@ -103,7 +108,7 @@ class Display:
         over = False
         while not over:
             # One more round at the end prints the last notices of jobs.
-            over = done.wait(0.5)
+            over = done.wait(POLL_SECONDS)
             try:
                 jobs, notices = ray.get([broker.snapshot.remote(), broker.notices.remote(self._noticed)])
             except ray.exceptions.RayError:
@@ -116,43 +121,51 @@ class Display:
                 self._update(names(job["id"]), job)
 
     def _update(self, name: str, job: dict[str, Any]) -> None:
-        note = _note(job)
-        if not self._live:
-            # A log gets a line for each evaluation and each change of state.
-            key = f"{job.get('state')} {job.get('val_loss')}"
-            if job["kind"] == "train" and self._said.get(name) != key:
-                self._said[name] = key
-                self.say(f"{name}: step {job.get('step', 0)}, {note}")
-            # Other jobs get one line, when it is known how long they take, if that is long.
-            if job["kind"] in AT_WORK and name not in self._said and _left(job) > WORTH_SAYING:
-                self._said[name] = note
-                self.say(f"{name}: {note}")
-            return
         if job.get("state") == "final" and job["kind"] in AT_WORK:
             if name in self._tasks:
                 self._progress.update(self._tasks[name], visible=False)
             return
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=None, note="")
-        self._progress.update(
-            self._tasks[name], total=job.get("steps"), completed=job.get("step", 0), note=note
-        )
+        number = self._tasks[name]
+        self._progress.update(number, total=job.get("steps"), completed=job.get("step", 0))
+        # The bars are kept in a log too, although nobody sees them: they estimate the time that is left.
+        left = next(task for task in self._progress.tasks if task.id == number).time_remaining or 0.0
+        note = _note(job, left)
+        self._progress.update(number, note=note)
+        if self._live:
+            return
+        if job["kind"] in AT_WORK:
+            # One line, when it is known how long they take, if that is long.
+            if name not in self._said and left > WORTH_SAYING:
+                self._said[name] = note
+                self.say(f"{name}: {note}")
+            return
+        # A log gets a line for each evaluation and each change of state.
+        key = f"{job.get('state')} {job.get('val_loss')}"
+        if self._said.get(name) != key:
+            self._said[name] = key
+            self.say(f"{name}: {note}")
 
 
-def _left(job: dict[str, Any]) -> float:
-    """Return the seconds that a job still takes; 0 if that is not known."""
-    done, total = job.get("step", 0), job.get("steps", 0)
-    return float(job["seconds"]) / done * (total - done) if done and "seconds" in job else 0.0
+def _note(job: dict[str, Any], left: float) -> str:
+    """Return the state of a job in words.
 
-
-def _note(job: dict[str, Any]) -> str:
+    Args:
+        job: as the broker describes it.
+        left: estimate of the seconds until it ends; 0 if there is none.
+    """
     state = str(job.get("state"))
     if job["kind"] in AT_WORK:
-        left = f", {human_seconds(_left(job))} left" if _left(job) else ""
-        return {"running": AT_WORK[job["kind"]] + left, "queued": "waiting"}.get(state, state)
-    parts = [STATES.get(state, state)]
+        rest = f", {human_seconds(left)} left" if left else ""
+        return {"running": AT_WORK[job["kind"]] + rest, "queued": "waiting"}.get(state, state)
+    parts = [f"step {job.get('step', 0)}", STATES.get(state, state)]
+    if state == "running" and left:
+        parts.append(f"{human_seconds(left)} left")
     if "train_loss" in job:
         parts.append(f"loss {job['train_loss']:.3f}")
     if "val_loss" in job:
         parts.append(f"val {job['val_loss']:.3f}")
+    if state == "running" and "tokens_per_second" in job:
+        parts.append(f"{job['tokens_per_second']:,.0f} tokens/s")
     return "  ".join(parts)

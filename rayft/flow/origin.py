@@ -15,7 +15,7 @@ from rayft.report.record import SweepRecord, TrialRecord
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import find_adapter, prepare, resolve_runs
 
-__all__ = ["Origin", "find_origin"]
+__all__ = ["Origin", "find_folder", "find_origin"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,16 @@ class Origin:
     """Where results made from the folder are tracked; None if nowhere."""
     sweep: Path | None = None
     """Folder of the sweep that `config` comes from; None if it comes from elsewhere."""
+
+
+def find_folder(folder: Path) -> Path:
+    """Return the adapter folder that a path stands for.
+
+    It is the path itself, or in an output folder the winner of the sweep or the adapter of the run.
+    """
+    if is_sweep(folder):
+        return next((folder / name for name in ("winner", "adapter") if (folder / name).is_dir()), folder)
+    return folder
 
 
 def find_origin(folder: Path, artifact: AdapterArtifact, config: Path | None) -> Origin:

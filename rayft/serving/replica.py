@@ -358,8 +358,7 @@ class Replica:
 
     def _stops(self, request: ChatRequest | CompletionRequest) -> tuple[str, ...]:
         """Return the strings that end an answer."""
-        end = self._format.stop_text if isinstance(request, ChatRequest) else ""
-        return (*request.stops, self._format.trailing + end, end) if end else tuple(request.stops)
+        return (*request.stops, *(self._format.stops if isinstance(request, ChatRequest) else ()))
 
     async def _prompts(self, request: ChatRequest | CompletionRequest) -> list[tuple[int, ...]]:
         """Tokenize the prompts; long ones in another thread, so that other requests continue meanwhile."""

@@ -133,10 +133,10 @@ class Lane:
             )
         return self._session
 
-    def progress(self, done: int, total: int, seconds: float) -> None:
-        """Show how far the job is: steps or examples that are done, of all, and the seconds they took."""
+    def progress(self, done: int, total: int) -> None:
+        """Show how far the job is: the number of examples that are done, and of all."""
         if self.worker.rank == 0:
-            self.broker.log.remote(self._job, {"step": done, "steps": total, "seconds": seconds})
+            self.broker.log.remote(self._job, {"step": done, "steps": total})
 
     def forget(self) -> None:
         """Free the base, including the reference cycles that it is part of."""

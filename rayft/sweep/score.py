@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,14 +55,14 @@ def sample(total: int, most: int | None) -> list[int]:
 
 
 def run_score(
-    request: ScoreRequest, session: Session, progress: Callable[[int, int, float], None] | None = None
+    request: ScoreRequest, session: Session, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, list[float]]:
     """Return part → the score of each example, in the order of the data (all workers call it).
 
     Args:
         request: what is scored.
         session: its base and data.
-        progress: called with the number of examples that are scored, that of all, and the seconds so far.
+        progress: called with the number of examples that are scored, and that of all.
     """
     model, worker = session.loaded.model, session.worker
     if request.adapter is None:
@@ -91,16 +90,15 @@ def spread() -> bool:
 class _Watch:
     """Counts the examples that this worker has scored, and passes on those of all workers."""
 
-    def __init__(self, total: int, world: int, progress: Callable[[int, int, float], None] | None) -> None:
+    def __init__(self, total: int, world: int, progress: Callable[[int, int], None] | None) -> None:
         self._total, self._world, self._progress = total, world, progress
-        self._done, self._started = 0, time.perf_counter()
+        self._done = 0
 
     def add(self, count: int) -> None:
         """Count some more."""
         self._done += count
         if self._progress is not None:
-            done = min(self._done * self._world, self._total)
-            self._progress(done, self._total, time.perf_counter() - self._started)
+            self._progress(min(self._done * self._world, self._total), self._total)
 
 
 def _chosen(examples: Sequence[Example], most: int | None) -> list[Example]:

@@ -30,7 +30,7 @@ __all__ = ["TrainRequest", "tracking_key"]
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """Train a run as a trial of a sweep."""
+    """Train a run, as a trial of a sweep or alone."""
 
     kind: ClassVar[str] = "train"
     resumable: ClassVar[bool] = True
@@ -126,7 +126,7 @@ class _TrackedRun:
             return None
         tracker, run = lane.tracker(request.tracker), request.run
         tags = {
-            "rayft.kind": "trial",
+            "rayft.kind": "trial" if request.parent else "run",
             "rayft.method": run.method.name,
             "rayft.rank": str(run.method.rank),
             "rayft.lane": lane.name,
@@ -184,7 +184,8 @@ class _LaneReporter(Reporter):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Pass the numbers of a step on without waiting."""
-        progress = {"step": step, "steps": self._steps, "train_loss": metrics["train_loss"]}
+        shown = {name: metrics[name] for name in ("train_loss", "tokens_per_second")}
+        progress = {"step": step, "steps": self._steps, **shown}
         self._lane.broker.log.remote(self._key, progress)
         if self._tracked:
             self._tracked.metrics(metrics, step)

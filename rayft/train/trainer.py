@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rayft.artifacts import AdapterArtifact, ArtifactMeta, folder_bytes
+from rayft.artifacts import AdapterArtifact, ArtifactMeta, ModuleShapes, folder_bytes
 from rayft.data.pack import AnyBatch, Rows, collate_rows, rows_of
 from rayft.data.texts import lengths_of
 from rayft.errors import ConfigError, InterruptedRunError, TrainError
@@ -61,7 +61,7 @@ from rayft.train.placement import (
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 
-__all__ = ["Reporter", "TrainResult", "Trainer", "validation_loss"]
+__all__ = ["Reporter", "TrainResult", "Trainer", "check_start", "validation_loss"]
 
 
 MOST_TOKENS = 2**15
@@ -704,7 +704,23 @@ def read_start(run: RunConfig, session: Session) -> Start:
         return Start()
     artifact, model = AdapterArtifact.load(session.home.local(run.start)), session.loaded.model
     check_fits(model, artifact, session.loaded.fingerprint)
-    shapes, kind = linear_shapes(model), method(run.method.name)
+    check_start(run, artifact, linear_shapes(model))
+    modules = {name: revive(factors) for name, factors in artifact.modules.items()}
+    return Start(modules, artifact.heads, artifact.content_hash)
+
+
+def check_start(run: RunConfig, artifact: AdapterArtifact, shapes: ModuleShapes) -> None:
+    """Check that the ranks of an adapter fit a run that starts from it.
+
+    Args:
+        run: the run.
+        artifact: the adapter, which fits the base.
+        shapes: linear layers of the base.
+
+    Raises:
+        ConfigError: if its rank is not `method.rank`, or is more than a layer can hold.
+    """
+    kind = method(run.method.name)
     for name, factors in artifact.modules.items():
         most = kind.max_rank(LayerShape(*shapes[name]))
         if factors.rank > most:
@@ -719,5 +735,3 @@ def read_start(run: RunConfig, session: Session) -> Start:
             f"start: {run.start} has rank {artifact.rank}, and method.rank is {run.method.rank}; set "
             f"method.rank: {artifact.rank}"
         )
-    modules = {name: revive(factors) for name, factors in artifact.modules.items()}
-    return Start(modules, artifact.heads, artifact.content_hash)

@@ -31,13 +31,26 @@ All keys of configurations. `python -m tests.docs.configuration_page` makes this
 A configuration is a YAML file. Commands also take single settings as `--set section.key=value`, with the
 value in YAML, which override the file. An unknown key is an error that names the nearest valid one. Values
 are not converted: `"8"` is not a number. Keys without an entry under "since" have been there since 0.1.0.
+
+`rayft config my.yaml` shows the settings in force as YAML, each with the place that it comes from: the file,
+`--set`, an environment variable, or the default. `rayft config --schema` prints the JSON Schema (draft
+2020-12) of these keys, with which editors complete and check a configuration:
+
+```bash
+rayft config --schema > rayft.schema.json
+```
+
+```yaml
+# yaml-language-server: $schema=rayft.schema.json
+name: mine
+```
 """
 ROOTS = (
     (
         PipelineConfig,
-        "A sweep: `rayft sweep`, `squeeze`, `analyze`, `report`",
-        "`rayft sweep NAME` takes a packaged configuration or a file with these keys. The commands that\n"
-        "continue a sweep read its own copy.",
+        "A sweep or a run: `rayft sweep`, `train`, `data`, `squeeze`, `analyze`, `report`",
+        "`rayft sweep NAME` takes a packaged configuration or a file with these keys. `rayft train` takes\n"
+        "the same file and needs no `sweep`. The commands that continue a sweep read its own copy.",
     ),
     (
         ServeConfig,

@@ -51,8 +51,8 @@ STAMP_FILE = "config.yaml"
 """The sweep's configuration, which begins with the stamp."""
 RECORD_FILE = "sweep.json"
 WRITTEN = (
-    STAMP_FILE, IDENTITY_FILE, EVENTS_FILE, "analysed", "analysis.json", "deploy.yaml", "plots", "ray",
-    "report.html", "scores", "serve.yaml", "squeezed", RECORD_FILE, "trials", "winner",
+    STAMP_FILE, IDENTITY_FILE, EVENTS_FILE, "adapter", "analysed", "analysis.json", "deploy.yaml",
+    "plots", "ray", "report.html", "scores", "serve.yaml", "squeezed", RECORD_FILE, "trials", "winner",
 )  # fmt: skip
 """Names of all that a sweep writes into its folder, besides the files of the tracker."""
 _NAMES = "|".join(map(re.escape, WRITTEN))
@@ -333,9 +333,9 @@ def _delete_staged(output: Path) -> None:
 
 
 def _derived_adapters(output: Path) -> list[Path]:
-    """Return the adapter folders that a sweep derives from those of its trials: the winner, squeezed ones."""
+    """Return the adapter folders that are derived from trials: the winner, a single run's, squeezed ones."""
     squeezed = {path.parent for path in (output / "squeezed").rglob("*") if path.name in FILES}
-    return [output / "winner", *sorted(squeezed)]
+    return [output / "winner", output / "adapter", *sorted(squeezed)]
 
 
 def _unreadable(place: Path) -> bool:

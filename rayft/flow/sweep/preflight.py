@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from rayft.artifacts import AdapterArtifact
 from rayft.config import content_hash
 from rayft.data.chat_format import ChatFormat
 from rayft.data.loader import RowStream
@@ -16,10 +17,11 @@ from rayft.data.pack import AnyEncoded
 from rayft.data.prepared import prepare
 from rayft.data.source import PARTS, Parts
 from rayft.data.texts import notes
-from rayft.errors import ResourceError
+from rayft.errors import ConfigError, ResourceError
 from rayft.evaluate.tasks import perfect_answers
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig
+from rayft.flow.squeeze.checks import check_base
 from rayft.flow.sweep.disk import check_disk, check_other_disks, derived_bytes, trial_bytes
 from rayft.flow.sweep.folder import (
     check_stamp,
@@ -44,6 +46,7 @@ from rayft.train.identity import identify
 from rayft.train.phases import link_steps
 from rayft.train.run import RunConfig
 from rayft.train.session import check_task
+from rayft.train.trainer import check_start
 
 __all__ = ["Plan", "preflight", "skeleton"]
 
@@ -91,13 +94,15 @@ def preflight(config: PipelineConfig) -> Plan:
     _check_devices(run)
     shapes, encoder, context = skeleton(run.model)
     _check_ranks(trials, shapes)
+    start = _check_start(trials, run, shapes)
     prepared = prepare(config.data, encoder, cache_folder())
     parts = prepared.parts
     check_task(run, parts)
     encoded = {part: prepared.encoded(part, context) for part in PARTS}
     _check_links(trials, encoded["train"])
     trials = known_keys(trials, begun, output)
-    identity = check_identity(output, identify(run, parts), run.model)
+    now = identify(run, parts).model_copy(update={"start": start, "start_name": run.start or ""})
+    identity = check_identity(output, now, run.model)
     identity = identity.model_copy(update={"sweep": sweep_id(output, identity)})
     unused = not_used(output, trials)
     make_folder(config, output, identity, keep=begun is not None)
@@ -161,6 +166,25 @@ def _check_ranks(trials: Sequence[Point], shapes: dict[str, tuple[int, int]]) ->
         check_pattern(config, chosen)
         for name in sorted(chosen, key=lambda name: kind.max_rank(LayerShape(*shapes[name]))):
             kind.check(LayerShape(*shapes[name]), config.of(name).rank, name, config.links)
+
+
+def _check_start(trials: Sequence[Point], run: RunConfig, shapes: dict[str, tuple[int, int]]) -> str:
+    """Check that the adapter which all trials start from fits them and the base; return its content hash.
+
+    Without such an adapter the hash is empty.
+    """
+    if run.start is None:
+        return ""
+    artifact = AdapterArtifact.load(run.start)
+    check_base(artifact, None, run)
+    for point in trials:
+        check_start(point.run, artifact, shapes)
+        if point.run.method.rank != artifact.rank:
+            raise ConfigError(
+                f"start: {run.start} has rank {artifact.rank}, and {point.name} trains at rank "
+                f"{point.run.method.rank}; set its rank to {artifact.rank}"
+            )
+    return artifact.content_hash
 
 
 def _check_links(trials: Sequence[Point], train: Sequence[AnyEncoded]) -> None:

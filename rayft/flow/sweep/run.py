@@ -34,7 +34,7 @@ from rayft.sweep.score import sample
 from rayft.sweep.search import Trial, search
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
 
-__all__ = ["run_sweep"]
+__all__ = ["checked", "run_sweep"]
 
 
 def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
@@ -55,7 +55,7 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
     """
     config = placed(config)
     with hold(config.folder, "--set output=…"):
-        plan = _check(config, display)
+        plan = checked(config, display)
         tracker = MlflowTracker(plan.tracker)
         try:
             record = _tracked(plan, display, tracker)
@@ -70,8 +70,12 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
     return record
 
 
-def _check(config: PipelineConfig, display: Display) -> Plan:
-    """Check everything that can be checked before workers start, and show the warnings."""
+def checked(config: PipelineConfig, display: Display) -> Plan:
+    """Check everything that can be checked before workers start, show the warnings, and return the plan.
+
+    Raises:
+        RayftError: as `preflight`.
+    """
     with display.stage("check, and prepare the data"):
         # Joining an existing cluster costs nothing, and shows which devices it has.
         join()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
+import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -43,11 +47,47 @@ def test_names_answers_and_errors_are_printed_unchanged(
 
 
 def test_a_log_says_how_long_answering_takes_if_that_is_long() -> None:
+    said, clock = io.StringIO(), [0.0]
+    display = Display(Console(file=said, width=200))
+    display._progress.get_time = lambda: clock[0]
+    job = {"kind": "score", "state": "running"}
+    for name, total in (("base", 400), ("short", 200)):
+        display._update(name, job)
+        for step in (50, 100, 150):
+            clock[0] += 10.0
+            display._update(name, job | {"step": step, "steps": total})
+    assert said.getvalue() == "  base: answering, 1m 00s left\n"
+
+
+class Call:
+    """A method of an actor that returns one thing after the other, and at the end the last one."""
+
+    def __init__(self, *found: Any) -> None:
+        self._found = list(found)
+
+    def remote(self, *_: Any) -> Any:
+        return self._found.pop(0) if self.left > 1 else self._found[0]
+
+    @property
+    def left(self) -> int:
+        return len(self._found)
+
+
+def test_a_log_has_a_line_for_each_evaluation_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.get", lambda found: found)
+    job = {"id": "one", "kind": "train", "state": "running", "steps": 100, "tokens_per_second": 1234.5}
+    states = [{"step": 10, "train_loss": 2.0}, {"step": 20, "val_loss": 1.5}, {"step": 30, "val_loss": 1.5}]
+    shown = [[{**job, **state}] for state in states]
+    broker = SimpleNamespace(
+        snapshot=Call(*shown, [{**job, "state": "final", "step": 100}]), notices=Call([])
+    )
     said = io.StringIO()
     display = Display(Console(file=said, width=200))
-    job = {"kind": "score", "state": "running"}
-    display._update("base", job)
-    display._update("base", job | {"step": 50, "steps": 400, "seconds": 12.0})
-    display._update("base", job | {"step": 100, "steps": 400, "seconds": 24.0})
-    display._update("short", job | {"step": 50, "steps": 100, "seconds": 1.0})
-    assert said.getvalue() == "  base: answering, 1m 24s left\n"
+    monkeypatch.setattr("rayft.flow.display.POLL_SECONDS", 0.01)
+    with display.watch(broker, lambda _: "mine"):
+        while broker.snapshot.left > 1:
+            time.sleep(0.01)
+    lines = [line.strip() for line in said.getvalue().splitlines()]
+    assert lines[0] == "mine: step 10  training  loss 2.000  1,234 tokens/s"
+    assert re.fullmatch(r"mine: step 20  training  [\d.]+ m?s left  val 1\.500  1,234 tokens/s", lines[1])
+    assert lines[2:] == ["mine: step 100  done"]

@@ -49,7 +49,7 @@ def test_the_base_is_scored_with_its_own_head(
     # Of a sample, each example's score is that which it has among all, and the numbers of those done rise.
     done: list[tuple[int, int]] = []
     request = ScoreRequest(run, ("val", "test"), examples=4)
-    few = run_score(request, session, lambda count, total, _: done.append((count, total)))
+    few = run_score(request, session, lambda *counts: done.append(counts))
     assert few["val"] == [base[0], base[2], base[5], base[7]]
     assert done == [(4, 8), (8, 8)]
 

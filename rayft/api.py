@@ -1,0 +1,371 @@
+"""The Python API: what the commands do, as functions that return what they made.
+
+`import rayft` offers everything here. Each function checks its input like the command of its name, raises
+`rayft.errors.RayftError` with what to do, and continues what an earlier call with the same output folder has
+begun.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+
+from rayft.artifacts import AdapterArtifact
+from rayft.artifacts.adapter import check_prefix
+from rayft.config import load as load_section
+from rayft.config import parse
+from rayft.errors import ModelError, SqueezeError
+from rayft.flow.cluster import placed
+from rayft.flow.config import PipelineConfig, TrainConfig, config_file, package_names
+from rayft.flow.console import terminal
+from rayft.flow.display import Display
+from rayft.flow.origin import find_folder
+from rayft.flow.scoring import Measured
+from rayft.flow.squeeze.request import squeeze_request
+from rayft.flow.squeeze.run import squeeze_folder
+from rayft.flow.sweep.publish import check_complete
+from rayft.flow.sweep.run import run_sweep
+from rayft.flow.train import train_run
+from rayft.models.load import ModelConfig, resolve
+from rayft.paths import read_path
+from rayft.report.record import Score, SweepRecord
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+__all__ = ["Adapter", "Run", "Squeezed", "Sweep", "load", "squeeze", "sweep", "train"]
+
+ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has been trained: alone, or as a trial of a sweep."""
+
+    name: str
+    """Name of the run; of a trial, such as `lora-r16-lr0.002-s0`."""
+    folder: Path
+    """The output folder; of a trial, that of the sweep."""
+    adapter: Path
+    """Folder of the adapter, or of the whole model if the method trains that."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Part of the data (`val`, `test`) → mean score; empty for raw text."""
+    val_loss: float | None = None
+    """The last validation loss, in nats for each learnt token."""
+    run_id: str = ""
+    """The run in MLflow."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that has ended."""
+
+    folder: Path
+    """The output folder."""
+    report: Path
+    """The report, one HTML file."""
+    adapter: Path | None
+    """Folder of the adapter that ships: the winner, or the smallest version of it that keeps its score. None
+    if no trial has finished."""
+    scores: Mapping[str, float]
+    """Scores of that adapter: part of the data → mean."""
+    run_id: str
+    """The run in MLflow of the trial that won; empty if no trial has finished."""
+    winner: Run | None
+    """The trial that won."""
+    trials: tuple[Run, ...]
+    """The trials that have finished, in the order in which they were started."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Name of a trial that has failed → the reason."""
+
+
+@dataclass(frozen=True)
+class Squeezed:
+    """An adapter that was brought to lower ranks."""
+
+    folder: Path
+    """The output folder."""
+    adapters: Mapping[str, Path]
+    """Label of a result, such as `r8`, `e0.95` or `b1.5MB` → folder of the adapter."""
+    scores: Mapping[str, Mapping[str, float]]
+    """Label → part of the data → mean score; empty if nothing was scored. The source's label is `source`."""
+    chosen: Path | None = None
+    """The smallest result that keeps the score, if `keep_score` was given."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory."""
+
+    artifact: AdapterArtifact = field(repr=False)
+    """Its factors, module by module."""
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its modules."""
+        return self.artifact.rank
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks at which it can be used: all up to its own if it was squeezed, or else its own alone."""
+        return tuple(range(1, self.rank + 1)) if self.artifact.squeezed else (self.rank,)
+
+    @property
+    def base(self) -> str:
+        """Name of the base that it was made for; empty if it is not recorded."""
+        return self.artifact.meta.base_model
+
+    @property
+    def method(self) -> str:
+        """Name of the method that trained it."""
+        return self.artifact.meta.method
+
+    @property
+    def parameters(self) -> int:
+        """Count of its numbers."""
+        return self.artifact.parameters
+
+    def at(self, rank: int) -> Adapter:
+        """Return the adapter at another of its `ranks`, as a view of the same numbers.
+
+        Raises:
+            SqueezeError: if it can't be used at that rank.
+        """
+        if rank == self.rank:
+            return self
+        check_prefix(rank, self.rank, squeezed=self.artifact.squeezed)
+        if rank > self.rank:
+            raise SqueezeError(f"rank {rank} is above the adapter's own; ask for 1 to {self.rank}")
+        return replace(self, artifact=self.artifact.at_rank(rank))
+
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """Write it as a folder that PEFT loads, whole or not at all, and return the folder.
+
+        Raises:
+            ArtifactError: if the folder holds anything but an adapter that rayft wrote.
+            DiskFullError: if there is no space.
+        """
+        return self.artifact.save(read_path(Path(folder), "folder"))
+
+    def peft_model(self, model: PreTrainedModel | None = None) -> PeftModel:
+        """Return PEFT's model: a base with this adapter.
+
+        Args:
+            model: the base, which is changed; by default the language model that the adapter names is loaded
+                in float32 on the CPU.
+
+        Raises:
+            ModelError: if the base is not named or can't be loaded.
+            BaseMismatchError: if the base lacks a layer of the adapter.
+        """
+        import torch
+        import transformers
+        from peft import PeftModel
+
+        from rayft.models.targets import linear_shapes
+
+        if model is None:
+            if not self.base or self.artifact.meta.task != "causal_lm":
+                raise ModelError("the adapter names no language model as its base: pass the base as `model`")
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                resolve(ModelConfig(name=self.base)), dtype=torch.float32
+            )
+        self.artifact.check_base("", linear_shapes(model))
+        with tempfile.TemporaryDirectory() as folder:
+            self.artifact.save(Path(folder) / "adapter")
+            return PeftModel.from_pretrained(model, Path(folder) / "adapter").eval()
+
+
+Config = str | PathLike[str] | Mapping[str, Any] | TrainConfig
+"""A file or the name of a packaged configuration, its content as a mapping, or a configuration object."""
+
+
+def train(
+    config: Config,
+    *,
+    start: str | PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> Run:
+    """Train one run without a search, or continue it, as `rayft train` does.
+
+    Args:
+        config: the configuration, which needs no `sweep`.
+        start: folder of a LoRA to go on from, in place of the configuration's.
+        overrides: settings of the configuration, such as `optim.lr=1e-3`.
+        quiet: whether to print nothing.
+
+    Raises:
+        RayftError: if a check fails, before anything has started, or if the run fails.
+    """
+    settings = _read(TrainConfig, config, overrides)
+    if start is not None:
+        settings = settings.model_copy(update={"start": str(read_path(Path(start), "start"))})
+    done = train_run(settings, _display(quiet))
+    return Run(
+        settings.name, done.folder, done.adapter, _means(done.scores), done.result.val_loss, done.run_id
+    )
+
+
+def sweep(config: Config, *, overrides: Sequence[str] = (), quiet: bool = False) -> Sweep:
+    """Run a sweep, or continue it, as `rayft sweep` does: search, score, squeeze, register and report.
+
+    Args:
+        config: the configuration.
+        overrides: settings of the configuration, such as `sweep.trials=4`.
+        quiet: whether to print nothing.
+
+    Raises:
+        RayftError: if a check fails, before anything has started, or if a stage fails.
+        TrainError: if every trial has failed.
+        UnfinishedError: if the results are in the folder, but something is left to do; call it again.
+    """
+    settings, display = placed(_read(PipelineConfig, config, overrides)), _display(quiet)
+    record = run_sweep(settings, display)
+    check_complete(record, display.undone)
+    return _sweep(record, settings.folder)
+
+
+def squeeze(
+    path: str | PathLike[str],
+    ranks: Sequence[int] = (),
+    *,
+    energies: Sequence[float] = (),
+    budgets: Sequence[str] = (),
+    keep_score: float | None = None,
+    steps: int | None = None,
+    lr: float | None = None,
+    config: str | PathLike[str] | None = None,
+    base: str | None = None,
+    device: str | None = None,
+    out: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Squeezed:
+    """Bring an adapter to lower ranks, or extract LoRAs from a fine-tuned model, as `rayft squeeze` does.
+
+    Args:
+        path: folder of an adapter, of a model, or an output folder of `train` or `sweep`.
+        ranks: ranks to squeeze to.
+        energies: shares of energy to retain, in (0, 1].
+        budgets: sizes such as `1.5MB`; ranks go to the modules that need them.
+        keep_score: share of the validation score that the smallest result must keep, in (0, 1].
+        steps: optimizer steps of further training.
+        lr: learning rate of further training; by default that of the source.
+        config: file of a configuration that names base and data; by default that of the source's folder.
+        base: name of the base, which the adapter is checked against or a model compared with.
+        device: where to compute, `cpu`, `cuda` or `cuda:1`.
+        out: folder for the results; by default that of the source with `-squeezed` after its name.
+        overwrite: whether adapters that another command of rayft made are replaced.
+        quiet: whether to print nothing.
+
+    Raises:
+        SqueezeError, ArtifactError, ConfigError: naming what is wrong. The source stays as it is.
+    """
+    source = find_folder(read_path(Path(path), "path"))
+    place = source.with_name(f"{source.name}-squeezed") if out is None else read_path(Path(out), "out")
+    request = squeeze_request(
+        source,
+        place,
+        ranks=ranks,
+        energies=energies,
+        budgets=budgets,
+        keep_score=keep_score,
+        steps=steps,
+        lr=lr,
+        config=None if config is None else read_path(Path(config), "config"),
+        base=base,
+        device=device,
+        overwrite=overwrite,
+    )
+    found = squeeze_folder(request, _console(quiet))
+    labels = {found.source.name: "source", **{item.name: item.folder.name for item in found.made}}
+    return Squeezed(
+        place,
+        {item.folder.name: item.folder for item in found.made},
+        {labels[name]: _means(scores) for name, scores in found.scores.items() if name in labels},
+        found.chosen.folder if found.chosen else None,
+    )
+
+
+def load(path: str | PathLike[str]) -> Adapter:
+    """Load an adapter: any LoRA that PEFT loads, or what an output folder of `train` or `sweep` holds.
+
+    Raises:
+        ArtifactError: if it can't be read, naming the file and what to do.
+    """
+    return Adapter(AdapterArtifact.load(find_folder(read_path(Path(path), "path"))))
+
+
+def _read(kind: type[ConfigT], config: Config, overrides: Sequence[str]) -> ConfigT:
+    """Read a configuration.
+
+    Raises:
+        ConfigError: if there is no such file, or anything in it is wrong.
+    """
+    if isinstance(config, kind) and not overrides:
+        return config
+    if isinstance(config, TrainConfig):
+        config = config.model_dump(mode="json", exclude_unset=True)
+    if isinstance(config, Mapping):
+        return parse(kind, config, overrides)
+    return load_section(kind, config_file(str(config)), overrides, base=package_names())
+
+
+def _console(quiet: bool) -> Console:
+    return Console(quiet=True) if quiet else terminal()
+
+
+def _display(quiet: bool) -> Display:
+    return Display(_console(quiet))
+
+
+def _means(scores: Measured) -> dict[str, float]:
+    found = {part: scores.mean(part) for part in scores.parts}
+    return {part: value for part, value in found.items() if value is not None}
+
+
+def _scores(val: float | None, test: Score | None) -> dict[str, float]:
+    return {
+        **({} if val is None else {"val": val}),
+        **({} if test is None else {"test": test.value}),
+    }
+
+
+def _sweep(record: SweepRecord, folder: Path) -> Sweep:
+    trials = {
+        trial.id: Run(
+            name=trial.id,
+            folder=folder,
+            adapter=Path(trial.folder),
+            scores=_scores(trial.val_score, trial.test),
+            val_loss=trial.kept_val_loss,
+            run_id=trial.run_id,
+        )
+        for trial in record.trials
+        if trial.status == "finished"
+    }
+    winner = trials.get(record.winner.trial) if record.winner else None
+    adapter, scores = None, {}
+    if record.winner and winner:
+        small = next((item for item in record.squeezed if item.name == record.winner.ship), None)
+        whole = folder / "winner"
+        adapter = Path(small.folder) if small else whole if whole.is_dir() else winner.adapter
+        scores = _scores(small.val_score, small.test) if small else dict(winner.scores)
+    return Sweep(
+        folder=folder,
+        report=folder / "report.html",
+        adapter=adapter,
+        scores=scores,
+        run_id=winner.run_id if winner else "",
+        winner=winner,
+        trials=tuple(trials.values()),
+        failed={trial.id: trial.reason for trial in record.trials if trial.status == "failed"},
+    )

@@ -1,0 +1,1 @@
+"""`rayft chat`: a conversation in the terminal with a base, an adapter, or two of them side by side."""

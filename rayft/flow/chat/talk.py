@@ -1,0 +1,199 @@
+"""The conversation: read a question, show the answers while they are generated, and keep what was said."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from rayft.errors import RayftError
+from rayft.flow.chat.models import ChatModel, Options
+
+__all__ = ["talk"]
+
+COMMANDS = "/reset begins again, /quit ends (so does Ctrl-D), Ctrl-C stops an answer"
+STOPPED = "(stopped)"
+
+
+@dataclass
+class _Side:
+    """One model and its conversation."""
+
+    model: ChatModel
+    system: str | None
+    messages: list[dict[str, str]] = field(default_factory=list)
+    content: str = ""
+    """The answer so far."""
+    reasoning: str = ""
+    note: str = ""
+    """Why there is no more of it."""
+
+    def reset(self) -> None:
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def ask(self, question: str) -> None:
+        self.messages.append({"role": "user", "content": question})
+        self.content = self.reasoning = self.note = ""
+
+    def keep(self) -> None:
+        """Keep the answer, as far as it came; without one, the question was not asked."""
+        if self.content:
+            self.messages.append({"role": "assistant", "content": self.content})
+        else:
+            self.messages.pop()
+
+    async def answer(self, options: Options, show: Callable[[_Side, str, str], None]) -> None:
+        """Answer the last question, and show each part as it comes."""
+        try:
+            async with aclosing(self.model.answer(self.messages, options)) as parts:
+                async for part in parts:
+                    self.content += part.content
+                    self.reasoning += part.reasoning
+                    show(self, part.content, part.reasoning)
+        except RayftError as error:
+            self.note = f"{type(error).__name__}: {error}"
+        except asyncio.CancelledError:
+            self.note = STOPPED
+            raise
+
+
+def talk(models: Sequence[ChatModel], console: Console, options: Options, system: str | None = None) -> None:
+    """Hold a conversation until it is ended.
+
+    Without a terminal, each line of the standard input is a question, and the answers are plain text.
+
+    Args:
+        models: one, or two that are asked the same; each remembers its own answers.
+        console: for the output.
+        options: how answers are generated.
+        system: message at the beginning, which the models follow.
+    """
+    sides = [_Side(model, system) for model in models]
+    for side in sides:
+        side.reset()
+    if sys.stdin.isatty():
+        console.print(f"{' and '.join(side.model.name for side in sides)}: {COMMANDS}", style="dim")
+    with _own_interrupts():
+        for line in _lines():
+            if line == "/quit":
+                return
+            if line == "/reset":
+                for side in sides:
+                    side.reset()
+            elif line.startswith("/"):
+                console.print(
+                    f"there is no command {line.split()[0]}: {COMMANDS}", style="yellow", soft_wrap=True
+                )
+            else:
+                _exchange(line, sides, console, options)
+
+
+def _exchange(question: str, sides: Sequence[_Side], console: Console, options: Options) -> None:
+    """Ask a question, show the answers, and keep them."""
+    for side in sides:
+        side.ask(question)
+    if len(sides) == 1:
+        _one(sides[0], console, options)
+    else:
+        _beside(sides, console, options)
+    for side in sides:
+        side.keep()
+
+
+def _one(side: _Side, console: Console, options: Options) -> None:
+    def show(_: _Side, content: str, reasoning: str) -> None:
+        for text, style in ((reasoning, "dim"), (content, None)):
+            if text:
+                console.print(text, style=style, end="", soft_wrap=True)
+
+    _run([side], options, show)
+    console.print(
+        f" {side.note}" if side.note and side.content else side.note, style="yellow", soft_wrap=True
+    )
+
+
+def _beside(sides: Sequence[_Side], console: Console, options: Options) -> None:
+    if not console.is_terminal:
+        _run(sides, options, lambda *_: None)
+        for side in sides:
+            shown = " ".join(text for text in (side.content, side.note) if text)
+            console.print(f"{side.model.name}: {shown}", soft_wrap=True)
+        return
+    with Live(console=console, transient=True, refresh_per_second=10) as live:
+        _run(sides, options, lambda *_: live.update(_columns(sides, console)))
+    # While it grows, a table is cut off at the height of the terminal; this one is whole.
+    console.print(_columns(sides, console))
+
+
+def _columns(sides: Sequence[_Side], console: Console) -> Table:
+    # So narrow that the terminal's own ^C fits beside it; on a line of its own it would shift the table.
+    table = Table(*(side.model.name for side in sides), width=console.width - 4)
+    for column in table.columns:
+        column.ratio, column.overflow = 1, "fold"
+    cells = [
+        Text.assemble((side.reasoning, "dim"), side.content, (f" {side.note}" if side.note else "", "yellow"))
+        for side in sides
+    ]
+    table.add_row(*cells)
+    return table
+
+
+def _run(sides: Sequence[_Side], options: Options, show: Callable[[_Side, str, str], None]) -> None:
+    """Let all sides answer at the same time; Ctrl-C stops them."""
+
+    async def answers() -> None:
+        task = asyncio.gather(*(side.answer(options, show) for side in sides))
+        loop = asyncio.get_running_loop()
+        # Only the main thread receives signals.
+        with suppress(ValueError, RuntimeError):
+            loop.add_signal_handler(signal.SIGINT, task.cancel)
+        with suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(answers())
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines that are not blank, until the input ends."""
+    asks = sys.stdin.isatty()
+    if asks:
+        # It gives `input` the keys of a line editor, and a history.
+        with suppress(ImportError):
+            import readline  # noqa: F401
+    while True:
+        try:
+            line = input("> " if asks else "")
+        except EOFError:
+            if asks:
+                print()
+            return
+        except KeyboardInterrupt:
+            # As in a shell, Ctrl-C discards what was typed.
+            print()
+            continue
+        line = line.encode(errors="replace").decode().strip()
+        if line:
+            yield line
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise a KeyboardInterrupt in the block, whatever it does in other commands."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    except ValueError:
+        # Only the main thread may.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,115 @@
+"""What `rayft chat` talks to in this process: bases and adapters, at their ranks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rayft.artifacts import AdapterArtifact
+from rayft.errors import (
+    ArtifactError,
+    BadRequestError,
+    BaseMismatchError,
+    ConfigError,
+    RayftError,
+    SqueezeError,
+)
+from rayft.flow.chat.models import ChatModel, Options, open_local, open_served
+from rayft.models.fingerprint import source_fingerprint
+from rayft.models.load import ModelConfig, load_skeleton, resolve
+from rayft.models.targets import linear_shapes
+from rayft.squeeze.rank import squeeze
+from tests.unit.serving.adapters import random_adapter
+
+QUESTION = [{"role": "user", "content": "What is in box 3?"}]
+
+
+def text(model: ChatModel, messages: Sequence[dict[str, str]] = QUESTION, tokens: int = 12) -> str:
+    async def collect() -> str:
+        return "".join([part.content async for part in model.answer(messages, Options(0.0, tokens))])
+
+    return asyncio.run(collect())
+
+
+def texts(*names: str, base: str | None = None) -> list[str]:
+    with open_local(names, base) as models:
+        assert [model.name for model in models] == [*names]
+        return [text(model) for model in models]
+
+
+@pytest.fixture
+def adapter(prepared: None, tmp_path: Path) -> AdapterArtifact:
+    """A random adapter of rank 4 on the tiny model, which names its base, saved as `adapter`."""
+    config = ModelConfig(name="tiny-llama")
+    skeleton = load_skeleton(config)
+    known = source_fingerprint(skeleton, resolve(config), None) or ""
+    found = random_adapter("chat", linear_shapes(skeleton), known)
+    found = replace(found, meta=found.meta.model_copy(update={"base_model": "tiny-llama"}))
+    found.save(tmp_path / "adapter")
+    return found
+
+
+def test_adapters_and_their_base_answer_each_in_its_own_way(
+    adapter: AdapterArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = str(tmp_path / "adapter")
+    whole, base = texts(place, "base")
+    assert whole != base
+    assert texts("tiny-llama") == [base]
+    assert texts("base", place) == [base, whole]
+    # At its own rank it is the same; the ranks below are those of its exact squeeze.
+    low, full = texts(f"{place}@r1", f"{place}@r4")
+    assert full == whole
+    squeeze(adapter, rank=1).save(tmp_path / "low")
+    assert texts(str(tmp_path / "low")) == [low]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("# sweep 1\n")
+    assert texts(".") == [whole]
+
+
+def test_the_base_of_an_adapter_that_names_none_is_asked_for(
+    adapter: AdapterArtifact, tmp_path: Path
+) -> None:
+    bare = replace(adapter, meta=adapter.meta.model_copy(update={"base_model": ""}))
+    place = str(bare.save(tmp_path / "bare"))
+    with pytest.raises(ArtifactError, match="name the base with --base"):
+        texts(place)
+    assert texts(place, base="tiny-llama") == texts(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "match"),
+    [
+        ("{}/adapter@r5", SqueezeError, "has rank 4; ask for 1 to 4, not 5"),
+        ("{}/adapter@r0", SqueezeError, "ask for 1 to 4, not 0"),
+        ("tiny-llama@r2", ConfigError, "only adapters have a rank"),
+        ("tiny-lama", RayftError, "did you mean 'tiny-llama'"),
+        ("base", ConfigError, "'base' is the base of the other model"),
+        ("{}/other", BaseMismatchError, "is not served: the adapter was made for the base"),
+    ],
+)
+def test_what_can_not_be_talked_to_is_refused(
+    adapter: AdapterArtifact, tmp_path: Path, name: str, error: type[Exception], match: str
+) -> None:
+    meta = adapter.meta.model_copy(update={"base_fingerprint": "0" * 16})
+    replace(adapter, meta=meta).save(tmp_path / "other")
+    with pytest.raises(error, match=match):
+        texts(name.format(tmp_path))
+
+
+def test_a_conversation_that_is_too_long_is_refused_and_an_answer_ends_at_the_context(prepared: None) -> None:
+    with open_local(["tiny-llama"]) as (model,):
+        with pytest.raises(BadRequestError, match="begin again with /reset"):
+            text(model, [{"role": "user", "content": "x" * 2000}])
+        assert len(text(model, [{"role": "user", "content": "x" * 900}], tokens=10_000)) < 200
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    with pytest.raises(RayftError, match=r"127\.0\.0\.1:9 can't be reached .* with --url"):
+        open_served("http://127.0.0.1:9", ["base"])
+    with pytest.raises(RayftError, match=r"--url .* is not a URL"):
+        open_served("http://a:b", ["base"])

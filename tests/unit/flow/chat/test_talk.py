@@ -1,0 +1,98 @@
+"""A conversation: what is asked, shown, kept and forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from rich.console import Console
+
+from rayft.data.chat_format import Answer
+from rayft.errors import ResourceError
+from rayft.flow.chat.models import Options
+from rayft.flow.chat.talk import talk
+
+OPTIONS = Options(0.0, 8)
+
+
+@dataclass
+class Echo:
+    """A model that repeats the last question in two parts, and remembers what it was asked."""
+
+    name: str = "echo"
+    asked: list[list[tuple[str, str]]] = field(default_factory=list)
+
+    async def answer(
+        self, messages: Sequence[dict[str, str]], options: Options
+    ) -> AsyncGenerator[Answer, None]:
+        self.asked.append([(one["role"], one["content"]) for one in messages])
+        question = messages[-1]["content"]
+        if question == "fail":
+            raise ResourceError("it is too late")
+        yield Answer("so ", "")
+        if question == "wait":
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(60)
+        yield Answer(f"{question}[/red]", "")
+
+
+def said(lines: str, *models: Echo, system: str | None = None, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    out = io.StringIO()
+    console = Console(file=out, width=40, markup=False, emoji=False, highlight=False)
+    talk(models, console, OPTIONS, system)
+    return out.getvalue()
+
+
+def test_each_line_is_a_question_and_answers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Echo()
+    long = "word " * 30
+    shown = said(
+        f"one\n\n{long}\n/reset\ntwo\n/quit\nthree\n", model, system="Be kind", monkeypatch=monkeypatch
+    )
+    assert shown == f"so one[/red]\nso {long.strip()}[/red]\nso two[/red]\n"
+    assert model.asked == [
+        [("system", "Be kind"), ("user", "one")],
+        [("system", "Be kind"), ("user", "one"), ("assistant", "so one[/red]"), ("user", long.strip())],
+        [("system", "Be kind"), ("user", "two")],
+    ]
+
+
+def test_two_are_asked_the_same_and_each_remembers_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = Echo("one"), Echo("two")
+    assert said("a\n", one, two, monkeypatch=monkeypatch) == "one: so a[/red]\ntwo: so a[/red]\n"
+    assert one.asked == two.asked
+
+
+def test_an_error_is_shown_and_its_question_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Echo()
+    shown = said("fail\none\n", model, monkeypatch=monkeypatch)
+    assert shown == "ResourceError: it is too late\nso one[/red]\n"
+    assert model.asked[-1] == [("user", "one")]
+
+
+def test_an_unknown_command_is_no_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Echo()
+    assert said("/rest now\n", model, monkeypatch=monkeypatch).startswith("there is no command /rest: /reset")
+    assert model.asked == []
+
+
+def test_ctrl_c_stops_an_answer_but_not_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, before = Echo(), signal.getsignal(signal.SIGINT)
+    assert said("wait\none\n", model, monkeypatch=monkeypatch) == "so  (stopped)\nso one[/red]\n"
+    assert model.asked[-1] == [("user", "wait"), ("assistant", "so "), ("user", "one")]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_in_a_terminal_two_answers_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n"))
+    out = io.StringIO()
+    console = Console(file=out, width=60, force_terminal=True, markup=False, emoji=False, highlight=False)
+    talk([Echo("one"), Echo("two")], console, OPTIONS)
+    line = next(line for line in reversed(out.getvalue().splitlines()) if "[/red]" in line)
+    assert line.count("so a[/red]") == 2

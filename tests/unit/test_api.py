@@ -1,0 +1,173 @@
+"""`import rayft` offers typed functions without importing what they need, in whatever order packages come."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.cloudpickle
+import torch
+
+import rayft
+from rayft import api
+from rayft.artifacts import AdapterArtifact, ArtifactMeta
+from rayft.config import parse
+from rayft.errors import ArtifactError, ConfigError, ModelError, SqueezeError
+from rayft.flow.config import PipelineConfig, TrainConfig
+from rayft.methods.base import LoraFactors
+from rayft.squeeze.rank import squeeze
+
+HEAVY = (
+    "torch",
+    "ray",
+    "transformers",
+    "mlflow",
+    "deepspeed",
+    "datasets",
+    "peft",
+    "rich",
+    "pydantic",
+    "numpy",
+)
+
+
+def python(program: str) -> str:
+    """Run a program in a process of its own, and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_and_its_functions_imports_nothing_heavy() -> None:
+    use = "[getattr(rayft, name) for name in ('train', 'sweep', 'squeeze')], dir(rayft)"
+    found = python(f"import sys, rayft; {use}; print([name for name in {HEAVY} if name in sys.modules])")
+    assert found == "[]"
+
+
+FAKE = "import sys, types; sys.modules['rayft.api'] = types.SimpleNamespace(sweep=lambda n: n + 1)"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import rayft.sweep.settings; print(rayft.sweep(1), rayft.sweep.settings.__name__)",
+        "import rayft; rayft.sweep(0); import rayft.sweep.settings; print(rayft.sweep(1), "
+        "rayft.sweep.settings.__name__)",
+        "from rayft import sweep; import rayft.sweep.settings as s; print(sweep(1), s.__name__)",
+        "from rayft.sweep import settings; from rayft import sweep; print(sweep(1), settings.__name__)",
+        "import rayft.sweep; from importlib import reload; reload(rayft.sweep); "
+        "import rayft.sweep.settings as s; "
+        "print(rayft.sweep(1), s.__name__)",
+    ],
+)
+def test_a_package_is_a_function_in_every_order_of_imports(program: str) -> None:
+    assert python(f"{FAKE}; {program}") == "2 rayft.sweep.settings"
+
+
+def test_all_names_are_there_and_are_those_of_the_api() -> None:
+    assert sorted({*rayft.__all__} - {"__version__"}) == sorted(api.__all__)
+    assert {*rayft.__all__} <= {*dir(rayft)}
+    for name in api.__all__:
+        public, own = getattr(rayft, name), getattr(api, name)
+        assert public is own or inspect.unwrap(public) is own
+        assert inspect.signature(public) == inspect.signature(own)
+        assert own.__doc__
+    with pytest.raises(AttributeError, match="no attribute 'swep'"):
+        rayft.swep  # noqa: B018
+
+
+def test_results_are_frozen_and_each_attribute_is_documented() -> None:
+    source = Path(api.__file__).read_text()
+    for kind in (rayft.Run, rayft.Sweep, rayft.Squeezed):
+        assert kind.__dataclass_params__.frozen
+        body = source.split(f"class {kind.__name__}:")[1].split("\nclass ")[0]
+        for name in kind.__dataclass_fields__:
+            after = body.split(f"    {name}: ")[1].split("\n", 1)[1]
+            assert after.lstrip().startswith('"""'), f"{kind.__name__}.{name} has no docstring"
+
+
+def test_a_callable_package_can_be_sent_to_other_processes() -> None:
+    assert pickle.loads(pickle.dumps(rayft.sweep)) is rayft.sweep  # noqa: S301
+    assert ray.cloudpickle.loads(ray.cloudpickle.dumps(rayft.sweep)) is rayft.sweep
+
+
+DATA = {"source": "reasoning_gym", "name": "needle_haystack", "train": 4, "val": 2, "test": 2}
+
+
+def test_a_configuration_is_a_file_a_mapping_or_an_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def stop(config: TrainConfig, _: Any) -> None:
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rayft.api.train_run", stop)
+    (tmp_path / "my.yaml").write_text(json.dumps({"data": DATA}))
+    given = parse(TrainConfig, {"data": DATA, "method": {"name": "lora"}})
+    for config in (tmp_path / "my.yaml", str(tmp_path / "my.yaml"), {"data": DATA}, given, "tiny"):
+        with pytest.raises(KeyboardInterrupt):
+            rayft.train(config, overrides=["optim.steps=7"], start="~/there")
+        assert seen[-1].optim.steps == 7
+        assert seen[-1].start == str(Path.home() / "there")
+    with pytest.raises(KeyboardInterrupt):
+        rayft.train(given, overrides=["seed=1"])
+    # What was not set stays so: with `start`, the rank is then the adapter's.
+    assert seen[-1].method.model_fields_set == {"name"}
+
+
+def test_a_mistake_raises_the_error_of_the_command(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'sweep' is missing"):
+        rayft.sweep({"data": DATA})
+    with pytest.raises(ConfigError, match="did you mean 'optim'"):
+        rayft.train({"data": DATA, "optm": {}})
+    with pytest.raises(ConfigError, match=r"no configuration file at nothing\.yaml"):
+        rayft.sweep("nothing.yaml")
+    with pytest.raises(SqueezeError, match="no target is given"):
+        rayft.squeeze(tmp_path)
+    with pytest.raises(ArtifactError, match=r"no adapter_config\.json"):
+        rayft.load(tmp_path)
+    config = parse(PipelineConfig, {"data": DATA, "sweep": {"methods": {"lora": {}}}})
+    with pytest.raises(ConfigError, match="'steps'"):
+        rayft.sweep(config, overrides=["optim.stops=1"])
+
+
+@pytest.fixture
+def adapter() -> AdapterArtifact:
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 6, generator=draw), torch.randn(5, 4, generator=draw)
+    return AdapterArtifact({"q": LoraFactors(a, b, 2.0)}, meta=ArtifactMeta(method="lora"))
+
+
+def test_an_adapter_has_its_ranks(adapter: AdapterArtifact, tmp_path: Path) -> None:
+    plain = rayft.load(adapter.save(tmp_path / "plain"))
+    assert plain.ranks == (4,)
+    assert plain.at(4) is plain
+    with pytest.raises(SqueezeError, match="never squeezed"):
+        plain.at(2)
+    full = rayft.load(squeeze(adapter).save(tmp_path / "sorted"))
+    assert full.ranks == (1, 2, 3, 4)
+    assert full.parameters == 44
+    half = full.at(2)
+    assert (half.rank, half.ranks, half.method) == (2, (1, 2), "lora")
+    assert rayft.load(half.save(tmp_path / "half")).rank == 2
+    for rank, problem in ((5, "above the adapter's own; ask for 1 to 4"), (0, "not positive")):
+        with pytest.raises(SqueezeError, match=problem):
+            full.at(rank)
+    with pytest.raises(ModelError, match="pass the base as `model`"):
+        full.peft_model()
+
+
+def test_an_output_folder_stands_for_what_it_holds(adapter: AdapterArtifact, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("# sweep 123\n")
+    adapter.save(tmp_path / "adapter")
+    assert rayft.load(tmp_path).rank == 4
+    squeeze(adapter, rank=3).save(tmp_path / "winner")
+    assert rayft.load(tmp_path).rank == 3
