@@ -261,10 +261,15 @@ def export(
         if text is not None:
             checked_text(text, option)
     folder = _optional(sweep_folder, "--sweep")
-    spec = _tracking(folder) if folder is not None else tracker_spec(TrackingConfig(uri=uri), Path.cwd())
+    if adapter.startswith("models:/"):
+        source: str | Path = adapter
+        where = _tracking(folder) if folder else tracker_spec(TrackingConfig(uri=uri), Path.cwd())
+        registry: str | None = where.uri
+    else:
+        source, registry = read_path(adapter, "the adapter's folder"), None
     with console.status("exporting"):
         found = export_adapter(
-            adapter if adapter.startswith("models:/") else read_path(adapter, "the adapter's folder"),
+            source,
             merged=_optional(merged, "--merged"),
             vllm=_optional(vllm, "--vllm"),
             gguf=_optional(gguf, "--gguf"),
@@ -272,7 +277,7 @@ def export(
             base=base,
             base_name=base_name,
             sweep=folder,
-            registry=spec.uri,
+            registry=registry,
             overwrite=overwrite,
         )
     places = found.places

@@ -193,7 +193,10 @@ def _interval(score: Score | None) -> str:
 def _peft(subject: Subject) -> str:
     task, base = subject.artifact.meta.task, json.dumps(subject.base or "BASE")
     reader = "AutoImageProcessor" if task == "image_classification" else "AutoTokenizer"
-    classes = "" if task == "causal_lm" else f", num_labels={subject.labels or 'NUMBER_OF_CLASSES'}"
+    classes = ""
+    if task != "causal_lm":
+        # The base may have a head for other classes, which the adapter's replaces.
+        classes = f", num_labels={subject.labels or 'NUMBER_OF_CLASSES'}, ignore_mismatched_sizes=True"
     lines = [
         "from peft import PeftModel",
         f"from transformers import {', '.join(sorted([CLASSES[task], reader]))}",

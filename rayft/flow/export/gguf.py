@@ -13,11 +13,15 @@ queries and keys; the rows of B are permuted likewise. A file without that loads
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from rayft.artifacts import AdapterArtifact
@@ -89,9 +93,17 @@ def write_gguf(artifact: AdapterArtifact, skeleton: Any, file: Path) -> None:
 
     Raises:
         ArtifactError, ResourceError: as `check_gguf`.
+        OSError: if it can't be written.
     """
     names, kind = check_gguf(artifact, skeleton), PROVED[type(skeleton).__name__]
     gguf = _package()
+    tensors = {}
+    for module, factors in artifact.modules.items():
+        b = factors.b.float() * factors.scale
+        if kind.permutes:
+            b = permuted(b, module, skeleton.config)
+        tensors[f"{names[module]}.lora_a"] = factors.a.float().contiguous().numpy()
+        tensors[f"{names[module]}.lora_b"] = b.contiguous().numpy()
     ranks = {factors.rank for factors in artifact.modules.values()}
     writer = gguf.GGUFWriter(file, kind.name)
     try:
@@ -99,17 +111,25 @@ def write_gguf(artifact: AdapterArtifact, skeleton: Any, file: Path) -> None:
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(*ranks) if len(ranks) == 1 else 0.0)
         writer.add_string(ADAPTER_KEY, artifact.content_hash)
-        for module, factors in artifact.modules.items():
-            b = factors.b.float() * factors.scale
-            if kind.permutes:
-                b = permuted(b, module, skeleton.config)
-            writer.add_tensor(f"{names[module]}.lora_a", factors.a.float().contiguous().numpy())
-            writer.add_tensor(f"{names[module]}.lora_b", b.contiguous().numpy())
+        for name, values in tensors.items():
+            writer.add_tensor(name, values)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
+    _check_written(file, tensors)
+
+
+def _check_written(file: Path, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
+    """Read the file back: numpy's `tofile`, by which it is written, does not report that a disk is full."""
+    try:
+        found = {tensor.name: tensor.data for tensor in _package().GGUFReader(file).tensors}
+        whole = all(np.array_equal(found[name], values) for name, values in tensors.items())
+    except (ValueError, IndexError, KeyError):
+        whole = False
+    if not whole:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
 
 
 def permuted(b: torch.Tensor, module: str, config: Any) -> torch.Tensor:

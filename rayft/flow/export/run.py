@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rayft.artifacts import AdapterArtifact
 from rayft.artifacts.folder import replace_whole
-from rayft.errors import DiskFullError
+from rayft.errors import ConfigError, DiskFullError
 from rayft.files import write_file, write_large_file
 from rayft.flow.config import load_config
 from rayft.flow.export.card import Subject, card, on_hub
@@ -51,6 +52,9 @@ class _Job:
     plain: AdapterArtifact
     """The adapter with one rank and one scale, naming the base by `named`."""
     sweep: Path | None
+    """Folder of the sweep that made the adapter."""
+    quantised: str
+    """How the sweep quantised the base; empty if it did not, or is not known."""
 
 
 def export_adapter(
@@ -127,7 +131,17 @@ def _prepare(
     named = base_name or base or artifact.meta.base_model
     plain = uniform(artifact)
     plain = replace(plain, meta=plain.meta.model_copy(update={"base_model": named, "made": "export"}))
-    return _Job(places, source, named, found, plain, sweep_of(source, Path(sweep) if sweep else None))
+    own = sweep_of(source, Path(sweep) if sweep else None)
+    return _Job(places, source, named, found, plain, own, _quantised(own))
+
+
+def _quantised(sweep: Path | None) -> str:
+    if sweep is None:
+        return ""
+    # An older release may have written a configuration that no longer loads; the export needs none.
+    with suppress(ConfigError):
+        return load_config(sweep / STAMP_FILE).model.quantize or ""
+    return ""
 
 
 def _check_room(place: Path, needed: int) -> None:
@@ -198,11 +212,10 @@ def _notes(job: _Job, rounding: Rounding | None) -> tuple[str, ...]:
     places, artifact = job.places, job.source.artifact
     if rounding is not None:
         notes.append(_lost(rounding))
-        quantised = load_config(job.sweep / STAMP_FILE).model.quantize if job.sweep is not None else None
-        if quantised is not None:
+        if job.quantised:
             notes.append(
-                f"it was trained on the base quantised to {quantised}, and merged into the unquantised one, "
-                "which answers differently: score the merged model before you use it"
+                f"it was trained on the base quantised to {job.quantised}, and merged into the unquantised "
+                "one, which answers differently: score the merged model before you use it"
             )
     if places.vllm is None and places.card is None:
         return tuple(notes)
