@@ -249,10 +249,11 @@ def _copy_others(base: ModelConfig, folder: Path, left_out: tuple[str, ...]) -> 
             load_encoder(base)
             for name in SETTINGS:
                 found = cached_file(
-                    str(resolve(base)),
+                    base.name,
                     name,
                     revision=base.revision,
                     _raise_exceptions_for_missing_entries=False,
+                    _raise_exceptions_for_connection_errors=False,
                 )
                 source = Path(found).parent if found is not None else source
     for path in [*source.iterdir(), *source.glob("additional_chat_templates/*")]:

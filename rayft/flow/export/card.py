@@ -72,7 +72,7 @@ def card(subject: Subject) -> str:
         f"# {subject.name}\n",
         _summary(subject),
         _facts(subject),
-        _scores(subject.scores),
+        _scores(subject.scores) or _metrics(subject),
         _peft(subject),
     ]
     if subject.artifact.meta.task == "causal_lm":
@@ -180,6 +180,12 @@ def _scores(scores: Scores | None) -> str:
         "| --- | --- | --- |",
     ]
     return "\n".join([*head, *lines]) + "\n"
+
+
+def _metrics(subject: Subject) -> str:
+    """Return what `rayft.json` holds of scores, for an adapter that no sweep has a record of."""
+    lines = [f"| {name} | {value:.4g} |" for name, value in sorted(subject.artifact.meta.metrics.items())]
+    return "\n".join(["## Scores\n", "| | |", "| --- | --- |", *lines]) + "\n" if lines else ""
 
 
 def _number(value: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,26 @@ def test_a_large_model_is_written_in_several_files(
     for name, tensor in whole.items():
         assert_close(many[name], tensor, torch.float32, LENGTH)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "many")(TOKENS).logits.isfinite().all()
+
+
+def test_a_base_of_the_hub_is_merged_from_its_cache(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path / "hub" / "models--org--model"
+    shutil.copytree(tiny_folder, hub / "snapshots" / ("a" * 40))
+    # Not every model has one, and without a connection nobody can know.
+    (hub / "snapshots" / ("a" * 40) / "generation_config.json").unlink()
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    base = ModelConfig(name="org/model")
+    artifact = adapter(base)
+    merged(artifact, base, tmp_path / "merged")
+    merged(artifact, ModelConfig(name=str(tiny_folder)), tmp_path / "expected")
+    names = {path.name for path in tiny_folder.iterdir()} - {"generation_config.json"}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
 
 
 def test_a_tied_output_layer_stays_tied(tiny_folder: Path, tmp_path: Path) -> None:

@@ -94,6 +94,12 @@ def test_an_adapter_of_others_gets_no_method_and_no_scores() -> None:
     assert "## Scores" not in text
 
 
+def test_without_a_record_the_card_has_the_scores_in_rayft_json() -> None:
+    text = card(Subject(made(metrics={"val_score": 0.8125}), "one", "org/small"))
+    assert "## Scores" in text
+    assert "| val_score | 0.8125 |" in text
+
+
 def test_a_base_that_is_not_on_the_hub_is_no_metadata(tmp_path: Path) -> None:
     for name in ("smollm2-135m-instruct", str(tmp_path), ""):
         assert not on_hub(name)
