@@ -119,6 +119,19 @@ def test_the_rounding_of_small_updates_is_measured(
         assert rounding.total > 0.05, "this update is small enough to lose a part of itself"
 
 
+def test_the_sum_is_rounded_once(tiny_folder: Path, tmp_path: Path) -> None:
+    base = ModelConfig(name=str(in_16_bits(tiny_folder, tmp_path / "base")))
+    artifact = adapter(base, ["q_proj"], size=1.0)
+    merged(artifact, base, tmp_path / "merged")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    for name, factors in artifact.modules.items():
+        exact = before[f"{name}.weight"].double() + factors.scale * factors.b.double() @ factors.a.double()
+        nearest = relative_error(exact.to(torch.bfloat16), exact)
+        assert relative_error(after[f"{name}.weight"], exact) <= nearest * (
+            1 + torch.finfo(torch.bfloat16).eps
+        )
+
+
 def test_a_large_model_is_written_in_several_files(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +188,9 @@ def test_a_base_that_only_transformers_can_read_is_merged_in_memory(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = ModelConfig(name=str(in_16_bits(tiny_folder, tmp_path / "base")))
+    # Loading sets the padding token in memory; the merged model keeps the base's configuration.
+    settings = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**settings, "pad_token_id": None}))
     artifact = adapter(base)
     expected = merged(artifact, base, tmp_path / "expected")
     # As for files whose names for tensors differ from the model's.
