@@ -169,6 +169,49 @@ def squeeze(
 
 
 @app.command()
+def export(
+    adapter: Annotated[
+        str, typer.Argument(help="Folder of an adapter, whoever made it, or models:/name@alias.")
+    ],
+    merged: Annotated[
+        str | None, typer.Option(help="Folder for the base with the adapter merged into it.")
+    ] = None,
+    vllm: Annotated[
+        str | None,
+        typer.Option(help="Folder for the adapter as vLLM and PEFT load it, whatever their release."),
+    ] = None,
+    gguf: Annotated[str | None, typer.Option(help="File for the adapter as llama.cpp loads it.")] = None,
+    card: Annotated[
+        str | None, typer.Option(help="File of a model card, or the folder for its README.md.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base to read; the one that the adapter names by default.")
+    ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="Name of the base for others, such as org/model; --base by default."),
+    ] = None,
+    sweep_folder: Annotated[
+        str | None,
+        typer.Option(
+            "--sweep", help="Folder of the sweep that made the adapter: for its scores and registry."
+        ),
+    ] = None,
+    uri: Annotated[str | None, typer.Option(help="URI of MLflow; MLFLOW_TRACKING_URI by default.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier export has written.")
+    ] = False,
+) -> None:
+    """Export an adapter for other programs: a merged model, vLLM and PEFT, llama.cpp; with a model card."""
+    from rayft.flow import commands
+
+    commands.export(
+        adapter, console, merged=merged, vllm=vllm, gguf=gguf, card=card, base=base, base_name=base_name,
+        sweep_folder=sweep_folder, uri=uri, overwrite=overwrite,
+    )  # fmt: skip
+
+
+@app.command()
 def analyze(
     target: Annotated[
         str, typer.Argument(help="A sweep's output folder, an adapter folder, or the id of a tracked run.")

@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +25,7 @@ __all__ = [
     "room_on",
     "sync_tree",
     "write_file",
+    "write_large_file",
 ]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -51,13 +52,30 @@ def write_file(path: Path, content: str | bytes) -> Path:
         OSError: if the file can't be written for another reason.
     """
     data = content.encode() if isinstance(content, str) else content
-    with room_on(path.parent, len(data)):
+    return write_large_file(path, lambda staging: staging.write_bytes(data), len(data))
+
+
+def write_large_file(path: Path, write: Callable[[Path], object], needed: int = 0) -> Path:
+    """Let `write` write a file, and rename it to `path` once it is whole. If that fails, `path` stays.
+
+    Args:
+        path: the file.
+        write: called with the path to write to, beside `path`.
+        needed: how many bytes it writes, for the message of a full disk.
+
+    Returns:
+        `path`.
+
+    Raises:
+        DiskFullError: if there is no space.
+        OSError: if the file can't be written for another reason.
+    """
+    with room_on(path.parent, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
         try:
-            with staging.open("wb") as file:
-                file.write(data)
-                file.flush()
+            write(staging)
+            with staging.open("rb") as file:
                 os.fsync(file.fileno())
             staging.replace(path)
         except BaseException:

@@ -60,6 +60,11 @@ class AdapterArtifact:
         return count
 
     @property
+    def bytes(self) -> int:
+        """Size of its tensors in bytes."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    @property
     def content_hash(self) -> str:
         """Identity: a hash (16 hex digits) of the hashes of all factors, scales (as float32) and heads."""
         modules, heads = sorted(self.modules.items()), sorted(self.heads.items())
@@ -139,7 +144,7 @@ class AdapterArtifact:
         if not self.modules:
             raise ArtifactError("an adapter with no modules can't be saved; was one put into the model?")
         self._check_finite("", "nothing was written")
-        write_whole(folder, self._write, sum(tensor.nbytes for tensor in self._tensors().values()))
+        write_whole(folder, self._write, self.bytes)
         return folder
 
     @classmethod

@@ -23,6 +23,7 @@ __all__ = [
     "check_replaceable",
     "contains",
     "is_staged_folder",
+    "replace_whole",
     "saved_whole",
     "settle",
     "write_weights",
@@ -33,8 +34,12 @@ FILES = {CONFIG_FILE, WEIGHTS_FILE, META_FILE}
 """The files of an adapter folder that rayft wrote."""
 
 
-def check_replaceable(folder: Path) -> dict[str, Any] | None:
+def check_replaceable(folder: Path, besides: Iterable[str] = ()) -> dict[str, Any] | None:
     """Refuse a place that holds anything but an adapter folder that rayft wrote.
+
+    Args:
+        folder: the place.
+        besides: names of other files in it that rayft wrote too.
 
     Returns:
         The content of its `rayft.json`; None if nothing or an empty folder is there.
@@ -56,7 +61,7 @@ def check_replaceable(folder: Path) -> dict[str, Any] | None:
     found = {path.name for path in folder.iterdir()}
     if not found:
         return None
-    strangers = sorted(found - FILES)
+    strangers = sorted(found - FILES - {*besides})
     if strangers:
         more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
         raise ArtifactError(
@@ -104,6 +109,15 @@ def write_whole(folder: Path, write: Callable[[Path], None], needed: int = 0) ->
         ResourceError: if the folder can't be made.
     """
     check_replaceable(folder)
+    replace_whole(folder, write, needed)
+
+
+def replace_whole(folder: Path, write: Callable[[Path], None], needed: int = 0) -> None:
+    """Do what `write_whole` does, and replace whatever folder is there: the caller has checked it.
+
+    Raises:
+        DiskFullError: if there is no space.
+    """
     with room_on(folder.parent, needed):
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

@@ -58,6 +58,7 @@ __all__ = [
     "data",
     "demo",
     "doctor",
+    "export",
     "guarded",
     "init",
     "list_cache",
@@ -256,6 +257,71 @@ def analyze(
     if (folder / "sweep.json").is_file():
         path = render(SweepRecord.load(folder), folder / "report.html", SweepAnalysis.find(folder))
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def export(
+    adapter: str,
+    console: Console,
+    *,
+    merged: str | None = None,
+    vllm: str | None = None,
+    gguf: str | None = None,
+    card: str | None = None,
+    base: str | None = None,
+    base_name: str | None = None,
+    sweep_folder: str | None = None,
+    uri: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Export an adapter, and print what was written.
+
+    Args:
+        adapter: folder of an adapter, or a reference to a registered one.
+        console: for the output.
+        merged: folder for the merged model.
+        vllm: folder for the adapter as vLLM loads it.
+        gguf: file for llama.cpp.
+        card: file or folder of the model card.
+        base: name of the base to read.
+        base_name: name of the base to write.
+        sweep_folder: folder of the sweep that made the adapter, and registered it.
+        uri: URI of MLflow, used without a `sweep_folder`.
+        overwrite: whether results of an earlier export are replaced.
+
+    Raises:
+        RayftError: as `export_adapter`. What was there stays.
+    """
+    from rayft.flow.export.run import export_adapter
+
+    for text, option in ((uri, "--uri"), (base, "--base"), (base_name, "--base-name")):
+        if text is not None:
+            checked_text(text, option)
+    folder = _optional(sweep_folder, "--sweep")
+    if adapter.startswith("models:/"):
+        source: str | Path = adapter
+        where = _tracking(folder) if folder else tracker_spec(TrackingConfig(uri=uri), Path.cwd())
+        registry: str | None = where.uri
+    else:
+        source, registry = read_path(adapter, "the adapter's folder"), None
+    with console.status("exporting"):
+        found = export_adapter(
+            source,
+            merged=_optional(merged, "--merged"),
+            vllm=_optional(vllm, "--vllm"),
+            gguf=_optional(gguf, "--gguf"),
+            card=_optional(card, "--card"),
+            base=base,
+            base_name=base_name,
+            sweep=folder,
+            registry=registry,
+            overwrite=overwrite,
+        )
+    places = found.places
+    for place in (places.merged, places.vllm, places.gguf, places.card_file):
+        if place is not None:
+            console.print(f"wrote {place}", highlight=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(note, style="yellow", highlight=False, soft_wrap=True)
 
 
 def report(sweep_folder: str, output: str | None, console: Console, *, overwrite: bool = False) -> None:

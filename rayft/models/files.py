@@ -79,14 +79,19 @@ def unused(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def save_model(model: Any, folder: Path) -> None:
+def save_model(model: Any, folder: Path, **options: Any) -> None:
     """Write a model's folder, whatever rank this process has in a worker group.
 
     transformers alone writes nothing in a worker whose rank is not 0, but that worker may be the only one on
     its machine.
+
+    Args:
+        model: a model of transformers.
+        folder: for its files.
+        options: of `save_pretrained`.
     """
     model.should_save_on_this_rank = lambda _main: True
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **options)
 
 
 def hash_file(path: Path) -> str:

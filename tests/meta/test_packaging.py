@@ -25,6 +25,7 @@ WITH_OTHERS = {
     "accelerate": "peft",
     "alembic": "mlflow",
     "annotated_types": "pydantic",
+    "huggingface_hub": "transformers",
     "markupsafe": "jinja2",
     "pyarrow": "datasets",
     "pydantic_core": "pydantic",

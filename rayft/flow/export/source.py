@@ -1,0 +1,138 @@
+"""What `rayft export` reads: an adapter from a folder or a registry, and the base that it is for."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayft.artifacts import AdapterArtifact
+from rayft.errors import ArtifactError, BaseMismatchError
+from rayft.flow.squeeze.dense import dense_source
+from rayft.models.fingerprint import places, source_fingerprint
+from rayft.models.inject import check_fits
+from rayft.models.load import REGISTERED, ModelConfig, is_here, load_skeleton, loading, resolve
+
+__all__ = ["Base", "Source", "find_base", "known_base", "open_source"]
+
+REGISTRY = "models:/"
+"""How a reference to a registered adapter begins."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter, and where it comes from."""
+
+    artifact: AdapterArtifact
+    name: str
+    """Name of its folder, or of the registered model."""
+    folder: Path | None
+    """Its folder; None if it comes from a registry."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base that an adapter is for, without its weights."""
+
+    config: ModelConfig
+    skeleton: Any
+    """The model on the meta device."""
+
+
+def open_source(adapter: str | Path, registry: str | None) -> Source:
+    """Read an adapter from a folder, or from a registry.
+
+    Args:
+        adapter: a folder, `models:/name@alias`, `models:/name/3` or `models:/name`.
+        registry: URI of MLflow, for `models:/…`.
+
+    Raises:
+        ArtifactError: if the folder holds no plain LoRA, with what to do instead.
+        RegistryError: if there is no such model, version or alias.
+    """
+    if isinstance(adapter, str) and adapter.startswith(REGISTRY):
+        from rayft.registry.ref import AdapterRef
+        from rayft.registry.store import MlflowRegistry
+
+        assert registry is not None
+        ref = AdapterRef.parse(adapter)
+        with tempfile.TemporaryDirectory() as scratch:
+            fetched = MlflowRegistry(registry).fetch(ref, scratch)
+            return Source(AdapterArtifact.load(fetched), ref.name, None)
+    folder = Path(adapter)
+    dense = dense_source(folder)
+    if dense is not None:
+        what = "a whole model" if dense.whole else "an adapter without LoRA factors"
+        raise ArtifactError(
+            f"{folder} is {what}; extract a LoRA from it (rayft squeeze {folder} --base BASE --rank 16 --out "
+            "DIR), and export that"
+        )
+    return Source(AdapterArtifact.load(folder), folder.resolve().name, folder)
+
+
+def find_base(artifact: AdapterArtifact, name: str | None) -> Base:
+    """Return the base of an adapter, after checking that the adapter is for it.
+
+    Args:
+        artifact: the adapter.
+        name: hub id, folder, GGUF file or registered name; the base that the adapter names if not given.
+
+    Raises:
+        ArtifactError: if neither names a base.
+        ModelError: if it can't be found, or is stored quantised.
+        BaseMismatchError: if the adapter is for another base.
+    """
+    if not (name or artifact.meta.base_model):
+        raise ArtifactError("the adapter names no base; name it with --base")
+    base = _base(artifact, _config(artifact, name))
+    with loading(base.config):
+        source = resolve(base.config)
+        here = bool(places(source, base.config.revision, local=True))
+        known = source_fingerprint(base.skeleton, source, base.config.revision) if here else None
+    check_fits(base.skeleton, artifact, known or "")
+    return base
+
+
+def known_base(artifact: AdapterArtifact, name: str | None) -> Base | None:
+    """Return what `find_base` does, or None if the configuration of the base is not on this machine.
+
+    Raises:
+        BaseMismatchError: if the adapter is for another base.
+    """
+    for candidate in (name, artifact.meta.base_model):
+        if candidate and _is_here(candidate):
+            config = _config(artifact, candidate)
+            skeleton = load_skeleton(config)
+            # A part of a larger model (the text model of a vision model) has other module names there.
+            if type(skeleton).__name__ in (skeleton.config.architectures or [type(skeleton).__name__]):
+                return find_base(artifact, candidate)
+    return None
+
+
+def _is_here(name: str) -> bool:
+    path = Path(name).expanduser()
+    return name in REGISTERED or (path.suffix == ".gguf" and path.is_file()) or is_here(name)
+
+
+def _config(artifact: AdapterArtifact, name: str | None) -> ModelConfig:
+    revision = artifact.settings.revision if artifact.settings is not None and not name else None
+    return ModelConfig(name=name or artifact.meta.base_model, task=artifact.meta.task, revision=revision)
+
+
+def _base(artifact: AdapterArtifact, config: ModelConfig) -> Base:
+    """Return the base; of a classifier, with as many classes as the adapter's head has."""
+    if not artifact.heads:
+        return Base(config, load_skeleton(config))
+    counts = {value.shape[0] for value in artifact.heads.values() if value.ndim == 2 and value.shape[0] > 1}
+    reason: BaseMismatchError | None = None
+    for count in sorted(counts):
+        sized = config.model_copy(update={"num_labels": count})
+        skeleton = load_skeleton(sized)
+        try:
+            check_fits(skeleton, artifact)
+        except BaseMismatchError as error:
+            reason = error
+        else:
+            return Base(sized, skeleton)
+    raise reason or BaseMismatchError("the adapter's head has no class; export it again")

@@ -1,0 +1,223 @@
+"""A model card: its front matter is what the hub reads, and its code loads the adapter."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from rayft.artifacts import AdapterArtifact, ArtifactMeta
+from rayft.config import parse, read_yaml
+from rayft.errors import ReportError
+from rayft.flow.export.card import Subject, card, on_hub
+from rayft.flow.export.run import export_adapter
+from rayft.flow.export.scores import Scores, find_scores, sweep_of
+from rayft.flow.export.source import open_source
+from rayft.methods.base import LoraFactors
+from rayft.models.load import ModelConfig
+from rayft.models.tiny import save_tiny_bert
+from rayft.report.record import Baseline, Score, Squeezed, SweepRecord, TrialRecord, Winner
+from rayft.serving.config import ServeConfig
+from tests.unit.flow.export.adapters import random_adapter
+
+TEST = Score(value=0.75, low=0.68, high=0.81, n=200)
+
+
+def code(text: str, language: str) -> str:
+    (block,) = re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    return str(block)
+
+
+def made(rank: int = 4, **meta: Any) -> AdapterArtifact:
+    factors = LoraFactors(torch.ones(rank, 6), torch.ones(5, rank), 2.0)
+    return AdapterArtifact({"model.layers.0.self_attn.q_proj": factors}, meta=ArtifactMeta(**meta))
+
+
+def record(**parts: Any) -> SweepRecord:
+    return SweepRecord(
+        name="sums", question="?", date="2026-11-29", model="org/small", task="chain_sum", data_digest="d1",
+        seed=0, device="cpu", **parts,
+    )  # fmt: skip
+
+
+def trial(name: str = "t1", **parts: Any) -> TrialRecord:
+    given = {"method": "lora", "rank": 4, "alpha": 8, "lr": 2e-3, "seed": 3, "status": "finished", **parts}
+    return TrialRecord(id=name, **given)
+
+
+@pytest.fixture
+def scored() -> Scores:
+    one = trial(steps=40)
+    base = Baseline(name="few shot", test=Score(value=0.1, low=0.05, high=0.2, n=200), val_score=0.125)
+    return Scores(record(trials=(one,), baselines=(base,)), one, 0.8, TEST)
+
+
+def test_the_front_matter_is_what_the_hub_reads(scored: Scores) -> None:
+    artifact = made(method="cla", base_model="org/small", base_fingerprint="f00d", data_digest="d1")
+    data = ModelCard(card(Subject(artifact, "sums", "org/small", scored))).data
+    assert data.base_model == "org/small"
+    assert data.library_name == "peft"
+    assert data.pipeline_tag == "text-generation"
+    assert data.tags == ["lora", "rayft", "cla"]
+    (result,) = data.eval_results
+    assert (result.dataset_name, result.metric_name, result.metric_value) == (
+        "chain_sum",
+        "exact match",
+        0.75,
+    )
+
+
+def test_the_card_has_the_scores_with_their_intervals_and_the_origin(scored: Scores) -> None:
+    artifact = made(method="cla", base_fingerprint="f00d", data_digest="d1")
+    text = card(Subject(artifact, "sums", "org/small", scored))
+    assert "| this adapter | 0.80 | 0.75 [0.68, 0.81] (n = 200) |" in text
+    assert "| few shot | 0.12 | 0.10 [0.05, 0.20] (n = 200) |" in text
+    assert "| digest of the data | `d1` |" in text
+    assert "| fingerprint of the base's weights | `f00d` |" in text
+    assert "| rank | 4 |" in text
+    assert "| learning rate | 0.002 |" in text
+    assert "trained by the method `cla` of rayft on chain_sum" in text
+    assert "[org/small](https://huggingface.co/org/small)" in text
+
+
+def test_an_adapter_of_others_gets_no_method_and_no_scores() -> None:
+    text = card(Subject(made(), "theirs", "org/small"))
+    data = ModelCard(text).data
+    assert data.tags == ["lora"]
+    assert data.eval_results is None
+    assert "method" not in text
+    assert "## Scores" not in text
+
+
+def test_without_a_record_the_card_has_the_scores_in_rayft_json() -> None:
+    text = card(Subject(made(metrics={"val_score": 0.8125}), "one", "org/small"))
+    assert "## Scores" in text
+    assert "| val_score | 0.8125 |" in text
+
+
+def test_a_base_that_is_not_on_the_hub_is_no_metadata(tmp_path: Path) -> None:
+    for name in ("smollm2-135m-instruct", str(tmp_path), ""):
+        assert not on_hub(name)
+        assert ModelCard(card(Subject(made(), "one", name))).data.base_model is None
+    assert on_hub("org/model-1.5B")
+    assert not on_hub("./model")
+    assert not on_hub("files/model.gguf")
+
+
+def test_the_licence_is_that_of_the_bases_card(tmp_path: Path) -> None:
+    assert ModelCard(card(Subject(made(), "one", str(tmp_path)))).data.license is None
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# base\n")
+    assert ModelCard(card(Subject(made(), "one", str(tmp_path)))).data.license == "apache-2.0"
+    (tmp_path / "README.md").write_text("---\nlicense: [a\n---\n")
+    assert ModelCard(card(Subject(made(), "one", str(tmp_path)))).data.license is None
+
+
+def test_the_code_for_vllm_and_rayft_fits_the_adapter() -> None:
+    text = card(Subject(made(rank=9), "my sums", "org/small"))
+    served = parse(ServeConfig, read_yaml(code(text, "yaml")))
+    assert served.model.name == "org/small"
+    assert served.adapters == {"my-sums": "."}
+    command = shlex.split(code(text, "bash"))
+    assert command[:4] == ["vllm", "serve", "org/small", "--enable-lora"]
+    assert command[4:] == ["--max-lora-rank", "16", "--lora-modules", "my-sums=."]
+    # A request can't name an adapter `base`.
+    assert parse(ServeConfig, read_yaml(code(card(Subject(made(), "base", "o/s")), "yaml"))).adapters == {
+        "adapter": "."
+    }
+
+
+def test_vllm_is_offered_only_what_every_release_loads() -> None:
+    one, two = made().modules.values(), made(rank=2).modules.values()
+    mixed = AdapterArtifact({"a": next(iter(one)), "b": next(iter(two))})
+    text = card(Subject(mixed, "mixed", "org/small"))
+    assert "rayft export . --vllm DIR" in text
+    assert "```bash" not in text
+    assert "| rank | 2 to 4, by module |" in text
+    assert "squeeze it first" in card(Subject(made(rank=600), "large", "org/small"))
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification"])
+def test_the_code_for_peft_runs(
+    task: Any,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = ModelConfig(name=str(tiny_folder), task=task)
+    if task == "sequence_classification":
+        base = ModelConfig(name=str(save_tiny_bert(tmp_path / "bert")), task=task)
+    artifact = random_adapter(base)
+    if task == "sequence_classification":
+        heads = {"classifier.weight": torch.randn(3, 24), "classifier.bias": torch.randn(3)}
+        artifact = AdapterArtifact(artifact.modules, heads, artifact.meta)
+    artifact.save(tmp_path / "adapter")
+    found = export_adapter(tmp_path / "adapter", vllm=tmp_path / "out", card=tmp_path / "out")
+    assert found.places.card_file == tmp_path / "out" / "README.md"
+    monkeypatch.chdir(tmp_path / "out")
+    names: dict[str, Any] = {}
+    exec(code(Path("README.md").read_text(), "python"), names)  # noqa: S102
+    state = dict(names["model"].named_parameters())
+    loaded = next(value for name, value in state.items() if "lora_B" in name)
+    assert float(loaded.detach().abs().sum()) > 0
+    if task == "causal_lm":
+        assert capsys.readouterr().out.startswith("Once upon a time")
+    else:
+        assert names["base"].config.num_labels == 3
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """The folder of a sweep with a trial, its winner and a squeezed adapter."""
+    folder = tmp_path / "sweep"
+    trained, small = made(), made(rank=2)
+    trained.save(folder / "trials" / "k" / "adapter")
+    trained.save(folder / "winner")
+    small.save(folder / "squeezed" / "r2")
+    (folder / "config.yaml").write_text("# sweep 0123\nname: sums\n")
+    squeezed = Squeezed(
+        name="t1@r2",
+        trial="t1",
+        rank=2,
+        energy_mean=1,
+        energy_min=1,
+        val_score=0.7,
+        folder=str(folder / "squeezed" / "r2"),
+    )
+    one = trial(folder=str(folder / "trials" / "k" / "adapter"), val_score=0.8, test=TEST)
+    other = trial("t2", folder=str(folder / "trials" / "gone"), val_score=0.1)
+    record(trials=(other, one), squeezed=(squeezed,), winner=Winner(trial="t1", ship="t1", why="")).save(
+        folder / "sweep.json"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(("place", "val"), [("trials/k/adapter", 0.8), ("winner", 0.8), ("squeezed/r2", 0.7)])
+def test_scores_are_found_by_the_folder(sweep: Path, place: str, val: float) -> None:
+    source = open_source(sweep / place, None)
+    assert sweep_of(source, None) == sweep
+    found = find_scores(source, sweep)
+    assert found is not None
+    assert (found.trial.id, found.val) == ("t1", val)
+    assert found.test == (TEST if val == 0.8 else None)
+
+
+def test_scores_of_a_copy_are_found_by_its_content(sweep: Path, tmp_path: Path) -> None:
+    made(rank=2).save(tmp_path / "copy")
+    source = open_source(tmp_path / "copy", None)
+    assert sweep_of(source, None) is None
+    assert find_scores(source, None) is None
+    found = find_scores(source, sweep_of(source, sweep))
+    assert found is not None
+    assert found.val == 0.7
+    made(rank=3).save(tmp_path / "other")
+    assert find_scores(open_source(tmp_path / "other", None), sweep) is None
+    (sweep / "sweep.json").unlink()
+    assert find_scores(source, sweep) is None
+    with pytest.raises(ReportError, match="is no folder of a sweep"):
+        sweep_of(source, tmp_path)
