@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -21,7 +21,7 @@ from rayft.train.session import Session
 if TYPE_CHECKING:
     from rayft.sweep.lane import Lane
 
-__all__ = ["ScoreRequest", "run_score", "spread"]
+__all__ = ["ScoreRequest", "failures_text", "run_score", "spread"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,20 @@ class ScoreRequest:
 
     def __call__(self, lane: Lane) -> dict[str, list[float]]:
         """Return part → the score of each example, in the order of the data (all workers call it)."""
-        return run_score(self, lane.session(self.run, self.expected, whole=True))
+        session = lane.session(self.run, self.expected, whole=True)
+        return run_score(self, session, lambda text: ray.get(lane.broker.note.remote(text)))
 
 
-def run_score(request: ScoreRequest, session: Session) -> dict[str, list[float]]:
-    """Return part → the score of each example, in the order of the data (all workers call it)."""
+def run_score(
+    request: ScoreRequest, session: Session, note: Callable[[str], object] = lambda _: None
+) -> dict[str, list[float]]:
+    """Return part → the score of each example, in the order of the data (all workers call it).
+
+    Args:
+        request: what to score.
+        session: its base and data.
+        note: called by the first worker with a sentence about answers for which the scorer raised an error.
+    """
     model, worker = session.loaded.model, session.worker
     if request.adapter is None:
         clear(model)
@@ -59,8 +68,10 @@ def run_score(request: ScoreRequest, session: Session) -> dict[str, list[float]]
         for part in request.parts:
             examples: Sequence[Example] = getattr(session.parts, part)
             mine = examples[worker.rank :: worker.world]
-            values = _score(mine, request, session)
-            found[part] = _gather(values, len(examples), session)
+            values, problem = _score(mine, request, session)
+            found[part], problems = _gather(values, problem, len(examples), session)
+            if problems and worker.rank == 0:
+                note(f"{Path(request.adapter).name if request.adapter else 'base'}, {part}: {problems}")
     finally:
         clear(model)
     return found
@@ -71,9 +82,12 @@ def spread() -> bool:
     return len([node for node in ray.nodes() if node["Alive"]]) > 1
 
 
-def _score(examples: Sequence[Example], request: ScoreRequest, session: Session) -> list[float]:
+def _score(
+    examples: Sequence[Example], request: ScoreRequest, session: Session
+) -> tuple[list[float], tuple[int, str]]:
+    """Return the scores; and for how many answers the scorer raised an error, and the first of the errors."""
     if not examples:
-        return []
+        return [], (0, "")
     evaluate = request.run.evaluate
     scores = score(
         session.loaded.model,
@@ -85,14 +99,24 @@ def _score(examples: Sequence[Example], request: ScoreRequest, session: Session)
         max_new_tokens=evaluate.max_new_tokens,
         batch_size=evaluate.batch_size,
     )
-    return list(scores.values)
+    return list(scores.values), (scores.failures, session.parts.scorer.problem)
 
 
-def _gather(values: list[float], total: int, session: Session) -> list[float]:
-    """Exchange the workers' scores, and return them in the order of the data."""
+def _gather(
+    values: list[float], problem: tuple[int, str], total: int, session: Session
+) -> tuple[list[float], str]:
+    """Exchange the workers' scores; return them in the order of the data, and a text about errors."""
     world = session.worker.world
-    if world == 1:
-        return values
-    shares: list[Any] = [None] * world
-    dist.all_gather_object(shares, values)
-    return [shares[index % world][index // world] for index in range(total)]
+    shares: list[Any] = [(values, problem)]
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, (values, problem))
+    failures = sum(count for _, (count, _) in shares)
+    first = next((why for _, (count, why) in shares if count), "")
+    ordered = [shares[index % world][0][index // world] for index in range(total)]
+    return ordered, failures_text(failures, total, first) if failures else ""
+
+
+def failures_text(failures: int, total: int, first: str) -> str:
+    """Return a sentence about answers for which the scorer raised an error."""
+    return f"the scorer raised an error for {failures} of {total} answers, which score 0; the first: {first}"
