@@ -12,7 +12,7 @@ from rich.table import Table
 from rayft.errors import ResourceError
 from rayft.report.text import human_bytes
 
-__all__ = ["Action", "adapters_table", "call"]
+__all__ = ["Action", "adapters_table", "call", "key_headers"]
 
 Action = Literal["list", "load", "unload", "promote", "rollback"]
 KEY = "RAYFT_KEY"
@@ -51,7 +51,7 @@ def call(
         raise ResourceError("the source is missing: rayft adapters load NAME SOURCE")
     try:
         server.encode()
-        client = httpx.Client(base_url=server.rstrip("/"), headers=_headers(), timeout=SECONDS_TO_CHANGE)
+        client = httpx.Client(base_url=server.rstrip("/"), headers=key_headers(), timeout=SECONDS_TO_CHANGE)
     except (httpx.InvalidURL, UnicodeError) as error:
         raise ResourceError(f"--server {server} is not a URL ({error}); write http://host:port") from error
     with client:
@@ -69,7 +69,12 @@ def call(
         return _list(client)
 
 
-def _headers() -> dict[str, str]:
+def key_headers() -> dict[str, str]:
+    """Return the HTTP header with the caller's key; empty if RAYFT_KEY is not set.
+
+    Raises:
+        ResourceError: if the key can't be part of a header.
+    """
     key = os.environ.get(KEY)
     if key is None:
         return {}
