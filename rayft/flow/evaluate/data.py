@@ -129,7 +129,7 @@ def _measured(
     if not examples:
         raise DataError(f"the part {part} has no examples; choose the other one with --part")
     found = TargetResult(name=target.name, content=target.content, loss=_loss(session, part, samples))
-    if not examples[0].answer:
+    if not examples[0].messages and examples[0].label is None:
         return found  # Raw text has no question.
     scorer, evaluate = session.parts.scorer, run.evaluate
     scorer.problem = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,29 +47,22 @@ class Harness:
     """
 
     def __init__(self, tasks: Sequence[str], include: Path | None) -> None:
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise ResourceError(MISSING.format(error)) from error
+        _check_installed()
         if include is not None and not include.is_dir():
             raise ConfigError(f"--include {include} is no folder; give one with YAML files of tasks")
         self.tasks = [*dict.fromkeys(tasks)]
         with _quiet():
-            self._manager = TaskManager(include_path=None if include is None else str(include))
+            self._manager = _manager(self.tasks, include)
             for name in self.tasks:
                 if name not in self._manager.task_index:
+                    # All names are thousands.
+                    known = [*self._manager.task_index]
+                    near = nearest(name, difflib.get_close_matches(name, known, cutoff=0.3))
                     raise ConfigError(
-                        f"lm-evaluation-harness has no task '{name}'{nearest(name, self._names(name))}; "
-                        "give a folder with tasks of your own with --include"
+                        f"lm-evaluation-harness has no task '{name}'{near}; give a folder with tasks of your "
+                        "own with --include"
                     )
             self._load()
-
-    def _names(self, asked: str) -> list[str]:
-        """Return the names to suggest: those that are near, since all of them are thousands."""
-        import difflib
-
-        known = list(self._manager.task_index)
-        return difflib.get_close_matches(asked, known, n=5, cutoff=0.3) or known[:5]
 
     def _load(self) -> None:
         try:
@@ -112,6 +106,30 @@ class Harness:
                 f"lm-evaluation-harness failed on {', '.join(self.tasks)} ({type(error).__name__}: {error})"
             ) from error
         return tuple(_measures(found))
+
+
+def _check_installed() -> None:
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise ResourceError(MISSING.format(error)) from error
+
+
+def _manager(tasks: Sequence[str], include: Path | None) -> Any:
+    """Return what knows the tasks: those in `include`, and all others unless the first are enough.
+
+    Finding the thousands of tasks that come with lm_eval takes seconds.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include is None:
+        return TaskManager()
+    own = TaskManager(include_path=str(include), include_defaults=False)
+    found = [own.task_index.get(name) for name in tasks]
+    # Groups may have members that come with lm_eval.
+    if all(entry is not None and entry.kind.name in ("TASK", "PY_TASK") for entry in found):
+        return own
+    return TaskManager(include_path=str(include))
 
 
 def _measures(found: Mapping[str, Any]) -> Iterator[Measure]:

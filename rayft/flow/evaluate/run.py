@@ -57,6 +57,8 @@ def evaluate(request: EvaluateRequest, say: Callable[[str], None] = lambda _: No
         found.write(request.out)
     if spec is not None:
         _track(spec, request, about, found, targets)
+    else:
+        say("not tracked: name an MLflow server with --uri or MLFLOW_TRACKING_URI")
     return found
 
 

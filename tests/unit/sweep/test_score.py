@@ -1,4 +1,4 @@
-"""Scoring an adapter leaves the base and its head unchanged."""
+"""Scoring leaves the base and its head unchanged, and says for how many answers the scorer failed."""
 
 from __future__ import annotations
 
@@ -46,3 +46,30 @@ def test_the_base_is_scored_with_its_own_head(
     clear(model)
     assert scored(str(folder)) == [1 - value for value in base]
     assert scored(None) == base
+
+
+def test_answers_for_which_the_scorer_raises_are_reported(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"box {number}?", "completion": "5"} for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "own.py").write_text("def grade(answer, expected, question): return len(answer) and None")
+    scorer = {"kind": "python", "function": f"{tmp_path / 'own.py'}:grade"}
+    data = {"source": "jsonl", "name": str(tmp_path / "rows.jsonl"), "val": 4, "test": 4, "scorer": scorer}
+    run = parse(
+        RunConfig,
+        {
+            "model": {"name": str(tiny_folder)},
+            "data": data,
+            "scale": {"device": "cpu", "dtype": "float32", "zero": 0, "threads": 1},
+            "evaluate": {"max_new_tokens": 2},
+        },
+    )
+    said: list[str] = []
+    found = run_score(ScoreRequest(run, ("val",)), Session.open(run, Worker()), said.append)
+    assert found == {"val": [0.0] * 4}
+    assert said == [
+        "base, val: the scorer raised an error for 4 of 4 answers, which score 0; the first: TypeError: "
+        "float() argument must be a string or a real number, not 'NoneType'"
+    ]
