@@ -10,13 +10,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayft.api import Adapter, Run, Squeezed, Sweep, load, squeeze, sweep, train
+    from rayft.api import Adapter, Evaluation, Run, Squeezed, Sweep, evaluate, load, squeeze, sweep, train
 
-__all__ = ["Adapter", "Run", "Squeezed", "Sweep", "__version__", "load", "squeeze", "sweep", "train"]
+__all__ = [
+    "Adapter",
+    "Evaluation",
+    "Run",
+    "Squeezed",
+    "Sweep",
+    "__version__",
+    "evaluate",
+    "load",
+    "squeeze",
+    "sweep",
+    "train",
+]
 
 __version__ = "0.2.0.dev0"
 
-PACKAGES = ("squeeze", "sweep", "train")
+PACKAGES = ("evaluate", "squeeze", "sweep", "train")
 """Functions that are packages too (`rayft.callable_package`)."""
 
 

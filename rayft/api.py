@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.console import Console
 
@@ -25,6 +25,9 @@ from rayft.flow.cluster import placed
 from rayft.flow.config import PipelineConfig, TrainConfig, config_file, package_names
 from rayft.flow.console import terminal
 from rayft.flow.display import Display
+from rayft.flow.evaluate.record import Evaluation
+from rayft.flow.evaluate.request import EvaluateRequest
+from rayft.flow.evaluate.run import evaluate as evaluate_targets
 from rayft.flow.origin import find_folder
 from rayft.flow.scoring import Measured
 from rayft.flow.squeeze.request import squeeze_request
@@ -40,7 +43,18 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["Adapter", "Run", "Squeezed", "Sweep", "load", "squeeze", "sweep", "train"]
+__all__ = [
+    "Adapter",
+    "Evaluation",
+    "Run",
+    "Squeezed",
+    "Sweep",
+    "evaluate",
+    "load",
+    "squeeze",
+    "sweep",
+    "train",
+]
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 
@@ -295,6 +309,65 @@ def squeeze(
     )
 
 
+def evaluate(
+    target: str | PathLike[str],
+    against: str | PathLike[str] | None = None,
+    *,
+    config: Config | None = None,
+    overrides: Sequence[str] = (),
+    part: Literal["val", "test"] = "test",
+    rank: int | None = None,
+    samples: int | None = None,
+    tasks: Sequence[str] = (),
+    include: str | PathLike[str] | None = None,
+    url: str | None = None,
+    base: str | None = None,
+    uri: str | None = None,
+    out: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Evaluation:
+    """Score an adapter or a model, or compare two, as `rayft eval` does.
+
+    Args:
+        target: folder of an adapter or a model, name of a model, or `models:/name@alias`; with `url`, a name
+            that the server serves.
+        against: another one, to compare with on the same questions.
+        config: the configuration that names base and data; by default that of the target's sweep.
+        overrides: settings of the configuration, such as `evaluate.max_new_tokens=64`.
+        part: the part of the data.
+        rank: rank of the prefix of a squeezed adapter.
+        samples: number of questions; all by default.
+        tasks: tasks of lm-evaluation-harness, which take the place of the data.
+        include: folder with further tasks.
+        url: URL of an OpenAI-compatible server, up to `/v1`, for tasks.
+        base: the base, in place of the configuration's or the adapter's.
+        uri: MLflow, for `models:/…` and for tracking.
+        out: JSON file for the result.
+        overwrite: whether an earlier evaluation in `out` is replaced.
+        quiet: whether to print nothing.
+
+    Raises:
+        RayftError: naming what is wrong, before weights are loaded.
+    """
+    request = EvaluateRequest(
+        targets=tuple(str(one) for one in (target, against) if one is not None),
+        config=None if config is None else _read(PipelineConfig, config, overrides),
+        overrides=tuple(overrides) if config is None else (),
+        part=part,
+        rank=rank,
+        samples=samples,
+        tasks=tuple(tasks),
+        include=None if include is None else read_path(Path(include), "include"),
+        url=url,
+        base=base,
+        uri=uri,
+        out=None if out is None else read_path(Path(out), "out"),
+        overwrite=overwrite,
+    )
+    return evaluate_targets(request, _display(quiet).say)
+
+
 def load(path: str | PathLike[str]) -> Adapter:
     """Load an adapter: any LoRA that PEFT loads, or what an output folder of `train` or `sweep` holds.
 
@@ -350,7 +423,7 @@ def _sweep(record: SweepRecord, folder: Path) -> Sweep:
             run_id=trial.run_id,
         )
         for trial in record.trials
-        if trial.status == "finished"
+        if trial.status == "finished" or (record.winner and trial.id == record.winner.trial)
     }
     winner = trials.get(record.winner.trial) if record.winner else None
     adapter, scores = None, {}

@@ -249,6 +249,61 @@ def analyze(
     )  # fmt: skip
 
 
+@app.command("eval")
+def evaluate(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help="One, or two to compare: an adapter's folder, a model's folder or name, models:/name@alias; "
+            "with --url, a served name."
+        ),
+    ],
+    config: Annotated[
+        str | None,
+        typer.Option(help="Configuration that names base and data; by default that of the target's sweep."),
+    ] = None,
+    overrides: Overrides = None,
+    part: Annotated[Literal["val", "test"], typer.Option(help="Part of the data.")] = "test",
+    rank: Annotated[
+        int | None, typer.Option(help="Evaluate the prefix of this rank of a squeezed adapter.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Number of questions, from the first; of each task with --task.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="Number of questions to print with their answers.")] = 0,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task of lm-evaluation-harness, instead of the data. Repeatable."),
+    ] = None,
+    include: Annotated[str | None, typer.Option(help="Folder with tasks of your own for --task.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask this OpenAI-compatible server, such as http://127.0.0.1:8000/v1, with --task."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base; by default that of the configuration or of the adapter.")
+    ] = None,
+    uri: Annotated[
+        str | None,
+        typer.Option(help="MLflow, to find models:/… and to track; MLFLOW_TRACKING_URI by default."),
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="JSON file for the result.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier evaluation in --out.")
+    ] = False,
+) -> None:
+    """Score an adapter or a model, or compare two, on your data or on tasks of lm-evaluation-harness."""
+    from rayft.flow import commands
+
+    commands.evaluate(
+        targets, console, config=config, overrides=tuple(overrides or []), part=part, rank=rank,
+        samples=samples, show=show, tasks=tuple(task or []), include=include, url=url, base=base, uri=uri,
+        out=out, overwrite=overwrite,
+    )  # fmt: skip
+
+
 @app.command()
 def report(
     sweep_folder: Annotated[str, typer.Argument(help="A sweep's output folder.")],

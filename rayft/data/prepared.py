@@ -37,8 +37,9 @@ from rayft.data.example import Example
 from rayft.data.files import hub_revision, load_hub, quiet
 from rayft.data.pack import AnyEncoded
 from rayft.data.pixels import ImageEncoder, encode_images
-from rayft.data.section import DataConfig
-from rayft.data.source import PARTS, Dropped, Parts, Scorer, places, read
+from rayft.data.scorer import Scorer, scorer_of
+from rayft.data.section import DataConfig, ScorerConfig
+from rayft.data.source import PARTS, Dropped, Parts, places, read
 from rayft.data.template import IGNORED, Encoded, check_lengths, encode_numbered
 from rayft.data.texts import Gathered, Mapped, Shape, Texts, first_learnt
 from rayft.errors import DataError, RayftError, ResourceError
@@ -132,10 +133,12 @@ def prepare(
         cache_folder: where prepared sets are kept.
 
     Raises:
-        DataError: as `read`, and if an example can't be encoded.
+        DataError: as `read`, and if an example can't be encoded. A mistake in `data.scorer` is found before
+            the data is read.
         DiskFullError: if there is no space for it; nothing is left of it then.
         ResourceError: if the process that prepares it was killed.
     """
+    scorer_of(config.scorer)
     content = None if isinstance(encoder, ImageEncoder) else _content(config)
     if content is None or isinstance(encoder, ImageEncoder) or _changes_daily(encoder):
         return Prepared(read(config), config, encoder)
@@ -221,7 +224,7 @@ def _has_column(file: Path, name: str) -> bool:
 def _key(config: DataConfig, tokenizer: PreTrainedTokenizerBase, content: Mapping[str, str]) -> str:
     """Return the name of a prepared set (24 hex digits)."""
     settings = config.model_dump(
-        mode="json", exclude={"name", "files", "max_length", "too_long", "packing", "score"}
+        mode="json", exclude={"name", "files", "max_length", "too_long", "packing", "score", "scorer"}
     )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = tokenizer.get_vocab() if backend is None else backend.to_str()
@@ -329,7 +332,8 @@ def main() -> None:
 
 def write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Read, divide and encode a data set, and write it to an empty folder."""
-    parts = read(config)
+    # How answers are scored is no part of a prepared set.
+    parts = read(config.model_copy(update={"scorer": ScorerConfig()}))
     files = {part: str(file) for part, file in _files(config).items()}
     manifest: dict[str, Any] = {
         "name": config.name or ", ".join(files.values()),
@@ -471,7 +475,7 @@ def _opened(folder: Path, config: DataConfig, tokenizer: PreTrainedTokenizerBase
         lengths, first, example = np.load(folder / f"{part}-shape.npy").astype(np.int64)
         texts = Mapped([folder / name for name in names], lengths)
         mapped[part] = texts, Shape(lengths, first, example, raw=manifest["raw"])
-    return Prepared(parts, config, tokenizer, mapped)
+    return Prepared(parts.scored_by(scorer_of(config.scorer)), config, tokenizer, mapped)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -10,9 +11,10 @@ from pydantic import Field, field_validator, model_validator
 from rayft.config import SINCE, Section
 from rayft.paths import PathText, check_text
 
-__all__ = ["Columns", "DataConfig", "PartFiles", "TooLong"]
+__all__ = ["Columns", "DataConfig", "PartFiles", "ScorerConfig", "ScorerKind", "TooLong"]
 
 TooLong = Literal["error", "drop", "cut"]
+ScorerKind = Literal["exact", "contains", "regex", "number", "f1", "rouge_l", "json", "python"]
 Format = Literal["auto", "prompt_completion", "messages", "text", "classification", "image_classification"]
 
 
@@ -49,6 +51,57 @@ class PartFiles(Section):
 
     test: PathText | None = None
     """File, folder or split for the scores that are reported."""
+
+
+class ScorerConfig(Section):
+    """How the answers to your own questions are scored, from 0 to 1."""
+
+    kind: ScorerKind = "exact"
+    """`exact`: the same text, ignoring case. `contains`: the answer contains the right one. `regex`: what
+    `pattern` finds is the same. `number`: the last number in the answer is the right one. `f1`: words in
+    common, as in SQuAD. `rouge_l`: longest common subsequence of words. `json`: equal as JSON. `python`: what
+    `function` returns."""
+
+    pattern: str = ""
+    """Regular expression (Python's `re`) of `regex`. Its first group is compared, or the whole match if it
+    has no group."""
+
+    tolerance: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Largest difference from the right number that `number` accepts."""
+
+    function: str = ""
+    """Function of `python`, as `path/to/file.py:name`. It is called as `name(answer, expected, question)`
+    with three texts, and returns a number from 0 to 1, or a bool."""
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> ScorerConfig:
+        for name, kind in (("pattern", "regex"), ("tolerance", "number"), ("function", "python")):
+            if getattr(self, name) and self.kind != kind:
+                raise ValueError(f"{name} is a setting of kind: {kind}; write that, or drop {name}")
+        if self.kind == "regex":
+            self._check_pattern()
+        if self.kind == "python" and not all(self.function.rpartition(":")):
+            raise ValueError("function is missing or names no function; write path/to/file.py:name")
+        if self.kind == "python":
+            check_text(self.file)
+        return self
+
+    def _check_pattern(self) -> None:
+        if not self.pattern:
+            raise ValueError("pattern is missing; write a regular expression such as 'answer is (.+)'")
+        try:
+            re.compile(self.pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"pattern is not a regular expression ({error}); correct it") from error
+
+    @property
+    def file(self) -> str:
+        """Path of the file of `function`; empty if there is none."""
+        return self.function.rpartition(":")[0]
+
+    def moved(self, file: str | Path) -> ScorerConfig:
+        """Return the section with another path of the function's file."""
+        return self.model_copy(update={"function": f"{file}:{self.function.rpartition(':')[2]}"})
 
 
 class DataConfig(Section):
@@ -104,6 +157,9 @@ class DataConfig(Section):
     score: Literal["strict", "native"] = "strict"
     """`strict` counts an answer only if it is fully right; `native` is reasoning-gym's partial credit."""
 
+    scorer: ScorerConfig = Field(default=ScorerConfig(), json_schema_extra={SINCE: "0.2"})
+    """How answers are scored, except those of reasoning-gym tasks and classes."""
+
     separator: str = "\n"
     """Text between prompt and completion, for tokenizers without a chat template."""
 
@@ -121,6 +177,8 @@ class DataConfig(Section):
             raise ValueError(
                 f"params are options of reasoning-gym tasks; '{self.source}' has none: drop them"
             )
+        if self.scorer != ScorerConfig() and "classification" in self.format:
+            raise ValueError("scorer is for answers, and classes are compared as they are: drop scorer")
         if self.score == "native":
             raise ValueError("score: native is for source: reasoning_gym; write strict")
         self._check_images()
@@ -153,6 +211,11 @@ class DataConfig(Section):
             raise ValueError(
                 "files are for files and hub sets; give a reasoning-gym task train, val and test"
             )
+        if self.scorer != ScorerConfig():
+            raise ValueError(
+                "reasoning-gym tasks have scorers of their own; drop scorer, and write score: native for "
+                "partial credit"
+            )
         if self.format not in ("auto", "prompt_completion"):
             raise ValueError(f"format '{self.format}' does not fit reasoning-gym: leave it at auto")
         if self.rows is not None:
@@ -163,6 +226,12 @@ class DataConfig(Section):
 
     def located(self) -> DataConfig:
         """Return the configuration with absolute paths of files."""
+        if self.scorer.file:
+            file = Path(self.scorer.file).expanduser().absolute()
+            return self.model_copy(update={"scorer": self.scorer.moved(file)})._with_files()
+        return self._with_files()
+
+    def _with_files(self) -> DataConfig:
         if self.source in ("reasoning_gym", "hub"):
             return self
         name = str(Path(self.name).expanduser().absolute()) if self.name else ""

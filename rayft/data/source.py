@@ -7,6 +7,7 @@ repeated examples are handled.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,8 @@ from rayft.data.files import Table, read_file, read_hub
 from rayft.data.folder import part_folders, read_image_folder
 from rayft.data.formats import convert, find_format
 from rayft.data.gym import draw_parts
-from rayft.data.scorer import Scorer
-from rayft.data.section import Columns, DataConfig, PartFiles
+from rayft.data.scorer import Scorer, scorer_of
+from rayft.data.section import Columns, DataConfig, PartFiles, ScorerConfig
 from rayft.data.split import Dropped, split
 from rayft.errors import DataError
 
@@ -33,6 +34,7 @@ __all__ = [
     "PartFiles",
     "Parts",
     "Scorer",
+    "ScorerConfig",
     "majority_answer",
     "places",
     "read",
@@ -50,14 +52,30 @@ class Parts:
     val: Sequence[Example]
     test: Sequence[Example]
     digest: str
-    """Hash of all examples of all parts, in order (16 hex digits)."""
+    """Hash of all examples of all parts, in order, and of how answers are scored (16 hex digits)."""
     digests: Mapping[str, str]
-    """The same of each part alone."""
+    """The same of each part alone, and of `scorer` if answers are not compared exactly."""
     scorer: Scorer
     labels: tuple[str, ...] = ()
     """Names of the classes, in the order of their numbers; empty if nothing is classified."""
     dropped: tuple[Dropped, ...] = ()
     """The examples that were left out, and why."""
+
+    def scored_by(self, scorer: Scorer) -> Parts:
+        """Return parts whose digests cover examples alone, with a scorer that the digests cover, too.
+
+        Scores by another scorer are then never taken for scores on the same data. An exact match changes no
+        digest.
+        """
+        if not scorer.identity:
+            return replace(self, scorer=scorer)
+        if self.labels:
+            raise DataError("data.scorer is for answers, and classes are compared as they are: drop it")
+        own, all_parts = (
+            hashlib.sha256(text.encode()).hexdigest()[:16]
+            for text in (scorer.identity, f"{self.digest}\0{scorer.identity}")
+        )
+        return replace(self, scorer=scorer, digest=all_parts, digests={**self.digests, "scorer": own})
 
     @property
     def has_images(self) -> bool:
@@ -72,6 +90,8 @@ def read(config: DataConfig) -> Parts:
         DataError: if any of it is missing, wrong, or too small for its parts.
         ResourceError: if reasoning-gym is needed and not installed.
     """
+    # Before the data is read, because a mistake in it is found at once.
+    scorer = scorer_of(config.scorer)
     if config.source == "reasoning_gym":
         assert config.test is not None
         assert config.val is not None
@@ -81,11 +101,11 @@ def read(config: DataConfig) -> Parts:
         scorer = Scorer(config.name, dict(config.params), strict=config.score == "strict")
     else:
         found, dropped = split(_read_tables(config), config)
-        scorer = Scorer()
     found, labels = _number_labels(found)
     train, val, test = (tuple(found[part]) for part in PARTS)
     digests = {part: digest((found[part],)) for part in PARTS}
-    return Parts(train, val, test, digest((train, val, test)), digests, scorer, labels, dropped)
+    parts = Parts(train, val, test, digest((train, val, test)), digests, Scorer(), labels, dropped)
+    return parts.scored_by(scorer)
 
 
 def majority_answer(parts: Parts) -> str:

@@ -21,6 +21,9 @@ RESAMPLES = 10_000
 BLOCK = 2_000_000
 """Largest number of values in a block of resamples (16 MB)."""
 
+FEW = 20
+"""Number of partial scores below which the bootstrap's interval is clearly too narrow."""
+
 EXACT = 12
 """Largest number of differences for which all 2ⁿ signs are tried."""
 
@@ -56,13 +59,19 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
     For 0/1 values it is Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), which is valid for few items
     and near 0 or 1, where the normal interval is not. For other values it is the percentile bootstrap (Efron
-    & Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13), with a fixed seed.
+    & Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13), with a fixed seed. If they are few or all
+    equal, it is Wilson's too, which is rather too wide than too narrow for them: no values from 0 to 1 have a
+    larger variance than 0/1 values of the same mean.
+
+    Args:
+        values: scores from 0 to 1.
 
     Raises:
         DataError: if there are no values.
     """
     array = _array(values)
-    return _wilson(array) if _binary(array) else _bootstrap(array)
+    shared = len(array) < FEW or array.min() == array.max()
+    return _wilson(array) if shared or _binary(array) else _bootstrap(array)
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Paired:

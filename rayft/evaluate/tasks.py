@@ -38,6 +38,8 @@ class Scores:
     seconds: float
     failures: int
     """Number of answers for which the scorer raised an error; each of them scores 0."""
+    answers: tuple[str, ...] = ()
+    """What the model answered; for a classifier, the numbers of the classes."""
 
 
 class PerfectAnswer(NamedTuple):
@@ -85,13 +87,13 @@ def score(
     if examples[0].label is not None:
         classes = _classify(model, tokenizer, examples, batch_size, scored)
         values = [float(found == example.label) for found, example in zip(classes, examples, strict=True)]
+        answers = [*map(str, classes)]
     else:
         if isinstance(tokenizer, ImageEncoder):
             raise DataError("an image classifier is scored on labelled images, and these have no class")
         prompts = [prompt_ids(example, tokenizer, style, shots) for example in examples]
-        values = _score_answers(
-            model, tokenizer, examples, prompts, scorer, max_new_tokens, batch_size, scored
-        )
+        answers = _answers(model, tokenizer, prompts, max_new_tokens, batch_size, scored)
+        values = _scored(tokenizer, examples, answers, scorer)
     low, high = interval(values)
     return Scores(
         values=tuple(values),
@@ -101,27 +103,35 @@ def score(
         ci_high=high,
         seconds=time.perf_counter() - start,
         failures=scorer.failures - failures,
+        answers=tuple(answers),
     )
 
 
-def _score_answers(
+def _answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
     prompts: Sequence[Sequence[int]],
-    scorer: Scorer,
     max_new_tokens: int,
     batch_size: int,
     scored: Callable[[int], None],
-) -> list[float]:
-    """Generate answers to prompts, and score what the model writes after its reasoning."""
+) -> list[str]:
+    """Generate answers to prompts, and return what the model writes after its reasoning."""
     chat_format = ChatFormat.of(tokenizer)
     # Tokens that a template makes a model write before its answer must not count as tokens of the answer.
     limit = max_new_tokens + chat_format.overhead
     texts = generate(model, tokenizer, prompts, limit, batch_size, scored)
+    return [
+        chat_format.parse(text, in_block=chat_format.in_block(prompt)).content
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+
+
+def _scored(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], answers: Sequence[str], scorer: Scorer
+) -> list[float]:
+    chat_format = ChatFormat.of(tokenizer)
     values = []
-    for example, prompt, text in zip(examples, prompts, texts, strict=True):
-        answer = chat_format.parse(text, in_block=chat_format.in_block(prompt)).content
+    for example, answer in zip(examples, answers, strict=True):
         expected, _ = expected_answer(example, tokenizer, chat_format)
         values.append(scorer.score(example, answer, expected.content))
     return values

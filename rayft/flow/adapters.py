@@ -12,7 +12,7 @@ from rich.table import Table
 from rayft.errors import ResourceError
 from rayft.report.text import human_bytes
 
-__all__ = ["Action", "adapters_table", "call", "checked", "headers", "reason"]
+__all__ = ["Action", "adapters_table", "call", "checked", "key_headers", "reason"]
 
 Action = Literal["list", "load", "unload", "promote", "rollback"]
 KEY = "RAYFT_KEY"
@@ -51,7 +51,7 @@ def call(
         raise ResourceError("the source is missing: rayft adapters load NAME SOURCE")
     try:
         server.encode()
-        client = httpx.Client(base_url=server.rstrip("/"), headers=headers(), timeout=SECONDS_TO_CHANGE)
+        client = httpx.Client(base_url=server.rstrip("/"), headers=key_headers(), timeout=SECONDS_TO_CHANGE)
     except (httpx.InvalidURL, UnicodeError) as error:
         raise ResourceError(f"--server {server} is not a URL ({error}); write http://host:port") from error
     with client:
@@ -69,11 +69,11 @@ def call(
         return _list(client)
 
 
-def headers() -> dict[str, str]:
-    """Return the headers with the caller's key, if there is one.
+def key_headers() -> dict[str, str]:
+    """Return the HTTP header with the caller's key; empty if RAYFT_KEY is not set.
 
     Raises:
-        ResourceError: if no header can hold the key.
+        ResourceError: if the key can't be part of a header.
     """
     key = os.environ.get(KEY)
     if key is None:

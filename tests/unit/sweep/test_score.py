@@ -1,4 +1,4 @@
-"""Scoring an adapter leaves the base and its head unchanged."""
+"""Scoring leaves the base and its head unchanged, and says for how many answers the scorer failed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_base_is_scored_with_its_own_head(
     # Of a sample, each example's score is that which it has among all, and the numbers of those done rise.
     done: list[tuple[int, int]] = []
     request = ScoreRequest(run, ("val", "test"), examples=4)
-    few = run_score(request, session, lambda *counts: done.append(counts))
+    few = run_score(request, session, progress=lambda *counts: done.append(counts))
     assert few["val"] == [base[0], base[2], base[5], base[7]]
     assert done == [(4, 8), (8, 8)]
 
@@ -59,3 +59,30 @@ def test_the_base_is_scored_with_its_own_head(
 )
 def test_a_sample_has_equal_distances(total: int, most: int | None, found: list[int]) -> None:
     assert sample(total, most) == found
+
+
+def test_answers_for_which_the_scorer_raises_are_reported(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"box {number}?", "completion": "5"} for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "own.py").write_text("def grade(answer, expected, question): return len(answer) and None")
+    scorer = {"kind": "python", "function": f"{tmp_path / 'own.py'}:grade"}
+    data = {"source": "jsonl", "name": str(tmp_path / "rows.jsonl"), "val": 4, "test": 4, "scorer": scorer}
+    run = parse(
+        RunConfig,
+        {
+            "model": {"name": str(tiny_folder)},
+            "data": data,
+            "scale": {"device": "cpu", "dtype": "float32", "zero": 0, "threads": 1},
+            "evaluate": {"max_new_tokens": 2},
+        },
+    )
+    said: list[str] = []
+    found = run_score(ScoreRequest(run, ("val",)), Session.open(run, Worker()), said.append)
+    assert found == {"val": [0.0] * 4}
+    assert said == [
+        "base, val: the scorer raised an error for 4 of 4 answers, which score 0; the first: TypeError: "
+        "float() argument must be a string or a real number, not 'NoneType'"
+    ]

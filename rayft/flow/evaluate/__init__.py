@@ -1,0 +1,1 @@
+"""`rayft eval`: score adapters and models on your data, or on tasks of lm-evaluation-harness."""

@@ -1,0 +1,60 @@
+"""Tasks of lm-evaluation-harness through the server have the scores that they have in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rayft.errors import ModelError, ResourceError
+from rayft.flow.evaluate.record import Evaluation
+from rayft.flow.evaluate.request import EvaluateRequest
+from rayft.flow.evaluate.run import evaluate
+from rayft.numerics import assert_close
+from tests.integration.one_server.server import Server
+from tests.integration.serving import HEADERS
+from tests.unit.flow.evaluate.tasks import TASKS, save_tasks
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture
+def include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RAYFT_KEY", HEADERS["Authorization"].removeprefix("Bearer "))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.chdir(tmp_path)
+    return save_tasks(tmp_path / "tasks")
+
+
+def run(include: Path, *targets: str, **options: Any) -> Evaluation:
+    return evaluate(EvaluateRequest(targets, tasks=TASKS, include=include, **options))
+
+
+def test_the_server_and_peft_give_the_same_scores(restored: Server, include: Path, tiny_folder: Path) -> None:
+    names = {"base": str(tiny_folder), "large": restored.adapters["large"]}
+    own = {"base": str(tiny_folder), "overrides": ("scale.dtype=float32", "scale.device=cpu")}
+    served = run(include, *names, url=f"{restored.url}/v1").targets
+    here = run(include, *names.values(), **own).targets
+    low = run(include, "squeezed@r2", url=f"{restored.url}/v1").targets
+    low_here = run(include, restored.adapters["squeezed"], rank=2, **own).targets
+    for one, other in zip((*served, *low), (*here, *low_here), strict=True):
+        assert [(m.task, m.metric) for m in one.measures] == [(m.task, m.metric) for m in other.measures]
+        assert [m.values for m in one.measures] == [m.values for m in other.measures]
+        values = [torch.tensor([m.score.value for m in side.measures]) for side in (one, other)]
+        assert_close(values[0], values[1], torch.float32, 64, 4)
+    bits = [target.measures[1].score.value for target in (*served, *low)]
+    assert len(set(bits)) == 3
+
+
+def test_a_server_that_does_not_serve_the_target_is_an_error(
+    restored: Server, include: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ModelError, match=r"does not serve 'larg'; did you mean 'large'"):
+        run(include, "larg", url=f"{restored.url}/v1")
+    with pytest.raises(ModelError, match="no model 'nobody'"):
+        run(include, "large", url=f"{restored.url}/v1", base="nobody")
+    monkeypatch.setenv("RAYFT_KEY", "wrong")
+    with pytest.raises(ResourceError, match=r"answers 401 .*RAYFT_KEY"):
+        run(include, "large", url=f"{restored.url}/v1")

@@ -1,0 +1,205 @@
+"""What is evaluated on a configuration's data, and what is refused before weights are loaded."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from rich.console import Console
+from typer.testing import CliRunner
+
+from rayft.cli import app
+from rayft.errors import RayftError
+from rayft.evaluate.compare import interval, paired
+from rayft.evaluate.tasks import score
+from rayft.flow.config import load_config
+from rayft.flow.evaluate.record import Evaluation
+from rayft.flow.evaluate.request import EvaluateRequest
+from rayft.flow.evaluate.run import evaluate
+from rayft.flow.evaluate.show import show_scores
+from rayft.models.inject import attach
+from rayft.numerics import assert_close
+from rayft.registry.store import MlflowRegistry
+from rayft.tracking import TrackerSpec
+from rayft.tracking.mlflow import MlflowTracker
+from rayft.train.session import Session
+from rayft.train.trainer import validation_loss
+from rayft.train.worker import Worker
+from tests.unit.flow.evaluate.conftest import Here
+
+
+def ask(*targets: str, **options: Any) -> EvaluateRequest:
+    return EvaluateRequest(targets, **{"config": "config.yaml", **options})
+
+
+def test_two_targets_have_the_scores_and_losses_of_their_models(here: Here) -> None:
+    adapter = here.adapter("one")
+    said: list[str] = []
+    found = evaluate(ask(here.save("one", adapter), str(here.model), part="val"), said.append)
+    one, base = found.targets
+    session = Session.open(load_config("config.yaml").run(), Worker())
+    assert found.data == session.parts.digest
+
+    def expected() -> tuple[tuple[float, ...], float]:
+        loaded, parts = session.loaded, session.parts
+        scores = score(loaded.model, loaded.tokenizer, parts.val, parts.scorer, max_new_tokens=4)
+        return scores.values, validation_loss(session)
+
+    for target, loaded in ((base, None), (one, adapter)):
+        if loaded is not None:
+            attach(session.loaded.model, loaded)
+        values, loss = expected()
+        (measure,) = target.measures
+        assert (measure.task, measure.metric, measure.values) == ("val", "python", values)
+        assert (measure.score.low, measure.score.high) == interval(values)
+        assert target.loss is not None
+        assert_close(torch.tensor(target.loss), torch.tensor(loss), torch.float32, 128, 2)
+    assert one.measures[0].values != base.measures[0].values
+    assert (one.content, base.content) == (adapter.content_hash, "")
+    (difference,) = found.differences
+    both = paired(one.measures[0].values, base.measures[0].values)
+    assert (difference.value, difference.p_value) == (both.difference, both.p_value)
+    assert said == ["not tracked: name an MLflow server with --uri or MLFLOW_TRACKING_URI"]
+
+
+def test_a_prefix_is_the_adapter_at_that_rank(here: Here) -> None:
+    whole = here.squeezed("one")
+    folders = here.save("whole", whole), here.save("low", whole.at_rank(2))
+    low = evaluate(ask(folders[1])).targets[0]
+    prefix = evaluate(ask(folders[0], rank=2)).targets[0]
+    assert prefix.name == f"{folders[0]}@r2"
+    assert (prefix.content, prefix.loss, prefix.answers) == (low.content, low.loss, low.answers)
+    assert evaluate(ask(folders[0])).targets[0].answers != low.answers
+
+
+def test_the_command_prints_answers_and_scores_and_writes_them(here: Here) -> None:
+    folder = here.save("one", here.adapter("one"))
+    arguments = ["eval", folder, str(here.model), "--config", "config.yaml", "--samples", "12"]
+    shown = CliRunner().invoke(app, [*arguments, "--show", "2", "--out", "result.json"])
+    assert shown.exit_code == 0, shown.output
+    found = Evaluation.model_validate_json(Path("result.json").read_text())
+    first = found.targets[0].answers[0]
+    assert "  not tracked: " in shown.output
+    lines = shown.output.splitlines()
+    assert lines[2:5] == ["1", f"question: {first.question}", f"wanted: {first.wanted}"]
+    assert sum(line.startswith("got, ") for line in lines) == 4
+    assert any(line.startswith("test, python: ") and "p = " in line for line in lines)
+    shown = CliRunner().invoke(app, [*arguments, "--out", "result.json"])
+    assert "holds an evaluation" in str(shown.exception)
+    shown = CliRunner().invoke(app, [*arguments, "--out", "result.json", "--overwrite"])
+    assert shown.exit_code == 0, shown.output
+
+
+def test_answers_for_which_the_scorer_raises_are_counted(here: Here) -> None:
+    (here.folder / "own.py").write_text("def grade(answer, expected, question):\n    return 1 / 0\n")
+    found = evaluate(ask(str(here.model), samples=5))
+    (target,) = found.targets
+    assert target.measures[0].values == (0.0,) * 5
+    assert target.problem == (
+        "the scorer raised an error for 5 of 5 answers, which score 0; the first: ZeroDivisionError: "
+        "division by zero"
+    )
+    printed = io.StringIO()
+    show_scores(found, Console(file=printed))
+    assert target.problem in printed.getvalue()
+
+
+def test_classes_are_shown_by_name_and_raw_text_has_a_loss_alone(here: Here) -> None:
+    rows: list[Mapping[str, str]] = [
+        {"text": f"{'ab'[n % 2]}{n:03d}", "label": "ab"[n % 2]} for n in range(30)
+    ]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plain = ("data.scorer={}",)
+    classes = ("model={name: tiny-bert, task: sequence_classification}",)
+    (target,) = evaluate(ask("tiny-bert", overrides=(*plain, *classes))).targets
+    assert target.measures[0].metric == "class"
+    assert {answer.got for answer in target.answers} <= {"a", "b"}
+    (target,) = evaluate(ask(str(here.model), overrides=(*plain, "data.format=text"))).targets
+    assert (target.measures, target.answers) == ((), ())
+    assert target.loss is not None
+    assert target.loss > 0
+
+
+def test_an_evaluation_has_a_run_of_its_own(here: Here, spec: TrackerSpec) -> None:
+    adapter = here.adapter("one")
+    folder = here.save("one", adapter)
+    with MlflowTracker(spec) as tracker:
+        trained = tracker.run("trial", "trial")
+        tracker.params(trained, {"adapter_hash": adapter.content_hash})
+        tracker.finish(trained)
+    client = MlflowClient(spec.uri)
+    request = ask(folder, str(here.model), uri=spec.uri, out=here.folder / "result.json", overwrite=True)
+    for _ in range(2):
+        found = evaluate(request)
+        runs = [
+            run
+            for run in client.search_runs([spec.experiment_id])
+            if run.data.tags.get("rayft.kind") == "evaluation"
+        ]
+        (run,) = runs
+        assert run.data.tags["mlflow.parentRunId"] == trained
+        assert run.data.params["target_hash"] == adapter.content_hash
+        assert run.data.params["data_digest"] == found.data
+        assert run.data.metrics["test/python"] == found.targets[0].measures[0].score.value
+        assert run.data.metrics["other_loss"] == found.targets[1].loss
+        assert run.data.metrics["difference/test/python_p"] == found.differences[0].p_value
+        assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["result.json"]
+    # Other data is another evaluation.
+    Path("own.py").write_text(Path("own.py").read_text() + "\n")
+    evaluate(request)
+    assert len(client.search_runs([spec.experiment_id])) == 3
+
+
+def test_a_registered_adapter_is_fetched(here: Here, spec: TrackerSpec) -> None:
+    adapter = here.adapter("one")
+    folder = here.save("one", adapter)
+    with MlflowTracker(spec) as tracker:
+        run = tracker.run("trial", "trial")
+    registry = MlflowRegistry(spec.uri)
+    registry.alias("answers", "champion", registry.register("answers", run, folder, {}))
+    found = evaluate(ask("models:/answers@champion", uri=spec.uri))
+    assert found.targets[0].answers == evaluate(ask(folder)).targets[0].answers
+    with pytest.raises(RayftError, match="answers has no alias 'champio'; did you mean 'champion'"):
+        evaluate(ask("models:/answers@champio", uri=spec.uri))
+
+
+def test_what_cannot_be_evaluated_is_refused_before_weights_are_loaded(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, other = here.save("plain", here.adapter("plain")), here.save("x", here.adapter("x", base="0" * 16))
+    Path("empty").mkdir()
+    Path("notes.json").write_text("{}")
+    (here.folder / "broken.yaml").write_text(Path("config.yaml").read_text().replace("own.py", "none.py"))
+    monkeypatch.setattr("rayft.train.session.load_model", None)
+    model = str(here.model)
+    problems: list[tuple[str, EvaluateRequest]] = [
+        ("no model 'nobody'", ask("nobody")),
+        ("holds neither an adapter", ask("empty")),
+        ("is no adapter, so it has no rank", ask(model, rank=2)),
+        ("was never squeezed", ask(plain, rank=2)),
+        ("was made for the base", ask(plain, other)),
+        ("lies in no folder of a sweep", ask(plain, config=None)),
+        ("there are 3 targets", ask(plain, plain, plain)),
+        ("--part train: write val or test", ask(plain, part="train")),
+        ("--samples 0: write 1 or more", ask(plain, samples=0)),
+        ("--url is for tasks", ask(plain, url="http://127.0.0.1:1/v1")),
+        ("--include is for tasks", ask(plain, include=here.folder)),
+        ("none.py can't be read", ask(plain, config="broken.yaml")),
+        (
+            "pattern is not a regular expression",
+            ask(plain, overrides=("data.scorer={kind: regex, pattern: (}",)),
+        ),
+        ("Input should be 'exact'", ask(plain, overrides=("data.scorer={kind: bleu}",))),
+        ("was not written by `rayft eval`", ask(plain, out=Path("notes.json"), overwrite=True)),
+        ("no GPU is here", ask(plain, overrides=("scale.device=cuda",))),
+    ]
+    for problem, request in problems:
+        with pytest.raises(RayftError, match=problem):
+            evaluate(request)
+    assert Path("notes.json").read_text() == "{}"
