@@ -89,7 +89,7 @@ def _front_matter(subject: Subject) -> str:
         results.append(
             EvalResult(
                 task_type=PIPELINES[meta.task],
-                dataset_type=scores.record.task,
+                dataset_type=_served(scores.record.task),
                 dataset_name=scores.record.task,
                 dataset_split="test",
                 metric_type=scores.record.metric.replace(" ", "_"),

@@ -203,7 +203,9 @@ def _write_merged(job: _Job, base: Base, place: Path) -> Rounding:
 def _card(job: _Job, artifact: AdapterArtifact) -> str:
     labels = job.base.config.num_labels if job.base is not None and artifact.heads else None
     scores = find_scores(job.source, job.sweep)
-    return card(Subject(artifact, job.source.name, job.named, scores, labels))
+    # In a sweep, the folders of adapters are called `winner`, `adapter` or `r8`.
+    name = scores.record.name if scores is not None else job.source.name
+    return card(Subject(artifact, name, job.named, scores, labels))
 
 
 def _notes(job: _Job, rounding: Rounding | None) -> tuple[str, ...]:

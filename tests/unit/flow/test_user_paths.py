@@ -80,6 +80,9 @@ FOLDERS: dict[str, Callable[[Path, str], list[str]]] = {
         "sweep", sweep(folder, tracking={"uri": f"sqlite:///{bad}/mlflow.db"})
     ],
     "squeeze --out": lambda folder, bad: ["squeeze", ".", "--rank", "2", "--out", bad],
+    "export --merged": lambda folder, bad: ["export", "adapter", "--merged", f"{bad}/merged"],
+    "export --gguf": lambda folder, bad: ["export", ".", "--gguf", f"{bad}/a.gguf"],
+    "export --card": lambda folder, bad: ["export", ".", "--card", f"{bad}/card.md"],
     "analyze --out": lambda folder, bad: ["analyze", ".", "--out", bad],
     "report --output": lambda folder, bad: ["report", record(folder), "-o", f"{bad}/page.html"],
     "serve fetched": lambda folder, bad: [
@@ -112,6 +115,10 @@ READ: dict[str, Callable[[Path, str], list[str]]] = {
     ],
     "squeeze ADAPTER": lambda _, bad: ["squeeze", bad, "--rank", "2", "--out", "out"],
     "squeeze --out": lambda _, bad: ["squeeze", ".", "--rank", "2", "--out", bad],
+    "export ADAPTER": lambda _, bad: ["export", bad, "--vllm", "out"],
+    "export --base": lambda _, bad: ["export", ".", "--vllm", "out", "--base", bad],
+    "export --sweep": lambda _, bad: ["export", ".", "--vllm", "out", "--sweep", bad],
+    "export --uri": lambda _, bad: ["export", "models:/tiny", "--vllm", "out", "--uri", bad],
     "analyze TARGET": lambda _, bad: ["analyze", bad],
     "analyze --uri": lambda _, bad: ["analyze", "0" * 32, "--uri", bad],
     "report SWEEP": lambda _, bad: ["report", bad],

@@ -197,6 +197,13 @@ def sweep(tmp_path: Path) -> Path:
     return folder
 
 
+def test_the_card_of_a_sweeps_adapter_has_the_name_of_the_sweep(sweep: Path, tmp_path: Path) -> None:
+    export_adapter(sweep / "winner", card=tmp_path / "card.md")
+    text = (tmp_path / "card.md").read_text()
+    assert "\n# sums\n" in text
+    assert "| this adapter | 0.80 | 0.75 [0.68, 0.81] (n = 200) |" in text
+
+
 @pytest.mark.parametrize(("place", "val"), [("trials/k/adapter", 0.8), ("winner", 0.8), ("squeezed/r2", 0.7)])
 def test_scores_are_found_by_the_folder(sweep: Path, place: str, val: float) -> None:
     source = open_source(sweep / place, None)
