@@ -83,7 +83,7 @@ def run_score(
             values, problem = _score(examples[worker.rank :: worker.world], request, session, watch.add)
             found[part], problems = _gather(values, problem, len(examples), session)
             if problems and worker.rank == 0:
-                note(f"{Path(request.adapter).name if request.adapter else 'base'}, {part}: {problems}")
+                note(f"{_name(request)}, {part}: {problems}")
     finally:
         clear(model)
     return found
@@ -145,6 +145,13 @@ def _gather(
     first = next((why for _, (count, why) in shares if count), "")
     ordered = [shares[index % world][0][index // world] for index in range(total)]
     return ordered, failures_text(failures, total, first) if failures else ""
+
+
+def _name(request: ScoreRequest) -> str:
+    if request.adapter is None:
+        return "base" if request.style == "as_is" else f"base, {request.style}"
+    # Of a trial: its key, and `adapter`.
+    return "/".join(Path(request.adapter).parts[-2:])
 
 
 def failures_text(failures: int, total: int, first: str) -> str:

@@ -50,7 +50,7 @@ def on_data(
     Args:
         targets: adapters for the base of the settings, or models.
         settings: names base and data.
-        sweep: the sweep that the settings are those of, whose data and base must be the present ones.
+        sweep: a sweep whose data and base must be the present ones; None for no such comparison.
         part: part of the data.
         samples: number of examples, from the first; None for all.
         say: called with what was dropped of the data.

@@ -177,8 +177,10 @@ def process_model(
         device: where to compute.
         scratch: folder for the prefix of an adapter, which is saved for PEFT.
     """
-    from lm_eval.models.huggingface import HFLM
-
+    try:
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise ResourceError(MISSING.format(error)) from error
     config = base if target.adapter is not None else base.model_copy(update={"name": target.model})
     folder = target.folder
     if target.adapter is not None and target.prefix:
@@ -209,6 +211,7 @@ def served_model(url: str, name: str, base: str | None) -> Any:
     Raises:
         ResourceError: if the server can't be reached, or refuses.
         ModelError: if it does not serve the name, or the base's tokenizer is not here.
+        ResourceError: if lm_eval lacks the packages for servers.
     """
     url = url.rstrip("/")
     cards = _cards(url)
@@ -224,8 +227,10 @@ def served_model(url: str, name: str, base: str | None) -> Any:
         )
     settings = load_skeleton(config).config
     encoder = load_encoder(config, settings)
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
-
+    try:
+        from lm_eval.models.openai_completions import LocalCompletionsAPI
+    except ImportError as error:
+        raise ResourceError(MISSING.format(error)) from error
     with _quiet():
         return LocalCompletionsAPI(
             base_url=f"{url}/completions",

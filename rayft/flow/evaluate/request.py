@@ -24,14 +24,16 @@ class EvaluateRequest:
     """A request to evaluate one target, or to compare two."""
 
     targets: tuple[str, ...]
-    """Folders of adapters or models, names of models, `models:/…`; with `url`, names that it serves."""
+    """Folders of adapters or models, names of models, `models:/…`; an adapter's rank may follow (`@r4`). With
+    `url`, names that it serves."""
     config: str | Path | PipelineConfig | None = None
     """Configuration that names base and data, or its file; that of the targets' sweep if not given."""
     overrides: tuple[str, ...] = ()
     """Settings of the configuration's file."""
     part: Literal["val", "test"] = "test"
     rank: int | None = None
-    """Rank of the prefix of squeezed adapters that is evaluated; None for the whole adapters."""
+    """Rank of the prefix of squeezed adapters that is evaluated, where a target names none; None for the
+    whole adapters."""
     samples: int | None = None
     """Number of questions, from the first; of each task, if there are tasks. None for all."""
     tasks: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rayft.config import leaves
-from rayft.errors import ConfigError
+from rayft.errors import ConfigError, SqueezeError
 from rayft.flow.config import PipelineConfig
 from rayft.flow.evaluate.data import device_of, on_data
 from rayft.flow.evaluate.harness import Harness, process_model, served_model
@@ -47,9 +47,13 @@ def evaluate(request: EvaluateRequest, say: Callable[[str], None] = lambda _: No
         scratch, targets = Path(folder), []
         if request.url is None:
             targets = [find_target(text, request.rank, about.place.uri, scratch) for text in request.targets]
+            if request.rank is not None and all(target.adapter is None for target in targets):
+                raise SqueezeError(f"{request.targets[0]} is no adapter, so it has no rank; leave out --rank")
         if harness is None:
             assert isinstance(about.settings, PipelineConfig)
-            found = on_data(targets, about.settings, about.sweep, request.part, request.samples, say)
+            # With other settings than the sweep's, data or base may be meant to be others.
+            sweep = None if request.overrides or request.base else about.sweep
+            found = on_data(targets, about.settings, sweep, request.part, request.samples, say)
         else:
             found = _on_tasks(request, about, harness, targets, scratch)
     found = found.model_copy(update={"differences": differences(found.targets)})

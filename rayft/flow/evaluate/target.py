@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from rayft.peft.folder import Artifact, PeftFolder, load_adapter
 from rayft.registry.store import MlflowRegistry
 
 __all__ = ["Target", "find_target", "sweep_above"]
+
+_RANKED = re.compile(r"(?P<text>models:/[^@]+(?:@[^@]+|/\d+)|(?!models:/).+)@r(?P<rank>\d+)")
+"""A target with a rank. `models:/name@r4` is an alias."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,9 @@ def find_target(text: str, rank: int | None, registry: str, scratch: Path) -> Ta
     """Return what a target stands for.
 
     Args:
-        text: a folder of an adapter or of a model, the name of a model, or `models:/name@alias`.
-        rank: the rank of the adapter's prefix; None for the whole adapter.
+        text: a folder of an adapter or of a model, the name of a model, or `models:/name@alias`. A rank may
+            follow, as in `folder@r4` or `models:/name@alias@r4`.
+        rank: the rank of the prefix of an adapter whose text names none; None for the whole adapter.
         registry: URI of MLflow, for `models:/…`.
         scratch: folder for what is fetched from the registry.
 
@@ -50,26 +55,29 @@ def find_target(text: str, rank: int | None, registry: str, scratch: Path) -> Ta
         ArtifactError: if an adapter can't be read, or a folder holds neither an adapter nor a model.
         ModelError: if there is no such model.
         RegistryError: if there is no such version or alias.
-        SqueezeError: if a rank is asked for, and the target is no squeezed adapter.
+        SqueezeError: if a rank is asked for, and the adapter was never squeezed; or if the text names a rank,
+            and the target is a model.
     """
     checked_text(text, "the target")
+    if own := _RANKED.fullmatch(text):
+        text, rank = own["text"], int(own["rank"])
     if text.startswith("models:/"):
         folder = MlflowRegistry(registry).fetch(text, scratch / "registry")
     else:
         folder = read_path(text, "the target").absolute()
     if not (folder / CONFIG_FILE).is_file():
-        return _model(text, folder, rank)
+        if own:
+            raise SqueezeError(f"{text} is no adapter, so it has no rank; leave out @r{rank}")
+        return _model(text, folder)
     adapter = load_adapter(folder)
     if rank is None:
         return Target(text, folder, adapter)
     if isinstance(adapter, PeftFolder):
-        raise SqueezeError(f"{text} has no factors, so it has no prefix of rank {rank}; leave out --rank")
+        raise SqueezeError(f"{text} has no factors, so it has no prefix of rank {rank}")
     return Target(f"{text}@r{rank}", folder, adapter.at_rank(rank), prefix=True)
 
 
-def _model(text: str, folder: Path, rank: int | None) -> Target:
-    if rank is not None:
-        raise SqueezeError(f"{text} is no adapter, so it has no rank; leave out --rank")
+def _model(text: str, folder: Path) -> Target:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ArtifactError(
             f"{folder} holds neither an adapter ({CONFIG_FILE}) nor a model (config.json); give the folder "

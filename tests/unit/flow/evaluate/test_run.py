@@ -75,7 +75,14 @@ def test_a_prefix_is_the_adapter_at_that_rank(here: Here) -> None:
     prefix = evaluate(ask(folders[0], rank=2)).targets[0]
     assert prefix.name == f"{folders[0]}@r2"
     assert (prefix.content, prefix.loss, prefix.answers) == (low.content, low.loss, low.answers)
-    assert evaluate(ask(folders[0])).targets[0].answers != low.answers
+    both = evaluate(ask(f"{folders[0]}@r2", folders[0])).targets
+    assert both[0] == prefix
+    assert both[1].answers != low.answers
+    # A model beside an adapter has no rank.
+    assert [one.name for one in evaluate(ask(folders[0], str(here.model), rank=2)).targets] == [
+        prefix.name,
+        str(here.model),
+    ]
 
 
 def test_the_command_prints_answers_and_scores_and_writes_them(here: Here) -> None:
@@ -165,6 +172,8 @@ def test_a_registered_adapter_is_fetched(here: Here, spec: TrackerSpec) -> None:
     registry.alias("answers", "champion", registry.register("answers", run, folder, {}))
     found = evaluate(ask("models:/answers@champion", uri=spec.uri))
     assert found.targets[0].answers == evaluate(ask(folder)).targets[0].answers
+    with pytest.raises(RayftError, match="was never squeezed"):
+        evaluate(ask("models:/answers@champion@r2", uri=spec.uri))
     with pytest.raises(RayftError, match="answers has no alias 'champio'; did you mean 'champion'"):
         evaluate(ask("models:/answers@champio", uri=spec.uri))
 
@@ -182,6 +191,7 @@ def test_what_cannot_be_evaluated_is_refused_before_weights_are_loaded(
         ("no model 'nobody'", ask("nobody")),
         ("holds neither an adapter", ask("empty")),
         ("is no adapter, so it has no rank", ask(model, rank=2)),
+        ("is no adapter, so it has no rank; leave out @r2", ask(f"{model}@r2")),
         ("was never squeezed", ask(plain, rank=2)),
         ("was made for the base", ask(plain, other)),
         ("lies in no folder of a sweep", ask(plain, config=None)),
