@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -163,7 +164,10 @@ def generate(
     handle = model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     try:
         for batch in _by_length(prompts, batch_size):
-            found = _continue_batch(model, [prompts[index] for index in batch], max_new_tokens, ends)
+            with warnings.catch_warnings():
+                # transformers 5.24 has a new name for the cache, which 5.17 does not know.
+                warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+                found = _continue_batch(model, [prompts[index] for index in batch], max_new_tokens, ends)
             for index, tokens in zip(batch, found, strict=True):
                 answers[index] = tokens
             answered(len(batch))

@@ -118,9 +118,9 @@ def known(request: EvaluateRequest) -> Known:
     tracking = settings.tracking
     if request.uri is not None:
         tracking = tracking.model_copy(update={"uri": request.uri})
-    tracked = sweep is not None or bool(tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
     # Where the configuration's sweep has registered its winner, if that has run.
     own = settings.folder if isinstance(settings, PipelineConfig) and settings.folder.is_dir() else None
+    tracked = bool(sweep or own or tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
     place = tracker_spec(tracking, sweep or own or Path.cwd())
     return Known(settings, names_base, sweep, place, tracked)
 
