@@ -12,7 +12,7 @@ import torch
 from rayft.data.example import Example
 from rayft.data.pack import AnyBatch, collate_rows, rows_of
 from rayft.data.texts import lengths_of
-from rayft.errors import DataError, ResourceError
+from rayft.errors import ResourceError
 from rayft.evaluate.compare import interval
 from rayft.evaluate.loss import mean_loss
 from rayft.evaluate.tasks import score
@@ -126,8 +126,6 @@ def _measured(
         attach(model, target.adapter)
     model.eval()
     examples: Sequence[Example] = getattr(session.parts, part)[:samples]
-    if not examples:
-        raise DataError(f"the part {part} has no examples; choose the other one with --part")
     found = TargetResult(name=target.name, content=target.content, loss=_loss(session, part, samples))
     if not examples[0].messages and examples[0].label is None:
         return found  # Raw text has no question.

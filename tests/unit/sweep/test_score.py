@@ -12,6 +12,7 @@ from rayft.config import parse
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import clear, export, inject
 from rayft.sweep.score import ScoreRequest, run_score, sample
+from rayft.train.home import Home
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 from rayft.train.worker import Worker
@@ -80,7 +81,16 @@ def test_answers_for_which_the_scorer_raises_are_reported(
         },
     )
     said: list[str] = []
-    found = run_score(ScoreRequest(run, ("val",)), Session.open(run, Worker()), said.append)
+
+    class Remote(Home):
+        """The file of the function is elsewhere on this node."""
+
+        def local(self, path: str | Path) -> Path:
+            return tmp_path / "there.py" if Path(path).name == "own.py" else Path(path)
+
+    (tmp_path / "own.py").rename(tmp_path / "there.py")
+    session = Session.open(run, Worker(), Remote())
+    found = run_score(ScoreRequest(run, ("val",)), session, said.append)
     assert found == {"val": [0.0] * 4}
     assert said == [
         "base, val: the scorer raised an error for 4 of 4 answers, which score 0; the first: TypeError: "
