@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from rayft.errors import RayftError, ResourceError
 from rayft.files import disk_full, disk_full_error
 from rayft.flow.console import show_error
 from rayft.flow.interrupt import interrupts
+from rayft.flow.quiet import hide_known_lines
 from rayft.models.files import cache_folder, hub_cache
 
 __all__ = ["guarded"]
@@ -34,11 +34,7 @@ def guarded(command: Callable[[], object]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             # Where the output's encoding lacks a character, its code is printed.
             stream.reconfigure(errors="backslashreplace")
-    for name in ("alembic", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.model_registry.abstract_store").setLevel(logging.WARNING)
-    # It logs errors with a traceback, besides raising them.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    hide_known_lines()
     interrupts.install()
     try:
         command()
