@@ -580,7 +580,11 @@ def _without_gguf_bar() -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils
 
     reader: Any = modeling_gguf_pytorch_utils
-    shown = reader.tqdm
+    shown = getattr(reader, "tqdm", None)
+    if shown is None:
+        # A release of transformers that shows its bars in another way; a bar does no harm.
+        yield
+        return
     reader.tqdm = functools.partial(shown, disable=True)
     try:
         yield
