@@ -8,6 +8,8 @@ import typer
 
 from rayft.errors import ConfigError
 from rayft.flow.console import terminal
+from rayft.flow.guard import guarded
+from rayft.flow.introduction import introduce
 
 __all__ = ["app", "main"]
 
@@ -35,10 +37,11 @@ def demo(
     overrides: Overrides = None,
     stay: Annotated[bool, typer.Option(help="Keep serving until Ctrl-C.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a sweep with other settings in the demo's folder.")
+        bool, typer.Option("--overwrite", help="Start from nothing: delete the sweep in the demo's folder.")
     ] = False,
 ) -> None:
     """Run it all on this machine, on a small model: sweep, squeeze, register, report, serve, ask."""
+    introduce(overrides or [], console)
     from rayft.flow import commands
 
     commands.demo(overrides or [], console, stay=stay, overwrite=overwrite)
@@ -462,9 +465,7 @@ def clear_cache(kind: Kind) -> None:
 
 def main() -> None:
     """Run the command line."""
-    from rayft.flow import commands
-
-    commands.guarded(app)
+    guarded(app)
 
 
 if __name__ == "__main__":

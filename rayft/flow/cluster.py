@@ -22,6 +22,7 @@ from rayft.flow.address import default_folder, find_address, unreachable
 from rayft.flow.config import PipelineConfig
 from rayft.flow.console import show_error
 from rayft.flow.interrupt import end_at_once, interrupts
+from rayft.flow.quiet import hide_ray_lines
 from rayft.paths import check_folder, home, read_path, runs_folder
 from rayft.sweep.score import spread
 from rayft.tracking.base import TrackerSpec
@@ -154,6 +155,9 @@ def _settle_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Packages read their own files in the locale's encoding. Those of DeepSpeed are UTF-8 and fail in ASCII.
     os.environ["PYTHONUTF8"] = "1"
+    if interrupts.installed:
+        # This process is a command; a user's own program decides itself what it prints.
+        hide_ray_lines()
 
 
 def _settle_token() -> None:

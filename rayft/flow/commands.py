@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import json
-import logging
 import shlex
 import socket
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,19 +18,18 @@ from rich.text import Text
 
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import load
-from rayft.errors import ConfigError, RayftError, RegistryError, ResourceError, SqueezeError
-from rayft.files import disk_full, disk_full_error
+from rayft.errors import ConfigError, RegistryError, ResourceError, SqueezeError
 from rayft.flow.adapters import Action, adapters_table, call
 from rayft.flow.address import on_cluster
 from rayft.flow.cache import KINDS, Entry, Outcome, delete_all, entries, of_kind, shrink
 from rayft.flow.config import load_config, load_train_config
-from rayft.flow.console import show_error
 from rayft.flow.display import Display
 from rayft.flow.doctor import checks
+from rayft.flow.guard import guarded
 from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
 from rayft.kernels.launch_triton import kernel_cache
-from rayft.models.files import cache_folder, hub_cache
+from rayft.models.files import cache_folder
 from rayft.paths import check_file, check_folder, checked_text, read_path
 from rayft.registry.promote import Gate
 from rayft.registry.promote import promote as move_alias
@@ -73,43 +68,37 @@ __all__ = [
 ]
 
 
-SYSTEM = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST,
-    errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENODEV, errno.ENXIO, errno.EIO,
-)  # fmt: skip
-"""Error numbers of system calls that fail because of a path or a disk, not because of a fault in the code."""
-
-
 def demo(
     overrides: Sequence[str], console: Console, *, stay: bool = False, overwrite: bool = False
 ) -> SweepRecord:
-    """Run the packaged demo from the start, in place of an earlier demo with the same settings.
+    """Run the packaged demo. It starts from what an earlier demo with the same settings has left.
 
     Args:
         overrides: settings of the configuration, such as `sweep.trials=4`.
         console: for the output.
         stay: whether to serve until Ctrl-C.
-        overwrite: whether to replace a sweep with other settings in the demo's folder.
+        overwrite: whether to start from nothing, and delete the sweep in the demo's folder.
 
     Raises:
         ConfigError: if the folder holds another sweep (unless `overwrite`), or files that no sweep wrote.
         RayftError: as `run_demo`; UnfinishedError if there is a report, but something is left to do.
     """
     from rayft.flow.cluster import placed
-    from rayft.flow.demo import clear, run_demo
+    from rayft.flow.demo import earlier, run_demo
     from rayft.flow.sweep.publish import check_complete
 
     settings = placed(load_config("demo", overrides))
     output = settings.folder
-    clear(settings, overwrite=overwrite)
+    if there := earlier(settings, overwrite=overwrite):
+        console.print(there, highlight=False, soft_wrap=True)
     wait = (lambda: _stay(settings.serve.port, console)) if stay else None
     started, display = time.monotonic(), Display(console)
     try:
         record = run_demo(settings, display, wait)
     except KeyboardInterrupt:
-        # `rayft demo` would start from nothing; `rayft sweep demo` continues.
+        # The same command continues, but not with --overwrite.
         options = [part for override in overrides for part in ("--set", override)]
-        interrupts.resume = shlex.join(["rayft", "sweep", "demo", *options])
+        interrupts.resume = shlex.join(["rayft", "demo", *options, *(["--stay"] if stay else [])])
         raise
     _show(record, console)
     if record.served:
@@ -695,53 +684,6 @@ def clear_cache(kind: str, console: Console) -> None:
         ResourceError: if the cache can't be read, or something can't be deleted.
     """
     _show_deleted(delete_all(of_kind(_kept(), kind)), console)
-
-
-def guarded(command: Callable[[], object]) -> None:
-    """Run a command. An error that a user can correct ends it with one message and exit code 1, no traceback.
-
-    This includes what the system refuses (a path, a full disk) and no check has found. Ctrl-C ends the
-    command with exit code 130 and SIGTERM with 143, after it has saved its state.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # Where the output's encoding lacks a character, its code is printed.
-            stream.reconfigure(errors="backslashreplace")
-    for name in ("alembic", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.model_registry.abstract_store").setLevel(logging.WARNING)
-    # It logs errors with a traceback, besides raising them.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    interrupts.install()
-    try:
-        command()
-    except (KeyboardInterrupt, SystemExit):
-        # Typer turns a KeyboardInterrupt into an exit of its own.
-        if interrupts.received is None:
-            raise
-        interrupts.show()
-        sys.exit(interrupts.status)
-    except Exception as error:
-        if disk_full(error):
-            _end(disk_full_error(error, *_written_to()))
-        if isinstance(error, RayftError):
-            _end(error)
-        if not isinstance(error, OSError) or error.errno not in SYSTEM:
-            raise
-        what = f"{error.filename} can't be used" if error.filename else "the system refuses"
-        _end(ResourceError(f"{what} ({error.strerror}); correct that path, or give this user rights to it"))
-
-
-def _written_to() -> list[Path]:
-    """Return the folders that a command may write to besides those that the user named."""
-    from rayft.flow.cluster import temporary_folders
-
-    return [Path.cwd(), hub_cache(), cache_folder(), *temporary_folders()]
-
-
-def _end(error: RayftError) -> None:
-    show_error(error)
-    sys.exit(1)
 
 
 def _kept() -> list[Entry]:

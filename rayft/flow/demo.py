@@ -14,21 +14,26 @@ import ray.serve as ray_serve
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import load
 from rayft.data.source import read
-from rayft.errors import ResourceError
+from rayft.errors import ConfigError, ResourceError
 from rayft.flow.cluster import cluster
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
 from rayft.flow.selection import served_adapters
-from rayft.flow.sweep.folder import clear_folder, is_sweep
+from rayft.flow.sweep.folder import check_stamp, clear_folder, is_sweep
 from rayft.flow.sweep.run import run_sweep
 from rayft.report.record import Exchange, Served, SweepRecord
 from rayft.report.render import render
 from rayft.serving.build import preflight, run
 from rayft.serving.config import ServeConfig
+from rayft.sweep.result import RESULT_FILE
 
-__all__ = ["ask", "clear", "run_demo", "served_names", "wait_ready"]
+__all__ = ["ask", "earlier", "run_demo", "served_names", "wait_ready"]
 
+STAGES = (
+    "check", "start workers", "search", "score the trials", "squeeze", "register", "serve", "ask",
+)  # fmt: skip
+"""How the names of the demo's stages begin."""
 QUESTIONS = 3
 """How many test questions the server is asked."""
 
@@ -45,6 +50,7 @@ def run_demo(config: PipelineConfig, display: Display, stay: Callable[[], None] 
         RayftError: as `run_sweep` and the serving layer.
     """
     started = time.monotonic()
+    display.plan(*STAGES)
     _check_port(config)
     record = run_sweep(config, display)
     output = config.folder
@@ -57,23 +63,36 @@ def run_demo(config: PipelineConfig, display: Display, stay: Callable[[], None] 
     return record
 
 
-def clear(config: PipelineConfig, *, overwrite: bool) -> None:
-    """Delete what an earlier demo left in its folder.
-
-    A folder without a sweep is left as it is; the checks of the sweep refuse it if it would lose files.
+def earlier(config: PipelineConfig, *, overwrite: bool) -> str:
+    """Return what an earlier demo has left in the folder for this one to start from; empty if nothing.
 
     Args:
         config: the demo's.
-        overwrite: whether a sweep with other settings is deleted too.
+        overwrite: whether to delete it instead, also if it is a sweep with other settings.
 
     Raises:
-        ConfigError: if the folder holds another sweep, or anything that rayft did not write, or if another
-            command writes to it.
+        ConfigError: if the folder holds another sweep (unless `overwrite`). With `overwrite`: if it holds
+            anything that rayft did not write, or if another command writes to it.
         ArtifactError: if one of its adapter folders holds a user's files.
     """
-    if is_sweep(config.folder):
-        with hold(config.folder, "--set output=…"):
-            clear_folder(config, overwrite=overwrite)
+    folder = config.folder
+    if not is_sweep(folder):
+        # The checks of the sweep refuse the folder if it would lose files.
+        return ""
+    if overwrite:
+        with hold(folder, "--set output=…"):
+            clear_folder(config, overwrite=True)
+        return ""
+    try:
+        check_stamp(config, folder)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, as --overwrite does") from None
+    trained = len(list(folder.glob(f"trials/*/{RESULT_FILE}")))
+    adapters, them = ("adapter", "it") if trained == 1 else ("adapters", "them")
+    return (
+        f"{folder} holds an earlier demo with {trained} trained {adapters}: this one starts from {them} "
+        "(--overwrite starts from nothing)"
+    )
 
 
 def served_names(

@@ -1,4 +1,8 @@
-"""Show the progress of a command: its stages, a bar for each job, and the latest losses."""
+"""Show the progress of a command: its stages, a bar for each job, and the latest losses.
+
+In a terminal this is one live display at the bottom: the stage that runs, and below it a bar for each job.
+What is done is a line above it.
+"""
 
 from __future__ import annotations
 
@@ -61,20 +65,53 @@ class Display:
             console=self.console,
             transient=True,
         )
+        self._planned: tuple[str, ...] = ()
         self._tasks: dict[str, TaskID] = {}
         self._said: dict[str, str] = {}
         self._noticed = 0
+
+    def plan(self, *stages: str) -> None:
+        """Set the stages that follow, so that the live display shows how many there are.
+
+        Args:
+            stages: how their names begin, in their order. One that does not come is passed over.
+        """
+        self._planned = stages
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Show a stage of the flow for the length of a block, and keep its seconds in `timings`."""
         started = time.monotonic()
-        self.console.print(f"{name} …", style="bold" if self._live else None, highlight=False)
+        if not self._live:
+            self.console.print(f"{name} …", highlight=False)
+        with self._shown(), self._row(name):
+            try:
+                yield
+            finally:
+                self.timings[name] = self.timings.get(name, 0.0) + time.monotonic() - started
+        mark = "✓" if self._live else " "
+        self.console.print(f"{mark} {name}: {self.timings[name]:.1f} s", style="dim", highlight=False)
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """Show the live display for the length of a block, unless it is shown already or this is a log."""
+        if not self._live or self._progress.live.is_started:
+            yield
+            return
+        with self._progress:
+            yield
+
+    @contextmanager
+    def _row(self, name: str) -> Iterator[None]:
+        """Show a stage in the live display: as a bar over the planned stages if it is one of them."""
+        place = next((at for at, start in enumerate(self._planned) if name.startswith(start)), None)
+        of = "" if place is None else f"stage {place + 1} of {len(self._planned)}"
+        total = None if place is None else len(self._planned)
+        task = self._progress.add_task(name, total=total, completed=place or 0, note=of)
         try:
             yield
         finally:
-            self.timings[name] = self.timings.get(name, 0.0) + time.monotonic() - started
-        self.console.print(f"  {name}: {self.timings[name]:.1f} s", style="dim", highlight=False)
+            self._progress.remove_task(task)
 
     @contextmanager
     def watch(self, broker: Any, names: Callable[[str], str] = str) -> Iterator[None]:
@@ -86,19 +123,16 @@ class Display:
         """
         done = threading.Event()
         thread = threading.Thread(target=self._follow, args=(broker, names, done), daemon=True)
-        if self._live:
-            self._progress.start()
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            for task in self._tasks.values():
-                self._progress.remove_task(task)
-            self._tasks.clear()
-            if self._live:
-                self._progress.stop()
+        with self._shown():
+            thread.start()
+            try:
+                yield
+            finally:
+                done.set()
+                thread.join()
+                for task in self._tasks.values():
+                    self._progress.remove_task(task)
+                self._tasks.clear()
 
     def say(self, text: str) -> None:
         """Print a line unchanged: brackets and colons in it are not markup."""

@@ -28,7 +28,7 @@ from rayft.peft.folder import load_adapter
 from rayft.report.record import Score
 from rayft.sweep.executor import Executor
 from rayft.sweep.jobs import Job, Outcome
-from rayft.sweep.score import ScoreRequest
+from rayft.sweep.score import ScoreRequest, sample
 from rayft.sweep.search import Trial
 from rayft.train.run import RunConfig
 
@@ -163,7 +163,10 @@ def follows_from(request: ScoreRequest) -> dict[str, str]:
 
 
 def score_all(
-    executor: Executor, requests: Mapping[str, ScoreRequest], store: ScoreStore | None = None
+    executor: Executor,
+    requests: Mapping[str, ScoreRequest],
+    store: ScoreStore | None = None,
+    begin: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Measured]:
     """Score in all lanes at once.
 
@@ -174,9 +177,12 @@ def score_all(
         requests: name of what is scored → the request.
         store: where scores are kept as they arrive, and from where they are used again. Without it nothing
             is kept.
+        begin: called with the number of requests whose scores are not kept, if there are any.
     """
     found, follows = _kept(requests, store) if store else ({}, {})
     jobs = [Job.of(name, request) for name, request in requests.items() if name not in found]
+    if jobs:
+        begin(len(jobs))
     for name, scored in executor.run(jobs):
         found[name] = _measured(scored)
         if store and name in follows and not found[name].error:
@@ -224,10 +230,21 @@ def _measured(scored: Outcome[dict[str, list[float]]]) -> Measured:
     return Measured(error=scored.error) if scored.result is None else Measured(scored.result)
 
 
-def score_baselines(plan: Plan, executor: Executor, store: ScoreStore | None = None) -> dict[str, Measured]:
+def score_baselines(
+    plan: Plan,
+    executor: Executor,
+    store: ScoreStore | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Measured]:
     """Score the baselines: the base prompted in three ways, and the majority answer.
 
     The base answers a sample of a part that has more than `evaluate.base_examples`.
+
+    Args:
+        plan: the sweep's.
+        executor: of the lanes.
+        store: as for `score_all`.
+        say: called with how many questions the base answers, unless all its scores are kept.
 
     Returns:
         Name of a baseline → its scores on val and test.
@@ -253,7 +270,13 @@ def score_baselines(plan: Plan, executor: Executor, store: ScoreStore | None = N
             )
             for name, style in STYLES.items()
         }
-        found = score_all(executor, requests, store)
+        count = sum(len(sample(len(part), base_sample(plan))) for part in (plan.parts.val, plan.parts.test))
+        found = score_all(
+            executor,
+            requests,
+            store,
+            begin=lambda ways: say(f"the base answers {count} questions, asked in {ways} ways"),
+        )
         check_some(found)
     return {**found, "majority answer": Measured(guessed)}
 

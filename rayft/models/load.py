@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -481,7 +482,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     import transformers
 
     try:
-        with _quiet():
+        with _quiet(), _without_gguf_bar():
             tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             packed = transformers.AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32
@@ -571,3 +572,21 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _without_gguf_bar() -> Iterator[None]:
+    """Suppress the bar of transformers' reader of GGUF files, which its own setting of bars leaves on."""
+    from transformers import modeling_gguf_pytorch_utils
+
+    reader: Any = modeling_gguf_pytorch_utils
+    shown = getattr(reader, "tqdm", None)
+    if shown is None:
+        # A release of transformers that shows its bars in another way; a bar does no harm.
+        yield
+        return
+    reader.tqdm = functools.partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = shown

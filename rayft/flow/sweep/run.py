@@ -30,7 +30,6 @@ from rayft.models.methods import method
 from rayft.report.record import SweepRecord
 from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.result import damage, trial_folder
-from rayft.sweep.score import sample
 from rayft.sweep.search import Trial, search
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
 
@@ -150,15 +149,13 @@ class _Stages:
 
     def _score_base(self) -> None:
         display, plan = self._display, self._plan
-        if plan.run.model.task == "causal_lm":
-            most = scoring.base_sample(plan)
-            count = sum(len(sample(len(part), most)) for part in (plan.parts.val, plan.parts.test))
-            display.say(f"the base answers {count} questions, asked in three ways")
         with (
             display.stage("start workers, score the base"),
             display.watch(self._executor.broker, self.name),
         ):
-            self._found.baselines = scoring.score_baselines(plan, self._executor, self._store)
+            self._found.baselines = scoring.score_baselines(
+                plan, self._executor, self._store, say=display.say
+            )
         scoring.say_unscored(self._found.baselines, display.say)
 
     def _search(self) -> None:

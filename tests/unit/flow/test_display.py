@@ -91,3 +91,28 @@ def test_a_log_has_a_line_for_each_evaluation_of_a_run(monkeypatch: pytest.Monke
     assert lines[0] == "mine: step 10  training  loss 2.000  1,234 tokens/s"
     assert re.fullmatch(r"mine: step 20  training  [\d.]+ m?s left  val 1\.500  1,234 tokens/s", lines[1])
     assert lines[2:] == ["mine: step 100  done"]
+
+
+def test_a_terminal_shows_the_stage_that_runs_and_a_line_for_each_that_is_done() -> None:
+    said = io.StringIO()
+    console = Console(file=said, width=200, force_terminal=True, color_system=None)
+    display = Display(console)
+    display.plan("check", "search", "serve")
+    with display.stage("search (4 trials)"):
+        assert [(row.completed, row.total, row.fields["note"]) for row in display._progress.tasks] == [
+            (1, 3, "stage 2 of 3")
+        ]
+        assert display._progress.live.is_started
+    assert not display._progress.live.is_started
+    assert "✓ search (4 trials): 0.0 s\n" in said.getvalue()
+    assert "search (4 trials) …" not in said.getvalue()
+
+
+def test_a_log_gets_a_line_when_a_stage_begins_and_when_it_ends() -> None:
+    said = io.StringIO()
+    display = Display(Console(file=said, width=200))
+    with pytest.raises(DataError), display.stage("check"):
+        raise DataError(ODD)
+    with display.stage("search"):
+        pass
+    assert said.getvalue() == "check …\nsearch …\n  search: 0.0 s\n"

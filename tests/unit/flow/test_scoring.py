@@ -90,8 +90,12 @@ def test_the_base_answers_a_sample_of_long_parts(plan: Plan) -> None:
     assert [request.examples for request in asked.values()] == [None] * 3
     few = plan.run.evaluate.model_copy(update={"base_examples": 1})
     sampled = replace(plan, run=plan.run.model_copy(update={"evaluate": few}))
-    found = score_baselines(sampled, executor, store)
+    said: list[str] = []
+    found = score_baselines(sampled, executor, store, said.append)
     assert [request.examples for request in asked.values()] == [1] * 3
     assert len(executor.asked) == 6
+    assert said == ["the base answers 2 questions, asked in 3 ways"]
+    score_baselines(sampled, executor, store, said.append)
+    assert len(said) == 1, "kept answers are not given again"
     # The majority answer costs nothing.
     assert len(found["majority answer"].parts["test"]) == 2

@@ -18,7 +18,15 @@ from rayft.errors import ModelError
 from rayft.methods.base import MethodConfig
 from rayft.models.files import unused
 from rayft.models.inject import inject
-from rayft.models.load import LoadedModel, ModelConfig, fingerprint, load_model, load_skeleton, resolve
+from rayft.models.load import (
+    LoadedModel,
+    ModelConfig,
+    _without_gguf_bar,
+    fingerprint,
+    load_model,
+    load_skeleton,
+    resolve,
+)
 from tests.unit.damages import empty, half
 
 
@@ -130,6 +138,16 @@ def test_a_damaged_gguf_file_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b"GGUF" + b"\0" * 64)
     with pytest.raises(ModelError, match="whole GGUF file"):
         resolve(ModelConfig(name=str(file)))
+
+
+def test_reading_a_gguf_file_shows_no_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    shown = reader.tqdm
+    with _without_gguf_bar():
+        assert [*reader.tqdm([1, 2], desc="reading")] == [1, 2]
+    assert "reading" not in capfd.readouterr().err
+    assert reader.tqdm is shown
 
 
 def test_a_small_model_without_its_weights_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
