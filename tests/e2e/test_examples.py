@@ -28,7 +28,10 @@ from tests.e2e.warm import WarmWorkers
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 ROOT = Path(__file__).parents[2]
-TEXTS = ["model.name=tiny-llama", "optim.steps=4", "sweep.grace=4", "data.val=4", "data.test=4"]
+TEXTS = [
+    "model.name=tiny-llama", "optim.steps=4", "sweep.grace=4", "data.train=24", "data.val=4", "data.test=4",
+    "sweep.methods={lora: {ranks: [16], lr: [1e-2]}}",
+]  # fmt: skip
 
 
 def readme(example: str) -> list[list[str]]:
