@@ -81,7 +81,7 @@ def earlier(config: PipelineConfig, *, overwrite: bool) -> str:
         return ""
     if overwrite:
         with hold(folder, "--set output=…"):
-            clear_folder(config, overwrite=True)
+            clear_folder(folder)
         return ""
     try:
         check_stamp(config, folder)

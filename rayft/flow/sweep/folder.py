@@ -231,26 +231,18 @@ def make_folder(config: PipelineConfig, output: Path, identity: Identity, *, kee
         ) from error
 
 
-def clear_folder(config: PipelineConfig, *, overwrite: bool) -> None:
-    """Delete everything that a sweep with the same settings left in its folder.
+def clear_folder(output: Path) -> None:
+    """Delete everything that a sweep left in its folder, whatever its settings.
 
     The caller holds the folder (`rayft.flow.hold`).
 
     Args:
-        config: the sweep's.
-        overwrite: whether a sweep with other settings is deleted too.
+        output: the folder.
 
     Raises:
-        ConfigError: if the folder holds another sweep, or anything that rayft did not write.
+        ConfigError: if the folder holds anything that rayft did not write.
         ArtifactError: if one of its adapter folders holds a user's files.
     """
-    output = config.folder
-    stamp = (output / STAMP_FILE).read_text(encoding="utf-8")
-    if not (overwrite or stamp.startswith(stamp_line(config))):
-        raise ConfigError(
-            f"{output} holds a sweep with another configuration; choose another folder with --set output=…, "
-            "or replace it with --overwrite"
-        )
     others = sorted(path.name for path in output.iterdir() if not OWN.fullmatch(path.name))
     if others:
         raise ConfigError(

@@ -10,9 +10,8 @@ from rich.console import Console
 
 from rayft.artifacts import check_replaceable
 from rayft.errors import ArtifactError, ConfigError
-from rayft.flow import commands
+from rayft.flow import commands, demo
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.demo import clear
 from rayft.flow.sweep.folder import WRITTEN, check_stamp, discard_damaged
 from rayft.flow.sweep.preflight import Plan, preflight
 from rayft.identity import UNKNOWN
@@ -96,7 +95,7 @@ def test_the_folder_of_an_earlier_version_is_called_that(tmp_path: Path) -> None
         preflight(tiny(tmp_path))
 
 
-def test_the_demo_deletes_all_that_an_earlier_demo_wrote(tmp_path: Path) -> None:
+def test_the_demo_deletes_all_that_an_earlier_demo_wrote_if_it_is_told_to(tmp_path: Path) -> None:
     config = tiny(tmp_path)
     out = preflight(config).output
     (out / "trials" / "a").mkdir(parents=True)
@@ -104,7 +103,10 @@ def test_the_demo_deletes_all_that_an_earlier_demo_wrote(tmp_path: Path) -> None
         (out / name).write_text("{}")
     (tmp_path / "elsewhere").mkdir()
     (out / "plots").symlink_to(tmp_path / "elsewhere")
-    clear(config, overwrite=False)
+    before = contents(out)
+    assert "starts from" in demo.earlier(config, overwrite=False)
+    assert contents(out) == before
+    assert demo.earlier(config, overwrite=True) == ""
     assert not list(out.iterdir())
     assert (tmp_path / "elsewhere").is_dir()
 
@@ -114,21 +116,21 @@ def test_the_demo_deletes_nothing_that_it_did_not_write(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.yaml").write_text("mine: 1")
-    clear(config, overwrite=True)
+    assert demo.earlier(config, overwrite=True) == ""
     assert (out / "config.yaml").read_text() == "mine: 1"
     (out / "config.yaml").unlink()
     preflight(other)
     before = contents(out)
     with pytest.raises(ConfigError, match=r"another configuration.*--overwrite"):
-        clear(config, overwrite=False)
+        demo.earlier(config, overwrite=False)
     (out / "notes.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(ConfigError, match=r"another configuration|holds notes\.txt"):
-            clear(config, overwrite=overwrite)
+            demo.earlier(config, overwrite=overwrite)
     (out / "notes.txt").unlink()
     (random_adapter("a", {"up": (4, 4)}).save(out / "winner") / "notes.txt").write_text("mine")
     with pytest.raises(ArtifactError, match=r"winner holds notes\.txt"):
-        clear(config, overwrite=True)
+        demo.earlier(config, overwrite=True)
     assert contents(out).items() >= before.items()
 
 
