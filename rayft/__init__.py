@@ -10,16 +10,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayft.api import Adapter, Evaluation, Run, Squeezed, Sweep, evaluate, load, squeeze, sweep, train
+    from rayft.api import (
+        Adapter,
+        Evaluation,
+        Exported,
+        Run,
+        Squeezed,
+        Sweep,
+        evaluate,
+        export,
+        load,
+        squeeze,
+        sweep,
+        train,
+    )
 
 __all__ = [
     "Adapter",
     "Evaluation",
+    "Exported",
     "Run",
     "Squeezed",
     "Sweep",
     "__version__",
     "evaluate",
+    "export",
     "load",
     "squeeze",
     "sweep",

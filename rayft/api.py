@@ -28,6 +28,8 @@ from rayft.flow.display import Display
 from rayft.flow.evaluate.record import Evaluation
 from rayft.flow.evaluate.request import EvaluateRequest
 from rayft.flow.evaluate.run import evaluate as evaluate_targets
+from rayft.flow.export.run import Exported
+from rayft.flow.export.run import export_adapter as export
 from rayft.flow.origin import find_folder
 from rayft.flow.scoring import Measured
 from rayft.flow.squeeze.request import squeeze_request
@@ -46,10 +48,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "Evaluation",
+    "Exported",
     "Run",
     "Squeezed",
     "Sweep",
     "evaluate",
+    "export",
     "load",
     "squeeze",
     "sweep",
