@@ -62,7 +62,7 @@ class Parts:
     """The examples that were left out, and why."""
 
     def scored_by(self, scorer: Scorer) -> Parts:
-        """Return parts whose digests cover examples alone, with a scorer that the digests cover, too.
+        """Return these parts with a scorer, and add it to their digests, which must cover no scorer yet.
 
         Scores by another scorer are then never taken for scores on the same data. An exact match changes no
         digest.

@@ -39,6 +39,8 @@ class Scores:
     seconds: float
     failures: int
     """Number of answers for which the scorer raised an error; each of them scores 0."""
+    problem: str = ""
+    """The first of these errors."""
     answers: tuple[str, ...] = ()
     """What the model answered; for a classifier, the numbers of the classes."""
 
@@ -62,7 +64,7 @@ def score(
     shots: Sequence[Example] = (),
     max_new_tokens: int = 16,
     batch_size: int = 32,
-    scored: Callable[[int], None] = lambda _: None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Scores:
     """Score the answers of a language model, or the classes that a classifier predicts.
 
@@ -76,7 +78,7 @@ def score(
         max_new_tokens: longest answer; what the chat template makes a model write before its answer does not
             count.
         batch_size: number of sequences or images that run together.
-        scored: called after each batch with its number of examples.
+        advance: called after each batch with its number of examples.
 
     Raises:
         DataError: if there are no examples, a prompt is empty or does not fit the model, or images are given
@@ -84,16 +86,16 @@ def score(
     """
     if not examples:
         raise DataError("there are no examples to score")
-    start, failures = time.perf_counter(), scorer.failures
+    start, failures, scorer.problem = time.perf_counter(), scorer.failures, ""
     if examples[0].label is not None:
-        classes = _classify(model, tokenizer, examples, batch_size, scored)
+        classes = _classify(model, tokenizer, examples, batch_size, advance)
         values = [float(found == example.label) for found, example in zip(classes, examples, strict=True)]
         answers = [*map(str, classes)]
     else:
         if isinstance(tokenizer, ImageEncoder):
             raise DataError("an image classifier is scored on labelled images, and these have no class")
         prompts = [prompt_ids(example, tokenizer, style, shots) for example in examples]
-        answers = _answers(model, tokenizer, prompts, max_new_tokens, batch_size, scored)
+        answers = _answers(model, tokenizer, prompts, max_new_tokens, batch_size, advance)
         values = _scored(tokenizer, examples, answers, scorer)
     low, high = interval(values)
     return Scores(
@@ -104,6 +106,7 @@ def score(
         ci_high=high,
         seconds=time.perf_counter() - start,
         failures=scorer.failures - failures,
+        problem=scorer.problem,
         answers=tuple(answers),
     )
 
@@ -114,13 +117,13 @@ def _answers(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int,
-    scored: Callable[[int], None],
+    advance: Callable[[int], None],
 ) -> list[str]:
     """Generate answers to prompts, and return what the model writes after its reasoning."""
     chat_format = ChatFormat.of(tokenizer)
     # Tokens that a template makes a model write before its answer must not count as tokens of the answer.
     limit = max_new_tokens + chat_format.overhead
-    texts = generate(model, tokenizer, prompts, limit, batch_size, scored)
+    texts = generate(model, tokenizer, prompts, limit, batch_size, advance)
     return [
         chat_format.parse(text, in_block=chat_format.in_block(prompt)).content
         for prompt, text in zip(prompts, texts, strict=True)
@@ -145,12 +148,12 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int = 32,
-    answered: Callable[[int], None] = lambda _: None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """Continue prompts greedily, each until a turn or sequence ends, or for `max_new_tokens` tokens.
 
     Prompts of similar length run together, padded on the left. A sequence leaves its batch when it is done.
-    After each batch, `answered` is called with its number of prompts.
+    After each batch, `advance` is called with its number of prompts.
 
     Raises:
         DataError: if a prompt and its answer don't fit the model's context.
@@ -170,7 +173,7 @@ def generate(
                 found = _continue_batch(model, [prompts[index] for index in batch], max_new_tokens, ends)
             for index, tokens in zip(batch, found, strict=True):
                 answers[index] = tokens
-            answered(len(batch))
+            advance(len(batch))
     finally:
         handle.remove()
         model.train(training)
@@ -275,7 +278,7 @@ def _classify(
     encoder: PreTrainedTokenizerBase | ImageEncoder,
     examples: Sequence[Example],
     batch_size: int,
-    classified: Callable[[int], None],
+    advance: Callable[[int], None],
 ) -> list[int]:
     if isinstance(encoder, ImageEncoder) != (examples[0].image is not None):
         raise DataError("images are scored with an image classifier, and texts with a model of texts")
@@ -290,6 +293,6 @@ def _classify(
         logits = class_logits(model, tensors.to(model.device))
         for index, found in zip(batch, logits.argmax(-1).tolist(), strict=True):
             classes[index] = found
-        classified(len(batch))
+        advance(len(batch))
     model.train(training)
     return classes

@@ -10,7 +10,7 @@ from pathlib import Path
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ReportError
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.sweep.folder import STAMP_FILE, is_sweep
+from rayft.flow.sweep.folder import STAMP_FILE, is_sweep, sweep_above
 from rayft.report.record import SweepRecord, TrialRecord
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import find_adapter, prepare, resolve_runs
@@ -59,7 +59,7 @@ def find_origin(folder: Path, artifact: AdapterArtifact, config: Path | None) ->
     Raises:
         ConfigError: if the configuration is wrong.
     """
-    sweep = next((above for above in folder.resolve().parents if is_sweep(above)), None)
+    sweep = sweep_above(folder)
     stamp = config or (sweep / STAMP_FILE if sweep is not None else None)
     settings = load_config(stamp) if stamp is not None else None
     own = sweep if config is None else None

@@ -35,7 +35,6 @@ from rayft.train.run import RunConfig
 __all__ = [
     "Measured",
     "ScoreStore",
-    "base_sample",
     "check_some",
     "follows_from",
     "marked",
@@ -260,17 +259,18 @@ def score_baselines(
     }
     found = {}
     if plan.run.model.task == "causal_lm":
+        most = _base_sample(plan)
         requests = {
             name: ScoreRequest(
                 run=plan.run,
                 parts=("val", "test"),
                 style=style,  # type: ignore[arg-type]
                 expected=plan.identity,
-                examples=base_sample(plan),
+                examples=most,
             )
             for name, style in STYLES.items()
         }
-        count = sum(len(sample(len(part), base_sample(plan))) for part in (plan.parts.val, plan.parts.test))
+        count = sum(len(sample(len(part), most)) for part in (plan.parts.val, plan.parts.test))
         found = score_all(
             executor,
             requests,
@@ -281,7 +281,7 @@ def score_baselines(
     return {**found, "majority answer": Measured(guessed)}
 
 
-def base_sample(plan: Plan) -> int | None:
+def _base_sample(plan: Plan) -> int | None:
     """Return the most questions of a part that the base answers; None if it answers all."""
     most = plan.run.evaluate.base_examples
     return most if most < max(len(plan.parts.val), len(plan.parts.test)) else None

@@ -62,7 +62,7 @@ class SqueezeConfig(Section):
     """A rank is good enough if it keeps this share of the winner's validation score."""
 
     winners: int = Field(default=1, ge=1)
-    """How many of the best finished trials are squeezed."""
+    """How many of the best trials are squeezed."""
 
     cont: ContinueConfig | None = None
     """Also train each squeezed adapter for some more steps, and score the result."""

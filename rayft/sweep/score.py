@@ -127,9 +127,9 @@ def _score(
         shots=session.parts.train[: evaluate.shots],
         max_new_tokens=evaluate.max_new_tokens,
         batch_size=evaluate.batch_size,
-        scored=add,
+        advance=add,
     )
-    return list(scores.values), (scores.failures, session.parts.scorer.problem)
+    return list(scores.values), (scores.failures, scores.problem)
 
 
 def _gather(
@@ -144,7 +144,7 @@ def _gather(
     failures = sum(count for _, (count, _) in shares)
     first = next((why for _, (count, why) in shares if count), "")
     ordered = [shares[index % world][0][index // world] for index in range(total)]
-    return ordered, failures_text(failures, total, first) if failures else ""
+    return ordered, failures_text(failures, total, first)
 
 
 def _name(request: ScoreRequest) -> str:
@@ -155,5 +155,7 @@ def _name(request: ScoreRequest) -> str:
 
 
 def failures_text(failures: int, total: int, first: str) -> str:
-    """Return a sentence about answers for which the scorer raised an error."""
+    """Return a sentence about answers for which the scorer raised an error; empty if there are none."""
+    if not failures:
+        return ""
     return f"the scorer raised an error for {failures} of {total} answers, which score 0; the first: {first}"

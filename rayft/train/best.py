@@ -28,13 +28,6 @@ class Kept:
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Parameter path → value."""
 
-    @property
-    def bytes(self) -> int:
-        """Size of the numbers."""
-        if self.artifact is not None:
-            return 4 * self.artifact.parameters
-        return sum(value.nbytes for value in self.weights.values())
-
     def save(self, folder: Path) -> None:
         """Write the folder."""
         if self.artifact is not None:

@@ -57,7 +57,7 @@ def save(
         with worker.together():
             _write(folder, tag, engine)
             if best is not None:
-                with room_on(folder, best.bytes):
+                with room_on(folder):
                     best.save(place / BEST)
         with worker.together():
             home.send(place)

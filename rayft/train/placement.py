@@ -82,18 +82,17 @@ def place(run: RunConfig, session: Session) -> Placement:
     if scale.device != "cuda" or scale.zero == 3 or None not in given:
         return Placement(scale.accumulation or 1, bool(scale.activation_checkpointing), bool(scale.graphs))
     probe = _Probe(run, session)
-    kept = session.worker.agreed(_kept(probe.file))
-    found = kept or probe.find()
+    kept: Placement | None = session.worker.agreed(_kept(probe.file))
     if kept is None:
-        keep(run, session, found)
-    return found
+        kept = probe.find()
+        probe.keep(kept)
+    return kept
 
 
 def keep(run: RunConfig, session: Session, placement: Placement) -> None:
-    """Keep a placement for the next run that is alike. Without a writable cache, each run tries anew."""
-    if run.scale.device == "cuda" and session.worker.rank == 0:
-        with contextlib.suppress(OSError):
-            write_file(_Probe(run, session).file, json.dumps(dataclasses.asdict(placement)))
+    """Keep a placement for the next run that is alike, in place of what was tried."""
+    if run.scale.device == "cuda":
+        _Probe(run, session).keep(placement)
 
 
 def smaller(run: RunConfig, placement: Placement) -> Placement:
@@ -184,6 +183,12 @@ class _Probe:
         key = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:24]
         return cache_folder() / "probes" / f"{key}.json"
 
+    def keep(self, placement: Placement) -> None:
+        """Keep a placement. Without a writable cache, each run tries anew."""
+        if self._worker.rank == 0:
+            with contextlib.suppress(OSError):
+                write_file(self.file, json.dumps(dataclasses.asdict(placement)))
+
     def find(self) -> Placement:
         """Return the fastest placement that fits; the one that takes the least memory if none does."""
         scale, found = self._run.scale, dict[Placement, float]()
@@ -253,7 +258,7 @@ class _Probe:
         return float(self._worker.agreed(seconds))
 
     def _measure(self, placement: Placement) -> float:
-        """Take two passes, and return the seconds of the second; the first compiles kernels.
+        """Take three passes, and return the seconds of the faster of the last two: the first compiles.
 
         Raises:
             torch.OutOfMemoryError: if they do not fit beside what the optimizer will need.

@@ -148,7 +148,7 @@ class ScaleConfig(Section):
         update: dict[str, object] = {"device": device, "dtype": dtype, "threads": threads, "zero": zero}
         if not on_gpu:
             # `auto` may have chosen the CPU, where the settings for GPUs have no effect.
-            update |= {"graphs": False, "gpu_share": 1.0}
+            update["gpu_share"] = 1.0
         if not on_gpu or zero == 3:
             # Nothing is tried there. On a GPU, the workers decide what is left open.
             update |= {

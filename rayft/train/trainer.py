@@ -473,6 +473,11 @@ class Trainer:
         best = self.progress.best_step
         return best if self._keeps_best and best not in (0, self.progress.step) else None
 
+    @property
+    def _earlier_best(self) -> Kept | None:
+        """On rank 0, what the run keeps, if that is not what it has now."""
+        return self._best if self._kept_step is not None else None
+
     def _copy(self) -> Kept | None:
         """Copy what is trained to the CPU of rank 0 (all workers call it; the others get None)."""
         whole = method(self.run.method.name).saves_model
@@ -509,7 +514,7 @@ class Trainer:
         if progress.saved_step == progress.step:
             return
         place = self.folder / "checkpoint"
-        best = self._best if self._kept_step is not None else None
+        best = self._earlier_best
         checkpoint.save(place, self.engine, progress.state(), self._identity, self.session, best)
         progress.saved_at, progress.saved_step = time.monotonic(), progress.step
 
@@ -532,16 +537,10 @@ class Trainer:
 
     def _save(self) -> _Saved:
         """Save what the run keeps: an adapter, or a whole model if the method trains that."""
-        best = self._best if self._kept_step is not None else None
+        best = self._earlier_best
         if not method(self.run.method.name).saves_model:
             folder = self.folder / "adapter"
-            if self._kept_step is None:
-                artifact = self._save_adapter(folder)
-            else:
-                with self.worker.together():
-                    artifact = best.artifact if best else None
-                    if artifact is not None:
-                        artifact.save(folder)
+            artifact = self._save_adapter(folder, best)
             if artifact is None:
                 return _Saved(folder, self._trainable)
             rank = artifact.rank if isinstance(artifact, AdapterArtifact) else None
@@ -558,15 +557,17 @@ class Trainer:
             size = sum(file.stat().st_size for file in saved.folder.glob("*.safetensors"))
             return replace(saved, bytes=size)
 
-    def _save_adapter(self, folder: Path) -> Artifact | None:
+    def _save_adapter(self, folder: Path, best: Kept | None = None) -> Artifact | None:
         """Write the adapters as they are now, and return them (None on other workers than rank 0).
+
+        If `best` is given, its adapter is written instead.
 
         Rank 0 writes. All workers take part, since ZeRO-3 partitions frozen factors too.
         """
         with self.worker.together(), gathered(self.engine, kept(self.model).values()):
             if self.worker.rank > 0:
                 return None
-            artifact = self._export()
+            artifact = (best and best.artifact) or self._export()
             artifact.save(folder)
             return artifact
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from rayft.data.example import Example
-from rayft.data.pack import AnyBatch, collate_rows, rows_of
-from rayft.data.texts import lengths_of
 from rayft.errors import ResourceError
 from rayft.evaluate.compare import interval
-from rayft.evaluate.loss import mean_loss
 from rayft.evaluate.tasks import score
 from rayft.flow.config import PipelineConfig
 from rayft.flow.evaluate.record import Answer, Evaluation, Measure, TargetResult
@@ -27,6 +25,7 @@ from rayft.report.record import Score
 from rayft.sweep.score import failures_text
 from rayft.train.run import RunConfig, ScaleConfig
 from rayft.train.session import Session
+from rayft.train.trainer import validation_loss
 from rayft.train.worker import Worker
 
 __all__ = ["device_of", "measure", "on_data"]
@@ -130,7 +129,6 @@ def _measured(
     if not examples[0].messages and examples[0].label is None:
         return found  # Raw text has no question.
     scorer, evaluate = session.parts.scorer, run.evaluate
-    scorer.problem = ""
     scores = score(
         model,
         session.loaded.tokenizer,
@@ -140,7 +138,7 @@ def _measured(
         batch_size=evaluate.batch_size,
     )
     metric = scorer.task or ("class" if session.parts.labels else scorer.config.kind)
-    problem = failures_text(scores.failures, scores.n, scorer.problem) if scores.failures else ""
+    problem = failures_text(scores.failures, scores.n, scores.problem)
     labels = session.parts.labels
     answers = tuple(
         Answer(
@@ -172,11 +170,4 @@ def _loss(session: Session, part: str, samples: int | None) -> float | None:
     texts = session.prepared.encoded(part, session.loaded.context, samples)
     if not len(texts):
         return None
-    rows = rows_of(texts, max(512, int(lengths_of(texts).max())), packing=session.packing)
-
-    def batches() -> Iterator[AnyBatch]:
-        for start in range(0, len(rows), ROWS):
-            yield collate_rows(rows[start : start + ROWS], session.pad_id).to(session.worker.device)
-
-    loss, count = mean_loss(session.loaded.model, batches())
-    return loss / max(count, 1)
+    return validation_loss(replace(session, val=texts))

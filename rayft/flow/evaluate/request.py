@@ -10,8 +10,7 @@ from typing import Literal
 from rayft.config import Section, parse
 from rayft.errors import ConfigError
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.flow.evaluate.target import sweep_above
-from rayft.flow.sweep.folder import STAMP_FILE
+from rayft.flow.sweep.folder import STAMP_FILE, sweep_above
 from rayft.models.load import ModelConfig
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.train.run import EvaluateConfig, ScaleConfig
@@ -111,10 +110,11 @@ def known(request: EvaluateRequest) -> Known:
     if request.config is not None:
         sweep = None
     settings = _settings(request, sweep)
-    names_base = isinstance(settings, PipelineConfig) or request.base is not None
     if request.base is not None:
+        # `model_copy` counts the name as set.
         model = settings.model.model_copy(update={"name": request.base})
         settings = settings.model_copy(update={"model": model})
+    names_base = isinstance(settings, PipelineConfig) or "name" in settings.model.model_fields_set
     tracking = settings.tracking
     if request.uri is not None:
         tracking = tracking.model_copy(update={"uri": request.uri})

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from rayft.artifacts.meta import CONFIG_FILE
 from rayft.errors import ArtifactError, SqueezeError
-from rayft.flow.sweep.folder import is_sweep
+from rayft.flow.origin import find_folder
 from rayft.models.load import ModelConfig, resolve
 from rayft.paths import checked_text, read_path
 from rayft.peft.folder import Artifact, PeftFolder, load_adapter
 from rayft.registry.store import MlflowRegistry
 
-__all__ = ["Target", "find_target", "sweep_above"]
+__all__ = ["Target", "find_target"]
 
 _RANKED = re.compile(r"(?P<text>models:/[^@]+(?:@[^@]+|/\d+)|(?!models:/).+)@r(?P<rank>\d+)")
 """A target with a rank. `models:/name@r4` is an alias."""
@@ -64,7 +64,7 @@ def find_target(text: str, rank: int | None, registry: str, scratch: Path) -> Ta
     if text.startswith("models:/"):
         folder = MlflowRegistry(registry).fetch(text, scratch / "registry")
     else:
-        folder = read_path(text, "the target").absolute()
+        folder = find_folder(read_path(text, "the target").absolute())
     if not (folder / CONFIG_FILE).is_file():
         if own:
             raise SqueezeError(f"{text} is no adapter, so it has no rank; leave out @r{rank}")
@@ -86,8 +86,3 @@ def _model(text: str, folder: Path) -> Target:
     config = ModelConfig(name=text).located()
     resolve(config)
     return Target(text, model=config.name)
-
-
-def sweep_above(folder: Path) -> Path | None:
-    """Return the folder of the sweep that a folder lies in; None if it lies in none."""
-    return next((above for above in folder.resolve().parents if is_sweep(above)), None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, ReportError
 from rayft.flow.export.source import Source
-from rayft.flow.sweep.folder import is_sweep
+from rayft.flow.sweep.folder import is_sweep, sweep_above
 from rayft.report.record import Score, Squeezed, SweepRecord, TrialRecord
 
 __all__ = ["Scores", "find_scores", "sweep_of"]
@@ -38,8 +38,7 @@ def sweep_of(source: Source, given: Path | None) -> Path | None:
         if not is_sweep(given):
             raise ReportError(f"{given} is no folder of a sweep; give the one that `rayft sweep` wrote")
         return given
-    above = source.folder.resolve().parents if source.folder is not None else ()
-    return next((folder for folder in above if is_sweep(folder)), None)
+    return sweep_above(source.folder) if source.folder is not None else None
 
 
 def find_scores(source: Source, sweep: Path | None) -> Scores | None:

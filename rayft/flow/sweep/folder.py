@@ -44,6 +44,7 @@ __all__ = [
     "known_keys",
     "make_folder",
     "stamp_line",
+    "sweep_above",
     "sweep_hash",
 ]
 
@@ -229,6 +230,12 @@ def make_folder(config: PipelineConfig, output: Path, identity: Identity, *, kee
         raise ResourceError(
             f"can't write to {output} ({reason(error, stamp)}); choose another folder with --set output=…"
         ) from error
+
+
+def sweep_above(folder: Path) -> Path | None:
+    """Return the folder of the sweep that a folder is or lies in; None if there is none."""
+    place = folder.resolve()
+    return next((above for above in (place, *place.parents) if is_sweep(above)), None)
 
 
 def clear_folder(output: Path) -> None:

@@ -221,8 +221,7 @@ class Publisher:
             # If a baseline could not be scored, the gate gets no baseline to compare with.
             best = max((base.val_score or 0.0 for base in record.baselines), default=0.0)
             tags[BASE_SCORE_TAG] = repr(best)
-        trial = next(trial for trial in record.trials if trial.id == item.trial)
-        run_id = trial.run_id
+        run_id = next(trial.run_id for trial in record.trials if trial.id == item.trial)
         if run_id.startswith(PENDING):
             raise TrackingError(
                 f"MLflow does not have the run of {item.trial} yet, which started while MLflow did not answer"

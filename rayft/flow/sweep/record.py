@@ -42,6 +42,8 @@ __all__ = ["Findings", "build_record", "described", "with_run_ids"]
 
 REFERENCE = "lora"
 """Method that the others are compared with, if it is among them."""
+UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` listens."""
 
 
 @dataclass
@@ -57,10 +59,6 @@ class Findings:
     full: AdapterArtifact | None = None
     """The winner with its columns sorted by singular value, if it has low-rank factors."""
     squeezed: list[SqueezedAdapter] = field(default_factory=list)
-
-
-UI = "http://127.0.0.1:5000"
-"""Where `mlflow ui` listens."""
 
 
 def build_record(
@@ -100,7 +98,7 @@ def build_record(
         ),
         trials=tuple(_trial(trial, found.scores.get(trial.point.name, Measured())) for trial in found.trials),
         winner=winner,
-        no_winner="" if winner else "no trial finished; look at why in the table",
+        no_winner="" if winner else "every trial failed; the table says why",
         squeezed=tuple(_squeezed(item, found.scores) for item in found.squeezed),
         comparisons=_comparisons(found),
         methods=_compare_methods(chosen_settings(found.trials, found.scores, rule), found.scores),
@@ -135,6 +133,8 @@ def _metric(plan: Plan) -> str:
     """Return what a score is the mean of, in words."""
     if plan.parts.labels:
         return "accuracy"
+    if plan.parts.scorer.config.kind != "exact":
+        return f"{plan.parts.scorer.config.kind} score"
     return "exact match" if plan.config.data.score == "strict" else "native score"
 
 
@@ -269,32 +269,32 @@ def _over_seeds(one: NDArray[np.float64], other: NDArray[np.float64] | None = No
 def _commands(plan: Plan, run_id: str, *, served: bool) -> tuple[Command, ...]:
     output = shlex.quote(_short(plan.output))
     shown = "" if run_id.startswith(PENDING) else f"/{place(plan.tracker.experiment_id, run_id)}"
-    compare = _compare_command(plan.tracker.uri, shown)
     commands = {
         "Run the sweep again": f"rayft sweep {output}/config.yaml",
-        "Compare the runs": compare,
-        "  and open": UI + shown if compare.startswith("mlflow ui") and shown else "",
+        **_compare_commands(plan.tracker.uri, shown),
         "Serve the result": f"rayft serve {output}/serve.yaml" if served else "",
         "Make this report again": f"rayft report {output}",
     }
     return tuple(Command(what=what, command=command) for what, command in commands.items() if command)
 
 
-def _compare_command(uri: str, shown: str = "") -> str:
-    """Return the command that shows the runs in MLflow's UI, without any password.
+def _compare_commands(uri: str, shown: str) -> dict[str, str]:
+    """Return what shows the runs in MLflow's UI, without any password: what it does → the command.
 
     A database needs a server to be started for it; a tracking server has its own page.
 
     Args:
         uri: of the tracking server or database.
-        shown: what to show, to be put behind the address of a server.
+        shown: what to show, to be put behind the address of a server; empty for the UI's first page.
     """
     if uri.startswith("databricks"):
-        return ""
+        return {}
     if uri.startswith("http"):
-        return f"python -m webbrowser {shlex.quote(redacted(uri).rstrip('/') + shown)}"
+        page = shlex.quote(redacted(uri).rstrip("/") + shown)
+        return {"Compare the runs": f"python -m webbrowser {page}"}
     short = redacted(uri).replace(f"{Path.cwd()}/", "") if uri.startswith("sqlite") else redacted(uri)
-    return f"mlflow ui --backend-store-uri {shlex.quote(short)}"
+    start = {"Compare the runs": f"mlflow ui --backend-store-uri {shlex.quote(short)}"}
+    return start | ({"  and open": UI + shown} if shown else {})
 
 
 def _short(path: Path) -> str:

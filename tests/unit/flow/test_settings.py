@@ -64,6 +64,8 @@ def test_what_is_shown_means_the_same_as_the_file(mine: Path, name: str) -> None
 def test_defaults_that_the_environment_decides_name_the_variable(
     mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # An earlier test may have started Ray in this process.
+    monkeypatch.setattr("rayft.flow.address.on_cluster", lambda: False)
     assert sources(mine)[f"output: {mine.parent / 'runs' / 'mine'}"] == DEFAULT
     monkeypatch.setenv("RAYFT_OUTPUT", "/elsewhere")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@there")

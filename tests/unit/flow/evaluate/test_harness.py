@@ -15,7 +15,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayft.errors import RayftError
-from rayft.flow.evaluate import harness
 from rayft.flow.evaluate.record import Evaluation
 from rayft.flow.evaluate.request import EvaluateRequest
 from rayft.flow.evaluate.run import evaluate
@@ -78,7 +77,7 @@ def test_tasks_are_run_on_an_adapter_at_a_rank_and_compared_with_the_base(here: 
 def test_mistakes_are_found_before_a_model_is_loaded(
     here: Here, include: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harness, "process_model", None)
+    monkeypatch.setattr("rayft.flow.evaluate.run.process_model", None)
     adapter, other = here.adapter("one"), here.adapter("two", base="0" * 16)
     fits, misfit = here.save("one", adapter), here.save("two", other)
     unsafe = (include / "local_gen.yaml").read_text().replace("local_gen", "local_code")
