@@ -60,6 +60,8 @@ class StepResult:
     """Before clipping."""
     tokens: int
     """Tokens of all workers' micro-batches."""
+    padding: float = 0.0
+    """Share of padding in this worker's packed rows."""
 
 
 def engine_config(run: RunConfig) -> dict[str, Any]:

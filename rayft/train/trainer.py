@@ -1,6 +1,10 @@
 """`Trainer`: trains one run, from fresh or given adapters or its last checkpoint, to an artifact on disk.
 
 Training does not depend on Ray: the caller passes a `Session` and a `Reporter`.
+
+A run's course is a generator. It yields what it can't do alone, an optimizer step or the question whether it
+may continue, and receives the answer. `Trainer.fit` answers for a run that has the device to itself; packed
+runs (`rayft.train.packed`) share their steps.
 """
 
 from __future__ import annotations
@@ -9,16 +13,16 @@ import gc
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta, ModuleShapes, folder_bytes
-from rayft.data.pack import AnyBatch, Rows, collate_rows, rows_of
+from rayft.data.pack import AnyBatch, Row, Rows, collate_rows, rows_of
 from rayft.data.texts import lengths_of
 from rayft.errors import ConfigError, InterruptedRunError, TrainError
 from rayft.evaluate.loss import mean_loss
@@ -61,7 +65,16 @@ from rayft.train.placement import (
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 
-__all__ = ["Reporter", "TrainResult", "Trainer", "check_start", "validation_loss"]
+__all__ = [
+    "Course",
+    "Question",
+    "Reporter",
+    "Step",
+    "TrainResult",
+    "Trainer",
+    "check_start",
+    "validation_loss",
+]
 
 
 MOST_TOKENS = 2**15
@@ -154,6 +167,39 @@ class _Saved:
     content_hash: str = ""
 
 
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step that a run asks for; the answer is its `StepResult`.
+
+    The random state is that of the step when it is asked for. If there is not enough memory, the answer is
+    a `torch.OutOfMemoryError`, thrown into the course.
+    """
+
+    engine: DeepSpeedEngine
+    share: Sequence[Sequence[Row]]
+    """Rows of each of this worker's micro-batches."""
+    lr: float
+
+    def padding(self, tokens: int) -> float:
+        """Return the share of padding in batches of some tokens that have these rows."""
+        return 1 - sum(len(row) for rows in self.share for row in rows) / tokens
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whether a run may continue after an evaluation; the answer is a bool, the same on all workers."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+
+Course = Generator[Step | Question, Any, TrainResult]
+"""A run, from its start or its last checkpoint to its result."""
+ReturnT = TypeVar("ReturnT")
+Part = Generator[Step | Question, Any, ReturnT]
+"""A part of a course."""
+
+
 class Reporter:
     """Receives a run's numbers, and may end the run. Only rank 0 calls it.
 
@@ -227,6 +273,23 @@ class Trainer:
             InterruptedRunError: if the reporter was interrupted; a checkpoint of the last step was saved.
             DiskFullError: if there is no space for a checkpoint or the result; earlier files stay.
         """
+        course, answer, fits = self.course(), None, True
+        try:
+            while True:
+                # A new error, because the old one refers to all that did not fit.
+                asked = course.send(answer) if fits else course.throw(torch.OutOfMemoryError())
+                fits = True
+                try:
+                    answer = self._answer(asked)
+                except torch.OutOfMemoryError:
+                    fits = False
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        finally:
+            course.close()
+
+    def course(self) -> Course:
+        """Train the run as `fit` does, but let the caller take its steps and answer its questions."""
         started = time.perf_counter()
         self._fetch_checkpoints()
         start = read_start(self.run, self.session)
@@ -238,7 +301,7 @@ class Trainer:
             # What was tried for the placement does not count.
             stream = capture_stream() if self.placement.graphs else nullcontext()
             with PeakMemory(self.worker.device) as memory, stream:
-                finished, saved = self._train_phases()
+                finished, saved = yield from self._train_phases()
         finally:
             if method(self.run.method.name).shares_base:
                 clear(self.model)
@@ -246,7 +309,7 @@ class Trainer:
 
     # --- phases
 
-    def _train_phases(self) -> tuple[bool, _Saved]:
+    def _train_phases(self) -> Part[tuple[bool, _Saved]]:
         """Train one phase after the other, each with its own engine, and save the result.
 
         Returns:
@@ -259,13 +322,13 @@ class Trainer:
             if state is not None and phase.end < state["step"]:
                 self.phases.skip(self.model, number + 1)
                 continue
-            saved = self._train_phase(number, phase, state)
+            saved = yield from self._train_phase(number, phase, state)
             state = None
             if saved is not None:
                 return self._finished, saved
         raise AssertionError("the last phase ends with the run")
 
-    def _train_phase(self, number: int, phase: Phase, state: Mapping[str, Any] | None) -> _Saved | None:
+    def _train_phase(self, number: int, phase: Phase, state: Mapping[str, Any] | None) -> Part[_Saved | None]:
         """Train a phase, from its start or a checkpoint's state.
 
         If a step does not fit into the device's memory, the phase goes on with a smaller placement: weights
@@ -281,12 +344,12 @@ class Trainer:
                 if masters is not None:
                     write_masters(self.engine, masters)
                 elif state is not None:
-                    go_on = self._resume(state)
+                    go_on = yield from self._resume(state)
                 else:
                     self.phases.enter(self.engine)
                 if go_on:
                     with ExitStack() as graphs:
-                        go_on = self._captured(graphs) and self._train(phase)
+                        go_on = self._captured(graphs) and (yield from self._train(phase))
                 if go_on is None:
                     for parameter in self.model.parameters():
                         parameter.grad = None
@@ -323,7 +386,8 @@ class Trainer:
         if self.placement.graphs:
             self.model.train()
             try:
-                graphs.enter_context(graphed(self.model, self._micro_batches(self.progress.step)[0][0]))
+                first = self._share(self.progress.step)
+                graphs.enter_context(graphed(self.model, self._micro_batches(first)[0]))
             except torch.OutOfMemoryError:
                 self._lower()
                 return None
@@ -331,16 +395,16 @@ class Trainer:
 
     # --- steps
 
-    def _train(self, phase: Phase) -> bool | None:
+    def _train(self, phase: Phase) -> Part[bool | None]:
         """Take the steps of a phase; return whether the run may continue after it.
 
         Returns None if a step did not fit into the device's memory; a smaller placement is set then.
         """
         recompute_activations(self.model, wanted=self.placement.activation_checkpointing)
         while self.progress.step < phase.end:
-            if not self._step(phase):
+            if not (yield from self._step(phase)):
                 return None
-            if self.progress.step in self._evaluate_at and not self._evaluate():
+            if self.progress.step in self._evaluate_at and not (yield from self._evaluate()):
                 return False
             if self._interrupted():
                 self._save_checkpoint()
@@ -348,17 +412,15 @@ class Trainer:
                 raise InterruptedRunError(f"interrupted after step {step}", step)
         return True
 
-    def _step(self, phase: Phase) -> bool:
+    def _step(self, phase: Phase) -> Part[bool]:
         """Take one optimizer step and report its numbers; return whether it fitted into memory."""
         progress, optim, started = self.progress, self.run.optim, time.perf_counter()
-        step = progress.step
-        batches, padding = self._micro_batches(step)
-        seed_everything(derive_seed(self.run.seed, step, self.worker.rank))
-        self.model.train()
+        step, worker = progress.step, self.worker
+        share = self._share(step)
+        seed_everything(derive_seed(self.run.seed, step, worker.rank))
         lr = optim.lr_at(step, phase.first, phase.warmup)
-        set_lr(self.engine, lr)
         try:
-            result = optimizer_step(self.engine, batches, self.worker)
+            result: StepResult = yield Step(self.engine, share, lr)
         except torch.OutOfMemoryError:
             self._lower()
             return False
@@ -374,8 +436,20 @@ class Trainer:
         progress.train_seconds += seconds
         progress.train_curve.append((progress.step, result.loss))
         if self.worker.rank == 0:
-            self.reporter.log(progress.step, _step_metrics(lr, result, seconds) | {"padding": padding})
+            self.reporter.log(progress.step, _step_metrics(lr, result, seconds))
         return True
+
+    def _answer(self, asked: Step | Question) -> StepResult | bool:
+        """Take a step, or ask the reporter."""
+        if isinstance(asked, Question):
+            return self.worker.share(
+                self.worker.rank == 0 and self.reporter.report(asked.step, asked.metrics)
+            )
+        self.model.train()
+        set_lr(asked.engine, asked.lr)
+        batches = self._micro_batches(asked.share)
+        result = optimizer_step(asked.engine, batches, self.worker)
+        return replace(result, padding=asked.padding(sum(batch.input_ids.numel() for batch in batches)))
 
     def _lower(self) -> None:
         """Set a smaller placement, because a step did not fit into the device's memory.
@@ -395,18 +469,19 @@ class Trainer:
             f"into the device's memory; the run {how} with {rows // self.placement.accumulation}"
         )
 
-    def _micro_batches(self, step: int) -> tuple[list[AnyBatch], float]:
-        """Return this worker's share of an optimizer step, on its device, and the share of padding in it."""
-        worker, graphs = self.worker, self.placement.graphs
-        stream = self.session.row_stream(self.run)
-        share = stream.share(step, worker.rank, worker.world, self.placement.accumulation)
+    def _share(self, step: int) -> list[list[Row]]:
+        """Return this worker's rows of an optimizer step, for each of its micro-batches."""
+        stream, worker = self.session.row_stream(self.run), self.worker
+        return stream.share(step, worker.rank, worker.world, self.placement.accumulation)
+
+    def _micro_batches(self, share: Sequence[Sequence[Row]]) -> list[AnyBatch]:
+        """Return micro-batches on this worker's device."""
+        graphs, stream = self.placement.graphs, self.session.row_stream(self.run)
         # CUDA graphs need the same shapes in every step.
         width = self.run.data.max_length if graphs else None
         segments = len(share[0]) * stream.most_segments if graphs else None
         batches = [collate_rows(rows, self.session.pad_id, width, segments) for rows in share]
-        tokens = sum(len(row) for rows in share for row in rows)
-        padding = 1 - tokens / sum(batch.input_ids.numel() for batch in batches)
-        return [batch.to(worker.device) for batch in batches], padding
+        return [batch.to(self.worker.device) for batch in batches]
 
     def _interrupted(self) -> bool:
         """Return, on all workers alike, whether the run has to save a checkpoint and end."""
@@ -416,7 +491,7 @@ class Trainer:
 
     # --- evaluations
 
-    def _evaluate(self) -> bool:
+    def _evaluate(self) -> Part[bool]:
         """Measure the validation loss, save a checkpoint if one is due, and report the loss.
 
         Returns:
@@ -445,12 +520,12 @@ class Trainer:
         # Before the report, so that nothing is lost if the process ends while the search decides.
         if progress.step < self.run.optim.steps and self._checkpoint_due():
             self._save_checkpoint()
-        return self._report(progress.step, value)
+        return (yield from self._report(progress.step, value))
 
-    def _report(self, step: int, val_loss: float) -> bool:
+    def _report(self, step: int, val_loss: float) -> Part[bool]:
         """Report an evaluation; return, on all workers alike, whether the run may continue."""
-        wanted = self.worker.rank == 0 and self.reporter.report(step, {"val_loss": val_loss})
-        if not self.worker.share(wanted):
+        wanted: bool = yield Question(step, {"val_loss": val_loss})
+        if not wanted:
             return False
         self._ended = self._without_hope()
         return not self._ended
@@ -518,7 +593,7 @@ class Trainer:
         checkpoint.save(place, self.engine, progress.state(), self._identity, self.session, best)
         progress.saved_at, progress.saved_step = time.monotonic(), progress.step
 
-    def _resume(self, state: Mapping[str, Any]) -> bool:
+    def _resume(self, state: Mapping[str, Any]) -> Part[bool]:
         """Continue from a checkpoint; return whether the run may continue after its last evaluation."""
         checkpoint.restore(self.folder / "checkpoint", self.engine, state)
         self.progress = Progress.resumed(state)
@@ -531,7 +606,7 @@ class Trainer:
         curve = self.progress.val_curve
         if not curve or curve[-1][0] != self.progress.step:
             return True
-        return self._report(*curve[-1])
+        return (yield from self._report(*curve[-1]))
 
     # --- the result
 
@@ -677,6 +752,7 @@ def _step_metrics(lr: float, result: StepResult, seconds: float) -> dict[str, fl
         "grad_norm": result.grad_norm,
         "tokens_per_second": result.tokens / seconds,
         "step_seconds": seconds,
+        "padding": result.padding,
     }
 
 
