@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +43,7 @@ __all__ = [
     "partitioner",
     "release",
     "set_lr",
+    "trained_state",
 ]
 
 DeepSpeedEngine = Any
@@ -120,7 +120,7 @@ def build_engine(run: RunConfig, model: nn.Module) -> DeepSpeedEngine:
         ) from error
     # DeepSpeed's own version writes a tied output layer, the largest matrix of a small model, to every
     # checkpoint.
-    engine.module_state_dict = partial(_trainable_state, engine)
+    engine.module_state_dict = lambda *_, **__: trained_state(engine.module)
     _write_checkpoints(engine)
     return engine
 
@@ -182,12 +182,12 @@ def check_written(engine: DeepSpeedEngine) -> None:
         check()
 
 
-def checkpoint_bytes(engine: DeepSpeedEngine) -> int:
+def checkpoint_bytes(model: nn.Module) -> int:
     """Estimate the size of a checkpoint in bytes: weights, and the optimizer state of what trains."""
     return sum(
         getattr(parameter, "ds_numel", parameter.numel())
         * (parameter.element_size() + 12 * parameter.requires_grad)
-        for parameter in kept(engine.module).values()
+        for parameter in kept(model).values()
     )
 
 
@@ -207,9 +207,9 @@ def parameter_groups(run: RunConfig, model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def _trainable_state(engine: DeepSpeedEngine, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return what a checkpoint must hold: all that trains, and what adapters keep (a chain's past links)."""
-    state = engine.module.state_dict(keep_vars=True)
+    state = model.state_dict(keep_vars=True)
     return {name: v.detach() for name, v in state.items() if v.requires_grad or ".adapter." in name}
 
 

@@ -590,7 +590,11 @@ class Trainer:
             return
         place = self.folder / "checkpoint"
         best = self._earlier_best
-        checkpoint.save(place, self.engine, progress.state(), self._identity, self.session, best)
+        run = self.run
+        whole, settings = method(run.method.name).saves_model, run.deepspeed
+        portable = run.scale.zero != 3 and not whole and not settings
+        state = progress.state()
+        checkpoint.save(place, self.engine, state, self._identity, self.session, best, portable=portable)
         progress.saved_at, progress.saved_step = time.monotonic(), progress.step
 
     def _resume(self, state: Mapping[str, Any]) -> Part[bool]:
