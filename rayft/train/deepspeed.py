@@ -94,16 +94,27 @@ def engine_config(run: RunConfig) -> dict[str, Any]:
     return _merge(config, run.deepspeed)
 
 
-def build_engine(run: RunConfig, model: nn.Module) -> DeepSpeedEngine:
+def build_engine(
+    run: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> DeepSpeedEngine:
     """Build an engine over the trainable parameters, in the process group that is already initialised.
+
+    Args:
+        run: with the settings of one run.
+        model: what trains.
+        optimizer: an optimizer of its trainable parameters; by default AdamW with the run's groups.
 
     Raises:
         TrainError: if DeepSpeed rejects the configuration.
     """
-    deepspeed = _deepspeed(run)
-    groups, optim = parameter_groups(run, model), run.optim
-    trainable = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, foreach=True)
+    deepspeed, optim = _deepspeed(run), run.optim
+    if optimizer is None:
+        groups = parameter_groups(run, model)
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, foreach=True)
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    config = engine_config(run)
+    # Two buffers of this many numbers are allocated: by default two of a gigabyte, whatever trains.
+    config["zero_optimization"].setdefault("reduce_bucket_size", sum(p.numel() for p in trainable))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -111,7 +122,7 @@ def build_engine(run: RunConfig, model: nn.Module) -> DeepSpeedEngine:
                 model=model,
                 model_parameters=trainable,
                 optimizer=optimizer,
-                config=engine_config(run),
+                config=config,
                 dist_init_required=False,
             )
     except (AssertionError, ValueError, RuntimeError) as error:

@@ -13,11 +13,11 @@ import gc
 import math
 import shutil
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -38,6 +38,7 @@ from rayft.peft.folder import Artifact
 from rayft.squeeze.anneal import Phase, revive
 from rayft.train import checkpoint
 from rayft.train.best import BEST, Kept
+from rayft.train.course import Course, Part, Question, Step, TrainResult, random_state
 from rayft.train.deepspeed import (
     DeepSpeedEngine,
     StepResult,
@@ -52,6 +53,7 @@ from rayft.train.deepspeed import (
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Master, read_masters, write_masters
 from rayft.train.memory import PeakMemory
+from rayft.train.packed import Pack
 from rayft.train.phases import phases_of
 from rayft.train.placement import (
     Placement,
@@ -67,9 +69,7 @@ from rayft.train.session import Session
 
 __all__ = [
     "Course",
-    "Question",
     "Reporter",
-    "Step",
     "TrainResult",
     "Trainer",
     "check_start",
@@ -79,44 +79,6 @@ __all__ = [
 
 MOST_TOKENS = 2**15
 """Most tokens in a batch of the validation, unless a single row has more."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The outcome of a run. Fields with a default may be missing in files that older versions wrote."""
-
-    finished: bool
-    """False if the reporter stopped the run early."""
-    steps: int
-    val_loss: float
-    """Of the weights that were kept."""
-    val_curve: list[tuple[int, float]]
-    """(step, nats per completion token)."""
-    train_curve: list[tuple[int, float]] = field(default_factory=list)
-    trainable: int = 0
-    """Number of values that train at the same time, at most: in an annealed run, those of its first phase."""
-    parameters: int = 0
-    """Number of values stored in the artifact."""
-    rank: int | None = None
-    """Rank of the saved adapter; None if what was saved has no rank."""
-    bytes: int = 0
-    """Size of the weights on disk."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Where the time went: `train` and `evaluate` include the time before the run was resumed, `overhead` and
-    `total` count from then on. A trial's result also has `waiting`, the time that its lane waited for
-    ASHA."""
-    peak_memory: int = 0
-    """Bytes: the resident set of the process on a CPU, the memory allocated on the device on a GPU."""
-    tokens_per_second: float = 0.0
-    folder: str = ""
-    content_hash: str = ""
-    """Of the saved adapter; empty if a whole model was saved."""
-    start: str = ""
-    """Content hash of the adapter that the run started from; empty if it started from fresh adapters."""
-    kept_step: int | None = None
-    """The step whose weights were kept; None if they are the last ones."""
-    placement: dict[str, int] = field(default_factory=dict)
-    """How the last step used its device: the fields of a `Placement`."""
 
 
 @dataclass
@@ -167,39 +129,6 @@ class _Saved:
     content_hash: str = ""
 
 
-@dataclass(frozen=True)
-class Step:
-    """An optimizer step that a run asks for; the answer is its `StepResult`.
-
-    The random state is that of the step when it is asked for. If there is not enough memory, the answer is
-    a `torch.OutOfMemoryError`, thrown into the course.
-    """
-
-    engine: DeepSpeedEngine
-    share: Sequence[Sequence[Row]]
-    """Rows of each of this worker's micro-batches."""
-    lr: float
-
-    def padding(self, tokens: int) -> float:
-        """Return the share of padding in batches of some tokens that have these rows."""
-        return 1 - sum(len(row) for rows in self.share for row in rows) / tokens
-
-
-@dataclass(frozen=True)
-class Question:
-    """Whether a run may continue after an evaluation; the answer is a bool, the same on all workers."""
-
-    step: int
-    metrics: Mapping[str, float]
-
-
-Course = Generator[Step | Question, Any, TrainResult]
-"""A run, from its start or its last checkpoint to its result."""
-ReturnT = TypeVar("ReturnT")
-Part = Generator[Step | Question, Any, ReturnT]
-"""A part of a course."""
-
-
 class Reporter:
     """Receives a run's numbers, and may end the run. Only rank 0 calls it.
 
@@ -234,6 +163,8 @@ class Trainer:
         folder: where this node writes the files of the run's folder (`Home.place`). The run continues from
             the last checkpoint that the home has of this folder.
         evaluate_at: steps after which the search needs a validation loss. The last step is always evaluated.
+        pack: the runs with which this one takes its steps, by `course`; the session is then one of the
+            pack's. By default it has the device to itself.
 
     Raises:
         ConfigError: if a link of a chain would have no steps.
@@ -246,7 +177,9 @@ class Trainer:
         reporter: Reporter,
         folder: Path,
         evaluate_at: Sequence[int] = (),
+        pack: Pack | None = None,
     ) -> None:
+        self.pack = pack
         self.run, self.session, self.reporter, self.folder = run, session, reporter, folder
         self.worker, self.model = session.worker, session.loaded.model
         self.phases = phases_of(run, session)
@@ -297,7 +230,8 @@ class Trainer:
         self._trainable = inject(self.model, self.run.method, self.run.seed, start.modules).trainable
         reset_heads(self.model, self.run.seed, start.heads)
         try:
-            self.placement = place(self.run, self.session)
+            alone = self.pack is None
+            self.placement = place(self.run, self.session) if alone else Placement(self._accumulation)
             # What was tried for the placement does not count.
             stream = capture_stream() if self.placement.graphs else nullcontext()
             with PeakMemory(self.worker.device) as memory, stream:
@@ -365,18 +299,31 @@ class Trainer:
                 return None
 
     @property
+    def _accumulation(self) -> int:
+        return self.run.scale.accumulation or 1
+
+    @property
     def _finished(self) -> bool:
         return self._ended or self.progress.step >= self.run.optim.steps
 
     @contextmanager
     def _new_engine(self) -> Iterator[None]:
-        """Build an engine over the model for the block, and destroy it after the block."""
-        self.engine = build_engine(placed(self.run, self.placement), self.model)
+        """Build an engine over the model for the block, and destroy it after the block.
+
+        A packed run takes a place in its pack instead.
+        """
+        if self.pack is None:
+            self.engine = build_engine(placed(self.run, self.placement), self.model)
+        else:
+            self.engine = self.pack.join(self.run, self.model)
         try:
             yield
         finally:
             engine, self.engine = self.engine, None
-            destroy(engine)
+            if self.pack is None:
+                destroy(engine)
+            else:
+                engine.leave()
 
     def _captured(self, graphs: ExitStack) -> bool | None:
         """Capture the passes as CUDA graphs until `graphs` is closed, if the placement has them.
@@ -420,8 +367,11 @@ class Trainer:
         seed_everything(derive_seed(self.run.seed, step, worker.rank))
         lr = optim.lr_at(step, phase.first, phase.warmup)
         try:
-            result: StepResult = yield Step(self.engine, share, lr)
+            result: StepResult = yield Step(self.engine, share, lr, random_state(worker.device))
         except torch.OutOfMemoryError:
+            if self.pack is not None:
+                # Not even one run's rows fit.
+                raise out_of_memory(self.run, self.placement) from None
             self._lower()
             return False
         if not math.isfinite(result.loss):
@@ -429,7 +379,7 @@ class Trainer:
                 f"the loss is {result.loss} at step {step + 1} with lr {optim.lr:g}; use a lower "
                 "learning rate, a longer warm-up, or float32"
             )
-        self.session.ticks += 1
+        self.session.tick()
         progress.step = step + 1
         progress.tokens += result.tokens
         seconds = time.perf_counter() - started
@@ -738,7 +688,7 @@ def _at_once(session: Session) -> int:
 
 def _eval_batches(session: Session, rows: Rows) -> Iterator[AnyBatch]:
     for start in range(0, len(rows), _at_once(session)):
-        session.ticks += 1
+        session.tick()
         batch = rows[start : start + _at_once(session)]
         yield collate_rows(batch, session.pad_id).to(session.worker.device)
 
