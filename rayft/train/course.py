@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 
 from rayft.data.pack import Row
 
-__all__ = ["Course", "Part", "Question", "Step", "TrainResult", "random_state"]
+__all__ = ["Course", "Part", "Question", "Step", "TrainResult", "drive", "random_state"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,31 @@ Course = Generator[Step | Question, Any, TrainResult]
 ReturnT = TypeVar("ReturnT")
 Part = Generator[Step | Question, Any, ReturnT]
 """A part of a course."""
+
+
+def drive(
+    course: Generator[Step | Question, Any, ReturnT], answer: Callable[[Step | Question], Any]
+) -> ReturnT:
+    """Run a course, or what goes on around one, to its end.
+
+    Args:
+        course: yields what it asks for.
+        answer: answers it; a `torch.OutOfMemoryError` that it raises is thrown into the course.
+    """
+    value, fits = None, True
+    try:
+        while True:
+            # A new error, because the old one refers to all that did not fit.
+            asked = course.send(value) if fits else course.throw(torch.OutOfMemoryError())
+            fits = True
+            try:
+                value = answer(asked)
+            except torch.OutOfMemoryError:
+                fits = False
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        course.close()
 
 
 def random_state(device: str) -> torch.Tensor:

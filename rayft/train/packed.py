@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from rayft.models.inject import clear
 from rayft.models.methods import method
 from rayft.models.packed import Layout, pack, skeleton, unpackable
 from rayft.squeeze.anneal import Moments
-from rayft.train.course import Course, Question, Step, TrainResult
+from rayft.train.course import Part, Question, Step
 from rayft.train.deepspeed import DeepSpeedEngine, StepResult, build_engine, destroy, parameter_groups
 from rayft.train.masters import Holder, Master, read_masters, write_masters
 from rayft.train.run import RunConfig
@@ -35,6 +35,7 @@ from rayft.train.session import Session
 
 __all__ = ["Courses", "Pack", "Slot", "check_packs", "why_alone"]
 
+EndT = TypeVar("EndT")
 ALIGNED = 8
 """Parts of a flat parameter begin at multiples of this, so that kernels can read them in vectors."""
 
@@ -468,16 +469,16 @@ def _parted(part: _Part, flat: Master) -> dict[str, Master]:
     }
 
 
-class Courses:
+class Courses(Generic[EndT]):
     """The courses of packed runs, by key. Their steps are taken together, and their questions passed on."""
 
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
-        self._courses: dict[str, Course] = {}
+        self._courses: dict[str, Part[EndT]] = {}
         self._asked: dict[str, Step | Question] = {}
-        self._ended: dict[str, TrainResult | Exception] = {}
+        self._ended: dict[str, EndT | Exception] = {}
 
-    def begin(self, key: str, course: Course) -> None:
+    def begin(self, key: str, course: Part[EndT]) -> None:
         """Begin a course, up to its first step or question."""
         self._courses[key] = course
         self._go_on(key, course.send, None)
@@ -513,7 +514,7 @@ class Courses:
             self._go_on(key, course.send, result)
         return True
 
-    def ended(self) -> dict[str, TrainResult | Exception]:
+    def ended(self) -> dict[str, EndT | Exception]:
         """Return how runs have ended since the last call: key → result, or what the run raised."""
         ended, self._ended = self._ended, {}
         return ended

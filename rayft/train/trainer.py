@@ -38,7 +38,7 @@ from rayft.peft.folder import Artifact
 from rayft.squeeze.anneal import Phase, revive
 from rayft.train import checkpoint
 from rayft.train.best import BEST, Kept
-from rayft.train.course import Course, Part, Question, Step, TrainResult, random_state
+from rayft.train.course import Course, Part, Question, Step, TrainResult, drive, random_state
 from rayft.train.deepspeed import (
     DeepSpeedEngine,
     StepResult,
@@ -206,20 +206,7 @@ class Trainer:
             InterruptedRunError: if the reporter was interrupted; a checkpoint of the last step was saved.
             DiskFullError: if there is no space for a checkpoint or the result; earlier files stay.
         """
-        course, answer, fits = self.course(), None, True
-        try:
-            while True:
-                # A new error, because the old one refers to all that did not fit.
-                asked = course.send(answer) if fits else course.throw(torch.OutOfMemoryError())
-                fits = True
-                try:
-                    answer = self._answer(asked)
-                except torch.OutOfMemoryError:
-                    fits = False
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-        finally:
-            course.close()
+        return drive(self.course(), self.answer)
 
     def course(self) -> Course:
         """Train the run as `fit` does, but let the caller take its steps and answer its questions."""
@@ -389,8 +376,8 @@ class Trainer:
             self.reporter.log(progress.step, _step_metrics(lr, result, seconds))
         return True
 
-    def _answer(self, asked: Step | Question) -> StepResult | bool:
-        """Take a step, or ask the reporter."""
+    def answer(self, asked: Step | Question) -> StepResult | bool:
+        """Answer what the course of a run asks for that has the device to itself."""
         if isinstance(asked, Question):
             return self.worker.share(
                 self.worker.rank == 0 and self.reporter.report(asked.step, asked.metrics)

@@ -23,7 +23,7 @@ def packed(
 ) -> dict[str, TrainResult | Exception]:
     """Train runs together; all may continue at each evaluation."""
     pack = Pack(session)
-    courses, ended = Courses(pack), dict[str, TrainResult | Exception]()
+    courses, ended = Courses[TrainResult](pack), dict[str, TrainResult | Exception]()
     for name, run in runs.items():
         trainer = Trainer(run, pack.session(), Reporter(), folder / name, evaluate_at, pack)
         courses.begin(name, trainer.course())
