@@ -202,7 +202,7 @@ class Lane:
         self.ended(job, result)
 
     def ended(self, job: Job[Any, Any], result: object) -> None:
-        """Tell the broker how a job has ended: with a result, or with an exception.
+        """Report to the broker how a job has ended: with a result, or with an exception.
 
         Raises:
             Exception: what was raised, if only a new worker group can go on.

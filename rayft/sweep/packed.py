@@ -39,7 +39,7 @@ class PackedTrials:
 
     def __init__(self, lane: Lane, session: Session, first: Job[Any, Any]) -> None:
         self._lane, self._first = lane, first
-        self._pack = Pack(session)
+        self._pack = Pack(session, lane.note)
         self._courses = Courses[TrialResult | None](self._pack)
         self._slots = lane.slots(first.request.run)
         self._jobs: dict[str, Job[Any, Any]] = {}
@@ -63,7 +63,7 @@ class PackedTrials:
             self._pack.close()
 
     def _fill(self) -> bool:
-        """Give free slots to waiting trials; return whether there was one."""
+        """Start waiting trials in free slots; return whether there was one."""
         begun = False
         while len(self._courses) < self._slots:
             job = ray.get(self._lane.broker.pull.remote(self._lane.name, 0.0, self._first.pack))
@@ -113,7 +113,7 @@ class PackedTrials:
         self._end()
 
     def _end(self) -> None:
-        """Tell the broker of trials that have ended."""
+        """Report the trials that have ended to the broker."""
         for key, result in self._courses.ended().items():
             job = self._jobs.pop(key)
             del self._trials[key]
@@ -121,7 +121,7 @@ class PackedTrials:
 
     @contextmanager
     def _telling(self, job: Job[Any, Any]) -> Iterator[None]:
-        """Tell the broker of an error in the block, which ends the job and not the lane."""
+        """Report an error in the block to the broker; it ends the job and not the lane."""
         try:
             yield
         except Exception as error:  # noqa: BLE001

@@ -33,7 +33,7 @@ from rayft.train.masters import Holder, Master, read_masters, write_masters
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 
-__all__ = ["Courses", "Pack", "Slot", "check_packs", "why_alone"]
+__all__ = ["Courses", "Pack", "Slot", "why_alone"]
 
 EndT = TypeVar("EndT")
 ALIGNED = 8
@@ -43,10 +43,9 @@ ALIGNED = 8
 def why_alone(run: RunConfig) -> str:
     """Return why a run can't share its steps with others, as a clause; empty if it can."""
     scale = run.scale
+    name = run.method.name
     reasons = {
-        f"method '{run.method.name}' changes the base or has layers of its own": not method(
-            run.method.name
-        ).packs,
+        f"'{name}' changes the base, or has layers of its own": not method(name).packs,
         f"model.task is {run.model.task}": run.model.task != "causal_lm",
         f"scale.workers is {scale.workers}": scale.workers > 1,
         "scale.zero is 3": scale.zero == 3,
@@ -55,16 +54,6 @@ def why_alone(run: RunConfig) -> str:
         "deepspeed has settings of its own": bool(run.deepspeed),
     }
     return next((reason for reason, true in reasons.items() if true), "")
-
-
-def check_packs(run: RunConfig) -> None:
-    """Refuse a run that can't share its steps with others.
-
-    Raises:
-        ConfigError: with the reason.
-    """
-    if reason := why_alone(run):
-        raise ConfigError(f"sweep.slots is for trials that can share a batch, but {reason}: drop sweep.slots")
 
 
 class Slot(Holder):
@@ -87,7 +76,7 @@ class Slot(Holder):
         self.given = dict(masters)
 
     def leave(self) -> None:
-        """Give the place back."""
+        """Free the place."""
         self._pack.leave(self)
 
     def zero_optimization_stage(self) -> int:
@@ -193,13 +182,14 @@ class Pack:
 
     Args:
         session: the base and the data, which all runs share. The pack replaces the adapters in the base.
+        note: called with a sentence that a person should read.
 
     Raises:
         ConfigError: if no runs can share a batch on this base.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session, self._model = session, session.loaded.model
+    def __init__(self, session: Session, note: Callable[[str], object] = lambda _: None) -> None:
+        self._session, self._model, self._note = session, session.loaded.model, note
         if reason := unpackable(self._model):
             raise ConfigError(f"trials can't be packed: {reason}; set sweep.slots: 1")
         clear(self._model)
@@ -255,10 +245,14 @@ class Pack:
                     raise
             # The new engine knows nothing of the gradients that were left behind.
             self._together = -(-min(self._together or len(steps), len(steps)) // 2)
+            self._note(
+                f"the rows of {len(steps)} trials did not fit into the device's memory together; now those "
+                f"of {self._together} share a pass"
+            )
             self._build()
 
     def close(self) -> None:
-        """Give back the engine, and take the adapters out of the base."""
+        """Destroy the engine, and take the adapters out of the base."""
         self._take_down()
         clear(self._model)
 
