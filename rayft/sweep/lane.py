@@ -40,6 +40,7 @@ from rayft.tracking.mlflow import MlflowTracker
 from rayft.train.home import Home
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
+from rayft.train.slots import Sizing, sizing
 from rayft.train.worker import Worker
 
 __all__ = ["Lane", "serve_jobs"]
@@ -115,10 +116,6 @@ class Lane:
         """Return whether a job may share the lane's steps with others."""
         return bool(job.pack) and self._slots != 1
 
-    def slots(self, run: RunConfig) -> int:
-        """Return the most trials like a run that share the lane's steps."""
-        return self._slots or 1
-
     def run_packed(self, first: Job[Any, Any]) -> None:
         """Do a trial, and others that share its steps as long as there are any."""
         try:
@@ -126,7 +123,11 @@ class Lane:
         except Exception as error:  # noqa: BLE001  (told to the broker)
             self.ended(first, error)
             return
-        if reason := unpackable(session.loaded.model):
+        reason, size = unpackable(session.loaded.model), Sizing()
+        if not reason:
+            size = sizing(first.request.run, session, self._slots)
+            reason = "a step of one keeps the device busy" if size.slots == 1 else ""
+        if reason:
             self.note(f"trials take turns on {self.name}, because {reason}")
             self._slots = 1
             self.run(first)
@@ -134,7 +135,7 @@ class Lane:
         self._jobs += 1
         scope = f"job{self._jobs}"
         with self.home.within(scope):
-            PackedTrials(self, session, first).run()
+            PackedTrials(self, session, first, size).run()
         self.home.drop(scope)
 
     def session(self, run: RunConfig, expected: Identity, *, whole: bool = False) -> Session:

@@ -18,6 +18,7 @@ from rayft.sweep.result import TrialResult
 from rayft.sweep.trial import TrainRequest, TrialCourse
 from rayft.train.packed import Courses, Pack
 from rayft.train.session import Session
+from rayft.train.slots import Sizing
 
 if TYPE_CHECKING:
     from rayft.sweep.lane import Lane
@@ -35,13 +36,13 @@ class PackedTrials:
         lane: where they train.
         session: base and data.
         first: the first of them; the others must have the same `Job.pack`.
+        size: how they share steps.
     """
 
-    def __init__(self, lane: Lane, session: Session, first: Job[Any, Any]) -> None:
-        self._lane, self._first = lane, first
-        self._pack = Pack(session, lane.note)
+    def __init__(self, lane: Lane, session: Session, first: Job[Any, Any], size: Sizing) -> None:
+        self._lane, self._first, self._slots = lane, first, size.slots
+        self._pack = Pack(session, lane.note, graphs=size.graphs)
         self._courses = Courses[TrialResult | None](self._pack)
-        self._slots = lane.slots(first.request.run)
         self._jobs: dict[str, Job[Any, Any]] = {}
         self._trials: dict[str, TrialCourse] = {}
         self._verdicts: dict[str, Any] = {}
@@ -51,16 +52,17 @@ class PackedTrials:
 
     def run(self) -> None:
         """Train until no trial is left; each is told to the broker as it ends."""
-        try:
-            self._begin(self._first)
-            while self._fill() or len(self._courses):
-                self._ask()
-                self._hear()
-                self._courses.step()
-                self._end()
-        finally:
-            self._courses.close()
-            self._pack.close()
+        with self._pack.stream():
+            try:
+                self._begin(self._first)
+                while self._fill() or len(self._courses):
+                    self._ask()
+                    self._hear()
+                    self._courses.step()
+                    self._end()
+            finally:
+                self._courses.close()
+                self._pack.close()
 
     def _fill(self) -> bool:
         """Start waiting trials in free slots; return whether there was one."""

@@ -106,7 +106,7 @@ def test_the_rows_of_a_slot_decide_its_gradients_alone(
 
 @pytest.mark.parametrize("name", ["lora_plus", "rc3la"])
 def test_masters_in_float32_stay_with_their_slot(run: RunConfig, tmp_path: Path, name: str) -> None:
-    """Slots come and go while another trains on, in bfloat16; its masters and moments move between engines."""
+    """Slots come and go while another trains on, whose masters and moments move from engine to engine."""
     run = changed(run, scale={"dtype": "bfloat16", "zero": 2})
     session = Session.open(run, Worker())
     runs = {
