@@ -237,6 +237,23 @@ def _show(found: dict[tuple[str, str], Timings], name: str) -> None:
             print(f"{name:18} {case:16} {ms:8.2f} ms {ms / base:6.3f}x {memory}", flush=True)
 
 
+def kernels_of(step: Step, replays: int = 5) -> dict[str, list[float]]:
+    """Return the milliseconds and launches of each kernel in a replayed step."""
+    step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(replays):
+            step()
+        torch.cuda.synchronize()
+    spent: dict[str, list[float]] = {}
+    for event in profiler.key_averages():
+        name = event.key.removeprefix("void ").partition("<")[0].partition("(")[0][:60]
+        kernel = spent.setdefault(name, [0.0, 0.0])
+        kernel[0] += event.self_device_time_total / 1e3 / replays
+        kernel[1] += event.count / replays
+    return spent
+
+
 def profile(shape: str, cases: list[str], replays: int = 5) -> list[dict[str, Any]]:
     """Print the milliseconds and launches of each kernel in a replayed step of the smallest batch."""
     model, batch, rows = build(shape), BATCHES[shape][0], []
@@ -244,18 +261,7 @@ def profile(shape: str, cases: list[str], replays: int = 5) -> list[dict[str, An
     for case in cases:
         with prepared(model, case) as trainable:
             step = make_step(model, case, ids, trainable, graph=True)
-            step()
-            torch.cuda.synchronize()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-                for _ in range(replays):
-                    step()
-                torch.cuda.synchronize()
-        spent: dict[str, list[float]] = {}
-        for event in profiler.key_averages():
-            name = event.key.removeprefix("void ").partition("<")[0].partition("(")[0][:60]
-            kernel = spent.setdefault(name, [0.0, 0.0])
-            kernel[0] += event.self_device_time_total / 1e3 / replays
-            kernel[1] += event.count / replays
+            spent = kernels_of(step, replays)
         whole = sum(ms for ms, _ in spent.values())
         print(f"{case}: {whole:.2f} ms, {sum(count for _, count in spent.values()):.0f} launches", flush=True)
         for name, (ms, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:24]:

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from rayft.errors import MethodError, TargetError
+from rayft.kernels.grouped_linear import Term
 from rayft.methods.section import ChainConfig, MethodConfig
 
 __all__ = [
@@ -114,6 +115,17 @@ class Adapter(nn.Module, ABC):
     def update(self, x: torch.Tensor, dropout: float = 0.0) -> torch.Tensor:
         """Compute x ΔWᵀ, dropping each input with the probability `dropout`."""
         return self(functional.dropout(x, dropout) if dropout else x, None, None)  # type: ignore[no-any-return]
+
+    def terms(self, rows: slice) -> list[Term]:
+        """Return the update of some rows as terms s·B·A, for a batch that several adapters share.
+
+        Args:
+            rows: the adapter's tokens in the batch.
+
+        Raises:
+            MethodError: if it has no factors that could be added to a base's product.
+        """
+        raise MethodError(f"{type(self).__name__} can't share a batch with other adapters")
 
     def advance(self, generator: torch.Generator) -> None:
         """Freeze the link that trained and begin the next one.
@@ -243,6 +255,11 @@ class Method:
         """Whether clearing the model makes the base what it was, so that further trials can use it."""
         return True
 
+    @property
+    def packs(self) -> bool:
+        """Whether its trials can share a batch with others: adapters have `terms`, and the base stays."""
+        return True
+
     def prepare(self, model: nn.Module) -> None:
         """Set what trains in the model beside the adapters; the model is frozen when this is called."""
 
@@ -353,6 +370,11 @@ class InPlace(Method):
 
     instead: str = "a method that adds to the base"
     """What errors recommend in its place where the base's weights can't be trained."""
+
+    @property
+    def packs(self) -> bool:
+        """False: the base's own weights train."""
+        return False
 
     def parameter_group(self, parameter: str, config: MethodConfig) -> ParameterGroup:
         """Exempt the adapter from weight decay, which would pull weights of the base towards zero."""

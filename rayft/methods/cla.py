@@ -19,6 +19,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from rayft.kernels import low_rank_linear as kernel
+from rayft.kernels.grouped_linear import Term
 from rayft.methods.asym import trained
 from rayft.methods.base import (
     Adapter,
@@ -118,6 +119,17 @@ class SelectorAdapter(Adapter):
         """Compute the update; dropout is drawn for the gathered inputs only."""
         # Called as a module, because ZeRO-3's hooks on a module gather B.
         return self(x, None, None, dropout)  # type: ignore[no-any-return]
+
+    def terms(self, rows: slice) -> list[Term]:
+        """Return the link that trains as a term, after one of the past links."""
+        rank = self.lora_B.shape[1]
+        now = Term(rows, self.lora_B, self.scale, columns=self.columns[-rank:])
+        if self.past_B is None:
+            return [now]
+        # The last window of a chain may wrap onto columns of the first one.
+        distinct = self.inputs % rank == 0
+        past = Term(rows, self.past_B, self.scale, columns=self.columns[:-rank], distinct=distinct)
+        return [past, now]
 
     def to_lora(self) -> LoraFactors:
         """Return the factors, all links stacked, with the selector as a matrix: A[j, columns[j]] = 1."""

@@ -90,6 +90,11 @@ class FullMethod(Method):
         return True
 
     @property
+    def packs(self) -> bool:
+        """False: the base's own weights train."""
+        return False
+
+    @property
     def shares_base(self) -> bool:
         """False: the base's weights before training are not kept."""
         return False

@@ -20,6 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from rayft.kernels import low_rank_linear as kernel
+from rayft.kernels.grouped_linear import Term
 from rayft.methods.base import (
     Adapter,
     AdapterLinear,
@@ -138,6 +139,13 @@ class LoraAdapter(Adapter):
         """Return the factors, all links stacked."""
         a = _stack(self.past_A, self.lora_A.detach(), 0)
         return LoraFactors(a, _stack(self.past_B, self.lora_B.detach(), 1), self.scale)
+
+    def terms(self, rows: slice) -> list[Term]:
+        """Return the link that trains as a term, after one of the past links."""
+        now = Term(rows, self.lora_B, self.scale, a=self.lora_A)
+        if self.past_A is None or self.past_B is None:
+            return [now]
+        return [Term(rows, self.past_B, self.scale, a=self.past_A), now]
 
     def begin_link(self, a: torch.Tensor) -> None:
         """Move the trained link to the past ones and start the next from `a` (R × I) and B = 0."""

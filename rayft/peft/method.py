@@ -126,6 +126,11 @@ class PeftMethod(Method):
     """Whether the class has a rank that `rank` sets."""
 
     @property
+    def packs(self) -> bool:
+        """False: PEFT's layers know one batch."""
+        return False
+
+    @property
     def exports_lora(self) -> bool:
         """Whether a trained adapter is a LoRA; others are saved in PEFT's own format."""
         return self.exports

@@ -7,8 +7,12 @@ cancelled the job (it stops), so the search decides before the lane takes anothe
     client:  submit → next_event … next_event → (final | failed | interrupted)   or cancel
     lane:    pull → log …, report … → finish | fail | pause → pull
 
+A lane that has places left in a batch pulls further jobs that can share it (`Job.pack`), so it may have
+several jobs at the same time.
+
 An event is kept until its client asks for the next one, so a client that dies loses no event. If a lane dies,
-its job returns to the head of the queue, even if it was cancelled meanwhile, and the next free lane takes it.
+its jobs return to the head of the queue, even if they were cancelled meanwhile, and the next free lane takes
+them.
 A checkpoint was written before each report, so the job continues from there, repeats its earlier reports, and
 receives the same decisions.
 
@@ -23,7 +27,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -203,13 +207,21 @@ class Broker:
         """Register a lane that is being started."""
         self._lanes[lane] = 0
 
-    async def pull(self, lane: str, timeout: float = 20.0) -> Job[Any, Any] | str | None:
-        """Return a lane's next job, `CLOSE`, or None if there is no job for `timeout` seconds."""
+    async def pull(
+        self, lane: str, timeout: float = 20.0, pack: str | None = None
+    ) -> Job[Any, Any] | str | None:
+        """Return a lane's next job, `CLOSE`, or None if there is no job for `timeout` seconds.
+
+        Args:
+            lane: the lane.
+            timeout: seconds to wait.
+            pack: what the job must have in common with those that the lane has; by default it has none.
+        """
         if self._watcher is None:
             self._watcher = asyncio.create_task(self._watch())
         deadline = time.monotonic() + timeout
         while True:
-            job = self._take(lane)
+            job = self._take(lane, pack)
             if job is not None:
                 return job
             if self._closed:
@@ -236,26 +248,35 @@ class Broker:
         """Add a line for the person who started the sweep."""
         self._notices.append(text)
 
+    async def announce(self, reports: Sequence[tuple[str, int, Mapping[str, float]]]) -> None:
+        """Pass on evaluations of several jobs, (job, step, metrics) each; `report` returns the decisions."""
+        for job_id, step, metrics in reports:
+            self._reported(self._entries[job_id], step, metrics)
+
     async def report(self, job_id: str, step: int, metrics: Mapping[str, float]) -> Verdict:
         """Pass an evaluation on to the client and return its decision.
 
         A report that is repeated, by a job that continues from a checkpoint, gets the same decision again.
         """
         entry = self._entries[job_id]
-        entry.progress.update({"step": step, **metrics})
+        self._reported(entry, step, metrics)
         if self._closed:
             return "interrupt"
         if entry.stop_at is not None and step >= entry.stop_at:
             return "stop"
-        if step > entry.last_step:
-            entry.last_step = step
-            entry.decision = asyncio.get_running_loop().create_future()
-            self._push(entry, Event("report", step, metrics))
         if step < entry.last_step or entry.decision is None:
             return "continue"
         # Shielded, because the call of a lane that died while it waited may be cancelled, when the lane that
         # came back waits for the same decision.
         return await asyncio.shield(entry.decision)
+
+    def _reported(self, entry: _Entry, step: int, metrics: Mapping[str, float]) -> None:
+        entry.progress.update({"step": step, **metrics})
+        stopped = entry.stop_at is not None and step >= entry.stop_at
+        if step > entry.last_step and not stopped and not self._closed:
+            entry.last_step = step
+            entry.decision = asyncio.get_running_loop().create_future()
+            self._push(entry, Event("report", step, metrics))
 
     async def finish(self, job_id: str, payload: bytes) -> None:
         """End a job with its pickled result."""
@@ -308,24 +329,27 @@ class Broker:
         lost = await _lost(reason, beats.values())
         reason = lost or reason
         used = f" when it used {memory / 2**30:.1f} GiB" if memory else ""
-        entry = next((one for one in self._entries.values() if one.lane == lane and not one.done), None)
+        entries = [one for one in self._entries.values() if one.lane == lane and not one.done]
         if self._closed:
-            if entry is not None:
+            for entry in entries:
                 self._end(entry, Event("interrupted", entry.last_step))
             return False
-        if entry is None and lost:
+        if not entries and lost:
             self._notices.append(f"{lane} ended without a job: {reason}")
             return True
-        if entry is None:
+        if not entries:
             return await self._died_idle(lane, f"{reason}{used}")
-        self._notices.append(f"{entry.job.id}: {lane} ended{used}: {reason}")
-        if not lost:
-            entry.deaths.append(f"{reason}{used}")
-        if len(entry.deaths) >= self._attempts:
-            error = f"its lane died {len(entry.deaths)} times, the last time because {entry.deaths[-1]}"
-            self._end(entry, Event("failed", error=error))
-        else:
-            await self._again(entry)
+        names = ", ".join(entry.job.id for entry in entries)
+        self._notices.append(f"{names}: {lane} ended{used}: {reason}")
+        # The first in the queue is the first again.
+        for entry in reversed(entries):
+            if not lost:
+                entry.deaths.append(f"{reason}{used}")
+            if len(entry.deaths) >= self._attempts:
+                error = f"its lane died {len(entry.deaths)} times, the last time because {entry.deaths[-1]}"
+                self._end(entry, Event("failed", error=error))
+            else:
+                await self._again(entry)
         own = self._pinned(lane)
         return not own or any(not one.done for one in own)
 
@@ -451,15 +475,17 @@ class Broker:
         entry.killed = entry.warned = False
         entry.progress["state"] = "running"
 
-    def _take(self, lane: str) -> Job[Any, Any] | None:
+    def _take(self, lane: str, pack: str | None = None) -> Job[Any, Any] | None:
         for job_id in list(self._queue):
             entry = self._entries[job_id]
+            # A job whose lanes die is done alone, so that it ends no others with it.
+            job = replace(entry.job, pack="") if len(entry.deaths) > 1 else entry.job
             if entry.done:
                 self._queue.remove(job_id)
-            elif entry.job.lane in (None, lane):
+            elif job.lane in (None, lane) and pack in (None, job.pack):
                 self._queue.remove(job_id)
                 self._begin(entry, lane)
-                return entry.job
+                return job
         return None
 
     def _push(self, entry: _Entry, event: Event) -> None:

@@ -24,9 +24,11 @@ from rayft.sweep.launcher import Launcher
 from rayft.sweep.settings import Group, HomeNode, LaneSettings
 from rayft.train.run import ScaleConfig
 
-__all__ = ["EXECUTORS", "Executor", "IsolatedExecutor", "LaneExecutor"]
+__all__ = ["EXECUTORS", "MOST_SLOTS", "Executor", "IsolatedExecutor", "LaneExecutor"]
 
 
+MOST_SLOTS = 16
+"""The most slots of a lane that finds out how many are fastest."""
 LAUNCHING = 4
 """Number of calls that the launcher runs at the same time. One of them, `stay`, never returns."""
 ResultT = TypeVar("ResultT")
@@ -42,6 +44,7 @@ class Executor(ABC):
         restarts: how often a job is tried again if its worker group dies.
         name: prefix of the lanes' names.
         patience: how long a lane may send no sign of life.
+        slots: the most trials that share a lane's steps; None if lanes find out how many are fastest.
     """
 
     def __init__(
@@ -52,7 +55,9 @@ class Executor(ABC):
         restarts: int,
         name: str,
         patience: Patience | None = None,
+        slots: int | None = 1,
     ) -> None:
+        self.slots = slots
         self.scale, self.storage, self.lanes, self.restarts, self.name = scale, storage, lanes, restarts, name
         group = Group(scale.workers, scale.device == "cuda", worker_resources(scale), storage)
         # On the driver's node, without which the sweep ends anyway: the loss of another node must not end it.
@@ -65,6 +70,11 @@ class Executor(ABC):
         self._mark.touch()
         self._home = HomeNode(ray.get_runtime_context().get_node_id(), str(self._mark), self._launcher)
         self.broker.depend_on.remote(self._launcher)  # type: ignore[attr-defined]
+
+    @property
+    def at_once(self) -> int:
+        """The most trials that can be in progress at the same time."""
+        return self.lanes * (MOST_SLOTS if self.slots is None else self.slots)
 
     @abstractmethod
     def start(self) -> None:
@@ -125,7 +135,7 @@ class Executor(ABC):
         self._mark.unlink(missing_ok=True)
 
     def _start_lane(self, lane: str, *, once: bool) -> None:
-        settings = LaneSettings(name=lane, broker=self.broker, home=self._home, once=once)
+        settings = LaneSettings(lane, self.broker, self._home, self.slots, once)
         ray.get(self.broker.expect.remote(lane))
         ray.get(self._launcher.start.remote(settings))
 

@@ -96,11 +96,13 @@ class Job(Generic[RequestT_co, ResultT]):
     """As `Request.resumable`."""
     lane: str | None = None
     """The only lane that may take the job; by default any lane may."""
+    pack: str = ""
+    """What jobs have in common that a lane can do together; empty if it does this one alone."""
 
     @staticmethod
-    def of(id: str, request: Request[ResultT]) -> Job[Request[ResultT], ResultT]:
+    def of(id: str, request: Request[ResultT], *, pack: str = "") -> Job[Request[ResultT], ResultT]:
         """Make a job of a request."""
-        return Job(id, request.kind, pickle.dumps(request), request.resumable)
+        return Job(id, request.kind, pickle.dumps(request), request.resumable, pack=pack)
 
     @property
     def request(self) -> RequestT_co:

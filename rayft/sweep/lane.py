@@ -29,8 +29,10 @@ from rayft.errors import DiskFullError, InterruptedRunError, RayftError, TrainEr
 from rayft.files import disk_full, disk_full_error
 from rayft.identity import Identity
 from rayft.models.files import cache_folder
+from rayft.models.packed import unpackable
 from rayft.sweep.broker import CLOSE, Beat
 from rayft.sweep.jobs import Job
+from rayft.sweep.packed import PackedTrials
 from rayft.sweep.settings import LaneSettings
 from rayft.sweep.transfer import find_home
 from rayft.tracking.base import TrackerSpec
@@ -38,6 +40,7 @@ from rayft.tracking.mlflow import MlflowTracker
 from rayft.train.home import Home
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
+from rayft.train.slots import Sizing, sizing
 from rayft.train.worker import Worker
 
 __all__ = ["Lane", "serve_jobs"]
@@ -57,7 +60,7 @@ def serve_jobs(settings: LaneSettings) -> None:
             if job == CLOSE:
                 return
             if isinstance(job, Job):
-                lane.run(job)
+                lane.run_packed(job) if lane.packs(job) else lane.run(job)
             elif settings.once:
                 return
     finally:
@@ -70,6 +73,7 @@ class Lane:
     def __init__(self, settings: LaneSettings) -> None:
         self.name, self.broker = settings.name, settings.broker
         self._wait = 0.0 if settings.once else 20.0
+        self._slots = settings.slots
         device = get_device()
         if device.type == "cuda":
             # NCCL moves objects through the current device, which must be this worker's own.
@@ -106,6 +110,32 @@ class Lane:
         scope = f"job{self._jobs}"
         with self.home.within(scope):
             self._run(job)
+        self.home.drop(scope)
+
+    def packs(self, job: Job[Any, Any]) -> bool:
+        """Return whether a job may share the lane's steps with others."""
+        return bool(job.pack) and self._slots != 1
+
+    def run_packed(self, first: Job[Any, Any]) -> None:
+        """Do a trial, and others that share its steps as long as there are any."""
+        try:
+            session = self.session(first.request.run, first.request.expected)
+        except Exception as error:  # noqa: BLE001  (told to the broker)
+            self.ended(first, error)
+            return
+        reason, size = unpackable(session.loaded.model), Sizing()
+        if not reason:
+            size = sizing(first.request.run, session, self._slots)
+            reason = "a step of one keeps the device busy" if size.slots == 1 else ""
+        if reason:
+            self.note(f"trials take turns on {self.name}, because {reason}")
+            self._slots = 1
+            self.run(first)
+            return
+        self._jobs += 1
+        scope = f"job{self._jobs}"
+        with self.home.within(scope):
+            PackedTrials(self, session, first, size).run()
         self.home.drop(scope)
 
     def session(self, run: RunConfig, expected: Identity, *, whole: bool = False) -> Session:
@@ -168,27 +198,35 @@ class Lane:
         request = job.request
         try:
             result = request(self)
-        except InterruptedRunError as error:
+        except Exception as error:  # noqa: BLE001  (told to the broker)
+            result = error
+        self.ended(job, result)
+
+    def ended(self, job: Job[Any, Any], result: object) -> None:
+        """Report to the broker how a job has ended: with a result, or with an exception.
+
+        Raises:
+            Exception: what was raised, if only a new worker group can go on.
+        """
+        if isinstance(result, InterruptedRunError):
             if self.worker.rank == 0:
-                ray.get(self.broker.pause.remote(job.id, error.step))
-        except Exception as error:
-            if disk_full(error):
-                # Any worker reports it: the others may wait for this one until the end of the sweep ends
-                # them.
-                full = _disk_full_error(error, *request.folders)
-                ray.get(self.broker.fail.remote(job.id, str(full), fatal=True))
-                return
-            if isinstance(error, RayftError):
-                self._fail(job, str(error))
-                return
-            # The workers may have failed at different places: only a new group brings them in step again.
-            if self.worker.world > 1:
-                raise
-            logger.exception("job %s failed", job.id)
-            self._fail(job, f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-4)}")
-        else:
+                ray.get(self.broker.pause.remote(job.id, result.step))
+        elif not isinstance(result, Exception):
             if self.worker.rank == 0:
                 ray.get(self.broker.finish.remote(job.id, pickle.dumps(result)))
+        elif disk_full(result):
+            # Any worker reports it: the others may wait for this one until the end of the sweep ends them.
+            full = _disk_full_error(result, *job.request.folders)
+            ray.get(self.broker.fail.remote(job.id, str(full), fatal=True))
+        elif isinstance(result, RayftError):
+            self._fail(job, str(result))
+        else:
+            # The workers may have failed at different places: only a new group brings them in step again.
+            if self.worker.world > 1:
+                raise result
+            logger.error("job %s failed", job.id, exc_info=result)
+            trace = "".join(traceback.format_exception(result, limit=-4))
+            self._fail(job, f"{type(result).__name__}: {result}\n{trace}")
 
     def _open(self, run: RunConfig, *, identify_base: bool, whole: bool) -> Session:
         if self.worker.rank == 0:

@@ -103,7 +103,7 @@ class TrialActor(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         request: TrainRequest = config["request"]
-        self._job = Job.of(request.key, request)
+        self._job = Job.of(request.key, request, pack=request.pack)
         self._seen = 0
         self._least = math.inf
         # An annealed trial can't keep what it found at a higher rank.
@@ -157,14 +157,21 @@ def search(
         ResourceError: if no trial can go on, because the disk is full.
         ray.exceptions.RayError: if a process that the trials share has died.
     """
-    requests = [_request(point, output, sweep, tracker, parent, identity) for point in trials]
+    packs = executor.slots != 1
+    requests = [_request(point, output, sweep, tracker, parent, identity, packs=packs) for point in trials]
 
     def stop(key: str, step: int) -> None:
         ray.get(executor.broker.cancel.remote(key, step))
 
     asha = RecordedASHA(sweep, trials[0].run.optim.steps, EventLog(output / EVENTS_FILE), stop)
-    if any(map(_unfinished, requests)):
+    waiting = [request for request in requests if _unfinished(request)]
+    if waiting:
         executor.start()
+        # Tune starts a process for each trial before it submits its job. Jobs that begin together must not
+        # wait for that, or a lane would take them up one by one.
+        executor.submit(
+            [Job.of(one.key, one, pack=one.pack) for one in waiting[: executor.at_once] if one.pack]
+        )
         _run_tune(sweep, lambda: _tuner(sweep, requests, executor, asha, check))
     return [
         _collect(point, request, executor, output) for point, request in zip(trials, requests, strict=True)
@@ -178,6 +185,8 @@ def _request(
     tracker: TrackerSpec | None,
     parent: str | None,
     identity: Identity,
+    *,
+    packs: bool,
 ) -> TrainRequest:
     return TrainRequest(
         key=point.key,
@@ -185,6 +194,7 @@ def _request(
         run=point.run,
         output=str(output),
         evaluate_at=tuple(rungs(sweep, point.run.optim.steps)),
+        packs=packs,
         tracker=tracker,
         parent=parent,
         expected=identity,
@@ -223,7 +233,7 @@ def _tuner(
         param_space={"request": tune.grid_search(requests)},
         tune_config=tune.TuneConfig(
             scheduler=asha,
-            max_concurrent_trials=executor.lanes,
+            max_concurrent_trials=executor.at_once,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(

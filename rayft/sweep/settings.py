@@ -30,6 +30,8 @@ class LaneSettings:
     """Handle of the broker actor."""
     home: HomeNode
     """Where the command's files are."""
+    slots: int | None = 1
+    """The most trials that share the lane's steps; None if the lane finds out how many are fastest."""
     once: bool = False
     """Whether the lane ends when there is no job left for it, instead of waiting for more (isolated
     trials)."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
 
@@ -14,18 +15,22 @@ from rayft.config import leaves
 from rayft.errors import InterruptedRunError, RayftError
 from rayft.files import disk_full
 from rayft.identity import UNKNOWN, Identity
+from rayft.methods.base import Method
 from rayft.models.methods import method
 from rayft.sweep.broker import Verdict
 from rayft.sweep.result import TrialResult, file_hashes, trial_folder, write_result
 from rayft.tracking.base import HASH_PARAM, Former, RunStatus, TrackerSpec
+from rayft.train.course import Question, Step, TrainResult, drive
+from rayft.train.packed import Pack, why_alone
 from rayft.train.run import RunConfig
-from rayft.train.trainer import Reporter, Trainer, TrainResult
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
 
 if TYPE_CHECKING:
     from rayft.sweep.lane import Lane
     from rayft.tracking.mlflow import MlflowTracker
 
-__all__ = ["TrainRequest", "tracking_key"]
+__all__ = ["LaneReporter", "TrainRequest", "TrialCourse", "tracking_key"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,16 @@ class TrainRequest:
     """Tracked run whose child the trial's tracked run is."""
     expected: Identity = UNKNOWN
     """Identity of data and base, as the driver has read them."""
+    packs: bool = False
+    """Whether it may share a lane's steps with other trials of the sweep."""
+
+    @property
+    def pack(self) -> str:
+        """What trials have in common that share steps; empty if this one shares none."""
+        if not self.packs or why_alone(self.run):
+            return ""
+        shared = self.run.model_dump(mode="json", include={"model", "data", "scale", "evaluate"})
+        return json.dumps(shared, sort_keys=True)
 
     @property
     def identity(self) -> Identity:
@@ -67,35 +82,69 @@ class TrainRequest:
         """
         started, fresh = time.perf_counter(), not lane.loaded
         session = lane.session(self.run, self.expected)
-        loaded = time.perf_counter()
-        home_folder = trial_folder(self.output, self.key)
-        folder, kind = lane.home.place(home_folder), method(self.run.method.name)
+        trial = TrialCourse(self, lane, session, time.perf_counter() if fresh else started)
+        return drive(trial.course(), trial.trainer.answer)
+
+
+class TrialCourse:
+    """The course of a trial in a lane: that of its run, with what is checked before and kept after it.
+
+    Args:
+        request: the trial.
+        lane: where it trains.
+        session: base and data.
+        started: when the lane began to work for the trial, by `time.perf_counter`.
+        pack: the runs with which it takes its steps; by default it has the lane to itself.
+    """
+
+    def __init__(
+        self, request: TrainRequest, lane: Lane, session: Session, started: float, pack: Pack | None = None
+    ) -> None:
+        self._request, self._lane, self._session, self._started = request, lane, session, started
+        self._home_folder = trial_folder(request.output, request.key)
+        self._folder = lane.home.place(self._home_folder)
         with lane.worker.together():
-            if lane.worker.rank == 0 and not kind.saves_model:
-                lane.home.check(home_folder / "adapter")
-        tracked = _TrackedRun.begin(self, lane) if lane.worker.rank == 0 else None
-        reporter = _LaneReporter(lane, self, tracked)
+            if lane.worker.rank == 0 and not self._kind.saves_model:
+                lane.home.check(self._home_folder / "adapter")
+        tracked = _TrackedRun.begin(request, lane) if lane.worker.rank == 0 else None
+        self._tracked, self.reporter = tracked, LaneReporter(lane, request, tracked)
+        self.trainer = Trainer(request.run, session, self.reporter, self._folder, request.evaluate_at, pack)
+
+    def course(self) -> Generator[Step | Question, Any, TrialResult | None]:
+        """Train, and write result.json; the first worker returns the result.
+
+        Raises:
+            RayftError: as `Trainer.fit`.
+        """
+        tracked = self._tracked
         try:
-            result = Trainer(self.run, session, reporter, folder, self.evaluate_at).fit()
+            result = yield from self.trainer.course()
         except RayftError as error:
             # On a full disk nothing can be recorded; the next start sets the tracked run running again.
             if tracked and not disk_full(error):
                 tracked.end("interrupted" if isinstance(error, InterruptedRunError) else "failed")
             raise
         finally:
-            if not kind.shares_base:
+            if not self._kind.shares_base:
                 # The run has changed the base, so the next trial can't use it. Loading it again takes
                 # seconds, a new worker group half a minute.
-                lane.forget()
-        if lane.worker.rank > 0:
-            return None
+                self._lane.forget()
+        return self._keep(result) if self._lane.worker.rank == 0 else None
+
+    @property
+    def _kind(self) -> Method:
+        return method(self._request.run.method.name)
+
+    def _keep(self, result: TrainResult) -> TrialResult:
+        """Write the result, and send home what belongs to it."""
+        request, lane, tracked, folder = self._request, self._lane, self._tracked, self._folder
         left = TrialResult(
-            result=replace(result, folder=str(home_folder / Path(result.folder).name)),
+            result=replace(result, folder=str(self._home_folder / Path(result.folder).name)),
             run_id=tracked.run_id if tracked else "",
-            identity=session.identity.brief.model_copy(
-                update={"config": self.run.hash, "start": result.start}
+            identity=self._session.identity.brief.model_copy(
+                update={"config": request.run.hash, "start": result.start}
             ),
-            hashes=file_hashes(Path(result.folder)) if kind.saves_model else {},
+            hashes=file_hashes(Path(result.folder)) if self._kind.saves_model else {},
         )
         if tracked:
             tracked.finish(result)
@@ -105,8 +154,8 @@ class TrainRequest:
         spent = result.seconds["total"] - result.seconds["overhead"]
         # All time that the lane spent on the trial beyond its steps and evaluations. Loading the base is part
         # of the lane's own start, which is paid once.
-        overhead = time.perf_counter() - (loaded if fresh else started) - spent
-        left = left.with_seconds(overhead=overhead, waiting=reporter.waited)
+        overhead = time.perf_counter() - self._started - spent
+        left = left.with_seconds(overhead=overhead, waiting=self.reporter.waited)
         write_result(folder, left, lane.home)
         # The last checkpoint stays: the trial is trained again from it if its adapter should be damaged.
         lane.home.prune(folder / "checkpoint", 1)
@@ -167,13 +216,14 @@ class _TrackedRun:
         self._tracker.finish(self.run_id, status)
 
 
-class _LaneReporter(Reporter):
-    """Passes a run's numbers on to the broker and the tracker, and waits for the search's decisions."""
+class LaneReporter(Reporter):
+    """Passes a run's numbers on to the broker and the tracker, and asks for the search's decisions."""
 
     def __init__(self, lane: Lane, request: TrainRequest, tracked: _TrackedRun | None) -> None:
         self._lane, self._tracked = lane, tracked
         self._key, self._steps = request.key, request.run.optim.steps
         self._must_end = False
+        self._asked = 0.0
         self.waited = 0.0
         """Seconds that the run waited for decisions."""
 
@@ -192,15 +242,23 @@ class _LaneReporter(Reporter):
 
     def report(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Pass an evaluation on and wait for the search's decision."""
+        verdict = self.ask(step, metrics)
+        return True if verdict is None else self.decided(ray.get(verdict))
+
+    def ask(self, step: int, metrics: Mapping[str, float]) -> Any:
+        """Pass an evaluation on; return a reference to the search's decision, or None if there is none."""
         if self._tracked:
             self._tracked.metrics(metrics, step)
         if step >= self._steps:
             # There is nothing to decide after the last step; the result carries the number.
             self._lane.broker.log.remote(self._key, {"step": step, **metrics})
-            return True
-        started = time.perf_counter()
-        verdict: Verdict = ray.get(self._lane.broker.report.remote(self._key, step, dict(metrics)))
-        self.waited += time.perf_counter() - started
+            return None
+        self._asked = time.perf_counter()
+        return self._lane.broker.report.remote(self._key, step, dict(metrics))
+
+    def decided(self, verdict: Verdict) -> bool:
+        """Receive the decision; return whether the run goes on."""
+        self.waited += time.perf_counter() - self._asked
         self._must_end = verdict == "interrupt"
         return verdict != "stop"
 

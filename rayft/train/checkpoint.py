@@ -1,5 +1,10 @@
 """Save a run's trainable parameters, optimizer state and progress as a checkpoint, and load them again.
 
+Rank 0 writes what trains in an adapter, with its optimizer state, to one file, from which any number of
+workers, any stage of ZeRO below 3 and a packed run can continue. Where that would be a whole model, or
+ZeRO-3 or settings of DeepSpeed's own add a state that is not a parameter's, each worker writes DeepSpeed's
+files.
+
 If the files of the last checkpoint are damaged, the run continues from the checkpoint before it, or from the
 start. `checkpoint_folder` describes the files.
 """
@@ -14,25 +19,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from rayft.errors import DiskFullError, TrainError
 from rayft.files import room_on
 from rayft.identity import Identity
 from rayft.train.best import BEST, Kept
 from rayft.train.checkpoint_folder import STATE_FILE, Checkpoint, checkpoints
-from rayft.train.deepspeed import DeepSpeedEngine, check_written, checkpoint_bytes
+from rayft.train.deepspeed import DeepSpeedEngine, check_written, checkpoint_bytes, trained_state
+from rayft.train.masters import Holder, load_masters, read_masters, save_masters, write_masters
 from rayft.train.session import Session
 from rayft.train.worker import Worker
 
 __all__ = ["last_state", "restore", "save"]
 
+MASTERS_FILE = "masters.safetensors"
+
 
 def save(
     folder: Path,
-    engine: DeepSpeedEngine,
+    engine: DeepSpeedEngine | Holder,
     state: Mapping[str, Any],
     identity: Identity,
     session: Session,
     best: Kept | None = None,
+    *,
+    portable: bool = True,
 ) -> None:
     """Write a checkpoint (all workers call it), then delete all but the last two.
 
@@ -43,6 +55,7 @@ def save(
         identity: what the run follows from.
         session: says which worker this is, and has the home that keeps the checkpoint.
         best: on rank 0, what the best evaluation left, unless that is what the engine has.
+        portable: whether rank 0 writes all, instead of DeepSpeed (only below ZeRO-3).
 
     Raises:
         DiskFullError: on all workers, if one of them has no space; the previous checkpoint stays.
@@ -55,7 +68,10 @@ def save(
             home.remove(place)
     try:
         with worker.together():
-            _write(folder, tag, engine)
+            if portable:
+                _write_masters(place, engine, session)
+            else:
+                _write(folder, tag, engine)
             if best is not None:
                 with room_on(folder):
                     best.save(place / BEST)
@@ -71,8 +87,18 @@ def save(
         raise
 
 
+def _write_masters(place: Path, engine: DeepSpeedEngine | Holder, session: Session) -> None:
+    masters = read_masters(engine)
+    if session.worker.rank > 0:
+        return
+    others = {name: value for name, value in trained_state(engine.module).items() if name not in masters}
+    with room_on(place.parent, checkpoint_bytes(engine.module)):
+        place.mkdir(parents=True, exist_ok=True)
+        save_masters(masters, others, place / MASTERS_FILE)
+
+
 def _write(folder: Path, tag: str, engine: DeepSpeedEngine) -> None:
-    with room_on(folder, checkpoint_bytes(engine)), warnings.catch_warnings():
+    with room_on(folder, checkpoint_bytes(engine.module)), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
         check_written(engine)
@@ -108,12 +134,29 @@ def last_state(
     return choice.state
 
 
-def restore(folder: Path, engine: DeepSpeedEngine, state: Mapping[str, Any]) -> None:
+def restore(folder: Path, engine: DeepSpeedEngine | Holder, state: Mapping[str, Any]) -> None:
     """Load the parameters and the optimizer state of a checkpoint into an engine (all workers call it).
 
     Raises:
-        TrainError: if the checkpoint's files are missing or damaged.
+        TrainError: if the checkpoint's files are missing or damaged, or a packed run can't continue from it.
     """
+    portable = folder / state["tag"] / MASTERS_FILE
+    if portable.is_file():
+        try:
+            masters, others = load_masters(portable)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise TrainError(f"the checkpoint {portable} is damaged ({error}); delete {folder}") from error
+        engine.module.load_state_dict(others, strict=False)
+        parameters = dict(engine.module.named_parameters())
+        for name, master in masters.items():
+            parameters[name].data.copy_(master.weight)
+        write_masters(engine, masters)
+        return
+    if isinstance(engine, Holder):
+        raise TrainError(
+            f"the checkpoint {folder}/{state['tag']} was written by an earlier version, from which packed "
+            "trials can't continue: set sweep.slots: 1"
+        )
     try:
         path, _ = engine.load_checkpoint(str(folder), tag=state["tag"], load_module_strict=False)
     except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:

@@ -1,6 +1,7 @@
 """The folder in which a run keeps its checkpoints, as it is on disk.
 
-checkpoint/step-000020/…           DeepSpeed's files, from all workers, without frozen parameters
+checkpoint/step-000020/…           masters.safetensors, or DeepSpeed's files from all workers, without frozen
+                                   parameters (`rayft.train.checkpoint`)
 checkpoint/step-000020/best/       what the best evaluation before it left, if it was an earlier one
 checkpoint/step-000020/state.json  step, identity, curves and the hashes of those files
 

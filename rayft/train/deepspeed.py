@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +43,7 @@ __all__ = [
     "partitioner",
     "release",
     "set_lr",
+    "trained_state",
 ]
 
 DeepSpeedEngine = Any
@@ -60,6 +60,8 @@ class StepResult:
     """Before clipping."""
     tokens: int
     """Tokens of all workers' micro-batches."""
+    padding: float = 0.0
+    """Share of padding in this worker's packed rows."""
 
 
 def engine_config(run: RunConfig) -> dict[str, Any]:
@@ -92,16 +94,27 @@ def engine_config(run: RunConfig) -> dict[str, Any]:
     return _merge(config, run.deepspeed)
 
 
-def build_engine(run: RunConfig, model: nn.Module) -> DeepSpeedEngine:
+def build_engine(
+    run: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> DeepSpeedEngine:
     """Build an engine over the trainable parameters, in the process group that is already initialised.
+
+    Args:
+        run: with the settings of one run.
+        model: what trains.
+        optimizer: an optimizer of its trainable parameters; by default AdamW with the run's groups.
 
     Raises:
         TrainError: if DeepSpeed rejects the configuration.
     """
-    deepspeed = _deepspeed(run)
-    groups, optim = parameter_groups(run, model), run.optim
-    trainable = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, foreach=True)
+    deepspeed, optim = _deepspeed(run), run.optim
+    if optimizer is None:
+        groups = parameter_groups(run, model)
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, foreach=True)
+    trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    config = engine_config(run)
+    # Two buffers of this many numbers are allocated: by default two of a gigabyte, whatever trains.
+    config["zero_optimization"].setdefault("reduce_bucket_size", sum(p.numel() for p in trainable))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -109,7 +122,7 @@ def build_engine(run: RunConfig, model: nn.Module) -> DeepSpeedEngine:
                 model=model,
                 model_parameters=trainable,
                 optimizer=optimizer,
-                config=engine_config(run),
+                config=config,
                 dist_init_required=False,
             )
     except (AssertionError, ValueError, RuntimeError) as error:
@@ -118,7 +131,7 @@ def build_engine(run: RunConfig, model: nn.Module) -> DeepSpeedEngine:
         ) from error
     # DeepSpeed's own version writes a tied output layer, the largest matrix of a small model, to every
     # checkpoint.
-    engine.module_state_dict = partial(_trainable_state, engine)
+    engine.module_state_dict = lambda *_, **__: trained_state(engine.module)
     _write_checkpoints(engine)
     return engine
 
@@ -180,12 +193,12 @@ def check_written(engine: DeepSpeedEngine) -> None:
         check()
 
 
-def checkpoint_bytes(engine: DeepSpeedEngine) -> int:
+def checkpoint_bytes(model: nn.Module) -> int:
     """Estimate the size of a checkpoint in bytes: weights, and the optimizer state of what trains."""
     return sum(
         getattr(parameter, "ds_numel", parameter.numel())
         * (parameter.element_size() + 12 * parameter.requires_grad)
-        for parameter in kept(engine.module).values()
+        for parameter in kept(model).values()
     )
 
 
@@ -205,9 +218,9 @@ def parameter_groups(run: RunConfig, model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def _trainable_state(engine: DeepSpeedEngine, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return what a checkpoint must hold: all that trains, and what adapters keep (a chain's past links)."""
-    state = engine.module.state_dict(keep_vars=True)
+    state = model.state_dict(keep_vars=True)
     return {name: v.detach() for name, v in state.items() if v.requires_grad or ".adapter." in name}
 
 

@@ -36,6 +36,7 @@ from rayft.train.session import Session
 __all__ = [
     "Placement",
     "keep",
+    "limited",
     "out_of_memory",
     "place",
     "placed",
@@ -265,7 +266,7 @@ class _Probe:
             ConfigError, TrainError: if the model can't be captured.
         """
         device = self._worker.device
-        with _limited(device, self._run.scale.gpu_share):
+        with limited(device, self._run.scale.gpu_share):
             optimizer = torch.empty(self._optimizer_bytes(), dtype=torch.uint8, device=device)
             batch = self._batch(self._share // placement.accumulation).to(device)
             recompute_activations(self._model, wanted=placement.activation_checkpointing)
@@ -319,7 +320,7 @@ def _targets(row: Row) -> int:
 
 
 @contextlib.contextmanager
-def _limited(device: str, share: float) -> Iterator[None]:
+def limited(device: str, share: float) -> Iterator[None]:
     """Limit this process to its share of a GPU's memory in the block, less what must stay free."""
     torch.cuda.set_per_process_memory_fraction((1 - SPARE) * share, device)
     try:

@@ -38,13 +38,21 @@ class Session:
     """Identity of the base and the data."""
     row_streams: dict[tuple[int, int], RowStream] = field(default_factory=dict)
     """(seed, rows of a step) → the rows."""
-    ticks: int = 0
-    """Number of batches that were trained or evaluated on. It shows others that this process makes
-    progress."""
     home: Home = field(default_factory=Home)
     """Where the command's files are."""
     packing: bool = True
     """Whether texts share rows."""
+    _counted: list[int] = field(default_factory=lambda: [0])
+    """In a list, which copies of a session share."""
+
+    @property
+    def ticks(self) -> int:
+        """Number of batches that were trained or evaluated on, which show others its progress."""
+        return self._counted[0]
+
+    def tick(self) -> None:
+        """Count a batch."""
+        self._counted[0] += 1
 
     @classmethod
     def open(

@@ -1,6 +1,10 @@
 """`Trainer`: trains one run, from fresh or given adapters or its last checkpoint, to an artifact on disk.
 
 Training does not depend on Ray: the caller passes a `Session` and a `Reporter`.
+
+A run's course is a generator. It yields what it can't do alone, an optimizer step or the question whether it
+may continue, and receives the answer. `Trainer.fit` answers for a run that has the device to itself; packed
+runs (`rayft.train.packed`) share their steps.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import Any
 import torch
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta, ModuleShapes, folder_bytes
-from rayft.data.pack import AnyBatch, Rows, collate_rows, rows_of
+from rayft.data.pack import AnyBatch, Row, Rows, collate_rows, rows_of
 from rayft.data.texts import lengths_of
 from rayft.errors import ConfigError, InterruptedRunError, TrainError
 from rayft.evaluate.loss import mean_loss
@@ -34,6 +38,7 @@ from rayft.peft.folder import Artifact
 from rayft.squeeze.anneal import Phase, revive
 from rayft.train import checkpoint
 from rayft.train.best import BEST, Kept
+from rayft.train.course import Course, Part, Question, Step, TrainResult, drive, random_state
 from rayft.train.deepspeed import (
     DeepSpeedEngine,
     StepResult,
@@ -48,6 +53,7 @@ from rayft.train.deepspeed import (
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Master, read_masters, write_masters
 from rayft.train.memory import PeakMemory
+from rayft.train.packed import Pack
 from rayft.train.phases import phases_of
 from rayft.train.placement import (
     Placement,
@@ -61,49 +67,18 @@ from rayft.train.placement import (
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 
-__all__ = ["Reporter", "TrainResult", "Trainer", "check_start", "validation_loss"]
+__all__ = [
+    "Course",
+    "Reporter",
+    "TrainResult",
+    "Trainer",
+    "check_start",
+    "validation_loss",
+]
 
 
 MOST_TOKENS = 2**15
 """Most tokens in a batch of the validation, unless a single row has more."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The outcome of a run. Fields with a default may be missing in files that older versions wrote."""
-
-    finished: bool
-    """False if the reporter stopped the run early."""
-    steps: int
-    val_loss: float
-    """Of the weights that were kept."""
-    val_curve: list[tuple[int, float]]
-    """(step, nats per completion token)."""
-    train_curve: list[tuple[int, float]] = field(default_factory=list)
-    trainable: int = 0
-    """Number of values that train at the same time, at most: in an annealed run, those of its first phase."""
-    parameters: int = 0
-    """Number of values stored in the artifact."""
-    rank: int | None = None
-    """Rank of the saved adapter; None if what was saved has no rank."""
-    bytes: int = 0
-    """Size of the weights on disk."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Where the time went: `train` and `evaluate` include the time before the run was resumed, `overhead` and
-    `total` count from then on. A trial's result also has `waiting`, the time that its lane waited for
-    ASHA."""
-    peak_memory: int = 0
-    """Bytes: the resident set of the process on a CPU, the memory allocated on the device on a GPU."""
-    tokens_per_second: float = 0.0
-    folder: str = ""
-    content_hash: str = ""
-    """Of the saved adapter; empty if a whole model was saved."""
-    start: str = ""
-    """Content hash of the adapter that the run started from; empty if it started from fresh adapters."""
-    kept_step: int | None = None
-    """The step whose weights were kept; None if they are the last ones."""
-    placement: dict[str, int] = field(default_factory=dict)
-    """How the last step used its device: the fields of a `Placement`."""
 
 
 @dataclass
@@ -188,6 +163,8 @@ class Trainer:
         folder: where this node writes the files of the run's folder (`Home.place`). The run continues from
             the last checkpoint that the home has of this folder.
         evaluate_at: steps after which the search needs a validation loss. The last step is always evaluated.
+        pack: the runs with which this one takes its steps, by `course`; the session is then one of the
+            pack's. By default it has the device to itself.
 
     Raises:
         ConfigError: if a link of a chain would have no steps.
@@ -200,7 +177,9 @@ class Trainer:
         reporter: Reporter,
         folder: Path,
         evaluate_at: Sequence[int] = (),
+        pack: Pack | None = None,
     ) -> None:
+        self.pack = pack
         self.run, self.session, self.reporter, self.folder = run, session, reporter, folder
         self.worker, self.model = session.worker, session.loaded.model
         self.phases = phases_of(run, session)
@@ -227,6 +206,10 @@ class Trainer:
             InterruptedRunError: if the reporter was interrupted; a checkpoint of the last step was saved.
             DiskFullError: if there is no space for a checkpoint or the result; earlier files stay.
         """
+        return drive(self.course(), self.answer)
+
+    def course(self) -> Course:
+        """Train the run as `fit` does, but let the caller take its steps and answer its questions."""
         started = time.perf_counter()
         self._fetch_checkpoints()
         start = read_start(self.run, self.session)
@@ -234,11 +217,12 @@ class Trainer:
         self._trainable = inject(self.model, self.run.method, self.run.seed, start.modules).trainable
         reset_heads(self.model, self.run.seed, start.heads)
         try:
-            self.placement = place(self.run, self.session)
+            alone = self.pack is None
+            self.placement = place(self.run, self.session) if alone else Placement(self._accumulation)
             # What was tried for the placement does not count.
             stream = capture_stream() if self.placement.graphs else nullcontext()
             with PeakMemory(self.worker.device) as memory, stream:
-                finished, saved = self._train_phases()
+                finished, saved = yield from self._train_phases()
         finally:
             if method(self.run.method.name).shares_base:
                 clear(self.model)
@@ -246,7 +230,7 @@ class Trainer:
 
     # --- phases
 
-    def _train_phases(self) -> tuple[bool, _Saved]:
+    def _train_phases(self) -> Part[tuple[bool, _Saved]]:
         """Train one phase after the other, each with its own engine, and save the result.
 
         Returns:
@@ -259,13 +243,13 @@ class Trainer:
             if state is not None and phase.end < state["step"]:
                 self.phases.skip(self.model, number + 1)
                 continue
-            saved = self._train_phase(number, phase, state)
+            saved = yield from self._train_phase(number, phase, state)
             state = None
             if saved is not None:
                 return self._finished, saved
         raise AssertionError("the last phase ends with the run")
 
-    def _train_phase(self, number: int, phase: Phase, state: Mapping[str, Any] | None) -> _Saved | None:
+    def _train_phase(self, number: int, phase: Phase, state: Mapping[str, Any] | None) -> Part[_Saved | None]:
         """Train a phase, from its start or a checkpoint's state.
 
         If a step does not fit into the device's memory, the phase goes on with a smaller placement: weights
@@ -281,12 +265,12 @@ class Trainer:
                 if masters is not None:
                     write_masters(self.engine, masters)
                 elif state is not None:
-                    go_on = self._resume(state)
+                    go_on = yield from self._resume(state)
                 else:
                     self.phases.enter(self.engine)
                 if go_on:
                     with ExitStack() as graphs:
-                        go_on = self._captured(graphs) and self._train(phase)
+                        go_on = self._captured(graphs) and (yield from self._train(phase))
                 if go_on is None:
                     for parameter in self.model.parameters():
                         parameter.grad = None
@@ -302,18 +286,31 @@ class Trainer:
                 return None
 
     @property
+    def _accumulation(self) -> int:
+        return self.run.scale.accumulation or 1
+
+    @property
     def _finished(self) -> bool:
         return self._ended or self.progress.step >= self.run.optim.steps
 
     @contextmanager
     def _new_engine(self) -> Iterator[None]:
-        """Build an engine over the model for the block, and destroy it after the block."""
-        self.engine = build_engine(placed(self.run, self.placement), self.model)
+        """Build an engine over the model for the block, and destroy it after the block.
+
+        A packed run takes a place in its pack instead.
+        """
+        if self.pack is None:
+            self.engine = build_engine(placed(self.run, self.placement), self.model)
+        else:
+            self.engine = self.pack.join(self.run, self.model)
         try:
             yield
         finally:
             engine, self.engine = self.engine, None
-            destroy(engine)
+            if self.pack is None:
+                destroy(engine)
+            else:
+                engine.leave()
 
     def _captured(self, graphs: ExitStack) -> bool | None:
         """Capture the passes as CUDA graphs until `graphs` is closed, if the placement has them.
@@ -323,7 +320,8 @@ class Trainer:
         if self.placement.graphs:
             self.model.train()
             try:
-                graphs.enter_context(graphed(self.model, self._micro_batches(self.progress.step)[0][0]))
+                first = self._share(self.progress.step)
+                graphs.enter_context(graphed(self.model, self._micro_batches(first)[0]))
             except torch.OutOfMemoryError:
                 self._lower()
                 return None
@@ -331,16 +329,16 @@ class Trainer:
 
     # --- steps
 
-    def _train(self, phase: Phase) -> bool | None:
+    def _train(self, phase: Phase) -> Part[bool | None]:
         """Take the steps of a phase; return whether the run may continue after it.
 
         Returns None if a step did not fit into the device's memory; a smaller placement is set then.
         """
         recompute_activations(self.model, wanted=self.placement.activation_checkpointing)
         while self.progress.step < phase.end:
-            if not self._step(phase):
+            if not (yield from self._step(phase)):
                 return None
-            if self.progress.step in self._evaluate_at and not self._evaluate():
+            if self.progress.step in self._evaluate_at and not (yield from self._evaluate()):
                 return False
             if self._interrupted():
                 self._save_checkpoint()
@@ -348,18 +346,19 @@ class Trainer:
                 raise InterruptedRunError(f"interrupted after step {step}", step)
         return True
 
-    def _step(self, phase: Phase) -> bool:
+    def _step(self, phase: Phase) -> Part[bool]:
         """Take one optimizer step and report its numbers; return whether it fitted into memory."""
         progress, optim, started = self.progress, self.run.optim, time.perf_counter()
-        step = progress.step
-        batches, padding = self._micro_batches(step)
-        seed_everything(derive_seed(self.run.seed, step, self.worker.rank))
-        self.model.train()
+        step, worker = progress.step, self.worker
+        share = self._share(step)
+        seed_everything(derive_seed(self.run.seed, step, worker.rank))
         lr = optim.lr_at(step, phase.first, phase.warmup)
-        set_lr(self.engine, lr)
         try:
-            result = optimizer_step(self.engine, batches, self.worker)
+            result: StepResult = yield Step(self.engine, share, lr, random_state(worker.device))
         except torch.OutOfMemoryError:
+            if self.pack is not None:
+                # Not even one run's rows fit.
+                raise out_of_memory(self.run, self.placement) from None
             self._lower()
             return False
         if not math.isfinite(result.loss):
@@ -367,15 +366,27 @@ class Trainer:
                 f"the loss is {result.loss} at step {step + 1} with lr {optim.lr:g}; use a lower "
                 "learning rate, a longer warm-up, or float32"
             )
-        self.session.ticks += 1
+        self.session.tick()
         progress.step = step + 1
         progress.tokens += result.tokens
         seconds = time.perf_counter() - started
         progress.train_seconds += seconds
         progress.train_curve.append((progress.step, result.loss))
         if self.worker.rank == 0:
-            self.reporter.log(progress.step, _step_metrics(lr, result, seconds) | {"padding": padding})
+            self.reporter.log(progress.step, _step_metrics(lr, result, seconds))
         return True
+
+    def answer(self, asked: Step | Question) -> StepResult | bool:
+        """Answer what the course of a run asks for that has the device to itself."""
+        if isinstance(asked, Question):
+            return self.worker.share(
+                self.worker.rank == 0 and self.reporter.report(asked.step, asked.metrics)
+            )
+        self.model.train()
+        set_lr(asked.engine, asked.lr)
+        batches = self._micro_batches(asked.share)
+        result = optimizer_step(asked.engine, batches, self.worker)
+        return replace(result, padding=asked.padding(sum(batch.input_ids.numel() for batch in batches)))
 
     def _lower(self) -> None:
         """Set a smaller placement, because a step did not fit into the device's memory.
@@ -395,18 +406,19 @@ class Trainer:
             f"into the device's memory; the run {how} with {rows // self.placement.accumulation}"
         )
 
-    def _micro_batches(self, step: int) -> tuple[list[AnyBatch], float]:
-        """Return this worker's share of an optimizer step, on its device, and the share of padding in it."""
-        worker, graphs = self.worker, self.placement.graphs
-        stream = self.session.row_stream(self.run)
-        share = stream.share(step, worker.rank, worker.world, self.placement.accumulation)
+    def _share(self, step: int) -> list[list[Row]]:
+        """Return this worker's rows of an optimizer step, for each of its micro-batches."""
+        stream, worker = self.session.row_stream(self.run), self.worker
+        return stream.share(step, worker.rank, worker.world, self.placement.accumulation)
+
+    def _micro_batches(self, share: Sequence[Sequence[Row]]) -> list[AnyBatch]:
+        """Return micro-batches on this worker's device."""
+        graphs, stream = self.placement.graphs, self.session.row_stream(self.run)
         # CUDA graphs need the same shapes in every step.
         width = self.run.data.max_length if graphs else None
         segments = len(share[0]) * stream.most_segments if graphs else None
         batches = [collate_rows(rows, self.session.pad_id, width, segments) for rows in share]
-        tokens = sum(len(row) for rows in share for row in rows)
-        padding = 1 - tokens / sum(batch.input_ids.numel() for batch in batches)
-        return [batch.to(worker.device) for batch in batches], padding
+        return [batch.to(self.worker.device) for batch in batches]
 
     def _interrupted(self) -> bool:
         """Return, on all workers alike, whether the run has to save a checkpoint and end."""
@@ -416,7 +428,7 @@ class Trainer:
 
     # --- evaluations
 
-    def _evaluate(self) -> bool:
+    def _evaluate(self) -> Part[bool]:
         """Measure the validation loss, save a checkpoint if one is due, and report the loss.
 
         Returns:
@@ -445,12 +457,12 @@ class Trainer:
         # Before the report, so that nothing is lost if the process ends while the search decides.
         if progress.step < self.run.optim.steps and self._checkpoint_due():
             self._save_checkpoint()
-        return self._report(progress.step, value)
+        return (yield from self._report(progress.step, value))
 
-    def _report(self, step: int, val_loss: float) -> bool:
+    def _report(self, step: int, val_loss: float) -> Part[bool]:
         """Report an evaluation; return, on all workers alike, whether the run may continue."""
-        wanted = self.worker.rank == 0 and self.reporter.report(step, {"val_loss": val_loss})
-        if not self.worker.share(wanted):
+        wanted: bool = yield Question(step, {"val_loss": val_loss})
+        if not wanted:
             return False
         self._ended = self._without_hope()
         return not self._ended
@@ -515,10 +527,14 @@ class Trainer:
             return
         place = self.folder / "checkpoint"
         best = self._earlier_best
-        checkpoint.save(place, self.engine, progress.state(), self._identity, self.session, best)
+        run = self.run
+        whole, settings = method(run.method.name).saves_model, run.deepspeed
+        portable = run.scale.zero != 3 and not whole and not settings
+        state = progress.state()
+        checkpoint.save(place, self.engine, state, self._identity, self.session, best, portable=portable)
         progress.saved_at, progress.saved_step = time.monotonic(), progress.step
 
-    def _resume(self, state: Mapping[str, Any]) -> bool:
+    def _resume(self, state: Mapping[str, Any]) -> Part[bool]:
         """Continue from a checkpoint; return whether the run may continue after its last evaluation."""
         checkpoint.restore(self.folder / "checkpoint", self.engine, state)
         self.progress = Progress.resumed(state)
@@ -531,7 +547,7 @@ class Trainer:
         curve = self.progress.val_curve
         if not curve or curve[-1][0] != self.progress.step:
             return True
-        return self._report(*curve[-1])
+        return (yield from self._report(*curve[-1]))
 
     # --- the result
 
@@ -659,7 +675,7 @@ def _at_once(session: Session) -> int:
 
 def _eval_batches(session: Session, rows: Rows) -> Iterator[AnyBatch]:
     for start in range(0, len(rows), _at_once(session)):
-        session.ticks += 1
+        session.tick()
         batch = rows[start : start + _at_once(session)]
         yield collate_rows(batch, session.pad_id).to(session.worker.device)
 
@@ -677,6 +693,7 @@ def _step_metrics(lr: float, result: StepResult, seconds: float) -> dict[str, fl
         "grad_norm": result.grad_norm,
         "tokens_per_second": result.tokens / seconds,
         "step_seconds": seconds,
+        "padding": result.padding,
     }
 
 

@@ -23,7 +23,8 @@ STEPS = (2, 4, 6)
 """Steps with an evaluation and a checkpoint, of a run of eight steps that dies at the last of these."""
 
 
-FILES = ("state.json", "mp_rank_00_model_states.pt")
+FILES = ("state.json", "masters.safetensors")
+DEEPSPEED = "mp_rank_00_model_states.pt"
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,28 @@ def test_a_second_death_after_a_fallback_finds_intact_checkpoints(
     assert not reporter.notes
 
 
+def by_deepspeed(place: Path, engine: Any, session: Session) -> None:
+    checkpoint._write(place.parent, place.name, engine)
+
+
+@pytest.fixture
+def earlier(long: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkpoints of a run that died, written by DeepSpeed, as earlier versions wrote all of theirs."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_masters", by_deepspeed)
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(long, session, DieAt(STEPS[-1]), tmp_path).fit()
+    return tmp_path / "checkpoint"
+
+
+def test_a_checkpoint_that_deepspeed_wrote_is_continued(
+    long: RunConfig, session: Session, earlier: Path, whole: TrainResult
+) -> None:
+    assert (earlier / "step-000006" / DEEPSPEED).is_file()
+    reporter = resumed(long, session, earlier.parent, whole)
+    assert [step for step, _ in reporter.logged] == [7, 8]
+
+
 def as_0_1_0(folder: Path) -> None:
     """Rewrite checkpoints as rayft 0.1.0 wrote them: only the last, its state beside it, without hashes."""
     shutil.rmtree(folder / "step-000004")
@@ -133,21 +156,19 @@ def as_0_1_0(folder: Path) -> None:
 
 
 def test_a_checkpoint_of_0_1_0_is_continued_and_replaced(
-    long: RunConfig, session: Session, cut: Path, tmp_path: Path, whole: TrainResult
+    long: RunConfig, session: Session, earlier: Path, tmp_path: Path, whole: TrainResult
 ) -> None:
-    shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")
-    as_0_1_0(tmp_path / "checkpoint")
+    as_0_1_0(earlier)
     reporter = resumed(long, session, tmp_path, whole)
     assert [step for step, _ in reporter.logged] == [7, 8]
 
 
 @pytest.mark.parametrize("damage", [half, one_bit])
 def test_a_damaged_checkpoint_of_0_1_0_is_not_used(
-    long: RunConfig, session: Session, cut: Path, tmp_path: Path, whole: TrainResult, damage: Any
+    long: RunConfig, session: Session, earlier: Path, tmp_path: Path, whole: TrainResult, damage: Any
 ) -> None:
-    shutil.copytree(cut / "dead" / "checkpoint", tmp_path / "checkpoint")
-    as_0_1_0(tmp_path / "checkpoint")
-    damage(tmp_path / "checkpoint" / "step-000006" / FILES[1])
+    as_0_1_0(earlier)
+    damage(earlier / "step-000006" / DEEPSPEED)
     reporter = resumed(long, session, tmp_path, whole)
     assert len(reporter.logged) == 8
     assert len(reporter.notes) == 1

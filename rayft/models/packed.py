@@ -1,0 +1,168 @@
+"""Several adapters in one model at the same time: each slot's adapter acts on the slot's own rows of a batch.
+
+The rows of a batch are sorted by slot. A layer computes its base for all rows in one product and adds each
+slot's terms to the slot's rows. Each slot also has a model of its own, a `skeleton` of the base that shares
+its weights; the slot's adapters hang there too, so whatever works on a model with adapters works on a slot.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rayft.errors import MethodError
+from rayft.kernels.grouped_linear import Plan, grouped_linear
+from rayft.methods.base import Adapter, AdapterLinear, LoraFactors
+from rayft.models.inject import clear
+from rayft.models.targets import linears
+
+__all__ = ["Layout", "pack", "skeleton", "unpackable"]
+
+
+@dataclass
+class Layout:
+    """Which rows of the current batch belong to which slot; all layers of a packed model read it."""
+
+    spans: dict[int, slice] = field(default_factory=dict)
+    """Slot → its tokens, counted through all rows; slots that are not in the batch are missing."""
+    width: int = 0
+    """Tokens of a row."""
+    widths: dict[int, int] = field(default_factory=dict)
+    """Slot → tokens of its rows in a batch of its own; those beyond are padding."""
+    random: dict[int, Any] = field(default_factory=dict)
+    """Slot → random state from which its dropout draws."""
+
+    @property
+    def key(self) -> tuple[tuple[int, int, int], ...]:
+        """The spans, in a form that can be compared."""
+        return tuple((slot, span.start, span.stop) for slot, span in self.spans.items())
+
+
+class PackedAdapter(Adapter):
+    """The slots' adapters of one layer.
+
+    Args:
+        adapters: slot → its adapter in this layer, in the order of their rows.
+        layout: says which rows belong to a slot.
+    """
+
+    def __init__(self, adapters: Mapping[int, Adapter], layout: Layout) -> None:
+        super().__init__()
+        # Registered, so that what captures the model's passes finds their parameters.
+        self.adapters = nn.ModuleDict({str(slot): adapter for slot, adapter in adapters.items()})
+        self._layout = layout
+        self._key: object = None
+        self._plan = Plan(())
+
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Compute the base for all rows, and each slot's terms for its own."""
+        if weight is None:
+            return self._updates(x, self._present)
+        plain = [slot for slot in self._present if not self._dropout(slot)]
+        y = grouped_linear(x, weight, bias, self._planned(plain))
+        dropped = [slot for slot in self._present if slot not in plain]
+        return y + self._updates(x, dropped) if dropped else y
+
+    def to_lora(self) -> LoraFactors:
+        """Raise MethodError: the slots' own adapters have factors."""
+        raise MethodError("a packed layer has the adapters of several slots")
+
+    @property
+    def _present(self) -> list[int]:
+        """The slots that adapt this layer and are in the batch."""
+        return [slot for slot in self._layout.spans if str(slot) in self.adapters]
+
+    def _dropout(self, slot: int) -> float:
+        return self.adapters[str(slot)].dropout if self.training else 0.0  # type: ignore[return-value]
+
+    def _planned(self, slots: Sequence[int]) -> Plan:
+        """Return the plan of some slots' terms, made anew where the division of the rows has changed."""
+        key = (self._layout.key, tuple(slots))
+        if self._key != key:
+            spans = self._layout.spans
+            terms = [term for slot in slots for term in self.adapters[str(slot)].terms(spans[slot])]  # type: ignore[operator]
+            self._key, self._plan = key, Plan(terms)
+        return self._plan
+
+    def _updates(self, x: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+        """Compute what some slots add, term by term, and zeros for all other rows: x (…, I) → (…, O)."""
+        x_NI = x.reshape(-1, x.shape[-1])
+        parts, end = [], 0
+        for slot in slots:
+            span, adapter, layout = self._layout.spans[slot], self.adapters[str(slot)], self._layout
+            # As many numbers are drawn as in a batch of the slot's own.
+            own = x_NI[span].view(-1, layout.width, x_NI.shape[1])[:, : layout.widths[slot]]
+            with self._drawing(slot, x.device):
+                update = adapter.update(own, self._dropout(slot))  # type: ignore[operator]
+            update = functional.pad(update, (0, 0, 0, layout.width - own.shape[1])).flatten(0, 1)
+            if end < span.start:
+                parts.append(update.new_zeros(span.start - end, update.shape[1]))
+            parts.append(update)
+            end = span.stop
+        if end < len(x_NI):
+            parts.append(parts[-1].new_zeros(len(x_NI) - end, parts[-1].shape[1]))
+        y = torch.cat(parts)
+        return y.view(*x.shape[:-1], y.shape[1])
+
+    @contextmanager
+    def _drawing(self, slot: int, device: torch.device) -> Iterator[None]:
+        """Let dropout draw from the slot's own random state in the block."""
+        if not self._dropout(slot):
+            yield
+            return
+        of: Any = torch.cuda if device.type == "cuda" else torch.random
+        outside = of.get_rng_state()
+        of.set_rng_state(self._layout.random[slot])
+        try:
+            yield
+        finally:
+            self._layout.random[slot] = of.get_rng_state()
+            of.set_rng_state(outside)
+
+
+def skeleton(model: nn.Module) -> Any:
+    """Return a copy of a model's modules that shares all its parameters and buffers."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def unpackable(model: nn.Module) -> str:
+    """Return why no trials can share a batch on a base, as a clause; empty if they can."""
+    dropped = next(
+        (name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p), None
+    )
+    if dropped is not None:
+        return f"the base drops values itself ({dropped}), at random over the whole batch"
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    if getattr(config, "attention_dropout", 0.0):
+        return "the base's attention drops values at random over the whole batch"
+    return ""
+
+
+def pack(model: nn.Module, slots: Mapping[int, nn.Module], layout: Layout) -> None:
+    """Put the adapters of slots into a model, in place of what it has.
+
+    Args:
+        model: the base, whose linear layers are wrapped.
+        slots: slot → its skeleton, with its adapters, in the order of their rows.
+        layout: says which rows belong to a slot.
+    """
+    clear(model)
+    found: dict[str, dict[int, Adapter]] = {}
+    for slot, own in slots.items():
+        for name, layer in linears(own).items():
+            if isinstance(layer, AdapterLinear) and layer.adapter is not None:
+                found.setdefault(name, {})[slot] = layer.adapter
+    for name, adapters in found.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, AdapterLinear)
+        layer.adapter = PackedAdapter(adapters, layout).train(layer.training)

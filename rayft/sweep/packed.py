@@ -1,0 +1,130 @@
+"""The trials of a lane that take their steps together (`rayft.train.packed`).
+
+A trial that ends gives its slot to the next one in the broker's queue. A trial that waits for the search's
+decision takes no part in a step, and the others go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from rayft.sweep.jobs import Job
+from rayft.sweep.result import TrialResult
+from rayft.sweep.trial import TrainRequest, TrialCourse
+from rayft.train.packed import Courses, Pack
+from rayft.train.session import Session
+from rayft.train.slots import Sizing
+
+if TYPE_CHECKING:
+    from rayft.sweep.lane import Lane
+
+__all__ = ["PackedTrials"]
+
+SETTLE_SECONDS = 0.5
+"""How long a lane waits for the decisions on new evaluations before the other trials go on without them."""
+
+
+class PackedTrials:
+    """Trials that share a lane's steps.
+
+    Args:
+        lane: where they train.
+        session: base and data.
+        first: the first of them; the others must have the same `Job.pack`.
+        size: how they share steps.
+    """
+
+    def __init__(self, lane: Lane, session: Session, first: Job[Any, Any], size: Sizing) -> None:
+        self._lane, self._first, self._slots = lane, first, size.slots
+        self._pack = Pack(session, lane.note, graphs=size.graphs)
+        self._courses = Courses[TrialResult | None](self._pack)
+        self._jobs: dict[str, Job[Any, Any]] = {}
+        self._trials: dict[str, TrialCourse] = {}
+        self._verdicts: dict[str, Any] = {}
+        """Trial → reference to the search's decision."""
+        self._new = False
+        """Whether some of them have just been asked for."""
+
+    def run(self) -> None:
+        """Train until no trial is left; each is told to the broker as it ends."""
+        with self._pack.stream():
+            try:
+                self._begin(self._first)
+                while self._fill() or len(self._courses):
+                    self._ask()
+                    self._hear()
+                    self._courses.step()
+                    self._end()
+            finally:
+                self._courses.close()
+                self._pack.close()
+
+    def _fill(self) -> bool:
+        """Start waiting trials in free slots; return whether there was one."""
+        begun = False
+        while len(self._courses) < self._slots:
+            job = ray.get(self._lane.broker.pull.remote(self._lane.name, 0.0, self._first.pack))
+            if not isinstance(job, Job):
+                break
+            self._begin(job)
+            begun = True
+        return begun
+
+    def _begin(self, job: Job[Any, Any]) -> None:
+        request: TrainRequest = job.request
+        with self._telling(job):
+            started = time.perf_counter()
+            trial = TrialCourse(request, self._lane, self._pack.session(), started, self._pack)
+            self._jobs[job.id], self._trials[job.id] = job, trial
+            self._courses.begin(job.id, trial.course())
+        self._end()
+
+    def _ask(self) -> None:
+        """Pass on new evaluations, all in one message."""
+        new = {k: q for k, q in self._courses.questions.items() if k not in self._verdicts}
+        due = [(key, asked.step, dict(asked.metrics)) for key, asked in new.items()]
+        if due:
+            self._lane.broker.announce.remote(due)
+        for key, asked in new.items():
+            verdict = self._trials[key].reporter.ask(asked.step, asked.metrics)
+            if verdict is None:
+                self._courses.answer(key, True)
+            else:
+                self._verdicts[key], self._new = verdict, True
+        self._end()
+
+    def _hear(self) -> None:
+        """Receive the decisions that have been made; wait for one if no trial can go on without."""
+        if not self._verdicts:
+            return
+        references = {reference: key for key, reference in self._verdicts.items()}
+        idle = len(self._verdicts) == len(self._courses)
+        patience, self._new = SETTLE_SECONDS if self._new else 0.0, False
+        ready, _ = ray.wait([*references], num_returns=len(references), timeout=patience)
+        if idle and not ready:
+            ready, _ = ray.wait([*references], num_returns=1)
+        for reference in ready:
+            key = references[reference]
+            del self._verdicts[key]
+            self._courses.answer(key, self._trials[key].reporter.decided(ray.get(reference)))
+        self._end()
+
+    def _end(self) -> None:
+        """Report the trials that have ended to the broker."""
+        for key, result in self._courses.ended().items():
+            job = self._jobs.pop(key)
+            del self._trials[key]
+            self._lane.ended(job, result)
+
+    @contextmanager
+    def _telling(self, job: Job[Any, Any]) -> Iterator[None]:
+        """Report an error in the block to the broker; it ends the job and not the lane."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            self._lane.ended(job, error)

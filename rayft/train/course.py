@@ -1,0 +1,116 @@
+"""A run's course: what it asks for on its way (a step, or whether it may continue), and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from rayft.data.pack import Row
+
+__all__ = ["Course", "Part", "Question", "Step", "TrainResult", "drive", "random_state"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step that a run asks for; the answer is its `StepResult`.
+
+    If there is not enough memory, the answer is a `torch.OutOfMemoryError`, thrown into the course.
+    """
+
+    engine: Any
+    """The run's engine, or its slot among packed runs."""
+    share: Sequence[Sequence[Row]]
+    """Rows of each of this worker's micro-batches."""
+    lr: float
+    random: torch.Tensor = field(repr=False)
+    """Random state of the run's device, with which the step begins."""
+
+    def padding(self, tokens: int) -> float:
+        """Return the share of padding in batches of some tokens that have these rows."""
+        return 1 - sum(len(row) for rows in self.share for row in rows) / tokens
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whether a run may continue after an evaluation; the answer is a bool, the same on all workers."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The outcome of a run. Fields with a default may be missing in files that older versions wrote."""
+
+    finished: bool
+    """False if the reporter stopped the run early."""
+    steps: int
+    val_loss: float
+    """Of the weights that were kept."""
+    val_curve: list[tuple[int, float]]
+    """(step, nats per completion token)."""
+    train_curve: list[tuple[int, float]] = field(default_factory=list)
+    trainable: int = 0
+    """Number of values that train at the same time, at most: in an annealed run, those of its first phase."""
+    parameters: int = 0
+    """Number of values stored in the artifact."""
+    rank: int | None = None
+    """Rank of the saved adapter; None if what was saved has no rank."""
+    bytes: int = 0
+    """Size of the weights on disk."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Where the time went: `train` and `evaluate` include the time before the run was resumed, `overhead` and
+    `total` count from then on. A trial's result also has `waiting`, the time that its lane waited for
+    ASHA."""
+    peak_memory: int = 0
+    """Bytes: the resident set of the process on a CPU, the memory allocated on the device on a GPU."""
+    tokens_per_second: float = 0.0
+    folder: str = ""
+    content_hash: str = ""
+    """Of the saved adapter; empty if a whole model was saved."""
+    start: str = ""
+    """Content hash of the adapter that the run started from; empty if it started from fresh adapters."""
+    kept_step: int | None = None
+    """The step whose weights were kept; None if they are the last ones."""
+    placement: dict[str, int] = field(default_factory=dict)
+    """How the last step used its device: the fields of a `Placement`."""
+
+
+Course = Generator[Step | Question, Any, TrainResult]
+"""A run, from its start or its last checkpoint to its result."""
+ReturnT = TypeVar("ReturnT")
+Part = Generator[Step | Question, Any, ReturnT]
+"""A part of a course."""
+
+
+def drive(
+    course: Generator[Step | Question, Any, ReturnT], answer: Callable[[Step | Question], Any]
+) -> ReturnT:
+    """Run a course, or what goes on around one, to its end.
+
+    Args:
+        course: yields what it asks for.
+        answer: answers it; a `torch.OutOfMemoryError` that it raises is thrown into the course.
+    """
+    value, fits = None, True
+    try:
+        while True:
+            # A new error, because the old one refers to all that did not fit.
+            asked = course.send(value) if fits else course.throw(torch.OutOfMemoryError())
+            fits = True
+            try:
+                value = answer(asked)
+            except torch.OutOfMemoryError:
+                fits = False
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    finally:
+        course.close()
+
+
+def random_state(device: str) -> torch.Tensor:
+    """Return the random state of a device."""
+    return torch.cuda.get_rng_state(device) if device.startswith("cuda") else torch.get_rng_state()

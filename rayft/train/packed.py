@@ -1,0 +1,595 @@
+"""Packed runs: runs that share base and data take their steps together, as one batch.
+
+Each run keeps its own course (`Trainer.course`), model (a skeleton of the base with the run's adapters),
+random state, learning rate, clipping and moments. What they share is a step's forward and backward pass,
+and one DeepSpeed engine. For each of a run's parameter groups the engine has one flat parameter, of which
+the adapters' own parameters are parts: DeepSpeed spends time on each parameter, and eight slots of LoRA in
+210 layers have 3,360. When runs join or leave, a new engine is built, and masters and moments move to it.
+
+On a GPU the passes of a set of slots can be captured as CUDA graphs. All batches then have the same shape,
+so a run that waits for an answer has rows in them too, whose loss counts nothing.
+
+    Pack.session()  → Trainer(run, session, …, pack).course() → asks for steps
+    Pack.step({slot: Step, …}) → the result of each
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from rayft.data.pack import Batch, Row, collate_rows, padded
+from rayft.errors import ConfigError, TrainError
+from rayft.evaluate.loss import target_losses
+from rayft.models.inject import clear
+from rayft.models.methods import method
+from rayft.models.packed import Layout, pack, skeleton, unpackable
+from rayft.squeeze.anneal import Moments
+from rayft.train.course import Part, Question, Step
+from rayft.train.deepspeed import DeepSpeedEngine, StepResult, build_engine, destroy, parameter_groups
+from rayft.train.graphs import capture_stream, graphed
+from rayft.train.masters import Holder, Master, read_masters, write_masters
+from rayft.train.run import RunConfig
+from rayft.train.session import Session
+
+__all__ = ["Courses", "Pack", "Slot", "why_alone"]
+
+EndT = TypeVar("EndT")
+logger = logging.getLogger(__name__)
+ALIGNED = 8
+"""Parts of a flat parameter begin at multiples of this, so that kernels can read them in vectors."""
+
+
+def why_alone(run: RunConfig) -> str:
+    """Return why a run can't share its steps with others, as a clause; empty if it can."""
+    scale = run.scale
+    name = run.method.name
+    reasons = {
+        f"'{name}' changes the base, or has layers of its own": not method(name).packs,
+        f"model.task is {run.model.task}": run.model.task != "causal_lm",
+        f"scale.workers is {scale.workers}": scale.workers > 1,
+        "scale.zero is 3": scale.zero == 3,
+        "scale.offload is set": scale.offload,
+        "scale.activation_checkpointing is set": bool(scale.activation_checkpointing),
+        "deepspeed has settings of its own": bool(run.deepspeed),
+    }
+    return next((reason for reason, true in reasons.items() if true), "")
+
+
+class Slot(Holder):
+    """A run's place in a pack, which stands in for the engine of a run that trains alone."""
+
+    def __init__(self, owner: Pack, number: int, run: RunConfig, model: nn.Module) -> None:
+        self.number, self.run, self.module = number, run, model
+        self._pack = owner
+        self.given: Mapping[str, Master] = {}
+        """Masters that the next engine starts with."""
+        self.parts: list[_Part] = []
+        """One for each parameter group."""
+        self.share: Sequence[Sequence[Row]] = ()
+        """Rows of its last step."""
+
+    def masters(self) -> dict[str, Master]:
+        """Return a copy of the state of all parameters that train."""
+        return self._pack.masters(self)
+
+    def set_masters(self, masters: Mapping[str, Master]) -> None:
+        """Set the state of parameters before their first step."""
+        self.given = dict(masters)
+
+    def leave(self) -> None:
+        """Free the place."""
+        self._pack.leave(self)
+
+    def zero_optimization_stage(self) -> int:
+        """Return 0: a slot's parameters are never partitioned."""
+        return 0
+
+
+class _Part:
+    """A parameter group of a slot: one flat parameter, and where each of its parameters is in it."""
+
+    def __init__(self, group: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> None:
+        self.lr_factor, self.weight_decay = group["lr_factor"], group["weight_decay"]
+        self.parameters: dict[str, nn.Parameter] = {names[one]: one for one in group["params"]}
+        self._starts: dict[str, int] = {}
+        self.size = 0
+        for name, parameter in self.parameters.items():
+            self._starts[name] = self.size
+            self.size += -(-parameter.numel() // ALIGNED) * ALIGNED
+        first = group["params"][0]
+        self.flat = nn.Parameter(self.joined({n: p.detach() for n, p in self.parameters.items()}, first))
+        self.grad = torch.zeros_like(self.flat)
+        self._grads = [*self.cut(self.grad).values()]
+
+    def joined(self, values: Mapping[str, torch.Tensor], like: torch.Tensor | None = None) -> torch.Tensor:
+        """Return a flat tensor with a value for each parameter, in `like`'s dtype, or else in float32."""
+        like = next(iter(self.parameters.values())) if like is None else like
+        flat = torch.zeros(self.size, device=like.device, dtype=like.dtype)
+        for name, view in self.cut(flat).items():
+            view.copy_(values[name])
+        return flat
+
+    def cut(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return each parameter's part of a flat tensor, in its shape."""
+        return {
+            name: flat[self._starts[name] :][: parameter.numel()].view(parameter.shape)
+            for name, parameter in self.parameters.items()
+        }
+
+    def link(self) -> None:
+        """Let the parameters be parts of the flat one, whose memory an engine has chosen."""
+        for name, view in self.cut(self.flat.data).items():
+            self.parameters[name].data = view
+
+    def take_gradients(self) -> None:
+        """Move the gradients of the parameters into the flat one."""
+        found = [parameter.grad for parameter in self.parameters.values()]
+        with torch.no_grad():
+            for view, gradient in zip(self._grads, found, strict=True):
+                if gradient is None:
+                    view.zero_()
+            pairs = [(view, grad) for view, grad in zip(self._grads, found, strict=True) if grad is not None]
+            if pairs:
+                torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+
+class _SlotAdamW(torch.optim.AdamW):
+    """AdamW that leaves groups alone that take no part in a step."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Step the groups that are `active`."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if group["active"]]
+        try:
+            return super().step(closure) if self.param_groups else None
+        finally:
+            self.param_groups = groups
+
+
+class _Deliver(torch.autograd.Function):
+    """A loss whose backward pass returns gradients that were computed before, as an engine expects them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: torch.Tensor, grads: Sequence[torch.Tensor], *_: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss."""
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients, times that of the loss."""
+        return None, None, *(grad * outer[0] for grad in ctx.grads)
+
+
+@dataclass(frozen=True)
+class _Micro:
+    """A micro-batch with the rows of several slots."""
+
+    batch: Batch
+    spans: dict[Slot, slice]
+    """Slot → its tokens."""
+    widths: dict[Slot, int]
+    """Slot → tokens of a row in a batch of its own."""
+    targets: dict[Slot, int]
+    """Slot → its number of targets."""
+
+
+class Pack:
+    """Runs that take their steps together.
+
+    Args:
+        session: the base and the data, which all runs share. The pack replaces the adapters in the base.
+        note: called with a sentence that a person should read.
+        graphs: whether passes are captured as CUDA graphs; all is then done within `stream`.
+
+    Raises:
+        ConfigError: if no runs can share a batch on this base.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        note: Callable[[str], object] = lambda _: None,
+        *,
+        graphs: bool = False,
+    ) -> None:
+        self._session, self._model, self._note = session, session.loaded.model, note
+        self._graphs = graphs
+        if reason := unpackable(self._model):
+            raise ConfigError(f"trials can't be packed: {reason}; set sweep.slots: 1")
+        clear(self._model)
+        self._skeleton = skeleton(self._model)
+        self._layout = Layout()
+        self._slots: list[Slot] = []
+        self._engine: DeepSpeedEngine = None
+        self._built: list[Slot] = []
+        """The slots that the engine has."""
+        self._numbers = 0
+        self._together: int | None = None
+        """Number of slots whose rows share a pass; None for all."""
+        self._captured: ExitStack | None = None
+        """Holds the graphs of the slots that the engine has."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all slots have fitted into one pass."""
+        return self._together is None
+
+    def stream(self) -> AbstractContextManager[None]:
+        """Return a context for all that the pack does: the stream on which graphs are captured."""
+        return capture_stream() if self._graphs else nullcontext()
+
+    def session(self) -> Session:
+        """Return a session for one run, with a model of its own that shares the base's weights."""
+        loaded = replace(self._session.loaded, model=skeleton(self._skeleton))
+        return replace(self._session, loaded=loaded)
+
+    def join(self, run: RunConfig, model: nn.Module) -> Slot:
+        """Return a place for a run whose adapters are in its model."""
+        slot = Slot(self, self._numbers, run, model)
+        self._numbers += 1
+        self._slots.append(slot)
+        return slot
+
+    def leave(self, slot: Slot) -> None:
+        """Take a run out; its parameters keep their values."""
+        self._slots.remove(slot)
+        if slot in self._built:
+            self._take_down()
+
+    def masters(self, slot: Slot) -> dict[str, Master]:
+        """Return a copy of the state of a slot's parameters."""
+        if slot in self._built:
+            return self._read()[slot]
+        plain = {n: Master(p.detach().float().clone(), None) for n, p in _trainable(slot).items()}
+        return {**plain, **slot.given}
+
+    def step(self, steps: Mapping[Slot, Step]) -> dict[Slot, StepResult]:
+        """Take a step of each of some runs together; other runs in the pack stay as they are.
+
+        Raises:
+            torch.OutOfMemoryError: if they do not fit into the device's memory together; nothing has changed
+                then.
+        """
+        if self._built != self._slots:
+            self._build()
+        while True:
+            try:
+                return self._step(steps)
+            except torch.OutOfMemoryError:
+                if not self._graphs and (self._together == 1 or len(steps) == 1):
+                    raise
+            self._lower(len(steps))
+            # The new engine knows nothing of the gradients that were left behind.
+            self._build()
+
+    def close(self) -> None:
+        """Destroy the engine, and take the adapters out of the base."""
+        self._take_down()
+        clear(self._model)
+
+    def _lower(self, count: int) -> None:
+        """Let fewer slots share a pass, because those of a step did not fit; first without graphs."""
+        if self._graphs:
+            self._graphs = False
+            return
+        self._together = -(-min(self._together or count, count) // 2)
+        self._note(
+            f"the rows of {count} trials did not fit into the device's memory together; now those of "
+            f"{self._together} share a pass"
+        )
+
+    # --- the engine
+
+    def _build(self) -> None:
+        """Build an engine over the parameters of all slots, and set in it what they have learnt."""
+        self._take_down()
+        pack(self._model, {slot.number: slot.module for slot in self._slots}, self._layout)
+        groups = []
+        for slot in self._slots:
+            names = {parameter: name for name, parameter in slot.module.named_parameters()}
+            slot.parts = [_Part(group, names) for group in parameter_groups(slot.run, slot.module)]
+            groups += [
+                {
+                    "params": [part.flat],
+                    "weight_decay": part.weight_decay,
+                    "betas": slot.run.optim.betas,
+                    "active": True,
+                }
+                for part in slot.parts
+            ]
+        module = nn.ParameterList([group["params"][0] for group in groups])
+        self._engine = build_engine(self._config, module, _SlotAdamW(groups, foreach=True))
+        self._built = [*self._slots]
+        begun: dict[str, Master] = {}
+        for number, (slot, part) in enumerate(self._parts()):
+            part.link()
+            if slot.given:
+                begun[str(number)] = _joined(part, slot.given)
+        if begun:
+            write_masters(self._engine, begun)
+        for slot in self._slots:
+            slot.given = {}
+
+    def _take_down(self) -> None:
+        """Destroy the engine; each slot keeps what it has learnt, for the next one."""
+        if self._engine is None:
+            return
+        if self._captured is not None:
+            self._captured.close()
+            self._captured = None
+        for slot, masters in self._read().items():
+            slot.given = masters
+            for part in slot.parts:
+                # Its own memory, because the flat one's goes with the engine.
+                for parameter in part.parameters.values():
+                    parameter.data = parameter.data.clone()
+            slot.parts = []
+        engine, self._engine, self._built = self._engine, None, []
+        destroy(engine)
+
+    @property
+    def _config(self) -> RunConfig:
+        """The settings of the engine. Clipping is ours, since DeepSpeed knows one norm for all slots.
+
+        One worker has all masters, so the stage only decides whether there are any beside the parameters.
+        """
+        run = self._slots[0].run
+        stage = 0 if run.scale.dtype == "float32" else 2
+        scale = run.scale.model_copy(update={"zero": stage, "accumulation": run.scale.accumulation or 1})
+        return run.model_copy(update={"scale": scale, "deepspeed": {"gradient_clipping": 0.0}})
+
+    def _parts(self) -> list[tuple[Slot, _Part]]:
+        """Return the engine's parameter groups, in their order."""
+        return [(slot, part) for slot in self._built for part in slot.parts]
+
+    def _read(self) -> dict[Slot, dict[str, Master]]:
+        """Copy the state of all slots' parameters from the engine."""
+        masters = read_masters(self._engine)
+        found: dict[Slot, dict[str, Master]] = {slot: {} for slot in self._built}
+        for number, (slot, part) in enumerate(self._parts()):
+            found[slot] |= _parted(part, masters[str(number)])
+        return found
+
+    # --- steps
+
+    def _step(self, steps: Mapping[Slot, Step]) -> dict[Slot, StepResult]:
+        for group, (slot, part) in zip(self._engine.optimizer.param_groups, self._parts(), strict=True):
+            group["active"] = slot in steps
+            if slot in steps:
+                group["lr"] = steps[slot].lr * part.lr_factor
+        self._model.train()
+        self._layout.random = {slot.number: one.random for slot, one in steps.items()}
+        for slot, one in steps.items():
+            slot.share = one.share
+        groups = [self._micro_batches(slots) for slots in self._passes(steps)]
+        self._capture(groups[0][0])
+        targets, tokens = Counter[Slot](), Counter[Slot]()
+        for micro in (micro for micros in groups for micro in micros):
+            targets.update(micro.targets)
+            tokens.update({slot: span.stop - span.start for slot, span in micro.spans.items()})
+        losses: Counter[Slot] = Counter()
+        for micros in zip(*groups, strict=True):
+            # The engine divides by the number of micro-batches.
+            weights = {slot: len(groups[0]) / targets[slot] if slot in steps else 0.0 for slot in targets}
+            for micro in micros:
+                losses.update(self._pass(micro, weights))
+            self._deliver()
+            last = micros[0] is groups[0][-1]
+            norms = self._clip(steps) if last else {}
+            self._engine.step()
+        self._session.tick()
+        return {
+            slot: StepResult(
+                losses[slot] / targets[slot], norms[slot], tokens[slot], one.padding(tokens[slot])
+            )
+            for slot, one in steps.items()
+        }
+
+    def _passes(self, steps: Mapping[Slot, Step]) -> list[list[Slot]]:
+        """Divide the slots of a step into those whose rows share a pass, in their order."""
+        order = [slot for slot in self._slots if slot in steps or (self._graphs and slot.share)]
+        count = self._together or len(order)
+        return [order[first : first + count] for first in range(0, len(order), count)]
+
+    def _capture(self, micro: _Micro) -> None:
+        """Capture the passes of the engine's slots as CUDA graphs, if that is wanted and not done."""
+        dropped = any(slot.run.method.dropout for slot in self._built)
+        if not self._graphs or self._captured or dropped or len(micro.spans) < len(self._built):
+            return
+        self._enter(micro)
+        self._captured = ExitStack()
+        try:
+            self._captured.enter_context(graphed(self._model, micro.batch))
+        except (ConfigError, TrainError) as error:
+            logger.info("%s", error)
+            self._graphs, self._captured = False, None
+
+    def _enter(self, micro: _Micro) -> None:
+        """Let the layers know whose rows are in the next pass."""
+        self._layout.spans = {slot.number: span for slot, span in micro.spans.items()}
+        self._layout.width = micro.batch.input_ids.shape[1]
+        self._layout.widths = {slot.number: width for slot, width in micro.widths.items()}
+
+    def _micro_batches(self, order: Sequence[Slot]) -> list[_Micro]:
+        """Return the micro-batches of some slots, each with rows of all of them."""
+        shares = zip(*(slot.share for slot in order), strict=True)
+        return [self._micro_batch(order, rows) for rows in shares]
+
+    def _micro_batch(self, order: Sequence[Slot], rows: Sequence[Sequence[Row]]) -> _Micro:
+        every, width, segments = [row for own in rows for row in own], None, None
+        if self._graphs:
+            run = order[0].run
+            width = run.data.max_length
+            segments = len(every) * max(self._session.row_stream(slot.run).most_segments for slot in order)
+        batch = collate_rows(every, self._session.pad_id, width, segments)
+        assert isinstance(batch, Batch)
+        width, spans, targets, first = batch.input_ids.shape[1], {}, {}, 0
+        for slot, own in zip(order, rows, strict=True):
+            span = slice(first * width, (first + len(own)) * width)
+            inside = (batch.completion_index >= span.start) & (batch.completion_index < span.stop)
+            spans[slot], targets[slot] = span, int(inside.sum())
+            first += len(own)
+        widths = {slot: padded([*map(len, own)]) for slot, own in zip(order, rows, strict=True)}
+        return _Micro(batch.to(self._session.worker.device), spans, widths, targets)
+
+    def _pass(self, micro: _Micro, weights: Mapping[Slot, float]) -> dict[Slot, float]:
+        """Run forward and backward over a micro-batch, and keep the gradients.
+
+        Args:
+            micro: rows of some slots.
+            weights: slot → what its summed loss is multiplied by.
+
+        Returns:
+            Each slot's summed loss.
+        """
+        self._enter(micro)
+        # The targets are in the order of the rows, and so are the slots.
+        losses = target_losses(self._model, micro.batch).split([*micro.targets.values()])
+        sums = torch.stack([loss.sum() for loss in losses])
+        sums.backward(sums.new_tensor([weights[slot] for slot in micro.spans]))
+        for slot in micro.spans:
+            for part in slot.parts:
+                part.take_gradients()
+        return dict(zip(micro.spans, sums.tolist(), strict=True))
+
+    def _deliver(self) -> None:
+        """Hand the gradients that were kept to the engine."""
+        parts = [part for _, part in self._parts()]
+        flats, grads = [part.flat for part in parts], [part.grad for part in parts]
+        loss = flats[0].new_zeros((), dtype=torch.float32)
+        self._engine.backward(_Deliver.apply(loss, grads, *flats))  # type: ignore[no-untyped-call]
+
+    def _clip(self, steps: Mapping[Slot, Step]) -> dict[Slot, float]:
+        """Clip each slot's gradient to its own norm; return the norms before that."""
+        slots, norms = [slot for slot in self._built if slot in steps], []
+        gradients: dict[Slot, list[torch.Tensor]] = {slot: [] for slot in slots}
+        for number, (slot, part) in enumerate(self._parts()):
+            if slot in gradients:
+                gradients[slot] += self._gradients(number, part)
+        for slot, own in gradients.items():
+            norm = torch.stack([gradient.float().norm() for gradient in own]).norm()
+            norms.append(norm)
+            factor = (slot.run.optim.clip / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in own:
+                gradient.mul_(factor)
+        return dict(zip(slots, torch.stack(norms).tolist(), strict=True))
+
+    def _gradients(self, number: int, part: _Part) -> list[torch.Tensor]:
+        """Return the gradient of a parameter group, after reduction, as the engine will use it."""
+        if self._engine.zero_optimization_stage() == 0:
+            assert part.flat.grad is not None
+            return [part.flat.grad]
+        found: list[torch.Tensor] = self._engine.optimizer.averaged_gradients[number]
+        return found
+
+
+def _trainable(slot: Slot) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in slot.module.named_parameters() if p.requires_grad}
+
+
+def _joined(part: _Part, masters: Mapping[str, Master]) -> Master:
+    """Return the state of a flat parameter."""
+    own = [masters[name] for name in part.parameters]
+    like = part.flat.new_zeros((), dtype=torch.float32)
+    weight = part.joined({name: masters[name].weight for name in part.parameters}, like)
+    if any(one.moments is None for one in own):
+        return Master(weight, None)
+    mean, square = (
+        part.joined({name: getattr(masters[name].moments, which) for name in part.parameters}, like)
+        for which in ("mean", "square")
+    )
+    return Master(weight, Moments(mean, square), max(one.steps for one in own))
+
+
+def _parted(part: _Part, flat: Master) -> dict[str, Master]:
+    """Return the state of each parameter of a flat one."""
+    weights = part.cut(flat.weight)
+    if flat.moments is None:
+        return {name: Master(weight.clone(), None) for name, weight in weights.items()}
+    means, squares = part.cut(flat.moments.mean), part.cut(flat.moments.square)
+    return {
+        name: Master(weight.clone(), Moments(means[name].clone(), squares[name].clone()), flat.steps)
+        for name, weight in weights.items()
+    }
+
+
+class Courses(Generic[EndT]):
+    """The courses of packed runs, by key. Their steps are taken together, and their questions passed on."""
+
+    def __init__(self, pack: Pack) -> None:
+        self._pack = pack
+        self._courses: dict[str, Part[EndT]] = {}
+        self._asked: dict[str, Step | Question] = {}
+        self._ended: dict[str, EndT | Exception] = {}
+
+    def begin(self, key: str, course: Part[EndT]) -> None:
+        """Begin a course, up to its first step or question."""
+        self._courses[key] = course
+        self._go_on(key, course.send, None)
+
+    def __len__(self) -> int:
+        """Return the number of runs that have not ended."""
+        return len(self._courses)
+
+    @property
+    def questions(self) -> dict[str, Question]:
+        """What runs wait for: key → question."""
+        return {key: asked for key, asked in self._asked.items() if isinstance(asked, Question)}
+
+    def answer(self, key: str, go_on: bool) -> None:
+        """Answer a run's question."""
+        course = self._courses[key]
+        self._go_on(key, course.send, go_on)
+
+    def step(self) -> bool:
+        """Take the next step of all runs that have no question; return whether there was one."""
+        steps = {key: asked for key, asked in self._asked.items() if isinstance(asked, Step)}
+        if not steps:
+            return False
+        try:
+            results = self._pack.step({one.engine: one for one in steps.values()})
+        except torch.OutOfMemoryError:
+            for key in steps:
+                course = self._courses[key]
+                self._go_on(key, course.throw, torch.OutOfMemoryError())
+            return True
+        for key, one in steps.items():
+            course, result = self._courses[key], results[one.engine]
+            self._go_on(key, course.send, result)
+        return True
+
+    def ended(self) -> dict[str, EndT | Exception]:
+        """Return how runs have ended since the last call: key → result, or what the run raised."""
+        ended, self._ended = self._ended, {}
+        return ended
+
+    def close(self) -> None:
+        """End all courses where they are."""
+        for course in self._courses.values():
+            course.close()
+        self._courses.clear()
+        self._asked.clear()
+
+    def _go_on(self, key: str, go: Callable[[Any], Step | Question], value: object) -> None:
+        self._asked.pop(key, None)
+        try:
+            self._asked[key] = go(value)
+        except StopIteration as end:
+            self._ended[key] = end.value
+            del self._courses[key]
+        except Exception as error:  # noqa: BLE001  (one run's error must not end the others)
+            self._ended[key] = error
+            del self._courses[key]
