@@ -32,9 +32,11 @@ from rayft.models.files import cache_folder
 from rayft.models.packed import unpackable
 from rayft.sweep.broker import CLOSE, Beat
 from rayft.sweep.jobs import Job
-from rayft.sweep.packed import PackedTrials
+from rayft.sweep.packed import PackedScores, PackedTrials
+from rayft.sweep.score import ScoreRequest
 from rayft.sweep.settings import LaneSettings
 from rayft.sweep.transfer import find_home
+from rayft.sweep.trial import TrainRequest
 from rayft.tracking.base import TrackerSpec
 from rayft.tracking.mlflow import MlflowTracker
 from rayft.train.home import Home
@@ -74,6 +76,8 @@ class Lane:
         self.name, self.broker = settings.name, settings.broker
         self._wait = 0.0 if settings.once else 20.0
         self._slots = settings.slots
+        self._alone = False
+        """Whether trials were found to take turns."""
         device = get_device()
         if device.type == "cuda":
             # NCCL moves objects through the current device, which must be this worker's own.
@@ -113,30 +117,38 @@ class Lane:
         self.home.drop(scope)
 
     def packs(self, job: Job[Any, Any]) -> bool:
-        """Return whether a job may share the lane's steps with others."""
-        return bool(job.pack) and self._slots != 1
+        """Return whether a job may share the lane's batches with others."""
+        trial = job.kind == TrainRequest.kind
+        return bool(job.pack) and self._slots != 1 and not (trial and self._alone)
 
     def run_packed(self, first: Job[Any, Any]) -> None:
-        """Do a trial, and others that share its steps as long as there are any."""
+        """Do a job, and others that share its batches as long as there are any."""
         try:
             session = self.session(first.request.run, first.request.expected)
         except Exception as error:  # noqa: BLE001  (told to the broker)
             self.ended(first, error)
             return
-        reason, size = unpackable(session.loaded.model), Sizing()
-        if not reason:
-            size = sizing(first.request.run, session, self._slots)
-            reason = "a step of one keeps the device busy" if size.slots == 1 else ""
-        if reason:
-            self.note(f"trials take turns on {self.name}, because {reason}")
-            self._slots = 1
-            self.run(first)
-            return
         self._jobs += 1
         scope = f"job{self._jobs}"
         with self.home.within(scope):
-            PackedTrials(self, session, first, size).run()
+            if isinstance(first.request, ScoreRequest):
+                PackedScores(self, session, first).run()
+            elif (size := self._size(first.request.run, session)).slots > 1:
+                PackedTrials(self, session, first, size).run()
+            else:
+                self._run(first)
         self.home.drop(scope)
+
+    def _size(self, run: RunConfig, session: Session) -> Sizing:
+        """Return how trials like a run share steps; if they do not, no further ones are tried."""
+        reason, size = unpackable(session.loaded.model), Sizing()
+        if not reason:
+            size = sizing(run, session, self._slots)
+            reason = "a step of one keeps the device busy" if size.slots == 1 else ""
+        if reason:
+            self.note(f"trials take turns on {self.name}, because {reason}")
+            self._alone = True
+        return size
 
     def session(self, run: RunConfig, expected: Identity, *, whole: bool = False) -> Session:
         """Return the session of a run's base and data; it stays in memory as long as jobs ask for the same.
@@ -149,6 +161,8 @@ class Lane:
         Raises:
             TrainError: on all workers, if they are not what the driver has read.
         """
+        # Only then do the two ways of loading differ.
+        whole = whole and run.scale.zero == 3 and self.worker.world > 1
         wanted = {"model", "data", "scale", "evaluate"}
         key = json.dumps([run.model_dump(mode="json", include=wanted), whole], sort_keys=True)
         if self._session is None or self._opened != key:
@@ -167,10 +181,10 @@ class Lane:
         """Show a sentence to the person who watches the command."""
         ray.get(self.broker.note.remote(text))
 
-    def progress(self, done: int, total: int) -> None:
-        """Show how far the job is: the number of examples that are done, and of all."""
+    def progress(self, done: int, total: int, job: str = "") -> None:
+        """Show how far a job is, by default the current one: the examples that are done, and all of them."""
         if self.worker.rank == 0:
-            self.broker.log.remote(self._job, {"step": done, "steps": total})
+            self.broker.log.remote(job or self._job, {"step": done, "steps": total})
 
     def forget(self) -> None:
         """Free the base, including the reference cycles that it is part of."""
