@@ -30,6 +30,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting of the configuration: --set sweep.trials=4. Repeatable."),
 ]
+Uri = Annotated[
+    str | None,
+    typer.Option(help="URI of MLflow; that of --sweep by default, else MLFLOW_TRACKING_URI."),
+]
 
 
 @app.command()
@@ -151,7 +155,7 @@ def squeeze(
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option(help="Configuration of a sweep that names base and data, to score and train with."),
+        typer.Option(help="Configuration that names base and data, to score and train with."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="The base of the adapter, to be checked, or of the fine-tuned model.")
@@ -174,7 +178,10 @@ def squeeze(
 @app.command()
 def export(
     adapter: Annotated[
-        str, typer.Argument(help="Folder of an adapter, whoever made it, or models:/name@alias.")
+        str,
+        typer.Argument(
+            help="Folder of an adapter, whoever made it, or of a sweep or run; or models:/name@alias."
+        ),
     ],
     merged: Annotated[
         str | None, typer.Option(help="Folder for the base with the adapter merged into it.")
@@ -200,7 +207,7 @@ def export(
             "--sweep", help="Folder of the sweep that made the adapter: for its scores and registry."
         ),
     ] = None,
-    uri: Annotated[str | None, typer.Option(help="URI of MLflow; MLFLOW_TRACKING_URI by default.")] = None,
+    uri: Uri = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier export has written.")
     ] = False,
@@ -210,7 +217,7 @@ def export(
 
     commands.export(
         adapter, console, merged=merged, vllm=vllm, gguf=gguf, card=card, base=base, base_name=base_name,
-        sweep_folder=sweep_folder, uri=uri, overwrite=overwrite,
+        sweep=sweep_folder, uri=uri, overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -231,9 +238,7 @@ def analyze(
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option(
-            help="Configuration of a sweep that names base and data, for an adapter outside of any sweep."
-        ),
+        typer.Option(help="Configuration that names base and data, for an adapter outside of any sweep."),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for analysis.json; the target by default.")] = None,
     uri: Annotated[
@@ -334,7 +339,7 @@ def promote(
     sweep_folder: Annotated[
         str | None, typer.Option("--sweep", help="Folder of the sweep that registered the model.")
     ] = None,
-    uri: Annotated[str | None, typer.Option(help="URI of MLflow; MLFLOW_TRACKING_URI by default.")] = None,
+    uri: Uri = None,
     tolerance: Annotated[
         float, typer.Option(help="How far the score may be below that of the present version.")
     ] = 0.0,

@@ -51,6 +51,7 @@ __all__ = [
     "loading",
     "resolve",
     "weight_files",
+    "whole_skeleton",
 ]
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
@@ -179,8 +180,13 @@ def resolve(config: ModelConfig) -> str:
     )
 
 
-def is_here(name: str) -> bool:
-    """Return whether a model's configuration is on this machine; nothing is converted or downloaded."""
+def is_here(name: str, revision: str | None = None) -> bool:
+    """Return whether a model's configuration is on this machine; nothing is converted or downloaded.
+
+    Args:
+        name: of the model.
+        revision: of a hub model.
+    """
     path = Path(name).expanduser()
     if name in REGISTERED:
         return (cache_folder() / "models" / name / "config.json").is_file()
@@ -191,7 +197,7 @@ def is_here(name: str) -> bool:
     from transformers.utils.hub import cached_file
 
     try:
-        return cached_file(name, "config.json", local_files_only=True) is not None
+        return cached_file(name, "config.json", revision=revision, local_files_only=True) is not None
     except (OSError, ValueError):
         return False
 
@@ -296,6 +302,20 @@ def load_skeleton(config: ModelConfig) -> Any:
             model = _auto_class(config).from_config(settings)
         _check_kinds(config, model, source)
         return model
+
+
+def whole_skeleton(config: ModelConfig) -> Any | None:
+    """Return what `load_skeleton` does, or None if that is only a part of the model.
+
+    A part of a larger model (such as the text model of a vision model) has other module names than the model
+    that an adapter was trained with. A classifier is never of the class of the base that it is made from.
+
+    Raises:
+        ModelError: as `load_skeleton`.
+    """
+    skeleton = load_skeleton(config)
+    own = skeleton.config.architectures or [type(skeleton).__name__]
+    return skeleton if config.task != "causal_lm" or type(skeleton).__name__ in own else None
 
 
 def _settings(config: ModelConfig, source: str) -> Any:

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from rayft.artifacts import AdapterArtifact
+from rayft.flow.export.maker import Scores
 from rayft.flow.export.places import CARD_MARK
-from rayft.flow.export.scores import Scores
 from rayft.flow.export.vllm import served_rank
 from rayft.report.record import Score
 from rayft.report.text import human_bytes, human_count, score_text
