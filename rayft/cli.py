@@ -84,7 +84,10 @@ def train(
 def init(
     data: Annotated[
         str | None,
-        typer.Argument(help="A file of JSON lines, CSV or Parquet; the only one in this folder by default."),
+        typer.Argument(
+            help="A file of JSON lines, CSV or Parquet, by default the only one in this folder; a folder of "
+            "images (class/file.png); or the name of a hub set, org/set."
+        ),
     ] = None,
     out: Annotated[str, typer.Option(help="The file to write.")] = "my.yaml",
     model: Annotated[
@@ -92,7 +95,7 @@ def init(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
 ) -> None:
-    """Write a configuration for a data file: one that runs as it is, with comments."""
+    """Write a configuration for your data: one that runs as it is, with comments."""
     from rayft.flow import commands
 
     commands.init(data, out, model, console, overwrite=overwrite)

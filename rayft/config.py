@@ -20,6 +20,7 @@ from typing import Any, TypeVar, Union
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from rayft.callable_package import make_callable
 from rayft.errors import ConfigError
 from rayft.files import write_file
 from rayft.paths import read_path
@@ -39,6 +40,7 @@ __all__ = [
     "overridden",
     "parse",
     "read_yaml",
+    "yaml_line",
 ]
 
 SectionT = TypeVar("SectionT", bound="Section")
@@ -112,6 +114,14 @@ def read_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{source} must be a mapping of sections, not {type(data).__name__}")
     return data
+
+
+def yaml_line(value: Any) -> str:
+    """Return a value as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    text = text.removesuffix("...\n").strip()
+    # YAML's own style for a text with line breaks takes several lines.
+    return json.dumps(value, ensure_ascii=False) if "\n" in text else text
 
 
 def load(
@@ -360,3 +370,7 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[str(key)] = value
     return found
+
+
+# `rayft.config(…)` is a function of the Python API.
+make_callable(__name__)

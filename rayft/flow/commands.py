@@ -509,10 +509,11 @@ def chat(
 
 
 def init(data: str | None, out: str, model: str | None, console: Console, *, overwrite: bool = False) -> None:
-    """Write a configuration for a data file, and print it.
+    """Write a configuration for data, and print it.
 
     Args:
-        data: the file; None for the only data file in the working directory.
+        data: a file, a folder of images or the name of a hub set; None for the only data file in the working
+            directory.
         out: the file to write.
         model: the base; None for one that is on this machine.
         console: for the output.
@@ -525,7 +526,7 @@ def init(data: str | None, out: str, model: str | None, console: Console, *, ove
 
     if model is not None:
         checked_text(model, "--model")
-    source = find_data(Path.cwd()) if data is None else read_path(data, "the data")
+    source = find_data(Path.cwd()) if data is None else data
     path = read_path(out, "--out")
     console.print(write_configuration(source, path, model, overwrite=overwrite), soft_wrap=True)
     console.print(f"wrote {path}; next: rayft data {shlex.quote(str(path))}", soft_wrap=True)
@@ -545,11 +546,9 @@ def config(name: str | Path, overrides: Sequence[str], console: Console) -> None
     from rayft.flow.settings import DEFAULT, settings
 
     found = settings(name, overrides)
-    width = min(56, max(len(line.text) for line in found))
-    for line in found:
+    for line, text in zip(found.lines, found.commented(), strict=True):
         style = "bold" if not line.source else "dim" if line.source == DEFAULT else ""
-        comment = f"{line.text:<{width}}  # {line.source}" if line.source else line.text
-        console.print(comment, style=style or None, soft_wrap=True)
+        console.print(text, style=style or None, soft_wrap=True)
 
 
 def schema(console: Console) -> None:
