@@ -115,6 +115,8 @@ def show_config(
     from rayft.flow import commands
 
     if schema:
+        if overrides:
+            raise ConfigError("--schema prints what every configuration can have: leave out --set")
         commands.schema(console)
     else:
         commands.config(config, overrides or [], console)

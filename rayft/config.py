@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import numbers
 import re
 import types
 import typing
@@ -41,6 +42,7 @@ __all__ = [
     "parse",
     "read_yaml",
     "yaml_line",
+    "yaml_text",
 ]
 
 SectionT = TypeVar("SectionT", bound="Section")
@@ -86,11 +88,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """A SafeDumper that puts the text `1e-3` into quotes, since `_Loader` would read a float."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def read_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
@@ -116,9 +123,14 @@ def read_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
     return data
 
 
+def yaml_text(value: Mapping[str, Any]) -> str:
+    """Return a mapping as YAML, which `read_yaml` reads as the same mapping, with its keys in their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
 def yaml_line(value: Any) -> str:
-    """Return a value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    """Return a value as YAML on one line, which `read_yaml` reads as the same value."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), allow_unicode=True)
     text = text.removesuffix("...\n").strip()
     # YAML's own style for a text with line breaks takes several lines.
     return json.dumps(value, ensure_ascii=False) if "\n" in text else text
@@ -195,7 +207,12 @@ def _plain(value: Any, where: str = "") -> Any:
         raise ConfigError(f"{where[:80].strip('.')}: nested too deeply, or within itself") from None
     if isinstance(value, str):
         return _text(value, where)
-    return value if isinstance(value, int | float | None) else str(value)
+    if isinstance(value, int | float | None):
+        return value
+    # Numbers of numpy, as programs have them.
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else str(value)
 
 
 def _text(text: str, where: str) -> str:

@@ -116,7 +116,10 @@ def find_data(folder: Path) -> Path:
     if len(found) == 1:
         return Path(found[0].name)
     there = f"has several data files ({', '.join(path.name for path in found[:8])})" if found else "has none"
-    raise ConfigError(f"the working directory {there}: name the data, as in `rayft init questions.jsonl`")
+    raise ConfigError(
+        f"the working directory {there}: name the data, as in `rayft init questions.jsonl`; a folder of "
+        "images or the name of a hub set will do too"
+    )
 
 
 def write_configuration(
@@ -435,7 +438,7 @@ class _Text:
         return "cut"
 
     def _head(self) -> list[str]:
-        out = shlex.quote(str(self.out))
+        out = _comment(shlex.quote(str(self.out)))
         return [
             f"# {_comment(self.found.name)}: {self.found.what}.",
             "#",

@@ -101,6 +101,9 @@ def settings(
     sources = {key: source_of(key) for key in flatten(values)}
     lines = [Setting(text, sources[key] if key else "") for text, key in _lines(values)]
     there = {name: os.environ[name] for name in ENVIRONMENT if os.environ.get(name)}
+    # Empty, it hides every GPU; the others are then as if they were not set.
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        there["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
     lines += [Setting(f"# {name}={value}", "environment") for name, value in there.items()]
     return Settings(values, sources, there, tuple(lines))
 

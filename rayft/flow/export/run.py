@@ -31,6 +31,8 @@ from rayft.report.text import human_bytes
 __all__ = ["Exported", "export_adapter"]
 
 Place = str | PathLike[str]
+LOST = 0.01
+"""Share of an update that rounding may lose without advice to score the result."""
 
 
 @dataclass(frozen=True)
@@ -266,9 +268,10 @@ def _notes(job: _Job, rounding: Rounding | None) -> tuple[str, ...]:
 
 def _lost(rounding: Rounding) -> str:
     worst = rounding.worst
+    advice = "; score the merged model before you use it" if rounding.total > LOST else ""
     return (
         f"rounding to {rounding.dtype} loses {100 * rounding.total:.2g} % of the update (‖ΔW‖), and "
-        f"{100 * rounding.modules[worst]:.2g} % of that of {worst}, where it is most"
+        f"{100 * rounding.modules[worst]:.2g} % of that of {worst}, where it is most{advice}"
     )
 
 

@@ -142,10 +142,8 @@ def _is_here(config: ModelConfig) -> bool:
 def _config(artifact: AdapterArtifact, name: str | None) -> ModelConfig:
     """Return the configuration of a base. The revision that the adapter names is of the base it names."""
     own = artifact.meta.base_model
-    revision = artifact.settings.revision if artifact.settings is not None else None
-    return ModelConfig(
-        name=name or own, task=artifact.meta.task, revision=revision if (name or own) == own else None
-    )
+    revision = artifact.revision if (name or own) == own else None
+    return ModelConfig(name=name or own, task=artifact.meta.task, revision=revision)
 
 
 def _base(artifact: AdapterArtifact, config: ModelConfig) -> Base:

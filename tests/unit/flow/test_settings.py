@@ -133,3 +133,15 @@ def test_the_schema_describes_every_key() -> None:
     assert not [
         name for name, section in found["$defs"].items() if name != "JsonValue" and not section["description"]
     ]
+
+
+def test_an_empty_list_of_gpus_is_shown_and_a_schema_has_no_overrides(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("RAYFT_CACHE", "")
+    found = settings(mine).environment
+    assert found["CUDA_VISIBLE_DEVICES"] == ""
+    assert "RAYFT_CACHE" not in found
+    with pytest.raises(ConfigError, match="leave out --set"):
+        CliRunner().invoke(app, ["config", "--schema", "--set", "seed=1"], catch_exceptions=False)

@@ -90,6 +90,7 @@ def test_the_merged_folder_records_its_origin(adapter: Path, tmp_path: Path) -> 
     assert record["adapter"] == AdapterArtifact.load(adapter).content_hash
     assert found.rounding is not None
     assert record["lost_by_rounding"] == found.rounding.total
+    assert not any("score the merged model" in note for note in found.notes)
     assert {*record["files"], "rayft_merge.json"} == contents(tmp_path / "merged").keys()
 
 
@@ -384,6 +385,16 @@ def test_the_base_is_read_at_the_adapters_revision(
     assert not any("not on this machine" in note for note in found.notes)
     written = json.loads((tmp_path / "vllm" / "adapter_config.json").read_text())
     assert written["target_modules"] == ["q_proj"]
+    assert written["revision"] == commit
+    export_adapter(tmp_path / "adapter", card=tmp_path / "card.md")
+    text = (tmp_path / "card.md").read_text()
+    assert text.count(f'from_pretrained("org/model", revision="{commit}"') == 2
+    assert f"--revision {commit}" in text
+    assert f"revision: {commit}" in text
+    # It is no revision of another base.
+    export_adapter(tmp_path / "adapter", vllm=tmp_path / "other", card=tmp_path / "other", base_name="org/b")
+    assert "revision" not in json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    assert "revision" not in (tmp_path / "other" / "README.md").read_text()
 
 
 def test_a_base_that_no_one_asked_for_may_be_damaged(
