@@ -23,7 +23,7 @@ from rayft.data.pixels import ImageEncoder
 from rayft.errors import ModelError, RayftError
 from rayft.files import disk_full, disk_full_error, room_on, sync_tree
 from rayft.models.attention import attend_by_segments
-from rayft.models.files import cache_folder, hash_file, hub_cache, save_model, use
+from rayft.models.files import cache_folder, hash_file, hub_cache, quiet, save_model, use
 from rayft.models.fingerprint import fingerprint, names_in_files, places, source_fingerprint
 from rayft.models.heads import remember
 from rayft.models.quantize import Quantize, prepare, quantization
@@ -471,7 +471,7 @@ def _labels(config: ModelConfig) -> dict[str, Any]:
 def loading(config: ModelConfig) -> Iterator[None]:
     """Turn any error while a model is read into a ModelError."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except RayftError:
         raise
@@ -502,7 +502,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     import transformers
 
     try:
-        with _quiet(), _without_gguf_bar():
+        with quiet(), _without_gguf_bar():
             tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             packed = transformers.AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32
@@ -542,7 +542,7 @@ def _cached(name: str, write: Callable[[Path], object]) -> Path:
     try:
         with room_on(folder.parent):
             (staging / "new").mkdir(mode=0o755)
-            with _quiet():
+            with quiet():
                 write(staging / "new")
             (staging / "new" / SIZES_FILE).write_text(json.dumps(_sizes(staging / "new")), encoding="utf-8")
             sync_tree(staging / "new")
@@ -576,22 +576,6 @@ def _whole(folder: Path) -> bool:
 def _sizes(folder: Path) -> dict[str, int]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SIZES_FILE)
     return {path.name: path.stat().st_size for path in files}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress transformers' progress bars and warnings while a model loads."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager

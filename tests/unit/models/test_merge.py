@@ -316,6 +316,16 @@ def test_an_adapter_of_peft_with_patterns_is_merged_as_peft_merges_it(
         assert_close(after[name], value, torch.float32, 8, 3)
 
 
+def test_a_classifier_is_merged_without_progress_bars(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = ModelConfig(name=str(TINY["tiny-bert"](tmp_path / "base")), task="sequence_classification")
+    artifact = adapter(base, ["query"])
+    capfd.readouterr()
+    merged(artifact, base, tmp_path / "merged")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_tensor_that_the_index_names_and_no_file_has_is_an_error(tiny_folder: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_folder, tmp_path / "base")
     tensors = load_file(base / "model.safetensors")

@@ -433,3 +433,11 @@ def test_a_damaged_record_of_the_sweep_is_reported(adapter: Path, tmp_path: Path
     assert re.search(r"of the adapter's trial was not used: .*sweep\.json is damaged", origin.note)
     with pytest.raises(SqueezeError, match=r"sweep\.json is damaged.*Give the learning rate .* with --lr"):
         squeezed(own, tmp_path / "out", ranks=[2], steps=3)
+
+
+def test_results_are_named_by_whole_paths_for_workers_elsewhere(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (made,) = squeezed(adapter, Path("out"), ranks=[2]).made
+    assert made.folder == tmp_path / "out" / "r2"
