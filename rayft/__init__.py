@@ -15,11 +15,15 @@ if TYPE_CHECKING:
         Evaluation,
         Exported,
         Run,
+        Settings,
         Squeezed,
         Sweep,
+        config,
         evaluate,
         export,
+        init,
         load,
+        schema,
         squeeze,
         sweep,
         train,
@@ -30,12 +34,16 @@ __all__ = [
     "Evaluation",
     "Exported",
     "Run",
+    "Settings",
     "Squeezed",
     "Sweep",
     "__version__",
+    "config",
     "evaluate",
     "export",
+    "init",
     "load",
+    "schema",
     "squeeze",
     "sweep",
     "train",
@@ -43,8 +51,8 @@ __all__ = [
 
 __version__ = "0.2.0.dev0"
 
-PACKAGES = ("evaluate", "squeeze", "sweep", "train")
-"""Functions that are packages too (`rayft.callable_package`)."""
+PACKAGES = ("config", "evaluate", "squeeze", "sweep", "train")
+"""Functions that are packages or modules too (`rayft.callable_package`)."""
 
 
 def __getattr__(name: str) -> Any:

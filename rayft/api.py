@@ -7,6 +7,7 @@ begun.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,8 +31,10 @@ from rayft.flow.evaluate.request import EvaluateRequest
 from rayft.flow.evaluate.run import evaluate as evaluate_targets
 from rayft.flow.export.run import Exported
 from rayft.flow.export.run import export_adapter as export
+from rayft.flow.init import find_data, write_configuration
 from rayft.flow.origin import find_folder
 from rayft.flow.scoring import Measured
+from rayft.flow.settings import Settings, schema, settings
 from rayft.flow.squeeze.request import squeeze_request
 from rayft.flow.squeeze.run import squeeze_folder
 from rayft.flow.sweep.publish import check_complete
@@ -50,11 +53,15 @@ __all__ = [
     "Evaluation",
     "Exported",
     "Run",
+    "Settings",
     "Squeezed",
     "Sweep",
+    "config",
     "evaluate",
     "export",
+    "init",
     "load",
+    "schema",
     "squeeze",
     "sweep",
     "train",
@@ -203,6 +210,46 @@ class Adapter:
 
 Config = str | PathLike[str] | Mapping[str, Any] | TrainConfig
 """A file or the name of a packaged configuration, its content as a mapping, or a configuration object."""
+
+
+def init(
+    data: str | PathLike[str] | None = None,
+    *,
+    model: str | None = None,
+    out: str | PathLike[str] = "my.yaml",
+    overwrite: bool = False,
+) -> Path:
+    """Write a configuration for your data, one that runs as it is, as `rayft init` does; return the file.
+
+    Args:
+        data: a file of JSON lines, CSV or Parquet, a folder of images, or the name of a hub set (`org/set`,
+            `org/set:config`); by default the only data file in the working directory.
+        model: the base; by default one that is on this machine.
+        out: the file to write.
+        overwrite: whether a file at `out` is replaced.
+
+    Raises:
+        ConfigError: if there is a file at `out`, or no base.
+        DataError: if the data can't be read or looked up, or has columns that can't be trained on.
+        ModelError: if the base can't be found.
+    """
+    file = read_path(os.fspath(out), "out")
+    source = find_data(Path.cwd()) if data is None else os.fspath(data)
+    write_configuration(source, file, model, overwrite=overwrite)
+    return file
+
+
+def config(config: Config = "demo", *, overrides: Sequence[str] = ()) -> Settings:
+    """Return the settings in force, and where each comes from, as `rayft config` shows them.
+
+    Args:
+        config: the configuration, which needs no `sweep`.
+        overrides: settings of the configuration, such as `optim.lr=1e-3`.
+
+    Raises:
+        ConfigError: if there is no such file, or anything in it is wrong.
+    """
+    return settings(config, overrides)
 
 
 def train(

@@ -30,6 +30,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting of the configuration: --set sweep.trials=4. Repeatable."),
 ]
+Uri = Annotated[
+    str | None,
+    typer.Option(help="URI of MLflow; that of --sweep by default, else MLFLOW_TRACKING_URI."),
+]
 
 
 @app.command()
@@ -80,7 +84,10 @@ def train(
 def init(
     data: Annotated[
         str | None,
-        typer.Argument(help="A file of JSON lines, CSV or Parquet; the only one in this folder by default."),
+        typer.Argument(
+            help="A file of JSON lines, CSV or Parquet, by default the only one in this folder; a folder of "
+            "images (class/file.png); or the name of a hub set, org/set."
+        ),
     ] = None,
     out: Annotated[str, typer.Option(help="The file to write.")] = "my.yaml",
     model: Annotated[
@@ -88,7 +95,7 @@ def init(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
 ) -> None:
-    """Write a configuration for a data file: one that runs as it is, with comments."""
+    """Write a configuration for your data: one that runs as it is, with comments."""
     from rayft.flow import commands
 
     commands.init(data, out, model, console, overwrite=overwrite)
@@ -108,6 +115,8 @@ def show_config(
     from rayft.flow import commands
 
     if schema:
+        if overrides:
+            raise ConfigError("--schema prints what every configuration can have: leave out --set")
         commands.schema(console)
     else:
         commands.config(config, overrides or [], console)
@@ -151,7 +160,7 @@ def squeeze(
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option(help="Configuration of a sweep that names base and data, to score and train with."),
+        typer.Option(help="Configuration that names base and data, to score and train with."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="The base of the adapter, to be checked, or of the fine-tuned model.")
@@ -174,7 +183,10 @@ def squeeze(
 @app.command()
 def export(
     adapter: Annotated[
-        str, typer.Argument(help="Folder of an adapter, whoever made it, or models:/name@alias.")
+        str,
+        typer.Argument(
+            help="Folder of an adapter, whoever made it, or of a sweep or run; or models:/name@alias."
+        ),
     ],
     merged: Annotated[
         str | None, typer.Option(help="Folder for the base with the adapter merged into it.")
@@ -200,7 +212,7 @@ def export(
             "--sweep", help="Folder of the sweep that made the adapter: for its scores and registry."
         ),
     ] = None,
-    uri: Annotated[str | None, typer.Option(help="URI of MLflow; MLFLOW_TRACKING_URI by default.")] = None,
+    uri: Uri = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier export has written.")
     ] = False,
@@ -210,7 +222,7 @@ def export(
 
     commands.export(
         adapter, console, merged=merged, vllm=vllm, gguf=gguf, card=card, base=base, base_name=base_name,
-        sweep_folder=sweep_folder, uri=uri, overwrite=overwrite,
+        sweep=sweep_folder, uri=uri, overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -231,9 +243,7 @@ def analyze(
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option(
-            help="Configuration of a sweep that names base and data, for an adapter outside of any sweep."
-        ),
+        typer.Option(help="Configuration that names base and data, for an adapter outside of any sweep."),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for analysis.json; the target by default.")] = None,
     uri: Annotated[
@@ -334,7 +344,7 @@ def promote(
     sweep_folder: Annotated[
         str | None, typer.Option("--sweep", help="Folder of the sweep that registered the model.")
     ] = None,
-    uri: Annotated[str | None, typer.Option(help="URI of MLflow; MLFLOW_TRACKING_URI by default.")] = None,
+    uri: Uri = None,
     tolerance: Annotated[
         float, typer.Option(help="How far the score may be below that of the present version.")
     ] = 0.0,

@@ -21,7 +21,18 @@ from rayft.config import lone_surrogate
 from rayft.errors import DataError
 from rayft.files import room_on
 
-__all__ = ["READERS", "Table", "hub_revision", "load_hub", "parse_json", "quiet", "read_file", "read_hub"]
+__all__ = [
+    "READERS",
+    "FileSource",
+    "Table",
+    "hub_revision",
+    "hub_splits",
+    "load_hub",
+    "parse_json",
+    "quiet",
+    "read_file",
+    "read_hub",
+]
 
 FileSource = Literal["jsonl", "csv", "parquet"]
 
@@ -107,6 +118,27 @@ def hub_revision(name: str) -> str:
         return str(datasets.load_dataset_builder(path, config or None).hash)
 
 
+def hub_splits(name: str) -> dict[str, int | None]:
+    """Look up the splits of a hub set: name → number of rows, None if that is not known. No row is read.
+
+    Raises:
+        DataError: as `load_hub`; and if the set has several configurations and `name` names none.
+    """
+    import datasets
+
+    path, _, config = name.partition(":")
+    with _of_hub(name, "train"):
+        if not config and datasets.get_dataset_default_config_name(path) is None:
+            configs = datasets.get_dataset_config_names(path)
+            raise DataError(
+                f"the hub's set '{path}' has several configurations ({', '.join(configs)}): name one, as in "
+                f"{path}:{configs[0]}"
+            )
+        known = datasets.load_dataset_builder(path, config or None).info.splits or {}
+        names = [*known] or datasets.get_dataset_split_names(path, config or None)
+    return {split: (known[split].num_examples or None) if split in known else None for split in names}
+
+
 @contextmanager
 def _of_hub(name: str, split: str) -> Iterator[None]:
     """Turn the errors of `datasets` about a hub set into ours; see `load_hub`."""
@@ -122,7 +154,8 @@ def _of_hub(name: str, split: str) -> Iterator[None]:
             raise DataError(f"the hub has no data set '{path}' that can be read: {error}") from error
         raise DataError(
             f"the hub can't be reached to load '{path}' (offline, or HF_HUB_OFFLINE is set): download it "
-            "where there is a network, and read the file with source: jsonl, csv or parquet"
+            f"where there is a network (hf download {path} --repo-type dataset --local-dir DIR), and read "
+            "the file with source: jsonl, csv or parquet"
         ) from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"can't load split '{split}' of '{name}' from the hub: {error}") from error
