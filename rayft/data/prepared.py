@@ -68,6 +68,8 @@ MANIFEST = "manifest.json"
 """File of a complete prepared set; the time of its last change is that of the set's last use."""
 STARTED = "started"
 """File of a set whose time of modification is that of its start."""
+TICK_SECONDS = 0.1
+"""More than the time between two times of modification that differ."""
 PAUSE_SECONDS = 1.0
 """Time between two looks whether another machine has made a set."""
 EXAMPLES_A_PROCESS = 2000
@@ -132,8 +134,8 @@ class Prepared:
         found = Texts(texts, shape, limit, config.too_long, part)
         if not len(found) and part != "test":
             raise DataError(
-                f"{part}: each of the {len(shape.lengths)} examples has more than {limit} tokens, so none is "
-                f"left; raise data.max_length, the shortest has {shape.lengths.min()}"
+                f"{part}: each of the {len(np.unique(shape.example))} examples has more than {limit} tokens, "
+                f"so none is left; raise data.max_length, the shortest has {shape.lengths.min()}"
             )
         return found
 
@@ -287,6 +289,8 @@ def _make(
     try:
         with kept_alive(staging):
             (staging / STARTED).touch()
+            # Who is not seen after this has begun at a later time on the clock of the disk.
+            time.sleep(TICK_SECONDS)
             _wait_for_others(staging, folder)
             if (folder / MANIFEST).is_file():
                 return
@@ -334,7 +338,7 @@ def _started(staging: Path) -> tuple[float, str]:
 
 
 def _settle(staging: Path, folder: Path) -> None:
-    """Give a complete set its name, unless another machine has made it meanwhile."""
+    """Rename a complete set, unless another machine has made it meanwhile."""
     if folder.is_dir() and not (folder / MANIFEST).is_file():
         shutil.rmtree(folder, ignore_errors=True)
     try:

@@ -27,6 +27,7 @@ __all__ = [
     "Encoded",
     "Style",
     "check_lengths",
+    "counted",
     "encode_all",
     "encode_numbered",
     "expected_answer",
@@ -449,6 +450,16 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def counted(some: Iterable[int], all_indices: Iterable[int]) -> str:
+    """Return how many examples some texts are of, for messages: "2 of 9 examples".
+
+    Args:
+        some: index of the example of each of these texts.
+        all_indices: the same of all texts.
+    """
+    return f"{len({*some})} of {len({*all_indices})} examples"
+
+
 def check_lengths(
     lengths: Sequence[int], max_length: int, context: int | None, part: str, indices: Sequence[int]
 ) -> None:
@@ -469,7 +480,8 @@ def check_lengths(
     if not over:
         return
     longest, place = max(over)
-    count = f"{len(over)} of {len(lengths)} examples are too long; the longest, " if len(lengths) > 1 else ""
+    some = counted((indices[-place] for _, place in over), indices)
+    count = f"{some} are too long; the longest, " if len(lengths) > 1 else ""
     if context is not None and longest > context:
         remedy = f"above the model's context of {context}: take a model of a longer context, or"
     else:

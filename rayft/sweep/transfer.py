@@ -5,8 +5,8 @@ writes into a folder of its own. Checkpoints, adapters and results are sent home
 a trial whose node is lost continues on another node. All files travel through Ray's object store in parts of
 `PART` bytes.
 
-    <cache>/lanes/<lane>-<machine>/copies/<job>/…   files that the lane reads
-    <cache>/lanes/<lane>-<machine>/made/<path>      files that it writes, under the path that they have at home
+    <cache>/lanes/<lane>-<node>/copies/<job>/…   files that the lane reads
+    <cache>/lanes/<lane>-<node>/made/<path>      files that it writes, under the path that they have at home
 """
 
 from __future__ import annotations
