@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from rayft.errors import DiskFullError, ResourceError
 
-__all__ = ["Event", "Job", "Outcome", "Request"]
+__all__ = ["Event", "Job", "NewGroupError", "Outcome", "Request"]
 
 FATAL = {"disk": DiskFullError, "lanes": ResourceError}
 """Why no job can succeed any more (the disk is full, no lane can start) → the error that ends the sweep."""
@@ -22,6 +22,22 @@ FATAL = {"disk": DiskFullError, "lanes": ResourceError}
 ResultT = TypeVar("ResultT")
 ResultT_co = TypeVar("ResultT_co", covariant=True)
 RequestT_co = TypeVar("RequestT_co", covariant=True)
+
+
+class NewGroupError(Exception):
+    """Raised by a request on a worker that can't go on while the others of its group may wait for it.
+
+    Only a new group brings the workers in step again. Any worker may raise it, or several for the same
+    reason.
+
+    Attributes:
+        request: what the new group does in place of the request, from its last checkpoint on; None if the job
+            has failed.
+    """
+
+    def __init__(self, reason: str, request: Request[Any] | None = None) -> None:
+        super().__init__(reason)
+        self.request = request
 
 
 class Request(Protocol[ResultT_co]):
@@ -44,7 +60,12 @@ class Request(Protocol[ResultT_co]):
         """Folders in which the request writes; if a disk is full, the error names one of them."""
 
     def __call__(self, lane: Any, /) -> ResultT_co | None:
-        """Do it in a lane (`rayft.sweep.lane.Lane`). All workers call it; the first one's result counts."""
+        """Do it in a lane (`rayft.sweep.lane.Lane`). All workers call it; the first one's result counts.
+
+        Raises:
+            RayftError: on all workers, if the job has failed.
+            NewGroupError: on any worker, if the others may wait for it.
+        """
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from rayft.files import disk_full, disk_full_error
 from rayft.identity import Identity
 from rayft.models.files import cache_folder
 from rayft.sweep.broker import CLOSE, Beat
-from rayft.sweep.jobs import Job
+from rayft.sweep.jobs import Job, NewGroupError
 from rayft.sweep.settings import LaneSettings
 from rayft.sweep.transfer import find_home
 from rayft.tracking.base import TrackerSpec
@@ -171,6 +171,11 @@ class Lane:
         except InterruptedRunError as error:
             if self.worker.rank == 0:
                 ray.get(self.broker.pause.remote(job.id, error.step))
+        except NewGroupError as error:
+            payload = None if error.request is None else pickle.dumps(error.request)
+            ray.get(self.broker.renew.remote(self.name, job.id, payload, str(error)))
+            # Without the request, whose modules the launcher would have to import.
+            raise RuntimeError(str(error)) from None
         except Exception as error:
             if disk_full(error):
                 # Any worker reports it: the others may wait for this one until the end of the sweep ends

@@ -16,8 +16,10 @@ from rayft.files import disk_full
 from rayft.identity import UNKNOWN, Identity
 from rayft.models.methods import method
 from rayft.sweep.broker import Verdict
+from rayft.sweep.jobs import NewGroupError
 from rayft.sweep.result import TrialResult, file_hashes, trial_folder, write_result
 from rayft.tracking.base import HASH_PARAM, Former, RunStatus, TrackerSpec
+from rayft.train.placement import DeviceMemoryError, Placement
 from rayft.train.run import RunConfig
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 
@@ -48,6 +50,8 @@ class TrainRequest:
     """Tracked run whose child the trial's tracked run is."""
     expected: Identity = UNKNOWN
     """Identity of data and base, as the driver has read them."""
+    placement: Placement | None = None
+    """How steps use the device, if an earlier group of workers has found out."""
 
     @property
     def identity(self) -> Identity:
@@ -64,6 +68,8 @@ class TrainRequest:
 
         Raises:
             RayftError: as `Trainer.fit`.
+            NewGroupError: if a step did not fit into the memory of a device, and other workers may wait for
+                this one; the new group goes on with less at a time.
         """
         started, fresh = time.perf_counter(), not lane.loaded
         session = lane.session(self.run, self.expected)
@@ -76,11 +82,10 @@ class TrainRequest:
         tracked = _TrackedRun.begin(self, lane) if lane.worker.rank == 0 else None
         reporter = _LaneReporter(lane, self, tracked)
         try:
-            result = Trainer(self.run, session, reporter, folder, self.evaluate_at).fit()
+            result = Trainer(self.run, session, reporter, folder, self.evaluate_at, self.placement).fit()
         except RayftError as error:
-            # On a full disk nothing can be recorded; the next start sets the tracked run running again.
-            if tracked and not disk_full(error):
-                tracked.end("interrupted" if isinstance(error, InterruptedRunError) else "failed")
+            if (ended := self._failed(error, lane, tracked)) is not None:
+                raise ended from error
             raise
         finally:
             if not kind.shares_base:
@@ -111,6 +116,19 @@ class TrainRequest:
         # The last checkpoint stays: the trial is trained again from it if its adapter should be damaged.
         lane.home.prune(folder / "checkpoint", 1)
         return left
+
+    def _failed(self, error: RayftError, lane: Lane, tracked: _TrackedRun | None) -> NewGroupError | None:
+        """Record that the run has raised an error; return another error if only a new group can go on."""
+        short = isinstance(error, DeviceMemoryError)
+        if isinstance(error, DeviceMemoryError) and error.placement is not None:
+            return NewGroupError(str(error), replace(self, placement=error.placement))
+        if short and lane.worker.rank > 0:
+            # The first worker may never learn of it.
+            tracked = _TrackedRun.begin(self, lane)
+        # On a full disk nothing can be recorded; the next start sets the tracked run running again.
+        if tracked and not disk_full(error):
+            tracked.end("interrupted" if isinstance(error, InterruptedRunError) else "failed")
+        return NewGroupError(str(error)) if short and lane.worker.world > 1 else None
 
 
 class _TrackedRun:

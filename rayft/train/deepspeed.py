@@ -97,6 +97,7 @@ def build_engine(run: RunConfig, model: nn.Module) -> DeepSpeedEngine:
 
     Raises:
         TrainError: if DeepSpeed rejects the configuration.
+        torch.OutOfMemoryError: if gradients, masters or moments do not fit into the device's memory.
     """
     deepspeed = _deepspeed(run)
     groups, optim = parameter_groups(run, model), run.optim
@@ -112,6 +113,8 @@ def build_engine(run: RunConfig, model: nn.Module) -> DeepSpeedEngine:
                 config=engine_config(run),
                 dist_init_required=False,
             )
+    except torch.OutOfMemoryError:
+        raise
     except (AssertionError, ValueError, RuntimeError) as error:
         raise TrainError(
             f"DeepSpeed refused the configuration: {error}; look at scale and deepspeed"

@@ -2,7 +2,8 @@
 
 None of these changes what is learnt, but by rounding and by which values dropout drops. What the settings
 leave open is found by trying it on a GPU: the longest row that the run can meet, as often as a micro-batch
-may have it, forward and backward. What was found is kept in the cache, by everything that it depends on.
+may have it, forward and backward. What was found is kept in the cache, by everything that it depends on. A
+step that does not fit after all makes the run go on with less at a time, in the same process or in new ones.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from rayft.train.run import RunConfig
 from rayft.train.session import Session
 
 __all__ = [
+    "DeviceMemoryError",
     "Placement",
+    "engine_out_of_memory",
     "keep",
     "out_of_memory",
     "place",
@@ -63,26 +66,47 @@ class Placement:
     graphs: bool = False
 
 
+class DeviceMemoryError(TrainError):
+    """A run does not fit into the memory of a device. In a group, the other workers may have had room.
+
+    Attributes:
+        placement: what a new group of workers can continue the run with; None if the settings allow nothing
+            smaller.
+    """
+
+    def __init__(self, message: str = "", placement: Placement | None = None) -> None:
+        super().__init__(message)
+        self.placement = placement
+
+
 def placed(run: RunConfig, placement: Placement) -> RunConfig:
     """Return a run whose settings are those of a placement."""
     return run.model_copy(update={"scale": run.scale.model_copy(update=dataclasses.asdict(placement))})
 
 
-def place(run: RunConfig, session: Session) -> Placement:
+def place(run: RunConfig, session: Session, known: Placement | None = None) -> Placement:
     """Decide what a run's settings leave open (all workers call it).
 
-    On a CPU, and under ZeRO-3, whose passes need an engine, nothing is tried: a step is one micro-batch.
+    On a CPU, and under ZeRO-3, whose passes need an engine, nothing is tried: a step is one micro-batch, or
+    what is kept of a run whose step did not fit.
 
     Args:
         run: settled.
         session: the base with the run's adapters, and the data.
+        known: the placement, if an earlier group of workers has found it; it is kept for the next runs.
     """
     scale = run.scale
+    if known is not None:
+        keep(run, session, known)
+        return known
     given = (scale.accumulation, scale.activation_checkpointing, scale.graphs)
-    if scale.device != "cuda" or scale.zero == 3 or None not in given:
-        return Placement(scale.accumulation or 1, bool(scale.activation_checkpointing), bool(scale.graphs))
+    whole = Placement(scale.accumulation or 1, bool(scale.activation_checkpointing), bool(scale.graphs))
+    if scale.device != "cuda" or None not in given:
+        return whole
     probe = _Probe(run, session)
     kept: Placement | None = session.worker.agreed(_kept(probe.file))
+    if kept is None and scale.zero == 3:
+        return whole
     if kept is None:
         kept = probe.find()
         probe.keep(kept)
@@ -99,7 +123,7 @@ def smaller(run: RunConfig, placement: Placement) -> Placement:
     """Return a placement that takes less memory, for a run whose step did not fit.
 
     Raises:
-        TrainError: if the settings allow none.
+        DeviceMemoryError: if the settings allow none.
     """
     scale = run.scale
     rows = run.optim.rows_per_step // scale.workers
@@ -112,7 +136,7 @@ def smaller(run: RunConfig, placement: Placement) -> Placement:
     raise out_of_memory(run, placement)
 
 
-def out_of_memory(run: RunConfig, placement: Placement) -> TrainError:
+def out_of_memory(run: RunConfig, placement: Placement) -> DeviceMemoryError:
     """Return the error for a run whose step did not fit into the device's memory; it says what to change."""
     scale, ways = run.scale, []
     rows = run.optim.rows_per_step // scale.workers
@@ -125,9 +149,23 @@ def out_of_memory(run: RunConfig, placement: Placement) -> TrainError:
     if scale.gpu_share < 1:
         ways.append("let fewer lanes share a GPU (scale.gpu_share)")
     ways += ["lower data.max_length", "shard the base over more workers (scale.zero: 3)"]
-    return TrainError(
+    return DeviceMemoryError(
         f"{rows // placement.accumulation} row(s) of {run.data.max_length} tokens do not fit into the "
         f"device's memory at once: {', or '.join(ways)}"
+    )
+
+
+def engine_out_of_memory(run: RunConfig) -> DeviceMemoryError:
+    """Return the error for a run whose engine does not fit into the device's memory; it says what to do."""
+    scale, ways = run.scale, []
+    if scale.gpu_share < 1:
+        ways.append("let fewer lanes share a GPU (scale.gpu_share)")
+    if not scale.offload:
+        ways.append("keep the optimizer's states in host memory (scale.offload: true, with zero: 1, 2 or 3)")
+    ways += ["train fewer values (method.rank)", "shard the base over more workers (scale.zero: 3)"]
+    return DeviceMemoryError(
+        "beside the base, the gradients and optimizer states of what is trained do not fit into the device's "
+        f"memory: {', or '.join(ways)}"
     )
 
 
