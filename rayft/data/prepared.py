@@ -128,14 +128,16 @@ class Prepared:
                 shape = shape.before(count)
         if config.too_long == "error":
             check_lengths(shape.lengths.tolist(), limit, context, part, shape.example.tolist())
-        limit = limit if context is None else min(limit, context)
+        remedy = "raise data.max_length"
+        if context is not None and context < limit:
+            limit, remedy = context, f"take a model of a context of more than {context} tokens"
         if self._mapped is None and shape.lengths.max() <= limit:
             return texts
-        found = Texts(texts, shape, limit, config.too_long, part)
+        found = Texts(texts, shape, limit, config.too_long, part, remedy)
         if not len(found) and part != "test":
             raise DataError(
                 f"{part}: each of the {len(np.unique(shape.example))} examples has more than {limit} tokens, "
-                f"so none is left; raise data.max_length, the shortest has {shape.lengths.min()}"
+                f"so none is left; {remedy}, the shortest has {shape.lengths.min()}"
             )
         return found
 

@@ -237,6 +237,11 @@ class _Layout:
             return [Encoded(ids, (IGNORED,) * len(ids), example.label)]
         text = _start(self.tokenizer) + example.text
         ids = (*_ids(self.tokenizer, text), _end_id(self.tokenizer))
+        if len(ids) < 2:
+            raise DataError(
+                f"{name}: the tokenizer has no token for {quoted(example.text)}, so there is nothing to "
+                "learn; drop it"
+            )
         return [Encoded(ids, (IGNORED, *ids[1:]))]
 
     def _conversation(self, example: Example, name: str) -> list[Encoded]:
@@ -277,10 +282,15 @@ class _Layout:
         Raises:
             DataError: if the template can't render them, or leaves out or changes what should be learnt.
         """
+        where, ending = f"{name}, message {index + 1}", self.format.end.strip()
+        if ending and ending in example.messages[index].content:
+            raise DataError(
+                f"{where}: the answer has {quoted(ending)} in it, which ends a turn and is written behind "
+                "answers anyway; remove it"
+            )
         prompt = self.text(example.messages[:index], example, name, answer_next=True)
         whole = self.text(example.messages[: index + 1], example, name)
         reasoning = self._reasoning(example.messages[index])
-        where = f"{name}, message {index + 1}"
         answer = self._after(prompt, whole, reasoning, where)
         end = answer.rfind(self.format.end) if self.format.end else -1
         if end >= 0:

@@ -144,7 +144,15 @@ class Texts(Gathered[Encoded]):
     An example may be encoded as several texts, each with other answers of it. Messages count examples.
     """
 
-    def __init__(self, source: Sequence[Encoded], shape: Shape, limit: int, how: TooLong, part: str) -> None:
+    def __init__(
+        self,
+        source: Sequence[Encoded],
+        shape: Shape,
+        limit: int,
+        how: TooLong,
+        part: str,
+        remedy: str = "raise data.max_length",
+    ) -> None:
         """Choose what is left of each text.
 
         Args:
@@ -153,6 +161,7 @@ class Texts(Gathered[Encoded]):
             limit: most tokens of a text.
             how: what to do with longer ones; with `error` there must be none.
             part: name of the texts in messages.
+            remedy: what to do for a higher limit, in messages.
 
         Raises:
             DataError: if cutting would cut an answer.
@@ -184,14 +193,15 @@ class Texts(Gathered[Encoded]):
             needed = whole - shape.first
             worst = over[needed[over].argmax()]
             if needed[worst] >= limit:
-                raise self._too_long(int(worst), shape, limit, part)
+                problem = self._too_long(int(worst), shape, limit)
+                raise DataError(f"{part} {problem}: {remedy}, or set data.too_long: drop")
             lengths = np.minimum(whole, limit)
             starts = whole - lengths
             self.note = f"{part}: cut {which} (the longest had {whole.max()})"
         self._rows, self._starts, self.lengths = rows, starts, lengths
 
-    def _too_long(self, worst: int, shape: Shape, limit: int, part: str) -> DataError:
-        """Return the error for a text whose answers can't be kept whole, the longest of all such texts."""
+    def _too_long(self, worst: int, shape: Shape, limit: int) -> str:
+        """Describe a text whose answers can't be kept whole, the longest of all such texts."""
         (text,) = gather(self._source, [worst])
         whole, answers = (
             int(shape.lengths[worst] - shape.first[worst]),
@@ -199,10 +209,10 @@ class Texts(Gathered[Encoded]):
         )
         between = f", and {whole} with the turns between them" if whole > answers else ""
         alike = shape.example[shape.lengths - shape.first >= limit]
-        return DataError(
-            f"{part} example {shape.example[worst] + 1}: its answers have {answers} tokens{between}, so they "
-            f"can't be kept whole in {limit} with a token before them (so it is for "
-            f"{counted(alike, shape.example)}): raise data.max_length, or set data.too_long: drop"
+        return (
+            f"example {shape.example[worst] + 1}: its answers have {answers} tokens{between}, so they can't "
+            f"be kept whole in {limit} with a token before them (so it is for "
+            f"{counted(alike, shape.example)})"
         )
 
     def __len__(self) -> int:

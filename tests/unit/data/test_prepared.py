@@ -179,6 +179,19 @@ def test_texts_that_are_too_long_are_refused_dropped_or_cut(tokenizer, tmp_path)
             assert one.encoded("train", 70).lengths.max() <= 70
 
 
+def test_what_is_too_long_for_the_model_needs_another_model(tokenizer, tmp_path):
+    rows = [{"prompt": "q" * size, "completion": f"a{size}" * 9} for size in range(40, 70)]
+    settings = config(name=lines(tmp_path / "a.jsonl", rows), max_length=1000, too_long="cut")
+    found = in_memory(settings, tokenizer)
+    with pytest.raises(
+        DataError, match=r"be kept whole in 20 .*: take a model of a context of more than 20 t"
+    ):
+        found.encoded("train", 20)
+    dropping = in_memory(settings.model_copy(update={"too_long": "drop"}), tokenizer)
+    with pytest.raises(DataError, match="so none is left; take a model of a context of more than 20 tokens"):
+        dropping.encoded("train", 20)
+
+
 def test_pieces_of_raw_text_are_the_same_from_disk(tokenizer, tmp_path):
     rows = [{"text": f"text of number {n} " * (n + 1)} for n in range(20)]
     settings = config(name=lines(tmp_path / "a.jsonl", rows), max_length=50, too_long="cut")
