@@ -268,15 +268,17 @@ def _read_jsonl(path: Path, first: int | None) -> Table:
 
 def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[str, int | None, Any]]:
     """Yield each row with its place for messages, and its line unless the file is one list."""
+    begun = False
     for number, line in enumerate(stream, start=1):
         start = line.strip()
         if not start:
             continue
-        if number == 1 and start[0] == "[":
+        first, begun = not begun, True
+        if first and start[0] == "[":
             for count, row in enumerate(parse_json(line + stream.read(), str(path)), start=1):
                 yield f"{path}, row {count}", None, row
             return
-        if number == 1 and start == "{":
+        if first and start == "{":
             raise DataError(
                 f"{path} has objects of several lines; write one {{…}} a line, or one list of them"
             )

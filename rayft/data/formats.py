@@ -86,6 +86,10 @@ def convert(table: Table, form: str, columns: Columns, separator: str) -> list[E
                 f"{table.name} has no column '{column}', which format '{form}' needs; set "
                 f"data.columns.{field} to the name of that column{nearest(column, table.columns)}"
             )
+    named = [getattr(columns, field) for field in FORMATS[form]]
+    if len({*named}) < len(named):
+        fields = " and ".join(FORMATS[form])
+        raise DataError(f"data.columns names '{named[0]}' for both {fields}; name a column for each")
     _check_columns(table, form, columns)
     make = MAKERS[form]
     return [make(_Cell(table, index, columns), separator) for index in range(len(table.rows))]

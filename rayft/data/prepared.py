@@ -385,7 +385,7 @@ def _run(asked: bytes) -> None:
     if process.returncode < 0:
         raise ResourceError(
             f"the process that prepares the data was ended by signal {-process.returncode}, as the system "
-            "does when memory is short; close other programs, or use less data (data.train)"
+            "does when memory is short; close other programs, or use less data (data.rows)"
         )
     if not answer:
         raise ResourceError(f"the process that prepares the data failed: {said}")

@@ -25,17 +25,15 @@ RequestT_co = TypeVar("RequestT_co", covariant=True)
 
 
 class NewGroupError(Exception):
-    """Raised by a request on a worker that can't go on while the others of its group may wait for it.
+    """Raised by a request that only a new worker group can continue, from the last checkpoint on.
 
-    Only a new group brings the workers in step again. Any worker may raise it, or several for the same
-    reason.
+    Any worker may raise it, or several for the same reason; the others of its group may wait for it.
 
     Attributes:
-        request: what the new group does in place of the request, from its last checkpoint on; None if the job
-            has failed.
+        request: what the new group does in place of the request.
     """
 
-    def __init__(self, reason: str, request: Request[Any] | None = None) -> None:
+    def __init__(self, reason: str, request: Request[Any]) -> None:
         super().__init__(reason)
         self.request = request
 
@@ -63,8 +61,9 @@ class Request(Protocol[ResultT_co]):
         """Do it in a lane (`rayft.sweep.lane.Lane`). All workers call it; the first one's result counts.
 
         Raises:
-            RayftError: on all workers, if the job has failed.
-            NewGroupError: on any worker, if the others may wait for it.
+            RayftError: if the job has failed; on all workers (`RayftError.everywhere`), or on any, in which
+                case the group ends.
+            NewGroupError: if a new group has to continue it.
         """
 
 

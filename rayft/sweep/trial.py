@@ -118,17 +118,18 @@ class TrainRequest:
         return left
 
     def _failed(self, error: RayftError, lane: Lane, tracked: _TrackedRun | None) -> NewGroupError | None:
-        """Record that the run has raised an error; return another error if only a new group can go on."""
-        short = isinstance(error, DeviceMemoryError)
+        """Record that the run has raised an error; return another error if a new group can go on."""
         if isinstance(error, DeviceMemoryError) and error.placement is not None:
             return NewGroupError(str(error), replace(self, placement=error.placement))
-        if short and lane.worker.rank > 0:
+        # On a full disk nothing can be recorded; the next start sets the tracked run running again.
+        if disk_full(error):
+            return None
+        if lane.worker.rank > 0 and not (error.everywhere or isinstance(error, InterruptedRunError)):
             # The first worker may never learn of it.
             tracked = _TrackedRun.begin(self, lane)
-        # On a full disk nothing can be recorded; the next start sets the tracked run running again.
-        if tracked and not disk_full(error):
+        if tracked:
             tracked.end("interrupted" if isinstance(error, InterruptedRunError) else "failed")
-        return NewGroupError(str(error)) if short and lane.worker.world > 1 else None
+        return None
 
 
 class _TrackedRun:

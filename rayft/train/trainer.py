@@ -371,10 +371,13 @@ class Trainer:
             self._lower()
             return False
         if not math.isfinite(result.loss):
-            raise TrainError(
+            diverged = TrainError(
                 f"the loss is {result.loss} at step {step + 1} with lr {optim.lr:g}; use a lower "
                 "learning rate, a longer warm-up, or float32"
             )
+            # It is the loss of all workers.
+            diverged.everywhere = True
+            raise diverged
         self.session.ticks += 1
         progress.step = step + 1
         progress.tokens += result.tokens

@@ -55,6 +55,14 @@ def test_columns_may_have_other_names(tmp_path):
     assert read(config(name=path, columns={"prompt": "q", "completion": "a"})).train[0].answer == "x"
 
 
+def test_a_column_can_not_be_question_and_answer(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    with pytest.raises(
+        DataError, match="names 'text' for both prompt and completion; name a column for each"
+    ):
+        read(config(name=path, columns={"prompt": "text", "completion": "text"}))
+
+
 GOOD = pairs(0, 5)
 
 
@@ -127,7 +135,7 @@ def test_a_wrong_row_is_an_error_that_names_it(tmp_path, rows, form, match):
         ("a.json", "jsonl", '{\n "prompt": "x"\n}\n', "has objects of several lines; write one {…} a line"),
         ("a.json", "jsonl", '[\n{"prompt": "x"},\n{"prompt" "y"}]', "is not JSON .*, line 3, character 11"),
         ("a.json", "jsonl", '[{"prompt": "x"}, 3]', "row 2 is no object; write one {…} a line, or one list"),
-        ("a.json", "jsonl", "[]", "is empty"),
+        ("a.json", "jsonl", "\n[]", "is empty"),
         ("a.jsonl", "jsonl", "\x1f\x8b\x08", "is compressed; unpack it"),
     ],
 )
