@@ -171,8 +171,10 @@ class Texts(Gathered[Encoded]):
         rows, starts, lengths = np.arange(len(whole)), np.zeros_like(whole), whole
         self.note = ""
         """What was dropped or cut, as a sentence."""
-        which = f"{counted(shape.example[over], shape.example)} with more than {limit} tokens"
-        if not len(over):
+        which = ""
+        if len(over):
+            which = f"{counted(shape.example[over], shape.example)} with more than {limit} tokens"
+        if not which:
             pass
         elif how == "drop":
             rows = np.flatnonzero(whole <= limit)

@@ -52,6 +52,8 @@ SAMPLED = 256
 """Rows of the first epoch among which the one with the most targets is looked for."""
 SPARE = 0.05
 """Share of a device's memory that a probe leaves free: the sizes of later tensors differ, and leave gaps."""
+CROWDED = 0.15
+"""Share of a GPU's memory that other programs may take while a placement is kept for later runs."""
 GAIN = 0.97
 """Graphs are used if a pass takes less than this share of its time without them."""
 
@@ -107,10 +109,9 @@ def place(run: RunConfig, session: Session, known: Placement | None = None) -> P
     kept: Placement | None = session.worker.agreed(_kept(probe.file))
     if kept is None and scale.zero == 3:
         return whole
-    if kept is None:
-        kept = probe.find()
+    if kept is None and (kept := probe.find()) is not None:
         probe.keep(kept)
-    return kept
+    return kept or probe.least
 
 
 def keep(run: RunConfig, session: Session, placement: Placement) -> None:
@@ -222,13 +223,26 @@ class _Probe:
         return cache_folder() / "probes" / f"{key}.json"
 
     def keep(self, placement: Placement) -> None:
-        """Keep a placement. Without a writable cache, each run tries anew."""
-        if self._worker.rank == 0:
+        """Keep a placement. Without a writable cache, or beside other programs, each run tries anew."""
+        if self._worker.rank == 0 and not self._is_crowded():
             with contextlib.suppress(OSError):
                 write_file(self.file, json.dumps(dataclasses.asdict(placement)))
 
-    def find(self) -> Placement:
-        """Return the fastest placement that fits; the one that takes the least memory if none does."""
+    def _is_crowded(self) -> bool:
+        """Return whether other programs take so much memory that more may fit at other times."""
+        if self._run.scale.gpu_share < 1:
+            # The other lanes are expected.
+            return False
+        free, total = torch.cuda.mem_get_info(self._worker.device)
+        return total - free - torch.cuda.memory_reserved(self._worker.device) > CROWDED * total
+
+    @property
+    def least(self) -> Placement:
+        """The placement that takes the least memory."""
+        return Placement(self._accumulations[-1], self._recompute[-1], bool(self._run.scale.graphs))
+
+    def find(self) -> Placement | None:
+        """Return the fastest placement that fits; None if none does."""
         scale, found = self._run.scale, dict[Placement, float]()
         for recompute in self._recompute:
             for accumulation in self._accumulations:
@@ -241,7 +255,7 @@ class _Probe:
                 # The whole step fits. Recomputing would only cost time.
                 break
         if not found:
-            return Placement(self._accumulations[-1], self._recompute[-1], bool(scale.graphs))
+            return None
         best = min(found, key=found.__getitem__)
         graphs = scale.graphs if scale.graphs is not None else self._faster(best, found[best])
         logger.info("%s: %s", self._run.method.name, replace(best, graphs=graphs))

@@ -211,6 +211,8 @@ def gpu(run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     properties = SimpleNamespace(name="a GPU", total_memory=2**36)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**36 - 2**33, 2**36))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2**32)
     inject(session.loaded.model, run.method, run.seed)
 
     def placed(passes: Device, known: Placement | None = None, **settings: Any) -> Placement:
@@ -269,6 +271,23 @@ def test_what_a_group_has_found_is_kept_for_runs_that_are_alike(gpu: Any) -> Non
         found = gpu(device, known=Placement(4), **settings)
         assert found == gpu(device, **settings) == Placement(4)
     assert device.tried == []
+
+
+def test_what_is_found_beside_other_programs_is_not_kept(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**34, 2**36))
+    assert gpu(Device(rows=4)) == Placement(2)
+    assert not (tmp_path / "cache" / "probes").exists()
+    # Lanes that share a GPU are no other programs.
+    assert gpu(Device(rows=4), gpu_share=0.25) == Placement(2)
+    assert len([*(tmp_path / "cache" / "probes").iterdir()]) == 1
+
+
+def test_that_nothing_fits_is_not_kept(gpu: Any) -> None:
+    least = Placement(8, activation_checkpointing=True)
+    assert gpu(Device(rows=0, recomputed=0)) == least
+    assert gpu(Device(rows=8)) == Placement(1)
 
 
 def test_nothing_is_tried_where_nothing_is_open(gpu: Any) -> None:
