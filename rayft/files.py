@@ -92,7 +92,8 @@ def write_large_file(path: Path, write: Callable[[Path], object], needed: int = 
     """
     with room_on(path.parent, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+        writer = f"{machine()}.{os.getpid()}-{threading.get_ident()}"
+        staging = path.with_name(f".{path.name}.{writer}")
         try:
             write(staging)
             with staging.open("rb") as file:

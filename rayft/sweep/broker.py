@@ -304,12 +304,14 @@ class Broker:
                 failed.
             text: the reason, for the user.
         """
-        entry = self._entries[job_id]
+        if lane in self._renewed:
+            # Another worker of the group was first; its end may be what this one fails for.
+            return
         self._renewed.add(lane)
+        entry = self._entries[job_id]
         if payload is None:
             self._end(entry, Event("failed", error=text))
-        elif payload != entry.job.payload:
-            # Otherwise another worker of the group has said so already.
+        else:
             entry.job = replace(entry.job, payload=payload)
             self._notices.append(f"{job_id}: {text}")
 
