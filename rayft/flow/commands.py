@@ -448,11 +448,14 @@ def data(config: str | Path, overrides: Sequence[str], rows: int, console: Conso
     from rayft.flow.data import look
 
     found = look(load_train_config(config, overrides), rows)
-    table = Table("part", "examples", "tokens", "learnt", "median", "95 %", "longest")
+    table = Table("part", "examples", "texts", "tokens", "learnt", "median", "95 %", "longest")
     for column in table.columns[1:]:
         column.justify = "right"
     for part in found.parts:
-        numbers = (part.examples, part.tokens, f"{part.learnt:.0%}", part.median, part.most, part.longest)
+        numbers = (
+            *(part.examples, part.texts, part.tokens),
+            *(f"{part.learnt:.0%}", part.median, part.most, part.longest),
+        )
         table.add_row(part.name, *(f"{one:,}" if isinstance(one, int) else one for one in numbers))
     console.print(table)
     console.print(

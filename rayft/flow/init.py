@@ -15,7 +15,7 @@ import torch
 from rayft.config import parse, read_yaml, yaml_line
 from rayft.data.files import READERS, FileSource, Table, hub_splits, read_file, read_hub
 from rayft.data.folder import PARTS, part_folders, read_image_folder
-from rayft.data.formats import FORMATS
+from rayft.data.formats import CONTEXT, FORMATS
 from rayft.data.loader import RowStream
 from rayft.data.pack import AnyEncoded
 from rayft.data.prepared import Prepared, prepare
@@ -48,8 +48,6 @@ OTHER_NAMES: dict[str, tuple[Mapping[str, str], ...]] = {
     "image_classification": ({"image": "img"}, {"label": "class"}, {"image": "img", "label": "class"}),
 }
 """Format → names that its columns often have: field → column. The others have the names of their fields."""
-CONTEXT_COLUMNS = ("instruction", "input", "context", "system")
-"""Columns that often belong to the question: a format that would leave one of them out is not chosen."""
 EPOCHS = 3
 """How often the training part is read, as far as `MOST_STEPS` allows."""
 MOST_STEPS = {"cpu": 60, "cuda": 600}
@@ -309,7 +307,7 @@ def find_layout(table: Table, *, images: bool = False) -> Layout:
 
 def _left_out(table: Table, form: str, used: Any) -> bool:
     """Return whether a format of questions would leave out a column that belongs to the question."""
-    others = {*CONTEXT_COLUMNS} & {*table.columns} - {*used}
+    others = {*CONTEXT, "system"} & {*table.columns} - {*used}
     return form == "prompt_completion" and any(row.get(name) for row in table.rows for name in others)
 
 

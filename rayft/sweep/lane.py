@@ -17,7 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import ray
@@ -31,7 +31,7 @@ from rayft.identity import Identity
 from rayft.models.files import cache_folder
 from rayft.models.packed import unpackable
 from rayft.sweep.broker import CLOSE, Beat
-from rayft.sweep.jobs import Job
+from rayft.sweep.jobs import Job, NewGroupError
 from rayft.sweep.packed import PackedScores, PackedTrials
 from rayft.sweep.score import ScoreRequest
 from rayft.sweep.settings import LaneSettings
@@ -109,7 +109,11 @@ class Lane:
         return self.worker.agreed(job)  # type: ignore[no-any-return]
 
     def run(self, job: Job[Any, Any]) -> None:
-        """Do a job; an error that a user can fix ends the job, not the lane."""
+        """Do a job; an error that a user can fix ends the job, not the lane.
+
+        In a group, an error ends the workers too unless all of them raise it, since the others may wait for
+        this one. A new group then takes the next job.
+        """
         self._jobs, self._job = self._jobs + 1, job.id
         scope = f"job{self._jobs}"
         with self.home.within(scope):
@@ -171,10 +175,12 @@ class Lane:
             self._opened = key
         changed = expected.differences(self._session.identity)
         if self.worker.largest(len(changed)):
-            raise TrainError(
+            error = TrainError(
                 f"since the command began {'; '.join(changed) or 'what another worker reads has changed'}. "
                 "Leave data and base alone while it runs, let all machines read the same, and run it again"
             )
+            error.everywhere = True
+            raise error
         return self._session
 
     def note(self, text: str) -> None:
@@ -225,22 +231,30 @@ class Lane:
         if isinstance(result, InterruptedRunError):
             if self.worker.rank == 0:
                 ray.get(self.broker.pause.remote(job.id, result.step))
-        elif not isinstance(result, Exception):
-            if self.worker.rank == 0:
-                ray.get(self.broker.finish.remote(job.id, pickle.dumps(result)))
-        elif disk_full(result):
+        elif isinstance(result, NewGroupError):
+            self._end_group(job, str(result), pickle.dumps(result.request))
+        elif isinstance(result, Exception):
+            self._failed(job, result)
+        elif self.worker.rank == 0:
+            ray.get(self.broker.finish.remote(job.id, pickle.dumps(result)))
+
+    def _failed(self, job: Job[Any, Any], error: Exception) -> None:
+        """Handle the error of a job; raise it, or another one, if the group has to end."""
+        if disk_full(error):
             # Any worker reports it: the others may wait for this one until the end of the sweep ends them.
-            full = _disk_full_error(result, *job.request.folders)
+            full = _disk_full_error(error, *job.request.folders)
             ray.get(self.broker.fail.remote(job.id, str(full), fatal=True))
-        elif isinstance(result, RayftError):
-            self._fail(job, str(result))
-        else:
+        elif isinstance(error, RayftError) and (error.everywhere or self.worker.world == 1):
+            self._fail(job, str(error))
+        elif isinstance(error, RayftError):
+            self._end_group(job, str(error))
+        elif self.worker.world > 1:
             # The workers may have failed at different places: only a new group brings them in step again.
-            if self.worker.world > 1:
-                raise result
-            logger.error("job %s failed", job.id, exc_info=result)
-            trace = "".join(traceback.format_exception(result, limit=-4))
-            self._fail(job, f"{type(result).__name__}: {result}\n{trace}")
+            raise error
+        else:
+            logger.error("job %s failed", job.id, exc_info=error)
+            trace = "".join(traceback.format_exception(error, limit=-4))
+            self._fail(job, f"{type(error).__name__}: {error}\n{trace}")
 
     def _open(self, run: RunConfig, *, identify_base: bool, whole: bool) -> Session:
         if self.worker.rank == 0:
@@ -257,6 +271,18 @@ class Lane:
     def _ticks(self) -> int:
         session = self._session
         return session.ticks if session else 0
+
+    def _end_group(self, job: Job[Any, Any], reason: str, payload: bytes | None = None) -> NoReturn:
+        """End this worker, and thereby the group, so that a new one is started.
+
+        Args:
+            job: the job.
+            reason: why it ends.
+            payload: the request that the new group does in place of the job's; None if the job has failed.
+        """
+        ray.get(self.broker.renew.remote(self.name, job.id, payload, reason))
+        # Not the error itself, whose modules the launcher would have to import.
+        raise RuntimeError(reason) from None
 
     def _fail(self, job: Job[Any, Any], message: str) -> None:
         if self.worker.rank == 0:
