@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rayft.api import (
         Adapter,
+        Conversation,
         Evaluation,
         Exported,
+        Piece,
         Run,
         Squeezed,
         Sweep,
+        chat,
         evaluate,
         export,
         load,
@@ -27,12 +30,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Conversation",
     "Evaluation",
     "Exported",
+    "Piece",
     "Run",
     "Squeezed",
     "Sweep",
     "__version__",
+    "chat",
     "evaluate",
     "export",
     "load",

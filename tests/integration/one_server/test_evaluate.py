@@ -20,6 +20,9 @@ from tests.unit.flow.evaluate.tasks import TASKS, save_tasks
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
+FLOAT32 = ("scale.dtype=float32", "scale.device=cpu", "scale.threads=1")
+
+
 @pytest.fixture
 def include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RAYFT_KEY", HEADERS["Authorization"].removeprefix("Bearer "))
@@ -34,7 +37,7 @@ def run(include: Path, *targets: str, **options: Any) -> Evaluation:
 
 def test_the_server_and_peft_give_the_same_scores(restored: Server, include: Path, tiny_folder: Path) -> None:
     names = {"base": str(tiny_folder), "large": restored.adapters["large"]}
-    own = {"base": str(tiny_folder), "overrides": ("scale.dtype=float32", "scale.device=cpu")}
+    own = {"base": str(tiny_folder), "overrides": FLOAT32}
     served = run(include, *names, url=f"{restored.url}/v1").targets
     here = run(include, *names.values(), **own).targets
     low = run(include, "squeezed@r2", url=f"{restored.url}/v1").targets
