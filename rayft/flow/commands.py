@@ -342,9 +342,6 @@ def evaluate(
     from rayft.flow.evaluate.run import evaluate as evaluate_targets
     from rayft.flow.evaluate.show import show_answers, show_scores
 
-    for name in ("base", "uri"):
-        if options.get(name) is not None:
-            checked_text(options[name], f"--{name}")
     request = EvaluateRequest(
         targets=tuple(targets),
         config=config,

@@ -10,7 +10,7 @@ from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Protocol
 from uuid import uuid4
 
 import httpx
@@ -108,28 +108,36 @@ class ServedModel:
                 if not reply.is_success:
                     await reply.aread()
                     raise ResourceError(f"the server refuses ({reply.status_code}): {reason(reply)}")
+                if "event-stream" not in reply.headers.get("content-type", ""):
+                    raise ResourceError(
+                        f"{self.url} does not stream its answers; is it an OpenAI-compatible API?"
+                    )
                 async for line in reply.aiter_lines():
-                    text = line.removeprefix("data: ")
-                    if text not in (line, "[DONE]"):
-                        yield _part(json.loads(text))
+                    text = line.removeprefix("data:").strip()
+                    if line.startswith("data:") and text != "[DONE]":
+                        yield _part(text)
         except httpx.HTTPError as error:
             raise ResourceError(
                 f"{self.url} has ended the answer ({type(error).__name__}: {error})"
             ) from error
 
 
-def _part(event: dict[str, Any]) -> Answer:
+def _part(text: str) -> Answer:
     """Return the text in an event of a stream.
 
     Raises:
-        ResourceError: if the event is an error.
+        ResourceError: if the event is an error, or no event of such a stream.
     """
-    if "error" in event:
-        raise ResourceError(
-            f"the server has ended the answer: {event['error'].get('message', event['error'])}"
-        )
-    delta = event["choices"][0]["delta"] if event.get("choices") else {}
-    return Answer(delta.get("content") or "", delta.get("reasoning_content") or "")
+    try:
+        event = json.loads(text)
+        if "error" in event:
+            raise ResourceError(
+                f"the server has ended the answer: {event['error'].get('message', event['error'])}"
+            )
+        delta = event["choices"][0]["delta"] if event.get("choices") else {}
+        return Answer(delta.get("content") or "", delta.get("reasoning_content") or "")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResourceError(f"the server sends what is no part of an answer: {text[:200]}") from error
 
 
 def open_served(url: str, names: Sequence[str]) -> list[ChatModel]:
@@ -202,6 +210,9 @@ def open_models(
     """
     for name in names:
         checked_text(name, "the model")
+    for option, value in (("--base", base), ("--uri", uri)):
+        if value is not None:
+            checked_text(value, option)
     if url is not None:
         for option, value in (("--base", base), ("--uri", uri)):
             if value is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,8 +12,9 @@ from rayft.config import Section, leaves, parse
 from rayft.errors import ConfigError
 from rayft.flow.config import TrainConfig, load_train_config
 from rayft.flow.sweep.folder import STAMP_FILE, sweep_above
-from rayft.flow.target import split_rank
+from rayft.flow.target import Target, base_name, split_rank
 from rayft.models.load import ModelConfig
+from rayft.paths import checked_text
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.train.run import EvaluateConfig, ScaleConfig
 
@@ -23,7 +24,7 @@ __all__ = [
     "TaskSettings",
     "check_request",
     "known",
-    "model_of",
+    "models_of",
     "scored_settings",
 ]
 
@@ -83,6 +84,11 @@ class EvaluateRequest:
             return "on your data"
         return "on tasks in this process" if self.url is None else "on tasks through a server"
 
+    def sets(self, *settings: str) -> bool:
+        """Return whether an override sets one of some settings: itself, its section, or a part of it."""
+        keys = [override.partition("=")[0].strip() for override in self.overrides]
+        return any(_below(key, one) or _below(one, key) for key in keys for one in settings)
+
 
 class TaskSettings(Section):
     """The sections of a configuration that tasks of lm-evaluation-harness need; they bring their own data."""
@@ -113,6 +119,10 @@ def check_request(request: EvaluateRequest) -> None:
     Raises:
         ConfigError: naming the option, and what to write instead.
     """
+    texts = [("the target", text) for text in request.targets]
+    for option, text in (*texts, ("--base", request.base), ("--uri", request.uri)):
+        if text is not None:
+            checked_text(text, option)
     if len(request.targets) not in (1, 2):
         raise ConfigError(f"there are {len(request.targets)} targets: give one, or two to compare")
     if request.part not in ("val", "test", None):
@@ -125,8 +135,7 @@ def check_request(request: EvaluateRequest) -> None:
     if request.overwrite and request.out is None:
         raise ConfigError("--overwrite is for the file of the result: name it with --out")
     _check_of_tasks(request)
-    for override in request.overrides:
-        _check_override(request, override)
+    _check_overrides(request)
 
 
 def _check_of_tasks(request: EvaluateRequest) -> None:
@@ -147,18 +156,16 @@ def _check_of_tasks(request: EvaluateRequest) -> None:
         )
 
 
-def _check_override(request: EvaluateRequest, override: str) -> None:
-    key, equals, _ = override.partition("=")
-    key = key.strip()
-    if not equals:
-        # Reading the configuration says how an override is written.
-        return
+def _check_overrides(request: EvaluateRequest) -> None:
+    """Refuse overrides of settings that an evaluation does not read."""
     read = (*READ[request.kind], *WHERE)
-    if not any(_below(key, one) or _below(one, key) for one in read):
-        raise ConfigError(
-            f"--set {key} changes nothing in an evaluation {request.kind}, which reads {', '.join(read)}: "
-            "leave it out"
-        )
+    for override in request.overrides:
+        # Reading the configuration says how an override is written.
+        if "=" in override and not replace(request, overrides=(override,)).sets(*read):
+            raise ConfigError(
+                f"--set {override.partition('=')[0].strip()} changes nothing in an evaluation "
+                f"{request.kind}, which reads {', '.join(read)}: leave it out"
+            )
 
 
 def _below(key: str, section: str) -> bool:
@@ -184,27 +191,46 @@ def known(request: EvaluateRequest) -> Known:
     own = settings.folder if isinstance(settings, TrainConfig) and settings.folder.is_dir() else None
     tracked = bool(sweep or own or tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
     place = tracker_spec(tracking, sweep or own or Path.cwd())
-    # With other settings than the sweep's, data or base may be meant to be others.
-    compared = None if request.overrides or request.base else sweep
+    # Data or base may be meant to be others than the sweep's.
+    compared = None if request.base or request.sets("data", "model") else sweep
     return Known(settings, names_base, compared, place, tracked)
 
 
-def model_of(target_model: str, about: Known, named: str) -> ModelConfig:
-    """Return the model that a target is, or the base that it needs.
+def models_of(targets: Sequence[Target], request: EvaluateRequest, about: Known) -> list[ModelConfig]:
+    """Return for each target the model that it is, or its base.
 
     Args:
-        target_model: name of the model that the target is; empty for an adapter or `base`.
+        targets: adapters or models.
+        request: the request.
         about: the configuration.
-        named: the base that the adapters name, for an evaluation whose configuration names none.
+
+    Raises:
+        ConfigError: if a base is named and no target needs one, or one is needed and not named.
     """
-    config = about.settings.model.located()
-    if not about.names_base:
-        # A revision that was set is that of the only model there is.
-        return config.model_copy(update={"name": target_model or named})
-    if target_model in ("", config.name):
-        return config
-    # The revision is one of the base's.
-    return config.model_copy(update={"name": target_model, "revision": None})
+    config, own = about.settings.model.located(), [target.model for target in targets if target.model]
+    alone = len(own) == len(targets)
+    named = "--base" if request.base is not None else "--set model.name"
+    if alone and _named_base(request) and config.name not in own:
+        raise ConfigError(f"{named} is for adapters, and {own[0]} is a model of its own: leave it out")
+    found = []
+    for target in targets:
+        name = target.model or (config.name if about.names_base else _named_by(target, targets))
+        if not name:
+            raise ConfigError(f"{target.name} names no base: name it with --base")
+        # A revision is that of the base that it stands beside, or of the only models that there are.
+        kept = name == config.name or not about.names_base or (alone and request.sets("model.revision"))
+        revision = config.revision if kept else None
+        found.append(config.model_copy(update={"name": name, "revision": revision}))
+    return found
+
+
+def _named_base(request: EvaluateRequest) -> bool:
+    """Return whether the user has named the base by an option."""
+    return request.base is not None or request.sets("model.name")
+
+
+def _named_by(target: Target, targets: Sequence[Target]) -> str:
+    return target.adapter.meta.base_model if target.adapter else base_name(targets)
 
 
 def scored_settings(request: EvaluateRequest, about: Known) -> Iterator[tuple[str, str]]:
@@ -226,10 +252,9 @@ def scored_settings(request: EvaluateRequest, about: Known) -> Iterator[tuple[st
 def _rebased(model: ModelConfig, request: EvaluateRequest) -> ModelConfig:
     """Return the section of the base with the name that the user gave; `model_copy` counts it as set."""
     assert request.base is not None
-    own = any(_below(override.partition("=")[0].strip(), "model") for override in request.overrides)
-    other = ModelConfig(name=request.base).located().name != model.located().name
-    update = {"name": request.base} | ({"revision": None} if other and not own else {})
-    return model.model_copy(update=update)
+    same = ModelConfig(name=request.base).located().name == model.located().name
+    revision = model.revision if same or request.sets("model.revision") else None
+    return model.model_copy(update={"name": request.base, "revision": revision})
 
 
 def _sweep_of(request: EvaluateRequest) -> Path | None:

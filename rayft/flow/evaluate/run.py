@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from rayft.errors import ConfigError
 from rayft.flow.config import TrainConfig
 from rayft.flow.evaluate.data import OnData
 from rayft.flow.evaluate.record import Evaluation, check_replaceable, differences
@@ -15,13 +14,12 @@ from rayft.flow.evaluate.request import (
     Known,
     check_request,
     known,
-    model_of,
+    models_of,
     scored_settings,
 )
 from rayft.flow.evaluate.tasks import Checked, InProcess, OnServer
 from rayft.flow.evaluate.tracking import track_evaluation
-from rayft.flow.target import Target, base_name, find_targets
-from rayft.models.load import ModelConfig
+from rayft.flow.target import Target, find_targets
 from rayft.paths import check_file
 from rayft.tracking.base import TrackerSpec
 from rayft.tracking.mlflow import MlflowTracker, find_adapter, flush_spool, prepare
@@ -68,11 +66,7 @@ def _checked(
     """Check everything that can be checked without weights."""
     if request.url is not None:
         return OnServer(request, about)
-    if request.base is not None and not any(target.needs_base for target in targets):
-        raise ConfigError(
-            f"--base is for adapters, and {targets[0].name} is a model of its own: leave it out"
-        )
-    models = [_model(target, about, targets) for target in targets]
+    models = models_of(targets, request, about)
     if request.tasks:
         return InProcess(request, about, targets, models)
     assert isinstance(about.settings, TrainConfig)
@@ -81,16 +75,6 @@ def _checked(
     for text in on_data.dropped:
         say(text)
     return on_data
-
-
-def _model(target: Target, about: Known, targets: list[Target]) -> ModelConfig:
-    """Return the model that a target is, or its base."""
-    if not about.names_base and target.needs_base:
-        named = target.adapter.meta.base_model if target.adapter else base_name(targets)
-        if not named:
-            raise ConfigError(f"{target.name} names no base: name it with --base")
-        return model_of("", about, named)
-    return model_of(target.model, about, "")
 
 
 def _track(

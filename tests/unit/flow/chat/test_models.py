@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from unittest import mock
 
@@ -19,9 +22,10 @@ from rayft.errors import (
     ConfigError,
     ModelError,
     RayftError,
+    ResourceError,
     SqueezeError,
 )
-from rayft.flow.chat.models import ChatModel, Options, open_local, open_models, open_served
+from rayft.flow.chat.models import ChatModel, Options, ServedModel, open_local, open_models, open_served
 from rayft.models.fingerprint import source_fingerprint
 from rayft.models.load import ModelConfig, load_skeleton, resolve
 from rayft.models.targets import linear_shapes
@@ -127,6 +131,7 @@ def test_an_adapter_is_read_once(adapter: AdapterArtifact, tmp_path: Path) -> No
             "--base is for adapters, and tiny-llama is a model of its own: leave it out",
         ),
         ({"uri": "sqlite:///x.db"}, "--uri is for models:/…, and tiny-llama is none"),
+        ({"base": ""}, "--base is empty; write a path"),
         ({"url": "http://127.0.0.1:9", "base": "tiny-llama"}, "--base is for models in this process"),
         ({"url": "http://127.0.0.1:9", "uri": "sqlite:///x.db"}, "--uri is for models in this process"),
     ],
@@ -148,3 +153,42 @@ def test_a_server_that_is_not_there_is_named() -> None:
         open_served("http://127.0.0.1:9", ["base"])
     with pytest.raises(RayftError, match=r"--url .* is not a URL"):
         open_served("http://a:b", ["base"])
+
+
+@contextmanager
+def speaking(answer: bytes, kind: str = "text/event-stream") -> Iterator[ServedModel]:
+    """Yield a model of a server that gives one answer to everything."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", kind)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Write nothing to the terminal."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield ServedModel("base", f"http://127.0.0.1:{server.server_port}/v1")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_answers_of_other_servers_are_read_or_refused() -> None:
+    event = '{"choices": [{"delta": {"content": "%s"}}]}'
+    with speaking(
+        f": hello\n\ndata:{event % 'a'}\n\ndata: {event % 'b'}\n\ndata: [DONE]\n\n".encode()
+    ) as model:
+        assert text(model) == "ab"
+    for answer, kind, problem in [
+        (b"data: {\n\n", "text/event-stream", "the server sends what is no part of an answer: {"),
+        (b"data: []\n\n", "text/event-stream", "what is no part of an answer"),
+        (b"<html>", "text/html", "does not stream its answers"),
+        (b'data: {"error": {"message": "too hot"}}\n\n', "text/event-stream", "ended the answer: too hot"),
+    ]:
+        with speaking(answer, kind) as model, pytest.raises(ResourceError, match=problem):
+            text(model)

@@ -133,7 +133,7 @@ def test_what_does_not_go_together_is_found_before_tasks_are_loaded(
         ("one can't be used with org/model: the adapter was made for the base", ask(fits, base=hub)),
         ("for language models, not for", ask(fits, overrides=("model.task=sequence_classification",))),
         ("pip install 'rayft\\[quant\\]'", ask(model, overrides=("model.quantize=nf4",))),
-        ("--base is for adapters", ask(model, base=model)),
+        ("--base is for adapters", ask(model, base="tiny-llama")),
         ("base names no base", ask("base", model)),
         ("no GPU is here", ask(model, overrides=("scale.device=cuda",))),
         ("can't be reached", ask("one", url=server, overrides=())),

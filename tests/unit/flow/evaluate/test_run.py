@@ -24,15 +24,17 @@ from rayft.flow.evaluate.record import Evaluation
 from rayft.flow.evaluate.request import EvaluateRequest
 from rayft.flow.evaluate.run import evaluate
 from rayft.flow.evaluate.show import show_scores
+from rayft.identity import Identity
 from rayft.models.inject import attach
 from rayft.models.tiny import save_tiny_llama
 from rayft.numerics import assert_close
 from rayft.registry.store import MlflowRegistry
 from rayft.squeeze.rank import squeeze
+from rayft.sweep.result import TrialResult, write_result
 from rayft.tracking import TrackerSpec
 from rayft.tracking.mlflow import MlflowTracker
 from rayft.train.session import Session
-from rayft.train.trainer import validation_loss
+from rayft.train.trainer import TrainResult, validation_loss
 from rayft.train.worker import Worker
 from tests.unit.flow.evaluate.conftest import Here
 
@@ -197,6 +199,21 @@ def test_the_winner_of_a_sweep_is_scored_by_the_configuration_of_its_sweep(here:
     assert evaluate(ask("out", config=None)).targets[0].answers == named.targets[0].answers
 
 
+def test_the_data_of_a_sweep_must_be_the_same_unless_other_data_is_named(here: Here) -> None:
+    output, winner = here.sweep(), here.adapter("winner")
+    here.save("out/winner", winner)
+    identity = Identity.model_validate_json((output / "identity.json").read_bytes())
+    result = TrainResult(finished=True, steps=2, val_curve=[(2, 1.0)], val_loss=1.0)
+    write_result(output / "trials" / "lora", TrialResult(result, "", identity.brief))
+    assert evaluate(ask("out", config=None)).data == identity.data
+    with Path("rows.jsonl").open("a") as rows:
+        rows.write("\n" + json.dumps({"prompt": "Any other?", "completion": "5"}))
+    for overrides in ((), ("evaluate.max_new_tokens=2",)):
+        with pytest.raises(RayftError, match="holds results that can't be used with what is there now"):
+            evaluate(ask("out", config=None, overrides=overrides))
+    assert evaluate(ask("out", config=None, overrides=("data.train=3",))).data != identity.data
+
+
 def test_the_winner_of_a_full_fine_tune_is_scored_too(here: Here) -> None:
     here.sweep()
     save_tiny_llama(Path("out/winner"), seed=3)
@@ -234,7 +251,10 @@ def test_the_revision_of_the_base_is_kept(here: Here, monkeypatch: pytest.Monkey
         RayftError, match="one can't be used with org/model: the adapter was made for the base"
     ):
         evaluate(ask(folder, overrides=named[:1]))
-    # Of another model it is not the revision.
+    # It is that of a model alone, too, but not of another one than the base.
+    assert evaluate(ask(hub, overrides=named[1:])).targets[0].answers == (
+        evaluate(ask("base")).targets[0].answers
+    )
     other = evaluate(ask(str(here.model), "base", overrides=named)).targets
     assert other[0].answers == other[1].answers
 
@@ -292,7 +312,8 @@ def test_what_cannot_be_evaluated_is_refused_before_weights_are_loaded(
         ("--system is for tasks", ask(plain, system="Be kind")),
         ("--one-turn is for tasks", ask(plain, one_turn=True)),
         ("--overwrite is for the file of the result", ask(plain, overwrite=True)),
-        ("--base is for adapters", ask(model, base=model)),
+        ("--base is for adapters", ask(model, base="tiny-llama")),
+        ("--set model.name is for adapters", ask(model, overrides=("model.name=tiny-llama",))),
         (
             "--set optim.lr changes nothing in an evaluation on your data",
             ask(plain, overrides=("optim.lr=1.0",)),
