@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import io
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ class Harness:
         from lm_eval import simple_evaluate
 
         try:
-            with _quiet():
+            with _quiet(), _without_git(), redirect_stdout(io.StringIO()):
                 found: Any = simple_evaluate(
                     model=model,
                     tasks=self.tasks,
@@ -347,6 +348,23 @@ def served_model(
             header={"Content-Type": "application/json", **key_headers()},
             trust_remote_code=False,
         )
+
+
+@contextmanager
+def _without_git() -> Iterator[None]:
+    """Keep lm_eval from asking git for a commit: outside of a repository, git complains in the terminal."""
+    from lm_eval import evaluator
+
+    asks = getattr(evaluator, "get_git_commit_hash", None)
+    if asks is None:
+        # A release of lm_eval that asks in another way; the complaint does no harm.
+        yield
+        return
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asks
 
 
 @contextmanager

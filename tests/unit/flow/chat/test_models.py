@@ -170,7 +170,7 @@ def speaking(answer: bytes, kind: str = "text/event-stream") -> Iterator[ServedM
             """Write nothing to the terminal."""
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield ServedModel("base", f"http://127.0.0.1:{server.server_port}/v1")
     finally:

@@ -212,7 +212,9 @@ def test_a_group_has_the_questions_of_its_tasks(
     assert {one.task: one.score.n for one in target.measures} == {"local_one": 4, "local_two": 4, GROUP: 8}
 
 
-def test_the_command_prints_questions_of_tasks(here: Here, include: Path) -> None:
+def test_the_command_prints_questions_of_tasks(
+    here: Here, include: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = here.save("one", here.adapter("one"))
     arguments = ["eval", folder, "base", "--include", str(include), "--show", "2", "--out", "result.json"]
     for name in ("local_choice", "local_gen"):
@@ -221,6 +223,9 @@ def test_the_command_prints_questions_of_tasks(here: Here, include: Path) -> Non
         arguments += ["--set", setting]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
+    # What lm_eval says of its resampling, and git of a folder that is no repository.
+    assert "bootstrapping" not in shown.output
+    assert "fatal" not in capfd.readouterr().err
     lines = shown.output.splitlines()
     titles = [line for line in lines if line.endswith(("local_choice", "local_gen")) and line[0].isdigit()]
     assert titles == ["1, local_choice", "2, local_choice", "3, local_gen", "4, local_gen"]
