@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rayft.api import (
         Adapter,
+        Conversation,
         Evaluation,
         Exported,
+        Piece,
         Run,
         Settings,
         Squeezed,
         Sweep,
+        chat,
         config,
         evaluate,
         export,
@@ -31,13 +34,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Conversation",
     "Evaluation",
     "Exported",
+    "Piece",
     "Run",
     "Settings",
     "Squeezed",
     "Sweep",
     "__version__",
+    "chat",
     "config",
     "evaluate",
     "export",

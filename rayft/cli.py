@@ -267,8 +267,8 @@ def evaluate(
     targets: Annotated[
         list[str],
         typer.Argument(
-            help="One, or two to compare: an adapter's folder, a model's folder or name, models:/name@alias; "
-            "with --url, a served name."
+            help="One, or two to compare: an adapter's folder, perhaps at a rank (runs/mine@r8), a model's "
+            "folder or name, models:/name@alias, or base for that of the other; with --url, a served name."
         ),
     ],
     config: Annotated[
@@ -276,24 +276,40 @@ def evaluate(
         typer.Option(help="Configuration that names base and data; by default that of the target's sweep."),
     ] = None,
     overrides: Overrides = None,
-    part: Annotated[Literal["val", "test"], typer.Option(help="Part of the data.")] = "test",
+    part: Annotated[
+        Literal["val", "test"] | None, typer.Option(help="Part of the data; test by default.")
+    ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Evaluate the prefix of this rank of a squeezed adapter.")
+        int | None, typer.Option(help="Evaluate adapters at this rank, where a target names none.")
     ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Number of questions, from the first; of each task with --task.")
     ] = None,
-    show: Annotated[int, typer.Option(min=0, help="Number of questions to print with their answers.")] = 0,
+    show: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Number of questions to print with their answers; of each task with --task."
+        ),
+    ] = 0,
     task: Annotated[
         list[str] | None,
         typer.Option(help="A task of lm-evaluation-harness, instead of the data. Repeatable."),
     ] = None,
     include: Annotated[str | None, typer.Option(help="Folder with tasks of your own for --task.")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask tasks in the model's chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System message before each question of a task.")] = None,
+    one_turn: Annotated[
+        bool,
+        typer.Option(
+            "--one-turn",
+            help="With --chat-template: a task's solved examples and its question in one turn, not in many.",
+        ),
+    ] = False,
     url: Annotated[
         str | None,
-        typer.Option(
-            help="Ask this OpenAI-compatible server, such as http://127.0.0.1:8000/v1, with --task."
-        ),
+        typer.Option(help="Ask this OpenAI-compatible server, such as http://127.0.0.1:8000, with --task."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="The base; by default that of the configuration or of the adapter.")
@@ -312,8 +328,8 @@ def evaluate(
 
     commands.evaluate(
         targets, console, config=config, overrides=tuple(overrides or []), part=part, rank=rank,
-        samples=samples, show=show, tasks=tuple(task or []), include=include, url=url, base=base, uri=uri,
-        out=out, overwrite=overwrite,
+        samples=samples, show=show, tasks=tuple(task or []), include=include, chat_template=chat_template,
+        system=system, one_turn=one_turn, url=url, base=base, uri=uri, out=out, overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -400,15 +416,20 @@ def chat(
     name: Annotated[
         str,
         typer.Argument(
-            help="A base, or the folder of an adapter, sweep or run, perhaps at a rank: runs/mine@r8; with "
-            "--url, a name on that server."
+            help="A base, the folder of an adapter, sweep or run, or models:/name@alias, perhaps at a rank: "
+            "runs/mine@r8; with --url, a name on that server."
         ),
     ],
     other: Annotated[
         str | None, typer.Argument(help="Another one, to compare: asked the same, beside it.")
     ] = None,
     url: Annotated[str | None, typer.Option(help="URL of a running server to ask.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base of an adapter, if it names none.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base of an adapter; the one that it names by default.")
+    ] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="MLflow, to find models:/…; MLFLOW_TRACKING_URI by default.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: Annotated[
         float, typer.Option(min=0, max=2, help="0 always takes the most likely token.")
@@ -422,7 +443,7 @@ def chat(
     from rayft.flow import commands
 
     commands.chat(
-        name, other, console, url=url, base=base, system=system, temperature=temperature,
+        name, other, console, url=url, base=base, uri=uri, system=system, temperature=temperature,
         max_tokens=max_tokens,
     )  # fmt: skip
 

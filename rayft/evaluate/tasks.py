@@ -30,6 +30,7 @@ __all__ = [
     "PerfectAnswer",
     "Scores",
     "answer",
+    "check_questions",
     "generate",
     "perfect_answers",
     "score",
@@ -145,6 +146,27 @@ def _scores(values: Sequence[float], answers: Sequence[str], start: float) -> Sc
     )
 
 
+def check_questions(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    max_new_tokens: int,
+) -> None:
+    """Check before a model is loaded that it has room for questions and answers, as `score` does.
+
+    Args:
+        examples: conversations.
+        tokenizer: of the model.
+        context: most tokens that the model supports.
+        max_new_tokens: as in `score`.
+
+    Raises:
+        DataError: as `score`.
+    """
+    prompts = [prompt_ids(example, tokenizer) for example in examples]
+    _check_room(context, prompts, max_new_tokens + ChatFormat.of(tokenizer).overhead)
+
+
 def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -199,7 +221,7 @@ def generate(
     Raises:
         DataError: if a prompt and its answer don't fit the model's context.
     """
-    _check_room(model, prompts, max_new_tokens)
+    _check_room(getattr(model.config, "max_position_embeddings", None), prompts, max_new_tokens)
     chat_format = ChatFormat.of(tokenizer)
     ends = _end_ids(model, chat_format)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -318,8 +340,7 @@ def _end_ids(model: PreTrainedModel, chat_format: ChatFormat) -> frozenset[int]:
     return chat_format.end_ids | {token for token in ids if isinstance(token, int)}
 
 
-def _check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
+def _check_room(context: int | None, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     lengths = list(map(len, prompts))
     if not lengths or min(lengths) == 0:
         raise DataError("there is no prompt, or an empty one; write something to answer")

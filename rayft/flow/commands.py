@@ -285,12 +285,12 @@ def evaluate(
     """Score one target, or compare two, and print the scores.
 
     Args:
-        targets: folders of adapters or models, names of models, or `models:/name@alias`.
+        targets: as `rayft.flow.target.find_target`; with `url`, names that the server serves.
         console: for the output.
         config: a configuration that names base and data: a file, or the name of a packaged one.
         include: folder with further tasks.
         out: JSON file for the result.
-        show: how many questions to print with their answers.
+        show: how many questions to print with their answers; of each task, if there are tasks.
         options: as the other fields of `rayft.flow.evaluate.request.EvaluateRequest`.
 
     Raises:
@@ -300,9 +300,6 @@ def evaluate(
     from rayft.flow.evaluate.run import evaluate as evaluate_targets
     from rayft.flow.evaluate.show import show_answers, show_scores
 
-    for name in ("base", "uri"):
-        if options.get(name) is not None:
-            checked_text(options[name], f"--{name}")
     request = EvaluateRequest(
         targets=tuple(targets),
         config=config,
@@ -311,6 +308,8 @@ def evaluate(
         **options,
     )
     found = evaluate_targets(request, Display(console).say)
+    if show and not any(target.answers for target in found.targets):
+        console.print("nothing to show: texts were only read, and no question was asked", style="yellow")
     show_answers(found, show, console)
     show_scores(found, console)
     if out is not None:
@@ -481,6 +480,7 @@ def chat(
     *,
     url: str | None = None,
     base: str | None = None,
+    uri: str | None = None,
     system: str | None = None,
     temperature: float = 0.7,
     max_tokens: int = 512,
@@ -488,11 +488,12 @@ def chat(
     """Hold a conversation with a model, or with two side by side.
 
     Args:
-        name: a base or an adapter's folder, or with `url` a name on that server.
+        name: a base, an adapter or `models:/name@alias`, or with `url` a name on that server.
         other: the same of another model; None for one model alone.
         console: for the output.
         url: a running server; None to load the models into this process.
-        base: the base of adapters that name none.
+        base: the base of adapters that name none, or instead of the one that they name.
+        uri: MLflow, for `models:/…`.
         system: system prompt.
         temperature: temperature of sampling.
         max_tokens: most tokens of an answer.
@@ -500,15 +501,13 @@ def chat(
     Raises:
         RayftError: if a model can't be loaded, or the server not be reached.
     """
-    from rayft.flow.chat.models import Options, open_local, open_served
+    from rayft.flow.chat.models import Options, open_models
     from rayft.flow.chat.talk import talk
 
-    names = [checked_text(each, "the model") for each in (name, other) if each is not None]
-    if url is not None and base is not None:
-        raise ConfigError("--base is for models in this process; a server has its own base: leave it out")
-    opened = open_local(names, base) if url is None else nullcontext(open_served(url, names))
-    with opened as models:
-        talk(models, console, Options(temperature, max_tokens), system)
+    options = Options(temperature, max_tokens)
+    names = [each for each in (name, other) if each is not None]
+    with open_models(names, url=url, base=base, uri=uri) as models:
+        talk(models, console, options, system)
 
 
 def init(data: str | None, out: str, model: str | None, console: Console, *, overwrite: bool = False) -> None:
