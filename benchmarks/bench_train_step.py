@@ -38,7 +38,7 @@ from rayft.models.attention import attend_by_segments, dense_mask, mask_for
 from rayft.models.inject import advance, clear, inject, wrap
 
 RANK, ROUNDS, LINKS = 16, 2, 4
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "135m": {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536,
              "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
     "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192,
@@ -74,7 +74,8 @@ def build(shape: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2**14, attn_implementation="sdpa")
+    options = {**SHAPES[shape], "attn_implementation": "sdpa"}
+    config = LlamaConfig(**options, max_position_embeddings=2**14)
     with torch.device("cuda"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.requires_grad_(False)

@@ -3,8 +3,8 @@
 `rayft.kernels.grouped_linear_table` says how the work is divided. Sums over tiles of outputs, and over parts,
 are written and added up in a fixed order.
 
-Most strips have one chunk: its h or q stays in registers while the strip's outputs are computed. Where there
-are several, as in a chain, h and q are written and read again for each tile of outputs.
+Most strips have one chunk, or two in a chain: h and q stay in registers while the strip's outputs are
+computed. Where there are more, they are written and read again for each tile of outputs.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ def _rank(chunk):
 
 
 @triton.jit
+def _stride(chunk):
+    return tl.load(chunk + 4).to(tl.int32)
+
+
+@triton.jit
 def _scale(chunk):
     return tl.load(chunk + 5).to(tl.int32).to(tl.float32, bitcast=True)
 
@@ -87,7 +92,7 @@ def _b(b_ptr, stride, o, in_o, rank, R: tl.constexpr):
 @triton.jit
 def _b_of(chunk, o, in_o, kind: tl.constexpr, R: tl.constexpr):
     """Load B of a chunk for some outputs; where its rows begin at multiples of 4 numbers, by 4."""
-    b_ptr, stride, rank = _address(chunk, kind), tl.load(chunk + 4).to(tl.int32), _rank(chunk)
+    b_ptr, stride, rank = _address(chunk, kind), _stride(chunk), _rank(chunk)
     if (stride % 4) == 0:
         b = _b(b_ptr, stride // 4 * 4, o, in_o, rank // 4 * 4, R)
     else:
@@ -153,29 +158,101 @@ def _load_rows(ptr, local, rank, in_n, R: tl.constexpr):
 
 @triton.jit
 def _write_y(
-    y_ptr, bias_ptr, h, b_ptr, stride, rank, scale, row, in_n, n_outputs, first, blocks,
-    R: tl.constexpr, BO: tl.constexpr, BIAS: tl.constexpr,
+    y_ptr, bias_ptr, h, b_ptr, stride, rank, scale, h_2, b_2_ptr, stride_2, rank_2, scale_2,
+    row, in_n, n_outputs, first, blocks, R: tl.constexpr, BO: tl.constexpr, BIAS: tl.constexpr,
+    TWO: tl.constexpr,
 ):  # fmt: skip
-    """Write `blocks` tiles of y for a strip with one chunk."""
+    """Write `blocks` tiles of y for a strip with one or two chunks."""
     for number in range(first, first + blocks):
         o = number * BO + tl.arange(0, BO)
         in_o = o < n_outputs
         y = tl.dot(h, tl.trans(_b(b_ptr, stride, o, in_o, rank, R))) * scale
+        if TWO:
+            y += tl.dot(h_2, tl.trans(_b(b_2_ptr, stride_2, o, in_o, rank_2, R))) * scale_2
         if BIAS:
             y += tl.load(bias_ptr + o, mask=in_o, other=0.0).to(tl.float32)[None, :]
         place = y_ptr + row[:, None] * n_outputs + o[None, :]
         tl.store(place, y.to(y_ptr.dtype.element_ty), mask=in_n[:, None] & in_o[None, :])
 
 
+@triton.jit
+def _in_registers(
+    x_ptr, bias_ptr, chunk, other, h_ptr, y_ptr, begin, row, in_n, n_inputs, n_outputs, x_stride,
+    first, blocks, R: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
+    BIAS: tl.constexpr, TWO: tl.constexpr,
+):  # fmt: skip
+    """Compute h, then `blocks` tiles of y, of a strip with one chunk, or with two."""
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    n = tl.arange(0, BN)
+    h = _inner(x_ptr, row, in_n, chunk, n_inputs, x_stride, R, BN, BI)
+    saved = in_n & (first == 0) & _has(chunk, TRAINS_B)
+    _store_rows(_place(h_ptr, chunk + 15), chunk, _local(chunk, begin, n), h, saved, R)
+    h_2 = h
+    if TWO:
+        h_2 = _inner(x_ptr, row, in_n, other, n_inputs, x_stride, R, BN, BI)
+        saved = in_n & (first == 0) & _has(other, TRAINS_B)
+        _store_rows(_place(h_ptr, other + 15), other, _local(other, begin, n), h_2, saved, R)
+    b_ptr, stride, rank, scale = _address(chunk, kind), _stride(chunk), _rank(chunk), _scale(chunk)
+    b_2_ptr, stride_2, rank_2, scale_2 = _address(other, kind), _stride(other), _rank(other), _scale(other)
+    # Where rows of B begin at multiples of 4 numbers, 4 are loaded at once.
+    if ((stride % 4) == 0) & ((stride_2 % 4) == 0):
+        _write_y(
+            y_ptr, bias_ptr, h, b_ptr, stride // 4 * 4, rank // 4 * 4, scale,
+            h_2, b_2_ptr, stride_2 // 4 * 4, rank_2 // 4 * 4, scale_2,
+            row, in_n, n_outputs, first, blocks, R, BO, BIAS, TWO,
+        )  # fmt: skip
+    else:
+        _write_y(
+            y_ptr, bias_ptr, h, b_ptr, stride, rank, scale, h_2, b_2_ptr, stride_2, rank_2, scale_2,
+            row, in_n, n_outputs, first, blocks, R, BO, BIAS, TWO,
+        )  # fmt: skip
+
+
+@triton.jit
+def _in_memory(
+    x_ptr, bias_ptr, chunks, count, h_ptr, frozen_ptr, y_ptr, begin, row, in_n, n_inputs, n_outputs, x_stride,
+    first, blocks, R: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr,
+    BIAS: tl.constexpr, SEVERAL: tl.constexpr,
+):  # fmt: skip
+    """Compute h, then `blocks` tiles of y, of a strip with any number of chunks, or of none."""
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    n = tl.arange(0, BN)
+    if SEVERAL:
+        for c in range(0, count):
+            chunk = chunks + c * CHUNK
+            h = _inner(x_ptr, row, in_n, chunk, n_inputs, x_stride, R, BN, BI)
+            local, trained = _local(chunk, begin, n), _has(chunk, TRAINS_B)
+            # Programs of the same strip write the same numbers.
+            _store_rows(_place(h_ptr, chunk + 15), chunk, local, h, in_n & trained, R)
+            _store_rows(_place(frozen_ptr, chunk + 15), chunk, local, h, in_n & (trained == 0), R)
+        tl.debug_barrier()
+    for number in range(first, first + blocks):
+        o = number * BO + tl.arange(0, BO)
+        in_o = o < n_outputs
+        y = tl.zeros((BN, BO), tl.float32)
+        if SEVERAL:
+            for c in range(0, count):
+                chunk = chunks + c * CHUNK
+                source = h_ptr
+                if _has(chunk, TRAINS_B) == 0:
+                    source = frozen_ptr
+                place = _place(source, chunk + 15)
+                h = _load_rows(place, _local(chunk, begin, n), _rank(chunk), in_n, R)
+                y += tl.dot(h, tl.trans(_b_of(chunk, o, in_o, kind, R))) * _scale(chunk)
+        if BIAS:
+            y += tl.load(bias_ptr + o, mask=in_o, other=0.0).to(tl.float32)[None, :]
+        out = y_ptr + row[:, None] * n_outputs + o[None, :]
+        tl.store(out, y.to(kind), mask=in_n[:, None] & in_o[None, :])
+
+
 @triton.jit(do_not_specialize=OF_BATCH)
-def _update(  # noqa: PLR0915
+def _update(
     x_ptr, bias_ptr, table_ptr, h_ptr, frozen_ptr, y_ptr,
     n_inputs, n_outputs, x_stride, chunks_at, strips, blocks,
     R: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BO: tl.constexpr, BIAS: tl.constexpr,
     SEVERAL: tl.constexpr,
 ):  # fmt: skip
     """Compute h of a strip's chunks, then `blocks` tiles of its outputs."""
-    kind: tl.constexpr = x_ptr.dtype.element_ty
     block = tl.program_id(0)
     first = block // strips * blocks
     strip = table_ptr + block % strips * STRIP
@@ -185,48 +262,26 @@ def _update(  # noqa: PLR0915
     row = (begin + n).to(tl.int64)
     chunks = table_ptr + chunks_at + tl.load(strip + 2) * CHUNK
     if count == 1:
-        h = _inner(x_ptr, row, in_n, chunks, n_inputs, x_stride, R, BN, BI)
-        saved = in_n & (first == 0) & _has(chunks, TRAINS_B)
-        _store_rows(_place(h_ptr, chunks + 15), chunks, _local(chunks, begin, n), h, saved, R)
-        rank, scale = _rank(chunks), _scale(chunks)
-        b_ptr, stride = _address(chunks, kind), tl.load(chunks + 4).to(tl.int32)
-        if (stride % 4) == 0:
-            _write_y(
-                y_ptr, bias_ptr, h, b_ptr, stride // 4 * 4, rank // 4 * 4, scale, row, in_n, n_outputs,
-                first, blocks, R, BO, BIAS,
+        _in_registers(
+            x_ptr, bias_ptr, chunks, chunks, h_ptr, y_ptr, begin, row, in_n, n_inputs, n_outputs, x_stride,
+            first, blocks, R, BN, BI, BO, BIAS, False,
+        )  # fmt: skip
+    elif SEVERAL:
+        if count == 2:
+            _in_registers(
+                x_ptr, bias_ptr, chunks, chunks + CHUNK, h_ptr, y_ptr, begin, row, in_n, n_inputs, n_outputs,
+                x_stride, first, blocks, R, BN, BI, BO, BIAS, True,
             )  # fmt: skip
         else:
-            _write_y(
-                y_ptr, bias_ptr, h, b_ptr, stride, rank, scale, row, in_n, n_outputs,
-                first, blocks, R, BO, BIAS,
+            _in_memory(
+                x_ptr, bias_ptr, chunks, count, h_ptr, frozen_ptr, y_ptr, begin, row, in_n, n_inputs,
+                n_outputs, x_stride, first, blocks, R, BN, BI, BO, BIAS, True,
             )  # fmt: skip
     else:
-        if SEVERAL:
-            for c in range(0, count):
-                chunk = chunks + c * CHUNK
-                h = _inner(x_ptr, row, in_n, chunk, n_inputs, x_stride, R, BN, BI)
-                local, trained = _local(chunk, begin, n), _has(chunk, TRAINS_B)
-                # Programs of the same strip write the same numbers.
-                _store_rows(_place(h_ptr, chunk + 15), chunk, local, h, in_n & trained, R)
-                _store_rows(_place(frozen_ptr, chunk + 15), chunk, local, h, in_n & (trained == 0), R)
-            tl.debug_barrier()
-        for number in range(first, first + blocks):
-            o = number * BO + tl.arange(0, BO)
-            in_o = o < n_outputs
-            y = tl.zeros((BN, BO), tl.float32)
-            if SEVERAL:
-                for c in range(0, count):
-                    chunk = chunks + c * CHUNK
-                    source = h_ptr
-                    if _has(chunk, TRAINS_B) == 0:
-                        source = frozen_ptr
-                    place = _place(source, chunk + 15)
-                    h = _load_rows(place, _local(chunk, begin, n), _rank(chunk), in_n, R)
-                    y += tl.dot(h, tl.trans(_b_of(chunk, o, in_o, kind, R))) * _scale(chunk)
-            if BIAS:
-                y += tl.load(bias_ptr + o, mask=in_o, other=0.0).to(tl.float32)[None, :]
-            out = y_ptr + row[:, None] * n_outputs + o[None, :]
-            tl.store(out, y.to(kind), mask=in_n[:, None] & in_o[None, :])
+        _in_memory(
+            x_ptr, bias_ptr, chunks, count, h_ptr, frozen_ptr, y_ptr, begin, row, in_n, n_inputs, n_outputs,
+            x_stride, first, blocks, R, BN, BI, BO, BIAS, False,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=OF_BATCH)
@@ -273,23 +328,94 @@ def _q(sums_ptr, chunk, local, in_n, R: tl.constexpr, BN: tl.constexpr, TILES: t
 
 @triton.jit
 def _write_x(
-    x_ptr, row, in_n, low, chunk, n_inputs, x_stride, first, blocks, R: tl.constexpr, BI: tl.constexpr,
-    TO_X: tl.constexpr, SELECT: tl.constexpr,
+    x_ptr, row, in_n, low, chunk, low_2, other, n_inputs, x_stride, first, blocks,
+    R: tl.constexpr, BI: tl.constexpr, TO_X: tl.constexpr, SELECT: tl.constexpr, TWO: tl.constexpr,
 ):  # fmt: skip
-    """Compute `blocks` tiles of grad_x for a strip with one chunk."""
-    rank = _rank(chunk)
+    """Compute `blocks` tiles of grad_x for a strip with one or two chunks, which select inputs or have A."""
+    rank, rank_2 = _rank(chunk), _rank(other)
     if SELECT:
-        column = _columns(chunk, -1, R)
+        column, column_2 = _columns(chunk, -1, R), _columns(other, -1, R)
     else:
-        a_ptr = _address(chunk + 1, low.dtype)
+        a_ptr, a_2_ptr = _address(chunk + 1, low.dtype), _address(other + 1, low.dtype)
     for number in range(first, first + blocks):
         i = number * BI + tl.arange(0, BI)
-        a = _selector(column, i, low.dtype) if SELECT else _a(a_ptr, i, n_inputs, rank, R)
         out, mask = x_ptr + row[:, None] * x_stride + i[None, :], in_n[:, None] & (i < n_inputs)[None, :]
+        a = _selector(column, i, low.dtype) if SELECT else _a(a_ptr, i, n_inputs, rank, R)
         added = tl.dot(low, a)
+        if TWO:
+            a_2 = _selector(column_2, i, low.dtype) if SELECT else _a(a_2_ptr, i, n_inputs, rank_2, R)
+            added += tl.dot(low_2, a_2)
         if TO_X == 2:
             added += tl.load(out, mask=mask, other=0.0).to(tl.float32)
         tl.store(out, added.to(low.dtype), mask=mask)
+
+
+@triton.jit
+def _q_to_registers(
+    sums_ptr, q_ptr, chunk, begin, in_n, first, kind: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """Add up q of a strip and a chunk, and store it where A trains."""
+    local = _local(chunk, begin, tl.arange(0, BN))
+    low = _q(sums_ptr, chunk, local, in_n, R, BN, TILES).to(kind)
+    saved = in_n & (first == 0) & _has(chunk, TRAINS_A)
+    _store_rows(_place(q_ptr, chunk + 8), chunk, local, low, saved, R)
+    return low
+
+
+@triton.jit
+def _q_to_memory(
+    sums_ptr, q_ptr, x_ptr, chunks, count, begin, row, in_n, n_inputs, x_stride, first, blocks,
+    R: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, TILES: tl.constexpr, TO_X: tl.constexpr,
+    SEVERAL: tl.constexpr,
+):  # fmt: skip
+    """Add up q, then compute `blocks` tiles of grad_x, for a strip with any number of chunks, or none."""
+    kind: tl.constexpr = q_ptr.dtype.element_ty
+    n = tl.arange(0, BN)
+    if SEVERAL:
+        for c in range(0, count):
+            chunk = chunks + c * CHUNK
+            local = _local(chunk, begin, n)
+            low = _q(sums_ptr, chunk, local, in_n, R, BN, TILES).to(kind)
+            # Programs of the same strip write the same numbers.
+            _store_rows(_place(q_ptr, chunk + 8), chunk, local, low, in_n, R)
+        tl.debug_barrier()
+    if TO_X > 0:
+        for number in range(first, first + blocks):
+            i = number * BI + tl.arange(0, BI)
+            out, mask = x_ptr + row[:, None] * x_stride + i[None, :], in_n[:, None] & (i < n_inputs)[None, :]
+            added = tl.zeros((BN, BI), tl.float32)
+            if TO_X == 2:
+                added += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+            if SEVERAL:
+                for c in range(0, count):
+                    chunk = chunks + c * CHUNK
+                    rank, local = _rank(chunk), _local(chunk, begin, n)
+                    low = _load_rows(_place(q_ptr, chunk + 8), local, rank, in_n, R)
+                    if tl.load(chunk + 2) == 0:
+                        a = _a(_address(chunk + 1, kind), i, n_inputs, rank, R)
+                    else:
+                        a = _selector(_columns(chunk, -1, R), i, kind)
+                    added += tl.dot(low, a)
+            tl.store(out, added.to(kind), mask=mask)
+
+
+@triton.jit
+def _into_columns(
+    sums_ptr, x_ptr, chunks, count, begin, row, in_n, x_stride, kind: tl.constexpr,
+    R: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Add q of all chunks of a strip into the columns that they select."""
+    r = tl.arange(0, R)
+    # Not pipelined: the next chunk may select the same columns.
+    for c in tl.range(0, count, num_stages=1):
+        chunk = chunks + c * CHUNK
+        q = _q(sums_ptr, chunk, _local(chunk, begin, tl.arange(0, BN)), in_n, R, BN, TILES)
+        out = x_ptr + row[:, None] * x_stride + _columns(chunk, 0, R)[None, :]
+        mask = in_n[:, None] & (r < _rank(chunk))[None, :]
+        q += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out, q.to(kind), mask=mask)
+        tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=OF_BATCH)
@@ -302,7 +428,6 @@ def _total(  # noqa: C901, PLR0912, PLR0915  (a branch for each kind of strip)
     """Add up q, by `split` programs for a strip with `blocks` tiles of grad_x each, and then db."""
     kind: tl.constexpr = q_ptr.dtype.element_ty
     block = tl.program_id(0)
-    r = tl.arange(0, R)
     if block < strips * split:
         first = block // strips * blocks
         strip = table_ptr + block % strips * STRIP
@@ -313,62 +438,53 @@ def _total(  # noqa: C901, PLR0912, PLR0915  (a branch for each kind of strip)
         chunks = table_ptr + chunks_at + tl.load(strip + 2) * CHUNK
         if (TO_X == 2) & (tl.load(strip + 4) != 0):
             if first == 0:
-                for c in range(0, count):
-                    chunk = chunks + c * CHUNK
-                    q = _q(sums_ptr, chunk, _local(chunk, begin, n), in_n, R, BN, TILES)
-                    out = x_ptr + row[:, None] * x_stride + _columns(chunk, 0, R)[None, :]
-                    mask = in_n[:, None] & (r < _rank(chunk))[None, :]
-                    q += tl.load(out, mask=mask, other=0.0).to(tl.float32)
-                    tl.store(out, q.to(kind), mask=mask)
-                    # The next chunk may select the same columns.
-                    tl.debug_barrier()
+                _into_columns(sums_ptr, x_ptr, chunks, count, begin, row, in_n, x_stride, kind, R, BN, TILES)
         elif count == 1:
-            local = _local(chunks, begin, n)
-            low = _q(sums_ptr, chunks, local, in_n, R, BN, TILES).to(kind)
-            saved = in_n & (first == 0) & _has(chunks, TRAINS_A)
-            _store_rows(_place(q_ptr, chunks + 8), chunks, local, low, saved, R)
+            low = _q_to_registers(sums_ptr, q_ptr, chunks, begin, in_n, first, kind, R, BN, TILES)
             if TO_X > 0:
                 if tl.load(chunks + 2) == 0:
                     _write_x(
-                        x_ptr, row, in_n, low, chunks, n_inputs, x_stride, first, blocks, R, BI, TO_X, False
-                    )
+                        x_ptr, row, in_n, low, chunks, low, chunks, n_inputs, x_stride, first, blocks,
+                        R, BI, TO_X, False, False,
+                    )  # fmt: skip
                 else:
                     _write_x(
-                        x_ptr, row, in_n, low, chunks, n_inputs, x_stride, first, blocks, R, BI, TO_X, True
-                    )
+                        x_ptr, row, in_n, low, chunks, low, chunks, n_inputs, x_stride, first, blocks,
+                        R, BI, TO_X, True, False,
+                    )  # fmt: skip
+        elif SEVERAL:
+            other = chunks + CHUNK
+            # Links of one chain either all select inputs or all have A.
+            alike = (count == 2) & ((tl.load(chunks + 2) == 0) == (tl.load(other + 2) == 0))
+            if alike:
+                low = _q_to_registers(sums_ptr, q_ptr, chunks, begin, in_n, first, kind, R, BN, TILES)
+                low_2 = _q_to_registers(sums_ptr, q_ptr, other, begin, in_n, first, kind, R, BN, TILES)
+                if TO_X > 0:
+                    if tl.load(chunks + 2) == 0:
+                        _write_x(
+                            x_ptr, row, in_n, low, chunks, low_2, other, n_inputs, x_stride, first, blocks,
+                            R, BI, TO_X, False, True,
+                        )  # fmt: skip
+                    else:
+                        _write_x(
+                            x_ptr, row, in_n, low, chunks, low_2, other, n_inputs, x_stride, first, blocks,
+                            R, BI, TO_X, True, True,
+                        )  # fmt: skip
+            else:
+                _q_to_memory(
+                    sums_ptr, q_ptr, x_ptr, chunks, count, begin, row, in_n, n_inputs, x_stride,
+                    first, blocks, R, BN, BI, TILES, TO_X, True,
+                )  # fmt: skip
         else:
-            if SEVERAL:
-                for c in range(0, count):
-                    chunk = chunks + c * CHUNK
-                    local = _local(chunk, begin, n)
-                    low = _q(sums_ptr, chunk, local, in_n, R, BN, TILES).to(kind)
-                    # Programs of the same strip write the same numbers.
-                    _store_rows(_place(q_ptr, chunk + 8), chunk, local, low, in_n, R)
-                tl.debug_barrier()
-            if TO_X > 0:
-                for number in range(first, first + blocks):
-                    i = number * BI + tl.arange(0, BI)
-                    out = x_ptr + row[:, None] * x_stride + i[None, :]
-                    mask = in_n[:, None] & (i < n_inputs)[None, :]
-                    added = tl.zeros((BN, BI), tl.float32)
-                    if TO_X == 2:
-                        added += tl.load(out, mask=mask, other=0.0).to(tl.float32)
-                    if SEVERAL:
-                        for c in range(0, count):
-                            chunk = chunks + c * CHUNK
-                            rank, local = _rank(chunk), _local(chunk, begin, n)
-                            low = _load_rows(_place(q_ptr, chunk + 8), local, rank, in_n, R)
-                            if tl.load(chunk + 2) == 0:
-                                a = _a(_address(chunk + 1, kind), i, n_inputs, rank, R)
-                            else:
-                                a = _selector(_columns(chunk, -1, R), i, kind)
-                            added += tl.dot(low, a)
-                    tl.store(out, added.to(kind), mask=mask)
+            _q_to_memory(
+                sums_ptr, q_ptr, x_ptr, chunks, count, begin, row, in_n, n_inputs, x_stride, first, blocks,
+                R, BN, BI, TILES, TO_X, False,
+            )  # fmt: skip
     else:
         tiles = tl.cdiv(n_outputs, BO)
         number = block - strips * split
         chunk = table_ptr + chunks_at + tl.load(table_ptr + list_at + number // tiles) * CHUNK
-        o = number % tiles * BO + tl.arange(0, BO)
+        o, r = number % tiles * BO + tl.arange(0, BO), tl.arange(0, R)
         rank, parts = _rank(chunk), tl.load(chunk + 12).to(tl.int32)
         mask = (o < n_outputs)[:, None] & (r < rank)[None, :]
         place, within = _place(sums_ptr, chunk + 11), r[None, :] * n_outputs + o[:, None]
@@ -379,7 +495,7 @@ def _total(  # noqa: C901, PLR0912, PLR0915  (a branch for each kind of strip)
             for part in tl.static_range(8):
                 there = mask & (start + part < parts)
                 db += tl.load(place + (start + part) * apart + within, mask=there, other=0.0)
-        out = grads_ptr + tl.load(chunk + 13) + o[:, None] * tl.load(chunk + 4) + r[None, :]
+        out = grads_ptr + tl.load(chunk + 13) + o[:, None] * _stride(chunk) + r[None, :]
         tl.store(out, (db * _scale(chunk)).to(kind), mask=mask)
 
 

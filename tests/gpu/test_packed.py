@@ -70,7 +70,7 @@ def test_the_losses_are_those_of_each_alone(
     with pack.stream():
         for name, method in METHODS.items():
             own = run.model_copy(update={"method": method})
-            trainer = Trainer(own, pack.session(), Reporter(), tmp_path / name, (), pack)
+            trainer = Trainer(own, pack.session(), Reporter(), tmp_path / name, pack=pack)
             courses.begin(name, trainer.course())
         while len(courses):
             for name in courses.questions:

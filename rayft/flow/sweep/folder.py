@@ -33,6 +33,7 @@ from rayft.sweep.space import Point
 from rayft.train.checkpoint_folder import last_step
 
 __all__ = [
+    "RECORD_FILE",
     "STAMP_FILE",
     "WRITTEN",
     "check_own",

@@ -25,7 +25,7 @@ from tests.unit.train.runs import changed, with_method
 
 
 def begin(courses: Courses[TrainResult], pack: Pack, key: str, run: RunConfig, folder: Path) -> None:
-    courses.begin(key, Trainer(run, pack.session(), Reporter(), folder / key, (), pack).course())
+    courses.begin(key, Trainer(run, pack.session(), Reporter(), folder / key, pack=pack).course())
 
 
 def packed(
