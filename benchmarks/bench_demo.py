@@ -56,7 +56,7 @@ def results(sweep: SweepRecord, bench: str) -> list[dict[str, Any]]:
     def add(case: str, metric: str, value: float, unit: str, **more: Any) -> None:
         found.append(record(bench, case, metric, value, unit, **known, **more))
 
-    entries = [*sweep.baselines, *sweep.trials, *sweep.squeezed]
+    entries: list[Any] = [*sweep.baselines, *sweep.trials, *sweep.squeezed]
     for entry in entries:
         name = getattr(entry, "id", None) or getattr(entry, "name")  # noqa: B009
         if entry.test:

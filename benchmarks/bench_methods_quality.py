@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -77,7 +77,7 @@ class Scale:
     steps: int
     lanes: int
     lrs: int
-    device: str
+    device: Literal["cpu", "cuda"]
     name: str
     """Name of the device in results."""
     commit: str | None

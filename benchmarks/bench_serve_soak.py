@@ -25,7 +25,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +162,12 @@ class Soak:
             while not self.ended.is_set():
                 turn += 1
                 down = self.down.is_set()
-                for call in (
-                    lambda: self.load(client, PASSING, PASSING),
-                    lambda turn=turn: self.load(client, "turning", TURNING[turn % 2]),
-                    lambda: client.delete(f"/v1/adapters/{PASSING}"),
-                ):
+                calls: tuple[Callable[[], httpx.Response], ...] = (
+                    partial(self.load, client, PASSING, PASSING),
+                    partial(self.load, client, "turning", TURNING[turn % 2]),
+                    partial(client.delete, f"/v1/adapters/{PASSING}"),
+                )
+                for call in calls:
                     try:
                         answer = call()
                     except httpx.TransportError as error:

@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -194,7 +195,7 @@ class InProcess:
             torch.cuda.synchronize()
         spent: collections.Counter[str] = collections.Counter()
         for event in profile.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
+            if event.device_type == DeviceType.CUDA:
                 spent[event.name[:60]] += event.device_time / 1e3
         return {"whole": took * 1e3, "gpu": sum(spent.values()), **dict(spent.most_common(14))}
 
@@ -490,10 +491,10 @@ def inprocess(parts: Sequence[str]) -> list[dict[str, Any]]:
     if "many" in parts:
         steps = children.ask("rayft", "many")
         for count, step in steps.items():
-            case = f"{count}_on_device/1b/{ROWS}rows"
-            records.append(record("serve_vllm", case, "step_ms", round(step, 4), "ms"))
-            records.append(record("serve_vllm", case, "over_8", round(step / steps[str(MANY[0])], 4), "x"))
-            print(f"{case:40} step {step:.3f} ms", flush=True)
+            name = f"{count}_on_device/1b/{ROWS}rows"
+            records.append(record("serve_vllm", name, "step_ms", round(step, 4), "ms"))
+            records.append(record("serve_vllm", name, "over_8", round(step / steps[str(MANY[0])], 4), "x"))
+            print(f"{name:40} step {step:.3f} ms", flush=True)
     children.close()
     return records
 

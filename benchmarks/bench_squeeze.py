@@ -13,6 +13,7 @@ each takes long), and is compared with ours on those modules in the same run. Me
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import threading
 import time
@@ -181,7 +182,7 @@ def peft_model(modules: Mapping[str, LoraFactors], device: str) -> Any:
                 )
 
     names = [name.replace(".", "_") for name in modules]
-    model = get_peft_model(Base(), LoraConfig(r=SOURCE, lora_alpha=2 * SOURCE, target_modules=names))
+    model: Any = get_peft_model(Base(), LoraConfig(r=SOURCE, lora_alpha=2 * SOURCE, target_modules=names))
     for name, factors in modules.items():
         layer = model.base_model.model.get_submodule(name.replace(".", "_"))
         layer.lora_A["default"].weight.data.copy_(factors.a)
@@ -235,7 +236,7 @@ def speed(device: str, layers: int, names: Sequence[str]) -> list[dict[str, Any]
             [artifact.modules[n].b for n in artifact.modules if n.endswith("up_proj")]
         ).double()
         for way, by_cholesky in (("cholesky", True), ("householder", False)):
-            each = sorted(timed(lambda way=by_cholesky: thin_qr(stack, by_cholesky=way), device, 3))
+            each = sorted(timed(functools.partial(thin_qr, stack, by_cholesky=by_cholesky), device, 3))
             print(f"QR of {tuple(stack.shape)} by {way}: {each[1]:.4f} s", flush=True)
             rows.append(record("squeeze_speed", f"qr_{way}/{place}", "seconds", each[1], "s"))
     return rows

@@ -29,7 +29,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +73,9 @@ class Cell:
 class Bench:
     """The trials of all cells: their names, runs and learning rates."""
 
-    def __init__(self, arguments: argparse.Namespace, device: str, store: TrialStore) -> None:
+    def __init__(
+        self, arguments: argparse.Namespace, device: Literal["cpu", "cuda"], store: TrialStore
+    ) -> None:
         self.arguments, self.device, self.store = arguments, device, store
         self.steps: int = arguments.steps
         self.rest = self.steps // 4
@@ -96,7 +98,7 @@ class Bench:
         if best is None or cell.way in SQUEEZED:
             return () if best is None else (best,)
         direct = self.best_lr(Cell("direct", cell.task, cell.rank))
-        return (best, float(f"{best / 3:.1g}") if direct in (None, best) else direct)  # type: ignore[return-value]
+        return (best, float(f"{best / 3:.1g}") if direct in (None, best) else direct)
 
     def edge(self, cell: Cell) -> list[float]:
         """Return the learning rate beyond the grid to try, if the best one is at the end of the grid."""
@@ -390,7 +392,8 @@ def run_all(arguments: argparse.Namespace, tasks: Sequence[str]) -> None:
 def report(arguments: argparse.Namespace) -> None:
     """Write the results of all saved trials, including those of earlier runs."""
     kind = device_kind(TRIALS)
-    rows = records(Bench(arguments, kind, TrialStore(TRIALS, kind)), list(TASKS))
+    bench = Bench(arguments, "cpu" if kind == "cpu" else "cuda", TrialStore(TRIALS, kind))
+    rows = records(bench, list(TASKS))
     save("squeeze_quality", rows, anew=True)
     plot(rows, RESULTS / "squeeze_quality.svg")
 

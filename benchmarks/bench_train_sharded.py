@@ -31,11 +31,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch._C._distributed_c10d import FileStore
+from torch.multiprocessing.spawn import spawn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -63,7 +65,7 @@ class Case:
     """One way to train: a ZeRO stage on a number of GPUs."""
 
     shape: str
-    zero: int
+    zero: Literal[2, 3]
     gpus: int
 
     @property
@@ -144,7 +146,7 @@ def train_worker(rank: int, run: RunConfig, folder: Path, started: Any) -> None:
     if cuda:
         torch.cuda.set_device(rank)
         torch.zeros(1, device="cuda")
-    store = dist.FileStore(str(folder / "store"), world)
+    store = FileStore(str(folder / "store"), world)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     worker = Worker.current(f"cuda:{rank}" if cuda else "cpu")
     # Import what loading needs and create the communicator before the measurement begins.
@@ -179,7 +181,7 @@ def measure(case: Case, base: Path, data: Path, steps: int) -> dict[str, Any]:
         folder, context = Path(temporary), mp.get_context("spawn")
         started = context.Barrier(case.gpus + 1)
         run = make_run(case, base, data, steps)
-        group = mp.spawn(train_worker, (run, folder, started), nprocs=case.gpus, join=False)
+        group = spawn(train_worker, (run, folder, started), nprocs=case.gpus, join=False)
         assert group is not None
         with suppress(threading.BrokenBarrierError):
             started.wait(300)
@@ -257,8 +259,8 @@ def main() -> None:
     one: dict[str, Any] = {}
     apart: list[str] = []
     # On one GPU, ZeRO-2 only adds fp32 masters of the adapters, so it is the case without sharding.
-    for zero, gpus in ((2, 1), (2, arguments.gpus), (3, arguments.gpus)):
-        case = Case(arguments.shape, zero, gpus)
+    shape, gpus = arguments.shape, arguments.gpus
+    for case in (Case(shape, 2, 1), Case(shape, 2, gpus), Case(shape, 3, gpus)):
         found = measure(case, base, data, arguments.steps)
         one = one or found
         rows = [{**row, "commit": arguments.commit or row["commit"]} for row in records(case, found, one)]

@@ -56,7 +56,7 @@ from rayft.train.trainer import Reporter, Trainer
 from rayft.train.worker import Worker
 
 RANK, ROUNDS, LINKS = 16, 2, 4
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "135m": {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536,
              "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
     "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192,
@@ -95,7 +95,8 @@ def build(shape: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2**14, attn_implementation="sdpa")
+    options = {**SHAPES[shape], "attn_implementation": "sdpa"}
+    config = LlamaConfig(**options, max_position_embeddings=2**14)
     with torch.device("cuda"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.requires_grad_(False)
@@ -270,7 +271,7 @@ def train(model: Any, batch: tuple[int, int], steps: int, *, device: str = "cuda
 def process_group(backend: str, folder: str) -> Iterator[None]:
     """Initialise the process group of one worker for the block."""
     os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
-    store = dist.FileStore(f"{folder}/store", 1)
+    store = dist.FileStore(f"{folder}/store", 1)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield
@@ -364,6 +365,23 @@ def _show(found: dict[tuple[str, str], Timings], name: str) -> None:
             print(f"{name:18} {case:16} {ms:8.2f} ms {ms / base:6.3f}x {memory}", flush=True)
 
 
+def kernels_of(step: Step, replays: int = 5) -> dict[str, list[float]]:
+    """Return the milliseconds and launches of each kernel in a replayed step."""
+    step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(replays):
+            step()
+        torch.cuda.synchronize()
+    spent: dict[str, list[float]] = {}
+    for event in profiler.key_averages():
+        name = event.key.removeprefix("void ").partition("<")[0].partition("(")[0][:60]
+        kernel = spent.setdefault(name, [0.0, 0.0])
+        kernel[0] += event.self_device_time_total / 1e3 / replays
+        kernel[1] += event.count / replays
+    return spent
+
+
 def profile(shape: str, cases: list[str], replays: int = 5) -> list[dict[str, Any]]:
     """Print the milliseconds and launches of each kernel in a replayed step of the smallest batch."""
     model, batch, rows = build(shape), BATCHES[shape][0], []
@@ -371,18 +389,7 @@ def profile(shape: str, cases: list[str], replays: int = 5) -> list[dict[str, An
     for case in cases:
         with prepared(model, case) as trainable:
             step = make_step(model, case, ids, trainable, graph=True)
-            step()
-            torch.cuda.synchronize()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-                for _ in range(replays):
-                    step()
-                torch.cuda.synchronize()
-        spent: dict[str, list[float]] = {}
-        for event in profiler.key_averages():
-            name = event.key.removeprefix("void ").partition("<")[0].partition("(")[0][:60]
-            kernel = spent.setdefault(name, [0.0, 0.0])
-            kernel[0] += event.self_device_time_total / 1e3 / replays
-            kernel[1] += event.count / replays
+            spent = kernels_of(step, replays)
         whole = sum(ms for ms, _ in spent.values())
         print(f"{case}: {whole:.2f} ms, {sum(count for _, count in spent.values()):.0f} launches", flush=True)
         for name, (ms, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:24]:

@@ -56,7 +56,9 @@ def save(bench: str, records: Iterable[Mapping[str, Any]], *, anew: bool = False
     """
     path = RESULTS / f"{bench}.json"
     before = [] if anew else load(bench)
-    found = {(item["device"], item["case"], item["metric"]): item for item in before}
+    found: dict[Any, Mapping[str, Any]] = {
+        (item["device"], item["case"], item["metric"]): item for item in before
+    }
     found |= {(item["device"], item["case"], item["metric"]): item for item in records}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(list(found.values()), indent=1) + "\n", encoding="utf-8")

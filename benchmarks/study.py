@@ -50,7 +50,7 @@ def study_methods_table() -> str:
     found = {one.name: one for one in analysis.adapters}
     columns = LOSSES | MEASURES
     lines = []
-    for row in sorted(record.methods, key=lambda row: -(row.test.value if row.test else 0.0)):
+    for row in sorted(record.methods, key=lambda row: -(row.test.value)):
         difference = difference_text(row.difference) if row.difference else ""
         means = _means([found[name] for name in row.trials], columns)
         lines.append([row.settings, score_text(row.test), difference, *means])

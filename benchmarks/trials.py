@@ -32,7 +32,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "min_num_decimal_places": 1, "max_num_decimal_places": 1, "min_terms": 2, "max_terms": 2,
     },
 }  # fmt: skip
-SIZES = {"train": 1200, "val": 100, "test": 200}
+SIZES: dict[str, Any] = {"train": 1200, "val": 100, "test": 200}
 
 
 def device_kind(path: Path) -> str:

@@ -12,14 +12,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rayft.api import (
         Adapter,
+        Conversation,
         Evaluation,
         Exported,
+        Piece,
         Run,
+        Settings,
         Squeezed,
         Sweep,
+        chat,
+        config,
         evaluate,
         export,
+        init,
         load,
+        schema,
         squeeze,
         sweep,
         train,
@@ -27,15 +34,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Conversation",
     "Evaluation",
     "Exported",
+    "Piece",
     "Run",
+    "Settings",
     "Squeezed",
     "Sweep",
     "__version__",
+    "chat",
+    "config",
     "evaluate",
     "export",
+    "init",
     "load",
+    "schema",
     "squeeze",
     "sweep",
     "train",
@@ -43,8 +57,8 @@ __all__ = [
 
 __version__ = "0.2.0.dev0"
 
-PACKAGES = ("evaluate", "squeeze", "sweep", "train")
-"""Functions that are packages too (`rayft.callable_package`)."""
+PACKAGES = ("config", "evaluate", "squeeze", "sweep", "train")
+"""Functions that are packages or modules too (`rayft.callable_package`)."""
 
 
 def __getattr__(name: str) -> Any:

@@ -7,8 +7,10 @@ begun.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -21,6 +23,8 @@ from rayft.artifacts.adapter import check_prefix
 from rayft.config import load as load_section
 from rayft.config import parse
 from rayft.errors import ModelError, SqueezeError
+from rayft.flow.chat.conversation import Conversation, Piece
+from rayft.flow.chat.models import Options, open_models
 from rayft.flow.cluster import placed
 from rayft.flow.config import PipelineConfig, TrainConfig, config_file, package_names
 from rayft.flow.console import terminal
@@ -30,8 +34,10 @@ from rayft.flow.evaluate.request import EvaluateRequest
 from rayft.flow.evaluate.run import evaluate as evaluate_targets
 from rayft.flow.export.run import Exported
 from rayft.flow.export.run import export_adapter as export
+from rayft.flow.init import find_data, write_configuration
 from rayft.flow.origin import find_folder
 from rayft.flow.scoring import Measured
+from rayft.flow.settings import Settings, schema, settings
 from rayft.flow.squeeze.request import squeeze_request
 from rayft.flow.squeeze.run import squeeze_folder
 from rayft.flow.sweep.publish import check_complete
@@ -47,14 +53,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Conversation",
     "Evaluation",
     "Exported",
+    "Piece",
     "Run",
+    "Settings",
     "Squeezed",
     "Sweep",
+    "chat",
+    "config",
     "evaluate",
     "export",
+    "init",
     "load",
+    "schema",
     "squeeze",
     "sweep",
     "train",
@@ -205,6 +218,46 @@ Config = str | PathLike[str] | Mapping[str, Any] | TrainConfig
 """A file or the name of a packaged configuration, its content as a mapping, or a configuration object."""
 
 
+def init(
+    data: str | PathLike[str] | None = None,
+    *,
+    model: str | None = None,
+    out: str | PathLike[str] = "my.yaml",
+    overwrite: bool = False,
+) -> Path:
+    """Write a configuration for your data, one that runs as it is, as `rayft init` does; return the file.
+
+    Args:
+        data: a file of JSON lines, CSV or Parquet, a folder of images, or the name of a hub set (`org/set`,
+            `org/set:config`); by default the only data file in the working directory.
+        model: the base; by default one that is on this machine.
+        out: the file to write.
+        overwrite: whether a file at `out` is replaced.
+
+    Raises:
+        ConfigError: if there is a file at `out`, or no base.
+        DataError: if the data can't be read or looked up, or has columns that can't be trained on.
+        ModelError: if the base can't be found.
+    """
+    file = read_path(os.fspath(out), "out")
+    source = find_data(Path.cwd()) if data is None else os.fspath(data)
+    write_configuration(source, file, model, overwrite=overwrite)
+    return file
+
+
+def config(config: Config = "demo", *, overrides: Sequence[str] = ()) -> Settings:
+    """Return the settings in force, and where each comes from, as `rayft config` shows them.
+
+    Args:
+        config: the configuration, which needs no `sweep`.
+        overrides: settings of the configuration, such as `optim.lr=1e-3`.
+
+    Raises:
+        ConfigError: if there is no such file, or anything in it is wrong.
+    """
+    return settings(config, overrides)
+
+
 def train(
     config: Config,
     *,
@@ -319,11 +372,14 @@ def evaluate(
     *,
     config: Config | None = None,
     overrides: Sequence[str] = (),
-    part: Literal["val", "test"] = "test",
+    part: Literal["val", "test"] | None = None,
     rank: int | None = None,
     samples: int | None = None,
     tasks: Sequence[str] = (),
     include: str | PathLike[str] | None = None,
+    chat_template: bool = False,
+    system: str | None = None,
+    one_turn: bool = False,
     url: str | None = None,
     base: str | None = None,
     uri: str | None = None,
@@ -334,17 +390,20 @@ def evaluate(
     """Score an adapter or a model, or compare two, as `rayft eval` does.
 
     Args:
-        target: folder of an adapter or a model, name of a model, or `models:/name@alias`; with `url`, a name
-            that the server serves.
-        against: another one, to compare with on the same questions.
-        config: the configuration that names base and data; by default that of the target's sweep.
+        target: folder of an adapter or a model, name of a model, or `models:/name@alias`; a rank may follow
+            (`runs/mine@r8`). With `url`, a name that the server serves.
+        against: another one, to compare with on the same questions; `base` stands for the base of `target`.
+        config: the configuration that names base and data; by default that of the target's sweep or run.
         overrides: settings of the configuration, such as `evaluate.max_new_tokens=64`.
-        part: the part of the data.
-        rank: rank of the prefix of a squeezed adapter.
+        part: the part of the data; `test` by default.
+        rank: rank of the adapters whose names have none.
         samples: number of questions; all by default.
         tasks: tasks of lm-evaluation-harness, which take the place of the data.
         include: folder with further tasks.
-        url: URL of an OpenAI-compatible server, up to `/v1`, for tasks.
+        chat_template: whether the questions of tasks are asked in the model's chat template.
+        system: system message before each question of a task.
+        one_turn: whether, in the chat template, solved examples are in one turn with the question.
+        url: URL of an OpenAI-compatible server for tasks.
         base: the base, in place of the configuration's or the adapter's.
         uri: MLflow, for `models:/…` and for tracking.
         out: JSON file for the result.
@@ -356,13 +415,16 @@ def evaluate(
     """
     request = EvaluateRequest(
         targets=tuple(str(one) for one in (target, against) if one is not None),
-        config=None if config is None else _read(PipelineConfig, config, overrides),
-        overrides=tuple(overrides) if config is None else (),
+        config=None if config is None else _read(TrainConfig, config, ()),
+        overrides=tuple(overrides),
         part=part,
         rank=rank,
         samples=samples,
         tasks=tuple(tasks),
         include=None if include is None else read_path(Path(include), "include"),
+        chat_template=chat_template,
+        system=system,
+        one_turn=one_turn,
         url=url,
         base=base,
         uri=uri,
@@ -370,6 +432,42 @@ def evaluate(
         overwrite=overwrite,
     )
     return evaluate_targets(request, _display(quiet).say)
+
+
+def chat(
+    model: str | PathLike[str],
+    against: str | PathLike[str] | None = None,
+    *,
+    url: str | None = None,
+    base: str | None = None,
+    uri: str | None = None,
+    system: str | None = None,
+    temperature: float = 0.7,
+    max_tokens: int = 512,
+) -> Conversation:
+    """Begin a conversation with a model, or with two that are asked the same, as `rayft chat` does.
+
+    Close it, or use it in a `with` statement: until then the models stay in memory.
+
+    Args:
+        model: a base, the folder of an adapter, sweep or run, or `models:/name@alias`; a rank may follow
+            (`runs/mine@r8`). With `url`, a name that the server serves.
+        against: another one, beside it; `base` stands for the base of `model`.
+        url: URL of a running server; by default the models are loaded into this process, on the CPU.
+        base: the base of adapters that name none, or in place of the one that they name.
+        uri: MLflow, for `models:/…`.
+        system: message at the beginning, which the models follow.
+        temperature: from 0 to 2; 0 always takes the most likely token.
+        max_tokens: largest number of tokens of an answer.
+
+    Raises:
+        RayftError: naming what can't be loaded or reached, before weights are loaded.
+    """
+    options = Options(temperature, max_tokens)
+    names = [str(one) for one in (model, against) if one is not None]
+    with ExitStack() as stack:
+        models = stack.enter_context(open_models(names, url=url, base=base, uri=uri))
+        return Conversation(models, options, system, stack.pop_all().close)
 
 
 def load(path: str | PathLike[str]) -> Adapter:

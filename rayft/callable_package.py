@@ -16,7 +16,10 @@ __all__ = ["make_callable"]
 
 
 class CallablePackage(ModuleType):
-    """A package that calls the function of its name in `rayft.api`, which is imported at the first call."""
+    """A package or module that calls the function of its name in `rayft.api`.
+
+    That is imported at the first call.
+    """
 
     @property
     def __wrapped__(self) -> Any:
@@ -33,9 +36,9 @@ class CallablePackage(ModuleType):
 
 
 def make_callable(name: str) -> None:
-    """Make a package callable; its `__init__.py` calls this.
+    """Make a package or module callable; its own code calls this.
 
     Args:
-        name: `__name__` of the package.
+        name: its `__name__`.
     """
     sys.modules[name].__class__ = CallablePackage

@@ -30,6 +30,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting of the configuration: --set sweep.trials=4. Repeatable."),
 ]
+Uri = Annotated[
+    str | None,
+    typer.Option(help="URI of MLflow; that of --sweep by default, else MLFLOW_TRACKING_URI."),
+]
 
 
 @app.command()
@@ -80,7 +84,10 @@ def train(
 def init(
     data: Annotated[
         str | None,
-        typer.Argument(help="A file of JSON lines, CSV or Parquet; the only one in this folder by default."),
+        typer.Argument(
+            help="A file of JSON lines, CSV or Parquet, by default the only one in this folder; a folder of "
+            "images (class/file.png); or the name of a hub set, org/set."
+        ),
     ] = None,
     out: Annotated[str, typer.Option(help="The file to write.")] = "my.yaml",
     model: Annotated[
@@ -88,7 +95,7 @@ def init(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
 ) -> None:
-    """Write a configuration for a data file: one that runs as it is, with comments."""
+    """Write a configuration for your data: one that runs as it is, with comments."""
     from rayft.flow import commands
 
     commands.init(data, out, model, console, overwrite=overwrite)
@@ -108,6 +115,8 @@ def show_config(
     from rayft.flow import commands
 
     if schema:
+        if overrides:
+            raise ConfigError("--schema prints what every configuration can have: leave out --set")
         commands.schema(console)
     else:
         commands.config(config, overrides or [], console)
@@ -151,7 +160,7 @@ def squeeze(
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option(help="Configuration of a sweep that names base and data, to score and train with."),
+        typer.Option(help="Configuration that names base and data, to score and train with."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="The base of the adapter, to be checked, or of the fine-tuned model.")
@@ -174,7 +183,10 @@ def squeeze(
 @app.command()
 def export(
     adapter: Annotated[
-        str, typer.Argument(help="Folder of an adapter, whoever made it, or models:/name@alias.")
+        str,
+        typer.Argument(
+            help="Folder of an adapter, whoever made it, or of a sweep or run; or models:/name@alias."
+        ),
     ],
     merged: Annotated[
         str | None, typer.Option(help="Folder for the base with the adapter merged into it.")
@@ -200,7 +212,7 @@ def export(
             "--sweep", help="Folder of the sweep that made the adapter: for its scores and registry."
         ),
     ] = None,
-    uri: Annotated[str | None, typer.Option(help="URI of MLflow; MLFLOW_TRACKING_URI by default.")] = None,
+    uri: Uri = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier export has written.")
     ] = False,
@@ -210,7 +222,7 @@ def export(
 
     commands.export(
         adapter, console, merged=merged, vllm=vllm, gguf=gguf, card=card, base=base, base_name=base_name,
-        sweep_folder=sweep_folder, uri=uri, overwrite=overwrite,
+        sweep=sweep_folder, uri=uri, overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -231,9 +243,7 @@ def analyze(
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option(
-            help="Configuration of a sweep that names base and data, for an adapter outside of any sweep."
-        ),
+        typer.Option(help="Configuration that names base and data, for an adapter outside of any sweep."),
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for analysis.json; the target by default.")] = None,
     uri: Annotated[
@@ -257,8 +267,8 @@ def evaluate(
     targets: Annotated[
         list[str],
         typer.Argument(
-            help="One, or two to compare: an adapter's folder, a model's folder or name, models:/name@alias; "
-            "with --url, a served name."
+            help="One, or two to compare: an adapter's folder, perhaps at a rank (runs/mine@r8), a model's "
+            "folder or name, models:/name@alias, or base for that of the other; with --url, a served name."
         ),
     ],
     config: Annotated[
@@ -266,24 +276,40 @@ def evaluate(
         typer.Option(help="Configuration that names base and data; by default that of the target's sweep."),
     ] = None,
     overrides: Overrides = None,
-    part: Annotated[Literal["val", "test"], typer.Option(help="Part of the data.")] = "test",
+    part: Annotated[
+        Literal["val", "test"] | None, typer.Option(help="Part of the data; test by default.")
+    ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Evaluate the prefix of this rank of a squeezed adapter.")
+        int | None, typer.Option(help="Evaluate adapters at this rank, where a target names none.")
     ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Number of questions, from the first; of each task with --task.")
     ] = None,
-    show: Annotated[int, typer.Option(min=0, help="Number of questions to print with their answers.")] = 0,
+    show: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Number of questions to print with their answers; of each task with --task."
+        ),
+    ] = 0,
     task: Annotated[
         list[str] | None,
         typer.Option(help="A task of lm-evaluation-harness, instead of the data. Repeatable."),
     ] = None,
     include: Annotated[str | None, typer.Option(help="Folder with tasks of your own for --task.")] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Ask tasks in the model's chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="System message before each question of a task.")] = None,
+    one_turn: Annotated[
+        bool,
+        typer.Option(
+            "--one-turn",
+            help="With --chat-template: a task's solved examples and its question in one turn, not in many.",
+        ),
+    ] = False,
     url: Annotated[
         str | None,
-        typer.Option(
-            help="Ask this OpenAI-compatible server, such as http://127.0.0.1:8000/v1, with --task."
-        ),
+        typer.Option(help="Ask this OpenAI-compatible server, such as http://127.0.0.1:8000, with --task."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="The base; by default that of the configuration or of the adapter.")
@@ -302,8 +328,8 @@ def evaluate(
 
     commands.evaluate(
         targets, console, config=config, overrides=tuple(overrides or []), part=part, rank=rank,
-        samples=samples, show=show, tasks=tuple(task or []), include=include, url=url, base=base, uri=uri,
-        out=out, overwrite=overwrite,
+        samples=samples, show=show, tasks=tuple(task or []), include=include, chat_template=chat_template,
+        system=system, one_turn=one_turn, url=url, base=base, uri=uri, out=out, overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -334,7 +360,7 @@ def promote(
     sweep_folder: Annotated[
         str | None, typer.Option("--sweep", help="Folder of the sweep that registered the model.")
     ] = None,
-    uri: Annotated[str | None, typer.Option(help="URI of MLflow; MLFLOW_TRACKING_URI by default.")] = None,
+    uri: Uri = None,
     tolerance: Annotated[
         float, typer.Option(help="How far the score may be below that of the present version.")
     ] = 0.0,
@@ -390,15 +416,20 @@ def chat(
     name: Annotated[
         str,
         typer.Argument(
-            help="A base, or the folder of an adapter, sweep or run, perhaps at a rank: runs/mine@r8; with "
-            "--url, a name on that server."
+            help="A base, the folder of an adapter, sweep or run, or models:/name@alias, perhaps at a rank: "
+            "runs/mine@r8; with --url, a name on that server."
         ),
     ],
     other: Annotated[
         str | None, typer.Argument(help="Another one, to compare: asked the same, beside it.")
     ] = None,
     url: Annotated[str | None, typer.Option(help="URL of a running server to ask.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base of an adapter, if it names none.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base of an adapter; the one that it names by default.")
+    ] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="MLflow, to find models:/…; MLFLOW_TRACKING_URI by default.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     temperature: Annotated[
         float, typer.Option(min=0, max=2, help="0 always takes the most likely token.")
@@ -412,7 +443,7 @@ def chat(
     from rayft.flow import commands
 
     commands.chat(
-        name, other, console, url=url, base=base, system=system, temperature=temperature,
+        name, other, console, url=url, base=base, uri=uri, system=system, temperature=temperature,
         max_tokens=max_tokens,
     )  # fmt: skip
 

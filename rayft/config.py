@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import numbers
 import re
 import types
 import typing
@@ -20,6 +21,7 @@ from typing import Any, TypeVar, Union
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from rayft.callable_package import make_callable
 from rayft.errors import ConfigError
 from rayft.files import write_file
 from rayft.paths import read_path
@@ -39,6 +41,8 @@ __all__ = [
     "overridden",
     "parse",
     "read_yaml",
+    "yaml_line",
+    "yaml_text",
 ]
 
 SectionT = TypeVar("SectionT", bound="Section")
@@ -84,11 +88,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """A SafeDumper that puts the text `1e-3` into quotes, since `_Loader` would read a float."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def read_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
@@ -112,6 +121,19 @@ def read_yaml(text: str, source: str = "configuration") -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{source} must be a mapping of sections, not {type(data).__name__}")
     return data
+
+
+def yaml_text(value: Mapping[str, Any]) -> str:
+    """Return a mapping as YAML, which `read_yaml` reads as the same mapping, with its keys in their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
+def yaml_line(value: Any) -> str:
+    """Return a value as YAML on one line, which `read_yaml` reads as the same value."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    text = text.removesuffix("...\n").strip()
+    # YAML's own style for a text with line breaks takes several lines.
+    return json.dumps(value, ensure_ascii=False) if "\n" in text else text
 
 
 def load(
@@ -185,7 +207,12 @@ def _plain(value: Any, where: str = "") -> Any:
         raise ConfigError(f"{where[:80].strip('.')}: nested too deeply, or within itself") from None
     if isinstance(value, str):
         return _text(value, where)
-    return value if isinstance(value, int | float | None) else str(value)
+    if isinstance(value, int | float | None):
+        return value
+    # Numbers of numpy, as programs have them.
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else str(value)
 
 
 def _text(text: str, where: str) -> str:
@@ -360,3 +387,7 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[str(key)] = value
     return found
+
+
+# `rayft.config(…)` is a function of the Python API.
+make_callable(__name__)

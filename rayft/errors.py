@@ -63,7 +63,13 @@ class RayftError(Exception):
 
     The message is always valid Unicode: lone surrogates in what it quotes are written as escapes. Ray ends
     the process of an actor that raises an error which can't be encoded, and no terminal or log can write it.
+
+    Attributes:
+        everywhere: whether all workers of a run raise the error at the same point, so that none waits for
+            another.
     """
+
+    everywhere = False
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message.encode("utf-8", "backslashreplace").decode())

@@ -1,4 +1,11 @@
-"""Write files whole or not at all, lock files, and recognise the errors of a full disk."""
+"""Write files whole or not at all, lock files, and recognise the errors of a full disk.
+
+A lock holds between the processes of a machine. Whether it holds between machines that share a folder depends
+on the file system: NFS 4 and GPFS pass locks on to all machines, Lustre and many others only if they are
+mounted so. What several machines may make at the same time therefore has a sign of life as well: the maker
+sets the time of a folder every few seconds (`kept_alive`), and the folder counts as abandoned after some
+minutes without (`abandoned`).
+"""
 
 from __future__ import annotations
 
@@ -6,27 +13,40 @@ import errno
 import fcntl
 import hashlib
 import os
+import platform
 import re
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from rayft.errors import DiskFullError, RayftError, TrackingError
 
 __all__ = [
+    "ABANDONED_SECONDS",
+    "abandoned",
     "disk_full",
     "disk_full_error",
     "hash_content",
     "is_staged_file",
+    "kept_alive",
     "locked",
+    "machine",
     "room_on",
     "sync_tree",
     "write_file",
     "write_large_file",
 ]
+
+ALIVE_SECONDS = 10.0
+"""Time between two signs of life of a folder that is being made."""
+ABANDONED_SECONDS = 180.0
+"""Time without a sign of life after which a folder counts as abandoned. Clients of NFS may see a time of
+modification a minute late."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_TEXT = re.compile(
@@ -72,7 +92,8 @@ def write_large_file(path: Path, write: Callable[[Path], object], needed: int = 
     """
     with room_on(path.parent, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+        writer = f"{machine()}.{os.getpid()}-{threading.get_ident()}"
+        staging = path.with_name(f".{path.name}.{writer}")
         try:
             write(staging)
             with staging.open("rb") as file:
@@ -167,7 +188,8 @@ def disk_full_error(error: BaseException, *folders: Path, needed: int = 0) -> Di
 def locked(path: Path, wait: float | None = None) -> Iterator[int | None]:
     """Hold the lock of a file for the length of a block. The file is created if it is missing.
 
-    The system releases the lock when the process ends, even if it is killed.
+    The system releases the lock when the process ends, even if it is killed. Other machines that share the
+    file may not see the lock; see the description of this module.
 
     Args:
         path: the file.
@@ -189,6 +211,50 @@ def locked(path: Path, wait: float | None = None) -> Iterator[int | None]:
                 return
         finally:
             os.close(descriptor)
+
+
+@cache
+def machine() -> str:
+    """Return an identifier of this machine since it was started (8 hex digits).
+
+    Containers of a machine, which may see each other's locks, have the same; machines of the same name don't.
+    """
+    try:
+        known = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        known = platform.node().encode()
+    return hashlib.sha256(known).hexdigest()[:8]
+
+
+@contextmanager
+def kept_alive(folder: Path) -> Iterator[None]:
+    """Show other machines in the block, by the folder's time of modification, that this process is alive."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(ALIVE_SECONDS):
+            with suppress(OSError):
+                os.utime(folder)
+
+    thread = threading.Thread(target=beat, name="rayft-alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def abandoned(folder: Path) -> bool:
+    """Return whether a folder has shown no sign of life for so long that its maker must have ended.
+
+    Raises:
+        FileNotFoundError: if the folder is missing.
+        OSError: if nothing can be written beside the folder.
+    """
+    # By the clock of the disk: that of a file server may differ from this machine's.
+    with tempfile.TemporaryFile(dir=folder.parent) as now:
+        return os.fstat(now.fileno()).st_mtime - folder.stat().st_mtime > ABANDONED_SECONDS
 
 
 def _opens(path: Path, descriptor: int) -> bool:

@@ -165,6 +165,12 @@ class AdapterArtifact:
             check_selector(f"{folder}: {name}", module)
         return artifact
 
+    @property
+    def revision(self) -> str | None:
+        """Revision of the base on the hub, according to the folder that it was read from."""
+        named = self.settings is not None and self.settings.base_model_name_or_path == self.meta.base_model
+        return self.settings.revision if self.settings is not None and named else None
+
     def _write(self, folder: Path) -> None:
         write_weights(folder, self._tensors())
         (folder / CONFIG_FILE).write_text(json.dumps(self._peft_config(), indent=2) + "\n", encoding="utf-8")
@@ -199,6 +205,7 @@ class AdapterArtifact:
             "peft_type": "LORA",
             "task_type": TASK_TYPES[self.meta.task],
             "base_model_name_or_path": self.meta.base_model,
+            **({"revision": self.revision} if self.revision else {}),
             "r": rank,
             "lora_alpha": alpha,
             "use_rslora": False,

@@ -21,7 +21,21 @@ from rayft.config import lone_surrogate
 from rayft.errors import DataError
 from rayft.files import room_on
 
-__all__ = ["READERS", "Table", "hub_revision", "load_hub", "parse_json", "quiet", "read_file", "read_hub"]
+__all__ = [
+    "READERS",
+    "FileSource",
+    "Table",
+    "hub_revision",
+    "hub_splits",
+    "load_hub",
+    "parse_json",
+    "quiet",
+    "read_file",
+    "read_hub",
+]
+
+GZIP = b"\x1f\x8b"
+"""How a file that gzip has compressed begins."""
 
 FileSource = Literal["jsonl", "csv", "parquet"]
 
@@ -52,8 +66,13 @@ class Table:
         return _downloaded(name) if self.folder is None else self.folder / name
 
 
-def read_file(source: FileSource, name: str) -> Table:
-    """Read a whole file.
+def read_file(source: FileSource, name: str, first: int | None = None) -> Table:
+    """Read a file.
+
+    Args:
+        source: its kind.
+        name: its path.
+        first: number of rows to read, from the first; all by default.
 
     Raises:
         DataError: if the file is missing, has a suffix of another source, can't be parsed, or is empty.
@@ -69,7 +88,7 @@ def read_file(source: FileSource, name: str) -> Table:
             f"{path} is not called {' or '.join(suffixes)}, which source: {source} reads; "
             f"set data.source to what the file is ({', '.join(READERS)})"
         )
-    table = reader(path)
+    table = reader(path, first)
     if not table.rows:
         raise DataError(f"{path} is empty: no row after reading it as {source}")
     return replace(table, folder=path.absolute().parent)
@@ -107,6 +126,27 @@ def hub_revision(name: str) -> str:
         return str(datasets.load_dataset_builder(path, config or None).hash)
 
 
+def hub_splits(name: str) -> dict[str, int | None]:
+    """Look up the splits of a hub set: name → number of rows, None if that is not known. No row is read.
+
+    Raises:
+        DataError: as `load_hub`; and if the set has several configurations and `name` names none.
+    """
+    import datasets
+
+    path, _, config = name.partition(":")
+    with _of_hub(name, "train"):
+        if not config and datasets.get_dataset_default_config_name(path) is None:
+            configs = datasets.get_dataset_config_names(path)
+            raise DataError(
+                f"the hub's set '{path}' has several configurations ({', '.join(configs)}): name one, as in "
+                f"{path}:{configs[0]}"
+            )
+        known = datasets.load_dataset_builder(path, config or None).info.splits or {}
+        names = [*known] or datasets.get_dataset_split_names(path, config or None)
+    return {split: (known[split].num_examples or None) if split in known else None for split in names}
+
+
 @contextmanager
 def _of_hub(name: str, split: str) -> Iterator[None]:
     """Turn the errors of `datasets` about a hub set into ours; see `load_hub`."""
@@ -122,7 +162,8 @@ def _of_hub(name: str, split: str) -> Iterator[None]:
             raise DataError(f"the hub has no data set '{path}' that can be read: {error}") from error
         raise DataError(
             f"the hub can't be reached to load '{path}' (offline, or HF_HUB_OFFLINE is set): download it "
-            "where there is a network, and read the file with source: jsonl, csv or parquet"
+            f"where there is a network (hf download {path} --repo-type dataset --local-dir DIR), and read "
+            "the file with source: jsonl, csv or parquet"
         ) from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"can't load split '{split}' of '{name}' from the hub: {error}") from error
@@ -215,7 +256,10 @@ def _utf8_lines(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """
     with path.open("rb") as head:
         # The first characters of JSON, and usually of a header, are ASCII.
-        encoding = json.detect_encoding(head.read(4))
+        start = head.read(4)
+    encoding = json.detect_encoding(start)
+    if start[:2] == GZIP:
+        raise DataError(f"{path} is compressed; unpack it")
     if not encoding.startswith("utf-8"):
         raise DataError(f"{path} is {encoding.upper()}, not UTF-8; convert it")
     try:
@@ -235,24 +279,44 @@ def _utf8_lines(path: Path, newline: str | None = None) -> Iterator[TextIO]:
         raise
 
 
-def _read_jsonl(path: Path) -> Table:
+def _read_jsonl(path: Path, first: int | None) -> Table:
+    """Read JSON lines, or one list of objects."""
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     columns: dict[str, None] = {}
     with _utf8_lines(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            row = parse_json(line, f"{path}, line {number}")
+        for place, number, row in _json_rows(path, stream):
             if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} is no object; write one {{…}} a line")
+                raise DataError(f"{place} is no object; write one {{…}} a line, or one list of them")
             for name in row:
                 if name not in columns and (problem := lone_surrogate(name)):
-                    raise DataError(f"{path}, line {number}, name of a column: {problem}")
+                    raise DataError(f"{place}, name of a column: {problem}")
             rows.append(row)
-            lines.append(number)
+            lines += [] if number is None else [number]
             columns.update(dict.fromkeys(row))
+            if len(rows) == first:
+                break
     return Table(str(path), tuple(columns), rows, tuple(lines))
+
+
+def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[str, int | None, Any]]:
+    """Yield each row with its place for messages, and its line unless the file is one list."""
+    begun = False
+    for number, line in enumerate(stream, start=1):
+        start = line.strip()
+        if not start:
+            continue
+        first, begun = not begun, True
+        if first and start[0] == "[":
+            for count, row in enumerate(parse_json(line + stream.read(), str(path)), start=1):
+                yield f"{path}, row {count}", None, row
+            return
+        if first and start == "{":
+            raise DataError(
+                f"{path} has objects of several lines; write one {{…}} a line, or one list of them"
+            )
+        place = f"{path}, line {number}"
+        yield place, number, parse_json(line, place)
 
 
 def parse_json(text: str, place: str) -> Any:
@@ -265,7 +329,8 @@ def parse_json(text: str, place: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        raise DataError(f"{place} is not JSON ({error.msg}, character {error.colno})") from error
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise DataError(f"{place} is not JSON ({error.msg}, {line}character {error.colno})") from error
     except RecursionError as error:
         raise DataError(f"{place} is nested too deeply to be read; write a flatter object") from error
     except ValueError as error:
@@ -296,7 +361,7 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _read_csv(path: Path) -> Table:
+def _read_csv(path: Path, first: int | None) -> Table:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     with _long_fields(), _utf8_lines(path, newline="") as stream:
@@ -309,6 +374,11 @@ def _read_csv(path: Path) -> Table:
                     f"{path}, line {reader.line_num}: the header has '{twice[0]}' more than once; give each "
                     "column a name of its own"
                 )
+            if len(header) == 1 and (other := next((one for one in ";\t|" if one in header[0]), None)):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: the header has no comma, but {other!r}: separate the "
+                    "columns by commas"
+                )
             for values in reader:
                 if not values:
                     continue
@@ -319,14 +389,28 @@ def _read_csv(path: Path) -> Table:
                     )
                 rows.append(dict(zip(header, values, strict=True)))
                 lines.append(reader.line_num)
+                if len(rows) == first:
+                    break
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num} is not CSV: {error}") from error
     return Table(str(path), tuple(header), rows, tuple(lines))
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path, first: int | None) -> Table:
     import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
+    try:
+        found = pq.ParquetFile(path)
+        columns = found.schema_arrow.names
+        if not found.metadata.num_rows:
+            return Table(str(path), tuple(columns), ())
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
+    twice = [name for name, count in Counter(columns).items() if count > 1]
+    if twice:
+        raise DataError(f"{path} has the column '{twice[0]}' more than once; give each a name of its own")
     try:
         # A permanent cache would keep a copy of every file that was ever read.
         with room_on(Path(tempfile.gettempdir())), quiet(), tempfile.TemporaryDirectory() as folder:
@@ -335,12 +419,12 @@ def _read_parquet(path: Path) -> Table:
             )
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error.__cause__ or error}") from error
-    return _table(str(path), rows)
+    return _table(str(path), rows if first is None else rows.take(first))
 
 
-READERS: dict[FileSource, tuple[tuple[str, ...], Callable[[Path], Table]]] = {
+READERS: dict[FileSource, tuple[tuple[str, ...], Callable[[Path, int | None], Table]]] = {
     "jsonl": ((".jsonl", ".ndjson", ".json"), _read_jsonl),
     "csv": ((".csv",), _read_csv),
     "parquet": ((".parquet",), _read_parquet),
 }
-"""Kind of file → its suffixes, and the function that reads it."""
+"""Kind of file → its suffixes, and the function that reads it, or its first rows."""

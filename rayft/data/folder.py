@@ -12,7 +12,7 @@ from rayft.config import lone_surrogate
 from rayft.data.files import Table
 from rayft.errors import DataError
 
-__all__ = ["part_folders", "read_image_folder"]
+__all__ = ["PARTS", "part_folders", "read_image_folder"]
 
 PARTS = {
     "train": ("train", "training"),

@@ -13,7 +13,7 @@ from rayft.data.files import Table, parse_json
 from rayft.data.section import Columns
 from rayft.errors import DataError
 
-__all__ = ["FORMATS", "convert", "find_format"]
+__all__ = ["CONTEXT", "FORMATS", "convert", "find_format"]
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -28,6 +28,13 @@ MEANT = (
     "tools", "train", "videos", "weight",
 )  # fmt: skip
 """Columns that would change what is learnt. If a format does not read them, they are errors, not ignored."""
+
+CONTEXT = ("context", "history", "input", "instruction")
+"""Columns that often belong to the question, if no column is called `prompt`."""
+
+OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+               "developer": "system", "function": "tool"}  # fmt: skip
+"""Role of another format → the role that it is here."""
 
 MAX_DEPTH = 100
 """Most levels of lists and objects in a cell; conversations and tool schemas have far fewer."""
@@ -52,9 +59,11 @@ def find_format(table: Table, columns: Columns) -> str:
         if all(getattr(columns, field) in table.columns for field in needed):
             return name
     choices = "; ".join(" + ".join(getattr(columns, f) for f in needed) for needed in FORMATS.values())
+    # Spaces around a name would not be seen.
+    names = ", ".join(name if name == name.strip() else repr(name) for name in table.columns)
     raise DataError(
-        f"{table.name} has the columns {', '.join(table.columns)}, but needs one of: {choices}. "
-        "Set data.columns to the names of yours"
+        f"{table.name} has the columns {names}, but needs one of: {choices}. Set data.columns to the names "
+        "of yours"
     )
 
 
@@ -77,6 +86,10 @@ def convert(table: Table, form: str, columns: Columns, separator: str) -> list[E
                 f"{table.name} has no column '{column}', which format '{form}' needs; set "
                 f"data.columns.{field} to the name of that column{nearest(column, table.columns)}"
             )
+    named = [getattr(columns, field) for field in FORMATS[form]]
+    if len({*named}) < len(named):
+        fields = " and ".join(FORMATS[form])
+        raise DataError(f"data.columns names '{named[0]}' for both {fields}; name a column for each")
     _check_columns(table, form, columns)
     make = MAKERS[form]
     return [make(_Cell(table, index, columns), separator) for index in range(len(table.rows))]
@@ -87,16 +100,18 @@ def _check_columns(table: Table, form: str, columns: Columns) -> None:
     if form not in ("messages", "prompt_completion"):
         return
     read = {getattr(columns, field) for field in FORMATS[form]} | ({"tools"} if form == "messages" else set())
-    for column in MEANT:
+    part_of_question = form == "prompt_completion" and columns.prompt != Columns().prompt
+    for column in (*MEANT, *(CONTEXT if part_of_question else ())):
         if column not in table.columns or column in read:
             continue
         index = next(
             (i for i, row in enumerate(table.rows) if row.get(column) not in (None, "", [], {})), None
         )
         if index is not None:
+            remedy = "write it into the prompt, or " if column in CONTEXT else ""
             raise DataError(
                 f"{table.place(index)}, column '{column}': format '{form}' does not read it, so it would "
-                "have no effect; remove the column, or rename it if it means something else"
+                f"have no effect; {remedy}remove the column, or rename it if it means something else"
             )
 
 
@@ -129,6 +144,12 @@ class _Cell:
     def text(self, field: str) -> str:
         """Return a text that is not blank."""
         value = self.value(field)
+        if isinstance(value, list):
+            raise self.error(
+                field,
+                f"{_shown(value)} is no text; write a string, or turns as one list in a column '"
+                f"{self.columns.messages}'",
+            )
         if not isinstance(value, str):
             raise self.error(field, f"{_shown(value)} is no text; write a string")
         if not value.strip():
@@ -178,8 +199,10 @@ class _Cell:
         return str(file), None
 
     def messages(self) -> tuple[Message, ...]:
-        """Return a conversation whose last turn is the assistant's."""
+        """Return a conversation, from a list or its JSON text, whose last turn is the assistant's."""
         value = self.value("messages")
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            value = self._json(f"column '{self.columns.messages}'", value)
         if not isinstance(value, list) or not value:
             raise self.error(
                 "messages", f"{_shown(value)} is no list of {{role, content}}; write two or more"
@@ -224,9 +247,16 @@ class _Cell:
     def _message(self, turn: Any, number: int) -> Message:
         role = turn.get("role") if isinstance(turn, dict) else None
         if not isinstance(turn, dict) or not isinstance(role, str):
-            raise self.error("messages", f"message {number} is {_shown(turn)}, not {{role, content}} texts")
+            hint = ""
+            if isinstance(turn, dict) and "from" in turn:
+                hint = "; rename from to role (human to user, gpt to assistant), and value to content"
+            raise self.error(
+                "messages", f"message {number} is {_shown(turn)}, not {{role, content}} texts{hint}"
+            )
         if role not in ROLES:
-            raise self.error("messages", f"message {number} has the role '{role}'{nearest(role, ROLES)}")
+            ours = OTHER_ROLES.get(role)
+            hint = f"; write '{ours}'" if ours else nearest(role, ROLES)
+            raise self.error("messages", f"message {number} has the role '{role}'{hint}")
         # Formats with a fixed schema have null for every key that a message lacks.
         given = {key: value for key, value in turn.items() if value is not None}
         known = ("role", "content", *MASKS, *EXTRAS)
@@ -239,7 +269,10 @@ class _Cell:
                 )
         content = given.get("content", "" if "tool_calls" in given else None)
         if not isinstance(content, str):
-            raise self.error("messages", f"message {number} is {_shown(turn)}, not {{role, content}} texts")
+            hint = "; write the text itself, without a list of parts" if isinstance(content, list) else ""
+            raise self.error(
+                "messages", f"message {number} is {_shown(turn)}, not {{role, content}} texts{hint}"
+            )
         if role == "assistant" and not content.strip() and "tool_calls" not in given:
             raise self.error("messages", f"message {number}: the answer is empty; fill it or drop the row")
         return Message(role, content, self._learn(given, role, number), self._extras(given, role, number))

@@ -3,7 +3,14 @@
 A prepared set is a folder below `data` in the cache, whose name is a hash of everything that it follows from:
 the content of the files, the settings, the tokenizer, and the code that prepared it. It is made in a process
 of its own, with as many processes for encoding as there are cores, so that the memory for it is given back,
-and appears under its name when it is complete.
+and appears under its name when it is complete. All of them end when the process that waits for them ends.
+
+    <key>/                      a set
+    <key>.lock                  held by the process of this machine that makes the set, or begins to use it
+    .<key>.<machine>-<token>/   an unfinished set; its time of modification shows that its maker is alive
+
+Machines that share the cache may not see each other's locks. The one that began first makes the set, and the
+others wait for it.
 
 Not kept are images, reasoning-gym tasks, small files, and what a chat template writes the date into: each
 process reads and encodes these itself.
@@ -21,12 +28,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +53,7 @@ from rayft.data.source import PARTS, Dropped, Parts, places, read
 from rayft.data.template import IGNORED, Encoded, check_lengths, encode_numbered
 from rayft.data.texts import Gathered, Mapped, Shape, Texts, first_learnt
 from rayft.errors import DataError, RayftError, ResourceError
-from rayft.files import hash_content, locked, room_on, sync_tree
+from rayft.files import abandoned, hash_content, kept_alive, locked, machine, room_on, sync_tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,10 +66,18 @@ SMALL = 2**20
 """Bytes of data that each process rather reads and encodes itself."""
 MANIFEST = "manifest.json"
 """File of a complete prepared set; the time of its last change is that of the set's last use."""
+STARTED = "started"
+"""File of a set whose time of modification is that of its start."""
+TICK_SECONDS = 0.1
+"""More than the time between two times of modification that differ."""
+PAUSE_SECONDS = 1.0
+"""Time between two looks whether another machine has made a set."""
 EXAMPLES_A_PROCESS = 2000
 """Examples from which another process for encoding takes less time than it costs."""
 BATCH = 256
 """Examples that are encoded at once."""
+LENGTH_BYTES = 8
+"""Bytes before what the preparing process is asked, which have its length; its standard input stays open."""
 ROWS_A_PIECE = 2000
 """Rows that are written at once. Mapping a file reads a little of each piece."""
 
@@ -110,14 +128,16 @@ class Prepared:
                 shape = shape.before(count)
         if config.too_long == "error":
             check_lengths(shape.lengths.tolist(), limit, context, part, shape.example.tolist())
-        limit = limit if context is None else min(limit, context)
+        remedy = "raise data.max_length"
+        if context is not None and context < limit:
+            limit, remedy = context, f"take a model of a context of more than {context} tokens"
         if self._mapped is None and shape.lengths.max() <= limit:
             return texts
-        found = Texts(texts, shape, limit, config.too_long, part)
+        found = Texts(texts, shape, limit, config.too_long, part, remedy)
         if not len(found) and part != "test":
             raise DataError(
-                f"{part}: each of the {len(shape.lengths)} examples has more than {limit} tokens, so none is "
-                f"left; raise data.max_length, the shortest has {shape.lengths.min()}"
+                f"{part}: each of the {len(np.unique(shape.example))} examples has more than {limit} tokens, "
+                f"so none is left; {remedy}, the shortest has {shape.lengths.min()}"
             )
         return found
 
@@ -262,20 +282,72 @@ def _code() -> str:
 def _make(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, content: Mapping[str, str]
 ) -> None:
-    """Make a prepared set in another process, which this one waits for."""
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(left, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
+    """Make a prepared set in another process, which this one waits for, or wait for a machine that makes it.
+
+    The caller holds the lock, so that no other process of this machine makes the set.
+    """
+    staging = folder.with_name(f".{folder.name}.{machine()}-{token_hex(4)}")
     staging.mkdir()
     try:
-        _run(pickle.dumps((config, tokenizer, staging)))
-        if _content(config) != content:
-            raise DataError("the data changed while it was read: leave it alone, and run the command again")
-        sync_tree(staging)
-        staging.rename(folder)
+        with kept_alive(staging):
+            (staging / STARTED).touch()
+            # Who is not seen after this has begun at a later time on the clock of the disk.
+            time.sleep(TICK_SECONDS)
+            _wait_for_others(staging, folder)
+            if (folder / MANIFEST).is_file():
+                return
+            _run(pickle.dumps((config, tokenizer, staging)))
+            if _content(config) != content:
+                raise DataError(
+                    "the data changed while it was read: leave it alone, and run the command again"
+                )
+            sync_tree(staging)
+            _settle(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _wait_for_others(staging: Path, folder: Path) -> None:
+    """Delete what killed processes have left of a set, and wait for the machines that began it earlier."""
+    noted = False
+    while not (folder / MANIFEST).is_file():
+        earlier = [other for other in folder.parent.glob(f".{folder.name}.*") if _is_before(other, staging)]
+        if not earlier:
+            return
+        if not noted:
+            noted = True
+            logger.warning("another machine prepares the data in %s; waiting for it", earlier[0])
+        time.sleep(PAUSE_SECONDS)
+
+
+def _is_before(other: Path, own: Path) -> bool:
+    """Return whether another machine is making a set, and has begun before this one; delete what is left."""
+    if other == own:
+        return False
+    try:
+        # Whatever else this machine has begun was killed, since this process has the lock.
+        if other.name.startswith(own.name.rpartition("-")[0]) or abandoned(other):
+            shutil.rmtree(other, ignore_errors=True)
+            return False
+        return _started(other) < _started(own)
+    except FileNotFoundError:
+        # It is done, or begins only now.
+        return False
+
+
+def _started(staging: Path) -> tuple[float, str]:
+    return (staging / STARTED).stat().st_mtime, staging.name
+
+
+def _settle(staging: Path, folder: Path) -> None:
+    """Rename a complete set, unless another machine has made it meanwhile."""
+    if folder.is_dir() and not (folder / MANIFEST).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        staging.rename(folder)
+    except OSError:
+        if not (folder / MANIFEST).is_file():
+            raise
 
 
 def _run(asked: bytes) -> None:
@@ -293,20 +365,27 @@ def _run(asked: bytes) -> None:
             env=environment,
             start_new_session=True,
         )
+        assert process.stdin is not None
         try:
-            process.communicate(asked)
+            # The pipe stays open: its end tells the process that this one has ended (`_end_with_parent`).
+            with suppress(BrokenPipeError):
+                process.stdin.write(len(asked).to_bytes(LENGTH_BYTES) + asked)
+                process.stdin.flush()
+            process.wait()
         finally:
             # Whatever it has started is in its session.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
         answers.seek(0)
         errors.seek(0)
         answer, said = answers.read(), errors.read().decode(errors="replace")
     if process.returncode < 0:
         raise ResourceError(
             f"the process that prepares the data was ended by signal {-process.returncode}, as the system "
-            "does when memory is short; close other programs, or use less data (data.train)"
+            "does when memory is short; close other programs, or use less data (data.rows)"
         )
     if not answer:
         raise ResourceError(f"the process that prepares the data failed: {said}")
@@ -316,7 +395,9 @@ def _run(asked: bytes) -> None:
 
 def main() -> None:
     """Write the prepared set that the standard input asks for; the standard output tells how that went."""
-    config, tokenizer, folder = pickle.load(sys.stdin.buffer)  # noqa: S301  (from our own process)
+    length = int.from_bytes(sys.stdin.buffer.read(LENGTH_BYTES))
+    config, tokenizer, folder = pickle.loads(sys.stdin.buffer.read(length))  # noqa: S301  (from our own process)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # What libraries print must not be taken for the answer.
     answer, sys.stdout = sys.stdout.buffer, sys.stderr
     error: Exception | None = None
@@ -328,6 +409,14 @@ def main() -> None:
     except Exception:  # noqa: BLE001  (the waiting process may not be able to unpickle it)
         error = ResourceError(f"the data could not be prepared: {traceback.format_exc()}")
     answer.write(pickle.dumps(error))
+
+
+def _end_with_parent() -> None:
+    """End this process and those that encode for it when the process that waits for them has ended."""
+    # Not through `sys.stdin`, whose lock the processes that encode would inherit.
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
 
 
 def write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -42,6 +42,8 @@ __all__ = [
 
 
 PARTS = ("train", "val", "test")
+SHOWN = 8
+"""Most classes that a message names."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,7 @@ def _table(config: DataConfig, name: str) -> Table:
         return read_image_folder(name)
     if config.source == "hub":
         return read_hub(config.name, name, config.rows)
-    table = read_file(config.source, name)
-    return replace(table, rows=table.rows[: config.rows], lines=table.lines[: config.rows])
+    return read_file(config.source, name, config.rows)
 
 
 def _number_labels(parts: Mapping[str, list[Example]]) -> tuple[dict[str, list[Example]], tuple[str, ...]]:
@@ -158,9 +159,11 @@ def _number_labels(parts: Mapping[str, list[Example]]) -> tuple[dict[str, list[E
     for part, examples in parts.items():
         unknown = {example.label_name for example in examples} - names
         if unknown:
+            more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+            otherwise = "" if examples[0].image else ", or set data.format: text if they are no classes"
             raise DataError(
-                f"{part} has classes that train has not: {', '.join(sorted(unknown))}; correct their "
-                "spelling, or add examples of them to train"
+                f"{part} has classes that train has not: {', '.join(sorted(unknown)[:SHOWN])}{more}; correct "
+                f"their spelling, or add examples of them to train{otherwise}"
             )
     numbered = {
         part: [replace(example, label=index[example.label_name]) for example in examples]

@@ -27,6 +27,7 @@ __all__ = [
     "Encoded",
     "Style",
     "check_lengths",
+    "counted",
     "encode_all",
     "encode_numbered",
     "expected_answer",
@@ -236,6 +237,11 @@ class _Layout:
             return [Encoded(ids, (IGNORED,) * len(ids), example.label)]
         text = _start(self.tokenizer) + example.text
         ids = (*_ids(self.tokenizer, text), _end_id(self.tokenizer))
+        if len(ids) < 2:
+            raise DataError(
+                f"{name}: the tokenizer has no token for {quoted(example.text)}, so there is nothing to "
+                "learn; drop it"
+            )
         return [Encoded(ids, (IGNORED, *ids[1:]))]
 
     def _conversation(self, example: Example, name: str) -> list[Encoded]:
@@ -276,10 +282,15 @@ class _Layout:
         Raises:
             DataError: if the template can't render them, or leaves out or changes what should be learnt.
         """
+        where, ending = f"{name}, message {index + 1}", self.format.end.strip()
+        if ending and ending in example.messages[index].content:
+            raise DataError(
+                f"{where}: the answer has {quoted(ending)} in it, which ends a turn and is written behind "
+                "answers anyway; remove it"
+            )
         prompt = self.text(example.messages[:index], example, name, answer_next=True)
         whole = self.text(example.messages[: index + 1], example, name)
         reasoning = self._reasoning(example.messages[index])
-        where = f"{name}, message {index + 1}"
         answer = self._after(prompt, whole, reasoning, where)
         end = answer.rfind(self.format.end) if self.format.end else -1
         if end >= 0:
@@ -449,6 +460,16 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def counted(some: Iterable[int], all_indices: Iterable[int]) -> str:
+    """Return how many examples some texts are of, for messages: "2 of 9 examples".
+
+    Args:
+        some: index of the example of each of these texts.
+        all_indices: the same of all texts.
+    """
+    return f"{len({*some})} of {len({*all_indices})} examples"
+
+
 def check_lengths(
     lengths: Sequence[int], max_length: int, context: int | None, part: str, indices: Sequence[int]
 ) -> None:
@@ -469,7 +490,8 @@ def check_lengths(
     if not over:
         return
     longest, place = max(over)
-    count = f"{len(over)} of {len(lengths)} examples are too long; the longest, " if len(lengths) > 1 else ""
+    some = counted((indices[-place] for _, place in over), indices)
+    count = f"{some} are too long; the longest, " if len(lengths) > 1 else ""
     if context is not None and longest > context:
         remedy = f"above the model's context of {context}: take a model of a longer context, or"
     else:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayft.data.section import TooLong
-from rayft.data.template import IGNORED, Encoded
+from rayft.data.template import IGNORED, Encoded, counted
 from rayft.errors import DataError
 
 __all__ = ["Gathered", "Mapped", "Shape", "Texts", "first_learnt", "gather", "lengths_of", "notes"]
@@ -140,9 +140,19 @@ class Texts(Gathered[Encoded]):
     `drop` leaves out the texts that are too long. `cut` divides raw text into pieces; of a conversation it
     keeps the end, so that the learnt answers stay whole; of a text to classify the start and the last token,
     which may be special.
+
+    An example may be encoded as several texts, each with other answers of it. Messages count examples.
     """
 
-    def __init__(self, source: Sequence[Encoded], shape: Shape, limit: int, how: TooLong, part: str) -> None:
+    def __init__(
+        self,
+        source: Sequence[Encoded],
+        shape: Shape,
+        limit: int,
+        how: TooLong,
+        part: str,
+        remedy: str = "raise data.max_length",
+    ) -> None:
         """Choose what is left of each text.
 
         Args:
@@ -151,6 +161,7 @@ class Texts(Gathered[Encoded]):
             limit: most tokens of a text.
             how: what to do with longer ones; with `error` there must be none.
             part: name of the texts in messages.
+            remedy: what to do for a higher limit, in messages.
 
         Raises:
             DataError: if cutting would cut an answer.
@@ -160,13 +171,17 @@ class Texts(Gathered[Encoded]):
         rows, starts, lengths = np.arange(len(whole)), np.zeros_like(whole), whole
         self.note = ""
         """What was dropped or cut, as a sentence."""
-        which = f"of {len(whole)} examples with more than {limit} tokens"
-        if not len(over):
+        which = ""
+        if len(over):
+            which = f"{counted(shape.example[over], shape.example)} with more than {limit} tokens"
+        if not which:
             pass
         elif how == "drop":
             rows = np.flatnonzero(whole <= limit)
             starts, lengths = starts[rows], whole[rows]
-            self.note = f"{part}: dropped {len(over)} {which} (the longest has {whole.max()})"
+            left = np.isin(shape.example[over], shape.example[rows]).any()
+            what = f"dropped {'answers of ' if left else ''}{which}"
+            self.note = f"{part}: {what} (the longest has {whole.max()})"
         elif shape.raw:
             pieces = -(-whole // limit)
             rows = np.repeat(rows, pieces)
@@ -175,20 +190,32 @@ class Texts(Gathered[Encoded]):
             # Of a piece of one token nothing would be learnt.
             kept = (lengths > 1) | (starts == 0)
             rows, starts, lengths = rows[kept], starts[kept], lengths[kept]
-            self.note = f"{part}: divided {len(over)} {which} into pieces"
+            self.note = f"{part}: divided {which} into pieces"
         else:
-            answers = whole - shape.first
-            worst = over[answers[over].argmax()]
-            if answers[worst] >= limit:
-                raise DataError(
-                    f"{part} example {shape.example[worst] + 1}: its answers alone have {answers[worst]} "
-                    f"tokens, so they can't be kept whole in {limit}: raise data.max_length, or set "
-                    "data.too_long: drop"
-                )
+            needed = whole - shape.first
+            worst = over[needed[over].argmax()]
+            if needed[worst] >= limit:
+                problem = self._too_long(int(worst), shape, limit)
+                raise DataError(f"{part} {problem}: {remedy}, or set data.too_long: drop")
             lengths = np.minimum(whole, limit)
             starts = whole - lengths
-            self.note = f"{part}: cut {len(over)} {which} (the longest had {whole.max()})"
+            self.note = f"{part}: cut {which} (the longest had {whole.max()})"
         self._rows, self._starts, self.lengths = rows, starts, lengths
+
+    def _too_long(self, worst: int, shape: Shape, limit: int) -> str:
+        """Describe a text whose answers can't be kept whole, the longest of all such texts."""
+        (text,) = gather(self._source, [worst])
+        whole, answers = (
+            int(shape.lengths[worst] - shape.first[worst]),
+            len(text) - text.labels.count(IGNORED),
+        )
+        between = f", and {whole} with the turns between them" if whole > answers else ""
+        alike = shape.example[shape.lengths - shape.first >= limit]
+        return (
+            f"example {shape.example[worst] + 1}: its answers have {answers} tokens{between}, so they can't "
+            f"be kept whole in {limit} with a token before them (so it is for "
+            f"{counted(alike, shape.example)})"
+        )
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,11 +20,22 @@ from rayft.data.template import Style, encode_all, expected_answer, prompt_ids
 from rayft.errors import DataError
 from rayft.evaluate.compare import interval
 from rayft.evaluate.loss import class_logits
+from rayft.models.packed import Layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PerfectAnswer", "Scores", "generate", "perfect_answers", "score"]
+__all__ = [
+    "Packed",
+    "PerfectAnswer",
+    "Scores",
+    "answer",
+    "check_questions",
+    "generate",
+    "perfect_answers",
+    "score",
+    "score_answers",
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,15 @@ class Scores:
     """The first of these errors."""
     answers: tuple[str, ...] = ()
     """What the model answered; for a classifier, the numbers of the classes."""
+
+
+class Packed(NamedTuple):
+    """Prompts for the adapters of several slots (`rayft.models.packed`)."""
+
+    layout: Layout
+    """Read by the model's layers."""
+    slots: Sequence[int]
+    """The slot of each prompt."""
 
 
 class PerfectAnswer(NamedTuple):
@@ -86,17 +107,32 @@ def score(
     """
     if not examples:
         raise DataError("there are no examples to score")
-    start, failures, scorer.problem = time.perf_counter(), scorer.failures, ""
+    start = time.perf_counter()
     if examples[0].label is not None:
         classes = _classify(model, tokenizer, examples, batch_size, advance)
         values = [float(found == example.label) for found, example in zip(classes, examples, strict=True)]
-        answers = [*map(str, classes)]
-    else:
-        if isinstance(tokenizer, ImageEncoder):
-            raise DataError("an image classifier is scored on labelled images, and these have no class")
-        prompts = [prompt_ids(example, tokenizer, style, shots) for example in examples]
-        answers = _answers(model, tokenizer, prompts, max_new_tokens, batch_size, advance)
-        values = _scored(tokenizer, examples, answers, scorer)
+        return _scores(values, [*map(str, classes)], start)
+    if isinstance(tokenizer, ImageEncoder):
+        raise DataError("an image classifier is scored on labelled images, and these have no class")
+    prompts = [prompt_ids(example, tokenizer, style, shots) for example in examples]
+    answers = answer(model, tokenizer, prompts, max_new_tokens, batch_size, advance)
+    return score_answers(tokenizer, examples, answers, scorer, start)
+
+
+def score_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    answers: Sequence[str],
+    scorer: Scorer,
+    start: float,
+) -> Scores:
+    """Score answers to the questions of examples; `start` is when answering began, by `perf_counter`."""
+    failures, scorer.problem = scorer.failures, ""
+    scores = _scores(_scored(tokenizer, examples, answers, scorer), answers, start)
+    return replace(scores, failures=scorer.failures - failures, problem=scorer.problem)
+
+
+def _scores(values: Sequence[float], answers: Sequence[str], start: float) -> Scores:
     low, high = interval(values)
     return Scores(
         values=tuple(values),
@@ -105,25 +141,50 @@ def score(
         ci_low=low,
         ci_high=high,
         seconds=time.perf_counter() - start,
-        failures=scorer.failures - failures,
-        problem=scorer.problem,
+        failures=0,
         answers=tuple(answers),
     )
 
 
-def _answers(
+def check_questions(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    max_new_tokens: int,
+) -> None:
+    """Check before a model is loaded that it has room for questions and answers, as `score` does.
+
+    Args:
+        examples: conversations.
+        tokenizer: of the model.
+        context: most tokens that the model supports.
+        max_new_tokens: as in `score`.
+
+    Raises:
+        DataError: as `score`.
+    """
+    prompts = [prompt_ids(example, tokenizer) for example in examples]
+    _check_room(context, prompts, max_new_tokens + ChatFormat.of(tokenizer).overhead)
+
+
+def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     batch_size: int,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None] = lambda _: None,
+    packed: Packed | None = None,
 ) -> list[str]:
-    """Generate answers to prompts, and return what the model writes after its reasoning."""
+    """Generate answers to prompts, and return what the model writes after its reasoning.
+
+    The arguments are those of `generate`, but what a template makes the model write before its answer does
+    not count as tokens of the answer.
+    """
     chat_format = ChatFormat.of(tokenizer)
     # Tokens that a template makes a model write before its answer must not count as tokens of the answer.
     limit = max_new_tokens + chat_format.overhead
-    texts = generate(model, tokenizer, prompts, limit, batch_size, advance)
+    texts = generate(model, tokenizer, prompts, limit, batch_size, advance, packed)
     return [
         chat_format.parse(text, in_block=chat_format.in_block(prompt)).content
         for prompt, text in zip(prompts, texts, strict=True)
@@ -149,16 +210,18 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 32,
     advance: Callable[[int], None] = lambda _: None,
+    packed: Packed | None = None,
 ) -> list[str]:
     """Continue prompts greedily, each until a turn or sequence ends, or for `max_new_tokens` tokens.
 
     Prompts of similar length run together, padded on the left. A sequence leaves its batch when it is done.
-    After each batch, `advance` is called with its number of prompts.
+    After each batch, `advance` is called with its number of prompts. If the model has the adapters of several
+    slots, `packed` says which prompt belongs to which.
 
     Raises:
         DataError: if a prompt and its answer don't fit the model's context.
     """
-    _check_room(model, prompts, max_new_tokens)
+    _check_room(getattr(model.config, "max_position_embeddings", None), prompts, max_new_tokens)
     chat_format = ChatFormat.of(tokenizer)
     ends = _end_ids(model, chat_format)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -170,7 +233,15 @@ def generate(
             with warnings.catch_warnings():
                 # transformers 5.24 has a new name for the cache, which 5.17 does not know.
                 warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
-                found = _continue_batch(model, [prompts[index] for index in batch], max_new_tokens, ends)
+                if packed is not None:
+                    batch.sort(key=packed.slots.__getitem__)
+                found = _continue_batch(
+                    model,
+                    [prompts[index] for index in batch],
+                    max_new_tokens,
+                    ends,
+                    partial(_enter, packed, batch) if packed is not None else lambda *_: None,
+                )
             for index, tokens in zip(batch, found, strict=True):
                 answers[index] = tokens
             advance(len(batch))
@@ -213,7 +284,11 @@ def _by_length(sequences: Sequence[Sized], batch_size: int) -> Iterator[list[int
 
 
 def _continue_batch(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: frozenset[int]
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ends: frozenset[int],
+    enter: Callable[[Sequence[int], int], None],
 ) -> list[list[int]]:
     from transformers import DynamicCache
 
@@ -227,6 +302,7 @@ def _continue_batch(
     found: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     for _ in range(max_new_tokens):
+        enter(rows, ids.shape[1])
         logits = model(
             input_ids=ids,
             attention_mask=mask,
@@ -252,6 +328,10 @@ def _continue_batch(
     return found
 
 
+def _enter(packed: Packed, batch: Sequence[int], rows: Sequence[int], width: int) -> None:
+    packed.layout.enter([packed.slots[batch[row]] for row in rows], width)
+
+
 def _end_ids(model: PreTrainedModel, chat_format: ChatFormat) -> frozenset[int]:
     """Return the tokens that end an answer: the chat template's, the tokenizer's, the generation config's."""
     config = getattr(model, "generation_config", None)
@@ -260,8 +340,7 @@ def _end_ids(model: PreTrainedModel, chat_format: ChatFormat) -> frozenset[int]:
     return chat_format.end_ids | {token for token in ids if isinstance(token, int)}
 
 
-def _check_room(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
+def _check_room(context: int | None, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     lengths = list(map(len, prompts))
     if not lengths or min(lengths) == 0:
         raise DataError("there is no prompt, or an empty one; write something to answer")

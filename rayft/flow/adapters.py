@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -10,13 +9,14 @@ import httpx
 from rich.table import Table
 
 from rayft.errors import ResourceError
+from rayft.flow.http import checked, connect
 from rayft.report.text import human_bytes
 
-__all__ = ["Action", "adapters_table", "call", "checked", "key_headers", "reason"]
+__all__ = ["Action", "adapters_table", "call"]
 
 Action = Literal["list", "load", "unload", "promote", "rollback"]
-KEY = "RAYFT_KEY"
-"""Environment variable that holds the caller's key."""
+OPTION = "--server"
+"""How a user sets the server's URL."""
 SECONDS_TO_ANSWER = 10.0
 """How long a server may take to list its adapters. The list shows whether it is a server of rayft."""
 SECONDS_TO_CHANGE = 600.0
@@ -49,84 +49,29 @@ def call(
         raise ResourceError(f"the name is missing: rayft adapters {action} NAME")
     if action == "load" and source is None:
         raise ResourceError("the source is missing: rayft adapters load NAME SOURCE")
-    try:
-        server.encode()
-        client = httpx.Client(base_url=server.rstrip("/"), headers=key_headers(), timeout=SECONDS_TO_CHANGE)
-    except (httpx.InvalidURL, UnicodeError) as error:
-        raise ResourceError(f"--server {server} is not a URL ({error}); write http://host:port") from error
-    with client:
+    with connect(server, OPTION, SECONDS_TO_CHANGE) as client:
         found = _list(client)
         if action == "list":
             return found
         path = f"/v1/adapters/{quote(name or '', safe='')}"
         if action == "load":
             body = {"name": name, "source": source, "weight": weight, "pinned": pinned}
-            checked(client, "POST", "/v1/adapters", json=body)
+            checked(client, "POST", "/v1/adapters", option=OPTION, json=body)
         elif action == "unload":
-            checked(client, "DELETE", path)
+            checked(client, "DELETE", path, option=OPTION)
         else:
-            checked(client, "POST", f"{path}/{action}")
+            checked(client, "POST", f"{path}/{action}", option=OPTION)
         return _list(client)
 
 
-def key_headers() -> dict[str, str]:
-    """Return the HTTP header with the caller's key; empty if RAYFT_KEY is not set.
-
-    Raises:
-        ResourceError: if the key can't be part of a header.
-    """
-    key = os.environ.get(KEY)
-    if key is None:
-        return {}
-    if not key.isascii() or not key.isprintable():
-        raise ResourceError(f"the key in {KEY} has characters that an HTTP header can't hold; set it again")
-    return {"Authorization": f"Bearer {key}"}
-
-
 def _list(client: httpx.Client) -> list[dict[str, Any]]:
-    answer = checked(client, "GET", "/v1/adapters", timeout=SECONDS_TO_ANSWER)
+    answer = checked(client, "GET", "/v1/adapters", option=OPTION, timeout=SECONDS_TO_ANSWER)
     try:
         return list(answer.json()["data"])
     except (ValueError, KeyError, TypeError) as error:
         raise ResourceError(
             f"{client.base_url} is not a server of rayft; give the right URL with --server"
         ) from error
-
-
-def checked(
-    client: httpx.Client, verb: str, path: str, *, option: str = "--server", **options: Any
-) -> httpx.Response:
-    """Send a request, and return the answer.
-
-    Args:
-        client: sends it.
-        verb: `GET`, `POST` or `DELETE`.
-        path: path on the server.
-        option: how a user sets the server's URL, for the message.
-        options: as those of `httpx.Client.request`.
-
-    Raises:
-        ResourceError: if the server can't be reached or refuses, with its reason.
-    """
-    try:
-        answer = client.request(verb, path, **options)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ResourceError(
-            f"{client.base_url} can't be reached ({type(error).__name__}: {error}); give the right URL "
-            f"with {option}"
-        ) from error
-    if answer.is_success:
-        return answer
-    hint = f"; put a key of this server into {KEY}" if answer.status_code == 401 else ""
-    raise ResourceError(f"the server refuses ({answer.status_code}): {reason(answer)}{hint}")
-
-
-def reason(answer: httpx.Response) -> str:
-    """Return the reason that a server gives for a refusal."""
-    try:
-        return str(answer.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return answer.text[:200]
 
 
 def adapters_table(found: list[dict[str, Any]]) -> Table:

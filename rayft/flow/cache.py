@@ -1,7 +1,7 @@
 """`rayft cache`: list what rayft keeps on this machine, bound its size, and delete it.
 
     <cache>/data/<key>/           prepared data; the process that prepares it holds the lock <key>.lock
-    <cache>/data/.<key>.<pid>/    the same, unfinished
+    <cache>/data/.<key>.<…>/      the same, unfinished
     <cache>/models/<name>/        a converted model; the processes that use it hold a lock of the folder
     <cache>/models/.<name>-<…>/   the same, unfinished
     <cache>/hashes/<hash>.json    the hash of a large file
@@ -33,7 +33,7 @@ from secrets import token_hex
 from rayft.config import nearest
 from rayft.data.prepared import MANIFEST
 from rayft.errors import ConfigError, ResourceError
-from rayft.files import locked
+from rayft.files import ABANDONED_SECONDS, locked, machine
 from rayft.models.files import unused
 from rayft.models.load import REGISTERED, SIZES_FILE
 from rayft.paths import reason
@@ -47,7 +47,7 @@ BOUNDED = ("data", "models")
 UNFINISHED_SECONDS = 86400.0
 """Time without a change after which an unfinished model counts as abandoned; no lock tells."""
 
-_SET = re.compile(r"(?P<key>[0-9a-f]{24})|\.(?P<unfinished>[0-9a-f]{24})\..+")
+_SET = re.compile(r"(?P<key>[0-9a-f]{24})|\.(?P<unfinished>[0-9a-f]{24})\.(?P<maker>.+)")
 _UNFINISHED_MODEL = re.compile(r"\.(.+)-[a-z0-9_]{8}")
 _HASH = re.compile(r"[0-9a-f]{24}\.json")
 _KERNEL = re.compile(r"[A-Z2-7]{52}")
@@ -177,6 +177,8 @@ def _sets(paths: Sequence[Path]) -> Iterator[Entry]:
             key = found["key"] or found["unfinished"]
             manifest = path / MANIFEST if found["key"] else None
             whole = manifest is not None and manifest.is_file()
+            # The locks of another machine may not be seen here, but its signs of life are.
+            elsewhere = bool(found["maker"]) and not found["maker"].startswith(machine())
             yield from _entry(
                 "data",
                 _set_name(path) or key,
@@ -184,6 +186,7 @@ def _sets(paths: Sequence[Path]) -> Iterator[Entry]:
                 recorded=manifest if whole else None,
                 whole=whole,
                 locks=(path.with_name(f"{key}.lock"),),
+                rest=ABANDONED_SECONDS if elsewhere else 0.0,
             )
 
 

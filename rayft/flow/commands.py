@@ -28,6 +28,7 @@ from rayft.flow.doctor import checks
 from rayft.flow.guard import guarded
 from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
+from rayft.flow.origin import mlflow_uri, sweep_tracker
 from rayft.kernels.launch_triton import kernel_cache
 from rayft.models.files import cache_folder
 from rayft.paths import check_file, check_folder, checked_text, read_path
@@ -40,7 +41,6 @@ from rayft.report.render import check_report, render
 from rayft.report.terminal import terminal_table
 from rayft.report.text import ago_text, human_bytes, human_count, score_text
 from rayft.squeeze.budget import parse_bytes
-from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.tracking.mlflow import flush_spool, prepare
 
 __all__ = [
@@ -249,63 +249,21 @@ def analyze(
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
-def export(
-    adapter: str,
-    console: Console,
-    *,
-    merged: str | None = None,
-    vllm: str | None = None,
-    gguf: str | None = None,
-    card: str | None = None,
-    base: str | None = None,
-    base_name: str | None = None,
-    sweep_folder: str | None = None,
-    uri: str | None = None,
-    overwrite: bool = False,
-) -> None:
+def export(adapter: str, console: Console, **options: Any) -> None:
     """Export an adapter, and print what was written.
 
     Args:
         adapter: folder of an adapter, or a reference to a registered one.
         console: for the output.
-        merged: folder for the merged model.
-        vllm: folder for the adapter as vLLM loads it.
-        gguf: file for llama.cpp.
-        card: file or folder of the model card.
-        base: name of the base to read.
-        base_name: name of the base to write.
-        sweep_folder: folder of the sweep that made the adapter, and registered it.
-        uri: URI of MLflow, used without a `sweep_folder`.
-        overwrite: whether results of an earlier export are replaced.
+        options: as `rayft.flow.export.run.export_adapter`.
 
     Raises:
         RayftError: as `export_adapter`. What was there stays.
     """
     from rayft.flow.export.run import export_adapter
 
-    for text, option in ((uri, "--uri"), (base, "--base"), (base_name, "--base-name")):
-        if text is not None:
-            checked_text(text, option)
-    folder = _optional(sweep_folder, "--sweep")
-    if adapter.startswith("models:/"):
-        source: str | Path = adapter
-        where = _tracking(folder) if folder else tracker_spec(TrackingConfig(uri=uri), Path.cwd())
-        registry: str | None = where.uri
-    else:
-        source, registry = read_path(adapter, "the adapter's folder"), None
     with console.status("exporting"):
-        found = export_adapter(
-            source,
-            merged=_optional(merged, "--merged"),
-            vllm=_optional(vllm, "--vllm"),
-            gguf=_optional(gguf, "--gguf"),
-            card=_optional(card, "--card"),
-            base=base,
-            base_name=base_name,
-            sweep=folder,
-            registry=registry,
-            overwrite=overwrite,
-        )
+        found = export_adapter(adapter, **options)
     places = found.places
     for place in (places.merged, places.vllm, places.gguf, places.card_file):
         if place is not None:
@@ -327,12 +285,12 @@ def evaluate(
     """Score one target, or compare two, and print the scores.
 
     Args:
-        targets: folders of adapters or models, names of models, or `models:/name@alias`.
+        targets: as `rayft.flow.target.find_target`; with `url`, names that the server serves.
         console: for the output.
         config: a configuration that names base and data: a file, or the name of a packaged one.
         include: folder with further tasks.
         out: JSON file for the result.
-        show: how many questions to print with their answers.
+        show: how many questions to print with their answers; of each task, if there are tasks.
         options: as the other fields of `rayft.flow.evaluate.request.EvaluateRequest`.
 
     Raises:
@@ -342,9 +300,6 @@ def evaluate(
     from rayft.flow.evaluate.run import evaluate as evaluate_targets
     from rayft.flow.evaluate.show import show_answers, show_scores
 
-    for name in ("base", "uri"):
-        if options.get(name) is not None:
-            checked_text(options[name], f"--{name}")
     request = EvaluateRequest(
         targets=tuple(targets),
         config=config,
@@ -353,6 +308,8 @@ def evaluate(
         **options,
     )
     found = evaluate_targets(request, Display(console).say)
+    if show and not any(target.answers for target in found.targets):
+        console.print("nothing to show: texts were only read, and no question was asked", style="yellow")
     show_answers(found, show, console)
     show_scores(found, console)
     if out is not None:
@@ -378,7 +335,7 @@ def report(sweep_folder: str, output: str | None, console: Console, *, overwrite
     check_file(path, "--output")
     check_report(record, path, overwrite=overwrite)
     render(record, path, SweepAnalysis.find(folder))
-    spec = _tracking(folder)
+    spec = sweep_tracker(folder)
     if spec.spool.is_dir():
         spec = prepare(spec)
         drained = flush_spool(spec)
@@ -412,7 +369,7 @@ def promote(
         version: its version.
         alias: the alias to move.
         sweep_folder: folder of the sweep whose tracking database has the model.
-        uri: MLflow's URI, used without a `sweep_folder`.
+        uri: MLflow; that of the sweep if not given, else MLFLOW_TRACKING_URI.
         tolerance: how far below the score of the alias's present version the score may be.
         force: whether to move the alias even if the gate refuses.
         console: for the output.
@@ -425,11 +382,8 @@ def promote(
         checked_text(uri, "--uri")
     if folder is not None and not folder.is_dir():
         raise RegistryError(f"no sweep folder {folder}; give the one that `rayft sweep` wrote")
-    if folder is not None:
-        where = _tracking(folder).uri
-    else:
-        where = tracker_spec(TrackingConfig(uri=uri), Path.cwd()).uri
-    done = move_alias(MlflowRegistry(where), name, version, alias, Gate(tolerance=tolerance), force=force)
+    registry = MlflowRegistry(mlflow_uri(uri, folder))
+    done = move_alias(registry, name, version, alias, Gate(tolerance=tolerance), force=force)
     before = f" (was version {done.previous})" if done.previous else ""
     forced = ", forced past the gate" if done.forced else ""
     console.print(f"models:/{name}@{alias} is version {version}{before}{forced}", highlight=False)
@@ -493,11 +447,14 @@ def data(config: str | Path, overrides: Sequence[str], rows: int, console: Conso
     from rayft.flow.data import look
 
     found = look(load_train_config(config, overrides), rows)
-    table = Table("part", "examples", "tokens", "learnt", "median", "95 %", "longest")
+    table = Table("part", "examples", "texts", "tokens", "learnt", "median", "95 %", "longest")
     for column in table.columns[1:]:
         column.justify = "right"
     for part in found.parts:
-        numbers = (part.examples, part.tokens, f"{part.learnt:.0%}", part.median, part.most, part.longest)
+        numbers = (
+            *(part.examples, part.texts, part.tokens),
+            *(f"{part.learnt:.0%}", part.median, part.most, part.longest),
+        )
         table.add_row(part.name, *(f"{one:,}" if isinstance(one, int) else one for one in numbers))
     console.print(table)
     console.print(
@@ -523,6 +480,7 @@ def chat(
     *,
     url: str | None = None,
     base: str | None = None,
+    uri: str | None = None,
     system: str | None = None,
     temperature: float = 0.7,
     max_tokens: int = 512,
@@ -530,11 +488,12 @@ def chat(
     """Hold a conversation with a model, or with two side by side.
 
     Args:
-        name: a base or an adapter's folder, or with `url` a name on that server.
+        name: a base, an adapter or `models:/name@alias`, or with `url` a name on that server.
         other: the same of another model; None for one model alone.
         console: for the output.
         url: a running server; None to load the models into this process.
-        base: the base of adapters that name none.
+        base: the base of adapters that name none, or instead of the one that they name.
+        uri: MLflow, for `models:/…`.
         system: system prompt.
         temperature: temperature of sampling.
         max_tokens: most tokens of an answer.
@@ -542,22 +501,21 @@ def chat(
     Raises:
         RayftError: if a model can't be loaded, or the server not be reached.
     """
-    from rayft.flow.chat.models import Options, open_local, open_served
+    from rayft.flow.chat.models import Options, open_models
     from rayft.flow.chat.talk import talk
 
-    names = [checked_text(each, "the model") for each in (name, other) if each is not None]
-    if url is not None and base is not None:
-        raise ConfigError("--base is for models in this process; a server has its own base: leave it out")
-    opened = open_local(names, base) if url is None else nullcontext(open_served(url, names))
-    with opened as models:
-        talk(models, console, Options(temperature, max_tokens), system)
+    options = Options(temperature, max_tokens)
+    names = [each for each in (name, other) if each is not None]
+    with open_models(names, url=url, base=base, uri=uri) as models:
+        talk(models, console, options, system)
 
 
 def init(data: str | None, out: str, model: str | None, console: Console, *, overwrite: bool = False) -> None:
-    """Write a configuration for a data file, and print it.
+    """Write a configuration for data, and print it.
 
     Args:
-        data: the file; None for the only data file in the working directory.
+        data: a file, a folder of images or the name of a hub set; None for the only data file in the working
+            directory.
         out: the file to write.
         model: the base; None for one that is on this machine.
         console: for the output.
@@ -570,7 +528,7 @@ def init(data: str | None, out: str, model: str | None, console: Console, *, ove
 
     if model is not None:
         checked_text(model, "--model")
-    source = find_data(Path.cwd()) if data is None else read_path(data, "the data")
+    source = find_data(Path.cwd()) if data is None else data
     path = read_path(out, "--out")
     console.print(write_configuration(source, path, model, overwrite=overwrite), soft_wrap=True)
     console.print(f"wrote {path}; next: rayft data {shlex.quote(str(path))}", soft_wrap=True)
@@ -590,11 +548,9 @@ def config(name: str | Path, overrides: Sequence[str], console: Console) -> None
     from rayft.flow.settings import DEFAULT, settings
 
     found = settings(name, overrides)
-    width = min(56, max(len(line.text) for line in found))
-    for line in found:
+    for line, text in zip(found.lines, found.commented(), strict=True):
         style = "bold" if not line.source else "dim" if line.source == DEFAULT else ""
-        comment = f"{line.text:<{width}}  # {line.source}" if line.source else line.text
-        console.print(comment, style=style or None, soft_wrap=True)
+        console.print(text, style=style or None, soft_wrap=True)
 
 
 def schema(console: Console) -> None:
@@ -730,13 +686,6 @@ def _ago(moment: float) -> str:
 
 def _optional(path: str | None, setting: str) -> Path | None:
     return None if path is None else read_path(path, setting)
-
-
-def _tracking(folder: Path) -> TrackerSpec:
-    """Return where a sweep tracks, according to the configuration in its folder."""
-    stamp = folder / "config.yaml"
-    config = load_config(stamp).tracking if stamp.is_file() else TrackingConfig()
-    return tracker_spec(config, folder)
 
 
 def _show(record: SweepRecord, console: Console) -> None:

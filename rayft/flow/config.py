@@ -17,7 +17,7 @@ from rayft.paths import PathText, read_path, runs_folder
 from rayft.registry.promote import Gate
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.squeeze.section import SqueezeConfig
-from rayft.sweep.space import SweepConfig
+from rayft.sweep.space import MethodSpace, SweepConfig
 from rayft.tracking.base import TrackingConfig
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 
@@ -102,6 +102,11 @@ class TrainConfig(Section):
         """Absolute path of the folder for all results."""
         place = runs_folder() / self.name if self.output is None else read_path(self.output, "output")
         return place.absolute()
+
+    @property
+    def execution(self) -> SweepConfig:
+        """The settings of how jobs run in lanes: `sweep`, or its defaults, whose methods mean nothing."""
+        return self.sweep or SweepConfig(methods={"lora": MethodSpace()})
 
     def run(self, gpus: bool | None = None) -> RunConfig:
         """Return the run configuration that all trials share.

@@ -23,7 +23,7 @@ from rayft.train.session import check_task
 __all__ = ["DataView", "PartView", "Run", "look"]
 
 READ = 2000
-"""Examples of which the share of learnt tokens is computed."""
+"""Texts of which the share of learnt tokens is computed."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,16 @@ class PartView:
 
     name: str
     examples: int
-    """Number of texts that are left, or of images."""
+    """Number of examples, before any is dropped for its length."""
+    texts: int
+    """Number of texts that are left of them, or of images: an example may be encoded as several texts."""
     tokens: int
     """Tokens of all of them."""
     learnt: float
-    """Share of the tokens that are learnt, in the first `READ` examples."""
+    """Share of the tokens that are learnt, in the first `READ` texts."""
     median: int
     most: int
-    """95 % of the examples are no longer."""
+    """95 % of the texts are no longer."""
     longest: int
 
 
@@ -91,7 +93,9 @@ def look(config: TrainConfig, rows: int) -> DataView:
     epoch, step = stream.epoch(0), run.optim.rows_per_step
     shown = [] if prepared.parts.has_images else epoch[:rows]
     return DataView(
-        parts=tuple(_part(name, texts) for name, texts in encoded.items()),
+        parts=tuple(
+            _part(name, len(getattr(prepared.parts, name)), texts) for name, texts in encoded.items()
+        ),
         rows=len(epoch),
         steps=len(epoch) / step,
         padding=_padding(epoch.tokens.tolist(), step),
@@ -104,7 +108,7 @@ def look(config: TrainConfig, rows: int) -> DataView:
     )
 
 
-def _part(name: str, texts: Sequence[AnyEncoded]) -> PartView:
+def _part(name: str, examples: int, texts: Sequence[AnyEncoded]) -> PartView:
     lengths = lengths_of(texts)
     read = [text for text in texts[:READ] if isinstance(text, Encoded)]
     learnt = sum(label != IGNORED for text in read for label in text.labels)
@@ -113,7 +117,8 @@ def _part(name: str, texts: Sequence[AnyEncoded]) -> PartView:
     )
     return PartView(
         name=name,
-        examples=len(texts),
+        examples=examples,
+        texts=len(texts),
         tokens=int(lengths.sum()),
         learnt=learnt / max(1, sum(map(len, read))),
         median=int(median),

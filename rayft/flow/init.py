@@ -1,4 +1,4 @@
-"""`rayft init`: look at a data file, and write a configuration that can be run and changed."""
+"""`rayft init`: look at a file, a folder of images or a hub set, and write a configuration that runs."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
-from rayft.config import parse, read_yaml
-from rayft.data.files import READERS, Table, read_file
-from rayft.data.formats import FORMATS
+from rayft.config import parse, read_yaml, yaml_line
+from rayft.data.files import READERS, FileSource, Table, hub_splits, read_file, read_hub
+from rayft.data.folder import PARTS, part_folders, read_image_folder
+from rayft.data.formats import CONTEXT, FORMATS
 from rayft.data.loader import RowStream
 from rayft.data.pack import AnyEncoded
 from rayft.data.prepared import Prepared, prepare
-from rayft.data.section import Columns, DataConfig, TooLong
+from rayft.data.section import Columns, DataConfig, PartFiles, TooLong
 from rayft.data.texts import lengths_of
 from rayft.errors import ConfigError, DataError, ModelError
 from rayft.evaluate.tasks import perfect_answers
 from rayft.files import write_file
 from rayft.flow.config import PipelineConfig
 from rayft.models.files import cache_folder
+from rayft.models.here import hub_models
 from rayft.models.load import ModelConfig, Task, context_length, load_encoder, load_skeleton
 from rayft.models.targets import linear_shapes
-from rayft.paths import check_file
+from rayft.paths import check_file, read_path
 from rayft.sweep.space import points
 
 __all__ = ["find_data", "write_configuration"]
@@ -44,10 +45,9 @@ OTHER_NAMES: dict[str, tuple[Mapping[str, str], ...]] = {
         {"prompt": "query", "completion": "response"},
     ),
     "classification": ({"text": "sentence"}, {"label": "class"}, {"label": "category"}),
+    "image_classification": ({"image": "img"}, {"label": "class"}, {"image": "img", "label": "class"}),
 }
 """Format → names that its columns often have: field → column. The others have the names of their fields."""
-CONTEXT_COLUMNS = ("instruction", "input", "context", "system")
-"""Columns that often belong to the question: a format that would leave one of them out is not chosen."""
 EPOCHS = 3
 """How often the training part is read, as far as `MOST_STEPS` allows."""
 MOST_STEPS = {"cpu": 60, "cuda": 600}
@@ -62,13 +62,40 @@ UNLIMITED = 10**9
 """Tokens that no example has."""
 LONGEST_ANSWER = 256
 """Most tokens of an answer when it is scored; generating them takes time."""
-ANSWERS = 200
-"""How many answers of each part are measured."""
+EXAMINED = 200
+"""How many answers or images of each part, or first rows of a hub set, are looked at."""
+HUB_ROWS = 20_000
+"""Rows of each split of a hub set that are used; what is over them is not downloaded."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+"""A name of a hub set: `org/set` or `org/set:config`."""
+SHOWN = 3
+"""How many other bases a comment names."""
+TASKS: dict[str, Task] = {
+    "classification": "sequence_classification",
+    "image_classification": "image_classification",
+}
+"""Format → task of the base; the others are of language models."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of the data before a model reads it."""
+
+    config: DataConfig
+    """Its section, without lengths."""
+    form: str
+    """A key of `FORMATS`."""
+    name: str
+    """Name of the file, the folder or the hub set."""
+    what: str
+    """What it holds, in words."""
+    more: str = ""
+    """Why `rows` of it are used; empty if all are."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file is read."""
+    """How a table is read."""
 
     form: str
     """A key of `FORMATS`."""
@@ -87,22 +114,28 @@ def find_data(folder: Path) -> Path:
     if len(found) == 1:
         return Path(found[0].name)
     there = f"has several data files ({', '.join(path.name for path in found[:8])})" if found else "has none"
-    raise ConfigError(f"the working directory {there}: name the data, as in `rayft init questions.jsonl`")
+    raise ConfigError(
+        f"the working directory {there}: name the data, as in `rayft init questions.jsonl`; a folder of "
+        "images or the name of a hub set will do too"
+    )
 
 
-def write_configuration(data: Path, out: Path, model: str | None = None, *, overwrite: bool = False) -> str:
-    """Write a configuration for a data file, and return it.
+def write_configuration(
+    data: str | Path, out: Path, model: str | None = None, *, overwrite: bool = False
+) -> str:
+    """Write a configuration for data, and return it.
 
     Args:
-        data: the file, JSON lines, CSV or Parquet.
+        data: a file (JSON lines, CSV or Parquet), a folder of images, or the name of a hub set, `org/set` or
+            `org/set:config`.
         out: the file to write.
         model: the base; by default one that is on this machine.
         overwrite: whether a file at `out` is replaced.
 
     Raises:
         ConfigError: if there is a file at `out`, or no base.
-        DataError: if the file can't be read, or has other columns than can be trained on; the message names
-            both.
+        DataError: if the data can't be read or looked up, or has other columns than can be trained on; the
+            message names both.
         ModelError: if the base can't be found.
     """
     check_file(out, "--out")
@@ -113,55 +146,158 @@ def write_configuration(data: Path, out: Path, model: str | None = None, *, over
     return text
 
 
-def configuration(data: Path, out: Path, model: str | None) -> str:
+def configuration(data: str | Path, out: Path, model: str | None) -> str:
     """Return the text of a configuration; arguments and errors are those of `write_configuration`."""
-    source = next((name for name, (ends, _) in READERS.items() if data.suffix.lower() in ends), None)
-    if source is None:
-        ends = ", ".join(end for found, _ in READERS.values() for end in found)
-        raise DataError(
-            f"{data} is not called {ends}; give such a file, or write the configuration by hand for images "
-            "and hub sets (docs/data-and-models.md)"
-        )
-    table = read_file(source, str(data))
-    layout = find_layout(table)
-    task: Task = "sequence_classification" if layout.form == "classification" else "causal_lm"
-    base = _base(model, task)
+    found = look_at(data)
+    base, remark = _base(model, TASKS.get(found.form, "causal_lm"))
     skeleton = load_skeleton(base)
     encoder = load_encoder(base, skeleton.config)
     context = context_length(base, skeleton.config, encoder)
-    config = DataConfig(
-        source=source,
-        name=str(data),
-        format=layout.form,  # type: ignore[arg-type]
-        columns=Columns(**layout.columns),
-        # Its lengths are not known yet.
-        max_length=UNLIMITED,
-    )
+    # Its lengths are not known yet.
+    config = found.config.model_copy(update={"max_length": UNLIMITED})
     prepared = prepare(config, encoder, cache_folder())
     smallest = min(min(shape) for shape in linear_shapes(skeleton).values())
-    text = _Text(
-        table, data, out, layout, base, config, prepared, context, min(RANK, smallest), encoder
-    ).text()
+    text = _Text(found, out, base, remark, config, prepared, context, min(RANK, smallest), encoder).text()
     # What is written can be run.
     written = parse(PipelineConfig, read_yaml(text, str(out)))
     points(written.sweep, written.run())
     return text
 
 
-def find_layout(table: Table) -> Layout:
+def look_at(data: str | Path) -> Found:
+    """Return what is known of data without a model.
+
+    Raises:
+        DataError: as `write_configuration`.
+    """
+    path = read_path(data, "the data")
+    if path.is_dir():
+        return _images(path)
+    source = next((name for name, (ends, _) in READERS.items() if path.suffix.lower() in ends), None)
+    if source is not None:
+        return _file(source, path)
+    if not path.exists() and HUB_NAME.fullmatch(str(data)):
+        return _hub(str(data))
+    ends = ", ".join(end for found, _ in READERS.values() for end in found)
+    raise DataError(
+        f"{data} is not called {ends}, is no folder of images, and no name of a hub set (org/set): give one "
+        "of these"
+    )
+
+
+def _file(source: FileSource, path: Path) -> Found:
+    table = read_file(source, str(path))
+    layout = find_layout(table, images=source == "parquet")
+    config = DataConfig(source=source, name=str(path), format=layout.form, columns=Columns(**layout.columns))  # type: ignore[arg-type]
+    return Found(config, layout.form, path.name, _rows(len(table.rows), layout.form))
+
+
+def _images(folder: Path) -> Found:
+    """Look at a folder of images."""
+    name = folder.resolve().name
+    try:
+        tables = [read_image_folder(place) for place in part_folders(str(folder)).values()]
+    except DataError as error:
+        ends = tuple(end for found, _ in READERS.values() for end in found)
+        files = sorted(path for path in folder.iterdir() if path.name.endswith(ends))
+        if files:
+            raise DataError(f"{error}. Or name a file in it, as in `rayft init {files[0]}`") from error
+        raise
+    classes = {row["label"] for table in tables for row in table.rows}
+    count = sum(len(table.rows) for table in tables)
+    what = f"{count:,} images of {len(classes)} classes"
+    return Found(DataConfig(source="image_folder", name=str(folder)), "image_classification", name, what)
+
+
+def _hub(name: str) -> Found:
+    """Look up a hub set: its splits, and the columns of its first rows."""
+    try:
+        splits = hub_splits(name)
+        files = _parts(name, splits)
+        table = read_hub(name, files["train"], EXAMINED)
+        layout = find_layout(table, images=True)
+        # The test part of a benchmark may have no answers.
+        files = {part: split for part, split in files.items() if _usable(name, split, layout)}
+    except DataError as error:
+        raise DataError(
+            f"there is no file or folder {name} here, and as a hub set it can't be used: {error}"
+        ) from error
+    if "train" not in files:
+        raise DataError(f"{name}: the rows of its train split have no {' and '.join(FORMATS[layout.form])}")
+    rows = splits[files["train"]]
+    more = ""
+    if rows is None or rows > HUB_ROWS:
+        of = "" if rows is None else f" of {rows:,}"
+        more = f"the first{of}; without this line, all are downloaded"
+    config = DataConfig(
+        source="hub",
+        name=name,
+        files=None if files == {"train": "train"} else PartFiles(**files),
+        format=layout.form,  # type: ignore[arg-type]
+        columns=Columns(**layout.columns),
+        rows=HUB_ROWS if more else None,
+    )
+    what = _rows(rows, layout.form)
+    return Found(config, layout.form, name, what, more)
+
+
+def _parts(name: str, splits: Mapping[str, int | None]) -> dict[str, str]:
+    """Return the split of each part that has one, by its name.
+
+    Raises:
+        DataError: if none can be that of training.
+    """
+    found = {
+        part: split
+        for part, aliases in PARTS.items()
+        if (split := next((alias for alias in aliases if alias in splits), None)) is not None
+    }
+    if len(splits) == 1:
+        return {"train": next(iter(splits))}
+    if "train" not in found:
+        raise DataError(
+            f"it has the splits {', '.join(splits)}, and none is called train: write the configuration by "
+            f"hand, with data: {{source: hub, name: {name}, files: {{train: {next(iter(splits))}}}}}"
+        )
+    return found
+
+
+def _usable(name: str, split: str, layout: Layout) -> bool:
+    """Return whether the first row of a split has what its format needs, and a label that is known."""
+    table = read_hub(name, split, 1)
+    needed = {layout.columns.get(field, field): field for field in FORMATS[layout.form]}
+    if not table.rows or not {*needed} <= {*table.columns}:
+        return False
+    row = table.rows[0]
+    return all(row[column] not in (None, "") for column in needed) and not any(
+        field == "label" and isinstance(row[column], int) and row[column] < 0
+        for column, field in needed.items()
+    )
+
+
+def _rows(count: int | None, form: str) -> str:
+    number = "rows" if count is None else f"{count:,} rows"
+    return f"{number} of {' and '.join(FORMATS[form])}"
+
+
+def find_layout(table: Table, *, images: bool = False) -> Layout:
     """Return how a table is read, which is found by its columns.
+
+    Args:
+        table: the rows.
+        images: whether a column can hold images.
 
     Raises:
         DataError: if the columns are those of no format, with those that it has and those that are needed.
     """
     for form, needed in FORMATS.items():
-        if form == "image_classification":
+        if form == "image_classification" and not images:
             continue
         for names in ({}, *OTHER_NAMES.get(form, ())):
             columns = {field: names.get(field, field) for field in needed}
             if {*columns.values()} <= {*table.columns} and not _left_out(table, form, columns.values()):
                 return Layout(form, {field: name for field, name in columns.items() if name != field})
-    needs = "; ".join(" and ".join(needed) for form, needed in FORMATS.items() if "image" not in needed)
+    needs = "; ".join(" and ".join(needed) for needed in FORMATS.values() if images or "image" not in needed)
     raise DataError(
         f"{table.name} has the columns {', '.join(table.columns)}, and what is needed is one of: {needs}. "
         "Rename the columns, join those that belong together, or name them in data.columns of a "
@@ -171,32 +307,54 @@ def find_layout(table: Table) -> Layout:
 
 def _left_out(table: Table, form: str, used: Any) -> bool:
     """Return whether a format of questions would leave out a column that belongs to the question."""
-    others = {*CONTEXT_COLUMNS} & {*table.columns} - {*used}
+    others = {*CONTEXT, "system"} & {*table.columns} - {*used}
     return form == "prompt_completion" and any(row.get(name) for row in table.rows for name in others)
 
 
-def _base(model: str | None, task: Task) -> ModelConfig:
+def _base(model: str | None, task: Task) -> tuple[ModelConfig, str]:
+    """Return the base, and a comment on it.
+
+    Without a name it is SmolLM2 for texts, which needs no hub, or else the hub's model on this machine that
+    was used last.
+
+    Raises:
+        ConfigError: if there is none for texts.
+    """
     if model is not None:
-        return ModelConfig(name=model, task=task)
+        return ModelConfig(name=model, task=task), ""
+    here = hub_models(task)
+    if task == "image_classification":
+        name = here[0] if here else "tiny-vit"
+        remark = _others(here[1:])
+        if not here:
+            remark = "random weights, for a try: put a base here, such as google/vit-base-patch16-224"
+        return ModelConfig(name=name, task=task), remark
     base = ModelConfig(task=task)
     try:
         load_skeleton(base)
     except ModelError as error:
+        if here:
+            return ModelConfig(name=here[0], task=task), _others(here[1:])
         raise ConfigError(
             f"no base is on this machine: {error}. Or name a base of your own with --model"
         ) from error
-    return base
+    return base, _others(here)
+
+
+def _others(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    return "or a hub id, a folder, a .gguf file" + (f"; on this machine: {shown}" if names else "")
 
 
 @dataclass(frozen=True)
 class _Text:
     """Writes a configuration."""
 
-    table: Table
-    data: Path
+    found: Found
     out: Path
-    layout: Layout
     base: ModelConfig
+    remark: str
+    """Comment on the base; empty if the user named it."""
     config: DataConfig
     prepared: Prepared
     context: int
@@ -206,24 +364,18 @@ class _Text:
     def text(self) -> str:
         """Return the configuration, with comments."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        texts = [self.prepared.encoded(part, None) for part in ("train", "val")]
-        lengths = np.concatenate([lengths_of(each) for each in texts])
-        longest, most = int(lengths.max()), min(self.context, LONGEST_ROW[device])
-        row = min(most, max(SHORTEST_ROW, -(-longest // 64) * 64))
-        too_long = self._too_long(row) if longest > row else "error"
         step = ROWS_PER_STEP[device] * (CLASSIFIED if self.prepared.parts.labels else 1)
-        train = self._encoded("train", row, too_long)
-        rows = len(RowStream(train, row, step, 0, packing=True).epoch(0))
+        lengths, rows = self._pictures() if self.prepared.parts.has_images else self._texts(device, step)
         steps = max(1, min(MOST_STEPS[device], -(-EPOCHS * rows // step)))
-        name = re.sub(r"[^\w.-]", "-", self.data.stem, flags=re.ASCII) or "mine"
+        name = self._name()
         lines = [
             *self._head(),
-            f"name: {_yaml(name)}",
-            f"output: {_yaml(f'runs/{name}')}",
+            f"name: {yaml_line(name)}",
+            f"output: {yaml_line(f'runs/{name}')}",
             "",
             *self._model(),
             "",
-            *self._data(row, longest, too_long),
+            *self._data(lengths),
             "",
             "optim:",
             f"  steps: {steps}  # {steps * step / rows:.2g} times the {rows} rows of the training part",
@@ -244,6 +396,31 @@ class _Text:
         ]
         return "\n".join(lines) + "\n"
 
+    def _name(self) -> str:
+        """Return the name of the run: that of the data, without its suffix or organisation."""
+        path = Path(self.found.name)
+        own = path.name if self.config.source in ("image_folder", "hub") else path.stem
+        return re.sub(r"[^\w.-]", "-", own, flags=re.ASCII) or "mine"
+
+    def _pictures(self) -> tuple[list[str], int]:
+        """Return the lines about lengths, of which images have none, and the rows of the training part."""
+        for part in ("train", "val", "test"):
+            self.prepared.encoded(part, None, EXAMINED)
+        return [], len(self.prepared.parts.train)
+
+    def _texts(self, device: str, step: int) -> tuple[list[str], int]:
+        """Return the lines about lengths, and the number of rows of the training part."""
+        texts = [self.prepared.encoded(part, None) for part in ("train", "val")]
+        lengths = np.concatenate([lengths_of(each) for each in texts])
+        longest, most = int(lengths.max()), min(self.context, LONGEST_ROW[device])
+        row = min(most, max(SHORTEST_ROW, -(-longest // 64) * 64))
+        too_long = self._too_long(row) if longest > row else "error"
+        train = self._encoded("train", row, too_long)
+        lines = [f"  max_length: {row}  # tokens of a row; the longest example has {longest}"]
+        if too_long != "error":
+            lines.append(f"  too_long: {too_long}")
+        return lines, len(RowStream(train, row, step, 0, packing=True).epoch(0))
+
     def _encoded(self, part: str, row: int, too_long: TooLong) -> Sequence[AnyEncoded]:
         """Return the examples of a part as a run has them."""
         config = self.config.model_copy(update={"max_length": row, "too_long": too_long})
@@ -259,9 +436,9 @@ class _Text:
         return "cut"
 
     def _head(self) -> list[str]:
-        out, what = shlex.quote(str(self.out)), " and ".join(FORMATS[self.layout.form])
+        out = _comment(shlex.quote(str(self.out)))
         return [
-            f"# {self.data.name}: {len(self.table.rows):,} rows of {what}.",
+            f"# {_comment(self.found.name)}: {self.found.what}.",
             "#",
             f"#   rayft data {out}      shows what the model will see",
             f"#   rayft train {out}     trains one run",
@@ -270,29 +447,30 @@ class _Text:
         ]
 
     def _model(self) -> list[str]:
-        lines = ["model:", f"  name: {_yaml(self.base.name)}  # or a hub id, a folder, a .gguf file"]
+        remark = f"  # {_comment(self.remark)}" if self.remark else ""
+        lines = ["model:", f"  name: {yaml_line(self.base.name)}{remark}"]
         if self.prepared.parts.labels:
             labels = self.prepared.parts.labels
             shown = ", ".join(labels[:6]) + (", …" if len(labels) > 6 else "")
             lines += [f"  task: {self.base.task}", f"  num_labels: {len(labels)}  # {_comment(shown)}"]
         return lines
 
-    def _data(self, row: int, longest: int, too_long: TooLong) -> list[str]:
-        lines = [
-            "data:",
-            f"  source: {self.config.source}",
-            f"  name: {_yaml(str(self.data))}",
-            f"  format: {self.layout.form}",
-        ]
-        if self.layout.columns:
-            lines.append(f"  columns: {_yaml(dict(self.layout.columns))}")
-        lines.append(f"  max_length: {row}  # tokens of a row; the longest example has {longest}")
-        if too_long != "error":
-            lines.append(f"  too_long: {too_long}")
-        parts = self.prepared.parts
+    def _data(self, lengths: Sequence[str]) -> list[str]:
+        config, parts = self.found.config, self.prepared.parts
+        # As they were found: what is not set has no line.
+        given = config.model_dump(mode="json", exclude_defaults=True)
+        lines = ["data:", f"  source: {config.source}", f"  name: {yaml_line(config.name)}"]
+        for key in ("files", "format", "columns"):
+            if value := given.get(key):
+                shown = {k: v for k, v in value.items() if v is not None} if key != "format" else value
+                lines.append(f"  {key}: {yaml_line(shown)}")
+        if config.rows is not None:
+            lines.append(f"  rows: {config.rows}  # {self.found.more}")
+        kind = "images" if parts.has_images else "examples"
         return [
             *lines,
-            f"  # {len(parts.train):,} examples to train on, {len(parts.val):,} for decisions (val) and",
+            *lengths,
+            f"  # {len(parts.train):,} {kind} to train on, {len(parts.val):,} for decisions (val) and",
             f"  # {len(parts.test):,} for the reported scores (test); train, val, test and files change that",
         ]
 
@@ -301,16 +479,11 @@ class _Text:
         parts = self.prepared.parts
         if not parts.test[0].messages:
             return []
-        some = [example for part in (parts.train, parts.val, parts.test) for example in part[:ANSWERS]]
+        some = [example for part in (parts.train, parts.val, parts.test) for example in part[:EXAMINED]]
         answers = perfect_answers(some, self.encoder, parts.scorer)
         longest = max(answer.tokens for answer in answers)
         what = "the longest answer" if longest <= LONGEST_ANSWER else f"the longest answer has {longest}"
         return ["evaluate:", f"  max_new_tokens: {min(longest, LONGEST_ANSWER)}  # {what}", ""]
-
-
-def _yaml(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
-    return text.removesuffix("...\n").strip()
 
 
 def _comment(text: str) -> str:

@@ -26,12 +26,14 @@ class Interrupts:
         received: the signal; None if none was received.
         resume: the command that continues; empty if it is the same command.
         installed: whether signals are handled here, as in every process that runs a command.
+        process: id of the process that handles them; processes that it forks inherit the handler.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.resume = ""
         self.installed = False
+        self.process = os.getpid()
 
     @property
     def status(self) -> int:
@@ -41,7 +43,7 @@ class Interrupts:
     def install(self) -> None:
         """Start handling the signals. Does nothing outside of the main thread, which alone receives them."""
         if threading.current_thread() is threading.main_thread():
-            self.installed = True
+            self.installed, self.process = True, os.getpid()
             for number in SIGNALS:
                 signal.signal(number, self._handle)
 
@@ -83,6 +85,10 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self.process:
+            # A library has forked this process, such as a pool that it ends by SIGTERM.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         if self.received is not None:
             end_at_once(128 + number)
         self.received = signal.Signals(number)

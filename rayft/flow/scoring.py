@@ -179,7 +179,9 @@ def score_all(
         begin: called with the number of requests whose scores are not kept, if there are any.
     """
     found, follows = _kept(requests, store) if store else ({}, {})
-    jobs = [Job.of(name, request) for name, request in requests.items() if name not in found]
+    jobs = [
+        Job.of(name, request, pack=request.pack) for name, request in requests.items() if name not in found
+    ]
     if jobs:
         begin(len(jobs))
     for name, scored in executor.run(jobs):

@@ -17,7 +17,7 @@ One product with the base's weight serves all rows, and each term is multiplied 
 a term get the base alone. Rows of one trial are never multiplied with those of another, not even by zero:
 a trial whose numbers are NaN or infinite leaves the others alone.
 
-On a GPU (Triton, 16-bit, ranks up to `MAX_RANK` a term) few launches compute all terms of a layer:
+On a GPU (Triton, 16-bit) few launches compute all terms of a layer:
 
 - one kernel writes every row's update (zeros where there is no term), and the base's product accumulates
   onto it, which hides the read of y behind the arithmetic;
@@ -35,16 +35,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-__all__ = ["MAX_RANK", "Plan", "Term", "grouped_linear"]
+from rayft.kernels.grouped_linear_table import Table
 
-MAX_RANK = 256
-"""The largest rank of a term that the kernels multiply."""
+__all__ = ["Plan", "Term", "grouped_linear", "reference_backward", "reference_forward"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,22 +85,36 @@ class Term:
 class Plan:
     """The terms of one layer for one division of the rows among slots, to be used step after step.
 
-    On a GPU it keeps a table on the device that says where each term's factors and rows are. The first call
-    of `grouped_linear` for a number of tokens writes the table, and so does a call after a factor's memory
-    has moved. Neither may happen while a CUDA graph is captured, so make one call before. A captured graph
-    reads the factors that the plan had then, so keep the plan as long as the graph.
+    What trains is decided when the plan is made. On a GPU it keeps a table on the device that says where each
+    term's factors and rows are. The first call of `grouped_linear` for a number of tokens writes the table,
+    and so does a call after a factor's memory has moved. Neither may happen while a CUDA graph is captured,
+    so make one call before. A captured graph reads the table that the plan had then, so keep the plan, and
+    call it for no other number of tokens, as long as the graph is replayed.
     """
 
     def __init__(self, terms: Sequence[Term]) -> None:
         """Take the terms, sorted by their rows; rows of two terms are the same or disjoint."""
         self.terms = tuple(terms)
-        for one, other in zip(self.terms, self.terms[1:], strict=False):
+        for one, other in pairwise(self.terms):
             same = (one.rows.start, one.rows.stop) == (other.rows.start, other.rows.stop)
             assert same or one.rows.stop <= other.rows.start, f"{one.rows} and {other.rows} overlap"
         self.parameters = tuple(tensor for term in self.terms for tensor in term.parameters)
         """What trains, in the order of the terms, B before A."""
         self.needs_x = any(term.a is not None and term.a.requires_grad for term in self.terms)
         """Whether the backward pass reads x, because an A trains."""
+        self._table: Table | None = None
+        self._key: tuple[object, ...] = ()
+
+    def table(self, x: torch.Tensor, outputs: int) -> Table:
+        """Return the table that the kernels read, written anew if it is not the one for these tokens."""
+        factors = [(t.b, t.a, t.columns) for t in self.terms]
+        places = [factor.data_ptr() for each in factors for factor in each if factor is not None]
+        key = (x.device, x.dtype, *x.shape, outputs, *places)
+        if self._table is None or key != self._key:
+            capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+            assert not capturing, "the first call for these tokens and factors belongs before the capture"
+            self._table, self._key = Table(self.terms, x.shape[0], x.shape[1], outputs, x), key
+        return self._table
 
 
 def grouped_linear(
@@ -134,22 +148,33 @@ class GroupedLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         """Compute y; x is saved only where an A trains, and h only of terms that train."""
         x_NI = x.reshape(-1, x.shape[-1])
-        y_NO, saved = reference_forward(x_NI, weight, bias, plan)
-        ctx.save_for_backward(x_NI if plan.needs_x else None, weight, *saved, *parameters)
-        ctx.plan, ctx.count, ctx.x_shape = plan, len(saved), x.shape
+        ctx.plan, ctx.x_shape, ctx.table = plan, x.shape, None
+        if _fast(x):
+            from rayft.kernels import grouped_linear_triton as kernels
+
+            ctx.table = plan.table(x_NI, weight.shape[0])
+            y_NO, h = kernels.forward(x_NI, weight, bias, ctx.table)
+            kept = [h]
+        else:
+            y_NO, kept = reference_forward(x_NI, weight, bias, plan)
+        # The parameters are saved so that torch refuses a backward pass after they have changed.
+        ctx.save_for_backward(x_NI if plan.needs_x else None, weight, *kept, *parameters)
         return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of x and of what trains."""
-        # The parameters are saved so that torch refuses a backward pass after they have changed.
-        x_NI, weight, *rest = ctx.saved_tensors
-        g_NO = grads[0].reshape(-1, grads[0].shape[-1])
-        needs = ctx.needs_input_grad[0]
-        grad_x, found = reference_backward(
-            g_NO, x_NI, weight, ctx.plan, rest[: ctx.count], needs_grad_x=needs
-        )
+        x_NI, weight, *kept = ctx.saved_tensors
+        g_NO, needs_grad_x = grads[0].reshape(-1, grads[0].shape[-1]), ctx.needs_input_grad[0]
+        if ctx.table is None:
+            grad_x, found = reference_backward(g_NO, x_NI, weight, ctx.plan, kept, needs_grad_x=needs_grad_x)
+        else:
+            from rayft.kernels import grouped_linear_triton as kernels
+
+            grad_x, found = kernels.backward(
+                g_NO, x_NI, weight, ctx.table, kept[0], needs_grad_x=needs_grad_x
+            )
         return None if grad_x is None else grad_x.view(ctx.x_shape), None, None, None, *found
 
 
@@ -157,14 +182,14 @@ def reference_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: Plan
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Compute y, and h of each term whose B trains, with plain products."""
-    y, saved = functional.linear(x, weight, bias), []
+    y, kept = functional.linear(x, weight, bias), []
     for term in plan.terms:
         part = x[term.rows]
         h = part.index_select(1, term.columns) if term.a is None else part @ term.a.t()  # type: ignore[arg-type]
         y[term.rows].addmm_(h, term.b.t(), alpha=term.scale)
         if term.b.requires_grad:
-            saved.append(h)
-    return y, saved
+            kept.append(h)
+    return y, kept
 
 
 def reference_backward(
@@ -172,17 +197,26 @@ def reference_backward(
     x: torch.Tensor | None,
     weight: torch.Tensor,
     plan: Plan,
-    saved: Sequence[torch.Tensor],
+    kept: Sequence[torch.Tensor],
     *,
     needs_grad_x: bool = True,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """Compute grad_x, if it is needed, and the gradients of `plan.parameters` with plain products."""
+    """Compute grad_x, if it is needed, and the gradients of `plan.parameters` with plain products.
+
+    Args:
+        g: dL/dy.
+        x: the input, where an A trains.
+        weight: W.
+        plan: the terms.
+        kept: h of each term whose B trains.
+        needs_grad_x: whether grad_x is needed.
+    """
     grad_x = g @ weight if needs_grad_x else None
-    found, kept = [], iter(saved)
+    found, inner = [], iter(kept)
     for term in plan.terms:
         part = g[term.rows]
         if term.b.requires_grad:
-            found.append((part.t() @ next(kept)).mul_(term.scale))
+            found.append((part.t() @ next(inner)).mul_(term.scale))
         trains_a = term.a is not None and term.a.requires_grad
         if grad_x is None and not trains_a:
             continue
@@ -196,3 +230,7 @@ def reference_backward(
             assert term.columns is not None
             grad_x[term.rows].index_add_(1, term.columns, q)
     return grad_x, found
+
+
+def _fast(x: torch.Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and x.numel() > 0

@@ -16,7 +16,7 @@ from rayft.errors import DiskFullError
 from rayft.files import hash_content, write_file
 from rayft.paths import home, read_path
 
-__all__ = ["cache_folder", "hash_file", "hub_cache", "save_model", "unused", "use"]
+__all__ = ["cache_folder", "hash_file", "hub_cache", "quiet", "save_model", "unused", "use"]
 
 LARGE = 2**24
 """Size in bytes from which a file's hash is cached; smaller files are read again."""
@@ -79,6 +79,22 @@ def unused(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress transformers' progress bars and warnings while a model is loaded or saved."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def save_model(model: Any, folder: Path, **options: Any) -> None:
     """Write a model's folder, whatever rank this process has in a worker group.
 
@@ -91,7 +107,8 @@ def save_model(model: Any, folder: Path, **options: Any) -> None:
         options: of `save_pretrained`.
     """
     model.should_save_on_this_rank = lambda _main: True
-    model.save_pretrained(folder, **options)
+    with quiet():
+        model.save_pretrained(folder, **options)
 
 
 def hash_file(path: Path) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from rayft.models.files import hash_file
 from rayft.models.load import ModelConfig, loading, resolve
 
-__all__ = ["BaseFiles", "base_files"]
+__all__ = ["SETTINGS", "BaseFiles", "base_files", "read_files", "snapshot"]
 
 READ = (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken", ".spm")
 """Suffixes of the files that transformers reads in a model's folder; pickles are never read."""
@@ -45,18 +45,11 @@ def base_files(config: ModelConfig) -> BaseFiles:
     Raises:
         ModelError: if it can't be found or read.
     """
-    source = resolve(config)
     with loading(config):
-        folder = Path(source)
-        if not folder.is_dir():
-            folder = _snapshot(source, config.revision)
-            if folder.parent.name == "snapshots":
-                return _whole({"commit": folder.name})
-        paths = sorted(
-            path
-            for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
-            if path.suffix in READ and path.is_file() and not path.name.startswith(".")
-        )
+        folder = snapshot(config)
+        if not Path(resolve(config)).is_dir() and folder.parent.name == "snapshots":
+            return _whole({"commit": folder.name})
+        paths = read_files(folder)
         with ThreadPoolExecutor(THREADS) as pool:
             hashes = [*pool.map(_hash, paths)]
         return _whole(
@@ -64,13 +57,25 @@ def base_files(config: ModelConfig) -> BaseFiles:
         )
 
 
-def _snapshot(source: str, revision: str | None) -> Path:
-    """Return the folder in the hub's cache that a model is loaded from."""
+def snapshot(config: ModelConfig) -> Path:
+    """Return the folder that a base is loaded from: its own, or that of its revision in the hub's cache."""
     from transformers.utils.hub import cached_file
 
-    path = cached_file(source, "config.json", revision=revision)
+    source = resolve(config)
+    if Path(source).is_dir():
+        return Path(source)
+    path = cached_file(source, "config.json", revision=config.revision)
     assert path is not None
     return Path(path).parent
+
+
+def read_files(folder: Path) -> list[Path]:
+    """Return the files that transformers reads in a model's folder, sorted by path."""
+    return sorted(
+        path
+        for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+        if path.suffix in READ and path.is_file() and not path.name.startswith(".")
+    )
 
 
 def _whole(files: Mapping[str, str]) -> BaseFiles:

@@ -23,7 +23,7 @@ from rayft.data.pixels import ImageEncoder
 from rayft.errors import ModelError, RayftError
 from rayft.files import disk_full, disk_full_error, room_on, sync_tree
 from rayft.models.attention import attend_by_segments
-from rayft.models.files import cache_folder, hash_file, hub_cache, save_model, use
+from rayft.models.files import cache_folder, hash_file, hub_cache, quiet, save_model, use
 from rayft.models.fingerprint import fingerprint, names_in_files, places, source_fingerprint
 from rayft.models.heads import remember
 from rayft.models.quantize import Quantize, prepare, quantization
@@ -51,6 +51,7 @@ __all__ = [
     "loading",
     "resolve",
     "weight_files",
+    "whole_skeleton",
 ]
 
 Task = Literal["causal_lm", "sequence_classification", "image_classification"]
@@ -179,8 +180,13 @@ def resolve(config: ModelConfig) -> str:
     )
 
 
-def is_here(name: str) -> bool:
-    """Return whether a model's configuration is on this machine; nothing is converted or downloaded."""
+def is_here(name: str, revision: str | None = None) -> bool:
+    """Return whether a model's configuration is on this machine; nothing is converted or downloaded.
+
+    Args:
+        name: of the model.
+        revision: of a hub model.
+    """
     path = Path(name).expanduser()
     if name in REGISTERED:
         return (cache_folder() / "models" / name / "config.json").is_file()
@@ -191,7 +197,7 @@ def is_here(name: str) -> bool:
     from transformers.utils.hub import cached_file
 
     try:
-        return cached_file(name, "config.json", local_files_only=True) is not None
+        return cached_file(name, "config.json", revision=revision, local_files_only=True) is not None
     except (OSError, ValueError):
         return False
 
@@ -296,6 +302,20 @@ def load_skeleton(config: ModelConfig) -> Any:
             model = _auto_class(config).from_config(settings)
         _check_kinds(config, model, source)
         return model
+
+
+def whole_skeleton(config: ModelConfig) -> Any | None:
+    """Return what `load_skeleton` does, or None if that is only a part of the model.
+
+    A part of a larger model (such as the text model of a vision model) has other module names than the model
+    that an adapter was trained with. A classifier is never of the class of the base that it is made from.
+
+    Raises:
+        ModelError: as `load_skeleton`.
+    """
+    skeleton = load_skeleton(config)
+    own = skeleton.config.architectures or [type(skeleton).__name__]
+    return skeleton if config.task != "causal_lm" or type(skeleton).__name__ in own else None
 
 
 def _settings(config: ModelConfig, source: str) -> Any:
@@ -451,7 +471,7 @@ def _labels(config: ModelConfig) -> dict[str, Any]:
 def loading(config: ModelConfig) -> Iterator[None]:
     """Turn any error while a model is read into a ModelError."""
     try:
-        with _quiet():
+        with quiet():
             yield
     except RayftError:
         raise
@@ -482,7 +502,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     import transformers
 
     try:
-        with _quiet(), _without_gguf_bar():
+        with quiet(), _without_gguf_bar():
             tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             packed = transformers.AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32
@@ -522,7 +542,7 @@ def _cached(name: str, write: Callable[[Path], object]) -> Path:
     try:
         with room_on(folder.parent):
             (staging / "new").mkdir(mode=0o755)
-            with _quiet():
+            with quiet():
                 write(staging / "new")
             (staging / "new" / SIZES_FILE).write_text(json.dumps(_sizes(staging / "new")), encoding="utf-8")
             sync_tree(staging / "new")
@@ -556,22 +576,6 @@ def _whole(folder: Path) -> bool:
 def _sizes(folder: Path) -> dict[str, int]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SIZES_FILE)
     return {path.name: path.stat().st_size for path in files}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress transformers' progress bars and warnings while a model loads."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager

@@ -16,8 +16,7 @@ import functools
 import json
 import math
 import shutil
-import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from rayft.methods.base import LoraFactors
 from rayft.models.files import save_model
 from rayft.models.fingerprint import places
 from rayft.models.heads import head_parameters
-from rayft.models.identity import READ
+from rayft.models.identity import SETTINGS, read_files, snapshot
 from rayft.models.inject import check_fits
 from rayft.models.load import ModelConfig, load_encoder, load_model, loading, resolve, weight_files
 from rayft.models.targets import is_transposed
@@ -42,8 +41,6 @@ BLOCK = 2**24
 """Count of numbers of one weight that are added at once (64 MiB in float32)."""
 SHARD = "2GB"
 """Size of the largest file of weights; one file at a time is in memory."""
-SETTINGS = ("config.json", "generation_config.json")
-"""Files that transformers writes with a model."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +91,9 @@ def merge(artifact: AdapterArtifact, base: ModelConfig, skeleton: nn.Module, fol
         return _merge_in_memory(artifact, base, skeleton, folder)
     check_fits(skeleton, artifact, files.fingerprint)
     keys = {files.places[f"{name}.weight"][1]: name for name in artifact.modules}
-    sums = _merge_files(artifact, base, skeleton, keys, folder)
+    sums, dtypes = _merge_files(artifact, base, skeleton, keys, folder)
     _copy_others(base, folder, left_out=())
-    kinds = {_header(files.places[f"{name}.weight"][0])[key]["dtype"] for key, name in keys.items()}
-    return _rounding(sums, " and ".join(sorted(_type_name(kind) for kind in kinds)))
+    return _rounding(sums, dtypes)
 
 
 def merged_bytes(base: ModelConfig) -> int:
@@ -123,7 +119,7 @@ def _check_shared(artifact: AdapterArtifact, skeleton: nn.Module) -> None:
 
 def _merge_files(
     artifact: AdapterArtifact, base: ModelConfig, skeleton: nn.Module, keys: Mapping[str, str], folder: Path
-) -> dict[str, _Sums]:
+) -> tuple[dict[str, _Sums], set[torch.dtype]]:
     """Write the files of weights: the base's tensors under the same names, those of `keys` merged.
 
     Args:
@@ -132,26 +128,19 @@ def _merge_files(
         skeleton: the base on the meta device.
         keys: name of a tensor in the base's files → path of the module whose weight it is.
         folder: for the files.
+
+    Returns:
+        The sums of each module, and the types of the merged weights.
     """
-    from huggingface_hub import split_state_dict_into_shards_factory
+    from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     sums: dict[str, _Sums] = {}
     with loading(base):
         stored = places(resolve(base), base.revision)
-        sizes: dict[str, int] = {}
-        for file in dict.fromkeys(stored.values()):
-            for key, entry in _header(file).items():
-                begin, end = entry["data_offsets"]
-                sizes[key] = end - begin
-        split = split_state_dict_into_shards_factory(
-            {key: sizes[key] for key in stored},
-            get_storage_size=lambda size: size,
-            filename_pattern="model{suffix}.safetensors",
-            get_storage_id=lambda _: None,
-            max_shard_size=SHARD,
-        )
+        described = _tensors(stored)
+    split = split_torch_state_dict_into_shards(described, max_shard_size=SHARD)
     for name, inside in split.filename_to_tensors.items():
         tensors: dict[str, torch.Tensor] = {}
         for key in inside:
@@ -166,16 +155,16 @@ def _merge_files(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    return sums
+    return sums, {described[key].dtype for key in keys}
 
 
 def _merge_in_memory(artifact: AdapterArtifact, base: ModelConfig, skeleton: Any, folder: Path) -> Rounding:
     """Load the base whole in float32, merge, and let transformers save it in the type of its files."""
     with loading(base):
         stored = places(resolve(base), base.revision)
-        kinds = {entry["dtype"] for file in set(stored.values()) for entry in _header(file).values()}
+        kinds = {tensor.dtype for tensor in _tensors(stored).values()}
     # The type that holds the numbers of all files.
-    dtype = functools.reduce(torch.promote_types, (TYPES[kind] for kind in kinds if kind in TYPES))
+    dtype = functools.reduce(torch.promote_types, kinds & WEIGHTS)
     loaded = load_model(base, torch.promote_types(dtype, torch.float32))
     model: Any = loaded.model
     check_fits(model, artifact, loaded.fingerprint)
@@ -193,7 +182,7 @@ def _merge_in_memory(artifact: AdapterArtifact, base: ModelConfig, skeleton: Any
     model.config.dtype = dtype
     save_model(model, folder, max_shard_size=SHARD)
     _copy_others(base, folder, left_out=SETTINGS)
-    return _rounding(sums, str(dtype).removeprefix("torch."))
+    return _rounding(sums, {dtype})
 
 
 def _add(weight: torch.Tensor, factors: LoraFactors, turned: bool, name: str) -> tuple[torch.Tensor, _Sums]:
@@ -231,53 +220,56 @@ def _add(weight: torch.Tensor, factors: LoraFactors, turned: bool, name: str) ->
     return merged, sums
 
 
-def _rounding(sums: Mapping[str, _Sums], dtype: str) -> Rounding:
+def _rounding(sums: Mapping[str, _Sums], dtypes: Collection[torch.dtype]) -> Rounding:
     whole = _Sums(
         math.fsum(one.lost for one in sums.values()), math.fsum(one.update for one in sums.values())
     )
-    return Rounding(dtype, whole.ratio, {name: one.ratio for name, one in sorted(sums.items())})
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return Rounding(names, whole.ratio, {name: one.ratio for name, one in sorted(sums.items())})
 
 
 def _copy_others(base: ModelConfig, folder: Path, left_out: tuple[str, ...]) -> None:
     """Copy the base's other files as they are: configurations, tokenizer or image processor, templates."""
     from transformers.utils.hub import cached_file
 
-    source = Path(resolve(base))
     with loading(base):
-        if not source.is_dir():
+        if not Path(resolve(base)).is_dir():
             # These are downloaded if they are not here yet.
             load_encoder(base)
             for name in SETTINGS:
-                found = cached_file(
+                cached_file(
                     base.name,
                     name,
                     revision=base.revision,
                     _raise_exceptions_for_missing_entries=False,
                     _raise_exceptions_for_connection_errors=False,
                 )
-                source = Path(found).parent if found is not None else source
-    for path in [*source.iterdir(), *source.glob("additional_chat_templates/*")]:
+        source = snapshot(base)
+    for path in read_files(source):
         weights = path.suffix == ".safetensors" or path.name.endswith(".index.json")
-        if path.suffix not in READ or weights or path.name.startswith(".") or path.name in left_out:
+        if weights or path.name in left_out:
             continue
-        if path.is_file():
-            place = folder / path.relative_to(source)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
+        place = folder / path.relative_to(source)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, place)
 
 
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Safetensors' names of the types whose numbers are weights."""
+WEIGHTS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+"""Types whose numbers are weights."""
 
 
-def _type_name(kind: str) -> str:
-    return str(TYPES[kind]).removeprefix("torch.")
+def _tensors(stored: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Return the tensors of safetensors files on the meta device: only headers are read.
 
+    Args:
+        stored: name of a tensor → its file.
+    """
+    from safetensors import safe_open
 
-def _header(file: str) -> dict[str, Any]:
-    """Read the header of a safetensors file: name of a tensor → its dtype, shape and offsets."""
-    with open(file, "rb") as stream:
-        (size,) = struct.unpack("<Q", stream.read(8))
-        header: dict[str, Any] = json.loads(stream.read(size))
-    header.pop("__metadata__", None)
-    return header
+    found: dict[str, torch.Tensor] = {}
+    for file in dict.fromkeys(stored.values()):
+        with safe_open(file, framework="pt") as opened:
+            # A tensor is a view of the mapped file, whose numbers are not read here.
+            inside = [key for key, place in stored.items() if place == file]
+            found |= {key: opened.get_tensor(key).to("meta") for key in inside}
+    return found

@@ -11,19 +11,21 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from rayft.artifacts import AdapterArtifact
 from rayft.errors import MethodError
 from rayft.kernels.grouped_linear import Plan, grouped_linear
 from rayft.methods.base import Adapter, AdapterLinear, LoraFactors
-from rayft.models.inject import clear
+from rayft.models.inject import attach, clear
 from rayft.models.targets import linears
 
-__all__ = ["Layout", "pack", "skeleton", "unpackable"]
+__all__ = ["Layout", "attached", "pack", "skeleton", "unpackable"]
 
 
 @dataclass
@@ -38,6 +40,19 @@ class Layout:
     """Slot → tokens of its rows in a batch of its own; those beyond are padding."""
     random: dict[int, Any] = field(default_factory=dict)
     """Slot → random state from which its dropout draws."""
+
+    def enter(self, slots: Sequence[int], width: int) -> None:
+        """Describe the next pass.
+
+        Args:
+            slots: the slot of each row, sorted.
+            width: tokens of a row.
+        """
+        self.width, self.widths, self.spans, first = width, {}, {}, 0
+        for slot, rows in groupby(slots):
+            last = first + len([*rows])
+            self.spans[slot], self.widths[slot] = slice(first * width, last * width), width
+            first = last
 
     @property
     def key(self) -> tuple[tuple[int, int, int], ...]:
@@ -133,6 +148,17 @@ def skeleton(model: nn.Module) -> Any:
     """Return a copy of a model's modules that shares all its parameters and buffers."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def attached(model: nn.Module, artifact: AdapterArtifact) -> Any:
+    """Return a skeleton of a base without adapters, with a saved adapter in it.
+
+    Raises:
+        BaseMismatchError: as `attach`.
+    """
+    own = skeleton(model)
+    attach(own, artifact)
+    return own
 
 
 def unpackable(model: nn.Module) -> str:

@@ -119,6 +119,8 @@ class Broker:
         self._queue: deque[str] = deque()
         self._lanes: dict[str, int] = {}
         """Lane → how many times in a row it has died without a job."""
+        self._renewed: set[str] = set()
+        """Lanes whose worker groups are about to end, and to be started again."""
         self._beats: dict[str, dict[int, Beat]] = {}
         self._notices: list[str] = []
         self._arrived = asyncio.Condition()
@@ -313,6 +315,27 @@ class Broker:
         """End a job that has saved a checkpoint, from which the next command continues."""
         self._end(self._entries[job_id], Event("interrupted", step))
 
+    async def renew(self, lane: str, job_id: str, payload: bytes | None, text: str) -> None:
+        """Expect the end of a lane's worker group, one of whose workers can't go on with a job.
+
+        Args:
+            lane: the lane. It is started again, and its end does not count as a death.
+            job_id: the job.
+            payload: the pickled request that the new group does in place of the job's; None if the job has
+                failed.
+            text: the reason, for the user.
+        """
+        if lane in self._renewed:
+            # Another worker of the group was first; its end may be what this one fails for.
+            return
+        self._renewed.add(lane)
+        entry = self._entries[job_id]
+        if payload is None:
+            self._end(entry, Event("failed", error=text))
+        else:
+            entry.job = replace(entry.job, payload=payload)
+            self._notices.append(f"{job_id}: {text}")
+
     async def lane_died(self, lane: str, reason: str) -> bool:
         """Handle the end of a lane's processes; return whether the lane should be started again.
 
@@ -334,6 +357,11 @@ class Broker:
             for entry in entries:
                 self._end(entry, Event("interrupted", entry.last_step))
             return False
+        if lane in self._renewed:
+            self._renewed.remove(lane)
+            for entry in reversed(entries):
+                await self._again(entry)
+            return self._is_needed(lane)
         if not entries and lost:
             self._notices.append(f"{lane} ended without a job: {reason}")
             return True
@@ -350,6 +378,10 @@ class Broker:
                 self._end(entry, Event("failed", error=error))
             else:
                 await self._again(entry)
+        return self._is_needed(lane)
+
+    def _is_needed(self, lane: str) -> bool:
+        """Return whether there may be jobs for a lane."""
         own = self._pinned(lane)
         return not own or any(not one.done for one in own)
 
@@ -471,6 +503,7 @@ class Broker:
 
     def _begin(self, entry: _Entry, lane: str) -> None:
         self._lanes[lane] = 0
+        self._renewed.discard(lane)
         entry.lane, entry.moved = lane, time.monotonic()
         entry.killed = entry.warned = False
         entry.progress["state"] = "running"

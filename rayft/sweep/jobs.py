@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from rayft.errors import DiskFullError, ResourceError
 
-__all__ = ["Event", "Job", "Outcome", "Request"]
+__all__ = ["Event", "Job", "NewGroupError", "Outcome", "Request"]
 
 FATAL = {"disk": DiskFullError, "lanes": ResourceError}
 """Why no job can succeed any more (the disk is full, no lane can start) → the error that ends the sweep."""
@@ -22,6 +22,20 @@ FATAL = {"disk": DiskFullError, "lanes": ResourceError}
 ResultT = TypeVar("ResultT")
 ResultT_co = TypeVar("ResultT_co", covariant=True)
 RequestT_co = TypeVar("RequestT_co", covariant=True)
+
+
+class NewGroupError(Exception):
+    """Raised by a request that only a new worker group can continue, from the last checkpoint on.
+
+    Any worker may raise it, or several for the same reason; the others of its group may wait for it.
+
+    Attributes:
+        request: what the new group does in place of the request.
+    """
+
+    def __init__(self, reason: str, request: Request[Any]) -> None:
+        super().__init__(reason)
+        self.request = request
 
 
 class Request(Protocol[ResultT_co]):
@@ -44,7 +58,13 @@ class Request(Protocol[ResultT_co]):
         """Folders in which the request writes; if a disk is full, the error names one of them."""
 
     def __call__(self, lane: Any, /) -> ResultT_co | None:
-        """Do it in a lane (`rayft.sweep.lane.Lane`). All workers call it; the first one's result counts."""
+        """Do it in a lane (`rayft.sweep.lane.Lane`). All workers call it; the first one's result counts.
+
+        Raises:
+            RayftError: if the job has failed; on all workers (`RayftError.everywhere`), or on any, in which
+                case the group ends.
+            NewGroupError: if a new group has to continue it.
+        """
 
 
 @dataclass(frozen=True)

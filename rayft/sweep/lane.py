@@ -17,7 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import ray
@@ -31,15 +31,18 @@ from rayft.identity import Identity
 from rayft.models.files import cache_folder
 from rayft.models.packed import unpackable
 from rayft.sweep.broker import CLOSE, Beat
-from rayft.sweep.jobs import Job
-from rayft.sweep.packed import PackedTrials
+from rayft.sweep.jobs import Job, NewGroupError
+from rayft.sweep.packed import PackedScores, PackedTrials
+from rayft.sweep.score import ScoreRequest
 from rayft.sweep.settings import LaneSettings
 from rayft.sweep.transfer import find_home
+from rayft.sweep.trial import TrainRequest
 from rayft.tracking.base import TrackerSpec
 from rayft.tracking.mlflow import MlflowTracker
 from rayft.train.home import Home
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
+from rayft.train.slots import Sizing, sizing
 from rayft.train.worker import Worker
 
 __all__ = ["Lane", "serve_jobs"]
@@ -73,6 +76,8 @@ class Lane:
         self.name, self.broker = settings.name, settings.broker
         self._wait = 0.0 if settings.once else 20.0
         self._slots = settings.slots
+        self._alone = False
+        """Whether trials were found to take turns."""
         device = get_device()
         if device.type == "cuda":
             # NCCL moves objects through the current device, which must be this worker's own.
@@ -104,7 +109,11 @@ class Lane:
         return self.worker.agreed(job)  # type: ignore[no-any-return]
 
     def run(self, job: Job[Any, Any]) -> None:
-        """Do a job; an error that a user can fix ends the job, not the lane."""
+        """Do a job; an error that a user can fix ends the job, not the lane.
+
+        In a group, an error ends the workers too unless all of them raise it, since the others may wait for
+        this one. A new group then takes the next job.
+        """
         self._jobs, self._job = self._jobs + 1, job.id
         scope = f"job{self._jobs}"
         with self.home.within(scope):
@@ -112,30 +121,38 @@ class Lane:
         self.home.drop(scope)
 
     def packs(self, job: Job[Any, Any]) -> bool:
-        """Return whether a job may share the lane's steps with others."""
-        return bool(job.pack) and self._slots != 1
-
-    def slots(self, run: RunConfig) -> int:
-        """Return the most trials like a run that share the lane's steps."""
-        return self._slots or 1
+        """Return whether a job may share the lane's batches with others."""
+        trial = job.kind == TrainRequest.kind
+        return bool(job.pack) and self._slots != 1 and not (trial and self._alone)
 
     def run_packed(self, first: Job[Any, Any]) -> None:
-        """Do a trial, and others that share its steps as long as there are any."""
+        """Do a job, and others that share its batches as long as there are any."""
         try:
             session = self.session(first.request.run, first.request.expected)
         except Exception as error:  # noqa: BLE001  (told to the broker)
             self.ended(first, error)
             return
-        if reason := unpackable(session.loaded.model):
-            self.note(f"trials take turns on {self.name}, because {reason}")
-            self._slots = 1
-            self.run(first)
-            return
         self._jobs += 1
         scope = f"job{self._jobs}"
         with self.home.within(scope):
-            PackedTrials(self, session, first).run()
+            if isinstance(first.request, ScoreRequest):
+                PackedScores(self, session, first).run()
+            elif (size := self._size(first.request.run, session)).slots > 1:
+                PackedTrials(self, session, first, size).run()
+            else:
+                self._run(first)
         self.home.drop(scope)
+
+    def _size(self, run: RunConfig, session: Session) -> Sizing:
+        """Return how trials like a run share steps; if they do not, no further ones are tried."""
+        reason, size = unpackable(session.loaded.model), Sizing()
+        if not reason:
+            size = sizing(run, session, self._slots)
+            reason = "a step of one keeps the device busy" if size.slots == 1 else ""
+        if reason:
+            self.note(f"trials take turns on {self.name}, because {reason}")
+            self._alone = True
+        return size
 
     def session(self, run: RunConfig, expected: Identity, *, whole: bool = False) -> Session:
         """Return the session of a run's base and data; it stays in memory as long as jobs ask for the same.
@@ -148,6 +165,8 @@ class Lane:
         Raises:
             TrainError: on all workers, if they are not what the driver has read.
         """
+        # Only then do the two ways of loading differ.
+        whole = whole and run.scale.zero == 3 and self.worker.world > 1
         wanted = {"model", "data", "scale", "evaluate"}
         key = json.dumps([run.model_dump(mode="json", include=wanted), whole], sort_keys=True)
         if self._session is None or self._opened != key:
@@ -156,20 +175,22 @@ class Lane:
             self._opened = key
         changed = expected.differences(self._session.identity)
         if self.worker.largest(len(changed)):
-            raise TrainError(
+            error = TrainError(
                 f"since the command began {'; '.join(changed) or 'what another worker reads has changed'}. "
                 "Leave data and base alone while it runs, let all machines read the same, and run it again"
             )
+            error.everywhere = True
+            raise error
         return self._session
 
     def note(self, text: str) -> None:
         """Show a sentence to the person who watches the command."""
         ray.get(self.broker.note.remote(text))
 
-    def progress(self, done: int, total: int) -> None:
-        """Show how far the job is: the number of examples that are done, and of all."""
+    def progress(self, done: int, total: int, job: str = "") -> None:
+        """Show how far a job is, by default the current one: the examples that are done, and all of them."""
         if self.worker.rank == 0:
-            self.broker.log.remote(self._job, {"step": done, "steps": total})
+            self.broker.log.remote(job or self._job, {"step": done, "steps": total})
 
     def forget(self) -> None:
         """Free the base, including the reference cycles that it is part of."""
@@ -202,7 +223,7 @@ class Lane:
         self.ended(job, result)
 
     def ended(self, job: Job[Any, Any], result: object) -> None:
-        """Tell the broker how a job has ended: with a result, or with an exception.
+        """Report to the broker how a job has ended: with a result, or with an exception.
 
         Raises:
             Exception: what was raised, if only a new worker group can go on.
@@ -210,22 +231,30 @@ class Lane:
         if isinstance(result, InterruptedRunError):
             if self.worker.rank == 0:
                 ray.get(self.broker.pause.remote(job.id, result.step))
-        elif not isinstance(result, Exception):
-            if self.worker.rank == 0:
-                ray.get(self.broker.finish.remote(job.id, pickle.dumps(result)))
-        elif disk_full(result):
+        elif isinstance(result, NewGroupError):
+            self._end_group(job, str(result), pickle.dumps(result.request))
+        elif isinstance(result, Exception):
+            self._failed(job, result)
+        elif self.worker.rank == 0:
+            ray.get(self.broker.finish.remote(job.id, pickle.dumps(result)))
+
+    def _failed(self, job: Job[Any, Any], error: Exception) -> None:
+        """Handle the error of a job; raise it, or another one, if the group has to end."""
+        if disk_full(error):
             # Any worker reports it: the others may wait for this one until the end of the sweep ends them.
-            full = _disk_full_error(result, *job.request.folders)
+            full = _disk_full_error(error, *job.request.folders)
             ray.get(self.broker.fail.remote(job.id, str(full), fatal=True))
-        elif isinstance(result, RayftError):
-            self._fail(job, str(result))
-        else:
+        elif isinstance(error, RayftError) and (error.everywhere or self.worker.world == 1):
+            self._fail(job, str(error))
+        elif isinstance(error, RayftError):
+            self._end_group(job, str(error))
+        elif self.worker.world > 1:
             # The workers may have failed at different places: only a new group brings them in step again.
-            if self.worker.world > 1:
-                raise result
-            logger.error("job %s failed", job.id, exc_info=result)
-            trace = "".join(traceback.format_exception(result, limit=-4))
-            self._fail(job, f"{type(result).__name__}: {result}\n{trace}")
+            raise error
+        else:
+            logger.error("job %s failed", job.id, exc_info=error)
+            trace = "".join(traceback.format_exception(error, limit=-4))
+            self._fail(job, f"{type(error).__name__}: {error}\n{trace}")
 
     def _open(self, run: RunConfig, *, identify_base: bool, whole: bool) -> Session:
         if self.worker.rank == 0:
@@ -242,6 +271,18 @@ class Lane:
     def _ticks(self) -> int:
         session = self._session
         return session.ticks if session else 0
+
+    def _end_group(self, job: Job[Any, Any], reason: str, payload: bytes | None = None) -> NoReturn:
+        """End this worker, and thereby the group, so that a new one is started.
+
+        Args:
+            job: the job.
+            reason: why it ends.
+            payload: the request that the new group does in place of the job's; None if the job has failed.
+        """
+        ray.get(self.broker.renew.remote(self.name, job.id, payload, reason))
+        # Not the error itself, whose modules the launcher would have to import.
+        raise RuntimeError(reason) from None
 
     def _fail(self, job: Job[Any, Any], message: str) -> None:
         if self.worker.rank == 0:

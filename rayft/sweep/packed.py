@@ -1,4 +1,4 @@
-"""The trials of a lane that take their steps together (`rayft.train.packed`).
+"""The jobs of a lane that share its batches: trials that take their steps together, and scores.
 
 A trial that ends gives its slot to the next one in the broker's queue. A trial that waits for the search's
 decision takes no part in a step, and the others go on.
@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from rayft.artifacts import AdapterArtifact
+from rayft.errors import RayftError
+from rayft.models.inject import check_fits
+from rayft.peft.folder import load_adapter
 from rayft.sweep.jobs import Job
 from rayft.sweep.result import TrialResult
+from rayft.sweep.score import TOGETHER, ScoreRequest, questions, score_together
 from rayft.sweep.trial import TrainRequest, TrialCourse
 from rayft.train.packed import Courses, Pack
 from rayft.train.session import Session
+from rayft.train.slots import Sizing
 
 if TYPE_CHECKING:
     from rayft.sweep.lane import Lane
 
-__all__ = ["PackedTrials"]
+__all__ = ["PackedScores", "PackedTrials"]
 
 SETTLE_SECONDS = 0.5
 """How long a lane waits for the decisions on new evaluations before the other trials go on without them."""
@@ -35,13 +41,13 @@ class PackedTrials:
         lane: where they train.
         session: base and data.
         first: the first of them; the others must have the same `Job.pack`.
+        size: how they share steps.
     """
 
-    def __init__(self, lane: Lane, session: Session, first: Job[Any, Any]) -> None:
-        self._lane, self._first = lane, first
-        self._pack = Pack(session)
+    def __init__(self, lane: Lane, session: Session, first: Job[Any, Any], size: Sizing) -> None:
+        self._lane, self._first, self._slots = lane, first, size.slots
+        self._pack = Pack(session, lane.note, graphs=size.graphs)
         self._courses = Courses[TrialResult | None](self._pack)
-        self._slots = lane.slots(first.request.run)
         self._jobs: dict[str, Job[Any, Any]] = {}
         self._trials: dict[str, TrialCourse] = {}
         self._verdicts: dict[str, Any] = {}
@@ -51,19 +57,20 @@ class PackedTrials:
 
     def run(self) -> None:
         """Train until no trial is left; each is told to the broker as it ends."""
-        try:
-            self._begin(self._first)
-            while self._fill() or len(self._courses):
-                self._ask()
-                self._hear()
-                self._courses.step()
-                self._end()
-        finally:
-            self._courses.close()
-            self._pack.close()
+        with self._pack.stream():
+            try:
+                self._begin(self._first)
+                while self._fill() or len(self._courses):
+                    self._ask()
+                    self._hear()
+                    self._courses.step()
+                    self._end()
+            finally:
+                self._courses.close()
+                self._pack.close()
 
     def _fill(self) -> bool:
-        """Give free slots to waiting trials; return whether there was one."""
+        """Start waiting trials in free slots; return whether there was one."""
         begun = False
         while len(self._courses) < self._slots:
             job = ray.get(self._lane.broker.pull.remote(self._lane.name, 0.0, self._first.pack))
@@ -113,7 +120,7 @@ class PackedTrials:
         self._end()
 
     def _end(self) -> None:
-        """Tell the broker of trials that have ended."""
+        """Report the trials that have ended to the broker."""
         for key, result in self._courses.ended().items():
             job = self._jobs.pop(key)
             del self._trials[key]
@@ -121,8 +128,84 @@ class PackedTrials:
 
     @contextmanager
     def _telling(self, job: Job[Any, Any]) -> Iterator[None]:
-        """Tell the broker of an error in the block, which ends the job and not the lane."""
+        """Report an error in the block to the broker; it ends the job and not the lane."""
         try:
             yield
         except Exception as error:  # noqa: BLE001
             self._lane.ended(job, error)
+
+
+class PackedScores:
+    """Adapters, and the base, that are scored in the same batches.
+
+    Args:
+        lane: where they are scored.
+        session: base and data.
+        first: the first of them; the others must have the same `Job.pack`.
+    """
+
+    def __init__(self, lane: Lane, session: Session, first: Job[Any, Any]) -> None:
+        self._lane, self._session, self._first = lane, session, first
+
+    def run(self) -> None:
+        """Score the jobs that fill a batch together; each is reported to the broker."""
+        jobs = self._jobs()
+        adapters: dict[str, AdapterArtifact | None] = {}
+        for key, job in jobs.items():
+            try:
+                adapters[key] = self._adapter(job.request)
+            except _OwnLayersError:
+                self._lane.run(job)
+            except RayftError as error:
+                self._lane.ended(job, error)
+        together = {key: jobs[key] for key in adapters}
+        if not together:
+            return
+        requests = {key: job.request for key, job in together.items()}
+        total = sum(questions(request, self._session) for request in requests.values())
+        progress = _Progress(self._lane, [*together], total)
+        try:
+            found: Any = score_together(requests, adapters, self._session, self._lane.note, progress.add)
+        except Exception as error:  # noqa: BLE001  (reported to the broker)
+            found = dict.fromkeys(together, error)
+        for key, job in together.items():
+            self._lane.ended(job, found[key])
+
+    def _jobs(self) -> dict[str, Job[Any, Any]]:
+        """Take jobs until their questions fill a batch."""
+        jobs = {self._first.id: self._first}
+        count = questions(self._first.request, self._session)
+        while count < TOGETHER:
+            job = ray.get(self._lane.broker.pull.remote(self._lane.name, 0.0, self._first.pack))
+            if not isinstance(job, Job):
+                break
+            jobs[job.id] = job
+            count += questions(job.request, self._session)
+        return jobs
+
+    def _adapter(self, request: ScoreRequest) -> AdapterArtifact | None:
+        """Read the adapter of a request; None for the base."""
+        if request.adapter is None:
+            return None
+        found = load_adapter(self._session.home.local(request.adapter))
+        if not isinstance(found, AdapterArtifact):
+            raise _OwnLayersError
+        check_fits(self._session.loaded.model, found)
+        return found
+
+
+class _OwnLayersError(Exception):
+    """An adapter has layers of PEFT's, which know one batch."""
+
+
+class _Progress:
+    """Shows how far jobs are that are done together."""
+
+    def __init__(self, lane: Lane, jobs: list[str], total: int) -> None:
+        self._lane, self._jobs, self._total, self._done = lane, jobs, total, 0
+
+    def add(self, count: int) -> None:
+        """Count some more questions."""
+        self._done += count
+        for job in self._jobs:
+            self._lane.progress(self._done, self._total, job)

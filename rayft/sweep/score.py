@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import ray
+import torch
 import torch.distributed as dist
 
+from rayft.artifacts import AdapterArtifact
 from rayft.data.source import Example
-from rayft.evaluate.tasks import score
+from rayft.data.template import prompt_ids
+from rayft.evaluate.tasks import Packed, answer, score, score_answers
 from rayft.identity import UNKNOWN, Identity
 from rayft.models.inject import attach, clear
+from rayft.models.packed import Layout, attached, pack
 from rayft.peft.folder import load_adapter
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
@@ -21,7 +28,19 @@ from rayft.train.session import Session
 if TYPE_CHECKING:
     from rayft.sweep.lane import Lane
 
-__all__ = ["ScoreRequest", "failures_text", "run_score", "sample", "spread"]
+__all__ = [
+    "TOGETHER",
+    "ScoreRequest",
+    "failures_text",
+    "questions",
+    "run_score",
+    "sample",
+    "score_together",
+    "spread",
+]
+
+TOGETHER = 512
+"""Questions that a GPU answers together, of several adapters, if there is room."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +61,15 @@ class ScoreRequest:
     """Identity of data and base, as the driver has read them."""
     examples: int | None = None
     """Most examples of a part that are scored (`sample`); by default all."""
+
+    @property
+    def pack(self) -> str:
+        """What requests have in common whose questions one batch can have; empty if this one's can't."""
+        run = self.run
+        if run.model.task != "causal_lm" or run.scale.workers > 1 or run.scale.zero == 3:
+            return ""
+        shared = run.model_dump(mode="json", include={"model", "data", "scale", "evaluate"})
+        return json.dumps(["score", shared, self.expected.base], sort_keys=True)
 
     def __call__(self, lane: Lane) -> dict[str, list[float]]:
         """Return part → the score of each example, in the order of the data (all workers call it)."""
@@ -87,6 +115,90 @@ def run_score(
     finally:
         clear(model)
     return found
+
+
+def questions(request: ScoreRequest, session: Session) -> int:
+    """Return the number of questions that are answered for a request."""
+    return sum(len(sample(len(getattr(session.parts, part)), request.examples)) for part in request.parts)
+
+
+def score_together(
+    requests: Mapping[str, ScoreRequest],
+    adapters: Mapping[str, AdapterArtifact | None],
+    session: Session,
+    note: Callable[[str], object],
+    advance: Callable[[int], None],
+) -> dict[str, dict[str, list[float]]]:
+    """Score several adapters and the base: one batch has questions for all of them.
+
+    Args:
+        requests: key → request; base, data and evaluation settings are the same.
+        adapters: key → adapter; None for the base.
+        session: base and data.
+        note: called with a sentence about answers for which the scorer raised an error.
+        advance: called with the number of questions that were answered.
+
+    Returns:
+        Key → part → the score of each example.
+    """
+    loaded, parts, started = session.loaded, session.parts, time.perf_counter()
+    evaluate, layout = next(iter(requests.values())).run.evaluate, Layout()
+    numbers = {key: slot for slot, key in enumerate(requests)}
+    clear(loaded.model)
+    slots = {numbers[key]: attached(loaded.model, found) for key, found in adapters.items() if found}
+    pack(loaded.model, slots, layout)
+    loaded.model.eval()
+    asked = [
+        (key, part, example)
+        for key, request in requests.items()
+        for part in request.parts
+        for example in _chosen(getattr(parts, part), request.examples)
+    ]
+    shots = parts.train[: evaluate.shots]
+    try:
+        prompts = [
+            prompt_ids(example, loaded.tokenizer, requests[key].style, shots) for key, _, example in asked
+        ]
+        packed = Packed(layout, [numbers[key] for key, _, _ in asked])
+        batch = max(evaluate.batch_size, TOGETHER) if session.worker.device != "cpu" else evaluate.batch_size
+        answers = iter(_answers(session, prompts, evaluate.max_new_tokens, batch, packed, advance))
+    finally:
+        clear(loaded.model)
+    found: dict[str, dict[str, list[float]]] = {key: {} for key in requests}
+    for (key, part), group in groupby(asked, lambda one: one[:2]):
+        examples = [example for _, _, example in group]
+        own = [*islice(answers, len(examples))]
+        scores = score_answers(loaded.tokenizer, examples, own, parts.scorer, started)
+        found[key][part] = [*scores.values]
+        if text := failures_text(scores.failures, len(examples), scores.problem):
+            note(f"{_name(requests[key])}, {part}: {text}")
+    return found
+
+
+def _answers(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch: int,
+    packed: Packed,
+    advance: Callable[[int], None],
+) -> list[str]:
+    """Answer prompts in batches that fit into the device's memory."""
+    loaded, done = session.loaded, [0]
+
+    def count(number: int) -> None:
+        done[0] += number
+        advance(number)
+
+    while True:
+        try:
+            return answer(loaded.model, loaded.tokenizer, prompts, max_new_tokens, batch, count, packed)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        advance(-done[0])
+        done[0], batch = 0, -(-batch // 2)
+        torch.cuda.empty_cache()
 
 
 def spread() -> bool:

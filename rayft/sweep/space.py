@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
+from torch import nn
 
 from rayft.config import SINCE, Section
 from rayft.errors import ConfigError, MethodError
 from rayft.methods.base import ChainConfig, MethodConfig
 from rayft.models.methods import method
+from rayft.models.packed import unpackable
 from rayft.numerics import derive_seed
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep.broker import Patience
+from rayft.train.packed import why_alone
 from rayft.train.run import RunConfig
 
-__all__ = ["LogUniform", "MethodSpace", "Point", "SweepConfig", "check_executor", "points"]
+__all__ = ["LogUniform", "MethodSpace", "Point", "SweepConfig", "check_executor", "check_slots", "points"]
 
 
 class LogUniform(Section):
@@ -120,6 +124,10 @@ class SweepConfig(Section):
     lanes: int = Field(default=1, ge=1)
     """Number of trials at the same time, each in a lane (or worker group) of `scale.workers` workers."""
 
+    slots: Literal["auto"] | int = Field(default="auto", json_schema_extra={SINCE: "0.2"})
+    """Number of trials of a lane that train as one batch, each on its own rows. `auto`: as many as make steps
+    faster on a GPU, and 1 on CPUs. Trials whose method changes the base, or is one of PEFT's, take turns."""
+
     restarts: int = Field(default=3, ge=0)
     """How often a trial is tried again if its lane dies."""
 
@@ -144,6 +152,13 @@ class SweepConfig(Section):
                 method(name)
             except MethodError as error:
                 raise ValueError(str(error)) from error
+        return value
+
+    @field_validator("slots")
+    @classmethod
+    def _slots_there(cls, value: Literal["auto"] | int) -> Literal["auto"] | int:
+        if value != "auto" and value < 1:
+            raise ValueError("needs at least one slot, or auto")
         return value
 
     @field_validator("seeds")
@@ -195,6 +210,39 @@ def check_executor(sweep: SweepConfig, run: RunConfig) -> Literal["lane", "isola
     if sweep.executor == "auto":
         return "isolated" if partitioned else "lane"
     return sweep.executor
+
+
+def check_slots(
+    sweep: SweepConfig, trials: Sequence[Point], model: Callable[[], nn.Module]
+) -> tuple[int | None, tuple[str, ...]]:
+    """Return the most trials that share a lane's steps, and what a person should know about that.
+
+    Args:
+        sweep: the search's settings.
+        trials: its trials.
+        model: returns the base, whose weights need not be loaded.
+
+    Returns:
+        None if the lanes find out how many are fastest.
+
+    Raises:
+        ConfigError: if the configuration asks for slots, and no trials can share a batch.
+    """
+    run = trials[0].run
+    lanes = check_executor(sweep, run) == "lane"
+    if sweep.slots == "auto":
+        return (None if lanes and run.scale.device == "cuda" else 1), ()
+    if sweep.slots == 1:
+        return 1, ()
+    alone = {trial.name: reason for trial in trials if (reason := why_alone(trial.run))}
+    refusal = next(iter(alone.values())) if len(alone) == len(trials) else unpackable(model())
+    refusal = refusal if lanes else "executor: isolated gives each trial workers of its own"
+    if refusal:
+        raise ConfigError(f"sweep.slots is {sweep.slots}, but trials can't share a batch: {refusal}; drop it")
+    if not alone:
+        return sweep.slots, ()
+    name, reason = next(iter(alone.items()))
+    return sweep.slots, (f"{len(alone)} of {len(trials)} trials take turns, such as {name}: {reason}",)
 
 
 def _family(name: str, space: MethodSpace, sweep: SweepConfig, run: RunConfig) -> list[Point]:

@@ -5,8 +5,8 @@ writes into a folder of its own. Checkpoints, adapters and results are sent home
 a trial whose node is lost continues on another node. All files travel through Ray's object store in parts of
 `PART` bytes.
 
-    <cache>/lanes/<lane>/copies/<job>/…     files that the lane reads
-    <cache>/lanes/<lane>/made/<path>        files that it writes, under the path that they have at home
+    <cache>/lanes/<lane>-<node>/copies/<job>/…   files that the lane reads
+    <cache>/lanes/<lane>-<node>/made/<path>      files that it writes, under the path that they have at home
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import ray
 
-from rayft.files import locked, room_on, sync_tree
+from rayft.files import locked, machine, room_on, sync_tree
 from rayft.models.files import cache_folder
 from rayft.sweep.settings import HomeNode
 from rayft.train.home import Home
@@ -110,7 +110,8 @@ class RemoteHome(Home):
         self._host = host
         above = cache_folder() / "lanes"
         _remove_stale(above)
-        self._root = above / lane
+        # Nodes may share the cache, but not its locks.
+        self._root = above / f"{lane}-{machine()}"
         self._made = self._root / "made"
         self._made.mkdir(parents=True, exist_ok=True)
         self._scope = "lane"

@@ -18,10 +18,12 @@ from rayft.identity import UNKNOWN, Identity
 from rayft.methods.base import Method
 from rayft.models.methods import method
 from rayft.sweep.broker import Verdict
+from rayft.sweep.jobs import NewGroupError
 from rayft.sweep.result import TrialResult, file_hashes, trial_folder, write_result
 from rayft.tracking.base import HASH_PARAM, Former, RunStatus, TrackerSpec
 from rayft.train.course import Question, Step, TrainResult, drive
 from rayft.train.packed import Pack, why_alone
+from rayft.train.placement import DeviceMemoryError, Placement
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer
@@ -55,6 +57,8 @@ class TrainRequest:
     """Identity of data and base, as the driver has read them."""
     packs: bool = False
     """Whether it may share a lane's steps with other trials of the sweep."""
+    placement: Placement | None = None
+    """How steps use the device, if an earlier group of workers has found out."""
 
     @property
     def pack(self) -> str:
@@ -79,6 +83,8 @@ class TrainRequest:
 
         Raises:
             RayftError: as `Trainer.fit`.
+            NewGroupError: if a step did not fit into the memory of a device, and other workers may wait for
+                this one; the new group goes on with less at a time.
         """
         started, fresh = time.perf_counter(), not lane.loaded
         session = lane.session(self.run, self.expected)
@@ -108,7 +114,15 @@ class TrialCourse:
                 lane.home.check(self._home_folder / "adapter")
         tracked = _TrackedRun.begin(request, lane) if lane.worker.rank == 0 else None
         self._tracked, self.reporter = tracked, LaneReporter(lane, request, tracked)
-        self.trainer = Trainer(request.run, session, self.reporter, self._folder, request.evaluate_at, pack)
+        self.trainer = Trainer(
+            request.run,
+            session,
+            self.reporter,
+            self._folder,
+            request.evaluate_at,
+            placement=request.placement,
+            pack=pack,
+        )
 
     def course(self) -> Generator[Step | Question, Any, TrialResult | None]:
         """Train, and write result.json; the first worker returns the result.
@@ -116,13 +130,11 @@ class TrialCourse:
         Raises:
             RayftError: as `Trainer.fit`.
         """
-        tracked = self._tracked
         try:
             result = yield from self.trainer.course()
         except RayftError as error:
-            # On a full disk nothing can be recorded; the next start sets the tracked run running again.
-            if tracked and not disk_full(error):
-                tracked.end("interrupted" if isinstance(error, InterruptedRunError) else "failed")
+            if (ended := self._failed(error)) is not None:
+                raise ended from error
             raise
         finally:
             if not self._kind.shares_base:
@@ -160,6 +172,21 @@ class TrialCourse:
         # The last checkpoint stays: the trial is trained again from it if its adapter should be damaged.
         lane.home.prune(folder / "checkpoint", 1)
         return left
+
+    def _failed(self, error: RayftError) -> NewGroupError | None:
+        """Record that the run has raised an error; return another error if a new group can go on."""
+        request, lane, tracked = self._request, self._lane, self._tracked
+        if isinstance(error, DeviceMemoryError) and error.placement is not None:
+            return NewGroupError(str(error), replace(request, placement=error.placement))
+        # On a full disk nothing can be recorded; the next start sets the tracked run running again.
+        if disk_full(error):
+            return None
+        if lane.worker.rank > 0 and not (error.everywhere or isinstance(error, InterruptedRunError)):
+            # The first worker may never learn of it.
+            tracked = _TrackedRun.begin(request, lane)
+        if tracked:
+            tracked.end("interrupted" if isinstance(error, InterruptedRunError) else "failed")
+        return None
 
 
 class _TrackedRun:

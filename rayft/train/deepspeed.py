@@ -106,6 +106,7 @@ def build_engine(
 
     Raises:
         TrainError: if DeepSpeed rejects the configuration.
+        torch.OutOfMemoryError: if gradients, masters or moments do not fit into the device's memory.
     """
     deepspeed, optim = _deepspeed(run), run.optim
     if optimizer is None:
@@ -125,6 +126,8 @@ def build_engine(
                 config=config,
                 dist_init_required=False,
             )
+    except torch.OutOfMemoryError:
+        raise
     except (AssertionError, ValueError, RuntimeError) as error:
         raise TrainError(
             f"DeepSpeed refused the configuration: {error}; look at scale and deepspeed"

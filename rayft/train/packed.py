@@ -6,14 +6,19 @@ and one DeepSpeed engine. For each of a run's parameter groups the engine has on
 the adapters' own parameters are parts: DeepSpeed spends time on each parameter, and eight slots of LoRA in
 210 layers have 3,360. When runs join or leave, a new engine is built, and masters and moments move to it.
 
+On a GPU the passes of a set of slots can be captured as CUDA graphs. All batches then have the same shape,
+so a run that waits for an answer has rows in them too, whose loss counts nothing.
+
     Pack.session()  → Trainer(run, session, …, pack).course() → asks for steps
     Pack.step({slot: Step, …}) → the result of each
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +26,7 @@ import torch
 from torch import nn
 
 from rayft.data.pack import Batch, Row, collate_rows, padded
-from rayft.errors import ConfigError
+from rayft.errors import ConfigError, TrainError
 from rayft.evaluate.loss import target_losses
 from rayft.models.inject import clear
 from rayft.models.methods import method
@@ -29,13 +34,15 @@ from rayft.models.packed import Layout, pack, skeleton, unpackable
 from rayft.squeeze.anneal import Moments
 from rayft.train.course import Part, Question, Step
 from rayft.train.deepspeed import DeepSpeedEngine, StepResult, build_engine, destroy, parameter_groups
+from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Holder, Master, read_masters, write_masters
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 
-__all__ = ["Courses", "Pack", "Slot", "check_packs", "why_alone"]
+__all__ = ["Courses", "Pack", "Slot", "why_alone"]
 
 EndT = TypeVar("EndT")
+logger = logging.getLogger(__name__)
 ALIGNED = 8
 """Parts of a flat parameter begin at multiples of this, so that kernels can read them in vectors."""
 
@@ -43,10 +50,9 @@ ALIGNED = 8
 def why_alone(run: RunConfig) -> str:
     """Return why a run can't share its steps with others, as a clause; empty if it can."""
     scale = run.scale
+    name = run.method.name
     reasons = {
-        f"method '{run.method.name}' changes the base or has layers of its own": not method(
-            run.method.name
-        ).packs,
+        f"'{name}' changes the base, or has layers of its own": not method(name).packs,
         f"model.task is {run.model.task}": run.model.task != "causal_lm",
         f"scale.workers is {scale.workers}": scale.workers > 1,
         "scale.zero is 3": scale.zero == 3,
@@ -55,16 +61,6 @@ def why_alone(run: RunConfig) -> str:
         "deepspeed has settings of its own": bool(run.deepspeed),
     }
     return next((reason for reason, true in reasons.items() if true), "")
-
-
-def check_packs(run: RunConfig) -> None:
-    """Refuse a run that can't share its steps with others.
-
-    Raises:
-        ConfigError: with the reason.
-    """
-    if reason := why_alone(run):
-        raise ConfigError(f"sweep.slots is for trials that can share a batch, but {reason}: drop sweep.slots")
 
 
 class Slot(Holder):
@@ -77,6 +73,8 @@ class Slot(Holder):
         """Masters that the next engine starts with."""
         self.parts: list[_Part] = []
         """One for each parameter group."""
+        self.share: Sequence[Sequence[Row]] = ()
+        """Rows of its last step."""
 
     def masters(self) -> dict[str, Master]:
         """Return a copy of the state of all parameters that train."""
@@ -87,7 +85,7 @@ class Slot(Holder):
         self.given = dict(masters)
 
     def leave(self) -> None:
-        """Give the place back."""
+        """Free the place."""
         self._pack.leave(self)
 
     def zero_optimization_stage(self) -> int:
@@ -193,13 +191,22 @@ class Pack:
 
     Args:
         session: the base and the data, which all runs share. The pack replaces the adapters in the base.
+        note: called with a sentence that a person should read.
+        graphs: whether passes are captured as CUDA graphs; all is then done within `stream`.
 
     Raises:
         ConfigError: if no runs can share a batch on this base.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session, self._model = session, session.loaded.model
+    def __init__(
+        self,
+        session: Session,
+        note: Callable[[str], object] = lambda _: None,
+        *,
+        graphs: bool = False,
+    ) -> None:
+        self._session, self._model, self._note = session, session.loaded.model, note
+        self._graphs = graphs
         if reason := unpackable(self._model):
             raise ConfigError(f"trials can't be packed: {reason}; set sweep.slots: 1")
         clear(self._model)
@@ -212,6 +219,17 @@ class Pack:
         self._numbers = 0
         self._together: int | None = None
         """Number of slots whose rows share a pass; None for all."""
+        self._captured: ExitStack | None = None
+        """Holds the graphs of the slots that the engine has."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all slots have fitted into one pass."""
+        return self._together is None
+
+    def stream(self) -> AbstractContextManager[None]:
+        """Return a context for all that the pack does: the stream on which graphs are captured."""
+        return capture_stream() if self._graphs else nullcontext()
 
     def session(self) -> Session:
         """Return a session for one run, with a model of its own that shares the base's weights."""
@@ -251,16 +269,27 @@ class Pack:
             try:
                 return self._step(steps)
             except torch.OutOfMemoryError:
-                if self._together == 1 or len(steps) == 1:
+                if not self._graphs and (self._together == 1 or len(steps) == 1):
                     raise
+            self._lower(len(steps))
             # The new engine knows nothing of the gradients that were left behind.
-            self._together = -(-min(self._together or len(steps), len(steps)) // 2)
             self._build()
 
     def close(self) -> None:
-        """Give back the engine, and take the adapters out of the base."""
+        """Destroy the engine, and take the adapters out of the base."""
         self._take_down()
         clear(self._model)
+
+    def _lower(self, count: int) -> None:
+        """Let fewer slots share a pass, because those of a step did not fit; first without graphs."""
+        if self._graphs:
+            self._graphs = False
+            return
+        self._together = -(-min(self._together or count, count) // 2)
+        self._note(
+            f"the rows of {count} trials did not fit into the device's memory together; now those of "
+            f"{self._together} share a pass"
+        )
 
     # --- the engine
 
@@ -298,6 +327,9 @@ class Pack:
         """Destroy the engine; each slot keeps what it has learnt, for the next one."""
         if self._engine is None:
             return
+        if self._captured is not None:
+            self._captured.close()
+            self._captured = None
         for slot, masters in self._read().items():
             slot.given = masters
             for part in slot.parts:
@@ -340,7 +372,10 @@ class Pack:
                 group["lr"] = steps[slot].lr * part.lr_factor
         self._model.train()
         self._layout.random = {slot.number: one.random for slot, one in steps.items()}
-        groups = [self._micro_batches(steps, slots) for slots in self._passes(steps)]
+        for slot, one in steps.items():
+            slot.share = one.share
+        groups = [self._micro_batches(slots) for slots in self._passes(steps)]
+        self._capture(groups[0][0])
         targets, tokens = Counter[Slot](), Counter[Slot]()
         for micro in (micro for micros in groups for micro in micros):
             targets.update(micro.targets)
@@ -348,7 +383,7 @@ class Pack:
         losses: Counter[Slot] = Counter()
         for micros in zip(*groups, strict=True):
             # The engine divides by the number of micro-batches.
-            weights = {slot: len(groups[0]) / count for slot, count in targets.items()}
+            weights = {slot: len(groups[0]) / targets[slot] if slot in steps else 0.0 for slot in targets}
             for micro in micros:
                 losses.update(self._pass(micro, weights))
             self._deliver()
@@ -365,17 +400,41 @@ class Pack:
 
     def _passes(self, steps: Mapping[Slot, Step]) -> list[list[Slot]]:
         """Divide the slots of a step into those whose rows share a pass, in their order."""
-        order = [slot for slot in self._slots if slot in steps]
+        order = [slot for slot in self._slots if slot in steps or (self._graphs and slot.share)]
         count = self._together or len(order)
         return [order[first : first + count] for first in range(0, len(order), count)]
 
-    def _micro_batches(self, steps: Mapping[Slot, Step], order: Sequence[Slot]) -> list[_Micro]:
+    def _capture(self, micro: _Micro) -> None:
+        """Capture the passes of the engine's slots as CUDA graphs, if that is wanted and not done."""
+        dropped = any(slot.run.method.dropout for slot in self._built)
+        if not self._graphs or self._captured or dropped or len(micro.spans) < len(self._built):
+            return
+        self._enter(micro)
+        self._captured = ExitStack()
+        try:
+            self._captured.enter_context(graphed(self._model, micro.batch))
+        except (ConfigError, TrainError) as error:
+            logger.info("%s", error)
+            self._graphs, self._captured = False, None
+
+    def _enter(self, micro: _Micro) -> None:
+        """Let the layers know whose rows are in the next pass."""
+        self._layout.spans = {slot.number: span for slot, span in micro.spans.items()}
+        self._layout.width = micro.batch.input_ids.shape[1]
+        self._layout.widths = {slot.number: width for slot, width in micro.widths.items()}
+
+    def _micro_batches(self, order: Sequence[Slot]) -> list[_Micro]:
         """Return the micro-batches of some slots, each with rows of all of them."""
-        shares = zip(*(steps[slot].share for slot in order), strict=True)
+        shares = zip(*(slot.share for slot in order), strict=True)
         return [self._micro_batch(order, rows) for rows in shares]
 
     def _micro_batch(self, order: Sequence[Slot], rows: Sequence[Sequence[Row]]) -> _Micro:
-        batch = collate_rows([row for own in rows for row in own], self._session.pad_id)
+        every, width, segments = [row for own in rows for row in own], None, None
+        if self._graphs:
+            run = order[0].run
+            width = run.data.max_length
+            segments = len(every) * max(self._session.row_stream(slot.run).most_segments for slot in order)
+        batch = collate_rows(every, self._session.pad_id, width, segments)
         assert isinstance(batch, Batch)
         width, spans, targets, first = batch.input_ids.shape[1], {}, {}, 0
         for slot, own in zip(order, rows, strict=True):
@@ -396,9 +455,7 @@ class Pack:
         Returns:
             Each slot's summed loss.
         """
-        self._layout.spans = {slot.number: span for slot, span in micro.spans.items()}
-        self._layout.width = micro.batch.input_ids.shape[1]
-        self._layout.widths = {slot.number: width for slot, width in micro.widths.items()}
+        self._enter(micro)
         # The targets are in the order of the rows, and so are the slots.
         losses = target_losses(self._model, micro.batch).split([*micro.targets.values()])
         sums = torch.stack([loss.sum() for loss in losses])

@@ -2,7 +2,8 @@
 
 None of these changes what is learnt, but by rounding and by which values dropout drops. What the settings
 leave open is found by trying it on a GPU: the longest row that the run can meet, as often as a micro-batch
-may have it, forward and backward. What was found is kept in the cache, by everything that it depends on.
+may have it, forward and backward. What was found is kept in the cache, by everything that it depends on. A
+step that does not fit after all makes the run go on with less at a time, in the same process or in new ones.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ from rayft.train.run import RunConfig
 from rayft.train.session import Session
 
 __all__ = [
+    "DeviceMemoryError",
     "Placement",
+    "engine_out_of_memory",
     "keep",
+    "limited",
     "out_of_memory",
     "place",
     "placed",
@@ -50,6 +54,8 @@ SAMPLED = 256
 """Rows of the first epoch among which the one with the most targets is looked for."""
 SPARE = 0.05
 """Share of a device's memory that a probe leaves free: the sizes of later tensors differ, and leave gaps."""
+CROWDED = 0.15
+"""Share of a GPU's memory that other programs may take while a placement is kept for later runs."""
 GAIN = 0.97
 """Graphs are used if a pass takes less than this share of its time without them."""
 
@@ -64,30 +70,50 @@ class Placement:
     graphs: bool = False
 
 
+class DeviceMemoryError(TrainError):
+    """A run does not fit into the memory of a device. In a group, the other workers may have had room.
+
+    Attributes:
+        placement: what a new group of workers can continue the run with; None if the settings allow nothing
+            smaller.
+    """
+
+    def __init__(self, message: str = "", placement: Placement | None = None) -> None:
+        super().__init__(message)
+        self.placement = placement
+
+
 def placed(run: RunConfig, placement: Placement) -> RunConfig:
     """Return a run whose settings are those of a placement."""
     return run.model_copy(update={"scale": run.scale.model_copy(update=dataclasses.asdict(placement))})
 
 
-def place(run: RunConfig, session: Session) -> Placement:
+def place(run: RunConfig, session: Session, known: Placement | None = None) -> Placement:
     """Decide what a run's settings leave open (all workers call it).
 
-    On a CPU, and under ZeRO-3, whose passes need an engine, nothing is tried: a step is one micro-batch.
+    On a CPU, and under ZeRO-3, whose passes need an engine, nothing is tried: a step is one micro-batch, or
+    what is kept of a run whose step did not fit.
 
     Args:
         run: settled.
         session: the base with the run's adapters, and the data.
+        known: the placement, if an earlier group of workers has found it; it is kept for the next runs.
     """
     scale = run.scale
+    if known is not None:
+        keep(run, session, known)
+        return known
     given = (scale.accumulation, scale.activation_checkpointing, scale.graphs)
-    if scale.device != "cuda" or scale.zero == 3 or None not in given:
-        return Placement(scale.accumulation or 1, bool(scale.activation_checkpointing), bool(scale.graphs))
+    whole = Placement(scale.accumulation or 1, bool(scale.activation_checkpointing), bool(scale.graphs))
+    if scale.device != "cuda" or None not in given:
+        return whole
     probe = _Probe(run, session)
     kept: Placement | None = session.worker.agreed(_kept(probe.file))
-    if kept is None:
-        kept = probe.find()
+    if kept is None and scale.zero == 3:
+        return whole
+    if kept is None and (kept := probe.find()) is not None:
         probe.keep(kept)
-    return kept
+    return kept or probe.least
 
 
 def keep(run: RunConfig, session: Session, placement: Placement) -> None:
@@ -100,7 +126,7 @@ def smaller(run: RunConfig, placement: Placement) -> Placement:
     """Return a placement that takes less memory, for a run whose step did not fit.
 
     Raises:
-        TrainError: if the settings allow none.
+        DeviceMemoryError: if the settings allow none.
     """
     scale = run.scale
     rows = run.optim.rows_per_step // scale.workers
@@ -113,7 +139,7 @@ def smaller(run: RunConfig, placement: Placement) -> Placement:
     raise out_of_memory(run, placement)
 
 
-def out_of_memory(run: RunConfig, placement: Placement) -> TrainError:
+def out_of_memory(run: RunConfig, placement: Placement) -> DeviceMemoryError:
     """Return the error for a run whose step did not fit into the device's memory; it says what to change."""
     scale, ways = run.scale, []
     rows = run.optim.rows_per_step // scale.workers
@@ -126,9 +152,23 @@ def out_of_memory(run: RunConfig, placement: Placement) -> TrainError:
     if scale.gpu_share < 1:
         ways.append("let fewer lanes share a GPU (scale.gpu_share)")
     ways += ["lower data.max_length", "shard the base over more workers (scale.zero: 3)"]
-    return TrainError(
+    return DeviceMemoryError(
         f"{rows // placement.accumulation} row(s) of {run.data.max_length} tokens do not fit into the "
         f"device's memory at once: {', or '.join(ways)}"
+    )
+
+
+def engine_out_of_memory(run: RunConfig) -> DeviceMemoryError:
+    """Return the error for a run whose engine does not fit into the device's memory; it says what to do."""
+    scale, ways = run.scale, []
+    if scale.gpu_share < 1:
+        ways.append("let fewer lanes share a GPU (scale.gpu_share)")
+    if not scale.offload:
+        ways.append("keep the optimizer's states in host memory (scale.offload: true, with zero: 1, 2 or 3)")
+    ways += ["train fewer values (method.rank)", "shard the base over more workers (scale.zero: 3)"]
+    return DeviceMemoryError(
+        "beside the base, the gradients and optimizer states of what is trained do not fit into the device's "
+        f"memory: {', or '.join(ways)}"
     )
 
 
@@ -186,13 +226,26 @@ class _Probe:
         return cache_folder() / "probes" / f"{key}.json"
 
     def keep(self, placement: Placement) -> None:
-        """Keep a placement. Without a writable cache, each run tries anew."""
-        if self._worker.rank == 0:
+        """Keep a placement. Without a writable cache, or beside other programs, each run tries anew."""
+        if self._worker.rank == 0 and not self._is_crowded():
             with contextlib.suppress(OSError):
                 write_file(self.file, json.dumps(dataclasses.asdict(placement)))
 
-    def find(self) -> Placement:
-        """Return the fastest placement that fits; the one that takes the least memory if none does."""
+    def _is_crowded(self) -> bool:
+        """Return whether other programs take so much memory that more may fit at other times."""
+        if self._run.scale.gpu_share < 1:
+            # The other lanes are expected.
+            return False
+        free, total = torch.cuda.mem_get_info(self._worker.device)
+        return total - free - torch.cuda.memory_reserved(self._worker.device) > CROWDED * total
+
+    @property
+    def least(self) -> Placement:
+        """The placement that takes the least memory."""
+        return Placement(self._accumulations[-1], self._recompute[-1], bool(self._run.scale.graphs))
+
+    def find(self) -> Placement | None:
+        """Return the fastest placement that fits; None if none does."""
         scale, found = self._run.scale, dict[Placement, float]()
         for recompute in self._recompute:
             for accumulation in self._accumulations:
@@ -205,7 +258,7 @@ class _Probe:
                 # The whole step fits. Recomputing would only cost time.
                 break
         if not found:
-            return Placement(self._accumulations[-1], self._recompute[-1], bool(scale.graphs))
+            return None
         best = min(found, key=found.__getitem__)
         graphs = scale.graphs if scale.graphs is not None else self._faster(best, found[best])
         logger.info("%s: %s", self._run.method.name, replace(best, graphs=graphs))
@@ -267,7 +320,7 @@ class _Probe:
             ConfigError, TrainError: if the model can't be captured.
         """
         device = self._worker.device
-        with _limited(device, self._run.scale.gpu_share):
+        with limited(device, self._run.scale.gpu_share):
             optimizer = torch.empty(self._optimizer_bytes(), dtype=torch.uint8, device=device)
             batch = self._batch(self._share // placement.accumulation).to(device)
             recompute_activations(self._model, wanted=placement.activation_checkpointing)
@@ -321,7 +374,7 @@ def _targets(row: Row) -> int:
 
 
 @contextlib.contextmanager
-def _limited(device: str, share: float) -> Iterator[None]:
+def limited(device: str, share: float) -> Iterator[None]:
     """Limit this process to its share of a GPU's memory in the block, less what must stay free."""
     torch.cuda.set_per_process_memory_fraction((1 - SPARE) * share, device)
     try:

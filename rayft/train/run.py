@@ -91,7 +91,7 @@ class ScaleConfig(Section):
 
     accumulation: int | None = Field(default=None, ge=1, json_schema_extra={FORMER: 1})
     """Micro-batches of one optimizer step, per worker; by default as few as fit into a GPU's memory, and 1 on
-    CPUs and under ZeRO-3."""
+    CPUs."""
 
     activation_checkpointing: bool | None = Field(default=None, json_schema_extra={FORMER: False})
     """Recompute activations in the backward pass instead of keeping them; by default if a step does not fit
@@ -155,13 +155,13 @@ class ScaleConfig(Section):
         if not on_gpu:
             # `auto` may have chosen the CPU, where the settings for GPUs have no effect.
             update["gpu_share"] = 1.0
-        if not on_gpu or zero == 3:
             # Nothing is tried there. On a GPU, the workers decide what is left open.
             update |= {
                 "accumulation": self.accumulation or 1,
                 "activation_checkpointing": bool(self.activation_checkpointing),
-                "graphs": False,
             }
+        if not on_gpu or zero == 3:
+            update["graphs"] = False
         return self.model_copy(update=update)
 
     @property

@@ -157,7 +157,8 @@ def check_task(run: RunConfig, parts: Parts) -> None:
     wanted = "image_classification" if parts.has_images else "sequence_classification"
     if labelled and task != wanted:
         content = "images with classes" if parts.has_images else "classes"
-        raise ConfigError(f"the data has {content}, so set model.task: {wanted}")
+        raw = "" if parts.has_images else ", or data.format: text if they are not to be learnt"
+        raise ConfigError(f"the data has {content}, so set model.task: {wanted}{raw}")
     if labelled and len(parts.labels) != run.model.num_labels:
         raise ConfigError(
             f"the data has {len(parts.labels)} classes ({', '.join(parts.labels[:8])}), model.num_labels is "

@@ -56,7 +56,9 @@ from rayft.train.memory import PeakMemory
 from rayft.train.packed import Pack
 from rayft.train.phases import phases_of
 from rayft.train.placement import (
+    DeviceMemoryError,
     Placement,
+    engine_out_of_memory,
     keep,
     out_of_memory,
     place,
@@ -163,6 +165,7 @@ class Trainer:
         folder: where this node writes the files of the run's folder (`Home.place`). The run continues from
             the last checkpoint that the home has of this folder.
         evaluate_at: steps after which the search needs a validation loss. The last step is always evaluated.
+        placement: how steps use the device, if an earlier group of workers has found out.
         pack: the runs with which this one takes its steps, by `course`; the session is then one of the
             pack's. By default it has the device to itself.
 
@@ -177,6 +180,8 @@ class Trainer:
         reporter: Reporter,
         folder: Path,
         evaluate_at: Sequence[int] = (),
+        *,
+        placement: Placement | None = None,
         pack: Pack | None = None,
     ) -> None:
         self.pack = pack
@@ -188,7 +193,7 @@ class Trainer:
         """How steps use the device; decided in `fit`."""
         self.engine: DeepSpeedEngine = None
         """The engine of the current phase; None outside of `fit`."""
-        self._evaluate_at = _evaluation_steps(run, evaluate_at)
+        self._evaluate_at, self._known_placement = _evaluation_steps(run, evaluate_at), placement
         self._trainable = 0
         self._ended = False
         """Whether the run ended before its last step by its own rule."""
@@ -202,6 +207,8 @@ class Trainer:
             ConfigError: if the adapter to start from does not fit.
             ArtifactError: if the adapter to start from can't be read or was made for another base, or if the
                 folder of the result holds anything but an adapter written by rayft.
+            DeviceMemoryError: on any worker, while others may wait for it, if a step does not fit into memory
+                and only new workers can go on, with less at a time; or if the settings allow nothing less.
             TrainError: if a loss is not finite, or a checkpoint does not fit.
             InterruptedRunError: if the reporter was interrupted; a checkpoint of the last step was saved.
             DiskFullError: if there is no space for a checkpoint or the result; earlier files stay.
@@ -217,8 +224,10 @@ class Trainer:
         self._trainable = inject(self.model, self.run.method, self.run.seed, start.modules).trainable
         reset_heads(self.model, self.run.seed, start.heads)
         try:
-            alone = self.pack is None
-            self.placement = place(self.run, self.session) if alone else Placement(self._accumulation)
+            if self.pack is None:
+                self.placement = place(self.run, self.session, self._known_placement)
+            else:
+                self.placement = Placement(self.run.scale.accumulation or 1)
             # What was tried for the placement does not count.
             stream = capture_stream() if self.placement.graphs else nullcontext()
             with PeakMemory(self.worker.device) as memory, stream:
@@ -286,10 +295,6 @@ class Trainer:
                 return None
 
     @property
-    def _accumulation(self) -> int:
-        return self.run.scale.accumulation or 1
-
-    @property
     def _finished(self) -> bool:
         return self._ended or self.progress.step >= self.run.optim.steps
 
@@ -299,10 +304,13 @@ class Trainer:
 
         A packed run takes a place in its pack instead.
         """
-        if self.pack is None:
-            self.engine = build_engine(placed(self.run, self.placement), self.model)
-        else:
-            self.engine = self.pack.join(self.run, self.model)
+        try:
+            if self.pack is None:
+                self.engine = build_engine(placed(self.run, self.placement), self.model)
+            else:
+                self.engine = self.pack.join(self.run, self.model)
+        except torch.OutOfMemoryError as error:
+            raise engine_out_of_memory(self.run) from error
         try:
             yield
         finally:
@@ -362,10 +370,13 @@ class Trainer:
             self._lower()
             return False
         if not math.isfinite(result.loss):
-            raise TrainError(
+            diverged = TrainError(
                 f"the loss is {result.loss} at step {step + 1} with lr {optim.lr:g}; use a lower "
                 "learning rate, a longer warm-up, or float32"
             )
+            # It is the loss of all workers.
+            diverged.everywhere = True
+            raise diverged
         self.session.tick()
         progress.step = step + 1
         progress.tokens += result.tokens
@@ -392,19 +403,26 @@ class Trainer:
         """Set a smaller placement, because a step did not fit into the device's memory.
 
         Raises:
-            TrainError: if the settings allow none, or this is one of several workers: the others may have
-                had room, and wait in an exchange.
+            DeviceMemoryError: if the settings allow none; or with the placement, if this is one of several
+                workers, since the others may have had room and wait in an exchange, or if the weights and
+                moments of ZeRO-3 would have to move to another engine.
         """
         rows = self.run.optim.rows_per_step // self.worker.world
-        if self.worker.world > 1 or self.run.scale.zero == 3:
-            raise out_of_memory(self.run, self.placement)
-        before, self.placement = self.placement, smaller(self.run, self.placement)
-        keep(self.run, self.session, self.placement)
-        how = "recomputes activations" if self.placement.activation_checkpointing else "goes on"
-        self.reporter.note(
+        before, after = self.placement, smaller(self.run, self.placement)
+        problem = (
             f"step {self.progress.step + 1} with {rows // before.accumulation} row(s) at a time did not fit "
-            f"into the device's memory; the run {how} with {rows // self.placement.accumulation}"
+            "into the device's memory"
         )
+        how = "recomputes activations" if after.activation_checkpointing else "goes on"
+        if self.worker.world > 1 or self.run.scale.zero == 3:
+            raise DeviceMemoryError(
+                f"{problem}; the run starts again from its last checkpoint, and {how} with "
+                f"{rows // after.accumulation}",
+                after,
+            )
+        self.placement = after
+        keep(self.run, self.session, after)
+        self.reporter.note(f"{problem}; the run {how} with {rows // after.accumulation}")
 
     def _share(self, step: int) -> list[list[Row]]:
         """Return this worker's rows of an optimizer step, for each of its micro-batches."""

@@ -96,4 +96,5 @@ class Worker:
             dist.all_gather_object(errors, error)
             error = error or next((each for each in errors if each is not None), None)
         if error is not None:
+            error.everywhere = True
             raise error

@@ -15,6 +15,7 @@ import pytest
 import ray
 import ray.exceptions
 import torch
+from mlflow import MlflowClient
 
 from rayft.artifacts import AdapterArtifact
 from rayft.data.source import DataConfig
@@ -23,12 +24,17 @@ from rayft.methods.base import ChainConfig
 from rayft.models.load import ModelConfig
 from rayft.numerics import tolerance
 from rayft.sweep.executor import EXECUTORS, Executor
+from rayft.sweep.jobs import Job
 from rayft.sweep.search import Trial, search
 from rayft.sweep.space import MethodSpace, SweepConfig, points
+from rayft.sweep.trial import TrainRequest
+from rayft.tracking.base import TrackerSpec
+from rayft.tracking.mlflow import flush_spool
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 from rayft.train.trainer import TrainResult
 from tests.disks import Disk
 from tests.integration.actors import pids
+from tests.integration.memory import ShortOfMemory
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -251,6 +257,38 @@ def test_two_workers_that_were_interrupted_continue_together(
     (trial,) = find(two_workers, long_run(tiny_folder, workers=2), ONE, interrupted[1])
     compare(whole, result(trial), LONG)
     assert len(result(trial).val_curve) == len(whole.val_curve)
+
+
+def test_a_group_whose_step_does_not_fit_continues_with_smaller_batches(
+    two_workers: Executor, tiny_folder: Path, tmp_path: Path, spec: TrackerSpec
+) -> None:
+    run = long_run(tiny_folder, workers=2)
+    run = run.model_copy(update={"optim": OptimConfig(steps=8, rows_per_step=4), "seed": 3})
+    single = run.model_copy(
+        update={"scale": run.scale.model_copy(update={"accumulation": 2, "activation_checkpointing": True})}
+    )
+    before = len(ray.get(two_workers.broker.notices.remote()))
+    requests = [
+        ShortOfMemory("fits", "fits", run, str(tmp_path), (), room=1),
+        TrainRequest("whole", "whole", run, str(tmp_path), ()),
+        # Its group ends, and the next test gets a new one.
+        ShortOfMemory("never", "never", single, str(tmp_path), (), tracker=spec, room=0),
+    ]
+    found = dict(two_workers.run([Job.of(request.key, request) for request in requests]))
+    fits, whole = (found[name].result for name in ("fits", "whole"))
+    assert fits is not None
+    assert whole is not None
+    assert (fits.result.placement["accumulation"], whole.result.placement["accumulation"]) == (2, 1)
+    compare(whole.result, fits.result, 8)
+    assert "1 row(s) of 512 tokens do not fit into the device's memory at once: " in found["never"].error
+    assert ray.get(two_workers.broker.notices.remote(before)) == [
+        "fits: step 5 with 2 row(s) at a time did not fit into the device's memory; the run starts again "
+        "from its last checkpoint, and goes on with 1"
+    ]
+    # The second worker has recorded it, since the first one waited for it.
+    assert not flush_spool(spec).pending
+    (tracked,) = MlflowClient(spec.uri).search_runs([spec.experiment_id])
+    assert tracked.info.status == "FAILED"
 
 
 def test_a_full_disk_ends_both_workers(two_workers: Executor, tiny_folder: Path, disk: Disk) -> None:

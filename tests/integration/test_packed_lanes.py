@@ -14,6 +14,8 @@ import torch
 
 from rayft.methods.base import ChainConfig
 from rayft.sweep.executor import EXECUTORS, Executor
+from rayft.sweep.jobs import Job
+from rayft.sweep.score import ScoreRequest
 from rayft.sweep.search import Trial, search
 from rayft.sweep.space import MethodSpace, SweepConfig, points
 from rayft.train.run import RunConfig
@@ -67,6 +69,23 @@ def test_packed_trials_are_those_that_take_turns(
         alone = by_turns[trial.point.key]
         compare(result(alone), result(trial), 8)
         assert [step for step, _ in result(trial).val_curve] == [step for step, _ in result(alone).val_curve]
+
+
+def test_scores_share_batches(packed: Executor, tiny_folder: Path, tmp_path: Path) -> None:
+    run = make_run(tiny_folder)
+    space = {"lora": MethodSpace(ranks=(2,)), "peft:DoRA": MethodSpace(ranks=(2,))}
+    lora, dora = (result(trial).folder for trial in find(packed, run, space, tmp_path, grace=8))
+    asked = {"base": None, "lora": lora, "dora": dora, "gone": str(tmp_path / "gone"), "again": lora}
+    requests = {key: ScoreRequest(run, ("val", "test"), folder) for key, folder in asked.items()}
+    jobs = {key: Job.of(f"{key}-{time.time_ns()}", one, pack=one.pack) for key, one in requests.items()}
+    found = dict(packed.run([*jobs.values()]))
+    outcomes = {key: found[job.id] for key, job in jobs.items()}
+    assert "gone" in outcomes["gone"].error
+    for key in ("base", "lora", "dora", "again"):
+        scores = outcomes[key].result
+        assert scores is not None, outcomes[key].error
+        assert {part: len(values) for part, values in scores.items()} == {"val": 8, "test": 8}
+    assert outcomes["lora"].result == outcomes["again"].result
 
 
 def test_trials_that_the_search_stops_give_their_slots_to_others(

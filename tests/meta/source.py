@@ -56,7 +56,7 @@ def code() -> tuple[Source, ...]:
 
 
 def everything() -> tuple[Source, ...]:
-    folders = ("rayft", "pipelines", "serve", "benchmarks", "tests")
+    folders = ("rayft", "pipelines", "serve", "examples", "benchmarks", "tests")
     return tuple(source for folder in folders for source in sources(folder))
 
 

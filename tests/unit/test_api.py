@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,12 @@ def test_a_callable_package_can_be_sent_to_other_processes() -> None:
     assert ray.cloudpickle.loads(ray.cloudpickle.dumps(rayft.sweep)) is rayft.sweep
 
 
+def test_a_module_is_a_function_too() -> None:
+    fake = "import sys, types; sys.modules['rayft.api'] = types.SimpleNamespace(config=lambda n: n + 1)"
+    program = "import rayft; print(rayft.config(1)); from rayft.config import load; print(rayft.config(2))"
+    assert python(f"{fake}; {program}") == "2\n3"
+
+
 DATA = {"source": "reasoning_gym", "name": "needle_haystack", "train": 4, "val": 2, "test": 2}
 
 
@@ -171,3 +178,37 @@ def test_an_output_folder_stands_for_what_it_holds(adapter: AdapterArtifact, tmp
     assert rayft.load(tmp_path).rank == 4
     squeeze(adapter, rank=3).save(tmp_path / "winner")
     assert rayft.load(tmp_path).rank == 3
+
+
+def test_the_settings_in_force_come_from_a_file_a_mapping_or_an_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYFT_CACHE", "/cache")
+    (tmp_path / "my.yaml").write_text(json.dumps({"data": DATA, "optim": {"steps": 5}}))
+    given = parse(TrainConfig, {"data": DATA, "optim": {"steps": 5}})
+    for config, source in ((tmp_path / "my.yaml", str(tmp_path / "my.yaml")),
+                           ({"data": DATA, "optim": {"steps": 5}}, "given"), (given, "given")):  # fmt: skip
+        found = rayft.config(config, overrides=["seed=3"])
+        assert found.values["optim"]["steps"] == 5
+        assert found.sources["optim.steps"] == found.sources["data.name"] == source
+        assert (found.values["seed"], found.sources["seed"]) == (3, "--set")
+        assert found.sources["optim.lr"] == "default"
+        assert found.environment["RAYFT_CACHE"] == "/cache"
+        assert re.search(rf"^  steps: 5 +# {re.escape(source)}$", str(found), flags=re.MULTILINE)
+    assert rayft.schema()["properties"]["data"]
+    with pytest.raises(ConfigError, match="did you mean 'optim'"):
+        rayft.config({"data": DATA, "optm": {}})
+
+
+def test_a_configuration_is_written_where_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = [json.dumps({"prompt": f"{n} plus 1?", "completion": str(n + 1)}) for n in range(40)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(rows))
+    assert rayft.init(model="tiny-llama") == Path("my.yaml")
+    assert rayft.init("~/sums.jsonl", model="tiny-llama", out="~/mine.yaml") == tmp_path / "mine.yaml"
+    assert rayft.config("mine.yaml").values["data"]["name"] == str(tmp_path / "sums.jsonl")
+    with pytest.raises(ConfigError, match=r"my\.yaml exists"):
+        rayft.init(tmp_path / "sums.jsonl", model="tiny-llama")

@@ -5,10 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from rayft.config import SINCE, Section, content_hash, leaves, load, nearest, parse, read_yaml
+from rayft.config import (
+    SINCE,
+    Section,
+    content_hash,
+    leaves,
+    load,
+    nearest,
+    parse,
+    read_yaml,
+    yaml_line,
+    yaml_text,
+)
 from rayft.errors import ConfigError
 from rayft.flow.config import load_config
 from rayft.flow.sweep.folder import former_hash, sweep_hash
@@ -412,3 +424,19 @@ def test_leaves_are_dotted_text() -> None:
     assert found["optim.betas"] == "[0.9, 0.99]"
     assert found["steps"] == "3"
     assert leaves(Root())["named"] == "{}"
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert parse(Cosine, {"warmup": np.int64(3)}).warmup == 3
+    assert parse(Optim, {"lr": np.float32(0.5)}).lr == 0.5
+    with pytest.raises(ConfigError, match="valid integer"):
+        parse(Cosine, {"warmup": np.float32(0.5)})
+
+
+def test_a_value_is_written_as_yaml_on_one_line() -> None:
+    for value in ("a\nb", "1e-3", "no", ["x: y", None], {"é": 1.5}, "long " * 100):
+        text = yaml_line(value)
+        assert "\n" not in text
+        assert read_yaml(f"key: {text}")["key"] == value
+        assert read_yaml(yaml_text({"b": value, "a": value})) == {"b": value, "a": value}
+    assert [*read_yaml(yaml_text({"1e5": 1, "a": 2}))] == ["1e5", "a"]

@@ -5,13 +5,26 @@ from __future__ import annotations
 import errno
 import os
 import sqlite3
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from rayft import files
 from rayft.errors import DiskFullError
-from rayft.files import disk_full, locked, room_on, write_file
+from rayft.files import (
+    ABANDONED_SECONDS,
+    abandoned,
+    disk_full,
+    kept_alive,
+    locked,
+    machine,
+    room_on,
+    write_file,
+)
 
 
 def test_a_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -86,3 +99,27 @@ def test_a_file_that_each_holder_deletes_has_one_holder_at_a_time(tmp_path: Path
         for held in [pool.submit(hold) for _ in range(4)]:
             held.result(timeout=60)
     assert seen == [1] * 1200
+
+
+def test_a_folder_is_abandoned_after_some_minutes_without_a_sign_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    assert not abandoned(folder)
+    os.utime(folder, (time.time() - ABANDONED_SECONDS - 1,) * 2)
+    assert abandoned(folder)
+    monkeypatch.setattr(files, "ALIVE_SECONDS", 0.01)
+    with kept_alive(folder):
+        deadline = time.monotonic() + 10
+        while abandoned(folder) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert not abandoned(folder)
+    with pytest.raises(FileNotFoundError):
+        abandoned(tmp_path / "missing")
+
+
+def test_a_machine_has_the_same_name_in_all_its_processes() -> None:
+    code = "from rayft.files import machine; print(machine())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == machine()

@@ -152,16 +152,17 @@ def analyze_target(
     join()
     with tempfile.TemporaryDirectory() as scratch:
         sources = find_items(target, config, uri, Path(scratch))
+        if sources.note:
+            display.say(sources.note)
         wanted = _config(sources, parts, overrides)
         place = out or sources.folder
         check_folder(place, "--out")
         earlier = earlier_analysis(place, {item.name for item in sources.items}, overwrite=overwrite)
         earlier = None if earlier is None else _with_inputs(earlier, sources.items)
-        scale, lanes = sources.items[0].run.scale, min(sources.settings.sweep.lanes, len(sources.items))
-        kind = check_executor(sources.settings.sweep, sources.items[0].run)
+        how, scale = sources.settings.execution, sources.items[0].run.scale
+        lanes, kind = min(how.lanes, len(sources.items)), check_executor(how, sources.items[0].run)
         with cluster(lanes * scale.workers, device=scale.device, gpu_share=scale.gpu_share):
-            restarts = sources.settings.sweep.restarts
-            executor = EXECUTORS[kind](scale, str(Path(scratch) / "ray"), lanes, restarts, "analyze")
+            executor = EXECUTORS[kind](scale, str(Path(scratch) / "ray"), lanes, how.restarts, "analyze")
             found = _in_lanes(executor, sources.items, wanted, display, place)
             found, wanted = completed(found, wanted, earlier)
             summary = summarize(sources.items, found, wanted, *_of_sweep(Path(target)))

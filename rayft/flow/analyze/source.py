@@ -19,7 +19,7 @@ from rayft.artifacts.read import read_meta
 from rayft.config import parse
 from rayft.errors import ConfigError, ReportError
 from rayft.flow.cluster import has_gpus
-from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.config import TrainConfig, load_config, load_train_config
 from rayft.flow.origin import find_origin
 from rayft.flow.scoring import outcome
 from rayft.flow.sweep.folder import STAMP_FILE
@@ -103,11 +103,13 @@ class Item:
 class Sources:
     """What a target of `rayft analyze` stands for."""
 
-    settings: PipelineConfig
+    settings: TrainConfig
     items: tuple[Item, ...]
     tracker: TrackerSpec | None
     folder: Path
     """Folder for the results if the user names none."""
+    note: str = ""
+    """What could not be read of them; empty if nothing."""
 
 
 def find_items(target: str, config: Path | None, uri: str | None, scratch: Path) -> Sources:
@@ -170,7 +172,7 @@ def _of_folder(path: Path, config: Path | None) -> Sources:
     run = run.model_copy(update={"method": run.method.model_copy(update={"name": name})})
     identity = current_identity(run, origin.sweep)
     item = Item(origin.name, run, path.absolute(), origin.run_id, identity)
-    return Sources(origin.config, (item,), origin.tracker, path)
+    return Sources(origin.config, (item,), origin.tracker, path, origin.note)
 
 
 def _of_run(run_id: str, config: Path | None, uri: str | None, scratch: Path) -> Sources:
@@ -182,7 +184,7 @@ def _of_run(run_id: str, config: Path | None, uri: str | None, scratch: Path) ->
             "run of a trial"
         )
     run = _run_of(stored.params)
-    settings = load_config(config) if config is not None else None
+    settings = load_train_config(config) if config is not None else None
     if run is None and settings is None:
         raise ConfigError(
             f"the parameters of run {run_id} don't name base and data completely: give a configuration that "
@@ -190,13 +192,7 @@ def _of_run(run_id: str, config: Path | None, uri: str | None, scratch: Path) ->
         )
     if settings is None:
         assert run is not None
-        settings = parse(
-            PipelineConfig,
-            {
-                "model": run.model.model_dump(mode="json"), "data": run.data.model_dump(mode="json"),
-                "sweep": {"methods": {run.method.name: {"ranks": [run.method.rank]}}},
-            },
-        )  # fmt: skip
+        settings = TrainConfig(model=run.model, data=run.data)
     run = run or settings.run(has_gpus())
     run = run.model_copy(update={"scale": settings.run(has_gpus()).scale})
     tracker = prepare(replace(spec, spool=scratch / "spool"))

@@ -4,48 +4,66 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryDirectory
+from typing import Protocol
 from uuid import uuid4
 
 import httpx
 
 from rayft.artifacts import AdapterArtifact
-from rayft.artifacts.meta import CONFIG_FILE
 from rayft.data.chat_format import Answer, AnswerParser, ChatFormat
-from rayft.errors import ArtifactError, BadRequestError, ConfigError, ResourceError, SqueezeError
-from rayft.flow.adapters import checked, key_headers, reason
-from rayft.flow.origin import find_folder
-from rayft.models.load import ModelConfig
+from rayft.errors import (
+    ArtifactError,
+    BadRequestError,
+    BaseMismatchError,
+    ConfigError,
+    ModelError,
+    ResourceError,
+)
+from rayft.flow.http import api_url, key_headers, reason, served_card, served_cards
+from rayft.flow.target import Target, base_name, find_targets
+from rayft.models.load import ModelConfig, load_encoder
+from rayft.paths import checked_text
+from rayft.peft.folder import PeftFolder
 from rayft.serving.config import ServeConfig
-from rayft.serving.control.admission import check_adapter
+from rayft.serving.control.admission import check_artifact
 from rayft.serving.engine.api import GenerationRequest
-from rayft.serving.engine.start import Started, start_engine
+from rayft.serving.engine.start import Started, describe, start_engine
 from rayft.serving.messages import BASE_NAME
 from rayft.serving.text import TextStream, chat_tokens
-from rayft.squeeze.rank import squeeze
+from rayft.tracking.base import TrackingConfig, tracker_spec
 
-__all__ = ["ChatModel", "Options", "open_local", "open_served"]
+__all__ = ["ChatModel", "Message", "Options", "open_local", "open_models", "open_served"]
 
 Message = dict[str, str]
-SECONDS_TO_ANSWER = 10.0
-"""How long a server may take to list its models."""
 SECONDS_BETWEEN = 120.0
 """How long a server may take between two parts of an answer."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How answers are generated."""
+    """How answers are generated.
 
-    temperature: float
-    """Temperature; 0 always takes the most likely token."""
-    max_tokens: int
+    Raises:
+        ConfigError: if one of them is out of its range.
+    """
+
+    temperature: float = 0.7
+    """Temperature, from 0 to 2; 0 always takes the most likely token."""
+    max_tokens: int = 512
     """Largest number of tokens of an answer."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 <= self.temperature <= 2:
+            raise ConfigError(f"temperature {self.temperature}: write a number from 0 to 2")
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens {self.max_tokens}: write 1 or more")
 
 
 class ChatModel(Protocol):
@@ -69,6 +87,7 @@ class ServedModel:
 
     name: str
     url: str
+    """The server's, up to `/v1`."""
 
     async def answer(self, messages: Sequence[Message], options: Options) -> AsyncGenerator[Answer, None]:
         """See `ChatModel.answer`."""
@@ -84,33 +103,41 @@ class ServedModel:
                 httpx.AsyncClient(
                     base_url=self.url, headers=key_headers(), timeout=SECONDS_BETWEEN
                 ) as client,
-                client.stream("POST", "/v1/chat/completions", json=body) as reply,
+                client.stream("POST", "/chat/completions", json=body) as reply,
             ):
                 if not reply.is_success:
                     await reply.aread()
                     raise ResourceError(f"the server refuses ({reply.status_code}): {reason(reply)}")
+                if "event-stream" not in reply.headers.get("content-type", ""):
+                    raise ResourceError(
+                        f"{self.url} does not stream its answers; is it an OpenAI-compatible API?"
+                    )
                 async for line in reply.aiter_lines():
-                    text = line.removeprefix("data: ")
-                    if text not in (line, "[DONE]"):
-                        yield _part(json.loads(text))
+                    text = line.removeprefix("data:").strip()
+                    if line.startswith("data:") and text != "[DONE]":
+                        yield _part(text)
         except httpx.HTTPError as error:
             raise ResourceError(
                 f"{self.url} has ended the answer ({type(error).__name__}: {error})"
             ) from error
 
 
-def _part(event: dict[str, Any]) -> Answer:
+def _part(text: str) -> Answer:
     """Return the text in an event of a stream.
 
     Raises:
-        ResourceError: if the event is an error.
+        ResourceError: if the event is an error, or no event of such a stream.
     """
-    if "error" in event:
-        raise ResourceError(
-            f"the server has ended the answer: {event['error'].get('message', event['error'])}"
-        )
-    delta = event["choices"][0]["delta"] if event.get("choices") else {}
-    return Answer(delta.get("content") or "", delta.get("reasoning_content") or "")
+    try:
+        event = json.loads(text)
+        if "error" in event:
+            raise ResourceError(
+                f"the server has ended the answer: {event['error'].get('message', event['error'])}"
+            )
+        delta = event["choices"][0]["delta"] if event.get("choices") else {}
+        return Answer(delta.get("content") or "", delta.get("reasoning_content") or "")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResourceError(f"the server sends what is no part of an answer: {text[:200]}") from error
 
 
 def open_served(url: str, names: Sequence[str]) -> list[ChatModel]:
@@ -122,15 +149,13 @@ def open_served(url: str, names: Sequence[str]) -> list[ChatModel]:
 
     Raises:
         ResourceError: if the server can't be reached, or refuses this caller.
+        ModelError: if it does not serve one of the names.
     """
-    try:
-        url.encode()
-        client = httpx.Client(base_url=url.rstrip("/"), headers=key_headers())
-    except (httpx.InvalidURL, UnicodeError) as error:
-        raise ResourceError(f"--url {url} is not a URL ({error}); write http://host:port") from error
-    with client:
-        checked(client, "GET", "/v1/models", option="--url", timeout=SECONDS_TO_ANSWER)
-    return [ServedModel(name, url.rstrip("/")) for name in names]
+    url = api_url(url)
+    cards = served_cards(url)
+    for name in names:
+        served_card(url, cards, name)
+    return [ServedModel(name, url) for name in names]
 
 
 @dataclass(frozen=True)
@@ -150,7 +175,7 @@ class LocalModel:
         if room < 1:
             raise BadRequestError(
                 f"the conversation has {len(prompt)} tokens, and the model's context is {context}; begin "
-                "again with /reset"
+                "again (/reset)"
             )
         request = GenerationRequest(
             prompt,
@@ -169,78 +194,130 @@ class LocalModel:
 
 
 @contextmanager
-def open_local(names: Sequence[str], base: str | None = None) -> Iterator[list[ChatModel]]:
-    """Load models into this process for the length of a block; rayft's own engine runs them on the CPU.
-
-    Models on the same base share it.
+def open_models(
+    names: Sequence[str], *, url: str | None = None, base: str | None = None, uri: str | None = None
+) -> Iterator[list[ChatModel]]:
+    """Find models to talk to, on a running server or in this process, for the length of a block.
 
     Args:
-        names: a base (a registered name, a folder, a .gguf file, a hub id), `base` for the base of another
-            one, or the folder of an adapter or of a sweep or run; a rank may follow (`runs/mine@r8`).
+        names: one, or two to compare: as `open_local`, or with `url` as `open_served`.
+        url: a running server; None to load the models into this process.
+        base: the base of adapters that name none, or instead of the one that they name.
+        uri: MLflow, for `models:/…`.
+
+    Raises:
+        RayftError: naming what can't be talked to, and why; also for an option that would do nothing.
+    """
+    for name in names:
+        checked_text(name, "the model")
+    for option, value in (("--base", base), ("--uri", uri)):
+        if value is not None:
+            checked_text(value, option)
+    if url is not None:
+        for option, value in (("--base", base), ("--uri", uri)):
+            if value is not None:
+                raise ConfigError(
+                    f"{option} is for models in this process, and a server has its own: leave it out"
+                )
+        yield open_served(url, names)
+        return
+    registry = ""
+    if any(name.startswith("models:/") for name in names):
+        registry = tracker_spec(TrackingConfig(uri=uri), Path.cwd()).uri
+    elif uri is not None:
+        raise ConfigError(f"--uri is for models:/…, and {names[0]} is none: leave it out")
+    with open_local(names, base, registry) as models:
+        yield models
+
+
+@contextmanager
+def open_local(
+    names: Sequence[str], base: str | None = None, registry: str = ""
+) -> Iterator[list[ChatModel]]:
+    """Load models into this process for the length of a block; rayft's own engine runs them on the CPU.
+
+    Models on the same base share it. Everything but what only shows in the weights is checked before weights
+    are loaded.
+
+    Args:
+        names: as `rayft.flow.target.find_target`.
         base: the base of adapters that don't name one, or in place of the one that they name.
+        registry: URI of MLflow, for `models:/…`.
 
     Raises:
         RayftError: naming what can't be loaded, and why.
     """
-    asked = [_asked(name, base) for name in names]
-    known = next((one.base for one in asked if one.base), None)
-    if known is None:
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory()))
+        targets = find_targets(names, None, registry, scratch)
+        bases = _bases(targets, base)
+        for name in dict.fromkeys(bases):
+            _check(name, [target for target, own in zip(targets, bases, strict=True) if own == name])
+        engines: dict[str, Started] = {}
+        models: list[ChatModel] = []
+        for target, name in zip(targets, bases, strict=True):
+            if name not in engines:
+                engines[name] = start_engine(_serving(name), "cpu")
+                stack.callback(engines[name].engine.stop)
+            models.append(_opened(target, engines[name]))
+        yield models
+
+
+def _bases(targets: Sequence[Target], base: str | None) -> list[str]:
+    """Return the name of the base of each target, or of the model that it is."""
+    if base is not None and not any(target.needs_base for target in targets):
         raise ConfigError(
-            f"'{BASE_NAME}' is the base of the other model; name that one, or a base such as "
-            f"{ModelConfig().name}"
+            f"--base is for adapters, and {targets[0].name} is a model of its own: leave it out"
         )
-    engines: dict[str, Started] = {}
-    try:
-        yield [_opened(one, one.base or known, engines) for one in asked]
-    finally:
-        for started in engines.values():
-            started.engine.stop()
+    found = []
+    for target in targets:
+        if target.adapter is not None:
+            named = base or target.adapter.meta.base_model
+            if not named:
+                raise ArtifactError(f"{target.name} does not say which base it is for; name it with --base")
+        else:
+            others = (other.model for other in targets if other.model)
+            named = target.model or base or base_name(targets) or next(others, "")
+            if not named:
+                raise ConfigError(
+                    f"'{BASE_NAME}' is the base of the other model; name that one, or a base such as "
+                    f"{ModelConfig().name}"
+                )
+        found.append(named)
+    return found
 
 
-def _opened(one: _Asked, base: str, engines: dict[str, Started]) -> LocalModel:
-    """Load a model into the engine of its base, which is started if it is not among `engines`."""
-    if base not in engines:
-        engines[base] = start_engine(ServeConfig(model=ModelConfig(name=base)), "cpu")
-    started = engines[base]
-    if one.folder is None:
-        return LocalModel(one.name, started)
-    artifact = check_adapter(one.name, str(one.folder), started.base)
-    if one.rank is not None:
-        # Only sorted columns have prefixes.
-        artifact = squeeze(artifact, rank=one.rank)
+def _serving(base: str) -> ServeConfig:
+    return ServeConfig(model=ModelConfig(name=base))
+
+
+def _check(base: str, targets: Sequence[Target]) -> None:
+    """Check without weights that a base can be talked to, and that the adapters among targets fit it."""
+    config = _serving(base)
+    if not load_encoder(config.model).chat_template:
+        raise ModelError(
+            f"{base} has no chat template, so it can't be talked to; choose a model that was tuned for chat"
+        )
+    adapters = [(target.name, target.adapter) for target in targets if target.adapter is not None]
+    described = describe(config, "cpu") if adapters else None
+    for name, adapter in adapters:
+        if isinstance(adapter, PeftFolder):
+            raise ArtifactError(
+                f"{name} is no LoRA, and the engine runs nothing else; extract one from it by `rayft squeeze`"
+            )
+        try:
+            check_artifact(adapter, name, described)
+        except BaseMismatchError as error:
+            raise BaseMismatchError(f"{name} can't be used: {error}") from error
+
+
+def _opened(target: Target, started: Started) -> LocalModel:
+    """Load a model into the engine of its base."""
+    if target.adapter is None:
+        return LocalModel(target.name, started)
+    assert isinstance(target.adapter, AdapterArtifact)
     adapter = uuid4().hex
-    asyncio.run(started.engine.load(adapter, artifact))
-    return LocalModel(one.name, started, adapter)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What a name stands for."""
-
-    name: str
-    base: str
-    """Name of the base; empty for that of another model."""
-    folder: Path | None = None
-    """Folder of the adapter; None for the base alone."""
-    rank: int | None = None
-
-
-def _asked(name: str, base: str | None) -> _Asked:
-    """Return what a name stands for.
-
-    Raises:
-        ArtifactError, ConfigError, SqueezeError: if it can stand for nothing.
-    """
-    place, _, rank = name.rpartition("@r") if re.search(r"@r\d+$", name) else (name, "", "")
-    folder = find_folder(Path(place).expanduser())
-    if (folder / CONFIG_FILE).is_file():
-        artifact = AdapterArtifact.load(folder)
-        if rank and not 1 <= int(rank) <= artifact.rank:
-            raise SqueezeError(f"{place} has rank {artifact.rank}; ask for 1 to {artifact.rank}, not {rank}")
-        named = base or artifact.meta.base_model
-        if not named:
-            raise ArtifactError(f"{folder} does not say which base it is for; name the base with --base")
-        return _Asked(name, named, folder, int(rank) if rank else None)
-    if rank:
-        raise ConfigError(f"{place} is no adapter's folder, and only adapters have a rank (@r{rank})")
-    return _Asked(name, base or "" if name == BASE_NAME else name)
+    # In a notebook, this thread has a loop that is running.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, started.engine.load(adapter, target.adapter)).result()
+    return LocalModel(target.name, started, adapter)

@@ -6,63 +6,19 @@ import asyncio
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from rayft.errors import RayftError
+from rayft.flow.chat.conversation import Side
 from rayft.flow.chat.models import ChatModel, Options
 
 __all__ = ["talk"]
 
 COMMANDS = "/reset begins again, /quit ends (so does Ctrl-D), Ctrl-C stops an answer"
-STOPPED = "(stopped)"
-
-
-@dataclass
-class _Side:
-    """One model and its conversation."""
-
-    model: ChatModel
-    system: str | None
-    messages: list[dict[str, str]] = field(default_factory=list)
-    content: str = ""
-    """The answer so far."""
-    reasoning: str = ""
-    note: str = ""
-    """Why there is no more of it."""
-
-    def reset(self) -> None:
-        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-
-    def ask(self, question: str) -> None:
-        self.messages.append({"role": "user", "content": question})
-        self.content = self.reasoning = self.note = ""
-
-    def keep(self) -> None:
-        """Keep the answer, as far as it came; without one, the question was not asked."""
-        if self.content:
-            self.messages.append({"role": "assistant", "content": self.content})
-        else:
-            self.messages.pop()
-
-    async def answer(self, options: Options, show: Callable[[_Side, str, str], None]) -> None:
-        """Answer the last question, and show each part as it comes."""
-        try:
-            async with aclosing(self.model.answer(self.messages, options)) as parts:
-                async for part in parts:
-                    self.content += part.content
-                    self.reasoning += part.reasoning
-                    show(self, part.content, part.reasoning)
-        except RayftError as error:
-            self.note = f"{type(error).__name__}: {error}"
-        except asyncio.CancelledError:
-            self.note = STOPPED
-            raise
 
 
 def talk(models: Sequence[ChatModel], console: Console, options: Options, system: str | None = None) -> None:
@@ -76,9 +32,7 @@ def talk(models: Sequence[ChatModel], console: Console, options: Options, system
         options: how answers are generated.
         system: message at the beginning, which the models follow.
     """
-    sides = [_Side(model, system) for model in models]
-    for side in sides:
-        side.reset()
+    sides = [Side(model, system) for model in models]
     if sys.stdin.isatty():
         console.print(f"{' and '.join(side.model.name for side in sides)}: {COMMANDS}", style="dim")
     with _own_interrupts():
@@ -96,7 +50,7 @@ def talk(models: Sequence[ChatModel], console: Console, options: Options, system
                 _exchange(line, sides, console, options)
 
 
-def _exchange(question: str, sides: Sequence[_Side], console: Console, options: Options) -> None:
+def _exchange(question: str, sides: Sequence[Side], console: Console, options: Options) -> None:
     """Ask a question, show the answers, and keep them."""
     for side in sides:
         side.ask(question)
@@ -108,8 +62,8 @@ def _exchange(question: str, sides: Sequence[_Side], console: Console, options: 
         side.keep()
 
 
-def _one(side: _Side, console: Console, options: Options) -> None:
-    def show(_: _Side, content: str, reasoning: str) -> None:
+def _one(side: Side, console: Console, options: Options) -> None:
+    def show(_: Side, content: str, reasoning: str) -> None:
         for text, style in ((reasoning, "dim"), (content, None)):
             if text:
                 console.print(text, style=style, end="", soft_wrap=True)
@@ -120,7 +74,7 @@ def _one(side: _Side, console: Console, options: Options) -> None:
     )
 
 
-def _beside(sides: Sequence[_Side], console: Console, options: Options) -> None:
+def _beside(sides: Sequence[Side], console: Console, options: Options) -> None:
     if not console.is_terminal:
         _run(sides, options, lambda *_: None)
         for side in sides:
@@ -133,7 +87,7 @@ def _beside(sides: Sequence[_Side], console: Console, options: Options) -> None:
     console.print(_columns(sides, console))
 
 
-def _columns(sides: Sequence[_Side], console: Console) -> Table:
+def _columns(sides: Sequence[Side], console: Console) -> Table:
     # So narrow that the terminal's own ^C fits beside it; on a line of its own it would shift the table.
     table = Table(*(side.model.name for side in sides), width=console.width - 4)
     for column in table.columns:
@@ -146,7 +100,7 @@ def _columns(sides: Sequence[_Side], console: Console) -> Table:
     return table
 
 
-def _run(sides: Sequence[_Side], options: Options, show: Callable[[_Side, str, str], None]) -> None:
+def _run(sides: Sequence[Side], options: Options, show: Callable[[Side, str, str], None]) -> None:
     """Let all sides answer at the same time; Ctrl-C stops them."""
 
     async def answers() -> None:

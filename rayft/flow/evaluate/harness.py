@@ -3,34 +3,101 @@
 from __future__ import annotations
 
 import difflib
+import io
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 from rayft.config import nearest
 from rayft.data.files import quiet
 from rayft.errors import ConfigError, DataError, ModelError, RayftError, ResourceError
 from rayft.evaluate.compare import Z
-from rayft.flow.adapters import SECONDS_TO_ANSWER, key_headers
 from rayft.flow.evaluate.data import measure
-from rayft.flow.evaluate.record import Measure
-from rayft.flow.evaluate.target import Target
-from rayft.models.load import ModelConfig, context_length, is_here, load_encoder, load_skeleton, resolve
+from rayft.flow.evaluate.record import Answer, Measure
+from rayft.flow.http import key_headers, served_card, served_cards
+from rayft.models.load import (
+    LoadedModel,
+    ModelConfig,
+    context_length,
+    is_here,
+    load_encoder,
+    load_skeleton,
+    resolve,
+)
 from rayft.report.record import Score
-from rayft.train.run import EvaluateConfig, ScaleConfig
 
-__all__ = ["Harness", "process_model", "served_model"]
+__all__ = ["Harness", "Prompts", "check_harness", "process_model", "served_model"]
 
-PROMPTS = 16
-"""Prompts in a request to a server."""
 MISSING = (
     "tasks of lm-evaluation-harness need the package lm_eval ({}): run `pip install 'rayft[eval]'`, or "
     "`pip install 'lm_eval[api,hf]'`"
 )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How tasks ask their questions."""
+
+    chat_template: bool = False
+    """Whether in the model's chat template."""
+    system: str | None = None
+    """System message at the beginning."""
+    one_turn: bool = False
+    """Whether solved examples are in one turn with the question, and not in turns of their own."""
+
+    def check(self, name: str, tokenizer: Any) -> None:
+        """Check that a model has a chat template which takes such prompts, if one is asked for.
+
+        Args:
+            name: the model's.
+            tokenizer: the model's.
+
+        Raises:
+            ConfigError: if it has none, or the template refuses or drops the system message.
+        """
+        if not self.chat_template:
+            return
+        if not tokenizer.chat_template:
+            raise ConfigError(f"{name} has no chat template: leave out --chat-template")
+        try:
+            text = self._rendered(tokenizer)
+        except Exception as error:
+            # Templates are programs: they may raise anything.
+            what = "a system message: leave out --system" if self.system else "a question"
+            raise ConfigError(f"the chat template of {name} refuses {what} ({error})") from error
+        if self.system and self.system.strip() not in text:
+            raise ConfigError(f"the chat template of {name} drops the system message: leave out --system")
+
+    def adds_bos(self, tokenizer: Any) -> bool:
+        """Return whether a tokenizer writes its first token before these prompts, which have none yet."""
+        first, bos = tokenizer("x")["input_ids"][:1], tokenizer.bos_token_id
+        if bos is None or first != [bos]:
+            return False
+        return not (self.chat_template and self._rendered(tokenizer).startswith(tokenizer.bos_token))
+
+    def _rendered(self, tokenizer: Any) -> str:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        asked = [*system, {"role": "user", "content": "?"}]
+        return str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+
+
+def check_harness(include: Path | None) -> None:
+    """Check that lm-evaluation-harness is installed, and that a folder with further tasks is there.
+
+    Raises:
+        ResourceError: if lm_eval is not installed.
+        ConfigError: if there is no such folder.
+    """
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise ResourceError(MISSING.format(error)) from error
+    if include is not None and not include.is_dir():
+        raise ConfigError(f"--include {include} is no folder; give one with YAML files of tasks")
 
 
 class Harness:
@@ -39,18 +106,15 @@ class Harness:
     Args:
         tasks: names of tasks, groups or tags.
         include: folder with further tasks, as YAML files. Python code in it is run.
+        prompts: how questions are asked.
 
     Raises:
-        ResourceError: if lm_eval is not installed.
-        ConfigError: if there is no such task or folder, or a task runs code that the model writes.
+        ConfigError: if there is no such task, or a task runs code that the model writes.
         DataError: if the data of a task can't be loaded.
     """
 
-    def __init__(self, tasks: Sequence[str], include: Path | None) -> None:
-        _check_installed()
-        if include is not None and not include.is_dir():
-            raise ConfigError(f"--include {include} is no folder; give one with YAML files of tasks")
-        self.tasks = [*dict.fromkeys(tasks)]
+    def __init__(self, tasks: Sequence[str], include: Path | None, prompts: Prompts) -> None:
+        self.tasks, self._prompts = [*dict.fromkeys(tasks)], prompts
         with _quiet():
             self._manager = _manager(self.tasks, include)
             for name in self.tasks:
@@ -82,12 +146,15 @@ class Harness:
                     "itself, in a container"
                 )
 
-    def run(self, model: Any, samples: int | None) -> tuple[Measure, ...]:
-        """Run the tasks on a model of lm-evaluation-harness, and return each metric of each task.
+    def run(self, model: Any, samples: int | None) -> tuple[tuple[Measure, ...], tuple[Answer, ...]]:
+        """Run the tasks on a model of lm-evaluation-harness.
 
         Args:
             model: from `process_model` or `served_model`.
             samples: number of questions of each task, from the first; None for all.
+
+        Returns:
+            Each metric of each task, and the answers to the questions of tasks that ask some.
 
         Raises:
             ResourceError: if the server refuses a request, or the model can't answer one.
@@ -95,9 +162,16 @@ class Harness:
         from lm_eval import simple_evaluate
 
         try:
-            with _quiet():
+            with _quiet(), _without_git(), redirect_stdout(io.StringIO()):
                 found: Any = simple_evaluate(
-                    model=model, tasks=self.tasks, limit=samples, task_manager=self._manager, log_samples=True
+                    model=model,
+                    tasks=self.tasks,
+                    limit=samples,
+                    task_manager=self._manager,
+                    log_samples=True,
+                    apply_chat_template=self._prompts.chat_template,
+                    system_instruction=self._prompts.system,
+                    fewshot_as_multiturn=self._prompts.chat_template and not self._prompts.one_turn,
                 )
         except RayftError:
             raise
@@ -105,14 +179,7 @@ class Harness:
             raise ResourceError(
                 f"lm-evaluation-harness failed on {', '.join(self.tasks)} ({type(error).__name__}: {error})"
             ) from error
-        return tuple(_measures(found))
-
-
-def _check_installed() -> None:
-    try:
-        import lm_eval.tasks  # noqa: F401
-    except ImportError as error:
-        raise ResourceError(MISSING.format(error)) from error
+        return tuple(_measures(found)), tuple(_answers(found))
 
 
 def _manager(tasks: Sequence[str], include: Path | None) -> Any:
@@ -151,82 +218,117 @@ def _measures(found: Mapping[str, Any]) -> Iterator[Measure]:
                     continue
             error = values.get(f"{metric}_stderr,{filtered}")
             half = Z * error if isinstance(error, int | float) else float("nan")
-            n = len(own) or int(found.get("n-samples", {}).get(task, {}).get("effective", 0))
+            n = len(own) or _questions(found, task)
             score = Score(value=float(value), low=value - half, high=value + half, n=n)
             yield Measure(task=task, metric=shown, score=score)
+
+
+def _questions(found: Mapping[str, Any], name: str) -> int:
+    """Return the number of questions of a task, or of all tasks in a group."""
+    if name in found["n-samples"]:
+        return int(found["n-samples"][name]["effective"])
+    return sum(_questions(found, member) for member in found["group_subtasks"].get(name, ()))
+
+
+def _answers(found: Mapping[str, Any]) -> Iterator[Answer]:
+    """Yield the answers in a result of `simple_evaluate`, task by task in the order of the questions."""
+    for task, rows in found["samples"].items():
+        # Other filters read other answers out of the same text.
+        own = [row for row in rows if row["filter"] == rows[0]["filter"]]
+        for row in sorted(own, key=lambda row: int(row["doc_id"])):
+            if (answer := _answer(task, row)) is not None:
+                yield answer
+
+
+def _answer(task: str, row: Mapping[str, Any]) -> Answer | None:
+    """Return what was answered to a question; None where a text was only read."""
+    requests, got = row["arguments"], row["filtered_resps"]
+    if len(requests[0]) < 2:
+        return None
+    question, wanted = str(requests[0][0]), row["target"]
+    if isinstance(requests[0][1], Mapping):
+        answered = got[0]
+    elif len(requests) == 1:
+        (value, greedy), wanted = got[0], requests[0][1]
+        answered = wanted if greedy else f"something else (log-likelihood of the wanted text: {value:.4g})"
+    else:
+        # Some tasks have the same ending after each of several beginnings.
+        same = len({ending for _, ending in requests}) == 1
+        question = str(requests[0][1]) if same else question
+        choices = [str(beginning if same else ending).strip() for beginning, ending in requests]
+        answered = choices[max(range(len(got)), key=lambda place: got[place][0])]
+        wanted = [
+            choices[one] if isinstance(one, int) and one < len(choices) else one for one in _listed(wanted)
+        ]
+    scores = [row[metric] for metric in row["metrics"]]
+    score = next((one for one in scores if isinstance(one, int | float) and 0 <= one <= 1), math.nan)
+    return Answer(
+        task=task,
+        question=question,
+        wanted=" | ".join(map(str, _listed(wanted))).strip(),
+        got=" | ".join(map(str, _listed(answered))),
+        score=float(score),
+    )
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 # --- models
 
 
-def process_model(
-    target: Target,
-    base: ModelConfig,
-    scale: ScaleConfig,
-    evaluate: EvaluateConfig,
-    device: str,
-    scratch: Path,
-) -> Any:
-    """Return a model of lm-evaluation-harness that PEFT and transformers load in this process.
+def process_model(loaded: LoadedModel, batch_size: int) -> Any:
+    """Return a model of lm-evaluation-harness that asks a model in this process.
 
     Args:
-        target: an adapter for the base, or a model.
-        base: the base of an adapter.
-        scale: the dtype.
-        evaluate: the batch size.
-        device: where to compute.
-        scratch: folder for the prefix of an adapter, which is saved for PEFT.
+        loaded: the model, with the adapter.
+        batch_size: questions that are answered together.
+
+    Raises:
+        ResourceError: if lm_eval lacks the packages for models in this process.
     """
     try:
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise ResourceError(MISSING.format(error)) from error
-    config = base if target.adapter is not None else base.model_copy(update={"name": target.model})
-    folder = target.folder
-    if target.adapter is not None and target.prefix:
-        folder = target.adapter.save(scratch / target.content)
     with _quiet():
-        return HFLM(
-            pretrained=resolve(config),
-            revision=config.revision or "main",
-            peft=None if folder is None else str(folder),
-            dtype=scale.torch_dtype,
-            device=device,
-            batch_size=evaluate.batch_size,
-            trust_remote_code=False,
-        )
+        return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
 
 
-def served_model(url: str, name: str, base: str | None) -> Any:
+def served_model(
+    url: str, name: str, config: ModelConfig, *, names_base: bool, prompts: Prompts, batch_size: int
+) -> Any:
     """Return a model of lm-evaluation-harness that asks a server for completions and log-probabilities.
 
     The tokenizer is that of the base, which must be on this machine. RAYFT_KEY holds the caller's key, if the
     server asks for one.
 
     Args:
-        url: of the server, up to `/v1`.
+        url: of the server, from `api_url`.
         name: the name that it serves.
-        base: the base, if the server does not name it, or names another place than it has here.
+        config: the base.
+        names_base: whether `config` has the name of the base; if not, the server names it.
+        prompts: how questions are asked.
+        batch_size: prompts in a request.
 
     Raises:
-        ResourceError: if the server can't be reached, or refuses.
+        ResourceError: if the server can't be reached or refuses, or lm_eval lacks the packages for servers.
         ModelError: if it does not serve the name, or the base's tokenizer is not here.
-        ResourceError: if lm_eval lacks the packages for servers.
+        ConfigError: if the prompts don't go with the chat template.
     """
-    url = url.rstrip("/")
-    cards = _cards(url)
-    own = name.partition("@")[0]
-    if own not in cards:
-        raise ModelError(f"{url} does not serve '{name}'{nearest(own, cards)}")
-    named = base or str(cards[own].get("base") or cards[own].get("root") or "")
-    config = ModelConfig(name=named or own)
-    if not base and not is_here(config.name):
-        raise ModelError(
-            f"the base of '{name}' is {config.name}, which is not on this machine: name it with --base, "
-            "since its tokenizer is needed"
-        )
+    card = served_card(url, served_cards(url), name)
+    if not names_base:
+        named = str(card.get("base") or card.get("root") or card["id"])
+        config = config.model_copy(update={"name": named})
+        if not is_here(named):
+            raise ModelError(
+                f"the base of '{name}' is {named}, which is not on this machine: name it with --base, since "
+                "its tokenizer is needed"
+            )
     settings = load_skeleton(config).config
     encoder = load_encoder(config, settings)
+    prompts.check(config.name, encoder)
     try:
         from lm_eval.models.openai_completions import LocalCompletionsAPI
     except ImportError as error:
@@ -239,30 +341,30 @@ def served_model(url: str, name: str, base: str | None) -> Any:
             tokenizer=resolve(config),
             revision=config.revision or "main",
             tokenized_requests=True,
-            batch_size=PROMPTS,
+            batch_size=batch_size,
             max_length=context_length(config, settings, encoder),
+            # In a process, the tokenizer decides.
+            add_bos_token=prompts.adds_bos(encoder),
             header={"Content-Type": "application/json", **key_headers()},
             trust_remote_code=False,
         )
 
 
-def _cards(url: str) -> dict[str, Mapping[str, Any]]:
-    """Return the descriptions of what a server serves: name → description."""
+@contextmanager
+def _without_git() -> Iterator[None]:
+    """Keep lm_eval from asking git for a commit: outside of a repository, git complains in the terminal."""
+    from lm_eval import evaluator
+
+    asks = getattr(evaluator, "get_git_commit_hash", None)
+    if asks is None:
+        # A release of lm_eval that asks in another way; the complaint does no harm.
+        yield
+        return
+    evaluator.get_git_commit_hash = lambda: None
     try:
-        answer = httpx.get(f"{url}/models", headers=key_headers(), timeout=SECONDS_TO_ANSWER)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ResourceError(
-            f"{url} can't be reached ({type(error).__name__}: {error}); give the server's URL, such as "
-            "http://127.0.0.1:8000/v1, with --url"
-        ) from error
-    hint = "; put a key of this server into RAYFT_KEY" if answer.status_code == 401 else ""
-    try:
-        answer.raise_for_status()
-        return {str(card["id"]): card for card in answer.json()["data"]}
-    except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
-        raise ResourceError(
-            f"{url}/models answers {answer.status_code} and no list of models{hint or '; correct --url'}"
-        ) from error
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asks
 
 
 @contextmanager

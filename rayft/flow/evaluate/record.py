@@ -35,6 +35,9 @@ class Answer(Record):
     got: str
     """What the target answered."""
     score: float
+    """From 0 to 1; NaN for a task none of whose metrics is a score of single questions."""
+    task: str = ""
+    """The task of lm-evaluation-harness that asks; empty on data."""
 
 
 class Measure(Record):
@@ -61,7 +64,7 @@ class TargetResult(Record):
     problem: str = ""
     """For how many answers the scorer raised an error, and the first of these; empty if for none."""
     answers: tuple[Answer, ...] = ()
-    """Of the data's questions, in their order."""
+    """Of the data's questions, or of each task's, in their order."""
 
 
 class Difference(Record):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -54,7 +55,7 @@ def show_answers(found: Evaluation, count: int, console: Console) -> None:
 
     Args:
         found: the evaluation.
-        count: how many questions.
+        count: how many questions; of each task, if there are tasks.
         console: where to print.
     """
     for number, answers in enumerate(_by_question(found, count), start=1):
@@ -63,9 +64,13 @@ def show_answers(found: Evaluation, count: int, console: Console) -> None:
         for name, answer in answers:
             style = "green" if answer.score >= 1 else "red" if answer.score <= 0 else "yellow"
             label = "got" if len(answers) == 1 else f"got, {name}"
-            rows.append((f"{label} ({answer.score:.3g})", answer.got, style))
+            scored = math.isfinite(answer.score)
+            rows.append(
+                (f"{label} ({answer.score:.3g})" if scored else label, answer.got, style if scored else "")
+            )
+        title = f"{number}, {first.task}" if first.task else f"{number}"
         if console.is_terminal:
-            console.print(Rule(f"{number}", align="left", style="dim"))
+            console.print(Rule(title, align="left", style="dim"))
             grid = Table.grid(padding=(0, 2))
             grid.add_column(style="bold", no_wrap=True, max_width=max(12, console.width // 3))
             grid.add_column(overflow="fold")
@@ -73,7 +78,7 @@ def show_answers(found: Evaluation, count: int, console: Console) -> None:
                 grid.add_row(label, Text(_printable(text), style))
             console.print(grid)
         else:
-            console.print(f"\n{number}")
+            console.print(f"\n{title}")
             for label, text, _ in rows:
                 console.print(f"{label}: {_printable(text)}", soft_wrap=True)
 
@@ -91,8 +96,10 @@ def _printable(text: str) -> str:
 
 
 def _by_question(found: Evaluation, count: int) -> Iterator[list[tuple[str, Answer]]]:
+    """Yield the answers of all targets to each of the first questions; of each task, if there are tasks."""
     answered = [target for target in found.targets if target.answers]
-    if not answered:
-        return
-    for answers in zip(*(target.answers[:count] for target in answered), strict=True):
-        yield [(target.name, answer) for target, answer in zip(answered, answers, strict=True)]
+    seen: Counter[str] = Counter()
+    for answers in zip(*(target.answers for target in answered), strict=True):
+        seen[answers[0].task] += 1
+        if seen[answers[0].task] <= count:
+            yield [(target.name, answer) for target, answer in zip(answered, answers, strict=True)]

@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from rayft.artifacts import AdapterArtifact
+from rayft.config import yaml_text
+from rayft.flow.export.maker import Scores
 from rayft.flow.export.places import CARD_MARK
-from rayft.flow.export.scores import Scores
 from rayft.flow.export.vllm import served_rank
 from rayft.report.record import Score
 from rayft.report.text import human_bytes, human_count, score_text
@@ -50,6 +51,11 @@ class Subject:
     def by_rayft(self) -> bool:
         """Whether rayft trained it; otherwise its method is not known."""
         return bool(self.artifact.meta.base_fingerprint or self.artifact.meta.data_digest)
+
+    @property
+    def revision(self) -> str | None:
+        """Revision of the base, if the adapter names one of this base."""
+        return self.artifact.revision if self.base == self.artifact.meta.base_model else None
 
     @property
     def plain(self) -> bool:
@@ -200,6 +206,8 @@ def _peft(subject: Subject) -> str:
     task, base = subject.artifact.meta.task, json.dumps(subject.base or "BASE")
     reader = "AutoImageProcessor" if task == "image_classification" else "AutoTokenizer"
     classes = ""
+    if subject.revision:
+        base += f", revision={json.dumps(subject.revision)}"
     if task != "causal_lm":
         # The base may have a head for other classes, which the adapter's replaces.
         classes = f", num_labels={subject.labels or 'NUMBER_OF_CLASSES'}, ignore_mismatched_sizes=True"
@@ -221,8 +229,9 @@ def _peft(subject: Subject) -> str:
 
 def _rayft(subject: Subject) -> str:
     name = _served(subject.name)
-    settings = {"model": {"name": subject.base or "BASE"}, "adapters": {name: "."}}
-    text = yaml.safe_dump(settings, sort_keys=False).strip()
+    model = {"name": subject.base or "BASE", **({"revision": subject.revision} if subject.revision else {})}
+    settings = {"model": model, "adapters": {name: "."}}
+    text = yaml_text(settings).strip()
     lower = f" `{name}@r1` to `{name}@r{subject.artifact.rank}` are the same adapter at lower ranks."
     lines = [
         "## Serve it with rayft\n",
@@ -247,7 +256,16 @@ def _vllm(subject: Subject) -> str:
             "## Serve it with vLLM\n\nIts modules differ in rank or scale, which not every release of vLLM "
             "reads: make a folder with one rank by `rayft export . --vllm DIR`, and serve that.\n"
         )
-    command = ["vllm", "serve", subject.base or "BASE", "--enable-lora", "--max-lora-rank", str(rank)]
+    pinned = ["--revision", subject.revision] if subject.revision else []
+    command = [
+        "vllm",
+        "serve",
+        subject.base or "BASE",
+        *pinned,
+        "--enable-lora",
+        "--max-lora-rank",
+        str(rank),
+    ]
     text = shlex.join([*command, "--lora-modules", f"{name}=."])
     return f"## Serve it with vLLM\n\n```bash\n{text}\n```\n"
 

@@ -27,7 +27,7 @@ import torch
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, ResourceError
 
-__all__ = ["ADAPTER_KEY", "PROVED", "check_gguf", "permuted", "write_gguf"]
+__all__ = ["ADAPTER_KEY", "PROVED", "check_gguf", "gguf_bytes", "permuted", "write_gguf"]
 
 ADAPTER_KEY = "rayft.content_hash"
 """Key of the file that holds the adapter's identity; a file without it is not replaced."""
@@ -86,6 +86,11 @@ def check_gguf(artifact: AdapterArtifact, skeleton: Any) -> dict[str, str]:
             )
         found[module] = name
     return found
+
+
+def gguf_bytes(artifact: AdapterArtifact) -> int:
+    """Return the size of an adapter's tensors in the file, in bytes."""
+    return sum(4 * (factors.a.numel() + factors.b.numel()) for factors in artifact.modules.values())
 
 
 def write_gguf(artifact: AdapterArtifact, skeleton: Any, file: Path) -> None:

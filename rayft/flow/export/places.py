@@ -39,7 +39,7 @@ class Places:
     @property
     def card_file(self) -> Path | None:
         """The file of the card."""
-        if self.card is None or (self.card.suffix == ".md" and not self.card.is_dir()):
+        if self.card is None or (self.card.suffix.lower() == ".md" and not self.card.is_dir()):
             return self.card
         return self.card / CARD_FILE
 

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 
 from rayft.artifacts import AdapterArtifact
 from rayft.artifacts.folder import replace_whole
-from rayft.errors import ConfigError, DiskFullError
+from rayft.errors import DiskFullError, ReportError
 from rayft.files import write_file, write_large_file
-from rayft.flow.config import load_config
-from rayft.flow.export.card import Subject, card, on_hub
-from rayft.flow.export.gguf import check_gguf, write_gguf
+from rayft.flow.export.card import Subject, on_hub
+from rayft.flow.export.card import card as model_card
+from rayft.flow.export.gguf import check_gguf, gguf_bytes, write_gguf
+from rayft.flow.export.maker import Maker, find_maker
 from rayft.flow.export.places import CARD_FILE, MERGE_FILE, Places, check_places
-from rayft.flow.export.scores import find_scores, sweep_of
 from rayft.flow.export.source import REGISTRY, Base, Source, find_base, known_base, open_source
 from rayft.flow.export.vllm import served_rank, target_names, uniform, write_folder
-from rayft.flow.sweep.folder import STAMP_FILE
+from rayft.flow.origin import find_folder, mlflow_uri
+from rayft.flow.sweep.folder import is_sweep
 from rayft.models.load import REGISTERED
 from rayft.models.merge import Rounding, merge, merged_bytes
+from rayft.paths import checked_text, read_path
 from rayft.report.text import human_bytes
-from rayft.tracking.base import TrackingConfig, tracker_spec
 
 __all__ = ["Exported", "export_adapter"]
+
+Place = str | PathLike[str]
+LOST = 0.01
+"""Share of an update that rounding may lose without advice to score the result."""
 
 
 @dataclass(frozen=True)
@@ -51,29 +58,30 @@ class _Job:
     """The base; None if it is not on this machine and nothing needs it."""
     plain: AdapterArtifact
     """The adapter with one rank and one scale, naming the base by `named`."""
-    sweep: Path | None
-    """Folder of the sweep that made the adapter."""
-    quantised: str
-    """How the sweep quantised the base; empty if it did not, or is not known."""
+    card: str
+    """Text of the model card; empty if none is wanted."""
+    maker: Maker
+    """What the sweep that made the adapter says about it."""
 
 
 def export_adapter(
-    adapter: str | Path,
+    adapter: Place,
     *,
-    merged: str | Path | None = None,
-    vllm: str | Path | None = None,
-    gguf: str | Path | None = None,
-    card: str | Path | None = None,
+    merged: Place | None = None,
+    vllm: Place | None = None,
+    gguf: Place | None = None,
+    card: Place | None = None,
     base: str | None = None,
     base_name: str | None = None,
-    sweep: str | Path | None = None,
-    registry: str | None = None,
+    sweep: Place | None = None,
+    uri: str | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Export a LoRA in the forms that other programs load.
+    """Export a LoRA in the forms that other programs load, as `rayft export` does.
 
     Args:
-        adapter: folder of a PEFT LoRA, whoever made it, or `models:/name@alias`, `models:/name/3`.
+        adapter: folder of a PEFT LoRA, whoever made it, `models:/name@alias` or `models:/name/3`, or an
+            output folder of `train` or `sweep`.
         merged: folder for the base with the adapter merged into it.
         vllm: folder for the adapter as vLLM and PEFT load it.
         gguf: file for the adapter as llama.cpp loads it.
@@ -81,24 +89,34 @@ def export_adapter(
         base: the base to read: a hub id, a folder, a GGUF file or a registered name; the one that the adapter
             names if not given.
         base_name: name of the base to write into the results; `base` if not given, else the adapter's.
-        sweep: folder of the sweep that made the adapter, for its scores; found by itself for a folder in it.
-        registry: URI of MLflow, for `models:/…`; MLFLOW_TRACKING_URI if not given.
+        sweep: folder of the sweep that made the adapter, for its scores and its registry; found by itself for
+            a folder in it.
+        uri: MLflow, for `models:/…`; that of `sweep` if not given, else MLFLOW_TRACKING_URI.
         overwrite: whether results of an earlier export are replaced.
 
     Raises:
-        ConfigError: if nothing is to be written, places overlap, or something is there without `overwrite`.
+        ConfigError: if nothing is to be written, places overlap, something is there without `overwrite`, or
+            the configuration in `sweep` is needed and can't be read.
         ArtifactError: if the adapter is no plain LoRA, or can't be exported in a form.
         BaseMismatchError: if it is for another base.
         ModelError: if the base can't be read, or is stored quantised.
         RegistryError: if there is no such registered adapter.
+        ReportError: if `sweep` is no folder of a sweep, or its record is needed and can't be read.
         DiskFullError: if there is no space. What was being written is removed again.
     """
-    places = Places(*(None if place is None else Path(place) for place in (merged, vllm, gguf, card)))
-    registered = isinstance(adapter, str) and adapter.startswith(REGISTRY)
-    check_places(places, None if registered else Path(adapter), overwrite=overwrite)
-    if registered and registry is None:
-        registry = tracker_spec(TrackingConfig(), Path.cwd()).uri
-    job = _prepare(open_source(adapter, registry), places, base, base_name, sweep)
+    forms = {"merged": merged, "vllm": vllm, "gguf": gguf, "card": card}
+    places = Places(**{form: _path(place, f"--{form}") for form, place in forms.items()})
+    for name, option in ((uri, "--uri"), (base, "--base"), (base_name, "--base-name")):
+        if name is not None:
+            checked_text(name, option)
+    text = os.fspath(adapter)
+    folder = None if text.startswith(REGISTRY) else find_folder(read_path(text, "the adapter's folder"))
+    check_places(places, folder, overwrite=overwrite)
+    home = _path(sweep, "--sweep")
+    if home is not None and not is_sweep(home):
+        raise ReportError(f"{home} is no folder of a sweep; give the one that `rayft sweep` wrote")
+    source = open_source(text, mlflow_uri(uri, home)) if folder is None else open_source(folder)
+    job = _prepare(source, places, base, base_name, home)
     if places.gguf is not None:
         assert job.base is not None
         _write_gguf(job, job.base, places.gguf)
@@ -109,12 +127,16 @@ def export_adapter(
         assert job.base is not None
         rounding = _write_merged(job, job.base, places.merged)
     if places.card_file is not None and not places.card_in_vllm:
-        write_file(places.card_file, _card(job, job.source.artifact))
+        write_file(places.card_file, job.card)
     return Exported(places, rounding, _notes(job, rounding))
 
 
+def _path(place: Place | None, option: str) -> Path | None:
+    return None if place is None else read_path(os.fspath(place), option)
+
+
 def _prepare(
-    source: Source, places: Places, base: str | None, base_name: str | None, sweep: str | Path | None
+    source: Source, places: Places, base: str | None, base_name: str | None, sweep: Path | None
 ) -> _Job:
     """Do everything that can fail because of what the user gave."""
     artifact = source.artifact
@@ -125,40 +147,58 @@ def _prepare(
     if places.gguf is not None:
         assert found is not None
         check_gguf(artifact, found.skeleton)
-    if places.merged is not None:
-        assert found is not None
-        _check_room(places.merged, merged_bytes(found.config))
     named = base_name or base or artifact.meta.base_model
     plain = uniform(artifact)
     plain = replace(plain, meta=plain.meta.model_copy(update={"base_model": named, "made": "export"}))
-    own = sweep_of(source, Path(sweep) if sweep else None)
-    return _Job(places, source, named, found, plain, own, _quantised(own))
+    scored, merging = places.card is not None, places.merged is not None
+    maker, text = find_maker(source, sweep, scored=scored, merging=merging), ""
+    if scored:
+        labels = found.config.num_labels if found is not None and artifact.heads else None
+        shown = plain if places.card_in_vllm else artifact
+        text = model_card(Subject(shown, maker.name or source.name, named, maker.scores, labels))
+    job = _Job(places, source, named, found, plain, text, maker)
+    _check_room(_sizes(job))
+    return job
 
 
-def _quantised(sweep: Path | None) -> str:
-    if sweep is None:
-        return ""
-    # An older release may have written a configuration that no longer loads; the export needs none.
-    with suppress(ConfigError):
-        return load_config(sweep / STAMP_FILE).model.quantize or ""
-    return ""
+def _sizes(job: _Job) -> dict[Path, tuple[str, int]]:
+    """Return what is written at each place, and its size in bytes."""
+    places, in_vllm = job.places, job.places.card_in_vllm
+    card = len(job.card.encode())
+    found: dict[Path, tuple[str, int]] = {}
+    if places.merged is not None:
+        assert job.base is not None
+        found[places.merged] = "the merged model", merged_bytes(job.base.config)
+    if places.gguf is not None:
+        found[places.gguf] = "the file for llama.cpp", gguf_bytes(job.source.artifact)
+    if places.vllm is not None:
+        found[places.vllm] = "the folder for vLLM", job.plain.bytes + (card if in_vllm else 0)
+    if places.card_file is not None and not in_vllm:
+        found[places.card_file] = "the model card", card
+    return found
 
 
-def _check_room(place: Path, needed: int) -> None:
-    above = next(path for path in place.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(above).free
-    if free < needed:
-        raise DiskFullError(
-            f"the disk of {above} has {human_bytes(free)} free, and the merged model needs "
-            f"{human_bytes(needed)}; free some space, or choose a folder on another disk"
-        )
+def _check_room(sizes: Mapping[Path, tuple[str, int]]) -> None:
+    """Refuse to fill a disk; places on one disk need the sum of their sizes."""
+    disks: dict[int, list[Path]] = {}
+    above = {place: next(path for path in place.absolute().parents if path.is_dir()) for place in sizes}
+    for place, folder in above.items():
+        disks.setdefault(folder.stat().st_dev, []).append(place)
+    for there in disks.values():
+        folder, needed = above[there[0]], sum(sizes[place][1] for place in there)
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            what = " and ".join(sizes[place][0] for place in there)
+            verb = "needs" if len(there) == 1 else "need"
+            raise DiskFullError(
+                f"the disk of {folder} has {human_bytes(free)} free, and {what} {verb} "
+                f"{human_bytes(needed)}; free some space, or choose a place on another disk"
+            )
 
 
 def _write_gguf(job: _Job, base: Base, place: Path) -> None:
-    needed = sum(
-        4 * (factors.a.numel() + factors.b.numel()) for factors in job.source.artifact.modules.values()
-    )
-    write_large_file(place, lambda file: write_gguf(job.source.artifact, base.skeleton, file), needed)
+    artifact = job.source.artifact
+    write_large_file(place, lambda file: write_gguf(artifact, base.skeleton, file), gguf_bytes(artifact))
 
 
 def _write_vllm(job: _Job, place: Path) -> None:
@@ -169,12 +209,11 @@ def _write_vllm(job: _Job, place: Path) -> None:
         heads = {name.rpartition(".")[0] for name in job.plain.heads}
         every = [name for name, _ in job.base.skeleton.named_modules() if name]
         targets = target_names(paths, every, heads)
-    text = _card(job, job.plain) if job.places.card_in_vllm else None
 
     def write(folder: Path) -> None:
         write_folder(job.plain, targets, folder)
-        if text is not None:
-            (folder / CARD_FILE).write_text(text, encoding="utf-8")
+        if job.places.card_in_vllm:
+            (folder / CARD_FILE).write_text(job.card, encoding="utf-8")
 
     replace_whole(place, write, job.plain.bytes)
 
@@ -200,24 +239,16 @@ def _write_merged(job: _Job, base: Base, place: Path) -> Rounding:
     return found[0]
 
 
-def _card(job: _Job, artifact: AdapterArtifact) -> str:
-    labels = job.base.config.num_labels if job.base is not None and artifact.heads else None
-    scores = find_scores(job.source, job.sweep)
-    # In a sweep, the folders of adapters are called `winner`, `adapter` or `r8`.
-    name = scores.record.name if scores is not None else job.source.name
-    return card(Subject(artifact, name, job.named, scores, labels))
-
-
 def _notes(job: _Job, rounding: Rounding | None) -> tuple[str, ...]:
     """Return what the user has to know."""
-    notes = []
+    notes = [*job.maker.notes]
     places, artifact = job.places, job.source.artifact
     if rounding is not None:
         notes.append(_lost(rounding))
-        if job.quantised:
+        if job.maker.quantised:
             notes.append(
-                f"it was trained on the base quantised to {job.quantised}, and merged into the unquantised "
-                "one, which answers differently: score the merged model before you use it"
+                f"it was trained on the base quantised to {job.maker.quantised}, and merged into the "
+                "unquantised one, which answers differently: score the merged model before you use it"
             )
     if places.vllm is None and places.card is None:
         return tuple(notes)
@@ -237,9 +268,10 @@ def _notes(job: _Job, rounding: Rounding | None) -> tuple[str, ...]:
 
 def _lost(rounding: Rounding) -> str:
     worst = rounding.worst
+    advice = "; score the merged model before you use it" if rounding.total > LOST else ""
     return (
         f"rounding to {rounding.dtype} loses {100 * rounding.total:.2g} % of the update (‖ΔW‖), and "
-        f"{100 * rounding.modules[worst]:.2g} % of that of {worst}, where it is most"
+        f"{100 * rounding.modules[worst]:.2g} % of that of {worst}, where it is most{advice}"
     )
 
 
@@ -256,7 +288,7 @@ def _vllm_notes(job: _Job, artifact: AdapterArtifact) -> list[str]:
         notes.append("it has a classification head, which not every release of vLLM loads")
     if job.base is None:
         notes.append(
-            "its base is not on this machine, so target_modules lists whole paths, which were not checked; "
-            "give a base with --base"
+            "its base can't be read on this machine, so target_modules lists whole paths, which were not "
+            "checked; give a base with --base"
         )
     return notes

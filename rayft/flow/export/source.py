@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from rayft.artifacts import AdapterArtifact
-from rayft.errors import ArtifactError, BaseMismatchError
+from rayft.errors import ArtifactError, BaseMismatchError, ModelError
 from rayft.flow.squeeze.dense import dense_source
 from rayft.models.fingerprint import places, source_fingerprint
 from rayft.models.inject import check_fits
-from rayft.models.load import REGISTERED, ModelConfig, is_here, load_skeleton, loading, resolve
+from rayft.models.load import (
+    REGISTERED,
+    ModelConfig,
+    is_here,
+    load_skeleton,
+    loading,
+    resolve,
+    whole_skeleton,
+)
 
 __all__ = ["Base", "Source", "find_base", "known_base", "open_source"]
 
@@ -40,12 +48,12 @@ class Base:
     """The model on the meta device."""
 
 
-def open_source(adapter: str | Path, registry: str | None) -> Source:
+def open_source(adapter: str | Path, uri: str = "") -> Source:
     """Read an adapter from a folder, or from a registry.
 
     Args:
         adapter: a folder, `models:/name@alias`, `models:/name/3` or `models:/name`.
-        registry: URI of MLflow, for `models:/…`.
+        uri: MLflow's, for `models:/…`.
 
     Raises:
         ArtifactError: if the folder holds no plain LoRA, with what to do instead.
@@ -55,10 +63,9 @@ def open_source(adapter: str | Path, registry: str | None) -> Source:
         from rayft.registry.ref import AdapterRef
         from rayft.registry.store import MlflowRegistry
 
-        assert registry is not None
         ref = AdapterRef.parse(adapter)
         with tempfile.TemporaryDirectory() as scratch:
-            fetched = MlflowRegistry(registry).fetch(ref, scratch)
+            fetched = MlflowRegistry(uri).fetch(ref, scratch)
             return Source(AdapterArtifact.load(fetched), ref.name, None)
     folder = Path(adapter)
     dense = dense_source(folder)
@@ -85,7 +92,38 @@ def find_base(artifact: AdapterArtifact, name: str | None) -> Base:
     """
     if not (name or artifact.meta.base_model):
         raise ArtifactError("the adapter names no base; name it with --base")
-    base = _base(artifact, _config(artifact, name))
+    return _checked(artifact, _config(artifact, name))
+
+
+def known_base(artifact: AdapterArtifact, name: str | None) -> Base | None:
+    """Return what `find_base` does, or None if the configuration of the base is not on this machine.
+
+    Raises:
+        ModelError: if the base that `name` gives can't be read.
+        BaseMismatchError: if the adapter is for another base.
+    """
+    for candidate in (name, artifact.meta.base_model):
+        config = _config(artifact, candidate) if candidate else None
+        if config is None or not _is_here(config):
+            if candidate == name and config is not None:
+                # Refuses a name that no model can have, such as the path of a folder that is not there.
+                resolve(config)
+            continue
+        try:
+            skeleton = whole_skeleton(config)
+        except ModelError:
+            if candidate == name:
+                raise
+            # Nobody asked for the base that the adapter names.
+            continue
+        if skeleton is not None:
+            return _checked(artifact, config)
+    return None
+
+
+def _checked(artifact: AdapterArtifact, config: ModelConfig) -> Base:
+    """Return the base of a configuration, after checking that an adapter is for it."""
+    base = _base(artifact, config)
     with loading(base.config):
         source = resolve(base.config)
         here = bool(places(source, base.config.revision, local=True))
@@ -94,30 +132,18 @@ def find_base(artifact: AdapterArtifact, name: str | None) -> Base:
     return base
 
 
-def known_base(artifact: AdapterArtifact, name: str | None) -> Base | None:
-    """Return what `find_base` does, or None if the configuration of the base is not on this machine.
-
-    Raises:
-        BaseMismatchError: if the adapter is for another base.
-    """
-    for candidate in (name, artifact.meta.base_model):
-        if candidate and _is_here(candidate):
-            config = _config(artifact, candidate)
-            skeleton = load_skeleton(config)
-            # A part of a larger model (the text model of a vision model) has other module names there.
-            if type(skeleton).__name__ in (skeleton.config.architectures or [type(skeleton).__name__]):
-                return find_base(artifact, candidate)
-    return None
-
-
-def _is_here(name: str) -> bool:
-    path = Path(name).expanduser()
-    return name in REGISTERED or (path.suffix == ".gguf" and path.is_file()) or is_here(name)
+def _is_here(config: ModelConfig) -> bool:
+    """Return whether a base is on this machine, or in a GGUF file or a package from which it is converted."""
+    path = Path(config.name).expanduser()
+    converted = config.name in REGISTERED or (path.suffix == ".gguf" and path.is_file())
+    return converted or is_here(config.name, config.revision)
 
 
 def _config(artifact: AdapterArtifact, name: str | None) -> ModelConfig:
-    revision = artifact.settings.revision if artifact.settings is not None and not name else None
-    return ModelConfig(name=name or artifact.meta.base_model, task=artifact.meta.task, revision=revision)
+    """Return the configuration of a base. The revision that the adapter names is of the base it names."""
+    own = artifact.meta.base_model
+    revision = artifact.revision if (name or own) == own else None
+    return ModelConfig(name=name or own, task=artifact.meta.task, revision=revision)
 
 
 def _base(artifact: AdapterArtifact, config: ModelConfig) -> Base:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rayft.artifacts import check_replaceable, contains
 from rayft.errors import ArtifactError, ModelError, SqueezeError
 from rayft.models.fingerprint import source_fingerprint
-from rayft.models.load import ModelConfig, is_here, load_skeleton, resolve
+from rayft.models.load import ModelConfig, is_here, load_skeleton, resolve, whole_skeleton
 from rayft.models.targets import linear_shapes
 from rayft.peft.folder import Artifact
 from rayft.train.run import RunConfig
@@ -82,20 +81,11 @@ def check_base(artifact: Artifact, base: str | None, run: RunConfig | None) -> s
     if not named:
         return "the adapter names no base, so its module names were not checked; give one with --base"
     try:
-        skeleton = _named_skeleton(artifact) if is_here(named) else None
+        model = ModelConfig(name=named, task=artifact.meta.task)
+        skeleton = whole_skeleton(model) if is_here(named) else None
     except ModelError:
         skeleton = None
     if skeleton is None:
         return f"its base {named} is not here, so its module names were not checked; give one with --base"
     artifact.check_base("", linear_shapes(skeleton))
     return ""
-
-
-def _named_skeleton(artifact: Artifact) -> Any:
-    """Return the skeleton of the base that an adapter names; None if its class is not that of the task."""
-    model = ModelConfig(name=artifact.meta.base_model, task=artifact.meta.task)
-    skeleton = load_skeleton(model)
-    # A part of a larger model (such as the text model of a vision model) has other module names than the
-    # model that the adapter was trained with.
-    own = skeleton.config.architectures or [type(skeleton).__name__]
-    return skeleton if model.task != "causal_lm" or type(skeleton).__name__ in own else None

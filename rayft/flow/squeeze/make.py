@@ -165,7 +165,8 @@ def make(full: AdapterArtifact, target: Target, source: Source, folder: Path) ->
     """
     started = time.perf_counter()
     small = _marked(target.apply(full), source.maker(target.label))
-    path = small.save(folder / target.label)
+    # Lanes, which score it, have other working directories.
+    path = small.save((folder / target.label).absolute())
     return SqueezedAdapter(
         name=f"{source.name}@{target.label}",
         source=source,

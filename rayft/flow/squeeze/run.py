@@ -16,7 +16,7 @@ from rich.table import Table
 from rayft.artifacts import AdapterArtifact, folder_bytes
 from rayft.errors import SqueezeError
 from rayft.flow.cluster import cluster, has_gpus, join
-from rayft.flow.config import load_config
+from rayft.flow.config import load_train_config
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
 from rayft.flow.lanes import use_lanes
@@ -106,7 +106,8 @@ def _squeeze_held(request: SqueezeRequest, console: Console) -> Squeezes:
     for target in wanted:
         target.apply(full)
     size = folder_bytes(request.source)
-    found = Squeezes(source, size, artifact.rank, artifact.parameters, note=unchecked)
+    note = "\n".join(filter(None, (origin.note, unchecked)))
+    found = Squeezes(source, size, artifact.rank, artifact.parameters, note=note)
     searching = not request.targets
     with tempfile.TemporaryDirectory() as scratch:
         # What a search tries and does not choose is not a result.
@@ -127,7 +128,7 @@ def _squeeze_dense(request: SqueezeRequest, dense: Dense, console: Console) -> S
             f"{request.source} has no factors: extract a LoRA first (--rank 64), then squeeze that by its "
             "score, or train it further"
         )
-    config = load_config(request.config).model if request.config else None
+    config = load_train_config(request.config).model if request.config else None
     base = ModelConfig(name=request.base) if request.base else config
     name = request.source.resolve().name
     made_by = f"squeeze {files_digest(request.source)}"
@@ -150,10 +151,12 @@ def _run(request: SqueezeRequest, origin: Origin) -> RunConfig | None:
     if origin.config is None:
         if request.keep_score is not None or request.cont is not None:
             raise SqueezeError(
-                "scoring and further training need the base and the data: give the configuration of a sweep "
-                "with --config, or a folder below a sweep's output"
+                "scoring and further training need the base and the data: give a configuration that names "
+                "them with --config, or a folder below a sweep's output"
             )
         return None
+    if origin.note and request.cont is not None and request.cont.lr is None:
+        raise SqueezeError(f"{origin.note}. Give the learning rate of further training with --lr")
     join()
     run = origin.config.run(has_gpus())
     return run.model_copy(update={"optim": run.optim.model_copy(update={"lr": origin.lr or run.optim.lr})})
@@ -178,10 +181,11 @@ def _with_lanes(
 ) -> None:
     """Train further and score in a lane, as a sweep does."""
     assert origin.config is not None
-    kind = check_executor(origin.config.sweep, run)
+    how = origin.config.execution
+    kind = check_executor(how, run)
     with cluster(run.scale.workers, device=run.scale.device, gpu_share=run.scale.gpu_share):
         executor = EXECUTORS[kind](
-            run.scale, str(folder.absolute() / WORK / "ray"), 1, origin.config.sweep.restarts, "squeeze"
+            run.scale, str(folder.absolute() / WORK / "ray"), 1, how.restarts, "squeeze"
         )
         with use_lanes(executor, display):
             with display.stage("start a worker"):

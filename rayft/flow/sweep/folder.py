@@ -33,6 +33,7 @@ from rayft.sweep.space import Point
 from rayft.train.checkpoint_folder import last_step
 
 __all__ = [
+    "RECORD_FILE",
     "STAMP_FILE",
     "WRITTEN",
     "check_own",
@@ -65,7 +66,7 @@ OWN_FOLDERS = ("trials", "squeezed", "scores")
 ELSEWHERE = ("output", "question", "serve", "tracking", "promote", "squeeze", "analyze")
 """Settings of where results go and what is done with them. They change no trial."""
 HOW = {
-    "sweep": ("lanes", "restarts", "silence_seconds", "hang_seconds"),
+    "sweep": ("lanes", "slots", "restarts", "silence_seconds", "hang_seconds"),
     "evaluate": ("checkpoint_seconds",),
 }
 """Settings of how trials run. They change no result, so they may differ when a sweep continues."""

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from rayft.config import leaves
 from rayft.data.prepared import prepare
+from rayft.data.source import Parts
 from rayft.errors import ConfigError, ReportError
 from rayft.identity import Identity
 from rayft.models.files import cache_folder
@@ -88,19 +89,22 @@ def check_identity(
     return now
 
 
-def current_identity(run: RunConfig, sweep: Path | None = None) -> Identity:
+def current_identity(run: RunConfig, sweep: Path | None = None, parts: Parts | None = None) -> Identity:
     """Read the data of a run, and return the identity of its data and base as they are now.
 
     Args:
         run: the run, which names both.
         sweep: the folder of the sweep that the run's configuration comes from, if any. Its results must come
             from the same data and base.
+        parts: the data, if it was read already.
 
     Raises:
         ConfigError: if the sweep's results come from other data or another base.
         DataError, ModelError: if one of them can't be read.
     """
-    now = identify(run, prepare(run.data, load_encoder(run.model), cache_folder()).parts)
+    if parts is None:
+        parts = prepare(run.data, load_encoder(run.model), cache_folder()).parts
+    now = identify(run, parts)
     if sweep is not None:
         now = check_identity(sweep, now, run.model, "or name other data or another base with --config")
     if not now.fingerprint:

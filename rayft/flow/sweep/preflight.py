@@ -38,7 +38,8 @@ from rayft.models.load import ModelConfig, context_length, load_encoder, load_sk
 from rayft.models.methods import method
 from rayft.models.targets import check_pattern, linear_shapes, select
 from rayft.paths import check_folder
-from rayft.sweep.space import Point, check_executor, points
+from rayft.sweep.executor import MOST_SLOTS
+from rayft.sweep.space import Point, check_executor, check_slots, points
 from rayft.tracking.base import TrackerSpec, tracker_spec
 from rayft.tracking.connection import check as check_tracker
 from rayft.tracking.mlflow import prepare as prepare_tracker
@@ -64,6 +65,8 @@ class Plan:
     points: list[Point]
     """The trials."""
     executor: Literal["lane", "isolated"]
+    slots: int | None
+    """The most trials that share a lane's steps; None if the lanes find out how many are fastest."""
     tracker: TrackerSpec
     parts: Parts
     """The data."""
@@ -91,6 +94,7 @@ def preflight(config: PipelineConfig) -> Plan:
     run = config.run(has_gpus())
     trials = points(config.sweep, run)
     executor = check_executor(config.sweep, run)
+    slots, turns = check_slots(config.sweep, trials, lambda: load_skeleton(run.model))
     _check_devices(run)
     shapes, encoder, context = skeleton(run.model)
     _check_ranks(trials, shapes)
@@ -107,12 +111,13 @@ def preflight(config: PipelineConfig) -> Plan:
     unused = not_used(output, trials)
     make_folder(config, output, identity, keep=begun is not None)
     damaged = discard_damaged(output, trials)
-    check_disk(output, trial_bytes(trials, shapes, config.sweep.lanes), derived_bytes(config, trials, shapes))
+    at_once = config.sweep.lanes * (slots or MOST_SLOTS)
+    check_disk(output, trial_bytes(trials, shapes, at_once), derived_bytes(config, trials, shapes))
     full = check_other_disks(output)
     tracker = prepare_tracker(spec)
-    warnings = (*notes(encoded), *_doubts(run, parts, encoder), *unused, *damaged, *full)
+    warnings = (*turns, *notes(encoded), *_doubts(run, parts, encoder), *unused, *damaged, *full)
     former = "" if begun_by(output) else former_hash(begun or config)
-    return Plan(config, run, trials, executor, tracker, parts, output, identity, former, warnings)
+    return Plan(config, run, trials, executor, slots, tracker, parts, output, identity, former, warnings)
 
 
 def _doubts(run: RunConfig, parts: Parts, encoder: Any) -> tuple[str, ...]:

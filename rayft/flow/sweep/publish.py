@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import ray
-import yaml
 
 from rayft.analysis.record import SweepAnalysis
+from rayft.config import yaml_text
 from rayft.errors import (
     DiskFullError,
     PromotionRefusedError,
@@ -292,7 +292,7 @@ class Publisher:
             "port": config.serve.port,
             "cpus": config.serve.cpus,
         }
-        write_file(self._plan.output / "serve.yaml", yaml.safe_dump(content, sort_keys=False))
+        write_file(self._plan.output / "serve.yaml", yaml_text(content))
         if registry:
-            deployed = yaml.safe_dump(deployment(content), sort_keys=False)
+            deployed = yaml_text(deployment(content))
             write_file(self._plan.output / "deploy.yaml", DEPLOY_HEADER + deployed)

@@ -108,7 +108,13 @@ def _run_stages(plan: Plan, display: Display, tracking: SweepTracking) -> SweepR
     with cluster(sweep.lanes * scale.workers, device=scale.device, gpu_share=scale.gpu_share):
         check_tracking(plan.tracker)
         executor = EXECUTORS[plan.executor](
-            scale, str(plan.output / "ray"), sweep.lanes, sweep.restarts, plan.config.name, sweep.patience
+            scale,
+            str(plan.output / "ray"),
+            sweep.lanes,
+            sweep.restarts,
+            plan.config.name,
+            sweep.patience,
+            plan.slots,
         )
         with use_lanes(executor, display, tracking.interrupt):
             stages = _Stages(plan, executor, display, tracking)

@@ -8,7 +8,7 @@ from pathlib import Path
 from rayft.artifacts import AdapterArtifact, ModuleShapes
 from rayft.errors import ArtifactError, RayftError
 
-__all__ = ["BaseModel", "check_adapter", "read_adapter"]
+__all__ = ["BaseModel", "check_adapter", "check_artifact", "read_adapter"]
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,30 @@ def check_adapter(name: str, folder: str, base: BaseModel | None) -> AdapterArti
     """
     try:
         artifact = read_adapter(folder)
-        _check_generates(artifact, folder)
-        if base is not None:
-            artifact.check_base(base.fingerprint, base.shapes)
-            _check_ranks(artifact, folder, base.widest)
-            _check_layers(artifact, folder, base.unserved)
+        check_artifact(artifact, folder, base)
     except ArtifactError as error:
         raise type(error)(f"adapter '{name}' is not served: {error}") from error
     return artifact
+
+
+def check_artifact(artifact: AdapterArtifact, folder: str, base: BaseModel | None) -> None:
+    """Refuse an adapter in memory if its answers would be wrong.
+
+    Args:
+        artifact: the adapter.
+        folder: where it comes from, for the message.
+        base: the base that it must match; None if it is not loaded yet.
+
+    Raises:
+        ArtifactError: if the adapter has a classification head, has too large a rank, or is for layers that
+            the engine does not adapt.
+        BaseMismatchError: if it was trained on another base.
+    """
+    _check_generates(artifact, folder)
+    if base is not None:
+        artifact.check_base(base.fingerprint, base.shapes)
+        _check_ranks(artifact, folder, base.widest)
+        _check_layers(artifact, folder, base.unserved)
 
 
 def read_adapter(folder: str | Path) -> AdapterArtifact:

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from rayft.errors import ResourceError
+import rayft
+from rayft.errors import ModelError, ResourceError
 from rayft.flow.chat.models import ChatModel, Options, open_served
 from tests.integration.one_server.server import USER_KEY, Server
 from tests.integration.serving import HEADERS
@@ -47,11 +48,20 @@ def test_answers_are_streamed(one_server: Server) -> None:
 
 @pytest.mark.usefixtures("_key")
 def test_a_refusal_is_passed_on(one_server: Server) -> None:
-    unknown, base = open_served(one_server.url, ["unknown", "base"])
-    with pytest.raises(ResourceError, match=r"the server refuses \(404\): .*unknown"):
-        answer(unknown)
+    with pytest.raises(ModelError, match="does not serve 'larg@r2'; did you mean 'large'"):
+        open_served(one_server.url, ["base", "larg@r2"])
+    large, base = open_served(f"{one_server.url}/v1", ["large@r2", "base"])
+    with pytest.raises(ResourceError, match=r"the server refuses \(404\): .*large"):
+        answer(large)
     with pytest.raises(ResourceError, match=r"the server refuses \(400\): .*max_tokens"):
         answer(base, tokens=10**6)
+
+
+@pytest.mark.usefixtures("_key")
+def test_a_program_talks_to_the_server(one_server: Server) -> None:
+    large, base = (answer(model)[0] for model in open_served(one_server.url, ["large", "base"]))
+    with rayft.chat("large", "base", url=one_server.url, temperature=0, max_tokens=TOKENS) as chat:
+        assert chat.answers(QUESTION[0]["content"]) == (large, base)
 
 
 def test_a_key_is_needed(one_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +69,7 @@ def test_a_key_is_needed(one_server: Server, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ResourceError, match=r"\(401\).*put a key of this server into RAYFT_KEY"):
         open_served(one_server.url, ["base"])
     monkeypatch.setenv("RAYFT_KEY", USER_KEY)
-    (large,) = open_served(one_server.url, ["large"])
-    with pytest.raises(ResourceError, match=r"the server refuses \(40\d\)"):
-        answer(large)
+    # A server lists only what the key may ask.
+    with pytest.raises(ModelError, match="does not serve 'large'; valid are base, squeezed"):
+        open_served(one_server.url, ["large"])
+    assert answer(open_served(one_server.url, ["squeezed"])[0])[0]

@@ -20,6 +20,9 @@ from tests.unit.flow.evaluate.tasks import TASKS, save_tasks
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
+FLOAT32 = ("scale.dtype=float32", "scale.device=cpu", "scale.threads=1")
+
+
 @pytest.fixture
 def include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("RAYFT_KEY", HEADERS["Authorization"].removeprefix("Bearer "))
@@ -28,13 +31,13 @@ def include(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return save_tasks(tmp_path / "tasks")
 
 
-def run(include: Path, *targets: str, **options: Any) -> Evaluation:
-    return evaluate(EvaluateRequest(targets, tasks=TASKS, include=include, **options))
+def run(include: Path, *targets: str, tasks: tuple[str, ...] = TASKS, **options: Any) -> Evaluation:
+    return evaluate(EvaluateRequest(targets, tasks=tasks, include=include, **options))
 
 
 def test_the_server_and_peft_give_the_same_scores(restored: Server, include: Path, tiny_folder: Path) -> None:
     names = {"base": str(tiny_folder), "large": restored.adapters["large"]}
-    own = {"base": str(tiny_folder), "overrides": ("scale.dtype=float32", "scale.device=cpu")}
+    own = {"base": str(tiny_folder), "overrides": FLOAT32}
     served = run(include, *names, url=f"{restored.url}/v1").targets
     here = run(include, *names.values(), **own).targets
     low = run(include, "squeezed@r2", url=f"{restored.url}/v1").targets
@@ -48,6 +51,22 @@ def test_the_server_and_peft_give_the_same_scores(restored: Server, include: Pat
     assert len(set(bits)) == 3
 
 
+def test_the_chat_template_is_the_same_on_both_ways(
+    restored: Server, include: Path, tiny_folder: Path
+) -> None:
+    said: dict[str, Any] = {"chat_template": True, "system": "Be kind", "tasks": ("local_one", "local_gen")}
+    large = restored.adapters["large"]
+    (here,) = run(include, large, base=str(tiny_folder), overrides=FLOAT32, **said).targets
+    # The base of a configuration, and the prompts of a request.
+    named = (f"model.name={tiny_folder}", "evaluate.batch_size=2")
+    (served,) = run(include, "large", url=restored.url, overrides=named, **said).targets
+    assert served.answers == here.answers
+    assert repr(served.measures) == repr(here.measures)
+    assert served.answers[0].question.startswith("<|im_start|>system\nBe kind")
+    plain = run(include, "large", url=f"{restored.url}/v1", tasks=("local_one", "local_gen")).targets[0]
+    assert plain.answers != served.answers
+
+
 def test_a_server_that_does_not_serve_the_target_is_an_error(
     restored: Server, include: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,5 +75,5 @@ def test_a_server_that_does_not_serve_the_target_is_an_error(
     with pytest.raises(ModelError, match="no model 'nobody'"):
         run(include, "large", url=f"{restored.url}/v1", base="nobody")
     monkeypatch.setenv("RAYFT_KEY", "wrong")
-    with pytest.raises(ResourceError, match=r"answers 401 .*RAYFT_KEY"):
+    with pytest.raises(ResourceError, match=r"refuses \(401\).*RAYFT_KEY"):
         run(include, "large", url=f"{restored.url}/v1")

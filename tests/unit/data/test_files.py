@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +53,14 @@ def test_columns_may_have_other_names(tmp_path):
     rows = [{"q": f"q{number}", "a": "x"} for number in range(10)]
     path = lines(tmp_path / "a.jsonl", rows)
     assert read(config(name=path, columns={"prompt": "q", "completion": "a"})).train[0].answer == "x"
+
+
+def test_a_column_can_not_be_question_and_answer(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    with pytest.raises(
+        DataError, match="names 'text' for both prompt and completion; name a column for each"
+    ):
+        read(config(name=path, columns={"prompt": "text", "completion": "text"}))
 
 
 GOOD = pairs(0, 5)
@@ -120,13 +130,86 @@ def test_a_wrong_row_is_an_error_that_names_it(tmp_path, rows, form, match):
             "line 3, column 'completion': the completion is empty",
         ),
         ("a.parquet", "parquet", "no parquet", "is not a readable Parquet file"),
+        ("a.csv", "csv", "prompt;completion\na;b\n", "line 1: the header has no comma, but ';': separate"),
+        ("a.csv", "csv", "prompt, completion\na, b\n", "has the columns prompt, ' completion', but needs"),
+        ("a.json", "jsonl", '{\n "prompt": "x"\n}\n', "has objects of several lines; write one {…} a line"),
+        ("a.json", "jsonl", '[\n{"prompt": "x"},\n{"prompt" "y"}]', "is not JSON .*, line 3, character 11"),
+        ("a.json", "jsonl", '[{"prompt": "x"}, 3]', "row 2 is no object; write one {…} a line, or one list"),
+        ("a.json", "jsonl", "\n[]", "is empty"),
+        ("a.jsonl", "jsonl", "\x1f\x8b\x08", "is compressed; unpack it"),
     ],
 )
 def test_a_wrong_file_is_an_error_that_names_it(tmp_path, name, kind, content, match):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content.encode("latin-1" if content[0] == "\x1f" else "utf-8"))
     with pytest.raises(DataError, match=match):
         read(config(source=kind, name=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_list_of_objects_is_read_like_lines_of_them(tmp_path, indent):
+    rows = pairs(0, 30)
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps(rows, indent=indent), encoding="utf-8")
+    found = read(config(name=str(tmp_path / "a.json")))
+    assert found.digest == read(config(name=lines(tmp_path / "a.jsonl", rows))).digest
+    (tmp_path / "a.json").write_text(json.dumps([*rows, {"prompt": "x"}], indent=indent))
+    with pytest.raises(DataError, match=r"a\.json, row 31, column 'completion': an empty cell"):
+        read(config(name=str(tmp_path / "a.json")))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "json"])
+def test_of_the_first_rows_no_more_is_read(tmp_path, kind):
+    import datasets
+
+    rows, path = pairs(0, 40), tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    elif kind == "csv":
+        datasets.Dataset.from_list(rows).to_csv(path)
+        path.write_bytes(path.read_bytes() + b'"not, CSV')
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_bytes(Path(lines(path, rows)).read_bytes() + b"not JSON")
+    source = "jsonl" if kind == "json" else kind
+    found = read(config(source=source, name=str(path), rows=20))
+    assert found.digest == read(config(name=lines(tmp_path / "20.jsonl", rows[:20]))).digest
+
+
+def test_a_parquet_file_without_rows_or_with_a_column_twice_is_an_error(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    text = pa.array(["a"])
+    for table, match in (
+        (pa.table([text, text], names=["prompt", "prompt"]), "has the column 'prompt' more than once"),
+        (pa.table({"prompt": text, "completion": text}).slice(0, 0), "is empty"),
+    ):
+        parquet.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=match):
+            read(config(source="parquet", name=str(tmp_path / "a.parquet")))
+
+
+def test_a_column_that_is_a_part_of_the_question_is_not_ignored(tmp_path):
+    rows = [{"instruction": f"do {n}", "input": "", "output": "x"} for n in range(10)]
+    columns = {"prompt": "instruction", "completion": "output"}
+    assert read(config(name=lines(tmp_path / "a.jsonl", rows), columns=columns)).train
+    rows[3]["input"] = "this"
+    with pytest.raises(
+        DataError, match=r"line 4, column 'input': .* does not read it.*write it into the prom"
+    ):
+        read(config(name=lines(tmp_path / "a.jsonl", rows), columns=columns))
+    # A column called prompt is the whole question.
+    whole = [{**pair, "context": "where it is from"} for pair in GOOD]
+    assert read(config(name=lines(tmp_path / "b.jsonl", whole))).train
+
+
+def test_of_many_unknown_classes_some_are_named(tmp_path):
+    rows = [{"text": f"text {n}", "label": str(n % 2)} for n in range(20)]
+    other = [{"text": f"other {n}", "label": f"class {n:02}"} for n in range(20)]
+    files = {"train": lines(tmp_path / "a.jsonl", rows), "val": lines(tmp_path / "b.jsonl", other)}
+    with pytest.raises(DataError, match=r"has not: class 00, .*, class 07 and 12 more; .* data.format: text"):
+        read(config(files=files))
 
 
 def test_a_csv_field_may_be_long(tmp_path):

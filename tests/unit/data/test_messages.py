@@ -185,5 +185,48 @@ def test_a_column_that_would_change_what_is_learnt_is_not_ignored(
     assert rows(tmp_path, talk({"content": "a"}, **{column: None}))
 
 
+def test_a_conversation_may_be_json_text(tmp_path: Path) -> None:
+    row = talk({"content": "Paris"})
+    assert rows(tmp_path, {"messages": json.dumps(row["messages"])}) == rows(tmp_path, row)
+    with pytest.raises(DataError, match=r"line 1, column 'messages': '\[\{\}' is not JSON"):
+        rows(tmp_path, {"messages": "[{}"})
+
+
+@pytest.mark.parametrize(
+    ("turn", "match"),
+    [
+        (
+            {"from": "human", "value": "?"},
+            r"not \{role, content\} texts; rename from to role \(human to user",
+        ),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "?"}]},
+            "write the text itself, without a list",
+        ),
+        ({"role": "human", "content": "?"}, "the role 'human'; write 'user'"),
+        ({"role": "developer", "content": "?"}, "the role 'developer'; write 'system'"),
+    ],
+)
+def test_turns_of_other_formats_are_errors_that_say_what_to_write(
+    tmp_path: Path, turn: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(DataError, match=match):
+        rows(tmp_path, {"messages": [turn, {"role": "assistant", "content": "!"}]})
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": [turn], "completion": "!"}))
+    with pytest.raises(DataError, match="is no text; write a string, or turns as one list in a column 'mess"):
+        read(DataConfig(source="jsonl", name=str(tmp_path / "pairs.jsonl")))
+
+
+@pytest.mark.parametrize("answer", ["Paris<|im_end|>", "Paris<|im_end|>\n", "Par<|im_end|>is"])
+def test_an_answer_with_the_end_of_a_turn_in_it_is_an_error(tmp_path: Path, answer: str) -> None:
+    [example] = rows(tmp_path, talk({"content": "Lyon"}, {"content": answer}))
+    with pytest.raises(
+        DataError, match=r"example 1, message 4: the answer has '<\|im_end\|>' in it, which ends"
+    ):
+        learnt(example)
+    [masked] = rows(tmp_path, talk({"content": answer, "weight": 0}, {"content": "Paris"}))
+    assert learnt(masked) == "Paris<|im_end|>"
+
+
 def test_other_columns_are_ignored(tmp_path: Path) -> None:
     assert len(rows(tmp_path, talk({"content": "a"}, id=7, source="hand"))) == 1

@@ -8,9 +8,11 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ import pytest
 
 from rayft.data import prepared as module
 from rayft.data.example import Example, Message
-from rayft.data.prepared import MANIFEST, Prepared, prepare
+from rayft.data.prepared import MANIFEST, STARTED, Prepared, prepare
 from rayft.data.source import PARTS
 from rayft.errors import DataError, DiskFullError, ResourceError
+from rayft.files import ABANDONED_SECONDS, machine
 from tests.disks import PAGE, Disk
 from tests.unit.data.small_data import config, lines, pairs
 from tests.unit.data.templates import QWEN3, chat_tokenizer
@@ -176,6 +179,19 @@ def test_texts_that_are_too_long_are_refused_dropped_or_cut(tokenizer, tmp_path)
             assert one.encoded("train", 70).lengths.max() <= 70
 
 
+def test_what_is_too_long_for_the_model_needs_another_model(tokenizer, tmp_path):
+    rows = [{"prompt": "q" * size, "completion": f"a{size}" * 9} for size in range(40, 70)]
+    settings = config(name=lines(tmp_path / "a.jsonl", rows), max_length=1000, too_long="cut")
+    found = in_memory(settings, tokenizer)
+    with pytest.raises(
+        DataError, match=r"be kept whole in 20 .*: take a model of a context of more than 20 t"
+    ):
+        found.encoded("train", 20)
+    dropping = in_memory(settings.model_copy(update={"too_long": "drop"}), tokenizer)
+    with pytest.raises(DataError, match="so none is left; take a model of a context of more than 20 tokens"):
+        dropping.encoded("train", 20)
+
+
 def test_pieces_of_raw_text_are_the_same_from_disk(tokenizer, tmp_path):
     rows = [{"text": f"text of number {n} " * (n + 1)} for n in range(20)]
     settings = config(name=lines(tmp_path / "a.jsonl", rows), max_length=50, too_long="cut")
@@ -236,7 +252,7 @@ def test_a_killed_process_leaves_nothing(tokenizer, tmp_path, monkeypatch):
     started = subprocess.Popen
 
     def killed(command: list[str], **options: Any) -> Any:
-        code = "import os, sys; sys.stdin.buffer.read(); os.kill(os.getpid(), 9)"
+        code = "import os, sys; sys.stdin.buffer.read(8); os.kill(os.getpid(), 9)"
         return started([command[0], "-c", code], **options)
 
     with monkeypatch.context() as context:
@@ -267,15 +283,120 @@ def test_a_process_that_is_killed_while_others_encode_for_it_ends_with_them(toke
     assert not [*(tmp_path / "cache" / "data").glob("*/")]
 
 
+WAITS = """
+import pickle, sys
+from pathlib import Path
+from rayft.data import prepared
+settings, tokenizer, cache = pickle.load(sys.stdin.buffer)
+prepared.prepare(settings, tokenizer, cache)
+"""
+
+
+@in_a_process
+def test_nothing_goes_on_when_the_process_that_waits_is_killed(tokenizer, tmp_path):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 40_000)))
+    waiting = subprocess.Popen([sys.executable, "-c", WAITS], stdin=subprocess.PIPE)
+    assert waiting.stdin is not None
+    waiting.stdin.write(pickle.dumps((settings, tokenizer, tmp_path / "cache")))
+    waiting.stdin.close()
+    # One prepares, and one or more encode for it if there are several cores.
+    wanted = min(2, len(os.sched_getaffinity(0)))
+    while len(found := psutil.Process(waiting.pid).children(recursive=True)) < wanted:
+        assert waiting.poll() is None
+        time.sleep(0.02)
+    waiting.kill()
+    waiting.wait()
+    _, alive = psutil.wait_procs(found, timeout=30)
+    assert not alive
+    (staging,) = (tmp_path / "cache" / "data").glob("*/")
+    assert not (staging / MANIFEST).exists(), "it went on to its end"
+
+
 def test_what_a_killed_command_left_is_deleted(tokenizer, tmp_path):
     settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
     prepare(settings, tokenizer, tmp_path / "cache")
     (folder,) = (tmp_path / "cache" / "data").glob("*/")
-    # Killed while it wrote: the first has no manifest, the second has another name.
+    # Killed while it wrote: the first has no manifest; of the others, one is of another machine.
     (folder / MANIFEST).unlink()
-    (folder.parent / f".{folder.name}.123").mkdir()
+    unfinished(folder, machine(), age=0)
+    unfinished(folder, "another", age=ABANDONED_SECONDS + 10)
     assert_same(prepare(settings, tokenizer, tmp_path / "cache"), in_memory(settings, tokenizer))
     assert [*folder.parent.glob("*/")] == [folder]
+
+
+def unfinished(folder: Path, of: str, age: float) -> Path:
+    """Make what a process of a machine has begun, and last touched some seconds ago."""
+    staging = folder.with_name(f".{folder.name}.{of}-00000000")
+    staging.mkdir()
+    (staging / STARTED).touch()
+    for path in (staging / STARTED, staging):
+        os.utime(path, (time.time() - age,) * 2)
+    return staging
+
+
+@contextmanager
+def other_machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadPoolExecutor]:
+    """Yield threads that are machines: none sees the locks of the others."""
+    with monkeypatch.context() as context:
+        context.setattr(module, "machine", lambda: f"{threading.get_ident():x}")
+        context.setattr(module, "locked", lambda _path: nullcontext())
+        context.setattr(module, "PAUSE_SECONDS", 0.05)
+        with ThreadPoolExecutor(3) as threads:
+            yield threads
+
+
+def test_machines_without_common_locks_make_a_set_once(tokenizer, tmp_path, monkeypatch):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
+    made = []
+    run, together = module._run, threading.Barrier(3)
+
+    def slowly(asked: bytes) -> None:
+        made.append(1)
+        # Time for the others to see it, and to delete it if they took it for abandoned.
+        time.sleep(0.3)
+        run(asked)
+
+    def start(_: int) -> Prepared:
+        together.wait()
+        return prepare(settings, tokenizer, tmp_path / "cache")
+
+    monkeypatch.setattr(module, "_run", slowly)
+    with other_machines(monkeypatch) as threads:
+        found = [*threads.map(start, range(3))]
+    assert len(made) == 1
+    for one in found:
+        assert_same(one, in_memory(settings, tokenizer))
+    (folder,) = (tmp_path / "cache" / "data").glob("*/")
+    assert folder.name[0] != "."
+
+
+def test_the_next_machine_makes_the_set_when_the_first_falls_silent(tokenizer, tmp_path, monkeypatch):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
+    prepare(settings, tokenizer, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache" / "data").glob("*/")
+    shutil.rmtree(folder)
+    silent = unfinished(folder, "another", age=ABANDONED_SECONDS - 30)
+    with other_machines(monkeypatch) as threads:
+        waiting = threads.submit(prepare, settings, tokenizer, tmp_path / "cache")
+        time.sleep(0.3)
+        assert not waiting.done()
+        os.utime(silent, (time.time() - ABANDONED_SECONDS - 1,) * 2)
+        assert_same(waiting.result(timeout=30), in_memory(settings, tokenizer))
+    assert [*folder.parent.glob("*/")] == [folder]
+
+
+def test_a_set_that_another_machine_has_made_meanwhile_is_used(tokenizer, tmp_path, monkeypatch):
+    settings = config(name=lines(tmp_path / "a.jsonl", pairs(0, 30)))
+    run = module._run
+
+    def overtaken(asked: bytes) -> None:
+        run(asked)
+        staging = pickle.loads(asked)[2]  # noqa: S301
+        shutil.copytree(staging, staging.with_name(staging.name.split(".")[1]))
+
+    monkeypatch.setattr(module, "_run", overtaken)
+    assert_same(prepare(settings, tokenizer, tmp_path / "cache"), in_memory(settings, tokenizer))
+    assert len([*(tmp_path / "cache" / "data").glob("*/")]) == 1
 
 
 def test_processes_that_need_the_same_set_make_it_once(tokenizer, tmp_path, monkeypatch):

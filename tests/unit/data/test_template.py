@@ -64,6 +64,18 @@ def test_raw_text_is_learnt_but_for_its_first_token(tokenizer, plain_tokenizer):
     assert learnt(encode(Example(text="abc"), plain_tokenizer, 200), plain_tokenizer) == "abc<|im_end|>"
 
 
+def test_raw_text_without_tokens_is_an_error(tokenizer):
+    class Dropping:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, text, **options):
+            return tokenizer(text.replace("\u200b", ""), **options)
+
+    with pytest.raises(DataError, match=r"train example 1: the tokenizer has no token for '\\u200b', so"):
+        encode_all([Example(text="\u200b")], Dropping(), 100)
+
+
 def test_a_classification_learns_no_token(tokenizer):
     encoded = encode(Example(text="good film", label=1, label_name="yes"), tokenizer, 200)
     assert encoded.label == 1

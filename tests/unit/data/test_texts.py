@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
-from rayft.data.template import IGNORED, Encoded
+from rayft.data.template import IGNORED, Encoded, check_lengths
 from rayft.data.texts import Shape, Texts, first_learnt, gather, lengths_of, notes
 from rayft.errors import DataError
 
@@ -22,8 +24,11 @@ def labelled(size: int) -> Encoded:
     return Encoded(tuple(range(100, 100 + size)), (IGNORED,) * size, label=1)
 
 
-def fitted(texts: list[Encoded], limit: int, how: str, *, is_raw: bool = False) -> Texts:
-    shape = Shape(lengths_of(texts), np.array([*map(first_learnt, texts)]), np.arange(len(texts)) * 2, is_raw)
+def fitted(
+    texts: list[Encoded], limit: int, how: str, *, is_raw: bool = False, example: Sequence[int] | None = None
+) -> Texts:
+    number = np.array(example) if example else np.arange(len(texts)) * 2
+    shape = Shape(lengths_of(texts), np.array([*map(first_learnt, texts)]), number, is_raw)
     return Texts(texts, shape, limit, how, "train")  # type: ignore[arg-type]
 
 
@@ -45,6 +50,21 @@ def test_longer_texts_are_dropped():
     assert found[0:9] == gather(found, [0, 1])
 
 
+def test_notes_count_examples_and_not_the_texts_that_they_are_encoded_as():
+    texts = [conversation(1, 5), conversation(2, 5), conversation(4, 6), conversation(1, 1)]
+    for example, of in (([0, 0, 0, 1], "1 of 2"), ([0, 1, 1, 2], "2 of 3")):
+        found = fitted(texts, 5, "drop", example=example)
+        assert found.note == f"train: dropped {of} examples with more than 5 tokens (the longest has 10)"
+    found = fitted(texts, 6, "drop", example=[0, 0, 0, 1])
+    assert (
+        found.note == "train: dropped answers of 1 of 2 examples with more than 6 tokens (the longest has 10)"
+    )
+    with pytest.raises(
+        DataError, match=r"^1 of 2 examples are too long; the longest, train example 1, has 10"
+    ):
+        check_lengths([6, 7, 10, 2], 6, None, "train", [0, 0, 0, 1])
+
+
 def test_of_a_longer_conversation_the_end_is_left_with_the_whole_answer():
     texts = [conversation(6, 4), conversation(2, 2)]
     found = fitted(texts, 5, "cut")
@@ -56,14 +76,16 @@ def test_of_a_longer_conversation_the_end_is_left_with_the_whole_answer():
 
 @pytest.mark.parametrize("size", [5, 6])
 def test_an_answer_is_never_cut(size):
-    with pytest.raises(DataError, match=f"train example 3: its answers alone have {size} tokens"):
+    with pytest.raises(
+        DataError, match=rf"train example 3: its answers have {size} tokens, so.*for 1 of 2 ex"
+    ):
         fitted([conversation(9, 1), conversation(2, size)], 5, "cut")
 
 
 def test_an_earlier_answer_is_not_cut_either():
     tokens = tuple(range(10))
     text = Encoded(tokens, (IGNORED, 1, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, 8, 9))
-    with pytest.raises(DataError, match="answers alone have 9 tokens"):
+    with pytest.raises(DataError, match="answers have 3 tokens, and 9 with the turns between them, so they"):
         fitted([text], 6, "cut")
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from rayft.data import prepared
 from rayft.errors import ConfigError, ResourceError
-from rayft.files import locked
+from rayft.files import ABANDONED_SECONDS, locked, machine
 from rayft.flow.cache import KINDS, Entry, delete_all, entries, of_kind, shrink
 from rayft.models import files
 from rayft.models.files import unused, use
@@ -61,8 +61,8 @@ def model(cache: Path, name: str = "mine", days: float = 0, size: int = 1000) ->
     return aged(folder, days)
 
 
-def unfinished_set(cache: Path, key: str) -> Path:
-    folder = cache / "data" / f".{key}.4711"
+def unfinished_set(cache: Path, key: str, of: str = "") -> Path:
+    folder = cache / "data" / f".{key}.{of or machine()}-12345678"
     folder.mkdir(parents=True)
     (folder / "train.arrow").write_bytes(bytes(100))
     return folder
@@ -279,10 +279,19 @@ def test_what_killed_preparations_left_is_deleted_at_any_limit(cache: Path) -> N
         assert [entry.paths for entry, _ in outcome.left] == [(running,)]
         assert size == 1100
     assert everything(cache / "data") == [
-        f".{KEYS[1]}.4711", f".{KEYS[1]}.4711/train.arrow",
+        running.name, f"{running.name}/train.arrow",
         KEYS[0], f"{KEYS[0]}/manifest.json", f"{KEYS[0]}/train.arrow",
     ]  # fmt: skip
     assert (cache / "data" / f"{KEYS[0]}.lock").exists(), "the lock of a set that stays"
+
+
+def test_a_set_that_another_machine_prepares_is_left_while_it_gives_signs_of_life(cache: Path) -> None:
+    alive, silent = unfinished_set(cache, KEYS[0], "another"), unfinished_set(cache, KEYS[1], "another")
+    for path in (silent / "train.arrow", silent):
+        aged(path, (ABANDONED_SECONDS + 10) / DAY)
+    outcome = delete_all(entries(cache, None))
+    assert [entry.paths for entry, _ in outcome.left] == [(alive,)]
+    assert [entry.paths for entry in outcome.deleted] == [(silent,)]
 
 
 def test_a_model_that_may_still_be_converted_is_left(cache: Path) -> None:

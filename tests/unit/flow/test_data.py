@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_it_is_what_training_gets(tmp_path: Path) -> None:
     rows = stream.epoch(0)
     train, val, _ = view.parts
     lengths = sorted(len(text) for text in session.train)
-    assert (train.examples, train.tokens) == (26, sum(lengths))
+    assert (train.examples, train.texts, train.tokens) == (26, 26, sum(lengths))
     assert (train.median, train.most, train.longest) == (lengths[12], lengths[24], lengths[25])
     assert (val.name, val.examples) == ("val", 2)
     assert (view.rows, view.steps) == (len(rows), len(rows) / 4)
@@ -70,7 +71,11 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["data", str(path), "--rows", "1"], env={"COLUMNS": "120"})
     assert found.exit_code == 0, found.output
     assert "dropped 1 of 31 rows whose question and answer an earlier one has" in found.output
-    assert "examples with more than 45 tokens (the longest has" in found.output
+    dropped = re.search(r"train: dropped (\d+) of (\d+) examples with more than 45 tokens", found.output)
+    assert dropped is not None
+    gone, examples = map(int, dropped.groups())
+    # The numbers of examples, and of texts that are left of them.
+    assert re.search(rf"train +│ +{examples} +│ +{examples - gone} ", found.output)
     assert "row 1" in found.output
     assert "q?" in found.output
     assert "[a" in found.output

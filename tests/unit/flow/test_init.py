@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
 from rayft.cli import app
 from rayft.config import load
+from rayft.data.section import PartFiles
 from rayft.errors import ConfigError, DataError, ModelError
 from rayft.flow.config import PipelineConfig
 from rayft.flow.data import look
-from rayft.flow.init import write_configuration
+from rayft.flow.init import _parts, write_configuration
 from rayft.flow.sweep.preflight import preflight
 from rayft.flow.train import as_sweep
+from rayft.models.files import cache_folder
+from rayft.models.here import hub_models
+from rayft.models.load import REGISTERED
+from rayft.models.tiny import save_tiny_qwen, save_tiny_vit
 from rayft.sweep.space import points
 
 CHAT = (("user", "What is in box {}?"), ("assistant", "a {}-fold knot"))
@@ -111,7 +119,11 @@ def test_a_file_is_replaced_only_if_that_was_asked_for(here: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
-        ([{"a": 1, "b": 2}], r"has the columns a, b, and what is needed is one of: messages; prompt and"),
+        (
+            [{"a": 1, "b": 2}],
+            "has the columns a, b, and what is needed is one of: messages; prompt and completion; text and "
+            r"label; text\.",
+        ),
         # The question of an Alpaca row is in two columns.
         ([{"instruction": "Add", "input": "1 2", "output": "3"}], "join those that belong together"),
         ([{"prompt": "a", "completion": ""}], "the completion is empty"),
@@ -132,7 +144,9 @@ def test_an_empty_context_column_is_no_reason_to_refuse(here: Path) -> None:
 
 def test_what_is_no_table_or_no_base_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match=r"is not called .*\.jsonl.*for images"):
+    with pytest.raises(
+        DataError, match=r"is not called .*\.jsonl.* no folder of images, and no name of a hub set"
+    ):
         write_configuration(here / "notes.txt", here / "my.yaml")
     data = jsonl("pairs.jsonl", PAIRS)
     with pytest.raises(ModelError, match="no model 'tiny-lama'; did you mean 'tiny-llama'"):
@@ -155,3 +169,164 @@ def test_examples_that_no_row_holds_are_cut_or_dropped(here: Path, answer: str, 
     assert config.data.too_long == then
     assert config.data.max_length == 1024
     look(config, 0)
+
+
+def images(folder: Path, *classes: str, each: int = 12) -> None:
+    random = np.random.default_rng([*folder.name.encode()])
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for number in range(each):
+            pixels = random.integers(0, 256, (8, 8), dtype=np.uint8)
+            PIL.Image.fromarray(pixels).save(folder / name / f"{number}.png")
+
+
+@pytest.mark.parametrize("parts", [(), ("train", "val", "test")])
+def test_the_configuration_of_a_folder_of_images_runs(here: Path, parts: tuple[str, ...]) -> None:
+    for part in parts or ("",):
+        images(here / "pets" / part, "cat", "dog", "no")
+    shown = CliRunner().invoke(app, ["init", "pets"])
+    assert shown.exit_code == 0, shown
+    text = Path("my.yaml").read_text()
+    assert text.startswith(f"# pets: {36 * max(1, len(parts))} images of 3 classes.")
+    assert "num_labels: 3  # cat, dog, no" in text
+    assert "random weights, for a try: put a base here" in text
+    assert "max_length" not in text
+    config = load(PipelineConfig, "my.yaml")
+    assert (config.name, config.model.name, config.model.task) == ("pets", "tiny-vit", "image_classification")
+    assert look(config, 0).parts[0].examples == (36 if parts else 28)
+    plan = preflight(config)
+    assert len(plan.points) == 2
+    assert not plan.warnings
+
+
+def test_a_folder_without_images_or_with_damaged_ones_is_refused(here: Path) -> None:
+    (here / "files").mkdir()
+    with pytest.raises(DataError, match="holds no image: put PNG"):
+        write_configuration("files", here / "my.yaml")
+    jsonl("files/questions.jsonl", PAIRS)
+    with pytest.raises(DataError, match=r"holds no image.* Or name a file in it, .*files/questions\.jsonl"):
+        write_configuration("files", here / "my.yaml")
+    images(here / "pets", "cat", "dog")
+    (here / "pets" / "cat" / "0.png").write_bytes(b"\x89PNG")
+    with pytest.raises(DataError, match=r"0\.png can't be read as an image"):
+        write_configuration("pets", here / "my.yaml")
+    assert not (here / "my.yaml").exists()
+
+
+@pytest.fixture
+def hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that `datasets` reads in place of the hub's set `org/set`."""
+    folder = here / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", here / "cache")
+    # Another process would ask the hub itself.
+    monkeypatch.setattr("rayft.data.prepared._hub_content", lambda *_: None)
+    names = ("load_dataset", "load_dataset_builder", "get_dataset_split_names", "get_dataset_config_names",
+             "get_dataset_default_config_name")  # fmt: skip
+    for name in names:
+        own = getattr(datasets, name)
+
+        def read(path: str, *args: Any, own: Any = own, **options: Any) -> Any:
+            assert path == "org/set"
+            return own(str(folder), *args, **options)
+
+        monkeypatch.setattr(datasets, name, read)
+    return folder
+
+
+def test_the_configuration_of_a_hub_set_runs(hub: Path) -> None:
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["blue", "red"])
+    )
+    for split, labels in (("train", (0, 1)), ("validation", (1, 0)), ("test", (-1, -1))):
+        rows = [{"text": f"{split} box {n}", "label": labels[n % 2]} for n in range(30)]
+        datasets.Dataset.from_list(rows, features=features).to_parquet(hub / f"{split}.parquet")
+    rows = "".join(f"  - {{name: {split}, num_examples: 30}}\n" for split in ("train", "validation", "test"))
+    (hub / "README.md").write_text(f"---\ndataset_info:\n  splits:\n{rows}---\n")
+    shown = CliRunner().invoke(app, ["init", "org/set", "--model", "tiny-bert"])
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    config = load(PipelineConfig, "my.yaml")
+    # The test split has no labels.
+    assert config.data.files == PartFiles(train="train", val="validation")
+    assert (config.data.name, config.name, config.data.rows) == ("org/set", "set", None)
+    assert (config.data.format, config.model.num_labels) == ("classification", 2)
+    text = Path("my.yaml").read_text()
+    assert "# blue, red" in text
+    assert look(config, 0).parts[1].examples == 30
+    preflight(config)
+
+
+def test_of_a_large_hub_set_the_first_rows_are_used(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayft.flow.init.HUB_ROWS", 30)
+    rows = [{"question": row["prompt"], "answer": row["completion"]} for row in PAIRS]
+    datasets.Dataset.from_list(rows).to_parquet(hub / "train.parquet")
+    text = write_configuration("org/set", Path("my.yaml"), "tiny-llama")
+    assert "  rows: 30  # the first" in text
+    config = load(PipelineConfig, "my.yaml")
+    assert config.data.files is None
+    assert config.data.columns.prompt == "question"
+    assert sum(part.examples for part in look(config, 0).parts) == 30
+
+
+def test_a_hub_set_of_several_configurations_or_without_training_names_them(hub: Path) -> None:
+    for name in ("main", "socratic"):
+        (hub / name).mkdir()
+        datasets.Dataset.from_list(PAIRS).to_parquet(hub / name / "train.parquet")
+    (hub / "README.md").write_text(
+        "---\nconfigs:\n- {config_name: main, data_dir: main}\n"
+        "- {config_name: socratic, data_dir: socratic}\n---\n"
+    )
+    with pytest.raises(DataError, match=r"\(main, socratic\): name one, as in org/set:main"):
+        write_configuration("org/set", Path("my.yaml"), "tiny-llama")
+    write_configuration("org/set:socratic", Path("my.yaml"), "tiny-llama")
+    assert load(PipelineConfig, "my.yaml").name == "set-socratic"
+    with pytest.raises(DataError, match=r"has the splits a, b, and none is called train"):
+        _parts("org/set", {"a": 1, "b": 2})
+    assert _parts("org/set", {"everything": None}) == {"train": "everything"}
+
+
+def test_without_a_network_a_hub_set_is_refused_with_what_to_do(here: Path) -> None:
+    # The real library, which HF_HUB_OFFLINE keeps from the network.
+    with pytest.raises(
+        DataError,
+        match=r"no file or folder org/set here, and .* hub can't be reached .*hf download org/set .*jsonl",
+    ):
+        write_configuration("org/set", here / "my.yaml")
+    with pytest.raises(DataError, match="no name of a hub set"):
+        write_configuration("./org/set", here / "my.yaml")
+    assert not (here / "my.yaml").exists()
+
+
+def test_a_base_is_found_among_the_downloaded_models(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, folder in (("vit", save_tiny_vit(here / "v")), ("qwen", save_tiny_qwen(here / "q"))):
+        place = here / "models" / f"models--org--{name}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs" / "main").write_text("a" * 40)
+        (place / "blobs").mkdir()
+        shutil.copytree(folder, place / "snapshots" / ("a" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "models"))
+    assert hub_models("image_classification") == ["org/vit"]
+    assert hub_models("causal_lm") == ["org/qwen"]
+    images(here / "pets", "cat", "dog")
+    text = write_configuration("pets", here / "pets.yaml")
+    assert "name: org/vit  # or a hub id, a folder, a .gguf file\n" in text
+    data = jsonl("pairs.jsonl", PAIRS)
+    monkeypatch.setitem(REGISTERED, "smollm2-135m-instruct", REGISTERED["tiny-llama"])
+    text = write_configuration(data, here / "small.yaml")
+    assert (
+        "name: smollm2-135m-instruct  # or a hub id, a folder, a .gguf file; on this machine: org/qwen\n"
+        in text
+    )
+
+    def missing(_: Path) -> None:
+        raise ModelError("its weights are not installed")
+
+    shutil.rmtree(cache_folder() / "models" / "smollm2-135m-instruct", ignore_errors=True)
+    monkeypatch.setitem(REGISTERED, "smollm2-135m-instruct", missing)
+    assert load(PipelineConfig, "small.yaml").model.name == "smollm2-135m-instruct"
+    assert "name: org/qwen  # or a hub id" in write_configuration(data, here / "own.yaml")
+    # A download that was interrupted, and a model that is stored quantised.
+    (here / "models" / "models--org--vit" / "snapshots" / ("a" * 40) / "model.safetensors").unlink()
+    config = here / "models" / "models--org--qwen" / "snapshots" / ("a" * 40) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"bits": 4}}))
+    assert hub_models("image_classification") == hub_models("causal_lm") == []

@@ -35,7 +35,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def sources(name: str | Path, *overrides: str) -> dict[str, str]:
     """Return line → source."""
-    return {line.text.strip(): line.source for line in settings(name, overrides)}
+    return {line.text.strip(): line.source for line in settings(name, overrides).lines}
 
 
 def test_each_value_is_shown_with_its_source(mine: Path) -> None:
@@ -55,7 +55,7 @@ def test_an_override_of_a_section_is_the_source_of_all_in_it(mine: Path) -> None
 
 @pytest.mark.parametrize("name", [*packaged(), "mine.yaml"])
 def test_what_is_shown_means_the_same_as_the_file(mine: Path, name: str) -> None:
-    text = "\n".join(line.text for line in settings(name, ["seed=3"]))
+    text = "\n".join(line.text for line in settings(name, ["seed=3"]).lines)
     shown, meant = parse(TrainConfig, read_yaml(text)), load_train_config(name, ["seed=3"])
     places: dict[str, Any] = {"output": None, "tracking": meant.tracking}
     assert shown.model_copy(update=places) == meant.model_copy(update=places)
@@ -133,3 +133,15 @@ def test_the_schema_describes_every_key() -> None:
     assert not [
         name for name, section in found["$defs"].items() if name != "JsonValue" and not section["description"]
     ]
+
+
+def test_an_empty_list_of_gpus_is_shown_and_a_schema_has_no_overrides(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("RAYFT_CACHE", "")
+    found = settings(mine).environment
+    assert found["CUDA_VISIBLE_DEVICES"] == ""
+    assert "RAYFT_CACHE" not in found
+    with pytest.raises(ConfigError, match="leave out --set"):
+        CliRunner().invoke(app, ["config", "--schema", "--set", "seed=1"], catch_exceptions=False)

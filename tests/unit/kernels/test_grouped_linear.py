@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from rayft.kernels.grouped_linear import Plan, Term, grouped_linear
+from rayft.kernels.grouped_linear_table import CHUNK, PART, STRIP, Table
 from rayft.numerics import assert_close
 
 N, OUT, IN = 40, 7, 150
@@ -207,3 +208,40 @@ def test_an_input_without_gradient_and_more_dimensions() -> None:
 def test_rows_that_are_neither_the_same_nor_disjoint_are_refused(rows: slice) -> None:
     with pytest.raises(AssertionError, match="overlap"):
         Plan([lora(slice(5, 10), 2), lora(rows, 2)])
+
+
+@pytest.mark.parametrize("name", MIXES)
+@pytest.mark.parametrize("n", [N, 5000])
+def test_a_table_divides_rows_and_ranks_without_gap_or_overlap(name: str, n: int) -> None:
+    torch.manual_seed(0)
+    terms = mix(name)
+    if n > N:
+        terms = [*terms, lora(slice(N, n - 100), 3)]
+    table = Table(terms, n, IN, OUT, random(1))
+    numbers = table.numbers.tolist()
+
+    def section(start: int, count: int, size: int) -> list[list[int]]:
+        return [numbers[start + size * index : start + size * (index + 1)] for index in range(count)]
+
+    strips = section(0, table.strips, STRIP)
+    chunks = section(table.chunks_at, (table.parts_at - table.chunks_at) // CHUNK, CHUNK)
+    parts = section(table.parts_at, table.parts, PART)
+    assert [row for first, rows, *_ in strips for row in range(first, first + rows)] == [*range(n)]
+    assert table.several == any(strip[3] > 1 for strip in strips)
+    for first, rows, chunk, count, scattered in strips:
+        mine = [term for term in terms if term.rows.start <= first < term.rows.stop]
+        assert all(first + rows <= term.rows.stop for term in mine)
+        found = chunks[chunk : chunk + count]
+        assert sum(one[3] for one in found) == sum(term.b.shape[1] for term in mine)
+        assert scattered == all(term.a is None and term.distinct for term in mine)
+    for number, chunk in enumerate(chunks):
+        covered = [row for of, first, rows, _ in parts if of == number for row in range(first, first + rows)]
+        assert covered == [*range(chunk[6], chunk[6] + chunk[7])]
+        assert [index for of, _, _, index in parts if of == number] == [*range(chunk[12])]
+    # Buffers are used up to their ends, and no two chunks share a place in one.
+    for place, size in ((8, table.q_numbers), (10, table.sums)):
+        places = [chunk[place] for chunk in chunks if chunk[7]]
+        assert len({*places}) == len(places)
+        assert all(0 <= at < size for at in places)
+    shapes = [tuple(tensor.shape) for term in terms for tensor in term.parameters]
+    assert [shape for _, shape in table.views] == shapes

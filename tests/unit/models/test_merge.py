@@ -314,3 +314,33 @@ def test_an_adapter_of_peft_with_patterns_is_merged_as_peft_merges_it(
     after = load_file(tmp_path / "merged" / "model.safetensors")
     for name, value in model.merge_and_unload().named_parameters():
         assert_close(after[name], value, torch.float32, 8, 3)
+
+
+def test_a_classifier_is_merged_without_progress_bars(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = ModelConfig(name=str(TINY["tiny-bert"](tmp_path / "base")), task="sequence_classification")
+    artifact = adapter(base, ["query"])
+    capfd.readouterr()
+    merged(artifact, base, tmp_path / "merged")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_tensor_that_the_index_names_and_no_file_has_is_an_error(tiny_folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    # Numbers that are no weights are copied as they are.
+    tensors["position_ids"] = torch.arange(7)
+    save_file(tensors, base / "part.safetensors", metadata={"format": "pt"})
+    (base / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(tensors, "part.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = ModelConfig(name=str(base))
+    artifact = adapter(config, ["q_proj"])
+    assert merged(artifact, config, tmp_path / "merged").dtype == "float32"
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    assert torch.equal(after["position_ids"], torch.arange(7))
+    index["weight_map"]["gone"] = "part.safetensors"
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="gone"):
+        merged(artifact, config, tmp_path / "other")

@@ -95,6 +95,50 @@ def test_a_restarted_lane_gets_its_job_and_each_report_is_passed_on_once() -> No
     play(scene())
 
 
+def test_a_lane_that_announces_its_end_continues_its_job_as_another_request() -> None:
+    async def scene() -> None:
+        broker = Broker(attempts=1)
+        await broker.submit(job("a"))
+        await broker.pull("lane")
+        for payload in (b"half", b"quarter"):
+            await broker.renew("lane", "a", payload, "it did not fit")
+            # Another worker of the group says the same, or fails because the first one has ended.
+            await broker.renew("lane", "a", payload, "it did not fit")
+            await broker.renew("lane", "a", None, "the connection was closed")
+            assert await broker.lane_died("lane", "RuntimeError: it did not fit")
+            again = await broker.pull("lane")
+            assert isinstance(again, Job)
+            assert (again.id, again.payload, again.resumable) == ("a", payload, True)
+        assert await broker.notices() == ["a: it did not fit"] * 2
+        # Another end still counts.
+        assert await broker.lane_died("lane", "it crashed")
+        assert (
+            await broker.next_event("a")
+        ).error == "its lane died 1 times, the last time because it crashed"
+
+    play(scene())
+
+
+def test_a_lane_that_announces_its_end_with_a_failed_job_takes_the_next() -> None:
+    async def scene() -> None:
+        broker = Broker(attempts=1)
+        for name, lane in (("a", None), ("b", None), ("c", "own")):
+            await broker.submit(job(name, lane))
+        await broker.pull("lane")
+        await broker.renew("lane", "a", None, "it does not fit: take less")
+        assert await broker.next_event("a") == Event("failed", error="it does not fit: take less")
+        assert await broker.lane_died("lane", "RuntimeError: it does not fit")
+        following = await broker.pull("lane")
+        assert isinstance(following, Job)
+        assert following.id == "b"
+        await broker.pull("own")
+        await broker.renew("own", "c", None, "it does not fit")
+        assert not await broker.lane_died("own", "RuntimeError"), "it has no other job"
+        assert await broker.notices() == []
+
+    play(scene())
+
+
 def test_the_job_of_a_dead_lane_goes_to_the_next_free_lane_before_all_others() -> None:
     async def scene() -> None:
         broker = Broker()

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from rayft.artifacts import ArtifactMeta
+from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.config import parse
+from rayft.evaluate import tasks
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import clear, export, inject
-from rayft.sweep.score import ScoreRequest, run_score, sample
+from rayft.sweep import score as score_module
+from rayft.sweep.score import ScoreRequest, questions, run_score, sample, score_together
 from rayft.train.home import Home
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
@@ -96,3 +101,82 @@ def test_answers_for_which_the_scorer_raises_are_reported(
         "base, val: the scorer raised an error for 4 of 4 answers, which score 0; the first: TypeError: "
         "float() argument must be a string or a real number, not 'NoneType'"
     ]
+
+
+def test_adapters_and_the_base_share_batches(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYFT_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"{i}+{i * 3 % 7}=", "completion": str(i + i * 3 % 7)} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = parse(
+        RunConfig,
+        {
+            "model": {"name": str(tiny_folder)},
+            "data": {"source": "jsonl", "name": str(tmp_path / "rows.jsonl"), "val": 7, "test": 5},
+            "scale": {"device": "cpu", "dtype": "float32", "zero": 0, "threads": 1},
+            "evaluate": {"batch_size": 9},
+        },
+    )
+    session = Session.open(run, Worker())
+    model, folders = session.loaded.model, dict[str, str]()
+    for number, method in enumerate((MethodConfig(rank=2), MethodConfig(name="cla", rank=5))):
+        inject(model, method, seed=number)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.3)
+        place = export(model, ArtifactMeta(method=method.name)).save(tmp_path / method.name)
+        folders[method.name] = str(place)
+        clear(model)
+    requests = {
+        "base": ScoreRequest(run, ("val", "test"), examples=4),
+        "lora": ScoreRequest(run, ("test",), folders["lora"]),
+        "few": ScoreRequest(run, ("val",), style="few_shot"),
+        "cla": ScoreRequest(run, ("val", "test"), folders["cla"]),
+    }
+    answered: dict[str, list[str]] = {}
+    real = score_module.score_answers
+
+    def score_answers(tokenizer: Any, examples: Any, answers: list[str], *rest: Any) -> Any:
+        answered.setdefault("together", []).extend(answers)
+        return real(tokenizer, examples, answers, *rest)
+
+    monkeypatch.setattr(score_module, "score_answers", score_answers)
+    adapters = {
+        key: AdapterArtifact.load(one.adapter) if one.adapter else None for key, one in requests.items()
+    }
+    done: list[int] = []
+    together = score_together(requests, adapters, session, print, done.append)
+    assert sum(done) == sum(questions(one, session) for one in requests.values()) == 4 + 4 + 5 + 7 + 12
+    real_answers = tasks.answer
+
+    def answer(*arguments: Any) -> list[str]:
+        found = real_answers(*arguments)
+        answered.setdefault("alone", []).extend(found)
+        return found
+
+    monkeypatch.setattr(tasks, "answer", answer)
+    for key, request in requests.items():
+        assert run_score(request, session) == together[key]
+    assert answered["together"] == answered["alone"]
+    # The adapters answer otherwise than the base, and than one another.
+    assert len({*answered["alone"]}) > 6
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def answer(_model: Any, _tokenizer: Any, prompts: Any, _new: int, batch: int, count: Any, _: Any) -> Any:
+        tried.append(batch)
+        count(3)
+        if batch > 2:
+            raise torch.OutOfMemoryError
+        return ["yes"] * len(prompts)
+
+    monkeypatch.setattr(score_module, "answer", answer)
+    session: Any = SimpleNamespace(loaded=SimpleNamespace(model=None, tokenizer=None))
+    done: list[int] = []
+    packed: Any = None
+    assert score_module._answers(session, [[1]] * 3, 4, 7, packed, done.append) == ["yes"] * 3
+    assert tried == [7, 4, 2]
+    assert sum(done) == 3

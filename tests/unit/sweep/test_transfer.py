@@ -14,6 +14,7 @@ import torch
 from rayft.artifacts import AdapterArtifact
 from rayft.artifacts.folder import is_staged_folder
 from rayft.errors import ArtifactError
+from rayft.files import machine
 from rayft.methods.base import LoraFactors
 from rayft.sweep import transfer
 from rayft.sweep.transfer import FileHost, RemoteHome
@@ -152,9 +153,9 @@ def test_the_folder_of_a_killed_lane_is_deleted(remote: RemoteHome, tmp_path: Pa
     os.utime(old, (0, 0))
     RemoteHome(remote._host, "new")
     assert not old.exists()
-    assert (tmp_path / "cache" / "lanes" / "lane0").is_dir(), "a living lane lost its files"
+    assert (tmp_path / "cache" / "lanes" / f"lane0-{machine()}").is_dir(), "a living lane lost its files"
     remote.close()
-    assert not (tmp_path / "cache" / "lanes" / "lane0").exists()
+    assert not (tmp_path / "cache" / "lanes" / f"lane0-{machine()}").exists()
 
 
 def test_on_a_shared_disk_every_path_is_used_as_it_is(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from rayft.train.trainer import Reporter, Trainer
 from rayft.train.worker import Worker
 from tests.unit.train.curves import WIDEST, assert_same_losses
 from tests.unit.train.runs import changed, with_method
+from tests.unit.train.test_packed import assert_same, packed, variants
 
 TOKENS = torch.arange(60).remainder(37) + 40
 
@@ -134,3 +135,14 @@ def test_a_fused_base_trains_as_the_plain_one(
     assert_same_losses(plain, found)
     losses = [torch.tensor([loss for _, loss in result.val_curve]) for result in (found, plain)]
     assert_close(*losses, torch.float32, WIDEST, depth=run.optim.steps)
+
+
+def test_packed_runs_over_a_fused_base_are_the_runs_alone(
+    run: RunConfig, session: Session, tmp_path: Path
+) -> None:
+    runs = {name: variants(run)[name] for name in ("lora", "chain")}
+    other = Session.open(run, Worker())
+    fuse(other.loaded.model)
+    together = packed(runs, other, tmp_path / "together")
+    for name, one in runs.items():
+        assert_same(Trainer(one, session, Reporter(), tmp_path / name).fit(), together[name])

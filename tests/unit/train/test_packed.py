@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rayft.artifacts import AdapterArtifact
-from rayft.numerics import assert_close
-from rayft.train.packed import Courses, Pack
+from rayft.errors import ConfigError, TrainError
+from rayft.methods.base import MethodConfig
+from rayft.numerics import assert_close, tolerance
+from rayft.squeeze.anneal import AnnealConfig
+from rayft.train import packed as module
+from rayft.train.packed import Courses, Pack, why_alone
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, TrainResult
+from rayft.train.worker import Worker
 from tests.unit.train.curves import WIDEST, assert_same_losses
 from tests.unit.train.runs import changed, with_method
 
 
+def begin(courses: Courses[TrainResult], pack: Pack, key: str, run: RunConfig, folder: Path) -> None:
+    courses.begin(key, Trainer(run, pack.session(), Reporter(), folder / key, pack=pack).course())
+
+
 def packed(
-    runs: Mapping[str, RunConfig], session: Session, folder: Path, evaluate_at: tuple[int, ...] = ()
+    runs: Mapping[str, RunConfig],
+    session: Session,
+    folder: Path,
+    note: Callable[[str], object] = lambda _: None,
 ) -> dict[str, TrainResult | Exception]:
     """Train runs together; all may continue at each evaluation."""
-    pack = Pack(session)
+    pack = Pack(session, note)
     courses, ended = Courses[TrainResult](pack), dict[str, TrainResult | Exception]()
-    for name, run in runs.items():
-        trainer = Trainer(run, pack.session(), Reporter(), folder / name, evaluate_at, pack)
-        courses.begin(name, trainer.course())
+    for key, run in runs.items():
+        begin(courses, pack, key, run, folder)
     while len(courses):
-        for name in courses.questions:
-            courses.answer(name, True)
+        for key in courses.questions:
+            courses.answer(key, True)
         courses.step()
         ended |= courses.ended()
     pack.close()
@@ -48,6 +60,7 @@ def variants(run: RunConfig) -> dict[str, RunConfig]:
             run, method={"rank": 8, "alpha": 4, "dropout": 0.2, "targets": ("q_proj", "down_proj")}, seed=5
         ),
         "cola": with_method(run, "cola", optim={"rows_per_step": 4}),
+        "falling": changed(run, method={"rank": 8}, anneal=AnnealConfig(rank=2)),
     }
 
 
@@ -56,8 +69,8 @@ def assert_same(alone: TrainResult, together: TrainResult | Exception) -> None:
     assert isinstance(together, TrainResult), together
     assert_same_losses(alone, together)
     assert [step for step, _ in alone.val_curve] == [step for step, _ in together.val_curve]
-    for (_, one), (_, other) in zip(alone.val_curve, together.val_curve, strict=True):
-        assert one == pytest.approx(other, rel=1e-4)
+    expected, actual = (torch.tensor([loss for _, loss in each.val_curve]) for each in (alone, together))
+    assert_close(actual, expected, torch.float32, WIDEST, depth=alone.steps)
     one, other = (AdapterArtifact.load(Path(result.folder)) for result in (alone, together))
     assert one.modules.keys() == other.modules.keys()
     for name, factors in one.modules.items():
@@ -72,3 +85,105 @@ def test_a_packed_run_is_the_run_alone(run: RunConfig, session: Session, tmp_pat
     for name, one in runs.items():
         alone = Trainer(one, Session.open(one, session.worker), Reporter(), tmp_path / name).fit()
         assert_same(alone, together[name])
+
+
+def test_the_rows_of_a_slot_decide_its_gradients_alone(
+    run: RunConfig, session: Session, tmp_path: Path
+) -> None:
+    """A slot whose weights become NaN leaves another slot as it is."""
+    runs = {"one": with_method(run, "lora"), "other": with_method(run, "cla", seed=2)}
+    clean = packed(runs, session, tmp_path / "clean")
+    broken = packed(
+        {**runs, "other": changed(runs["other"], optim={"lr": 1e30})}, session, tmp_path / "broken"
+    )
+    one, again = clean["one"], broken["one"]
+    assert isinstance(one, TrainResult)
+    assert isinstance(again, TrainResult)
+    assert one.train_curve[:1] == again.train_curve[:1]
+    assert_same(one, again)
+    assert isinstance(broken["other"], TrainError)
+
+
+@pytest.mark.parametrize("name", ["lora_plus", "rc3la"])
+def test_masters_in_float32_stay_with_their_slot(run: RunConfig, tmp_path: Path, name: str) -> None:
+    """Slots come and go while another trains on, whose masters and moments move from engine to engine."""
+    run = changed(run, scale={"dtype": "bfloat16", "zero": 2})
+    session = Session.open(run, Worker())
+    runs = {
+        "short": with_method(run, "lora", optim={"steps": 2}),
+        "long": with_method(run, name, optim={"steps": 6}),
+    }
+    pack = Pack(session)
+    courses, ended = Courses[TrainResult](pack), dict[str, TrainResult | Exception]()
+    waiting = {**runs, "late": with_method(run, "asym", optim={"steps": 3}, seed=4)}
+    for key in runs:
+        begin(courses, pack, key, waiting.pop(key), tmp_path)
+    while len(courses):
+        for key in courses.questions:
+            courses.answer(key, True)
+        courses.step()
+        ended |= courses.ended()
+        if "short" in ended and waiting:
+            begin(courses, pack, "late", waiting.pop("late"), tmp_path)
+    pack.close()
+    alone = Trainer(runs["long"], Session.open(run, Worker()), Reporter(), tmp_path / "alone").fit()
+    together = ended["long"]
+    assert isinstance(together, TrainResult)
+    for (_, one), (_, other) in zip(alone.train_curve, together.train_curve, strict=True):
+        assert abs(one - other) <= tolerance(torch.bfloat16, WIDEST, depth=8 * 6) * one
+    assert isinstance(ended["late"], TrainResult)
+
+
+def test_slots_that_do_not_fit_together_share_no_pass(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("abc")}
+    expected = packed(runs, session, tmp_path / "whole")
+    real, notes = module.target_losses, list[str]()
+
+    def target_losses(model: Any, batch: Any) -> torch.Tensor:
+        if len(batch.input_ids) > 4:
+            raise torch.OutOfMemoryError("no room")
+        return real(model, batch)
+
+    monkeypatch.setattr(module, "target_losses", target_losses)
+    lowered = packed(runs, session, tmp_path / "lowered", notes.append)
+    for name, result in expected.items():
+        assert isinstance(result, TrainResult)
+        assert_same(result, lowered[name])
+    (note,) = notes
+    assert "the rows of 3 trials did not fit" in note
+
+
+def test_one_run_that_does_not_fit_says_what_to_change(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def target_losses(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(module, "target_losses", target_losses)
+    ended = packed({"one": run, "other": changed(run, seed=1)}, session, tmp_path)
+    for error in ended.values():
+        assert isinstance(error, TrainError)
+        assert "lower data.max_length" in str(error)
+
+
+def test_a_base_that_drops_values_is_not_packed(session: Session) -> None:
+    session.loaded.model.config.attention_dropout = 0.1
+    with pytest.raises(ConfigError, match=r"attention drops values at random .* set sweep.slots: 1"):
+        Pack(session)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"scale": {"zero": 3}}, "scale.zero is 3"),
+        ({"scale": {"workers": 2}}, "scale.workers is 2"),
+        ({"deepspeed": {"wall_clock_breakdown": True}}, "settings of its own"),
+        ({"method": MethodConfig(name="paca", rank=4)}, "'paca' changes the base"),
+        ({"method": MethodConfig(name="peft:DoRA", rank=4)}, "'peft:DoRA' changes the base, or has layers"),
+    ],
+)
+def test_runs_that_can_not_share_steps_say_why(run: RunConfig, changes: Any, reason: str) -> None:
+    assert why_alone(run) == ""
+    assert reason in why_alone(changed(run, **changes))

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessRaisedException
 
 from rayft.config import content_hash
 from rayft.errors import TrainError
 from rayft.evaluate.loss import batch_loss
 from rayft.models.inject import inject
 from rayft.train import placement, trainer
-from rayft.train.placement import Placement, place, smaller
+from rayft.train.placement import DeviceMemoryError, Placement, place, smaller
 from rayft.train.run import RunConfig, ScaleConfig
 from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
 from tests.reporter import RecordingReporter
 from tests.unit.train.curves import assert_same_losses
 from tests.unit.train.runs import changed, with_method
+from tests.unit.train.workers import in_two_workers
 
 OPEN = {"accumulation": None, "activation_checkpointing": None, "graphs": None}
 
@@ -106,6 +110,79 @@ def test_what_to_change_where_the_settings_allow_nothing_smaller(
         smaller(changed(run, optim={"rows_per_step": 6}, scale=scale), now)
 
 
+def train_in_a_group(rank: int, run: RunConfig, folder: Path, known: Placement | None) -> None:
+    """Train as one of two workers, of which the second has no room for two rows in the fourth step."""
+    taken, steps = trainer.optimizer_step, list[int]()
+
+    def optimizer_step(engine: Any, batches: Any, worker: Any) -> Any:
+        steps.append(engine.global_steps)
+        if rank == 1 and engine.global_steps == 3 and len(batches[0].input_ids) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return taken(engine, batches, worker)
+
+    trainer.optimizer_step = optimizer_step
+    session = Session.open(run, Worker(rank, 2))
+    try:
+        result = Trainer(run, session, Reporter(), folder / "run", placement=known).fit()
+    except DeviceMemoryError as error:
+        (folder / "error").write_bytes(pickle.dumps(error))
+        # As a lane does; the other worker waits for this one.
+        raise
+    if rank == 0:
+        (folder / "result").write_bytes(pickle.dumps((result, steps)))
+
+
+# tests/integration/test_lanes.py has such a group without ZeRO.
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
+def test_a_group_ends_and_the_next_goes_on_with_smaller_batches(
+    run: RunConfig, session: Session, tmp_path: Path, zero: int
+) -> None:
+    run = changed(run, optim={"rows_per_step": 4, "lr": 2e-3}, scale={**OPEN, "threads": 1})
+    whole = Trainer(run, session, Reporter(), tmp_path / "whole").fit()
+    both = changed(run, scale={"workers": 2, "zero": zero})
+    (first := tmp_path / "first").mkdir()
+    with pytest.raises(ProcessRaisedException):
+        in_two_workers(train_in_a_group, first, both, tmp_path, None)
+    error = pickle.loads((tmp_path / "error").read_bytes())  # noqa: S301
+    assert error.placement == Placement(2)
+    assert str(error) == (
+        "step 4 with 2 row(s) at a time did not fit into the device's memory; the run starts again from its "
+        "last checkpoint, and goes on with 1"
+    )
+    (second := tmp_path / "second").mkdir()
+    in_two_workers(train_in_a_group, second, both, tmp_path, error.placement)
+    lowered, steps = pickle.loads((tmp_path / "result").read_bytes())  # noqa: S301
+    assert lowered.placement == {"accumulation": 2, "activation_checkpointing": False, "graphs": False}
+    assert_same_losses(whole, lowered)
+    assert steps == [2, 3, 4, 5], "from the checkpoint on"
+
+
+def test_under_zero_3_one_worker_needs_a_new_group_too(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def optimizer_step(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(trainer, "optimizer_step", optimizer_step)
+    run = changed(run, optim={"rows_per_step": 4}, scale={**OPEN, "zero": 3})
+    with pytest.raises(DeviceMemoryError, match="the run starts again") as raised:
+        Trainer(run, session, Reporter(), tmp_path).fit()
+    assert raised.value.placement == Placement(2)
+
+
+def test_an_engine_that_does_not_fit_says_what_to_change(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import deepspeed
+
+    def initialize(**_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(deepspeed, "initialize", initialize)
+    with pytest.raises(DeviceMemoryError, match=r"optimizer states .* do not fit .*scale\.offload"):
+        Trainer(run, session, Reporter(), tmp_path).fit()
+
+
 class Device:
     """Passes on a GPU with room for some rows, with and without recomputed activations."""
 
@@ -134,14 +211,16 @@ def gpu(run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     properties = SimpleNamespace(name="a GPU", total_memory=2**36)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**36 - 2**33, 2**36))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2**32)
     inject(session.loaded.model, run.method, run.seed)
 
-    def placed(passes: Device, **settings: Any) -> Placement:
+    def placed(passes: Device, known: Placement | None = None, **settings: Any) -> Placement:
         monkeypatch.setattr(placement._Probe, "_measure", lambda probe, tried: passes.measure(probe, tried))
         method = {"rank": settings.pop("rank", 4)}
         scale = {**OPEN, "zero": 2, "device": "cuda", **settings}
         chosen = changed(run, method=method, optim={"rows_per_step": 8}, scale=scale)
-        return place(chosen, session)
+        return place(chosen, session, known)
 
     return placed
 
@@ -184,6 +263,31 @@ def test_a_placement_is_kept_for_runs_that_are_alike(gpu: Any, tmp_path: Path) -
         file.write_text("{")
     assert gpu(device) == Placement(2)
     assert len(device.tried) == 3 * count
+
+
+def test_what_a_group_has_found_is_kept_for_runs_that_are_alike(gpu: Any) -> None:
+    device = Device(rows=8)
+    for settings in ({"zero": 2}, {"zero": 3}):
+        found = gpu(device, known=Placement(4), **settings)
+        assert found == gpu(device, **settings) == Placement(4)
+    assert device.tried == []
+
+
+def test_what_is_found_beside_other_programs_is_not_kept(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**34, 2**36))
+    assert gpu(Device(rows=4)) == Placement(2)
+    assert not (tmp_path / "cache" / "probes").exists()
+    # Lanes that share a GPU are no other programs.
+    assert gpu(Device(rows=4), gpu_share=0.25) == Placement(2)
+    assert len([*(tmp_path / "cache" / "probes").iterdir()]) == 1
+
+
+def test_that_nothing_fits_is_not_kept(gpu: Any) -> None:
+    least = Placement(8, activation_checkpointing=True)
+    assert gpu(Device(rows=0, recomputed=0)) == least
+    assert gpu(Device(rows=8)) == Placement(1)
 
 
 def test_nothing_is_tried_where_nothing_is_open(gpu: Any) -> None:

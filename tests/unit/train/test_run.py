@@ -98,6 +98,8 @@ def test_graphs_with_accumulation_are_refused_once_the_zero_stage_is_known() -> 
     scale = ScaleConfig(device="cuda", dtype="float32", graphs=True, accumulation=2)
     with pytest.raises(ConfigError, match="needs zero: 2"):
         scale.settled()
+    sharded = ScaleConfig(device="cuda", zero=3).settled()
+    assert (sharded.accumulation, sharded.activation_checkpointing, sharded.graphs) == (None, None, False)
     assert ScaleConfig(device="cuda", dtype="bfloat16", graphs=True, accumulation=2).settled().graphs
 
 

@@ -128,8 +128,9 @@ def test_a_checkpoint_of_other_data_or_another_base_is_refused(
 
 def test_a_loss_that_is_not_finite_ends_the_run(run: RunConfig, session: Session, tmp_path: Path) -> None:
     # With this learning rate, float32 overflows in the second step.
-    with pytest.raises(TrainError, match="use a lower learning rate"):
+    with pytest.raises(TrainError, match="use a lower learning rate") as raised:
         Trainer(changed(run, optim={"lr": 1e30, "clip": 1e9}), session, Reporter(), tmp_path).fit()
+    assert raised.value.everywhere
 
 
 @pytest.mark.parametrize(

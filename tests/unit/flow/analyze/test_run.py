@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rayft.analysis.record import PIECES, AdapterAnalysis, Gap, ModuleSpectrum, SweepAnalysis
 from rayft.analysis.section import AnalyzeConfig
 from rayft.errors import ReportError
-from rayft.flow.analyze.run import analyze_items, completed, earlier_analysis
+from rayft.flow.analyze.run import analyze_items, analyze_target, completed, earlier_analysis
 from rayft.flow.analyze.source import Item
+from rayft.flow.display import Display
 from rayft.flow.sweep.preflight import Plan
 from rayft.train.run import RunConfig
 from tests.unit.damages import DAMAGES
-from tests.unit.flow.answers import Lanes, trial_of
+from tests.unit.flow.answers import CONFIG, Lanes, adapter, trial_of
 
 GAP = Gap(train=1.0, held_out=1.5, low=0.2, high=0.8, n=9)
 SPECTRUM = ModuleSpectrum(
@@ -177,3 +179,24 @@ def test_an_analysis_deletes_only_its_own_pieces(tmp_path: Path) -> None:
     (tmp_path / PIECES / "notes.txt").unlink()
     one.save(tmp_path)
     assert not (tmp_path / PIECES).exists()
+
+
+class _Reached(Exception):  # noqa: N818  (it says that lanes would start now)
+    pass
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_configuration_without_a_sweep_names_base_and_data(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    adapter().save(tmp_path / "adapter")
+    Path("my.yaml").write_text(CONFIG.partition("sweep:")[0])
+
+    def cluster(lanes: int, **_: Any) -> None:
+        assert lanes == 1
+        raise _Reached
+
+    monkeypatch.setattr("rayft.flow.analyze.run.cluster", cluster)
+    with pytest.raises(_Reached):
+        analyze_target(str(tmp_path / "adapter"), Display(Console(quiet=True)), config=Path("my.yaml"))

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -15,10 +20,12 @@ from rayft.errors import (
     BadRequestError,
     BaseMismatchError,
     ConfigError,
+    ModelError,
     RayftError,
+    ResourceError,
     SqueezeError,
 )
-from rayft.flow.chat.models import ChatModel, Options, open_local, open_served
+from rayft.flow.chat.models import ChatModel, Options, ServedModel, open_local, open_models, open_served
 from rayft.models.fingerprint import source_fingerprint
 from rayft.models.load import ModelConfig, load_skeleton, resolve
 from rayft.models.targets import linear_shapes
@@ -76,7 +83,7 @@ def test_the_base_of_an_adapter_that_names_none_is_asked_for(
 ) -> None:
     bare = replace(adapter, meta=adapter.meta.model_copy(update={"base_model": ""}))
     place = str(bare.save(tmp_path / "bare"))
-    with pytest.raises(ArtifactError, match="name the base with --base"):
+    with pytest.raises(ArtifactError, match="name it with --base"):
         texts(place)
     assert texts(place, base="tiny-llama") == texts(str(tmp_path / "adapter"))
 
@@ -86,30 +93,102 @@ def test_the_base_of_an_adapter_that_names_none_is_asked_for(
     [
         ("{}/adapter@r5", SqueezeError, "has rank 4; ask for 1 to 4, not 5"),
         ("{}/adapter@r0", SqueezeError, "ask for 1 to 4, not 0"),
-        ("tiny-llama@r2", ConfigError, "only adapters have a rank"),
+        ("tiny-llama@r2", SqueezeError, "tiny-llama is no adapter, so it has no rank; leave out @r2"),
         ("tiny-lama", RayftError, "did you mean 'tiny-llama'"),
         ("base", ConfigError, "'base' is the base of the other model"),
-        ("{}/other", BaseMismatchError, "is not served: the adapter was made for the base"),
+        ("{}/other", BaseMismatchError, "other can't be used: the adapter was made for the base"),
+        ("{}/plain", ModelError, "plain has no chat template, so it can't be talked to"),
     ],
 )
 def test_what_can_not_be_talked_to_is_refused(
-    adapter: AdapterArtifact, tmp_path: Path, name: str, error: type[Exception], match: str
+    adapter: AdapterArtifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    error: type[Exception],
+    match: str,
 ) -> None:
     meta = adapter.meta.model_copy(update={"base_fingerprint": "0" * 16})
     replace(adapter, meta=meta).save(tmp_path / "other")
+    plain = shutil.copytree(resolve(ModelConfig(name="tiny-llama")), tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    monkeypatch.setattr("rayft.flow.chat.models.start_engine", None)
     with pytest.raises(error, match=match):
         texts(name.format(tmp_path))
 
 
+def test_an_adapter_is_read_once(adapter: AdapterArtifact, tmp_path: Path) -> None:
+    with mock.patch.object(AdapterArtifact, "load", wraps=AdapterArtifact.load) as load:
+        texts(str(tmp_path / "adapter"), "base")
+    assert load.call_count == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (
+            {"base": "tiny-llama"},
+            "--base is for adapters, and tiny-llama is a model of its own: leave it out",
+        ),
+        ({"uri": "sqlite:///x.db"}, "--uri is for models:/…, and tiny-llama is none"),
+        ({"base": ""}, "--base is empty; write a path"),
+        ({"url": "http://127.0.0.1:9", "base": "tiny-llama"}, "--base is for models in this process"),
+        ({"url": "http://127.0.0.1:9", "uri": "sqlite:///x.db"}, "--uri is for models in this process"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(options: dict[str, str], match: str) -> None:
+    with pytest.raises(ConfigError, match=match), open_models(["tiny-llama"], **options):
+        pass
+
+
 def test_a_conversation_that_is_too_long_is_refused_and_an_answer_ends_at_the_context(prepared: None) -> None:
     with open_local(["tiny-llama"]) as (model,):
-        with pytest.raises(BadRequestError, match="begin again with /reset"):
+        with pytest.raises(BadRequestError, match=r"begin again \(/reset\)"):
             text(model, [{"role": "user", "content": "x" * 2000}])
         assert len(text(model, [{"role": "user", "content": "x" * 900}], tokens=10_000)) < 200
 
 
 def test_a_server_that_is_not_there_is_named() -> None:
-    with pytest.raises(RayftError, match=r"127\.0\.0\.1:9 can't be reached .* with --url"):
+    with pytest.raises(RayftError, match=r"127\.0\.0\.1:9/v1/ can't be reached .* with --url"):
         open_served("http://127.0.0.1:9", ["base"])
     with pytest.raises(RayftError, match=r"--url .* is not a URL"):
         open_served("http://a:b", ["base"])
+
+
+@contextmanager
+def speaking(answer: bytes, kind: str = "text/event-stream") -> Iterator[ServedModel]:
+    """Yield a model of a server that gives one answer to everything."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", kind)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Write nothing to the terminal."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    try:
+        yield ServedModel("base", f"http://127.0.0.1:{server.server_port}/v1")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_answers_of_other_servers_are_read_or_refused() -> None:
+    event = '{"choices": [{"delta": {"content": "%s"}}]}'
+    with speaking(
+        f": hello\n\ndata:{event % 'a'}\n\ndata: {event % 'b'}\n\ndata: [DONE]\n\n".encode()
+    ) as model:
+        assert text(model) == "ab"
+    for answer, kind, problem in [
+        (b"data: {\n\n", "text/event-stream", "the server sends what is no part of an answer: {"),
+        (b"data: []\n\n", "text/event-stream", "what is no part of an answer"),
+        (b"<html>", "text/html", "does not stream its answers"),
+        (b'data: {"error": {"message": "too hot"}}\n\n', "text/event-stream", "ended the answer: too hot"),
+    ]:
+        with speaking(answer, kind) as model, pytest.raises(ResourceError, match=problem):
+            text(model)

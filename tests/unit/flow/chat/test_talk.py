@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
-import os
 import signal
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
 
 import pytest
 from rich.console import Console
 
-from rayft.data.chat_format import Answer
-from rayft.errors import ResourceError
 from rayft.flow.chat.models import Options
 from rayft.flow.chat.talk import talk
+from tests.unit.flow.chat.echo import Echo
 
 OPTIONS = Options(0.0, 8)
-
-
-@dataclass
-class Echo:
-    """A model that repeats the last question in two parts, and remembers what it was asked."""
-
-    name: str = "echo"
-    asked: list[list[tuple[str, str]]] = field(default_factory=list)
-
-    async def answer(
-        self, messages: Sequence[dict[str, str]], options: Options
-    ) -> AsyncGenerator[Answer, None]:
-        self.asked.append([(one["role"], one["content"]) for one in messages])
-        question = messages[-1]["content"]
-        if question == "fail":
-            raise ResourceError("it is too late")
-        yield Answer("so ", "")
-        if question == "wait":
-            os.kill(os.getpid(), signal.SIGINT)
-            await asyncio.sleep(60)
-        yield Answer(f"{question}[/red]", "")
 
 
 def said(lines: str, *models: Echo, system: str | None = None, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import pytest
 import torch
 
 from rayft.artifacts import AdapterArtifact
+from rayft.flow.config import load_config
+from rayft.flow.sweep.folder import make_folder
+from rayft.flow.sweep.identity import current_identity
 from rayft.models.fingerprint import fingerprint
 from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
+from rayft.models.tiny import save_tiny_llama
 from rayft.squeeze.rank import squeeze
 from tests.unit.serving.adapters import random_adapter
 
@@ -50,6 +55,23 @@ class Here:
 
     def squeezed(self, name: str) -> AdapterArtifact:
         return squeeze(self.adapter(name))
+
+    def sweep(self) -> Path:
+        """Begin the sweep of the configuration, and return its output folder."""
+        config = load_config("config.yaml")
+        make_folder(config, config.folder, current_identity(config.run()), keep=False)
+        return config.folder
+
+    def hub(self, monkeypatch: pytest.MonkeyPatch) -> str:
+        """Make a hub whose `org/model` is another model, and the model of this folder in its branch `old`."""
+        hub = self.folder / "hub" / "models--org--model"
+        save_tiny_llama(hub / "snapshots" / ("a" * 40), seed=7)
+        shutil.copytree(self.model, hub / "snapshots" / ("b" * 40))
+        (hub / "refs").mkdir()
+        (hub / "refs" / "main").write_text("a" * 40)
+        (hub / "refs" / "old").write_text("b" * 40)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(self.folder / "hub"))
+        return "org/model"
 
 
 @pytest.fixture

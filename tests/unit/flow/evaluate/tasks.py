@@ -7,10 +7,12 @@ from pathlib import Path
 
 import yaml
 
-__all__ = ["TASKS", "save_tasks"]
+__all__ = ["GROUP", "TASKS", "save_tasks"]
 
 TASKS = ("local_choice", "local_text", "local_gen")
 """Names of the tasks that `save_tasks` writes: of each kind of request one."""
+GROUP = "local_group"
+"""Name of a group of two tasks, which have the questions of `local_choice`."""
 
 
 def save_tasks(folder: Path) -> Path:
@@ -49,4 +51,10 @@ def save_tasks(folder: Path) -> Path:
     }
     for name, settings in own.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **shared, **settings}))
+    choice = {**shared, **own["local_choice"], "num_fewshot": 2, "fewshot_config": {"sampler": "first_n"}}
+    for name in ("local_one", "local_two"):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **choice}))
+    mean = {"metric": "acc", "aggregation": "mean", "weight_by_size": True}
+    group = {"group": GROUP, "task": ["local_one", "local_two"], "aggregate_metric_list": [mean]}
+    (folder / "group.yaml").write_text(yaml.safe_dump(group))
     return folder

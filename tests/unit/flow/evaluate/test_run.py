@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,22 @@ from rayft.cli import app
 from rayft.errors import RayftError
 from rayft.evaluate.compare import interval, paired
 from rayft.evaluate.tasks import score
-from rayft.flow.config import load_config
+from rayft.flow.config import load_config, load_train_config
 from rayft.flow.evaluate.record import Evaluation
 from rayft.flow.evaluate.request import EvaluateRequest
 from rayft.flow.evaluate.run import evaluate
 from rayft.flow.evaluate.show import show_scores
+from rayft.identity import Identity
 from rayft.models.inject import attach
+from rayft.models.tiny import save_tiny_llama
 from rayft.numerics import assert_close
 from rayft.registry.store import MlflowRegistry
+from rayft.squeeze.rank import squeeze
+from rayft.sweep.result import TrialResult, write_result
 from rayft.tracking import TrackerSpec
 from rayft.tracking.mlflow import MlflowTracker
 from rayft.train.session import Session
-from rayft.train.trainer import validation_loss
+from rayft.train.trainer import TrainResult, validation_loss
 from rayft.train.worker import Worker
 from tests.unit.flow.evaluate.conftest import Here
 
@@ -172,34 +177,150 @@ def test_a_registered_adapter_is_fetched(here: Here, spec: TrackerSpec) -> None:
     registry.alias("answers", "champion", registry.register("answers", run, folder, {}))
     found = evaluate(ask("models:/answers@champion", uri=spec.uri))
     assert found.targets[0].answers == evaluate(ask(folder)).targets[0].answers
-    with pytest.raises(RayftError, match="was never squeezed"):
-        evaluate(ask("models:/answers@champion@r2", uri=spec.uri))
+    low = here.save("low", squeeze(adapter, rank=2))
+    found = evaluate(ask("models:/answers@champion@r2", uri=spec.uri))
+    assert found.targets[0].answers == evaluate(ask(low)).targets[0].answers
     with pytest.raises(RayftError, match="answers has no alias 'champio'; did you mean 'champion'"):
         evaluate(ask("models:/answers@champio", uri=spec.uri))
+
+
+def test_the_winner_of_a_sweep_is_scored_by_the_configuration_of_its_sweep(here: Here) -> None:
+    output, winner = here.sweep(), here.squeezed("winner")
+    named = evaluate(ask(here.save("elsewhere", winner), f"{here.folder}/elsewhere@r2", config="config.yaml"))
+    here.save("out/winner", winner)
+    for place in ("out/winner", "out", str(output / "winner")):
+        shown = CliRunner().invoke(app, ["eval", f"{place}@r2", "--out", "result.json", "--overwrite"])
+        assert shown.exit_code == 0, shown.output
+        assert "not tracked" not in shown.output
+        found = Evaluation.model_validate_json(Path("result.json").read_text())
+        assert found.targets[0].name == f"{place}@r2"
+        assert found.targets[0].answers == named.targets[1].answers
+        assert found.data == named.data
+    assert evaluate(ask("out", config=None)).targets[0].answers == named.targets[0].answers
+
+
+def test_the_data_of_a_sweep_must_be_the_same_unless_other_data_is_named(here: Here) -> None:
+    output, winner = here.sweep(), here.adapter("winner")
+    here.save("out/winner", winner)
+    identity = Identity.model_validate_json((output / "identity.json").read_bytes())
+    result = TrainResult(finished=True, steps=2, val_curve=[(2, 1.0)], val_loss=1.0)
+    write_result(output / "trials" / "lora", TrialResult(result, "", identity.brief))
+    assert evaluate(ask("out", config=None)).data == identity.data
+    with Path("rows.jsonl").open("a") as rows:
+        rows.write("\n" + json.dumps({"prompt": "Any other?", "completion": "5"}))
+    for overrides in ((), ("evaluate.max_new_tokens=2",)):
+        with pytest.raises(RayftError, match="holds results that can't be used with what is there now"):
+            evaluate(ask("out", config=None, overrides=overrides))
+    assert evaluate(ask("out", config=None, overrides=("data.train=3",))).data != identity.data
+
+
+def test_the_winner_of_a_full_fine_tune_is_scored_too(here: Here) -> None:
+    here.sweep()
+    save_tiny_llama(Path("out/winner"), seed=3)
+    found = evaluate(ask("out", config=None))
+    assert found.targets[0].answers == evaluate(ask("out/winner")).targets[0].answers
+    assert found.targets[0].answers != evaluate(ask(str(here.model))).targets[0].answers
+
+
+def test_base_is_the_base_of_the_configuration(here: Here) -> None:
+    folder = here.save("one", here.adapter("one"))
+    found = evaluate(ask("base", folder)).targets
+    expected = evaluate(ask(str(here.model), folder)).targets
+    assert [one.name for one in found] == ["base", folder]
+    assert [one.answers for one in found] == [one.answers for one in expected]
+    assert [one.loss for one in found] == [one.loss for one in expected]
+
+
+def test_a_configuration_of_one_run_needs_no_sweep(here: Here) -> None:
+    text = Path("config.yaml").read_text()
+    (here.folder / "run.yaml").write_text(text[: text.index("sweep:")])
+    request = ask(str(here.model), config="run.yaml")
+    assert evaluate(request).targets == evaluate(ask(str(here.model))).targets
+    given = load_train_config("run.yaml")
+    changed = evaluate(ask(str(here.model), config=given, overrides=("evaluate.max_new_tokens=1",)))
+    assert changed.targets[0].answers != evaluate(request).targets[0].answers
+
+
+def test_the_revision_of_the_base_is_kept(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, hub = here.save("one", here.adapter("one")), here.hub(monkeypatch)
+    expected = evaluate(ask(folder)).targets[0]
+    named = (f"model.name={hub}", "model.revision=old")
+    assert evaluate(ask(folder, overrides=named)).targets[0] == expected
+    assert evaluate(ask(folder, base=hub, overrides=named[1:])).targets[0] == expected
+    with pytest.raises(
+        RayftError, match="one can't be used with org/model: the adapter was made for the base"
+    ):
+        evaluate(ask(folder, overrides=named[:1]))
+    # It is that of a model alone, too, but not of another one than the base.
+    assert evaluate(ask(hub, overrides=named[1:])).targets[0].answers == (
+        evaluate(ask("base")).targets[0].answers
+    )
+    other = evaluate(ask(str(here.model), "base", overrides=named)).targets
+    assert other[0].answers == other[1].answers
+
+
+def test_texts_that_are_too_long_are_found_before_weights_are_loaded(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(*long: str) -> EvaluateRequest:
+        for part in ("train", "val", "test"):
+            texts = [f"How many in {part}?", part * 40 if part in long else "And in box 3?", "And in all?"]
+            rows = [json.dumps({"prompt": f"{text} ({part})", "completion": "5"}) for text in texts]
+            Path(f"{part}.jsonl").write_text("\n".join(rows))
+        data = (
+            "{source: jsonl, files: {train: train.jsonl, val: val.jsonl, test: test.jsonl}, max_length: 100}"
+        )
+        return ask(str(here.model), overrides=(f"data={data}",))
+
+    # A text in another part is not scored.
+    assert evaluate(of("train", "val")).targets[0].measures[0].score.n == 3
+    monkeypatch.setattr("rayft.flow.evaluate.base.load_model", None)
+    with pytest.raises(RayftError, match="1 of 3 examples are too long; the longest, test example 2, has"):
+        evaluate(of("test"))
+    with pytest.raises(RayftError, match="with 1000 more it exceeds the model's context of 1024"):
+        evaluate(ask(str(here.model), overrides=("evaluate.max_new_tokens=1000", "data.too_long=drop")))
 
 
 def test_what_cannot_be_evaluated_is_refused_before_weights_are_loaded(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, other = here.save("plain", here.adapter("plain")), here.save("x", here.adapter("x", base="0" * 16))
+    headed = here.adapter("head")
+    classifier = headed.meta.model_copy(update={"task": "sequence_classification"})
+    headed = replace(headed, heads={"score.weight": torch.zeros(2, 32)}, meta=classifier)
     Path("empty").mkdir()
     Path("notes.json").write_text("{}")
     (here.folder / "broken.yaml").write_text(Path("config.yaml").read_text().replace("own.py", "none.py"))
-    monkeypatch.setattr("rayft.train.session.load_model", None)
+    monkeypatch.setattr("rayft.flow.evaluate.base.load_model", None)
     model = str(here.model)
     problems: list[tuple[str, EvaluateRequest]] = [
         ("no model 'nobody'", ask("nobody")),
         ("holds neither an adapter", ask("empty")),
         ("is no adapter, so it has no rank", ask(model, rank=2)),
         ("is no adapter, so it has no rank; leave out @r2", ask(f"{model}@r2")),
-        ("was never squeezed", ask(plain, rank=2)),
+        ("plain has rank 4; ask for 1 to 4, not 5", ask(plain, rank=5)),
+        ("plain has rank 4; ask for 1 to 4, not 0", ask(f"{plain}@r0")),
+        ("plain@r2 names its rank; leave that out, or --rank 3", ask(f"{plain}@r2", rank=3)),
         ("was made for the base", ask(plain, other)),
-        ("lies in no folder of a sweep", ask(plain, config=None)),
+        ("lies in no folder of a sweep or run", ask(plain, config=None)),
         ("there are 3 targets", ask(plain, plain, plain)),
         ("--part train: write val or test", ask(plain, part="train")),
         ("--samples 0: write 1 or more", ask(plain, samples=0)),
         ("--url is for tasks", ask(plain, url="http://127.0.0.1:1/v1")),
         ("--include is for tasks", ask(plain, include=here.folder)),
+        ("--chat-template is for tasks", ask(plain, chat_template=True)),
+        ("--system is for tasks", ask(plain, system="Be kind")),
+        ("--one-turn is for tasks", ask(plain, one_turn=True)),
+        ("--overwrite is for the file of the result", ask(plain, overwrite=True)),
+        ("--base is for adapters", ask(model, base="tiny-llama")),
+        ("--set model.name is for adapters", ask(model, overrides=("model.name=tiny-llama",))),
+        (
+            "--set optim.lr changes nothing in an evaluation on your data",
+            ask(plain, overrides=("optim.lr=1.0",)),
+        ),
+        ("--set evaluate.keep changes nothing", ask(plain, overrides=("evaluate.keep=last",))),
+        ("'model' is not an override", ask(plain, overrides=("model",))),
+        ("the base has no classification head score.weight", ask(here.save("head", headed))),
         ("none.py can't be read", ask(plain, config="broken.yaml")),
         (
             "pattern is not a regular expression",

@@ -15,14 +15,15 @@ from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.config import parse, read_yaml
 from rayft.errors import ReportError
 from rayft.flow.export.card import Subject, card, on_hub
+from rayft.flow.export.maker import Maker, Scores, find_maker, find_scores
 from rayft.flow.export.run import export_adapter
-from rayft.flow.export.scores import Scores, find_scores, sweep_of
 from rayft.flow.export.source import open_source
 from rayft.methods.base import LoraFactors
 from rayft.models.load import ModelConfig
 from rayft.models.tiny import save_tiny_bert
 from rayft.report.record import Baseline, Score, Squeezed, SweepRecord, TrialRecord, Winner
 from rayft.serving.config import ServeConfig
+from tests.unit.flow.answers import CONFIG
 from tests.unit.flow.export.adapters import random_adapter
 
 TEST = Score(value=0.75, low=0.68, high=0.81, n=200)
@@ -206,9 +207,7 @@ def test_the_card_of_a_sweeps_adapter_has_the_name_of_the_sweep(sweep: Path, tmp
 
 @pytest.mark.parametrize(("place", "val"), [("trials/k/adapter", 0.8), ("winner", 0.8), ("squeezed/r2", 0.7)])
 def test_scores_are_found_by_the_folder(sweep: Path, place: str, val: float) -> None:
-    source = open_source(sweep / place, None)
-    assert sweep_of(source, None) == sweep
-    found = find_scores(source, sweep)
+    found = find_maker(open_source(sweep / place), None, scored=True, merging=False).scores
     assert found is not None
     assert (found.trial.id, found.val) == ("t1", val)
     assert found.test == (TEST if val == 0.8 else None)
@@ -216,15 +215,47 @@ def test_scores_are_found_by_the_folder(sweep: Path, place: str, val: float) -> 
 
 def test_scores_of_a_copy_are_found_by_its_content(sweep: Path, tmp_path: Path) -> None:
     made(rank=2).save(tmp_path / "copy")
-    source = open_source(tmp_path / "copy", None)
-    assert sweep_of(source, None) is None
-    assert find_scores(source, None) is None
-    found = find_scores(source, sweep_of(source, sweep))
-    assert found is not None
-    assert found.val == 0.7
+    source = open_source(tmp_path / "copy")
+    assert find_maker(source, None, scored=True, merging=True) == Maker()
+    found = find_maker(source, sweep, scored=True, merging=False)
+    assert found.scores is not None
+    assert (found.scores.val, found.notes) == (0.7, ())
     made(rank=3).save(tmp_path / "other")
-    assert find_scores(open_source(tmp_path / "other", None), sweep) is None
+    other = open_source(tmp_path / "other")
+    assert find_scores(other, sweep) is None
+    (note,) = find_maker(other, sweep, scored=True, merging=False).notes
+    assert note.endswith("has no record of this adapter")
     (sweep / "sweep.json").unlink()
-    assert find_scores(source, sweep) is None
+    with pytest.raises(ReportError, match="no record of a sweep at"):
+        export_adapter(tmp_path / "copy", card=tmp_path / "card.md", sweep=sweep)
     with pytest.raises(ReportError, match="is no folder of a sweep"):
-        sweep_of(source, tmp_path)
+        export_adapter(tmp_path / "copy", card=tmp_path / "card.md", sweep=tmp_path)
+    assert not (tmp_path / "card.md").exists()
+
+
+def test_a_damaged_record_is_reported_and_an_error_where_it_was_asked_for(
+    sweep: Path, tmp_path: Path
+) -> None:
+    (sweep / "sweep.json").write_text("{")
+    found = export_adapter(sweep / "winner", card=tmp_path / "card.md")
+    assert any(re.match(r"the card has no scores of the sweep: .* is damaged", note) for note in found.notes)
+    with pytest.raises(ReportError, match=r"sweep\.json is damaged"):
+        export_adapter(sweep / "winner", card=tmp_path / "other.md", sweep=sweep)
+    assert not (tmp_path / "other.md").exists()
+    # What is not read is no matter.
+    assert not any("sweep" in note for note in export_adapter(sweep / "winner", vllm=tmp_path / "v").notes)
+
+
+def test_a_sweep_without_a_readable_stamp_is_reported(sweep: Path, tmp_path: Path) -> None:
+    (sweep / "config.yaml").write_bytes(bytes(100))
+    found = export_adapter(sweep / "winner", card=tmp_path / "card.md")
+    assert any(re.search(r"config\.yaml is missing or damaged", note) for note in found.notes)
+    assert "| this adapter |" not in (tmp_path / "card.md").read_text()
+
+
+def test_the_card_of_a_runs_adapter_has_the_name_of_the_run(tmp_path: Path) -> None:
+    made().save(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "config.yaml").write_text(f"# sweep 0123\n{CONFIG}")
+    found = export_adapter(tmp_path / "run", card=tmp_path / "card.md")
+    assert "\n# answers\n" in (tmp_path / "card.md").read_text()
+    assert not any("scores" in note for note in found.notes)

@@ -25,6 +25,7 @@ from rayft.errors import (
     ModelError,
     RayftError,
     RegistryError,
+    TrackingError,
 )
 from rayft.flow.export import run
 from rayft.flow.export.run import export_adapter
@@ -89,6 +90,7 @@ def test_the_merged_folder_records_its_origin(adapter: Path, tmp_path: Path) -> 
     assert record["adapter"] == AdapterArtifact.load(adapter).content_hash
     assert found.rounding is not None
     assert record["lost_by_rounding"] == found.rounding.total
+    assert not any("score the merged model" in note for note in found.notes)
     assert {*record["files"], "rayft_merge.json"} == contents(tmp_path / "merged").keys()
 
 
@@ -302,7 +304,35 @@ def test_a_registered_adapter_is_exported_by_its_alias(
     assert_close(logits(tmp_path / "merged"), logits(tiny_folder, adapter), torch.float32, 200, 30)
     assert "\n# sums\n" in (tmp_path / "card.md").read_text()
     with pytest.raises(RegistryError, match="has no alias 'other'"):
-        export_adapter("models:/sums@other", card=tmp_path / "other.md", registry=spec.uri)
+        export_adapter("models:/sums@other", card=tmp_path / "other.md", uri=spec.uri)
+    # A sweep's configuration names its registry.
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    (sweep / "config.yaml").write_text(f"# sweep 0123\n{CONFIG}\ntracking: {{uri: '{spec.uri}'}}\n")
+    export_adapter("models:/sums@champion", vllm=tmp_path / "vllm", sweep=sweep)
+    # What the user gives counts more.
+    with pytest.raises(TrackingError, match=r"elsewhere\.db is not there"):
+        export_adapter(
+            "models:/sums@champion",
+            vllm=tmp_path / "w",
+            sweep=sweep,
+            uri=f"sqlite:///{tmp_path}/elsewhere.db",
+        )
+    (sweep / "config.yaml").write_text("# sweep 0123\nof: another release\n")
+    with pytest.raises(ConfigError, match="unknown key 'of'"):
+        export_adapter("models:/sums@champion", vllm=tmp_path / "w", sweep=sweep)
+
+
+def test_paths_may_begin_with_the_home_folder(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    places = {form: f"~/out/{name}" for form, name in PLACES.items()}
+    found = export_adapter("~/adapter", **places)
+    assert found.places.merged == tmp_path / "out" / "merged"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(PLACES.values())
+    with pytest.raises(ConfigError, match="--gguf is empty"):
+        export_adapter(adapter, gguf="")
 
 
 def test_a_base_that_was_quantised_in_training_is_reported(adapter: Path, tmp_path: Path) -> None:
@@ -315,7 +345,73 @@ def test_a_base_that_was_quantised_in_training_is_reported(adapter: Path, tmp_pa
     assert any("was trained on the base quantised to nf4" in note for note in found.notes)
     (sweep / "config.yaml").write_text("# sweep 0123\nof: another release\n")
     found = export_adapter(sweep / "trials" / "k" / "adapter", merged=tmp_path / "merged", overwrite=True)
-    assert not any("quantised" in note for note in found.notes)
+    (note,) = (note for note in found.notes if "quantised" in note)
+    assert "quantised base is not known, because" in note
+    assert "unknown key 'of'" in note
+    found = export_adapter(sweep / "trials" / "k" / "adapter", vllm=tmp_path / "vllm")
+    assert not any("config.yaml" in note for note in found.notes)
+
+
+def test_a_classifier_is_checked_against_its_base_whatever_class_that_was_saved_as(tmp_path: Path) -> None:
+    folder = save_tiny_bert(tmp_path / "bert")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["architectures"] = ["BertForMaskedLM"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    base = ModelConfig(name=str(folder), task="sequence_classification")
+    plain = random_adapter(base, ["query"])
+    heads = {"classifier.weight": torch.randn(3, 24), "classifier.bias": torch.randn(3)}
+    AdapterArtifact(plain.modules, heads, plain.meta).save(tmp_path / "adapter")
+    found = export_adapter(tmp_path / "adapter", vllm=tmp_path / "vllm")
+    assert json.loads((tmp_path / "vllm" / "adapter_config.json").read_text())["target_modules"] == ["query"]
+    assert not any("not checked" in note for note in found.notes)
+    wrong = {name.replace("query", "quarry"): factors for name, factors in plain.modules.items()}
+    AdapterArtifact(wrong, heads, plain.meta).save(tmp_path / "wrong")
+    with pytest.raises(BaseMismatchError, match="quarry"):
+        export_adapter(tmp_path / "wrong", vllm=tmp_path / "other")
+
+
+def test_the_base_is_read_at_the_adapters_revision(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, commit = tmp_path / "hub" / "models--org--model", "a" * 40
+    shutil.copytree(tiny_folder, hub / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    artifact = random_adapter(ModelConfig(name=str(tiny_folder)), ["q_proj"])
+    meta = artifact.meta.model_copy(update={"base_model": "org/model"})
+    AdapterArtifact(artifact.modules, meta=meta).save(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "revision": commit}))
+    found = export_adapter(tmp_path / "adapter", vllm=tmp_path / "vllm")
+    assert not any("not on this machine" in note for note in found.notes)
+    written = json.loads((tmp_path / "vllm" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["q_proj"]
+    assert written["revision"] == commit
+    export_adapter(tmp_path / "adapter", card=tmp_path / "card.md")
+    text = (tmp_path / "card.md").read_text()
+    assert text.count(f'from_pretrained("org/model", revision="{commit}"') == 2
+    assert f"--revision {commit}" in text
+    assert f"revision: {commit}" in text
+    # It is no revision of another base.
+    export_adapter(tmp_path / "adapter", vllm=tmp_path / "other", card=tmp_path / "other", base_name="org/b")
+    assert "revision" not in json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    assert "revision" not in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_a_base_that_no_one_asked_for_may_be_damaged(
+    adapter: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    artifact = AdapterArtifact.load(adapter)
+    meta = artifact.meta.model_copy(update={"base_model": str(base)})
+    AdapterArtifact(artifact.modules, meta=meta).save(tmp_path / "mine")
+    (base / "config.json").write_text("{")
+    found = export_adapter(tmp_path / "mine", vllm=tmp_path / "vllm")
+    assert "can't be read on this machine" in found.notes[-1]
+    with pytest.raises(ModelError, match="can't load"):
+        export_adapter(tmp_path / "mine", vllm=tmp_path / "other", base=str(base))
+    with pytest.raises(ModelError, match=r"no model '\./gone'"):
+        export_adapter(adapter, vllm=tmp_path / "other", base="./gone")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_disk_without_room_is_noticed_before_the_base_is_read(
@@ -328,11 +424,32 @@ def test_a_disk_without_room_is_noticed_before_the_base_is_read(
     assert not [*disk.folder.iterdir()]
 
 
+@pytest.mark.parametrize(
+    ("forms", "what"),
+    [
+        (["gguf"], "the file for llama.cpp needs"),
+        (["vllm"], "the folder for vLLM needs"),
+        (["vllm", "gguf"], "the file for llama.cpp and the folder for vLLM need"),
+    ],
+)
+def test_the_room_for_every_form_is_checked_before_the_first_is_written(
+    forms: list[str], what: str, adapter: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = run.gguf_bytes(AdapterArtifact.load(adapter))
+    # Of two forms, each fits alone.
+    disk.leave(size // 2 if len(forms) == 1 else size * 3 // 2)
+    monkeypatch.setattr(run, "write_gguf", None)
+    monkeypatch.setattr(run, "write_folder", None)
+    with pytest.raises(DiskFullError, match=f"free, and {what} "):
+        export_adapter(adapter, **{form: disk.folder / PLACES[form] for form in forms})
+    assert not [*disk.folder.iterdir()]
+
+
 @pytest.mark.parametrize("form", PLACES)
 def test_a_full_disk_leaves_nothing_behind(
     form: str, adapter: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "_check_room", lambda place, needed: None)
+    monkeypatch.setattr(run, "_check_room", lambda sizes: None)
     # The test file of the checks fits in, and nothing that is exported.
     monkeypatch.setattr("rayft.flow.export.places.check_folder", lambda folder, setting: None)
     (disk.folder / "mine").write_bytes(b"x" * PAGE)

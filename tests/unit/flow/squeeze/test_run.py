@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,14 @@ from rayft.errors import (
 )
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
+from rayft.flow.origin import find_origin
 from rayft.flow.scoring import Measured
 from rayft.flow.squeeze.make import SqueezedAdapter
 from rayft.flow.squeeze.request import squeeze_request
 from rayft.flow.squeeze.run import Squeezes, measure, squeeze_folder
 from rayft.numerics import assert_close
 from rayft.squeeze.rank import retained_energy
+from tests.unit.flow.answers import CONFIG
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +114,7 @@ def test_the_command_shows_what_it_made(adapter: Path, tmp_path: Path) -> None:
         ({"budgets": ["tiny"]}, "'tiny' is no size"),
         ({"budgets": ["3kB"]}, "rank 1 in all 6 modules takes|header alone take"),
         ({"keep_score": 1.5}, r"--keep-score 1.5 is not in \(0, 1\]"),
-        ({"keep_score": 0.9}, "need the base and the data: give the configuration of a sweep"),
+        ({"keep_score": 0.9}, "need the base and the data: give a configuration that names them"),
         ({"ranks": [2], "steps": 3}, "need the base and the data"),
         ({"ranks": [2], "steps": 0}, "--steps 0 trains nothing"),
         ({"ranks": [2], "lr": 1e-3}, "--lr is the learning rate of --steps"),
@@ -394,3 +398,46 @@ def test_an_adapter_that_cant_be_scored_is_reported_and_the_rest_is_scored(
         damaged = names
         with pytest.raises(TrainError, match="can't be scored: it is damaged"):
             score_all()
+
+
+class _Reached(Exception):  # noqa: N818  (it says that lanes would start now)
+    pass
+
+
+@pytest.mark.usefixtures("prepared")
+def test_a_configuration_without_a_sweep_names_base_and_data(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    rows = [json.dumps({"prompt": f"How many in box {box}?", "completion": "5"}) for box in range(12)]
+    (tmp_path / "answers.jsonl").write_text("\n".join(rows))
+    (tmp_path / "my.yaml").write_text(CONFIG.partition("sweep:")[0])
+    monkeypatch.chdir(tmp_path)
+
+    def executor(*arguments: Any) -> None:
+        assert arguments[3:] == (3, "squeeze")
+        raise _Reached
+
+    monkeypatch.setattr("rayft.flow.squeeze.run.cluster", lambda *_, **__: nullcontext())
+    monkeypatch.setattr("rayft.flow.squeeze.run.EXECUTORS", {"lane": executor})
+    with pytest.raises(_Reached):
+        squeezed(adapter, tmp_path / "out", keep_score=0.9, config=tmp_path / "my.yaml")
+
+
+def test_a_damaged_record_of_the_sweep_is_reported(adapter: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(adapter, tmp_path / "sweep" / "trials" / "k" / "adapter")
+    (tmp_path / "sweep" / "config.yaml").write_text(f"# sweep 0123\n{CONFIG}")
+    assert not find_origin(own, AdapterArtifact.load(own), None).note
+    (tmp_path / "sweep" / "sweep.json").write_text("{")
+    origin = find_origin(own, AdapterArtifact.load(own), None)
+    assert re.search(r"of the adapter's trial was not used: .*sweep\.json is damaged", origin.note)
+    with pytest.raises(SqueezeError, match=r"sweep\.json is damaged.*Give the learning rate .* with --lr"):
+        squeezed(own, tmp_path / "out", ranks=[2], steps=3)
+
+
+def test_results_are_named_by_whole_paths_for_workers_elsewhere(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (made,) = squeezed(adapter, Path("out"), ranks=[2]).made
+    assert made.folder == tmp_path / "out" / "r2"

@@ -161,7 +161,7 @@ def fail(error: Exception) -> Any:
         ("publish.promote", "promote", "registered as tiny version 1, not promoted: MLflow refuses"),
         ("publish.render", "report", "the report was not drawn: RuntimeError: no font"),
         ("tracking.score_metrics", "scores", "not all that was found is tracked: RuntimeError: no font"),
-        ("publish.yaml.safe_dump", "serve.yaml", "serve.yaml was not written: RuntimeError: no font"),
+        ("publish.yaml_text", "serve.yaml", "serve.yaml was not written: RuntimeError: no font"),
     ],
 )
 def test_a_late_failure_costs_nothing_else_and_the_next_run_repairs_it(

@@ -1,0 +1,135 @@
+"""Talk to a running server over HTTP: its address, the caller's key, requests, and what a refusal says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from rayft.config import nearest
+from rayft.errors import ModelError, ResourceError
+
+__all__ = ["api_url", "checked", "connect", "key_headers", "reason", "served_card", "served_cards"]
+
+KEY = "RAYFT_KEY"
+"""Environment variable that holds the caller's key."""
+SECONDS_TO_ANSWER = 10.0
+"""How long a server may take to list its models."""
+
+
+def key_headers() -> dict[str, str]:
+    """Return the HTTP header with the caller's key; empty if RAYFT_KEY is not set.
+
+    Raises:
+        ResourceError: if the key can't be part of a header.
+    """
+    key = os.environ.get(KEY)
+    if key is None:
+        return {}
+    if not key.isascii() or not key.isprintable():
+        raise ResourceError(f"the key in {KEY} has characters that an HTTP header can't hold; set it again")
+    return {"Authorization": f"Bearer {key}"}
+
+
+def connect(url: str, option: str, timeout: float) -> httpx.Client:
+    """Return a client for a server, which sends the caller's key. Nothing is sent yet.
+
+    Args:
+        url: the server's.
+        option: how a user sets the URL, for the message.
+        timeout: seconds that the server may take to answer.
+
+    Raises:
+        ResourceError: if the text is not a URL, or the key can't be part of a header.
+    """
+    try:
+        url.encode()
+        return httpx.Client(base_url=url.rstrip("/"), headers=key_headers(), timeout=timeout)
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise ResourceError(f"{option} {url} is not a URL ({error}); write http://host:port") from error
+
+
+def checked(client: httpx.Client, verb: str, path: str, *, option: str, **options: Any) -> httpx.Response:
+    """Send a request, and return the answer.
+
+    Args:
+        client: sends it.
+        verb: `GET`, `POST` or `DELETE`.
+        path: path on the server.
+        option: how a user sets the server's URL, for the message.
+        options: as those of `httpx.Client.request`.
+
+    Raises:
+        ResourceError: if the server can't be reached or refuses, with its reason.
+    """
+    try:
+        answer = client.request(verb, path, **options)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ResourceError(
+            f"{client.base_url} can't be reached ({type(error).__name__}: {error}); give the right URL "
+            f"with {option}"
+        ) from error
+    if answer.is_success:
+        return answer
+    hint = f"; put a key of this server into {KEY}" if answer.status_code == 401 else ""
+    raise ResourceError(f"the server refuses ({answer.status_code}): {reason(answer)}{hint}")
+
+
+def reason(answer: httpx.Response) -> str:
+    """Return the reason that a server gives for a refusal."""
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text[:200]
+
+
+def api_url(url: str) -> str:
+    """Return the URL of a server's API: as the user wrote it, with `/v1` if it has no path."""
+    url = url.rstrip("/")
+    try:
+        path = urlsplit(url).path
+    except ValueError:
+        # `connect` says what is wrong with it.
+        return url
+    return url if path else f"{url}/v1"
+
+
+def served_cards(url: str) -> dict[str, Mapping[str, Any]]:
+    """Ask a server with an OpenAI-compatible API what it serves: name → description.
+
+    Args:
+        url: from `api_url`.
+
+    Raises:
+        ResourceError: if the server can't be reached, refuses this caller, or has another API.
+    """
+    with connect(url, "--url", SECONDS_TO_ANSWER) as client:
+        answer = checked(client, "GET", "/models", option="--url")
+    try:
+        return {str(card["id"]): card for card in answer.json()["data"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResourceError(
+            f"{url}/models answers no list of models, so it is no OpenAI-compatible server; give the right "
+            "URL, such as http://127.0.0.1:8000/v1, with --url"
+        ) from error
+
+
+def served_card(url: str, cards: Mapping[str, Mapping[str, Any]], name: str) -> Mapping[str, Any]:
+    """Return the description of a name that a server serves; a version, alias or rank may follow the name.
+
+    Args:
+        url: the server's, for the message.
+        cards: what it serves.
+        name: the name, such as `mine`, `mine@r8` or `mine@champion`.
+
+    Raises:
+        ModelError: if it does not serve the name.
+    """
+    # Other servers may have names with an @.
+    own = name if name in cards else name.partition("@")[0]
+    if own not in cards:
+        raise ModelError(f"{url} does not serve '{name}'{nearest(own, cards)}")
+    return cards[own]
