@@ -262,21 +262,17 @@ def train(model: Any, batch: tuple[int, int], steps: int, *, device: str = "cuda
     prepared: Any = SimpleNamespace(parts=SimpleNamespace(digest="", labels=()))
     session = Session(loaded, prepared, examples, examples[:1], Worker(device=device))
     reporter = Seconds()
-    with tempfile.TemporaryDirectory() as folder, process_group("nccl" if on_gpu else "gloo", folder):
+    join_group("nccl" if on_gpu else "gloo")
+    with tempfile.TemporaryDirectory() as folder:
         Trainer(run, session, reporter, Path(folder) / "run").fit()
     return [1e3 * seconds for seconds in reporter.found]
 
 
-@contextmanager
-def process_group(backend: str, folder: str) -> Iterator[None]:
-    """Initialise the process group of one worker for the block."""
-    os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
-    store = dist.FileStore(f"{folder}/store", 1)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def join_group(backend: str) -> None:
+    """Initialise a process group of this process alone, once: DeepSpeed keeps the first one that it meets."""
+    if not dist.is_initialized():
+        os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
 def measure_trainer(model: Any, batch: tuple[int, int], steps: int, found: Timings) -> None:
