@@ -1,6 +1,7 @@
 """Measure a training step of every method, relative to its floor and to PEFT, in one run on one GPU.
 
     python benchmarks/bench_train_step.py [--shapes 135m,1b,8b] [--cases cla,lora,…] [--commit HASH]
+    python benchmarks/bench_train_step.py --fused [--places 1b/16x512/graph] [--trainer]
     python benchmarks/bench_train_step.py --profile [--shapes 1b] [--cases floor,lora]
 
 The floor is the frozen base: forward, and backward to its input. The step of a method is forward, backward,
@@ -10,6 +11,9 @@ times, so that a drifting clock affects all of them. In `…/graph` the whole st
 captured once and replayed as a CUDA graph; elsewhere the launches of kernels dominate small steps.
 In `1x8192` and `1x16384` a row has 8 examples of equal length, which attend by segments. Beside them are LoRA
 and PEFT's LoRA with a mask of all pairs of tokens, and PEFT's with a row for each example (`…_unpacked`).
+`--fused` measures the floor, `cla` and LoRA with a plain base and with a fused one (`…_fused`), whose loss is
+rayft's; all are compared with the plain floor. With `--trainer` LoRA also trains by rayft's `Trainer`
+(`lora_trainer`: DeepSpeed's ZeRO-2, float32 masters, packed rows, CUDA graphs), whose whole steps are timed.
 `--profile` lists the kernels that a replayed step spends its time in, compared with the floor.
 """
 
@@ -17,25 +21,39 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.capture import capture
 from benchmarks.records import record, save
+from rayft.data.pack import Batch
+from rayft.data.section import DataConfig
+from rayft.data.template import Encoded
+from rayft.evaluate.loss import batch_loss
 from rayft.methods import METHODS
 from rayft.methods.base import Chain, ChainConfig, MethodConfig
 from rayft.models.attention import attend_by_segments, dense_mask, mask_for
+from rayft.models.fuse import fuse, unfuse
 from rayft.models.inject import advance, clear, inject, wrap
+from rayft.models.load import LoadedModel
+from rayft.train.run import OptimConfig, RunConfig, ScaleConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
 
 RANK, ROUNDS, LINKS = 16, 2, 4
 SHAPES: dict[str, dict[str, Any]] = {
@@ -49,10 +67,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 BATCHES = {
     "135m": [(4, 512), (16, 512)], "1b": [(4, 512), (16, 512), (1, 8192), (1, 16384)], "8b": [(4, 512)],
 }  # fmt: skip
+RATIOS = ("time_over_floor", "memory_over_floor")
 EXAMPLES = 8
 """Examples in the only row of a batch."""
 LONG = ("floor", "lora", "cla", "lora_masked", "peft_lora_bf16_masked", "peft_lora_bf16_unpacked")
 """The cases of batches of one row."""
+FUSED = ("floor", "floor_fused", "cla", "cla_fused", "lora", "lora_fused")
+FUSED_PLACES = ("135m/4x512/graph", "1b/16x512/graph", "1b/1x8192", "1b/1x16384")
 FEW = ("lora", "asym", "paca", "cla", "rcla", "c3la")
 """The methods that are measured at shapes other than 1 B."""
 OURS = ("lora", "lora_plus", "asym", "cola", "rac", "paca", "cla", "rcla", "c3la", "c3la_link4", "rc3la")
@@ -88,6 +109,14 @@ def build(shape: str) -> Any:
 @contextmanager
 def prepared(model: Any, case: str) -> Iterator[list[torch.nn.Parameter]]:
     """Insert the adapters of a case, yield the trained parameters, and remove the adapters again."""
+    if case.endswith("_fused"):
+        with prepared(model, case.removesuffix("_fused")) as trainable:
+            fuse(model)
+            try:
+                yield trainable
+            finally:
+                unfuse(model)
+        return
     case = case.removesuffix("_masked").removesuffix("_unpacked")
     if case == "floor":
         yield []
@@ -162,16 +191,99 @@ def make_step(
     ids, given = packed(model, case, ids)
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_(True)
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True, capturable=graph) if trainable else None
+    batch = every_token(ids)
+
+    def loss() -> torch.Tensor:
+        if not case.endswith("_fused"):
+            return model(inputs_embeds=embeddings, labels=ids, use_cache=False, **given).loss  # type: ignore[no-any-return]
+        total, count = batch_loss(
+            model, batch, lambda **_: model(inputs_embeds=embeddings, use_cache=False, **given)
+        )
+        return total / count
 
     def step() -> None:
         embeddings.grad = None
         if optimizer:
             optimizer.zero_grad(set_to_none=True)
-        model(inputs_embeds=embeddings, labels=ids, use_cache=False, **given).loss.backward()
+        loss().backward()
         if optimizer:
             optimizer.step()
 
     return capture(step).replay if graph else step
+
+
+def every_token(ids: torch.Tensor) -> Batch:
+    """Return rows (B, T) as a batch in which all tokens but each row's first are learnt."""
+    rows, tokens = ids.shape
+    place = torch.arange(rows * tokens, device=ids.device)
+    return Batch(
+        input_ids=ids,
+        position_ids=torch.arange(tokens, device=ids.device).expand(rows, tokens),
+        offsets=torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32, device=ids.device),
+        completion_index=place.view(rows, tokens)[:, :-1].flatten(),
+        targets=ids[:, 1:].flatten(),
+    )
+
+
+class Seconds(Reporter):
+    """Keeps how long each step took."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep the seconds of a step."""
+        self.found.append(metrics["step_seconds"])
+
+
+def train(model: Any, batch: tuple[int, int], steps: int, *, device: str = "cuda") -> list[float]:
+    """Train LoRA by rayft's trainer, with CUDA graphs on a GPU, and return the milliseconds of its steps.
+
+    Rows hold one example each, all of whose tokens are learnt, so that a step computes what a bare one does.
+    """
+    rows, tokens = batch
+    numbers = torch.randint(0, model.config.vocab_size, (4 * rows, tokens)).tolist()
+    examples = [Encoded(tuple(line), tuple(line)) for line in numbers]
+    on_gpu = device != "cpu"
+    run = RunConfig(
+        data=DataConfig(source="jsonl", name="random.jsonl", max_length=tokens),
+        method=MethodConfig(rank=RANK),
+        optim=OptimConfig(lr=1e-4, steps=steps, rows_per_step=rows),
+        scale=ScaleConfig(
+            device="cuda" if on_gpu else "cpu",
+            dtype="bfloat16",
+            zero=2,
+            accumulation=1,
+            activation_checkpointing=False,
+            graphs=on_gpu,
+        ),
+    )
+    loaded = LoadedModel(model, None, "", tokens)
+    prepared: Any = SimpleNamespace(parts=SimpleNamespace(digest="", labels=()))
+    session = Session(loaded, prepared, examples, examples[:1], Worker(device=device))
+    reporter = Seconds()
+    join_group("nccl" if on_gpu else "gloo")
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(run, session, reporter, Path(folder) / "run").fit()
+    return [1e3 * seconds for seconds in reporter.found]
+
+
+def join_group(backend: str) -> None:
+    """Initialise a process group of this process alone, once: DeepSpeed keeps the first one that it meets."""
+    if not dist.is_initialized():
+        os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+
+
+def measure_trainer(model: Any, batch: tuple[int, int], steps: int, found: Timings) -> None:
+    """Time the steps of a trainer after its first three, with a fused base."""
+    fuse(model)
+    try:
+        found.ms += train(model, batch, steps + 3)[3:]
+    finally:
+        unfuse(model)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def measure(
@@ -200,25 +312,36 @@ def measure(
 
 
 def run_shape(
-    shape: str, cases: list[str], steps: int, places: str
+    shape: str, cases: Sequence[str], long: Sequence[str], steps: int, places: Sequence[str]
 ) -> Iterator[dict[tuple[str, str], Timings]]:
-    """Yield the timings of all cases of one shape, for each batch: (case, place) → timings."""
+    """Yield the timings of all cases of one shape, for each batch: (case, place) → timings.
+
+    Args:
+        shape: the base.
+        cases: what is measured for batches of several rows.
+        long: what is measured for batches of one row.
+        steps: timed steps of a round.
+        places: patterns of the places.
+    """
     model = build(shape)
     for batch in BATCHES[shape]:
         name = f"{shape}/{batch[0]}x{batch[1]}"
         for graph in (False, True):
             place = name + ("/graph" if graph else "")
-            if not fnmatch(place, places):
+            if not any(fnmatch(place, pattern) for pattern in places):
                 continue
             if graph and batch[0] == 1:
                 continue
             found: dict[tuple[str, str], Timings] = {}
             for _ in range(ROUNDS):
-                for case in cases if batch[0] > 1 else LONG:
+                for case in cases if batch[0] > 1 else long:
                     key = (case, place)
                     timings = found.setdefault(key, Timings())
                     try:
-                        measure(model, case, batch, steps, timings, graph=graph)
+                        if case == "lora_trainer":
+                            measure_trainer(model, batch, steps, timings)
+                        else:
+                            measure(model, case, batch, steps, timings, graph=graph)
                     except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
                         print(f"{key}: {type(error).__name__}: {str(error)[:300]}", flush=True)
                         found.pop(key)
@@ -276,9 +399,10 @@ def profile(shape: str, cases: list[str], replays: int = 5) -> list[dict[str, An
     return rows
 
 
-def records(found: dict[tuple[str, str], Timings], commit: str | None) -> list[dict[str, Any]]:
+def records(found: dict[tuple[str, str], Timings], commit: str | None, bench: str) -> list[dict[str, Any]]:
     """Return the results of timings."""
     rows = []
+    ratios = ("over_unfused", "memory_over_unfused") if bench == "train_floor" else RATIOS
     for (case, place), timings in found.items():
         floor = found.get(("floor", place))
         if not timings.ms or floor is None:
@@ -287,29 +411,32 @@ def records(found: dict[tuple[str, str], Timings], commit: str | None) -> list[d
         cuts = statistics.quantiles(timings.ms, n=10)
         spread = {"p20": cuts[1], "p80": cuts[7], "n": len(timings.ms)}
         middle = statistics.median(timings.ms)
-        rows.append(record("train_step", name, "ms", middle, "ms", **spread))
-        rows.append(record("train_step", name, "time_over_floor", middle / base, "ratio"))
+        rows.append(record(bench, name, "ms", middle, "ms", **spread))
+        rows.append(record(bench, name, ratios[0], middle / base, "ratio"))
         if timings.gib:
-            rows.append(record("train_step", name, "gib", timings.gib, "GiB"))
-            rows.append(record("train_step", name, "memory_over_floor", timings.gib / floor.gib, "ratio"))
+            rows.append(record(bench, name, "gib", timings.gib, "GiB"))
+            rows.append(record(bench, name, ratios[1], timings.gib / floor.gib, "ratio"))
     return [{**row, "commit": commit or row["commit"]} for row in rows]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", default="135m,1b,8b")
+    parser.add_argument("--shapes", help="default: 135m,1b,8b; with --fused 135m,1b")
     parser.add_argument("--cases", help="default: all at the 1b shape, and those of FEW at the others")
     parser.add_argument(
-        "--places", default="*", help="pattern of the places to measure, such as 1b/16x512/graph"
+        "--places", help="patterns of the places to measure, such as 1b/16x512/graph; default: all"
     )
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--fused", action="store_true", help="compare plain bases with fused ones")
+    parser.add_argument("--trainer", action="store_true", help="with --fused: time rayft's trainer too")
     parser.add_argument("--profile", action="store_true", help="list the kernels of a step")
     parser.add_argument("--commit")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU")
-    rows = []
-    for shape in arguments.shapes.split(","):
+    bench, rows = "train_floor" if arguments.fused else "train_step", []
+    places = arguments.places.split(",") if arguments.places else FUSED_PLACES if arguments.fused else ["*"]
+    for shape in (arguments.shapes or ("135m,1b" if arguments.fused else "135m,1b,8b")).split(","):
         given = arguments.cases.split(",") if arguments.cases else None
         if arguments.profile:
             kernels = profile(shape, given or ["floor", "cla", "lora", "peft_lora_bf16"])
@@ -319,10 +446,14 @@ def main() -> None:
             )
             continue
         cases = given or ["floor", *PEFT_CASES, *(OURS if shape == "1b" else FEW)]
-        for found in run_shape(shape, cases, arguments.steps, arguments.places):
-            rows += records(found, arguments.commit)
+        long: Sequence[str] = LONG
+        if arguments.fused:
+            long = given or FUSED
+            cases = [*long, *(["lora_trainer"] if arguments.trainer else [])]
+        for found in run_shape(shape, cases, long, arguments.steps, places):
+            rows += records(found, arguments.commit, bench)
             # Save after each batch, so that an interrupted run loses one batch at most.
-            save("train_step", rows)
+            save(bench, rows)
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -188,6 +188,32 @@ def train_step_table() -> str:
     return "\n".join(lines)
 
 
+def train_floor_table() -> str:
+    """Return the table of plain and fused bases: each case over the plain floor."""
+    found = cases("train_floor")
+    names = ("floor", "floor_fused", "cla", "cla_fused", "lora", "lora_fused", "lora_trainer")
+    titles = [name.replace("_", ", ").replace("lora, trainer", "lora, fused, trainer") for name in names]
+    lines = [f"| | {' | '.join(titles)} |", "| --- |" + " --- |" * len(names)]
+    places = dict.fromkeys(case.partition("/")[2] for case in found)
+    for place in places:
+        title = place.replace("135m/", "135 M, ").replace("1b/", "1 B, ").replace("x", "×")
+        mine = [found.get(f"{name}/{place}", {}) for name in names]
+        ms = [_cell(metrics, "ms", "{:.1f} ms") for metrics in mine]
+        ratio = [_cell(metrics, "over_unfused", " ({:.2f})") for metrics in mine]
+        cells = [one + other for one, other in zip(ms, ratio, strict=True)]
+        lines.append(f"| {title.replace('/graph', ', by graph')} | " + " | ".join(cells) + " |")
+        if any("gib" in metrics for metrics in mine):
+            cells = [_cell(metrics, "gib", "{:.1f} GiB") for metrics in mine]
+            lines.append("| | " + " | ".join(cells) + " |")
+    if places:
+        one = next(iter(found.values()))["ms"]
+        lines += [
+            "",
+            f"On {one['device']}, torch {one['versions']['torch']}, commit {str(one['commit'])[:7]}.",
+        ]
+    return "\n".join(lines)
+
+
 STEP = {"ms": "{:.1f}", "time_over_floor": "{:.3f}", "gib": "{:.2f}", "memory_over_floor": "{:.3f}"}
 
 
@@ -377,6 +403,7 @@ TABLES = {
     "data_prepare": data_prepare_table,
     "demo": demo_table,
     "train_step": train_step_table,
+    "train_floor": train_floor_table,
     "methods_quality": methods_quality_table,
     "squeeze": squeeze_table,
     "squeeze_quality": squeeze_quality_table,

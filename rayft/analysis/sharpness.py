@@ -7,7 +7,8 @@
 w are the numbers of A and B, balanced first: ΔW = U S Vᵀ gives B = U√S, A = √S Vᵀ, with the scale in them.
 So the results depend on ΔW alone; otherwise B → cB, A → A/c could make any minimum look sharp. The adapter
 consists of plain operations in float32 or more, since rayft's own operators can be differentiated once only.
-For the same reason attention is PyTorch's plain implementation (`SDPBackend.MATH`) and not a fused one.
+For the same reason attention is PyTorch's plain implementation (`SDPBackend.MATH`) and not a fused one, and
+the base's modules are not fused.
 
 Shapes: D numbers of the adapter.
 """
@@ -30,6 +31,7 @@ from rayft.errors import DataError, ModelError
 from rayft.evaluate.loss import batch_loss, targets_of
 from rayft.methods.base import Adapter, LoraFactors
 from rayft.models.attention import NAME as SEGMENTS
+from rayft.models.fuse import plainly
 from rayft.squeeze.factored_svd import decomposed, sorted_factors
 
 __all__ = [
@@ -213,5 +215,5 @@ def _balanced(
         for batch in batches:
             yield batch_loss(model, batch)[0] / targets
 
-    with swapped(model, adapters):
+    with swapped(model, adapters), plainly(model):
         yield parameters, terms, targets

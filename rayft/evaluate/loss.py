@@ -2,7 +2,9 @@
 
 The output layer of a language model is its widest product (SmolLM2: 49,152 × 576), and the positions of a
 prompt do not need it. A hook passes only the chosen positions to the output layer, so anything that a model
-does to its logits afterwards (soft-capping, scaling) still applies.
+does to its logits afterwards (soft-capping, scaling) still applies. Where it does nothing, and the output
+layer is frozen, a fused model (`rayft.models.fuse`) computes no logits: the hook keeps the positions' hidden
+states, from which the loss is computed in chunks.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from torch import nn
 from torch.nn import functional
 
 from rayft.data.pack import AnyBatch, Batch, ClassBatch, ImageBatch
+from rayft.kernels.linear_cross_entropy import linear_cross_entropy
 from rayft.models.attention import mask_for
+from rayft.models.fuse import FusedHead
 
 __all__ = ["batch_loss", "class_logits", "mean_loss", "target_losses", "targets_of"]
 
@@ -78,19 +82,40 @@ def _cross_entropy(
 ) -> torch.Tensor:
     call = forward or model
     if isinstance(batch, Batch):
-        logits = _completion_logits(model, batch, call)
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(head, FusedHead) and not head.weight.requires_grad:
+            losses = _fused_losses(model, head, batch, call)
+            return losses.sum() if reduction == "sum" else losses
+        logits = _logits(model, head, batch, call, lambda hidden_ND: hidden_ND)
     else:
         logits = class_logits(model, batch, call)
     return functional.cross_entropy(logits.float(), targets_of(batch), reduction=reduction)
 
 
-def _completion_logits(model: nn.Module, batch: Batch, call: Callable[..., Any]) -> torch.Tensor:
-    head = model.get_output_embeddings()  # type: ignore[operator]
+def _fused_losses(model: nn.Module, head: Any, batch: Batch, call: Callable[..., Any]) -> torch.Tensor:
+    chosen = []
+
+    def keep(hidden_ND: torch.Tensor) -> torch.Tensor:
+        chosen.append(hidden_ND)
+        return hidden_ND[:0]
+
+    _logits(model, head, batch, call, keep)
+    return linear_cross_entropy(chosen[0], head.weight, batch.targets)
+
+
+def _logits(
+    model: nn.Module,
+    head: nn.Module,
+    batch: Batch,
+    call: Callable[..., Any],
+    pick: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return the logits of what `pick` returns; it is given the hidden states (N, D) at the completions."""
 
     def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden_BTD = args[0]
         chosen = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[batch.completion_index]
-        return (chosen.unsqueeze(0), *args[1:])
+        return (pick(chosen).unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(select)
     try:

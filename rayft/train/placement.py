@@ -30,6 +30,7 @@ from rayft.errors import ConfigError, TrainError
 from rayft.evaluate.loss import batch_loss, targets_of
 from rayft.files import write_file
 from rayft.models.files import cache_folder
+from rayft.models.fuse import is_fused
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
@@ -216,6 +217,7 @@ class _Probe:
             "shape": [*batch.input_ids.shape],
             "targets": len(targets_of(batch)),
             "scale": run.scale.model_dump(mode="json"),
+            "fused": is_fused(self._model),
             "deepspeed": run.deepspeed,
             "device": [device.name, device.total_memory],
             "versions": [__version__, torch.__version__],

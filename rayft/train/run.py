@@ -101,6 +101,10 @@ class ScaleConfig(Section):
     """Replay training passes as CUDA graphs (rows are padded to full length); by default if a pass is faster
     so, as it is where launching kernels takes longer than running them."""
 
+    fused: bool | None = Field(default=None, json_schema_extra={SINCE: "0.2"})
+    """Compute the base's small operations and its loss fused; by default on GPUs, where the model is known
+    and a try shows that loss and gradient stay what they were."""
+
     gpu_share: float = Field(default=1.0, gt=0, le=1)
     """Share of a GPU that a worker reserves; below 1, several lanes of one worker each share a GPU."""
 
@@ -114,6 +118,8 @@ class ScaleConfig(Section):
             )
         if self.graphs and (self.accumulation or 1) > 1 and self.zero in (0, 1):
             raise ValueError(GRAPHS_ACCUMULATE)
+        if self.fused and (self.device == "cpu" or self.zero == 3):
+            raise ValueError("fused needs a GPU and ZeRO 0 to 2; drop it, or change those")
         if self.gpu_share < 1 and (self.device == "cpu" or self.workers > 1):
             raise ValueError("gpu_share below 1 is for GPU lanes of one worker; set workers: 1, or drop it")
         if self.dtype == "bfloat16" and self.zero == 0:
@@ -260,6 +266,8 @@ class RunConfig(Section):
     def _graphs_fit(self) -> RunConfig:
         if self.scale.graphs and self.model.task != "causal_lm":
             raise ValueError("scale.graphs is for causal language models; set it to false")
+        if self.scale.fused and self.model.task != "causal_lm":
+            raise ValueError("scale.fused is for causal language models; set it to false")
         return self
 
     @model_validator(mode="after")

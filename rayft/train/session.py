@@ -15,6 +15,7 @@ from rayft.models.attention import check_packing
 from rayft.models.files import cache_folder
 from rayft.models.inject import wrap
 from rayft.models.load import LoadedModel, load_encoder, load_model
+from rayft.train.fused import fuse_base
 from rayft.train.home import Home
 from rayft.train.identity import identify
 from rayft.train.partition import load_partitioned
@@ -64,18 +65,19 @@ class Session:
         identify_base: bool = True,
         whole: bool = False,
     ) -> Session:
-        """Prepare the data, load the base and wrap its linear layers.
+        """Prepare the data, load the base, wrap its linear layers, and fuse what is known of it on a GPU.
 
         Args:
             run: names the base and the data.
             worker: this process.
             home: where the command's files are; by default on this node's disk.
             identify_base: whether to hash the base's files for `identity`.
-            whole: whether each worker loads the whole base even if the run partitions it. Without an engine,
-                nothing gathers the parameters that ZeRO-3 has partitioned.
+            whole: whether each worker loads the whole base even if the run partitions it, and does not fuse
+                it, since nothing is trained. Without an engine, nothing gathers the parameters that ZeRO-3
+                has partitioned.
 
         Raises:
-            ConfigError: if the data does not fit the model's task.
+            ConfigError: if the data does not fit the model's task, or `scale.fused` the base.
             DataError, ModelError: as raised by `prepare`, `Prepared.encoded` and `load_model`, or if examples
                 of the base can't share rows.
         """
@@ -97,6 +99,8 @@ class Session:
             check_packing(loaded.model, run.data.max_length)
         train = prepared.encoded("train", loaded.context)
         val = prepared.encoded("val", loaded.context, run.evaluate.val_examples)
+        if not whole:
+            fuse_base(run, loaded.model, train, worker)
         identity = identity.model_copy(update={"fingerprint": loaded.fingerprint})
         return cls(loaded, prepared, train, val, worker, identity, home=home, packing=run.data.packing)
 

@@ -66,6 +66,12 @@ def test_the_engine_configuration_follows_from_the_settings(run: RunConfig) -> N
             {"scale": {"graphs": True, "device": "cuda"}, "model": {"task": "sequence_classification"}},
             "graphs is for causal",
         ),
+        ({"scale": {"fused": True, "device": "cpu"}}, "fused needs a GPU and ZeRO 0 to 2"),
+        ({"scale": {"fused": True, "zero": 3}}, "fused needs a GPU and ZeRO 0 to 2"),
+        (
+            {"scale": {"fused": True, "device": "cuda"}, "model": {"task": "sequence_classification"}},
+            "fused is for causal",
+        ),
         ({"scale": {"gpu_share": 0.5, "workers": 2}}, "gpu_share below 1"),
         ({"scale": {"offload": True}}, "offload needs zero"),
         ({"scale": {"zero": 0, "dtype": "bfloat16"}}, "no fp32 master weights"),

@@ -1,0 +1,211 @@
+"""Measure a whole sweep, and the same trials by Ray Tune, Ray Train, PEFT and DeepSpeed as users write it.
+
+    python benchmarks/bench_sweep.py [--parts cold,warm,rival,shared] [--shape 135m] [--commit HASH]
+
+Sixteen trials (lora and cla, four ranks, two rates) of 60 steps of 4 rows of 512 tokens, each evaluated three
+times, none stopped; nothing is set but the space. `cold`: `rayft sweep` without prepared data, probes and
+compiled kernels. `warm`: with them. `rival`: a few trials one after the other, whose marginal time counts.
+`shared`: several of them share the GPU. Weights are random. The rival trains LoRA in place of cla.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.records import record, save
+
+BENCH, OVERHEAD = "sweep_makespan", "sweep_overhead"
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
+}  # fmt: skip
+RIVAL_TRIALS = 4
+RANKS, RATES = (4, 8, 16, 32), (1e-3, 3e-4)
+
+
+def make_base(folder: Path, shape: str) -> None:
+    """Write a Llama with random weights and a tokenizer of bytes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rayft.models.tiny import byte_tokenizer
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def make_data(file: Path, count: int) -> None:
+    """Write questions and answers of some hundred bytes."""
+    draw = random.Random(0)
+    words = [f"w{number}" for number in range(200)]
+    with file.open("w", encoding="utf-8") as out:
+        for _ in range(count):
+            asked = [draw.choice(words) for _ in range(draw.randint(10, 40))]
+            line = {"prompt": " ".join(asked), "completion": " ".join(sorted(asked)[:3])}
+            out.write(json.dumps(line) + "\n")
+
+
+def configuration(folder: Path, trials: int, steps: int) -> Path:
+    """Write the sweep's configuration: the base, the data, and the space."""
+    rates = [*RATES][: max(1, trials // (2 * len(RANKS)))]
+    space = {"ranks": [*RANKS], "lr": rates}
+    content = {
+        "model": {"name": str(folder / "base")},
+        "data": {
+            "source": "jsonl",
+            "name": str(folder / "data.jsonl"),
+            "val": 64,
+            "test": 64,
+            "max_length": 512,
+        },
+        "optim": {"steps": steps, "rows_per_step": 4},
+        "evaluate": {"every": steps // 3, "val_examples": 64, "base_examples": 64},
+        "sweep": {"methods": {"lora": space, "cla": space}, "grace": steps, "trials": trials},
+        "squeeze": {"ranks": []},
+        "output": str(folder / "out"),
+    }  # fmt: skip
+    place = folder / "sweep.yaml"
+    place.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return place
+
+
+def run_sweep(folder: Path, config: Path) -> tuple[float, dict[str, float]]:
+    """Run `rayft sweep` in a process of its own; return its seconds, and those of its stages."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    caches = {
+        "RAYFT_CACHE": "cache", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    }  # fmt: skip
+    environment = {**os.environ, **{name: str(folder / place) for name, place in caches.items()}}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "rayft.cli", "sweep", str(config)], env=environment, check=False
+    )
+    seconds = time.monotonic() - started
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    left = json.loads((folder / "out" / "sweep.json").read_text(encoding="utf-8"))
+    return seconds, left["timings"]
+
+
+def run_rival(folder: Path, trials: int, share: float, steps: int) -> dict[str, Any]:
+    """Run the rival; return its line of results."""
+    command = [
+        sys.executable, str(Path(__file__).with_name("rival_sweep.py")), "--base", str(folder / "base"),
+        "--data", str(folder / "data.jsonl"), "--trials", str(trials), "--share", str(share),
+        "--steps", str(steps),
+    ]  # fmt: skip
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def whole(ended: list[float], at_once: int, trials: int) -> float:
+    """Return the time of all trials: that of the first round, and the marginal time of the rounds after it.
+
+    Args:
+        ended: when each trial ended, sorted.
+        at_once: number of trials that ran at the same time.
+        trials: number of trials of a sweep.
+    """
+    first = ended[at_once - 1]
+    rest = ended[at_once:]
+    if not rest:
+        raise SystemExit("the rival needs more trials than run at once")
+    marginal = (ended[-1] - first) / len(rest)
+    return first + marginal * (trials - at_once)
+
+
+class Bench:
+    """Measures parts of the benchmark, and keeps their results."""
+
+    def __init__(self, folder: Path, shape: str, trials: int, steps: int) -> None:
+        self._folder, self._shape, self._trials, self._steps = folder, shape, trials, steps
+        self._config = configuration(folder, trials, steps)
+        self.seconds: dict[str, float] = {}
+        self.records: list[dict[str, Any]] = []
+
+    def sweep(self, case: str) -> None:
+        """Measure rayft."""
+        seconds, stages = run_sweep(self._folder, self._config)
+        self._add(case, seconds)
+        for stage, spent in {**stages, "start and end": seconds - sum(stages.values())}.items():
+            print(f"  {stage}: {spent:.1f} s", flush=True)
+            self.records.append(record(OVERHEAD, f"{self._shape}/{case}/{stage}", "seconds", spent, "s"))
+
+    def rival(self, case: str, share: float) -> None:
+        """Measure the rival, whose trials take a share of the GPU."""
+        at_once = round(1 / share)
+        count = at_once + max(at_once, RIVAL_TRIALS - 1)
+        took = run_rival(self._folder, count, share, self._steps)
+        self._add(case, whole(took["ended"], at_once, self._trials), n=count)
+
+    def compare(self) -> None:
+        """Add how many times as long the rivals took as rayft, the fastest first."""
+        rivals = {case: took for case, took in self.seconds.items() if case.startswith("rival")}
+        for case in ("cold", "warm"):
+            for name, took in sorted(rivals.items(), key=lambda item: item[1]):
+                if case in self.seconds:
+                    ratio = took / self.seconds[case]
+                    print(f"{name} over {case}: {ratio:.2f}x", flush=True)
+                    self.records.append(record(BENCH, self._case(case), f"{name}_over", ratio, "x"))
+
+    def _add(self, case: str, seconds: float, **more: Any) -> None:
+        self.seconds[case] = seconds
+        print(f"{case}: {seconds:.1f} s", flush=True)
+        self.records.append(record(BENCH, self._case(case), "seconds", seconds, "s", **more))
+
+    def _case(self, case: str) -> str:
+        return f"{self._shape}/{self._trials}_trials/{case}"
+
+
+def main() -> None:
+    """Measure the parts that were chosen, and save them."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parts", default="cold,warm,rival,shared")
+    parser.add_argument("--trials", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--shape", default="135m")
+    parser.add_argument("--share", type=float, default=0.25, help="of a GPU, in `shared`")
+    parser.add_argument("--folder", help="where base, data and caches are kept between calls")
+    parser.add_argument("--commit")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(options.folder or scratch).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "base").is_dir():
+            make_base(folder / "base", options.shape)
+            make_data(folder / "data.jsonl", 2400)
+        bench = Bench(folder, options.shape, options.trials, options.steps)
+        for part in options.parts.split(","):
+            if part in ("cold", "warm"):
+                bench.sweep(part)
+            else:
+                share = options.share if part == "shared" else 1.0
+                bench.rival(part if share == 1 else f"rival_{round(1 / share)}_a_gpu", share)
+        bench.compare()
+    commit = {"commit": options.commit} if options.commit else {}
+    for name in (BENCH, OVERHEAD):
+        save(name, [item | commit for item in bench.records if item["bench"] == name])
+
+
+if __name__ == "__main__":
+    main()
