@@ -1,11 +1,11 @@
 """Measure a whole sweep, and the same trials by Ray Tune, Ray Train, PEFT and DeepSpeed as users write it.
 
-    python benchmarks/bench_sweep.py [--parts cold,warm,rival,shared] [--shape 135m] [--commit HASH]
+    python benchmarks/bench_sweep.py [--parts cold,warm,tune,shared] [--shape 135m] [--commit HASH]
 
 Sixteen trials (lora and cla, four ranks, two rates) of 60 steps of 4 rows of 512 tokens, each evaluated three
 times, none stopped; nothing is set but the space. `cold`: `rayft sweep` without prepared data, probes and
-compiled kernels. `warm`: with them. `rival`: a few trials one after the other, whose marginal time counts.
-`shared`: several of them share the GPU. Weights are random. The rival trains LoRA in place of cla.
+compiled kernels. `warm`: with them. `tune`: a few trials one after the other, whose marginal time counts.
+`shared`: several of them share the GPU. Weights are random. Tune's trials train LoRA in place of cla.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
 }  # fmt: skip
-RIVAL_TRIALS = 4
+TUNE_TRIALS = 4
 RANKS, RATES = (4, 8, 16, 32), (1e-3, 3e-4)
 
 
@@ -106,14 +106,14 @@ def run_sweep(folder: Path, config: Path) -> tuple[float, dict[str, float]]:
     return seconds, left["timings"]
 
 
-def run_rival(folder: Path, trials: int, share: float, steps: int) -> dict[str, Any]:
-    """Run the rival; return its line of results."""
+def run_tune(folder: Path, trials: int, share: float, steps: int) -> dict[str, Any]:
+    """Run the trials by Tune; return its line of results."""
     command = [
-        sys.executable, str(Path(__file__).with_name("rival_sweep.py")), "--base", str(folder / "base"),
+        sys.executable, str(Path(__file__).with_name("sweep_by_tune.py")), "--base", str(folder / "base"),
         "--data", str(folder / "data.jsonl"), "--trials", str(trials), "--share", str(share),
         "--steps", str(steps),
     ]  # fmt: skip
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -129,7 +129,7 @@ def whole(ended: list[float], at_once: int, trials: int) -> float:
     first = ended[at_once - 1]
     rest = ended[at_once:]
     if not rest:
-        raise SystemExit("the rival needs more trials than run at once")
+        raise SystemExit("Tune needs more trials than run at once")
     marginal = (ended[-1] - first) / len(rest)
     return first + marginal * (trials - at_once)
 
@@ -151,18 +151,18 @@ class Bench:
             print(f"  {stage}: {spent:.1f} s", flush=True)
             self.records.append(record(OVERHEAD, f"{self._shape}/{case}/{stage}", "seconds", spent, "s"))
 
-    def rival(self, case: str, share: float) -> None:
-        """Measure the rival, whose trials take a share of the GPU."""
+    def tune(self, case: str, share: float) -> None:
+        """Measure Tune, whose trials take a share of the GPU."""
         at_once = round(1 / share)
-        count = at_once + max(at_once, RIVAL_TRIALS - 1)
-        took = run_rival(self._folder, count, share, self._steps)
+        count = at_once + max(at_once, TUNE_TRIALS - 1)
+        took = run_tune(self._folder, count, share, self._steps)
         self._add(case, whole(took["ended"], at_once, self._trials), n=count)
 
     def compare(self) -> None:
-        """Add how many times as long the rivals took as rayft, the fastest first."""
-        rivals = {case: took for case, took in self.seconds.items() if case.startswith("rival")}
+        """Add how many times as long Tune took as rayft, the fastest way first."""
+        others = {case: took for case, took in self.seconds.items() if case.startswith("tune")}
         for case in ("cold", "warm"):
-            for name, took in sorted(rivals.items(), key=lambda item: item[1]):
+            for name, took in sorted(others.items(), key=lambda item: item[1]):
                 if case in self.seconds:
                     ratio = took / self.seconds[case]
                     print(f"{name} over {case}: {ratio:.2f}x", flush=True)
@@ -180,7 +180,7 @@ class Bench:
 def main() -> None:
     """Measure the parts that were chosen, and save them."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parts", default="cold,warm,rival,shared")
+    parser.add_argument("--parts", default="cold,warm,tune,shared")
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--shape", default="135m")
@@ -200,7 +200,7 @@ def main() -> None:
                 bench.sweep(part)
             else:
                 share = options.share if part == "shared" else 1.0
-                bench.rival(part if share == 1 else f"rival_{round(1 / share)}_a_gpu", share)
+                bench.tune(part if share == 1 else f"tune_{round(1 / share)}_a_gpu", share)
         bench.compare()
     commit = {"commit": options.commit} if options.commit else {}
     for name in (BENCH, OVERHEAD):

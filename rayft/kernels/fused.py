@@ -138,8 +138,11 @@ def _gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torc
 def _rotate(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    # Some models have angles in float32.
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return query * cos + _half(query) * sin, key * cos + _half(key) * sin
+    turned = (one * cos + _half(one) * sin for one in (query, key))
+    q, k = (one.to(query.dtype) for one in turned)
+    return q, k
 
 
 def _half(x: torch.Tensor) -> torch.Tensor:

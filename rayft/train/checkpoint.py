@@ -31,7 +31,7 @@ from rayft.train.masters import Holder, load_masters, read_masters, save_masters
 from rayft.train.session import Session
 from rayft.train.worker import Worker
 
-__all__ = ["last_state", "restore", "save"]
+__all__ = ["is_portable", "last_state", "restore", "save"]
 
 MASTERS_FILE = "masters.safetensors"
 
@@ -134,6 +134,11 @@ def last_state(
     return choice.state
 
 
+def is_portable(folder: Path, state: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint was written for any engine, and not by DeepSpeed for one like its own."""
+    return Path(folder, state["tag"], MASTERS_FILE).is_file()
+
+
 def restore(folder: Path, engine: DeepSpeedEngine | Holder, state: Mapping[str, Any]) -> None:
     """Load the parameters and the optimizer state of a checkpoint into an engine (all workers call it).
 
@@ -141,7 +146,7 @@ def restore(folder: Path, engine: DeepSpeedEngine | Holder, state: Mapping[str, 
         TrainError: if the checkpoint's files are missing or damaged, or a packed run can't continue from it.
     """
     portable = folder / state["tag"] / MASTERS_FILE
-    if portable.is_file():
+    if is_portable(folder, state):
         try:
             masters, others = load_masters(portable)
         except (OSError, SafetensorError, KeyError, ValueError) as error:

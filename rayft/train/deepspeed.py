@@ -256,7 +256,8 @@ def grad_norm(engine: DeepSpeedEngine) -> float:
     """Return the global gradient norm before clipping (under ZeRO 0: call between backward and step)."""
     if engine.zero_optimization_stage() > 0:
         return float(engine.get_global_grad_norm() or math.nan)
-    norms = [p.grad.norm() for p in engine.module.parameters() if p.grad is not None]
+    parameters = getattr(engine, "flats", None) or engine.module.parameters()
+    norms = [p.grad.norm() for p in parameters if p.grad is not None]
     return float(torch.stack(norms).norm()) if norms else math.nan
 
 

@@ -2,9 +2,8 @@
 
 Each run keeps its own course (`Trainer.course`), model (a skeleton of the base with the run's adapters),
 random state, learning rate, clipping and moments. What they share is a step's forward and backward pass,
-and one DeepSpeed engine. For each of a run's parameter groups the engine has one flat parameter, of which
-the adapters' own parameters are parts: DeepSpeed spends time on each parameter, and eight slots of LoRA in
-210 layers have 3,360. When runs join or leave, a new engine is built, and masters and moments move to it.
+and one DeepSpeed engine (`rayft.train.flat`). When runs join or leave, a new engine is built, and masters and
+moments move to it.
 
 On a GPU the passes of a set of slots can be captured as CUDA graphs. All batches then have the same shape,
 so a run that waits for an answer has rows in them too, whose loss counts nothing.
@@ -31,11 +30,11 @@ from rayft.evaluate.loss import target_losses
 from rayft.models.inject import clear
 from rayft.models.methods import method
 from rayft.models.packed import Layout, pack, skeleton, unpackable
-from rayft.squeeze.anneal import Moments
 from rayft.train.course import Part, Question, Step
-from rayft.train.deepspeed import DeepSpeedEngine, StepResult, build_engine, destroy, parameter_groups
+from rayft.train.deepspeed import StepResult
+from rayft.train.flat import FlatEngine
 from rayft.train.graphs import capture_stream, graphed
-from rayft.train.masters import Holder, Master, read_masters, write_masters
+from rayft.train.masters import Holder, Master
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 
@@ -43,8 +42,6 @@ __all__ = ["Courses", "Pack", "Slot", "why_alone"]
 
 EndT = TypeVar("EndT")
 logger = logging.getLogger(__name__)
-ALIGNED = 8
-"""Parts of a flat parameter begin at multiples of this, so that kernels can read them in vectors."""
 
 
 def why_alone(run: RunConfig) -> str:
@@ -71,8 +68,6 @@ class Slot(Holder):
         self._pack = owner
         self.given: Mapping[str, Master] = {}
         """Masters that the next engine starts with."""
-        self.parts: list[_Part] = []
-        """One for each parameter group."""
         self.share: Sequence[Sequence[Row]] = ()
         """Rows of its last step."""
 
@@ -91,86 +86,6 @@ class Slot(Holder):
     def zero_optimization_stage(self) -> int:
         """Return 0: a slot's parameters are never partitioned."""
         return 0
-
-
-class _Part:
-    """A parameter group of a slot: one flat parameter, and where each of its parameters is in it."""
-
-    def __init__(self, group: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> None:
-        self.lr_factor, self.weight_decay = group["lr_factor"], group["weight_decay"]
-        self.parameters: dict[str, nn.Parameter] = {names[one]: one for one in group["params"]}
-        self._starts: dict[str, int] = {}
-        self.size = 0
-        for name, parameter in self.parameters.items():
-            self._starts[name] = self.size
-            self.size += -(-parameter.numel() // ALIGNED) * ALIGNED
-        first = group["params"][0]
-        self.flat = nn.Parameter(self.joined({n: p.detach() for n, p in self.parameters.items()}, first))
-        self.grad = torch.zeros_like(self.flat)
-        self._grads = [*self.cut(self.grad).values()]
-
-    def joined(self, values: Mapping[str, torch.Tensor], like: torch.Tensor | None = None) -> torch.Tensor:
-        """Return a flat tensor with a value for each parameter, in `like`'s dtype, or else in float32."""
-        like = next(iter(self.parameters.values())) if like is None else like
-        flat = torch.zeros(self.size, device=like.device, dtype=like.dtype)
-        for name, view in self.cut(flat).items():
-            view.copy_(values[name])
-        return flat
-
-    def cut(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return each parameter's part of a flat tensor, in its shape."""
-        return {
-            name: flat[self._starts[name] :][: parameter.numel()].view(parameter.shape)
-            for name, parameter in self.parameters.items()
-        }
-
-    def link(self) -> None:
-        """Let the parameters be parts of the flat one, whose memory an engine has chosen."""
-        for name, view in self.cut(self.flat.data).items():
-            self.parameters[name].data = view
-
-    def take_gradients(self) -> None:
-        """Move the gradients of the parameters into the flat one."""
-        found = [parameter.grad for parameter in self.parameters.values()]
-        with torch.no_grad():
-            for view, gradient in zip(self._grads, found, strict=True):
-                if gradient is None:
-                    view.zero_()
-            pairs = [(view, grad) for view, grad in zip(self._grads, found, strict=True) if grad is not None]
-            if pairs:
-                torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
-
-class _SlotAdamW(torch.optim.AdamW):
-    """AdamW that leaves groups alone that take no part in a step."""
-
-    def step(self, closure: Any = None) -> Any:
-        """Step the groups that are `active`."""
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if group["active"]]
-        try:
-            return super().step(closure) if self.param_groups else None
-        finally:
-            self.param_groups = groups
-
-
-class _Deliver(torch.autograd.Function):
-    """A loss whose backward pass returns gradients that were computed before, as an engine expects them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, loss: torch.Tensor, grads: Sequence[torch.Tensor], *_: torch.Tensor
-    ) -> torch.Tensor:
-        """Return the loss."""
-        ctx.grads = grads
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients, times that of the loss."""
-        return None, None, *(grad * outer[0] for grad in ctx.grads)
 
 
 @dataclass(frozen=True)
@@ -213,7 +128,7 @@ class Pack:
         self._skeleton = skeleton(self._model)
         self._layout = Layout()
         self._slots: list[Slot] = []
-        self._engine: DeepSpeedEngine = None
+        self._engine: FlatEngine | None = None
         self._built: list[Slot] = []
         """The slots that the engine has."""
         self._numbers = 0
@@ -251,8 +166,8 @@ class Pack:
 
     def masters(self, slot: Slot) -> dict[str, Master]:
         """Return a copy of the state of a slot's parameters."""
-        if slot in self._built:
-            return self._read()[slot]
+        if self._engine is not None and slot in self._built:
+            return self._engine.masters()[self._built.index(slot)]
         plain = {n: Master(p.detach().float().clone(), None) for n, p in _trainable(slot).items()}
         return {**plain, **slot.given}
 
@@ -297,29 +212,9 @@ class Pack:
         """Build an engine over the parameters of all slots, and set in it what they have learnt."""
         self._take_down()
         pack(self._model, {slot.number: slot.module for slot in self._slots}, self._layout)
-        groups = []
-        for slot in self._slots:
-            names = {parameter: name for name, parameter in slot.module.named_parameters()}
-            slot.parts = [_Part(group, names) for group in parameter_groups(slot.run, slot.module)]
-            groups += [
-                {
-                    "params": [part.flat],
-                    "weight_decay": part.weight_decay,
-                    "betas": slot.run.optim.betas,
-                    "active": True,
-                }
-                for part in slot.parts
-            ]
-        module = nn.ParameterList([group["params"][0] for group in groups])
-        self._engine = build_engine(self._config, module, _SlotAdamW(groups, foreach=True))
+        self._engine = FlatEngine(self._config, [(slot.run, slot.module) for slot in self._slots])
+        self._engine.set_masters([slot.given for slot in self._slots])
         self._built = [*self._slots]
-        begun: dict[str, Master] = {}
-        for number, (slot, part) in enumerate(self._parts()):
-            part.link()
-            if slot.given:
-                begun[str(number)] = _joined(part, slot.given)
-        if begun:
-            write_masters(self._engine, begun)
         for slot in self._slots:
             slot.given = {}
 
@@ -330,15 +225,10 @@ class Pack:
         if self._captured is not None:
             self._captured.close()
             self._captured = None
-        for slot, masters in self._read().items():
+        for slot, masters in zip(self._built, self._engine.masters(), strict=True):
             slot.given = masters
-            for part in slot.parts:
-                # Its own memory, because the flat one's goes with the engine.
-                for parameter in part.parameters.values():
-                    parameter.data = parameter.data.clone()
-            slot.parts = []
         engine, self._engine, self._built = self._engine, None, []
-        destroy(engine)
+        engine.close()
 
     @property
     def _config(self) -> RunConfig:
@@ -351,25 +241,16 @@ class Pack:
         scale = run.scale.model_copy(update={"zero": stage, "accumulation": run.scale.accumulation or 1})
         return run.model_copy(update={"scale": scale, "deepspeed": {"gradient_clipping": 0.0}})
 
-    def _parts(self) -> list[tuple[Slot, _Part]]:
-        """Return the engine's parameter groups, in their order."""
-        return [(slot, part) for slot in self._built for part in slot.parts]
-
-    def _read(self) -> dict[Slot, dict[str, Master]]:
-        """Copy the state of all slots' parameters from the engine."""
-        masters = read_masters(self._engine)
-        found: dict[Slot, dict[str, Master]] = {slot: {} for slot in self._built}
-        for number, (slot, part) in enumerate(self._parts()):
-            found[slot] |= _parted(part, masters[str(number)])
-        return found
-
     # --- steps
 
     def _step(self, steps: Mapping[Slot, Step]) -> dict[Slot, StepResult]:
-        for group, (slot, part) in zip(self._engine.optimizer.param_groups, self._parts(), strict=True):
-            group["active"] = slot in steps
-            if slot in steps:
-                group["lr"] = steps[slot].lr * part.lr_factor
+        engine = self._engine
+        assert engine is not None
+        for slot, groups_of in zip(self._built, engine.groups, strict=True):
+            for group in groups_of:
+                group["active"] = slot in steps
+                if slot in steps:
+                    group["lr"] = steps[slot].lr * group["lr_factor"]
         self._model.train()
         self._layout.random = {slot.number: one.random for slot, one in steps.items()}
         for slot, one in steps.items():
@@ -385,11 +266,11 @@ class Pack:
             # The engine divides by the number of micro-batches.
             weights = {slot: len(groups[0]) / targets[slot] if slot in steps else 0.0 for slot in targets}
             for micro in micros:
-                losses.update(self._pass(micro, weights))
-            self._deliver()
+                losses.update(self._pass(engine, micro, weights))
+            engine.deliver()
             last = micros[0] is groups[0][-1]
-            norms = self._clip(steps) if last else {}
-            self._engine.step()
+            norms = self._clip(engine, steps) if last else {}
+            engine.deepspeed.step()
         self._session.tick()
         return {
             slot: StepResult(
@@ -445,10 +326,11 @@ class Pack:
         widths = {slot: padded([*map(len, own)]) for slot, own in zip(order, rows, strict=True)}
         return _Micro(batch.to(self._session.worker.device), spans, widths, targets)
 
-    def _pass(self, micro: _Micro, weights: Mapping[Slot, float]) -> dict[Slot, float]:
+    def _pass(self, engine: FlatEngine, micro: _Micro, weights: Mapping[Slot, float]) -> dict[Slot, float]:
         """Run forward and backward over a micro-batch, and keep the gradients.
 
         Args:
+            engine: the engine.
             micro: rows of some slots.
             weights: slot → what its summed loss is multiplied by.
 
@@ -460,70 +342,27 @@ class Pack:
         losses = target_losses(self._model, micro.batch).split([*micro.targets.values()])
         sums = torch.stack([loss.sum() for loss in losses])
         sums.backward(sums.new_tensor([weights[slot] for slot in micro.spans]))
-        for slot in micro.spans:
-            for part in slot.parts:
-                part.take_gradients()
+        for slot, parts in zip(self._built, engine.parts, strict=True):
+            if slot in micro.spans:
+                for part in parts:
+                    part.take_gradients()
         return dict(zip(micro.spans, sums.tolist(), strict=True))
 
-    def _deliver(self) -> None:
-        """Hand the gradients that were kept to the engine."""
-        parts = [part for _, part in self._parts()]
-        flats, grads = [part.flat for part in parts], [part.grad for part in parts]
-        loss = flats[0].new_zeros((), dtype=torch.float32)
-        self._engine.backward(_Deliver.apply(loss, grads, *flats))  # type: ignore[no-untyped-call]
-
-    def _clip(self, steps: Mapping[Slot, Step]) -> dict[Slot, float]:
+    def _clip(self, engine: FlatEngine, steps: Mapping[Slot, Step]) -> dict[Slot, float]:
         """Clip each slot's gradient to its own norm; return the norms before that."""
         slots, norms = [slot for slot in self._built if slot in steps], []
-        gradients: dict[Slot, list[torch.Tensor]] = {slot: [] for slot in slots}
-        for number, (slot, part) in enumerate(self._parts()):
-            if slot in gradients:
-                gradients[slot] += self._gradients(number, part)
-        for slot, own in gradients.items():
-            norm = torch.stack([gradient.float().norm() for gradient in own]).norm()
+        for slot in slots:
+            gradients = engine.gradients(self._built.index(slot))
+            norm = torch.stack([gradient.float().norm() for gradient in gradients]).norm()
             norms.append(norm)
             factor = (slot.run.optim.clip / (norm + 1e-6)).clamp(max=1.0)
-            for gradient in own:
+            for gradient in gradients:
                 gradient.mul_(factor)
         return dict(zip(slots, torch.stack(norms).tolist(), strict=True))
-
-    def _gradients(self, number: int, part: _Part) -> list[torch.Tensor]:
-        """Return the gradient of a parameter group, after reduction, as the engine will use it."""
-        if self._engine.zero_optimization_stage() == 0:
-            assert part.flat.grad is not None
-            return [part.flat.grad]
-        found: list[torch.Tensor] = self._engine.optimizer.averaged_gradients[number]
-        return found
 
 
 def _trainable(slot: Slot) -> dict[str, nn.Parameter]:
     return {n: p for n, p in slot.module.named_parameters() if p.requires_grad}
-
-
-def _joined(part: _Part, masters: Mapping[str, Master]) -> Master:
-    """Return the state of a flat parameter."""
-    own = [masters[name] for name in part.parameters]
-    like = part.flat.new_zeros((), dtype=torch.float32)
-    weight = part.joined({name: masters[name].weight for name in part.parameters}, like)
-    if any(one.moments is None for one in own):
-        return Master(weight, None)
-    mean, square = (
-        part.joined({name: getattr(masters[name].moments, which) for name in part.parameters}, like)
-        for which in ("mean", "square")
-    )
-    return Master(weight, Moments(mean, square), max(one.steps for one in own))
-
-
-def _parted(part: _Part, flat: Master) -> dict[str, Master]:
-    """Return the state of each parameter of a flat one."""
-    weights = part.cut(flat.weight)
-    if flat.moments is None:
-        return {name: Master(weight.clone(), None) for name, weight in weights.items()}
-    means, squares = part.cut(flat.moments.mean), part.cut(flat.moments.square)
-    return {
-        name: Master(weight.clone(), Moments(means[name].clone(), squares[name].clone()), flat.steps)
-        for name, weight in weights.items()
-    }
 
 
 class Courses(Generic[EndT]):

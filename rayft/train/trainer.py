@@ -50,10 +50,11 @@ from rayft.train.deepspeed import (
     release,
     set_lr,
 )
+from rayft.train.flat import RunEngine, flattens
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Master, read_masters, write_masters
 from rayft.train.memory import PeakMemory
-from rayft.train.packed import Pack
+from rayft.train.packed import Pack, Slot
 from rayft.train.phases import phases_of
 from rayft.train.placement import (
     DeviceMemoryError,
@@ -269,7 +270,8 @@ class Trainer:
         """
         masters: Mapping[str, Master] | None = None
         while True:
-            with self._new_engine():
+            left = masters is None and state is not None
+            with self._new_engine(by_deepspeed=left and not self._is_portable(state)):
                 go_on: bool | None = True
                 if masters is not None:
                     write_masters(self.engine, masters)
@@ -294,31 +296,40 @@ class Trainer:
                     self.progress.best_step, self.progress.best_loss, self._best = 0, math.inf, None
                 return None
 
+    def _is_portable(self, state: Mapping[str, Any] | None) -> bool:
+        """Return whether any engine can continue from a checkpoint, given its state."""
+        return state is None or checkpoint.is_portable(self.folder / "checkpoint", state)
+
     @property
     def _finished(self) -> bool:
         return self._ended or self.progress.step >= self.run.optim.steps
 
     @contextmanager
-    def _new_engine(self) -> Iterator[None]:
+    def _new_engine(self, *, by_deepspeed: bool = False) -> Iterator[None]:
         """Build an engine over the model for the block, and destroy it after the block.
 
         A packed run takes a place in its pack instead.
+
+        Args:
+            by_deepspeed: whether the engine must read a checkpoint that DeepSpeed has written.
         """
         try:
-            if self.pack is None:
-                self.engine = build_engine(placed(self.run, self.placement), self.model)
-            else:
+            if self.pack is not None:
                 self.engine = self.pack.join(self.run, self.model)
+            elif flattens(self.run) and not by_deepspeed:
+                self.engine = RunEngine(placed(self.run, self.placement), self.model)
+            else:
+                self.engine = build_engine(placed(self.run, self.placement), self.model)
         except torch.OutOfMemoryError as error:
             raise engine_out_of_memory(self.run) from error
         try:
             yield
         finally:
             engine, self.engine = self.engine, None
-            if self.pack is None:
-                destroy(engine)
-            else:
+            if isinstance(engine, Slot | RunEngine):
                 engine.leave()
+            else:
+                destroy(engine)
 
     def _captured(self, graphs: ExitStack) -> bool | None:
         """Capture the passes as CUDA graphs until `graphs` is closed, if the placement has them.

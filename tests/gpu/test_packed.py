@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nccl_group")]
 
 METHODS = {
     "lora": MethodConfig(name="lora", rank=4),
-    "wide": MethodConfig(name="lora", rank=20),
+    "wide": MethodConfig(name="lora", rank=14),
     "lora_plus": MethodConfig(name="lora_plus", rank=8),
     "cla": MethodConfig(name="cla", rank=16),
     "asym": MethodConfig(name="asym", rank=3),

@@ -128,6 +128,19 @@ def test_losses_and_gradients_are_those_of_the_plain_model(kind: str, checkpoint
     assert all(map(torch.equal, computed(model, given, outer), expected))
 
 
+@pytest.mark.parametrize("kind", KNOWN)
+def test_in_bfloat16_the_outputs_are_those_of_the_plain_model(kind: str) -> None:
+    """OLMo 2 has angles in float32."""
+    model, given = small(kind).bfloat16().eval(), batch()
+    arguments = {"input_ids": given.input_ids, "position_ids": given.position_ids}
+    with torch.inference_mode():
+        expected = model(**arguments, attention_mask=given.offsets.view(1, 1, 1, -1)).logits
+        fuse(model)
+        found = model(**arguments, attention_mask=given.offsets.view(1, 1, 1, -1)).logits
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("wrong", ["rms_norm", "add_rms_norm", "gated", "rotate"])
 def test_a_wrong_operation_is_not_used(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(fused, wrong)

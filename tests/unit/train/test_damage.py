@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from rayft.train import checkpoint, checkpoint_folder
+from rayft.train import checkpoint, checkpoint_folder, trainer
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker
 from tests.reporter import RecordingReporter
 from tests.unit.damages import DAMAGES, half, one_bit
+from tests.unit.train.curves import assert_same_losses
 from tests.unit.train.runs import DieAt, changed
 
 STEPS = (2, 4, 6)
@@ -63,10 +64,16 @@ def whole(long: RunConfig, session: Session, cut: Path, known: dict[str, Any]) -
     return found
 
 
-def resumed(run: RunConfig, session: Session, folder: Path, whole: TrainResult) -> RecordingReporter:
+def resumed(
+    run: RunConfig, session: Session, folder: Path, whole: TrainResult, *, exactly: bool = True
+) -> RecordingReporter:
     """Continue a run, and check that its result is that of the undisturbed one."""
     reporter = RecordingReporter()
     result = Trainer(run, session, reporter, folder).fit()
+    if not exactly:
+        # The norm of the gradient is that of many parameters, and not of one flat one.
+        assert_same_losses(whole, result)
+        return reporter
     assert result.content_hash == whole.content_hash
     assert result.train_curve == whole.train_curve
     assert result.val_curve == whole.val_curve
@@ -132,6 +139,7 @@ def earlier(long: RunConfig, session: Session, tmp_path: Path, monkeypatch: pyte
     """The checkpoints of a run that died, written by DeepSpeed, as earlier versions wrote all of theirs."""
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write_masters", by_deepspeed)
+        patch.setattr(trainer, "flattens", lambda _: False)
         with pytest.raises(KeyboardInterrupt):
             Trainer(long, session, DieAt(STEPS[-1]), tmp_path).fit()
     return tmp_path / "checkpoint"
@@ -141,7 +149,7 @@ def test_a_checkpoint_that_deepspeed_wrote_is_continued(
     long: RunConfig, session: Session, earlier: Path, whole: TrainResult
 ) -> None:
     assert (earlier / "step-000006" / DEEPSPEED).is_file()
-    reporter = resumed(long, session, earlier.parent, whole)
+    reporter = resumed(long, session, earlier.parent, whole, exactly=False)
     assert [step for step, _ in reporter.logged] == [7, 8]
 
 
@@ -159,7 +167,7 @@ def test_a_checkpoint_of_0_1_0_is_continued_and_replaced(
     long: RunConfig, session: Session, earlier: Path, tmp_path: Path, whole: TrainResult
 ) -> None:
     as_0_1_0(earlier)
-    reporter = resumed(long, session, tmp_path, whole)
+    reporter = resumed(long, session, tmp_path, whole, exactly=False)
     assert [step for step, _ in reporter.logged] == [7, 8]
 
 

@@ -1,6 +1,6 @@
-"""The rival of a sweep: Ray Tune over Ray Train workers with PEFT's LoRA and DeepSpeed, as users write it.
+"""A sweep by Ray Tune over Ray Train workers with PEFT's LoRA and DeepSpeed, as users write it.
 
-    python benchmarks/rival_sweep.py --base FOLDER --data FILE --trials N [--share 0.25] [--steps 60]
+    python benchmarks/sweep_by_tune.py --base FOLDER --data FILE --trials N [--share 0.25] [--steps 60]
 
 Each trial starts a worker group, loads the base, encodes the data and trains; `--share` is the share of a GPU
 that it reserves, so that several trials share the card. Prints a line of JSON: the seconds of the whole, and
@@ -35,7 +35,7 @@ def examples(config: dict[str, Any], tokenizer: Any, part: str) -> list[list[int
     return [tokens[start : start + LENGTH] for start in range(0, len(tokens) - LENGTH + 1, LENGTH)]
 
 
-def work(config: dict[str, Any]) -> None:
+def train_alone(config: dict[str, Any]) -> None:
     """Train one trial in a worker."""
     import deepspeed
     import torch
@@ -84,7 +84,7 @@ def trial(config: dict[str, Any]) -> dict[str, float]:
     """Run one trial: a worker group of its own."""
     config = {**config, **config["point"]}
     trainer = TorchTrainer(
-        work,
+        train_alone,
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=1,
@@ -125,7 +125,7 @@ def main() -> None:
             tune.with_resources(trial, {"CPU": 0.001}),
             param_space={"point": tune.grid_search(points)} | shared,
             tune_config=tune.TuneConfig(max_concurrent_trials=at_once),
-            run_config=tune.RunConfig(name="rival", storage_path=out, verbose=0),
+            run_config=tune.RunConfig(name="tune", storage_path=out, verbose=0),
         )
         results = tuner.fit()
         found = [results[number].metrics or {} for number in range(len(results))]
