@@ -35,10 +35,10 @@ from rayft.models.packed import unpackable
 from rayft.sweep.broker import CLOSE, Beat
 from rayft.sweep.jobs import Job, NewGroupError
 from rayft.sweep.packed import PackedScores, PackedTrials
+from rayft.sweep.request import TrainRequest
 from rayft.sweep.score import ScoreRequest
 from rayft.sweep.settings import LaneSettings
 from rayft.sweep.transfer import find_home
-from rayft.sweep.trial import TrainRequest
 from rayft.tracking.base import TrackerSpec
 from rayft.tracking.mlflow import MlflowTracker
 from rayft.train.home import Home

@@ -18,9 +18,10 @@ from rayft.errors import RayftError
 from rayft.models.inject import check_fits
 from rayft.peft.folder import load_adapter
 from rayft.sweep.jobs import Job
+from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import TrialResult
 from rayft.sweep.score import TOGETHER, ScoreRequest, questions, score_together
-from rayft.sweep.trial import TrainRequest, TrialCourse
+from rayft.sweep.trial import TrialCourse
 from rayft.train.packed import Courses, Pack
 from rayft.train.session import Session
 from rayft.train.slots import Sizing
