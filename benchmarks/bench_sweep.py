@@ -88,8 +88,8 @@ def configuration(folder: Path, trials: int, steps: int) -> Path:
     return place
 
 
-def run_sweep(folder: Path, config: Path) -> tuple[float, dict[str, float]]:
-    """Run `rayft sweep` in a process of its own; return its seconds, and those of its stages."""
+def run_sweep(folder: Path, config: Path) -> tuple[float, dict[str, float], dict[str, float]]:
+    """Run `rayft sweep` in a process of its own; return its seconds, those of its stages, and the lanes'."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     caches = {
         "RAYFT_CACHE": "cache", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -103,7 +103,8 @@ def run_sweep(folder: Path, config: Path) -> tuple[float, dict[str, float]]:
     if done.returncode:
         raise SystemExit(done.returncode)
     left = json.loads((folder / "out" / "sweep.json").read_text(encoding="utf-8"))
-    return seconds, left["timings"]
+    lanes = {f"lanes/{what}": spent for what, spent in left["spent"].items()}
+    return seconds, left["timings"], lanes
 
 
 def run_tune(folder: Path, trials: int, share: float, steps: int) -> dict[str, Any]:
@@ -145,9 +146,10 @@ class Bench:
 
     def sweep(self, case: str) -> None:
         """Measure rayft."""
-        seconds, stages = run_sweep(self._folder, self._config)
+        seconds, stages, lanes = run_sweep(self._folder, self._config)
         self._add(case, seconds)
-        for stage, spent in {**stages, "start and end": seconds - sum(stages.values())}.items():
+        stages["start and end"] = seconds - sum(stages.values())
+        for stage, spent in {**stages, **lanes}.items():
             print(f"  {stage}: {spent:.1f} s", flush=True)
             self.records.append(record(OVERHEAD, f"{self._shape}/{case}/{stage}", "seconds", spent, "s"))
 

@@ -17,9 +17,9 @@ from rayft.models.load import ModelConfig
 from rayft.models.methods import method
 from rayft.sweep.executor import LaneExecutor
 from rayft.sweep.jobs import Job
+from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import TrialResult, trial_folder
 from rayft.sweep.score import ScoreRequest
-from rayft.sweep.trial import TrainRequest
 from rayft.train.run import RunConfig, ScaleConfig
 
 ResultT = TypeVar("ResultT")

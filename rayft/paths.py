@@ -31,6 +31,8 @@ LONGEST_NAME = 255
 """Most bytes in the name of a file on Linux's file systems."""
 LONGEST_PATH = 4095
 """Most bytes in a path on Linux."""
+TRIES = 5
+"""Attempts to write into a folder that other processes create and remove at the same time."""
 PROBE = b"\0" * 4096
 """Data to write as a test: on a full disk, creating an empty file may still succeed."""
 
@@ -151,8 +153,28 @@ def check_folder(folder: Path, setting: str) -> None:
     Raises:
         ResourceError: if the folder can't be created, or no file can be written into it.
     """
-    made: list[Path] = []
     folder = folder.absolute()
+    for _ in range(TRIES):
+        place, error = _probe(folder)
+        # Then another process that checks the same folder has removed what it had created.
+        if not isinstance(error, FileNotFoundError):
+            break
+    if error is None:
+        return
+    if disk_full(error):
+        raise disk_full_error(error, folder) from error
+    raise ResourceError(
+        f"can't write to {folder} ({reason(error, place)}); set {setting} to a folder that can be written"
+    ) from error
+
+
+def _probe(folder: Path) -> tuple[Path, Exception | None]:
+    """Write a file into a folder, which is created if need be; remove all that was created.
+
+    Returns:
+        The folder that could not be created or written to, and the error, if there was one.
+    """
+    made: list[Path] = []
     place = folder
     try:
         for place in reversed((folder, *folder.parents)):
@@ -162,11 +184,9 @@ def check_folder(folder: Path, setting: str) -> None:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".rayft-", buffering=0) as file:
             file.write(PROBE)
     except (OSError, ValueError) as error:
-        if disk_full(error):
-            raise disk_full_error(error, folder) from error
-        raise ResourceError(
-            f"can't write to {folder} ({reason(error, place)}); set {setting} to a folder that can be written"
-        ) from error
+        return place, error
+    else:
+        return place, None
     finally:
         for each in reversed(made):
             with contextlib.suppress(OSError):

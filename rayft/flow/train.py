@@ -28,10 +28,10 @@ from rayft.models.methods import method
 from rayft.peft.folder import load_adapter
 from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.jobs import Job
+from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import TrialResult
 from rayft.sweep.search import Trial, earlier
 from rayft.sweep.space import MethodSpace, points
-from rayft.sweep.trial import TrainRequest
 from rayft.tracking.mlflow import MlflowTracker, flush_spool, resolve_runs
 from rayft.train.run import RunConfig
 from rayft.train.trainer import TrainResult

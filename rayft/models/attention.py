@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -58,8 +57,6 @@ IGNORED = {
 }  # fmt: skip
 """Options of attention functions that change nothing here."""
 
-GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
-"""Whether PyTorch's function takes fewer heads of keys than of queries, as it does from 2.12 on."""
 
 logger = logging.getLogger(__name__)
 
@@ -261,10 +258,14 @@ def _varlen(
     scale: float,
     window: int | None,
 ) -> torch.Tensor:
+    # Imported here, because it imports PyTorch's compiler, which takes a second.
+    from torch.nn.attention.varlen import varlen_attn
+
     rows, heads, width, _ = query.shape
     options: dict[str, Any] = {}
     if heads != key.shape[1]:
-        if GROUPED:
+        # As it does from PyTorch 2.12 on.
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options = {"enable_gqa": True}
         else:
             key, value = (one.repeat_interleave(heads // one.shape[1], 1) for one in (key, value))

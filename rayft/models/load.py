@@ -22,7 +22,6 @@ from rayft.config import Section, nearest
 from rayft.data.pixels import ImageEncoder
 from rayft.errors import ModelError, RayftError
 from rayft.files import disk_full, disk_full_error, room_on, sync_tree
-from rayft.models.attention import attend_by_segments
 from rayft.models.files import cache_folder, hash_file, hub_cache, quiet, save_model, use
 from rayft.models.fingerprint import fingerprint, names_in_files, places, source_fingerprint
 from rayft.models.heads import remember
@@ -283,6 +282,9 @@ def _loaded(config: ModelConfig, model: Any, encoder: Any, identity: str) -> Loa
     if config.task != "image_classification":
         model.config.pad_token_id = encoder.pad_token_id
     if config.task == "causal_lm":
+        # Imported here, because it imports most of transformers, which configurations need not wait for.
+        from rayft.models.attention import attend_by_segments
+
         attend_by_segments(model)
     model.requires_grad_(False)
     model.eval()

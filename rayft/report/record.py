@@ -275,6 +275,8 @@ class SweepRecord(Record):
     """What was served, if anything."""
     timings: dict[str, float] = {}
     """Stage → seconds."""
+    spent: dict[str, float] = {}
+    """What lanes spent time on → seconds, of all lanes together."""
     commands: tuple[Command, ...] = ()
     """How to reproduce the sweep and serve its result."""
 

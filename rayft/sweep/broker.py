@@ -123,6 +123,7 @@ class Broker:
         """Lanes whose worker groups are about to end, and to be started again."""
         self._beats: dict[str, dict[int, Beat]] = {}
         self._notices: list[str] = []
+        self._spent: dict[str, float] = {}
         self._arrived = asyncio.Condition()
         self._closed = False
         self._interrupted = False
@@ -447,6 +448,14 @@ class Broker:
             return None
         await entry.ended.wait()
         return entry.last
+
+    async def spend(self, what: str, seconds: float) -> None:
+        """Add to the time that lanes have spent on something."""
+        self._spent[what] = self._spent.get(what, 0.0) + seconds
+
+    async def spent(self) -> dict[str, float]:
+        """Return what lanes have spent time on: what → seconds, of all lanes together."""
+        return dict(self._spent)
 
     async def notices(self, after: int = 0) -> list[str]:
         """Return the lines for the user, without the first `after` ones."""

@@ -14,8 +14,10 @@ import pickle
 import secrets
 import tempfile
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,10 +35,10 @@ from rayft.models.packed import unpackable
 from rayft.sweep.broker import CLOSE, Beat
 from rayft.sweep.jobs import Job, NewGroupError
 from rayft.sweep.packed import PackedScores, PackedTrials
+from rayft.sweep.request import TrainRequest
 from rayft.sweep.score import ScoreRequest
 from rayft.sweep.settings import LaneSettings
 from rayft.sweep.transfer import find_home
-from rayft.sweep.trial import TrainRequest
 from rayft.tracking.base import TrackerSpec
 from rayft.tracking.mlflow import MlflowTracker
 from rayft.train.home import Home
@@ -136,7 +138,8 @@ class Lane:
         scope = f"job{self._jobs}"
         with self.home.within(scope):
             if isinstance(first.request, ScoreRequest):
-                PackedScores(self, session, first).run()
+                with self.timed("score"):
+                    PackedScores(self, session, first).run()
             elif (size := self._size(first.request.run, session)).slots > 1:
                 PackedTrials(self, session, first, size).run()
             else:
@@ -147,7 +150,8 @@ class Lane:
         """Return how trials like a run share steps; if they do not, no further ones are tried."""
         reason, size = unpackable(session.loaded.model), Sizing()
         if not reason:
-            size = sizing(run, session, self._slots)
+            with self.timed("find the number of slots"):
+                size = sizing(run, session, self._slots)
             reason = "a step of one keeps the device busy" if size.slots == 1 else ""
         if reason:
             self.note(f"trials take turns on {self.name}, because {reason}")
@@ -192,6 +196,16 @@ class Lane:
         if self.worker.rank == 0:
             self.broker.log.remote(job or self._job, {"step": done, "steps": total})
 
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Count the seconds of the block among those that lanes spend on something."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.worker.rank == 0:
+                self.broker.spend.remote(what, time.perf_counter() - started)
+
     def forget(self) -> None:
         """Free the base, including the reference cycles that it is part of."""
         if self._session is not None:
@@ -217,7 +231,8 @@ class Lane:
     def _run(self, job: Job[Any, Any]) -> None:
         request = job.request
         try:
-            result = request(self)
+            with self.timed(job.kind):
+                result = request(self)
         except Exception as error:  # noqa: BLE001  (told to the broker)
             result = error
         self.ended(job, result)
@@ -261,7 +276,7 @@ class Lane:
             logger.info("loading %s", run.model.name)
         torch.set_num_threads(run.scale.threads or 1)
         self._sessions += 1
-        with self.home.within(f"session{self._sessions}"):
+        with self.home.within(f"session{self._sessions}"), self.timed("load the base"):
             session = Session.open(run, self.worker, self.home, identify_base=identify_base, whole=whole)
         # Each trial ends with a search for reference cycles, which need not visit all modules and the base.
         gc.collect()

@@ -18,9 +18,10 @@ from rayft.errors import RayftError
 from rayft.models.inject import check_fits
 from rayft.peft.folder import load_adapter
 from rayft.sweep.jobs import Job
+from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import TrialResult
 from rayft.sweep.score import TOGETHER, ScoreRequest, questions, score_together
-from rayft.sweep.trial import TrainRequest, TrialCourse
+from rayft.sweep.trial import TrialCourse
 from rayft.train.packed import Courses, Pack
 from rayft.train.session import Session
 from rayft.train.slots import Sizing
@@ -52,6 +53,8 @@ class PackedTrials:
         self._trials: dict[str, TrialCourse] = {}
         self._verdicts: dict[str, Any] = {}
         """Trial → reference to the search's decision."""
+        self._stepped = False
+        """Whether the present slots have taken a step; the first one builds, compiles and captures."""
         self._new = False
         """Whether some of them have just been asked for."""
 
@@ -63,7 +66,9 @@ class PackedTrials:
                 while self._fill() or len(self._courses):
                     self._ask()
                     self._hear()
-                    self._courses.step()
+                    with self._lane.timed("train" if self._stepped else "first steps of new slots"):
+                        self._courses.step()
+                    self._stepped = True
                     self._end()
             finally:
                 self._courses.close()
@@ -86,6 +91,7 @@ class PackedTrials:
             started = time.perf_counter()
             trial = TrialCourse(request, self._lane, self._pack.session(), started, self._pack)
             self._jobs[job.id], self._trials[job.id] = job, trial
+            self._stepped = False
             self._courses.begin(job.id, trial.course())
         self._end()
 
@@ -122,6 +128,7 @@ class PackedTrials:
     def _end(self) -> None:
         """Report the trials that have ended to the broker."""
         for key, result in self._courses.ended().items():
+            self._stepped = False
             job = self._jobs.pop(key)
             del self._trials[key]
             self._lane.ended(job, result)

@@ -25,8 +25,8 @@ from rayft.identity import Identity
 from rayft.models.files import hash_file
 from rayft.peft.folder import load_adapter
 from rayft.train.checkpoint_folder import checkpoint_identity
+from rayft.train.course import TrainResult
 from rayft.train.home import Home
-from rayft.train.trainer import TrainResult
 
 __all__ = [
     "RESULT_FILE",

@@ -19,6 +19,7 @@ from rayft.data.source import Example
 from rayft.data.template import prompt_ids
 from rayft.evaluate.tasks import Packed, answer, score, score_answers
 from rayft.identity import UNKNOWN, Identity
+from rayft.models.fuse import plainly
 from rayft.models.inject import attach, clear
 from rayft.models.packed import Layout, attached, pack
 from rayft.peft.folder import load_adapter
@@ -97,6 +98,18 @@ def run_score(
         note: called by the first worker with a sentence about answers for which the scorer raised an error.
         progress: called with the number of examples that are scored, and that of all.
     """
+    model = session.loaded.model
+    # What is fused is for training: a call of it costs the host more than one of plain operations.
+    with plainly(model):
+        return _run_score(request, session, note, progress)
+
+
+def _run_score(
+    request: ScoreRequest,
+    session: Session,
+    note: Callable[[str], object],
+    progress: Callable[[int, int], object],
+) -> dict[str, list[float]]:
     model, worker = session.loaded.model, session.worker
     if request.adapter is None:
         clear(model)
@@ -141,6 +154,17 @@ def score_together(
     Returns:
         Key → part → the score of each example.
     """
+    with plainly(session.loaded.model):
+        return _score_together(requests, adapters, session, note, advance)
+
+
+def _score_together(
+    requests: Mapping[str, ScoreRequest],
+    adapters: Mapping[str, AdapterArtifact | None],
+    session: Session,
+    note: Callable[[str], object],
+    advance: Callable[[int], None],
+) -> dict[str, dict[str, list[float]]]:
     loaded, parts, started = session.loaded, session.parts, time.perf_counter()
     evaluate, layout = next(iter(requests.values())).run.evaluate, Layout()
     numbers = {key: slot for slot, key in enumerate(requests)}

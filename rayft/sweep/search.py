@@ -28,12 +28,12 @@ from rayft.sweep.asha import RecordedASHA
 from rayft.sweep.decisions import EVENTS_FILE, EventLog, rungs
 from rayft.sweep.executor import Executor
 from rayft.sweep.jobs import Event, Job
+from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import TrialResult, read_result, trial_folder
 from rayft.sweep.space import Point, SweepConfig
-from rayft.sweep.trial import TrainRequest
 from rayft.tracking.base import TrackerSpec
 from rayft.train.checkpoint_folder import last_curve
-from rayft.train.trainer import TrainResult
+from rayft.train.course import TrainResult
 
 __all__ = ["Trial", "earlier", "search"]
 

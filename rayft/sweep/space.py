@@ -24,8 +24,7 @@ from rayft.models.packed import unpackable
 from rayft.numerics import derive_seed
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep.broker import Patience
-from rayft.train.packed import why_alone
-from rayft.train.run import RunConfig
+from rayft.train.run import RunConfig, why_alone
 
 __all__ = ["LogUniform", "MethodSpace", "Point", "SweepConfig", "check_executor", "check_slots", "points"]
 

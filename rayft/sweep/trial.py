@@ -1,30 +1,28 @@
-"""A trial's job: train the run in a lane, report to the search and the tracker, and keep the result."""
+"""A trial in a lane: it trains the run, reports to the search and the tracker, and keeps the result."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from rayft.config import leaves
 from rayft.errors import InterruptedRunError, RayftError
 from rayft.files import disk_full
-from rayft.identity import UNKNOWN, Identity
 from rayft.methods.base import Method
 from rayft.models.methods import method
 from rayft.sweep.broker import Verdict
 from rayft.sweep.jobs import NewGroupError
+from rayft.sweep.request import TrainRequest, tracking_key
 from rayft.sweep.result import TrialResult, file_hashes, trial_folder, write_result
-from rayft.tracking.base import HASH_PARAM, Former, RunStatus, TrackerSpec
-from rayft.train.course import Question, Step, TrainResult, drive
-from rayft.train.packed import Pack, why_alone
-from rayft.train.placement import DeviceMemoryError, Placement
-from rayft.train.run import RunConfig
+from rayft.tracking.base import HASH_PARAM, Former, RunStatus
+from rayft.train.course import Question, Step, TrainResult
+from rayft.train.packed import Pack
+from rayft.train.placement import DeviceMemoryError
 from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer
 
@@ -32,64 +30,7 @@ if TYPE_CHECKING:
     from rayft.sweep.lane import Lane
     from rayft.tracking.mlflow import MlflowTracker
 
-__all__ = ["LaneReporter", "TrainRequest", "TrialCourse", "tracking_key"]
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """Train a run, as a trial of a sweep or alone."""
-
-    kind: ClassVar[str] = "train"
-    resumable: ClassVar[bool] = True
-
-    key: str
-    """Id of the job, and name of the trial's folder."""
-    name: str
-    run: RunConfig
-    output: str
-    """Folder of the sweep."""
-    evaluate_at: tuple[int, ...]
-    """Steps after which the search needs a validation loss."""
-    tracker: TrackerSpec | None = None
-    parent: str | None = None
-    """Tracked run whose child the trial's tracked run is."""
-    expected: Identity = UNKNOWN
-    """Identity of data and base, as the driver has read them."""
-    packs: bool = False
-    """Whether it may share a lane's steps with other trials of the sweep."""
-    placement: Placement | None = None
-    """How steps use the device, if an earlier group of workers has found out."""
-
-    @property
-    def pack(self) -> str:
-        """What trials have in common that share steps; empty if this one shares none."""
-        if not self.packs or why_alone(self.run):
-            return ""
-        shared = self.run.model_dump(mode="json", include={"model", "data", "scale", "evaluate"})
-        return json.dumps(shared, sort_keys=True)
-
-    @property
-    def identity(self) -> Identity:
-        """What the result will follow from."""
-        return self.expected.model_copy(update={"config": self.run.hash})
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """The folder of the sweep."""
-        return (Path(self.output),)
-
-    def __call__(self, lane: Lane) -> TrialResult | None:
-        """Train, and write result.json (all workers call it); the first worker returns the result.
-
-        Raises:
-            RayftError: as `Trainer.fit`.
-            NewGroupError: if a step did not fit into the memory of a device, and other workers may wait for
-                this one; the new group goes on with less at a time.
-        """
-        started, fresh = time.perf_counter(), not lane.loaded
-        session = lane.session(self.run, self.expected)
-        trial = TrialCourse(self, lane, session, time.perf_counter() if fresh else started)
-        return drive(trial.course(), trial.trainer.answer)
+__all__ = ["LaneReporter", "TrialCourse"]
 
 
 class TrialCourse:
@@ -292,9 +233,3 @@ class LaneReporter(Reporter):
     def note(self, text: str) -> None:
         """Pass a sentence on to the person who watches the sweep."""
         self._lane.broker.note.remote(f"{self._key}: {text}")
-
-
-def tracking_key(key: str, identity: Identity) -> str:
-    """Return the key of a tracked run, which depends on the sweep, the data and the base."""
-    suffix = identity.sweep or (identity.inputs if identity.data else "")
-    return f"{key}-{suffix}" if suffix else key

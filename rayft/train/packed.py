@@ -28,7 +28,6 @@ from rayft.data.pack import Batch, Row, collate_rows, padded
 from rayft.errors import ConfigError, TrainError
 from rayft.evaluate.loss import target_losses
 from rayft.models.inject import clear
-from rayft.models.methods import method
 from rayft.models.packed import Layout, pack, skeleton, unpackable
 from rayft.train.course import Part, Question, Step
 from rayft.train.deepspeed import StepResult
@@ -38,26 +37,10 @@ from rayft.train.masters import Holder, Master
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 
-__all__ = ["Courses", "Pack", "Slot", "why_alone"]
+__all__ = ["Courses", "Pack", "Slot"]
 
 EndT = TypeVar("EndT")
 logger = logging.getLogger(__name__)
-
-
-def why_alone(run: RunConfig) -> str:
-    """Return why a run can't share its steps with others, as a clause; empty if it can."""
-    scale = run.scale
-    name = run.method.name
-    reasons = {
-        f"'{name}' changes the base, or has layers of its own": not method(name).packs,
-        f"model.task is {run.model.task}": run.model.task != "causal_lm",
-        f"scale.workers is {scale.workers}": scale.workers > 1,
-        "scale.zero is 3": scale.zero == 3,
-        "scale.offload is set": scale.offload,
-        "scale.activation_checkpointing is set": bool(scale.activation_checkpointing),
-        "deepspeed has settings of its own": bool(run.deepspeed),
-    }
-    return next((reason for reason, true in reasons.items() if true), "")
 
 
 class Slot(Holder):

@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from rayft.files import write_file
 from rayft.models.files import cache_folder
 from rayft.models.fuse import is_fused
 from rayft.train.graphs import capture_stream, graphed
-from rayft.train.run import RunConfig
+from rayft.train.run import Placement, RunConfig
 from rayft.train.session import Session
 
 __all__ = [
@@ -58,16 +58,6 @@ CROWDED = 0.15
 """Share of a GPU's memory that other programs may take while a placement is kept for later runs."""
 GAIN = 0.97
 """Graphs are used if a pass takes less than this share of its time without them."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How the steps of a run use their device."""
-
-    accumulation: int = 1
-    """Micro-batches of one optimizer step, per worker."""
-    activation_checkpointing: bool = False
-    graphs: bool = False
 
 
 class DeviceMemoryError(TrainError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from rayft.models.methods import check_free, method, settled
 from rayft.numerics import fastest_cpu_dtype
 from rayft.squeeze.anneal import AnnealConfig
 
-__all__ = ["EvaluateConfig", "OptimConfig", "RunConfig", "ScaleConfig"]
+__all__ = ["EvaluateConfig", "OptimConfig", "Placement", "RunConfig", "ScaleConfig", "why_alone"]
 
 
 class OptimConfig(Section):
@@ -354,3 +355,29 @@ class RunConfig(Section):
                 f"scale.accumulation ({self.scale.workers} x {accumulation})"
             )
         return self
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How the steps of a run use their device."""
+
+    accumulation: int = 1
+    """Micro-batches of one optimizer step, per worker."""
+    activation_checkpointing: bool = False
+    graphs: bool = False
+
+
+def why_alone(run: RunConfig) -> str:
+    """Return why a run can't share its steps with others, as a clause; empty if it can."""
+    scale = run.scale
+    name = run.method.name
+    reasons = {
+        f"'{name}' changes the base, or has layers of its own": not method(name).packs,
+        f"model.task is {run.model.task}": run.model.task != "causal_lm",
+        f"scale.workers is {scale.workers}": scale.workers > 1,
+        "scale.zero is 3": scale.zero == 3,
+        "scale.offload is set": scale.offload,
+        "scale.activation_checkpointing is set": bool(scale.activation_checkpointing),
+        "deepspeed has settings of its own": bool(run.deepspeed),
+    }
+    return next((reason for reason, true in reasons.items() if true), "")

@@ -1,7 +1,8 @@
 """How many runs should share their steps on a device, found by trying it.
 
-Packing pays where a step of one run does not fill a GPU. Steps of 1, 4 and 16 runs are tried, and the fewest
-are taken that are about as fast, a run, as any of them. What was found is kept in the cache.
+Packing pays where a step of one run does not fill a GPU. The passes of the base over the rows of 1, 4 and 16
+runs are timed, and the fewest are taken that are about as fast, a run, as any. What was found is kept in the
+cache.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rayft import __version__
-from rayft.errors import TrainError
+from rayft.data.pack import Batch, collate_rows
 from rayft.files import write_file
+from rayft.models.attention import fits_graphs, mask_for
 from rayft.models.files import cache_folder
-from rayft.models.inject import inject
-from rayft.train.course import Step, random_state
-from rayft.train.packed import Pack, Slot
+from rayft.models.inject import clear
 from rayft.train.placement import limited
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
@@ -35,8 +36,8 @@ COUNTS = (1, 4, 16)
 """Numbers of slots that are tried."""
 GAIN = 0.95
 """More slots are taken if a run's share of a step then takes less than this share of its time with fewer."""
-STEPS = 4
-"""Steps of a trial measurement; the first ones compile and capture."""
+REPEATS = 3
+"""Times that passes are timed; the least counts."""
 logger = logging.getLogger(__name__)
 
 
@@ -47,7 +48,7 @@ class Sizing:
     slots: int = 1
     """The most runs that do; 1 if they are not slower one after the other."""
     graphs: bool = False
-    """Whether their passes are captured as CUDA graphs."""
+    """Whether the passes of several are captured as CUDA graphs."""
 
 
 def sizing(run: RunConfig, session: Session, slots: int | None) -> Sizing:
@@ -69,7 +70,7 @@ def sizing(run: RunConfig, session: Session, slots: int | None) -> Sizing:
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Sizing(**json.loads(file.read_text(encoding="utf-8")))
     with limited(session.worker.device, run.scale.gpu_share):
-        found = choose(partial(_seconds, run, session), graphs=graphs)
+        found = Sizing(choose(partial(_seconds, run, session)), graphs)
     logger.info("%s", found)
     # Without a writable cache, each lane tries anew.
     with contextlib.suppress(OSError):
@@ -77,58 +78,86 @@ def sizing(run: RunConfig, session: Session, slots: int | None) -> Sizing:
     return found
 
 
-def choose(seconds: Callable[[Sizing], float | None], *, graphs: bool) -> Sizing:
-    """Return the sizing that is about the fastest, a run, and needs the fewest slots.
+def choose(seconds: Callable[[int], float | None]) -> int:
+    """Return the number of slots that is about the fastest, a run; of several, the smallest.
 
     Args:
-        seconds: returns the time of a step; None if it does not fit into the device's memory.
-        graphs: whether CUDA graphs may be used.
+        seconds: returns the time of the passes of a number of runs; None if they do not fit into the device's
+            memory.
     """
-    best, least = Sizing(), seconds(Sizing(1, graphs))
+    best, least = 1, seconds(1)
     if least is None:
         return best
     for count in COUNTS[1:]:
-        took = seconds(Sizing(count, graphs))
+        took = seconds(count)
         if took is None or took / count > GAIN * least:
             break
-        best, least = Sizing(count, graphs), took / count
-    if best.slots > 1 and graphs:
-        plain = seconds(Sizing(best.slots, graphs=False))
-        if plain is not None and plain / best.slots < least:
-            return Sizing(best.slots, graphs=False)
+        best, least = count, took / count
     return best
 
 
-def _seconds(run: RunConfig, session: Session, sizing: Sizing) -> float | None:
-    """Take some steps of as many runs as there are slots; return the time of the faster of the last two."""
-    device = session.worker.device
-    share = session.row_stream(run).share(0, 0, 1, run.scale.accumulation or 1)
+def _seconds(run: RunConfig, session: Session, slots: int) -> float | None:
+    """Return the time of the base's passes over the rows of as many runs as there are slots.
+
+    Adapters add about the same to the rows of each run, and their kernels would have to be compiled first.
+    """
+    rows = session.row_stream(run).share(0, 0, 1, run.scale.accumulation or 1)[0]
     try:
-        pack = Pack(session, graphs=sizing.graphs)
-        with pack.stream():
-            steps = {}
-            for seed in range(sizing.slots):
-                model = pack.session().loaded.model
-                inject(model, run.method, seed)
-                slot = pack.join(run, model)
-                steps[slot] = Step(slot, share, 0.0, random_state(device))
-            times = [_timed(pack, steps) for _ in range(STEPS)]
-            fits = pack.whole
-            pack.close()
-    except (torch.OutOfMemoryError, TrainError) as error:
-        logger.info("%s: %s", sizing, error)
+        batch = collate_rows([*rows] * slots, session.pad_id, run.data.max_length)
+        assert isinstance(batch, Batch)
+        return _Passes(session.loaded.model, batch.to(session.worker.device)).time()
+    except torch.OutOfMemoryError:
+        logger.info("the rows of %d runs do not fit", slots)
         return None
     finally:
         torch.cuda.empty_cache()
-    return min(times[-2:]) if fits else None
 
 
-def _timed(pack: Pack, steps: Mapping[Slot, Step]) -> float:
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    pack.step(steps)
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
+class _Passes:
+    """Forward and backward passes of a frozen base, to its inputs; by a CUDA graph if it can be captured."""
+
+    def __init__(self, model: Any, batch: Batch) -> None:
+        clear(model)
+        model.train()
+        self._inner, self._batch = model.base_model, batch
+        self._embedded = model.get_input_embeddings()(batch.input_ids).detach()
+        self._mask = mask_for(model, batch.offsets, *batch.input_ids.shape)
+        self._run: Callable[[], object] = self._pass
+        if fits_graphs(model, batch.input_ids.device):
+            self._run = self._captured().replay
+
+    def time(self) -> float:
+        """Return the seconds of both passes, the least of several times."""
+        times = []
+        for _ in range(REPEATS):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            self._run()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # What is compiled is compiled here.
+            for _ in range(2):
+                self._pass()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            self._pass()
+        return graph
+
+    def _pass(self) -> None:
+        inputs = self._embedded.detach().requires_grad_()
+        hidden = self._inner(
+            inputs_embeds=inputs,
+            attention_mask=self._mask,
+            position_ids=self._batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        torch.autograd.grad(hidden, inputs, torch.ones_like(hidden))
 
 
 def _file(run: RunConfig, session: Session) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rayft.sweep.trial import TrainRequest
+from rayft.sweep.request import TrainRequest
 from rayft.train import trainer
 
 STEP = 4

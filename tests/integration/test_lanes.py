@@ -25,9 +25,9 @@ from rayft.models.load import ModelConfig
 from rayft.numerics import tolerance
 from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.jobs import Job
+from rayft.sweep.request import TrainRequest
 from rayft.sweep.search import Trial, search
 from rayft.sweep.space import MethodSpace, SweepConfig, points
-from rayft.sweep.trial import TrainRequest
 from rayft.tracking.base import TrackerSpec
 from rayft.tracking.mlflow import flush_spool
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig

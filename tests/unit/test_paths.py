@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,3 +125,24 @@ def test_a_file_that_cannot_be_written_is_an_error_that_names_the_reason(
     bad_folder("a file", tmp_path)
     with pytest.raises(RayftError, match=problem):
         check_file(tmp_path / place, "--output")
+
+
+def test_a_folder_that_another_process_removes_meanwhile_is_created_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes check a folder: one removes what it created while the other creates what is in it."""
+    above, real, left = tmp_path / "cache", Path.mkdir, [2]
+
+    def mkdir(self: Path, *arguments: Any, **options: Any) -> None:
+        if self.parent == above and left[0]:
+            left[0] -= 1
+            above.rmdir()
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    check_folder(above / "models", "RAYFT_CACHE")
+    assert left == [0]
+    assert not above.exists()
+    left[0] = 100
+    with pytest.raises(ResourceError, match="set RAYFT_CACHE to a folder that can be written"):
+        check_folder(above / "models", "RAYFT_CACHE")

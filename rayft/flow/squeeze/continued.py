@@ -15,8 +15,8 @@ from rayft.methods.base import MethodConfig
 from rayft.squeeze.section import ContinueConfig
 from rayft.sweep.executor import Executor
 from rayft.sweep.jobs import Job, Outcome
+from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import RESULT_FILE, TrialResult, damage, discard, read_result, trial_folder
-from rayft.sweep.trial import TrainRequest
 from rayft.tracking.base import TrackerSpec
 from rayft.train.checkpoint_folder import checkpoint_identity
 from rayft.train.run import RunConfig

@@ -14,7 +14,7 @@ from rayft.identity import UNKNOWN, Identity
 from rayft.squeeze.budget import parse_bytes
 from rayft.squeeze.rank import Progress, retained_energy, squeeze
 from rayft.squeeze.section import ContinueConfig, SqueezeConfig
-from rayft.sweep.trial import tracking_key
+from rayft.sweep.request import tracking_key
 from rayft.train.run import RunConfig
 
 __all__ = ["Source", "SqueezedAdapter", "Target", "make", "sort_columns", "targets"]

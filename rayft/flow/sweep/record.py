@@ -59,6 +59,8 @@ class Findings:
     full: AdapterArtifact | None = None
     """The winner with its columns sorted by singular value, if it has low-rank factors."""
     squeezed: list[SqueezedAdapter] = field(default_factory=list)
+    spent: Mapping[str, float] = field(default_factory=dict)
+    """What lanes spent time on → seconds."""
 
 
 def build_record(
@@ -104,6 +106,7 @@ def build_record(
         methods=_compare_methods(chosen_settings(found.trials, found.scores, rule), found.scores),
         singular_values=found.full.meta.singular_values if found.full else {},
         timings=dict(timings),
+        spent=dict(found.spent),
     )
     served = config.model.task == "causal_lm" and bool(served_adapters(plan.output, record))
     return record.model_copy(update={"commands": _commands(plan, run_id, served=served)})

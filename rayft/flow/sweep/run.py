@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ray
+
 from rayft.analysis.record import SweepAnalysis
 from rayft.errors import ArtifactError, DiskFullError, RayftError
 from rayft.files import room_on
@@ -147,6 +149,7 @@ class _Stages:
         if self._found.winner and _can_be_squeezed(self._found.winner):
             with self._display.stage("squeeze"), self._display.watch(self._executor.broker, self.name):
                 self._squeeze(ranking)
+        self._found.spent = ray.get(self._executor.broker.spent.remote())
         return self._found
 
     def name(self, key: str) -> str:

@@ -12,8 +12,8 @@ from rayft.flow.squeeze.tracking import score_metrics, track_squeezed
 from rayft.flow.sweep.preflight import Plan
 from rayft.flow.sweep.record import Findings
 from rayft.report.record import SweepRecord
+from rayft.sweep.request import tracking_key
 from rayft.sweep.search import Trial
-from rayft.sweep.trial import tracking_key
 from rayft.tracking.base import PENDING, Former, RunStatus
 from rayft.tracking.mlflow import MlflowTracker, flush_spool, resolve_runs
 from rayft.tracking.provenance import provenance

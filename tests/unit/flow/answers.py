@@ -12,7 +12,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.flow.sweep.preflight import Plan
 from rayft.methods.base import LoraFactors
 from rayft.sweep.jobs import Job, Outcome
-from rayft.sweep.trial import TrainRequest
+from rayft.sweep.request import TrainRequest
 
 __all__ = ["ADAPTER", "CONFIG", "Lanes", "adapter", "request_of", "trial_of"]
 

@@ -13,9 +13,9 @@ from rayft.errors import DiskFullError
 from rayft.identity import Identity
 from rayft.sweep.broker import Broker
 from rayft.sweep.jobs import Event, Job, Outcome
+from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import TrialResult, read_result, trial_folder, write_result
 from rayft.sweep.score import ScoreRequest
-from rayft.sweep.trial import TrainRequest
 from rayft.train.run import RunConfig
 from rayft.train.trainer import TrainResult
 

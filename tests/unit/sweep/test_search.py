@@ -10,8 +10,8 @@ import pytest
 from rayft.data.section import DataConfig
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep import search
+from rayft.sweep.request import TrainRequest
 from rayft.sweep.search import TrialActor
-from rayft.sweep.trial import TrainRequest
 from rayft.train.run import EvaluateConfig, RunConfig
 from rayft.train.trainer import TrainResult
 

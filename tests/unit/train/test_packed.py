@@ -15,8 +15,8 @@ from rayft.methods.base import MethodConfig
 from rayft.numerics import assert_close, tolerance
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.train import packed as module
-from rayft.train.packed import Courses, Pack, why_alone
-from rayft.train.run import RunConfig
+from rayft.train.packed import Courses, Pack
+from rayft.train.run import RunConfig, why_alone
 from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker

@@ -17,8 +17,8 @@ from rayft.flow.sweep.identity import current_identity
 from rayft.flow.sweep.preflight import Plan, preflight
 from rayft.methods.base import LoraFactors
 from rayft.models.tiny import save_tiny_llama
+from rayft.sweep.request import TrainRequest
 from rayft.sweep.search import earlier
-from rayft.sweep.trial import TrainRequest
 
 CONFIG = """
 name: answers

@@ -35,8 +35,8 @@ from rayft.registry.store import MlflowRegistry
 from rayft.report.record import SweepRecord
 from rayft.report.render import render
 from rayft.serving.config import ServeConfig
+from rayft.sweep.request import TrainRequest, tracking_key
 from rayft.sweep.search import earlier
-from rayft.sweep.trial import TrainRequest, tracking_key
 from rayft.tracking.base import Former
 from rayft.tracking.mlflow import MlflowTracker
 from tests.unit.flow.answers import Lanes

@@ -34,8 +34,8 @@ from rayft.methods.base import LoraFactors
 from rayft.registry.store import MlflowRegistry
 from rayft.report.record import SweepRecord
 from rayft.serving.config import ServeConfig
+from rayft.sweep.request import tracking_key
 from rayft.sweep.search import Trial
-from rayft.sweep.trial import tracking_key
 from rayft.tracking import TrackerSpec
 from rayft.tracking.connection import connect
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
