@@ -67,7 +67,7 @@ class PackedTrials:
                     self._ask()
                     self._hear()
                     with self._lane.timed("train" if self._stepped else "first steps of new slots"):
-                        self._courses.step()
+                        self._courses.advance()
                     self._stepped = True
                     self._end()
             finally:

@@ -20,7 +20,7 @@ from rayft.sweep.jobs import NewGroupError
 from rayft.sweep.request import TrainRequest, tracking_key
 from rayft.sweep.result import TrialResult, file_hashes, trial_folder, write_result
 from rayft.tracking.base import HASH_PARAM, Former, RunStatus
-from rayft.train.course import Question, Step, TrainResult
+from rayft.train.course import Asked, TrainResult
 from rayft.train.packed import Pack
 from rayft.train.placement import DeviceMemoryError
 from rayft.train.session import Session
@@ -65,7 +65,7 @@ class TrialCourse:
             pack=pack,
         )
 
-    def course(self) -> Generator[Step | Question, Any, TrialResult | None]:
+    def course(self) -> Generator[Asked, Any, TrialResult | None]:
         """Train, and write result.json; the first worker returns the result.
 
         Raises:

@@ -29,17 +29,20 @@ from rayft.errors import ConfigError, TrainError
 from rayft.evaluate.loss import target_losses
 from rayft.models.inject import clear
 from rayft.models.packed import Layout, pack, skeleton, unpackable
-from rayft.train.course import Part, Question, Step
+from rayft.train.course import Asked, Part, Question, Step, Validation
 from rayft.train.deepspeed import StepResult
 from rayft.train.flat import FlatEngine
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Holder, Master
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
+from rayft.train.validation import MOST_TOKENS, longest, rows_at_once, validation_rows
 
 __all__ = ["Courses", "Pack", "Slot"]
 
 EndT = TypeVar("EndT")
+GPU_TIMES = 4
+"""How many times as many tokens a GPU validates at once, of several runs, as of one."""
 logger = logging.getLogger(__name__)
 
 
@@ -172,6 +175,50 @@ class Pack:
             self._lower(len(steps))
             # The new engine knows nothing of the gradients that were left behind.
             self._build()
+
+    def validate(self, slots: Sequence[Slot]) -> dict[Slot, float]:
+        """Return the validation loss of each of some runs; their examples share batches.
+
+        Raises:
+            torch.OutOfMemoryError: if not even those of one run fit into the device's memory.
+        """
+        if self._built != self._slots:
+            self._build()
+        session, order = self._session, [slot for slot in self._slots if slot in slots]
+        most = MOST_TOKENS * (GPU_TIMES if session.worker.device != "cpu" else 1)
+        together = min(len(order), max(1, most // (rows_at_once(session) * longest(session))))
+        while True:
+            try:
+                return self._losses(order, together)
+            except torch.OutOfMemoryError:
+                if together == 1:
+                    raise
+            together = -(-together // 2)
+
+    @torch.no_grad()
+    def _losses(self, order: Sequence[Slot], together: int) -> dict[Slot, float]:
+        """Return the validation loss of each slot, where the examples of some of them share batches."""
+        session = self._session
+        rows, at_once = validation_rows(session, range(len(session.val))), rows_at_once(session)
+        self._model.eval()
+        totals, targets = dict.fromkeys(order, 0.0), 0
+        for start in range(0, len(rows), at_once):
+            chunk = rows[start : start + at_once]
+            for first in range(0, len(order), together):
+                group = order[first : first + together]
+                losses = self._validate(group, chunk)
+                for slot, loss in zip(group, losses.sum(1).tolist(), strict=True):
+                    totals[slot] += loss
+            targets += losses.shape[1]
+            session.tick()
+        return {slot: total / max(targets, 1) for slot, total in totals.items()}
+
+    def _validate(self, group: Sequence[Slot], rows: Sequence[Row]) -> torch.Tensor:
+        """Return the loss of each target of some rows, for each of some slots: (slots, targets)."""
+        batch = collate_rows([*rows] * len(group), self._session.pad_id).to(self._session.worker.device)
+        assert isinstance(batch, Batch)
+        self._layout.enter([slot.number for slot in group for _ in rows], batch.input_ids.shape[1])
+        return target_losses(self._model, batch).view(len(group), -1)
 
     def close(self) -> None:
         """Destroy the engine, and take the adapters out of the base."""
@@ -354,7 +401,7 @@ class Courses(Generic[EndT]):
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
         self._courses: dict[str, Part[EndT]] = {}
-        self._asked: dict[str, Step | Question] = {}
+        self._asked: dict[str, Asked] = {}
         self._ended: dict[str, EndT | Exception] = {}
 
     def begin(self, key: str, course: Part[EndT]) -> None:
@@ -376,8 +423,18 @@ class Courses(Generic[EndT]):
         course = self._courses[key]
         self._go_on(key, course.send, go_on)
 
-    def step(self) -> bool:
-        """Take the next step of all runs that have no question; return whether there was one."""
+    def advance(self) -> bool:
+        """Go on with all runs that have no question: validate those that ask for it, or else take a step.
+
+        Returns:
+            Whether there was one.
+        """
+        due = {key: asked.engine for key, asked in self._asked.items() if isinstance(asked, Validation)}
+        if due:
+            losses = self._pack.validate([*due.values()])
+            for key, slot in due.items():
+                self._go_on(key, self._courses[key].send, losses[slot])
+            return True
         steps = {key: asked for key, asked in self._asked.items() if isinstance(asked, Step)}
         if not steps:
             return False
@@ -405,7 +462,7 @@ class Courses(Generic[EndT]):
         self._courses.clear()
         self._asked.clear()
 
-    def _go_on(self, key: str, go: Callable[[Any], Step | Question], value: object) -> None:
+    def _go_on(self, key: str, go: Callable[[Any], Asked], value: object) -> None:
         self._asked.pop(key, None)
         try:
             self._asked[key] = go(value)

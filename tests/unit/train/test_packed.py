@@ -42,7 +42,7 @@ def packed(
     while len(courses):
         for key in courses.questions:
             courses.answer(key, True)
-        courses.step()
+        courses.advance()
         ended |= courses.ended()
     pack.close()
     return ended
@@ -121,7 +121,7 @@ def test_masters_in_float32_stay_with_their_slot(run: RunConfig, tmp_path: Path,
     while len(courses):
         for key in courses.questions:
             courses.answer(key, True)
-        courses.step()
+        courses.advance()
         ended |= courses.ended()
         if "short" in ended and waiting:
             begin(courses, pack, "late", waiting.pop("late"), tmp_path)
@@ -187,3 +187,26 @@ def test_a_base_that_drops_values_is_not_packed(session: Session) -> None:
 def test_runs_that_can_not_share_steps_say_why(run: RunConfig, changes: Any, reason: str) -> None:
     assert why_alone(run) == ""
     assert reason in why_alone(changed(run, **changes))
+
+
+def test_examples_of_slots_that_do_not_fit_together_are_validated_apart(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("abc")}
+    expected = packed(runs, session, tmp_path / "whole")
+    real, rows = module.target_losses, list[int]()
+
+    def target_losses(model: Any, batch: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            rows.append(len(batch.input_ids))
+            if len(batch.input_ids) > 4:
+                raise torch.OutOfMemoryError("no room")
+        return real(model, batch)
+
+    monkeypatch.setattr(module, "target_losses", target_losses)
+    lowered = packed(runs, session, tmp_path / "lowered")
+    for name, result in expected.items():
+        assert isinstance(result, TrainResult)
+        assert_same(result, lowered[name])
+    # Two rows of each slot: of all three, of two, of one.
+    assert {*rows} == {6, 4, 2}
