@@ -168,9 +168,11 @@ def unpackable(model: nn.Module) -> str:
     )
     if dropped is not None:
         return f"the base drops values itself ({dropped}), at random over the whole batch"
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    if getattr(config, "attention_dropout", 0.0):
-        return "the base's attention drops values at random over the whole batch"
+    # Attention and some blocks drop values by a function, with a setting of their own.
+    settings: dict[str, Any] = model.config.get_text_config().to_dict()  # type: ignore[union-attr,operator]
+    for name, value in settings.items():
+        if "drop" in name and isinstance(value, float) and value:
+            return f"the base drops values itself ({name}: {value:g}), at random over the whole batch"
     return ""
 
 

@@ -169,9 +169,11 @@ def test_one_run_that_does_not_fit_says_what_to_change(
 
 
 def test_a_base_that_drops_values_is_not_packed(session: Session) -> None:
-    session.loaded.model.config.attention_dropout = 0.1
-    with pytest.raises(ConfigError, match=r"attention drops values at random .* set sweep.slots: 1"):
-        Pack(session)
+    for name in ("attention_dropout", "residual_dropout"):
+        setattr(session.loaded.model.config, name, 0.1)
+        with pytest.raises(ConfigError, match=rf"drops values itself \({name}: 0.1\), .* set sweep.slots: 1"):
+            Pack(session)
+        setattr(session.loaded.model.config, name, 0.0)
 
 
 @pytest.mark.parametrize(
