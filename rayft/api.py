@@ -206,7 +206,7 @@ class Adapter:
             if not self.base or self.artifact.meta.task != "causal_lm":
                 raise ModelError("the adapter names no language model as its base: pass the base as `model`")
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                resolve(ModelConfig(name=self.base)), dtype=torch.float32
+                resolve(ModelConfig(name=self.base, revision=self.artifact.revision)), dtype=torch.float32
             )
         self.artifact.check_base("", linear_shapes(model))
         with tempfile.TemporaryDirectory() as folder:

@@ -630,6 +630,7 @@ class Trainer:
             method=run.method.name,
             task=run.model.task,
             base_model=run.model.name,
+            base_revision=run.model.revision or "",
             base_fingerprint=session.loaded.fingerprint,
             data_digest=session.parts.digest,
             parent=self.progress.start,
