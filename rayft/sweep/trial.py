@@ -217,12 +217,16 @@ class LaneReporter(Reporter):
         """Pass an evaluation on; return a reference to the search's decision, or None if there is none."""
         if self._tracked:
             self._tracked.metrics(metrics, step)
-        if step >= self._steps:
+        if not self.must_ask(step):
             # There is nothing to decide after the last step; the result carries the number.
             self._lane.broker.log.remote(self._key, {"step": step, **metrics})
             return None
         self._asked = time.perf_counter()
         return self._lane.broker.report.remote(self._key, step, dict(metrics))
+
+    def must_ask(self, step: int) -> bool:
+        """Return whether the search has to decide on an evaluation: not after the last step."""
+        return step < self._steps
 
     def decided(self, verdict: Verdict) -> bool:
         """Receive the decision; return whether the run goes on."""

@@ -15,6 +15,7 @@ so a run that waits for an answer has rows in them too, whose loss counts nothin
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -34,6 +35,7 @@ from rayft.train.deepspeed import StepResult
 from rayft.train.flat import FlatEngine
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Holder, Master
+from rayft.train.placement import recompute_activations
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 from rayft.train.validation import MOST_TOKENS, longest, rows_at_once, validation_rows
@@ -111,6 +113,8 @@ class Pack:
         if reason := unpackable(self._model):
             raise ConfigError(f"trials can't be packed: {reason}; set sweep.slots: 1")
         clear(self._model)
+        # A trial that had the lane to itself may have turned it on.
+        recompute_activations(self._model, wanted=False)
         self._skeleton = skeleton(self._model)
         self._layout = Layout()
         self._slots: list[Slot] = []
@@ -120,6 +124,8 @@ class Pack:
         self._numbers = 0
         self._together: int | None = None
         """Number of slots whose rows share a pass; None for all."""
+        self._updating = False
+        """Whether the last step has begun to change parameters."""
         self._captured: ExitStack | None = None
         """Holds the graphs of the slots that the engine has."""
 
@@ -170,7 +176,8 @@ class Pack:
             try:
                 return self._step(steps)
             except torch.OutOfMemoryError:
-                if not self._graphs and (self._together == 1 or len(steps) == 1):
+                least = not self._graphs and (self._together == 1 or len(steps) == 1)
+                if self._updating or least:
                     raise
             self._lower(len(steps))
             # The new engine knows nothing of the gradients that were left behind.
@@ -252,6 +259,7 @@ class Pack:
         """Destroy the engine; each slot keeps what it has learnt, for the next one."""
         if self._engine is None:
             return
+        self._engine.drop_gradients()
         if self._captured is not None:
             self._captured.close()
             self._captured = None
@@ -269,12 +277,16 @@ class Pack:
         run = self._slots[0].run
         stage = 0 if run.scale.dtype == "float32" else 2
         scale = run.scale.model_copy(update={"zero": stage, "accumulation": run.scale.accumulation or 1})
-        return run.model_copy(update={"scale": scale, "deepspeed": {"gradient_clipping": 0.0}})
+        settings: dict[str, Any] = {"gradient_clipping": 0.0}
+        if stage:
+            # Or a slot that diverges would cancel the step of all.
+            settings["bf16"] = {"check_grad_overflow": False}
+        return run.model_copy(update={"scale": scale, "deepspeed": settings})
 
     # --- steps
 
     def _step(self, steps: Mapping[Slot, Step]) -> dict[Slot, StepResult]:
-        engine = self._engine
+        engine, self._updating = self._engine, False
         assert engine is not None
         for slot, groups_of in zip(self._built, engine.groups, strict=True):
             for group in groups_of:
@@ -300,6 +312,7 @@ class Pack:
             engine.deliver()
             last = micros[0] is groups[0][-1]
             norms = self._clip(engine, steps) if last else {}
+            self._updating = last
             engine.deepspeed.step()
         self._session.tick()
         return {
@@ -388,7 +401,15 @@ class Pack:
             factor = (slot.run.optim.clip / (norm + 1e-6)).clamp(max=1.0)
             for gradient in gradients:
                 gradient.mul_(factor)
-        return dict(zip(slots, torch.stack(norms).tolist(), strict=True))
+        found = dict(zip(slots, torch.stack(norms).tolist(), strict=True))
+        for slot, groups in zip(self._built, engine.groups, strict=True):
+            if not math.isfinite(found.get(slot, 0.0)):
+                # It has diverged, and its own loss will say so.
+                for gradient in engine.gradients(self._built.index(slot)):
+                    gradient.zero_()
+                for group in groups:
+                    group["active"] = False
+        return found
 
 
 def _trainable(slot: Slot) -> dict[str, nn.Parameter]:
@@ -429,22 +450,28 @@ class Courses(Generic[EndT]):
         Returns:
             Whether there was one.
         """
+        try:
+            return self._validated() or self._stepped()
+        except torch.OutOfMemoryError:
+            # Of an engine, or of the examples of one run.
+            for key in [key for key, asked in self._asked.items() if not isinstance(asked, Question)]:
+                self._go_on(key, self._courses[key].throw, torch.OutOfMemoryError())
+            return True
+
+    def _validated(self) -> bool:
         due = {key: asked.engine for key, asked in self._asked.items() if isinstance(asked, Validation)}
         if due:
             losses = self._pack.validate([*due.values()])
             for key, slot in due.items():
                 self._go_on(key, self._courses[key].send, losses[slot])
             return True
+        return False
+
+    def _stepped(self) -> bool:
         steps = {key: asked for key, asked in self._asked.items() if isinstance(asked, Step)}
         if not steps:
             return False
-        try:
-            results = self._pack.step({one.engine: one for one in steps.values()})
-        except torch.OutOfMemoryError:
-            for key in steps:
-                course = self._courses[key]
-                self._go_on(key, course.throw, torch.OutOfMemoryError())
-            return True
+        results = self._pack.step({one.engine: one for one in steps.values()})
         for key, one in steps.items():
             course, result = self._courses[key], results[one.engine]
             self._go_on(key, course.send, result)

@@ -171,7 +171,7 @@ def test_one_run_that_does_not_fit_says_what_to_change(
 def test_a_base_that_drops_values_is_not_packed(session: Session) -> None:
     for name in ("attention_dropout", "residual_dropout"):
         setattr(session.loaded.model.config, name, 0.1)
-        with pytest.raises(ConfigError, match=rf"drops values itself \({name}: 0.1\), .* set sweep.slots: 1"):
+        with pytest.raises(ConfigError, match=rf"random numbers \({name}: 0.1\) .* set sweep.slots: 1"):
             Pack(session)
         setattr(session.loaded.model.config, name, 0.0)
 
