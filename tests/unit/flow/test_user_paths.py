@@ -244,6 +244,11 @@ def test_a_key_that_a_header_can_not_hold_is_refused_and_not_shown(
     assert "cret" not in message
 
 
+@pytest.mark.parametrize("given", [("nothing.yaml",), ("tiny",), ("",), ("--set", "seed=1")])
+def test_a_schema_is_that_of_every_configuration(fails: Callable[..., str], given: tuple[str, ...]) -> None:
+    assert f"leave out {given[0]}" in fails("config", *given, "--schema")
+
+
 @pytest.mark.parametrize("device", ["", "rubbish", "meta", "cuda:99"])
 def test_an_unknown_device_is_refused(fails: Callable[..., str], device: str) -> None:
     assert "--device" in fails("squeeze", ".", "--rank", "2", "--out", "out", "--device", device)
