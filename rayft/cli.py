@@ -105,7 +105,9 @@ def init(
 def show_config(
     config: Annotated[
         str | None,
-        typer.Argument(help="A YAML file, or a packaged configuration: demo, study, tiny.", show_default="demo"),
+        typer.Argument(
+            help="A YAML file, or a packaged configuration: demo, study, tiny.", show_default="demo"
+        ),
     ] = None,
     overrides: Overrides = None,
     schema: Annotated[
