@@ -341,7 +341,9 @@ def squeeze(
         SqueezeError, ArtifactError, ConfigError: naming what is wrong. The source stays as it is.
     """
     source = find_folder(read_path(Path(path), "path"))
-    place = source.with_name(f"{source.name}-squeezed") if out is None else read_path(Path(out), "out")
+    # The path `.` has no name, and `..` not that of its folder.
+    named = source if source.name not in ("", "..") else source.resolve()
+    place = named.parent / f"{named.name}-squeezed" if out is None else read_path(Path(out), "out")
     request = squeeze_request(
         source,
         place,
