@@ -134,8 +134,6 @@ def _migrate(file: Path) -> None:
 
     if not file.is_file():
         return
-    # Not read-only: after a process was killed in the middle of a write, the first one to open the file undoes
-    # that write.
     with contextlib.closing(sqlite3.connect(file)) as database:
         try:
             made_by = database.execute("SELECT version_num FROM alembic_version").fetchone()
@@ -202,6 +200,7 @@ def _checked(uri: str) -> None:
 def _open_file(file: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file} {'is a folder, not a file' if file.is_dir() else 'is not there'}")
+    # Not read-only: after a process was killed in the middle of a write, the next one undoes the write.
     with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True)) as database:
         try:
             database.execute("PRAGMA schema_version").fetchone()

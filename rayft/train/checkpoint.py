@@ -34,7 +34,6 @@ from rayft.train.worker import Worker
 __all__ = ["is_portable", "last_state", "restore", "save"]
 
 
-
 def save(
     folder: Path,
     engine: DeepSpeedEngine | Holder,

@@ -109,7 +109,7 @@ def _seconds(run: RunConfig, session: Session, slots: int) -> float | None:
     except torch.OutOfMemoryError:
         logger.info("the rows of %d runs do not fit", slots)
         return None
-    except Exception:  # noqa: BLE001  (a model of an unknown kind may need anything, or can't be captured)
+    except Exception:
         logger.info("the base's passes can't be timed alone", exc_info=True)
         return None
     finally:

@@ -15,6 +15,7 @@ from rayft.methods.base import MethodConfig
 from rayft.numerics import assert_close, tolerance
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.train import packed as module
+from rayft.train.flat import Part
 from rayft.train.packed import Courses, Pack
 from rayft.train.run import RunConfig, why_alone
 from rayft.train.session import Session
@@ -212,3 +213,42 @@ def test_examples_of_slots_that_do_not_fit_together_are_validated_apart(
         assert_same(result, lowered[name])
     # Two rows of each slot: of all three, of two, of one.
     assert {*rows} == {6, 4, 2}
+
+
+def test_in_bfloat16_a_slot_that_diverges_leaves_the_others_as_they_are(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    run = changed(run, scale={"dtype": "bfloat16", "zero": 2})
+    session = Session.open(run, Worker())
+    runs = {"one": with_method(run, "lora"), "other": with_method(run, "cla", seed=2)}
+    clean = packed(runs, session, tmp_path / "clean")["one"]
+    runs["other"] = changed(runs["other"], optim={"lr": 1e30})
+    broken = packed(runs, session, tmp_path / "broken")
+    beside = broken["one"]
+    assert isinstance(clean, TrainResult)
+    assert isinstance(beside, TrainResult)
+    assert isinstance(broken["other"], TrainError)
+    assert [loss for _, loss in beside.train_curve] == pytest.approx(
+        [loss for _, loss in clean.train_curve], rel=torch.finfo(torch.bfloat16).eps
+    )
+
+
+def test_gradients_of_a_pass_that_did_not_fit_are_forgotten(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("ab")}
+    expected = packed(runs, session, tmp_path / "whole")
+    real, failed = Part.take_gradients, list[bool]()
+
+    def take_gradients(part: Part) -> None:
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("no room")
+        real(part)
+
+    monkeypatch.setattr(Part, "take_gradients", take_gradients)
+    again = packed(runs, session, tmp_path / "again")
+    assert failed
+    for name, result in expected.items():
+        assert isinstance(result, TrainResult)
+        assert_same(result, again[name])
