@@ -214,6 +214,28 @@ def train_floor_table() -> str:
     return "\n".join(lines)
 
 
+def packed_step_table() -> str:
+    """Return the table of steps that trials share, each over the same rows as one trial's step."""
+    found = cases("packed_step")
+    lines = [
+        "| trials, base, rows of each | a step | over one trial's, lora | cla | over one after the other |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for case, metrics in found.items():
+        trials, shape, rows = case.split("/")
+        title = f"{trials.removesuffix('_trials')}, {shape.replace('135m', '135 M').replace('1b', '1 B')}, "
+        cells = [_cell(metrics, "ms", "{:.0f} ms")]
+        cells += [_cell(metrics, name, "{:.2f}") for name in ("over_lora", "over_cla", "over_sequential")]
+        lines.append(f"| {title}{rows.replace('x', '×')} | " + " | ".join(cells) + " |")
+    if found:
+        one = next(iter(found.values()))["ms"]
+        lines += [
+            "",
+            f"On {one['device']}, torch {one['versions']['torch']}, commit {str(one['commit'])[:7]}.",
+        ]
+    return "\n".join(lines)
+
+
 STEP = {"ms": "{:.1f}", "time_over_floor": "{:.3f}", "gib": "{:.2f}", "memory_over_floor": "{:.3f}"}
 
 
@@ -404,6 +426,7 @@ TABLES = {
     "demo": demo_table,
     "train_step": train_step_table,
     "train_floor": train_floor_table,
+    "packed_step": packed_step_table,
     "methods_quality": methods_quality_table,
     "squeeze": squeeze_table,
     "squeeze_quality": squeeze_quality_table,

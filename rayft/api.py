@@ -206,7 +206,7 @@ class Adapter:
             if not self.base or self.artifact.meta.task != "causal_lm":
                 raise ModelError("the adapter names no language model as its base: pass the base as `model`")
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                resolve(ModelConfig(name=self.base)), dtype=torch.float32
+                resolve(ModelConfig(name=self.base, revision=self.artifact.revision)), dtype=torch.float32
             )
         self.artifact.check_base("", linear_shapes(model))
         with tempfile.TemporaryDirectory() as folder:
@@ -341,7 +341,9 @@ def squeeze(
         SqueezeError, ArtifactError, ConfigError: naming what is wrong. The source stays as it is.
     """
     source = find_folder(read_path(Path(path), "path"))
-    place = source.with_name(f"{source.name}-squeezed") if out is None else read_path(Path(out), "out")
+    # The path `.` has no name, and `..` not that of its folder.
+    named = source if source.name not in ("", "..") else source.resolve()
+    place = named.parent / f"{named.name}-squeezed" if out is None else read_path(Path(out), "out")
     request = squeeze_request(
         source,
         place,

@@ -104,8 +104,11 @@ def init(
 @app.command("config")
 def show_config(
     config: Annotated[
-        str, typer.Argument(help="A YAML file, or a packaged configuration: demo, study, tiny.")
-    ] = "demo",
+        str | None,
+        typer.Argument(
+            help="A YAML file, or a packaged configuration: demo, study, tiny.", show_default="demo"
+        ),
+    ] = None,
     overrides: Overrides = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of configurations, for editors.")
@@ -115,11 +118,12 @@ def show_config(
     from rayft.flow import commands
 
     if schema:
-        if overrides:
-            raise ConfigError("--schema prints what every configuration can have: leave out --set")
+        if config is not None or overrides:
+            given = config if config is not None else "--set"
+            raise ConfigError(f"--schema prints what every configuration can have: leave out {given}")
         commands.schema(console)
     else:
-        commands.config(config, overrides or [], console)
+        commands.config("demo" if config is None else config, overrides or [], console)
 
 
 @app.command()

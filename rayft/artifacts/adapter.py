@@ -167,7 +167,9 @@ class AdapterArtifact:
 
     @property
     def revision(self) -> str | None:
-        """Revision of the base on the hub, according to the folder that it was read from."""
+        """Revision of the base on the hub: that which it was trained on, or PEFT's settings name."""
+        if self.meta.base_revision:
+            return self.meta.base_revision
         named = self.settings is not None and self.settings.base_model_name_or_path == self.meta.base_model
         return self.settings.revision if self.settings is not None and named else None
 

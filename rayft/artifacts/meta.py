@@ -45,6 +45,8 @@ class ArtifactMeta(Section):
     """Task of the model."""
     base_model: str = ""
     """Hub id, folder or registered name of the base."""
+    base_revision: str = ""
+    """Revision of the base on the hub that it was trained on; empty for `main`, or if it is not known."""
     base_fingerprint: str = ""
     """Fingerprint of the base's weights; empty if unknown."""
     data_digest: str = ""

@@ -24,11 +24,15 @@ def key_headers() -> dict[str, str]:
     """Return the HTTP header with the caller's key; empty if RAYFT_KEY is not set.
 
     Raises:
-        ResourceError: if the key can't be part of a header.
+        ResourceError: if the key is empty, or can't be part of a header.
     """
     key = os.environ.get(KEY)
     if key is None:
         return {}
+    if not key.strip():
+        raise ResourceError(f"the key in {KEY} is empty; set it again, or unset it")
+    if key != key.strip():
+        raise ResourceError(f"the key in {KEY} begins or ends with whitespace; set it again without that")
     if not key.isascii() or not key.isprintable():
         raise ResourceError(f"the key in {KEY} has characters that an HTTP header can't hold; set it again")
     return {"Authorization": f"Bearer {key}"}
@@ -43,7 +47,7 @@ def connect(url: str, option: str, timeout: float) -> httpx.Client:
         timeout: seconds that the server may take to answer.
 
     Raises:
-        ResourceError: if the text is not a URL, or the key can't be part of a header.
+        ResourceError: if the text is not a URL, or the key is empty or can't be part of a header.
     """
     try:
         url.encode()

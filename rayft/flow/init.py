@@ -63,7 +63,9 @@ UNLIMITED = 10**9
 LONGEST_ANSWER = 256
 """Most tokens of an answer when it is scored; generating them takes time."""
 EXAMINED = 200
-"""How many answers or images of each part, or first rows of a hub set, are looked at."""
+"""How many of the longest answers, images of each part, or first rows of a hub set, are looked at."""
+BATCH = 1000
+"""Texts whose tokens are counted at once."""
 HUB_ROWS = 20_000
 """Rows of each split of a hub set that are used; what is over them is not downloaded."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
@@ -479,11 +481,24 @@ class _Text:
         parts = self.prepared.parts
         if not parts.test[0].messages:
             return []
-        some = [example for part in (parts.train, parts.val, parts.test) for example in part[:EXAMINED]]
-        answers = perfect_answers(some, self.encoder, parts.scorer)
-        longest = max(answer.tokens for answer in answers)
-        what = "the longest answer" if longest <= LONGEST_ANSWER else f"the longest answer has {longest}"
+        scored = [*parts.val, *parts.test]
+        # The longest alone, which one pass over plain texts finds, are laid out as the model writes them.
+        texts = [f"{turn.content}{turn.extras or ''}" for turn in (one.messages[-1] for one in scored)]
+        order = np.argsort([-length for length in self._token_counts(texts)], kind="stable")
+        some = [scored[index] for index in order[:EXAMINED]]
+        longest = max(answer.tokens for answer in perfect_answers(some, self.encoder, parts.scorer))
+        what = "the longest answer of val and test"
+        if longest > LONGEST_ANSWER:
+            what += f" has {longest}"
         return ["evaluate:", f"  max_new_tokens: {min(longest, LONGEST_ANSWER)}  # {what}", ""]
+
+    def _token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each text has; a batch at a time, since those of all may not fit."""
+        counts: list[int] = []
+        for start in range(0, len(texts), BATCH):
+            batch = self.encoder(texts[start : start + BATCH], add_special_tokens=False)["input_ids"]
+            counts += map(len, batch)
+        return counts
 
 
 def _comment(text: str) -> str:

@@ -169,7 +169,13 @@ def _fuse_part(module: nn.Module) -> None:
     plain: Any = type(module)
     parameters, children = module._parameters, module._modules
     weight = parameters.get("weight")
-    if {*parameters} == {"weight"} and not children and weight is not None and weight.ndim == 1:
+    if (
+        {*parameters} == {"weight"}
+        and not children
+        and weight is not None
+        and weight.ndim == 1
+        and len(inspect.signature(plain.forward).parameters) == len(["self", "x"])
+    ):
         names = [name for name in EPSILONS if isinstance(getattr(module, name, None), float)]
         norms = [_class(FusedNorm, plain, kind=kind, epsilon=names[0]) for kind in get_args(Norm) if names]
         # Of several sizes, so that eps matters.
@@ -179,7 +185,9 @@ def _fuse_part(module: nn.Module) -> None:
     elif not parameters and {*children} >= PROJECTIONS and len(children) <= len(PROJECTIONS) + 1:
         blocks = [_class(FusedMlp, plain, activation=kind) for kind in get_args(Activation)]
         simple: dict[str, Any] = {**children, **{name: _linear() for name in PROJECTIONS}}
-        _swap(module, blocks, _copy(module, _modules=simple), _random(TOKENS, WIDTH))
+        # Of several sizes, since some blocks bound what they multiply.
+        sizes = 10.0 ** torch.arange(TOKENS).remainder(4).unsqueeze(1)
+        _swap(module, blocks, _copy(module, _modules=simple), (_random(TOKENS, WIDTH) * sizes).bfloat16())
     elif (attention := _with_rotation(plain)) is not None:
         module.__class__ = attention
 
@@ -233,25 +241,32 @@ def _swap(
 ) -> None:
     """Set the first class by which a copy of a module computes what the module's own class does."""
     expected = _computed(type(module), copied, x, options)
-    if expected is None:
+    if not expected:
         return
     for candidate in candidates:
         copied.__class__ = candidate
         found = _computed(candidate, copied, x, options)
-        if found is not None and torch.equal(found, expected):
+        if found and all(map(torch.equal, found, expected)):
             module.__class__ = candidate
             return
 
 
 def _computed(
     kind: type[nn.Module], module: nn.Module, x: torch.Tensor, options: Mapping[str, Any]
-) -> torch.Tensor | None:
+) -> list[torch.Tensor]:
+    """Return what a module computes in evaluation and in training, where some drop values; or nothing."""
+    found = []
     try:
-        with torch.no_grad():
-            found = kind.forward(module, x, **options)
+        with torch.no_grad(), torch.random.fork_rng([]):
+            for training in (False, True):
+                torch.manual_seed(0)
+                module.training = training
+                found.append(kind.forward(module, x, **options))
     except Exception:  # noqa: BLE001  (a module of an unknown kind may need anything)
-        return None
-    return found if isinstance(found, torch.Tensor) else None
+        return []
+    finally:
+        module.training = False
+    return found if all(isinstance(one, torch.Tensor) for one in found) else []
 
 
 @cache

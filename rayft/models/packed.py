@@ -168,9 +168,14 @@ def unpackable(model: nn.Module) -> str:
     )
     if dropped is not None:
         return f"the base drops values itself ({dropped}), at random over the whole batch"
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    if getattr(config, "attention_dropout", 0.0):
-        return "the base's attention drops values at random over the whole batch"
+    if any(isinstance(module, AdapterLinear) and module.quantised for module in model.modules()):
+        return "the base is quantised"
+    # Attention and some blocks drop values by a function, with a setting of their own.
+    settings: dict[str, Any] = model.config.get_text_config().to_dict()  # type: ignore[union-attr,operator]
+    for name, value in settings.items():
+        random = "drop" in name or "jitter" in name
+        if random and isinstance(value, float) and value and not name.startswith(("classifier", "summary")):
+            return f"the base draws random numbers ({name}: {value:g}) for the whole batch"
     return ""
 
 

@@ -1,8 +1,9 @@
-"""Numbers as the report and the terminal write them; `–` stands for what was not measured."""
+"""Numbers and texts as the report and the terminal write them; `–` stands for what was not measured."""
 
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 
 from rayft.report.record import Score
@@ -14,6 +15,7 @@ __all__ = [
     "human_count",
     "human_seconds",
     "loss_text",
+    "printable",
     "score_text",
     "signed_text",
 ]
@@ -81,6 +83,13 @@ def ago_text(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds // length:.0f} {unit} ago"
     return "just now"
+
+
+def printable(text: str) -> str:
+    """Return a text with control characters as escapes: in a terminal, a model's answer could change it."""
+    return "".join(
+        one if one in "\n\t" or unicodedata.category(one) != "Cc" else f"\\x{ord(one):02x}" for one in text
+    )
 
 
 def _scaled(value: float | None, units: Sequence[str], gap: str) -> str:

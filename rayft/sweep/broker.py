@@ -135,7 +135,8 @@ class Broker:
     async def submit(self, job: Job[Any, Any]) -> None:
         """Queue a job, unless a job of the same id has not ended yet."""
         entry = self._entries.get(job.id)
-        if entry is not None and not entry.done:
+        # The end of a job that was submitted ahead of its client may be waiting for it.
+        if entry is not None and (not entry.done or (entry.last is not None and not entry.given)):
             return
         entry = self._entries[job.id] = _Entry(job, progress={"state": "queued", "kind": job.kind})
         if self._closed:
@@ -524,11 +525,19 @@ class Broker:
             job = replace(entry.job, pack="") if len(entry.deaths) > 1 else entry.job
             if entry.done:
                 self._queue.remove(job_id)
+            elif pack is not None and self._has_its_share(lane, pack):
+                return None
             elif job.lane in (None, lane) and pack in (None, job.pack):
                 self._queue.remove(job_id)
                 self._begin(entry, lane)
                 return job
         return None
+
+    def _has_its_share(self, lane: str, pack: str) -> bool:
+        """Return whether a lane has as many of the open jobs that share batches as each lane should have."""
+        open_jobs = [one for one in self._entries.values() if one.job.pack == pack and not one.done]
+        mine = [one for one in open_jobs if one.lane == lane]
+        return len(mine) * max(1, len(self._lanes)) >= len(open_jobs)
 
     def _push(self, entry: _Entry, event: Event) -> None:
         entry.pushed += 1

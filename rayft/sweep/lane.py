@@ -137,10 +137,14 @@ class Lane:
         self._jobs += 1
         scope = f"job{self._jobs}"
         with self.home.within(scope):
-            if isinstance(first.request, ScoreRequest):
+            quantised = first.request.run.model.quantize is not None
+            if isinstance(first.request, ScoreRequest) and not quantised:
                 with self.timed("score"):
                     PackedScores(self, session, first).run()
-            elif (size := self._size(first.request.run, session)).slots > 1:
+            elif (
+                isinstance(first.request, TrainRequest)
+                and (size := self._size(first.request.run, session)).slots > 1
+            ):
                 PackedTrials(self, session, first, size).run()
             else:
                 self._run(first)

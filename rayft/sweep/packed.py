@@ -67,7 +67,7 @@ class PackedTrials:
                     self._ask()
                     self._hear()
                     with self._lane.timed("train" if self._stepped else "first steps of new slots"):
-                        self._courses.step()
+                        self._courses.advance()
                     self._stepped = True
                     self._end()
             finally:
@@ -98,7 +98,11 @@ class PackedTrials:
     def _ask(self) -> None:
         """Pass on new evaluations, all in one message."""
         new = {k: q for k, q in self._courses.questions.items() if k not in self._verdicts}
-        due = [(key, asked.step, dict(asked.metrics)) for key, asked in new.items()]
+        due = [
+            (key, asked.step, dict(asked.metrics))
+            for key, asked in new.items()
+            if self._trials[key].reporter.must_ask(asked.step)
+        ]
         if due:
             self._lane.broker.announce.remote(due)
         for key, asked in new.items():
@@ -173,8 +177,10 @@ class PackedScores:
         progress = _Progress(self._lane, [*together], total)
         try:
             found: Any = score_together(requests, adapters, self._session, self._lane.note, progress.add)
-        except Exception as error:  # noqa: BLE001  (reported to the broker)
-            found = dict.fromkeys(together, error)
+        except Exception:  # noqa: BLE001  (each then fails, or not, for a reason of its own)
+            for job in together.values():
+                self._lane.run(job)
+            return
         for key, job in together.items():
             self._lane.ended(job, found[key])
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from rayft.identity import UNKNOWN, Identity
+from rayft.sweep.result import trial_folder
 from rayft.tracking.base import TrackerSpec
+from rayft.train.checkpoint_folder import MASTERS_FILE, checkpoints
 from rayft.train.run import Placement, RunConfig, why_alone
 
 if TYPE_CHECKING:
@@ -51,6 +53,10 @@ class TrainRequest:
     def pack(self) -> str:
         """What trials have in common that share steps; empty if this one shares none."""
         if not self.packs or why_alone(self.run):
+            return ""
+        left = checkpoints(trial_folder(self.output, self.key) / "checkpoint")
+        if left and not (left[0].place / MASTERS_FILE).is_file():
+            # DeepSpeed's files, which an earlier version wrote, fit an engine of the run's own.
             return ""
         shared = self.run.model_dump(mode="json", include={"model", "data", "scale", "evaluate"})
         return json.dumps(shared, sort_keys=True)

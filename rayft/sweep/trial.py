@@ -20,7 +20,7 @@ from rayft.sweep.jobs import NewGroupError
 from rayft.sweep.request import TrainRequest, tracking_key
 from rayft.sweep.result import TrialResult, file_hashes, trial_folder, write_result
 from rayft.tracking.base import HASH_PARAM, Former, RunStatus
-from rayft.train.course import Question, Step, TrainResult
+from rayft.train.course import Asked, TrainResult
 from rayft.train.packed import Pack
 from rayft.train.placement import DeviceMemoryError
 from rayft.train.session import Session
@@ -65,7 +65,7 @@ class TrialCourse:
             pack=pack,
         )
 
-    def course(self) -> Generator[Step | Question, Any, TrialResult | None]:
+    def course(self) -> Generator[Asked, Any, TrialResult | None]:
         """Train, and write result.json; the first worker returns the result.
 
         Raises:
@@ -217,12 +217,16 @@ class LaneReporter(Reporter):
         """Pass an evaluation on; return a reference to the search's decision, or None if there is none."""
         if self._tracked:
             self._tracked.metrics(metrics, step)
-        if step >= self._steps:
+        if not self.must_ask(step):
             # There is nothing to decide after the last step; the result carries the number.
             self._lane.broker.log.remote(self._key, {"step": step, **metrics})
             return None
         self._asked = time.perf_counter()
         return self._lane.broker.report.remote(self._key, step, dict(metrics))
+
+    def must_ask(self, step: int) -> bool:
+        """Return whether the search has to decide on an evaluation: not after the last step."""
+        return step < self._steps
 
     def decided(self, verdict: Verdict) -> bool:
         """Receive the decision; return whether the run goes on."""

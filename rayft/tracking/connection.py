@@ -200,7 +200,8 @@ def _checked(uri: str) -> None:
 def _open_file(file: Path) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file} {'is a folder, not a file' if file.is_dir() else 'is not there'}")
-    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as database:
+    # Not read-only: after a process was killed in the middle of a write, the next one undoes the write.
+    with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=rw", uri=True)) as database:
         try:
             database.execute("PRAGMA schema_version").fetchone()
         except sqlite3.OperationalError as error:

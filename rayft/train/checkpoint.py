@@ -25,15 +25,13 @@ from rayft.errors import DiskFullError, TrainError
 from rayft.files import room_on
 from rayft.identity import Identity
 from rayft.train.best import BEST, Kept
-from rayft.train.checkpoint_folder import STATE_FILE, Checkpoint, checkpoints
+from rayft.train.checkpoint_folder import MASTERS_FILE, STATE_FILE, Checkpoint, checkpoints
 from rayft.train.deepspeed import DeepSpeedEngine, check_written, checkpoint_bytes, trained_state
 from rayft.train.masters import Holder, load_masters, read_masters, save_masters, write_masters
 from rayft.train.session import Session
 from rayft.train.worker import Worker
 
 __all__ = ["is_portable", "last_state", "restore", "save"]
-
-MASTERS_FILE = "masters.safetensors"
 
 
 def save(

@@ -25,6 +25,7 @@ from rayft.files import hash_content, sync_tree, write_file
 from rayft.identity import Identity
 
 __all__ = [
+    "MASTERS_FILE",
     "STATE_FILE",
     "Checkpoint",
     "checkpoint_identity",
@@ -36,6 +37,8 @@ __all__ = [
 ]
 
 STATE_FILE = "state.json"
+MASTERS_FILE = "masters.safetensors"
+"""File of a checkpoint from which any engine can continue."""
 KEPT = 2
 """Number of checkpoints that a run keeps while it trains."""
 THREADS = 8

@@ -1,4 +1,4 @@
-"""A run's course: what it asks for on its way (a step, or whether it may continue), and its result."""
+"""A run's course: what it asks for on its way (a step, a loss, whether it may continue), and its result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import torch
 
 from rayft.data.pack import Row
 
-__all__ = ["Course", "Part", "Question", "Step", "TrainResult", "drive", "random_state"]
+__all__ = [
+    "Asked",
+    "Course",
+    "Part",
+    "Question",
+    "Step",
+    "TrainResult",
+    "Validation",
+    "drive",
+    "random_state",
+]
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,14 @@ class Step:
     def padding(self, tokens: int) -> float:
         """Return the share of padding in batches of some tokens that have these rows."""
         return 1 - sum(len(row) for rows in self.share for row in rows) / tokens
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation loss of a run's present weights (nats per target), a float."""
+
+    engine: Any
+    """As in `Step`."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +97,16 @@ class TrainResult:
     """How the last step used its device: the fields of a `Placement`."""
 
 
-Course = Generator[Step | Question, Any, TrainResult]
+Asked = Step | Validation | Question
+"""What a course asks for."""
+Course = Generator[Asked, Any, TrainResult]
 """A run, from its start or its last checkpoint to its result."""
 ReturnT = TypeVar("ReturnT")
-Part = Generator[Step | Question, Any, ReturnT]
+Part = Generator[Asked, Any, ReturnT]
 """A part of a course."""
 
 
-def drive(
-    course: Generator[Step | Question, Any, ReturnT], answer: Callable[[Step | Question], Any]
-) -> ReturnT:
+def drive(course: Generator[Asked, Any, ReturnT], answer: Callable[[Asked], Any]) -> ReturnT:
     """Run a course, or what goes on around one, to its end.
 
     Args:

@@ -189,6 +189,12 @@ class FlatEngine:
         loss = flats[0].new_zeros((), dtype=torch.float32)
         self.deepspeed.backward(_Deliver.apply(loss, grads, *flats))  # type: ignore[no-untyped-call]
 
+    def drop_gradients(self) -> None:
+        """Forget gradients that a pass has left on the models' parameters."""
+        for part in self._all:
+            for parameter in part.parameters.values():
+                parameter.grad = None
+
     def gradients(self, member: int) -> list[torch.Tensor]:
         """Return a member's gradient as the engine will use it, after reduction (one worker, ZeRO 0 or 2)."""
         before = sum(map(len, self.parts[:member]))
@@ -238,6 +244,11 @@ class RunEngine(Holder):
     def step(self) -> None:
         """Take an optimizer step, after the last micro-batch."""
         self._flat.deepspeed.step()
+
+    @property
+    def global_steps(self) -> int:
+        """Number of optimizer steps that were taken."""
+        return int(self._flat.deepspeed.global_steps)
 
     @property
     def optimizer(self) -> Any:

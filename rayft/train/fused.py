@@ -49,7 +49,9 @@ def fuse_base(run: RunConfig, model: Any, train: Sequence[AnyEncoded], worker: W
     scale = run.scale
     if scale.fused is False or scale.device != "cuda" or scale.zero == 3 or run.model.task != "causal_lm":
         return
-    reason = fuse_checked(model, _tokens(train).to(worker.device), scale.torch_dtype)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TOKENS
+    tokens = _tokens(train)[: min(TOKENS, context) + 1]
+    reason = fuse_checked(model, tokens.to(worker.device), scale.torch_dtype)
     torch.cuda.empty_cache()
     with worker.together():
         if worker.largest(int(bool(reason))) == 0:

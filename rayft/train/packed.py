@@ -15,6 +15,7 @@ so a run that waits for an answer has rows in them too, whose loss counts nothin
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -29,17 +30,21 @@ from rayft.errors import ConfigError, TrainError
 from rayft.evaluate.loss import target_losses
 from rayft.models.inject import clear
 from rayft.models.packed import Layout, pack, skeleton, unpackable
-from rayft.train.course import Part, Question, Step
+from rayft.train.course import Asked, Part, Question, Step, Validation
 from rayft.train.deepspeed import StepResult
 from rayft.train.flat import FlatEngine
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Holder, Master
+from rayft.train.placement import recompute_activations
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
+from rayft.train.validation import MOST_TOKENS, longest, rows_at_once, validation_rows
 
 __all__ = ["Courses", "Pack", "Slot"]
 
 EndT = TypeVar("EndT")
+GPU_TIMES = 4
+"""How many times as many tokens a GPU validates at once, of several runs, as of one."""
 logger = logging.getLogger(__name__)
 
 
@@ -108,6 +113,8 @@ class Pack:
         if reason := unpackable(self._model):
             raise ConfigError(f"trials can't be packed: {reason}; set sweep.slots: 1")
         clear(self._model)
+        # A trial that had the lane to itself may have turned it on.
+        recompute_activations(self._model, wanted=False)
         self._skeleton = skeleton(self._model)
         self._layout = Layout()
         self._slots: list[Slot] = []
@@ -117,6 +124,8 @@ class Pack:
         self._numbers = 0
         self._together: int | None = None
         """Number of slots whose rows share a pass; None for all."""
+        self._updating = False
+        """Whether the last step has begun to change parameters."""
         self._captured: ExitStack | None = None
         """Holds the graphs of the slots that the engine has."""
 
@@ -167,11 +176,56 @@ class Pack:
             try:
                 return self._step(steps)
             except torch.OutOfMemoryError:
-                if not self._graphs and (self._together == 1 or len(steps) == 1):
+                least = not self._graphs and (self._together == 1 or len(steps) == 1)
+                if self._updating or least:
                     raise
             self._lower(len(steps))
             # The new engine knows nothing of the gradients that were left behind.
             self._build()
+
+    def validate(self, slots: Sequence[Slot]) -> dict[Slot, float]:
+        """Return the validation loss of each of some runs; their examples share batches.
+
+        Raises:
+            torch.OutOfMemoryError: if not even those of one run fit into the device's memory.
+        """
+        if self._built != self._slots:
+            self._build()
+        session, order = self._session, [slot for slot in self._slots if slot in slots]
+        most = MOST_TOKENS * (GPU_TIMES if session.worker.device != "cpu" else 1)
+        together = min(len(order), max(1, most // (rows_at_once(session) * longest(session))))
+        while True:
+            try:
+                return self._losses(order, together)
+            except torch.OutOfMemoryError:
+                if together == 1:
+                    raise
+            together = -(-together // 2)
+
+    @torch.no_grad()
+    def _losses(self, order: Sequence[Slot], together: int) -> dict[Slot, float]:
+        """Return the validation loss of each slot, where the examples of some of them share batches."""
+        session = self._session
+        rows, at_once = validation_rows(session, range(len(session.val))), rows_at_once(session)
+        self._model.eval()
+        totals, targets = dict.fromkeys(order, 0.0), 0
+        for start in range(0, len(rows), at_once):
+            chunk = rows[start : start + at_once]
+            for first in range(0, len(order), together):
+                group = order[first : first + together]
+                losses = self._validate(group, chunk)
+                for slot, loss in zip(group, losses.sum(1).tolist(), strict=True):
+                    totals[slot] += loss
+            targets += losses.shape[1]
+            session.tick()
+        return {slot: total / max(targets, 1) for slot, total in totals.items()}
+
+    def _validate(self, group: Sequence[Slot], rows: Sequence[Row]) -> torch.Tensor:
+        """Return the loss of each target of some rows, for each of some slots: (slots, targets)."""
+        batch = collate_rows([*rows] * len(group), self._session.pad_id).to(self._session.worker.device)
+        assert isinstance(batch, Batch)
+        self._layout.enter([slot.number for slot in group for _ in rows], batch.input_ids.shape[1])
+        return target_losses(self._model, batch).view(len(group), -1)
 
     def close(self) -> None:
         """Destroy the engine, and take the adapters out of the base."""
@@ -205,6 +259,7 @@ class Pack:
         """Destroy the engine; each slot keeps what it has learnt, for the next one."""
         if self._engine is None:
             return
+        self._engine.drop_gradients()
         if self._captured is not None:
             self._captured.close()
             self._captured = None
@@ -222,12 +277,16 @@ class Pack:
         run = self._slots[0].run
         stage = 0 if run.scale.dtype == "float32" else 2
         scale = run.scale.model_copy(update={"zero": stage, "accumulation": run.scale.accumulation or 1})
-        return run.model_copy(update={"scale": scale, "deepspeed": {"gradient_clipping": 0.0}})
+        settings: dict[str, Any] = {"gradient_clipping": 0.0}
+        if stage:
+            # Or a slot that diverges would cancel the step of all.
+            settings["bf16"] = {"check_grad_overflow": False}
+        return run.model_copy(update={"scale": scale, "deepspeed": settings})
 
     # --- steps
 
     def _step(self, steps: Mapping[Slot, Step]) -> dict[Slot, StepResult]:
-        engine = self._engine
+        engine, self._updating = self._engine, False
         assert engine is not None
         for slot, groups_of in zip(self._built, engine.groups, strict=True):
             for group in groups_of:
@@ -253,6 +312,7 @@ class Pack:
             engine.deliver()
             last = micros[0] is groups[0][-1]
             norms = self._clip(engine, steps) if last else {}
+            self._updating = last
             engine.deepspeed.step()
         self._session.tick()
         return {
@@ -341,7 +401,15 @@ class Pack:
             factor = (slot.run.optim.clip / (norm + 1e-6)).clamp(max=1.0)
             for gradient in gradients:
                 gradient.mul_(factor)
-        return dict(zip(slots, torch.stack(norms).tolist(), strict=True))
+        found = dict(zip(slots, torch.stack(norms).tolist(), strict=True))
+        for slot, groups in zip(self._built, engine.groups, strict=True):
+            if not math.isfinite(found.get(slot, 0.0)):
+                # It has diverged, and its own loss will say so.
+                for gradient in engine.gradients(self._built.index(slot)):
+                    gradient.zero_()
+                for group in groups:
+                    group["active"] = False
+        return found
 
 
 def _trainable(slot: Slot) -> dict[str, nn.Parameter]:
@@ -354,7 +422,7 @@ class Courses(Generic[EndT]):
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
         self._courses: dict[str, Part[EndT]] = {}
-        self._asked: dict[str, Step | Question] = {}
+        self._asked: dict[str, Asked] = {}
         self._ended: dict[str, EndT | Exception] = {}
 
     def begin(self, key: str, course: Part[EndT]) -> None:
@@ -376,18 +444,34 @@ class Courses(Generic[EndT]):
         course = self._courses[key]
         self._go_on(key, course.send, go_on)
 
-    def step(self) -> bool:
-        """Take the next step of all runs that have no question; return whether there was one."""
+    def advance(self) -> bool:
+        """Go on with all runs that have no question: validate those that ask for it, or else take a step.
+
+        Returns:
+            Whether there was one.
+        """
+        try:
+            return self._validated() or self._stepped()
+        except torch.OutOfMemoryError:
+            # Of an engine, or of the examples of one run.
+            for key in [key for key, asked in self._asked.items() if not isinstance(asked, Question)]:
+                self._go_on(key, self._courses[key].throw, torch.OutOfMemoryError())
+            return True
+
+    def _validated(self) -> bool:
+        due = {key: asked.engine for key, asked in self._asked.items() if isinstance(asked, Validation)}
+        if due:
+            losses = self._pack.validate([*due.values()])
+            for key, slot in due.items():
+                self._go_on(key, self._courses[key].send, losses[slot])
+            return True
+        return False
+
+    def _stepped(self) -> bool:
         steps = {key: asked for key, asked in self._asked.items() if isinstance(asked, Step)}
         if not steps:
             return False
-        try:
-            results = self._pack.step({one.engine: one for one in steps.values()})
-        except torch.OutOfMemoryError:
-            for key in steps:
-                course = self._courses[key]
-                self._go_on(key, course.throw, torch.OutOfMemoryError())
-            return True
+        results = self._pack.step({one.engine: one for one in steps.values()})
         for key, one in steps.items():
             course, result = self._courses[key], results[one.engine]
             self._go_on(key, course.send, result)
@@ -405,7 +489,7 @@ class Courses(Generic[EndT]):
         self._courses.clear()
         self._asked.clear()
 
-    def _go_on(self, key: str, go: Callable[[Any], Step | Question], value: object) -> None:
+    def _go_on(self, key: str, go: Callable[[Any], Asked], value: object) -> None:
         self._asked.pop(key, None)
         try:
             self._asked[key] = go(value)

@@ -26,7 +26,7 @@ from rayft.files import write_file
 from rayft.models.attention import fits_graphs, mask_for
 from rayft.models.files import cache_folder
 from rayft.models.inject import clear
-from rayft.train.placement import limited
+from rayft.train.placement import limited, recompute_activations
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 
@@ -109,6 +109,9 @@ def _seconds(run: RunConfig, session: Session, slots: int) -> float | None:
     except torch.OutOfMemoryError:
         logger.info("the rows of %d runs do not fit", slots)
         return None
+    except Exception:
+        logger.info("the base's passes can't be timed alone", exc_info=True)
+        return None
     finally:
         torch.cuda.empty_cache()
 
@@ -118,6 +121,7 @@ class _Passes:
 
     def __init__(self, model: Any, batch: Batch) -> None:
         clear(model)
+        recompute_activations(model, wanted=False)
         model.train()
         self._inner, self._batch = model.base_model, batch
         self._embedded = model.get_input_embeddings()(batch.input_ids).detach()

@@ -22,10 +22,8 @@ from typing import Any
 import torch
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta, ModuleShapes, folder_bytes
-from rayft.data.pack import AnyBatch, Row, Rows, collate_rows, rows_of
-from rayft.data.texts import lengths_of
+from rayft.data.pack import AnyBatch, Row, collate_rows
 from rayft.errors import ConfigError, InterruptedRunError, TrainError
-from rayft.evaluate.loss import mean_loss
 from rayft.files import room_on, sync_tree
 from rayft.identity import Identity
 from rayft.methods.base import LayerShape, LoraFactors, MethodConfig
@@ -38,7 +36,17 @@ from rayft.peft.folder import Artifact
 from rayft.squeeze.anneal import Phase, revive
 from rayft.train import checkpoint
 from rayft.train.best import BEST, Kept
-from rayft.train.course import Course, Part, Question, Step, TrainResult, drive, random_state
+from rayft.train.course import (
+    Asked,
+    Course,
+    Part,
+    Question,
+    Step,
+    TrainResult,
+    Validation,
+    drive,
+    random_state,
+)
 from rayft.train.deepspeed import (
     DeepSpeedEngine,
     StepResult,
@@ -69,6 +77,7 @@ from rayft.train.placement import (
 )
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
+from rayft.train.validation import validation_loss
 
 __all__ = [
     "Course",
@@ -78,10 +87,6 @@ __all__ = [
     "check_start",
     "validation_loss",
 ]
-
-
-MOST_TOKENS = 2**15
-"""Most tokens in a batch of the validation, unless a single row has more."""
 
 
 @dataclass
@@ -398,8 +403,10 @@ class Trainer:
             self.reporter.log(progress.step, _step_metrics(lr, result, seconds))
         return True
 
-    def answer(self, asked: Step | Question) -> StepResult | bool:
+    def answer(self, asked: Asked) -> StepResult | bool | float:
         """Answer what the course of a run asks for that has the device to itself."""
+        if isinstance(asked, Validation):
+            return validation_loss(self.session)
         if isinstance(asked, Question):
             return self.worker.share(
                 self.worker.rank == 0 and self.reporter.report(asked.step, asked.metrics)
@@ -464,7 +471,7 @@ class Trainer:
             Whether the run may continue.
         """
         progress, started = self.progress, time.perf_counter()
-        value = validation_loss(self.session)
+        value: float = yield Validation(self.engine)
         release(self.engine)
         if not math.isfinite(value):
             raise TrainError(
@@ -623,6 +630,7 @@ class Trainer:
             method=run.method.name,
             task=run.model.task,
             base_model=run.model.name,
+            base_revision=run.model.revision or "",
             base_fingerprint=session.loaded.fingerprint,
             data_digest=session.parts.digest,
             parent=self.progress.start,
@@ -674,39 +682,6 @@ class Trainer:
         if self._kept_step is not None:
             return self.progress.best_loss
         return self.progress.val_curve[-1][1] if self.progress.val_curve else math.nan
-
-
-def validation_loss(session: Session) -> float:
-    """Return the mean loss over the validation part (nats per target); the workers share the examples."""
-    worker, model = session.worker, session.loaded.model
-    model.eval()
-    rows = _eval_rows(session, range(worker.rank, len(session.val), worker.world))
-    loss, count = worker.total(*mean_loss(model, _eval_batches(session, rows)))
-    # Under ZeRO-3 all workers must take part in each forward pass: those with fewer batches run additional
-    # ones, which don't count.
-    batches = -(-len(rows) // _at_once(session))
-    for _ in range(worker.largest(batches) - batches):
-        mean_loss(model, _eval_batches(session, _eval_rows(session, range(1))))
-    return loss / max(count, 1)
-
-
-def _eval_rows(session: Session, chosen: Sequence[int]) -> Rows:
-    """Pack some validation examples into rows."""
-    length = max(512, int(lengths_of(session.val).max()))
-    return rows_of(session.val, length, packing=session.packing, order=chosen)
-
-
-def _at_once(session: Session) -> int:
-    """Return the number of rows in a batch of the validation: one, if rows are long."""
-    rows = 4 if session.val[0].label is None else 16
-    return max(1, min(rows, MOST_TOKENS // int(lengths_of(session.val).max())))
-
-
-def _eval_batches(session: Session, rows: Rows) -> Iterator[AnyBatch]:
-    for start in range(0, len(rows), _at_once(session)):
-        session.tick()
-        batch = rows[start : start + _at_once(session)]
-        yield collate_rows(batch, session.pad_id).to(session.worker.device)
 
 
 def _evaluation_steps(run: RunConfig, evaluate_at: Sequence[int]) -> set[int]:

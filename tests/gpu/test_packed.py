@@ -75,7 +75,7 @@ def test_the_losses_are_those_of_each_alone(
         while len(courses):
             for name in courses.questions:
                 courses.answer(name, True)
-            courses.step()
+            courses.advance()
             ended |= courses.ended()
         assert pack._graphs == graphs
         pack.close()

@@ -172,6 +172,18 @@ def test_an_adapter_has_its_ranks(adapter: AdapterArtifact, tmp_path: Path) -> N
         full.peft_model()
 
 
+@pytest.mark.parametrize("path", [".", "inner/.."])
+def test_the_folder_in_which_one_is_can_be_squeezed(
+    path: str, adapter: AdapterArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = adapter.save(tmp_path / "mine")
+    (tmp_path / "mine" / "inner").mkdir()
+    monkeypatch.chdir(folder)
+    found = rayft.squeeze(path, ranks=[2], quiet=True)
+    assert found.folder == tmp_path / "mine-squeezed"
+    assert [rayft.load(made).rank for made in found.adapters.values()] == [2]
+
+
 def test_an_output_folder_stands_for_what_it_holds(adapter: AdapterArtifact, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("# sweep 123\n")
     adapter.save(tmp_path / "adapter")

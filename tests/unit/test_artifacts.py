@@ -420,3 +420,15 @@ def test_at_rank_refuses_ranks_that_the_adapter_does_not_have() -> None:
 def test_parameters_and_bytes_are_counted() -> None:
     assert mixed().rank == 3
     assert mixed().parameters == 3 * 12 + 2 * 12 + 1 * 10 + 3 * 10 + 6
+
+
+def test_the_revision_of_the_base_is_kept(tmp_path: Path) -> None:
+    """What was trained on a revision names it in PEFT's settings too, and what is made of it as well."""
+    factors = LoraFactors(torch.ones(2, 4), torch.ones(3, 2), 1.0)
+    meta = ArtifactMeta(base_model="org/base", base_revision="abc")
+    AdapterArtifact(modules={"one": factors}, meta=meta).save(tmp_path / "first")
+    read = AdapterArtifact.load(tmp_path / "first")
+    assert read.revision == "abc"
+    assert json.loads((tmp_path / "first" / "adapter_config.json").read_text())["revision"] == "abc"
+    AdapterArtifact(modules=read.modules, meta=read.meta).save(tmp_path / "second")
+    assert AdapterArtifact.load(tmp_path / "second").revision == "abc"

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from rayft.flow.chat.conversation import Side
 from rayft.flow.chat.models import ChatModel, Options
+from rayft.report.text import printable
 
 __all__ = ["talk"]
 
@@ -34,7 +35,8 @@ def talk(models: Sequence[ChatModel], console: Console, options: Options, system
     """
     sides = [Side(model, system) for model in models]
     if sys.stdin.isatty():
-        console.print(f"{' and '.join(side.model.name for side in sides)}: {COMMANDS}", style="dim")
+        names = " and ".join(printable(side.model.name) for side in sides)
+        console.print(f"{names}: {COMMANDS}", style="dim")
     with _own_interrupts():
         for line in _lines():
             if line == "/quit":
@@ -66,12 +68,11 @@ def _one(side: Side, console: Console, options: Options) -> None:
     def show(_: Side, content: str, reasoning: str) -> None:
         for text, style in ((reasoning, "dim"), (content, None)):
             if text:
-                console.print(text, style=style, end="", soft_wrap=True)
+                console.print(printable(text), style=style, end="", soft_wrap=True)
 
     _run([side], options, show)
-    console.print(
-        f" {side.note}" if side.note and side.content else side.note, style="yellow", soft_wrap=True
-    )
+    note = printable(side.note)
+    console.print(f" {note}" if note and side.content else note, style="yellow", soft_wrap=True)
 
 
 def _beside(sides: Sequence[Side], console: Console, options: Options) -> None:
@@ -79,7 +80,7 @@ def _beside(sides: Sequence[Side], console: Console, options: Options) -> None:
         _run(sides, options, lambda *_: None)
         for side in sides:
             shown = " ".join(text for text in (side.content, side.note) if text)
-            console.print(f"{side.model.name}: {shown}", soft_wrap=True)
+            console.print(printable(f"{side.model.name}: {shown}"), soft_wrap=True)
         return
     with Live(console=console, transient=True, refresh_per_second=10) as live:
         _run(sides, options, lambda *_: live.update(_columns(sides, console)))
@@ -89,11 +90,15 @@ def _beside(sides: Sequence[Side], console: Console, options: Options) -> None:
 
 def _columns(sides: Sequence[Side], console: Console) -> Table:
     # So narrow that the terminal's own ^C fits beside it; on a line of its own it would shift the table.
-    table = Table(*(side.model.name for side in sides), width=console.width - 4)
+    table = Table(*(printable(side.model.name) for side in sides), width=console.width - 4)
     for column in table.columns:
         column.ratio, column.overflow = 1, "fold"
     cells = [
-        Text.assemble((side.reasoning, "dim"), side.content, (f" {side.note}" if side.note else "", "yellow"))
+        Text.assemble(
+            (printable(side.reasoning), "dim"),
+            printable(side.content),
+            (printable(f" {side.note}") if side.note else "", "yellow"),
+        )
         for side in sides
     ]
     table.add_row(*cells)

@@ -22,7 +22,7 @@ from rayft.report.record import Score
 from rayft.sweep.score import failures_text
 from rayft.train.run import RunConfig
 from rayft.train.session import Session, check_task
-from rayft.train.trainer import validation_loss
+from rayft.train.validation import validation_loss
 from rayft.train.worker import Worker
 
 __all__ = ["OnData", "measure"]

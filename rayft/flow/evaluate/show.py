@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from rayft.flow.evaluate.record import Answer, Evaluation
 from rayft.report.record import Score
-from rayft.report.text import loss_text, score_text, signed_text
+from rayft.report.text import loss_text, printable, score_text, signed_text
 
 __all__ = ["show_answers", "show_scores"]
 
@@ -75,24 +74,16 @@ def show_answers(found: Evaluation, count: int, console: Console) -> None:
             grid.add_column(style="bold", no_wrap=True, max_width=max(12, console.width // 3))
             grid.add_column(overflow="fold")
             for label, text, style in rows:
-                grid.add_row(label, Text(_printable(text), style))
+                grid.add_row(label, Text(printable(text.strip()), style))
             console.print(grid)
         else:
             console.print(f"\n{title}")
             for label, text, _ in rows:
-                console.print(f"{label}: {_printable(text)}", soft_wrap=True)
+                console.print(f"{label}: {printable(text.strip())}", soft_wrap=True)
 
 
 def _score_text(score: Score) -> str:
     return score_text(score, 3) if math.isfinite(score.low) else f"{score.value:.4g}"
-
-
-def _printable(text: str) -> str:
-    """Return a text with control characters as escapes: in a terminal, a model's answer could change it."""
-    return "".join(
-        one if one in "\n\t" or unicodedata.category(one) != "Cc" else f"\\x{ord(one):02x}"
-        for one in text.strip()
-    )
 
 
 def _by_question(found: Evaluation, count: int) -> Iterator[list[tuple[str, Answer]]]:

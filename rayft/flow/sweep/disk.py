@@ -20,7 +20,7 @@ from rayft.models.load import load_skeleton
 from rayft.models.methods import method
 from rayft.models.targets import select
 from rayft.sweep.space import Point
-from rayft.train.run import RunConfig
+from rayft.train.run import RunConfig, why_alone
 
 __all__ = ["check_disk", "check_other_disks", "derived_bytes", "trial_bytes"]
 
@@ -35,19 +35,24 @@ RAY_FULL = 0.95
 """Ray moves no objects to a disk of which more than this share is used."""
 
 
-def trial_bytes(points: Sequence[Point], shapes: dict[str, tuple[int, int]], lanes: int) -> int:
+def trial_bytes(
+    points: Sequence[Point], shapes: dict[str, tuple[int, int]], lanes: int, slots: int = 1
+) -> int:
     """Return the most bytes that the trials of a sweep keep at once: adapters, trails and checkpoints.
 
     Args:
         points: the trials.
         shapes: linear layer of the base → its shape (outputs, inputs).
-        lanes: how many trials train at once.
+        lanes: number of lanes.
+        slots: how many trials share the steps of a lane, of those that can.
     """
     configs = {content_hash(point.run.method): point.run.method for point in points}
     stored = {key: _stored(config, shapes) for key, config in configs.items()}
     kept = sum(stored[content_hash(point.run.method)] * _bytes_of_a_number(point.run) for point in points)
     # A trial that has ended keeps one checkpoint; one that trains keeps two, and writes a third beside them.
-    return kept + lanes * 2 * CHECKPOINT * max(stored.values())
+    sharing = [stored[content_hash(point.run.method)] for point in points if not why_alone(point.run)]
+    busy = max(max(stored.values()), sum(sorted(sharing, reverse=True)[:slots]))
+    return kept + lanes * 2 * CHECKPOINT * busy
 
 
 def _stored(config: MethodConfig, shapes: dict[str, tuple[int, int]]) -> int:

@@ -17,8 +17,10 @@ from typer.testing import CliRunner
 
 from rayft.cli import app
 from rayft.config import load
+from rayft.data.prepared import prepare
 from rayft.data.section import PartFiles
 from rayft.errors import ConfigError, DataError, ModelError
+from rayft.evaluate.tasks import perfect_answers
 from rayft.flow.config import PipelineConfig
 from rayft.flow.data import look
 from rayft.flow.init import _parts, write_configuration
@@ -26,7 +28,7 @@ from rayft.flow.sweep.preflight import preflight
 from rayft.flow.train import as_sweep
 from rayft.models.files import cache_folder
 from rayft.models.here import hub_models
-from rayft.models.load import REGISTERED
+from rayft.models.load import REGISTERED, load_encoder
 from rayft.models.tiny import save_tiny_qwen, save_tiny_vit
 from rayft.sweep.space import points
 
@@ -92,6 +94,24 @@ def test_the_configuration_runs(make: Any, name: str, rows: Any, form: str) -> N
     assert config.sweep.grace < config.optim.steps
     one = as_sweep(config, False)
     assert len(points(one.sweep, one.run(False))) == 1
+
+
+def test_the_answers_of_all_examples_to_score_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of few examples, so that the first of each part would not do.
+    monkeypatch.setattr("rayft.flow.init.EXAMINED", 2)
+    monkeypatch.setattr("rayft.flow.init.BATCH", 7)
+    rows = [{"prompt": f"What is {n}?", "completion": "box " * (n * 37 % 41) + "end"} for n in range(100)]
+    write_configuration(jsonl("long.jsonl", rows), Path("my.yaml"), "tiny-llama")
+    config = load(PipelineConfig, "my.yaml")
+    tokenizer = load_encoder(config.model)
+    parts = prepare(config.data, tokenizer, cache_folder()).parts
+    lengths = [
+        answer.tokens
+        for part in (parts.val, parts.test)
+        for answer in perfect_answers(part, tokenizer, parts.scorer)
+    ]
+    assert max(lengths[:2] + lengths[len(parts.val) :][:2]) < max(lengths)
+    assert config.evaluate.max_new_tokens == max(lengths)
 
 
 def test_the_only_data_file_of_the_folder_is_taken() -> None:

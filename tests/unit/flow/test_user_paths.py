@@ -223,12 +223,30 @@ def test_a_server_that_is_not_a_url_is_refused(fails: Callable[..., str], server
     fails("adapters", "list", "--server", server)
 
 
-@pytest.mark.parametrize("key", ["clé", "a\nb"])
-def test_a_key_that_a_header_can_not_hold_is_refused(
-    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, key: str
+@pytest.mark.parametrize(
+    ("key", "problem"),
+    [
+        ("sécret", "characters"),
+        ("se\ncret", "characters"),
+        ("secret ", "whitespace"),
+        ("\tsecret", "whitespace"),
+        ("secret\n", "whitespace"),
+        ("", "is empty"),
+        (" ", "is empty"),
+    ],
+)
+def test_a_key_that_a_header_can_not_hold_is_refused_and_not_shown(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, key: str, problem: str
 ) -> None:
     monkeypatch.setenv("RAYFT_KEY", key)
-    assert "RAYFT_KEY" in fails("adapters", "list")
+    message = fails("adapters", "list")
+    assert re.search(f"the key in RAYFT_KEY .*{problem}", message)
+    assert "cret" not in message
+
+
+@pytest.mark.parametrize("given", [("nothing.yaml",), ("tiny",), ("",), ("--set", "seed=1")])
+def test_a_schema_is_that_of_every_configuration(fails: Callable[..., str], given: tuple[str, ...]) -> None:
+    assert f"leave out {given[0]}" in fails("config", *given, "--schema")
 
 
 @pytest.mark.parametrize("device", ["", "rubbish", "meta", "cuda:99"])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
@@ -258,3 +259,60 @@ def test_a_block_can_run_plainly() -> None:
         assert not is_fused(model)
     assert [type(part) for part in model.modules()] == before
     assert sum(isinstance(part, Fused) for part in model.modules()) == sum(LLAMA.values())
+
+
+class _Block(nn.Module):
+    """A gated feed-forward block that does something else too, as some models' do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(self, name, nn.Linear(16, 16, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class _Dropping(_Block):
+    """As Seed-OSS."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return functional.dropout(y, 0.1, training=self.training)
+
+
+class _Bounding(_Block):
+    """As DeepSeek-V4."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = functional.silu(self.gate_proj(x)).clamp(max=10.0)
+        return self.down_proj(gate * self.up_proj(x).clamp(-10.0, 10.0))
+
+
+class _Plain(_Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _GatedNorm(nn.Module):
+    """As Mamba 2's, whose second argument is optional."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(16)), 1e-5
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        if gate is not None:
+            x = x * functional.silu(gate)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused"), [(_Plain, True), (_Dropping, False), (_Bounding, False), (_GatedNorm, False)]
+)
+def test_parts_that_do_something_else_too_stay_plain(kind: type[nn.Module], *, fused: bool) -> None:
+    model = nn.ModuleList([kind().requires_grad_(False)])
+    fuse(model)
+    assert (type(model[0]) is not kind) == fused

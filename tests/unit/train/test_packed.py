@@ -15,6 +15,7 @@ from rayft.methods.base import MethodConfig
 from rayft.numerics import assert_close, tolerance
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.train import packed as module
+from rayft.train.flat import Part
 from rayft.train.packed import Courses, Pack
 from rayft.train.run import RunConfig, why_alone
 from rayft.train.session import Session
@@ -42,7 +43,7 @@ def packed(
     while len(courses):
         for key in courses.questions:
             courses.answer(key, True)
-        courses.step()
+        courses.advance()
         ended |= courses.ended()
     pack.close()
     return ended
@@ -121,7 +122,7 @@ def test_masters_in_float32_stay_with_their_slot(run: RunConfig, tmp_path: Path,
     while len(courses):
         for key in courses.questions:
             courses.answer(key, True)
-        courses.step()
+        courses.advance()
         ended |= courses.ended()
         if "short" in ended and waiting:
             begin(courses, pack, "late", waiting.pop("late"), tmp_path)
@@ -169,9 +170,11 @@ def test_one_run_that_does_not_fit_says_what_to_change(
 
 
 def test_a_base_that_drops_values_is_not_packed(session: Session) -> None:
-    session.loaded.model.config.attention_dropout = 0.1
-    with pytest.raises(ConfigError, match=r"attention drops values at random .* set sweep.slots: 1"):
-        Pack(session)
+    for name in ("attention_dropout", "residual_dropout"):
+        setattr(session.loaded.model.config, name, 0.1)
+        with pytest.raises(ConfigError, match=rf"random numbers \({name}: 0.1\) .* set sweep.slots: 1"):
+            Pack(session)
+        setattr(session.loaded.model.config, name, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -187,3 +190,65 @@ def test_a_base_that_drops_values_is_not_packed(session: Session) -> None:
 def test_runs_that_can_not_share_steps_say_why(run: RunConfig, changes: Any, reason: str) -> None:
     assert why_alone(run) == ""
     assert reason in why_alone(changed(run, **changes))
+
+
+def test_examples_of_slots_that_do_not_fit_together_are_validated_apart(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("abc")}
+    expected = packed(runs, session, tmp_path / "whole")
+    real, rows = module.target_losses, list[int]()
+
+    def target_losses(model: Any, batch: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            rows.append(len(batch.input_ids))
+            if len(batch.input_ids) > 4:
+                raise torch.OutOfMemoryError("no room")
+        return real(model, batch)
+
+    monkeypatch.setattr(module, "target_losses", target_losses)
+    lowered = packed(runs, session, tmp_path / "lowered")
+    for name, result in expected.items():
+        assert isinstance(result, TrainResult)
+        assert_same(result, lowered[name])
+    # Two rows of each slot: of all three, of two, of one.
+    assert {*rows} == {6, 4, 2}
+
+
+def test_in_bfloat16_a_slot_that_diverges_leaves_the_others_as_they_are(
+    run: RunConfig, tmp_path: Path
+) -> None:
+    run = changed(run, scale={"dtype": "bfloat16", "zero": 2})
+    session = Session.open(run, Worker())
+    runs = {"one": with_method(run, "lora"), "other": with_method(run, "cla", seed=2)}
+    clean = packed(runs, session, tmp_path / "clean")["one"]
+    runs["other"] = changed(runs["other"], optim={"lr": 1e30})
+    broken = packed(runs, session, tmp_path / "broken")
+    beside = broken["one"]
+    assert isinstance(clean, TrainResult)
+    assert isinstance(beside, TrainResult)
+    assert isinstance(broken["other"], TrainError)
+    assert [loss for _, loss in beside.train_curve] == pytest.approx(
+        [loss for _, loss in clean.train_curve], rel=torch.finfo(torch.bfloat16).eps
+    )
+
+
+def test_gradients_of_a_pass_that_did_not_fit_are_forgotten(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("ab")}
+    expected = packed(runs, session, tmp_path / "whole")
+    real, failed = Part.take_gradients, list[bool]()
+
+    def take_gradients(part: Part) -> None:
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("no room")
+        real(part)
+
+    monkeypatch.setattr(Part, "take_gradients", take_gradients)
+    again = packed(runs, session, tmp_path / "again")
+    assert failed
+    for name, result in expected.items():
+        assert isinstance(result, TrainResult)
+        assert_same(result, again[name])

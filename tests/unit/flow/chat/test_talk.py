@@ -70,3 +70,16 @@ def test_in_a_terminal_two_answers_stand_side_by_side(monkeypatch: pytest.Monkey
     talk([Echo("one"), Echo("two")], console, OPTIONS)
     line = next(line for line in reversed(out.getvalue().splitlines()) if "[/red]" in line)
     assert line.count("so a[/red]") == 2
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("names", [("one",), ("one", "two")])
+def test_control_characters_do_not_reach_the_terminal(
+    names: tuple[str, ...], terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\x1b]0;b\x07\n"))
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=terminal, markup=False, color_system=None)
+    talk([Echo(name) for name in names], console, OPTIONS)
+    assert r"so a\x1b]0;b\x07[/red]" in out.getvalue()
+    assert "\x1b]0;" not in out.getvalue()
