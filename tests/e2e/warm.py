@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,9 @@ class WarmWorkers:
             try:
                 ray.get(worker.serve.remote(settings))
             except ray.exceptions.RayTaskError as error:
-                ray.get(executor.broker.lane_died.remote(lane, str(error)))
+                # A lane that pulls when the executor has closed finds no broker, and ends by itself.
+                with suppress(ray.exceptions.ActorDiedError):
+                    ray.get(executor.broker.lane_died.remote(lane, str(error)))
             finally:
                 self._idle.append(worker)
 
