@@ -206,12 +206,13 @@ def train_floor_table() -> str:
             cells = [_cell(metrics, "gib", "{:.1f} GiB") for metrics in mine]
             lines.append("| | " + " | ".join(cells) + " |")
     if places:
-        one = next(iter(found.values()))["ms"]
-        lines += [
-            "",
-            f"On {one['device']}, torch {one['versions']['torch']}, commit {str(one['commit'])[:7]}.",
-        ]
+        lines += ["", _origin_line(next(iter(found.values()))["ms"])]
     return "\n".join(lines)
+
+
+def _origin_line(one: Mapping[str, Any]) -> str:
+    """Return the sentence that says on which device and commit a result was measured."""
+    return f"On {one['device']}, torch {one['versions']['torch']}, commit {str(one['commit'])[:7]}."
 
 
 def packed_step_table() -> str:
@@ -228,11 +229,7 @@ def packed_step_table() -> str:
         cells += [_cell(metrics, name, "{:.2f}") for name in ("over_lora", "over_cla", "over_sequential")]
         lines.append(f"| {title}{rows.replace('x', '×')} | " + " | ".join(cells) + " |")
     if found:
-        one = next(iter(found.values()))["ms"]
-        lines += [
-            "",
-            f"On {one['device']}, torch {one['versions']['torch']}, commit {str(one['commit'])[:7]}.",
-        ]
+        lines += ["", _origin_line(next(iter(found.values()))["ms"])]
     return "\n".join(lines)
 
 

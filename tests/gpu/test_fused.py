@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker
+from tests.gpu.sums import sums
 
 pytestmark = [
     pytest.mark.gpu,
@@ -176,12 +176,9 @@ def test_the_loss_takes_less_memory_than_the_logits() -> None:
 
 
 def train(folder: Path, name: str, **scale: Any) -> tuple[TrainResult, Session]:
-    data = folder / "sums.jsonl"
-    lines = [{"prompt": f"{i}+{j}=", "completion": str(i + j)} for i in range(12) for j in range(12)]
-    data.write_text("\n".join(map(json.dumps, lines)))
     run = RunConfig(
         model=ModelConfig(name="tiny-llama"),
-        data=DataConfig(source="jsonl", name=str(data), val=10, test=10, max_length=128),
+        data=DataConfig(source="jsonl", name=sums(folder), val=10, test=10, max_length=128),
         method=MethodConfig(name=name, rank=4),
         optim=OptimConfig(lr=1e-2, steps=8, rows_per_step=4),
         scale=ScaleConfig(device="cuda", dtype="bfloat16", zero=2, threads=1, accumulation=1, **scale),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,15 @@ from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker
+from tests.gpu.sums import sums
 
 pytestmark = pytest.mark.gpu
 
 
 def train(name: str, folder: Path, *, graphs: bool) -> TrainResult:
-    data = folder / "sums.jsonl"
-    lines = [{"prompt": f"{i}+{j}=", "completion": str(i + j)} for i in range(12) for j in range(12)]
-    data.write_text("\n".join(map(json.dumps, lines)))
     run = RunConfig(
         model=ModelConfig(name="tiny-llama"),
-        data=DataConfig(source="jsonl", name=str(data), val=10, test=10, max_length=128),
+        data=DataConfig(source="jsonl", name=sums(folder), val=10, test=10, max_length=128),
         method=MethodConfig(name=name, rank=4, dropout=0.1 if name == "lora" else 0.0),
         # One whose graphs are captured at each of its ranks.
         anneal=AnnealConfig(rank=2) if name == "lora_plus" else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from rayft.train.session import Session
 from rayft.train.slots import Sizing, sizing
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker
+from tests.gpu.sums import sums
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nccl_group")]
 
@@ -33,12 +33,10 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    data = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    lines = [{"prompt": f"{i}+{j}=", "completion": str(i + j)} for i in range(12) for j in range(12)]
-    data.write_text("\n".join(map(json.dumps, lines)))
+    data = sums(tmp_path_factory.mktemp("data"))
     return RunConfig(
         model=ModelConfig(name="tiny-llama"),
-        data=DataConfig(source="jsonl", name=str(data), val=10, test=10, max_length=128),
+        data=DataConfig(source="jsonl", name=data, val=10, test=10, max_length=128),
         optim=OptimConfig(lr=1e-2, steps=8, rows_per_step=4),
         scale=ScaleConfig(device="cuda", dtype="bfloat16", threads=1, accumulation=2, graphs=False).settled(),
         evaluate=EvaluateConfig(every=4),

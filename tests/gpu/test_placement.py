@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 from rayft.train.session import Session
 from rayft.train.trainer import Trainer, TrainResult
 from rayft.train.worker import Worker
+from tests.gpu.sums import sums
 from tests.reporter import RecordingReporter
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nccl_group")]
@@ -31,12 +31,9 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(folder: Path, reporter: RecordingReporter, name: str = "lora", **scale: Any) -> TrainResult:
-    data = folder / "sums.jsonl"
-    lines = [{"prompt": f"{i}+{j}=", "completion": str(i + j)} for i in range(60) for j in range(60)]
-    data.write_text("\n".join(map(json.dumps, lines)))
     run = RunConfig(
         model=ModelConfig(name="tiny-llama"),
-        data=DataConfig(source="jsonl", name=str(data), val=10, test=10, max_length=512),
+        data=DataConfig(source="jsonl", name=sums(folder, 60), val=10, test=10, max_length=512),
         method=MethodConfig(name=name, rank=4),
         optim=OptimConfig(lr=1e-2, steps=6, rows_per_step=ROWS),
         scale=ScaleConfig(device="cuda", dtype="bfloat16", zero=2, threads=1, **scale),
