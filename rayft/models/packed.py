@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,7 +25,9 @@ from rayft.methods.base import Adapter, AdapterLinear, LoraFactors
 from rayft.models.inject import attach, clear
 from rayft.models.targets import linears
 
-__all__ = ["Layout", "attached", "pack", "skeleton", "unpackable"]
+__all__ = ["Layout", "attached", "pack", "skeleton", "spans_of", "unpackable"]
+
+OwnerT = TypeVar("OwnerT")
 
 
 @dataclass
@@ -48,11 +50,8 @@ class Layout:
             slots: the slot of each row, sorted.
             width: tokens of a row.
         """
-        self.width, self.widths, self.spans, first = width, {}, {}, 0
-        for slot, rows in groupby(slots):
-            last = first + len([*rows])
-            self.spans[slot], self.widths[slot] = slice(first * width, last * width), width
-            first = last
+        self.width, self.spans = width, spans_of(slots, width)
+        self.widths = dict.fromkeys(self.spans, width)
 
     @property
     def key(self) -> tuple[tuple[int, int, int], ...]:
@@ -142,6 +141,21 @@ class PackedAdapter(Adapter):
         finally:
             self._layout.random[slot] = of.get_rng_state()
             of.set_rng_state(outside)
+
+
+def spans_of(owners: Sequence[OwnerT], width: int) -> dict[OwnerT, slice]:
+    """Return the tokens of each owner of rows, counted through all rows.
+
+    Args:
+        owners: the owner of each row; those of one owner follow one another.
+        width: tokens of a row.
+    """
+    spans, first = {}, 0
+    for owner, rows in groupby(owners):
+        last = first + len([*rows])
+        spans[owner] = slice(first * width, last * width)
+        first = last
+    return spans
 
 
 def skeleton(model: nn.Module) -> Any:

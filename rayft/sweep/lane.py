@@ -64,7 +64,7 @@ def serve_jobs(settings: LaneSettings) -> None:
             if job == CLOSE:
                 return
             if isinstance(job, Job):
-                lane.run_packed(job) if lane.packs(job) else lane.run(job)
+                lane.run(job)
             elif settings.once:
                 return
     finally:
@@ -116,39 +116,48 @@ class Lane:
         In a group, an error ends the workers too unless all of them raise it, since the others may wait for
         this one. A new group then takes the next job.
         """
-        self._jobs, self._job = self._jobs + 1, job.id
+        self._jobs += 1
         scope = f"job{self._jobs}"
         with self.home.within(scope):
-            self._run(job)
+            if self._packs(job):
+                self._run_packed(job)
+            else:
+                self.run_alone(job)
         self.home.drop(scope)
 
-    def packs(self, job: Job[Any, Any]) -> bool:
+    def run_alone(self, job: Job[Any, Any]) -> None:
+        """Do a job that shares no batches with others."""
+        self._job, request = job.id, job.request
+        try:
+            with self.timed(job.kind):
+                result = request(self)
+        except Exception as error:  # noqa: BLE001  (told to the broker)
+            result = error
+        self.ended(job, result)
+
+    def _packs(self, job: Job[Any, Any]) -> bool:
         """Return whether a job may share the lane's batches with others."""
         trial = job.kind == TrainRequest.kind
         return bool(job.pack) and self._slots != 1 and not (trial and self._alone)
 
-    def run_packed(self, first: Job[Any, Any]) -> None:
+    def _run_packed(self, first: Job[Any, Any]) -> None:
         """Do a job, and others that share its batches as long as there are any."""
+        request = first.request
         try:
-            session = self.session(first.request.run, first.request.expected)
+            session = self.session(request.run, request.expected)
         except Exception as error:  # noqa: BLE001  (told to the broker)
             self.ended(first, error)
             return
-        self._jobs += 1
-        scope = f"job{self._jobs}"
-        with self.home.within(scope):
-            quantised = first.request.run.model.quantize is not None
-            if isinstance(first.request, ScoreRequest) and not quantised:
-                with self.timed("score"):
-                    PackedScores(self, session, first).run()
-            elif (
-                isinstance(first.request, TrainRequest)
-                and (size := self._size(first.request.run, session)).slots > 1
-            ):
-                PackedTrials(self, session, first, size).run()
-            else:
-                self._run(first)
-        self.home.drop(scope)
+        if isinstance(request, ScoreRequest):
+            if request.run.model.quantize is not None:
+                self.run_alone(first)
+                return
+            with self.timed(first.kind):
+                PackedScores(self, session, first).run()
+        elif (size := self._size(request.run, session)).slots > 1:
+            PackedTrials(self, session, first, size).run()
+        else:
+            self.run_alone(first)
 
     def _size(self, run: RunConfig, session: Session) -> Sizing:
         """Return how trials like a run share steps; if they do not, no further ones are tried."""
@@ -231,15 +240,6 @@ class Lane:
             # The tracker reads the adapters that it sends, so it must be done before they are deleted.
             tracker.close()
         self.home.close()
-
-    def _run(self, job: Job[Any, Any]) -> None:
-        request = job.request
-        try:
-            with self.timed(job.kind):
-                result = request(self)
-        except Exception as error:  # noqa: BLE001  (told to the broker)
-            result = error
-        self.ended(job, result)
 
     def ended(self, job: Job[Any, Any], result: object) -> None:
         """Report to the broker how a job has ended: with a result, or with an exception.

@@ -7,8 +7,6 @@ decision takes no part in a step, and the others go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -16,7 +14,7 @@ import ray
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import RayftError
 from rayft.models.inject import check_fits
-from rayft.peft.folder import load_adapter
+from rayft.peft.folder import Artifact, PeftFolder, load_adapter
 from rayft.sweep.jobs import Job
 from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import TrialResult
@@ -87,12 +85,15 @@ class PackedTrials:
 
     def _begin(self, job: Job[Any, Any]) -> None:
         request: TrainRequest = job.request
-        with self._telling(job):
-            started = time.perf_counter()
+        started = time.perf_counter()
+        try:
             trial = TrialCourse(request, self._lane, self._pack.session(), started, self._pack)
-            self._jobs[job.id], self._trials[job.id] = job, trial
-            self._stepped = False
-            self._courses.begin(job.id, trial.course())
+        except Exception as error:  # noqa: BLE001  (reported to the broker; it ends the job and not the lane)
+            self._lane.ended(job, error)
+            return
+        self._jobs[job.id], self._trials[job.id] = job, trial
+        self._stepped = False
+        self._courses.begin(job.id, trial.course())
         self._end()
 
     def _ask(self) -> None:
@@ -111,7 +112,6 @@ class PackedTrials:
                 self._courses.answer(key, True)
             else:
                 self._verdicts[key], self._new = verdict, True
-        self._end()
 
     def _hear(self) -> None:
         """Receive the decisions that have been made; wait for one if no trial can go on without."""
@@ -127,7 +127,6 @@ class PackedTrials:
             key = references[reference]
             del self._verdicts[key]
             self._courses.answer(key, self._trials[key].reporter.decided(ray.get(reference)))
-        self._end()
 
     def _end(self) -> None:
         """Report the trials that have ended to the broker."""
@@ -136,14 +135,6 @@ class PackedTrials:
             job = self._jobs.pop(key)
             del self._trials[key]
             self._lane.ended(job, result)
-
-    @contextmanager
-    def _telling(self, job: Job[Any, Any]) -> Iterator[None]:
-        """Report an error in the block to the broker; it ends the job and not the lane."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001
-            self._lane.ended(job, error)
 
 
 class PackedScores:
@@ -160,26 +151,29 @@ class PackedScores:
 
     def run(self) -> None:
         """Score the jobs that fill a batch together; each is reported to the broker."""
-        jobs = self._jobs()
+        together: dict[str, Job[Any, Any]] = {}
         adapters: dict[str, AdapterArtifact | None] = {}
-        for key, job in jobs.items():
+        for key, job in self._jobs().items():
             try:
-                adapters[key] = self._adapter(job.request)
-            except _OwnLayersError:
-                self._lane.run(job)
+                adapter = self._adapter(job.request)
             except RayftError as error:
                 self._lane.ended(job, error)
-        together = {key: jobs[key] for key in adapters}
+                continue
+            if isinstance(adapter, PeftFolder):
+                # PEFT's layers know one batch.
+                self._lane.run_alone(job)
+            else:
+                together[key], adapters[key] = job, adapter
         if not together:
             return
         requests = {key: job.request for key, job in together.items()}
         total = sum(questions(request, self._session) for request in requests.values())
         progress = _Progress(self._lane, [*together], total)
         try:
-            found: Any = score_together(requests, adapters, self._session, self._lane.note, progress.add)
+            found = score_together(requests, adapters, self._session, self._lane.note, progress.add)
         except Exception:  # noqa: BLE001  (each then fails, or not, for a reason of its own)
             for job in together.values():
-                self._lane.run(job)
+                self._lane.run_alone(job)
             return
         for key, job in together.items():
             self._lane.ended(job, found[key])
@@ -196,19 +190,13 @@ class PackedScores:
             count += questions(job.request, self._session)
         return jobs
 
-    def _adapter(self, request: ScoreRequest) -> AdapterArtifact | None:
-        """Read the adapter of a request; None for the base."""
+    def _adapter(self, request: ScoreRequest) -> Artifact | None:
+        """Read the adapter of a request, and check that it fits; None for the base."""
         if request.adapter is None:
             return None
         found = load_adapter(self._session.home.local(request.adapter))
-        if not isinstance(found, AdapterArtifact):
-            raise _OwnLayersError
         check_fits(self._session.loaded.model, found)
         return found
-
-
-class _OwnLayersError(Exception):
-    """An adapter has layers of PEFT's, which know one batch."""
 
 
 class _Progress:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rayft.identity import UNKNOWN, Identity
 from rayft.sweep.result import trial_folder
 from rayft.tracking.base import TrackerSpec
-from rayft.train.checkpoint_folder import MASTERS_FILE, checkpoints
+from rayft.train.checkpoint_folder import checkpoints, is_portable
 from rayft.train.run import Placement, RunConfig, why_alone
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class TrainRequest:
         if not self.packs or why_alone(self.run):
             return ""
         left = checkpoints(trial_folder(self.output, self.key) / "checkpoint")
-        if left and not (left[0].place / MASTERS_FILE).is_file():
+        if left and not is_portable(left[0].place):
             # DeepSpeed's files, which an earlier version wrote, fit an engine of the run's own.
             return ""
         shared = self.run.model_dump(mode="json", include={"model", "data", "scale", "evaluate"})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import ray
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from rayft.artifacts import AdapterArtifact
 from rayft.data.source import Example
@@ -98,26 +100,12 @@ def run_score(
         note: called by the first worker with a sentence about answers for which the scorer raised an error.
         progress: called with the number of examples that are scored, and that of all.
     """
-    model = session.loaded.model
-    # What is fused is for training: a call of it costs the host more than one of plain operations.
-    with plainly(model):
-        return _run_score(request, session, note, progress)
-
-
-def _run_score(
-    request: ScoreRequest,
-    session: Session,
-    note: Callable[[str], object],
-    progress: Callable[[int, int], object],
-) -> dict[str, list[float]]:
     model, worker = session.loaded.model, session.worker
-    if request.adapter is None:
-        clear(model)
-    else:
-        attach(model, load_adapter(session.home.local(request.adapter)))
-    model.eval()
     found: dict[str, list[float]] = {}
-    try:
+    with _answering(model):
+        if request.adapter is not None:
+            attach(model, load_adapter(session.home.local(request.adapter)))
+        model.eval()
         chosen = {part: _chosen(getattr(session.parts, part), request.examples) for part in request.parts}
         watch = _Watch(sum(map(len, chosen.values())), worker.world, progress)
         for part, examples in chosen.items():
@@ -125,9 +113,21 @@ def _run_score(
             found[part], problems = _gather(values, problem, len(examples), session)
             if problems and worker.rank == 0:
                 note(f"{_name(request)}, {part}: {problems}")
-    finally:
-        clear(model)
     return found
+
+
+@contextmanager
+def _answering(model: nn.Module) -> Iterator[None]:
+    """Clear a model before and after the block, in which it computes without fused modules.
+
+    Those are for training: a call of one costs the host more than one of plain operations.
+    """
+    with plainly(model):
+        clear(model)
+        try:
+            yield
+        finally:
+            clear(model)
 
 
 def questions(request: ScoreRequest, session: Session) -> int:
@@ -154,24 +154,9 @@ def score_together(
     Returns:
         Key → part → the score of each example.
     """
-    with plainly(session.loaded.model):
-        return _score_together(requests, adapters, session, note, advance)
-
-
-def _score_together(
-    requests: Mapping[str, ScoreRequest],
-    adapters: Mapping[str, AdapterArtifact | None],
-    session: Session,
-    note: Callable[[str], object],
-    advance: Callable[[int], None],
-) -> dict[str, dict[str, list[float]]]:
     loaded, parts, started = session.loaded, session.parts, time.perf_counter()
     evaluate, layout = next(iter(requests.values())).run.evaluate, Layout()
     numbers = {key: slot for slot, key in enumerate(requests)}
-    clear(loaded.model)
-    slots = {numbers[key]: attached(loaded.model, found) for key, found in adapters.items() if found}
-    pack(loaded.model, slots, layout)
-    loaded.model.eval()
     asked = [
         (key, part, example)
         for key, request in requests.items()
@@ -179,15 +164,14 @@ def _score_together(
         for example in _chosen(getattr(parts, part), request.examples)
     ]
     shots = parts.train[: evaluate.shots]
-    try:
-        prompts = [
-            prompt_ids(example, loaded.tokenizer, requests[key].style, shots) for key, _, example in asked
-        ]
-        packed = Packed(layout, [numbers[key] for key, _, _ in asked])
-        batch = max(evaluate.batch_size, TOGETHER) if session.worker.device != "cpu" else evaluate.batch_size
+    prompts = [prompt_ids(example, loaded.tokenizer, requests[key].style, shots) for key, _, example in asked]
+    packed = Packed(layout, [numbers[key] for key, _, _ in asked])
+    batch = max(evaluate.batch_size, TOGETHER) if session.worker.device != "cpu" else evaluate.batch_size
+    with _answering(loaded.model):
+        slots = {numbers[key]: attached(loaded.model, found) for key, found in adapters.items() if found}
+        pack(loaded.model, slots, layout)
+        loaded.model.eval()
         answers = iter(_answers(session, prompts, evaluate.max_new_tokens, batch, packed, advance))
-    finally:
-        clear(loaded.model)
     found: dict[str, dict[str, list[float]]] = {key: {} for key in requests}
     for (key, part), group in groupby(asked, lambda one: one[:2]):
         examples = [example for _, _, example in group]

@@ -25,13 +25,19 @@ from rayft.errors import DiskFullError, TrainError
 from rayft.files import room_on
 from rayft.identity import Identity
 from rayft.train.best import BEST, Kept
-from rayft.train.checkpoint_folder import MASTERS_FILE, STATE_FILE, Checkpoint, checkpoints
+from rayft.train.checkpoint_folder import (
+    MASTERS_FILE,
+    STATE_FILE,
+    Checkpoint,
+    checkpoints,
+    is_portable,
+)
 from rayft.train.deepspeed import DeepSpeedEngine, check_written, checkpoint_bytes, trained_state
 from rayft.train.masters import Holder, load_masters, read_masters, save_masters, write_masters
 from rayft.train.session import Session
 from rayft.train.worker import Worker
 
-__all__ = ["is_portable", "last_state", "restore", "save"]
+__all__ = ["last_state", "restore", "save"]
 
 
 def save(
@@ -132,23 +138,18 @@ def last_state(
     return choice.state
 
 
-def is_portable(folder: Path, state: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint was written for any engine, and not by DeepSpeed for one like its own."""
-    return Path(folder, state["tag"], MASTERS_FILE).is_file()
-
-
 def restore(folder: Path, engine: DeepSpeedEngine | Holder, state: Mapping[str, Any]) -> None:
     """Load the parameters and the optimizer state of a checkpoint into an engine (all workers call it).
 
     Raises:
         TrainError: if the checkpoint's files are missing or damaged, or a packed run can't continue from it.
     """
-    portable = folder / state["tag"] / MASTERS_FILE
-    if is_portable(folder, state):
+    place = folder / state["tag"]
+    if is_portable(place):
         try:
-            masters, others = load_masters(portable)
+            masters, others = load_masters(place / MASTERS_FILE)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise TrainError(f"the checkpoint {portable} is damaged ({error}); delete {folder}") from error
+            raise TrainError(f"the checkpoint {place} is damaged ({error}); delete {folder}") from error
         engine.module.load_state_dict(others, strict=False)
         parameters = dict(engine.module.named_parameters())
         for name, master in masters.items():

@@ -31,6 +31,7 @@ __all__ = [
     "checkpoint_identity",
     "checkpoints",
     "commit",
+    "is_portable",
     "last_curve",
     "last_step",
     "prune",
@@ -72,6 +73,15 @@ class Checkpoint:
         found = _hashes(self.place)
         changed = [name for name, value in recorded.items() if found[name] != value]
         return f"{changed[0]} is not what was written" if changed else ""
+
+
+def is_portable(place: Path) -> bool:
+    """Return whether any engine can continue from a checkpoint, which DeepSpeed's files do not allow.
+
+    Args:
+        place: the checkpoint's folder.
+    """
+    return (place / MASTERS_FILE).is_file()
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:

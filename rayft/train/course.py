@@ -113,16 +113,17 @@ def drive(course: Generator[Asked, Any, ReturnT], answer: Callable[[Asked], Any]
         course: yields what it asks for.
         answer: answers it; a `torch.OutOfMemoryError` that it raises is thrown into the course.
     """
-    value, fits = None, True
+    value: Any = None
+    failure: str | None = None
     try:
         while True:
             # A new error, because the old one refers to all that did not fit.
-            asked = course.send(value) if fits else course.throw(torch.OutOfMemoryError())
-            fits = True
+            asked = course.send(value) if failure is None else course.throw(torch.OutOfMemoryError(failure))
+            failure = None
             try:
                 value = answer(asked)
-            except torch.OutOfMemoryError:
-                fits = False
+            except torch.OutOfMemoryError as error:
+                failure = str(error)
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
     finally:

@@ -20,7 +20,7 @@ from rayft.train.deepspeed import DeepSpeedEngine, build_engine, destroy, parame
 from rayft.train.masters import Holder, Master, read_masters, write_masters
 from rayft.train.run import RunConfig
 
-__all__ = ["FlatEngine", "RunEngine", "flattens"]
+__all__ = ["FlatEngine", "RunEngine", "flattens", "has_masters"]
 
 ALIGNED = 8
 """Parts of a flat parameter begin at multiples of this, so that kernels can read them in vectors."""
@@ -32,12 +32,17 @@ def flattens(run: RunConfig) -> bool:
     They are not where a whole model trains, which would need its gradients twice; under ZeRO-3, which gathers
     each parameter where it is used; or with settings of DeepSpeed's own, which may be about parameters.
     """
+    return has_masters(run) and not run.scale.offload
+
+
+def has_masters(run: RunConfig) -> bool:
+    """Return whether masters and moments are the whole state of a run, few enough to copy to one worker."""
     whole = method(run.method.name).saves_model
-    return not (whole or run.scale.zero == 3 or run.scale.offload or run.deepspeed)
+    return not (whole or run.scale.zero == 3 or run.deepspeed)
 
 
 class Part:
-    """A parameter group of a slot: one flat parameter, and where each of its parameters is in it."""
+    """A parameter group of a model: one flat parameter, and where each of its parameters is in it."""
 
     def __init__(self, group: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> None:
         self.lr_factor, self.weight_decay = group["lr_factor"], group["weight_decay"]
@@ -47,15 +52,15 @@ class Part:
         for name, parameter in self.parameters.items():
             self._starts[name] = self.size
             self.size += -(-parameter.numel() // ALIGNED) * ALIGNED
-        first = group["params"][0]
-        self.flat = nn.Parameter(self.joined({n: p.detach() for n, p in self.parameters.items()}, first))
+        values = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        self.flat = nn.Parameter(self.joined(values, group["params"][0].dtype))
         self.grad = torch.zeros_like(self.flat)
         self._grads = [*self.cut(self.grad).values()]
 
-    def joined(self, values: Mapping[str, torch.Tensor], like: torch.Tensor | None = None) -> torch.Tensor:
-        """Return a flat tensor with a value for each parameter, in `like`'s dtype, or else in float32."""
-        like = next(iter(self.parameters.values())) if like is None else like
-        flat = torch.zeros(self.size, device=like.device, dtype=like.dtype)
+    def joined(self, values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """Return a flat tensor with a value for each parameter."""
+        device = next(iter(self.parameters.values())).device
+        flat = torch.zeros(self.size, device=device, dtype=dtype)
         for name, view in self.cut(flat).items():
             view.copy_(values[name])
         return flat
@@ -74,16 +79,16 @@ class Part:
 
     def take_gradients(self) -> None:
         """Move the gradients of the parameters into the flat one."""
-        found = [parameter.grad for parameter in self.parameters.values()]
-        with torch.no_grad():
-            for view, gradient in zip(self._grads, found, strict=True):
-                if gradient is None:
-                    view.zero_()
-            pairs = [(view, grad) for view, grad in zip(self._grads, found, strict=True) if grad is not None]
-            if pairs:
-                torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        views, found = [], []
+        for view, parameter in zip(self._grads, self.parameters.values(), strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            else:
+                views.append(view)
+                found.append(parameter.grad)
+                parameter.grad = None
+        if views:
+            torch._foreach_copy_(views, found)
 
 
 class PartialAdamW(torch.optim.AdamW):
@@ -160,26 +165,23 @@ class FlatEngine:
         """What the engine trains."""
         return [part.flat for part in self._all]
 
-    def masters(self) -> list[dict[str, Master]]:
-        """Copy the state of all parameters: for each member, parameter path → its state."""
-        masters = iter(read_masters(self.deepspeed).values())
-        found = []
-        for parts in self.parts:
-            own: dict[str, Master] = {}
-            for part in parts:
-                own |= _parted(part, next(masters))
-            found.append(own)
+    def masters(self, member: int) -> dict[str, Master]:
+        """Copy the state of a member's parameters: parameter path → its state."""
+        numbers = self._numbers(member)
+        masters = read_masters(self.deepspeed, [str(number) for number in numbers])
+        found: dict[str, Master] = {}
+        for number, part in zip(numbers, self.parts[member], strict=True):
+            found |= _parted(part, masters[str(number)])
         return found
 
     def set_masters(self, masters: Sequence[Mapping[str, Master]]) -> None:
         """Set the state of the members' parameters; a member whose mapping is empty stays as it is."""
-        begun: dict[str, Master] = {}
-        number = 0
-        for parts, own in zip(self.parts, masters, strict=True):
-            for part in parts:
-                if own:
-                    begun[str(number)] = _joined(part, own)
-                number += 1
+        begun = {
+            str(number): _joined(part, own)
+            for member, own in enumerate(masters)
+            if own
+            for number, part in zip(self._numbers(member), self.parts[member], strict=True)
+        }
         if begun:
             write_masters(self.deepspeed, begun)
 
@@ -197,15 +199,19 @@ class FlatEngine:
 
     def gradients(self, member: int) -> list[torch.Tensor]:
         """Return a member's gradient as the engine will use it, after reduction (one worker, ZeRO 0 or 2)."""
-        before = sum(map(len, self.parts[:member]))
         found: list[torch.Tensor] = []
-        for number, part in enumerate(self.parts[member], start=before):
+        for number, part in zip(self._numbers(member), self.parts[member], strict=True):
             if self.deepspeed.zero_optimization_stage() > 0:
                 found += self.deepspeed.optimizer.averaged_gradients[number]
             else:
                 assert part.flat.grad is not None
                 found.append(part.flat.grad)
         return found
+
+    def _numbers(self, member: int) -> range:
+        """Return the numbers of a member's groups among all groups."""
+        first = sum(map(len, self.parts[:member]))
+        return range(first, first + len(self.parts[member]))
 
     def close(self) -> None:
         """Destroy the engine; the parameters keep their values, in memory of their own."""
@@ -270,7 +276,7 @@ class RunEngine(Holder):
 
     def masters(self) -> dict[str, Master]:
         """Return a copy of the state of all parameters that train."""
-        return self._flat.masters()[0]
+        return self._flat.masters(0)
 
     def set_masters(self, masters: Mapping[str, Master]) -> None:
         """Set the state of parameters before their first step."""
@@ -289,12 +295,11 @@ def _parts(run: RunConfig, model: nn.Module) -> list[Part]:
 def _joined(part: Part, masters: Mapping[str, Master]) -> Master:
     """Return the state of a flat parameter."""
     own = [masters[name] for name in part.parameters]
-    like = part.flat.new_zeros((), dtype=torch.float32)
-    weight = part.joined({name: masters[name].weight for name in part.parameters}, like)
+    weight = part.joined({name: masters[name].weight for name in part.parameters}, torch.float32)
     if any(one.moments is None for one in own):
         return Master(weight, None)
     mean, square = (
-        part.joined({name: getattr(masters[name].moments, which) for name in part.parameters}, like)
+        part.joined({name: getattr(masters[name].moments, which) for name in part.parameters}, torch.float32)
         for which in ("mean", "square")
     )
     return Master(weight, Moments(mean, square), max(one.steps for one in own))

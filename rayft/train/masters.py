@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,14 +51,22 @@ class Holder(ABC):
         """Set the state of parameters before their first step."""
 
 
-def read_masters(engine: DeepSpeedEngine | Holder) -> dict[str, Master]:
-    """Copy the state of all trainable parameters from an engine under ZeRO 0, 1 or 2.
+def read_masters(engine: DeepSpeedEngine | Holder, names: Sequence[str] | None = None) -> dict[str, Master]:
+    """Copy the state of trainable parameters from an engine under ZeRO 0, 1 or 2.
 
     All workers must call it, and each gets the whole state.
+
+    Args:
+        engine: the engine; what stands in for one gives the state of all its parameters.
+        names: paths of the parameters; by default all that train.
     """
     if isinstance(engine, Holder):
         return engine.masters()
-    parameters = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+    parameters = {
+        name: parameter
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad and (names is None or name in names)
+    }
     if engine.zero_optimization_stage() == 0:
         return {name: _read_own(engine, parameter) for name, parameter in parameters.items()}
     _link(engine)

@@ -29,7 +29,7 @@ from rayft.data.pack import Batch, Row, collate_rows, padded
 from rayft.errors import ConfigError, TrainError
 from rayft.evaluate.loss import target_losses
 from rayft.models.inject import clear
-from rayft.models.packed import Layout, pack, skeleton, unpackable
+from rayft.models.packed import Layout, pack, skeleton, spans_of, unpackable
 from rayft.train.course import Asked, Part, Question, Step, Validation
 from rayft.train.deepspeed import StepResult
 from rayft.train.flat import FlatEngine
@@ -129,11 +129,6 @@ class Pack:
         self._captured: ExitStack | None = None
         """Holds the graphs of the slots that the engine has."""
 
-    @property
-    def whole(self) -> bool:
-        """Whether all slots have fitted into one pass."""
-        return self._together is None
-
     def stream(self) -> AbstractContextManager[None]:
         """Return a context for all that the pack does: the stream on which graphs are captured."""
         return capture_stream() if self._graphs else nullcontext()
@@ -159,7 +154,7 @@ class Pack:
     def masters(self, slot: Slot) -> dict[str, Master]:
         """Return a copy of the state of a slot's parameters."""
         if self._engine is not None and slot in self._built:
-            return self._engine.masters()[self._built.index(slot)]
+            return self._engine.masters(self._built.index(slot))
         plain = {n: Master(p.detach().float().clone(), None) for n, p in _trainable(slot).items()}
         return {**plain, **slot.given}
 
@@ -263,8 +258,8 @@ class Pack:
         if self._captured is not None:
             self._captured.close()
             self._captured = None
-        for slot, masters in zip(self._built, self._engine.masters(), strict=True):
-            slot.given = masters
+        for member, slot in enumerate(self._built):
+            slot.given = self._engine.masters(member)
         engine, self._engine, self._built = self._engine, None, []
         engine.close()
 
@@ -360,12 +355,11 @@ class Pack:
             segments = len(every) * max(self._session.row_stream(slot.run).most_segments for slot in order)
         batch = collate_rows(every, self._session.pad_id, width, segments)
         assert isinstance(batch, Batch)
-        width, spans, targets, first = batch.input_ids.shape[1], {}, {}, 0
-        for slot, own in zip(order, rows, strict=True):
-            span = slice(first * width, (first + len(own)) * width)
+        owners = [slot for slot, own in zip(order, rows, strict=True) for _ in own]
+        spans, targets = spans_of(owners, batch.input_ids.shape[1]), {}
+        for slot, span in spans.items():
             inside = (batch.completion_index >= span.start) & (batch.completion_index < span.stop)
-            spans[slot], targets[slot] = span, int(inside.sum())
-            first += len(own)
+            targets[slot] = int(inside.sum())
         widths = {slot: padded([*map(len, own)]) for slot, own in zip(order, rows, strict=True)}
         return _Micro(batch.to(self._session.worker.device), spans, widths, targets)
 
@@ -452,11 +446,12 @@ class Courses(Generic[EndT]):
         """
         try:
             return self._validated() or self._stepped()
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             # Of an engine, or of the examples of one run.
-            for key in [key for key, asked in self._asked.items() if not isinstance(asked, Question)]:
-                self._go_on(key, self._courses[key].throw, torch.OutOfMemoryError())
-            return True
+            failure = str(error)
+        for key in [key for key, asked in self._asked.items() if not isinstance(asked, Question)]:
+            self._go_on(key, self._courses[key].throw, torch.OutOfMemoryError(failure))
+        return True
 
     def _validated(self) -> bool:
         due = {key: asked.engine for key, asked in self._asked.items() if isinstance(asked, Validation)}

@@ -44,6 +44,7 @@ __all__ = [
     "out_of_memory",
     "place",
     "placed",
+    "probe_file",
     "recompute_activations",
     "smaller",
 ]
@@ -173,6 +174,28 @@ def recompute_activations(model: Any, *, wanted: bool) -> None:
         disable()
 
 
+def probe_file(run: RunConfig, session: Session, **others: object) -> Path:
+    """Return where the cache keeps what was tried on a GPU, named by all that it follows from.
+
+    Args:
+        run: one of the runs that it was tried for.
+        session: base and data.
+        others: what it follows from beside base, rows, scale, GPU and releases.
+    """
+    device = torch.cuda.get_device_properties(session.worker.device)
+    found = {
+        "base": session.loaded.fingerprint,
+        "rows": run.optim.rows_per_step,
+        "scale": run.scale.model_dump(mode="json"),
+        "fused": is_fused(session.loaded.model),
+        "device": [device.name, device.total_memory],
+        "versions": [__version__, torch.__version__],
+        **others,
+    }
+    key = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_folder() / "probes" / f"{key}.json"
+
+
 def _kept(file: Path) -> Placement | None:
     try:
         return Placement(**json.loads(file.read_text(encoding="utf-8")))
@@ -196,24 +219,17 @@ class _Probe:
     @cached_property
     def file(self) -> Path:
         """Where the placement is kept, named by all that it follows from."""
-        run, device = self._run, torch.cuda.get_device_properties(self._worker.device)
-        batch = self._batch(1)
-        found = {
-            "base": self._session.loaded.fingerprint,
-            "method": run.method.model_dump(mode="json"),
-            "trainable": sum(p.numel() for p in self._trainable),
-            "anneal": run.anneal is not None,
-            "rows": run.optim.rows_per_step,
-            "shape": [*batch.input_ids.shape],
-            "targets": len(targets_of(batch)),
-            "scale": run.scale.model_dump(mode="json"),
-            "fused": is_fused(self._model),
-            "deepspeed": run.deepspeed,
-            "device": [device.name, device.total_memory],
-            "versions": [__version__, torch.__version__],
-        }
-        key = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:24]
-        return cache_folder() / "probes" / f"{key}.json"
+        run, batch = self._run, self._batch(1)
+        return probe_file(
+            run,
+            self._session,
+            method=run.method.model_dump(mode="json"),
+            trainable=sum(p.numel() for p in self._trainable),
+            anneal=run.anneal is not None,
+            shape=[*batch.input_ids.shape],
+            targets=len(targets_of(batch)),
+            deepspeed=run.deepspeed,
+        )
 
     def keep(self, placement: Placement) -> None:
         """Keep a placement. Without a writable cache, or beside other programs, each run tries anew."""

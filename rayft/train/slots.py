@@ -8,25 +8,21 @@ cache.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from rayft import __version__
 from rayft.data.pack import Batch, collate_rows
 from rayft.files import write_file
 from rayft.models.attention import fits_graphs, mask_for
-from rayft.models.files import cache_folder
 from rayft.models.inject import clear
-from rayft.train.placement import limited, recompute_activations
+from rayft.train.placement import limited, probe_file, recompute_activations
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 
@@ -66,7 +62,7 @@ def sizing(run: RunConfig, session: Session, slots: int | None) -> Sizing:
         return Sizing(slots, graphs)
     if not cuda:
         return Sizing()
-    file = _file(run, session)
+    file = probe_file(run, session, length=run.data.max_length, what="slots")
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Sizing(**json.loads(file.read_text(encoding="utf-8")))
     with limited(session.worker.device, run.scale.gpu_share):
@@ -162,20 +158,3 @@ class _Passes:
             use_cache=False,
         ).last_hidden_state
         torch.autograd.grad(hidden, inputs, torch.ones_like(hidden))
-
-
-def _file(run: RunConfig, session: Session) -> Path:
-    """Return where the sizing is kept, named by all that it follows from."""
-    device = torch.cuda.get_device_properties(session.worker.device)
-    found = {
-        "base": session.loaded.fingerprint,
-        "method": run.method.model_dump(mode="json"),
-        "rows": run.optim.rows_per_step,
-        "length": run.data.max_length,
-        "scale": run.scale.model_dump(mode="json"),
-        "device": [device.name, device.total_memory],
-        "versions": [__version__, torch.__version__],
-        "what": "slots",
-    }
-    key = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:24]
-    return cache_folder() / "probes" / f"{key}.json"

@@ -36,6 +36,7 @@ from rayft.peft.folder import Artifact
 from rayft.squeeze.anneal import Phase, revive
 from rayft.train import checkpoint
 from rayft.train.best import BEST, Kept
+from rayft.train.checkpoint_folder import is_portable
 from rayft.train.course import (
     Asked,
     Course,
@@ -58,7 +59,7 @@ from rayft.train.deepspeed import (
     release,
     set_lr,
 )
-from rayft.train.flat import RunEngine, flattens
+from rayft.train.flat import RunEngine, flattens, has_masters
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Master, read_masters, write_masters
 from rayft.train.memory import PeakMemory
@@ -303,7 +304,7 @@ class Trainer:
 
     def _is_portable(self, state: Mapping[str, Any] | None) -> bool:
         """Return whether any engine can continue from a checkpoint, given its state."""
-        return state is None or checkpoint.is_portable(self.folder / "checkpoint", state)
+        return state is None or is_portable(self.folder / "checkpoint" / state["tag"])
 
     @property
     def _finished(self) -> bool:
@@ -563,9 +564,7 @@ class Trainer:
             return
         place = self.folder / "checkpoint"
         best = self._earlier_best
-        run = self.run
-        whole, settings = method(run.method.name).saves_model, run.deepspeed
-        portable = run.scale.zero != 3 and not whole and not settings
+        portable = has_masters(self.run)
         state = progress.state()
         checkpoint.save(place, self.engine, state, self._identity, self.session, best, portable=portable)
         progress.saved_at, progress.saved_step = time.monotonic(), progress.step

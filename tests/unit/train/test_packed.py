@@ -12,7 +12,7 @@ import torch
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ConfigError, TrainError
 from rayft.methods.base import MethodConfig
-from rayft.numerics import assert_close, tolerance
+from rayft.numerics import assert_close
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.train import packed as module
 from rayft.train.flat import Part
@@ -80,6 +80,16 @@ def assert_same(alone: TrainResult, together: TrainResult | Exception) -> None:
         assert_close(found.delta(), factors.delta(), torch.float32, WIDEST, depth=256)
 
 
+def assert_all_same(
+    expected: Mapping[str, TrainResult | Exception], found: Mapping[str, TrainResult | Exception]
+) -> None:
+    """Assert that each of some runs has ended well, and in the same way."""
+    assert expected.keys() == found.keys()
+    for name, result in expected.items():
+        assert isinstance(result, TrainResult), result
+        assert_same(result, found[name])
+
+
 def test_a_packed_run_is_the_run_alone(run: RunConfig, session: Session, tmp_path: Path) -> None:
     runs = variants(run)
     together = packed(runs, session, tmp_path / "together")
@@ -131,7 +141,8 @@ def test_masters_in_float32_stay_with_their_slot(run: RunConfig, tmp_path: Path,
     together = ended["long"]
     assert isinstance(together, TrainResult)
     for (_, one), (_, other) in zip(alone.train_curve, together.train_curve, strict=True):
-        assert abs(one - other) <= tolerance(torch.bfloat16, WIDEST, depth=8 * 6) * one
+        # Without the moments, or with new ones, the losses differ by more than one rounding.
+        assert abs(one - other) <= torch.finfo(torch.bfloat16).eps * one
     assert isinstance(ended["late"], TrainResult)
 
 
@@ -149,9 +160,7 @@ def test_slots_that_do_not_fit_together_share_no_pass(
 
     monkeypatch.setattr(module, "target_losses", target_losses)
     lowered = packed(runs, session, tmp_path / "lowered", notes.append)
-    for name, result in expected.items():
-        assert isinstance(result, TrainResult)
-        assert_same(result, lowered[name])
+    assert_all_same(expected, lowered)
     (note,) = notes
     assert "the rows of 3 trials did not fit" in note
 
@@ -208,9 +217,7 @@ def test_examples_of_slots_that_do_not_fit_together_are_validated_apart(
 
     monkeypatch.setattr(module, "target_losses", target_losses)
     lowered = packed(runs, session, tmp_path / "lowered")
-    for name, result in expected.items():
-        assert isinstance(result, TrainResult)
-        assert_same(result, lowered[name])
+    assert_all_same(expected, lowered)
     # Two rows of each slot: of all three, of two, of one.
     assert {*rows} == {6, 4, 2}
 
@@ -249,6 +256,4 @@ def test_gradients_of_a_pass_that_did_not_fit_are_forgotten(
     monkeypatch.setattr(Part, "take_gradients", take_gradients)
     again = packed(runs, session, tmp_path / "again")
     assert failed
-    for name, result in expected.items():
-        assert isinstance(result, TrainResult)
-        assert_same(result, again[name])
+    assert_all_same(expected, again)
