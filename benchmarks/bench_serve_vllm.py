@@ -35,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 import urllib.request
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -246,10 +247,7 @@ class Async:
             from rayft.serving.engine.vllm.engine import VllmEngine, VllmOptions
 
             known = options("rayft")
-            extra = {
-                name: known[name]
-                for name in ("skip_tokenizer_init", "max_model_len", "seed", "kv_cache_memory_bytes")
-            }
+            extra = {name: known[name] for name in ("max_model_len", "seed", "kv_cache_memory_bytes")}
             extra["enable_prefix_caching"] = False
             made = VllmOptions(
                 known["model"], None, torch.bfloat16, ARENA // 4, memory=MEMORY["rayft"], extra=extra
@@ -339,10 +337,12 @@ class Async:
                 begin = time.perf_counter()
                 name = f"turning{number}"
                 await self._engine.load(name, self._large)
+                loads.append(time.perf_counter() - begin)
                 self._engine.unload(name)
                 number += 1
                 await asyncio.sleep(max(0, 1 - (time.perf_counter() - begin)))
 
+        loads: list[float] = []
         for turn in range(3):
             quiet = await gaps()
             task = asyncio.create_task(turning())
@@ -353,6 +353,7 @@ class Async:
                 for share in (50, 99):
                     key = f"{name}_p{share}_ms/{turn}"
                     found[key] = values[min(len(values) - 1, len(values) * share // 100)] * 1e3
+        found["ms_under_load"] = statistics.median(loads) * 1e3
         return found
 
 
@@ -368,10 +369,15 @@ def prompts_once() -> list[list[int]]:
 
 def child(kind: str, how: str, pipe: Connection) -> None:
     """Hold one engine, and measure what the parent asks for."""
-    engine = (InProcess if how == "inprocess" else Async)(kind)
-    # Once without measuring: what is compiled at first use.
-    for case in CASES if kind != "base" else (0,):
-        engine.measure(case)
+    try:
+        engine = (InProcess if how == "inprocess" else Async)(kind)
+        # Once without measuring: what is compiled at first use.
+        for case in CASES if kind != "base" else (0,):
+            engine.measure(case)
+    except BaseException:
+        # The end of a process waits for its own processes first, and they may run on.
+        traceback.print_exc()
+        os._exit(1)
     pipe.send("ready")
     while (asked := pipe.recv()) is not None:
         what, case = asked

@@ -203,10 +203,17 @@ def main() -> None:
             else:
                 share = options.share if part == "shared" else 1.0
                 bench.tune(part if share == 1 else f"tune_{round(1 / share)}_a_gpu", share)
+            # After each part, so that an interrupted run loses one part at most.
+            keep(bench.records, options.commit)
         bench.compare()
-    commit = {"commit": options.commit} if options.commit else {}
+        keep(bench.records, options.commit)
+
+
+def keep(records: list[dict[str, Any]], commit: str | None) -> None:
+    """Save results."""
+    extra = {"commit": commit} if commit else {}
     for name in (BENCH, OVERHEAD):
-        save(name, [item | commit for item in bench.records if item["bench"] == name])
+        save(name, [item | extra for item in records if item["bench"] == name])
 
 
 if __name__ == "__main__":
