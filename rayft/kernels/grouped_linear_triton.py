@@ -532,16 +532,20 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute y (N × O), and h of all terms whose B trains, on the current stream."""
     table.refresh()
+    division = table.division
     x = aligned(x if x.stride(1) == 1 else x.contiguous())
-    y = x.new_empty(x.shape[0], table.outputs)
-    h, frozen = x.new_empty(table.h_numbers), x.new_empty(table.frozen_numbers if table.several else 0)
-    split = max(1, min(256 // table.strips, table.outputs // 1024))
-    blocks = -(-table.outputs // (split * TILE))
+    y = x.new_empty(x.shape[0], division.outputs)
+    h, frozen = (
+        x.new_empty(division.h_numbers),
+        x.new_empty(division.frozen_numbers if division.several else 0),
+    )
+    split = max(1, min(256 // division.strips, division.outputs // 1024))
+    blocks = -(-division.outputs // (split * TILE))
     launch_update(
-        (table.strips * split, 1, 1),
+        (division.strips * split, 1, 1),
         (x, x if bias is None else aligned(bias), table.numbers, h, frozen, y),
-        (table.inputs, table.outputs, x.stride(0), table.chunks_at, table.strips, blocks),
-        (table.ranks, table.strip, TILE, TILE, bias is not None, table.several),
+        (division.inputs, division.outputs, x.stride(0), division.chunks_at, division.strips, blocks),
+        (division.ranks, division.strip, TILE, TILE, bias is not None, division.several),
     )
     return y.addmm_(x, weight.t()), h
 
@@ -556,50 +560,53 @@ def backward(
     needs_grad_x: bool = True,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """Compute grad_x, if it is needed, and the gradients of what trains, on the current stream."""
+    division = table.division
     g = aligned(g if g.stride(1) == 1 else g.contiguous())
-    q, grads = g.new_empty(table.q_numbers), g.new_empty(table.grads)
-    sums = torch.empty(table.sums, device=g.device, dtype=torch.float32)
-    if table.parts:
+    q, grads = g.new_empty(division.q_numbers), g.new_empty(division.grads)
+    sums = torch.empty(division.sums, device=g.device, dtype=torch.float32)
+    if division.parts:
         launch_partial(
-            (table.tiles, table.parts, 1),
+            (division.tiles, division.parts, 1),
             (g, table.numbers, h, sums),
-            (table.outputs, g.stride(0), table.chunks_at, table.parts_at),
-            (table.ranks, 64, table.tile_o),
+            (division.outputs, g.stride(0), division.chunks_at, division.parts_at),
+            (division.ranks, 64, division.tile_o),
         )
     to_x, grad_x = ABSENT, None
     if needs_grad_x:
-        to_x = ADD if table.adds else WRITE
-        grad_x = g @ weight if table.adds else g.new_empty(g.shape[0], table.inputs)
-    split = max(1, min(1056 // table.strips, table.inputs // 512)) if needs_grad_x else 1
-    summed = SUMMED // table.ranks
+        to_x = ADD if division.adds else WRITE
+        grad_x = g @ weight if division.adds else g.new_empty(g.shape[0], division.inputs)
+    split = max(1, min(1056 // division.strips, division.inputs // 512)) if needs_grad_x else 1
+    summed = SUMMED // division.ranks
     launch_total(
-        (table.strips * split + table.with_b * -(-table.outputs // summed), 1, 1),
+        (division.strips * split + division.with_b * -(-division.outputs // summed), 1, 1),
         (sums, table.numbers, q, q if grad_x is None else grad_x, grads),
         (
-            table.inputs, table.outputs, table.inputs, table.chunks_at, table.b_at, table.strips,
-            -(-table.inputs // (split * TILE)), split,
+            division.inputs, division.outputs, division.inputs,
+            division.chunks_at, division.b_at, division.strips,
+            -(-division.inputs // (split * TILE)), split,
         ),
-        (table.tiles, table.ranks, table.strip, summed, TILE, to_x, table.several),
+        (division.tiles, division.ranks, division.strip, summed, TILE, to_x, division.several),
     )  # fmt: skip
-    if grad_x is not None and not table.adds:
+    if grad_x is not None and not division.adds:
         grad_x.addmm_(g, weight)
     if x is not None:
         _gradients_of_a(x, q, grads, table)
-    return grad_x, [grads[at : at + math.prod(shape)].view(shape) for at, shape in table.views]
+    return grad_x, [grads[at : at + math.prod(shape)].view(shape) for at, shape in division.views]
 
 
 def _gradients_of_a(x: torch.Tensor, q: torch.Tensor, grads: torch.Tensor, table: Table) -> None:
+    division = table.division
     x = aligned(x if x.stride(1) == 1 else x.contiguous())
-    if table.with_a:
-        tile = 32 if table.inputs < 1024 else 64 if table.inputs < 4096 else 128
+    if division.with_a:
+        tile = 32 if division.inputs < 1024 else 64 if division.inputs < 4096 else 128
         launch_of_a(
-            (-(-table.inputs // tile), table.with_a, 1),
+            (-(-division.inputs // tile), division.with_a, 1),
             (x, table.numbers, q, grads),
-            (table.inputs, x.stride(0), table.chunks_at, table.a_at),
-            (table.ranks, 64, tile),
+            (division.inputs, x.stride(0), division.chunks_at, division.a_at),
+            (division.ranks, 64, tile),
         )
-    for rows, place, rank, to in table.long:
+    for rows, place, rank, to in division.long:
         width, count = -(-rank // 8) * 8, rows.stop - rows.start
         mine = q[place : place + count * width].view(count, width)[:, :rank]
-        out = grads[to : to + rank * table.inputs].view(rank, table.inputs)
+        out = grads[to : to + rank * division.inputs].view(rank, division.inputs)
         torch.mm(mine.t(), x[rows], out=out)

@@ -218,16 +218,16 @@ def test_a_table_divides_rows_and_ranks_without_gap_or_overlap(name: str, n: int
     if n > N:
         terms = [*terms, lora(slice(N, n - 100), 3)]
     table = Table(terms, n, IN, OUT, random(1))
-    numbers = table.numbers.tolist()
+    division, numbers = table.division, table.numbers.tolist()
 
     def section(start: int, count: int, size: int) -> list[list[int]]:
         return [numbers[start + size * index : start + size * (index + 1)] for index in range(count)]
 
-    strips = section(0, table.strips, STRIP)
-    chunks = section(table.chunks_at, (table.parts_at - table.chunks_at) // CHUNK, CHUNK)
-    parts = section(table.parts_at, table.parts, PART)
+    strips = section(0, division.strips, STRIP)
+    chunks = section(division.chunks_at, (division.parts_at - division.chunks_at) // CHUNK, CHUNK)
+    parts = section(division.parts_at, division.parts, PART)
     assert [row for first, rows, *_ in strips for row in range(first, first + rows)] == [*range(n)]
-    assert table.several == any(strip[3] > 1 for strip in strips)
+    assert division.several == any(strip[3] > 1 for strip in strips)
     for first, rows, chunk, count, scattered in strips:
         mine = [term for term in terms if term.rows.start <= first < term.rows.stop]
         assert all(first + rows <= term.rows.stop for term in mine)
@@ -239,9 +239,40 @@ def test_a_table_divides_rows_and_ranks_without_gap_or_overlap(name: str, n: int
         assert covered == [*range(chunk[6], chunk[6] + chunk[7])]
         assert [index for of, _, _, index in parts if of == number] == [*range(chunk[12])]
     # Buffers are used up to their ends, and no two chunks share a place in one.
-    for place, size in ((8, table.q_numbers), (10, table.sums)):
+    for place, size in ((8, division.q_numbers), (10, division.sums)):
         places = [chunk[place] for chunk in chunks if chunk[7]]
         assert len({*places}) == len(places)
         assert all(0 <= at < size for at in places)
     shapes = [tuple(tensor.shape) for term in terms for tensor in term.parameters]
-    assert [shape for _, shape in table.views] == shapes
+    assert [shape for _, shape in division.views] == shapes
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_layers_of_equal_shapes_share_a_division_and_have_addresses_of_their_own(name: str) -> None:
+    torch.manual_seed(0)
+    layers = [mix(name), mix(name)]
+    tables = [Table(terms, N, IN, OUT, random(1)) for terms in layers]
+    assert tables[0].division is tables[1].division
+    division = tables[0].division
+    for terms, table in zip(layers, tables, strict=True):
+        numbers = table.numbers[division.chunks_at : division.parts_at].view(-1, CHUNK).tolist()
+        chunks = iter(numbers)
+        for term in terms:
+            for first in range(0, term.b.shape[1], division.ranks):
+                factors = (term.b[:, first:], None if term.a is None else term.a[first:])
+                columns = None if term.columns is None else term.columns[first:]
+                expected = [0 if one is None else one.data_ptr() for one in (*factors, columns)]
+                assert next(chunks)[:3] == expected
+        assert next(chunks, None) is None
+
+
+def test_a_factor_that_kernels_cant_read_in_place_is_copied_before_each_use() -> None:
+    b = random(4, OUT).t()
+    term = Term(slice(0, 8), b, 1.0, a=random(4, IN))
+    table = Table([term], N, IN, OUT, random(1))
+    assert table.numbers[table.division.chunks_at] != b.data_ptr()
+    b += 1
+    table.refresh()
+    ((copy, _),) = table._copies
+    assert table.numbers[table.division.chunks_at] == copy.data_ptr()
+    assert torch.equal(copy, b)
