@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from rayft.data.pack import Row
 
 __all__ = [
     "Asked",
+    "Clock",
     "Course",
     "Part",
     "Question",
@@ -21,6 +23,38 @@ __all__ = [
     "drive",
     "random_state",
 ]
+
+
+class Clock:
+    """Counts the seconds that a device spends on a run.
+
+    Runs that take their steps together stop it while they wait, and add to it their share of what is done for
+    all of them. So the seconds of such runs add up to those of the device.
+
+    Args:
+        started: when the device began, by `time.perf_counter`; by default now.
+    """
+
+    def __init__(self, started: float | None = None) -> None:
+        self._counted = 0.0
+        self._since: float | None = time.perf_counter() if started is None else started
+
+    def __call__(self) -> float:
+        """Return the seconds so far."""
+        return self._counted + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def stop(self) -> None:
+        """Count no more."""
+        self._counted, self._since = self(), None
+
+    def go_on(self) -> None:
+        """Count again, unless it does."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def add(self, seconds: float) -> None:
+        """Count some seconds more."""
+        self._counted += seconds
 
 
 @dataclass(frozen=True)
@@ -81,11 +115,13 @@ class TrainResult:
     """Size of the weights on disk."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Where the time went: `train` and `evaluate` include the time before the run was resumed, `overhead` and
-    `total` count from then on. A trial's result also has `waiting`, the time that its lane waited for
-    ASHA."""
+    `total` count from then on. Of what runs did together, it is the run's share. A trial's result also has
+    `waiting`, the time that it waited for ASHA, in which the other trials of its batch may have gone on."""
     peak_memory: int = 0
-    """Bytes: the resident set of the process on a CPU, the memory allocated on the device on a GPU."""
+    """Bytes: the resident set of the process on a CPU, the memory allocated on the device on a GPU. 0 if the
+    run shared its steps with others, whose memory can't be told from its own."""
     tokens_per_second: float = 0.0
+    """Its own tokens, by the duration of its steps. Those of runs that share their steps add up."""
     folder: str = ""
     content_hash: str = ""
     """Of the saved adapter; empty if a whole model was saved."""

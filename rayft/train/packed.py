@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -30,7 +31,7 @@ from rayft.errors import ConfigError, TrainError
 from rayft.evaluate.loss import target_losses
 from rayft.models.inject import clear
 from rayft.models.packed import Layout, pack, skeleton, spans_of, unpackable
-from rayft.train.course import Asked, Part, Question, Step, Validation
+from rayft.train.course import Asked, Clock, Part, Question, Step, Validation
 from rayft.train.deepspeed import StepResult
 from rayft.train.flat import FlatEngine
 from rayft.train.graphs import capture_stream, graphed
@@ -281,7 +282,7 @@ class Pack:
     # --- steps
 
     def _step(self, steps: Mapping[Slot, Step]) -> dict[Slot, StepResult]:
-        engine, self._updating = self._engine, False
+        engine, self._updating, started = self._engine, False, time.perf_counter()
         assert engine is not None
         for slot, groups_of in zip(self._built, engine.groups, strict=True):
             for group in groups_of:
@@ -310,9 +311,15 @@ class Pack:
             self._updating = last
             engine.deepspeed.step()
         self._session.tick()
+        duration, every = time.perf_counter() - started, sum(tokens[slot] for slot in steps)
         return {
             slot: StepResult(
-                losses[slot] / targets[slot], norms[slot], tokens[slot], one.padding(tokens[slot])
+                losses[slot] / targets[slot],
+                norms[slot],
+                tokens[slot],
+                one.padding(tokens[slot]),
+                duration,
+                tokens[slot] / every,
             )
             for slot, one in steps.items()
         }
@@ -411,17 +418,27 @@ def _trainable(slot: Slot) -> dict[str, nn.Parameter]:
 
 
 class Courses(Generic[EndT]):
-    """The courses of packed runs, by key. Their steps are taken together, and their questions passed on."""
+    """The courses of packed runs, by key. Their steps are taken together, and their questions passed on.
+
+    The clock of a run counts the time of its own code, and its share of the steps and validations.
+    """
 
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
         self._courses: dict[str, Part[EndT]] = {}
+        self._clocks: dict[str, Clock] = {}
         self._asked: dict[str, Asked] = {}
         self._ended: dict[str, EndT | Exception] = {}
 
-    def begin(self, key: str, course: Part[EndT]) -> None:
-        """Begin a course, up to its first step or question."""
-        self._courses[key] = course
+    def begin(self, key: str, course: Part[EndT], clock: Clock) -> None:
+        """Begin a course, up to its first step or question.
+
+        Args:
+            key: names the run.
+            course: the run's.
+            clock: the run's, which counts.
+        """
+        self._courses[key], self._clocks[key] = course, clock
         self._go_on(key, course.send, None)
 
     def __len__(self) -> int:
@@ -456,7 +473,9 @@ class Courses(Generic[EndT]):
     def _validated(self) -> bool:
         due = {key: asked.engine for key, asked in self._asked.items() if isinstance(asked, Validation)}
         if due:
+            started = time.perf_counter()
             losses = self._pack.validate([*due.values()])
+            self._share(dict.fromkeys(due, 1 / len(due)), started)
             for key, slot in due.items():
                 self._go_on(key, self._courses[key].send, losses[slot])
             return True
@@ -466,7 +485,9 @@ class Courses(Generic[EndT]):
         steps = {key: asked for key, asked in self._asked.items() if isinstance(asked, Step)}
         if not steps:
             return False
+        started = time.perf_counter()
         results = self._pack.step({one.engine: one for one in steps.values()})
+        self._share({key: results[one.engine].share for key, one in steps.items()}, started)
         for key, one in steps.items():
             course, result = self._courses[key], results[one.engine]
             self._go_on(key, course.send, result)
@@ -482,15 +503,26 @@ class Courses(Generic[EndT]):
         for course in self._courses.values():
             course.close()
         self._courses.clear()
+        self._clocks.clear()
         self._asked.clear()
+
+    def _share(self, shares: Mapping[str, float], started: float) -> None:
+        """Divide the time since something began among the runs that it was done for."""
+        seconds = time.perf_counter() - started
+        for key, share in shares.items():
+            self._clocks[key].add(share * seconds)
 
     def _go_on(self, key: str, go: Callable[[Any], Asked], value: object) -> None:
         self._asked.pop(key, None)
+        self._clocks[key].go_on()
         try:
             self._asked[key] = go(value)
+            self._clocks[key].stop()
         except StopIteration as end:
-            self._ended[key] = end.value
-            del self._courses[key]
+            self._end(key, end.value)
         except Exception as error:  # noqa: BLE001  (one run's error must not end the others)
-            self._ended[key] = error
-            del self._courses[key]
+            self._end(key, error)
+
+    def _end(self, key: str, result: EndT | Exception) -> None:
+        self._ended[key] = result
+        del self._courses[key], self._clocks[key]

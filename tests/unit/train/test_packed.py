@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rayft.methods.base import MethodConfig
 from rayft.numerics import assert_close
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.train import packed as module
+from rayft.train.deepspeed import StepResult
 from rayft.train.flat import Part
 from rayft.train.packed import Courses, Pack
 from rayft.train.run import RunConfig, why_alone
@@ -26,7 +28,8 @@ from tests.unit.train.runs import changed, with_method
 
 
 def begin(courses: Courses[TrainResult], pack: Pack, key: str, run: RunConfig, folder: Path) -> None:
-    courses.begin(key, Trainer(run, pack.session(), Reporter(), folder / key, pack=pack).course())
+    trainer = Trainer(run, pack.session(), Reporter(), folder / key, pack=pack)
+    courses.begin(key, trainer.course(), trainer.clock)
 
 
 def packed(
@@ -257,3 +260,36 @@ def test_gradients_of_a_pass_that_did_not_fit_are_forgotten(
     again = packed(runs, session, tmp_path / "again")
     assert failed
     assert_all_same(expected, again)
+
+
+def test_seconds_and_tokens_are_those_of_each_run(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The times of packed runs add up to that of the device."""
+    runs = {"one": run, "other": changed(run, seed=1, optim={"rows_per_step": 4})}
+    real, steps = Pack.step, list[list[StepResult]]()
+
+    def step(pack: Pack, asked: Any) -> Any:
+        found = real(pack, asked)
+        steps.append([*found.values()])
+        return found
+
+    monkeypatch.setattr(Pack, "step", step)
+    started = time.perf_counter()
+    ended = packed(runs, session, tmp_path)
+    wall = time.perf_counter() - started
+    results = [result for result in ended.values() if isinstance(result, TrainResult)]
+    assert len(results) == 2
+    for both in steps:
+        assert sum(one.share for one in both) == pytest.approx(1)
+        assert both[0].seconds == both[1].seconds
+        assert both[1].share == pytest.approx(both[1].tokens / (both[0].tokens + both[1].tokens))
+    durations = [both[0].seconds or 0.0 for both in steps]
+    assert sum(result.seconds["train"] for result in results) == pytest.approx(sum(durations))
+    for number, result in enumerate(results):
+        tokens = sum(both[number].tokens for both in steps)
+        assert result.tokens_per_second == pytest.approx(tokens / sum(durations))
+        assert result.seconds["overhead"] >= 0
+        assert result.peak_memory == 0, "the memory is that of both"
+    # What each spends comes from one clock at a time.
+    assert sum(result.seconds["total"] for result in results) <= wall
