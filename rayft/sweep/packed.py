@@ -20,6 +20,7 @@ from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import TrialResult
 from rayft.sweep.score import TOGETHER, ScoreRequest, questions, score_together
 from rayft.sweep.trial import TrialCourse
+from rayft.train.course import CrowdedError
 from rayft.train.packed import Courses, Pack
 from rayft.train.session import Session
 from rayft.train.slots import Sizing
@@ -138,7 +139,14 @@ class PackedTrials:
 
     def _end(self) -> None:
         """Report the trials that have ended to the broker."""
-        for key, result in self._courses.ended().items():
+        ended = self._courses.ended()
+        if crowded := [key for key, result in ended.items() if isinstance(result, CrowdedError)]:
+            self._slots = max(1, len(self._courses))
+            self._lane.note(
+                f"{', '.join(crowded)}: no room in the device's memory beside the other trials of "
+                f"{self._lane.name}, which now trains {self._slots} at a time; these go on later"
+            )
+        for key, result in ended.items():
             self._stepped = False
             job = self._jobs.pop(key)
             del self._trials[key]

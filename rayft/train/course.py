@@ -15,6 +15,7 @@ __all__ = [
     "Asked",
     "Clock",
     "Course",
+    "CrowdedError",
     "Part",
     "Question",
     "Step",
@@ -23,6 +24,20 @@ __all__ = [
     "drive",
     "random_state",
 ]
+
+
+class CrowdedError(Exception):
+    """A packed run has to go on without some of the others, for which there is no room beside it.
+
+    It goes on from its last checkpoint. If it was asking for a step, it saves one first.
+
+    Attributes:
+        intact: whether its weights and moments are those of its last step.
+    """
+
+    def __init__(self, reason: str, *, intact: bool) -> None:
+        super().__init__(reason)
+        self.intact = intact
 
 
 class Clock:
@@ -61,13 +76,13 @@ class Clock:
 class Step:
     """An optimizer step that a run asks for; the answer is its `StepResult`.
 
-    If there is not enough memory, the answer is a `torch.OutOfMemoryError`, thrown into the course.
+    If there is not enough memory, a `torch.OutOfMemoryError` is thrown into the course, or a `CrowdedError`.
     """
 
     engine: Any
     """The run's engine, or its slot among packed runs."""
     share: Sequence[Sequence[Row]]
-    """Rows of each of this worker's micro-batches."""
+    """Rows of each of this worker's micro-batches; of a packed run, all rows together."""
     lr: float
     random: torch.Tensor = field(repr=False)
     """Random state of the run's device, with which the step begins."""

@@ -5,6 +5,9 @@ random state, learning rate, clipping and moments. What they share is a step's f
 and one DeepSpeed engine (`rayft.train.flat`). When runs join or leave, a new engine is built, and masters and
 moments move to it.
 
+If a step does not fit into the device's memory, fewer slots share a pass, then fewer rows of a slot, then
+activations are recomputed, as for a run alone. If that is not enough, the newest runs have to leave.
+
 On a GPU the passes of a set of slots can be captured as CUDA graphs. All batches then have the same shape,
 so a run that waits for an answer has rows in them too, whose loss counts nothing.
 
@@ -14,6 +17,7 @@ so a run that waits for an answer has rows in them too, whose loss counts nothin
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -21,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -31,12 +36,12 @@ from rayft.errors import ConfigError, TrainError
 from rayft.evaluate.loss import target_losses
 from rayft.models.inject import clear
 from rayft.models.packed import Layout, pack, skeleton, spans_of, unpackable
-from rayft.train.course import Asked, Clock, Part, Question, Step, Validation
+from rayft.train.course import Asked, Clock, CrowdedError, Part, Question, Step, Validation
 from rayft.train.deepspeed import StepResult
 from rayft.train.flat import FlatEngine
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Holder, Master
-from rayft.train.placement import recompute_activations
+from rayft.train.placement import DeviceMemoryError, Placement, recompute_activations, smaller
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 from rayft.train.validation import MOST_TOKENS, longest, rows_at_once, validation_rows
@@ -125,8 +130,14 @@ class Pack:
         self._numbers = 0
         self._together: int | None = None
         """Number of slots whose rows share a pass; None for all."""
-        self._updating = False
-        """Whether the last step has begun to change parameters."""
+        self._smaller = Placement()
+        """What a slot's rows are divided into, once they have not fitted."""
+        self._said: set[str] = set()
+        """Notes on what did not fit."""
+        self.placement = Placement()
+        """How the last step used the device."""
+        self.updating = False
+        """Whether the last step has begun to change parameters; if it has failed, they can't be used."""
         self._captured: ExitStack | None = None
         """Holds the graphs of the slots that the engine has."""
 
@@ -163,19 +174,30 @@ class Pack:
         """Take a step of each of some runs together; other runs in the pack stay as they are.
 
         Raises:
-            torch.OutOfMemoryError: if they do not fit into the device's memory together; nothing has changed
-                then.
+            torch.OutOfMemoryError: if they do not fit into the device's memory together, however little is
+                taken at once; unless `updating`, nothing has changed then.
         """
+        self.updating = False
         if self._built != self._slots:
             self._build()
+        lowered = False
         while True:
+            self.placement = Placement(self._accumulation, self._recomputes, self._graphs)
             try:
-                return self._step(steps)
-            except torch.OutOfMemoryError:
-                least = not self._graphs and (self._together == 1 or len(steps) == 1)
-                if self._updating or least:
+                found = self._step(steps)
+            except torch.OutOfMemoryError as error:
+                if self.updating:
                     raise
-            self._lower(len(steps))
+                failure = str(error)
+            else:
+                if lowered:
+                    self._say(len(steps))
+                return found
+            lowered = True
+            try:
+                self._lower([*steps])
+            except DeviceMemoryError:
+                raise torch.OutOfMemoryError(failure) from None
             # The new engine knows nothing of the gradients that were left behind.
             self._build()
 
@@ -228,16 +250,39 @@ class Pack:
         self._take_down()
         clear(self._model)
 
-    def _lower(self, count: int) -> None:
-        """Let fewer slots share a pass, because those of a step did not fit; first without graphs."""
+    def _lower(self, slots: Sequence[Slot]) -> None:
+        """Take less at once, because a step of some slots did not fit; first without graphs.
+
+        Raises:
+            DeviceMemoryError: if the settings allow nothing less.
+        """
+        count = min(self._together or len(slots), len(slots))
         if self._graphs:
             self._graphs = False
-            return
-        self._together = -(-min(self._together or count, count) // 2)
-        self._note(
-            f"the rows of {count} trials did not fit into the device's memory together; now those of "
-            f"{self._together} share a pass"
-        )
+        elif count > 1:
+            self._together = -(-count // 2)
+        else:
+            now = self.placement
+            after = smaller(_widest(slots), now)
+            if after.accumulation == now.accumulation and _drops(slots):
+                # The values that a slot drops would be drawn anew when its activations are.
+                raise DeviceMemoryError
+            self._smaller = after
+
+    def _say(self, count: int) -> None:
+        """Describe once, in a note, what a shortage of memory has led to."""
+        now, ways = self.placement, list[str]()
+        if self._together is not None and self._together < count:
+            ways.append(f"the rows of {self._together} share a pass")
+        if now.accumulation > (self._slots[0].run.scale.accumulation or 1):
+            ways.append(f"each trial's rows are divided into {now.accumulation} micro-batches")
+        if now.activation_checkpointing:
+            ways.append("activations are recomputed")
+        rows = f"the rows of {count} trials" if count > 1 else "the rows of a trial"
+        text = f"{rows} did not fit into the device's memory together; now {', '.join(ways)}"
+        if ways and text not in self._said:
+            self._said.add(text)
+            self._note(text)
 
     # --- the engine
 
@@ -245,6 +290,7 @@ class Pack:
         """Build an engine over the parameters of all slots, and set in it what they have learnt."""
         self._take_down()
         pack(self._model, {slot.number: slot.module for slot in self._slots}, self._layout)
+        recompute_activations(self._model, wanted=self._recomputes)
         self._engine = FlatEngine(self._config, [(slot.run, slot.module) for slot in self._slots])
         self._engine.set_masters([slot.given for slot in self._slots])
         self._built = [*self._slots]
@@ -270,19 +316,32 @@ class Pack:
 
         One worker has all masters, so the stage only decides whether there are any beside the parameters.
         """
-        run = self._slots[0].run
+        run = _widest(self._slots)
         stage = 0 if run.scale.dtype == "float32" else 2
-        scale = run.scale.model_copy(update={"zero": stage, "accumulation": run.scale.accumulation or 1})
+        scale = run.scale.model_copy(update={"zero": stage, "accumulation": self._accumulation})
         settings: dict[str, Any] = {"gradient_clipping": 0.0}
         if stage:
             # Or a slot that diverges would cancel the step of all.
             settings["bf16"] = {"check_grad_overflow": False}
         return run.model_copy(update={"scale": scale, "deepspeed": settings})
 
+    @property
+    def _accumulation(self) -> int:
+        """Number of micro-batches of a step."""
+        if not self._slots:
+            return self._smaller.accumulation
+        run = _widest(self._slots)
+        return min(max(run.scale.accumulation or 1, self._smaller.accumulation), run.optim.rows_per_step)
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether activations are recomputed."""
+        return self._smaller.activation_checkpointing and not _drops(self._slots)
+
     # --- steps
 
     def _step(self, steps: Mapping[Slot, Step]) -> dict[Slot, StepResult]:
-        engine, self._updating, started = self._engine, False, time.perf_counter()
+        engine, started = self._engine, time.perf_counter()
         assert engine is not None
         for slot, groups_of in zip(self._built, engine.groups, strict=True):
             for group in groups_of:
@@ -296,20 +355,20 @@ class Pack:
         groups = [self._micro_batches(slots) for slots in self._passes(steps)]
         self._capture(groups[0][0])
         targets, tokens = Counter[Slot](), Counter[Slot]()
-        for micro in (micro for micros in groups for micro in micros):
+        for micro in (micro for micros in groups for micro in micros if micro is not None):
             targets.update(micro.targets)
             tokens.update({slot: span.stop - span.start for slot, span in micro.spans.items()})
         losses: Counter[Slot] = Counter()
-        for micros in zip(*groups, strict=True):
+        for number, micros in enumerate(zip(*groups, strict=True), 1):
             # The engine divides by the number of micro-batches.
             weights = {slot: len(groups[0]) / targets[slot] if slot in steps else 0.0 for slot in targets}
-            for micro in micros:
-                losses.update(self._pass(engine, micro, weights))
+            losses.update(self._passed(engine, [micro for micro in micros if micro is not None], weights))
             engine.deliver()
-            last = micros[0] is groups[0][-1]
+            last = number == len(groups[0])
             norms = self._clip(engine, steps) if last else {}
-            self._updating = last
+            self.updating = last
             engine.deepspeed.step()
+        self.updating = False
         self._session.tick()
         duration, every = time.perf_counter() - started, sum(tokens[slot] for slot in steps)
         return {
@@ -330,10 +389,12 @@ class Pack:
         count = self._together or len(order)
         return [order[first : first + count] for first in range(0, len(order), count)]
 
-    def _capture(self, micro: _Micro) -> None:
+    def _capture(self, micro: _Micro | None) -> None:
         """Capture the passes of the engine's slots as CUDA graphs, if that is wanted and not done."""
-        dropped = any(slot.run.method.dropout for slot in self._built)
-        if not self._graphs or self._captured or dropped or len(micro.spans) < len(self._built):
+        dropped = _drops(self._built)
+        if micro is None or not self._graphs or self._captured or dropped:
+            return
+        if len(micro.spans) < len(self._built):
             return
         self._enter(micro)
         self._captured = ExitStack()
@@ -349,10 +410,10 @@ class Pack:
         self._layout.width = micro.batch.input_ids.shape[1]
         self._layout.widths = {slot.number: width for slot, width in micro.widths.items()}
 
-    def _micro_batches(self, order: Sequence[Slot]) -> list[_Micro]:
-        """Return the micro-batches of some slots, each with rows of all of them."""
-        shares = zip(*(slot.share for slot in order), strict=True)
-        return [self._micro_batch(order, rows) for rows in shares]
+    def _micro_batches(self, order: Sequence[Slot]) -> list[_Micro | None]:
+        """Return the micro-batches of some slots; None where none of them has rows."""
+        pieces = zip(*(_pieces(slot.share, self._accumulation) for slot in order), strict=True)
+        return [self._micro_batch(order, rows) if any(rows) else None for rows in pieces]
 
     def _micro_batch(self, order: Sequence[Slot], rows: Sequence[Sequence[Row]]) -> _Micro:
         every, width, segments = [row for own in rows for row in own], None, None
@@ -367,8 +428,21 @@ class Pack:
         for slot, span in spans.items():
             inside = (batch.completion_index >= span.start) & (batch.completion_index < span.stop)
             targets[slot] = int(inside.sum())
-        widths = {slot: padded([*map(len, own)]) for slot, own in zip(order, rows, strict=True)}
+        widths = {slot: padded([*map(len, own)]) for slot, own in zip(order, rows, strict=True) if own}
         return _Micro(batch.to(self._session.worker.device), spans, widths, targets)
+
+    def _passed(
+        self, engine: FlatEngine, micros: Sequence[_Micro], weights: Mapping[Slot, float]
+    ) -> Counter[Slot]:
+        """Run the passes of one micro-batch of all slots, as `_pass`; slots without rows get no gradient."""
+        losses: Counter[Slot] = Counter()
+        for micro in micros:
+            losses.update(self._pass(engine, micro, weights))
+        for slot, parts in zip(self._built, engine.parts, strict=True):
+            if slot not in losses:
+                for part in parts:
+                    part.grad.zero_()
+        return losses
 
     def _pass(self, engine: FlatEngine, micro: _Micro, weights: Mapping[Slot, float]) -> dict[Slot, float]:
         """Run forward and backward over a micro-batch, and keep the gradients.
@@ -417,6 +491,22 @@ def _trainable(slot: Slot) -> dict[str, nn.Parameter]:
     return {n: p for n, p in slot.module.named_parameters() if p.requires_grad}
 
 
+def _widest(slots: Sequence[Slot]) -> RunConfig:
+    """Return the run with the most rows in a step."""
+    return max((slot.run for slot in slots), key=lambda run: run.optim.rows_per_step)
+
+
+def _drops(slots: Sequence[Slot]) -> bool:
+    return any(slot.run.method.dropout for slot in slots)
+
+
+def _pieces(share: Sequence[Sequence[Row]], count: int) -> list[list[Row]]:
+    """Divide the rows of a step into a number of pieces of about the same size."""
+    rows = [row for micro in share for row in micro]
+    ends = [number * len(rows) // count for number in range(count + 1)]
+    return [rows[first:end] for first, end in pairwise(ends)]
+
+
 class Courses(Generic[EndT]):
     """The courses of packed runs, by key. Their steps are taken together, and their questions passed on.
 
@@ -458,16 +548,25 @@ class Courses(Generic[EndT]):
     def advance(self) -> bool:
         """Go on with all runs that have no question: validate those that ask for it, or else take a step.
 
+        If that does not fit into the device's memory, a `CrowdedError` ends the newest half of them. If
+        parameters have begun to change, it ends all. A run that has no others beside it fails.
+
         Returns:
             Whether there was one.
         """
         try:
             return self._validated() or self._stepped()
         except torch.OutOfMemoryError as error:
-            # Of an engine, or of the examples of one run.
             failure = str(error)
-        for key in [key for key, asked in self._asked.items() if not isinstance(asked, Question)]:
-            self._go_on(key, self._courses[key].throw, torch.OutOfMemoryError(failure))
+        # Of an engine that was not finished.
+        gc.collect()
+        due = [key for key in self._courses if not isinstance(self._asked[key], Question)]
+        if len(self._courses) == 1:
+            self._go_on(due[0], self._courses[due[0]].throw, torch.OutOfMemoryError(failure))
+            return True
+        intact = not self._pack.updating
+        for key in due[len(due) // 2 :] if intact else due:
+            self._go_on(key, self._courses[key].throw, CrowdedError(failure, intact=intact))
         return True
 
     def _validated(self) -> bool:

@@ -41,6 +41,7 @@ from rayft.train.course import (
     Asked,
     Clock,
     Course,
+    CrowdedError,
     Part,
     Question,
     Step,
@@ -203,7 +204,7 @@ class Trainer:
         self.phases = phases_of(run, session)
         self.progress = Progress()
         self.placement = Placement()
-        """How steps use the device; decided in `fit`."""
+        """How steps use the device; decided in `fit`. Packed runs have their pack's."""
         self.engine: DeepSpeedEngine = None
         """The engine of the current phase; None outside of `fit`."""
         self._evaluate_at, self._known_placement = _evaluation_steps(run, evaluate_at), placement
@@ -239,8 +240,6 @@ class Trainer:
         try:
             if self.pack is None:
                 self.placement = place(self.run, self.session, self._known_placement)
-            else:
-                self.placement = Placement(self.run.scale.accumulation or 1)
             # What was tried for the placement does not count.
             stream = capture_stream() if self.placement.graphs else nullcontext()
             # The memory of runs that share their steps is that of all of them.
@@ -388,12 +387,18 @@ class Trainer:
         lr = optim.lr_at(step, phase.first, phase.warmup)
         try:
             result: StepResult = yield Step(self.engine, share, lr, random_state(worker.device))
+        except CrowdedError as crowded:
+            if crowded.intact:
+                self._save_checkpoint()
+            raise
         except torch.OutOfMemoryError:
             if self.pack is not None:
-                # Not even one run's rows fit.
-                raise out_of_memory(self.run, self.placement) from None
+                # It is alone in its pack, which has tried all that takes less.
+                raise out_of_memory(self.run, self.pack.placement) from None
             self._lower()
             return False
+        if self.pack is not None:
+            self.placement = self.pack.placement
         if not math.isfinite(result.loss):
             diverged = TrainError(
                 f"the loss is {result.loss} at step {step + 1} with lr {optim.lr:g}; use a lower "
@@ -453,9 +458,13 @@ class Trainer:
         self.reporter.note(f"{problem}; the run {how} with {rows // after.accumulation}")
 
     def _share(self, step: int) -> list[list[Row]]:
-        """Return this worker's rows of an optimizer step, for each of its micro-batches."""
+        """Return this worker's rows of an optimizer step, for each of its micro-batches.
+
+        A pack divides them itself.
+        """
         stream, worker = self.session.row_stream(self.run), self.worker
-        return stream.share(step, worker.rank, worker.world, self.placement.accumulation)
+        pieces = self.placement.accumulation if self.pack is None else 1
+        return stream.share(step, worker.rank, worker.world, pieces)
 
     def _micro_batches(self, share: Sequence[Sequence[Row]]) -> list[AnyBatch]:
         """Return micro-batches on this worker's device."""
