@@ -51,6 +51,8 @@ __all__ = ["Courses", "Pack", "Slot"]
 EndT = TypeVar("EndT")
 GPU_TIMES = 4
 """How many times as many tokens a GPU validates at once, of several runs, as of one."""
+EASED = 0.9
+"""What did not fit is tried again when rows or trained values have fallen to this share."""
 logger = logging.getLogger(__name__)
 
 
@@ -115,7 +117,7 @@ class Pack:
         graphs: bool = False,
     ) -> None:
         self._session, self._model, self._note = session, session.loaded.model, note
-        self._graphs = graphs
+        self._wants_graphs = self._graphs = graphs
         if reason := unpackable(self._model):
             raise ConfigError(f"trials can't be packed: {reason}; set sweep.slots: 1")
         clear(self._model)
@@ -132,6 +134,10 @@ class Pack:
         """Number of slots whose rows share a pass; None for all."""
         self._smaller = Placement()
         """What a slot's rows are divided into, once they have not fitted."""
+        self._validated: int | None = None
+        """Number of slots whose examples share a batch, once those of more have not fitted."""
+        self._short: tuple[int, int] | None = None
+        """Size of the slots that did not fit."""
         self._said: set[str] = set()
         """Notes on what did not fit."""
         self.placement = Placement()
@@ -178,8 +184,7 @@ class Pack:
                 taken at once; unless `updating`, nothing has changed then.
         """
         self.updating = False
-        if self._built != self._slots:
-            self._build()
+        self._prepare()
         lowered = False
         while True:
             self.placement = Placement(self._accumulation, self._recomputes, self._graphs)
@@ -207,18 +212,19 @@ class Pack:
         Raises:
             torch.OutOfMemoryError: if not even those of one run fit into the device's memory.
         """
-        if self._built != self._slots:
-            self._build()
+        self._prepare()
         session, order = self._session, [slot for slot in self._slots if slot in slots]
         most = MOST_TOKENS * (GPU_TIMES if session.worker.device != "cpu" else 1)
         together = min(len(order), max(1, most // (rows_at_once(session) * longest(session))))
+        together = min(together, self._validated or together)
         while True:
             try:
                 return self._losses(order, together)
             except torch.OutOfMemoryError:
                 if together == 1:
                     raise
-            together = -(-together // 2)
+            together = self._validated = -(-together // 2)
+            self._short = self._size
 
     @torch.no_grad()
     def _losses(self, order: Sequence[Slot], together: int) -> dict[Slot, float]:
@@ -256,6 +262,7 @@ class Pack:
         Raises:
             DeviceMemoryError: if the settings allow nothing less.
         """
+        self._short = self._size
         count = min(self._together or len(slots), len(slots))
         if self._graphs:
             self._graphs = False
@@ -285,6 +292,23 @@ class Pack:
             self._note(text)
 
     # --- the engine
+
+    def _prepare(self) -> None:
+        """Build an engine if the slots have changed; try again what did not fit if they are smaller now."""
+        if self._built == self._slots:
+            return
+        if self._short is not None:
+            shares = [now / then for now, then in zip(self._size, self._short, strict=True)]
+            if max(shares) <= 1 and min(shares) <= EASED:
+                self._graphs, self._together, self._smaller = self._wants_graphs, None, Placement()
+                self._validated = self._short = None
+        self._build()
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        """Rows of a step of all slots, and number of values that train."""
+        values = sum(p.numel() for slot in self._slots for p in _trainable(slot).values())
+        return sum(slot.run.optim.rows_per_step for slot in self._slots), values
 
     def _build(self) -> None:
         """Build an engine over the parameters of all slots, and set in it what they have learnt."""
@@ -402,7 +426,8 @@ class Pack:
             self._captured.enter_context(graphed(self._model, micro.batch))
         except (ConfigError, TrainError) as error:
             logger.info("%s", error)
-            self._graphs, self._captured = False, None
+            self._wants_graphs = self._graphs = False
+            self._captured = None
 
     def _enter(self, micro: _Micro) -> None:
         """Let the layers know whose rows are in the next pass."""

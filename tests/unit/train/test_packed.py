@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -409,3 +410,54 @@ def test_seconds_and_tokens_are_those_of_each_run(
         assert result.peak_memory == 0, "the memory is that of both"
     # What each spends comes from one clock at a time.
     assert sum(result.seconds["total"] for result in results) <= wall
+
+
+def test_what_did_not_fit_is_tried_again_with_fewer_slots(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("abcd")}
+    runs["a"] = with_method(run, "lora", optim={"steps": 2})
+    expected = packed(runs, session, tmp_path / "whole")
+    real, training, validating = module.target_losses, list[int](), list[int]()
+
+    def target_losses(model: Any, batch: Any) -> torch.Tensor:
+        rows = len(batch.input_ids)
+        (training if torch.is_grad_enabled() else validating).append(rows)
+        if rows > 6:
+            raise torch.OutOfMemoryError("no room")
+        return real(model, batch)
+
+    monkeypatch.setattr(module, "target_losses", target_losses)
+    assert_all_same(expected, packed(runs, session, tmp_path / "lowered"))
+    # Two rows of each slot: of all four, of two by turns, and of the three that are left.
+    assert training == [8, *[4, 4] * 2, *[6] * 4]
+    assert validating == [8, 4, 4, 6, 6]
+
+
+def test_graphs_are_captured_again_with_fewer_slots(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("abc")}
+    runs["a"] = with_method(run, "lora", optim={"steps": 2})
+    captured: list[int] = []
+
+    @contextmanager
+    def graphed(_: Any, batch: Any) -> Iterator[None]:
+        captured.append(len(batch.input_ids))
+        if len(batch.input_ids) > 4:
+            raise torch.OutOfMemoryError("no room")
+        yield
+
+    monkeypatch.setattr(module, "graphed", graphed)
+    pack = Pack(session, graphs=True)
+    courses = Courses[TrainResult](pack)
+    for key, one in runs.items():
+        begin(courses, pack, key, one, tmp_path)
+    while len(courses):
+        for key in courses.questions:
+            courses.answer(key, True)
+        courses.advance()
+    pack.close()
+    assert captured == [6, 4]
+    graphs = {key: result.placement["graphs"] for key, result in courses.ended().items()}  # type: ignore[union-attr]
+    assert graphs == {"a": False, "b": True, "c": True}
