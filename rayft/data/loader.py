@@ -17,6 +17,10 @@ from rayft.numerics import derive_seed
 
 __all__ = ["RowStream"]
 
+RECENT = 64
+"""An epoch's rows are kept until so many steps were taken without them, of all runs together. So packed runs
+that are epochs apart don't pack their rows anew at each step."""
+
 
 class RowStream:
     """An endless stream of rows. The epochs follow each other, and each is shuffled and packed anew.
@@ -48,6 +52,9 @@ class RowStream:
         self.packing = packing
         self._starts = [0]
         self._epochs: dict[int, Rows] = {}
+        self._used: dict[int, int] = {}
+        """Epoch → the last step that had rows of it, among all that were asked for."""
+        self._asked = 0
 
     @cached_property
     def most_segments(self) -> int:
@@ -56,6 +63,7 @@ class RowStream:
 
     def rows(self, step: int, rank: int = 0, world: int = 1) -> list[Row]:
         """Return the rows of optimizer step `step`, counted from 0, or every `world`-th of them."""
+        self._asked += 1
         first = step * self.rows_per_step
         found: list[Row] = []
         taken, epoch = 0, self._epoch_of(first)
@@ -108,7 +116,11 @@ class RowStream:
             rows = rows_of(self.encoded, self.length, packing=self.packing, order=order)
             if epoch == len(self._starts) - 1:
                 self._starts.append(self._starts[-1] + len(rows))
-            # A step can have rows of two epochs, so the epoch before is kept too.
-            self._epochs = {number: kept for number, kept in self._epochs.items() if number == epoch - 1}
+            self._epochs = {
+                number: kept
+                for number, kept in self._epochs.items()
+                if self._used[number] > self._asked - RECENT
+            }
             self._epochs[epoch] = rows
+        self._used[epoch] = self._asked
         return self._epochs[epoch]

@@ -96,11 +96,12 @@ class TrialRecord(Record):
     bytes: int = 0
     """Size of the adapter's weights on disk."""
     seconds: float = 0.0
-    """Training time, validation included."""
+    """Training time, validation included; of steps that trials took together, the trial's share."""
     overhead_seconds: float = 0.0
     """Time for starting, loading and saving."""
     peak_memory_bytes: int | None = None
-    """Most memory held by one worker's device (its process on a CPU); None where it was not measured."""
+    """Most memory held by one worker's device (its process on a CPU); None where it was not measured,
+    as where trials shared their steps."""
     folder: str = ""
     """Adapter folder; empty if none was written."""
     run_id: str = ""

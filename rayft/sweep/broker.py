@@ -317,6 +317,14 @@ class Broker:
         """End a job that has saved a checkpoint, from which the next command continues."""
         self._end(self._entries[job_id], Event("interrupted", step))
 
+    async def put_back(self, job_id: str) -> None:
+        """Return a job to the queue whose lane has no room for it; it goes on from its last checkpoint."""
+        entry = self._entries[job_id]
+        if self._closed:
+            self._end(entry, Event("interrupted", entry.last_step))
+        else:
+            await self._again(entry)
+
     async def renew(self, lane: str, job_id: str, payload: bytes | None, text: str) -> None:
         """Expect the end of a lane's worker group, one of whose workers can't go on with a job.
 
@@ -388,7 +396,7 @@ class Broker:
         return not own or any(not one.done for one in own)
 
     async def _again(self, entry: _Entry) -> None:
-        """Return a job whose lane is gone to the head of the queue."""
+        """Return a job that no lane has any more to the head of the queue."""
         entry.lane = None
         entry.progress["state"] = "queued"
         async with self._arrived:

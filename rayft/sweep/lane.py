@@ -41,6 +41,7 @@ from rayft.sweep.settings import LaneSettings
 from rayft.sweep.transfer import find_home
 from rayft.tracking.base import TrackerSpec
 from rayft.tracking.mlflow import MlflowTracker
+from rayft.train.course import CrowdedError
 from rayft.train.home import Home
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
@@ -250,6 +251,8 @@ class Lane:
         if isinstance(result, InterruptedRunError):
             if self.worker.rank == 0:
                 ray.get(self.broker.pause.remote(job.id, result.step))
+        elif isinstance(result, CrowdedError):
+            ray.get(self.broker.put_back.remote(job.id))
         elif isinstance(result, NewGroupError):
             self._end_group(job, str(result), pickle.dumps(result.request))
         elif isinstance(result, Exception):

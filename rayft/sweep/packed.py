@@ -20,6 +20,7 @@ from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import TrialResult
 from rayft.sweep.score import TOGETHER, ScoreRequest, questions, score_together
 from rayft.sweep.trial import TrialCourse
+from rayft.train.course import CrowdedError
 from rayft.train.packed import Courses, Pack
 from rayft.train.session import Session
 from rayft.train.slots import Sizing
@@ -87,13 +88,15 @@ class PackedTrials:
         request: TrainRequest = job.request
         started = time.perf_counter()
         try:
-            trial = TrialCourse(request, self._lane, self._pack.session(), started, self._pack)
+            with self._lane.timed("train"):
+                trial = TrialCourse(request, self._lane, self._pack.session(), started, self._pack)
         except Exception as error:  # noqa: BLE001  (reported to the broker; it ends the job and not the lane)
             self._lane.ended(job, error)
             return
         self._jobs[job.id], self._trials[job.id] = job, trial
         self._stepped = False
-        self._courses.begin(job.id, trial.course())
+        with self._lane.timed("train"):
+            self._courses.begin(job.id, trial.course(), trial.clock)
         self._end()
 
     def _ask(self) -> None:
@@ -109,7 +112,7 @@ class PackedTrials:
         for key, asked in new.items():
             verdict = self._trials[key].reporter.ask(asked.step, asked.metrics)
             if verdict is None:
-                self._courses.answer(key, True)
+                self._answer(key, go_on=True)
             else:
                 self._verdicts[key], self._new = verdict, True
 
@@ -120,17 +123,30 @@ class PackedTrials:
         references = {reference: key for key, reference in self._verdicts.items()}
         idle = len(self._verdicts) == len(self._courses)
         patience, self._new = SETTLE_SECONDS if self._new else 0.0, False
-        ready, _ = ray.wait([*references], num_returns=len(references), timeout=patience)
-        if idle and not ready:
-            ready, _ = ray.wait([*references], num_returns=1)
+        with self._lane.timed("wait for decisions"):
+            ready, _ = ray.wait([*references], num_returns=len(references), timeout=patience)
+            if idle and not ready:
+                ready, _ = ray.wait([*references], num_returns=1)
         for reference in ready:
             key = references[reference]
             del self._verdicts[key]
-            self._courses.answer(key, self._trials[key].reporter.decided(ray.get(reference)))
+            self._answer(key, go_on=self._trials[key].reporter.decided(ray.get(reference)))
+
+    def _answer(self, key: str, *, go_on: bool) -> None:
+        """Let a trial go on, or end, after an evaluation."""
+        with self._lane.timed("train"):
+            self._courses.answer(key, go_on)
 
     def _end(self) -> None:
         """Report the trials that have ended to the broker."""
-        for key, result in self._courses.ended().items():
+        ended = self._courses.ended()
+        if crowded := [key for key, result in ended.items() if isinstance(result, CrowdedError)]:
+            self._slots = max(1, len(self._courses))
+            self._lane.note(
+                f"{', '.join(crowded)}: no room in the device's memory beside the other trials of "
+                f"{self._lane.name}, which now trains {self._slots} at a time; these go on later"
+            )
+        for key, result in ended.items():
             self._stepped = False
             job = self._jobs.pop(key)
             del self._trials[key]

@@ -20,7 +20,7 @@ from rayft.sweep.jobs import NewGroupError
 from rayft.sweep.request import TrainRequest, tracking_key
 from rayft.sweep.result import TrialResult, file_hashes, trial_folder, write_result
 from rayft.tracking.base import HASH_PARAM, Former, RunStatus
-from rayft.train.course import Asked, TrainResult
+from rayft.train.course import Asked, Clock, TrainResult
 from rayft.train.packed import Pack
 from rayft.train.placement import DeviceMemoryError
 from rayft.train.session import Session
@@ -47,7 +47,8 @@ class TrialCourse:
     def __init__(
         self, request: TrainRequest, lane: Lane, session: Session, started: float, pack: Pack | None = None
     ) -> None:
-        self._request, self._lane, self._session, self._started = request, lane, session, started
+        self._request, self._lane, self._session = request, lane, session
+        self.clock = Clock(started)
         self._home_folder = trial_folder(request.output, request.key)
         self._folder = lane.home.place(self._home_folder)
         with lane.worker.together():
@@ -63,6 +64,7 @@ class TrialCourse:
             request.evaluate_at,
             placement=request.placement,
             pack=pack,
+            clock=self.clock,
         )
 
     def course(self) -> Generator[Asked, Any, TrialResult | None]:
@@ -107,7 +109,7 @@ class TrialCourse:
         spent = result.seconds["total"] - result.seconds["overhead"]
         # All time that the lane spent on the trial beyond its steps and evaluations. Loading the base is part
         # of the lane's own start, which is paid once.
-        overhead = time.perf_counter() - self._started - spent
+        overhead = self.clock() - spent
         left = left.with_seconds(overhead=overhead, waiting=self.reporter.waited)
         write_result(folder, left, lane.home)
         # The last checkpoint stays: the trial is trained again from it if its adapter should be damaged.
@@ -168,11 +170,12 @@ class _TrackedRun:
         self._tracker.metrics(self.run_id, found)
         # At step 0: if the end of a run is trained again because its result was lost, the first values stay.
         taken = {
-            "peak_memory_gib": result.peak_memory / 2**30,
             "train_tokens_per_second": result.tokens_per_second,
             "train_seconds": result.seconds["train"],
             "overhead_seconds": result.seconds["overhead"],
         }
+        if result.peak_memory:
+            taken["peak_memory_gib"] = result.peak_memory / 2**30
         self._tracker.metrics(self.run_id, taken, 0)
         if result.content_hash:
             self._tracker.params(self.run_id, {HASH_PARAM: result.content_hash})

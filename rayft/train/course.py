@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,7 +13,9 @@ from rayft.data.pack import Row
 
 __all__ = [
     "Asked",
+    "Clock",
     "Course",
+    "CrowdedError",
     "Part",
     "Question",
     "Step",
@@ -23,17 +26,63 @@ __all__ = [
 ]
 
 
+class CrowdedError(Exception):
+    """A packed run has to go on without some of the others, for which there is no room beside it.
+
+    It goes on from its last checkpoint. If it was asking for a step, it saves one first.
+
+    Attributes:
+        intact: whether its weights and moments are those of its last step.
+    """
+
+    def __init__(self, reason: str, *, intact: bool) -> None:
+        super().__init__(reason)
+        self.intact = intact
+
+
+class Clock:
+    """Counts the seconds that a device spends on a run.
+
+    Runs that take their steps together stop it while they wait, and add to it their share of what is done for
+    all of them. So the seconds of such runs add up to those of the device.
+
+    Args:
+        started: when the device began, by `time.perf_counter`; by default now.
+    """
+
+    def __init__(self, started: float | None = None) -> None:
+        self._counted = 0.0
+        self._since: float | None = time.perf_counter() if started is None else started
+
+    def __call__(self) -> float:
+        """Return the seconds so far."""
+        return self._counted + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def stop(self) -> None:
+        """Count no more."""
+        self._counted, self._since = self(), None
+
+    def go_on(self) -> None:
+        """Count again, unless it does."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def add(self, seconds: float) -> None:
+        """Count some seconds more."""
+        self._counted += seconds
+
+
 @dataclass(frozen=True)
 class Step:
     """An optimizer step that a run asks for; the answer is its `StepResult`.
 
-    If there is not enough memory, the answer is a `torch.OutOfMemoryError`, thrown into the course.
+    If there is not enough memory, a `torch.OutOfMemoryError` is thrown into the course, or a `CrowdedError`.
     """
 
     engine: Any
     """The run's engine, or its slot among packed runs."""
     share: Sequence[Sequence[Row]]
-    """Rows of each of this worker's micro-batches."""
+    """Rows of each of this worker's micro-batches; of a packed run, all rows together."""
     lr: float
     random: torch.Tensor = field(repr=False)
     """Random state of the run's device, with which the step begins."""
@@ -81,11 +130,13 @@ class TrainResult:
     """Size of the weights on disk."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Where the time went: `train` and `evaluate` include the time before the run was resumed, `overhead` and
-    `total` count from then on. A trial's result also has `waiting`, the time that its lane waited for
-    ASHA."""
+    `total` count from then on. Of what runs did together, it is the run's share. A trial's result also has
+    `waiting`, the time that it waited for ASHA, in which the other trials of its batch may have gone on."""
     peak_memory: int = 0
-    """Bytes: the resident set of the process on a CPU, the memory allocated on the device on a GPU."""
+    """Bytes: the resident set of the process on a CPU, the memory allocated on the device on a GPU. 0 if the
+    run shared its steps with others, whose memory can't be told from its own."""
     tokens_per_second: float = 0.0
+    """Its own tokens, by the duration of its steps. Those of runs that share their steps add up."""
     folder: str = ""
     content_hash: str = ""
     """Of the saved adapter; empty if a whole model was saved."""

@@ -62,6 +62,10 @@ class StepResult:
     """Tokens of all workers' micro-batches."""
     padding: float = 0.0
     """Share of padding in this worker's packed rows."""
+    seconds: float | None = None
+    """Duration of a step that several runs took together."""
+    share: float = 1.0
+    """The run's share of the tokens of such a step."""
 
 
 def engine_config(run: RunConfig) -> dict[str, Any]:

@@ -5,6 +5,9 @@ random state, learning rate, clipping and moments. What they share is a step's f
 and one DeepSpeed engine (`rayft.train.flat`). When runs join or leave, a new engine is built, and masters and
 moments move to it.
 
+If a step does not fit into the device's memory, fewer slots share a pass, then fewer rows of a slot, then
+activations are recomputed, as for a run alone. If that is not enough, the newest runs have to leave.
+
 On a GPU the passes of a set of slots can be captured as CUDA graphs. All batches then have the same shape,
 so a run that waits for an answer has rows in them too, whose loss counts nothing.
 
@@ -14,12 +17,15 @@ so a run that waits for an answer has rows in them too, whose loss counts nothin
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -30,12 +36,12 @@ from rayft.errors import ConfigError, TrainError
 from rayft.evaluate.loss import target_losses
 from rayft.models.inject import clear
 from rayft.models.packed import Layout, pack, skeleton, spans_of, unpackable
-from rayft.train.course import Asked, Part, Question, Step, Validation
+from rayft.train.course import Asked, Clock, CrowdedError, Part, Question, Step, Validation
 from rayft.train.deepspeed import StepResult
 from rayft.train.flat import FlatEngine
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Holder, Master
-from rayft.train.placement import recompute_activations
+from rayft.train.placement import DeviceMemoryError, Placement, recompute_activations, smaller
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 from rayft.train.validation import MOST_TOKENS, longest, rows_at_once, validation_rows
@@ -45,6 +51,8 @@ __all__ = ["Courses", "Pack", "Slot"]
 EndT = TypeVar("EndT")
 GPU_TIMES = 4
 """How many times as many tokens a GPU validates at once, of several runs, as of one."""
+EASED = 0.9
+"""What did not fit is tried again when rows or trained values have fallen to this share."""
 logger = logging.getLogger(__name__)
 
 
@@ -109,7 +117,7 @@ class Pack:
         graphs: bool = False,
     ) -> None:
         self._session, self._model, self._note = session, session.loaded.model, note
-        self._graphs = graphs
+        self._wants_graphs = self._graphs = graphs
         if reason := unpackable(self._model):
             raise ConfigError(f"trials can't be packed: {reason}; set sweep.slots: 1")
         clear(self._model)
@@ -124,8 +132,18 @@ class Pack:
         self._numbers = 0
         self._together: int | None = None
         """Number of slots whose rows share a pass; None for all."""
-        self._updating = False
-        """Whether the last step has begun to change parameters."""
+        self._smaller = Placement()
+        """What a slot's rows are divided into, once they have not fitted."""
+        self._validated: int | None = None
+        """Number of slots whose examples share a batch, once those of more have not fitted."""
+        self._short: tuple[int, int] | None = None
+        """Size of the slots that did not fit."""
+        self._said: set[str] = set()
+        """Notes on what did not fit."""
+        self.placement = Placement()
+        """How the last step used the device."""
+        self.updating = False
+        """Whether the last step has begun to change parameters; if it has failed, they can't be used."""
         self._captured: ExitStack | None = None
         """Holds the graphs of the slots that the engine has."""
 
@@ -162,19 +180,29 @@ class Pack:
         """Take a step of each of some runs together; other runs in the pack stay as they are.
 
         Raises:
-            torch.OutOfMemoryError: if they do not fit into the device's memory together; nothing has changed
-                then.
+            torch.OutOfMemoryError: if they do not fit into the device's memory together, however little is
+                taken at once; unless `updating`, nothing has changed then.
         """
-        if self._built != self._slots:
-            self._build()
+        self.updating = False
+        self._prepare()
+        lowered = False
         while True:
+            self.placement = Placement(self._accumulation, self._recomputes, self._graphs)
             try:
-                return self._step(steps)
-            except torch.OutOfMemoryError:
-                least = not self._graphs and (self._together == 1 or len(steps) == 1)
-                if self._updating or least:
+                found = self._step(steps)
+            except torch.OutOfMemoryError as error:
+                if self.updating:
                     raise
-            self._lower(len(steps))
+                failure = str(error)
+            else:
+                if lowered:
+                    self._say(len(steps))
+                return found
+            lowered = True
+            try:
+                self._lower([*steps])
+            except DeviceMemoryError:
+                raise torch.OutOfMemoryError(failure) from None
             # The new engine knows nothing of the gradients that were left behind.
             self._build()
 
@@ -184,18 +212,19 @@ class Pack:
         Raises:
             torch.OutOfMemoryError: if not even those of one run fit into the device's memory.
         """
-        if self._built != self._slots:
-            self._build()
+        self._prepare()
         session, order = self._session, [slot for slot in self._slots if slot in slots]
         most = MOST_TOKENS * (GPU_TIMES if session.worker.device != "cpu" else 1)
         together = min(len(order), max(1, most // (rows_at_once(session) * longest(session))))
+        together = min(together, self._validated or together)
         while True:
             try:
                 return self._losses(order, together)
             except torch.OutOfMemoryError:
                 if together == 1:
                     raise
-            together = -(-together // 2)
+            together = self._validated = -(-together // 2)
+            self._short = self._size
 
     @torch.no_grad()
     def _losses(self, order: Sequence[Slot], together: int) -> dict[Slot, float]:
@@ -227,23 +256,65 @@ class Pack:
         self._take_down()
         clear(self._model)
 
-    def _lower(self, count: int) -> None:
-        """Let fewer slots share a pass, because those of a step did not fit; first without graphs."""
+    def _lower(self, slots: Sequence[Slot]) -> None:
+        """Take less at once, because a step of some slots did not fit; first without graphs.
+
+        Raises:
+            DeviceMemoryError: if the settings allow nothing less.
+        """
+        self._short = self._size
+        count = min(self._together or len(slots), len(slots))
         if self._graphs:
             self._graphs = False
-            return
-        self._together = -(-min(self._together or count, count) // 2)
-        self._note(
-            f"the rows of {count} trials did not fit into the device's memory together; now those of "
-            f"{self._together} share a pass"
-        )
+        elif count > 1:
+            self._together = -(-count // 2)
+        else:
+            now = self.placement
+            after = smaller(_widest(slots), now)
+            if after.accumulation == now.accumulation and _drops(slots):
+                # The values that a slot drops would be drawn anew when its activations are.
+                raise DeviceMemoryError
+            self._smaller = after
+
+    def _say(self, count: int) -> None:
+        """Describe once, in a note, what a shortage of memory has led to."""
+        now, ways = self.placement, list[str]()
+        if self._together is not None and self._together < count:
+            ways.append(f"the rows of {self._together} share a pass")
+        if now.accumulation > (self._slots[0].run.scale.accumulation or 1):
+            ways.append(f"each trial's rows are divided into {now.accumulation} micro-batches")
+        if now.activation_checkpointing:
+            ways.append("activations are recomputed")
+        rows = f"the rows of {count} trials" if count > 1 else "the rows of a trial"
+        text = f"{rows} did not fit into the device's memory together; now {', '.join(ways)}"
+        if ways and text not in self._said:
+            self._said.add(text)
+            self._note(text)
 
     # --- the engine
+
+    def _prepare(self) -> None:
+        """Build an engine if the slots have changed; try again what did not fit if they are smaller now."""
+        if self._built == self._slots:
+            return
+        if self._short is not None:
+            shares = [now / then for now, then in zip(self._size, self._short, strict=True)]
+            if max(shares) <= 1 and min(shares) <= EASED:
+                self._graphs, self._together, self._smaller = self._wants_graphs, None, Placement()
+                self._validated = self._short = None
+        self._build()
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        """Rows of a step of all slots, and number of values that train."""
+        values = sum(p.numel() for slot in self._slots for p in _trainable(slot).values())
+        return sum(slot.run.optim.rows_per_step for slot in self._slots), values
 
     def _build(self) -> None:
         """Build an engine over the parameters of all slots, and set in it what they have learnt."""
         self._take_down()
         pack(self._model, {slot.number: slot.module for slot in self._slots}, self._layout)
+        recompute_activations(self._model, wanted=self._recomputes)
         self._engine = FlatEngine(self._config, [(slot.run, slot.module) for slot in self._slots])
         self._engine.set_masters([slot.given for slot in self._slots])
         self._built = [*self._slots]
@@ -269,19 +340,32 @@ class Pack:
 
         One worker has all masters, so the stage only decides whether there are any beside the parameters.
         """
-        run = self._slots[0].run
+        run = _widest(self._slots)
         stage = 0 if run.scale.dtype == "float32" else 2
-        scale = run.scale.model_copy(update={"zero": stage, "accumulation": run.scale.accumulation or 1})
+        scale = run.scale.model_copy(update={"zero": stage, "accumulation": self._accumulation})
         settings: dict[str, Any] = {"gradient_clipping": 0.0}
         if stage:
             # Or a slot that diverges would cancel the step of all.
             settings["bf16"] = {"check_grad_overflow": False}
         return run.model_copy(update={"scale": scale, "deepspeed": settings})
 
+    @property
+    def _accumulation(self) -> int:
+        """Number of micro-batches of a step."""
+        if not self._slots:
+            return self._smaller.accumulation
+        run = _widest(self._slots)
+        return min(max(run.scale.accumulation or 1, self._smaller.accumulation), run.optim.rows_per_step)
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether activations are recomputed."""
+        return self._smaller.activation_checkpointing and not _drops(self._slots)
+
     # --- steps
 
     def _step(self, steps: Mapping[Slot, Step]) -> dict[Slot, StepResult]:
-        engine, self._updating = self._engine, False
+        engine, started = self._engine, time.perf_counter()
         assert engine is not None
         for slot, groups_of in zip(self._built, engine.groups, strict=True):
             for group in groups_of:
@@ -295,24 +379,30 @@ class Pack:
         groups = [self._micro_batches(slots) for slots in self._passes(steps)]
         self._capture(groups[0][0])
         targets, tokens = Counter[Slot](), Counter[Slot]()
-        for micro in (micro for micros in groups for micro in micros):
+        for micro in (micro for micros in groups for micro in micros if micro is not None):
             targets.update(micro.targets)
             tokens.update({slot: span.stop - span.start for slot, span in micro.spans.items()})
         losses: Counter[Slot] = Counter()
-        for micros in zip(*groups, strict=True):
+        for number, micros in enumerate(zip(*groups, strict=True), 1):
             # The engine divides by the number of micro-batches.
             weights = {slot: len(groups[0]) / targets[slot] if slot in steps else 0.0 for slot in targets}
-            for micro in micros:
-                losses.update(self._pass(engine, micro, weights))
+            losses.update(self._passed(engine, [micro for micro in micros if micro is not None], weights))
             engine.deliver()
-            last = micros[0] is groups[0][-1]
+            last = number == len(groups[0])
             norms = self._clip(engine, steps) if last else {}
-            self._updating = last
+            self.updating = last
             engine.deepspeed.step()
+        self.updating = False
         self._session.tick()
+        duration, every = time.perf_counter() - started, sum(tokens[slot] for slot in steps)
         return {
             slot: StepResult(
-                losses[slot] / targets[slot], norms[slot], tokens[slot], one.padding(tokens[slot])
+                losses[slot] / targets[slot],
+                norms[slot],
+                tokens[slot],
+                one.padding(tokens[slot]),
+                duration,
+                tokens[slot] / every,
             )
             for slot, one in steps.items()
         }
@@ -323,10 +413,12 @@ class Pack:
         count = self._together or len(order)
         return [order[first : first + count] for first in range(0, len(order), count)]
 
-    def _capture(self, micro: _Micro) -> None:
+    def _capture(self, micro: _Micro | None) -> None:
         """Capture the passes of the engine's slots as CUDA graphs, if that is wanted and not done."""
-        dropped = any(slot.run.method.dropout for slot in self._built)
-        if not self._graphs or self._captured or dropped or len(micro.spans) < len(self._built):
+        dropped = _drops(self._built)
+        if micro is None or not self._graphs or self._captured or dropped:
+            return
+        if len(micro.spans) < len(self._built):
             return
         self._enter(micro)
         self._captured = ExitStack()
@@ -334,7 +426,8 @@ class Pack:
             self._captured.enter_context(graphed(self._model, micro.batch))
         except (ConfigError, TrainError) as error:
             logger.info("%s", error)
-            self._graphs, self._captured = False, None
+            self._wants_graphs = self._graphs = False
+            self._captured = None
 
     def _enter(self, micro: _Micro) -> None:
         """Let the layers know whose rows are in the next pass."""
@@ -342,10 +435,10 @@ class Pack:
         self._layout.width = micro.batch.input_ids.shape[1]
         self._layout.widths = {slot.number: width for slot, width in micro.widths.items()}
 
-    def _micro_batches(self, order: Sequence[Slot]) -> list[_Micro]:
-        """Return the micro-batches of some slots, each with rows of all of them."""
-        shares = zip(*(slot.share for slot in order), strict=True)
-        return [self._micro_batch(order, rows) for rows in shares]
+    def _micro_batches(self, order: Sequence[Slot]) -> list[_Micro | None]:
+        """Return the micro-batches of some slots; None where none of them has rows."""
+        pieces = zip(*(_pieces(slot.share, self._accumulation) for slot in order), strict=True)
+        return [self._micro_batch(order, rows) if any(rows) else None for rows in pieces]
 
     def _micro_batch(self, order: Sequence[Slot], rows: Sequence[Sequence[Row]]) -> _Micro:
         every, width, segments = [row for own in rows for row in own], None, None
@@ -360,8 +453,21 @@ class Pack:
         for slot, span in spans.items():
             inside = (batch.completion_index >= span.start) & (batch.completion_index < span.stop)
             targets[slot] = int(inside.sum())
-        widths = {slot: padded([*map(len, own)]) for slot, own in zip(order, rows, strict=True)}
+        widths = {slot: padded([*map(len, own)]) for slot, own in zip(order, rows, strict=True) if own}
         return _Micro(batch.to(self._session.worker.device), spans, widths, targets)
+
+    def _passed(
+        self, engine: FlatEngine, micros: Sequence[_Micro], weights: Mapping[Slot, float]
+    ) -> Counter[Slot]:
+        """Run the passes of one micro-batch of all slots, as `_pass`; slots without rows get no gradient."""
+        losses: Counter[Slot] = Counter()
+        for micro in micros:
+            losses.update(self._pass(engine, micro, weights))
+        for slot, parts in zip(self._built, engine.parts, strict=True):
+            if slot not in losses:
+                for part in parts:
+                    part.grad.zero_()
+        return losses
 
     def _pass(self, engine: FlatEngine, micro: _Micro, weights: Mapping[Slot, float]) -> dict[Slot, float]:
         """Run forward and backward over a micro-batch, and keep the gradients.
@@ -410,18 +516,44 @@ def _trainable(slot: Slot) -> dict[str, nn.Parameter]:
     return {n: p for n, p in slot.module.named_parameters() if p.requires_grad}
 
 
+def _widest(slots: Sequence[Slot]) -> RunConfig:
+    """Return the run with the most rows in a step."""
+    return max((slot.run for slot in slots), key=lambda run: run.optim.rows_per_step)
+
+
+def _drops(slots: Sequence[Slot]) -> bool:
+    return any(slot.run.method.dropout for slot in slots)
+
+
+def _pieces(share: Sequence[Sequence[Row]], count: int) -> list[list[Row]]:
+    """Divide the rows of a step into a number of pieces of about the same size."""
+    rows = [row for micro in share for row in micro]
+    ends = [number * len(rows) // count for number in range(count + 1)]
+    return [rows[first:end] for first, end in pairwise(ends)]
+
+
 class Courses(Generic[EndT]):
-    """The courses of packed runs, by key. Their steps are taken together, and their questions passed on."""
+    """The courses of packed runs, by key. Their steps are taken together, and their questions passed on.
+
+    The clock of a run counts the time of its own code, and its share of the steps and validations.
+    """
 
     def __init__(self, pack: Pack) -> None:
         self._pack = pack
         self._courses: dict[str, Part[EndT]] = {}
+        self._clocks: dict[str, Clock] = {}
         self._asked: dict[str, Asked] = {}
         self._ended: dict[str, EndT | Exception] = {}
 
-    def begin(self, key: str, course: Part[EndT]) -> None:
-        """Begin a course, up to its first step or question."""
-        self._courses[key] = course
+    def begin(self, key: str, course: Part[EndT], clock: Clock) -> None:
+        """Begin a course, up to its first step or question.
+
+        Args:
+            key: names the run.
+            course: the run's.
+            clock: the run's, which counts.
+        """
+        self._courses[key], self._clocks[key] = course, clock
         self._go_on(key, course.send, None)
 
     def __len__(self) -> int:
@@ -441,22 +573,33 @@ class Courses(Generic[EndT]):
     def advance(self) -> bool:
         """Go on with all runs that have no question: validate those that ask for it, or else take a step.
 
+        If that does not fit into the device's memory, a `CrowdedError` ends the newest half of them. If
+        parameters have begun to change, it ends all. A run that has no others beside it fails.
+
         Returns:
             Whether there was one.
         """
         try:
             return self._validated() or self._stepped()
         except torch.OutOfMemoryError as error:
-            # Of an engine, or of the examples of one run.
             failure = str(error)
-        for key in [key for key, asked in self._asked.items() if not isinstance(asked, Question)]:
-            self._go_on(key, self._courses[key].throw, torch.OutOfMemoryError(failure))
+        # Of an engine that was not finished.
+        gc.collect()
+        due = [key for key in self._courses if not isinstance(self._asked[key], Question)]
+        if len(self._courses) == 1:
+            self._go_on(due[0], self._courses[due[0]].throw, torch.OutOfMemoryError(failure))
+            return True
+        intact = not self._pack.updating
+        for key in due[len(due) // 2 :] if intact else due:
+            self._go_on(key, self._courses[key].throw, CrowdedError(failure, intact=intact))
         return True
 
     def _validated(self) -> bool:
         due = {key: asked.engine for key, asked in self._asked.items() if isinstance(asked, Validation)}
         if due:
+            started = time.perf_counter()
             losses = self._pack.validate([*due.values()])
+            self._share(dict.fromkeys(due, 1 / len(due)), started)
             for key, slot in due.items():
                 self._go_on(key, self._courses[key].send, losses[slot])
             return True
@@ -466,7 +609,9 @@ class Courses(Generic[EndT]):
         steps = {key: asked for key, asked in self._asked.items() if isinstance(asked, Step)}
         if not steps:
             return False
+        started = time.perf_counter()
         results = self._pack.step({one.engine: one for one in steps.values()})
+        self._share({key: results[one.engine].share for key, one in steps.items()}, started)
         for key, one in steps.items():
             course, result = self._courses[key], results[one.engine]
             self._go_on(key, course.send, result)
@@ -482,15 +627,26 @@ class Courses(Generic[EndT]):
         for course in self._courses.values():
             course.close()
         self._courses.clear()
+        self._clocks.clear()
         self._asked.clear()
+
+    def _share(self, shares: Mapping[str, float], started: float) -> None:
+        """Divide the time since something began among the runs that it was done for."""
+        seconds = time.perf_counter() - started
+        for key, share in shares.items():
+            self._clocks[key].add(share * seconds)
 
     def _go_on(self, key: str, go: Callable[[Any], Asked], value: object) -> None:
         self._asked.pop(key, None)
+        self._clocks[key].go_on()
         try:
             self._asked[key] = go(value)
+            self._clocks[key].stop()
         except StopIteration as end:
-            self._ended[key] = end.value
-            del self._courses[key]
+            self._end(key, end.value)
         except Exception as error:  # noqa: BLE001  (one run's error must not end the others)
-            self._ended[key] = error
-            del self._courses[key]
+            self._end(key, error)
+
+    def _end(self, key: str, result: EndT | Exception) -> None:
+        self._ended[key] = result
+        del self._courses[key], self._clocks[key]

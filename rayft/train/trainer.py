@@ -39,7 +39,9 @@ from rayft.train.best import BEST, Kept
 from rayft.train.checkpoint_folder import is_portable
 from rayft.train.course import (
     Asked,
+    Clock,
     Course,
+    CrowdedError,
     Part,
     Question,
     Step,
@@ -98,6 +100,8 @@ class Progress:
     val_curve: list[tuple[int, float]] = field(default_factory=list)
     train_curve: list[tuple[int, float]] = field(default_factory=list)
     train_seconds: float = 0.0
+    step_seconds: float = 0.0
+    """Duration of the steps; if other runs took them as well, `train_seconds` has this run's share."""
     evaluate_seconds: float = 0.0
     tokens: int = 0
     best_step: int = 0
@@ -119,6 +123,7 @@ class Progress:
         values = {name: state[name] for name in cls().state() if name in state}
         for curve in ("val_curve", "train_curve"):
             values[curve] = [(int(step), float(value)) for step, value in values[curve]]
+        values.setdefault("step_seconds", values["train_seconds"])
         spent = values["train_seconds"] + values["evaluate_seconds"]
         return cls(**values, saved_step=values["step"], saved_seconds=spent)
 
@@ -175,6 +180,7 @@ class Trainer:
         placement: how steps use the device, if an earlier group of workers has found out.
         pack: the runs with which this one takes its steps, by `course`; the session is then one of the
             pack's. By default it has the device to itself.
+        clock: counts the device's time for the run; by default it begins now.
 
     Raises:
         ConfigError: if a link of a chain would have no steps.
@@ -190,14 +196,15 @@ class Trainer:
         *,
         placement: Placement | None = None,
         pack: Pack | None = None,
+        clock: Clock | None = None,
     ) -> None:
-        self.pack = pack
+        self.pack, self.clock = pack, clock or Clock()
         self.run, self.session, self.reporter, self.folder = run, session, reporter, folder
         self.worker, self.model = session.worker, session.loaded.model
         self.phases = phases_of(run, session)
         self.progress = Progress()
         self.placement = Placement()
-        """How steps use the device; decided in `fit`."""
+        """How steps use the device; decided in `fit`. Packed runs have their pack's."""
         self.engine: DeepSpeedEngine = None
         """The engine of the current phase; None outside of `fit`."""
         self._evaluate_at, self._known_placement = _evaluation_steps(run, evaluate_at), placement
@@ -224,7 +231,7 @@ class Trainer:
 
     def course(self) -> Course:
         """Train the run as `fit` does, but let the caller take its steps and answer its questions."""
-        started = time.perf_counter()
+        started = self.clock()
         self._fetch_checkpoints()
         start = read_start(self.run, self.session)
         self.progress.start = start.content_hash
@@ -233,16 +240,16 @@ class Trainer:
         try:
             if self.pack is None:
                 self.placement = place(self.run, self.session, self._known_placement)
-            else:
-                self.placement = Placement(self.run.scale.accumulation or 1)
             # What was tried for the placement does not count.
             stream = capture_stream() if self.placement.graphs else nullcontext()
-            with PeakMemory(self.worker.device) as memory, stream:
+            # The memory of runs that share their steps is that of all of them.
+            watch = PeakMemory(self.worker.device) if self.pack is None else nullcontext()
+            with watch as memory, stream:
                 finished, saved = yield from self._train_phases()
         finally:
             if method(self.run.method.name).shares_base:
                 clear(self.model)
-        return self._result(saved, finished, memory.peak, time.perf_counter() - started)
+        return self._result(saved, finished, memory.peak if memory else 0, self.clock() - started)
 
     # --- phases
 
@@ -373,19 +380,25 @@ class Trainer:
 
     def _step(self, phase: Phase) -> Part[bool]:
         """Take one optimizer step and report its numbers; return whether it fitted into memory."""
-        progress, optim, started = self.progress, self.run.optim, time.perf_counter()
+        progress, optim, started = self.progress, self.run.optim, self.clock()
         step, worker = progress.step, self.worker
         share = self._share(step)
         seed_everything(derive_seed(self.run.seed, step, worker.rank))
         lr = optim.lr_at(step, phase.first, phase.warmup)
         try:
             result: StepResult = yield Step(self.engine, share, lr, random_state(worker.device))
+        except CrowdedError as crowded:
+            if crowded.intact:
+                self._save_checkpoint()
+            raise
         except torch.OutOfMemoryError:
             if self.pack is not None:
-                # Not even one run's rows fit.
-                raise out_of_memory(self.run, self.placement) from None
+                # It is alone in its pack, which has tried all that takes less.
+                raise out_of_memory(self.run, self.pack.placement) from None
             self._lower()
             return False
+        if self.pack is not None:
+            self.placement = self.pack.placement
         if not math.isfinite(result.loss):
             diverged = TrainError(
                 f"the loss is {result.loss} at step {step + 1} with lr {optim.lr:g}; use a lower "
@@ -397,11 +410,12 @@ class Trainer:
         self.session.tick()
         progress.step = step + 1
         progress.tokens += result.tokens
-        seconds = time.perf_counter() - started
-        progress.train_seconds += seconds
+        duration = self.clock() - started if result.seconds is None else result.seconds
+        progress.step_seconds += duration
+        progress.train_seconds += duration * result.share
         progress.train_curve.append((progress.step, result.loss))
         if self.worker.rank == 0:
-            self.reporter.log(progress.step, _step_metrics(lr, result, seconds))
+            self.reporter.log(progress.step, _step_metrics(lr, result, duration))
         return True
 
     def answer(self, asked: Asked) -> StepResult | bool | float:
@@ -444,9 +458,13 @@ class Trainer:
         self.reporter.note(f"{problem}; the run {how} with {rows // after.accumulation}")
 
     def _share(self, step: int) -> list[list[Row]]:
-        """Return this worker's rows of an optimizer step, for each of its micro-batches."""
+        """Return this worker's rows of an optimizer step, for each of its micro-batches.
+
+        A pack divides them itself.
+        """
         stream, worker = self.session.row_stream(self.run), self.worker
-        return stream.share(step, worker.rank, worker.world, self.placement.accumulation)
+        pieces = self.placement.accumulation if self.pack is None else 1
+        return stream.share(step, worker.rank, worker.world, pieces)
 
     def _micro_batches(self, share: Sequence[Sequence[Row]]) -> list[AnyBatch]:
         """Return micro-batches on this worker's device."""
@@ -471,7 +489,7 @@ class Trainer:
         Returns:
             Whether the run may continue.
         """
-        progress, started = self.progress, time.perf_counter()
+        progress, started = self.progress, self.clock()
         value: float = yield Validation(self.engine)
         release(self.engine)
         if not math.isfinite(value):
@@ -484,7 +502,7 @@ class Trainer:
             progress.best_step, progress.best_loss = progress.step, value
             if self._keeps_best and progress.step < self.run.optim.steps:
                 self._best = self._copy()
-        progress.evaluate_seconds += time.perf_counter() - started
+        progress.evaluate_seconds += self.clock() - started
         # Before the checkpoint, because a run that fails here continues from the checkpoint, after this step.
         if self.run.evaluate.trail and not method(self.run.method.name).saves_model:
             trail = self.folder / "trail" / f"step-{progress.step:06d}"
@@ -667,7 +685,7 @@ class Trainer:
                 "total": seconds,
             },
             peak_memory=peak_memory,
-            tokens_per_second=progress.tokens / max(progress.train_seconds, 1e-9),
+            tokens_per_second=progress.tokens / max(progress.step_seconds, 1e-9),
             folder=str(saved.folder),
             content_hash=saved.content_hash,
             start=progress.start,
@@ -689,13 +707,13 @@ def _evaluation_steps(run: RunConfig, evaluate_at: Sequence[int]) -> set[int]:
     return {step for step in (*evaluate_at, *regular) if step < run.optim.steps} | {run.optim.steps}
 
 
-def _step_metrics(lr: float, result: StepResult, seconds: float) -> dict[str, float]:
+def _step_metrics(lr: float, result: StepResult, duration: float) -> dict[str, float]:
     return {
         "train_loss": result.loss,
         "lr": lr,
         "grad_norm": result.grad_norm,
-        "tokens_per_second": result.tokens / seconds,
-        "step_seconds": seconds,
+        "tokens_per_second": result.tokens / duration,
+        "step_seconds": duration * result.share,
         "padding": result.padding,
     }
 

@@ -69,7 +69,7 @@ def test_the_losses_are_those_of_each_alone(
         for name, method in METHODS.items():
             own = run.model_copy(update={"method": method})
             trainer = Trainer(own, pack.session(), Reporter(), tmp_path / name, pack=pack)
-            courses.begin(name, trainer.course())
+            courses.begin(name, trainer.course(), trainer.clock)
         while len(courses):
             for name in courses.questions:
                 courses.answer(name, True)

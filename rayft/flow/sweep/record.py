@@ -181,7 +181,7 @@ def _trial(trial: Trial, measured: Measured) -> TrialRecord:
         bytes=result.bytes,
         seconds=seconds["train"] + seconds["evaluate"],
         overhead_seconds=seconds["overhead"],
-        peak_memory_bytes=result.peak_memory,
+        peak_memory_bytes=result.peak_memory or None,
         folder=result.folder,
     )
 

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from rayft.data import loader
 from rayft.data.loader import RowStream
 from rayft.data.pack import PackedRow, collate
 from rayft.data.template import IGNORED, Encoded
@@ -37,6 +38,28 @@ def test_a_resumed_run_gets_the_rows_of_an_uninterrupted_run():
     assert [resumed.rows(step) for step in range(11, 20)] == whole[11:]
     # Going back is allowed as well.
     assert [straight.rows(step) for step in (0, 19, 3)] == [whole[0], whole[19], whole[3]]
+
+
+def test_runs_that_are_epochs_apart_pack_each_epoch_once(monkeypatch: pytest.MonkeyPatch):
+    packed: list[tuple[int, ...]] = []
+
+    def rows_of(*arguments, **options):
+        packed.append(tuple(options["order"]))
+        return real(*arguments, **options)
+
+    real = loader.rows_of
+    monkeypatch.setattr(loader, "rows_of", rows_of)
+    stream = RowStream(made(120), 16, 4, seed=7)
+    runs = [20 * number for number in range(16)]
+    for step in range(40):
+        for first in runs:
+            stream.rows(first + step)
+    # Each run at most once, and not at each of its steps in an epoch.
+    assert stream.first_step(2) - stream.first_step(1) > 8
+    assert max(Counter(packed).values()) <= 3
+    for step in range(300, 400):
+        stream.rows(step)
+    assert len(stream._epochs) <= 1 + loader.RECENT // 8, "they are not kept for ever"
 
 
 def test_steps_follow_each_other_without_gaps_whatever_their_size():

@@ -119,6 +119,30 @@ def test_a_lane_that_announces_its_end_continues_its_job_as_another_request() ->
     play(scene())
 
 
+def test_a_job_that_is_put_back_goes_on_elsewhere() -> None:
+    async def scene() -> None:
+        broker = Broker(attempts=1)
+        for name in "ab":
+            await broker.submit(job(name))
+        await broker.pull("lane")
+        report = asyncio.create_task(broker.report("a", 10, {"val_loss": 1.0}))
+        assert (await broker.next_event("a")).step == 10
+        waiting = asyncio.create_task(broker.next_event("a"))
+        assert await report == "continue"
+        await broker.put_back("a")
+        again = await broker.pull("other")
+        assert isinstance(again, Job)
+        assert again.id == "a"
+        assert await broker.report("a", 10, {"val_loss": 1.0}) == "continue"
+        waiting.cancel()
+        # After an interruption no lane takes it.
+        assert await broker.interrupt() == ["a"]
+        await broker.put_back("a")
+        assert (await broker.result("a")) == Event("interrupted", 10)
+
+    play(scene())
+
+
 def test_a_lane_that_announces_its_end_with_a_failed_job_takes_the_next() -> None:
     async def scene() -> None:
         broker = Broker(attempts=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ from rayft.methods.base import MethodConfig
 from rayft.numerics import assert_close
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.train import packed as module
-from rayft.train.flat import Part
+from rayft.train.checkpoint_folder import checkpoints, last_curve
+from rayft.train.course import CrowdedError
+from rayft.train.deepspeed import StepResult
+from rayft.train.flat import FlatEngine, Part, PartialAdamW
 from rayft.train.packed import Courses, Pack
-from rayft.train.run import RunConfig, why_alone
+from rayft.train.run import Placement, RunConfig, why_alone
 from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker
@@ -26,7 +31,8 @@ from tests.unit.train.runs import changed, with_method
 
 
 def begin(courses: Courses[TrainResult], pack: Pack, key: str, run: RunConfig, folder: Path) -> None:
-    courses.begin(key, Trainer(run, pack.session(), Reporter(), folder / key, pack=pack).course())
+    trainer = Trainer(run, pack.session(), Reporter(), folder / key, pack=pack)
+    courses.begin(key, trainer.course(), trainer.clock)
 
 
 def packed(
@@ -35,16 +41,23 @@ def packed(
     folder: Path,
     note: Callable[[str], object] = lambda _: None,
 ) -> dict[str, TrainResult | Exception]:
-    """Train runs together; all may continue at each evaluation."""
+    """Train runs together; all may continue at each evaluation. Those that had to leave go on later."""
     pack = Pack(session, note)
     courses, ended = Courses[TrainResult](pack), dict[str, TrainResult | Exception]()
-    for key, run in runs.items():
-        begin(courses, pack, key, run, folder)
-    while len(courses):
+    waiting = [*runs]
+    while waiting or len(courses):
+        if not len(courses):
+            for key in waiting:
+                begin(courses, pack, key, runs[key], folder)
+            waiting = []
         for key in courses.questions:
             courses.answer(key, True)
         courses.advance()
-        ended |= courses.ended()
+        for key, result in courses.ended().items():
+            if isinstance(result, CrowdedError):
+                waiting.append(key)
+            else:
+                ended[key] = result
     pack.close()
     return ended
 
@@ -168,14 +181,121 @@ def test_slots_that_do_not_fit_together_share_no_pass(
 def test_one_run_that_does_not_fit_says_what_to_change(
     run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def target_losses(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(module, "target_losses", target_losses)
+    monkeypatch.setattr(module, "target_losses", _no_room)
     ended = packed({"one": run, "other": changed(run, seed=1)}, session, tmp_path)
     for error in ended.values():
         assert isinstance(error, TrainError)
+        assert "1 row(s) of 512 tokens do not fit" in str(error)
         assert "lower data.max_length" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("fits", "placement", "text"),
+    [
+        (1, Placement(4), "the rows of 1 share a pass, each trial's rows are divided into 4 micro-batches"),
+        (0, Placement(4, True), "4 micro-batches, activations are recomputed"),
+    ],
+)
+def test_rows_of_a_slot_that_do_not_fit_are_divided(
+    run: RunConfig,
+    session: Session,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fits: int,
+    placement: Placement,
+    text: str,
+) -> None:
+    """As for a run alone; and the sweep says so once."""
+    runs = {
+        "one": with_method(run, "lora", optim={"rows_per_step": 4}),
+        "other": with_method(run, "cla", seed=1),
+    }
+    expected = packed(runs, session, tmp_path / "whole")
+    real, notes = module.target_losses, list[str]()
+
+    def target_losses(model: Any, batch: Any) -> torch.Tensor:
+        recomputed = any(getattr(one, "gradient_checkpointing", False) for one in model.modules())
+        if torch.is_grad_enabled() and len(batch.input_ids) > max(fits, recomputed):
+            raise torch.OutOfMemoryError("no room")
+        return real(model, batch)
+
+    monkeypatch.setattr(module, "target_losses", target_losses)
+    lowered = packed(runs, session, tmp_path / "lowered", notes.append)
+    assert_all_same(expected, lowered)
+    for result in lowered.values():
+        assert isinstance(result, TrainResult)
+        assert Placement(**result.placement) == placement
+    assert [text in note for note in notes] == [True]
+
+
+def test_what_a_slot_drops_is_not_drawn_anew(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "target_losses", _no_room)
+    dropout = changed(run, method={"rank": 8, "dropout": 0.2})
+    ended = packed({"one": dropout}, session, tmp_path)["one"]
+    assert isinstance(ended, TrainError)
+    assert "set scale.activation_checkpointing: true" in str(ended)
+
+
+def _no_room(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("no room")
+
+
+def test_slots_that_there_is_no_room_for_go_on_later(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masters and moments of three do not fit; the newest go on when the first has ended."""
+    runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("abc")}
+    expected = packed(runs, session, tmp_path / "whole")
+    sizes, real = list[int](), FlatEngine.__init__
+
+    def build(engine: FlatEngine, config: RunConfig, members: Any) -> None:
+        sizes.append(len(members))
+        if len(members) > 2:
+            _no_room()
+        real(engine, config, members)
+
+    monkeypatch.setattr(FlatEngine, "__init__", build)
+    assert_all_same(expected, packed(runs, session, tmp_path / "again"))
+    assert {*sizes} >= {1, 2, 3}
+
+
+def test_a_run_that_has_to_leave_saves_its_last_step(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("ab")}
+    pack = Pack(session)
+    courses = Courses[TrainResult](pack)
+    for key, one in runs.items():
+        begin(courses, pack, key, one, tmp_path)
+    courses.advance()
+    monkeypatch.setattr(Pack, "_step", _no_room)
+    courses.advance()
+    ((key, error),) = courses.ended().items()
+    assert key == "b"
+    assert isinstance(error, CrowdedError)
+    assert last_curve(tmp_path / "b" / "checkpoint") == []
+    assert [one.place.name for one in checkpoints(tmp_path / "b" / "checkpoint")] == ["step-000001"]
+    assert not (tmp_path / "a" / "checkpoint").exists()
+    courses.close()
+    pack.close()
+
+
+def test_weights_that_an_update_has_left_half_done_are_not_saved(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = Pack(session)
+    courses = Courses[TrainResult](pack)
+    for seed, key in enumerate("abc"):
+        begin(courses, pack, key, changed(run, seed=seed), tmp_path)
+    courses.advance()
+    monkeypatch.setattr(PartialAdamW, "step", _no_room)
+    courses.advance()
+    ended = courses.ended()
+    pack.close()
+    assert [isinstance(error, CrowdedError) and not error.intact for error in ended.values()] == [True] * 3
+    assert not any((tmp_path / key / "checkpoint").exists() for key in ended)
 
 
 def test_a_base_that_drops_values_is_not_packed(session: Session) -> None:
@@ -257,3 +377,87 @@ def test_gradients_of_a_pass_that_did_not_fit_are_forgotten(
     again = packed(runs, session, tmp_path / "again")
     assert failed
     assert_all_same(expected, again)
+
+
+def test_seconds_and_tokens_are_those_of_each_run(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The times of packed runs add up to that of the device."""
+    runs = {"one": run, "other": changed(run, seed=1, optim={"rows_per_step": 4})}
+    real, steps = Pack.step, list[list[StepResult]]()
+
+    def step(pack: Pack, asked: Any) -> Any:
+        found = real(pack, asked)
+        steps.append([*found.values()])
+        return found
+
+    monkeypatch.setattr(Pack, "step", step)
+    started = time.perf_counter()
+    ended = packed(runs, session, tmp_path)
+    wall = time.perf_counter() - started
+    results = [result for result in ended.values() if isinstance(result, TrainResult)]
+    assert len(results) == 2
+    for both in steps:
+        assert sum(one.share for one in both) == pytest.approx(1)
+        assert both[0].seconds == both[1].seconds
+        assert both[1].share == pytest.approx(both[1].tokens / (both[0].tokens + both[1].tokens))
+    durations = [both[0].seconds or 0.0 for both in steps]
+    assert sum(result.seconds["train"] for result in results) == pytest.approx(sum(durations))
+    for number, result in enumerate(results):
+        tokens = sum(both[number].tokens for both in steps)
+        assert result.tokens_per_second == pytest.approx(tokens / sum(durations))
+        assert result.seconds["overhead"] >= 0
+        assert result.peak_memory == 0, "the memory is that of both"
+    # What each spends comes from one clock at a time.
+    assert sum(result.seconds["total"] for result in results) <= wall
+
+
+def test_what_did_not_fit_is_tried_again_with_fewer_slots(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("abcd")}
+    runs["a"] = with_method(run, "lora", optim={"steps": 2})
+    expected = packed(runs, session, tmp_path / "whole")
+    real, training, validating = module.target_losses, list[int](), list[int]()
+
+    def target_losses(model: Any, batch: Any) -> torch.Tensor:
+        rows = len(batch.input_ids)
+        (training if torch.is_grad_enabled() else validating).append(rows)
+        if rows > 6:
+            raise torch.OutOfMemoryError("no room")
+        return real(model, batch)
+
+    monkeypatch.setattr(module, "target_losses", target_losses)
+    assert_all_same(expected, packed(runs, session, tmp_path / "lowered"))
+    # Two rows of each slot: of all four, of two by turns, and of the three that are left.
+    assert training == [8, *[4, 4] * 2, *[6] * 4]
+    assert validating == [8, 4, 4, 6, 6]
+
+
+def test_graphs_are_captured_again_with_fewer_slots(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("abc")}
+    runs["a"] = with_method(run, "lora", optim={"steps": 2})
+    captured: list[int] = []
+
+    @contextmanager
+    def graphed(_: Any, batch: Any) -> Iterator[None]:
+        captured.append(len(batch.input_ids))
+        if len(batch.input_ids) > 4:
+            raise torch.OutOfMemoryError("no room")
+        yield
+
+    monkeypatch.setattr(module, "graphed", graphed)
+    pack = Pack(session, graphs=True)
+    courses = Courses[TrainResult](pack)
+    for key, one in runs.items():
+        begin(courses, pack, key, one, tmp_path)
+    while len(courses):
+        for key in courses.questions:
+            courses.answer(key, True)
+        courses.advance()
+    pack.close()
+    assert captured == [6, 4]
+    graphs = {key: result.placement["graphs"] for key, result in courses.ended().items()}  # type: ignore[union-attr]
+    assert graphs == {"a": False, "b": True, "c": True}
