@@ -374,7 +374,7 @@ def child(kind: str, how: str, pipe: Connection) -> None:
         # Once without measuring: what is compiled at first use.
         for case in CASES if kind != "base" else (0,):
             engine.measure(case)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  (the process ends)
         # The end of a process waits for its own processes first, and they may run on.
         traceback.print_exc()
         os._exit(1)

@@ -76,7 +76,12 @@ def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  (libraries still read the global state)
-    torch.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        # `torch.manual_seed` also keeps a stack trace for each kind of device that is not there.
+        torch.default_generator.manual_seed(seed)
+        torch.cuda.manual_seed_all(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def fastest_cpu_dtype(size: int = 512, repeats: int = 5) -> torch.dtype:

@@ -37,8 +37,8 @@ __all__ = [
     "destroy",
     "engine_config",
     "gathered",
-    "grad_norm",
     "kept",
+    "later",
     "optimizer_step",
     "partitioner",
     "release",
@@ -236,33 +236,72 @@ def kept(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad or ".adapter." in n}
 
 
-def optimizer_step(engine: DeepSpeedEngine, batches: Sequence[AnyBatch], worker: Worker) -> StepResult:
+def optimizer_step(
+    engine: DeepSpeedEngine,
+    batches: Sequence[AnyBatch],
+    worker: Worker,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> StepResult:
     """Run forward, backward and update over this worker's micro-batches (all workers call it).
 
     The gradient is that of (sum of losses) / (number of targets) over the micro-batches of all workers,
     however the targets are distributed among them.
+
+    Args:
+        engine: the engine.
+        batches: the micro-batches.
+        worker: this process.
+        meanwhile: called while a GPU still computes what was launched.
     """
     targets = sum(len(targets_of(batch)) for batch in batches)
     tokens = sum(batch.input_ids.numel() for batch in batches)
     targets, tokens = (int(v) for v in worker.total(targets, tokens))
-    total = 0.0
-    for batch in batches:
+    losses: list[torch.Tensor] = []
+    for number, batch in enumerate(batches, 1):
         loss, _ = batch_loss(engine.module, batch, engine)
-        total += float(loss.detach())
+        losses.append(loss.detach())
         engine.backward(loss * (worker.world * len(batches) / targets))
-        norm = grad_norm(engine) if engine.zero_optimization_stage() == 0 else None
+        if number == len(batches):
+            norm = _norm_before(engine)
+            read = later(losses if norm is None else [*losses, norm])
         engine.step()
-    (total,) = worker.total(total)
-    return StepResult(total / targets, grad_norm(engine) if norm is None else norm, tokens)
+    meanwhile()
+    values = read()
+    if norm is None:
+        values.append(float(engine.get_global_grad_norm() or math.nan))
+    (total,) = worker.total(sum(values[:-1]))
+    return StepResult(total / targets, values[-1], tokens)
 
 
-def grad_norm(engine: DeepSpeedEngine) -> float:
-    """Return the global gradient norm before clipping (under ZeRO 0: call between backward and step)."""
+def later(values: Sequence[torch.Tensor]) -> Callable[[], list[float]]:
+    """Begin to read numbers from a device; the function that is returned waits for them.
+
+    It does not wait for what is launched after this call, so the device has work meanwhile.
+    """
+    joined = torch.stack([value.detach().to(values[0].dtype) for value in values])
+    if not joined.is_cuda:
+        return joined.tolist
+    host = torch.empty(joined.shape, dtype=joined.dtype, pin_memory=True)
+    host.copy_(joined, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
+def _norm_before(engine: DeepSpeedEngine) -> torch.Tensor | None:
+    """Return the global gradient norm before clipping, after the backward pass; None if the step finds it."""
+    if (known := getattr(engine, "norm", None)) is not None:
+        return known  # type: ignore[no-any-return]
     if engine.zero_optimization_stage() > 0:
-        return float(engine.get_global_grad_norm() or math.nan)
+        return None
     parameters = getattr(engine, "flats", None) or engine.module.parameters()
     norms = [p.grad.norm() for p in parameters if p.grad is not None]
-    return float(torch.stack(norms).norm()) if norms else math.nan
+    return torch.stack(norms).norm() if norms else torch.tensor(math.nan)
 
 
 def set_lr(engine: DeepSpeedEngine, lr: float) -> None:

@@ -20,7 +20,7 @@ from rayft.train.deepspeed import DeepSpeedEngine, build_engine, destroy, parame
 from rayft.train.masters import Holder, Master, read_masters, write_masters
 from rayft.train.run import RunConfig
 
-__all__ = ["FlatEngine", "RunEngine", "flattens", "has_masters"]
+__all__ = ["FlatEngine", "RunEngine", "clipped_here", "flattens", "has_masters"]
 
 ALIGNED = 8
 """Parts of a flat parameter begin at multiples of this, so that kernels can read them in vectors."""
@@ -39,6 +39,19 @@ def has_masters(run: RunConfig) -> bool:
     """Return whether masters and moments are the whole state of a run, few enough to copy to one worker."""
     whole = method(run.method.name).saves_model
     return not (whole or run.scale.zero == 3 or run.deepspeed)
+
+
+def clipped_here(run: RunConfig) -> RunConfig:
+    """Return a run whose engine leaves it to `FlatEngine.clip` to measure and clip gradients.
+
+    DeepSpeed knows one norm for all that it trains, and the host waits for the device to compute it.
+    """
+    settings: dict[str, Any] = {"gradient_clipping": 0.0}
+    if run.scale.zero:
+        settings["zero_optimization"] = {"compute_grad_norm": False}
+        if run.scale.dtype == "bfloat16":
+            settings["bf16"] = {"check_grad_overflow": False}
+    return run.model_copy(update={"deepspeed": settings})
 
 
 class Part:
@@ -208,6 +221,25 @@ class FlatEngine:
                 found.append(part.flat.grad)
         return found
 
+    def clip(self, member: int, most: float) -> torch.Tensor:
+        """Clip a member's gradient, after reduction and before the step (one worker).
+
+        A gradient that is not finite becomes zero; the loss will tell why.
+
+        Args:
+            member: its number.
+            most: the largest norm.
+
+        Returns:
+            The norm before that, a float32 scalar on the device.
+        """
+        gradients = self.gradients(member)
+        norm: torch.Tensor = torch.stack([gradient.float().norm() for gradient in gradients]).norm()
+        factor = (most / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.copy_(torch.where(norm.isfinite(), gradient * factor, 0.0))
+        return norm
+
     def _numbers(self, member: int) -> range:
         """Return the numbers of a member's groups among all groups."""
         first = sum(map(len, self.parts[:member]))
@@ -234,7 +266,13 @@ class RunEngine(Holder):
     """
 
     def __init__(self, run: RunConfig, model: nn.Module) -> None:
-        self.module, self._flat = model, FlatEngine(run, [(run, model)])
+        # Other optimizers of DeepSpeed keep the gradient elsewhere, or a part of it.
+        whole = run.scale.zero == 2 or (run.scale.zero == 0 and run.scale.dtype == "float32")
+        self._clip = run.optim.clip if run.scale.workers == 1 and whole else None
+        engine = run if self._clip is None else clipped_here(run)
+        self.module, self._flat = model, FlatEngine(engine, [(run, model)])
+        self.norm: torch.Tensor | None = None
+        """The gradient norm of the step before clipping; None if only DeepSpeed knows it."""
 
     def __call__(self, **arguments: Any) -> Any:
         """Compute the model."""
@@ -246,6 +284,8 @@ class RunEngine(Holder):
         for part in self._flat.parts[0]:
             part.take_gradients()
         self._flat.deliver()
+        if self._clip is not None and self._flat.deepspeed.is_gradient_accumulation_boundary():
+            self.norm = self._flat.clip(0, self._clip)
 
     def step(self) -> None:
         """Take an optimizer step, after the last micro-batch."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +36,8 @@ from rayft.evaluate.loss import target_losses
 from rayft.models.inject import clear
 from rayft.models.packed import Layout, pack, skeleton, spans_of, unpackable
 from rayft.train.course import Asked, Clock, CrowdedError, Part, Question, Step, Validation
-from rayft.train.deepspeed import StepResult
-from rayft.train.flat import FlatEngine
+from rayft.train.deepspeed import StepResult, later
+from rayft.train.flat import FlatEngine, clipped_here
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Holder, Master
 from rayft.train.placement import DeviceMemoryError, Placement, recompute_activations, smaller
@@ -336,18 +335,14 @@ class Pack:
 
     @property
     def _config(self) -> RunConfig:
-        """The settings of the engine. Clipping is ours, since DeepSpeed knows one norm for all slots.
+        """The settings of the engine.
 
         One worker has all masters, so the stage only decides whether there are any beside the parameters.
         """
         run = _widest(self._slots)
         stage = 0 if run.scale.dtype == "float32" else 2
         scale = run.scale.model_copy(update={"zero": stage, "accumulation": self._accumulation})
-        settings: dict[str, Any] = {"gradient_clipping": 0.0}
-        if stage:
-            # Or a slot that diverges would cancel the step of all.
-            settings["bf16"] = {"check_grad_overflow": False}
-        return run.model_copy(update={"scale": scale, "deepspeed": settings})
+        return clipped_here(run.model_copy(update={"scale": scale}))
 
     @property
     def _accumulation(self) -> int:
@@ -372,7 +367,8 @@ class Pack:
                 group["active"] = slot in steps
                 if slot in steps:
                     group["lr"] = steps[slot].lr * group["lr_factor"]
-        self._model.train()
+        if not self._model.training:
+            self._model.train()
         self._layout.random = {slot.number: one.random for slot, one in steps.items()}
         for slot, one in steps.items():
             slot.share = one.share
@@ -382,23 +378,30 @@ class Pack:
         for micro in (micro for micros in groups for micro in micros if micro is not None):
             targets.update(micro.targets)
             tokens.update({slot: span.stop - span.start for slot, span in micro.spans.items()})
-        losses: Counter[Slot] = Counter()
+        losses: list[dict[Slot, torch.Tensor]] = []
         for number, micros in enumerate(zip(*groups, strict=True), 1):
             # The engine divides by the number of micro-batches.
             weights = {slot: len(groups[0]) / targets[slot] if slot in steps else 0.0 for slot in targets}
-            losses.update(self._passed(engine, [micro for micro in micros if micro is not None], weights))
+            losses.append(self._passed(engine, [micro for micro in micros if micro is not None], weights))
             engine.deliver()
             last = number == len(groups[0])
-            norms = self._clip(engine, steps) if last else {}
+            if last:
+                order = [slot for slot in self._built if slot in steps]
+                norms = [engine.clip(self._built.index(slot), slot.run.optim.clip) for slot in order]
+                read = later([*norms, *(loss for each in losses for loss in each.values())])
             self.updating = last
             engine.deepspeed.step()
+        found = read()
+        norm_of, sums = dict(zip(order, found, strict=False)), dict.fromkeys(targets, 0.0)
+        for slot, loss in zip((slot for each in losses for slot in each), found[len(order) :], strict=True):
+            sums[slot] += loss
         self.updating = False
         self._session.tick()
         duration, every = time.perf_counter() - started, sum(tokens[slot] for slot in steps)
         return {
             slot: StepResult(
-                losses[slot] / targets[slot],
-                norms[slot],
+                sums[slot] / targets[slot],
+                norm_of[slot],
                 tokens[slot],
                 one.padding(tokens[slot]),
                 duration,
@@ -458,9 +461,9 @@ class Pack:
 
     def _passed(
         self, engine: FlatEngine, micros: Sequence[_Micro], weights: Mapping[Slot, float]
-    ) -> Counter[Slot]:
+    ) -> dict[Slot, torch.Tensor]:
         """Run the passes of one micro-batch of all slots, as `_pass`; slots without rows get no gradient."""
-        losses: Counter[Slot] = Counter()
+        losses: dict[Slot, torch.Tensor] = {}
         for micro in micros:
             losses.update(self._pass(engine, micro, weights))
         for slot, parts in zip(self._built, engine.parts, strict=True):
@@ -469,7 +472,9 @@ class Pack:
                     part.grad.zero_()
         return losses
 
-    def _pass(self, engine: FlatEngine, micro: _Micro, weights: Mapping[Slot, float]) -> dict[Slot, float]:
+    def _pass(
+        self, engine: FlatEngine, micro: _Micro, weights: Mapping[Slot, float]
+    ) -> dict[Slot, torch.Tensor]:
         """Run forward and backward over a micro-batch, and keep the gradients.
 
         Args:
@@ -478,7 +483,7 @@ class Pack:
             weights: slot → what its summed loss is multiplied by.
 
         Returns:
-            Each slot's summed loss.
+            Each slot's summed loss, a scalar on the device.
         """
         self._enter(micro)
         # The targets are in the order of the rows, and so are the slots.
@@ -489,27 +494,7 @@ class Pack:
             if slot in micro.spans:
                 for part in parts:
                     part.take_gradients()
-        return dict(zip(micro.spans, sums.tolist(), strict=True))
-
-    def _clip(self, engine: FlatEngine, steps: Mapping[Slot, Step]) -> dict[Slot, float]:
-        """Clip each slot's gradient to its own norm; return the norms before that."""
-        slots, norms = [slot for slot in self._built if slot in steps], []
-        for slot in slots:
-            gradients = engine.gradients(self._built.index(slot))
-            norm = torch.stack([gradient.float().norm() for gradient in gradients]).norm()
-            norms.append(norm)
-            factor = (slot.run.optim.clip / (norm + 1e-6)).clamp(max=1.0)
-            for gradient in gradients:
-                gradient.mul_(factor)
-        found = dict(zip(slots, torch.stack(norms).tolist(), strict=True))
-        for slot, groups in zip(self._built, engine.groups, strict=True):
-            if not math.isfinite(found.get(slot, 0.0)):
-                # It has diverged, and its own loss will say so.
-                for gradient in engine.gradients(self._built.index(slot)):
-                    gradient.zero_()
-                for group in groups:
-                    group["active"] = False
-        return found
+        return dict(zip(micro.spans, sums.detach(), strict=True))
 
 
 def _trainable(slot: Slot) -> dict[str, nn.Parameter]:

@@ -143,6 +143,16 @@ class _Saved:
     content_hash: str = ""
 
 
+@dataclass(frozen=True)
+class _Ahead:
+    """The rows of a step that has not begun."""
+
+    step: int
+    placement: Placement
+    share: list[list[Row]]
+    batches: list[AnyBatch]
+
+
 class Reporter:
     """Receives a run's numbers, and may end the run. Only rank 0 calls it.
 
@@ -211,6 +221,7 @@ class Trainer:
         self._trainable = 0
         self._ended = False
         """Whether the run ended before its last step by its own rule."""
+        self._ahead: _Ahead | None = None
         self._best: Kept | None = None
         """On rank 0, what the best evaluation left, once training has gone on after it."""
 
@@ -426,10 +437,12 @@ class Trainer:
             return self.worker.share(
                 self.worker.rank == 0 and self.reporter.report(asked.step, asked.metrics)
             )
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         set_lr(asked.engine, asked.lr)
-        batches = self._micro_batches(asked.share)
-        result = optimizer_step(asked.engine, batches, self.worker)
+        ahead = self._ahead
+        batches = ahead.batches if ahead and ahead.share is asked.share else self._micro_batches(asked.share)
+        result = optimizer_step(asked.engine, batches, self.worker, self._look_ahead)
         return replace(result, padding=asked.padding(sum(batch.input_ids.numel() for batch in batches)))
 
     def _lower(self) -> None:
@@ -464,7 +477,17 @@ class Trainer:
         """
         stream, worker = self.session.row_stream(self.run), self.worker
         pieces = self.placement.accumulation if self.pack is None else 1
+        if self._ahead and (self._ahead.step, self._ahead.placement) == (step, self.placement):
+            return self._ahead.share
         return stream.share(step, worker.rank, worker.world, pieces)
+
+    def _look_ahead(self) -> None:
+        """Prepare the rows of the next step."""
+        step = self.progress.step + 1
+        self._ahead = None
+        if step < self.run.optim.steps:
+            share = self._share(step)
+            self._ahead = _Ahead(step, self.placement, share, self._micro_batches(share))
 
     def _micro_batches(self, share: Sequence[Sequence[Row]]) -> list[AnyBatch]:
         """Return micro-batches on this worker's device."""

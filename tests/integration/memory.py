@@ -25,10 +25,10 @@ class ShortOfMemory(TrainRequest):
         """Train."""
         taken = trainer.optimizer_step
 
-        def optimizer_step(engine: Any, batches: Any, worker: Any) -> Any:
-            if worker.rank == 1 and engine.global_steps >= STEP and len(batches[0].input_ids) > self.room:
+        def optimizer_step(engine: Any, batches: Any, *more: Any) -> Any:
+            if more[0].rank == 1 and engine.global_steps >= STEP and len(batches[0].input_ids) > self.room:
                 raise torch.OutOfMemoryError("no room")
-            return taken(engine, batches, worker)
+            return taken(engine, batches, *more)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trainer, "optimizer_step", optimizer_step)

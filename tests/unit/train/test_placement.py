@@ -39,13 +39,13 @@ def test_a_run_goes_on_with_smaller_batches(
         session = Session.open(run, session.worker)
     taken, steps = trainer.optimizer_step, [0]
 
-    def optimizer_step(engine: Any, batches: Any, worker: Any) -> Any:
+    def optimizer_step(engine: Any, batches: Any, *more: Any) -> Any:
         if steps[0] == 3 and len(batches[0].input_ids) > 1:
             # Its gradients are left behind.
             engine.backward(batch_loss(engine.module, batches[0], engine)[0])
             raise torch.OutOfMemoryError("no room")
         steps[0] += 1
-        return taken(engine, batches, worker)
+        return taken(engine, batches, *more)
 
     monkeypatch.setattr(trainer, "optimizer_step", optimizer_step)
     reporter = RecordingReporter()
@@ -114,11 +114,11 @@ def train_in_a_group(rank: int, run: RunConfig, folder: Path, known: Placement |
     """Train as one of two workers, of which the second has no room for two rows in the fourth step."""
     taken, steps = trainer.optimizer_step, list[int]()
 
-    def optimizer_step(engine: Any, batches: Any, worker: Any) -> Any:
+    def optimizer_step(engine: Any, batches: Any, *more: Any) -> Any:
         steps.append(engine.global_steps)
         if rank == 1 and engine.global_steps == 3 and len(batches[0].input_ids) > 1:
             raise torch.OutOfMemoryError("no room")
-        return taken(engine, batches, worker)
+        return taken(engine, batches, *more)
 
     trainer.optimizer_step = optimizer_step
     session = Session.open(run, Worker(rank, 2))

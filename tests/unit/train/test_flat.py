@@ -1,0 +1,55 @@
+"""A run over flat parameters takes the steps that DeepSpeed takes over a model's own."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayft.numerics import tolerance
+from rayft.train import trainer
+from rayft.train.flat import RunEngine
+from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
+from tests.unit.train.curves import WIDEST
+from tests.unit.train.runs import changed
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [("float32", 0), ("bfloat16", 2), ("bfloat16", 1)])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_are_clipped_as_by_deepspeed(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, zero: int, accumulation: int
+) -> None:
+    scale = {"dtype": dtype, "zero": zero, "accumulation": accumulation}
+    run = changed(run, scale=scale, optim={"clip": 0.02, "lr": 1e-2, "rows_per_step": 4})
+    flat = Trainer(run, Session.open(run, Worker()), Reporter(), tmp_path / "flat").fit()
+    monkeypatch.setattr(trainer, "flattens", lambda _: False)
+    plain = Trainer(run, Session.open(run, Worker()), Reporter(), tmp_path / "plain").fit()
+    allowed = tolerance(getattr(torch, dtype), WIDEST, depth=run.optim.steps)
+    for (_, one), (_, other) in zip(flat.train_curve, plain.train_curve, strict=True):
+        assert abs(one - other) <= allowed * abs(other)
+
+
+@pytest.mark.parametrize(("dtype", "zero"), [("float32", 0), ("bfloat16", 2)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_no_weight(
+    run: RunConfig, dtype: str, zero: int, bad: float
+) -> None:
+    run = changed(run, scale={"dtype": dtype, "zero": zero}, optim={"weight_decay": 0.0})
+    own = Session.open(run, Worker())
+    fitted = Trainer(run, own, Reporter(), Path())
+    trainer.inject(fitted.model, run.method, run.seed, None)
+    engine = RunEngine(run, fitted.model)
+    before = {name: one.weight for name, one in engine.masters().items()}
+    first = next(iter(p for p in fitted.model.parameters() if p.requires_grad))
+    engine.backward(first.sum() * bad)
+    assert engine.norm is not None
+    assert not engine.norm.isfinite()
+    engine.step()
+    for name, one in engine.masters().items():
+        assert torch.equal(one.weight, before[name])
+    engine.leave()
