@@ -31,7 +31,7 @@ from rayft.sweep.result import RESULT_FILE
 __all__ = ["ask", "earlier", "run_demo", "served_names", "wait_ready"]
 
 STAGES = (
-    "check", "start workers", "search", "score the trials", "squeeze", "register", "serve", "ask",
+    "check", "start workers", "score the base", "squeeze", "register", "serve", "ask",
 )  # fmt: skip
 """How the names of the demo's stages begin."""
 QUESTIONS = 3

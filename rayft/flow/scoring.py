@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,8 +41,8 @@ __all__ = [
     "outcome",
     "say_unscored",
     "score_all",
-    "score_baselines",
     "score_squeezed",
+    "score_sweep",
     "score_trials",
 ]
 
@@ -165,7 +165,7 @@ def score_all(
     executor: Executor,
     requests: Mapping[str, ScoreRequest],
     store: ScoreStore | None = None,
-    begin: Callable[[int], None] = lambda _: None,
+    begin: Callable[[Collection[str]], None] = lambda _: None,
 ) -> dict[str, Measured]:
     """Score in all lanes at once.
 
@@ -176,14 +176,14 @@ def score_all(
         requests: name of what is scored → the request.
         store: where scores are kept as they arrive, and from where they are used again. Without it nothing
             is kept.
-        begin: called with the number of requests whose scores are not kept, if there are any.
+        begin: called with the names of the requests whose scores are not kept, if there are any.
     """
     found, follows = _kept(requests, store) if store else ({}, {})
     jobs = [
         Job.of(name, request, pack=request.pack) for name, request in requests.items() if name not in found
     ]
     if jobs:
-        begin(len(jobs))
+        begin([job.id for job in jobs])
     for name, scored in executor.run(jobs):
         found[name] = _measured(scored)
         if store and name in follows and not found[name].error:
@@ -231,56 +231,73 @@ def _measured(scored: Outcome[dict[str, list[float]]]) -> Measured:
     return Measured(error=scored.error) if scored.result is None else Measured(scored.result)
 
 
-def score_baselines(
+def score_sweep(
     plan: Plan,
     executor: Executor,
+    trials: Sequence[Trial],
+    can_win: Sequence[Trial],
     store: ScoreStore | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> dict[str, Measured]:
-    """Score the baselines: the base prompted in three ways, and the majority answer.
+) -> tuple[dict[str, Measured], dict[str, Measured]]:
+    """Score the baselines and the trials (as `score_trials`), whose questions share batches.
 
-    The base answers a sample of a part that has more than `evaluate.base_examples`.
+    The baselines are the base, prompted in three ways, and the majority answer.
 
     Args:
         plan: the sweep's.
         executor: of the lanes.
+        trials: those that have ended.
+        can_win: those of them that can win.
         store: as for `score_all`.
         say: called with how many questions the base answers, unless all its scores are kept.
 
     Returns:
-        Name of a baseline → its scores on val and test.
+        Name of a baseline → its scores, or an `error`; and what `score_trials` returns.
 
     Raises:
-        TrainError: if the base can't be scored in any of the three ways.
+        TrainError: if none of the trials can be scored.
     """
-    majority = majority_answer(plan.parts)
-    scorer = plan.parts.scorer
-    guessed = {
-        part: [scorer.score(example, majority) for example in getattr(plan.parts, part)]
-        for part in ("val", "test")
-    }
-    found = {}
-    if plan.run.model.task == "causal_lm":
-        most = _base_sample(plan)
-        requests = {
-            name: ScoreRequest(
-                run=plan.run,
-                parts=("val", "test"),
-                style=style,  # type: ignore[arg-type]
-                expected=plan.identity,
-                examples=most,
+    base, requests = _base_requests(plan), _trial_requests(plan, trials, can_win)
+
+    def begin(names: Collection[str]) -> None:
+        if ways := len(base.keys() & names):
+            asked = sum(
+                len(sample(len(part), _base_sample(plan))) for part in (plan.parts.val, plan.parts.test)
             )
-            for name, style in STYLES.items()
-        }
-        count = sum(len(sample(len(part), most)) for part in (plan.parts.val, plan.parts.test))
-        found = score_all(
-            executor,
-            requests,
-            store,
-            begin=lambda ways: say(f"the base answers {count} questions, asked in {ways} ways"),
+            say(f"the base answers {asked} questions, asked in {ways} ways")
+
+    found = score_all(executor, {**base, **requests}, store, begin)
+    scored, tried = ({name: found[name] for name in names} for names in (base, requests))
+    check_some(tried)
+    return {**scored, "majority answer": _majority(plan)}, tried
+
+
+def _base_requests(plan: Plan) -> dict[str, ScoreRequest]:
+    """Return the requests for the base, prompted in three ways: name → request; none for a classifier.
+
+    The base answers a sample of a part that has more than `evaluate.base_examples`.
+    """
+    if plan.run.model.task != "causal_lm":
+        return {}
+    return {
+        name: ScoreRequest(
+            run=plan.run,
+            parts=("val", "test"),
+            style=style,  # type: ignore[arg-type]
+            expected=plan.identity,
+            examples=_base_sample(plan),
         )
-        check_some(found)
-    return {**found, "majority answer": Measured(guessed)}
+        for name, style in STYLES.items()
+    }
+
+
+def _majority(plan: Plan) -> Measured:
+    """Score the majority answer."""
+    majority, scorer = majority_answer(plan.parts), plan.parts.scorer
+    parts: tuple[Part, ...] = ("val", "test")
+    return Measured(
+        {part: [scorer.score(example, majority) for example in getattr(plan.parts, part)] for part in parts}
+    )
 
 
 def _base_sample(plan: Plan) -> int | None:
@@ -304,6 +321,12 @@ def score_trials(
     Raises:
         TrainError: if none of them can be scored.
     """
+    found = score_all(executor, _trial_requests(plan, trials, can_win), store)
+    check_some(found)
+    return found
+
+
+def _trial_requests(plan: Plan, trials: Sequence[Trial], can_win: Sequence[Trial]) -> dict[str, ScoreRequest]:
     requests, able = {}, {trial.point.name for trial in can_win}
     for trial in trials:
         if trial.result is None:
@@ -315,9 +338,7 @@ def score_trials(
             adapter=adapter,
             expected=plan.identity if adapter else plan.identity.of_data(),
         )
-    found = score_all(executor, requests, store)
-    check_some(found)
-    return found
+    return requests
 
 
 def score_squeezed(

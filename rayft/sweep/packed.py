@@ -18,7 +18,7 @@ from rayft.peft.folder import Artifact, PeftFolder, load_adapter
 from rayft.sweep.jobs import Job
 from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import TrialResult
-from rayft.sweep.score import TOGETHER, ScoreRequest, questions, score_together
+from rayft.sweep.score import ScoreRequest, questions, room, score_together
 from rayft.sweep.trial import TrialCourse
 from rayft.train.course import CrowdedError
 from rayft.train.packed import Courses, Pack
@@ -197,8 +197,8 @@ class PackedScores:
     def _jobs(self) -> dict[str, Job[Any, Any]]:
         """Take jobs until their questions fill a batch."""
         jobs = {self._first.id: self._first}
-        count = questions(self._first.request, self._session)
-        while count < TOGETHER:
+        count, most = questions(self._first.request, self._session), room(self._session)
+        while count < most:
             job = ray.get(self._lane.broker.pull.remote(self._lane.name, 0.0, self._first.pack))
             if not isinstance(job, Job):
                 break

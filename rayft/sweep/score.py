@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     from rayft.sweep.lane import Lane
 
 __all__ = [
+    "MOST_TOGETHER",
     "TOGETHER",
     "ScoreRequest",
     "failures_text",
     "questions",
+    "room",
     "run_score",
     "sample",
     "score_together",
@@ -43,7 +45,11 @@ __all__ = [
 ]
 
 TOGETHER = 512
-"""Questions that a GPU answers together, of several adapters, if there is room."""
+"""Questions, of several adapters, that are taken up at once."""
+MOST_TOGETHER = 4096
+"""The most of them on a GPU."""
+ROOM = 0.3
+"""Share of a GPU's free memory for the keys and values of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,21 @@ def questions(request: ScoreRequest, session: Session) -> int:
     return sum(len(sample(len(getattr(session.parts, part)), request.examples)) for part in request.parts)
 
 
+def room(session: Session) -> int:
+    """Return how many questions, of several adapters, are taken up at once: on a GPU, those that fit."""
+    device = torch.device(session.worker.device)
+    if device.type != "cuda":
+        return TOGETHER
+    config = session.loaded.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * size * session.loaded.model.dtype.itemsize
+    longest = max((len(getattr(one, "input_ids", ())) for one in session.val), default=1)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(TOGETHER, min(MOST_TOGETHER, int(ROOM * free / (token * longest))))
+
+
 def score_together(
     requests: Mapping[str, ScoreRequest],
     adapters: Mapping[str, AdapterArtifact | None],
@@ -166,7 +187,7 @@ def score_together(
     shots = parts.train[: evaluate.shots]
     prompts = [prompt_ids(example, loaded.tokenizer, requests[key].style, shots) for key, _, example in asked]
     packed = Packed(layout, [numbers[key] for key, _, _ in asked])
-    batch = max(evaluate.batch_size, TOGETHER) if session.worker.device != "cpu" else evaluate.batch_size
+    batch = evaluate.batch_size if session.worker.device == "cpu" else max(evaluate.batch_size, room(session))
     with _answering(loaded.model):
         slots = {numbers[key]: attached(loaded.model, found) for key, found in adapters.items() if found}
         pack(loaded.model, slots, layout)

@@ -74,14 +74,14 @@ def test_an_adapter_that_is_damaged_meanwhile_fails_only_its_own_trial(
 ) -> None:
     assert record.winner
     lost = next(one for one in record.trials if record.winner.trial == one.id)
-    score_trials = scoring.score_trials
+    score_sweep = scoring.score_sweep
 
     def loses(*arguments: Any) -> Any:
         half(Path(lost.folder) / WEIGHTS)
-        return score_trials(*arguments)
+        return score_sweep(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "score_trials", loses)
+        patch.setattr(scoring, "score_sweep", loses)
         rest, said = run(config)
     assert f"{lost.id}: failed, can't be scored: " in said
     marked = next(one for one in rest.trials if one.id == lost.id)

@@ -80,7 +80,7 @@ def test_what_was_dropped_is_printed_tracked_and_reported(
     assert reported.startswith(text)
     assert record.data_sizes == {"train": 25, "val": 4, "test": 4}
     assert reported in said.getvalue()
-    assert said.getvalue().index(reported) < said.getvalue().index("score the base")
+    assert said.getvalue().index(reported) < said.getvalue().index("start workers")
     assert "dropped 2 of 27 rows" in (Path(config.output) / "report.html").read_text()
     client = MlflowClient(f"sqlite:///{config.output}/mlflow.db")
     experiment = client.get_experiment_by_name("rayft")

@@ -133,7 +133,7 @@ def _run_stages(plan: Plan, display: Display, tracking: SweepTracking) -> SweepR
 
 
 class _Stages:
-    """The stages that need lanes: score the base, search, score the trials, squeeze, analyse."""
+    """The stages that need lanes: search, score the base and the trials, squeeze, analyse."""
 
     def __init__(self, plan: Plan, executor: Executor, display: Display, tracking: SweepTracking) -> None:
         self._plan, self._executor, self._display, self._tracking = plan, executor, display, tracking
@@ -143,9 +143,8 @@ class _Stages:
 
     def run(self) -> Findings:
         """Run all stages except the analysis, and return what they found."""
-        self._score_base()
         self._search()
-        ranking = self._score_trials()
+        ranking = self._score()
         if self._found.winner and _can_be_squeezed(self._found.winner):
             with self._display.stage("squeeze"), self._display.watch(self._executor.broker, self.name):
                 self._squeeze(ranking)
@@ -156,21 +155,10 @@ class _Stages:
         """Return the name of the trial with a key; any other key as it is."""
         return self._names.get(key, key)
 
-    def _score_base(self) -> None:
-        display, plan = self._display, self._plan
-        with (
-            display.stage("start workers, score the base"),
-            display.watch(self._executor.broker, self.name),
-        ):
-            self._found.baselines = scoring.score_baselines(
-                plan, self._executor, self._store, say=display.say
-            )
-        scoring.say_unscored(self._found.baselines, display.say)
-
     def _search(self) -> None:
         plan, display = self._plan, self._display
         with (
-            display.stage(f"search ({len(plan.points)} trials)"),
+            display.stage(f"start workers, search ({len(plan.points)} trials)"),
             display.watch(self._executor.broker, self.name),
         ):
             trials = search(
@@ -181,15 +169,18 @@ class _Stages:
         for trial in self._found.trials:
             display.say(_line(trial))
 
-    def _score_trials(self) -> list[Trial]:
-        """Score the trials and choose the winner; return the trials that can win, the best first."""
+    def _score(self) -> list[Trial]:
+        """Score the base and the trials, and choose the winner; return those that can win, the best first."""
         plan, display, found = self._plan, self._display, self._found
-        with display.stage("score the trials"), display.watch(self._executor.broker, self.name):
+        with display.stage("score the base and the trials"), display.watch(self._executor.broker, self.name):
             able = candidates(found.trials)
-            found.scores = scoring.score_trials(plan, self._executor, found.trials, able, self._store)
+            found.baselines, found.scores = scoring.score_sweep(
+                plan, self._executor, found.trials, able, self._store, display.say
+            )
             found.trials = scoring.marked(found.trials, found.scores)
             ranking = self._intact(best_first(found.trials, found.scores, plan.config.sweep.select_by))
             found.winner = ranking[0] if ranking else None
+        scoring.say_unscored(found.baselines, display.say)
         for trial in found.trials:
             if trial.result and trial.error:
                 display.say(_line(trial))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rayft.errors import TrainError
-from rayft.flow.scoring import Measured, ScoreStore, check_some, marked, score_all, score_baselines
+from rayft.flow.scoring import STYLES, Measured, ScoreStore, check_some, marked, score_all, score_sweep
 from rayft.flow.sweep.preflight import Plan
 from rayft.sweep.score import ScoreRequest
 from rayft.sweep.search import Trial, earlier
@@ -86,16 +86,22 @@ def test_the_base_answers_a_sample_of_long_parts(plan: Plan) -> None:
 
     executor: Any = Recording(lambda _: SCORES)
     store = ScoreStore(plan.output / "scores", lambda _: None)
-    score_baselines(plan, executor, store)
-    assert [request.examples for request in asked.values()] == [None] * 3
+    left = earlier(request_of(plan))
+    assert left is not None
+    trials = [Trial(plan.points[0], left.result, "r")]
+    score_sweep(plan, executor, trials, trials, store)
+    base = [request for request in asked.values() if request.adapter is None]
+    assert [request.examples for request in base] == [None] * 3
+    assert asked.keys() - STYLES.keys() == {plan.points[0].name}
+    asked.clear()
     few = plan.run.evaluate.model_copy(update={"base_examples": 1})
     sampled = replace(plan, run=plan.run.model_copy(update={"evaluate": few}))
     said: list[str] = []
-    found = score_baselines(sampled, executor, store, said.append)
+    found, scores = score_sweep(sampled, executor, trials, trials, store, said.append)
     assert [request.examples for request in asked.values()] == [1] * 3
-    assert len(executor.asked) == 6
+    assert scores[plan.points[0].name].parts.keys() == {"val", "test"}
     assert said == ["the base answers 2 questions, asked in 3 ways"]
-    score_baselines(sampled, executor, store, said.append)
+    score_sweep(sampled, executor, trials, trials, store, said.append)
     assert len(said) == 1, "kept answers are not given again"
     # The majority answer costs nothing.
     assert len(found["majority answer"].parts["test"]) == 2

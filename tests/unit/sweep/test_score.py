@@ -16,7 +16,16 @@ from rayft.evaluate import tasks
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import clear, export, inject
 from rayft.sweep import score as score_module
-from rayft.sweep.score import ScoreRequest, questions, run_score, sample, score_together
+from rayft.sweep.score import (
+    MOST_TOGETHER,
+    TOGETHER,
+    ScoreRequest,
+    questions,
+    room,
+    run_score,
+    sample,
+    score_together,
+)
 from rayft.train.home import Home
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
@@ -180,3 +189,20 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
     assert score_module._answers(session, [[1]] * 3, 4, 7, packed, done.append) == ["yes"] * 3
     assert tried == [7, 4, 2]
     assert sum(done) == 3
+
+
+@pytest.mark.parametrize(("free", "questions"), [(0, TOGETHER), (10**9, 1831), (10**12, MOST_TOGETHER)])
+def test_a_gpu_takes_up_as_many_questions_as_fit(
+    monkeypatch: pytest.MonkeyPatch, free: int, questions: int
+) -> None:
+    config = SimpleNamespace(
+        num_key_value_heads=2, num_attention_heads=4, hidden_size=64, num_hidden_layers=4
+    )
+    config.get_text_config = lambda: config
+    model = SimpleNamespace(config=config, dtype=torch.bfloat16)
+    val = [SimpleNamespace(input_ids=(0,) * length) for length in (80, 320)]
+    session: Any = SimpleNamespace(worker=Worker(device="cuda"), loaded=SimpleNamespace(model=model), val=val)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
+    # A token of 4 layers with 2 heads of 16: 512 bytes.
+    assert room(session) == questions
