@@ -58,7 +58,8 @@ ROWS, PROMPT, NEW = 32, 128, 256
 RANKS = (4, 8, 16, 64)
 KINDS = ("base", "stock", "rayft")
 CASES = (0, 8, 32)
-MANY = (8, 256, 2048)
+MANY, MANY_ROUNDS = (8, 256, 2048), 5
+INPROCESS = ("inprocess", "many", "kernels", "profile", "few")
 MEMORY = {"base": 0.15, "stock": 0.2, "rayft": 0.45}
 ARENA = 22 * 10**9
 CACHE = 2 * 10**9
@@ -169,22 +170,28 @@ class InProcess:
         chosen = [self._requests[n % adapters] for n in range(ROWS)] if adapters else None
         return self._timed(chosen)
 
-    def many(self, _: int) -> dict[str, float]:
-        """Measure the decode step with 8 active adapters of rank 4 and more and more on the device."""
+    def many(self, _: int) -> dict[str, list[float]]:
+        """Measure the decode step with 8 active adapters of rank 4, while others come and go on the device."""
         from rayft.artifacts import AdapterArtifact
         from rayft.serving.engine.vllm.files import written
 
-        found = {}
-        every: list[Any] = []
-        self._llm.collective_rpc("rayft_unload", args=([request.lora_int_id for request in self._requests],))
+        found: dict[str, list[float]] = {f"{count}": [] for count in MANY}
+        numbers = [request.lora_int_id for request in self._requests]
+        self._llm.collective_rpc("rayft_unload", args=(numbers,))
         with written(AdapterArtifact.load(WORK / "rank4"), torch.bfloat16) as path:
-            for count in MANY:
-                for number in range(len(every), count):
-                    every.append(self._request(f"m{number}", 1000 + number, str(path)))
-                    self._llm.llm_engine.add_lora(every[-1])
+            every = [self._request(f"m{number}", 1000 + number, str(path)) for number in range(max(MANY))]
+            there = 0
+            # Up and down again, so that a drifting clock affects all of them.
+            for count in (*MANY, *reversed(MANY)):
+                for request in every[there:count]:
+                    self._llm.llm_engine.add_lora(request)
+                if gone := [request.lora_int_id for request in every[count:there]]:
+                    self._llm.collective_rpc("rayft_unload", args=(gone,))
+                there = count
                 # Spread over all that are there.
                 active = [every[(n % 8) * (count // 8)] for n in range(ROWS)]
-                found[f"{count}"] = statistics.median(self._timed(active)["step"] for _ in range(5))
+                self._timed(active)
+                found[f"{count}"] += [self._timed(active)["step"] for _ in range(MANY_ROUNDS)]
         return found
 
     def profile(self, adapters: int) -> dict[str, float]:
@@ -480,7 +487,9 @@ def compared(how: str, found: dict[tuple[str, int], list[dict[str, float]]]) -> 
 
 def inprocess(parts: Sequence[str]) -> list[dict[str, Any]]:
     """Run the parts with vLLM's `LLM`."""
-    children, records = Children("inprocess", ("base", "rayft") if "few" in parts else KINDS), []
+    alone = {*parts} & {*INPROCESS} == {"many"}
+    kinds = ("rayft",) if alone else ("base", "rayft") if "few" in parts else KINDS
+    children, records = Children("inprocess", kinds), []
     if "inprocess" in parts:
         records += compared("inprocess", rounds(children))
     if "profile" in parts:
@@ -496,11 +505,13 @@ def inprocess(parts: Sequence[str]) -> list[dict[str, Any]]:
         records.append(record("serve_vllm", "base/kernels", "differing", len(differing), "kernels"))
     if "many" in parts:
         steps = children.ask("rayft", "many")
-        for count, step in steps.items():
+        for count, each in steps.items():
             name = f"{count}_on_device/1b/{ROWS}rows"
-            records.append(record("serve_vllm", name, "step_ms", round(step, 4), "ms"))
-            records.append(record("serve_vllm", name, "over_8", round(step / steps[str(MANY[0])], 4), "x"))
-            print(f"{name:40} step {step:.3f} ms", flush=True)
+            middle = statistics.median(each)
+            over = statistics.mean(each) / statistics.mean(steps[str(MANY[0])])
+            records.append(record("serve_vllm", name, "step_ms", round(middle, 4), "ms", **interval(each)))
+            records.append(record("serve_vllm", name, "over_8", round(over, 4), "x"))
+            print(f"{name:40} step {middle:.3f} ms, {over:.3f} of that with {MANY[0]}", flush=True)
     children.close()
     return records
 
@@ -682,7 +693,7 @@ def main() -> None:
         return
     parts = arguments.parts.split(",")
     prepare()
-    for known, run in ((("inprocess", "many", "kernels"), inprocess), (("async", "load"), asynchronous)):
+    for known, run in ((INPROCESS, inprocess), (("async", "load"), asynchronous)):
         if set(known) & set(parts):
             keep(run(parts), arguments.commit)
     if "http" in parts:
