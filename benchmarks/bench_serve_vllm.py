@@ -171,7 +171,7 @@ class InProcess:
         return self._timed(chosen)
 
     def many(self, _: int) -> dict[str, list[float]]:
-        """Measure the decode step with 8 active adapters of rank 4, while others come and go on the device."""
+        """Measure the decode step with 8 active adapters of rank 4; others come and go on the device."""
         from rayft.artifacts import AdapterArtifact
         from rayft.serving.engine.vllm.files import written
 
@@ -179,7 +179,7 @@ class InProcess:
         numbers = [request.lora_int_id for request in self._requests]
         self._llm.collective_rpc("rayft_unload", args=(numbers,))
         with written(AdapterArtifact.load(WORK / "rank4"), torch.bfloat16) as path:
-            every = [self._request(f"m{number}", 1000 + number, str(path)) for number in range(max(MANY))]
+            every = [self._request(f"m{n}", 1000 + n, str(path)) for n in range(max(MANY))]
             there = 0
             # Up and down again, so that a drifting clock affects all of them.
             for count in (*MANY, *reversed(MANY)):
