@@ -74,6 +74,17 @@ class Beat:
 
 
 @dataclass
+class _Signs:
+    """What the broker has seen of a lane since it took its last job."""
+
+    moved: float = field(default_factory=time.monotonic)
+    """When a worker last computed something."""
+    ticks: Mapping[int, int] = field(default_factory=dict)
+    warned: bool = False
+    killed: bool = False
+
+
+@dataclass
 class _Entry:
     job: Job[Any, Any]
     events: deque[Event] = field(default_factory=deque)
@@ -91,11 +102,6 @@ class _Entry:
     last_step: int = 0
     last: Event | None = None
     progress: dict[str, Any] = field(default_factory=dict)
-    ticks: Mapping[int, int] = field(default_factory=dict)
-    moved: float = 0.0
-    """When a worker last computed something."""
-    warned: bool = False
-    killed: bool = False
     deaths: list[str] = field(default_factory=list)
     """Why its lane died, each time."""
 
@@ -122,6 +128,7 @@ class Broker:
         self._renewed: set[str] = set()
         """Lanes whose worker groups are about to end, and to be started again."""
         self._beats: dict[str, dict[int, Beat]] = {}
+        self._signs: dict[str, _Signs] = {}
         self._notices: list[str] = []
         self._spent: dict[str, float] = {}
         self._arrived = asyncio.Condition()
@@ -491,39 +498,46 @@ class Broker:
         pause = min(max(self._patience.warn / 4, 0.2), 15.0)
         while not self._closed:
             await asyncio.sleep(pause)
+            found: dict[str, list[_Entry]] = {}
             for entry in self._entries.values():
                 if entry.lane is not None and not entry.done:
-                    self._look_at(entry, entry.lane)
+                    found.setdefault(entry.lane, []).append(entry)
+            for lane, entries in found.items():
+                self._look_at(lane, entries)
 
-    def _look_at(self, entry: _Entry, lane: str) -> None:
+    def _look_at(self, lane: str, entries: Sequence[_Entry]) -> None:
+        """Look at a lane and the jobs that it has."""
         beats, now, patience = self._beats.get(lane, {}), time.monotonic(), self._patience
         if not beats:
             return
+        signs = self._signs[lane]
         ticks = {rank: beat.ticks for rank, beat in beats.items()}
         # A lane that waits for the search computes nothing, and only resumable jobs count their batches.
-        if ticks != entry.ticks or entry.decision is not None or not entry.job.resumable:
-            entry.ticks, entry.moved = ticks, now
+        idle = all(entry.decision is not None or not entry.job.resumable for entry in entries)
+        if ticks != signs.ticks or idle:
+            signs.ticks, signs.moved = ticks, now
         silent = max(beats.values(), key=lambda beat: now - beat.at)
-        quiet = max(now - silent.at, now - entry.moved)
-        what = "is silent" if now - silent.at > now - entry.moved else "computes nothing"
-        text = f"{entry.job.id}: process {silent.pid} of {lane} {what} for {quiet:.0f} s"
-        if quiet >= patience.kill and not entry.killed:
-            entry.killed = True
-            self._notices.append(f"{text}; it is ended, and its trial continues from the last checkpoint")
+        quiet = max(now - silent.at, now - signs.moved)
+        what = "is silent" if now - silent.at > now - signs.moved else "computes nothing"
+        names = ", ".join(entry.job.id for entry in entries)
+        text = f"{names}: process {silent.pid} of {lane} {what} for {quiet:.0f} s"
+        if quiet >= patience.kill and not signs.killed:
+            signs.killed = True
+            trials = "its trial continues" if len(entries) == 1 else "its trials continue"
+            self._notices.append(f"{text}; it is ended, and {trials} from the last checkpoint")
             for beat in beats.values():
                 _end_process(beat)
-        elif quiet >= patience.warn and not entry.warned:
-            entry.warned = True
+        elif quiet >= patience.warn and not signs.warned:
+            signs.warned = True
             self._notices.append(f"{text}; after {patience.kill:.0f} s it is ended (sweep.hang_seconds)")
-        elif quiet < patience.warn and entry.warned:
-            entry.warned = False
-            self._notices.append(f"{entry.job.id}: {lane} goes on")
+        elif quiet < patience.warn and signs.warned:
+            signs.warned = False
+            self._notices.append(f"{names}: {lane} goes on")
 
     def _begin(self, entry: _Entry, lane: str) -> None:
         self._lanes[lane] = 0
         self._renewed.discard(lane)
-        entry.lane, entry.moved = lane, time.monotonic()
-        entry.killed = entry.warned = False
+        entry.lane, self._signs[lane] = lane, _Signs()
         entry.progress["state"] = "running"
 
     def _take(self, lane: str, pack: str | None = None) -> Job[Any, Any] | None:

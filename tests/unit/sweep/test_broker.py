@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -335,6 +336,32 @@ def test_a_silent_lane_is_reported_and_later_killed(monkeypatch: pytest.MonkeyPa
         assert "process 77 of lane is silent for 0 s" in first or "computes nothing" in first
         assert "ended" in second
         assert sorted(ended) == [76, 77]
+
+    play(scene())
+
+
+def test_a_pack_that_hangs_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("rayft.sweep.broker._end_process", lambda beat: ended.append(beat.pid))
+
+    async def scene() -> None:
+        broker = Broker(patience=Patience(warn=0.3, kill=1.2))
+        for name in "abc":
+            await broker.submit(replace(job(name), pack="p"))
+        await broker.pull("lane")
+        for _ in "bc":
+            await broker.pull("lane", 0.0, "p")
+        # One of them waits for the search, and the others should go on meanwhile.
+        report = asyncio.create_task(broker.report("b", 10, {}))
+        while not ended:
+            await broker.beat("lane", Beat(0, 5, pid=77))
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.4)
+        first, second = await broker.notices()
+        assert first.startswith("a, b, c: process 77 of lane computes nothing")
+        assert "its trials continue from the last checkpoint" in second
+        assert ended == [77]
+        report.cancel()
 
     play(scene())
 
