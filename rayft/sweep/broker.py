@@ -16,6 +16,10 @@ them.
 A checkpoint was written before each report, so the job continues from there, repeats its earlier reports, and
 receives the same decisions.
 
+If a lane dies that does several jobs, any of them may be the cause. A job whose lanes have died twice since
+its last new evaluation is done alone, and returns to the queue after the next one. Only deaths of a lane that
+has no other job count against a job.
+
 Every worker of a lane sends a sign of life each second. If a worker sends none, or computes nothing, the
 broker first notifies the user, and later kills the lane's processes; the lane then starts again.
 """
@@ -103,7 +107,11 @@ class _Entry:
     last: Event | None = None
     progress: dict[str, Any] = field(default_factory=dict)
     deaths: list[str] = field(default_factory=list)
-    """Why its lane died, each time."""
+    """Why its lane died, each time that it had no other job."""
+    setbacks: int = 0
+    """How often its lane has died since the job last reported a new evaluation."""
+    isolated: bool = False
+    """Whether its lane does it alone for that reason."""
 
     @property
     def done(self) -> bool:
@@ -114,7 +122,7 @@ class Broker:
     """The actor between clients and lanes; its methods are asyncio coroutines.
 
     Args:
-        attempts: how often a job is given to a lane, if the lane dies each time.
+        attempts: how often a job is given to a lane, if the lane dies each time and has no other job.
         patience: how long a lane may send no sign of life.
     """
 
@@ -270,6 +278,7 @@ class Broker:
         A report that is repeated, by a job that continues from a checkpoint, gets the same decision again.
         """
         entry = self._entries[job_id]
+        new = step > entry.last_step
         self._reported(entry, step, metrics)
         if self._closed:
             return "interrupt"
@@ -279,13 +288,15 @@ class Broker:
             return "continue"
         # Shielded, because the call of a lane that died while it waited may be cancelled, when the lane that
         # came back waits for the same decision.
-        return await asyncio.shield(entry.decision)
+        verdict = await asyncio.shield(entry.decision)
+        # What it has learnt is saved, so others can share its lane again.
+        return "interrupt" if verdict == "continue" and new and entry.isolated else verdict
 
     def _reported(self, entry: _Entry, step: int, metrics: Mapping[str, float]) -> None:
         entry.progress.update({"step": step, **metrics})
         stopped = entry.stop_at is not None and step >= entry.stop_at
         if step > entry.last_step and not stopped and not self._closed:
-            entry.last_step = step
+            entry.last_step, entry.setbacks = step, 0
             entry.decision = asyncio.get_running_loop().create_future()
             self._push(entry, Event("report", step, metrics))
 
@@ -321,8 +332,16 @@ class Broker:
         await self.close()
 
     async def pause(self, job_id: str, step: int) -> None:
-        """End a job that has saved a checkpoint, from which the next command continues."""
-        self._end(self._entries[job_id], Event("interrupted", step))
+        """End a job that has saved a checkpoint, from which the next command continues.
+
+        A job that was done alone because its lanes died returns to the queue.
+        """
+        entry = self._entries[job_id]
+        if entry.isolated and not self._closed:
+            # Behind others that have to be done alone, and will be packed with it then.
+            await self._again(entry, first=False)
+        else:
+            self._end(entry, Event("interrupted", step))
 
     async def put_back(self, job_id: str) -> None:
         """Return a job to the queue whose lane has no room for it; it goes on from its last checkpoint."""
@@ -356,9 +375,9 @@ class Broker:
     async def lane_died(self, lane: str, reason: str) -> bool:
         """Handle the end of a lane's processes; return whether the lane should be started again.
 
-        A job fails if its lane has died too often. A lane that has died too often without a job is not
-        started again; if it is the last lane, all waiting jobs end with an error. The loss of a node does not
-        count, since another node may take the job.
+        A job fails if its lane has died too often, the last time when it had no other job. A lane that has
+        died too often without a job is not started again; if it is the last lane, all waiting jobs end with
+        an error. The loss of a node does not count, since another node may take the job.
 
         Args:
             lane: the lane.
@@ -389,9 +408,11 @@ class Broker:
         # The first in the queue is the first again.
         for entry in reversed(entries):
             if not lost:
-                entry.deaths.append(f"{reason}{used}")
-            if len(entry.deaths) >= self._attempts:
-                error = f"its lane died {len(entry.deaths)} times, the last time because {entry.deaths[-1]}"
+                entry.setbacks += 1
+                entry.deaths += [f"{reason}{used}"] * (len(entries) == 1)
+            count = max(entry.setbacks, len(entry.deaths))
+            if len(entries) == 1 and not lost and count >= self._attempts:
+                error = f"its lane died {count} times, the last time because {entry.deaths[-1]}"
                 self._end(entry, Event("failed", error=error))
             else:
                 await self._again(entry)
@@ -402,12 +423,12 @@ class Broker:
         own = self._pinned(lane)
         return not own or any(not one.done for one in own)
 
-    async def _again(self, entry: _Entry) -> None:
-        """Return a job that no lane has any more to the head of the queue."""
+    async def _again(self, entry: _Entry, *, first: bool = True) -> None:
+        """Return a job that no lane has any more to the queue, at its head or else at its end."""
         entry.lane = None
         entry.progress["state"] = "queued"
         async with self._arrived:
-            self._queue.appendleft(entry.job.id)
+            (self._queue.appendleft if first else self._queue.append)(entry.job.id)
             self._arrived.notify_all()
 
     async def _died_idle(self, lane: str, reason: str) -> bool:
@@ -543,8 +564,8 @@ class Broker:
     def _take(self, lane: str, pack: str | None = None) -> Job[Any, Any] | None:
         for job_id in list(self._queue):
             entry = self._entries[job_id]
-            # A job whose lanes die is done alone, so that it ends no others with it.
-            job = replace(entry.job, pack="") if len(entry.deaths) > 1 else entry.job
+            isolated = entry.setbacks > 1 and bool(entry.job.pack)
+            job = replace(entry.job, pack="") if isolated else entry.job
             if entry.done:
                 self._queue.remove(job_id)
             elif pack is not None and self._has_its_share(lane, pack):
@@ -552,6 +573,7 @@ class Broker:
             elif job.lane in (None, lane) and pack in (None, job.pack):
                 self._queue.remove(job_id)
                 self._begin(entry, lane)
+                entry.isolated = isolated
                 return job
         return None
 
