@@ -28,6 +28,8 @@ from rayft.models.targets import linears
 __all__ = ["Layout", "attached", "pack", "skeleton", "spans_of", "unpackable"]
 
 OwnerT = TypeVar("OwnerT")
+PLANS = 16
+"""Most plans that a layer keeps, of training and of the rest each: widths differ from batch to batch."""
 
 
 @dataclass
@@ -72,8 +74,9 @@ class PackedAdapter(Adapter):
         # Registered, so that what captures the model's passes finds their parameters.
         self.adapters = nn.ModuleDict({str(slot): adapter for slot, adapter in adapters.items()})
         self._layout = layout
-        self._key: object = None
-        self._plan = Plan(())
+        self._plans: dict[bool, dict[object, Plan]] = {True: {}, False: {}}
+        """Whether it trains → division of the rows → its plan; the one that was used last is the last. A
+        captured graph needs the plan of training, which has one division then, whatever is validated."""
 
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
@@ -99,13 +102,17 @@ class PackedAdapter(Adapter):
         return self.adapters[str(slot)].dropout if self.training else 0.0  # type: ignore[return-value]
 
     def _planned(self, slots: Sequence[int]) -> Plan:
-        """Return the plan of some slots' terms, made anew where the division of the rows has changed."""
-        key = (self._layout.key, tuple(slots))
-        if self._key != key:
+        """Return the plan of some slots' terms for the current rows, which is made at its first use."""
+        key, plans = (self._layout.key, tuple(slots)), self._plans[self.training]
+        plan = plans.pop(key, None)
+        if plan is None:
             spans = self._layout.spans
             terms = [term for slot in slots for term in self.adapters[str(slot)].terms(spans[slot])]  # type: ignore[operator]
-            self._key, self._plan = key, Plan(terms)
-        return self._plan
+            plan = Plan(terms)
+        plans[key] = plan
+        if len(plans) > PLANS:
+            del plans[next(iter(plans))]
+        return plan
 
     def _updates(self, x: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
         """Compute what some slots add, term by term, and zeros for all other rows: x (…, I) → (…, O)."""

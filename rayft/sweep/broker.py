@@ -16,6 +16,10 @@ them.
 A checkpoint was written before each report, so the job continues from there, repeats its earlier reports, and
 receives the same decisions.
 
+If a lane dies that does several jobs, any of them may be the cause. A job whose lanes have died twice since
+its last new evaluation is done alone, and returns to the queue after the next one. Only deaths of a lane that
+has no other job count against a job.
+
 Every worker of a lane sends a sign of life each second. If a worker sends none, or computes nothing, the
 broker first notifies the user, and later kills the lane's processes; the lane then starts again.
 """
@@ -74,6 +78,17 @@ class Beat:
 
 
 @dataclass
+class _Signs:
+    """What the broker has seen of a lane since it took its last job."""
+
+    moved: float = field(default_factory=time.monotonic)
+    """When a worker last computed something."""
+    ticks: Mapping[int, int] = field(default_factory=dict)
+    warned: bool = False
+    killed: bool = False
+
+
+@dataclass
 class _Entry:
     job: Job[Any, Any]
     events: deque[Event] = field(default_factory=deque)
@@ -91,13 +106,12 @@ class _Entry:
     last_step: int = 0
     last: Event | None = None
     progress: dict[str, Any] = field(default_factory=dict)
-    ticks: Mapping[int, int] = field(default_factory=dict)
-    moved: float = 0.0
-    """When a worker last computed something."""
-    warned: bool = False
-    killed: bool = False
     deaths: list[str] = field(default_factory=list)
-    """Why its lane died, each time."""
+    """Why its lane died, each time that it had no other job."""
+    setbacks: int = 0
+    """How often its lane has died since the job last reported a new evaluation."""
+    isolated: bool = False
+    """Whether its lane does it alone for that reason."""
 
     @property
     def done(self) -> bool:
@@ -108,7 +122,7 @@ class Broker:
     """The actor between clients and lanes; its methods are asyncio coroutines.
 
     Args:
-        attempts: how often a job is given to a lane, if the lane dies each time.
+        attempts: how often a job is given to a lane, if the lane dies each time and has no other job.
         patience: how long a lane may send no sign of life.
     """
 
@@ -122,6 +136,7 @@ class Broker:
         self._renewed: set[str] = set()
         """Lanes whose worker groups are about to end, and to be started again."""
         self._beats: dict[str, dict[int, Beat]] = {}
+        self._signs: dict[str, _Signs] = {}
         self._notices: list[str] = []
         self._spent: dict[str, float] = {}
         self._arrived = asyncio.Condition()
@@ -263,6 +278,7 @@ class Broker:
         A report that is repeated, by a job that continues from a checkpoint, gets the same decision again.
         """
         entry = self._entries[job_id]
+        new = step > entry.last_step
         self._reported(entry, step, metrics)
         if self._closed:
             return "interrupt"
@@ -272,13 +288,15 @@ class Broker:
             return "continue"
         # Shielded, because the call of a lane that died while it waited may be cancelled, when the lane that
         # came back waits for the same decision.
-        return await asyncio.shield(entry.decision)
+        verdict = await asyncio.shield(entry.decision)
+        # What it has learnt is saved, so others can share its lane again.
+        return "interrupt" if verdict == "continue" and new and entry.isolated else verdict
 
     def _reported(self, entry: _Entry, step: int, metrics: Mapping[str, float]) -> None:
         entry.progress.update({"step": step, **metrics})
         stopped = entry.stop_at is not None and step >= entry.stop_at
         if step > entry.last_step and not stopped and not self._closed:
-            entry.last_step = step
+            entry.last_step, entry.setbacks = step, 0
             entry.decision = asyncio.get_running_loop().create_future()
             self._push(entry, Event("report", step, metrics))
 
@@ -314,8 +332,16 @@ class Broker:
         await self.close()
 
     async def pause(self, job_id: str, step: int) -> None:
-        """End a job that has saved a checkpoint, from which the next command continues."""
-        self._end(self._entries[job_id], Event("interrupted", step))
+        """End a job that has saved a checkpoint, from which the next command continues.
+
+        A job that was done alone because its lanes died returns to the queue.
+        """
+        entry = self._entries[job_id]
+        if entry.isolated and not self._closed:
+            # Behind others that have to be done alone, and will be packed with it then.
+            await self._again(entry, first=False)
+        else:
+            self._end(entry, Event("interrupted", step))
 
     async def put_back(self, job_id: str) -> None:
         """Return a job to the queue whose lane has no room for it; it goes on from its last checkpoint."""
@@ -349,9 +375,9 @@ class Broker:
     async def lane_died(self, lane: str, reason: str) -> bool:
         """Handle the end of a lane's processes; return whether the lane should be started again.
 
-        A job fails if its lane has died too often. A lane that has died too often without a job is not
-        started again; if it is the last lane, all waiting jobs end with an error. The loss of a node does not
-        count, since another node may take the job.
+        A job fails if its lane has died too often, the last time when it had no other job. A lane that has
+        died too often without a job is not started again; if it is the last lane, all waiting jobs end with
+        an error. The loss of a node does not count, since another node may take the job.
 
         Args:
             lane: the lane.
@@ -382,9 +408,11 @@ class Broker:
         # The first in the queue is the first again.
         for entry in reversed(entries):
             if not lost:
-                entry.deaths.append(f"{reason}{used}")
-            if len(entry.deaths) >= self._attempts:
-                error = f"its lane died {len(entry.deaths)} times, the last time because {entry.deaths[-1]}"
+                entry.setbacks += 1
+                entry.deaths += [f"{reason}{used}"] * (len(entries) == 1)
+            count = max(entry.setbacks, len(entry.deaths))
+            if len(entries) == 1 and not lost and count >= self._attempts:
+                error = f"its lane died {count} times, the last time because {entry.deaths[-1]}"
                 self._end(entry, Event("failed", error=error))
             else:
                 await self._again(entry)
@@ -395,12 +423,12 @@ class Broker:
         own = self._pinned(lane)
         return not own or any(not one.done for one in own)
 
-    async def _again(self, entry: _Entry) -> None:
-        """Return a job that no lane has any more to the head of the queue."""
+    async def _again(self, entry: _Entry, *, first: bool = True) -> None:
+        """Return a job that no lane has any more to the queue, at its head or else at its end."""
         entry.lane = None
         entry.progress["state"] = "queued"
         async with self._arrived:
-            self._queue.appendleft(entry.job.id)
+            (self._queue.appendleft if first else self._queue.append)(entry.job.id)
             self._arrived.notify_all()
 
     async def _died_idle(self, lane: str, reason: str) -> bool:
@@ -491,46 +519,53 @@ class Broker:
         pause = min(max(self._patience.warn / 4, 0.2), 15.0)
         while not self._closed:
             await asyncio.sleep(pause)
+            found: dict[str, list[_Entry]] = {}
             for entry in self._entries.values():
                 if entry.lane is not None and not entry.done:
-                    self._look_at(entry, entry.lane)
+                    found.setdefault(entry.lane, []).append(entry)
+            for lane, entries in found.items():
+                self._look_at(lane, entries)
 
-    def _look_at(self, entry: _Entry, lane: str) -> None:
+    def _look_at(self, lane: str, entries: Sequence[_Entry]) -> None:
+        """Look at a lane and the jobs that it has."""
         beats, now, patience = self._beats.get(lane, {}), time.monotonic(), self._patience
         if not beats:
             return
+        signs = self._signs[lane]
         ticks = {rank: beat.ticks for rank, beat in beats.items()}
         # A lane that waits for the search computes nothing, and only resumable jobs count their batches.
-        if ticks != entry.ticks or entry.decision is not None or not entry.job.resumable:
-            entry.ticks, entry.moved = ticks, now
+        idle = all(entry.decision is not None or not entry.job.resumable for entry in entries)
+        if ticks != signs.ticks or idle:
+            signs.ticks, signs.moved = ticks, now
         silent = max(beats.values(), key=lambda beat: now - beat.at)
-        quiet = max(now - silent.at, now - entry.moved)
-        what = "is silent" if now - silent.at > now - entry.moved else "computes nothing"
-        text = f"{entry.job.id}: process {silent.pid} of {lane} {what} for {quiet:.0f} s"
-        if quiet >= patience.kill and not entry.killed:
-            entry.killed = True
-            self._notices.append(f"{text}; it is ended, and its trial continues from the last checkpoint")
+        quiet = max(now - silent.at, now - signs.moved)
+        what = "is silent" if now - silent.at > now - signs.moved else "computes nothing"
+        names = ", ".join(entry.job.id for entry in entries)
+        text = f"{names}: process {silent.pid} of {lane} {what} for {quiet:.0f} s"
+        if quiet >= patience.kill and not signs.killed:
+            signs.killed = True
+            trials = "its trial continues" if len(entries) == 1 else "its trials continue"
+            self._notices.append(f"{text}; it is ended, and {trials} from the last checkpoint")
             for beat in beats.values():
                 _end_process(beat)
-        elif quiet >= patience.warn and not entry.warned:
-            entry.warned = True
+        elif quiet >= patience.warn and not signs.warned:
+            signs.warned = True
             self._notices.append(f"{text}; after {patience.kill:.0f} s it is ended (sweep.hang_seconds)")
-        elif quiet < patience.warn and entry.warned:
-            entry.warned = False
-            self._notices.append(f"{entry.job.id}: {lane} goes on")
+        elif quiet < patience.warn and signs.warned:
+            signs.warned = False
+            self._notices.append(f"{names}: {lane} goes on")
 
     def _begin(self, entry: _Entry, lane: str) -> None:
         self._lanes[lane] = 0
         self._renewed.discard(lane)
-        entry.lane, entry.moved = lane, time.monotonic()
-        entry.killed = entry.warned = False
+        entry.lane, self._signs[lane] = lane, _Signs()
         entry.progress["state"] = "running"
 
     def _take(self, lane: str, pack: str | None = None) -> Job[Any, Any] | None:
         for job_id in list(self._queue):
             entry = self._entries[job_id]
-            # A job whose lanes die is done alone, so that it ends no others with it.
-            job = replace(entry.job, pack="") if len(entry.deaths) > 1 else entry.job
+            isolated = entry.setbacks > 1 and bool(entry.job.pack)
+            job = replace(entry.job, pack="") if isolated else entry.job
             if entry.done:
                 self._queue.remove(job_id)
             elif pack is not None and self._has_its_share(lane, pack):
@@ -538,6 +573,7 @@ class Broker:
             elif job.lane in (None, lane) and pack in (None, job.pack):
                 self._queue.remove(job_id)
                 self._begin(entry, lane)
+                entry.isolated = isolated
                 return job
         return None
 

@@ -17,7 +17,7 @@ from torch import nn
 from rayft.models.methods import method
 from rayft.squeeze.anneal import Moments
 from rayft.train.deepspeed import DeepSpeedEngine, build_engine, destroy, parameter_groups
-from rayft.train.masters import Holder, Master, read_masters, write_masters
+from rayft.train.masters import Holder, Master, read_masters, replace_master, write_masters
 from rayft.train.run import RunConfig
 
 __all__ = ["FlatEngine", "RunEngine", "clipped_here", "flattens", "has_masters"]
@@ -89,6 +89,19 @@ class Part:
         """Let the parameters be parts of the flat one, whose memory an engine has chosen."""
         for name, view in self.cut(self.flat.data).items():
             self.parameters[name].data = view
+
+    def take_over(self, other: Part) -> None:
+        """Use the flat parameter of another part, of the same size, whose parameters have been released."""
+        self.flat, self.grad = other.flat, other.grad
+        self._grads = [*self.cut(self.grad).values()]
+        self.link()
+
+    def release(self) -> None:
+        """Move the parameters, with their values, to memory of their own, and forget them."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+            parameter.data = parameter.data.clone()
+        self.parameters = {}
 
     def take_gradients(self) -> None:
         """Move the gradients of the parameters into the flat one."""
@@ -198,6 +211,48 @@ class FlatEngine:
         if begun:
             write_masters(self.deepspeed, begun)
 
+    def release(self, member: int) -> None:
+        """Move a member's parameters, with their values, to memory of their own.
+
+        Its place may be taken by another (`replace`); it must not step any more.
+        """
+        for part in self.parts[member]:
+            part.release()
+
+    def replace(self, member: int, run: RunConfig, model: nn.Module, masters: Mapping[str, Master]) -> bool:
+        """Put another run into the place of a member that was released, if its groups are as large.
+
+        Args:
+            member: the place.
+            run: the run.
+            model: with its adapters.
+            masters: the state of its parameters; empty if they begin with the values that they have.
+
+        Returns:
+            Whether it was possible.
+        """
+        own, former = _parts(run, model), self.parts[member]
+        if [(part.size, part.flat.dtype) for part in own] != [
+            (part.size, part.flat.dtype) for part in former
+        ]:
+            return False
+        begun = [
+            _joined(part, masters) if masters else Master(part.flat.detach().float(), None) for part in own
+        ]
+        for part, old, master in zip(own, former, begun, strict=True):
+            if not replace_master(self.deepspeed, old.flat, master):
+                return False
+            part.take_over(old)
+        for part, group in zip(own, self.groups[member], strict=True):
+            group |= {
+                "lr_factor": part.lr_factor,
+                "weight_decay": part.weight_decay,
+                "betas": run.optim.betas,
+            }
+        self.parts[member] = own
+        self._all = [part for parts in self.parts for part in parts]
+        return True
+
     def deliver(self) -> None:
         """Hand the gradients that were taken to the engine."""
         flats, grads = self.flats, [part.grad for part in self._all]
@@ -248,8 +303,7 @@ class FlatEngine:
     def close(self) -> None:
         """Destroy the engine; the parameters keep their values, in memory of their own."""
         for part in self._all:
-            for parameter in part.parameters.values():
-                parameter.data = parameter.data.clone()
+            part.release()
         engine, self.deepspeed = self.deepspeed, None
         destroy(engine)
 

@@ -21,7 +21,15 @@ from torch import nn
 from rayft.squeeze.anneal import Moments
 from rayft.train.deepspeed import DeepSpeedEngine
 
-__all__ = ["Holder", "Master", "load_masters", "read_masters", "save_masters", "write_masters"]
+__all__ = [
+    "Holder",
+    "Master",
+    "load_masters",
+    "read_masters",
+    "replace_master",
+    "save_masters",
+    "write_masters",
+]
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,38 @@ def write_masters(engine: DeepSpeedEngine | Holder, masters: Mapping[str, Master
         if master.moments:
             safe_set_full_optimizer_state(parameters[name], master.moments.mean, "exp_avg")
             safe_set_full_optimizer_state(parameters[name], master.moments.square, "exp_avg_sq")
+
+
+def replace_master(engine: DeepSpeedEngine, parameter: nn.Parameter, master: Master) -> bool:
+    """Replace the whole state of one parameter in an engine that may have taken steps.
+
+    Args:
+        engine: of one worker, under ZeRO 0 or 2.
+        parameter: the only one of its group.
+        master: its new state.
+
+    Returns:
+        Whether it was possible. It is not if there are moments, and no room for them yet.
+    """
+    if engine.zero_optimization_stage() == 0:
+        engine.optimizer.state.pop(parameter, None)
+        _write_own(engine, parameter, master)
+        return True
+    partition = _partitions(engine)[id(parameter)]
+    state = engine.optimizer.optimizer.state.get(partition)
+    if master.moments and not state:
+        return False
+    count = parameter.numel()
+    parameter.data.copy_(master.weight)
+    partition.data[:count].copy_(master.weight.flatten())
+    if state:
+        state["step"].fill_(master.steps if master.moments else 0.0)
+        for key, name in (("exp_avg", "mean"), ("exp_avg_sq", "square")):
+            if master.moments:
+                state[key][:count].copy_(getattr(master.moments, name).flatten())
+            else:
+                state[key].zero_()
+    return True
 
 
 def save_masters(masters: Mapping[str, Master], others: Mapping[str, torch.Tensor], file: Path) -> None:

@@ -2,8 +2,8 @@
 
 Each run keeps its own course (`Trainer.course`), model (a skeleton of the base with the run's adapters),
 random state, learning rate, clipping and moments. What they share is a step's forward and backward pass,
-and one DeepSpeed engine (`rayft.train.flat`). When runs join or leave, a new engine is built, and masters and
-moments move to it.
+and one DeepSpeed engine (`rayft.train.flat`). A run that joins takes the place of one that has left, if its
+parameters are as large. Otherwise a new engine is built, and masters and moments move to it.
 
 If a step does not fit into the device's memory, fewer slots share a pass, then fewer rows of a slot, then
 activations are recomputed, as for a run alone. If that is not enough, the newest runs have to leave.
@@ -126,8 +126,12 @@ class Pack:
         self._layout = Layout()
         self._slots: list[Slot] = []
         self._engine: FlatEngine | None = None
-        self._built: list[Slot] = []
-        """The slots that the engine has."""
+        self._built: list[Slot | None] = []
+        """Who has each place in the engine; None where a run has left."""
+        self._pieces = 0
+        """Number of micro-batches of a step of the engine."""
+        self._attached: list[Slot] = []
+        """The slots whose adapters are in the model."""
         self._numbers = 0
         self._together: int | None = None
         """Number of slots whose rows share a pass; None for all."""
@@ -165,8 +169,10 @@ class Pack:
     def leave(self, slot: Slot) -> None:
         """Take a run out; its parameters keep their values."""
         self._slots.remove(slot)
-        if slot in self._built:
-            self._take_down()
+        if self._engine is not None and slot in self._built:
+            member = self._built.index(slot)
+            self._engine.release(member)
+            self._built[member] = None
 
     def masters(self, slot: Slot) -> dict[str, Master]:
         """Return a copy of the state of a slot's parameters."""
@@ -183,6 +189,7 @@ class Pack:
                 taken at once; unless `updating`, nothing has changed then.
         """
         self.updating = False
+        self._attach()
         self._prepare()
         lowered = False
         while True:
@@ -211,7 +218,8 @@ class Pack:
         Raises:
             torch.OutOfMemoryError: if not even those of one run fit into the device's memory.
         """
-        self._prepare()
+        # This needs no engine, and after it some of the runs may end.
+        self._attach()
         session, order = self._session, [slot for slot in self._slots if slot in slots]
         most = MOST_TOKENS * (GPU_TIMES if session.worker.device != "cpu" else 1)
         together = min(len(order), max(1, most // (rows_at_once(session) * longest(session))))
@@ -292,16 +300,44 @@ class Pack:
 
     # --- the engine
 
-    def _prepare(self) -> None:
-        """Build an engine if the slots have changed; try again what did not fit if they are smaller now."""
-        if self._built == self._slots:
+    def _attach(self) -> None:
+        """Put the slots' adapters into the model, if that has not been done.
+
+        What did not fit is tried again if the slots are smaller now.
+        """
+        if self._attached == self._slots:
             return
         if self._short is not None:
             shares = [now / then for now, then in zip(self._size, self._short, strict=True)]
             if max(shares) <= 1 and min(shares) <= EASED:
                 self._graphs, self._together, self._smaller = self._wants_graphs, None, Placement()
                 self._validated = self._short = None
-        self._build()
+        self._drop_graphs()
+        pack(self._model, {slot.number: slot.module for slot in self._slots}, self._layout)
+        recompute_activations(self._model, wanted=self._recomputes)
+        self._attached = [*self._slots]
+
+    def _prepare(self) -> None:
+        """Let the engine have all slots. New ones take the places of others, or else it is built anew."""
+        placed = self._pieces == self._accumulation and all(map(self._has_place, self._slots))
+        # Empty places cost time at each step.
+        if not placed or self._built.count(None) > len(self._slots):
+            self._build()
+
+    def _has_place(self, slot: Slot) -> bool:
+        """Return whether the engine has a slot, which may take the place of one that has left."""
+        if self._engine is None or slot in self._built:
+            return self._engine is not None
+        for member, owner in enumerate(self._built):
+            if owner is None and self._engine.replace(member, slot.run, slot.module, slot.given):
+                self._built[member], slot.given = slot, {}
+                return True
+        return False
+
+    def _drop_graphs(self) -> None:
+        if self._captured is not None:
+            self._captured.close()
+            self._captured = None
 
     @property
     def _size(self) -> tuple[int, int]:
@@ -312,11 +348,10 @@ class Pack:
     def _build(self) -> None:
         """Build an engine over the parameters of all slots, and set in it what they have learnt."""
         self._take_down()
-        pack(self._model, {slot.number: slot.module for slot in self._slots}, self._layout)
         recompute_activations(self._model, wanted=self._recomputes)
         self._engine = FlatEngine(self._config, [(slot.run, slot.module) for slot in self._slots])
         self._engine.set_masters([slot.given for slot in self._slots])
-        self._built = [*self._slots]
+        self._built, self._pieces = [*self._slots], self._accumulation
         for slot in self._slots:
             slot.given = {}
 
@@ -325,11 +360,10 @@ class Pack:
         if self._engine is None:
             return
         self._engine.drop_gradients()
-        if self._captured is not None:
-            self._captured.close()
-            self._captured = None
+        self._drop_graphs()
         for member, slot in enumerate(self._built):
-            slot.given = self._engine.masters(member)
+            if slot is not None:
+                slot.given = self._engine.masters(member)
         engine, self._engine, self._built = self._engine, None, []
         engine.close()
 
@@ -363,10 +397,11 @@ class Pack:
         engine, started = self._engine, time.perf_counter()
         assert engine is not None
         for slot, groups_of in zip(self._built, engine.groups, strict=True):
+            one = steps.get(slot) if slot is not None else None
             for group in groups_of:
-                group["active"] = slot in steps
-                if slot in steps:
-                    group["lr"] = steps[slot].lr * group["lr_factor"]
+                group["active"] = one is not None
+                if one is not None:
+                    group["lr"] = one.lr * group["lr_factor"]
         if not self._model.training:
             self._model.train()
         self._layout.random = {slot.number: one.random for slot, one in steps.items()}
@@ -386,14 +421,13 @@ class Pack:
             engine.deliver()
             last = number == len(groups[0])
             if last:
-                order = [slot for slot in self._built if slot in steps]
-                norms = [engine.clip(self._built.index(slot), slot.run.optim.clip) for slot in order]
+                norms = [engine.clip(self._built.index(slot), slot.run.optim.clip) for slot in steps]
                 read = later([*norms, *(loss for each in losses for loss in each.values())])
             self.updating = last
             engine.deepspeed.step()
         found = read()
-        norm_of, sums = dict(zip(order, found, strict=False)), dict.fromkeys(targets, 0.0)
-        for slot, loss in zip((slot for each in losses for slot in each), found[len(order) :], strict=True):
+        norm_of, sums = dict(zip(steps, found, strict=False)), dict.fromkeys(targets, 0.0)
+        for slot, loss in zip((slot for each in losses for slot in each), found[len(steps) :], strict=True):
             sums[slot] += loss
         self.updating = False
         self._session.tick()
@@ -418,10 +452,10 @@ class Pack:
 
     def _capture(self, micro: _Micro | None) -> None:
         """Capture the passes of the engine's slots as CUDA graphs, if that is wanted and not done."""
-        dropped = _drops(self._built)
+        dropped = _drops(self._slots)
         if micro is None or not self._graphs or self._captured or dropped:
             return
-        if len(micro.spans) < len(self._built):
+        if len(micro.spans) < len(self._slots):
             return
         self._enter(micro)
         self._captured = ExitStack()
@@ -467,7 +501,7 @@ class Pack:
         for micro in micros:
             losses.update(self._pass(engine, micro, weights))
         for slot, parts in zip(self._built, engine.parts, strict=True):
-            if slot not in losses:
+            if slot is None or slot not in losses:
                 for part in parts:
                     part.grad.zero_()
         return losses
@@ -491,7 +525,7 @@ class Pack:
         sums = torch.stack([loss.sum() for loss in losses])
         sums.backward(sums.new_tensor([weights[slot] for slot in micro.spans]))
         for slot, parts in zip(self._built, engine.parts, strict=True):
-            if slot in micro.spans:
+            if slot is not None and slot in micro.spans:
                 for part in parts:
                     part.take_gradients()
         return dict(zip(micro.spans, sums.detach(), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -335,6 +336,122 @@ def test_a_silent_lane_is_reported_and_later_killed(monkeypatch: pytest.MonkeyPa
         assert "process 77 of lane is silent for 0 s" in first or "computes nothing" in first
         assert "ended" in second
         assert sorted(ended) == [76, 77]
+
+    play(scene())
+
+
+def test_a_pack_that_hangs_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("rayft.sweep.broker._end_process", lambda beat: ended.append(beat.pid))
+
+    async def scene() -> None:
+        broker = Broker(patience=Patience(warn=0.3, kill=1.2))
+        for name in "abc":
+            await broker.submit(replace(job(name), pack="p"))
+        await broker.pull("lane")
+        for _ in "bc":
+            await broker.pull("lane", 0.0, "p")
+        # One of them waits for the search, and the others should go on meanwhile.
+        report = asyncio.create_task(broker.report("b", 10, {}))
+        while not ended:
+            await broker.beat("lane", Beat(0, 5, pid=77))
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.4)
+        first, second = await broker.notices()
+        assert first.startswith("a, b, c: process 77 of lane computes nothing")
+        assert "its trials continue from the last checkpoint" in second
+        assert ended == [77]
+        report.cancel()
+
+    play(scene())
+
+
+async def take(broker: Broker, lane: str = "lane") -> list[str]:
+    """Let a lane take a job, and the others that may share its batches; return all."""
+    first = await broker.pull(lane)
+    assert isinstance(first, Job)
+    taken = [first.id]
+    while first.pack and isinstance(another := await broker.pull(lane, 0.0, first.pack), Job):
+        taken.append(another.id)
+    return taken
+
+
+async def evaluate(broker: Broker, name: str, step: int) -> str:
+    """Report an evaluation, after which the search lets the trial go on."""
+    report = asyncio.create_task(broker.report(name, step, {}))
+    while not broker._entries[name].events:
+        await asyncio.sleep(0.001)
+    after = broker._entries[name].events[-1].number
+    waiting = asyncio.create_task(broker.next_event(name, after))
+    verdict = await report
+    waiting.cancel()
+    return verdict
+
+
+def test_trials_of_a_pack_that_dies_are_done_alone_until_they_get_on() -> None:
+    async def scene() -> None:
+        broker = Broker(attempts=3)
+        await broker.expect("lane")
+        for name in ("good", "bad", "other"):
+            await broker.submit(replace(job(name), pack="p"))
+        # Once is no reason.
+        assert await take(broker) == ["good", "bad", "other"]
+        assert await evaluate(broker, "good", 10) == "continue"
+        assert await broker.lane_died("lane", "it crashed")
+        assert await take(broker) == ["good", "bad", "other"]
+        assert await broker.report("good", 10, {}) == "continue"
+        assert await evaluate(broker, "other", 10) == "continue"
+        assert await broker.lane_died("lane", "it crashed")
+        # The other has got on since.
+        assert await take(broker) == ["good"]
+        assert await broker.report("good", 10, {}) == "continue", "it has not got on yet"
+        assert await evaluate(broker, "good", 20) == "interrupt"
+        await broker.pause("good", 20)
+        assert await take(broker) == ["bad"]
+        assert await broker.lane_died("lane", "it crashed")
+        event = await broker.next_event("bad")
+        assert event.error == "its lane died 3 times, the last time because it crashed"
+        assert await take(broker) == ["other", "good"]
+        assert await evaluate(broker, "good", 30) == "continue"
+
+    play(scene())
+
+
+def test_a_trial_that_gets_on_before_it_ends_its_lane_ends_no_other_trial() -> None:
+    async def scene() -> None:
+        broker = Broker(attempts=2)
+        await broker.expect("lane")
+        for name in ("bad", "good"):
+            await broker.submit(replace(job(name), pack="p"))
+        for step in range(10, 60, 10):
+            assert await take(broker) == ["bad", "good"]
+            assert await evaluate(broker, "bad", step) == "continue"
+            assert await evaluate(broker, "good", step) == "continue"
+            assert await broker.lane_died("lane", "it crashed")
+        assert {one["state"] for one in await broker.snapshot()} == {"queued"}
+
+    play(scene())
+
+
+def test_a_trial_that_is_done_alone_can_be_stopped_and_interrupted() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        await broker.expect("lane")
+        for name in ("stopped", "interrupted"):
+            await broker.submit(replace(job(name), pack="p"))
+        for _ in range(2):
+            assert await take(broker) == ["stopped", "interrupted"]
+            assert await broker.lane_died("lane", "it crashed")
+        assert await take(broker) == ["stopped"]
+        report = asyncio.create_task(broker.report("stopped", 10, {}))
+        await broker.next_event("stopped")
+        await broker.cancel("stopped", 10)
+        assert await report == "stop"
+        await broker.finish("stopped", b"")
+        assert await take(broker) == ["interrupted"]
+        assert await broker.interrupt() == ["interrupted"]
+        await broker.pause("interrupted", 5)
+        assert await broker.result("interrupted") == Event("interrupted", 5)
 
     play(scene())
 

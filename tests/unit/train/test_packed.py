@@ -27,7 +27,7 @@ from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker
 from tests.unit.train.curves import WIDEST, assert_same_losses
-from tests.unit.train.runs import changed, with_method
+from tests.unit.train.runs import DieAt, changed, with_method
 
 
 def begin(courses: Courses[TrainResult], pack: Pack, key: str, run: RunConfig, folder: Path) -> None:
@@ -461,3 +461,90 @@ def test_graphs_are_captured_again_with_fewer_slots(
     assert captured == [6, 4]
     graphs = {key: result.placement["graphs"] for key, result in courses.ended().items()}  # type: ignore[union-attr]
     assert graphs == {"a": False, "b": True, "c": True}
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of members of each engine that is built."""
+    sizes, real = list[int](), FlatEngine.__init__
+
+    def build(engine: FlatEngine, config: RunConfig, members: Any) -> None:
+        sizes.append(len(members))
+        real(engine, config, members)
+
+    monkeypatch.setattr(FlatEngine, "__init__", build)
+    return sizes
+
+
+def test_links_of_a_chain_need_no_new_engine(
+    run: RunConfig, session: Session, tmp_path: Path, built: list[int]
+) -> None:
+    runs = {name: with_method(run, name, seed=seed) for seed, name in enumerate(("c3la", "rac", "lora"))}
+    runs["two"] = with_method(run, "rc3la", links=2)
+    expected = {
+        name: Trainer(one, Session.open(one, session.worker), Reporter(), tmp_path / name).fit()
+        for name, one in runs.items()
+    }
+    built.clear()
+    assert_all_same(expected, packed(runs, session, tmp_path / "together"))
+    assert built == [4]
+
+
+def test_ranks_that_fall_at_the_same_step_need_one_new_engine(
+    run: RunConfig, session: Session, tmp_path: Path, built: list[int]
+) -> None:
+    """Even if one of the runs is evaluated there, and the other is not."""
+    falling = changed(run, anneal=AnnealConfig(rank=2), evaluate={"every": None})
+    runs = {"one": falling, "other": changed(falling, seed=1)}
+    pack = Pack(session)
+    courses = Courses[TrainResult](pack)
+    (boundary, *_) = [phase.end for phase in Trainer(falling, session, Reporter(), tmp_path).phases.plan]
+    for key, one in runs.items():
+        at = [boundary] if key == "one" else []
+        trainer = Trainer(one, pack.session(), Reporter(), tmp_path / key, at, pack=pack)
+        courses.begin(key, trainer.course(), trainer.clock)
+    while len(courses):
+        for key in courses.questions:
+            courses.answer(key, True)
+        courses.advance()
+    pack.close()
+    ranks = {phase.rank for phase in Trainer(falling, session, Reporter(), tmp_path).phases.plan}
+    assert built == [2] * len(ranks)
+
+
+@pytest.mark.parametrize("scale", [{}, {"dtype": "bfloat16", "zero": 2}])
+def test_a_run_that_goes_on_takes_the_place_of_one_that_has_ended(
+    run: RunConfig, tmp_path: Path, built: list[int], scale: dict[str, Any]
+) -> None:
+    """Its masters, moments and number of steps are its own."""
+    run = changed(run, scale=scale)
+    session = Session.open(run, Worker())
+    runs = {
+        "short": with_method(run, "lora_plus", optim={"steps": 2, "betas": (0.5, 0.6), "weight_decay": 0.0}),
+        "long": with_method(run, "lora", seed=1),
+        "late": with_method(run, "lora_plus", seed=2, optim={"weight_decay": 0.1, "lr": 3e-3}),
+    }
+    alone = Trainer(runs["late"], session, Reporter(), tmp_path / "alone").fit()
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(runs["late"], session, DieAt(2), tmp_path / "late").fit()
+    built.clear()
+    pack = Pack(session)
+    courses, ended = Courses[TrainResult](pack), dict[str, TrainResult | Exception]()
+    for key in ("short", "long"):
+        begin(courses, pack, key, runs[key], tmp_path)
+    while len(courses):
+        for key in courses.questions:
+            courses.answer(key, True)
+        courses.advance()
+        ended |= courses.ended()
+        if "short" in ended and "late" in runs:
+            begin(courses, pack, "late", runs.pop("late"), tmp_path)
+    pack.close()
+    late = ended["late"]
+    assert isinstance(late, TrainResult), late
+    assert built == [2]
+    if scale:
+        for (_, one), (_, other) in zip(alone.train_curve, late.train_curve, strict=True):
+            assert abs(one - other) <= torch.finfo(torch.bfloat16).eps * one
+    else:
+        assert_same(alone, late)
