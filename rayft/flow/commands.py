@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import socket
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -29,6 +30,7 @@ from rayft.flow.guard import guarded
 from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
 from rayft.flow.origin import mlflow_uri, sweep_tracker
+from rayft.flow.target import find_place, registry_uri
 from rayft.kernels.launch_triton import kernel_cache
 from rayft.models.files import cache_folder
 from rayft.paths import check_file, check_folder, checked_text, read_path
@@ -146,11 +148,11 @@ def train(
     Raises:
         RayftError: as `train_run`.
     """
-    from rayft.flow.train import train_run
+    from rayft.flow.train import start_folder, train_run
 
     settings = load_train_config(config, overrides)
     if start is not None:
-        settings = settings.model_copy(update={"start": str(read_path(start, "--start"))})
+        settings = settings.model_copy(update={"start": str(start_folder(start, "--start"))})
     done = train_run(settings, Display(console))
     result, table = done.result, Table(show_header=False, box=None, pad_edge=False)
     table.add_row("steps", f"{result.steps}, {human_count(result.trainable)} trained parameters")
@@ -169,16 +171,18 @@ def squeeze(
     *,
     config: str | None = None,
     base: str | None = None,
+    uri: str | None = None,
     **options: Any,
 ) -> None:
-    """Squeeze an adapter folder and print a table of the results.
+    """Squeeze an adapter and print a table of the results.
 
     Args:
-        adapter: folder of an adapter or of a tuned model.
+        adapter: as `rayft.flow.target.find_place`.
         out: folder for the results.
         console: for the output.
         config: file of a configuration that names base and data.
         base: name of the base.
+        uri: MLflow, for `models:/…`.
         options: as `rayft.flow.squeeze.request.squeeze_request`.
 
     Raises:
@@ -189,14 +193,15 @@ def squeeze(
 
     if base is not None:
         checked_text(base, "--base")
-    request = squeeze_request(
-        read_path(adapter, "the adapter's folder"),
-        read_path(out, "--out"),
-        config=_optional(config, "--config"),
-        base=base,
-        **options,
-    )
-    found = squeeze_folder(request, console)
+    with tempfile.TemporaryDirectory() as scratch:
+        request = squeeze_request(
+            find_place(adapter, registry_uri(adapter, uri), Path(scratch)),
+            read_path(out, "--out"),
+            config=_optional(config, "--config"),
+            base=base,
+            **options,
+        )
+        found = squeeze_folder(request, console)
     console.print(squeeze_table(found))
     if found.note:
         console.print(found.note, style="yellow", highlight=False)
