@@ -35,6 +35,7 @@ from rayft.flow.evaluate.run import evaluate as evaluate_targets
 from rayft.flow.export.run import Exported
 from rayft.flow.export.run import export_adapter as export
 from rayft.flow.init import find_data, write_configuration
+from rayft.flow.options import check_overrides
 from rayft.flow.scoring import Measured
 from rayft.flow.settings import Settings, schema, settings
 from rayft.flow.squeeze.request import squeeze_request
@@ -276,6 +277,7 @@ def train(
     Raises:
         RayftError: if a check fails, before anything has started, or if the run fails.
     """
+    check_overrides("train", overrides)
     settings = _read(TrainConfig, config, overrides)
     if start is not None:
         settings = settings.model_copy(update={"start": str(start_folder(os.fspath(start), "start"))})
@@ -298,6 +300,7 @@ def sweep(config: Config, *, overrides: Sequence[str] = (), quiet: bool = False)
         TrainError: if every trial has failed.
         UnfinishedError: if the results are in the folder, but something is left to do; call it again.
     """
+    check_overrides("sweep", overrides)
     settings, display = placed(_read(PipelineConfig, config, overrides)), _display(quiet)
     record = run_sweep(settings, display)
     check_complete(record, display.undone)

@@ -379,8 +379,9 @@ def promote(
     ] = None,
     uri: Uri = None,
     tolerance: Annotated[
-        float, typer.Option(help="How far the score may be below that of the present version.")
-    ] = 0.0,
+        float | None,
+        typer.Option(help="How far the score may be below that of the present version.", show_default="0"),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Promote even if the gate refuses.")] = False,
 ) -> None:
     """Point an alias to a version of a registered model, if its validation score passes the gate."""
@@ -412,11 +413,12 @@ def adapters(
     ] = None,
     server: Annotated[str, typer.Option(help="URL of the server.")] = "http://127.0.0.1:8000",
     weight: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Share of the name's traffic; below 1 the adapter is a canary beside the present version."
+            help="Share of the name's traffic; below 1 the adapter is a canary beside the present version.",
+            show_default="1",
         ),
-    ] = 1.0,
+    ] = None,
     pinned: Annotated[bool, typer.Option(help="Keep the adapter on the device.")] = False,
 ) -> None:
     """List and change the adapters of a running server: list, load, unload, promote, rollback.

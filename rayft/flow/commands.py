@@ -29,6 +29,7 @@ from rayft.flow.doctor import checks
 from rayft.flow.guard import guarded
 from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
+from rayft.flow.options import check_overrides, refuse_unused
 from rayft.flow.origin import mlflow_uri, sweep_tracker
 from rayft.flow.target import find_place, registry_uri
 from rayft.kernels.launch_triton import kernel_cache
@@ -89,6 +90,7 @@ def demo(
     from rayft.flow.demo import earlier, run_demo
     from rayft.flow.sweep.publish import check_complete
 
+    check_overrides("sweep", overrides)
     settings = placed(load_config("demo", overrides))
     output = settings.folder
     if there := earlier(settings, overwrite=overwrite):
@@ -126,6 +128,7 @@ def sweep(config: str | Path, overrides: Sequence[str], console: Console) -> Swe
     from rayft.flow.sweep.publish import check_complete
     from rayft.flow.sweep.run import run_sweep
 
+    check_overrides("sweep", overrides)
     settings, display = placed(load_config(config, overrides)), Display(console)
     record = run_sweep(settings, display)
     _show(record, console)
@@ -150,6 +153,7 @@ def train(
     """
     from rayft.flow.train import start_folder, train_run
 
+    check_overrides("train", overrides)
     settings = load_train_config(config, overrides)
     if start is not None:
         settings = settings.model_copy(update={"start": str(start_folder(start, "--start"))})
@@ -363,7 +367,7 @@ def promote(
     alias: str,
     sweep_folder: str | None,
     uri: str | None,
-    tolerance: float,
+    tolerance: float | None,
     force: bool,
     console: Console,
 ) -> None:
@@ -375,20 +379,24 @@ def promote(
         alias: the alias to move.
         sweep_folder: folder of the sweep whose tracking database has the model.
         uri: MLflow; that of the sweep if not given, else MLFLOW_TRACKING_URI.
-        tolerance: how far below the score of the alias's present version the score may be.
+        tolerance: how far below the score of the alias's present version the score may be; 0 by default.
         force: whether to move the alias even if the gate refuses.
         console: for the output.
 
     Raises:
+        ConfigError: for an option that would change nothing.
         PromotionRefusedError: with both scores. The alias stays where it is.
     """
+    if force:
+        refuse_unused({"--tolerance": tolerance}, "--force promotes whatever the score")
     folder = _optional(sweep_folder, "--sweep")
     if uri is not None:
         checked_text(uri, "--uri")
+        refuse_unused({"--sweep": sweep_folder}, f"the model is looked up in --uri {uri}")
     if folder is not None and not folder.is_dir():
         raise RegistryError(f"no sweep folder {folder}; give the one that `rayft sweep` wrote")
     registry = MlflowRegistry(mlflow_uri(uri, folder))
-    done = move_alias(registry, name, version, alias, Gate(tolerance=tolerance), force=force)
+    done = move_alias(registry, name, version, alias, Gate(tolerance=tolerance or 0.0), force=force)
     before = f" (was version {done.previous})" if done.previous else ""
     forced = ", forced past the gate" if done.forced else ""
     console.print(f"models:/{name}@{alias} is version {version}{before}{forced}", highlight=False)
@@ -399,7 +407,7 @@ def adapters(
     action: Action,
     name: str | None,
     source: str | None,
-    weight: float,
+    weight: float | None,
     pinned: bool,
     console: Console,
 ) -> None:

@@ -19,6 +19,7 @@ from rayft.config import parse
 from rayft.errors import ConfigError, ReportError
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import TrainConfig, load_config, load_train_config
+from rayft.flow.options import refuse_unused
 from rayft.flow.origin import find_origin
 from rayft.flow.scoring import outcome
 from rayft.flow.sweep.folder import STAMP_FILE
@@ -124,10 +125,11 @@ def find_items(target: str, config: Path | None, uri: str | None, scratch: Path)
 
     Raises:
         ReportError: if there is nothing in it that can be analysed.
-        ConfigError: if base or data are not known.
+        ConfigError: if base or data are not known, or for a configuration or server that is not read.
     """
     path = Path(target)
     if (path / "sweep.json").is_file():
+        refuse_unused({"--config": config, "--uri": uri}, f"the sweep in {path} has its own")
         return _of_sweep(path)
     if re.fullmatch(r"[0-9a-f]{32}", target) and not path.is_dir():
         return _of_run(target, config, uri, scratch)

@@ -22,8 +22,9 @@ from rayft.flow.export.maker import Maker, find_maker
 from rayft.flow.export.places import CARD_FILE, MERGE_FILE, Places, check_places
 from rayft.flow.export.source import Base, Source, find_base, known_base, open_source
 from rayft.flow.export.vllm import served_rank, target_names, uniform, write_folder
+from rayft.flow.options import refuse_unused
 from rayft.flow.sweep.folder import is_sweep
-from rayft.flow.target import find_place, registry_uri
+from rayft.flow.target import find_place, is_registered, registry_uri
 from rayft.models.load import REGISTERED
 from rayft.models.merge import Rounding, merge, merged_bytes
 from rayft.paths import checked_text, read_path
@@ -96,8 +97,8 @@ def export_adapter(
         overwrite: whether results of an earlier export are replaced.
 
     Raises:
-        ConfigError: if nothing is to be written, places overlap, something is there without `overwrite`, or
-            the configuration in `sweep` is needed and can't be read.
+        ConfigError: if nothing is to be written, places overlap, something is there without `overwrite`, an
+            option would change nothing, or the configuration in `sweep` is needed and can't be read.
         ArtifactError: if the adapter is no plain LoRA, or can't be exported in a form.
         BaseMismatchError: if it is for another base.
         ModelError: if the base can't be read, or is stored quantised.
@@ -112,6 +113,12 @@ def export_adapter(
         if name is not None:
             checked_text(name, option)
     text = os.fspath(adapter)
+    if merged is None and vllm is None and card is None:
+        refuse_unused({"--base-name": base_name}, "a file for llama.cpp names no base")
+    if merged is None and card is None and not (is_registered(text) and uri is None):
+        refuse_unused(
+            {"--sweep": sweep}, "its scores are for --card, and its settings of the base for --merged"
+        )
     home = _path(sweep, "--sweep")
     if home is not None and not is_sweep(home):
         raise ReportError(f"{home} is no folder of a sweep; give the one that `rayft sweep` wrote")

@@ -20,6 +20,7 @@ from rayft.flow.config import load_train_config
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
 from rayft.flow.lanes import use_lanes
+from rayft.flow.options import refuse_unused
 from rayft.flow.origin import Origin, find_origin
 from rayft.flow.scoring import Measured, check_some, say_unscored, score_squeezed
 from rayft.flow.selection import keeps, smallest_good
@@ -133,6 +134,9 @@ def _squeeze_dense(request: SqueezeRequest, dense: Dense, console: Console) -> S
             f"{request.source} has no factors: extract a LoRA first (--rank 64), then squeeze that by its "
             "score, or train it further"
         )
+    if request.base is not None:
+        why = f"of a source without factors only its base is read, which --base {request.base} names"
+        refuse_unused({"--config": request.config}, why)
     config = load_train_config(request.config).model if request.config else None
     base = ModelConfig(name=request.base) if request.base else config
     name = request.source.resolve().name
