@@ -20,13 +20,12 @@ from rich.console import Console
 
 from rayft.artifacts import AdapterArtifact
 from rayft.artifacts.adapter import check_prefix
-from rayft.config import load as load_section
 from rayft.config import parse
 from rayft.errors import ModelError, SqueezeError
 from rayft.flow.chat.conversation import Conversation, Piece
 from rayft.flow.chat.models import Options, open_models
 from rayft.flow.cluster import placed
-from rayft.flow.config import PipelineConfig, TrainConfig, config_file, package_names
+from rayft.flow.config import PipelineConfig, TrainConfig, config_file, config_values
 from rayft.flow.console import terminal
 from rayft.flow.display import Display
 from rayft.flow.evaluate.record import Evaluation
@@ -507,7 +506,7 @@ def _read(kind: type[ConfigT], config: Config, overrides: Sequence[str]) -> Conf
         config = config.model_dump(mode="json", exclude_unset=True)
     if isinstance(config, Mapping):
         return parse(kind, config, overrides)
-    return load_section(kind, config_file(str(config)), overrides, base=package_names())
+    return parse(kind, config_values(config_file(str(config))), overrides)
 
 
 def _squeezed_folder(source: Place) -> Path:
