@@ -457,29 +457,30 @@ def data(config: str | Path, overrides: Sequence[str], rows: int, console: Conso
     Raises:
         RayftError: if model or data can't be read, or don't fit each other.
     """
+    from rayft.data.pixels import MODES
     from rayft.flow.data import look
+    from rayft.flow.show_data import class_table, image_line, image_table, text_table
 
     found = look(load_train_config(config, overrides), rows)
-    table = Table("part", "examples", "texts", "tokens", "learnt", "median", "95 %", "longest")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for part in found.parts:
-        numbers = (
-            *(part.examples, part.texts, part.tokens),
-            *(f"{part.learnt:.0%}", part.median, part.most, part.longest),
-        )
-        table.add_row(part.name, *(f"{one:,}" if isinstance(one, int) else one for one in numbers))
-    console.print(table)
-    console.print(
-        f"an epoch: {found.rows:,} rows, {found.steps:,.4g} steps; padding is {found.padding:.1%} of the "
-        "batches"
-    )
+    console.print(image_table(found) if found.pixels else text_table(found))
+    if found.labels:
+        console.print(class_table(found))
+    epoch = f"an epoch: {found.rows:,} {'images' if found.pixels else 'rows'}, {found.steps:,.4g} steps"
+    if found.pixels:
+        channels, height, width = found.pixels
+        epoch += f"; the model gets each as {width} × {height} pixels in {MODES[channels]}"
+    else:
+        epoch += f"; padding is {found.padding:.1%} of the batches"
+    console.print(epoch, soft_wrap=True)
     for note in found.notes:
         console.print(note, style="yellow", soft_wrap=True)
+    for number, image in enumerate(found.images, start=1):
+        console.print(f"row {number}: {image_line(image)}", soft_wrap=True)
     for number, examples in enumerate(found.examples, start=1):
         for index, runs in enumerate(examples, start=1):
             which = f", example {index} of {len(examples)}" if len(examples) > 1 else ""
-            console.print(f"\nrow {number}{which}, learnt is what stands in [ ]", style="bold")
+            what = f"class {found.classes[number - 1]}" if found.classes else "learnt is what stands in [ ]"
+            console.print(f"\nrow {number}{which}, {what}", style="bold")
             text = Text()
             for run in runs:
                 text.append(f"[{run.text}]" if run.learnt else run.text, "green" if run.learnt else "")
