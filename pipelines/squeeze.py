@@ -13,7 +13,9 @@ def main() -> None:
     """Parse the options and run the command; without arguments, squeeze the demo's winner to rank 8."""
     demo = default_folder("demo")
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("adapter", nargs="?", default=str(demo / "winner"), help="an adapter's folder")
+    parser.add_argument(
+        "adapter", nargs="?", default=str(demo / "winner"), help="an adapter's folder or models:/…"
+    )
     parser.add_argument("--rank", type=int, action="append", default=[], help="a rank; may be repeated")
     parser.add_argument("--energy", type=float, action="append", default=[])
     parser.add_argument("--budget", action="append", default=[], help="a size such as 1.5MB")
@@ -26,6 +28,7 @@ def main() -> None:
     parser.add_argument(
         "--base", help="the base: checked against the adapter, or the model that a tuned one began as"
     )
+    parser.add_argument("--uri", help="MLflow, to find models:/…; MLFLOW_TRACKING_URI by default")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what another command of rayft wrote to --out"

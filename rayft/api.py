@@ -20,13 +20,12 @@ from rich.console import Console
 
 from rayft.artifacts import AdapterArtifact
 from rayft.artifacts.adapter import check_prefix
-from rayft.config import load as load_section
 from rayft.config import parse
 from rayft.errors import ModelError, SqueezeError
 from rayft.flow.chat.conversation import Conversation, Piece
 from rayft.flow.chat.models import Options, open_models
 from rayft.flow.cluster import placed
-from rayft.flow.config import PipelineConfig, TrainConfig, config_file, package_names
+from rayft.flow.config import PipelineConfig, TrainConfig, config_file, config_values
 from rayft.flow.console import terminal
 from rayft.flow.display import Display
 from rayft.flow.evaluate.record import Evaluation
@@ -35,14 +34,15 @@ from rayft.flow.evaluate.run import evaluate as evaluate_targets
 from rayft.flow.export.run import Exported
 from rayft.flow.export.run import export_adapter as export
 from rayft.flow.init import find_data, write_configuration
-from rayft.flow.origin import find_folder
+from rayft.flow.options import check_overrides
 from rayft.flow.scoring import Measured
 from rayft.flow.settings import Settings, schema, settings
 from rayft.flow.squeeze.request import squeeze_request
 from rayft.flow.squeeze.run import squeeze_folder
 from rayft.flow.sweep.publish import check_complete
 from rayft.flow.sweep.run import run_sweep
-from rayft.flow.train import train_run
+from rayft.flow.target import Place, at_rank, find_place, registry_uri
+from rayft.flow.train import start_folder, train_run
 from rayft.models.load import ModelConfig, resolve
 from rayft.paths import read_path
 from rayft.report.record import Score, SweepRecord
@@ -269,16 +269,17 @@ def train(
 
     Args:
         config: the configuration, which needs no `sweep`.
-        start: folder of a LoRA to go on from, in place of the configuration's.
+        start: folder of a LoRA to go on from, or of the run that trained it, in place of the configuration's.
         overrides: settings of the configuration, such as `optim.lr=1e-3`.
         quiet: whether to print nothing.
 
     Raises:
         RayftError: if a check fails, before anything has started, or if the run fails.
     """
+    check_overrides("train", overrides)
     settings = _read(TrainConfig, config, overrides)
     if start is not None:
-        settings = settings.model_copy(update={"start": str(read_path(Path(start), "start"))})
+        settings = settings.model_copy(update={"start": str(start_folder(os.fspath(start), "start"))})
     done = train_run(settings, _display(quiet))
     return Run(
         settings.name, done.folder, done.adapter, _means(done.scores), done.result.val_loss, done.run_id
@@ -298,6 +299,7 @@ def sweep(config: Config, *, overrides: Sequence[str] = (), quiet: bool = False)
         TrainError: if every trial has failed.
         UnfinishedError: if the results are in the folder, but something is left to do; call it again.
     """
+    check_overrides("sweep", overrides)
     settings, display = placed(_read(PipelineConfig, config, overrides)), _display(quiet)
     record = run_sweep(settings, display)
     check_complete(record, display.undone)
@@ -316,6 +318,7 @@ def squeeze(
     config: str | PathLike[str] | None = None,
     base: str | None = None,
     device: str | None = None,
+    uri: str | None = None,
     out: str | PathLike[str] | None = None,
     overwrite: bool = False,
     quiet: bool = False,
@@ -323,7 +326,8 @@ def squeeze(
     """Bring an adapter to lower ranks, or extract LoRAs from a fine-tuned model, as `rayft squeeze` does.
 
     Args:
-        path: folder of an adapter, of a model, or an output folder of `train` or `sweep`.
+        path: folder of an adapter, of a model, or an output folder of `train` or `sweep`, or
+            `models:/name@alias`. A rank may follow, from which squeezing then starts (`runs/mine@r8`).
         ranks: ranks to squeeze to.
         energies: shares of energy to retain, in (0, 1].
         budgets: sizes such as `1.5MB`; ranks go to the modules that need them.
@@ -333,6 +337,7 @@ def squeeze(
         config: file of a configuration that names base and data; by default that of the source's folder.
         base: name of the base, which the adapter is checked against or a model compared with.
         device: where to compute, `cpu`, `cuda` or `cuda:1`.
+        uri: MLflow, for `models:/…`; MLFLOW_TRACKING_URI by default.
         out: folder for the results; by default that of the source with `-squeezed` after its name.
         overwrite: whether adapters that another command of rayft made are replaced.
         quiet: whether to print nothing.
@@ -340,25 +345,25 @@ def squeeze(
     Raises:
         SqueezeError, ArtifactError, ConfigError: naming what is wrong. The source stays as it is.
     """
-    source = find_folder(read_path(Path(path), "path"))
-    # The path `.` has no name, and `..` not that of its folder.
-    named = source if source.name not in ("", "..") else source.resolve()
-    place = named.parent / f"{named.name}-squeezed" if out is None else read_path(Path(out), "out")
-    request = squeeze_request(
-        source,
-        place,
-        ranks=ranks,
-        energies=energies,
-        budgets=budgets,
-        keep_score=keep_score,
-        steps=steps,
-        lr=lr,
-        config=None if config is None else read_path(Path(config), "config"),
-        base=base,
-        device=device,
-        overwrite=overwrite,
-    )
-    found = squeeze_folder(request, _console(quiet))
+    text = os.fspath(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = find_place(text, registry_uri(text, uri), Path(scratch))
+        place = _squeezed_folder(source) if out is None else read_path(Path(out), "out")
+        request = squeeze_request(
+            source,
+            place,
+            ranks=ranks,
+            energies=energies,
+            budgets=budgets,
+            keep_score=keep_score,
+            steps=steps,
+            lr=lr,
+            config=None if config is None else read_path(Path(config), "config"),
+            base=base,
+            device=device,
+            overwrite=overwrite,
+        )
+        found = squeeze_folder(request, _console(quiet))
     labels = {found.source.name: "source", **{item.name: item.folder.name for item in found.made}}
     return Squeezed(
         place,
@@ -472,13 +477,21 @@ def chat(
         return Conversation(models, options, system, stack.pop_all().close)
 
 
-def load(path: str | PathLike[str]) -> Adapter:
+def load(path: str | PathLike[str], *, uri: str | None = None) -> Adapter:
     """Load an adapter: any LoRA that PEFT loads, or what an output folder of `train` or `sweep` holds.
+
+    Args:
+        path: folder of the adapter, or `models:/name@alias`; a rank may follow (`runs/mine@r8`).
+        uri: MLflow, for `models:/…`; MLFLOW_TRACKING_URI by default.
 
     Raises:
         ArtifactError: if it can't be read, naming the file and what to do.
+        RegistryError: if there is no such registered adapter.
+        SqueezeError: if it does not have the rank.
     """
-    return Adapter(AdapterArtifact.load(find_folder(read_path(Path(path), "path"))))
+    text = os.fspath(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        return Adapter(at_rank(find_place(text, registry_uri(text, uri), Path(scratch))))
 
 
 def _read(kind: type[ConfigT], config: Config, overrides: Sequence[str]) -> ConfigT:
@@ -493,7 +506,16 @@ def _read(kind: type[ConfigT], config: Config, overrides: Sequence[str]) -> Conf
         config = config.model_dump(mode="json", exclude_unset=True)
     if isinstance(config, Mapping):
         return parse(kind, config, overrides)
-    return load_section(kind, config_file(str(config)), overrides, base=package_names())
+    return parse(kind, config_values(config_file(str(config))), overrides)
+
+
+def _squeezed_folder(source: Place) -> Path:
+    """Return the folder for what is squeezed from a source: beside it."""
+    if source.registered:
+        raise SqueezeError(f"{source.name} is in a registry: name a folder for the results with out")
+    # The path `.` has no name, and `..` not that of its folder.
+    named = source.folder if source.folder.name not in ("", "..") else source.folder.resolve()
+    return named.parent / f"{named.name}-squeezed"
 
 
 def _console(quiet: bool) -> Console:

@@ -71,7 +71,7 @@ def train(
     ],
     overrides: Overrides = None,
     start: Annotated[
-        str | None, typer.Option(help="Folder of a LoRA to go on from, by rayft or PEFT.")
+        str | None, typer.Option(help="Folder of a LoRA to go on from, by rayft or PEFT, or of a run.")
     ] = None,
 ) -> None:
     """Train one run without a search, or continue it: method, optim and seed of the configuration."""
@@ -143,7 +143,11 @@ def data(
 @app.command()
 def squeeze(
     adapter: Annotated[
-        str, typer.Argument(help="Folder of an adapter, whoever made it, or of a fine-tuned model.")
+        str,
+        typer.Argument(
+            help="Folder of an adapter, whoever made it, of a sweep or run, or of a fine-tuned model; or "
+            "models:/name@alias; perhaps at a rank: runs/mine@r8."
+        ),
     ],
     out: Annotated[str, typer.Option(help="Folder for the results, such as OUT/r8, OUT/e0.95, OUT/b1.5MB.")],
     rank: Annotated[list[int] | None, typer.Option(help="A rank to squeeze to. Repeatable.")] = None,
@@ -169,6 +173,9 @@ def squeeze(
     base: Annotated[
         str | None, typer.Option(help="The base of the adapter, to be checked, or of the fine-tuned model.")
     ] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="MLflow, to find models:/…; MLFLOW_TRACKING_URI by default.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda or cuda:1.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace adapters in OUT that another command of rayft made.")
@@ -179,7 +186,7 @@ def squeeze(
 
     commands.squeeze(
         adapter, out, console, ranks=rank or [], energies=energy or [], budgets=budget or [],
-        keep_score=keep_score, steps=steps, lr=lr, config=config, base=base, device=device,
+        keep_score=keep_score, steps=steps, lr=lr, config=config, base=base, uri=uri, device=device,
         overwrite=overwrite,
     )  # fmt: skip
 
@@ -189,7 +196,8 @@ def export(
     adapter: Annotated[
         str,
         typer.Argument(
-            help="Folder of an adapter, whoever made it, or of a sweep or run; or models:/name@alias."
+            help="Folder of an adapter, whoever made it, or of a sweep or run; or models:/name@alias; "
+            "perhaps at a rank: runs/mine@r8."
         ),
     ],
     merged: Annotated[
@@ -233,7 +241,11 @@ def export(
 @app.command()
 def analyze(
     target: Annotated[
-        str, typer.Argument(help="A sweep's output folder, an adapter folder, or the id of a tracked run.")
+        str,
+        typer.Argument(
+            help="A sweep's output folder, the id of a tracked run, an adapter folder or models:/name@alias, "
+            "perhaps at a rank: runs/mine@r8."
+        ),
     ],
     parts: Annotated[
         list[str] | None,
@@ -251,7 +263,8 @@ def analyze(
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder for analysis.json; the target by default.")] = None,
     uri: Annotated[
-        str | None, typer.Option(help="Tracking server of the run; MLFLOW_TRACKING_URI by default.")
+        str | None,
+        typer.Option(help="MLflow, of a tracked run and of models:/…; MLFLOW_TRACKING_URI by default."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an analysis of other adapters.")
@@ -366,8 +379,9 @@ def promote(
     ] = None,
     uri: Uri = None,
     tolerance: Annotated[
-        float, typer.Option(help="How far the score may be below that of the present version.")
-    ] = 0.0,
+        float | None,
+        typer.Option(help="How far the score may be below that of the present version.", show_default="0"),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Promote even if the gate refuses.")] = False,
 ) -> None:
     """Point an alias to a version of a registered model, if its validation score passes the gate."""
@@ -399,11 +413,12 @@ def adapters(
     ] = None,
     server: Annotated[str, typer.Option(help="URL of the server.")] = "http://127.0.0.1:8000",
     weight: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Share of the name's traffic; below 1 the adapter is a canary beside the present version."
+            help="Share of the name's traffic; below 1 the adapter is a canary beside the present version.",
+            show_default="1",
         ),
-    ] = 1.0,
+    ] = None,
     pinned: Annotated[bool, typer.Option(help="Keep the adapter on the device.")] = False,
 ) -> None:
     """List and change the adapters of a running server: list, load, unload, promote, rollback.

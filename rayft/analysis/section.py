@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 from pydantic import Field, field_validator
 
 from rayft.config import Section
 
-__all__ = ["PARTS", "AnalyzeConfig", "Part"]
+__all__ = ["PARTS", "READERS", "AnalyzeConfig", "Part"]
 
 Part = Literal["gap", "bounds", "spectra", "sharpness", "hessian", "line", "landscape", "trajectory"]
 PARTS: tuple[Part, ...] = get_args(Part)
+READERS: Mapping[str, tuple[Part, ...]] = {
+    "samples": ("gap",),
+    "clip": ("gap", "bounds"),
+    "intruder_modules": ("spectra",),
+    "examples": ("sharpness", "hessian", "line", "landscape", "trajectory"),
+    "rho": ("sharpness",),
+    "adaptive_rho": ("sharpness",),
+    "eigenvalues": ("hessian",),
+    "grid": ("line", "landscape", "trajectory"),
+    "directions": ("line", "landscape"),
+    "extent": ("line", "landscape"),
+    "seed": ("gap", "bounds", "sharpness", "hessian", "line", "landscape", "trajectory"),
+}
+"""Setting → the parts that read it."""
 
 
 class AnalyzeConfig(Section):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from rayft.data.example import Example, Image
 from rayft.errors import DataError
 
-__all__ = ["EncodedImage", "ImageEncoder", "Pixels", "encode_images"]
+__all__ = ["MODES", "EncodedImage", "ImageEncoder", "Pixels", "encode_images", "size_and_mode"]
 
 Pixels = npt.NDArray[np.float32]
 """(C, H, W), resized and normalised."""
@@ -92,6 +92,14 @@ class ImageEncoder:
                 "image_mean, image_std and size in its preprocessor_config.json"
             ) from error
         return np.ascontiguousarray(found, dtype=np.float32)
+
+
+def size_and_mode(image: Image) -> tuple[tuple[int, int], str]:
+    """Return width and height of an image in pixels, as it is stored, and Pillow's mode, such as `RGB`."""
+    import PIL.Image
+
+    with PIL.Image.open(io.BytesIO(image.read())) as opened:
+        return opened.size, opened.mode
 
 
 @dataclass(frozen=True)

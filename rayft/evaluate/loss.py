@@ -3,8 +3,8 @@
 The output layer of a language model is its widest product (SmolLM2: 49,152 × 576), and the positions of a
 prompt do not need it. A hook passes only the chosen positions to the output layer, so anything that a model
 does to its logits afterwards (soft-capping, scaling) still applies. Where it does nothing, and the output
-layer is frozen, a fused model (`rayft.models.fuse`) computes no logits: the hook keeps the positions' hidden
-states, from which the loss is computed in chunks.
+layer is frozen and has no hooks, a fused model (`rayft.models.fuse`) computes no logits: the hook keeps the
+positions' hidden states, from which the loss is computed in chunks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn import functional
 from rayft.data.pack import AnyBatch, Batch, ClassBatch, ImageBatch
 from rayft.kernels.linear_cross_entropy import linear_cross_entropy
 from rayft.models.attention import mask_for
-from rayft.models.fuse import FusedHead
+from rayft.models.fuse import FusedHead, is_called
 
 __all__ = ["batch_loss", "class_logits", "mean_loss", "target_losses", "targets_of"]
 
@@ -83,7 +83,7 @@ def _cross_entropy(
     call = forward or model
     if isinstance(batch, Batch):
         head = model.get_output_embeddings()  # type: ignore[operator]
-        if isinstance(head, FusedHead) and not head.weight.requires_grad:
+        if isinstance(head, FusedHead) and not head.weight.requires_grad and not is_called(head):
             losses = _fused_losses(model, head, batch, call)
             return losses.sum() if reduction == "sum" else losses
         logits = _logits(model, head, batch, call, lambda hidden_ND: hidden_ND)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from rayft.errors import ResourceError
 from rayft.flow.http import checked, connect
+from rayft.flow.options import refuse_unused
 from rayft.report.text import human_bytes
 
 __all__ = ["Action", "adapters_table", "call"]
@@ -29,7 +30,7 @@ def call(
     name: str | None = None,
     source: str | None = None,
     *,
-    weight: float = 1.0,
+    weight: float | None = None,
     pinned: bool = False,
 ) -> list[dict[str, Any]]:
     """Perform an action on a server, and return its adapters after that, as the server describes them.
@@ -39,12 +40,18 @@ def call(
         action: what to do.
         name: the adapter's served name; needed by all actions but `list`.
         source: where `load` finds the adapter: a folder, `models:/…` or a URL.
-        weight: share of the name's traffic that a loaded adapter gets; below 1 it is a canary.
+        weight: share of the name's traffic that a loaded adapter gets, 1 by default; below it is a canary.
         pinned: whether a loaded adapter stays on the device.
 
     Raises:
+        ConfigError: for an option that the action does not take.
         ResourceError: if the server can't be reached or refuses, with its reason.
     """
+    if action == "list":
+        refuse_unused({"the name": name}, "all adapters are listed")
+    if action != "load":
+        options = {"the source": source, "--weight": weight, "--pinned": pinned}
+        refuse_unused(options, f"it is for load, and this is {action}")
     if action != "list" and name is None:
         raise ResourceError(f"the name is missing: rayft adapters {action} NAME")
     if action == "load" and source is None:
@@ -55,7 +62,12 @@ def call(
             return found
         path = f"/v1/adapters/{quote(name or '', safe='')}"
         if action == "load":
-            body = {"name": name, "source": source, "weight": weight, "pinned": pinned}
+            body = {
+                "name": name,
+                "source": source,
+                "weight": 1.0 if weight is None else weight,
+                "pinned": pinned,
+            }
             checked(client, "POST", "/v1/adapters", option=OPTION, json=body)
         elif action == "unload":
             checked(client, "DELETE", path, option=OPTION)

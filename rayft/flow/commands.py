@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import socket
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -28,7 +29,9 @@ from rayft.flow.doctor import checks
 from rayft.flow.guard import guarded
 from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
+from rayft.flow.options import check_overrides, refuse_unused
 from rayft.flow.origin import mlflow_uri, sweep_tracker
+from rayft.flow.target import find_place, registry_uri
 from rayft.kernels.launch_triton import kernel_cache
 from rayft.models.files import cache_folder
 from rayft.paths import check_file, check_folder, checked_text, read_path
@@ -87,6 +90,7 @@ def demo(
     from rayft.flow.demo import earlier, run_demo
     from rayft.flow.sweep.publish import check_complete
 
+    check_overrides("sweep", overrides)
     settings = placed(load_config("demo", overrides))
     output = settings.folder
     if there := earlier(settings, overwrite=overwrite):
@@ -124,6 +128,7 @@ def sweep(config: str | Path, overrides: Sequence[str], console: Console) -> Swe
     from rayft.flow.sweep.publish import check_complete
     from rayft.flow.sweep.run import run_sweep
 
+    check_overrides("sweep", overrides)
     settings, display = placed(load_config(config, overrides)), Display(console)
     record = run_sweep(settings, display)
     _show(record, console)
@@ -146,11 +151,12 @@ def train(
     Raises:
         RayftError: as `train_run`.
     """
-    from rayft.flow.train import train_run
+    from rayft.flow.train import start_folder, train_run
 
+    check_overrides("train", overrides)
     settings = load_train_config(config, overrides)
     if start is not None:
-        settings = settings.model_copy(update={"start": str(read_path(start, "--start"))})
+        settings = settings.model_copy(update={"start": str(start_folder(start, "--start"))})
     done = train_run(settings, Display(console))
     result, table = done.result, Table(show_header=False, box=None, pad_edge=False)
     table.add_row("steps", f"{result.steps}, {human_count(result.trainable)} trained parameters")
@@ -169,16 +175,18 @@ def squeeze(
     *,
     config: str | None = None,
     base: str | None = None,
+    uri: str | None = None,
     **options: Any,
 ) -> None:
-    """Squeeze an adapter folder and print a table of the results.
+    """Squeeze an adapter and print a table of the results.
 
     Args:
-        adapter: folder of an adapter or of a tuned model.
+        adapter: as `rayft.flow.target.find_place`.
         out: folder for the results.
         console: for the output.
         config: file of a configuration that names base and data.
         base: name of the base.
+        uri: MLflow, for `models:/…`.
         options: as `rayft.flow.squeeze.request.squeeze_request`.
 
     Raises:
@@ -189,14 +197,15 @@ def squeeze(
 
     if base is not None:
         checked_text(base, "--base")
-    request = squeeze_request(
-        read_path(adapter, "the adapter's folder"),
-        read_path(out, "--out"),
-        config=_optional(config, "--config"),
-        base=base,
-        **options,
-    )
-    found = squeeze_folder(request, console)
+    with tempfile.TemporaryDirectory() as scratch:
+        request = squeeze_request(
+            find_place(adapter, registry_uri(adapter, uri), Path(scratch)),
+            read_path(out, "--out"),
+            config=_optional(config, "--config"),
+            base=base,
+            **options,
+        )
+        found = squeeze_folder(request, console)
     console.print(squeeze_table(found))
     if found.note:
         console.print(found.note, style="yellow", highlight=False)
@@ -358,7 +367,7 @@ def promote(
     alias: str,
     sweep_folder: str | None,
     uri: str | None,
-    tolerance: float,
+    tolerance: float | None,
     force: bool,
     console: Console,
 ) -> None:
@@ -370,20 +379,24 @@ def promote(
         alias: the alias to move.
         sweep_folder: folder of the sweep whose tracking database has the model.
         uri: MLflow; that of the sweep if not given, else MLFLOW_TRACKING_URI.
-        tolerance: how far below the score of the alias's present version the score may be.
+        tolerance: how far below the score of the alias's present version the score may be; 0 by default.
         force: whether to move the alias even if the gate refuses.
         console: for the output.
 
     Raises:
+        ConfigError: for an option that would change nothing.
         PromotionRefusedError: with both scores. The alias stays where it is.
     """
+    if force:
+        refuse_unused({"--tolerance": tolerance}, "--force promotes whatever the score")
     folder = _optional(sweep_folder, "--sweep")
     if uri is not None:
         checked_text(uri, "--uri")
+        refuse_unused({"--sweep": sweep_folder}, f"the model is looked up in --uri {uri}")
     if folder is not None and not folder.is_dir():
         raise RegistryError(f"no sweep folder {folder}; give the one that `rayft sweep` wrote")
     registry = MlflowRegistry(mlflow_uri(uri, folder))
-    done = move_alias(registry, name, version, alias, Gate(tolerance=tolerance), force=force)
+    done = move_alias(registry, name, version, alias, Gate(tolerance=tolerance or 0.0), force=force)
     before = f" (was version {done.previous})" if done.previous else ""
     forced = ", forced past the gate" if done.forced else ""
     console.print(f"models:/{name}@{alias} is version {version}{before}{forced}", highlight=False)
@@ -394,7 +407,7 @@ def adapters(
     action: Action,
     name: str | None,
     source: str | None,
-    weight: float,
+    weight: float | None,
     pinned: bool,
     console: Console,
 ) -> None:
@@ -444,29 +457,30 @@ def data(config: str | Path, overrides: Sequence[str], rows: int, console: Conso
     Raises:
         RayftError: if model or data can't be read, or don't fit each other.
     """
+    from rayft.data.pixels import MODES
     from rayft.flow.data import look
+    from rayft.flow.show_data import class_table, image_line, image_table, text_table
 
     found = look(load_train_config(config, overrides), rows)
-    table = Table("part", "examples", "texts", "tokens", "learnt", "median", "95 %", "longest")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for part in found.parts:
-        numbers = (
-            *(part.examples, part.texts, part.tokens),
-            *(f"{part.learnt:.0%}", part.median, part.most, part.longest),
-        )
-        table.add_row(part.name, *(f"{one:,}" if isinstance(one, int) else one for one in numbers))
-    console.print(table)
-    console.print(
-        f"an epoch: {found.rows:,} rows, {found.steps:,.4g} steps; padding is {found.padding:.1%} of the "
-        "batches"
-    )
+    console.print(image_table(found) if found.pixels else text_table(found))
+    if found.labels:
+        console.print(class_table(found))
+    epoch = f"an epoch: {found.rows:,} {'images' if found.pixels else 'rows'}, {found.steps:,.4g} steps"
+    if found.pixels:
+        channels, height, width = found.pixels
+        epoch += f"; the model gets each as {width} × {height} pixels in {MODES[channels]}"
+    else:
+        epoch += f"; padding is {found.padding:.1%} of the batches"
+    console.print(epoch, soft_wrap=True)
     for note in found.notes:
         console.print(note, style="yellow", soft_wrap=True)
+    for number, image in enumerate(found.images, start=1):
+        console.print(f"row {number}: {image_line(image)}", soft_wrap=True)
     for number, examples in enumerate(found.examples, start=1):
         for index, runs in enumerate(examples, start=1):
             which = f", example {index} of {len(examples)}" if len(examples) > 1 else ""
-            console.print(f"\nrow {number}{which}, learnt is what stands in [ ]", style="bold")
+            what = f"class {found.classes[number - 1]}" if found.classes else "learnt is what stands in [ ]"
+            console.print(f"\nrow {number}{which}, {what}", style="bold")
             text = Text()
             for run in runs:
                 text.append(f"[{run.text}]" if run.learnt else run.text, "green" if run.learnt else "")

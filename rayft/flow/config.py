@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any, Self
 
 from pydantic import Field, JsonValue, field_validator
 
 from rayft.analysis.section import AnalyzeConfig
-from rayft.config import SINCE, Section, load
+from rayft.config import SINCE, Section, config_text, parse, read_yaml
 from rayft.data.section import DataConfig
 from rayft.methods.section import MethodConfig
-from rayft.models.load import ModelConfig
+from rayft.models.load import REGISTERED, ModelConfig
 from rayft.paths import PathText, read_path, runs_folder
 from rayft.registry.promote import Gate
 from rayft.squeeze.anneal import AnnealConfig
@@ -22,15 +25,23 @@ from rayft.tracking.base import TrackingConfig
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 
 __all__ = [
+    "STAMP_FILE",
     "PipelineConfig",
     "ServeSection",
     "TrainConfig",
+    "beginning",
     "config_file",
+    "config_values",
     "load_config",
     "load_train_config",
     "package_names",
     "packaged",
 ]
+
+STAMP_FILE = "config.yaml"
+"""The configuration that a sweep or run saves in its output folder; it begins with the stamp."""
+BEGINNING = re.compile(r"# sweep [^\n]*\n# paths begin in (?P<folder>[^\n]+)\n")
+"""The first lines of such a file. Its relative paths begin in that folder, seen from its own."""
 
 
 class ServeSection(Section):
@@ -108,6 +119,12 @@ class TrainConfig(Section):
         """The settings of how jobs run in lanes: `sweep`, or its defaults, whose methods mean nothing."""
         return self.sweep or SweepConfig(methods={"lora": MethodSpace()})
 
+    def located(self) -> Self:
+        """Return the configuration with absolute paths of base, data and the adapter to start from."""
+        start = None if self.start is None else str(Path(self.start).expanduser().absolute())
+        paths = {"model": self.model.located(), "data": self.data.located(), "start": start}
+        return self.model_copy(update=paths)
+
     def run(self, gpus: bool | None = None) -> RunConfig:
         """Return the run configuration that all trials share.
 
@@ -117,14 +134,15 @@ class TrainConfig(Section):
         Args:
             gpus: whether the cluster has GPUs; None to look at this machine.
         """
+        located = self.located()
         return RunConfig(
-            model=self.model.located(),
-            data=self.data.located(),
+            model=located.model,
+            data=located.data,
             optim=self.optim,
             scale=self.scale.settled(gpus),
             evaluate=self.evaluate,
             deepspeed=self.deepspeed,
-            start=self.start,
+            start=located.start,
             seed=self.seed,
         )
 
@@ -160,12 +178,70 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> PipelineConf
     Raises:
         ConfigError: if there is no such file, or anything in it is wrong.
     """
-    return load(PipelineConfig, config_file(name), overrides, base=package_names())
+    return parse(PipelineConfig, config_values(config_file(name)), overrides)
 
 
 def load_train_config(name: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Load a configuration that may lack a `sweep`; arguments and errors are those of `load_config`."""
-    return load(TrainConfig, config_file(name), overrides, base=package_names())
+    return parse(TrainConfig, config_values(config_file(name)), overrides)
+
+
+def config_values(path: Path) -> dict[str, Any]:
+    """Read the values of a configuration file.
+
+    Relative paths begin in the working directory. Those in a configuration that a sweep has saved began in
+    the working directory of that command, so they are made absolute, unless nothing is there.
+
+    Raises:
+        ConfigError: if there is no such file, or it is no YAML.
+    """
+    text = config_text(path, base=package_names())
+    values = read_yaml(text, str(path))
+    if path.name == STAMP_FILE and (found := BEGINNING.match(text)):
+        _relocate(values, path.parent.resolve(), found["folder"])
+    return values
+
+
+def beginning(output: Path) -> str:
+    """Return the line of a configuration saved in `output` that says where its relative paths begin."""
+    return f"# paths begin in {os.path.relpath(Path.cwd(), output.resolve())}\n"
+
+
+def _relocate(values: dict[str, Any], own: Path, begin: str) -> None:
+    """Make the relative paths in the values of a saved configuration absolute.
+
+    Args:
+        values: of the file.
+        own: folder of the file, which is the output folder.
+        begin: where its relative paths begin, seen from there.
+    """
+
+    def moved(text: str) -> str:
+        path = Path(os.path.normpath(own / begin / text))
+        # The project may have been moved, and the output folder not.
+        return text if text.startswith("~") or not path.exists() else str(path)
+
+    def move(section: Any, *keys: str, by: Callable[[str], str] = moved) -> None:
+        for key in keys if isinstance(section, Mapping) else ():
+            if isinstance(section.get(key), str) and section[key]:
+                section[key] = by(section[key])
+
+    data = values.get("data")
+    if isinstance(data, dict):
+        if data.get("source") not in ("reasoning_gym", "hub"):
+            move(data, "name")
+            move(data.get("files"), "train", "val", "test")
+        move(data.get("scorer"), "file")
+    move(values.get("model"), "name", by=lambda name: name if name in REGISTERED else moved(name))
+    move(values, "start")
+    move(values.get("tracking"), "uri", by=lambda uri: _moved_uri(uri, moved))
+    if not Path(str(values.get("output") or "")).is_absolute():
+        values["output"] = str(own)
+
+
+def _moved_uri(uri: str, moved: Callable[[str], str]) -> str:
+    prefix, separator, path = uri.partition(":///")
+    return f"{prefix}{separator}{moved(path)}" if separator and prefix.startswith("sqlite") else uri
 
 
 def package_names() -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
-from rayft.config import config_text, flatten, overridden, parse, read_yaml, yaml_line
+from rayft.config import flatten, overridden, parse, yaml_line
 from rayft.flow.address import default_folder
-from rayft.flow.config import TrainConfig, config_file, package_names, packaged
+from rayft.flow.config import TrainConfig, config_file, config_values, packaged
 from rayft.tracking.base import redacted, tracker_spec
 
 __all__ = ["DEFAULT", "GIVEN", "Setting", "Settings", "schema", "settings"]
@@ -117,7 +117,7 @@ def _read(config: str | PathLike[str] | Mapping[str, Any] | TrainConfig) -> tupl
     name = os.fspath(config)
     path = config_file(name)
     source = f"{path.name} of rayft" if name in packaged() else str(path)
-    return read_yaml(config_text(path, base=package_names()), str(path)), source
+    return config_values(path), source
 
 
 def _lines(values: Mapping[str, Any], above: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,7 @@
-"""Find what a name stands for in `rayft eval` and `rayft chat`: an adapter, perhaps at a rank, or a model."""
+"""Find what a name stands for: an adapter in a folder or a registry, perhaps at a rank, or a model.
+
+Every command that takes an adapter reads its name here.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rayft.artifacts import AdapterArtifact
 from rayft.artifacts.meta import CONFIG_FILE
-from rayft.errors import ArtifactError, SqueezeError
-from rayft.flow.origin import find_folder
+from rayft.errors import ArtifactError, ConfigError, SqueezeError
+from rayft.flow.origin import find_folder, mlflow_uri
 from rayft.models.load import REGISTERED, ModelConfig, resolve
 from rayft.paths import checked_text, read_path
 from rayft.peft.folder import Artifact, PeftFolder, load_adapter
@@ -17,10 +21,41 @@ from rayft.registry.store import MlflowRegistry
 from rayft.serving.messages import BASE_NAME
 from rayft.squeeze.rank import squeeze
 
-__all__ = ["Target", "base_name", "find_target", "find_targets", "split_rank"]
+__all__ = [
+    "Place",
+    "Target",
+    "at_rank",
+    "base_name",
+    "find_place",
+    "find_target",
+    "find_targets",
+    "is_registered",
+    "registry_uri",
+    "split_rank",
+]
+
+REGISTRY = "models:/"
+"""How a reference to a registered adapter begins."""
 
 _RANKED = re.compile(r"(?P<text>models:/[^@]+(?:@[^@]+|/\d+)|(?!models:/).+)@r(?P<rank>\d+)")
 """A name with a rank. `models:/name@r4` is an alias."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter or a model lies."""
+
+    name: str
+    """What the user wrote, without the rank."""
+    folder: Path
+    """Its folder, which may be missing; in an output folder, that of the winner or of the run's adapter."""
+    rank: int | None
+    """The rank that the user wrote; None for the whole adapter."""
+
+    @property
+    def registered(self) -> bool:
+        """Whether it comes from a registry, so that its folder is a copy."""
+        return is_registered(self.name)
 
 
 @dataclass(frozen=True)
@@ -43,6 +78,32 @@ class Target:
     def needs_base(self) -> bool:
         """Whether it is an adapter or `base`, and no model of its own."""
         return not self.model
+
+
+def is_registered(text: str) -> bool:
+    """Return whether a name is a reference to a registered adapter."""
+    return text.startswith(REGISTRY)
+
+
+def registry_uri(text: str, uri: str | None, sweep: Path | None = None) -> str:
+    """Return the URI of the registry of `models:/…`, and an empty text for a name that needs none.
+
+    Args:
+        text: the name.
+        uri: what the user gave as `--uri`.
+        sweep: folder of a sweep whose registry is meant if there is no `uri`.
+
+    Raises:
+        ConfigError: if there is a `uri`, and the name is no reference to a registered adapter.
+        TrackingError: as `mlflow_uri`.
+    """
+    if uri is not None:
+        checked_text(uri, "--uri")
+    if is_registered(text):
+        return mlflow_uri(uri, sweep)
+    if uri is not None:
+        raise ConfigError(f"--uri is for models:/…, and {text} is none: leave it out")
+    return ""
 
 
 def split_rank(text: str) -> tuple[str, int | None]:
@@ -68,6 +129,25 @@ def find_targets(texts: Sequence[str], rank: int | None, registry: str, scratch:
     return found
 
 
+def find_place(text: str, registry: str, scratch: Path) -> Place:
+    """Return where an adapter or a model lies. What comes from a registry is fetched; nothing else is read.
+
+    Args:
+        text: as in `find_target`.
+        registry: URI of MLflow, for `models:/…`.
+        scratch: folder for what is fetched from the registry.
+
+    Raises:
+        ConfigError: if the text can't be a path.
+        RegistryError: if there is no such version or alias.
+    """
+    checked_text(text, "the target")
+    name, rank = split_rank(text)
+    if is_registered(name):
+        return Place(name, MlflowRegistry(registry).fetch(name, scratch / "registry"), rank)
+    return Place(name, find_folder(read_path(name, "the target")), rank)
+
+
 def find_target(text: str, rank: int | None, registry: str, scratch: Path) -> Target:
     """Return what a name stands for.
 
@@ -85,22 +165,39 @@ def find_target(text: str, rank: int | None, registry: str, scratch: Path) -> Ta
         RegistryError: if there is no such version or alias.
         SqueezeError: if the adapter does not have the rank, or what the text names with a rank is no adapter.
     """
-    checked_text(text, "the target")
-    place, own = split_rank(text)
-    if place.startswith("models:/"):
-        folder = MlflowRegistry(registry).fetch(place, scratch / "registry")
-    else:
-        folder = find_folder(read_path(place, "the target").absolute())
+    place = find_place(text, registry, scratch)
+    folder = place.folder.absolute()
     if not (folder / CONFIG_FILE).is_file():
-        if own is not None:
-            raise SqueezeError(f"{place} is no adapter, so it has no rank; leave out @r{own}")
-        is_base = place == BASE_NAME and not folder.is_dir()
-        return Target(text, model="" if is_base else _model(place, folder))
+        _check_whole(place)
+        is_base = place.name == BASE_NAME and not folder.is_dir()
+        return Target(text, model="" if is_base else _model(place.name, folder))
     adapter = load_adapter(folder)
-    rank = rank if own is None else own
+    rank = rank if place.rank is None else place.rank
     if rank is None:
         return Target(text, adapter)
-    return Target(f"{place}@r{rank}", _at_rank(place, adapter, rank))
+    return Target(f"{place.name}@r{rank}", _ranked(place.name, adapter, rank))
+
+
+def at_rank(place: Place) -> AdapterArtifact:
+    """Return the LoRA that lies at a place, at the rank that the place names.
+
+    Raises:
+        ArtifactError: if there is none, or it can't be read.
+        SqueezeError: if it does not have the rank, or what has been given a rank is no LoRA.
+    """
+    if place.rank is None:
+        return AdapterArtifact.load(place.folder)
+    if place.folder.is_dir() and not (place.folder / CONFIG_FILE).is_file():
+        _check_whole(place)
+    adapter = _ranked(place.name, load_adapter(place.folder), place.rank)
+    assert isinstance(adapter, AdapterArtifact)
+    return adapter
+
+
+def _check_whole(place: Place) -> None:
+    """Refuse a rank of what is no adapter."""
+    if place.rank is not None:
+        raise SqueezeError(f"{place.name} is no adapter, so it has no rank; leave out @r{place.rank}")
 
 
 def base_name(targets: Sequence[Target]) -> str:
@@ -109,7 +206,7 @@ def base_name(targets: Sequence[Target]) -> str:
     return next((found for adapter in adapters if (found := adapter.meta.base_model)), "")
 
 
-def _at_rank(place: str, adapter: Artifact, rank: int) -> Artifact:
+def _ranked(place: str, adapter: Artifact, rank: int) -> Artifact:
     """Return an adapter at a rank up to its own; one that was never squeezed is squeezed in memory."""
     if isinstance(adapter, PeftFolder):
         raise SqueezeError(

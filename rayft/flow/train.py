@@ -18,13 +18,16 @@ from rayft.flow.config import PipelineConfig, TrainConfig
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
 from rayft.flow.lanes import use_lanes
+from rayft.flow.origin import find_folder
 from rayft.flow.scoring import Measured, ScoreStore, score_trials
 from rayft.flow.squeeze.make import sort_columns
 from rayft.flow.squeeze.tracking import score_metrics
 from rayft.flow.sweep.preflight import Plan
 from rayft.flow.sweep.run import checked
+from rayft.flow.target import is_registered, split_rank
 from rayft.methods.section import MethodConfig
 from rayft.models.methods import method
+from rayft.paths import read_path
 from rayft.peft.folder import load_adapter
 from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.jobs import Job
@@ -107,6 +110,27 @@ def _rank(config: TrainConfig, chosen: MethodConfig) -> int:
             f"{rank}, or bring the adapter to rank {chosen.rank} by `rayft squeeze` first"
         )
     return rank
+
+
+def start_folder(text: str, option: str) -> Path:
+    """Return the folder of the adapter that a run goes on from, which may be an output folder.
+
+    Args:
+        text: what the user wrote.
+        option: where, for messages.
+
+    Raises:
+        ConfigError: if it is no folder, but a registered adapter or one at a rank. Workers read the adapter
+            whenever the run continues, so it has to stay.
+    """
+    name, rank = split_rank(text)
+    if is_registered(name) or rank is not None:
+        to = "RANK" if rank is None else rank
+        raise ConfigError(
+            f"{option} {text} is not in a folder that stays while the run trains; write it into one by "
+            f"`rayft squeeze {name} --rank {to} --out DIR`, and go on from DIR/r{to}"
+        )
+    return find_folder(read_path(text, option))
 
 
 def ignored_space(config: TrainConfig) -> str:

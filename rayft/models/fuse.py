@@ -1,7 +1,9 @@
 """Let a base compute the small operations between its products fused (`rayft.kernels.fused`).
 
-A fused module has another class: a subclass of its own with another `forward`. Parameters, names and children
-stay, so copies of the model, adapters, hooks of the children, CUDA graphs and checkpointing work as before.
+A fused module has another class: a subclass of its own with another `forward`. Parameters, names and
+children stay, so copies of the model, adapters, CUDA graphs and checkpointing work as before. So do hooks:
+where a fused operation would not call a child that has one, the module computes as its own class does. A
+pickle holds the plain modules, since another process has not tried the fused ones.
 
 Which modules are fused is decided by what they compute. Of each module whose parts have the usual names, a
 small copy with random weights and simple children is run in bfloat16, once by each class. If the results are
@@ -28,18 +30,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from rayft.kernels.fused import Activation, Norm, add_rms_norm, gated, rms_norm, rotate
 
-__all__ = ["Fused", "FusedHead", "fuse", "is_fused", "plainly", "unfuse"]
+__all__ = ["Fused", "FusedHead", "fuse", "is_called", "is_fused", "plainly", "unfuse"]
 
 ROTARY = "apply_rotary_pos_emb"
 PROJECTIONS = {"gate_proj", "up_proj", "down_proj"}
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Where torch keeps the hooks of a module that run when it is called."""
 EPSILONS = ("variance_epsilon", "eps")
 WIDTH = 8
 """Numbers of a token in the small copies whose size is free."""
@@ -53,6 +58,25 @@ class Fused(nn.Module):
     plain: ClassVar[type[nn.Module]]
     piece: ClassVar[str]
     """What is fused, for people."""
+
+    def fused(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """Compute what the plain class does, by fused operations and whatever hooks there are."""
+        raise NotImplementedError
+
+    def __copy__(self) -> Self:
+        copied: Any = object.__new__(type(self))
+        copied.__setstate__(self.__dict__.copy())
+        return copied  # type: ignore[no-any-return]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied: Any = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = tuple(super().__reduce_ex__(protocol))
+        return object.__new__, (self.plain,), *state
 
 
 class FusedNorm(Fused):
@@ -69,6 +93,8 @@ class FusedNorm(Fused):
         """Normalise (…, D)."""
         return rms_norm(x, self.weight, getattr(self, self.epsilon), self.kind)
 
+    fused = forward
+
     def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return x + residual, and that normalised."""
         return add_rms_norm(x, residual, self.weight, getattr(self, self.epsilon), self.kind)
@@ -82,6 +108,12 @@ class FusedMlp(Fused):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute (…, D) → (…, D)."""
+        if any(is_called(child) for name, child in self._modules.items() if name not in PROJECTIONS):
+            return super().forward(x)  # type: ignore[no-any-return]
+        return self.fused(x)
+
+    def fused(self, x: torch.Tensor) -> torch.Tensor:
+        """As `Fused.fused`."""
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.activation))  # type: ignore[operator,no-any-return]
 
 
@@ -100,8 +132,13 @@ class FusedLayer(Fused):
         """Compute (B, T, D) → (B, T, D)."""
         norm = self.post_attention_layernorm
         # Some PEFT methods put a module of their own in the norm's place.
-        if arguments or not isinstance(norm, FusedNorm):
+        if arguments or not isinstance(norm, FusedNorm) or is_called(norm):
             return super().forward(hidden_states, *arguments, **options)  # type: ignore[no-any-return]
+        return self.fused(hidden_states, **options)
+
+    def fused(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
+        """As `Fused.fused`."""
+        norm: Any = self.post_attention_layernorm
         attended, *_ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)  # type: ignore[operator]
         hidden_states, normed = norm.after_adding(attended, hidden_states)
         return hidden_states + self.mlp(normed)  # type: ignore[operator,no-any-return]
@@ -136,6 +173,14 @@ def unfuse(model: nn.Module) -> None:
         if isinstance(module, Fused):
             kind: Any = type(module)
             module.__class__ = kind.plain
+
+
+def is_called(module: nn.Module | None) -> bool:
+    """Return whether a module has to be called, because it has hooks or a `forward` of its own."""
+    if module is None:
+        return False
+    own = "forward" in module.__dict__ or any(getattr(module, name) for name in HOOKS)
+    return own or torch_module._has_any_global_hook()
 
 
 def is_fused(model: nn.Module) -> bool:
@@ -184,7 +229,10 @@ def _fuse_part(module: nn.Module) -> None:
         _swap(module, norms, _copy(module, _parameters={"weight": _parameter(len(weight))}), x)
     elif not parameters and {*children} >= PROJECTIONS and len(children) <= len(PROJECTIONS) + 1:
         blocks = [_class(FusedMlp, plain, activation=kind) for kind in get_args(Activation)]
-        simple: dict[str, Any] = {**children, **{name: _linear() for name in PROJECTIONS}}
+        others = {name: child and _copy(child) for name, child in children.items() if name not in PROJECTIONS}
+        if any("forward" in child.__dict__ for child in others.values() if child is not None):
+            return
+        simple: dict[str, Any] = {**others, **{name: _linear() for name in PROJECTIONS}}
         # Of several sizes, since some blocks bound what they multiply.
         sizes = 10.0 ** torch.arange(TOKENS).remainder(4).unsqueeze(1)
         _swap(module, blocks, _copy(module, _modules=simple), (_random(TOKENS, WIDTH) * sizes).bfloat16())
@@ -240,19 +288,19 @@ def _swap(
     module: nn.Module, candidates: list[type[Fused]], copied: nn.Module, x: torch.Tensor, **options: Any
 ) -> None:
     """Set the first class by which a copy of a module computes what the module's own class does."""
-    expected = _computed(type(module), copied, x, options)
+    expected = _computed(type(module).forward, copied, x, options)
     if not expected:
         return
     for candidate in candidates:
         copied.__class__ = candidate
-        found = _computed(candidate, copied, x, options)
+        found = _computed(candidate.fused, copied, x, options)
         if found and all(map(torch.equal, found, expected)):
             module.__class__ = candidate
             return
 
 
 def _computed(
-    kind: type[nn.Module], module: nn.Module, x: torch.Tensor, options: Mapping[str, Any]
+    forward: Callable[..., Any], module: nn.Module, x: torch.Tensor, options: Mapping[str, Any]
 ) -> list[torch.Tensor]:
     """Return what a module computes in evaluation and in training, where some drop values; or nothing."""
     found = []
@@ -261,7 +309,7 @@ def _computed(
             for training in (False, True):
                 torch.manual_seed(0)
                 module.training = training
-                found.append(kind.forward(module, x, **options))
+                found.append(forward(module, x, **options))
     except Exception:  # noqa: BLE001  (a module of an unknown kind may need anything)
         return []
     finally:

@@ -19,6 +19,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, BaseMismatchError
 from rayft.flow.squeeze.request import squeeze_request
 from rayft.flow.squeeze.run import squeeze_folder
+from rayft.flow.target import Place
 from rayft.models.inject import attach
 from rayft.serving.control.admission import check_adapter
 
@@ -45,7 +46,7 @@ def refused_everywhere(folder: Path, match: str) -> None:
     with pytest.raises(ArtifactError, match=match):
         check_adapter("a", str(folder), None)
     with pytest.raises(ArtifactError, match=match):
-        squeeze_folder(squeeze_request(folder, out, ranks=[2]), Console(quiet=True))
+        squeeze_folder(squeeze_request(Place(str(folder), folder, None), out, ranks=[2]), Console(quiet=True))
     assert not out.exists()
 
 
@@ -258,6 +259,8 @@ def test_a_larger_vocabulary_is_an_error_that_says_so(
         match=r"embed_tokens\.weight has 262 tokens.* has 258.*resize_token_embeddings\(262\)",
     ):
         squeeze_folder(
-            squeeze_request(tmp_path / "tuned", tmp_path / "out", ranks=[2], base=str(tiny_folder)),
+            squeeze_request(
+                Place("tuned", tmp_path / "tuned", None), tmp_path / "out", ranks=[2], base=str(tiny_folder)
+            ),
             Console(quiet=True),
         )

@@ -45,10 +45,30 @@ def python(program: str) -> str:
     return done.stdout.strip()
 
 
-def test_importing_the_package_and_its_functions_imports_nothing_heavy() -> None:
-    use = "[getattr(rayft, name) for name in ('train', 'sweep', 'squeeze')], dir(rayft)"
-    found = python(f"import sys, rayft; {use}; print([name for name in {HEAVY} if name in sys.modules])")
-    assert found == "[]"
+FOREIGN = """
+import sys
+before = {name.partition(".")[0] for name in sys.modules}
+import rayft
+%s
+after = {name.partition(".")[0] for name in sys.modules}
+print(*sorted(after - before - sys.stdlib_module_names - {"rayft"}))
+"""
+"""Prints the packages that `import rayft` and a program import, besides the standard library."""
+
+
+def test_importing_the_package_imports_nothing_but_the_standard_library() -> None:
+    assert python(FOREIGN % "dir(rayft), rayft.__version__") == ""
+
+
+@pytest.mark.parametrize("name", ["train", "sweep", "squeeze", "evaluate"])
+def test_functions_that_are_packages_import_nothing_until_they_are_called(name: str) -> None:
+    assert python(FOREIGN % f"rayft.{name}, rayft.{name}.__doc__") == ""
+
+
+def test_the_function_that_is_a_module_imports_what_that_needs() -> None:
+    found = python(FOREIGN % "rayft.config").split()
+    assert "pydantic" in found, "this test sees what is imported"
+    assert not {*HEAVY} & {*found} - {"pydantic"}
 
 
 FAKE = "import sys, types; sys.modules['rayft.api'] = types.SimpleNamespace(sweep=lambda n: n + 1)"

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from rayft.analysis.record import FILE as ANALYSIS_FILE
 from rayft.analysis.record import PIECES, AdapterAnalysis, SweepAnalysis
-from rayft.analysis.section import PARTS, AnalyzeConfig
+from rayft.analysis.section import PARTS, READERS, AnalyzeConfig
 from rayft.config import parse
 from rayft.errors import ArtifactError, ReportError
 from rayft.flow.analyze.source import Item, Sources, find_items
@@ -20,6 +20,7 @@ from rayft.flow.analyze.tracking import track_analysis
 from rayft.flow.cluster import cluster, join
 from rayft.flow.display import Display
 from rayft.flow.lanes import use_lanes
+from rayft.flow.options import refuse_unused
 from rayft.paths import check_folder
 from rayft.report.record import SweepRecord
 from rayft.sweep.executor import EXECUTORS, Executor
@@ -213,7 +214,12 @@ def _config(sources: Sources, parts: Sequence[str], overrides: Sequence[str]) ->
     asked = [part for given in parts for part in given.split(",")]
     data["parts"] = asked or data["parts"] or ["gap", "bounds", "spectra"]
     plain = [override.removeprefix("analyze.") for override in overrides]
-    return parse(AnalyzeConfig, data, plain)
+    config = parse(AnalyzeConfig, data, plain)
+    for key in (override.partition("=")[0].strip() for override in plain):
+        if not {*READERS.get(key, config.parts)} & {*config.parts}:
+            why = f"{', '.join(READERS[key])} read it, and {', '.join(config.parts)} are done"
+            refuse_unused({f"--set {key}": True}, why)
+    return config
 
 
 def _in_lanes(

@@ -13,18 +13,20 @@ from typing import Any
 from rayft.analysis.job import AnalyzeRequest
 from rayft.analysis.record import AdapterAnalysis
 from rayft.analysis.section import AnalyzeConfig
-from rayft.artifacts import AdapterArtifact
 from rayft.artifacts.meta import META_FILE, ArtifactMeta
 from rayft.artifacts.read import read_meta
 from rayft.config import parse
 from rayft.errors import ConfigError, ReportError
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import TrainConfig, load_config, load_train_config
+from rayft.flow.options import refuse_unused
 from rayft.flow.origin import find_origin
 from rayft.flow.scoring import outcome
 from rayft.flow.sweep.folder import STAMP_FILE
 from rayft.flow.sweep.identity import current_identity
+from rayft.flow.target import Place, at_rank, find_place, registry_uri
 from rayft.identity import UNKNOWN, Identity
+from rayft.registry.ref import AdapterRef
 from rayft.report.record import SweepRecord
 from rayft.sweep.space import points
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
@@ -116,22 +118,24 @@ def find_items(target: str, config: Path | None, uri: str | None, scratch: Path)
     """Return what a target stands for.
 
     Args:
-        target: a sweep's output folder, an adapter folder, or the id of a tracked run.
+        target: a sweep's output folder, the id of a tracked run, or an adapter as `find_place` reads it.
         config: file of a configuration that names base and data.
-        uri: tracking server of a run.
-        scratch: folder for what is downloaded from a tracked run.
+        uri: MLflow, for a tracked run and for `models:/…`.
+        scratch: folder for what is downloaded, and for an adapter at a lower rank.
 
     Raises:
         ReportError: if there is nothing in it that can be analysed.
-        ConfigError: if base or data are not known.
+        ConfigError: if base or data are not known, or for a configuration or server that is not read.
     """
     path = Path(target)
     if (path / "sweep.json").is_file():
+        refuse_unused({"--config": config, "--uri": uri}, f"the sweep in {path} has its own")
         return _of_sweep(path)
-    if path.is_dir():
-        return _of_folder(path, config)
-    if re.fullmatch(r"[0-9a-f]{32}", target):
+    if re.fullmatch(r"[0-9a-f]{32}", target) and not path.is_dir():
         return _of_run(target, config, uri, scratch)
+    place = find_place(target, registry_uri(target, uri), scratch)
+    if place.folder.is_dir():
+        return _of_adapter(place, config, path if path.is_dir() else Path.cwd(), scratch)
     raise ReportError(
         f"{target} is neither a folder nor a run id; give a sweep's output folder, an adapter folder, or the "
         "32 digits of a tracked run"
@@ -159,20 +163,26 @@ def _of_sweep(path: Path) -> Sources:
     return Sources(settings, tuple(items), tracker, path)
 
 
-def _of_folder(path: Path, config: Path | None) -> Sources:
-    artifact = AdapterArtifact.load(path)
-    origin = find_origin(path, artifact, config)
+def _of_adapter(place: Place, config: Path | None, out: Path, scratch: Path) -> Sources:
+    """Return what there is to analyse of an adapter, whose results are for the folder `out`."""
+    artifact = at_rank(place)
+    origin = find_origin(place.folder, artifact, config)
     if origin.config is None:
         raise ConfigError(
-            f"{path} lies in no folder of a sweep, so its base and data are not known: give a configuration "
-            "that names them with --config"
+            f"{place.name} lies in no folder of a sweep, so its base and data are not known: give a "
+            "configuration that names them with --config"
         )
     run = origin.config.run(has_gpus())
     name = artifact.meta.method or "lora"
     run = run.model_copy(update={"method": run.method.model_copy(update={"name": name})})
     identity = current_identity(run, origin.sweep)
-    item = Item(origin.name, run, path.absolute(), origin.run_id, identity)
-    return Sources(origin.config, (item,), origin.tracker, path, origin.note)
+    whole = place.rank is None
+    folder = place.folder.absolute() if whole else artifact.save(scratch / "source")
+    name = AdapterRef.parse(place.name).name if place.registered else origin.name
+    name = name if whole else f"{name}@r{place.rank}"
+    # The tracked run is the whole adapter's.
+    item = Item(name, run, folder, origin.run_id if whole else "", identity)
+    return Sources(origin.config, (item,), origin.tracker, out, origin.note)
 
 
 def _of_run(run_id: str, config: Path | None, uri: str | None, scratch: Path) -> Sources:

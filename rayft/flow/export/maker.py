@@ -93,14 +93,14 @@ def find_maker(source: Source, given: Path | None, *, scored: bool, merging: boo
 def find_scores(source: Source, sweep: Path) -> Scores | None:
     """Return the recorded scores of an adapter, or None if the sweep has no record of it.
 
-    The adapter is found by its folder, or else by its content.
+    The whole adapter is found by its folder, or else by its content; a lower rank by its content alone.
 
     Raises:
         ReportError: if the sweep's record is missing or damaged.
     """
     record = SweepRecord.load(sweep)
     items = [(Path(folder), item) for folder, item in _items(record, sweep)]
-    place = source.folder.resolve() if source.folder is not None else None
+    place = source.folder.resolve() if source.folder is not None and source.whole else None
     found = next((item for folder, item in items if folder.resolve() == place), None)
     found = found or next((item for folder, item in items if _same(folder, source.artifact)), None)
     if found is None:

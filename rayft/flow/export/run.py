@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -19,10 +20,11 @@ from rayft.flow.export.card import card as model_card
 from rayft.flow.export.gguf import check_gguf, gguf_bytes, write_gguf
 from rayft.flow.export.maker import Maker, find_maker
 from rayft.flow.export.places import CARD_FILE, MERGE_FILE, Places, check_places
-from rayft.flow.export.source import REGISTRY, Base, Source, find_base, known_base, open_source
+from rayft.flow.export.source import Base, Source, find_base, known_base, open_source
 from rayft.flow.export.vllm import served_rank, target_names, uniform, write_folder
-from rayft.flow.origin import find_folder, mlflow_uri
+from rayft.flow.options import refuse_unused
 from rayft.flow.sweep.folder import is_sweep
+from rayft.flow.target import find_place, is_registered, registry_uri
 from rayft.models.load import REGISTERED
 from rayft.models.merge import Rounding, merge, merged_bytes
 from rayft.paths import checked_text, read_path
@@ -81,7 +83,7 @@ def export_adapter(
 
     Args:
         adapter: folder of a PEFT LoRA, whoever made it, `models:/name@alias` or `models:/name/3`, or an
-            output folder of `train` or `sweep`.
+            output folder of `train` or `sweep`. A rank may follow, as in `runs/mine@r8`.
         merged: folder for the base with the adapter merged into it.
         vllm: folder for the adapter as vLLM and PEFT load it.
         gguf: file for the adapter as llama.cpp loads it.
@@ -95,27 +97,35 @@ def export_adapter(
         overwrite: whether results of an earlier export are replaced.
 
     Raises:
-        ConfigError: if nothing is to be written, places overlap, something is there without `overwrite`, or
-            the configuration in `sweep` is needed and can't be read.
+        ConfigError: if nothing is to be written, places overlap, something is there without `overwrite`, an
+            option would change nothing, or the configuration in `sweep` is needed and can't be read.
         ArtifactError: if the adapter is no plain LoRA, or can't be exported in a form.
         BaseMismatchError: if it is for another base.
         ModelError: if the base can't be read, or is stored quantised.
         RegistryError: if there is no such registered adapter.
+        SqueezeError: if the adapter does not have the rank that is asked for.
         ReportError: if `sweep` is no folder of a sweep, or its record is needed and can't be read.
         DiskFullError: if there is no space. What was being written is removed again.
     """
     forms = {"merged": merged, "vllm": vllm, "gguf": gguf, "card": card}
     places = Places(**{form: _path(place, f"--{form}") for form, place in forms.items()})
-    for name, option in ((uri, "--uri"), (base, "--base"), (base_name, "--base-name")):
+    for name, option in ((base, "--base"), (base_name, "--base-name")):
         if name is not None:
             checked_text(name, option)
     text = os.fspath(adapter)
-    folder = None if text.startswith(REGISTRY) else find_folder(read_path(text, "the adapter's folder"))
-    check_places(places, folder, overwrite=overwrite)
+    if merged is None and vllm is None and card is None:
+        refuse_unused({"--base-name": base_name}, "a file for llama.cpp names no base")
+    if merged is None and card is None and not (is_registered(text) and uri is None):
+        refuse_unused(
+            {"--sweep": sweep}, "its scores are for --card, and its settings of the base for --merged"
+        )
     home = _path(sweep, "--sweep")
     if home is not None and not is_sweep(home):
         raise ReportError(f"{home} is no folder of a sweep; give the one that `rayft sweep` wrote")
-    source = open_source(text, mlflow_uri(uri, home)) if folder is None else open_source(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = find_place(text, registry_uri(text, uri, home), Path(scratch))
+        check_places(places, None if place.registered else place.folder, overwrite=overwrite)
+        source = open_source(place)
     job = _prepare(source, places, base, base_name, home)
     if places.gguf is not None:
         assert job.base is not None

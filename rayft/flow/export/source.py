@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, BaseMismatchError, ModelError
 from rayft.flow.squeeze.dense import dense_source
+from rayft.flow.target import Place, at_rank
 from rayft.models.fingerprint import places, source_fingerprint
 from rayft.models.inject import check_fits
 from rayft.models.load import (
@@ -21,11 +21,9 @@ from rayft.models.load import (
     resolve,
     whole_skeleton,
 )
+from rayft.registry.ref import AdapterRef
 
 __all__ = ["Base", "Source", "find_base", "known_base", "open_source"]
-
-REGISTRY = "models:/"
-"""How a reference to a registered adapter begins."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,11 @@ class Source:
 
     artifact: AdapterArtifact
     name: str
-    """Name of its folder, or of the registered model."""
+    """Name of its folder, or of the registered model, with the rank if it is at a lower one."""
     folder: Path | None
-    """Its folder; None if it comes from a registry."""
+    """Folder of the whole adapter; None if it comes from a registry."""
+    whole: bool = True
+    """Whether it is the whole adapter, and not one of its lower ranks."""
 
 
 @dataclass(frozen=True)
@@ -48,34 +48,26 @@ class Base:
     """The model on the meta device."""
 
 
-def open_source(adapter: str | Path, uri: str = "") -> Source:
-    """Read an adapter from a folder, or from a registry.
-
-    Args:
-        adapter: a folder, `models:/name@alias`, `models:/name/3` or `models:/name`.
-        uri: MLflow's, for `models:/…`.
+def open_source(place: Place) -> Source:
+    """Read the adapter at a place.
 
     Raises:
         ArtifactError: if the folder holds no plain LoRA, with what to do instead.
-        RegistryError: if there is no such model, version or alias.
+        SqueezeError: if it does not have the rank that is asked for.
     """
-    if isinstance(adapter, str) and adapter.startswith(REGISTRY):
-        from rayft.registry.ref import AdapterRef
-        from rayft.registry.store import MlflowRegistry
-
-        ref = AdapterRef.parse(adapter)
-        with tempfile.TemporaryDirectory() as scratch:
-            fetched = MlflowRegistry(uri).fetch(ref, scratch)
-            return Source(AdapterArtifact.load(fetched), ref.name, None)
-    folder = Path(adapter)
+    folder = place.folder
     dense = dense_source(folder)
-    if dense is not None:
+    if dense is not None and place.rank is None:
         what = "a whole model" if dense.whole else "an adapter without LoRA factors"
         raise ArtifactError(
             f"{folder} is {what}; extract a LoRA from it (rayft squeeze {folder} --base BASE --rank 16 --out "
             "DIR), and export that"
         )
-    return Source(AdapterArtifact.load(folder), folder.resolve().name, folder)
+    artifact = at_rank(place)
+    name = AdapterRef.parse(place.name).name if place.registered else folder.resolve().name
+    if place.rank is not None:
+        name = f"{name}-r{place.rank}"
+    return Source(artifact, name, None if place.registered else folder, whole=place.rank is None)
 
 
 def find_base(artifact: AdapterArtifact, name: str | None) -> Base:

@@ -10,6 +10,7 @@ import torch
 
 from rayft.errors import ResourceError, SqueezeError
 from rayft.flow.squeeze.make import Target
+from rayft.flow.target import Place
 from rayft.paths import check_folder
 from rayft.squeeze.section import ContinueConfig
 
@@ -20,8 +21,8 @@ __all__ = ["SqueezeRequest", "check_request", "squeeze_request", "wanted_targets
 class SqueezeRequest:
     """A request to squeeze a folder."""
 
-    source: Path
-    """Folder of an adapter or of a tuned model."""
+    place: Place
+    """Where the adapter or tuned model lies, and at which rank squeezing starts."""
     out: Path
     """Folder for the results."""
     targets: tuple[Target, ...] = ()
@@ -39,9 +40,14 @@ class SqueezeRequest:
     overwrite: bool = False
     """Whether adapters that another command of rayft made are replaced."""
 
+    @property
+    def source(self) -> Path:
+        """Folder of the adapter or tuned model."""
+        return self.place.folder
+
 
 def squeeze_request(
-    source: Path,
+    place: Place,
     out: Path,
     *,
     ranks: Sequence[int] = (),
@@ -58,7 +64,7 @@ def squeeze_request(
     """Return the request that the options of a command line stand for.
 
     Args:
-        source: folder of an adapter or of a tuned model.
+        place: where the adapter or tuned model lies.
         out: folder for the results.
         ranks: ranks to squeeze to.
         energies: shares of energy to retain, in (0, 1].
@@ -82,7 +88,7 @@ def squeeze_request(
     targets += [Target(energy=energy) for energy in energies]
     targets += [Target(budget=budget) for budget in budgets]
     return SqueezeRequest(
-        source=source,
+        place=place,
         out=out,
         targets=tuple(dict.fromkeys(targets)),
         keep_score=keep_score,
@@ -146,5 +152,5 @@ def wanted_targets(request: SqueezeRequest, rank: int) -> list[Target]:
         return list(request.targets)
     halves = [2**power for power in range(rank.bit_length() - 1, -1, -1) if 2**power < rank]
     if not halves:
-        raise SqueezeError(f"{request.source} has rank {rank}: there is no lower rank to try")
+        raise SqueezeError(f"{request.place.name} has rank {rank}: there is no lower rank to try")
     return [Target(rank=half) for half in halves]

@@ -20,6 +20,7 @@ from rayft.flow.config import load_train_config
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
 from rayft.flow.lanes import use_lanes
+from rayft.flow.options import refuse_unused
 from rayft.flow.origin import Origin, find_origin
 from rayft.flow.scoring import Measured, check_some, say_unscored, score_squeezed
 from rayft.flow.selection import keeps, smallest_good
@@ -30,8 +31,10 @@ from rayft.flow.squeeze.make import Source, SqueezedAdapter, make
 from rayft.flow.squeeze.request import SqueezeRequest, check_request, wanted_targets
 from rayft.flow.squeeze.tracking import track_squeezed
 from rayft.flow.sweep.identity import current_identity, recorded_sweep
+from rayft.flow.target import at_rank
 from rayft.identity import UNKNOWN
 from rayft.models.load import ModelConfig
+from rayft.registry.ref import AdapterRef
 from rayft.report.text import human_bytes, human_count, score_text
 from rayft.squeeze.rank import Progress, squeeze
 from rayft.sweep.executor import EXECUTORS, Executor
@@ -51,6 +54,8 @@ class Squeezes:
     """What a command has squeezed."""
 
     source: Source
+    folder: Path
+    """Folder of the source, at the rank at which squeezing started."""
     bytes: int
     """Size of the source."""
     rank: int
@@ -81,10 +86,10 @@ def squeeze_folder(request: SqueezeRequest, console: Console) -> Squeezes:
 def _squeeze_held(request: SqueezeRequest, console: Console) -> Squeezes:
     """Squeeze into an output folder that this command holds."""
     dense = dense_source(request.source)
-    if dense is not None:
+    if dense is not None and request.place.rank is None:
         return _squeeze_dense(request, dense, console)
-    artifact = AdapterArtifact.load(request.source)
-    origin = find_origin(request.source, artifact, request.config)
+    artifact = at_rank(request.place)
+    origin = _origin(request, artifact)
     run = _run(request, origin)
     unchecked = check_base(artifact, request.base, run)
     wanted = wanted_targets(request, artifact.rank)
@@ -105,13 +110,14 @@ def _squeeze_held(request: SqueezeRequest, console: Console) -> Squeezes:
         full = squeeze(artifact, device=request.device, progress=progress)
     for target in wanted:
         target.apply(full)
-    size = folder_bytes(request.source)
     note = "\n".join(filter(None, (origin.note, unchecked)))
-    found = Squeezes(source, size, artifact.rank, artifact.parameters, note=note)
     searching = not request.targets
     with tempfile.TemporaryDirectory() as scratch:
         # What a search tries and does not choose is not a result.
         folder = Path(scratch) if searching else request.out
+        whole = request.place.rank is None
+        start = request.source if whole else artifact.save(Path(scratch) / "source")
+        found = Squeezes(source, start, folder_bytes(start), artifact.rank, artifact.parameters, note=note)
         found.made = [make(full, target, source, folder) for target in wanted]
         if run is not None and measured:
             _with_lanes(request, run, origin, found, Display(console), folder)
@@ -128,6 +134,9 @@ def _squeeze_dense(request: SqueezeRequest, dense: Dense, console: Console) -> S
             f"{request.source} has no factors: extract a LoRA first (--rank 64), then squeeze that by its "
             "score, or train it further"
         )
+    if request.base is not None:
+        why = f"of a source without factors only its base is read, which --base {request.base} names"
+        refuse_unused({"--config": request.config}, why)
     config = load_train_config(request.config).model if request.config else None
     base = ModelConfig(name=request.base) if request.base else config
     name = request.source.resolve().name
@@ -141,9 +150,17 @@ def _squeeze_dense(request: SqueezeRequest, dense: Dense, console: Console) -> S
         target.apply(full)
     source = Source(name, f"{name}-{full.content_hash}", None, made_by=made_by)
     size = sum(file.stat().st_size for file in request.source.glob("*.safetensors"))
-    found = Squeezes(source, size, full.rank, full.parameters, note=lost_text(extraction))
+    found = Squeezes(source, request.source, size, full.rank, full.parameters, note=lost_text(extraction))
     found.made = [make(full, target, source, request.out) for target in request.targets]
     return found
+
+
+def _origin(request: SqueezeRequest, artifact: AdapterArtifact) -> Origin:
+    """Return where the source comes from, under the name that its results are shown by."""
+    place = request.place
+    origin = find_origin(place.folder, artifact, request.config)
+    name = AdapterRef.parse(place.name).name if place.registered else origin.name
+    return replace(origin, name=name if place.rank is None else f"{name}@r{place.rank}")
 
 
 def _run(request: SqueezeRequest, origin: Origin) -> RunConfig | None:
@@ -219,7 +236,7 @@ def measure(
     """
     if request.cont is not None:
         found.made += continue_all(executor, found.made, request.cont, folder, tracker)
-    source = _as_item(request, found)
+    source = _as_item(found)
     found.scores = score_squeezed(executor, [source], ("val",))
     check_some(found.scores)
     reached = found.scores[source.name].mean("val") or 0.0
@@ -267,14 +284,14 @@ def _keep_chosen(request: SqueezeRequest, found: Squeezes) -> None:
     found.made = [found.chosen]
 
 
-def _as_item(request: SqueezeRequest, found: Squeezes) -> SqueezedAdapter:
+def _as_item(found: Squeezes) -> SqueezedAdapter:
     """Return the source as an adapter squeezed to its own rank, so that it is scored like the others."""
     return SqueezedAdapter(
         name=found.source.name,
         source=found.source,
         how="post",
         rank=found.rank,
-        folder=request.source.absolute(),
+        folder=found.folder.absolute(),
         parameters=found.parameters,
         bytes=found.bytes,
         energy={},

@@ -18,10 +18,10 @@ from typing import Any
 from rayft.analysis.record import SweepAnalysis
 from rayft.artifacts import META_FILE, check_replaceable
 from rayft.artifacts.folder import FILES, is_staged_folder
-from rayft.config import content_hash, leaves
+from rayft.config import content_hash, leaves, load
 from rayft.errors import ArtifactError, ConfigError, DiskFullError, ReportError, ResourceError
 from rayft.files import is_staged_file, write_file
-from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.config import STAMP_FILE, PipelineConfig, beginning, load_config
 from rayft.flow.hold import LOCK_FILE
 from rayft.flow.sweep.identity import IDENTITY_FILE, write_identity
 from rayft.identity import Identity
@@ -49,8 +49,6 @@ __all__ = [
     "sweep_hash",
 ]
 
-STAMP_FILE = "config.yaml"
-"""The sweep's configuration, which begins with the stamp."""
 RECORD_FILE = "sweep.json"
 WRITTEN = (
     STAMP_FILE, IDENTITY_FILE, EVENTS_FILE, "adapter", "analysed", "analysis.json", "deploy.yaml",
@@ -138,12 +136,24 @@ def check_stamp(config: PipelineConfig, output: Path) -> PipelineConfig | None:
                 f"{output} holds {', '.join(others)}, which no sweep of rayft wrote and this one would "
                 "replace; choose another folder with --set output=…"
             )
-    elif not stamp.read_text(encoding="utf-8", errors="replace").startswith(stamp_line(config)):
+    elif not _is_of(stamp, config):
         begun = _begun_by_0_1_0(stamp)
         if begun is None or sweep_hash(begun) != sweep_hash(config):
             raise ConfigError(_other_sweep(config, output))
     check_own(output)
     return begun
+
+
+def _is_of(stamp: Path, config: PipelineConfig) -> bool:
+    """Return whether a stamp file is of a sweep, whose paths may be written from another folder."""
+    first = stamp.read_text(encoding="utf-8", errors="replace").partition("\n")[0] + "\n"
+    if first == stamp_line(config):
+        return True
+    try:
+        written, before = load(PipelineConfig, stamp), load_config(stamp)
+    except ConfigError:
+        return False
+    return first == stamp_line(written) and sweep_hash(before.located()) == sweep_hash(config.located())
 
 
 def _begun_by_0_1_0(stamp: Path) -> PipelineConfig | None:
@@ -167,6 +177,7 @@ def _other_sweep(config: PipelineConfig, output: Path) -> str:
             f"{output} holds a sweep whose configuration ({stamp}) this version of rayft can't read: {error}."
             f" {otherwise}"
         )
+    before, config = before.located(), config.located()
     if sweep_hash(before) == sweep_hash(config):
         return (
             f"{output} holds this sweep as an earlier version of rayft made it, which identified trials "
@@ -223,7 +234,8 @@ def make_folder(config: PipelineConfig, output: Path, identity: Identity, *, kee
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not keep:
-            write_file(stamp, stamp_line(config) + config.model_dump_json(indent=2) + "\n")
+            lines = stamp_line(config) + beginning(output)
+            write_file(stamp, lines + config.model_dump_json(indent=2) + "\n")
         write_identity(output, identity)
     except DiskFullError:
         raise

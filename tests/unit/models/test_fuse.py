@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -233,6 +235,96 @@ def test_a_layer_whose_norm_was_replaced_computes_plainly() -> None:
     assert_same(found, computed(model, given, outer))
 
 
+def hidden(model: Any) -> dict[str, nn.Module]:
+    """Return the modules that a fused model's operations compute without calling them."""
+    layer = model.model.layers[0]
+    return {"norm": layer.post_attention_layernorm, "activation": layer.mlp.act_fn, "head": model.lm_head}
+
+
+@pytest.mark.parametrize("part", ["norm", "activation", "head"])
+def test_a_forward_hook_of_every_part_runs_and_may_change_the_output(part: str) -> None:
+    model, given, outer = small("llama"), batch(), torch.randn(9)
+    plain = computed(model, given, outer)
+    seen: list[torch.Size] = []
+
+    def hook(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.shape)
+        return output * 1.5
+
+    handle = hidden(model)[part].register_forward_hook(hook)
+    expected = computed(model, given, outer)
+    assert not torch.equal(expected[0], plain[0])
+    assert fuse(model) == LLAMA
+    assert_same(computed(model, given, outer), expected)
+    assert seen[0] == seen[1]
+    assert len(seen) == 2
+    handle.remove()
+    assert_same(computed(model, given, outer), plain)
+
+
+@pytest.mark.parametrize("part", ["norm", "activation"])
+@pytest.mark.parametrize("kind", ["forward_pre", "full_backward", "full_backward_pre"])
+def test_the_other_hooks_of_every_part_run(part: str, kind: str) -> None:
+    model, given, outer = small("llama"), batch(), torch.randn(9)
+    fuse(model)
+    expected, seen = computed(model, given, outer), []
+    getattr(hidden(model)[part], f"register_{kind}_hook")(lambda *_: seen.append(kind))
+    assert_same(computed(model, given, outer), expected)
+    assert seen == [kind]
+
+
+def test_hooks_of_all_modules_run() -> None:
+    model, given, outer = small("llama"), batch(), torch.randn(9)
+
+    def called() -> set[nn.Module]:
+        found: set[nn.Module] = set()
+        handle = nn.modules.module.register_module_forward_hook(lambda one, *_: found.add(one))
+        try:
+            computed(model, given, outer)
+        finally:
+            handle.remove()
+        return found
+
+    expected = called()
+    plain = computed(model, given, outer)
+    # Fusing tries each operation itself, though with such hooks the modules compute plainly.
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert fuse(model) == LLAMA
+    handle.remove()
+    assert called() == expected
+    assert_same(computed(model, given, outer), plain)
+
+
+def test_a_forward_that_was_set_after_fusing_is_used() -> None:
+    model, given, outer = small("llama"), batch(), torch.randn(9)
+    fuse(model)
+    norm = model.model.layers[0].post_attention_layernorm
+    norm.forward = lambda x: type(norm).forward(norm, x) * 1.5
+    found = computed(model, given, outer)
+    del norm.forward
+    assert not torch.equal(found[0], computed(model, given, outer)[0])
+    norm.register_forward_hook(lambda _, __, output: output * 1.5)
+    assert_same(found, computed(model, given, outer))
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_a_fused_model_can_be_pickled_and_saved(kind: str, tmp_path: Path) -> None:
+    model, given, outer = small(kind).eval(), batch(), torch.randn(9)
+    fuse(model)
+    expected = computed(model, given, outer)
+    torch.save(model, tmp_path / "model.pt")
+    for other in (pickle.loads(pickle.dumps(model)), torch.load(tmp_path / "model.pt", weights_only=False)):  # noqa: S301
+        assert not is_fused(other)
+        assert_same(computed(other, given, outer), expected)
+        assert fuse(other) == KNOWN[kind]
+    assert is_fused(model)
+    for copied in (copy.deepcopy(model), copy.copy(model)):
+        assert is_fused(copied)
+        assert_same(computed(copied, given, outer), expected)
+    deep = copy.deepcopy(model)
+    assert not {id(one) for one in deep.parameters()} & {id(one) for one in model.parameters()}
+
+
 def test_exact_gelu_is_not_taken_for_the_one_with_tanh() -> None:
     assert "feed-forward blocks" in fuse(small("llama", hidden_act="gelu_pytorch_tanh"))
     assert "feed-forward blocks" not in fuse(small("llama", hidden_act="gelu"))
@@ -312,7 +404,13 @@ class _GatedNorm(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "fused"), [(_Plain, True), (_Dropping, False), (_Bounding, False), (_GatedNorm, False)]
 )
-def test_parts_that_do_something_else_too_stay_plain(kind: type[nn.Module], *, fused: bool) -> None:
+@pytest.mark.parametrize("hooked", [False, True])
+def test_parts_that_do_something_else_too_stay_plain(
+    kind: type[nn.Module], *, fused: bool, hooked: bool
+) -> None:
     model = nn.ModuleList([kind().requires_grad_(False)])
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None) if hooked else None
     fuse(model)
+    if handle is not None:
+        handle.remove()
     assert (type(model[0]) is not kind) == fused

@@ -18,6 +18,7 @@ from rayft.flow.export.card import Subject, card, on_hub
 from rayft.flow.export.maker import Maker, Scores, find_maker, find_scores
 from rayft.flow.export.run import export_adapter
 from rayft.flow.export.source import open_source
+from rayft.flow.target import Place
 from rayft.methods.base import LoraFactors
 from rayft.models.load import ModelConfig
 from rayft.models.tiny import save_tiny_bert
@@ -198,6 +199,18 @@ def sweep(tmp_path: Path) -> Path:
     return folder
 
 
+def at(folder: Path, rank: int | None = None) -> Place:
+    return Place(str(folder), folder, rank)
+
+
+def test_a_lower_rank_has_no_scores_but_its_own(sweep: Path) -> None:
+    lower = open_source(at(sweep / "trials/k/adapter", 1))
+    assert (lower.name, lower.artifact.rank) == ("adapter-r1", 1)
+    assert find_scores(lower, sweep) is None
+    same = open_source(at(sweep / "trials/k/adapter"))
+    assert find_scores(same, sweep) is not None
+
+
 def test_the_card_of_a_sweeps_adapter_has_the_name_of_the_sweep(sweep: Path, tmp_path: Path) -> None:
     export_adapter(sweep / "winner", card=tmp_path / "card.md")
     text = (tmp_path / "card.md").read_text()
@@ -207,7 +220,7 @@ def test_the_card_of_a_sweeps_adapter_has_the_name_of_the_sweep(sweep: Path, tmp
 
 @pytest.mark.parametrize(("place", "val"), [("trials/k/adapter", 0.8), ("winner", 0.8), ("squeezed/r2", 0.7)])
 def test_scores_are_found_by_the_folder(sweep: Path, place: str, val: float) -> None:
-    found = find_maker(open_source(sweep / place), None, scored=True, merging=False).scores
+    found = find_maker(open_source(at(sweep / place)), None, scored=True, merging=False).scores
     assert found is not None
     assert (found.trial.id, found.val) == ("t1", val)
     assert found.test == (TEST if val == 0.8 else None)
@@ -215,13 +228,13 @@ def test_scores_are_found_by_the_folder(sweep: Path, place: str, val: float) -> 
 
 def test_scores_of_a_copy_are_found_by_its_content(sweep: Path, tmp_path: Path) -> None:
     made(rank=2).save(tmp_path / "copy")
-    source = open_source(tmp_path / "copy")
+    source = open_source(at(tmp_path / "copy"))
     assert find_maker(source, None, scored=True, merging=True) == Maker()
     found = find_maker(source, sweep, scored=True, merging=False)
     assert found.scores is not None
     assert (found.scores.val, found.notes) == (0.7, ())
     made(rank=3).save(tmp_path / "other")
-    other = open_source(tmp_path / "other")
+    other = open_source(at(tmp_path / "other"))
     assert find_scores(other, sweep) is None
     (note,) = find_maker(other, sweep, scored=True, merging=False).notes
     assert note.endswith("has no record of this adapter")

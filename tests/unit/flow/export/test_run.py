@@ -314,7 +314,7 @@ def test_a_registered_adapter_is_exported_by_its_alias(
     with pytest.raises(TrackingError, match=r"elsewhere\.db is not there"):
         export_adapter(
             "models:/sums@champion",
-            vllm=tmp_path / "w",
+            card=tmp_path / "other.md",
             sweep=sweep,
             uri=f"sqlite:///{tmp_path}/elsewhere.db",
         )

@@ -37,6 +37,7 @@ from rayft.flow.scoring import Measured
 from rayft.flow.squeeze.make import SqueezedAdapter
 from rayft.flow.squeeze.request import squeeze_request
 from rayft.flow.squeeze.run import Squeezes, measure, squeeze_folder
+from rayft.flow.target import Place, find_place
 from rayft.numerics import assert_close
 from rayft.squeeze.rank import retained_energy
 from tests.unit.flow.answers import CONFIG
@@ -65,7 +66,8 @@ def adapter(tiny_model: Any, tmp_path: Path) -> Path:
 
 
 def squeezed(folder: Path, out: Path, **options: Any) -> Squeezes:
-    return squeeze_folder(squeeze_request(folder, out, **options), Console(quiet=True))
+    place = find_place(str(folder), "", out)
+    return squeeze_folder(squeeze_request(place, out, **options), Console(quiet=True))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -375,7 +377,7 @@ def test_an_adapter_that_cant_be_scored_is_reported_and_the_rest_is_scored(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, said = squeezed(adapter, tmp_path / "out", ranks=[4, 2]), io.StringIO()
-    request = squeeze_request(adapter, tmp_path / "out", ranks=[4, 2])
+    request = squeeze_request(Place(str(adapter), adapter, None), tmp_path / "out", ranks=[4, 2])
     damaged = {found.made[1].name}
 
     def score(_executor: None, items: Sequence[SqueezedAdapter], parts: tuple[str, ...]) -> Any:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rayft.artifacts import check_replaceable
 from rayft.errors import ArtifactError, ConfigError
 from rayft.flow import commands, demo
-from rayft.flow.config import PipelineConfig, load_config
+from rayft.flow.config import PipelineConfig, beginning, config_values, load_config
 from rayft.flow.sweep.folder import WRITTEN, check_stamp, discard_damaged
 from rayft.flow.sweep.preflight import Plan, preflight
 from rayft.identity import UNKNOWN
@@ -292,3 +292,65 @@ def test_the_remedy_that_the_message_names_works(plan: Plan, config: PipelineCon
     (plan.output / "identity.json").unlink()
     preflight(config)
     assert (trial_of(plan) / "result.json").is_file()
+
+
+def test_a_saved_configuration_finds_its_files_from_anywhere(
+    plan: Plan, config: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, saved = Path.cwd(), plan.output / "config.yaml"
+    points = preflight(config).points
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = load_config(saved)
+    assert (again.data.name, again.folder) == (str(here / "answers.jsonl"), plan.output)
+    assert preflight(again).points == points
+    # What is set on the command line begins here.
+    (tmp_path / "elsewhere/answers.jsonl").write_text("")
+    assert load_config(saved, ["data.name=answers.jsonl"]).data.name == "answers.jsonl"
+    # The sweep continues with the user's own file too, and with none of other data.
+    with pytest.raises(ConfigError, match=r"data\.name was .*here/answers\.jsonl, now .*elsewhere/answers"):
+        check_stamp(load_config(saved, ["data.name=answers.jsonl"]), plan.output)
+    monkeypatch.chdir(here)
+    preflight(config)
+    # Project and results may be moved together.
+    monkeypatch.chdir(tmp_path)
+    moved = here.rename(tmp_path / "moved")
+    assert load_config(moved / "out/config.yaml").data.name == str(moved / "answers.jsonl")
+
+
+def test_the_results_of_a_sweep_may_be_moved_alone(
+    plan: Plan, config: PipelineConfig, tmp_path: Path
+) -> None:
+    preflight(config)
+    moved = plan.output.rename(tmp_path / "away")
+    # In the working directory there still is a file of that name.
+    assert load_config(moved / "config.yaml").data.name == "answers.jsonl"
+
+
+def test_all_paths_of_a_saved_configuration_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, out = tmp_path / "project", tmp_path / "out"
+    names = ("train.jsonl", "val.jsonl", "scorer.py", "base", "start", "mlflow.db")
+    for name in names:
+        (project / name).mkdir(parents=True)
+    out.mkdir()
+    monkeypatch.chdir(project)
+    written = """
+data: {source: jsonl, files: {train: train.jsonl, val: val.jsonl}, scorer: {file: scorer.py, name: custom}}
+model: {name: base}
+start: start
+tracking: {uri: 'sqlite:///mlflow.db'}
+"""
+    (out / "config.yaml").write_text(f"# sweep 0123\n{beginning(out)}{written}")
+    monkeypatch.chdir(tmp_path)
+    found = config_values(out / "config.yaml")
+    place = {name: str(project / name) for name in names}
+    assert found["data"]["files"] == {"train": place["train.jsonl"], "val": place["val.jsonl"]}
+    assert found["data"]["scorer"]["file"] == place["scorer.py"]
+    assert (found["model"]["name"], found["start"]) == (place["base"], place["start"])
+    assert found["tracking"]["uri"] == f"sqlite:///{place['mlflow.db']}"
+    assert found["output"] == str(out)
+    # A copy that a user goes on with is a configuration like any other.
+    (tmp_path / "mine.yaml").write_text((out / "config.yaml").read_text())
+    assert config_values(tmp_path / "mine.yaml")["model"]["name"] == "base"
