@@ -15,6 +15,7 @@ from rayft.flow.evaluate.run import evaluate
 from rayft.numerics import assert_close
 from tests.integration.one_server.server import Server
 from tests.integration.serving import HEADERS
+from tests.unit.flow.evaluate.likelihoods import READ, assert_same, record, with_peft
 from tests.unit.flow.evaluate.tasks import TASKS, save_tasks
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -49,6 +50,16 @@ def test_the_server_and_peft_give_the_same_scores(restored: Server, include: Pat
         assert_close(values[0], values[1], torch.float32, 64, 4)
     bits = [target.measures[1].score.value for target in (*served, *low)]
     assert len(set(bits)) == 3
+
+
+def test_the_log_likelihoods_are_those_of_the_harness_with_peft(
+    restored: Server, include: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = record(monkeypatch)
+    served = run(include, "large", "base", url=restored.url, tasks=READ).targets[0]
+    theirs = with_peft(include, tiny_folder, restored.adapters["large"], torch.float32)
+    adapter, base, peft = read
+    assert_same((adapter, served.measures), (peft, theirs), base, torch.float32)
 
 
 def test_the_chat_template_is_the_same_on_both_ways(

@@ -29,6 +29,7 @@ from rayft.models.inject import attach
 from rayft.models.load import ModelConfig, load_model
 from rayft.numerics import assert_close
 from tests.unit.flow.evaluate.conftest import Here
+from tests.unit.flow.evaluate.likelihoods import READ, assert_same, record, with_peft
 from tests.unit.flow.evaluate.tasks import GROUP, TASKS, save_tasks
 
 FLOAT32 = ("scale.dtype=float32", "scale.device=cpu", "scale.threads=1")
@@ -87,6 +88,20 @@ def test_tasks_are_run_on_an_adapter_at_a_rank_and_compared_with_the_base(here: 
     saved = Evaluation.model_validate_json((here.folder / "a.json").read_bytes())
     assert saved.targets[0].measures[0] == both.targets[0].measures[0]
     assert math.isnan(saved.targets[0].measures[1].score.low)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_log_likelihoods_are_those_of_the_harness_with_peft(
+    here: Here, include: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    folder = here.save("one", here.adapter("one"))
+    read = record(monkeypatch)
+    settings = (*FLOAT32[1:], f"scale.dtype={dtype}")
+    own = evaluate(ask(folder, "base", include=include, tasks=READ, overrides=settings)).targets[0]
+    theirs = with_peft(include, here.model, folder, getattr(torch, dtype))
+    adapter, base, peft = read
+    assert len(adapter) == 4 * 9
+    assert_same((adapter, own.measures), (peft, theirs), base, getattr(torch, dtype))
 
 
 def test_mistakes_are_found_before_a_model_is_loaded(
