@@ -12,7 +12,16 @@ import httpx
 from rayft.config import nearest
 from rayft.errors import ModelError, ResourceError
 
-__all__ = ["api_url", "checked", "connect", "key_headers", "reason", "served_card", "served_cards"]
+__all__ = [
+    "api_url",
+    "base_card",
+    "checked",
+    "connect",
+    "key_headers",
+    "reason",
+    "served_card",
+    "served_cards",
+]
 
 KEY = "RAYFT_KEY"
 """Environment variable that holds the caller's key."""
@@ -137,3 +146,11 @@ def served_card(url: str, cards: Mapping[str, Mapping[str, Any]], name: str) -> 
     if own not in cards:
         raise ModelError(f"{url} does not serve '{name}'{nearest(own, cards)}")
     return cards[own]
+
+
+def base_card(cards: Mapping[str, Mapping[str, Any]], card: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the description of the base that a model of a server has; of a base its own.
+
+    vLLM names the base of an adapter as its `parent`, and describes the context only there.
+    """
+    return cards.get(str(card.get("parent")), card)

@@ -288,6 +288,34 @@ def test_a_server_is_asked_with_the_first_token_that_a_tokenizer_writes(
         assert (tokens[0], tokens[1] == first) == (first, False)
 
 
+@pytest.mark.parametrize(
+    ("cards", "context"),
+    [
+        ([{"id": "one"}], 1024),
+        ([{"id": "one", "max_model_len": None}], 1024),
+        ([{"id": "one", "max_model_len": 64}], 64),
+        # As vLLM describes an adapter.
+        (
+            [{"id": "b", "root": "{model}", "max_model_len": 80}, {"id": "one", "root": "x", "parent": "b"}],
+            80,
+        ),
+    ],
+)
+def test_a_server_is_asked_no_more_than_its_context(
+    here: Here, monkeypatch: pytest.MonkeyPatch, cards: list[dict[str, Any]], context: int
+) -> None:
+    for card in cards:
+        card["root"] = card.get("root", "{model}").replace("{model}", str(here.model))
+    monkeypatch.setattr(
+        "rayft.flow.evaluate.harness.served_cards", lambda _: {card["id"]: card for card in cards}
+    )
+    served = served_model(
+        "http://127.0.0.1:9/v1", "one", ModelConfig(), names_base=False, prompts=Prompts(), batch_size=1
+    )
+    # lm_eval keeps one token for the answer.
+    assert served.max_length == context - 1
+
+
 def test_a_missing_lm_eval_is_an_error_that_says_what_to_install(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
