@@ -40,6 +40,11 @@ class Target:
         return "" if self.adapter is None else self.adapter.content_hash
 
     @property
+    def parent(self) -> str:
+        """Content hash of the adapter that it was squeezed from; empty if there is none."""
+        return "" if self.adapter is None else self.adapter.meta.parent
+
+    @property
     def needs_base(self) -> bool:
         """Whether it is an adapter or `base`, and no model of its own."""
         return not self.model

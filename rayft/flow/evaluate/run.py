@@ -54,7 +54,7 @@ def evaluate(request: EvaluateRequest, say: Callable[[str], None] = lambda _: No
     if request.out is not None:
         found.write(request.out)
     if spec is not None:
-        _track(spec, request, about, found, targets)
+        _track(spec, request, about, found)
     else:
         say("not tracked: name an MLflow server with --uri or MLFLOW_TRACKING_URI")
     return found
@@ -77,11 +77,10 @@ def _checked(
     return on_data
 
 
-def _track(
-    spec: TrackerSpec, request: EvaluateRequest, about: Known, found: Evaluation, targets: list[Target]
-) -> None:
-    adapter = targets[0].adapter if targets else None
-    hashes = [one for one in (adapter.content_hash, adapter.meta.parent) if one] if adapter else []
+def _track(spec: TrackerSpec, request: EvaluateRequest, about: Known, found: Evaluation) -> None:
+    first = found.targets[0]
+    # Of a server's adapter at a lower rank, the whole one was trained.
+    hashes = [one for one in (first.content.partition("@")[0], first.parent) if one]
     parent = find_adapter(spec, hashes) or None
     with MlflowTracker(spec) as tracker:
         track_evaluation(tracker, found, dict(scored_settings(request, about)), parent, request.out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,9 @@ def track_evaluation(
 ) -> str:
     """Track an evaluation, and return the id of its run. The same evaluation again has the same run.
 
+    What a server serves under a name may be replaced. If a server does not say what it is, each evaluation
+    has a run of its own.
+
     Args:
         tracker: where to track it.
         found: the evaluation.
@@ -27,13 +31,19 @@ def track_evaluation(
     """
     names = " and ".join(target.name for target in found.targets)
     # What the scores follow from, and not the scores themselves.
-    same = [found.base, found.data, *(f"{one.name} {one.content}" for one in found.targets)]
+    same = [found.base, found.data, *(f"{one.name} {one.content} {one.base}" for one in found.targets)]
     same += sorted(f"{key}={value}" for key, value in settings.items())
+    if not all(one.base for one in found.targets):
+        same.append(uuid.uuid4().hex)
     key = hashlib.sha256("\0".join(same).encode()).hexdigest()[:16]
     run = tracker.run(f"eval {names}", f"eval-{key}", parent=parent, tags={"rayft.kind": "evaluation"})
     described = {"base": found.base, "data_digest": found.data} if found.data else {"base": found.base}
     for prefix, target in zip(("", "other_"), found.targets, strict=False):
-        described |= {f"{prefix}target": target.name, f"{prefix}target_hash": target.content or "none"}
+        described |= {
+            f"{prefix}target": target.name,
+            f"{prefix}target_hash": target.content or "none",
+            f"{prefix}target_base": target.base or "unknown",
+        }
     tracker.params(run, {**settings, **described})
     tracker.metrics(run, {name: value for name, value in _numbers(found).items() if math.isfinite(value)})
     if out is not None:
