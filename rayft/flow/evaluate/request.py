@@ -23,9 +23,11 @@ __all__ = [
     "Known",
     "TaskSettings",
     "check_request",
+    "chosen",
     "known",
     "models_of",
     "scored_settings",
+    "sweeps_of",
 ]
 
 _HERE = ("model", "scale.device", "scale.dtype", "scale.threads", "evaluate.batch_size")
@@ -179,7 +181,7 @@ def known(request: EvaluateRequest) -> Known:
         ConfigError: if it is wrong, or no configuration names the data that is needed.
         TrackingError: if the URI of MLflow is wrong.
     """
-    sweep = None if request.config is not None or request.url is not None else _sweep_of(request)
+    sweep = next(iter(sweeps_of(request)), None) if request.config is None else None
     settings = _settings(request, sweep)
     if request.base is not None:
         settings = settings.model_copy(update={"model": _rebased(settings.model, request)})
@@ -257,10 +259,25 @@ def _rebased(model: ModelConfig, request: EvaluateRequest) -> ModelConfig:
     return model.model_copy(update={"name": request.base, "revision": revision})
 
 
-def _sweep_of(request: EvaluateRequest) -> Path | None:
-    """Return the folder of the sweep that a target lies in."""
+def sweeps_of(request: EvaluateRequest) -> list[Path]:
+    """Return the folders of the sweeps that targets lie in; names at a server lie in none."""
+    if request.url is not None:
+        return []
     folders = [Path(split_rank(text)[0]).expanduser() for text in request.targets]
-    return next((found for folder in folders if folder.is_dir() and (found := sweep_above(folder))), None)
+    found = [above for folder in folders if folder.is_dir() and (above := sweep_above(folder))]
+    return [*dict.fromkeys(found)]
+
+
+def chosen(request: EvaluateRequest) -> dict[str, str]:
+    """Return the options that decide the scores, besides targets, base and tasks, as a user gave them."""
+    options = {
+        "config": request.config if isinstance(request.config, str | Path) else None,
+        "first questions": request.samples,
+        "settings": " ".join(request.overrides),
+        "chat template": "in one turn" if request.one_turn else "used" if request.chat_template else None,
+        "system message": request.system,
+    }
+    return {name: str(value) for name, value in options.items() if value}
 
 
 def _settings(request: EvaluateRequest, sweep: Path | None) -> TrainConfig | TaskSettings:

@@ -24,7 +24,7 @@ from rayft.flow.evaluate.record import Evaluation, TargetResult
 from rayft.flow.evaluate.request import EvaluateRequest
 from rayft.flow.evaluate.run import evaluate
 from rayft.flow.evaluate.show import show_scores
-from rayft.flow.evaluate.tracking import track_evaluation
+from rayft.flow.evaluate.tracking import evaluation_key, track_evaluation
 from rayft.identity import Identity
 from rayft.models.inject import attach
 from rayft.models.tiny import save_tiny_llama
@@ -173,8 +173,8 @@ def test_other_weights_under_the_same_name_have_another_run(spec: TrackerSpec) -
     def runs(*targets: TargetResult) -> int:
         with MlflowTracker(spec) as tracker:
             found = [
-                track_evaluation(tracker, Evaluation(base="http://there/v1", targets=(one,)), {}, None, None)
-                for one in targets
+                track_evaluation(tracker, one, evaluation_key(one, {}), {}, None, None)
+                for one in (Evaluation(base="http://there/v1", targets=(target,)) for target in targets)
             ]
         return len(set(found))
 
