@@ -10,6 +10,7 @@ from pathlib import Path
 from rayft.artifacts.meta import CONFIG_FILE
 from rayft.errors import ArtifactError, SqueezeError
 from rayft.flow.origin import find_folder
+from rayft.models.base import base_of
 from rayft.models.load import REGISTERED, ModelConfig, resolve
 from rayft.paths import checked_text, read_path
 from rayft.peft.folder import Artifact, PeftFolder, load_adapter
@@ -17,7 +18,7 @@ from rayft.registry.store import MlflowRegistry
 from rayft.serving.messages import BASE_NAME
 from rayft.squeeze.rank import squeeze
 
-__all__ = ["Target", "base_name", "find_target", "find_targets", "split_rank"]
+__all__ = ["Target", "base_among", "find_target", "find_targets", "split_rank"]
 
 _RANKED = re.compile(r"(?P<text>models:/[^@]+(?:@[^@]+|/\d+)|(?!models:/).+)@r(?P<rank>\d+)")
 """A name with a rank. `models:/name@r4` is an alias."""
@@ -108,10 +109,10 @@ def find_target(text: str, rank: int | None, registry: str, scratch: Path) -> Ta
     return Target(f"{place}@r{rank}", _at_rank(place, adapter, rank))
 
 
-def base_name(targets: Sequence[Target]) -> str:
-    """Return the name of the base that the first adapter among targets names; empty if none names one."""
+def base_among(targets: Sequence[Target]) -> ModelConfig | None:
+    """Return the base that the first adapter among targets names; None if none names one."""
     adapters = (target.adapter for target in targets if target.adapter is not None)
-    return next((found for adapter in adapters if (found := adapter.meta.base_model)), "")
+    return next((found for adapter in adapters if (found := base_of(adapter))), None)
 
 
 def _at_rank(place: str, adapter: Artifact, rank: int) -> Artifact:

@@ -84,6 +84,8 @@ class ModelCard(TypedDict):
     """The base's name, or the adapter's folder."""
     base: NotRequired[str]
     """The base of an adapter; the base itself lacks this field."""
+    base_revision: NotRequired[str]
+    """Branch, tag or commit of the base on the hub, if one was set."""
     base_fingerprint: NotRequired[str]
     """Fingerprint of the base's weights."""
     max_model_len: NotRequired[Count]

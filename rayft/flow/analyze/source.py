@@ -25,6 +25,7 @@ from rayft.flow.scoring import outcome
 from rayft.flow.sweep.folder import STAMP_FILE
 from rayft.flow.sweep.identity import current_identity
 from rayft.identity import UNKNOWN, Identity
+from rayft.models.base import pinned
 from rayft.report.record import SweepRecord
 from rayft.sweep.space import points
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
@@ -169,7 +170,8 @@ def _of_folder(path: Path, config: Path | None) -> Sources:
         )
     run = origin.config.run(has_gpus())
     name = artifact.meta.method or "lora"
-    run = run.model_copy(update={"method": run.method.model_copy(update={"name": name})})
+    method = run.method.model_copy(update={"name": name})
+    run = run.model_copy(update={"method": method, "model": pinned(run.model, artifact)})
     identity = current_identity(run, origin.sweep)
     item = Item(origin.name, run, path.absolute(), origin.run_id, identity)
     return Sources(origin.config, (item,), origin.tracker, path, origin.note)

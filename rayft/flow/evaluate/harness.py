@@ -323,8 +323,9 @@ def served_model(
     base = base_card(cards, card)
     if not names_base:
         named = str(card.get("base") or base.get("root") or base["id"])
-        config = config.model_copy(update={"name": named})
-        if not is_here(named):
+        revision = config.revision or str(base.get("base_revision") or "") or None
+        config = config.model_copy(update={"name": named, "revision": revision})
+        if not is_here(named, revision):
             raise ModelError(
                 f"the base of '{name}' is {named}, which is not on this machine: name it with --base, since "
                 "its tokenizer is needed"

@@ -12,7 +12,8 @@ from rayft.config import Section, leaves, parse
 from rayft.errors import ConfigError
 from rayft.flow.config import TrainConfig, load_train_config
 from rayft.flow.sweep.folder import STAMP_FILE, sweep_above
-from rayft.flow.target import Target, base_name, split_rank
+from rayft.flow.target import Target, base_among, split_rank
+from rayft.models.base import base_of, pinned
 from rayft.models.load import ModelConfig
 from rayft.paths import checked_text
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
@@ -216,23 +217,22 @@ def models_of(targets: Sequence[Target], request: EvaluateRequest, about: Known)
         raise ConfigError(f"{named} is for adapters, and {own[0]} is a model of its own: leave it out")
     found = []
     for target in targets:
-        name = target.model or (config.name if about.names_base else _named_by(target, targets))
+        stored = base_of(target.adapter) if target.adapter else base_among(targets)
+        name = target.model or (config.name if about.names_base else stored.name if stored else "")
         if not name:
             raise ConfigError(f"{target.name} names no base: name it with --base")
         # A revision is that of the base that it stands beside, or of the only models that there are.
         kept = name == config.name or not about.names_base or (alone and request.sets("model.revision"))
         revision = config.revision if kept else None
-        found.append(config.model_copy(update={"name": name, "revision": revision}))
+        base = config.model_copy(update={"name": name, "revision": revision})
+        adapter = target.adapter or next((one.adapter for one in targets if one.adapter), None)
+        found.append(base if target.model else pinned(base, adapter))
     return found
 
 
 def _named_base(request: EvaluateRequest) -> bool:
     """Return whether the user has named the base by an option."""
     return request.base is not None or request.sets("model.name")
-
-
-def _named_by(target: Target, targets: Sequence[Target]) -> str:
-    return target.adapter.meta.base_model if target.adapter else base_name(targets)
 
 
 def scored_settings(request: EvaluateRequest, about: Known) -> Iterator[tuple[str, str]]:

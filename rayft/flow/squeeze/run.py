@@ -31,6 +31,7 @@ from rayft.flow.squeeze.request import SqueezeRequest, check_request, wanted_tar
 from rayft.flow.squeeze.tracking import track_squeezed
 from rayft.flow.sweep.identity import current_identity, recorded_sweep
 from rayft.identity import UNKNOWN
+from rayft.models.base import pinned
 from rayft.models.load import ModelConfig
 from rayft.report.text import human_bytes, human_count, score_text
 from rayft.squeeze.rank import Progress, squeeze
@@ -85,7 +86,7 @@ def _squeeze_held(request: SqueezeRequest, console: Console) -> Squeezes:
         return _squeeze_dense(request, dense, console)
     artifact = AdapterArtifact.load(request.source)
     origin = find_origin(request.source, artifact, request.config)
-    run = _run(request, origin)
+    run = _run(request, origin, artifact)
     unchecked = check_base(artifact, request.base, run)
     wanted = wanted_targets(request, artifact.rank)
     measured = run is not None and (request.keep_score is not None or request.cont is not None)
@@ -146,7 +147,7 @@ def _squeeze_dense(request: SqueezeRequest, dense: Dense, console: Console) -> S
     return found
 
 
-def _run(request: SqueezeRequest, origin: Origin) -> RunConfig | None:
+def _run(request: SqueezeRequest, origin: Origin, artifact: AdapterArtifact) -> RunConfig | None:
     """Return a run with the base, the data and the source's learning rate; None if they are unknown."""
     if origin.config is None:
         if request.keep_score is not None or request.cont is not None:
@@ -159,7 +160,8 @@ def _run(request: SqueezeRequest, origin: Origin) -> RunConfig | None:
         raise SqueezeError(f"{origin.note}. Give the learning rate of further training with --lr")
     join()
     run = origin.config.run(has_gpus())
-    return run.model_copy(update={"optim": run.optim.model_copy(update={"lr": origin.lr or run.optim.lr})})
+    optim = run.optim.model_copy(update={"lr": origin.lr or run.optim.lr})
+    return run.model_copy(update={"optim": optim, "model": pinned(run.model, artifact)})
 
 
 @contextmanager

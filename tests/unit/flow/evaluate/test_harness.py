@@ -316,6 +316,20 @@ def test_a_server_is_asked_no_more_than_its_context(
     assert served.max_length == context - 1
 
 
+def test_a_server_says_the_revision_of_its_base(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = here.hub(monkeypatch)
+    (here.folder / "hub" / "models--org--model" / "refs" / "main").unlink()
+    card = {"id": "one", "base": hub, "base_revision": "old"}
+    monkeypatch.setattr("rayft.flow.evaluate.harness.served_cards", lambda _: {"one": card})
+    ask = partial(
+        served_model, "http://127.0.0.1:9/v1", "one", names_base=False, prompts=Prompts(), batch_size=1
+    )
+    assert ask(ModelConfig()).tok_encode("a") == AutoTokenizer.from_pretrained(here.model)("a").input_ids
+    card["base_revision"] = "new"
+    with pytest.raises(RayftError, match="the base of 'one' is org/model, which is not on this machine"):
+        ask(ModelConfig())
+
+
 def test_a_missing_lm_eval_is_an_error_that_says_what_to_install(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
