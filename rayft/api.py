@@ -43,7 +43,8 @@ from rayft.flow.sweep.publish import check_complete
 from rayft.flow.sweep.run import run_sweep
 from rayft.flow.target import Place, at_rank, find_place, registry_uri
 from rayft.flow.train import start_folder, train_run
-from rayft.models.load import ModelConfig, resolve
+from rayft.models.base import base_of
+from rayft.models.load import resolve
 from rayft.paths import read_path
 from rayft.report.record import Score, SweepRecord
 
@@ -203,10 +204,11 @@ class Adapter:
         from rayft.models.targets import linear_shapes
 
         if model is None:
-            if not self.base or self.artifact.meta.task != "causal_lm":
+            base = base_of(self.artifact)
+            if base is None or base.task != "causal_lm":
                 raise ModelError("the adapter names no language model as its base: pass the base as `model`")
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                resolve(ModelConfig(name=self.base, revision=self.artifact.revision)), dtype=torch.float32
+                resolve(base), revision=base.revision or "main", dtype=torch.float32
             )
         self.artifact.check_base("", linear_shapes(model))
         with tempfile.TemporaryDirectory() as folder:

@@ -26,6 +26,7 @@ from rayft.artifacts.meta import (
     WEIGHTS_FILE,
     ArtifactMeta,
     ModuleShapes,
+    stored_revision,
 )
 from rayft.artifacts.read import assemble, check_selector, read_meta, read_weights
 from rayft.errors import ArtifactError, BaseMismatchError, SqueezeError
@@ -168,10 +169,8 @@ class AdapterArtifact:
     @property
     def revision(self) -> str | None:
         """Revision of the base on the hub: that which it was trained on, or PEFT's settings name."""
-        if self.meta.base_revision:
-            return self.meta.base_revision
-        named = self.settings is not None and self.settings.base_model_name_or_path == self.meta.base_model
-        return self.settings.revision if self.settings is not None and named else None
+        own = self.settings
+        return stored_revision(self.meta, own and own.base_model_name_or_path, own and own.revision)
 
     def _write(self, folder: Path) -> None:
         write_weights(folder, self._tensors())

@@ -17,6 +17,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "ArtifactMeta",
     "ModuleShapes",
+    "stored_revision",
 ]
 
 CONFIG_FILE = "adapter_config.json"
@@ -65,3 +66,16 @@ class ArtifactMeta(Section):
     """Of a dense ΔW, whose singular values were not all computed: module → Σσ² of the others."""
     metrics: dict[str, float] = {}
     """Scores and sizes measured when it was made."""
+
+
+def stored_revision(meta: ArtifactMeta, named: object, revision: object) -> str | None:
+    """Return the revision of the base on the hub that an adapter stores; None if it stores none.
+
+    Args:
+        meta: the content of `rayft.json`, or what stands for it.
+        named: the base that PEFT's settings name.
+        revision: the revision that PEFT's settings name, which is one of that base.
+    """
+    if meta.base_revision:
+        return meta.base_revision
+    return str(revision) if revision and named == meta.base_model else None

@@ -39,6 +39,7 @@ from rayft.registry.promote import Gate
 from rayft.registry.promote import promote as move_alias
 from rayft.registry.store import MlflowRegistry
 from rayft.report.analysis import gap_rows
+from rayft.report.evaluations import SavedEvaluations
 from rayft.report.record import SweepRecord
 from rayft.report.render import check_report, render
 from rayft.report.terminal import terminal_table
@@ -254,7 +255,8 @@ def analyze(
         console.print(found.note, style="yellow", highlight=False)
     console.print(f"wrote {folder / 'analysis.json'}", highlight=False, soft_wrap=True)
     if (folder / "sweep.json").is_file():
-        path = render(SweepRecord.load(folder), folder / "report.html", SweepAnalysis.find(folder))
+        record, evaluations = SweepRecord.load(folder), SavedEvaluations.find(folder)
+        path = render(record, folder / "report.html", SweepAnalysis.find(folder), evaluations)
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
@@ -343,7 +345,7 @@ def report(sweep_folder: str, output: str | None, console: Console, *, overwrite
     record, path = SweepRecord.load(folder), _optional(output, "--output") or folder / "report.html"
     check_file(path, "--output")
     check_report(record, path, overwrite=overwrite)
-    render(record, path, SweepAnalysis.find(folder))
+    render(record, path, SweepAnalysis.find(folder), SavedEvaluations.find(folder))
     spec = sweep_tracker(folder)
     if spec.spool.is_dir():
         spec = prepare(spec)
@@ -356,7 +358,7 @@ def report(sweep_folder: str, output: str | None, console: Console, *, overwrite
         if now != record:
             record = now
             record.save(folder / "sweep.json")
-            render(record, path, SweepAnalysis.find(folder))
+            render(record, path, SweepAnalysis.find(folder), SavedEvaluations.find(folder))
     _show(record, console)
     console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 

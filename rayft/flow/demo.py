@@ -22,6 +22,7 @@ from rayft.flow.hold import hold
 from rayft.flow.selection import served_adapters
 from rayft.flow.sweep.folder import check_stamp, clear_folder, is_sweep
 from rayft.flow.sweep.run import run_sweep
+from rayft.report.evaluations import SavedEvaluations
 from rayft.report.record import Exchange, Served, SweepRecord
 from rayft.report.render import render
 from rayft.serving.build import preflight, run
@@ -59,7 +60,7 @@ def run_demo(config: PipelineConfig, display: Display, stay: Callable[[], None] 
     timings = {**record.timings, "total": time.monotonic() - started}
     record = record.model_copy(update={"timings": timings})
     record.save(output / "sweep.json")
-    render(record, output / "report.html", SweepAnalysis.find(output))
+    render(record, output / "report.html", SweepAnalysis.find(output), SavedEvaluations.find(output))
     return record
 
 

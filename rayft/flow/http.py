@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
+from rayft.artifacts import check_prefix
 from rayft.config import nearest
-from rayft.errors import ModelError, ResourceError
+from rayft.errors import ModelError, ResourceError, SqueezeError
+from rayft.serving.control.state import parse_model
 
-__all__ = ["api_url", "checked", "connect", "key_headers", "reason", "served_card", "served_cards"]
+__all__ = [
+    "ServedVersion",
+    "api_url",
+    "base_card",
+    "checked",
+    "connect",
+    "key_headers",
+    "reason",
+    "served_card",
+    "served_cards",
+    "served_version",
+]
 
 KEY = "RAYFT_KEY"
 """Environment variable that holds the caller's key."""
@@ -137,3 +151,69 @@ def served_card(url: str, cards: Mapping[str, Mapping[str, Any]], name: str) -> 
     if own not in cards:
         raise ModelError(f"{url} does not serve '{name}'{nearest(own, cards)}")
     return cards[own]
+
+
+def base_card(cards: Mapping[str, Mapping[str, Any]], card: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the description of the base that a model of a server has; of a base its own.
+
+    vLLM names the base of an adapter as its `parent`, and describes the context only there.
+    """
+    return cards.get(str(card.get("parent")), card)
+
+
+@dataclass(frozen=True)
+class ServedVersion:
+    """What a server answers with under a name. A server that is not rayft's says nothing of it."""
+
+    content: str = ""
+    """Content hash of the adapter, with `@r4` after it for a lower rank; empty for a base, or if unknown."""
+    parent: str = ""
+    """Content hash of the adapter that it was squeezed from; empty if none, or if unknown."""
+    base: str = ""
+    """Fingerprint of the base's weights; empty if unknown."""
+
+
+def served_version(url: str, cards: Mapping[str, Mapping[str, Any]], name: str) -> ServedVersion:
+    """Return what a server answers with under a name.
+
+    Args:
+        url: from `api_url`.
+        cards: what it serves.
+        name: the name, such as `mine`, `mine@3`, `mine@champion` or `mine@r8`.
+
+    Raises:
+        ModelError: if the server does not serve the name, version, alias or rank, or if it answers with two
+            versions under the name.
+        ResourceError: if it can't be reached, or refuses this caller.
+    """
+    card, asked = served_card(url, cards, name), parse_model(name)
+    if "version" in card:
+        card = _version(url, asked.name, asked.which, name)
+    content = str(card.get("content_hash") or "")
+    if asked.rank is not None and "rank" in card:
+        try:
+            check_prefix(asked.rank, int(card["rank"]), squeezed=bool(card.get("squeezed")))
+        except SqueezeError as error:
+            raise ModelError(f"{url} can't serve '{name}': {error}") from error
+        if asked.rank > card["rank"]:
+            raise ModelError(f"{url} can't serve '{name}': it has rank {card['rank']}")
+        content += f"@r{asked.rank}" if asked.rank < card["rank"] else ""
+    return ServedVersion(content, str(card.get("parent") or ""), str(card.get("base_fingerprint") or ""))
+
+
+def _version(url: str, own: str, which: str | None, name: str) -> Mapping[str, Any]:
+    """Return the description of a version of an adapter that a server of rayft serves."""
+    with connect(url, "--url", SECONDS_TO_ANSWER) as client:
+        answer = checked(client, "GET", f"/adapters/{own}", option="--url")
+    versions: list[Mapping[str, Any]] = answer.json()["versions"]
+    if which is None:
+        if len(versions) > 1:
+            both = " or ".join(f"{own}@{one['version']}" for one in versions)
+            raise ModelError(f"{url} has two versions under '{name}', one is a canary: name {both}")
+        return versions[0]
+    known = {key: one for one in versions for key in (str(one["version"]), *one.get("aliases", ()))}
+    if which not in known:
+        raise ModelError(
+            f"{url} does not serve '{name}'; versions and aliases of {own} are {', '.join(known)}"
+        )
+    return known[which]

@@ -14,6 +14,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.artifacts.meta import CONFIG_FILE
 from rayft.errors import ArtifactError, ConfigError, SqueezeError
 from rayft.flow.origin import find_folder, mlflow_uri
+from rayft.models.base import base_of
 from rayft.models.load import REGISTERED, ModelConfig, resolve
 from rayft.paths import checked_text, read_path
 from rayft.peft.folder import Artifact, PeftFolder, load_adapter
@@ -25,7 +26,7 @@ __all__ = [
     "Place",
     "Target",
     "at_rank",
-    "base_name",
+    "base_among",
     "find_place",
     "find_target",
     "find_targets",
@@ -73,6 +74,11 @@ class Target:
     def content(self) -> str:
         """Content hash of the adapter; empty if there is none."""
         return "" if self.adapter is None else self.adapter.content_hash
+
+    @property
+    def parent(self) -> str:
+        """Content hash of the adapter that it was squeezed from; empty if there is none."""
+        return "" if self.adapter is None else self.adapter.meta.parent
 
     @property
     def needs_base(self) -> bool:
@@ -200,10 +206,10 @@ def _check_whole(place: Place) -> None:
         raise SqueezeError(f"{place.name} is no adapter, so it has no rank; leave out @r{place.rank}")
 
 
-def base_name(targets: Sequence[Target]) -> str:
-    """Return the name of the base that the first adapter among targets names; empty if none names one."""
+def base_among(targets: Sequence[Target]) -> ModelConfig | None:
+    """Return the base that the first adapter among targets names; None if none names one."""
     adapters = (target.adapter for target in targets if target.adapter is not None)
-    return next((found for adapter in adapters if (found := adapter.meta.base_model)), "")
+    return next((found for adapter in adapters if (found := base_of(adapter))), None)
 
 
 def _ranked(place: str, adapter: Artifact, rank: int) -> Artifact:

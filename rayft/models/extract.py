@@ -101,7 +101,8 @@ def extract_full(
         inside = {f"{name}.weight" for name in pair.shapes} | heads.keys()
         lost = _lost(pair.skeleton, pair.before, pair.after, inside)
     meta = ArtifactMeta(
-        method="full", task=base.task, base_model=base.name, base_fingerprint=pair.before.fingerprint(),
+        method="full", task=base.task, base_model=base.name, base_revision=base.revision or "",
+        base_fingerprint=pair.before.fingerprint(),
         transposed=any(map(pair.turned, pair.shapes)),
     )  # fmt: skip
     return Extraction(made.artifact(meta, heads), lost, tuple(made.unchanged))
@@ -152,7 +153,8 @@ def extract_peft(
         if progress:
             progress(name, done, len(layers))
     meta = ArtifactMeta(
-        method=saved.meta.method, task=base.task, base_model=base.name, base_fingerprint=loaded.fingerprint,
+        method=saved.meta.method, task=base.task, base_model=base.name, base_revision=base.revision or "",
+        base_fingerprint=loaded.fingerprint,
         data_digest=saved.meta.data_digest, parent=saved.content_hash,
         transposed=any(is_transposed(plain[name]) for name in layers),
     )  # fmt: skip

@@ -30,7 +30,7 @@ from rayft.artifacts import (
 from rayft.artifacts import PREFIX as BASE
 from rayft.artifacts.folder import write_weights
 from rayft.artifacts.lora_settings import read_json
-from rayft.artifacts.meta import TASK_TYPES
+from rayft.artifacts.meta import TASK_TYPES, stored_revision
 from rayft.artifacts.read import FLOATS, INDICES, read_meta, read_weights
 from rayft.errors import ArtifactError, BaseMismatchError
 
@@ -65,11 +65,19 @@ class PeftFolder:
         """
         config = {**settings.to_dict(), "inference_mode": True, "base_model_name_or_path": meta.base_model}
         config["task_type"] = TASK_TYPES[meta.task]
+        if meta.base_revision:
+            config["revision"] = meta.base_revision
         adapted = (name.removeprefix(BASE) for name in tensors)
         config["modules_to_save"] = saved_whole(adapted, heads) or None
         config.pop("runtime_config", None)
         whole = {**tensors, **{BASE + name: value for name, value in heads.items()}}
         return cls(json.loads(json.dumps(config, default=_plain)), whole, meta)
+
+    @property
+    def revision(self) -> str | None:
+        """Revision of the base on the hub: that which it was trained on, or PEFT's settings name."""
+        named = self.config.get("base_model_name_or_path")
+        return stored_revision(self.meta, named, self.config.get("revision"))
 
     @property
     def parameters(self) -> int:

@@ -18,6 +18,7 @@ from rayft.errors import ReportError
 from rayft.files import write_file
 from rayft.report.analysis import chosen_words, gap_rows, predictor_rows, predictor_words
 from rayft.report.analysis_figures import analysis_figures
+from rayft.report.evaluations import SavedEvaluations, evaluation_groups
 from rayft.report.figures import sweep_figures
 from rayft.report.record import SweepRecord, TrialRecord
 from rayft.report.style import DARK, LIGHT, Drawing
@@ -46,13 +47,19 @@ OLD_HEAD = """<!doctype html>
 """
 
 
-def html(record: SweepRecord, analysis: SweepAnalysis | None = None) -> str:
+def html(
+    record: SweepRecord,
+    analysis: SweepAnalysis | None = None,
+    evaluations: SavedEvaluations | None = None,
+) -> str:
     """Return the page.
 
     Args:
         record: the sweep.
         analysis: what `rayft analyze` found of the sweep's adapters, if it was run.
+        evaluations: what `rayft eval` found of them, if it was run.
     """
+    evaluations = evaluations or SavedEvaluations()
     environment = Environment(
         loader=PackageLoader("rayft.report", "."),
         autoescape=True,
@@ -80,6 +87,8 @@ def html(record: SweepRecord, analysis: SweepAnalysis | None = None) -> str:
         sampled=_sampled(record),
         facts=_facts(record),
         epilogue=_epilogue(record),
+        evaluated=evaluation_groups(evaluations, record.data_digest),
+        unreadable=evaluations.unreadable,
         light=LIGHT,
         dark=DARK,
         **_analysis(analysis, _typical(record)),
@@ -87,9 +96,14 @@ def html(record: SweepRecord, analysis: SweepAnalysis | None = None) -> str:
     return page.rstrip() + "\n"
 
 
-def render(record: SweepRecord, path: str | Path, analysis: SweepAnalysis | None = None) -> Path:
+def render(
+    record: SweepRecord,
+    path: str | Path,
+    analysis: SweepAnalysis | None = None,
+    evaluations: SavedEvaluations | None = None,
+) -> Path:
     """Write the page to `path`; the other arguments are those of `html`."""
-    return write_file(Path(path), html(record, analysis))
+    return write_file(Path(path), html(record, analysis, evaluations))
 
 
 def check_report(record: SweepRecord, path: Path, *, overwrite: bool = False) -> None:

@@ -84,6 +84,12 @@ class ModelCard(TypedDict):
     """The base's name, or the adapter's folder."""
     base: NotRequired[str]
     """The base of an adapter; the base itself lacks this field."""
+    base_revision: NotRequired[str]
+    """Branch, tag or commit of the base on the hub, if one was set."""
+    base_fingerprint: NotRequired[str]
+    """Fingerprint of the base's weights."""
+    max_model_len: NotRequired[Count]
+    """Most tokens of a prompt and its answer together, under vLLM's name for it."""
     rank: NotRequired[Count]
     """Largest rank among the adapter's modules."""
     method: NotRequired[str]

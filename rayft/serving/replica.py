@@ -190,7 +190,10 @@ class Replica:
 
     async def models(self) -> list[ModelCard]:
         """Describe what is served."""
-        return self._catalog.cards()
+        about: Any = {"base_fingerprint": self._fingerprint, "max_model_len": self._room}
+        if self._config.model.revision is not None:
+            about["base_revision"] = self._config.model.revision
+        return [{**card, **about} for card in self._catalog.cards()]
 
     async def problems(self) -> dict[str, str]:
         """Return why versions can't be served by this replica: id → reason.

@@ -26,6 +26,7 @@ from rayft.flow.sweep.folder import STAMP_FILE
 from rayft.flow.sweep.identity import current_identity
 from rayft.flow.target import Place, at_rank, find_place, registry_uri
 from rayft.identity import UNKNOWN, Identity
+from rayft.models.base import pinned
 from rayft.registry.ref import AdapterRef
 from rayft.report.record import SweepRecord
 from rayft.sweep.space import points
@@ -174,7 +175,8 @@ def _of_adapter(place: Place, config: Path | None, out: Path, scratch: Path) -> 
         )
     run = origin.config.run(has_gpus())
     name = artifact.meta.method or "lora"
-    run = run.model_copy(update={"method": run.method.model_copy(update={"name": name})})
+    method = run.method.model_copy(update={"name": name})
+    run = run.model_copy(update={"method": method, "model": pinned(run.model, artifact)})
     identity = current_identity(run, origin.sweep)
     whole = place.rank is None
     folder = place.folder.absolute() if whole else artifact.save(scratch / "source")

@@ -26,7 +26,8 @@ from rayft.errors import (
     ResourceError,
 )
 from rayft.flow.http import api_url, key_headers, reason, served_card, served_cards
-from rayft.flow.target import Target, base_name, find_targets
+from rayft.flow.target import Target, base_among, find_targets
+from rayft.models.base import base_of, pinned
 from rayft.models.load import ModelConfig, load_encoder
 from rayft.paths import checked_text
 from rayft.peft.folder import PeftFolder
@@ -251,20 +252,20 @@ def open_local(
         scratch = Path(stack.enter_context(TemporaryDirectory()))
         targets = find_targets(names, None, registry, scratch)
         bases = _bases(targets, base)
-        for name in dict.fromkeys(bases):
-            _check(name, [target for target, own in zip(targets, bases, strict=True) if own == name])
-        engines: dict[str, Started] = {}
+        for config in dict.fromkeys(bases):
+            _check(config, [target for target, own in zip(targets, bases, strict=True) if own == config])
+        engines: dict[ModelConfig, Started] = {}
         models: list[ChatModel] = []
-        for target, name in zip(targets, bases, strict=True):
-            if name not in engines:
-                engines[name] = start_engine(_serving(name), "cpu")
-                stack.callback(engines[name].engine.stop)
-            models.append(_opened(target, engines[name]))
+        for target, config in zip(targets, bases, strict=True):
+            if config not in engines:
+                engines[config] = start_engine(ServeConfig(model=config), "cpu")
+                stack.callback(engines[config].engine.stop)
+            models.append(_opened(target, engines[config]))
         yield models
 
 
-def _bases(targets: Sequence[Target], base: str | None) -> list[str]:
-    """Return the name of the base of each target, or of the model that it is."""
+def _bases(targets: Sequence[Target], base: str | None) -> list[ModelConfig]:
+    """Return the base of each target, or the model that it is."""
     if base is not None and not any(target.needs_base for target in targets):
         raise ConfigError(
             f"--base is for adapters, and {targets[0].name} is a model of its own: leave it out"
@@ -272,31 +273,39 @@ def _bases(targets: Sequence[Target], base: str | None) -> list[str]:
     found = []
     for target in targets:
         if target.adapter is not None:
-            named = base or target.adapter.meta.base_model
-            if not named:
+            config = base_of(target.adapter, base)
+            if config is None:
                 raise ArtifactError(f"{target.name} does not say which base it is for; name it with --base")
         else:
-            others = (other.model for other in targets if other.model)
-            named = target.model or base or base_name(targets) or next(others, "")
-            if not named:
-                raise ConfigError(
-                    f"'{BASE_NAME}' is the base of the other model; name that one, or a base such as "
-                    f"{ModelConfig().name}"
-                )
-        found.append(named)
+            config = _model(target, targets, base)
+        # Whatever an adapter is for, the engine generates text.
+        found.append(config.model_copy(update={"task": "causal_lm"}))
     return found
 
 
-def _serving(base: str) -> ServeConfig:
-    return ServeConfig(model=ModelConfig(name=base))
+def _model(target: Target, targets: Sequence[Target], base: str | None) -> ModelConfig:
+    """Return the model that a target without an adapter is."""
+    if target.model:
+        return ModelConfig(name=target.model)
+    adapter = next((other.adapter for other in targets if other.adapter), None)
+    if base is not None:
+        return pinned(ModelConfig(name=base), adapter)
+    other = next((other.model for other in targets if other.model), "")
+    if (named := base_among(targets)) is None and not other:
+        raise ConfigError(
+            f"'{BASE_NAME}' is the base of the other model; name that one, or a base such as "
+            f"{ModelConfig().name}"
+        )
+    return named or ModelConfig(name=other)
 
 
-def _check(base: str, targets: Sequence[Target]) -> None:
+def _check(model: ModelConfig, targets: Sequence[Target]) -> None:
     """Check without weights that a base can be talked to, and that the adapters among targets fit it."""
-    config = _serving(base)
+    config = ServeConfig(model=model)
     if not load_encoder(config.model).chat_template:
         raise ModelError(
-            f"{base} has no chat template, so it can't be talked to; choose a model that was tuned for chat"
+            f"{model.name} has no chat template, so it can't be talked to; choose a model that was tuned for "
+            "chat"
         )
     adapters = [(target.name, target.adapter) for target in targets if target.adapter is not None]
     described = describe(config, "cpu") if adapters else None

@@ -122,7 +122,9 @@ def _read(run: RunConfig, skeleton: object, part: str, samples: int | None) -> _
 def _measured(target: Target, model: LoadedModel, read: _Read, part: str) -> TargetResult:
     parts, evaluate = read.prepared.parts, read.run.evaluate
     loss = _loss(model, read) if len(read.texts) else None
-    found = TargetResult(name=target.name, content=target.content, loss=loss)
+    found = TargetResult(
+        name=target.name, content=target.content, parent=target.parent, base=model.fingerprint, loss=loss
+    )
     if not read.asks:
         return found
     scores = score(

@@ -18,7 +18,7 @@ from rayft.errors import ConfigError, DataError, ModelError, RayftError, Resourc
 from rayft.evaluate.compare import Z
 from rayft.flow.evaluate.data import measure
 from rayft.flow.evaluate.record import Answer, Measure
-from rayft.flow.http import key_headers, served_card, served_cards
+from rayft.flow.http import base_card, key_headers, served_card, served_cards
 from rayft.models.load import (
     LoadedModel,
     ModelConfig,
@@ -301,7 +301,8 @@ def served_model(
 ) -> Any:
     """Return a model of lm-evaluation-harness that asks a server for completions and log-probabilities.
 
-    The tokenizer is that of the base, which must be on this machine. RAYFT_KEY holds the caller's key, if the
+    The tokenizer is that of the base, which must be on this machine. The context is that of the server, or of
+    the base if the server does not describe it. RAYFT_KEY holds the caller's key, if the
     server asks for one.
 
     Args:
@@ -317,11 +318,14 @@ def served_model(
         ModelError: if it does not serve the name, or the base's tokenizer is not here.
         ConfigError: if the prompts don't go with the chat template.
     """
-    card = served_card(url, served_cards(url), name)
+    cards = served_cards(url)
+    card = served_card(url, cards, name)
+    base = base_card(cards, card)
     if not names_base:
-        named = str(card.get("base") or card.get("root") or card["id"])
-        config = config.model_copy(update={"name": named})
-        if not is_here(named):
+        named = str(card.get("base") or base.get("root") or base["id"])
+        revision = config.revision or str(base.get("base_revision") or "") or None
+        config = config.model_copy(update={"name": named, "revision": revision})
+        if not is_here(named, revision):
             raise ModelError(
                 f"the base of '{name}' is {named}, which is not on this machine: name it with --base, since "
                 "its tokenizer is needed"
@@ -342,12 +346,18 @@ def served_model(
             revision=config.revision or "main",
             tokenized_requests=True,
             batch_size=batch_size,
-            max_length=context_length(config, settings, encoder),
+            max_length=_served_context(base) or context_length(config, settings, encoder),
             # In a process, the tokenizer decides.
             add_bos_token=prompts.adds_bos(encoder),
             header={"Content-Type": "application/json", **key_headers()},
             trust_remote_code=False,
         )
+
+
+def _served_context(card: Mapping[str, Any]) -> int | None:
+    """Return the most tokens that a server takes for a model; None if it does not say so."""
+    found = card.get("max_model_len")
+    return found if type(found) is int and found > 1 else None
 
 
 @contextmanager

@@ -57,7 +57,12 @@ class TargetResult(Record):
 
     name: str
     content: str = ""
-    """Content hash of the adapter; empty for a model, or for a name at a server."""
+    """Content hash of the adapter; empty for a model, or if a server does not say it. A server's adapter at a
+    lower rank has that of the whole adapter, and the rank, such as `@r4`."""
+    parent: str = ""
+    """Content hash of the adapter that it was squeezed from; empty if none, or if unknown."""
+    base: str = ""
+    """Fingerprint of the weights of the base, or of the model; empty if a server does not say it."""
     measures: tuple[Measure, ...] = ()
     loss: float | None = None
     """Mean negative log-likelihood of the right answers' tokens (nats); None on tasks."""

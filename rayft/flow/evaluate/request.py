@@ -12,7 +12,8 @@ from rayft.config import Section, leaves, parse
 from rayft.errors import ConfigError
 from rayft.flow.config import TrainConfig, load_train_config
 from rayft.flow.sweep.folder import STAMP_FILE, sweep_above
-from rayft.flow.target import Target, base_name, split_rank
+from rayft.flow.target import Target, base_among, split_rank
+from rayft.models.base import base_of, pinned
 from rayft.models.load import ModelConfig
 from rayft.paths import checked_text
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
@@ -23,9 +24,11 @@ __all__ = [
     "Known",
     "TaskSettings",
     "check_request",
+    "chosen",
     "known",
     "models_of",
     "scored_settings",
+    "sweeps_of",
 ]
 
 _HERE = ("model", "scale.device", "scale.dtype", "scale.threads", "evaluate.batch_size")
@@ -179,7 +182,7 @@ def known(request: EvaluateRequest) -> Known:
         ConfigError: if it is wrong, or no configuration names the data that is needed.
         TrackingError: if the URI of MLflow is wrong.
     """
-    sweep = None if request.config is not None or request.url is not None else _sweep_of(request)
+    sweep = next(iter(sweeps_of(request)), None) if request.config is None else None
     settings = _settings(request, sweep)
     if request.base is not None:
         settings = settings.model_copy(update={"model": _rebased(settings.model, request)})
@@ -214,23 +217,22 @@ def models_of(targets: Sequence[Target], request: EvaluateRequest, about: Known)
         raise ConfigError(f"{named} is for adapters, and {own[0]} is a model of its own: leave it out")
     found = []
     for target in targets:
-        name = target.model or (config.name if about.names_base else _named_by(target, targets))
+        stored = base_of(target.adapter) if target.adapter else base_among(targets)
+        name = target.model or (config.name if about.names_base else stored.name if stored else "")
         if not name:
             raise ConfigError(f"{target.name} names no base: name it with --base")
         # A revision is that of the base that it stands beside, or of the only models that there are.
         kept = name == config.name or not about.names_base or (alone and request.sets("model.revision"))
         revision = config.revision if kept else None
-        found.append(config.model_copy(update={"name": name, "revision": revision}))
+        base = config.model_copy(update={"name": name, "revision": revision})
+        adapter = target.adapter or next((one.adapter for one in targets if one.adapter), None)
+        found.append(base if target.model else pinned(base, adapter))
     return found
 
 
 def _named_base(request: EvaluateRequest) -> bool:
     """Return whether the user has named the base by an option."""
     return request.base is not None or request.sets("model.name")
-
-
-def _named_by(target: Target, targets: Sequence[Target]) -> str:
-    return target.adapter.meta.base_model if target.adapter else base_name(targets)
 
 
 def scored_settings(request: EvaluateRequest, about: Known) -> Iterator[tuple[str, str]]:
@@ -257,10 +259,25 @@ def _rebased(model: ModelConfig, request: EvaluateRequest) -> ModelConfig:
     return model.model_copy(update={"name": request.base, "revision": revision})
 
 
-def _sweep_of(request: EvaluateRequest) -> Path | None:
-    """Return the folder of the sweep that a target lies in."""
+def sweeps_of(request: EvaluateRequest) -> list[Path]:
+    """Return the folders of the sweeps that targets lie in; names at a server lie in none."""
+    if request.url is not None:
+        return []
     folders = [Path(split_rank(text)[0]).expanduser() for text in request.targets]
-    return next((found for folder in folders if folder.is_dir() and (found := sweep_above(folder))), None)
+    found = [above for folder in folders if folder.is_dir() and (above := sweep_above(folder))]
+    return [*dict.fromkeys(found)]
+
+
+def chosen(request: EvaluateRequest) -> dict[str, str]:
+    """Return the options that decide the scores, besides targets, base and tasks, as a user gave them."""
+    options = {
+        "config": request.config if isinstance(request.config, str | Path) else None,
+        "first questions": request.samples,
+        "settings": " ".join(request.overrides),
+        "chat template": "in one turn" if request.one_turn else "used" if request.chat_template else None,
+        "system message": request.system,
+    }
+    return {name: str(value) for name, value in options.items() if value}
 
 
 def _settings(request: EvaluateRequest, sweep: Path | None) -> TrainConfig | TaskSettings:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rayft.flow.config import TrainConfig
 from rayft.flow.evaluate.data import OnData
+from rayft.flow.evaluate.keep import keep, trained_in
 from rayft.flow.evaluate.record import Evaluation, check_replaceable, differences
 from rayft.flow.evaluate.request import (
     EvaluateRequest,
     Known,
     check_request,
+    chosen,
     known,
     models_of,
     scored_settings,
+    sweeps_of,
 )
 from rayft.flow.evaluate.tasks import Checked, InProcess, OnServer
-from rayft.flow.evaluate.tracking import track_evaluation
+from rayft.flow.evaluate.tracking import evaluation_key, track_evaluation
+from rayft.flow.sweep.folder import is_sweep
 from rayft.flow.target import Target, find_targets
 from rayft.paths import check_file
 from rayft.tracking.base import TrackerSpec
@@ -53,10 +57,15 @@ def evaluate(request: EvaluateRequest, say: Callable[[str], None] = lambda _: No
     found = found.model_copy(update={"differences": differences(found.targets)})
     if request.out is not None:
         found.write(request.out)
+    settings = dict(scored_settings(request, about))
+    key = evaluation_key(found, settings)
+    runs: list[str] = []
     if spec is not None:
-        _track(spec, request, about, found, targets)
+        runs = _track(spec, request, found, key, settings)
     else:
         say("not tracked: name an MLflow server with --uri or MLFLOW_TRACKING_URI")
+    for sweep in sweeps_of(request) or _sweep_that_trained(about, runs):
+        keep(found, key, chosen(request), sweep, say)
     return found
 
 
@@ -78,11 +87,22 @@ def _checked(
 
 
 def _track(
-    spec: TrackerSpec, request: EvaluateRequest, about: Known, found: Evaluation, targets: list[Target]
-) -> None:
-    adapter = targets[0].adapter if targets else None
-    hashes = [one for one in (adapter.content_hash, adapter.meta.parent) if one] if adapter else []
-    parent = find_adapter(spec, hashes) or None
+    spec: TrackerSpec, request: EvaluateRequest, found: Evaluation, key: str, settings: dict[str, str]
+) -> list[str]:
+    """Track an evaluation, and return the runs that made the first target: the nearest first."""
+    first = found.targets[0]
+    # Of a server's adapter at a lower rank, the whole one was trained.
+    hashes = [one for one in (first.content.partition("@")[0], first.parent) if one]
+    runs = [run for one in hashes if (run := find_adapter(spec, [one]))]
     with MlflowTracker(spec) as tracker:
-        track_evaluation(tracker, found, dict(scored_settings(request, about)), parent, request.out)
+        track_evaluation(tracker, found, key, settings, next(iter(runs), None), request.out)
     flush_spool(spec)
+    return runs
+
+
+def _sweep_that_trained(about: Known, runs: Sequence[str]) -> list[Path]:
+    """Return the sweep of the configuration if it has one of the runs among its trials."""
+    if not isinstance(about.settings, TrainConfig):
+        return []
+    folder = about.settings.folder.resolve()
+    return [folder] if is_sweep(folder) and trained_in(folder, runs) else []

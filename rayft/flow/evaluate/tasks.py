@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from rayft.errors import ConfigError
+from rayft.errors import ConfigError, ResourceError
 from rayft.flow.evaluate.base import check_model, device_of, loaded, put_on, together
 from rayft.flow.evaluate.harness import Harness, Prompts, check_harness, process_model, served_model
 from rayft.flow.evaluate.record import Evaluation, TargetResult
 from rayft.flow.evaluate.request import EvaluateRequest, Known
-from rayft.flow.http import api_url
+from rayft.flow.http import ServedVersion, api_url, served_cards, served_version
 from rayft.flow.target import Target
 from rayft.models.load import ModelConfig, load_encoder
 
@@ -78,7 +78,12 @@ class InProcess:
                     asked = process_model(model, self._evaluate.batch_size)
                     measures, answers = self._harness.run(asked, self._samples)
                     found[number] = TargetResult(
-                        name=target.name, content=target.content, measures=measures, answers=answers
+                        name=target.name,
+                        content=target.content,
+                        parent=target.parent,
+                        base=model.fingerprint,
+                        measures=measures,
+                        answers=answers,
                     )
                     del asked
         return Evaluation(base=self._base, targets=tuple(found[number] for number in sorted(found)))
@@ -101,6 +106,7 @@ class OnServer:
         check_harness(request.include)
         self._url, self._names, self._samples = api_url(request.url), request.targets, request.samples
         evaluate, prompts = about.settings.evaluate, _prompts(request)
+        self._versions = self._asked()
         self._served = [
             served_model(
                 self._url,
@@ -115,9 +121,30 @@ class OnServer:
         self._harness = Harness(request.tasks, request.include, prompts)
 
     def run(self) -> Evaluation:
-        """Run the tasks on one name after the other."""
+        """Run the tasks on one name after the other.
+
+        Raises:
+            ResourceError: if the server fails, or has replaced what it serves under a name meanwhile.
+        """
         results = []
-        for name, model in zip(self._names, self._served, strict=True):
+        for name, model, version in zip(self._names, self._served, self._versions, strict=True):
             measures, answers = self._harness.run(model, self._samples)
-            results.append(TargetResult(name=name, measures=measures, answers=answers))
+            results.append(
+                TargetResult(
+                    name=name,
+                    content=version.content,
+                    parent=version.parent,
+                    base=version.base,
+                    measures=measures,
+                    answers=answers,
+                )
+            )
+        for name, before, after in zip(self._names, self._versions, self._asked(), strict=True):
+            if before != after:
+                raise ResourceError(f"{self._url} has replaced what it serves as '{name}': evaluate again")
         return Evaluation(base=self._url, targets=tuple(results))
+
+    def _asked(self) -> list[ServedVersion]:
+        """Ask the server what it answers with under the names."""
+        cards = served_cards(self._url)
+        return [served_version(self._url, cards, name) for name in self._names]

@@ -159,7 +159,11 @@ def _prepare(
         check_gguf(artifact, found.skeleton)
     named = base_name or base or artifact.meta.base_model
     plain = uniform(artifact)
-    plain = replace(plain, meta=plain.meta.model_copy(update={"base_model": named, "made": "export"}))
+    described = {"base_model": named, "made": "export"}
+    if named != artifact.meta.base_model:
+        # The revision is not one of another base.
+        described["base_revision"] = ""
+    plain = replace(plain, meta=plain.meta.model_copy(update=described))
     scored, merging = places.card is not None, places.merged is not None
     maker, text = find_maker(source, sweep, scored=scored, merging=merging), ""
     if scored:

@@ -10,6 +10,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, BaseMismatchError, ModelError
 from rayft.flow.squeeze.dense import dense_source
 from rayft.flow.target import Place, at_rank
+from rayft.models.base import base_of
 from rayft.models.fingerprint import places, source_fingerprint
 from rayft.models.inject import check_fits
 from rayft.models.load import (
@@ -82,9 +83,10 @@ def find_base(artifact: AdapterArtifact, name: str | None) -> Base:
         ModelError: if it can't be found, or is stored quantised.
         BaseMismatchError: if the adapter is for another base.
     """
-    if not (name or artifact.meta.base_model):
+    config = base_of(artifact, name)
+    if config is None:
         raise ArtifactError("the adapter names no base; name it with --base")
-    return _checked(artifact, _config(artifact, name))
+    return _checked(artifact, config)
 
 
 def known_base(artifact: AdapterArtifact, name: str | None) -> Base | None:
@@ -95,7 +97,7 @@ def known_base(artifact: AdapterArtifact, name: str | None) -> Base | None:
         BaseMismatchError: if the adapter is for another base.
     """
     for candidate in (name, artifact.meta.base_model):
-        config = _config(artifact, candidate) if candidate else None
+        config = base_of(artifact, candidate) if candidate else None
         if config is None or not _is_here(config):
             if candidate == name and config is not None:
                 # Refuses a name that no model can have, such as the path of a folder that is not there.
@@ -129,13 +131,6 @@ def _is_here(config: ModelConfig) -> bool:
     path = Path(config.name).expanduser()
     converted = config.name in REGISTERED or (path.suffix == ".gguf" and path.is_file())
     return converted or is_here(config.name, config.revision)
-
-
-def _config(artifact: AdapterArtifact, name: str | None) -> ModelConfig:
-    """Return the configuration of a base. The revision that the adapter names is of the base it names."""
-    own = artifact.meta.base_model
-    revision = artifact.revision if (name or own) == own else None
-    return ModelConfig(name=name or own, task=artifact.meta.task, revision=revision)
 
 
 def _base(artifact: AdapterArtifact, config: ModelConfig) -> Base:

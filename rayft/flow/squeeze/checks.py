@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rayft.artifacts import check_replaceable, contains
 from rayft.errors import ArtifactError, ModelError, SqueezeError
+from rayft.models.base import base_of, pinned
 from rayft.models.fingerprint import source_fingerprint
-from rayft.models.load import ModelConfig, is_here, load_skeleton, resolve, whole_skeleton
+from rayft.models.load import is_here, load_skeleton, resolve, whole_skeleton
 from rayft.models.targets import linear_shapes
 from rayft.peft.folder import Artifact
 from rayft.train.run import RunConfig
@@ -71,21 +72,22 @@ def check_base(artifact: Artifact, base: str | None, run: RunConfig | None) -> s
         BaseMismatchError: naming what differs.
         ModelError: if a base that was given can't be found.
     """
-    model = ModelConfig(name=base, task=artifact.meta.task) if base else run.model if run else None
+    model = base_of(artifact, base) if base else pinned(run.model, artifact) if run else None
     if model is not None:
         skeleton = load_skeleton(model)
         known = source_fingerprint(skeleton, resolve(model), model.revision)
         artifact.check_base(known or "", linear_shapes(skeleton))
         return ""
-    named = artifact.meta.base_model
-    if not named:
+    model = base_of(artifact)
+    if model is None:
         return "the adapter names no base, so its module names were not checked; give one with --base"
     try:
-        model = ModelConfig(name=named, task=artifact.meta.task)
-        skeleton = whole_skeleton(model) if is_here(named) else None
+        skeleton = whole_skeleton(model) if is_here(model.name, model.revision) else None
     except ModelError:
         skeleton = None
     if skeleton is None:
-        return f"its base {named} is not here, so its module names were not checked; give one with --base"
+        return (
+            f"its base {model.name} is not here, so its module names were not checked; give one with --base"
+        )
     artifact.check_base("", linear_shapes(skeleton))
     return ""

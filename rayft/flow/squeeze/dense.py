@@ -10,11 +10,14 @@ from pathlib import Path
 
 from rayft.artifacts import CONFIG_FILE
 from rayft.artifacts.lora_settings import read_json
+from rayft.artifacts.read import read_meta
 from rayft.errors import SqueezeError
 from rayft.flow.squeeze.make import Target
+from rayft.models.base import base_of, pinned
 from rayft.models.extract import Extraction, extract_full, extract_peft
 from rayft.models.load import ModelConfig, load_skeleton
 from rayft.models.targets import linear_shapes
+from rayft.peft.folder import PeftFolder
 from rayft.squeeze.rank import Progress
 
 __all__ = ["Dense", "dense_source", "extract", "files_digest", "lost_text"]
@@ -32,8 +35,8 @@ class Dense:
     folder: Path
     whole: bool
     """Whether it is a whole model; otherwise it is an adapter."""
-    named: str
-    """The base that it names; empty if it names none."""
+    adapter: PeftFolder | None = None
+    """The adapter without its tensors; None for a whole model."""
 
 
 def dense_source(folder: Path) -> Dense | None:
@@ -48,8 +51,8 @@ def dense_source(folder: Path) -> Dense | None:
         config = read_json(folder)
         if config["peft_type"].upper() == "LORA":
             return None
-        return Dense(folder, whole=False, named=str(config.get("base_model_name_or_path") or ""))
-    return Dense(folder, whole=True, named="") if (folder / "config.json").is_file() else None
+        return Dense(folder, whole=False, adapter=PeftFolder(config, {}, read_meta(folder, config)))
+    return Dense(folder, whole=True) if (folder / "config.json").is_file() else None
 
 
 def extract(
@@ -68,7 +71,8 @@ def extract(
         SqueezeError: if the base is not known, or if there are ranks and energies among the targets.
         RayftError: as `extract_full` and `extract_peft`.
     """
-    model = base or (ModelConfig(name=source.named) if source.named else None)
+    named = base_of(source.adapter) if source.adapter is not None else None
+    model = pinned(base, source.adapter) if base is not None else named
     if model is None:
         raise SqueezeError(
             f"{source.folder} is a whole model, whose update is its difference from its base: name the base "

@@ -33,6 +33,7 @@ from rayft.flow.squeeze.tracking import track_squeezed
 from rayft.flow.sweep.identity import current_identity, recorded_sweep
 from rayft.flow.target import at_rank
 from rayft.identity import UNKNOWN
+from rayft.models.base import pinned
 from rayft.models.load import ModelConfig
 from rayft.registry.ref import AdapterRef
 from rayft.report.text import human_bytes, human_count, score_text
@@ -90,7 +91,7 @@ def _squeeze_held(request: SqueezeRequest, console: Console) -> Squeezes:
         return _squeeze_dense(request, dense, console)
     artifact = at_rank(request.place)
     origin = _origin(request, artifact)
-    run = _run(request, origin)
+    run = _run(request, origin, artifact)
     unchecked = check_base(artifact, request.base, run)
     wanted = wanted_targets(request, artifact.rank)
     measured = run is not None and (request.keep_score is not None or request.cont is not None)
@@ -163,7 +164,7 @@ def _origin(request: SqueezeRequest, artifact: AdapterArtifact) -> Origin:
     return replace(origin, name=name if place.rank is None else f"{name}@r{place.rank}")
 
 
-def _run(request: SqueezeRequest, origin: Origin) -> RunConfig | None:
+def _run(request: SqueezeRequest, origin: Origin, artifact: AdapterArtifact) -> RunConfig | None:
     """Return a run with the base, the data and the source's learning rate; None if they are unknown."""
     if origin.config is None:
         if request.keep_score is not None or request.cont is not None:
@@ -176,7 +177,8 @@ def _run(request: SqueezeRequest, origin: Origin) -> RunConfig | None:
         raise SqueezeError(f"{origin.note}. Give the learning rate of further training with --lr")
     join()
     run = origin.config.run(has_gpus())
-    return run.model_copy(update={"optim": run.optim.model_copy(update={"lr": origin.lr or run.optim.lr})})
+    optim = run.optim.model_copy(update={"lr": origin.lr or run.optim.lr})
+    return run.model_copy(update={"optim": optim, "model": pinned(run.model, artifact)})
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from rayft.flow.hold import LOCK_FILE
 from rayft.flow.sweep.identity import IDENTITY_FILE, write_identity
 from rayft.identity import Identity
 from rayft.paths import PathText, reason
+from rayft.report.evaluations import FOLDER as EVALUATIONS
 from rayft.report.record import SweepRecord
 from rayft.sweep.decisions import EVENTS_FILE
 from rayft.sweep.result import RESULT_FILE, damage, discard, trial_folder
@@ -52,7 +53,8 @@ __all__ = [
 RECORD_FILE = "sweep.json"
 WRITTEN = (
     STAMP_FILE, IDENTITY_FILE, EVENTS_FILE, "adapter", "analysed", "analysis.json", "deploy.yaml",
-    "plots", "ray", "report.html", "scores", "serve.yaml", "squeezed", RECORD_FILE, "trials", "winner",
+    EVALUATIONS, "plots", "ray", "report.html", "scores", "serve.yaml", "squeezed", RECORD_FILE, "trials",
+    "winner",
 )  # fmt: skip
 """Names of all that a sweep writes into its folder, besides the files of the tracker."""
 _NAMES = "|".join(map(re.escape, WRITTEN))

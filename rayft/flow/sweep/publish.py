@@ -35,6 +35,7 @@ from rayft.paths import runs_folder
 from rayft.registry.promote import promote
 from rayft.registry.ref import BASE_SCORE_TAG, SCORE_TAG
 from rayft.registry.store import MlflowRegistry
+from rayft.report.evaluations import SavedEvaluations
 from rayft.report.record import SweepRecord
 from rayft.report.render import render
 from rayft.serving.deployment import deployment
@@ -169,7 +170,7 @@ class Publisher:
             # It is damaged, as the checks of the sweep have reported.
             analysis = None
         with self._late("the report was not drawn"):
-            render(record, output / "report.html", analysis)
+            render(record, output / "report.html", analysis, SavedEvaluations.find(output))
 
     def _updated(self, record: SweepRecord) -> SweepRecord:
         """Return the record with the ids of the runs that MLflow has by now; save it if it has changed."""

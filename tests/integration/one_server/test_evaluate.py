@@ -7,14 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
 
+from rayft.artifacts import AdapterArtifact
 from rayft.errors import ModelError, ResourceError
+from rayft.flow.evaluate.harness import Harness
 from rayft.flow.evaluate.record import Evaluation
 from rayft.flow.evaluate.request import EvaluateRequest
 from rayft.flow.evaluate.run import evaluate
 from rayft.numerics import assert_close
+from rayft.tracking import TrackerSpec
 from tests.integration.one_server.server import Server
 from tests.integration.serving import HEADERS
+from tests.unit.flow.evaluate.likelihoods import READ, assert_same, record, with_peft
 from tests.unit.flow.evaluate.tasks import TASKS, save_tasks
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -51,6 +57,16 @@ def test_the_server_and_peft_give_the_same_scores(restored: Server, include: Pat
     assert len(set(bits)) == 3
 
 
+def test_the_log_likelihoods_are_those_of_the_harness_with_peft(
+    restored: Server, include: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = record(monkeypatch)
+    served = run(include, "large", "base", url=restored.url, tasks=READ).targets[0]
+    theirs = with_peft(include, tiny_folder, restored.adapters["large"], torch.float32)
+    adapter, base, peft = read
+    assert_same((adapter, served.measures), (peft, theirs), base, torch.float32)
+
+
 def test_the_chat_template_is_the_same_on_both_ways(
     restored: Server, include: Path, tiny_folder: Path
 ) -> None:
@@ -65,6 +81,58 @@ def test_the_chat_template_is_the_same_on_both_ways(
     assert served.answers[0].question.startswith("<|im_start|>system\nBe kind")
     plain = run(include, "large", url=f"{restored.url}/v1", tasks=("local_one", "local_gen")).targets[0]
     assert plain.answers != served.answers
+
+
+def test_an_adapter_replaced_under_its_name_is_another_evaluation(
+    restored: Server, include: Path, spec: TrackerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, url = MlflowClient(spec.uri), restored.url
+
+    def evaluated(*targets: str) -> Evaluation:
+        return run(include, *targets, url=url, tasks=("local_choice",), uri=spec.uri)
+
+    def runs() -> list[Run]:
+        return list(client.search_runs([spec.experiment_id]))
+
+    def hashes() -> set[str]:
+        return {one.data.params["target_hash"] for one in runs()}
+
+    def load(source: str, weight: float = 1.0) -> None:
+        body = {"name": "still", "source": source, "weight": weight}
+        assert restored.call("POST", "/v1/adapters", json=body).is_success
+
+    first = evaluated("still").targets[0]
+    assert evaluated("still").targets[0] == first
+    assert evaluated("still@1").targets[0].content == first.content
+    assert first.content == AdapterArtifact.load(restored.adapters["still"]).content_hash
+    assert first.base == restored.base.fingerprint
+    assert len(runs()) == 2
+    load(restored.adapters["squeezed"], 0.5)
+    with pytest.raises(ModelError, match=r"two versions under 'still', .*: name still@1 or still@2"):
+        evaluated("still")
+    load(restored.adapters["large"])
+    assert evaluated("still").targets[0].content != first.content
+    assert len(runs()) == 3
+    assert len(hashes()) == 2
+    low, whole = evaluated("squeezed@r2", "squeezed").targets
+    assert low.content == f"{whole.content}@r2"
+    for name, problem in (
+        ("squeezed@r7", "has rank 6"),
+        ("large@r2", "never squeezed"),
+        ("large@champion", "aliases of large are 1"),
+    ):
+        with pytest.raises(ModelError, match=problem):
+            evaluated(name)
+    swap = Harness.run
+
+    def swapped(*arguments: Any) -> Any:
+        load(restored.adapters["middle"])
+        return swap(*arguments)
+
+    monkeypatch.setattr(Harness, "run", swapped)
+    with pytest.raises(ResourceError, match="has replaced what it serves as 'still': evaluate again"):
+        evaluated("still")
+    assert len(runs()) == 4
 
 
 def test_a_server_that_does_not_serve_the_target_is_an_error(

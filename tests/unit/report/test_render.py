@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rayft.report import MethodScore, Score, SweepRecord
+from rayft.report.evaluations import EvaluatedScore, SavedEvaluation, SavedEvaluations
 from rayft.report.render import html, render
 from tests.unit.report.example import example
 
@@ -167,6 +168,23 @@ def test_what_did_not_happen_is_left_out(parts: dict[str, Any], figures: list[st
     assert re.findall(r'<figure class="([^"]*)">', page.html) == figures
     assert page.open == []
     assert ("Figures" in page.text) == bool(figures)
+
+
+@pytest.mark.usefixtures("bare")
+def test_evaluations_are_shown_and_their_texts_are_escaped(page: Page) -> None:
+    evil = "<b>mine</b>"
+    row = EvaluatedScore(
+        target=evil, task="arc_easy", metric="acc", score=Score(value=0.5, low=0.4, high=0.6, n=9)
+    )
+    one = SavedEvaluation(date="2026-11-29T10:11:12", base=evil, how={evil: evil}, scores=(row,))
+    shown = Page(html(example(), None, SavedEvaluations((one,), (evil,))))
+    assert shown.open == []
+    assert shown.outside == []
+    assert "b" not in shown.tags
+    assert "evaluations" in shown.ids
+    assert "arc_easy, acc0.50 [0.40, 0.60]9" in shown.text
+    assert f"another version: {evil}" in shown.text
+    assert "Evaluations" not in page.text
 
 
 @pytest.mark.usefixtures("bare")

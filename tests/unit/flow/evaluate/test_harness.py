@@ -29,6 +29,7 @@ from rayft.models.inject import attach
 from rayft.models.load import ModelConfig, load_model
 from rayft.numerics import assert_close
 from tests.unit.flow.evaluate.conftest import Here
+from tests.unit.flow.evaluate.likelihoods import READ, assert_same, record, with_peft
 from tests.unit.flow.evaluate.tasks import GROUP, TASKS, save_tasks
 
 FLOAT32 = ("scale.dtype=float32", "scale.device=cpu", "scale.threads=1")
@@ -87,6 +88,20 @@ def test_tasks_are_run_on_an_adapter_at_a_rank_and_compared_with_the_base(here: 
     saved = Evaluation.model_validate_json((here.folder / "a.json").read_bytes())
     assert saved.targets[0].measures[0] == both.targets[0].measures[0]
     assert math.isnan(saved.targets[0].measures[1].score.low)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_log_likelihoods_are_those_of_the_harness_with_peft(
+    here: Here, include: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    folder = here.save("one", here.adapter("one"))
+    read = record(monkeypatch)
+    settings = (*FLOAT32[1:], f"scale.dtype={dtype}")
+    own = evaluate(ask(folder, "base", include=include, tasks=READ, overrides=settings)).targets[0]
+    theirs = with_peft(include, here.model, folder, getattr(torch, dtype))
+    adapter, base, peft = read
+    assert len(adapter) == 4 * 9
+    assert_same((adapter, own.measures), (peft, theirs), base, getattr(torch, dtype))
 
 
 def test_mistakes_are_found_before_a_model_is_loaded(
@@ -271,6 +286,48 @@ def test_a_server_is_asked_with_the_first_token_that_a_tokenizer_writes(
         tokens = served.tok_encode(text)
         assert tokens == here_asked.tok_encode(text)
         assert (tokens[0], tokens[1] == first) == (first, False)
+
+
+@pytest.mark.parametrize(
+    ("cards", "context"),
+    [
+        ([{"id": "one"}], 1024),
+        ([{"id": "one", "max_model_len": None}], 1024),
+        ([{"id": "one", "max_model_len": 64}], 64),
+        # As vLLM describes an adapter.
+        (
+            [{"id": "b", "root": "{model}", "max_model_len": 80}, {"id": "one", "root": "x", "parent": "b"}],
+            80,
+        ),
+    ],
+)
+def test_a_server_is_asked_no_more_than_its_context(
+    here: Here, monkeypatch: pytest.MonkeyPatch, cards: list[dict[str, Any]], context: int
+) -> None:
+    for card in cards:
+        card["root"] = card.get("root", "{model}").replace("{model}", str(here.model))
+    monkeypatch.setattr(
+        "rayft.flow.evaluate.harness.served_cards", lambda _: {card["id"]: card for card in cards}
+    )
+    served = served_model(
+        "http://127.0.0.1:9/v1", "one", ModelConfig(), names_base=False, prompts=Prompts(), batch_size=1
+    )
+    # lm_eval keeps one token for the answer.
+    assert served.max_length == context - 1
+
+
+def test_a_server_says_the_revision_of_its_base(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = here.hub(monkeypatch)
+    (here.folder / "hub" / "models--org--model" / "refs" / "main").unlink()
+    card = {"id": "one", "base": hub, "base_revision": "old"}
+    monkeypatch.setattr("rayft.flow.evaluate.harness.served_cards", lambda _: {"one": card})
+    ask = partial(
+        served_model, "http://127.0.0.1:9/v1", "one", names_base=False, prompts=Prompts(), batch_size=1
+    )
+    assert ask(ModelConfig()).tok_encode("a") == AutoTokenizer.from_pretrained(here.model)("a").input_ids
+    card["base_revision"] = "new"
+    with pytest.raises(RayftError, match="the base of 'one' is org/model, which is not on this machine"):
+        ask(ModelConfig())
 
 
 def test_a_missing_lm_eval_is_an_error_that_says_what_to_install(

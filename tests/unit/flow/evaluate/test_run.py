@@ -20,10 +20,11 @@ from rayft.errors import RayftError
 from rayft.evaluate.compare import interval, paired
 from rayft.evaluate.tasks import score
 from rayft.flow.config import load_config, load_train_config
-from rayft.flow.evaluate.record import Evaluation
+from rayft.flow.evaluate.record import Evaluation, TargetResult
 from rayft.flow.evaluate.request import EvaluateRequest
 from rayft.flow.evaluate.run import evaluate
 from rayft.flow.evaluate.show import show_scores
+from rayft.flow.evaluate.tracking import evaluation_key, track_evaluation
 from rayft.identity import Identity
 from rayft.models.inject import attach
 from rayft.models.tiny import save_tiny_llama
@@ -166,6 +167,24 @@ def test_an_evaluation_has_a_run_of_its_own(here: Here, spec: TrackerSpec) -> No
     Path("own.py").write_text(Path("own.py").read_text() + "\n")
     evaluate(request)
     assert len(client.search_runs([spec.experiment_id])) == 3
+
+
+def test_other_weights_under_the_same_name_have_another_run(spec: TrackerSpec) -> None:
+    def runs(*targets: TargetResult) -> int:
+        with MlflowTracker(spec) as tracker:
+            found = [
+                track_evaluation(tracker, one, evaluation_key(one, {}), {}, None, None)
+                for one in (Evaluation(base="http://there/v1", targets=(target,)) for target in targets)
+            ]
+        return len(set(found))
+
+    one = TargetResult(name="one", content="a" * 16, base="b" * 16)
+    assert runs(one, one) == 1
+    assert runs(one, one.model_copy(update={"content": "c" * 16})) == 2
+    assert runs(one, one.model_copy(update={"base": "c" * 16})) == 2
+    # Of a server that does not say what it serves.
+    unknown = TargetResult(name="one")
+    assert runs(unknown, unknown) == 2
 
 
 def test_a_registered_adapter_is_fetched(here: Here, spec: TrackerSpec) -> None:
