@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -31,10 +32,10 @@ from rayft.flow.display import Display
 from rayft.flow.evaluate.record import Evaluation
 from rayft.flow.evaluate.request import EvaluateRequest
 from rayft.flow.evaluate.run import evaluate as evaluate_targets
-from rayft.flow.export.run import Exported
-from rayft.flow.export.run import export_adapter as export
+from rayft.flow.export.run import Exported, export_adapter
 from rayft.flow.init import find_data, write_configuration
 from rayft.flow.options import check_overrides
+from rayft.flow.quiet import known_lines_hidden
 from rayft.flow.scoring import Measured
 from rayft.flow.settings import Settings, schema, settings
 from rayft.flow.squeeze.request import squeeze_request
@@ -44,6 +45,7 @@ from rayft.flow.sweep.run import run_sweep
 from rayft.flow.target import Place, at_rank, find_place, registry_uri
 from rayft.flow.train import start_folder, train_run
 from rayft.models.base import base_of
+from rayft.models.files import quiet as without_bars
 from rayft.models.load import resolve
 from rayft.paths import read_path
 from rayft.report.record import Score, SweepRecord
@@ -75,6 +77,8 @@ __all__ = [
 ]
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+
+export = known_lines_hidden()(export_adapter)
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,7 @@ class Adapter:
         """
         return self.artifact.save(read_path(Path(folder), "folder"))
 
+    @known_lines_hidden()
     def peft_model(self, model: PreTrainedModel | None = None) -> PeftModel:
         """Return PEFT's model: a base with this adapter.
 
@@ -203,15 +208,17 @@ class Adapter:
 
         from rayft.models.targets import linear_shapes
 
-        if model is None:
-            base = base_of(self.artifact)
-            if base is None or base.task != "causal_lm":
-                raise ModelError("the adapter names no language model as its base: pass the base as `model`")
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                resolve(base), revision=base.revision or "main", dtype=torch.float32
-            )
-        self.artifact.check_base("", linear_shapes(model))
-        with tempfile.TemporaryDirectory() as folder:
+        base = base_of(self.artifact) if model is None else None
+        if model is None and (base is None or base.task != "causal_lm"):
+            raise ModelError("the adapter names no language model as its base: pass the base as `model`")
+        with without_bars(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+            # PEFT asks a model of transformers for it.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            if base is not None:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    resolve(base), revision=base.revision or "main", dtype=torch.float32
+                )
+            self.artifact.check_base("", linear_shapes(model))
             self.artifact.save(Path(folder) / "adapter")
             return PeftModel.from_pretrained(model, Path(folder) / "adapter").eval()
 
@@ -220,6 +227,7 @@ Config = str | PathLike[str] | Mapping[str, Any] | TrainConfig
 """A file or the name of a packaged configuration, its content as a mapping, or a configuration object."""
 
 
+@known_lines_hidden()
 def init(
     data: str | PathLike[str] | None = None,
     *,
@@ -260,6 +268,7 @@ def config(config: Config = "demo", *, overrides: Sequence[str] = ()) -> Setting
     return settings(config, overrides)
 
 
+@known_lines_hidden()
 def train(
     config: Config,
     *,
@@ -288,6 +297,7 @@ def train(
     )
 
 
+@known_lines_hidden()
 def sweep(config: Config, *, overrides: Sequence[str] = (), quiet: bool = False) -> Sweep:
     """Run a sweep, or continue it, as `rayft sweep` does: search, score, squeeze, register and report.
 
@@ -308,6 +318,7 @@ def sweep(config: Config, *, overrides: Sequence[str] = (), quiet: bool = False)
     return _sweep(record, settings.folder)
 
 
+@known_lines_hidden()
 def squeeze(
     path: str | PathLike[str],
     ranks: Sequence[int] = (),
@@ -375,6 +386,7 @@ def squeeze(
     )
 
 
+@known_lines_hidden()
 def evaluate(
     target: str | PathLike[str],
     against: str | PathLike[str] | None = None,
@@ -443,6 +455,7 @@ def evaluate(
     return evaluate_targets(request, _display(quiet).say)
 
 
+@known_lines_hidden()
 def chat(
     model: str | PathLike[str],
     against: str | PathLike[str] | None = None,
@@ -479,6 +492,7 @@ def chat(
         return Conversation(models, options, system, stack.pop_all().close)
 
 
+@known_lines_hidden()
 def load(path: str | PathLike[str], *, uri: str | None = None) -> Adapter:
     """Load an adapter: any LoRA that PEFT loads, or what an output folder of `train` or `sweep` holds.
 

@@ -21,11 +21,17 @@ PAGE = (Path(__file__).parents[2] / "docs" / "python-api.md").read_text(encoding
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
-def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     for example in EXAMPLES:
         exec(example, names)  # noqa: S102  (that is what the page is for)
+    # No warnings, log lines or progress bars of libraries, and no empty lines.
+    said = capfd.readouterr()
+    assert said.err == ""
+    assert "" not in said.out.splitlines()
 
     run, sweep, small = names["run"], names["sweep"], names["small"]
     assert run.adapter == tmp_path / "runs" / "mine" / "adapter"

@@ -190,7 +190,8 @@ def _bar(console: Console, modules: int | None) -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Bar(*columns, console=console, transient=True) as bar:
+    # Where nothing is redrawn, an empty line would be all that it prints.
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("modules", total=modules)
         yield lambda done: bar.advance(task, done)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from ray._private import worker
 
-from rayft.flow.quiet import hide_known_lines, hide_ray_lines
+from rayft.flow.quiet import FILTERS, LEVELS, hide_known_lines, hide_ray_lines, known_lines_hidden
 
 STOPPED = (
     "Task ServeController.graceful_shutdown failed. There are infinite retries remaining, so the task will "
@@ -72,3 +72,48 @@ def test_ray_serve_and_deepspeed_still_warn(caplog: pytest.LogCaptureFixture) ->
     assert [record.getMessage() for record in caplog.records] == [
         "a replica has died", "an optimizer is slow", "a step failed",
     ]  # fmt: skip
+
+
+def test_a_users_program_keeps_its_logging(caplog: pytest.LogCaptureFixture) -> None:
+    names = [*LEVELS, *FILTERS]
+    mine = logging.getLogger("alembic")
+    before = {name: (logging.getLogger(name).level, [*logging.getLogger(name).filters]) for name in names}
+    level, mine.level = mine.level, logging.DEBUG
+
+    @known_lines_hidden()
+    def called() -> None:
+        with known_lines_hidden():
+            logging.getLogger("mlflow.store.db.utils").info("Updating database tables")
+        logging.getLogger("mlflow.store.db.utils").error("a traceback, which is raised too")
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
+        logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU. If you have GPU, …")
+        mine.info("what the program has asked for")
+        logging.getLogger("mlflow").warning("a server is slow")
+
+    try:
+        with caplog.at_level(logging.INFO):
+            called()
+            assert mine.level == logging.DEBUG
+    finally:
+        mine.level = level
+    assert [record.getMessage() for record in caplog.records] == [
+        "what the program has asked for", "a server is slow",
+    ]  # fmt: skip
+    after = {name: (logging.getLogger(name).level, [*logging.getLogger(name).filters]) for name in names}
+    assert after == before
+
+
+def test_an_error_restores_it_too() -> None:
+    logger = logging.getLogger("mlflow.store.db.utils")
+    level, logger.level = logger.level, logging.NOTSET
+
+    @known_lines_hidden()
+    def fails() -> None:
+        raise ValueError(str(logger.level))
+
+    try:
+        with pytest.raises(ValueError, match=str(logging.CRITICAL)):
+            fails()
+        assert logger.level == logging.NOTSET
+    finally:
+        logger.level = level
