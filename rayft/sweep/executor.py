@@ -71,10 +71,14 @@ class Executor(ABC):
         self._home = HomeNode(ray.get_runtime_context().get_node_id(), str(self._mark), self._launcher)
         self.broker.depend_on.remote(self._launcher)  # type: ignore[attr-defined]
 
-    @property
-    def at_once(self) -> int:
-        """The most trials that can be in progress at the same time."""
-        return self.lanes * (MOST_SLOTS if self.slots is None else self.slots)
+    def at_once(self, *, packs: bool) -> int:
+        """Return the most trials that can be in progress at the same time.
+
+        Args:
+            packs: whether some of them can share a lane's steps.
+        """
+        slots = MOST_SLOTS if self.slots is None else self.slots
+        return self.lanes * (slots if packs else 1)
 
     @abstractmethod
     def start(self) -> None:

@@ -167,12 +167,11 @@ def search(
     waiting = [request for request in requests if _unfinished(request)]
     if waiting:
         executor.start()
+        at_once = executor.at_once(packs=any(one.pack for one in waiting))
         # Tune starts a process for each trial before it submits its job. Jobs that begin together must not
         # wait for that, or a lane would take them up one by one.
-        executor.submit(
-            [Job.of(one.key, one, pack=one.pack) for one in waiting[: executor.at_once] if one.pack]
-        )
-        _run_tune(sweep, lambda: _tuner(sweep, requests, executor, asha, check))
+        executor.submit([Job.of(one.key, one, pack=one.pack) for one in waiting[:at_once] if one.pack])
+        _run_tune(sweep, lambda: _tuner(sweep, requests, executor, asha, check, at_once))
     return [
         _collect(point, request, executor, output) for point, request in zip(trials, requests, strict=True)
     ]
@@ -220,6 +219,7 @@ def _tuner(
     executor: Executor,
     asha: RecordedASHA,
     check: Callable[[], None],
+    at_once: int,
 ) -> tune.Tuner:
     _quiet_tune()
     # Tune's trials take no CPU, since the lanes may have reserved all of them, and run on this node, since
@@ -233,7 +233,7 @@ def _tuner(
         param_space={"request": tune.grid_search(requests)},
         tune_config=tune.TuneConfig(
             scheduler=asha,
-            max_concurrent_trials=executor.at_once,
+            max_concurrent_trials=at_once,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(

@@ -20,7 +20,7 @@ from rayft.sweep.jobs import NewGroupError
 from rayft.sweep.request import TrainRequest, tracking_key
 from rayft.sweep.result import TrialResult, file_hashes, trial_folder, write_result
 from rayft.tracking.base import HASH_PARAM, Former, RunStatus
-from rayft.train.course import Asked, Clock, TrainResult
+from rayft.train.course import Asked, Clock, Course, CrowdedError, TrainResult
 from rayft.train.packed import Pack
 from rayft.train.placement import DeviceMemoryError
 from rayft.train.session import Session
@@ -56,16 +56,20 @@ class TrialCourse:
                 lane.home.check(self._home_folder / "adapter")
         tracked = _TrackedRun.begin(request, lane) if lane.worker.rank == 0 else None
         self._tracked, self.reporter = tracked, LaneReporter(lane, request, tracked)
-        self.trainer = Trainer(
-            request.run,
-            session,
-            self.reporter,
-            self._folder,
-            request.evaluate_at,
-            placement=request.placement,
-            pack=pack,
-            clock=self.clock,
-        )
+        try:
+            self.trainer = Trainer(
+                request.run,
+                session,
+                self.reporter,
+                self._folder,
+                request.evaluate_at,
+                placement=request.placement,
+                pack=pack,
+                clock=self.clock,
+            )
+        except Exception as error:
+            self._failed(error)
+            raise
 
     def course(self) -> Generator[Asked, Any, TrialResult | None]:
         """Train, and write result.json; the first worker returns the result.
@@ -74,17 +78,21 @@ class TrialCourse:
             RayftError: as `Trainer.fit`.
         """
         try:
-            result = yield from self.trainer.course()
-        except RayftError as error:
+            result = yield from self._trained()
+            return self._keep(result) if self._lane.worker.rank == 0 else None
+        except Exception as error:
             if (ended := self._failed(error)) is not None:
                 raise ended from error
             raise
+
+    def _trained(self) -> Course:
+        try:
+            return (yield from self.trainer.course())
         finally:
             if not self._kind.shares_base:
                 # The run has changed the base, so the next trial can't use it. Loading it again takes
                 # seconds, a new worker group half a minute.
                 self._lane.forget()
-        return self._keep(result) if self._lane.worker.rank == 0 else None
 
     @property
     def _kind(self) -> Method:
@@ -116,19 +124,21 @@ class TrialCourse:
         lane.home.prune(folder / "checkpoint", 1)
         return left
 
-    def _failed(self, error: RayftError) -> NewGroupError | None:
-        """Record that the run has raised an error; return another error if a new group can go on."""
+    def _failed(self, error: Exception) -> NewGroupError | None:
+        """Record that the trial has raised an error; return another error if a new group can go on."""
         request, lane, tracked = self._request, self._lane, self._tracked
         if isinstance(error, DeviceMemoryError) and error.placement is not None:
             return NewGroupError(str(error), replace(request, placement=error.placement))
         # On a full disk nothing can be recorded; the next start sets the tracked run running again.
         if disk_full(error):
             return None
-        if lane.worker.rank > 0 and not (error.everywhere or isinstance(error, InterruptedRunError)):
+        alone = isinstance(error, RayftError) and not error.everywhere
+        if lane.worker.rank > 0 and alone and not isinstance(error, InterruptedRunError):
             # The first worker may never learn of it.
             tracked = _TrackedRun.begin(request, lane)
         if tracked:
-            tracked.end("interrupted" if isinstance(error, InterruptedRunError) else "failed")
+            later = isinstance(error, InterruptedRunError | CrowdedError)
+            tracked.end("interrupted" if later else "failed")
         return None
 
 
@@ -153,8 +163,13 @@ class _TrackedRun:
         key = tracking_key(request.key, request.expected)
         former = Former(request.key) if request.parent else None
         run_id = tracker.run(request.name, key, parent=request.parent, tags=tags, former=former)
-        tracker.params(run_id, leaves(run))
-        return cls(tracker, run_id)
+        tracked = cls(tracker, run_id)
+        try:
+            tracker.params(run_id, leaves(run))
+        except Exception:
+            tracked.end("failed")
+            raise
+        return tracked
 
     def metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record the numbers of a step."""

@@ -374,6 +374,7 @@ def why_alone(run: RunConfig) -> str:
     reasons = {
         f"'{name}' changes the base, or has layers of its own": not method(name).packs,
         f"model.task is {run.model.task}": run.model.task != "causal_lm",
+        "the base is quantised": run.model.quantize is not None,
         f"scale.workers is {scale.workers}": scale.workers > 1,
         "scale.zero is 3": scale.zero == 3,
         "scale.offload is set": scale.offload,

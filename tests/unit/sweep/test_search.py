@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from rayft.data.section import DataConfig
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep import search
+from rayft.sweep.executor import MOST_SLOTS, LaneExecutor
 from rayft.sweep.request import TrainRequest
 from rayft.sweep.search import TrialActor
-from rayft.train.run import EvaluateConfig, RunConfig
+from rayft.sweep.space import MethodSpace, SweepConfig, points
+from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig
 from rayft.train.trainer import TrainResult
 
 CURVE = [(2, 3.0), (4, 1.0), (6, 2.0), (8, 4.0)]
@@ -44,3 +47,39 @@ def test_a_trial_is_judged_by_the_weights_that_it_keeps(
         assert [actor.step()["val_loss"] for _ in CURVE] == losses
         # The next trial in the same process begins anew.
         actor.reset_config({"request": request})
+
+
+@pytest.mark.parametrize(
+    ("method", "slots", "expected", "submitted"),
+    [
+        # As many as lanes x slots, of trials that share steps.
+        ("lora", None, 2 * MOST_SLOTS, 3),
+        ("lora", 3, 6, 3),
+        ("lora", 1, 2, 0),
+        # Nothing is gained by more than there are lanes.
+        ("paca", None, 2, 0),
+        ("paca", 3, 2, 0),
+    ],
+)
+def test_as_many_trials_are_begun_as_lanes_can_use(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    slots: int | None,
+    expected: int,
+    submitted: int,
+) -> None:
+    executor = LaneExecutor.__new__(LaneExecutor)
+    executor.lanes, executor.slots, executor._started = 2, slots, True
+    jobs, begun = list[Any](), list[int]()
+    monkeypatch.setattr(LaneExecutor, "submit", lambda _, found: jobs.extend(found))
+    monkeypatch.setattr(search, "_tuner", lambda *given: SimpleNamespace(fit=lambda: begun.append(given[-1])))
+    monkeypatch.setattr(search, "_collect", lambda *_: None)
+    space = {method: MethodSpace(ranks=(2, 4, 8), lr=(1e-3,))}
+    sweep = SweepConfig(methods=space, grace=2)
+    run = RunConfig(
+        data=DataConfig(source="jsonl", name="rows.jsonl"), optim=OptimConfig(steps=8, rows_per_step=4)
+    )
+    search.search(sweep, points(sweep, run), executor, tmp_path)
+    assert begun == [expected]
+    assert len(jobs) == submitted

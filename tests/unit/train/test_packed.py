@@ -311,6 +311,7 @@ def test_a_base_that_drops_values_is_not_packed(session: Session) -> None:
     [
         ({"scale": {"zero": 3}}, "scale.zero is 3"),
         ({"scale": {"workers": 2}}, "scale.workers is 2"),
+        ({"model": {"quantize": "nf4"}}, "the base is quantised"),
         ({"deepspeed": {"wall_clock_breakdown": True}}, "settings of its own"),
         ({"method": MethodConfig(name="paca", rank=4)}, "'paca' changes the base"),
         ({"method": MethodConfig(name="peft:DoRA", rank=4)}, "'peft:DoRA' changes the base, or has layers"),
