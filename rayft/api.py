@@ -208,13 +208,15 @@ class Adapter:
 
         from rayft.models.targets import linear_shapes
 
-        base = base_of(self.artifact) if model is None else None
-        if model is None and (base is None or base.task != "causal_lm"):
-            raise ModelError("the adapter names no language model as its base: pass the base as `model`")
         with without_bars(), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             # PEFT asks a model of transformers for it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            if base is not None:
+            if model is None:
+                base = base_of(self.artifact)
+                if base is None or base.task != "causal_lm":
+                    raise ModelError(
+                        "the adapter names no language model as its base: pass the base as `model`"
+                    )
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     resolve(base), revision=base.revision or "main", dtype=torch.float32
                 )
