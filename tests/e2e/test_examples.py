@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from rayft.cli import app
 from rayft.config import load
 from rayft.flow.demo import wait_ready
+from rayft.flow.quiet import known_lines_hidden
 from rayft.report.record import SweepRecord
 from rayft.serving.build import run
 from rayft.serving.config import ServeConfig
@@ -44,8 +45,11 @@ def readme(example: str) -> list[list[str]]:
 def rayft(command: list[str], *more: str) -> str:
     """Run a command of rayft with further options; return its output."""
     assert command[0] == "rayft"
-    done = CliRunner().invoke(app, [*command[1:], *more], catch_exceptions=False)
+    # As the command itself does (`rayft.flow.guard`).
+    with known_lines_hidden():
+        done = CliRunner().invoke(app, [*command[1:], *more], catch_exceptions=False)
     assert done.exit_code == 0, done.output
+    assert done.stderr == ""
     return done.output
 
 
@@ -86,6 +90,14 @@ def folder(warm_workers: WarmWorkers, tmp_path_factory: pytest.TempPathFactory) 
         # Of a joined cluster, which that of the tests looks like, the default lies in the home folder.
         patch.setenv("RAYFT_OUTPUT", "runs")
         yield place
+
+
+@pytest.fixture(autouse=True)
+def nothing_else_is_printed(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """No log line, warning or progress bar of a library shows."""
+    with known_lines_hidden():
+        yield
+    assert capfd.readouterr().err == ""
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +142,17 @@ def test_images_are_classified(folder: Path) -> None:
     assert best.test.value > 0.9, "stripes are easy, even for two random layers"
 
 
-def test_a_canary_is_promoted_and_rolled_back(dates: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, serve, canary, ask, show, promote, _, rollback, _ = readme("canary")
+def test_a_canary_is_promoted_and_rolled_back(dates: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sweep, serve, canary, ask, show, promote, again, rollback, last = readme("canary")
+    assert sweep == readme("own_data")[1], "its results are there"
+    assert ask == again == last
 
     def versions(url: str) -> set[str]:
-        capsys.readouterr()
+        assert capfd.readouterr().err == ""
         python(ask, url)
-        return set(re.findall(r"version (\w+)", capsys.readouterr().out))
+        said = capfd.readouterr()
+        assert said.err == ""
+        return set(re.findall(r"version (\w+)", said.out))
 
     with serving(serve, "model.name=tiny-llama") as url:
         before = versions(url)
