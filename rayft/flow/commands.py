@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -515,7 +516,8 @@ def chat(
         max_tokens: most tokens of an answer.
 
     Raises:
-        RayftError: if a model can't be loaded, or the server not be reached.
+        RayftError: if a model can't be loaded, or the server not be reached; without a terminal also if a
+            question was not answered, after all questions.
     """
     from rayft.flow.chat.models import Options, open_models
     from rayft.flow.chat.talk import talk
@@ -523,7 +525,9 @@ def chat(
     options = Options(temperature, max_tokens)
     names = [each for each in (name, other) if each is not None]
     with open_models(names, url=url, base=base, uri=uri) as models:
-        talk(models, console, options, system)
+        failed = talk(models, console, options, system)
+    if failed and not sys.stdin.isatty():
+        raise ResourceError(f"not answered: {failed} of the questions; the reasons are above")
 
 
 def init(data: str | None, out: str, model: str | None, console: Console, *, overwrite: bool = False) -> None:

@@ -96,12 +96,12 @@ def checked(client: httpx.Client, verb: str, path: str, *, option: str, **option
     raise ResourceError(f"the server refuses ({answer.status_code}): {reason(answer)}{hint}")
 
 
-def reason(answer: httpx.Response) -> str:
-    """Return the reason that a server gives for a refusal."""
+def reason(answer: Any) -> str:
+    """Return the reason that a server gives for a refusal, from a response of httpx or requests."""
     try:
         return str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return answer.text[:200]
+        return str(answer.text)[:200]
 
 
 def api_url(url: str) -> str:

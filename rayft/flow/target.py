@@ -32,6 +32,7 @@ __all__ = [
     "find_targets",
     "is_registered",
     "registry_uri",
+    "remedy",
     "split_rank",
 ]
 
@@ -212,12 +213,17 @@ def base_among(targets: Sequence[Target]) -> ModelConfig | None:
     return next((found for adapter in adapters if (found := base_of(adapter))), None)
 
 
+def remedy(adapter: PeftFolder) -> str:
+    """Return what to do where an adapter without factors can't be used."""
+    if adapter.config.get("use_dora"):
+        return "the update of DoRA has full rank, so train lora (or peft:PiSSA, peft:MiSS) instead"
+    return "extract a LoRA from it by `rayft squeeze`"
+
+
 def _ranked(place: str, adapter: Artifact, rank: int) -> Artifact:
     """Return an adapter at a rank up to its own; one that was never squeezed is squeezed in memory."""
     if isinstance(adapter, PeftFolder):
-        raise SqueezeError(
-            f"{place} has no factors, so it has no lower ranks; extract a LoRA from it by `rayft squeeze`"
-        )
+        raise SqueezeError(f"{place} has no factors, so it has no lower ranks; {remedy(adapter)}")
     if not 1 <= rank <= adapter.rank:
         raise SqueezeError(f"{place} has rank {adapter.rank}; ask for 1 to {adapter.rank}, not {rank}")
     return adapter if rank == adapter.rank else squeeze(adapter, rank=rank)

@@ -483,7 +483,8 @@ def loading(config: ModelConfig) -> Iterator[None]:
             raise disk_full_error(error, hub_cache()) from error
         text = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError | ImportError):
-            remedy = f"Without a hub, give a local folder, a .gguf file, or one of {', '.join(REGISTERED)}"
+            lacks = "" if Path(config.name).expanduser().exists() else f"There is no folder {config.name}. "
+            remedy = f"{lacks}Without a hub, give a folder, a .gguf file, or one of {', '.join(REGISTERED)}"
         else:
             remedy = "See that its config.json and its other files are whole and belong together"
         raise ModelError(f"can't load {config.name} for {config.task}: {text}. {remedy}") from error

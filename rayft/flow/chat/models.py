@@ -26,7 +26,7 @@ from rayft.errors import (
     ResourceError,
 )
 from rayft.flow.http import api_url, key_headers, reason, served_card, served_cards
-from rayft.flow.target import Target, base_among, find_targets
+from rayft.flow.target import Target, base_among, find_targets, remedy
 from rayft.models.base import base_of, pinned
 from rayft.models.load import ModelConfig, load_encoder
 from rayft.paths import checked_text
@@ -113,10 +113,15 @@ class ServedModel:
                     raise ResourceError(
                         f"{self.url} does not stream its answers; is it an OpenAI-compatible API?"
                     )
+                ended = False
                 async for line in reply.aiter_lines():
                     text = line.removeprefix("data:").strip()
+                    ended = ended or text == "[DONE]"
                     if line.startswith("data:") and text != "[DONE]":
                         yield _part(text)
+                if not ended:
+                    # Without a length, a connection that is lost looks like one that has ended.
+                    raise ResourceError(f"{self.url} has ended the answer in its middle; does it still run?")
         except httpx.HTTPError as error:
             raise ResourceError(
                 f"{self.url} has ended the answer ({type(error).__name__}: {error})"
@@ -311,9 +316,7 @@ def _check(model: ModelConfig, targets: Sequence[Target]) -> None:
     described = describe(config, "cpu") if adapters else None
     for name, adapter in adapters:
         if isinstance(adapter, PeftFolder):
-            raise ArtifactError(
-                f"{name} is no LoRA, and the engine runs nothing else; extract one from it by `rayft squeeze`"
-            )
+            raise ArtifactError(f"{name} is no LoRA, and the engine runs nothing else; {remedy(adapter)}")
         try:
             check_artifact(adapter, name, described)
         except BaseMismatchError as error:

@@ -22,8 +22,8 @@ __all__ = ["talk"]
 COMMANDS = "/reset begins again, /quit ends (so does Ctrl-D), Ctrl-C stops an answer"
 
 
-def talk(models: Sequence[ChatModel], console: Console, options: Options, system: str | None = None) -> None:
-    """Hold a conversation until it is ended.
+def talk(models: Sequence[ChatModel], console: Console, options: Options, system: str | None = None) -> int:
+    """Hold a conversation until it is ended, and return the number of questions that a model did not answer.
 
     Without a terminal, each line of the standard input is a question, and the answers are plain text.
 
@@ -33,14 +33,14 @@ def talk(models: Sequence[ChatModel], console: Console, options: Options, system
         options: how answers are generated.
         system: message at the beginning, which the models follow.
     """
-    sides = [Side(model, system) for model in models]
+    sides, failed = [Side(model, system) for model in models], 0
     if sys.stdin.isatty():
         names = " and ".join(printable(side.model.name) for side in sides)
         console.print(f"{names}: {COMMANDS}", style="dim")
     with _own_interrupts():
         for line in _lines():
             if line == "/quit":
-                return
+                break
             if line == "/reset":
                 for side in sides:
                     side.reset()
@@ -50,6 +50,8 @@ def talk(models: Sequence[ChatModel], console: Console, options: Options, system
                 )
             else:
                 _exchange(line, sides, console, options)
+                failed += any(side.error is not None for side in sides)
+    return failed
 
 
 def _exchange(question: str, sides: Sequence[Side], console: Console, options: Options) -> None:

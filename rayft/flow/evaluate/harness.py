@@ -6,6 +6,7 @@ import difflib
 import io
 import logging
 import math
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from rayft.errors import ConfigError, DataError, ModelError, RayftError, Resourc
 from rayft.evaluate.compare import Z
 from rayft.flow.evaluate.data import measure
 from rayft.flow.evaluate.record import Answer, Measure
-from rayft.flow.http import base_card, key_headers, served_card, served_cards
+from rayft.flow.http import base_card, key_headers, reason, served_card, served_cards
 from rayft.models.load import (
     LoadedModel,
     ModelConfig,
@@ -122,10 +123,8 @@ class Harness:
                     # All names are thousands.
                     known = [*self._manager.task_index]
                     near = nearest(name, difflib.get_close_matches(name, known, cutoff=0.3))
-                    raise ConfigError(
-                        f"lm-evaluation-harness has no task '{name}'{near}; give a folder with tasks of your "
-                        "own with --include"
-                    )
+                    own = near or "; give a folder with tasks of your own with --include"
+                    raise ConfigError(f"lm-evaluation-harness has no task '{name}'{own}")
             self._load()
 
     def _load(self) -> None:
@@ -176,10 +175,23 @@ class Harness:
         except RayftError:
             raise
         except Exception as error:
+            # Ends the line of a progress bar, which the frames keep open.
+            traceback.clear_frames(error.__traceback__)
             raise ResourceError(
-                f"lm-evaluation-harness failed on {', '.join(self.tasks)} ({type(error).__name__}: {error})"
+                f"lm-evaluation-harness failed on {', '.join(self.tasks)}: {_why(error)}"
             ) from error
         return tuple(_measures(found)), tuple(_answers(found))
+
+
+def _why(error: Exception) -> str:
+    """Return why tasks failed: if a server refused a request, its reason."""
+    text = f"{type(error).__name__}: {error}"
+    if not type(error).__module__.startswith("requests"):
+        return text
+    answer: Any = getattr(error, "response", None)
+    if answer is None or answer.ok:
+        return f"the server gave no answer that can be read; see whether it still runs ({text})"
+    return f"the server refused a request ({answer.status_code}): {reason(answer)}"
 
 
 def _manager(tasks: Sequence[str], include: Path | None) -> Any:

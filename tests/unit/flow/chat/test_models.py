@@ -10,11 +10,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import peft
 import pytest
+import torch
 
-from rayft.artifacts import AdapterArtifact
+from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.errors import (
     ArtifactError,
     BadRequestError,
@@ -29,6 +32,7 @@ from rayft.flow.chat.models import ChatModel, Options, ServedModel, open_local, 
 from rayft.models.fingerprint import source_fingerprint
 from rayft.models.load import ModelConfig, load_skeleton, resolve
 from rayft.models.targets import linear_shapes
+from rayft.peft.folder import PeftFolder
 from rayft.squeeze.rank import squeeze
 from tests.unit.serving.adapters import random_adapter
 
@@ -117,6 +121,29 @@ def test_what_can_not_be_talked_to_is_refused(
         texts(name.format(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (
+            peft.LoHaConfig(),
+            "is no LoRA, and the engine runs nothing else; extract a LoRA from it by `rayft sq",
+        ),
+        (
+            peft.LoraConfig(use_dora=True),
+            "runs nothing else; the update of DoRA has full rank, so train lora",
+        ),
+    ],
+)
+def test_an_adapter_without_factors_is_refused_with_what_can_be_done(
+    prepared: None, tmp_path: Path, settings: Any, match: str
+) -> None:
+    PeftFolder.made(settings, {"a": torch.ones(1)}, {}, ArtifactMeta(base_model="tiny-llama")).save(
+        tmp_path / "other"
+    )
+    with pytest.raises(ArtifactError, match=match):
+        texts(str(tmp_path / "other"))
+
+
 def test_an_adapter_is_read_once(adapter: AdapterArtifact, tmp_path: Path) -> None:
     with mock.patch.object(AdapterArtifact, "load", wraps=AdapterArtifact.load) as load:
         texts(str(tmp_path / "adapter"), "base")
@@ -189,6 +216,8 @@ def test_answers_of_other_servers_are_read_or_refused() -> None:
         (b"data: []\n\n", "text/event-stream", "what is no part of an answer"),
         (b"<html>", "text/html", "does not stream its answers"),
         (b'data: {"error": {"message": "too hot"}}\n\n', "text/event-stream", "ended the answer: too hot"),
+        # A server that dies closes the connection, as one that has ended an answer does.
+        (f"data: {event % 'a'}\n\n".encode(), "text/event-stream", "ended the answer in its middle"),
     ]:
         with speaking(answer, kind) as model, pytest.raises(ResourceError, match=problem):
             text(model)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import signal
+from contextlib import nullcontext
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from rayft.cli import app
 from rayft.flow.chat.models import Options
 from rayft.flow.chat.talk import talk
 from tests.unit.flow.chat.echo import Echo
@@ -48,6 +51,16 @@ def test_an_error_is_shown_and_its_question_forgotten(monkeypatch: pytest.Monkey
     shown = said("fail\none\n", model, monkeypatch=monkeypatch)
     assert shown == "ResourceError: it is too late\nso one[/red]\n"
     assert model.asked[-1] == [("user", "one")]
+
+
+def test_the_command_fails_at_its_end_if_a_question_was_not_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Echo()
+    monkeypatch.setattr("rayft.flow.chat.models.open_models", lambda *_, **__: nullcontext([model]))
+    for lines, problem in (("fail\none\n", "not answered: 1 of the questions"), ("one\n", "")):
+        shown = CliRunner().invoke(app, ["chat", "echo"], input=lines)
+        assert shown.output.endswith("so one[/red]\n")
+        assert problem in str(shown.exception)
+        assert bool(shown.exit_code) == bool(problem)
 
 
 def test_an_unknown_command_is_no_question(monkeypatch: pytest.MonkeyPatch) -> None:

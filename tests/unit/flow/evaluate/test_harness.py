@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import shutil
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +331,57 @@ def test_a_server_says_the_revision_of_its_base(here: Here, monkeypatch: pytest.
     card["base_revision"] = "new"
     with pytest.raises(RayftError, match="the base of 'one' is org/model, which is not on this machine"):
         ask(ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "problem"),
+    [
+        (400, b'{"error": {"message": "too long"}}', r"the server refused a request \(400\): too long"),
+        (200, b"<html>", "the server gave no answer that can be read; see whether it still runs"),
+        (0, b"", "the server gave no answer that can be read; see whether it still runs .*ConnectionError"),
+    ],
+)
+def test_a_server_that_fails_in_the_middle_is_an_error_with_its_reason(
+    here: Here, include: Path, monkeypatch: pytest.MonkeyPatch, status: int, answer: bytes, problem: str
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply(200, json.dumps({"data": [{"id": "one", "root": str(here.model)}]}).encode())
+
+        def do_POST(self) -> None:
+            if status:
+                self.reply(status, answer)
+            else:
+                self.connection.close()
+
+        def reply(self, status: int, answer: bytes) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Write nothing to the terminal."""
+
+    # It waits seconds before it asks again.
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    only_own_tasks(monkeypatch)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    request = ask(
+        "one",
+        tasks=("local_choice",),
+        include=include,
+        url=f"http://127.0.0.1:{server.server_port}",
+        overrides=(),
+        out=here.folder / "result.json",
+    )
+    try:
+        with pytest.raises(RayftError, match=problem):
+            evaluate(request)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not (here.folder / "result.json").exists()
 
 
 def test_a_missing_lm_eval_is_an_error_that_says_what_to_install(
