@@ -171,20 +171,16 @@ class InProcess:
 
     def many(self, _: int) -> dict[str, float]:
         """Measure the decode step with 8 active adapters of rank 4 and more and more on the device."""
-        from rayft.artifacts import AdapterArtifact
-        from rayft.serving.engine.vllm.files import written
-
         found = {}
         every: list[Any] = []
         self._llm.collective_rpc("rayft_unload", args=([request.lora_int_id for request in self._requests],))
-        with written(AdapterArtifact.load(WORK / "rank4"), torch.bfloat16) as path:
-            for count in MANY:
-                for number in range(len(every), count):
-                    every.append(self._request(f"m{number}", 1000 + number, str(path)))
-                    self._llm.llm_engine.add_lora(every[-1])
-                # Spread over all that are there.
-                active = [every[(n % 8) * (count // 8)] for n in range(ROWS)]
-                found[f"{count}"] = statistics.median(self._timed(active)["step"] for _ in range(5))
+        for count in MANY:
+            for number in range(len(every), count):
+                every.append(self._request(f"m{number}", 1000 + number, str(WORK / "rank4")))
+                self._llm.llm_engine.add_lora(every[-1])
+            # Spread over all that are there.
+            active = [every[(n % 8) * (count // 8)] for n in range(ROWS)]
+            found[f"{count}"] = statistics.median(self._timed(active)["step"] for _ in range(5))
         return found
 
     def profile(self, adapters: int) -> dict[str, float]:
