@@ -172,26 +172,22 @@ class InProcess:
 
     def many(self, _: int) -> dict[str, list[float]]:
         """Measure the decode step with 8 active adapters of rank 4; others come and go on the device."""
-        from rayft.artifacts import AdapterArtifact
-        from rayft.serving.engine.vllm.files import written
-
         found: dict[str, list[float]] = {f"{count}": [] for count in MANY}
         numbers = [request.lora_int_id for request in self._requests]
         self._llm.collective_rpc("rayft_unload", args=(numbers,))
-        with written(AdapterArtifact.load(WORK / "rank4"), torch.bfloat16) as path:
-            every = [self._request(f"m{n}", 1000 + n, str(path)) for n in range(max(MANY))]
-            there = 0
-            # Up and down again, so that a drifting clock affects all of them.
-            for count in (*MANY, *reversed(MANY)):
-                for request in every[there:count]:
-                    self._llm.llm_engine.add_lora(request)
-                if gone := [request.lora_int_id for request in every[count:there]]:
-                    self._llm.collective_rpc("rayft_unload", args=(gone,))
-                there = count
-                # Spread over all that are there.
-                active = [every[(n % 8) * (count // 8)] for n in range(ROWS)]
-                self._timed(active)
-                found[f"{count}"] += [self._timed(active)["step"] for _ in range(MANY_ROUNDS)]
+        every = [self._request(f"m{n}", 1000 + n, str(WORK / "rank4")) for n in range(max(MANY))]
+        there = 0
+        # Up and down again, so that a drifting clock affects all of them.
+        for count in (*MANY, *reversed(MANY)):
+            for request in every[there:count]:
+                self._llm.llm_engine.add_lora(request)
+            if gone := [request.lora_int_id for request in every[count:there]]:
+                self._llm.collective_rpc("rayft_unload", args=(gone,))
+            there = count
+            # Spread over all that are there.
+            active = [every[(n % 8) * (count // 8)] for n in range(ROWS)]
+            self._timed(active)
+            found[f"{count}"] += [self._timed(active)["step"] for _ in range(MANY_ROUNDS)]
         return found
 
     def profile(self, adapters: int) -> dict[str, float]:

@@ -56,6 +56,7 @@ __all__ = [
     "Group",
     "Rows",
     "Tuning",
+    "entry",
     "grouped_lora",
     "place",
     "reference",
@@ -66,6 +67,8 @@ __all__ = [
 FIELDS = 8
 """Numbers of an entry: addresses of A, B and columns, rank, B's row stride, bits of the scale, and two spare
 ones, which hold a tile's first row and number of rows in the entries that `Rows.prepare` copies."""
+ADDRESSES, RANK = slice(3), 3
+"""Where an entry has its addresses (0: there is no such matrix), and where its rank."""
 ALIGNED, UNIT = 16, 8
 """Factors begin at multiples of 16 bytes, and rows of B at multiples of 8 numbers; see `place`."""
 SLICES = 4
@@ -206,7 +209,11 @@ class AdapterTable:
             self.first.append(self.first[-1] + len(group.outputs))
         self._number = {name: number for number, name in enumerate(names)}
         self.entries = torch.zeros(slots, len(names), FIELDS, dtype=torch.int64, device=device)
-        self.layers: list[dict[int, SlotFactors]] = [{} for _ in names]
+        self._layers: list[dict[int, SlotFactors]] = [{} for _ in names]
+        self._memory: dict[int, torch.Tensor] = {}
+        """Slot that was filled by `point` → the memory with its factors."""
+        self._unread: set[int] = set()
+        """Those of them whose entries were not made into `SlotFactors` yet."""
         self._scratch = torch.empty(0, dtype=torch.float32, device=device)
         self._launches: dict[tuple[object, ...], Launches] = {}
         self._splits = sorted({(group.inputs, len(group.outputs)) for group in groups})
@@ -234,18 +241,56 @@ class AdapterTable:
                 )
             self._check(name, found)
             placed[self._number[name]] = _placed(found)
-        rows = [_entry(placed[n]) if n in placed else [0] * FIELDS for n in range(len(self.layers))]
+        rows = [_entry(placed[n]) if n in placed else [0] * FIELDS for n in range(len(self._layers))]
         self.entries[slot].copy_(torch.tensor(rows, dtype=torch.int64))
         # The former factors may be freed only now, when no later launch reads them.
         self._forget(slot)
         for number, found in placed.items():
-            self.layers[number][slot] = found
+            self._layers[number][slot] = found
+
+    def point(self, slot: int, entries: torch.Tensor, memory: torch.Tensor) -> None:
+        """Put an adapter in a slot whose factors and entries were written to the device before.
+
+        This costs the host the same for all adapters: neither it nor the device waits.
+
+        Args:
+            slot: 1 to S − 1.
+            entries: an entry for each linear of the table, in its order, or zeros for a linear that has no
+                factors (L × `FIELDS`, int64), on the table's device. The matrices lie as `place` requires.
+            memory: bytes (uint8) to which all addresses of the entries point. The caller keeps them as they
+                are until the slot is cleared.
+        """
+        assert BASE_SLOT < slot < self.slots, f"slot {slot} is not one of 1 to {self.slots - 1}"
+        self.entries[slot].copy_(entries)
+        self._forget(slot)
+        self._memory[slot] = memory
+        self._unread.add(slot)
+
+    def lower(self, slot: int, of: int, rank: int) -> None:
+        """Put the first ranks of an adapter, which another slot has by `point`, in a slot."""
+        self.point(slot, self.entries[of], self._memory[of])
+        self.entries[slot, :, RANK].clamp_(max=rank)
 
     def clear(self, slot: int) -> None:
         """Empty a slot; its rows are then computed as the base's."""
         assert slot != BASE_SLOT, "the base has no factors"
         self.entries[slot].zero_()
         self._forget(slot)
+
+    @property
+    def layers(self) -> list[dict[int, SlotFactors]]:
+        """The factors of each linear: slot → factors.
+
+        The kernels don't need them. Reading the factors of a slot that was filled by `point` waits for the
+        device.
+        """
+        for slot in self._unread:
+            rows = self.entries[slot].tolist()
+            for layer, shape, row in zip(self._layers, self.shapes.values(), rows, strict=True):
+                if row[RANK]:
+                    layer[slot] = _factors(row, shape, self._memory[slot], self.dtype)
+        self._unread.clear()
+        return self._layers
 
     def layer(self, group: int, part: int) -> dict[int, SlotFactors]:
         """Return the factors of one linear of a group: slot → factors."""
@@ -270,7 +315,11 @@ class AdapterTable:
         return self._launches[key]
 
     def _forget(self, slot: int) -> None:
-        for layer in self.layers:
+        self._memory.pop(slot, None)
+        if slot in self._unread:
+            self._unread.remove(slot)
+            return
+        for layer in self._layers:
             layer.pop(slot, None)
 
     def _check(self, name: str, factors: SlotFactors) -> None:
@@ -575,8 +624,37 @@ def _placed(factors: SlotFactors) -> SlotFactors:
 
 
 def _entry(factors: SlotFactors) -> list[int]:
-    """Return the numbers of an entry (see `FIELDS`)."""
     a, b, columns = factors.a, factors.b, factors.columns
-    (scale,) = struct.unpack("<i", struct.pack("<f", factors.scale))
-    addresses = [0 if a is None else a.data_ptr(), b.data_ptr(), 0 if columns is None else columns.data_ptr()]
-    return [*addresses, b.shape[1], b.stride(0), scale, 0, 0]
+    return entry(
+        a=0 if a is None else a.data_ptr(),
+        b=b.data_ptr(),
+        columns=0 if columns is None else columns.data_ptr(),
+        rank=b.shape[1],
+        stride=b.stride(0),
+        scale=factors.scale,
+    )
+
+
+def entry(*, a: int, b: int, columns: int, rank: int, stride: int, scale: float) -> list[int]:
+    """Return the numbers of an entry (see `FIELDS`) for addresses of A, B and columns (0: there is none)."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", scale))
+    return [a, b, columns, rank, stride, bits, 0, 0]
+
+
+def _factors(
+    numbers: Sequence[int], shape: tuple[int, int], memory: torch.Tensor, dtype: torch.dtype
+) -> SlotFactors:
+    """Return views of the matrices to which an entry of a linear (O × I) points."""
+    a, b, columns, rank, stride, bits = numbers[:6]
+    (scale,) = struct.unpack("<f", struct.pack("<i", bits))
+
+    def view(address: int, rows: int, width: int, kind: torch.dtype) -> torch.Tensor:
+        begin = address - memory.data_ptr()
+        return memory[begin : begin + rows * width * kind.itemsize].view(kind).view(rows, width)
+
+    return SlotFactors(
+        b=view(b, shape[0], stride, dtype)[:, :rank],
+        scale=scale,
+        a=view(a, rank, shape[1], dtype) if a else None,
+        columns=view(columns, 1, rank, torch.int64)[0] if columns else None,
+    )

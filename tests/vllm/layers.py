@@ -6,7 +6,9 @@ Importing this module skips the tests that do so if vLLM is not installed.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +18,11 @@ from torch import nn
 from torch.nn import functional
 
 from rayft.artifacts import AdapterArtifact
+from rayft.errors import RayftError
 from rayft.kernels.grouped_lora import DECODE
 from rayft.kernels.segment_lora import SlotFactors, reference
 from rayft.numerics import assert_close
-from rayft.serving.engine.vllm.files import written
+from rayft.serving.engine.vllm.files import Channel
 
 pytest.importorskip("vllm")
 linear = pytest.importorskip("vllm.model_executor.layers.linear")
@@ -129,11 +132,24 @@ def until_loaded(manager: Any, number: int) -> list[str]:
     return list(answer)
 
 
+@contextmanager
+def written(manager: Any, artifact: AdapterArtifact) -> Iterator[Path]:
+    """Write an adapter for a worker as the engine does."""
+    channel = Channel([manager._parts], torch.float32)
+    try:
+        yield channel.write(artifact)
+    finally:
+        channel.close()
+
+
 def load(manager: Any, number: int, artifact: AdapterArtifact) -> list[str]:
     """Load an adapter as the engine does."""
-    with written(artifact, torch.float32) as path:
-        manager.begin(number, str(path))
-        return until_loaded(manager, number)
+    try:
+        with written(manager, artifact) as path:
+            manager.begin(number, str(path))
+            return until_loaded(manager, number)
+    except RayftError as error:
+        return [type(error).__name__, str(error)]
 
 
 @torch.inference_mode()

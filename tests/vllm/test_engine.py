@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -76,6 +77,7 @@ class Llm:
         ]
         self.errored = self.stopped = False
         self.asked: list[dict[str, Any]] = []
+        self.called: list[str] = []
         self.closed: list[str] = []
         self.answers: list[Any] = []
         """What requests are answered with; an exception is raised."""
@@ -86,6 +88,7 @@ class Llm:
     async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         if self.errored:
             raise EngineDeadError
+        self.called.append(method)
         found = []
         for manager in self.managers:
             extension = worker.WorkerExtension()
@@ -349,6 +352,110 @@ def test_a_load_that_is_cancelled_leaves_nothing(start: Start, monkeypatch: pyte
         manager._threads.submit(int).result()
         assert llm.free == before
         await engine.load("one", random_adapter("one", SHAPES))
+
+    run(start, scenario)
+
+
+def test_a_load_that_is_cancelled_while_it_is_written_does_not_disturb_the_next(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (random_adapter(name, SHAPES, rank=6) for name in ("first", "second"))
+
+    async def scenario(engine: VllmEngine, llm: Any) -> None:
+        write, begun, go_on = engine._channel.write, threading.Event(), threading.Event()
+
+        def slowly(artifact: AdapterArtifact) -> Path:
+            if artifact is first:
+                begun.set()
+                go_on.wait()
+            return write(artifact)
+
+        monkeypatch.setattr(engine._channel, "write", slowly)
+        given_up = asyncio.create_task(engine.load("first", first))
+        await asyncio.to_thread(begun.wait)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        loading = asyncio.create_task(engine.load("second", second))
+        await asyncio.sleep(0.01)
+        go_on.set()
+        await loading
+        (manager,) = llm.managers
+        slot = manager._slots[engine._adapters["second"].request.lora_int_id]
+        for name, layer in zip(manager._table.shapes, manager._table.layers, strict=True):
+            assert torch.equal(layer[slot].b, second.modules[name].b)
+
+    run(start, scenario)
+
+
+def test_workers_are_asked_once_and_the_loop_computes_nothing(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, threads = random_adapter("one", SHAPES), []
+
+    def content_hash(_: AdapterArtifact) -> str:
+        threads.append(threading.current_thread())
+        return "0123"
+
+    monkeypatch.setattr(AdapterArtifact, "content_hash", property(content_hash))
+
+    async def scenario(engine: VllmEngine, llm: Any) -> None:
+        write = engine._channel.write
+
+        def written(artifact: AdapterArtifact) -> Path:
+            threads.append(threading.current_thread())
+            return write(artifact)
+
+        monkeypatch.setattr(engine._channel, "write", written)
+        (manager,) = llm.managers
+        copy = manager._copy
+
+        def slowly(*arguments: Any) -> Any:
+            time.sleep(0.05)
+            return copy(*arguments)
+
+        monkeypatch.setattr(manager, "_copy", slowly)
+        await engine.load("one", artifact)
+        assert llm.called == ["rayft_load", "rayft_loaded"]
+        assert len(threads) == 2
+        assert threading.current_thread() not in threads
+
+    run(start, scenario)
+
+
+def test_a_worker_that_leaves_no_mark_is_asked(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "ASK_SECONDS", 0.02)
+
+    async def scenario(engine: VllmEngine, llm: Any) -> None:
+        monkeypatch.setattr(llm.managers[0]._inbox, "mark", lambda _: None)
+        await engine.load("one", random_adapter("one", SHAPES))
+        llm.managers[0]._threads.submit(time.sleep, 0.1)
+        loading = asyncio.create_task(engine.load("two", random_adapter("two", SHAPES)))
+        await asyncio.sleep(0.05)
+        llm.errored = True
+        with pytest.raises(ResourceError, match="has stopped"):
+            await loading
+
+    run(start, scenario)
+
+
+def test_an_engine_that_was_stopped_loads_nothing(start: Start) -> None:
+    async def scenario(engine: VllmEngine, llm: Any) -> None:
+        await engine.load("one", random_adapter("one", SHAPES))
+        gate = threading.Event()
+        llm.managers[0]._threads.submit(gate.wait)
+        loading = asyncio.create_task(engine.load("two", random_adapter("two", SHAPES)))
+        while llm.called[-1] != "rayft_load":
+            await asyncio.sleep(0.001)
+        for _ in range(2):
+            engine.stop()
+        with pytest.raises(ResourceError, match="has stopped"):
+            await loading
+        with pytest.raises(ResourceError, match="has stopped"):
+            await engine.load("three", random_adapter("three", SHAPES))
+        gate.set()
+        engine._thread.shutdown()
+        assert engine._channel._handle is None
 
     run(start, scenario)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,9 @@ from rayft.errors import ResourceError
 from rayft.kernels.grouped_lora import ALIGNED, DECODE, UNIT
 from rayft.kernels.segment_lora import SlotFactors
 from rayft.methods.base import LoraFactors
-from rayft.serving.engine.vllm.files import slot_factors, written
+from rayft.serving.engine.vllm.image import factors_of
 from rayft.serving.engine.vllm.plugin import ANSWERS
+from rayft.serving.engine.vllm.shard import parts_of
 from tests.unit.serving.adapters import random_adapter
 from tests.vllm.layers import (
     BYTES,
@@ -40,14 +40,11 @@ from tests.vllm.layers import (
     outputs_of,
     until_loaded,
     worker,
+    written,
 )
 
 LoRARequest = pytest.importorskip("vllm.lora.request").LoRARequest
 mixin = pytest.importorskip("vllm.v1.worker.lora_model_runner_mixin")
-
-
-def factors_of(artifact: AdapterArtifact) -> dict[str, SlotFactors]:
-    return {name: slot_factors(layer) for name, layer in artifact.modules.items()}
 
 
 def some(artifact: AdapterArtifact, *names: str) -> AdapterArtifact:
@@ -223,10 +220,8 @@ def test_rows_are_aligned_and_padded_with_zeros_as_the_kernels_need() -> None:
         assert second.data_ptr() in places, "A is copied"
 
 
-def test_an_adapter_larger_than_the_staging_memory_is_copied_in_pieces(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(worker, "STAGING", 1024)
+def test_an_adapter_is_copied_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(worker, "PIECE", 1536)
     weights, x = new_weights(), inputs_of(3)
     model = new_model(weights)
     manager = managed(model)
@@ -235,6 +230,14 @@ def test_an_adapter_larger_than_the_staging_memory_is_copied_in_pieces(
         assert load(manager, number, known[number]) == []
     activate(manager, [5, 6, 9])
     check([outputs_of(model, x)], x, weights, [5, 6, 9], {n: factors_of(known[n]) for n in (5, 6, 9)})
+    manager.remove_all_adapters()
+    # From their folders.
+    for number in (5, 6, 9):
+        folder = known[number].save(tmp_path / f"{number}")
+        assert manager.add_adapter(LoRARequest(f"{number}", number, str(folder)))
+        known[number] = AdapterArtifact.load(folder)
+    activate(manager, [9, 6, 5])
+    check([outputs_of(model, x)], x, weights, [9, 6, 5], {n: factors_of(known[n]) for n in (5, 6, 9)})
 
 
 def reshaped(name: str, outputs: int, inputs: int, columns: tuple[int, ...] | None = None) -> AdapterArtifact:
@@ -256,13 +259,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_an_adapter_that_is_refused_leaves_nothing(case: str) -> None:
+def test_an_adapter_that_is_refused_leaves_nothing(
+    case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     manager = managed(new_model(new_weights()), configuration(200_000))
     before = manager.free_bytes
     artifact, kind, message = REFUSED[case]
-    problem = load(manager, 4, artifact)
+    with monkeypatch.context() as context:
+        # A folder can't hold all of them.
+        context.setattr(AdapterArtifact, "load", lambda _: artifact)
+        manager.begin(4, str(tmp_path))
+        problem = until_loaded(manager, 4)
     assert problem[0] == kind
     assert re.search(message, problem[1]), problem[1]
+    assert load(manager, 5, artifact) == problem, "the engine says the same"
     # The engine asks again if another worker was not ready.
     assert manager.loaded(4) == problem
     assert manager.list_adapters() == set()
@@ -274,11 +284,13 @@ def test_an_adapter_that_is_refused_leaves_nothing(case: str) -> None:
 
 def test_a_file_that_can_not_be_read_is_a_problem_too(tmp_path: Path) -> None:
     manager = managed(new_model(new_weights()))
-    (tmp_path / "broken").write_bytes(b"no safetensors")
-    for number, name in enumerate(("missing", "broken"), 3):
+    (tmp_path / "broken").write_bytes(b"no image")
+    with written(manager, adapters()[5]) as path:
+        (tmp_path / "short").write_bytes(path.read_bytes()[:-1000])
+    for number, name in enumerate(("missing", "broken", "short"), 3):
         manager.begin(number, str(tmp_path / name))
         assert until_loaded(manager, number)[0] == "ResourceError"
-    assert manager.free_bytes == BYTES
+        assert manager.free_bytes == BYTES
 
 
 def test_a_failed_copy_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +320,7 @@ def test_without_a_free_slot_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_adapter_that_is_removed_while_it_is_read_leaves_nothing() -> None:
     manager = managed(new_model(new_weights()))
     for number, artifact in adapters().items():
-        with written(artifact, torch.float32) as path:
+        with written(manager, artifact) as path:
             manager.begin(number, str(path))
             manager.remove_adapter(number)
             manager._threads.submit(lambda: None).result()
@@ -362,7 +374,7 @@ def test_the_extension_calls_the_runners_adapters() -> None:
     extension = worker.WorkerExtension()
     manager = managed(new_model(new_weights()))
     extension.model_runner = SimpleNamespace(lora_manager=manager)
-    with written(adapters()[5], torch.float32) as path:
+    with written(manager, adapters()[5]) as path:
         extension.rayft_load(5, str(path))
         until_loaded(SimpleNamespace(loaded=extension.rayft_loaded), 5)
     assert extension.rayft_view(6, 5, 2) == []
@@ -404,7 +416,7 @@ def test_a_worker_reports_its_layers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(ANSWERS, str(tmp_path))
     managed(new_model(new_weights()))
     (answer,) = tmp_path.glob("*.json")
-    assert json.loads(answer.read_text()) == {name: [*shape] for name, shape in SHAPES.items()}
+    assert {part.name: part.shape for part in parts_of(answer.read_text())} == SHAPES
 
 
 def test_too_little_memory_is_the_users_problem(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from rayft.kernels.grouped_lora import (
     Group,
     Rows,
     Tuning,
+    entry,
     grouped_lora,
     place,
     reference,
@@ -195,10 +196,93 @@ def test_a_slot_is_replaced_and_cleared_as_a_whole() -> None:
     assert made.entries[2].any()
 
 
+def pointed(made: AdapterTable, slot: int, of: int) -> torch.Tensor:
+    """Copy the factors of a slot to one piece of memory, and point another slot to them."""
+    memory, rows, end = torch.zeros(2**14, dtype=torch.uint8), [], 0
+
+    def put(matrix: torch.Tensor) -> int:
+        nonlocal end
+        begin, size = end, matrix.numel() * matrix.element_size()
+        memory[begin : begin + size] = matrix.contiguous().flatten().view(torch.uint8)
+        end += -(-size // 16) * 16
+        return memory.data_ptr() + begin
+
+    for layer in made.layers:
+        if (found := layer.get(of)) is None:
+            rows.append([0] * 8)
+            continue
+        rank = found.b.shape[1]
+        padded = torch.zeros(len(found.b), -(-rank // 8) * 8, dtype=made.dtype)
+        padded[:, :rank] = found.b
+        rows.append(
+            entry(
+                a=0 if found.a is None else put(found.a),
+                b=put(padded),
+                columns=0 if found.columns is None else put(found.columns),
+                rank=rank,
+                stride=padded.shape[1],
+                scale=found.scale,
+            )
+        )
+    made.point(slot, torch.tensor(rows), memory)
+    return memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of", [1, 2])
+def test_a_slot_may_point_to_memory_of_the_caller(of: int, dtype: torch.dtype) -> None:
+    made = table(dtype)
+    memory = pointed(made, 3, of)
+    rows, x, ys = batch(made, [3, of, 0])
+    x[1] = x[0]
+    for y in ys:
+        y[1] = y[0]
+    before = [y.clone() for y in ys]
+    grouped_lora(x, ys, rows, 0)
+    assert all(torch.equal(y[0], y[1]) for y in ys)
+    assert not torch.equal(ys[0][0], before[0][0])
+    assert [3 in layer for layer in made.layers] == [of in layer for layer in made.layers]
+    memory.zero_()
+    assert not any(layer[3].b.any() for layer in made.layers if 3 in layer), "it is not copied"
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["read before", "not read before"])
+def test_a_slot_has_the_first_ranks_of_another(read: bool) -> None:
+    made = table()
+    made.clear(1)
+    pointed(made, 3, 2)
+    if read:
+        assert 3 in made.layer(0, 0)
+    made.lower(1, 3, 2)
+    assert made.entries[1, :, 3].tolist() == [min(rank, 2) for rank in made.entries[3, :, 3].tolist()]
+    whole, lower = made.layer(0, 0)[3], made.layer(0, 0)[1]
+    assert whole.b.shape[1] == 4
+    assert torch.equal(lower.b, whole.b[:, :2])
+    assert lower.columns is not None
+    assert whole.columns is not None
+    assert torch.equal(lower.columns, whole.columns[:2])
+    assert (lower.scale, lower.b.data_ptr()) == (whole.scale, whole.b.data_ptr())
+    for slot in (3, 1):
+        made.clear(slot)
+        assert not any(slot in layer for layer in made.layers)
+
+
+def test_a_slot_that_pointed_elsewhere_is_replaced() -> None:
+    made = table()
+    pointed(made, 3, 2)
+    made.set(3, {"o": lora(5, 16, 24)})
+    assert [3 in layer for layer in made.layers] == [False, False, False, True]
+    pointed(made, 3, 2)
+    assert [3 in layer for layer in made.layers] == [2 in layer for layer in made.layers]
+
+
 @pytest.mark.parametrize("slot", [0, 4, -1])
 def test_only_slots_of_the_table_are_filled(slot: int) -> None:
+    made = table()
     with pytest.raises(AssertionError, match="slot"):
-        table().set(slot, {})
+        made.set(slot, {})
+    with pytest.raises(AssertionError, match="slot"):
+        made.point(slot, made.entries[1], torch.zeros(0))
 
 
 def test_a_rank_that_is_too_large_is_the_users_mistake() -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,15 +29,20 @@ from rayft.serving.engine.api import (
     Progress,
     TokenLogprob,
 )
-from rayft.serving.engine.vllm.files import written
+from rayft.serving.engine.vllm.files import Channel
 from rayft.serving.engine.vllm.plugin import ANSWERS, CONFIG, ERROR_FILE, check_release
 from rayft.serving.engine.vllm.schemas import check_schema
+from rayft.serving.engine.vllm.shard import parts_of
 
 __all__ = ["VllmEngine", "VllmOptions", "installed"]
 
+T = TypeVar("T")
+
 EXTENSION = "rayft.serving.engine.vllm.worker.WorkerExtension"
-POLL_SECONDS = 0.01
-"""Interval at which workers are asked whether an adapter has been read."""
+POLL_SECONDS = 0.005
+"""Interval at which the engine looks whether the workers have read an adapter, which costs them nothing."""
+ASK_SECONDS = 1.0
+"""Time after which it asks them between two steps, in case that one of them has ended."""
 BLOCK = 16
 """Tokens in a block of the KV cache."""
 NO_MEMORY = (
@@ -124,7 +129,7 @@ class VllmEngine:
         with tempfile.TemporaryDirectory(prefix="rayft-vllm-") as folder:
             self._llm = _start(options, limits, folder, self._record)
             answers = [
-                json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))
+                parts_of(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))
             ]
         if len(answers) != options.gpus:
             self._llm.shutdown()
@@ -133,10 +138,14 @@ class VllmEngine:
                 "would not be served; install rayft in the environment of vLLM, and leave VLLM_PLUGINS "
                 "unset or add rayft to it"
             )
-        self.linears: ModuleShapes = {name: (shape[0], shape[1]) for name, shape in answers[0].items()}
+        self.linears: ModuleShapes = {part.name: part.shape for part in answers[0]}
         """Layers that can have adapters, by their names in the model's files: outputs and inputs."""
         self.context = int(self._llm.model_config.max_model_len)
         """Longest sequence that fits into the KV cache and the model's context, in tokens."""
+        self._channel = Channel(answers, self._dtype)
+        # One thread: what a cancelled load still does there is done before the next load begins.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rayft-load")
+        self._stopped = False
 
     def submit(self, request: GenerationRequest) -> AsyncGenerator[Progress, None]:
         """Generate, and yield the progress as it comes, or the end; closing it ends the request.
@@ -210,19 +219,25 @@ class VllmEngine:
         number = next(self._numbers)
         # One at a time, since the workers copy one at a time.
         async with self._loading:
-            with ExitStack() as stack:
-                path = await asyncio.to_thread(stack.enter_context, written(artifact, self._dtype))
-                try:
-                    await self._call("rayft_load", number, str(path))
-                    problems = await self._until_read(number)
-                except BaseException:
-                    self._free([number])
-                    raise
+            path = str(await self._in_thread(self._channel.write, artifact))
+            opened = False
+            try:
+                await self._call("rayft_load", number, path)
+                # While they read.
+                content = await self._in_thread(lambda: artifact.content_hash)
+                problems = await self._until_read(number)
+                opened = not any(problems)
+            except BaseException:
+                self._free([number])
+                raise
+            finally:
+                if not self._stopped:
+                    self._thread.submit(self._channel.settle, opened=opened)
         if any(problems):
             # Another worker may have had room.
             await self._call("rayft_unload", [number])
         _check(problems)
-        self._adapters[name] = _Loaded(artifact, _lora_request(artifact.content_hash, number, str(path)))
+        self._adapters[name] = _Loaded(artifact, _lora_request(content, number, path))
 
     def unload(self, name: str) -> None:
         """Free an adapter that no running request uses, at all its ranks."""
@@ -236,6 +251,15 @@ class VllmEngine:
     def stop(self) -> None:
         """Fail all running requests, and end the engine's processes."""
         self._llm.shutdown()
+        if self._stopped:
+            return
+        self._stopped = True
+        try:
+            self._thread.submit(self._channel.close)
+        except RuntimeError:
+            # The interpreter is ending, and has ended the thread.
+            self._channel.close()
+        self._thread.shutdown(wait=False)
 
     async def _request(self, request: GenerationRequest) -> Any:
         """Return vLLM's name of the request's adapter at its rank, and make the view that it may need."""
@@ -249,7 +273,7 @@ class VllmEngine:
             if rank not in loaded.views:
                 number = next(self._numbers)
                 _check(await self._call("rayft_view", number, loaded.request.lora_int_id, rank))
-                name = f"{loaded.artifact.content_hash}@r{rank}"
+                name = f"{loaded.request.lora_name}@r{rank}"
                 loaded.views[rank] = _lora_request(name, number, loaded.request.lora_path)
         return loaded.views[rank]
 
@@ -281,13 +305,26 @@ class VllmEngine:
             structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
         )
 
+    async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in the thread of loads."""
+        if self._stopped:
+            raise ResourceError(STOPPED)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
+
     async def _until_read(self, number: int) -> list[list[str]]:
         """Wait until all workers have read an adapter; return what `WorkerManager.loaded` says of it."""
-        answers: list[list[str] | None] = [None]
-        while None in answers:
+        time = asyncio.get_running_loop().time
+        while True:
+            ask = time() + ASK_SECONDS
+            while not self._stopped and not self._channel.was_read(number) and time() < ask:
+                await asyncio.sleep(POLL_SECONDS)
+            if self._stopped:
+                raise ResourceError(STOPPED)
+            answers: list[list[str] | None] = await self._call("rayft_loaded", number)
+            found = [answer for answer in answers if answer is not None]
+            if len(found) == len(answers):
+                return found
             await asyncio.sleep(POLL_SECONDS)
-            answers = await self._call("rayft_loaded", number)
-        return [answer for answer in answers if answer is not None]
 
     def _free(self, numbers: Sequence[int]) -> None:
         """Free adapters in the workers; what is sent to them later finds the room."""

@@ -1,7 +1,13 @@
-"""The file by which an engine passes an adapter to its workers, which are other processes.
+"""The file by which an engine passes adapters to its workers, which are other processes.
 
-It is a safetensors file in shared memory, with `<layer>.b` and `<layer>.a` or `<layer>.columns` for each
-layer, and the scales in its metadata. Workers map it, so its numbers are copied only once, to the device.
+It holds the image of one adapter for each worker, lies in shared memory and is used for one adapter after the
+other, so a load allocates, maps and frees nothing. Its name is deleted as soon as all workers have opened it:
+whatever ends the processes, the file ends with them.
+
+    byte 0         a mark for each image: the number of the adapter that the worker read last (int64)
+    byte HEADER    length of the text that follows (int64), and the text: key of a worker → index of its mark,
+                   where its image begins behind the text, and the image's size (JSON)
+    then           the images
 """
 
 from __future__ import annotations
@@ -11,121 +17,198 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ResourceError
-from rayft.kernels.segment_lora import SlotFactors
-from rayft.serving.engine.api import slot_factors
+from rayft.serving.engine.vllm.arena import aligned
+from rayft.serving.engine.vllm.image import PIECE, Image, factors_of
+from rayft.serving.engine.vllm.shard import Parts, key
 
-__all__ = ["read", "written"]
+__all__ = ["Channel", "Inbox"]
 
 SHARED = Path("/dev/shm")  # noqa: S108  (the name of POSIX shared memory on Linux)
-SCALES = "scales"
-LENGTH, ALIGNED = struct.Struct("<Q"), 64
-NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
-"""What safetensors calls the dtypes."""
+KEPT = 256 * 2**20
+"""The most bytes that the file keeps from one adapter to the next."""
+HEADER = 4096
+NUMBER = struct.Struct("<q")
 
 
-@contextmanager
-def written(artifact: AdapterArtifact, dtype: torch.dtype) -> Iterator[Path]:
-    """Write an adapter's factors for the workers, and delete the file when the block ends.
+class Channel:
+    """The engine's end of the file. It passes one adapter at a time, and its calls follow each other."""
 
-    Args:
-        artifact: the adapter.
-        dtype: the engine's dtype, to which A and B are cast.
+    def __init__(self, workers: Iterable[Parts], dtype: torch.dtype) -> None:
+        """Make no file yet.
 
-    Raises:
-        ResourceError: if there is no space for the file.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    scales: dict[str, float] = {}
-    for name, layer in artifact.modules.items():
-        found = slot_factors(layer)
-        scales[name] = found.scale
-        for part in ("b", "a", "columns"):
-            if (tensor := getattr(found, part)) is not None:
-                tensors[f"{name}.{part}"] = tensor
-    # The widest dtype first, so that each tensor is aligned: the format leaves no gaps.
-    tensors = dict(sorted(tensors.items(), key=lambda item: -_kind(item[1], dtype).itemsize))
-    size = sum(tensor.numel() * _kind(tensor, dtype).itemsize for tensor in tensors.values())
-    handle, place = tempfile.mkstemp(".safetensors", "rayft-adapter-", _folder(size))
-    os.close(handle)
-    try:
+        Args:
+            workers: what each of them has. Those that need the same bytes share an image.
+            dtype: the engine's dtype, to which A and B are cast.
+        """
+        self._workers = {key(parts, dtype): parts for parts in workers}
+        assert len(self._workers) * NUMBER.size <= HEADER, "more workers than marks"
+        self._dtype = dtype
+        self._piece = torch.empty(PIECE, dtype=torch.uint8)
+        self._handle: int | None = None
+        self._path = Path()
+        self._named = False
+        self._size = 0
+
+    def write(self, artifact: AdapterArtifact) -> Path:
+        """Write an adapter in place of the former one; return the path that the workers open.
+
+        Raises:
+            ArtifactError: if the workers can't serve it.
+            ResourceError: if there is no space for the file.
+        """
+        factors = factors_of(artifact)
+        images = {name: Image(factors, parts, self._dtype) for name, parts in self._workers.items()}
+        places, end = {}, 0
+        for mark, (name, image) in enumerate(images.items()):
+            places[name] = mark, end, image.nbytes
+            end += aligned(image.nbytes)
+        text = json.dumps(places).encode()
+        first = _first(len(text))
         try:
-            _write(place, tensors, scales, dtype)
-        except (OSError, RuntimeError) as error:
+            handle = self._opened(first + end)
+            _write(handle, bytes(HEADER) + NUMBER.pack(len(text)) + text, 0)
+            for name, image in images.items():
+                self._copy(image, handle, first + places[name][1])
+        except OSError as error:
+            path = self._path
+            self.close()
             raise ResourceError(
-                f"an adapter of {size:,} bytes can't be passed to the engine's processes through {place} "
+                f"an adapter of {end:,} bytes can't be passed to the engine's processes through {path} "
                 f"({error}); free space there"
             ) from error
-        yield Path(place)
-    finally:
-        Path(place).unlink(missing_ok=True)
+        self._size = max(self._size, first + end)
+        return self._path
+
+    def was_read(self, number: int) -> bool:
+        """Return whether the workers have read an adapter; it costs some microseconds.
+
+        Of workers that share an image, one may not have.
+        """
+        assert self._handle is not None, "nothing was written"
+        count = len(self._workers)
+        return os.pread(self._handle, count * NUMBER.size, 0) == NUMBER.pack(number) * count
+
+    def settle(self, *, opened: bool) -> None:
+        """End a load: free what the file has beyond `KEPT`.
+
+        Args:
+            opened: whether all workers have opened the file, which then needs no name any more.
+        """
+        if self._handle is None:
+            return
+        if opened and self._named:
+            self._path.unlink(missing_ok=True)
+            self._named = False
+        if self._size > KEPT:
+            os.ftruncate(self._handle, KEPT)
+            self._size = KEPT
+
+    def close(self) -> None:
+        """Delete the file, and free its memory although workers have it open."""
+        if self._handle is None:
+            return
+        handle, self._handle, self._size = self._handle, None, 0
+        os.ftruncate(handle, 0)
+        os.close(handle)
+        if self._named:
+            self._path.unlink(missing_ok=True)
+
+    def _opened(self, size: int) -> int:
+        """Return the file, or a new one if it can't grow to a size where it is."""
+        if self._handle is not None and size <= self._size:
+            return self._handle
+        grown = size - self._size if self._path.parent == SHARED else size
+        folder = _folder(grown)
+        if self._handle is None or self._path.parent != folder:
+            self.close()
+            # In case that no file can be made there.
+            self._path = folder
+            handle, place = tempfile.mkstemp(prefix="rayft-adapter-", dir=folder)
+            self._handle, self._path, self._named = handle, Path(place), True
+        return self._handle
+
+    def _copy(self, image: Image, handle: int, place: int) -> None:
+        """Write an image piece by piece.
+
+        The file is not mapped: to touch the pages of a map for the first time and to end it takes longer than
+        to copy, and the latter keeps Python's lock.
+        """
+        begin = 0
+        while begin < image.nbytes:
+            count = image.read(self._piece, begin)
+            _write(handle, self._piece.numpy()[:count], place + begin)
+            begin += count
 
 
-def _kind(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    return dtype if tensor.is_floating_point() else tensor.dtype
+class Inbox:
+    """A worker's end of the file."""
+
+    def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
+        """Open nothing yet.
+
+        Args:
+            parts: what the worker has.
+            dtype: the dtype of its A and B.
+        """
+        self._key = key(parts, dtype)
+        self._path: Path | None = None
+        self._handle, self._mark = -1, 0
+
+    def image(self, path: Path) -> Written:
+        """Return the image for this worker that was written last. The file stays open until another is."""
+        if path != self._path:
+            handle = os.open(path, os.O_RDWR)
+            if self._path is not None:
+                os.close(self._handle)
+            self._path, self._handle = path, handle
+        (length,) = NUMBER.unpack(os.pread(self._handle, NUMBER.size, HEADER))
+        places = json.loads(os.pread(self._handle, length, HEADER + NUMBER.size))
+        self._mark, begin, nbytes = places[self._key]
+        return Written(self._handle, _first(length) + begin, nbytes)
+
+    def mark(self, number: int) -> None:
+        """Let the engine know that an adapter was read, or that it can't be."""
+        if self._path is not None:
+            os.pwrite(self._handle, NUMBER.pack(number), self._mark * NUMBER.size)
 
 
-def _write(
-    place: str, tensors: Mapping[str, torch.Tensor], scales: Mapping[str, float], dtype: torch.dtype
-) -> None:
-    """Write a safetensors file, whose format is a header in JSON, preceded by its length, and the numbers.
+class Written:
+    """The bytes of an image in a file (see `rayft.serving.engine.vllm.image.Bytes`)."""
 
-    `safetensors.torch.save_file` keeps Python's lock while it writes, and tokens would wait for it.
-    """
-    header: dict[str, Any] = {"__metadata__": {SCALES: json.dumps(scales)}}
-    end = 0
-    for name, tensor in tensors.items():
-        kind = _kind(tensor, dtype)
-        begin, end = end, end + tensor.numel() * kind.itemsize
-        header[name] = {"dtype": NAMES[kind], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(LENGTH.size + len(text)) % ALIGNED)
-    first = LENGTH.size + len(text)
-    with open(place, "wb") as file:
-        file.write(LENGTH.pack(len(text)) + text)
-        file.flush()
-        # Space is reserved here: writing to a map of a full file system would end the process.
-        os.posix_fallocate(file.fileno(), 0, first + end)
-    memory = torch.from_file(place, shared=True, size=first + end, dtype=torch.uint8)[first:]
-    for name, tensor in tensors.items():
-        begin, stop = header[name]["data_offsets"]
-        memory[begin:stop].view(_kind(tensor, dtype)).view(tensor.shape).copy_(tensor)
+    def __init__(self, handle: int, place: int, nbytes: int) -> None:
+        self._handle, self._place, self.nbytes = handle, place, nbytes
+
+    def read(self, memory: torch.Tensor, begin: int) -> int:
+        """Read a piece without Python's lock."""
+        count = min(len(memory), self.nbytes - begin)
+        target: Any = memory.numpy()[:count]
+        if os.preadv(self._handle, [target], self._place + begin) != count:
+            raise OSError("the file of an adapter is too short")
+        return count
 
 
-def read(path: Path) -> dict[str, SlotFactors]:
-    """Read the factors of each layer from a file of `written`, or from an adapter's folder.
-
-    The tensors of a file are views of its map, and stay usable after the file is deleted.
-
-    Raises:
-        ArtifactError: if the folder is no adapter.
-    """
-    if path.is_dir():
-        return {name: slot_factors(layer) for name, layer in AdapterArtifact.load(path).modules.items()}
-    with safe_open(path, framework="pt") as opened:
-        scales: Mapping[str, float] = json.loads(opened.metadata()[SCALES])
-        keys = set(opened.keys())
-        return {
-            name: SlotFactors(
-                b=opened.get_tensor(f"{name}.b"),
-                scale=scale,
-                a=opened.get_tensor(f"{name}.a") if f"{name}.a" in keys else None,
-                columns=opened.get_tensor(f"{name}.columns") if f"{name}.columns" in keys else None,
-            )
-            for name, scale in scales.items()
-        }
+def _first(length: int) -> int:
+    """Return where the images begin behind a text."""
+    return aligned(HEADER + NUMBER.size + length)
 
 
-def _folder(size: int) -> str:
+def _write(handle: int, numbers: Any, place: int) -> None:
+    """Write all bytes of a buffer; a file system without space takes some of them first."""
+    rest = memoryview(numbers)
+    while rest:
+        count = os.pwrite(handle, rest, place)
+        rest, place = rest[count:], place + count
+
+
+def _folder(size: int) -> Path:
     """Return the folder of shared memory, or that of temporary files if there is too little of it."""
     roomy = SHARED.is_dir() and shutil.disk_usage(SHARED).free > 2 * size
-    return str(SHARED) if roomy else tempfile.gettempdir()
+    return SHARED if roomy else Path(tempfile.gettempdir())

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import torch
 
 from rayft.kernels.segment_lora import SlotFactors
 
-__all__ = ["Part", "shard"]
+__all__ = ["Part", "Parts", "described", "key", "parts_of", "shard"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,29 @@ class Part:
     def size(self) -> int:
         """Number of its outputs here."""
         return self.outputs[1] - self.outputs[0]
+
+
+Parts = tuple[Part, ...]
+"""All that a worker has, in the order of its table."""
+
+
+def described(parts: Parts) -> str:
+    """Return text that tells another process what a worker has."""
+    return json.dumps([astuple(part) for part in parts])
+
+
+def parts_of(text: str) -> Parts:
+    """Return what a worker has from the text of `described`."""
+    found: Sequence[tuple[str, list[int], list[int], list[int]]] = json.loads(text)
+    return tuple(
+        Part(name, (shape[0], shape[1]), (outputs[0], outputs[1]), (inputs[0], inputs[1]))
+        for name, shape, outputs, inputs in found
+    )
+
+
+def key(parts: Parts, dtype: torch.dtype) -> str:
+    """Return a text that is the same for workers that need the same bytes of every adapter."""
+    return hashlib.sha256(f"{dtype}{described(parts)}".encode()).hexdigest()[:16]
 
 
 def shard(factors: SlotFactors, part: Part) -> SlotFactors | None:

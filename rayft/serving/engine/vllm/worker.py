@@ -7,13 +7,13 @@ engine load adapters while the worker generates.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +29,22 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
-from rayft.errors import ArtifactError, RayftError, ResourceError
+from rayft.artifacts import AdapterArtifact
+from rayft.errors import RayftError, ResourceError
 from rayft.files import write_file
-from rayft.kernels.grouped_lora import SLICES, UNIT, WIDEST, AdapterTable, Group
-from rayft.kernels.segment_lora import BASE_SLOT, SlotFactors
+from rayft.kernels.grouped_lora import SLICES, AdapterTable, Group
+from rayft.kernels.segment_lora import BASE_SLOT
 from rayft.serving.engine.api import NoRoomError
 from rayft.serving.engine.vllm.adapters import AdaptedLinear, Batch, Product, Site
-from rayft.serving.engine.vllm.arena import Arena, aligned
-from rayft.serving.engine.vllm.files import read
+from rayft.serving.engine.vllm.arena import Arena
+from rayft.serving.engine.vllm.files import Inbox
+from rayft.serving.engine.vllm.image import PIECE, Bytes, Image, entries_in, factors_of, locate
 from rayft.serving.engine.vllm.plugin import ANSWERS, CONFIG
-from rayft.serving.engine.vllm.shard import Part, shard
+from rayft.serving.engine.vllm.shard import Part, Parts, described
 
 __all__ = ["WorkerExtension", "WorkerManager"]
 
 SLOTS = 4096
-STAGING = 32 * 2**20
-"""Bytes that are copied to the device at once."""
 
 SWITCH_SECONDS = 0.0005
 """Interval at which Python's threads give way to each other; ten times as often as by default."""
@@ -84,7 +84,6 @@ class _Placed:
 
     place: int
     nbytes: int
-    factors: dict[str, SlotFactors]
     done: torch.cuda.Event | None
     """Recorded behind the copy to the device; None on a CPU."""
 
@@ -106,7 +105,8 @@ class WorkerManager:
         self._failed: dict[int, Problem] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="rayft-load")
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._staging: torch.Tensor | None = None
+        # One half is filled while the other is copied to the device.
+        self._staging = torch.empty(2, PIECE, dtype=torch.uint8, pin_memory=self._stream is not None)
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any) -> torch.nn.Module:
         """Take the memory of adapters, and add them to the model's linear layers.
@@ -136,15 +136,15 @@ class WorkerManager:
             requests=scheduler.max_num_seqs,
             captured=vllm_config.compilation_config.cudagraph_capture_sizes or (),
         )
-        self._parts: dict[str, Part] = {}
+        self._parts: Parts = tuple(part for _, _, parts in found for part in parts)
+        self._inbox = Inbox(self._parts, self._table.dtype)
         for index, (layer, _, parts) in enumerate(found):
             site = Site(index, parts, _product(layer.quant_method, layer), _weight(layer))
             layer.quant_method = AdaptedMethod(layer.quant_method, site, self._batch)
             # Later releases otherwise quantise the input of a quantised layer before it is called.
             layer.requires_unquantized_input = True
-            self._parts |= {part.name: part for part in parts}
         self._batch.warm_up()
-        _answer({name: part.shape for name, part in self._parts.items()})
+        _answer(self._parts)
         return model
 
     def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
@@ -175,17 +175,15 @@ class WorkerManager:
         number = request.lora_int_id
         if number in self._slots:
             return False
-        self.begin(number, request.lora_path)
+        self._begin(number, request.lora_path)
         self._loading[number].exception()
         if problem := self.loaded(number):
             raise ResourceError(problem[-1])
         return True
 
     def begin(self, number: int, path: str) -> None:
-        """Begin to load an adapter in a thread, from a folder or a file of `files.written`."""
-        self._reserve(number)
-        steps = torch.cuda.current_stream(self._device) if self._stream is not None else None
-        self._loading[number] = self._threads.submit(self._load, Path(path), steps)
+        """Begin to load an adapter in a thread from a file of `files.Channel`, which is marked at the end."""
+        self._begin(number, path).add_done_callback(lambda _: self._inbox.mark(number))
 
     def loaded(self, number: int) -> Problem | None:
         """Make an adapter usable if it has been read; return None while it is being read."""
@@ -204,10 +202,12 @@ class WorkerManager:
     def view(self, number: int, of: int, rank: int) -> Problem:
         """Make a loaded adapter usable at a lower rank under another number."""
         self._reserve(number)
+        whole = self._slots[of]
         try:
-            self._fill(number, {name: _at_rank(f, rank) for name, f in self._placed[of].factors.items()})
+            slot = self._take(number)
         except RayftError as error:
             return [type(error).__name__, str(error)]
+        self._table.lower(slot, whole, rank)
         return []
 
     def remove_adapter(self, number: int) -> bool:
@@ -256,7 +256,7 @@ class WorkerManager:
         """Add an adapter without factors."""
         if request.lora_int_id not in self._slots:
             self._reserve(request.lora_int_id)
-            self._fill(request.lora_int_id, {})
+            self._table.clear(self._take(request.lora_int_id))
         return True
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
@@ -275,7 +275,7 @@ class WorkerManager:
             if placed.done is not None:
                 torch.cuda.current_stream(self._device).wait_event(placed.done)
             try:
-                self._fill(number, placed.factors)
+                slot = self._take(number)
             except BaseException:
                 self._arena.give(placed.place, placed.nbytes)
                 raise
@@ -283,6 +283,8 @@ class WorkerManager:
             return [type(error).__name__, str(error)]
         except Exception as error:  # noqa: BLE001  (the engine must hear of any)
             return ["ResourceError", f"{type(error).__name__}: {error}"]
+        memory = self._arena.memory
+        self._table.point(slot, entries_in(memory[placed.place :], len(self._parts)), memory)
         self._placed[number] = placed
         return []
 
@@ -295,73 +297,70 @@ class WorkerManager:
         while number >= len(self._slot_of):
             self._slot_of = np.concatenate((self._slot_of, np.full_like(self._slot_of, BASE_SLOT)))
 
-    def _fill(self, number: int, factors: Mapping[str, SlotFactors]) -> None:
+    def _take(self, number: int) -> int:
+        """Assign a free slot to a number."""
         if not self._free:
             raise NoRoomError(f"{SLOTS - 1} adapters are loaded; lower device_bytes")
         slot = self._free.pop()
-        self._table.set(slot, factors)
         self._slots[number] = slot
         self._slot_of[number] = slot
+        return slot
+
+    def _begin(self, number: int, path: str) -> Future[_Placed]:
+        """Begin to load an adapter in a thread, from its folder or from a file of `files.Channel`."""
+        self._reserve(number)
+        steps = torch.cuda.current_stream(self._device) if self._stream is not None else None
+        self._loading[number] = self._threads.submit(self._load, Path(path), steps)
+        return self._loading[number]
 
     def _load(self, path: Path, steps: torch.cuda.Stream | None) -> _Placed:
-        """Read an adapter and copy it to the device (a thread of its own)."""
-        mine: dict[str, SlotFactors] = {}
-        for name, whole in read(path).items():
-            part = self._parts.get(name)
-            if part is None:
-                raise ArtifactError(
-                    f"vLLM's model has no linear layer {name} that can have an adapter; train the adapter on "
-                    "other layers, or serve it with engine: cpu"
-                )
-            _check(whole, part)
-            if (here := shard(whole, part)) is not None:
-                mine[name] = here
-        layout = _Layout(self._table.dtype)
-        for name, factors in mine.items():
-            layout.add(name, factors)
-        place = self._arena.take(layout.nbytes)
-        try:
-            done = self._copy(layout, place, steps)
-        except BaseException:
-            self._arena.give(place, layout.nbytes)
-            raise
-        return _Placed(place, layout.nbytes, layout.views(self._arena.memory[place:], mine), done)
+        """Copy an adapter to the device (a thread of its own).
 
-    def _copy(self, layout: _Layout, place: int, steps: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-        """Copy factors to their place through pinned memory, on a stream beside the steps'."""
-        if self._staging is None or len(self._staging) < layout.largest:
-            size = max(STAGING, layout.largest)
-            self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=self._stream is not None)
-        event = None
+        Whenever this thread needs Python's lock, it waits for the thread that generates, and then that thread
+        waits for it. So it makes some calls for each piece, and none for each layer.
+        """
+        image: Bytes
+        if path.is_dir():
+            image = Image(factors_of(AdapterArtifact.load(path)), self._parts, self._table.dtype)
+        else:
+            image = self._inbox.image(path)
+        place = self._arena.take(image.nbytes)
+        try:
+            done = self._copy(image, place, steps)
+        except BaseException:
+            self._arena.give(place, image.nbytes)
+            raise
+        return _Placed(place, image.nbytes, done)
+
+    def _copy(self, image: Bytes, place: int, steps: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+        """Copy an image to its place through pinned memory, on a stream beside the steps'."""
+        copied: Sequence[torch.cuda.Event | None] = (None, None)
         if self._stream is not None:
             # Steps that were launched before the place was given back may still read it.
             assert steps is not None
             freed = torch.cuda.Event()
             freed.record(steps)
             self._stream.wait_event(freed)
-            event = torch.cuda.Event()
-        start = end = 0
+            copied = torch.cuda.Event(), torch.cuda.Event()
+        memory, begin = self._arena.memory[place : place + image.nbytes], 0
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-
-            def flush() -> None:
-                assert self._staging is not None
-                target = self._arena.memory[place + start : place + end]
-                target.copy_(self._staging[: end - start], non_blocking=True)
-                if event is not None:
-                    event.record(self._stream)
-                    event.synchronize()
-
-            for begin, matrix, width, dtype in layout.matrices:
-                nbytes = aligned(matrix.shape[0] * width * dtype.itemsize)
-                if begin + nbytes - start > len(self._staging):
-                    flush()
-                    start = begin
-                end = begin + nbytes
-                rows = _view(self._staging[begin - start :], matrix.shape[0], width, dtype)
-                rows[:, : matrix.shape[1]].copy_(matrix)
-                rows[:, matrix.shape[1] :] = 0
-            flush()
-        return event
+            for half, done in cycle(zip(self._staging, copied, strict=True)):
+                if done is not None:
+                    # The piece that was there before; at once if there was none.
+                    done.synchronize()
+                count = image.read(half, begin)
+                if begin == 0:
+                    locate(entries_in(half, len(self._parts)), memory.data_ptr())
+                memory[begin : begin + count].copy_(half[:count], non_blocking=True)
+                if done is not None:
+                    done.record(self._stream)
+                begin += count
+                if begin >= image.nbytes:
+                    break
+        if done is not None:
+            # The next load writes to the pinned memory.
+            done.synchronize()
+        return done
 
 
 class WorkerExtension:
@@ -386,54 +385,6 @@ class WorkerExtension:
         for number in numbers:
             self.model_runner.lora_manager.remove_adapter(number)
         return int(self.model_runner.lora_manager.free_bytes)
-
-
-class _Layout:
-    """Where the matrices of an adapter lie in its piece of memory."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self.matrices: list[tuple[int, torch.Tensor, int, torch.dtype]] = []
-        """Begin in bytes, matrix, numbers in a row, and dtype."""
-        self.nbytes = 0
-        """Size of the piece."""
-        self.largest = 0
-        """Size of the largest matrix."""
-        self._places: dict[str, list[int]] = {}
-
-    def add(self, name: str, factors: SlotFactors) -> None:
-        """Add a layer: B, whose rows the kernels want in whole units, then A or the columns."""
-        rank = factors.b.shape[1]
-        self._places[name] = [self._put(factors.b, -(-rank // UNIT) * UNIT, self._dtype)]
-        if factors.columns is not None:
-            second = self._put(factors.columns[None, :], rank, torch.int64)
-        else:
-            assert factors.a is not None
-            second = self._put(factors.a, factors.a.shape[1], self._dtype)
-        self._places[name].append(second)
-
-    def views(self, memory: torch.Tensor, like: Mapping[str, SlotFactors]) -> dict[str, SlotFactors]:
-        """Return the layers' factors in memory that begins with this piece."""
-        found = {}
-        for name, (first, second) in self._places.items():
-            factors = like[name]
-            outputs, rank = factors.b.shape
-            b = _view(memory[first:], outputs, -(-rank // UNIT) * UNIT, self._dtype)[:, :rank]
-            if factors.columns is not None:
-                columns = _view(memory[second:], 1, rank, torch.int64)[0]
-                found[name] = SlotFactors(b=b, scale=factors.scale, columns=columns)
-            else:
-                assert factors.a is not None
-                a = _view(memory[second:], rank, factors.a.shape[1], self._dtype)
-                found[name] = SlotFactors(b=b, scale=factors.scale, a=a)
-        return found
-
-    def _put(self, matrix: torch.Tensor, width: int, dtype: torch.dtype) -> int:
-        begin, size = self.nbytes, aligned(matrix.shape[0] * width * dtype.itemsize)
-        self.matrices.append((begin, matrix, width, dtype))
-        self.nbytes += size
-        self.largest = max(self.largest, size)
-        return begin
 
 
 FORWARDS = tuple(kind.forward for kind in (ReplicatedLinear, ColumnParallelLinear, RowParallelLinear))
@@ -501,40 +452,7 @@ def _weight(layer: Any) -> Callable[[], torch.Tensor] | None:
     return lambda: layer.weight
 
 
-def _check(factors: SlotFactors, part: Part) -> None:
-    """Refuse factors that don't fit a layer.
-
-    Raises:
-        ArtifactError: if their shapes differ from the layer's.
-    """
-    outputs, inputs = part.shape
-    fits = factors.a is None or factors.a.shape[1] == inputs
-    if factors.columns is not None and len(factors.columns):
-        fits = int(factors.columns.min()) >= 0 and int(factors.columns.max()) < inputs
-    if factors.b.shape[0] != outputs or not fits:
-        raise ArtifactError(
-            f"{part.name} is {outputs}x{inputs} in vLLM's model, and the adapter's factors are not; use it "
-            "with its own base"
-        )
-    if factors.b.shape[1] > WIDEST:
-        raise ArtifactError(
-            f"{part.name} has rank {factors.b.shape[1]}, but GPUs serve ranks up to {WIDEST}; reduce it by "
-            "`rayft squeeze`"
-        )
-
-
-def _at_rank(factors: SlotFactors, rank: int) -> SlotFactors:
-    a = None if factors.a is None else factors.a[:rank]
-    columns = None if factors.columns is None else factors.columns[:rank]
-    return SlotFactors(b=factors.b[:, :rank], scale=factors.scale, a=a, columns=columns)
-
-
-def _view(memory: torch.Tensor, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """View the first bytes of memory as a matrix."""
-    return memory[: rows * width * dtype.itemsize].view(dtype).view(rows, width)
-
-
-def _answer(shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Let the engine know that the plugin is active in this worker."""
+def _answer(parts: Parts) -> None:
+    """Let the engine know that the plugin is active in this worker, and what the worker has."""
     if folder := os.environ.get(ANSWERS):
-        write_file(Path(folder) / f"{os.getpid()}.json", json.dumps(shapes))
+        write_file(Path(folder) / f"{os.getpid()}.json", described(parts))
