@@ -10,6 +10,7 @@ from rayft.errors import ConfigError
 from rayft.flow.console import terminal
 from rayft.flow.guard import guarded
 from rayft.flow.introduction import introduce
+from rayft.flow.rehearse import start_rehearsal
 
 __all__ = ["app", "main"]
 
@@ -59,6 +60,7 @@ def sweep(
     overrides: Overrides = None,
 ) -> None:
     """Run a sweep, or continue it: search, score, squeeze the winner, register and report."""
+    start_rehearsal(config, overrides or [])
     from rayft.flow import commands
 
     commands.sweep(config, overrides or [], console)

@@ -5,7 +5,7 @@
     <cache>/models/<name>/        a converted model; the processes that use it hold a lock of the folder
     <cache>/models/.<name>-<…>/   the same, unfinished
     <cache>/hashes/<hash>.json    the hash of a large file
-    <cache>/probes/<key>.json     how the steps of a kind of run use a GPU best
+    <cache>/probes/<key>.json     how a kind of run uses a GPU best, or what was rehearsed
     <cache>/lanes/<lane>/         a lane's copies of files, on a node that does not share the home's disk
     <Triton's cache>/<key>/       a compiled kernel, of rayft or of another program
 

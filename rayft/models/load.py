@@ -46,6 +46,7 @@ __all__ = [
     "load_empty",
     "load_encoder",
     "load_model",
+    "load_shallow",
     "load_skeleton",
     "loading",
     "resolve",
@@ -254,6 +255,42 @@ def load_empty(config: ModelConfig, dtype: torch.dtype) -> LoadedModel:
         model.tie_weights()
         _check_kinds(config, model, source)
     return _loaded(config, model, load_encoder(config, settings), "")
+
+
+def load_shallow(config: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> LoadedModel:
+    """Return a language model like a base, but with random weights, few layers and no tokenizer.
+
+    It has the fewest layers among which each kind of the base's layers is, and at least two, because the
+    first layer's input needs no gradient. What it computes for a batch has the shapes of the base's.
+
+    Raises:
+        ModelError: if the base can't be found, or has attention that rayft does not know.
+    """
+    from rayft.models.attention import attend_by_segments
+
+    source, skeleton = resolve(config), load_skeleton(config)
+    with loading(config):
+        settings = _settings(config, source)
+        text = settings.get_text_config()
+        count = text.num_hidden_layers
+        layers = next(
+            module
+            for module in skeleton.modules()
+            if isinstance(module, nn.ModuleList) and len(module) == count
+        )
+        types = getattr(text, "layer_types", None) or [""] * count
+        kinds = [*zip(map(repr, layers), types, strict=True)]
+        few = min(count, max(2, *(kinds.index(kind) + 1 for kind in kinds)))
+        for name, value in vars(text).copy().items():
+            if isinstance(value, list) and len(value) == count:
+                setattr(text, name, value[:few])
+        text.num_hidden_layers = few
+        with torch.device(device):
+            model = _auto_class(config).from_config(settings, dtype=dtype)
+    attend_by_segments(model)
+    model.requires_grad_(False)
+    model.eval()
+    return LoadedModel(model, None, "", context_length(config, settings, None))
 
 
 def weight_files(config: ModelConfig, model: nn.Module) -> WeightFiles | None:

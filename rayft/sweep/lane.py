@@ -35,6 +35,7 @@ from rayft.models.packed import unpackable
 from rayft.sweep.broker import CLOSE, Beat
 from rayft.sweep.jobs import Job, NewGroupError
 from rayft.sweep.packed import PackedScores, PackedTrials
+from rayft.sweep.rehearsal import end_rehearsal
 from rayft.sweep.request import TrainRequest
 from rayft.sweep.score import ScoreRequest
 from rayft.sweep.settings import LaneSettings
@@ -163,6 +164,7 @@ class Lane:
     def _size(self, run: RunConfig, session: Session) -> Sizing:
         """Return how trials like a run share steps; if they do not, no further ones are tried."""
         reason, size = unpackable(session.loaded.model), Sizing()
+        end_rehearsal()
         if not reason:
             with self.timed("find the number of slots"):
                 size = sizing(run, session, self._slots)

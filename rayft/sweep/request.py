@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from rayft.identity import UNKNOWN, Identity
+from rayft.sweep.rehearsal import end_rehearsal
 from rayft.sweep.result import trial_folder
 from rayft.tracking.base import TrackerSpec
 from rayft.train.checkpoint_folder import checkpoints, is_portable
@@ -84,6 +85,7 @@ class TrainRequest:
 
         started, fresh = time.perf_counter(), not lane.loaded
         session = lane.session(self.run, self.expected)
+        end_rehearsal()
         trial = TrialCourse(self, lane, session, time.perf_counter() if fresh else started)
         return drive(trial.course(), trial.trainer.answer)
 

@@ -26,7 +26,7 @@ from rayft.train.placement import limited, probe_file, recompute_activations
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
 
-__all__ = ["Sizing", "sizing"]
+__all__ = ["COUNTS", "Sizing", "sizing", "tried"]
 
 COUNTS = (1, 4, 16)
 """Numbers of slots that are tried."""
@@ -66,12 +66,22 @@ def sizing(run: RunConfig, session: Session, slots: int | None) -> Sizing:
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Sizing(**json.loads(file.read_text(encoding="utf-8")))
     with limited(session.worker.device, run.scale.gpu_share):
-        found = Sizing(choose(partial(_seconds, run, session)), graphs)
+        found = Sizing(tried(run, session), graphs)
     logger.info("%s", found)
     # Without a writable cache, each lane tries anew.
     with contextlib.suppress(OSError):
         write_file(file, json.dumps(asdict(found)))
     return found
+
+
+def tried(run: RunConfig, session: Session) -> int:
+    """Return how many slots are fastest on a GPU, by timing the base's passes.
+
+    Args:
+        run: one of the runs.
+        session: base and data.
+    """
+    return choose(partial(_seconds, run, session))
 
 
 def choose(seconds: Callable[[int], float | None]) -> int:

@@ -24,6 +24,7 @@ from rayft.models.load import (
     _without_gguf_bar,
     fingerprint,
     load_model,
+    load_shallow,
     load_skeleton,
     resolve,
 )
@@ -283,3 +284,35 @@ def test_a_language_model_whose_file_lacks_weights_is_refused(tiny_folder: Path,
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lack 1 weights .* such as model\.layers\.1\.mlp\.up_proj\.weight"):
         load_weights(ModelConfig(name=str(folder)))
+
+
+def test_a_shallow_base_has_each_kind_of_layer(tmp_path: Path) -> None:
+    from transformers import Gemma3TextConfig, GPT2Config, Qwen3MoeConfig
+
+    shared = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 60}
+    # Each sixth layer attends to everything.
+    windows = Gemma3TextConfig(**shared, num_hidden_layers=14, num_key_value_heads=2, head_dim=8)
+    windows.architectures = ["Gemma3ForCausalLM"]
+    windows.save_pretrained(tmp_path / "windows")
+    # The first three layers have no experts.
+    experts = Qwen3MoeConfig(
+        **shared,
+        num_hidden_layers=10,
+        num_key_value_heads=2,
+        mlp_only_layers=[0, 1, 2],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+    )
+    experts.architectures = ["Qwen3MoeForCausalLM"]
+    experts.save_pretrained(tmp_path / "experts")
+    # The input of the first layer needs no gradient, and that of the others does.
+    alike = GPT2Config(n_layer=5, n_embd=32, n_head=4, vocab_size=60, bos_token_id=1, eos_token_id=1)
+    alike.architectures = ["GPT2LMHeadModel"]
+    alike.save_pretrained(tmp_path / "alike")
+    for name, count in (("windows", 6), ("experts", 4), ("alike", 2)):
+        loaded = load_shallow(ModelConfig(name=str(tmp_path / name)), torch.bfloat16)
+        assert loaded.model.config.num_hidden_layers == count
+        assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+        assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.model.config._attn_implementation == "rayft_segments"
