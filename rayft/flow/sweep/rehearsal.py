@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from rayft import __version__
@@ -42,6 +43,8 @@ LARGEST = 0.5
 """Share of the GPU's memory that a base may take, so that it is loaded beside the rehearsal in any case."""
 FREE = 0.5
 """Share of the GPU's memory that must be free."""
+HOST_BYTES = 2**34
+"""Memory of the host that must be free: this process takes some gigabytes, and lanes must not lack them."""
 COMPUTE_MODE = 20
 """CUDA's number of the attribute that says whether several processes may use a GPU."""
 logger = logging.getLogger(__name__)
@@ -83,7 +86,8 @@ def rehearse_sweep(
     # Imported here, because it imports DeepSpeed.
     from rayft.train.rehearsal import rehearse
 
-    torch.set_num_threads(1)
+    # As a lane does, since kernels for CPUs would be kept by it.
+    torch.set_num_threads(run.scale.threads or 1)
     torch.cuda.set_per_process_memory_fraction(MEMORY * run.scale.gpu_share, DEVICE)
     rehearse(runs, slots, DEVICE, scratch)
     mark(file)
@@ -101,6 +105,7 @@ def refusal(settings: PipelineConfig) -> str:
         "ZeRO-3 partitions the base": lambda: scale.zero == 3,
         "nothing is packed or fused": lambda: settings.sweep.slots == 1 and scale.fused is False,
         "a GGUF file's shapes are known when it is converted": lambda: model.name.endswith(".gguf"),
+        "the host has little free memory": lambda: psutil.virtual_memory().available < HOST_BYTES,
         "the sweep runs on a cluster": on_cluster,
         "only one process may use the GPU": _is_exclusive,
     }

@@ -24,6 +24,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(rehearsal, "_is_exclusive", lambda: False)
     monkeypatch.setattr(rehearsal, "on_cluster", lambda: False)
+    monkeypatch.setattr(rehearsal, "HOST_BYTES", 0)
     monkeypatch.setattr(rehearsal, "_no_room", lambda *_: "")
     monkeypatch.setattr(rehearsal, "_machine", lambda: {"device": ["some GPU", 1]})
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *_: None)
@@ -58,6 +59,9 @@ def test_the_machine_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(rehearsal, name, lambda: True)
             assert text in refusal(tiny())
+    with monkeypatch.context() as patch:
+        patch.setattr(rehearsal, "HOST_BYTES", 2**60)
+        assert "memory" in refusal(tiny())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU" in refusal(tiny())
 
