@@ -37,7 +37,6 @@ from rayft.train.run import RunConfig, why_alone
 from rayft.train.session import Session
 from rayft.train.slots import COUNTS, Sizing, sizing, tried
 from rayft.train.trainer import Reporter, Trainer
-from rayft.train.validation import validation_loss
 from rayft.train.worker import Worker
 
 __all__ = ["rehearse"]
@@ -67,9 +66,6 @@ def rehearse(runs: Sequence[RunConfig], slots: int | None, device: str, folder: 
     text = session.loaded.model.config.get_text_config()
     logger.info("%s, %d layers", runs[0].model.name, text.num_hidden_layers)
     fuse_base(runs[0], session.loaded.model, session.train, session.worker)
-    # A lane scores the base first, for which it needs passes without gradients.
-    validation_loss(session)
-    logger.info("passes of the base")
     packs = [run for run in runs if not why_alone(run)]
     size = _size(packs, session, slots)
     logger.info("%s", size)
