@@ -35,6 +35,9 @@ LONGEST_LINE = 2**30
 HANDSHAKE_SECONDS = 10
 """Time that a new connection has to send the token."""
 
+GATHERED_SECONDS = 0.001
+"""Time in which the parts that arise travel together: one line for each costs both processes more."""
+
 PARTS: TypeAdapter[list[tuple[int, Delta | None]]] = TypeAdapter(list[tuple[int, Delta | None]])
 """A line: numbers of answers, each with a part, or None after the last part."""
 
@@ -189,8 +192,7 @@ class _Line:
 
     def put(self, number: int, delta: Delta | None) -> None:
         if not self.parts:
-            # Parts that arise in the same round of the loop travel together.
-            asyncio.get_running_loop().call_soon(self._flush)
+            asyncio.get_running_loop().call_later(GATHERED_SECONDS, self._flush)
         self.parts.append((number, delta))
 
     def _flush(self) -> None:

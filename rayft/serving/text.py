@@ -95,8 +95,8 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], para
         BadRequestError: if one is not; it names the first one.
     """
     size = len(tokenizer)
-    wrong = next((token for token in tokens if not 0 <= token < size), None)
-    if wrong is not None:
+    if tokens and (min(tokens) < 0 or max(tokens) >= size):
+        wrong = next(token for token in tokens if not 0 <= token < size)
         raise BadRequestError(
             f"'{param}': {wrong} is not a token of this model (0 to {size - 1})", param=param
         )

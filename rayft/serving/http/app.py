@@ -21,7 +21,7 @@ from rayft.errors import RayftError, RequestError, UnknownModelError
 from rayft.serving.answers import Inbox, Incoming
 from rayft.serving.control.state import Deployed
 from rayft.serving.http.auth import Administrator, Caller, KeyConfig, KnownCaller, identify
-from rayft.serving.http.body import GuardedRoute
+from rayft.serving.http.body import AnswerRoute, GuardedRoute
 from rayft.serving.http.errors import HANDLED, RETRY_SECONDS, answer_error
 from rayft.serving.http.gateway import Gateway
 from rayft.serving.http.responses import (
@@ -67,6 +67,7 @@ STREAM: dict[int | str, dict[str, Any]] = {
 }
 
 router = APIRouter(route_class=GuardedRoute, responses=ERRORS)
+answers = APIRouter(route_class=AnswerRoute, responses=ERRORS)
 
 
 async def _gateway(request: Request) -> Gateway:
@@ -126,7 +127,7 @@ async def describe_model(caller: KnownCaller, gateway: Replicas, name: ModelName
     raise UnknownModelError(f"no model '{name}' is served here; see /v1/models", param="model")
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM)
+@answers.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM)
 async def chat_completions(
     request: Request, caller: KnownCaller, gateway: Replicas, body: ChatRequest
 ) -> Response:
@@ -134,7 +135,7 @@ async def chat_completions(
     return await _until_left(request, _answer(gateway, caller, body, ChatForm(body.model)))
 
 
-@router.post("/v1/completions", response_model=Completion, responses=STREAM)
+@answers.post("/v1/completions", response_model=Completion, responses=STREAM)
 async def completions(
     request: Request, caller: KnownCaller, gateway: Replicas, body: CompletionRequest
 ) -> Response:
@@ -259,6 +260,7 @@ def create_app(
     app = _Application(title="rayft", version=__version__, docs_url=None, redoc_url=None)
     app.state.gateway, app.state.keys, app.state.roots = gateway, keys, roots
     app.state.max_body_bytes = max_body_bytes
+    app.include_router(answers)
     app.include_router(router)
     for kind in HANDLED:
         app.add_exception_handler(kind, answer_error)

@@ -11,16 +11,18 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 
 from rayft.config import lone_surrogate
 from rayft.errors import BadRequestError, TooLargeError
 from rayft.serving.http.auth import Guard
 
-__all__ = ["MAX_DEPTH", "GuardedRoute", "read_json", "where"]
+__all__ = ["MAX_DEPTH", "AnswerRoute", "GuardedRoute", "read_json", "where"]
 
 MAX_DEPTH = 32
 """Largest number of objects and arrays within one another."""
@@ -37,8 +39,7 @@ class GuardedRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap FastAPI's handler of the route."""
-        handle = super().get_route_handler()
-        guards = [one.call for one in self.dependant.dependencies if isinstance(one.call, Guard)]
+        handle, guards = super().get_route_handler(), self.guards()
         has_body = self.body_field is not None
 
         async def guarded(request: Request) -> Response:
@@ -47,6 +48,35 @@ class GuardedRoute(APIRoute):
             return await handle(await _JsonRequest.read(request) if has_body else request)
 
         return guarded
+
+    def guards(self) -> list[Guard]:
+        """Return the route's dependencies that authenticate."""
+        return [one.call for one in self.dependant.dependencies if isinstance(one.call, Guard)]
+
+
+class AnswerRoute(GuardedRoute):
+    """A guarded route whose endpoint takes the request, its caller, the gateway and the body.
+
+    FastAPI only describes the route. To resolve these arguments it would take longer than the endpoint.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return a handler that calls the endpoint as FastAPI would."""
+        [guard], endpoint = self.guards(), self.endpoint
+        model: type[BaseModel] = get_type_hints(endpoint)["body"]
+
+        async def answered(request: Request) -> Response:
+            caller = await guard(request)
+            data = read_json(await read_body(request))
+            try:
+                body = model.model_validate(data)
+            except ValidationError as error:
+                problems = [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
+                raise RequestValidationError(problems, body=data) from error
+            found: Response = await endpoint(request, caller, request.app.state.gateway, body)
+            return found
+
+        return answered
 
 
 class _JsonRequest(Request):
@@ -60,23 +90,16 @@ class _JsonRequest(Request):
         """Read and check the body of a request.
 
         Raises:
-            TooLargeError: if the body has more bytes than `app.state.max_body_bytes`.
+            TooLargeError: as `read_body`.
             BadRequestError: as `read_json`.
         """
-        most, body = request.app.state.max_body_bytes, bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > most:
-                raise TooLargeError(
-                    f"the body has more than the {most:,} bytes that this server accepts; send less at "
-                    "once, or raise max_body_bytes"
-                )
+        body = await read_body(request)
         # FastAPI parses only what is declared as JSON; `curl -d` and others declare something else.
         headers = [(name, value) for name, value in request.headers.raw if name != b"content-type"]
         scope = {**request.scope, "headers": [*headers, (b"content-type", b"application/json")]}
         # What follows the body is only that the client leaves.
         made = cls(scope, request.receive)
-        made._read, made._parsed = bytes(body), read_json(bytes(body))
+        made._read, made._parsed = body, read_json(body)
         return made
 
     async def body(self) -> bytes:
@@ -86,6 +109,23 @@ class _JsonRequest(Request):
     async def json(self) -> Any:
         """Return the parsed body."""
         return self._parsed
+
+
+async def read_body(request: Request) -> bytes:
+    """Read the body of a request.
+
+    Raises:
+        TooLargeError: if it has more bytes than `app.state.max_body_bytes`.
+    """
+    most, body = request.app.state.max_body_bytes, bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > most:
+            raise TooLargeError(
+                f"the body has more than the {most:,} bytes that this server accepts; send less at once, or "
+                "raise max_body_bytes"
+            )
+    return bytes(body)
 
 
 def where(path: Sequence[str | int]) -> str:
@@ -106,13 +146,8 @@ def read_json(body: bytes) -> dict[str, Any]:
         BadRequestError: if it is not plain JSON; its `param` is the path to the value at fault.
     """
     try:
-        data = json.loads(
-            # RFC 8259 allows only UTF-8; `json.loads` would detect UTF-16 too, and accept surrogates.
-            body.decode("utf-8-sig"),
-            parse_int=_integer,
-            parse_constant=_no_constant,
-            object_pairs_hook=_object,
-        )
+        # RFC 8259 allows only UTF-8; `json.loads` would detect UTF-16 too, and accept surrogates.
+        data = _parsed(body.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadRequestError(
             f"the body is not valid JSON: it is not UTF-8 (byte {error.start}: {error.reason})"
@@ -126,6 +161,16 @@ def read_json(body: bytes) -> dict[str, Any]:
         raise BadRequestError(f"the body must be a JSON object, not {kinds.get(type(data), 'a number')}")
     _check(data, [])
     return data
+
+
+def _parsed(text: str) -> Any:
+    hooks: dict[str, Any] = {"parse_constant": _no_constant, "object_pairs_hook": _object}
+    try:
+        return json.loads(text, **hooks)
+    except ValueError:
+        # Python refuses some long integers. A hook for all of them would cost more than the rest for a prompt
+        # of token ids.
+        return json.loads(text, parse_int=_integer, **hooks)
 
 
 def _integer(digits: str) -> int | float:
@@ -152,18 +197,23 @@ def _check(value: object, path: list[str | int]) -> None:
     elif isinstance(value, dict | list):
         if len(path) >= MAX_DEPTH:
             raise BadRequestError(_too_deep(f"'{where(path[:1])}'"), param=where(path[:1]))
+        if isinstance(value, list) and _all_fit(value):
+            return
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(key, str):
                 _check_text(key, path, "a key of ")
-            # Long arrays hold mostly token ids; one call for each of them would dominate the time.
-            if type(inner) is not int or not -(2**63) <= inner < 2**63:
-                _check(inner, [*path, key])
+            _check(inner, [*path, key])
     elif isinstance(value, int | float):
         fits = math.isfinite(value) if isinstance(value, float) else -(2**63) <= value < 2**63
         if not fits:
             raise BadRequestError(
                 f"'{where(path)}' is a number that does not fit into 64 bits", param=where(path)
             )
+
+
+def _all_fit(values: list[Any]) -> bool:
+    """Return whether all are integers of 64 bits, such as token ids, which are too many to check one by one."""
+    return set(map(type, values)) == {int} and min(values) >= -(2**63) and max(values) < 2**63
 
 
 def _check_text(text: str, path: Sequence[str | int], what: str = "") -> None:

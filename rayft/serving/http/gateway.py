@@ -68,7 +68,8 @@ class Gateway:
         self._replica, self._director = replica, director
         # By gRPC, which costs half of what Ray's objects cost. With Ray 2.60 it loses some cancellations, but
         # the inbox cancels requests itself.
-        self._by_value = replica.options(_by_reference=False)
+        self._by_value = replica.options(_by_reference=False, request_serialization="pickle").answer
+        self._by_reference = replica.answer
         self._inbox, self._following = inbox, set[asyncio.Task[None]]()
         refused: Any = Counter(
             "rayft_unavailable_total", "Calls that were refused because no replica was up."
@@ -146,9 +147,9 @@ class Gateway:
             # The same answer as for a name that does not exist: a key reveals nothing about others' adapters.
             raise UnknownModelError(f"no model '{request.model}' is served here", param="model")
         deltas = self._inbox.expect()
-        handle = self._replica if request.size >= LARGE else self._by_value
+        method: Any = self._by_reference if request.size >= LARGE else self._by_value
         # Drawn here, so that router and replica choose the same version during a canary.
-        call: Any = handle.answer.remote(request, random.random(), deltas.ticket)
+        call: Any = method.remote(request, random.random(), deltas.ticket)
         following = asyncio.create_task(_follow(call, deltas))
         self._following.add(following)
         following.add_done_callback(self._following.discard)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -125,7 +126,7 @@ class Strict(BaseModel):
         """Refuse unknown and unsupported fields, and drop the ignored ones."""
         if not isinstance(data, dict):
             return data
-        kept, fields = {}, {field.alias or name for name, field in cls.model_fields.items()}
+        kept, fields = {}, cls._fields()
         for name, value in data.items():
             if name in fields:
                 kept[name] = value
@@ -134,6 +135,12 @@ class Strict(BaseModel):
             elif name not in cls.harmless:
                 raise _problem(name, f"there is no such field{nearest(name, fields)}")
         return kept
+
+    @classmethod
+    @cache
+    def _fields(cls) -> frozenset[str]:
+        """Return the names of the supported fields."""
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
     @classmethod
     def _check_neutral(cls, name: str, value: object) -> None:

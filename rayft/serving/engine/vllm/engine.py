@@ -303,6 +303,8 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if request.progress else RequestOutputKind.FINAL_ONLY,
             structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
+            # Nothing else uses these: vLLM copies them deeply otherwise.
+            skip_clone=True,
         )
 
     async def _in_thread(self, call: Callable[..., T], *arguments: Any) -> T:
@@ -454,7 +456,15 @@ def _start(options: VllmOptions, limits: EngineLimits, folder: str, record: Any)
     if ray.is_initialized():
         from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
-        loggers.append(RayPrometheusStatLogger)
+        class Exported(RayPrometheusStatLogger):
+            """Exports vLLM's metrics, without the names of the running adapters."""
+
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                super().__init__(*arguments, **options)
+                # Its tag is a list of content hashes: each combination would be a series of its own, for ever.
+                self.gauge_lora_info = None
+
+        loggers.append(Exported)
     arguments = {
         "model": options.model,
         "revision": options.revision,
