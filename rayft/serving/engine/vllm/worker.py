@@ -106,7 +106,9 @@ class WorkerManager:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="rayft-load")
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         # One half is filled while the other is copied to the device.
-        self._staging = torch.empty(2, PIECE, dtype=torch.uint8, pin_memory=self._stream is not None)
+        self._staging = torch.empty(
+            2, PIECE, dtype=torch.uint8, device="cpu", pin_memory=self._stream is not None
+        )
 
     def create_lora_manager(self, model: torch.nn.Module, vllm_config: Any) -> torch.nn.Module:
         """Take the memory of adapters, and add them to the model's linear layers.

@@ -9,7 +9,7 @@ import torch
 
 from rayft.kernels.segment_lora import SlotFactors, reference
 from rayft.numerics import assert_close
-from rayft.serving.engine.vllm.shard import Part, shard
+from rayft.serving.engine.vllm.shard import Part, described, key, parts_of, shard
 
 OUTPUTS, INPUTS, TOKENS = 24, 32, 5
 
@@ -88,3 +88,12 @@ def test_dense_factors_are_not_copied() -> None:
     assert part.a is not None
     assert factors.a is not None
     assert (part.b.data_ptr(), part.a.data_ptr()) == (factors.b[8:].data_ptr(), factors.a[:, 16:].data_ptr())
+
+
+def test_another_process_knows_what_a_worker_has() -> None:
+    halves = [(Part("o", (OUTPUTS, INPUTS), (0, OUTPUTS), inputs),) for inputs in ((0, 16), (16, 32))]
+    assert [parts_of(described(half)) for half in halves] == halves
+    assert parts_of(described(())) == ()
+    keys = {key(parts, dtype) for parts in (*halves, ()) for dtype in (torch.bfloat16, torch.float16)}
+    assert len(keys) == 6
+    assert key(parts_of(described(halves[0])), torch.float16) == key(halves[0], torch.float16)
