@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from rayft.errors import BadRequestError, UnknownModelError
 from rayft.serving.messages import BASE_NAME, NAME
@@ -57,11 +58,18 @@ class Served:
 
     def of(self, name: str) -> tuple[Deployed, ...]:
         """Return the versions of a name, the oldest first."""
-        return tuple(deployed for deployed in self.versions if deployed.name == name)
+        return self._by_name.get(name, ())
+
+    @cached_property
+    def _by_name(self) -> dict[str, tuple[Deployed, ...]]:
+        found: dict[str, tuple[Deployed, ...]] = {}
+        for deployed in self.versions:
+            found[deployed.name] = (*found.get(deployed.name, ()), deployed)
+        return found
 
     def names(self) -> tuple[str, ...]:
         """Return the names, in the order in which they were first served."""
-        return tuple(dict.fromkeys(deployed.name for deployed in self.versions))
+        return tuple(self._by_name)
 
     def pick(self, asked: Asked, draw: float | None = None) -> Deployed:
         """Return the version that answers a request.

@@ -212,7 +212,7 @@ def _check(value: object, path: list[str | int]) -> None:
 
 
 def _all_fit(values: list[Any]) -> bool:
-    """Return whether all are integers of 64 bits, such as token ids, which are too many to check one by one."""
+    """Return whether all are integers of 64 bits: token ids, which would take long to check one by one."""
     return set(map(type, values)) == {int} and min(values) >= -(2**63) and max(values) < 2**63
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from rayft.errors import ResourceError
-from rayft.serving.answers import Inbox, Incoming, Outbox
+from rayft.serving import answers as module
+from rayft.serving.answers import PARTS, Inbox, Incoming, Outbox
 from rayft.serving.messages import Delta, TokenScore
 
 
@@ -211,19 +212,26 @@ def test_a_stranger_can_send_no_parts(data: bytes) -> None:
     run(scenario())
 
 
-def test_parts_that_arise_at_once_travel_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_arise_at_nearly_the_same_time_travel_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GATHERED_SECONDS", 0.2)
+
+    async def later(send: Coroutine[Any, Any, None], rounds: int) -> None:
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        await send
+
     async def scenario() -> None:
         async with opened() as (inbox, outbox):
             first = inbox.expect()
             await outbox.send(first.ticket, Source().deltas())
             (line,) = outbox._lines.values()
+            await asyncio.sleep(0.4)
             lines: list[bytes] = []
             monkeypatch.setattr(line.writer, "write", lines.append)
-            await asyncio.gather(
-                *(outbox.send(inbox.expect().ticket, Source(part("a")).deltas()) for _ in range(30))
-            )
-            await asyncio.sleep(0)
-            assert len(lines) <= 4
+            sends = [outbox.send(inbox.expect().ticket, Source(part("a")).deltas()) for _ in range(30)]
+            await asyncio.gather(*(later(send, rounds) for rounds, send in enumerate(sends)))
+            await asyncio.sleep(0.4)
+            assert [len(PARTS.validate_json(one)) for one in lines] == [60]
 
     run(scenario())
 

@@ -278,8 +278,7 @@ class VllmEngine:
         return loaded.views[rank]
 
     def _params(self, request: GenerationRequest) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+        from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
         drawn = request.temperature > 0
         ends = self._ends
@@ -461,7 +460,7 @@ def _start(options: VllmOptions, limits: EngineLimits, folder: str, record: Any)
 
             def __init__(self, *arguments: Any, **options: Any) -> None:
                 super().__init__(*arguments, **options)
-                # Its tag is a list of content hashes: each combination would be a series of its own, for ever.
+                # Its tag is a list of content hashes, and each combination a series that never ends.
                 self.gauge_lora_info = None
 
         loggers.append(Exported)

@@ -26,7 +26,8 @@ class Handle:
     def _init(self, **_: Any) -> None:
         pass
 
-    def options(self, **_: Any) -> SimpleNamespace:
+    def options(self, *, _by_reference: bool, request_serialization: str) -> SimpleNamespace:
+        assert (_by_reference, request_serialization) == (False, "pickle")
         return self._called("value")
 
     @property
@@ -138,7 +139,8 @@ def test_it_is_ready_while_the_engine_of_a_replica_runs(replicas: list[Any], fou
         inbox = await Inbox.open("127.0.0.1")
         replica: Any = SimpleNamespace(
             _init=lambda **_: None,
-            options=lambda **_: None,
+            options=lambda **_: SimpleNamespace(answer=None),
+            answer=None,
             serving=method(None),
             check_health=method(replicas[0]),
             broadcast=lambda _: SimpleNamespace(results_async=lambda **_: returned(replicas)),
