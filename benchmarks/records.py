@@ -108,7 +108,7 @@ def headline_table() -> str:
             f"PEFT's conversion: {_cell(gpu, 'speedup_over_peft', '{:.0f}')} times as long",
         ),
         (
-            "32 adapters in a batch, 1 B model, H100", served["rayft"],
+            "32 adapters in a batch, 1 B model, H200", served["rayft"],
             f"vLLM's own LoRA: {served['stock']}; vLLM without adapters: {served['base']}",
         ),
         (
@@ -231,6 +231,32 @@ def packed_step_table() -> str:
     if found:
         lines += ["", _origin_line(next(iter(found.values()))["ms"])]
     return "\n".join(lines)
+
+
+def sweep_table() -> str:
+    """Return the tables of a whole sweep beside the same trials by Tune, and of where its seconds go."""
+    found, spent = cases("sweep_makespan"), cases("sweep_overhead")
+    place = next(iter(found)).rpartition("/")[0]
+    shape = place.split("/")[0]
+    lines = ["| | seconds | over the first sweep | over a sweep with caches |", "| --- | --- | --- | --- |"]
+    for case, title in (
+        ("cold", "`rayft sweep`, first on its machine"),
+        ("warm", "`rayft sweep`, with what the first one left in the caches"),
+        ("tune_4_a_gpu", "Tune, TorchTrainer, PEFT, DeepSpeed; four trials a GPU"),
+        ("tune", "the same, one trial after the other"),
+    ):
+        metrics = found[f"{place}/{case}"]
+        over = [
+            _cell(found[f"{place}/{own}"], f"{case}_over", "{:.1f}") if case.startswith("tune") else ""
+            for own in ("cold", "warm")
+        ]
+        lines.append(f"| {title} | {_cell(metrics, 'seconds', '{:.0f}')} | {' | '.join(over)} |")
+    lines += ["", "| seconds of a sweep | first | with caches |", "| --- | --- | --- |"]
+    for stage in (case.removeprefix(f"{shape}/cold/") for case in spent if case.startswith(f"{shape}/cold/")):
+        pair = (spent.get(f"{shape}/{case}/{stage}", {}) for case in ("cold", "warm"))
+        title = stage.replace("lanes/", "of the lane: ")
+        lines.append(f"| {title} | " + " | ".join(_cell(one, "seconds", "{:.1f}") for one in pair) + " |")
+    return "\n".join([*lines, "", _origin_line(found[f"{place}/cold"]["seconds"])])
 
 
 STEP = {"ms": "{:.1f}", "time_over_floor": "{:.3f}", "gib": "{:.2f}", "memory_over_floor": "{:.3f}"}
@@ -424,6 +450,7 @@ TABLES = {
     "train_step": train_step_table,
     "train_floor": train_floor_table,
     "packed_step": packed_step_table,
+    "sweep": sweep_table,
     "methods_quality": methods_quality_table,
     "squeeze": squeeze_table,
     "squeeze_quality": squeeze_quality_table,
