@@ -255,7 +255,7 @@ def score_sweep(
         Name of a baseline → its scores, or an `error`; and what `score_trials` returns.
 
     Raises:
-        TrainError: if none of the trials can be scored.
+        TrainError: if none of the trials can be scored, or, if all have failed, not the base either.
     """
     base, requests = _base_requests(plan), _trial_requests(plan, trials, can_win)
 
@@ -268,7 +268,8 @@ def score_sweep(
 
     found = score_all(executor, {**base, **requests}, store, begin)
     scored, tried = ({name: found[name] for name in names} for names in (base, requests))
-    check_some(tried)
+    # If all trials have failed, the base may tell why.
+    check_some(tried or scored)
     return {**scored, "majority answer": _majority(plan)}, tried
 
 

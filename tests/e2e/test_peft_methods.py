@@ -100,4 +100,4 @@ def test_squeezing_it_says_what_to_train_instead(record: SweepRecord, tmp_path: 
     assert record.winner
     folder = next(trial.folder for trial in record.trials if trial.id == record.winner.trial)
     with pytest.raises(ArtifactError, match="can't be squeezed, promoted or served: train lora"):
-        squeeze(Path(folder), tmp_path, Console(quiet=True), ranks=[1])
+        squeeze(folder, tmp_path, Console(quiet=True), ranks=[1])

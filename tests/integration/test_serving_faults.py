@@ -173,7 +173,7 @@ def test_a_replica_that_starts_later_serves_the_same_and_reports_what_it_can_not
     assert {name for name, why in listed.items() if why} == {SPOILT}
     assert "truncated or damaged" in listed[SPOILT]
     console = Console(record=True, width=100)
-    adapters_command(server.url, "list", None, None, 1.0, False, console)
+    adapters_command(server.url, "list", None, None, None, False, console)
     assert f"{SPOILT}@1 is unavailable: " in console.export_text()
     assert_metric(f'rayft_adapter_unavailable{{.*adapter="{SPOILT}".*', 1)
 

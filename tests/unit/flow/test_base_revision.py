@@ -25,6 +25,7 @@ from rayft.flow.evaluate.run import evaluate
 from rayft.flow.export.run import export_adapter
 from rayft.flow.squeeze.request import squeeze_request
 from rayft.flow.squeeze.run import squeeze_folder
+from rayft.flow.target import Place
 from rayft.models.base import base_of, pinned
 from rayft.models.load import ModelConfig, load_model
 from rayft.peft.folder import PeftFolder, load_adapter
@@ -71,7 +72,9 @@ def chatting(_: Path) -> None:
 def squeezing(_: Path) -> None:
     for number, base in enumerate((None, "org/model")):
         out = Path(f"squeezed{number}")
-        squeeze_folder(squeeze_request(Path("one"), out, ranks=[2], base=base), Console(quiet=True))
+        squeeze_folder(
+            squeeze_request(Place("one", Path("one"), None), out, ranks=[2], base=base), Console(quiet=True)
+        )
         assert base_of(load_adapter(next(out.glob("*/adapter_config.json")).parent)) == OLD
 
 
@@ -85,7 +88,9 @@ def squeezing_without_factors(_: Path) -> None:
     Path("loha/adapter_config.json").write_text(json.dumps(config))
     for number, base in enumerate((None, "org/model")):
         out = Path(f"squeezed{number}")
-        squeeze_folder(squeeze_request(Path("loha"), out, ranks=[2], base=base), Console(quiet=True))
+        squeeze_folder(
+            squeeze_request(Place("loha", Path("loha"), None), out, ranks=[2], base=base), Console(quiet=True)
+        )
         made = load_adapter(next(out.glob("*/adapter_config.json")).parent)
         assert base_of(made) == OLD
         assert made.meta.base_fingerprint == load_model(OLD, torch.float32).fingerprint
