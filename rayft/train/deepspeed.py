@@ -294,7 +294,10 @@ def later(values: Sequence[torch.Tensor]) -> Callable[[], list[float]]:
 
 
 def _norm_before(engine: DeepSpeedEngine) -> torch.Tensor | None:
-    """Return the global gradient norm before clipping, after the backward pass; None if the step finds it."""
+    """Return the gradient norm before clipping, once the backward pass has ended.
+
+    It is None if DeepSpeed measures it in the step.
+    """
     if (known := getattr(engine, "norm", None)) is not None:
         return known  # type: ignore[no-any-return]
     if engine.zero_optimization_stage() > 0:

@@ -3,8 +3,8 @@
 A micro-batch then takes two replays instead of thousands of launches. Where kernel launches dominate (small
 models, few tokens), the host determines the time of a step: SmolLM2-135M takes as long for 512 tokens as for
 16,384. The inner model (all but the output layer) is captured once per trial, for the one shape of its
-micro-batches. Gradients still arrive at the parameters one by one, so DeepSpeed's hooks, clipping and steps
-work unchanged. Batches of other shapes, and evaluation, run without graphs.
+micro-batches. Gradients arrive at the parameters as without graphs, so engines work unchanged. Batches of
+other shapes, and evaluation, run without graphs.
 """
 
 from __future__ import annotations
