@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from rayft.errors import ConfigError
+from rayft.flow.ahead import ahead
 from rayft.flow.console import terminal
 from rayft.flow.guard import guarded
 from rayft.flow.introduction import introduce
@@ -61,9 +62,10 @@ def sweep(
 ) -> None:
     """Run a sweep, or continue it: search, score, squeeze the winner, register and report."""
     start_rehearsal(config, overrides or [])
-    from rayft.flow import commands
+    with ahead(config, overrides or []) as started:
+        from rayft.flow import commands
 
-    commands.sweep(config, overrides or [], console)
+        commands.sweep(config, overrides or [], console, started)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from rayft.paths import runs_folder
 
-__all__ = ["default_folder", "find_address", "on_cluster", "unreachable"]
+__all__ = ["default_folder", "find_address", "joined", "on_cluster", "own", "spread", "unreachable"]
 
 SECONDS_TO_ANSWER = 8.0
 """How long a cluster may take to answer before it counts as unreachable."""
@@ -46,12 +46,37 @@ def find_address() -> tuple[str, bool]:
     return current or named, named == "auto"
 
 
+class Own:
+    """Whether this process has started a Ray cluster for itself, on this machine.
+
+    Attributes:
+        started: set before Ray starts, and unset when it has ended.
+    """
+
+    started = False
+
+
+own = Own()
+
+
+def joined() -> bool:
+    """Return whether this process has joined a cluster that it did not start itself."""
+    return not own.started and ray.is_initialized()
+
+
 def on_cluster() -> bool:
     """Return whether this process would join, or has joined, a cluster that it does not start itself."""
+    if own.started:
+        return False
     if ray.is_initialized():
         return True
     address, named = find_address()
     return bool(address) and (named or not unreachable(address))
+
+
+def spread() -> bool:
+    """Return whether the joined cluster has several nodes, which may not see each other's files."""
+    return len([node for node in ray.nodes() if node["Alive"]]) > 1
 
 
 def default_folder(name: str) -> Path:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import ray
@@ -18,16 +19,30 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 from rayft.errors import ConfigError, ResourceError, TrackingError
 from rayft.files import disk_full, disk_full_error
-from rayft.flow.address import default_folder, find_address, unreachable
-from rayft.flow.config import PipelineConfig
+from rayft.flow.address import default_folder, find_address, joined, own, spread, unreachable
 from rayft.flow.console import show_error
 from rayft.flow.interrupt import end_at_once, interrupts
 from rayft.flow.quiet import hide_ray_lines
 from rayft.paths import check_folder, home, read_path, runs_folder
-from rayft.sweep.score import spread
-from rayft.tracking.base import TrackerSpec
 
-__all__ = ["check_temporary", "check_tracking", "cluster", "has_gpus", "join", "placed", "temporary_folders"]
+if TYPE_CHECKING:
+    # Imported here, they would import torch before Ray starts (`rayft.flow.ahead`).
+    from rayft.flow.config import PipelineConfig
+    from rayft.tracking.base import TrackerSpec
+
+__all__ = [
+    "check_fit",
+    "check_temporary",
+    "check_tracking",
+    "cluster",
+    "has_gpus",
+    "join",
+    "placed",
+    "start_cluster",
+    "stop_cluster",
+    "temporary_folders",
+    "watched",
+]
 
 JOB_FOLDER = "runtime_resources"
 """Part of the path of a Ray job's working directory."""
@@ -35,6 +50,15 @@ SLOTS = 2
 """CPU slots besides those of the workers, for the drivers of trials and of the serving application."""
 RAY_PROCESSES = ("gcs_server", "raylet")
 """Names of the processes that a Ray cluster on this machine needs."""
+ENVIRONMENT = {
+    # Seconds until the end or the death of a worker is noticed.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # No node of a single machine is taken away beforehand.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray would start a process for each core beforehand, of which lanes could use two.
+    "RAY_prestart_worker_first_driver": "0",
+}
+"""How Ray and Ray Train work on a cluster that a command starts, unless the user has set it."""
 RAY_DIED = (
     "process {} of Ray has ended, which the cluster on this machine needs: it was killed, or the machine ran "
     "out of memory. Run the same command again: it continues from what is saved"
@@ -55,6 +79,8 @@ def join() -> bool:
         ResourceError: within ten seconds, if RAY_ADDRESS names a cluster that does not answer; or if a local
             cluster could not write its folder.
     """
+    if own.started:
+        return False
     if ray.is_initialized():
         return True
     address, named = find_address()
@@ -137,11 +163,11 @@ def temporary_folders() -> list[Path]:
 
 
 def has_gpus() -> bool | None:
-    """Return whether the joined cluster has GPUs; None if no cluster is joined.
+    """Return whether the joined cluster has GPUs; None if no cluster is joined, but perhaps one started.
 
     A cluster whose GPU nodes start later declares them by a resource `gpu_cluster`.
     """
-    if not ray.is_initialized():
+    if not joined():
         return None
     resources = ray.cluster_resources()
     return bool(resources.get("GPU", 0) or resources.get("gpu_cluster", 0))
@@ -175,14 +201,26 @@ def _settle_token() -> None:
         loader.reset_cache()
 
 
-def _start(cpus: int) -> None:
+def start_cluster(cpus: int) -> None:
+    """Start a cluster on this machine. It ends with `stop_cluster`, and with the thread that starts it.
+
+    Args:
+        cpus: its CPU slots, which may be more than there are cores.
+
+    Raises:
+        ResourceError: if Ray can't be started.
+        DiskFullError: if there is no room for Ray's files.
+    """
     _settle_environment()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    own.started = True
     try:
         _settle_token()
         ray.init(
             # Otherwise Ray would look for the address of a cluster that does not answer.
             address="local",
-            num_cpus=cpus,
+            num_cpus=max(len(os.sched_getaffinity(0)), cpus),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -199,6 +237,12 @@ def _start(cpus: int) -> None:
         interrupts.renew()
 
 
+def stop_cluster() -> None:
+    """Leave the cluster, and end it if this process has started it."""
+    ray.shutdown()
+    own.started = False
+
+
 def _alive(process: psutil.Process) -> bool:
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
@@ -207,7 +251,7 @@ def _alive(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def _watched() -> Iterator[None]:
+def watched() -> Iterator[None]:
     """Run a block; if the local Ray cluster dies meanwhile, end this command within seconds.
 
     Without this, Ray tries for a minute to reach its control store (`gcs_server`), and then ends the process
@@ -258,12 +302,12 @@ def cluster(workers: int, *, device: str, gpu_share: float = 1.0) -> Iterator[No
         return
     try:
         if not join():
-            _start(max(len(os.sched_getaffinity(0)), workers + SLOTS))
-            _check_fit(workers, device, gpu_share)
-        with _watched():
+            start_cluster(workers + SLOTS)
+            check_fit(workers, device, gpu_share)
+        with watched():
             yield
     finally:
-        ray.shutdown()
+        stop_cluster()
 
 
 def check_tracking(spec: TrackerSpec) -> None:
@@ -279,7 +323,17 @@ def check_tracking(spec: TrackerSpec) -> None:
         )
 
 
-def _check_fit(workers: int, device: str, gpu_share: float) -> None:
+def check_fit(workers: int, device: str, gpu_share: float) -> None:
+    """Check that the cluster on this machine can hold the workers.
+
+    Args:
+        workers: how many training processes run at once.
+        device: what each of them needs, `cpu` or `cuda`.
+        gpu_share: share of a GPU that each of them takes.
+
+    Raises:
+        ResourceError: naming the settings to lower.
+    """
     name = "GPU" if device == "cuda" else "CPU"
     there = ray.cluster_resources().get(name, 0)
     # The share of a worker is never split over GPUs: two lanes of 0.6 don't fit on one.

@@ -23,6 +23,7 @@ from rayft.config import load
 from rayft.errors import ConfigError, RegistryError, ResourceError, SqueezeError
 from rayft.flow.adapters import Action, adapters_table, call
 from rayft.flow.address import on_cluster
+from rayft.flow.ahead import Ahead
 from rayft.flow.cache import KINDS, Entry, Outcome, delete_all, entries, of_kind, shrink
 from rayft.flow.config import load_config, load_train_config
 from rayft.flow.display import Display
@@ -115,13 +116,16 @@ def demo(
     return record
 
 
-def sweep(config: str | Path, overrides: Sequence[str], console: Console) -> SweepRecord:
+def sweep(
+    config: str | Path, overrides: Sequence[str], console: Console, started: Ahead | None = None
+) -> SweepRecord:
     """Run a sweep, or continue it, and print its results.
 
     Args:
         config: a file, or the name of a packaged configuration.
         overrides: settings of the configuration, such as `sweep.trials=4`.
         console: for the output.
+        started: lanes that have been started for the sweep.
 
     Raises:
         RayftError: as `run_sweep`; UnfinishedError if there is a report, but something is left to do.
@@ -132,7 +136,7 @@ def sweep(config: str | Path, overrides: Sequence[str], console: Console) -> Swe
 
     check_overrides("sweep", overrides)
     settings, display = placed(load_config(config, overrides)), Display(console)
-    record = run_sweep(settings, display)
+    record = run_sweep(settings, display, started)
     _show(record, console)
     _show_next(record, settings.folder, console)
     check_complete(record, display.undone)

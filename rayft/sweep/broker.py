@@ -147,19 +147,26 @@ class Broker:
 
     # --- the client's side
 
-    async def submit(self, job: Job[Any, Any]) -> None:
-        """Queue a job, unless a job of the same id has not ended yet."""
+    async def submit(self, job: Job[Any, Any], again: bool = True) -> bool:
+        """Queue a job, unless a job of the same id has not ended yet; return whether it was queued.
+
+        Args:
+            job: the job.
+            again: whether a job that has ended, and whose client knows that, is done again.
+        """
         entry = self._entries.get(job.id)
         # The end of a job that was submitted ahead of its client may be waiting for it.
-        if entry is not None and (not entry.done or (entry.last is not None and not entry.given)):
-            return
+        waits = entry is not None and (not entry.done or (entry.last is not None and not entry.given))
+        if waits or (entry is not None and not again):
+            return False
         entry = self._entries[job.id] = _Entry(job, progress={"state": "queued", "kind": job.kind})
         if self._closed:
             self._end(entry, self._refusal())
-            return
+            return False
         async with self._arrived:
             self._queue.append(job.id)
             self._arrived.notify_all()
+        return True
 
     async def next_event(self, job_id: str, after: int | None = None) -> Event:
         """Return a job's next event, as soon as there is one.
@@ -300,9 +307,18 @@ class Broker:
             entry.decision = asyncio.get_running_loop().create_future()
             self._push(entry, Event("report", step, metrics))
 
-    async def finish(self, job_id: str, payload: bytes) -> None:
-        """End a job with its pickled result."""
-        self._end(self._entries[job_id], Event("final", payload=payload))
+    async def finish(
+        self, job_id: str, payload: bytes, step: int = 0, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """End a job with its pickled result.
+
+        Args:
+            job_id: the job.
+            payload: the result.
+            step: the last step of a trial.
+            metrics: what the search is told of a trial, which does not read its result.
+        """
+        self._end(self._entries[job_id], Event("final", step, metrics or {}, payload))
 
     async def fail(self, job_id: str, error: str, *, fatal: bool = False) -> None:
         """End a job with an error; its lane continues.

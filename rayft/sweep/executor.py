@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -19,9 +18,10 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayft.sweep.broker import Broker, Patience
+from rayft.sweep.entrance import Entrance
 from rayft.sweep.jobs import Event, Job, Outcome
 from rayft.sweep.launcher import Launcher
-from rayft.sweep.settings import Group, HomeNode, LaneSettings
+from rayft.sweep.settings import Group, HomeNode
 from rayft.train.run import ScaleConfig
 
 __all__ = ["EXECUTORS", "MOST_SLOTS", "Executor", "IsolatedExecutor", "LaneExecutor"]
@@ -45,7 +45,13 @@ class Executor(ABC):
         name: prefix of the lanes' names.
         patience: how long a lane may send no sign of life.
         slots: the most trials that share a lane's steps; None if lanes find out how many are fastest.
+
+    Attributes:
+        entrance: submits jobs from other processes.
+        isolated: whether each submission gets a worker group of its own.
     """
+
+    isolated = False
 
     def __init__(
         self,
@@ -68,7 +74,8 @@ class Executor(ABC):
         Path(storage).mkdir(parents=True, exist_ok=True)
         self._mark = Path(storage) / f"home-{uuid4().hex}"
         self._mark.touch()
-        self._home = HomeNode(ray.get_runtime_context().get_node_id(), str(self._mark), self._launcher)
+        home = HomeNode(ray.get_runtime_context().get_node_id(), str(self._mark), self._launcher)
+        self.entrance = Entrance(self.broker, home, name, slots, self.isolated)
         self.broker.depend_on.remote(self._launcher)  # type: ignore[attr-defined]
 
     def at_once(self, *, packs: bool) -> int:
@@ -84,9 +91,11 @@ class Executor(ABC):
     def start(self) -> None:
         """Start the lanes that live as long as the executor, unless they have been started."""
 
-    @abstractmethod
     def submit(self, jobs: Sequence[Job[Any, Any]]) -> None:
-        """Queue jobs; the broker has their events."""
+        """Queue jobs, the first of which start the lanes; the broker has their events."""
+        if jobs:
+            self.start()
+            self.entrance.submit(jobs)
 
     def run(self, jobs: Sequence[Job[Any, ResultT]]) -> Iterator[tuple[str, Outcome[ResultT]]]:
         """Submit jobs, and yield each job's id and outcome in the order in which the jobs end.
@@ -138,11 +147,6 @@ class Executor(ABC):
             ray.kill(actor)
         self._mark.unlink(missing_ok=True)
 
-    def _start_lane(self, lane: str, *, once: bool) -> None:
-        settings = LaneSettings(lane, self.broker, self._home, self.slots, once)
-        ray.get(self.broker.expect.remote(lane))
-        ray.get(self._launcher.start.remote(settings))
-
 
 class LaneExecutor(Executor):
     """Lanes that live as long as the sweep."""
@@ -155,30 +159,16 @@ class LaneExecutor(Executor):
             return
         self._started = True
         for number in range(self.lanes):
-            self._start_lane(f"{self.name}-lane{number}", once=False)
-
-    def submit(self, jobs: Sequence[Job[Any, Any]]) -> None:
-        """Queue the jobs for any free lane; the first jobs start the lanes."""
-        if not jobs:
-            return
-        self.start()
-        ray.get([self.broker.submit.remote(job) for job in jobs])
+            self.entrance.start_lane(f"{self.name}-lane{number}", once=False)
 
 
 class IsolatedExecutor(Executor):
     """A worker group for each trial that changes the base, or for jobs that are submitted together."""
 
+    isolated = True
+
     def start(self) -> None:
         """Do nothing: no worker group lives longer than its jobs."""
-
-    def submit(self, jobs: Sequence[Job[Any, Any]]) -> None:
-        """Queue the jobs for a worker group that is started for them and ends after the last one."""
-        if not jobs:
-            return
-        lane = f"{self.name}-{jobs[0].id}"
-        own = [replace(job, lane=lane) for job in jobs]
-        ray.get([self.broker.submit.remote(job) for job in own])
-        self._start_lane(lane, once=True)
 
 
 EXECUTORS: dict[str, type[Executor]] = {"lane": LaneExecutor, "isolated": IsolatedExecutor}

@@ -74,7 +74,7 @@ class Event:
     kind: Literal["report", "final", "failed", "interrupted"]
     step: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Of a report."""
+    """Of a report, or of the end of a trial."""
     payload: bytes = b""
     """The pickled result of a job that ended well; `Job.result` reads it."""
     error: str = ""

@@ -37,6 +37,7 @@ from rayft.sweep.jobs import Job, NewGroupError
 from rayft.sweep.packed import PackedScores, PackedTrials
 from rayft.sweep.rehearsal import end_rehearsal
 from rayft.sweep.request import TrainRequest
+from rayft.sweep.result import TrialResult
 from rayft.sweep.score import ScoreRequest
 from rayft.sweep.settings import LaneSettings
 from rayft.sweep.transfer import find_home
@@ -260,7 +261,12 @@ class Lane:
         elif isinstance(result, Exception):
             self._failed(job, result)
         elif self.worker.rank == 0:
-            ray.get(self.broker.finish.remote(job.id, pickle.dumps(result)))
+            last = (
+                (result.result.steps, {"val_loss": result.result.val_loss})
+                if isinstance(result, TrialResult)
+                else ()
+            )
+            ray.get(self.broker.finish.remote(job.id, pickle.dumps(result), *last))
 
     def _failed(self, job: Job[Any, Any], error: Exception) -> None:
         """Handle the error of a job; raise it, or another one, if the group has to end."""

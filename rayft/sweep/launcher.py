@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def _run(settings: LaneSettings, group: Group) -> str:
     from ray.train import RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    _start_coordinator()
     trainer = TorchTrainer(
         # Ray passes any object on, although its annotations ask for a dict.
         lane_worker,  # type: ignore[arg-type]
@@ -140,6 +142,20 @@ def _run(settings: LaneSettings, group: Group) -> str:
             _end_all(settings, group, first)
         return why_ended(first)
     return ""
+
+
+def _start_coordinator() -> None:
+    """Let the actor start that a controller of Ray Train asks for resources, if it is not there yet.
+
+    The controller would start it after its own imports, and wait for it.
+    """
+    # The module is internal to Ray.
+    with suppress(ImportError):
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            get_or_create_autoscaling_coordinator,
+        )
+
+        get_or_create_autoscaling_coordinator()
 
 
 def _release() -> None:

@@ -11,7 +11,6 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import ray
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -41,7 +40,6 @@ __all__ = [
     "run_score",
     "sample",
     "score_together",
-    "spread",
 ]
 
 TOGETHER = 512
@@ -228,11 +226,6 @@ def _answers(
         advance(-done[0])
         done[0], batch = 0, -(-batch // 2)
         torch.cuda.empty_cache()
-
-
-def spread() -> bool:
-    """Return whether the joined cluster has several nodes, which may not see each other's files."""
-    return len([node for node in ray.nodes() if node["Alive"]]) > 1
 
 
 class _Watch:

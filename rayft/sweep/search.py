@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -31,6 +31,7 @@ from rayft.sweep.jobs import Event, Job
 from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import TrialResult, read_result, trial_folder
 from rayft.sweep.space import Point, SweepConfig
+from rayft.sweep.trial_actor import Evaluation, Start, TrialActor
 from rayft.tracking.base import TrackerSpec
 from rayft.train.checkpoint_folder import last_curve
 from rayft.train.course import TrainResult
@@ -55,76 +56,6 @@ class Trial:
         if self.result is None or self.error:
             return "failed"
         return "finished" if self.result.finished else "stopped"
-
-
-class _Evaluation(NamedTuple):
-    step: int
-    val_loss: float
-    done: bool
-
-
-class TrialActor(tune.Trainable):
-    """A Tune trial, which waits for a lane's reports."""
-
-    def setup(self, config: dict[str, Any], *, executor: Executor | None = None) -> None:
-        """Queue the trial, or prepare to replay it."""
-        assert executor is not None
-        self._executor = executor
-        self._replay: list[_Evaluation] = []
-        self._seen = 0
-        self._least = math.inf
-        self._keeps_best = False
-        self._begin(config)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial in the same process, which takes milliseconds."""
-        self._begin(new_config)
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Wait for the next evaluation."""
-        if self._replay:
-            found = self._replay.pop(0)
-        else:
-            event: Event = ray.get(self._executor.broker.next_event.remote(self._job.id, self._seen))
-            self._seen = event.number
-            found = self._evaluation(event)
-        if self._keeps_best and not math.isnan(found.val_loss):
-            # The trial is as good as the weights that it keeps.
-            self._least = min(self._least, found.val_loss)
-            found = found._replace(val_loss=self._least)
-        return found._asdict()
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Save nothing: the lane saves the trial's checkpoint."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Load nothing: the lane resumes the trial."""
-
-    def _begin(self, config: dict[str, Any]) -> None:
-        request: TrainRequest = config["request"]
-        self._job = Job.of(request.key, request, pack=request.pack)
-        self._seen = 0
-        self._least = math.inf
-        # An annealed trial can't keep what it found at a higher rank.
-        self._keeps_best = request.run.evaluate.keep == "best" and request.run.anneal is None
-        left = earlier(request)
-        if left is not None:
-            self._replay = _whole_curve(left.result)
-            return
-        # A checkpoint's lane reports the evaluation of the checkpoint's own step again.
-        curve = last_curve(trial_folder(request.output, request.key) / "checkpoint")
-        self._replay = [_Evaluation(step, loss, done=False) for step, loss in curve]
-        self._executor.submit([self._job])
-
-    def _evaluation(self, event: Event) -> _Evaluation:
-        if event.kind == "report":
-            return _Evaluation(event.step, event.metrics["val_loss"], done=False)
-        if event.kind == "final":
-            result = self._job.result(event).result
-            return _Evaluation(result.steps, result.val_loss, done=True)
-        # To Tune, a trial that failed has ended too, so it prints no traceback; `_collect` reads the reason.
-        return _Evaluation(event.step, math.nan, done=True)
 
 
 def search(
@@ -226,11 +157,11 @@ def _tuner(
     # another one may be lost.
     here = f"node:{ray.util.get_node_ip_address()}"
     trainable = tune.with_resources(
-        tune.with_parameters(TrialActor, executor=executor), {"cpu": 0, here: 1e-3}
+        tune.with_parameters(TrialActor, entrance=executor.entrance), {"cpu": 0, here: 1e-3}
     )
     return tune.Tuner(
         trainable,
-        param_space={"request": tune.grid_search(requests)},
+        param_space={"trial": tune.grid_search([_start(request) for request in requests])},
         tune_config=tune.TuneConfig(
             scheduler=asha,
             max_concurrent_trials=at_once,
@@ -313,10 +244,28 @@ def _unfinished(request: TrainRequest) -> bool:
         return False
 
 
-def _whole_curve(result: TrainResult) -> list[_Evaluation]:
+def _start(request: TrainRequest) -> Start:
+    """Return how a trial begins: anew, from a checkpoint, or not at all, because it has ended before."""
+    run = request.run
+    # An annealed trial can't keep what it found at a higher rank.
+    best = run.evaluate.keep == "best" and run.anneal is None
+    try:
+        left = earlier(request)
+    except TrainError:
+        # Its result follows from something else, for which `_collect` makes the trial fail.
+        before = [Evaluation(0, math.nan, done=True)]
+    else:
+        # A checkpoint's lane reports the evaluation of the checkpoint's own step again.
+        curve = [] if left else last_curve(trial_folder(request.output, request.key) / "checkpoint")
+        before = [Evaluation(step, loss, done=False) for step, loss in curve]
+        before += _whole_curve(left.result) if left else []
+    return Start(Job.of(request.key, request, pack=request.pack), before, best)
+
+
+def _whole_curve(result: TrainResult) -> list[Evaluation]:
     """Return the evaluations of a trial that has ended."""
-    before = [_Evaluation(step, loss, done=False) for step, loss in result.val_curve if step < result.steps]
-    return [*before, _Evaluation(result.steps, result.val_loss, done=True)]
+    before = [Evaluation(step, loss, done=False) for step, loss in result.val_curve if step < result.steps]
+    return [*before, Evaluation(result.steps, result.val_loss, done=True)]
 
 
 def _quiet_tune() -> None:

@@ -24,9 +24,18 @@ from rayft.models.packed import unpackable
 from rayft.numerics import derive_seed
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep.broker import Patience
-from rayft.train.run import RunConfig, why_alone
+from rayft.train.run import RunConfig, ScaleConfig, why_alone
 
-__all__ = ["LogUniform", "MethodSpace", "Point", "SweepConfig", "check_executor", "check_slots", "points"]
+__all__ = [
+    "LogUniform",
+    "MethodSpace",
+    "Point",
+    "SweepConfig",
+    "check_executor",
+    "check_slots",
+    "points",
+    "slots_asked",
+]
 
 
 class LogUniform(Section):
@@ -211,6 +220,13 @@ def check_executor(sweep: SweepConfig, run: RunConfig) -> Literal["lane", "isola
     return sweep.executor
 
 
+def slots_asked(sweep: SweepConfig, scale: ScaleConfig) -> int | None:
+    """Return the most trials that share the steps of a sweep's lanes; None if the lanes find that out."""
+    if sweep.slots == "auto":
+        return None if scale.device == "cuda" else 1
+    return sweep.slots
+
+
 def check_slots(
     sweep: SweepConfig, trials: Sequence[Point], model: Callable[[], nn.Module]
 ) -> tuple[int | None, tuple[str, ...]]:
@@ -230,7 +246,7 @@ def check_slots(
     run = trials[0].run
     lanes = check_executor(sweep, run) == "lane"
     if sweep.slots == "auto":
-        return (None if lanes and run.scale.device == "cuda" else 1), ()
+        return (slots_asked(sweep, run.scale) if lanes else 1), ()
     if sweep.slots == 1:
         return 1, ()
     alone = {trial.name: reason for trial in trials if (reason := why_alone(trial.run))}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import ray
 
-from rayft.sweep.executor import Executor
+from rayft.sweep.entrance import Entrance
 from rayft.sweep.settings import LaneSettings
 
 
@@ -54,12 +54,12 @@ class WarmWorkers:
     def used(self) -> Iterator[None]:
         """Run all lanes that start within the block in these workers."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Executor, "_start_lane", lambda *lane, **how: self._start(*lane, **how))
+            patch.setattr(Entrance, "start_lane", lambda *lane, **how: self._start(*lane, **how))
             yield
 
-    def _start(self, executor: Executor, lane: str, *, once: bool) -> None:
-        settings = LaneSettings(name=lane, broker=executor.broker, home=executor._home, once=once)
-        ray.get(executor.broker.expect.remote(lane))
+    def _start(self, entrance: Entrance, lane: str, *, once: bool) -> None:
+        settings = LaneSettings(name=lane, broker=entrance.broker, home=entrance.home, once=once)
+        ray.get(entrance.broker.expect.remote(lane))
         worker = self._idle.pop() if self._idle else self._new()
 
         def hold() -> None:
@@ -68,7 +68,7 @@ class WarmWorkers:
             except ray.exceptions.RayTaskError as error:
                 # A lane that pulls when the executor has closed finds no broker, and ends by itself.
                 with suppress(ray.exceptions.ActorDiedError):
-                    ray.get(executor.broker.lane_died.remote(lane, str(error)))
+                    ray.get(entrance.broker.lane_died.remote(lane, str(error)))
             finally:
                 self._idle.append(worker)
 

@@ -8,11 +8,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import ray
 from ray._common.utils import get_default_ray_temp_dir
 
 from rayft.config import content_hash
 from rayft.errors import DiskFullError
+from rayft.flow.address import joined
 from rayft.flow.config import PipelineConfig
 from rayft.methods.base import LayerShape, MethodConfig
 from rayft.models.files import cache_folder
@@ -128,7 +128,7 @@ def check_other_disks(output: Path) -> tuple[str, ...]:
         "TMPDIR": Path(tempfile.gettempdir()),
         "RAYFT_CACHE": cache_folder(),
         # On a joined cluster, whoever started it has chosen the folder of its session.
-        **({} if ray.is_initialized() else {"RAY_TMPDIR": ray_folder}),
+        **({} if joined() else {"RAY_TMPDIR": ray_folder}),
     }
     for setting, folder in places.items():
         there = _existing(folder)

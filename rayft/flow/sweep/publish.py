@@ -10,8 +10,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import ray
-
 from rayft.analysis.record import SweepAnalysis
 from rayft.config import yaml_text
 from rayft.errors import (
@@ -25,6 +23,7 @@ from rayft.errors import (
     UnfinishedError,
 )
 from rayft.files import room_on, write_file
+from rayft.flow.address import joined, spread
 from rayft.flow.analyze.tracking import track_analysis
 from rayft.flow.display import Display
 from rayft.flow.selection import ServedAdapter, served_adapters, why_not_served
@@ -39,7 +38,6 @@ from rayft.report.evaluations import SavedEvaluations
 from rayft.report.record import SweepRecord
 from rayft.report.render import render
 from rayft.serving.deployment import deployment
-from rayft.sweep.score import spread
 from rayft.tracking.base import PENDING
 
 __all__ = ["Publisher", "check_complete", "on_several_nodes"]
@@ -54,7 +52,7 @@ DEPLOY_HEADER = """\
 
 def on_several_nodes() -> bool:
     """Return whether the sweep runs on a cluster of several nodes, which do not share their files."""
-    return ray.is_initialized() and spread()
+    return joined() and spread()
 
 
 def check_complete(record: SweepRecord, undone: Sequence[str]) -> None:

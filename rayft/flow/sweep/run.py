@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
@@ -10,10 +12,11 @@ from rayft.analysis.record import SweepAnalysis
 from rayft.errors import ArtifactError, DiskFullError, RayftError
 from rayft.files import room_on
 from rayft.flow import scoring
+from rayft.flow.ahead import Ahead
 from rayft.flow.analyze.run import analyze_items
 from rayft.flow.analyze.source import Item
 from rayft.flow.analyze.summarize import known, summarize
-from rayft.flow.cluster import check_tracking, cluster, join, placed, temporary_folders
+from rayft.flow.cluster import check_fit, check_tracking, cluster, join, placed, temporary_folders
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
@@ -38,7 +41,7 @@ from rayft.tracking.mlflow import MlflowTracker, flush_spool
 __all__ = ["checked", "run_sweep"]
 
 
-def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
+def run_sweep(config: PipelineConfig, display: Display, started: Ahead | None = None) -> SweepRecord:
     """Run all stages of a sweep; return when the lanes have ended and their memory is free.
 
     An interrupted sweep continues: finished trials are not trained again. The analysis comes after the winner
@@ -50,16 +53,17 @@ def run_sweep(config: PipelineConfig, display: Display) -> SweepRecord:
     Args:
         config: the sweep's.
         display: shows the stages and the trials.
+        started: lanes that have been started for the sweep; otherwise they are started after the checks.
 
     Raises:
-        RayftError: if a check fails, before anything has started, or if a stage fails.
+        RayftError: if a check fails, before anything is done, or if a stage fails.
     """
     config = placed(config)
     with hold(config.folder, "--set output=…"):
         plan = checked(config, display)
         tracker = MlflowTracker(plan.tracker)
         try:
-            record = _tracked(plan, display, tracker)
+            record = _tracked(plan, display, tracker, started)
         finally:
             tracker.close()
         left = flush_spool(plan.tracker).pending
@@ -86,12 +90,12 @@ def checked(config: PipelineConfig, display: Display) -> Plan:
     return plan
 
 
-def _tracked(plan: Plan, display: Display, tracker: MlflowTracker) -> SweepRecord:
+def _tracked(plan: Plan, display: Display, tracker: MlflowTracker, started: Ahead | None) -> SweepRecord:
     """Run the stages after the checks, and track how they ended."""
     tracking = SweepTracking(plan, tracker)
     try:
         with room_on(plan.output, others=temporary_folders()):
-            record = _run_stages(plan, display, tracking)
+            record = _run_stages(plan, display, tracking, started)
             tracker.finish(tracking.run_id, "finished")
     except KeyboardInterrupt:
         tracking.end("interrupted")
@@ -102,22 +106,29 @@ def _tracked(plan: Plan, display: Display, tracker: MlflowTracker) -> SweepRecor
     return record
 
 
-def _run_stages(plan: Plan, display: Display, tracking: SweepTracking) -> SweepRecord:
+@contextmanager
+def _executor(plan: Plan, started: Ahead | None) -> Iterator[Executor]:
+    """Yield the executor of the sweep's jobs, in a cluster that lasts for the block."""
+    sweep, scale, storage = plan.config.sweep, plan.run.scale, str(plan.output / "ray")
+    workers = sweep.lanes * scale.workers
+    with ExitStack() as stack:
+        executor = None
+        if started is not None:
+            executor = stack.enter_context(started.executor())
+            check_fit(workers, scale.device, scale.gpu_share)
+        else:
+            stack.enter_context(cluster(workers, device=scale.device, gpu_share=scale.gpu_share))
+        yield executor or EXECUTORS[plan.executor](
+            scale, storage, sweep.lanes, sweep.restarts, plan.config.name, sweep.patience, plan.slots
+        )
+
+
+def _run_stages(plan: Plan, display: Display, tracking: SweepTracking, started: Ahead | None) -> SweepRecord:
     """Run the stages that need a cluster, and publish what they find."""
-    sweep, scale = plan.config.sweep, plan.run.scale
     publisher = Publisher(plan, display, tracking)
     analysis: SweepAnalysis | None = None
-    with cluster(sweep.lanes * scale.workers, device=scale.device, gpu_share=scale.gpu_share):
+    with _executor(plan, started) as executor:
         check_tracking(plan.tracker)
-        executor = EXECUTORS[plan.executor](
-            scale,
-            str(plan.output / "ray"),
-            sweep.lanes,
-            sweep.restarts,
-            plan.config.name,
-            sweep.patience,
-            plan.slots,
-        )
         with use_lanes(executor, display, tracking.interrupt):
             stages = _Stages(plan, executor, display, tracking)
             found = stages.run()

@@ -13,8 +13,8 @@ from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep import search
 from rayft.sweep.executor import MOST_SLOTS, LaneExecutor
 from rayft.sweep.request import TrainRequest
-from rayft.sweep.search import TrialActor
 from rayft.sweep.space import MethodSpace, SweepConfig, points
+from rayft.sweep.trial_actor import TrialActor
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig
 from rayft.train.trainer import TrainResult
 
@@ -41,12 +41,12 @@ def test_a_trial_is_judged_by_the_weights_that_it_keeps(
         evaluate=EvaluateConfig(keep=keep),
     )
     request = TrainRequest("t", "t", run, "out", (2, 4, 6))
-    actor = TrialActor.__new__(TrialActor)
-    actor.setup({"request": request}, executor=SimpleNamespace())  # type: ignore[arg-type]
+    actor, config = TrialActor.__new__(TrialActor), {"trial": search._start(request)}
+    actor.setup(config, entrance=SimpleNamespace())  # type: ignore[arg-type]
     for _ in range(2):
         assert [actor.step()["val_loss"] for _ in CURVE] == losses
         # The next trial in the same process begins anew.
-        actor.reset_config({"request": request})
+        actor.reset_config(config)
 
 
 @pytest.mark.parametrize(
