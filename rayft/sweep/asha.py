@@ -43,7 +43,7 @@ class RecordedASHA(ASHAScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Decide on an evaluation; a repeated evaluation gets the same decision again."""
-        key, step, loss = str(trial.config["request"].key), int(result["step"]), float(result["val_loss"])
+        key, step, loss = str(trial.config["trial"].job.id), int(result["step"]), float(result["val_loss"])
         decision = self._log.find(key, step)
         if decision is None:
             decision = Decision(key, step, loss, self._decide(key, step, loss))

@@ -168,6 +168,12 @@ class Broker:
             self._arrived.notify_all()
         return True
 
+    async def forget(self, job_ids: Sequence[str]) -> None:
+        """Forget jobs that have ended, so that a new search can do them again."""
+        for job_id in job_ids:
+            if job_id in self._entries and self._entries[job_id].done:
+                del self._entries[job_id]
+
     async def next_event(self, job_id: str, after: int | None = None) -> Event:
         """Return a job's next event, as soon as there is one.
 

@@ -36,7 +36,15 @@ from rayft.cli import main
 
 main()
 """
-SHORT = ["optim.steps=2", "data.train=8", "data.val=2", "data.test=2", "sweep.trials=2", "squeeze.ranks=[]"]
+SHORT = [
+    "optim.steps=4",
+    "sweep.grace=2",
+    "data.train=8",
+    "data.val=2",
+    "data.test=2",
+    "sweep.trials=2",
+    "squeeze.ranks=[]",
+]
 
 
 def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

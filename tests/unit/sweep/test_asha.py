@@ -18,7 +18,9 @@ SWEEP = SweepConfig(methods={"lora": MethodSpace()}, grace=10)
 
 
 def trial(key: str) -> Any:
-    return SimpleNamespace(trial_id=f"tune-{key}", config={"request": SimpleNamespace(key=key)})
+    return SimpleNamespace(
+        trial_id=f"tune-{key}", config={"trial": SimpleNamespace(job=SimpleNamespace(id=key))}
+    )
 
 
 def ask(scheduler: RecordedASHA, key: str, step: int, loss: float) -> str:
