@@ -48,9 +48,10 @@ def demo(
 ) -> None:
     """Run it all on this machine, on a small model: sweep, squeeze, register, report, serve, ask."""
     introduce(overrides or [], console)
-    from rayft.flow import commands
+    with ahead("demo", overrides or []) as lanes:
+        from rayft.flow import commands
 
-    commands.demo(overrides or [], console, stay=stay, overwrite=overwrite)
+        commands.demo(overrides or [], console, lanes, stay=stay, overwrite=overwrite)
 
 
 @app.command()
@@ -62,10 +63,10 @@ def sweep(
 ) -> None:
     """Run a sweep, or continue it: search, score, squeeze the winner, register and report."""
     start_rehearsal(config, overrides or [])
-    with ahead(config, overrides or []) as started:
+    with ahead(config, overrides or []) as lanes:
         from rayft.flow import commands
 
-        commands.sweep(config, overrides or [], console, started)
+        commands.sweep(config, overrides or [], console, lanes)
 
 
 @app.command()

@@ -75,13 +75,19 @@ __all__ = [
 
 
 def demo(
-    overrides: Sequence[str], console: Console, *, stay: bool = False, overwrite: bool = False
+    overrides: Sequence[str],
+    console: Console,
+    lanes: Ahead | None = None,
+    *,
+    stay: bool = False,
+    overwrite: bool = False,
 ) -> SweepRecord:
     """Run the packaged demo. It starts from what an earlier demo with the same settings has left.
 
     Args:
         overrides: settings of the configuration, such as `sweep.trials=4`.
         console: for the output.
+        lanes: lanes that have been started for the sweep.
         stay: whether to serve until Ctrl-C.
         overwrite: whether to start from nothing, and delete the sweep in the demo's folder.
 
@@ -101,7 +107,7 @@ def demo(
     wait = (lambda: _stay(settings.serve.port, console)) if stay else None
     started, display = time.monotonic(), Display(console)
     try:
-        record = run_demo(settings, display, wait)
+        record = run_demo(settings, display, wait, lanes)
     except KeyboardInterrupt:
         # The same command continues, but not with --overwrite.
         options = [part for override in overrides for part in ("--set", override)]
@@ -117,7 +123,7 @@ def demo(
 
 
 def sweep(
-    config: str | Path, overrides: Sequence[str], console: Console, started: Ahead | None = None
+    config: str | Path, overrides: Sequence[str], console: Console, lanes: Ahead | None = None
 ) -> SweepRecord:
     """Run a sweep, or continue it, and print its results.
 
@@ -125,7 +131,7 @@ def sweep(
         config: a file, or the name of a packaged configuration.
         overrides: settings of the configuration, such as `sweep.trials=4`.
         console: for the output.
-        started: lanes that have been started for the sweep.
+        lanes: lanes that have been started for the sweep.
 
     Raises:
         RayftError: as `run_sweep`; UnfinishedError if there is a report, but something is left to do.
@@ -136,7 +142,7 @@ def sweep(
 
     check_overrides("sweep", overrides)
     settings, display = placed(load_config(config, overrides)), Display(console)
-    record = run_sweep(settings, display, started)
+    record = run_sweep(settings, display, lanes)
     _show(record, console)
     _show_next(record, settings.folder, console)
     check_complete(record, display.undone)

@@ -15,6 +15,7 @@ from rayft.analysis.record import SweepAnalysis
 from rayft.config import load
 from rayft.data.source import read
 from rayft.errors import ConfigError, ResourceError
+from rayft.flow.ahead import Ahead
 from rayft.flow.cluster import cluster
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
@@ -39,13 +40,19 @@ QUESTIONS = 3
 """How many test questions the server is asked."""
 
 
-def run_demo(config: PipelineConfig, display: Display, stay: Callable[[], None] | None = None) -> SweepRecord:
+def run_demo(
+    config: PipelineConfig,
+    display: Display,
+    stay: Callable[[], None] | None = None,
+    lanes: Ahead | None = None,
+) -> SweepRecord:
     """Run the sweep, serve its result, and ask the server; then stop the server.
 
     Args:
         config: the sweep's.
         display: shows the stages.
         stay: called before the server stops, if given. The server answers until it returns.
+        lanes: lanes that have been started for the sweep.
 
     Raises:
         RayftError: as `run_sweep` and the serving layer.
@@ -53,7 +60,7 @@ def run_demo(config: PipelineConfig, display: Display, stay: Callable[[], None] 
     started = time.monotonic()
     display.plan(*STAGES)
     _check_port(config)
-    record = run_sweep(config, display)
+    record = run_sweep(config, display, lanes)
     output = config.folder
     if (output / "serve.yaml").is_file():
         record = _serve_and_ask(config, record, output, display, stay)

@@ -41,7 +41,7 @@ from rayft.tracking.mlflow import MlflowTracker, flush_spool
 __all__ = ["checked", "run_sweep"]
 
 
-def run_sweep(config: PipelineConfig, display: Display, started: Ahead | None = None) -> SweepRecord:
+def run_sweep(config: PipelineConfig, display: Display, lanes: Ahead | None = None) -> SweepRecord:
     """Run all stages of a sweep; return when the lanes have ended and their memory is free.
 
     An interrupted sweep continues: finished trials are not trained again. The analysis comes after the winner
@@ -53,7 +53,7 @@ def run_sweep(config: PipelineConfig, display: Display, started: Ahead | None = 
     Args:
         config: the sweep's.
         display: shows the stages and the trials.
-        started: lanes that have been started for the sweep; otherwise they are started after the checks.
+        lanes: lanes that have been started for the sweep; otherwise they are started after the checks.
 
     Raises:
         RayftError: if a check fails, before anything is done, or if a stage fails.
@@ -63,7 +63,7 @@ def run_sweep(config: PipelineConfig, display: Display, started: Ahead | None = 
         plan = checked(config, display)
         tracker = MlflowTracker(plan.tracker)
         try:
-            record = _tracked(plan, display, tracker, started)
+            record = _tracked(plan, display, tracker, lanes)
         finally:
             tracker.close()
         left = flush_spool(plan.tracker).pending
@@ -90,12 +90,12 @@ def checked(config: PipelineConfig, display: Display) -> Plan:
     return plan
 
 
-def _tracked(plan: Plan, display: Display, tracker: MlflowTracker, started: Ahead | None) -> SweepRecord:
+def _tracked(plan: Plan, display: Display, tracker: MlflowTracker, lanes: Ahead | None) -> SweepRecord:
     """Run the stages after the checks, and track how they ended."""
     tracking = SweepTracking(plan, tracker)
     try:
         with room_on(plan.output, others=temporary_folders()):
-            record = _run_stages(plan, display, tracking, started)
+            record = _run_stages(plan, display, tracking, lanes)
             tracker.finish(tracking.run_id, "finished")
     except KeyboardInterrupt:
         tracking.end("interrupted")
@@ -107,14 +107,14 @@ def _tracked(plan: Plan, display: Display, tracker: MlflowTracker, started: Ahea
 
 
 @contextmanager
-def _executor(plan: Plan, started: Ahead | None) -> Iterator[Executor]:
+def _executor(plan: Plan, lanes: Ahead | None) -> Iterator[Executor]:
     """Yield the executor of the sweep's jobs, in a cluster that lasts for the block."""
     sweep, scale, storage = plan.config.sweep, plan.run.scale, str(plan.output / "ray")
     workers = sweep.lanes * scale.workers
     with ExitStack() as stack:
         executor = None
-        if started is not None:
-            executor = stack.enter_context(started.executor())
+        if lanes is not None:
+            executor = stack.enter_context(lanes.executor())
             check_fit(workers, scale.device, scale.gpu_share)
         else:
             stack.enter_context(cluster(workers, device=scale.device, gpu_share=scale.gpu_share))
@@ -123,11 +123,11 @@ def _executor(plan: Plan, started: Ahead | None) -> Iterator[Executor]:
         )
 
 
-def _run_stages(plan: Plan, display: Display, tracking: SweepTracking, started: Ahead | None) -> SweepRecord:
+def _run_stages(plan: Plan, display: Display, tracking: SweepTracking, lanes: Ahead | None) -> SweepRecord:
     """Run the stages that need a cluster, and publish what they find."""
     publisher = Publisher(plan, display, tracking)
     analysis: SweepAnalysis | None = None
-    with _executor(plan, started) as executor:
+    with _executor(plan, lanes) as executor:
         check_tracking(plan.tracker)
         with use_lanes(executor, display, tracking.interrupt):
             stages = _Stages(plan, executor, display, tracking)
