@@ -40,6 +40,7 @@ __all__ = [
     "collate_classification",
     "collate_images",
     "collate_rows",
+    "moved",
     "padded",
     "rows_of",
 ]
@@ -52,6 +53,16 @@ NO_ROW = 2**62
 
 MULTIPLE = 8
 """Batches of several rows are padded to a multiple of this, which tensor cores need."""
+
+
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Move a tensor to a device without waiting for what the device has to do before.
+
+    A copy from memory that is not pinned may wait for it.
+    """
+    if tensor.is_cpu and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device."""
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return Batch(*(moved(getattr(self, field.name), device) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -113,9 +124,7 @@ class ClassBatch:
 
     def to(self, device: torch.device | str) -> ClassBatch:
         """Move to a device."""
-        return ClassBatch(
-            *(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
-        )
+        return ClassBatch(*(moved(getattr(self, field.name), device) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -139,9 +148,7 @@ class ImageBatch:
 
     def to(self, device: torch.device | str) -> ImageBatch:
         """Move to a device."""
-        return ImageBatch(
-            *(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
-        )
+        return ImageBatch(*(moved(getattr(self, field.name), device) for field in fields(self)))
 
 
 Row = PackedRow | EncodedImage

@@ -292,7 +292,8 @@ class FlatEngine:
         norm: torch.Tensor = torch.stack([gradient.float().norm() for gradient in gradients]).norm()
         factor = (most / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
-            gradient.copy_(torch.where(norm.isfinite(), gradient * factor, 0.0))
+            # If the norm is infinite, the factor is 0, and what stays infinite becomes NaN.
+            gradient.mul_(factor).nan_to_num_(0.0)
         return norm
 
     def _numbers(self, member: int) -> range:

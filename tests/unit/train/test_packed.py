@@ -389,7 +389,7 @@ def test_seconds_and_tokens_are_those_of_each_run(
 
     def step(pack: Pack, asked: Any) -> Any:
         found = real(pack, asked)
-        steps.append([*found.values()])
+        steps.append([result() for result in found.values()])
         return found
 
     monkeypatch.setattr(Pack, "step", step)
