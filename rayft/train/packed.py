@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -487,12 +487,12 @@ class Pack:
         dropped = _drops(self._slots)
         if micro is None or not self._graphs or self._captured or dropped:
             return
-        if len(micro.spans) < len(self._slots):
+        if self._engine is None or len(micro.spans) < len(self._slots):
             return
         self._enter(micro)
         self._captured = ExitStack()
         try:
-            self._captured.enter_context(graphed(self._model, micro.batch))
+            self._captured.enter_context(graphed(self._model, micro.batch, chain(*self._engine.parts)))
         except (ConfigError, TrainError) as error:
             logger.info("%s", error)
             self._wants_graphs = self._graphs = False

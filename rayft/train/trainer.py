@@ -369,7 +369,8 @@ class Trainer:
             self.model.train()
             try:
                 first = self._share(self.progress.step)
-                graphs.enter_context(graphed(self.model, self._micro_batches(first)[0]))
+                parts = self.engine.parts if isinstance(self.engine, RunEngine) else ()
+                graphs.enter_context(graphed(self.model, self._micro_batches(first)[0], parts))
             except torch.OutOfMemoryError:
                 self._lower()
                 return None

@@ -1,0 +1,73 @@
+"""Captured passes give the gradients of others; a replay here computes what was captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rayft.train import graphs, trainer
+from rayft.train.flat import Part
+from rayft.train.run import RunConfig
+from rayft.train.session import Session
+from rayft.train.trainer import Reporter, Trainer
+from rayft.train.worker import Worker
+from tests.unit.train.curves import assert_same_losses
+from tests.unit.train.runs import with_method
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The passes that were replayed: the name of each one's function."""
+    names: list[str] = []
+
+    def capture(body: Callable[[], None], _: Any) -> Callable[[], None]:
+        body()
+
+        def replay() -> None:
+            names.append(body.__name__)
+            with torch.enable_grad():
+                body()
+
+        return replay
+
+    monkeypatch.setattr(graphs, "_capture", capture)
+    monkeypatch.setattr(trainer, "capture_stream", nullcontext)
+    for name in ("synchronize", "graph_pool_handle", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    return names
+
+
+@pytest.mark.parametrize(("name", "zero"), [("lora_plus", 2), ("rc3la", 0), ("full", 0)])
+def test_a_run_by_graphs_learns_what_it_learns_without(
+    run: RunConfig,
+    session: Session,
+    tmp_path: Path,
+    replayed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    zero: int,
+) -> None:
+    run = with_method(run, name, optim={"rows_per_step": 4}, scale={"zero": zero, "accumulation": 2})
+    eager = Trainer(run, session, Reporter(), tmp_path / "eager").fit()
+    if name == "full":
+        session = Session.open(run, Worker())
+    arrived: list[bool] = []
+    real = Part.take_gradients
+
+    def take_gradients(part: Part) -> None:
+        arrived.append(part.arrived)
+        real(part)
+
+    monkeypatch.setattr(Part, "take_gradients", take_gradients)
+    scale = run.scale.model_copy(update={"graphs": True})
+    again = Trainer(run.model_copy(update={"scale": scale}), session, Reporter(), tmp_path / "graphs").fit()
+    assert replayed == ["_forward", "_backward"] * 2 * run.optim.steps
+    assert all(arrived)
+    assert bool(arrived) == (name != "full")
+    assert_same_losses(eager, again)
