@@ -79,16 +79,6 @@ class PackedRow:
         """The tokens of all examples."""
         return [token for example in self.examples for token in example.input_ids]
 
-    @property
-    def labels(self) -> list[int]:
-        """The labels of all examples; see `Encoded`."""
-        return [label for example in self.examples for label in example.labels]
-
-    @property
-    def position_ids(self) -> list[int]:
-        """The positions of all tokens, which start at 0 in each example."""
-        return [position for example in self.examples for position in range(len(example))]
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -320,15 +310,28 @@ def collate(
         segments: number of segments, for callers that need a fixed shape; those that are too many are empty.
     """
     width = width or _width(rows)
-    ids = _pad([row.input_ids for row in rows], width, pad_id)
-    labels = _pad([row.labels for row in rows], width, IGNORED)
-    positions = _pad([row.position_ids for row in rows], width, 0)
-    learnt = torch.zeros_like(ids, dtype=torch.bool)
+    shape = (len(rows), width)
+    ids, labels, positions = np.full(shape, pad_id), np.full(shape, IGNORED), np.zeros(shape, np.int64)
+    for number, row in enumerate(rows):
+        start = 0
+        for example in row.examples:
+            place = (number, slice(start, start := start + len(example)))
+            ids[place], labels[place], positions[place] = (
+                example.input_ids,
+                example.labels,
+                range(len(example)),
+            )
     # The first token of an example is not learnt: nothing in its segment precedes it.
-    learnt[:, :-1] = (labels[:, 1:] != IGNORED) & (positions[:, 1:] > 0)
-    index = learnt.flatten().nonzero().squeeze(1)
+    learnt = (labels[:, 1:] != IGNORED) & (positions[:, 1:] > 0)
+    index = np.flatnonzero(np.pad(learnt, ((0, 0), (0, 1))))
     lengths = [[len(example) for example in row.examples] for row in rows]
-    return Batch(ids, positions, _offsets(lengths, width, segments), index, labels.flatten()[index + 1])
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        _offsets(lengths, width, segments),
+        torch.from_numpy(index),
+        torch.from_numpy(labels.reshape(-1)[index + 1]),
+    )
 
 
 def collate_classification(rows: Sequence[PackedRow], pad_id: int) -> ClassBatch:

@@ -12,9 +12,10 @@ import torch
 
 from rayft.train import graphs, trainer
 from rayft.train.flat import Part
+from rayft.train.packed import Courses, Pack
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
-from rayft.train.trainer import Reporter, Trainer
+from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker
 from tests.unit.train.curves import assert_same_losses
 from tests.unit.train.runs import with_method
@@ -71,3 +72,25 @@ def test_a_run_by_graphs_learns_what_it_learns_without(
     assert all(arrived)
     assert bool(arrived) == (name != "full")
     assert_same_losses(eager, again)
+
+
+def test_packed_runs_by_graphs_learn_what_they_learn_without(
+    run: RunConfig, session: Session, tmp_path: Path, replayed: list[str]
+) -> None:
+    runs = {name: with_method(run, name, seed=seed) for seed, name in enumerate(("lora_plus", "cla"))}
+    found: list[dict[str, TrainResult]] = []
+    for captured in (False, True):
+        pack = Pack(session, graphs=captured)
+        courses = Courses[TrainResult](pack)
+        for name, one in runs.items():
+            trainer = Trainer(one, pack.session(), Reporter(), tmp_path / f"{name}-{captured}", pack=pack)
+            courses.begin(name, trainer.course(), trainer.clock)
+        while len(courses):
+            for name in courses.questions:
+                courses.answer(name, True)
+            courses.advance()
+        pack.close()
+        found.append(courses.ended())  # type: ignore[arg-type]
+    assert replayed == ["_forward", "_backward"] * run.optim.steps
+    for name in runs:
+        assert_same_losses(found[0][name], found[1][name])
