@@ -363,9 +363,10 @@ class Trainer:
     def _captured(self, graphs: ExitStack) -> bool | None:
         """Capture the passes as CUDA graphs until `graphs` is closed, if the placement has them.
 
-        Returns None if they did not fit into the device's memory; a smaller placement is set then.
+        A pack captures its own. Returns None if they did not fit into the device's memory; a smaller
+        placement is set then.
         """
-        if self.placement.graphs:
+        if self.placement.graphs and self.pack is None:
             self.model.train()
             try:
                 first = self._share(self.progress.step)

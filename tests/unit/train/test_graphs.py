@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from rayft.train import graphs, trainer
+from rayft.train import graphs
+from rayft.train import trainer as module
 from rayft.train.flat import Part
 from rayft.train.packed import Courses, Pack
 from rayft.train.run import RunConfig
@@ -37,7 +38,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return replay
 
     monkeypatch.setattr(graphs, "_capture", capture)
-    monkeypatch.setattr(trainer, "capture_stream", nullcontext)
+    monkeypatch.setattr(module, "capture_stream", nullcontext)
     for name in ("synchronize", "graph_pool_handle", "Stream"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
@@ -75,9 +76,14 @@ def test_a_run_by_graphs_learns_what_it_learns_without(
 
 
 def test_packed_runs_by_graphs_learn_what_they_learn_without(
-    run: RunConfig, session: Session, tmp_path: Path, replayed: list[str]
+    run: RunConfig,
+    session: Session,
+    tmp_path: Path,
+    replayed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    runs = {name: with_method(run, name, seed=seed) for seed, name in enumerate(("lora_plus", "cla"))}
+    runs = {name: with_method(run, name, seed=seed) for seed, name in enumerate(("lora_plus", "rc3la"))}
+    monkeypatch.setattr(module, "graphed", None)
     found: list[dict[str, TrainResult]] = []
     for captured in (False, True):
         pack = Pack(session, graphs=captured)
