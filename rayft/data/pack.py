@@ -40,6 +40,7 @@ __all__ = [
     "collate_classification",
     "collate_images",
     "collate_rows",
+    "moved",
     "padded",
     "rows_of",
 ]
@@ -52,6 +53,16 @@ NO_ROW = 2**62
 
 MULTIPLE = 8
 """Batches of several rows are padded to a multiple of this, which tensor cores need."""
+
+
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Move a tensor to a device without waiting for what the device has to do before.
+
+    A copy from memory that is not pinned may wait for it.
+    """
+    if tensor.is_cpu and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -67,16 +78,6 @@ class PackedRow:
     def input_ids(self) -> list[int]:
         """The tokens of all examples."""
         return [token for example in self.examples for token in example.input_ids]
-
-    @property
-    def labels(self) -> list[int]:
-        """The labels of all examples; see `Encoded`."""
-        return [label for example in self.examples for label in example.labels]
-
-    @property
-    def position_ids(self) -> list[int]:
-        """The positions of all tokens, which start at 0 in each example."""
-        return [position for example in self.examples for position in range(len(example))]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device."""
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return Batch(*(moved(getattr(self, field.name), device) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,7 @@ class ClassBatch:
 
     def to(self, device: torch.device | str) -> ClassBatch:
         """Move to a device."""
-        return ClassBatch(
-            *(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
-        )
+        return ClassBatch(*(moved(getattr(self, field.name), device) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,7 @@ class ImageBatch:
 
     def to(self, device: torch.device | str) -> ImageBatch:
         """Move to a device."""
-        return ImageBatch(
-            *(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self))
-        )
+        return ImageBatch(*(moved(getattr(self, field.name), device) for field in fields(self)))
 
 
 Row = PackedRow | EncodedImage
@@ -313,15 +310,28 @@ def collate(
         segments: number of segments, for callers that need a fixed shape; those that are too many are empty.
     """
     width = width or _width(rows)
-    ids = _pad([row.input_ids for row in rows], width, pad_id)
-    labels = _pad([row.labels for row in rows], width, IGNORED)
-    positions = _pad([row.position_ids for row in rows], width, 0)
-    learnt = torch.zeros_like(ids, dtype=torch.bool)
+    shape = (len(rows), width)
+    ids, labels, positions = np.full(shape, pad_id), np.full(shape, IGNORED), np.zeros(shape, np.int64)
+    for number, row in enumerate(rows):
+        start = 0
+        for example in row.examples:
+            place = (number, slice(start, start := start + len(example)))
+            ids[place], labels[place], positions[place] = (
+                example.input_ids,
+                example.labels,
+                range(len(example)),
+            )
     # The first token of an example is not learnt: nothing in its segment precedes it.
-    learnt[:, :-1] = (labels[:, 1:] != IGNORED) & (positions[:, 1:] > 0)
-    index = learnt.flatten().nonzero().squeeze(1)
+    learnt = (labels[:, 1:] != IGNORED) & (positions[:, 1:] > 0)
+    index = np.flatnonzero(np.pad(learnt, ((0, 0), (0, 1))))
     lengths = [[len(example) for example in row.examples] for row in rows]
-    return Batch(ids, positions, _offsets(lengths, width, segments), index, labels.flatten()[index + 1])
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        _offsets(lengths, width, segments),
+        torch.from_numpy(index),
+        torch.from_numpy(labels.reshape(-1)[index + 1]),
+    )
 
 
 def collate_classification(rows: Sequence[PackedRow], pad_id: int) -> ClassBatch:

@@ -114,7 +114,8 @@ def _logits(
 
     def select(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden_BTD = args[0]
-        chosen = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])[batch.completion_index]
+        # Unlike that of an index, its backward pass sorts nothing.
+        chosen = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, batch.completion_index)
         return (pick(chosen).unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(select)

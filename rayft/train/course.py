@@ -74,7 +74,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step that a run asks for; the answer is its `StepResult`.
+    """An optimizer step that a run asks for; the answer returns its `StepResult` once it is taken (`Later`).
 
     If there is not enough memory, a `torch.OutOfMemoryError` is thrown into the course, or a `CrowdedError`.
     """
@@ -86,6 +86,8 @@ class Step:
     lr: float
     random: torch.Tensor = field(repr=False)
     """Random state of the run's device, with which the step begins."""
+    awaited: bool = False
+    """Whether the run needs the numbers before it asks for another step."""
 
     def padding(self, tokens: int) -> float:
         """Return the share of padding in batches of some tokens that have these rows."""

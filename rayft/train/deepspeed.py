@@ -30,6 +30,7 @@ from rayft.train.worker import Worker
 
 __all__ = [
     "DeepSpeedEngine",
+    "Later",
     "StepResult",
     "build_engine",
     "check_written",
@@ -66,6 +67,13 @@ class StepResult:
     """Duration of a step that several runs took together."""
     share: float = 1.0
     """The run's share of the tokens of such a step."""
+
+
+Later = Callable[[], StepResult]
+"""Waits until the device has taken a step that was launched, and returns its numbers.
+
+They are read after the next step was launched, so that the device always has work.
+"""
 
 
 def engine_config(run: RunConfig) -> dict[str, Any]:
@@ -236,13 +244,8 @@ def kept(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad or ".adapter." in n}
 
 
-def optimizer_step(
-    engine: DeepSpeedEngine,
-    batches: Sequence[AnyBatch],
-    worker: Worker,
-    meanwhile: Callable[[], object] = lambda: None,
-) -> StepResult:
-    """Run forward, backward and update over this worker's micro-batches (all workers call it).
+def optimizer_step(engine: DeepSpeedEngine, batches: Sequence[AnyBatch], worker: Worker) -> Later:
+    """Launch forward, backward and update over this worker's micro-batches (all workers call it).
 
     The gradient is that of (sum of losses) / (number of targets) over the micro-batches of all workers,
     however the targets are distributed among them.
@@ -251,32 +254,37 @@ def optimizer_step(
         engine: the engine.
         batches: the micro-batches.
         worker: this process.
-        meanwhile: called while a GPU still computes what was launched.
     """
     targets = sum(len(targets_of(batch)) for batch in batches)
     tokens = sum(batch.input_ids.numel() for batch in batches)
     targets, tokens = (int(v) for v in worker.total(targets, tokens))
     losses: list[torch.Tensor] = []
+    norm: torch.Tensor | None = None
     for number, batch in enumerate(batches, 1):
         loss, _ = batch_loss(engine.module, batch, engine)
         losses.append(loss.detach())
         engine.backward(loss * (worker.world * len(batches) / targets))
         if number == len(batches):
             norm = _norm_before(engine)
-            read = later(losses if norm is None else [*losses, norm])
         engine.step()
-    meanwhile()
-    values = read()
-    if norm is None:
-        values.append(float(engine.get_global_grad_norm() or math.nan))
-    (total,) = worker.total(sum(values[:-1]))
-    return StepResult(total / targets, values[-1], tokens)
+    read = later([*losses, _norm_after(engine, losses[0]) if norm is None else norm])
+
+    def result() -> StepResult:
+        *sums, norm = read()
+        (total,) = worker.total(sum(sums))
+        return StepResult(total / targets, norm, tokens)
+
+    if worker.world == 1:
+        return result
+    # The workers exchange their losses, at a point that all of them reach.
+    found = result()
+    return lambda: found
 
 
 def later(values: Sequence[torch.Tensor]) -> Callable[[], list[float]]:
     """Begin to read numbers from a device; the function that is returned waits for them.
 
-    It does not wait for what is launched after this call, so the device has work meanwhile.
+    It does not wait for what is launched after this call.
     """
     joined = torch.stack([value.detach().to(values[0].dtype) for value in values])
     if not joined.is_cuda:
@@ -305,6 +313,12 @@ def _norm_before(engine: DeepSpeedEngine) -> torch.Tensor | None:
     parameters = getattr(engine, "flats", None) or engine.module.parameters()
     norms = [p.grad.norm() for p in parameters if p.grad is not None]
     return torch.stack(norms).norm() if norms else torch.tensor(math.nan)
+
+
+def _norm_after(engine: DeepSpeedEngine, like: torch.Tensor) -> torch.Tensor:
+    """Return the gradient norm that DeepSpeed has measured in the step, on the device of another tensor."""
+    norm = engine.get_global_grad_norm()
+    return torch.as_tensor(math.nan if norm is None else norm, device=like.device)
 
 
 def set_lr(engine: DeepSpeedEngine, lr: float) -> None:

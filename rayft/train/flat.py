@@ -3,7 +3,7 @@
 DeepSpeed spends time on each parameter, in Python: LoRA in the 210 linear layers of a model of 135 M has 420,
 whose step took 145 ms where the passes took 13 (H200, 4 rows of 512 tokens, CUDA graphs). It sees one flat
 parameter for each group instead. A model's parameters are views of the flat one's memory; their gradients are
-moved into a flat one after the backward pass, and handed to the engine from there.
+moved into a flat one by a CUDA graph or after the backward pass, and handed to the engine from there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rayft.train.deepspeed import DeepSpeedEngine, build_engine, destroy, parame
 from rayft.train.masters import Holder, Master, read_masters, replace_master, write_masters
 from rayft.train.run import RunConfig
 
-__all__ = ["FlatEngine", "RunEngine", "clipped_here", "flattens", "has_masters"]
+__all__ = ["FlatEngine", "Part", "RunEngine", "clipped_here", "flattens", "has_masters"]
 
 ALIGNED = 8
 """Parts of a flat parameter begin at multiples of this, so that kernels can read them in vectors."""
@@ -69,6 +69,13 @@ class Part:
         self.flat = nn.Parameter(self.joined(values, group["params"][0].dtype))
         self.grad = torch.zeros_like(self.flat)
         self._grads = [*self.cut(self.grad).values()]
+        self.arrived = False
+        """Whether a pass has written its gradients into the flat one (`rayft.train.graphs`)."""
+
+    @property
+    def gradients(self) -> dict[nn.Parameter, torch.Tensor]:
+        """Each parameter's part of the flat gradient."""
+        return dict(zip(self.parameters.values(), self._grads, strict=True))
 
     def joined(self, values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """Return a flat tensor with a value for each parameter."""
@@ -104,7 +111,10 @@ class Part:
         self.parameters = {}
 
     def take_gradients(self) -> None:
-        """Move the gradients of the parameters into the flat one."""
+        """Move the gradients of the parameters into the flat one, unless the pass has written them there."""
+        if self.arrived:
+            self.arrived = False
+            return
         views, found = [], []
         for view, parameter in zip(self._grads, self.parameters.values(), strict=True):
             if parameter.grad is None:
@@ -176,7 +186,8 @@ class FlatEngine:
         ]
         self._all = [part for parts in self.parts for part in parts]
         module = nn.ParameterList([part.flat for part in self._all])
-        self.deepspeed: DeepSpeedEngine = build_engine(run, module, PartialAdamW(groups, foreach=True))
+        # The kernels for many tensors use a thread block for 65,536 numbers: too few blocks for a GPU.
+        self.deepspeed: DeepSpeedEngine = build_engine(run, module, PartialAdamW(groups, foreach=False))
         for part in self._all:
             part.link()
 
@@ -262,6 +273,7 @@ class FlatEngine:
     def drop_gradients(self) -> None:
         """Forget gradients that a pass has left on the models' parameters."""
         for part in self._all:
+            part.arrived = False
             for parameter in part.parameters.values():
                 parameter.grad = None
 
@@ -292,7 +304,8 @@ class FlatEngine:
         norm: torch.Tensor = torch.stack([gradient.float().norm() for gradient in gradients]).norm()
         factor = (most / (norm + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
-            gradient.copy_(torch.where(norm.isfinite(), gradient * factor, 0.0))
+            # If the norm is infinite, the factor is 0, and what stays infinite becomes NaN.
+            gradient.mul_(factor).nan_to_num_(0.0)
         return norm
 
     def _numbers(self, member: int) -> range:
@@ -359,6 +372,11 @@ class RunEngine(Holder):
     def flats(self) -> list[nn.Parameter]:
         """What the engine trains."""
         return self._flat.flats
+
+    @property
+    def parts(self) -> list[Part]:
+        """The flat parameters, and where the run's are in them."""
+        return self._flat.parts[0]
 
     def zero_optimization_stage(self) -> int:
         """Return the stage of ZeRO."""

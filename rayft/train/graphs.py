@@ -3,40 +3,131 @@
 A micro-batch then takes two replays instead of thousands of launches. Where kernel launches dominate (small
 models, few tokens), the host determines the time of a step: SmolLM2-135M takes as long for 512 tokens as for
 16,384. The inner model (all but the output layer) is captured once per trial, for the one shape of its
-micro-batches. Gradients arrive at the parameters as without graphs, so engines work unchanged. Batches of
-other shapes, and evaluation, run without graphs.
+micro-batches. Batches of other shapes, and evaluation, run without graphs.
+
+The gradients of flat parameters (`rayft.train.flat`) are written where the engine needs them, by the graph:
+autograd and Python would spend more time on hundreds of parameters than all else of a step. Those of others
+arrive at the parameters as without graphs.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch.autograd.function import once_differentiable
 
 from rayft.data.pack import AnyBatch, Batch
 from rayft.errors import ConfigError, TrainError
 from rayft.models.attention import dense_mask, fits_graphs, mask_for
+from rayft.train.flat import Part
 
 __all__ = ["capture_stream", "graphed"]
 
 
-class _Inner(nn.Module):
-    """The inner model with tensors as positional inputs and as output, which graph capture requires."""
+WARM_UPS = 3
+"""Passes before a capture, which compile, tune and allocate what a graph can't."""
 
-    def __init__(self, inner: Any) -> None:
-        super().__init__()
-        self.inner = inner
-        self._forward = inner.forward
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return the last hidden states (B, T, H)."""
-        output = self._forward(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        return output.last_hidden_state  # type: ignore[no-any-return]
+class _Passes:
+    """The passes of an inner model, captured as two graphs.
+
+    Args:
+        inner: the model.
+        forward: its forward pass.
+        samples: tokens, mask and positions of a micro-batch.
+        parts: flat parameters; the gradients of those that are wholly in the model are written by the graph.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        forward: Callable[..., Any],
+        samples: tuple[torch.Tensor, ...],
+        parts: Iterable[Part],
+    ) -> None:
+        self._inner_forward = forward
+        self._inputs = tuple(sample.clone() for sample in samples)
+        self._trained = [parameter for parameter in inner.parameters() if parameter.requires_grad]
+        known = {*self._trained}
+        self._parts = [
+            part for part in parts if part.parameters and known.issuperset(part.parameters.values())
+        ]
+        self._views = {parameter: view for part in self._parts for parameter, view in part.gradients.items()}
+        self.passed = [parameter for parameter in self._trained if parameter not in self._views]
+        """Parameters whose gradients autograd takes to them."""
+        self._gradients: list[torch.Tensor | None] = []
+        # Without it autograd would see nothing that needs a gradient.
+        self.anchor = torch.zeros((), device=samples[0].device, requires_grad=True)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(WARM_UPS):
+                self._forward()
+                self._outer = torch.zeros_like(self._hidden)
+                self._backward()
+        torch.cuda.synchronize()
+        del self._hidden
+        self._gradients = []
+        pool = torch.cuda.graph_pool_handle()
+        self._replay_forward = _capture(self._forward, pool)
+        self._replay_backward = _capture(self._backward, pool)
+
+    def _forward(self) -> None:
+        ids, mask, positions = self._inputs
+        output = self._inner_forward(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+        )
+        self._hidden: torch.Tensor = output.last_hidden_state
+
+    def _backward(self) -> None:
+        found = torch.autograd.grad(self._hidden, self._trained, self._outer, allow_unused=True)
+        gradients = dict(zip(self._trained, found, strict=True))
+        self._gradients = [gradients[parameter] for parameter in self.passed]
+        used = {view: gradients[parameter] for parameter, view in self._views.items()}
+        for view in (view for view, gradient in used.items() if gradient is None):
+            view.zero_()
+        moved = {view: gradient for view, gradient in used.items() if gradient is not None}
+        if moved:
+            torch._foreach_copy_([*moved], [*moved.values()])
+
+    def forward(self, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Return the last hidden states (B, T, H) of a micro-batch; the next one overwrites them."""
+        for own, value in zip(self._inputs, given, strict=True):
+            own.copy_(value)
+        self._replay_forward()
+        return self._hidden.detach()
+
+    def backward(self, outer: torch.Tensor) -> Iterator[torch.Tensor | None]:
+        """Write the gradients of flat parameters, and return those of the others."""
+        self._outer.copy_(outer)
+        self._replay_backward()
+        for part in self._parts:
+            part.arrived = True
+        return (None if gradient is None else gradient.detach() for gradient in self._gradients)
+
+
+def _capture(body: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """Capture what a function launches as a graph; return the function that replays it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        body()
+    return graph.replay
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, passes: _Passes, given: tuple[torch.Tensor, ...], *_: torch.Tensor) -> torch.Tensor:
+        ctx.passes = passes
+        return passes.forward(given)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (None, None, None, *ctx.passes.backward(outer))
 
 
 @contextmanager
@@ -62,12 +153,13 @@ def capture_stream() -> Iterator[None]:
 
 
 @contextmanager
-def graphed(model: Any, example: AnyBatch) -> Iterator[None]:
+def graphed(model: Any, example: AnyBatch, parts: Iterable[Part] = ()) -> Iterator[None]:
     """Replay training passes of batches shaped like `example` as CUDA graphs inside the block.
 
     Args:
         model: a causal language model on a GPU, in training mode, with adapters and engine.
         example: a micro-batch on the device.
+        parts: the engine's flat parameters.
 
     Raises:
         ConfigError: if the model is not a causal language model.
@@ -94,11 +186,7 @@ def graphed(model: Any, example: AnyBatch) -> Iterator[None]:
     samples = (example.input_ids, mask_of(example.offsets), example.position_ids)
     logging.getLogger(__name__).info("capturing %s", tuple(example.input_ids.shape))
     try:
-        captured: list[Any] = [
-            torch.cuda.make_graphed_callables(
-                _Inner(inner).train(), tuple(sample.clone() for sample in samples), allow_unused_input=True
-            )
-        ]
+        captured = [_Passes(inner, eager, samples, parts)]
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -123,7 +211,9 @@ def graphed(model: Any, example: AnyBatch) -> Iterator[None]:
         )
         if not (fits and model.training and torch.is_grad_enabled()):
             return eager(**arguments)
-        return BaseModelOutputWithPast(last_hidden_state=captured[0](*given))
+        passes = captured[0]
+        hidden = _Replay.apply(passes, given, passes.anchor, *passes.passed)  # type: ignore[no-untyped-call]
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     inner.forward = forward
     try:

@@ -24,19 +24,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import cache, partial
+from itertools import chain, pairwise
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from rayft.data.pack import Batch, Row, collate_rows, padded
+from rayft.data.pack import Batch, Row, collate_rows, moved, padded
 from rayft.errors import ConfigError, TrainError
 from rayft.evaluate.loss import target_losses
 from rayft.models.inject import clear
 from rayft.models.packed import Layout, pack, skeleton, spans_of, unpackable
 from rayft.train.course import Asked, Clock, CrowdedError, Part, Question, Step, Validation
-from rayft.train.deepspeed import StepResult, later
+from rayft.train.deepspeed import Later, StepResult, later
 from rayft.train.flat import FlatEngine, clipped_here
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Holder, Master
@@ -145,10 +146,16 @@ class Pack:
         """Notes on what did not fit."""
         self.placement = Placement()
         """How the last step used the device."""
+        self.shares: dict[Slot, float] = {}
+        """The slots' shares of the tokens of the last step."""
         self.updating = False
         """Whether the last step has begun to change parameters; if it has failed, they can't be used."""
         self._captured: ExitStack | None = None
         """Holds the graphs of the slots that the engine has."""
+        self._unread: Callable[[], object] | None = None
+        """Reads the numbers of the last step, until they are read."""
+        self._read_at = 0.0
+        """When those of a step were read last."""
 
     def stream(self) -> AbstractContextManager[None]:
         """Return a context for all that the pack does: the stream on which graphs are captured."""
@@ -181,8 +188,10 @@ class Pack:
         plain = {n: Master(p.detach().float().clone(), None) for n, p in _trainable(slot).items()}
         return {**plain, **slot.given}
 
-    def step(self, steps: Mapping[Slot, Step]) -> dict[Slot, StepResult]:
+    def step(self, steps: Mapping[Slot, Step]) -> dict[Slot, Later]:
         """Take a step of each of some runs together; other runs in the pack stay as they are.
+
+        Returns when the device has taken the step before; or this one, if a run needs its numbers.
 
         Raises:
             torch.OutOfMemoryError: if they do not fit into the device's memory together, however little is
@@ -393,15 +402,10 @@ class Pack:
 
     # --- steps
 
-    def _step(self, steps: Mapping[Slot, Step]) -> dict[Slot, StepResult]:
+    def _step(self, steps: Mapping[Slot, Step]) -> dict[Slot, Later]:
         engine, started = self._engine, time.perf_counter()
         assert engine is not None
-        for slot, groups_of in zip(self._built, engine.groups, strict=True):
-            one = steps.get(slot) if slot is not None else None
-            for group in groups_of:
-                group["active"] = one is not None
-                if one is not None:
-                    group["lr"] = one.lr * group["lr_factor"]
+        self._set_groups(engine, steps)
         if not self._model.training:
             self._model.train()
         self._layout.random = {slot.number: one.random for slot, one in steps.items()}
@@ -425,24 +429,52 @@ class Pack:
                 read = later([*norms, *(loss for each in losses for loss in each.values())])
             self.updating = last
             engine.deepspeed.step()
-        found = read()
-        norm_of, sums = dict(zip(steps, found, strict=False)), dict.fromkeys(targets, 0.0)
-        for slot, loss in zip((slot for each in losses for slot in each), found[len(steps) :], strict=True):
-            sums[slot] += loss
         self.updating = False
-        self._session.tick()
-        duration, every = time.perf_counter() - started, sum(tokens[slot] for slot in steps)
-        return {
-            slot: StepResult(
-                sums[slot] / targets[slot],
-                norm_of[slot],
-                tokens[slot],
-                one.padding(tokens[slot]),
-                duration,
-                tokens[slot] / every,
-            )
-            for slot, one in steps.items()
-        }
+        every = sum(tokens[slot] for slot in steps)
+        self.shares = {slot: tokens[slot] / every for slot in steps}
+        owners = [slot for each in losses for slot in each]
+
+        @cache
+        def numbers() -> dict[Slot, StepResult]:
+            found = read()
+            norm_of, sums = dict(zip(steps, found, strict=False)), dict.fromkeys(targets, 0.0)
+            for slot, loss in zip(owners, found[len(steps) :], strict=True):
+                sums[slot] += loss
+            self._session.tick()
+            # The step before may have been read after this one was begun.
+            began, self._read_at = max(started, self._read_at), time.perf_counter()
+            return {
+                slot: StepResult(
+                    sums[slot] / targets[slot],
+                    norm_of[slot],
+                    tokens[slot],
+                    one.padding(tokens[slot]),
+                    self._read_at - began,
+                    tokens[slot] / every,
+                )
+                for slot, one in steps.items()
+            }
+
+        self._read()
+        self._unread = numbers
+        if any(one.awaited for one in steps.values()):
+            self._read()
+        return {slot: partial(_own, numbers, slot) for slot in steps}
+
+    def _set_groups(self, engine: FlatEngine, steps: Mapping[Slot, Step]) -> None:
+        """Let the engine step the slots that take part, each with its learning rate, and no others."""
+        for slot, groups_of in zip(self._built, engine.groups, strict=True):
+            one = steps.get(slot) if slot is not None else None
+            for group in groups_of:
+                group["active"] = one is not None
+                if one is not None:
+                    group["lr"] = one.lr * group["lr_factor"]
+
+    def _read(self) -> None:
+        """Wait until the device has taken the last step, unless that was done."""
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            unread()
 
     def _passes(self, steps: Mapping[Slot, Step]) -> list[list[Slot]]:
         """Divide the slots of a step into those whose rows share a pass, in their order."""
@@ -455,12 +487,12 @@ class Pack:
         dropped = _drops(self._slots)
         if micro is None or not self._graphs or self._captured or dropped:
             return
-        if len(micro.spans) < len(self._slots):
+        if self._engine is None or len(micro.spans) < len(self._slots):
             return
         self._enter(micro)
         self._captured = ExitStack()
         try:
-            self._captured.enter_context(graphed(self._model, micro.batch))
+            self._captured.enter_context(graphed(self._model, micro.batch, chain(*self._engine.parts)))
         except (ConfigError, TrainError) as error:
             logger.info("%s", error)
             self._wants_graphs = self._graphs = False
@@ -523,12 +555,17 @@ class Pack:
         # The targets are in the order of the rows, and so are the slots.
         losses = target_losses(self._model, micro.batch).split([*micro.targets.values()])
         sums = torch.stack([loss.sum() for loss in losses])
-        sums.backward(sums.new_tensor([weights[slot] for slot in micro.spans]))
+        weight = torch.tensor([weights[slot] for slot in micro.spans], dtype=sums.dtype)
+        sums.backward(moved(weight, sums.device))
         for slot, parts in zip(self._built, engine.parts, strict=True):
             if slot is not None and slot in micro.spans:
                 for part in parts:
                     part.take_gradients()
         return dict(zip(micro.spans, sums.detach(), strict=True))
+
+
+def _own(numbers: Callable[[], Mapping[Slot, StepResult]], slot: Slot) -> StepResult:
+    return numbers()[slot]
 
 
 def _trainable(slot: Slot) -> dict[str, nn.Parameter]:
@@ -630,7 +667,7 @@ class Courses(Generic[EndT]):
             return False
         started = time.perf_counter()
         results = self._pack.step({one.engine: one for one in steps.values()})
-        self._share({key: results[one.engine].share for key, one in steps.items()}, started)
+        self._share({key: self._pack.shares[one.engine] for key, one in steps.items()}, started)
         for key, one in steps.items():
             course, result = self._courses[key], results[one.engine]
             self._go_on(key, course.send, result)

@@ -52,6 +52,7 @@ from rayft.train.course import (
 )
 from rayft.train.deepspeed import (
     DeepSpeedEngine,
+    Later,
     StepResult,
     build_engine,
     destroy,
@@ -144,13 +145,14 @@ class _Saved:
 
 
 @dataclass(frozen=True)
-class _Ahead:
-    """The rows of a step that has not begun."""
+class _Launched:
+    """A step whose numbers have not been read."""
 
     step: int
-    placement: Placement
-    share: list[list[Row]]
-    batches: list[AnyBatch]
+    lr: float
+    started: float
+    """By the run's clock."""
+    result: Later
 
 
 class Reporter:
@@ -221,7 +223,10 @@ class Trainer:
         self._trainable = 0
         self._ended = False
         """Whether the run ended before its last step by its own rule."""
-        self._ahead: _Ahead | None = None
+        self._launched: _Launched | None = None
+        """The last step, until its numbers are read."""
+        self._read_at = 0.0
+        """When the numbers of a step were read last, by the clock."""
         self._best: Kept | None = None
         """On rank 0, what the best evaluation left, once training has gone on after it."""
 
@@ -358,13 +363,15 @@ class Trainer:
     def _captured(self, graphs: ExitStack) -> bool | None:
         """Capture the passes as CUDA graphs until `graphs` is closed, if the placement has them.
 
-        Returns None if they did not fit into the device's memory; a smaller placement is set then.
+        A pack captures its own. Returns None if they did not fit into the device's memory; a smaller
+        placement is set then.
         """
-        if self.placement.graphs:
+        if self.placement.graphs and self.pack is None:
             self.model.train()
             try:
                 first = self._share(self.progress.step)
-                graphs.enter_context(graphed(self.model, self._micro_batches(first)[0]))
+                parts = self.engine.parts if isinstance(self.engine, RunEngine) else ()
+                graphs.enter_context(graphed(self.model, self._micro_batches(first)[0], parts))
             except torch.OutOfMemoryError:
                 self._lower()
                 return None
@@ -387,17 +394,19 @@ class Trainer:
                 self._save_checkpoint()
                 step = self.progress.step
                 raise InterruptedRunError(f"interrupted after step {step}", step)
+        self._read()
         return True
 
     def _step(self, phase: Phase) -> Part[bool]:
-        """Take one optimizer step and report its numbers; return whether it fitted into memory."""
+        """Take one optimizer step, and report the step before; return whether it fitted into memory."""
         progress, optim, started = self.progress, self.run.optim, self.clock()
         step, worker = progress.step, self.worker
         share = self._share(step)
         seed_everything(derive_seed(self.run.seed, step, worker.rank))
         lr = optim.lr_at(step, phase.first, phase.warmup)
+        awaited = step + 1 in self._evaluate_at or step + 1 == phase.end
         try:
-            result: StepResult = yield Step(self.engine, share, lr, random_state(worker.device))
+            result: Later = yield Step(self.engine, share, lr, random_state(worker.device), awaited)
         except CrowdedError as crowded:
             if crowded.intact:
                 self._save_checkpoint()
@@ -406,30 +415,42 @@ class Trainer:
             if self.pack is not None:
                 # It is alone in its pack, which has tried all that takes less.
                 raise out_of_memory(self.run, self.pack.placement) from None
+            self._read()
             self._lower()
             return False
         if self.pack is not None:
             self.placement = self.pack.placement
+        self._read()
+        self._launched = _Launched(step + 1, lr, started, result)
+        progress.step = step + 1
+        return True
+
+    def _read(self) -> None:
+        """Wait until the device has taken the last step, and report its numbers, unless that was done."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return
+        progress, result = self.progress, launched.result()
         if not math.isfinite(result.loss):
             diverged = TrainError(
-                f"the loss is {result.loss} at step {step + 1} with lr {optim.lr:g}; use a lower "
-                "learning rate, a longer warm-up, or float32"
+                f"the loss is {result.loss} at step {launched.step} with lr {self.run.optim.lr:g}; use a "
+                "lower learning rate, a longer warm-up, or float32"
             )
             # It is the loss of all workers.
             diverged.everywhere = True
             raise diverged
         self.session.tick()
-        progress.step = step + 1
         progress.tokens += result.tokens
-        duration = self.clock() - started if result.seconds is None else result.seconds
+        # The step before may have been read after this one was begun.
+        began, self._read_at = max(launched.started, self._read_at), self.clock()
+        duration = self._read_at - began if result.seconds is None else result.seconds
         progress.step_seconds += duration
         progress.train_seconds += duration * result.share
-        progress.train_curve.append((progress.step, result.loss))
+        progress.train_curve.append((launched.step, result.loss))
         if self.worker.rank == 0:
-            self.reporter.log(progress.step, _step_metrics(lr, result, duration))
-        return True
+            self.reporter.log(launched.step, _step_metrics(launched.lr, result, duration))
 
-    def answer(self, asked: Asked) -> StepResult | bool | float:
+    def answer(self, asked: Asked) -> Later | bool | float:
         """Answer what the course of a run asks for that has the device to itself."""
         if isinstance(asked, Validation):
             return validation_loss(self.session)
@@ -440,10 +461,10 @@ class Trainer:
         if not self.model.training:
             self.model.train()
         set_lr(asked.engine, asked.lr)
-        ahead = self._ahead
-        batches = ahead.batches if ahead and ahead.share is asked.share else self._micro_batches(asked.share)
-        result = optimizer_step(asked.engine, batches, self.worker, self._look_ahead)
-        return replace(result, padding=asked.padding(sum(batch.input_ids.numel() for batch in batches)))
+        batches = self._micro_batches(asked.share)
+        result = optimizer_step(asked.engine, batches, self.worker)
+        padding = asked.padding(sum(batch.input_ids.numel() for batch in batches))
+        return lambda: replace(result(), padding=padding)
 
     def _lower(self) -> None:
         """Set a smaller placement, because a step did not fit into the device's memory.
@@ -477,17 +498,7 @@ class Trainer:
         """
         stream, worker = self.session.row_stream(self.run), self.worker
         pieces = self.placement.accumulation if self.pack is None else 1
-        if self._ahead and (self._ahead.step, self._ahead.placement) == (step, self.placement):
-            return self._ahead.share
         return stream.share(step, worker.rank, worker.world, pieces)
-
-    def _look_ahead(self) -> None:
-        """Prepare the rows of the next step."""
-        step = self.progress.step + 1
-        self._ahead = None
-        if step < self.run.optim.steps:
-            share = self._share(step)
-            self._ahead = _Ahead(step, self.placement, share, self._micro_batches(share))
 
     def _micro_batches(self, share: Sequence[Sequence[Row]]) -> list[AnyBatch]:
         """Return micro-batches on this worker's device."""
@@ -512,6 +523,7 @@ class Trainer:
         Returns:
             Whether the run may continue.
         """
+        self._read()
         progress, started = self.progress, self.clock()
         value: float = yield Validation(self.engine)
         release(self.engine)
@@ -600,6 +612,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         """Save a checkpoint, unless there is one of this step."""
+        self._read()
         progress = self.progress
         if progress.saved_step == progress.step:
             return

@@ -389,7 +389,7 @@ def test_seconds_and_tokens_are_those_of_each_run(
 
     def step(pack: Pack, asked: Any) -> Any:
         found = real(pack, asked)
-        steps.append([*found.values()])
+        steps.append([result() for result in found.values()])
         return found
 
     monkeypatch.setattr(Pack, "step", step)
@@ -443,7 +443,7 @@ def test_graphs_are_captured_again_with_fewer_slots(
     captured: list[int] = []
 
     @contextmanager
-    def graphed(_: Any, batch: Any) -> Iterator[None]:
+    def graphed(_: Any, batch: Any, parts: Any) -> Iterator[None]:
         captured.append(len(batch.input_ids))
         if len(batch.input_ids) > 4:
             raise torch.OutOfMemoryError("no room")

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from rayft.artifacts import AdapterArtifact
-from rayft.errors import ConfigError, TrainError
+from rayft.errors import ConfigError, InterruptedRunError, TrainError
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import attach
 from rayft.numerics import assert_close
+from rayft.train import deepspeed, packed
+from rayft.train.deepspeed import later
 from rayft.train.masters import load_masters
+from rayft.train.packed import Pack
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
-from rayft.train.trainer import Reporter, Trainer, validation_loss
+from rayft.train.trainer import Reporter, Trainer, TrainResult, validation_loss
 from rayft.train.worker import Worker
 from tests.reporter import RecordingReporter
 from tests.unit.train.curves import WIDEST, assert_same_losses
@@ -165,3 +170,58 @@ def test_a_classifier_trains_with_its_head(run: RunConfig, tmp_path: Path) -> No
     assert artifact.heads["score.weight"].shape[0] == 3
     with pytest.raises(ConfigError, match="num_labels is 2; set it to 3"):
         Session.open(changed(run, model={"num_labels": 2}), Worker())
+
+
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_step_is_launched_before_the_last_one_is_read_unless_its_numbers_are_needed(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    run, happened = changed(run, evaluate={"every": 3}), list[str]()
+    for module in (deepspeed, packed):
+        monkeypatch.setattr(module, "later", partial(_noted, happened))
+    if slots:
+        pack = Pack(session)
+        courses = packed.Courses[TrainResult](pack)
+        for number in range(slots):
+            own = Trainer(run, pack.session(), Reporter(), tmp_path / str(number), pack=pack)
+            courses.begin(str(number), own.course(), own.clock)
+        while len(courses):
+            for key in courses.questions:
+                courses.answer(key, True)
+            courses.advance()
+        pack.close()
+    else:
+        Trainer(run, session, Reporter(), tmp_path).fit()
+    half = ["launch", "launch", "read", "launch", "read", "read"]
+    assert happened == half * 2
+
+
+def _noted(happened: list[str], values: Sequence[torch.Tensor]) -> Callable[[], list[float]]:
+    happened.append("launch")
+    found = later(values)
+
+    def read() -> list[float]:
+        happened.append("read")
+        return found()
+
+    return read
+
+
+def test_a_step_that_is_not_read_when_a_run_is_interrupted_is_in_its_checkpoint(
+    run: RunConfig, session: Session, tmp_path: Path
+) -> None:
+    run = changed(run, evaluate={"every": None})
+    whole = Trainer(run, session, Reporter(), tmp_path / "whole").fit()
+
+    class Interrupted(RecordingReporter):
+        @property
+        def interrupted(self) -> bool:
+            return len(self.logged) == 2
+
+    reporter = Interrupted()
+    with pytest.raises(InterruptedRunError, match="after step 3"):
+        Trainer(run, session, reporter, tmp_path / "cut").fit()
+    assert [step for step, _ in reporter.logged] == [1, 2, 3]
+    resumed = Trainer(run, session, Reporter(), tmp_path / "cut").fit()
+    assert resumed.train_curve == whole.train_curve
+    assert resumed.content_hash == whole.content_hash
