@@ -63,21 +63,6 @@ class PackedRow:
     def __len__(self) -> int:
         return sum(map(len, self.examples))
 
-    @property
-    def input_ids(self) -> list[int]:
-        """The tokens of all examples."""
-        return [token for example in self.examples for token in example.input_ids]
-
-    @property
-    def labels(self) -> list[int]:
-        """The labels of all examples; see `Encoded`."""
-        return [label for example in self.examples for label in example.labels]
-
-    @property
-    def position_ids(self) -> list[int]:
-        """The positions of all tokens, which start at 0 in each example."""
-        return [position for example in self.examples for position in range(len(example))]
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -313,15 +298,26 @@ def collate(
         segments: number of segments, for callers that need a fixed shape; those that are too many are empty.
     """
     width = width or _width(rows)
-    ids = _pad([row.input_ids for row in rows], width, pad_id)
-    labels = _pad([row.labels for row in rows], width, IGNORED)
-    positions = _pad([row.position_ids for row in rows], width, 0)
-    learnt = torch.zeros_like(ids, dtype=torch.bool)
+    ids = np.full((len(rows), width), pad_id, np.int64)
+    labels, positions = np.full_like(ids, IGNORED), np.zeros_like(ids)
+    counted = np.arange(width)
+    for number, row in enumerate(rows):
+        first = 0
+        for example in row.examples:
+            last = first + len(example)
+            ids[number, first:last], labels[number, first:last] = example.arrays
+            positions[number, first:last] = counted[: len(example)]
+            first = last
     # The first token of an example is not learnt: nothing in its segment precedes it.
-    learnt[:, :-1] = (labels[:, 1:] != IGNORED) & (positions[:, 1:] > 0)
-    index = learnt.flatten().nonzero().squeeze(1)
+    after = np.flatnonzero((labels != IGNORED) & (positions > 0))
     lengths = [[len(example) for example in row.examples] for row in rows]
-    return Batch(ids, positions, _offsets(lengths, width, segments), index, labels.flatten()[index + 1])
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        offsets=_offsets(lengths, width, segments),
+        completion_index=torch.from_numpy(after - 1),
+        targets=torch.from_numpy(labels.ravel()[after]),
+    )
 
 
 def collate_classification(rows: Sequence[PackedRow], pad_id: int) -> ClassBatch:
@@ -339,7 +335,7 @@ def collate_classification(rows: Sequence[PackedRow], pad_id: int) -> ClassBatch
                 "an example without a class can't train a classifier; set data.format: classification"
             )
         labels.append(example.label)
-    ids = _pad([row.input_ids for row in rows], width, pad_id)
+    ids = _pad([row.examples[0].input_ids for row in rows], width, pad_id)
     mask = _pad([[1] * len(row) for row in rows], width, 0)
     return ClassBatch(ids, mask, torch.tensor(labels))
 
