@@ -33,6 +33,7 @@ __all__ = [
     "Scores",
     "answer",
     "check_questions",
+    "expected_answers",
     "generate",
     "perfect_answers",
     "score",
@@ -118,19 +119,34 @@ def score(
         raise DataError("an image classifier is scored on labelled images, and these have no class")
     prompts = [prompt_ids(example, tokenizer, style, shots) for example in examples]
     answers = answer(model, tokenizer, prompts, max_new_tokens, batch_size, advance)
-    return score_answers(tokenizer, examples, answers, scorer, start)
+    return score_answers(examples, answers, expected_answers(examples, tokenizer), scorer, start)
+
+
+def expected_answers(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return what a model answers that has learnt the examples perfectly."""
+    chat_format = ChatFormat.of(tokenizer)
+    return [expected_answer(example, tokenizer, chat_format)[0].content for example in examples]
 
 
 def score_answers(
-    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     answers: Sequence[str],
+    expected: Sequence[str],
     scorer: Scorer,
     start: float,
 ) -> Scores:
-    """Score answers to the questions of examples; `start` is when answering began, by `perf_counter`."""
+    """Score answers to the questions of examples.
+
+    Args:
+        examples: conversations.
+        answers: what a model answered.
+        expected: `expected_answers`.
+        scorer: `Parts.scorer`.
+        start: when answering began, by `perf_counter`.
+    """
     failures, scorer.problem = scorer.failures, ""
-    scores = _scores(_scored(tokenizer, examples, answers, scorer), answers, start)
+    values = [scorer.score(*one) for one in zip(examples, answers, expected, strict=True)]
+    scores = _scores(values, answers, start)
     return replace(scores, failures=scorer.failures - failures, problem=scorer.problem)
 
 
@@ -191,17 +207,6 @@ def answer(
         chat_format.parse(text, in_block=chat_format.in_block(prompt)).content
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-
-
-def _scored(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], answers: Sequence[str], scorer: Scorer
-) -> list[float]:
-    chat_format = ChatFormat.of(tokenizer)
-    values = []
-    for example, answer in zip(examples, answers, strict=True):
-        expected, _ = expected_answer(example, tokenizer, chat_format)
-        values.append(scorer.score(example, answer, expected.content))
-    return values
 
 
 @torch.inference_mode()
