@@ -9,7 +9,6 @@ which kind a trial gets, and the type of an artifact which kind it is attached b
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -307,11 +306,11 @@ def _on_cpu(adapters: Sequence[Adapter]) -> list[Adapter]:
     moved = iter(_copied([tensor for tensors in own for tensor in tensors.values()]))
     found = []
     for adapter, tensors in zip(adapters, own, strict=True):
-        copied = copy.copy(adapter)
+        copied = object.__new__(type(adapter))
         absent = dict.fromkeys(name for name, buffer in adapter._buffers.items() if buffer is None)
         # All as buffers: what is read of a parameter is its value.
         buffers = {**absent, **{name: next(moved) for name in tensors}}
-        copied.__dict__.update(_parameters={}, _buffers=buffers)
+        copied.__dict__.update(adapter.__dict__ | {"_parameters": {}, "_buffers": buffers})
         found.append(copied)
     return found
 
