@@ -74,11 +74,6 @@ class PackedRow:
     def __len__(self) -> int:
         return sum(map(len, self.examples))
 
-    @property
-    def input_ids(self) -> list[int]:
-        """The tokens of all examples."""
-        return [token for example in self.examples for token in example.input_ids]
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -310,27 +305,25 @@ def collate(
         segments: number of segments, for callers that need a fixed shape; those that are too many are empty.
     """
     width = width or _width(rows)
-    shape = (len(rows), width)
-    ids, labels, positions = np.full(shape, pad_id), np.full(shape, IGNORED), np.zeros(shape, np.int64)
+    ids = np.full((len(rows), width), pad_id, np.int64)
+    labels, positions = np.full_like(ids, IGNORED), np.zeros_like(ids)
+    counted = np.arange(width)
     for number, row in enumerate(rows):
-        start = 0
+        first = 0
         for example in row.examples:
-            place = (number, slice(start, start := start + len(example)))
-            ids[place], labels[place], positions[place] = (
-                example.input_ids,
-                example.labels,
-                range(len(example)),
-            )
+            last = first + len(example)
+            ids[number, first:last], labels[number, first:last] = example.arrays
+            positions[number, first:last] = counted[: len(example)]
+            first = last
     # The first token of an example is not learnt: nothing in its segment precedes it.
-    learnt = (labels[:, 1:] != IGNORED) & (positions[:, 1:] > 0)
-    index = np.flatnonzero(np.pad(learnt, ((0, 0), (0, 1))))
+    after = np.flatnonzero((labels != IGNORED) & (positions > 0))
     lengths = [[len(example) for example in row.examples] for row in rows]
     return Batch(
-        torch.from_numpy(ids),
-        torch.from_numpy(positions),
-        _offsets(lengths, width, segments),
-        torch.from_numpy(index),
-        torch.from_numpy(labels.reshape(-1)[index + 1]),
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        offsets=_offsets(lengths, width, segments),
+        completion_index=torch.from_numpy(after - 1),
+        targets=torch.from_numpy(labels.ravel()[after]),
     )
 
 
@@ -349,7 +342,7 @@ def collate_classification(rows: Sequence[PackedRow], pad_id: int) -> ClassBatch
                 "an example without a class can't train a classifier; set data.format: classification"
             )
         labels.append(example.label)
-    ids = _pad([row.input_ids for row in rows], width, pad_id)
+    ids = _pad([row.examples[0].input_ids for row in rows], width, pad_id)
     mask = _pad([[1] * len(row) for row in rows], width, 0)
     return ClassBatch(ids, mask, torch.tensor(labels))
 

@@ -14,6 +14,9 @@ from functools import cached_property
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
+import numpy.typing as npt
+
 from rayft.data.chat_format import Answer, ChatFormat, render
 from rayft.data.example import REASONING, Example, Message, quoted
 from rayft.data.pixels import EncodedImage, ImageEncoder, encode_images
@@ -66,6 +69,11 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @cached_property
+    def arrays(self) -> npt.NDArray[np.int32]:
+        """`input_ids` and `labels`: (2, T). Kept, since an example is in many batches."""
+        return np.array((self.input_ids, self.labels), np.int32)
 
 
 @overload

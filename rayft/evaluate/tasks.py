@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from rayft.data.chat_format import ChatFormat
@@ -31,6 +33,7 @@ __all__ = [
     "Scores",
     "answer",
     "check_questions",
+    "expected_answers",
     "generate",
     "perfect_answers",
     "score",
@@ -116,19 +119,34 @@ def score(
         raise DataError("an image classifier is scored on labelled images, and these have no class")
     prompts = [prompt_ids(example, tokenizer, style, shots) for example in examples]
     answers = answer(model, tokenizer, prompts, max_new_tokens, batch_size, advance)
-    return score_answers(tokenizer, examples, answers, scorer, start)
+    return score_answers(examples, answers, expected_answers(examples, tokenizer), scorer, start)
+
+
+def expected_answers(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return what a model answers that has learnt the examples perfectly."""
+    chat_format = ChatFormat.of(tokenizer)
+    return [expected_answer(example, tokenizer, chat_format)[0].content for example in examples]
 
 
 def score_answers(
-    tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     answers: Sequence[str],
+    expected: Sequence[str],
     scorer: Scorer,
     start: float,
 ) -> Scores:
-    """Score answers to the questions of examples; `start` is when answering began, by `perf_counter`."""
+    """Score answers to the questions of examples.
+
+    Args:
+        examples: conversations.
+        answers: what a model answered.
+        expected: `expected_answers`.
+        scorer: `Parts.scorer`.
+        start: when answering began, by `perf_counter`.
+    """
     failures, scorer.problem = scorer.failures, ""
-    scores = _scores(_scored(tokenizer, examples, answers, scorer), answers, start)
+    values = [scorer.score(*one) for one in zip(examples, answers, expected, strict=True)]
+    scores = _scores(values, answers, start)
     return replace(scores, failures=scorer.failures - failures, problem=scorer.problem)
 
 
@@ -191,17 +209,6 @@ def answer(
     ]
 
 
-def _scored(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], answers: Sequence[str], scorer: Scorer
-) -> list[float]:
-    chat_format = ChatFormat.of(tokenizer)
-    values = []
-    for example, answer in zip(examples, answers, strict=True):
-        expected, _ = expected_answer(example, tokenizer, chat_format)
-        values.append(scorer.score(example, answer, expected.content))
-    return values
-
-
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,
@@ -214,9 +221,9 @@ def generate(
 ) -> list[str]:
     """Continue prompts greedily, each until a turn or sequence ends, or for `max_new_tokens` tokens.
 
-    Prompts of similar length run together, padded on the left. A sequence leaves its batch when it is done.
-    After each batch, `advance` is called with its number of prompts. If the model has the adapters of several
-    slots, `packed` says which prompt belongs to which.
+    Prompts of similar length run together, padded on the left. Sequences leave their batch when they are
+    done; on a GPU, several at a time. After each batch, `advance` is called with its number of prompts. If
+    the model has the adapters of several slots, `packed` says which prompt belongs to which.
 
     Raises:
         DataError: if a prompt and its answer don't fit the model's context.
@@ -230,7 +237,7 @@ def generate(
     handle = model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     try:
         for batch in _by_length(prompts, batch_size):
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _without_plans():
                 # transformers 5.24 has a new name for the cache, which 5.17 does not know.
                 warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
                 if packed is not None:
@@ -295,12 +302,15 @@ def _continue_batch(
     width = max(map(len, prompts))
     device = model.device
     # Any token can be used for padding, since the mask hides it.
-    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    padded, real = np.zeros((2, len(prompts), width), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        padded[row, width - len(prompt) :], real[row, width - len(prompt) :] = prompt, 1
+    ids, mask = torch.from_numpy(padded).to(device), torch.from_numpy(real).to(device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache: Any = DynamicCache(config=model.config)
     found: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))
+    rows, done = list(range(len(prompts))), set[int]()
+    stay = _stay(device)
     for _ in range(max_new_tokens):
         enter(rows, ids.shape[1])
         logits = model(
@@ -312,12 +322,15 @@ def _continue_batch(
             logits_to_keep=1,
         ).logits
         chosen = logits[:, -1].argmax(-1)
-        going = [place for place, token in enumerate(chosen.tolist()) if token not in ends]
-        for place in going:
-            found[rows[place]].append(int(chosen[place]))
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            if token in ends:
+                done.add(row)
+            elif row not in done:
+                found[row].append(token)
+        going = [place for place, row in enumerate(rows) if row not in done]
         if not going:
             break
-        if len(going) < len(rows):
+        if len(rows) - len(going) > stay * len(rows):
             keep = torch.tensor(going, device=device)
             cache.batch_select_indices(keep)
             rows = [rows[place] for place in going]
@@ -326,6 +339,29 @@ def _continue_batch(
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return found
+
+
+def _stay(device: torch.device) -> float:
+    """Return the largest share of a batch that sequences may be that are done and have not left it.
+
+    On a GPU, rows cost little, and another number of them costs the host new tables and copies of all keys.
+    """
+    return 0.3 if device.type == "cuda" else 0.0
+
+
+@contextmanager
+def _without_plans() -> Iterator[None]:
+    """Let PyTorch's attention do without cuDNN in the block.
+
+    With a mask, PyTorch prefers cuDNN on Hopper and later GPUs. It plans anew for each shape, which takes
+    some tenths of a second, and with each token of an answer the keys have another length.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _enter(packed: Packed, batch: Sequence[int], rows: Sequence[int], width: int) -> None:

@@ -14,6 +14,7 @@ from itertools import accumulate, chain, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from rayft.kernels.launch_triton import ALIGNED
@@ -102,7 +103,7 @@ class Division:
         """Place among the gradients, and shape, of each tensor that trains."""
         self.long: list[tuple[slice, int, int, int]] = []
         """Chunks whose da torch computes: rows, place of q, rank, place of da."""
-        self._strips: list[list[int]] = []
+        self._strips: list[npt.NDArray[np.int64]] = []
         self._chunks: list[list[int]] = []
         self._parts: list[list[int]] = []
         self._with_b: list[int] = []
@@ -110,15 +111,15 @@ class Division:
         owners: list[int] = []
         self.adds = 2 * self._fill(terms, owners) < n_rows
         """Whether most rows select inputs, so that it is best to add to grad_x."""
-        self.strips, self.parts = len(self._strips), len(self._parts)
+        strips = np.concatenate(self._strips)
+        self.strips, self.parts = len(strips), len(self._parts)
         self.with_b, self.with_a = len(self._with_b), len(self._with_a)
-        self.several = any(strip[3] > 1 for strip in self._strips)
+        self.several = bool((strips[:, 3] > 1).any())
         """Whether a strip has more than one chunk."""
-        sections = [[*chain(*rows)] for rows in (self._strips, self._chunks, self._parts)]
-        sections += [self._with_b, self._with_a]
-        ends = list(accumulate(map(len, sections)))
-        self.chunks_at, self.parts_at, self.b_at, self.a_at = ends[:-1]
-        self._numbers = np.array([*chain(*sections)], dtype=np.int64)
+        lists = ([*chain(*self._chunks)], [*chain(*self._parts)], self._with_b, self._with_a)
+        sections = [strips.ravel(), *(np.array(one, dtype=np.int64) for one in lists)]
+        self.chunks_at, self.parts_at, self.b_at, self.a_at = [*accumulate(map(len, sections))][:-1]
+        self._numbers = np.concatenate(sections)
         """All numbers of the table; for addresses, what is added to that of the factor."""
         chunks = self.chunks_at + CHUNK * np.arange(len(owners))
         self._places = (chunks[:, None] + np.arange(FACTORS)).ravel()
@@ -191,8 +192,10 @@ class Division:
 
     def _divide(self, first: int, end: int, chunk: int, count: int, *, scattered: bool) -> None:
         """Write the strips of some rows."""
-        for begin in range(first, end, self.strip):
-            self._strips.append([begin, min(self.strip, end - begin), chunk, count, int(scattered)])
+        begins = np.arange(first, end, self.strip)
+        rows = np.minimum(self.strip, end - begins)
+        same = np.broadcast_to((chunk, count, int(scattered)), (len(begins), 3))
+        self._strips.append(np.column_stack((begins, rows, same)))
 
     def _gradient(self, rows: int, columns: int) -> int:
         """Return the place of a tensor's gradient among all of them."""
@@ -230,7 +233,11 @@ class Table:
         self.division = divide(shapes, n_rows, inputs, outputs, like.element_size())
         """How the work is divided."""
         addresses = [address for term in terms for address in self._addresses(term, inputs, outputs)]
-        self.numbers = torch.from_numpy(self.division.numbers(addresses)).to(like.device)
+        numbers = torch.from_numpy(self.division.numbers(addresses))
+        if like.is_cuda:
+            # A copy from memory that may be swapped out waits for all that the GPU computes.
+            numbers = numbers.pin_memory()
+        self.numbers = numbers.to(like.device, non_blocking=True)
         """Strips, chunks, parts, the numbers of chunks whose B trains, and of those whose A trains."""
 
     def refresh(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 from typing import Protocol
 
 import torch
@@ -41,6 +42,9 @@ __all__ = [
     "refit",
     "wrap",
 ]
+
+AT_ONCE = 2**26
+"""About how many bytes are joined on a GPU to be copied to the CPU."""
 
 
 class Layers(Protocol):
@@ -259,11 +263,13 @@ class OwnLayers:
         """
         if method(meta.method).saves_model:
             raise MethodError(f"'{meta.method}' trains the model itself; save the model folder instead")
+        layers = _adapted(model)
+        found = [adapter.to_lora() for adapter in _on_cpu([*map(_adapter_of, layers.values())])]
         modules = {
             name: LoraFactors(f.a.cpu().clone(), f.b.cpu().clone(), f.scale, f.columns)
-            for name, f in factors_of(model).items()
+            for name, f in zip(layers, found, strict=True)
         }
-        transposed = any(_at(model, name).transposed for name in modules)
+        transposed = any(layer.transposed for layer in layers.values())
         meta = meta.model_copy(update={"transposed": transposed})
         return AdapterArtifact(modules=modules, heads=heads, meta=meta)
 
@@ -277,11 +283,58 @@ def _layers(of: Method | Artifact) -> Layers:
 
 
 def _adapters(model: nn.Module) -> dict[str, Adapter]:
+    return {name: _adapter_of(layer) for name, layer in _adapted(model).items()}
+
+
+def _adapted(model: nn.Module) -> dict[str, AdapterLinear]:
+    """Return the layers that have adapters, by their paths."""
     return {
-        name: layer.adapter
+        name: layer
         for name, layer in linears(model).items()
         if isinstance(layer, AdapterLinear) and layer.adapter is not None
     }
+
+
+def _adapter_of(layer: AdapterLinear) -> Adapter:
+    assert layer.adapter is not None
+    return layer.adapter
+
+
+def _on_cpu(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Return copies of adapters, for reading, whose own parameters and buffers are on the CPU."""
+    own = [_tensors(adapter) for adapter in adapters]
+    moved = iter(_copied([tensor for tensors in own for tensor in tensors.values()]))
+    found = []
+    for adapter, tensors in zip(adapters, own, strict=True):
+        copied = object.__new__(type(adapter))
+        absent = dict.fromkeys(name for name, buffer in adapter._buffers.items() if buffer is None)
+        # All as buffers: what is read of a parameter is its value.
+        buffers = {**absent, **{name: next(moved) for name in tensors}}
+        copied.__dict__.update(adapter.__dict__ | {"_parameters": {}, "_buffers": buffers})
+        found.append(copied)
+    return found
+
+
+def _tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """Return an adapter's own parameters and buffers, without those of modules in it."""
+    every = {**adapter._parameters, **adapter._buffers}
+    return {name: tensor for name, tensor in every.items() if tensor is not None}
+
+
+def _copied(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy tensors to the CPU: many at once, since each copy from a GPU waits for all that it computes."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(number)
+    found: dict[int, torch.Tensor] = {}
+    for numbers in kinds.values():
+        ends = accumulate(tensors[number].nbytes for number in numbers)
+        for _, part in groupby(zip(numbers, ends, strict=True), key=lambda one: one[1] // AT_ONCE):
+            some = [number for number, _ in part]
+            flat = torch.cat([tensors[number].detach().reshape(-1) for number in some]).cpu()
+            pieces = flat.split([tensors[number].numel() for number in some])
+            found |= {n: piece.view(tensors[n].shape) for n, piece in zip(some, pieces, strict=True)}
+    return [found[number] for number in range(len(tensors))]
 
 
 def _at(model: nn.Module, name: str) -> AdapterLinear:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, islice
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,8 +18,8 @@ from torch import nn
 
 from rayft.artifacts import AdapterArtifact
 from rayft.data.source import Example
-from rayft.data.template import prompt_ids
-from rayft.evaluate.tasks import Packed, answer, score, score_answers
+from rayft.data.template import Style, prompt_ids
+from rayft.evaluate.tasks import Packed, answer, expected_answers, score, score_answers
 from rayft.identity import UNKNOWN, Identity
 from rayft.models.fuse import plainly
 from rayft.models.inject import attach, clear
@@ -176,26 +177,40 @@ def score_together(
     loaded, parts, started = session.loaded, session.parts, time.perf_counter()
     evaluate, layout = next(iter(requests.values())).run.evaluate, Layout()
     numbers = {key: slot for slot, key in enumerate(requests)}
-    asked = [
-        (key, part, example)
-        for key, request in requests.items()
-        for part in request.parts
-        for example in _chosen(getattr(parts, part), request.examples)
-    ]
     shots = parts.train[: evaluate.shots]
-    prompts = [prompt_ids(example, loaded.tokenizer, requests[key].style, shots) for key, _, example in asked]
-    packed = Packed(layout, [numbers[key] for key, _, _ in asked])
+
+    # Adapters are asked the same.
+    @cache
+    def chosen(part: str, most: int | None) -> list[Example]:
+        return _chosen(getattr(parts, part), most)
+
+    @cache
+    def prompts_of(part: str, most: int | None, style: Style) -> list[tuple[int, ...]]:
+        return [prompt_ids(example, loaded.tokenizer, style, shots) for example in chosen(part, most)]
+
+    @cache
+    def expected(part: str, most: int | None) -> list[str]:
+        return expected_answers(chosen(part, most), loaded.tokenizer)
+
+    asked = [(key, part) for key, one in requests.items() for part in one.parts if len(getattr(parts, part))]
+    prompts, owners = list[tuple[int, ...]](), list[int]()
+    for key, part in asked:
+        own = prompts_of(part, requests[key].examples, requests[key].style)
+        prompts += own
+        owners += [numbers[key]] * len(own)
     batch = evaluate.batch_size if session.worker.device == "cpu" else max(evaluate.batch_size, room(session))
     with _answering(loaded.model):
         slots = {numbers[key]: attached(loaded.model, found) for key, found in adapters.items() if found}
         pack(loaded.model, slots, layout)
         loaded.model.eval()
+        packed = Packed(layout, owners)
         answers = iter(_answers(session, prompts, evaluate.max_new_tokens, batch, packed, advance))
     found: dict[str, dict[str, list[float]]] = {key: {} for key in requests}
-    for (key, part), group in groupby(asked, lambda one: one[:2]):
-        examples = [example for _, _, example in group]
-        own = [*islice(answers, len(examples))]
-        scores = score_answers(loaded.tokenizer, examples, own, parts.scorer, started)
+    for key, part in asked:
+        which = part, requests[key].examples
+        examples = chosen(*which)
+        said = [*islice(answers, len(examples))]
+        scores = score_answers(examples, said, expected(*which), parts.scorer, started)
         found[key][part] = [*scores.values]
         if text := failures_text(scores.failures, len(examples), scores.problem):
             note(f"{_name(requests[key])}, {part}: {text}")

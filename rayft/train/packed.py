@@ -247,24 +247,27 @@ class Pack:
         """Return the validation loss of each slot, where the examples of some of them share batches."""
         session = self._session
         rows, at_once = validation_rows(session, range(len(session.val))), rows_at_once(session)
+        # Another width would cost each layer another table.
+        width = padded(rows.tokens.tolist())
         self._model.eval()
         totals, targets = dict.fromkeys(order, 0.0), 0
         for start in range(0, len(rows), at_once):
             chunk = rows[start : start + at_once]
             for first in range(0, len(order), together):
                 group = order[first : first + together]
-                losses = self._validate(group, chunk)
+                losses = self._validate(group, chunk, width)
                 for slot, loss in zip(group, losses.sum(1).tolist(), strict=True):
                     totals[slot] += loss
             targets += losses.shape[1]
             session.tick()
         return {slot: total / max(targets, 1) for slot, total in totals.items()}
 
-    def _validate(self, group: Sequence[Slot], rows: Sequence[Row]) -> torch.Tensor:
+    def _validate(self, group: Sequence[Slot], rows: Sequence[Row], width: int) -> torch.Tensor:
         """Return the loss of each target of some rows, for each of some slots: (slots, targets)."""
-        batch = collate_rows([*rows] * len(group), self._session.pad_id).to(self._session.worker.device)
+        session = self._session
+        batch = collate_rows([*rows] * len(group), session.pad_id, width).to(session.worker.device)
         assert isinstance(batch, Batch)
-        self._layout.enter([slot.number for slot in group for _ in rows], batch.input_ids.shape[1])
+        self._layout.enter([slot.number for slot in group for _ in rows], width)
         return target_losses(self._model, batch).view(len(group), -1)
 
     def close(self) -> None:

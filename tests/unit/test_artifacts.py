@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta, folder_bytes
+from rayft.artifacts import adapter as adapter_module
 from rayft.artifacts import folder as folder_module
 from rayft.errors import ArtifactError, BaseMismatchError, DiskFullError, ResourceError, SqueezeError
 from rayft.methods.base import LoraFactors
@@ -256,7 +257,7 @@ def test_rslora_and_short_patterns_of_others_are_read(tmp_path: Path) -> None:
     assert (loaded.rank, loaded.squeezed, loaded.meta.base_fingerprint) == (4, False, "")
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["a", "b", "head"])
 def test_nan_is_not_written(tmp_path: Path, where: str, bad: float) -> None:
     artifact = mixed()
@@ -319,6 +320,12 @@ def test_saving_replaces_an_adapter_of_rayfts(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert same(AdapterArtifact.load(mixed().save(empty)), mixed())
+
+
+def test_the_hash_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = mixed().content_hash
+    monkeypatch.setattr(adapter_module, "LARGE", 0)
+    assert mixed().content_hash == expected
 
 
 def notes_beside(place: Path) -> None:

@@ -89,9 +89,13 @@ def test_an_example_longer_than_a_row_is_refused():
 
 
 def test_positions_restart_in_each_example():
-    row = PackedRow(tuple(made(3, 2)))
-    assert collate([row], 0).position_ids.tolist() == [[0, 1, 2, 0, 1]]
-    assert len(row) == len(row.input_ids) == 5
+    examples = made(3, 2)
+    row = PackedRow(tuple(examples))
+    batch = collate([row, PackedRow(tuple(made(1)))], 0)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 0, 0], [0] * 8]
+    assert batch.input_ids[0].tolist() == [*examples[0].input_ids, *examples[1].input_ids, 0, 0, 0]
+    assert len(row) == 5
+    assert {tensor.dtype for tensor in (batch.position_ids, batch.input_ids, batch.targets)} == {torch.int64}
 
 
 def test_the_mask_is_that_of_the_drawing():

@@ -17,6 +17,7 @@ from rayft.data.example import Example, Message
 from rayft.data.scorer import Scorer
 from rayft.data.template import prompt_ids
 from rayft.errors import DataError
+from rayft.evaluate import tasks
 from rayft.evaluate.tasks import generate, score
 from rayft.models.tiny import save_tiny_llama
 
@@ -85,6 +86,37 @@ def test_a_sequence_stops_at_its_end_and_the_others_continue(loaded, prompts, mo
     monkeypatch.setattr(model.generation_config, "eos_token_id", [end, tokenizer.eos_token_id])
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected]
     assert generate(model, tokenizer, prompts, 12, 5) == texts
+
+
+@pytest.mark.parametrize("stay", [0.3, 0.9])
+def test_sequences_that_are_done_may_stay_for_a_while(loaded, prompts, monkeypatch, stay):
+    model, tokenizer = loaded
+    free = [one_by_one(model, prompt, 12, set()) for prompt in prompts]
+    end = free[1][3]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [end, tokenizer.eos_token_id])
+    sizes = []
+    handle = model.register_forward_hook(lambda *given: sizes.append(len(given[2].logits)))
+    try:
+        expected = generate(model, tokenizer, prompts, 12, 5)
+        left_at_once, sizes[:] = [*sizes], []
+        monkeypatch.setattr(tasks, "_stay", lambda _: stay)
+        assert generate(model, tokenizer, prompts, 12, 5) == expected
+    finally:
+        handle.remove()
+    assert sum(sizes) > sum(left_at_once)
+    assert len(set(sizes)) < len(set(left_at_once))
+
+
+def test_cudnn_is_back_after_answers(loaded, prompts):
+    model, tokenizer = loaded
+    seen = []
+    handle = model.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    try:
+        generate(model, tokenizer, prompts, 1)
+    finally:
+        handle.remove()
+    assert seen == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_batch_ends_when_all_its_sequences_have_ended(loaded, prompts, monkeypatch):

@@ -11,8 +11,9 @@ from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.errors import MethodError, TargetError
 from rayft.methods import METHODS
 from rayft.methods.base import AdapterLinear, LayerShape, MethodConfig
+from rayft.models import inject as inject_module
 from rayft.models.heads import reset_heads
-from rayft.models.inject import attach, clear, export, inject, wrap
+from rayft.models.inject import advance, attach, clear, export, factors_of, inject, wrap
 from rayft.models.load import LoadedModel, ModelConfig, load_model
 from rayft.models.targets import heads, linear_shapes, select
 from rayft.numerics import assert_close
@@ -89,6 +90,46 @@ def test_exported_and_attached_gives_the_same_logits(loaded: LoadedModel, name: 
     attach(loaded.model, AdapterArtifact.load(tmp_path / "adapter"))
     assert_close(logits(loaded), trained, torch.float32, 64, depth=8)
     assert not any(p.requires_grad for p in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["lora", "cla", "cola", "rc3la", "paca"])
+@pytest.mark.parametrize("at_once", [1, 3000, 2**26])
+def test_an_export_copies_the_factors_however_many_at_once(
+    loaded: LoadedModel, name: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inject(loaded.model, MethodConfig(name=name, rank=2), seed=0)
+    perturb(loaded.model)
+    if name in ("cola", "rc3la"):
+        advance(loaded.model, seed=0, link=1)
+        perturb(loaded.model)
+    expected = {path: (f.a.clone(), f.b.clone(), f) for path, f in factors_of(loaded.model).items()}
+    monkeypatch.setattr(inject_module, "AT_ONCE", at_once)
+    found = export(loaded.model, ArtifactMeta(method=name))
+    assert isinstance(found, AdapterArtifact)
+    # Later training must not change it, nor a change of one factor another.
+    perturb(loaded.model)
+    for path, (a, b, factors) in expected.items():
+        own = found.modules[path]
+        assert torch.equal(own.a, a)
+        assert torch.equal(own.b, b)
+        assert (own.scale, own.columns) == (factors.scale, factors.columns)
+        own.a.zero_()
+        assert torch.equal(own.b, b)
+
+
+def test_an_export_copies_all_factors_from_the_device_at_once(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inject(loaded.model, MethodConfig(rank=2), seed=0)
+    joined, cat = list[int](), torch.cat
+
+    def counted(tensors: list[torch.Tensor]) -> torch.Tensor:
+        joined.append(len(tensors))
+        return cat(tensors)
+
+    monkeypatch.setattr(torch, "cat", counted)
+    export(loaded.model, ArtifactMeta())
+    assert joined == [28]
 
 
 def test_classification_heads_train_and_are_saved_with_the_adapter(tiny_folder: Path) -> None:

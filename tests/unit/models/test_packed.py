@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayft.kernels.grouped_linear import Plan
 from rayft.methods.base import AdapterLinear, MethodConfig
 from rayft.models import packed as module
-from rayft.models.inject import inject
+from rayft.models.inject import inject, wrap
 from rayft.models.packed import Layout, pack, skeleton
 from rayft.models.targets import linears
 from rayft.numerics import assert_close
@@ -61,3 +62,52 @@ def test_a_division_of_the_rows_is_planned_once(made: list[Plan], *, training: b
     assert len(made) == 19
     compute([3, 4], 1, train=not training)
     assert len(made) == 20
+
+
+class _Counts(torch.nn.Linear):
+    """A layer that says itself how it is copied."""
+
+    copies = 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Counts:
+        _Counts.copies += 1
+        return _Counts(self.in_features, self.out_features)
+
+
+def test_a_skeleton_shares_tensors_and_nothing_else() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).eval()  # type: ignore[arg-type]
+    wrap(base)
+    base.register_buffer("places", torch.arange(3))
+    heard: list[object] = []
+    base.lm_head.register_forward_pre_hook(lambda layer, _: heard.append(layer))
+    base.first = base.model.layers[0]
+    own = skeleton(base)
+    for one, other in ((base, own), (own, base)):
+        mine = dict(one.named_modules(remove_duplicate=False))
+        others = dict(other.named_modules(remove_duplicate=False))
+        assert [*mine] == [*others]
+        assert all(type(mine[name]) is type(others[name]) for name in mine)
+        assert not {*map(id, mine.values())} & {*map(id, others.values())}
+    assert own.first is own.model.layers[0]
+    for name, tensor in [*base.named_parameters(), *base.named_buffers()]:
+        shared = own.get_parameter(name) if name in dict(base.named_parameters()) else own.get_buffer(name)
+        assert shared is tensor
+    # Its containers are its own.
+    inject(own, MethodConfig(rank=2), 0)
+    own.lm_head.register_forward_hook(lambda *_: None)
+    own.config.use_cache = False
+    assert not any("lora" in name for name, _ in base.named_parameters())
+    assert not base.lm_head._forward_hooks
+    assert base.config.use_cache
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(own(input_ids=ids).logits, base(input_ids=ids).logits)
+    assert heard == [own.lm_head, base.lm_head]
+
+
+def test_a_module_that_copies_itself_is_asked_to() -> None:
+    base = torch.nn.Sequential(_Counts(3, 2), torch.nn.Linear(2, 2))
+    own = skeleton(base)
+    assert _Counts.copies == 1
+    assert type(own[0]) is _Counts
+    assert own[1].weight is base[1].weight

@@ -146,16 +146,23 @@ def test_adapters_and_the_base_share_batches(
     answered: dict[str, list[str]] = {}
     real = score_module.score_answers
 
-    def score_answers(tokenizer: Any, examples: Any, answers: list[str], *rest: Any) -> Any:
+    def score_answers(examples: Any, answers: list[str], *rest: Any) -> Any:
         answered.setdefault("together", []).extend(answers)
-        return real(tokenizer, examples, answers, *rest)
+        return real(examples, answers, *rest)
 
     monkeypatch.setattr(score_module, "score_answers", score_answers)
     adapters = {
         key: AdapterArtifact.load(one.adapter) if one.adapter else None for key, one in requests.items()
     }
     done: list[int] = []
+    rendered: list[object] = []
+    render = score_module.prompt_ids
+    monkeypatch.setattr(
+        score_module, "prompt_ids", lambda *given: rendered.append(given[0]) or render(*given)
+    )
     together = score_together(requests, adapters, session, print, done.append)
+    # Both adapters are asked the test part as it is.
+    assert len(rendered) == sum(done) - 5
     assert sum(done) == sum(questions(one, session) for one in requests.values()) == 4 + 4 + 5 + 7 + 12
     real_answers = tasks.answer
 
