@@ -28,7 +28,6 @@ from rayft.train.flat import Part
 
 __all__ = ["capture_stream", "graphed"]
 
-
 WARM_UPS = 3
 """Passes before a capture, which compile, tune and allocate what a graph can't."""
 
@@ -87,12 +86,17 @@ class _Passes:
         found = torch.autograd.grad(self._hidden, self._trained, self._outer, allow_unused=True)
         gradients = dict(zip(self._trained, found, strict=True))
         self._gradients = [gradients[parameter] for parameter in self.passed]
-        used = {view: gradients[parameter] for parameter, view in self._views.items()}
-        for view in (view for view, gradient in used.items() if gradient is None):
-            view.zero_()
-        moved = {view: gradient for view, gradient in used.items() if gradient is not None}
-        if moved:
-            torch._foreach_copy_([*moved], [*moved.values()])
+        views, moved = [], []
+        for parameter, view in self._views.items():
+            gradient = gradients[parameter]
+            if gradient is None:
+                view.zero_()
+            else:
+                views.append(view)
+                # One of another layout would cost all of them a launch each.
+                moved.append(gradient.contiguous())
+        if views:
+            torch._foreach_copy_(views, moved)
 
     def forward(self, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return the last hidden states (B, T, H) of a micro-batch; the next one overwrites them."""
