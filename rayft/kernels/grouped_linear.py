@@ -102,13 +102,14 @@ class Plan:
         """What trains, in the order of the terms, B before A."""
         self.needs_x = any(term.a is not None and term.a.requires_grad for term in self.terms)
         """Whether the backward pass reads x, because an A trains."""
+        factors = [(term.b, term.a, term.columns) for term in self.terms]
+        self._factors = [factor for each in factors for factor in each if factor is not None]
         self._table: Table | None = None
         self._key: tuple[object, ...] = ()
 
     def table(self, x: torch.Tensor, outputs: int) -> Table:
         """Return the table that the kernels read, written anew if it is not the one for these tokens."""
-        factors = [(t.b, t.a, t.columns) for t in self.terms]
-        places = [factor.data_ptr() for each in factors for factor in each if factor is not None]
+        places = [factor.data_ptr() for factor in self._factors]
         key = (x.device, x.dtype, *x.shape, outputs, *places)
         if self._table is None or key != self._key:
             capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -85,9 +85,10 @@ class PackedAdapter(Adapter):
         # Registered, so that what captures the model's passes finds their parameters.
         self.adapters = nn.ModuleDict({str(slot): adapter for slot, adapter in adapters.items()})
         self._layout = layout
-        self._plans: dict[bool, dict[object, Plan]] = {True: {}, False: {}}
-        """Whether it trains → division of the rows → its plan; the one that was used last is the last. A
-        captured graph needs the plan of training, which has one division then, whatever is validated."""
+        self._plans: dict[bool, dict[object, tuple[Plan, list[int]]]] = {True: {}, False: {}}
+        """Whether it trains → division of the rows → the plan of slots without dropout, and the slots with
+        it; the one that was used last is the last. A captured graph needs the plan of training, which has one
+        division then, whatever is validated."""
 
     def forward(
         self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
@@ -95,9 +96,8 @@ class PackedAdapter(Adapter):
         """Compute the base for all rows, and each slot's terms for its own."""
         if weight is None:
             return self._updates(x, self._present)
-        plain = [slot for slot in self._present if not self._dropout(slot)]
-        y = grouped_linear(x, weight, bias, self._planned(plain))
-        dropped = [slot for slot in self._present if slot not in plain]
+        plan, dropped = self._planned()
+        y = grouped_linear(x, weight, bias, plan)
         return y + self._updates(x, dropped) if dropped else y
 
     def to_lora(self) -> LoraFactors:
@@ -112,18 +112,19 @@ class PackedAdapter(Adapter):
     def _dropout(self, slot: int) -> float:
         return self.adapters[str(slot)].dropout if self.training else 0.0  # type: ignore[return-value]
 
-    def _planned(self, slots: Sequence[int]) -> Plan:
-        """Return the plan of some slots' terms for the current rows, which is made at its first use."""
-        key, plans = (self._layout.key, tuple(slots)), self._plans[self.training]
-        plan = plans.pop(key, None)
-        if plan is None:
-            spans = self._layout.spans
-            terms = [term for slot in slots for term in self.adapters[str(slot)].terms(spans[slot])]  # type: ignore[operator]
-            plan = Plan(terms)
-        plans[key] = plan
+    def _planned(self) -> tuple[Plan, list[int]]:
+        """Return the plan of the current rows, made at its first use, and the slots that it leaves out."""
+        key, plans = self._layout.key, self._plans[self.training]
+        found = plans.pop(key, None)
+        if found is None:
+            spans, dropped = self._layout.spans, [slot for slot in self._present if self._dropout(slot)]
+            plain = [slot for slot in self._present if slot not in dropped]
+            terms = [term for slot in plain for term in self.adapters[str(slot)].terms(spans[slot])]  # type: ignore[operator]
+            found = Plan(terms), dropped
+        plans[key] = found
         if len(plans) > PLANS:
             del plans[next(iter(plans))]
-        return plan
+        return found
 
     def _updates(self, x: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
         """Compute what some slots add, term by term, and zeros for all other rows: x (…, I) → (…, O)."""
