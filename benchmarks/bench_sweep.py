@@ -1,11 +1,12 @@
 """Measure a whole sweep, and the same trials by Ray Tune, Ray Train, PEFT and DeepSpeed as users write it.
 
-    python benchmarks/bench_sweep.py [--parts cold,warm,tune,shared] [--shape 135m] [--commit HASH]
+    python benchmarks/bench_sweep.py [--parts cold,warm,hand,tune,shared] [--shape 135m] [--commit HASH]
 
 Sixteen trials (lora and cla, four ranks, two rates) of 60 steps of 4 rows of 512 tokens, each evaluated three
 times, none stopped; nothing is set but the space. `cold`: `rayft sweep` without prepared data, probes and
-compiled kernels. `warm`: with them. `tune`: a few trials one after the other, whose marginal time counts.
-`shared`: several of them share the GPU. Weights are random. Tune's trials train LoRA in place of cla.
+compiled kernels. `warm`: with them. `hand`: the same with the best settings given. `tune`: a few trials one
+after the other, whose marginal time counts. `shared`: several of them share the GPU. Weights are random.
+Tune's trials train LoRA in place of cla.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,19 @@ BENCH, OVERHEAD = "sweep_makespan", "sweep_overhead"
 SHAPES: dict[str, dict[str, Any]] = {
     "135m": {"hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536,
              "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
+    "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000},
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
 }  # fmt: skip
+BEST = (
+    "scale.graphs=true",
+    "scale.fused=true",
+    "scale.accumulation=1",
+    "scale.activation_checkpointing=false",
+)
+BEST_SLOTS = {"135m": 16, "1b": 1}
+"""The number of slots with which a shape trains fastest."""
 TUNE_TRIALS = 4
 RANKS, RATES = (4, 8, 16, 32), (1e-3, 3e-4)
 
@@ -48,7 +60,8 @@ def make_base(folder: Path, shape: str) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048)
-    model: Any = LlamaForCausalLM(config)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 
@@ -64,7 +77,7 @@ def make_data(file: Path, count: int) -> None:
             out.write(json.dumps(line) + "\n")
 
 
-def configuration(folder: Path, trials: int, steps: int) -> Path:
+def configuration(folder: Path, trials: int, steps: int, rows: int = 4) -> Path:
     """Write the sweep's configuration: the base, the data, and the space."""
     rates = [*RATES][: max(1, trials // (2 * len(RANKS)))]
     space = {"ranks": [*RANKS], "lr": rates}
@@ -77,7 +90,7 @@ def configuration(folder: Path, trials: int, steps: int) -> Path:
             "test": 64,
             "max_length": 512,
         },
-        "optim": {"steps": steps, "rows_per_step": 4},
+        "optim": {"steps": steps, "rows_per_step": rows},
         "evaluate": {"every": steps // 3, "val_examples": 64, "base_examples": 64},
         "sweep": {"methods": {"lora": space, "cla": space}, "grace": steps, "trials": trials},
         "squeeze": {"ranks": []},
@@ -88,16 +101,19 @@ def configuration(folder: Path, trials: int, steps: int) -> Path:
     return place
 
 
-def run_sweep(folder: Path, config: Path) -> tuple[float, dict[str, float], dict[str, float]]:
+def run_sweep(
+    folder: Path, config: Path, settings: Sequence[str] = ()
+) -> tuple[float, dict[str, float], dict[str, float]]:
     """Run `rayft sweep` in a process of its own; return its seconds, those of its stages, and the lanes'."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     caches = {
         "RAYFT_CACHE": "cache", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor",
     }  # fmt: skip
     environment = {**os.environ, **{name: str(folder / place) for name, place in caches.items()}}
+    options = [part for setting in settings for part in ("--set", setting)]
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "rayft.cli", "sweep", str(config)], env=environment, check=False
+        [sys.executable, "-m", "rayft.cli", "sweep", str(config), *options], env=environment, check=False
     )
     seconds = time.monotonic() - started
     if done.returncode:
@@ -138,15 +154,16 @@ def whole(ended: list[float], at_once: int, trials: int) -> float:
 class Bench:
     """Measures parts of the benchmark, and keeps their results."""
 
-    def __init__(self, folder: Path, shape: str, trials: int, steps: int) -> None:
+    def __init__(self, folder: Path, shape: str, trials: int, steps: int, rows: int) -> None:
         self._folder, self._shape, self._trials, self._steps = folder, shape, trials, steps
-        self._config = configuration(folder, trials, steps)
+        self._config = configuration(folder, trials, steps, rows)
         self.seconds: dict[str, float] = {}
         self.records: list[dict[str, Any]] = []
 
     def sweep(self, case: str) -> None:
         """Measure rayft."""
-        seconds, stages, lanes = run_sweep(self._folder, self._config)
+        settings = (*BEST, f"sweep.slots={BEST_SLOTS[self._shape]}") if case == "hand" else ()
+        seconds, stages, lanes = run_sweep(self._folder, self._config, settings)
         self._add(case, seconds)
         stages["start and end"] = seconds - sum(stages.values())
         for stage, spent in {**stages, **lanes}.items():
@@ -162,7 +179,7 @@ class Bench:
 
     def compare(self) -> None:
         """Add how many times as long Tune took as rayft, the fastest way first."""
-        others = {case: took for case, took in self.seconds.items() if case.startswith("tune")}
+        others = {case: took for case, took in self.seconds.items() if case.startswith(("tune", "hand"))}
         for case in ("cold", "warm"):
             for name, took in sorted(others.items(), key=lambda item: item[1]):
                 if case in self.seconds:
@@ -185,6 +202,7 @@ def main() -> None:
     parser.add_argument("--parts", default="cold,warm,tune,shared")
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=4, help="of a step")
     parser.add_argument("--shape", default="135m")
     parser.add_argument("--share", type=float, default=0.25, help="of a GPU, in `shared`")
     parser.add_argument("--folder", help="where base, data and caches are kept between calls")
@@ -196,9 +214,9 @@ def main() -> None:
         if not (folder / "base").is_dir():
             make_base(folder / "base", options.shape)
             make_data(folder / "data.jsonl", 2400)
-        bench = Bench(folder, options.shape, options.trials, options.steps)
+        bench = Bench(folder, options.shape, options.trials, options.steps, options.rows)
         for part in options.parts.split(","):
-            if part in ("cold", "warm"):
+            if part in ("cold", "warm", "hand"):
                 bench.sweep(part)
             else:
                 share = options.share if part == "shared" else 1.0
