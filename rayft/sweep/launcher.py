@@ -1,8 +1,8 @@
 """The launcher: the process that starts the lanes, and starts them again when they die.
 
-Ray starts the launcher, a controller for each lane, and the workers one after the other, so their import
-times add up before a lane takes its first job. Therefore this module imports neither torch, DeepSpeed nor
-MLflow: `lane_worker`, which Ray passes through all these processes, imports the lane only where it runs.
+Ray starts the launcher and the workers of a lane one after the other, so their import times add up before the
+lane takes its first job. Therefore this module imports neither DeepSpeed nor MLflow, and torch only because
+Ray Train does: `lane_worker`, which Ray passes on, imports the lane only where it runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +110,17 @@ class Launcher:
             reason = _run(settings, self._group)
             if not reason or not ray.get(settings.broker.lane_died.remote(settings.name, reason)):
                 return
-            _release()
 
 
 def _run(settings: LaneSettings, group: Group) -> str:
     """Start a worker group, wait until it ends, and return why it ended; empty if it has done its jobs."""
-    from ray.train import RunConfig, ScalingConfig, WorkerGroupError
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     _start_coordinator()
-    trainer = TorchTrainer(
+    from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchConfig
+
+    from rayft.sweep.lane_trainer import LaneTrainer
+
+    trainer = LaneTrainer(
         # Ray passes any object on, although its annotations ask for a dict.
         lane_worker,  # type: ignore[arg-type]
         train_loop_config=settings,  # type: ignore[arg-type]
@@ -145,30 +145,15 @@ def _run(settings: LaneSettings, group: Group) -> str:
 
 
 def _start_coordinator() -> None:
-    """Let the actor start that a controller of Ray Train asks for resources, if it is not there yet.
+    """Let the actor start that Ray Train asks for resources, if it is not there yet.
 
-    The controller would start it after its own imports, and wait for it.
+    Ray Train would start it after its imports, and wait for it.
     """
-    # The module is internal to Ray.
-    with suppress(ImportError):
-        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-            get_or_create_autoscaling_coordinator,
-        )
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
 
-        get_or_create_autoscaling_coordinator()
-
-
-def _release() -> None:
-    """Release the resources that controllers of Ray Train reserved for their workers before they died.
-
-    Ray Train has an actor for this, but it needs Ray's dashboard, which a cluster that rayft starts does not
-    have.
-    """
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-    for group in _placement_groups():
-        if group.creator_actor_dead:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+    get_or_create_autoscaling_coordinator()
 
 
 def _waiting() -> list[Any]:
