@@ -97,6 +97,10 @@ class Executor(ABC):
             self.start()
             self.entrance.submit(jobs)
 
+    def forget(self, ids: Sequence[str]) -> None:
+        """Forget jobs that have ended, so that they can be done again by any client."""
+        ray.get(self.broker.forget.remote(ids))
+
     def run(self, jobs: Sequence[Job[Any, ResultT]]) -> Iterator[tuple[str, Outcome[ResultT]]]:
         """Submit jobs, and yield each job's id and outcome in the order in which the jobs end.
 

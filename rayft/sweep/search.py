@@ -98,7 +98,7 @@ def search(
     waiting = [request for request in requests if _unfinished(request)]
     if waiting:
         executor.start()
-        ray.get(executor.broker.forget.remote([request.key for request in waiting]))
+        executor.forget([request.key for request in waiting])
         at_once = executor.at_once(packs=any(one.pack for one in waiting))
         # Tune starts a process for each trial before it submits its job. Jobs that begin together must not
         # wait for that, or a lane would take them up one by one.

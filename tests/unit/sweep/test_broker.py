@@ -43,6 +43,27 @@ def test_a_report_waits_for_the_decision() -> None:
     play(scene())
 
 
+def test_a_job_that_has_ended_is_done_again_only_if_asked() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        assert await broker.submit(job("a"), again=False)
+        assert not await broker.submit(job("a")), "a job that runs is queued twice"
+        await broker.pull("lane")
+        await broker.finish("a", b"result", 8, {"val_loss": 0.5})
+        ended = Event("final", 8, {"val_loss": 0.5}, b"result")
+        assert await broker.next_event("a", 0) == ended
+        # The process that had received the end dies, and another one takes its place.
+        assert not await broker.submit(job("a"), again=False)
+        assert await broker.next_event("a", 0) == ended
+        # Another search forgets how it ended.
+        await broker.submit(job("b"))
+        await broker.forget(["a", "b", "unknown"])
+        assert await broker.submit(job("a"), again=False)
+        assert not await broker.submit(job("b"), again=False), "a job that has not ended was forgotten"
+
+    play(scene())
+
+
 def test_a_cancelled_job_frees_its_lane_at_once() -> None:
     async def scene() -> None:
         broker = Broker()

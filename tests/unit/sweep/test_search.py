@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +75,7 @@ def test_as_many_trials_are_begun_as_lanes_can_use(
     executor.lanes, executor.slots, executor._started = 2, slots, True
     jobs, begun = list[Any](), list[int]()
     monkeypatch.setattr(LaneExecutor, "submit", lambda _, found: jobs.extend(found))
+    monkeypatch.setattr(LaneExecutor, "forget", lambda *_: None)
     monkeypatch.setattr(search, "_tuner", lambda *given: SimpleNamespace(fit=lambda: begun.append(given[-1])))
     monkeypatch.setattr(search, "_collect", lambda *_: None)
     space = {method: MethodSpace(ranks=(2, 4, 8), lr=(1e-3,))}
@@ -83,3 +86,9 @@ def test_as_many_trials_are_begun_as_lanes_can_use(
     search.search(sweep, points(sweep, run), executor, tmp_path)
     assert begun == [expected]
     assert len(jobs) == submitted
+
+
+def test_the_process_of_a_trial_imports_no_torch() -> None:
+    script = "import sys, rayft.sweep.trial_actor; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "mlflow"} & {*done.stdout.split()}
