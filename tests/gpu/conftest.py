@@ -14,7 +14,8 @@ from rayft.models.tiny import byte_tokenizer
 from tests.gpu.naming import new_model
 
 
-@pytest.fixture(scope="module")
+# DeepSpeed keeps the first group that it meets.
+@pytest.fixture(scope="session")
 def nccl_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Initialise the process group of one worker on the first GPU."""
     os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
