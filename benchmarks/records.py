@@ -143,7 +143,11 @@ def _cell(metrics: Mapping[str, Mapping[str, Any]], name: str, form: str) -> str
     return form.format(metrics[name]["value"]) if name in metrics else ""
 
 
-def cases(bench: str, *, everywhere: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
+Cases = dict[str, dict[str, dict[str, Any]]]
+"""case → metric → result."""
+
+
+def cases(bench: str, *, everywhere: bool = False) -> Cases:
     """Return case → metric → result, of the device of the newest result, or of all devices (`everywhere`)."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     items = load(bench)
@@ -236,29 +240,53 @@ def packed_step_table() -> str:
 def sweep_table() -> str:
     """Return the tables of a whole sweep beside the same trials by Tune, and of where its seconds go."""
     found, spent = cases("sweep_makespan"), cases("sweep_overhead")
-    place = next(iter(found)).rpartition("/")[0]
+    place = next(case for case in found if case.startswith("135m/")).rpartition("/")[0]
     shape = place.split("/")[0]
     lines = ["| | seconds | over the first sweep | over a sweep with caches |", "| --- | --- | --- | --- |"]
     for case, title in (
         ("cold", "`rayft sweep`, first on its machine"),
         ("warm", "`rayft sweep`, with what the first one left in the caches"),
+        ("hand", "the same, with the best settings given"),
         ("tune_4_a_gpu", "Tune, TorchTrainer, PEFT, DeepSpeed; four trials a GPU"),
         ("tune", "the same, one trial after the other"),
     ):
-        metrics = found[f"{place}/{case}"]
-        over = [
-            _cell(found[f"{place}/{own}"], f"{case}_over", "{:.1f}") if case.startswith("tune") else ""
-            for own in ("cold", "warm")
-        ]
+        metrics = found.get(f"{place}/{case}", {})
+        digits = "{:.1f}" if case.startswith("tune") else "{:.2f}"
+        over = [_cell(found[f"{place}/{own}"], f"{case}_over", digits) for own in ("cold", "warm")]
         lines.append(f"| {title} | {_cell(metrics, 'seconds', '{:.0f}')} | {' | '.join(over)} |")
     lines += ["", "| seconds of a sweep | first | with caches |", "| --- | --- | --- |"]
     for stage in (case.removeprefix(f"{shape}/cold/") for case in spent if case.startswith(f"{shape}/cold/")):
         pair = (spent.get(f"{shape}/{case}/{stage}", {}) for case in ("cold", "warm"))
         title = stage.replace("lanes/", "of the lane: ")
         lines.append(f"| {title} | " + " | ".join(_cell(one, "seconds", "{:.1f}") for one in pair) + " |")
-    return "\n".join([*lines, "", _origin_line(found[f"{place}/cold"]["seconds"])])
+    return "\n".join([*lines, *_by_hand(found, spent), "", _origin_line(found[f"{place}/cold"]["seconds"])])
 
 
+def _by_hand(found: Cases, spent: Cases) -> list[str]:
+    """Return the table of sweeps without settings over the same ones with the best settings given."""
+    lines = [
+        "",
+        "| nothing set, over the best settings given | the whole sweep | training |",
+        "| --- | --- | --- |",
+    ]
+    for place in (case.removesuffix("/hand") for case in found if case.endswith("/hand")):
+        shape, trials = place.split("/")
+        whole = found[f"{place}/warm"]["seconds"]["value"] / found[f"{place}/hand"]["seconds"]["value"]
+        warm, hand = (
+            sum(
+                spent[f"{shape}/{case}/lanes/{part}"]["seconds"]["value"]
+                for part in TRAINING
+                if f"{shape}/{case}/lanes/{part}" in spent
+            )
+            for case in ("warm", "hand")
+        )
+        title = f"{shape[:-1]} {shape[-1].upper()}, {trials.replace('_', ' ')}"
+        lines.append(f"| {title} | {whole:.2f} | {warm / hand:.2f} |")
+    return lines if len(lines) > 3 else []
+
+
+TRAINING = ("find the number of slots", "train", "first steps of new slots")
+"""What a lane does to train, after it has loaded the base."""
 STEP = {"ms": "{:.1f}", "time_over_floor": "{:.3f}", "gib": "{:.2f}", "memory_over_floor": "{:.3f}"}
 
 
