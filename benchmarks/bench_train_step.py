@@ -90,14 +90,14 @@ class Timings:
     gib: float = 0.0
 
 
-def build(shape: str) -> Any:
-    """Return a random Llama on the device."""
+def build(shape: str, device: str = "cuda") -> Any:
+    """Return a random Llama on a device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     options = {**SHAPES[shape], "attn_implementation": "sdpa"}
     config = LlamaConfig(**options, max_position_embeddings=2**14)
-    with torch.device("cuda"):
+    with torch.device(device):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.requires_grad_(False)
     model.train()
@@ -236,18 +236,13 @@ class Seconds(Reporter):
         self.found.append(metrics["step_seconds"])
 
 
-def train(model: Any, batch: tuple[int, int], steps: int, *, device: str = "cuda") -> list[float]:
-    """Train LoRA by rayft's trainer, with CUDA graphs on a GPU, and return the milliseconds of its steps.
-
-    Rows hold one example each, all of whose tokens are learnt, so that a step computes what a bare one does.
-    """
+def run_of(method: MethodConfig, batch: tuple[int, int], steps: int, device: str) -> RunConfig:
+    """Return a run over batches of some rows and tokens, with CUDA graphs on a GPU."""
     rows, tokens = batch
-    numbers = torch.randint(0, model.config.vocab_size, (4 * rows, tokens)).tolist()
-    examples = [Encoded(tuple(line), tuple(line)) for line in numbers]
     on_gpu = device != "cpu"
-    run = RunConfig(
+    return RunConfig(
         data=DataConfig(source="jsonl", name="random.jsonl", max_length=tokens),
-        method=MethodConfig(rank=RANK),
+        method=method,
         optim=OptimConfig(lr=1e-4, steps=steps, rows_per_step=rows),
         scale=ScaleConfig(
             device="cuda" if on_gpu else "cpu",
@@ -258,11 +253,26 @@ def train(model: Any, batch: tuple[int, int], steps: int, *, device: str = "cuda
             graphs=on_gpu,
         ),
     )
-    loaded = LoadedModel(model, None, "", tokens)
+
+
+def session_of(model: Any, rows: int, tokens: int, device: str) -> Session:
+    """Return a session with random rows of one example each, all of whose tokens are learnt."""
+    numbers = torch.randint(0, model.config.vocab_size, (rows, tokens)).tolist()
+    examples = [Encoded(tuple(line), tuple(line)) for line in numbers]
     prepared: Any = SimpleNamespace(parts=SimpleNamespace(digest="", labels=()))
-    session = Session(loaded, prepared, examples, examples[:1], Worker(device=device))
-    reporter = Seconds()
-    join_group("nccl" if on_gpu else "gloo")
+    loaded = LoadedModel(model, None, "", tokens)
+    return Session(loaded, prepared, examples, examples[:1], Worker(device=device))
+
+
+def train(model: Any, batch: tuple[int, int], steps: int, *, device: str = "cuda") -> list[float]:
+    """Train LoRA by rayft's trainer, and return the milliseconds of its steps.
+
+    Such rows let a step compute what a bare one does.
+    """
+    rows, tokens = batch
+    run = run_of(MethodConfig(rank=RANK), batch, steps, device)
+    session, reporter = session_of(model, 4 * rows, tokens, device), Seconds()
+    join_group("nccl" if device != "cpu" else "gloo")
     with tempfile.TemporaryDirectory() as folder:
         Trainer(run, session, reporter, Path(folder) / "run").fit()
     return [1e3 * seconds for seconds in reporter.found]
