@@ -191,7 +191,8 @@ def skeleton(model: nn.Module) -> Any:
         state = memo[id(module)].__dict__
         for name, value in module.__dict__.items():
             if type(value) in CONTAINERS and not value:
-                state[name] = type(value)()
+                # The handles of hooks refer to it too.
+                state[name] = memo.setdefault(id(value), type(value)())
             else:
                 state[name] = value if type(value) in CONSTANTS else copy.deepcopy(value, memo)
     return copy.deepcopy(model, memo)

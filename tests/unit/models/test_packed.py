@@ -111,3 +111,18 @@ def test_a_module_that_copies_itself_is_asked_to() -> None:
     assert _Counts.copies == 1
     assert type(own[0]) is _Counts
     assert own[1].weight is base[1].weight
+
+
+def test_a_skeleton_of_a_skeleton_keeps_the_handles_of_hooks() -> None:
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=16
+    )
+    base = LlamaForCausalLM(config)
+    base.enable_input_require_grads()
+    own = skeleton(skeleton(base))
+    ids = torch.tensor([[1, 2]])
+    assert own.get_input_embeddings()(ids).requires_grad
+    own.disable_input_require_grads()
+    own.requires_grad_(requires_grad=False)
+    assert not own.get_input_embeddings()(ids).requires_grad
+    assert base.get_input_embeddings()(ids).requires_grad
