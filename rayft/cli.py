@@ -80,9 +80,10 @@ def train(
     ] = None,
 ) -> None:
     """Train one run without a search, or continue it: method, optim and seed of the configuration."""
-    from rayft.flow import commands
+    with ahead(config, overrides or [], search=False) as lanes:
+        from rayft.flow import commands
 
-    commands.train(config, overrides or [], console, start=start)
+        commands.train(config, overrides or [], console, lanes, start=start)
 
 
 @app.command()

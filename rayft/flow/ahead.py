@@ -1,4 +1,4 @@
-"""Start Ray and a sweep's lanes while the command still imports its modules and checks the sweep.
+"""Start Ray and lanes while a command still imports its modules and checks what it is to train.
 
 Ray starts a lane by way of several processes, one after the other, and each imports much. On a machine with
 cores to spare that takes as long as the command's own imports and checks, so both are done at the same time.
@@ -26,7 +26,7 @@ CPUS = 256
 
 
 class Ahead:
-    """Ray on this machine, and perhaps a sweep's lanes; both start in a thread."""
+    """Ray on this machine, and perhaps the lanes of a sweep or run; both start in a thread."""
 
     def __init__(self) -> None:
         # Imported before the thread starts, because two threads that import a package can meet half of it.
@@ -35,19 +35,21 @@ class Ahead:
         self._cluster = cluster
         self._folder = tempfile.mkdtemp(prefix="rayft-lanes-")
         self._config: Any = None
+        self._lanes = 0
         self._executor: Any = None
         self._error: BaseException | None = None
         self._configured, self._done, self._over = threading.Event(), threading.Event(), threading.Event()
         # Ray's processes end when the thread ends that has started them, so it lives until `close`.
         threading.Thread(target=self._run, name="rayft-ahead", daemon=True).start()
 
-    def start_lanes(self, config: Any) -> None:
+    def start_lanes(self, config: Any, lanes: int) -> None:
         """Start the lanes, once Ray has started.
 
         Args:
-            config: the sweep's (`rayft.flow.config.PipelineConfig`); None if no lanes shall be started.
+            config: of the sweep or run (`rayft.flow.config.TrainConfig`); None if no lanes shall be started.
+            lanes: their number.
         """
-        self._config = config
+        self._config, self._lanes = config, lanes
         self._configured.set()
 
     @contextmanager
@@ -93,27 +95,28 @@ class Ahead:
         from rayft.sweep.executor import LaneExecutor
         from rayft.sweep.space import slots_asked
 
-        sweep, scale = self._config.sweep, self._config.run().scale
-        self._cluster.check_fit(sweep.lanes * scale.workers, scale.device, scale.gpu_share)
+        how, scale = self._config.execution, self._config.run().scale
+        self._cluster.check_fit(self._lanes * scale.workers, scale.device, scale.gpu_share)
         executor = LaneExecutor(
-            scale, self._folder, sweep.lanes, sweep.restarts, self._config.name, sweep.patience,
-            slots_asked(sweep, scale),
+            scale, self._folder, self._lanes, how.restarts, self._config.name, how.patience,
+            slots_asked(how, scale),
         )  # fmt: skip
         executor.start()
         return executor
 
 
 @contextmanager
-def ahead(config: str, overrides: Sequence[str]) -> Iterator[Ahead | None]:
-    """Start Ray and the lanes of a sweep for the length of a block, if that saves time.
+def ahead(config: str, overrides: Sequence[str], *, search: bool = True) -> Iterator[Ahead | None]:
+    """Start Ray and the lanes of a sweep or run for the length of a block, if that saves time.
 
     It saves none on a machine with few cores, and nothing is started if there is a Ray cluster to join. Of a
     sweep that has begun before, only Ray is started, because nothing may be left to train. Mistakes in the
     configuration are left to the command to report.
 
     Args:
-        config: as `rayft sweep` was given it.
+        config: as the command was given it.
         overrides: settings of the configuration.
+        search: whether it describes a sweep, and not a run, which has one lane.
 
     Yields:
         None if nothing was started.
@@ -124,8 +127,8 @@ def ahead(config: str, overrides: Sequence[str]) -> Iterator[Ahead | None]:
     started, settings = Ahead(), None
     try:
         with suppress(RayftError, OSError):
-            settings = _settings(config, overrides)
-        started.start_lanes(settings)
+            settings = _settings(config, overrides, search=search)
+        started.start_lanes(settings, settings.execution.lanes if settings and search else 1)
         yield started
     finally:
         started.close()
@@ -139,12 +142,13 @@ def _useful() -> bool:
     return not find_address()[0]
 
 
-def _settings(config: str, overrides: Sequence[str]) -> Any:
-    """Return the configuration of a sweep that has not begun and trains in lanes; None for any other."""
+def _settings(config: str, overrides: Sequence[str], *, search: bool) -> Any:
+    """Return the configuration of what has not begun and trains in lanes; None for anything else."""
     from rayft.flow.cluster import placed
-    from rayft.flow.config import STAMP_FILE, load_config
+    from rayft.flow.config import STAMP_FILE, load_config, load_train_config
     from rayft.sweep.space import check_executor
 
-    settings = placed(load_config(config, overrides))
-    lanes = check_executor(settings.sweep, settings.run()) == "lane"
+    load = load_config if search else load_train_config
+    settings = placed(load(config, overrides))
+    lanes = check_executor(settings.execution, settings.run()) == "lane"
     return settings if lanes and not (settings.folder / STAMP_FILE).exists() else None

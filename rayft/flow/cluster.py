@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 import ray
@@ -27,8 +27,10 @@ from rayft.paths import check_folder, home, read_path, runs_folder
 
 if TYPE_CHECKING:
     # Imported here, they would import torch before Ray starts (`rayft.flow.ahead`).
-    from rayft.flow.config import PipelineConfig
+    from rayft.flow.config import TrainConfig
     from rayft.tracking.base import TrackerSpec
+
+ConfigT = TypeVar("ConfigT", bound="TrainConfig")
 
 __all__ = [
     "check_fit",
@@ -116,7 +118,7 @@ def join() -> bool:
     return True
 
 
-def placed(config: PipelineConfig) -> PipelineConfig:
+def placed(config: ConfigT) -> ConfigT:
     """Return a configuration with an absolute `output`.
 
     Without an `output`, the folder is named after the sweep and lies below `runs` in the working directory,

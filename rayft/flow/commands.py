@@ -150,7 +150,12 @@ def sweep(
 
 
 def train(
-    config: str | Path, overrides: Sequence[str], console: Console, *, start: str | None = None
+    config: str | Path,
+    overrides: Sequence[str],
+    console: Console,
+    lanes: Ahead | None = None,
+    *,
+    start: str | None = None,
 ) -> None:
     """Train one run, or continue it, and print what it reached.
 
@@ -158,6 +163,7 @@ def train(
         config: a file, or the name of a packaged configuration. It needs no `sweep`.
         overrides: settings of the configuration, such as `optim.lr=1e-3`.
         console: for the output.
+        lanes: a lane that has been started for the run.
         start: folder of the adapter to start from, in place of the configuration's.
 
     Raises:
@@ -169,7 +175,7 @@ def train(
     settings = load_train_config(config, overrides)
     if start is not None:
         settings = settings.model_copy(update={"start": str(start_folder(start, "--start"))})
-    done = train_run(settings, Display(console))
+    done = train_run(settings, Display(console), lanes)
     result, table = done.result, Table(show_header=False, box=None, pad_edge=False)
     table.add_row("steps", f"{result.steps}, {human_count(result.trainable)} trained parameters")
     table.add_row("val loss", f"{result.val_loss:.4f}")

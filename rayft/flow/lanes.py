@@ -1,18 +1,52 @@
-"""Use lanes in a command: save on an interrupt, close them at the end, and report a lost process."""
+"""Use lanes in a command: start them, save on an interrupt, close them, and report a lost process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import ray.exceptions
 
 from rayft.errors import ResourceError
+from rayft.flow.ahead import Ahead
+from rayft.flow.cluster import check_fit, cluster
 from rayft.flow.display import Display
-from rayft.sweep.executor import Executor
+from rayft.flow.sweep.preflight import Plan
+from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.reasons import why_ended
 
-__all__ = ["use_lanes"]
+__all__ = ["executor_for", "use_lanes"]
+
+
+@contextmanager
+def executor_for(plan: Plan, started: Ahead | None, lanes: int) -> Iterator[Executor]:
+    """Yield the executor of a sweep's or run's jobs, in a cluster that lasts for the block.
+
+    Args:
+        plan: of the sweep, or of the run as a sweep of one trial.
+        started: the cluster, and perhaps the lanes, that have been started for it.
+        lanes: number of trials that run at the same time.
+
+    Raises:
+        ResourceError: if Ray can't be started, or this machine can't hold the workers.
+    """
+    sweep, scale, workers = plan.config.sweep, plan.run.scale, lanes * plan.run.scale.workers
+    with ExitStack() as stack:
+        executor = None
+        if started is not None:
+            executor = stack.enter_context(started.executor())
+            check_fit(workers, scale.device, scale.gpu_share)
+        else:
+            stack.enter_context(cluster(workers, device=scale.device, gpu_share=scale.gpu_share))
+        yield executor or EXECUTORS[plan.executor](
+            scale,
+            str(plan.output / "ray"),
+            lanes,
+            sweep.restarts,
+            plan.config.name,
+            sweep.patience,
+            plan.slots,
+        )
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from rayft.artifacts import AdapterArtifact
 from rayft.config import parse
 from rayft.errors import ConfigError, TrainError
 from rayft.files import room_on
-from rayft.flow.cluster import check_tracking, cluster, has_gpus, join, placed, temporary_folders
+from rayft.flow.ahead import Ahead
+from rayft.flow.cluster import check_tracking, has_gpus, join, placed, temporary_folders
 from rayft.flow.config import PipelineConfig, TrainConfig
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
-from rayft.flow.lanes import use_lanes
+from rayft.flow.lanes import executor_for, use_lanes
 from rayft.flow.origin import find_folder
 from rayft.flow.scoring import Measured, ScoreStore, score_trials
 from rayft.flow.squeeze.make import sort_columns
@@ -29,7 +30,7 @@ from rayft.methods.section import MethodConfig
 from rayft.models.methods import method
 from rayft.paths import read_path
 from rayft.peft.folder import load_adapter
-from rayft.sweep.executor import EXECUTORS, Executor
+from rayft.sweep.executor import Executor
 from rayft.sweep.jobs import Job
 from rayft.sweep.request import TrainRequest
 from rayft.sweep.result import TrialResult
@@ -140,7 +141,7 @@ def ignored_space(config: TrainConfig) -> str:
     return "sweep is not used: the run is what method, optim and seed say; `rayft sweep` searches"
 
 
-def train_run(config: TrainConfig, display: Display) -> Trained:
+def train_run(config: TrainConfig, display: Display, lanes: Ahead | None = None) -> Trained:
     """Train a run, or continue it, track it and score it; return when its lane has ended.
 
     On KeyboardInterrupt the run saves a checkpoint; then the exception is raised again.
@@ -148,6 +149,7 @@ def train_run(config: TrainConfig, display: Display) -> Trained:
     Args:
         config: the run's.
         display: shows the progress.
+        lanes: a lane that has been started for the run.
 
     Raises:
         RayftError: if a check fails, before anything has started, or if the run fails.
@@ -162,7 +164,7 @@ def train_run(config: TrainConfig, display: Display) -> Trained:
         tracker = MlflowTracker(plan.tracker)
         try:
             with room_on(plan.output, others=temporary_folders()):
-                trained = _trained(plan, display, tracker)
+                trained = _trained(plan, display, tracker, lanes)
         finally:
             tracker.close()
         if left := flush_spool(plan.tracker).pending:
@@ -173,9 +175,9 @@ def train_run(config: TrainConfig, display: Display) -> Trained:
     return trained
 
 
-def _trained(plan: Plan, display: Display, tracker: MlflowTracker) -> Trained:
+def _trained(plan: Plan, display: Display, tracker: MlflowTracker, lanes: Ahead | None) -> Trained:
     """Run the stages that need a cluster."""
-    (point,), scale, settings = plan.points, plan.run.scale, plan.config
+    (point,), settings = plan.points, plan.config
     request = TrainRequest(
         key=point.key,
         name=settings.name,
@@ -189,16 +191,8 @@ def _trained(plan: Plan, display: Display, tracker: MlflowTracker) -> Trained:
     before = left is not None
     if left is not None:
         display.say(f"{settings.name} is trained already: {left.result.steps} steps, in {plan.output}")
-    with cluster(scale.workers, device=scale.device, gpu_share=scale.gpu_share):
+    with executor_for(plan, lanes, 1) as executor:
         check_tracking(plan.tracker)
-        executor = EXECUTORS[plan.executor](
-            scale,
-            str(plan.output / "ray"),
-            1,
-            settings.sweep.restarts,
-            settings.name,
-            settings.sweep.patience,
-        )
         with use_lanes(executor, display):
             if left is None:
                 with display.stage("train"), display.watch(executor.broker, lambda _: settings.name):

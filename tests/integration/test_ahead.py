@@ -47,13 +47,13 @@ SHORT = [
 ]
 
 
-def sweep(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """Run `rayft sweep tiny`, with Ray's files in a folder of its own."""
+def run(folder: Path, *overrides: str, command: str = "sweep") -> subprocess.CompletedProcess[str]:
+    """Run a command on the packaged `tiny`, with Ray's files in a folder of its own."""
     (folder / "tmp").mkdir(exist_ok=True)
     settings = [f"output={folder / 'out'}", *SHORT, *overrides]
     options = [part for one in settings for part in ("--set", one)]
     return subprocess.run(
-        [sys.executable, "-c", COMMAND, "sweep", "tiny", *options],
+        [sys.executable, "-c", COMMAND, command, "tiny", *options],
         env={**os.environ, "RAY_ADDRESS": "local", "TMPDIR": str(folder / "tmp"), "RAY_TMPDIR": str(folder)},
         capture_output=True,
         text=True,
@@ -77,7 +77,7 @@ def folder() -> Iterator[Path]:
 
 
 def test_a_sweep_uses_the_lanes_that_were_started_for_it(folder: Path) -> None:
-    done = sweep(folder)
+    done = run(folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "lanes started" in done.stdout
     assert [trial.status for trial in SweepRecord.load(folder / "out").trials] == ["finished", "finished"]
@@ -85,13 +85,21 @@ def test_a_sweep_uses_the_lanes_that_were_started_for_it(folder: Path) -> None:
     assert not [*(folder / "tmp").glob("rayft-lanes-*")]
     assert not left_running(folder)
     # The same command again has nothing to train, so it starts no lanes.
-    again = sweep(folder)
+    again = run(folder)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "lanes started" not in again.stdout
 
 
+def test_a_run_uses_the_lane_that_was_started_for_it(folder: Path) -> None:
+    done = run(folder, "method.name=lora", command="train")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lanes started" in done.stdout
+    assert (folder / "out" / "adapter").is_dir()
+    assert not left_running(folder)
+
+
 def test_lanes_that_were_started_end_if_a_check_fails(folder: Path) -> None:
-    done = sweep(folder, "model.name=/no/such/folder")
+    done = run(folder, "model.name=/no/such/folder")
     assert done.returncode == 1
     assert "lanes started" in done.stdout
     assert done.stderr.splitlines()[-1].startswith("ModelError: ")
@@ -101,7 +109,7 @@ def test_lanes_that_were_started_end_if_a_check_fails(folder: Path) -> None:
 
 
 def test_a_machine_that_can_not_hold_the_lanes_is_refused(folder: Path) -> None:
-    done = sweep(folder, "scale.device=cuda", "scale.gpu_share=0.5")
+    done = run(folder, "scale.device=cuda", "scale.gpu_share=0.5")
     assert done.returncode == 1
     assert "GPU" in done.stderr.splitlines()[-1]
     assert not left_running(folder)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
@@ -16,12 +14,12 @@ from rayft.flow.ahead import Ahead
 from rayft.flow.analyze.run import analyze_items
 from rayft.flow.analyze.source import Item
 from rayft.flow.analyze.summarize import known, summarize
-from rayft.flow.cluster import check_fit, check_tracking, cluster, join, placed, temporary_folders
+from rayft.flow.cluster import check_tracking, join, placed, temporary_folders
 from rayft.flow.config import PipelineConfig
 from rayft.flow.display import Display
 from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
-from rayft.flow.lanes import use_lanes
+from rayft.flow.lanes import executor_for, use_lanes
 from rayft.flow.scoring import Measured, ScoreStore
 from rayft.flow.selection import best_first, candidates
 from rayft.flow.squeeze.continued import continue_all
@@ -33,7 +31,7 @@ from rayft.flow.sweep.record import Findings
 from rayft.flow.sweep.tracking import SweepTracking
 from rayft.models.methods import method
 from rayft.report.record import SweepRecord
-from rayft.sweep.executor import EXECUTORS, Executor
+from rayft.sweep.executor import Executor
 from rayft.sweep.result import damage, trial_folder
 from rayft.sweep.search import Trial, search
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
@@ -106,28 +104,11 @@ def _tracked(plan: Plan, display: Display, tracker: MlflowTracker, lanes: Ahead 
     return record
 
 
-@contextmanager
-def _executor(plan: Plan, lanes: Ahead | None) -> Iterator[Executor]:
-    """Yield the executor of the sweep's jobs, in a cluster that lasts for the block."""
-    sweep, scale, storage = plan.config.sweep, plan.run.scale, str(plan.output / "ray")
-    workers = sweep.lanes * scale.workers
-    with ExitStack() as stack:
-        executor = None
-        if lanes is not None:
-            executor = stack.enter_context(lanes.executor())
-            check_fit(workers, scale.device, scale.gpu_share)
-        else:
-            stack.enter_context(cluster(workers, device=scale.device, gpu_share=scale.gpu_share))
-        yield executor or EXECUTORS[plan.executor](
-            scale, storage, sweep.lanes, sweep.restarts, plan.config.name, sweep.patience, plan.slots
-        )
-
-
 def _run_stages(plan: Plan, display: Display, tracking: SweepTracking, lanes: Ahead | None) -> SweepRecord:
     """Run the stages that need a cluster, and publish what they find."""
     publisher = Publisher(plan, display, tracking)
     analysis: SweepAnalysis | None = None
-    with _executor(plan, lanes) as executor:
+    with executor_for(plan, lanes, plan.config.sweep.lanes) as executor:
         check_tracking(plan.tracker)
         with use_lanes(executor, display, tracking.interrupt):
             stages = _Stages(plan, executor, display, tracking)
