@@ -237,7 +237,7 @@ class Seconds(Reporter):
 
 
 def run_of(method: MethodConfig, batch: tuple[int, int], steps: int, device: str) -> RunConfig:
-    """Return a run over batches of some rows and tokens, with CUDA graphs on a GPU."""
+    """Return a run over batches of some rows and tokens, as CUDA graphs on a GPU if they are several."""
     rows, tokens = batch
     on_gpu = device != "cpu"
     return RunConfig(
@@ -250,14 +250,14 @@ def run_of(method: MethodConfig, batch: tuple[int, int], steps: int, device: str
             zero=2,
             accumulation=1,
             activation_checkpointing=False,
-            graphs=on_gpu,
+            graphs=on_gpu and rows > 1,
         ),
     )
 
 
-def session_of(model: Any, rows: int, tokens: int, device: str) -> Session:
-    """Return a session with random rows of one example each, all of whose tokens are learnt."""
-    numbers = torch.randint(0, model.config.vocab_size, (rows, tokens)).tolist()
+def session_of(model: Any, count: int, tokens: int, device: str) -> Session:
+    """Return a session with random examples of some tokens, all of which are learnt."""
+    numbers = torch.randint(0, model.config.vocab_size, (count, tokens)).tolist()
     examples = [Encoded(tuple(line), tuple(line)) for line in numbers]
     prepared: Any = SimpleNamespace(parts=SimpleNamespace(digest="", labels=()))
     loaded = LoadedModel(model, None, "", tokens)
@@ -271,7 +271,10 @@ def train(model: Any, batch: tuple[int, int], steps: int, *, device: str = "cuda
     """
     rows, tokens = batch
     run = run_of(MethodConfig(rank=RANK), batch, steps, device)
-    session, reporter = session_of(model, 4 * rows, tokens, device), Seconds()
+    # A row alone holds several examples, as in the bare step.
+    examples = EXAMPLES if rows == 1 else 1
+    session = session_of(model, 4 * rows * examples, tokens // examples, device)
+    reporter = Seconds()
     join_group("nccl" if device != "cpu" else "gloo")
     with tempfile.TemporaryDirectory() as folder:
         Trainer(run, session, reporter, Path(folder) / "run").fit()
@@ -458,8 +461,7 @@ def main() -> None:
         cases = given or ["floor", *PEFT_CASES, *(OURS if shape == "1b" else FEW)]
         long: Sequence[str] = LONG
         if arguments.fused:
-            long = given or FUSED
-            cases = [*long, *(["lora_trainer"] if arguments.trainer else [])]
+            cases = long = [*(given or FUSED), *(["lora_trainer"] if arguments.trainer else [])]
         for found in run_shape(shape, cases, long, arguments.steps, places):
             rows += records(found, arguments.commit, bench)
             # Save after each batch, so that an interrupted run loses one batch at most.

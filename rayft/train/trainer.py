@@ -404,7 +404,7 @@ class Trainer:
         share = self._share(step)
         seed_everything(derive_seed(self.run.seed, step, worker.rank))
         lr = optim.lr_at(step, phase.first, phase.warmup)
-        awaited = step + 1 in self._evaluate_at or step + 1 == phase.end
+        awaited = not worker.runs_ahead or step + 1 in self._evaluate_at or step + 1 == phase.end
         try:
             result: Later = yield Step(self.engine, share, lr, random_state(worker.device), awaited)
         except CrowdedError as crowded:
@@ -423,6 +423,8 @@ class Trainer:
         self._read()
         self._launched = _Launched(step + 1, lr, started, result)
         progress.step = step + 1
+        if awaited:
+            self._read()
         return True
 
     def _read(self) -> None:

@@ -33,6 +33,14 @@ class Worker:
             return cls(dist.get_rank(), dist.get_world_size(), device)
         return cls(device=device)
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether the numbers of a step are read after the next one is launched.
+
+        A CPU has computed a step when it is launched, and several workers exchange their losses at once.
+        """
+        return self.world == 1 and torch.device(self.device).type == "cuda"
+
     def total(self, *values: float) -> list[float]:
         """Return the sums of numbers over all workers."""
         if self.world == 1:
