@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,17 +35,20 @@ ahead.FEWEST_CORES, ahead.Ahead = 1, Watched
 
 from rayft.cli import main
 
+%s
 main()
 """
-SHORT = [
-    "optim.steps=4",
-    "sweep.grace=2",
-    "data.train=8",
-    "data.val=2",
-    "data.test=2",
-    "sweep.trials=2",
-    "squeeze.ranks=[]",
-]
+SLOW_CHECKS = """
+import rayft.flow.sweep.run as run
+
+def slow(config):
+    print("checking", flush=True)
+    time.sleep(60)
+
+run.preflight = slow
+"""
+SHORT = ["optim.steps=4", "data.train=8", "data.val=2", "data.test=2"]
+SEARCH = ["sweep.grace=2", "sweep.trials=2", "squeeze.ranks=[]"]
 
 
 def run(folder: Path, *overrides: str, command: str = "sweep") -> subprocess.CompletedProcess[str]:
@@ -53,13 +57,17 @@ def run(folder: Path, *overrides: str, command: str = "sweep") -> subprocess.Com
     settings = [f"output={folder / 'out'}", *SHORT, *overrides]
     options = [part for one in settings for part in ("--set", one)]
     return subprocess.run(
-        [sys.executable, "-c", COMMAND, command, "tiny", *options],
-        env={**os.environ, "RAY_ADDRESS": "local", "TMPDIR": str(folder / "tmp"), "RAY_TMPDIR": str(folder)},
+        [sys.executable, "-c", COMMAND % "", command, "tiny", *options],
+        env=environment(folder),
         capture_output=True,
         text=True,
         check=False,
         timeout=300,
     )  # fmt: skip
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "RAY_ADDRESS": "local", "TMPDIR": str(folder / "tmp"), "RAY_TMPDIR": str(folder)}
 
 
 def left_running(folder: Path) -> list[str]:
@@ -77,17 +85,13 @@ def folder() -> Iterator[Path]:
 
 
 def test_a_sweep_uses_the_lanes_that_were_started_for_it(folder: Path) -> None:
-    done = run(folder)
+    done = run(folder, *SEARCH)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "lanes started" in done.stdout
     assert [trial.status for trial in SweepRecord.load(folder / "out").trials] == ["finished", "finished"]
     # Nothing of the lanes is left: neither files nor processes.
     assert not [*(folder / "tmp").glob("rayft-lanes-*")]
     assert not left_running(folder)
-    # The same command again has nothing to train, so it starts no lanes.
-    again = run(folder)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "lanes started" not in again.stdout
 
 
 def test_a_run_uses_the_lane_that_was_started_for_it(folder: Path) -> None:
@@ -108,8 +112,19 @@ def test_lanes_that_were_started_end_if_a_check_fails(folder: Path) -> None:
     assert not (folder / "out").exists()
 
 
-def test_a_machine_that_can_not_hold_the_lanes_is_refused(folder: Path) -> None:
-    done = run(folder, "scale.device=cuda", "scale.gpu_share=0.5")
-    assert done.returncode == 1
-    assert "GPU" in done.stderr.splitlines()[-1]
+def test_lanes_that_were_started_end_if_the_checks_are_interrupted(folder: Path) -> None:
+    (folder / "tmp").mkdir()
+    arguments = ["sweep", "tiny", "--set", f"output={folder / 'out'}"]
+    command = [sys.executable, "-c", COMMAND % SLOW_CHECKS, *arguments]
+    with subprocess.Popen(
+        command, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = {process.stdout.readline().split()[0] for _ in range(3)}
+        assert {"lanes", "checking"} <= said
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.startswith("Interrupted")
     assert not left_running(folder)
+    assert not (folder / "out").exists()
