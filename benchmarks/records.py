@@ -228,13 +228,37 @@ def packed_step_table() -> str:
     ]
     for case, metrics in found.items():
         trials, shape, rows = case.split("/")
-        title = f"{trials.removesuffix('_trials')}, {shape.replace('135m', '135 M').replace('1b', '1 B')}, "
         cells = [_cell(metrics, "ms", "{:.0f} ms")]
         cells += [_cell(metrics, name, "{:.2f}") for name in ("over_lora", "over_cla", "over_sequential")]
-        lines.append(f"| {title}{rows.replace('x', '×')} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_packed_place(trials, shape, rows)} | " + " | ".join(cells) + " |")
     if found:
         lines += ["", _origin_line(next(iter(found.values()))["ms"])]
     return "\n".join(lines)
+
+
+def _packed_place(trials: str, shape: str, rows: str) -> str:
+    base = shape.replace("135m", "135 M").replace("1b", "1 B")
+    return f"{trials.removesuffix('_trials')}, {base}, {rows.replace('x', '×')}"
+
+
+def packed_trainer_table() -> str:
+    """Return the table of steps that trials share in a lane, beside those of one trial and of trainers."""
+    found = cases("packed_trainer")
+    lines = [
+        "| trials, base, rows of each | a step | over one slot's | that over a trainer's, lora | cla "
+        "| over turns |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for case, metrics in found.items():
+        kind, _, place = case.partition("/")
+        if kind != "slots":
+            continue
+        slots = [found[f"slot/{method}/{place}"] for method in ("lora", "cla")]
+        cells = [_cell(metrics, "ms", "{:.1f} ms"), _cell(metrics, "over_slot", "{:.2f}")]
+        cells += [_cell(one, "over_trainer", "{:.2f}") for one in slots]
+        cells.append(_cell(metrics, "over_turns", "{:.2f}"))
+        lines.append(f"| {_packed_place(*place.split('/'))} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _origin_line(next(iter(found.values()))["ms"])])
 
 
 def sweep_table() -> str:
@@ -478,6 +502,7 @@ TABLES = {
     "train_step": train_step_table,
     "train_floor": train_floor_table,
     "packed_step": packed_step_table,
+    "packed_trainer": packed_trainer_table,
     "sweep": sweep_table,
     "methods_quality": methods_quality_table,
     "squeeze": squeeze_table,
