@@ -96,6 +96,10 @@ class PackedAdapter(Adapter):
         """Compute the base for all rows, and each slot's terms for its own."""
         if weight is None:
             return self._updates(x, self._present)
+        present = self._present
+        if [*self._layout.spans] == present and len(present) == 1 and not self._dropout(present[0]):
+            # Its own kernels know that all rows are its.
+            return self.adapters[str(present[0])](x, weight, bias)  # type: ignore[no-any-return]
         plan, dropped = self._planned()
         y = grouped_linear(x, weight, bias, plan)
         return y + self._updates(x, dropped) if dropped else y

@@ -49,7 +49,7 @@ def test_a_division_of_the_rows_is_planned_once(made: list[Plan], *, training: b
     # As many other divisions as are kept, such as those of a validation, leave the plan of training alone.
     first = compute([3, 3, 4, 4], 7, train=training)
     for width in range(1, 7):
-        for owners in ([3, 4], [3, 3, 4], [4, 4]):
+        for owners in ([3, 4], [3, 3, 4], [3, 4, 4]):
             compute(owners, width, train=not training)
     assert len(made) == 19
     assert torch.equal(compute([3, 3, 4, 4], 7, train=training), first)
@@ -58,7 +58,7 @@ def test_a_division_of_the_rows_is_planned_once(made: list[Plan], *, training: b
         alone = slots[number].eval()(x[2 * number - 6 :][:2])
         assert_close(part, alone, torch.float32, 6)
     # Those that were used last are kept.
-    compute([4, 4], 6, train=not training)
+    compute([3, 4, 4], 6, train=not training)
     assert len(made) == 19
     compute([3, 4], 1, train=not training)
     assert len(made) == 20
@@ -126,3 +126,20 @@ def test_a_skeleton_of_a_skeleton_keeps_the_handles_of_hooks() -> None:
     own.requires_grad_(requires_grad=False)
     assert not own.get_input_embeddings()(ids).requires_grad
     assert base.get_input_embeddings()(ids).requires_grad
+
+
+def test_a_slot_that_has_all_rows_computes_them_as_alone(made: list[Plan]) -> None:
+    base = torch.nn.Sequential(AdapterLinear(torch.nn.Linear(6, 5)))
+    slots = {number: skeleton(base) for number in (0, 1)}
+    for number, own in slots.items():
+        inject(own, MethodConfig(rank=2, targets=("0",)), number)
+        torch.nn.init.normal_(own[0].adapter.lora_B)
+    layout = Layout()
+    pack(base, slots, layout)
+    x = torch.randn(4, 7, 6)
+    layout.enter([1] * 4, 7)
+    assert torch.equal(base(x), slots[1](x))
+    assert not made
+    layout.enter([0, 1, 1, 1], 7)
+    assert_close(base(x)[1:], slots[1](x[1:]), torch.float32, 6)
+    assert len(made) == 1
