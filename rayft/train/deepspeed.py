@@ -63,8 +63,8 @@ class StepResult:
     """Tokens of all workers' micro-batches."""
     padding: float = 0.0
     """Share of padding in this worker's packed rows."""
-    seconds: float | None = None
-    """Duration of a step that several runs took together."""
+    seconds: float = 0.0
+    """Duration of the step, which several runs may have taken together."""
     share: float = 1.0
     """The run's share of the tokens of such a step."""
 

@@ -44,6 +44,7 @@ from rayft.train.masters import Holder, Master
 from rayft.train.placement import DeviceMemoryError, Placement, recompute_activations, smaller
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
+from rayft.train.stopwatch import Stopwatch
 from rayft.train.validation import MOST_TOKENS, longest, rows_at_once, validation_rows
 
 __all__ = ["Courses", "Pack", "Slot"]
@@ -154,8 +155,6 @@ class Pack:
         """Holds the graphs of the slots that the engine has."""
         self._unread: Callable[[], object] | None = None
         """Reads the numbers of the last step, until they are read."""
-        self._read_at = 0.0
-        """When those of a step were read last."""
 
     def stream(self) -> AbstractContextManager[None]:
         """Return a context for all that the pack does: the stream on which graphs are captured."""
@@ -217,8 +216,9 @@ class Pack:
             try:
                 self._lower([*steps])
             except DeviceMemoryError:
+                # Another engine will know nothing of the gradients that were left behind.
+                self._take_down()
                 raise torch.OutOfMemoryError(failure) from None
-            # The new engine knows nothing of the gradients that were left behind.
             self._build()
 
     def validate(self, slots: Sequence[Slot]) -> dict[Slot, float]:
@@ -248,7 +248,7 @@ class Pack:
         session = self._session
         rows, at_once = validation_rows(session, range(len(session.val))), rows_at_once(session)
         # Another width would cost each layer another table.
-        width = padded(rows.tokens.tolist())
+        width = padded([*rows.tokens.tolist()] * len(order))
         self._model.eval()
         totals, targets = dict.fromkeys(order, 0.0), 0
         for start in range(0, len(rows), at_once):
@@ -406,7 +406,7 @@ class Pack:
     # --- steps
 
     def _step(self, steps: Mapping[Slot, Step]) -> dict[Slot, Later]:
-        engine, started = self._engine, time.perf_counter()
+        engine, stopwatch = self._engine, Stopwatch(self._session.worker.device)
         assert engine is not None
         self._set_groups(engine, steps)
         if not self._model.training:
@@ -433,6 +433,7 @@ class Pack:
             self.updating = last
             engine.deepspeed.step()
         self.updating = False
+        seconds = stopwatch.stop()
         every = sum(tokens[slot] for slot in steps)
         self.shares = {slot: tokens[slot] / every for slot in steps}
         owners = [slot for each in losses for slot in each]
@@ -444,15 +445,13 @@ class Pack:
             for slot, loss in zip(owners, found[len(steps) :], strict=True):
                 sums[slot] += loss
             self._session.tick()
-            # The step before may have been read after this one was begun.
-            began, self._read_at = max(started, self._read_at), time.perf_counter()
             return {
                 slot: StepResult(
                     sums[slot] / targets[slot],
                     norm_of[slot],
                     tokens[slot],
                     one.padding(tokens[slot]),
-                    self._read_at - began,
+                    seconds(),
                     tokens[slot] / every,
                 )
                 for slot, one in steps.items()

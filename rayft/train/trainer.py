@@ -81,6 +81,7 @@ from rayft.train.placement import (
 )
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
+from rayft.train.stopwatch import Stopwatch
 from rayft.train.validation import validation_loss
 
 __all__ = [
@@ -150,8 +151,6 @@ class _Launched:
 
     step: int
     lr: float
-    started: float
-    """By the run's clock."""
     result: Later
 
 
@@ -225,8 +224,6 @@ class Trainer:
         """Whether the run ended before its last step by its own rule."""
         self._launched: _Launched | None = None
         """The last step, until its numbers are read."""
-        self._read_at = 0.0
-        """When the numbers of a step were read last, by the clock."""
         self._best: Kept | None = None
         """On rank 0, what the best evaluation left, once training has gone on after it."""
 
@@ -399,7 +396,7 @@ class Trainer:
 
     def _step(self, phase: Phase) -> Part[bool]:
         """Take one optimizer step, and report the step before; return whether it fitted into memory."""
-        progress, optim, started = self.progress, self.run.optim, self.clock()
+        progress, optim = self.progress, self.run.optim
         step, worker = progress.step, self.worker
         share = self._share(step)
         seed_everything(derive_seed(self.run.seed, step, worker.rank))
@@ -421,7 +418,7 @@ class Trainer:
         if self.pack is not None:
             self.placement = self.pack.placement
         self._read()
-        self._launched = _Launched(step + 1, lr, started, result)
+        self._launched = _Launched(step + 1, lr, result)
         progress.step = step + 1
         if awaited:
             self._read()
@@ -443,14 +440,11 @@ class Trainer:
             raise diverged
         self.session.tick()
         progress.tokens += result.tokens
-        # The step before may have been read after this one was begun.
-        began, self._read_at = max(launched.started, self._read_at), self.clock()
-        duration = self._read_at - began if result.seconds is None else result.seconds
-        progress.step_seconds += duration
-        progress.train_seconds += duration * result.share
+        progress.step_seconds += result.seconds
+        progress.train_seconds += result.seconds * result.share
         progress.train_curve.append((launched.step, result.loss))
         if self.worker.rank == 0:
-            self.reporter.log(launched.step, _step_metrics(launched.lr, result, duration))
+            self.reporter.log(launched.step, _step_metrics(launched.lr, result))
 
     def answer(self, asked: Asked) -> Later | bool | float:
         """Answer what the course of a run asks for that has the device to itself."""
@@ -463,10 +457,12 @@ class Trainer:
         if not self.model.training:
             self.model.train()
         set_lr(asked.engine, asked.lr)
+        stopwatch = Stopwatch(self.worker.device)
         batches = self._micro_batches(asked.share)
         result = optimizer_step(asked.engine, batches, self.worker)
+        seconds = stopwatch.stop()
         padding = asked.padding(sum(batch.input_ids.numel() for batch in batches))
-        return lambda: replace(result(), padding=padding)
+        return lambda: replace(result(), padding=padding, seconds=seconds())
 
     def _lower(self) -> None:
         """Set a smaller placement, because a step did not fit into the device's memory.
@@ -745,13 +741,13 @@ def _evaluation_steps(run: RunConfig, evaluate_at: Sequence[int]) -> set[int]:
     return {step for step in (*evaluate_at, *regular) if step < run.optim.steps} | {run.optim.steps}
 
 
-def _step_metrics(lr: float, result: StepResult, duration: float) -> dict[str, float]:
+def _step_metrics(lr: float, result: StepResult) -> dict[str, float]:
     return {
         "train_loss": result.loss,
         "lr": lr,
         "grad_norm": result.grad_norm,
-        "tokens_per_second": result.tokens / duration,
-        "step_seconds": duration * result.share,
+        "tokens_per_second": result.tokens / result.seconds,
+        "step_seconds": result.seconds * result.share,
         "padding": result.padding,
     }
 

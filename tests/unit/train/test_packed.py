@@ -380,6 +380,39 @@ def test_gradients_of_a_pass_that_did_not_fit_are_forgotten(
     assert_all_same(expected, again)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_of_a_pass_are_forgotten_when_another_run_has_to_leave(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    # Nothing is left to lower, so the newest run leaves; a clipped gradient would hide its size.
+    run = changed(
+        run,
+        scale={"accumulation": accumulation, "activation_checkpointing": False},
+        optim={"clip": 1e9, "lr": 1e-3},
+    )
+    runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("ab")}
+    expected = Trainer(runs["a"], session, Reporter(), tmp_path / "alone").fit()
+    real, there, taken = Part.take_gradients, Pack.session, list[Part]()
+    slots = list[Any]()
+
+    def own(pack: Pack) -> Session:
+        slots.append(pack._slots)
+        return there(pack)
+
+    def take_gradients(part: Part) -> None:
+        taken.append(part)
+        # In the last micro-batch of the third step of both.
+        if len(slots[-1]) == 2 and len(taken) > 4 * accumulation + 2 * (accumulation - 1):
+            raise torch.OutOfMemoryError("no room")
+        real(part)
+
+    monkeypatch.setattr(Pack, "session", own)
+    monkeypatch.setattr(Part, "take_gradients", take_gradients)
+    left = packed(runs, session, tmp_path / "packed")["a"]
+    assert isinstance(left, TrainResult)
+    assert_same(expected, left)
+
+
 def test_seconds_and_tokens_are_those_of_each_run(
     run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from rayft.errors import ConfigError, InterruptedRunError, TrainError
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import attach
 from rayft.numerics import assert_close
-from rayft.train import deepspeed, packed
+from rayft.train import deepspeed, packed, stopwatch
 from rayft.train.deepspeed import later
 from rayft.train.masters import load_masters
 from rayft.train.packed import Pack
@@ -208,6 +210,19 @@ def test_a_step_is_launched_before_the_last_one_is_read_unless_its_numbers_are_n
     else:
         Trainer(run, session, Reporter(), tmp_path).fit()
     assert happened == half * 2
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_seconds_of_a_step_do_not_depend_on_when_they_are_read(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, ahead: bool
+) -> None:
+    monkeypatch.setattr(Worker, "runs_ahead", ahead)
+    # Each look at the clock finds it a second later.
+    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=partial(next, itertools.count(0.0))))
+    reporter = RecordingReporter()
+    result = Trainer(changed(run, evaluate={"every": 3}), session, reporter, tmp_path).fit()
+    assert [metrics["step_seconds"] for _, metrics in reporter.logged] == [1.0] * result.steps
+    assert result.seconds["train"] == result.steps
 
 
 def _noted(happened: list[str], values: Sequence[torch.Tensor]) -> Callable[[], list[float]]:
