@@ -72,11 +72,13 @@ class Ahead:
 
     def close(self) -> None:
         """End Ray, once it has started."""
-        self._configured.set()
-        self._done.wait()
-        self._cluster.stop_cluster()
-        self._over.set()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            self._configured.set()
+            self._done.wait()
+            self._cluster.stop_cluster()
+        finally:
+            self._over.set()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _run(self) -> None:
         try:
@@ -130,6 +132,11 @@ def ahead(config: str, overrides: Sequence[str], *, search: bool = True) -> Iter
             settings = _settings(config, overrides, search=search)
         started.start_lanes(settings, settings.execution.lanes if settings and search else 1)
         yield started
+    except RayftError:
+        # What was wrong is shown even if the wait for Ray's end is interrupted.
+        with suppress(KeyboardInterrupt):
+            started.close()
+        raise
     finally:
         started.close()
 

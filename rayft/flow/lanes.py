@@ -35,6 +35,8 @@ def executor_for(plan: Plan, started: Ahead | None, lanes: int) -> Iterator[Exec
         executor = None
         if started is not None:
             executor = stack.enter_context(started.executor())
+            # The log of a rehearsal is written here.
+            (plan.output / "ray").mkdir(exist_ok=True)
             check_fit(workers, scale.device, scale.gpu_share)
         else:
             stack.enter_context(cluster(workers, device=scale.device, gpu_share=scale.gpu_share))

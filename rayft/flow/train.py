@@ -42,6 +42,8 @@ from rayft.train.trainer import TrainResult
 
 __all__ = ["Trained", "as_sweep", "ignored_space", "train_run"]
 
+HOW = {"executor", "restarts", "silence_seconds", "hang_seconds"}
+"""Settings of `sweep` that a run has, too."""
 EVALUATIONS = 10
 """How often a run is evaluated, and may write a checkpoint, if `evaluate.every` is not set."""
 
@@ -95,7 +97,7 @@ def as_sweep(config: TrainConfig, gpus: bool | None = None) -> PipelineConfig:
         if name in MethodSpace.model_fields
     }
     space |= {"ranks": [_rank(config, chosen)], "lr": [config.optim.lr], "anneal": values["anneal"]}
-    how = {} if config.sweep is None else config.sweep.model_dump(include={"executor", "restarts"})
+    how = {} if config.sweep is None else config.sweep.model_dump(include=HOW)
     values["sweep"] = {**how, "methods": {chosen.name: space}, "seeds": [config.seed]}
     return parse(PipelineConfig, values)
 

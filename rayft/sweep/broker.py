@@ -148,7 +148,10 @@ class Broker:
     # --- the client's side
 
     async def submit(self, job: Job[Any, Any], again: bool = True) -> bool:
-        """Queue a job, unless a job of the same id has not ended yet; return whether it was queued.
+        """Queue a job, unless a job of the same id has not ended yet.
+
+        Returns:
+            Whether it was queued; or, of a job that only one lane may take, whether that lane is not known.
 
         Args:
             job: the job.
@@ -158,7 +161,8 @@ class Broker:
         # The end of a job that was submitted ahead of its client may be waiting for it.
         waits = entry is not None and (not entry.done or (entry.last is not None and not entry.given))
         if waits or (entry is not None and not again):
-            return False
+            # Who queued it may have died before it could start the lane.
+            return entry is not None and not entry.done and job.lane not in (None, *self._lanes)
         entry = self._entries[job.id] = _Entry(job, progress={"state": "queued", "kind": job.kind})
         if self._closed:
             self._end(entry, self._refusal())

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 from typing import Any
 
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 __all__ = ["LaneTrainer"]
+
+
+class _WorkerGroup(WorkerGroup):
+    """Gives back its places if its process group can't be set up.
+
+    Ray leaves that to the end of a controller's process.
+    """
+
+    def _start(self) -> None:
+        try:
+            super()._start()  # type: ignore[no-untyped-call]
+        except Exception:
+            with suppress(Exception):
+                self.shutdown()  # type: ignore[no-untyped-call]
+            raise
+
+
+class _Controller(TrainController):
+    worker_group_cls = _WorkerGroup
 
 
 class LaneTrainer(TorchTrainer):
@@ -22,6 +43,6 @@ class LaneTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         # Its calls wait in this thread's event loop, which has nothing else to do.
         os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
-        controller = TrainController(**settings)
-        asyncio.run(controller.run())
+        controller = _Controller(**settings)
+        asyncio.run(controller.run())  # type: ignore[no-untyped-call]
         return controller.get_result()

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,9 @@ class Launcher:
 
 def _run(settings: LaneSettings, group: Group) -> str:
     """Start a worker group, wait until it ends, and return why it ended; empty if it has done its jobs."""
-    _start_coordinator()
+    # Without it, Ray Train tries again by itself.
+    with suppress(Exception):
+        _start_coordinator()
     from ray.train import RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig
 

@@ -33,7 +33,6 @@ from rayft.sweep.result import TrialResult, read_result, trial_folder
 from rayft.sweep.space import Point, SweepConfig
 from rayft.sweep.trial_actor import Evaluation, Start, TrialActor
 from rayft.tracking.base import TrackerSpec
-from rayft.train.checkpoint_folder import last_curve
 from rayft.train.course import TrainResult
 
 __all__ = ["Trial", "earlier", "search"]
@@ -254,13 +253,11 @@ def _start(request: TrainRequest) -> Start:
         left = earlier(request)
     except TrainError:
         # Its result follows from something else, for which `_collect` makes the trial fail.
-        before = [Evaluation(0, math.nan, done=True)]
+        over = [Evaluation(0, math.nan, done=True)]
     else:
-        # A checkpoint's lane reports the evaluation of the checkpoint's own step again.
-        curve = [] if left else last_curve(trial_folder(request.output, request.key) / "checkpoint")
-        before = [Evaluation(step, loss, done=False) for step, loss in curve]
-        before += _whole_curve(left.result) if left else []
-    return Start(Job.of(request.key, request, pack=request.pack), before, best)
+        over = _whole_curve(left.result) if left else []
+    checkpoint = trial_folder(request.output, request.key) / "checkpoint"
+    return Start(Job.of(request.key, request, pack=request.pack), checkpoint, over, best)
 
 
 def _whole_curve(result: TrainResult) -> list[Evaluation]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -16,6 +17,7 @@ from ray import tune
 
 from rayft.sweep.entrance import Entrance
 from rayft.sweep.jobs import Job
+from rayft.train.checkpoint_folder import last_curve
 
 __all__ = ["Evaluation", "Start", "TrialActor"]
 
@@ -33,15 +35,12 @@ class Start:
     """How a trial begins."""
 
     job: Job[Any, Any]
-    replay: Sequence[Evaluation] = ()
-    """Evaluations of an earlier, interrupted sweep, in their order."""
+    checkpoint: Path
+    """Where the trial has its checkpoints, from which it goes on."""
+    over: Sequence[Evaluation] = ()
+    """All evaluations of a trial that ended in an earlier sweep, so that nothing is left to train."""
     keeps_best: bool = False
     """Whether the trial keeps the weights of its best evaluation, and not of the last."""
-
-    @property
-    def over(self) -> bool:
-        """Whether the trial ended in that sweep, so that nothing is left to train."""
-        return bool(self.replay) and self.replay[-1].done
 
 
 class TrialActor(tune.Trainable):
@@ -87,8 +86,11 @@ class TrialActor(tune.Trainable):
         """Load nothing: the lane resumes the trial."""
 
     def _begin(self, start: Start) -> None:
-        self._start, self._replay = start, [*start.replay]
+        self._start, self._replay = start, [*start.over]
         self._seen, self._least = 0, math.inf
         if not start.over:
+            # A checkpoint's lane reports the evaluation of the checkpoint's own step again.
+            curve = last_curve(start.checkpoint)
+            self._replay = [Evaluation(step, loss, done=False) for step, loss in curve]
             # If a process before this one has died, the job has been submitted, and may have ended.
             self._entrance.submit([start.job], again=False)

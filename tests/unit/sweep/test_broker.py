@@ -64,6 +64,21 @@ def test_a_job_that_has_ended_is_done_again_only_if_asked() -> None:
     play(scene())
 
 
+def test_a_lane_of_its_own_is_started_by_whoever_finds_it_missing() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        assert await broker.submit(job("a", "lane-a"), again=False)
+        # Whoever queued it has died before the lane was started.
+        assert await broker.submit(job("a", "lane-a"), again=False)
+        await broker.expect("lane-a")
+        assert not await broker.submit(job("a", "lane-a"), again=False)
+        await broker.pull("lane-a")
+        await broker.finish("a", b"result")
+        assert not await broker.submit(job("a", "lane-a"), again=False)
+
+    play(scene())
+
+
 def test_a_cancelled_job_frees_its_lane_at_once() -> None:
     async def scene() -> None:
         broker = Broker()

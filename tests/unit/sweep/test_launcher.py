@@ -9,6 +9,7 @@ import pytest
 import ray.exceptions
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from rayft.sweep import lane_trainer
 from rayft.sweep.launcher import waiting_text
 from rayft.sweep.reasons import NODE_LOST, UNREACHABLE, why_ended
 from rayft.sweep.search import _run_tune
@@ -86,3 +87,18 @@ def test_a_search_continues_after_ray_killed_a_trials_process_for_memory() -> No
         run(full, full, full, None)
     with pytest.raises(RuntimeError, match="Tune ended"):
         run(ValueError("something else"), None)
+
+
+def test_a_group_whose_workers_can_not_talk_gives_back_its_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[object] = []
+
+    def start(group: object) -> None:
+        raise RuntimeError("no interface")
+
+    monkeypatch.setattr(lane_trainer.WorkerGroup, "_start", start)
+    monkeypatch.setattr(lane_trainer.WorkerGroup, "shutdown", lambda group: ended.append(group))
+    group = lane_trainer._WorkerGroup.__new__(lane_trainer._WorkerGroup)
+    with pytest.raises(RuntimeError, match="no interface"):
+        group._start()
+    assert ended == [group]
+    assert lane_trainer._Controller.worker_group_cls is lane_trainer._WorkerGroup

@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from rayft.data.section import DataConfig
 from rayft.squeeze.anneal import AnnealConfig
-from rayft.sweep import search
+from rayft.sweep import search, trial_actor
 from rayft.sweep.executor import MOST_SLOTS, LaneExecutor
+from rayft.sweep.jobs import Event
 from rayft.sweep.request import TrainRequest
 from rayft.sweep.space import MethodSpace, SweepConfig, points
 from rayft.sweep.trial_actor import TrialActor
@@ -49,6 +51,23 @@ def test_a_trial_is_judged_by_the_weights_that_it_keeps(
         assert [actor.step()["val_loss"] for _ in CURVE] == losses
         # The next trial in the same process begins anew.
         actor.reset_config(config)
+
+
+def test_a_process_that_takes_the_place_of_another_knows_what_was_saved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    curve: list[tuple[int, float]] = []
+    monkeypatch.setattr(trial_actor, "last_curve", lambda _: curve)
+    request = TrainRequest("t", "t", RunConfig(data=DataConfig(source="jsonl", name="rows.jsonl")), "out", ())
+    config = {"trial": search._start(request)}
+    # The trial has saved a checkpoint since Tune was told of it.
+    curve += [(2, 3.0), (4, 1.0)]
+    actor = TrialActor.__new__(TrialActor)
+    actor.setup(config, entrance=SimpleNamespace(submit=lambda *_, **__: None))  # type: ignore[arg-type]
+    assert [actor.step()["val_loss"] for _ in curve] == [3.0, 1.0]
+    monkeypatch.setattr(trial_actor.ray, "get", lambda _: Event("report", 6, {"val_loss": 2.0}))
+    actor._entrance = SimpleNamespace(broker=MagicMock())  # type: ignore[assignment]
+    assert actor.step()["val_loss"] == 1.0
 
 
 @pytest.mark.parametrize(
