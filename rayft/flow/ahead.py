@@ -127,6 +127,7 @@ def ahead(config: str, overrides: Sequence[str], *, search: bool = True) -> Iter
         yield None
         return
     started, settings = Ahead(), None
+    harmless: tuple[type[BaseException], ...] = ()
     try:
         with suppress(RayftError, OSError):
             settings = _settings(config, overrides, search=search)
@@ -134,11 +135,11 @@ def ahead(config: str, overrides: Sequence[str], *, search: bool = True) -> Iter
         yield started
     except RayftError:
         # What was wrong is shown even if the wait for Ray's end is interrupted.
-        with suppress(KeyboardInterrupt):
-            started.close()
+        harmless = (KeyboardInterrupt,)
         raise
     finally:
-        started.close()
+        with suppress(*harmless):
+            started.close()
 
 
 def _useful() -> bool:

@@ -15,7 +15,7 @@ __all__ = ["LaneTrainer"]
 
 
 class _WorkerGroup(WorkerGroup):
-    """Gives back its places if its process group can't be set up.
+    """A worker group that gives back its places if its process group can't be set up.
 
     Ray leaves that to the end of a controller's process.
     """
@@ -34,7 +34,7 @@ class _Controller(TrainController):
 
 
 class LaneTrainer(TorchTrainer):
-    """Starts and watches a lane's workers from this thread.
+    """A trainer that starts and watches the workers from its own thread.
 
     `TorchTrainer` starts an actor for that, a process that imports torch once more before it starts the
     workers.
