@@ -1,4 +1,4 @@
-"""The tolerance rule of all tests, seeds, and the fastest dtype of a CPU.
+"""The tolerance rule of all tests, seeds, the fastest dtype of a CPU, and copies to a device.
 
 Tolerance: results that are summed over `length` terms and stored in `dtype` after `depth` roundings differ
 from the exact results, relative to their norm, by at most
@@ -24,6 +24,7 @@ __all__ = [
     "derive_seed",
     "fastest_cpu_dtype",
     "generator",
+    "moved",
     "relative_error",
     "seed_everything",
     "tolerance",
@@ -105,3 +106,13 @@ def fastest_cpu_dtype(size: int = 512, repeats: int = 5) -> torch.dtype:
             times.append(time.perf_counter() - start)
         best[dtype] = min(times)
     return min(best, key=lambda dtype: best[dtype])
+
+
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Move a tensor to a device without waiting for what the device has to do before.
+
+    A copy from memory that is not pinned may wait for it.
+    """
+    if tensor.is_cpu and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -26,6 +26,7 @@ from rayft.data.pixels import EncodedImage
 from rayft.data.template import IGNORED, Encoded
 from rayft.data.texts import Gathered, gather, lengths_of
 from rayft.errors import DataError
+from rayft.numerics import moved
 
 __all__ = [
     "AnyBatch",
@@ -40,7 +41,6 @@ __all__ = [
     "collate_classification",
     "collate_images",
     "collate_rows",
-    "moved",
     "padded",
     "rows_of",
 ]
@@ -53,16 +53,6 @@ NO_ROW = 2**62
 
 MULTIPLE = 8
 """Batches of several rows are padded to a multiple of this, which tensor cores need."""
-
-
-def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Move a tensor to a device without waiting for what the device has to do before.
-
-    A copy from memory that is not pinned may wait for it.
-    """
-    if tensor.is_cpu and torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -353,8 +353,8 @@ def _stay(device: torch.device) -> float:
 def _without_plans() -> Iterator[None]:
     """Let PyTorch's attention do without cuDNN in the block.
 
-    With a mask, PyTorch prefers cuDNN on Hopper and later GPUs. It plans anew for each shape, which takes
-    some tenths of a second, and with each token of an answer the keys have another length.
+    With a mask, PyTorch prefers cuDNN on Hopper and later GPUs. cuDNN makes a plan for each new shape, and
+    with each token of an answer the keys have another length.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

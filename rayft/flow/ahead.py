@@ -29,7 +29,8 @@ class Ahead:
     """Ray on this machine, and perhaps the lanes of a sweep or run; both start in a thread."""
 
     def __init__(self) -> None:
-        # Imported before the thread starts, because two threads that import a package can meet half of it.
+        # Imported before the thread starts: of two threads that import a package at the same time, one can
+        # find it half imported.
         from rayft.flow import cluster
 
         self._cluster = cluster
@@ -59,7 +60,7 @@ class Ahead:
         It is None if no lanes were started.
 
         Raises:
-            ResourceError, DiskFullError: if Ray could not be started, or the machine can't hold the lanes.
+            ResourceError, DiskFullError: if Ray could not be started.
         """
         self._done.wait()
         if self._error is not None:
@@ -98,7 +99,6 @@ class Ahead:
         from rayft.sweep.space import slots_asked
 
         how, scale = self._config.execution, self._config.run().scale
-        self._cluster.check_fit(self._lanes * scale.workers, scale.device, scale.gpu_share)
         executor = LaneExecutor(
             scale, self._folder, self._lanes, how.restarts, self._config.name, how.patience,
             slots_asked(how, scale),

@@ -55,9 +55,9 @@ RAY_PROCESSES = ("gcs_server", "raylet")
 ENVIRONMENT = {
     # Seconds until the end or the death of a worker is noticed.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # No node of a single machine is taken away beforehand.
+    # A cloud takes back nodes of a cluster, but not this machine.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Ray would start a process for each core beforehand, of which lanes could use two.
+    # Ray would start an idle process for each core, of which a command uses two.
     "RAY_prestart_worker_first_driver": "0",
 }
 """How Ray and Ray Train work on a cluster that a command starts, unless the user has set it."""
@@ -165,7 +165,7 @@ def temporary_folders() -> list[Path]:
 
 
 def has_gpus() -> bool | None:
-    """Return whether the joined cluster has GPUs; None if no cluster is joined, but perhaps one started.
+    """Return whether the joined cluster has GPUs; None if none is joined, even if one was started here.
 
     A cluster whose GPU nodes start later declares them by a resource `gpu_cluster`.
     """

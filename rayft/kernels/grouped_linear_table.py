@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from rayft.kernels.launch_triton import ALIGNED
+from rayft.numerics import moved
 
 if TYPE_CHECKING:
     from rayft.kernels.grouped_linear import Term
@@ -233,11 +234,7 @@ class Table:
         self.division = divide(shapes, n_rows, inputs, outputs, like.element_size())
         """How the work is divided."""
         addresses = [address for term in terms for address in self._addresses(term, inputs, outputs)]
-        numbers = torch.from_numpy(self.division.numbers(addresses))
-        if like.is_cuda:
-            # A copy from memory that may be swapped out waits for all that the GPU computes.
-            numbers = numbers.pin_memory()
-        self.numbers = numbers.to(like.device, non_blocking=True)
+        self.numbers = moved(torch.from_numpy(self.division.numbers(addresses)), like.device)
         """Strips, chunks, parts, the numbers of chunks whose B trains, and of those whose A trains."""
 
     def refresh(self) -> None:

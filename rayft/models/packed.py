@@ -96,9 +96,8 @@ class PackedAdapter(Adapter):
         """Compute the base for all rows, and each slot's terms for its own."""
         if weight is None:
             return self._updates(x, self._present)
-        present = self._present
-        if [*self._layout.spans] == present and len(present) == 1 and not self._dropout(present[0]):
-            # Its own kernels know that all rows are its.
+        if len(self._layout.spans) == 1 and (present := self._present) and not self._dropout(present[0]):
+            # All rows are the slot's, so its adapter computes them as it does alone.
             return self.adapters[str(present[0])](x, weight, bias)  # type: ignore[no-any-return]
         plan, dropped = self._planned()
         y = grouped_linear(x, weight, bias, plan)

@@ -150,18 +150,19 @@ class Broker:
     async def submit(self, job: Job[Any, Any], again: bool = True) -> bool:
         """Queue a job, unless a job of the same id has not ended yet.
 
-        Returns:
-            Whether it was queued; or, of a job that only one lane may take, whether that lane is not known.
-
         Args:
             job: the job.
             again: whether a job that has ended, and whose client knows that, is done again.
+
+        Returns:
+            Whether it was queued. If only one lane may take it, also true as long as nobody has started that
+            lane.
         """
         entry = self._entries.get(job.id)
         # The end of a job that was submitted ahead of its client may be waiting for it.
         waits = entry is not None and (not entry.done or (entry.last is not None and not entry.given))
         if waits or (entry is not None and not again):
-            # Who queued it may have died before it could start the lane.
+            # The process that queued it may have died before it started the lane.
             return entry is not None and not entry.done and job.lane not in (None, *self._lanes)
         entry = self._entries[job.id] = _Entry(job, progress={"state": "queued", "kind": job.kind})
         if self._closed:

@@ -15,9 +15,9 @@ __all__ = ["LaneTrainer"]
 
 
 class _WorkerGroup(WorkerGroup):
-    """A worker group that gives back its places if its process group can't be set up.
+    """A worker group that releases its resources if its process group can't be set up.
 
-    Ray leaves that to the end of a controller's process.
+    Ray releases them only when the process of the controller ends, which goes on here.
     """
 
     def _start(self) -> None:
@@ -41,7 +41,7 @@ class LaneTrainer(TorchTrainer):
     """
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        # Its calls wait in this thread's event loop, which has nothing else to do.
+        # Ray warns of calls that block an event loop. This thread's loop runs nothing but the controller.
         os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
         controller = _Controller(**settings)
         asyncio.run(controller.run())  # type: ignore[no-untyped-call]

@@ -115,7 +115,7 @@ class Launcher:
 
 def _run(settings: LaneSettings, group: Group) -> str:
     """Start a worker group, wait until it ends, and return why it ended; empty if it has done its jobs."""
-    # Without it, Ray Train tries again by itself.
+    # If this fails, Ray Train starts the actor itself, only later.
     with suppress(Exception):
         _start_coordinator()
     from ray.train import RunConfig, ScalingConfig, WorkerGroupError
@@ -148,9 +148,9 @@ def _run(settings: LaneSettings, group: Group) -> str:
 
 
 def _start_coordinator() -> None:
-    """Let the actor start that Ray Train asks for resources, if it is not there yet.
+    """Start the actor from which Ray Train requests resources, unless it runs already.
 
-    Ray Train would start it after its imports, and wait for it.
+    Ray Train itself would start it after its imports, and then wait for it.
     """
     from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
         get_or_create_autoscaling_coordinator,

@@ -31,11 +31,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from rayft.data.pack import Batch, Row, collate_rows, moved, padded
+from rayft.data.pack import Batch, Row, collate_rows, padded
 from rayft.errors import ConfigError, TrainError
 from rayft.evaluate.loss import target_losses
 from rayft.models.inject import clear
 from rayft.models.packed import Layout, pack, skeleton, spans_of, unpackable
+from rayft.numerics import moved
 from rayft.train.course import Asked, Clock, CrowdedError, Part, Question, Step, Validation
 from rayft.train.deepspeed import Later, StepResult, later
 from rayft.train.flat import FlatEngine, clipped_here
@@ -435,7 +436,7 @@ class Pack:
         self.updating = False
         seconds = stopwatch.stop()
         every = sum(tokens[slot] for slot in steps)
-        self.shares = {slot: tokens[slot] / every for slot in steps}
+        shares = self.shares = {slot: tokens[slot] / every for slot in steps}
         owners = [slot for each in losses for slot in each]
 
         @cache
@@ -452,7 +453,7 @@ class Pack:
                     tokens[slot],
                     one.padding(tokens[slot]),
                     seconds(),
-                    tokens[slot] / every,
+                    shares[slot],
                 )
                 for slot, one in steps.items()
             }

@@ -12,6 +12,7 @@ from torch.nn import functional
 from rayft.config import Section
 from rayft.methods import METHODS
 from rayft.methods.base import Chain, ChainConfig, MethodConfig
+from rayft.train.packed import Courses, Pack
 from rayft.train.run import RunConfig
 from tests.reporter import RecordingReporter
 
@@ -87,3 +88,12 @@ class DieAt(RecordingReporter):
         if step == self._step:
             raise KeyboardInterrupt
         return True
+
+
+def play(courses: Courses[Any], pack: Pack) -> None:
+    """Take the steps of the runs of a pack until all have ended; whoever asks may go on."""
+    while len(courses):
+        for key in courses.questions:
+            courses.answer(key, True)
+        courses.advance()
+    pack.close()

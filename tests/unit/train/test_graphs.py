@@ -19,7 +19,7 @@ from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker
 from tests.unit.train.curves import assert_same_losses
-from tests.unit.train.runs import with_method
+from tests.unit.train.runs import play, with_method
 
 
 @pytest.fixture
@@ -91,11 +91,7 @@ def test_packed_runs_by_graphs_learn_what_they_learn_without(
         for name, one in runs.items():
             trainer = Trainer(one, pack.session(), Reporter(), tmp_path / f"{name}-{captured}", pack=pack)
             courses.begin(name, trainer.course(), trainer.clock)
-        while len(courses):
-            for name in courses.questions:
-                courses.answer(name, True)
-            courses.advance()
-        pack.close()
+        play(courses, pack)
         found.append(courses.ended())  # type: ignore[arg-type]
     assert replayed == ["_forward", "_backward"] * run.optim.steps
     for name in runs:

@@ -27,7 +27,7 @@ from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker
 from tests.unit.train.curves import WIDEST, assert_same_losses
-from tests.unit.train.runs import DieAt, changed, with_method
+from tests.unit.train.runs import DieAt, changed, play, with_method
 
 
 def begin(courses: Courses[TrainResult], pack: Pack, key: str, run: RunConfig, folder: Path) -> None:
@@ -487,11 +487,7 @@ def test_graphs_are_captured_again_with_fewer_slots(
     courses = Courses[TrainResult](pack)
     for key, one in runs.items():
         begin(courses, pack, key, one, tmp_path)
-    while len(courses):
-        for key in courses.questions:
-            courses.answer(key, True)
-        courses.advance()
-    pack.close()
+    play(courses, pack)
     assert captured == [6, 4]
     graphs = {key: result.placement["graphs"] for key, result in courses.ended().items()}  # type: ignore[union-attr]
     assert graphs == {"a": False, "b": True, "c": True}
@@ -537,11 +533,7 @@ def test_ranks_that_fall_at_the_same_step_need_one_new_engine(
         at = [boundary] if key == "one" else []
         trainer = Trainer(one, pack.session(), Reporter(), tmp_path / key, at, pack=pack)
         courses.begin(key, trainer.course(), trainer.clock)
-    while len(courses):
-        for key in courses.questions:
-            courses.answer(key, True)
-        courses.advance()
-    pack.close()
+    play(courses, pack)
     ranks = {phase.rank for phase in Trainer(falling, session, Reporter(), tmp_path).phases.plan}
     assert built == [2] * len(ranks)
 

@@ -28,7 +28,7 @@ from rayft.train.trainer import Reporter, Trainer, TrainResult, validation_loss
 from rayft.train.worker import Worker
 from tests.reporter import RecordingReporter
 from tests.unit.train.curves import WIDEST, assert_same_losses
-from tests.unit.train.runs import DieAt, StopAt, by_family, changed, with_method
+from tests.unit.train.runs import DieAt, StopAt, by_family, changed, play, with_method
 
 
 @pytest.mark.parametrize("method", ["lora", "cla"])
@@ -202,11 +202,7 @@ def test_a_step_is_launched_before_the_last_one_is_read_unless_its_numbers_are_n
         for number in range(slots):
             own = Trainer(run, pack.session(), Reporter(), tmp_path / str(number), pack=pack)
             courses.begin(str(number), own.course(), own.clock)
-        while len(courses):
-            for key in courses.questions:
-                courses.answer(key, True)
-            courses.advance()
-        pack.close()
+        play(courses, pack)
     else:
         Trainer(run, session, Reporter(), tmp_path).fit()
     assert happened == half * 2
