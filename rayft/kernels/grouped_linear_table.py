@@ -29,11 +29,11 @@ CHUNK = 16
 """Numbers of a chunk: addresses of B, A and columns (0 for the one that it doesn't have), rank, row stride of
 B, bits of the scale, first row, rows, place of q, flags, places in the sums of q and of db, number of parts,
 places of db and of da among the gradients, place of h."""
-STRIP = 5
+STRIP = 5 + CHUNK
 """Numbers of a strip: first row, rows, first chunk, number of chunks, whether each chunk selects distinct
-columns."""
-PART = 4
-"""Numbers of a part: chunk, first row, rows, index among the parts of the chunk."""
+columns; then those of the first chunk, because a read that has to wait for another one takes as long again."""
+PART = 3 + CHUNK
+"""Numbers of a part: first row, rows, index among the parts of the chunk; then those of the chunk."""
 TRAINS_B, TRAINS_A = 1, 2
 """Flags of a chunk."""
 FACTORS = 3
@@ -106,7 +106,8 @@ class Division:
         """Chunks whose da torch computes: rows, place of q, rank, place of da."""
         self._strips: list[npt.NDArray[np.int64]] = []
         self._chunks: list[list[int]] = []
-        self._parts: list[list[int]] = []
+        self._parts: list[tuple[list[int], int]] = []
+        """First row, rows and index of each part, and the number of its chunk."""
         self._with_b: list[int] = []
         self._with_a: list[int] = []
         owners: list[int] = []
@@ -117,14 +118,31 @@ class Division:
         self.with_b, self.with_a = len(self._with_b), len(self._with_a)
         self.several = bool((strips[:, 3] > 1).any())
         """Whether a strip has more than one chunk."""
-        lists = ([*chain(*self._chunks)], [*chain(*self._parts)], self._with_b, self._with_a)
-        sections = [strips.ravel(), *(np.array(one, dtype=np.int64) for one in lists)]
-        self.chunks_at, self.parts_at, self.b_at, self.a_at = [*accumulate(map(len, sections))][:-1]
-        self._numbers = np.concatenate(sections)
+        # The last one is for strips without chunks.
+        chunks = np.array([*self._chunks, [0] * CHUNK], dtype=np.int64)
+        first = np.where(strips[:, 3] > 0, strips[:, 2], -1)
+        heads = np.array([head for head, _ in self._parts], dtype=np.int64).reshape(-1, PART - CHUNK)
+        sections = [
+            (strips, first),
+            (None, np.arange(len(owners))),
+            (heads, np.array([chunk for _, chunk in self._parts], dtype=np.int64)),
+            (None, np.array(self._with_b, dtype=np.int64)),
+            (None, np.array(self._with_a, dtype=np.int64)),
+        ]
+        rows = [chunks[of] if head is None else np.column_stack((head, chunks[of])) for head, of in sections]
+        begins = [*accumulate((one.size for one in rows), initial=0)]
+        _, self.chunks_at, self.parts_at, self.b_at, self.a_at, _ = begins
+        self._numbers = np.concatenate([one.ravel() for one in rows])
         """All numbers of the table; for addresses, what is added to that of the factor."""
-        chunks = self.chunks_at + CHUNK * np.arange(len(owners))
-        self._places = (chunks[:, None] + np.arange(FACTORS)).ravel()
-        self._factors = (FACTORS * np.array(owners, dtype=np.int64)[:, None] + np.arange(FACTORS)).ravel()
+        places, of = [], []
+        for begin, one, (_, numbers) in zip(begins, rows, sections, strict=False):
+            chunks_at = begin + one.shape[1] * np.arange(1, len(one) + 1) - CHUNK
+            places.append(chunks_at[numbers >= 0])
+            of.append(numbers[numbers >= 0])
+        each = np.arange(FACTORS)
+        self._places = (np.concatenate(places)[:, None] + each).ravel()
+        terms_of = np.array(owners, dtype=np.int64)[np.concatenate(of)]
+        self._factors = (FACTORS * terms_of[:, None] + each).ravel()
 
     def numbers(self, addresses: Sequence[int]) -> np.ndarray:
         """Return all numbers of the table: (numbers,), int64.
@@ -178,7 +196,7 @@ class Division:
             ])  # fmt: skip
             for part in range(parts):
                 begin = part * part_rows
-                self._parts.append([number, first + begin, min(part_rows, rows - begin), part])
+                self._parts.append(([first + begin, min(part_rows, rows - begin), part], number))
             if trains_b:
                 self._with_b.append(number)
             if long:

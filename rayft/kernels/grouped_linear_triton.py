@@ -27,6 +27,8 @@ SUMMED = 2048
 """Numbers of db that a program adds up at once."""
 CHUNK = tl.constexpr(grouped_linear_table.CHUNK)
 STRIP = tl.constexpr(grouped_linear_table.STRIP)
+FIRST = tl.constexpr(grouped_linear_table.STRIP - grouped_linear_table.CHUNK)
+OF_PART = tl.constexpr(grouped_linear_table.PART - grouped_linear_table.CHUNK)
 PART = tl.constexpr(grouped_linear_table.PART)
 TRAINS_B = tl.constexpr(grouped_linear_table.TRAINS_B)
 TRAINS_A = tl.constexpr(grouped_linear_table.TRAINS_A)
@@ -260,16 +262,16 @@ def _update(
     n = tl.arange(0, BN)
     in_n = n < tl.load(strip + 1)
     row = (begin + n).to(tl.int64)
-    chunks = table_ptr + chunks_at + tl.load(strip + 2) * CHUNK
+    one, chunks = strip + FIRST, table_ptr + chunks_at + tl.load(strip + 2) * CHUNK
     if count == 1:
         _in_registers(
-            x_ptr, bias_ptr, chunks, chunks, h_ptr, y_ptr, begin, row, in_n, n_inputs, n_outputs, x_stride,
+            x_ptr, bias_ptr, one, one, h_ptr, y_ptr, begin, row, in_n, n_inputs, n_outputs, x_stride,
             first, blocks, R, BN, BI, BO, BIAS, False,
         )  # fmt: skip
     elif SEVERAL:
         if count == 2:
             _in_registers(
-                x_ptr, bias_ptr, chunks, chunks + CHUNK, h_ptr, y_ptr, begin, row, in_n, n_inputs, n_outputs,
+                x_ptr, bias_ptr, one, chunks + CHUNK, h_ptr, y_ptr, begin, row, in_n, n_inputs, n_outputs,
                 x_stride, first, blocks, R, BN, BI, BO, BIAS, True,
             )  # fmt: skip
         else:
@@ -286,14 +288,14 @@ def _update(
 
 @triton.jit(do_not_specialize=OF_BATCH)
 def _partial(
-    g_ptr, table_ptr, h_ptr, sums_ptr, n_outputs, g_stride, chunks_at, list_at,
+    g_ptr, table_ptr, h_ptr, sums_ptr, n_outputs, g_stride, list_at,
     R: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """Compute q of one tile of outputs, and db of one part of a chunk's rows."""
     tile = tl.program_id(0)
     part = table_ptr + list_at + tl.program_id(1) * PART
-    chunk = table_ptr + chunks_at + tl.load(part) * CHUNK
-    begin, rows = tl.load(part + 1).to(tl.int32), tl.load(part + 2).to(tl.int32)
+    chunk = part + OF_PART
+    begin, rows = tl.load(part).to(tl.int32), tl.load(part + 1).to(tl.int32)
     rank, trains = _rank(chunk), _has(chunk, TRAINS_B)
     o, r = tile * BO + tl.arange(0, BO), tl.arange(0, R)
     in_o = o < n_outputs
@@ -311,7 +313,7 @@ def _partial(
         h = _load_rows(h_place, before + n, rank, in_n & trains, R)
         _store_rows(q_place, chunk, before + n, tl.dot(g, b), in_n, R)
         db += tl.dot(tl.trans(h), g)
-    index = tl.load(part + 3) * rank + r
+    index = tl.load(part + 2) * rank + r
     place = _place(sums_ptr, chunk + 11) + index[:, None] * n_outputs + o[None, :]
     tl.store(place, db, mask=(r < rank)[:, None] & in_o[None, :] & trains)
 
@@ -435,39 +437,39 @@ def _total(  # noqa: C901, PLR0912, PLR0915  (a branch for each kind of strip)
         n = tl.arange(0, BN)
         in_n = n < tl.load(strip + 1)
         row = (begin + n).to(tl.int64)
-        chunks = table_ptr + chunks_at + tl.load(strip + 2) * CHUNK
+        one, chunks = strip + FIRST, table_ptr + chunks_at + tl.load(strip + 2) * CHUNK
         if (TO_X == 2) & (tl.load(strip + 4) != 0):
             if first == 0:
                 _into_columns(sums_ptr, x_ptr, chunks, count, begin, row, in_n, x_stride, kind, R, BN, TILES)
         elif count == 1:
-            low = _q_to_registers(sums_ptr, q_ptr, chunks, begin, in_n, first, kind, R, BN, TILES)
+            low = _q_to_registers(sums_ptr, q_ptr, one, begin, in_n, first, kind, R, BN, TILES)
             if TO_X > 0:
-                if tl.load(chunks + 2) == 0:
+                if tl.load(one + 2) == 0:
                     _write_x(
-                        x_ptr, row, in_n, low, chunks, low, chunks, n_inputs, x_stride, first, blocks,
+                        x_ptr, row, in_n, low, one, low, one, n_inputs, x_stride, first, blocks,
                         R, BI, TO_X, False, False,
                     )  # fmt: skip
                 else:
                     _write_x(
-                        x_ptr, row, in_n, low, chunks, low, chunks, n_inputs, x_stride, first, blocks,
+                        x_ptr, row, in_n, low, one, low, one, n_inputs, x_stride, first, blocks,
                         R, BI, TO_X, True, False,
                     )  # fmt: skip
         elif SEVERAL:
             other = chunks + CHUNK
             # Links of one chain either all select inputs or all have A.
-            alike = (count == 2) & ((tl.load(chunks + 2) == 0) == (tl.load(other + 2) == 0))
+            alike = (count == 2) & ((tl.load(one + 2) == 0) == (tl.load(other + 2) == 0))
             if alike:
-                low = _q_to_registers(sums_ptr, q_ptr, chunks, begin, in_n, first, kind, R, BN, TILES)
+                low = _q_to_registers(sums_ptr, q_ptr, one, begin, in_n, first, kind, R, BN, TILES)
                 low_2 = _q_to_registers(sums_ptr, q_ptr, other, begin, in_n, first, kind, R, BN, TILES)
                 if TO_X > 0:
-                    if tl.load(chunks + 2) == 0:
+                    if tl.load(one + 2) == 0:
                         _write_x(
-                            x_ptr, row, in_n, low, chunks, low_2, other, n_inputs, x_stride, first, blocks,
+                            x_ptr, row, in_n, low, one, low_2, other, n_inputs, x_stride, first, blocks,
                             R, BI, TO_X, False, True,
                         )  # fmt: skip
                     else:
                         _write_x(
-                            x_ptr, row, in_n, low, chunks, low_2, other, n_inputs, x_stride, first, blocks,
+                            x_ptr, row, in_n, low, one, low_2, other, n_inputs, x_stride, first, blocks,
                             R, BI, TO_X, True, True,
                         )  # fmt: skip
             else:
@@ -483,7 +485,7 @@ def _total(  # noqa: C901, PLR0912, PLR0915  (a branch for each kind of strip)
     else:
         tiles = tl.cdiv(n_outputs, BO)
         number = block - strips * split
-        chunk = table_ptr + chunks_at + tl.load(table_ptr + list_at + number // tiles) * CHUNK
+        chunk = table_ptr + list_at + number // tiles * CHUNK
         o, r = number % tiles * BO + tl.arange(0, BO), tl.arange(0, R)
         rank, parts = _rank(chunk), tl.load(chunk + 12).to(tl.int32)
         mask = (o < n_outputs)[:, None] & (r < rank)[None, :]
@@ -501,11 +503,11 @@ def _total(  # noqa: C901, PLR0912, PLR0915  (a branch for each kind of strip)
 
 @triton.jit(do_not_specialize=OF_BATCH)
 def _of_a(
-    x_ptr, table_ptr, q_ptr, grads_ptr, n_inputs, x_stride, chunks_at, list_at,
+    x_ptr, table_ptr, q_ptr, grads_ptr, n_inputs, x_stride, list_at,
     R: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
     """Compute da of one chunk for one tile of inputs."""
-    chunk = table_ptr + chunks_at + tl.load(table_ptr + list_at + tl.program_id(1)) * CHUNK
+    chunk = table_ptr + list_at + tl.program_id(1) * CHUNK
     i, r = tl.program_id(0) * BI + tl.arange(0, BI), tl.arange(0, R)
     in_i = i < n_inputs
     rank, begin, rows = _rank(chunk), tl.load(chunk + 6), tl.load(chunk + 7).to(tl.int32)
@@ -568,7 +570,7 @@ def backward(
         launch_partial(
             (division.tiles, division.parts, 1),
             (g, table.numbers, h, sums),
-            (division.outputs, g.stride(0), division.chunks_at, division.parts_at),
+            (division.outputs, g.stride(0), division.parts_at),
             (division.ranks, 64, division.tile_o),
         )
     to_x, grad_x = ABSENT, None
@@ -602,7 +604,7 @@ def _gradients_of_a(x: torch.Tensor, q: torch.Tensor, grads: torch.Tensor, table
         launch_of_a(
             (-(-division.inputs // tile), division.with_a, 1),
             (x, table.numbers, q, grads),
-            (division.inputs, x.stride(0), division.chunks_at, division.a_at),
+            (division.inputs, x.stride(0), division.a_at),
             (division.ranks, 64, tile),
         )
     for rows, place, rank, to in division.long:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from rayft.kernels.grouped_linear import Plan, Term, grouped_linear
-from rayft.kernels.grouped_linear_table import CHUNK, PART, STRIP, Table
+from rayft.kernels.grouped_linear_table import CHUNK, LONG, PART, STRIP, TRAINS_A, TRAINS_B, Table
 from rayft.numerics import assert_close
 
 N, OUT, IN = 40, 7, 150
@@ -228,16 +228,24 @@ def test_a_table_divides_rows_and_ranks_without_gap_or_overlap(name: str, n: int
     parts = section(division.parts_at, division.parts, PART)
     assert [row for first, rows, *_ in strips for row in range(first, first + rows)] == [*range(n)]
     assert division.several == any(strip[3] > 1 for strip in strips)
-    for first, rows, chunk, count, scattered in strips:
+    for first, rows, chunk, count, scattered, *copied in strips:
         mine = [term for term in terms if term.rows.start <= first < term.rows.stop]
         assert all(first + rows <= term.rows.stop for term in mine)
         found = chunks[chunk : chunk + count]
+        assert copied == (found[0] if count else [0] * CHUNK)
         assert sum(one[3] for one in found) == sum(term.b.shape[1] for term in mine)
         assert scattered == all(term.a is None and term.distinct for term in mine)
-    for number, chunk in enumerate(chunks):
-        covered = [row for of, first, rows, _ in parts if of == number for row in range(first, first + rows)]
-        assert covered == [*range(chunk[6], chunk[6] + chunk[7])]
-        assert [index for of, _, _, index in parts if of == number] == [*range(chunk[12])]
+    for chunk in chunks:
+        mine = [(first, rows, index) for first, rows, index, *of in parts if of == chunk]
+        assert [row for first, rows, _ in mine for row in range(first, first + rows)] == [
+            *range(chunk[6], chunk[6] + chunk[7])
+        ]
+        assert [index for _, _, index in mine] == [*range(chunk[12])]
+    with_b, with_a = ([chunk for chunk in chunks if chunk[9] & flag] for flag in (TRAINS_B, TRAINS_A))
+    assert section(division.b_at, division.with_b, CHUNK) == with_b
+    # Of the others torch computes da.
+    short = [chunk for chunk in with_a if chunk[7] < LONG]
+    assert section(division.a_at, division.with_a, CHUNK) == short
     # Buffers are used up to their ends, and no two chunks share a place in one.
     for place, size in ((8, division.q_numbers), (10, division.sums)):
         places = [chunk[place] for chunk in chunks if chunk[7]]
