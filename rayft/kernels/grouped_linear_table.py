@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ B, bits of the scale, first row, rows, place of q, flags, places in the sums of 
 places of db and of da among the gradients, place of h."""
 STRIP = 5 + CHUNK
 """Numbers of a strip: first row, rows, first chunk, number of chunks, whether each chunk selects distinct
-columns; then those of the first chunk, because a read that has to wait for another one takes as long again."""
+columns; then those of the first chunk, because a read that waits for another takes as long again."""
 PART = 3 + CHUNK
 """Numbers of a part: first row, rows, index among the parts of the chunk; then those of the chunk."""
 TRAINS_B, TRAINS_A = 1, 2
@@ -106,8 +106,8 @@ class Division:
         """Chunks whose da torch computes: rows, place of q, rank, place of da."""
         self._strips: list[npt.NDArray[np.int64]] = []
         self._chunks: list[list[int]] = []
-        self._parts: list[tuple[list[int], int]] = []
-        """First row, rows and index of each part, and the number of its chunk."""
+        self._parts: list[list[int]] = []
+        """Of each part: number of its chunk, first row, rows, index."""
         self._with_b: list[int] = []
         self._with_a: list[int] = []
         owners: list[int] = []
@@ -118,31 +118,32 @@ class Division:
         self.with_b, self.with_a = len(self._with_b), len(self._with_a)
         self.several = bool((strips[:, 3] > 1).any())
         """Whether a strip has more than one chunk."""
-        # The last one is for strips without chunks.
+        self._write(strips, [*owners, len(terms)])
+
+    def _write(self, strips: npt.NDArray[np.int64], owners: Sequence[int]) -> None:
+        """Write the table's sections. Each row of one ends with the numbers of a chunk.
+
+        Args:
+            strips: the strips, without their first chunks.
+            owners: the term of each chunk, and the number of terms for a chunk of zeros, which is the last.
+        """
         chunks = np.array([*self._chunks, [0] * CHUNK], dtype=np.int64)
-        first = np.where(strips[:, 3] > 0, strips[:, 2], -1)
-        heads = np.array([head for head, _ in self._parts], dtype=np.int64).reshape(-1, PART - CHUNK)
-        sections = [
-            (strips, first),
-            (None, np.arange(len(owners))),
-            (heads, np.array([chunk for _, chunk in self._parts], dtype=np.int64)),
-            (None, np.array(self._with_b, dtype=np.int64)),
-            (None, np.array(self._with_a, dtype=np.int64)),
-        ]
-        rows = [chunks[of] if head is None else np.column_stack((head, chunks[of])) for head, of in sections]
+        parts = np.array(self._parts, dtype=np.int64).reshape(-1, 1 + PART - CHUNK)
+        sections = [(strips, np.where(strips[:, 3] > 0, strips[:, 2], -1)), (parts[:, 1:], parts[:, 0])]
+        for numbers in (range(len(self._chunks)), self._with_b, self._with_a):
+            sections.append((np.empty((len(numbers), 0), np.int64), np.array(numbers, dtype=np.int64)))
+        rows = [np.column_stack((head, chunks[numbers])) for head, numbers in sections]
         begins = [*accumulate((one.size for one in rows), initial=0)]
-        _, self.chunks_at, self.parts_at, self.b_at, self.a_at, _ = begins
+        _, self.parts_at, self.chunks_at, self.b_at, self.a_at, _ = begins
         self._numbers = np.concatenate([one.ravel() for one in rows])
         """All numbers of the table; for addresses, what is added to that of the factor."""
-        places, of = [], []
-        for begin, one, (_, numbers) in zip(begins, rows, sections, strict=False):
-            chunks_at = begin + one.shape[1] * np.arange(1, len(one) + 1) - CHUNK
-            places.append(chunks_at[numbers >= 0])
-            of.append(numbers[numbers >= 0])
-        each = np.arange(FACTORS)
-        self._places = (np.concatenate(places)[:, None] + each).ravel()
-        terms_of = np.array(owners, dtype=np.int64)[np.concatenate(of)]
-        self._factors = (FACTORS * terms_of[:, None] + each).ravel()
+        ends = [
+            begin + one.shape[1] * np.arange(1, len(one) + 1)
+            for begin, one in zip(begins[:-1], rows, strict=True)
+        ]
+        of, factors = np.concatenate([numbers for _, numbers in sections]), np.arange(FACTORS)
+        self._places = (np.concatenate(ends)[:, None] - CHUNK + factors).ravel()
+        self._factors = (FACTORS * np.array(owners)[of][:, None] + factors).ravel()
 
     def numbers(self, addresses: Sequence[int]) -> np.ndarray:
         """Return all numbers of the table: (numbers,), int64.
@@ -151,7 +152,7 @@ class Division:
             addresses: those of B, A and the columns of each term; 0 for what a term doesn't have.
         """
         found = self._numbers.copy()
-        found[self._places] += np.array(addresses, dtype=np.int64)[self._factors]
+        found[self._places] += np.array([*addresses, *[0] * FACTORS], dtype=np.int64)[self._factors]
         return found
 
     def _fill(self, terms: Sequence[Shape], owners: list[int]) -> int:
@@ -196,7 +197,7 @@ class Division:
             ])  # fmt: skip
             for part in range(parts):
                 begin = part * part_rows
-                self._parts.append(([first + begin, min(part_rows, rows - begin), part], number))
+                self._parts.append([number, first + begin, min(part_rows, rows - begin), part])
             if trains_b:
                 self._with_b.append(number)
             if long:
@@ -253,7 +254,7 @@ class Table:
         """How the work is divided."""
         addresses = [address for term in terms for address in self._addresses(term, inputs, outputs)]
         self.numbers = moved(torch.from_numpy(self.division.numbers(addresses)), like.device)
-        """Strips, chunks, parts, the numbers of chunks whose B trains, and of those whose A trains."""
+        """Strips, parts, chunks, chunks whose B trains, and those whose A trains."""
 
     def refresh(self) -> None:
         """Copy what the kernels can't read where it is."""

@@ -224,7 +224,7 @@ def test_a_table_divides_rows_and_ranks_without_gap_or_overlap(name: str, n: int
         return [numbers[start + size * index : start + size * (index + 1)] for index in range(count)]
 
     strips = section(0, division.strips, STRIP)
-    chunks = section(division.chunks_at, (division.parts_at - division.chunks_at) // CHUNK, CHUNK)
+    chunks = section(division.chunks_at, (division.b_at - division.chunks_at) // CHUNK, CHUNK)
     parts = section(division.parts_at, division.parts, PART)
     assert [row for first, rows, *_ in strips for row in range(first, first + rows)] == [*range(n)]
     assert division.several == any(strip[3] > 1 for strip in strips)
@@ -263,7 +263,7 @@ def test_layers_of_equal_shapes_share_a_division_and_have_addresses_of_their_own
     assert tables[0].division is tables[1].division
     division = tables[0].division
     for terms, table in zip(layers, tables, strict=True):
-        numbers = table.numbers[division.chunks_at : division.parts_at].view(-1, CHUNK).tolist()
+        numbers = table.numbers[division.chunks_at : division.b_at].view(-1, CHUNK).tolist()
         chunks = iter(numbers)
         for term in terms:
             for first in range(0, term.b.shape[1], division.ranks):
