@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rayft.kernels.adamw import adamw
 from rayft.models.methods import method
 from rayft.squeeze.anneal import Moments
 from rayft.train.deepspeed import DeepSpeedEngine, build_engine, destroy, parameter_groups
@@ -128,16 +129,45 @@ class Part:
 
 
 class PartialAdamW(torch.optim.AdamW):
-    """AdamW that leaves groups alone that take no part in a step."""
+    """AdamW that leaves groups alone that take no part in a step, and clips the others' gradients.
 
-    def step(self, closure: Any = None) -> Any:
+    A group's `factor` is the scalar by which its gradient is multiplied in the next step; None for 1. What is
+    NaN then counts as 0.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step the groups that are `active`."""
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if group["active"]]
-        try:
-            return super().step(closure) if self.param_groups else None
-        finally:
-            self.param_groups = groups
+        assert closure is None
+        for group in self.param_groups:
+            factor, group["factor"] = group["factor"], None
+            if not group["active"]:
+                continue
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group, factor)
+
+    def _update(self, parameter: torch.Tensor, group: Mapping[str, Any], factor: torch.Tensor | None) -> None:
+        state = self.state[parameter]
+        if not state:
+            # As torch's own, which read and write checkpoints.
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        assert parameter.grad is not None
+        adamw(
+            parameter,
+            parameter.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            factor=factor,
+            step=int(state["step"]),
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            decay=group["weight_decay"],
+        )
 
 
 class _Deliver(torch.autograd.Function):
@@ -145,16 +175,18 @@ class _Deliver(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, loss: torch.Tensor, grads: Sequence[torch.Tensor], *_: torch.Tensor
+        ctx: Any, loss: torch.Tensor, grads: Sequence[torch.Tensor], whole: bool, *_: torch.Tensor
     ) -> torch.Tensor:
         """Return the loss."""
-        ctx.grads = grads
+        ctx.grads, ctx.whole = grads, whole
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients, times that of the loss."""
-        return None, None, *(grad * outer[0] for grad in ctx.grads)
+        """Return the gradients, times that of the loss, which is 1 for the only micro-batch of a step."""
+        # A view that nothing else holds becomes the gradient without a copy.
+        found = (grad.view_as(grad) if ctx.whole else grad * outer[0] for grad in ctx.grads)
+        return None, None, None, *found
 
 
 class FlatEngine:
@@ -180,14 +212,15 @@ class FlatEngine:
                 "lr": own.optim.lr * part.lr_factor,
                 "betas": own.optim.betas,
                 "active": True,
+                "factor": None,
             }
             for (own, _), parts in zip(members, self.parts, strict=True)
             for part in parts
         ]
         self._all = [part for parts in self.parts for part in parts]
         module = nn.ParameterList([part.flat for part in self._all])
-        # The kernels for many tensors use a thread block for 65,536 numbers: too few blocks for a GPU.
-        self.deepspeed: DeepSpeedEngine = build_engine(run, module, PartialAdamW(groups, foreach=False))
+        self.deepspeed: DeepSpeedEngine = build_engine(run, module, PartialAdamW(groups))
+        self._accumulates = run.scale.accumulation or 1
         for part in self._all:
             part.link()
 
@@ -267,8 +300,8 @@ class FlatEngine:
     def deliver(self) -> None:
         """Hand the gradients that were taken to the engine."""
         flats, grads = self.flats, [part.grad for part in self._all]
-        loss = flats[0].new_zeros((), dtype=torch.float32)
-        self.deepspeed.backward(_Deliver.apply(loss, grads, *flats))  # type: ignore[no-untyped-call]
+        loss, whole = flats[0].new_zeros((), dtype=torch.float32), self._accumulates == 1
+        self.deepspeed.backward(_Deliver.apply(loss, grads, whole, *flats))  # type: ignore[no-untyped-call]
 
     def drop_gradients(self) -> None:
         """Forget gradients that a pass has left on the models' parameters."""
@@ -289,9 +322,9 @@ class FlatEngine:
         return found
 
     def clip(self, member: int, most: float) -> torch.Tensor:
-        """Clip a member's gradient, after reduction and before the step (one worker).
+        """Let the next step clip a member's gradient, after reduction (one worker).
 
-        A gradient that is not finite becomes zero; the loss will tell why.
+        A number of the gradient that is not finite counts as zero; the loss will tell why.
 
         Args:
             member: its number.
@@ -303,9 +336,9 @@ class FlatEngine:
         gradients = self.gradients(member)
         norm: torch.Tensor = torch.stack([gradient.float().norm() for gradient in gradients]).norm()
         factor = (most / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            # If the norm is infinite, the factor is 0, and what stays infinite becomes NaN.
-            gradient.mul_(factor).nan_to_num_(0.0)
+        for group in self.groups[member]:
+            # If the norm is infinite, the factor is 0, and what is infinite becomes NaN.
+            group["factor"] = factor
         return norm
 
     def _numbers(self, member: int) -> range:

@@ -1,0 +1,62 @@
+"""The Triton kernel of `rayft.kernels.adamw`, which says what it computes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from rayft.kernels.launch_triton import Launcher, aligned
+
+__all__ = ["update"]
+
+BLOCK = 1024
+"""Numbers that a program updates."""
+
+
+@triton.jit
+def _adamw(
+    weight_ptr, grad_ptr, mean_ptr, square_ptr, factor_ptr, count, kept, beta_1, beta_2, lr, root, eps,
+    FACTOR: tl.constexpr, EIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if EIGHTS:
+        # Triton then knows that 4 numbers are all inside or all outside, and moves them at once.
+        count = count // 8 * 8
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if FACTOR:
+        grad *= tl.load(factor_ptr).to(tl.float32)
+        # NaN is the only number that differs from itself.
+        grad = tl.where(grad == grad, grad, 0.0)  # noqa: PLR0124
+    mean = tl.load(mean_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    mean += (1 - beta_1) * (grad - mean)
+    square = tl.load(square_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    square = square * beta_2 + (1 - beta_2) * grad * grad
+    weight = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32) * kept
+    weight -= lr * (mean / (tl.sqrt(square) / root + eps))
+    tl.store(weight_ptr + place, weight.to(weight_ptr.dtype.element_ty), mask=inside)
+    tl.store(mean_ptr + place, mean.to(mean_ptr.dtype.element_ty), mask=inside)
+    tl.store(square_ptr + place, square.to(square_ptr.dtype.element_ty), mask=inside)
+
+
+launch_adamw = Launcher(_adamw, num_warps=4)
+
+
+def update(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    factor: torch.Tensor | None,
+    rates: tuple[float, ...],
+) -> None:
+    """Launch the update on the current stream; see `rayft.kernels.adamw.reference_adamw`."""
+    count = weight.numel()
+    launch_adamw(
+        (-(-count // BLOCK), 1, 1),
+        (weight, grad, mean, square, weight if factor is None else aligned(factor)),
+        (count,),
+        (factor is not None, count % 8 == 0, BLOCK),
+        rates,
+    )

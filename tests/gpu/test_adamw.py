@@ -1,0 +1,39 @@
+"""The kernel of AdamW against its reference in float64. It also runs in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from rayft.kernels.adamw import reference_adamw
+from rayft.numerics import assert_close
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+RATES = (0.97, 0.9, 0.99, 0.1, 0.2, 1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("factor", [None, 0.25, 0.0, torch.nan])
+@pytest.mark.parametrize("count", [1, 1000, 4104, 5003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_like_its_reference(count: int, factor: float | None, dtype: torch.dtype) -> None:
+    from rayft.kernels.adamw_triton import update
+
+    torch.manual_seed(0)
+    given = [torch.randn(count, device=DEVICE).to(dtype) for _ in range(3)]
+    given.append(torch.rand(count, device=DEVICE).to(dtype))
+    if factor == 0.0:
+        given[1][0] = torch.inf
+    scalar = None if factor is None else torch.tensor(factor, device=DEVICE)
+    exact = [one.double() for one in given]
+    reference_adamw(*exact, None if scalar is None else scalar.double(), RATES)
+    found = [one.clone() for one in given]
+    update(*found, scalar, RATES)
+    assert torch.equal(found[1], given[1]), "the gradient has changed"
+    for one, expected in zip(found[::2], exact[::2], strict=True):
+        assert_close(one, expected, dtype, 8)
+    assert_close(found[3], exact[3], dtype, 8)
