@@ -1,6 +1,6 @@
 """The table that tells the kernels of `rayft.kernels.grouped_linear` where everything is.
 
-Terms are divided into *chunks* of at most 32 or 64 ranks, and the rows into *strips* of 16 or 32 rows that
+Terms are divided into *chunks* of at most 32 or 64 ranks, and the rows into *strips* of 16 to 64 rows that
 have the same chunks. For q and db, the rows of a chunk are divided into *parts*. The kernels read the table
 in the device's memory, so none is compiled for a rank, a scale, a number of rows or an address.
 """
@@ -89,7 +89,7 @@ class Division:
         self.n_rows, self.inputs, self.outputs, self._itemsize = n_rows, inputs, outputs, itemsize
         self.ranks = 32 if max((term.rank for term in terms), default=0) <= 32 else 64
         """The most ranks of a chunk."""
-        self.strip = 16 if n_rows <= 4096 else 32
+        self.strip = 16 if n_rows <= 4096 else 32 if n_rows < 8192 else 64
         """Rows of a strip."""
         # As in low_rank_linear_triton: large tiles where there is enough of g to fill the device.
         big = n_rows * outputs >= 2**24

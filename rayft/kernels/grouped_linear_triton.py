@@ -17,7 +17,7 @@ import triton.language as tl
 
 from rayft.kernels import grouped_linear_table
 from rayft.kernels.grouped_linear_table import Table
-from rayft.kernels.launch_triton import Launcher, aligned
+from rayft.kernels.launch_triton import Launcher, aligned, overlaps
 
 __all__ = ["backward", "forward"]
 
@@ -32,11 +32,26 @@ OF_PART = tl.constexpr(grouped_linear_table.PART - grouped_linear_table.CHUNK)
 PART = tl.constexpr(grouped_linear_table.PART)
 TRAINS_B = tl.constexpr(grouped_linear_table.TRAINS_B)
 TRAINS_A = tl.constexpr(grouped_linear_table.TRAINS_A)
+ROWS_OF_A = 256
+"""Rows that a program of da reads at once."""
+OVERLAPS = tl.constexpr(overlaps())
+"""Whether each kernel begins, and finds its work in the table, while the one before it ends."""
 ABSENT, WRITE, ADD = 0, 1, 2
 """What `_total` does to grad_x: it is not needed; it is written; it is added to."""
 
 # Only sizes of the layer are specialised on, of which divisibility by 16 matters.
 OF_BATCH = ["chunks_at", "list_at", "strips", "blocks", "split"]
+
+
+@triton.jit
+def _wait():
+    """Let the next kernel begin, and wait until the one before has ended, which may write what is read now.
+
+    The table was written long before.
+    """
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -263,6 +278,7 @@ def _update(
     in_n = n < tl.load(strip + 1)
     row = (begin + n).to(tl.int64)
     one, chunks = strip + FIRST, table_ptr + chunks_at + tl.load(strip + 2) * CHUNK
+    _wait()
     if count == 1:
         _in_registers(
             x_ptr, bias_ptr, one, one, h_ptr, y_ptr, begin, row, in_n, n_inputs, n_outputs, x_stride,
@@ -297,6 +313,7 @@ def _partial(
     chunk = part + OF_PART
     begin, rows = tl.load(part).to(tl.int32), tl.load(part + 1).to(tl.int32)
     rank, trains = _rank(chunk), _has(chunk, TRAINS_B)
+    _wait()
     o, r = tile * BO + tl.arange(0, BO), tl.arange(0, R)
     in_o = o < n_outputs
     b = _b_of(chunk, o, in_o, g_ptr.dtype.element_ty, R)
@@ -438,6 +455,7 @@ def _total(  # noqa: C901, PLR0912, PLR0915  (a branch for each kind of strip)
         in_n = n < tl.load(strip + 1)
         row = (begin + n).to(tl.int64)
         one, chunks = strip + FIRST, table_ptr + chunks_at + tl.load(strip + 2) * CHUNK
+        _wait()
         if (TO_X == 2) & (tl.load(strip + 4) != 0):
             if first == 0:
                 _into_columns(sums_ptr, x_ptr, chunks, count, begin, row, in_n, x_stride, kind, R, BN, TILES)
@@ -488,6 +506,7 @@ def _total(  # noqa: C901, PLR0912, PLR0915  (a branch for each kind of strip)
         chunk = table_ptr + list_at + number // tiles * CHUNK
         o, r = number % tiles * BO + tl.arange(0, BO), tl.arange(0, R)
         rank, parts = _rank(chunk), tl.load(chunk + 12).to(tl.int32)
+        _wait()
         mask = (o < n_outputs)[:, None] & (r < rank)[None, :]
         place, within = _place(sums_ptr, chunk + 11), r[None, :] * n_outputs + o[:, None]
         apart = rank.to(tl.int64) * n_outputs
@@ -512,6 +531,7 @@ def _of_a(
     in_i = i < n_inputs
     rank, begin, rows = _rank(chunk), tl.load(chunk + 6), tl.load(chunk + 7).to(tl.int32)
     q_place = _place(q_ptr, chunk + 8)
+    _wait()
     da = tl.zeros((R, BI), tl.float32)
     for start in range(0, rows, BN):
         n = start + tl.arange(0, BN)
@@ -523,10 +543,11 @@ def _of_a(
     tl.store(out, da.to(grads_ptr.dtype.element_ty), mask=(r < rank)[:, None] & in_i[None, :])
 
 
-launch_update = Launcher(_update, num_warps=4, num_stages=4)
-launch_partial = Launcher(_partial, num_warps=8, num_stages=3)
-launch_total = Launcher(_total, num_warps=4)
-launch_of_a = Launcher(_of_a, num_warps=4, num_stages=4)
+PDL = OVERLAPS.value
+launch_update = Launcher(_update, num_warps=4, num_stages=4, launch_pdl=PDL)
+launch_partial = Launcher(_partial, num_warps=4, num_stages=3, launch_pdl=PDL)
+launch_total = Launcher(_total, num_warps=4, launch_pdl=PDL)
+launch_of_a = Launcher(_of_a, num_warps=8, num_stages=2, launch_pdl=PDL)
 
 
 def forward(
@@ -589,10 +610,10 @@ def backward(
         ),
         (division.tiles, division.ranks, division.strip, summed, TILE, to_x, division.several),
     )  # fmt: skip
-    if grad_x is not None and not division.adds:
-        grad_x.addmm_(g, weight)
     if x is not None:
         _gradients_of_a(x, q, grads, table)
+    if grad_x is not None and not division.adds:
+        grad_x.addmm_(g, weight)
     return grad_x, [grads[at : at + math.prod(shape)].view(shape) for at, shape in division.views]
 
 
@@ -600,12 +621,12 @@ def _gradients_of_a(x: torch.Tensor, q: torch.Tensor, grads: torch.Tensor, table
     division = table.division
     x = aligned(x if x.stride(1) == 1 else x.contiguous())
     if division.with_a:
-        tile = 32 if division.inputs < 1024 else 64 if division.inputs < 4096 else 128
+        tile = 32 if division.inputs < 1024 else 64
         launch_of_a(
             (-(-division.inputs // tile), division.with_a, 1),
             (x, table.numbers, q, grads),
             (division.inputs, x.stride(0), division.a_at),
-            (division.ranks, 64, tile),
+            (division.ranks, ROWS_OF_A, tile),
         )
     for rows, place, rank, to in division.long:
         width, count = -(-rank // 8) * 8, rows.stop - rows.start
