@@ -528,13 +528,10 @@ def asynchronous(parts: Sequence[str]) -> list[dict[str, Any]]:
 
 def rayft_server() -> None:
     """Serve with rayft until the process is ended."""
-    import ray
-
     from rayft.models.load import ModelConfig
     from rayft.serving.build import run
     from rayft.serving.config import ServeConfig
 
-    ray.init(namespace="rayft", include_dashboard=False)
     config = ServeConfig(
         model=ModelConfig(name=str(WORK / "base")),
         engine="vllm",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import socket
 import sys
@@ -49,6 +50,9 @@ of a worker node does not affect them. They reserve no core, which the replicas 
 QUIET = LoggingConfig(enable_access_log=False)
 """No line in the log for each request, which would take a replica time, and none for each time that a replica
 asks the director for changes."""
+
+NICENESS = "RAY_worker_niceness"
+"""Ray's variable for the priority of its workers."""
 
 ROUTING_SECONDS = 1.0
 """Interval at which replicas report to the routers which adapters they have on the device."""
@@ -181,6 +185,8 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
     """
     preflight(config)
     if not ray.is_initialized():
+        # Ray's workers otherwise have a low priority, so the engine would wait for all else on the machine.
+        os.environ.setdefault(NICENESS, "0")
         ray.init(namespace=APPLICATION)
     ray_serve.start(proxy_location="Disabled")
     try:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from ray._common.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
@@ -16,7 +18,17 @@ from rayft.config import parse
 from rayft.errors import ArtifactError, BaseMismatchError, ConfigError, ModelError, ResourceError
 from rayft.models.load import ModelConfig
 from rayft.models.tiny import save_tiny_llama
-from rayft.serving.build import ROUTING_SECONDS, _check_gpus, app, build_app, check, engine_of, preflight, run
+from rayft.serving.build import (
+    NICENESS,
+    ROUTING_SECONDS,
+    _check_gpus,
+    app,
+    build_app,
+    check,
+    engine_of,
+    preflight,
+    run,
+)
 from rayft.serving.config import ServeConfig
 from rayft.serving.deployment import deployment
 from rayft.serving.router import RECENT_SECONDS
@@ -45,6 +57,31 @@ def test_adapters_that_match_the_base_pass(
     tiny_folder: Path, adapter_folders: dict[str, str], free_port: int
 ) -> None:
     preflight(config(tiny_folder, free_port, **adapter_folders))
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "0"), ("5", "5")])
+def test_workers_have_the_usual_priority(
+    tiny_folder: Path,
+    free_port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    chosen: str | None,
+    expected: str,
+) -> None:
+    found = []
+
+    def start(**_: Any) -> None:
+        found.append(os.environ[NICENESS])
+        raise ResourceError("not started")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", start)
+    # Sets it back in the end.
+    monkeypatch.setenv(NICENESS, chosen or "")
+    if chosen is None:
+        del os.environ[NICENESS]
+    with pytest.raises(ResourceError, match="not started"):
+        run(config(tiny_folder, free_port))
+    assert found == [expected]
 
 
 @pytest.mark.parametrize("start", [preflight, run])
