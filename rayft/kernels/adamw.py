@@ -28,7 +28,8 @@ def adamw(
     mean: torch.Tensor,
     square: torch.Tensor,
     *,
-    factor: torch.Tensor | None,
+    factors: torch.Tensor | None = None,
+    number: int = 0,
     step: int,
     lr: float,
     betas: tuple[float, float],
@@ -42,7 +43,8 @@ def adamw(
         grad: g.
         mean: m.
         square: v.
-        factor: scalar by which g is multiplied; None for 1.
+        factors: numbers (n,), one of which g is multiplied by; None for 1.
+        number: which of them.
         step: t, from 1 on.
         lr: learning rate.
         betas: β1 and β2.
@@ -54,9 +56,9 @@ def adamw(
     if weight.is_cuda and weight.numel():
         from rayft.kernels.adamw_triton import update
 
-        update(weight, grad, mean, square, factor, rates)
+        update(weight, grad, mean, square, factors, number, rates)
     else:
-        reference_adamw(weight, grad, mean, square, factor, rates)
+        reference_adamw(weight, grad, mean, square, factors, number, rates)
 
 
 def reference_adamw(
@@ -64,7 +66,8 @@ def reference_adamw(
     grad: torch.Tensor,
     mean: torch.Tensor,
     square: torch.Tensor,
-    factor: torch.Tensor | None,
+    factors: torch.Tensor | None,
+    number: int,
     rates: tuple[float, float, float, float, float, float],
 ) -> None:
     """Update with torch's own operators.
@@ -74,12 +77,13 @@ def reference_adamw(
         grad: g.
         mean: m.
         square: v.
-        factor: as in `adamw`.
+        factors: as in `adamw`.
+        number: as there.
         rates: 1 - lr * decay, β1, β2, lr / (1 - β1^t), sqrt(1 - β2^t), eps.
     """
     kept, beta_1, beta_2, lr, root, eps = rates
-    if factor is not None:
-        grad = (grad * factor).nan_to_num(0.0)
+    if factors is not None:
+        grad = (grad * factors[number]).nan_to_num(0.0)
     weight.mul_(kept)
     mean.lerp_(grad, 1 - beta_1)
     square.mul_(beta_2).addcmul_(grad, grad, value=1 - beta_2)

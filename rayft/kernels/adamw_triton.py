@@ -14,9 +14,10 @@ BLOCK = 1024
 """Numbers that a program updates."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _adamw(
-    weight_ptr, grad_ptr, mean_ptr, square_ptr, factor_ptr, count, kept, beta_1, beta_2, lr, root, eps,
+    weight_ptr, grad_ptr, mean_ptr, square_ptr, factors_ptr, count, number,
+    kept, beta_1, beta_2, lr, root, eps,
     FACTOR: tl.constexpr, EIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if EIGHTS:
@@ -26,7 +27,7 @@ def _adamw(
     inside = place < count
     grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if FACTOR:
-        grad *= tl.load(factor_ptr).to(tl.float32)
+        grad *= tl.load(factors_ptr + number).to(tl.float32)
         # NaN is the only number that differs from itself.
         grad = tl.where(grad == grad, grad, 0.0)  # noqa: PLR0124
     mean = tl.load(mean_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -48,15 +49,16 @@ def update(
     grad: torch.Tensor,
     mean: torch.Tensor,
     square: torch.Tensor,
-    factor: torch.Tensor | None,
+    factors: torch.Tensor | None,
+    number: int,
     rates: tuple[float, ...],
 ) -> None:
     """Launch the update on the current stream; see `rayft.kernels.adamw.reference_adamw`."""
     count = weight.numel()
     launch_adamw(
         (-(-count // BLOCK), 1, 1),
-        (weight, grad, mean, square, weight if factor is None else aligned(factor)),
-        (count,),
-        (factor is not None, count % 8 == 0, BLOCK),
+        (weight, grad, mean, square, weight if factors is None else aligned(factors)),
+        (count, number),
+        (factors is not None, count % 8 == 0, BLOCK),
         rates,
     )

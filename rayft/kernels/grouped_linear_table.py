@@ -96,6 +96,9 @@ class Division:
         self.tile_o = 256 if big else 128
         """Outputs that are multiplied at once for q and db."""
         self.tiles = -(-outputs // self.tile_o)
+        self.tile_a = 32 if inputs < 1024 else 64
+        """Inputs that are multiplied at once for da."""
+        self.tiles_a = -(-inputs // self.tile_a)
         rows = sum(term.rows * -(-term.rank // self.ranks) for term in terms)
         self._part = max(LEAST, -(-rows // max(1, (132 if big else 264) // self.tiles)))
         self.h_numbers = self.frozen_numbers = self.q_numbers = self.sums = self.grads = 0
@@ -255,6 +258,9 @@ class Table:
         addresses = [address for term in terms for address in self._addresses(term, inputs, outputs)]
         self.numbers = moved(torch.from_numpy(self.division.numbers(addresses)), like.device)
         """Strips, parts, chunks, chunks whose B trains, and those whose A trains."""
+        count = self.division.with_a * self.division.tiles_a
+        self.ended = torch.zeros(count, device=like.device, dtype=torch.int32)
+        """How many of the programs that compute da of a chunk and a tile of inputs have ended."""
 
     def refresh(self) -> None:
         """Copy what the kernels can't read where it is."""

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from rayft.kernels import grouped_linear_table
 from rayft.kernels.grouped_linear_table import Table
-from rayft.kernels.launch_triton import Launcher, aligned, overlaps
+from rayft.kernels.launch_triton import Launcher, aligned
 
 __all__ = ["backward", "forward"]
 
@@ -32,26 +32,13 @@ OF_PART = tl.constexpr(grouped_linear_table.PART - grouped_linear_table.CHUNK)
 PART = tl.constexpr(grouped_linear_table.PART)
 TRAINS_B = tl.constexpr(grouped_linear_table.TRAINS_B)
 TRAINS_A = tl.constexpr(grouped_linear_table.TRAINS_A)
-ROWS_OF_A = 256
-"""Rows that a program of da reads at once."""
-OVERLAPS = tl.constexpr(overlaps())
-"""Whether each kernel begins, and finds its work in the table, while the one before it ends."""
+PARTS_OF_A = 4
+"""Parts of a chunk's rows, each of which a program multiplies for da."""
 ABSENT, WRITE, ADD = 0, 1, 2
 """What `_total` does to grad_x: it is not needed; it is written; it is added to."""
 
 # Only sizes of the layer are specialised on, of which divisibility by 16 matters.
 OF_BATCH = ["chunks_at", "list_at", "strips", "blocks", "split"]
-
-
-@triton.jit
-def _wait():
-    """Let the next kernel begin, and wait until the one before has ended, which may write what is read now.
-
-    The table was written long before.
-    """
-    if OVERLAPS:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -278,7 +265,6 @@ def _update(
     in_n = n < tl.load(strip + 1)
     row = (begin + n).to(tl.int64)
     one, chunks = strip + FIRST, table_ptr + chunks_at + tl.load(strip + 2) * CHUNK
-    _wait()
     if count == 1:
         _in_registers(
             x_ptr, bias_ptr, one, one, h_ptr, y_ptr, begin, row, in_n, n_inputs, n_outputs, x_stride,
@@ -313,7 +299,6 @@ def _partial(
     chunk = part + OF_PART
     begin, rows = tl.load(part).to(tl.int32), tl.load(part + 1).to(tl.int32)
     rank, trains = _rank(chunk), _has(chunk, TRAINS_B)
-    _wait()
     o, r = tile * BO + tl.arange(0, BO), tl.arange(0, R)
     in_o = o < n_outputs
     b = _b_of(chunk, o, in_o, g_ptr.dtype.element_ty, R)
@@ -455,7 +440,6 @@ def _total(  # noqa: C901, PLR0912, PLR0915  (a branch for each kind of strip)
         in_n = n < tl.load(strip + 1)
         row = (begin + n).to(tl.int64)
         one, chunks = strip + FIRST, table_ptr + chunks_at + tl.load(strip + 2) * CHUNK
-        _wait()
         if (TO_X == 2) & (tl.load(strip + 4) != 0):
             if first == 0:
                 _into_columns(sums_ptr, x_ptr, chunks, count, begin, row, in_n, x_stride, kind, R, BN, TILES)
@@ -506,7 +490,6 @@ def _total(  # noqa: C901, PLR0912, PLR0915  (a branch for each kind of strip)
         chunk = table_ptr + list_at + number // tiles * CHUNK
         o, r = number % tiles * BO + tl.arange(0, BO), tl.arange(0, R)
         rank, parts = _rank(chunk), tl.load(chunk + 12).to(tl.int32)
-        _wait()
         mask = (o < n_outputs)[:, None] & (r < rank)[None, :]
         place, within = _place(sums_ptr, chunk + 11), r[None, :] * n_outputs + o[:, None]
         apart = rank.to(tl.int64) * n_outputs
@@ -522,32 +505,45 @@ def _total(  # noqa: C901, PLR0912, PLR0915  (a branch for each kind of strip)
 
 @triton.jit(do_not_specialize=OF_BATCH)
 def _of_a(
-    x_ptr, table_ptr, q_ptr, grads_ptr, n_inputs, x_stride, list_at,
-    R: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr,
+    x_ptr, table_ptr, q_ptr, grads_ptr, sums_ptr, ended_ptr, n_inputs, x_stride, list_at,
+    R: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Compute da of one chunk for one tile of inputs."""
-    chunk = table_ptr + list_at + tl.program_id(1) * CHUNK
-    i, r = tl.program_id(0) * BI + tl.arange(0, BI), tl.arange(0, R)
+    """Compute da of one chunk for one tile of inputs, by a program for each part of its rows."""
+    tile, number, part = tl.program_id(0), tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
+    chunk = table_ptr + list_at + number * CHUNK
+    i, r = tile * BI + tl.arange(0, BI), tl.arange(0, R)
     in_i = i < n_inputs
     rank, begin, rows = _rank(chunk), tl.load(chunk + 6), tl.load(chunk + 7).to(tl.int32)
     q_place = _place(q_ptr, chunk + 8)
-    _wait()
+    share = tl.cdiv(tl.cdiv(rows, PARTS), BN) * BN
+    end = tl.minimum(rows, (part + 1) * share)
     da = tl.zeros((R, BI), tl.float32)
-    for start in range(0, rows, BN):
+    for start in range(part * share, end, BN):
         n = start + tl.arange(0, BN)
-        in_n = n < rows
+        in_n = n < end
         place = x_ptr + (begin + n)[:, None] * x_stride + i[None, :]
         x = tl.load(place, mask=in_n[:, None] & in_i[None, :], other=0.0)
         da += tl.dot(tl.trans(_load_rows(q_place, n, rank, in_n, R)), x)
-    out = grads_ptr + tl.load(chunk + 14) + r[:, None] * n_inputs + i[None, :]
-    tl.store(out, da.to(grads_ptr.dtype.element_ty), mask=(r < rank)[:, None] & in_i[None, :])
+    mask, within = (r < rank)[:, None] & in_i[None, :], r[:, None] * n_inputs + i[None, :]
+    sums = sums_ptr + (number * PARTS * R).to(tl.int64) * n_inputs + within
+    tl.store(sums + part * R * n_inputs, da, mask=mask)
+    # All of the program's numbers are written before it counts as ended.
+    tl.debug_barrier()
+    ended = ended_ptr + number * tl.num_programs(0) + tile
+    if tl.atomic_add(ended, 1, sem="acq_rel") == PARTS - 1:
+        # The last program to end adds up all parts, in their order.
+        tl.debug_barrier()
+        da = tl.zeros((R, BI), tl.float32)
+        for other in tl.static_range(PARTS):
+            da += tl.load(sums + other * R * n_inputs, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(grads_ptr + tl.load(chunk + 14) + within, da.to(grads_ptr.dtype.element_ty), mask=mask)
+        tl.store(ended, 0)
 
 
-PDL = OVERLAPS.value
-launch_update = Launcher(_update, num_warps=4, num_stages=4, launch_pdl=PDL)
-launch_partial = Launcher(_partial, num_warps=4, num_stages=3, launch_pdl=PDL)
-launch_total = Launcher(_total, num_warps=4, launch_pdl=PDL)
-launch_of_a = Launcher(_of_a, num_warps=8, num_stages=2, launch_pdl=PDL)
+launch_update = Launcher(_update, num_warps=4, num_stages=4)
+launch_partial = Launcher(_partial, num_warps=4, num_stages=3)
+launch_total = Launcher(_total, num_warps=4)
+launch_of_a = Launcher(_of_a, num_warps=4, num_stages=2)
 
 
 def forward(
@@ -621,12 +617,16 @@ def _gradients_of_a(x: torch.Tensor, q: torch.Tensor, grads: torch.Tensor, table
     division = table.division
     x = aligned(x if x.stride(1) == 1 else x.contiguous())
     if division.with_a:
-        tile = 32 if division.inputs < 1024 else 64
+        sums = torch.empty(
+            division.with_a * PARTS_OF_A * division.ranks * division.inputs,
+            device=x.device,
+            dtype=torch.float32,
+        )
         launch_of_a(
-            (-(-division.inputs // tile), division.with_a, 1),
-            (x, table.numbers, q, grads),
+            (division.tiles_a, division.with_a * PARTS_OF_A, 1),
+            (x, table.numbers, q, grads, sums, table.ended),
             (division.inputs, x.stride(0), division.a_at),
-            (division.ranks, ROWS_OF_A, tile),
+            (division.ranks, 128, division.tile_a, PARTS_OF_A),
         )
     for rows, place, rank, to in division.long:
         width, count = -(-rank // 8) * 8, rows.stop - rows.start

@@ -22,7 +22,7 @@ import torch
 
 from rayft.files import locked
 
-__all__ = ["Launch", "Launcher", "aligned", "compiling_ahead", "current_stream", "kernel_cache", "overlaps"]
+__all__ = ["Launch", "Launcher", "aligned", "compiling_ahead", "current_stream", "kernel_cache"]
 
 Launch = Callable[..., None]
 """Launches a compiled kernel: (programs along x, programs along y, stream, *addresses, *numbers). Triton must
@@ -38,14 +38,6 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     Without the copy, a kernel would be compiled for every combination of aligned and other tensors.
     """
     return tensor.clone() if tensor.data_ptr() % ALIGNED else tensor
-
-
-def overlaps() -> bool:
-    """Return whether the device can begin a kernel before the one before it has ended.
-
-    Such a kernel is launched with `launch_pdl`, and waits in its code until it may read what others write.
-    """
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 class Launcher:

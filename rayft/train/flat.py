@@ -9,6 +9,7 @@ moved into a flat one by a CUDA graph or after the backward pass, and handed to 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from rayft.kernels.adamw import adamw
 from rayft.models.methods import method
+from rayft.numerics import moved
 from rayft.squeeze.anneal import Moments
 from rayft.train.deepspeed import DeepSpeedEngine, build_engine, destroy, parameter_groups
 from rayft.train.masters import Holder, Master, read_masters, replace_master, write_masters
@@ -131,8 +133,8 @@ class Part:
 class PartialAdamW(torch.optim.AdamW):
     """AdamW that leaves groups alone that take no part in a step, and clips the others' gradients.
 
-    A group's `factor` is the scalar by which its gradient is multiplied in the next step; None for 1. What is
-    NaN then counts as 0.
+    A group's `factors` are numbers (n,) on the device, by one of which its gradient is multiplied in the next
+    step, that of the group's `number`; None for 1. What is NaN then counts as 0.
     """
 
     @torch.no_grad()
@@ -140,14 +142,16 @@ class PartialAdamW(torch.optim.AdamW):
         """Step the groups that are `active`."""
         assert closure is None
         for group in self.param_groups:
-            factor, group["factor"] = group["factor"], None
+            factors, group["factors"] = group["factors"], None
             if not group["active"]:
                 continue
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group, factor)
+                    self._update(parameter, group, factors)
 
-    def _update(self, parameter: torch.Tensor, group: Mapping[str, Any], factor: torch.Tensor | None) -> None:
+    def _update(
+        self, parameter: torch.Tensor, group: Mapping[str, Any], factors: torch.Tensor | None
+    ) -> None:
         state = self.state[parameter]
         if not state:
             # As torch's own, which read and write checkpoints.
@@ -161,7 +165,8 @@ class PartialAdamW(torch.optim.AdamW):
             parameter.grad,
             state["exp_avg"],
             state["exp_avg_sq"],
-            factor=factor,
+            factors=factors,
+            number=group["number"],
             step=int(state["step"]),
             lr=group["lr"],
             betas=group["betas"],
@@ -212,7 +217,8 @@ class FlatEngine:
                 "lr": own.optim.lr * part.lr_factor,
                 "betas": own.optim.betas,
                 "active": True,
-                "factor": None,
+                "factors": None,
+                "number": 0,
             }
             for (own, _), parts in zip(members, self.parts, strict=True)
             for part in parts
@@ -321,25 +327,32 @@ class FlatEngine:
                 found.append(part.flat.grad)
         return found
 
-    def clip(self, member: int, most: float) -> torch.Tensor:
-        """Let the next step clip a member's gradient, after reduction (one worker).
+    def clip(self, most: Mapping[int, float]) -> list[torch.Tensor]:
+        """Let the next step clip the gradients of some members, after reduction (one worker).
 
-        A number of the gradient that is not finite counts as zero; the loss will tell why.
+        A number of a gradient that is not finite counts as zero; the loss will tell why.
 
         Args:
-            member: its number.
-            most: the largest norm.
+            most: number of a member → its largest norm.
 
         Returns:
-            The norm before that, a float32 scalar on the device.
+            The norm of each before that, a float32 scalar on the device.
         """
-        gradients = self.gradients(member)
-        norm: torch.Tensor = torch.stack([gradient.float().norm() for gradient in gradients]).norm()
-        factor = (most / (norm + 1e-6)).clamp(max=1.0)
-        for group in self.groups[member]:
-            # If the norm is infinite, the factor is 0, and what is infinite becomes NaN.
-            group["factor"] = factor
-        return norm
+        gradients = [self.gradients(member) for member in most]
+        every = torch._foreach_norm([*chain(*gradients)], 2, torch.float32)
+        parts = iter(every)
+        norms = [
+            torch.stack([next(parts) for _ in own]).norm() if len(own) > 1 else next(parts)
+            for own in gradients
+        ]
+        whole = torch.stack(norms)
+        limits = moved(torch.tensor([*most.values()]), whole.device)
+        factors = (limits / (whole + 1e-6)).clamp_(max=1.0)
+        for number, member in enumerate(most):
+            for group in self.groups[member]:
+                # If the norm is infinite, the factor is 0, and what is infinite becomes NaN.
+                group |= {"factors": factors, "number": number}
+        return norms
 
     def _numbers(self, member: int) -> range:
         """Return the numbers of a member's groups among all groups."""
@@ -385,7 +398,7 @@ class RunEngine(Holder):
             part.take_gradients()
         self._flat.deliver()
         if self._clip is not None and self._flat.deepspeed.is_gradient_accumulation_boundary():
-            self.norm = self._flat.clip(0, self._clip)
+            (self.norm,) = self._flat.clip({0: self._clip})
 
     def step(self) -> None:
         """Take an optimizer step, after the last micro-batch."""

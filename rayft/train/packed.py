@@ -429,7 +429,7 @@ class Pack:
             engine.deliver()
             last = number == len(groups[0])
             if last:
-                norms = [engine.clip(self._built.index(slot), slot.run.optim.clip) for slot in steps]
+                norms = engine.clip({self._built.index(slot): slot.run.optim.clip for slot in steps})
                 read = later([*norms, *(loss for each in losses for loss in each.values())])
             self.updating = last
             engine.deepspeed.step()

@@ -28,11 +28,11 @@ def test_like_its_reference(count: int, factor: float | None, dtype: torch.dtype
     given.append(torch.rand(count, device=DEVICE).to(dtype))
     if factor == 0.0:
         given[1][0] = torch.inf
-    scalar = None if factor is None else torch.tensor(factor, device=DEVICE)
+    factors = None if factor is None else torch.tensor([-1.0, -1.0, factor], device=DEVICE)
     exact = [one.double() for one in given]
-    reference_adamw(*exact, None if scalar is None else scalar.double(), RATES)
+    reference_adamw(*exact, None if factors is None else factors.double(), 2, RATES)
     found = [one.clone() for one in given]
-    update(*found, scalar, RATES)
+    update(*found, factors, 2, RATES)
     assert torch.equal(found[1], given[1]), "the gradient has changed"
     for one, expected in zip(found[::2], exact[::2], strict=True):
         assert_close(one, expected, dtype, 8)

@@ -6,7 +6,8 @@ import torch
 from rayft.kernels.adamw import adamw
 
 
-def updated(weight: torch.Tensor, grads: list[torch.Tensor], factor: torch.Tensor | None) -> torch.Tensor:
+def updated(weight: torch.Tensor, grads: list[torch.Tensor], factor: float | None) -> torch.Tensor:
+    factors = None if factor is None else torch.tensor([-1.0, factor])
     found, mean, square = weight.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
     for step, grad in enumerate(grads, 1):
         adamw(
@@ -14,7 +15,8 @@ def updated(weight: torch.Tensor, grads: list[torch.Tensor], factor: torch.Tenso
             grad,
             mean,
             square,
-            factor=factor,
+            factors=factors,
+            number=1,
             step=step,
             lr=0.1,
             betas=(0.9, 0.99),
@@ -40,7 +42,7 @@ def test_the_factor_multiplies_the_gradient_which_stays_as_it_is() -> None:
     weight, grads = torch.randn(37), [torch.randn(37) for _ in range(5)]
     before = [grad.clone() for grad in grads]
     expected = updated(weight, [0.25 * grad for grad in grads], None)
-    assert torch.equal(updated(weight, grads, torch.tensor(0.25)), expected)
+    assert torch.equal(updated(weight, grads, 0.25), expected)
     assert all(map(torch.equal, grads, before))
 
 
@@ -49,4 +51,4 @@ def test_what_becomes_nan_counts_as_zero(bad: float, factor: float) -> None:
     weight, grad = torch.ones(3), torch.tensor([1.0, bad, 2.0])
     expected = updated(weight, [(grad * factor).nan_to_num(0.0)], None)
     assert expected.isfinite().all()
-    assert torch.equal(updated(weight, [grad], torch.tensor(factor)), expected)
+    assert torch.equal(updated(weight, [grad], factor), expected)
