@@ -312,6 +312,8 @@ class IngressOptions:
     """Time that running requests have when the server stops."""
     waiting: tuple[float, float]
     """Seconds that a call waits while no replica is up, and in any case."""
+    places: int | None
+    """Number of requests that the only replica and its queue hold; None if there may be several replicas."""
     keys: tuple[KeyConfig, ...]
     """The callers' keys, as hashes."""
     roots: tuple[str, ...]
@@ -344,7 +346,7 @@ class Ingress:
             ResourceError: if the address can't be listened on.
         """
         self._inbox = await Inbox.open()
-        gateway = Gateway(replica, director, options.waiting, self._inbox)
+        gateway = Gateway(replica, director, options.waiting, self._inbox, options.places)
         app = create_app(gateway, options.keys, options.roots, options.max_body_bytes)
         self._server: HttpServer | None = await HttpServer.start(
             app, options.host, options.port, options.drain_seconds
