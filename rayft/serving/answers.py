@@ -5,16 +5,20 @@ part itself. Here each replica has one connection to the ingress for all its ans
 the same time travel together. The request travels by Ray Serve, which chooses the replica.
 
 On a connection, a replica sends the ingress's token first, and then lines of JSON: lists of parts, each with
-the number of its answer. The ingress sends back the numbers of answers that nobody waits for any more, one in
-a line; the replica then stops generating them.
+the number of its answer. An answer that ends with an error has a line of its own for it. The ingress sends
+back the numbers of answers that nobody waits for any more, one in a line; the replica then stops generating
+them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
+import pickle
 import secrets
 import socket
+from base64 import b64decode, b64encode
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -24,10 +28,12 @@ from typing import Any
 import ray
 from pydantic import TypeAdapter
 
-from rayft.errors import ResourceError
+from rayft.errors import RayftError, RequestError, ResourceError
 from rayft.serving.messages import Delta
 
 __all__ = ["LOST", "Inbox", "Incoming", "Outbox", "Ticket"]
+
+logger = logging.getLogger("ray.serve")
 
 LONGEST_LINE = 2**30
 """Most bytes of a line; the log-probabilities of a long prompt take megabytes."""
@@ -40,6 +46,9 @@ GATHERED_SECONDS = 0.001
 
 PARTS: TypeAdapter[list[tuple[int, Delta | None]]] = TypeAdapter(list[tuple[int, Delta | None]])
 """A line: numbers of answers, each with a part, or None after the last part."""
+
+FAILED = b"!"
+"""Begins a line with the number of an answer and the error with which it ends, pickled, in base64."""
 
 KEPT = {
     "SO_KEEPALIVE": 1,
@@ -86,6 +95,10 @@ class Inbox:
         inbox._port = int(inbox._server.sockets[0].getsockname()[1])
         return inbox
 
+    def __len__(self) -> int:
+        """Return the number of answers that have not ended."""
+        return len(self._waiting)
+
     def expect(self) -> Incoming:
         """Prepare to receive one answer."""
         ticket = Ticket(self._host, self._port, self._token, next(self._numbers))
@@ -116,6 +129,12 @@ class Inbox:
         if not hmac.compare_digest(first, f"{self._token}\n".encode()):
             return
         while line := await reader.readline():
+            if line.startswith(FAILED):
+                failed, error = line.removeprefix(FAILED).split()
+                if int(failed) in self._waiting:
+                    # Ray would unpickle it too; the connection's token says that it comes from a replica.
+                    self._waiting[int(failed)].fail(pickle.loads(b64decode(error)))  # noqa: S301
+                continue
             for number, delta in PARTS.validate_json(line):
                 if number in self._waiting:
                     self._waiting[number].take(delta, writer)
@@ -195,9 +214,25 @@ class _Line:
             asyncio.get_running_loop().call_later(GATHERED_SECONDS, self._flush)
         self.parts.append((number, delta))
 
+    def fail(self, number: int, error: Exception) -> None:
+        self._flush()
+        self.writer.write(b"%s%d %s\n" % (FAILED, number, b64encode(_pickled(error))))
+
     def _flush(self) -> None:
-        parts, self.parts = self.parts, []
-        self.writer.write(PARTS.dump_json(parts) + b"\n")
+        if self.parts:
+            parts, self.parts = self.parts, []
+            self.writer.write(PARTS.dump_json(parts) + b"\n")
+
+
+def _pickled(error: Exception) -> bytes:
+    """Pickle an error; one that can't be pickled is described instead."""
+    try:
+        found = pickle.dumps(error)
+        # Many exceptions can only be pickled, because their arguments are not those of their class.
+        pickle.loads(found)  # noqa: S301
+    except Exception:  # noqa: BLE001  (it runs the error's own code)
+        return pickle.dumps(RequestError(f"{type(error).__name__}: {error}"))
+    return found
 
 
 class Outbox:
@@ -208,7 +243,7 @@ class Outbox:
         self._connecting = asyncio.Lock()
 
     async def send(self, ticket: Ticket, deltas: AsyncGenerator[Delta, None]) -> None:
-        """Send the parts of an answer as they come.
+        """Send the parts of an answer as they come, and the error if it ends with one.
 
         Args:
             ticket: where to.
@@ -226,6 +261,10 @@ class Outbox:
                 async for delta in deltas:
                     line.put(ticket.number, delta)
                 line.put(ticket.number, None)
+            except Exception as error:
+                if not isinstance(error, RayftError):
+                    logger.exception("an answer ended with an error")
+                line.fail(ticket.number, error)
             finally:
                 line.tasks.pop(ticket.number, None)
 

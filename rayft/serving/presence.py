@@ -30,6 +30,7 @@ __all__ = [
     "ending",
     "register",
     "replicas_up",
+    "running",
     "start_error",
 ]
 
@@ -74,6 +75,11 @@ def replicas_up(called: Called) -> bool | None:
     """Return whether a router of this process knows a running replica; None if none has been informed yet."""
     routers = _routers[called]
     return any(router.curr_replicas for router in routers) if routers else None
+
+
+def running(called: Called) -> int:
+    """Return how many replicas of a deployment the routers of this process know to be running."""
+    return max((len(router.curr_replicas) for router in _routers[called]), default=0)
 
 
 class NoReplicaError(ResourceError):

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from rayft.data.chat_format import AnswerParser, ChatFormat
 from rayft.errors import BadRequestError, ModelError, RayftError, RequestTimeoutError, ResourceError
 from rayft.numerics import derive_seed
-from rayft.serving.answers import Outbox, Ticket
+from rayft.serving.answers import LOST, Outbox
 from rayft.serving.catalog import Catalog, Lease, Limits
 from rayft.serving.config import ServeConfig
 from rayft.serving.control.copies import TOUCH_SECONDS, Copies
@@ -27,6 +27,7 @@ from rayft.serving.control.state import Deployed, Served
 from rayft.serving.control.transfer import receive
 from rayft.serving.engine.api import STOPPED, GenerationRequest, Progress
 from rayft.serving.engine.start import EngineName, Started, start_engine
+from rayft.serving.http.calls import Asked
 from rayft.serving.http.schemas import ChatRequest, CompletionRequest
 from rayft.serving.messages import Delta, ModelCard, joined
 from rayft.serving.metrics import Meter, Metrics
@@ -219,18 +220,18 @@ class Replica:
         """Return the warm and the lacking `model`s for the routers; Ray Serve calls this regularly."""
         return {"warm": self._catalog.warm(), "lacking": self._catalog.lacking()}
 
-    async def answer(self, request: ChatRequest | CompletionRequest, draw: float, ticket: Ticket) -> None:
-        """Answer a request, and send the answer in parts to the ingress.
+    async def answer(self, asked: Sequence[Asked]) -> list[Exception | None]:
+        """Answer requests, and send each answer in parts, or the error that it ends with, to the ingress.
 
         Args:
-            request: the request.
-            draw: as in `generate`.
-            ticket: where to send them.
+            asked: requests that came at the same time.
 
-        Raises:
-            RayftError: as `generate`, or if the ingress can't be reached.
+        Returns:
+            For each request, why its answer could not be sent, or None if it was.
         """
-        await self._outbox.send(ticket, self.generate(request, draw))
+        sent = [self._outbox.send(one.ticket, self.generate(one.request, one.draw)) for one in asked]
+        ends = await asyncio.gather(*sent, return_exceptions=True)
+        return [end if end is None or isinstance(end, Exception) else ResourceError(LOST) for end in ends]
 
     async def generate(
         self, request: ChatRequest | CompletionRequest, draw: float | None = None

@@ -21,7 +21,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from rayft.serving import presence
 from rayft.serving.control.state import parse_model
-from rayft.serving.http.schemas import ChatRequest, CompletionRequest
+from rayft.serving.http.calls import Asked
 
 __all__ = ["AdapterRouter", "Standing", "ranked"]
 
@@ -157,6 +157,7 @@ def _telling(
 def _asked(pending: PendingRequest | None) -> tuple[str | None, float]:
     """Return a request's `model` without the rank, and its draw; (None, 0) for other calls."""
     match pending.args if pending else ():
-        case [ChatRequest() | CompletionRequest() as request, float() as draw, *_]:
-            return parse_model(request.model).model, draw
+        # Requests that are sent together have nothing to route: there is one replica.
+        case [[Asked() as asked, *_], *_]:
+            return parse_model(asked.model).model, asked.draw
     return None, 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -22,7 +22,7 @@ from rayft.serving.answers import Inbox, Incoming
 from rayft.serving.control.state import Deployed
 from rayft.serving.http.auth import Administrator, Caller, KeyConfig, KnownCaller, identify
 from rayft.serving.http.body import AnswerRoute, GuardedRoute
-from rayft.serving.http.errors import HANDLED, RETRY_SECONDS, answer_error
+from rayft.serving.http.errors import EXPECTED, RETRY_SECONDS, answer_error
 from rayft.serving.http.gateway import Gateway
 from rayft.serving.http.responses import (
     AdapterDeleted,
@@ -183,15 +183,24 @@ async def roll_back_adapter(_: Administrator, gateway: Replicas, name: AdapterNa
 
 async def _until_left(request: Request, answer: Awaitable[Response]) -> Response:
     """Wait for an answer, or until the client leaves, which cancels it."""
-    answering = asyncio.ensure_future(answer)
-    leaving = asyncio.ensure_future(request.receive())
+    task, leaving = asyncio.current_task(), asyncio.ensure_future(request.receive())
+    assert task is not None
+
+    def cancel(_: object) -> None:
+        task.cancel()
+
+    leaving.add_done_callback(cancel)
     try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return await answer
+    except asyncio.CancelledError:
+        if not leaving.done():
+            raise
+        task.uncancel()
         # Nobody reads the status: 499 is what web servers write into their logs for it.
-        return answering.result() if answering.done() else Response(status_code=499)
+        return Response(status_code=499)
     finally:
+        leaving.remove_done_callback(cancel)
         leaving.cancel()
-        answering.cancel()
 
 
 async def _answer(
@@ -232,6 +241,29 @@ def _reason(request: Request, error: Exception) -> str:
 
 
 class _Application(FastAPI):
+    """FastAPI's application, without its layers around the routes that answer most requests."""
+
+    direct: Mapping[str, Callable[[Request], Coroutine[Any, Any, Response]]] = {}
+    """Path → what answers a POST there: FastAPI's middleware and routing would take longer."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        handle = self.direct.get(scope["path"]) if scope.get("method") == "POST" else None
+        if handle is None:
+            await super().__call__(scope, receive, send)
+            return
+        scope["app"] = self
+        request = Request(scope, receive, send)
+        unknown: Exception | None = None
+        try:
+            response = await handle(request)
+        except Exception as error:  # noqa: BLE001  (as FastAPI's own layers do)
+            response = await answer_error(request, error)
+            unknown = None if isinstance(error, EXPECTED) else error
+        await response(scope, receive, send)
+        if unknown is not None:
+            # The server writes it into the log.
+            raise unknown
+
     def openapi(self) -> dict[str, Any]:
         """Describe the interface without FastAPI's own errors, which `answer_error` replaces by ours."""
         document = super().openapi()
@@ -261,8 +293,11 @@ def create_app(
     app.state.gateway, app.state.keys, app.state.roots = gateway, keys, roots
     app.state.max_body_bytes = max_body_bytes
     app.include_router(answers)
+    app.direct = {
+        route.path: route.get_route_handler() for route in answers.routes if isinstance(route, AnswerRoute)
+    }
     app.include_router(router)
-    for kind in HANDLED:
+    for kind in (Exception, *EXPECTED):
         app.add_exception_handler(kind, answer_error)
     return app
 
@@ -277,6 +312,8 @@ class IngressOptions:
     """Time that running requests have when the server stops."""
     waiting: tuple[float, float]
     """Seconds that a call waits while no replica is up, and in any case."""
+    places: int | None
+    """Number of requests that the only replica and its queue hold; None if there may be several replicas."""
     keys: tuple[KeyConfig, ...]
     """The callers' keys, as hashes."""
     roots: tuple[str, ...]
@@ -309,7 +346,7 @@ class Ingress:
             ResourceError: if the address can't be listened on.
         """
         self._inbox = await Inbox.open()
-        gateway = Gateway(replica, director, options.waiting, self._inbox)
+        gateway = Gateway(replica, director, options.waiting, self._inbox, options.places)
         app = create_app(gateway, options.keys, options.roots, options.max_body_bytes)
         self._server: HttpServer | None = await HttpServer.start(
             app, options.host, options.port, options.drain_seconds

@@ -18,7 +18,7 @@ from rayft.serving.answers import LOST
 from rayft.serving.http.body import where
 from rayft.serving.http.responses import ErrorAnswer
 
-__all__ = ["HANDLED", "RETRY_SECONDS", "answer_error", "describe_error"]
+__all__ = ["EXPECTED", "RETRY_SECONDS", "answer_error", "describe_error"]
 
 RETRY_SECONDS = 2
 """Value of `Retry-After` if too many requests are waiting or no replica is up."""
@@ -26,8 +26,8 @@ RETRY_SECONDS = 2
 LONGEST_MESSAGE = 4000
 """Most characters of a message: it may quote a name or a list of any length."""
 
-HANDLED = (Exception, HTTPException, RequestValidationError, RayftError, RayTaskError)
-"""Exceptions for which an application registers `answer_error`; Starlette looks up the nearest class."""
+EXPECTED = (HTTPException, RequestValidationError, RayftError, RayTaskError)
+"""Exceptions that the ingress does not log: the answer, or the log of the replica, says what was wrong."""
 
 
 async def answer_error(request: Request, error: Exception) -> JSONResponse:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
 import time
 from contextlib import suppress
 from typing import Any
@@ -20,13 +18,14 @@ from rayft.errors import (
     TooManyRequestsError,
     UnknownModelError,
 )
-from rayft.serving.answers import LOST, Inbox, Incoming
+from rayft.serving.answers import Inbox, Incoming
 from rayft.serving.control.state import Deployed, Served, parse_model
 from rayft.serving.http.auth import Caller
+from rayft.serving.http.calls import Calls
 from rayft.serving.http.responses import AdapterEntry, AdapterList, Listed, ModelEntry, Readiness
 from rayft.serving.http.schemas import TextRequest
 from rayft.serving.messages import BASE_NAME, Delta, ModelCard
-from rayft.serving.presence import Waiting
+from rayft.serving.presence import Waiting, running
 
 __all__ = ["Gateway"]
 
@@ -35,11 +34,7 @@ TRAFFIC = ("requests", "tokens", "errors")
 DIRECTOR_SECONDS = 10.0
 """Time limit for the director to report what is served."""
 
-LAST_SECONDS = 10.0
-"""Time that the last part of an answer may take after the replica has ended."""
-
-LARGE = 250_000
-"""Characters or tokens from which a request is passed by Ray's objects; by gRPC it may have 4 MiB at most."""
+TOO_MANY = "too many requests are waiting here; try again later"
 
 EACH_SECONDS = 10.0
 """Time limit for all replicas to answer a call that goes to each of them."""
@@ -54,6 +49,7 @@ class Gateway:
         director: DeploymentHandle[Any],
         waiting: tuple[float, float],
         inbox: Inbox,
+        places: int | None = None,
     ) -> None:
         """Call nothing yet.
 
@@ -62,15 +58,13 @@ class Gateway:
             director: handle of the director.
             waiting: seconds that a call waits while no replica is up, and in any case.
             inbox: receives the answers.
+            places: number of requests that the only replica and its queue hold. Then requests that come at
+                the same time are sent together; otherwise Ray Serve counts and routes them one by one.
         """
         # The router in this loop: in a thread of its own each call would cross to it and back.
         replica._init(_run_router_in_separate_loop=False)
         self._replica, self._director = replica, director
-        # By gRPC, which costs half of what Ray's objects cost. With Ray 2.60 it loses some cancellations, but
-        # the inbox cancels requests itself.
-        self._by_value = replica.options(_by_reference=False, request_serialization="pickle").answer
-        self._by_reference = replica.answer
-        self._inbox, self._following = inbox, set[asyncio.Task[None]]()
+        self._calls, self._inbox, self._places = Calls(replica), inbox, places
         refused: Any = Counter(
             "rayft_unavailable_total", "Calls that were refused because no replica was up."
         )
@@ -146,21 +140,20 @@ class Gateway:
         if not caller.may_ask(parse_model(request.model).name):
             # The same answer as for a name that does not exist: a key reveals nothing about others' adapters.
             raise UnknownModelError(f"no model '{request.model}' is served here", param="model")
+        # With one replica there is nothing to route, so requests may be sent together.
+        places = self._places if running("Replica") == 1 else None
+        if places is not None and len(self._inbox) >= places:
+            raise TooManyRequestsError(TOO_MANY)
         deltas = self._inbox.expect()
-        method: Any = self._by_reference if request.size >= LARGE else self._by_value
-        # Drawn here, so that router and replica choose the same version during a canary.
-        call: Any = method.remote(request, random.random(), deltas.ticket)
-        following = asyncio.create_task(_follow(call, deltas))
-        self._following.add(following)
-        following.add_done_callback(self._following.discard)
+        call = self._calls.add(request, deltas, alone=places is None)
         # Wait for the first delta: until the request is accepted, an error can still become a status.
         try:
-            return await self._replicas_answer.answer(anext(deltas), call.cancel), deltas
+            return await self._replicas_answer.answer(anext(deltas), call.leave), deltas
         except BaseException as error:
             deltas.close()
             if isinstance(error, BackPressureError):
                 # Ray Serve itself would answer 503.
-                raise TooManyRequestsError("too many requests are waiting here; try again later") from error
+                raise TooManyRequestsError(TOO_MANY) from error
             raise
 
     async def _of_replica(self, method: str) -> Any:
@@ -228,18 +221,3 @@ class Gateway:
         if not entry.get("aliases"):
             entry.pop("aliases", None)
         return entry
-
-
-async def _follow(call: Any, deltas: Incoming) -> None:
-    """Wait until a replica has answered; if it fails, so does the answer."""
-    try:
-        await call
-    except asyncio.CancelledError:
-        # Also if the replica has cancelled it, because its connection was lost.
-        deltas.fail(ResourceError(LOST))
-        raise
-    except Exception as error:  # noqa: BLE001  (whoever reads the answer handles it)
-        deltas.fail(error)
-    else:
-        # In case that the last part is lost on its way; an answer that has ended ignores this.
-        asyncio.get_running_loop().call_later(LAST_SECONDS, deltas.fail, ResourceError(LOST))

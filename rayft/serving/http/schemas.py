@@ -316,11 +316,6 @@ class TextRequest(Strict):
         """Number of characters that have to be tokenized."""
         raise NotImplementedError
 
-    @property
-    def size(self) -> int:
-        """Number of characters, or of tokens of prompts that are tokenized already."""
-        return self.characters
-
 
 OTHER_PARTS = {
     "file": "files",
@@ -487,11 +482,6 @@ class CompletionRequest(TextRequest):
     def characters(self) -> int:
         """Number of characters that have to be tokenized."""
         return sum(len(prompt) for prompt in self.prompts if isinstance(prompt, str))
-
-    @property
-    def size(self) -> int:
-        """Number of characters, or of tokens of prompts that are tokenized already."""
-        return sum(map(len, self.prompts))
 
     @property
     def prompts(self) -> list[str | list[int]]:

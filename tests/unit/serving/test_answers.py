@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rayft.errors import ResourceError
+from rayft.errors import BadRequestError, RequestError, ResourceError
 from rayft.serving import answers as module
 from rayft.serving.answers import PARTS, Inbox, Incoming, Outbox
 from rayft.serving.messages import Delta, TokenScore
@@ -179,6 +179,46 @@ def test_an_answer_fails_after_the_parts_that_have_come() -> None:
             with pytest.raises(ValueError, match="late"):
                 await anext(incoming)
             assert not inbox._waiting
+
+    run(scenario())
+
+
+class Odd(Exception):  # noqa: N818
+    """An exception that can be pickled, but not unpickled."""
+
+    def __init__(self, what: str, more: int) -> None:
+        super().__init__(f"{what} {more}")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (BadRequestError("too long\n", param="prompt"), BadRequestError, "too long\n"),
+        (ValueError("odd"), ValueError, "odd"),
+        (Odd("very", 1), RequestError, "Odd: very 1"),
+        (ValueError(open), ValueError, "<built-in function open>"),
+        (ValueError(lambda: 0), RequestError, "ValueError: <function"),
+    ],
+)
+def test_an_error_arrives_after_the_parts_before_it(error: Exception, kind: type, message: str) -> None:
+    async def failing() -> AsyncGenerator[Delta, None]:
+        yield part("a")
+        raise error
+
+    async def scenario() -> None:
+        async with opened() as (inbox, outbox):
+            failed, other = inbox.expect(), inbox.expect()
+            await outbox.send(failed.ticket, failing())
+            assert (await anext(failed)).text == "a"
+            with pytest.raises(kind) as caught:
+                await anext(failed)
+            assert type(caught.value) is kind
+            assert str(caught.value).startswith(message)
+            assert getattr(caught.value, "param", None) == getattr(error, "param", None)
+            _, found = await asyncio.gather(
+                outbox.send(other.ticket, Source(part("b")).deltas()), received(other)
+            )
+            assert [delta.text for delta in found] == ["b"]
 
     run(scenario())
 

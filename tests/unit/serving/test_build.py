@@ -184,6 +184,22 @@ def test_ingress_and_director_are_placed_on_the_head() -> None:
     assert director._deployment_config.request_router_config.request_router_kwargs["called"] == "Director"
 
 
+@pytest.mark.parametrize(
+    ("settings", "places"),
+    [
+        ({}, 5 * 32 + 256),
+        ({"max_running": 2, "max_queued": 3}, 13),
+        ({"replicas": 2}, None),
+        ({"max_replicas": 2}, None),
+    ],
+)
+def test_the_ingress_counts_requests_itself_if_there_is_only_one_replica(
+    settings: dict[str, int], places: int | None
+) -> None:
+    ingress = build_app(ServeConfig(engine="cpu", **settings))._bound_deployment
+    assert ingress.init_args[2].places == places
+
+
 @pytest.mark.parametrize(("gpus", "engine"), [(0, "cpu"), (1, "vllm"), (8, "vllm")])
 def test_the_engine_follows_the_gpus(monkeypatch: pytest.MonkeyPatch, gpus: int, engine: str) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)

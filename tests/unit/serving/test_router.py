@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,12 +15,19 @@ from ray.serve.request_router import PendingRequest
 
 from rayft.serving import presence
 from rayft.serving import router as router_module
+from rayft.serving.answers import Ticket
+from rayft.serving.http.calls import Asked
 from rayft.serving.http.schemas import ChatRequest, CompletionRequest, Message
 from rayft.serving.router import RECENT_SECONDS, AdapterRouter, Standing, ranked
 
 SLACK = 4
 ALWAYS = (0.0, 1.0)
 Reports = dict[str, dict[str, tuple[float, float]] | None]
+
+
+def asked(model: str, draw: float) -> Asked:
+    request = CompletionRequest(model=model, prompt="hello")
+    return replace(Asked.of(request, Ticket("127.0.0.1", 1, "token", 0)), draw=draw)
 
 
 @dataclass
@@ -79,7 +86,7 @@ class Routing:
 
     def ask(self, model: str, draw: float = 0.5) -> str:
         """Return the replica that is tried first for a request."""
-        return self.order(CompletionRequest(model=model, prompt="hello"), draw)[0]
+        return self.order([asked(model, draw)])[0]
 
     def several(self, model: str, draw: float = 0.5) -> set[str]:
         return {self.ask(model, draw) for _ in range(40)}
@@ -131,7 +138,7 @@ def test_requests_by_any_name_of_an_adapter_go_where_it_is_warm(model: str) -> N
     routing = Routing({"a": {"y": ALWAYS}, "b": warm, "c": {}}, b=2)
     assert routing.several(model) == {"b"}
     chat = ChatRequest(model=model, messages=[Message(role="user", content="hello")])
-    assert routing.order(chat, 0.5)[0] == "b"
+    assert routing.order([Asked.of(chat, Ticket("127.0.0.1", 1, "token", 0))])[0] == "b"
 
 
 def test_a_request_during_a_canary_goes_where_its_version_is() -> None:
@@ -158,7 +165,7 @@ def test_requests_for_the_base_go_to_the_least_busy_replica() -> None:
 
 def test_a_burst_is_divided_before_its_first_request_is_sent() -> None:
     routing = Routing({"a": {"x": ALWAYS}, "b": {}})
-    burst = [routing.pending(CompletionRequest(model="x", prompt="hello"), 0.5) for _ in range(2 * SLACK + 4)]
+    burst = [routing.pending([asked("x", 0.5)]) for _ in range(2 * SLACK + 4)]
     first = [routing.choose(one)[0] for one in burst]
     # The warm replica gets requests up to the slack, then the less busy one.
     assert first[: SLACK + 2] == ["a"] * (SLACK + 1) + ["b"]
@@ -171,7 +178,7 @@ def test_a_burst_is_divided_before_its_first_request_is_sent() -> None:
 
 def test_a_request_that_is_routed_again_or_abandoned_does_not_count_twice() -> None:
     routing = Routing({"a": {"x": ALWAYS}, "b": {}}, a=SLACK)
-    waiting = routing.pending(CompletionRequest(model="x", prompt="hello"), 0.5)
+    waiting = routing.pending([asked("x", 0.5)])
     assert [routing.choose(waiting)[0] for _ in range(3)] == ["a"] * 3
     assert routing.ask("x") == "b"
     waiting.future.cancel()
@@ -231,7 +238,7 @@ def test_a_request_goes_to_a_replica_that_can_load_its_adapter_if_there_is_one()
     running: Any = routing.running
 
     def order(model: str, draw: float) -> list[str]:
-        pending = routing.pending(CompletionRequest(model=model, prompt="hello"), draw)
+        pending = routing.pending([asked(model, draw)])
         ranks = routing.loop.run_until_complete(routing.router.choose_replicas(running, pending))
         return [rank[0].replica_id.unique_id for rank in ranks]
 
@@ -254,8 +261,11 @@ def test_a_process_knows_whether_a_replica_is_up_once_a_router_knows_it(
         return presence.replicas_up("Replica")
 
     assert presence.replicas_up("Replica") is None
+    assert presence.running("Replica") == 0
     assert routing.loop.run_until_complete(update()) is False
+    assert presence.running("Replica") == 0
     assert routing.loop.run_until_complete(update(*routing.running)) is True
+    assert presence.running("Replica") == 1
     routing.router.on_replica_actor_died(routing.ids["a"])
     assert presence.replicas_up("Replica") is False
     assert presence.replicas_up("Director") is None
@@ -286,10 +296,10 @@ def test_a_lost_replica_is_no_longer_counted(later: Callable[[float], None]) -> 
     routing.report({"b": {}})
     assert routing.several("x") == {"b"}
     routing.report({})
-    assert routing.order(CompletionRequest(model="x", prompt="hello"), 0.5) == []
+    assert routing.order([asked("x", 0.5)]) == []
 
 
 def test_a_call_that_generates_no_text_goes_to_the_least_busy_replica() -> None:
     routing = Routing({"a": {"x": ALWAYS}, "b": {}}, a=1)
-    for args in ((), (7,), ("prepare", 0.5)):
+    for args in ((), (7,), ([],), ("prepare", 0.5)):
         assert routing.order(*args) == ["b", "a"]

@@ -1,26 +1,30 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import pickle
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from rayft.errors import ResourceError
-from rayft.serving.answers import Inbox
+from rayft.errors import BadRequestError, ResourceError, TooManyRequestsError
+from rayft.serving.answers import Inbox, Outbox
+from rayft.serving.http import calls as calls_module
 from rayft.serving.http import gateway as module
 from rayft.serving.http.auth import ANYONE
+from rayft.serving.http.calls import Asked
 from rayft.serving.http.gateway import Gateway
 from rayft.serving.http.schemas import CompletionRequest
 from rayft.serving.messages import Delta
 
 
 class Handle:
-    """A handle of replicas that answer by a function; it counts the calls by reference and by value."""
+    """A handle of replicas that answer by a function; it records the calls by reference and by value."""
 
     def __init__(self, answer: Callable[..., Awaitable[None]]) -> None:
         self.calls: list[str] = []
+        self.made: list[_Call] = []
         self._answer = answer
 
     def _init(self, **_: Any) -> None:
@@ -37,8 +41,8 @@ class Handle:
     def _called(self, how: str) -> SimpleNamespace:
         def remote(*arguments: Any) -> Any:
             self.calls.append(how)
-            task = asyncio.ensure_future(self._answer(*arguments))
-            return _Call(task)
+            self.made.append(_Call(asyncio.ensure_future(self._answer(*arguments))))
+            return self.made[-1]
 
         return SimpleNamespace(answer=SimpleNamespace(remote=remote))
 
@@ -52,6 +56,14 @@ class _Call:
 
     def cancel(self) -> None:
         self._task.cancel()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._task.cancelled()
+
+
+async def silent(asked: Sequence[Asked]) -> list[None]:
+    return [None for _ in asked]
 
 
 def request(prompt: Any = "a") -> CompletionRequest:
@@ -86,28 +98,124 @@ def test_a_request_that_the_replica_has_cancelled_fails_at_once() -> None:
 
 
 def test_an_answer_whose_last_part_is_lost_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LAST_SECONDS", 0.1)
-
-    async def silent(*_: Any) -> None:
-        pass
+    monkeypatch.setattr(calls_module, "LAST_SECONDS", 0.1)
 
     _, found, error = asyncio.run(asyncio.wait_for(asked(silent, request()), 5))
     assert (found, str(error)) == ([], "the replica that was to answer was lost; try again")
 
 
 @pytest.mark.parametrize(
-    ("prompt", "how"), [("a" * 1000, "value"), ("a" * 10**6, "reference"), ([7] * 10**6, "reference")]
+    ("prompt", "how"), [("a" * 1000, "value"), ("a" * 2 * 10**6, "reference"), ([7] * 10**6, "reference")]
 )
 def test_large_requests_are_passed_by_reference(
     prompt: Any, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LAST_SECONDS", 0.1)
-
-    async def silent(*_: Any) -> None:
-        pass
+    monkeypatch.setattr(calls_module, "LAST_SECONDS", 0.1)
 
     handle, _, _ = asyncio.run(asyncio.wait_for(asked(silent, request(prompt)), 10))
     assert handle.calls == [how]
+
+
+class Echo:
+    """A replica that answers each request with its prompt, but refuses the prompt `bad`."""
+
+    def __init__(self) -> None:
+        self.together: list[list[str]] = []
+        self._outbox = Outbox()
+
+    async def answer(self, asked: Sequence[Asked]) -> list[None]:
+        self.together.append([one.request.prompts[0] for one in asked])
+        await asyncio.gather(*(self._outbox.send(one.ticket, self._deltas(one)) for one in asked))
+        return [None for _ in asked]
+
+    async def _deltas(self, one: Asked) -> AsyncGenerator[Delta, None]:
+        if one.request.prompts[0] == "bad":
+            raise BadRequestError("the prompt is bad", param="prompt")
+        yield Delta("", 1, 0)
+        await asyncio.sleep(0.05)
+        yield Delta(one.request.prompts[0], 1, 1, "length")
+
+
+async def asked_at_once(handle: Any, prompts: Sequence[str], places: int | None) -> list[str | BaseException]:
+    inbox = await Inbox.open("127.0.0.1")
+    gateway = Gateway(handle, handle, (1.0, 20.0), inbox, places)
+
+    async def text(prompt: str) -> str:
+        _, deltas = await gateway.generate(ANYONE, request(prompt))
+        return "".join([delta.text async for delta in deltas])
+
+    try:
+        async with asyncio.timeout(10):
+            return await asyncio.gather(*map(text, prompts), return_exceptions=True)
+    finally:
+        inbox.close()
+
+
+@pytest.mark.parametrize(
+    ("running", "places", "together"),
+    [(1, 9, [["a", "b", "c"]]), (2, 9, [["a"], ["b"], ["c"]]), (1, None, [["a"], ["b"], ["c"]])],
+)
+def test_requests_that_come_together_are_sent_together_if_there_is_one_replica(
+    running: int, places: int | None, together: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "running", lambda _: running)
+    replica = Echo()
+    found = asyncio.run(asked_at_once(Handle(replica.answer), ["a", "b", "c"], places))
+    assert found == ["a", "b", "c"]
+    assert replica.together == together
+
+
+def test_a_request_that_is_refused_does_not_affect_those_sent_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "running", lambda _: 1)
+    replica = Echo()
+    first, refused, last = asyncio.run(asked_at_once(Handle(replica.answer), ["a", "bad", "c"], 9))
+    assert (first, last) == ("a", "c")
+    assert isinstance(refused, BadRequestError)
+    assert (str(refused), refused.param) == ("the prompt is bad", "prompt")
+    assert len(replica.together) == 1
+
+
+def test_requests_sent_together_are_refused_beyond_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "running", lambda _: 1)
+    found = asyncio.run(asked_at_once(Handle(Echo().answer), "abcde", 3))
+    assert found[:3] == ["a", "b", "c"]
+    assert [type(one) for one in found[3:]] == [TooManyRequestsError] * 2
+
+
+def test_requests_that_are_large_together_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "running", lambda _: 1)
+    each = len(pickle.dumps(request("a" * 4000)))
+    monkeypatch.setattr(calls_module, "LARGE", 2 * each + 100)
+    replica, prompts = Echo(), ["a" * 4000, "b" * 4000, "c" * 4000, "d" * 20000, "e"]
+    handle = Handle(replica.answer)
+    assert asyncio.run(asked_at_once(handle, prompts, 9)) == prompts
+    assert replica.together == [prompts[:2], prompts[2:3], prompts[3:4], prompts[4:]]
+    assert handle.calls == ["value", "value", "reference", "value"]
+
+
+def test_a_call_is_cancelled_when_nobody_waits_for_any_of_its_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "running", lambda _: 1)
+
+    async def scenario() -> None:
+        inbox = await Inbox.open("127.0.0.1")
+        handle: Any = Handle(lambda _: asyncio.sleep(3600))
+        gateway = Gateway(handle, handle, (1.0, 20.0), inbox, 9)
+        first, second = (asyncio.create_task(gateway.generate(ANYONE, request())) for _ in range(2))
+        await asyncio.sleep(0.05)
+        (call,) = handle.made
+        first.cancel()
+        await asyncio.sleep(0.05)
+        assert not call.cancelled
+        second.cancel()
+        await asyncio.sleep(0.05)
+        assert call.cancelled
+        inbox.close()
+
+    asyncio.run(scenario())
 
 
 STOPPED = ResourceError("the engine has stopped")
