@@ -5,7 +5,7 @@ models, few tokens), the host determines the time of a step: SmolLM2-135M takes 
 16,384. The inner model (all but the output layer) is captured once per trial, for the one shape of its
 micro-batches. Batches of other shapes, and evaluation, run without graphs.
 
-The gradients of flat parameters (`rayft.train.flat`) are written where the engine needs them, by the graph:
+One kernel copies the gradients of flat parameters (`rayft.train.flat`) to where the engine needs them:
 autograd and Python would spend more time on hundreds of parameters than all else of a step. Those of others
 arrive at the parameters as without graphs.
 """
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from rayft.data.pack import AnyBatch, Batch
 from rayft.errors import ConfigError, TrainError
+from rayft.kernels.copies import Copies
 from rayft.models.attention import dense_mask, fits_graphs, mask_for
 from rayft.train.flat import Part
 
@@ -39,7 +40,7 @@ class _Passes:
         inner: the model.
         forward: its forward pass.
         samples: tokens, mask and positions of a micro-batch.
-        parts: flat parameters; the gradients of those that are wholly in the model are written by the graph.
+        parts: flat parameters; the gradients of those that are wholly in the model are copied to them.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class _Passes:
         self.passed = [parameter for parameter in self._trained if parameter not in self._views]
         """Parameters whose gradients autograd takes to them."""
         self._gradients: list[torch.Tensor | None] = []
+        self._moved: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        """Parts of flat gradients, and what belongs there."""
         # Without it autograd would see nothing that needs a gradient.
         self.anchor = torch.zeros((), device=samples[0].device, requires_grad=True)
         torch.cuda.synchronize()
@@ -70,10 +73,12 @@ class _Passes:
                 self._backward()
         torch.cuda.synchronize()
         del self._hidden
-        self._gradients = []
+        self._gradients, self._moved = [], ([], [])
         pool = torch.cuda.graph_pool_handle()
         self._replay_forward = _capture(self._forward, pool)
         self._replay_backward = _capture(self._backward, pool)
+        # What the graph has computed is in the same memory after each replay.
+        self._copy = Copies(*self._moved)
 
     def _forward(self) -> None:
         ids, mask, positions = self._inputs
@@ -86,17 +91,14 @@ class _Passes:
         found = torch.autograd.grad(self._hidden, self._trained, self._outer, allow_unused=True)
         gradients = dict(zip(self._trained, found, strict=True))
         self._gradients = [gradients[parameter] for parameter in self.passed]
-        views, moved = [], []
+        self._moved = ([], [])
         for parameter, view in self._views.items():
             gradient = gradients[parameter]
             if gradient is None:
                 view.zero_()
             else:
-                views.append(view)
-                # One of another layout would cost all of them a launch each.
-                moved.append(gradient.contiguous())
-        if views:
-            torch._foreach_copy_(views, moved)
+                self._moved[0].append(view)
+                self._moved[1].append(gradient.contiguous())
 
     def forward(self, given: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Return the last hidden states (B, T, H) of a micro-batch; the next one overwrites them."""
@@ -109,6 +111,7 @@ class _Passes:
         """Write the gradients of flat parameters, and return those of the others."""
         self._outer.copy_(outer)
         self._replay_backward()
+        self._copy()
         for part in self._parts:
             part.arrived = True
         return (None if gradient is None else gradient.detach() for gradient in self._gradients)

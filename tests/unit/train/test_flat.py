@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rayft.numerics import tolerance
-from rayft.train import trainer
+from rayft.train import flat, trainer
 from rayft.train.flat import RunEngine
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
@@ -53,3 +53,28 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(
     for name, one in engine.masters().items():
         assert torch.equal(one.weight, before[name])
     engine.leave()
+
+
+def test_gradients_that_nothing_adds_to_need_no_reduction(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = changed(run, scale={"dtype": "bfloat16", "zero": 2}, optim={"clip": 0.5})
+    found = []
+    for reduces in (False, True):
+        model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(7, 5, bias=False, dtype=torch.bfloat16)})
+        torch.manual_seed(0)
+        torch.nn.init.normal_(model["lora_A"].weight)
+        if reduces:
+            monkeypatch.setattr(flat, "_nothing_to_add", lambda _: False)
+        engine = RunEngine(run, model)
+        for scale in (1.0, 3.0):
+            engine.backward((model["lora_A"].weight * scale).square().sum())
+            engine.step()
+        found.append([*engine.masters().values()])
+        assert engine.global_steps == 2
+        engine.leave()
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.weight, other.weight)
+        assert one.moments is not None
+        assert other.moments is not None
+        assert torch.equal(one.moments.mean, other.moments.mean)
