@@ -53,7 +53,7 @@ from benchmarks.bench_train_step import SHAPES
 from benchmarks.records import record, save
 
 START = time.monotonic()
-ROUNDS, SERVED_ROUNDS = 7, 5
+ROUNDS, SERVED_ROUNDS = 7, 9
 ROWS, PROMPT, NEW = 32, 128, 256
 RANKS = (4, 8, 16, 64)
 KINDS = ("base", "stock", "rayft")
