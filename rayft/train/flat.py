@@ -3,7 +3,7 @@
 DeepSpeed spends time on each parameter, in Python: LoRA in the 210 linear layers of a model of 135 M has 420,
 whose step took 145 ms where the passes took 13 (H200, 4 rows of 512 tokens, CUDA graphs). It sees one flat
 parameter for each group instead. A model's parameters are views of the flat one's memory; their gradients are
-moved into a flat one by a CUDA graph or after the backward pass, and handed to the engine from there.
+moved into a flat one after the backward pass or its CUDA graph, and handed to the engine from there.
 """
 
 from __future__ import annotations
@@ -133,8 +133,9 @@ class Part:
 class PartialAdamW(torch.optim.AdamW):
     """AdamW that leaves groups alone that take no part in a step, and clips the others' gradients.
 
-    A group's `factors` are numbers (n,) on the device, by one of which its gradient is multiplied in the next
-    step, that of the group's `number`; None for 1. What is NaN then counts as 0.
+    In the next step, the gradient of a group is multiplied by `factors[number]`. Both are entries of the
+    group: `factors` is a tensor (n,) on the device, or None for a factor of 1; `number` is an index. Products
+    that are NaN count as 0. The step sets `factors` to None.
     """
 
     @torch.no_grad()
@@ -228,8 +229,9 @@ class FlatEngine:
         self.deepspeed: DeepSpeedEngine = build_engine(run, module, PartialAdamW(groups))
         self._accumulates = run.scale.accumulation or 1
         self._only = _nothing_to_add(run)
-        # Of its own the engine reduces in each backward pass.
-        self.deepspeed.enable_backward_allreduce = not self._only
+        if self._only:
+            # DeepSpeed would replace what `_deliver_reduced` hands over by what it has reduced: nothing.
+            self.deepspeed.enable_backward_allreduce = False
         for part in self._all:
             part.link()
 
@@ -311,14 +313,20 @@ class FlatEngine:
         if self._only:
             self._deliver_reduced()
             return
+        if self.deepspeed.zero_optimization_stage() > 0:
+            # DeepSpeed calls it where the forward pass of its module ends, which is never called here. In
+            # bfloat16 under ZeRO 1, the gradient of a micro-batch would be added again with the next one's.
+            self.deepspeed.optimizer.backward_prologue()
         flats, grads = self.flats, [part.grad for part in self._all]
         loss, whole = flats[0].new_zeros((), dtype=torch.float32), self._accumulates == 1
         self.deepspeed.backward(_Deliver.apply(loss, grads, whole, *flats))  # type: ignore[no-untyped-call]
 
     def _deliver_reduced(self) -> None:
-        """Hand over gradients that no other worker or micro-batch adds to, as the engine has them after that.
+        """Hand over the only gradients of a step as if the engine had reduced them.
 
-        It would copy them to a bucket, average, convert and add them, eight times the work of reading them.
+        They are those of one worker and one micro-batch, so there is nothing to add to them. The engine would
+        copy them to a bucket, average, convert and add them, which moves eight times as many bytes as reading
+        them once.
         """
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
@@ -348,7 +356,8 @@ class FlatEngine:
     def clip(self, most: Mapping[int, float]) -> list[torch.Tensor]:
         """Let the next step clip the gradients of some members, after reduction (one worker).
 
-        A number of a gradient that is not finite counts as zero; the loss will tell why.
+        If a member's norm is not finite, its whole gradient counts as zero in that step; the loss will tell
+        why.
 
         Args:
             most: number of a member → its largest norm.
@@ -368,7 +377,7 @@ class FlatEngine:
         factors = (limits / (whole + 1e-6)).clamp_(max=1.0)
         for number, member in enumerate(most):
             for group in self.groups[member]:
-                # If the norm is infinite, the factor is 0, and what is infinite becomes NaN.
+                # The factor of an infinite norm is 0, whose product with an infinite number is NaN.
                 group |= {"factors": factors, "number": number}
         return norms
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rayft.numerics import tolerance
+from rayft.numerics import assert_close, tolerance
 from rayft.train import flat, trainer
 from rayft.train.flat import RunEngine
 from rayft.train.run import RunConfig
@@ -16,7 +16,7 @@ from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer
 from rayft.train.worker import Worker
 from tests.unit.train.curves import WIDEST
-from tests.unit.train.runs import changed
+from tests.unit.train.runs import changed, with_method
 
 
 @pytest.mark.parametrize(("dtype", "zero"), [("float32", 0), ("bfloat16", 2), ("bfloat16", 1)])
@@ -32,6 +32,46 @@ def test_gradients_are_clipped_as_by_deepspeed(
     allowed = tolerance(getattr(torch, dtype), WIDEST, depth=run.optim.steps)
     for (_, one), (_, other) in zip(flat.train_curve, plain.train_curve, strict=True):
         assert abs(one - other) <= allowed * abs(other)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "zero"), [("float32", 0), ("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2)]
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_steps_are_those_of_torchs_optimizer(
+    run: RunConfig, dtype: str, zero: int, accumulation: int
+) -> None:
+    scale = {"dtype": dtype, "zero": zero, "accumulation": accumulation}
+    run = changed(with_method(run, "lora_plus"), scale=scale, optim={"clip": 0.5})
+    torch.manual_seed(0)
+    model = torch.nn.ParameterDict({
+        name: torch.nn.Parameter(torch.randn(7, 5, dtype=getattr(torch, dtype)))
+        for name in ("lora_A", "lora_B")
+    })  # fmt: skip
+    begun = {name: one.detach().float().clone() for name, one in model.items()}
+    masters = {name: one.clone().requires_grad_() for name, one in begun.items()}
+    engine = RunEngine(run, model)
+    groups = zip(engine.parts, engine.optimizer.param_groups, strict=True)
+    expected = torch.optim.AdamW([
+        {"params": [masters[name] for name in part.parameters], "lr": group["lr"], "betas": group["betas"],
+         "weight_decay": group["weight_decay"]}
+        for part, group in groups
+    ], foreach=False)  # fmt: skip
+    for _ in range(4):
+        for _ in range(accumulation):
+            factors = {name: torch.randn_like(one) for name, one in model.items()}
+            engine.backward(torch.stack([(model[name] * factors[name]).sum() for name in model]).sum())
+            engine.step()
+            for name, one in masters.items():
+                (one * factors[name].float() / accumulation).sum().backward()
+        torch.nn.utils.clip_grad_norm_(masters.values(), run.optim.clip)
+        expected.step()
+        expected.zero_grad()
+    assert engine.global_steps == 4
+    for name, one in engine.masters().items():
+        # DeepSpeed may reduce the sum of micro-batches in the model's dtype.
+        assert_close(one.weight - begun[name], masters[name] - begun[name], getattr(torch, dtype), 70)
+    engine.leave()
 
 
 @pytest.mark.parametrize(("dtype", "zero"), [("float32", 0), ("bfloat16", 2)])
