@@ -8,9 +8,9 @@ Semantics, for each number of a parameter (w), its gradient (g) and its moments 
     v = β2 * v + (1 - β2) * g²
     w = w - lr / (1 - β1^t) * m / (sqrt(v / (1 - β2^t)) + eps)
 
-The gradient itself stays as it is. torch's optimizers read and write memory several times for this, or use a
-thread block for 65,536 numbers, which are too few blocks for a GPU: over 28 million numbers in 8 groups, an
-H200 takes 0.54 and 0.37 ms, without the factor.
+The gradient itself is not changed. On an H200, 28 million numbers in 8 groups take 0.20 ms. Without the
+factor, torch's single-tensor form, which reads and writes memory several times, takes 0.54 ms, and its fused
+form, whose thread blocks of 65,536 numbers are too few for a GPU, 0.37 ms.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def adamw(
         grad: g.
         mean: m.
         square: v.
-        factors: numbers (n,), one of which g is multiplied by; None for 1.
-        number: which of them.
+        factors: numbers (n,); g is multiplied by `factors[number]`. None for a factor of 1.
+        number: index of the factor.
         step: t, from 1 on.
         lr: learning rate.
         betas: β1 and β2.
@@ -78,12 +78,13 @@ def reference_adamw(
         mean: m.
         square: v.
         factors: as in `adamw`.
-        number: as there.
+        number: as in `adamw`.
         rates: 1 - lr * decay, β1, β2, lr / (1 - β1^t), sqrt(1 - β2^t), eps.
     """
     kept, beta_1, beta_2, lr, root, eps = rates
     if factors is not None:
-        grad = (grad * factors[number]).nan_to_num(0.0)
+        grad = grad * factors[number]
+        grad = grad.masked_fill(grad.isnan(), 0.0)
     weight.mul_(kept)
     mean.lerp_(grad, 1 - beta_1)
     square.mul_(beta_2).addcmul_(grad, grad, value=1 - beta_2)

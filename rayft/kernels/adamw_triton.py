@@ -17,7 +17,7 @@ BLOCK = 1024
 @triton.jit(do_not_specialize=["number"])
 def _adamw(
     weight_ptr, grad_ptr, mean_ptr, square_ptr, factors_ptr, count, number,
-    kept, beta_1, beta_2, lr, root, eps,
+    kept, new_1, new_2, lr, root, eps,
     FACTOR: tl.constexpr, EIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if EIGHTS:
@@ -31,9 +31,9 @@ def _adamw(
         # NaN is the only number that differs from itself.
         grad = tl.where(grad == grad, grad, 0.0)  # noqa: PLR0124
     mean = tl.load(mean_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    mean += (1 - beta_1) * (grad - mean)
+    mean += new_1 * (grad - mean)
     square = tl.load(square_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    square = square * beta_2 + (1 - beta_2) * grad * grad
+    square = square * (1 - new_2) + new_2 * grad * grad
     weight = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32) * kept
     weight -= lr * (mean / (tl.sqrt(square) / root + eps))
     tl.store(weight_ptr + place, weight.to(weight_ptr.dtype.element_ty), mask=inside)
@@ -55,10 +55,12 @@ def update(
 ) -> None:
     """Launch the update on the current stream; see `rayft.kernels.adamw.reference_adamw`."""
     count = weight.numel()
+    kept, beta_1, beta_2, *others = rates
     launch_adamw(
         (-(-count // BLOCK), 1, 1),
         (weight, grad, mean, square, weight if factors is None else aligned(factors)),
         (count, number),
         (factors is not None, count % 8 == 0, BLOCK),
-        rates,
+        # Triton rounds floats to float32, in which 1 - 0.999 would be wrong in the fifth digit.
+        (kept, 1 - beta_1, 1 - beta_2, *others),
     )
