@@ -260,7 +260,10 @@ class Table:
         """Strips, parts, chunks, chunks whose B trains, and those whose A trains."""
         count = self.division.with_a * self.division.tiles_a
         self.ended = torch.zeros(count, device=like.device, dtype=torch.int32)
-        """How many of the programs that compute da of a chunk and a tile of inputs have ended."""
+        """How many of the programs that compute da of a chunk and a tile of inputs have ended.
+
+        The last one sets it back to 0, so launches that use the same table must not overlap.
+        """
 
     def refresh(self) -> None:
         """Copy what the kernels can't read where it is."""
