@@ -17,7 +17,8 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from rayft.errors import ResourceError
-from rayft.serving.answers import LOST, Incoming, Ticket
+from rayft.serving.answers import Incoming, Ticket
+from rayft.serving.http.errors import LOST
 from rayft.serving.http.schemas import ChatRequest, CompletionRequest, TextRequest
 
 __all__ = ["Asked", "Call", "Calls"]
