@@ -1,8 +1,8 @@
-"""Sends requests to the replicas by Ray Serve: those that come at the same time in one call, if it may.
+"""Sends requests to the replicas by Ray Serve. Those that come at the same time may travel in one call.
 
 A call costs ingress and replica together about 0.8 ms of CPU time, and all the rest of a request and its
 answer 0.5 ms (measured on two cores). Clients that are answered in one batch send their next requests at the
-same time, so that the first tokens of all of them would wait for all of these calls.
+same time. With a call for each, the first token of every one would wait until all calls are made.
 """
 
 from __future__ import annotations
