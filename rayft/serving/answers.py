@@ -229,8 +229,8 @@ class _Line:
     def fail(self, number: int, error: Exception) -> None:
         self._flush()
         status, body = describe_error(error)
-        told = body["error"]
-        line = [number, status, told["message"], told["param"], told["code"]]
+        error_body = body["error"]
+        line = [number, status, error_body["message"], error_body["param"], error_body["code"]]
         self.writer.write(FAILED + json.dumps(line).encode() + b"\n")
 
     def _flush(self) -> None:
