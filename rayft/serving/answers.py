@@ -5,21 +5,20 @@ part itself. Here each replica has one connection to the ingress for all its ans
 the same time travel together. The request travels by Ray Serve, which chooses the replica.
 
 On a connection, a replica sends the ingress's token first, and then lines of JSON: lists of parts, each with
-the number of its answer. An answer that ends with an error has a line of its own for it. The ingress sends
-back the numbers of answers that nobody waits for any more, one in a line; the replica then stops generating
-them.
+the number of its answer. An answer that ends with an error ends with a line of its own, which says what the
+client is told. The ingress sends back the numbers of answers that nobody waits for any more, one in a line;
+the replica then stops generating them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import logging
-import pickle
 import secrets
 import socket
-from base64 import b64decode, b64encode
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -29,9 +28,10 @@ import ray
 from pydantic import TypeAdapter
 
 from rayft.errors import RayftError, RequestError, ResourceError
+from rayft.serving.http.errors import LOST, describe_error
 from rayft.serving.messages import Delta
 
-__all__ = ["LOST", "Inbox", "Incoming", "Outbox", "Ticket"]
+__all__ = ["Inbox", "Incoming", "Outbox", "Ticket"]
 
 logger = logging.getLogger("ray.serve")
 
@@ -48,7 +48,9 @@ PARTS: TypeAdapter[list[tuple[int, Delta | None]]] = TypeAdapter(list[tuple[int,
 """A line: numbers of answers, each with a part, or None after the last part."""
 
 FAILED = b"!"
-"""Begins a line with the number of an answer and the error with which it ends, pickled, in base64."""
+"""Begins a line about an error: the answer's number, then the status, message, param and code of the error.
+
+Not the error itself: the ingress may be unable to unpickle it, or would import torch or vLLM for it."""
 
 KEPT = {
     "SO_KEEPALIVE": 1,
@@ -58,8 +60,6 @@ KEPT = {
     "TCP_USER_TIMEOUT": 25_000,
 }
 """Options by which a connection to a node that has lost its power ends after 25 seconds."""
-
-LOST = "the replica that was to answer was lost; try again"
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Inbox:
     def __init__(self, host: str) -> None:
         self._host, self._token = host, secrets.token_hex(16)
         self._waiting: dict[int, Incoming] = {}
+        self._connections = set[asyncio.StreamWriter]()
         self._numbers = count()
 
     @classmethod
@@ -102,7 +103,7 @@ class Inbox:
     def expect(self) -> Incoming:
         """Prepare to receive one answer."""
         ticket = Ticket(self._host, self._port, self._token, next(self._numbers))
-        self._waiting[ticket.number] = Incoming(ticket, self._waiting)
+        self._waiting[ticket.number] = Incoming(ticket, self._waiting, self._connections)
         return self._waiting[ticket.number]
 
     def close(self) -> None:
@@ -118,6 +119,7 @@ class Inbox:
             # Not a replica, or one that was lost; a time limit is an OSError too.
             pass
         finally:
+            self._connections.discard(writer)
             for one in [one for one in self._waiting.values() if one.writer is writer]:
                 one.fail(ResourceError(LOST))
             writer.close()
@@ -128,12 +130,12 @@ class Inbox:
             first = await reader.readexactly(len(self._token) + 1)
         if not hmac.compare_digest(first, f"{self._token}\n".encode()):
             return
+        self._connections.add(writer)
         while line := await reader.readline():
             if line.startswith(FAILED):
-                failed, error = line.removeprefix(FAILED).split()
-                if int(failed) in self._waiting:
-                    # Ray would unpickle it too; the connection's token says that it comes from a replica.
-                    self._waiting[int(failed)].fail(pickle.loads(b64decode(error)))  # noqa: S301
+                number, *error = json.loads(line.removeprefix(FAILED))
+                if number in self._waiting:
+                    self._waiting[number].fail(_described(*error))
                 continue
             for number, delta in PARTS.validate_json(line):
                 if number in self._waiting:
@@ -158,21 +160,29 @@ def _watch(writer: asyncio.StreamWriter) -> None:
 class Incoming:
     """One answer that is being received: an iterator of its parts, which has to be closed."""
 
-    def __init__(self, ticket: Ticket, waiting: dict[int, Incoming]) -> None:
+    def __init__(
+        self,
+        ticket: Ticket,
+        waiting: dict[int, Incoming],
+        connections: Collection[asyncio.StreamWriter] = (),
+    ) -> None:
         self.ticket = ticket
         self.writer: asyncio.StreamWriter | None = None
         """The connection to the replica, once a part has come."""
-        self._waiting = waiting
+        self._waiting, self._connections = waiting, connections
         self._parts: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
 
     def take(self, delta: Delta | None, writer: asyncio.StreamWriter | None = None) -> None:
         """Add a part that was received on a connection, or None after the last one."""
         self.writer = writer
         self._parts.put_nowait(delta)
+        if delta is None:
+            self._waiting.pop(self.ticket.number, None)
 
     def fail(self, error: Exception) -> None:
         """Let the iteration end with an error, after the parts that were received."""
         self._parts.put_nowait(error)
+        self._waiting.pop(self.ticket.number, None)
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self
@@ -187,15 +197,17 @@ class Incoming:
         part = await self._parts.get()
         if isinstance(part, Delta):
             return part
-        self._waiting.pop(self.ticket.number, None)
         if part is None:
             raise StopAsyncIteration
-        raise part
+        # Several answers may end with the same error; each would lengthen its traceback.
+        raise part.with_traceback(None)
 
     def close(self) -> None:
         """Stop waiting for the answer; the replica stops generating it."""
-        if self._waiting.pop(self.ticket.number, None) and self.writer is not None:
-            self.writer.write(b"%d\n" % self.ticket.number)
+        if self._waiting.pop(self.ticket.number, None):
+            # Before its first part, any replica may have it; the others ignore the number.
+            for writer in self._connections if self.writer is None else (self.writer,):
+                writer.write(b"%d\n" % self.ticket.number)
 
 
 @dataclass
@@ -216,7 +228,10 @@ class _Line:
 
     def fail(self, number: int, error: Exception) -> None:
         self._flush()
-        self.writer.write(b"%s%d %s\n" % (FAILED, number, b64encode(_pickled(error))))
+        status, body = describe_error(error)
+        error_body = body["error"]
+        line = [number, status, error_body["message"], error_body["param"], error_body["code"]]
+        self.writer.write(FAILED + json.dumps(line).encode() + b"\n")
 
     def _flush(self) -> None:
         if self.parts:
@@ -224,15 +239,11 @@ class _Line:
             self.writer.write(PARTS.dump_json(parts) + b"\n")
 
 
-def _pickled(error: Exception) -> bytes:
-    """Pickle an error; one that can't be pickled is described instead."""
-    try:
-        found = pickle.dumps(error)
-        # Many exceptions can only be pickled, because their arguments are not those of their class.
-        pickle.loads(found)  # noqa: S301
-    except Exception:  # noqa: BLE001  (it runs the error's own code)
-        return pickle.dumps(RequestError(f"{type(error).__name__}: {error}"))
-    return found
+def _described(status: int, message: str, param: str | None, code: str) -> RequestError:
+    """Return an error that is answered like the one of the replica."""
+    error = RequestError(message, param=param)
+    error.status, error.code = status, code
+    return error
 
 
 class Outbox:

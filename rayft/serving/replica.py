@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from rayft.data.chat_format import AnswerParser, ChatFormat
 from rayft.errors import BadRequestError, ModelError, RayftError, RequestTimeoutError, ResourceError
 from rayft.numerics import derive_seed
-from rayft.serving.answers import LOST, Outbox
+from rayft.serving.answers import Outbox
 from rayft.serving.catalog import Catalog, Lease, Limits
 from rayft.serving.config import ServeConfig
 from rayft.serving.control.copies import TOUCH_SECONDS, Copies
@@ -28,6 +28,7 @@ from rayft.serving.control.transfer import receive
 from rayft.serving.engine.api import STOPPED, GenerationRequest, Progress
 from rayft.serving.engine.start import EngineName, Started, start_engine
 from rayft.serving.http.calls import Asked
+from rayft.serving.http.errors import LOST
 from rayft.serving.http.schemas import ChatRequest, CompletionRequest
 from rayft.serving.messages import Delta, ModelCard, joined
 from rayft.serving.metrics import Meter, Metrics

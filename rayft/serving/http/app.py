@@ -185,9 +185,12 @@ async def _until_left(request: Request, answer: Awaitable[Response]) -> Response
     """Wait for an answer, or until the client leaves, which cancels it."""
     task, leaving = asyncio.current_task(), asyncio.ensure_future(request.receive())
     assert task is not None
+    waiting = True
 
     def cancel(_: object) -> None:
-        task.cancel()
+        # If both end in the same turn of the event loop, this runs later, when it must not end the response.
+        if waiting:
+            task.cancel()
 
     leaving.add_done_callback(cancel)
     try:
@@ -199,7 +202,7 @@ async def _until_left(request: Request, answer: Awaitable[Response]) -> Response
         # Nobody reads the status: 499 is what web servers write into their logs for it.
         return Response(status_code=499)
     finally:
-        leaving.remove_done_callback(cancel)
+        waiting = False
         leaving.cancel()
 
 

@@ -1,8 +1,8 @@
-"""Sends requests to the replicas by Ray Serve: those that come at the same time in one call, if it may.
+"""Sends requests to the replicas by Ray Serve. Those that come at the same time may travel in one call.
 
 A call costs ingress and replica together about 0.8 ms of CPU time, and all the rest of a request and its
 answer 0.5 ms (measured on two cores). Clients that are answered in one batch send their next requests at the
-same time, so that the first tokens of all of them would wait for all of these calls.
+same time. With a call for each, the first token of every one would wait until all calls are made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from rayft.errors import ResourceError
-from rayft.serving.answers import LOST, Incoming, Ticket
+from rayft.serving.answers import Incoming, Ticket
+from rayft.serving.http.errors import LOST
 from rayft.serving.http.schemas import ChatRequest, CompletionRequest, TextRequest
 
 __all__ = ["Asked", "Call", "Calls"]

@@ -14,14 +14,16 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from rayft.errors import BadRequestError, RayftError, RequestError
-from rayft.serving.answers import LOST
 from rayft.serving.http.body import where
 from rayft.serving.http.responses import ErrorAnswer
 
-__all__ = ["EXPECTED", "RETRY_SECONDS", "answer_error", "describe_error"]
+__all__ = ["EXPECTED", "LOST", "RETRY_SECONDS", "answer_error", "describe_error"]
 
 RETRY_SECONDS = 2
 """Value of `Retry-After` if too many requests are waiting or no replica is up."""
+
+LOST = "the replica that was to answer was lost; try again"
+"""Message if a replica ends or can't be reached while it answers."""
 
 LONGEST_MESSAGE = 4000
 """Most characters of a message: it may quote a name or a list of any length."""

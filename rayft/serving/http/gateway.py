@@ -58,8 +58,9 @@ class Gateway:
             director: handle of the director.
             waiting: seconds that a call waits while no replica is up, and in any case.
             inbox: receives the answers.
-            places: number of requests that the only replica and its queue hold. Then requests that come at
-                the same time are sent together; otherwise Ray Serve counts and routes them one by one.
+            places: number of requests that the only replica and its queue hold; requests that come at the
+                same time are then sent together. None if there may be several replicas: then Ray Serve
+                counts and routes the requests one by one.
         """
         # The router in this loop: in a thread of its own each call would cross to it and back.
         replica._init(_run_router_in_separate_loop=False)

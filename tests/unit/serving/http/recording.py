@@ -20,11 +20,10 @@ class RecordingGateway:
 
     async def generate(self, caller: Caller, request: TextRequest) -> tuple[Delta, Incoming]:
         self.requests.append(request)
-        waiting: dict[int, Incoming] = {}
-        waiting[0] = Incoming(Ticket("", 0, "", 0), waiting)
-        waiting[0].take(Delta("hi", 1, 1, "stop"))
-        waiting[0].take(None)
-        return Delta("", 1, 0), waiting[0]
+        answer = Incoming(Ticket("", 0, "", 0), {})
+        answer.take(Delta("hi", 1, 1, "stop"))
+        answer.take(None)
+        return Delta("", 1, 0), answer
 
     async def change(self, method: str, *arguments: Any) -> Any:
         raise AssertionError("no test changes what is served")

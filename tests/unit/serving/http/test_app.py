@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+from fastapi import Request, Response
 from fastapi.testclient import TestClient
 
+from rayft.serving.http.app import _until_left
 from tests.unit.serving.http.recording import ADMIN, USER, RecordingGateway
 
 TEXT: dict[str, Any] = {"model": "base", "prompt": "hi"}
@@ -99,3 +102,24 @@ def test_the_application_needs_no_torch() -> None:
     code = "import sys, rayft.serving.http.app; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_client_that_leaves_when_its_answer_is_ready_does_not_interrupt_the_response() -> None:
+    async def scenario() -> None:
+        ready, whole = asyncio.Event(), Response()
+
+        async def receive() -> dict[str, str]:
+            await ready.wait()
+            return {"type": "http.disconnect"}
+
+        async def answer() -> Response:
+            # Waits after `receive` does, so that it also ends after it, in the same turn.
+            await asyncio.sleep(0.01)
+            await ready.wait()
+            return whole
+
+        asyncio.get_running_loop().call_later(0.05, ready.set)
+        assert await _until_left(Request({"type": "http"}, receive), answer()) is whole
+        await asyncio.sleep(0.01)
+
+    asyncio.run(scenario())

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
-from rayft.errors import BadRequestError, ResourceError, TooManyRequestsError
+from rayft.errors import BadRequestError, RequestError, ResourceError, TooManyRequestsError
 from rayft.serving.answers import Inbox, Outbox
 from rayft.serving.http import calls as calls_module
 from rayft.serving.http import gateway as module
@@ -172,8 +174,8 @@ def test_a_request_that_is_refused_does_not_affect_those_sent_with_it(
     replica = Echo()
     first, refused, last = asyncio.run(asked_at_once(Handle(replica.answer), ["a", "bad", "c"], 9))
     assert (first, last) == ("a", "c")
-    assert isinstance(refused, BadRequestError)
-    assert (str(refused), refused.param) == ("the prompt is bad", "prompt")
+    assert isinstance(refused, RequestError)
+    assert (str(refused), refused.status, refused.param) == ("the prompt is bad", 400, "prompt")
     assert len(replica.together) == 1
 
 
@@ -182,6 +184,20 @@ def test_requests_sent_together_are_refused_beyond_the_places(monkeypatch: pytes
     found = asyncio.run(asked_at_once(Handle(Echo().answer), "abcde", 3))
     assert found[:3] == ["a", "b", "c"]
     assert [type(one) for one in found[3:]] == [TooManyRequestsError] * 2
+
+
+def test_the_tracebacks_of_requests_that_fail_together_have_only_their_own_lines(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "running", lambda _: 1)
+
+    async def die(_: Sequence[Asked]) -> None:
+        raise ActorDiedError
+
+    found = asyncio.run(asked_at_once(Handle(die), ["a"] * 64, 99))
+    for error in found:
+        assert isinstance(error, ActorDiedError)
+        assert len(traceback.extract_tb(error.__traceback__)) < 20
 
 
 def test_requests_that_are_large_together_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
