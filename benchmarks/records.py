@@ -75,6 +75,8 @@ def headline_table() -> str:
     """Return the README's small table: what rayft reaches, beside what it is compared with."""
     demo, step, squeeze = cases("demo"), cases("train_step"), cases("squeeze_speed", everywhere=True)
     vllm, http = cases("serve_vllm"), cases("serve_http")["16_clients/cpu"]
+    sweep = {name: _cell(found, "seconds", "{:.0f} s") for name, found in cases("sweep_makespan").items()}
+    trials = "135m/16_trials"
     squeezed = [case for case in demo if "@r" in case]
     smallest = min(squeezed, key=lambda case: demo[case]["mb"]["value"])
     winner, _, rank = smallest.partition("@r")
@@ -99,6 +101,10 @@ def headline_table() -> str:
     }
     rows = [
         (f"Demo's winner squeezed to rank {rank}", scored[smallest], f"as trained: {scored[winner]}"),
+        (
+            "Sweep of 16 trials, 135 M, H200", sweep[f"{trials}/cold"],
+            f"Tune with PEFT: {sweep[f'{trials}/tune_4_a_gpu']}, four at once",
+        ),
         (
             "LoRA training step, 1 B model, H100", ms["lora"],
             f"PEFT: {ms['peft_lora']}, in bfloat16 {ms['peft_lora_bf16']}; no adapter: {ms['floor']}",
