@@ -119,7 +119,7 @@ class Spool:
                 return Drained(pending=self.pending(path))
             while path.exists():
                 offset = _offset(_sidecar(path), path)
-                lines, end = _read(path, offset)
+                lines, end, inode = _read(path, offset)
                 if not lines and not (remove and _remove_or_close_tail(path, offset, lock)):
                     break
                 try:
@@ -127,7 +127,8 @@ class Spool:
                 except UndeliveredError as error:
                     return done + Drained(pending=self.pending(path), reason=str(error))
                 if lines:
-                    _record(lock, path.stat().st_ino, end)
+                    # Someone may have deleted the file meanwhile.
+                    _record(lock, inode, end)
             if not path.exists():
                 _sidecar(path).unlink(missing_ok=True)
         return done
@@ -136,7 +137,7 @@ class Spool:
         """Return the number of records of a file that were not delivered."""
         count, offset = 0, _offset(_sidecar(path), path)
         while True:
-            lines, offset = _read(path, offset)
+            lines, offset, _ = _read(path, offset)
             if not lines:
                 return count
             count += len(lines)
@@ -202,11 +203,15 @@ def _offset(sidecar: Path, path: Path) -> int:
         return 0
 
 
-def _read(path: Path, offset: int) -> tuple[list[bytes], int]:
-    """Read whole lines from an offset on. A line without its end is still being written."""
+def _read(path: Path, offset: int) -> tuple[list[bytes], int, int]:
+    """Read whole lines from an offset on, and return them, where they end, and the file's inode.
+
+    A line without its end is still being written.
+    """
     lines: list[bytes] = []
     try:
         with path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
             file.seek(offset)
             for line in file:
                 if not line.endswith(b"\n") or len(lines) == _BATCH:
@@ -214,14 +219,15 @@ def _read(path: Path, offset: int) -> tuple[list[bytes], int]:
                 lines.append(line)
                 offset += len(line)
     except FileNotFoundError:
-        return [], offset
-    return lines, offset
+        return [], offset, 0
+    return lines, offset, inode
 
 
 def _remove_or_close_tail(path: Path, offset: int, sidecar: int) -> bool:
     """Delete a file that was delivered to its end.
 
-    If its last line is torn, end that line instead, and return True: there is one more line to deliver.
+    If its last line is torn, end that line instead, and return True: there is one more line to deliver. If it
+    is shorter than that, return True too: what it has is to be delivered.
 
     Args:
         path: the file.
@@ -238,6 +244,10 @@ def _remove_or_close_tail(path: Path, offset: int, sidecar: int) -> bool:
             _record(sidecar, 0, 0)
             path.unlink()
             return False
+        if size < offset:
+            # Someone has cut it, or deleted it and opening it here has made a new one.
+            _record(sidecar, 0, 0)
+            return True
         # Writers hold this lock while they append, so the writer of a line without an end is gone.
         if os.pread(descriptor, 1, size - 1) != b"\n":
             os.write(descriptor, b"\n")

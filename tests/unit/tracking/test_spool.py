@@ -113,6 +113,31 @@ def test_a_new_file_is_sent_from_its_start_though_an_old_offset_lies_there(tmp_p
     assert receiver.got == [1, 2]
 
 
+def test_a_file_that_is_deleted_while_it_is_sent_is_done(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    spool.append("run", {"n": 0})
+
+    def deliver(records: Sequence[Record]) -> list[tuple[Record, str]]:
+        spool.path("run").unlink()
+        return []
+
+    done = spool.drain(spool.path("run"), deliver, remove=True)
+    assert (done.sent, done.pending) == (1, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_was_cut_is_sent_from_its_start(tmp_path: Path) -> None:
+    spool, receiver = Spool(tmp_path), Receiver()
+    for n in range(3):
+        spool.append("run", {"n": n})
+    spool.drain(spool.path("run"), receiver)
+    first, *_ = spool.path("run").read_bytes().splitlines(keepends=True)
+    os.truncate(spool.path("run"), len(first))
+    spool.drain(spool.path("run"), receiver, remove=True)
+    assert receiver.got == [0, 1, 2, 0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_leaves_the_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool, receiver = Spool(tmp_path), Receiver()
     spool.append("run", {"n": 1})
