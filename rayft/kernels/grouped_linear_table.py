@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -258,12 +258,16 @@ class Table:
         addresses = [address for term in terms for address in self._addresses(term, inputs, outputs)]
         self.numbers = moved(torch.from_numpy(self.division.numbers(addresses)), like.device)
         """Strips, parts, chunks, chunks whose B trains, and those whose A trains."""
-        count = self.division.with_a * self.division.tiles_a
-        self.ended = torch.zeros(count, device=like.device, dtype=torch.int32)
+
+    @cached_property
+    def ended(self) -> torch.Tensor:
         """How many of the programs that compute da of a chunk and a tile of inputs have ended.
 
-        The last one sets it back to 0, so launches that use the same table must not overlap.
+        The last one sets it back to 0, so launches that use the same table must not overlap. Only a backward
+        pass needs it.
         """
+        count = self.division.with_a * self.division.tiles_a
+        return torch.zeros(count, device=self.numbers.device, dtype=torch.int32)
 
     def refresh(self) -> None:
         """Copy what the kernels can't read where it is."""

@@ -73,8 +73,7 @@ def register(router: RequestRouter, called: Called) -> None:
 
 def replicas_up(called: Called) -> bool | None:
     """Return whether a router of this process knows a running replica; None if none has been informed yet."""
-    routers = _routers[called]
-    return any(router.curr_replicas for router in routers) if routers else None
+    return running(called) > 0 if _routers[called] else None
 
 
 def running(called: Called) -> int:

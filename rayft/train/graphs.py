@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from rayft.data.pack import AnyBatch, Batch
 from rayft.errors import ConfigError, TrainError
-from rayft.kernels.copies import Copies
+from rayft.kernels.foreach_copy import ForeachCopy
 from rayft.models.attention import dense_mask, fits_graphs, mask_for
 from rayft.train.flat import Part
 
@@ -78,7 +78,7 @@ class _Passes:
         self._replay_forward = _capture(self._forward, pool)
         self._replay_backward = _capture(self._backward, pool)
         # What the graph has computed is in the same memory after each replay.
-        self._copy = Copies(*self._moved)
+        self._copy = ForeachCopy(*self._moved)
 
     def _forward(self) -> None:
         ids, mask, positions = self._inputs

@@ -95,13 +95,11 @@ class Call:
         except Exception as error:  # noqa: BLE001  (whoever reads the answers handles it)
             self._fail(error)
             return
-        loop = asyncio.get_running_loop()
         for answer, end in zip(self.answers, ends, strict=True):
             if end is not None:
                 answer.fail(end)
-            else:
-                # In case that the last part is lost on its way; an answer that has ended ignores this.
-                loop.call_later(LAST_SECONDS, answer.fail, ResourceError(LOST))
+        # In case that a last part is lost on its way; answers that have ended ignore this.
+        asyncio.get_running_loop().call_later(LAST_SECONDS, self._fail, ResourceError(LOST))
 
     def _fail(self, error: Exception) -> None:
         for answer in self.answers:

@@ -1,4 +1,4 @@
-"""The Triton kernel of `rayft.kernels.copies`, which says what it does."""
+"""The Triton kernel of `rayft.kernels.foreach_copy`, which says what it does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rayft.kernels.copies import BLOCK
+from rayft.kernels.foreach_copy import BLOCK
 from rayft.kernels.launch_triton import Launcher
 
 __all__ = ["copy"]
@@ -40,7 +40,7 @@ def copy(table: torch.Tensor, like: torch.Tensor) -> None:
     """Copy what a table says on the current stream.
 
     Args:
-        table: see `rayft.kernels.copies.blocks`.
+        table: see `rayft.kernels.foreach_copy.blocks`.
         like: a tensor of the dtype of all.
     """
     launch_copy((len(table), 1, 1), (table, like), (), (BLOCK,))

@@ -1,12 +1,12 @@
-"""Copies of many tensors, the same ones again and again.
+"""Copy many tensors, the same ones again and again, in one launch.
 
 Semantics:
 
-    Copies(targets, sources)()          ->  target.copy_(source) for each pair
+    ForeachCopy(targets, sources)()     ->  target.copy_(source) for each pair
 
-torch's `_foreach_copy_` launches a kernel for some dozen tensors: the gradients of eight trials, 28 million
-numbers in 2,500 tensors, take it 40 launches and 0.27 ms on an H200. Here a table on the device says what is
-where, so that one launch copies all.
+torch's `_foreach_copy_` launches a kernel for every few dozen tensors. For the gradients of eight trials, 28
+million numbers in 2,500 tensors, it needs 40 launches and 0.27 ms on an H200. Here a table on the device says
+where each tensor is, so that one launch copies all of them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from rayft.kernels.launch_triton import ALIGNED
 from rayft.numerics import moved
 
-__all__ = ["BLOCK", "Copies", "blocks"]
+__all__ = ["BLOCK", "ForeachCopy", "blocks"]
 
 BLOCK = 4096
 """Numbers that a program copies."""
 
 
-class Copies:
+class ForeachCopy:
     """Copies tensors to others of the same dtype and size, whose memory must stay where it is."""
 
     def __init__(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
@@ -46,7 +46,7 @@ class Copies:
     def __call__(self) -> None:
         """Copy, on the current stream."""
         if self._table is not None:
-            from rayft.kernels.copies_triton import copy
+            from rayft.kernels.foreach_copy_triton import copy
 
             copy(self._table, self._pairs[0][0])
         elif self._pairs:
@@ -55,7 +55,7 @@ class Copies:
 
 
 def _readable(tensor: torch.Tensor, like: torch.Tensor) -> bool:
-    """Return whether the kernel can read or write a tensor: several numbers at once, of one dtype."""
+    """Return whether the kernel can use a tensor, which must be aligned and have the dtype of the others."""
     return tensor.is_cuda and tensor.data_ptr() % ALIGNED == 0 and tensor.dtype == like.dtype
 
 

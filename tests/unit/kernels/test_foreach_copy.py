@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rayft.kernels.copies import BLOCK, Copies, blocks
+from rayft.kernels.foreach_copy import BLOCK, ForeachCopy, blocks
 
 
 def test_each_call_copies_what_the_sources_are_then() -> None:
     sources = [torch.randn(3, 5), torch.randn(7)]
     flat = torch.zeros(40)
     targets = [flat[8:23].view(3, 5), flat[24:31]]
-    copies = Copies(targets, sources)
+    copies = ForeachCopy(targets, sources)
     for _ in range(2):
         sources[0].normal_()
         copies()
@@ -21,7 +21,7 @@ def test_each_call_copies_what_the_sources_are_then() -> None:
 
 
 def test_nothing_to_copy() -> None:
-    Copies([], [])()
+    ForeachCopy([], [])()
 
 
 def test_the_table_covers_each_tensor_once() -> None:
@@ -40,4 +40,4 @@ def test_the_table_covers_each_tensor_once() -> None:
 )
 def test_tensors_that_can_not_be_copied_as_they_lie(target: torch.Tensor, source: torch.Tensor) -> None:
     with pytest.raises(AssertionError):
-        Copies([target], [source])
+        ForeachCopy([target], [source])

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from rayft.kernels.copies import BLOCK, Copies, blocks
+from rayft.kernels.foreach_copy import BLOCK, ForeachCopy, blocks
 
 pytestmark = pytest.mark.gpu
 
@@ -18,7 +18,7 @@ SIZES = (1, 7, 8, 9, 4096, BLOCK + 1, 3 * BLOCK + 13)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_are_copied_and_nothing_else_is_written(dtype: torch.dtype) -> None:
-    from rayft.kernels.copies_triton import copy
+    from rayft.kernels.foreach_copy_triton import copy
 
     torch.manual_seed(0)
     sources = [torch.randn(size, device=DEVICE).to(dtype) for size in SIZES]
@@ -28,7 +28,7 @@ def test_all_are_copied_and_nothing_else_is_written(dtype: torch.dtype) -> None:
     if INTERPRETED:
         copy(blocks(targets, sources), targets[0])
     else:
-        Copies(targets, sources)()
+        ForeachCopy(targets, sources)()
     assert all(map(torch.equal, targets, sources))
     for target in targets:
         target.zero_()
