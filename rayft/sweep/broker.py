@@ -133,6 +133,9 @@ class Broker:
         self._queue: deque[str] = deque()
         self._lanes: dict[str, int] = {}
         """Lane → how many times in a row it has died without a job."""
+        self._starting: dict[str, float] = {}
+        """Lane that has not pulled since its processes were started → when that was. A lane of which the user
+        was notified is not in it."""
         self._renewed: set[str] = set()
         """Lanes whose worker groups are about to end, and to be started again."""
         self._beats: dict[str, dict[int, Beat]] = {}
@@ -244,6 +247,21 @@ class Broker:
         """Register a lane that is being started."""
         self._lanes[lane] = 0
 
+    async def starts(self, lane: str) -> None:
+        """Learn that the processes of a lane are being started."""
+        self._starting[lane] = time.monotonic()
+
+    async def check_starts(self) -> None:
+        """Notify the user of lanes that take too long to start. The caller knows that they have a place."""
+        now = time.monotonic()
+        late = [lane for lane, since in self._starting.items() if now - since >= self._patience.warn]
+        for lane in late:
+            self._notices.append(
+                f"{lane} has a place, but has not started for {now - self._starting.pop(lane):.0f} s. What "
+                "its processes have written is in the folder logs of Ray's session. If it does not start, "
+                "interrupt the command and run it again: what is done is kept"
+            )
+
     async def pull(
         self, lane: str, timeout: float = 20.0, pack: str | None = None
     ) -> Job[Any, Any] | str | None:
@@ -254,6 +272,7 @@ class Broker:
             timeout: seconds to wait.
             pack: what the job must have in common with those that the lane has; by default it has none.
         """
+        self._starting.pop(lane, None)
         if self._watcher is None:
             self._watcher = asyncio.create_task(self._watch())
         deadline = time.monotonic() + timeout
@@ -410,6 +429,7 @@ class Broker:
             lane: the lane.
             reason: why its processes ended.
         """
+        self._starting.pop(lane, None)
         beats = self._beats.pop(lane, {})
         memory = max((beat.memory for beat in beats.values()), default=0)
         lost = await _lost(reason, beats.values())

@@ -43,6 +43,10 @@ class LaneTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
         # Ray warns of calls that block an event loop. This thread's loop runs nothing but the controller.
         os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
+        # A controller would set up the logging of its process, which holds the lock of `logging` while it
+        # waits for the handlers' locks. The handler of another lane that opens its file holds its own lock
+        # while it waits for that of `logging`, so both would wait forever.
+        os.environ["RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING"] = "0"
         controller = _Controller(**settings)
         asyncio.run(controller.run())  # type: ignore[no-untyped-call]
         return controller.get_result()

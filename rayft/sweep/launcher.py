@@ -90,7 +90,7 @@ class Launcher:
             alive[0].join(0.1)
 
     def _watch(self, broker: Any) -> None:
-        """Notify the user of lanes that wait for a place: what they ask for, and what is free."""
+        """Notify the user of lanes that wait for a place, or have one and do not start."""
         since: float | None = None
         noted = 0.0
         while True:
@@ -100,6 +100,7 @@ class Launcher:
                 if noted:
                     broker.note.remote("all lanes have a place")
                 since, noted = None, 0.0
+                broker.check_starts.remote()
                 continue
             since = since or now
             if now - since >= WAITING_SECONDS and (not noted or now - noted >= REMIND_SECONDS):
@@ -108,6 +109,7 @@ class Launcher:
 
     def _hold(self, settings: LaneSettings) -> None:
         while True:
+            settings.broker.starts.remote(settings.name)
             reason = _run(settings, self._group)
             if not reason or not ray.get(settings.broker.lane_died.remote(settings.name, reason)):
                 return
@@ -115,15 +117,28 @@ class Launcher:
 
 def _run(settings: LaneSettings, group: Group) -> str:
     """Start a worker group, wait until it ends, and return why it ended; empty if it has done its jobs."""
+    try:
+        _fit(settings, group)
+    except Exception as error:  # noqa: BLE001  (the waiting jobs must learn why the group ended)
+        failures = getattr(error, "worker_failures", None) or {0: error}
+        # One worker's end makes the others fail as well.
+        first = min((failures[rank] for rank in sorted(failures)), key=severity)
+        if disk_full(first):
+            _end_all(settings, group, first)
+        return why_ended(first)
+    return ""
+
+
+def _fit(settings: LaneSettings, group: Group) -> None:
     # If this fails, Ray Train starts the actor itself, only later.
     with suppress(Exception):
         _start_coordinator()
-    from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
     from rayft.sweep.lane_trainer import LaneTrainer
 
-    trainer = LaneTrainer(
+    LaneTrainer(
         # Ray passes any object on, although its annotations ask for a dict.
         lane_worker,  # type: ignore[arg-type]
         train_loop_config=settings,  # type: ignore[arg-type]
@@ -132,19 +147,7 @@ def _run(settings: LaneSettings, group: Group) -> str:
         ),
         torch_config=TorchConfig(backend="nccl" if group.cuda else "gloo"),
         run_config=RunConfig(name=settings.name, storage_path=group.storage),
-    )
-    try:
-        trainer.fit()
-    except Exception as error:  # noqa: BLE001  (the waiting jobs must learn why the group ended)
-        first = error
-        if isinstance(error, WorkerGroupError) and error.worker_failures:
-            failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
-            # One worker's end makes the others fail as well.
-            first = min(failures, key=severity)
-        if disk_full(first):
-            _end_all(settings, group, first)
-        return why_ended(first)
-    return ""
+    ).fit()
 
 
 def _start_coordinator() -> None:

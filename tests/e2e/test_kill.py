@@ -116,21 +116,23 @@ def test_a_killed_sweep_with_two_lanes_decides_by_its_recorded_order(
     killed = elsewhere(long_config, "killed", lanes=2)
     folder = killed.folder
     command = [sys.executable, "-m", "rayft.cli", "sweep", str(folder.parent / "long.yaml")]
-    process = subprocess.Popen(
-        [*command, "--set", f"output={folder}", "--set", "sweep.lanes=2"],
-        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    while process.poll() is None and len(events(folder)) < 4:
+    said = folder.parent / "killed.log"
+    with said.open("w") as log:
+        process = subprocess.Popen(
+            [*command, "--set", f"output={folder}", "--set", "sweep.lanes=2"],
+            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    deadline = time.monotonic() + 300
+    while process.poll() is None and len(events(folder)) < 4 and time.monotonic() < deadline:
         time.sleep(0.02)
         if len(events(folder)) == 2:
             with pytest.raises(ConfigError, match=rf"process {process.pid} on .*\) is writing to {folder}"):
                 run(killed)
     process.kill()
-    assert process.communicate()[0] is not None
-    assert 4 <= len(events(folder)) < EVENTS - 4, "the sweep ended before it could be killed"
+    process.wait()
+    assert 4 <= len(events(folder)) < EVENTS - 4, said.read_text()
     with warm_workers.used():
         run(killed)
 

@@ -64,6 +64,31 @@ def test_a_job_that_has_ended_is_done_again_only_if_asked() -> None:
     play(scene())
 
 
+def test_a_lane_that_has_a_place_and_does_not_start_is_reported_once() -> None:
+    async def scene() -> None:
+        broker = Broker(patience=Patience(warn=0.05))
+        for lane in ("quick", "slow", "dead"):
+            await broker.expect(lane)
+            await broker.starts(lane)
+        await broker.check_starts()
+        await broker.submit(job("a"))
+        await broker.pull("quick")
+        await broker.lane_died("dead", "no reason")
+        left = len(await broker.notices())
+        await asyncio.sleep(0.06)
+        await broker.check_starts()
+        await broker.check_starts()
+        (notice,) = await broker.notices(left)
+        assert notice.startswith("slow has a place, but has not started for 0 s.")
+        # Its processes are started again.
+        await broker.starts("slow")
+        await asyncio.sleep(0.06)
+        await broker.check_starts()
+        assert len(await broker.notices(left)) == 2
+
+    play(scene())
+
+
 def test_a_lane_of_its_own_is_started_by_whoever_finds_it_missing() -> None:
     async def scene() -> None:
         broker = Broker()

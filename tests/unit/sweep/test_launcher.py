@@ -1,15 +1,19 @@
-"""The reasons for the end of Ray's processes, the message of waiting lanes, and a search that Ray's memory
-monitor interrupts."""
+"""The reasons for the end of Ray's processes, the message of waiting lanes, lanes that start at the same
+time, and a search that Ray's memory monitor interrupts."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray.exceptions
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from rayft.sweep import lane_trainer
+from rayft.sweep import lane_trainer, launcher
 from rayft.sweep.launcher import waiting_text
 from rayft.sweep.reasons import NODE_LOST, UNREACHABLE, why_ended
 from rayft.sweep.search import _run_tune
@@ -102,3 +106,34 @@ def test_a_group_whose_workers_can_not_talk_gives_back_its_places(monkeypatch: p
         group._start()
     assert ended == [group]
     assert lane_trainer._Controller.worker_group_cls is lane_trainer._WorkerGroup
+
+
+def test_a_lane_starts_while_the_log_of_another_one_is_locked() -> None:
+    """Ray Train's own set-up waits for the locks of all handlers while it holds the one of `logging`. A
+    handler that opens its file waits the other way round."""
+    settings = dict.fromkeys(("train_fn_ref", "scaling_policy", "failure_policy"))
+    config = SimpleNamespace(logging_config=SimpleNamespace(log_level="INFO"))
+    context = SimpleNamespace(get_run_config=lambda: config)
+
+    def start() -> None:
+        trainer = lane_trainer.LaneTrainer.__new__(lane_trainer.LaneTrainer)
+        # The controller sets up its process before it notices that it has no run.
+        with pytest.raises(AttributeError, match="run_config"):
+            trainer._initialize_and_run_controller(**settings, train_run_context=context)
+
+    handler = logging.StreamHandler()
+    with ThreadPoolExecutor() as pool:
+        with handler.lock:  # type: ignore[union-attr]
+            started = pool.submit(start)
+            _, waiting = wait([started], timeout=10.0)
+        assert not waiting
+        started.result()
+
+
+def test_a_lane_that_can_not_be_started_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ImportError("libcudart.so is missing")
+
+    monkeypatch.setattr(launcher, "_fit", fail)
+    settings: Any = SimpleNamespace()
+    assert launcher._run(settings, Group(1, False, {}, "/runs")) == "ImportError: libcudart.so is missing"
