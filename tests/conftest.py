@@ -39,9 +39,10 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 CLUSTERS = {
     "servers": ("tests/integration/test_serving", "tests/integration/one_server/"),
-    "sweeps": ("tests/e2e/", "tests/integration/"),
+    "sweeps": ("tests/e2e/", "tests/integration/test_lanes", "tests/integration/test_packed_lanes"),
 }
-"""Tests that share a Ray cluster, and hence a process: what it runs → how their names begin."""
+"""Tests that share a Ray cluster, and hence a process: what it runs → how their names begin. Those that start
+clusters of their own are distributed by file."""
 
 
 def _scope(name: str) -> str:
