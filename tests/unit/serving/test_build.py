@@ -200,9 +200,15 @@ def test_the_ingress_counts_requests_itself_if_there_is_only_one_replica(
     assert ingress.init_args[2].places == places
 
 
+def has_gpus(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    """Give this machine a number of GPUs, and no cluster, whatever tests of this process have started."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+
+
 @pytest.mark.parametrize(("gpus", "engine"), [(0, "cpu"), (1, "vllm"), (8, "vllm")])
 def test_the_engine_follows_the_gpus(monkeypatch: pytest.MonkeyPatch, gpus: int, engine: str) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    has_gpus(monkeypatch, gpus)
     assert engine_of(ServeConfig()) == engine
     assert engine_of(ServeConfig(engine="cpu")) == "cpu"
     assert engine_of(ServeConfig(engine="vllm")) == "vllm"
@@ -247,7 +253,7 @@ def test_what_vllm_can_not_serve_is_refused_before_anything_starts(
         return release
 
     monkeypatch.setattr("importlib.metadata.version", version)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    has_gpus(monkeypatch, gpus)
     model = {"name": str(tiny_folder), **options.pop("model", {})}
     with pytest.raises(error, match=word):
         check(parse(ServeConfig, {"port": free_port, "model": model, **options}))
