@@ -153,6 +153,8 @@ class Engine(Protocol):
     async def load(self, name: str, artifact: AdapterArtifact) -> None:
         """Make an adapter usable under a new name, at its own rank and, if it was squeezed, at lower ones.
 
+        A load that is cancelled leaves nothing, so the name is still new.
+
         Raises:
             NoRoomError: if another adapter has to be unloaded first.
         """

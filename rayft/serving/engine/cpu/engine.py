@@ -102,7 +102,8 @@ class CpuEngine:
 
     async def load(self, name: str, artifact: AdapterArtifact) -> None:
         """Make an adapter usable under a new name, at its own rank and, if it was squeezed, at lower ones."""
-        await asyncio.to_thread(self._slots.load, name, artifact)
+        # A thread goes on when the load is cancelled: what it makes must not be in the model then.
+        self._slots.load(name, await asyncio.to_thread(self._slots.cast, artifact))
 
     def unload(self, name: str) -> None:
         """Free an adapter that no running request uses, at all its ranks."""
