@@ -299,6 +299,33 @@ def test_a_lower_rank_is_made_once_and_leaves_with_its_adapter(start: Start) -> 
     run(start, scenario)
 
 
+def test_a_lower_rank_that_a_client_leaves_while_it_is_made_leaves_nothing(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(engine: VllmEngine, llm: Any) -> None:
+        await engine.load("one", random_adapter("one", SHAPES, rank=6))
+        call, made = llm.collective_rpc, asyncio.Event()
+
+        async def slowly(method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+            found: list[Any] = await call(method, args)
+            if method == "rayft_view":
+                made.set()
+                await asyncio.Event().wait()
+            return found
+
+        monkeypatch.setattr(llm, "collective_rpc", slowly)
+        asking = asyncio.create_task(ask(engine, GenerationRequest((1,), 1, "one", rank=2)))
+        await made.wait()
+        assert len(llm.managers[0].list_adapters()) == 2
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await asyncio.gather(*engine._tasks)
+        assert len(llm.managers[0].list_adapters()) == 1
+
+    run(start, scenario)
+
+
 @pytest.mark.parametrize(
     ("artifact", "error", "message"),
     [

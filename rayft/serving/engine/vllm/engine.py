@@ -272,7 +272,12 @@ class VllmEngine:
         async with loaded.lock:
             if rank not in loaded.views:
                 number = next(self._numbers)
-                _check(await self._call("rayft_view", number, loaded.request.lora_int_id, rank))
+                try:
+                    _check(await self._call("rayft_view", number, loaded.request.lora_int_id, rank))
+                except BaseException:
+                    # Some workers may have made it, or may still make it.
+                    self._free([number])
+                    raise
                 name = f"{loaded.request.lora_name}@r{rank}"
                 loaded.views[rank] = _lora_request(name, number, loaded.request.lora_path)
         return loaded.views[rank]
