@@ -487,6 +487,31 @@ def test_an_engine_that_was_stopped_loads_nothing(start: Start) -> None:
     run(start, scenario)
 
 
+def test_an_engine_that_dies_during_a_call_leaves_nobody_waiting(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "ASK_SECONDS", 0.01)
+
+    async def scenario(engine: VllmEngine, llm: Any) -> None:
+        await engine.load("one", random_adapter("one", SHAPES))
+
+        async def unanswered(method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+            # As vLLM's: only later calls raise.
+            llm.errored = True
+            await asyncio.Event().wait()
+            return []
+
+        monkeypatch.setattr(llm, "collective_rpc", unanswered)
+        async with asyncio.timeout(60):
+            with pytest.raises(ResourceError, match="has stopped"):
+                await engine.load("two", random_adapter("two", SHAPES))
+            with pytest.raises(ResourceError, match="has stopped"):
+                await ask(engine, GenerationRequest((1,), 1, "one", rank=1))
+            await asyncio.gather(*engine._tasks)
+
+    run(start, scenario)
+
+
 def test_the_error_of_a_dead_engine_says_so(start: Start) -> None:
     artifact = random_adapter("one", SHAPES)
 

@@ -42,7 +42,8 @@ EXTENSION = "rayft.serving.engine.vllm.worker.WorkerExtension"
 POLL_SECONDS = 0.005
 """Interval at which the engine looks whether the workers have read an adapter, which costs them nothing."""
 ASK_SECONDS = 1.0
-"""Time after which it asks them between two steps, in case that one of them has ended."""
+"""Time after which it asks them between two steps, in case that one of them has ended; and interval at which
+it looks whether they can still answer."""
 BLOCK = 16
 """Tokens in a block of the KV cache."""
 NO_MEMORY = (
@@ -346,10 +347,17 @@ class VllmEngine:
     async def _call(self, method: str, *arguments: Any) -> list[Any]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        call = asyncio.ensure_future(self._llm.collective_rpc(method, args=arguments))
         try:
-            found: list[Any] = await self._llm.collective_rpc(method, args=arguments)
+            while not (await asyncio.wait({call}, timeout=ASK_SECONDS))[0]:
+                # vLLM never answers the calls that an engine which ends has not answered.
+                if self._llm.errored:
+                    raise ResourceError(STOPPED)
+            found: list[Any] = call.result()
         except EngineDeadError as error:
             raise ResourceError(STOPPED) from error
+        finally:
+            call.cancel()
         return found
 
     def _record(self, tokens: int, requests: int, adapters: int) -> None:
