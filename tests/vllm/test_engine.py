@@ -581,6 +581,17 @@ def test_what_vllm_would_refuse_later_is_refused_before_the_request_is_accepted(
     run(start, scenario)
 
 
+def test_a_token_that_only_the_tokenizer_has_is_refused(start: Start) -> None:
+    async def scenario(engine: VllmEngine, llm: Any) -> None:
+        size = llm.model_config.get_vocab_size()
+        with pytest.raises(BadRequestError, match=f"the token {size}, .* 0 to {size - 1}"):
+            engine.submit(GenerationRequest((1, size), 1))
+        llm.answers = [output([1], "length")]
+        assert await ask(engine, GenerationRequest((1, size - 1), 1))
+
+    run(start, scenario)
+
+
 def test_a_request_with_a_schema_reaches_vllm(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     # vLLM imports what it needs for every backend.
     monkeypatch.setitem(sys.modules, "lmformatenforcer", MagicMock())

@@ -28,6 +28,7 @@ from rayft.serving.engine.api import (
     NoRoomError,
     Progress,
     TokenLogprob,
+    check_prompt,
 )
 from rayft.serving.engine.vllm.files import Channel
 from rayft.serving.engine.vllm.plugin import ANSWERS, CONFIG, ERROR_FILE, check_release
@@ -152,8 +153,8 @@ class VllmEngine:
         """Generate, and yield the progress as it comes, or the end; closing it ends the request.
 
         Raises:
-            BadRequestError: at once, if vLLM refuses the request's options or can't follow its JSON schema;
-                during the iteration, if it refuses the prompt.
+            BadRequestError: at once, if vLLM refuses the request's options or can't follow its JSON schema,
+                or the model does not have a token; during the iteration, if vLLM refuses the prompt.
             ResourceError: during the iteration, if the engine has stopped.
             RequestError: during the iteration, if vLLM fails.
         """
@@ -161,6 +162,8 @@ class VllmEngine:
 
         if request.json_schema is not None:
             check_schema(request.json_schema)
+        # vLLM refuses only tokens that the tokenizer does not have either.
+        check_prompt(request.prompt, self._llm.model_config.get_vocab_size())
         config = self._llm.vllm_config
         try:
             params = self._params(request)
