@@ -88,10 +88,13 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
     server = uuid.uuid4().hex
     held = config.max_running * (1 + WAITING_PER_RUNNING)
     only_one = config.replicas == 1 and config.max_replicas is None
+    places = held + config.max_queued if only_one else None
     replica = ReplicaDeployment.options(
         **_size(config),
         max_ongoing_requests=held,
-        max_queued_requests=config.max_queued,
+        # Ray Serve counts all requests of a burst as waiting until it has sent them. With places, the ingress
+        # counts itself.
+        max_queued_requests=places or config.max_queued,
         request_router_config=_routing(config, "Replica"),
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus if engine == "vllm" else 0},
         # With a `user_config` Ray Serve calls `reconfigure` when a replica starts.
@@ -117,7 +120,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         port=config.port,
         drain_seconds=config.drain_seconds,
         waiting=(config.wait_seconds, config.max_seconds),
-        places=held + config.max_queued if only_one else None,
+        places=places,
         keys=resolved(config.keys),
         roots=config.roots,
         max_body_bytes=parse_bytes(config.max_body_bytes),
