@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ import ray.serve as ray_serve
 import torch
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve.config import RequestRouterConfig
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig
 
 from rayft.config import parse
 from rayft.errors import ResourceError
@@ -40,6 +41,8 @@ from rayft.tracking.base import check_uri
 
 __all__ = ["APPLICATION", "app", "build_app", "check", "engine_of", "preflight", "run", "stop"]
 
+logger = logging.getLogger("ray.serve")
+
 WAITING_PER_RUNNING = 4
 """Waiting requests in a replica for each running one, so that a free place is filled at the next step."""
 
@@ -53,6 +56,9 @@ asks the director for changes."""
 
 NICENESS = "RAY_worker_niceness"
 """Ray's variable for the priority of its workers."""
+
+POLL_SECONDS = 0.25
+"""Interval at which the state of the application is looked at while it starts or ends."""
 
 ROUTING_SECONDS = 1.0
 """Interval at which replicas report to the routers which adapters they have on the device."""
@@ -82,10 +88,13 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
     server = uuid.uuid4().hex
     held = config.max_running * (1 + WAITING_PER_RUNNING)
     only_one = config.replicas == 1 and config.max_replicas is None
+    places = held + config.max_queued if only_one else None
     replica = ReplicaDeployment.options(
         **_size(config),
         max_ongoing_requests=held,
-        max_queued_requests=config.max_queued,
+        # Ray Serve counts all requests of a burst as waiting until it has sent them. With places, the ingress
+        # counts itself.
+        max_queued_requests=places or config.max_queued,
         request_router_config=_routing(config, "Replica"),
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus if engine == "vllm" else 0},
         # With a `user_config` Ray Serve calls `reconfigure` when a replica starts.
@@ -111,7 +120,7 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
         port=config.port,
         drain_seconds=config.drain_seconds,
         waiting=(config.wait_seconds, config.max_seconds),
-        places=held + config.max_queued if only_one else None,
+        places=places,
         keys=resolved(config.keys),
         roots=config.roots,
         max_body_bytes=parse_bytes(config.max_body_bytes),
@@ -192,12 +201,9 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
         os.environ.setdefault(NICENESS, "0")
         ray.init(namespace=APPLICATION)
     ray_serve.start(proxy_location="Disabled")
-    try:
-        ray_serve.run(build_app(config), name=APPLICATION, route_prefix=None, blocking=False)
-    except RuntimeError as error:
-        cause = start_error() or str(error)
-        ray_serve.delete(APPLICATION)
-        raise ResourceError(f"the application did not start: {cause}") from error
+    target = ray_serve.RunTarget(build_app(config), APPLICATION, route_prefix=None)
+    ray_serve.run_many([target], wait_for_applications_running=False)
+    _wait_until_running()
     if not _listens(config.host, config.port):
         raise ResourceError(
             f"nothing listens on {config.host}:{config.port} here; this machine is not the head of the "
@@ -205,6 +211,32 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
         )
     if blocking:
         _wait_for_interrupt()
+
+
+def _wait_until_running() -> None:
+    """Wait until the application runs, and log meanwhile what Ray Serve says about replicas that do not.
+
+    On a cluster without room for them it waits forever, since a node may be added.
+
+    Raises:
+        ResourceError: if the application does not start.
+    """
+    logged = ""
+    while (application := _application()) and application.status != ApplicationStatus.RUNNING:
+        why = start_error() or ""
+        if application.status == ApplicationStatus.DEPLOY_FAILED:
+            ray_serve.delete(APPLICATION)
+            raise ResourceError(f"the application did not start: {why or application.message}")
+        if why and why != logged:
+            logger.warning("the application does not run yet: %s", why)
+            logged = why
+        time.sleep(POLL_SECONDS)
+    if application is None:
+        raise ResourceError("the application did not start: it was deleted")
+
+
+def _application() -> ApplicationStatusOverview | None:
+    return ray_serve.status().applications.get(APPLICATION)
 
 
 def _size(config: ServeConfig) -> dict[str, Any]:
@@ -251,7 +283,10 @@ def _absolute(config: ServeConfig) -> ServeConfig:
 def stop() -> None:
     """Stop the server; requests that are running are answered first, for up to `drain_seconds`."""
     # A shutdown alone would close their connections.
-    ray_serve.delete(APPLICATION)
+    ray_serve.delete(APPLICATION, _blocking=False)
+    # Ray Serve itself would wait for a minute at most.
+    while _application():
+        time.sleep(POLL_SECONDS)
     ray_serve.shutdown()
 
 

@@ -145,7 +145,8 @@ class Catalog:
         self._limits = limits or Limits()
         self._entries: dict[str, _Entry] = {}
         self._problems: dict[str, str] = {}
-        self._prepared: dict[int, _Change] = {}
+        self._wanted: Served | None = None
+        self._prepared: _Change | None = None
         self._preparing: set[_Change] = set()
         self._taken = 0
         self._numbers, self._uses = count(), count(1)
@@ -157,29 +158,41 @@ class Catalog:
         """Read and check all new adapters; what is served does not change yet.
 
         An adapter that was to be served before and could not be loaded is tried again, and may fail again.
+        The director makes one change after the other. So only the last call counts: an earlier one that still
+        reads has taken longer than the director waits.
 
         Args:
             served: what is to be served.
 
         Raises:
             ArtifactError: as `check_adapter`, or if the content of a folder has changed.
-            ResourceError: if there is no room for a pinned adapter.
+            ResourceError: if there is no room for a pinned adapter, or the change was given up meanwhile.
         """
+        self._wanted = served
         change = await self._change(served, all_or_none=True)
-        former = self._prepared.get(served.number)
-        self._prepared[served.number] = change
+        if self._wanted is not served:
+            self._free(change.entries)
+            raise ResourceError(f"change {served.number} was given up while it was prepared; try again")
+        former, self._prepared = self._prepared, change
         if former:
             self._free(former.entries)
 
     async def commit(self, number: int) -> None:
         """Serve the change with this number; do nothing if it was not prepared."""
-        if change := self._prepared.pop(number, None):
-            self._serve(change)
+        if self._prepared and self._prepared.served.number == number:
+            self._serve(self._prepared)
 
     async def abandon(self, number: int) -> None:
-        """Free what was prepared for the change with this number."""
-        if change := self._prepared.pop(number, None):
-            self._free(change.entries)
+        """Free what was prepared for the change with this number, or is being prepared."""
+        self._give_up(number)
+
+    def _give_up(self, number: int) -> None:
+        """Free what was prepared for changes up to a number, unless it is served."""
+        if self._wanted and self._wanted.number <= number:
+            self._wanted = None
+        if self._prepared and self._prepared.served.number <= number:
+            former, self._prepared = self._prepared, None
+            self._free(former.entries)
 
     async def catch_up(self, served: Served, *, all_or_none: bool = False) -> None:
         """Prepare a change and serve it, unless another one was committed meanwhile.
@@ -229,6 +242,8 @@ class Catalog:
         reused = {name for name, entry in self._entries.items() if entry is former.get(name)}
         known = {name: why for name, why in self._problems.items() if name in reused}
         self._problems = known | change.problems
+        # The commit of a change that is served by now, or that another one has replaced, may never come.
+        self._give_up(change.served.number)
         self._free(former)
         for deployed in change.served.versions:
             if entry := self._entries.get(deployed.id):
@@ -244,7 +259,7 @@ class Catalog:
 
     def _all(self) -> list[_Entry]:
         """Return the entries that are served, and those of changes that may be served."""
-        changes = (*self._preparing, *self._prepared.values())
+        changes = (*self._preparing, *([self._prepared] if self._prepared else ()))
         wanted = [entry for change in changes for entry in change.entries.values()]
         return list(dict.fromkeys((*self._entries.values(), *wanted)))
 

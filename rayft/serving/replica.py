@@ -15,6 +15,7 @@ from typing import Any
 import ray.serve as ray_serve
 import torch
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from rayft.data.chat_format import AnswerParser, ChatFormat
 from rayft.errors import BadRequestError, ModelError, RayftError, RequestTimeoutError, ResourceError
@@ -178,7 +179,7 @@ class Replica:
             try:
                 if await director.number.remote() != self._catalog.served.number:
                     await self.catch_up(await director.state.remote())
-            except (RayftError, RayError) as error:
+            except (RayftError, RayError, RayServeException) as error:
                 logger.warning("can't get what is to be served: %s", error)
 
     def check_health(self) -> None:

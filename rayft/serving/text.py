@@ -38,7 +38,8 @@ def chat_tokens(
         variables: further variables for the template (`chat_template_kwargs`).
 
     Raises:
-        BadRequestError: if the model has no template, or the template refuses the messages or the variables.
+        BadRequestError: if the model has no template, or the template refuses the messages or the variables,
+            or makes no text of them.
     """
     if not tokenizer.chat_template:
         raise BadRequestError("this model has no chat template; use /v1/completions", param="messages")
@@ -61,6 +62,8 @@ def chat_tokens(
         raise BadRequestError(
             f"the model's chat template refuses {what}: {kind}{error}", param=param
         ) from error
+    if not tokens:
+        raise BadRequestError("the model's chat template makes no text of these messages", param="messages")
     return tuple(tokens)
 
 

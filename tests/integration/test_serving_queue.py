@@ -52,6 +52,17 @@ def test_requests_beyond_the_queue_are_refused_at_once_and_the_others_are_answer
     assert httpx.get(f"{url}/healthz").status_code == 200
 
 
+def test_a_burst_that_fills_all_places_of_an_idle_server_is_answered(url: str) -> None:
+    body = {"model": "base", "prompt": "a", "max_tokens": 2, "temperature": 0}
+    with ThreadPoolExecutor(TAKEN + QUEUED) as pool:
+        for _ in range(20):
+            burst = [
+                pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=120)
+                for _ in range(TAKEN + QUEUED)
+            ]
+            assert {one.result().status_code for one in burst} == {200}
+
+
 def test_a_server_that_stops_first_answers_running_requests(url: str) -> None:
     """Stop the module's server, which is why this is the last test."""
     body = {"model": "base", "prompt": "a", "max_tokens": 400, "temperature": 0}

@@ -299,6 +299,33 @@ def test_a_lower_rank_is_made_once_and_leaves_with_its_adapter(start: Start) -> 
     run(start, scenario)
 
 
+def test_a_lower_rank_that_a_client_leaves_while_it_is_made_leaves_nothing(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(engine: VllmEngine, llm: Any) -> None:
+        await engine.load("one", random_adapter("one", SHAPES, rank=6))
+        call, made = llm.collective_rpc, asyncio.Event()
+
+        async def slowly(method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+            found: list[Any] = await call(method, args)
+            if method == "rayft_view":
+                made.set()
+                await asyncio.Event().wait()
+            return found
+
+        monkeypatch.setattr(llm, "collective_rpc", slowly)
+        asking = asyncio.create_task(ask(engine, GenerationRequest((1,), 1, "one", rank=2)))
+        await made.wait()
+        assert len(llm.managers[0].list_adapters()) == 2
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await asyncio.gather(*engine._tasks)
+        assert len(llm.managers[0].list_adapters()) == 1
+
+    run(start, scenario)
+
+
 @pytest.mark.parametrize(
     ("artifact", "error", "message"),
     [
@@ -460,6 +487,31 @@ def test_an_engine_that_was_stopped_loads_nothing(start: Start) -> None:
     run(start, scenario)
 
 
+def test_an_engine_that_dies_during_a_call_leaves_nobody_waiting(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "ASK_SECONDS", 0.01)
+
+    async def scenario(engine: VllmEngine, llm: Any) -> None:
+        await engine.load("one", random_adapter("one", SHAPES))
+
+        async def unanswered(method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+            # As vLLM's: only later calls raise.
+            llm.errored = True
+            await asyncio.Event().wait()
+            return []
+
+        monkeypatch.setattr(llm, "collective_rpc", unanswered)
+        async with asyncio.timeout(60):
+            with pytest.raises(ResourceError, match="has stopped"):
+                await engine.load("two", random_adapter("two", SHAPES))
+            with pytest.raises(ResourceError, match="has stopped"):
+                await ask(engine, GenerationRequest((1,), 1, "one", rank=1))
+            await asyncio.gather(*engine._tasks)
+
+    run(start, scenario)
+
+
 def test_the_error_of_a_dead_engine_says_so(start: Start) -> None:
     artifact = random_adapter("one", SHAPES)
 
@@ -525,6 +577,17 @@ def test_what_vllm_would_refuse_later_is_refused_before_the_request_is_accepted(
             engine.submit(GenerationRequest((1,), 1, **options))
         assert caught.value.param == param
         assert llm.asked == []
+
+    run(start, scenario)
+
+
+def test_a_token_that_only_the_tokenizer_has_is_refused(start: Start) -> None:
+    async def scenario(engine: VllmEngine, llm: Any) -> None:
+        size = llm.model_config.get_vocab_size()
+        with pytest.raises(BadRequestError, match=f"the token {size}, .* 0 to {size - 1}"):
+            engine.submit(GenerationRequest((1, size), 1))
+        llm.answers = [output([1], "length")]
+        assert await ask(engine, GenerationRequest((1, size - 1), 1))
 
     run(start, scenario)
 

@@ -230,8 +230,12 @@ class Director:
 
     async def _change(self, wanted: Served) -> None:
         """Let all replicas prepare a change, then record and commit it."""
-        await self._prepare(wanted)
-        self._keep(replace(self._record, served=wanted))
+        try:
+            await self._prepare(wanted)
+            self._keep(replace(self._record, served=wanted))
+        except RayftError:
+            await self._all("abandon", wanted.number)
+            raise
         self._refused = None
         await self._all("commit", wanted.number)
 
@@ -239,13 +243,10 @@ class Director:
         answers = await self._all("prepare", wanted)
         errors = [answer for answer in answers if isinstance(answer, Exception)]
         others = [error for error in errors if not _gone(error)]
-        if others or len(errors) == len(answers):
-            await self._all("abandon", wanted.number)
-            raise (
-                _cause(others[0])
-                if others
-                else ResourceError("no replica is up to check the adapter; try again")
-            )
+        if others:
+            raise _cause(others[0])
+        if len(errors) == len(answers):
+            raise ResourceError("no replica is up to check the adapter; try again")
 
     async def _all(self, method: str, *arguments: Any, seconds: float = PREPARE_SECONDS) -> list[Any]:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -10,7 +10,7 @@ import torch
 
 from rayft.artifacts import AdapterArtifact
 from rayft.data.chat_format import ChatFormat
-from rayft.errors import ResourceError
+from rayft.errors import BadRequestError, ResourceError
 from rayft.kernels.segment_lora import SlotFactors
 from rayft.methods.base import LoraFactors
 
@@ -22,6 +22,7 @@ __all__ = [
     "NoRoomError",
     "Progress",
     "TokenLogprob",
+    "check_prompt",
     "end_tokens",
     "slot_factors",
 ]
@@ -146,12 +147,15 @@ class Engine(Protocol):
         """Generate, and yield the progress or the end; closing the iterator ends the request.
 
         Raises:
-            BadRequestError: at once or during the iteration, if the engine can't do what is asked for.
+            BadRequestError: at once or during the iteration, if the engine can't do what is asked for, or the
+                model does not have a token of the prompt.
             RequestError: during the iteration, if the engine fails.
         """
 
     async def load(self, name: str, artifact: AdapterArtifact) -> None:
         """Make an adapter usable under a new name, at its own rank and, if it was squeezed, at lower ones.
+
+        A load that is cancelled leaves nothing, so the name is still new.
 
         Raises:
             NoRoomError: if another adapter has to be unloaded first.
@@ -165,6 +169,23 @@ class Engine(Protocol):
 
     def stop(self) -> None:
         """Fail all running requests, and free the model."""
+
+
+def check_prompt(prompt: Sequence[int], vocabulary: int) -> None:
+    """Refuse a prompt with a token that the model does not have: it would end the engine.
+
+    Args:
+        prompt: ids of tokens.
+        vocabulary: number of tokens that the model has. Its tokenizer may have more.
+
+    Raises:
+        BadRequestError: naming the token.
+    """
+    if max(prompt) >= vocabulary:
+        raise BadRequestError(
+            f"the prompt has the token {max(prompt)}, which the tokenizer has but the model does not (it has "
+            f"0 to {vocabulary - 1}); leave it out"
+        )
 
 
 def end_tokens(generation_config: Any, tokenizer: Any) -> list[int]:

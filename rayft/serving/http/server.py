@@ -109,6 +109,8 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         # An address whose last connection has just ended counts as free.
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections have it from here: those of clients that vanished in a request would otherwise stay.
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         made.bind(address)
     except OSError:
         made.close()

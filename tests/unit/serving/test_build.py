@@ -3,21 +3,23 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 import yaml
 from ray._common.utils import import_attr
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeDeploySchema
 
 from rayft.config import parse
 from rayft.errors import ArtifactError, BaseMismatchError, ConfigError, ModelError, ResourceError
 from rayft.models.load import ModelConfig
 from rayft.models.tiny import save_tiny_llama
+from rayft.serving import build
 from rayft.serving.build import (
     NICENESS,
     ROUTING_SECONDS,
@@ -32,6 +34,8 @@ from rayft.serving.build import (
 from rayft.serving.config import ServeConfig
 from rayft.serving.deployment import deployment
 from rayft.serving.router import RECENT_SECONDS
+
+DEPLOYING = ApplicationStatus.DEPLOYING
 
 
 @pytest.fixture
@@ -82,6 +86,77 @@ def test_workers_have_the_usual_priority(
     with pytest.raises(ResourceError, match="not started"):
         run(config(tiny_folder, free_port))
     assert found == [expected]
+
+
+class Serve:
+    """Ray Serve's states of the application, one after the other; it does not exist after the last."""
+
+    def __init__(self, *states: ApplicationStatus) -> None:
+        self._states, self.called = list(states), list[str]()
+
+    def status(self) -> Any:
+        if not self._states:
+            return SimpleNamespace(applications={})
+        state = ApplicationStatusOverview(self._states.pop(0), "Ray Serve's message", 0.0, {})
+        return SimpleNamespace(applications={build.APPLICATION: state})
+
+    def delete(self, _name: str, _blocking: bool = True) -> None:
+        if _blocking and len(self._states) > 2:
+            raise TimeoutError("Some of these applications weren't deleted after 60s")
+        self.called.append("delete")
+
+    def shutdown(self) -> None:
+        assert not self._states, "requests are still answered"
+        self.called.append("shutdown")
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Serve]:
+    """Return a function that makes a Ray Serve with given states, and with a reason for them."""
+
+    def make(*states: ApplicationStatus, why: str | None = None) -> Serve:
+        found = Serve(*states)
+        monkeypatch.setattr(build, "ray_serve", found)
+        monkeypatch.setattr(build, "start_error", lambda: why)
+        monkeypatch.setattr(build, "POLL_SECONDS", 0)
+        return found
+
+    return make
+
+
+def test_a_start_that_waits_for_room_says_so_once(
+    serve: Callable[..., Serve], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(build.logger, "warning", lambda text, *arguments: logged.append(text % arguments))
+    serve(*[DEPLOYING] * 3, ApplicationStatus.RUNNING, why="1 replica has to be scheduled: 8 CPU")
+    build._wait_until_running()
+    assert logged == ["the application does not run yet: 1 replica has to be scheduled: 8 CPU"]
+
+
+@pytest.mark.parametrize(
+    ("end", "why", "message"),
+    [
+        ([ApplicationStatus.DEPLOY_FAILED], "rayft.errors.ModelError: no file", "ModelError: no file"),
+        ([ApplicationStatus.DEPLOY_FAILED], None, "Ray Serve's message"),
+        ([], None, "it was deleted"),
+    ],
+)
+def test_an_application_that_does_not_start_is_deleted_and_says_why(
+    end: list[ApplicationStatus], why: str | None, message: str, serve: Callable[..., Serve]
+) -> None:
+    made = serve(DEPLOYING, *end, why=why)
+    with pytest.raises(ResourceError, match=f"the application did not start: .*{message}"):
+        build._wait_until_running()
+    assert made.called == ["delete"] * len(end)
+
+
+def test_a_server_that_is_stopped_has_all_of_its_time_for_running_requests(
+    serve: Callable[..., Serve],
+) -> None:
+    made = serve(*[ApplicationStatus.DELETING] * 9)
+    build.stop()
+    assert made.called == ["delete", "shutdown"]
 
 
 @pytest.mark.parametrize("start", [preflight, run])

@@ -251,6 +251,58 @@ def test_a_change_is_visible_once_it_is_committed_and_gone_once_it_is_abandoned(
     assert len(served.engine.loaded) == 2
 
 
+@pytest.mark.parametrize("then", ["nothing", "another"])
+def test_a_change_that_is_given_up_while_it_is_prepared_leaves_nothing(
+    then: str, served: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.sync({"a": save(tmp_path)})
+    b, c = (find(name, save(tmp_path, name), None, tmp_path, "1GB", pinned=False) for name in "bc")
+    slow, quick = loaded(served.state, b), loaded(served.state, c)
+    load, begun, go_on = served.engine.load, asyncio.Event(), asyncio.Event()
+
+    async def slowly(name: str, artifact: AdapterArtifact) -> None:
+        if name.startswith("b@"):
+            begun.set()
+            await go_on.wait()
+        await load(name, artifact)
+
+    monkeypatch.setattr(served.engine, "load", slowly)
+
+    async def scenario() -> None:
+        preparing = asyncio.create_task(served.catalog.prepare(slow))
+        await begun.wait()
+        # As the director does after a time limit.
+        await served.catalog.abandon(slow.number)
+        if then == "another":
+            await served.catalog.prepare(quick)
+        go_on.set()
+        with pytest.raises(ResourceError, match="given up"):
+            await preparing
+        await served.catalog.commit(quick.number)
+
+    asyncio.run(scenario())
+    assert served.names() == ["base", "a", *(["c"] if then == "another" else [])]
+    assert len(served.engine.loaded) == len(served.names()) - 1
+
+
+def test_a_change_whose_commit_was_lost_leaves_nothing_when_it_is_served(
+    served: Server, tmp_path: Path
+) -> None:
+    served.sync({"a": save(tmp_path)})
+    wanted = loaded(served.state, find("b", save(tmp_path, "b"), None, tmp_path, "1GB", pinned=False))
+
+    async def scenario() -> None:
+        await served.catalog.prepare(wanted)
+        await served.catalog.catch_up(wanted)
+
+    asyncio.run(scenario())
+    assert served.names() == ["base", "a", "b"]
+    assert len(served.engine.loaded) == 2
+    # It comes after all.
+    asyncio.run(served.catalog.commit(wanted.number))
+    assert {*served.keys("a", "b")} == {*served.engine.loaded}
+
+
 def test_a_replica_that_catches_up_while_the_change_is_committed_serves_all_of_it(
     served: Server, tmp_path: Path
 ) -> None:

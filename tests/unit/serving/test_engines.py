@@ -302,6 +302,14 @@ def test_an_unloaded_adapter_is_gone(
         ask_all(engine, [GenerationRequest(prompt, 2, "passing")])
 
 
+def test_a_token_that_only_the_tokenizer_has_is_refused(make_engine: MakeEngine, tiny_tokenizer: Any) -> None:
+    engine, size = make_engine(), len(tiny_tokenizer)
+    with pytest.raises(BadRequestError, match=rf"the token {size}, .* 0 to {size - 1}"):
+        engine.submit(GenerationRequest((5, size, 6), 2))
+    (last,) = ask_all(engine, [GenerationRequest((5, size - 1, 6), 2)])
+    assert last.finish
+
+
 def test_a_json_schema_is_refused(make_engine: MakeEngine, tiny_tokenizer: Any) -> None:
     request = GenerationRequest(tokens_of(tiny_tokenizer, "a"), 2, json_schema='{"type": "object"}')
     with pytest.raises(BadRequestError, match=r"can't make an answer follow .* engine: vllm") as caught:

@@ -10,11 +10,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pydantic import TypeAdapter
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from rayft.errors import (
     ArtifactError,
@@ -479,6 +482,37 @@ def test_a_replica_with_another_base_than_the_others_does_not_start(
     asyncio.run(start(Director(first.found)))
     with pytest.raises(ModelError, match="now has another base"):
         asyncio.run(start(Director("f" * 16)))
+
+
+def test_a_replica_follows_the_director_again_after_it_could_not_be_deployed(
+    make_replica: Callable[..., Replica], adapter_folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def number() -> int:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise DeploymentUnavailableError(DeploymentID("Director", "rayft"))
+        return 1
+
+    async def state() -> Served:
+        return state_of({"small": adapter_folders["small"]}, number=1)
+
+    async def scenario() -> None:
+        replica, director = make_replica(), Director()
+        monkeypatch.setattr(replica_module.ray_serve, "get_deployment_handle", lambda _: director)
+        monkeypatch.setattr(replica_module, "WATCH_SECONDS", 0.01)
+        await replica.reconfigure({})
+        # A change that the replica misses.
+        director.number, director.state = SimpleNamespace(remote=number), SimpleNamespace(remote=state)
+        (watching,) = replica._tasks
+        while asked < 3 and not watching.done():
+            await asyncio.sleep(0.01)
+        assert (await replica.serving()).names() == ("small",)
+        watching.cancel()
+
+    asyncio.run(scenario())
 
 
 def test_no_weight_is_a_memory_map_of_a_file(

@@ -196,6 +196,16 @@ def test_messages_that_a_template_refuses_are_a_400(
         chat_tokens(tiny_tokenizer, [{"role": "user", "content": "hi"}])
 
 
+def test_messages_of_which_the_template_makes_nothing_are_refused(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ messages[-1].content }}")
+    assert chat_tokens(tiny_tokenizer, [{"role": "user", "content": "hi"}])
+    with pytest.raises(BadRequestError, match="makes no text") as caught:
+        chat_tokens(tiny_tokenizer, [{"role": "user", "content": ""}])
+    assert caught.value.param == "messages"
+
+
 def test_a_prompt_is_text_or_token_ids(tiny_tokenizer: Any) -> None:
     assert prompt_tokens(tiny_tokenizer, [5, 6]) == (5, 6)
     assert prompt_tokens(tiny_tokenizer, "ab") == tuple(tiny_tokenizer("ab")["input_ids"])

@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import BadRequestError, RayftError, RequestError, ResourceError
@@ -49,6 +49,8 @@ class CpuEngine:
         self._slots = Slots(model, model.dtype)
         self._runner = Runner(model, self._slots)
         self._ends = frozenset(ends)
+        embeddings: Any = model.get_input_embeddings()
+        self._vocabulary = len(embeddings.weight)
         self._scheduler = Scheduler(limits)
         self._stats = EngineStats(True, 0, 0, 0, 0, 0)
         self._alive = True
@@ -61,12 +63,13 @@ class CpuEngine:
         """Generate, and yield the progress after each step, or the end; closing it ends the request.
 
         Raises:
-            BadRequestError: at once, if a JSON schema is to be followed.
+            BadRequestError: at once, if a JSON schema is to be followed, or the model does not have a token.
             ResourceError: during the iteration, if the engine has stopped.
             RequestError: during the iteration, if the engine fails.
         """
         if request.json_schema is not None:
             raise BadRequestError(api.NO_SCHEMA, param="response_format")
+        api.check_prompt(request.prompt, self._vocabulary)
         if request.seed is None:
             request = replace(request, seed=random.getrandbits(63))
         return self._generate(request)
@@ -102,7 +105,8 @@ class CpuEngine:
 
     async def load(self, name: str, artifact: AdapterArtifact) -> None:
         """Make an adapter usable under a new name, at its own rank and, if it was squeezed, at lower ones."""
-        await asyncio.to_thread(self._slots.load, name, artifact)
+        # A thread goes on when the load is cancelled: what it makes must not be in the model then.
+        self._slots.load(name, await asyncio.to_thread(self._slots.cast, artifact))
 
     def unload(self, name: str) -> None:
         """Free an adapter that no running request uses, at all its ranks."""

@@ -46,12 +46,16 @@ class Slots:
             self._tables[path] = {}
             linear.register_forward_hook(partial(self._add, self._tables[path]))
 
-    def load(self, name: str, artifact: AdapterArtifact) -> None:
-        """Add an adapter, cast to the model's dtype."""
-        assert name not in self._adapters, f"{name} is loaded already"
+    def cast(self, artifact: AdapterArtifact) -> AdapterArtifact:
+        """Return an adapter in the model's dtype. Any thread may do this; nothing else here is changed."""
         modules = {path: self._cast(factors) for path, factors in artifact.modules.items()}
-        self._adapters[name] = replace(artifact, modules=modules)
-        self._slots[name] = {None: self._fill(self._adapters[name])}
+        return replace(artifact, modules=modules)
+
+    def load(self, name: str, artifact: AdapterArtifact) -> None:
+        """Add an adapter that is in the model's dtype (see `cast`)."""
+        assert name not in self._adapters, f"{name} is loaded already"
+        self._adapters[name] = artifact
+        self._slots[name] = {None: self._fill(artifact)}
 
     def unload(self, name: str) -> None:
         """Remove an adapter at all its ranks, and free its memory."""

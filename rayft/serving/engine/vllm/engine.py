@@ -28,6 +28,7 @@ from rayft.serving.engine.api import (
     NoRoomError,
     Progress,
     TokenLogprob,
+    check_prompt,
 )
 from rayft.serving.engine.vllm.files import Channel
 from rayft.serving.engine.vllm.plugin import ANSWERS, CONFIG, ERROR_FILE, check_release
@@ -42,7 +43,8 @@ EXTENSION = "rayft.serving.engine.vllm.worker.WorkerExtension"
 POLL_SECONDS = 0.005
 """Interval at which the engine looks whether the workers have read an adapter, which costs them nothing."""
 ASK_SECONDS = 1.0
-"""Time after which it asks them between two steps, in case that one of them has ended."""
+"""Time after which it asks them between two steps, in case that one of them has ended; and interval at which
+it looks whether they can still answer."""
 BLOCK = 16
 """Tokens in a block of the KV cache."""
 NO_MEMORY = (
@@ -151,8 +153,8 @@ class VllmEngine:
         """Generate, and yield the progress as it comes, or the end; closing it ends the request.
 
         Raises:
-            BadRequestError: at once, if vLLM refuses the request's options or can't follow its JSON schema;
-                during the iteration, if it refuses the prompt.
+            BadRequestError: at once, if vLLM refuses the request's options or can't follow its JSON schema,
+                or the model does not have a token; during the iteration, if vLLM refuses the prompt.
             ResourceError: during the iteration, if the engine has stopped.
             RequestError: during the iteration, if vLLM fails.
         """
@@ -160,6 +162,8 @@ class VllmEngine:
 
         if request.json_schema is not None:
             check_schema(request.json_schema)
+        # vLLM refuses only tokens that the tokenizer does not have either.
+        check_prompt(request.prompt, self._llm.model_config.get_vocab_size())
         config = self._llm.vllm_config
         try:
             params = self._params(request)
@@ -272,7 +276,12 @@ class VllmEngine:
         async with loaded.lock:
             if rank not in loaded.views:
                 number = next(self._numbers)
-                _check(await self._call("rayft_view", number, loaded.request.lora_int_id, rank))
+                try:
+                    _check(await self._call("rayft_view", number, loaded.request.lora_int_id, rank))
+                except BaseException:
+                    # Some workers may have made it, or may still make it.
+                    self._free([number])
+                    raise
                 name = f"{loaded.request.lora_name}@r{rank}"
                 loaded.views[rank] = _lora_request(name, number, loaded.request.lora_path)
         return loaded.views[rank]
@@ -341,10 +350,17 @@ class VllmEngine:
     async def _call(self, method: str, *arguments: Any) -> list[Any]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        call = asyncio.ensure_future(self._llm.collective_rpc(method, args=arguments))
         try:
-            found: list[Any] = await self._llm.collective_rpc(method, args=arguments)
+            while not (await asyncio.wait({call}, timeout=ASK_SECONDS))[0]:
+                # vLLM never answers the calls that an engine which ends has not answered.
+                if self._llm.errored:
+                    raise ResourceError(STOPPED)
+            found: list[Any] = call.result()
         except EngineDeadError as error:
             raise ResourceError(STOPPED) from error
+        finally:
+            call.cancel()
         return found
 
     def _record(self, tokens: int, requests: int, adapters: int) -> None:

@@ -16,6 +16,7 @@ from rayft.errors import ArtifactError, BadRequestError, DiskFullError, Resource
 from rayft.registry.ref import AdapterVersion
 from rayft.registry.store import MlflowRegistry
 from rayft.serving.config import ServeConfig
+from rayft.serving.control.copies import Copies
 from rayft.serving.control.director import Director
 from rayft.serving.control.state import Served
 from tests.unit.serving.adapters import random_adapter
@@ -260,6 +261,23 @@ def test_a_full_disk_makes_a_change_fail_and_what_was_served_remains(
         await director.load("b", folder("b"), 1.0, pinned=False)
 
     go(ServeConfig(adapters={"a": folder("a")}), Handle(Replica()), scenario)
+
+
+def test_a_change_that_can_not_be_recorded_is_abandoned(
+    folder: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = Replica()
+
+    def full(*_: object) -> None:
+        raise DiskFullError("no space for the record")
+
+    async def scenario(director: Director) -> None:
+        monkeypatch.setattr(Copies, "save", full)
+        with pytest.raises(DiskFullError, match="no space for the record"):
+            await director.load("b", folder("b"), 1.0, pinned=False)
+
+    assert go(ServeConfig(adapters={"a": folder("a")}), Handle(replica), scenario).names() == ("a",)
+    assert replica.calls == ["prepare", "abandon", "drop"]
 
 
 def test_a_changed_user_config_is_served_unless_it_is_wrong(folder: Callable[[str], str]) -> None:

@@ -164,6 +164,33 @@ def test_without_a_seed_each_request_draws_its_own(engine: CpuEngine) -> None:
     assert first.tokens != second.tokens
 
 
+def test_an_adapter_whose_load_was_cancelled_can_be_loaded_again(
+    engine: CpuEngine, adapter_folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, cast = AdapterArtifact.load(adapter_folders["small"]), engine._slots._cast
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(factors: LoraFactors) -> LoraFactors:
+        begun.set()
+        go_on.wait()
+        return cast(factors)
+
+    async def cancelled() -> None:
+        loading = asyncio.create_task(engine.load("again", artifact))
+        await asyncio.to_thread(begun.wait)
+        loading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+        go_on.set()
+
+    monkeypatch.setattr(engine._slots, "_cast", slowly)
+    # It waits for the thread, too.
+    asyncio.run(cancelled())
+    asyncio.run(engine.load("again", artifact))
+    again, small = ask_all(engine, [GenerationRequest((5, 6, 7), 9, name) for name in ("again", "small")])
+    assert again.tokens == small.tokens
+
+
 def test_a_client_whose_loop_is_closed_stops_no_one(engine: CpuEngine) -> None:
     async def leave() -> None:
         await anext(engine.submit(GenerationRequest((5, 6), 900)))

