@@ -30,7 +30,7 @@ import asyncio
 import os
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -136,6 +136,8 @@ class Broker:
         self._starting: dict[str, float] = {}
         """Lane that has not pulled since its processes were started → when that was. A lane of which the user
         was notified is not in it."""
+        self._ended: Counter[str] = Counter()
+        """Lane → how often its processes have ended."""
         self._renewed: set[str] = set()
         """Lanes whose worker groups are about to end, and to be started again."""
         self._beats: dict[str, dict[int, Beat]] = {}
@@ -275,8 +277,11 @@ class Broker:
         self._starting.pop(lane, None)
         if self._watcher is None:
             self._watcher = asyncio.create_task(self._watch())
-        deadline = time.monotonic() + timeout
+        deadline, ended = time.monotonic() + timeout, self._ended[lane]
         while True:
+            if self._ended[lane] > ended:
+                # Ray does not cancel the call of a process that has died. A job would get lost in the answer.
+                return None
             job = self._take(lane, pack)
             if job is not None:
                 return job
@@ -430,6 +435,7 @@ class Broker:
             reason: why its processes ended.
         """
         self._starting.pop(lane, None)
+        self._ended[lane] += 1
         beats = self._beats.pop(lane, {})
         memory = max((beat.memory for beat in beats.values()), default=0)
         lost = await _lost(reason, beats.values())

@@ -244,6 +244,22 @@ def test_the_job_of_a_dead_lane_goes_to_the_next_free_lane_before_all_others() -
     play(scene())
 
 
+def test_a_lane_that_died_while_it_waited_for_a_job_gets_none() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        await broker.expect("lane")
+        # Ray does not cancel the call of a process that has died.
+        dead = asyncio.create_task(broker.pull("lane"))
+        await asyncio.sleep(0.05)
+        assert await broker.lane_died("lane", "it crashed")
+        await broker.submit(job("a"))
+        assert await dead is None
+        taken = await broker.pull("lane", timeout=0.0)
+        assert isinstance(taken, Job), "the job was given to a process that is gone"
+
+    play(scene())
+
+
 def test_a_job_for_one_lane_waits_until_that_lane_is_back() -> None:
     async def scene() -> None:
         broker = Broker()
