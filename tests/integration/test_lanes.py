@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from rayft.errors import DiskFullError
 from rayft.methods.base import ChainConfig
 from rayft.models.load import ModelConfig
 from rayft.numerics import tolerance
+from rayft.sweep.entrance import Entrance
 from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.jobs import Job
 from rayft.sweep.request import TrainRequest
@@ -328,6 +331,28 @@ def test_a_search_without_its_broker_ends_and_can_be_continued(
             find(executor, run, ONE, tmp_path, kill)
     (trial,) = find(lane, run, ONE, tmp_path)
     assert result(trial).content_hash == whole.content_hash
+
+
+def test_a_command_may_have_more_jobs_than_ray_lets_an_actor_have_calls(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [Job[Any, str](str(number), "score", b"") for number in range(1100)]
+    with executing("lane", make_run(tiny_folder), tmp_path) as executor:
+        pull, finish = executor.broker.pull.remote, executor.broker.finish.remote
+
+        def serve() -> None:
+            with suppress(ray.exceptions.RayError):
+                while isinstance(job := ray.get(pull("lane")), Job):
+                    ray.get(finish(job.id, pickle.dumps(job.id)))
+
+        lane = threading.Thread(target=serve, daemon=True)
+        monkeypatch.setattr(Entrance, "start_lane", lambda *_, **__: lane.start())
+        # Without an answer, all would wait forever.
+        late = threading.Timer(120, ray.kill, [executor.broker])
+        late.start()
+        found = {name: outcome.result for name, outcome in executor.run(jobs)}
+        late.cancel()
+    assert found == {one.id: one.id for one in jobs}
 
 
 @pytest.fixture(autouse=True, scope="module")
