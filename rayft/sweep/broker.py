@@ -102,6 +102,8 @@ class _Entry:
     lane: str | None = None
     stop_at: int | None = None
     """The step at which the client has stopped the job."""
+    left: bool = False
+    """Whether no client decides about the job any more."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     last_step: int = 0
     last: Event | None = None
@@ -224,6 +226,15 @@ class Broker:
         if entry.lane is None and not entry.stop_at:
             entry.ended.set()
 
+    async def leave(self, job_id: str) -> None:
+        """Let a job go on to its end, because the client that decides about it has ended for good."""
+        entry = self._entries.get(job_id)
+        if entry is None or entry.done:
+            return
+        entry.left = True
+        _decide(entry, "continue")
+        self._notices.append(f"{job_id}: the search can't decide about it any more, so it trains to its end")
+
     async def interrupt(self) -> list[str]:
         """End all jobs, and return the ids of those that still have to write a checkpoint."""
         self._interrupted = True
@@ -339,8 +350,9 @@ class Broker:
         stopped = entry.stop_at is not None and step >= entry.stop_at
         if step > entry.last_step and not stopped and not self._closed:
             entry.last_step, entry.setbacks = step, 0
-            entry.decision = asyncio.get_running_loop().create_future()
-            self._push(entry, Event("report", step, metrics))
+            if not entry.left:
+                entry.decision = asyncio.get_running_loop().create_future()
+                self._push(entry, Event("report", step, metrics))
 
     async def finish(
         self, job_id: str, payload: bytes, step: int = 0, metrics: Mapping[str, float] | None = None

@@ -355,6 +355,26 @@ def test_a_command_may_have_more_jobs_than_ray_lets_an_actor_have_calls(
     assert found == {one.id: one.id for one in jobs}
 
 
+def test_a_trial_about_which_tune_can_not_decide_any_more_is_trained_to_its_end(
+    lane: Executor, whole: TrainResult, tiny_folder: Path, tmp_path: Path
+) -> None:
+    before = len(ray.get(lane.broker.notices.remote()))
+
+    def kill() -> None:
+        half_way(lane)
+        for pid in pids("ResourceTrainable"):
+            os.kill(pid, signal.SIGKILL)
+
+    # The second trial needs the lane that the first one has.
+    sweep = SweepConfig(methods=LORA, grace=2, restarts=0)
+    with meanwhile(kill):
+        left, _ = trials = search(sweep, points(sweep, long_run(tiny_folder)), lane, tmp_path)
+    assert [trial.status for trial in trials] == ["finished", "stopped"]
+    assert result(left).content_hash == whole.content_hash
+    (notice,) = ray.get(lane.broker.notices.remote(before))
+    assert notice == f"{left.point.key}: the search can't decide about it any more, so it trains to its end"
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _no_leaks(local_ray: None) -> Iterator[None]:
     """Check that worker groups have released their resources when the executors are closed."""

@@ -123,6 +123,29 @@ def test_a_cancelled_job_frees_its_lane_at_once() -> None:
     play(scene())
 
 
+def test_a_job_about_which_nobody_decides_goes_on() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        await broker.submit(job("a"))
+        await broker.pull("lane")
+        asked = asyncio.create_task(broker.report("a", 10, {}))
+        # The process that has received the report dies.
+        await broker.next_event("a")
+        await broker.leave("a")
+        assert await asked == "continue"
+        for step in (20, 30):
+            assert await broker.report("a", step, {}) == "continue"
+        await broker.finish("a", b"result")
+        assert await broker.result("a") == Event("final", payload=b"result")
+        await broker.leave("a")
+        await broker.leave("unknown")
+        assert await broker.notices() == [
+            "a: the search can't decide about it any more, so it trains to its end"
+        ]
+
+    play(scene())
+
+
 def test_a_job_cancelled_in_the_queue_is_never_run() -> None:
     async def scene() -> None:
         broker = Broker()
