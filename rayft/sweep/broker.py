@@ -249,10 +249,15 @@ class Broker:
         await self.close()
         return saving
 
-    async def settled(self) -> None:
-        """Wait until all jobs have ended."""
+    async def settled(self, timeout: float) -> list[str]:
+        """Wait until all jobs have ended, for `timeout` seconds; return the ids of those that have not."""
+        deadline = time.monotonic() + timeout
         while running := [entry for entry in self._entries.values() if not entry.done]:
-            await running[0].ended.wait()
+            try:
+                await asyncio.wait_for(running[0].ended.wait(), deadline - time.monotonic())
+            except TimeoutError:
+                break
+        return [entry.job.id for entry in running]
 
     # --- the lane's side
 

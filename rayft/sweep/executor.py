@@ -126,7 +126,7 @@ class Executor(ABC):
 
     def interrupt(
         self, timeout: float = 120.0, meanwhile: Callable[[Sequence[str]], None] = lambda _: None
-    ) -> list[str]:
+    ) -> tuple[list[str], list[str]]:
         """End all jobs; trials that are training write a checkpoint first.
 
         Args:
@@ -134,14 +134,15 @@ class Executor(ABC):
             meanwhile: called with the ids of the trials that are training, before the wait.
 
         Returns:
-            The ids of the trials that were training.
+            The ids of the trials that have written one, and of those that have not in time.
         """
         training: list[str] = []
+        late: list[str] = []
         with suppress(ray.exceptions.RayError):
-            training = ray.get(self.broker.interrupt.remote(), timeout=timeout)
+            late = training = ray.get(self.broker.interrupt.remote(), timeout=timeout)
             meanwhile(training)
-            ray.get(self.broker.settled.remote(), timeout=timeout)
-        return training
+            late = ray.get(self.broker.settled.remote(timeout), timeout=2 * timeout)
+        return [one for one in training if one not in late], late
 
     def close(self, timeout: float = 30.0) -> None:
         """End all worker groups, and wait until their devices and memory are free."""

@@ -232,7 +232,7 @@ def interrupted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
         def interrupt() -> None:
             half_way(executor)
-            saving.extend(executor.interrupt())
+            saving.extend(executor.interrupt()[0])
 
         (trial,) = find(executor, run, ONE, folder, interrupt)
     assert saving == [trial.point.key]

@@ -385,12 +385,13 @@ def test_an_interrupt_waits_for_resumable_jobs_and_drops_the_others() -> None:
         assert await report == "interrupt"
         assert await broker.beat("two", Beat(0, 1)) is True
         assert await broker.report("training", 10, {}) == "interrupt"
-        settled = asyncio.create_task(broker.settled())
-        await asyncio.sleep(0.1)
+        assert await broker.settled(0.1) == ["decided", "training"]
+        settled = asyncio.create_task(broker.settled(5.0))
+        await broker.pause("decided", 10)
+        assert await broker.settled(0.1) == ["training"]
         assert not settled.done(), "the interrupt does not wait for the checkpoints"
-        for name in ("decided", "training"):
-            await broker.pause(name, 10)
-        await settled
+        await broker.pause("training", 10)
+        assert await settled == []
         for name in ("decided", "training", "queued", "scored"):
             assert (await broker.result(name) or Event("failed")).kind == "interrupted"
         await broker.submit(job("late"))
