@@ -71,7 +71,8 @@ class Launcher:
             if self._host is None:
                 here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
                 options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": FILE_CALLS}
-                self._host = ray.remote(FileHost).options(**options).remote()
+                # It remembers nothing: lanes that are started again can use the next process.
+                self._host = ray.remote(FileHost).options(**options, max_restarts=-1).remote()
             return self._host
 
     def stay(self) -> None:

@@ -333,6 +333,25 @@ def test_a_search_without_its_broker_ends_and_can_be_continued(
     assert result(trial).content_hash == whole.content_hash
 
 
+def test_lanes_on_other_disks_get_their_files_after_the_process_that_has_them_was_killed(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    with executing("lane", make_run(tiny_folder), tmp_path) as executor:
+        host = ray.get(executor.entrance.home.launcher.file_host.remote())
+        sizes = ray.get(host.files.remote(str(tiny_folder)))
+        for pid in pids("FileHost"):
+            os.kill(pid, signal.SIGKILL)
+        found, deadline = None, time.monotonic() + 120
+        while found is None and time.monotonic() < deadline:
+            with suppress(ray.exceptions.ActorUnavailableError):
+                found = ray.get(host.files.remote(str(tiny_folder)))
+        assert found == sizes
+    deadline = time.monotonic() + 30
+    while running("FileHost") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running("FileHost")
+
+
 def test_a_command_may_have_more_jobs_than_ray_lets_an_actor_have_calls(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
