@@ -75,8 +75,11 @@ def use_lanes(
         display.say(
             "interrupted: trials that are training save a checkpoint; press Ctrl-C again to stop at once"
         )
-        training = executor.interrupt(meanwhile=interrupted)
-        display.say(f"saved: {', '.join(training)}" if training else "no trial was training")
+        saved, late = executor.interrupt(meanwhile=interrupted)
+        if late:
+            display.say(f"not saved in time: {', '.join(late)}; what follows their last checkpoints is lost")
+        if saved or not late:
+            display.say(f"saved: {', '.join(saved)}" if saved else "no trial was training")
         raise
     except ray.exceptions.RayError as error:
         raise ResourceError(

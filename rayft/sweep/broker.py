@@ -30,7 +30,7 @@ import asyncio
 import os
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -102,6 +102,8 @@ class _Entry:
     lane: str | None = None
     stop_at: int | None = None
     """The step at which the client has stopped the job."""
+    left: bool = False
+    """Whether no client decides about the job any more."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     last_step: int = 0
     last: Event | None = None
@@ -136,6 +138,8 @@ class Broker:
         self._starting: dict[str, float] = {}
         """Lane that has not pulled since its processes were started → when that was. A lane of which the user
         was notified is not in it."""
+        self._ended: Counter[str] = Counter()
+        """Lane → how often its processes have ended."""
         self._renewed: set[str] = set()
         """Lanes whose worker groups are about to end, and to be started again."""
         self._beats: dict[str, dict[int, Beat]] = {}
@@ -222,6 +226,15 @@ class Broker:
         if entry.lane is None and not entry.stop_at:
             entry.ended.set()
 
+    async def leave(self, job_id: str) -> None:
+        """Let a job go on to its end, because the client that decides about it has ended for good."""
+        entry = self._entries.get(job_id)
+        if entry is None or entry.done:
+            return
+        entry.left = True
+        _decide(entry, "continue")
+        self._notices.append(f"{job_id}: the search can't decide about it any more, so it trains to its end")
+
     async def interrupt(self) -> list[str]:
         """End all jobs, and return the ids of those that still have to write a checkpoint."""
         self._interrupted = True
@@ -236,10 +249,15 @@ class Broker:
         await self.close()
         return saving
 
-    async def settled(self) -> None:
-        """Wait until all jobs have ended."""
+    async def settled(self, timeout: float) -> list[str]:
+        """Wait until all jobs have ended, for `timeout` seconds; return the ids of those that have not."""
+        deadline = time.monotonic() + timeout
         while running := [entry for entry in self._entries.values() if not entry.done]:
-            await running[0].ended.wait()
+            try:
+                await asyncio.wait_for(running[0].ended.wait(), deadline - time.monotonic())
+            except TimeoutError:
+                break
+        return [entry.job.id for entry in running]
 
     # --- the lane's side
 
@@ -275,8 +293,11 @@ class Broker:
         self._starting.pop(lane, None)
         if self._watcher is None:
             self._watcher = asyncio.create_task(self._watch())
-        deadline = time.monotonic() + timeout
+        deadline, ended = time.monotonic() + timeout, self._ended[lane]
         while True:
+            if self._ended[lane] > ended:
+                # Ray does not cancel the call of a process that has died. A job would get lost in the answer.
+                return None
             job = self._take(lane, pack)
             if job is not None:
                 return job
@@ -334,8 +355,9 @@ class Broker:
         stopped = entry.stop_at is not None and step >= entry.stop_at
         if step > entry.last_step and not stopped and not self._closed:
             entry.last_step, entry.setbacks = step, 0
-            entry.decision = asyncio.get_running_loop().create_future()
-            self._push(entry, Event("report", step, metrics))
+            if not entry.left:
+                entry.decision = asyncio.get_running_loop().create_future()
+                self._push(entry, Event("report", step, metrics))
 
     async def finish(
         self, job_id: str, payload: bytes, step: int = 0, metrics: Mapping[str, float] | None = None
@@ -430,6 +452,7 @@ class Broker:
             reason: why its processes ended.
         """
         self._starting.pop(lane, None)
+        self._ended[lane] += 1
         beats = self._beats.pop(lane, {})
         memory = max((beat.memory for beat in beats.values()), default=0)
         lost = await _lost(reason, beats.values())

@@ -29,6 +29,9 @@ __all__ = ["EXECUTORS", "MOST_SLOTS", "Executor", "IsolatedExecutor", "LaneExecu
 
 MOST_SLOTS = 16
 """The most slots of a lane that finds out how many are fastest."""
+WAITING = 2**20
+"""Number of calls that the broker may have at the same time: one waits for each job, and one for each lane.
+With Ray's default of 1000, no lane could report that it has done one of more jobs than that."""
 LAUNCHING = 4
 """Number of calls that the launcher runs at the same time. One of them, `stay`, never returns."""
 ResultT = TypeVar("ResultT")
@@ -69,7 +72,8 @@ class Executor(ABC):
         # On the driver's node, without which the sweep ends anyway: the loss of another node must not end it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         pinned: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": here}
-        self.broker: Any = ray.remote(Broker).options(**pinned).remote(restarts + 1, patience)
+        broker = ray.remote(Broker).options(**pinned, max_concurrency=WAITING)
+        self.broker: Any = broker.remote(restarts + 1, patience)
         self._launcher: Any = ray.remote(Launcher).options(**pinned, max_concurrency=LAUNCHING).remote(group)
         Path(storage).mkdir(parents=True, exist_ok=True)
         self._mark = Path(storage) / f"home-{uuid4().hex}"
@@ -122,7 +126,7 @@ class Executor(ABC):
 
     def interrupt(
         self, timeout: float = 120.0, meanwhile: Callable[[Sequence[str]], None] = lambda _: None
-    ) -> list[str]:
+    ) -> tuple[list[str], list[str]]:
         """End all jobs; trials that are training write a checkpoint first.
 
         Args:
@@ -130,14 +134,15 @@ class Executor(ABC):
             meanwhile: called with the ids of the trials that are training, before the wait.
 
         Returns:
-            The ids of the trials that were training.
+            The ids of the trials that have written one, and of those that have not in time.
         """
         training: list[str] = []
+        late: list[str] = []
         with suppress(ray.exceptions.RayError):
-            training = ray.get(self.broker.interrupt.remote(), timeout=timeout)
+            late = training = ray.get(self.broker.interrupt.remote(), timeout=timeout)
             meanwhile(training)
-            ray.get(self.broker.settled.remote(), timeout=timeout)
-        return training
+            late = ray.get(self.broker.settled.remote(timeout), timeout=2 * timeout)
+        return [one for one in training if one not in late], late
 
     def close(self, timeout: float = 30.0) -> None:
         """End all worker groups, and wait until their devices and memory are free."""

@@ -51,15 +51,17 @@ class Launcher:
 
     def start(self, settings: LaneSettings) -> None:
         """Start a lane, and start it again whenever it dies, as long as the broker has jobs for it."""
-        if not self._watched:
-            self._watched = True
-            watch = threading.Thread(
-                target=self._watch, args=(settings.broker,), name="rayft-watch", daemon=True
-            )
-            watch.start()
-        lane = threading.Thread(target=self._hold, args=(settings,), name=settings.name, daemon=True)
-        self._lanes = [*filter(threading.Thread.is_alive, self._lanes), lane]
-        lane.start()
+        # Ray calls this in several threads, and `close` must know every lane.
+        with self._starting:
+            if not self._watched:
+                self._watched = True
+                watch = threading.Thread(
+                    target=self._watch, args=(settings.broker,), name="rayft-watch", daemon=True
+                )
+                watch.start()
+            lane = threading.Thread(target=self._hold, args=(settings,), name=settings.name, daemon=True)
+            self._lanes = [*filter(threading.Thread.is_alive, self._lanes), lane]
+            lane.start()
 
     def file_host(self) -> Any:
         """Return the handle of an actor on this node that reads and writes files for lanes elsewhere."""
@@ -69,7 +71,8 @@ class Launcher:
             if self._host is None:
                 here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
                 options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": FILE_CALLS}
-                self._host = ray.remote(FileHost).options(**options).remote()
+                # It remembers nothing: lanes that are started again can use the next process.
+                self._host = ray.remote(FileHost).options(**options, max_restarts=-1).remote()
             return self._host
 
     def stay(self) -> None:

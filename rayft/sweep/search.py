@@ -132,7 +132,10 @@ def _request(
 
 
 class _Watch(tune.Callback):
-    """Ends the search when it is interrupted, or when the broker, which every trial needs, has died."""
+    """Ends the search when it is interrupted, or when the broker, which every trial needs, has died.
+
+    A trial whose process in Tune has died too often is trained without decisions.
+    """
 
     def __init__(self, broker: Any, check: Callable[[], None]) -> None:
         self._broker, self._check = broker, check
@@ -141,7 +144,8 @@ class _Watch(tune.Callback):
         self._check()
 
     def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
-        ray.get(self._broker.snapshot.remote())
+        # Otherwise its lane would wait for the next decision, and others for the lane.
+        ray.get(self._broker.leave.remote(trial.config["trial"].job.id))
 
 
 def _tuner(

@@ -46,6 +46,9 @@ _FINAL = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "
 _TURN_SECONDS = 5.0
 """Time to wait for another process that sends to the same run."""
 
+_CREATE_SECONDS = 20.0
+"""Time to wait for other processes that create runs: they hold the lock as long as the server takes."""
+
 _log = logging.getLogger(__name__)
 
 _Called = TypeVar("_Called", bound=Callable[..., Any])
@@ -117,7 +120,9 @@ class Sender:
             if parent is not None:
                 tags["mlflow.parentRunId"] = parent
             # The lock makes the search and the creation one step for all processes of this host.
-            with locked(self._spec.spool / "create.lock"):
+            with locked(self._spec.spool / "create.lock", _CREATE_SECONDS) as descriptor:
+                if descriptor is None:
+                    raise UndeliveredError("another process is creating a run")
                 run_id = find_run(client, experiment, record["key"])
                 if run_id is None and "former" in record:
                     run_id = find_former(client, experiment, Former(**record["former"]), parent)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from rayft.errors import DiskFullError
 from rayft.methods.base import ChainConfig
 from rayft.models.load import ModelConfig
 from rayft.numerics import tolerance
+from rayft.sweep.entrance import Entrance
 from rayft.sweep.executor import EXECUTORS, Executor
 from rayft.sweep.jobs import Job
 from rayft.sweep.request import TrainRequest
@@ -229,7 +232,7 @@ def interrupted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
         def interrupt() -> None:
             half_way(executor)
-            saving.extend(executor.interrupt())
+            saving.extend(executor.interrupt()[0])
 
         (trial,) = find(executor, run, ONE, folder, interrupt)
     assert saving == [trial.point.key]
@@ -328,6 +331,67 @@ def test_a_search_without_its_broker_ends_and_can_be_continued(
             find(executor, run, ONE, tmp_path, kill)
     (trial,) = find(lane, run, ONE, tmp_path)
     assert result(trial).content_hash == whole.content_hash
+
+
+def test_lanes_on_other_disks_get_their_files_after_the_process_that_has_them_was_killed(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    with executing("lane", make_run(tiny_folder), tmp_path) as executor:
+        host = ray.get(executor.entrance.home.launcher.file_host.remote())
+        sizes = ray.get(host.files.remote(str(tiny_folder)))
+        for pid in pids("FileHost"):
+            os.kill(pid, signal.SIGKILL)
+        found, deadline = None, time.monotonic() + 120
+        while found is None and time.monotonic() < deadline:
+            with suppress(ray.exceptions.ActorUnavailableError):
+                found = ray.get(host.files.remote(str(tiny_folder)))
+        assert found == sizes
+    deadline = time.monotonic() + 30
+    while running("FileHost") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running("FileHost")
+
+
+def test_a_command_may_have_more_jobs_than_ray_lets_an_actor_have_calls(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [Job[Any, str](str(number), "score", b"") for number in range(1100)]
+    with executing("lane", make_run(tiny_folder), tmp_path) as executor:
+        pull, finish = executor.broker.pull.remote, executor.broker.finish.remote
+
+        def serve() -> None:
+            with suppress(ray.exceptions.RayError):
+                while isinstance(job := ray.get(pull("lane")), Job):
+                    ray.get(finish(job.id, pickle.dumps(job.id)))
+
+        lane = threading.Thread(target=serve, daemon=True)
+        monkeypatch.setattr(Entrance, "start_lane", lambda *_, **__: lane.start())
+        # Without an answer, all would wait forever.
+        late = threading.Timer(120, ray.kill, [executor.broker])
+        late.start()
+        found = {name: outcome.result for name, outcome in executor.run(jobs)}
+        late.cancel()
+    assert found == {one.id: one.id for one in jobs}
+
+
+def test_a_trial_about_which_tune_can_not_decide_any_more_is_trained_to_its_end(
+    lane: Executor, whole: TrainResult, tiny_folder: Path, tmp_path: Path
+) -> None:
+    before = len(ray.get(lane.broker.notices.remote()))
+
+    def kill() -> None:
+        half_way(lane)
+        for pid in pids("ResourceTrainable"):
+            os.kill(pid, signal.SIGKILL)
+
+    # The second trial needs the lane that the first one has.
+    sweep = SweepConfig(methods=LORA, grace=2, restarts=0)
+    with meanwhile(kill):
+        left, _ = trials = search(sweep, points(sweep, long_run(tiny_folder)), lane, tmp_path)
+    assert [trial.status for trial in trials] == ["finished", "stopped"]
+    assert result(left).content_hash == whole.content_hash
+    (notice,) = ray.get(lane.broker.notices.remote(before))
+    assert notice == f"{left.point.key}: the search can't decide about it any more, so it trains to its end"
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -154,7 +154,7 @@ def test_an_interrupted_pack_saves_all_its_trials(
             if len([job for job in jobs if job.get("step", 0) >= 6]) == 4:
                 break
             time.sleep(0.01)
-        saving.extend(executor.interrupt())
+        saving.extend(executor.interrupt()[0])
 
     trials = find(executor, run, space, tmp_path, interrupt, grace=24)
     executor.close()

@@ -17,13 +17,14 @@ from rayft.flow.lanes import use_lanes
 class Lanes:
     """What `use_lanes` asks of an executor."""
 
-    def __init__(self) -> None:
+    def __init__(self, saved: Sequence[str] = ("a trial",), late: Sequence[str] = ()) -> None:
         self.asked: list[str] = []
+        self.saved, self.late = [*saved], [*late]
 
-    def interrupt(self, meanwhile: Callable[[Sequence[str]], None]) -> list[str]:
+    def interrupt(self, meanwhile: Callable[[Sequence[str]], None]) -> tuple[list[str], list[str]]:
         self.asked.append("interrupt")
-        meanwhile(["a trial"])
-        return ["a trial"]
+        meanwhile([*self.saved, *self.late])
+        return self.saved, self.late
 
     def close(self) -> None:
         self.asked.append("close")
@@ -48,3 +49,25 @@ def test_an_interrupt_saves_the_trials_before_the_lanes_are_closed() -> None:
         raise KeyboardInterrupt
     assert lanes.asked == ["interrupt", "close"]
     assert "saved: a trial" in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("saved", "late", "words"),
+    [
+        (["a"], ["b", "c"], ["saved: a", "not saved in time: b, c;"]),
+        ([], ["b"], ["not saved in time: b;"]),
+        ([], [], ["no trial was training"]),
+    ],
+)
+def test_a_trial_that_takes_too_long_to_save_does_not_count_as_saved(
+    saved: list[str], late: list[str], words: list[str]
+) -> None:
+    said = io.StringIO()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        use_lanes(Lanes(saved, late), Display(Console(file=said, width=200))),  # type: ignore[arg-type]
+    ):
+        raise KeyboardInterrupt
+    _, *lines = said.getvalue().splitlines()
+    assert len(lines) == len(words)
+    assert all(any(line.strip().startswith(word) for line in lines) for word in words)

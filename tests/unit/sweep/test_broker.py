@@ -123,6 +123,29 @@ def test_a_cancelled_job_frees_its_lane_at_once() -> None:
     play(scene())
 
 
+def test_a_job_about_which_nobody_decides_goes_on() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        await broker.submit(job("a"))
+        await broker.pull("lane")
+        asked = asyncio.create_task(broker.report("a", 10, {}))
+        # The process that has received the report dies.
+        await broker.next_event("a")
+        await broker.leave("a")
+        assert await asked == "continue"
+        for step in (20, 30):
+            assert await broker.report("a", step, {}) == "continue"
+        await broker.finish("a", b"result")
+        assert await broker.result("a") == Event("final", payload=b"result")
+        await broker.leave("a")
+        await broker.leave("unknown")
+        assert await broker.notices() == [
+            "a: the search can't decide about it any more, so it trains to its end"
+        ]
+
+    play(scene())
+
+
 def test_a_job_cancelled_in_the_queue_is_never_run() -> None:
     async def scene() -> None:
         broker = Broker()
@@ -244,6 +267,22 @@ def test_the_job_of_a_dead_lane_goes_to_the_next_free_lane_before_all_others() -
     play(scene())
 
 
+def test_a_lane_that_died_while_it_waited_for_a_job_gets_none() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        await broker.expect("lane")
+        # Ray does not cancel the call of a process that has died.
+        dead = asyncio.create_task(broker.pull("lane"))
+        await asyncio.sleep(0.05)
+        assert await broker.lane_died("lane", "it crashed")
+        await broker.submit(job("a"))
+        assert await dead is None
+        taken = await broker.pull("lane", timeout=0.0)
+        assert isinstance(taken, Job), "the job was given to a process that is gone"
+
+    play(scene())
+
+
 def test_a_job_for_one_lane_waits_until_that_lane_is_back() -> None:
     async def scene() -> None:
         broker = Broker()
@@ -346,12 +385,13 @@ def test_an_interrupt_waits_for_resumable_jobs_and_drops_the_others() -> None:
         assert await report == "interrupt"
         assert await broker.beat("two", Beat(0, 1)) is True
         assert await broker.report("training", 10, {}) == "interrupt"
-        settled = asyncio.create_task(broker.settled())
-        await asyncio.sleep(0.1)
+        assert await broker.settled(0.1) == ["decided", "training"]
+        settled = asyncio.create_task(broker.settled(5.0))
+        await broker.pause("decided", 10)
+        assert await broker.settled(0.1) == ["training"]
         assert not settled.done(), "the interrupt does not wait for the checkpoints"
-        for name in ("decided", "training"):
-            await broker.pause(name, 10)
-        await settled
+        await broker.pause("training", 10)
+        assert await settled == []
         for name in ("decided", "training", "queued", "scored"):
             assert (await broker.result(name) or Event("failed")).kind == "interrupted"
         await broker.submit(job("late"))

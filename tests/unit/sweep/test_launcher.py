@@ -4,6 +4,7 @@ time, and a search that Ray's memory monitor interrupts."""
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import SimpleNamespace
@@ -106,6 +107,25 @@ def test_a_group_whose_workers_can_not_talk_gives_back_its_places(monkeypatch: p
         group._start()
     assert ended == [group]
     assert lane_trainer._Controller.worker_group_cls is lane_trainer._WorkerGroup
+
+
+def test_lanes_that_start_at_the_same_time_are_all_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    over, watches = threading.Event(), list[str]()
+    monkeypatch.setattr(launcher.Launcher, "_hold", lambda *_: over.wait())
+    monkeypatch.setattr(launcher.Launcher, "_watch", lambda *_: watches.append("watch"))
+    rounds, lanes = 20, 3
+    for _ in range(rounds):
+        found, barrier = launcher.Launcher(Group(1, False, {}, "/runs")), threading.Barrier(lanes)
+
+        def start(number: int, found: Any = found, barrier: Any = barrier) -> None:
+            barrier.wait()
+            found.start(SimpleNamespace(name=f"lane{number}", broker=None))
+
+        with ThreadPoolExecutor(lanes) as pool:
+            list(pool.map(start, range(lanes)))
+        assert len(found._lanes) == lanes
+    over.set()
+    assert len(watches) == rounds
 
 
 def test_a_lane_starts_while_the_log_of_another_one_is_locked() -> None:

@@ -5,13 +5,16 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from mlflow.entities import Metric
 
+from rayft.files import locked
 from rayft.tracking import TrackerSpec, TrackingConfig, tracker_spec
+from rayft.tracking.base import PENDING
 from rayft.tracking.connection import connect
 from rayft.tracking.mlflow import MlflowTracker, find_adapter, flush_spool, prepare, resolve_runs
 from rayft.tracking.sender import Sender
@@ -221,6 +224,17 @@ def test_a_run_begun_while_mlflow_is_away_gets_its_id_later(
     assert connect(spec.uri).get_run(resumed).data.tags["mlflow.parentRunId"] == ids[parent]
     assert points(histories(spec, resumed), "speed", "train_seconds") == whole
     assert flush_spool(spec).pending == 0
+
+
+def test_a_run_is_created_later_if_another_process_does_not_get_on(
+    spec: TrackerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayft.tracking.sender._CREATE_SECONDS", 0.2)
+    with MlflowTracker(spec) as tracker, ThreadPoolExecutor(1) as pool:
+        with locked(spec.spool / "create.lock"):
+            run_id = pool.submit(tracker.run, "a", "a").result(timeout=30)
+        assert run_id == PENDING + "a"
+    assert not resolve_runs(spec, [run_id])[run_id].startswith(PENDING)
 
 
 def test_an_adapter_is_found_whose_run_waits_in_the_spool(spec: TrackerSpec) -> None:
