@@ -41,6 +41,9 @@ LONGEST_LINE = 2**30
 HANDSHAKE_SECONDS = 10
 """Time that a new connection has to send the token."""
 
+CONNECT_SECONDS = 5
+"""Time that a replica tries to reach the ingress; a firewall may drop packets without an answer."""
+
 GATHERED_SECONDS = 0.001
 """Time in which the parts that arise travel together: one line for each costs both processes more."""
 
@@ -286,10 +289,12 @@ class Outbox:
         async with self._connecting:
             if key not in self._lines:
                 try:
-                    reader, writer = await asyncio.open_connection(ticket.host, ticket.port)
+                    async with asyncio.timeout(CONNECT_SECONDS):
+                        reader, writer = await asyncio.open_connection(ticket.host, ticket.port)
                 except OSError as error:
+                    why = str(error) or f"no answer within {CONNECT_SECONDS} s"
                     raise ResourceError(
-                        f"the replica can't send its answer to {ticket.host}:{ticket.port} ({error}); allow "
+                        f"the replica can't send its answer to {ticket.host}:{ticket.port} ({why}); allow "
                         "connections between the cluster's nodes at all ports"
                     ) from error
                 _watch(writer)

@@ -30,17 +30,19 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 def sweep(config: Path, folder: Path, fill: Callable[[], bool] | None = None) -> tuple[int, str]:
     """Run the command, calling `fill` until that has filled the disk; return the status and the output."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rayft.cli", "sweep", str(config), "--set", f"output={folder}"],
-        env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "COLUMNS": "1000"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    log = config.with_suffix(".log")
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rayft.cli", "sweep", str(config), "--set", f"output={folder}"],
+            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "COLUMNS": "1000"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    deadline = time.monotonic() + 240
     while fill is not None and process.poll() is None and not fill():
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
-    said = process.communicate(timeout=300)[0]
-    return process.returncode, said
+    return process.wait(timeout=240), log.read_text()
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.exhaustive)])

@@ -313,7 +313,7 @@ def rows_of(questions: list[int]) -> list[Example]:
     ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     questions=st.lists(st.integers(0, 12), min_size=1, max_size=60),
     test=st.none() | st.integers(1, 20),

@@ -93,7 +93,7 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Any:
     return TOKENIZERS[request.param]()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(before=PIECES, after=PIECES)
 def test_the_tokens_are_those_of_the_whole_text(any_tokenizer: Any, before: str, after: str) -> None:
     tokens = _Tokens(any_tokenizer)

@@ -15,8 +15,9 @@ from ray.exceptions import ActorDiedError
 
 from rayft import errors
 from rayft.errors import BadRequestError, RayftError, RequestError, ResourceError
+from rayft.serving import answers
 from rayft.serving import answers as module
-from rayft.serving.answers import PARTS, Inbox, Incoming, Outbox
+from rayft.serving.answers import PARTS, Inbox, Incoming, Outbox, Ticket
 from rayft.serving.http.errors import describe_error
 from rayft.serving.messages import Delta, TokenScore
 
@@ -266,6 +267,24 @@ def test_an_error_arrives_after_the_parts_before_it(error: Exception) -> None:
                 outbox.send(other.ticket, Source(part("b")).deltas()), received(other)
             )
             assert [delta.text for delta in found] == ["b"]
+
+    run(scenario())
+
+
+def test_an_ingress_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "CONNECT_SECONDS", 0.2)
+
+    async def scenario() -> None:
+        with socket.socket() as listener, socket.socket() as first:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(0)
+            # The system drops further packets then, as a firewall does.
+            first.connect(listener.getsockname())
+            ticket, source = Ticket(*listener.getsockname(), "token", 0), Source(part("a"))
+            with pytest.raises(
+                ResourceError, match=r"can't send its answer to .* \(no answer within 0.2 s\)"
+            ):
+                await Outbox().send(ticket, source.deltas())
 
     run(scenario())
 

@@ -276,7 +276,7 @@ def test_the_ingress_counts_requests_itself_if_there_is_only_one_replica(
 
 
 def has_gpus(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
-    """Give this machine a number of GPUs, and no cluster, whatever tests of this process have started."""
+    """Set the number of GPUs of this machine, and join no cluster, whatever other tests have started."""
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
 

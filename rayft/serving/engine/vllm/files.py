@@ -2,7 +2,7 @@
 
 It holds the image of one adapter for each worker, lies in shared memory and is used for one adapter after the
 other, so a load allocates, maps and frees nothing. Its name is deleted as soon as all workers have opened it:
-whatever ends the processes, the file ends with them.
+whatever ends the processes, the file ends with them. If they are killed before, the next engine deletes it.
 
     byte 0         a mark for each image: the number of the adapter that the worker read last (int64)
     byte HEADER    length of the text that follows (int64), and the text: key of a worker → index of its mark,
@@ -12,12 +12,15 @@ whatever ends the processes, the file ends with them.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import struct
 import tempfile
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,9 @@ from rayft.serving.engine.vllm.shard import Parts, key
 __all__ = ["Channel", "Inbox"]
 
 SHARED = Path("/dev/shm")  # noqa: S108  (the name of POSIX shared memory on Linux)
+PREFIX = "rayft-adapter-"
+YOUNG_SECONDS = 60.0
+"""Age of a file up to which its engine may not have locked it yet."""
 KEPT = 256 * 2**20
 """The most bytes that the file keeps from one adapter to the next."""
 HEADER = 4096
@@ -129,9 +135,11 @@ class Channel:
         folder = _folder(grown)
         if self._handle is None or self._path.parent != folder:
             self.close()
+            _delete_left(folder)
             # In case that no file can be made there.
             self._path = folder
-            handle, place = tempfile.mkstemp(prefix="rayft-adapter-", dir=folder)
+            handle, place = tempfile.mkstemp(prefix=PREFIX, dir=folder)
+            fcntl.flock(handle, fcntl.LOCK_EX)
             self._handle, self._path, self._named = handle, Path(place), True
         return self._handle
 
@@ -206,6 +214,20 @@ def _write(handle: int, numbers: Any, place: int) -> None:
     while rest:
         count = os.pwrite(handle, rest, place)
         rest, place = rest[count:], place + count
+
+
+def _delete_left(folder: Path) -> None:
+    """Delete the files of engines that were killed: nobody holds their locks."""
+    for path in folder.glob(f"{PREFIX}*"):
+        # Some may be another user's, or be deleted meanwhile.
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(handle).st_mtime > YOUNG_SECONDS:
+                    path.unlink()
+            finally:
+                os.close(handle)
 
 
 def _folder(size: int) -> Path:

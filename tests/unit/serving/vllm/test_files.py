@@ -127,6 +127,22 @@ def test_the_name_stays_until_all_workers_have_opened_the_file(shared: Path) -> 
     channel.close()
 
 
+def test_the_file_of_an_engine_that_was_killed_is_deleted_by_the_next_one(shared: Path) -> None:
+    killed, alive, new = channel_of(), channel_of(), channel_of()
+    left, used, young = killed.write(lora()), alive.write(lora()), shared / f"{files.PREFIX}young"
+    young.touch()
+    for path in (left, used):
+        os.utime(path, (0, 0))
+    # The system does this when a process is killed.
+    assert killed._handle is not None
+    os.close(killed._handle)
+    made = new.write(lora())
+    assert {*shared.iterdir()} == {used, young, made}
+    young.unlink()
+    alive.close()
+    new.close()
+
+
 def test_the_engine_sees_when_the_workers_have_read(shared: Path) -> None:
     channel = channel_of(2)
     first, second = (Inbox(parts_of(rank, 2), torch.float32) for rank in range(2))
