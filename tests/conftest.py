@@ -39,10 +39,10 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 CLUSTERS = {
     "servers": ("tests/integration/test_serving", "tests/integration/one_server/"),
-    "sweeps": ("tests/e2e/", "tests/integration/test_lanes", "tests/integration/test_packed_lanes"),
+    "sweeps": ("tests/e2e/", "tests/integration/"),
 }
 """Tests that share a Ray cluster, and hence a process: what it runs → how their names begin. Those that start
-clusters of their own are distributed by file."""
+clusters of their own are among them: two of them at the same time take longer than one after the other."""
 
 
 def _scope(name: str) -> str:

@@ -147,7 +147,7 @@ class Broker:
         self._notices: list[str] = []
         self._spent: dict[str, float] = {}
         self._arrived = asyncio.Condition()
-        self._closed = False
+        self._closed = self._last = False
         self._interrupted = False
         self._fatal: Event | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -531,8 +531,9 @@ class Broker:
         try:
             await launcher.stay.remote()
         except RayError:
-            # Ray's own `exit_actor` waits for pending calls, which wait for the lanes.
-            os._exit(1)
+            if not self._last:
+                # Ray's own `exit_actor` waits for pending calls, which wait for the lanes.
+                os._exit(1)
 
     # --- both
 
@@ -568,9 +569,13 @@ class Broker:
         """Return the lines for the user, without the first `after` ones."""
         return self._notices[after:]
 
-    async def close(self) -> None:
-        """Let every lane end when it next pulls; jobs that wait for a decision are interrupted."""
-        self._closed = True
+    async def close(self, *, last: bool = False) -> None:
+        """Let every lane end when it next pulls; jobs that wait for a decision are interrupted.
+
+        Args:
+            last: whether no client waits any more, so that the launcher may end.
+        """
+        self._closed, self._last = True, self._last or last
         for entry in self._entries.values():
             _decide(entry, "interrupt")
         async with self._arrived:

@@ -148,10 +148,10 @@ class Executor(ABC):
         """End all worker groups, and wait until their devices and memory are free."""
         # One of the two actors may have died; lanes whose broker is gone end by themselves.
         with suppress(ray.exceptions.RayError):
-            ray.get(self.broker.close.remote())
+            # Otherwise the broker could end itself because the launcher ends, and Ray would print a warning.
+            ray.get(self.broker.close.remote(last=True))
         with suppress(ray.exceptions.RayError):
             ray.get(self._launcher.close.remote(timeout))
-        # The broker first: it ends itself with an error when the launcher is gone.
         for actor in (self.broker, self._launcher):
             ray.kill(actor)
         self._mark.unlink(missing_ok=True)

@@ -665,8 +665,20 @@ def test_a_broker_ends_with_the_process_that_holds_the_lanes(monkeypatch: pytest
     async def stay() -> None:
         raise ActorDiedError
 
-    play(Broker().depend_on(SimpleNamespace(stay=SimpleNamespace(remote=stay))))
+    launcher = SimpleNamespace(stay=SimpleNamespace(remote=stay))
+    play(Broker().depend_on(launcher))
     assert ended == [1]
+
+    async def scene(*, last: bool) -> None:
+        broker = Broker()
+        await broker.close(last=last)
+        await broker.depend_on(launcher)
+
+    # After an interrupt, the command waits for the trials that save their checkpoints.
+    play(scene(last=False))
+    assert ended == [1, 1]
+    play(scene(last=True))
+    assert ended == [1, 1]
 
 
 def test_closing_ends_every_lane() -> None:
