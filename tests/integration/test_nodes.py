@@ -7,23 +7,16 @@ import shutil
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 
 from rayft.files import hash_content
 from rayft.flow.config import load_config
 from rayft.report.record import SweepRecord
-from tests.integration.nodes import Nodes, eventually, free_port, log_of, process, two_nodes
+from tests.integration.nodes import Nodes, log_of, process, two_nodes
+from tests.mlflow_server import MlflowServer
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).is_success
-    except httpx.HTTPError:
-        return False
 
 
 def configure(nodes: Nodes, tiny_folder: Path) -> Path:
@@ -46,27 +39,18 @@ def configure(nodes: Nodes, tiny_folder: Path) -> Path:
     return nodes.root / "own.yaml"
 
 
-def test_base_data_adapters_checkpoints_and_models_are_transferred(tiny_folder: Path) -> None:
+def test_base_data_adapters_checkpoints_and_models_are_transferred(
+    tiny_folder: Path, server: MlflowServer
+) -> None:
     with two_nodes(("private", "out", "cache")) as nodes:
-        config, out, url = (
-            configure(nodes, tiny_folder),
-            nodes.root / "out",
-            f"http://127.0.0.1:{free_port()}",
-        )
-        server = [
-            str(Path(sys.executable).parent / "mlflow"), "server", "--port", url.rpartition(":")[2],
-            "--workers", "1", "--backend-store-uri", f"sqlite:///{nodes.root}/mlflow.db",
-            "--artifacts-destination", str(nodes.root / "artifacts"),
-        ]  # fmt: skip
+        config, out = configure(nodes, tiny_folder), nodes.root / "out"
         settings = {
-            "RAY_ADDRESS": f"127.0.0.1:{nodes.port}", "MLFLOW_TRACKING_URI": url,
+            "RAY_ADDRESS": f"127.0.0.1:{nodes.port}", "MLFLOW_TRACKING_URI": server.uri,
             "RAYFT_CACHE": str(nodes.root / "cache"),
         }  # fmt: skip
         command = [sys.executable, "-m", "rayft.cli", "sweep", str(config)]
-        with process(server, nodes.root / "mlflow.log"):
-            eventually(lambda: answers(url), "MLflow's server did not start")
-            with process(command, nodes.root / "sweep.log", **settings) as sweep:
-                assert sweep.wait(400) == 0, log_of(nodes.root)
+        with process(command, nodes.root / "sweep.log", **settings) as sweep:
+            assert sweep.wait(400) == 0, log_of(nodes.root)
         record = SweepRecord.load(out / "sweep.json")
         assert {trial.method: trial.status for trial in record.trials} == {
             "lora": "finished",
@@ -90,5 +74,5 @@ def test_base_data_adapters_checkpoints_and_models_are_transferred(tiny_folder: 
         assert {path.name for path in nodes.there(out).iterdir()} <= {"spool"}
         assert not [*nodes.there(nodes.root / "cache").glob("lanes/*")]
         served = yaml.safe_load((out / "serve.yaml").read_text())
-        assert served["registry"] == url
+        assert served["registry"] == server.uri
         assert all(source.startswith("models:/") for source in served["adapters"].values())
