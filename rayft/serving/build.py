@@ -33,7 +33,7 @@ from rayft.serving.engine.start import EngineName, check_engine, describe
 from rayft.serving.http.app import IngressDeployment, IngressOptions
 from rayft.serving.http.auth import resolved
 from rayft.serving.http.server import bound
-from rayft.serving.presence import Called, start_error
+from rayft.serving.presence import Called, error_of
 from rayft.serving.replica import ReplicaDeployment
 from rayft.serving.router import AdapterRouter
 from rayft.squeeze.budget import parse_bytes
@@ -92,8 +92,8 @@ def build_app(config: ServeConfig) -> ray_serve.Application:
     replica = ReplicaDeployment.options(
         **_size(config),
         max_ongoing_requests=held,
-        # Ray Serve counts all requests of a burst as waiting until it has sent them. With places, the ingress
-        # counts itself.
+        # Ray Serve counts all requests of a burst as waiting until it has sent them. If there are places, the
+        # ingress counts the requests itself.
         max_queued_requests=places or config.max_queued,
         request_router_config=_routing(config, "Replica"),
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus if engine == "vllm" else 0},
@@ -223,7 +223,7 @@ def _wait_until_running() -> None:
     """
     logged = ""
     while (application := _application()) and application.status != ApplicationStatus.RUNNING:
-        why = start_error() or ""
+        why = error_of(application) or ""
         if application.status == ApplicationStatus.DEPLOY_FAILED:
             ray_serve.delete(APPLICATION)
             raise ResourceError(f"the application did not start: {why or application.message}")

@@ -18,7 +18,7 @@ import ray.serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.request_router import RequestRouter
-from ray.serve.schema import ApplicationStatus
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from rayft.errors import RequestTimeoutError, ResourceError
 from rayft.serving.deployment import APPLICATION
@@ -28,6 +28,7 @@ __all__ = [
     "NoReplicaError",
     "Waiting",
     "ending",
+    "error_of",
     "register",
     "replicas_up",
     "running",
@@ -180,12 +181,16 @@ async def _controllers_reason() -> str:
 
 
 def start_error() -> str | None:
-    """Return why a replica did not start, or None if Ray Serve does not know.
+    """Return why a replica did not start, or None if Ray Serve does not know (see `error_of`)."""
+    return error_of(ray_serve.status().applications.get(APPLICATION))
+
+
+def error_of(application: ApplicationStatusOverview | None) -> str | None:
+    """Return why a replica did not start, or None if that is not known.
 
     The reason is the last line of the replica's traceback, which Ray Serve keeps as text, or, if no node has
     room for a replica, Ray Serve's message about the resources that it needs.
     """
-    application = ray_serve.status().applications.get(APPLICATION)
     messages = [deployment.message for deployment in application.deployments.values()] if application else []
     lines = [line.strip() for text in messages for line in text.splitlines()]
     errors = [line for line in lines if re.match(r"[\w.]+Error: ", line)]

@@ -71,7 +71,7 @@ class Launcher:
             if self._host is None:
                 here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
                 options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": FILE_CALLS}
-                # It remembers nothing: lanes that are started again can use the next process.
+                # It has no state, so lanes that are started again can use the process that replaces it.
                 self._host = ray.remote(FileHost).options(**options, max_restarts=-1).remote()
             return self._host
 
@@ -123,6 +123,7 @@ def _run(settings: LaneSettings, group: Group) -> str:
     try:
         _fit(settings, group)
     except Exception as error:  # noqa: BLE001  (the waiting jobs must learn why the group ended)
+        # Ray Train's WorkerGroupError has them; its class can't be used here, as its import may have failed.
         failures = getattr(error, "worker_failures", None) or {0: error}
         # One worker's end makes the others fail as well.
         first = min((failures[rank] for rank in sorted(failures)), key=severity)
@@ -133,6 +134,7 @@ def _run(settings: LaneSettings, group: Group) -> str:
 
 
 def _fit(settings: LaneSettings, group: Group) -> None:
+    """Start a worker group, and wait until it ends."""
     # If this fails, Ray Train starts the actor itself, only later.
     with suppress(Exception):
         _start_coordinator()

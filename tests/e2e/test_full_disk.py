@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import ray
 from rayft.flow.config import PipelineConfig
 from tests.disks import Disk, mounted
 from tests.e2e.small import adapters, events, histories
+from tests.processes import process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -30,19 +30,14 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 def sweep(config: Path, folder: Path, fill: Callable[[], bool] | None = None) -> tuple[int, str]:
     """Run the command, calling `fill` until that has filled the disk; return the status and the output."""
-    log = config.with_suffix(".log")
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "rayft.cli", "sweep", str(config), "--set", f"output={folder}"],
-            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "COLUMNS": "1000"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    deadline = time.monotonic() + 240
-    while fill is not None and process.poll() is None and not fill():
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.01)
-    return process.wait(timeout=240), log.read_text()
+    command = [sys.executable, "-m", "rayft.cli", "sweep", str(config), "--set", f"output={folder}"]
+    log, address = config.with_suffix(".log"), ray.get_runtime_context().gcs_address
+    with process(command, log, RAY_ADDRESS=address, COLUMNS="1000") as running:
+        deadline = time.monotonic() + 240
+        while fill is not None and running.poll() is None and not fill():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.01)
+        return running.wait(timeout=240), log.read_text()
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.exhaustive)])

@@ -26,6 +26,7 @@ from rayft.sweep import executor as executors
 from rayft.sweep.broker import Broker, Patience, Verdict
 from tests.e2e.small import adapters, events, histories, run
 from tests.e2e.warm import WarmWorkers
+from tests.processes import process
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -116,23 +117,19 @@ def test_a_killed_sweep_with_two_lanes_decides_by_its_recorded_order(
     killed = elsewhere(long_config, "killed", lanes=2)
     folder = killed.folder
     command = [sys.executable, "-m", "rayft.cli", "sweep", str(folder.parent / "long.yaml")]
-    said = folder.parent / "killed.log"
-    with said.open("w") as log:
-        process = subprocess.Popen(
-            [*command, "--set", f"output={folder}", "--set", "sweep.lanes=2"],
-            env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    deadline = time.monotonic() + 300
-    while process.poll() is None and len(events(folder)) < 4 and time.monotonic() < deadline:
-        time.sleep(0.02)
-        if len(events(folder)) == 2:
-            with pytest.raises(ConfigError, match=rf"process {process.pid} on .*\) is writing to {folder}"):
-                run(killed)
-    process.kill()
-    process.wait()
-    assert 4 <= len(events(folder)) < EVENTS - 4, said.read_text()
+    command += ["--set", f"output={folder}", "--set", "sweep.lanes=2"]
+    log, address = folder.parent / "killed.log", ray.get_runtime_context().gcs_address
+    with process(command, log, RAY_ADDRESS=address) as running:
+        locked = rf"process {running.pid} on .*\) is writing to {folder}"
+        deadline = time.monotonic() + 300
+        while running.poll() is None and len(events(folder)) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+            if len(events(folder)) == 2:
+                with pytest.raises(ConfigError, match=locked):
+                    run(killed)
+        running.kill()
+        running.wait()
+    assert 4 <= len(events(folder)) < EVENTS - 4, log.read_text()
     with warm_workers.used():
         run(killed)
 

@@ -5,51 +5,26 @@ The second node has a mount namespace of its own, in which some folders are empt
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
+
+from tests.processes import eventually, process
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@contextmanager
-def process(command: Sequence[str], log: Path, **environment: str) -> Iterator[psutil.Process]:
-    """Run a command until the block ends; then end it and all that it has started."""
-    with log.open("wb") as file:
-        env = {**os.environ, **environment}
-        started = psutil.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
-        try:
-            yield started
-        finally:
-            family = [started]
-            with suppress(psutil.NoSuchProcess):
-                family += started.children(recursive=True)
-                started.terminate()
-            for one in psutil.wait_procs(family, timeout=15)[1]:
-                one.kill()
-
-
-def eventually(check: Callable[[], Any], what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.25)
 
 
 def log_of(folder: Path) -> str:

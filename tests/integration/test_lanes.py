@@ -38,6 +38,7 @@ from rayft.train.trainer import TrainResult
 from tests.disks import Disk
 from tests.integration.actors import pids, running
 from tests.integration.memory import ShortOfMemory
+from tests.processes import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -346,10 +347,7 @@ def test_lanes_on_other_disks_get_their_files_after_the_process_that_has_them_wa
             with suppress(ray.exceptions.ActorUnavailableError):
                 found = ray.get(host.files.remote(str(tiny_folder)))
         assert found == sizes
-    deadline = time.monotonic() + 30
-    while running("FileHost") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not running("FileHost")
+    eventually(lambda: not running("FileHost"), "it outlives its executor", 30)
 
 
 def test_a_command_may_have_more_jobs_than_ray_lets_an_actor_have_calls(

@@ -13,8 +13,9 @@ import yaml
 from rayft.files import hash_content
 from rayft.flow.config import load_config
 from rayft.report.record import SweepRecord
-from tests.integration.nodes import Nodes, log_of, process, two_nodes
+from tests.integration.nodes import Nodes, log_of, two_nodes
 from tests.mlflow_server import MlflowServer
+from tests.processes import process
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

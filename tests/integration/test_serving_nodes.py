@@ -17,8 +17,9 @@ import pytest
 import yaml
 
 from rayft.flow.demo import wait_ready
-from tests.integration.nodes import Nodes, eventually, free_port, log_of, process, two_nodes
+from tests.integration.nodes import Nodes, free_port, log_of, two_nodes
 from tests.integration.serving import Base
+from tests.processes import eventually, process
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

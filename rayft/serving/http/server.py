@@ -109,7 +109,7 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         # An address whose last connection has just ended counts as free.
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections have it from here: those of clients that vanished in a request would otherwise stay.
+        # Connections inherit this: those of clients that have vanished would otherwise stay open.
         made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         made.bind(address)
     except OSError:

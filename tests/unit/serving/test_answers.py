@@ -15,7 +15,6 @@ from ray.exceptions import ActorDiedError
 
 from rayft import errors
 from rayft.errors import BadRequestError, RayftError, RequestError, ResourceError
-from rayft.serving import answers
 from rayft.serving import answers as module
 from rayft.serving.answers import PARTS, Inbox, Incoming, Outbox, Ticket
 from rayft.serving.http.errors import describe_error
@@ -272,7 +271,7 @@ def test_an_error_arrives_after_the_parts_before_it(error: Exception) -> None:
 
 
 def test_an_ingress_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(module, "CONNECT_SECONDS", 0.2)
 
     async def scenario() -> None:
         with socket.socket() as listener, socket.socket() as first:

@@ -117,7 +117,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Serve]:
     def make(*states: ApplicationStatus, why: str | None = None) -> Serve:
         found = Serve(*states)
         monkeypatch.setattr(build, "ray_serve", found)
-        monkeypatch.setattr(build, "start_error", lambda: why)
+        monkeypatch.setattr(build, "error_of", lambda _: why)
         monkeypatch.setattr(build, "POLL_SECONDS", 0)
         return found
 
