@@ -12,7 +12,8 @@ interval.
 
     inprocess  vLLM's `LLM` in one process: 32 requests of 128 tokens in and 256 out, of the base, with 8 and
                with 32 adapters: tokens per second, milliseconds of a decode step, and of the prefill
-    many       rayft alone: the decode step with 8 active adapters of rank 4, and 8, 256, 2048 on the device
+    many       rayft alone: the decode step with 8 active adapters of rank 4, and 8, 256, 2048 on the device:
+               the median time between steps, which a busy host's stalls don't change, and the GPU's time
     kernels    names and counts of the GPU kernels in a decode step of base rows, for `base` and `rayft`
     async      the same as `inprocess`, tokens per second, through AsyncLLM (`rayft`: through `VllmEngine`)
     profile    GPU time of a prefill by kernel, for `base` and `rayft`
@@ -43,6 +44,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._C._autograd import DeviceType
@@ -58,7 +60,7 @@ ROWS, PROMPT, NEW = 32, 128, 256
 RANKS = (4, 8, 16, 64)
 KINDS = ("base", "stock", "rayft")
 CASES = (0, 8, 32)
-MANY, MANY_ROUNDS = (8, 256, 2048), 5
+MANY, MANY_ROUNDS = (8, 256, 2048), 8
 INPROCESS = ("inprocess", "many", "kernels", "profile", "few")
 MEMORY = {"base": 0.15, "stock": 0.2, "rayft": 0.45}
 ARENA = 22 * 10**9
@@ -170,9 +172,12 @@ class InProcess:
         chosen = [self._requests[n % adapters] for n in range(ROWS)] if adapters else None
         return self._timed(chosen)
 
-    def many(self, _: int) -> dict[str, list[float]]:
-        """Measure the decode step with 8 active adapters of rank 4; others come and go on the device."""
-        found: dict[str, list[float]] = {f"{count}": [] for count in MANY}
+    def many(self, _: int) -> dict[str, dict[str, list[float]]]:
+        """Measure the decode step with 8 active adapters of rank 4; others come and go on the device.
+
+        Returns: for each number on the device, milliseconds of a step by the clock and on the GPU.
+        """
+        found = {f"{count}": {"step": list[float](), "gpu": list[float]()} for count in MANY}
         numbers = [request.lora_int_id for request in self._requests]
         self._llm.collective_rpc("rayft_unload", args=(numbers,))
         every = [self._request(f"m{n}", 1000 + n, str(WORK / "rank4")) for n in range(max(MANY))]
@@ -186,22 +191,19 @@ class InProcess:
             there = count
             # Spread over all that are there.
             active = [every[(n % 8) * (count // 8)] for n in range(ROWS)]
-            self._timed(active)
-            found[f"{count}"] += [self._timed(active)["step"] for _ in range(MANY_ROUNDS)]
+            self._generate(active, NEW)
+            found[f"{count}"]["step"] += [self._between_steps(active) for _ in range(MANY_ROUNDS)]
+            spent = self._on_gpu(active, 65).total() - self._on_gpu(active, 1).total()
+            found[f"{count}"]["gpu"].append(spent / 64)
         return found
 
     def profile(self, adapters: int) -> dict[str, float]:
         """Sum up the GPU time of a prefill by kernel, in milliseconds, and the time of the whole."""
         chosen = [self._requests[n % adapters] for n in range(ROWS)] if adapters else None
         self._generate(chosen, 1)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            took, _ = self._generate(chosen, 1)
-            torch.cuda.synchronize()
-        spent: collections.Counter[str] = collections.Counter()
-        for event in profile.events():
-            if event.device_type == DeviceType.CUDA:
-                spent[event.name[:60]] += event.device_time / 1e3
-        return {"whole": took * 1e3, "gpu": sum(spent.values()), **dict(spent.most_common(14))}
+        took, _ = self._generate(chosen, 1)
+        spent = self._on_gpu(chosen, 1)
+        return {"whole": took * 1e3, "gpu": spent.total(), **dict(spent.most_common(14))}
 
     def kernels(self, _: int) -> dict[str, float]:
         """Count the GPU kernels of base rows by name, over a short generation."""
@@ -213,6 +215,31 @@ class InProcess:
         names = (event.name.replace("adapted_linear_", "") for event in profile.events())
         kinds = [name.rsplit("_", 1)[0] if name.startswith("triton_") else name for name in names]
         return dict(collections.Counter(kind for kind in kinds if "Memcpy" not in kind))
+
+    def _on_gpu(self, chosen: list[Any] | None, tokens: int) -> collections.Counter[str]:
+        """Return the GPU's milliseconds of a generation, by kernel."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            self._generate(chosen, tokens)
+            torch.cuda.synchronize()
+        spent: collections.Counter[str] = collections.Counter()
+        for event in profile.events():
+            if event.device_type == DeviceType.CUDA:
+                spent[event.name[:60]] += event.device_time / 1e3
+        return spent
+
+    def _between_steps(self, chosen: list[Any] | None) -> float:
+        """Return the median of the milliseconds from one decode step to the next."""
+        engine, times = self._llm.llm_engine, list[float]()
+        step = engine.step
+
+        def timed() -> Any:
+            times.append(time.perf_counter())
+            return step()
+
+        with mock.patch.object(engine, "step", timed):
+            self._generate(chosen, NEW)
+        # The first ones are of the prefill.
+        return statistics.median(later - one for one, later in pairwise(times[4:])) * 1e3
 
     def _timed(self, chosen: list[Any] | None) -> dict[str, float]:
         first = statistics.median(self._generate(chosen, 1)[0] for _ in range(3))
@@ -500,14 +527,19 @@ def inprocess(parts: Sequence[str]) -> list[dict[str, Any]]:
         print("kernels of base rows that differ:", json.dumps(differing, indent=1)[:4000], flush=True)
         records.append(record("serve_vllm", "base/kernels", "differing", len(differing), "kernels"))
     if "many" in parts:
-        steps = children.ask("rayft", "many")
-        for count, each in steps.items():
+        found = children.ask("rayft", "many")
+        for count, each in found.items():
             name = f"{count}_on_device/1b/{ROWS}rows"
-            middle = statistics.median(each)
-            over = statistics.mean(each) / statistics.mean(steps[str(MANY[0])])
-            records.append(record("serve_vllm", name, "step_ms", round(middle, 4), "ms", **interval(each)))
-            records.append(record("serve_vllm", name, "over_8", round(over, 4), "x"))
-            print(f"{name:40} step {middle:.3f} ms, {over:.3f} of that with {MANY[0]}", flush=True)
+            print(f"{name}:", {kind: [round(value, 3) for value in values] for kind, values in each.items()})
+            for kind, metric in (("step", "step_ms"), ("gpu", "gpu_ms")):
+                middle, first = statistics.median(each[kind]), found[str(MANY[0])][kind]
+                ratios = [mine / other for mine, other in zip(each[kind], first, strict=True)]
+                over, spread = statistics.median(ratios), interval(ratios)
+                records += [
+                    record("serve_vllm", name, metric, round(middle, 4), "ms", **interval(each[kind])),
+                    record("serve_vllm", name, f"{kind}_over_8", round(over, 4), "x", **spread),
+                ]
+                print(f"{name:40} {metric} {middle:.3f}, {over:.3f} of that with {MANY[0]}", flush=True)
     children.close()
     return records
 

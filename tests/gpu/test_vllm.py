@@ -52,7 +52,7 @@ def random_adapter(
         columns = None
         if selector:
             columns = tuple(torch.randperm(inputs, generator=random)[:rank].tolist())
-            a = torch.eye(inputs)[list(columns)]
+            a = torch.nn.functional.one_hot(torch.tensor(columns), inputs).float()
         modules[path] = LoraFactors(a, b, 0.8, columns)
     values = {path: (1.0,) * rank for path in modules} if squeezed else {}
     return AdapterArtifact(modules, meta=ArtifactMeta(base_model="tiny", singular_values=values))
@@ -473,10 +473,13 @@ def test_two_gpus_answer_as_one_does_with_the_shape_of_8_billion_parameters(
     # The sums of two halves are rounded otherwise than one sum, for the base too.
     rounding = max(off[job] for job in jobs if job.adapter is None)
     assert 0 < rounding < 0.3
+    changed = dict.fromkeys(adapters, 0.0)
     for job, mine, _ in pairs:
         assert off[job] <= 2 * rounding, job.adapter
         if job.adapter:
-            assert (mine - base[job.prompt]).abs().max() > 5 * rounding
+            change = float((mine - base[job.prompt]).abs().max())
+            changed[job.adapter] = max(changed[job.adapter], change)
+    assert min(changed.values()) > 5 * rounding, changed
     same = sum(mine.tokens[0] == other.tokens[0] for mine, other in zip(one, two, strict=True))
     assert same >= len(jobs) - 1, "of two almost equally likely tokens either may be chosen"
 
