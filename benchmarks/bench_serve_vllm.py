@@ -193,8 +193,8 @@ class InProcess:
             active = [every[(n % 8) * (count // 8)] for n in range(ROWS)]
             self._generate(active, NEW)
             found[f"{count}"]["step"] += [self._between_steps(active) for _ in range(MANY_ROUNDS)]
-            spent = self._on_gpu(active, 65).total() - self._on_gpu(active, 1).total()
-            found[f"{count}"]["gpu"].append(spent / 64)
+            spent = self._on_gpu(active, 33).total() - self._on_gpu(active, 1).total()
+            found[f"{count}"]["gpu"].append(spent / 32)
         return found
 
     def profile(self, adapters: int) -> dict[str, float]:

@@ -73,7 +73,9 @@ EXAMPLES = 8
 LONG = ("floor", "lora", "cla", "lora_masked", "peft_lora_bf16_masked", "peft_lora_bf16_unpacked")
 """The cases of batches of one row."""
 FUSED = ("floor", "floor_fused", "cla", "cla_fused", "lora", "lora_fused")
-FUSED_PLACES = ("135m/4x512/graph", "1b/16x512/graph", "1b/1x8192", "1b/1x16384")
+FUSED_PLACES = (
+    "135m/4x512/graph", "1b/16x512/graph", "1b/1x8192", "1b/1x8192/graph", "1b/1x16384", "1b/1x16384/graph"
+)  # fmt: skip
 FEW = ("lora", "asym", "paca", "cla", "rcla", "c3la")
 """The methods that are measured at shapes other than 1 B."""
 OURS = ("lora", "lora_plus", "asym", "cola", "rac", "paca", "cla", "rcla", "c3la", "c3la_link4", "rc3la")
@@ -236,8 +238,10 @@ class Seconds(Reporter):
         self.found.append(metrics["step_seconds"])
 
 
-def run_of(method: MethodConfig, batch: tuple[int, int], steps: int, device: str) -> RunConfig:
-    """Return a run over batches of some rows and tokens, as CUDA graphs on a GPU if they are several."""
+def run_of(
+    method: MethodConfig, batch: tuple[int, int], steps: int, device: str, *, graphs: bool = True
+) -> RunConfig:
+    """Return a run over batches of some rows and tokens, on a GPU as CUDA graphs if that is wanted."""
     rows, tokens = batch
     on_gpu = device != "cpu"
     return RunConfig(
@@ -250,7 +254,7 @@ def run_of(method: MethodConfig, batch: tuple[int, int], steps: int, device: str
             zero=2,
             accumulation=1,
             activation_checkpointing=False,
-            graphs=on_gpu and rows > 1,
+            graphs=on_gpu and graphs,
         ),
     )
 
@@ -264,13 +268,15 @@ def session_of(model: Any, count: int, tokens: int, device: str) -> Session:
     return Session(loaded, prepared, examples, examples[:1], Worker(device=device))
 
 
-def train(model: Any, batch: tuple[int, int], steps: int, *, device: str = "cuda") -> list[float]:
+def train(
+    model: Any, batch: tuple[int, int], steps: int, *, device: str = "cuda", graphs: bool = True
+) -> list[float]:
     """Train LoRA by rayft's trainer, and return the milliseconds of its steps.
 
     Such rows let a step compute what a bare one does.
     """
     rows, tokens = batch
-    run = run_of(MethodConfig(rank=RANK), batch, steps, device)
+    run = run_of(MethodConfig(rank=RANK), batch, steps, device, graphs=graphs)
     # A row alone holds several examples, as in the bare step.
     examples = EXAMPLES if rows == 1 else 1
     session = session_of(model, 4 * rows * examples, tokens // examples, device)
@@ -288,11 +294,11 @@ def join_group(backend: str) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
-def measure_trainer(model: Any, batch: tuple[int, int], steps: int, found: Timings) -> None:
+def measure_trainer(model: Any, batch: tuple[int, int], steps: int, found: Timings, *, graph: bool) -> None:
     """Time the steps of a trainer after its first three, with a fused base."""
     fuse(model)
     try:
-        found.ms += train(model, batch, steps + 3)[3:]
+        found.ms += train(model, batch, steps + 3, graphs=graph)[3:]
     finally:
         unfuse(model)
         gc.collect()
@@ -343,8 +349,6 @@ def run_shape(
             place = name + ("/graph" if graph else "")
             if not any(fnmatch(place, pattern) for pattern in places):
                 continue
-            if graph and batch[0] == 1:
-                continue
             found: dict[tuple[str, str], Timings] = {}
             for _ in range(ROUNDS):
                 for case in cases if batch[0] > 1 else long:
@@ -352,7 +356,7 @@ def run_shape(
                     timings = found.setdefault(key, Timings())
                     try:
                         if case == "lora_trainer":
-                            measure_trainer(model, batch, steps, timings)
+                            measure_trainer(model, batch, steps, timings, graph=graph)
                         else:
                             measure(model, case, batch, steps, timings, graph=graph)
                     except (RuntimeError, torch.cuda.OutOfMemoryError) as error:

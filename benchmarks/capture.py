@@ -6,19 +6,17 @@ from collections.abc import Callable
 
 import torch
 
+from rayft.train.graphs import capture_stream
+
 __all__ = ["capture"]
 
 
 def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Run a step three times on a side stream, then capture it, and return the graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    """Run a step three times, then capture it, and return the graph."""
+    graph = torch.cuda.CUDAGraph()
+    with capture_stream():
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+        with torch.cuda.graph(graph):
+            step()
     return graph

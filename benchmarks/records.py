@@ -9,6 +9,7 @@ import datetime as dt
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def load(bench: str) -> list[dict[str, Any]]:
 
 def headline_table() -> str:
     """Return the README's small table: what rayft reaches, beside what it is compared with."""
-    demo, step, squeeze = cases("demo"), cases("train_step"), cases("squeeze_speed", everywhere=True)
+    demo, step, squeeze = cases("demo"), cases("train_step", BATCHES), cases("squeeze_speed", everywhere=True)
     vllm, http = cases("serve_vllm"), cases("serve_http")["16_clients/cpu"]
     sweep = {name: _cell(found, "seconds", "{:.0f} s") for name, found in cases("sweep_makespan").items()}
     trials = "135m/16_trials"
@@ -153,10 +154,16 @@ Cases = dict[str, dict[str, dict[str, Any]]]
 """case → metric → result."""
 
 
-def cases(bench: str, *, everywhere: bool = False) -> Cases:
-    """Return case → metric → result, of the device of the newest result, or of all devices (`everywhere`)."""
+def cases(bench: str, like: str = "*", *, everywhere: bool = False) -> Cases:
+    """Return case → metric → result, of the device of the newest result, or of all devices (`everywhere`).
+
+    Args:
+        bench: name of the benchmark.
+        like: pattern of the cases, as for a shell. The newest result is one of them.
+        everywhere: whether to return the results of all devices.
+    """
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    items = load(bench)
+    items = [item for item in load(bench) if fnmatchcase(item["case"], like)]
     newest = max(items, key=lambda item: str(item["date"]), default={"device": None})
     for item in items:
         if not everywhere and item["device"] != newest["device"]:
@@ -167,7 +174,7 @@ def cases(bench: str, *, everywhere: bool = False) -> Cases:
 
 def train_step_table() -> str:
     """Return the table of training steps: every method against the floor."""
-    found = cases("train_step")
+    found = cases("train_step", BATCHES)
     places = {
         "1b/16x512/graph": "by graph",
         "1b/4x512/graph": "4×512 by graph",
@@ -188,14 +195,42 @@ def train_step_table() -> str:
         cells = [_cell(metrics, metric, form) for metric, form in STEP.items()]
         cells += [_cell(found.get(f"{name}/{at}", {}), "time_over_floor", "{:.2f}") for at in places]
         lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
-    if len(lines) > 2:
-        one = next(iter(found.values()))["ms"]
-        commits = dict.fromkeys(str(metrics["ms"]["commit"])[:7] for metrics in found.values())
-        lines += [
-            "",
-            f"On {one['device']}, torch {one['versions']['torch']}, commits {' and '.join(commits)}.",
-        ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _origin_line(found)])
+
+
+BATCHES, PACKED_ROWS = "*x512*", "*/1x*"
+"""Cases of training steps: batches of several rows, and single rows of several examples."""
+
+
+def train_long_table() -> str:
+    """Return the table of steps with one long row of eight examples: each case over the floor."""
+    found = cases("train_step", PACKED_ROWS)
+    sizes = ("8192", "16384")
+    lines = [
+        f"| | {' | '.join(f'{int(size):,} tokens | by graph | memory' for size in sizes)} |",
+        "| --- |" + " --- |" * 3 * len(sizes),
+    ]
+    for name, title in LONG_ROWS.items():
+        cells = []
+        for size in sizes:
+            eager, graph = (found.get(f"{name}/1b/1x{size}{by}", {}) for by in ("", "/graph"))
+            over = [_cell(one, "time_over_floor", "({:.2f})") for one in (eager, graph)]
+            cells += [f"{_cell(eager, 'ms', '{:.0f} ms')} {over[0]}", over[1].strip("()")]
+            cells.append(
+                f"{_cell(eager, 'gib', '{:.1f} GiB')} {_cell(eager, 'memory_over_floor', '({:.2f})')}"
+            )
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _origin_line(found)])
+
+
+LONG_ROWS = {
+    "floor": "floor",
+    "cla": "cla",
+    "lora": "lora",
+    "lora_masked": "lora, with a mask of all pairs of tokens",
+    "peft_lora_bf16_masked": "PEFT's LoRA, with that mask",
+    "peft_lora_bf16_unpacked": "PEFT's LoRA, a row for each example",
+}
 
 
 def train_floor_table() -> str:
@@ -215,14 +250,15 @@ def train_floor_table() -> str:
         if any("gib" in metrics for metrics in mine):
             cells = [_cell(metrics, "gib", "{:.1f} GiB") for metrics in mine]
             lines.append("| | " + " | ".join(cells) + " |")
-    if places:
-        lines += ["", _origin_line(next(iter(found.values()))["ms"])]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _origin_line(found)])
 
 
-def _origin_line(one: Mapping[str, Any]) -> str:
-    """Return the sentence that says on which device and commit a result was measured."""
-    return f"On {one['device']}, torch {one['versions']['torch']}, commit {str(one['commit'])[:7]}."
+def _origin_line(found: Cases) -> str:
+    """Return the sentence that says on which device and at which commits results were measured."""
+    items = [item for metrics in found.values() for item in metrics.values()]
+    *others, last = dict.fromkeys(str(item["commit"])[:7] for item in items)
+    commits = f"commits {', '.join(others)} and {last}" if others else f"commit {last}"
+    return f"On {items[0]['device']}, torch {items[0]['versions']['torch']}, {commits}."
 
 
 def packed_step_table() -> str:
@@ -237,9 +273,7 @@ def packed_step_table() -> str:
         cells = [_cell(metrics, "ms", "{:.0f} ms")]
         cells += [_cell(metrics, name, "{:.2f}") for name in ("over_lora", "over_cla", "over_sequential")]
         lines.append(f"| {_packed_place(trials, shape, rows)} | " + " | ".join(cells) + " |")
-    if found:
-        lines += ["", _origin_line(next(iter(found.values()))["ms"])]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _origin_line(found)])
 
 
 def _packed_place(trials: str, shape: str, rows: str) -> str:
@@ -264,7 +298,7 @@ def packed_trainer_table() -> str:
         cells += [_cell(one, "over_trainer", "{:.2f}") for one in slots]
         cells.append(_cell(metrics, "over_turns", "{:.2f}"))
         lines.append(f"| {_packed_place(*place.split('/'))} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _origin_line(next(iter(found.values()))["ms"])])
+    return "\n".join([*lines, "", _origin_line(found)])
 
 
 def sweep_table() -> str:
@@ -289,7 +323,7 @@ def sweep_table() -> str:
         pair = (spent.get(f"{shape}/{case}/{stage}", {}) for case in ("cold", "warm"))
         title = stage.replace("lanes/", "of the lane: ")
         lines.append(f"| {title} | " + " | ".join(_cell(one, "seconds", "{:.1f}") for one in pair) + " |")
-    return "\n".join([*lines, *_by_hand(found, spent), "", _origin_line(found[f"{place}/cold"]["seconds"])])
+    return "\n".join([*lines, *_by_hand(found, spent), "", _origin_line(found)])
 
 
 def _by_hand(found: Cases, spent: Cases) -> list[str]:
@@ -506,6 +540,7 @@ TABLES = {
     "data_prepare": data_prepare_table,
     "demo": demo_table,
     "train_step": train_step_table,
+    "train_long": train_long_table,
     "train_floor": train_floor_table,
     "packed_step": packed_step_table,
     "packed_trainer": packed_trainer_table,

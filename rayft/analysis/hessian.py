@@ -17,6 +17,7 @@ import torch
 
 from rayft.errors import DataError, ModelError, ResourceError
 from rayft.numerics import derive_seed
+from rayft.train.graphs import capture_stream
 
 __all__ = [
     "HessianOperator",
@@ -118,14 +119,11 @@ class ReplayedOperator:
         self._operator = operator
         self._vector = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         self._graph = torch.cuda.CUDAGraph()
-        stream, outside = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(outside)
-        with torch.cuda.stream(stream):
+        with capture_stream():
             for _ in range(2):
                 operator @ self._vector  # Everything must have run once before a capture.
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._product = operator @ self._vector
-        outside.wait_stream(stream)
 
     def __matmul__(self, vectors: torch.Tensor) -> torch.Tensor:
         """Multiply by D numbers, or by D × K, one column after the other."""

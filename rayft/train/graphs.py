@@ -65,12 +65,10 @@ class _Passes:
         """Parts of flat gradients, and what belongs there."""
         # Without it autograd would see nothing that needs a gradient.
         self.anchor = torch.zeros((), device=samples[0].device, requires_grad=True)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(WARM_UPS):
-                self._forward()
-                self._outer = torch.zeros_like(self._hidden)
-                self._backward()
+        for _ in range(WARM_UPS):
+            self._forward()
+            self._outer = torch.zeros_like(self._hidden)
+            self._backward()
         torch.cuda.synchronize()
         del self._hidden
         self._gradients, self._moved = [], ([], [])
@@ -139,29 +137,31 @@ class _Replay(torch.autograd.Function):
 
 @contextmanager
 def capture_stream() -> Iterator[None]:
-    """Run the block on the stream on which graphs are captured.
+    """Run the block on the stream on which graphs are captured, the same one in the whole process.
 
     An engine keeps the autograd nodes that accumulate gradients, each bound to the stream on which it was
     created. If that were the default stream, a capture would have to wait for it, which CUDA refuses. So
-    engine, training and capture share one stream.
+    engine, training and capture share one stream. So do the passes before a capture: for every stream that
+    multiplies matrices, and every thread that does so on it, cuBLAS keeps a workspace as long as the process
+    lives (32 MiB on Hopper). The workspaces then also exist before the capture, which would allocate them
+    among the tensors of its graph.
     """
     stream = torch.cuda.graph.default_capture_stream or torch.cuda.Stream()
     torch.cuda.graph.default_capture_stream = stream
     outside = torch.cuda.current_stream()
     stream.wait_stream(outside)
-    # The warm-up before a capture uses another stream by design, and nothing of it is kept.
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     try:
         with torch.cuda.stream(stream):
             yield
     finally:
-        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(True)
         outside.wait_stream(stream)
 
 
 @contextmanager
 def graphed(model: Any, example: AnyBatch, parts: Iterable[Part] = ()) -> Iterator[None]:
     """Replay training passes of batches shaped like `example` as CUDA graphs inside the block.
+
+    The block is one inside `capture_stream`.
 
     Args:
         model: a causal language model on a GPU, in training mode, with adapters and engine.

@@ -22,6 +22,7 @@ from rayft.data.pack import Batch, collate_rows
 from rayft.files import write_file
 from rayft.models.attention import fits_graphs, mask_for
 from rayft.models.inject import clear
+from rayft.train.graphs import capture_stream
 from rayft.train.placement import limited, probe_file, recompute_activations
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
@@ -148,15 +149,13 @@ class _Passes:
         return min(times)
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        with capture_stream():
             # What is compiled is compiled here.
             for _ in range(2):
                 self._pass()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            self._pass()
+            with torch.cuda.graph(graph):
+                self._pass()
         return graph
 
     def _pass(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,18 @@ def train(name: str, folder: Path, *, graphs: bool) -> TrainResult:
     )
     session = Session.open(run, Worker(device="cuda:0"))
     return Trainer(run, session, Reporter(), folder / f"{name}-{graphs}").fit()
+
+
+@pytest.mark.usefixtures("nccl_group")
+def test_no_capture_takes_memory_for_good(tmp_path: Path) -> None:
+    kept = []
+    for _ in range(4):
+        train("cla", tmp_path, graphs=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        kept.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    # The first one also compiled and tuned.
+    assert kept[2:] == kept[1:-1]
 
 
 @pytest.mark.usefixtures("nccl_group")

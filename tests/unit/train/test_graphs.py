@@ -44,9 +44,8 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(graphs, "_capture", capture)
     monkeypatch.setattr(module, "capture_stream", nullcontext)
-    for name in ("synchronize", "graph_pool_handle", "Stream"):
+    for name in ("synchronize", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     return names
 
 
