@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
@@ -40,13 +42,15 @@ class LaneTrainer(TorchTrainer):
     workers.
     """
 
-    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+    def _initialize_and_run_controller(self, *, callbacks: Sequence[Any], **settings: Any) -> Any:
         # Ray warns of calls that block an event loop. This thread's loop runs nothing but the controller.
         os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
         # A controller would set up the logging of its process, which holds the lock of `logging` while it
         # waits for the handlers' locks. The handler of another lane that opens its file holds its own lock
         # while it waits for that of `logging`, so both would wait forever.
         os.environ["RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING"] = "0"
-        controller = _Controller(**settings)
+        # For Ray Data, which no lane reads, each lane would have a process more.
+        needed = [one for one in callbacks if not isinstance(one, DatasetsCallback)]
+        controller = _Controller(callbacks=needed, **settings)
         asyncio.run(controller.run())  # type: ignore[no-untyped-call]
         return controller.get_result()

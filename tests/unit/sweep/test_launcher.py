@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import ray.exceptions
+from ray.train import ScalingConfig
+from ray.train.v2._internal.callbacks.backend_setup import BackendSetupCallback
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from rayft.sweep import lane_trainer, launcher
@@ -139,7 +142,7 @@ def test_a_lane_starts_while_the_log_of_another_one_is_locked() -> None:
         trainer = lane_trainer.LaneTrainer.__new__(lane_trainer.LaneTrainer)
         # The controller sets up its process before it notices that it has no run.
         with pytest.raises(AttributeError, match="run_config"):
-            trainer._initialize_and_run_controller(**settings, train_run_context=context)
+            trainer._initialize_and_run_controller(**settings, callbacks=[], train_run_context=context)
 
     handler = logging.StreamHandler()
     with ThreadPoolExecutor() as pool:
@@ -148,6 +151,24 @@ def test_a_lane_starts_while_the_log_of_another_one_is_locked() -> None:
             _, waiting = wait([started], timeout=10.0)
         assert not waiting
         started.result()
+
+
+def test_a_lane_has_no_process_for_ray_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[type] = []
+
+    class Controller:
+        def __init__(self, callbacks: list[object]) -> None:
+            given.extend(type(one) for one in callbacks)
+
+        async def run(self) -> None: ...
+
+        def get_result(self) -> SimpleNamespace:
+            return SimpleNamespace(error=None)
+
+    monkeypatch.setattr(lane_trainer, "_Controller", lambda *, callbacks, **_: Controller(callbacks))
+    lane_trainer.LaneTrainer(lambda: None, scaling_config=ScalingConfig(num_workers=1)).fit()
+    assert BackendSetupCallback in given
+    assert DatasetsCallback not in given
 
 
 def test_a_lane_that_can_not_be_started_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
