@@ -14,22 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch.nn import functional
 
+from rayft.analysis.section import Norm
 from rayft.errors import DataError, MethodError
 from rayft.methods.base import LoraFactors
 from rayft.numerics import generator, tolerance
 from rayft.squeeze.factored_svd import decomposed, sorted_factors
 
-__all__ = ["Direction", "Norm", "Trajectory", "random_directions", "trajectory_directions"]
+__all__ = ["Direction", "Trajectory", "random_directions", "trajectory_directions"]
 
 Direction = Mapping[str, torch.Tensor | LoraFactors]
 """Module path → D (O × I), dense or in factors."""
-
-Norm = Literal["update", "weight"]
 
 
 @dataclass(frozen=True)

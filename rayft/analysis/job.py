@@ -20,9 +20,8 @@ from torch import nn
 from rayft.analysis import bounds, landscape, sharpness
 from rayft.analysis.directions import Direction, random_directions, trajectory_directions
 from rayft.analysis.gap import example_losses, gap, sample
-from rayft.analysis.landscape import Kind, Landscape
 from rayft.analysis.norms import matrix, spectral_norms, squared_norms
-from rayft.analysis.record import AdapterAnalysis
+from rayft.analysis.record import AdapterAnalysis, Kind, Landscape
 from rayft.analysis.section import AnalyzeConfig, Part
 from rayft.analysis.updates import Update, spectra
 from rayft.artifacts import AdapterArtifact

@@ -5,21 +5,36 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import ValidationError
 
-from rayft.analysis.section import AnalyzeConfig
+from rayft.analysis.section import AnalyzeConfig, Norm
 from rayft.config import Record
-from rayft.errors import ReportError
+from rayft.errors import DataError, ReportError
 
-__all__ = ["PIECES", "AdapterAnalysis", "Gap", "Intruders", "ModuleSpectrum", "Predictor", "SweepAnalysis"]
+__all__ = [
+    "PIECES",
+    "AdapterAnalysis",
+    "Gap",
+    "Intruders",
+    "Kind",
+    "Landscape",
+    "ModuleSpectrum",
+    "Predictor",
+    "SweepAnalysis",
+]
 
 FILE = "analysis.json"
 PIECE = re.compile(r"[0-9a-f]{24}\.json")
 PIECES = "analysed"
 """Folder with the result of each adapter while an analysis is incomplete."""
+
+Kind = Literal["random", "update", "trajectory"]
+"""Directions of a landscape: random ones, the update itself, or the principal directions of a path."""
 
 
 class Gap(Record):
@@ -63,6 +78,67 @@ class Intruders(Record):
     modules: tuple[str, ...]
     shares: tuple[float, ...] = ()
     """Share of all vectors whose largest |cos| is below each ε."""
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Losses at points of a line or plane through an adapter, in ΔW space."""
+
+    kind: Kind
+    norm: Norm | None
+    """Rows whose norms the rows of random directions have."""
+    coordinates: tuple[tuple[float, ...], ...]
+    """Of each point, along one or two directions."""
+    losses: tuple[float, ...]
+    """Mean of the targets' negative log-likelihood at each point, in nats."""
+    seed: int | None
+    """Of random directions."""
+    targets: int
+    """How many targets each loss is a mean of."""
+    path: tuple[tuple[float, ...], ...] = ()
+    """A trajectory's own points, in order."""
+    explained: tuple[float, ...] = ()
+    """Share of a trajectory's variance that each direction explains."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether any loss is finite, so that there is something to draw."""
+        return any(map(math.isfinite, self.losses))
+
+    @property
+    def rise(self) -> float:
+        """Mean loss of all points minus the loss at the adapter (the point nearest to 0), in nats."""
+        centre = min(range(len(self.losses)), key=lambda point: math.hypot(*self.coordinates[point]))
+        return sum(self.losses) / len(self.losses) - self.losses[centre]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data, from which `from_json` restores exactly this landscape."""
+        # JSON has no NaN and no infinity, which 16-bit models reach at far points.
+        plain = [loss if math.isfinite(loss) else str(loss) for loss in self.losses]
+        return {**asdict(self), "losses": plain}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Landscape:
+        """Restore a landscape from the data of `to_json`.
+
+        Raises:
+            DataError: if the data is no saved landscape.
+        """
+        try:
+            values = dict(data)
+            for name in ("coordinates", "path"):
+                values[name] = tuple(tuple(map(float, point)) for point in values[name])
+            for name in ("losses", "explained"):
+                values[name] = tuple(map(float, values[name]))
+            found = cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"this is no saved landscape ({error}): measure it again") from error
+        if found.kind not in get_args(Kind) or len(found.losses) != len(found.coordinates):
+            raise DataError(
+                f"this is no saved landscape (kind {found.kind!r}, {len(found.coordinates)} points, "
+                f"{len(found.losses)} losses): measure it again"
+            )
+        return found
 
 
 class AdapterAnalysis(Record):

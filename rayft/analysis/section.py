@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from rayft.config import Section
 
-__all__ = ["PARTS", "READERS", "AnalyzeConfig", "Part"]
+__all__ = ["PARTS", "READERS", "AnalyzeConfig", "Norm", "Part"]
 
 Part = Literal["gap", "bounds", "spectra", "sharpness", "hessian", "line", "landscape", "trajectory"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -27,6 +27,9 @@ READERS: Mapping[str, tuple[Part, ...]] = {
     "seed": ("gap", "bounds", "sharpness", "hessian", "line", "landscape", "trajectory"),
 }
 """Setting → the parts that read it."""
+
+Norm = Literal["weight", "update"]
+"""Rows whose norms the rows of random directions have: those of W0 + ΔW, or of ΔW."""
 
 
 class AnalyzeConfig(Section):
@@ -59,7 +62,7 @@ class AnalyzeConfig(Section):
     grid: int = Field(default=15, ge=3)
     """Number of points of a line, and of each side of a plane."""
 
-    directions: Literal["weight", "update"] = "weight"
+    directions: Norm = "weight"
     """Rows whose norms the rows of random directions have: those of W0 + ΔW, as in the paper, or of ΔW."""
 
     extent: float | None = Field(default=None, gt=0)

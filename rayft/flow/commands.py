@@ -27,27 +27,20 @@ from rayft.flow.ahead import Ahead
 from rayft.flow.cache import KINDS, Entry, Outcome, delete_all, entries, of_kind, shrink
 from rayft.flow.config import load_config, load_train_config
 from rayft.flow.display import Display
-from rayft.flow.doctor import checks
 from rayft.flow.guard import guarded
 from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
 from rayft.flow.options import check_overrides, refuse_unused
-from rayft.flow.origin import mlflow_uri, sweep_tracker
-from rayft.flow.target import find_place, registry_uri
 from rayft.kernels.launch_triton import kernel_cache
 from rayft.models.files import cache_folder
 from rayft.paths import check_file, check_folder, checked_text, read_path
 from rayft.registry.promote import Gate
 from rayft.registry.promote import promote as move_alias
-from rayft.registry.store import MlflowRegistry
 from rayft.report.analysis import gap_rows
 from rayft.report.evaluations import SavedEvaluations
 from rayft.report.record import SweepRecord
-from rayft.report.render import check_report, render
-from rayft.report.terminal import terminal_table
 from rayft.report.text import ago_text, human_bytes, human_count, score_text
 from rayft.squeeze.budget import parse_bytes
-from rayft.tracking.mlflow import flush_spool, prepare
 
 __all__ = [
     "adapters",
@@ -212,6 +205,7 @@ def squeeze(
     """
     from rayft.flow.squeeze.request import squeeze_request
     from rayft.flow.squeeze.run import squeeze_folder, squeeze_table
+    from rayft.flow.target import find_place, registry_uri
 
     if base is not None:
         checked_text(base, "--base")
@@ -248,6 +242,7 @@ def analyze(
     """
     from rayft.flow.analyze.run import analyze_target
     from rayft.flow.sweep.folder import is_sweep
+    from rayft.report.render import check_report, render
     from rayft.report.terminal import analysis_tables
 
     target = str(read_path(target, "the target"))
@@ -356,7 +351,10 @@ def report(sweep_folder: str, output: str | None, console: Console, *, overwrite
     Raises:
         ReportError: if the file is the report of another sweep (unless `overwrite`), or not a report.
     """
+    from rayft.flow.origin import sweep_tracker
     from rayft.flow.sweep.record import with_run_ids
+    from rayft.report.render import check_report, render
+    from rayft.tracking.mlflow import flush_spool, prepare
 
     folder = read_path(sweep_folder, "the sweep's folder")
     record, path = SweepRecord.load(folder), _optional(output, "--output") or folder / "report.html"
@@ -406,6 +404,9 @@ def promote(
         ConfigError: for an option that would change nothing.
         PromotionRefusedError: with both scores. The alias stays where it is.
     """
+    from rayft.flow.origin import mlflow_uri
+    from rayft.registry.store import MlflowRegistry
+
     if force:
         refuse_unused({"--tolerance": tolerance}, "--force promotes whatever the score")
     folder = _optional(sweep_folder, "--sweep")
@@ -598,6 +599,8 @@ def schema(console: Console) -> None:
 
 def doctor(output: str, console: Console) -> int:
     """Print the result of each check; return 1 if one fails, otherwise 0."""
+    from rayft.flow.doctor import checks
+
     found = checks(read_path(output, "--output"))
     table = Table("", "check", "found", "what to do")
     for check in found:
@@ -725,6 +728,8 @@ def _optional(path: str | None, setting: str) -> Path | None:
 
 
 def _show(record: SweepRecord, console: Console) -> None:
+    from rayft.report.terminal import terminal_table
+
     console.print(terminal_table(record, console.width))
 
 

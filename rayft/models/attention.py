@@ -18,9 +18,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rayft.errors import ModelError
 
@@ -69,7 +66,13 @@ def attend_by_segments(model: Any) -> None:
     Raises:
         ModelError: if the model has neither.
     """
+    # Imported here, because it imports what all of transformers' models need, which takes two seconds.
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
     if model._supports_attention_backend:
+        AttentionInterface.register(NAME, segment_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
         return
     name = type(model).__name__
@@ -186,6 +189,8 @@ def segment_attention(
     plain = softcap is None and s_aux is None
     if attention_mask is None or attention_mask.dtype != torch.int32:
         if plain:
+            from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
             )
@@ -346,7 +351,3 @@ def _check(module: Any, options: Mapping[str, Any]) -> None:
             f"{type(module).__name__} has attention with {unknown[0]}, which packed rows do not support; "
             "choose another base"
         )
-
-
-AttentionInterface.register(NAME, segment_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)

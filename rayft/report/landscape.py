@@ -20,8 +20,7 @@ from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rayft.analysis.landscape import Landscape
-from rayft.analysis.record import AdapterAnalysis
+from rayft.analysis.record import AdapterAnalysis, Landscape
 from rayft.errors import ReportError
 from rayft.report.style import (
     INK,

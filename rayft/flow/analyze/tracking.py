@@ -9,8 +9,7 @@ from pathlib import Path
 
 import ray
 
-from rayft.analysis.landscape import Landscape
-from rayft.analysis.record import AdapterAnalysis, SweepAnalysis
+from rayft.analysis.record import AdapterAnalysis, Landscape, SweepAnalysis
 from rayft.files import write_file
 from rayft.report.landscape import contour_plot, curve_plot, surface_plot
 from rayft.tracking.base import Tracker

@@ -11,8 +11,7 @@ import torch
 
 from rayft.analysis.gap import sample
 from rayft.analysis.job import AnalyzeRequest, analyze
-from rayft.analysis.landscape import Landscape
-from rayft.analysis.record import AdapterAnalysis
+from rayft.analysis.record import AdapterAnalysis, Landscape
 from rayft.analysis.section import AnalyzeConfig
 from rayft.artifacts import AdapterArtifact
 from rayft.config import parse

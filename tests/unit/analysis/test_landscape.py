@@ -13,7 +13,8 @@ import torch
 
 from rayft.analysis import landscape
 from rayft.analysis.directions import random_directions, trajectory_directions
-from rayft.analysis.landscape import Landscape, grid_1d, grid_2d, grid_around, losses, repeated
+from rayft.analysis.landscape import grid_1d, grid_2d, grid_around, losses, repeated
+from rayft.analysis.record import Landscape
 from rayft.data.example import Example, Message
 from rayft.data.pack import Batch, ClassBatch, ImageBatch, collate_rows, rows_of
 from rayft.data.template import encode_all

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,22 @@ from rayft.flow.commands import guarded
 from rayft.report.render import check_report, render
 from tests.disks import Disk
 from tests.unit.report.example import example
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("rayft.flow.commands", ("transformers", "mlflow", "matplotlib", "deepspeed")),
+        ("rayft.report.render", ("torch", "transformers", "mlflow")),
+        ("rayft.train.trainer", ("transformers", "mlflow", "deepspeed")),
+    ],
+)
+def test_what_takes_long_to_import_is_imported_where_it_is_used(
+    module: str, unwanted: tuple[str, ...]
+) -> None:
+    program = f"import sys, {module}; print(*(name for name in {unwanted} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.split() == []
 
 
 def test_a_report_replaces_a_report_of_the_same_sweep(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_an_error_of_the_system_that_no_check_found_is_one_message(
     def refuse(*_: object) -> None:
         raise OSError(number, reason, str(tmp_path / "report.html"))
 
-    monkeypatch.setattr("rayft.flow.commands.render", refuse)
+    monkeypatch.setattr("rayft.report.render.render", refuse)
     assert fails("report", record(tmp_path)).startswith(expected.format(folder=tmp_path))
 
 
@@ -312,7 +312,7 @@ def test_other_errors_of_the_system_keep_their_traceback(
     def broken(*_: object) -> None:
         raise OSError(9, "Bad file descriptor")
 
-    monkeypatch.setattr("rayft.flow.commands.render", broken)
+    monkeypatch.setattr("rayft.report.render.render", broken)
     monkeypatch.setattr(sys, "argv", ["rayft", "report", record(tmp_path)])
     with pytest.raises(OSError, match="Bad file descriptor"):
         cli.main()

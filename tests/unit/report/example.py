@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rayft.analysis.landscape import Landscape
-from rayft.analysis.record import AdapterAnalysis, Gap, Intruders, Predictor, SweepAnalysis
+from rayft.analysis.record import AdapterAnalysis, Gap, Intruders, Landscape, Predictor, SweepAnalysis
 from rayft.analysis.section import AnalyzeConfig
 from rayft.report import (
     Baseline,

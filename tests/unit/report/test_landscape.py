@@ -12,7 +12,8 @@ import PIL.Image
 import pytest
 from matplotlib.figure import Figure
 
-from rayft.analysis.landscape import Landscape, grid_1d, grid_2d
+from rayft.analysis.landscape import grid_1d, grid_2d
+from rayft.analysis.record import Landscape
 from rayft.errors import ReportError
 from rayft.report.landscape import contour_plot, curve_plot, grid_of, surface_plot
 

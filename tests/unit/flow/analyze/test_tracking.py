@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rayft.analysis.landscape import Landscape, grid_1d, grid_2d
-from rayft.analysis.record import AdapterAnalysis, SweepAnalysis
+from rayft.analysis.landscape import grid_1d, grid_2d
+from rayft.analysis.record import AdapterAnalysis, Landscape, SweepAnalysis
 from rayft.analysis.section import AnalyzeConfig
 from rayft.flow.analyze import tracking as module
 from rayft.flow.analyze.tracking import track_analysis
