@@ -76,7 +76,8 @@ def headline_table() -> str:
     """Return the README's small table: what rayft reaches, beside what it is compared with."""
     demo, step, squeeze = cases("demo"), cases("train_step", BATCHES), cases("squeeze_speed", everywhere=True)
     vllm, http = cases("serve_vllm"), cases("serve_http")["16_clients/cpu"]
-    sweep = {name: _cell(found, "seconds", "{:.0f} s") for name, found in cases("sweep_makespan").items()}
+    whole = cases("sweep_makespan")
+    sweep = {name: _cell(found, "seconds", "{:.0f} s") for name, found in whole.items()}
     trials = "135m/16_trials"
     squeezed = [case for case in demo if "@r" in case]
     smallest = min(squeezed, key=lambda case: demo[case]["mb"]["value"])
@@ -103,19 +104,19 @@ def headline_table() -> str:
     rows = [
         (f"Demo's winner squeezed to rank {rank}", scored[smallest], f"as trained: {scored[winner]}"),
         (
-            "Sweep of 16 trials, 135 M, H200", sweep[f"{trials}/cold"],
+            f"Sweep of 16 trials, 135 M, {_gpu(whole)}", sweep[f"{trials}/cold"],
             f"Tune with PEFT: {sweep[f'{trials}/tune_4_a_gpu']}, four at once",
         ),
         (
-            "LoRA training step, 1 B model, H100", ms["lora"],
+            f"LoRA training step, 1 B model, {_gpu(step)}", ms["lora"],
             f"PEFT: {ms['peft_lora']}, in bfloat16 {ms['peft_lora_bf16']}; no adapter: {ms['floor']}",
         ),
         (
-            "Squeezing an 8 B model's adapter, H100", _cell(gpu, "seconds", "{:.1f} s"),
+            f"Squeezing an 8 B model's adapter, {_gpu({'': gpu})}", _cell(gpu, "seconds", "{:.1f} s"),
             f"PEFT's conversion: {_cell(gpu, 'speedup_over_peft', '{:.0f}')} times as long",
         ),
         (
-            "32 adapters in a batch, 1 B model, H200", served["rayft"],
+            f"32 adapters in a batch, 1 B model, {_gpu(vllm)}", served["rayft"],
             f"vLLM's own LoRA: {served['stock']}; vLLM without adapters: {served['base']}",
         ),
         (
@@ -125,6 +126,12 @@ def headline_table() -> str:
     ]  # fmt: skip
     lines = (("", "rayft", "compared with"), ("---",) * 3, *rows)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _gpu(found: Cases) -> str:
+    """Return the short name of the GPU on which results were measured, such as H100."""
+    device = next(iter(next(iter(found.values())).values()))["device"]
+    return re.sub(r".*NVIDIA (\w+).*", r"\1", device)
 
 
 def demo_table() -> str:
