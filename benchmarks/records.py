@@ -235,8 +235,8 @@ LONG_ROWS = {
     "cla": "cla",
     "lora": "lora",
     "lora_masked": "lora, with a mask of all pairs of tokens",
-    "peft_lora_bf16_masked": "PEFT's LoRA, with that mask",
-    "peft_lora_bf16_unpacked": "PEFT's LoRA, a row for each example",
+    "peft_lora_bf16_masked": "PEFT's LoRA in bfloat16, with that mask",
+    "peft_lora_bf16_unpacked": "PEFT's LoRA in bfloat16, a row for each example",
 }
 
 
@@ -337,12 +337,15 @@ def _by_hand(found: Cases, spent: Cases) -> list[str]:
     """Return the table of sweeps without settings over the same ones with the best settings given."""
     lines = [
         "",
-        "| nothing set, over the best settings given | the whole sweep | training |",
-        "| --- | --- | --- |",
+        "| nothing set, over the best settings given | first on its machine | with caches | its training |",
+        "| --- | --- | --- | --- |",
     ]
     for place in (case.removesuffix("/hand") for case in found if case.endswith("/hand")):
         shape, trials = place.split("/")
-        whole = found[f"{place}/warm"]["seconds"]["value"] / found[f"{place}/hand"]["seconds"]["value"]
+        whole = [
+            found[f"{place}/{case}"]["seconds"]["value"] / found[f"{place}/hand"]["seconds"]["value"]
+            for case in ("cold", "warm")
+        ]
         warm, hand = (
             sum(
                 spent[f"{shape}/{case}/lanes/{part}"]["seconds"]["value"]
@@ -352,7 +355,7 @@ def _by_hand(found: Cases, spent: Cases) -> list[str]:
             for case in ("warm", "hand")
         )
         title = f"{shape[:-1]} {shape[-1].upper()}, {trials.replace('_', ' ')}"
-        lines.append(f"| {title} | {whole:.2f} | {warm / hand:.2f} |")
+        lines.append(f"| {title} | {whole[0]:.2f} | {whole[1]:.2f} | {warm / hand:.2f} |")
     return lines if len(lines) > 3 else []
 
 
@@ -481,15 +484,16 @@ def data_prepare_table() -> str:
         rows.append(
             f"| {count:,}, {cores} cores "
             f"| {found['alone_ms_a_row']:.2f} ms, {found['alone_own_kib_a_row']:.0f} KiB "
-            f"| {found['first_ms_a_row']:.2f} ms | {found['second_seconds']:.1f} s "
+            f"| {found['first_ms_a_row']:.2f} ms, {found['first_ms_a_row'] * count / 1000:.0f} s in all "
+            f"| {found['first_largest_process']:.1f} GiB | {found['second_seconds']:.1f} s "
             f"| {found['worker_own']:.0f} MiB "
             f"| {found['on_disk']:.2f} GiB |"
         )
     return "\n".join(
         [
             "| rows | a worker that reads for itself: time, memory a row | the first start, a row "
-            "| the next start | memory of a worker | on disk |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| its largest process | the next start | memory of a worker | on disk |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
             *rows,
         ]
     )
@@ -506,37 +510,38 @@ def serving_gpu_table() -> str:
         ("1b/32rows", 8, "32 rows over 8 adapters"), ("1b/32rows", 32, "32 rows over 32 adapters"),
         ("1b/4096tokens", 8, "4,096 tokens over 8 adapters"),
     ):  # fmt: skip
-        base = kernels[f"base/{place}"]["ms_per_step"]["value"]
-        # In a prefill, the engine writes the adapters first and adds the products of the base to them.
-        first = base * kernels[f"{count}_adapters_then_base/{place}"]["adapters_over_base"]["value"]
-        alone, padded, peft = (
-            kernels[f"{way.format(count)}/{place}"]["ms_per_step"]["value"]
-            for way in ("{}_adapters", "padded_{}", "peft_{}")
+        ways = (
+            f"base/{place}",
+            *(f"{way.format(count)}/{place}" for way in ("{}_adapters", "padded_{}", "peft_{}")),
         )
-        cells = [f"{ms:.2f} ms" for ms in (base, min(alone, first), padded, peft)]
+        cells = [_cell(kernels[way], "ms_per_step", "{:.2f} ms") for way in ways]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines += ["", _origin_line(kernels)]
     vllm = cases("serve_vllm")
-    lines += [
-        "",
-        "| vLLM, 32 rows, 128 tokens in and 256 out | a decode step | × vLLM without LoRA | tokens/s | "
-        "vLLM's own LoRA, tokens/s |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    base = _cell(vllm["vllm/base/1b/32rows/inprocess"], "tokens_per_s", "{:,.0f}")
-    lines.append(f"| vLLM without LoRA | | 1 | {base} | |")
-    for name, title in (
-        ("base", "rows of the base"),
-        ("8_adapters", "8 adapters"),
-        ("32_adapters", "32 adapters"),
-    ):
-        case = f"{name}/1b/32rows/inprocess"
-        cells = [
-            _cell(vllm[case], "step_ms", "{:.2f} ms"), _cell(vllm[case], "step_over_vllm", "{:.2f}"),
-            _cell(vllm[case], "tokens_per_s", "{:,.0f}"),
-            _cell(vllm[f"stock/{case}"], "tokens_per_s", "{:,.0f}"),
-        ]  # fmt: skip
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    for how, title in (("inprocess", "`LLM`, the engine in its process"), ("async", "`AsyncLLM`")):
+        lines += [
+            "",
+            f"| vLLM's {title} | a decode step | × without LoRA [95 %] | the whole, × without LoRA [95 %] "
+            "| tokens/s | vLLM's own LoRA, tokens/s | × that [95 %] |",
+            "| --- |" + " --- |" * 6,
+        ]
+        base = _cell(vllm[f"vllm/base/1b/32rows/{how}"], "tokens_per_s", "{:,.0f}")
+        lines.append(f"| without LoRA | | | 1 | {base} | | |")
+        for name, rows in (
+            ("base", "rows of the base"),
+            ("8_adapters", "8 adapters"),
+            ("32_adapters", "32 adapters"),
+        ):
+            case = f"{name}/1b/32rows/{how}"
+            cells = [
+                _cell(vllm[case], "step_ms", "{:.2f} ms"), _interval(vllm[case], "step_over_vllm", "{:.2f}"),
+                _interval(vllm[case], "time_over_vllm", "{:.2f}"),
+                _cell(vllm[case], "tokens_per_s", "{:,.0f}"),
+                _cell(vllm[f"stock/{case}"], "tokens_per_s", "{:,.0f}"),
+                _interval(vllm[case], "tokens_over_stock", "{:.2f}"),
+            ]  # fmt: skip
+            lines.append(f"| {rows} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _origin_line(cases("serve_vllm", "*/32rows/*"))])
 
 
 TABLES = {

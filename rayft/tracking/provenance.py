@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = ["provenance"]
 
-_PACKAGES = ("torch", "ray", "deepspeed", "transformers", "peft", "mlflow", "rayft")
+_PACKAGES = ("torch", "ray", "deepspeed", "transformers", "peft", "mlflow", "vllm", "rayft")
 
 
 def provenance() -> dict[str, str]:
