@@ -101,15 +101,15 @@ def configuration(folder: Path, trials: int, steps: int, rows: int = 4) -> Path:
     return place
 
 
+CACHES = {"RAYFT_CACHE": "cache", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
+
+
 def run_sweep(
     folder: Path, config: Path, settings: Sequence[str] = ()
 ) -> tuple[float, dict[str, float], dict[str, float]]:
     """Run `rayft sweep` in a process of its own; return its seconds, those of its stages, and the lanes'."""
     shutil.rmtree(folder / "out", ignore_errors=True)
-    caches = {
-        "RAYFT_CACHE": "cache", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor",
-    }  # fmt: skip
-    environment = {**os.environ, **{name: str(folder / place) for name, place in caches.items()}}
+    environment = {**os.environ, **{name: str(folder / place) for name, place in CACHES.items()}}
     options = [part for setting in settings for part in ("--set", setting)]
     started = time.monotonic()
     done = subprocess.run(
@@ -161,7 +161,10 @@ class Bench:
         self.records: list[dict[str, Any]] = []
 
     def sweep(self, case: str) -> None:
-        """Measure rayft."""
+        """Measure rayft; for the case `cold` without what earlier sweeps have left in the caches."""
+        if case == "cold":
+            for place in CACHES.values():
+                shutil.rmtree(self._folder / place, ignore_errors=True)
         settings = (*BEST, f"sweep.slots={BEST_SLOTS[self._shape]}") if case == "hand" else ()
         seconds, stages, lanes = run_sweep(self._folder, self._config, settings)
         self._add(case, seconds)

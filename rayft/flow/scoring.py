@@ -39,6 +39,7 @@ __all__ = [
     "follows_from",
     "marked",
     "outcome",
+    "planned",
     "say_unscored",
     "score_all",
     "score_squeezed",
@@ -261,16 +262,27 @@ def score_sweep(
 
     def begin(names: Collection[str]) -> None:
         if ways := len(base.keys() & names):
-            asked = sum(
-                len(sample(len(part), _base_sample(plan))) for part in (plan.parts.val, plan.parts.test)
-            )
-            say(f"the base answers {asked} questions, asked in {ways} ways")
+            say(f"the base answers {_base_questions(plan)} questions, asked in {ways} ways")
 
     found = score_all(executor, {**base, **requests}, store, begin)
     scored, tried = ({name: found[name] for name in names} for names in (base, requests))
     # If all trials have failed, the base may tell why.
     check_some(tried or scored)
     return {**scored, "majority answer": _majority(plan)}, tried
+
+
+def planned(plan: Plan) -> str:
+    """Return the sentence that says, before a sweep starts, how much will be scored after its search."""
+    each = len(plan.parts.val) + len(plan.parts.test)
+    text = f"to be scored after the search: {each} examples for each trial that can win"
+    if asked := len(_base_requests(plan)):
+        text += f", and {_base_questions(plan)} for the base in {asked} ways (evaluate.base_examples)"
+    return text
+
+
+def _base_questions(plan: Plan) -> int:
+    """Return how many examples the base answers in each way."""
+    return sum(len(sample(len(part), _base_sample(plan))) for part in (plan.parts.val, plan.parts.test))
 
 
 def _base_requests(plan: Plan) -> dict[str, ScoreRequest]:

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from rayft.errors import TrainError
-from rayft.flow.scoring import STYLES, Measured, ScoreStore, check_some, marked, score_all, score_sweep
+from rayft.flow.scoring import (
+    STYLES,
+    Measured,
+    ScoreStore,
+    check_some,
+    marked,
+    planned,
+    score_all,
+    score_sweep,
+)  # fmt: skip
 from rayft.flow.sweep.preflight import Plan
 from rayft.sweep.score import ScoreRequest
 from rayft.sweep.search import Trial, earlier
@@ -96,6 +105,10 @@ def test_the_base_answers_a_sample_of_long_parts(plan: Plan) -> None:
     asked.clear()
     few = plan.run.evaluate.model_copy(update={"base_examples": 1})
     sampled = replace(plan, run=plan.run.model_copy(update={"evaluate": few}))
+    assert planned(sampled) == (
+        f"to be scored after the search: {len(plan.parts.val) + 2} examples for each trial that can win, "
+        "and 2 for the base in 3 ways (evaluate.base_examples)"
+    )
     said: list[str] = []
     found, scores = score_sweep(sampled, executor, trials, trials, store, said.append)
     assert [request.examples for request in asked.values()] == [1] * 3
