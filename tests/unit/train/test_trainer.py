@@ -30,7 +30,7 @@ from rayft.train.trainer import Reporter, Trainer, TrainResult, validation_loss
 from rayft.train.worker import Worker
 from tests.reporter import RecordingReporter
 from tests.unit.train.curves import WIDEST, assert_same_losses
-from tests.unit.train.runs import DieAt, StopAt, by_family, changed, play, with_method
+from tests.unit.train.runs import DieAt, StopAt, by_family, changed, play, two_rows, with_method
 
 
 @pytest.mark.parametrize("method", ["lora", "cla"])
@@ -247,6 +247,12 @@ def test_the_seconds_of_a_step_do_not_depend_on_when_they_are_read(
     result = Trainer(changed(run, evaluate={"every": 3}), session, reporter, tmp_path).fit()
     assert [metrics["step_seconds"] for _, metrics in reporter.logged] == [1.0] * result.steps
     assert result.seconds["train"] == result.steps
+
+
+def test_the_share_of_padding_is_logged(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    reporter = RecordingReporter()
+    Trainer(*two_rows(changed(run, optim={"steps": 2}), session), reporter, tmp_path).fit()
+    assert [metrics["padding"] for _, metrics in reporter.logged] == [7 / 32] * 2
 
 
 def _noted(happened: list[str], values: Sequence[torch.Tensor]) -> Callable[[], list[float]]:
