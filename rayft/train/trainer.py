@@ -267,7 +267,7 @@ class Trainer:
         return self._result(saved, finished, memory.peak if memory else 0, self.clock() - started)
 
     def _note_mask(self) -> None:
-        """Say if attention computes all pairs of tokens, unless an earlier run of the session has said so."""
+        """Report that attention computes all pairs of tokens, once for all runs of a session."""
         if self.worker.rank > 0 or self.run.model.task != "causal_lm":
             return
         graphs = (self.placement if self.pack is None else self.pack.placement).graphs

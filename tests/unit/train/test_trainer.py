@@ -71,12 +71,12 @@ def test_a_mask_of_all_pairs_is_told_once_for_all_runs_of_a_session(
         saved.save_pretrained(tmp_path / "falcon")
     run = changed(run, model=ModelConfig(name=str(tmp_path / "falcon")), optim={"steps": 1})
     session = Session.open(run, Worker())
-    told = []
+    notes = []
     for seed in range(2):
         reporter = RecordingReporter()
         Trainer(changed(run, seed=seed), session, reporter, tmp_path / str(seed)).fit()
-        told.append(reporter.notes)
-    (note,), others = told
+        notes.append(reporter.notes)
+    (note,), others = notes
     assert note.startswith("FalconForCausalLM has attention of its own, so its rows take a mask of all pairs")
     assert others == []
 
