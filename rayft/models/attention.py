@@ -11,7 +11,6 @@ Shapes: B rows, T tokens, H heads, G heads of keys and values, D numbers per hea
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
@@ -32,6 +31,7 @@ __all__ = [
     "mask_for",
     "plain_attention",
     "unknown_options",
+    "why_dense",
 ]
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -55,13 +55,10 @@ IGNORED = {
 """Options of attention functions that change nothing here."""
 
 
-logger = logging.getLogger(__name__)
-
-
 def attend_by_segments(model: Any) -> None:
     """Let a causal language model attend by segments, if it calls transformers' attention functions.
 
-    Other models keep SDPA, which is given a mask.
+    Other models keep SDPA, which is given a mask (`why_dense`).
 
     Raises:
         ModelError: if the model has neither.
@@ -75,10 +72,10 @@ def attend_by_segments(model: Any) -> None:
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
         return
-    name = type(model).__name__
     if model.config._attn_implementation != "sdpa":
-        raise ModelError(f"{name} has attention that rayft does not know; choose another base")
-    logger.info("%s has attention of its own, so packed rows take a mask of all pairs of tokens", name)
+        raise ModelError(
+            f"{type(model).__name__} has attention that rayft does not know; choose another base"
+        )
 
 
 def check_packing(model: Any, length: int) -> None:
@@ -134,6 +131,26 @@ def fits_graphs(model: Any, device: torch.device) -> bool:
         for name in ("attn_logit_softcapping", "kv_lora_rank", "attention_dropout")
     )
     return plain and config.model_type != "gpt_oss" and _fits_flash(model.dtype, size, device)
+
+
+def why_dense(model: Any, device: torch.device, *, graphs: bool) -> str:
+    """Return why a model's rows take a mask of all pairs of tokens, and what that costs; empty if they don't.
+
+    Args:
+        model: a causal language model.
+        device: where it is trained.
+        graphs: whether its passes are captured as CUDA graphs.
+    """
+    name, costs = type(model).__name__, "time and memory of attention grow with the square of data.max_length"
+    if model.config._attn_implementation != NAME:
+        return f"{name} has attention of its own, so its rows take a mask of all pairs of tokens: {costs}"
+    if graphs and not fits_graphs(model, device):
+        kind = str(model.dtype).removeprefix("torch.")
+        return (
+            f"attention by segments of {name} in {kind} can't be captured as a CUDA graph on this device, so "
+            f"its rows take a mask of all pairs of tokens: {costs}; scale.graphs: false avoids that"
+        )
+    return ""
 
 
 def dense_mask(offsets: torch.Tensor, rows: int, width: int, window: int | None = None) -> torch.Tensor:

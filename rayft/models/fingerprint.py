@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 
 from rayft.models.targets import heads
 
-__all__ = ["fingerprint", "names_in_files", "places", "source_fingerprint"]
+__all__ = ["absent_files", "fingerprint", "names_in_files", "places", "source_fingerprint"]
 
 HEADS = ("lm_head.", "score.", "classifier.")
 WEIGHTS_FILE = "model.safetensors"
@@ -149,3 +150,12 @@ def places(source: str, revision: str | None, *, local: bool = False) -> dict[st
         files = json.load(stream)["weight_map"]
     paths = {file: found(file) for file in set(files.values())}
     return {key: path for key, file in files.items() if (path := paths[file]) is not None}
+
+
+def absent_files(source: str) -> list[str]:
+    """Return the files of weights that a folder's index names and that are not there; none for a hub id."""
+    folder = Path(source)
+    if (folder / WEIGHTS_FILE).is_file() or not (folder / INDEX_FILE).is_file():
+        return []
+    named = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()
+    return sorted(file for file in {*named} if not (folder / file).is_file())

@@ -23,7 +23,7 @@ from rayft.data.pixels import ImageEncoder
 from rayft.errors import ModelError, RayftError
 from rayft.files import disk_full, disk_full_error, room_on, sync_tree
 from rayft.models.files import cache_folder, hash_file, hub_cache, quiet, save_model, use
-from rayft.models.fingerprint import fingerprint, names_in_files, places, source_fingerprint
+from rayft.models.fingerprint import absent_files, fingerprint, names_in_files, places, source_fingerprint
 from rayft.models.heads import remember
 from rayft.models.quantize import Quantize, prepare, quantization
 from rayft.models.targets import heads
@@ -339,6 +339,7 @@ def load_skeleton(config: ModelConfig) -> Any:
         settings = _settings(config, source)
         with torch.device("meta"):
             model = _auto_class(config).from_config(settings)
+        _check_files(source)
         _check_kinds(config, model, source)
         return model
 
@@ -386,6 +387,15 @@ def _check_stored(config: ModelConfig, section: dict[str, Any]) -> None:
                 f"the config.json of {config.name} has {key}: {value!r}, in which no model is computed: "
                 f"write the type of its weights there, one of {', '.join(COMPUTED)}"
             )
+
+
+def _check_files(source: str) -> None:
+    """Refuse a folder of which some shards were not fetched or copied."""
+    if absent := absent_files(source):
+        raise ModelError(
+            f"{source} lacks {', '.join(absent[:3])}{' and others' if absent[3:] else ''}, in which its "
+            "model.safetensors.index.json places weights: fetch or copy the model again, with all its files"
+        )
 
 
 def _check_kinds(config: ModelConfig, model: Any, source: str) -> None:

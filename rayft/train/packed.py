@@ -146,8 +146,8 @@ class Pack:
         """Size of the slots that did not fit."""
         self._said: set[str] = set()
         """Notes on what did not fit."""
-        self.placement = Placement()
-        """How the last step used the device."""
+        self.placement = Placement(graphs=graphs)
+        """How the last step used the device; before the first one, how that will be tried."""
         self.shares: dict[Slot, float] = {}
         """The slots' shares of the tokens of the last step."""
         self.updating = False

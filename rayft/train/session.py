@@ -43,6 +43,8 @@ class Session:
     """Where the command's files are."""
     packing: bool = True
     """Whether texts share rows."""
+    said: set[str] = field(default_factory=set)
+    """Notes on the base that a person has been given; copies of a session share it."""
     _counted: list[int] = field(default_factory=lambda: [0])
     """In a list, which copies of a session share."""
 

@@ -27,6 +27,7 @@ from rayft.errors import ConfigError, InterruptedRunError, TrainError
 from rayft.files import room_on, sync_tree
 from rayft.identity import Identity
 from rayft.methods.base import LayerShape, LoraFactors, MethodConfig
+from rayft.models.attention import why_dense
 from rayft.models.heads import reset_heads
 from rayft.models.inject import check_fits, clear, export, inject
 from rayft.models.methods import method
@@ -253,6 +254,7 @@ class Trainer:
         try:
             if self.pack is None:
                 self.placement = place(self.run, self.session, self._known_placement)
+            self._note_mask()
             # What was tried for the placement does not count.
             stream = capture_stream() if self.placement.graphs else nullcontext()
             # The memory of runs that share their steps is that of all of them.
@@ -263,6 +265,16 @@ class Trainer:
             if method(self.run.method.name).shares_base:
                 clear(self.model)
         return self._result(saved, finished, memory.peak if memory else 0, self.clock() - started)
+
+    def _note_mask(self) -> None:
+        """Report that attention computes all pairs of tokens, once for all runs of a session."""
+        if self.worker.rank > 0 or self.run.model.task != "causal_lm":
+            return
+        graphs = (self.placement if self.pack is None else self.pack.placement).graphs
+        text = why_dense(self.model, torch.device(self.worker.device), graphs=graphs)
+        if text and text not in self.session.said:
+            self.session.said.add(text)
+            self.reporter.note(text)
 
     # --- phases
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rayft.data import pack
 from rayft.data.pack import Batch, PackedRow, collate, collate_classification, rows_of
 from rayft.data.template import IGNORED, Encoded
 from rayft.errors import DataError
@@ -81,6 +83,33 @@ def test_each_of_many_examples_is_put_into_the_first_row_with_room(length):
             row.append(size)
     rows = rows_of([Encoded((1,) * size, (1,) * size) for size in sizes], length)
     assert [[len(example) for example in row.examples] for row in rows] == expected
+
+
+def lines_of_packing(count: int, length: int) -> int:
+    """Return how many lines of the packing run, comprehensions included, for examples of random lengths."""
+    sizes = torch.randint(1, length + 1, (count,), generator=generator("pack", count)).tolist()
+    encoded = [Encoded((1,) * size, (1,) * size) for size in sizes]
+    lines, before = 0, sys.gettrace()
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if frame.f_code.co_filename != pack.__file__:
+            return None
+        lines += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        rows_of(encoded, length)
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def test_the_time_of_packing_grows_as_the_number_of_examples_does():
+    few, many = (lines_of_packing(count, 256) for count in (500, 2000))
+    # Looking at all rows for each example would take 16 times as many.
+    assert 2000 < few < many < 6 * few
 
 
 def test_an_example_longer_than_a_row_is_refused():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,31 @@ def test_a_machine_that_is_too_small_for_the_workers_is_refused(started: list[st
     match = "9 workers need 9 CPUs, this machine has 8; lower scale.workers or sweep.lanes"
     with pytest.raises(ResourceError, match=match), cluster.cluster(9, device="cpu"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("workers", "share", "there", "needed"),
+    [
+        (3, 1.0, 2.0, 3),
+        (1, 1.0, 0.0, 1),
+        (2, 1.0, 2.0, None),
+        (5, 0.5, 2.0, 3),
+        (4, 0.5, 2.0, None),
+        # The share of a worker is never split over GPUs.
+        (2, 0.6, 1.0, 2),
+        (3, 0.6, 2.0, 3),
+        (2, 0.6, 2.0, None),
+        (11, 0.1, 1.0, 2),
+        (10, 0.1, 1.0, None),
+    ],
+)
+def test_fewer_gpus_than_the_workers_need_are_refused(
+    monkeypatch: pytest.MonkeyPatch, workers: int, share: float, there: float, needed: int | None
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 64.0, "GPU": there})
+    match = f"{workers} workers need {needed} GPUs, this machine has {there:g}; lower scale.workers or sweep"
+    with nullcontext() if needed is None else pytest.raises(ResourceError, match=match):
+        cluster.check_fit(workers, "cuda", share)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rayft.errors import ModelError
+from rayft.models import attention as module
 from rayft.models.attention import (
     NAME,
     attend_by_segments,
@@ -105,6 +107,38 @@ def test_it_can_be_differentiated_twice() -> None:
 
     with sdpa_kernel(SDPBackend.MATH):
         assert torch.autograd.gradgradcheck(attend, (q, k, v))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("knows_groups", [False, True])
+def test_flash_attention_is_called_as_this_release_of_pytorch_defines_it(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, *, knows_groups: bool
+) -> None:
+    real = inspect.signature(varlen.varlen_attn)
+    if knows_groups and "enable_gqa" not in real.parameters:
+        pytest.skip("this release of PyTorch repeats the heads of keys and values for no one")
+    left = [one for one in real.parameters.values() if knows_groups or one.name != "enable_gqa"]
+    calls: list[dict[str, Any]] = []
+
+    def attend(*given: Any, **options: Any) -> torch.Tensor:
+        bound = real.replace(parameters=left).bind(*given, **options)
+        calls.append(bound.arguments)
+        return given[0]
+
+    attend.__signature__ = real.replace(parameters=left)  # type: ignore[attr-defined]
+    monkeypatch.setattr(varlen, "varlen_attn", attend)
+    monkeypatch.setattr(module, "_flash", lambda *_: True)
+    q, k, v = inputs()
+    found, _ = segment_attention(Layer(), q, k, v, OFFSETS.view(1, 1, 1, -1), 0.3, sliding_window=window)
+    assert torch.equal(found, q.transpose(1, 2))
+    (call,) = calls
+    heads = 2 if knows_groups else 4
+    assert [call[name].shape[1] for name in ("query", "key", "value")] == [4, heads, heads]
+    assert call.get("enable_gqa", False) == knows_groups
+    assert torch.equal(call["cu_seq_q"], OFFSETS)
+    assert torch.equal(call["cu_seq_k"], OFFSETS)
+    assert (call["max_q"], call["max_k"], call["scale"]) == (WIDTH, WIDTH, 0.3)
+    assert call["window_size"] == ((-1, 0) if window is None else (2, 0))
 
 
 SMALL = {

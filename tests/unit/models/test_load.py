@@ -286,6 +286,20 @@ def test_a_language_model_whose_file_lacks_weights_is_refused(tiny_folder: Path,
         load_weights(ModelConfig(name=str(folder)))
 
 
+def test_a_base_that_lacks_a_shard_names_it(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny_folder).save_pretrained(folder, max_shard_size="100KB")
+    config = ModelConfig(name=str(folder))
+    assert load_model(config, torch.float32).model
+    _, second, *_ = sorted(folder.glob("model-*.safetensors"))
+    second.unlink()
+    for load in (load_weights, load_skeleton):
+        with pytest.raises(ModelError, match=rf"base lacks {second.name}, in .*: fetch or copy .* again"):
+            load(config)
+
+
 def test_a_shallow_base_has_each_kind_of_layer(tmp_path: Path) -> None:
     from transformers import Gemma3TextConfig, GPT2Config, Qwen3MoeConfig
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from torch.nn import functional
 
 from rayft.config import Section
+from rayft.data.template import Encoded
 from rayft.methods import METHODS
 from rayft.methods.base import Chain, ChainConfig, MethodConfig
 from rayft.train.packed import Courses, Pack
 from rayft.train.run import RunConfig
+from rayft.train.session import Session
 from tests.reporter import RecordingReporter
 
 CHAINS = sorted(name for name, method in METHODS.items() if isinstance(method, Chain))
@@ -60,6 +63,12 @@ def restored_linear() -> Iterator[None]:
         yield
     finally:
         functional.linear = linear
+
+
+def two_rows(run: RunConfig, session: Session) -> tuple[RunConfig, Session]:
+    """Return a run and a session of which each epoch has two rows, of 9 and of 16 tokens."""
+    texts = [Encoded((5,) * length, (5,) * length) for length in (9, 16)]
+    return changed(run, data={"max_length": 16}), replace(session, train=texts, row_streams={})
 
 
 class StopAt(RecordingReporter):

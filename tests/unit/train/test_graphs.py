@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from rayft.train.run import RunConfig
 from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker
+from tests.reporter import RecordingReporter
 from tests.unit.train.curves import assert_same_losses
 from tests.unit.train.runs import play, with_method
 
@@ -72,7 +74,12 @@ def test_a_run_by_graphs_learns_what_it_learns_without(
 
     monkeypatch.setattr(Part, "take_gradients", take_gradients)
     scale = run.scale.model_copy(update={"graphs": True})
-    again = Trainer(run.model_copy(update={"scale": scale}), session, Reporter(), tmp_path / "graphs").fit()
+    reporter = RecordingReporter()
+    again = Trainer(run.model_copy(update={"scale": scale}), session, reporter, tmp_path / "graphs").fit()
+    (note,) = reporter.notes
+    assert re.match(
+        "attention by segments of LlamaForCausalLM in float32 can't be .* mask of all pairs", note
+    )
     assert replayed == ["_forward", "_backward"] * 2 * run.optim.steps
     assert all(arrived)
     assert bool(arrived) == (name != "full")
@@ -88,14 +95,16 @@ def test_packed_runs_by_graphs_learn_what_they_learn_without(
 ) -> None:
     runs = {name: with_method(run, name, seed=seed) for seed, name in enumerate(("lora_plus", "rc3la"))}
     monkeypatch.setattr(module, "graphed", None)
+    reporter = RecordingReporter()
     found: list[dict[str, TrainResult]] = []
     for captured in (False, True):
         pack = Pack(session, graphs=captured)
         courses = Courses[TrainResult](pack)
         for name, one in runs.items():
-            trainer = Trainer(one, pack.session(), Reporter(), tmp_path / f"{name}-{captured}", pack=pack)
+            trainer = Trainer(one, pack.session(), reporter, tmp_path / f"{name}-{captured}", pack=pack)
             courses.begin(name, trainer.course(), trainer.clock)
         play(courses, pack)
+        assert len(reporter.notes) == captured, "a mask of all pairs of tokens is told once, if it is taken"
         found.append(courses.ended())  # type: ignore[arg-type]
     assert replayed == ["_forward", "_backward"] * run.optim.steps
     for name in runs:

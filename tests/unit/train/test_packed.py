@@ -27,7 +27,7 @@ from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker
 from tests.unit.train.curves import WIDEST, assert_same_losses
-from tests.unit.train.runs import DieAt, changed, play, with_method
+from tests.unit.train.runs import DieAt, changed, play, two_rows, with_method
 
 
 def begin(courses: Courses[TrainResult], pack: Pack, key: str, run: RunConfig, folder: Path) -> None:
@@ -444,6 +444,25 @@ def test_seconds_and_tokens_are_those_of_each_run(
         assert result.peak_memory == 0, "the memory is that of both"
     # What each spends comes from one clock at a time.
     assert sum(result.seconds["total"] for result in results) <= wall
+
+
+def test_padding_is_that_of_each_run(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, session = two_rows(changed(run, optim={"steps": 2}), session)
+    real, found = Pack.step, list[list[float]]()
+
+    def step(pack: Pack, asked: Any) -> Any:
+        results = real(pack, asked)
+        found.append([result().padding for result in results.values()])
+        return results
+
+    monkeypatch.setattr(Pack, "step", step)
+    packed({"both": run, "each": changed(run, optim={"rows_per_step": 1})}, session, tmp_path)
+    both, each = zip(*found, strict=True)
+    assert both == (7 / 32, 7 / 32)
+    # All rows are as wide as the longest one of both runs.
+    assert sorted(each) == [0, 7 / 16]
 
 
 def test_what_did_not_fit_is_tried_again_with_fewer_slots(

@@ -12,11 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer, FalconConfig, FalconForCausalLM
 
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ConfigError, InterruptedRunError, TrainError
 from rayft.methods.base import MethodConfig
 from rayft.models.inject import attach
+from rayft.models.load import ModelConfig
 from rayft.numerics import assert_close
 from rayft.train import deepspeed, packed, stopwatch
 from rayft.train.deepspeed import later
@@ -28,7 +30,7 @@ from rayft.train.trainer import Reporter, Trainer, TrainResult, validation_loss
 from rayft.train.worker import Worker
 from tests.reporter import RecordingReporter
 from tests.unit.train.curves import WIDEST, assert_same_losses
-from tests.unit.train.runs import DieAt, StopAt, by_family, changed, play, with_method
+from tests.unit.train.runs import DieAt, StopAt, by_family, changed, play, two_rows, with_method
 
 
 @pytest.mark.parametrize("method", ["lora", "cla"])
@@ -44,6 +46,7 @@ def test_a_run_learns_and_its_saved_adapter_has_the_same_loss(
     assert losses[-1] < losses[0]
     assert [step for step, _ in result.val_curve] == [2, 4, 6] == [step for step, _ in reporter.reported]
     assert result.val_curve[-1][1] < result.val_curve[0][1]
+    assert reporter.notes == []
     artifact = AdapterArtifact.load(result.folder)
     assert artifact.content_hash == result.content_hash
     assert artifact.meta.method == method
@@ -51,6 +54,31 @@ def test_a_run_learns_and_its_saved_adapter_has_the_same_loss(
     attach(session.loaded.model, artifact)
     again, before = torch.tensor([validation_loss(session)]), torch.tensor([result.val_loss])
     assert_close(again, before, torch.float32, WIDEST)
+
+
+def test_a_mask_of_all_pairs_is_told_once_for_all_runs_of_a_session(
+    run: RunConfig, tiny_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    config = FalconConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        parallel_attn=False,
+    )
+    for saved in (FalconForCausalLM(config), tokenizer):
+        saved.save_pretrained(tmp_path / "falcon")
+    run = changed(run, model=ModelConfig(name=str(tmp_path / "falcon")), optim={"steps": 1})
+    session = Session.open(run, Worker())
+    notes = []
+    for seed in range(2):
+        reporter = RecordingReporter()
+        Trainer(changed(run, seed=seed), session, reporter, tmp_path / str(seed)).fit()
+        notes.append(reporter.notes)
+    (note,), others = notes
+    assert note.startswith("FalconForCausalLM has attention of its own, so its rows take a mask of all pairs")
+    assert others == []
 
 
 def test_a_full_fine_tune_saves_a_model_folder(run: RunConfig, session: Session, tmp_path: Path) -> None:
@@ -219,6 +247,12 @@ def test_the_seconds_of_a_step_do_not_depend_on_when_they_are_read(
     result = Trainer(changed(run, evaluate={"every": 3}), session, reporter, tmp_path).fit()
     assert [metrics["step_seconds"] for _, metrics in reporter.logged] == [1.0] * result.steps
     assert result.seconds["train"] == result.steps
+
+
+def test_the_share_of_padding_is_logged(run: RunConfig, session: Session, tmp_path: Path) -> None:
+    reporter = RecordingReporter()
+    Trainer(*two_rows(changed(run, optim={"steps": 2}), session), reporter, tmp_path).fit()
+    assert [metrics["padding"] for _, metrics in reporter.logged] == [7 / 32] * 2
 
 
 def _noted(happened: list[str], values: Sequence[torch.Tensor]) -> Callable[[], list[float]]:
