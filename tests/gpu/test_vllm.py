@@ -276,10 +276,17 @@ def test_adapters_load_and_unload_while_others_generate(
 
 
 def test_a_reload_under_the_same_name_never_answers_from_the_former_cache(
-    engine: VllmEngine, runner: asyncio.Runner
+    engine: VllmEngine, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = new_model().lm_head.weight
     prompt = prompt_of(1, 512)
+    generate, cached = engine._llm.generate, []
+
+    async def watched(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
+        async with aclosing(generate(*arguments, **options)) as outputs:
+            async for output in outputs:
+                cached.append(output.num_cached_tokens)
+                yield output
 
     async def scenario() -> list[int]:
         seen = []
@@ -289,7 +296,11 @@ def test_a_reload_under_the_same_name_never_answers_from_the_former_cache(
                     seen.append((await ask(engine, GenerationRequest(prompt, 1, "one"))).tokens[0])
         return seen
 
+    monkeypatch.setattr(engine._llm, "generate", watched)
     assert runner.run(scenario()) == [100, 100, 200, 200, 100, 100, 300, 300]
+    assert len(cached) == 8, "an answer of one token is one output"
+    # The third adapter is the first again, so its content is known.
+    assert [count > 0 for count in cached] == [False, True, False, True, True, True, False, True]
 
 
 def test_a_thousand_adapters_come_and_go_under_traffic(engine: VllmEngine, runner: asyncio.Runner) -> None:
