@@ -24,6 +24,7 @@ from rayft.numerics import generator
 from rayft.serving.engine.api import EngineLimits, GenerationRequest, NoRoomError, Progress
 from rayft.serving.engine.vllm.engine import VllmEngine, VllmOptions
 from tests.gpu.naming import VOCABULARY, naming_adapter, new_model
+from tests.unit.serving.adapters import window_chain
 
 pytest.importorskip("vllm")
 pytestmark = [
@@ -158,8 +159,7 @@ def reference() -> Reference:
 def known_adapters() -> dict[str, AdapterArtifact]:
     made = {f"r{rank}": random_adapter(f"r{rank}", rank) for rank in RANKS}
     made |= {f"cla{k}": random_adapter(f"cla{k}", (5, 16)[k], selector=True) for k in range(2)}
-    # As many columns as four links of a chain stack to.
-    made["chain"] = random_adapter("chain", 4 * 8)
+    made["chain"] = window_chain("chain", linear_shapes(new_model()), 7)
     made["squeezed"] = random_adapter("squeezed", 16, squeezed=True)
     return made
 
@@ -234,15 +234,26 @@ def test_a_mixed_batch_has_the_log_probabilities_of_float64(
 
 
 def test_requests_that_are_preempted_are_answered_right(
-    folder: Path, runner: asyncio.Runner, reference: Reference
+    folder: Path, runner: asyncio.Runner, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from vllm.v1.metrics.stats import IterationStats
+
+    steps: list[Any] = []
+    make_stats = IterationStats.__init__
+
+    def kept(stats: Any) -> None:
+        make_stats(stats)
+        steps.append(stats)
+
+    monkeypatch.setattr(IterationStats, "__init__", kept)
     # 24 requests of up to 300 tokens want seven times the cache.
     engine = make(folder, runner, EngineLimits(32, 512, 1024), extra={"enforce_eager": True})
     known = known_adapters()
     names = [None, *known]
     jobs = [GenerationRequest(prompt_of(i, 150), 140, names[i % len(names)], logprobs=1) for i in range(24)]
     found = answered(runner, engine, jobs)
-    for job, progress in zip(jobs[:8], found, strict=False):
+    assert sum(step.num_preempted_reqs for step in steps) > 0
+    for job, progress in zip(jobs, found, strict=True):
         check(reference, known[job.adapter] if job.adapter else None, job, progress)
 
 
@@ -276,10 +287,17 @@ def test_adapters_load_and_unload_while_others_generate(
 
 
 def test_a_reload_under_the_same_name_never_answers_from_the_former_cache(
-    engine: VllmEngine, runner: asyncio.Runner
+    engine: VllmEngine, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = new_model().lm_head.weight
     prompt = prompt_of(1, 512)
+    generate, cached = engine._llm.generate, []
+
+    async def watched(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
+        async with aclosing(generate(*arguments, **options)) as outputs:
+            async for output in outputs:
+                cached.append(output.num_cached_tokens)
+                yield output
 
     async def scenario() -> list[int]:
         seen = []
@@ -289,7 +307,11 @@ def test_a_reload_under_the_same_name_never_answers_from_the_former_cache(
                     seen.append((await ask(engine, GenerationRequest(prompt, 1, "one"))).tokens[0])
         return seen
 
+    monkeypatch.setattr(engine._llm, "generate", watched)
     assert runner.run(scenario()) == [100, 100, 200, 200, 100, 100, 300, 300]
+    assert len(cached) == 8, "an answer of one token is one output"
+    # The third adapter is the first again, so its content is known.
+    assert [count > 0 for count in cached] == [False, True, False, True, True, True, False, True]
 
 
 def test_a_thousand_adapters_come_and_go_under_traffic(engine: VllmEngine, runner: asyncio.Runner) -> None:

@@ -134,6 +134,10 @@ BROKEN = {
     "v1/engine/async_llm.py": {"async def collective_rpc": "async def broadcast"},
     "v1/worker/worker_base.py": {"        load_general_plugins()\n": ""},
     "v1/metrics/stats.py": {"running_lora_adapters": "running_adapters"},
+    "v1/metrics/loggers.py": {
+        "self.gauge_lora_info": "self.gauge_adapters",
+        "if self.gauge_lora_info is not None:": "if self.max_lora:",
+    },
     "lora/layers/utils.py": {"    index_mapping: ": "    token_mapping: "},
     "lora/request.py": {"lora_int_id: int": "lora_id: int"},
     "engine/arg_utils.py": {"    additional_config: ": "    more_config: "},

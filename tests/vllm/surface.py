@@ -44,6 +44,7 @@ MEMBERS = {
     ("v1/metrics/stats.py", "SchedulerStats"): "running_lora_adapters num_running_reqs",
     ("v1/metrics/stats.py", "IterationStats"): "num_prompt_tokens num_generation_tokens",
     ("v1/metrics/stats.py", "RequestStateStats"): "first_token_latency is_corrupted",
+    ("v1/metrics/loggers.py", "PrometheusStatLogger"): "gauge_lora_info",
     ("outputs.py", "RequestOutput"): "prompt_logprobs outputs metrics",
     ("outputs.py", "CompletionOutput"): "token_ids logprobs finish_reason",
     ("logprobs.py", "Logprob"): "logprob rank",
@@ -200,7 +201,9 @@ def missing(folder: Path, changed: Mapping[str, str] | None = None) -> list[str]
         changed: texts in place of files.
     """
     release = Release(folder, changed or {})
-    return sorted([*_names(release), *_layers(release), *_manager(release), *_engine(release)])
+    return sorted(
+        [*_names(release), *_layers(release), *_manager(release), *_metrics(release), *_engine(release)]
+    )
 
 
 def _names(release: Release) -> Iterator[str]:
@@ -239,6 +242,28 @@ def _manager(release: Release) -> Iterator[str]:
         yield f"of the manager, {sorted(others)} are used too"
     if len(re.findall(r"WorkerLoRAManager\(", text)) != 1:
         yield "the manager is made in other places too"
+
+
+def _metrics(release: Release) -> Iterator[str]:
+    """The gauge of adapters is used only if it is there, since rayft sets it to None."""
+    gauge = "self.gauge_lora_info"
+    for name, method in release.methods("v1/metrics/loggers.py", "PrometheusStatLogger").items():
+        guards = [
+            node
+            for node in ast.walk(method)
+            if isinstance(node, ast.If) and ast.unparse(node.test) == f"{gauge} is not None"
+        ]
+        guarded = {id(node) for guard in guards for part in guard.body for node in ast.walk(part)}
+        guarded |= {id(node) for guard in guards for node in ast.walk(guard.test)}
+        reads = [
+            node
+            for node in ast.walk(method)
+            if isinstance(node, ast.Attribute)
+            and ast.unparse(node) == gauge
+            and isinstance(node.ctx, ast.Load)
+        ]
+        if name != "__init__" and any(id(read) not in guarded for read in reads):
+            yield f"PrometheusStatLogger.{name} uses {gauge} without asking whether there is one"
 
 
 def _engine(release: Release) -> Iterator[str]:

@@ -45,7 +45,7 @@ OPTIONS = VllmOptions("base", None, torch.float32, SMALL, end=7)
 LIMITS = EngineLimits(max_running=8, max_batch_tokens=256, cache_tokens=1000)
 END = 2
 
-Start = Callable[[], VllmEngine]
+Start = Callable[..., VllmEngine]
 
 
 class Llm:
@@ -129,11 +129,11 @@ def output(tokens: Sequence[int], finish: str | None = None, **given: Any) -> An
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Start:
-    """Return a function that starts an engine over `Llm`."""
+    """Return a function that starts an engine over `Llm`, with some options changed."""
 
-    def make() -> VllmEngine:
+    def make(**changed: Any) -> VllmEngine:
         # vLLM looks for a model that is no folder.
-        return VllmEngine(replace(OPTIONS, model=str(tmp_path)), LIMITS, [END])
+        return VllmEngine(replace(OPTIONS, model=str(tmp_path), **changed), LIMITS, [END])
 
     def from_engine_args(arguments: Any, usage_context: Any, stat_loggers: Any = None) -> Llm:
         # vLLM chooses the size of a step by it.
@@ -168,6 +168,8 @@ def test_vllm_takes_the_arguments(start: Start) -> None:
         assert (found.dtype, found.max_num_seqs, found.max_num_batched_tokens) == ("float32", 8, 256)
         assert (found.num_gpu_blocks_override, found.block_size) == (63, 16), "1000 tokens in blocks of 16"
         assert (found.enable_lora, found.max_loras) == (True, 8)
+        assert found.enable_prefix_caching is True
+        assert found.quantization is None
         module, _, name = found.worker_extension_cls.rpartition(".")
         assert (module, name) == (worker.__name__, worker.WorkerExtension.__name__)
         assert found.additional_config["rayft"]["adapter_bytes"] == SMALL
@@ -177,6 +179,13 @@ def test_vllm_takes_the_arguments(start: Start) -> None:
         assert not llm.stopped
 
     run(start, scenario)
+
+
+def test_vllm_quantises_an_fp8_base(start: Start) -> None:
+    async def scenario(_: VllmEngine, llm: Any) -> None:
+        assert llm.arguments.quantization == "fp8"
+
+    run(lambda: start(fp8=True), scenario)
 
 
 def test_the_counts_of_steps_are_vllms(start: Start) -> None:

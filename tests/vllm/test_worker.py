@@ -21,7 +21,7 @@ from rayft.methods.base import LoraFactors
 from rayft.serving.engine.vllm.image import factors_of
 from rayft.serving.engine.vllm.plugin import ANSWERS
 from rayft.serving.engine.vllm.shard import parts_of
-from tests.unit.serving.adapters import random_adapter
+from tests.unit.serving.adapters import random_adapter, window_chain
 from tests.vllm.layers import (
     BYTES,
     FUSED,
@@ -62,11 +62,12 @@ def adapters() -> dict[int, AdapterArtifact]:
         5: random_adapter("five", SHAPES, rank=4),
         6: some(random_adapter("six", SHAPES, rank=19), "q_proj", "v_proj", "down_proj"),
         9: random_adapter("nine", SHAPES, rank=6, selector=True),
+        12: window_chain("twelve", SHAPES, rank=7),
         1500: AdapterArtifact(few),
     }
 
 
-MIXED = [0, 5, 9, 6, 6, 1500, 5, 0, 77]
+MIXED = [0, 5, 9, 6, 12, 6, 1500, 5, 0, 77]
 """Numbers of tokens' adapters; 77 is not loaded."""
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
 from rayft.methods.base import LoraFactors
+from rayft.methods.c3la import WindowChain
 from rayft.numerics import generator
 
 RANKS = {"small": 2, "middle": 4, "large": 8}
@@ -54,6 +55,24 @@ def chain_of(links: Sequence[AdapterArtifact]) -> AdapterArtifact:
         a, b = torch.cat([part.a for part in parts]), torch.cat([part.b for part in parts], dim=1)
         modules[path] = LoraFactors(a, b, first.scale)
     return AdapterArtifact(modules, meta=links[0].meta)
+
+
+def window_chain(name: str, shapes: dict[str, tuple[int, int]], rank: int) -> AdapterArtifact:
+    """Stack four links of a c³LA; the first one's window wraps onto columns that the second one selects."""
+    modules = {}
+    for path, (outputs, inputs) in shapes.items():
+        random = generator(name, path)
+        order = torch.tensor([-(-inputs // rank) - 1, 0, 1, 2])
+        chain = WindowChain(order, torch.zeros(outputs, rank), inputs, 0.8)
+        for link in range(len(order)):
+            if link:
+                chain.advance(random)
+            chain.lora_B.data = 0.2 * torch.randn(outputs, rank, generator=random) / rank**0.5
+        modules[path] = chain.to_lora()
+        columns = modules[path].columns
+        assert columns is not None
+        assert len(columns) == 4 * rank > len({*columns}), "no column repeats"
+    return AdapterArtifact(modules, meta=ArtifactMeta(base_model="tiny"))
 
 
 def reference(tiny_folder: Path, adapter: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""What every engine promises, run against each."""
+"""What every engine promises, run against the engine for CPUs; tests/gpu is about vLLM."""
 
 from __future__ import annotations
 

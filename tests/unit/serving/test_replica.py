@@ -7,7 +7,9 @@ import re
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +35,7 @@ from rayft.serving import replica as replica_module
 from rayft.serving.config import ServeConfig
 from rayft.serving.control.sources import find
 from rayft.serving.control.state import Served, loaded
+from rayft.serving.engine.api import Progress
 from rayft.serving.engine.cpu.engine import CpuEngine
 from rayft.serving.http.responses import Completion
 from rayft.serving.http.schemas import ChatRequest, CompletionRequest, Message
@@ -194,6 +197,56 @@ def test_the_seed_determines_the_samples(replica: Replica) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
     free = {"".join(d.text for d in answer(replica, text(temperature=1.5))) for _ in range(3)}
     assert len(free) == 3
+
+
+def test_what_a_fast_engine_generates_in_20_ms_is_sent_in_one_part(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any
+) -> None:
+    words = "a fast engine " * 100
+    tokens = tuple(tiny_tokenizer(words)["input_ids"])
+    parts: list[Delta] = []
+
+    async def steps() -> AsyncGenerator[Progress, None]:
+        """Generate a token each millisecond, for 0.3 s and until some parts were sent."""
+        begun = time.monotonic()
+        while (spent := time.monotonic() - begun) < 0.3 or len(parts) < 3:
+            made = min(1 + int(spent / 0.001), len(tokens) - 1)
+            yield Progress(tokens[:made], made)
+            await asyncio.sleep(0.001)
+        yield Progress(tokens, len(tokens), "length")
+
+    async def scenario() -> float:
+        begun = time.monotonic()
+        async with asyncio.timeout(60):
+            deltas = replica.generate(text(stream=True))
+            await anext(deltas)
+            async for delta in deltas:
+                parts.append(delta)
+        return time.monotonic() - begun
+
+    monkeypatch.setattr(CpuEngine, "submit", lambda *_: steps())
+    spent = asyncio.run(scenario())
+    # The first and the last part may come between two beats.
+    assert len(parts) <= spent / 0.02 + 3
+    assert parts[0].completion_tokens == 1, "the first token is sent alone"
+    assert "".join(part.text for part in parts) == words
+    assert (parts[-1].finish, parts[-1].completion_tokens) == ("length", len(tokens))
+
+
+def test_the_first_part_does_not_wait_for_the_next_beat(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any
+) -> None:
+    async def steps() -> AsyncGenerator[Progress, None]:
+        yield Progress(tuple(tiny_tokenizer("h")["input_ids"]), 1)
+
+    async def scenario() -> Delta:
+        async with aclosing(replica.generate(text(stream=True))) as deltas, asyncio.timeout(60):
+            await anext(deltas)
+            return await anext(deltas)
+
+    monkeypatch.setattr(replica_module, "MERGED_SECONDS", 1e9)
+    monkeypatch.setattr(CpuEngine, "submit", lambda *_: steps())
+    assert asyncio.run(scenario()).text == "h"
 
 
 def test_choices_are_sampled_independently_and_the_first_has_the_requests_seed(replica: Replica) -> None:

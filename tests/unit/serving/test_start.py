@@ -2,15 +2,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
 from rayft.config import parse
 from rayft.errors import ConfigError
 from rayft.kernels.grouped_lora import WIDEST
-from rayft.models.load import ModelConfig
+from rayft.models.fingerprint import source_fingerprint
+from rayft.models.load import ModelConfig, load_skeleton
 from rayft.serving.config import ServeConfig
+from rayft.serving.engine import start
+from rayft.serving.engine.api import EngineLimits
 from rayft.serving.engine.start import _served, check_engine, describe, start_engine
 
 
@@ -36,6 +41,40 @@ def test_only_language_models_are_served(engine: Any) -> None:
     config = parse(ServeConfig, {"model": {"task": "sequence_classification"}})
     with pytest.raises(ConfigError, match=r"model\.task: sequence_classification is not served"):
         check_engine(config, engine)
+
+
+def test_a_replica_on_gpus_leaves_the_base_to_vllm(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rayft.serving.engine.vllm import engine as engines
+
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("the base is loaded twice")
+
+    made = []
+
+    def engine(options: engines.VllmOptions, limits: EngineLimits, ends: list[int]) -> Any:
+        made.append((options, limits))
+        return SimpleNamespace(linears={}, context=48)
+
+    config = ServeConfig(model=ModelConfig(name=str(tiny_folder)), fp8=True, device_bytes="1MB")
+    skeleton = load_skeleton(config.model)
+    monkeypatch.setattr(start, "load_model", load)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", load)
+    monkeypatch.setattr(engines, "installed", lambda: "0.26.0")
+    monkeypatch.setattr(engines, "VllmEngine", engine)
+    started = start_engine(config, "vllm")
+    ((options, limits),) = made
+    assert (options.model, options.adapter_bytes, options.fp8) == (str(tiny_folder), 10**6, True)
+    assert limits == EngineLimits(config.max_running, 0, 0), "vLLM chooses the others"
+    assert started.context == 48
+    assert started.base.fingerprint == source_fingerprint(skeleton, str(tiny_folder))
+
+
+@pytest.mark.parametrize("setting", ["pipeline_parallel", "pipeline_parallel_size", "speculative_config"])
+def test_pipelines_and_speculation_are_refused_by_name(setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"unknown key '{setting}'"):
+        parse(ServeConfig, {setting: 2})
 
 
 def test_vllm_serves_ranks_up_to_the_kernels_widest(tiny_folder: Path) -> None:
