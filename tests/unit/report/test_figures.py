@@ -81,6 +81,27 @@ def test_one_trial_with_one_evaluation_has_figures() -> None:
     assert [drawing.key for drawing in sweep_figures(record)] == ["scores", "learning", "energy"]
 
 
+def test_a_curve_marks_the_step_whose_weights_were_kept() -> None:
+    """Also in words and in the legend; not if the last weights were kept."""
+    trials = list(example().model_dump()["trials"])
+    kept = trials[1]
+    assert kept["kept_step"] == 25 < kept["steps"]
+
+    def learning(*steps: int | None) -> tuple[str, int, bool]:
+        changes = dict(enumerate(steps, 1))
+        these = [{**trial, "kept_step": changes.get(number)} for number, trial in enumerate(trials)]
+        drawn = next(one for one in sweep_figures(changed(trials=these)) if one.key == "learning")
+        return drawn.alt, drawn.svg.count("<use "), ">kept</text>" in drawn.svg
+
+    (plain, marks, named), (one, more, in_legend) = learning(None), learning(25)
+    assert (named, in_legend) == (False, True)
+    # One in the legend and one on the curve; of a second trial, one on its curve.
+    assert (more - marks, learning(25, 20)[1] - more) == (2, 1)
+    loss = dict(kept["val_loss"])[25]
+    assert f"lora-r8 {kept['val_loss'][-1][1]:.2f} at step 40, kept {loss:.2f} of step 25;" in one
+    assert ", kept " not in plain
+
+
 def test_points_and_curves_show_their_names_under_the_pointer() -> None:
     evil = "<b>&"
     trials = list(example().model_dump()["trials"])

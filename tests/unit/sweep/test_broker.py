@@ -43,6 +43,33 @@ def test_a_report_waits_for_the_decision() -> None:
     play(scene())
 
 
+def test_announced_evaluations_reach_all_clients_before_any_decision() -> None:
+    async def scene() -> None:
+        broker = Broker()
+        for name in "ab":
+            await broker.submit(job(name))
+            await broker.pull("lane")
+        await broker.announce([("a", 10, {"val_loss": 1.0}), ("b", 10, {"val_loss": 2.0})])
+        assert await broker.next_event("a") == Event("report", 10, {"val_loss": 1.0})
+        assert await broker.next_event("b") == Event("report", 10, {"val_loss": 2.0})
+        # The reports that follow are of the same evaluations, and wait for the decisions.
+        reports = [
+            asyncio.create_task(broker.report(name, 10, {"val_loss": loss}))
+            for name, loss in (("a", 1.0), ("b", 2.0))
+        ]
+        await asyncio.sleep(0.05)
+        assert not any(report.done() for report in reports)
+        waiting = asyncio.create_task(broker.next_event("a"))
+        await broker.cancel("b")
+        assert [await report for report in reports] == ["continue", "stop"]
+        await asyncio.sleep(0.05)
+        assert not waiting.done(), "an evaluation was passed on twice"
+        await broker.finish("a", b"result")
+        assert (await waiting).kind == "final"
+
+    play(scene())
+
+
 def test_a_job_that_has_ended_is_done_again_only_if_asked() -> None:
     async def scene() -> None:
         broker = Broker()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from rayft.sweep import packed as module
 from rayft.sweep.jobs import Job
 from rayft.sweep.packed import PackedTrials
-from rayft.train.course import CrowdedError
+from rayft.train.course import CrowdedError, Question
 from rayft.train.slots import Sizing
 
 
@@ -45,3 +47,34 @@ def test_a_pack_without_room_takes_fewer_trials(monkeypatch: pytest.MonkeyPatch)
     (note,) = lane.notes
     assert note.startswith("b, c: no room in the device's memory beside")
     assert "now trains 2 at a time" in note
+
+
+def test_the_evaluations_of_a_rung_go_to_the_broker_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any of them is asked about, so that the search can decide on all at the same time."""
+    monkeypatch.setattr(module, "Pack", lambda *_, **__: None)
+    calls: list[tuple[str, object]] = []
+    answered: list[str] = []
+
+    def reporter(key: str, last: int) -> Any:
+        def ask(step: int, _: object) -> str | None:
+            calls.append(("report", key))
+            return f"verdict on {key}" if step < last else None
+
+        return SimpleNamespace(reporter=SimpleNamespace(must_ask=lambda step: step < last, ask=ask))
+
+    announce = SimpleNamespace(remote=lambda due: calls.append(("announce", due)))
+    lane: Any = Lane()
+    lane.broker, lane.timed = SimpleNamespace(announce=announce), lambda _: nullcontext()
+    trials: Any = PackedTrials(lane, None, Job("a", "train", b""), Sizing(8))  # type: ignore[arg-type]
+    trials._trials = {key: reporter(key, 20) for key in "abc"} | {"end": reporter("end", 10)}
+    questions = {key: Question(10, {"val_loss": number}) for number, key in enumerate([*"abc", "end"])}
+    trials._courses = SimpleNamespace(questions=questions, answer=lambda key, _: answered.append(key))
+    # The search has still to decide on an earlier evaluation of one of them.
+    trials._verdicts = {"c": "pending"}
+    trials._ask()
+    due = [("a", 10, {"val_loss": 0}), ("b", 10, {"val_loss": 1})]
+    assert calls == [("announce", due), ("report", "a"), ("report", "b"), ("report", "end")]
+    assert [*trials._verdicts] == ["c", "a", "b"]
+    assert answered == ["end"]
+    trials._ask()
+    assert calls[4:] == [("report", "end")], "an evaluation was passed on twice"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+from torch import nn
 
 from rayft.config import parse
 from rayft.data.source import DataConfig
@@ -10,7 +14,7 @@ from rayft.errors import ConfigError, MethodError
 from rayft.methods.base import ChainConfig
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep.decisions import rungs
-from rayft.sweep.space import LogUniform, MethodSpace, SweepConfig, check_executor, points
+from rayft.sweep.space import LogUniform, MethodSpace, SweepConfig, check_executor, check_slots, points
 from rayft.train.run import RunConfig, ScaleConfig
 
 
@@ -71,6 +75,7 @@ def test_a_range_is_sampled_log_uniformly_and_reproducibly(run: RunConfig) -> No
         ({"methods": {"lora": {"lr": [-1.0]}}}, "all above 0"),
         ({"methods": {"lora": {"lr": {"low": 1e-2, "high": 1e-3}}}}, "low must be below high"),
         ({"methods": {"lora": {}}, "seeds": [1, 1]}, "none twice"),
+        ({"methods": {"lora": {}}, "slots": 0}, "needs at least one slot, or auto"),
     ],
 )
 def test_search_spaces_that_make_no_sense_are_refused(change: dict[str, object], match: str) -> None:
@@ -165,6 +170,64 @@ def test_lanes_are_used_unless_zero_3_partitions_the_base(run: RunConfig) -> Non
     sharded = run.model_copy(update={"scale": ScaleConfig(zero=3)})
     with pytest.raises(ConfigError, match="ZeRO-3 partitions the base"):
         check_executor(SweepConfig(methods=lora, executor="lane"), sharded)
+
+
+def base(**settings: object) -> nn.Module:
+    """A base without weights, whose configuration has some settings."""
+    model = nn.Module()
+    values = SimpleNamespace(to_dict=lambda: settings)
+    model.config = SimpleNamespace(get_text_config=lambda: values)  # type: ignore[assignment]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "sweep", "settings", "reason"),
+    [
+        (
+            {},
+            {"methods": {"paca": MethodSpace(), "full": MethodSpace()}},
+            {},
+            "'paca' changes the base, or has layers of its own",
+        ),
+        ({}, {"executor": "isolated"}, {}, "executor: isolated gives each trial workers of its own"),
+        ({}, {}, {"attention_dropout": 0.1}, r"random numbers \(attention_dropout: 0.1\)"),
+        ({"scale": {"workers": 2}, "optim": {"rows_per_step": 2}}, {}, {}, "scale.workers is 2"),
+        ({"scale": {"zero": 2, "offload": True}}, {}, {}, "scale.offload is set"),
+        ({"scale": {"activation_checkpointing": True}}, {}, {}, "scale.activation_checkpointing is set"),
+        ({"model": {"task": "sequence_classification"}}, {}, {}, "model.task is sequence_classification"),
+    ],
+)
+def test_slots_are_refused_if_no_trials_can_share_a_batch(
+    run: RunConfig, changes: dict[str, Any], sweep: dict[str, Any], settings: dict[str, Any], reason: str
+) -> None:
+    """Only if they are asked for by number; otherwise trials take turns."""
+    whole = {name: getattr(run, name) for name in RunConfig.model_fields}
+    sections = {name: whole[name].model_copy(update=values) for name, values in changes.items()}
+    run = RunConfig(**{**whole, **sections})
+    for slots in ("auto", 1, 4):
+        config = SweepConfig(**{"methods": {"lora": MethodSpace()}, **sweep, "slots": slots})
+        trials = points(config, run)
+        if slots == 4:
+            with pytest.raises(ConfigError, match=rf"sweep.slots is 4, .*: .*{reason}.*; drop it"):
+                check_slots(config, trials, lambda: base(**settings))
+        else:
+            assert check_slots(config, trials, lambda: base(**settings)) == (1, ())
+
+
+def test_trials_that_take_turns_beside_slots_are_counted(run: RunConfig) -> None:
+    both = SweepConfig(methods={"lora": MethodSpace(), "paca": MethodSpace(lr=(1e-3, 2e-3))}, slots=4)
+    slots, notes = check_slots(both, points(both, run), base)
+    assert slots == 4
+    (note,) = notes
+    assert note.startswith("2 of 3 trials take turns, such as paca-r16-lr0.001-s0: 'paca' changes the base")
+    shared = SweepConfig(methods={"lora": MethodSpace(lr=(1e-3, 2e-3))}, slots=4)
+    assert check_slots(shared, points(shared, run), base) == (4, ())
+
+
+def test_lanes_on_gpus_find_out_how_many_slots_are_fastest(run: RunConfig) -> None:
+    config = SweepConfig(methods={"lora": MethodSpace()})
+    run = run.model_copy(update={"scale": ScaleConfig(device="cuda")})
+    assert check_slots(config, points(config, run), base) == (None, ())
 
 
 def test_rungs_end_before_the_last_step() -> None:

@@ -86,13 +86,17 @@ def test_a_run_by_graphs_learns_what_it_learns_without(
     assert_same_losses(eager, again)
 
 
+@pytest.mark.parametrize(("late", "more"), [("", 0), ("lora_plus", 2)])
 def test_packed_runs_by_graphs_learn_what_they_learn_without(
     run: RunConfig,
     session: Session,
     tmp_path: Path,
     replayed: list[str],
     monkeypatch: pytest.MonkeyPatch,
+    late: str,
+    more: int,
 ) -> None:
+    """Also if the others go on while one of them waits for an answer, which takes more steps."""
     runs = {name: with_method(run, name, seed=seed) for seed, name in enumerate(("lora_plus", "rc3la"))}
     monkeypatch.setattr(module, "graphed", None)
     reporter = RecordingReporter()
@@ -103,9 +107,9 @@ def test_packed_runs_by_graphs_learn_what_they_learn_without(
         for name, one in runs.items():
             trainer = Trainer(one, pack.session(), reporter, tmp_path / f"{name}-{captured}", pack=pack)
             courses.begin(name, trainer.course(), trainer.clock)
-        play(courses, pack)
+        play(courses, pack, late if captured else "")
         assert len(reporter.notes) == captured, "a mask of all pairs of tokens is told once, if it is taken"
         found.append(courses.ended())  # type: ignore[arg-type]
-    assert replayed == ["_forward", "_backward"] * run.optim.steps
+    assert replayed == ["_forward", "_backward"] * (run.optim.steps + more)
     for name in runs:
         assert_same_losses(found[0][name], found[1][name])

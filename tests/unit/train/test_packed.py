@@ -68,6 +68,9 @@ def variants(run: RunConfig) -> dict[str, RunConfig]:
         "lora": with_method(run, "lora"),
         "plus": with_method(run, "lora_plus", seed=3, optim={"lr": 3e-3, "schedule": "linear"}),
         "cla": with_method(run, "cla", optim={"lr": 2e-2, "clip": 0.05, "weight_decay": 0.1}),
+        "pattern": changed(
+            run, method={"rank": 4, "alpha": 8, "rank_pattern": {"down_proj": 2, "q_proj": 12}}, seed=7
+        ),
         "chain": with_method(run, "c3la", seed=1),
         "asym": changed(with_method(run, "asym"), optim={"betas": (0.8, 0.99), "steps": 4}),
         "dropout": changed(
@@ -109,6 +112,33 @@ def test_a_packed_run_is_the_run_alone(run: RunConfig, session: Session, tmp_pat
     for name, one in runs.items():
         alone = Trainer(one, Session.open(one, session.worker), Reporter(), tmp_path / name).fit()
         assert_same(alone, together[name])
+
+
+def test_no_slot_waits_for_the_answer_to_another(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = {
+        "late": with_method(run, "lora_plus", optim={"weight_decay": 0.1}),
+        "chain": with_method(run, "rc3la", seed=1),
+        "dropout": changed(run, method={"rank": 8, "dropout": 0.2}, seed=2),
+    }
+    real, sizes = Pack.step, list[int]()
+
+    def step(pack: Pack, steps: Any) -> Any:
+        sizes.append(len(steps))
+        return real(pack, steps)
+
+    monkeypatch.setattr(Pack, "step", step)
+    pack = Pack(session)
+    courses = Courses[TrainResult](pack)
+    for key, one in runs.items():
+        begin(courses, pack, key, one, tmp_path / "together")
+    play(courses, pack, "late")
+    assert sizes == [3, 3, 2, 2, 3, 3, 1, 1]
+    together = courses.ended()
+    for key, one in runs.items():
+        alone = Trainer(one, Session.open(one, session.worker), Reporter(), tmp_path / key).fit()
+        assert_same(alone, together[key])
 
 
 def test_the_rows_of_a_slot_decide_its_gradients_alone(

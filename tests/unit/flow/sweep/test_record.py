@@ -90,6 +90,15 @@ def test_methods_are_compared_over_seeds_and_questions(plan: Plan) -> None:
     assert cla.difference.low > 0
 
 
+def test_a_record_says_which_step_a_trial_kept(plan: Plan) -> None:
+    found = findings(lora=0.6)
+    result = replace(RESULT, steps=6, val_curve=[(3, 1.0), (6, 2.0)], kept_step=3)
+    found.trials[1] = replace(found.trials[1], result=result)
+    _, best, last = build_record(plan, found, {}).trials
+    assert (best.kept_step, best.kept_val_loss) == (3, 1.0)
+    assert last.kept_step is None
+
+
 def test_a_sampled_baseline_is_compared_on_the_questions_that_it_answered(plan: Plan) -> None:
     found = findings(lora=0.6, cla=0.4)
     name = found.trials[0].point.name
