@@ -26,6 +26,7 @@ __all__ = [
     "generator",
     "moved",
     "relative_error",
+    "reshaped",
     "seed_everything",
     "tolerance",
 ]
@@ -37,6 +38,16 @@ def tolerance(dtype: torch.dtype, length: int, depth: int = 1) -> float:
     """Return the largest relative error, in the Frobenius norm, that rounding alone explains."""
     accumulator = torch.float32 if torch.finfo(dtype).bits < 32 else dtype
     return 2 * depth * torch.finfo(dtype).eps + 4 * math.sqrt(length) * torch.finfo(accumulator).eps
+
+
+def reshaped(y_NO: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the result (N × O) of an autograd function in the shape (…, O) of its input x (…, I), N in all.
+
+    It is no view: autograd refuses to change a view that such a function returns, and models with parallel
+    layers, such as Falcon, add to the result in place.
+    """
+    found: torch.Tensor = torch.ops.aten._unsafe_view(y_NO, (*x.shape[:-1], y_NO.shape[-1]))
+    return found
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -43,6 +43,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from rayft.kernels.grouped_linear_table import Table
+from rayft.numerics import reshaped
 
 __all__ = ["Plan", "Term", "grouped_linear", "reference_backward", "reference_forward"]
 
@@ -160,7 +161,7 @@ class GroupedLinear(torch.autograd.Function):
             y_NO, kept = reference_forward(x_NI, weight, bias, plan)
         # The parameters are saved so that torch refuses a backward pass after they have changed.
         ctx.save_for_backward(x_NI if plan.needs_x else None, weight, *kept, *parameters)
-        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+        return reshaped(y_NO, x)
 
     @staticmethod
     @once_differentiable

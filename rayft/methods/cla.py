@@ -31,6 +31,7 @@ from rayft.methods.base import (
     unaliased,
 )
 from rayft.methods.lora import zeros
+from rayft.numerics import reshaped
 
 __all__ = ["METHOD", "SelectorAdapter", "any_columns"]
 
@@ -56,7 +57,7 @@ class SelectorFunction(torch.autograd.Function):
         ctx.save_for_backward(xs_NR, weight, columns, b, past_b)
         ctx.scale = scale
         ctx.x_shape = x.shape
-        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+        return reshaped(y_NO, x)
 
     @staticmethod
     @once_differentiable

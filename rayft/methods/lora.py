@@ -30,6 +30,7 @@ from rayft.methods.base import (
     MethodConfig,
     unaliased,
 )
+from rayft.numerics import reshaped
 
 __all__ = ["METHOD", "LoraAdapter", "LoraMethod", "gaussian", "kaiming_uniform", "low_rank", "zeros"]
 
@@ -64,7 +65,7 @@ class LoraFunction(torch.autograd.Function):
         )  # fmt: skip
         ctx.scale = scale
         ctx.x_shape = x.shape
-        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+        return reshaped(y_NO, x)
 
     @staticmethod
     @once_differentiable

@@ -92,6 +92,13 @@ def test_like_a_dense_update_for_each_token(name: str) -> None:
     assert_same(results(grouped_linear, x, terms), results(naive, x, terms))
 
 
+def test_the_output_may_be_changed_in_place() -> None:
+    x = random(2, N // 2, IN).requires_grad_()
+    y = grouped_linear(x, random(OUT, IN), None, Plan(mix("lora")))
+    y += 1
+    y.sum().backward()
+
+
 def test_a_plan_is_used_again_after_its_factors_changed() -> None:
     torch.manual_seed(0)
     terms, x = mix("everything"), random(N, IN)

@@ -57,6 +57,19 @@ def test_the_formula_counts_what_trains_and_fresh_adapters_change_nothing(
     assert torch.equal(logits(loaded), before)
 
 
+@pytest.mark.parametrize("name", sorted({*METHODS} - {"full"}))
+def test_a_model_may_change_the_output_of_a_layer_in_place(loaded: LoadedModel, name: str) -> None:
+    inject(loaded.model, MethodConfig(name=name, rank=2), seed=0)
+    layer = loaded.model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, AdapterLinear)
+    x = torch.randn(2, 3, layer.in_features, requires_grad=True)
+    found = layer(x)
+    expected = found.detach() + 1
+    found += torch.ones_like(found)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+
+
 def test_full_trains_every_parameter(loaded: LoadedModel) -> None:
     injected = inject(loaded.model, MethodConfig(name="full"), seed=1)
     assert injected.trainable == sum(p.numel() for p in loaded.model.parameters())

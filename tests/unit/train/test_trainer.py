@@ -65,7 +65,6 @@ def test_a_mask_of_all_pairs_is_told_once_for_all_runs_of_a_session(
         hidden_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
-        parallel_attn=False,
     )
     for saved in (FalconForCausalLM(config), tokenizer):
         saved.save_pretrained(tmp_path / "falcon")
