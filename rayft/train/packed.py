@@ -202,7 +202,7 @@ class Pack:
         self._prepare()
         lowered = False
         while True:
-            self.placement = Placement(self._accumulation, self._recomputes, self._graphs)
+            self.placement = Placement(self._accumulation, self._recomputes, self._by_graphs)
             try:
                 found = self._step(steps)
             except torch.OutOfMemoryError as error:
@@ -284,7 +284,7 @@ class Pack:
         """
         self._short = self._size
         count = min(self._together or len(slots), len(slots))
-        if self._graphs:
+        if self._by_graphs:
             self._graphs = False
         elif count > 1:
             self._together = -(-count // 2)
@@ -473,6 +473,11 @@ class Pack:
                 if one is not None:
                     group["lr"] = one.lr * group["lr_factor"]
 
+    @property
+    def _by_graphs(self) -> bool:
+        """Whether passes are captured, which they are not while a slot has dropout."""
+        return self._graphs and not _drops(self._slots)
+
     def _read(self) -> None:
         """Wait until the device has taken the last step, unless that was done."""
         unread, self._unread = self._unread, None
@@ -481,14 +486,13 @@ class Pack:
 
     def _passes(self, steps: Mapping[Slot, Step]) -> list[list[Slot]]:
         """Divide the slots of a step into those whose rows share a pass, in their order."""
-        order = [slot for slot in self._slots if slot in steps or (self._graphs and slot.share)]
+        order = [slot for slot in self._slots if slot in steps or (self._by_graphs and slot.share)]
         count = self._together or len(order)
         return [order[first : first + count] for first in range(0, len(order), count)]
 
     def _capture(self, micro: _Micro | None) -> None:
         """Capture the passes of the engine's slots as CUDA graphs, if that is wanted and not done."""
-        dropped = _drops(self._slots)
-        if micro is None or not self._graphs or self._captured or dropped:
+        if micro is None or not self._by_graphs or self._captured:
             return
         if self._engine is None or len(micro.spans) < len(self._slots):
             return
@@ -514,7 +518,7 @@ class Pack:
 
     def _micro_batch(self, order: Sequence[Slot], rows: Sequence[Sequence[Row]]) -> _Micro:
         every, width, segments = [row for own in rows for row in own], None, None
-        if self._graphs:
+        if self._by_graphs:
             run = order[0].run
             width = run.data.max_length
             segments = len(every) * max(self._session.row_stream(slot.run).most_segments for slot in order)

@@ -40,9 +40,11 @@ def packed(
     session: Session,
     folder: Path,
     note: Callable[[str], object] = lambda _: None,
+    *,
+    graphs: bool = False,
 ) -> dict[str, TrainResult | Exception]:
     """Train runs together; all may continue at each evaluation. Those that had to leave go on later."""
-    pack = Pack(session, note)
+    pack = Pack(session, note, graphs=graphs)
     courses, ended = Courses[TrainResult](pack), dict[str, TrainResult | Exception]()
     waiting = [*runs]
     while waiting or len(courses):
@@ -256,6 +258,18 @@ def test_rows_of_a_slot_that_do_not_fit_are_divided(
         assert isinstance(result, TrainResult)
         assert Placement(**result.placement) == placement
     assert [text in note for note in notes] == [True]
+
+
+def test_no_rows_are_padded_for_graphs_that_dropout_prevents(
+    run: RunConfig, session: Session, tmp_path: Path
+) -> None:
+    runs = {"plain": run, "dropout": changed(run, method={"rank": 8, "dropout": 0.2})}
+    eager, wanted = (packed(runs, session, tmp_path / str(graphs), graphs=graphs) for graphs in (False, True))
+    for name, result in wanted.items():
+        assert isinstance(result, TrainResult), result
+        assert not result.placement["graphs"]
+        # The same numbers only in rows of the same width.
+        assert result.train_curve == eager[name].train_curve  # type: ignore[union-attr]
 
 
 def test_what_a_slot_drops_is_not_drawn_anew(
