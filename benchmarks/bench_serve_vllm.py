@@ -175,7 +175,8 @@ class InProcess:
     def many(self, _: int) -> dict[str, dict[str, list[float]]]:
         """Measure the decode step with 8 active adapters of rank 4; others come and go on the device.
 
-        Returns: for each number on the device, milliseconds of a step by the clock and on the GPU.
+        Returns:
+            Number on the device → milliseconds of a step, by the clock (`step`) and on the GPU (`gpu`).
         """
         found = {f"{count}": {"step": list[float](), "gpu": list[float]()} for count in MANY}
         numbers = [request.lora_int_id for request in self._requests]

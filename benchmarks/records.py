@@ -104,19 +104,19 @@ def headline_table() -> str:
     rows = [
         (f"Demo's winner squeezed to rank {rank}", scored[smallest], f"as trained: {scored[winner]}"),
         (
-            f"Sweep of 16 trials, 135 M, {_gpu(whole)}", sweep[f"{trials}/cold"],
+            f"Sweep of 16 trials, 135 M, {_gpu(whole[f'{trials}/cold'])}", sweep[f"{trials}/cold"],
             f"Tune with PEFT: {sweep[f'{trials}/tune_4_a_gpu']}, four at once",
         ),
         (
-            f"LoRA training step, 1 B model, {_gpu(step)}", ms["lora"],
+            f"LoRA training step, 1 B model, {_gpu(step['lora/1b/16x512'])}", ms["lora"],
             f"PEFT: {ms['peft_lora']}, in bfloat16 {ms['peft_lora_bf16']}; no adapter: {ms['floor']}",
         ),
         (
-            f"Squeezing an 8 B model's adapter, {_gpu({'': gpu})}", _cell(gpu, "seconds", "{:.1f} s"),
+            f"Squeezing an 8 B model's adapter, {_gpu(gpu)}", _cell(gpu, "seconds", "{:.1f} s"),
             f"PEFT's conversion: {_cell(gpu, 'speedup_over_peft', '{:.0f}')} times as long",
         ),
         (
-            f"32 adapters in a batch, 1 B model, {_gpu(vllm)}", served["rayft"],
+            f"32 adapters in a batch, 1 B model, {_gpu(vllm[mixed])}", served["rayft"],
             f"vLLM's own LoRA: {served['stock']}; vLLM without adapters: {served['base']}",
         ),
         (
@@ -128,9 +128,9 @@ def headline_table() -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _gpu(found: Cases) -> str:
-    """Return the short name of the GPU on which results were measured, such as H100."""
-    device = next(iter(next(iter(found.values())).values()))["device"]
+def _gpu(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the short name of the GPU on which a case was measured, such as H100."""
+    device = next(iter(metrics.values()))["device"]
     return re.sub(r".*NVIDIA (\w+).*", r"\1", device)
 
 
@@ -221,11 +221,11 @@ def train_long_table() -> str:
         cells = []
         for size in sizes:
             eager, graph = (found.get(f"{name}/1b/1x{size}{by}", {}) for by in ("", "/graph"))
-            over = [_cell(one, "time_over_floor", "({:.2f})") for one in (eager, graph)]
-            cells += [f"{_cell(eager, 'ms', '{:.0f} ms')} {over[0]}", over[1].strip("()")]
-            cells.append(
-                f"{_cell(eager, 'gib', '{:.1f} GiB')} {_cell(eager, 'memory_over_floor', '({:.2f})')}"
-            )
+            cells += [
+                _cell(eager, "ms", "{:.0f} ms") + _cell(eager, "time_over_floor", " ({:.2f})"),
+                _cell(graph, "time_over_floor", "{:.2f}"),
+                _cell(eager, "gib", "{:.1f} GiB") + _cell(eager, "memory_over_floor", " ({:.2f})"),
+            ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", _origin_line(found)])
 

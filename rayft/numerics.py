@@ -1,4 +1,4 @@
-"""The tolerance rule of all tests, seeds, the fastest dtype of a CPU, and copies to a device.
+"""The tolerance rule of all tests, seeds, the fastest dtype of a CPU, and shapes and copies of tensors.
 
 Tolerance: results that are summed over `length` terms and stored in `dtype` after `depth` roundings differ
 from the exact results, relative to their norm, by at most
@@ -38,16 +38,6 @@ def tolerance(dtype: torch.dtype, length: int, depth: int = 1) -> float:
     """Return the largest relative error, in the Frobenius norm, that rounding alone explains."""
     accumulator = torch.float32 if torch.finfo(dtype).bits < 32 else dtype
     return 2 * depth * torch.finfo(dtype).eps + 4 * math.sqrt(length) * torch.finfo(accumulator).eps
-
-
-def reshaped(y_NO: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return the result (N × O) of an autograd function in the shape (…, O) of its input x (…, I), N in all.
-
-    It is no view: autograd refuses to change a view that such a function returns, and models with parallel
-    layers, such as Falcon, add to the result in place.
-    """
-    found: torch.Tensor = torch.ops.aten._unsafe_view(y_NO, (*x.shape[:-1], y_NO.shape[-1]))
-    return found
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -117,6 +107,23 @@ def fastest_cpu_dtype(size: int = 512, repeats: int = 5) -> torch.dtype:
             times.append(time.perf_counter() - start)
         best[dtype] = min(times)
     return min(best, key=lambda dtype: best[dtype])
+
+
+def reshaped(y_NO: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the result of an autograd function, computed for N tokens, in the shape of its input.
+
+    The result is not a view. Autograd refuses to change views that an autograd function returns, and models
+    with parallel layers, such as Falcon, add to the outputs of their layers in place.
+
+    Args:
+        y_NO: the result, (N × O).
+        x: the input, (…, I), of N tokens.
+
+    Returns:
+        (…, O).
+    """
+    found: torch.Tensor = torch.ops.aten._unsafe_view(y_NO, (*x.shape[:-1], y_NO.shape[-1]))
+    return found
 
 
 def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

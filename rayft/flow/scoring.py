@@ -39,7 +39,7 @@ __all__ = [
     "follows_from",
     "marked",
     "outcome",
-    "planned",
+    "questions_text",
     "say_unscored",
     "score_all",
     "score_squeezed",
@@ -271,7 +271,7 @@ def score_sweep(
     return {**scored, "majority answer": _majority(plan)}, tried
 
 
-def planned(plan: Plan) -> str:
+def questions_text(plan: Plan) -> str:
     """Return the sentence that says, before a sweep starts, how much will be scored after its search."""
     each = len(plan.parts.val) + len(plan.parts.test)
     text = f"to be scored after the search: {each} examples for each trial that can win"

@@ -146,8 +146,7 @@ def places(source: str, revision: str | None, *, local: bool = False) -> dict[st
     index = found(INDEX_FILE)
     if index is None:
         return {}
-    with open(index, encoding="utf-8") as stream:
-        files = json.load(stream)["weight_map"]
+    files = _weight_map(index)
     paths = {file: found(file) for file in set(files.values())}
     return {key: path for key, file in files.items() if (path := paths[file]) is not None}
 
@@ -157,5 +156,11 @@ def absent_files(source: str) -> list[str]:
     folder = Path(source)
     if (folder / WEIGHTS_FILE).is_file() or not (folder / INDEX_FILE).is_file():
         return []
-    named = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()
-    return sorted(file for file in {*named} if not (folder / file).is_file())
+    named = {*_weight_map(folder / INDEX_FILE).values()}
+    return sorted(file for file in named if not (folder / file).is_file())
+
+
+def _weight_map(index: str | Path) -> dict[str, str]:
+    """Return the file of each tensor, as an index names it."""
+    files: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    return files

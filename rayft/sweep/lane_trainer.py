@@ -49,7 +49,7 @@ class LaneTrainer(TorchTrainer):
         # waits for the handlers' locks. The handler of another lane that opens its file holds its own lock
         # while it waits for that of `logging`, so both would wait forever.
         os.environ["RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING"] = "0"
-        # For Ray Data, which no lane reads, each lane would have a process more.
+        # This callback starts a process for Ray Data, which lanes do not use.
         needed = [one for one in callbacks if not isinstance(one, DatasetsCallback)]
         controller = _Controller(callbacks=needed, **settings)
         asyncio.run(controller.run())  # type: ignore[no-untyped-call]

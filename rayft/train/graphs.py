@@ -141,10 +141,12 @@ def capture_stream() -> Iterator[None]:
 
     An engine keeps the autograd nodes that accumulate gradients, each bound to the stream on which it was
     created. If that were the default stream, a capture would have to wait for it, which CUDA refuses. So
-    engine, training and capture share one stream. So do the passes before a capture: for every stream that
-    multiplies matrices, and every thread that does so on it, cuBLAS keeps a workspace as long as the process
-    lives (32 MiB on Hopper). The workspaces then also exist before the capture, which would allocate them
-    among the tensors of its graph.
+    engine, training and capture share one stream.
+
+    The passes before a capture run on this stream too. cuBLAS keeps a workspace for each stream on which a
+    thread has multiplied matrices (32 MiB on Hopper), until the process ends; with a new stream for each
+    capture, they would add up. A workspace that exists before a capture is also not allocated among the
+    tensors of its graph.
     """
     stream = torch.cuda.graph.default_capture_stream or torch.cuda.Stream()
     torch.cuda.graph.default_capture_stream = stream
@@ -161,7 +163,7 @@ def capture_stream() -> Iterator[None]:
 def graphed(model: Any, example: AnyBatch, parts: Iterable[Part] = ()) -> Iterator[None]:
     """Replay training passes of batches shaped like `example` as CUDA graphs inside the block.
 
-    The block is one inside `capture_stream`.
+    Call it inside a block of `capture_stream`.
 
     Args:
         model: a causal language model on a GPU, in training mode, with adapters and engine.

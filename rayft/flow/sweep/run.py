@@ -59,7 +59,7 @@ def run_sweep(config: PipelineConfig, display: Display, lanes: Ahead | None = No
     config = placed(config)
     with hold(config.folder, "--set output=…"):
         plan = checked(config, display)
-        display.say(scoring.planned(plan))
+        display.say(scoring.questions_text(plan))
         tracker = MlflowTracker(plan.tracker)
         try:
             record = _tracked(plan, display, tracker, lanes)

@@ -14,7 +14,7 @@ from rayft.flow.scoring import (
     ScoreStore,
     check_some,
     marked,
-    planned,
+    questions_text,
     score_all,
     score_sweep,
 )  # fmt: skip
@@ -105,7 +105,7 @@ def test_the_base_answers_a_sample_of_long_parts(plan: Plan) -> None:
     asked.clear()
     few = plan.run.evaluate.model_copy(update={"base_examples": 1})
     sampled = replace(plan, run=plan.run.model_copy(update={"evaluate": few}))
-    assert planned(sampled) == (
+    assert questions_text(sampled) == (
         f"to be scored after the search: {len(plan.parts.val) + 2} examples for each trial that can win, "
         "and 2 for the base in 3 ways (evaluate.base_examples)"
     )
