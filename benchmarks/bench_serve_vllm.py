@@ -1,6 +1,6 @@
 """Measure adapters in vLLM on one GPU, beside vLLM without LoRA and vLLM's own LoRA of the same release.
 
-    python benchmarks/bench_serve_vllm.py [--parts inprocess,many,kernels,async,load,http] [--commit HASH]
+    python benchmarks/bench_serve_vllm.py [--parts inprocess,many,kernels,async,load,http,tier]
 
 Also `--parts profile`, and `few` to leave `stock` out.
 
@@ -21,6 +21,9 @@ interval.
                tokens of 32 requests while one is loaded each second
     http       64 clients, 128 tokens in and 256 out, against `vllm serve` without adapters and `rayft serve`
                (base rows, and 32 adapters), streaming and not: tokens per second, time to the first token
+    tier       `rayft serve` with 12 adapters of 100 MB and room for 4 on the device: time to the first token
+               of one that was evicted, and of one that is there; and the time between the parts of 32 streams
+               of the base, without and with one evicted adapter loaded each second
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
+import itertools
 import json
 import os
 import random
@@ -38,7 +42,7 @@ import sys
 import time
 import traceback
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -71,6 +75,8 @@ CLIENTS, TURNS = 64, 3
 PORTS = {"vllm": 9001, "rayft": 9002}
 SERVED = [("vllm", "base"), ("rayft", "base"), ("rayft", "32_adapters")]
 NAMES = {0: "base", 8: "8_adapters", 32: "32_adapters"}
+EVICTING, STREAMED, TIER_ROUNDS = 12, 800, 3
+"""Adapters of which few fit, tokens of a stream, and comparisons of the part `tier`."""
 
 
 def prepare() -> None:
@@ -559,20 +565,24 @@ def asynchronous(parts: Sequence[str]) -> list[dict[str, Any]]:
     return records
 
 
-def rayft_server() -> None:
+def rayft_server(part: str) -> None:
     """Serve with rayft until the process is ended."""
     from rayft.models.load import ModelConfig
     from rayft.serving.build import run
     from rayft.serving.config import ServeConfig
 
+    names = {
+        "http": {f"a{n}": str(WORK / f"a{n}") for n in range(32)},
+        "tier": {f"large{n}": str(WORK / "large") for n in range(EVICTING)},
+    }
     config = ServeConfig(
         model=ModelConfig(name=str(WORK / "base")),
         engine="vllm",
-        adapters={f"a{n}": str(WORK / f"a{n}") for n in range(32)},
+        adapters=names[part],
         port=PORTS["rayft"],
         gpu_memory=0.4,
         max_running=CLIENTS,
-        device_bytes="2GB",
+        device_bytes="2GB" if part == "http" else "500MB",
         fetched=str(WORK / "fetched"),
     )
     run(config)
@@ -625,21 +635,30 @@ async def clients(kind: str, models: Sequence[str], stream: bool, seed: int) -> 
 def client(pipe: Connection) -> None:
     """Be some of the clients."""
     while (asked := pipe.recv()) is not None:
-        pipe.send(asyncio.run(clients(*asked)))
+        function, *arguments = asked
+        pipe.send(asyncio.run(function(*arguments)))
 
 
-def http() -> list[dict[str, Any]]:
-    """Compare the two servers."""
-    context = get_context("spawn")
-    servers = [subprocess.Popen(vllm_server()), subprocess.Popen([sys.executable, __file__, "--serve"])]
-    for kind, port in PORTS.items():
-        wait_for(port)
-        print(f"{kind} answers", flush=True)
-    pipes = []
+def start_clients() -> list[Connection]:
+    """Start the processes in which clients run."""
+    context, pipes = get_context("spawn"), []
     for _ in range(8):
         mine, other = context.Pipe()
         context.Process(target=client, args=(other,), daemon=True).start()
         pipes.append(mine)
+    return pipes
+
+
+def http() -> list[dict[str, Any]]:
+    """Compare the two servers."""
+    servers = [
+        subprocess.Popen(vllm_server()),
+        subprocess.Popen([sys.executable, __file__, "--serve", "http"]),
+    ]
+    for kind, port in PORTS.items():
+        wait_for(port)
+        print(f"{kind} answers", flush=True)
+    pipes = start_clients()
     found: dict[tuple[str, str, bool], list[dict[str, float]]] = {}
     # The first round warms up.
     for turn in range(SERVED_ROUNDS + 1):
@@ -648,6 +667,8 @@ def http() -> list[dict[str, Any]]:
                 values = requests(pipes, kind, case, stream=stream, seed=1000 * turn)
                 if turn:
                     found.setdefault((kind, case, stream), []).append(values)
+    for pipe in pipes:
+        pipe.send(None)
     for server in servers:
         server.terminate()
     return served(found)
@@ -676,7 +697,7 @@ def requests(
     begin = time.perf_counter()
     for index, pipe in enumerate(pipes):
         mine = names[index * share : (index + 1) * share]
-        pipe.send((kind, mine, stream, seed + index + 50 * stream))
+        pipe.send((clients, kind, mine, stream, seed + index + 50 * stream))
     answers = [one for pipe in pipes for one in pipe.recv()]
     took = time.perf_counter() - begin
     first = statistics.median(one[0] for one in answers)
@@ -705,25 +726,123 @@ def served(found: dict[tuple[str, str, bool], list[dict[str, float]]]) -> list[d
     return records
 
 
+async def streams(count: int, seed: int) -> list[float]:
+    """Stream answers of the base; return the seconds from one part of an answer to the next."""
+    import aiohttp
+
+    chosen = random.Random(seed)
+
+    async def one(session: aiohttp.ClientSession) -> list[float]:
+        times = []
+        async with session.post(url(), json=question("base", chosen, STREAMED)) as answer:
+            assert answer.status == 200, await answer.text()
+            async for line in answer.content:
+                if has_text(line.decode()):
+                    times.append(time.perf_counter())
+        return [later - earlier for earlier, later in pairwise(times[20:])]
+
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
+        rows = await asyncio.gather(*[one(session) for _ in range(count)])
+    return [gap for row in rows for gap in row]
+
+
+def url() -> str:
+    """Return where rayft's server answers."""
+    return f"http://127.0.0.1:{PORTS['rayft']}/v1/completions"
+
+
+def question(model: str, chosen: random.Random, tokens: int) -> dict[str, Any]:
+    """Return the body of a streamed request."""
+    ids = [chosen.randrange(5, 32000) for _ in range(PROMPT)]
+    return {"model": model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True}
+
+
+def has_text(line: str) -> bool:
+    """Return whether a line of a stream has a part of the answer."""
+    return line.startswith("data: {") and bool(json.loads(line[6:])["choices"][0]["text"])
+
+
+def first_token(model: str, chosen: random.Random) -> float:
+    """Return the milliseconds until an answer begins."""
+    import httpx
+
+    begin = time.perf_counter()
+    with httpx.stream("POST", url(), json=question(model, chosen, 4), timeout=60) as answer:
+        lines = answer.iter_lines()
+        first = next(time.perf_counter() for line in lines if has_text(line))
+        collections.deque(lines, maxlen=0)
+    return (first - begin) * 1e3
+
+
+def between(pipes: Sequence[Connection], seed: int, evicted: Iterator[str] | None) -> list[float]:
+    """Stream answers of the base.
+
+    Args:
+        pipes: lead to the clients.
+        seed: of the prompts.
+        evicted: names of adapters; each second the next one is asked for.
+
+    Returns:
+        The seconds between parts of an answer, sorted.
+    """
+    for index, pipe in enumerate(pipes):
+        pipe.send((streams, ROWS // len(pipes), seed + index))
+    chosen = random.Random(seed)
+    while not all(pipe.poll() for pipe in pipes):
+        begin = time.perf_counter()
+        if evicted is not None:
+            first_token(next(evicted), chosen)
+        time.sleep(max(0.0, (0.05 if evicted is None else 1.0) - (time.perf_counter() - begin)))
+    return sorted(gap for pipe in pipes for gap in pipe.recv())
+
+
+def tier() -> list[dict[str, Any]]:
+    """Measure adapters that the device has no room for, through rayft's server."""
+    server = subprocess.Popen([sys.executable, __file__, "--serve", "tier"])
+    wait_for(PORTS["rayft"])
+    pipes, chosen, found = start_clients(), random.Random(0), dict[str, float]()
+    # In turn, so that each one was evicted since it was used; the first round warms up.
+    evicted = itertools.cycle(f"large{number}" for number in range(EVICTING))
+    for name in itertools.islice(evicted, EVICTING):
+        first_token(name, chosen)
+    pairs = [(first_token(name, chosen), first_token(name, chosen)) for name in itertools.islice(evicted, 24)]
+    found["evicted_first_token_ms"], found["there_first_token_ms"] = map(
+        statistics.median, zip(*pairs, strict=True)
+    )
+    between(pipes, 0, evicted)
+    for turn in range(TIER_ROUNDS):
+        for name, asked in (("quiet", None), ("loading", evicted)):
+            gaps = between(pipes, 100 * turn, asked)
+            for share in (50, 99):
+                found[f"{name}_p{share}_ms/{turn}"] = gaps[len(gaps) * share // 100] * 1e3
+    for pipe in pipes:
+        pipe.send(None)
+    server.terminate()
+    for name, value in found.items():
+        print(f"tier {name:30} {value:.3f}", flush=True)
+    return [record("serve_vllm", "tier/1b", name, round(value, 4), "ms") for name, value in found.items()]
+
+
 def main() -> None:
     """Run the parts, and save the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", default="inprocess,many,kernels,async,load,http")
+    parser.add_argument("--parts", default="inprocess,many,kernels,async,load,http,tier")
     parser.add_argument("--commit", help="commit that is measured, where there is no git")
-    parser.add_argument("--serve", action="store_true", help="serve with rayft (used by the part http)")
+    parser.add_argument("--serve", help="serve with rayft for this part (used by http and tier)")
     arguments = parser.parse_args()
     if arguments.serve:
-        rayft_server()
+        rayft_server(arguments.serve)
         return
     parts = arguments.parts.split(",")
     prepare()
     for known, run in ((INPROCESS, inprocess), (("async", "load"), asynchronous)):
         if set(known) & set(parts):
             keep(run(parts), arguments.commit)
-    if "http" in parts:
-        keep(http(), arguments.commit)
+    for part, serve in (("http", http), ("tier", tier)):
+        if part in parts:
+            keep(serve(), arguments.commit)
 
 
 def keep(records: list[dict[str, Any]], commit: str | None) -> None:

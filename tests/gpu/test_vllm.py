@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -16,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
-from rayft.errors import ResourceError
+from rayft.errors import ModelError, ResourceError
 from rayft.methods.base import LoraFactors
 from rayft.models.targets import linear_shapes
 from rayft.models.tiny import byte_tokenizer
@@ -38,8 +40,10 @@ RANKS = (1, 2, 4, 8, 16, 24, 64, 256)
 MODES: dict[str, dict[str, Any]] = {
     "full graphs": {},
     "piecewise graphs": {"compilation_config": {"cudagraph_mode": "PIECEWISE"}},
-    "eager": {"enforce_eager": True},
+    "eager, prompts in pieces": {"enforce_eager": True},
 }
+PIECE = 128
+"""Largest number of tokens in a step where prompts are processed in pieces; the longest ones have 299."""
 
 
 def random_adapter(
@@ -224,7 +228,8 @@ def answered(
 def test_a_mixed_batch_has_the_log_probabilities_of_float64(
     folder: Path, runner: asyncio.Runner, reference: Reference, mode: str
 ) -> None:
-    engine = make(folder, runner, extra=MODES[mode])
+    limits = EngineLimits(64, PIECE if "pieces" in mode else 2048, 32768)
+    engine = make(folder, runner, limits, extra=MODES[mode])
     jobs = mixed()
     found = answered(runner, engine, [request for _, request in jobs])
     for (adapter, request), progress in zip(jobs, found, strict=True):
@@ -506,22 +511,58 @@ def test_two_gpus_answer_as_one_does_with_the_shape_of_8_billion_parameters(
     assert same >= len(jobs) - 1, "of two almost equally likely tokens either may be chosen"
 
 
-def test_an_fp8_base_answers_with_its_adapters(folder: Path, runner: asyncio.Runner) -> None:
+def test_an_fp8_base_answers_with_its_adapters(
+    folder: Path, runner: asyncio.Runner, reference: Reference
+) -> None:
     head = new_model().lm_head.weight
     engine = make(folder, runner, fp8=True)
+    known = {"r16": random_adapter("r16", 16), "cla": random_adapter("cla", 8, selector=True)}
+    names = (None, *known)
 
-    async def scenario() -> list[tuple[int, ...]]:
+    async def scenario() -> tuple[list[Progress], list[Progress]]:
         adapters = {str(token): naming_adapter(head, token, 4) for token in (100, 200)}
-        async with loaded(engine, adapters):
-            jobs = [GenerationRequest(prompt_of(1), 8, name) for name in (*adapters, None)]
-            return [found.tokens for found in await asyncio.gather(*[ask(engine, job) for job in jobs])]
+        async with loaded(engine, {**adapters, **known}):
+            named = [GenerationRequest(prompt_of(1), 8, name) for name in (*adapters, None)]
+            scored = [
+                GenerationRequest(prompt_of(3), 0, name, logprobs=1, score_prompt=True) for name in names
+            ]
+            found = await asyncio.gather(*[ask(engine, job) for job in (*named, *scored)])
+            return found[:3], found[3:]
 
     try:
-        first, second, base = runner.run(scenario())
+        named, scored = runner.run(scenario())
     finally:
         runner.run(stopped(engine))
+    first, second, base = (found.tokens for found in named)
     assert (set(first), set(second)) == ({100}, {200})
     assert not set(base) & {100, 200}
+
+    prompt = prompt_of(3)
+    places = torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])
+    off, change = {}, {}
+    without = reference.logprobs(None, prompt)[places]
+    for name, found in zip(names, scored, strict=True):
+        adapter = known[name] if name else None
+        exact = reference.logprobs(adapter, prompt)[places]
+        values = torch.tensor([entry.logprob for entry in found.prompt[1:] if entry], dtype=torch.float64)
+        off[name], change[name] = (values - exact).square().mean().sqrt(), (without - exact).abs().max()
+    plain = reference.logprobs(None, prompt, torch.bfloat16)[places] - without
+    assert off[None] > 2 * plain.square().mean().sqrt(), "the base is not in 8 bits"
+    for name in known:
+        # The adapters stay in 16 bits, so they add little to the base's error.
+        assert off[name] < 2 * off[None], off
+        assert change[name] > 5 * off[name], "the adapter makes no difference"
+
+
+def test_an_unknown_architecture_is_a_model_error(
+    folder: Path, runner: asyncio.Runner, tmp_path: Path
+) -> None:
+    shutil.copytree(folder, tmp_path / "base")
+    place = tmp_path / "base" / "config.json"
+    settings = json.loads(place.read_text(encoding="utf-8"))
+    place.write_text(json.dumps({**settings, "architectures": ["NewForCausalLM"], "model_type": "new"}))
+    with pytest.raises(ModelError, match=r"vLLM can't run .*base"):
+        make(tmp_path / "base", runner)
 
 
 def test_a_killed_engine_fails_its_requests_and_says_so(folder: Path, runner: asyncio.Runner) -> None:

@@ -35,6 +35,7 @@ LETTERS = {"first": "d", "second": "x", "third": "n"}
 RANKS = {"first": 4, "second": 64, "third": 200}
 START_SECONDS = 240
 BOUND_SECONDS = 15
+METRICS_SECONDS = 60
 
 
 def free_port() -> int:
@@ -125,6 +126,25 @@ def test_an_answer_over_http_follows_a_json_schema(server: str) -> None:
         refused = post(server, "base", response_format=wanted, stream=stream)
         assert refused.status_code == 400, refused.text
         assert refused.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_the_metrics_of_vllm_are_exported_beside_those_of_rayft(server: str) -> None:
+    import ray
+
+    (node,) = ray.nodes()
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    wanted = {"ray_rayft_requests_total", "vllm_generation_tokens"}
+    deadline = time.monotonic() + METRICS_SECONDS
+    while True:
+        assert text(server, "first") == LETTERS["first"] * 8
+        lines = [line for line in httpx.get(page).text.splitlines() if not line.startswith("#")]
+        # Ray's own prefix may be before vLLM's.
+        there = {name for name in wanted for line in lines if name in line and not line.endswith(" 0.0")}
+        if there == wanted:
+            break
+        assert time.monotonic() < deadline, f"{wanted - there} of {len(lines)} lines"
+        time.sleep(1)
+    assert not [line for line in lines if "lora_requests_info" in line]
 
 
 def test_a_killed_engine_is_replaced_and_answers_the_same(server: str) -> None:
