@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,10 @@ def configuration(folder: Path, trials: int, steps: int, rows: int = 4) -> Path:
 CACHES = {"RAYFT_CACHE": "cache", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 
+STAGE = re.compile(r"  (?P<name>\S.*): (?P<seconds>[0-9.]+) s")
+"""A line of the log at the end of a stage."""
+
+
 def run_sweep(
     folder: Path, config: Path, settings: Sequence[str] = ()
 ) -> tuple[float, dict[str, float], dict[str, float]]:
@@ -111,16 +116,42 @@ def run_sweep(
     shutil.rmtree(folder / "out", ignore_errors=True)
     environment = {**os.environ, **{name: str(folder / place) for name, place in CACHES.items()}}
     options = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, "-m", "rayft.cli", "sweep", str(config), *options]
+    said: list[tuple[float, str]] = []
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "rayft.cli", "sweep", str(config), *options], env=environment, check=False
-    )
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append((time.monotonic() - started, line))
+            print(line, end="", flush=True)
     seconds = time.monotonic() - started
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    if process.returncode:
+        raise SystemExit(process.returncode)
     left = json.loads((folder / "out" / "sweep.json").read_text(encoding="utf-8"))
     lanes = {f"lanes/{what}": spent for what, spent in left["spent"].items()}
-    return seconds, left["timings"], lanes
+    return seconds, stages_of(said, seconds), lanes
+
+
+def stages_of(said: Sequence[tuple[float, str]], seconds: float) -> dict[str, float]:
+    """Divide the time of a sweep.
+
+    Args:
+        said: the lines of its log, and how many seconds after its start each of them came.
+        seconds: the whole time.
+
+    Returns:
+        Part → seconds: the stages as the log gives them, and what is before, between and after them.
+    """
+    begin = next(at for at, line in said if line.rstrip().endswith("…"))
+    ended = [(at, found) for at, line in said if (found := STAGE.fullmatch(line.rstrip()))]
+    stages = {found["name"]: float(found["seconds"]) for _, found in ended}
+    last = ended[-1][0]
+    return {
+        "before the first stage": begin,
+        **stages,
+        "between the stages": last - begin - sum(stages.values()),
+        "after the last stage": seconds - last,
+    }
 
 
 def run_tune(folder: Path, trials: int, share: float, steps: int) -> dict[str, Any]:
@@ -168,7 +199,6 @@ class Bench:
         settings = (*BEST, f"sweep.slots={BEST_SLOTS[self._shape]}") if case == "hand" else ()
         seconds, stages, lanes = run_sweep(self._folder, self._config, settings)
         self._add(case, seconds)
-        stages["start and end"] = seconds - sum(stages.values())
         for stage, spent in {**stages, **lanes}.items():
             print(f"  {stage}: {spent:.1f} s", flush=True)
             self.records.append(record(OVERHEAD, f"{self._shape}/{case}/{stage}", "seconds", spent, "s"))

@@ -76,7 +76,7 @@ def headline_table() -> str:
     """Return the README's small table: what rayft reaches, beside what it is compared with."""
     demo, step, squeeze = cases("demo"), cases("train_step", BATCHES), cases("squeeze_speed", everywhere=True)
     vllm, http = cases("serve_vllm"), cases("serve_http")["16_clients/cpu"]
-    whole = cases("sweep_makespan")
+    whole = cases("sweep_makespan", "1*")
     sweep = {name: _cell(found, "seconds", "{:.0f} s") for name, found in whole.items()}
     trials = "135m/16_trials"
     squeezed = [case for case in demo if "@r" in case]
@@ -310,7 +310,8 @@ def packed_trainer_table() -> str:
 
 def sweep_table() -> str:
     """Return the tables of a whole sweep beside the same trials by Tune, and of where its seconds go."""
-    found, spent = cases("sweep_makespan"), cases("sweep_overhead")
+    # 135 M and 1 B are measured on a GPU.
+    found, spent = cases("sweep_makespan", "1*"), cases("sweep_overhead", "1*")
     place = next(case for case in found if case.startswith("135m/")).rpartition("/")[0]
     shape = place.split("/")[0]
     lines = ["| | seconds | over the first sweep | over a sweep with caches |", "| --- | --- | --- | --- |"]
@@ -325,12 +326,20 @@ def sweep_table() -> str:
         digits = "{:.1f}" if case.startswith("tune") else "{:.2f}"
         over = [_cell(found[f"{place}/{own}"], f"{case}_over", digits) for own in ("cold", "warm")]
         lines.append(f"| {title} | {_cell(metrics, 'seconds', '{:.0f}')} | {' | '.join(over)} |")
-    lines += ["", "| seconds of a sweep | first | with caches |", "| --- | --- | --- |"]
+    lines += _stages(spent, shape, "seconds of a sweep")
+    lines += [*_by_hand(found, spent), "", _origin_line(found)]
+    on_cpu = cases("sweep_overhead", "tiny/*")
+    return "\n".join([*lines, *_stages(on_cpu, "tiny", "seconds on a CPU"), "", _origin_line(on_cpu)])
+
+
+def _stages(spent: Cases, shape: str, title: str) -> list[str]:
+    """Return the table of where the seconds of the sweeps with a shape go."""
+    lines = ["", f"| {title} | first | with caches |", "| --- | --- | --- |"]
     for stage in (case.removeprefix(f"{shape}/cold/") for case in spent if case.startswith(f"{shape}/cold/")):
         pair = (spent.get(f"{shape}/{case}/{stage}", {}) for case in ("cold", "warm"))
-        title = stage.replace("lanes/", "of the lane: ")
-        lines.append(f"| {title} | " + " | ".join(_cell(one, "seconds", "{:.1f}") for one in pair) + " |")
-    return "\n".join([*lines, *_by_hand(found, spent), "", _origin_line(found)])
+        name = stage.replace("lanes/", "of the lane: ")
+        lines.append(f"| {name} | " + " | ".join(_cell(one, "seconds", "{:.1f}") for one in pair) + " |")
+    return lines
 
 
 def _by_hand(found: Cases, spent: Cases) -> list[str]:

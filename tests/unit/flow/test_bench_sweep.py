@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.bench_sweep import whole
+from benchmarks.bench_sweep import stages_of, whole
 
 
 def test_the_trials_that_were_not_run_count_with_the_marginal_time() -> None:
@@ -17,3 +17,18 @@ def test_the_trials_that_were_not_run_count_with_the_marginal_time() -> None:
 def test_one_round_has_no_marginal_time() -> None:
     with pytest.raises(SystemExit, match="more trials"):
         whole([100.0, 101.0], 2, 16)
+
+
+def test_the_seconds_of_a_sweep_are_those_in_its_log_and_those_around_them() -> None:
+    said = [
+        (4.0, "check, and prepare the data …\n"), (7.5, "  check, and prepare the data: 3.0 s\n"),
+        (7.6, "start workers, search (2 trials) …\n"), (20.0, "  lora-r4: step 20  val 3.1  12 steps/s\n"),
+        (50.0, "  start workers, search (2 trials): 42.0 s\n"), (58.0, "report: out/report.html\n"),
+    ]  # fmt: skip
+    assert stages_of(said, 60.0) == {
+        "before the first stage": 4.0,
+        "check, and prepare the data": 3.0,
+        "start workers, search (2 trials)": 42.0,
+        "between the stages": 1.0,
+        "after the last stage": 10.0,
+    }
