@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ConfigError, TrainError
 from rayft.methods.base import MethodConfig
-from rayft.numerics import assert_close
+from rayft.numerics import assert_close, tolerance
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.train import packed as module
-from rayft.train.checkpoint_folder import checkpoints, last_curve
+from rayft.train.checkpoint_folder import MASTERS_FILE, checkpoints, last_curve
 from rayft.train.course import CrowdedError
 from rayft.train.deepspeed import StepResult
 from rayft.train.flat import FlatEngine, Part, PartialAdamW
@@ -189,6 +191,47 @@ def test_masters_in_float32_stay_with_their_slot(run: RunConfig, tmp_path: Path,
         # Without the moments, or with new ones, the losses differ by more than one rounding.
         assert abs(one - other) <= torch.finfo(torch.bfloat16).eps * one
     assert isinstance(ended["late"], TrainResult)
+
+
+def left(folder: Path, step: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the loss of a run's last step, and the masters and moments that it has saved."""
+    (last, *_) = checkpoints(folder / "checkpoint")
+    assert last.step == step
+    return last.state["train_curve"][-1][1], load_file(last.place / MASTERS_FILE)
+
+
+@pytest.mark.parametrize("name", ["lora", "cla", "c3la"])
+def test_each_step_in_bfloat16_is_that_of_the_run_alone(run: RunConfig, tmp_path: Path, name: str) -> None:
+    """Each one starts from the state of the run alone, since differences of roundings grow over a course."""
+    run = changed(run, scale={"dtype": "bfloat16", "zero": 2}, evaluate={"every": 1})
+    session, one = Session.open(run, Worker()), with_method(run, name, seed=3)
+    neighbours = {
+        "plus": with_method(run, "lora_plus", seed=1),
+        "rows": with_method(run, "cla", seed=2, optim={"rows_per_step": 4}),
+    }
+    alone = tmp_path / "alone"
+    for step in range(1, 5):
+        together = tmp_path / f"{step}"
+        if step > 1:
+            shutil.copytree(alone, together / "one")
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(one, Session.open(one, session.worker), DieAt(step), alone).fit()
+        pack = Pack(session)
+        courses = Courses[TrainResult](pack)
+        for key, each in {"one": one, **neighbours}.items():
+            begin(courses, pack, key, each, together)
+        while "one" not in courses.questions or courses.questions["one"].step < step:
+            for key in courses.questions:
+                courses.answer(key, True)
+            courses.advance()
+        (loss, expected), (packed_loss, found) = (left(place, step) for place in (alone, together / "one"))
+        courses.close()
+        pack.close()
+        # Two layers, forward and backward.
+        assert abs(packed_loss - loss) <= tolerance(torch.bfloat16, WIDEST, 4) * loss
+        assert found.keys() == expected.keys()
+        for part, values in expected.items():
+            assert_close(found[part], values, torch.bfloat16, WIDEST, 4)
 
 
 def test_slots_that_do_not_fit_together_share_no_pass(
