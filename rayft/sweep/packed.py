@@ -197,7 +197,9 @@ class PackedScores:
     def _jobs(self) -> dict[str, Job[Any, Any]]:
         """Take jobs until their questions fill a batch."""
         jobs = {self._first.id: self._first}
-        count, most = questions(self._first.request, self._session), room(self._session)
+        request = self._first.request
+        count = questions(request, self._session)
+        most = room(self._session, request.run.evaluate.batch_size)
         while count < most:
             job = ray.get(self._lane.broker.pull.remote(self._lane.name, 0.0, self._first.pack))
             if not isinstance(job, Job):

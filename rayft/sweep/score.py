@@ -43,10 +43,11 @@ __all__ = [
     "score_together",
 ]
 
-TOGETHER = 512
-"""Questions, of several adapters, that are taken up at once."""
-MOST_TOGETHER = 4096
-"""The most of them on a GPU."""
+TOGETHER, MOST_TOGETHER = 512, 4096
+"""The fewest and the most questions, of several adapters, that a GPU takes up at once."""
+BATCHES = 4
+"""Batches of questions that a CPU takes up at once. More would not be faster, and scores are kept only when
+all of them are answered."""
 ROOM = 0.3
 """Share of a GPU's free memory for the keys and values of their tokens."""
 
@@ -140,11 +141,16 @@ def questions(request: ScoreRequest, session: Session) -> int:
     return sum(len(sample(len(getattr(session.parts, part)), request.examples)) for part in request.parts)
 
 
-def room(session: Session) -> int:
-    """Return how many questions, of several adapters, are taken up at once: on a GPU, those that fit."""
+def room(session: Session, batch_size: int) -> int:
+    """Return how many questions, of several adapters, are taken up at once: on a GPU, those that fit.
+
+    Args:
+        session: base and data.
+        batch_size: questions of a batch (`evaluate.batch_size`).
+    """
     device = torch.device(session.worker.device)
     if device.type != "cuda":
-        return TOGETHER
+        return BATCHES * batch_size
     config = session.loaded.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -198,7 +204,9 @@ def score_together(
         own = prompts_of(part, requests[key].examples, requests[key].style)
         prompts += own
         owners += [numbers[key]] * len(own)
-    batch = evaluate.batch_size if session.worker.device == "cpu" else max(evaluate.batch_size, room(session))
+    batch = evaluate.batch_size
+    if session.worker.device != "cpu":
+        batch = max(batch, room(session, batch))
     with _answering(loaded.model):
         slots = {numbers[key]: attached(loaded.model, found) for key, found in adapters.items() if found}
         pack(loaded.model, slots, layout)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from rayft.data.section import DataConfig
 from rayft.sweep import packed as module
 from rayft.sweep.jobs import Job
-from rayft.sweep.packed import PackedTrials
+from rayft.sweep.packed import PackedScores, PackedTrials
+from rayft.sweep.score import BATCHES, ScoreRequest
 from rayft.train.course import CrowdedError, Question
+from rayft.train.run import EvaluateConfig, RunConfig
 from rayft.train.slots import Sizing
 
 
@@ -23,9 +28,13 @@ class Lane:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.over: list[tuple[str, object]] = []
+        self.alone: list[str] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def run_alone(self, job: Job[Any, Any]) -> None:
+        self.alone.append(job.id)
 
     def ended(self, job: Job[Any, Any], result: object) -> None:
         self.over.append((job.id, result))
@@ -78,3 +87,53 @@ def test_the_evaluations_of_a_rung_go_to_the_broker_in_one_message(monkeypatch: 
     assert answered == ["end"]
     trials._ask()
     assert calls[4:] == [("report", "end")], "an evaluation was passed on twice"
+
+
+def scored(
+    monkeypatch: pytest.MonkeyPatch, together: Callable[..., Any], pull: Callable[..., Any], first: Any
+) -> Any:
+    """Score jobs on a CPU; return what the lane was told."""
+    monkeypatch.setattr(module.ray, "get", lambda found: found)
+    monkeypatch.setattr(module, "score_together", together)
+    lane: Any = Lane()
+    lane.broker = SimpleNamespace(pull=SimpleNamespace(remote=pull))
+    session: Any = SimpleNamespace(
+        parts=SimpleNamespace(test=range(100)), worker=SimpleNamespace(device="cpu"), home=None
+    )
+    PackedScores(lane, session, first).run()
+    return lane
+
+
+def requested(examples: int) -> ScoreRequest:
+    data = DataConfig(source="jsonl", name="unused.jsonl")
+    run = RunConfig(data=data, evaluate=EvaluateConfig(batch_size=5))
+    return ScoreRequest(run, ("test",), examples=examples)
+
+
+@pytest.mark.parametrize("examples", [1, 10, 40])
+def test_a_cpu_keeps_scores_after_few_batches(monkeypatch: pytest.MonkeyPatch, examples: int) -> None:
+    """Jobs that fill some batches are scored and reported before the next ones are taken."""
+    waiting = [Job.of(f"{number}", requested(examples), pack="one") for number in range(8)]
+    first, events = waiting.pop(0), list[str]()
+
+    def pull(*_: object) -> Job[Any, Any] | None:
+        return waiting.pop(0) if waiting else None
+
+    def together(requests: Any, *_: object) -> dict[str, object]:
+        events.append("+".join(requests))
+        return {key: {"test": [1.0] * examples} for key in requests}
+
+    lane = scored(monkeypatch, together, pull, first)
+    assert events == ["+".join(f"{number}" for number in range(min(8, max(1, 5 * BATCHES // examples))))]
+    assert [key for key, _ in lane.over] == events[0].split("+")
+
+
+def test_jobs_that_can_not_be_scored_together_are_scored_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = [Job.of(f"{number}", requested(10), pack="one") for number in range(3)]
+
+    def together(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    lane = scored(monkeypatch, together, lambda *_: waiting.pop(0) if waiting else None, waiting.pop(0))
+    assert lane.alone == ["0", "1"], "of four batches"
+    assert lane.over == []

@@ -212,4 +212,4 @@ def test_a_gpu_takes_up_as_many_questions_as_fit(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
     # A token of 4 layers with 2 heads of 16: 512 bytes.
-    assert room(session) == questions
+    assert room(session, 50) == questions
