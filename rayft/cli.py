@@ -27,7 +27,7 @@ cached = typer.Typer()
 app.add_typer(cached, name="cache")
 console = terminal()
 
-Kind = Annotated[str, typer.Argument(help="data, models, hashes, probes, lanes, kernels or all.")]
+Kind = Annotated[str, typer.Argument(help="data, models, hashes, probes, lanes, kernels, compiled or all.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting of the configuration: --set sweep.trials=4. Repeatable."),

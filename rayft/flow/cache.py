@@ -8,6 +8,7 @@
     <cache>/probes/<key>.json     how a kind of run uses a GPU best, or what was rehearsed
     <cache>/lanes/<lane>/         a lane's copies of files, on a node that does not share the home's disk
     <Triton's cache>/<key>/       a compiled kernel, of rayft or of another program
+    <Inductor's cache>/…          what `torch.compile` has made, for rayft or another program
 
 All of this can be made again. `RAYFT_CACHE` may be a folder that holds other files too, so only what has a
 name that rayft gives is listed and deleted.
@@ -44,6 +45,10 @@ __all__ = ["KINDS", "Entry", "Outcome", "delete_all", "entries", "of_kind", "shr
 
 BOUNDED = ("data", "models")
 """Kinds whose size a user bounds. The others are small, or not rayft's alone."""
+PLACES = {"kernels": "TRITON_CACHE_DIR", "compiled": "TORCHINDUCTOR_CACHE_DIR"}
+"""Kind → variable of its folder, where that is not in rayft's cache."""
+COMPILING_SECONDS = 600.0
+"""Time since the last change within which a compilation may still need what others have left."""
 UNFINISHED_SECONDS = 86400.0
 """Time without a change after which an unfinished model counts as abandoned; no lock tells."""
 
@@ -51,6 +56,7 @@ _SET = re.compile(r"(?P<key>[0-9a-f]{24})|\.(?P<unfinished>[0-9a-f]{24})\.(?P<ma
 _UNFINISHED_MODEL = re.compile(r"\.(.+)-[a-z0-9_]{8}")
 _HASH = re.compile(r"[0-9a-f]{24}\.json")
 _KERNEL = re.compile(r"[A-Z2-7]{52}")
+_COMPILED = re.compile(r"fxgraph|aotautograd|triton|cache|locks|precompiled_headers|(?P<hash>[a-z2-7]{2})")
 _KERNEL_LOCK = re.compile(r"rayft-.+\.lock")
 _DELETED = re.compile(r"\.deleted-[0-9a-f]{16}")
 
@@ -108,23 +114,25 @@ class Outcome:
         return not why
 
 
-def entries(cache: Path, kernels: Path | None) -> list[Entry]:
+def entries(cache: Path, kernels: Path | None, compiled: Path | None = None) -> list[Entry]:
     """Return what is kept, in the order of `KINDS`; of each kind, what was used last is first.
 
     Args:
         cache: rayft's cache. It need not exist.
         kernels: Triton's cache; None without Triton.
+        compiled: Inductor's cache; by default it is left out.
 
     Raises:
         ResourceError: if a folder can't be read.
     """
     with _readable("RAYFT_CACHE"):
         _inside(cache)
+    others = {"kernels": kernels, "compiled": compiled}
     found: list[Entry] = []
     for kind, scan in _SCANS.items():
-        folder = kernels if kind == "kernels" else cache / kind
+        folder = others.get(kind, cache / kind)
         if folder is not None:
-            with _readable("TRITON_CACHE_DIR" if kind == "kernels" else "RAYFT_CACHE"):
+            with _readable(PLACES.get(kind, "RAYFT_CACHE")):
                 paths = _inside(folder)
                 here = [*scan(paths), *_remains(kind, paths)]
             found += sorted(here, key=lambda entry: -entry.used)
@@ -230,6 +238,16 @@ def _kernels(paths: Sequence[Path]) -> Iterator[Entry]:
     )
 
 
+def _compiled(paths: Sequence[Path]) -> Iterator[Entry]:
+    found = [path for path in paths if (name := _COMPILED.fullmatch(path.name)) and _is_inductors(path, name)]
+    return _entry("compiled", "functions compiled by torch.compile", found, rest=COMPILING_SECONDS)
+
+
+def _is_inductors(path: Path, name: re.Match[str]) -> bool:
+    """Return whether a path is Inductor's: a folder of two letters has files whose hashes begin with them."""
+    return not name["hash"] or all(one.name.startswith(f"c{name['hash']}") for one in _inside(path))
+
+
 _SCANS: dict[str, Callable[[Sequence[Path]], Iterator[Entry]]] = {
     "data": _sets,
     "models": _models,
@@ -237,9 +255,10 @@ _SCANS: dict[str, Callable[[Sequence[Path]], Iterator[Entry]]] = {
     "probes": _probes,
     "lanes": _lanes,
     "kernels": _kernels,
+    "compiled": _compiled,
 }
 KINDS = (*_SCANS,)
-"""Kinds of what is kept. Each but the kernels is in a folder of that name."""
+"""Kinds of what is kept. Each but those of `PLACES` is in a folder of that name."""
 
 
 def _remains(kind: str, paths: Sequence[Path]) -> Iterator[Entry]:

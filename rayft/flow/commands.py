@@ -31,7 +31,7 @@ from rayft.flow.guard import guarded
 from rayft.flow.hold import hold
 from rayft.flow.interrupt import interrupts
 from rayft.flow.options import check_overrides, refuse_unused
-from rayft.kernels.launch_triton import kernel_cache
+from rayft.kernels.launch_triton import inductor_cache, kernel_cache
 from rayft.models.files import cache_folder
 from rayft.paths import check_file, check_folder, checked_text, read_path
 from rayft.registry.promote import Gate
@@ -653,7 +653,7 @@ def list_cache(kind: str, console: Console) -> None:
     """Print what is kept on this machine.
 
     Args:
-        kind: data, models, hashes, probes, lanes, kernels or all.
+        kind: data, models, hashes, probes, lanes, kernels, compiled or all.
         console: for the output.
 
     Raises:
@@ -671,7 +671,7 @@ def clear_cache(kind: str, console: Console) -> None:
     """Delete what is kept on this machine, except what is in use.
 
     Args:
-        kind: data, models, hashes, probes, lanes, kernels or all.
+        kind: data, models, hashes, probes, lanes, kernels, compiled or all.
         console: for the output.
 
     Raises:
@@ -682,7 +682,7 @@ def clear_cache(kind: str, console: Console) -> None:
 
 
 def _kept() -> list[Entry]:
-    return entries(cache_folder(), kernel_cache())
+    return entries(cache_folder(), kernel_cache(), inductor_cache())
 
 
 def _show_kept(table: Table, console: Console) -> None:
@@ -694,6 +694,7 @@ def _show_kept(table: Table, console: Console) -> None:
     console.print(f"cache: {cache_folder()}", highlight=False, soft_wrap=True)
     if kernels := kernel_cache():
         console.print(f"kernels: {kernels}", highlight=False, soft_wrap=True)
+    console.print(f"compiled: {inductor_cache()}", highlight=False, soft_wrap=True)
 
 
 def _show_deleted(outcome: Outcome, console: Console, rest: str = "") -> None:

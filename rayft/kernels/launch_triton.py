@@ -11,6 +11,7 @@ those of an earlier launch gets its kernel from `Launcher.found`, and passes it 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,7 +23,15 @@ import torch
 
 from rayft.files import locked
 
-__all__ = ["Launch", "Launcher", "aligned", "compiling_ahead", "current_stream", "kernel_cache"]
+__all__ = [
+    "Launch",
+    "Launcher",
+    "aligned",
+    "compiling_ahead",
+    "current_stream",
+    "inductor_cache",
+    "kernel_cache",
+]
 
 Launch = Callable[..., None]
 """Launches a compiled kernel: (programs along x, programs along y, stream, *addresses, *numbers). Triton must
@@ -148,6 +157,13 @@ def kernel_cache() -> Path | None:
     except ImportError:
         return None
     return Path(knobs.cache.dir)
+
+
+def inductor_cache() -> Path:
+    """Return the folder in which `torch.compile` keeps what it has made, which need not exist."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()).absolute()
 
 
 @contextmanager

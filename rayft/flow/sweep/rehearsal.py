@@ -26,7 +26,7 @@ from rayft.errors import DiskFullError
 from rayft.files import write_file
 from rayft.flow.address import on_cluster
 from rayft.flow.config import PipelineConfig, load_config
-from rayft.kernels.launch_triton import kernel_cache
+from rayft.kernels.launch_triton import inductor_cache, kernel_cache
 from rayft.models.files import cache_folder
 from rayft.models.load import is_here, load_skeleton
 from rayft.sweep.executor import MOST_SLOTS
@@ -180,10 +180,8 @@ def known(file: Path) -> bool:
 
 def mark(file: Path) -> None:
     """Mark what was rehearsed, with the number of entries that the compilers' caches have."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
     # Inductor has set the folder of Triton's cache, if it has compiled anything.
-    folders = [str(folder) for folder in (cache_dir(), kernel_cache()) if folder is not None]
+    folders = [str(folder) for folder in (inductor_cache(), kernel_cache()) if folder and folder.is_dir()]
     # Without a writable cache, each command rehearses anew.
     with suppress(OSError, DiskFullError):
         write_file(file, json.dumps({"rehearsed": {folder: _entries(folder) for folder in folders}}))

@@ -92,6 +92,16 @@ def kernels(folder: Path) -> Path:
     return folder
 
 
+def compiled(folder: Path) -> Path:
+    """Make Inductor's cache, with what it keeps by hash, and a folder of other files."""
+    for name in ("ab/cabcde.py", "fxgraph/xy/xyz", "locks/cabcde.lock", "mn/notes", "models/x"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes(10))
+    for path in [*folder.rglob("*"), folder]:
+        aged(path, 1)
+    return folder
+
+
 def names(found: list[Entry]) -> list[str]:
     return [entry.paths[0].name for entry in found]
 
@@ -115,7 +125,7 @@ def test_each_kind_is_listed_with_its_size_and_its_last_use(cache: Path, tmp_pat
     (cache / "probes").mkdir()
     (cache / "probes" / f"{0:024x}.json").write_text("{}")
     lane(cache, 60)
-    found = entries(cache, kernels(tmp_path / "triton"))
+    found = entries(cache, kernels(tmp_path / "triton"), compiled(tmp_path / "inductor"))
     assert [(entry.kind, entry.name, len(entry.paths), entry.size) for entry in found] == [
         ("data", "org/set", 1, 1000),
         ("data", "questions.jsonl", 1, 1000),
@@ -124,10 +134,11 @@ def test_each_kind_is_listed_with_its_size_and_its_last_use(cache: Path, tmp_pat
         ("probes", "settings tried on GPUs", 1, 2),
         ("lanes", "lane-60", 1, 0),
         ("kernels", "compiled kernels", 1, 50),
+        ("compiled", "functions compiled by torch.compile", 3, 30),
     ]
     assert all(entry.whole for entry in found)
     ages = [round((time.time() - entry.used) / DAY) for entry in found]
-    assert ages == [1, 2, 3, 0, 0, 0, 0]
+    assert ages == [1, 2, 3, 0, 0, 0, 0, 1]
     assert {entry.kind for entry in found} == set(KINDS)
     assert of_kind(found, "all") == found
     assert names(of_kind(found, "models")) == ["mine"]
@@ -249,6 +260,16 @@ def test_kernels_are_left_while_one_is_compiled(cache: Path, tmp_path: Path) -> 
         assert (triton / KERNEL / "shrink.cubin").exists()
     assert delete_all(entries(cache, triton)).freed == 50
     assert not (triton / KERNEL).exists()
+
+
+def test_what_torch_compile_keeps_is_left_while_it_may_compile(cache: Path, tmp_path: Path) -> None:
+    inductor = compiled(tmp_path / "inductor")
+    aged(inductor / "ab" / "cabcde.py", 60 / DAY)
+    outcome = delete_all(entries(cache, None, inductor))
+    assert [why for _, why in outcome.left] == ["it may be in use: it changed 1 min ago"]
+    aged(inductor / "ab" / "cabcde.py", 1)
+    assert delete_all(entries(cache, None, inductor)).freed == 30
+    assert sorted(os.listdir(inductor)) == ["mn", "models"]
 
 
 def test_a_lane_is_left_until_it_counts_as_abandoned(cache: Path) -> None:
@@ -443,3 +464,5 @@ def test_a_folder_that_can_not_be_read_is_named_with_its_setting(
         entries(cache, None)
     with pytest.raises(ResourceError, match=rf"can't read {triton} .*set TRITON_CACHE_DIR"):
         entries(tmp_path / "empty", triton)
+    with pytest.raises(ResourceError, match=rf"can't read {triton} .*set TORCHINDUCTOR_CACHE_DIR"):
+        entries(tmp_path / "empty", None, triton)

@@ -91,6 +91,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with three prepared sets of 1 MB; the first was used last."""
     monkeypatch.setenv("RAYFT_CACHE", str(tmp_path))
     monkeypatch.setattr("rayft.flow.commands.kernel_cache", lambda: None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     for age, letter in enumerate("abc"):
         folder = tmp_path / "data" / (24 * letter)
         folder.mkdir(parents=True)
