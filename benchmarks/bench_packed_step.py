@@ -7,7 +7,7 @@
 K trials train as one batch. They alternate between lora and cla, and have ranks of 4, 8, 16 and 32, on all
 linears. Beside them are, all with rank 16 and as CUDA graphs: one trial's step over K times the rows, with
 lora and with cla (`over_single` is relative to their mean); the steps of K trials one after the other, half
-of them lora's and half cla's (`over_sequential`); and the frozen base (`over_floor`). A step is forward,
+of them lora's and half cla's (`over_lanes`); and the frozen base (`over_floor`). A step is forward,
 backward, and fused AdamW over everything that trains; see bench_train_step.py for the rest. `--profile`
 lists the kernels that the packed step and the ones beside it spend their time in.
 
@@ -171,7 +171,7 @@ def run(model: Any, place: str, trials: int, batch: tuple[int, int], rounds: int
         "over_single": (ms["lora"] + ms["cla"]) / 2,
         "over_lora": ms["lora"],
         "over_cla": ms["cla"],
-        "over_sequential": trials * (ms["lora alone"] + ms["cla alone"]) / 2,
+        "over_lanes": trials * (ms["lora alone"] + ms["cla alone"]) / 2,
         "over_floor": ms["floor"],
     }
     print(place, " ".join(f"{case} {found:.2f} ms" for case, found in ms.items()), flush=True)

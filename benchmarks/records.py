@@ -278,7 +278,7 @@ def packed_step_table() -> str:
     for case, metrics in found.items():
         trials, shape, rows = case.split("/")
         cells = [_cell(metrics, "ms", "{:.0f} ms")]
-        cells += [_cell(metrics, name, "{:.2f}") for name in ("over_lora", "over_cla", "over_sequential")]
+        cells += [_cell(metrics, name, "{:.2f}") for name in ("over_lora", "over_cla", "over_lanes")]
         lines.append(f"| {_packed_place(trials, shape, rows)} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", _origin_line(found)])
 
@@ -488,14 +488,17 @@ def data_prepare_table() -> str:
     for item in load("data_prepare"):
         cases.setdefault(item["case"], {})[item["metric"]] = item["value"]
     rows = []
-    for case, found in sorted(cases.items(), key=lambda item: int(item[0].partition("x")[0])):
-        count, cores = int(case.partition("x")[0]), case.rpartition("/")[2].removesuffix("cores")
+    for case, found in sorted(
+        cases.items(), key=lambda item: int(item[0].split("/")[1].removesuffix("rows"))
+    ):
+        _, count_text, cores_text = case.split("/")
+        count, cores = int(count_text.removesuffix("rows")), cores_text.removesuffix("cores")
         rows.append(
             f"| {count:,}, {cores} cores "
-            f"| {found['alone_ms_a_row']:.2f} ms, {found['alone_own_kib_a_row']:.0f} KiB "
-            f"| {found['first_ms_a_row']:.2f} ms, {found['first_ms_a_row'] * count / 1000:.0f} s in all "
-            f"| {found['first_largest_process']:.1f} GiB | {found['second_seconds']:.1f} s "
-            f"| {found['worker_own']:.0f} MiB "
+            f"| {found['alone_ms_per_row']:.2f} ms, {found['alone_own_kib_per_row']:.0f} KiB "
+            f"| {found['ms_per_row']:.2f} ms, {found['ms_per_row'] * count / 1000:.0f} s in all "
+            f"| {found['first_largest_process']:.1f} GiB | {found['second_start_seconds']:.1f} s "
+            f"| {found['worker_mib']:.0f} MiB "
             f"| {found['on_disk']:.2f} GiB |"
         )
     return "\n".join(
