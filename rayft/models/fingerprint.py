@@ -126,38 +126,46 @@ def places(source: str, revision: str | None, *, local: bool = False) -> dict[st
         local: whether to use only files on this machine and download nothing.
     """
     from safetensors import safe_open
-    from transformers.utils.hub import cached_file
 
-    def found(name: str) -> str | None:
-        path: str | None = cached_file(
-            source,
-            name,
-            revision=revision,
-            local_files_only=local,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        return path
-
-    single = found(WEIGHTS_FILE)
+    single = _file_of(source, revision, WEIGHTS_FILE, local=local)
     if single is not None:
         with safe_open(single, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), single)
-    index = found(INDEX_FILE)
+    index = _file_of(source, revision, INDEX_FILE, local=local)
     if index is None:
         return {}
     files = _weight_map(index)
-    paths = {file: found(file) for file in set(files.values())}
+    paths = {file: _file_of(source, revision, file, local=local) for file in set(files.values())}
     return {key: path for key, file in files.items() if (path := paths[file]) is not None}
 
 
-def absent_files(source: str) -> list[str]:
-    """Return the files of weights that a folder's index names and that are not there; none for a hub id."""
-    folder = Path(source)
-    if (folder / WEIGHTS_FILE).is_file() or not (folder / INDEX_FILE).is_file():
+def absent_files(source: str, revision: str | None = None) -> list[str]:
+    """Return the files of weights that a model's index names and that are not on this machine.
+
+    Args:
+        source: a folder or a hub id.
+        revision: of a hub model.
+    """
+    index = _file_of(source, revision, INDEX_FILE, local=True)
+    if index is None or _file_of(source, revision, WEIGHTS_FILE, local=True) is not None:
         return []
-    named = {*_weight_map(folder / INDEX_FILE).values()}
-    return sorted(file for file in named if not (folder / file).is_file())
+    named = {*_weight_map(index).values()}
+    return sorted(file for file in named if _file_of(source, revision, file, local=True) is None)
+
+
+def _file_of(source: str, revision: str | None, name: str, *, local: bool) -> str | None:
+    """Return the path of a model's file, which is downloaded if it may be; None if there is none."""
+    from transformers.utils.hub import cached_file
+
+    path: str | None = cached_file(
+        source,
+        name,
+        revision=revision,
+        local_files_only=local,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return path
 
 
 def _weight_map(index: str | Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rayft.models.files import hub_cache
-from rayft.models.fingerprint import places
+from rayft.models.fingerprint import absent_files, places
 from rayft.models.load import Task
 
 __all__ = ["hub_models"]
@@ -38,7 +38,7 @@ def _fits(name: str, task: Task) -> bool:
     }[task]
     try:
         settings, _ = transformers.PreTrainedConfig.get_config_dict(name, local_files_only=True)
-        whole = bool(places(name, None, local=True))
+        whole = bool(places(name, None, local=True)) and not absent_files(name)
     except (OSError, ValueError, KeyError):
         # Downloaded in part.
         return False

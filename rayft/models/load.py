@@ -339,7 +339,7 @@ def load_skeleton(config: ModelConfig) -> Any:
         settings = _settings(config, source)
         with torch.device("meta"):
             model = _auto_class(config).from_config(settings)
-        _check_files(source)
+        _check_files(source, config.revision)
         _check_kinds(config, model, source)
         return model
 
@@ -389,9 +389,13 @@ def _check_stored(config: ModelConfig, section: dict[str, Any]) -> None:
             )
 
 
-def _check_files(source: str) -> None:
-    """Refuse a folder of which some shards were not fetched or copied."""
-    if absent := absent_files(source):
+def _check_files(source: str, revision: str | None) -> None:
+    """Refuse a model of which some shards were not fetched or copied, and can't be fetched now."""
+    from huggingface_hub import is_offline_mode
+
+    if not Path(source).is_dir() and not is_offline_mode():
+        return
+    if absent := absent_files(source, revision):
         raise ModelError(
             f"{source} lacks {', '.join(absent[:3])}{' and others' if absent[3:] else ''}, in which its "
             "model.safetensors.index.json places weights: fetch or copy the model again, with all its files"

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from rayft.errors import ModelError
 from rayft.methods.base import MethodConfig
 from rayft.models.files import unused
+from rayft.models.here import hub_models
 from rayft.models.inject import inject
 from rayft.models.load import (
     LoadedModel,
@@ -298,6 +299,31 @@ def test_a_base_that_lacks_a_shard_names_it(tiny_folder: Path, tmp_path: Path) -
     for load in (load_weights, load_skeleton):
         with pytest.raises(ModelError, match=rf"base lacks {second.name}, in .*: fetch or copy .* again"):
             load(config)
+
+
+def test_a_downloaded_base_that_lacks_a_shard_names_it_without_a_network(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "models--org--base"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("a" * 40)
+    (place / "blobs").mkdir()
+    folder = place / "snapshots" / ("a" * 40)
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(tiny_folder).save_pretrained(folder, max_shard_size="100KB")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = ModelConfig(name="org/base")
+    assert load_skeleton(config)
+    assert hub_models("causal_lm") == ["org/base"]
+    _, second, *_ = sorted(folder.glob("model-*.safetensors"))
+    second.unlink()
+    with pytest.raises(ModelError, match=rf"org/base lacks {second.name}, in .*: fetch or copy .* again"):
+        load_skeleton(config)
+    assert hub_models("causal_lm") == []
+    # With a network it would be fetched.
+    monkeypatch.setattr("huggingface_hub.is_offline_mode", lambda: False)
+    assert load_skeleton(config)
 
 
 def test_a_shallow_base_has_each_kind_of_layer(tmp_path: Path) -> None:
