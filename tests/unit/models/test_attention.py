@@ -155,6 +155,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": 4},
     "gpt_oss": {"sliding_window": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
     "olmo2": {},
+    "olmo3": {"sliding_window": 4},
+    "qwen2": {},
+    "smollm3": {},
+    "exaone4": {"sliding_window": 4},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 """Types of models, with what their configuration needs beside `SMALL`."""
 
@@ -165,20 +171,34 @@ def test_packed_examples_have_the_logits_and_gradients_that_each_has_alone(
     kind: str, checkpointing: bool
 ) -> None:
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**SMALL | KINDS[kind])
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SMALL | KINDS[kind])).float()
     attend_by_segments(model)
     assert model.config._attn_implementation == NAME
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    ids = torch.randint(1, 64, (1, sum(LENGTHS)))
     ends = torch.tensor(LENGTHS).cumsum(0)
-    offsets = torch.cat([torch.zeros(1), ends]).int()
+    assert_each_is_alone(model, torch.cat([torch.zeros(1), ends]).int())
+
+
+@pytest.mark.parametrize("gone", [1, 3])
+def test_a_segment_that_sees_the_next_is_noticed(gone: int) -> None:
+    """The segments before and after a boundary are one."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**SMALL)).float().train()
+    attend_by_segments(model)
+    offsets = torch.cat([torch.zeros(1), torch.tensor(LENGTHS).cumsum(0)]).int()
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_each_is_alone(model, torch.cat([offsets[:gone], offsets[gone + 1 :]]))
+
+
+def assert_each_is_alone(model: Any, offsets: torch.Tensor) -> None:
+    """Compare a packed row with each of its examples, in logits and gradients."""
+    ids = torch.randint(1, 64, (1, sum(LENGTHS)))
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     mask = mask_for(model, offsets, *ids.shape)
-    assert mask.numel() == len(LENGTHS) + 1
+    assert mask.numel() == len(offsets)
 
     def gradients(logits: torch.Tensor) -> list[torch.Tensor]:
         return list(

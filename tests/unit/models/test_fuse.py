@@ -51,12 +51,22 @@ KNOWN: dict[str, dict[str, int]] = {
     # LayerNorm, pairs of neighbours, a factor of logits.
     "cohere": {"feed-forward blocks": 2},
     "gpt2": {"the loss": 1},
+    "gpt_neox": {"rotary embeddings": 2, "the loss": 1},
+    "ministral": LLAMA,
+    "smollm3": LLAMA,
+    "olmo3": {"norms": 9, "feed-forward blocks": 2, "rotary embeddings": 2, "the loss": 1},
+    "exaone4": {"norms": 9, "feed-forward blocks": 2, "rotary embeddings": 2, "the loss": 1},
+    # Feed-forward blocks of experts.
+    "mixtral": {"norms": 5, "rotary embeddings": 2},
+    "qwen3_moe": {"norms": 9, "rotary embeddings": 2},
 }
 MORE: dict[str, dict[str, Any]] = {
     "granite": {"residual_multiplier": 0.7, "logits_scaling": 3.0},
     "phi3": {"partial_rotary_factor": 0.5},
     "gemma2": {"query_pre_attn_scalar": 8},
     "gemma3_text": {"query_pre_attn_scalar": 8},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
 }
 
 
