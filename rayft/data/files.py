@@ -158,6 +158,12 @@ def _of_hub(name: str, split: str) -> Iterator[None]:
         with room_on(caches[0], others=caches[1:]):
             yield
     except (ConnectionError, OSError) as error:
+        if str(error).startswith("Not enough disk space"):
+            raise DataError(
+                f"the hub's set '{path}' does not fit on the disk of {caches[0]}: {error}). Set data.rows to "
+                "use only the first rows of each split, which are then streamed, or HF_HOME to a folder on a "
+                "larger disk"
+            ) from error
         if isinstance(error, FileNotFoundError) and "Couldn't reach" not in str(error):
             raise DataError(f"the hub has no data set '{path}' that can be read: {error}") from error
         raise DataError(

@@ -11,6 +11,7 @@ import pytest
 from rayft.config import parse
 from rayft.data import source
 from rayft.data.example import Example, Message
+from rayft.data.files import load_hub
 from rayft.data.source import PARTS, DataConfig, majority_answer, read
 from rayft.errors import ConfigError, DataError
 from tests.unit.data.small_data import config, keys, lines, pairs
@@ -125,6 +126,26 @@ def test_an_unreachable_hub_and_a_missing_set_are_different_errors(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unknown)
     with pytest.raises(DataError, match="can't load split 'tset' of 'org/set' from the hub: Unknown split"):
         read(config(source="hub", name="org/set", files={"train": "tset"}))
+
+
+def test_a_hub_set_that_the_disk_can_not_hold_can_be_used_in_part(monkeypatch, tmp_path):
+    """The real library refuses it; only the hub and the disk's free space are not real."""
+    (tmp_path / "set").mkdir()
+    lines(tmp_path / "set" / "train.jsonl", pairs(0, 50))
+    own = datasets.load_dataset
+
+    def load(path: str, *given: Any, **options: Any) -> Any:
+        assert path == "org/set"
+        return own(str(tmp_path / "set"), *given, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.builder.has_sufficient_disk_space", lambda *_, **__: False)
+    with pytest.raises(
+        DataError, match=r"'org/set' does not fit on the disk of .*cache.*Set data.rows to use"
+    ):
+        load_hub("org/set", "train")
+    assert len(load_hub("org/set", "train", 7)) == 7
 
 
 def test_the_first_rows_of_a_hub_set_are_streamed(monkeypatch, tmp_path):
