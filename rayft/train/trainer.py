@@ -270,7 +270,10 @@ class Trainer:
         """Report that attention computes all pairs of tokens, once for all runs of a session."""
         if self.worker.rank > 0 or self.run.model.task != "causal_lm":
             return
-        graphs = (self.placement if self.pack is None else self.pack.placement).graphs
+        graphs = self.placement.graphs
+        if self.pack is not None:
+            # Nothing is captured in a pack while one of its runs has dropout.
+            graphs = self.pack.placement.graphs and not self.run.method.dropout
         text = why_dense(self.model, torch.device(self.worker.device), graphs=graphs)
         if text and text not in self.session.said:
             self.session.said.add(text)

@@ -28,6 +28,7 @@ from rayft.train.run import Placement, RunConfig, why_alone
 from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, TrainResult
 from rayft.train.worker import Worker
+from tests.reporter import RecordingReporter
 from tests.unit.train.curves import WIDEST, assert_same_losses
 from tests.unit.train.runs import DieAt, changed, play, two_rows, with_method
 
@@ -313,6 +314,20 @@ def test_no_rows_are_padded_for_graphs_that_dropout_prevents(
         assert not result.placement["graphs"]
         # The same numbers only in rows of the same width.
         assert result.train_curve == eager[name].train_curve  # type: ignore[union-attr]
+
+
+def test_a_run_with_dropout_in_a_pack_tells_of_no_mask_for_graphs(
+    run: RunConfig, session: Session, tmp_path: Path
+) -> None:
+    pack, reporter = Pack(session, graphs=True), RecordingReporter()
+    courses = Courses[TrainResult](pack)
+    for dropout in (0.2, 0.0):
+        one = changed(run, method={"rank": 8, "dropout": dropout})
+        trainer = Trainer(one, pack.session(), reporter, tmp_path / f"{dropout}", pack=pack)
+        courses.begin(f"{dropout}", trainer.course(), trainer.clock)
+        assert len(reporter.notes) == (not dropout), "in float32 a run by graphs takes a mask"
+    courses.close()
+    pack.close()
 
 
 def test_what_a_slot_drops_is_not_drawn_anew(
