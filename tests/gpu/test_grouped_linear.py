@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,9 +100,9 @@ class Slots:
             return [selector(rows[0], 16), selector(slice(cut[2], cut[6]), 5), self.repeated(rows[6], b=True)]
         if name == "chains":
             return [
-                lora(rows[0], 6, b=False, a=False), lora(rows[0], 3),
+                lora(rows[0], 6, b=False, a=False), lora(rows[0], 3, 0.8),
                 # A window that wraps onto columns of an earlier link.
-                selector(rows[4], 8, b=False, first=0), selector(rows[4], 4, first=last - 1),
+                selector(rows[4], 8, b=False, first=0), selector(rows[4], 4, 1.1, first=last - 1),
                 selector(rows[5], 6, b=False), self.repeated(rows[5]), selector(rows[5], 3, first=last),
                 selector(rows[8], 2, b=False),
             ]  # fmt: skip
@@ -188,6 +190,54 @@ def test_grad_x_is_written_before_the_product_or_added_to_it(
     x, weight, g = random(N, IN), small(OUT, IN), random(N, OUT)
     monkeypatch.setattr(plan.table(x, OUT).division, "adds", not write)
     check(x, weight, None, plan, g, step(x, weight, None, plan, g))
+
+
+MUTANTS = {
+    "y without the scale": ("o, in_o, rank, R))) * scale\n", "o, in_o, rank, R)))\n"),
+    "the second link with the first one's scale": ("rank_2, R))) * scale_2", "rank_2, R))) * scale"),
+    "q without the scale": ("return q * _scale(chunk)", "return q"),
+    "q of all tiles but the first": ("tile in tl.static_range(TILES)", "tile in tl.static_range(1, TILES)"),
+    "db of the last rows alone": ("db += tl.dot(tl.trans(h), g)", "db = tl.dot(tl.trans(h), g)"),
+    "db without the scale": ("(db * _scale(chunk))", "db"),
+    "the column before": ("column[:, None] == i[None, :]", "column[:, None] == i[None, :] + 1"),
+    "no product of the second chunk": ("added += tl.dot(low_2, a_2)", "pass"),
+    "columns written, not added to": ("q += tl.load(out, mask=mask, other=0.0).to(tl.float32)", "pass"),
+    "the base's gradient lost": ("added += tl.load(out, mask=mask, other=0.0).to(tl.float32)", "pass"),
+}  # fmt: skip
+"""What is wrong → text of the kernels, and what stands in its place."""
+
+
+@pytest.mark.parametrize("wrong", MUTANTS)
+def test_wrong_kernels_are_noticed(wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from rayft.kernels import grouped_linear_triton as kernels
+
+    text, (right, instead) = Path(kernels.__file__).read_text(encoding="utf-8"), MUTANTS[wrong]
+    assert right in text
+    file = tmp_path / "mutant.py"
+    file.write_text(text.replace(right, instead), encoding="utf-8")
+    spec = spec_from_file_location("mutant", file)
+    assert spec is not None
+    assert spec.loader is not None
+    mutant = module_from_spec(spec)
+    spec.loader.exec_module(mutant)
+    monkeypatch.setattr("rayft.kernels.grouped_linear_triton", mutant)
+
+    def compare(name: str, n: int, *, write: bool) -> None:
+        plan = Plan(Slots(OUT, IN, torch.bfloat16).mix(name, n))
+        x, weight, g = random(n, IN), small(OUT, IN), random(n, OUT)
+        monkeypatch.setattr(plan.table(x, OUT).division, "adds", not write)
+        check(x, weight, None, plan, g, step(x, weight, None, plan, g))
+
+    def all_kinds() -> None:
+        for name in MIXES:
+            for write in (True, False):
+                compare(name, N, write=write)
+        # Slots with more rows than a program reads at once.
+        compare("lora", 10 * N, write=True)
+
+    torch.manual_seed(0)
+    with pytest.raises(AssertionError, match="relative error"):
+        all_kinds()
 
 
 def test_strided_operands_and_factors_at_any_address() -> None:
