@@ -1,12 +1,12 @@
 """Measure a whole sweep, and the same trials by Ray Tune, Ray Train, PEFT and DeepSpeed as users write it.
 
-    python benchmarks/bench_sweep.py [--parts cold,warm,hand,tune,shared] [--shape 135m] [--commit HASH]
+    python benchmarks/bench_sweep.py [--parts cold,hand_cold,warm,hand,tune,shared] [--shape 135m]
 
 Sixteen trials (lora and cla, four ranks, two rates) of 60 steps of 4 rows of 512 tokens, each evaluated three
 times, none stopped; nothing is set but the space. `cold`: `rayft sweep` without prepared data, probes and
-compiled kernels. `warm`: with them. `hand`: the same with the best settings given. `tune`: a few trials one
-after the other, whose marginal time counts. `shared`: several of them share the GPU. Weights are random.
-Tune's trials train LoRA in place of cla.
+compiled kernels. `warm`: with them. `hand_cold` and `hand`: the same with the best settings given. `tune`: a
+few trials one after the other, whose marginal time counts. `shared`: several of them share the GPU. Weights
+are random. Tune's trials train LoRA in place of cla.
 """
 
 from __future__ import annotations
@@ -192,11 +192,11 @@ class Bench:
         self.records: list[dict[str, Any]] = []
 
     def sweep(self, case: str) -> None:
-        """Measure rayft; for the case `cold` without what earlier sweeps have left in the caches."""
-        if case == "cold":
+        """Measure rayft; for the cold cases without what earlier sweeps have left in the caches."""
+        if case.endswith("cold"):
             for place in CACHES.values():
                 shutil.rmtree(self._folder / place, ignore_errors=True)
-        settings = (*BEST, f"sweep.slots={BEST_SLOTS[self._shape]}") if case == "hand" else ()
+        settings = (*BEST, f"sweep.slots={BEST_SLOTS[self._shape]}") if case.startswith("hand") else ()
         seconds, stages, lanes = run_sweep(self._folder, self._config, settings)
         self._add(case, seconds)
         for stage, spent in {**stages, **lanes}.items():
@@ -212,11 +212,12 @@ class Bench:
 
     def compare(self) -> None:
         """Add how many times as long others took: Tune, its fastest way first, then settings by hand."""
-        others = {case: took for case, took in self.seconds.items() if case.startswith(("tune", "hand"))}
-        for case in ("cold", "warm"):
-            for name, took in sorted(others.items(), key=lambda item: (item[0] == "hand", item[1])):
-                if case in self.seconds:
-                    ratio = took / self.seconds[case]
+        others = {case: took for case, took in self.seconds.items() if case.startswith("tune")}
+        fastest = sorted(others, key=others.__getitem__)
+        for case, by_hand in (("cold", "hand_cold"), ("warm", "hand")):
+            for name in (*fastest, by_hand):
+                if {case, name} <= self.seconds.keys():
+                    ratio = self.seconds[name] / self.seconds[case]
                     print(f"{name} over {case}: {ratio:.2f}x", flush=True)
                     self.records.append(record(BENCH, self._case(case), f"{name}_over", ratio, "x"))
 
@@ -249,7 +250,7 @@ def main() -> None:
             make_data(folder / "data.jsonl", 2400)
         bench = Bench(folder, options.shape, options.trials, options.steps, options.rows)
         for part in options.parts.split(","):
-            if part in ("cold", "warm", "hand"):
+            if part in ("cold", "hand_cold", "warm", "hand"):
                 bench.sweep(part)
             else:
                 share = options.share if part == "shared" else 1.0

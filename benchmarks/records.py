@@ -318,7 +318,8 @@ def sweep_table() -> str:
     for case, title in (
         ("cold", "`rayft sweep`, first on its machine"),
         ("warm", "`rayft sweep`, with what the first one left in the caches"),
-        ("hand", "the same, with the best settings given"),
+        ("hand_cold", "the first, with the best settings given"),
+        ("hand", "with the caches and the best settings given"),
         ("tune_4_a_gpu", "Tune, TorchTrainer, PEFT, DeepSpeed; four trials a GPU"),
         ("tune", "the same, one trial after the other"),
     ):
@@ -352,8 +353,8 @@ def _by_hand(found: Cases, spent: Cases) -> list[str]:
     for place in (case.removesuffix("/hand") for case in found if case.endswith("/hand")):
         shape, trials = place.split("/")
         whole = [
-            found[f"{place}/{case}"]["seconds"]["value"] / found[f"{place}/hand"]["seconds"]["value"]
-            for case in ("cold", "warm")
+            _ratio(found, f"{place}/{case}", f"{place}/{hand}")
+            for case, hand in (("cold", "hand_cold"), ("warm", "hand"))
         ]
         warm, hand = (
             sum(
@@ -364,8 +365,15 @@ def _by_hand(found: Cases, spent: Cases) -> list[str]:
             for case in ("warm", "hand")
         )
         title = f"{shape[:-1]} {shape[-1].upper()}, {trials.replace('_', ' ')}"
-        lines.append(f"| {title} | {whole[0]:.2f} | {whole[1]:.2f} | {warm / hand:.2f} |")
+        lines.append(f"| {title} | {' | '.join(whole)} | {warm / hand:.2f} |")
     return lines if len(lines) > 3 else []
+
+
+def _ratio(found: Cases, one: str, other: str) -> str:
+    """Return how many times as many seconds one case took as another; empty if one was not measured."""
+    if not {one, other} <= found.keys():
+        return ""
+    return f"{found[one]['seconds']['value'] / found[other]['seconds']['value']:.2f}"
 
 
 TRAINING = ("find the number of slots", "train", "first steps of new slots")
