@@ -641,6 +641,19 @@ def test_links_of_a_chain_need_no_new_engine(
     assert built == [4]
 
 
+@pytest.mark.parametrize(("short", "sizes"), [(2, [4]), (3, [4, 1])])
+def test_an_engine_that_is_mostly_empty_is_built_anew(
+    run: RunConfig, session: Session, tmp_path: Path, built: list[int], short: int, sizes: list[int]
+) -> None:
+    """Without new runs, the places of those that have ended would be kept to the end."""
+    runs = {f"short{seed}": changed(run, seed=seed, optim={"steps": 2}) for seed in range(short)}
+    runs |= {f"long{seed}": changed(run, seed=9 + seed) for seed in range(4 - short)}
+    alone = Trainer(runs["long0"], session, Reporter(), tmp_path / "alone").fit()
+    built.clear()
+    assert_same(alone, packed(runs, session, tmp_path / "together")["long0"])
+    assert built == sizes
+
+
 def test_ranks_that_fall_at_the_same_step_need_one_new_engine(
     run: RunConfig, session: Session, tmp_path: Path, built: list[int]
 ) -> None:
