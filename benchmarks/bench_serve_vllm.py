@@ -23,7 +23,8 @@ interval.
                (base rows, and 32 adapters), streaming and not: tokens per second, time to the first token
     tier       `rayft serve` with 12 adapters of 100 MB and room for 4 on the device: time to the first token
                of one that was evicted, and of one that is there; and the time between the parts of 32 streams
-               of the base, without and with one evicted adapter loaded each second
+               of the base: alone (`quiet`), while one request a second asks for an adapter that is there
+               (`asked`), and while one asks for an evicted one (`loading`)
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ CLIENTS, TURNS = 64, 3
 PORTS = {"vllm": 9001, "rayft": 9002}
 SERVED = [("vllm", "base"), ("rayft", "base"), ("rayft", "32_adapters")]
 NAMES = {0: "base", 8: "8_adapters", 32: "32_adapters"}
-EVICTING, STREAMED, TIER_ROUNDS = 12, 800, 3
+EVICTING, STREAMED, TIER_ROUNDS = 12, 2000, 3
 """Adapters of which few fit, tokens of a stream, and comparisons of the part `tier`."""
 
 
@@ -774,13 +775,13 @@ def first_token(model: str, chosen: random.Random) -> float:
     return (first - begin) * 1e3
 
 
-def between(pipes: Sequence[Connection], seed: int, evicted: Iterator[str] | None) -> list[float]:
+def between(pipes: Sequence[Connection], seed: int, adapters: Iterator[str] | None) -> list[float]:
     """Stream answers of the base.
 
     Args:
         pipes: lead to the clients.
         seed: of the prompts.
-        evicted: names of adapters; each second the next one is asked for.
+        adapters: each second the next one is asked for; None to ask for nothing.
 
     Returns:
         The seconds between parts of an answer, sorted.
@@ -790,9 +791,9 @@ def between(pipes: Sequence[Connection], seed: int, evicted: Iterator[str] | Non
     chosen = random.Random(seed)
     while not all(pipe.poll() for pipe in pipes):
         begin = time.perf_counter()
-        if evicted is not None:
-            first_token(next(evicted), chosen)
-        time.sleep(max(0.0, (0.05 if evicted is None else 1.0) - (time.perf_counter() - begin)))
+        if adapters is not None:
+            first_token(next(adapters), chosen)
+        time.sleep(max(0.0, (0.05 if adapters is None else 1.0) - (time.perf_counter() - begin)))
     return sorted(gap for pipe in pipes for gap in pipe.recv())
 
 
@@ -811,7 +812,10 @@ def tier() -> list[dict[str, Any]]:
     )
     between(pipes, 0, evicted)
     for turn in range(TIER_ROUNDS):
-        for name, asked in (("quiet", None), ("loading", evicted)):
+        resident = next(evicted)
+        first_token(resident, chosen)
+        there = itertools.repeat(resident)
+        for name, asked in (("quiet", None), ("asked", there), ("loading", evicted)):
             gaps = between(pipes, 100 * turn, asked)
             for share in (50, 99):
                 found[f"{name}_p{share}_ms/{turn}"] = gaps[len(gaps) * share // 100] * 1e3

@@ -12,8 +12,8 @@ captured once and replayed as a CUDA graph; elsewhere the launches of kernels do
 In `1x8192` and `1x16384` a row has 8 examples of equal length, which attend by segments. Beside them are LoRA
 and PEFT's LoRA with a mask of all pairs of tokens, and PEFT's with a row for each example (`…_unpacked`).
 `--fused` measures the floor, `cla` and LoRA with a plain base and with a fused one (`…_fused`), whose loss is
-rayft's; all are compared with the plain floor. With `--trainer` LoRA also trains by rayft's `Trainer`
-(`lora_trainer`: DeepSpeed's ZeRO-2, float32 masters, packed rows, CUDA graphs), whose whole steps are timed.
+rayft's; all are compared with the plain floor. With `--trainer` both also train by rayft's `Trainer`
+(`lora_trainer`, `cla_trainer`: DeepSpeed ZeRO-2, float32 masters, packed rows), whose whole steps are timed.
 `--profile` lists the kernels that a replayed step spends its time in, compared with the floor.
 """
 
@@ -73,6 +73,7 @@ EXAMPLES = 8
 LONG = ("floor", "lora", "cla", "lora_masked", "peft_lora_bf16_masked", "peft_lora_bf16_unpacked")
 """The cases of batches of one row."""
 FUSED = ("floor", "floor_fused", "cla", "cla_fused", "lora", "lora_fused")
+TRAINED = ("cla_trainer", "lora_trainer")
 FUSED_PLACES = (
     "135m/4x512/graph", "1b/16x512/graph", "1b/1x8192", "1b/1x8192/graph", "1b/1x16384", "1b/1x16384/graph"
 )  # fmt: skip
@@ -269,14 +270,20 @@ def session_of(model: Any, count: int, tokens: int, device: str) -> Session:
 
 
 def train(
-    model: Any, batch: tuple[int, int], steps: int, *, device: str = "cuda", graphs: bool = True
+    model: Any,
+    batch: tuple[int, int],
+    steps: int,
+    *,
+    name: str = "lora",
+    device: str = "cuda",
+    graphs: bool = True,
 ) -> list[float]:
-    """Train LoRA by rayft's trainer, and return the milliseconds of its steps.
+    """Train a method by rayft's trainer, and return the milliseconds of its steps.
 
     Such rows let a step compute what a bare one does.
     """
     rows, tokens = batch
-    run = run_of(MethodConfig(rank=RANK), batch, steps, device, graphs=graphs)
+    run = run_of(MethodConfig(name=name, rank=RANK), batch, steps, device, graphs=graphs)
     # A row alone holds several examples, as in the bare step.
     examples = EXAMPLES if rows == 1 else 1
     session = session_of(model, 4 * rows * examples, tokens // examples, device)
@@ -294,11 +301,13 @@ def join_group(backend: str) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
 
-def measure_trainer(model: Any, batch: tuple[int, int], steps: int, found: Timings, *, graph: bool) -> None:
+def measure_trainer(
+    model: Any, name: str, batch: tuple[int, int], steps: int, found: Timings, *, graph: bool
+) -> None:
     """Time the steps of a trainer after its first three, with a fused base."""
     fuse(model)
     try:
-        found.ms += train(model, batch, steps + 3, graphs=graph)[3:]
+        found.ms += train(model, batch, steps + 3, name=name, graphs=graph)[3:]
     finally:
         unfuse(model)
         gc.collect()
@@ -355,8 +364,9 @@ def run_shape(
                     key = (case, place)
                     timings = found.setdefault(key, Timings())
                     try:
-                        if case == "lora_trainer":
-                            measure_trainer(model, batch, steps, timings, graph=graph)
+                        if case.endswith("_trainer"):
+                            method = case.removesuffix("_trainer")
+                            measure_trainer(model, method, batch, steps, timings, graph=graph)
                         else:
                             measure(model, case, batch, steps, timings, graph=graph)
                     except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
@@ -465,7 +475,7 @@ def main() -> None:
         cases = given or ["floor", *PEFT_CASES, *(OURS if shape == "1b" else FEW)]
         long: Sequence[str] = LONG
         if arguments.fused:
-            cases = long = [*(given or FUSED), *(["lora_trainer"] if arguments.trainer else [])]
+            cases = long = [*(given or FUSED), *(TRAINED if arguments.trainer else ())]
         for found in run_shape(shape, cases, long, arguments.steps, places):
             rows += records(found, arguments.commit, bench)
             # Save after each batch, so that an interrupted run loses one batch at most.

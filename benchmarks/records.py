@@ -243,8 +243,8 @@ LONG_ROWS = {
 def train_floor_table() -> str:
     """Return the table of plain and fused bases: each case over the plain floor."""
     found = cases("train_floor")
-    names = ("floor", "floor_fused", "cla", "cla_fused", "lora", "lora_fused", "lora_trainer")
-    titles = [name.replace("_", ", ").replace("lora, trainer", "lora, fused, trainer") for name in names]
+    names = ("floor", "floor_fused", "cla", "cla_fused", "cla_trainer", "lora", "lora_fused", "lora_trainer")
+    titles = [name.replace("_", ", ").replace(", trainer", ", fused, trainer") for name in names]
     lines = [f"| | {' | '.join(titles)} |", "| --- |" + " --- |" * len(names)]
     places = dict.fromkeys(case.partition("/")[2] for case in found)
     for place in places:
