@@ -188,7 +188,11 @@ class Bench:
     def __init__(self, folder: Path, shape: str, trials: int, steps: int, rows: int) -> None:
         self._folder, self._shape, self._trials, self._steps = folder, shape, trials, steps
         self._config = configuration(folder, trials, steps, rows)
+        self._kept = folder / f"{shape}-{trials}.json"
         self.seconds: dict[str, float] = {}
+        """Part → seconds, also of earlier calls with the same folder."""
+        if self._kept.is_file():
+            self.seconds = json.loads(self._kept.read_text(encoding="utf-8"))
         self.records: list[dict[str, Any]] = []
 
     def sweep(self, case: str) -> None:
@@ -223,6 +227,7 @@ class Bench:
 
     def _add(self, case: str, seconds: float, **more: Any) -> None:
         self.seconds[case] = seconds
+        self._kept.write_text(json.dumps(self.seconds), encoding="utf-8")
         print(f"{case}: {seconds:.1f} s", flush=True)
         self.records.append(record(BENCH, self._case(case), "seconds", seconds, "s", **more))
 
@@ -238,8 +243,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=4, help="of a step")
     parser.add_argument("--shape", default="135m")
-    parser.add_argument("--share", type=float, default=0.25, help="of a GPU, in `shared`")
-    parser.add_argument("--folder", help="where base, data and caches are kept between calls")
+    parser.add_argument("--shares", default="0.25", help="of a GPU, in `shared`: 0.5,0.25")
+    parser.add_argument("--folder", help="keeps base, data, caches and what was measured between calls")
     parser.add_argument("--commit")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -252,9 +257,11 @@ def main() -> None:
         for part in options.parts.split(","):
             if part in ("cold", "hand_cold", "warm", "hand"):
                 bench.sweep(part)
+            elif part == "tune":
+                bench.tune(part, 1.0)
             else:
-                share = options.share if part == "shared" else 1.0
-                bench.tune(part if share == 1 else f"tune_{round(1 / share)}_a_gpu", share)
+                for share in map(float, options.shares.split(",")):
+                    bench.tune(f"tune_{round(1 / share)}_a_gpu", share)
             # After each part, so that an interrupted run loses one part at most.
             keep(bench.records, options.commit)
         bench.compare()

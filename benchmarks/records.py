@@ -79,6 +79,7 @@ def headline_table() -> str:
     whole = cases("sweep_makespan", "1*")
     sweep = {name: _cell(found, "seconds", "{:.0f} s") for name, found in whole.items()}
     trials = "135m/16_trials"
+    fastest, how = next(iter(_by_tune(whole, trials).items()))
     squeezed = [case for case in demo if "@r" in case]
     smallest = min(squeezed, key=lambda case: demo[case]["mb"]["value"])
     winner, _, rank = smallest.partition("@r")
@@ -105,7 +106,7 @@ def headline_table() -> str:
         (f"Demo's winner squeezed to rank {rank}", scored[smallest], f"as trained: {scored[winner]}"),
         (
             f"Sweep of 16 trials, 135 M, {_gpu(whole[f'{trials}/cold'])}", sweep[f"{trials}/cold"],
-            f"Tune with PEFT: {sweep[f'{trials}/tune_4_a_gpu']}, four at once",
+            f"Tune with PEFT: {sweep[f'{trials}/{fastest}']}, {how.partition(': ')[2]}",
         ),
         (
             f"LoRA training step, 1 B model, {_gpu(step['lora/1b/16x512'])}", ms["lora"],
@@ -315,22 +316,33 @@ def sweep_table() -> str:
     place = next(case for case in found if case.startswith("135m/")).rpartition("/")[0]
     shape = place.split("/")[0]
     lines = ["| | seconds | over the first sweep | over a sweep with caches |", "| --- | --- | --- | --- |"]
-    for case, title in (
-        ("cold", "`rayft sweep`, first on its machine"),
-        ("warm", "`rayft sweep`, with what the first one left in the caches"),
-        ("hand_cold", "the first, with the best settings given"),
-        ("hand", "with the caches and the best settings given"),
-        ("tune_4_a_gpu", "Tune, TorchTrainer, PEFT, DeepSpeed; four trials a GPU"),
-        ("tune", "the same, one trial after the other"),
-    ):
-        metrics = found.get(f"{place}/{case}", {})
-        digits = "{:.1f}" if case.startswith("tune") else "{:.2f}"
-        over = [_cell(found[f"{place}/{own}"], f"{case}_over", digits) for own in ("cold", "warm")]
-        lines.append(f"| {title} | {_cell(metrics, 'seconds', '{:.0f}')} | {' | '.join(over)} |")
+    titles = {
+        "cold": "`rayft sweep`, first on its machine",
+        "warm": "`rayft sweep`, with what the first one left in the caches",
+        "hand_cold": "the first, with the best settings given",
+        "hand": "with the caches and the best settings given",
+        **_by_tune(found, place),
+    }
+    for case, title in titles.items():
+        if (metrics := found.get(f"{place}/{case}")) is not None:
+            digits = "{:.1f}" if case.startswith("tune") else "{:.2f}"
+            over = [_cell(found[f"{place}/{own}"], f"{case}_over", digits) for own in ("cold", "warm")]
+            lines.append(f"| {title} | {_cell(metrics, 'seconds', '{:.0f}')} | {' | '.join(over)} |")
     lines += _stages(spent, shape, "seconds of a sweep")
     lines += [*_by_hand(found, spent), "", _origin_line(found)]
     on_cpu = cases("sweep_overhead", "tiny/*")
     return "\n".join([*lines, *_stages(on_cpu, "tiny", "seconds on a CPU"), "", _origin_line(on_cpu)])
+
+
+def _by_tune(found: Cases, place: str) -> dict[str, str]:
+    """Return how Tune ran the trials of a place, the fastest way first: case → title."""
+    ways = [case.removeprefix(f"{place}/") for case in found if case.startswith(f"{place}/tune")]
+    numbers = {"1": "one trial", "2": "two trials", "4": "four trials", "8": "eight trials"}
+    titles = {
+        way: f"{numbers[way.split('_')[1]]} a GPU" if "_" in way else "one trial after the other"
+        for way in sorted(ways, key=lambda way: found[f"{place}/{way}"]["seconds"]["value"])
+    }
+    return {way: f"Tune, TorchTrainer, PEFT, DeepSpeed: {how}" for way, how in titles.items()}
 
 
 def _stages(spent: Cases, shape: str, title: str) -> list[str]:
