@@ -763,23 +763,24 @@ def has_text(line: str) -> bool:
     return line.startswith("data: {") and bool(json.loads(line[6:])["choices"][0]["text"])
 
 
-def first_token(model: str, chosen: random.Random) -> float:
-    """Return the milliseconds until an answer begins."""
-    import httpx
-
+def first_token(client: Any, model: str, chosen: random.Random) -> float:
+    """Return the milliseconds until an answer begins, over a connection that is open already."""
     begin = time.perf_counter()
-    with httpx.stream("POST", url(), json=question(model, chosen, 4), timeout=60) as answer:
+    with client.stream("POST", url(), json=question(model, chosen, 4)) as answer:
         lines = answer.iter_lines()
         first = next(time.perf_counter() for line in lines if has_text(line))
         collections.deque(lines, maxlen=0)
     return (first - begin) * 1e3
 
 
-def between(pipes: Sequence[Connection], seed: int, adapters: Iterator[str] | None) -> list[float]:
+def between(
+    client: Any, pipes: Sequence[Connection], seed: int, adapters: Iterator[str] | None
+) -> list[float]:
     """Stream answers of the base.
 
     Args:
-        pipes: lead to the clients.
+        client: asks for adapters.
+        pipes: lead to the clients that stream.
         seed: of the prompts.
         adapters: each second the next one is asked for; None to ask for nothing.
 
@@ -792,33 +793,46 @@ def between(pipes: Sequence[Connection], seed: int, adapters: Iterator[str] | No
     while not all(pipe.poll() for pipe in pipes):
         begin = time.perf_counter()
         if adapters is not None:
-            first_token(next(adapters), chosen)
+            first_token(client, next(adapters), chosen)
         time.sleep(max(0.0, (0.05 if adapters is None else 1.0) - (time.perf_counter() - begin)))
     return sorted(gap for pipe in pipes for gap in pipe.recv())
 
 
-def tier() -> list[dict[str, Any]]:
-    """Measure adapters that the device has no room for, through rayft's server."""
-    server = subprocess.Popen([sys.executable, __file__, "--serve", "tier"])
-    wait_for(PORTS["rayft"])
-    pipes, chosen, found = start_clients(), random.Random(0), dict[str, float]()
+def evicted_and_loaded(client: Any, pipes: Sequence[Connection]) -> dict[str, float]:
+    """Measure the part `tier`: name → milliseconds."""
+    chosen, found = random.Random(0), dict[str, float]()
     # In turn, so that each one was evicted since it was used; the first round warms up.
     evicted = itertools.cycle(f"large{number}" for number in range(EVICTING))
     for name in itertools.islice(evicted, EVICTING):
-        first_token(name, chosen)
-    pairs = [(first_token(name, chosen), first_token(name, chosen)) for name in itertools.islice(evicted, 24)]
+        first_token(client, name, chosen)
+    pairs = [
+        (first_token(client, name, chosen), first_token(client, name, chosen))
+        for name in itertools.islice(evicted, 24)
+    ]
     found["evicted_first_token_ms"], found["there_first_token_ms"] = map(
         statistics.median, zip(*pairs, strict=True)
     )
-    between(pipes, 0, evicted)
+    between(client, pipes, 0, evicted)
     for turn in range(TIER_ROUNDS):
         resident = next(evicted)
-        first_token(resident, chosen)
+        first_token(client, resident, chosen)
         there = itertools.repeat(resident)
         for name, asked in (("quiet", None), ("asked", there), ("loading", evicted)):
-            gaps = between(pipes, 100 * turn, asked)
+            gaps = between(client, pipes, 100 * turn, asked)
             for share in (50, 99):
                 found[f"{name}_p{share}_ms/{turn}"] = gaps[len(gaps) * share // 100] * 1e3
+    return found
+
+
+def tier() -> list[dict[str, Any]]:
+    """Measure adapters that the device has no room for, through rayft's server."""
+    import httpx
+
+    server = subprocess.Popen([sys.executable, __file__, "--serve", "tier"])
+    wait_for(PORTS["rayft"])
+    pipes = start_clients()
+    with httpx.Client(timeout=60) as client:
+        found = evicted_and_loaded(client, pipes)
     for pipe in pipes:
         pipe.send(None)
     server.terminate()
