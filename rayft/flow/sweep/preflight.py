@@ -39,7 +39,7 @@ from rayft.models.methods import method
 from rayft.models.targets import check_pattern, linear_shapes, select
 from rayft.paths import check_folder
 from rayft.sweep.executor import MOST_SLOTS
-from rayft.sweep.space import Point, check_executor, check_slots, points
+from rayft.sweep.space import Point, check_distinct, check_executor, check_slots, points
 from rayft.tracking.base import TrackerSpec, tracker_spec
 from rayft.tracking.connection import check as check_tracker
 from rayft.tracking.mlflow import prepare as prepare_tracker
@@ -93,6 +93,7 @@ def preflight(config: PipelineConfig) -> Plan:
     begun = check_stamp(config, output)
     run = config.run(has_gpus())
     trials = points(config.sweep, run)
+    check_distinct(trials)
     executor = check_executor(config.sweep, run)
     slots, turns = check_slots(config.sweep, trials, lambda: load_skeleton(run.model))
     _check_devices(run)

@@ -53,6 +53,8 @@ def test_a_plan_has_all_settings_decided(tmp_path: Path) -> None:
     ("override", "error", "match"),
     [
         ("sweep.methods.lora.ranks=[40]", TargetError, r"rank 40 is above .* at most 16"),
+        ("sweep.methods.lora.ranks=[4, 4]", ConfigError, "2 trials have the name lora-r4-"),
+        ("sweep.methods.lora.targets=[]", ConfigError, "targets is empty; name at least one module"),
         ("sweep.methods.lora.targets=[q_porj]", TargetError, "did you mean 'q_proj'"),
         ("model.name=tiny-lama", ModelError, "did you mean 'tiny-llama'"),
         ("data.max_length=20", DataError, "too long"),
