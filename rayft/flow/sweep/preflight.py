@@ -103,6 +103,10 @@ def preflight(config: PipelineConfig) -> Plan:
     prepared = prepare(config.data, encoder, cache_folder())
     parts = prepared.parts
     check_task(run, parts)
+    if config.sweep.select_by == "val_score" and not parts.asks:
+        raise ConfigError(
+            "sweep.select_by is val_score, but raw text has no answers to score; set it to val_loss"
+        )
     encoded = {part: prepared.encoded(part, context) for part in PARTS}
     _check_links(trials, encoded["train"])
     trials = known_keys(trials, begun, output)

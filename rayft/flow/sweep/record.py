@@ -205,11 +205,14 @@ def _squeezed(item: SqueezedAdapter, scores: Mapping[str, Measured]) -> Squeezed
 
 
 def _comparisons(found: Findings) -> tuple[Comparison, ...]:
-    """Compare the winner with the best baseline and with each trial, and squeezed versions with both."""
-    if found.winner is None:
+    """Compare the winner with the best baseline and with each trial, and squeezed versions with both.
+
+    Without baselines nothing has been scored, and nothing can be compared.
+    """
+    known = [key for key, measured in found.baselines.items() if not measured.error]
+    if found.winner is None or not known:
         return ()
     name, scores, baselines = found.winner.point.name, found.scores, found.baselines
-    known = [key for key, measured in baselines.items() if not measured.error]
     best = max(known, key=lambda key: baselines[key].mean("val") or 0.0)
     pairs = [(name, scores[name], best, baselines[best])]
     versions = {item.name for item in found.squeezed}

@@ -203,7 +203,9 @@ class _Stages:
                     self._executor, found.squeezed, config.cont, plan.output, plan.tracker, self._display.say
                 ),
             ]
-        scores = scoring.score_squeezed(self._executor, found.squeezed, store=self._store)
+        scores = {item.name: Measured() for item in found.squeezed}
+        if plan.parts.asks:
+            scores = scoring.score_squeezed(self._executor, found.squeezed, store=self._store)
         scoring.say_unscored(scores, self._display.say)
         found.squeezed = [item for item in found.squeezed if not scores[item.name].error]
         found.scores |= scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,15 @@ def test_mistakes_are_found_before_anything_starts(
 ) -> None:
     with pytest.raises(error, match=match):
         preflight(tiny(tmp_path, override))
+
+
+def test_raw_text_has_no_scores_that_could_decide(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"Box {number} is empty."}) for number in range(12)]
+    (tmp_path / "boxes.jsonl").write_text("\n".join(rows))
+    data = f"data={{source: jsonl, name: {tmp_path / 'boxes.jsonl'}, val: 2, test: 2}}"
+    preflight(tiny(tmp_path, data))
+    with pytest.raises(ConfigError, match=r"select_by is val_score, but raw text has no answers"):
+        preflight(tiny(tmp_path / "other", data, "sweep.select_by=val_score"))
 
 
 def test_a_sqlite_file_is_refused_on_several_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
