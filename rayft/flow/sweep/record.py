@@ -164,8 +164,10 @@ def _trial(trial: Trial, measured: Measured) -> TrialRecord:
     if result is None:
         return TrialRecord(**common, reason=trial.error)  # type: ignore[arg-type]
     behind = "" if result.finished else f"behind others at step {result.steps}"
-    if ranked and not result.finished and result.rank:
-        # Stopped before its last link, or before its rank had fallen all the way.
+    varies = config.chain is not None or trial.point.run.anneal is not None
+    early = not result.finished or result.kept_step is not None
+    if ranked and varies and early and result.rank:
+        # It has kept what it had before its last link, or before its rank had fallen all the way.
         common["rank"] = result.rank
     seconds = result.seconds
     return TrialRecord(
