@@ -280,8 +280,8 @@ def why_not_served(winner: Trial, trials: Sequence[Trial], *, extracted: bool) -
         instead = f"the best one that can is {best.point.name} in {best.result.folder}"
     if extracted:
         cant = (
-            "no LoRA that was extracted from it is known to keep its score, so nothing is registered, promoted "
-            "or served"
+            "no LoRA that was extracted from it is known to keep its score, so nothing is registered, "
+            "promoted or served"
         )
     else:
         cant = "it can't be squeezed, registered, promoted or served here"

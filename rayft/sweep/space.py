@@ -10,15 +10,14 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 from torch import nn
 
-from rayft.config import SINCE, Section
+from rayft.config import SINCE, Section, config_errors
 from rayft.errors import ConfigError, MethodError
 from rayft.methods.base import ChainConfig, MethodConfig
 from rayft.models.methods import method
@@ -47,9 +46,9 @@ DRAWS = 1000
 class LogUniform(Section):
     """A range that is sampled log-uniformly."""
 
-    low: float = Field(gt=0)
+    low: float = Field(gt=0, allow_inf_nan=False)
     """Smallest value."""
-    high: float = Field(gt=0)
+    high: float = Field(gt=0, allow_inf_nan=False)
     """Largest value."""
 
     @model_validator(mode="after")
@@ -105,8 +104,8 @@ class MethodSpace(Section):
     @field_validator("lr")
     @classmethod
     def _lr_positive(cls, value: tuple[float, ...] | LogUniform) -> tuple[float, ...] | LogUniform:
-        if isinstance(value, tuple) and (not value or min(value) <= 0):
-            raise ValueError("needs at least one learning rate, all above 0")
+        if isinstance(value, tuple) and not (value and all(0 < lr < math.inf for lr in value)):
+            raise ValueError("needs at least one learning rate, all above 0 and finite")
         return value
 
 
@@ -289,7 +288,7 @@ def _family(name: str, space: MethodSpace, sweep: SweepConfig, run: RunConfig) -
         pairs = _drawn(name, space.ranks, space.lr, share, run.seed)
     own = MethodSpace.model_fields.keys() - {"ranks", "lr", "anneal"}
     shared = {field: getattr(space, field) for field in own}
-    with _refusing(f"sweep.methods.{name}: "):
+    with config_errors(f"sweep.methods.{name}: "):
         configs = {rank: MethodConfig(name=name, rank=rank, **shared) for rank in space.ranks}
     return [_point(configs[rank], space.anneal, lr, seed, run) for seed in sweep.seeds for rank, lr in pairs]
 
@@ -334,15 +333,5 @@ def _point(config: MethodConfig, anneal: AnnealConfig | None, lr: float, seed: i
 
 def _checked(run: RunConfig, changes: dict[str, object]) -> RunConfig:
     sections = {name: getattr(run, name) for name in RunConfig.model_fields}
-    with _refusing():
+    with config_errors():
         return RunConfig(**{**sections, **changes})
-
-
-@contextmanager
-def _refusing(where: str = "") -> Iterator[None]:
-    """Raise a ConfigError, which begins with `where`, for settings that the block finds to be wrong."""
-    try:
-        yield
-    except ValidationError as error:
-        reasons = "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in error.errors())
-        raise ConfigError(f"{where}{reasons}") from error

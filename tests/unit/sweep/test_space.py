@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,6 +112,8 @@ def test_trials_that_have_the_same_name_are_refused(
         ({"methods": {"lora": {"rank": 8}}}, "unknown key 'methods.lora.rank'; did you mean 'ranks'"),
         ({"methods": {"lora": {"ranks": [0]}}}, "ranks start at 1"),
         ({"methods": {"lora": {"lr": [-1.0]}}}, "all above 0"),
+        ({"methods": {"lora": {"lr": [1e-3, math.nan]}}}, "all above 0 and finite"),
+        ({"methods": {"lora": {"lr": {"low": 1e-3, "high": math.inf}}}}, r"lr\.high: .* finite"),
         ({"methods": {"lora": {"lr": {"low": 1e-2, "high": 1e-3}}}}, "low must be below high"),
         ({"methods": {"lora": {}}, "seeds": [1, 1]}, "none twice"),
         ({"methods": {"lora": {}}, "slots": 0}, "needs at least one slot, or auto"),
@@ -189,7 +192,7 @@ def test_annealing_reaches_every_point_and_its_name(run: RunConfig) -> None:
             "lora",
             MethodSpace(rank_pattern={"q_(proj": 4}),
             ConfigError,
-            r"sweep\.methods\.lora: 'q_\(proj' is no regular expression",
+            r"methods\.lora: rank_pattern: 'q_\(proj' is no regular expression",
         ),
         (
             "lora",
