@@ -92,6 +92,27 @@ def test_raw_text_has_no_scores_that_could_decide(tmp_path: Path) -> None:
         preflight(tiny(tmp_path / "other", data, "sweep.select_by=val_score"))
 
 
+@pytest.mark.parametrize(("words", "limit", "fits"), [(1, 4, True), (3000, 4, False), (1, 1020, False)])
+def test_a_question_that_could_not_be_scored_is_found_before_anything_starts(
+    tmp_path: Path, words: int, limit: int, fits: bool
+) -> None:
+    """Although texts that are too long to train on are dropped."""
+    for part, count in (("train", 12), ("test", 3)):
+        rows = [{"prompt": f"What is in box {part} {number}?", "completion": "5"} for number in range(count)]
+        rows[-1]["prompt"] += " Look well." * (words if part == "test" else 1)
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = f"{{train: {tmp_path / 'train.jsonl'}, test: {tmp_path / 'test.jsonl'}}}"
+    data = f"data={{source: jsonl, files: {files}, val: 2, max_length: 128, too_long: drop}}"
+    config = tiny(tmp_path, data, f"evaluate.max_new_tokens={limit}")
+    if fits:
+        preflight(config)
+        return
+    with pytest.raises(
+        DataError, match=rf"(val|test): the question '.*an answer of {limit}, so no trial could"
+    ):
+        preflight(config)
+
+
 def test_a_sqlite_file_is_refused_on_several_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": True}])
     with pytest.raises(TrackingError, match="start `mlflow server`"):
