@@ -20,6 +20,7 @@ from rayft.errors import (
 from rayft.flow.cluster import check_tracking
 from rayft.flow.config import PipelineConfig, load_config, packaged
 from rayft.flow.sweep.preflight import preflight, skeleton
+from rayft.flow.sweep.run import patience_text
 from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.tracking.base import TrackerSpec
@@ -90,6 +91,25 @@ def test_raw_text_has_no_scores_that_could_decide(tmp_path: Path) -> None:
     preflight(tiny(tmp_path, data))
     with pytest.raises(ConfigError, match=r"select_by is val_score, but raw text has no answers"):
         preflight(tiny(tmp_path / "other", data, "sweep.select_by=val_score"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "before"),
+    [
+        # ASHA's rungs are at 2 and 4 of 8 steps.
+        (["evaluate.patience=1"], None),
+        (["evaluate.patience=2"], 2),
+        (["evaluate.patience=2", "evaluate.every=3"], None),
+        (["evaluate.patience=1", "evaluate.every=50", "sweep.grace=8"], 0),
+        ([], None),
+    ],
+)
+def test_patience_that_can_end_no_trial_is_reported(
+    tmp_path: Path, settings: list[str], before: int | None
+) -> None:
+    text = patience_text(preflight(tiny(tmp_path, *settings)))
+    assert (f"trials are evaluated {before} times before their last step" in text) == (before is not None)
+    assert bool(text) == (before is not None)
 
 
 @pytest.mark.parametrize(("words", "limit", "fits"), [(1, 4, True), (3000, 4, False), (1, 1020, False)])
