@@ -14,7 +14,8 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
@@ -31,6 +32,7 @@ __all__ = [
     "SINCE",
     "Record",
     "Section",
+    "config_errors",
     "config_text",
     "content_hash",
     "flatten",
@@ -178,6 +180,24 @@ def parse(cls: type[SectionT], data: Mapping[str, Any], overrides: Sequence[str]
     except ValidationError as error:
         problems = [_describe(cls, merged, problem) for problem in error.errors()]
         raise ConfigError("\n".join(dict.fromkeys(problems))) from error
+
+
+@contextmanager
+def config_errors(where: str = "") -> Iterator[None]:
+    """Raise a ConfigError for settings that a block finds to be wrong when it builds sections of others.
+
+    Args:
+        where: what the message begins with.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            path = ".".join(map(str, problem["loc"]))
+            message = str(problem["msg"]).removeprefix("Value error, ")
+            problems.append(f"{path}: {message}" if path else message)
+        raise ConfigError(where + "; ".join(problems)) from error
 
 
 def overridden(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -84,6 +84,11 @@ class Parts:
         """Whether the examples are images."""
         return self.train[0].image is not None
 
+    @property
+    def asks(self) -> bool:
+        """Whether the examples have answers, which can be scored; raw text has none."""
+        return bool(self.test[0].messages) or self.test[0].label is not None
+
 
 def read(config: DataConfig) -> Parts:
     """Read the data of a configuration and divide it into parts.

@@ -12,7 +12,7 @@ from typing import Any, Self
 from pydantic import Field, JsonValue, field_validator
 
 from rayft.analysis.section import AnalyzeConfig
-from rayft.config import SINCE, Section, config_text, parse, read_yaml
+from rayft.config import SINCE, Section, config_errors, config_text, parse, read_yaml
 from rayft.data.section import DataConfig
 from rayft.methods.section import MethodConfig
 from rayft.models.load import REGISTERED, ModelConfig
@@ -133,18 +133,22 @@ class TrainConfig(Section):
 
         Args:
             gpus: whether the cluster has GPUs; None to look at this machine.
+
+        Raises:
+            ConfigError: if settings of several sections don't fit together.
         """
         located = self.located()
-        return RunConfig(
-            model=located.model,
-            data=located.data,
-            optim=self.optim,
-            scale=self.scale.settled(gpus),
-            evaluate=self.evaluate,
-            deepspeed=self.deepspeed,
-            start=located.start,
-            seed=self.seed,
-        )
+        with config_errors():
+            return RunConfig(
+                model=located.model,
+                data=located.data,
+                optim=self.optim,
+                scale=self.scale.settled(gpus),
+                evaluate=self.evaluate,
+                deepspeed=self.deepspeed,
+                start=located.start,
+                seed=self.seed,
+            )
 
 
 class PipelineConfig(TrainConfig):

@@ -242,7 +242,8 @@ def score_sweep(
 ) -> tuple[dict[str, Measured], dict[str, Measured]]:
     """Score the baselines and the trials (as `score_trials`), whose questions share batches.
 
-    The baselines are the base, prompted in three ways, and the majority answer.
+    The baselines are the base, prompted in three ways, and the majority answer. On raw text there are none,
+    and the scores of trials are empty.
 
     Args:
         plan: the sweep's.
@@ -259,6 +260,8 @@ def score_sweep(
         TrainError: if none of the trials can be scored, or, if all have failed, not the base either.
     """
     base, requests = _base_requests(plan), _trial_requests(plan, trials, can_win)
+    if not plan.parts.asks:
+        return {}, dict.fromkeys(requests, Measured())
 
     def begin(names: Collection[str]) -> None:
         if ways := len(base.keys() & names):
@@ -273,6 +276,8 @@ def score_sweep(
 
 def questions_text(plan: Plan) -> str:
     """Return the sentence that says, before a sweep starts, how much will be scored after its search."""
+    if not plan.parts.asks:
+        return "raw text has no answers to score: the trial with the least validation loss wins"
     each = len(plan.parts.val) + len(plan.parts.test)
     text = f"to be scored after the search: {each} examples for each trial that can win"
     if asked := len(_base_requests(plan)):

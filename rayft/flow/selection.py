@@ -175,8 +175,8 @@ def choose(
         return Winner(trial=name, ship=name, why=best)
     if mine:
         without = (
-            f"and no LoRA that was extracted from it keeps {100 * keep:g} % of its validation score: nothing "
-            "was registered"
+            f"and no LoRA that was extracted from it is known to keep {100 * keep:g} % of its validation "
+            "score: nothing was registered"
         )
     else:
         without = "so it was neither squeezed nor registered and can't be served"
@@ -280,7 +280,8 @@ def why_not_served(winner: Trial, trials: Sequence[Trial], *, extracted: bool) -
         instead = f"the best one that can is {best.point.name} in {best.result.folder}"
     if extracted:
         cant = (
-            "no LoRA that was extracted from it keeps its score, so nothing is registered, promoted or served"
+            "no LoRA that was extracted from it is known to keep its score, so nothing is registered, "
+            "promoted or served"
         )
     else:
         cant = "it can't be squeezed, registered, promoted or served here"

@@ -227,7 +227,7 @@ def _train(executor: Executor, request: TrainRequest) -> TrialResult:
 
 def _score(plan: Plan, executor: Executor, left: TrialResult, display: Display) -> Measured:
     """Score what a run has saved, as a sweep scores its trials. Raw text has no answers to score."""
-    if not plan.parts.test[0].answer:
+    if not plan.parts.asks:
         return Measured()
     (point,) = plan.points
     store = ScoreStore(plan.output / "scores", display.say)

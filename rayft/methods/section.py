@@ -58,7 +58,7 @@ class MethodConfig(Section):
     @model_validator(mode="after")
     def _targets_not_empty(self) -> MethodConfig:
         if not self.targets:
-            raise ValueError("is empty; name at least one module or write 'all-linear'")
+            raise ValueError("targets is empty; name at least one module, or write 'all-linear'")
         return self
 
     @field_validator("rank_pattern")

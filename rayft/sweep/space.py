@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 from torch import nn
 
-from rayft.config import SINCE, Section
+from rayft.config import SINCE, Section, config_errors
 from rayft.errors import ConfigError, MethodError
 from rayft.methods.base import ChainConfig, MethodConfig
 from rayft.models.methods import method
@@ -31,19 +32,23 @@ __all__ = [
     "MethodSpace",
     "Point",
     "SweepConfig",
+    "check_distinct",
     "check_executor",
     "check_slots",
     "points",
     "slots_asked",
 ]
 
+DRAWS = 1000
+"""How often a learning rate is drawn again that was drawn before at the same rank."""
+
 
 class LogUniform(Section):
     """A range that is sampled log-uniformly."""
 
-    low: float = Field(gt=0)
+    low: float = Field(gt=0, allow_inf_nan=False)
     """Smallest value."""
-    high: float = Field(gt=0)
+    high: float = Field(gt=0, allow_inf_nan=False)
     """Largest value."""
 
     @model_validator(mode="after")
@@ -99,8 +104,8 @@ class MethodSpace(Section):
     @field_validator("lr")
     @classmethod
     def _lr_positive(cls, value: tuple[float, ...] | LogUniform) -> tuple[float, ...] | LogUniform:
-        if isinstance(value, tuple) and (not value or min(value) <= 0):
-            raise ValueError("needs at least one learning rate, all above 0")
+        if isinstance(value, tuple) and not (value and all(0 < lr < math.inf for lr in value)):
+            raise ValueError("needs at least one learning rate, all above 0 and finite")
         return value
 
 
@@ -206,6 +211,21 @@ def points(sweep: SweepConfig, run: RunConfig) -> list[Point]:
     return turns[:limit]
 
 
+def check_distinct(trials: Sequence[Point]) -> None:
+    """Check that trials have different names, by which they are scored, compared and reported.
+
+    Raises:
+        ConfigError: with a name that several have.
+    """
+    (name, count), *_ = Counter(point.name for point in trials).most_common(1)
+    if count > 1:
+        raise ConfigError(
+            f"{count} trials have the name {name}: give each method, rank and learning rate once in "
+            "sweep.methods, one rank to a method that ignores it, and learning rates that differ in their "
+            "first six digits"
+        )
+
+
 def check_executor(sweep: SweepConfig, run: RunConfig) -> Literal["lane", "isolated"]:
     """Return the executor for a sweep.
 
@@ -265,19 +285,38 @@ def _family(name: str, space: MethodSpace, sweep: SweepConfig, run: RunConfig) -
         pairs = [(rank, lr) for lr in space.lr for rank in space.ranks]
     else:
         share = math.ceil((sweep.trials or 8) / len(sweep.methods) / len(sweep.seeds))
-        draw = random.Random(derive_seed(run.seed, name))
-        low, high = math.log(space.lr.low), math.log(space.lr.high)
-        pairs = [
-            (space.ranks[i % len(space.ranks)], float(f"{math.exp(draw.uniform(low, high)):.3g}"))
-            for i in range(share)
-        ]
+        pairs = _drawn(name, space.ranks, space.lr, share, run.seed)
     own = MethodSpace.model_fields.keys() - {"ranks", "lr", "anneal"}
     shared = {field: getattr(space, field) for field in own}
-    return [
-        _point(MethodConfig(name=name, rank=rank, **shared), space.anneal, lr, seed, run)
-        for seed in sweep.seeds
-        for rank, lr in pairs
-    ]
+    with config_errors(f"sweep.methods.{name}: "):
+        configs = {rank: MethodConfig(name=name, rank=rank, **shared) for rank in space.ranks}
+    return [_point(configs[rank], space.anneal, lr, seed, run) for seed in sweep.seeds for rank, lr in pairs]
+
+
+def _drawn(name: str, ranks: Sequence[int], lr: LogUniform, count: int, seed: int) -> list[tuple[int, float]]:
+    """Draw a learning rate for each of the ranks in turn; return pairs of both, none of them twice.
+
+    Raises:
+        ConfigError: if the range has too few learning rates.
+    """
+    draw = random.Random(derive_seed(seed, name))
+    low, high = math.log(lr.low), math.log(lr.high)
+    found: dict[tuple[int, float], None] = {}
+    waiting = [ranks[i % len(ranks)] for i in range(count)]
+    for _ in range(DRAWS):
+        twice = []
+        for rank in waiting:
+            pair = rank, float(f"{math.exp(draw.uniform(low, high)):.3g}")
+            if pair in found:
+                twice.append(rank)
+            found[pair] = None
+        waiting = twice
+        if not waiting:
+            return [*found]
+    raise ConfigError(
+        f"sweep.methods.{name}.lr: from {lr.low:g} to {lr.high:g} there are too few learning rates of three "
+        f"digits for {count} trials; widen the range, or lower sweep.trials"
+    )
 
 
 def _point(config: MethodConfig, anneal: AnnealConfig | None, lr: float, seed: int, run: RunConfig) -> Point:
@@ -294,8 +333,5 @@ def _point(config: MethodConfig, anneal: AnnealConfig | None, lr: float, seed: i
 
 def _checked(run: RunConfig, changes: dict[str, object]) -> RunConfig:
     sections = {name: getattr(run, name) for name in RunConfig.model_fields}
-    try:
+    with config_errors():
         return RunConfig(**{**sections, **changes})
-    except ValidationError as error:
-        reasons = "; ".join(str(item["msg"]).removeprefix("Value error, ") for item in error.errors())
-        raise ConfigError(reasons) from error

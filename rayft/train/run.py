@@ -25,7 +25,7 @@ __all__ = ["EvaluateConfig", "OptimConfig", "Placement", "RunConfig", "ScaleConf
 class OptimConfig(Section):
     """Settings of AdamW and of the learning-rate schedule."""
 
-    lr: float = Field(default=2e-3, gt=0)
+    lr: float = Field(default=2e-3, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
 
     steps: int = Field(default=40, ge=1)
@@ -48,6 +48,13 @@ class OptimConfig(Section):
 
     clip: float = Field(default=1.0, gt=0)
     """Largest gradient norm."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_decay(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("are decay rates: 0 or more, and below 1")
+        return value
 
     def lr_at(self, step: int, start: int = 0, warmup: int | None = None) -> float:
         """Return the learning rate of a step (counted from 0).

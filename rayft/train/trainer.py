@@ -91,6 +91,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "check_start",
+    "evaluation_steps",
     "validation_loss",
 ]
 
@@ -219,7 +220,7 @@ class Trainer:
         """How steps use the device; decided in `fit`. Packed runs have their pack's."""
         self.engine: DeepSpeedEngine = None
         """The engine of the current phase; None outside of `fit`."""
-        self._evaluate_at, self._known_placement = _evaluation_steps(run, evaluate_at), placement
+        self._evaluate_at, self._known_placement = evaluation_steps(run, evaluate_at), placement
         self._trainable = 0
         self._ended = False
         """Whether the run ended before its last step by its own rule."""
@@ -750,7 +751,13 @@ class Trainer:
         return self.progress.val_curve[-1][1] if self.progress.val_curve else math.nan
 
 
-def _evaluation_steps(run: RunConfig, evaluate_at: Sequence[int]) -> set[int]:
+def evaluation_steps(run: RunConfig, evaluate_at: Sequence[int]) -> set[int]:
+    """Return the steps after which a run is evaluated.
+
+    Args:
+        run: the run.
+        evaluate_at: steps besides those of `evaluate.every`.
+    """
     every = run.evaluate.every
     regular = range(every, run.optim.steps, every) if every else ()
     return {step for step in (*evaluate_at, *regular) if step < run.optim.steps} | {run.optim.steps}

@@ -23,7 +23,7 @@ from rayft.errors import ArtifactError, ConfigError, DiskFullError, ReportError,
 from rayft.files import is_staged_file, write_file
 from rayft.flow.config import STAMP_FILE, PipelineConfig, beginning, load_config
 from rayft.flow.hold import LOCK_FILE
-from rayft.flow.sweep.identity import IDENTITY_FILE, write_identity
+from rayft.flow.sweep.identity import IDENTITY_FILE, begins, write_identity
 from rayft.identity import Identity
 from rayft.paths import PathText, reason
 from rayft.report.evaluations import FOLDER as EVALUATIONS
@@ -238,6 +238,8 @@ def make_folder(config: PipelineConfig, output: Path, identity: Identity, *, kee
         if not keep:
             lines = stamp_line(config) + beginning(output)
             write_file(stamp, lines + config.model_dump_json(indent=2) + "\n")
+        if begins(output, identity):
+            _delete_unfinished(output)
         write_identity(output, identity)
     except DiskFullError:
         raise
@@ -245,6 +247,17 @@ def make_folder(config: PipelineConfig, output: Path, identity: Identity, *, kee
         raise ResourceError(
             f"can't write to {output} ({reason(error, stamp)}); choose another folder with --set output=…"
         ) from error
+
+
+def _delete_unfinished(output: Path) -> None:
+    """Delete what trials on other data, or another base, have left that would be taken for these trials' own.
+
+    None of them has left a checkpoint or a result. But the search would repeat its decisions about them, and
+    an analysis would find the adapters of their evaluations.
+    """
+    (output / EVENTS_FILE).unlink(missing_ok=True)
+    for trail in output.glob("trials/*/trail"):
+        shutil.rmtree(trail)
 
 
 def sweep_above(folder: Path) -> Path | None:

@@ -28,6 +28,7 @@ from rayft.train.run import RunConfig
 
 __all__ = [
     "IDENTITY_FILE",
+    "begins",
     "begun_by",
     "check_identity",
     "current_identity",
@@ -128,6 +129,16 @@ def recorded_sweep(sweep: Path | None) -> str:
     """Return the recorded id of the sweep in a folder; empty without a sweep, or for one of rayft 0.1.0."""
     found = _read(sweep) if sweep is not None else None
     return found.sweep if found else ""
+
+
+def begins(output: Path, now: Identity) -> bool:
+    """Return whether a new sweep begins in a folder that may have had another one, with nothing left of it.
+
+    Args:
+        output: the folder.
+        now: identity of the new sweep, with its id (`sweep_id`).
+    """
+    return now.sweep != recorded_sweep(output)
 
 
 def write_identity(output: Path, now: Identity) -> None:

@@ -215,11 +215,12 @@ class Publisher:
         Raises:
             RayftError: if it can't be registered now.
         """
-        tags = {SCORE_TAG: repr(found.scores[item.scored].mean("val")), "data_digest": record.data_digest}
-        if not any(measured.error for measured in found.baselines.values()):
+        tags = {"data_digest": record.data_digest}
+        if (score := found.scores[item.scored].mean("val")) is not None:
+            tags[SCORE_TAG] = repr(score)
+        if record.baselines and not any(measured.error for measured in found.baselines.values()):
             # If a baseline could not be scored, the gate gets no baseline to compare with.
-            best = max((base.val_score or 0.0 for base in record.baselines), default=0.0)
-            tags[BASE_SCORE_TAG] = repr(best)
+            tags[BASE_SCORE_TAG] = repr(max(base.val_score or 0.0 for base in record.baselines))
         run_id = next(trial.run_id for trial in record.trials if trial.id == item.trial)
         if run_id.startswith(PENDING):
             raise TrackingError(

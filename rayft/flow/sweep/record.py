@@ -164,8 +164,10 @@ def _trial(trial: Trial, measured: Measured) -> TrialRecord:
     if result is None:
         return TrialRecord(**common, reason=trial.error)  # type: ignore[arg-type]
     behind = "" if result.finished else f"behind others at step {result.steps}"
-    if ranked and not result.finished and result.rank:
-        # Stopped before its last link, or before its rank had fallen all the way.
+    varies = config.chain is not None or trial.point.run.anneal is not None
+    early = not result.finished or result.kept_step is not None
+    if ranked and varies and early and result.rank:
+        # It has kept what it had before its last link, or before its rank had fallen all the way.
         common["rank"] = result.rank
     seconds = result.seconds
     return TrialRecord(
@@ -205,11 +207,14 @@ def _squeezed(item: SqueezedAdapter, scores: Mapping[str, Measured]) -> Squeezed
 
 
 def _comparisons(found: Findings) -> tuple[Comparison, ...]:
-    """Compare the winner with the best baseline and with each trial, and squeezed versions with both."""
-    if found.winner is None:
+    """Compare the winner with the best baseline and with each trial, and squeezed versions with both.
+
+    Without baselines nothing has been scored, and nothing can be compared.
+    """
+    known = [key for key, measured in found.baselines.items() if not measured.error]
+    if found.winner is None or not known:
         return ()
     name, scores, baselines = found.winner.point.name, found.scores, found.baselines
-    known = [key for key, measured in baselines.items() if not measured.error]
     best = max(known, key=lambda key: baselines[key].mean("val") or 0.0)
     pairs = [(name, scores[name], best, baselines[best])]
     versions = {item.name for item in found.squeezed}

@@ -31,12 +31,14 @@ from rayft.flow.sweep.record import Findings
 from rayft.flow.sweep.tracking import SweepTracking
 from rayft.models.methods import method
 from rayft.report.record import SweepRecord
+from rayft.sweep.decisions import rungs
 from rayft.sweep.executor import Executor
 from rayft.sweep.result import damage, trial_folder
 from rayft.sweep.search import Trial, search
 from rayft.tracking.mlflow import MlflowTracker, flush_spool
+from rayft.train.trainer import evaluation_steps
 
-__all__ = ["checked", "run_sweep"]
+__all__ = ["checked", "patience_text", "run_sweep"]
 
 
 def run_sweep(config: PipelineConfig, display: Display, lanes: Ahead | None = None) -> SweepRecord:
@@ -60,6 +62,8 @@ def run_sweep(config: PipelineConfig, display: Display, lanes: Ahead | None = No
     with hold(config.folder, "--set output=…"):
         plan = checked(config, display)
         display.say(scoring.questions_text(plan))
+        if doubt := patience_text(plan):
+            display.say(f"warning: {doubt}")
         tracker = MlflowTracker(plan.tracker)
         try:
             record = _tracked(plan, display, tracker, lanes)
@@ -72,6 +76,20 @@ def run_sweep(config: PipelineConfig, display: Display, lanes: Ahead | None = No
             f"`rayft report {plan.output}` sends them"
         )
     return record
+
+
+def patience_text(plan: Plan) -> str:
+    """Return why `evaluate.patience` can end no trial early; empty if it can, or is not set."""
+    run, patience = plan.run, plan.run.evaluate.patience
+    every = evaluation_steps(run, rungs(plan.config.sweep, run.optim.steps))
+    before = len(every - {run.optim.steps})
+    # The first evaluation always brings the least loss so far.
+    if patience is None or before > patience:
+        return ""
+    return (
+        f"evaluate.patience is {patience}, but trials are evaluated {before} times before their last step, "
+        f"so it ends none early; set evaluate.every for more than {patience} evaluations"
+    )
 
 
 def checked(config: PipelineConfig, display: Display) -> Plan:
@@ -203,7 +221,9 @@ class _Stages:
                     self._executor, found.squeezed, config.cont, plan.output, plan.tracker, self._display.say
                 ),
             ]
-        scores = scoring.score_squeezed(self._executor, found.squeezed, store=self._store)
+        scores = {item.name: Measured() for item in found.squeezed}
+        if plan.parts.asks:
+            scores = scoring.score_squeezed(self._executor, found.squeezed, store=self._store)
         scoring.say_unscored(scores, self._display.say)
         found.squeezed = [item for item in found.squeezed if not scores[item.name].error]
         found.scores |= scores

@@ -155,7 +155,7 @@ def test_the_reason_explains_what_happens_to_a_winner_without_factors(extracted:
     chosen = choose(winner, made, scores, "val_score", keep=0.9)
     assert chosen is not None
     assert chosen.ship == "f"
-    why = "no LoRA that was extracted from it keeps 90 %" if extracted else "neither squeezed nor registered"
+    why = "from it is known to keep 90 %" if extracted else "neither squeezed nor registered"
     assert why in chosen.why
     said = why_not_served(winner, [winner, other], extracted=extracted)
     assert "f is a whole model: it is saved in trials/f" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,15 @@ from rayft.errors import ConfigError, MethodError
 from rayft.methods.base import ChainConfig
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep.decisions import rungs
-from rayft.sweep.space import LogUniform, MethodSpace, SweepConfig, check_executor, check_slots, points
+from rayft.sweep.space import (
+    LogUniform,
+    MethodSpace,
+    SweepConfig,
+    check_distinct,
+    check_executor,
+    check_slots,
+    points,
+)
 from rayft.train.run import RunConfig, ScaleConfig
 
 
@@ -65,6 +74,36 @@ def test_a_range_is_sampled_log_uniformly_and_reproducibly(run: RunConfig) -> No
     assert 10 <= sum(rate < 1e-3 for rate in rates) <= 30
 
 
+def test_no_learning_rate_of_a_range_is_tried_twice_at_a_rank(run: RunConfig) -> None:
+    """There are eleven of three digits, of which sixteen draws would give some twice."""
+    narrow = LogUniform(low=1e-3, high=1.1e-3)
+    sweep = SweepConfig(methods={"lora": MethodSpace(ranks=(4, 8), lr=narrow)}, trials=16)
+    found = points(sweep, run)
+    check_distinct(found)
+    assert [sum(p.run.method.rank == rank for p in found) for rank in (4, 8)] == [8, 8]
+    assert [p.key for p in found] == [p.key for p in points(sweep, run)]
+    sweep = SweepConfig(methods={"lora": MethodSpace(lr=narrow)}, trials=16)
+    with pytest.raises(ConfigError, match=r"methods\.lora\.lr: .* too few .* for 16 trials; widen the range"):
+        points(sweep, run)
+
+
+@pytest.mark.parametrize(
+    ("methods", "name"),
+    [
+        ({"lora": MethodSpace(ranks=(4, 8, 4))}, "lora-r4-lr0.002-s0"),
+        ({"lora": MethodSpace(lr=(1e-3, 2e-3, 0.001))}, "lora-r16-lr0.001-s0"),
+        ({"lora": MethodSpace(lr=(1e-3, 1.0000001e-3))}, "lora-r16-lr0.001-s0"),
+        ({"full": MethodSpace(ranks=(4, 8))}, "full-lr0.002-s0"),
+        ({"peft:LoRA": MethodSpace(), "peft:lora": MethodSpace()}, "peft:LoRA-r16-lr0.002-s0"),
+    ],
+)
+def test_trials_that_have_the_same_name_are_refused(
+    run: RunConfig, methods: dict[str, MethodSpace], name: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"2 trials have the name {name}: "):
+        check_distinct(points(SweepConfig(methods=methods), run))
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -73,6 +112,8 @@ def test_a_range_is_sampled_log_uniformly_and_reproducibly(run: RunConfig) -> No
         ({"methods": {"lora": {"rank": 8}}}, "unknown key 'methods.lora.rank'; did you mean 'ranks'"),
         ({"methods": {"lora": {"ranks": [0]}}}, "ranks start at 1"),
         ({"methods": {"lora": {"lr": [-1.0]}}}, "all above 0"),
+        ({"methods": {"lora": {"lr": [1e-3, math.nan]}}}, "all above 0 and finite"),
+        ({"methods": {"lora": {"lr": {"low": 1e-3, "high": math.inf}}}}, r"lr\.high: .* finite"),
         ({"methods": {"lora": {"lr": {"low": 1e-2, "high": 1e-3}}}}, "low must be below high"),
         ({"methods": {"lora": {}}, "seeds": [1, 1]}, "none twice"),
         ({"methods": {"lora": {}}, "slots": 0}, "needs at least one slot, or auto"),
@@ -145,6 +186,13 @@ def test_annealing_reaches_every_point_and_its_name(run: RunConfig) -> None:
             MethodSpace(ranks=(32, 8), anneal=AnnealConfig(rank=8)),
             ConfigError,
             "rank 8, which is not below method.rank",
+        ),
+        ("lora", MethodSpace(targets=()), ConfigError, r"sweep\.methods\.lora: targets is empty"),
+        (
+            "lora",
+            MethodSpace(rank_pattern={"q_(proj": 4}),
+            ConfigError,
+            r"methods\.lora: rank_pattern: 'q_\(proj' is no regular expression",
         ),
         (
             "lora",

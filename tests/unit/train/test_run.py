@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -77,6 +78,8 @@ def test_the_engine_configuration_follows_from_the_settings(run: RunConfig) -> N
         ({"scale": {"zero": 0, "dtype": "bfloat16"}}, "no fp32 master weights"),
         ({"deepspeed": {"train_batch_size": 4}}, "follow from optim and scale"),
         ({"optim": {"lr": 0}}, "greater than 0"),
+        ({"optim": {"lr": math.inf}}, "a finite number"),
+        ({"optim": {"betas": (0.9, 1.0)}}, "0 or more, and below 1"),
         ({"optim": {"steps": 2.5}}, "optim.steps"),
     ],
 )

@@ -17,6 +17,7 @@ from rayft.flow.sweep.identity import current_identity
 from rayft.flow.sweep.preflight import Plan, preflight
 from rayft.methods.base import LoraFactors
 from rayft.models.tiny import save_tiny_llama
+from rayft.sweep.decisions import EVENTS_FILE, Decision, EventLog
 from rayft.sweep.request import TrainRequest
 from rayft.sweep.search import earlier
 
@@ -148,6 +149,26 @@ def test_a_folder_without_results_takes_any_data(here: Path) -> None:
     assert second.identity.data != first.identity.data
     finish(second)
     assert preflight(config()).identity == second.identity
+
+
+def test_decisions_about_trials_on_other_data_are_not_repeated(here: Path) -> None:
+    """Trials can have been evaluated and decided about, and yet have left no checkpoint."""
+    first = preflight(config())
+    (point,) = first.points
+    log, trail = first.output / EVENTS_FILE, first.output / "trials" / point.key / "trail" / "step-000001"
+    trail.mkdir(parents=True)
+    EventLog(log).append(Decision(point.key, 1, 3.0, go_on=False))
+    preflight(config())
+    assert EventLog(log).find(point.key, 1) is not None
+    assert trail.is_dir()
+    edit("train.jsonl", '"5"', '"77"')()
+    second = preflight(config())
+    assert EventLog(log).decisions == []
+    assert not trail.exists()
+    EventLog(log).append(Decision(point.key, 1, 2.0, go_on=True))
+    interrupt(second)
+    preflight(config())
+    assert EventLog(log).find(point.key, 1) is not None
 
 
 def test_a_relative_path_names_another_file_in_another_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from rayft.errors import (
 from rayft.flow.cluster import check_tracking
 from rayft.flow.config import PipelineConfig, load_config, packaged
 from rayft.flow.sweep.preflight import preflight, skeleton
+from rayft.flow.sweep.run import patience_text
 from rayft.models.load import ModelConfig, load_model
 from rayft.models.targets import linear_shapes
 from rayft.tracking.base import TrackerSpec
@@ -53,6 +55,11 @@ def test_a_plan_has_all_settings_decided(tmp_path: Path) -> None:
     ("override", "error", "match"),
     [
         ("sweep.methods.lora.ranks=[40]", TargetError, r"rank 40 is above .* at most 16"),
+        ("sweep.methods.lora.ranks=[4, 4]", ConfigError, "2 trials have the name lora-r4-"),
+        ("sweep.methods.lora.targets=[]", ConfigError, "targets is empty; name at least one module"),
+        ("optim.warmup=100", ConfigError, r"^optim\.warmup \(100\) must be at most optim\.steps \(8\)"),
+        ("scale.workers=2", ConfigError, r"rows_per_step \(1\) must be a multiple of scale\.workers"),
+        ("deepspeed={optimizer: {}}", ConfigError, "^deepspeed: optimizer follow from optim and scale"),
         ("sweep.methods.lora.targets=[q_porj]", TargetError, "did you mean 'q_proj'"),
         ("model.name=tiny-lama", ModelError, "did you mean 'tiny-llama'"),
         ("data.max_length=20", DataError, "too long"),
@@ -75,6 +82,55 @@ def test_mistakes_are_found_before_anything_starts(
 ) -> None:
     with pytest.raises(error, match=match):
         preflight(tiny(tmp_path, override))
+
+
+def test_raw_text_has_no_scores_that_could_decide(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"Box {number} is empty."}) for number in range(12)]
+    (tmp_path / "boxes.jsonl").write_text("\n".join(rows))
+    data = f"data={{source: jsonl, name: {tmp_path / 'boxes.jsonl'}, val: 2, test: 2}}"
+    preflight(tiny(tmp_path, data))
+    with pytest.raises(ConfigError, match=r"select_by is val_score, but raw text has no answers"):
+        preflight(tiny(tmp_path / "other", data, "sweep.select_by=val_score"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "before"),
+    [
+        # ASHA's rungs are at 2 and 4 of 8 steps.
+        (["evaluate.patience=1"], None),
+        (["evaluate.patience=2"], 2),
+        (["evaluate.patience=2", "evaluate.every=3"], None),
+        (["evaluate.patience=1", "evaluate.every=50", "sweep.grace=8"], 0),
+        ([], None),
+    ],
+)
+def test_patience_that_can_end_no_trial_is_reported(
+    tmp_path: Path, settings: list[str], before: int | None
+) -> None:
+    text = patience_text(preflight(tiny(tmp_path, *settings)))
+    assert (f"trials are evaluated {before} times before their last step" in text) == (before is not None)
+    assert bool(text) == (before is not None)
+
+
+@pytest.mark.parametrize(("words", "limit", "fits"), [(1, 4, True), (3000, 4, False), (1, 1020, False)])
+def test_a_question_that_could_not_be_scored_is_found_before_anything_starts(
+    tmp_path: Path, words: int, limit: int, fits: bool
+) -> None:
+    """Although texts that are too long to train on are dropped."""
+    for part, count in (("train", 12), ("test", 3)):
+        rows = [{"prompt": f"What is in box {part} {number}?", "completion": "5"} for number in range(count)]
+        rows[-1]["prompt"] += " Look well." * (words if part == "test" else 1)
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = f"{{train: {tmp_path / 'train.jsonl'}, test: {tmp_path / 'test.jsonl'}}}"
+    data = f"data={{source: jsonl, files: {files}, val: 2, max_length: 128, too_long: drop}}"
+    config = tiny(tmp_path, data, f"evaluate.max_new_tokens={limit}")
+    if fits:
+        preflight(config)
+        return
+    with pytest.raises(
+        DataError, match=rf"(val|test): the question '.*an answer of {limit}, so no trial could"
+    ):
+        preflight(config)
 
 
 def test_a_sqlite_file_is_refused_on_several_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

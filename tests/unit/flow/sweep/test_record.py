@@ -15,7 +15,7 @@ from rayft.flow.config import load_config
 from rayft.flow.scoring import Measured
 from rayft.flow.sweep.preflight import Plan, preflight
 from rayft.flow.sweep.record import Findings, build_record
-from rayft.methods.base import MethodConfig
+from rayft.methods.base import ChainConfig, MethodConfig
 from rayft.report.record import Score
 from rayft.report.render import html
 from rayft.squeeze.anneal import AnnealConfig
@@ -151,6 +151,29 @@ def test_an_annealed_trial_that_was_stopped_has_the_rank_it_had(
     point = Point(key="lora-r32to8-1", name="lora-r32to8", run=run)
     trial = Trial(point=point, result=replace(RESULT, finished=finished))
     assert build_record(plan, Findings(trials=[trial]), {}).trials[0].rank == rank
+
+
+@pytest.mark.parametrize(("kept_step", "rank"), [(None, 24), (2, 16)])
+def test_a_chain_that_kept_what_it_had_before_its_last_link_has_the_rank_of_that(
+    plan: Plan, kept_step: int | None, rank: int
+) -> None:
+    run = RunConfig(
+        data=DataConfig(source="jsonl", name="rows.jsonl"),
+        method=MethodConfig(name="rac", rank=8, chain=ChainConfig(links=3)),
+        optim=OptimConfig(steps=6),
+    )
+    result = replace(RESULT, val_curve=[(2, 1.0), (6, 2.0)], kept_step=kept_step, rank=rank)
+    trial = Trial(Point(key="a", name="a", run=run), result)
+    assert build_record(plan, Findings(trials=[trial]), {}).trials[0].rank == rank
+
+
+def test_the_rank_of_a_stopped_trial_is_not_that_of_a_single_module(plan: Plan) -> None:
+    run = RunConfig(
+        data=DataConfig(source="jsonl", name="rows.jsonl"),
+        method=MethodConfig(rank=4, rank_pattern={"q_proj": 16}),
+    )
+    trial = Trial(Point(key="a", name="a", run=run), replace(RESULT, finished=False))
+    assert build_record(plan, Findings(trials=[trial]), {}).trials[0].rank == 4
 
 
 @pytest.mark.parametrize(
