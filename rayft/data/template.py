@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from rayft.data.chat_format import Answer, ChatFormat, render
+from rayft.data.chat_format import PROBE, Answer, ChatFormat, render
 from rayft.data.example import REASONING, Example, Message, quoted
 from rayft.data.pixels import EncodedImage, ImageEncoder, encode_images
 from rayft.errors import DataError
@@ -230,6 +230,8 @@ class _Layout:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None = None) -> None:
         self.tokenizer, self._given = tokenizer, chat_format
         self._tokens = _Tokens(tokenizer)
+        self._written: set[tuple[Any, ...]] = set()
+        """Roles and keys of the turns of prompts that the template is known to write in full."""
 
     @cached_property
     def format(self) -> ChatFormat:
@@ -253,13 +255,18 @@ class _Layout:
         return [Encoded(ids, (IGNORED, *ids[1:]))]
 
     def _conversation(self, example: Example, name: str) -> list[Encoded]:
+        turns = enumerate(example.messages)
+        learnt_turns = [index for index, turn in turns if turn.role == "assistant" and turn.learn]
+        if not learnt_turns:
+            raise DataError(
+                f"{name}: no answer is left to learn from; let one of the assistant's turns be learnt"
+            )
+        self._check_written(example.messages[: learnt_turns[-1]], example, name)
         found: list[Encoded] = []
         done = ""
         ids: tuple[int, ...] = ()
         labels: tuple[int, ...] = ()
-        for index, turn in enumerate(example.messages):
-            if turn.role != "assistant" or not turn.learn:
-                continue
+        for index in learnt_turns:
             prompt, answer = self.answer(example, index, name)
             self._tokens.learn(prompt, prompt + answer)
             if not prompt.startswith(done):
@@ -271,11 +278,30 @@ class _Layout:
             learnt = self._continue(prompt, ids, prompt + answer)
             ids, labels = (*ids, *learnt), (*labels, *learnt)
             done = prompt + answer
-        if not ids:
-            raise DataError(
-                f"{name}: no answer is left to learn from; let one of the assistant's turns be learnt"
-            )
         return [*found, Encoded(ids, labels)]
+
+    def _check_written(self, messages: Sequence[Message], example: Example, name: str) -> None:
+        """Refuse a prompt from which the template leaves out a turn, such as one of a role that it ignores.
+
+        Whether it does depends on the roles and keys of the turns, so each sequence of them is tried only
+        once. Answers are checked when they are learnt.
+        """
+        kinds = bool(example.tools), *((message.role, *sorted(message.extras)) for message in messages)
+        if kinds in self._written or not self.tokenizer.chat_template:
+            return
+        # A mark in each turn, which no template changes but for its case.
+        marks = [f"{PROBE}{number}k".casefold() for number in range(len(messages))]
+        marked = [*zip(messages, marks, strict=True)]
+        turns = [replace(message, content=message.content + mark).turn() for message, mark in marked]
+        text = self._rendered(turns, example.tools, name, answer_next=True).casefold()
+        for number, (message, mark) in enumerate(marked, start=1):
+            if message.role != "assistant" and mark not in text:
+                raise DataError(
+                    f"{name}, message {number}: the model's chat template leaves out this message from "
+                    f"'{message.role}', so the model would not read it; remove it from the data, or use a "
+                    "model whose template writes it"
+                )
+        self._written.add(kinds)
 
     def _continue(self, before: str, before_ids: tuple[int, ...], after: str) -> tuple[int, ...]:
         """Return the tokens that `after` adds to `before`. Models start from `before_ids`, which are kept."""
