@@ -37,6 +37,9 @@ __all__ = [
 GZIP = b"\x1f\x8b"
 """How a file that gzip has compressed begins."""
 
+STREAMED = 1000
+"""Rows that are streamed at once."""
+
 FileSource = Literal["jsonl", "csv", "parquet"]
 
 
@@ -111,10 +114,31 @@ def load_hub(name: str, split: str, first: int | None = None) -> Any:
     path, _, config = name.partition(":")
     with _of_hub(name, split):
         rows = datasets.load_dataset(path, config or None, split=split, streaming=first is not None)
-        if first is None:
-            return rows
-        stream = _plain_images(rows) if rows.features else rows
-        return datasets.Dataset.from_list([*stream.take(first)], features=stream.features)
+        return rows if first is None else _first_rows(rows, first)
+
+
+def _first_rows(stream: Any, first: int) -> Any:
+    """Read the first rows of a streamed `datasets` table.
+
+    They are read as Arrow tables, whose types tell which texts are JSON. As Python objects, rows of a set
+    that declares no types would have the JSON text of such values, and images would be decoded.
+
+    Raises:
+        ValueError: if there are no rows, or their types differ in a way that Arrow can't unite.
+    """
+    import datasets
+    import pyarrow as pa
+
+    tables = [*stream.with_format("arrow").take(first).iter(batch_size=STREAMED)]
+    if not tables:
+        raise ValueError("it has no rows")
+    try:
+        table = pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowTypeError as error:
+        raise ValueError(f"its rows are of different types ({error})") from error
+    return datasets.Dataset(
+        datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=stream.features)
+    )
 
 
 def hub_revision(name: str) -> str:
