@@ -248,13 +248,20 @@ def _downloaded(name: str) -> Path | None:
 
 
 def _table(name: str, rows: Any) -> Table:
-    """Read all rows of a `datasets` table.
+    """Read all rows of a `datasets` table. Objects inside of a cell have no keys with null.
+
+    Arrow gives all objects of a column the same keys, with null for those that an object lacks: the arguments
+    of a call would have those of all other calls.
 
     Raises:
         DataError: with the row and column of a text that is not UTF-8, which Arrow does not check.
     """
     try:
-        return Table(name, tuple(rows.column_names), rows.to_list())
+        found = rows.to_list()
+        nested = {column: kind for column, kind in rows.features.items() if _has_keys(kind)}
+        for row in found:
+            row.update((column, _without_nulls(row[column], kind)) for column, kind in nested.items())
+        return Table(name, tuple(rows.column_names), found)
     except UnicodeDecodeError as error:
         for column in rows.column_names:
             for number, cell in enumerate(rows.with_format("arrow")[column], start=1):
@@ -266,6 +273,24 @@ def _table(name: str, rows: Any) -> Table:
                         f"{found.reason}); write the text again as UTF-8, or drop the row"
                     ) from error
         raise
+
+
+def _has_keys(feature: Any) -> bool:
+    """Return whether values of a feature of `datasets` are objects of the same keys, or lists of such."""
+    return isinstance(feature, dict) or (hasattr(feature, "feature") and _has_keys(feature.feature))
+
+
+def _without_nulls(value: Any, feature: Any) -> Any:
+    """Return a value of a feature of `datasets` without the keys whose value is null.
+
+    Values that are stored as JSON have keys of their own, and keep them all.
+    """
+    if isinstance(feature, dict) and isinstance(value, dict):
+        given = ((key, inner) for key, inner in value.items() if inner is not None)
+        return {key: _without_nulls(inner, feature[key]) for key, inner in given}
+    if isinstance(value, list) and hasattr(feature, "feature"):
+        return [_without_nulls(inner, feature.feature) for inner in value]
+    return value
 
 
 def _name_classes(features: Any, rows: Sequence[dict[str, Any]]) -> None:
