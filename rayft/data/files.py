@@ -190,10 +190,16 @@ def _of_hub(name: str, split: str) -> Iterator[None]:
             ) from error
         if isinstance(error, FileNotFoundError) and "Couldn't reach" not in str(error):
             raise DataError(f"the hub has no data set '{path}' that can be read: {error}") from error
+        if error.filename:
+            raise DataError(
+                f"the hub's set '{path}' can't be kept in {error.filename} ({error.strerror}): set HF_HOME "
+                "to a folder that this user can write"
+            ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"the hub can't be reached to load '{path}' (offline, or HF_HUB_OFFLINE is set): download it "
-            f"where there is a network (hf download {path} --repo-type dataset --local-dir DIR), and read "
-            "the file with source: jsonl, csv or parquet"
+            f"the hub can't be reached to load '{path}' ({reason}): try again, or, if there is no network or "
+            f"HF_HUB_OFFLINE is set, download it elsewhere (hf download {path} --repo-type dataset "
+            "--local-dir DIR), and read the file with source: jsonl, csv or parquet"
         ) from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"can't load split '{split}' of '{name}' from the hub: {error}") from error

@@ -110,7 +110,7 @@ def test_an_unreachable_hub_and_a_missing_set_are_different_errors(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", away)
     with pytest.raises(
-        DataError, match=r"hub can't be reached to load 'org/set' .*read the file with source: jsonl"
+        DataError, match=r"reached to load 'org/set' \(Couldn't reach .* read the file with source: jsonl"
     ):
         read(config(source="hub", name="org/set:main"))
 
@@ -127,6 +127,21 @@ def test_an_unreachable_hub_and_a_missing_set_are_different_errors(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unknown)
     with pytest.raises(DataError, match="can't load split 'tset' of 'org/set' from the hub: Unknown split"):
         read(config(source="hub", name="org/set", files={"train": "tset"}))
+
+
+def test_a_cache_that_can_not_be_written_is_not_a_hub_that_can_not_be_reached(monkeypatch, tmp_path):
+    (tmp_path / "set").mkdir()
+    lines(tmp_path / "set" / "train.jsonl", pairs(0, 50))
+    (tmp_path / "file").touch()
+    own = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda _, *given, **options: own(str(tmp_path / "set"), *given, **options)
+    )
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(
+        DataError, match=r"can't be kept in .*/file/cache.* \(Not a directory\): set HF_HOME to a folder"
+    ):
+        load_hub("org/set", "train")
 
 
 def test_a_hub_set_that_the_disk_can_not_hold_can_be_used_in_part(monkeypatch, tmp_path):
