@@ -231,7 +231,8 @@ class _Layout:
         self.tokenizer, self._given = tokenizer, chat_format
         self._tokens = _Tokens(tokenizer)
         self._written: set[tuple[Any, ...]] = set()
-        """Roles and keys of the turns of prompts that the template is known to write in full."""
+        """Roles and keys of turns that the template is known to write in full. Whether it does depends on
+        these, so each sequence of them is tried only once."""
 
     @cached_property
     def format(self) -> ChatFormat:
@@ -283,10 +284,9 @@ class _Layout:
     def _check_written(self, messages: Sequence[Message], example: Example, name: str) -> None:
         """Refuse a prompt from which the template leaves out a turn, such as one of a role that it ignores.
 
-        Whether it does depends on the roles and keys of the turns, so each sequence of them is tried only
-        once. Answers are checked when they are learnt.
+        Answers are checked when they are learnt.
         """
-        kinds = bool(example.tools), *((message.role, *sorted(message.extras)) for message in messages)
+        kinds = "turns", *_kinds(messages, example)
         if kinds in self._written or not self.tokenizer.chat_template:
             return
         # A mark in each turn, which no template changes but for its case.
@@ -398,12 +398,16 @@ class _Layout:
             return start + "".join(_plain(message, self.tokenizer, example) for message in messages)
         turns = [message.turn() for message in messages]
         found = self._rendered(turns, example.tools, name, answer_next=answer_next)
+        kinds = "keys", answer_next, *_kinds(messages, example)
+        if kinds in self._written:
+            return found
         if example.tools and found == self._rendered(turns, (), name, answer_next=answer_next):
             raise _left_out(name, "tools")
         for key in sorted(extras):
             without = [{field: value for field, value in turn.items() if field != key} for turn in turns]
             if found == self._rendered(without, example.tools, name, answer_next=answer_next):
                 raise _left_out(name, key)
+        self._written.add(kinds)
         return found
 
     def _rendered(
@@ -460,6 +464,11 @@ class _Tokens:
             return [text]
         starts = [0, *[match.start() for match in self._divide.finditer(text) if match.start()]]
         return [text[start:end] for start, end in pairwise([*starts, len(text)])]
+
+
+def _kinds(messages: Sequence[Message], example: Example) -> tuple[Any, ...]:
+    """Return what a template may leave out of turns: tools, and the role and the extra keys of each turn."""
+    return bool(example.tools), *((message.role, *sorted(message.extras)) for message in messages)
 
 
 def _left_out(name: str, what: str) -> DataError:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rayft.data import template
 from rayft.data.example import Example
 from rayft.data.section import DataConfig
 from rayft.data.source import read
@@ -156,6 +157,25 @@ def test_tools_that_the_template_leaves_out_are_an_error_that_names_them(tmp_pat
         DataError, match="train example 1 has tool_calls, and the tokenizer has no chat template"
     ):
         encode_all([example], tokenizer, 1000)
+
+
+def test_a_template_is_tried_once_for_each_sequence_of_roles_and_keys(tmp_path: Path, monkeypatch) -> None:
+    answers = ({"content": "a"}, {"content": "b"}, {"content": "c", "tool_calls": [CALL]})
+    [plain], [other], [calling] = (rows(tmp_path, talk(answer, tools=[TOOL])) for answer in answers)
+    tokenizer = chat_tokenizer(
+        templates.TOOLS.replace("{% for call in m.tool_calls %}", "{% for call in [] %}")
+    )
+    rendered: list[int] = []
+    render = template.render
+    monkeypatch.setattr(
+        template, "render", lambda *given, **named: rendered.append(1) or render(*given, **named)
+    )
+    encode_all([plain], tokenizer, 1000)
+    first = len(rendered)
+    encode_all([plain, other], tokenizer, 1000)
+    assert len(rendered) - 2 * first == 2, "the other's prompt, and the prompt with its answer"
+    with pytest.raises(DataError, match="train example 2 has tool_calls, and the model's chat template does"):
+        encode_all([plain, calling], tokenizer, 1000)
 
 
 def test_the_answer_of_a_tool_is_a_turn(tmp_path: Path) -> None:
