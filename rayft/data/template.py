@@ -317,14 +317,15 @@ class _Layout:
             DataError: if the template can't render them, or leaves out or changes what should be learnt.
         """
         where, ending = f"{name}, message {index + 1}", self.format.end.strip()
-        if ending and ending in example.messages[index].content:
+        message = example.messages[index]
+        if ending and any(ending in str(text) for text in (message.content, *message.extras.values())):
             raise DataError(
                 f"{where}: the answer has {quoted(ending)} in it, which ends a turn and is written behind "
                 "answers anyway; remove it"
             )
         prompt = self.text(example.messages[:index], example, name, answer_next=True)
         whole = self.text(example.messages[: index + 1], example, name)
-        reasoning = self._reasoning(example.messages[index])
+        reasoning = self._reasoning(message)
         answer = self._after(prompt, whole, reasoning, where)
         end = answer.rfind(self.format.end) if self.format.end else -1
         if end >= 0:
@@ -334,7 +335,7 @@ class _Layout:
                 f"{where}: the model's chat template leaves out the reasoning of an answer, so it could not "
                 "be learnt; remove it from the data, or use a model whose template writes it"
             )
-        content = self.format.parse(example.messages[index].content).content.strip()
+        content = self.format.parse(message.content).content.strip()
         if content not in answer:
             raise DataError(
                 f"{where}: the model's chat template does not write the answer as the data has it: "

@@ -244,6 +244,14 @@ def test_an_answer_with_the_end_of_a_turn_in_it_is_an_error(tmp_path: Path, answ
         DataError, match=r"example 1, message 4: the answer has '<\|im_end\|>' in it, which ends"
     ):
         learnt(example)
+    [thought] = rows(tmp_path, talk({"content": "Paris", "reasoning_content": answer}))
+    function = {"name": "f", "arguments": {"x": [answer]}}
+    [called] = rows(
+        tmp_path, talk({"content": "", "tool_calls": [{"type": "function", "function": function}]})
+    )
+    for example, layout in ((thought, templates.QWEN3), (called, templates.TOOLS)):
+        with pytest.raises(DataError, match=r"message 2: the answer has '<\|im_end\|>' in it, which ends"):
+            learnt(example, layout)
     [masked] = rows(tmp_path, talk({"content": answer, "weight": 0}, {"content": "Paris"}))
     assert learnt(masked) == "Paris<|im_end|>"
 
