@@ -37,6 +37,9 @@ __all__ = [
 GZIP = b"\x1f\x8b"
 """How a file that gzip has compressed begins."""
 
+STREAMED = 1000
+"""Rows that are streamed at once."""
+
 FileSource = Literal["jsonl", "csv", "parquet"]
 
 
@@ -111,10 +114,31 @@ def load_hub(name: str, split: str, first: int | None = None) -> Any:
     path, _, config = name.partition(":")
     with _of_hub(name, split):
         rows = datasets.load_dataset(path, config or None, split=split, streaming=first is not None)
-        if first is None:
-            return rows
-        stream = _plain_images(rows) if rows.features else rows
-        return datasets.Dataset.from_list([*stream.take(first)], features=stream.features)
+        return rows if first is None else _first_rows(rows, first)
+
+
+def _first_rows(stream: Any, first: int) -> Any:
+    """Read the first rows of a streamed `datasets` table.
+
+    They are read as Arrow tables, whose types tell which texts are JSON. As Python objects, rows of a set
+    that declares no types would have the JSON text of such values, and images would be decoded.
+
+    Raises:
+        ValueError: if there are no rows, or their types differ in a way that Arrow can't unite.
+    """
+    import datasets
+    import pyarrow as pa
+
+    tables = [*stream.with_format("arrow").take(first).iter(batch_size=STREAMED)]
+    if not tables:
+        raise ValueError("it has no rows")
+    try:
+        table = pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowTypeError as error:
+        raise ValueError(f"its rows are of different types ({error})") from error
+    return datasets.Dataset(
+        datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=stream.features)
+    )
 
 
 def hub_revision(name: str) -> str:
@@ -166,10 +190,16 @@ def _of_hub(name: str, split: str) -> Iterator[None]:
             ) from error
         if isinstance(error, FileNotFoundError) and "Couldn't reach" not in str(error):
             raise DataError(f"the hub has no data set '{path}' that can be read: {error}") from error
+        if error.filename:
+            raise DataError(
+                f"the hub's set '{path}' can't be kept in {error.filename} ({error.strerror}): set HF_HOME "
+                "to a folder that this user can write"
+            ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"the hub can't be reached to load '{path}' (offline, or HF_HUB_OFFLINE is set): download it "
-            f"where there is a network (hf download {path} --repo-type dataset --local-dir DIR), and read "
-            "the file with source: jsonl, csv or parquet"
+            f"the hub can't be reached to load '{path}' ({reason}): try again, or, if there is no network or "
+            f"HF_HUB_OFFLINE is set, download it elsewhere (hf download {path} --repo-type dataset "
+            "--local-dir DIR), and read the file with source: jsonl, csv or parquet"
         ) from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"can't load split '{split}' of '{name}' from the hub: {error}") from error
@@ -224,13 +254,20 @@ def _downloaded(name: str) -> Path | None:
 
 
 def _table(name: str, rows: Any) -> Table:
-    """Read all rows of a `datasets` table.
+    """Read all rows of a `datasets` table. Objects inside of a cell have no keys with null.
+
+    Arrow gives all objects of a column the same keys, with null for those that an object lacks: the arguments
+    of a call would have those of all other calls.
 
     Raises:
         DataError: with the row and column of a text that is not UTF-8, which Arrow does not check.
     """
     try:
-        return Table(name, tuple(rows.column_names), rows.to_list())
+        found = rows.to_list()
+        nested = {column: kind for column, kind in rows.features.items() if _has_keys(kind)}
+        for row in found:
+            row.update((column, _without_nulls(row[column], kind)) for column, kind in nested.items())
+        return Table(name, tuple(rows.column_names), found)
     except UnicodeDecodeError as error:
         for column in rows.column_names:
             for number, cell in enumerate(rows.with_format("arrow")[column], start=1):
@@ -242,6 +279,24 @@ def _table(name: str, rows: Any) -> Table:
                         f"{found.reason}); write the text again as UTF-8, or drop the row"
                     ) from error
         raise
+
+
+def _has_keys(feature: Any) -> bool:
+    """Return whether values of a feature of `datasets` are objects of the same keys, or lists of such."""
+    return isinstance(feature, dict) or (hasattr(feature, "feature") and _has_keys(feature.feature))
+
+
+def _without_nulls(value: Any, feature: Any) -> Any:
+    """Return a value of a feature of `datasets` without the keys whose value is null.
+
+    Values that are stored as JSON have keys of their own, and keep them all.
+    """
+    if isinstance(feature, dict) and isinstance(value, dict):
+        given = ((key, inner) for key, inner in value.items() if inner is not None)
+        return {key: _without_nulls(inner, feature[key]) for key, inner in given}
+    if isinstance(value, list) and hasattr(feature, "feature"):
+        return [_without_nulls(inner, feature.feature) for inner in value]
+    return value
 
 
 def _name_classes(features: Any, rows: Sequence[dict[str, Any]]) -> None:

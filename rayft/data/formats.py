@@ -156,6 +156,11 @@ class _Cell:
             raise self.error(field, f"the {field} is empty; fill it or drop the row")
         return value
 
+    def raw(self) -> str:
+        """Return a text to continue. It may be blank, as lines of corpora often are: `split` drops it."""
+        value = self.value("text")
+        return "" if value is None or (isinstance(value, str) and not value.strip()) else self.text("text")
+
     def label(self) -> str:
         """Return the name of a class: a text, an integer or a boolean."""
         value = self.value("label")
@@ -387,5 +392,5 @@ MAKERS: dict[str, Callable[[_Cell, str], Example]] = {
     "prompt_completion": _pair,
     "classification": lambda cell, _: Example(text=cell.text("text"), label_name=cell.label()),
     "image_classification": lambda cell, _: Example(image=cell.image(), label_name=cell.label()),
-    "text": lambda cell, _: Example(text=cell.text("text")),
+    "text": lambda cell, _: Example(text=cell.raw()),
 }

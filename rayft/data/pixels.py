@@ -70,7 +70,6 @@ class ImageEncoder:
 
     def _prepare(self, image: Image) -> Pixels:
         import PIL.Image
-        import PIL.ImageOps
 
         try:
             with PIL.Image.open(io.BytesIO(image.read())) as opened:
@@ -79,7 +78,7 @@ class ImageEncoder:
                         f"{image.name} has more than 8 bits a channel (mode {opened.mode}), which conversion "
                         "would clip: save it with 8 bits a channel"
                     )
-                picture = PIL.ImageOps.exif_transpose(opened).convert(MODES[self.channels])
+                picture = _upright(opened).convert(MODES[self.channels])
         except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             raise DataError(
                 f"{image.name} can't be read as an image ({error}): replace or remove it"
@@ -92,6 +91,20 @@ class ImageEncoder:
                 "image_mean, image_std and size in its preprocessor_config.json"
             ) from error
         return np.ascontiguousarray(found, dtype=np.float32)
+
+
+def _upright(image: Any) -> Any:
+    """Return an image of Pillow rotated as its EXIF data says.
+
+    Pillow would write the data anew, without the orientation, and can't if a camera gave any of it an unusual
+    type. So the data is read, and then removed.
+    """
+    import PIL.ImageOps
+
+    image.getexif()
+    for name in ("exif", "Raw profile type exif"):
+        image.info.pop(name, None)
+    return PIL.ImageOps.exif_transpose(image)
 
 
 def size_and_mode(image: Image) -> tuple[tuple[int, int], str]:

@@ -23,6 +23,9 @@ from rayft.numerics import derive_seed
 
 __all__ = ["Dropped", "shown", "split"]
 
+BLANK = Example()
+"""A raw text without any text."""
+
 SHARE = 0.1
 """The share of a file that val and test each get if the configuration does not set their sizes."""
 
@@ -60,6 +63,10 @@ class _File:
         self.rows = [_Row(e, index, e.identity, e.asked) for index, e in enumerate(examples)]
         self.noun, self.question, self.answer = _words(examples[0])
         self._seed = seed
+
+    def drop_blank(self) -> None:
+        """Drop the raw texts of which nothing could be learnt."""
+        self.drop([row for row in self.rows if row.example == BLANK], "that are blank")
 
     def drop_repeats(self) -> None:
         """Keep only the first of equal rows."""
@@ -161,8 +168,9 @@ def _open(
     config: DataConfig,
     dropped: list[Dropped],
 ) -> _File:
-    """Open a file without its repeats and without the questions of the parts before it."""
+    """Open a file without blank texts, its repeats, and the questions of the parts before it."""
     file = _File(*source, config.seed, dropped)
+    file.drop_blank()
     file.drop_repeats()
     for part, rows in parts.items():
         file.drop_asked(part, {row.key for row in rows})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from rayft.data.chat_format import Answer, ChatFormat, render
+from rayft.data.chat_format import PROBE, Answer, ChatFormat, render
 from rayft.data.example import REASONING, Example, Message, quoted
 from rayft.data.pixels import EncodedImage, ImageEncoder, encode_images
 from rayft.errors import DataError
@@ -230,6 +230,9 @@ class _Layout:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat | None = None) -> None:
         self.tokenizer, self._given = tokenizer, chat_format
         self._tokens = _Tokens(tokenizer)
+        self._written: set[tuple[Any, ...]] = set()
+        """Roles and keys of turns that the template is known to write in full. Whether it does depends on
+        these, so each sequence of them is tried only once."""
 
     @cached_property
     def format(self) -> ChatFormat:
@@ -253,13 +256,18 @@ class _Layout:
         return [Encoded(ids, (IGNORED, *ids[1:]))]
 
     def _conversation(self, example: Example, name: str) -> list[Encoded]:
+        turns = enumerate(example.messages)
+        learnt_turns = [index for index, turn in turns if turn.role == "assistant" and turn.learn]
+        if not learnt_turns:
+            raise DataError(
+                f"{name}: no answer is left to learn from; let one of the assistant's turns be learnt"
+            )
+        self._check_written(example.messages[: learnt_turns[-1]], example, name)
         found: list[Encoded] = []
         done = ""
         ids: tuple[int, ...] = ()
         labels: tuple[int, ...] = ()
-        for index, turn in enumerate(example.messages):
-            if turn.role != "assistant" or not turn.learn:
-                continue
+        for index in learnt_turns:
             prompt, answer = self.answer(example, index, name)
             self._tokens.learn(prompt, prompt + answer)
             if not prompt.startswith(done):
@@ -271,11 +279,29 @@ class _Layout:
             learnt = self._continue(prompt, ids, prompt + answer)
             ids, labels = (*ids, *learnt), (*labels, *learnt)
             done = prompt + answer
-        if not ids:
-            raise DataError(
-                f"{name}: no answer is left to learn from; let one of the assistant's turns be learnt"
-            )
         return [*found, Encoded(ids, labels)]
+
+    def _check_written(self, messages: Sequence[Message], example: Example, name: str) -> None:
+        """Refuse a prompt from which the template leaves out a turn, such as one of a role that it ignores.
+
+        Answers are checked when they are learnt.
+        """
+        kinds = "turns", *_kinds(messages, example)
+        if kinds in self._written or not self.tokenizer.chat_template:
+            return
+        # A mark in each turn, which no template changes but for its case.
+        marks = [f"{PROBE}{number}k".casefold() for number in range(len(messages))]
+        marked = [*zip(messages, marks, strict=True)]
+        turns = [replace(message, content=message.content + mark).turn() for message, mark in marked]
+        text = self._rendered(turns, example.tools, name, answer_next=True).casefold()
+        for number, (message, mark) in enumerate(marked, start=1):
+            if message.role != "assistant" and mark not in text:
+                raise DataError(
+                    f"{name}, message {number}: the model's chat template leaves out this message from "
+                    f"'{message.role}', so the model would not read it; remove it from the data, or use a "
+                    "model whose template writes it"
+                )
+        self._written.add(kinds)
 
     def _continue(self, before: str, before_ids: tuple[int, ...], after: str) -> tuple[int, ...]:
         """Return the tokens that `after` adds to `before`. Models start from `before_ids`, which are kept."""
@@ -291,14 +317,15 @@ class _Layout:
             DataError: if the template can't render them, or leaves out or changes what should be learnt.
         """
         where, ending = f"{name}, message {index + 1}", self.format.end.strip()
-        if ending and ending in example.messages[index].content:
+        message = example.messages[index]
+        if ending and any(ending in str(text) for text in (message.content, *message.extras.values())):
             raise DataError(
                 f"{where}: the answer has {quoted(ending)} in it, which ends a turn and is written behind "
                 "answers anyway; remove it"
             )
         prompt = self.text(example.messages[:index], example, name, answer_next=True)
         whole = self.text(example.messages[: index + 1], example, name)
-        reasoning = self._reasoning(example.messages[index])
+        reasoning = self._reasoning(message)
         answer = self._after(prompt, whole, reasoning, where)
         end = answer.rfind(self.format.end) if self.format.end else -1
         if end >= 0:
@@ -308,7 +335,7 @@ class _Layout:
                 f"{where}: the model's chat template leaves out the reasoning of an answer, so it could not "
                 "be learnt; remove it from the data, or use a model whose template writes it"
             )
-        content = self.format.parse(example.messages[index].content).content.strip()
+        content = self.format.parse(message.content).content.strip()
         if content not in answer:
             raise DataError(
                 f"{where}: the model's chat template does not write the answer as the data has it: "
@@ -372,12 +399,16 @@ class _Layout:
             return start + "".join(_plain(message, self.tokenizer, example) for message in messages)
         turns = [message.turn() for message in messages]
         found = self._rendered(turns, example.tools, name, answer_next=answer_next)
+        kinds = "keys", answer_next, *_kinds(messages, example)
+        if kinds in self._written:
+            return found
         if example.tools and found == self._rendered(turns, (), name, answer_next=answer_next):
             raise _left_out(name, "tools")
         for key in sorted(extras):
             without = [{field: value for field, value in turn.items() if field != key} for turn in turns]
             if found == self._rendered(without, example.tools, name, answer_next=answer_next):
                 raise _left_out(name, key)
+        self._written.add(kinds)
         return found
 
     def _rendered(
@@ -434,6 +465,11 @@ class _Tokens:
             return [text]
         starts = [0, *[match.start() for match in self._divide.finditer(text) if match.start()]]
         return [text[start:end] for start, end in pairwise([*starts, len(text)])]
+
+
+def _kinds(messages: Sequence[Message], example: Example) -> tuple[Any, ...]:
+    """Return what a template may leave out of turns: tools, and the role and the extra keys of each turn."""
+    return bool(example.tools), *((message.role, *sorted(message.extras)) for message in messages)
 
 
 def _left_out(name: str, what: str) -> DataError:

@@ -190,6 +190,33 @@ def test_a_parquet_file_without_rows_or_with_a_column_twice_is_an_error(tmp_path
             read(config(source="parquet", name=str(tmp_path / "a.parquet")))
 
 
+@pytest.mark.parametrize("mixed", [None, "use_json"])
+def test_calls_and_tools_of_a_parquet_file_have_their_own_keys_only(tmp_path, mixed):
+    """Arrow gives all objects of a column the same keys; as JSON, a null of the data stays."""
+    import datasets
+
+    rows = []
+    for number in range(10):
+        arguments = (
+            {"city": "Paris"} if number % 2 else {"ticker": "ACME", "days": [{"first": 1}, {"last": 2}]}
+        )
+        function = {"name": "f", "arguments": arguments}
+        tool = {"name": "f", "parameters": {"properties": {name: {"type": "any"} for name in arguments}}}
+        answer = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": function}],
+        }
+        turns = [{"role": "user", "content": f"question {number}"}, answer]
+        rows.append({"messages": turns, "tools": [{"type": "function", "function": tool}]})
+    if mixed:
+        rows[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]["days"] = None
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list(rows, on_mixed_types=mixed).to_parquet(path)
+    found = read(config(source="parquet", name=str(path)))
+    assert found.digest == read(config(name=lines(tmp_path / "a.jsonl", rows))).digest
+
+
 def test_a_column_that_is_a_part_of_the_question_is_not_ignored(tmp_path):
     rows = [{"instruction": f"do {n}", "input": "", "output": "x"} for n in range(10)]
     columns = {"prompt": "instruction", "completion": "output"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rayft.data import template
 from rayft.data.example import Example
 from rayft.data.section import DataConfig
 from rayft.data.source import read
@@ -158,6 +159,25 @@ def test_tools_that_the_template_leaves_out_are_an_error_that_names_them(tmp_pat
         encode_all([example], tokenizer, 1000)
 
 
+def test_a_template_is_tried_once_for_each_sequence_of_roles_and_keys(tmp_path: Path, monkeypatch) -> None:
+    answers = ({"content": "a"}, {"content": "b"}, {"content": "c", "tool_calls": [CALL]})
+    [plain], [other], [calling] = (rows(tmp_path, talk(answer, tools=[TOOL])) for answer in answers)
+    tokenizer = chat_tokenizer(
+        templates.TOOLS.replace("{% for call in m.tool_calls %}", "{% for call in [] %}")
+    )
+    rendered: list[int] = []
+    render = template.render
+    monkeypatch.setattr(
+        template, "render", lambda *given, **named: rendered.append(1) or render(*given, **named)
+    )
+    encode_all([plain], tokenizer, 1000)
+    first = len(rendered)
+    encode_all([plain, other], tokenizer, 1000)
+    assert len(rendered) - 2 * first == 2, "the other's prompt, and the prompt with its answer"
+    with pytest.raises(DataError, match="train example 2 has tool_calls, and the model's chat template does"):
+        encode_all([plain, calling], tokenizer, 1000)
+
+
 def test_the_answer_of_a_tool_is_a_turn(tmp_path: Path) -> None:
     row = talk({"content": "", "tool_calls": [CALL]}, tools=[TOOL])
     row["messages"] += [
@@ -224,6 +244,14 @@ def test_an_answer_with_the_end_of_a_turn_in_it_is_an_error(tmp_path: Path, answ
         DataError, match=r"example 1, message 4: the answer has '<\|im_end\|>' in it, which ends"
     ):
         learnt(example)
+    [thought] = rows(tmp_path, talk({"content": "Paris", "reasoning_content": answer}))
+    function = {"name": "f", "arguments": {"x": [answer]}}
+    [called] = rows(
+        tmp_path, talk({"content": "", "tool_calls": [{"type": "function", "function": function}]})
+    )
+    for example, layout in ((thought, templates.QWEN3), (called, templates.TOOLS)):
+        with pytest.raises(DataError, match=r"message 2: the answer has '<\|im_end\|>' in it, which ends"):
+            learnt(example, layout)
     [masked] = rows(tmp_path, talk({"content": answer, "weight": 0}, {"content": "Paris"}))
     assert learnt(masked) == "Paris<|im_end|>"
 

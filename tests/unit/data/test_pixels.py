@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import struct
 
 import numpy as np
 import PIL.Image
@@ -71,10 +72,14 @@ def test_images_are_resized_by_the_processor():
     close(found, blocks[None, ::4, ::4] / 255)
 
 
-def test_photographs_are_turned_upright():
+@pytest.mark.parametrize("kind", [3, 5, 7], ids=["usual", "rational", "undefined"])
+def test_photographs_are_turned_upright(kind):
+    """Also if another entry of their EXIF data, here the width, has an unusual type."""
     pixels = noise("photo")
-    stream, exif = io.BytesIO(), PIL.Image.Exif()
-    exif[0x0112] = 6
+    # An entry is a tag, a type, a count and a value; 0x0112 is the orientation, and type 3 is its usual one.
+    entries = struct.pack("<HHII", 0x0100, kind, 1, 8) + struct.pack("<HHII", 0x0112, 3, 1, 6)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+    stream = io.BytesIO()
     PIL.Image.fromarray(pixels).save(stream, format="PNG", exif=exif)
     turned = encoder(1, image_mean=[0], image_std=[1]).pixels(Image.of("photo", stream.getvalue()))
     close(turned, np.rot90(pixels, -1)[None] / 255)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import datasets
@@ -109,7 +110,7 @@ def test_an_unreachable_hub_and_a_missing_set_are_different_errors(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", away)
     with pytest.raises(
-        DataError, match=r"hub can't be reached to load 'org/set' .*read the file with source: jsonl"
+        DataError, match=r"reached to load 'org/set' \(Couldn't reach .* read the file with source: jsonl"
     ):
         read(config(source="hub", name="org/set:main"))
 
@@ -126,6 +127,21 @@ def test_an_unreachable_hub_and_a_missing_set_are_different_errors(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unknown)
     with pytest.raises(DataError, match="can't load split 'tset' of 'org/set' from the hub: Unknown split"):
         read(config(source="hub", name="org/set", files={"train": "tset"}))
+
+
+def test_a_cache_that_can_not_be_written_is_not_a_hub_that_can_not_be_reached(monkeypatch, tmp_path):
+    (tmp_path / "set").mkdir()
+    lines(tmp_path / "set" / "train.jsonl", pairs(0, 50))
+    (tmp_path / "file").touch()
+    own = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda _, *given, **options: own(str(tmp_path / "set"), *given, **options)
+    )
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(
+        DataError, match=r"can't be kept in .*/file/cache.* \(Not a directory\): set HF_HOME to a folder"
+    ):
+        load_hub("org/set", "train")
 
 
 def test_a_hub_set_that_the_disk_can_not_hold_can_be_used_in_part(monkeypatch, tmp_path):
@@ -166,6 +182,46 @@ def test_the_first_rows_of_a_hub_set_are_streamed(monkeypatch, tmp_path):
     assert (len(parts.train), len(parts.val), len(parts.test)) == (24, 3, 3)
     assert {one.text for part in PARTS for one in getattr(parts, part)} == {row["text"] for row in rows[:30]}
     assert parts.labels == ("no", "yes")
+
+
+CHATS = [
+    [{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": "two words"}]
+    for n in range(12)
+]
+PICTURE = [{"role": "user", "content": [{"type": "text", "text": "a picture"}]}, CHATS[0][1]]
+
+
+@pytest.mark.parametrize(
+    "chats",
+    [
+        [*CHATS, PICTURE],
+        [[{**chat[0], "weight": 0}, chat[1]] if n % 3 else chat for n, chat in enumerate(CHATS)],
+    ],
+    ids=["contents of two types", "messages of different keys"],
+)
+def test_streamed_rows_of_undeclared_types_are_the_rows_of_the_set(monkeypatch, tmp_path, chats):
+    """Of a file that is one list, the library knows no types before it has read all of it."""
+    rows = [{"messages": turns} for turns in chats]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.json").write_text(json.dumps(rows))
+    own = datasets.load_dataset
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda _, *given, **options: own(str(tmp_path / "set"), *given, **options)
+    )
+    found = read(config(source="hub", name="org/set", rows=10))
+    assert found.digest == read(config(name=lines(tmp_path / "a.jsonl", rows[:10]))).digest
+
+
+@pytest.mark.parametrize(
+    ("texts", "match"),
+    [([], "it has no rows"), ([*range(1000), "x"], r"its rows are of different types \(.*text")],
+)
+def test_a_stream_that_is_no_table_is_an_error(monkeypatch, texts, match):
+    stream = datasets.IterableDataset.from_generator(lambda: ({"text": text} for text in texts))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    with pytest.raises(DataError, match=f"can't load split 'train' of 'org/set' from the hub: {match}"):
+        load_hub("org/set", "train", 2000)
 
 
 def test_only_the_first_rows_of_a_file_are_read(tmp_path):

@@ -57,6 +57,23 @@ def test_questions_that_differ_in_a_superscript_are_different(tmp_path):
     assert parts.dropped == ()
 
 
+def test_blank_rows_of_raw_text_are_dropped(tmp_path):
+    texts = [f"line {n}" for n in range(10)]
+    rows = [{"text": text} for text in (texts[0], "", *texts[1:], " \n", None)]
+    path = lines(tmp_path / "a.jsonl", rows)
+    parts = read(config(name=path))
+    assert {one.text for part in (parts.train, parts.val, parts.test) for one in part} == {*texts}
+    assert [one.text for one in parts.dropped] == [
+        f"{path}: dropped 3 of 13 rows that are blank (the first is line 2: '')"
+    ]
+    with pytest.raises(DataError, match=r"too little data: .* dropped 5 of 5 rows that are blank"):
+        read(config(name=lines(tmp_path / "b.jsonl", [{"text": ""}] * 5)))
+    with pytest.raises(DataError, match="line 1, column 'text': 3 is no text"):
+        read(config(name=lines(tmp_path / "c.jsonl", [{"text": 3}])))
+    with pytest.raises(DataError, match="line 2, column 'text': the text is empty; fill it or drop the row"):
+        read(config(name=lines(tmp_path / "d.jsonl", [{"text": text, "label": 1} for text in ("a", "")])))
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [

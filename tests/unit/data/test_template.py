@@ -160,6 +160,42 @@ def test_a_template_that_refuses_a_role_is_reported(tokenizer):
         encode(talk("2+2?", "four", system="x"), strict, 200)
 
 
+ANSWERING = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n"
+    "{% elif m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Ignores all roles but two, as the first template of Phi-3 did."""
+FIRST_SYSTEM = "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}" + ANSWERING
+"""Reads a system message at the start only."""
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "left_out"),
+    [
+        (ANSWERING, ("system", "user", "assistant"), "message 1: .* message from 'system'"),
+        (ANSWERING, ("user", "assistant", "tool", "assistant"), "message 3: .* message from 'tool'"),
+        (FIRST_SYSTEM, ("user", "system", "user", "assistant"), "message 2: .* message from 'system'"),
+        (FIRST_SYSTEM, ("system", "user", "assistant", "user", "assistant"), None),
+        (
+            ANSWERING.replace("user\n{{ m.content }}", "user\n{{ m.content | upper }}"),
+            ("user", "assistant"),
+            None,
+        ),
+    ],
+)
+def test_a_template_that_leaves_out_a_message_of_the_prompt_is_refused(tokenizer, template, roles, left_out):
+    leaving = copy.deepcopy(tokenizer)
+    leaving.chat_template = template
+    read = Example(messages=(Message("user", "first"), Message("assistant", "one")))
+    example = Example(messages=tuple(Message(role, f"text {n}") for n, role in enumerate(roles)))
+    if left_out is None:
+        assert encode_all([read, example], leaving, 500)
+        return
+    with pytest.raises(DataError, match=f"train example 2, {left_out}, so the model would not read it"):
+        encode_all([read, example], leaving, 500)
+
+
 def test_a_tokenizer_without_an_end_token_is_an_error(plain_tokenizer):
     endless = copy.deepcopy(plain_tokenizer)
     endless.eos_token = None
