@@ -18,7 +18,14 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from rayft.data.chat_format import AnswerParser, ChatFormat
-from rayft.errors import BadRequestError, ModelError, RayftError, RequestTimeoutError, ResourceError
+from rayft.errors import (
+    BadRequestError,
+    ContextLengthError,
+    ModelError,
+    RayftError,
+    RequestTimeoutError,
+    ResourceError,
+)
 from rayft.numerics import derive_seed
 from rayft.serving.answers import Outbox
 from rayft.serving.catalog import Catalog, Lease, Limits
@@ -385,7 +392,8 @@ class Replica:
         """Return how many tokens a request may generate.
 
         Raises:
-            BadRequestError: if it asks for more than the server or the context allows.
+            BadRequestError: if it asks for more than the server allows.
+            ContextLengthError: if it does not fit into the context.
         """
         most = self._config.max_new_tokens
         asked = request.limit
@@ -394,9 +402,9 @@ class Replica:
             name = "max_tokens" if asked == request.max_tokens else "max_completion_tokens"
             raise BadRequestError(f"{name} is {asked}; this server generates at most {most}", param=name)
         if prompt + (asked or 1) > self._room:
-            raise BadRequestError(
-                f"the maximum context length is {self._room} tokens, but the prompt has {prompt} and "
-                f"{asked or 1} are to be generated; shorten the prompt or lower max_tokens",
+            raise ContextLengthError(
+                f"this model's maximum context length is {self._room} tokens, but the prompt has {prompt} "
+                f"and {asked or 1} are to be generated; shorten the prompt or lower max_tokens",
                 param=param,
             )
         return min(request.default_max_tokens or most, most, self._room - prompt) if asked is None else asked

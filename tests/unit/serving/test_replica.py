@@ -24,6 +24,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from rayft.errors import (
     ArtifactError,
     BadRequestError,
+    ContextLengthError,
     ModelError,
     RequestTimeoutError,
     ResourceError,
@@ -469,8 +470,8 @@ def test_without_a_limit_a_completion_generates_up_to_16_tokens(
     ("request_", "error", "param", "word"),
     [
         (text(model="nobody"), UnknownModelError, "model", "served are base"),
-        (text("x" * 600), BadRequestError, "prompt", "context length is 512"),
-        (text("x" * 500, max_tokens=13), BadRequestError, "prompt", "context length is 512"),
+        (text("x" * 600), ContextLengthError, "prompt", "this model's maximum context length is 512"),
+        (text("x" * 500, max_tokens=13), ContextLengthError, "prompt", "context length is 512"),
         (text(max_tokens=101), BadRequestError, "max_tokens", "at most 100"),
         (text(""), BadRequestError, "prompt", "empty"),
     ],
