@@ -41,7 +41,15 @@ from rayft.serving.http.schemas import ChatRequest, CompletionRequest
 from rayft.serving.messages import Delta, ModelCard, joined
 from rayft.serving.metrics import Meter, Metrics
 from rayft.serving.presence import ending
-from rayft.serving.text import TextStream, chat_tokens, check_tokens, prompt_scores, prompt_tokens, score
+from rayft.serving.text import (
+    Places,
+    TextStream,
+    chat_tokens,
+    check_tokens,
+    prompt_scores,
+    prompt_tokens,
+    score,
+)
 from rayft.squeeze.budget import parse_bytes
 
 __all__ = ["Replica", "ReplicaDeployment"]
@@ -326,6 +334,7 @@ class Replica:
     ) -> AsyncGenerator[Delta, None]:
         """Generate one choice."""
         text, reported, echo = self._text(request, job.prompt), 0, self._echo(request, job, index)
+        places = Places()
         async with aclosing(steps):
             async for step in steps:
                 new = text.push(step.tokens, last=step.finish is not None)
@@ -336,14 +345,24 @@ class Replica:
                     scores = [score(self._tokenizer, entry) for entry in fresh]
                     reported = len(step.logprobs)
                     if echo is not None:
-                        scores = [*prompt_scores(self._tokenizer, job.prompt, step.prompt), *scores]
-                    if request.echoes and step.end is not None:
+                        prompt = prompt_scores(self._tokenizer, job.prompt, step.prompt)
+                        places, scores = Places(echo, prompt), [*prompt, *scores]
+                    if request.echoes and step.end is not None and not text.stopped:
                         scores.append(score(self._tokenizer, step.end))
                     content, echo = (echo or "") + new.content, None
                     # After a stop string the engine may have generated more than was asked for.
                     made = text.used if text.stopped else step.generated
                     meter.progress(index, made, step.first_token_seconds)
-                    yield Delta(content, prompt_tokens, made, finish, index, tuple(scores), new.reasoning)
+                    yield Delta(
+                        content,
+                        prompt_tokens,
+                        made,
+                        finish,
+                        index,
+                        tuple(scores),
+                        new.reasoning,
+                        offsets=places.of(scores),
+                    )
                 if text.stopped:
                     return
                 if step.finish is None:
@@ -365,6 +384,7 @@ class Replica:
             return TextStream(
                 lambda tokens: str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)),
                 self._stops(request),
+                before=prompt,
             )
         parser = AnswerParser(self._format, in_block=self._format.in_block(prompt))
         return TextStream(self._format.decode, self._stops(request), parser)
