@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from rayft.data.chat_format import Answer, AnswerParser
+from rayft.data.chat_format import Answer, AnswerParser, overlap
 from rayft.errors import BadRequestError
 from rayft.serving.engine.api import TokenLogprob
 from rayft.serving.http.body import where
@@ -285,5 +285,7 @@ class TextStream:
         return ""
 
     def _held(self) -> int:
-        ends = (n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n]))
-        return max(ends, default=0)
+        """Return how many characters at the end of the text may be the beginning of a stop string."""
+        # None begins in what was returned: that would have been held back. A stop string may be very long.
+        new = self._text[self._given :]
+        return max((overlap(new, stop) for stop in self._stop), default=0)

@@ -172,6 +172,45 @@ def test_the_beginning_of_a_stop_string_is_returned_once_it_can_not_be_one(tiny_
     assert "E" not in pieces
 
 
+def first_stop(text: str, stops: Sequence[str]) -> str:
+    """Return a text up to the stop string that is complete first."""
+    for end in range(len(text) + 1):
+        places = [text[:end].find(stop) for stop in stops if stop in text[:end]]
+        if places:
+            return text[: min(places)]
+    return text
+
+
+@given(
+    st.text("ab", min_size=1, max_size=30),
+    st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=4),
+    st.integers(1, 4),
+)
+def test_no_part_of_a_stop_string_is_returned(text: str, stops: list[str], step: int) -> None:
+    letters = PreTrainedTokenizerFast(tokenizer_object=BYTE_LEVEL)
+    pieces, stopped = stream(letters, text, tuple(stops), step)
+    assert "".join(pieces) == first_stop(text, stops)
+    assert stopped == any(stop in text for stop in stops)
+
+
+class Counting(str):
+    """A text that counts the characters that are copied out of it."""
+
+    copied = 0
+
+    def __getitem__(self, place: Any) -> str:
+        found = super().__getitem__(place)
+        Counting.copied += len(found)
+        return found
+
+
+def test_a_long_stop_string_costs_no_more_than_a_short_one(tiny_tokenizer: Any) -> None:
+    text = "an end that is near"
+    pieces, stopped = stream(tiny_tokenizer, text, (Counting("an end" + "x" * 10_000),))
+    assert ("".join(pieces), stopped) == (text, False)
+    assert Counting.copied < len(text) ** 2
+
+
 def test_special_tokens_are_omitted_from_the_text(tiny_tokenizer: Any) -> None:
     assert "".join(stream(tiny_tokenizer, "a<|im_start|>b")[0]) == "ab"
 
