@@ -23,6 +23,7 @@ RayftError
     + TooManyRequestsError 429
     + RequestTimeoutError 504
     + BadRequestError   400
+        + ContextLengthError    a prompt and its answer do not fit into the model's context
     + TooLargeError     413
 
 These errors are for mistakes of users and for circumstances; `assert` is for invariants of the code.
@@ -35,6 +36,7 @@ __all__ = [
     "BadRequestError",
     "BaseMismatchError",
     "ConfigError",
+    "ContextLengthError",
     "DataError",
     "DiskFullError",
     "InterruptedRunError",
@@ -202,6 +204,15 @@ class BadRequestError(RequestError):
 
     status = 400
     code = "invalid_request_error"
+
+
+class ContextLengthError(BadRequestError):
+    """A prompt and its answer together are longer than the model's context.
+
+    Programs that shorten a conversation when it has become too long recognise this code.
+    """
+
+    code = "context_length_exceeded"
 
 
 class TooLargeError(RequestError):

@@ -25,7 +25,7 @@ from rayft.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Answer", "AnswerParser", "ChatFormat", "ThinkMarkers", "render"]
+__all__ = ["Answer", "AnswerParser", "ChatFormat", "ThinkMarkers", "overlap", "render"]
 
 
 class ThinkMarkers(NamedTuple):
@@ -206,7 +206,7 @@ class AnswerParser:
         content = ""
         if self._state == "content":
             # Hold back whitespace that may be the template's own, before the end of the answer.
-            size = len(self._held) - _overlap(self._held, self._trailing)
+            size = len(self._held) - overlap(self._held, self._trailing)
             content, self._held = self._held[:size], self._held[size:]
             if last and self._held != self._trailing:
                 content += self._held
@@ -236,7 +236,7 @@ class AnswerParser:
             self._held = ""
         else:
             # Hold back what may become the closing marker, and the whitespace before it.
-            kept = reasoning[: len(reasoning) - _overlap(reasoning, self._markers.close)].rstrip()
+            kept = reasoning[: len(reasoning) - overlap(reasoning, self._markers.close)].rstrip()
             self._held, reasoning = reasoning[len(kept) :], kept
         if not self._reasoned:
             reasoning = reasoning.lstrip()
@@ -320,7 +320,7 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {token: str(text) for token, text in found.items() if text.special and str(text)}
 
 
-def _overlap(text: str, marker: str) -> int:
+def overlap(text: str, marker: str) -> int:
     """Return the number of characters at the end of a text that are the beginning of a marker."""
     longest = min(len(text), len(marker))
     return next((size for size in range(longest, 0, -1) if text.endswith(marker[:size])), 0)

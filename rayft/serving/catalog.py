@@ -218,7 +218,11 @@ class Catalog:
         try:
             for deployed in served.versions:
                 try:
-                    change.entries[deployed.id] = self._same(deployed) or await self._entry(deployed)
+                    entry = self._same(deployed) or await self._entry(deployed)
+                    change.entries[deployed.id] = entry
+                    if deployed.pinned:
+                        # It may be served already, and have been evicted before it was pinned.
+                        await self._bring(entry)
                     self._fit_host()
                 except Exception as error:
                     if all_or_none and not self._is_served(deployed):
@@ -368,8 +372,11 @@ class Catalog:
         return entry if entry and entry.deployed.content_hash == deployed.content_hash else None
 
     def _is_served(self, deployed: Deployed) -> bool:
+        """Return whether a version is served with the same content, and pinned if it is to be."""
         same = (one for one in self.served.versions if one.id == deployed.id)
-        return any(one.content_hash == deployed.content_hash for one in same)
+        return any(
+            one.content_hash == deployed.content_hash and one.pinned >= deployed.pinned for one in same
+        )
 
     def _reason(self, deployed: Deployed, error: Exception) -> str:
         """Return why a version can't be served, and log it if it is new."""

@@ -63,6 +63,8 @@ class Delta:
     """New text of the reasoning before the answer of a chat."""
     fingerprint: str = ""
     """In the first delta: content hash of the adapter that answers; empty for the base."""
+    offsets: tuple[int, ...] = ()
+    """Where in the whole text each token of `scores` begins, in characters."""
 
 
 def joined(parts: Sequence[Delta]) -> Delta:
@@ -72,6 +74,7 @@ def joined(parts: Sequence[Delta]) -> Delta:
         text="".join(part.text for part in parts),
         reasoning="".join(part.reasoning for part in parts),
         scores=tuple(score for part in parts for score in part.scores),
+        offsets=tuple(offset for part in parts for offset in part.offsets),
     )
 
 

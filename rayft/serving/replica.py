@@ -18,7 +18,14 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from rayft.data.chat_format import AnswerParser, ChatFormat
-from rayft.errors import BadRequestError, ModelError, RayftError, RequestTimeoutError, ResourceError
+from rayft.errors import (
+    BadRequestError,
+    ContextLengthError,
+    ModelError,
+    RayftError,
+    RequestTimeoutError,
+    ResourceError,
+)
 from rayft.numerics import derive_seed
 from rayft.serving.answers import Outbox
 from rayft.serving.catalog import Catalog, Lease, Limits
@@ -34,7 +41,15 @@ from rayft.serving.http.schemas import ChatRequest, CompletionRequest
 from rayft.serving.messages import Delta, ModelCard, joined
 from rayft.serving.metrics import Meter, Metrics
 from rayft.serving.presence import ending
-from rayft.serving.text import TextStream, chat_tokens, check_tokens, prompt_scores, prompt_tokens, score
+from rayft.serving.text import (
+    Places,
+    TextStream,
+    chat_tokens,
+    check_tokens,
+    prompt_scores,
+    prompt_tokens,
+    score,
+)
 from rayft.squeeze.budget import parse_bytes
 
 __all__ = ["Replica", "ReplicaDeployment"]
@@ -319,6 +334,7 @@ class Replica:
     ) -> AsyncGenerator[Delta, None]:
         """Generate one choice."""
         text, reported, echo = self._text(request, job.prompt), 0, self._echo(request, job, index)
+        places = Places()
         async with aclosing(steps):
             async for step in steps:
                 new = text.push(step.tokens, last=step.finish is not None)
@@ -329,14 +345,24 @@ class Replica:
                     scores = [score(self._tokenizer, entry) for entry in fresh]
                     reported = len(step.logprobs)
                     if echo is not None:
-                        scores = [*prompt_scores(self._tokenizer, job.prompt, step.prompt), *scores]
-                    if request.echoes and step.end is not None:
+                        prompt = prompt_scores(self._tokenizer, job.prompt, step.prompt)
+                        places, scores = Places(echo, prompt), [*prompt, *scores]
+                    if request.echoes and step.end is not None and not text.stopped:
                         scores.append(score(self._tokenizer, step.end))
                     content, echo = (echo or "") + new.content, None
                     # After a stop string the engine may have generated more than was asked for.
                     made = text.used if text.stopped else step.generated
                     meter.progress(index, made, step.first_token_seconds)
-                    yield Delta(content, prompt_tokens, made, finish, index, tuple(scores), new.reasoning)
+                    yield Delta(
+                        content,
+                        prompt_tokens,
+                        made,
+                        finish,
+                        index,
+                        tuple(scores),
+                        new.reasoning,
+                        offsets=places.of(scores),
+                    )
                 if text.stopped:
                     return
                 if step.finish is None:
@@ -358,6 +384,7 @@ class Replica:
             return TextStream(
                 lambda tokens: str(self._tokenizer.decode(list(tokens), skip_special_tokens=True)),
                 self._stops(request),
+                before=prompt,
             )
         parser = AnswerParser(self._format, in_block=self._format.in_block(prompt))
         return TextStream(self._format.decode, self._stops(request), parser)
@@ -385,7 +412,8 @@ class Replica:
         """Return how many tokens a request may generate.
 
         Raises:
-            BadRequestError: if it asks for more than the server or the context allows.
+            BadRequestError: if it asks for more than the server allows.
+            ContextLengthError: if it does not fit into the context.
         """
         most = self._config.max_new_tokens
         asked = request.limit
@@ -394,9 +422,9 @@ class Replica:
             name = "max_tokens" if asked == request.max_tokens else "max_completion_tokens"
             raise BadRequestError(f"{name} is {asked}; this server generates at most {most}", param=name)
         if prompt + (asked or 1) > self._room:
-            raise BadRequestError(
-                f"the maximum context length is {self._room} tokens, but the prompt has {prompt} and "
-                f"{asked or 1} are to be generated; shorten the prompt or lower max_tokens",
+            raise ContextLengthError(
+                f"this model's maximum context length is {self._room} tokens, but the prompt has {prompt} "
+                f"and {asked or 1} are to be generated; shorten the prompt or lower max_tokens",
                 param=param,
             )
         return min(request.default_max_tokens or most, most, self._room - prompt) if asked is None else asked

@@ -22,6 +22,7 @@ import torch
 from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, BadRequestError, ModelError, RequestError, ResourceError
 from rayft.kernels.grouped_lora import WIDEST
+from rayft.numerics import derive_seed
 from rayft.serving.engine.api import EngineLimits, GenerationRequest, NoRoomError, Progress, TokenLogprob
 from rayft.serving.engine.vllm import engine as engines
 from rayft.serving.engine.vllm.engine import VllmEngine, VllmOptions, _Answer, _start_error
@@ -642,13 +643,14 @@ def test_a_closed_request_is_closed_in_vllm(start: Start) -> None:
             {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 3,
              "stop_token_ids": [1, END, 9]},
         ),
+        (GenerationRequest((1,), 7, temperature=0.7, seed=-1), {"seed": derive_seed(-1)}),
         (
             GenerationRequest((1,), 0, logprobs=4, score_prompt=True, repetition_penalty=1.2),
             {"max_tokens": 1, "logprobs": 4, "prompt_logprobs": 4, "repetition_penalty": 1.2},
         ),
         (GenerationRequest((1,), 7, logprobs=0), {"logprobs": 0, "prompt_logprobs": None}),
     ],
-    ids=["greedy", "drawn", "scored", "own log-probability"],
+    ids=["greedy", "drawn", "vLLM's sign for no seed", "scored", "own log-probability"],
 )  # fmt: skip
 def test_options_are_vllms(request_: GenerationRequest, wanted: dict[str, Any], start: Start) -> None:
     async def scenario(engine: VllmEngine, _: Any) -> None:

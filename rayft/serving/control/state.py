@@ -55,6 +55,8 @@ class Served:
     """During a canary: name → share of its traffic that goes to its newest version."""
     previous: Mapping[str, Deployed] = field(default_factory=dict)
     """Name → the version that was replaced last."""
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    """Name → the largest number of its versions since the name is served; none is given twice."""
 
     def of(self, name: str) -> tuple[Deployed, ...]:
         """Return the versions of a name, the oldest first."""
@@ -161,7 +163,8 @@ def loaded(served: Served, new: Deployed, weight: float = 1.0) -> Served:
     before = [*mine, *([served.previous[new.name]] if new.name in served.previous else [])]
     taken = {one.version for one in before if one.content_hash != new.content_hash}
     if new.version == 0 or new.version in taken:
-        new = replace(new, version=max((one.version for one in before), default=0) + 1)
+        numbers = [one.version for one in before]
+        new = replace(new, version=max(served.numbers.get(new.name, 0), *numbers, 0) + 1)
     if weight < 1.0:
         if not mine:
             raise BadRequestError(f"'{new.name}' is not served yet; load it without a weight first")
@@ -244,8 +247,11 @@ def _changed(
         every += versions
     weights = {who: share for who, share in served.weights.items() if who != name}
     before = {who: one for who, one in served.previous.items() if who != name}
+    numbers = {who: number for who, number in served.numbers.items() if who != name}
+    if versions:
+        numbers[name] = max(served.numbers.get(name, 0), *(one.version for one in versions))
     if weight is not None:
         weights[name] = weight
     if previous is not None:
         before[name] = previous
-    return Served(served.number + 1, tuple(every), weights, before)
+    return Served(served.number + 1, tuple(every), weights, before, numbers)

@@ -231,7 +231,7 @@ class TextRequest(Strict):
 
     model: Annotated[str, Field(max_length=4096)]
     """Name of a served model: `base`, or an adapter as `name`, `name@version`, `name@alias`, `name@r8`."""
-    stream: bool = False
+    stream: bool | None = None
     """Send the answer as server-sent events while it is generated."""
     stream_options: StreamOptions | None = None
     """Options of the stream; only with `stream`."""

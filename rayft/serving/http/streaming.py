@@ -6,9 +6,7 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 from rayft.serving.http.errors import describe_error
@@ -45,16 +43,16 @@ class Form(ABC):
         """Return the part of a choice with the whole text."""
 
     @abstractmethod
-    def scores(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
-        """Return the log-probabilities of tokens; `offset` is the number of characters before them."""
+    def scores(self, scores: Sequence[TokenScore], offsets: Sequence[int]) -> dict[str, Any]:
+        """Return the log-probabilities of tokens, given where in the text each of them begins."""
 
     def chunk(self, choice: dict[str, Any] | None, **extra: Any) -> dict[str, Any]:
         """Return the content of one event of a stream."""
         return {**self._head(self.chunk_object), "choices": [] if choice is None else [choice], **extra}
 
-    def choice(self, part: dict[str, Any], delta: Delta, offset: int = 0) -> dict[str, Any]:
+    def choice(self, part: dict[str, Any], delta: Delta) -> dict[str, Any]:
         """Return a choice, or a part of one."""
-        scores = self.scores(delta.scores, offset) if delta.scores else None
+        scores = self.scores(delta.scores, delta.offsets) if delta.scores else None
         return {"index": delta.index, **part, "logprobs": scores, "finish_reason": delta.finish}
 
     def whole(self, choices: Mapping[int, Delta]) -> dict[str, Any]:
@@ -88,7 +86,7 @@ class ChatForm(Form):
         message = {"role": "assistant", "content": delta.text, "refusal": None}
         return {"message": {**message, "reasoning_content": delta.reasoning or None}}
 
-    def scores(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
+    def scores(self, scores: Sequence[TokenScore], offsets: Sequence[int]) -> dict[str, Any]:
         """Return one entry for each token."""
         found = [{**_score(one), "top_logprobs": [_score(top) for top in one.top]} for one in scores]
         return {"content": found, "refusal": None}
@@ -113,14 +111,13 @@ class TextForm(Form):
         """Return the text."""
         return {"text": delta.text}
 
-    def scores(self, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
+    def scores(self, scores: Sequence[TokenScore], offsets: Sequence[int]) -> dict[str, Any]:
         """Return one list for each field."""
-        starts = accumulate((len(one.text) for one in scores[:-1]), initial=offset)
         return {
             "tokens": [one.text for one in scores],
             "token_logprobs": [one.logprob for one in scores],
             "top_logprobs": [_most_likely(one) for one in scores],
-            "text_offset": list(starts),
+            "text_offset": list(offsets),
         }
 
 
@@ -148,7 +145,7 @@ async def events(form: Form, first: Delta, deltas: AsyncIterator[Delta], counts:
         deltas: those that follow.
         counts: whether to end with the number of tokens.
     """
-    opening, lasts, offsets = form.opening(), {0: first}, Counter[int]()
+    opening, lasts = form.opening(), {0: first}
     begun: set[int] = set()
     try:
         async for delta in deltas:
@@ -156,8 +153,7 @@ async def events(form: Form, first: Delta, deltas: AsyncIterator[Delta], counts:
                 begun.add(delta.index)
                 yield _event(form.chunk(form.choice(opening, Delta("", 0, 0, index=delta.index))))
             lasts[delta.index] = delta
-            yield _event(form.chunk(form.choice(form.piece(delta), delta, offsets[delta.index])))
-            offsets[delta.index] += len(delta.text)
+            yield _event(form.chunk(form.choice(form.piece(delta), delta)))
     except Exception as error:  # noqa: BLE001  (the headers are sent, so it can't become a status)
         yield _event(describe_error(error)[1])
         return

@@ -510,6 +510,24 @@ def test_pinned_adapters_and_those_in_use_are_not_evicted(
     asyncio.run(scenario())
 
 
+def test_an_adapter_that_is_pinned_later_is_brought_to_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayft.serving.catalog.ROOM_SECONDS", 0.2)
+    served = Server(device=ONE)
+    adapters = {name: save(tmp_path, name) for name in "ab"}
+    served.sync(adapters)
+    served.keys("b")
+    assert served.catalog.tiers() == {"a@1": "disk", "b@1": "device"}
+    served.sync(adapters, pinned=("a",))
+    assert served.catalog.tiers() == {"a@1": "device", "b@1": "disk"}
+    # There is room for one.
+    with pytest.raises(ResourceError, match=r"no room for 'b' .* in use or pinned"):
+        served.sync(adapters, pinned=("a", "b"))
+    assert served.catalog.tiers() == {"a@1": "device", "b@1": "disk"}
+    assert [card["pinned"] for card in served.catalog.cards()[1:]] == [True, False]
+
+
 def test_if_the_engine_has_no_room_the_least_recently_used_adapter_is_evicted(tmp_path: Path) -> None:
     served = Server(room=2)
     served.sync({name: save(tmp_path, name) for name in "abc"}, pinned=("b",))

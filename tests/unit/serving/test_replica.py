@@ -20,10 +20,13 @@ import torch
 from pydantic import TypeAdapter
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
+from tokenizers import decoders
+from tokenizers.processors import TemplateProcessing
 
 from rayft.errors import (
     ArtifactError,
     BadRequestError,
+    ContextLengthError,
     ModelError,
     RequestTimeoutError,
     ResourceError,
@@ -35,7 +38,7 @@ from rayft.serving import replica as replica_module
 from rayft.serving.config import ServeConfig
 from rayft.serving.control.sources import find
 from rayft.serving.control.state import Served, loaded
-from rayft.serving.engine.api import Progress
+from rayft.serving.engine.api import GenerationRequest, Progress, TokenLogprob
 from rayft.serving.engine.cpu.engine import CpuEngine
 from rayft.serving.http.responses import Completion
 from rayft.serving.http.schemas import ChatRequest, CompletionRequest, Message
@@ -388,6 +391,61 @@ def test_a_streamed_echo_comes_first(replica: Replica) -> None:
         assert_same(lists["token_logprobs"][1:], whole[index]["logprobs"]["token_logprobs"][1:])
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_completion_keeps_the_space_after_its_prompt(
+    replica: Replica, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, echo: bool
+) -> None:
+    tokens = tuple(tiny_tokenizer(" Paris")["input_ids"])
+
+    async def steps(job: GenerationRequest) -> AsyncGenerator[Progress, None]:
+        scores = tuple(TokenLogprob(token, -1.0, ()) for token in tokens)
+        prompt = tuple(TokenLogprob(token, -1.0, ()) for token in job.prompt) if job.score_prompt else ()
+        yield Progress(tokens, len(tokens), "length", scores, prompt)
+
+    # Llama 2's and Mistral's tokenizers omit the first space of what they decode.
+    strips = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    monkeypatch.setattr(replica._tokenizer.backend_tokenizer, "decoder", strips)
+    monkeypatch.setattr(CpuEngine, "submit", lambda _, job: steps(job))
+    (choice,) = completion(replica, text("it is", logprobs=0, echo=echo))["choices"]
+    assert choice["text"] == ("it is" if echo else "") + " Paris"
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+
+
+def test_the_offsets_of_tokens_are_places_in_the_text(
+    replica: Replica, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, stop = tuple(tiny_tokenizer("go on \u00e9ND.")["input_ids"]), "\u00e9NDE"
+    wanted = [*range(7), 6, 7, 8, 9]
+
+    async def steps(job: GenerationRequest) -> AsyncGenerator[Progress, None]:
+        scores = tuple(TokenLogprob(token, -1.0, ()) for token in tokens)
+        scored = tuple(TokenLogprob(token, -1.0, ()) for token in job.prompt)
+        for size in range(1, len(tokens) + 1):
+            finish = "length" if size == len(tokens) else None
+            yield Progress(tokens[:size], size, finish, scores[:size], scored if job.score_prompt else ())
+
+    def offsets(request: CompletionRequest) -> list[int]:
+        found = completion(replica, request)["choices"][0]["logprobs"]["text_offset"]
+        parts = [part["logprobs"] for part in chunks(replica, request)]
+        assert [place for part in parts if part for place in part["text_offset"]] == found
+        assert len(parts) > 3
+        return list(found)
+
+    monkeypatch.setattr(CpuEngine, "submit", lambda _, job: steps(job))
+    monkeypatch.setattr(replica_module, "MERGED_SECONDS", 1e-3)
+    # The beginning of a stop string is held back, but its tokens have their places.
+    asked = text("caf\u00e9", logprobs=0, stop=stop, stream=True)
+    assert offsets(asked) == wanted
+    echoed = text("caf\u00e9", logprobs=0, stop=stop, stream=True, echo=True)
+    prompt = [0, 1, 2, 3, 3]
+    assert offsets(echoed) == [*prompt, *(4 + place for place in wanted)]
+    # A tokenizer that begins each prompt with a token that is not in the text.
+    start = "<|im_start|>"
+    begins = TemplateProcessing(f"{start} $A", None, [(start, tiny_tokenizer.convert_tokens_to_ids(start))])
+    monkeypatch.setattr(replica._tokenizer.backend_tokenizer, "post_processor", begins)
+    assert offsets(echoed) == [0, *prompt, *(4 + place for place in wanted)]
+
+
 @pytest.mark.parametrize("logprobs", [None, 0, 1])
 def test_an_echo_may_generate_nothing(replica: Replica, logprobs: int | None) -> None:
     body = completion(replica, text(["hello", "x"], max_tokens=0, echo=True, logprobs=logprobs))
@@ -415,6 +473,23 @@ def test_an_echo_has_the_end_token_among_its_scores(
     assert choice["logprobs"]["tokens"][-1] == tiny_tokenizer.decode([free[3]])
     assert_same(choice["logprobs"]["token_logprobs"][len(prompt) :], plain["token_logprobs"][: cut + 1])
     assert choice["text"] == "hello" + tiny_tokenizer.decode(list(free[:cut]))
+
+
+def test_an_end_token_after_a_stop_string_has_no_score(
+    replica: Replica, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = tuple(tiny_tokenizer("go STOP")["input_ids"])
+
+    async def steps(job: GenerationRequest) -> AsyncGenerator[Progress, None]:
+        scores = [TokenLogprob(token, -1.0, ()) for token in (*job.prompt, *tokens)]
+        prompt, own = tuple(scores[: len(job.prompt)]), tuple(scores[len(job.prompt) :])
+        yield Progress(tokens, len(tokens) + 1, "stop", own, prompt, end=TokenLogprob(0, -1.0, ()))
+
+    monkeypatch.setattr(CpuEngine, "submit", lambda _, job: steps(job))
+    body = completion(replica, text("hello", logprobs=0, echo=True, stop="STOP"))
+    (choice,) = body["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("hellogo ", "stop")
+    assert len(choice["logprobs"]["tokens"]) == body["usage"]["total_tokens"] == len("hellogo STOP")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -469,8 +544,8 @@ def test_without_a_limit_a_completion_generates_up_to_16_tokens(
     ("request_", "error", "param", "word"),
     [
         (text(model="nobody"), UnknownModelError, "model", "served are base"),
-        (text("x" * 600), BadRequestError, "prompt", "context length is 512"),
-        (text("x" * 500, max_tokens=13), BadRequestError, "prompt", "context length is 512"),
+        (text("x" * 600), ContextLengthError, "prompt", "this model's maximum context length is 512"),
+        (text("x" * 500, max_tokens=13), ContextLengthError, "prompt", "context length is 512"),
         (text(max_tokens=101), BadRequestError, "max_tokens", "at most 100"),
         (text(""), BadRequestError, "prompt", "empty"),
     ],

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from rayft.errors import BadRequestError
-from rayft.serving.text import TextStream, chat_tokens, prompt_tokens
+from rayft.serving.engine.api import TokenLogprob
+from rayft.serving.text import Places, TextStream, chat_tokens, prompt_tokens, score
 
 TEXT = "Grüße, 世界! 🙂 ok"
 
@@ -43,9 +45,9 @@ BYTE_LEVEL = byte_level()
 BYTE_FALLBACK = [byte_fallback(strip=strip) for strip in (False, True)]
 
 
-def pushed(tokenizer: Tokenizer, tokens: Sequence[int], step: int) -> str:
+def pushed(tokenizer: Tokenizer, tokens: Sequence[int], step: int, before: Sequence[int] = ()) -> str:
     """Push tokens a few at a time, and return all text that comes out."""
-    made = TextStream(lambda some: str(tokenizer.decode(list(some), skip_special_tokens=True)))
+    made = TextStream(lambda some: str(tokenizer.decode(list(some), skip_special_tokens=True)), before=before)
     ends = [*range(step, len(tokens), step), len(tokens)]
     return "".join(made.push(tokens[:end], last=end == len(tokens)).content for end in ends)
 
@@ -72,6 +74,49 @@ def test_any_text_streams_through_a_byte_fallback_tokenizer(
 @example([56, 185, 262])
 def test_tokens_that_are_no_text_raise_no_error(tokenizer: Tokenizer, tokens: list[int]) -> None:
     pushed(tokenizer, tokens, 1)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, *BYTE_FALLBACK], ids=["bytes", "kept", "stripped"])
+@given(
+    st.text(st.sampled_from(" abéü世🙂"), min_size=1), st.text(st.sampled_from(" abéü世🙂"), min_size=1),
+    st.integers(1, 4),
+)  # fmt: skip
+@example("a", " hello", 1)
+@example("éé🙂🙂🙂", " a", 1)
+def test_a_text_continues_the_tokens_before_it(
+    tokenizer: Tokenizer, before: str, after: str, step: int
+) -> None:
+    tokens = tokenizer.encode(before + after).ids
+    cuts = [cut for cut in range(1, len(tokens)) if tokenizer.decode(tokens[:cut]) == before]
+    for cut in cuts:
+        assert before + pushed(tokenizer, tokens[cut:], step, before=tokens[:cut]) == tokenizer.decode(tokens)
+
+
+def test_the_tokens_before_a_text_may_end_within_a_character() -> None:
+    prompt, rest = BYTE_LEVEL.encode("a").ids, [BYTE_LEVEL.token_to_id(piece) for piece in "ÃĤ"]
+    made = pushed(BYTE_LEVEL, [rest[1], *prompt], 1, before=[*prompt, rest[0]])
+    assert made.endswith("a")
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, *BYTE_FALLBACK], ids=["bytes", "kept", "stripped"])
+@given(st.text(st.sampled_from(" abéü世🙂") | st.characters(codec="utf-8"), min_size=1))
+@example("a hello  世🙂")
+def test_the_bytes_of_tokens_join_to_their_text(tokenizer: Tokenizer, text: str) -> None:
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    tokens = tokenizer.encode(text).ids
+    scores = [score(fast, TokenLogprob(token, -1.0, ((token, -1.0),))) for token in tokens]
+    # These tokenizers begin a text with a space.
+    begins = "" if tokenizer is BYTE_LEVEL else " "
+    joined = bytes(byte for one in scores for byte in one.bytes)
+    assert joined.decode() == begins + text.removeprefix(begins)
+    places = Places().of([*scores, scores[0]])
+    assert places[-1] == len(joined.decode())
+    for place, one in zip(places, scores, strict=False):
+        if "\N{REPLACEMENT CHARACTER}" not in one.text:
+            assert joined.decode().startswith(one.text, place)
+    for one in scores:
+        assert one.bytes == one.top[0].bytes
+        assert "\N{REPLACEMENT CHARACTER}" in one.text or one.text.encode() == bytes(one.bytes)
 
 
 def decoded(tokenizer: Any) -> Callable[[Sequence[int]], str]:
@@ -125,6 +170,45 @@ def test_the_beginning_of_a_stop_string_is_returned_once_it_can_not_be_one(tiny_
     assert "".join(pieces) == "an EN route"
     assert not stopped
     assert "E" not in pieces
+
+
+def first_stop(text: str, stops: Sequence[str]) -> str:
+    """Return a text up to the stop string that is complete first."""
+    for end in range(len(text) + 1):
+        places = [text[:end].find(stop) for stop in stops if stop in text[:end]]
+        if places:
+            return text[: min(places)]
+    return text
+
+
+@given(
+    st.text("ab", min_size=1, max_size=30),
+    st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=4),
+    st.integers(1, 4),
+)
+def test_no_part_of_a_stop_string_is_returned(text: str, stops: list[str], step: int) -> None:
+    letters = PreTrainedTokenizerFast(tokenizer_object=BYTE_LEVEL)
+    pieces, stopped = stream(letters, text, tuple(stops), step)
+    assert "".join(pieces) == first_stop(text, stops)
+    assert stopped == any(stop in text for stop in stops)
+
+
+class Counting(str):
+    """A text that counts the characters that are copied out of it."""
+
+    copied = 0
+
+    def __getitem__(self, place: Any) -> str:
+        found = super().__getitem__(place)
+        Counting.copied += len(found)
+        return found
+
+
+def test_a_long_stop_string_costs_no_more_than_a_short_one(tiny_tokenizer: Any) -> None:
+    text = "an end that is near"
+    pieces, stopped = stream(tiny_tokenizer, text, (Counting("an end" + "x" * 10_000),))
+    assert ("".join(pieces), stopped) == (text, False)
+    assert Counting.copied < len(text) ** 2
 
 
 def test_special_tokens_are_omitted_from_the_text(tiny_tokenizer: Any) -> None:

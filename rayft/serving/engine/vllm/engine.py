@@ -19,6 +19,7 @@ import torch
 from rayft.artifacts import AdapterArtifact, ModuleShapes
 from rayft.errors import ArtifactError, BadRequestError, ModelError, RayftError, RequestError, ResourceError
 from rayft.kernels.grouped_lora import WIDEST
+from rayft.numerics import derive_seed
 from rayft.serving.engine.api import (
     NOT_FINITE,
     STOPPED,
@@ -303,7 +304,8 @@ class VllmEngine:
             min_p=request.min_p if drawn else 0.0,
             repetition_penalty=request.repetition_penalty,
             # A request with a seed has a generator of its own, which costs time in each step.
-            seed=request.seed if drawn else None,
+            # vLLM takes -1 for none.
+            seed=(derive_seed(-1) if request.seed == -1 else request.seed) if drawn else None,
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if request.score_prompt else None,
             stop_token_ids=sorted({*ends, *request.stop_tokens}),

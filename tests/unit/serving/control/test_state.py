@@ -76,6 +76,15 @@ def test_a_canary_gets_its_share_and_is_promoted_or_rolled_back() -> None:
     assert versions(rolled_back(back, "a")) == [(2, "2")]
 
 
+def test_the_number_of_a_canary_that_was_rolled_back_is_not_given_again() -> None:
+    served = loaded(loaded(Served(), deployed()), deployed(content="2"), weight=0.25)
+    served = loaded(rolled_back(served, "a"), deployed(content="3"), weight=0.25)
+    assert versions(served) == [(1, "1"), (3, "3")]
+    assert versions(loaded(promoted(served, "a"), deployed(content="4"))) == [(4, "4")]
+    # A name that is no longer served is forgotten.
+    assert versions(loaded(unloaded(served, "a"), deployed(content="5"))) == [(1, "5")]
+
+
 def test_a_change_that_makes_no_sense_is_refused() -> None:
     served = loaded(Served(), deployed())
     for change, word in (

@@ -5,7 +5,13 @@ from ray import cloudpickle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from starlette.responses import JSONResponse
 
-from rayft.errors import BadRequestError, ResourceError, TooManyRequestsError, UnknownModelError
+from rayft.errors import (
+    BadRequestError,
+    ContextLengthError,
+    ResourceError,
+    TooManyRequestsError,
+    UnknownModelError,
+)
 from rayft.serving.http.errors import describe_error
 
 
@@ -13,6 +19,7 @@ from rayft.serving.http.errors import describe_error
     ("error", "status", "code", "word"),
     [
         (BadRequestError("no", param="n"), 400, "invalid_request_error", "no"),
+        (ContextLengthError("long", param="prompt"), 400, "context_length_exceeded", "long"),
         (UnknownModelError("who", param="model"), 404, "model_not_found", "who"),
         (TooManyRequestsError("later"), 429, "rate_limit_exceeded", "later"),
         (ResourceError("full"), 503, "unavailable", "full"),

@@ -10,7 +10,7 @@ from openai.types.completion_create_params import CompletionCreateParamsStreamin
 
 from rayft.errors import BadRequestError
 from rayft.serving.http.app import create_app
-from rayft.serving.http.schemas import HARMLESS, ChatRequest, CompletionRequest, JsonSchema
+from rayft.serving.http.schemas import HARMLESS, ChatRequest, CompletionRequest, JsonSchema, TextRequest
 from tests.unit.serving.http.recording import RecordingGateway
 
 GATEWAY = RecordingGateway()
@@ -214,6 +214,14 @@ def test_logprobs_is_a_number_in_completions_and_a_boolean_in_chat_completions()
 def test_an_unsupported_field_is_accepted_with_its_default(field: str) -> None:
     for value in (*ChatRequest.neutral[field], None):
         assert chat(**{field: value}) == chat()
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
+def test_null_is_the_default_of_every_field(kind: type[TextRequest]) -> None:
+    send = chat if kind is ChatRequest else text
+    for name, field in kind.model_fields.items():
+        if not field.is_required():
+            assert send(**{name: None}) == send(), name
 
 
 @pytest.mark.parametrize("value", ["auto", {"a": "b"}, False, 3, None])

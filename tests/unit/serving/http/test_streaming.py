@@ -21,9 +21,9 @@ def scored(text: str, value: float | None, *top: tuple[str, float]) -> TokenScor
 
 FIRST = Delta("", 2, 0)
 DELTAS = [
-    Delta("ab", 2, 0, scores=(scored("a", None), scored("b", -3.0, ("c", -1.0)))),
-    Delta("c", 2, 1, scores=(scored("c", -0.5, ("c", -0.5)),)),
-    Delta("", 2, 2, "stop", scores=(scored("</s>", -0.25, ("\ufffd", -0.125)),)),
+    Delta("ab", 2, 0, scores=(scored("a", None), scored("b", -3.0, ("c", -1.0))), offsets=(0, 1)),
+    Delta("c", 2, 1, scores=(scored("c", -0.5, ("c", -0.5)),), offsets=(2,)),
+    Delta("", 2, 2, "stop", scores=(scored("</s>", -0.25, ("\ufffd", -0.125)),), offsets=(3,)),
 ]
 
 
@@ -53,7 +53,7 @@ def test_a_token_is_among_the_most_likely_ones_and_the_first_of_a_prompt_has_non
 def test_of_tokens_with_the_same_text_the_most_likely_one_is_reported() -> None:
     form = TextForm("m")
     one = scored("\ufffd", -4.0, ("\ufffd", -1.0), ("\ufffd", -2.0))
-    assert form.scores([one], 0)["top_logprobs"] == [{"\ufffd": -1.0}]
+    assert form.scores([one], [0])["top_logprobs"] == [{"\ufffd": -1.0}]
 
 
 def test_the_chunks_of_a_stream_join_to_the_whole() -> None:
