@@ -263,9 +263,20 @@ class Catalog:
 
     def _all(self) -> list[_Entry]:
         """Return the entries that are served, and those of changes that may be served."""
-        changes = (*self._preparing, *([self._prepared] if self._prepared else ()))
-        wanted = [entry for change in changes for entry in change.entries.values()]
+        wanted = [entry for change in self._coming() for entry in change.entries.values()]
         return list(dict.fromkeys((*self._entries.values(), *wanted)))
+
+    def _coming(self) -> list[_Change]:
+        """Return the changes that may be served."""
+        return [*self._preparing, *([self._prepared] if self._prepared else ())]
+
+    def _pinned(self, entry: _Entry) -> bool:
+        """Return whether an entry is pinned, or a change that may be served pins it."""
+        return entry.deployed.pinned or any(
+            one.pinned and change.entries.get(one.id) is entry
+            for change in self._coming()
+            for one in change.served.versions
+        )
 
     def cards(self) -> list[ModelCard]:
         """Describe the base and each version of each adapter."""
@@ -472,7 +483,7 @@ class Catalog:
         idle = [
             other
             for other in self._entries.values()
-            if other.on_device and not other.leases and not other.deployed.pinned
+            if other.on_device and not other.leases and not self._pinned(other)
         ]
         if idle:
             victim = min(idle, key=lambda other: other.used)

@@ -526,6 +526,11 @@ def test_an_adapter_that_is_pinned_later_is_brought_to_the_device(
         served.sync(adapters, pinned=("a", "b"))
     assert served.catalog.tiers() == {"a@1": "device", "b@1": "disk"}
     assert [card["pinned"] for card in served.catalog.cards()[1:]] == [True, False]
+    # Of two that one change pins, the second does not evict the first.
+    served = Server(device=ONE)
+    served.sync(adapters)
+    with pytest.raises(ResourceError, match=r"no room for 'b' .* in use or pinned"):
+        served.sync(adapters, pinned=("a", "b"))
 
 
 def test_if_the_engine_has_no_room_the_least_recently_used_adapter_is_evicted(tmp_path: Path) -> None:
