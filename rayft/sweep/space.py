@@ -119,7 +119,7 @@ class SweepConfig(Section):
     """Each point is run once with each seed."""
 
     trials: int | None = Field(default=None, ge=1)
-    """Largest number of trials; with ranges, the number that is sampled."""
+    """Largest number of trials; with ranges, the number that is sampled, which is 8 by default."""
 
     grace: int = Field(default=10, ge=1)
     """Number of steps before a trial can be stopped: ASHA's first rung."""
