@@ -13,7 +13,7 @@ from typing import Any
 
 from rayft.errors import DataError
 
-__all__ = ["REASONING", "Example", "Image", "Message", "digest", "quoted"]
+__all__ = ["REASONING", "Example", "Image", "Message", "digest", "named", "quoted", "shown"]
 
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -223,6 +223,18 @@ def _add(hashed: hashlib._Hash, text: str) -> None:
 def quoted(text: str) -> str:
     """Quote the start of a text for a message: 60 characters at most, with escaped control characters."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def shown(example: Example) -> str:
+    """Quote the start of a question for a message, as `quoted` does; of an image, return its name."""
+    if example.image is not None:
+        return example.image.name
+    return quoted(example.messages[-2].content if len(example.messages) > 1 else example.question)
+
+
+def named(part: str, index: int, example: Example) -> str:
+    """Return how messages name an example. Its number in the part is not that of its row in a file."""
+    return f"{part} example {index + 1} ({shown(example)})"
 
 
 def digest(parts: Iterable[Iterable[Example]]) -> str:

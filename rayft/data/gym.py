@@ -18,8 +18,8 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from rayft.config import nearest
-from rayft.data.example import Example, Message
-from rayft.data.split import Dropped, shown
+from rayft.data.example import Example, Message, shown
+from rayft.data.split import Dropped
 from rayft.errors import DataError, ResourceError
 
 __all__ = ["build_task", "draw_parts"]

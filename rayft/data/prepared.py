@@ -115,8 +115,9 @@ class Prepared:
                 from or to decide by; and as `Texts`.
         """
         config, limit = self._config, self._config.max_length
+        examples = getattr(self.parts, part)
         if self._mapped is None:
-            examples = getattr(self.parts, part)[:count]
+            examples = examples[:count]
             if isinstance(self._encoder, ImageEncoder):
                 return encode_images(examples, self._encoder)
             numbered = [*encode_numbered(enumerate(examples), self._encoder, part)]
@@ -127,13 +128,13 @@ class Prepared:
             if count is not None:
                 shape = shape.before(count)
         if config.too_long == "error":
-            check_lengths(shape.lengths.tolist(), limit, context, part, shape.example.tolist())
+            check_lengths(shape.lengths.tolist(), limit, context, part, examples, shape.example.tolist())
         remedy = "raise data.max_length"
         if context is not None and context < limit:
             limit, remedy = context, f"take a model of a context of more than {context} tokens"
         if self._mapped is None and shape.lengths.max() <= limit:
             return texts
-        found = Texts(texts, shape, limit, config.too_long, part, remedy)
+        found = Texts(texts, shape, limit, config.too_long, part, examples, remedy)
         if not len(found) and part != "test":
             raise DataError(
                 f"{part}: each of the {len(np.unique(shape.example))} examples has more than {limit} tokens, "

@@ -15,13 +15,13 @@ import unicodedata
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from rayft.data.example import Example, quoted
+from rayft.data.example import Example, shown
 from rayft.data.files import Table
 from rayft.data.section import DataConfig
 from rayft.errors import DataError
 from rayft.numerics import derive_seed
 
-__all__ = ["Dropped", "shown", "split"]
+__all__ = ["Dropped", "split"]
 
 BLANK = Example()
 """A raw text without any text."""
@@ -154,12 +154,6 @@ def split(
     parts["train"] = rest if config.train is None else rest[: config.train]
     _check_size(parts["train"], config.train or 1, "train", total, dropped)
     return {part: [row.example for row in rows] for part, rows in parts.items()}, tuple(dropped)
-
-
-def shown(example: Example) -> str:
-    """Quote the start of a question for a message, as `quoted` does."""
-    text = example.messages[-2].content if len(example.messages) > 1 else example.question
-    return quoted(text)
 
 
 def _open(

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rayft.data.chat_format import PROBE, Answer, ChatFormat, render
-from rayft.data.example import REASONING, Example, Message, quoted
+from rayft.data.example import REASONING, Example, Message, named, quoted
 from rayft.data.pixels import EncodedImage, ImageEncoder, encode_images
 from rayft.errors import DataError
 
@@ -131,7 +131,9 @@ def encode_all(
         return encode_images(examples, encoder)
     numbered = [*encode_numbered(enumerate(examples), encoder, part)]
     encoded = [text for _, text in numbered]
-    check_lengths([len(text) for text in encoded], max_length, context, part, [n for n, _ in numbered])
+    check_lengths(
+        [len(text) for text in encoded], max_length, context, part, examples, [n for n, _ in numbered]
+    )
     return encoded
 
 
@@ -153,7 +155,7 @@ def encode_numbered(
     """
     layout = _Layout(tokenizer)
     for index, example in examples:
-        for text in layout.encode(example, f"{part} example {index + 1}"):
+        for text in layout.encode(example, named(part, index, example)):
             yield index, text
 
 
@@ -515,7 +517,12 @@ def counted(some: Iterable[int], all_indices: Iterable[int]) -> str:
 
 
 def check_lengths(
-    lengths: Sequence[int], max_length: int, context: int | None, part: str, indices: Sequence[int]
+    lengths: Sequence[int],
+    max_length: int,
+    context: int | None,
+    part: str,
+    examples: Sequence[Example],
+    indices: Sequence[int],
 ) -> None:
     """Refuse texts that are too long.
 
@@ -524,6 +531,7 @@ def check_lengths(
         max_length: most tokens that a text may have.
         context: most tokens that the model supports, if that is known.
         part: name of the examples in the message.
+        examples: those of the part.
         indices: index of the example of each text.
 
     Raises:
@@ -540,7 +548,8 @@ def check_lengths(
         remedy = f"above the model's context of {context}: take a model of a longer context, or"
     else:
         remedy = f"above data.max_length = {max_length}: set it to {longest}, or"
+    worst = indices[-place]
     raise DataError(
-        f"{count}{part} example {indices[-place] + 1}, has {longest} tokens, {remedy} set data.too_long to "
+        f"{count}{named(part, worst, examples[worst])}, has {longest} tokens, {remedy} set data.too_long to "
         "drop such examples or to cut their prompts"
     )

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
+from rayft.data.example import Example, named
 from rayft.data.section import TooLong
 from rayft.data.template import IGNORED, Encoded, counted
 from rayft.errors import DataError
@@ -151,6 +152,7 @@ class Texts(Gathered[Encoded]):
         limit: int,
         how: TooLong,
         part: str,
+        examples: Sequence[Example],
         remedy: str = "raise data.max_length",
     ) -> None:
         """Choose what is left of each text.
@@ -161,6 +163,7 @@ class Texts(Gathered[Encoded]):
             limit: most tokens of a text.
             how: what to do with longer ones; with `error` there must be none.
             part: name of the texts in messages.
+            examples: those of the part, of which a message shows one.
             remedy: what to do for a higher limit, in messages.
 
         Raises:
@@ -195,8 +198,9 @@ class Texts(Gathered[Encoded]):
             needed = whole - shape.first
             worst = over[needed[over].argmax()]
             if needed[worst] >= limit:
-                problem = self._too_long(int(worst), shape, limit)
-                raise DataError(f"{part} {problem}: {remedy}, or set data.too_long: drop")
+                index = int(shape.example[worst])
+                name, problem = named(part, index, examples[index]), self._too_long(int(worst), shape, limit)
+                raise DataError(f"{name}: {problem}: {remedy}, or set data.too_long: drop")
             lengths = np.minimum(whole, limit)
             starts = whole - lengths
             self.note = f"{part}: cut {which} (the longest had {whole.max()})"
@@ -212,9 +216,8 @@ class Texts(Gathered[Encoded]):
         between = f", and {whole} with the turns between them" if whole > answers else ""
         alike = shape.example[shape.lengths - shape.first >= limit]
         return (
-            f"example {shape.example[worst] + 1}: its answers have {answers} tokens{between}, so they can't "
-            f"be kept whole in {limit} with a token before them (so it is for "
-            f"{counted(alike, shape.example)})"
+            f"its answers have {answers} tokens{between}, so they can't be kept whole in {limit} with a "
+            f"token before them (so it is for {counted(alike, shape.example)})"
         )
 
     def __len__(self) -> int:

@@ -72,7 +72,7 @@ def test_raw_text_without_tokens_is_an_error(tokenizer):
         def __call__(self, text, **options):
             return tokenizer(text.replace("\u200b", ""), **options)
 
-    with pytest.raises(DataError, match=r"train example 1: the tokenizer has no token for '\\u200b', so"):
+    with pytest.raises(DataError, match=r"train example 1.*: the tokenizer has no token for '\\u200b', so"):
         encode_all([Example(text="\u200b")], Dropping(), 100)
 
 
@@ -124,12 +124,12 @@ def test_tokens_that_merge_over_the_border_still_start_from_the_prompt(tokenizer
 
 def test_an_example_that_is_too_long_is_an_error_that_names_it(tokenizer):
     with pytest.raises(
-        DataError, match=r"train example 1, has \d+ tokens, above data.max_length = 20: set it to"
+        DataError, match=r"train example 1.*, has \d+ tokens, above data.max_length = 20: set it to"
     ):
         encode(talk("2+2?", "four"), tokenizer, 20)
     examples = [talk("a", "b"), talk("a" * 100, "b"), talk("a" * 200, "b")]
     with pytest.raises(
-        DataError, match=r"2 of 3 examples are too long; the longest, val example 3, has 2\d\d tok"
+        DataError, match=r"2 of 3 examples are too long; the longest, val example 3.*, has 2\d\d tok"
     ):
         encode_all(examples, tokenizer, 100, part="val")
     with pytest.raises(DataError, match="above the model's context of 150"):
@@ -148,7 +148,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
         "{% if add_generation_prompt %}assistant{% endif %}"
     )
     with pytest.raises(
-        DataError, match="train example 1, message 2: the chat template changes what stands before"
+        DataError, match=r"train example 1.*, message 2: the chat template changes what stands before"
     ):
         encode_all([talk("2+2?", "four")], rewriting, 200)
 
@@ -192,7 +192,7 @@ def test_a_template_that_leaves_out_a_message_of_the_prompt_is_refused(tokenizer
     if left_out is None:
         assert encode_all([read, example], leaving, 500)
         return
-    with pytest.raises(DataError, match=f"train example 2, {left_out}, so the model would not read it"):
+    with pytest.raises(DataError, match=rf"train example 2.*, {left_out}, so the model would not read it"):
         encode_all([read, example], leaving, 500)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from rayft.data.example import Example
 from rayft.data.template import IGNORED, Encoded, check_lengths
 from rayft.data.texts import Shape, Texts, first_learnt, gather, lengths_of, notes
 from rayft.errors import DataError
@@ -29,7 +30,8 @@ def fitted(
 ) -> Texts:
     number = np.array(example) if example else np.arange(len(texts)) * 2
     shape = Shape(lengths_of(texts), np.array([*map(first_learnt, texts)]), number, is_raw)
-    return Texts(texts, shape, limit, how, "train")  # type: ignore[arg-type]
+    examples = [Example(text=f"text {index}") for index in range(int(number.max()) + 1)]
+    return Texts(texts, shape, limit, how, "train", examples)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("how", ["error", "drop", "cut"])
@@ -60,9 +62,11 @@ def test_notes_count_examples_and_not_the_texts_that_they_are_encoded_as():
         found.note == "train: dropped answers of 1 of 2 examples with more than 6 tokens (the longest has 10)"
     )
     with pytest.raises(
-        DataError, match=r"^1 of 2 examples are too long; the longest, train example 1, has 10"
+        DataError, match=r"^1 of 2 examples are too long; the longest, train example 1 \('one'\), has 10"
     ):
-        check_lengths([6, 7, 10, 2], 6, None, "train", [0, 0, 0, 1])
+        check_lengths(
+            [6, 7, 10, 2], 6, None, "train", [Example(text="one"), Example(text="two")], [0, 0, 0, 1]
+        )
 
 
 def test_of_a_longer_conversation_the_end_is_left_with_the_whole_answer():
@@ -77,7 +81,7 @@ def test_of_a_longer_conversation_the_end_is_left_with_the_whole_answer():
 @pytest.mark.parametrize("size", [5, 6])
 def test_an_answer_is_never_cut(size):
     with pytest.raises(
-        DataError, match=rf"train example 3: its answers have {size} tokens, so.*for 1 of 2 ex"
+        DataError, match=rf"train example 3 \('text 2'\): its answers have {size} tokens, so.*for 1 of 2 ex"
     ):
         fitted([conversation(9, 1), conversation(2, size)], 5, "cut")
 
