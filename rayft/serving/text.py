@@ -255,12 +255,17 @@ class TextStream:
 
     def _content(self, *, last: bool) -> str:
         """Return the new text of the answer, up to the first stop string."""
+        found = []
         for stop in self._stop:
             # Start no earlier than a stop string that the new text completes can start.
             place = self._text.find(stop, max(0, self._given - len(stop) + 1))
             if place >= 0:
-                self.stopped = True
-                self._text = self._text[:place]
+                found.append((place + len(stop), place))
+        if found:
+            # Of those that are complete first, the longest, whatever their order in the request.
+            _, place = min(found)
+            self.stopped = True
+            self._text = self._text[:place]
         certain = len(self._text) if last or self.stopped else len(self._text) - self._held()
         new = self._text[self._given : certain]
         self._given = max(self._given, certain)

@@ -19,15 +19,14 @@ CLASSES = {
 
 
 def drawn() -> dict[str, str]:
-    """Return child → parent as the docstring has it: `x` is below the root, `+` below the last `x`."""
+    """Return child → parent as the docstring has it: each is below the last class that is less indented."""
     parents: dict[str, str] = {}
-    above = ""
+    above = ["RayftError"]
     for line in (errors.__doc__ or "").splitlines():
-        found = re.match(r"^( x |    \+ )(\w+Error)\b", line)
-        if found:
-            below = found[1] == "    + "
-            parents[found[2]] = above if below else "RayftError"
-            above = above if below else found[2]
+        if found := re.match(r"^( +)[x+] (\w+Error)\b", line):
+            depth = 1 + len(found[1]) // 4
+            above = [*above[:depth], found[2]]
+            parents[found[2]] = above[depth - 1]
     return parents
 
 

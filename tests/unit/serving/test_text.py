@@ -155,7 +155,15 @@ def test_an_incomplete_character_is_returned_at_the_end(tiny_tokenizer: Any) -> 
 @pytest.mark.parametrize("step", [1, 3, 100])
 @pytest.mark.parametrize(
     ("stop", "left"),
-    [(("END",), "go on "), ((" on", "END"), "go"), (("nothing", "o"), "g"), (("go on END of it",), "")],
+    [
+        (("END",), "go on "),
+        ((" on", "END"), "go"),
+        (("nothing", "o"), "g"),
+        (("go on END of it",), ""),
+        # Two that are complete at the same place.
+        (("D", "on END"), "go "),
+        (("on END", "D"), "go "),
+    ],
 )
 def test_a_stop_string_ends_the_text_and_is_not_part_of_it(
     tiny_tokenizer: Any, stop: tuple[str, ...], left: str, step: int
