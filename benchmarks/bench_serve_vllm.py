@@ -607,23 +607,21 @@ async def clients(kind: str, models: Sequence[str], stream: bool, seed: int) -> 
     import aiohttp
 
     chosen = random.Random(seed)
-    url = f"http://127.0.0.1:{PORTS[kind]}/v1/completions"
 
     async def one(session: aiohttp.ClientSession, model: str) -> list[tuple[float, float]]:
         return [await ask(session, model) for _ in range(TURNS)]
 
     async def ask(session: aiohttp.ClientSession, model: str) -> tuple[float, float]:
-        ids = [chosen.randrange(5, 32000) for _ in range(PROMPT)]
-        body = {"model": model, "prompt": ids, "max_tokens": NEW, "temperature": 0, "stream": stream}
+        body = question(model, chosen, NEW, stream=stream)
         begin, first = time.perf_counter(), 0.0
-        async with session.post(url, json=body) as answer:
+        async with session.post(url(kind), json=body) as answer:
             assert answer.status == 200, await answer.text()
             if not stream:
                 used = (await answer.json())["usage"]
                 assert used["completion_tokens"] == NEW, used
                 return 0.0, time.perf_counter() - begin
             async for line in answer.content:
-                if not first and line.startswith(b"data: {") and json.loads(line[6:])["choices"][0]["text"]:
+                if not first and has_text(line):
                     first = time.perf_counter() - begin
         return first, time.perf_counter() - begin
 
@@ -735,10 +733,10 @@ async def streams(count: int, seed: int) -> list[float]:
 
     async def one(session: aiohttp.ClientSession) -> list[float]:
         times = []
-        async with session.post(url(), json=question("base", chosen, STREAMED)) as answer:
+        async with session.post(url("rayft"), json=question("base", chosen, STREAMED)) as answer:
             assert answer.status == 200, await answer.text()
             async for line in answer.content:
-                if has_text(line.decode()):
+                if has_text(line):
                     times.append(time.perf_counter())
         return [later - earlier for earlier, later in pairwise(times[20:])]
 
@@ -747,28 +745,28 @@ async def streams(count: int, seed: int) -> list[float]:
     return [gap for row in rows for gap in row]
 
 
-def url() -> str:
-    """Return where rayft's server answers."""
-    return f"http://127.0.0.1:{PORTS['rayft']}/v1/completions"
+def url(kind: str) -> str:
+    """Return where a server answers."""
+    return f"http://127.0.0.1:{PORTS[kind]}/v1/completions"
 
 
-def question(model: str, chosen: random.Random, tokens: int) -> dict[str, Any]:
-    """Return the body of a streamed request."""
+def question(model: str, chosen: random.Random, tokens: int, *, stream: bool = True) -> dict[str, Any]:
+    """Return the body of a request."""
     ids = [chosen.randrange(5, 32000) for _ in range(PROMPT)]
-    return {"model": model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": True}
+    return {"model": model, "prompt": ids, "max_tokens": tokens, "temperature": 0, "stream": stream}
 
 
-def has_text(line: str) -> bool:
+def has_text(line: bytes) -> bool:
     """Return whether a line of a stream has a part of the answer."""
-    return line.startswith("data: {") and bool(json.loads(line[6:])["choices"][0]["text"])
+    return line.startswith(b"data: {") and bool(json.loads(line[6:])["choices"][0]["text"])
 
 
 def first_token(client: Any, model: str, chosen: random.Random) -> float:
     """Return the milliseconds until an answer begins, over a connection that is open already."""
     begin = time.perf_counter()
-    with client.stream("POST", url(), json=question(model, chosen, 4)) as answer:
+    with client.stream("POST", url("rayft"), json=question(model, chosen, 4)) as answer:
         lines = answer.iter_lines()
-        first = next(time.perf_counter() for line in lines if has_text(line))
+        first = next(time.perf_counter() for line in lines if has_text(line.encode()))
         collections.deque(lines, maxlen=0)
     return (first - begin) * 1e3
 

@@ -102,6 +102,11 @@ class Example:
     """Descriptions (JSON schemas) of the tools that the assistant may call in this conversation."""
 
     @property
+    def is_raw(self) -> bool:
+        """Whether it is raw text, which has no answer."""
+        return not self.messages and self.label is None
+
+    @property
     def answer(self) -> str:
         """The expected answer: the last turn, or the name of the label; empty for raw text."""
         return self.messages[-1].content if self.messages else self.label_name
@@ -226,9 +231,7 @@ def quoted(text: str) -> str:
 
 
 def shown(example: Example) -> str:
-    """Quote the start of a question for a message, as `quoted` does; of an image, return its name."""
-    if example.image is not None:
-        return example.image.name
+    """Quote the start of a question for a message, as `quoted` does."""
     return quoted(example.messages[-2].content if len(example.messages) > 1 else example.question)
 
 

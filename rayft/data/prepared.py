@@ -122,7 +122,7 @@ class Prepared:
                 return encode_images(examples, self._encoder)
             numbered = [*encode_numbered(enumerate(examples), self._encoder, part)]
             texts: Sequence[Encoded] = [text for _, text in numbered]
-            shape = _shape(numbered, raw=_is_raw(examples))
+            shape = _shape(numbered, raw=examples[0].is_raw)
         else:
             texts, shape = self._mapped[part]
             if count is not None:
@@ -431,7 +431,7 @@ def write(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) 
         "digests": dict(parts.digests),
         "labels": parts.labels,
         "dropped": [_dropped(one, files) for one in parts.dropped],
-        "raw": _is_raw(parts.train),
+        "raw": parts.train[0].is_raw,
         "texts": {},
     }
     for part in PARTS:
@@ -507,10 +507,6 @@ def _write_texts(
         )
     shape = np.stack([made.data.column(name).to_numpy() for name in numbers])
     return [Path(file["filename"]).name for file in made.cache_files], shape
-
-
-def _is_raw(examples: Sequence[Example]) -> bool:
-    return not examples[0].messages and examples[0].label is None
 
 
 def _shape(numbered: Sequence[tuple[int, Encoded]], *, raw: bool) -> Shape:

@@ -87,7 +87,7 @@ class Parts:
     @property
     def asks(self) -> bool:
         """Whether the examples have answers, which can be scored; raw text has none."""
-        return bool(self.test[0].messages) or self.test[0].label is not None
+        return not self.test[0].is_raw
 
 
 def read(config: DataConfig) -> Parts:

@@ -131,11 +131,7 @@ def places(source: str, revision: str | None, *, local: bool = False) -> dict[st
     if single is not None:
         with safe_open(single, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), single)
-    index = _file_of(source, revision, INDEX_FILE, local=local)
-    if index is None:
-        return {}
-    files = _weight_map(index)
-    paths = {file: _file_of(source, revision, file, local=local) for file in set(files.values())}
+    files, paths = _indexed(source, revision, local=local)
     return {key: path for key, file in files.items() if (path := paths[file]) is not None}
 
 
@@ -146,11 +142,24 @@ def absent_files(source: str, revision: str | None = None) -> list[str]:
         source: a folder or a hub id.
         revision: of a hub model.
     """
-    index = _file_of(source, revision, INDEX_FILE, local=True)
-    if index is None or _file_of(source, revision, WEIGHTS_FILE, local=True) is not None:
+    if _file_of(source, revision, WEIGHTS_FILE, local=True) is not None:
         return []
-    named = {*_weight_map(index).values()}
-    return sorted(file for file in named if _file_of(source, revision, file, local=True) is None)
+    _, paths = _indexed(source, revision, local=True)
+    return sorted(file for file, path in paths.items() if path is None)
+
+
+def _indexed(
+    source: str, revision: str | None, *, local: bool
+) -> tuple[dict[str, str], dict[str, str | None]]:
+    """Return the file of each tensor, as a model's index names it, and the path of each of these files.
+
+    A path is None if there is no such file. Without an index both are empty.
+    """
+    index = _file_of(source, revision, INDEX_FILE, local=local)
+    if index is None:
+        return {}, {}
+    files: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    return files, {file: _file_of(source, revision, file, local=local) for file in set(files.values())}
 
 
 def _file_of(source: str, revision: str | None, name: str, *, local: bool) -> str | None:
@@ -166,9 +175,3 @@ def _file_of(source: str, revision: str | None, name: str, *, local: bool) -> st
         _raise_exceptions_for_connection_errors=False,
     )
     return path
-
-
-def _weight_map(index: str | Path) -> dict[str, str]:
-    """Return the file of each tensor, as an index names it."""
-    files: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    return files

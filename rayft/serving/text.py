@@ -262,7 +262,7 @@ class TextStream:
             if place >= 0:
                 found.append((place + len(stop), place))
         if found:
-            # Of those that are complete first, the longest, whatever their order in the request.
+            # The first one to be complete ends the text, and of several at the same place the longest.
             _, place = min(found)
             self.stopped = True
             self._text = self._text[:place]
@@ -293,6 +293,7 @@ class TextStream:
 
     def _held(self) -> int:
         """Return how many characters at the end of the text may be the beginning of a stop string."""
-        # None begins in what was returned: that would have been held back. A stop string may be very long.
+        # Text in which a stop string may begin is held back, so none begins in what was returned. Only the
+        # new text is compared, because a stop string may be very long.
         new = self._text[self._given :]
         return max((overlap(new, stop) for stop in self._stop), default=0)

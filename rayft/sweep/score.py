@@ -46,8 +46,7 @@ __all__ = [
 TOGETHER, MOST_TOGETHER = 512, 4096
 """The fewest and the most questions, of several adapters, that a GPU takes up at once."""
 BATCHES = 4
-"""Batches of questions that a CPU takes up at once. More would not be faster, and scores are kept only when
-all of them are answered."""
+"""Batches of questions that a CPU takes up at once. The scores are kept when all of them are answered."""
 ROOM = 0.3
 """Share of a GPU's free memory for the keys and values of their tokens."""
 

@@ -142,8 +142,8 @@ class SweepConfig(Section):
     faster on a GPU, and 1 on CPUs. Trials whose method changes the base, or is one of PEFT's, take turns."""
 
     restarts: int = Field(default=3, ge=0)
-    """How often a trial is tried again if its lane dies. Deaths of a lane with several trials fail none;
-    those since a trial's last new evaluation count once its lane dies with it alone."""
+    """How often a trial is tried again if its lane dies. A trial only fails when its lane dies with this
+    trial alone; deaths with other trials since its last new evaluation then count too."""
 
     silence_seconds: float = Field(default=120.0, gt=0, json_schema_extra={SINCE: "0.2"})
     """Seconds without a sign of life or without a batch after which the user is notified."""

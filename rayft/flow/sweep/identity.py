@@ -132,7 +132,7 @@ def recorded_sweep(sweep: Path | None) -> str:
 
 
 def begins(output: Path, now: Identity) -> bool:
-    """Return whether a new sweep begins in a folder that may have had another one, with nothing left of it.
+    """Return whether a sweep is a new one in its folder, because no result of an earlier one is left there.
 
     Args:
         output: the folder.
