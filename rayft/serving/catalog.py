@@ -289,6 +289,20 @@ class Catalog:
             cards.append(card)
         return cards
 
+    def meant(self, model: str) -> tuple[str, int | None]:
+        """Return the name and version that the `model` of a request means; of a canary's two, the older one.
+
+        Raises:
+            UnknownModelError: if it is not served, or not at that rank.
+        """
+        if model in self._base_names():
+            return BASE_NAME, None
+        asked = parse_model(model)
+        deployed = self.served.pick(asked, draw=1.0)
+        if entry := self._entries.get(deployed.id):
+            _check_rank(entry, asked)
+        return deployed.name, deployed.version
+
     def tiers(self) -> dict[str, str]:
         """Return where each version is: id → `device`, `host`, `disk` or `unavailable`."""
         tiers: dict[str, str] = {name: entry.tier for name, entry in self._entries.items()}

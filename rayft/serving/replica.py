@@ -213,6 +213,10 @@ class Replica:
             about["base_revision"] = self._config.model.revision
         return [{**card, **about} for card in self._catalog.cards()]
 
+    async def meant(self, model: str) -> tuple[str, int | None]:
+        """See `Catalog.meant`."""
+        return self._catalog.meant(model)
+
     async def problems(self) -> dict[str, str]:
         """Return why versions can't be served by this replica: id → reason.
 

@@ -97,7 +97,9 @@ def test_a_user_neither_sees_nor_changes_the_adapters_of_others(server: Server) 
     seen = server.call("GET", "/v1/adapters", USER).json()
     assert [one["id"] for one in seen["data"]] == ["small"]
     assert "refused" not in seen
-    assert server.call("GET", "/v1/adapters/large", USER).status_code == 404
+    for path in ("/v1/adapters/large", "/v1/models/large", "/v1/models/large@1", "/v1/models/nobody"):
+        assert server.call("GET", path, USER).status_code == 404
+    assert server.call("GET", "/v1/models/small@1", USER).json()["id"] == "small"
     body = {"name": "mine", "source": str(server.root / "small")}
     assert server.call("POST", "/v1/adapters", USER, json=body).status_code == 403
     for verb, path in (("DELETE", "large"), ("POST", "large/promote"), ("POST", "large/rollback")):
@@ -128,6 +130,8 @@ def test_a_canary_is_promoted_and_rolled_back(server: Server) -> None:
     assert len(hashes) == 2
     assert 5 <= min(hashes.values()) <= 35
     assert server.text("shared@1") == before != server.text("shared@2")
+    for name, version in (("shared", 1), ("shared@2", 2)):
+        assert server.call("GET", f"/v1/models/{name}").json()["version"] == version
     shares = [one["weight"] for one in server.call("GET", "/v1/adapters/shared").json()["versions"]]
     assert shares == [0.7, 0.3]
     assert server.load("shared", old, weight=0.5).status_code == 400

@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import Receive, Scope, Send
 
 from rayft import __version__
-from rayft.errors import RayftError, RequestError, UnknownModelError
+from rayft.errors import RayftError, RequestError
 from rayft.serving.answers import Inbox, Incoming
 from rayft.serving.control.state import Deployed
 from rayft.serving.http.auth import Administrator, Caller, KeyConfig, KnownCaller, identify
@@ -120,11 +120,8 @@ async def list_models(caller: KnownCaller, gateway: Replicas) -> ModelList:
 
 @router.get("/v1/models/{name:path}")
 async def describe_model(caller: KnownCaller, gateway: Replicas, name: ModelName) -> ModelEntry:
-    """Describe one model: `base`, the name of an adapter, or `name@version`."""
-    for entry in await gateway.models(caller):
-        if name == entry["id"] or ("version" in entry and name == f"{entry['id']}@{entry['version']}"):
-            return entry
-    raise UnknownModelError(f"no model '{name}' is served here; see /v1/models", param="model")
+    """Describe one model: `base`, or an adapter as `name`, `name@version`, `name@alias`, `name@r8`."""
+    return await gateway.model(caller, name)
 
 
 @answers.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM)

@@ -91,7 +91,7 @@ class _JsonRequest(Request):
 
         Raises:
             TooLargeError: as `read_body`.
-            BadRequestError: as `read_json`.
+            BadRequestError: as `read_body` and `read_json`.
         """
         body = await read_body(request)
         # FastAPI parses only what is declared as JSON; `curl -d` and others declare something else.
@@ -115,8 +115,15 @@ async def read_body(request: Request) -> bytes:
     """Read the body of a request.
 
     Raises:
+        BadRequestError: if it is compressed.
         TooLargeError: if it has more bytes than `app.state.max_body_bytes`.
     """
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() != "identity":
+        raise BadRequestError(
+            f"the body is compressed (Content-Encoding: {coding[:60]!a}), which this server does not read; "
+            "send it as it is"
+        )
     most, body = request.app.state.max_body_bytes, bytearray()
     async for part in request.stream():
         body += part

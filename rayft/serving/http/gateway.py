@@ -98,6 +98,25 @@ class Gateway:
         """Describe the base and all versions of adapters that the caller may use."""
         return [{**self._listed(card), "object": "model"} for card in await self._cards(caller)]
 
+    async def model(self, caller: Caller, text: str) -> ModelEntry:
+        """Describe the model that answers a request; of a canary's two versions, the older one.
+
+        Args:
+            caller: who asks.
+            text: the `model` of a request.
+
+        Raises:
+            UnknownModelError: if it is not served to this caller, or not at that rank.
+        """
+        if not caller.may_ask(parse_model(text).name):
+            raise _unknown(text)
+        meant = await self._of_replica("meant", text)
+        for entry in await self.models(caller):
+            if (entry["id"], entry.get("version")) == meant:
+                return entry
+        # It was unloaded between the two calls.
+        raise _unknown(text)
+
     async def adapters(self, caller: Caller) -> AdapterList:
         """Describe all versions of adapters that the caller may use, with their tiers and traffic."""
         about = await self._of_director("adapters")
@@ -139,8 +158,7 @@ class Gateway:
             RequestError, ResourceError: if no replica accepts the request.
         """
         if not caller.may_ask(parse_model(request.model).name):
-            # The same answer as for a name that does not exist: a key reveals nothing about others' adapters.
-            raise UnknownModelError(f"no model '{request.model}' is served here", param="model")
+            raise _unknown(request.model)
         # With one replica there is nothing to route, so requests may be sent together.
         places = self._places if running("Replica") == 1 else None
         if places is not None and len(self._inbox) >= places:
@@ -157,9 +175,9 @@ class Gateway:
                 raise TooManyRequestsError(TOO_MANY) from error
             raise
 
-    async def _of_replica(self, method: str) -> Any:
+    async def _of_replica(self, method: str, *arguments: Any) -> Any:
         """Call one replica; give up soon if none is up."""
-        call: Any = getattr(self._replica, method).remote()
+        call: Any = getattr(self._replica, method).remote(*arguments)
         return await self._replicas_answer.answer(call, call.cancel)
 
     async def _of_director(self, method: str) -> Any:
@@ -222,3 +240,8 @@ class Gateway:
         if not entry.get("aliases"):
             entry.pop("aliases", None)
         return entry
+
+
+def _unknown(model: str) -> UnknownModelError:
+    """Return the same error for a name that does not exist as for one that only others' keys may use."""
+    return UnknownModelError(f"no model '{model}' is served here; see /v1/models", param="model")

@@ -58,8 +58,11 @@ def test_models_are_listed_with_their_descriptions(server: Server, tiny_folder: 
     assert large == listed["large"]
     assert (large.rank, large.method, large.base, large.squeezed) == (8, "lora", str(tiny_folder), False)
     assert large.bytes == (Path(large.root) / "adapter_model.safetensors").stat().st_size
-    with pytest.raises(openai.NotFoundError):
-        server.client.models.retrieve("nobody")
+    for name, found in (("squeezed@r2", "squeezed"), ("large@1", "large"), (str(tiny_folder), "base")):
+        assert server.client.models.retrieve(name) == listed[found]
+    for name in ("nobody", "large@2", "large@champion", "large@r2", "squeezed@r0", "base@1", "base@r2"):
+        with pytest.raises(openai.NotFoundError):
+            server.client.models.retrieve(name)
 
 
 def test_each_model_gives_the_same_answer_alone_and_in_a_mixed_batch(server: Server) -> None:

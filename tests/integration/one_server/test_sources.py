@@ -42,6 +42,7 @@ def test_an_alias_that_moves_is_followed(server: Server) -> None:
     (one,) = versions(server, "sums")
     assert (one["version"], one["aliases"], one["score"]) == (1, ["champion"], 0.5)
     assert server.text("sums@champion") == server.text("sums@1") == server.text("small")
+    assert server.call("GET", "/v1/models/sums@champion").json()["version"] == 1
     server.registry.alias("sums", "champion", 2)
     until = time.monotonic() + DEADLINE
     while (now := server.text("sums")) != server.text("large"):

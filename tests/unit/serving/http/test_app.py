@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import subprocess
 import sys
@@ -58,6 +59,16 @@ def test_a_body_is_json_whatever_its_content_type(
     answer = client.post("/v1/completions", content=json.dumps(TEXT), headers=headers)
     assert answer.status_code == 200
     assert gateway.requests[-1].prompt == "hi"
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("coding", ["gzip", "zstd, br"])
+def test_a_compressed_body_is_refused_by_its_coding(client: TestClient, path: str, coding: str) -> None:
+    answer = client.post(path, content=gzip.compress(b"{}"), headers={"Content-Encoding": coding})
+    assert answer.status_code == 400
+    assert f"is compressed (Content-Encoding: '{coding}')" in answer.json()["error"]["message"]
+    plain = client.post("/v1/completions", json=TEXT, headers={"Content-Encoding": "Identity"})
+    assert plain.status_code == 200
 
 
 def test_an_answer_is_whole_or_a_stream(client: TestClient) -> None:
