@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,6 +40,13 @@ __all__ = [
     "score",
     "score_answers",
 ]
+
+
+CHECKED = 200
+"""Number of questions of a part, the longest, that are encoded to find out whether the model has room."""
+
+TEMPLATE_BYTES = 2**11
+"""Most bytes that a chat template is expected to add to a question."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +173,7 @@ def _scores(values: Sequence[float], answers: Sequence[str], start: float) -> Sc
 
 
 def check_questions(
-    examples: Sequence[Example],
+    parts: Mapping[str, Sequence[Example]],
     tokenizer: PreTrainedTokenizerBase,
     context: int,
     max_new_tokens: int,
@@ -173,16 +181,32 @@ def check_questions(
     """Check before a model is loaded that it has room for questions and answers, as `score` does.
 
     Args:
-        examples: conversations.
+        parts: part → its conversations. Those with the most text are encoded.
         tokenizer: of the model.
         context: most tokens that the model supports.
         max_new_tokens: as in `score`.
 
     Raises:
-        DataError: as `score`.
+        DataError: with the part and the beginning of a question that the model has no room for.
     """
-    prompts = [prompt_ids(example, tokenizer) for example in examples]
-    _check_room(context, prompts, max_new_tokens + ChatFormat.of(tokenizer).overhead)
+    room = context - max_new_tokens - ChatFormat.of(tokenizer).overhead
+    for name, part in parts.items():
+        for example in heapq.nlargest(CHECKED, part, key=_bytes):
+            # A token has a byte or more.
+            if _bytes(example) + TEMPLATE_BYTES <= room:
+                break
+            if (tokens := len(prompt_ids(example, tokenizer))) > room:
+                raise DataError(
+                    f"{name}: the question {example.question[:60]!r} has {tokens} tokens, and the model's "
+                    f"context of {context} has no room for it and an answer of {max_new_tokens}, so it can't "
+                    "be scored: shorten it or leave it out, lower evaluate.max_new_tokens, or take a model "
+                    "of a longer context"
+                )
+
+
+def _bytes(example: Example) -> int:
+    """Return how many bytes a question has, without what a chat template adds."""
+    return len(example.question.encode()) + sum(len(str(tool).encode()) for tool in example.tools)
 
 
 def answer(

@@ -115,7 +115,7 @@ def _read(run: RunConfig, skeleton: object, part: str, samples: int | None) -> _
         if run.data.packing:
             check_packing(skeleton, run.data.max_length)
         if found.asks:
-            check_questions(found.examples, encoder, context, run.evaluate.max_new_tokens)
+            check_questions({part: found.examples}, encoder, context, run.evaluate.max_new_tokens)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,13 @@ import torch
 from rayft.artifacts import AdapterArtifact
 from rayft.config import content_hash
 from rayft.data.chat_format import ChatFormat
-from rayft.data.example import Example
 from rayft.data.loader import RowStream
 from rayft.data.pack import AnyEncoded
 from rayft.data.prepared import prepare
 from rayft.data.source import PARTS, Parts
-from rayft.data.template import prompt_ids
 from rayft.data.texts import notes
-from rayft.errors import ConfigError, DataError, ResourceError
-from rayft.evaluate.tasks import perfect_answers
+from rayft.errors import ConfigError, ResourceError
+from rayft.evaluate.tasks import check_questions, perfect_answers
 from rayft.flow.cluster import has_gpus
 from rayft.flow.config import PipelineConfig
 from rayft.flow.squeeze.checks import check_base
@@ -55,10 +52,7 @@ from rayft.train.trainer import check_start
 __all__ = ["Plan", "preflight", "skeleton"]
 
 CHECKED = 200
-"""How many examples of a part have their own answers scored before the sweep starts, and how many of the
-longest questions are measured."""
-TEMPLATE_BYTES = 2**11
-"""Most bytes that a chat template is expected to add to a question."""
+"""How many examples of a part have their own answers scored before the sweep starts."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,9 @@ def preflight(config: PipelineConfig) -> Plan:
         )
     encoded = {part: prepared.encoded(part, context) for part in PARTS}
     _check_links(trials, encoded["train"])
-    _check_questions(run, parts, encoder, context)
+    if run.model.task == "causal_lm" and parts.asks:
+        # Texts to train on are dropped or cut if they are too long; questions are asked as they are.
+        check_questions({"val": parts.val, "test": parts.test}, encoder, context, run.evaluate.max_new_tokens)
     trials = known_keys(trials, begun, output)
     now = identify(run, parts).model_copy(update={"start": start, "start_name": run.start or ""})
     identity = check_identity(output, now, run.model)
@@ -216,37 +212,6 @@ def _check_links(trials: Sequence[Point], train: Sequence[AnyEncoded]) -> None:
         if chain is not None and chain.epochs is not None:
             rows = run.optim.rows_per_step
             link_steps(run, RowStream(train, run.data.max_length, rows, run.seed, packing=run.data.packing))
-
-
-def _check_questions(run: RunConfig, parts: Parts, encoder: Any, context: int) -> None:
-    """Check that the model has room for the questions that are scored after the search, and their answers.
-
-    Texts to train on are dropped or cut if they are too long; questions are asked as they are.
-
-    Raises:
-        DataError: naming a question.
-    """
-    if run.model.task != "causal_lm" or not parts.asks:
-        return
-    answer = run.evaluate.max_new_tokens
-    room = context - answer - ChatFormat.of(encoder).overhead
-    for name, part in (("val", parts.val), ("test", parts.test)):
-        for example in heapq.nlargest(CHECKED, part, key=_bytes):
-            # A token has a byte or more.
-            if _bytes(example) + TEMPLATE_BYTES <= room:
-                break
-            if (tokens := len(prompt_ids(example, encoder))) > room:
-                raise DataError(
-                    f"{name}: the question {example.question[:60]!r} has {tokens} tokens, and the model's "
-                    f"context of {context} has no room for it and an answer of {answer}, so no trial could "
-                    "be scored: shorten it or leave it out, lower evaluate.max_new_tokens, or take a model "
-                    "of a longer context"
-                )
-
-
-def _bytes(example: Example) -> int:
-    """Return how many bytes a question has, without what a chat template adds."""
-    return len(example.question.encode()) + sum(len(str(tool).encode()) for tool in example.tools)
 
 
 def _check_devices(run: RunConfig) -> None:

@@ -82,10 +82,11 @@ def build_record(
     winner = choose(found.winner, found.squeezed, found.scores, rule, config.squeeze.keep_score)
     record = SweepRecord(
         name=config.name,
-        question=config.question or f"Which adapter of {config.model.name} is best at {config.data.name}?",
+        question=config.question
+        or f"Which adapter of {config.model.name} is best at {plan.identity.data_name}?",
         date=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         model=config.model.name,
-        task=f"{config.data.name} ({config.data.source})",
+        task=f"{plan.identity.data_name} ({config.data.source})",
         metric=_metric(plan),
         select_by=rule,
         data_digest=plan.parts.digest,

@@ -296,7 +296,7 @@ def test_texts_that_are_too_long_are_found_before_weights_are_loaded(
     monkeypatch.setattr("rayft.flow.evaluate.base.load_model", None)
     with pytest.raises(RayftError, match=r"1 of 3 examples are too long; the longest, test example 2.*, has"):
         evaluate(of("test"))
-    with pytest.raises(RayftError, match="with 1000 more it exceeds the model's context of 1024"):
+    with pytest.raises(RayftError, match="context of 1024 has no room for it and an answer of 1000"):
         evaluate(ask(str(here.model), overrides=("evaluate.max_new_tokens=1000", "data.too_long=drop")))
 
 

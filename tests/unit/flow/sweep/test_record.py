@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rayft.data.section import DataConfig
+from rayft.data.section import DataConfig, PartFiles
 from rayft.evaluate.compare import over_seeds
 from rayft.flow.config import load_config
 from rayft.flow.scoring import Measured
@@ -21,6 +21,7 @@ from rayft.report.render import html
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.sweep.search import Trial
 from rayft.sweep.space import Point
+from rayft.train.identity import identify
 from rayft.train.run import OptimConfig, RunConfig
 from rayft.train.trainer import TrainResult
 
@@ -114,6 +115,16 @@ def test_a_sampled_baseline_is_compared_on_the_questions_that_it_answered(plan: 
 def test_without_lora_the_methods_are_compared_with_the_best(plan: Plan) -> None:
     cla, asym = build_record(plan, findings(cla=0.9, asym=0.2), {}).methods
     assert (cla.method, cla.against, asym.against) == ("cla", None, "cla")
+
+
+def test_data_given_as_files_is_named_by_them(plan: Plan) -> None:
+    data = DataConfig(source="jsonl", files=PartFiles(train="train.jsonl", test="test.jsonl"))
+    run = plan.run.model_copy(update={"data": data})
+    config = plan.config.model_copy(update={"data": data, "question": ""})
+    now = replace(plan, config=config, run=run, identity=identify(run, plan.parts))
+    record = build_record(now, findings(lora=0.6), {})
+    assert record.task == "train.jsonl, test.jsonl (jsonl)"
+    assert record.question == "Which adapter of tiny-llama is best at train.jsonl, test.jsonl?"
 
 
 def test_a_single_method_is_not_compared(plan: Plan) -> None:
