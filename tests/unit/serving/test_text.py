@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rayft.errors import BadRequestError
 from rayft.serving.engine.api import TokenLogprob
-from rayft.serving.text import Places, TextStream, chat_tokens, prompt_tokens, score
+from rayft.serving.text import Places, TextStream, chat_tokens, prompt_scores, prompt_tokens, score
 
 TEXT = "Grüße, 世界! 🙂 ok"
 
@@ -132,6 +132,23 @@ def stream(tokenizer: Any, text: str, stop: tuple[str, ...] = (), step: int = 1)
         if made.stopped:
             break
     return pieces, made.stopped
+
+
+def test_a_token_is_decoded_once_however_often_it_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=BYTE_LEVEL)
+    real, seen = tokenizer.decode, list[int]()
+
+    def decode(tokens: list[int]) -> str:
+        seen.extend(tokens)
+        return str(real(tokens))
+
+    monkeypatch.setattr(tokenizer, "decode", decode)
+    first, second = BYTE_LEVEL.encode("xy").ids
+    entry = TokenLogprob(first, -1.0, ((first, -1.0), (second, -2.0)))
+    once, before = score(tokenizer, entry), [*seen]
+    assert set(before) == {first, second}
+    assert prompt_scores(tokenizer, [second] * 20, [None] + [entry] * 19)[1:] == [once] * 19
+    assert seen == before
 
 
 @pytest.mark.parametrize("step", [1, 2, 5, 100])
