@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -264,21 +263,30 @@ def _table(name: str, rows: Any) -> Table:
     """
     try:
         found = rows.to_list()
-        nested = {column: kind for column, kind in rows.features.items() if _has_keys(kind)}
-        for row in found:
-            row.update((column, _without_nulls(row[column], kind)) for column, kind in nested.items())
-        return Table(name, tuple(rows.column_names), found)
     except UnicodeDecodeError as error:
-        for column in rows.column_names:
-            for number, cell in enumerate(rows.with_format("arrow")[column], start=1):
-                try:
-                    cell.as_py()
-                except UnicodeDecodeError as found:
-                    raise DataError(
-                        f"{name}, row {number}, column '{column}' is not UTF-8 (byte {found.start + 1}: "
-                        f"{found.reason}); write the text again as UTF-8, or drop the row"
-                    ) from error
-        raise
+        raise _wrong_cell(name, rows.with_format("arrow"), rows.column_names) from error
+    nested = {column: kind for column, kind in rows.features.items() if _has_keys(kind)}
+    for row in found:
+        row.update((column, _without_nulls(row[column], kind)) for column, kind in nested.items())
+    return Table(name, tuple(rows.column_names), found)
+
+
+def _wrong_cell(name: str, rows: Any, columns: Sequence[str]) -> DataError:
+    """Return an error that names the first cell whose value Python can't have."""
+    for column in columns:
+        for number, cell in enumerate(rows[column], start=1):
+            try:
+                cell.as_py(maps_as_pydicts="strict")
+            except UnicodeDecodeError as error:
+                problem = (
+                    f"is not UTF-8 (byte {error.start + 1}: {error.reason}); write the text again as UTF-8"
+                )
+            except KeyError:
+                problem = "has a key twice in one map; keep one of them"
+            else:
+                continue
+            return DataError(f"{name}, row {number}, column '{column}' {problem}, or drop the row")
+    raise AssertionError("all cells can be read")
 
 
 def _has_keys(feature: Any) -> bool:
@@ -463,24 +471,42 @@ def _read_parquet(path: Path, first: int | None) -> Table:
     import pyarrow.parquet as pq
 
     try:
-        found = pq.ParquetFile(path)
-        columns = found.schema_arrow.names
-        if not found.metadata.num_rows:
-            return Table(str(path), tuple(columns), ())
+        file = pq.ParquetFile(path)
+        columns = file.schema_arrow.names
+        rows = file.read().slice(length=first)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} has a column whose name is not UTF-8; rename it") from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
-    twice = [name for name, count in Counter(columns).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
         raise DataError(f"{path} has the column '{twice[0]}' more than once; give each a name of its own")
+    # Apache Spark writes `map` columns, which `datasets` does not know.
+    maps = rows.select([field.name for field in rows.schema if _has_map(field.type)])
     try:
-        # A permanent cache would keep a copy of every file that was ever read.
-        with room_on(Path(tempfile.gettempdir())), quiet(), tempfile.TemporaryDirectory() as folder:
-            rows = _plain_images(
-                datasets.Dataset.from_parquet(str(path), cache_dir=folder, keep_in_memory=True)
-            )
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error.__cause__ or error}") from error
-    return _table(str(path), rows if first is None else rows.take(first))
+        others = datasets.Dataset(datasets.table.InMemoryTable(rows.drop_columns(maps.column_names)))
+    except ValueError as error:
+        raise DataError(
+            f"{path} has a column of a kind that can't be read ({error}); leave it out"
+        ) from error
+    others = _plain_images(others)
+    table = _table(str(path), others)
+    _name_classes(others.features, table.rows)
+    if not maps.column_names:
+        return table
+    try:
+        objects = maps.to_pylist(maps_as_pydicts="strict")
+    except (UnicodeDecodeError, KeyError) as error:
+        raise _wrong_cell(str(path), maps, maps.column_names) from error
+    both = [{**row, **more} for row, more in zip(table.rows or [{}] * len(objects), objects, strict=True)]
+    return replace(table, columns=tuple(columns), rows=both)
+
+
+def _has_map(kind: Any) -> bool:
+    """Return whether values of an Arrow type are maps, or have maps in them."""
+    import pyarrow as pa
+
+    fields = [kind.field(index) for index in range(kind.num_fields)]
+    return pa.types.is_map(kind) or any(_has_map(field.type) for field in fields)
 
 
 READERS: dict[FileSource, tuple[tuple[str, ...], Callable[[Path, int | None], Table]]] = {

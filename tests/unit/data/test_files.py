@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rayft.data.source import read
+from rayft.data.files import read_file
+from rayft.data.source import PARTS, read
 from rayft.errors import DataError
 from tests.unit.data.small_data import config, lines, pairs
 
@@ -382,6 +383,68 @@ def test_text_of_a_parquet_file_that_is_not_utf8_is_an_error_that_names_it(tmp_p
     parquet.write_table(pa.table({**good, column: texts}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=rf"a\.parquet, row 3, column '{column}' is not UTF-8 \(byte 1: inv"):
         read(config(source="parquet", name=str(tmp_path / "a.parquet")))
+
+
+def test_a_parquet_column_whose_name_is_not_utf8_is_an_error(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"prompt": ["a"], "completiox": ["b"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"completiox", b"completio\xff"))
+    with pytest.raises(DataError, match=r"a\.parquet has a column whose name is not UTF-8; rename it"):
+        read(config(source="parquet", name=str(path)))
+
+
+def test_maps_of_a_parquet_file_are_objects_with_their_own_keys(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path, kind = tmp_path / "a.parquet", pa.map_(pa.string(), pa.string())
+    talks = [
+        [[("role", "user"), ("content", f"{n}?")], [("role", "assistant"), ("content", f"{n}")]]
+        for n in "abc"
+    ]
+    table = pa.table(
+        {"messages": pa.array(talks, pa.list_(kind)), "about": pa.array([[("n", "1")], [], None], kind)}
+    )
+    for given in (table, table.select(["messages"]), table.append_column("number", pa.array([1, 2, 3]))):
+        parquet.write_table(given, path)
+        found = read_file("parquet", str(path), first=2)
+        assert found.columns == tuple(given.column_names)
+        assert found.rows == given.slice(0, 2).to_pylist(maps_as_pydicts="strict")
+        parts = read(config(source="parquet", name=str(path), val=1, test=1))
+        assert {one.question for part in PARTS for one in getattr(parts, part)} == {
+            f"user: {n}?" for n in "abc"
+        }
+    twice = pa.array([[], [], [("n", "1"), ("n", "2")]], kind)
+    parquet.write_table(table.set_column(1, "about", twice), path)
+    with pytest.raises(DataError, match=r"a\.parquet, row 3, column 'about' has a key twice in one map"):
+        read(config(source="parquet", name=str(path)))
+
+
+def test_a_parquet_column_of_a_kind_that_nothing_reads_is_an_error(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"prompt": ["a"], "x": pa.array([[1]], pa.list_view(pa.int32()))}), path)
+    with pytest.raises(
+        DataError, match=r"a\.parquet has a column of a kind that can't be read \(.*list_view"
+    ):
+        read(config(source="parquet", name=str(path)))
+
+
+def test_classes_of_a_parquet_file_have_the_names_in_it(tmp_path):
+    import datasets
+
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
+    )
+    rows = {"text": [*"abcdef"], "label": [0, 1, 0, 1, 1, -1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    found = read_file("parquet", str(tmp_path / "a.parquet"))
+    assert [row["label"] for row in found.rows] == ["no", "yes", "no", "yes", "yes", -1]
 
 
 def test_a_path_of_an_image_with_a_nul_is_an_error_that_names_it(tmp_path):
