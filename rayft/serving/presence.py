@@ -151,8 +151,8 @@ class Waiting:
             if not task.done():
                 cancel()
                 task.cancel()
-                # It may end with an error of Ray Serve, which nobody waits for.
-                task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            # It may end with an error that nobody waits for; if this is cancelled, it may have already.
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
     async def _why(self) -> str:
         """Return why no replica is up; the controller is asked once for all waiting calls."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -88,6 +89,29 @@ def test_a_call_that_no_replica_accepts_ends_after_the_limit(replicas: Replicas)
     with pytest.raises(RequestTimeoutError, match=r"within 0\.05 seconds"):
         replicas.ask(answer(60), most=0.05)
     assert replicas.cancelled == 1
+
+
+def test_the_error_of_a_call_that_nobody_waits_for_any_more_is_not_reported(replicas: Replicas) -> None:
+    reported: list[Any] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: reported.append(context))
+        call = asyncio.ensure_future(answer(0, UnknownModelError("nobody", param="model")))
+        waiting = asyncio.ensure_future(
+            Waiting("Replica", 1.0, 60.0, replicas.refuse).answer(call, replicas.cancel)
+        )
+        while not call.done():
+            await asyncio.sleep(0)
+        # The client leaves before the error arrives.
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        del call
+        gc.collect()
+
+    asyncio.run(run())
+    assert reported == []
+    assert replicas.cancelled == 0
 
 
 def test_ray_serves_own_error_without_replicas_becomes_the_same_error(replicas: Replicas) -> None:
