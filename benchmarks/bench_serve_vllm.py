@@ -583,6 +583,7 @@ def rayft_server(part: str) -> None:
         port=PORTS["rayft"],
         gpu_memory=0.4,
         max_running=CLIENTS,
+        max_new_tokens=STREAMED,
         device_bytes="2GB" if part == "http" else "500MB",
         fetched=str(WORK / "fetched"),
     )

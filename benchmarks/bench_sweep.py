@@ -175,10 +175,9 @@ def whole(ended: list[float], at_once: int, trials: int) -> float:
         trials: number of trials of a sweep.
     """
     first = ended[at_once - 1]
-    rest = ended[at_once:]
-    if not rest:
-        raise SystemExit("Tune needs more trials than run at once")
-    marginal = (ended[-1] - first) / len(rest)
+    if trials <= at_once:
+        return first
+    marginal = (ended[-1] - first) / len(ended[at_once:])
     return first + marginal * (trials - at_once)
 
 
@@ -210,7 +209,8 @@ class Bench:
     def tune(self, case: str, share: float) -> None:
         """Measure Tune, whose trials take a share of the GPU."""
         at_once = round(1 / share)
-        count = at_once + max(at_once, TUNE_TRIALS - 1)
+        further = max(at_once, TUNE_TRIALS - 1) if at_once < self._trials else 0
+        count = at_once + further
         took = run_tune(self._folder, count, share, self._steps)
         self._add(case, whole(took["ended"], at_once, self._trials), n=count)
 

@@ -337,7 +337,13 @@ def sweep_table() -> str:
 def _by_tune(found: Cases, place: str) -> dict[str, str]:
     """Return how Tune ran the trials of a place, the fastest way first: case → title."""
     ways = [case.removeprefix(f"{place}/") for case in found if case.startswith(f"{place}/tune")]
-    numbers = {"1": "one trial", "2": "two trials", "4": "four trials", "8": "eight trials"}
+    numbers = {
+        "1": "one trial",
+        "2": "two trials",
+        "4": "four trials",
+        "8": "eight trials",
+        "16": "sixteen trials",
+    }
     titles = {
         way: f"{numbers[way.split('_')[1]]} a GPU" if "_" in way else "one trial after the other"
         for way in sorted(ways, key=lambda way: found[f"{place}/{way}"]["seconds"]["value"])
@@ -351,7 +357,7 @@ def _stages(spent: Cases, shape: str, title: str) -> list[str]:
     for stage in (case.removeprefix(f"{shape}/cold/") for case in spent if case.startswith(f"{shape}/cold/")):
         pair = (spent.get(f"{shape}/{case}/{stage}", {}) for case in ("cold", "warm"))
         name = stage.replace("lanes/", "of the lane: ")
-        lines.append(f"| {name} | " + " | ".join(_cell(one, "seconds", "{:.1f}") for one in pair) + " |")
+        lines.append(f"| {name} | " + " | ".join(_cell(one, "seconds", "{:z.1f}") for one in pair) + " |")
     return lines
 
 
