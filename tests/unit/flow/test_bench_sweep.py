@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from benchmarks.bench_sweep import stages_of, whole
 
 
@@ -14,9 +12,8 @@ def test_the_trials_that_were_not_run_count_with_the_marginal_time() -> None:
     assert whole([60.0, 100.0, 140.0], 1, 16) == 60 + 15 * 40
 
 
-def test_one_round_has_no_marginal_time() -> None:
-    with pytest.raises(SystemExit, match="more trials"):
-        whole([100.0, 101.0], 2, 16)
+def test_trials_that_all_run_at_once_have_no_marginal_time() -> None:
+    assert whole([100.0, 101.0, 104.0, 110.0], 4, 4) == 110
 
 
 def test_the_seconds_of_a_sweep_are_those_in_its_log_and_those_around_them() -> None:
