@@ -26,6 +26,7 @@ from rayft.numerics import derive_seed
 from rayft.serving.engine.api import EngineLimits, GenerationRequest, NoRoomError, Progress, TokenLogprob
 from rayft.serving.engine.vllm import engine as engines
 from rayft.serving.engine.vllm.engine import VllmEngine, VllmOptions, _Answer, _start_error
+from rayft.serving.engine.vllm.files import SWITCH_SECONDS
 from rayft.serving.engine.vllm.plugin import ANSWERS, ERROR_FILE
 from tests.unit.serving.adapters import random_adapter
 from tests.vllm.layers import BYTES, MLP, SHAPES, configuration, managed, new_model, new_weights, worker
@@ -160,6 +161,21 @@ def run(start: Start, scenario: Callable[[VllmEngine, Any], Awaitable[Any]]) -> 
 async def ask(engine: VllmEngine, request: GenerationRequest) -> list[Progress]:
     async with aclosing(engine.submit(request)) as steps:
         return [step async for step in steps]
+
+
+def test_the_threads_of_the_replica_and_of_the_worker_give_way_often(start: Start) -> None:
+    before = sys.getswitchinterval()
+
+    async def scenario(engine: VllmEngine, llm: Any) -> None:
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
+        sys.setswitchinterval(before)
+        worker.WorkerManager(llm.vllm_config, torch.device("cpu"))
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
+
+    try:
+        run(start, scenario)
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_vllm_takes_the_arguments(start: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from rayft.serving.engine.api import (
     TokenLogprob,
     check_prompt,
 )
-from rayft.serving.engine.vllm.files import Channel
+from rayft.serving.engine.vllm.files import SWITCH_SECONDS, Channel
 from rayft.serving.engine.vllm.plugin import ANSWERS, CONFIG, ERROR_FILE, check_release
 from rayft.serving.engine.vllm.schemas import check_schema
 from rayft.serving.engine.vllm.shard import parts_of
@@ -145,6 +146,7 @@ class VllmEngine:
         """Layers that can have adapters, by their names in the model's files: outputs and inputs."""
         self.context = int(self._llm.model_config.max_model_len)
         """Longest sequence that fits into the KV cache and the model's context, in tokens."""
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._channel = Channel(answers, self._dtype)
         # One thread: what a cancelled load still does there is done before the next load begins.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rayft-load")

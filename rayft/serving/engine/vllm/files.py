@@ -32,12 +32,16 @@ from rayft.serving.engine.vllm.arena import aligned
 from rayft.serving.engine.vllm.image import PIECE, Image, factors_of
 from rayft.serving.engine.vllm.shard import Parts, key
 
-__all__ = ["Channel", "Inbox"]
+__all__ = ["SWITCH_SECONDS", "Channel", "Inbox"]
 
 SHARED = Path("/dev/shm")  # noqa: S108  (the name of POSIX shared memory on Linux)
 PREFIX = "rayft-adapter-"
 YOUNG_SECONDS = 60.0
 """Age of a file up to which its engine may not have locked it yet."""
+SWITCH_SECONDS = 0.0005
+"""Interval at which Python's threads give way to each other in the processes at both ends; ten times as often
+as by default. While a thread writes or reads an adapter, the thread that generates or answers waits no longer
+than this whenever it needs the interpreter."""
 KEPT = 256 * 2**20
 """The most bytes that the file keeps from one adapter to the next."""
 HEADER = 4096

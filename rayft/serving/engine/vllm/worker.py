@@ -37,7 +37,7 @@ from rayft.kernels.segment_lora import BASE_SLOT
 from rayft.serving.engine.api import NoRoomError
 from rayft.serving.engine.vllm.adapters import AdaptedLinear, Batch, Product, Site
 from rayft.serving.engine.vllm.arena import Arena
-from rayft.serving.engine.vllm.files import Inbox
+from rayft.serving.engine.vllm.files import SWITCH_SECONDS, Inbox
 from rayft.serving.engine.vllm.image import PIECE, Bytes, Image, entries_in, factors_of, locate
 from rayft.serving.engine.vllm.plugin import ANSWERS, CONFIG
 from rayft.serving.engine.vllm.shard import Part, Parts, described
@@ -45,9 +45,6 @@ from rayft.serving.engine.vllm.shard import Part, Parts, described
 __all__ = ["WorkerExtension", "WorkerManager"]
 
 SLOTS = 4096
-
-SWITCH_SECONDS = 0.0005
-"""Interval at which Python's threads give way to each other; ten times as often as by default."""
 
 Problem = list[str]
 """Class and message of an error; empty if there was none. Workers answer with it, because an exception in one
@@ -94,7 +91,6 @@ class WorkerManager:
     is_enabled = True
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
-        # While an adapter is read, the thread that generates waits no longer than this for the interpreter.
         sys.setswitchinterval(SWITCH_SECONDS)
         self._device = torch.device(device)
         self._free = list(range(SLOTS - 1, BASE_SLOT, -1))
