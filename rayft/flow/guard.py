@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import io
 import sys
 from collections.abc import Callable
@@ -34,6 +36,8 @@ def guarded(command: Callable[[], object]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             # Where the output's encoding lacks a character, its code is printed.
             stream.reconfigure(errors="backslashreplace")
+    # While Python ends, it looks for reference cycles in all modules again and again, which takes a second.
+    atexit.register(gc.freeze)
     hide_known_lines()
     interrupts.install()
     try:

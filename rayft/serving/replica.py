@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -131,6 +132,9 @@ class Replica:
         await self.catch_up(await director.state.remote(), all_or_none=not base)
         self._check_base(await director.started.remote(self._fingerprint))
         self._tasks.add(asyncio.create_task(self._watch(director)))
+        # To look for reference cycles in all modules would stop all answers for some hundred milliseconds.
+        gc.collect()
+        gc.freeze()
 
     def _check_base(self, served: str) -> None:
         if served != self._fingerprint:

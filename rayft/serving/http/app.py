@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -351,6 +352,9 @@ class Ingress:
         self._server: HttpServer | None = await HttpServer.start(
             app, options.host, options.port, options.drain_seconds
         )
+        # As in `Replica.reconfigure`.
+        gc.collect()
+        gc.freeze()
 
     def check_health(self) -> None:
         """Let Ray Serve replace the ingress if its server has ended.

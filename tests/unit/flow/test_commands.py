@@ -86,6 +86,21 @@ def test_a_full_disk_ends_a_command_with_one_message(
     assert said.count("\n") == 1
 
 
+def test_a_command_ends_without_looking_for_cycles_again() -> None:
+    code = (
+        "import gc\n"
+        "from rayft.flow.guard import guarded\n"
+        "class Cycle:\n"
+        "    def __init__(self): self.me = self\n"
+        "    def __del__(self): print('collected')\n"
+        "gc.disable()\n"
+        "guarded(Cycle)\n"
+        "print('ended')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "ended\n"
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with three prepared sets of 1 MB; the first was used last."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -610,6 +611,23 @@ def test_a_replica_with_another_base_than_the_others_does_not_start(
     asyncio.run(start(Director(first.found)))
     with pytest.raises(ModelError, match="now has another base"):
         asyncio.run(start(Director("f" * 16)))
+
+
+def test_a_replica_does_not_look_for_cycles_in_what_it_has_imported(
+    make_replica: Callable[..., Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica_module.ray_serve, "get_deployment_handle", lambda _: Director())
+    gc.unfreeze()
+
+    async def start() -> int:
+        await make_replica().reconfigure({})
+        return len(gc.get_objects())
+
+    before = len(gc.get_objects())
+    try:
+        assert asyncio.run(start()) < before / 10
+    finally:
+        gc.unfreeze()
 
 
 def test_a_replica_follows_the_director_again_after_it_could_not_be_deployed(
