@@ -42,6 +42,7 @@ from rayft.train.deepspeed import Later, StepResult, later
 from rayft.train.flat import FlatEngine, clipped_here
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Holder, Master
+from rayft.train.mode import train_mode
 from rayft.train.placement import DeviceMemoryError, Placement, recompute_activations, smaller
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
@@ -411,7 +412,7 @@ class Pack:
         assert engine is not None
         self._set_groups(engine, steps)
         if not self._model.training:
-            self._model.train()
+            train_mode(self._model)
         self._layout.random = {slot.number: one.random for slot, one in steps.items()}
         for slot, one in steps.items():
             slot.share = one.share

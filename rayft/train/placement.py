@@ -32,6 +32,7 @@ from rayft.files import write_file
 from rayft.models.files import cache_folder
 from rayft.models.fuse import is_fused
 from rayft.train.graphs import capture_stream, graphed
+from rayft.train.mode import train_mode
 from rayft.train.run import Placement, RunConfig
 from rayft.train.session import Session
 
@@ -330,7 +331,7 @@ class _Probe:
             optimizer = torch.empty(self._optimizer_bytes(), dtype=torch.uint8, device=device)
             batch = self._batch(self._share // placement.accumulation).to(device)
             recompute_activations(self._model, wanted=placement.activation_checkpointing)
-            self._model.train()
+            train_mode(self._model)
             with contextlib.ExitStack() as graphs:
                 if placement.graphs:
                     graphs.enter_context(capture_stream())

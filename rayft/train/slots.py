@@ -23,6 +23,7 @@ from rayft.files import write_file
 from rayft.models.attention import fits_graphs, mask_for
 from rayft.models.inject import clear
 from rayft.train.graphs import capture_stream
+from rayft.train.mode import train_mode
 from rayft.train.placement import limited, probe_file, recompute_activations
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
@@ -129,7 +130,7 @@ class _Passes:
     def __init__(self, model: Any, batch: Batch) -> None:
         clear(model)
         recompute_activations(model, wanted=False)
-        model.train()
+        train_mode(model)
         self._inner, self._batch = model.base_model, batch
         self._embedded = model.get_input_embeddings()(batch.input_ids).detach()
         self._mask = mask_for(model, batch.offsets, *batch.input_ids.shape)

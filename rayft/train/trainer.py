@@ -67,6 +67,7 @@ from rayft.train.flat import RunEngine, flattens, has_masters
 from rayft.train.graphs import capture_stream, graphed
 from rayft.train.masters import Master, read_masters, write_masters
 from rayft.train.memory import PeakMemory
+from rayft.train.mode import train_mode
 from rayft.train.packed import Pack, Slot
 from rayft.train.phases import phases_of
 from rayft.train.placement import (
@@ -380,7 +381,7 @@ class Trainer:
         placement is set then.
         """
         if self.placement.graphs and self.pack is None:
-            self.model.train()
+            train_mode(self.model)
             try:
                 first = self._share(self.progress.step)
                 parts = self.engine.parts if isinstance(self.engine, RunEngine) else ()
@@ -471,7 +472,7 @@ class Trainer:
                 self.worker.rank == 0 and self.reporter.report(asked.step, asked.metrics)
             )
         if not self.model.training:
-            self.model.train()
+            train_mode(self.model)
         set_lr(asked.engine, asked.lr)
         stopwatch = Stopwatch(self.worker.device)
         batches = self._micro_batches(asked.share)

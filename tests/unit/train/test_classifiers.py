@@ -24,7 +24,7 @@ from rayft.train.run import RunConfig
 from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer, validation_loss
 from rayft.train.worker import Worker
-from tests.unit.data.pictures import folder, save
+from tests.unit.data.pictures import folder, noise, save
 from tests.unit.data.small_data import lines
 from tests.unit.train.curves import WIDEST, assert_same_losses
 
@@ -114,6 +114,45 @@ def test_a_full_fine_tune_of_an_image_model_is_a_model_folder(
     model = run.model.model_copy(update={"name": result.folder})
     saved = Session.open(run.model_copy(update={"model": model}), Worker())
     assert accuracy(saved) == trained
+
+
+@pytest.fixture
+def convolutional(tmp_path: Path) -> Path:
+    """A random CvT for images of 32×32 pixels in colour, which normalises by running statistics."""
+    from transformers import CvtConfig, CvtForImageClassification, ViTImageProcessor
+
+    config = CvtConfig(
+        num_labels=2, embed_dim=[8, 16, 16], num_heads=[1, 2, 2], depth=[1, 2, 3], drop_path_rate=[0.0] * 3
+    )
+    CvtForImageClassification(config).save_pretrained(tmp_path / "cvt")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "cvt")
+    return tmp_path / "cvt"
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_running_statistics_stay_those_of_the_base(tmp_path: Path, convolutional: Path, name: str) -> None:
+    """What is learnt does not depend on how a step is divided, and the next trial finds the same base."""
+    for number in range(20):
+        pixels = np.repeat(noise(number, shape=(32, 32, 1)), 3, axis=2)
+        save(tmp_path / "images" / "ab"[number % 2] / f"{number}.png", pixels)
+    whole = configured(
+        {"name": str(convolutional), "task": "image_classification", "num_labels": 2},
+        {"source": "image_folder", "name": str(tmp_path / "images"), "val": 4, "test": 4},
+        rows_per_step=4,
+        steps=3,
+    )
+    method = whole.method.model_copy(update={"name": name})
+    whole = whole.model_copy(update={"method": method})
+    scale = whole.scale.model_copy(update={"accumulation": 4})
+    session = Session.open(whole, Worker())
+    before = {key: value.clone() for key, value in session.loaded.model.named_buffers()}
+    result = Trainer(whole, session, Reporter(), tmp_path / "whole").fit()
+    assert any("running_mean" in key for key in before)
+    for key, value in session.loaded.model.named_buffers():
+        assert torch.equal(value, before[key]), key
+    divided = whole.model_copy(update={"scale": scale})
+    session = session if name == "lora" else Session.open(divided, Worker())
+    assert_same_losses(result, Trainer(divided, session, Reporter(), tmp_path / "divided").fit())
 
 
 def test_an_encoder_learns_a_rule(tmp_path: Path) -> None:
