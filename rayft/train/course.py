@@ -16,6 +16,7 @@ __all__ = [
     "Clock",
     "Course",
     "CrowdedError",
+    "HalfDoneError",
     "Part",
     "Question",
     "Step",
@@ -38,6 +39,10 @@ class CrowdedError(Exception):
     def __init__(self, reason: str, *, intact: bool) -> None:
         super().__init__(reason)
         self.intact = intact
+
+
+class HalfDoneError(torch.OutOfMemoryError):
+    """An optimizer step ran out of memory when it had begun to change parameters, which can't be used now."""
 
 
 class Clock:
@@ -167,16 +172,16 @@ def drive(course: Generator[Asked, Any, ReturnT], answer: Callable[[Asked], Any]
         answer: answers it; a `torch.OutOfMemoryError` that it raises is thrown into the course.
     """
     value: Any = None
-    failure: str | None = None
+    failure: torch.OutOfMemoryError | None = None
     try:
         while True:
-            # A new error, because the old one refers to all that did not fit.
-            asked = course.send(value) if failure is None else course.throw(torch.OutOfMemoryError(failure))
+            asked = course.send(value) if failure is None else course.throw(failure)
             failure = None
             try:
                 value = answer(asked)
             except torch.OutOfMemoryError as error:
-                failure = str(error)
+                # A new error, because the old one refers to all that did not fit.
+                failure = type(error)(str(error))
     except StopIteration as end:
         return end.value  # type: ignore[no-any-return]
     finally:

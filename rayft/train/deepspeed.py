@@ -25,6 +25,7 @@ from rayft.data.pack import AnyBatch
 from rayft.errors import TrainError
 from rayft.evaluate.loss import batch_loss, targets_of
 from rayft.models.methods import method
+from rayft.train.course import HalfDoneError
 from rayft.train.run import RunConfig
 from rayft.train.worker import Worker
 
@@ -254,6 +255,10 @@ def optimizer_step(engine: DeepSpeedEngine, batches: Sequence[AnyBatch], worker:
         engine: the engine.
         batches: the micro-batches.
         worker: this process.
+
+    Raises:
+        torch.OutOfMemoryError: if the passes do not fit into the device's memory; no parameter has changed.
+        HalfDoneError: if the update does not.
     """
     targets = sum(len(targets_of(batch)) for batch in batches)
     tokens = sum(batch.input_ids.numel() for batch in batches)
@@ -266,7 +271,10 @@ def optimizer_step(engine: DeepSpeedEngine, batches: Sequence[AnyBatch], worker:
         engine.backward(loss * (worker.world * len(batches) / targets))
         if number == len(batches):
             norm = _norm_before(engine)
-        engine.step()
+        try:
+            engine.step()
+        except torch.OutOfMemoryError as error:
+            raise HalfDoneError(str(error)) from None
     read = later([*losses, _norm_after(engine, losses[0]) if norm is None else norm])
 
     def result() -> StepResult:

@@ -37,7 +37,7 @@ from rayft.evaluate.loss import target_losses
 from rayft.models.inject import clear
 from rayft.models.packed import Layout, pack, skeleton, spans_of, unpackable
 from rayft.numerics import moved
-from rayft.train.course import Asked, Clock, CrowdedError, Part, Question, Step, Validation
+from rayft.train.course import Asked, Clock, CrowdedError, HalfDoneError, Part, Question, Step, Validation
 from rayft.train.deepspeed import Later, StepResult, later
 from rayft.train.flat import FlatEngine, clipped_here
 from rayft.train.graphs import capture_stream, graphed
@@ -141,8 +141,8 @@ class Pack:
         """Number of slots whose rows share a pass; None for all."""
         self._smaller = Placement()
         """What a slot's rows are divided into, once they have not fitted."""
-        self._validated: int | None = None
-        """Number of slots whose examples share a batch, once those of more have not fitted."""
+        self._validated: tuple[int, int] | None = None
+        """Number of slots whose examples share a batch, and of rows of each, once more have not fitted."""
         self._short: tuple[int, int] | None = None
         """Size of the slots that did not fit."""
         self._said: set[str] = set()
@@ -227,28 +227,33 @@ class Pack:
         """Return the validation loss of each of some runs; their examples share batches.
 
         Raises:
-            torch.OutOfMemoryError: if not even those of one run fit into the device's memory.
+            torch.OutOfMemoryError: if not even one row of one run fits into the device's memory.
         """
         # This needs no engine, and after it some of the runs may end.
         self._attach()
         session, order = self._session, [slot for slot in self._slots if slot in slots]
         most = MOST_TOKENS * (GPU_TIMES if session.worker.device != "cpu" else 1)
-        together = min(len(order), max(1, most // (rows_at_once(session) * longest(session))))
-        together = min(together, self._validated or together)
+        at_once = rows_at_once(session)
+        together = min(len(order), max(1, most // (at_once * longest(session))))
+        if self._validated is not None:
+            together, at_once = min(together, self._validated[0]), self._validated[1]
         while True:
             try:
-                return self._losses(order, together)
+                return self._losses(order, together, at_once)
             except torch.OutOfMemoryError:
-                if together == 1:
+                if together == at_once == 1:
                     raise
-            together = self._validated = -(-together // 2)
-            self._short = self._size
+            if together > 1:
+                together = -(-together // 2)
+            else:
+                at_once = -(-at_once // 2)
+            self._validated, self._short = (together, at_once), self._size
 
     @torch.no_grad()
-    def _losses(self, order: Sequence[Slot], together: int) -> dict[Slot, float]:
-        """Return the validation loss of each slot, where the examples of some of them share batches."""
+    def _losses(self, order: Sequence[Slot], together: int, at_once: int) -> dict[Slot, float]:
+        """Return the validation loss of each slot, where some rows of some of them share batches."""
         session = self._session
-        rows, at_once = validation_rows(session, range(len(session.val))), rows_at_once(session)
+        rows = validation_rows(session, range(len(session.val)))
         # Another width would cost each layer another table.
         width = padded([*rows.tokens.tolist()] * len(order))
         self._model.eval()
@@ -649,11 +654,12 @@ class Courses(Generic[EndT]):
             failure = str(error)
         # Of an engine that was not finished.
         gc.collect()
+        intact = not self._pack.updating
         due = [key for key in self._courses if not isinstance(self._asked[key], Question)]
         if len(self._courses) == 1:
-            self._go_on(due[0], self._courses[due[0]].throw, torch.OutOfMemoryError(failure))
+            kind = torch.OutOfMemoryError if intact else HalfDoneError
+            self._go_on(due[0], self._courses[due[0]].throw, kind(failure))
             return True
-        intact = not self._pack.updating
         for key in due[len(due) // 2 :] if intact else due:
             self._go_on(key, self._courses[key].throw, CrowdedError(failure, intact=intact))
         return True

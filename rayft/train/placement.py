@@ -48,6 +48,7 @@ __all__ = [
     "probe_file",
     "recompute_activations",
     "smaller",
+    "validation_out_of_memory",
 ]
 
 logger = logging.getLogger(__name__)
@@ -161,6 +162,18 @@ def engine_out_of_memory(run: RunConfig) -> DeviceMemoryError:
     return DeviceMemoryError(
         "beside the base, the gradients and optimizer states of what is trained do not fit into the device's "
         f"memory: {', or '.join(ways)}"
+    )
+
+
+def validation_out_of_memory(run: RunConfig) -> DeviceMemoryError:
+    """Return the error for a run whose validation does not fit into the memory; it says what to do."""
+    ways = []
+    if run.scale.gpu_share < 1:
+        ways.append("let fewer lanes share a GPU (scale.gpu_share)")
+    ways += ["lower data.max_length", "shard the base over more workers (scale.zero: 3)"]
+    return DeviceMemoryError(
+        "the validation examples do not fit into the device's memory beside what is trained: "
+        f"{', or '.join(ways)}"
     )
 
 

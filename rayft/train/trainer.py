@@ -43,6 +43,7 @@ from rayft.train.course import (
     Clock,
     Course,
     CrowdedError,
+    HalfDoneError,
     Part,
     Question,
     Step,
@@ -80,6 +81,7 @@ from rayft.train.placement import (
     placed,
     recompute_activations,
     smaller,
+    validation_out_of_memory,
 )
 from rayft.train.run import RunConfig
 from rayft.train.session import Session
@@ -425,6 +427,9 @@ class Trainer:
             if crowded.intact:
                 self._save_checkpoint()
             raise
+        except HalfDoneError:
+            # Fewer rows at a time would leave it no more room.
+            raise engine_out_of_memory(self.run) from None
         except torch.OutOfMemoryError:
             if self.pack is not None:
                 # It is alone in its pack, which has tried all that takes less.
@@ -540,7 +545,10 @@ class Trainer:
         """
         self._read()
         progress, started = self.progress, self.clock()
-        value: float = yield Validation(self.engine)
+        try:
+            value: float = yield Validation(self.engine)
+        except torch.OutOfMemoryError:
+            raise validation_out_of_memory(self.run) from None
         release(self.engine)
         if not math.isfinite(value):
             raise TrainError(

@@ -424,8 +424,15 @@ def test_runs_that_can_not_share_steps_say_why(run: RunConfig, changes: Any, rea
     assert reason in why_alone(changed(run, **changes))
 
 
+# Two rows of each slot: of all three, of two, of one; and one row of one.
+@pytest.mark.parametrize(("fits", "tried"), [(4, {6, 4, 2}), (1, {6, 4, 2, 1})])
 def test_examples_of_slots_that_do_not_fit_together_are_validated_apart(
-    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunConfig,
+    session: Session,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fits: int,
+    tried: set[int],
 ) -> None:
     runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("abc")}
     expected = packed(runs, session, tmp_path / "whole")
@@ -434,15 +441,14 @@ def test_examples_of_slots_that_do_not_fit_together_are_validated_apart(
     def target_losses(model: Any, batch: Any) -> torch.Tensor:
         if not torch.is_grad_enabled():
             rows.append(len(batch.input_ids))
-            if len(batch.input_ids) > 4:
+            if len(batch.input_ids) > fits:
                 raise torch.OutOfMemoryError("no room")
         return real(model, batch)
 
     monkeypatch.setattr(module, "target_losses", target_losses)
     lowered = packed(runs, session, tmp_path / "lowered")
     assert_all_same(expected, lowered)
-    # Two rows of each slot: of all three, of two, of one.
-    assert {*rows} == {6, 4, 2}
+    assert {*rows} == tried
 
 
 def test_in_bfloat16_a_slot_that_diverges_leaves_the_others_as_they_are(

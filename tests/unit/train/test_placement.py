@@ -15,7 +15,8 @@ from rayft.config import content_hash
 from rayft.errors import TrainError
 from rayft.evaluate.loss import batch_loss
 from rayft.models.inject import inject
-from rayft.train import placement, trainer
+from rayft.train import placement, trainer, validation
+from rayft.train.flat import PartialAdamW
 from rayft.train.placement import DeviceMemoryError, Placement, place, smaller
 from rayft.train.run import RunConfig, ScaleConfig
 from rayft.train.session import Session
@@ -71,6 +72,56 @@ def test_a_run_that_never_fits_says_what_to_change(
     with pytest.raises(TrainError, match=r"1 row\(s\) of 512 tokens do not fit .*: lower data.max_length"):
         Trainer(run, session, reporter, tmp_path).fit()
     assert "recomputes activations" in reporter.notes[-1]
+
+
+@pytest.mark.parametrize(("zero", "step"), [(0, 1), (0, 3), (2, 3)])
+def test_a_step_whose_update_does_not_fit_is_not_taken_again(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero: int, step: int
+) -> None:
+    """Some parameters would get it twice. The run goes on from its last checkpoint, when there is room."""
+    run = with_method(run, "lora_plus", evaluate={"every": 1}, scale={**OPEN, "zero": zero})
+    whole = Trainer(run, session, Reporter(), tmp_path / "whole").fit()
+    real, updates = PartialAdamW._update, [0]
+
+    def update(self: PartialAdamW, parameter: torch.Tensor, *more: Any) -> None:
+        updates[0] += 1
+        # The first of two groups has been updated.
+        if updates[0] == 2 * step:
+            raise torch.OutOfMemoryError("no room")
+        real(self, parameter, *more)
+
+    monkeypatch.setattr(PartialAdamW, "_update", update)
+    with pytest.raises(DeviceMemoryError, match=r"optimizer states .* do not fit .*\(method.rank\)"):
+        Trainer(run, session, Reporter(), tmp_path / "cut").fit()
+    reporter = RecordingReporter()
+    result = Trainer(run, session, reporter, tmp_path / "cut").fit()
+    assert [number for number, _ in reporter.logged] == list(range(step, 7))
+    assert result.train_curve == whole.train_curve
+    assert result.content_hash == whole.content_hash
+
+
+@pytest.mark.parametrize("fits", [1, 0])
+def test_fewer_rows_are_validated_at_once_if_they_do_not_fit(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: int
+) -> None:
+    run, real, sizes = changed(run, optim={"steps": 2}), validation.mean_loss, list[int]()
+    whole = Trainer(run, session, Reporter(), tmp_path / "whole").fit()
+
+    def mean_loss(model: Any, batches: Any) -> tuple[float, int]:
+        every = [*batches]
+        sizes.append(max(len(batch.input_ids) for batch in every))
+        if sizes[-1] > fits:
+            raise torch.OutOfMemoryError("no room")
+        return real(model, every)
+
+    monkeypatch.setattr(validation, "mean_loss", mean_loss)
+    trainer = Trainer(run, session, Reporter(), tmp_path / "lowered")
+    if fits:
+        assert trainer.fit().val_loss == pytest.approx(whole.val_loss, rel=1e-6)
+    else:
+        with pytest.raises(DeviceMemoryError, match=r"validation examples do not fit .* data\.max_length"):
+            trainer.fit()
+    assert sizes == [2, 1]
 
 
 @pytest.mark.parametrize(
