@@ -400,6 +400,15 @@ def test_weights_that_an_update_has_left_half_done_are_not_saved(
     assert not any((tmp_path / key / "checkpoint").exists() for key in ended)
 
 
+def test_an_update_of_one_run_that_does_not_fit_says_what_to_change(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PartialAdamW, "step", _no_room)
+    (error,) = packed({"one": run}, session, tmp_path).values()
+    assert isinstance(error, TrainError)
+    assert "optimizer states of what is trained do not fit" in str(error)
+
+
 def test_a_base_that_drops_values_is_not_packed(session: Session) -> None:
     for name in ("attention_dropout", "residual_dropout"):
         setattr(session.loaded.model.config, name, 0.1)
