@@ -215,6 +215,23 @@ class EvaluateConfig(Section):
     """Solved examples in the few-shot prompt of the base."""
 
 
+OURS = {
+    "train_batch_size": "optim.rows_per_step",
+    "train_micro_batch_size_per_gpu": "optim.rows_per_step",
+    "gradient_accumulation_steps": "scale.accumulation",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "zero_optimization.stage": "scale.zero",
+    "bf16.enabled": "scale.dtype",
+    "fp16": "scale.dtype (float32 or bfloat16)",
+    "amp": "scale.dtype",
+    "torch_autocast": "scale.dtype",
+}
+"""What `RunConfig.deepspeed` may not set → the setting that takes its place. DeepSpeed would
+ignore it, or change the dtype of a base in memory that other runs use."""
+
+
 class RunConfig(Section):
     """One training run."""
 
@@ -238,18 +255,11 @@ class RunConfig(Section):
     @field_validator("deepspeed")
     @classmethod
     def _not_ours(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        derived = {
-            "train_batch_size",
-            "train_micro_batch_size_per_gpu",
-            "gradient_accumulation_steps",
-            "optimizer",
-        }
-        clash = sorted(derived & set(value))
+        inner = ((name, section) for name, section in value.items() if isinstance(section, dict))
+        given = {*value, *(f"{name}.{key}" for name, section in inner for key in section)}
+        clash = [f"{name} is {ours}" for name, ours in OURS.items() if name in given]
         if clash:
-            raise ValueError(f"{', '.join(clash)} follow from optim and scale; set them there")
-        zero = value.get("zero_optimization")
-        if isinstance(zero, dict) and "stage" in zero:
-            raise ValueError("zero_optimization.stage is scale.zero; set it there")
+            raise ValueError(f"{', '.join(clash)}; set {'it' if len(clash) == 1 else 'them'} there")
         return value
 
     @field_validator("start")

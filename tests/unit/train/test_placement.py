@@ -15,6 +15,7 @@ from rayft.config import content_hash
 from rayft.errors import TrainError
 from rayft.evaluate.loss import batch_loss
 from rayft.models.inject import inject
+from rayft.numerics import assert_close
 from rayft.train import placement, trainer, validation
 from rayft.train.flat import PartialAdamW
 from rayft.train.placement import DeviceMemoryError, Placement, place, smaller
@@ -23,7 +24,7 @@ from rayft.train.session import Session
 from rayft.train.trainer import Reporter, Trainer
 from rayft.train.worker import Worker
 from tests.reporter import RecordingReporter
-from tests.unit.train.curves import assert_same_losses
+from tests.unit.train.curves import WIDEST, assert_same_losses
 from tests.unit.train.runs import changed, with_method
 from tests.unit.train.workers import in_two_workers
 
@@ -117,7 +118,8 @@ def test_fewer_rows_are_validated_at_once_if_they_do_not_fit(
     monkeypatch.setattr(validation, "mean_loss", mean_loss)
     trainer = Trainer(run, session, Reporter(), tmp_path / "lowered")
     if fits:
-        assert trainer.fit().val_loss == pytest.approx(whole.val_loss, rel=1e-6)
+        found, expected = (torch.tensor([loss]) for loss in (trainer.fit().val_loss, whole.val_loss))
+        assert_close(found, expected, torch.float32, WIDEST)
     else:
         with pytest.raises(DeviceMemoryError, match=r"validation examples do not fit .* data\.max_length"):
             trainer.fit()

@@ -59,7 +59,7 @@ def test_a_plan_has_all_settings_decided(tmp_path: Path) -> None:
         ("sweep.methods.lora.targets=[]", ConfigError, "targets is empty; name at least one module"),
         ("optim.warmup=100", ConfigError, r"^optim\.warmup \(100\) must be at most optim\.steps \(8\)"),
         ("scale.workers=2", ConfigError, r"rows_per_step \(1\) must be a multiple of scale\.workers"),
-        ("deepspeed={optimizer: {}}", ConfigError, "^deepspeed: optimizer follow from optim and scale"),
+        ("deepspeed={optimizer: {}}", ConfigError, "^deepspeed: optimizer is optim; set it there"),
         ("sweep.methods.lora.targets=[q_porj]", TargetError, "did you mean 'q_proj'"),
         ("model.name=tiny-lama", ModelError, "did you mean 'tiny-llama'"),
         ("data.max_length=20", DataError, "too long"),
