@@ -162,6 +162,10 @@ class Pack:
         """Return a context for all that the pack does: the stream on which graphs are captured."""
         return capture_stream() if self._graphs else nullcontext()
 
+    def __len__(self) -> int:
+        """Return the number of runs that have a place."""
+        return len(self._slots)
+
     def session(self) -> Session:
         """Return a session for one run, with a model of its own that shares the base's weights."""
         loaded = replace(self._session.loaded, model=skeleton(self._skeleton))

@@ -248,7 +248,20 @@ class Trainer:
         return drive(self.course(), self.answer)
 
     def course(self) -> Course:
-        """Train the run as `fit` does, but let the caller take its steps and answer its questions."""
+        """Train the run as `fit` does, but let the caller take its steps and answer its questions.
+
+        Raises:
+            CrowdedError: if the runs of a pack that stay leave too little memory for this one.
+        """
+        try:
+            return (yield from self._course())
+        except torch.OutOfMemoryError as error:
+            # Not in a step, but for fresh adapters, the next rank or a copy of the best.
+            if self.pack is not None and len(self.pack):
+                raise CrowdedError(str(error), intact=False) from None
+            raise engine_out_of_memory(self.run) from None
+
+    def _course(self) -> Course:
         started = self.clock()
         self._fetch_checkpoints()
         start = read_start(self.run, self.session)

@@ -19,6 +19,7 @@ from rayft.methods.base import MethodConfig
 from rayft.numerics import assert_close, tolerance
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.train import packed as module
+from rayft.train import trainer as trainer_module
 from rayft.train.checkpoint_folder import MASTERS_FILE, checkpoints, last_curve
 from rayft.train.course import CrowdedError
 from rayft.train.deepspeed import StepResult
@@ -407,6 +408,30 @@ def test_an_update_of_one_run_that_does_not_fit_says_what_to_change(
     (error,) = packed({"one": run}, session, tmp_path).values()
     assert isinstance(error, TrainError)
     assert "optimizer states of what is trained do not fit" in str(error)
+
+
+@pytest.mark.parametrize("failing", ["inject", "export"])
+def test_what_does_not_fit_beside_others_outside_of_steps_goes_on_later(
+    run: RunConfig, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """The second run has no room for its adapters, or for the copy of the best ones."""
+    runs = {name: with_method(run, "lora", seed=seed) for seed, name in enumerate("ab")}
+    expected = packed(runs, session, tmp_path / "whole")
+    real, calls = getattr(trainer_module, failing), [0]
+
+    def fails(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise torch.OutOfMemoryError("no room")
+        return real(*args)
+
+    monkeypatch.setattr(trainer_module, failing, fails)
+    assert_all_same(expected, packed(runs, session, tmp_path / "lowered"))
+    assert calls[0] > 2
+    monkeypatch.setattr(trainer_module, failing, _no_room)
+    (error,) = packed({"a": run}, session, tmp_path / "alone").values()
+    assert isinstance(error, TrainError)
+    assert "train fewer values" in str(error)
 
 
 def test_a_base_that_drops_values_is_not_packed(session: Session) -> None:
