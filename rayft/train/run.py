@@ -349,9 +349,17 @@ class RunConfig(Section):
 
     @property
     def hash(self) -> str:
-        """Hash of the settings that determine the results; how often checkpoints are written does not."""
+        """Hash of the settings that determine the results.
+
+        How often checkpoints are written does not. Neither do the threads, of which there are as many as the
+        machine that settles the run has cores; a sweep may continue on another one.
+        """
         every = {"checkpoint_seconds": EvaluateConfig.model_fields["checkpoint_seconds"].default}
-        return content_hash(self.model_copy(update={"evaluate": self.evaluate.model_copy(update=every)}))
+        same = {
+            "evaluate": self.evaluate.model_copy(update=every),
+            "scale": self.scale.model_copy(update={"threads": None}),
+        }
+        return content_hash(self.model_copy(update=same))
 
     @property
     def setting(self) -> str:

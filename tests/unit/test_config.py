@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -326,18 +327,31 @@ CPU = ["scale={device: cpu, dtype: float32, threads: 1}"]
 def test_the_hashes_of_configurations_are_those_of_0_1_0(name: str, sweep: str, first: str) -> None:
     config = load_config(name, CPU)
     assert former_hash(config) == sweep
-    assert points(config.sweep, config.run(gpus=False))[0].key == first
+    point = points(config.sweep, config.run(gpus=False))[0]
+    assert f"{point.name}-{content_hash(point.run)[:6]}" == first
 
 
 def test_how_trials_are_executed_does_not_change_their_hash() -> None:
     changes = (
         "sweep.lanes=2", "sweep.restarts=0", "sweep.hang_seconds=9", "evaluate.checkpoint_seconds=1",
+        "scale.threads=2",
     )  # fmt: skip
     config, other = load_config("tiny", CPU), load_config("tiny", [*CPU, *changes])
     assert sweep_hash(config) == sweep_hash(other)
     first, second = (points(one.sweep, one.run(gpus=False)) for one in (config, other))
     assert [point.key for point in first] == [point.key for point in second]
     assert sweep_hash(config) != sweep_hash(load_config("tiny", [*CPU, "sweep.grace=3"]))
+
+
+def test_a_machine_with_more_cores_knows_the_trials_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config("tiny", ["scale={device: cpu, dtype: float32}"])
+    keys = []
+    for cores in (4, 16):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, count=cores: {*range(count)})
+        run = config.run(gpus=False)
+        assert run.scale.threads == cores
+        keys.append([point.key for point in points(config.sweep, run)])
+    assert keys[0] == keys[1]
 
 
 @pytest.mark.parametrize(

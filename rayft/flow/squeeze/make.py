@@ -74,7 +74,7 @@ class Source:
         mark = f"{self.made_by} to {label}"
         if cont is None:
             return mark
-        return f"{mark} by {content_hash(cont)} {content_hash(self.run) if self.run else ''}".rstrip()
+        return f"{mark} by {content_hash(cont)} {self.run.hash if self.run else ''}".rstrip()
 
     def makers(self, targets: Sequence[Target], cont: ContinueConfig | None) -> dict[str, str]:
         """Return the name of each folder that may be written → the mark of its adapter.

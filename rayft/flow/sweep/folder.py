@@ -68,6 +68,7 @@ ELSEWHERE = ("output", "question", "serve", "tracking", "promote", "squeeze", "a
 HOW = {
     "sweep": ("lanes", "slots", "restarts", "silence_seconds", "hang_seconds"),
     "evaluate": ("checkpoint_seconds",),
+    "scale": ("threads",),
 }
 """Settings of how trials run. They change no result, so they may differ when a sweep continues."""
 SHOWN = 3
