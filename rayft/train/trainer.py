@@ -465,14 +465,7 @@ class Trainer:
         if launched is None:
             return
         progress, result = self.progress, launched.result()
-        if not math.isfinite(result.loss):
-            diverged = TrainError(
-                f"the loss is {result.loss} at step {launched.step} with lr {self.run.optim.lr:g}; use a "
-                "lower learning rate, a longer warm-up, or float32"
-            )
-            # It is the loss of all workers.
-            diverged.everywhere = True
-            raise diverged
+        self._check_finite(result.loss, "loss", f"at step {launched.step}")
         self.session.tick()
         progress.tokens += result.tokens
         progress.step_seconds += result.seconds
@@ -480,6 +473,16 @@ class Trainer:
         progress.train_curve.append((launched.step, result.loss))
         if self.worker.rank == 0:
             self.reporter.log(launched.step, _step_metrics(launched.lr, result))
+
+    def _check_finite(self, loss: float, what: str, when: str) -> None:
+        """Raise TrainError on all workers, whose loss it is, unless it is finite."""
+        if not math.isfinite(loss):
+            diverged = TrainError(
+                f"the {what} is {loss} {when} with lr {self.run.optim.lr:g}; use a lower learning rate, a "
+                "longer warm-up, or float32"
+            )
+            diverged.everywhere = True
+            raise diverged
 
     def answer(self, asked: Asked) -> Later | bool | float:
         """Answer what the course of a run asks for that has the device to itself."""
@@ -563,11 +566,7 @@ class Trainer:
         except torch.OutOfMemoryError:
             raise validation_out_of_memory(self.run) from None
         release(self.engine)
-        if not math.isfinite(value):
-            raise TrainError(
-                f"the validation loss is {value} after step {progress.step} with lr {self.run.optim.lr:g}; "
-                "use a lower learning rate, a longer warm-up, or float32"
-            )
+        self._check_finite(value, "validation loss", f"after step {progress.step}")
         progress.val_curve.append((progress.step, value))
         if value < progress.best_loss:
             progress.best_step, progress.best_loss = progress.step, value

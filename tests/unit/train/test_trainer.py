@@ -160,10 +160,14 @@ def test_a_checkpoint_of_other_data_or_another_base_is_refused(
     assert Trainer(run, session, Reporter(), tmp_path).fit().finished
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(run: RunConfig, session: Session, tmp_path: Path) -> None:
-    # With this learning rate, float32 overflows in the second step.
-    with pytest.raises(TrainError, match="use a lower learning rate") as raised:
-        Trainer(changed(run, optim={"lr": 1e30, "clip": 1e9}), session, Reporter(), tmp_path).fit()
+@pytest.mark.parametrize(("every", "said"), [(2, "the loss is nan at step 2"), (1, "validation loss is nan")])
+def test_a_loss_that_is_not_finite_ends_the_run(
+    run: RunConfig, session: Session, tmp_path: Path, every: int, said: str
+) -> None:
+    # With this learning rate, float32 overflows in the second step, or in the evaluation before it.
+    diverging = changed(run, optim={"lr": 1e30, "clip": 1e9}, evaluate={"every": every})
+    with pytest.raises(TrainError, match=f"{said} .* use a lower learning rate") as raised:
+        Trainer(diverging, session, Reporter(), tmp_path).fit()
     assert raised.value.everywhere
 
 
