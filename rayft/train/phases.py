@@ -135,7 +135,8 @@ def link_steps(run: RunConfig, rows: RowStream) -> list[tuple[int, int]]:
         rows: the rows that it trains on, which decide at which step an epoch begins.
 
     Raises:
-        ConfigError: if a link would begin after the last step, or have no step of its own.
+        ConfigError: if a link would begin after the last step, have no step of its own, or end before its
+            learning rate has warmed up.
     """
     steps, chain = run.optim.steps, run.method.chain
     if chain is None:
@@ -155,4 +156,13 @@ def link_steps(run: RunConfig, rows: RowStream) -> list[tuple[int, int]]:
             f"{chain.epochs} epochs are less than one step of {run.optim.rows_per_step} rows, so a link of "
             f"'{run.method.name}' would not train: raise method.chain.epochs, or lower optim.rows_per_step"
         )
-    return list(zip(starts, [*starts[1:], steps], strict=True))
+    links = list(zip(starts, [*starts[1:], steps], strict=True))
+    shortest = min(end - first for first, end in links)
+    # Links by steps are checked with the settings.
+    if shortest < run.optim.warmup:
+        raise ConfigError(
+            f"optim.warmup ({run.optim.warmup}) must be at most the {shortest} steps of the shortest link of "
+            f"'{run.method.name}', or its learning rate never reaches {run.optim.lr:g}: take {shortest} or "
+            "less"
+        )
+    return links

@@ -80,6 +80,18 @@ def test_a_link_shorter_than_a_step_is_refused(run: RunConfig, session: Session)
         link_steps(run, session.row_stream(run))
 
 
+def test_a_link_by_epochs_that_ends_before_it_has_warmed_up_is_refused(
+    run: RunConfig, session: Session
+) -> None:
+    rows = session.row_stream(run)
+    shortest = min(end - first for first, end in link_steps(by_epochs(run, 2, 1, steps=12), rows))
+    assert len(link_steps(by_epochs(run, 2, 1, steps=12, warmup=shortest), rows)) == 2
+    with pytest.raises(
+        ConfigError, match=rf"must be at most the {shortest} steps .* take {shortest} or less"
+    ):
+        link_steps(by_epochs(run, 2, 1, steps=12, warmup=shortest + 1), rows)
+
+
 @pytest.mark.parametrize(
     ("links", "steps", "match"),
     [
