@@ -9,9 +9,10 @@ import shutil
 import socket
 import sqlite3
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -19,7 +20,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from rayft.errors import RayftError, TrackingError
-from rayft.files import disk_full, disk_full_error, locked
+from rayft.files import disk_full, disk_full_error, locked, write_large_file
 from rayft.paths import check_file, check_folder
 from rayft.tracking.base import TrackerSpec, redacted
 from rayft.tracking.view import EXPERIMENT_TAGS
@@ -45,8 +46,7 @@ _log = logging.getLogger(__name__)
 def prepare(spec: TrackerSpec) -> TrackerSpec:
     """Create or migrate the database, and create the experiment if there is none.
 
-    Call it once, before any process writes: two processes that create a database at the same time can leave
-    it broken.
+    Call it once, before any process writes.
 
     Returns:
         The spec with the id of the experiment.
@@ -57,14 +57,14 @@ def prepare(spec: TrackerSpec) -> TrackerSpec:
     _log.debug("preparing %s", redacted(spec.uri))
     check(spec)
     spec.spool.mkdir(parents=True, exist_ok=True)
-    with _impatient(), locked(spec.spool / "prepare.lock"), _errors(spec.uri):
+    with _impatient(), locked(spec.spool / "prepare.lock"), _errors(spec.uri), _models():
         location, file = None, _sqlite(spec.uri)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             location = (file.parent / "artifacts").as_uri()
-            # An empty file is a database without tables. MLflow creates the tables.
-            file.touch()
-            _migrate(file)
+            with locked(file):
+                _create(file)
+                _migrate(file)
         client = connect(spec.uri)
         identity = experiment_id(client, spec.experiment, location)
     return replace(spec, experiment_id=identity)
@@ -107,9 +107,7 @@ def connect(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     _checked(uri)
-    with _errors(uri), warnings.catch_warnings():
-        # MLflow 3.17 imports its models with a loader option that SQLAlchemy 2.1 deprecates.
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with _errors(uri), _models():
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -128,12 +126,34 @@ def _impatient() -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextlib.contextmanager
+def _models() -> Iterator[None]:
+    """Let MLflow 3.17 import its models, with a loader option that SQLAlchemy 2.1 deprecates."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def _create(file: Path) -> None:
+    """Create the tables of a database that has none, all or none of them, whenever the process ends.
+
+    MLflow would create them one by one in the file itself, and it can't use a file that has some of them.
+    """
+    from mlflow.store.db.utils import _initialize_tables
+
+    if file.stat().st_size == 0:
+        write_large_file(file, lambda staging: _change(staging, _initialize_tables))
+
+
 def _migrate(file: Path) -> None:
     """Migrate a database that an older MLflow made, and keep a copy of it."""
-    from mlflow.store.db.utils import _get_latest_schema_revision, _upgrade_db, create_sqlalchemy_engine
+    from mlflow.store.db.utils import _get_latest_schema_revision, _upgrade_db
 
-    if not file.is_file():
-        return
+    # SQLite migrations are not transactional: one that fails half-way leaves no usable file. The file itself
+    # is migrated, since other processes may have opened it.
+    whole = file.with_name(f"{file.name}.migrating")
+    if whole.is_file():
+        shutil.copyfile(whole, file)
     with contextlib.closing(sqlite3.connect(file)) as database:
         try:
             made_by = database.execute("SELECT version_num FROM alembic_version").fetchone()
@@ -141,11 +161,17 @@ def _migrate(file: Path) -> None:
             made_by = None
     if made_by is None or made_by[0] == _get_latest_schema_revision():
         return
-    # SQLite migrations are not transactional: one that fails half-way leaves no usable file.
-    shutil.copyfile(file, file.with_name(f"{file.name}.before-migration"))
+    write_large_file(whole, lambda staging: shutil.copyfile(file, staging))
+    _change(file, _upgrade_db)
+    whole.replace(file.with_name(f"{file.name}.before-migration"))
+
+
+def _change(file: Path, change: Callable[[Any], object]) -> None:
+    from mlflow.store.db.utils import create_sqlalchemy_engine
+
     engine = create_sqlalchemy_engine(f"sqlite:///{file}")
     try:
-        _upgrade_db(engine)
+        change(engine)
     finally:
         engine.dispose()
 

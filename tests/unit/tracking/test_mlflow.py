@@ -12,12 +12,15 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from mlflow.store.db.utils import _upgrade_db
 
 from rayft.errors import TrackingError
 from rayft.tracking import TrackerSpec, TrackingConfig, tracker_spec
@@ -87,6 +90,44 @@ def test_prepare_migrates_an_old_database_and_keeps_a_copy(tmp_path: Path, datab
     old = revision(databases / "older.db")
     assert revision(database) == revision(databases / "current.db") != old
     assert revision(tmp_path / "mlflow.db.before-migration") == old
+
+
+def interrupt_migrations(monkeypatch: pytest.MonkeyPatch, reached: str) -> None:
+    def half(engine: sqlalchemy.Engine) -> None:
+        _upgrade_db(engine)  # type: ignore[no-untyped-call]
+        with engine.begin() as connection:
+            text = sqlalchemy.text("UPDATE alembic_version SET version_num = :reached")
+            connection.execute(text, {"reached": reached})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlflow.store.db.utils._upgrade_db", half)
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["new", "older"])
+def test_prepare_again_after_an_interrupted_one(
+    older: bool, tmp_path: Path, databases: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = tmp_path / "mlflow.db"
+    if older:
+        shutil.copy(databases / "older.db", database)
+    spec = tracker_spec(TrackingConfig(), tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt_migrations(patch, revision(databases / "older.db")[0][0])
+        with pytest.raises(KeyboardInterrupt):
+            prepare(spec)
+    assert prepare(spec).experiment_id
+    assert revision(database) == revision(databases / "current.db")
+    copies = {"mlflow.db.before-migration"} if older else set()
+    assert {path.name for path in tmp_path.glob("*mlflow.db*")} == {"mlflow.db", *copies}
+    assert not older or revision(tmp_path / "mlflow.db.before-migration") == revision(databases / "older.db")
+
+
+def test_commands_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
+    uri = TrackingConfig(uri=f"sqlite:///{tmp_path / 'shared.db'}")
+    specs = [tracker_spec(uri, tmp_path / name) for name in "ab"]
+    with ProcessPoolExecutor(2, PROCESSES) as pool:
+        first, second = pool.map(prepare, specs)
+    assert first.experiment_id == second.experiment_id
 
 
 def test_a_deleted_experiment_is_named_with_the_way_back(spec: TrackerSpec) -> None:
