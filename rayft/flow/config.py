@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import AfterValidator, Field, JsonValue
 
 from rayft.analysis.section import AnalyzeConfig
 from rayft.config import SINCE, Section, config_errors, config_text, parse, read_yaml
@@ -18,6 +18,7 @@ from rayft.methods.section import MethodConfig
 from rayft.models.load import REGISTERED, ModelConfig
 from rayft.paths import PathText, read_path, runs_folder
 from rayft.registry.promote import Gate
+from rayft.serving.messages import check_name
 from rayft.squeeze.anneal import AnnealConfig
 from rayft.squeeze.section import SqueezeConfig
 from rayft.sweep.space import MethodSpace, SweepConfig
@@ -25,6 +26,7 @@ from rayft.tracking.base import TrackingConfig
 from rayft.train.run import EvaluateConfig, OptimConfig, RunConfig, ScaleConfig
 
 __all__ = [
+    "IDENTITY_FILE",
     "STAMP_FILE",
     "PipelineConfig",
     "ServeSection",
@@ -40,6 +42,8 @@ __all__ = [
 
 STAMP_FILE = "config.yaml"
 """The configuration that a sweep or run saves in its output folder; it begins with the stamp."""
+IDENTITY_FILE = "identity.json"
+"""The file beside it that identifies the data and the base (see `rayft.flow.sweep.identity`)."""
 BEGINNING = re.compile(r"# sweep [^\n]*\n# paths begin in (?P<folder>[^\n]+)\n")
 """The first lines of such a file. Its relative paths begin in that folder, seen from its own."""
 
@@ -60,8 +64,8 @@ class ServeSection(Section):
 class TrainConfig(Section):
     """One run or a sweep, and what is done with the results."""
 
-    name: str = "sweep"
-    """Name of the sweep or run, and of the registered model."""
+    name: Annotated[str, AfterValidator(check_name)] = "sweep"
+    """Name of the sweep or run, of the registered model, and of the served adapter."""
 
     question: str = ""
     """Question that the sweep answers, shown as the heading of the report."""
@@ -100,13 +104,6 @@ class TrainConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     promote: Gate = Gate()
     serve: ServeSection = ServeSection()
-
-    @field_validator("name")
-    @classmethod
-    def _plain_name(cls, value: str) -> str:
-        if not value or not all(c.isalnum() or c in "-_." for c in value):
-            raise ValueError("use letters, digits, '-', '_' and '.'")
-        return value
 
     @property
     def folder(self) -> Path:
@@ -194,7 +191,8 @@ def config_values(path: Path) -> dict[str, Any]:
     """Read the values of a configuration file.
 
     Relative paths begin in the working directory. Those in a configuration that a sweep has saved began in
-    the working directory of that command, so they are made absolute, unless nothing is there.
+    the working directory of that command, so they are made absolute, unless nothing is there. Its output is
+    the folder in which it lies, also after that was moved.
 
     Raises:
         ConfigError: if there is no such file, or it is no YAML.
@@ -239,7 +237,8 @@ def _relocate(values: dict[str, Any], own: Path, begin: str) -> None:
     move(values.get("model"), "name", by=lambda name: name if name in REGISTERED else moved(name))
     move(values, "start")
     move(values.get("tracking"), "uri", by=lambda uri: _moved_uri(uri, moved))
-    if not Path(str(values.get("output") or "")).is_absolute():
+    # The recorded output is where the folder was before it was moved. A copy of the file alone keeps it.
+    if (own / IDENTITY_FILE).is_file() or not Path(str(values.get("output") or "")).is_absolute():
         values["output"] = str(own)
 
 

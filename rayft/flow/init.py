@@ -30,6 +30,7 @@ from rayft.models.here import hub_models
 from rayft.models.load import ModelConfig, Task, context_length, load_encoder, load_skeleton
 from rayft.models.targets import linear_shapes
 from rayft.paths import check_file, read_path
+from rayft.serving.messages import plain_name
 from rayft.sweep.space import points
 
 __all__ = ["find_data", "write_configuration"]
@@ -402,7 +403,7 @@ class _Text:
         """Return the name of the run: that of the data, without its suffix or organisation."""
         path = Path(self.found.name)
         own = path.name if self.config.source in ("image_folder", "hub") else path.stem
-        return re.sub(r"[^\w.-]", "-", own, flags=re.ASCII) or "mine"
+        return plain_name(own, "mine")
 
     def _pictures(self) -> tuple[list[str], int]:
         """Return the lines about lengths, of which images have none, and the rows of the training part."""

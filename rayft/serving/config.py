@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -11,7 +10,7 @@ from rayft.config import SINCE, Section
 from rayft.models.load import ModelConfig
 from rayft.paths import PathText
 from rayft.serving.http.auth import KeyConfig
-from rayft.serving.messages import BASE_NAME, NAME
+from rayft.serving.messages import check_name
 from rayft.squeeze.section import Size
 
 __all__ = ["ServeConfig"]
@@ -131,13 +130,7 @@ class ServeConfig(Section):
     @classmethod
     def _names(cls, adapters: dict[str, str]) -> dict[str, str]:
         for name in adapters:
-            if name == BASE_NAME:
-                raise ValueError(f"'{BASE_NAME}' is the base itself; use another name for the adapter")
-            if not re.fullmatch(NAME, name):
-                raise ValueError(
-                    f"'{name}' can't be an adapter's name: use letters, digits, '.', '_' and '-' "
-                    "('@' is for ranks, as in name@r8)"
-                )
+            check_name(name)
         return adapters
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ some seconds at every start.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, NotRequired
@@ -15,7 +16,17 @@ from pydantic import ConfigDict, Field
 # pydantic wants this one's before Python 3.12.
 from typing_extensions import TypedDict
 
-__all__ = ["BASE_NAME", "NAME", "Count", "Delta", "ModelCard", "TokenScore", "joined"]
+__all__ = [
+    "BASE_NAME",
+    "NAME",
+    "Count",
+    "Delta",
+    "ModelCard",
+    "TokenScore",
+    "check_name",
+    "joined",
+    "plain_name",
+]
 
 BASE_NAME = "base"
 """The `model` of a request without an adapter; the base's own name denotes the same."""
@@ -24,6 +35,28 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 """Regular expression of the names that an adapter may have."""
 
 Count = Annotated[int, Field(ge=0)]
+
+
+def check_name(name: str) -> str:
+    """Return a name unchanged, after checking that an adapter can be served under it.
+
+    Raises:
+        ValueError: if none can.
+    """
+    if name == BASE_NAME:
+        raise ValueError(f"'{BASE_NAME}' is the base itself; use another name for the adapter")
+    if not re.fullmatch(NAME, name):
+        raise ValueError(
+            f"'{name}' can't be an adapter's name: use letters from a to z, digits, '.', '_' and '-', and "
+            "begin with a letter or digit ('@' is for ranks, as in name@r8)"
+        )
+    return name
+
+
+def plain_name(text: str, instead: str) -> str:
+    """Return a name like the text under which an adapter can be served, or `instead` if nothing is left."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
+    return plain if plain not in ("", BASE_NAME) else instead
 
 
 @dataclass(frozen=True)

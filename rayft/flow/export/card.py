@@ -19,7 +19,7 @@ from rayft.flow.export.places import CARD_MARK
 from rayft.flow.export.vllm import served_rank
 from rayft.report.record import Score
 from rayft.report.text import human_bytes, human_count, score_text
-from rayft.serving.messages import BASE_NAME
+from rayft.serving.messages import plain_name
 
 __all__ = ["Subject", "card", "on_hub"]
 
@@ -95,7 +95,7 @@ def _front_matter(subject: Subject) -> str:
         results.append(
             EvalResult(
                 task_type=PIPELINES[meta.task],
-                dataset_type=_served(scores.record.task),
+                dataset_type=plain_name(scores.record.task, "adapter"),
                 dataset_name=scores.record.task,
                 dataset_split="test",
                 metric_type=scores.record.metric.replace(" ", "_"),
@@ -228,7 +228,7 @@ def _peft(subject: Subject) -> str:
 
 
 def _rayft(subject: Subject) -> str:
-    name = _served(subject.name)
+    name = plain_name(subject.name, "adapter")
     model = {"name": subject.base or "BASE", **({"revision": subject.revision} if subject.revision else {})}
     settings = {"model": model, "adapters": {name: "."}}
     text = yaml_text(settings).strip()
@@ -247,7 +247,7 @@ def _rayft(subject: Subject) -> str:
 
 
 def _vllm(subject: Subject) -> str:
-    name, rank = _served(subject.name), served_rank(subject.artifact.rank)
+    name, rank = plain_name(subject.name, "adapter"), served_rank(subject.artifact.rank)
     if rank is None:
         highest = f"vLLM serves no rank as high as {subject.artifact.rank}"
         return f"## Serve it with vLLM\n\n{highest}: squeeze it first.\n"
@@ -268,12 +268,6 @@ def _vllm(subject: Subject) -> str:
     ]
     text = shlex.join([*command, "--lora-modules", f"{name}=."])
     return f"## Serve it with vLLM\n\n```bash\n{text}\n```\n"
-
-
-def _served(name: str) -> str:
-    """Return a name that a request can have in its `model` field."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")
-    return plain if plain not in ("", BASE_NAME) else "adapter"
 
 
 def _code(text: str) -> str:

@@ -21,9 +21,9 @@ from rayft.artifacts.folder import FILES, is_staged_folder
 from rayft.config import content_hash, leaves, load
 from rayft.errors import ArtifactError, ConfigError, DiskFullError, ReportError, ResourceError
 from rayft.files import is_staged_file, write_file
-from rayft.flow.config import STAMP_FILE, PipelineConfig, beginning, load_config
+from rayft.flow.config import IDENTITY_FILE, STAMP_FILE, PipelineConfig, beginning, load_config
 from rayft.flow.hold import LOCK_FILE
-from rayft.flow.sweep.identity import IDENTITY_FILE, begins, write_identity
+from rayft.flow.sweep.identity import begins, write_identity
 from rayft.identity import Identity
 from rayft.paths import PathText, reason
 from rayft.report.evaluations import FOLDER as EVALUATIONS

@@ -16,6 +16,7 @@ from rayft.config import leaves
 from rayft.data.prepared import prepare
 from rayft.data.source import Parts
 from rayft.errors import ConfigError, ReportError
+from rayft.flow.config import IDENTITY_FILE
 from rayft.identity import Identity
 from rayft.models.files import cache_folder
 from rayft.models.fingerprint import source_fingerprint
@@ -27,7 +28,6 @@ from rayft.train.identity import identify
 from rayft.train.run import RunConfig
 
 __all__ = [
-    "IDENTITY_FILE",
     "begins",
     "begun_by",
     "check_identity",
@@ -38,7 +38,6 @@ __all__ = [
     "write_identity",
 ]
 
-IDENTITY_FILE = "identity.json"
 OTHER_FOLDER = "choose another folder with --set output=…, or delete that one"
 
 

@@ -30,6 +30,7 @@ from rayft.models.files import cache_folder
 from rayft.models.here import hub_models
 from rayft.models.load import REGISTERED, load_encoder
 from rayft.models.tiny import save_tiny_qwen, save_tiny_vit
+from rayft.serving.config import ServeConfig
 from rayft.sweep.space import points
 
 CHAT = (("user", "What is in box {}?"), ("assistant", "a {}-fold knot"))
@@ -94,6 +95,23 @@ def test_the_configuration_runs(make: Any, name: str, rows: Any, form: str) -> N
     assert config.sweep.grace < config.optim.steps
     one = as_sweep(config, False)
     assert len(points(one.sweep, one.run(False))) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("Fragen übung.jsonl", "Fragen-bung"),
+        ("日本.jsonl", "mine"),
+        ("base.jsonl", "mine"),
+        ("-x.jsonl", "x"),
+        (".x.jsonl", "x"),
+    ],
+)
+def test_the_result_can_be_served_under_the_name_of_the_data(file: str, name: str) -> None:
+    write_configuration(jsonl(f"./{file}", PAIRS), Path("my.yaml"), "tiny-llama")
+    config = load(PipelineConfig, "my.yaml")
+    assert (config.name, config.output) == (name, f"runs/{name}")
+    ServeConfig(adapters={config.name: "winner"})
 
 
 def test_the_answers_of_all_examples_to_score_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rayft.artifacts import check_replaceable
 from rayft.errors import ArtifactError, ConfigError
 from rayft.flow import commands, demo
+from rayft.flow.cluster import placed
 from rayft.flow.config import PipelineConfig, beginning, config_values, load_config
 from rayft.flow.sweep.folder import WRITTEN, check_stamp, discard_damaged
 from rayft.flow.sweep.preflight import Plan, preflight
@@ -324,7 +325,19 @@ def test_the_results_of_a_sweep_may_be_moved_alone(
     preflight(config)
     moved = plan.output.rename(tmp_path / "away")
     # In the working directory there still is a file of that name.
-    assert load_config(moved / "config.yaml").data.name == "answers.jsonl"
+    found = load_config(moved / "config.yaml")
+    assert found.data.name == "answers.jsonl"
+    assert found.folder == moved
+
+
+def test_a_moved_sweep_continues_where_it_is(plan: Plan, config: PipelineConfig, tmp_path: Path) -> None:
+    preflight(placed(config))
+    moved = plan.output.rename(tmp_path / "away")
+    assert load_config(moved / "config.yaml").folder == moved
+    alone = tmp_path / "copy"
+    alone.mkdir()
+    shutil.copy(moved / "config.yaml", alone)
+    assert load_config(alone / "config.yaml").folder == plan.output
 
 
 def test_all_paths_of_a_saved_configuration_are_found(
