@@ -32,6 +32,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting of the configuration: --set sweep.trials=4. Repeatable."),
 ]
+ServeOverrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a setting of the configuration: --set port=8080. Repeatable."),
+]
 Uri = Annotated[
     str | None,
     typer.Option(help="URI of MLflow; that of --sweep by default, else MLFLOW_TRACKING_URI."),
@@ -399,7 +403,7 @@ def promote(
 @app.command()
 def serve(
     config: Annotated[str, typer.Argument(help="A serving configuration, such as a sweep's serve.yaml.")],
-    overrides: Overrides = None,
+    overrides: ServeOverrides = None,
 ) -> None:
     """Serve a base and its adapters behind an OpenAI-compatible API until Ctrl-C."""
     from rayft.flow import commands

@@ -147,6 +147,8 @@ def read_json(folder: Path) -> dict[str, Any]:
         ArtifactError: if it is missing, can't be read, is no mapping in JSON, or names no class.
     """
     path = folder / CONFIG_FILE
+    if not folder.exists():
+        raise ArtifactError(f"there is no folder {folder}; correct the path")
     if not path.is_file():
         raise ArtifactError(f"{folder} has no {CONFIG_FILE}; give the folder that PEFT saved")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -56,6 +57,8 @@ def call(
         raise ResourceError(f"the name is missing: rayft adapters {action} NAME")
     if action == "load" and source is None:
         raise ResourceError("the source is missing: rayft adapters load NAME SOURCE")
+    # A server has another working directory, and takes only absolute paths.
+    place = str(Path(source).absolute()) if source is not None and Path(source).is_dir() else source
     with connect(server, OPTION, SECONDS_TO_CHANGE) as client:
         found = _list(client)
         if action == "list":
@@ -64,7 +67,7 @@ def call(
         if action == "load":
             body = {
                 "name": name,
-                "source": source,
+                "source": place,
                 "weight": 1.0 if weight is None else weight,
                 "pinned": pinned,
             }

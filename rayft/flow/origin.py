@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rayft.artifacts import AdapterArtifact
-from rayft.errors import ReportError
+from rayft.errors import ArtifactError, ReportError
 from rayft.flow.config import TrainConfig, load_train_config
 from rayft.flow.sweep.folder import RECORD_FILE, STAMP_FILE, is_sweep, sweep_above
 from rayft.report.record import SweepRecord, TrialRecord
@@ -44,10 +44,19 @@ def find_folder(folder: Path) -> Path:
     """Return the adapter folder that a path stands for.
 
     It is the path itself, or in an output folder the winner of the sweep or the adapter of the run.
+
+    Raises:
+        ArtifactError: if the sweep or run has none.
     """
-    if is_sweep(folder):
-        return next((folder / name for name in ("winner", "adapter") if (folder / name).is_dir()), folder)
-    return folder
+    if not is_sweep(folder):
+        return folder
+    for name in ("winner", "adapter"):
+        if (folder / name).is_dir():
+            return folder / name
+    raise ArtifactError(
+        f"the sweep or run in {folder} has no winner: let it end first, or give the adapter of one of its "
+        "trials (a folder trials/…/adapter)"
+    )
 
 
 def find_origin(folder: Path, artifact: AdapterArtifact, config: Path | None) -> Origin:

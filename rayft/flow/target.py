@@ -203,6 +203,12 @@ def at_rank(place: Place) -> AdapterArtifact:
 
 def _check_whole(place: Place) -> None:
     """Refuse a rank of what is no adapter."""
+    missing = place.name not in REGISTERED and not place.folder.exists()
+    if place.rank is not None and missing:
+        raise SqueezeError(
+            f"there is no folder {place.name}, and only an adapter has a rank: correct the path, or leave out "
+            f"@r{place.rank}"
+        )
     if place.rank is not None:
         raise SqueezeError(f"{place.name} is no adapter, so it has no rank; leave out @r{place.rank}")
 

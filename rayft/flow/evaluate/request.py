@@ -15,7 +15,7 @@ from rayft.flow.sweep.folder import STAMP_FILE, sweep_above
 from rayft.flow.target import Target, base_among, split_rank
 from rayft.models.base import base_of, pinned
 from rayft.models.load import ModelConfig
-from rayft.paths import checked_text
+from rayft.paths import checked_text, read_path
 from rayft.tracking.base import TrackerSpec, TrackingConfig, tracker_spec
 from rayft.train.run import EvaluateConfig, ScaleConfig
 
@@ -291,8 +291,11 @@ def _settings(request: EvaluateRequest, sweep: Path | None) -> TrainConfig | Tas
         return load_train_config(sweep / STAMP_FILE, request.overrides)
     if request.tasks:
         return parse(TaskSettings, {}, request.overrides)
+    target = request.targets[0]
+    there = read_path(split_rank(target)[0], "the target").exists()
+    where = "lies in no folder of a sweep or run" if there else "is no folder here"
     raise ConfigError(
-        f"{request.targets[0]} lies in no folder of a sweep or run, so the data to score it on is not known: "
+        f"{target} {where}, so the data to score it on is not known: "
         "give a configuration that names base and data with --config, or tasks of lm-evaluation-harness with "
         "--task"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 import rayft
 from rayft.artifacts import AdapterArtifact
-from rayft.errors import ArtifactError, ConfigError, RegistryError, SqueezeError
+from rayft.errors import ArtifactError, ConfigError, RayftError, RegistryError, SqueezeError
 from rayft.flow.analyze.source import find_items
 from rayft.flow.target import split_rank
 from rayft.flow.train import start_folder
@@ -63,6 +64,20 @@ def analyzed(target: str, uri: str | None, scratch: Path) -> AdapterArtifact:
 
 ROWS = "\n".join(f'{{"prompt": "How many in box {box}?", "completion": "5"}}' for box in range(12))
 VERBS: list[Verb] = [load, export, squeezed, analyzed]
+
+
+@pytest.mark.parametrize("verb", [load, export, squeezed])
+def test_a_target_that_is_not_there_is_an_error_that_says_so(
+    verb: Verb, output: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RayftError, match="there is no folder"):
+        verb(str(tmp_path / "nothing@r2"), None, tmp_path)
+    with pytest.raises(ConfigError, match="nothing is no folder here"):
+        rayft.evaluate(str(tmp_path / "nothing"))
+    # A sweep that has not ended has no winner yet.
+    shutil.rmtree(output / "adapter")
+    with pytest.raises(ArtifactError, match="mine has no winner: let it end first"):
+        verb(str(output), None, tmp_path)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -8,12 +8,15 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import yaml
 
 from rayft import cli, errors
 from rayft.config import read_yaml
+from rayft.flow.adapters import call
 from rayft.flow.config import packaged
 from tests.unit.flow.ray_head import closed, silent, web_server
 from tests.unit.report.example import example
@@ -214,6 +217,24 @@ def test_an_address_without_a_server_of_rayft_is_refused(
     monkeypatch.setattr("rayft.flow.adapters.SECONDS_TO_ANSWER", 1.0)
     with listens() as place:
         fails("adapters", *action, "--server", f"http://{place}")
+
+
+def test_a_folder_to_load_is_given_to_the_server_with_its_whole_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bodies: list[Any] = []
+
+    def checked(*request: Any, json: Any = None, **_options: Any) -> httpx.Response:
+        bodies.append(json)
+        return httpx.Response(200, json={"data": []})
+
+    (tmp_path / "one").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rayft.flow.adapters.checked", checked)
+    for source in ("one", "models:/one@champion", "s3://bucket/one"):
+        call("http://127.0.0.1:8000", "load", "one", source)
+    sent = [body["source"] for body in bodies if body]
+    assert sent == [str(tmp_path / "one"), "models:/one@champion", "s3://bucket/one"]
 
 
 @pytest.mark.parametrize(
