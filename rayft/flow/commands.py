@@ -357,7 +357,9 @@ def report(sweep_folder: str, output: str | None, console: Console, *, overwrite
     from rayft.tracking.mlflow import flush_spool, prepare
 
     folder = read_path(sweep_folder, "the sweep's folder")
-    record, path = SweepRecord.load(folder), _optional(output, "--output") or folder / "report.html"
+    # Also if a file is named, which could be a record itself.
+    record, path = SweepRecord.load(folder / "sweep.json"), _optional(output, "--output")
+    path = path or folder / "report.html"
     check_file(path, "--output")
     check_report(record, path, overwrite=overwrite)
     render(record, path, SweepAnalysis.find(folder), SavedEvaluations.find(folder))
@@ -460,9 +462,11 @@ def serve(config: str, overrides: Sequence[str], console: Console) -> None:
     join()
     check(settings)
     names = ", ".join(["base", *settings.adapters])
-    console.print(f"starting {names} on http://{settings.host}:{settings.port}/v1", highlight=False)
+    url = f"http://{settings.host}:{settings.port}"
+    console.print(f"starting {names} …", highlight=False)
     with cluster(settings.replicas * settings.cpus, device="cpu"):
-        run(settings)
+        # Until then, requests are refused.
+        run(settings, ready=lambda: console.print(f"serving on {url}/v1 until Ctrl-C", highlight=False))
 
 
 def data(config: str | Path, overrides: Sequence[str], rows: int, console: Console) -> None:

@@ -203,14 +203,14 @@ def at_rank(place: Place) -> AdapterArtifact:
 
 def _check_whole(place: Place) -> None:
     """Refuse a rank of what is no adapter."""
-    missing = place.name not in REGISTERED and not place.folder.exists()
-    if place.rank is not None and missing:
+    if place.rank is None:
+        return
+    without = f"leave out @r{place.rank}"
+    if place.name not in REGISTERED and not place.folder.exists():
         raise SqueezeError(
-            f"there is no folder {place.name}, and only an adapter has a rank: correct the path, or leave out "
-            f"@r{place.rank}"
+            f"there is no folder {place.name}, and only an adapter has a rank: correct the path, or {without}"
         )
-    if place.rank is not None:
-        raise SqueezeError(f"{place.name} is no adapter, so it has no rank; leave out @r{place.rank}")
+    raise SqueezeError(f"{place.name} is no adapter, so it has no rank; {without}")
 
 
 def base_among(targets: Sequence[Target]) -> ModelConfig | None:

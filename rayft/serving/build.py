@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +185,13 @@ def _gpus() -> int:
     return max((int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
 
 
-def run(config: ServeConfig, *, blocking: bool = True) -> None:
+def run(config: ServeConfig, *, blocking: bool = True, ready: Callable[[], object] = lambda: None) -> None:
     """Check the configuration, start Ray if it isn't running, and serve.
 
     Args:
         config: the configuration.
         blocking: whether to serve until an interrupt; otherwise return once the application runs.
+        ready: called once the application runs.
 
     Raises:
         ResourceError: if the port is in use, or the application does not start.
@@ -209,6 +211,7 @@ def run(config: ServeConfig, *, blocking: bool = True) -> None:
             f"nothing listens on {config.host}:{config.port} here; this machine is not the head of the "
             "cluster, which receives the requests"
         )
+    ready()
     if blocking:
         _wait_for_interrupt()
 

@@ -219,6 +219,11 @@ def test_an_address_without_a_server_of_rayft_is_refused(
         fails("adapters", *action, "--server", f"http://{place}")
 
 
+def test_the_record_of_a_sweep_is_no_folder_of_it(fails: Callable[..., str], tmp_path: Path) -> None:
+    example().save(tmp_path / "sweep.json")
+    assert "no record of a sweep at" in fails("report", str(tmp_path / "sweep.json"))
+
+
 def test_a_folder_to_load_is_given_to_the_server_with_its_whole_path(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

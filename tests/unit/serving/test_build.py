@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +16,11 @@ import ray
 import yaml
 from ray._common.utils import import_attr
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeDeploySchema
+from rich.console import Console
 
 from rayft.config import parse
 from rayft.errors import ArtifactError, BaseMismatchError, ConfigError, ModelError, ResourceError
+from rayft.flow import commands
 from rayft.models.load import ModelConfig
 from rayft.models.tiny import save_tiny_llama
 from rayft.serving import build
@@ -332,3 +336,24 @@ def test_what_vllm_can_not_serve_is_refused_before_anything_starts(
     model = {"name": str(tiny_folder), **options.pop("model", {})}
     with pytest.raises(error, match=word):
         check(parse(ServeConfig, {"port": free_port, "model": model, **options}))
+
+
+def test_the_user_is_told_when_requests_are_answered(
+    tiny_folder: Path, free_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = Console(file=io.StringIO(), width=200)
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump({"model": {"name": str(tiny_folder)}, "port": free_port}))
+    seen: list[str] = []
+    monkeypatch.setattr("rayft.flow.cluster.join", lambda: None)
+    monkeypatch.setattr("rayft.flow.cluster.cluster", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(build.ray_serve, "start", lambda **_: None)
+    monkeypatch.setattr(build.ray_serve, "run_many", lambda *_, **__: None)
+    monkeypatch.setattr(build, "build_app", lambda _: None)
+    monkeypatch.setattr(build, "_listens", lambda *_: True)
+    for step in ("_wait_until_running", "_wait_for_interrupt"):
+        monkeypatch.setattr(build, step, lambda: seen.append(shown.file.getvalue()))  # type: ignore[attr-defined]
+    commands.serve(str(file), [], shown)
+    ready = f"serving on http://127.0.0.1:{free_port}/v1 until Ctrl-C"
+    assert [ready in text for text in seen] == [False, True]
