@@ -92,7 +92,7 @@ def test_a_copy_that_the_director_can_not_send_is_an_error(
         asyncio.run(receive(deployed, node, director))
     director.error = None
     shutil.rmtree(tmp_path / "head")
-    with pytest.raises(ArtifactError, match=r"head/served-one/.* has no adapter_config"):
+    with pytest.raises(ArtifactError, match=r"there is no folder .*head/served-one/"):
         asyncio.run(receive(deployed, node, director))
     monkeypatch.setattr(transfer, "UP_SECONDS", 0.05)
     director.number = Method(lambda: asyncio.sleep(60))
