@@ -488,10 +488,9 @@ class _Text:
         order = np.argsort([-length for length in self._token_counts(texts)], kind="stable")
         some = [scored[index] for index in order[:EXAMINED]]
         longest = max(answer.tokens for answer in perfect_answers(some, self.encoder, parts.scorer))
-        what = "the longest answer of val and test"
-        if longest > LONGEST_ANSWER:
-            what += f" has {longest}"
-        return ["evaluate:", f"  max_new_tokens: {min(longest, LONGEST_ANSWER)}  # {what}", ""]
+        what = f"the longest answer of val and test has {longest}"
+        # With one more, an answer that goes on is not cut to the right one.
+        return ["evaluate:", f"  max_new_tokens: {min(longest + 1, LONGEST_ANSWER)}  # {what}", ""]
 
     def _token_counts(self, texts: Sequence[str]) -> list[int]:
         """Return how many tokens each text has; a batch at a time, since those of all may not fit."""

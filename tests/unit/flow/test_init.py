@@ -129,7 +129,7 @@ def test_the_answers_of_all_examples_to_score_are_counted(monkeypatch: pytest.Mo
         for answer in perfect_answers(part, tokenizer, parts.scorer)
     ]
     assert max(lengths[:2] + lengths[len(parts.val) :][:2]) < max(lengths)
-    assert config.evaluate.max_new_tokens == max(lengths)
+    assert config.evaluate.max_new_tokens == max(lengths) + 1
 
 
 def test_the_only_data_file_of_the_folder_is_taken() -> None:
