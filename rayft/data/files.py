@@ -385,7 +385,8 @@ def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[str, int | None, An
                 f"{path} has objects of several lines; write one {{…}} a line, or one list of them"
             )
         place = f"{path}, line {number}"
-        yield place, number, parse_json(line, place)
+        # Of a line that is cut off, the error would be in the next line.
+        yield place, number, parse_json(line.rstrip("\r\n"), place)
 
 
 def parse_json(text: str, place: str) -> Any:

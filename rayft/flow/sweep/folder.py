@@ -187,6 +187,9 @@ def _other_sweep(config: PipelineConfig, output: Path) -> str:
             "in another way. It can be read as it is (rayft report, serve, squeeze, analyze), but not "
             f"continued. {otherwise}"
         )
+    kind, other = ("a sweep" if one.method is None else "a run" for one in (before, config))
+    if kind != other:
+        return f"{output} holds {kind}, and this is {other}. {otherwise}"
     old, new = leaves(before), leaves(config)
     changed = [
         f"{name} was {old.get(name, 'not set')}, now {new.get(name, 'not set')}"
@@ -197,7 +200,7 @@ def _other_sweep(config: PipelineConfig, output: Path) -> str:
     ]
     more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
     return (
-        f"{output} holds a sweep with another configuration ({stamp}): {'; '.join(changed[:SHOWN])}{more}. "
+        f"{output} holds {kind} with another configuration ({stamp}): {'; '.join(changed[:SHOWN])}{more}. "
         f"{otherwise}"
     )
 

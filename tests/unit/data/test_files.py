@@ -114,7 +114,7 @@ def test_a_wrong_row_is_an_error_that_names_it(tmp_path, rows, form, match):
     [
         ("none.jsonl", "jsonl", None, "no file at .*none.jsonl; check data.name"),
         ("a.csv", "jsonl", "x", "is not called .jsonl or .ndjson or .json, which source: jsonl reads"),
-        ("a.jsonl", "jsonl", '{"prompt": "x"}\n{"prompt": \n', "line 2 is not JSON"),
+        ("a.jsonl", "jsonl", '{"prompt": "x"}\n{"prompt": \n', "is not JSON .Expecting value, character 12"),
         ("a.csv", "csv", "prompt,completion\na,b,c\n", "line 2 has 3 fields and the header 2; put quotes"),
         ("a.csv", "csv", 'prompt,completion\n"a,b\n', "is not CSV"),
         ("a.csv", "csv", "prompt,completion\n", "is empty"),

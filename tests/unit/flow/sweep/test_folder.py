@@ -78,6 +78,11 @@ def test_a_sweep_is_refused_in_the_folder_of_another_one(tmp_path: Path) -> None
     )
     with pytest.raises(ConfigError, match=match):
         preflight(tiny(tmp_path, "optim.steps=9", "squeeze.ranks=[1]"))
+    run = tiny(tmp_path, "method={name: lora, rank: 4}")
+    with pytest.raises(
+        ConfigError, match=r"out holds a sweep, and this is a run\. Nothing in it was changed"
+    ):
+        check_stamp(run, tmp_path / "out")
     assert (tmp_path / "out" / "config.yaml").read_text() == kept
     # What does not decide results may change.
     preflight(tiny(tmp_path, "serve.port=9000", "question=another"))
