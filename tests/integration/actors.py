@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 
 import psutil
@@ -20,6 +21,9 @@ def running(name: str) -> list[int]:
 
 def pids(name: str) -> list[int]:
     """Find such actors, of which there must be some."""
-    found = running(name)
-    assert found
+    deadline = time.monotonic() + 10
+    # An actor may be writing another title when it is asked for.
+    while not (found := running(name)):
+        assert time.monotonic() < deadline, f"no {name} runs"
+        time.sleep(0.01)
     return found

@@ -218,3 +218,5 @@ def test_an_engine_that_fails_tells_all_clients(engine: CpuEngine, monkeypatch: 
     # The second one may come after the engine has stopped.
     assert isinstance(errors[1], RequestError | ResourceError)
     assert not engine.stats().alive
+    # It reports its error at its end, which must not be after this test.
+    engine._thread.join(30)
