@@ -21,7 +21,7 @@ from statistics import mode
 import torch
 from torch.nn.functional import pad
 
-from rayft.artifacts import CONFIG_FILE, AdapterArtifact
+from rayft.artifacts import CONFIG_FILE, AdapterArtifact, ArtifactMeta
 from rayft.artifacts.lora_settings import LoraSettings, read_json
 from rayft.methods.base import LoraFactors
 
@@ -36,7 +36,7 @@ def uniform(artifact: AdapterArtifact) -> AdapterArtifact:
     scales = [factors.scale for factors in artifact.modules.values() if factors.scale]
     rank, scale = artifact.rank, mode(scales or [1.0])
     modules = {name: _like(factors, rank, scale) for name, factors in artifact.modules.items()}
-    return replace(artifact, modules=modules)
+    return replace(artifact, modules=modules, meta=_meta(artifact, rank))
 
 
 def target_names(paths: Collection[str], every: Collection[str], heads: Collection[str]) -> list[str] | str:
@@ -94,6 +94,21 @@ def _like(factors: LoraFactors, rank: int, scale: float) -> LoraFactors:
         return LoraFactors(a, b, scale, factors.columns)
     # The rows of zeros select no input.
     return LoraFactors(pad(a, (0, 0, 0, missing)), pad(b, (0, missing)), scale)
+
+
+def _meta(artifact: AdapterArtifact, rank: int) -> ArtifactMeta:
+    """Return the metadata of the same adapter with all modules at one rank.
+
+    A column of zeros has the singular value 0, and not that of the column which a squeeze cut off there: the
+    energy of what was cut off stays lost.
+    """
+    spectra, tails = dict(artifact.meta.singular_values), dict(artifact.meta.tail_energy)
+    for name, values in artifact.meta.singular_values.items():
+        own = artifact.modules[name].rank
+        if own < rank:
+            spectra[name] = values[:own] + (0.0,) * (rank - own)
+            tails[name] = tails.get(name, 0.0) + sum(value * value for value in values[own:])
+    return artifact.meta.model_copy(update={"singular_values": spectra, "tail_energy": tails})
 
 
 def _adapted(targets: list[str], every: Collection[str], heads: Collection[str]) -> set[str]:

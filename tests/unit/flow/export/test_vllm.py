@@ -12,11 +12,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from rayft.artifacts import AdapterArtifact
+from rayft.errors import SqueezeError
 from rayft.flow.export.vllm import served_rank, target_names, uniform, write_folder
 from rayft.methods.base import LoraFactors
 from rayft.models.load import ModelConfig, load_skeleton
 from rayft.models.tiny import TINY
 from rayft.numerics import assert_close, generator
+from rayft.squeeze.rank import at_ranks, retained_energy, squeeze
 from tests.unit.flow.export.adapters import random_adapter
 
 TOKENS = torch.tensor([[5, 80, 17, 121, 9, 33]])
@@ -105,6 +107,20 @@ def test_the_update_stays_what_it_was() -> None:
     assert plain.modules["most"].b is modules["most"].b
     assert plain.modules["half"].b.dtype == torch.bfloat16
     assert plain.modules["odd"].b.dtype == torch.float32
+
+
+def test_a_column_of_zeros_retains_no_energy(tmp_path: Path) -> None:
+    modules = {"steep": factors(4, 0.3, torch.float32), "flat": factors(6, 0.3, torch.float32)}
+    whole = squeeze(AdapterArtifact(modules))
+    cut = at_ranks(whole, {"steep": 1, "flat": 4})
+    uniform(cut).save(tmp_path / "out")
+    padded = AdapterArtifact.load(tmp_path / "out")
+    assert {factors.rank for factors in padded.modules.values()} == {4}
+    assert padded.squeezed
+    assert retained_energy(padded) == pytest.approx(retained_energy(cut))
+    assert retained_energy(squeeze(padded, rank=1)) == pytest.approx(retained_energy(squeeze(whole, rank=1)))
+    with pytest.raises(SqueezeError, match="steep is at rank 4 already"):
+        squeeze(padded, energy=0.999)
 
 
 def test_a_selector_stays_one_unless_it_is_padded(tmp_path: Path) -> None:
