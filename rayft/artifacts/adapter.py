@@ -28,7 +28,7 @@ from rayft.artifacts.meta import (
     ModuleShapes,
     stored_revision,
 )
-from rayft.artifacts.read import assemble, check_selector, read_meta, read_weights
+from rayft.artifacts.read import assemble, check_selector, check_spectrum, read_meta, read_weights
 from rayft.errors import ArtifactError, BaseMismatchError, SqueezeError
 from rayft.methods.base import LoraFactors
 
@@ -165,6 +165,8 @@ class AdapterArtifact:
         artifact._check_finite(f"{folder}: ", "it can't be used")
         for name, module in factors.items():
             check_selector(f"{folder}: {name}", module)
+            if artifact.squeezed:
+                check_spectrum(f"{folder}: {name}", module, meta.singular_values.get(name))
         return artifact
 
     @property

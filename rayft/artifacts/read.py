@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +16,9 @@ from rayft.artifacts.lora_settings import NOT_SUPPORTED, OUTPUT_LAYERS, LoraSett
 from rayft.artifacts.meta import CONFIG_FILE, META_FILE, PREFIX, WEIGHTS_FILE, ArtifactMeta
 from rayft.errors import ArtifactError
 from rayft.methods.base import LoraFactors
+from rayft.numerics import relative_error, tolerance
 
-__all__ = ["FLOATS", "INDICES", "assemble", "check_selector", "read_meta", "read_weights"]
+__all__ = ["FLOATS", "INDICES", "assemble", "check_selector", "check_spectrum", "read_meta", "read_weights"]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Safetensors' names of the types whose numbers are the weights; other types need scales."""
@@ -216,4 +217,33 @@ def check_selector(where: str, factors: LoraFactors) -> None:
             return
     raise ArtifactError(
         f"{where}: the columns in {META_FILE} are not those that lora_A selects; export the adapter again"
+    )
+
+
+def check_spectrum(where: str, factors: LoraFactors, singular_values: Sequence[float] | None) -> None:
+    """Refuse singular values other than those of a module's columns, by which lower ranks are cut.
+
+    PEFT's `save_pretrained` replaces the weights of a folder and leaves `rayft.json` as it was.
+
+    Args:
+        where: folder and module, for the message.
+        factors: of the module.
+        singular_values: of its columns and of those that were cut off; None if the spectrum lacks the module.
+    """
+    if singular_values is not None:
+        a, b = factors.a.detach(), factors.b.detach()
+        # σ of a column is the norm of its product, however A and B share that norm.
+        found = torch.linalg.vector_norm(a, dim=1, dtype=torch.float64)
+        found *= torch.linalg.vector_norm(b, dim=0, dtype=torch.float64) * abs(factors.scale)
+        noted, kept = torch.zeros_like(found), singular_values[: factors.rank]
+        noted[: len(kept)] = torch.tensor(kept, dtype=torch.float64)
+        # Columns of zeros only fill up a rank.
+        noted *= found > 0
+        coarser = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        if relative_error(found, noted) <= tolerance(coarser, max(a.shape[1], b.shape[0]), depth=2):
+            return
+    raise ArtifactError(
+        f"{where}: the singular values in {META_FILE} are not those of its columns, so the weights were "
+        "replaced after rayft wrote the folder (PEFT's save_pretrained does that, and leaves this file): "
+        f"delete {META_FILE} to use the folder as PEFT's plain LoRA, or copy both files again"
     )

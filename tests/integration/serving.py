@@ -19,6 +19,7 @@ from rayft.serving.build import APPLICATION, run
 from rayft.serving.config import ServeConfig
 from rayft.serving.http.app import create_app
 from rayft.serving.http.auth import KeyConfig
+from rayft.squeeze.rank import squeeze
 from tests.unit.serving.adapters import random_adapter
 
 _KEY = "the-key-of-the-admin"
@@ -46,9 +47,7 @@ class Base:
 
     def squeezed(self, name: str, rank: int = 4) -> AdapterArtifact:
         """Return an adapter that can be served at lower ranks."""
-        plain = self.adapter(name, rank)
-        values = {path: (1.0,) * rank for path in self.shapes}
-        return AdapterArtifact(plain.modules, meta=plain.meta.model_copy(update={"singular_values": values}))
+        return squeeze(self.adapter(name, rank))
 
     def save(self, name: str, artifact: AdapterArtifact) -> str:
         return str(artifact.save(self.root / name))

@@ -19,6 +19,7 @@ from rayft.artifacts import folder as folder_module
 from rayft.errors import ArtifactError, BaseMismatchError, DiskFullError, ResourceError, SqueezeError
 from rayft.methods.base import LoraFactors
 from rayft.numerics import DTYPES, generator
+from rayft.squeeze.rank import squeeze
 from tests.disks import full_disk, full_disk_in_rust
 
 CONFIG, WEIGHTS, META = "adapter_config.json", "adapter_model.safetensors", "rayft.json"
@@ -93,10 +94,10 @@ def test_tensors_that_share_memory_are_written_each(tmp_path: Path) -> None:
 
 
 def test_columns_and_metadata_are_kept(tmp_path: Path) -> None:
-    meta = ArtifactMeta(
-        method="cla", parent="abc", singular_values={"up": (2.0, 1.0)}, metrics={"score": 0.5}
-    )
-    original = AdapterArtifact({"up": selector(4, 6, (5, 0, 2))}, meta=meta)
+    up = selector(4, 6, (5, 0, 2))
+    values = tuple((up.scale * up.b.double().norm(dim=0)).tolist())
+    meta = ArtifactMeta(method="cla", parent="abc", singular_values={"up": values}, metrics={"score": 0.5})
+    original = AdapterArtifact({"up": up}, meta=meta)
     loaded = AdapterArtifact.load(original.save(tmp_path / "adapter"))
     assert loaded.modules["up"].columns == (5, 0, 2)
     assert loaded.meta == meta.model_copy(update={"columns": {"up": (5, 0, 2)}})
@@ -222,6 +223,14 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "nothing": (rewrite_weights(lambda t: t.clear()), "holds no LoRA factors"),
     "columns": (rewrite_meta(columns={"up": [0, 1]}), "are not those that lora_A selects"),
     "columns out of range": (rewrite_meta(columns={"up": [0, 99]}), "are not those that lora_A selects"),
+    "other singular values": (
+        rewrite_meta(singular_values={"up": [9.0, 1.0]}),
+        "are not those of its columns",
+    ),
+    "no singular values": (
+        rewrite_meta(singular_values={"down": [9.0, 1.0]}),
+        "are not those of its columns",
+    ),
     "unknown key": (rewrite_meta(columnz={}), "does not fit its format"),
     "newer format": (rewrite_meta(format=2), "does not fit its format"),
 }
@@ -394,8 +403,7 @@ def test_another_base_is_refused(fingerprint: str, shapes: dict[str, tuple[int, 
 
 
 def squeezed() -> AdapterArtifact:
-    meta = ArtifactMeta(singular_values={"up": (3.0, 2.0, 1.0), "block.up": (2.0, 1.0)})
-    return AdapterArtifact({"up": factors(7, 5, 3, 2.0), "block.up": factors(7, 5, 2, 0.5)}, meta=meta)
+    return squeeze(AdapterArtifact({"up": factors(7, 5, 3, 2.0), "block.up": factors(7, 5, 2, 0.5)}))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 9])

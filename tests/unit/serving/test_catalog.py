@@ -20,6 +20,7 @@ from rayft.serving.control.admission import BaseModel, check_adapter
 from rayft.serving.control.sources import find
 from rayft.serving.control.state import Deployed, Served, loaded, unloaded
 from rayft.serving.engine.api import NoRoomError
+from rayft.squeeze.rank import squeeze
 from tests.unit.serving.adapters import random_adapter
 
 SHAPES = {"layer.q_proj": (6, 4), "layer.v_proj": (3, 4)}
@@ -101,9 +102,7 @@ def served() -> Server:
 
 def save(folder: Path, name: str = "a", *, squeezed: bool = False, **extra: Any) -> str:
     artifact = random_adapter(name, SHAPES, BASE.fingerprint, **extra)
-    values = {path: (1.0,) * f.rank for path, f in artifact.modules.items()} if squeezed else {}
-    meta = artifact.meta.model_copy(update={"singular_values": values})
-    return str(AdapterArtifact(artifact.modules, meta=meta).save(folder / name))
+    return str((squeeze(artifact) if squeezed else artifact).save(folder / name))
 
 
 def test_names_resolve_to_base_and_adapters(served: Server, tmp_path: Path) -> None:

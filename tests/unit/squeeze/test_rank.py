@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from rayft.artifacts import AdapterArtifact, ArtifactMeta
-from rayft.errors import SqueezeError
+from rayft.errors import ArtifactError, SqueezeError
 from rayft.methods.base import AdapterLinear, ChainConfig, LoraFactors, MethodConfig
 from rayft.models.methods import method, settled
 from rayft.numerics import assert_close, generator
@@ -138,3 +140,30 @@ def test_a_chain_stacks_and_squeezes_to_one_link(name: str) -> None:
     assert small.rank == 3
     assert small.modules["q"].scale == stacked.modules["q"].scale
     assert_close(small.modules["q"].delta(), (u[:, :3] * s[:3]) @ vt[:3], torch.float64, 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_were_trained_on_after_a_squeeze_are_not_cut(tmp_path: Path, dtype: torch.dtype) -> None:
+    draw = generator("saved over")
+    modules = {}
+    # Updates as large as at the end of a training, and as small as at its beginning; 0; and switched round.
+    for name, size, scale in (
+        ("late", 1.0, 2.0),
+        ("early", 1e-4, 2.0),
+        ("none", 0.0, 2.0),
+        ("less", 1.0, -0.5),
+    ):
+        a, b = torch.randn(8, 48, generator=draw), size * torch.randn(32, 8, generator=draw)
+        modules[name] = LoraFactors(a.to(dtype), b.to(dtype), scale)
+    full = squeeze(AdapterArtifact(modules))
+    for artifact in (full, squeeze(full, rank=3), squeeze(full, energy=0.7)):
+        assert AdapterArtifact.load(artifact.save(tmp_path / "squeezed")).squeezed
+    weights = load_file(full.save(tmp_path / "squeezed") / "adapter_model.safetensors")
+    trained = {
+        key: (1.05 * value if key.endswith("less.lora_B.weight") else value) for key, value in weights.items()
+    }
+    save_file(trained, tmp_path / "squeezed" / "adapter_model.safetensors")
+    with pytest.raises(ArtifactError, match=r"less: the singular values in rayft.json .* delete rayft.json"):
+        AdapterArtifact.load(tmp_path / "squeezed")
+    (tmp_path / "squeezed" / "rayft.json").unlink()
+    assert not AdapterArtifact.load(tmp_path / "squeezed").squeezed

@@ -9,6 +9,7 @@ from rayft.artifacts import AdapterArtifact
 from rayft.errors import ArtifactError, DiskFullError, ResourceError
 from rayft.serving.control.copies import STALE_SECONDS, Copies, Record
 from rayft.serving.control.state import Deployed, Served
+from rayft.squeeze.rank import squeeze
 from tests.disks import PAGE, Disk
 from tests.unit.serving.adapters import random_adapter
 
@@ -49,12 +50,13 @@ def test_a_source_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> 
 
 
 def test_adapters_with_equal_factors_and_different_metadata_have_two_copies(tmp_path: Path) -> None:
-    source, content = save(tmp_path / "a")
+    source, _ = save(tmp_path / "a")
+    squeezed = squeeze(AdapterArtifact.load(source))
+    content = squeezed.content_hash
+    AdapterArtifact(squeezed.modules).save(source)
     copies = Copies(tmp_path / "fetched", "one")
     first = copies.take(source, content)
-    loaded = AdapterArtifact.load(source)
-    meta = loaded.meta.model_copy(update={"singular_values": {"layer.q_proj": (1.0,) * 4}})
-    AdapterArtifact(loaded.modules, meta=meta).save(source)
+    squeezed.save(source)
     second = copies.take(source, content)
     assert (AdapterArtifact.load(first).squeezed, AdapterArtifact.load(second).squeezed) == (False, True)
     copies.keep({str(second)})
