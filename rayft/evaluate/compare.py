@@ -77,10 +77,13 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
     """Compare two models' scores of the same items, in the same order.
 
-    The interval is the percentile bootstrap of the items' differences. The p-value is that of McNemar's exact
-    test for 0/1 scores (Psychometrika 12, 1947: of the items on which only one model is right, each model
-    should get half), and otherwise that of the sign-flip permutation test (Fisher, The Design of Experiments,
-    1935, §21).
+    For 0/1 scores the interval is Tango's score interval (Stat. Med. 17, 1998), which is for differences what
+    Wilson's is for scores. For other scores it is the percentile bootstrap of the items' differences. If
+    these are few or all equal, it is Tango's too, which is rather too wide than too narrow for them.
+
+    The p-value is that of McNemar's exact test for 0/1 scores (Psychometrika 12, 1947: of the items on which
+    only one model is right, each model should get half), and otherwise that of the sign-flip permutation test
+    (Fisher, The Design of Experiments, 1935, §21).
 
     Raises:
         DataError: if there are no scores, or the two models have different numbers of them.
@@ -91,8 +94,9 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
             f"{len(first)} and {len(second)} scores can't be paired: score both on the same examples"
         )
     difference = first - second
-    low, high = _bootstrap(difference)
     exact = _binary(first) and _binary(second)
+    shared = len(difference) < FEW or difference.min() == difference.max()
+    low, high = _tango(difference) if shared or exact else _bootstrap(difference)
     p_value = _mcnemar(difference) if exact else _sign_flip(difference)
     return Paired(float(difference.mean()), low, high, p_value)
 
@@ -160,6 +164,31 @@ def _wilson(array: NDArray[np.float64]) -> tuple[float, float]:
     low = 0.0 if share == 0 else (centre - half) / (1 + Z**2 / n)
     high = 1.0 if share == 1 else (centre + half) / (1 + Z**2 / n)
     return low, high
+
+
+def _tango(difference: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the mean differences that the score test of a difference of paired 0/1 scores does not reject.
+
+    Partial differences count as so many of ±1, which have the same mean and no smaller variance.
+    """
+    n, mean = len(difference), float(difference.mean())
+    better, worse = (float(side.clip(min=0).sum()) for side in (difference, -difference))
+
+    def accepted(x: float) -> bool:
+        # The share of items on which the second alone is right, most likely at a mean difference of x.
+        linear = (2 * n - better + worse) * x - better - worse
+        root = math.sqrt(max(0.0, linear**2 + 8 * n * worse * x * (1 - x)))
+        share = max(0.0, (root - linear) / (4 * n))
+        return abs(n * (mean - x)) <= Z * math.sqrt(n * max(0.0, 2 * share + x * (1 - x)))
+
+    ends = []
+    for end in (-1.0, 1.0):
+        inside, outside = mean, end
+        # Halved until the two are neighbours; an end that is accepted is the limit itself.
+        while not accepted(end) and (middle := (inside + outside) / 2) not in (inside, outside):
+            inside, outside = (middle, outside) if accepted(middle) else (inside, middle)
+        ends.append(end if accepted(end) else inside)
+    return ends[0], ends[1]
 
 
 def _bootstrap(array: NDArray[np.float64]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import binomtest
 
 from rayft.errors import DataError
-from rayft.evaluate.compare import interval, over_seeds, paired
+from rayft.evaluate.compare import Z, interval, over_seeds, paired
 from rayft.numerics import assert_close
 
 
@@ -70,8 +70,62 @@ def test_mcnemars_p_value_equals_one_computed_by_hand():
 
 def test_equal_models_do_not_differ():
     found = paired([1, 0, 1], [1, 0, 1])
-    assert (found.difference, found.ci_low, found.ci_high, found.p_value) == (0, 0, 0, 1)
+    assert (found.difference, found.p_value) == (0, 1)
+    # The score test of no discordant item: n·x² ≤ Z²·|x|·(1 − |x|), so |x| ≤ Z²/(n + Z²).
+    close(found.ci_high, Z**2 / (3 + Z**2), 3)
+    close(found.ci_low, -found.ci_high, 3)
     assert paired([0.5, 0.2], [0.5, 0.2]).p_value == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "count"), [(1, 0, 1), (1, 0, 3), (0, 1, 3), (0.8, 0.3, 5), (0.5, 0.2, 2)]
+)
+def test_an_interval_of_few_equal_differences_excludes_no_more_than_the_p_value(first, second, count):
+    found = paired([first] * count, [second] * count)
+    assert found.p_value > 0.05
+    assert -1 <= found.ci_low < 0 < found.ci_high <= 1 or abs(found.difference) == found.ci_high
+    assert found.ci_low < 0 < found.ci_high
+    turned = paired([second] * count, [first] * count)
+    close(turned.ci_low, -found.ci_high, count)
+    close(turned.ci_high, -found.ci_low, count)
+
+
+@pytest.mark.parametrize(("better", "worse", "n"), [(5, 1, 8), (12, 2, 50), (7, 7, 60), (1, 9, 30)])
+def test_the_interval_of_a_difference_ends_where_the_score_test_rejects(better, worse, n):
+    same = [1] * (n - better - worse)
+    found = paired([1] * better + [0] * worse + same, [0] * better + [1] * worse + same)
+    for end in (found.ci_low, found.ci_high):
+        # The most likely share of items on which the second alone is right, if the mean difference is `end`.
+        shares = np.linspace(max(0, -end), (1 - end) / 2, 200_003)[1:-1]
+        chance = (
+            better * np.log(shares + end) + worse * np.log(shares) + len(same) * np.log(1 - 2 * shares - end)
+        )
+        share = shares[chance.argmax()]
+        statistic = abs(better - worse - n * end) / np.sqrt(n * (2 * share + end * (1 - end)))
+        assert statistic == pytest.approx(Z, rel=1e-4)
+
+
+@pytest.mark.parametrize("n", [5, 10, 19, 60])
+def test_the_interval_of_a_difference_covers_it_in_about_95_percent_of_cases(n):
+    rng = np.random.default_rng(6)
+    pairs = np.array([[1, 0], [0, 1], [1, 1], [0, 0]])
+    hits = 0
+    for _ in range(400):
+        one, other = pairs[rng.choice(4, p=[0.3, 0.1, 0.3, 0.3], size=n)].T
+        found = paired(one.tolist(), other.tolist())
+        hits += found.ci_low <= 0.2 <= found.ci_high
+    # 95% of 400 is 380, with a standard deviation of 4.4.
+    assert hits >= 366
+
+
+@pytest.mark.parametrize("n", [3, 8, 19])
+def test_the_interval_of_few_partial_differences_is_no_narrower_than_it_should_be(n):
+    rng = np.random.default_rng(7)
+    hits = 0
+    for _ in range(200):
+        found = paired(rng.beta(3, 2, size=n).tolist(), rng.beta(2, 3, size=n).tolist())
+        hits += found.ci_low <= 0.2 <= found.ci_high
+    assert hits >= 190
 
 
 def test_the_sign_flip_p_value_equals_one_computed_by_hand():
