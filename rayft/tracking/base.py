@@ -171,7 +171,8 @@ def check_uri(uri: str) -> str:
         check_text(uri)
     except ValueError as error:
         raise TrackingError(f"the tracking URI {error} (tracking.uri or MLFLOW_TRACKING_URI)") from error
-    scheme = uri.split(":", 1)[0].split("+", maxsplit=1)[0] if ":" in uri else ""
+    # `databricks` alone is MLflow's name of the workspace that the environment names.
+    scheme = uri.split(":", 1)[0].split("+", maxsplit=1)[0] if ":" in uri or uri == "databricks" else ""
     if scheme in ("", "file"):
         raise TrackingError(
             f"the tracking URI '{uri}' is a folder, which MLflow no longer writes to; use "

@@ -14,6 +14,8 @@ def test_uri_of_the_config_wins_then_the_environment_then_sqlite(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there:5000")
     assert tracker_spec(TrackingConfig(), tmp_path).uri == "http://there:5000"
     assert tracker_spec(TrackingConfig(uri="https://here"), tmp_path).uri == "https://here"
+    assert tracker_spec(TrackingConfig(uri="databricks"), tmp_path).uri == "databricks"
+    assert tracker_spec(TrackingConfig(uri="databricks://profile"), tmp_path).uri == "databricks://profile"
 
 
 @pytest.mark.parametrize("uri", ["file:///runs", "./mlruns", "mlruns", "/data/runs"])
