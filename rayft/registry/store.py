@@ -22,6 +22,7 @@ from rayft.files import room_on
 from rayft.registry.ref import AdapterRef, AdapterVersion
 from rayft.tracking.base import PENDING
 from rayft.tracking.connection import away, connect
+from rayft.tracking.runs import quoted
 
 __all__ = ["MlflowRegistry"]
 
@@ -39,7 +40,10 @@ class MlflowRegistry:
     def register(
         self, name: str, run_id: str, folder: str | Path, tags: Mapping[str, str], about: str = ""
     ) -> int:
-        """Store an adapter folder as a new version, or return the version that has the same content."""
+        """Store an adapter folder as a new version, or return the version that has the same content.
+
+        If the files of that version are lost or have changed, they are stored again.
+        """
         folder = Path(folder)
         artifact = _checked(folder)
         noted = {**_description(artifact, folder), **{key: str(value) for key, value in tags.items()}}
@@ -49,8 +53,10 @@ class MlflowRegistry:
                 if known.content_hash == artifact.content_hash:
                     for key, value in noted.items():
                         client.set_model_version_tag(name, str(known.number), key, value)
+                    if not self._has_files(known):
+                        client.log_artifacts(known.run_id, str(folder), _place(known.content_hash))
                     return known.number
-            place = f"adapters/{artifact.content_hash}"
+            place = _place(artifact.content_hash)
             run = client.get_run(_created(run_id))
             client.log_artifacts(run_id, str(folder), place)
             source = f"{run.info.artifact_uri}/{place}"
@@ -118,6 +124,16 @@ class MlflowRegistry:
         with self._client() as client:
             return self._versions(client, name)
 
+    def _has_files(self, version: AdapterVersion) -> bool:
+        """Return whether the files of a version can be downloaded and are those that were registered."""
+        ref = AdapterRef(version.name, version.number, content_hash=version.content_hash, uri=version.uri)
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                _check_content(self._download(ref, Path(scratch)), ref)
+            except RegistryError:
+                return False
+        return True
+
     def _download(self, ref: AdapterRef, folder: Path) -> Path:
         try:
             with room_on(folder):
@@ -132,7 +148,7 @@ class MlflowRegistry:
         model = _model(client, name)
         found, token = [], None
         while True:
-            page = client.search_model_versions(f"name='{name}'", page_token=token)
+            page = client.search_model_versions(f"name={quoted(name)}", page_token=token)
             found += [_version(version, model.aliases) for version in page]
             token = page.token
             if not token:
@@ -186,6 +202,11 @@ def _description(artifact: AdapterArtifact, folder: Path) -> dict[str, str]:
         "data_digest": artifact.meta.data_digest,
     }
     return {key: value for key, value in described.items() if value}
+
+
+def _place(content_hash: str) -> str:
+    """Return where an adapter lies among the artifacts of its run."""
+    return f"adapters/{content_hash}"
 
 
 def _created(run_id: str) -> str:

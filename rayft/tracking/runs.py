@@ -14,7 +14,7 @@ from rayft.files import room_on
 from rayft.tracking.base import HASH_PARAM, Former, redacted
 from rayft.tracking.connection import away, connect
 
-__all__ = ["KEY_TAG", "StoredRun", "find_former", "find_run", "find_trained", "read_run"]
+__all__ = ["KEY_TAG", "StoredRun", "find_former", "find_run", "find_trained", "quoted", "read_run"]
 
 KEY_TAG = "rayft.key"
 """Tag that holds the key of a run, by which the run is found again."""
@@ -22,7 +22,7 @@ KEY_TAG = "rayft.key"
 
 def find_run(client: MlflowClient, experiment_id: str, key: str) -> str | None:
     """Return the id of the run with this key, the oldest one if there are several, None if there is none."""
-    return _oldest(client, experiment_id, f"tags.`{KEY_TAG}` = {_quoted(key)}")
+    return _oldest(client, experiment_id, f"tags.`{KEY_TAG}` = {quoted(key)}")
 
 
 def find_former(client: MlflowClient, experiment_id: str, former: Former, parent: str | None) -> str | None:
@@ -34,10 +34,10 @@ def find_former(client: MlflowClient, experiment_id: str, former: Former, parent
         former: the key and parameters that the run must have.
         parent: id of the run that it must be a child of; None allows any.
     """
-    conditions = [f"tags.`{KEY_TAG}` = {_quoted(former.key)}"]
+    conditions = [f"tags.`{KEY_TAG}` = {quoted(former.key)}"]
     if parent is not None:
-        conditions.append(f"tags.`mlflow.parentRunId` = {_quoted(parent)}")
-    conditions += [f"params.`{name}` = {_quoted(value)}" for name, value in former.params.items()]
+        conditions.append(f"tags.`mlflow.parentRunId` = {quoted(parent)}")
+    conditions += [f"params.`{name}` = {quoted(value)}" for name, value in former.params.items()]
     return _oldest(client, experiment_id, " and ".join(conditions))
 
 
@@ -83,7 +83,8 @@ def read_run(uri: str, run_id: str, folder: Path) -> StoredRun:
     return StoredRun(str(run.info.run_name or run_id), dict(run.data.params), adapter)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Return a text as a value in a filter of MLflow's."""
     # MLflow's filters have no escape character, but accept either kind of quotes.
     return f'"{text}"' if "'" in text else f"'{text}'"
 

@@ -159,6 +159,26 @@ def test_files_that_were_changed_or_deleted_are_not_fetched(
         registry.fetch("models:/sums", tmp_path / "cache")
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_registering_again_brings_files_back_that_were_changed_or_deleted(
+    registry: MlflowRegistry, run_id: str, adapter: Adapter, tmp_path: Path, lost: bool
+) -> None:
+    registry.register("sums", run_id, adapter(1), {})
+    stored = Path(registry.resolve("models:/sums").uri.removeprefix("file://"))
+    if lost:
+        shutil.rmtree(stored)
+    else:
+        shutil.copytree(adapter(2), stored, dirs_exist_ok=True)
+    assert registry.register("sums", run_id, adapter(1), {}) == 1
+    fetched = registry.fetch("models:/sums", tmp_path / "cache")
+    assert AdapterArtifact.load(fetched).content_hash == AdapterArtifact.load(adapter(1)).content_hash
+
+
+def test_a_name_may_have_an_apostrophe(registry: MlflowRegistry, run_id: str, adapter: Adapter) -> None:
+    assert registry.register("bob's sums", run_id, adapter(1), {}) == 1
+    assert registry.resolve("models:/bob's sums").version == 1
+
+
 def test_a_version_from_elsewhere_is_not_trusted(
     registry: MlflowRegistry, adapter: Adapter, tmp_path: Path
 ) -> None:
