@@ -27,7 +27,8 @@ def energy_figure(record: SweepRecord) -> Drawing | None:
         return None
     figure = new_figure(3.9)
     axes = figure.add_subplot()
-    middle = _energy(axes, spectra)
+    # A sweep's record has the spectrum of a winner with factors, in which all values are known.
+    middle = _energy(axes, spectra, {})
     rank, winner = len(middle) - 1, record.winner.trial
     marks = sorted({min(item.rank, rank) for item in record.squeezed if item.trial == winner})
     for mark in marks:
@@ -56,7 +57,11 @@ def energy_figure(record: SweepRecord) -> Drawing | None:
 
 @mpl.rc_context(STYLE)
 def spectrum_plot(
-    spectra: Mapping[str, Sequence[float]], ranks: Mapping[str, int], title: str, path: str | Path
+    spectra: Mapping[str, Sequence[float]],
+    ranks: Mapping[str, int],
+    title: str,
+    path: str | Path,
+    tails: Mapping[str, float],
 ) -> Path:
     """Write a picture: on the left σᵢ/σ₁ of every module, on the right the energy that each rank keeps.
 
@@ -65,22 +70,23 @@ def spectrum_plot(
         ranks: module → the rank that is kept, drawn as a band where modules differ.
         title: what was squeezed, and to what.
         path: the file, .svg or .png.
+        tails: module → Σσ² of the values that `spectra` lacks (`ArtifactMeta.tail_energy`).
     """
     usable, kept = _usable(spectra), sorted(ranks.values())
     figure = new_figure(4.0, width=10.0)
     left, right = figure.subplots(1, 2)
-    for values in usable:
+    for values in usable.values():
         above = values[values > 0]
         left.semilogy(
             np.arange(1, len(above) + 1), above / above[0], color=SERIES[0], alpha=0.12, linewidth=1
         )
     if usable:
-        relative = np.full((len(usable), max(map(len, usable))), np.nan)
-        for row, values in zip(relative, usable, strict=True):
+        relative = np.full((len(usable), max(map(len, usable.values()))), np.nan)
+        for row, values in zip(relative, usable.values(), strict=True):
             row[: len(values)] = values / values[0]
         index = np.arange(1, relative.shape[1] + 1)
         left.semilogy(index, np.nanmedian(relative, axis=0), color=SERIES[0], linewidth=2.4)
-        _energy(right, usable)
+        _energy(right, usable, tails)
     for axes in (left, right):
         axes.axvspan(kept[0] - 0.15, kept[-1] + 0.15, color=SERIES[1], alpha=0.35, linewidth=0)
         axes.set_xlabel("rank")
@@ -92,20 +98,21 @@ def spectrum_plot(
     return save(figure, path)
 
 
-def _usable(spectra: Mapping[str, Sequence[float]]) -> list[Floats]:
+def _usable(spectra: Mapping[str, Sequence[float]]) -> dict[str, Floats]:
     """Return the spectra that are finite and not all 0."""
-    every = [np.asarray(values, dtype=float) for values in spectra.values()]
-    return [values for values in every if values.any() and np.isfinite(values).all()]
+    every = {name: np.asarray(values, dtype=float) for name, values in spectra.items()}
+    return {name: values for name, values in every.items() if values.any() and np.isfinite(values).all()}
 
 
-def _energy(axes: Axes, spectra: Sequence[Floats]) -> Floats:
+def _energy(axes: Axes, spectra: Mapping[str, Floats], tails: Mapping[str, float]) -> Floats:
     """Draw the share of energy by rank over modules, and return its median at each rank from 0."""
-    rank = max(map(len, spectra))
-    # A module of a lower rank keeps all of its energy from there on.
-    curves = np.ones((len(spectra), rank + 1))
-    for row, values in zip(curves, spectra, strict=True):
+    rank = max(map(len, spectra.values()))
+    curves = np.zeros((len(spectra), rank + 1))
+    for row, (name, values) in zip(curves, spectra.items(), strict=True):
         energy = np.cumsum(np.square(values))
-        row[: len(values) + 1] = np.concatenate([[0.0], energy / energy[-1]])
+        shares = energy / (energy[-1] + tails.get(name, 0.0))
+        # A module of a lower rank keeps from there on what it has.
+        row[1 : len(values) + 1], row[len(values) + 1 :] = shares, shares[-1]
     low, middle, high = np.quantile(curves, [0.1, 0.5, 0.9], axis=0)
     ranks = np.arange(rank + 1)
     axes.fill_between(ranks, curves.min(0), curves.max(0), color=SERIES[0], alpha=0.13, linewidth=0)

@@ -90,6 +90,5 @@ def _numbers(item: SqueezedAdapter) -> dict[str, float]:
 def _plot(item: SqueezedAdapter, title: str, plots: Path) -> Path:
     artifact = AdapterArtifact.load(item.folder)
     ranks = {name: factors.rank for name, factors in artifact.modules.items()}
-    return spectrum_plot(
-        artifact.meta.singular_values, ranks, title, plots / item.key.replace("/", "-") / "spectrum.png"
-    )
+    place = plots / item.key.replace("/", "-") / "spectrum.png"
+    return spectrum_plot(artifact.meta.singular_values, ranks, title, place, artifact.meta.tail_energy)

@@ -9,8 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
-from rayft.report import SweepRecord
+from rayft.report import SweepRecord, spectrum
 from rayft.report.landscape import COLOURS, LINE, OUTLINE
 from rayft.report.render import html
 from rayft.report.spectrum import spectrum_plot
@@ -75,9 +76,19 @@ def test_text_under_the_pointer_is_no_markup() -> None:
 @pytest.mark.parametrize("ranks", [{"a": 2, "b": 2}, {"a": 1, "b": 3}])
 def test_a_spectrum_is_written_also_of_modules_that_have_none(tmp_path: Path, ranks: dict[str, int]) -> None:
     spectra = {"a": (3.0, 1.0, 0.1), "b": (2.0, 0.0), "zero": (0.0, 0.0)}
-    text = spectrum_plot(spectra, ranks, "squeezed", tmp_path / "s.svg").read_text()
+    text = spectrum_plot(spectra, ranks, "squeezed", tmp_path / "s.svg", {}).read_text()
     assert "squeezed: 3 modules" in text
     assert "mathdefault" not in text, "numbers, not TeX, which is not read in these figures"
     assert ("ranks 1 to 3" if ranks["a"] == 1 else "rank 2") in text
-    picture = PIL.Image.open(spectrum_plot(spectra, ranks, "squeezed", tmp_path / "s.png"))
+    picture = PIL.Image.open(spectrum_plot(spectra, ranks, "squeezed", tmp_path / "s.png", {}))
     assert picture.size == (1300, 520)
+
+
+def test_energy_of_values_that_were_not_computed_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(spectrum, "save", lambda figure, path: drawn.append(figure))
+    spectrum_plot({"a": (2.0, 1.0)}, {"a": 1}, "squeezed", tmp_path / "s.svg", {"a": 3.0})
+    right = drawn[0].axes[1]
+    assert [*right.lines[0].get_ydata()] == [0.0, 4 / 8, 5 / 8]
