@@ -27,6 +27,9 @@ FEW = 20
 EXACT = 12
 """Largest number of differences for which all 2ⁿ signs are tried."""
 
+HALVINGS = 54
+"""After which the limit of an interval within [-1, 1] is known to the last bit of a number near 1."""
+
 Z = 1.959963984540054
 """97.5% quantile of the normal distribution."""
 
@@ -183,11 +186,11 @@ def _tango(difference: NDArray[np.float64]) -> tuple[float, float]:
 
     ends = []
     for end in (-1.0, 1.0):
-        inside, outside = mean, end
-        # Halved until the two are neighbours; an end that is accepted is the limit itself.
-        while not accepted(end) and (middle := (inside + outside) / 2) not in (inside, outside):
+        inside, outside = (end, end) if accepted(end) else (mean, end)
+        for _ in range(HALVINGS):
+            middle = (inside + outside) / 2
             inside, outside = (middle, outside) if accepted(middle) else (inside, middle)
-        ends.append(end if accepted(end) else inside)
+        ends.append(inside)
     return ends[0], ends[1]
 
 

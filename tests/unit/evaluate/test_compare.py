@@ -105,6 +105,11 @@ def test_the_interval_of_a_difference_ends_where_the_score_test_rejects(better, 
         assert statistic == pytest.approx(Z, rel=1e-4)
 
 
+def test_a_difference_that_is_nan_has_no_interval():
+    found = paired([1.0, 0.5, 1.0], [float("nan")] * 3)
+    assert np.isnan([found.difference, found.ci_low, found.ci_high]).all()
+
+
 @pytest.mark.parametrize("n", [5, 10, 19, 60])
 def test_the_interval_of_a_difference_covers_it_in_about_95_percent_of_cases(n):
     rng = np.random.default_rng(6)
