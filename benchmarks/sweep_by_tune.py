@@ -89,7 +89,8 @@ def trial(config: dict[str, Any]) -> dict[str, float]:
         scaling_config=ScalingConfig(
             num_workers=1,
             use_gpu=config["gpu"] > 0,
-            resources_per_worker={"CPU": 1, **({"GPU": config["gpu"]} if config["gpu"] else {})},
+            # Less than a core, so that as many trials as there are cores run at once.
+            resources_per_worker={"CPU": 0.9, **({"GPU": config["gpu"]} if config["gpu"] else {})},
         ),
         run_config=RunConfig(name=f"r{config['rank']}-{config['lr']:g}", storage_path=config["out"]),
     )
