@@ -228,7 +228,11 @@ def check_spectrum(where: str, factors: LoraFactors, singular_values: Sequence[f
     Args:
         where: folder and module, for the message.
         factors: of the module.
-        singular_values: of its columns and of those that were cut off; None if the spectrum lacks the module.
+        singular_values: of its columns, in their order, and of those that were cut off; None if the module
+            has none.
+
+    Raises:
+        ArtifactError: if they differ from the columns' by more than rounding to 16 bits explains.
     """
     if singular_values is not None:
         a, b = factors.a.detach(), factors.b.detach()

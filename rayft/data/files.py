@@ -385,7 +385,7 @@ def _json_rows(path: Path, stream: TextIO) -> Iterator[tuple[str, int | None, An
                 f"{path} has objects of several lines; write one {{…}} a line, or one list of them"
             )
         place = f"{path}, line {number}"
-        # Of a line that is cut off, the error would be in the next line.
+        # Without the line's end, since an error at the end of a line that is cut off would count as line 2.
         yield place, number, parse_json(line.rstrip("\r\n"), place)
 
 

@@ -28,7 +28,8 @@ EXACT = 12
 """Largest number of differences for which all 2ⁿ signs are tried."""
 
 HALVINGS = 54
-"""After which the limit of an interval within [-1, 1] is known to the last bit of a number near 1."""
+"""Number of halvings after which an end of an interval within [-1, 1] is exact to the last bit of a number
+near 1."""
 
 Z = 1.959963984540054
 """97.5% quantile of the normal distribution."""
@@ -73,8 +74,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         DataError: if there are no values.
     """
     array = _array(values)
-    shared = len(array) < FEW or array.min() == array.max()
-    return _wilson(array) if shared or _binary(array) else _bootstrap(array)
+    return _wilson(array) if _few(array) or _binary(array) else _bootstrap(array)
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
@@ -98,8 +98,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
         )
     difference = first - second
     exact = _binary(first) and _binary(second)
-    shared = len(difference) < FEW or difference.min() == difference.max()
-    low, high = _tango(difference) if shared or exact else _bootstrap(difference)
+    low, high = _tango(difference) if exact or _few(difference) else _bootstrap(difference)
     p_value = _mcnemar(difference) if exact else _sign_flip(difference)
     return Paired(float(difference.mean()), low, high, p_value)
 
@@ -159,6 +158,11 @@ def _binary(array: NDArray[np.float64]) -> bool:
     return bool(np.isin(array, (0.0, 1.0)).all())
 
 
+def _few(array: NDArray[np.float64]) -> bool:
+    """Return whether values are too few, or too equal, for the bootstrap."""
+    return len(array) < FEW or bool(array.min() == array.max())
+
+
 def _wilson(array: NDArray[np.float64]) -> tuple[float, float]:
     n, share = len(array), float(array.mean())
     centre = share + Z**2 / (2 * n)
@@ -170,9 +174,9 @@ def _wilson(array: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _tango(difference: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the mean differences that the score test of a difference of paired 0/1 scores does not reject.
+    """Return the least and the largest mean difference that the score test of paired 0/1 scores accepts.
 
-    Partial differences count as so many of ±1, which have the same mean and no smaller variance.
+    A difference of 0.3 counts as 0.3 of a difference of 1: the mean is the same, and the variance no smaller.
     """
     n, mean = len(difference), float(difference.mean())
     better, worse = (float(side.clip(min=0).sum()) for side in (difference, -difference))

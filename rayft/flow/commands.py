@@ -357,9 +357,9 @@ def report(sweep_folder: str, output: str | None, console: Console, *, overwrite
     from rayft.tracking.mlflow import flush_spool, prepare
 
     folder = read_path(sweep_folder, "the sweep's folder")
-    # Also if a file is named, which could be a record itself.
-    record, path = SweepRecord.load(folder / "sweep.json"), _optional(output, "--output")
-    path = path or folder / "report.html"
+    # `load` also takes the file itself, beside which nothing else would be found.
+    kept, path = folder / "sweep.json", _optional(output, "--output") or folder / "report.html"
+    record = SweepRecord.load(kept)
     check_file(path, "--output")
     check_report(record, path, overwrite=overwrite)
     render(record, path, SweepAnalysis.find(folder), SavedEvaluations.find(folder))
@@ -374,7 +374,7 @@ def report(sweep_folder: str, output: str | None, console: Console, *, overwrite
         now = with_run_ids(record, spec)
         if now != record:
             record = now
-            record.save(folder / "sweep.json")
+            record.save(kept)
             render(record, path, SweepAnalysis.find(folder), SavedEvaluations.find(folder))
     _show(record, console)
     console.print(f"wrote {path}", highlight=False, soft_wrap=True)

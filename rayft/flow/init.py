@@ -489,7 +489,7 @@ class _Text:
         some = [scored[index] for index in order[:EXAMINED]]
         longest = max(answer.tokens for answer in perfect_answers(some, self.encoder, parts.scorer))
         what = f"the longest answer of val and test has {longest}"
-        # With one more, an answer that goes on is not cut to the right one.
+        # With one token more, an answer that goes on is not cut off where the right one ends.
         return ["evaluate:", f"  max_new_tokens: {min(longest + 1, LONGEST_ANSWER)}  # {what}", ""]
 
     def _token_counts(self, texts: Sequence[str]) -> list[int]:

@@ -57,7 +57,7 @@ def prepare(spec: TrackerSpec) -> TrackerSpec:
     _log.debug("preparing %s", redacted(spec.uri))
     check(spec)
     spec.spool.mkdir(parents=True, exist_ok=True)
-    with _impatient(), locked(spec.spool / "prepare.lock"), _errors(spec.uri), _models():
+    with _impatient(), locked(spec.spool / "prepare.lock"), _errors(spec.uri), _quiet_import():
         location, file = None, _sqlite(spec.uri)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ def connect(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     _checked(uri)
-    with _errors(uri), _models():
+    with _errors(uri), _quiet_import():
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -127,8 +127,8 @@ def _impatient() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _models() -> Iterator[None]:
-    """Let MLflow 3.17 import its models, with a loader option that SQLAlchemy 2.1 deprecates."""
+def _quiet_import() -> Iterator[None]:
+    """Hide a warning about MLflow 3.17, whose tables have an option that SQLAlchemy 2.1 deprecates."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield

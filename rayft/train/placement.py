@@ -53,6 +53,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+SHARDED = "shard the base over more workers (scale.zero: 3)"
+SHORTER = ("lower data.max_length", SHARDED)
+"""What always helps a run whose rows do not fit into the device's memory."""
 SAMPLED = 256
 """Rows of the first epoch among which the one with the most targets is looked for."""
 SPARE = 0.05
@@ -142,9 +145,7 @@ def out_of_memory(run: RunConfig, placement: Placement) -> DeviceMemoryError:
         ways.append("set scale.activation_checkpointing: true")
     if placement.accumulation < rows:
         ways.append("raise scale.accumulation")
-    if scale.gpu_share < 1:
-        ways.append("let fewer lanes share a GPU (scale.gpu_share)")
-    ways += ["lower data.max_length", "shard the base over more workers (scale.zero: 3)"]
+    ways += [*_fewer_lanes(run), *SHORTER]
     return DeviceMemoryError(
         f"{rows // placement.accumulation} row(s) of {run.data.max_length} tokens do not fit into the "
         f"device's memory at once: {', or '.join(ways)}"
@@ -153,12 +154,10 @@ def out_of_memory(run: RunConfig, placement: Placement) -> DeviceMemoryError:
 
 def engine_out_of_memory(run: RunConfig) -> DeviceMemoryError:
     """Return the error for a run whose engine does not fit into the device's memory; it says what to do."""
-    scale, ways = run.scale, []
-    if scale.gpu_share < 1:
-        ways.append("let fewer lanes share a GPU (scale.gpu_share)")
-    if not scale.offload:
+    ways = _fewer_lanes(run)
+    if not run.scale.offload:
         ways.append("keep the optimizer's states in host memory (scale.offload: true, with zero: 1, 2 or 3)")
-    ways += ["train fewer values (method.rank)", "shard the base over more workers (scale.zero: 3)"]
+    ways += ["train fewer values (method.rank)", SHARDED]
     return DeviceMemoryError(
         "beside the base, the gradients and optimizer states of what is trained do not fit into the device's "
         f"memory: {', or '.join(ways)}"
@@ -167,14 +166,15 @@ def engine_out_of_memory(run: RunConfig) -> DeviceMemoryError:
 
 def validation_out_of_memory(run: RunConfig) -> DeviceMemoryError:
     """Return the error for a run whose validation does not fit into the memory; it says what to do."""
-    ways = []
-    if run.scale.gpu_share < 1:
-        ways.append("let fewer lanes share a GPU (scale.gpu_share)")
-    ways += ["lower data.max_length", "shard the base over more workers (scale.zero: 3)"]
     return DeviceMemoryError(
         "the validation examples do not fit into the device's memory beside what is trained: "
-        f"{', or '.join(ways)}"
+        f"{', or '.join([*_fewer_lanes(run), *SHORTER])}"
     )
+
+
+def _fewer_lanes(run: RunConfig) -> list[str]:
+    """Return what a run can do whose GPU is shared by lanes; nothing for others."""
+    return ["let fewer lanes share a GPU (scale.gpu_share)"] if run.scale.gpu_share < 1 else []
 
 
 def recompute_activations(model: Any, *, wanted: bool) -> None:
