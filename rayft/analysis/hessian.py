@@ -109,8 +109,8 @@ class ReplayedOperator:
     """An operator whose product with one vector is a CUDA graph, one launch instead of thousands.
 
     Args:
-        operator: on a GPU and not used yet, so that all of it runs on the capture's stream; the tensors that
-            it reads must stay at their addresses.
+        operator: on a GPU, with `keep`, and not used yet, so that all of it runs on the capture's stream; the
+            tensors that it reads must stay at their addresses.
     """
 
     def __init__(self, operator: HessianOperator) -> None:
@@ -147,7 +147,8 @@ def hessian_operator(
     except torch.OutOfMemoryError:
         pass
     torch.cuda.empty_cache()
-    return _replayed(HessianOperator(terms, parameters))
+    # Not captured: loss and gradient are computed anew, and attention reads where the segments begin.
+    return HessianOperator(terms, parameters)
 
 
 def _replayed(operator: HessianOperator) -> HessianOperator | ReplayedOperator:
