@@ -10,6 +10,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -36,6 +37,9 @@ __all__ = ["AdapterArtifact", "check_prefix", "folder_bytes"]
 
 LARGE = 2**26
 """Bytes from which threads save time; with less, handing tensors over takes longer than their hashes."""
+HASHING = 4
+"""Number of these threads. With one for each core, an event loop beside them would wait for Python's lock
+behind all of them, each time that it needs it."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,12 @@ class AdapterArtifact:
         """Size of its tensors in bytes."""
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
-        """Identity: a hash (16 hex digits) of the hashes of all factors, scales (as float32) and heads."""
+        """Identity: a hash (16 hex digits) of the hashes of all factors, scales (as float32) and heads.
+
+        It is computed once; the tensors must not change afterwards.
+        """
         modules, heads = sorted(self.modules.items()), sorted(self.heads.items())
         tensors = [part for _, factors in modules for part in (factors.a, factors.b)]
         hashes = iter(_digests([*tensors, *(head for _, head in heads)]))
@@ -251,7 +258,7 @@ def _digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
     if sum(tensor.nbytes for tensor in tensors) < LARGE:
         return [*map(_digest, tensors)]
     # An adapter of an 8 B model has 700 MB, so threads hash it in parallel (hashlib releases the GIL).
-    with ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor(HASHING) as threads:
         return [*threads.map(_digest, tensors)]
 
 

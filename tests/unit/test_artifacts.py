@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -332,9 +334,27 @@ def test_saving_replaces_an_adapter_of_rayfts(tmp_path: Path) -> None:
 
 
 def test_the_hash_does_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = mixed().content_hash
+    modules = {str(number): factors(4, 4, 2, 1.0) for number in range(20)}
+    expected, used, plain = AdapterArtifact(modules).content_hash, set[int](), adapter_module._digest
+
+    def noted(tensor: torch.Tensor) -> bytes:
+        used.add(threading.get_ident())
+        time.sleep(0.005)
+        return plain(tensor)
+
     monkeypatch.setattr(adapter_module, "LARGE", 0)
-    assert mixed().content_hash == expected
+    monkeypatch.setattr(adapter_module, "_digest", noted)
+    assert AdapterArtifact(modules).content_hash == expected
+    assert threading.get_ident() not in used
+    assert len(used) == adapter_module.HASHING
+
+
+def test_the_hash_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A server loads an adapter again whenever it was evicted.
+    adapter = mixed()
+    expected = adapter.content_hash
+    monkeypatch.setattr(adapter_module, "_digest", lambda _: pytest.fail("hashed again"))
+    assert adapter.content_hash == expected
 
 
 def notes_beside(place: Path) -> None:
