@@ -77,9 +77,9 @@ def headline_table() -> str:
     demo, step, squeeze = cases("demo"), cases("train_step", BATCHES), cases("squeeze_speed", everywhere=True)
     vllm, http = cases("serve_vllm"), cases("serve_http")["16_clients/cpu"]
     whole = cases("sweep_makespan", "1*")
-    sweep = {name: _cell(found, "seconds", "{:.0f} s") for name, found in whole.items()}
     trials = "135m/16_trials"
     fastest, how = next(iter(_by_tune(whole, trials).items()))
+    tune, beside = whole[f"{trials}/{fastest}"], _beside(whole, trials, fastest)
     squeezed = [case for case in demo if "@r" in case]
     smallest = min(squeezed, key=lambda case: demo[case]["mb"]["value"])
     winner, _, rank = smallest.partition("@r")
@@ -105,8 +105,8 @@ def headline_table() -> str:
     rows = [
         (f"Demo's winner squeezed to rank {rank}", scored[smallest], f"as trained: {scored[winner]}"),
         (
-            f"Sweep of 16 trials, 135 M, {_gpu(whole[f'{trials}/cold'])}", sweep[f"{trials}/cold"],
-            f"Tune with PEFT: {sweep[f'{trials}/{fastest}']}, {how.partition(': ')[2]}",
+            f"Sweep of 16 trials, 135 M, {_gpu(tune)}", f"{beside:.0f} s",
+            f"Tune with PEFT: {_cell(tune, 'seconds', '{:.0f} s')}, {how}",
         ),
         (
             f"LoRA training step, 1 B model, {_gpu(step['lora/1b/16x512'])}", ms["lora"],
@@ -315,19 +315,25 @@ def sweep_table() -> str:
     found, spent = cases("sweep_makespan", "1*"), cases("sweep_overhead", "1*")
     place = next(case for case in found if case.startswith("135m/")).rpartition("/")[0]
     shape = place.split("/")[0]
-    lines = ["| | seconds | over the first sweep | over a sweep with caches |", "| --- | --- | --- | --- |"]
+    lines = ["| `rayft sweep` | seconds | over nothing set |", "| --- | --- | --- |"]
     titles = {
-        "cold": "`rayft sweep`, first on its machine",
-        "warm": "`rayft sweep`, with what the first one left in the caches",
-        "hand_cold": "the first, with the best settings given",
-        "hand": "with the caches and the best settings given",
-        **_by_tune(found, place),
+        "cold": ("first on its machine", ""),
+        "warm": ("with what the first one left in the caches", ""),
+        "hand_cold": ("the first, with the best settings given", "cold"),
+        "hand": ("with the caches and the best settings given", "warm"),
     }
-    for case, title in titles.items():
-        if (metrics := found.get(f"{place}/{case}")) is not None:
-            digits = "{:.1f}" if case.startswith("tune") else "{:.2f}"
-            over = [_cell(found[f"{place}/{own}"], f"{case}_over", digits) for own in ("cold", "warm")]
-            lines.append(f"| {title} | {_cell(metrics, 'seconds', '{:.0f}')} | {' | '.join(over)} |")
+    for case, (title, own) in titles.items():
+        over = _cell(found[f"{place}/{own}"], f"{case}_over", "{:.2f}") if own else ""
+        lines.append(f"| {title} | {_cell(found[f'{place}/{case}'], 'seconds', '{:.0f}')} | {over} |")
+    lines += [
+        "",
+        "| Tune, TorchTrainer, PEFT, DeepSpeed | seconds | first sweep beside it | ratio | with caches |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for case, title in _by_tune(found, place).items():
+        cells = [_cell(found[f"{place}/{case}"], "seconds", "{:.0f}"), f"{_beside(found, place, case):.0f}"]
+        cells += [_cell(found[f"{place}/{own}"], f"{case}_over", "{:.1f}") for own in ("cold", "warm")]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += _stages(spent, shape, "seconds of a sweep")
     lines += [*_by_hand(found, spent), "", _origin_line(found)]
     on_cpu = cases("sweep_overhead", "tiny/*")
@@ -344,11 +350,15 @@ def _by_tune(found: Cases, place: str) -> dict[str, str]:
         "8": "eight trials",
         "16": "sixteen trials",
     }
-    titles = {
+    return {
         way: f"{numbers[way.split('_')[1]]} a GPU" if "_" in way else "one trial after the other"
         for way in sorted(ways, key=lambda way: found[f"{place}/{way}"]["seconds"]["value"])
     }
-    return {way: f"Tune, TorchTrainer, PEFT, DeepSpeed: {how}" for way, how in titles.items()}
+
+
+def _beside(found: Cases, place: str, way: str) -> float:
+    """Return the seconds of the first sweep in the run in which Tune was measured."""
+    return float(found[f"{place}/{way}"]["seconds"]["value"] / found[f"{place}/cold"][f"{way}_over"]["value"])
 
 
 def _stages(spent: Cases, shape: str, title: str) -> list[str]:
