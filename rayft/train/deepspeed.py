@@ -12,17 +12,19 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 
+from rayft.config import nearest
 from rayft.data.pack import AnyBatch
-from rayft.errors import TrainError
+from rayft.errors import ConfigError, TrainError
 from rayft.evaluate.loss import batch_loss, targets_of
 from rayft.models.methods import method
 from rayft.train.course import HalfDoneError
@@ -34,6 +36,7 @@ __all__ = [
     "Later",
     "StepResult",
     "build_engine",
+    "check_settings",
     "check_written",
     "checkpoint_bytes",
     "destroy",
@@ -105,6 +108,55 @@ def engine_config(run: RunConfig) -> dict[str, Any]:
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merge(config, run.deepspeed)
+
+
+def check_settings(run: RunConfig) -> None:
+    """Refuse `run.deepspeed` before workers are started if DeepSpeed would refuse it, or ignore a part of it.
+
+    Raises:
+        ConfigError: with what DeepSpeed says, or with the setting that it does not know.
+    """
+    if not run.deepspeed:
+        return
+    if run.scale.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    given = _Asked(engine_config(run))
+    try:
+        DeepSpeedConfig(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"deepspeed: DeepSpeed refuses {place}: {first['msg']}") from error
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"deepspeed: DeepSpeed can't read these settings: {error}") from error
+    for name in run.deepspeed:
+        if name not in given.asked:
+            raise ConfigError(f"deepspeed: DeepSpeed has no setting '{name}'{nearest(name, given.asked)}")
+
+
+class _Asked(dict[str, Any]):
+    """A configuration that notes which settings it is asked for, as DeepSpeed asks for all that it knows."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        self.asked: set[str] = set()
+
+    def __contains__(self, name: Any) -> bool:
+        self.asked.add(name)
+        return super().__contains__(name)
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.asked.add(name)
+        return super().get(name, default)
+
+    def keys(self) -> Any:
+        return KeysView(self)
 
 
 def build_engine(

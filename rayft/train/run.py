@@ -224,6 +224,7 @@ OURS = {
     "scheduler": "optim.schedule",
     "zero_optimization.stage": "scale.zero",
     "bf16.enabled": "scale.dtype",
+    "bfloat16": "scale.dtype",
     "fp16": "scale.dtype (float32 or bfloat16)",
     "amp": "scale.dtype",
     "torch_autocast": "scale.dtype",

@@ -43,6 +43,7 @@ from rayft.sweep.space import Point, check_distinct, check_executor, check_slots
 from rayft.tracking.base import TrackerSpec, tracker_spec
 from rayft.tracking.connection import check as check_tracker
 from rayft.tracking.mlflow import prepare as prepare_tracker
+from rayft.train.deepspeed import check_settings
 from rayft.train.identity import identify
 from rayft.train.phases import link_steps
 from rayft.train.run import RunConfig
@@ -97,6 +98,7 @@ def preflight(config: PipelineConfig) -> Plan:
     executor = check_executor(config.sweep, run)
     slots, turns = check_slots(config.sweep, trials, lambda: load_skeleton(run.model))
     _check_devices(run)
+    check_settings(run)
     shapes, encoder, context = skeleton(run.model)
     _check_ranks(trials, shapes)
     start = _check_start(trials, run, shapes)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from typing import Any
 
 import pytest
 
 from rayft.config import parse
 from rayft.errors import ConfigError, TrainError
 from rayft.models.inject import inject
-from rayft.train.deepspeed import build_engine, destroy, engine_config
+from rayft.train.deepspeed import build_engine, check_settings, destroy, engine_config
 from rayft.train.run import OptimConfig, RunConfig, ScaleConfig
 from rayft.train.session import Session
 
@@ -83,6 +84,7 @@ def test_the_engine_configuration_follows_from_the_settings(run: RunConfig) -> N
         ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "scheduler is optim.schedule; set it there"),
         ({"deepspeed": {"gradient_clipping": 0.1}}, "gradient_clipping is optim.clip; set it there"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, "bf16.enabled is scale.dtype; set it there"),
+        ({"deepspeed": {"bfloat16": {"enabled": True}}}, "bfloat16 is scale.dtype; set it there"),
         ({"deepspeed": {"fp16": {"enabled": True}}}, r"fp16 is scale.dtype \(float32 or bfloat16\)"),
         ({"optim": {"lr": 0}}, "greater than 0"),
         ({"optim": {"lr": math.inf}}, "a finite number"),
@@ -124,6 +126,33 @@ def test_a_destroyed_engine_is_freed(run: RunConfig, session: Session) -> None:
         gc.collect()
         assert gone() is None, "the model still holds the engine"
         assert not session.loaded.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"zero_optimisation": {}}, "has no setting 'zero_optimisation'; did you mean 'zero_optimization'"),
+        ({"zero_optimization": {"reduce_buket_size": 7}}, "refuses reduce_buket_size: Extra inputs"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "refuses reduce_bucket_size: .* integer"),
+        ({"zero_optimization": 7}, "can't read these settings: .* mapping, not int"),
+    ],
+)
+def test_what_deepspeed_would_refuse_or_ignore_is_refused_before_workers_start(
+    run: RunConfig, settings: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        check_settings(run.model_copy(update={"deepspeed": settings}))
+
+
+def test_settings_that_deepspeed_knows_are_accepted(run: RunConfig) -> None:
+    for settings in (
+        {"zero_optimization": {"reduce_bucket_size": 7}},
+        {"wall_clock_breakdown": True},
+        {"activation_checkpointing": {"profile": True}},
+        {"flops_profiler": {"enabled": False}},
+        {"tensorboard": {"enabled": False}},
+    ):
+        check_settings(run.model_copy(update={"deepspeed": settings}))
 
 
 def test_a_configuration_that_deepspeed_refuses_raises_a_train_error(
