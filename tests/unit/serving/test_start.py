@@ -88,6 +88,7 @@ def test_a_replica_on_gpus_leaves_the_base_to_vllm(
     assert (options.model, options.adapter_bytes, options.fp8) == (str(tiny_folder), 10**6, True)
     assert limits == EngineLimits(config.max_running, 0, 0), "vLLM chooses the others"
     assert started.context == 48
+    assert started.base.unserved == started.base.shapes.keys(), "the engine has no linear layer"
     assert started.base.fingerprint == source_fingerprint(skeleton, str(tiny_folder))
 
 
